@@ -1,0 +1,317 @@
+"""Which numbers a format can hold: `FloatFormat`, the named formats and `get_format`."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, astuple, dataclass
+from types import MappingProxyType
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+_MAX_LISTED_BITS = 24  # values() of a wider format would not fit into memory
+_MAX_FIELD_BITS = {"exponent_bits": 32, "mantissa_bits": 256}  # well past binary256 (E19 M236)
+
+
+@dataclass(frozen=True, slots=True)
+class FloatFormat:
+    """A binary floating-point format: one sign bit, E exponent bits, M mantissa bits.
+
+    A code without its sign bit counts 0, 1, 2, … through the non-negative values in order. With
+    exponent field e and mantissa field m it stands for
+
+    - ``m · 2**(emin - M)`` where e = 0: zero and the subnormals, at a constant distance;
+    - ``(2**M + m) · 2**(e - bias - M)`` elsewhere: the normal numbers,
+
+    with ``emin = 1 - bias``. The codes at the top may be given to NaN and infinity. E = 0 is a
+    fixed-point grid: every value is subnormal. Scale formats (unsigned, without a zero, such as
+    e8m0fnu) are not `FloatFormat`s.
+
+    Two formats are equal when all their fields are, the name included. Instances are immutable
+    and hashable.
+
+    Args:
+        name: How the format is called in log keys and tables; not empty, no ``/``, no space.
+        exponent_bits: E, 0 to 32.
+        mantissa_bits: M, 0 to 256, without the implicit leading bit; E + M at least 1.
+        bias: What is subtracted from the exponent field; any integer. IEEE 754 uses
+            ``2**(E - 1) - 1``.
+        num_high_nans: How many codes at the top, for each sign, are NaN.
+        has_inf: Whether the code below those is infinity.
+        has_negative_zero: Whether the code with only the sign bit set is −0; else it is NaN
+            (the formats ending in ``fnuz``).
+        has_subnormals: Whether exponent field 0 holds the subnormals; else all of it is zero.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: The fields leave no positive value, or the name cannot be part of a log key.
+
+    References:
+        IEEE 754-2019, section 3; OCP 8-bit Floating Point Specification (OFP8) 1.0; the words
+        follow ``numpy.finfo`` and gfloat's ``FormatInfo``.
+    """
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    bias: int
+    _: KW_ONLY
+    num_high_nans: int = 0
+    has_inf: bool = False
+    has_negative_zero: bool = True
+    has_subnormals: bool = True
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        if not self.name or "/" in self.name or any(c.isspace() for c in self.name):
+            raise ValueError(
+                f"name={self.name!r}: expected a non-empty name without '/' or white space, since "
+                "it becomes part of log keys such as stall_frac/e4m3fn"
+            )
+        for field, most in _MAX_FIELD_BITS.items():
+            if not 0 <= getattr(self, field) <= most:
+                raise ValueError(f"{field}={getattr(self, field)}: expected 0 to {most}")
+        if self.num_high_nans < 0:
+            raise ValueError(f"num_high_nans={self.num_high_nans}: expected 0 or more")
+        lowest = 1 if self.has_subnormals else 1 << self.mantissa_bits
+        if self._max_code < lowest:
+            raise ValueError(
+                f"{self.name} has no positive value: exponent_bits={self.exponent_bits}, "
+                f"mantissa_bits={self.mantissa_bits}, num_high_nans={self.num_high_nans}, "
+                f"has_inf={self.has_inf} and has_subnormals={self.has_subnormals} leave codes up "
+                f"to {self._max_code}, and the first positive one is {lowest}; give it more "
+                "exponent or mantissa bits or fewer special codes"
+            )
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def _max_code(self) -> int:
+        """The code of `max`."""
+        codes = 1 << (self.exponent_bits + self.mantissa_bits)
+        return codes - 1 - self.num_high_nans - self.has_inf
+
+    def _value(self, code: int) -> float:
+        """The value of a code without its sign bit."""
+        field, mantissa = divmod(code, 1 << self.mantissa_bits)
+        if field > 0:
+            mantissa += 1 << self.mantissa_bits
+        elif not self.has_subnormals:
+            mantissa = 0
+        return self._float64(mantissa, max(field, 1) - self.bias - self.mantissa_bits)
+
+    def _float64(self, significand: int, exponent: int) -> float:
+        """``significand · 2**exponent``, or an error where float64 cannot hold it."""
+        try:
+            value = math.ldexp(significand, exponent)
+            exact = math.ldexp(value, -exponent) == significand
+        except OverflowError:
+            exact = False
+        if not exact:
+            raise ValueError(
+                f"{self.name}: {significand} · 2**{exponent} exceeds float64, in which AltGrad "
+                "computes; use at most E11 M52 with a bias near 1023"
+            )
+        return value
+
+    @property
+    def bits(self) -> int:
+        """Width of one number, its sign included."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def precision(self) -> int:
+        """Bits of the significand, the implicit one included: M + 1."""
+        return self.mantissa_bits + 1
+
+    @property
+    def emin(self) -> int:
+        """Exponent of the smallest normal number: ``1 - bias``."""
+        return 1 - self.bias
+
+    @property
+    def emax(self) -> int:
+        """Exponent of the binade that holds `max`; never below `emin`, also where E = 0."""
+        return max(self._max_code >> self.mantissa_bits, 1) - self.bias
+
+    @property
+    def max(self) -> float:
+        """Largest finite value. ValueError where float64 cannot hold it."""
+        return self._value(self._max_code)
+
+    @property
+    def smallest_normal(self) -> float:
+        """``2**emin``; with E = 0 no value is this large, and all are subnormal."""
+        return self._float64(1, self.emin)
+
+    @property
+    def smallest_subnormal(self) -> float:
+        """Smallest positive value: ``2**(emin - M)``, or `smallest_normal` without subnormals."""
+        return self._float64(1, self.emin - self.mantissa_bits * self.has_subnormals)
+
+    @property
+    def eps(self) -> float:
+        """``2**-M``: the distance from 1 to the next value where 1 is normal, as in finfo."""
+        return self._float64(1, -self.mantissa_bits)
+
+    @property
+    def has_nan(self) -> bool:
+        """Whether some code is NaN."""
+        return self.num_high_nans > 0 or not self.has_negative_zero
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The torch dtype with exactly these codes, or None."""
+        return _TORCH_DTYPES.get(_codes_of(self))
+
+    def values(self) -> Tensor:
+        """Every finite value once, in ascending order, as a float64 tensor on the CPU.
+
+        −0 and 0 are one value. ValueError for a format of more than 24 bits.
+        """
+        if self.bits > _MAX_LISTED_BITS:
+            raise ValueError(
+                f"{self.name} has {self.bits} bits and so too many values to list; expected at "
+                f"most {_MAX_LISTED_BITS}"
+            )
+        first = 1 if self.has_subnormals else 1 << self.mantissa_bits
+        positive = [self._value(code) for code in range(first, self._max_code + 1)]
+        positive_tensor = torch.tensor(positive, dtype=torch.float64)
+        zero = torch.zeros(1, dtype=torch.float64)
+        return torch.cat([-positive_tensor.flip(0), zero, positive_tensor])
+
+
+# The only alias: what the first users of such formats called them.
+FP8Format: TypeAlias = FloatFormat
+
+
+def _check_types(format: FloatFormat) -> None:
+    if not isinstance(format.name, str):
+        raise TypeError(f"name={format.name!r}: expected a str, got {type(format.name).__name__}")
+    for field in ("exponent_bits", "mantissa_bits", "bias", "num_high_nans"):
+        value = getattr(format, field)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{field}={value!r}: expected an int, got {type(value).__name__}")
+    for field in ("has_inf", "has_negative_zero", "has_subnormals"):
+        value = getattr(format, field)
+        if not isinstance(value, bool):
+            raise TypeError(f"{field}={value!r}: expected a bool, got {type(value).__name__}")
+
+
+# The eight-bit family E + M = 7. E5M2, E4M3 and E3M4 are those of OCP and ml_dtypes, with their
+# special codes; the others are finite throughout, so that E alone tells them apart.
+E0M7 = FloatFormat("e0m7", 0, 7, 1)
+E1M6 = FloatFormat("e1m6", 1, 6, 0)
+E2M5 = FloatFormat("e2m5", 2, 5, 1)
+E3M4 = FloatFormat("e3m4", 3, 4, 3, num_high_nans=15, has_inf=True)
+E4M3 = FloatFormat("e4m3fn", 4, 3, 7, num_high_nans=1)
+E5M2 = FloatFormat("e5m2", 5, 2, 15, num_high_nans=3, has_inf=True)
+E6M1 = FloatFormat("e6m1", 6, 1, 31)
+E7M0 = FloatFormat("e7m0", 7, 0, 63)
+
+# Other readings of eight bits: IEEE 754's rules for E4M3, and the formats without −0.
+E4M3_IEEE = FloatFormat("e4m3_ieee", 4, 3, 7, num_high_nans=7, has_inf=True)
+E4M3FNUZ = FloatFormat("e4m3fnuz", 4, 3, 8, has_negative_zero=False)
+E4M3B11FNUZ = FloatFormat("e4m3b11fnuz", 4, 3, 11, has_negative_zero=False)
+E5M2FNUZ = FloatFormat("e5m2fnuz", 5, 2, 16, has_negative_zero=False)
+
+# OCP's element formats of four and six bits (Microscaling Formats specification 1.0).
+E2M1 = FloatFormat("e2m1", 2, 1, 1)
+E2M3 = FloatFormat("e2m3", 2, 3, 1)
+E3M2 = FloatFormat("e3m2", 3, 2, 3)
+
+# Sixteen bits.
+FP16 = FloatFormat("fp16", 5, 10, 15, num_high_nans=1023, has_inf=True)
+BF16 = FloatFormat("bf16", 8, 7, 127, num_high_nans=127, has_inf=True)
+
+# fmt: off
+FORMATS: Mapping[str, FloatFormat] = MappingProxyType({
+    format.name: format
+    for format in (
+        E0M7, E1M6, E2M5, E3M4, E4M3, E5M2, E6M1, E7M0,
+        E4M3_IEEE, E4M3FNUZ, E4M3B11FNUZ, E5M2FNUZ,
+        E2M1, E2M3, E3M2,
+        FP16, BF16,
+    )
+})
+# fmt: on
+"""The named formats by their names, which are those of log keys."""
+
+# How ml_dtypes, torch and papers spell them. Note that float8_e4m3 is the IEEE-like one.
+_OTHER_SPELLINGS: Mapping[str, FloatFormat] = MappingProxyType(
+    {
+        "e4m3": E4M3,
+        "float8_e4m3fn": E4M3,
+        "float8_e5m2": E5M2,
+        "float8_e3m4": E3M4,
+        "float8_e4m3": E4M3_IEEE,
+        "float8_e4m3fnuz": E4M3FNUZ,
+        "float8_e4m3b11fnuz": E4M3B11FNUZ,
+        "float8_e5m2fnuz": E5M2FNUZ,
+        "e2m1fn": E2M1,
+        "float4_e2m1fn": E2M1,
+        "e2m3fn": E2M3,
+        "float6_e2m3fn": E2M3,
+        "e3m2fn": E3M2,
+        "float6_e3m2fn": E3M2,
+        "e5m10": FP16,
+        "half": FP16,
+        "float16": FP16,
+        "e8m7": BF16,
+        "bfloat16": BF16,
+    }
+)
+
+
+def get_format(name_or_format: str | torch.dtype | FloatFormat) -> FloatFormat:
+    """The format of that name.
+
+    Args:
+        name_or_format: A name in `FORMATS` or as torch and ml_dtypes spell it, upper or lower
+            case (``"e4m3fn"``, ``"E4M3"``, ``"float8_e4m3fn"``, ``"bfloat16"``), a torch dtype,
+            or a `FloatFormat`, which is returned as it is. ``e4m3`` is OCP's (max 448);
+            ``float8_e4m3`` is, as in ml_dtypes, the IEEE-like one (max 240).
+
+    Raises:
+        ValueError: No format has this name; the nearest names are listed.
+        TypeError: Neither a name nor a format.
+    """
+    if isinstance(name_or_format, FloatFormat):
+        return name_or_format
+    if not isinstance(name_or_format, (str, torch.dtype)):
+        raise TypeError(
+            f"expected a format's name or a FloatFormat, got {name_or_format!r} "
+            f"({type(name_or_format).__name__})"
+        )
+    name = str(name_or_format).lower().removeprefix("torch.")
+    if name in FORMATS:
+        return FORMATS[name]
+    if name in _OTHER_SPELLINGS:
+        return _OTHER_SPELLINGS[name]
+    known = [*FORMATS, *_OTHER_SPELLINGS]
+    near = difflib.get_close_matches(name, known, n=3) or list(FORMATS)
+    raise ValueError(
+        f"unknown format {str(name_or_format)!r}; nearest: {', '.join(near)}. "
+        "For a format of your own, pass a FloatFormat"
+    )
+
+
+def _codes_of(format: FloatFormat) -> tuple[object, ...]:
+    """All that decides what each code means: every field but the name."""
+    return astuple(format)[1:]
+
+
+_TORCH_DTYPES: Mapping[tuple[object, ...], torch.dtype] = MappingProxyType(
+    {
+        _codes_of(E4M3): torch.float8_e4m3fn,
+        _codes_of(E5M2): torch.float8_e5m2,
+        _codes_of(E4M3FNUZ): torch.float8_e4m3fnuz,
+        _codes_of(E5M2FNUZ): torch.float8_e5m2fnuz,
+        _codes_of(FP16): torch.float16,
+        _codes_of(BF16): torch.bfloat16,
+    }
+)

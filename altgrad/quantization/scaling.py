@@ -1,0 +1,116 @@
+"""From the largest magnitude of a tensor, channel or block to the scale that fits a format."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from altgrad.quantization.formats import FloatFormat, get_format
+from altgrad.quantization.ops import check_input, full_dtype
+
+Scaling: TypeAlias = Literal["tensor", "channel"] | tuple[Literal["block"], int]
+"""What shares one scale: the whole tensor, each index of dimension 0, or each run of that many
+elements along the last dimension."""
+
+# Kept apart from the ends of float32, so that neither scale nor 1 / scale leaves it.
+_SMALLEST_EXPONENT, _LARGEST_EXPONENT = -126, 127
+
+
+@torch.no_grad()
+def compute_scale(
+    x: Tensor,
+    format: str | torch.dtype | FloatFormat,
+    *,
+    scaling: Scaling = "tensor",
+    power_of_two: bool | Literal["floor"] = True,
+) -> Tensor:
+    """The amax scale: with it, the largest magnitude of x comes to lie at the format's top.
+
+    - An amax of zero, or none at all in an empty tensor, gives a scale of 1.
+    - NaN and ±inf are left out of the amax.
+    - A scale stays within 2**-126 … 2**127. Only where amax / max leaves that range at the top
+      (formats with a small max at the very end of float32) can a value still exceed it.
+
+    Args:
+        x: float16, bfloat16, float32 or float64, any shape.
+        format: A `FloatFormat` or the name of one.
+        scaling: ``"tensor"``; ``"channel"``, one scale per index of dimension 0; or
+            ``("block", size)``, one per `size` neighbours along the last dimension, the tail
+            padded with zeros. A tensor without dimensions is one channel and one block.
+        power_of_two: ``True`` rounds up to ``2**ceil(log2(amax / max))``, so that nothing clips.
+            ``"floor"`` is the rule of OCP's MX formats, ``2**(floor(log2(amax)) - emax)``, under
+            which the top of a block may clip. ``False`` is ``amax / max``: not a power of two, so
+            that quantize divides inexactly.
+
+    Returns:
+        float32 (float64 for float64 x) on x's device, without a gradient: no dimensions for
+        ``"tensor"``; shape ``(channels, 1, …)`` for ``"channel"``; x's shape for blocks. Nothing
+        is read back to the host.
+
+    Raises:
+        TypeError: x is not a floating-point tensor of those dtypes.
+        ValueError: Unknown format, scaling or power_of_two.
+
+    References:
+        OCP Microscaling Formats (MX) Specification 1.0, section 6.3 for ``"floor"``.
+    """
+    format = get_format(format)
+    check_input(x)
+    if power_of_two not in (True, False, "floor"):
+        raise ValueError(f"power_of_two={power_of_two!r}: expected True, False or 'floor'")
+    magnitude = x.detach().abs().to(full_dtype(x))
+    magnitude = torch.where(magnitude.isfinite(), magnitude, 0.0)
+    amax = _amax(magnitude, scaling)
+    if power_of_two is False:
+        scale = (amax / format.max).clamp_(2.0**_SMALLEST_EXPONENT, 2.0**_LARGEST_EXPONENT)
+    else:
+        scale = _power_of_two_scale(amax, format, round_up=power_of_two is True)
+    scale = torch.where(amax == 0, 1.0, scale)
+    if isinstance(scaling, str):
+        return scale
+    return scale.repeat_interleave(scaling[1], dim=-1)[..., : x.shape[-1]] if x.dim() else scale
+
+
+def _amax(magnitude: Tensor, scaling: Scaling) -> Tensor:
+    """The maximum of each tensor, channel or block; 0 for an empty one."""
+    match scaling:
+        case "tensor":
+            return _max_or_zero(magnitude.flatten())
+        case "channel":
+            if magnitude.dim() == 0:
+                return magnitude
+            ones = [1] * (magnitude.dim() - 1)
+            return _max_or_zero(magnitude.flatten(1) if ones else magnitude[:, None]).view(
+                -1, *ones
+            )
+        case ("block", int(size)) if size > 0:
+            if magnitude.dim() == 0:
+                return magnitude
+            tail = -magnitude.shape[-1] % size
+            padded = pad(magnitude, (0, tail)) if tail else magnitude
+            blocks = padded.shape[-1] // size
+            return _max_or_zero(padded.reshape(*padded.shape[:-1], blocks, size))
+    raise ValueError(
+        f"scaling={scaling!r}: expected 'tensor', 'channel' or ('block', size) with a positive "
+        "size, such as ('block', 32)"
+    )
+
+
+def _max_or_zero(rows: Tensor) -> Tensor:
+    return rows.amax(dim=-1) if rows.shape[-1] else rows.new_zeros(rows.shape[:-1])
+
+
+def _power_of_two_scale(amax: Tensor, format: FloatFormat, *, round_up: bool) -> Tensor:
+    """By exponents alone: a quotient amax / max could round to a power of two and hide the rest."""
+    significand, exponent = torch.frexp(amax)  # amax = significand · 2**exponent, from [0.5, 1)
+    if round_up:
+        top_significand, top_exponent = math.frexp(format.max)
+        exponent = exponent - top_exponent + (significand > top_significand).int()
+    else:
+        exponent = exponent - 1 - format.emax
+    float32_bits = (exponent.clamp_(_SMALLEST_EXPONENT, _LARGEST_EXPONENT) + 127) << 23
+    return float32_bits.view(torch.float32).to(amax.dtype)
