@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast, get_args
+from typing import Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -55,16 +55,18 @@ def _constant_of_the_trace(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Cache a function of formats and dtypes, and let torch.compile take its result as constant.
 
     With dynamic shapes a format's integers would otherwise turn into arguments of the compiled
-    kernel, which makes it several times slower.
+    kernel, which makes it several times slower. The mark is the one that
+    `torch.compiler.assume_constant_result` sets; calling that would import the whole compiler,
+    1.4 seconds, with AltGrad.
     """
     cached = functools.lru_cache(maxsize=256)(function)
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     @functools.wraps(function)
     def constant(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         return cached(*args, **kwargs)  # type: ignore[arg-type]
 
-    return cast(Callable[_P, _T], constant)
+    constant._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
+    return constant
 
 
 @_constant_of_the_trace

@@ -1,0 +1,258 @@
+"""`PrecisionMonitor`: watch the optimizer steps of a Trainer and log what each format would keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from altgrad import FloatFormat, get_format, measure
+
+LayerFigures = dict[str, dict[str, float]]
+"""What `altgrad.measure` returned, by layer."""
+
+# What a charted layer shows; all of `measure` is in `PrecisionMonitor.latest`.
+_CHARTED = ("update_rms", "update_weight_ratio", "ulp_mean", "ulp_zero_frac")
+_CHARTED_PER_FORMAT = (
+    "kept_update_ratio",
+    "stall_frac",
+    "stiffness_mean",
+    "grid_error_mean",
+    "on_grid_frac",
+    "grad_stiff_correlation",
+    "grad_below_stiffness_frac",
+)
+
+
+class _Snapshot(NamedTuple):
+    """A layer just before its optimizer step."""
+
+    weights: Tensor
+    gradient: Tensor
+
+
+class PrecisionMonitor(Callback):
+    """Judge number formats from an ordinary run, step by step, in every logger of the Trainer.
+
+    Around each observed optimizer step the weights and the gradients, as applied, are copied; the
+    update that really happened is then measured on the grid of every format. Training is not
+    touched: no weight, gradient or random number changes.
+
+    This version copies the model once per observed step and observes automatic and manual
+    optimization on one device. It does not observe, and says so once, steps under a gradient
+    scaler, strategies with more than one process, and parameters that are sparse or not
+    floating-point.
+
+    Logged keys are ``altgrad/{metric}/{layer}`` and ``altgrad/{metric}/{format}/{layer}``, at the
+    step at which Lightning logs what the module logs.
+
+    Args:
+        formats: Formats to judge, as `FloatFormat` or by name. Defaults to bf16 and the two FP8
+            formats in use.
+        every_n_steps: Observe each n-th optimizer step; None follows the Trainer's
+            ``log_every_n_steps``, so that the charts have the points of the loss.
+        scaling: Which elements share an amax scale, as in `altgrad.quantization.compute_scale`;
+            per tensor by default, as FP8 training does. None judges the formats unscaled.
+        layer_charts: How many layers are charted: those that keep least of their update at the
+            first observed step, fixed from then on. 8 by default, since a board of thousands of
+            charts shows nothing. All layers are in `latest`.
+
+    Attributes:
+        latest: The figures of every layer at the last observed step, as `altgrad.measure` names
+            them; empty before the first.
+        latest_step: The step that `latest` was logged at; None before the first.
+
+    Raises:
+        ValueError: No or unknown formats, or a number below 1 (0 for `layer_charts`).
+    """
+
+    def __init__(
+        self,
+        formats: Sequence[str | FloatFormat] = ("bf16", "e4m3fn", "e5m2"),
+        every_n_steps: int | None = None,
+        *,
+        scaling: Any = "tensor",
+        layer_charts: int = 8,
+    ) -> None:
+        if not formats or isinstance(formats, str):
+            raise ValueError(f"formats={formats!r}: expected a list of one or more formats")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps}: expected 1 or more, or None")
+        if layer_charts < 0:
+            raise ValueError(f"layer_charts={layer_charts}: expected 0 or more")
+        self.formats = tuple(get_format(format) for format in formats)
+        self.every_n_steps = every_n_steps
+        self.scaling = scaling
+        self.layer_charts = layer_charts
+        _check_scaling(scaling)
+
+        self.latest: LayerFigures = {}
+        self.latest_step: int | None = None
+        self._charted_layers: tuple[str, ...] | None = None
+        self._names: dict[Tensor, str] = {}
+        self._snapshots: dict[str, _Snapshot] = {}
+        self._measured: LayerFigures = {}
+        self._is_due: Callable[[], bool] = lambda: False
+        self._handles: list[RemovableHandle] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._detach()
+        if reason := _cannot_observe(trainer):
+            rank_zero_warn(f"PrecisionMonitor does not observe this run: {reason}")
+            return
+        named = dict(pl_module.named_parameters())
+        self._names = {p: name for name, p in named.items() if _can_measure(p)}
+        if skipped := [
+            name for name, p in named.items() if p.requires_grad and p not in self._names
+        ]:
+            rank_zero_warn(f"PrecisionMonitor leaves out parameters of other dtypes: {skipped}")
+        every = self.every_n_steps or getattr(trainer, "log_every_n_steps", 0)
+        self._is_due = lambda: every > 0 and (_logged_step(trainer) + 1) % every == 0
+        for optimizer in trainer.optimizers:
+            self._handles += [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            ]
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if not self._measured:
+            return
+        self.latest, self._measured = self._measured, {}
+        self.latest_step = _logged_step(trainer)
+        if self._charted_layers is None:
+            self._charted_layers = _worst_layers(self.latest, self.formats, self.layer_charts)
+        charts = _charts_of(self.latest, self.formats, self._charted_layers)
+        for logger in trainer.loggers:
+            logger.log_metrics(charts, step=self.latest_step)
+
+    def on_train_end(self, *_: Any) -> None:
+        self._detach()
+
+    def on_exception(self, *_: Any) -> None:
+        self._detach()
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        self._detach()
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._names.clear()
+        self._snapshots.clear()
+        self._measured.clear()
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Copy weights and gradients once the gradients are those that will be applied.
+
+        Lightning runs the backward pass and the clipping inside the optimizer's closure, so that
+        with a closure this is after its first call, and only without one already now.
+        """
+        self._snapshots.clear()
+        if not self._is_due():
+            return None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._take_snapshots(optimizer)
+            return None
+
+        def closure_then_snapshot() -> Any:
+            loss = closure()
+            if not self._snapshots:
+                self._take_snapshots(optimizer)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], closure_then_snapshot, *args[2:]), kwargs
+        return args, {**kwargs, "closure": closure_then_snapshot}
+
+    @torch.no_grad()
+    def _take_snapshots(self, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is None or parameter not in self._names or gradient.is_sparse:
+                    continue
+                self._snapshots[self._names[parameter]] = _Snapshot(
+                    parameter.detach().clone(), gradient.detach().clone()
+                )
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Measure; a fault in here must not end the training, so that it is told and left."""
+        snapshots, self._snapshots = self._snapshots, {}
+        try:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    name = self._names.get(parameter)
+                    if name is None or name not in snapshots:
+                        continue
+                    weights, gradient = snapshots[name]
+                    self._measured[name] = measure(
+                        weights, parameter.detach(), gradient, self.formats, self.scaling
+                    )
+        except Exception as fault:  # noqa: BLE001 - whatever it is, it is not the training's
+            self._detach()
+            rank_zero_warn(f"PrecisionMonitor stops observing after a fault of its own: {fault!r}")
+
+
+def _logged_step(trainer: Trainer) -> int:
+    """The step at which Lightning logs this batch.
+
+    There is no public name for it; Lightning's own monitors use this one.
+    """
+    return trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
+
+
+def _cannot_observe(trainer: Trainer) -> str | None:
+    if trainer.world_size > 1:
+        return f"it has {trainer.world_size} processes, and this version knows only one"
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        return "its gradients are scaled, and this version would not tell skipped steps apart"
+    return None
+
+
+def _can_measure(parameter: Tensor) -> bool:
+    return parameter.requires_grad and parameter.dtype in (
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    )
+
+
+def _check_scaling(scaling: Any) -> None:
+    measure(torch.ones(1), torch.ones(1), formats=["e4m3fn"], scaling=scaling)
+
+
+def _worst_layers(
+    figures: LayerFigures, formats: Sequence[FloatFormat], count: int
+) -> tuple[str, ...]:
+    """The layers with the lowest kept_update_ratio in any format; those without one come last."""
+
+    def lowest_kept(layer: str) -> float:
+        kept = (figures[layer][f"kept_update_ratio/{format.name}"] for format in formats)
+        return min((value for value in kept if not math.isnan(value)), default=math.inf)
+
+    return tuple(sorted(figures, key=lowest_kept)[:count])
+
+
+def _charts_of(
+    figures: LayerFigures, formats: Sequence[FloatFormat], layers: Sequence[str]
+) -> dict[str, float]:
+    """Log keys and values of the charted layers; NaN for one that took no part in this step."""
+    metrics = [*_CHARTED]
+    metrics += [f"{metric}/{format.name}" for metric in _CHARTED_PER_FORMAT for format in formats]
+    return {
+        f"altgrad/{metric}/{layer}": figures.get(layer, {}).get(metric, math.nan)
+        for metric in metrics
+        for layer in layers
+    }
