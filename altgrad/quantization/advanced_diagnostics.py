@@ -134,7 +134,8 @@ def compute_ulp_distance(before: Tensor, after: Tensor) -> Tensor:
         )
     larger = torch.maximum(before.abs(), after.abs())
     gap = larger.double() - _towards_zero(larger).double()
-    distance = (after.double() - before.double()).abs_() / gap
+    # The gap is a power of two, so that dividing first is exact; a difference could overflow.
+    distance = (after.double() / gap - before.double() / gap).abs_()
     distance = torch.where(before == after, 0.0, distance)
     finite = before.isfinite() & after.isfinite()
     return torch.where(finite, distance, torch.nan).to(full_dtype(before))
@@ -179,8 +180,8 @@ def gradient_stiffness_correlation(
     """DIAG-04, how gradients relate to the distance they would have to cross.
 
     Descriptive only: a gradient is not an update. Taken over the weights that are finite and not
-    zero and whose gradient is finite. Nothing is added to a denominator, so that the correlation
-    does not change with the size of the gradients.
+    zero (nor so small that their stiffness underflows) and whose gradient is finite. Nothing is
+    added to a denominator, so that the correlation does not change with the size of the gradients.
 
     Args:
         weights: float16, bfloat16, float32 or float64, any shape.
@@ -200,7 +201,7 @@ def gradient_stiffness_correlation(
     """
     check_pair("weights", weights, "gradients", gradients)
     stiffness = _stiffness(weights, mantissa_bits, format, scale)
-    valid = stiffness.isfinite() & gradients.isfinite()
+    valid = (stiffness > 0) & stiffness.isfinite() & gradients.isfinite()
     stiffness, magnitude = stiffness[valid], gradients[valid].double().abs_()
     if magnitude.numel() == 0:
         return {
@@ -254,8 +255,10 @@ def _towards_zero(magnitude: Tensor) -> Tensor:
     """The neighbour of each non-negative number on the side of zero; zero for zero."""
     try:
         return torch.nextafter(magnitude, torch.zeros_like(magnitude))
-    except (RuntimeError, NotImplementedError):
-        # Not every torch, dtype and device has it for 16 bits: take one off the code instead.
+    except RuntimeError:
+        # Not every torch and device has it for 16 bits: there, take one off the code instead.
+        if magnitude.element_size() != 2:
+            raise
         return (magnitude.view(torch.int16) - 1).clamp_(min=0).view(magnitude.dtype)
 
 

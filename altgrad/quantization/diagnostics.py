@@ -30,8 +30,8 @@ def effective_update(
 ) -> Tensor:
     """What the grid keeps of an update: ``Q(Q(before) + update) − Q(before)``.
 
-    Sum and difference are taken in float64, where those of float32 tensors add no rounding that
-    matters. Where before or update is NaN or infinite, the result is NaN.
+    The sum is rounded to float64 first, which could only matter where it needs more than 53 bits.
+    Where before or update is NaN or infinite, the result is NaN.
 
     Args:
         before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
@@ -52,11 +52,8 @@ def effective_update(
     """
     format = get_format(format)
     check_pair("before", before, "update", update)
-    is_amax_scale = isinstance(scale, Tensor) or scale != 1
     stored = quantize(before.double(), format, scale)
-    moved = stored + update.double()
-    round_moved = quantize_unbounded if is_amax_scale else quantize
-    effective = round_moved(moved, format, scale).sub_(stored)
+    effective = _round(stored + update.double(), format, scale).sub_(stored)
     finite = before.isfinite() & update.isfinite()
     dtype = torch.promote_types(full_dtype(before), full_dtype(update))
     return torch.where(finite, effective, torch.nan).to(dtype)
@@ -87,7 +84,7 @@ def visible_mask(
     """Which weights a forward pass in this format sees move: Q(before) ≠ Q(after).
 
     For training that keeps fp32 master weights and casts them for the forward pass. Under an amax
-    scale Q(after) is not clamped at the top. NaN and infinite elements are not visible.
+    scale neither side is clamped at the top. NaN and infinite elements are not visible.
 
     Args:
         before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
@@ -103,10 +100,14 @@ def visible_mask(
     """
     format = get_format(format)
     check_pair("before", before, "after", after)
-    is_amax_scale = isinstance(scale, Tensor) or scale != 1
-    round_after = quantize_unbounded if is_amax_scale else quantize
-    differs = quantize(before.double(), format, scale) != round_after(after.double(), format, scale)
+    differs = _round(before.double(), format, scale) != _round(after.double(), format, scale)
     return differs & before.isfinite() & after.isfinite()
+
+
+def _round(x: Tensor, format: FloatFormat, scale: float | Tensor) -> Tensor:
+    """To nearest; clamped at ±max only where no scale could be raised."""
+    is_amax_scale = isinstance(scale, Tensor) or scale != 1
+    return quantize_unbounded(x, format, scale) if is_amax_scale else quantize(x, format, scale)
 
 
 def check_pair(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
