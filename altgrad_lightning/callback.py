@@ -1,4 +1,4 @@
-"""`PrecisionMonitor`: watch the optimizer steps of a Trainer and log what each format would keep."""
+"""`PrecisionMonitor`: watch a Trainer's optimizer steps and log what each format would keep."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from altgrad import FloatFormat, get_format, measure
+from altgrad.quantization import Scaling
 
 LayerFigures = dict[str, dict[str, float]]
 """What `altgrad.measure` returned, by layer."""
@@ -78,7 +79,7 @@ class PrecisionMonitor(Callback):
         formats: Sequence[str | FloatFormat] = ("bf16", "e4m3fn", "e5m2"),
         every_n_steps: int | None = None,
         *,
-        scaling: Any = "tensor",
+        scaling: Scaling | None = "tensor",
         layer_charts: int = 8,
     ) -> None:
         if not formats or isinstance(formats, str):
@@ -91,7 +92,8 @@ class PrecisionMonitor(Callback):
         self.every_n_steps = every_n_steps
         self.scaling = scaling
         self.layer_charts = layer_charts
-        _check_scaling(scaling)
+        # Not in the middle of a training: a wrong scaling is an error here.
+        measure(torch.ones(1), torch.ones(1), formats=self.formats, scaling=scaling)
 
         self.latest: LayerFigures = {}
         self.latest_step: int | None = None
@@ -113,7 +115,7 @@ class PrecisionMonitor(Callback):
             name for name, p in named.items() if p.requires_grad and p not in self._names
         ]:
             rank_zero_warn(f"PrecisionMonitor leaves out parameters of other dtypes: {skipped}")
-        every = self.every_n_steps or getattr(trainer, "log_every_n_steps", 0)
+        every: int = self.every_n_steps or getattr(trainer, "log_every_n_steps", None) or 0
         self._is_due = lambda: every > 0 and (_logged_step(trainer) + 1) % every == 0
         for optimizer in trainer.optimizers:
             self._handles += [
@@ -227,10 +229,6 @@ def _can_measure(parameter: Tensor) -> bool:
         torch.float32,
         torch.float64,
     )
-
-
-def _check_scaling(scaling: Any) -> None:
-    measure(torch.ones(1), torch.ones(1), formats=["e4m3fn"], scaling=scaling)
 
 
 def _worst_layers(

@@ -1,0 +1,102 @@
+"""What importing costs, and that imports point one way (design: the house)."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Each module and what it may import of the project; a new module needs a line here.
+ALLOWED = {
+    "altgrad.quantization.formats": set(),
+    "altgrad.quantization.ops": {"altgrad.quantization.formats"},
+    "altgrad.quantization.scaling": {"altgrad.quantization.formats", "altgrad.quantization.ops"},
+    "altgrad.quantization.diagnostics": {
+        "altgrad.quantization.formats",
+        "altgrad.quantization.ops",
+    },
+    "altgrad.quantization.advanced_diagnostics": {
+        "altgrad.quantization.formats",
+        "altgrad.quantization.ops",
+        "altgrad.quantization.diagnostics",
+    },
+    "altgrad.quantization": {
+        "altgrad.quantization.formats",
+        "altgrad.quantization.ops",
+        "altgrad.quantization.scaling",
+        "altgrad.quantization.diagnostics",
+        "altgrad.quantization.advanced_diagnostics",
+    },
+    "altgrad.measuring": {
+        "altgrad.quantization.formats",
+        "altgrad.quantization.ops",
+        "altgrad.quantization.scaling",
+        "altgrad.quantization.diagnostics",
+        "altgrad.quantization.advanced_diagnostics",
+    },
+    "altgrad": {"altgrad.quantization", "altgrad.measuring"},
+    "altgrad.cli": {"altgrad.quantization"},
+    "altgrad.__main__": {"altgrad.cli"},
+    "altgrad_lightning": {"altgrad_lightning.callback"},
+    "altgrad_lightning.callback": {"altgrad", "altgrad.quantization"},
+    "altgrad_lightning.demo": {"altgrad_lightning.callback"},
+}
+
+
+def project_modules() -> dict[str, Path]:
+    files = [*ROOT.glob("altgrad/**/*.py"), *ROOT.glob("altgrad_lightning/**/*.py")]
+    names = {}
+    for file in files:
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return names
+
+
+def imports_of(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found.add(node.module)
+    return {name for name in found if name.split(".")[0] in ("altgrad", "altgrad_lightning")}
+
+
+def test_every_module_is_listed() -> None:
+    assert set(project_modules()) == set(ALLOWED)
+
+
+@pytest.mark.parametrize("module", sorted(ALLOWED))
+def test_imports_point_one_way(module: str) -> None:
+    assert imports_of(project_modules()[module]) <= ALLOWED[module]
+
+
+def test_the_allowed_imports_have_no_cycle() -> None:
+    done: set[str] = set()
+    while len(done) < len(ALLOWED):
+        ready = {name for name, needs in ALLOWED.items() if name not in done and needs <= done}
+        assert ready, f"a cycle among {set(ALLOWED) - done}"
+        done |= ready
+
+
+def modules_after(statement: str) -> set[str]:
+    script = f"{statement}; import sys; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def test_importing_altgrad_imports_torch_and_nothing_more() -> None:
+    added = modules_after("import torch, altgrad") - modules_after("import torch")
+    foreign = {name for name in added if name.split(".")[0] != "altgrad"}
+    # Standard library modules that torch happens not to have imported yet are no cost.
+    heavy = {name for name in foreign if name.split(".")[0] not in sys.stdlib_module_names}
+    assert heavy == set()
+
+
+@pytest.mark.parametrize("heavy", ["pytorch_lightning", "lightning", "matplotlib", "tensorboard"])
+def test_importing_altgrad_does_not_import(heavy: str) -> None:
+    assert heavy not in {name.split(".")[0] for name in modules_after("import altgrad")}
