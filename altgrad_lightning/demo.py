@@ -54,7 +54,7 @@ def demo(
     monitor = PrecisionMonitor(_FORMATS)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # no advertisements
     trainer = pl.Trainer(
-        max_steps=steps,
+        max_epochs=1,
         accelerator="cpu",
         logger=logger,
         callbacks=[monitor],

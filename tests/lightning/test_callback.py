@@ -1,0 +1,358 @@
+"""`PrecisionMonitor`: what it logs, that it is true, and that training does not notice it."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from altgrad import FloatFormat, measure
+from altgrad_lightning import PrecisionMonitor
+
+PER_FORMAT = (
+    *("kept_update_ratio", "stall_frac", "stiffness_mean", "grid_error_mean", "on_grid_frac"),
+    *("grad_stiff_correlation", "grad_below_stiffness_frac"),
+)
+PER_TENSOR = ("update_rms", "update_weight_ratio", "ulp_mean", "ulp_zero_frac")
+
+
+class RecordingAdamW(torch.optim.AdamW):
+    """The truth: what each step found and left, seen from inside the optimizer."""
+
+    steps: list[list[tuple[Tensor, Tensor, Tensor]]]
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        taken: list[list[Tensor]] = []
+        parameters = self.param_groups[0]["params"]
+
+        def recording_closure() -> Any:
+            loss = closure() if closure else None
+            taken[:] = [
+                [p.detach().clone(), p.grad.clone()] for p in parameters if p.grad is not None
+            ]
+            return loss
+
+        result = super().step(recording_closure)
+        after = [p.detach().clone() for p in parameters if p.grad is not None]
+        self.steps.append([(b, a, g) for (b, g), a in zip(taken, after, strict=True)])
+        return result
+
+
+class Net(pl.LightningModule):
+    def __init__(self, depth: int = 2, optimizer: type[torch.optim.AdamW] = torch.optim.AdamW):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(depth)), nn.LayerNorm(8))
+        self.optimizer_class = optimizer
+
+    def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
+        loss = self.layers(batch[0]).square().mean() + self.layers(batch[0]).sum()
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = self.optimizer_class(self.parameters(), lr=1e-3)
+        optimizer.steps = []
+        return optimizer
+
+
+def batches(count: int) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(1)
+    return DataLoader(TensorDataset(torch.randn(4 * count, 8, generator=generator)), batch_size=4)
+
+
+def trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    defaults = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "logger": TensorBoardLogger(folder),
+        "log_every_n_steps": 2,
+        "callbacks": list(callbacks),
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(**(defaults | options))
+
+
+def logged(folder: str) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(folder).Reload()
+    tags = events.Tags()["scalars"]
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+
+
+def fit(folder: Path, monitor: PrecisionMonitor, steps: int = 6, **options: Any) -> pl.Trainer:
+    torch.manual_seed(0)
+    run = trainer(folder, monitor, **options)
+    run.fit(Net(), batches(steps))
+    return run
+
+
+def test_the_event_file_holds_the_metrics_under_the_designed_keys(tmp_path: Path) -> None:
+    monitor = PrecisionMonitor()
+    run = fit(tmp_path, monitor)
+    scalars = logged(run.logger.log_dir)
+    layers = [name for name, _ in Net().named_parameters()]
+    expected = {f"altgrad/{metric}/{layer}" for metric in PER_TENSOR for layer in layers}
+    expected |= {
+        f"altgrad/{metric}/{format}/{layer}"
+        for metric in PER_FORMAT
+        for format in ("bf16", "e4m3fn", "e5m2")
+        for layer in layers
+    }
+    assert {tag for tag in scalars if tag.startswith("altgrad/")} == expected
+    step, stalled = scalars["altgrad/stall_frac/bf16/layers.2.weight"][-1]
+    assert stalled == 1.0  # a LayerNorm gain
+    assert step == monitor.latest_step
+    kept = scalars["altgrad/kept_update_ratio/e4m3fn/layers.0.weight"][-1][1]
+    assert kept == pytest.approx(monitor.latest["layers.0.weight"]["kept_update_ratio/e4m3fn"])
+
+
+def test_steps_are_those_at_which_lightning_logs_the_loss(tmp_path: Path) -> None:
+    run = fit(tmp_path, PrecisionMonitor())
+    scalars = logged(run.logger.log_dir)
+    steps = [step for step, _ in scalars["loss"]]
+    assert steps == [1, 3, 5]
+    assert [step for step, _ in scalars["altgrad/stall_frac/bf16/layers.0.weight"]] == steps
+
+
+def test_steps_are_those_of_the_loss_with_accumulation_too(tmp_path: Path) -> None:
+    run = fit(tmp_path, PrecisionMonitor(), accumulate_grad_batches=2, log_every_n_steps=1)
+    scalars = logged(run.logger.log_dir)
+    loss_steps = [step for step, _ in scalars["loss"]]
+    own_steps = [step for step, _ in scalars["altgrad/stall_frac/bf16/layers.0.weight"]]
+    assert own_steps == loss_steps == [0, 1, 2]
+
+
+def test_every_n_steps_is_independent_of_the_trainer(tmp_path: Path) -> None:
+    run = fit(tmp_path, PrecisionMonitor(every_n_steps=3))
+    own = logged(run.logger.log_dir)["altgrad/stall_frac/bf16/layers.0.weight"]
+    assert [step for step, _ in own] == [2, 5]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_clip_val": 0.05},
+        {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+        {"accumulate_grad_batches": 2},
+        {"precision": "bf16-mixed"},
+        {"precision": "64-true"},
+        {"precision": "bf16-true"},
+    ],
+    ids=str,
+)
+def test_figures_are_those_of_the_step_that_happened(tmp_path: Path, options: Any) -> None:
+    """Weights and gradients, clipped and accumulated, as the optimizer itself recorded them."""
+    torch.manual_seed(0)
+    monitor = PrecisionMonitor(every_n_steps=1)
+    run = trainer(tmp_path, monitor, **options)
+    module = Net(optimizer=RecordingAdamW)
+    run.fit(module, batches(6))
+    truth = run.optimizers[0].steps[-1]
+    names = [name for name, _ in module.named_parameters()]
+    assert list(monitor.latest) == names
+    for name, (before, after, gradient) in zip(names, truth, strict=True):
+        expected = measure(before, after, gradient)
+        assert monitor.latest[name] == pytest.approx(expected, nan_ok=True, rel=0, abs=0), name
+
+
+def test_training_is_bit_identical_with_and_without(tmp_path: Path) -> None:
+    final = []
+    for callbacks in ([], [PrecisionMonitor(every_n_steps=1)]):
+        torch.manual_seed(0)
+        module = Net()
+        trainer(tmp_path, *callbacks, gradient_clip_val=0.1).fit(module, batches(6))
+        final.append([p.detach().clone() for p in module.parameters()])
+        final[-1].append(torch.rand(3))  # the global generator is where it was
+    assert all(torch.equal(a, b) for a, b in zip(*final, strict=True))
+
+
+def test_at_most_layer_charts_layers_the_worst_and_fixed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    monitor = PrecisionMonitor(layer_charts=2, formats=["bf16"])
+    run = trainer(tmp_path, monitor)
+    run.fit(Net(depth=4), batches(6))
+    tags = [tag for tag in logged(run.logger.log_dir) if tag.startswith("altgrad/stall_frac/")]
+    assert len(tags) == 2
+    assert "altgrad/stall_frac/bf16/layers.4.weight" in tags  # the frozen gain keeps nothing
+    assert len(monitor.latest) == 10
+
+
+def test_default_board_stays_small_for_a_deep_model(tmp_path: Path) -> None:
+    run = trainer(tmp_path, PrecisionMonitor())
+    run.fit(Net(depth=60), batches(2))
+    own = [tag for tag in logged(run.logger.log_dir) if tag.startswith("altgrad/")]
+    assert len(own) == 8 * (len(PER_TENSOR) + 3 * len(PER_FORMAT)) == 200
+
+
+def test_a_step_that_is_not_due_copies_nothing(tmp_path: Path, monkeypatch: Any) -> None:
+    taken = []
+    monkeypatch.setattr(PrecisionMonitor, "_take_snapshots", lambda *_: taken.append(1))
+    fit(tmp_path, PrecisionMonitor(every_n_steps=3), steps=6)
+    assert len(taken) == 2
+
+
+def hooks_of(run: pl.Trainer) -> int:
+    optimizer = run.optimizers[0]
+    return len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+
+
+def test_nothing_is_left_behind_after_a_run_or_an_exception(tmp_path: Path) -> None:
+    class Failing(Net):
+        def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
+            if batch_index == 3:
+                raise KeyError("the user's own error")
+            return super().training_step(batch, batch_index)
+
+    for module in (Net(), Failing()):
+        monitor = PrecisionMonitor(every_n_steps=1)
+        run = trainer(tmp_path, monitor)
+        try:
+            run.fit(module, batches(6))
+        except KeyError:
+            assert isinstance(module, Failing)
+        assert hooks_of(run) == 0
+        assert not monitor._snapshots
+        assert not monitor._names
+        assert monitor.latest_step == (2 if isinstance(module, Failing) else 5)
+
+
+def test_fitting_twice_observes_both_times_without_doubling(tmp_path: Path) -> None:
+    monitor = PrecisionMonitor()
+    for _ in range(2):
+        run = fit(tmp_path, monitor)
+        assert monitor.latest_step == 5
+        assert hooks_of(run) == 0
+
+
+def test_a_fault_of_its_own_warns_once_and_training_goes_on(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    def broken(*_: Any) -> dict[str, float]:
+        raise RuntimeError("broken on purpose")
+
+    monitor = PrecisionMonitor(every_n_steps=1)
+    monkeypatch.setattr("altgrad_lightning.callback.measure", broken)
+    with pytest.warns(UserWarning, match="fault of its own.*broken on purpose") as warnings:
+        run = fit(tmp_path, monitor)
+    assert len([w for w in warnings if "fault of its own" in str(w.message)]) == 1
+    assert run.global_step == 6
+    assert hooks_of(run) == 0
+
+
+def test_a_step_without_gradients_is_not_a_stall(tmp_path: Path) -> None:
+    class Silent(Net):
+        def training_step(self, batch: list[Tensor], batch_index: int) -> Any:
+            return None if batch_index == 3 else super().training_step(batch, batch_index)
+
+    run = trainer(tmp_path, PrecisionMonitor(every_n_steps=1))
+    with pytest.warns(UserWarning, match="returned `None`"):
+        run.fit(Silent(), batches(6))
+    stalls = logged(run.logger.log_dir)["altgrad/stall_frac/e5m2/layers.0.weight"]
+    assert [step for step, _ in stalls] == [0, 1, 2, 4, 5]
+
+
+def test_frozen_unused_and_integer_parameters(tmp_path: Path) -> None:
+    class Odd(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers[0].weight.requires_grad_(False)
+            self.unused = nn.Parameter(torch.ones(3))
+            self.counts = nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False)
+            self.wave = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+
+    monitor = PrecisionMonitor()
+    run = trainer(tmp_path, monitor)
+    with pytest.warns(UserWarning, match=r"other dtypes: \['wave'\]"):
+        run.fit(Odd(), batches(6))
+    assert list(monitor.latest) == [
+        *("layers.0.bias", "layers.1.weight", "layers.1.bias", "layers.2.weight", "layers.2.bias")
+    ]
+
+
+def test_manual_optimization_without_and_with_closure(tmp_path: Path) -> None:
+    class Manual(Net):
+        def __init__(self) -> None:
+            super().__init__(optimizer=RecordingAdamW)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], batch_index: int) -> None:
+            optimizer = self.optimizers()
+
+            def closure() -> Tensor:
+                optimizer.zero_grad()
+                loss = self.layers(batch[0]).sum()
+                self.manual_backward(loss)
+                return loss
+
+            if batch_index % 2:
+                optimizer.step(closure=closure)
+            else:
+                closure()
+                optimizer.step()
+
+    for steps in (5, 6):  # the last step is one without, then one with a closure
+        monitor = PrecisionMonitor(every_n_steps=1)
+        run = trainer(tmp_path, monitor)
+        run.fit(Manual(), batches(steps))
+        before, after, gradient = run.optimizers[0].steps[-1][0]
+        expected = measure(before, after, gradient)
+        assert monitor.latest["layers.0.weight"] == pytest.approx(expected, nan_ok=True, abs=0)
+
+
+def test_runs_that_it_cannot_observe_are_told_once(tmp_path: Path) -> None:
+    scaler = torch.amp.GradScaler("cpu")
+    precision = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    monitor = PrecisionMonitor()
+    with pytest.warns(UserWarning, match="does not observe this run: its gradients are scaled"):
+        run = fit(tmp_path, monitor, plugins=[precision])
+    assert monitor.latest == {}
+    assert run.global_step == 6
+
+
+@pytest.mark.parametrize("logger", [False, "csv"])
+def test_other_loggers_and_none(tmp_path: Path, logger: Any) -> None:
+    if logger == "csv":
+        logger = CSVLogger(tmp_path)
+    monitor = PrecisionMonitor()
+    run = fit(tmp_path, monitor, logger=logger)
+    assert monitor.latest_step == 5
+    if logger:
+        text = Path(run.logger.log_dir, "metrics.csv").read_text()
+        assert "altgrad/stall_frac/bf16/layers.0.weight" in text.splitlines()[0]
+
+
+def test_fast_dev_run(tmp_path: Path) -> None:
+    run = fit(tmp_path, PrecisionMonitor(every_n_steps=1), fast_dev_run=2)
+    assert run.global_step == 2
+
+
+def test_a_format_of_ones_own_and_unscaled(tmp_path: Path) -> None:
+    monitor = PrecisionMonitor([FloatFormat("mine", 3, 2, 3)], scaling=None)
+    fit(tmp_path, monitor)
+    assert not math.isnan(monitor.latest["layers.0.weight"]["stall_frac/mine"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"formats": []}, r"formats=\[\]: expected a list of one or more"),
+        ({"formats": "bf16"}, "formats='bf16': expected a list"),
+        ({"formats": ["bf17"]}, "nearest: bf16"),
+        ({"every_n_steps": 0}, "every_n_steps=0: expected 1 or more"),
+        ({"layer_charts": -1}, "layer_charts=-1: expected 0 or more"),
+        ({"scaling": "row"}, "scaling='row': expected"),
+    ],
+    ids=str,
+)
+def test_wrong_configuration_fails_at_construction(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PrecisionMonitor(**arguments)

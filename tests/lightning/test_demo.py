@@ -1,0 +1,101 @@
+"""`altgrad demo`: a short run of it, its table, its picture and its event file."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from altgrad_lightning import demo as demo_module
+from altgrad_lightning.demo import CharacterTransformer, demo, standard_library_text
+
+FORMATS = ("bf16", "e4m3fn", "e5m2")
+
+
+@pytest.fixture(scope="module")
+def run_of_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "120")
+        patch.setattr(demo_module, "_BATCH", 2)
+        demo(steps=20, folder=folder, seed=0)
+    return folder
+
+
+def test_the_event_file_holds_the_metrics_of_at_most_eight_layers(run_of_the_demo: Path) -> None:
+    (events,) = run_of_the_demo.glob("version_0/events.*")
+    accumulator = EventAccumulator(str(events)).Reload()
+    tags = accumulator.Tags()["scalars"]
+    per_format = (
+        *("stall_frac", "kept_update_ratio"),  # what the tool is about
+        *("stiffness_mean", "grid_error_mean", "on_grid_frac"),  # DIAG-01, 02
+        *("grad_stiff_correlation", "grad_below_stiffness_frac"),  # DIAG-04
+    )
+    for metric in per_format:
+        for format in FORMATS:
+            charted = [tag for tag in tags if tag.startswith(f"altgrad/{metric}/{format}/")]
+            assert len(charted) == 8, metric
+    for metric in ("ulp_mean", "ulp_zero_frac"):  # DIAG-03
+        assert len([tag for tag in tags if tag.startswith(f"altgrad/{metric}/")]) == 8
+    assert [e.step for e in accumulator.Scalars("loss")] == [9, 19]
+    stalls = accumulator.Scalars("altgrad/stall_frac/bf16/norm.weight")
+    assert [(e.step, e.value) for e in stalls] == [(9, 1.0), (19, 1.0)]
+
+
+def test_there_is_a_picture(run_of_the_demo: Path) -> None:
+    (picture,) = run_of_the_demo.glob("version_0/formats.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_terminal_shows_every_layer_and_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(demo_module, "_BATCH", 2)
+    demo(steps=10, folder=tmp_path, seed=1)
+    shown = capsys.readouterr().out
+    for name, _ in CharacterTransformer().named_parameters():
+        (row,) = re.findall(rf"^\s*{re.escape(name)} .*", shown, flags=re.MULTILINE)
+        assert len(re.findall(r"\d %|–", row)) == 3, row
+        assert len(row) <= 80
+    assert f"tensorboard --logdir {tmp_path}" in shown
+    assert "bf16   would freeze 7 of 41 layers" in shown
+
+
+def test_the_model_has_the_size_and_the_layernorms_it_is_to_show() -> None:
+    model = CharacterTransformer()
+    assert 500_000 <= sum(p.numel() for p in model.parameters()) <= 1_000_000
+    assert sum(isinstance(m, torch.nn.LayerNorm) for m in model.modules()) == 7
+
+
+def test_the_model_cannot_see_the_characters_that_it_predicts() -> None:
+    torch.manual_seed(0)
+    model = CharacterTransformer().eval()
+    text = torch.randint(128, (1, 128))
+    changed = text.clone()
+    changed[0, 100:] = 0
+
+    def hidden(batch: torch.Tensor) -> torch.Tensor:
+        return model.blocks(model.characters(batch) + model.positions.weight)
+
+    assert torch.allclose(hidden(text)[0, :100], hidden(changed)[0, :100], atol=1e-5)
+    assert not torch.allclose(hidden(text)[0, 100:], hidden(changed)[0, 100:], atol=1e-5)
+
+
+def test_the_text_is_source_in_ascii_and_always_the_same() -> None:
+    text = standard_library_text(100_000)
+    assert len(text) == 100_000
+    assert text.isascii()
+    assert b"import " in text
+    assert text == standard_library_text(100_000)
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [(0.0, "0 %"), (0.001, "<1 %"), (0.5, "50 %"), (0.999, ">99 %"), (1.0, "100 %")],
+)
+def test_percent_says_all_and_none_only_where_it_is_so(share: float, shown: str) -> None:
+    assert demo_module._percent(share) == shown
+    assert demo_module._percent(math.nan) == "–"
