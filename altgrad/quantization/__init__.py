@@ -32,7 +32,8 @@ from altgrad.quantization.formats import (
     FP8Format,
     get_format,
 )
-from altgrad.quantization.ops import Rounding, quantize, spacing
+from altgrad.quantization.kernel import Rounding
+from altgrad.quantization.ops import quantize, spacing
 from altgrad.quantization.scaling import Scaling, compute_scale
 
 __all__ = [

@@ -42,9 +42,9 @@ def compute_scale(
             ``("block", size)``, one per `size` neighbours along the last dimension, the tail
             padded with zeros. A tensor without dimensions is one channel and one block.
         power_of_two: ``True`` rounds up to ``2**ceil(log2(amax / max))``, so that nothing clips.
-            ``"floor"`` is the rule of OCP's MX formats, ``2**(floor(log2(amax)) - emax)``, under
-            which the top of a block may clip. ``False`` is ``amax / max``: not a power of two, so
-            that quantize divides inexactly.
+            ``"floor"`` is the rule of OCP's MX formats, ``2**(floor(log2(amax)) -
+            floor(log2(max)))``, under which the top of a block may clip. ``False`` is
+            ``amax / max``: not a power of two, so that quantize divides inexactly.
 
     Returns:
         float32 (float64 for float64 x) on x's device, without a gradient: no dimensions for
@@ -60,7 +60,7 @@ def compute_scale(
     """
     format = get_format(format)
     check_input(x)
-    if power_of_two not in (True, False, "floor"):
+    if not isinstance(power_of_two, bool) and power_of_two != "floor":
         raise ValueError(f"power_of_two={power_of_two!r}: expected True, False or 'floor'")
     magnitude = x.detach().abs().to(full_dtype(x))
     magnitude = torch.where(magnitude.isfinite(), magnitude, 0.0)
@@ -107,10 +107,9 @@ def _max_or_zero(rows: Tensor) -> Tensor:
 def _power_of_two_scale(amax: Tensor, format: FloatFormat, *, round_up: bool) -> Tensor:
     """By exponents alone: a quotient amax / max could round to a power of two and hide the rest."""
     significand, exponent = torch.frexp(amax)  # amax = significand · 2**exponent, from [0.5, 1)
+    top_significand, top_exponent = math.frexp(format.max)
+    exponent = exponent - top_exponent
     if round_up:
-        top_significand, top_exponent = math.frexp(format.max)
-        exponent = exponent - top_exponent + (significand > top_significand).int()
-    else:
-        exponent = exponent - 1 - format.emax
+        exponent += (significand > top_significand).int()
     float32_bits = (exponent.clamp_(_SMALLEST_EXPONENT, _LARGEST_EXPONENT) + 127) << 23
     return float32_bits.view(torch.float32).to(amax.dtype)
