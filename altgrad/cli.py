@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
-from typing import cast
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import typer
 
 COMMANDS = "altgrad.commands"
 """The entry-point group of further commands, `altgrad demo` among them."""
@@ -27,56 +29,68 @@ def main() -> None:
     )
     app.command()(formats)
     for command in entry_points(group=COMMANDS):
-        app.command(command.name)(_load(command))
+        # Only the one that is called is imported; the help shows them all.
+        if sys.argv[1:2] in ([], ["--help"], [command.name]):
+            _add(app, command)
     app.callback()(lambda: None)  # so that a single command keeps its name
     app()
 
 
-def _load(command: EntryPoint) -> Callable[..., None]:
-    """The command's function, or one that says which packages are missing."""
+def _add(app: typer.Typer, command: EntryPoint) -> None:
     try:
-        return cast(Callable[..., None], command.load())
-    except ImportError as missing:
-        message = f"altgrad {command.name} needs more packages ({missing}): {_REMEDY}"
+        app.command(command.name)(command.load())
+    except Exception as fault:  # noqa: BLE001 - a broken package must not take the others along
+        message = f"altgrad {command.name} cannot be loaded ({fault!r}): {_REMEDY}"
 
-    def unavailable() -> None:
-        sys.exit(message)
+        def unavailable() -> None:
+            sys.exit(message)
 
-    unavailable.__doc__ = f"Not available here: {_REMEDY}."
-    return unavailable
+        any_arguments = {"ignore_unknown_options": True, "allow_extra_args": True}
+        about = f"Not available here: {_REMEDY}."
+        app.command(command.name, help=about, context_settings=any_arguments)(unavailable)
 
 
 def formats() -> None:
     """Print the named number formats and their range and precision."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     from altgrad.quantization import FORMATS
 
-    table = Table(title="Formats", caption="E, M: exponent and mantissa bits; eps = 2^-M")
-    table.add_column("name", style="bold")
-    for heading in ("bits", "E", "M", "bias", "max", "smallest normal", "smallest", "eps"):
-        table.add_column(heading, justify="right")
-    table.add_column("has")
-    table.add_column("torch dtype")
+    table = Table(
+        title="Formats",
+        caption="E, M: exponent and mantissa bits; eps: the step above 1; 2^n: powers of two",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("\nname", style="bold", no_wrap=True)
+    for heading in (
+        "\nbits",
+        "\nE",
+        "\nM",
+        "\nbias",
+        "\nmax",
+        "smallest\nnormal",
+        "\nsmallest",
+        "\neps",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("\nhas", no_wrap=True)
     for format in FORMATS.values():
-        specials = {
-            "inf": format.has_inf,
-            "nan": format.has_nan,
-            "-0": format.has_negative_zero,
-        }
+        specials = {"inf": format.has_inf, "nan": format.has_nan}
         table.add_row(
             format.name,
             str(format.bits),
             str(format.exponent_bits),
             str(format.mantissa_bits),
             str(format.bias),
-            f"{format.max:.6g}",
+            f"{format.max:.5g}",
             # With E = 0 nothing is normal: a number there would mislead.
-            f"{format.smallest_normal:.4g}" if format.exponent_bits else "none",
-            f"{format.smallest_subnormal:.4g}",
-            f"{format.eps:.4g}",
+            f"2^{format.emin}" if format.exponent_bits else "none",
+            f"2^{format.emin - format.mantissa_bits}",
+            f"2^{-format.mantissa_bits}",
             " ".join(name for name, has in specials.items() if has),
-            str(format.torch_dtype or "").removeprefix("torch."),
         )
     Console().print(table)

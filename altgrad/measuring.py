@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from altgrad.quantization.advanced_diagnostics import (
     ulp_statistics,
 )
 from altgrad.quantization.diagnostics import check_pair, effective_update, visible_mask
-from altgrad.quantization.formats import FloatFormat, get_format
+from altgrad.quantization.formats import FloatFormat, get_formats
 from altgrad.quantization.ops import spacing
 from altgrad.quantization.scaling import Scaling, compute_scale
 
@@ -25,28 +25,30 @@ def measure(
     before: Tensor,
     after: Tensor,
     gradient: Tensor | None = None,
-    formats: Sequence[str | torch.dtype | FloatFormat] = DEFAULT_FORMATS,
+    formats: str | FloatFormat | Iterable[str | torch.dtype | FloatFormat] = DEFAULT_FORMATS,
     scaling: Scaling | None = "tensor",
 ) -> dict[str, float]:
     """What one optimizer step did to one tensor, and what each format would have kept of it.
 
     Everything is computed in float64 over the elements that are finite before, after and in the
     gradient; the others are counted in ``nonfinite_frac`` alone. A figure that has no value is
-    NaN: nothing moved, no gradient, no element. Where the weights are already stored at or below
-    a format's precision (bf16 weights judged for bf16), updates that stalled can no longer be
-    seen, and the what-if figures of that format are NaN; ``unmoved_frac`` is the one to read.
+    NaN: nothing moved, no gradient, no element. (Values whose squares leave float64 give inf or
+    0.) Where the weights are already stored at or below a format's precision (bf16 weights judged
+    for bf16), updates that stalled can no longer be seen, and the what-if figures of that format
+    are NaN; ``unmoved_frac`` is the one to read.
 
     Args:
         before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
         after: The same weights after it, of the same dtype.
         gradient: The gradient as the optimizer applied it: unscaled and clipped. Without it the
             figures that need it are left out.
-        formats: Formats or their names.
+        formats: Formats or their names, one or several.
         scaling: Which elements share an amax scale, as in `compute_scale`, taken from `before`
             and kept for both sides of the step; None judges the formats unscaled.
 
     Returns:
-        Figures by key: ``metric`` for the tensor, ``metric/format`` for each format.
+        Figures by key: ``metric`` for the tensor, ``metric/format`` for each format, under the
+        format's own name: ``stall_frac/e4m3fn`` also where it was asked for as ``"e4m3"``.
 
         For the tensor: ``weight_rms``, ``update_rms``, ``gradient_rms``, ``update_weight_ratio``
         (norm of the update over that of the weights), ``zero_update_frac``,
@@ -63,7 +65,8 @@ def measure(
 
     Raises:
         TypeError: Not floating-point tensors, or before and after of different dtypes.
-        ValueError: Shapes that differ, an unknown format, or a wrong scaling.
+        ValueError: Shapes that differ, an unknown format, two formats of one name, or a wrong
+            scaling.
 
     Example:
         >>> import torch
@@ -80,7 +83,7 @@ def measure(
         check_pair("before", before, "gradient", gradient)
         finite &= gradient.isfinite()
     figures = _figures_of_tensor(before, after, gradient, finite)
-    for format in map(get_format, formats):
+    for format in get_formats(formats):
         scale = 1.0 if scaling is None else compute_scale(before, format, scaling=scaling)
         of_format = {
             **_what_if(before, after, finite, format, scale),
@@ -171,5 +174,5 @@ def _share(mask: Tensor) -> float:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> float:
-    """The quotient; NaN where both are zero or there was nothing to sum."""
-    return (numerator / denominator).item()
+    """The quotient; NaN where the denominator is zero."""
+    return (numerator / denominator).item() if denominator != 0 else torch.nan

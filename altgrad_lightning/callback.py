@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +13,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from altgrad import FloatFormat, get_format, measure
-from altgrad.quantization import Scaling
+from altgrad import FloatFormat, measure
+from altgrad.quantization import Scaling, get_formats
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 LayerFigures = dict[str, dict[str, float]]
 """What `altgrad.measure` returned, by layer."""
 
 # What a charted layer shows; all of `measure` is in `PrecisionMonitor.latest`.
-_CHARTED = ("update_rms", "update_weight_ratio", "ulp_mean", "ulp_zero_frac")
+_CHARTED = ("update_rms", "update_weight_ratio", "unmoved_frac", "ulp_mean", "ulp_zero_frac")
 _CHARTED_PER_FORMAT = (
     "kept_update_ratio",
     "stall_frac",
@@ -48,8 +50,8 @@ class PrecisionMonitor(Callback):
 
     This version copies the model once per observed step and observes automatic and manual
     optimization on one device. It does not observe, and says so once, steps under a gradient
-    scaler, strategies with more than one process, and parameters that are sparse or not
-    floating-point.
+    scaler, strategies with more than one process, sparse gradients, parameters that are not
+    floating-point or that the module gets during the run, and optimizers that are replaced.
 
     Logged keys are ``altgrad/{metric}/{layer}`` and ``altgrad/{metric}/{format}/{layer}``, at the
     step at which Lightning logs what the module logs.
@@ -57,8 +59,9 @@ class PrecisionMonitor(Callback):
     Args:
         formats: Formats to judge, as `FloatFormat` or by name. Defaults to bf16 and the two FP8
             formats in use.
-        every_n_steps: Observe each n-th optimizer step; None follows the Trainer's
-            ``log_every_n_steps``, so that the charts have the points of the loss.
+        every_n_steps: Observe the optimizer step of each n-th batch that steps (in manual
+            optimization, of each n-th batch); None follows the Trainer's ``log_every_n_steps``,
+            so that the charts have the points of the loss.
         scaling: Which elements share an amax scale, as in `altgrad.quantization.compute_scale`;
             per tensor by default, as FP8 training does. None judges the formats unscaled.
         layer_charts: How many layers are charted: those that keep least of their update at the
@@ -71,52 +74,55 @@ class PrecisionMonitor(Callback):
         latest_step: The step that `latest` was logged at; None before the first.
 
     Raises:
-        ValueError: No or unknown formats, or a number below 1 (0 for `layer_charts`).
+        ValueError: No, unknown or equally named formats, a wrong scaling, or a number below 1 (0
+            for `layer_charts`).
+        TypeError: A number that is not an int.
     """
 
     def __init__(
         self,
-        formats: Sequence[str | FloatFormat] = ("bf16", "e4m3fn", "e5m2"),
+        formats: str | FloatFormat | Sequence[str | FloatFormat] = ("bf16", "e4m3fn", "e5m2"),
         every_n_steps: int | None = None,
         *,
         scaling: Scaling | None = "tensor",
         layer_charts: int = 8,
     ) -> None:
-        if not formats or isinstance(formats, str):
-            raise ValueError(f"formats={formats!r}: expected a list of one or more formats")
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps}: expected 1 or more, or None")
-        if layer_charts < 0:
-            raise ValueError(f"layer_charts={layer_charts}: expected 0 or more")
-        self.formats = tuple(get_format(format) for format in formats)
+        self.formats = get_formats(formats)
+        if not self.formats:
+            raise ValueError(f"formats={formats!r}: expected one or more formats")
+        if every_n_steps is not None:
+            _check_count("every_n_steps", every_n_steps, at_least=1)
+        _check_count("layer_charts", layer_charts, at_least=0)
+        # Not in the middle of a training: a wrong scaling is an error here.
+        measure(torch.ones(1), torch.ones(1), formats=self.formats, scaling=scaling)
         self.every_n_steps = every_n_steps
         self.scaling = scaling
         self.layer_charts = layer_charts
-        # Not in the middle of a training: a wrong scaling is an error here.
-        measure(torch.ones(1), torch.ones(1), formats=self.formats, scaling=scaling)
 
         self.latest: LayerFigures = {}
         self.latest_step: int | None = None
         self._charted_layers: tuple[str, ...] | None = None
+        self._trainer: Trainer | None = None  # while it observes
+        self._every = 0
         self._names: dict[Tensor, str] = {}
         self._snapshots: dict[str, _Snapshot] = {}
         self._measured: LayerFigures = {}
-        self._is_due: Callable[[], bool] = lambda: False
         self._handles: list[RemovableHandle] = []
+        self._told: set[str] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()
+        self.latest, self.latest_step, self._charted_layers = {}, None, None
         if reason := _cannot_observe(trainer):
-            rank_zero_warn(f"PrecisionMonitor does not observe this run: {reason}")
+            self._tell(f"does not observe this run: {reason}")
             return
         named = dict(pl_module.named_parameters())
-        self._names = {p: name for name, p in named.items() if _can_measure(p)}
-        if skipped := [
-            name for name, p in named.items() if p.requires_grad and p not in self._names
-        ]:
-            rank_zero_warn(f"PrecisionMonitor leaves out parameters of other dtypes: {skipped}")
-        every: int = self.every_n_steps or getattr(trainer, "log_every_n_steps", None) or 0
-        self._is_due = lambda: every > 0 and (_logged_step(trainer) + 1) % every == 0
+        self._names = {p: name for name, p in named.items() if p.dtype in _DTYPES}
+        if others := [n for n, p in named.items() if p.requires_grad and p not in self._names]:
+            self._tell(f"leaves out parameters of other dtypes: {others}")
+        self._tell_of_coarse_weights()
+        self._trainer = trainer
+        self._every = self.every_n_steps or getattr(trainer, "log_every_n_steps", None) or 0
         for optimizer in trainer.optimizers:
             self._handles += [
                 optimizer.register_step_pre_hook(self._before_step),
@@ -135,6 +141,8 @@ class PrecisionMonitor(Callback):
             logger.log_metrics(charts, step=self.latest_step)
 
     def on_train_end(self, *_: Any) -> None:
+        if self._trainer is not None and self._trainer.global_step and self.latest_step is None:
+            self._tell(f"observed no step: none fell on an observed batch (every {self._every})")
         self._detach()
 
     def on_exception(self, *_: Any) -> None:
@@ -147,9 +155,31 @@ class PrecisionMonitor(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._trainer = None
         self._names.clear()
         self._snapshots.clear()
         self._measured.clear()
+
+    def _tell(self, message: str) -> None:
+        """Warn, once in the life of this callback."""
+        if message not in self._told:
+            self._told.add(message)
+            rank_zero_warn(f"PrecisionMonitor {message}")
+
+    def _tell_of_coarse_weights(self) -> None:
+        for dtype in sorted({p.dtype for p in self._names}, key=str):
+            coarse = [f.name for f in self.formats if torch.finfo(dtype).eps >= f.eps]
+            if coarse:
+                self._tell(
+                    f"cannot judge {', '.join(coarse)} for weights already stored in {dtype}: "
+                    "updates that stalled are no longer there to see, and those figures are NaN. "
+                    "Read unmoved_frac"
+                )
+
+    def _is_due(self) -> bool:
+        if self._trainer is None or self._every == 0:
+            return False
+        return (_logged_step(self._trainer) + 1) % self._every == 0
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -179,31 +209,44 @@ class PrecisionMonitor(Callback):
 
     @torch.no_grad()
     def _take_snapshots(self, optimizer: Optimizer) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
+        try:
+            for name, parameter in self._parameters_of(optimizer):
                 gradient = parameter.grad
-                if gradient is None or parameter not in self._names or gradient.is_sparse:
+                if gradient is None:
                     continue
-                self._snapshots[self._names[parameter]] = _Snapshot(
+                if gradient.layout != torch.strided:
+                    self._tell(f"leaves out {name}: its gradient is sparse")
+                    continue
+                self._snapshots[name] = _Snapshot(
                     parameter.detach().clone(), gradient.detach().clone()
                 )
+        except Exception as fault:  # noqa: BLE001 - whatever it is, it is not the training's
+            self._stop(fault)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Measure; a fault in here must not end the training, so that it is told and left."""
         snapshots, self._snapshots = self._snapshots, {}
         try:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    name = self._names.get(parameter)
-                    if name is None or name not in snapshots:
-                        continue
+            for name, parameter in self._parameters_of(optimizer):
+                if name in snapshots:
                     weights, gradient = snapshots[name]
                     self._measured[name] = measure(
                         weights, parameter.detach(), gradient, self.formats, self.scaling
                     )
         except Exception as fault:  # noqa: BLE001 - whatever it is, it is not the training's
-            self._detach()
-            rank_zero_warn(f"PrecisionMonitor stops observing after a fault of its own: {fault!r}")
+            self._stop(fault)
+
+    def _parameters_of(self, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter in self._names:
+                    yield self._names[parameter], parameter
+
+    def _stop(self, fault: Exception) -> None:
+        """Observe no more. The hooks stay until the end: torch may be calling them just now."""
+        self._trainer = None
+        self._snapshots.clear()
+        self._measured.clear()
+        self._tell(f"stops observing after a fault of its own: {fault!r}")
 
 
 def _logged_step(trainer: Trainer) -> int:
@@ -222,13 +265,11 @@ def _cannot_observe(trainer: Trainer) -> str | None:
     return None
 
 
-def _can_measure(parameter: Tensor) -> bool:
-    return parameter.requires_grad and parameter.dtype in (
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-        torch.float64,
-    )
+def _check_count(name: str, value: int, *, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: expected an int")
+    if value < at_least:
+        raise ValueError(f"{name}={value}: expected {at_least} or more")
 
 
 def _worst_layers(

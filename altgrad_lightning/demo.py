@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -42,6 +44,10 @@ def demo(
     and a picture.
     """
     console = Console()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"cannot write to folder {folder}: {error}")
     pl.seed_everything(seed, verbose=False)
     text = standard_library_text()
     model = CharacterTransformer()
@@ -76,7 +82,7 @@ def demo(
     picture = Path(logger.log_dir) / "formats.png"
     draw_layers(monitor.latest, monitor.latest_step, picture)
     console.print(f"Picture:     {picture}", soft_wrap=True)
-    console.print(f"TensorBoard: tensorboard --logdir {folder}", soft_wrap=True)
+    console.print(f"TensorBoard: tensorboard --logdir {shlex.quote(str(folder))}", soft_wrap=True)
 
 
 def standard_library_text(max_bytes: int = 2_000_000) -> bytes:

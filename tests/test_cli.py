@@ -11,21 +11,23 @@ from altgrad.quantization import FORMATS
 def run(*arguments: str, setup: str = "") -> subprocess.CompletedProcess[str]:
     script = f"{setup}\nimport sys; sys.argv = ['altgrad', *{list(arguments)!r}]\n"
     script += "from altgrad.cli import main; main()"
-    environment = {"COLUMNS": "140", "PATH": ""}
+    environment = {"COLUMNS": "80", "PATH": ""}
     return subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
     )
 
 
-def test_formats_prints_every_format_with_its_maximum() -> None:
+def test_formats_prints_every_format_in_80_columns() -> None:
     result = run("formats")
     assert result.returncode == 0, result.stderr
-    rows = {line.split("│")[1].strip(): line for line in result.stdout.splitlines() if "│" in line}
+    lines = result.stdout.splitlines()
+    rows = {line.split()[0]: " ".join(line.split()) for line in lines if line.strip()}
     assert set(FORMATS) <= set(rows)
-    assert " 448 " in rows["e4m3fn"]
-    assert "float8_e4m3fn" in rows["e4m3fn"]
-    assert " 57344 " in rows["e5m2"]
-    assert " none " in rows["e0m7"]
+    assert rows["e4m3fn"] == "e4m3fn 8 4 3 7 448 2^-6 2^-9 2^-3 nan"
+    assert rows["e5m2"] == "e5m2 8 5 2 15 57344 2^-14 2^-16 2^-2 inf nan"
+    assert rows["e0m7"] == "e0m7 8 0 7 1 0.99219 none 2^-7 2^-7"
+    assert "…" not in result.stdout
+    assert max(map(len, lines)) <= 80
 
 
 def test_python_m_altgrad_is_the_same_command() -> None:
@@ -51,7 +53,13 @@ def test_without_typer_one_line_names_the_remedy(arguments: tuple[str, ...]) -> 
 
 def test_without_lightning_only_the_demo_is_unavailable() -> None:
     setup = "import sys; sys.modules['pytorch_lightning'] = None"
-    demo = run("demo", setup=setup)
+    demo = run("demo", "--steps", "20", setup=setup)
     assert demo.returncode == 1
     assert "pip install 'altgrad[demo]'" in demo.stderr
     assert run("formats", setup=setup).returncode == 0
+
+
+def test_formats_does_not_import_the_demo() -> None:
+    setup = "import sys; sys.modules['altgrad_lightning'] = None"
+    assert run("formats", setup=setup).returncode == 0
+    assert "Not available here" in run("--help", setup=setup).stdout

@@ -14,13 +14,18 @@ ALLOWED = {
     "altgrad.quantization.formats": set(),
     "altgrad.quantization.kernel": {"altgrad.quantization.formats"},
     "altgrad.quantization.ops": {"altgrad.quantization.formats", "altgrad.quantization.kernel"},
-    "altgrad.quantization.scaling": {"altgrad.quantization.formats", "altgrad.quantization.ops"},
+    "altgrad.quantization.scaling": {
+        "altgrad.quantization.formats",
+        "altgrad.quantization.kernel",
+        "altgrad.quantization.ops",
+    },
     "altgrad.quantization.diagnostics": {
         "altgrad.quantization.formats",
         "altgrad.quantization.ops",
     },
     "altgrad.quantization.advanced_diagnostics": {
         "altgrad.quantization.formats",
+        "altgrad.quantization.kernel",
         "altgrad.quantization.ops",
         "altgrad.quantization.diagnostics",
     },

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from altgrad import measure
+from altgrad import FloatFormat, measure
 from altgrad.quantization import FORMATS, compute_scale, get_format
 
 
@@ -161,7 +161,7 @@ def test_an_empty_tensor_has_no_figures(shape: tuple[int, ...]) -> None:
 def test_zero_initialised_weights_have_figures() -> None:
     figures = measure(torch.zeros(8), torch.full((8,), 1e-3), torch.ones(8))
     assert figures["stall_frac/bf16"] == 0
-    assert math.isinf(figures["update_weight_ratio"])  # the norm of the weights is 0
+    assert math.isnan(figures["update_weight_ratio"])  # the norm of the weights is 0
     assert math.isnan(figures["stiffness_mean/bf16"])  # no non-zero weight
     assert math.isnan(figures["grad_stiff_correlation/bf16"])  # NaN here, 0.0 only in DIAG-04
     assert figures["ulp_max"] == pytest.approx(2**23, rel=1)
@@ -240,3 +240,18 @@ def test_training_is_untouched() -> None:
     for copy, tensor in zip(copies, (before, parameter, gradient), strict=True):
         assert torch.equal(copy, tensor)
     assert parameter.grad is None
+
+
+def test_a_single_format_and_a_repeated_one() -> None:
+    before, after, gradient = a_step()
+    expected = measure(before, after, gradient, ["bf16"])
+    assert measure(before, after, gradient, "bf16") == expected
+    assert measure(before, after, gradient, get_format("bf16")) == expected
+    assert measure(before, after, gradient, ["bf16", "bfloat16"]) == expected
+
+
+def test_two_formats_of_one_name_are_refused() -> None:
+    """Their figures would overwrite each other."""
+    before, after, _ = a_step()
+    with pytest.raises(ValueError, match="two different formats are named 'bf16'"):
+        measure(before, after, formats=["bf16", FloatFormat("bf16", 2, 1, 1)])

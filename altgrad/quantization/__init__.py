@@ -31,6 +31,7 @@ from altgrad.quantization.formats import (
     FloatFormat,
     FP8Format,
     get_format,
+    get_formats,
 )
 from altgrad.quantization.kernel import Rounding
 from altgrad.quantization.ops import quantize, spacing
@@ -64,6 +65,7 @@ __all__ = [
     "compute_ulp_distance",
     "effective_update",
     "get_format",
+    "get_formats",
     "gradient_stiffness_correlation",
     "grid_alignment_error",
     "grid_alignment_statistics",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from altgrad.quantization.diagnostics import check_pair
 from altgrad.quantization.formats import FloatFormat
+from altgrad.quantization.kernel import power_of_two
 from altgrad.quantization.ops import check_input, full_dtype, quantize, spacing
 
 _E0M7_STIFFNESS = 1 / 128
@@ -35,7 +36,7 @@ def compute_stiffness_field(
 
     Args:
         weights: float16, bfloat16, float32 or float64, any shape.
-        mantissa_bits: M, 0 or more.
+        mantissa_bits: M, 0 to 256.
         format: A `FloatFormat` or the name of one, instead of `mantissa_bits`.
         scale: As in `quantize`; with `format` only.
 
@@ -46,7 +47,7 @@ def compute_stiffness_field(
     Raises:
         TypeError: Both or neither of `mantissa_bits` and `format`, a scale without a format, or
             weights of another dtype.
-        ValueError: A negative `mantissa_bits`, an unknown format or a wrong scale.
+        ValueError: `mantissa_bits` out of range, an unknown format or a wrong scale.
     """
     return _stiffness(weights, mantissa_bits, format, scale).to(full_dtype(weights))
 
@@ -235,8 +236,8 @@ def _stiffness(
         raise TypeError("scale is for format=; mantissa_bits alone describes an unscaled grid")
     if isinstance(mantissa_bits, bool) or not isinstance(mantissa_bits, int):
         raise TypeError(f"mantissa_bits={mantissa_bits!r}: expected an int")
-    if mantissa_bits < 0:
-        raise ValueError(f"mantissa_bits={mantissa_bits}: expected 0 or more")
+    if not 0 <= mantissa_bits <= 256:
+        raise ValueError(f"mantissa_bits={mantissa_bits}: expected 0 to 256")
     if mantissa_bits == 7:  # the contract of DIAG-01; nothing else may ask this, bf16 has M = 7
         return torch.where(defined, _E0M7_STIFFNESS, torch.nan).double()
     exponent = torch.frexp(torch.where(defined, weights.double(), 1.0)).exponent
@@ -244,11 +245,10 @@ def _stiffness(
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
-    """2**exponent in float64, exactly; built in two factors, since one alone may be subnormal."""
+    """2**exponent in float64, also where that is subnormal: there one factor is not enough."""
     normal = exponent.clamp(-1022, 1023)
     rest = (exponent - normal).clamp(-1022, 0)
-    first, second = (((part.long() + 1023) << 52).view(torch.float64) for part in (normal, rest))
-    return first * second
+    return power_of_two(normal, torch.float64) * power_of_two(rest, torch.float64)
 
 
 def _towards_zero(magnitude: Tensor) -> Tensor:

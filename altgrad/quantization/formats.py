@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
-from dataclasses import KW_ONLY, astuple, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, fields
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -63,6 +63,11 @@ class FloatFormat:
     has_inf: bool = False
     has_negative_zero: bool = True
     has_subnormals: bool = True
+    key: str = field(init=False, repr=False, compare=False)
+    """All fields as one string, from which `from_key` makes the same format.
+
+    For torch.compile: on every version it takes a string for a constant, on most no object.
+    """
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -71,9 +76,9 @@ class FloatFormat:
                 f"name={self.name!r}: expected a non-empty name without '/' or white space, since "
                 "it becomes part of log keys such as stall_frac/e4m3fn"
             )
-        for field, most in _MAX_FIELD_BITS.items():
-            if not 0 <= getattr(self, field) <= most:
-                raise ValueError(f"{field}={getattr(self, field)}: expected 0 to {most}")
+        for bits, most in _MAX_FIELD_BITS.items():
+            if not 0 <= getattr(self, bits) <= most:
+                raise ValueError(f"{bits}={getattr(self, bits)}: expected 0 to {most}")
         if self.num_high_nans < 0:
             raise ValueError(f"num_high_nans={self.num_high_nans}: expected 0 or more")
         lowest = 1 if self.has_subnormals else 1 << self.mantissa_bits
@@ -85,6 +90,25 @@ class FloatFormat:
                 f"to {self._max_code}, and the first positive one is {lowest}; give it more "
                 "exponent or mantissa bits or fewer special codes"
             )
+        values = (getattr(self, field.name) for field in fields(self) if field.init)
+        object.__setattr__(self, "key", " ".join(str(value) for value in values))
+
+    @classmethod
+    def from_key(cls, key: str) -> FloatFormat:
+        """The format with this `key`."""
+        name, *values = key.split(" ")
+        e, m, bias, num_high_nans = map(int, values[:4])
+        has_inf, has_negative_zero, has_subnormals = (value == "True" for value in values[4:])
+        return cls(
+            name,
+            e,
+            m,
+            bias,
+            num_high_nans=num_high_nans,
+            has_inf=has_inf,
+            has_negative_zero=has_negative_zero,
+            has_subnormals=has_subnormals,
+        )
 
     def __str__(self) -> str:
         return self.name
@@ -192,14 +216,14 @@ FP8Format: TypeAlias = FloatFormat
 def _check_types(format: FloatFormat) -> None:
     if not isinstance(format.name, str):
         raise TypeError(f"name={format.name!r}: expected a str, got {type(format.name).__name__}")
-    for field in ("exponent_bits", "mantissa_bits", "bias", "num_high_nans"):
-        value = getattr(format, field)
+    for name in ("exponent_bits", "mantissa_bits", "bias", "num_high_nans"):
+        value = getattr(format, name)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{field}={value!r}: expected an int, got {type(value).__name__}")
-    for field in ("has_inf", "has_negative_zero", "has_subnormals"):
-        value = getattr(format, field)
+            raise TypeError(f"{name}={value!r}: expected an int, got {type(value).__name__}")
+    for name in ("has_inf", "has_negative_zero", "has_subnormals"):
+        value = getattr(format, name)
         if not isinstance(value, bool):
-            raise TypeError(f"{field}={value!r}: expected a bool, got {type(value).__name__}")
+            raise TypeError(f"{name}={value!r}: expected a bool, got {type(value).__name__}")
 
 
 # The eight-bit family E + M = 7. E5M2, E4M3 and E3M4 are those of OCP and ml_dtypes, with their
@@ -242,29 +266,28 @@ FORMATS: Mapping[str, FloatFormat] = MappingProxyType({
 """The named formats by their names, which are those of log keys."""
 
 # How ml_dtypes, torch and papers spell them. Note that float8_e4m3 is the IEEE-like one.
-_OTHER_SPELLINGS: Mapping[str, FloatFormat] = MappingProxyType(
-    {
-        "e4m3": E4M3,
-        "float8_e4m3fn": E4M3,
-        "float8_e5m2": E5M2,
-        "float8_e3m4": E3M4,
-        "float8_e4m3": E4M3_IEEE,
-        "float8_e4m3fnuz": E4M3FNUZ,
-        "float8_e4m3b11fnuz": E4M3B11FNUZ,
-        "float8_e5m2fnuz": E5M2FNUZ,
-        "e2m1fn": E2M1,
-        "float4_e2m1fn": E2M1,
-        "e2m3fn": E2M3,
-        "float6_e2m3fn": E2M3,
-        "e3m2fn": E3M2,
-        "float6_e3m2fn": E3M2,
-        "e5m10": FP16,
-        "half": FP16,
-        "float16": FP16,
-        "e8m7": BF16,
-        "bfloat16": BF16,
-    }
-)
+_BY_SPELLING: dict[str, FloatFormat] = {
+    **FORMATS,
+    "e4m3": E4M3,
+    "float8_e4m3fn": E4M3,
+    "float8_e5m2": E5M2,
+    "float8_e3m4": E3M4,
+    "float8_e4m3": E4M3_IEEE,
+    "float8_e4m3fnuz": E4M3FNUZ,
+    "float8_e4m3b11fnuz": E4M3B11FNUZ,
+    "float8_e5m2fnuz": E5M2FNUZ,
+    "e2m1fn": E2M1,
+    "float4_e2m1fn": E2M1,
+    "e2m3fn": E2M3,
+    "float6_e2m3fn": E2M3,
+    "e3m2fn": E3M2,
+    "float6_e3m2fn": E3M2,
+    "e5m10": FP16,
+    "half": FP16,
+    "float16": FP16,
+    "e8m7": BF16,
+    "bfloat16": BF16,
+}
 
 
 def get_format(name_or_format: str | torch.dtype | FloatFormat) -> FloatFormat:
@@ -287,25 +310,46 @@ def get_format(name_or_format: str | torch.dtype | FloatFormat) -> FloatFormat:
             f"expected a format's name or a FloatFormat, got {name_or_format!r} "
             f"({type(name_or_format).__name__})"
         )
-    name = str(name_or_format).lower().removeprefix("torch.")
-    if name in FORMATS:
-        return FORMATS[name]
-    if name in _OTHER_SPELLINGS:
-        return _OTHER_SPELLINGS[name]
-    known = [*FORMATS, *_OTHER_SPELLINGS]
-    near = difflib.get_close_matches(name, known, n=3) or list(FORMATS)
+    # str() of a string enum's member would be the member's name, not its value.
+    name = name_or_format if isinstance(name_or_format, str) else str(name_or_format)
+    name = name.lower().removeprefix("torch.")
+    if name in _BY_SPELLING:
+        return _BY_SPELLING[name]
+    near = difflib.get_close_matches(name, _BY_SPELLING, n=3) or list(FORMATS)
     raise ValueError(
         f"unknown format {str(name_or_format)!r}; nearest: {', '.join(near)}. "
         "For a format of your own, pass a FloatFormat"
     )
 
 
-def _codes_of(format: FloatFormat) -> tuple[object, ...]:
+def get_formats(
+    formats: str | torch.dtype | FloatFormat | Iterable[str | torch.dtype | FloatFormat],
+) -> tuple[FloatFormat, ...]:
+    """The formats of these names, each once, in their order; a single one makes a list of one.
+
+    Raises:
+        ValueError: An unknown name, or two different formats of one name, whose figures would
+            have the same key.
+        TypeError: Neither names nor formats.
+    """
+    if isinstance(formats, (str, torch.dtype, FloatFormat)):
+        formats = (formats,)
+    found: dict[str, FloatFormat] = {}
+    for format in map(get_format, formats):
+        if found.setdefault(format.name, format) != format:
+            raise ValueError(
+                f"two different formats are named {format.name!r}: {found[format.name]!r} and "
+                f"{format!r}; give one of them another name"
+            )
+    return tuple(found.values())
+
+
+def _codes_of(format: FloatFormat) -> str:
     """All that decides what each code means: every field but the name."""
-    return astuple(format)[1:]
+    return format.key.partition(" ")[2]
 
 
-_TORCH_DTYPES: Mapping[tuple[object, ...], torch.dtype] = MappingProxyType(
+_TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
         _codes_of(E4M3): torch.float8_e4m3fn,
         _codes_of(E5M2): torch.float8_e5m2,

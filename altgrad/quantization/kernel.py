@@ -23,6 +23,7 @@ Rounding: TypeAlias = Literal["nearest_even", "toward_zero", "up", "down", "stoc
 
 _EXPONENT_MASK = {torch.float32: 0x7F80_0000, torch.float64: 0x7FF0_0000_0000_0000}
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
+_MANTISSA_BITS_AND_BIAS = {torch.float32: (23, 127), torch.float64: (52, 1023)}
 # dtype, M, emin, emax
 _ARITHMETIC = ((torch.float32, 23, -126, 127), (torch.float64, 52, -1022, 1023))
 _P = ParamSpec("_P")
@@ -51,7 +52,7 @@ class Grid(NamedTuple):
 
 
 def _constant_of_the_trace(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Cache a function of formats and dtypes, and let torch.compile take its result as constant.
+    """Cache a function of format keys and dtypes; torch.compile takes its result as constant.
 
     With dynamic shapes a format's integers would otherwise turn into arguments of the compiled
     kernel, which makes it several times slower. The mark is the one that
@@ -69,8 +70,9 @@ def _constant_of_the_trace(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 @_constant_of_the_trace
-def grid_of(format: FloatFormat) -> Grid:
-    """The kernel's constants for a format."""
+def grid_of(format_key: str) -> Grid:
+    """The kernel's constants for the format with this key."""
+    format = FloatFormat.from_key(format_key)
     return Grid(
         max=format.max,
         first_binade=format.smallest_normal,
@@ -85,12 +87,13 @@ def grid_of(format: FloatFormat) -> Grid:
 
 
 @_constant_of_the_trace
-def arithmetic_dtype(dtype: torch.dtype, format: FloatFormat, scaled: bool) -> torch.dtype:
+def arithmetic_dtype(dtype: torch.dtype, format_key: str, scaled: bool) -> torch.dtype:
     """The narrowest dtype, float32 or float64, at least `dtype`, in which the kernel is exact.
 
     It is where p and t fit. Under a scale x / scale may underflow as well: that does no harm below
     half the smallest value, so this half must not be subnormal.
     """
+    format = FloatFormat.from_key(format_key)
     for candidate, mantissa_bits, emin, emax in _ARITHMETIC:
         lowest = format.emin - format.mantissa_bits - 1 if scaled else format.emin
         fits = format.mantissa_bits <= mantissa_bits and format.emax <= emax and emin <= lowest
@@ -116,7 +119,7 @@ def round_in_place(
     binade = _power_of_two_below(y).clamp_(min=grid.first_binade)
     steps: float | Tensor = grid.steps
     if not grid.has_subnormals:  # then nothing lies between 0 and 2**emin
-        steps = torch.where(y.abs() < grid.first_binade, 1.0, grid.steps)
+        steps = torch.full_like(y, grid.steps).masked_fill_(y.abs() < grid.first_binade, 1.0)
     t = y.div_(binade).mul_(steps)
     if rounding == "stochastic":
         t = _round_stochastically(t, generator)
@@ -143,6 +146,12 @@ def _power_of_two_below(y: Tensor) -> Tensor:
     return exponent_bits.view(y.dtype)
 
 
+def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """2**exponent in float32 or float64, exactly; exponents that are normal there."""
+    mantissa_bits, bias = _MANTISSA_BITS_AND_BIAS[dtype]
+    return ((exponent.to(_INTEGER[dtype]) + bias) << mantissa_bits).view(dtype)
+
+
 def _round_stochastically(t: Tensor, generator: torch.Generator | None) -> Tensor:
     """Away from zero with probability abs(t) − floor(abs(t)), which is 0 for a whole number.
 
@@ -156,7 +165,7 @@ def _round_stochastically(t: Tensor, generator: torch.Generator | None) -> Tenso
 
 def _round_to_even_code(t: Tensor, binade: Tensor, bias: int) -> Tensor:
     """Nearest, for M = 0: a tie is at abs(t) = 1.5, and the code's last bit is the exponent's."""
-    mantissa_bits, dtype_bias = (23, 127) if t.dtype == torch.float32 else (52, 1023)
+    mantissa_bits, dtype_bias = _MANTISSA_BITS_AND_BIAS[t.dtype]
     exponent = (binade.view(_INTEGER[t.dtype]) >> mantissa_bits) - dtype_bias
     code_is_even = (exponent + bias) % 2 == 0
     tie_to_below = (t.abs() == 1.5) & code_is_even

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
+from typing import Any, SupportsFloat, get_args
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ def quantize(
     - ±inf and overflow become ±max (times scale) when saturating, else inf or NaN as the format
       has them. As in IEEE 754 a finite value overflows only if its rounding goes away from zero,
       so ``toward_zero`` never does. A format with neither inf nor NaN always saturates.
-    - With M = 0 a tie goes to the even code.
+    - A tie goes to the even code, also where M = 0. Without subnormals, one between 0 and the
+      smallest normal number goes to 0.
     - The gradient is passed straight through: ones everywhere, also where x saturates. The scale
       gets none.
 
@@ -50,12 +51,14 @@ def quantize(
         x: float16, bfloat16, float32 or float64, any shape, any device.
         format: A `FloatFormat` or the name of one.
         scale: A positive number, or a tensor of positive numbers that broadcasts to x's shape.
-            A tensor's values are not checked, which would cost a synchronisation.
+            A tensor's values are not checked, which would cost a synchronisation. Under
+            torch.compile, pass a scale that changes as a tensor: each new number may recompile.
         rounding: ``nearest_even``, ``toward_zero``, ``up``, ``down`` or ``stochastic``, which
             moves up with the probability that makes the mean x, and never moves a grid value.
         saturate: Whether ±inf and overflow become ±max.
         generator: The source of randomness, on x's device; needed by stochastic rounding alone.
-        out: Where to write the result, of its shape and dtype; x itself is allowed.
+        out: Where to write the result, of its shape and dtype. It may be x, but must not share
+            memory with scale.
 
     Returns:
         A tensor of x's shape on x's device. Its dtype is x's where that holds every value of the
@@ -67,15 +70,16 @@ def quantize(
         TypeError: x is not a floating-point tensor of those dtypes, or out has another dtype.
         ValueError: Unknown format or rounding, a format that exceeds float64, a scale that is not
             positive and finite or does not broadcast to x, stochastic rounding without a
-            generator, out of another shape, or out where a gradient is recorded.
+            generator, out of another shape or that is the scale, or out where a gradient is
+            recorded.
 
     References:
         Rounding and overflow as in IEEE 754-2019, section 4.3 and 7.4, and gfloat's `round_float`;
         ties with M = 0 as in the latter.
     """
-    format = get_format(format)
+    key = get_format(format).key
     check_input(x)
-    _check_scale(scale, x)
+    scale = _checked_scale(scale, x)
     if rounding not in _ROUNDINGS:
         raise ValueError(f"rounding={rounding!r}: expected one of {', '.join(_ROUNDINGS)}")
     if rounding == "stochastic" and generator is None:
@@ -83,12 +87,11 @@ def quantize(
             "stochastic rounding needs generator=torch.Generator(device=x.device): AltGrad never "
             "draws from the global generator"
         )
-    records_gradient = torch.is_grad_enabled() and x.requires_grad
     if out is not None:
-        _check_out(out, x, result_dtype(x, format, scale), records_gradient)
-    if records_gradient:
-        return _StraightThrough.apply(x, format, scale, rounding, saturate, generator)  # type: ignore[no-any-return, no-untyped-call]
-    return _quantize(x, format, scale, rounding, saturate, generator, out)
+        _check_out(out, x, scale, result_dtype(x, key, scale))
+    elif torch.is_grad_enabled():
+        return _StraightThrough.apply(x, key, scale, rounding, saturate, generator)  # type: ignore[no-any-return, no-untyped-call]
+    return _quantize(x, key, scale, rounding, saturate, generator, out)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -97,36 +100,39 @@ class _StraightThrough(torch.autograd.Function):
     ``x + (q - x).detach()`` would not do: where x is far above max it gives 0, not max.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        _ctx: torch.autograd.function.FunctionCtx,
         x: Tensor,
-        format: FloatFormat,
+        format_key: str,
         scale: float | Tensor,
         rounding: Rounding,
         saturate: bool,
         generator: torch.Generator | None,
     ) -> Tensor:
-        return _quantize(x, format, scale, rounding, saturate, generator, None)
+        return _quantize(x, format_key, scale, rounding, saturate, generator, None)
 
     @staticmethod
-    def backward(
-        _ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
-    ) -> tuple[Tensor, None, None, None, None, None]:
-        return gradient, None, None, None, None, None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
+        ctx.input_dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient.to(ctx.input_dtype), None, None, None, None, None
 
 
 def _quantize(
     x: Tensor,
-    format: FloatFormat,
+    format_key: str,
     scale: float | Tensor,
     rounding: Rounding,
     saturate: bool,
     generator: torch.Generator | None,
     out: Tensor | None,
 ) -> Tensor:
-    wide, divisor = _widen(x, format, scale)
-    grid = grid_of(format)
+    wide, divisor = _widen(x, format_key, scale)
+    grid = grid_of(format_key)
     saturate = saturate or grid.overflow is None
     # `out` may be x, so whatever is asked of x is asked before y is written.
     infinite = None if saturate else wide.isinf()
@@ -149,7 +155,7 @@ def _quantize(
     if divisor is not None:
         y = y.mul_(divisor)
     if out is None:
-        return y.to(result_dtype(x, format, scale))
+        return y.to(result_dtype(x, format_key, scale))
     return out if y is out else out.copy_(y)
 
 
@@ -169,9 +175,9 @@ def quantize_unbounded(x: Tensor, format: FloatFormat, scale: float | Tensor = 1
 
     ±inf and NaN give NaN. Arguments as in `quantize`; returns the dtype that was computed in.
     """
-    wide, divisor = _widen(x, format, scale)
+    wide, divisor = _widen(x, format.key, scale)
     y = wide.clone() if divisor is None else wide / divisor
-    y = round_in_place(y, grid_of(format), "nearest_even")
+    y = round_in_place(y, grid_of(format.key), "nearest_even")
     return y if divisor is None else y.mul_(divisor)
 
 
@@ -197,15 +203,15 @@ def spacing(
     Raises:
         TypeError, ValueError: As `quantize`.
     """
-    format = get_format(format)
+    key = get_format(format).key
     check_input(x)
-    _check_scale(scale, x)
-    wide, divisor = _widen(x, format, scale)
-    gap = spacing_at(wide if divisor is None else wide / divisor, grid_of(format))
+    scale = _checked_scale(scale, x)
+    wide, divisor = _widen(x, key, scale)
+    gap = spacing_at(wide if divisor is None else wide / divisor, grid_of(key))
     return (gap if divisor is None else gap.mul_(divisor)).to(full_dtype(x))
 
 
-def result_dtype(x: Tensor, format: FloatFormat, scale: float | Tensor) -> torch.dtype:
+def result_dtype(x: Tensor, format_key: str, scale: float | Tensor) -> torch.dtype:
     """The dtype of x where that surely holds every value of the scaled grid, else the full one.
 
     It does, if the significand fits, the largest value does, and all are multiples of the dtype's
@@ -214,7 +220,7 @@ def result_dtype(x: Tensor, format: FloatFormat, scale: float | Tensor) -> torch
     full = full_dtype(x)
     if x.dtype == full or isinstance(scale, Tensor):
         return full
-    grid, info = grid_of(format), torch.finfo(x.dtype)
+    grid, info = grid_of(format_key), torch.finfo(x.dtype)
     holds = (
         math.frexp(scale)[0] == 0.5
         and grid.steps * info.eps <= 1
@@ -229,7 +235,7 @@ def full_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _widen(x: Tensor, format: FloatFormat, scale: float | Tensor) -> tuple[Tensor, Tensor | None]:
+def _widen(x: Tensor, format_key: str, scale: float | Tensor) -> tuple[Tensor, Tensor | None]:
     """Bring x to the dtype in which the kernel is exact, and make the scale a tensor; None for 1.
 
     A number becomes a tensor on x's device because CUDA divides by a number in another way: it
@@ -237,13 +243,13 @@ def _widen(x: Tensor, format: FloatFormat, scale: float | Tensor) -> tuple[Tenso
     """
     if isinstance(scale, Tensor):
         at_least = torch.promote_types(x.dtype, scale.dtype)
-        dtype = arithmetic_dtype(at_least, format, scaled=True)
-        return x.to(dtype), scale.detach().to(x.device, dtype)
+        dtype = arithmetic_dtype(at_least, format_key, scaled=True)
+        return x.to(dtype), scale.to(x.device, dtype)
     if scale == 1:
-        return x.to(arithmetic_dtype(x.dtype, format, scaled=False)), None
+        return x.to(arithmetic_dtype(x.dtype, format_key, scaled=False)), None
     float32 = torch.finfo(torch.float32)
     at_least = x.dtype if float32.tiny <= scale <= float32.max else torch.float64
-    dtype = arithmetic_dtype(at_least, format, scaled=True)
+    dtype = arithmetic_dtype(at_least, format_key, scaled=True)
     return x.to(dtype), torch.full((), scale, dtype=dtype, device=x.device)
 
 
@@ -251,6 +257,10 @@ def check_input(x: Tensor, name: str = "x") -> None:
     """TypeError unless x is a tensor of a dtype that is rounded here."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(
+            f"{name} has layout {x.layout}; expected a dense tensor ({name}.to_dense())"
+        )
     if x.dtype not in _INPUT_DTYPES:
         raise TypeError(
             f"{name} has dtype {x.dtype}; expected float16, bfloat16, float32 or float64 "
@@ -258,33 +268,53 @@ def check_input(x: Tensor, name: str = "x") -> None:
         )
 
 
-def _check_scale(scale: float | Tensor, x: Tensor) -> None:
-    if not isinstance(scale, Tensor):
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise TypeError(f"scale={scale!r}: expected a number or a tensor")
+def _checked_scale(scale: float | Tensor, x: Tensor) -> float | Tensor:
+    if isinstance(scale, float):
         if not 0 < scale < math.inf:
             raise ValueError(f"scale={scale!r}: expected a positive finite number")
-        return
+        return scale
+    if not isinstance(scale, Tensor):
+        return _checked_scale(_float_of(scale), x)
     if not scale.is_floating_point():
         raise TypeError(f"scale has dtype {scale.dtype}; expected a floating-point tensor")
-    fits = scale.dim() <= x.dim() and all(
-        size in (1, of_x)
-        for size, of_x in zip(reversed(scale.shape), reversed(x.shape), strict=False)
-    )
-    if not fits:
+    if scale.dtype not in _INPUT_DTYPES:
+        scale = scale.float()  # scales kept in a format of 8 bits, such as MX's e8m0fnu
+    if not _broadcasts(scale, x):
         raise ValueError(
             f"scale of shape {tuple(scale.shape)} does not broadcast to x of shape "
             f"{tuple(x.shape)}; expected one factor, one per channel of shape (channels, 1, …), "
             "or one per element, as compute_scale returns them"
         )
+    return scale.detach() if scale.requires_grad else scale
 
 
-def _check_out(out: Tensor, x: Tensor, dtype: torch.dtype, records_gradient: bool) -> None:
-    if records_gradient or (torch.is_grad_enabled() and out.requires_grad):
+def _broadcasts(scale: Tensor, x: Tensor) -> bool:
+    """Whether scale · x has x's shape."""
+    missing = x.dim() - scale.dim()
+    return missing >= 0 and all(
+        # A list, not a generator: torch.compile can follow it on every version.
+        [size in (1, x.shape[missing + i]) for i, size in enumerate(scale.shape)]  # noqa: C419
+    )
+
+
+def _float_of(scale: object) -> float:
+    """A number of another kind, such as an int or numpy's, as a float."""
+    if isinstance(scale, bool) or not isinstance(scale, SupportsFloat):
+        raise TypeError(f"scale={scale!r}: expected a number or a tensor")
+    try:
+        return float(scale)
+    except OverflowError:
+        raise ValueError(f"scale={scale!r}: expected a number within float64's range") from None
+
+
+def _check_out(out: Tensor, x: Tensor, scale: float | Tensor, dtype: torch.dtype) -> None:
+    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
         raise ValueError(
             "out= cannot record a gradient: x or out requires one; call under torch.no_grad() or "
             "leave out= away"
         )
+    if out is scale:
+        raise ValueError("out is the scale, which is still needed; give another tensor")
     if out.dtype != dtype:
         raise TypeError(f"out has dtype {out.dtype}; the result has {dtype}")
     if out.shape != x.shape:

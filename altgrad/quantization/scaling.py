@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from altgrad.quantization.formats import FloatFormat, get_format
+from altgrad.quantization.kernel import power_of_two
 from altgrad.quantization.ops import check_input, full_dtype
 
 Scaling: TypeAlias = Literal["tensor", "channel"] | tuple[Literal["block"], int]
 """What shares one scale: the whole tensor, each index of dimension 0, or each run of that many
 elements along the last dimension."""
 
-# Kept apart from the ends of float32, so that neither scale nor 1 / scale leaves it.
-_SMALLEST_EXPONENT, _LARGEST_EXPONENT = -126, 127
+# Exponents of the normal powers of two: no scale becomes 0, subnormal or infinite.
+_EXPONENTS = {torch.float32: (-126, 127), torch.float64: (-1022, 1023)}
 
 
 @torch.no_grad()
@@ -32,8 +33,9 @@ def compute_scale(
 
     - An amax of zero, or none at all in an empty tensor, gives a scale of 1.
     - NaN and ±inf are left out of the amax.
-    - A scale stays within 2**-126 … 2**127. Only where amax / max leaves that range at the top
-      (formats with a small max at the very end of float32) can a value still exceed it.
+    - A scale stays within 2**-126 … 2**127 (2**-1022 … 2**1023 for float64 x). For a format
+      whose max is far from 1, or a tensor at the very end of its dtype, amax / max may lie beyond,
+      and values then clip or vanish: give such tensors as float64.
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape.
@@ -62,11 +64,13 @@ def compute_scale(
     check_input(x)
     if not isinstance(power_of_two, bool) and power_of_two != "floor":
         raise ValueError(f"power_of_two={power_of_two!r}: expected True, False or 'floor'")
+    _check_scaling(scaling)
     magnitude = x.detach().abs().to(full_dtype(x))
     magnitude = torch.where(magnitude.isfinite(), magnitude, 0.0)
     amax = _amax(magnitude, scaling)
     if power_of_two is False:
-        scale = (amax / format.max).clamp_(2.0**_SMALLEST_EXPONENT, 2.0**_LARGEST_EXPONENT)
+        smallest, largest = _EXPONENTS[amax.dtype]
+        scale = (amax / format.max).clamp_(2.0**smallest, 2.0**largest)
     else:
         scale = _power_of_two_scale(amax, format, round_up=power_of_two is True)
     scale = torch.where(amax == 0, 1.0, scale)
@@ -77,23 +81,28 @@ def compute_scale(
 
 def _amax(magnitude: Tensor, scaling: Scaling) -> Tensor:
     """The maximum of each tensor, channel or block; 0 for an empty one."""
-    match scaling:
-        case "tensor":
-            return _max_or_zero(magnitude.flatten())
-        case "channel":
-            if magnitude.dim() == 0:
-                return magnitude
-            ones = [1] * (magnitude.dim() - 1)
-            return _max_or_zero(magnitude.flatten(1) if ones else magnitude[:, None]).view(
-                -1, *ones
-            )
-        case ("block", int(size)) if size > 0:
-            if magnitude.dim() == 0:
-                return magnitude
-            tail = -magnitude.shape[-1] % size
-            padded = pad(magnitude, (0, tail)) if tail else magnitude
-            blocks = padded.shape[-1] // size
-            return _max_or_zero(padded.reshape(*padded.shape[:-1], blocks, size))
+    if isinstance(scaling, str) and scaling == "tensor":
+        return _max_or_zero(magnitude.flatten())
+    if magnitude.dim() == 0:
+        return magnitude
+    if isinstance(scaling, str):
+        ones = [1] * (magnitude.dim() - 1)
+        return _max_or_zero(magnitude.flatten(1) if ones else magnitude[:, None]).view(-1, *ones)
+    size = min(scaling[1], max(magnitude.shape[-1], 1))
+    tail = -magnitude.shape[-1] % size
+    padded = pad(magnitude, (0, tail)) if tail else magnitude
+    blocks = padded.shape[-1] // size
+    return _max_or_zero(padded.reshape(*padded.shape[:-1], blocks, size))
+
+
+def _check_scaling(scaling: Scaling) -> None:
+    if isinstance(scaling, str):
+        if scaling in ("tensor", "channel"):
+            return
+    elif isinstance(scaling, (tuple, list)) and len(scaling) == 2 and scaling[0] == "block":
+        size = scaling[1]
+        if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+            return
     raise ValueError(
         f"scaling={scaling!r}: expected 'tensor', 'channel' or ('block', size) with a positive "
         "size, such as ('block', 32)"
@@ -111,5 +120,4 @@ def _power_of_two_scale(amax: Tensor, format: FloatFormat, *, round_up: bool) ->
     exponent = exponent - top_exponent
     if round_up:
         exponent += (significand > top_significand).int()
-    float32_bits = (exponent.clamp_(_SMALLEST_EXPONENT, _LARGEST_EXPONENT) + 127) << 23
-    return float32_bits.view(torch.float32).to(amax.dtype)
+    return power_of_two(exponent.clamp_(*_EXPONENTS[amax.dtype]), amax.dtype)

@@ -1,6 +1,7 @@
 """`PrecisionMonitor`: what it logs, that it is true, and that training does not notice it."""
 
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ PER_FORMAT = (
     *("kept_update_ratio", "stall_frac", "stiffness_mean", "grid_error_mean", "on_grid_frac"),
     *("grad_stiff_correlation", "grad_below_stiffness_frac"),
 )
-PER_TENSOR = ("update_rms", "update_weight_ratio", "ulp_mean", "ulp_zero_frac")
+PER_TENSOR = ("update_rms", "update_weight_ratio", "unmoved_frac", "ulp_mean", "ulp_zero_frac")
 
 
 class RecordingAdamW(torch.optim.AdamW):
@@ -149,6 +150,7 @@ def test_every_n_steps_is_independent_of_the_trainer(tmp_path: Path) -> None:
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:PrecisionMonitor cannot judge")  # bf16-true judged for bf16
 def test_figures_are_those_of_the_step_that_happened(tmp_path: Path, options: Any) -> None:
     """Weights and gradients, clipped and accumulated, as the optimizer itself recorded them."""
     torch.manual_seed(0)
@@ -190,12 +192,18 @@ def test_default_board_stays_small_for_a_deep_model(tmp_path: Path) -> None:
     run = trainer(tmp_path, PrecisionMonitor())
     run.fit(Net(depth=60), batches(2))
     own = [tag for tag in logged(run.logger.log_dir) if tag.startswith("altgrad/")]
-    assert len(own) == 8 * (len(PER_TENSOR) + 3 * len(PER_FORMAT)) == 200
+    assert len(own) == 8 * (len(PER_TENSOR) + 3 * len(PER_FORMAT)) == 208
 
 
 def test_a_step_that_is_not_due_copies_nothing(tmp_path: Path, monkeypatch: Any) -> None:
     taken = []
-    monkeypatch.setattr(PrecisionMonitor, "_take_snapshots", lambda *_: taken.append(1))
+    original = PrecisionMonitor._take_snapshots
+
+    def counting(*arguments: Any) -> None:
+        taken.append(1)
+        original(*arguments)
+
+    monkeypatch.setattr(PrecisionMonitor, "_take_snapshots", counting)
     fit(tmp_path, PrecisionMonitor(every_n_steps=3), steps=6)
     assert len(taken) == 2
 
@@ -246,6 +254,92 @@ def test_a_fault_of_its_own_warns_once_and_training_goes_on(
     assert len([w for w in warnings if "fault of its own" in str(w.message)]) == 1
     assert run.global_step == 6
     assert hooks_of(run) == 0
+
+
+@pytest.mark.parametrize("method", ["measure", "clone"])
+def test_a_fault_does_not_end_the_training_whoever_else_has_hooks(
+    tmp_path: Path, monkeypatch: Any, method: str
+) -> None:
+    """torch iterates over the hooks while they run, so that none may be removed there."""
+
+    def out_of_memory(*_: Any) -> Any:
+        raise RuntimeError("out of memory, on purpose")
+
+    faulty, other = PrecisionMonitor(every_n_steps=1), PrecisionMonitor(every_n_steps=1)
+    if method == "measure":
+        monkeypatch.setattr("altgrad_lightning.callback.measure", out_of_memory)
+    else:
+        monkeypatch.setattr("altgrad_lightning.callback._Snapshot", out_of_memory)
+    run = trainer(tmp_path, faulty, other)
+    with pytest.warns(UserWarning, match="fault of its own"):
+        run.fit(Net(), batches(6))
+    assert run.global_step == 6
+    assert hooks_of(run) == 0
+
+
+def test_it_can_be_pickled_before_and_after_a_run(tmp_path: Path) -> None:
+    monitor = PrecisionMonitor()
+    assert pickle.loads(pickle.dumps(monitor)).formats == monitor.formats
+    fit(tmp_path, monitor)
+    assert pickle.loads(pickle.dumps(monitor)).latest_step == 5
+
+
+def test_a_second_run_of_another_module_is_charted_afresh(tmp_path: Path) -> None:
+    monitor = PrecisionMonitor("bf16", layer_charts=1)
+    fit(tmp_path, monitor)
+    run = trainer(tmp_path, monitor)
+    run.fit(Net(depth=4), batches(6))
+    assert "layers.4.weight" in monitor.latest
+    stalls = logged(run.logger.log_dir)["altgrad/stall_frac/bf16/layers.4.weight"]
+    assert all(value == 1.0 for _, value in stalls)
+
+
+def test_parameters_that_are_unfrozen_later_are_observed(tmp_path: Path) -> None:
+    class Unfreezing(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers[0].requires_grad_(False)
+
+        def on_train_batch_start(self, _batch: Any, batch_index: int) -> None:
+            if batch_index == 3:
+                self.layers[0].requires_grad_(True)
+
+    monitor = PrecisionMonitor()
+    run = trainer(tmp_path, monitor, log_every_n_steps=1)
+    run.fit(Unfreezing(), batches(6))
+    assert not math.isnan(monitor.latest["layers.0.weight"]["stall_frac/bf16"])
+
+
+def test_sparse_gradients_are_left_out_and_told_once(tmp_path: Path) -> None:
+    class Sparse(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(10, 8, sparse=True)
+
+        def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
+            return self.layers(batch[0] + self.table(torch.arange(4))).sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    monitor = PrecisionMonitor(every_n_steps=1)
+    with pytest.warns(
+        UserWarning, match=r"leaves out table\.weight: its gradient is sparse"
+    ) as told:
+        trainer(tmp_path, monitor).fit(Sparse(), batches(3))
+    assert len([w for w in told if "sparse" in str(w.message)]) == 1
+    assert "table.weight" not in monitor.latest
+    assert "layers.0.weight" in monitor.latest
+
+
+def test_a_run_without_an_observed_step_says_so(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="observed no step"):
+        fit(tmp_path, PrecisionMonitor(every_n_steps=100))
+
+
+def test_weights_no_finer_than_the_format_are_told_once(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"cannot judge bf16 for weights.*torch\.bfloat16"):
+        fit(tmp_path, PrecisionMonitor(), precision="bf16-true")
 
 
 def test_a_step_without_gradients_is_not_a_stall(tmp_path: Path) -> None:
@@ -344,9 +438,9 @@ def test_a_format_of_ones_own_and_unscaled(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"formats": []}, r"formats=\[\]: expected a list of one or more"),
-        ({"formats": "bf16"}, "formats='bf16': expected a list"),
+        ({"formats": []}, r"formats=\[\]: expected one or more"),
         ({"formats": ["bf17"]}, "nearest: bf16"),
+        ({"formats": [FloatFormat("bf16", 2, 1, 1), "bf16"]}, "two different formats are named"),
         ({"every_n_steps": 0}, "every_n_steps=0: expected 1 or more"),
         ({"layer_charts": -1}, "layer_charts=-1: expected 0 or more"),
         ({"scaling": "row"}, "scaling='row': expected"),
@@ -355,4 +449,10 @@ def test_a_format_of_ones_own_and_unscaled(tmp_path: Path) -> None:
 )
 def test_wrong_configuration_fails_at_construction(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        PrecisionMonitor(**arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"every_n_steps": 2.5}, {"layer_charts": True}], ids=str)
+def test_a_count_that_is_no_int(arguments: Any) -> None:
+    with pytest.raises(TypeError, match="expected an int"):
         PrecisionMonitor(**arguments)

@@ -99,3 +99,9 @@ def test_the_text_is_source_in_ascii_and_always_the_same() -> None:
 def test_percent_says_all_and_none_only_where_it_is_so(share: float, shown: str) -> None:
     assert demo_module._percent(share) == shown
     assert demo_module._percent(math.nan) == "–"
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"cannot write to folder .*file"):
+        demo(steps=10, folder=tmp_path / "file" / "sub", seed=0)

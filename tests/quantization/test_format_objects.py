@@ -1,0 +1,255 @@
+"""A format as an object: what can be built, what it equals, and by which names it is found."""
+
+import copy
+import dataclasses
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from altgrad.quantization import (
+    BF16,
+    E2M1,
+    E2M3,
+    E3M2,
+    E3M4,
+    E4M3,
+    E4M3_IEEE,
+    E4M3B11FNUZ,
+    E4M3FNUZ,
+    E5M2,
+    E5M2FNUZ,
+    FORMATS,
+    FP16,
+    FloatFormat,
+    FP8Format,
+    get_format,
+    quantize,
+)
+from tests import oracles
+
+WITH_ML_DTYPE = [
+    pytest.param(format, id=name)
+    for name, format in FORMATS.items()
+    if oracles.ml_dtypes_of(format) is not None
+]
+BINARY128 = FloatFormat("binary128", 15, 112, 16383, num_high_nans=2**112 - 1, has_inf=True)
+
+
+# --- a value object ------------------------------------------------------------------------------
+
+
+def test_fp8format_is_floatformat():
+    assert FP8Format is FloatFormat
+
+
+def test_frozen_with_slots():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        E4M3.bias = 8
+    assert not hasattr(E4M3, "__dict__")
+
+
+def test_equal_and_hashable_by_all_fields():
+    twin = FloatFormat("e4m3fn", 4, 3, 7, num_high_nans=1)
+    assert twin == E4M3
+    assert hash(twin) == hash(E4M3)
+    assert len({E4M3, twin, dataclasses.replace(E4M3, name="mine")}) == 2
+    assert len({E4M3, dataclasses.replace(E4M3, has_subnormals=False)}) == 2
+
+
+def test_survives_pickle_and_copy():
+    assert pickle.loads(pickle.dumps(E5M2)) == E5M2
+    assert copy.deepcopy(E5M2) == E5M2
+
+
+def test_special_codes_are_keyword_only():
+    with pytest.raises(TypeError):
+        FloatFormat("mine", 4, 3, 7, 1)
+
+
+def test_str_is_the_name():
+    assert str(E4M3) == f"{E4M3}" == "e4m3fn"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, False),
+        ({"num_high_nans": 1}, True),
+        ({"has_negative_zero": False}, True),
+        ({"has_inf": True}, False),
+    ],
+    ids=["finite", "high", "negative zero", "inf"],
+)
+def test_has_nan(fields, expected):
+    assert FloatFormat("mine", 4, 3, 7, **fields).has_nan is expected
+
+
+# --- nonsense is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"name": ""}, "non-empty name"),
+        ({"name": "a/b"}, r"'a/b'.*without '/'"),
+        ({"name": "a b"}, "white space"),
+        ({"exponent_bits": -1}, "exponent_bits=-1: expected 0 to 32"),
+        ({"exponent_bits": 33}, "exponent_bits=33: expected 0 to 32"),
+        ({"mantissa_bits": -1}, "mantissa_bits=-1: expected 0 to 256"),
+        ({"mantissa_bits": 257}, "mantissa_bits=257: expected 0 to 256"),
+        ({"num_high_nans": -1}, "num_high_nans=-1: expected 0 or more"),
+        ({"num_high_nans": 127}, "no positive value.*codes up to 0"),
+        ({"num_high_nans": 126, "has_inf": True}, "no positive value"),
+        ({"exponent_bits": 0, "mantissa_bits": 0}, "more exponent or mantissa bits"),
+        ({"exponent_bits": 0, "has_subnormals": False}, "first positive one is 8"),
+        ({"exponent_bits": 1, "num_high_nans": 8, "has_subnormals": False}, "no positive value"),
+    ],
+)
+def test_nonsense_is_a_value_error_that_says_what_is_allowed(fields, said):
+    fields = {"name": "mine", "exponent_bits": 4, "mantissa_bits": 3, "bias": 7} | fields
+    with pytest.raises(ValueError, match=said):
+        FloatFormat(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"name": 8}, "name=8: expected a str"),
+        ({"exponent_bits": 4.0}, "exponent_bits=4.0: expected an int"),
+        ({"mantissa_bits": "3"}, "mantissa_bits='3': expected an int"),
+        ({"bias": True}, "bias=True: expected an int"),
+        ({"bias": None}, "bias=None: expected an int"),
+        ({"num_high_nans": 1.0}, "num_high_nans=1.0: expected an int"),
+        ({"has_inf": 1}, "has_inf=1: expected a bool"),
+        ({"has_negative_zero": "no"}, "has_negative_zero='no': expected a bool"),
+        ({"has_subnormals": None}, "has_subnormals=None: expected a bool"),
+    ],
+)
+def test_wrong_types_are_a_type_error(fields, said):
+    fields = {"name": "mine", "exponent_bits": 4, "mantissa_bits": 3, "bias": 7} | fields
+    with pytest.raises(TypeError, match=said):
+        FloatFormat(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [(0, 1, 1), (1, 0, 0), (1, 0, 50), (8, 10, -40)],
+    ids=str,
+)
+def test_the_smallest_and_strangest_formats_are_allowed(fields):
+    format = FloatFormat("tiny", *fields)
+    assert quantize(torch.tensor([math.inf]).double(), format).item() == format.max
+
+
+def test_one_value_is_enough():
+    format = FloatFormat("ternary", 1, 0, 1)
+    assert format.values().tolist() == [-1, 0, 1]
+
+
+def test_a_format_beyond_float64_can_be_built_but_not_used():
+    assert (BINARY128.bits, BINARY128.precision, BINARY128.emin) == (128, 113, -16382)
+    assert BINARY128.emax == 16383
+    assert BINARY128.eps == 2**-112
+    for derived in ("max", "smallest_normal", "smallest_subnormal"):
+        with pytest.raises(ValueError, match=r"binary128: .* exceeds float64"):
+            getattr(BINARY128, derived)
+    with pytest.raises(ValueError, match=r"binary128 .*exceeds float64.* expected M <= 52"):
+        quantize(torch.ones(3), BINARY128)
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        pytest.param(FloatFormat("fine", 5, 53, 15), id="M too large"),
+        pytest.param(FloatFormat("large", 5, 2, -1020), id="emax too large"),
+        pytest.param(FloatFormat("small", 5, 2, 1100), id="emin too small"),
+    ],
+)
+def test_each_way_to_exceed_float64(format):
+    with pytest.raises(ValueError, match=f"{format}.*exceeds float64"):
+        quantize(torch.ones(3), format)
+
+
+# --- get_format ----------------------------------------------------------------------------------
+
+SPELLINGS = {
+    **FORMATS,
+    "e4m3": E4M3,
+    "float8_e4m3fn": E4M3,
+    "float8_e4m3": E4M3_IEEE,
+    "float8_e5m2": E5M2,
+    "float8_e3m4": E3M4,
+    "float8_e4m3fnuz": E4M3FNUZ,
+    "float8_e4m3b11fnuz": E4M3B11FNUZ,
+    "float8_e5m2fnuz": E5M2FNUZ,
+    "float4_e2m1fn": E2M1,
+    "float6_e2m3fn": E2M3,
+    "float6_e3m2fn": E3M2,
+    "float16": FP16,
+    "half": FP16,
+    "bfloat16": BF16,
+    "torch.float8_e4m3fn": E4M3,
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("case", [str.lower, str.upper, str.title], ids=["lower", "upper", "title"])
+def test_every_spelling_in_any_case(spelling, case):
+    assert get_format(case(spelling)) is SPELLINGS[spelling]
+
+
+@pytest.mark.parametrize("format", WITH_ML_DTYPE)
+def test_the_names_of_ml_dtypes_mean_what_they_mean_there(format):
+    name = np.dtype(oracles.ml_dtypes_of(format)).name
+    assert get_format(name) is format
+    assert get_format(name.removeprefix("float4_").removeprefix("float6_")) is format
+
+
+@pytest.mark.parametrize("format", [f for f in FORMATS.values() if f.torch_dtype], ids=str)
+def test_torch_dtypes_are_names_too(format):
+    assert get_format(format.torch_dtype) is format
+
+
+def test_a_format_is_returned_as_it_is():
+    mine = FloatFormat("e4m3fn", 3, 3, 3)
+    assert get_format(mine) is mine
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("e4m3fm", "e4m3fn"), ("bflot16", "bfloat16"), ("fp8_e5m2", "e5m2"), ("E0M8", "e0m7")],
+)
+def test_an_unknown_name_lists_near_matches(name, near):
+    with pytest.raises(ValueError, match=f"unknown format '{name}'; nearest: .*{near}"):
+        get_format(name)
+
+
+@pytest.mark.parametrize("name", ["", "?", "zzzzzzz"])
+def test_a_name_near_to_nothing_lists_all(name):
+    with pytest.raises(ValueError, match=r"e0m7, e1m6, .*, fp16, bf16"):
+        get_format(name)
+
+
+def test_a_dtype_without_a_format_is_unknown():
+    with pytest.raises(ValueError, match=r"unknown format 'torch.float32'"):
+        get_format(torch.float32)
+
+
+@pytest.mark.parametrize("wrong", [None, 7, (4, 3), b"e4m3"], ids=repr)
+def test_neither_name_nor_format_is_a_type_error(wrong):
+    with pytest.raises(TypeError, match="expected a format's name or a FloatFormat"):
+        get_format(wrong)
+
+
+@pytest.mark.parametrize("format", [*FORMATS.values(), FloatFormat("mine", 3, 2, -9)], ids=str)
+def test_key_says_all_of_a_format(format):
+    assert FloatFormat.from_key(format.key) == format
+    assert dataclasses.replace(format, name="other").key != format.key
+
+
+def test_formats_with_different_fields_have_different_keys():
+    every = [*FORMATS.values(), dataclasses.replace(E4M3, has_subnormals=False)]
+    assert len({format.key for format in every}) == len(every)
