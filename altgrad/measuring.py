@@ -12,8 +12,10 @@ from altgrad.quantization.advanced_diagnostics import (
     grid_alignment_statistics,
     ulp_statistics,
 )
-from altgrad.quantization.diagnostics import check_pair, effective_update, visible_mask
-from altgrad.quantization.formats import FloatFormat, get_formats
+from altgrad.quantization.arguments import check_pair
+from altgrad.quantization.diagnostics import effective_update, visible_mask
+from altgrad.quantization.float_format import FloatFormat
+from altgrad.quantization.formats import get_formats
 from altgrad.quantization.ops import spacing
 from altgrad.quantization.scaling import Scaling, compute_scale
 

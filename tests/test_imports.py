@@ -10,45 +10,27 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # Each module and what it may import of the project; a new module needs a line here.
+Q = "altgrad.quantization"
+FORMATS = {f"{Q}.float_format", f"{Q}.formats"}
 ALLOWED = {
-    "altgrad.quantization.formats": set(),
-    "altgrad.quantization.kernel": {"altgrad.quantization.formats"},
-    "altgrad.quantization.ops": {"altgrad.quantization.formats", "altgrad.quantization.kernel"},
-    "altgrad.quantization.scaling": {
-        "altgrad.quantization.formats",
-        "altgrad.quantization.kernel",
-        "altgrad.quantization.ops",
-    },
-    "altgrad.quantization.diagnostics": {
-        "altgrad.quantization.formats",
-        "altgrad.quantization.ops",
-    },
-    "altgrad.quantization.advanced_diagnostics": {
-        "altgrad.quantization.formats",
-        "altgrad.quantization.kernel",
-        "altgrad.quantization.ops",
-        "altgrad.quantization.diagnostics",
-    },
-    "altgrad.quantization": {
-        "altgrad.quantization.formats",
-        "altgrad.quantization.kernel",
-        "altgrad.quantization.ops",
-        "altgrad.quantization.scaling",
-        "altgrad.quantization.diagnostics",
-        "altgrad.quantization.advanced_diagnostics",
-    },
-    "altgrad.measuring": {
-        "altgrad.quantization.formats",
-        "altgrad.quantization.ops",
-        "altgrad.quantization.scaling",
-        "altgrad.quantization.diagnostics",
-        "altgrad.quantization.advanced_diagnostics",
-    },
-    "altgrad": {"altgrad.quantization", "altgrad.measuring"},
-    "altgrad.cli": {"altgrad.quantization"},
+    f"{Q}.float_format": set(),
+    f"{Q}.formats": {f"{Q}.float_format"},
+    f"{Q}.kernel": {f"{Q}.float_format"},
+    f"{Q}.arguments": set(),
+    f"{Q}.ops": FORMATS | {f"{Q}.arguments", f"{Q}.kernel"},
+    f"{Q}.scaling": FORMATS | {f"{Q}.arguments", f"{Q}.kernel"},
+    f"{Q}.diagnostics": FORMATS | {f"{Q}.arguments", f"{Q}.ops"},
+    f"{Q}.advanced_diagnostics": FORMATS | {f"{Q}.arguments", f"{Q}.kernel", f"{Q}.ops"},
+    Q: FORMATS
+    | {f"{Q}.kernel", f"{Q}.ops", f"{Q}.scaling", f"{Q}.diagnostics", f"{Q}.advanced_diagnostics"},
+    "altgrad.measuring": FORMATS
+    | {f"{Q}.arguments", f"{Q}.ops", f"{Q}.scaling"}
+    | {f"{Q}.diagnostics", f"{Q}.advanced_diagnostics"},
+    "altgrad": {Q, "altgrad.measuring"},
+    "altgrad.cli": {Q},
     "altgrad.__main__": {"altgrad.cli"},
     "altgrad_lightning": {"altgrad_lightning.callback"},
-    "altgrad_lightning.callback": {"altgrad", "altgrad.quantization"},
+    "altgrad_lightning.callback": {"altgrad", Q},
     "altgrad_lightning.demo": {"altgrad_lightning.callback"},
 }
 

@@ -9,6 +9,7 @@ from altgrad.quantization.advanced_diagnostics import (
     ulp_statistics,
 )
 from altgrad.quantization.diagnostics import effective_update, stall_mask, visible_mask
+from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.formats import (
     BF16,
     E0M7,
@@ -28,7 +29,6 @@ from altgrad.quantization.formats import (
     E7M0,
     FORMATS,
     FP16,
-    FloatFormat,
     FP8Format,
     get_format,
     get_formats,

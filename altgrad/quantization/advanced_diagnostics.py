@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from altgrad.quantization.diagnostics import check_pair
-from altgrad.quantization.formats import FloatFormat
+from altgrad.quantization.arguments import check_input, check_pair, full_dtype
+from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.kernel import power_of_two
-from altgrad.quantization.ops import check_input, full_dtype, quantize, spacing
+from altgrad.quantization.ops import quantize, spacing
 
 _E0M7_STIFFNESS = 1 / 128
 

@@ -17,8 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from altgrad.quantization.formats import FloatFormat, get_format
-from altgrad.quantization.ops import check_input, full_dtype, quantize, quantize_unbounded
+from altgrad.quantization.arguments import check_pair, full_dtype
+from altgrad.quantization.float_format import FloatFormat
+from altgrad.quantization.formats import get_format
+from altgrad.quantization.ops import quantize, quantize_unbounded
 
 
 @torch.no_grad()
@@ -108,14 +110,3 @@ def _round(x: Tensor, format: FloatFormat, scale: float | Tensor) -> Tensor:
     """To nearest; clamped at ±max only where no scale could be raised."""
     is_amax_scale = isinstance(scale, Tensor) or scale != 1
     return quantize_unbounded(x, format, scale) if is_amax_scale else quantize(x, format, scale)
-
-
-def check_pair(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
-    """TypeError or ValueError unless both are floating-point tensors of one shape."""
-    check_input(first, first_name)
-    check_input(second, second_name)
-    if first.shape != second.shape:
-        raise ValueError(
-            f"{first_name} has shape {tuple(first.shape)} and {second_name} "
-            f"{tuple(second.shape)}; expected the same shape"
-        )

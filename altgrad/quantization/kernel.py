@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from altgrad.quantization.formats import FloatFormat
+from altgrad.quantization.float_format import FloatFormat
 
 Rounding: TypeAlias = Literal["nearest_even", "toward_zero", "up", "down", "stochastic"]
 """How a value between two grid points is decided; the names are IEEE 754's, up being toward +∞."""

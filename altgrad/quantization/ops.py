@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, SupportsFloat, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from altgrad.quantization.formats import FloatFormat, get_format
+from altgrad.quantization.arguments import check_input, check_out, checked_scale, full_dtype
+from altgrad.quantization.float_format import FloatFormat
+from altgrad.quantization.formats import get_format
 from altgrad.quantization.kernel import (
     Grid,
     Rounding,
@@ -18,7 +20,6 @@ from altgrad.quantization.kernel import (
     spacing_at,
 )
 
-_INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ROUNDINGS = get_args(Rounding)
 
 
@@ -79,7 +80,7 @@ def quantize(
     """
     key = get_format(format).key
     check_input(x)
-    scale = _checked_scale(scale, x)
+    scale = checked_scale(scale, x)
     if rounding not in _ROUNDINGS:
         raise ValueError(f"rounding={rounding!r}: expected one of {', '.join(_ROUNDINGS)}")
     if rounding == "stochastic" and generator is None:
@@ -88,7 +89,7 @@ def quantize(
             "draws from the global generator"
         )
     if out is not None:
-        _check_out(out, x, scale, result_dtype(x, key, scale))
+        check_out(out, x, scale, result_dtype(x, key, scale))
     elif torch.is_grad_enabled():
         return _StraightThrough.apply(x, key, scale, rounding, saturate, generator)  # type: ignore[no-any-return, no-untyped-call]
     return _quantize(x, key, scale, rounding, saturate, generator, out)
@@ -205,7 +206,7 @@ def spacing(
     """
     key = get_format(format).key
     check_input(x)
-    scale = _checked_scale(scale, x)
+    scale = checked_scale(scale, x)
     wide, divisor = _widen(x, key, scale)
     gap = spacing_at(wide if divisor is None else wide / divisor, grid_of(key))
     return (gap if divisor is None else gap.mul_(divisor)).to(full_dtype(x))
@@ -230,11 +231,6 @@ def result_dtype(x: Tensor, format_key: str, scale: float | Tensor) -> torch.dty
     return x.dtype if holds else full
 
 
-def full_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64 x, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _widen(x: Tensor, format_key: str, scale: float | Tensor) -> tuple[Tensor, Tensor | None]:
     """Bring x to the dtype in which the kernel is exact, and make the scale a tensor; None for 1.
 
@@ -251,71 +247,3 @@ def _widen(x: Tensor, format_key: str, scale: float | Tensor) -> tuple[Tensor, T
     at_least = x.dtype if float32.tiny <= scale <= float32.max else torch.float64
     dtype = arithmetic_dtype(at_least, format_key, scaled=True)
     return x.to(dtype), torch.full((), scale, dtype=dtype, device=x.device)
-
-
-def check_input(x: Tensor, name: str = "x") -> None:
-    """TypeError unless x is a tensor of a dtype that is rounded here."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise TypeError(
-            f"{name} has layout {x.layout}; expected a dense tensor ({name}.to_dense())"
-        )
-    if x.dtype not in _INPUT_DTYPES:
-        raise TypeError(
-            f"{name} has dtype {x.dtype}; expected float16, bfloat16, float32 or float64 "
-            f"(convert with {name}.float(), which is exact for narrower floating-point dtypes)"
-        )
-
-
-def _checked_scale(scale: float | Tensor, x: Tensor) -> float | Tensor:
-    if isinstance(scale, float):
-        if not 0 < scale < math.inf:
-            raise ValueError(f"scale={scale!r}: expected a positive finite number")
-        return scale
-    if not isinstance(scale, Tensor):
-        return _checked_scale(_float_of(scale), x)
-    if not scale.is_floating_point():
-        raise TypeError(f"scale has dtype {scale.dtype}; expected a floating-point tensor")
-    if scale.dtype not in _INPUT_DTYPES:
-        scale = scale.float()  # scales kept in a format of 8 bits, such as MX's e8m0fnu
-    if not _broadcasts(scale, x):
-        raise ValueError(
-            f"scale of shape {tuple(scale.shape)} does not broadcast to x of shape "
-            f"{tuple(x.shape)}; expected one factor, one per channel of shape (channels, 1, …), "
-            "or one per element, as compute_scale returns them"
-        )
-    return scale.detach() if scale.requires_grad else scale
-
-
-def _broadcasts(scale: Tensor, x: Tensor) -> bool:
-    """Whether scale · x has x's shape."""
-    missing = x.dim() - scale.dim()
-    return missing >= 0 and all(
-        # A list, not a generator: torch.compile can follow it on every version.
-        [size in (1, x.shape[missing + i]) for i, size in enumerate(scale.shape)]  # noqa: C419
-    )
-
-
-def _float_of(scale: object) -> float:
-    """A number of another kind, such as an int or numpy's, as a float."""
-    if isinstance(scale, bool) or not isinstance(scale, SupportsFloat):
-        raise TypeError(f"scale={scale!r}: expected a number or a tensor")
-    try:
-        return float(scale)
-    except OverflowError:
-        raise ValueError(f"scale={scale!r}: expected a number within float64's range") from None
-
-
-def _check_out(out: Tensor, x: Tensor, scale: float | Tensor, dtype: torch.dtype) -> None:
-    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
-        raise ValueError(
-            "out= cannot record a gradient: x or out requires one; call under torch.no_grad() or "
-            "leave out= away"
-        )
-    if out is scale:
-        raise ValueError("out is the scale, which is still needed; give another tensor")
-    if out.dtype != dtype:
-        raise TypeError(f"out has dtype {out.dtype}; the result has {dtype}")
-    if out.shape != x.shape:
-        raise ValueError(f"out has shape {tuple(out.shape)}; the result has {tuple(x.shape)}")

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from altgrad.quantization.formats import FloatFormat, get_format
+from altgrad.quantization.arguments import check_input, full_dtype
+from altgrad.quantization.float_format import FloatFormat
+from altgrad.quantization.formats import get_format
 from altgrad.quantization.kernel import power_of_two
-from altgrad.quantization.ops import check_input, full_dtype
 
 Scaling: TypeAlias = Literal["tensor", "channel"] | tuple[Literal["block"], int]
 """What shares one scale: the whole tensor, each index of dimension 0, or each run of that many
