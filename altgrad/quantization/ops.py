@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from altgrad.quantization.arguments import check_input, check_out, checked_scale, full_dtype
 from altgrad.quantization.float_format import FloatFormat
@@ -90,9 +91,16 @@ def quantize(
         )
     if out is not None:
         check_out(out, x, scale, result_dtype(x, key, scale))
-    elif torch.is_grad_enabled():
+    elif _is_differentiated(x):
         return _StraightThrough.apply(x, key, scale, rounding, saturate, generator)  # type: ignore[no-any-return, no-untyped-call]
     return _quantize(x, key, scale, rounding, saturate, generator, out)
+
+
+def _is_differentiated(x: Tensor) -> bool:
+    """Whether a derivative by x is recorded, backward or forward; the latter not when compiled."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return True
+    return not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 class _StraightThrough(torch.autograd.Function):
