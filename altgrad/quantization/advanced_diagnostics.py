@@ -11,7 +11,7 @@ from torch import Tensor
 
 from altgrad.quantization.arguments import check_input, check_pair, full_dtype
 from altgrad.quantization.float_format import FloatFormat
-from altgrad.quantization.kernel import power_of_two
+from altgrad.quantization.kernel import exact_exp2
 from altgrad.quantization.ops import quantize, spacing
 
 _E0M7_STIFFNESS = 1 / 128
@@ -241,14 +241,14 @@ def _stiffness(
     if mantissa_bits == 7:  # the contract of DIAG-01; nothing else may ask this, bf16 has M = 7
         return torch.where(defined, _E0M7_STIFFNESS, torch.nan).double()
     exponent = torch.frexp(torch.where(defined, weights.double(), 1.0)).exponent
-    return torch.where(defined, _power_of_two(exponent - 1 - mantissa_bits), torch.nan)
+    return torch.where(defined, _exp2(exponent - 1 - mantissa_bits), torch.nan)
 
 
-def _power_of_two(exponent: Tensor) -> Tensor:
+def _exp2(exponent: Tensor) -> Tensor:
     """2**exponent in float64, also where that is subnormal: there one factor is not enough."""
     normal = exponent.clamp(-1022, 1023)
     rest = (exponent - normal).clamp(-1022, 0)
-    return power_of_two(normal, torch.float64) * power_of_two(rest, torch.float64)
+    return exact_exp2(normal, torch.float64) * exact_exp2(rest, torch.float64)
 
 
 def _towards_zero(magnitude: Tensor) -> Tensor:

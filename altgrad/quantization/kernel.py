@@ -146,7 +146,7 @@ def _power_of_two_below(y: Tensor) -> Tensor:
     return exponent_bits.view(y.dtype)
 
 
-def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+def exact_exp2(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     """2**exponent in float32 or float64, exactly; exponents that are normal there."""
     mantissa_bits, bias = _MANTISSA_BITS_AND_BIAS[dtype]
     return ((exponent.to(_INTEGER[dtype]) + bias) << mantissa_bits).view(dtype)

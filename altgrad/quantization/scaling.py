@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from altgrad.quantization.arguments import check_input, full_dtype
 from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.formats import get_format
-from altgrad.quantization.kernel import power_of_two
+from altgrad.quantization.kernel import exact_exp2
 
 Scaling: TypeAlias = Literal["tensor", "channel"] | tuple[Literal["block"], int]
 """What shares one scale: the whole tensor, each index of dimension 0, or each run of that many
@@ -75,9 +75,9 @@ def compute_scale(
     else:
         scale = _power_of_two_scale(amax, format, round_up=power_of_two is True)
     scale = torch.where(amax == 0, 1.0, scale)
-    if isinstance(scaling, str):
+    if isinstance(scaling, str) or x.dim() == 0:
         return scale
-    return scale.repeat_interleave(scaling[1], dim=-1)[..., : x.shape[-1]] if x.dim() else scale
+    return scale.repeat_interleave(_block_size(scaling, x), dim=-1)[..., : x.shape[-1]]
 
 
 def _amax(magnitude: Tensor, scaling: Scaling) -> Tensor:
@@ -89,11 +89,16 @@ def _amax(magnitude: Tensor, scaling: Scaling) -> Tensor:
     if isinstance(scaling, str):
         ones = [1] * (magnitude.dim() - 1)
         return _max_or_zero(magnitude.flatten(1) if ones else magnitude[:, None]).view(-1, *ones)
-    size = min(scaling[1], max(magnitude.shape[-1], 1))
+    size = _block_size(scaling, magnitude)
     tail = -magnitude.shape[-1] % size
     padded = pad(magnitude, (0, tail)) if tail else magnitude
     blocks = padded.shape[-1] // size
     return _max_or_zero(padded.reshape(*padded.shape[:-1], blocks, size))
+
+
+def _block_size(scaling: tuple[Literal["block"], int], x: Tensor) -> int:
+    """A block is never longer than the last dimension."""
+    return max(min(scaling[1], x.shape[-1]), 1)
 
 
 def _check_scaling(scaling: Scaling) -> None:
@@ -121,4 +126,4 @@ def _power_of_two_scale(amax: Tensor, format: FloatFormat, *, round_up: bool) ->
     exponent = exponent - top_exponent
     if round_up:
         exponent += (significand > top_significand).int()
-    return power_of_two(exponent.clamp_(*_EXPONENTS[amax.dtype]), amax.dtype)
+    return exact_exp2(exponent.clamp_(*_EXPONENTS[amax.dtype]), amax.dtype)

@@ -316,3 +316,9 @@ def test_the_range_of_float64_is_used_for_float64():
     scale = compute_scale(x[:, None], E4M3, scaling="channel")[:, 0]
     assert scale.tolist() == [2.0 ** math.ceil(math.log2(v / 448)) for v in (1e300, 1e-300)]
     assert (quantize(x, E4M3, scale) / x).sub(1).abs().max() <= 2**-4
+
+
+def test_a_block_longer_than_the_dimension_costs_no_memory():
+    x = random_numbers(2, 5)
+    huge = compute_scale(x, E4M3, scaling=("block", 10**12))
+    assert_same_values(huge, compute_scale(x, E4M3, scaling=("block", 5)))
