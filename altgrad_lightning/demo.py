@@ -83,6 +83,7 @@ def demo(
     draw_layers(monitor.latest, monitor.latest_step, picture)
     console.print(f"Picture:     {picture}", soft_wrap=True)
     console.print(f"TensorBoard: tensorboard --logdir {shlex.quote(str(folder))}", soft_wrap=True)
+    console.print("             then filter the tags for stall_frac or kept_update_ratio")
 
 
 def standard_library_text(max_bytes: int = 2_000_000) -> bytes:
