@@ -15,7 +15,8 @@ from altgrad.quantization.float_format import FloatFormat
 FP8Format: TypeAlias = FloatFormat
 
 # The eight-bit family E + M = 7. E5M2, E4M3 and E3M4 are those of OCP and ml_dtypes, with their
-# special codes; the others are finite throughout, so that E alone tells them apart.
+# special codes; the others are finite throughout, so that E alone tells them apart. E1M6 is exactly
+# 4 · E0M7: under power-of-two amax scales the two are one format.
 E0M7 = FloatFormat("e0m7", 0, 7, 1)
 E1M6 = FloatFormat("e1m6", 1, 6, 0)
 E2M5 = FloatFormat("e2m5", 2, 5, 1)
