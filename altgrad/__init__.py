@@ -1,8 +1,16 @@
 """AltGrad: if I kept my weights in this number format, would they still move?"""
 
-from altgrad.measuring import measure
+from altgrad.measuring import DEFAULT_FORMATS, measure
 from altgrad.quantization import FloatFormat, get_format, quantize, spacing
 
 __version__ = "0.1.0"
 
-__all__ = ["FloatFormat", "__version__", "get_format", "measure", "quantize", "spacing"]
+__all__ = [
+    "DEFAULT_FORMATS",
+    "FloatFormat",
+    "__version__",
+    "get_format",
+    "measure",
+    "quantize",
+    "spacing",
+]

@@ -65,19 +65,11 @@ def formats() -> None:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    table.add_column("\nname", style="bold", no_wrap=True)
-    for heading in (
-        "\nbits",
-        "\nE",
-        "\nM",
-        "\nbias",
-        "\nmax",
-        "smallest\nnormal",
-        "\nsmallest",
-        "\neps",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("\nhas", no_wrap=True)
+    headings = ["bits", "E", "M", "bias", "max", "smallest\nnormal", "smallest", "eps"]
+    table.add_column("name", style="bold", no_wrap=True, vertical="bottom")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
+    table.add_column("has", no_wrap=True, vertical="bottom")
     for format in FORMATS.values():
         specials = {"inf": format.has_inf, "nan": format.has_nan}
         table.add_row(

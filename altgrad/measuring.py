@@ -20,6 +20,7 @@ from altgrad.quantization.ops import spacing
 from altgrad.quantization.scaling import Scaling, compute_scale
 
 DEFAULT_FORMATS = ("bf16", "e4m3fn", "e5m2")
+"""What is judged where nothing else is asked: bf16 and the two FP8 formats in use."""
 
 
 @torch.no_grad()
@@ -125,7 +126,7 @@ def _what_if(
     before: Tensor, after: Tensor, finite: Tensor, format: FloatFormat, scale: float | Tensor
 ) -> dict[str, float]:
     """What the grid would have kept of this update."""
-    if torch.finfo(before.dtype).eps >= format.eps:  # stored no finer than the format
+    if not format.is_coarser_than(before.dtype):
         return dict.fromkeys(
             ("kept_update_ratio", "stall_frac", "update_error", "visible_frac"), torch.nan
         )

@@ -13,10 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from altgrad import FloatFormat, measure
-from altgrad.quantization import Scaling, get_formats
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from altgrad import DEFAULT_FORMATS, FloatFormat, measure
+from altgrad.quantization import INPUT_DTYPES, Scaling, get_formats
 
 LayerFigures = dict[str, dict[str, float]]
 """What `altgrad.measure` returned, by layer."""
@@ -81,7 +79,7 @@ class PrecisionMonitor(Callback):
 
     def __init__(
         self,
-        formats: str | FloatFormat | Sequence[str | FloatFormat] = ("bf16", "e4m3fn", "e5m2"),
+        formats: str | FloatFormat | Sequence[str | FloatFormat] = DEFAULT_FORMATS,
         every_n_steps: int | None = None,
         *,
         scaling: Scaling | None = "tensor",
@@ -117,7 +115,7 @@ class PrecisionMonitor(Callback):
             self._tell(f"does not observe this run: {reason}")
             return
         named = dict(pl_module.named_parameters())
-        self._names = {p: name for name, p in named.items() if p.dtype in _DTYPES}
+        self._names = {p: name for name, p in named.items() if p.dtype in INPUT_DTYPES}
         if others := [n for n, p in named.items() if p.requires_grad and p not in self._names]:
             self._tell(f"leaves out parameters of other dtypes: {others}")
         self._tell_of_coarse_weights()
@@ -168,7 +166,7 @@ class PrecisionMonitor(Callback):
 
     def _tell_of_coarse_weights(self) -> None:
         for dtype in sorted({p.dtype for p in self._names}, key=str):
-            coarse = [f.name for f in self.formats if torch.finfo(dtype).eps >= f.eps]
+            coarse = [f.name for f in self.formats if not f.is_coarser_than(dtype)]
             if coarse:
                 self._tell(
                     f"cannot judge {', '.join(coarse)} for weights already stored in {dtype}: "

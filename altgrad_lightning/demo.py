@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from altgrad import DEFAULT_FORMATS
 from altgrad_lightning.callback import LayerFigures, PrecisionMonitor
 
-_FORMATS = ("bf16", "e4m3fn", "e5m2")
 _CONTEXT = 128
 _BATCH = 16
 _CHARACTERS = 128  # ASCII
@@ -57,7 +57,7 @@ def demo(
         f"{len(text) / 1e6:.1f} MB of the standard library's source, {steps} steps of AdamW."
     )
     logger = TensorBoardLogger(save_dir=folder, name=None, default_hp_metric=False)
-    monitor = PrecisionMonitor(_FORMATS)
+    monitor = PrecisionMonitor()
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # no advertisements
     trainer = pl.Trainer(
         max_epochs=1,
@@ -175,13 +175,13 @@ def layer_table(figures: LayerFigures, step: int | None) -> Table:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    table.add_column("\nlayer", no_wrap=True)
-    for format in _FORMATS:
+    table.add_column("layer", no_wrap=True, vertical="bottom")
+    for format in DEFAULT_FORMATS:
         table.add_column(f"{format}\nstall", justify="right", no_wrap=True)
-        table.add_column("\nkept", justify="right", no_wrap=True)
+        table.add_column("kept", justify="right", no_wrap=True, vertical="bottom")
     for layer, of_layer in figures.items():
         cells = []
-        for format in _FORMATS:
+        for format in DEFAULT_FORMATS:
             stalled, kept = (
                 of_layer[f"stall_frac/{format}"],
                 of_layer[f"kept_update_ratio/{format}"],
@@ -194,7 +194,7 @@ def layer_table(figures: LayerFigures, step: int | None) -> Table:
 
 def frozen_layers(figures: LayerFigures, most_named: int = 3) -> Iterator[str]:
     """A line for each format: which layers would not move at all."""
-    for format in _FORMATS:
+    for format in DEFAULT_FORMATS:
         frozen = [layer for layer, of in figures.items() if of[f"stall_frac/{format}"] == 1]
         names = ", ".join(frozen[:most_named]) + (", …" if len(frozen) > most_named else "")
         yield (
@@ -226,14 +226,14 @@ def draw_layers(figures: LayerFigures, step: int | None, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    kept = [[of[f"kept_update_ratio/{f}"] for f in _FORMATS] for of in figures.values()]
-    frozen = [[of[f"stall_frac/{f}"] == 1 for f in _FORMATS] for of in figures.values()]
+    kept = [[of[f"kept_update_ratio/{f}"] for f in DEFAULT_FORMATS] for of in figures.values()]
+    frozen = [[of[f"stall_frac/{f}"] == 1 for f in DEFAULT_FORMATS] for of in figures.values()]
     figure = Figure(figsize=(6.4, 0.17 * len(figures) + 0.9), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.imshow(kept, vmin=0, vmax=1, cmap="RdYlBu", aspect="auto")
     axes.set_title(f"What would be left of the weight updates of step {step}, stored in …", size=9)
-    axes.set_xticks(range(len(_FORMATS)), _FORMATS, size=9)
+    axes.set_xticks(range(len(DEFAULT_FORMATS)), DEFAULT_FORMATS, size=9)
     axes.set_yticks(range(len(figures)), list(figures), size=7)
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.set_xlabel("kept_update_ratio: 1 all, 0 nothing; frozen: every update vanishes", size=8)

@@ -22,6 +22,7 @@ ALLOWED = {
     f"{Q}.diagnostics": FORMATS | {f"{Q}.arguments", f"{Q}.ops"},
     f"{Q}.advanced_diagnostics": FORMATS | {f"{Q}.arguments", f"{Q}.kernel", f"{Q}.ops"},
     Q: FORMATS
+    | {f"{Q}.arguments"}
     | {f"{Q}.kernel", f"{Q}.ops", f"{Q}.scaling", f"{Q}.diagnostics", f"{Q}.advanced_diagnostics"},
     "altgrad.measuring": FORMATS
     | {f"{Q}.arguments", f"{Q}.ops", f"{Q}.scaling"}
@@ -31,7 +32,7 @@ ALLOWED = {
     "altgrad.__main__": {"altgrad.cli"},
     "altgrad_lightning": {"altgrad_lightning.callback"},
     "altgrad_lightning.callback": {"altgrad", Q},
-    "altgrad_lightning.demo": {"altgrad_lightning.callback"},
+    "altgrad_lightning.demo": {"altgrad", "altgrad_lightning.callback"},
 }
 
 

@@ -8,6 +8,7 @@ from altgrad.quantization.advanced_diagnostics import (
     grid_alignment_statistics,
     ulp_statistics,
 )
+from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.diagnostics import effective_update, stall_mask, visible_mask
 from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.formats import (
@@ -56,6 +57,7 @@ __all__ = [
     "E7M0",
     "FORMATS",
     "FP16",
+    "INPUT_DTYPES",
     "FP8Format",
     "FloatFormat",
     "Rounding",

@@ -8,7 +8,8 @@ from typing import SupportsFloat
 import torch
 from torch import Tensor
 
-_INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What can be rounded and measured."""
 
 
 def full_dtype(x: Tensor) -> torch.dtype:
@@ -24,7 +25,7 @@ def check_input(x: Tensor, name: str = "x") -> None:
         raise TypeError(
             f"{name} has layout {x.layout}; expected a dense tensor ({name}.to_dense())"
         )
-    if x.dtype not in _INPUT_DTYPES:
+    if x.dtype not in INPUT_DTYPES:
         raise TypeError(
             f"{name} has dtype {x.dtype}; expected float16, bfloat16, float32 or float64 "
             f"(convert with {name}.float(), which is exact for narrower floating-point dtypes)"
@@ -52,7 +53,7 @@ def checked_scale(scale: float | Tensor, x: Tensor) -> float | Tensor:
         return checked_scale(_float_of(scale), x)
     if not scale.is_floating_point():
         raise TypeError(f"scale has dtype {scale.dtype}; expected a floating-point tensor")
-    if scale.dtype not in _INPUT_DTYPES:
+    if scale.dtype not in INPUT_DTYPES:
         scale = scale.float()  # scales kept in a format of 8 bits, such as MX's e8m0fnu
     if not _broadcasts(scale, x):
         raise ValueError(

@@ -202,6 +202,13 @@ class FloatFormat:
         """The torch dtype with exactly these codes, or None."""
         return _TORCH_DTYPES.get(self.key.partition(" ")[2])
 
+    def is_coarser_than(self, dtype: torch.dtype) -> bool:
+        """Whether numbers of this dtype lie closer together than those of the format.
+
+        Only then can weights stored in the dtype show updates that the format would lose.
+        """
+        return self.eps > torch.finfo(dtype).eps
+
     def values(self) -> Tensor:
         """Every finite value once, in ascending order, as a float64 tensor on the CPU.
 

@@ -18,24 +18,7 @@ from altgrad.quantization import (
     stall_mask,
     ulp_statistics,
 )
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-GRID_KEYS = {"grid_error_mean", "grid_error_max", "grid_error_std", "on_grid_frac"}
-ULP_KEYS = {"ulp_mean", "ulp_median", "ulp_max", "ulp_zero_frac"}
-CORRELATION_KEYS = {
-    "grad_stiff_correlation",
-    "grad_stiff_ratio_mean",
-    "grad_below_stiffness_frac",
-}
-
-
-def _ids(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
-def _random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
+from tests.contract import CORRELATION_KEYS, DTYPES, GRID_KEYS, ULP_KEYS, dtype_id, random_normal
 
 # DIAG-01: stiffness
 
@@ -63,7 +46,7 @@ def test_e0m7_stiffness_is_constant():
 
 @pytest.mark.parametrize("mantissa_bits", [0, 2, 7])
 def test_sign_of_the_weight_does_not_matter(mantissa_bits):
-    weights = _random(1000)
+    weights = random_normal(1000)
     stiffness = compute_stiffness_field(weights, mantissa_bits)
     assert torch.equal(stiffness, compute_stiffness_field(-weights, mantissa_bits))
     assert (stiffness > 0).all()
@@ -71,7 +54,7 @@ def test_sign_of_the_weight_does_not_matter(mantissa_bits):
 
 @pytest.mark.parametrize("shape", [(), (5,), (4, 3), (2, 3, 4, 5)], ids=str)
 def test_stiffness_keeps_the_batch_shape(shape):
-    weights = _random(*shape) if shape else torch.tensor(3.0)
+    weights = random_normal(*shape) if shape else torch.tensor(3.0)
     stiffness = compute_stiffness_field(weights, 3)
     assert stiffness.shape == shape
     flat = [compute_stiffness_field(weight, 3).item() for weight in weights.flatten()]
@@ -94,7 +77,7 @@ def test_midpoint_has_positive_error():
 
 
 def test_grid_alignment_statistics_keys():
-    statistics = grid_alignment_statistics(_random(10), "e4m3fn")
+    statistics = grid_alignment_statistics(random_normal(10), "e4m3fn")
     assert set(statistics) == GRID_KEYS
     assert all(type(value) is float for value in statistics.values())
 
@@ -111,18 +94,18 @@ def test_clamped_values_have_their_distance_from_max():
 
 
 def test_identical_weights_are_zero_ulp_apart():
-    weights = torch.cat([_random(1000), torch.tensor([0.0, 1e-45, 3.4e38])])
+    weights = torch.cat([random_normal(1000), torch.tensor([0.0, 1e-45, 3.4e38])])
     assert torch.equal(compute_ulp_distance(weights, weights.clone()), torch.zeros(1003))
 
 
 def test_one_ulp_is_one():
-    weights = _random(1000)
+    weights = random_normal(1000)
     up = torch.nextafter(weights, torch.tensor(math.inf))
     assert torch.equal(compute_ulp_distance(weights, up), torch.ones(1000))
 
 
 def test_ulp_statistics_keys():
-    statistics = ulp_statistics(_random(10), _random(10, seed=1))
+    statistics = ulp_statistics(random_normal(10), random_normal(10, seed=1))
     assert set(statistics) == ULP_KEYS
     assert all(type(value) is float for value in statistics.values())
 
@@ -135,7 +118,7 @@ def test_ulp_zero_fraction_is_the_share_of_stalled_weights():
     assert stall_mask(before, update, "bf16").float().mean() == 0.75
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=_ids)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_ulp_distance_uses_nextafter(monkeypatch, dtype):
     calls, nextafter = [], torch.nextafter
 
@@ -159,9 +142,9 @@ def test_ulp_distance_uses_nextafter(monkeypatch, dtype):
 @pytest.mark.parametrize("seed", range(5))
 def test_correlation_lies_between_minus_one_and_one(seed):
     """Also where it is perfect and rounding would carry it to 1 + 2**-52."""
-    weights = _random(200, seed=seed)
+    weights = random_normal(200, seed=seed)
     stiffness = compute_stiffness_field(weights, 3)
-    for gradients in (_random(200, seed=seed + 9), stiffness * 0.3, 2 - stiffness * 0.3):
+    for gradients in (random_normal(200, seed=seed + 9), stiffness * 0.3, 2 - stiffness * 0.3):
         correlation = gradient_stiffness_correlation(weights, gradients, 3)
         assert set(correlation) == CORRELATION_KEYS
         assert all(type(value) is float for value in correlation.values())
@@ -180,7 +163,7 @@ def test_correlation_is_positive_when_aligned(sign):
 
 
 def test_zero_weights_are_masked():
-    weights, gradients = _random(100), _random(100, seed=1)
+    weights, gradients = random_normal(100), random_normal(100, seed=1)
     holes = torch.cat([weights, torch.zeros(50)]), torch.cat([gradients, torch.full((50,), 1e6)])
     expected = gradient_stiffness_correlation(weights, gradients, 2)
     assert gradient_stiffness_correlation(*holes, 2) == expected

@@ -15,24 +15,7 @@ from altgrad.quantization import (
     grid_alignment_statistics,
     ulp_statistics,
 )
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-GRID_KEYS = {"grid_error_mean", "grid_error_max", "grid_error_std", "on_grid_frac"}
-ULP_KEYS = {"ulp_mean", "ulp_median", "ulp_max", "ulp_zero_frac"}
-CORRELATION_KEYS = {
-    "grad_stiff_correlation",
-    "grad_stiff_ratio_mean",
-    "grad_below_stiffness_frac",
-}
-
-
-def _ids(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
-def _random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
+from tests.contract import CORRELATION_KEYS, DTYPES, GRID_KEYS, ULP_KEYS, dtype_id, random_normal
 
 # Nothing to measure
 
@@ -73,7 +56,7 @@ def test_constant_side_has_no_correlation(weights, gradients):
     assert result["grad_below_stiffness_frac"] > 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=_ids)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_nan_and_inf_elementwise(dtype):
     odd = torch.tensor([math.nan, math.inf, -math.inf, 1.0], dtype=dtype)
     one = torch.ones(4, dtype=dtype)
@@ -88,7 +71,7 @@ def test_nan_and_inf_elementwise(dtype):
 
 
 def test_nan_and_inf_are_left_out_of_statistics():
-    weights, after = _random(100), _random(100) * 1.01
+    weights, after = random_normal(100), random_normal(100) * 1.01
     odd, ones = torch.tensor([math.nan, math.inf, -math.inf]), torch.ones(3)
     assert grid_alignment_statistics(torch.cat([weights, odd]), "e2m1") == (
         grid_alignment_statistics(weights, "e2m1")
@@ -157,7 +140,7 @@ def test_shape_mismatch_names_both(function):
         function(torch.ones(2, 3), torch.ones(3))
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn], ids=_ids)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn], ids=dtype_id)
 @pytest.mark.parametrize("function", [*ONE_TENSOR, *TWO_TENSORS])
 def test_other_dtypes_are_errors_that_name_argument_and_dtype(function, dtype):
     wrong, ones = torch.ones(3).to(dtype), torch.ones(3)
@@ -182,7 +165,7 @@ def test_different_dtypes_have_no_common_ulp(function):
 # Inputs are left alone
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=_ids)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("function", [*ONE_TENSOR, *TWO_TENSORS])
 def test_inputs_stay_as_they_are_and_no_gradient_is_recorded(function, dtype):
     before = torch.tensor([1.05, -700.0, -0.0, 3.0, math.inf], dtype=dtype, requires_grad=True)
@@ -201,7 +184,7 @@ def test_inputs_stay_as_they_are_and_no_gradient_is_recorded(function, dtype):
 
 @pytest.mark.parametrize("scaling", ["tensor", "channel", ("block", 4)], ids=str)
 def test_amax_scales_of_every_kind_are_taken(scaling):
-    weights, gradients = _random(6, 10) * 1e-4, _random(6, 10, seed=1)
+    weights, gradients = random_normal(6, 10) * 1e-4, random_normal(6, 10, seed=1)
     scale = compute_scale(weights, "e4m3fn", scaling=scaling)
     wide = scale.expand(weights.shape).double()
     unscaled = weights.double() / wide

@@ -253,3 +253,18 @@ def test_key_says_all_of_a_format(format):
 def test_formats_with_different_fields_have_different_keys():
     every = [*FORMATS.values(), dataclasses.replace(E4M3, has_subnormals=False)]
     assert len({format.key for format in every}) == len(every)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "coarser"),
+    [
+        ("bf16", torch.float32, True),
+        ("bf16", torch.float16, True),
+        ("bf16", torch.bfloat16, False),
+        ("fp16", torch.bfloat16, False),
+        ("e4m3fn", torch.bfloat16, True),
+    ],
+    ids=str,
+)
+def test_is_coarser_than(name, dtype, coarser):
+    assert FORMATS[name].is_coarser_than(dtype) is coarser
