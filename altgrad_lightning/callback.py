@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.utilities import rank_zero_warn
-from torch import Tensor
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from altgrad import DEFAULT_FORMATS, FloatFormat, measure
+from altgrad import DEFAULT_FORMATS, FloatFormat, OptimizerStep, StepObserver, measure
 from altgrad.quantization import INPUT_DTYPES, Scaling, get_formats
+from altgrad_lightning.packages import Callback
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 LayerFigures = dict[str, dict[str, float]]
 """What `altgrad.measure` returned, by layer."""
@@ -32,24 +33,22 @@ _CHARTED_PER_FORMAT = (
 )
 
 
-class _Snapshot(NamedTuple):
-    """A layer just before its optimizer step."""
-
-    weights: Tensor
-    gradient: Tensor
-
-
 class PrecisionMonitor(Callback):
     """Judge number formats from an ordinary run, step by step, in every logger of the Trainer.
 
-    Around each observed optimizer step the weights and the gradients, as applied, are copied; the
-    update that really happened is then measured on the grid of every format. Training is not
-    touched: no weight, gradient or random number changes.
+    Each observed optimizer step is shown by `altgrad.StepObserver`: weights before and after, and
+    the gradients as they were applied. The update that really happened is then measured on the
+    grid of every format. Training is not touched: no weight, gradient or random number changes.
 
-    This version copies the model once per observed step and observes automatic and manual
-    optimization on one device. It does not observe, and says so once, steps under a gradient
-    scaler, strategies with more than one process, sparse gradients, parameters that are not
-    floating-point or that the module gets during the run, and optimizers that are replaced.
+    Observed are automatic and manual optimization, any number of optimizers, accumulation,
+    clipping, every precision of the Trainer and compiled modules, on one device; steps that were
+    none (a GradScaler found inf, there was no gradient, the learning rate is 0) are counted apart.
+    Where a layer is stepped several times in a batch, the last step counts. Tuners (learning rate
+    finder, batch size scaler) are left alone. What it cannot observe it says once: strategies with
+    more than one process, optimizers that step inside of the backward pass or on copies of the
+    parameters (DeepSpeed ZeRO), and parameters that are not floating-point.
+
+    It is a callback of `lightning` and of `pytorch_lightning`, whichever are installed.
 
     Logged keys are ``altgrad/{metric}/{layer}`` and ``altgrad/{metric}/{format}/{layer}``, at the
     step at which Lightning logs what the module logs.
@@ -70,6 +69,8 @@ class PrecisionMonitor(Callback):
         latest: The figures of every layer at the last observed step, as `altgrad.measure` names
             them; empty before the first.
         latest_step: The step that `latest` was logged at; None before the first.
+        skipped: How many steps should have been observed and were none, by reason: see
+            `altgrad.StepObserver`.
 
     Raises:
         ValueError: No, unknown or equally named formats, a wrong scaling, or a number below 1 (0
@@ -99,33 +100,27 @@ class PrecisionMonitor(Callback):
 
         self.latest: LayerFigures = {}
         self.latest_step: int | None = None
+        self.skipped: Counter[Any] = Counter()
         self._charted_layers: tuple[str, ...] | None = None
         self._trainer: Trainer | None = None  # while it observes
         self._every = 0
-        self._names: dict[Tensor, str] = {}
-        self._snapshots: dict[str, _Snapshot] = {}
+        self._observer: StepObserver | None = None
+        self._optimizers: list[torch.optim.Optimizer] = []
         self._measured: LayerFigures = {}
-        self._handles: list[RemovableHandle] = []
         self._told: set[str] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()
         self.latest, self.latest_step, self._charted_layers = {}, None, None
-        if reason := _cannot_observe(trainer):
-            self._tell(f"does not observe this run: {reason}")
-            return
-        named = dict(pl_module.named_parameters())
-        self._names = {p: name for name, p in named.items() if p.dtype in INPUT_DTYPES}
-        if others := [n for n, p in named.items() if p.requires_grad and p not in self._names]:
-            self._tell(f"leaves out parameters of other dtypes: {others}")
-        self._tell_of_coarse_weights()
+        self.skipped.clear()
+        self._tell_of_dtypes(pl_module)
         self._trainer = trainer
         self._every = self.every_n_steps or getattr(trainer, "log_every_n_steps", None) or 0
-        for optimizer in trainer.optimizers:
-            self._handles += [
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._after_step),
-            ]
+        self._attach(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self._trainer is not None and trainer.optimizers != self._optimizers:
+            self._attach(trainer, pl_module)  # they were replaced
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if not self._measured:
@@ -138,9 +133,15 @@ class PrecisionMonitor(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(charts, step=self.latest_step)
 
-    def on_train_end(self, *_: Any) -> None:
-        if self._trainer is not None and self._trainer.global_step and self.latest_step is None:
-            self._tell(f"observed no step: none fell on an observed batch (every {self._every})")
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        observing = self._observer is not None and self._observer.is_observing
+        if observing and trainer.global_step and self.latest_step is None:
+            why = (
+                f"all were skipped, {dict(self.skipped)}"
+                if self.skipped
+                else f"none fell on an observed batch (every {self._every})"
+            )
+            self._tell(f"observed no step: {why}")
         self._detach()
 
     def on_exception(self, *_: Any) -> None:
@@ -149,23 +150,42 @@ class PrecisionMonitor(Callback):
     def teardown(self, *_: Any, **__: Any) -> None:
         self._detach()
 
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._observer is not None:
+            self._observer.detach()
+        self._optimizers = [*trainer.optimizers]
+        try:
+            _check_can_observe(trainer)
+            # It reads found_inf only where nothing moved: see _measure.
+            self._observer = StepObserver(
+                pl_module, self._measure, self._is_due, read_found_inf=False
+            )
+            self._observer.skipped = self.skipped
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            self._observer.attach(*trainer.optimizers, scaler=scaler)
+        except (TypeError, ValueError) as reason:
+            self._tell(f"does not observe this run: {reason}")
+            self._detach()
+
     def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        if self._observer is not None:
+            self._observer.detach()
+        self._observer = None
         self._trainer = None
-        self._names.clear()
-        self._snapshots.clear()
-        self._measured.clear()
+        self._optimizers = []
+        self._measured = {}
 
     def _tell(self, message: str) -> None:
         """Warn, once in the life of this callback."""
         if message not in self._told:
             self._told.add(message)
-            rank_zero_warn(f"PrecisionMonitor {message}")
+            warnings.warn(f"PrecisionMonitor {message}", stacklevel=2)
 
-    def _tell_of_coarse_weights(self) -> None:
-        for dtype in sorted({p.dtype for p in self._names}, key=str):
+    def _tell_of_dtypes(self, pl_module: LightningModule) -> None:
+        trained = {name: p.dtype for name, p in pl_module.named_parameters() if p.requires_grad}
+        if others := [name for name, dtype in trained.items() if dtype not in INPUT_DTYPES]:
+            self._tell(f"leaves out parameters of other dtypes: {others}")
+        for dtype in sorted({*trained.values()} & {*INPUT_DTYPES}, key=str):
             coarse = [f.name for f in self.formats if not f.is_coarser_than(dtype)]
             if coarse:
                 self._tell(
@@ -174,77 +194,27 @@ class PrecisionMonitor(Callback):
                     "Read unmoved_frac"
                 )
 
-    def _is_due(self) -> bool:
+    def _is_due(self, _index: int) -> bool:
         if self._trainer is None or self._every == 0:
+            return False
+        # Tuners put their own callbacks in place of this one and step the same optimizers.
+        if self not in self._trainer.callbacks:  # type: ignore[attr-defined]
             return False
         return (_logged_step(self._trainer) + 1) % self._every == 0
 
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Copy weights and gradients once the gradients are those that will be applied.
-
-        Lightning runs the backward pass and the clipping inside the optimizer's closure, so that
-        with a closure this is after its first call, and only without one already now.
-        """
-        self._snapshots.clear()
-        if not self._is_due():
-            return None
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._take_snapshots(optimizer)
-            return None
-
-        def closure_then_snapshot() -> Any:
-            loss = closure()
-            if not self._snapshots:
-                self._take_snapshots(optimizer)
-            return loss
-
-        if len(args) > 1:
-            return (args[0], closure_then_snapshot, *args[2:]), kwargs
-        return args, {**kwargs, "closure": closure_then_snapshot}
-
-    @torch.no_grad()
-    def _take_snapshots(self, optimizer: Optimizer) -> None:
-        try:
-            for name, parameter in self._parameters_of(optimizer):
-                gradient = parameter.grad
-                if gradient is None:
-                    continue
-                if gradient.layout != torch.strided:
-                    self._tell(f"leaves out {name}: its gradient is sparse")
-                    continue
-                self._snapshots[name] = _Snapshot(
-                    parameter.detach().clone(), gradient.detach().clone()
-                )
-        except Exception as fault:  # noqa: BLE001 - whatever it is, it is not the training's
-            self._stop(fault)
-
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        snapshots, self._snapshots = self._snapshots, {}
-        try:
-            for name, parameter in self._parameters_of(optimizer):
-                if name in snapshots:
-                    weights, gradient = snapshots[name]
-                    self._measured[name] = measure(
-                        weights, parameter.detach(), gradient, self.formats, self.scaling
-                    )
-        except Exception as fault:  # noqa: BLE001 - whatever it is, it is not the training's
-            self._stop(fault)
-
-    def _parameters_of(self, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter in self._names:
-                    yield self._names[parameter], parameter
-
-    def _stop(self, fault: Exception) -> None:
-        """Observe no more. The hooks stay until the end: torch may be calling them just now."""
-        self._trainer = None
-        self._snapshots.clear()
-        self._measured.clear()
-        self._tell(f"stops observing after a fault of its own: {fault!r}")
+    def _measure(self, step: OptimizerStep) -> None:
+        figures = {
+            name: measure(before, after, gradient, self.formats, self.scaling)
+            for name, before, gradient, after in zip(
+                step.names, step.before, step.gradients, step.after, strict=True
+            )
+            if before.dtype in INPUT_DTYPES
+        }
+        moved = any(layer["update_rms"] > 0 for layer in figures.values())
+        if not moved and step.found_inf is not None and step.found_inf.item():
+            self.skipped["inf"] += 1
+        else:
+            self._measured |= figures
 
 
 def _logged_step(trainer: Trainer) -> int:
@@ -255,12 +225,9 @@ def _logged_step(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
 
 
-def _cannot_observe(trainer: Trainer) -> str | None:
+def _check_can_observe(trainer: Trainer) -> None:
     if trainer.world_size > 1:
-        return f"it has {trainer.world_size} processes, and this version knows only one"
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        return "its gradients are scaled, and this version would not tell skipped steps apart"
-    return None
+        raise ValueError(f"it has {trainer.world_size} processes, and this version knows only one")
 
 
 def _check_count(name: str, value: int, *, at_least: int) -> None:

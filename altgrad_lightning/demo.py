@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-import pytorch_lightning as pl
 import torch
 import typer
-from pytorch_lightning.loggers import TensorBoardLogger
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from altgrad import DEFAULT_FORMATS
 from altgrad_lightning.callback import LayerFigures, PrecisionMonitor
+from altgrad_lightning.packages import lightning
 
 _CONTEXT = 128
 _BATCH = 16
@@ -48,7 +47,7 @@ def demo(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"cannot write to folder {folder}: {error}")
-    pl.seed_everything(seed, verbose=False)
+    lightning.seed_everything(seed, verbose=False)
     text = standard_library_text()
     model = CharacterTransformer()
     parameters = sum(p.numel() for p in model.parameters())
@@ -56,10 +55,12 @@ def demo(
         f"Training a character transformer of {parameters / 1e6:.2f} M parameters in fp32 on "
         f"{len(text) / 1e6:.1f} MB of the standard library's source, {steps} steps of AdamW."
     )
-    logger = TensorBoardLogger(save_dir=folder, name=None, default_hp_metric=False)
+    logger = lightning.loggers.TensorBoardLogger(
+        save_dir=folder, name=None, default_hp_metric=False
+    )
     monitor = PrecisionMonitor()
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # no advertisements
-    trainer = pl.Trainer(
+    logging.getLogger(lightning.__name__).setLevel(logging.WARNING)  # no advertisements
+    trainer = lightning.Trainer(
         max_epochs=1,
         accelerator="cpu",
         logger=logger,
@@ -140,7 +141,7 @@ class Block(nn.Module):
         return out
 
 
-class CharacterTransformer(pl.LightningModule):
+class CharacterTransformer(lightning.LightningModule):
     """A small character-level language model; nothing in it knows of AltGrad."""
 
     def __init__(self, width: int = 128, heads: int = 4, depth: int = 3) -> None:

@@ -52,7 +52,7 @@ def test_without_typer_one_line_names_the_remedy(arguments: tuple[str, ...]) -> 
 
 
 def test_without_lightning_only_the_demo_is_unavailable() -> None:
-    setup = "import sys; sys.modules['pytorch_lightning'] = None"
+    setup = "import sys; sys.modules.update(pytorch_lightning=None, lightning=None)"
     demo = run("demo", "--steps", "20", setup=setup)
     assert demo.returncode == 1
     assert "pip install 'altgrad[demo]'" in demo.stderr

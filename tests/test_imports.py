@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each module and what it may import of the project; a new module needs a line here.
 Q = "altgrad.quantization"
+OBS = "altgrad.observation"
 FORMATS = {f"{Q}.float_format", f"{Q}.formats"}
 ALLOWED = {
     f"{Q}.float_format": set(),
@@ -27,12 +28,23 @@ ALLOWED = {
     "altgrad.measuring": FORMATS
     | {f"{Q}.arguments", f"{Q}.ops", f"{Q}.scaling"}
     | {f"{Q}.diagnostics", f"{Q}.advanced_diagnostics"},
-    "altgrad": {Q, "altgrad.measuring"},
+    f"{OBS}.parameter_names": set(),
+    f"{OBS}.snapshots": set(),
+    f"{OBS}.step_hooks": set(),
+    f"{OBS}.optimizers": {f"{OBS}.step_hooks"},
+    f"{OBS}.skips": {f"{OBS}.optimizers", f"{OBS}.step_hooks"},
+    f"{OBS}.optimizer_step": {f"{OBS}.snapshots"},
+    f"{OBS}.observer": {f"{OBS}.parameter_names", f"{OBS}.snapshots", f"{OBS}.step_hooks"}
+    | {f"{OBS}.optimizers", f"{OBS}.skips", f"{OBS}.optimizer_step"},
+    OBS: {f"{OBS}.observer", f"{OBS}.optimizer_step"},
+    "altgrad": {Q, OBS, "altgrad.measuring"},
     "altgrad.cli": {Q},
     "altgrad.__main__": {"altgrad.cli"},
     "altgrad_lightning": {"altgrad_lightning.callback"},
-    "altgrad_lightning.callback": {"altgrad", Q},
-    "altgrad_lightning.demo": {"altgrad", "altgrad_lightning.callback"},
+    "altgrad_lightning.packages": set(),
+    "altgrad_lightning.callback": {"altgrad", Q, "altgrad_lightning.packages"},
+    "altgrad_lightning.demo": {"altgrad"}
+    | {"altgrad_lightning.callback", "altgrad_lightning.packages"},
 }
 
 

@@ -4,6 +4,7 @@ import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from altgrad import FloatFormat, measure
+from altgrad import FloatFormat, OptimizerStep, measure
+from altgrad.observation.snapshots import Snapshots
 from altgrad_lightning import PrecisionMonitor
 
 PER_FORMAT = (
@@ -197,13 +199,13 @@ def test_default_board_stays_small_for_a_deep_model(tmp_path: Path) -> None:
 
 def test_a_step_that_is_not_due_copies_nothing(tmp_path: Path, monkeypatch: Any) -> None:
     taken = []
-    original = PrecisionMonitor._take_snapshots
+    original = Snapshots.take
 
-    def counting(*arguments: Any) -> None:
+    def counting(*arguments: Any) -> Any:
         taken.append(1)
-        original(*arguments)
+        return original(*arguments)
 
-    monkeypatch.setattr(PrecisionMonitor, "_take_snapshots", counting)
+    monkeypatch.setattr(Snapshots, "take", counting)
     fit(tmp_path, PrecisionMonitor(every_n_steps=3), steps=6)
     assert len(taken) == 2
 
@@ -228,8 +230,8 @@ def test_nothing_is_left_behind_after_a_run_or_an_exception(tmp_path: Path) -> N
         except KeyError:
             assert isinstance(module, Failing)
         assert hooks_of(run) == 0
-        assert not monitor._snapshots
-        assert not monitor._names
+        assert monitor._observer is None
+        assert monitor._optimizers == []
         assert monitor.latest_step == (2 if isinstance(module, Failing) else 5)
 
 
@@ -249,9 +251,11 @@ def test_a_fault_of_its_own_warns_once_and_training_goes_on(
 
     monitor = PrecisionMonitor(every_n_steps=1)
     monkeypatch.setattr("altgrad_lightning.callback.measure", broken)
-    with pytest.warns(UserWarning, match="fault of its own.*broken on purpose") as warnings:
+    with pytest.warns(
+        UserWarning, match="stops observing after a fault.*broken on purpose"
+    ) as warnings:
         run = fit(tmp_path, monitor)
-    assert len([w for w in warnings if "fault of its own" in str(w.message)]) == 1
+    assert len([w for w in warnings if "fault" in str(w.message)]) == 1
     assert run.global_step == 6
     assert hooks_of(run) == 0
 
@@ -269,9 +273,9 @@ def test_a_fault_does_not_end_the_training_whoever_else_has_hooks(
     if method == "measure":
         monkeypatch.setattr("altgrad_lightning.callback.measure", out_of_memory)
     else:
-        monkeypatch.setattr("altgrad_lightning.callback._Snapshot", out_of_memory)
+        monkeypatch.setattr("altgrad.observation.snapshots._copy_all", out_of_memory)
     run = trainer(tmp_path, faulty, other)
-    with pytest.warns(UserWarning, match="fault of its own"):
+    with pytest.warns(UserWarning, match="stops observing after a fault"):
         run.fit(Net(), batches(6))
     assert run.global_step == 6
     assert hooks_of(run) == 0
@@ -308,28 +312,6 @@ def test_parameters_that_are_unfrozen_later_are_observed(tmp_path: Path) -> None
     run = trainer(tmp_path, monitor, log_every_n_steps=1)
     run.fit(Unfreezing(), batches(6))
     assert not math.isnan(monitor.latest["layers.0.weight"]["stall_frac/bf16"])
-
-
-def test_sparse_gradients_are_left_out_and_told_once(tmp_path: Path) -> None:
-    class Sparse(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Embedding(10, 8, sparse=True)
-
-        def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
-            return self.layers(batch[0] + self.table(torch.arange(4))).sum()
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    monitor = PrecisionMonitor(every_n_steps=1)
-    with pytest.warns(
-        UserWarning, match=r"leaves out table\.weight: its gradient is sparse"
-    ) as told:
-        trainer(tmp_path, monitor).fit(Sparse(), batches(3))
-    assert len([w for w in told if "sparse" in str(w.message)]) == 1
-    assert "table.weight" not in monitor.latest
-    assert "layers.0.weight" in monitor.latest
 
 
 def test_a_run_without_an_observed_step_says_so(tmp_path: Path) -> None:
@@ -402,14 +384,87 @@ def test_manual_optimization_without_and_with_closure(tmp_path: Path) -> None:
         assert monitor.latest["layers.0.weight"] == pytest.approx(expected, nan_ok=True, abs=0)
 
 
-def test_runs_that_it_cannot_observe_are_told_once(tmp_path: Path) -> None:
-    scaler = torch.amp.GradScaler("cpu")
-    precision = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)
+def test_more_than_one_process_is_told_and_not_observed() -> None:
     monitor = PrecisionMonitor()
-    with pytest.warns(UserWarning, match="does not observe this run: its gradients are scaled"):
-        run = fit(tmp_path, monitor, plugins=[precision])
-    assert monitor.latest == {}
-    assert run.global_step == 6
+    run = SimpleNamespace(world_size=2, optimizers=[], callbacks=[monitor], log_every_n_steps=1)
+    with pytest.warns(UserWarning, match="does not observe this run: it has 2 processes"):
+        monitor.on_train_start(run, Net())
+    assert monitor._observer is None
+    assert monitor._trainer is None
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.(script|interface). is deprecated"
+)  # torch's own, at import
+def test_optimizers_in_backward_are_told_by_name_and_training_goes_on(tmp_path: Path) -> None:
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    class InBackward(Net):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            first, last = self.layers[0].parameters(), self.layers[1].parameters()
+            _apply_optimizer_in_backward(torch.optim.SGD, first, {"lr": 0.1})
+            return torch.optim.SGD(last, lr=0.1)
+
+    run = trainer(tmp_path, PrecisionMonitor(every_n_steps=1))
+    with pytest.warns(UserWarning, match=r"optimizer in backward: layers\.0\.weight, layers\.0\.b"):
+        run.fit(InBackward(), batches(3))
+    assert run.global_step == 3
+    assert hooks_of(run) == 0
+
+
+def test_an_optimizer_of_copies_is_told_and_training_goes_on(tmp_path: Path) -> None:
+    """As DeepSpeed ZeRO does it: the optimizer steps flat copies, the parameters follow."""
+
+    class Copies(Net):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            flat = nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters()]))
+            return torch.optim.SGD([flat], lr=0.1)
+
+    run = trainer(tmp_path, PrecisionMonitor(every_n_steps=1))
+    with pytest.warns(UserWarning, match="SGD steps none of the observed parameters.*DeepSpeed"):
+        run.fit(Copies(), batches(3))
+    assert run.global_step == 3
+
+
+class Unread:
+    """Stands for found_inf, to see whether the host asks the device for it."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+        self.reads = 0
+
+    def item(self) -> float:
+        self.reads += 1
+        return self.value
+
+
+@pytest.mark.parametrize(("moved", "found", "reads"), [(1.0, 0.0, 0), (0.0, 0.0, 1), (0.0, 1.0, 1)])
+def test_found_inf_is_read_only_where_nothing_moved(moved: float, found: float, reads: int) -> None:
+    monitor = PrecisionMonitor("bf16")
+    found_inf = Unread(found)
+    before = torch.ones(3)
+    step = OptimizerStep(
+        names=("layer",),
+        before=(before,),
+        gradients=(torch.ones(3),),
+        after=(before + moved,),
+        optimizer=torch.optim.SGD([before], lr=0.1),
+        index=0,
+        found_inf=found_inf,
+    )
+    monitor._measure(step)
+    assert found_inf.reads == reads
+    assert monitor.skipped["inf"] == found
+    assert bool(monitor._measured) == (found == 0)
+
+
+def test_why_no_step_was_observed(tmp_path: Path) -> None:
+    class Nothing(Net):
+        def training_step(self, batch: list[Tensor], batch_index: int) -> None:
+            return None
+
+    with pytest.warns(UserWarning, match="observed no step: all were skipped, .'no gradients': 3"):
+        trainer(tmp_path, PrecisionMonitor(every_n_steps=1)).fit(Nothing(), batches(3))
 
 
 @pytest.mark.parametrize("logger", [False, "csv"])

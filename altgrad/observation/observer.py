@@ -1,0 +1,293 @@
+"""`StepObserver`: weights and gradients around each step of a torch optimizer, as they were."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from altgrad.observation.optimizer_step import OptimizerStep, step_of
+from altgrad.observation.optimizers import (
+    check_none_in_backward,
+    check_not_captured,
+    check_observable,
+    check_scaler,
+    unwrap,
+)
+from altgrad.observation.parameter_names import parameter_names
+from altgrad.observation.skips import SkipTeller
+from altgrad.observation.snapshots import Chosen, Elements, Snapshot, Snapshots
+from altgrad.observation.step_hooks import StepHooks
+
+SkipReason: TypeAlias = Literal["inf", "no gradients", "learning rate 0", "closure not called"]
+"""Why a step was none: see `StepObserver.skipped`."""
+
+_Hooks: TypeAlias = StepHooks[list[Snapshot]]
+
+_logger = logging.getLogger("altgrad")
+
+
+class StepObserver:
+    """Show each step of a torch optimizer to a callback: weights before and after, and gradients.
+
+    The gradients are those that the step applies, whoever changed them since the backward pass,
+    and the weights are bit for bit those that the step found and left. Training is not touched:
+    nothing is changed but the copies, no random number is drawn, and what fails in here or in the
+    callback is warned of once and ends the observation, not the training.
+
+    A step that is not observed costs a call of `should_observe` and a comparison of its result.
+
+    Hooks of other code that change gradients are seen if they were registered earlier: attach last.
+    It observes as long as you hold it: without a reference it is collected, and its hooks go.
+
+    Example:
+        >>> import torch
+        >>> from altgrad import StepObserver
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        >>> def on_step(step):
+        ...     print(step.index, step.names, (step.after[0] - step.before[0]).item())
+        >>> with StepObserver(model, on_step).attach(optimizer):
+        ...     loss = model(torch.ones(1, 1)).sum()
+        ...     loss.backward()
+        ...     optimizer.step()
+        0 ('weight',) -0.5
+
+    Args:
+        module: The module whose parameters to observe, or their names and themselves, as
+            `named_parameters` gives them.
+        on_step: Called after each observed step, without gradient recording, before the
+            optimizer's `step` returns.
+        should_observe: Called before each step with what will be `OptimizerStep.index`; whether
+            to observe it. None observes all.
+        elements: Called once for each parameter with its name and itself; flat indices of the
+            elements to observe, or None for all of them, which for some ten thousand is faster.
+            Without it all elements of all parameters are observed.
+        read_found_inf: Whether to find out at once if a fused optimizer under a GradScaler
+            skipped the step, for which the host waits for the device. False shows such steps too,
+            with `OptimizerStep.found_inf`, for the callback to read with its results.
+        strict: Whether what fails in here or in the callback is raised into the training.
+
+    Attributes:
+        skipped: How many steps should have been observed and were none, by reason: ``"inf"``, not
+            finite gradients under a GradScaler; ``"no gradients"`` of any observed parameter;
+            ``"learning rate 0"`` of all that have one, with nothing moved (where only some have
+            it, the step is shown without those); ``"closure not called"`` by the optimizer.
+
+    Raises:
+        TypeError: `module` is neither a module nor pairs of name and parameter.
+        ValueError: There is no parameter.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module | Iterable[tuple[str, Tensor]],
+        on_step: Callable[[OptimizerStep], object],
+        should_observe: Callable[[int], bool] | None = None,
+        *,
+        elements: Elements | None = None,
+        read_found_inf: bool = True,
+        strict: bool = False,
+    ) -> None:
+        self.skipped: Counter[SkipReason] = Counter()
+        self._module = module if isinstance(module, nn.Module) else None
+        self._names = parameter_names(module)
+        if not self._names:
+            raise ValueError("there is no parameter to observe, neither in a module nor as pairs")
+        self._nameless: set[Tensor] = set()  # parameters of an optimizer, not of the module
+        self._on_step = on_step
+        self._should_observe = should_observe
+        self._read_found_inf = read_found_inf
+        self._strict = strict
+        self._stopped = False
+        self._elements = elements
+        self._chosen: Chosen = {}
+        self._peak_bytes = 0
+        self._attached: dict[_Hooks, Snapshots] = {}
+        self._scalers: dict[GradScaler, SkipTeller] = {}
+        weakref.finalize(self, _collected, self._attached, self._scalers).atexit = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters, unique and without what wrappers add to them."""
+        return tuple(self._names.values())
+
+    @property
+    def is_observing(self) -> bool:
+        """Whether it is attached and nothing has failed."""
+        return bool(self._attached) and not self._stopped
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that copies have taken so far, in bytes.
+
+        Logged once, at the first observed step, by the logger ``altgrad`` at INFO.
+        """
+        return self._peak_bytes
+
+    def attach(self, *optimizers: Any, scaler: GradScaler | None = None) -> StepObserver:
+        """Observe the steps of these optimizers from now on; those attached before stay so.
+
+        Args:
+            optimizers: Optimizers of torch, or the wrappers of Lightning, Fabric or accelerate
+                around them.
+            scaler: The GradScaler that calls their `step`, if there is one: it skips steps
+                without a word to the optimizer, and they are counted only if it is known. That
+                of accelerate's wrapper is known.
+
+        Returns:
+            The observer, for ``with StepObserver(…).attach(…):``.
+
+        Raises:
+            TypeError: Something that neither is nor wraps an optimizer, or is no GradScaler.
+            ValueError: An optimizer whose steps cannot be observed: it steps none of the
+                parameters, or sharded ones, or the module has parameters that other optimizers
+                step inside of the backward pass.
+            RuntimeError: A step of the optimizer is under way.
+        """
+        if self._stopped:
+            _take_off(self._attached, self._scalers)
+        scalers = [scaler, *(getattr(optimizer, "scaler", None) for optimizer in optimizers)]
+        attached = {hooks.optimizer for hooks in self._attached}
+        new = [each for each in dict.fromkeys(map(unwrap, optimizers)) if each not in attached]
+        for optimizer in new:
+            check_observable(optimizer, {n: p for n, p, _ in self._parameters_of(optimizer)})
+        check_none_in_backward(self._names, {*attached, *new})
+        check_scaler(scaler)
+        for optimizer in new:
+            hooks = StepHooks(optimizer, self._is_due, self._take, self._finish)
+            self._attached[hooks] = Snapshots(self._elements, self._chosen)
+        for each in scalers:
+            if isinstance(each, GradScaler) and each not in self._scalers:
+                self._scalers[each] = SkipTeller(each, self._count_skip_by_scaler)
+        self._stopped = False
+        return self
+
+    def detach(self) -> None:
+        """Observe no more, and let go of every copy; harmless when nothing is attached.
+
+        Within `on_step` torch cannot let its hooks go: until the next `detach`, or until the
+        observer is collected, they stay and do nothing.
+        """
+        self._stop()
+        _take_off(self._attached, self._scalers)
+
+    def __enter__(self) -> StepObserver:  # noqa: PYI034 - typing has Self only from Python 3.11 on
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def _is_due(self, hooks: _Hooks) -> bool:
+        if self._stopped or self._should_observe is None:
+            return not self._stopped
+        try:  # not _guard, which would take longer than all the rest of a step not observed
+            return bool(self._should_observe(hooks.index))
+        except Exception as fault:  # noqa: BLE001 - whatever it is, it is not the training's
+            self._stop_after(fault)
+            return False
+
+    def _take(self, hooks: _Hooks, optimizer: Optimizer) -> list[Snapshot]:
+        with self._guard():
+            check_not_captured()
+            parameters = self._parameters_of(optimizer)
+            grad_scale = getattr(optimizer, "grad_scale", None)
+            snapshots = self._attached[hooks].take(parameters, grad_scale)
+            self._note_memory()
+            return snapshots
+        return []
+
+    def _finish(
+        self, hooks: _Hooks, optimizer: Optimizer, snapshots: list[Snapshot] | None
+    ) -> None:
+        """Call `on_step`, unless the step was none."""
+        with self._guard(), torch.no_grad():
+            step = step_of(snapshots or (), optimizer, hooks.index)
+            if snapshots is None:
+                self.skipped["closure not called"] += 1
+            elif not snapshots:
+                self.skipped["no gradients"] += 1
+            elif self._read_found_inf and step.found_inf is not None and step.found_inf.item():
+                self.skipped["inf"] += 1
+            elif not step.names:
+                self.skipped["learning rate 0"] += 1
+            else:
+                self._on_step(step)
+
+    def _count_skip_by_scaler(self, optimizer: Optimizer) -> None:
+        for hooks in self._attached:
+            if hooks.optimizer is optimizer and self._is_due(hooks):
+                self.skipped["inf"] += 1
+
+    def _parameters_of(
+        self, optimizer: Optimizer
+    ) -> list[tuple[str, Tensor, float | Tensor | None]]:
+        """Name, parameter and learning rate of those of its parameters that have a name."""
+        own = [(p, group.get("lr")) for group in optimizer.param_groups for p in group["params"]]
+        if any(p not in self._names and p not in self._nameless for p, _ in own):
+            if self._module is not None:
+                self._names = parameter_names(self._module)  # it may have got new ones
+            self._nameless |= {p for p, _ in own if p not in self._names}
+        return [(self._names[p], p, rate) for p, rate in own if p in self._names]
+
+    def _stop(self) -> None:
+        self._stopped = True
+        for hooks, snapshots in self._attached.items():
+            hooks.forget()
+            snapshots.clear()
+        self._nameless.clear()
+
+    def _note_memory(self) -> None:
+        nbytes = sum(snapshots.peak_bytes for snapshots in self._attached.values())
+        if nbytes and not self._peak_bytes:
+            _logger.info("the copies of an observed step take %d bytes", nbytes)
+        self._peak_bytes = max(self._peak_bytes, nbytes)
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as fault:  # noqa: BLE001 - as above
+            self._stop_after(fault)
+
+    def _stop_after(self, fault: Exception) -> None:
+        """End the observation, not the training, where something fails in here."""
+        self._stop()
+        if self._strict:
+            raise fault
+        place = traceback.extract_tb(fault.__traceback__)[-1]
+        warnings.warn(
+            f"StepObserver stops observing after a fault: {fault!r} in {place.name}, "
+            f"{place.filename}:{place.lineno}. Training goes on; strict=True would raise it",
+            stacklevel=2,
+        )
+
+
+def _take_off(attached: dict[_Hooks, Snapshots], scalers: dict[GradScaler, SkipTeller]) -> None:
+    """Leave nothing on optimizers and scalers; hooks that torch is calling now stay in the dict."""
+    for hooks in [hooks for hooks in attached if hooks.remove()]:
+        del attached[hooks]
+    for teller in scalers.values():
+        teller.restore()
+    scalers.clear()
+
+
+def _collected(attached: dict[_Hooks, Snapshots], scalers: dict[GradScaler, SkipTeller]) -> None:
+    unused = any(hooks.index == 0 and hooks.optimizer is not None for hooks in attached)
+    _take_off(attached, scalers)
+    if unused:
+        warnings.warn(
+            "a StepObserver was collected before its first step: hold it in a variable, or use "
+            "it in a `with` statement, as long as it is to observe",
+            stacklevel=2,
+        )

@@ -1,0 +1,63 @@
+"""`OptimizerStep`: one step of an optimizer, as it happened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from altgrad.observation.snapshots import Snapshot
+
+
+@dataclass(frozen=True, eq=False)
+class OptimizerStep:
+    """One step of an optimizer, as it happened: parallel sequences, an entry per parameter.
+
+    The tensors are valid until `StepObserver`'s `on_step` returns: their memory is used again, and
+    `after` is the parameters' own. Clone what you keep, and change none.
+
+    Attributes:
+        names: Names of the parameters that had a gradient, as `StepObserver.names` has them.
+        before: Their weights just before the step; of a parameter of which only some elements are
+            observed, those, in one dimension.
+        gradients: Their gradients as the optimizer applied them: accumulated, clipped, divided by
+            the loss scale, and dense.
+        after: Their weights just after the step.
+        optimizer: The optimizer.
+        index: How many steps of this optimizer came before it since it was attached.
+        found_inf: Of a fused optimizer under a GradScaler: one element, not 0 if the optimizer
+            skipped the step. None otherwise.
+    """
+
+    names: tuple[str, ...]
+    before: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
+    after: tuple[Tensor, ...]
+    optimizer: Optimizer
+    index: int
+    found_inf: Tensor | None = None
+
+
+def step_of(snapshots: Iterable[Snapshot], optimizer: Optimizer, index: int) -> OptimizerStep:
+    """The step that has just ended, without what a learning rate of 0 kept where it was."""
+    both = [(snapshot, snapshot.after()) for snapshot in snapshots]
+    both = [(snapshot, after) for snapshot, after in both if not _rests(snapshot, after)]
+    return OptimizerStep(
+        names=tuple(snapshot.name for snapshot, _ in both),
+        before=tuple(snapshot.before for snapshot, _ in both),
+        gradients=tuple(snapshot.gradient for snapshot, _ in both),
+        after=tuple(after for _, after in both),
+        optimizer=optimizer,
+        index=index,
+        found_inf=getattr(optimizer, "found_inf", None),
+    )
+
+
+def _rests(snapshot: Snapshot, after: Tensor) -> bool:
+    """Some optimizers move weights in spite of the rate: that is a step like any other."""
+    return bool(snapshot.learning_rate == 0) and torch.allclose(
+        snapshot.before, after, rtol=0, atol=0, equal_nan=True
+    )

@@ -1,0 +1,54 @@
+"""Steps that a GradScaler skips without a word to the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from altgrad.observation.optimizers import unwrap
+from altgrad.observation.step_hooks import weakly
+
+
+class SkipTeller:
+    """Calls `tell` after each ``scaler.step(optimizer)`` that did not step the optimizer.
+
+    A GradScaler that finds gradients that are not finite does not call the optimizer, so that no
+    hook fires, and it has no hooks of its own: its `step` is replaced, on this one object, by an
+    object that calls it. The object that `tell` is a method of is held weakly.
+    """
+
+    def __init__(self, scaler: GradScaler, tell: Callable[[Optimizer], None]) -> None:
+        self._scaler = scaler
+        self._tell = weakly(tell)
+        self._was_replaced = "step" in vars(scaler)
+        self._step = scaler.step
+        scaler.step = self  # type: ignore[method-assign]
+
+    def restore(self) -> None:
+        """Put the scaler's own `step` back, unless someone replaced it again: it is theirs now."""
+        if vars(self._scaler).get("step") is self:
+            del self._scaler.step
+            if self._was_replaced:
+                self._scaler.step = self._step
+
+    def __call__(self, optimizer: Any, *args: Any, **kwargs: Any) -> float | None:
+        try:
+            inner = unwrap(optimizer)
+        except TypeError:  # a scaler is content with less than an optimizer
+            return self._step(optimizer, *args, **kwargs)
+        called: list[Optimizer] = []
+        handle = inner.register_step_pre_hook(lambda optimizer, *_: called.append(optimizer))
+        try:
+            result = self._step(optimizer, *args, **kwargs)
+        finally:
+            handle.remove()
+        if not called:
+            self._tell(inner)
+        return result
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Copies and pickles of the scaler have a `step` of their own in this place."""
+        return getattr, (self._scaler, "step")

@@ -1,0 +1,173 @@
+"""Copies of weights and gradients around an optimizer step, in memory that is used again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Elements: TypeAlias = Callable[[str, Tensor], Tensor | None]
+"""From a parameter's name and the parameter to the flat indices to copy; None copies all."""
+
+Chosen: TypeAlias = dict[Tensor, Tensor | None]
+"""What an `Elements` returned for each parameter, for all who are to show the same elements."""
+
+# Elements up to which a copy may stay on an accelerator: a thousand of them are 64 MiB.
+_SMALL = 2**14
+
+
+@dataclass(eq=False, slots=True)
+class Snapshot:
+    """One parameter just before it is stepped: itself, and what was copied of it."""
+
+    name: str
+    parameter: Tensor
+    learning_rate: float | Tensor | None
+    indices: Tensor | None
+    shape: torch.Size  # of the parameter, which indices were chosen for
+    before: Tensor
+    gradient: Tensor
+
+    def after(self) -> Tensor:
+        """The weights as they are now: the parameter's own memory, or the chosen elements."""
+        parameter = self.parameter.detach()
+        return parameter if self.indices is None else parameter.take(self.indices)
+
+    def fits(self, gradient: Tensor) -> bool:
+        """Whether the parameter and its gradient can still be copied into it."""
+        parameter = self.parameter
+        return (
+            self.shape == parameter.shape
+            and self.before.dtype == parameter.dtype
+            and self.before.device == parameter.device
+            and self.gradient.dtype == gradient.dtype
+        )
+
+    def nbytes(self) -> int:
+        """The memory that observing this parameter takes while it is stepped."""
+        after = 0 if self.indices is None else self.before.nbytes
+        return self.before.nbytes + self.gradient.nbytes + after
+
+
+class Snapshots:
+    """Takes them; keeps their memory, and which elements of which parameter to copy.
+
+    On a CPU all memory is used again: to touch new memory takes longer than to copy into it. On an
+    accelerator only that of small and of sampled parameters is; that of whole large ones is
+    allocated for each step, after its backward pass, so as not to be there with the activations.
+    """
+
+    def __init__(self, elements: Elements | None, chosen: Chosen | None = None) -> None:
+        self.peak_bytes = 0
+        self._elements = elements
+        self._chosen: Chosen = {} if chosen is None else chosen
+        self._kept: dict[Tensor, Snapshot] = {}
+        self._kept_bytes = 0
+
+    @torch.no_grad()
+    def take(
+        self,
+        parameters: Iterable[tuple[str, Tensor, float | Tensor | None]],
+        grad_scale: Tensor | None = None,
+    ) -> list[Snapshot]:
+        """Copy those that have a gradient, and the gradients, dense and divided by `grad_scale`.
+
+        Args:
+            parameters: Name, parameter and learning rate of each.
+            grad_scale: What the gradients are still multiplied by; None if they are not.
+        """
+        snapshots: list[Snapshot] = []
+        copies: list[Tensor] = []
+        sources: list[Tensor] = []
+        for name, parameter, learning_rate in parameters:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.layout != torch.strided:
+                gradient = gradient.to_dense()
+            snapshot = self._memory_for(name, parameter, gradient)
+            snapshot.name, snapshot.learning_rate = name, learning_rate
+            snapshots.append(snapshot)
+            if snapshot.indices is None:
+                copies += (snapshot.before, snapshot.gradient)
+                sources += (parameter, gradient)
+            else:
+                torch.take(parameter, snapshot.indices, out=snapshot.before)
+                torch.take(gradient, snapshot.indices, out=snapshot.gradient)
+        _copy_all(copies, sources)
+        if grad_scale is not None:
+            for snapshot in snapshots:
+                # A division, as in the fused optimizers: a product with 1/scale rounds twice.
+                snapshot.gradient.div_(grad_scale.to(snapshot.gradient.device))
+        passing = sum(each.nbytes() for each in snapshots if each.parameter not in self._kept)
+        self.peak_bytes = max(self.peak_bytes, self._kept_bytes + passing)
+        return snapshots
+
+    def clear(self) -> None:
+        """Let go of the memory; the choice of elements stays."""
+        self._kept.clear()
+        self._kept_bytes = 0
+
+    def _memory_for(self, name: str, parameter: Tensor, gradient: Tensor) -> Snapshot:
+        kept = self._kept.get(parameter)
+        if kept is not None:
+            if kept.fits(gradient):
+                return kept
+            self._kept_bytes -= kept.nbytes()
+            del self._kept[parameter], self._chosen[parameter]
+        indices = self._indices_of(name, parameter)
+        snapshot = Snapshot(
+            name=name,
+            parameter=parameter,
+            learning_rate=None,
+            indices=indices,
+            shape=parameter.shape,
+            before=_empty_like(parameter, indices),
+            gradient=_empty_like(gradient, indices),
+        )
+        on_cpu = parameter.device.type == "cpu"
+        if on_cpu or indices is not None or parameter.numel() <= _SMALL:
+            self._kept[parameter] = snapshot
+            self._kept_bytes += snapshot.nbytes()
+        return snapshot
+
+    def _indices_of(self, name: str, parameter: Tensor) -> Tensor | None:
+        """Chosen once, so that every step shows the same elements."""
+        if parameter not in self._chosen:
+            indices = None if self._elements is None else self._elements(name, parameter)
+            if indices is not None:
+                _check_indices(indices, name, parameter)
+                indices = indices.to(parameter.device)
+            self._chosen[parameter] = indices
+        return self._chosen[parameter]
+
+
+def _empty_like(tensor: Tensor, indices: Tensor | None) -> Tensor:
+    """Memory for a copy of it: with its strides, or with one place for each index."""
+    return torch.empty_like(tensor) if indices is None else tensor.new_empty(indices.shape)
+
+
+def _copy_all(copies: list[Tensor], sources: list[Tensor]) -> None:
+    """`copy_`, in one call: a loop takes twice the time for a thousand small tensors.
+
+    torch has no public name for it.
+    """
+    if copies:
+        torch._foreach_copy_(copies, sources)
+
+
+def _check_indices(indices: Tensor, name: str, parameter: Tensor) -> None:
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
+        raise TypeError(
+            f"elements of {name}: expected a one-dimensional int64 tensor of flat indices or "
+            f"None, not {indices!r}"
+        )
+    inside = (indices >= 0) & (indices < parameter.numel())
+    if not inside.all():
+        raise ValueError(
+            f"elements of {name}: {indices[~inside][0].item()} is no flat index of its "
+            f"{parameter.numel()} elements"
+        )

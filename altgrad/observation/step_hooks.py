@@ -1,0 +1,151 @@
+"""When a step of a torch optimizer begins, when its gradients are final, and when it ends."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Generic, TypeAlias, TypeVar
+
+import torch
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+Captured = TypeVar("Captured")
+
+_Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class StepHooks(Generic[Captured]):
+    """Three calls around each step of one optimizer, however it is stepped.
+
+    ``is_due(hooks)`` at its beginning; unless that is false, ``capture(hooks, optimizer)`` when the
+    gradients are those that will be applied and no weight has changed, and
+    ``finish(hooks, optimizer, captured)`` at its end, with what `capture` returned, or None if
+    there was a closure and the optimizer did not call it. A step that raises is not finished. A
+    subclass that calls ``super().step()`` makes one step.
+
+    The optimizer and the object that the three are methods of are held weakly; without it, they
+    are not called.
+
+    Attributes:
+        index: How many steps were finished before this one.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        is_due: Callable[[StepHooks[Captured]], bool],
+        capture: Callable[[StepHooks[Captured], Optimizer], Captured],
+        finish: Callable[[StepHooks[Captured], Optimizer, Captured | None], None],
+    ) -> None:
+        self.index = 0
+        self._optimizer = weakref.ref(optimizer)
+        self._is_due = weakly(is_due)
+        self._capture = weakly(capture)
+        self._finish = weakly(finish)
+        # Of the step that is under way, or that raised:
+        self._running = False
+        self._nested = False
+        self._observed = False
+        self._captured: Captured | None = None
+        self._handles = (
+            optimizer.register_step_pre_hook(_outside_of_graphs(self._before)),
+            optimizer.register_step_post_hook(_outside_of_graphs(self._after)),
+        )
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer, as long as it lives."""
+        return self._optimizer()
+
+    def forget(self) -> None:
+        """Let go of what was captured, and do not finish the step that is under way."""
+        self._observed, self._captured = False, None
+
+    def remove(self) -> bool:
+        """Take the hooks off; false within a step, where torch iterates over them."""
+        optimizer = self._optimizer()
+        if optimizer is not None and step_depth(optimizer):
+            return False
+        for handle in self._handles:
+            handle.remove()
+        return True
+
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> _Arguments | None:
+        if self._running and step_depth(optimizer) > 1:
+            self._nested = True
+            return None
+        self._running, self._nested, self._captured = True, False, None
+        self._observed = self._is_due(self)
+        if not self._observed:
+            return None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if not callable(closure):  # some optimizers take other things
+            self._capture_now(optimizer)
+            return None
+
+        def closure_then_capture(*inputs: Any, **options: Any) -> Any:
+            """Only the closure computes the gradients; trainers clip them in it, too."""
+            loss = closure(*inputs, **options)
+            if self._captured is None:
+                self._capture_now(optimizer)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], closure_then_capture, *args[2:]), kwargs
+        return args, {**kwargs, "closure": closure_then_capture}
+
+    def _capture_now(self, optimizer: Optimizer) -> None:
+        if self._observed:
+            self._captured = self._capture(self, optimizer)
+
+    def _after(self, optimizer: Optimizer, *_: Any) -> None:
+        if not self._running or (self._nested and step_depth(optimizer) > 1):
+            return
+        self._running = False
+        if self._observed:
+            captured, self._captured = self._captured, None
+            self._finish(self, optimizer, captured)
+        self.index += 1
+
+
+def _outside_of_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook, as it is also where `torch.compile` compiles the call of `step`."""
+    untraced: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    # From torch 2.7 on, `disable` has an argument for this.
+    untraced.__dict__["_torchdynamo_disable_msg"] = (
+        "AltGrad cannot observe an optimizer step that is compiled with fullgraph=True"
+    )
+    return untraced
+
+
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The bound method, without keeping its object alive: once that is gone it returns None."""
+    reference, function = weakref.ref(method.__self__), method.__func__  # type: ignore[attr-defined]
+
+    def call(*args: Any) -> Any:
+        alive = reference()
+        return None if alive is None else function(alive, *args)
+
+    return call
+
+
+def step_depth(optimizer: Optimizer) -> int:
+    """How many calls of `optimizer.step` this thread is in: 0 outside, 1 in a hook of a step.
+
+    2 means that a subclass called ``super().step()``, which calls the hooks once more. Counting
+    in the hooks would not do: a step that raises calls no hook on its way out.
+    """
+    depth = 0
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - the documented way to the stack
+    while frame is not None:
+        code = frame.f_code
+        # What torch puts around every `step`: Optimizer.profile_hook_step.
+        if code.co_name == "wrapper" and code.co_filename == torch_optimizer.__file__:
+            depth += frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return depth

@@ -1,0 +1,106 @@
+"""One callback for `lightning` and for `pytorch_lightning`, whichever are installed."""
+
+import subprocess
+import sys
+import textwrap
+from types import ModuleType
+from typing import Any
+
+import lightning.pytorch
+import pytest
+import pytorch_lightning
+import torch
+from torch import Tensor, nn
+
+from altgrad_lightning import PrecisionMonitor
+
+PACKAGES = [pytorch_lightning, lightning.pytorch]
+
+
+def net_of(package: ModuleType) -> Any:
+    class Net(package.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    return Net()
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+@pytest.mark.parametrize("wrap", [list, lambda callbacks: callbacks[0]], ids=["list", "bare"])
+def test_it_observes_in_either_trainer(package: ModuleType, wrap: Any, tmp_path: Any) -> None:
+    monitor = PrecisionMonitor("bf16", every_n_steps=1)
+    trainer = package.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=wrap([monitor]),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(net_of(package), torch.utils.data.DataLoader(torch.ones(3, 4)))
+    assert monitor.latest_step == 2
+    assert list(monitor.latest) == ["layer.weight", "layer.bias"]
+
+
+def test_the_two_packages_have_two_callback_classes() -> None:
+    """The fact that makes all this necessary."""
+    assert lightning.pytorch.Callback is not pytorch_lightning.Callback
+    assert issubclass(PrecisionMonitor, lightning.pytorch.Callback)
+    assert issubclass(PrecisionMonitor, pytorch_lightning.Callback)
+
+
+def run(script: str, *blocked: str) -> subprocess.CompletedProcess[str]:
+    block = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in blocked)
+    command = [sys.executable, "-W", "ignore", "-c", block + textwrap.dedent(script)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("installed", "missing"),
+    [("pytorch_lightning", "lightning"), ("lightning.pytorch", "pytorch_lightning")],
+)
+def test_one_of_them_is_enough(installed: str, missing: str) -> None:
+    result = run(
+        f"""
+        from altgrad_lightning import PrecisionMonitor
+        import altgrad_lightning.demo
+        import {installed} as package
+        assert isinstance(PrecisionMonitor(), package.Callback)
+        assert package.Trainer(callbacks=PrecisionMonitor(), logger=False, barebones=False)
+        print(altgrad_lightning.demo.lightning.__name__, {missing!r} in sys.modules)
+        """,
+        missing,
+    )
+    assert result.stdout.split() == [installed, "True"], result.stderr  # blocked, as None
+
+
+def test_without_either_the_error_says_what_to_install() -> None:
+    result = run("import altgrad_lightning", "lightning", "pytorch_lightning")
+    assert result.returncode != 0
+    assert "pip install 'altgrad[lightning]'" in result.stderr.splitlines()[-1]
+
+
+def test_a_broken_installation_is_not_taken_for_a_missing_one() -> None:
+    result = run("import altgrad_lightning", "torchmetrics")
+    assert "torchmetrics" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
+def test_the_messages_of_the_package_in_use_stay_its_own(package: str) -> None:
+    result = run(
+        f"""
+        import {package}
+        from lightning_utilities.core import rank_zero
+        import altgrad_lightning
+        print(rank_zero.log.name)
+        """
+    )
+    assert result.stdout.startswith(package), result.stderr

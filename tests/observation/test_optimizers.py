@@ -1,0 +1,257 @@
+"""Which optimizers are found under wrappers, and which are refused, by what words."""
+
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.optim import SGD, Optimizer
+
+from altgrad import StepObserver
+from altgrad.observation.optimizers import (
+    check_none_in_backward,
+    check_not_captured,
+    check_observable,
+    unwrap,
+)
+
+RATE = 0.5
+
+
+def sgd(model: nn.Module | None = None) -> SGD:
+    return SGD((model or nn.Linear(2, 1)).parameters(), lr=RATE)
+
+
+def in_backward(model: nn.Module) -> list[Optimizer]:
+    """The optimizers that torch made, one for each parameter."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # its package uses TorchScript
+        from torch.distributed.optim import _apply_optimizer_in_backward
+
+    once = {p: len(getattr(p, "_in_backward_optimizers", ())) for p in model.parameters()}
+    _apply_optimizer_in_backward(SGD, model.parameters(), {"lr": RATE})
+    return [each for p, old in once.items() for each in p._in_backward_optimizers[old:]]
+
+
+class Uninitialised(Optimizer):
+    """As accelerate's: an Optimizer by type alone, around a real one."""
+
+    def __init__(self, optimizer: object) -> None:
+        self.optimizer = optimizer
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+# unwrap
+
+
+def test_an_optimizer_is_itself() -> None:
+    optimizer = sgd()
+    assert unwrap(optimizer) is optimizer
+
+
+def test_an_optimizer_that_holds_another_is_itself_where_it_has_hooks() -> None:
+    """As Lookahead and SAM: their own step changes the parameters."""
+    optimizer = sgd()
+    optimizer.optimizer = sgd()
+    assert unwrap(optimizer) is optimizer
+
+
+@pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
+def test_the_optimizer_of_lightning_is_unwrapped(package: str) -> None:
+    wrappers = pytest.importorskip(f"{package}.core.optimizer")
+    optimizer = sgd()
+    wrapped = wrappers.LightningOptimizer(optimizer)
+    assert isinstance(wrapped, Optimizer)
+    assert unwrap(wrapped) is optimizer
+
+
+@pytest.mark.parametrize("package", ["lightning_fabric", "lightning.fabric"])
+def test_the_optimizer_of_fabric_is_unwrapped(package: str) -> None:
+    wrappers = pytest.importorskip(f"{package}.wrappers")
+    optimizer = sgd()
+    wrapped = wrappers._FabricOptimizer(optimizer, SimpleNamespace())
+    assert isinstance(wrapped, Optimizer)
+    assert unwrap(wrapped) is optimizer
+
+
+def test_the_optimizer_of_accelerate_is_unwrapped_and_its_steps_are_shown() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, steps = nn.Linear(2, 1), []
+    optimizer = sgd(model)
+    model, wrapped = accelerate.Accelerator(cpu=True).prepare(model, optimizer)
+    assert isinstance(wrapped, Optimizer)
+    assert unwrap(wrapped) is optimizer
+    with StepObserver(model, steps.append).attach(wrapped):
+        model(torch.ones(1, 2)).sum().backward()
+        wrapped.step()
+    assert [step.optimizer for step in steps] == [optimizer]
+
+
+def test_wrappers_around_wrappers_are_unwrapped() -> None:
+    optimizer = sgd()
+    assert unwrap(SimpleNamespace(optimizer=Uninitialised(optimizer))) is optimizer
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"),
+    [
+        (nn.Linear(1, 1), "Linear"),
+        (None, "NoneType"),
+        (Uninitialised(None), "Uninitialised"),
+        (SimpleNamespace(optimizer=SimpleNamespace(optimizer=3)), "SimpleNamespace"),
+        ([], "list"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_has_no_optimizer_inside_is_named(wrong: object, kind: str) -> None:
+    with pytest.raises(
+        TypeError,
+        match=rf"^{kind} is no torch\.optim\.Optimizer and has none as `\.optimizer`: attach the "
+        r"optimizer whose step\(\) changes the parameters$",
+    ):
+        unwrap(wrong)
+
+
+# check_observable
+
+
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^SGD steps none of the observed parameters: .* ZeRO"):
+        StepObserver(nn.Linear(2, 1), print).attach(sgd())
+    check_observable(sgd(), {"one": torch.ones(1)})  # one will do
+
+
+def test_parameters_that_look_like_dtensors_are_named_and_refused() -> None:
+    def sharded() -> torch.Tensor:
+        tensor = torch.ones(1)
+        tensor.to_local, tensor.placements = tensor.clone, ()
+        return tensor
+
+    own = {"whole": torch.ones(1)} | {name: sharded() for name in "abcde"}
+    with pytest.raises(ValueError, match=r"cannot be observed yet: a, b, c and 2 more$"):
+        check_observable(sgd(), own)
+    del own["d"], own["e"]
+    with pytest.raises(ValueError, match=r"cannot be observed yet: a, b, c$"):
+        check_observable(sgd(), own)
+
+
+@pytest.mark.parametrize("attribute", ["to_local", "placements"])
+def test_one_attribute_of_a_dtensor_is_not_enough(attribute: str) -> None:
+    tensor = torch.ones(1)
+    setattr(tensor, attribute, ())
+    check_observable(sgd(), {"w": tensor})
+
+
+@pytest.mark.usefixtures("process_group")
+def test_the_parameters_of_fsdp2_are_refused() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Linear(2, 1)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match=r"sharded parameters cannot .* yet: weight, bias$"):
+        StepObserver(model, print).attach(sgd(model))
+
+
+def test_within_a_step_an_optimizer_is_refused() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = sgd(model)
+    own = dict(model.named_parameters())
+    optimizer.register_step_post_hook(lambda *_: check_observable(optimizer, own))
+    with pytest.raises(RuntimeError, match="a step of SGD is under way: attach before or after it"):
+        optimizer.step()
+    check_observable(optimizer, own)
+
+
+# Optimizers in the backward pass
+
+
+def test_parameters_that_are_stepped_in_the_backward_pass_are_named_and_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    in_backward(model[1])
+    optimizer = sgd(model)
+    with pytest.raises(
+        ValueError, match=r"^optimizer in backward: 1\.weight, 1\.bias are .* _in_backward_optim"
+    ):
+        StepObserver(model, print).attach(optimizer)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_one_of_two_optimizers_of_a_parameter_in_backward_is_not_enough() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    both = in_backward(model) + in_backward(model)
+    assert len(both) == 2
+    with pytest.raises(ValueError, match="optimizer in backward: weight are"):
+        StepObserver(model, print).attach(both[0])
+    observer = StepObserver(model, print)
+    observer.attach(*both)
+    observer.detach()
+    check_none_in_backward({model.weight: "weight"}, both)
+
+
+def test_the_optimizers_in_backward_themselves_can_be_observed() -> None:
+    model, steps = nn.Linear(2, 1), {}
+    optimizers = in_backward(model)
+
+    def on_step(step) -> None:
+        assert step.index == 0
+        (steps[step.names[0]],) = zip(
+            *([t.clone() for t in each] for each in (step.before, step.gradients, step.after)),
+            strict=True,
+        )
+
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    inputs = torch.tensor([[3.0, -1.0]])
+    with StepObserver(model, on_step).attach(*optimizers):
+        model(inputs).sum().backward()
+    gradients = {"weight": inputs, "bias": torch.ones(1)}
+    assert set(steps) == {"weight", "bias"}
+    for name, shown in steps.items():
+        expected = (before[name], gradients[name], before[name] - RATE * gradients[name])
+        assert all(map(torch.equal, shown, expected)), name
+        assert torch.equal(model.get_parameter(name), expected[2])
+
+
+def test_optimizers_in_backward_may_be_attached_before_the_others() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    observer = StepObserver(model, print).attach(*in_backward(model[1]))
+    observer.attach(sgd(model[0]))
+    observer.detach()
+
+
+# CUDA graphs
+
+
+def test_a_step_that_is_captured_in_a_cuda_graph_is_named_once_and_goes_on(monkeypatch) -> None:
+    model, steps = nn.Linear(2, 1, bias=False), []
+    optimizer = sgd(model)
+    model(torch.ones(1, 2)).sum().backward()
+    start = model.weight.detach().clone()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with StepObserver(model, steps.append).attach(optimizer):
+        with pytest.warns(UserWarning, match="captured in a CUDA graph") as caught:
+            optimizer.step()
+        optimizer.step()
+    assert len(caught) == 1
+    assert not steps
+    assert torch.equal(model.weight, start - RATE - RATE)
+
+
+@pytest.mark.parametrize(("started", "capturing"), [(False, True), (True, False)])
+def test_without_a_capture_steps_are_observed(monkeypatch, started, capturing) -> None:
+    def is_capturing() -> bool:
+        assert started, "asked before CUDA is there, which would start it"
+        return capturing
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: started)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", is_capturing)
+    check_not_captured()

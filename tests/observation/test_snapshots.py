@@ -1,0 +1,366 @@
+"""`Snapshots`: copies bit for bit, in memory that is used again, counted to the byte."""
+
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from altgrad.observation.snapshots import _SMALL, Snapshot, Snapshots
+
+EVERY_SHAPE = {
+    "matrix": lambda: torch.randn(3, 4),
+    "scalar": lambda: torch.randn(()),
+    "empty": lambda: torch.randn(0, 5),
+    "transposed": lambda: torch.randn(4, 3).t(),
+    "sliced": lambda: torch.randn(6, 8)[::2, ::2],
+    "expanded_rows": lambda: torch.randn(3, 1, 4).movedim(0, 2),
+    "channels_last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "bf16": lambda: torch.randn(3, 4).bfloat16(),
+    "float64": lambda: torch.randn(3, 4, dtype=torch.float64),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def with_gradient(tensor: Tensor, gradient: Tensor | None = None) -> Tensor:
+    parameter = tensor.requires_grad_()
+    parameter.grad = torch.randn_like(tensor).detach() if gradient is None else gradient
+    return parameter
+
+
+def take(snapshots: Snapshots, *parameters: Tensor, grad_scale=None) -> list[Snapshot]:
+    named = [(f"p{number}", p, 0.1) for number, p in enumerate(parameters)]
+    return snapshots.take(named, grad_scale)
+
+
+def pointers(*taken: Snapshot) -> list[int]:
+    return [tensor.data_ptr() for each in taken for tensor in (each.before, each.gradient)]
+
+
+def fixed(indices: Tensor | None):
+    return lambda name, parameter: indices
+
+
+def changed(parameter: Tensor) -> None:
+    with torch.no_grad():
+        parameter.mul_(2).add_(1)
+        parameter.grad.mul_(3)
+
+
+# Copies
+
+
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
+def test_whole_copies_are_what_the_weights_and_gradients_were(shape: str) -> None:
+    parameter = with_gradient(EVERY_SHAPE[shape]())
+    weights, gradient = parameter.detach().clone(), parameter.grad.clone()
+    (taken,) = take(Snapshots(None), parameter)
+    changed(parameter)
+    assert torch.equal(taken.before, weights)
+    assert torch.equal(taken.gradient, gradient)
+    assert taken.before.dtype == taken.gradient.dtype == weights.dtype
+    assert torch.equal(taken.after(), parameter)
+    assert taken.after().data_ptr() == parameter.data_ptr()
+    assert not any(t.requires_grad for t in (taken.before, taken.gradient, taken.after()))
+
+
+@pytest.mark.parametrize("shape", [name for name in EVERY_SHAPE if name != "empty"])
+def test_chosen_elements_are_those_of_the_flattened_weights(shape: str) -> None:
+    parameter = with_gradient(EVERY_SHAPE[shape]())
+    indices = torch.randint(parameter.numel(), (7,))
+    weights, gradient = parameter.detach().clone(), parameter.grad.clone()
+    (taken,) = take(Snapshots(fixed(indices)), parameter)
+    changed(parameter)
+    assert torch.equal(taken.before, weights.reshape(-1)[indices])
+    assert torch.equal(taken.gradient, gradient.reshape(-1)[indices])
+    assert torch.equal(taken.after(), parameter.detach().reshape(-1)[indices])
+    assert not any(t.requires_grad for t in (taken.before, taken.gradient, taken.after()))
+
+
+@pytest.mark.parametrize("shape", ["matrix", "empty"])
+def test_no_elements_may_be_chosen(shape: str) -> None:
+    parameter = with_gradient(EVERY_SHAPE[shape]())
+    (taken,) = take(Snapshots(fixed(torch.empty(0, dtype=torch.int64))), parameter)
+    assert taken.before.shape == taken.gradient.shape == taken.after().shape == (0,)
+
+
+def test_whole_and_chosen_copies_stand_in_the_order_of_the_parameters() -> None:
+    parameters = [with_gradient(torch.randn(4)) for _ in range(4)]
+    parameters[2].grad = None
+    chosen = torch.tensor([3, 0])
+    snapshots = Snapshots(lambda name, _: chosen if name == "p1" else None)
+    taken = take(snapshots, *parameters)
+    assert [each.name for each in taken] == ["p0", "p1", "p3"]
+    assert [each.parameter is p for each, p in zip(taken, parameters[:2], strict=False)] == [
+        True,
+        True,
+    ]
+    for each, expected in zip(
+        taken, [parameters[0], parameters[1][chosen], parameters[3]], strict=True
+    ):
+        assert torch.equal(each.before, expected)
+    assert all(each.learning_rate == 0.1 for each in taken)
+
+
+def test_gradients_of_other_strides_than_the_weights_are_copied() -> None:
+    parameter = with_gradient(torch.randn(3, 4), torch.randn(4, 3).t())
+    (taken,) = take(Snapshots(None), parameter)
+    assert torch.equal(taken.gradient, parameter.grad)
+    assert torch.equal(taken.before, parameter)
+
+
+def test_a_mixture_of_dtypes_and_shapes_is_copied() -> None:
+    parameters = [with_gradient(make()) for make in EVERY_SHAPE.values()]
+    for each, parameter in zip(take(Snapshots(None), *parameters), parameters, strict=True):
+        assert torch.equal(each.before, parameter)
+        assert torch.equal(each.gradient, parameter.grad)
+
+
+def test_copies_of_gradients_with_a_graph_have_none() -> None:
+    parameter = torch.randn(3).requires_grad_()
+    with pytest.warns(UserWarning, match="create_graph=True"):
+        (parameter**3).sum().backward(create_graph=True)
+    assert parameter.grad.requires_grad
+    (taken,) = take(Snapshots(None), parameter)
+    assert torch.equal(taken.gradient, parameter.grad)
+    assert not taken.gradient.requires_grad
+    parameter.grad = None  # or the two hold each other
+
+
+@pytest.mark.parametrize("chosen", [None, torch.tensor([5, 1, 0])], ids=["whole", "chosen"])
+def test_sparse_gradients_are_dense_with_repeated_entries_summed(chosen: Tensor | None) -> None:
+    gradient = torch.sparse_coo_tensor(
+        [[1, 0, 1]], [[1.0, 2], [3, 4], [10, 20]], (3, 2), check_invariants=True
+    )
+    parameter = with_gradient(torch.randn(3, 2), gradient)
+    (taken,) = take(Snapshots(fixed(chosen)), parameter)
+    dense = torch.tensor([[3.0, 4], [11, 22], [0, 0]])
+    expected = dense if chosen is None else dense.flatten()[chosen]
+    assert torch.equal(taken.gradient, expected)
+    assert taken.gradient.layout == torch.strided
+    assert not parameter.grad.is_coalesced()
+
+
+@pytest.mark.parametrize("chosen", [None, torch.arange(999)], ids=["whole", "chosen"])
+def test_gradients_are_divided_by_the_scale_and_not_multiplied_by_its_inverse(chosen) -> None:
+    parameter = with_gradient(torch.randn(1000))
+    scale = torch.tensor(3.0)
+    gradient = parameter.grad.clone()
+    expected = gradient / scale
+    assert not torch.equal(expected, gradient * (1 / scale))
+    (taken,) = take(Snapshots(fixed(chosen)), parameter, grad_scale=scale)
+    assert torch.equal(taken.gradient, expected if chosen is None else expected[chosen])
+    assert torch.equal(parameter.grad, gradient)
+    assert torch.equal(taken.before, parameter if chosen is None else parameter[chosen])
+
+
+def test_without_gradients_there_is_nothing() -> None:
+    parameter = torch.randn(2).requires_grad_()
+    snapshots = Snapshots(None)
+    assert take(snapshots, parameter) == take(snapshots) == []
+    assert snapshots.peak_bytes == 0
+
+
+# Memory
+
+
+@pytest.mark.parametrize("elements", [None, fixed(torch.tensor([1, 2]))], ids=["whole", "chosen"])
+@pytest.mark.parametrize("count", [3, _SMALL + 1])
+def test_on_a_cpu_every_buffer_is_used_again(elements, count: int) -> None:
+    parameter, snapshots = with_gradient(torch.randn(count)), Snapshots(elements)
+    (taken,) = take(snapshots, parameter)
+    first = (taken.before, taken.gradient)
+    changed(parameter)
+    (taken,) = take(snapshots, parameter)
+    assert taken.before is first[0]
+    assert taken.gradient is first[1]
+    assert len(set(pointers(taken))) == 2
+    whole = elements is None
+    assert torch.equal(taken.before, parameter if whole else parameter[1:3])
+
+
+def test_buffers_have_the_strides_of_what_they_copy() -> None:
+    parameter = with_gradient(EVERY_SHAPE["channels_last"]())
+    (taken,) = take(Snapshots(None), parameter)
+    assert taken.before.stride() == parameter.stride()
+    assert taken.gradient.stride() == parameter.grad.stride()
+
+
+@pytest.mark.parametrize(
+    "new", [torch.randn(5, 1), torch.randn(5, dtype=torch.float64)], ids=["shape", "dtype"]
+)
+def test_a_parameter_with_another_shape_or_dtype_gets_new_buffers(new: Tensor) -> None:
+    parameter, snapshots = with_gradient(torch.randn(5)), Snapshots(None)
+    first = take(snapshots, parameter)
+    parameter.grad = None
+    parameter.data = new
+    parameter.grad = torch.randn_like(new)
+    (taken,) = take(snapshots, parameter)
+    assert not set(pointers(taken)) & set(pointers(*first))
+    assert torch.equal(taken.before, parameter)
+    assert torch.equal(taken.gradient, parameter.grad)
+    assert taken.before.dtype == new.dtype
+    assert pointers(*take(snapshots, parameter)) == pointers(taken)
+
+
+def test_a_parameter_that_moved_to_another_device_gets_buffers_there() -> None:
+    parameter, snapshots = with_gradient(torch.randn(5)), Snapshots(None)
+    take(snapshots, parameter)
+    torch.utils.swap_tensors(parameter, with_gradient(torch.empty(5, device="meta")))
+    (taken,) = take(snapshots, parameter)
+    assert taken.before.is_meta
+    assert taken.gradient.is_meta
+
+
+@pytest.mark.parametrize(
+    ("count", "chosen", "kept"),
+    [(_SMALL, None, True), (_SMALL + 1, None, False), (_SMALL + 1, _SMALL + 1, True)],
+    ids=["small", "large", "chosen"],
+)
+def test_on_an_accelerator_whole_buffers_of_large_parameters_are_not_kept(
+    count: int, chosen: int | None, kept: bool
+) -> None:
+    """The meta device stands for one: it is not the CPU."""
+    parameter = with_gradient(torch.empty(count, device="meta"))
+    indices = None if chosen is None else torch.empty(chosen, dtype=torch.int64, device="meta")
+    snapshots = Snapshots(None)
+    if indices is not None:
+        snapshots._chosen[parameter] = indices
+        snapshots._elements = fixed(indices)
+    (first,) = take(snapshots, parameter)
+    (second,) = take(snapshots, parameter)
+    assert (second.before is first.before) is kept
+    assert (second.gradient is first.gradient) is kept
+    buffers = [weakref.ref(tensor) for tensor in (first.before, first.gradient)]
+    peak = snapshots.peak_bytes
+    del first, second
+    assert all((buffer() is not None) is kept for buffer in buffers)
+    assert peak == 2 * 4 * count + (0 if chosen is None else 4 * chosen)
+
+
+def test_cleared_buffers_are_gone_and_the_next_ones_are_right() -> None:
+    chosen = []
+
+    def elements(name: str, parameter: Tensor) -> Tensor:
+        chosen.append(name)
+        return torch.tensor([0])
+
+    parameter, snapshots = with_gradient(torch.randn(5)), Snapshots(elements)
+    (taken,) = take(snapshots, parameter)
+    buffers = [weakref.ref(tensor) for tensor in (taken.before, taken.gradient)]
+    del taken
+    assert all(buffer() is not None for buffer in buffers)
+    snapshots.clear()
+    assert all(buffer() is None for buffer in buffers)
+    changed(parameter)
+    (taken,) = take(snapshots, parameter)
+    assert torch.equal(taken.before, parameter[:1])
+    assert chosen == ["p0"]
+
+
+def test_peak_bytes_are_those_of_all_copies() -> None:
+    whole = with_gradient(torch.randn(10))
+    half = with_gradient(torch.randn(10).bfloat16())
+    chosen = with_gradient(torch.randn(10, dtype=torch.float64))
+    indices = torch.arange(3)
+    snapshots = Snapshots(lambda name, _: indices if name == "p2" else None)
+    take(snapshots, whole)
+    assert snapshots.peak_bytes == 2 * 10 * 4
+    # Before, gradient and, of chosen elements, the weights after the step.
+    take(snapshots, whole, half, chosen)
+    assert snapshots.peak_bytes == 2 * 10 * 4 + 2 * 10 * 2 + 3 * 3 * 8
+    # Buffers that are kept count, and the peak does not sink.
+    half.grad = chosen.grad = None
+    take(snapshots, whole)
+    assert snapshots.peak_bytes == 2 * 10 * 4 + 2 * 10 * 2 + 3 * 3 * 8
+
+
+def test_buffers_that_are_kept_count_beside_those_of_this_step() -> None:
+    first, second, snapshots = (
+        *(with_gradient(torch.randn(10)) for _ in range(2)),
+        Snapshots(None),
+    )
+    for parameter in (first, second):
+        take(snapshots, parameter)
+    assert snapshots.peak_bytes == 2 * 2 * 10 * 4
+
+
+def test_copies_that_are_gone_do_not_count_and_the_peak_does_not_sink() -> None:
+    parameter, snapshots = with_gradient(torch.randn(10)), Snapshots(None)
+    take(snapshots, parameter)
+    parameter.grad, parameter.data = None, torch.randn(15)
+    parameter.grad = torch.randn(15)
+    take(snapshots, parameter)
+    assert snapshots.peak_bytes == 2 * 15 * 4
+    for count in (14, 13):
+        snapshots.clear()
+        take(snapshots, with_gradient(torch.randn(count)))
+        assert snapshots.peak_bytes == 2 * 15 * 4
+    take(snapshots, with_gradient(torch.randn(8)))
+    assert snapshots.peak_bytes == 2 * (13 + 8) * 4
+
+
+# Which elements
+
+
+def test_elements_are_chosen_once_for_each_parameter_with_its_name_and_itself() -> None:
+    calls = []
+
+    def elements(name: str, parameter: Tensor) -> Tensor | None:
+        calls.append((name, parameter))
+        return torch.tensor([0]) if len(calls) == 1 else None
+
+    a, b = (with_gradient(torch.randn(3)) for _ in range(2))
+    snapshots = Snapshots(elements)
+    for _ in range(3):
+        one, two = take(snapshots, a, b)
+        assert one.before.shape == (1,)
+        assert two.before.shape == (3,)
+    assert [name for name, _ in calls] == ["p0", "p1"]
+    assert [parameter is each for (_, parameter), each in zip(calls, (a, b), strict=True)] == [
+        True,
+        True,
+    ]
+
+
+def test_elements_are_chosen_again_where_the_shape_has_changed() -> None:
+    parameter = with_gradient(torch.randn(10))
+    snapshots = Snapshots(lambda name, p: torch.tensor([p.numel() - 1]))
+    take(snapshots, parameter)
+    parameter.grad, parameter.data = None, torch.randn(2, 3)
+    parameter.grad = torch.randn(2, 3)
+    (taken,) = take(snapshots, parameter)
+    assert torch.equal(taken.before, parameter.detach().flatten()[5:])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *([0, 1], 0, torch.tensor(0), torch.tensor([[0]])),
+        *(torch.tensor([0], dtype=dtype) for dtype in (torch.float32, torch.int32, torch.bool)),
+    ],
+    ids=repr,
+)
+def test_elements_that_are_no_flat_indices_are_named(wrong: object) -> None:
+    with pytest.raises(
+        TypeError, match=r"elements of p0: expected a one-dimensional int64 tensor .*, not "
+    ):
+        take(Snapshots(fixed(wrong)), with_gradient(torch.randn(3)))
+
+
+@pytest.mark.parametrize(("indices", "named"), [([0, 6, 7], 6), ([-1, 0], -1), ([5, -7, 9], -7)])
+def test_indices_outside_are_named(indices: list[int], named: int) -> None:
+    with pytest.raises(
+        ValueError, match=f"elements of p0: {named} is no flat index of its 6 elements$"
+    ):
+        take(Snapshots(fixed(torch.tensor(indices))), with_gradient(torch.randn(2, 3)))
+
+
+def test_the_first_and_the_last_element_are_inside() -> None:
+    parameter = with_gradient(torch.randn(2, 3))
+    (taken,) = take(Snapshots(fixed(torch.tensor([0, 5]))), parameter)
+    assert torch.equal(taken.before, parameter.detach().flatten()[[0, 5]])
