@@ -6,6 +6,9 @@ from pathlib import Path
 
 import torch
 
+from tests.step_truth.lightning_modes import LIGHTNING_MODES
+from tests.step_truth.plain_modes import PLAIN_MODES
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -38,6 +41,12 @@ def test_the_readmes_code_gives_what_it_shows() -> None:
     result = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
     assert result.attempted >= 9
     assert result.failed == 0
+
+
+def test_the_readme_counts_the_rows_of_the_table() -> None:
+    text = " ".join(README.split())
+    plain, lightning = len(PLAIN_MODES), len(LIGHTNING_MODES)
+    assert f"in {plain} ways of plain PyTorch and {lightning} of Lightning's Trainer" in text
 
 
 def test_the_readmes_files_exist() -> None:

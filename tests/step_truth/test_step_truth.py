@@ -1,0 +1,49 @@
+"""What AltGrad shows is the step that happened, in every way of training (one row each).
+
+The tables are in plain_modes.py and lightning_modes.py. The truth is what an optimizer that records
+itself found, applied and left; all comparisons are exact. Two wrong designs run through the same
+rows and must be seen to fail exactly in those that name them.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.step_truth.designs import AltGrad, Design, GradientsAfterTheStep, LightningHooks
+from tests.step_truth.lightning_modes import LIGHTNING_MODES
+from tests.step_truth.modes import Mode
+from tests.step_truth.plain_modes import PLAIN_MODES
+from tests.step_truth.recording import difference
+
+# Two of the rows skip a batch on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+
+ALL_MODES = [pytest.param(mode, id=f"plain: {mode}") for mode in PLAIN_MODES] + [
+    pytest.param(mode, id=f"Lightning: {mode}") for mode in LIGHTNING_MODES
+]
+
+
+@pytest.mark.parametrize("mode", ALL_MODES)
+def test_every_step_is_shown_as_it_was(mode: Mode, tmp_path: Path) -> None:
+    design = AltGrad()
+    journal = mode.run(design, tmp_path)
+    assert len(journal.steps) == mode.steps
+    assert difference(design.seen, journal.steps) is None
+    assert +design.skipped == dict(mode.skipped)
+
+
+def is_wrong(design: Design, mode: Mode, folder: Path) -> bool:
+    journal = mode.run(design, folder)
+    return difference(design.seen, journal.steps) is not None
+
+
+@pytest.mark.parametrize("mode", ALL_MODES)
+def test_gradients_after_the_step_are_wrong_where_named(mode: Mode, tmp_path: Path) -> None:
+    wrong = is_wrong(GradientsAfterTheStep(), mode, tmp_path)
+    assert wrong == (GradientsAfterTheStep in mode.wrong)
+
+
+@pytest.mark.parametrize("mode", LIGHTNING_MODES, ids=str)
+def test_lightnings_own_hooks_are_wrong_where_named(mode: Mode, tmp_path: Path) -> None:
+    wrong = is_wrong(LightningHooks(), mode, tmp_path)
+    assert wrong == (LightningHooks in mode.wrong)
