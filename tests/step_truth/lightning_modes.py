@@ -193,18 +193,26 @@ class ClampsWeights(pl.Callback):
 
 
 class RaisesAt(Net):
+    """Fails in the fourth batch."""
+
     def __init__(self, where: str) -> None:
         super().__init__()
         self.where = where
 
     def training_step(self, batch: Tensor, index: int) -> Any:
         if index == 3 and self.where == "training_step":
-            raise KeyError(self.where)
-        return self.loss(batch)
+            self.fail()
+        loss = self.loss(batch)
+        if index == 3 and self.where == "backward":
+            self.net[0].weight.register_hook(self.fail)  # the last of the gradients
+        return loss
 
     def on_after_backward(self) -> None:
-        if self.trainer.fit_loop.batch_idx == 3 and self.where == "backward":
-            raise KeyError(self.where)
+        if self.trainer.fit_loop.batch_idx == 3 and self.where == "after backward":
+            self.fail()
+
+    def fail(self, *_: Any) -> None:
+        raise KeyError(self.where)
 
 
 def raising(where: str) -> Run:
@@ -293,7 +301,7 @@ INF = {"inf": 1}
 fused = partial(Net, fused=True)
 nesterov = partial(Net, SGD, momentum=0.9, nesterov=True, foreach=True)
 adafactor = partial(Net, torch.optim.Adafactor)
-lbfgs = partial(Net, torch.optim.LBFGS, lr=0.1)
+lbfgs = partial(Net, torch.optim.LBFGS)
 fused_inf = partial(InfAt2, fused=True)
 inf_in_window = fit(InfAt2, plugins=[scaler], accumulate_grad_batches=3)
 swa = partial(pl.callbacks.StochasticWeightAveraging, swa_lrs=0.01, swa_epoch_start=1)
@@ -334,7 +342,8 @@ LIGHTNING_MODES = (
     Mode("compiled LightningModule", fit(compiled_net), steps=6),
     Mode("a callback changes weights", fit(Net, ClampsWeights), steps=6, wrong=(HOOKS,)),
     Mode("exception in training_step", raising("training_step"), steps=3),
-    Mode("exception after backward", raising("backward"), steps=3),
+    Mode("exception in backward", raising("backward"), steps=3),
+    Mode("exception after backward", raising("after backward"), steps=3),
     Mode("fast_dev_run", fit(fast_dev_run=2), steps=2),
     Mode("max_steps", fit(max_steps=4, max_epochs=-1), steps=4),
     Mode("validation in mid-epoch", fit(**VALIDATED), steps=6),

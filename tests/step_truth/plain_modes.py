@@ -415,7 +415,7 @@ def fabric(design: Design, _: Path) -> Journal:
 
 NESTEROV = {"nesterov": True, "momentum": 0.9, "foreach": True}
 INF = {"inf": 1}
-lbfgs = closure(torch.optim.LBFGS, lr=0.1)
+lbfgs = closure(torch.optim.LBFGS)
 fused_clipped = scaler(fused=True, clip=True)
 fused_inf = scaler(fused=True, inf_at=2)
 tensor_rate = loop(lr=torch.tensor(0.01))

@@ -79,7 +79,7 @@ def plain(kind: type[Optimizer]) -> Net:
     ("make", "error"),
     [
         pytest.param(lambda: RaisesAt("training_step"), KeyError, id="in training_step"),
-        pytest.param(lambda: RaisesAt("backward"), KeyError, id="after backward"),
+        pytest.param(lambda: RaisesAt("backward"), KeyError, id="in backward"),
         pytest.param(partial(plain, FailsInStep), MemoryError, id="in the optimizer"),
         pytest.param(partial(plain, Interrupted), SystemExit, id="interrupted in the optimizer"),
     ],
