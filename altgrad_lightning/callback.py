@@ -130,17 +130,22 @@ class PrecisionMonitor(Callback):
         if self._charted_layers is None:
             self._charted_layers = _worst_layers(self.latest, self.formats, self.layer_charts)
         charts = _charts_of(self.latest, self.formats, self._charted_layers)
-        for logger in trainer.loggers:
-            logger.log_metrics(charts, step=self.latest_step)
+        try:
+            for logger in trainer.loggers:
+                logger.log_metrics(charts, step=self.latest_step)
+        except Exception as fault:  # noqa: BLE001 - whatever it is, it is not the training's
+            self._tell(f"stops observing: a logger failed with {fault!r}")
+            self._detach()
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         observing = self._observer is not None and self._observer.is_observing
         if observing and trainer.global_step and self.latest_step is None:
-            why = (
-                f"all were skipped, {dict(self.skipped)}"
-                if self.skipped
-                else f"none fell on an observed batch (every {self._every})"
-            )
+            if self._every == 0:
+                why = "this Trainer logs at no step: pass every_n_steps"
+            elif self.skipped:
+                why = f"all were skipped, {dict(self.skipped)}"
+            else:
+                why = f"none fell on an observed batch (every {self._every})"
             self._tell(f"observed no step: {why}")
         self._detach()
 
@@ -150,22 +155,37 @@ class PrecisionMonitor(Callback):
     def teardown(self, *_: Any, **__: Any) -> None:
         self._detach()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, also of a module that has it as a hyperparameter: detached."""
+        nothing: dict[str, Any] = {"_trainer": None, "_observer": None, "_optimizers": []}
+        return {**self.__dict__, **nothing, "_measured": {}}
+
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._observer is not None:
             self._observer.detach()
         self._optimizers = [*trainer.optimizers]
-        try:
-            _check_can_observe(trainer)
+        reasons = [_cannot_observe(trainer)]
+        if reasons == [None]:
             # It reads found_inf only where nothing moved: see _measure.
             self._observer = StepObserver(
                 pl_module, self._measure, self._is_due, read_found_inf=False
             )
             self._observer.skipped = self.skipped
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            self._observer.attach(*trainer.optimizers, scaler=scaler)
-        except (TypeError, ValueError) as reason:
-            self._tell(f"does not observe this run: {reason}")
+            reasons = [self._attach_to(trainer, optimizer) for optimizer in trainer.optimizers]
+        for reason in filter(None, reasons):
+            self._tell(f"does not observe this run, or a part of it: {reason}")
+        if None not in reasons:
             self._detach()
+
+    def _attach_to(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> str | None:
+        """Why it cannot be observed."""
+        assert self._observer is not None
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        try:
+            self._observer.attach(optimizer, scaler=scaler)
+        except (TypeError, ValueError) as error:
+            return str(error)
+        return None
 
     def _detach(self) -> None:
         if self._observer is not None:
@@ -225,9 +245,10 @@ def _logged_step(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
 
 
-def _check_can_observe(trainer: Trainer) -> None:
+def _cannot_observe(trainer: Trainer) -> str | None:
     if trainer.world_size > 1:
-        raise ValueError(f"it has {trainer.world_size} processes, and this version knows only one")
+        return f"it has {trainer.world_size} processes, and this version knows only one"
+    return None
 
 
 def _check_count(name: str, value: int, *, at_least: int) -> None:

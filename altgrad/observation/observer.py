@@ -22,6 +22,7 @@ from altgrad.observation.optimizers import (
     check_not_captured,
     check_observable,
     check_scaler,
+    check_unsharded,
     unwrap,
 )
 from altgrad.observation.parameter_names import parameter_names
@@ -29,7 +30,7 @@ from altgrad.observation.skips import SkipTeller
 from altgrad.observation.snapshots import Chosen, Elements, Snapshot, Snapshots
 from altgrad.observation.step_hooks import StepHooks
 
-SkipReason: TypeAlias = Literal["inf", "no gradients", "learning rate 0", "closure not called"]
+SkipReason: TypeAlias = Literal["inf", "no gradients", "learning rate 0"]
 """Why a step was none: see `StepObserver.skipped`."""
 
 _Hooks: TypeAlias = StepHooks[list[Snapshot]]
@@ -70,9 +71,9 @@ class StepObserver:
             optimizer's `step` returns.
         should_observe: Called before each step with what will be `OptimizerStep.index`; whether
             to observe it. None observes all.
-        elements: Called once for each parameter with its name and itself; flat indices of the
-            elements to observe, or None for all of them, which for some ten thousand is faster.
-            Without it all elements of all parameters are observed.
+        elements: Called once for each parameter of more than 1,024 elements with its name and
+            itself; flat indices of the elements to observe, or None for all of them, which up to
+            some ten thousand is faster. Without it, and of small parameters, all are observed.
         read_found_inf: Whether to find out at once if a fused optimizer under a GradScaler
             skipped the step, for which the host waits for the device. False shows such steps too,
             with `OptimizerStep.found_inf`, for the callback to read with its results.
@@ -82,7 +83,7 @@ class StepObserver:
         skipped: How many steps should have been observed and were none, by reason: ``"inf"``, not
             finite gradients under a GradScaler; ``"no gradients"`` of any observed parameter;
             ``"learning rate 0"`` of all that have one, with nothing moved (where only some have
-            it, the step is shown without those); ``"closure not called"`` by the optimizer.
+            it, the step is shown without those).
 
     Raises:
         TypeError: `module` is neither a module nor pairs of name and parameter.
@@ -104,7 +105,7 @@ class StepObserver:
         self._names = parameter_names(module)
         if not self._names:
             raise ValueError("there is no parameter to observe, neither in a module nor as pairs")
-        self._nameless: set[Tensor] = set()  # parameters of an optimizer, not of the module
+        self._nameless: set[Tensor] = set()  # parameters of optimizers, not of the module
         self._on_step = on_step
         self._should_observe = should_observe
         self._read_found_inf = read_found_inf
@@ -113,9 +114,11 @@ class StepObserver:
         self._elements = elements
         self._chosen: Chosen = {}
         self._peak_bytes = 0
-        self._attached: dict[_Hooks, Snapshots] = {}
-        self._scalers: dict[GradScaler, SkipTeller] = {}
-        weakref.finalize(self, _collected, self._attached, self._scalers).atexit = False
+        self._snapshots: dict[_Hooks, Snapshots] = {}
+        self._hooks: list[_Hooks] = []
+        self._scalers: dict[GradScaler, Callable[[], None]] = {}  # and what ends listening to each
+        # Nothing that could refer to the observer: it would never be collected.
+        weakref.finalize(self, _collected, self._hooks, self._scalers).atexit = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -125,13 +128,13 @@ class StepObserver:
     @property
     def is_observing(self) -> bool:
         """Whether it is attached and nothing has failed."""
-        return bool(self._attached) and not self._stopped
+        return bool(self._hooks) and not self._stopped
 
     @property
     def peak_bytes(self) -> int:
         """The most memory that copies have taken so far, in bytes.
 
-        Logged once, at the first observed step, by the logger ``altgrad`` at INFO.
+        Logged once, when it detaches, by the logger ``altgrad`` at INFO.
         """
         return self._peak_bytes
 
@@ -156,20 +159,22 @@ class StepObserver:
             RuntimeError: A step of the optimizer is under way.
         """
         if self._stopped:
-            _take_off(self._attached, self._scalers)
-        scalers = [scaler, *(getattr(optimizer, "scaler", None) for optimizer in optimizers)]
-        attached = {hooks.optimizer for hooks in self._attached}
+            _take_off(self._hooks, self._scalers)
+        check_scaler(scaler)
+        if self._module is not None:
+            check_unsharded(self._module)
+        attached = {hooks.optimizer for hooks in self._hooks}
         new = [each for each in dict.fromkeys(map(unwrap, optimizers)) if each not in attached]
         for optimizer in new:
             check_observable(optimizer, {n: p for n, p, _ in self._parameters_of(optimizer)})
         check_none_in_backward(self._names, {*attached, *new})
-        check_scaler(scaler)
         for optimizer in new:
             hooks = StepHooks(optimizer, self._is_due, self._take, self._finish)
-            self._attached[hooks] = Snapshots(self._elements, self._chosen)
-        for each in scalers:
+            self._hooks.append(hooks)
+            self._snapshots[hooks] = Snapshots(self._elements, self._chosen)
+        for each in (scaler, *(getattr(optimizer, "scaler", None) for optimizer in optimizers)):
             if isinstance(each, GradScaler) and each not in self._scalers:
-                self._scalers[each] = SkipTeller(each, self._count_skip_by_scaler)
+                self._scalers[each] = SkipTeller.of(each).listen(self._count_skip_by_scaler)
         self._stopped = False
         return self
 
@@ -179,8 +184,11 @@ class StepObserver:
         Within `on_step` torch cannot let its hooks go: until the next `detach`, or until the
         observer is collected, they stay and do nothing.
         """
+        if self._hooks and self._peak_bytes:
+            _logger.info("the copies of observed steps took up to %d bytes", self._peak_bytes)
         self._stop()
-        _take_off(self._attached, self._scalers)
+        _take_off(self._hooks, self._scalers)
+        self._snapshots = {hooks: self._snapshots[hooks] for hooks in self._hooks}
 
     def __enter__(self) -> StepObserver:  # noqa: PYI034 - typing has Self only from Python 3.11 on
         return self
@@ -202,8 +210,9 @@ class StepObserver:
             check_not_captured()
             parameters = self._parameters_of(optimizer)
             grad_scale = getattr(optimizer, "grad_scale", None)
-            snapshots = self._attached[hooks].take(parameters, grad_scale)
-            self._note_memory()
+            snapshots = self._snapshots[hooks].take(parameters, grad_scale)
+            nbytes = sum(each.peak_bytes for each in self._snapshots.values())
+            self._peak_bytes = max(self._peak_bytes, nbytes)
             return snapshots
         return []
 
@@ -212,10 +221,10 @@ class StepObserver:
     ) -> None:
         """Call `on_step`, unless the step was none."""
         with self._guard(), torch.no_grad():
-            step = step_of(snapshots or (), optimizer, hooks.index)
             if snapshots is None:
-                self.skipped["closure not called"] += 1
-            elif not snapshots:
+                raise RuntimeError(_no_snapshots(type(optimizer).__name__, hooks.moved_early))
+            step = step_of(snapshots, optimizer, hooks.index)
+            if not snapshots:
                 self.skipped["no gradients"] += 1
             elif self._read_found_inf and step.found_inf is not None and step.found_inf.item():
                 self.skipped["inf"] += 1
@@ -225,33 +234,39 @@ class StepObserver:
                 self._on_step(step)
 
     def _count_skip_by_scaler(self, optimizer: Optimizer) -> None:
-        for hooks in self._attached:
+        for hooks in [*self._hooks]:
             if hooks.optimizer is optimizer and self._is_due(hooks):
                 self.skipped["inf"] += 1
 
-    def _parameters_of(
-        self, optimizer: Optimizer
-    ) -> list[tuple[str, Tensor, float | Tensor | None]]:
-        """Name, parameter and learning rate of those of its parameters that have a name."""
-        own = [(p, group.get("lr")) for group in optimizer.param_groups for p in group["params"]]
+    def _parameters_of(self, optimizer: Optimizer) -> list[tuple[str, Tensor, bool]]:
+        """Name and parameter of those that have a name, and whether their learning rate is 0."""
+        own = [
+            (parameter, rests)
+            for group, rests in [(g, bool(g.get("lr") == 0)) for g in optimizer.param_groups]
+            for parameter in group["params"]
+        ]
         if any(p not in self._names and p not in self._nameless for p, _ in own):
-            if self._module is not None:
-                self._names = parameter_names(self._module)  # it may have got new ones
-            self._nameless |= {p for p, _ in own if p not in self._names}
-        return [(self._names[p], p, rate) for p, rate in own if p in self._names]
+            self._look_again([parameter for parameter, _ in own])
+        return [(self._names[p], p, rests) for p, rests in own if p in self._names]
+
+    def _look_again(self, parameters: list[Tensor]) -> None:
+        """The module may have got new parameters, and let go of others."""
+        if self._module is not None:
+            self._names = parameter_names(self._module)
+        for choice in [each for each in self._chosen if each not in self._names]:
+            del self._chosen[choice]
+        optimizers = [optimizer for hooks in self._hooks if (optimizer := hooks.optimizer)]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        known = {*parameters, *(parameter for group in groups for parameter in group["params"])}
+        self._nameless = known - self._names.keys()
 
     def _stop(self) -> None:
         self._stopped = True
-        for hooks, snapshots in self._attached.items():
+        for hooks in self._hooks:
             hooks.forget()
+        for snapshots in self._snapshots.values():
             snapshots.clear()
         self._nameless.clear()
-
-    def _note_memory(self) -> None:
-        nbytes = sum(snapshots.peak_bytes for snapshots in self._attached.values())
-        if nbytes and not self._peak_bytes:
-            _logger.info("the copies of an observed step take %d bytes", nbytes)
-        self._peak_bytes = max(self._peak_bytes, nbytes)
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -273,18 +288,27 @@ class StepObserver:
         )
 
 
-def _take_off(attached: dict[_Hooks, Snapshots], scalers: dict[GradScaler, SkipTeller]) -> None:
-    """Leave nothing on optimizers and scalers; hooks that torch is calling now stay in the dict."""
-    for hooks in [hooks for hooks in attached if hooks.remove()]:
-        del attached[hooks]
-    for teller in scalers.values():
-        teller.restore()
+def _no_snapshots(optimizer: str, moved_early: bool) -> str:
+    if moved_early:
+        return (
+            f"{optimizer} moves weights before it calls its closure, so that the weights before "
+            "the step are not those at hand; if it wraps an optimizer, as SAM does, attach that"
+        )
+    return f"{optimizer} does not call the closure that it is given, and shows no gradients"
+
+
+def _take_off(hooks: list[_Hooks], scalers: dict[GradScaler, Callable[[], None]]) -> None:
+    """Leave nothing on optimizers and scalers; hooks that torch is calling now stay in the list."""
+    hooks[:] = [each for each in hooks if not each.remove()]
+    for stop_listening in scalers.values():
+        stop_listening()
     scalers.clear()
 
 
-def _collected(attached: dict[_Hooks, Snapshots], scalers: dict[GradScaler, SkipTeller]) -> None:
-    unused = any(hooks.index == 0 and hooks.optimizer is not None for hooks in attached)
-    _take_off(attached, scalers)
+def _collected(hooks: list[_Hooks], scalers: dict[GradScaler, Callable[[], None]]) -> None:
+    alive = [each for each in hooks if each.optimizer is not None]
+    unused = bool(alive) and all(each.index == 0 for each in alive)
+    _take_off(hooks, scalers)
     if unused:
         warnings.warn(
             "a StepObserver was collected before its first step: hold it in a variable, or use "

@@ -58,6 +58,4 @@ def step_of(snapshots: Iterable[Snapshot], optimizer: Optimizer, index: int) -> 
 
 def _rests(snapshot: Snapshot, after: Tensor) -> bool:
     """Some optimizers move weights in spite of the rate: that is a step like any other."""
-    return bool(snapshot.learning_rate == 0) and torch.allclose(
-        snapshot.before, after, rtol=0, atol=0, equal_nan=True
-    )
+    return snapshot.rests and torch.allclose(snapshot.before, after, rtol=0, atol=0, equal_nan=True)

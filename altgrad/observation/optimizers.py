@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
@@ -20,18 +22,39 @@ def unwrap(optimizer: Any) -> Optimizer:
     Optimizer by type alone; all keep the real one as ``optimizer``.
 
     Raises:
-        TypeError: There is no torch optimizer inside.
+        TypeError: There is no torch optimizer inside, or one whose `step` calls no hooks.
     """
     inner = optimizer
-    while inner is not None:
-        # Optimizer.__init__ makes this dict, and the hooks are kept in it.
-        if isinstance(inner, Optimizer) and "_optimizer_step_pre_hooks" in vars(inner):
-            return inner
+    while inner is not None and not _calls_hooks(inner):
+        if isinstance(inner, Optimizer) and not _is_trainers(inner):
+            raise TypeError(
+                f"the step() of {type(inner).__name__} calls no hooks, because its class does not "
+                "call Optimizer.__init__, and cannot be observed; if it wraps an optimizer whose "
+                "steps you want to see, attach that"
+            )
         inner = getattr(inner, "optimizer", None)
-    raise TypeError(
-        f"{type(optimizer).__name__} is no torch.optim.Optimizer and has none as `.optimizer`: "
-        "attach the optimizer whose step() changes the parameters"
-    )
+    if inner is None:
+        raise TypeError(
+            f"{type(optimizer).__name__} is no torch.optim.Optimizer and has none as `.optimizer`: "
+            "attach the optimizer whose step() changes the parameters"
+        )
+    return inner  # type: ignore[no-any-return]
+
+
+def _calls_hooks(optimizer: object) -> bool:
+    """Whether Optimizer.__init__ made its `step` call hooks, and the dictionary of them."""
+    step = getattr(type(optimizer), "step", None)
+    has_hooks = "_optimizer_step_pre_hooks" in getattr(optimizer, "__dict__", ())
+    return has_hooks and getattr(step, "hooked", False)
+
+
+def _is_trainers(optimizer: Optimizer) -> bool:
+    """Whether it is the wrapper of a trainer, whose `step` does nothing but that of the real one.
+
+    Others, such as Lookahead, add something of their own: the inner steps are not the whole.
+    """
+    packages = {base.__module__.split(".")[0] for base in type(optimizer).__mro__}
+    return bool(packages & {"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"})
 
 
 def check_observable(optimizer: Optimizer, own: Mapping[str, Tensor]) -> None:
@@ -42,7 +65,7 @@ def check_observable(optimizer: Optimizer, own: Mapping[str, Tensor]) -> None:
         own: Those of the observed parameters that it steps, by name.
 
     Raises:
-        ValueError: It steps none of them, or sharded ones.
+        ValueError: It steps none of them, or sharded ones, or unscales gradients unseen.
         RuntimeError: A step of it is under way.
     """
     kind = type(optimizer).__name__
@@ -54,12 +77,28 @@ def check_observable(optimizer: Optimizer, own: Mapping[str, Tensor]) -> None:
             "copies of its own, as those of DeepSpeed ZeRO, FSDP1 with flat parameters and apex "
             "do, which cannot be observed"
         )
-    # DTensors, without importing what would import torch.distributed.
-    sharded = [
-        name for name, p in own.items() if hasattr(p, "to_local") and hasattr(p, "placements")
-    ]
-    if sharded:
+    if sharded := [name for name, parameter in own.items() if _is_sharded(parameter)]:
         raise ValueError(f"sharded parameters cannot be observed yet: {_few(sharded)}")
+    if "grad_scaler" in inspect.signature(type(optimizer).step).parameters:
+        raise ValueError(
+            f"{kind}.step takes a grad_scaler and unscales gradients by it: torch deprecates this "
+            "protocol, and what is applied cannot be seen; use one with `grad_scale`"
+        )
+
+
+def check_unsharded(module: nn.Module) -> None:
+    """Refuse a module in FSDP1, whose parameters are, or are views of, shards.
+
+    Raises:
+        ValueError: It contains FullyShardedDataParallel.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported, not used
+    wrapper = getattr(fsdp, "FullyShardedDataParallel", ())
+    if any(isinstance(each, wrapper) for each in module.modules()):
+        raise ValueError(
+            "the module is wrapped in FullyShardedDataParallel (FSDP1), whose parameters are "
+            "shards; they cannot be observed yet"
+        )
 
 
 def check_none_in_backward(
@@ -107,6 +146,11 @@ def check_not_captured() -> None:
             "this optimizer step is being captured in a CUDA graph, whose replays call no hook "
             "and cannot be observed: observe a run that does not capture its optimizer"
         )
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    """Whether it is a DTensor, told without an import of torch.distributed."""
+    return hasattr(parameter, "to_local") and hasattr(parameter, "placements")
 
 
 def _few(names: list[str]) -> str:

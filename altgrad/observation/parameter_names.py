@@ -22,8 +22,7 @@ def parameter_names(source: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[Te
 
     The names that wrappers add are removed (``_orig_mod.`` of `torch.compile`, ``module.`` of
     DistributedDataParallel, …). A parameter that occurs several times, as tied weights do, has the
-    first of its names. Where two parameters would share a name, the later one ends in ``-2``, a
-    mark that no attribute of a module can bear.
+    first of its names. Where two parameters would share a name, the later one ends in ``-2``.
 
     Args:
         source: A module, or names and parameters as `named_parameters` gives them.

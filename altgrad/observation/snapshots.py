@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -12,10 +12,12 @@ from torch import Tensor
 Elements: TypeAlias = Callable[[str, Tensor], Tensor | None]
 """From a parameter's name and the parameter to the flat indices to copy; None copies all."""
 
-Chosen: TypeAlias = dict[Tensor, Tensor | None]
-"""What an `Elements` returned for each parameter, for all who are to show the same elements."""
+Chosen: TypeAlias = dict[Tensor, tuple[torch.Size, Tensor | None]]
+"""What an `Elements` returned for each parameter of that shape, for all who show the same."""
 
-# Elements up to which a copy may stay on an accelerator: a thousand of them are 64 MiB.
+# Up to this size a parameter is copied whole: to choose elements would take longer.
+_WHOLE = 1024
+# Up to this size copies may stay on an accelerator: those of a thousand parameters are 128 MiB.
 _SMALL = 2**14
 
 
@@ -25,9 +27,9 @@ class Snapshot:
 
     name: str
     parameter: Tensor
-    learning_rate: float | Tensor | None
+    rests: bool  # its learning rate is 0
     indices: Tensor | None
-    shape: torch.Size  # of the parameter, which indices were chosen for
+    shape: torch.Size  # of the parameter
     before: Tensor
     gradient: Tensor
 
@@ -67,29 +69,30 @@ class Snapshots:
         self._kept: dict[Tensor, Snapshot] = {}
         self._kept_bytes = 0
 
+    @torch.inference_mode(mode=False)  # what is made in that mode could not be written to later
     @torch.no_grad()
     def take(
         self,
-        parameters: Iterable[tuple[str, Tensor, float | Tensor | None]],
+        parameters: Sequence[tuple[str, Tensor, bool]],
         grad_scale: Tensor | None = None,
     ) -> list[Snapshot]:
         """Copy those that have a gradient, and the gradients, dense and divided by `grad_scale`.
 
         Args:
-            parameters: Name, parameter and learning rate of each.
+            parameters: Name and parameter of each, and whether its learning rate is 0.
             grad_scale: What the gradients are still multiplied by; None if they are not.
         """
         snapshots: list[Snapshot] = []
         copies: list[Tensor] = []
         sources: list[Tensor] = []
-        for name, parameter, learning_rate in parameters:
+        for name, parameter, rests in parameters:
             gradient = parameter.grad
             if gradient is None:
                 continue
             if gradient.layout != torch.strided:
                 gradient = gradient.to_dense()
             snapshot = self._memory_for(name, parameter, gradient)
-            snapshot.name, snapshot.learning_rate = name, learning_rate
+            snapshot.name, snapshot.rests = name, rests
             snapshots.append(snapshot)
             if snapshot.indices is None:
                 copies += (snapshot.before, snapshot.gradient)
@@ -102,6 +105,7 @@ class Snapshots:
             for snapshot in snapshots:
                 # A division, as in the fused optimizers: a product with 1/scale rounds twice.
                 snapshot.gradient.div_(grad_scale.to(snapshot.gradient.device))
+        self._forget_all_but(parameters)
         passing = sum(each.nbytes() for each in snapshots if each.parameter not in self._kept)
         self.peak_bytes = max(self.peak_bytes, self._kept_bytes + passing)
         return snapshots
@@ -111,18 +115,25 @@ class Snapshots:
         self._kept.clear()
         self._kept_bytes = 0
 
+    def _forget_all_but(self, parameters: Sequence[tuple[str, Tensor, bool]]) -> None:
+        """Parameters may be replaced, again and again."""
+        if len(self._kept) > len(parameters):
+            current = {parameter for _, parameter, _ in parameters}
+            for parameter in [each for each in self._kept if each not in current]:
+                self._kept_bytes -= self._kept.pop(parameter).nbytes()
+
     def _memory_for(self, name: str, parameter: Tensor, gradient: Tensor) -> Snapshot:
         kept = self._kept.get(parameter)
         if kept is not None:
             if kept.fits(gradient):
                 return kept
             self._kept_bytes -= kept.nbytes()
-            del self._kept[parameter], self._chosen[parameter]
+            del self._kept[parameter]
         indices = self._indices_of(name, parameter)
         snapshot = Snapshot(
             name=name,
             parameter=parameter,
-            learning_rate=None,
+            rests=False,
             indices=indices,
             shape=parameter.shape,
             before=_empty_like(parameter, indices),
@@ -136,13 +147,16 @@ class Snapshots:
 
     def _indices_of(self, name: str, parameter: Tensor) -> Tensor | None:
         """Chosen once, so that every step shows the same elements."""
-        if parameter not in self._chosen:
-            indices = None if self._elements is None else self._elements(name, parameter)
+        if self._elements is None or parameter.numel() <= _WHOLE:
+            return None
+        shape, indices = self._chosen.get(parameter, (None, None))
+        if shape != parameter.shape:
+            indices = self._elements(name, parameter)
             if indices is not None:
                 _check_indices(indices, name, parameter)
                 indices = indices.to(parameter.device)
-            self._chosen[parameter] = indices
-        return self._chosen[parameter]
+            self._chosen[parameter] = parameter.shape, indices
+        return indices
 
 
 def _empty_like(tensor: Tensor, indices: Tensor | None) -> Tensor:

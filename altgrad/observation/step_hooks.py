@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 import weakref
 from collections.abc import Callable
@@ -29,8 +31,12 @@ class StepHooks(Generic[Captured]):
     The optimizer and the object that the three are methods of are held weakly; without it, they
     are not called.
 
+    An optimizer that moves weights before it calls its closure, as SAM does, would be shown with
+    the wrong weights: `capture` is then not called, and `moved_early` is true.
+
     Attributes:
         index: How many steps were finished before this one.
+        moved_early: Whether this step moved weights between its beginning and its closure.
     """
 
     def __init__(
@@ -41,6 +47,8 @@ class StepHooks(Generic[Captured]):
         finish: Callable[[StepHooks[Captured], Optimizer, Captured | None], None],
     ) -> None:
         self.index = 0
+        self.moved_early = False
+        self._closure_position = _closure_position(optimizer)
         self._optimizer = weakref.ref(optimizer)
         self._is_due = weakly(is_due)
         self._capture = weakly(capture)
@@ -79,25 +87,39 @@ class StepHooks(Generic[Captured]):
         if self._running and step_depth(optimizer) > 1:
             self._nested = True
             return None
-        self._running, self._nested, self._captured = True, False, None
+        self._running, self._nested, self.moved_early = True, False, False
+        self._captured = None
         self._observed = self._is_due(self)
         if not self._observed:
             return None
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if not callable(closure):  # some optimizers take other things
+        closure = self._closure_of(args, kwargs)
+        if closure is None:
             self._capture_now(optimizer)
             return None
+        at_the_beginning = _versions(optimizer)
 
+        @functools.wraps(closure)
         def closure_then_capture(*inputs: Any, **options: Any) -> Any:
             """Only the closure computes the gradients; trainers clip them in it, too."""
+            first = self._captured is None and not self.moved_early
+            self.moved_early |= first and _versions(optimizer) != at_the_beginning
             loss = closure(*inputs, **options)
-            if self._captured is None:
+            if first and not self.moved_early:
                 self._capture_now(optimizer)
             return loss
 
-        if len(args) > 1:
-            return (args[0], closure_then_capture, *args[2:]), kwargs
-        return args, {**kwargs, "closure": closure_then_capture}
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closure_then_capture}
+        position = self._closure_position
+        return (*args[:position], closure_then_capture, *args[position + 1 :]), kwargs
+
+    def _closure_of(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[..., Any] | None:
+        closure = kwargs.get("closure")
+        if closure is None and 0 < self._closure_position < len(args):
+            closure = args[self._closure_position]
+        return closure if callable(closure) else None
 
     def _capture_now(self, optimizer: Optimizer) -> None:
         if self._observed:
@@ -132,6 +154,23 @@ def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
         return None if alive is None else function(alive, *args)
 
     return call
+
+
+def _closure_position(optimizer: Optimizer) -> int:
+    """Where `step` takes its closure among the positional arguments; 0 where it takes none."""
+    parameters = inspect.signature(type(optimizer).step).parameters
+    if "closure" in parameters:
+        return [*parameters].index("closure")
+    passes_on = any(each.kind is each.VAR_POSITIONAL for each in parameters.values())
+    return 1 if passes_on else 0
+
+
+def _versions(optimizer: Optimizer) -> list[tuple[int, int]]:
+    """What changes with every operation that writes to a parameter, and with its memory."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # torch has no public name for the count of writes that autograd relies on.
+    versions = [0 if p.is_inference() else p._version for p in parameters]  # noqa: SLF001
+    return list(zip(versions, [p.data_ptr() for p in parameters], strict=True))
 
 
 def step_depth(optimizer: Optimizer) -> int:

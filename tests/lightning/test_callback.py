@@ -1,5 +1,6 @@
 """`PrecisionMonitor`: what it logs, that it is true, and that training does not notice it."""
 
+import copy
 import math
 import pickle
 from collections.abc import Callable
@@ -387,7 +388,7 @@ def test_manual_optimization_without_and_with_closure(tmp_path: Path) -> None:
 def test_more_than_one_process_is_told_and_not_observed() -> None:
     monitor = PrecisionMonitor()
     run = SimpleNamespace(world_size=2, optimizers=[], callbacks=[monitor], log_every_n_steps=1)
-    with pytest.warns(UserWarning, match="does not observe this run: it has 2 processes"):
+    with pytest.warns(UserWarning, match="does not observe this run.*: it has 2 processes"):
         monitor.on_train_start(run, Net())
     assert monitor._observer is None
     assert monitor._trainer is None
@@ -456,6 +457,118 @@ def test_found_inf_is_read_only_where_nothing_moved(moved: float, found: float, 
     assert found_inf.reads == reads
     assert monitor.skipped["inf"] == found
     assert bool(monitor._measured) == (found == 0)
+
+
+def attached(tmp_path: Path) -> tuple[PrecisionMonitor, pl.Trainer, Net]:
+    """As in mid-training."""
+    monitor, module = PrecisionMonitor(every_n_steps=1), Net()
+    run = trainer(tmp_path, monitor)
+    run.fit(module, batches(1))
+    monitor.on_train_start(run, module)
+    assert hooks_of(run) == 2
+    return monitor, run, module
+
+
+def test_starting_twice_does_not_double_the_hooks(tmp_path: Path) -> None:
+    monitor, run, module = attached(tmp_path)
+    monitor.on_train_start(run, module)
+    assert hooks_of(run) == 2
+
+
+@pytest.mark.parametrize("hook", ["teardown", "on_exception", "on_train_end"])
+def test_each_end_of_a_run_detaches(tmp_path: Path, hook: str) -> None:
+    monitor, run, module = attached(tmp_path)
+    monitor.latest_step = 1  # or it would say that it observed none
+    getattr(monitor, hook)(run, module)
+    assert hooks_of(run) == 0
+    assert monitor._observer is None
+
+
+def test_the_steps_of_a_tuner_are_not_due(tmp_path: Path) -> None:
+    """Tuners put callbacks of their own in the place of all others."""
+    monitor, run, _ = attached(tmp_path)
+    assert monitor._is_due(0)
+    run.callbacks = []
+    assert not monitor._is_due(0)
+
+
+def test_what_is_told_is_told_once() -> None:
+    monitor = PrecisionMonitor()
+    with pytest.warns(UserWarning, match="PrecisionMonitor says this"):
+        monitor._tell("says this")
+    monitor._tell("says this")  # a warning would be an error here
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_skipped_steps_are_those_of_the_last_fit(tmp_path: Path) -> None:
+    class Silent(Net):
+        def training_step(self, batch: list[Tensor], batch_index: int) -> Any:
+            return None if batch_index == 3 else super().training_step(batch, batch_index)
+
+    monitor = PrecisionMonitor(every_n_steps=1)
+    for _ in range(2):
+        trainer(tmp_path, monitor).fit(Silent(), batches(6))
+        assert monitor.skipped == {"no gradients": 1}
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))], ids=["copy", "pickle"]
+)
+def test_a_copy_made_in_mid_run_is_detached(tmp_path: Path, copied: Any) -> None:
+    """A module that has it as a hyperparameter is saved with it."""
+    monitor, run, _ = attached(tmp_path)
+    twin = copied(monitor)
+    assert twin._observer is None
+    assert twin._trainer is None
+    assert twin.latest.keys() == monitor.latest.keys()
+    assert hooks_of(run) == 2
+    assert monitor._observer.is_observing
+
+
+def test_a_logger_that_fails_ends_the_observation_and_not_the_training(tmp_path: Path) -> None:
+    class Full(TensorBoardLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            if any(key.startswith("altgrad") for key in metrics):
+                raise OSError("no space left")
+
+    run = trainer(tmp_path, PrecisionMonitor(every_n_steps=1), logger=Full(tmp_path))
+    with pytest.warns(UserWarning, match="a logger failed with OSError") as told:
+        run.fit(Net(), batches(3))
+    assert run.global_step == 3
+    assert len([each for each in told if "logger failed" in str(each.message)]) == 1
+
+
+def test_one_optimizer_of_other_parameters_does_not_hide_the_rest(tmp_path: Path) -> None:
+    """As the temperature of soft actor-critic, a tensor that is no parameter of the module."""
+
+    class Two(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            temperature = nn.Parameter(torch.zeros(1))
+            return (
+                torch.optim.SGD([temperature], lr=0.1),
+                torch.optim.SGD(self.parameters(), lr=0.1),
+            )
+
+        def training_step(self, batch: list[Tensor], batch_index: int) -> None:
+            _, second = self.optimizers()
+            self.manual_backward(self.layers(batch[0]).sum())
+            second.step()
+
+    monitor = PrecisionMonitor(every_n_steps=1)
+    with pytest.warns(UserWarning, match="or a part of it: SGD steps none of the observed"):
+        trainer(tmp_path, monitor).fit(Two(), batches(3))
+    assert "layers.0.weight" in monitor.latest
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to .self.log")
+def test_barebones_says_what_to_pass(tmp_path: Path) -> None:
+    run = pl.Trainer(barebones=True, max_epochs=1, accelerator="cpu", callbacks=PrecisionMonitor())
+    with pytest.warns(UserWarning, match="logs at no step: pass every_n_steps"):
+        run.fit(Net(), batches(2))
 
 
 @pytest.mark.filterwarnings("ignore:.training_step. returned .None.")

@@ -4,6 +4,7 @@ import gc
 import logging
 import subprocess
 import sys
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,6 +24,11 @@ from altgrad.observation.parameter_names import parameter_names
 RATE = 0.5
 NAMES = ("0.weight", "0.bias", "1.weight", "1.bias")
 INF = float("inf")
+
+
+@pytest.fixture(autouse=True)
+def _choose_of_small_parameters_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("altgrad.observation.snapshots._WHOLE", -1)
 
 
 def make_model(seed: int = 0) -> nn.Module:
@@ -605,7 +611,7 @@ class Held:
         self._references += [weakref.ref(t) for t in (*step.before, *step.gradients)]
 
     def note_taken(self, observer: StepObserver) -> None:
-        for each in next(iter(observer._attached))._captured:
+        for each in observer._hooks[0]._captured:
             self._references += [weakref.ref(each.before), weakref.ref(each.gradient)]
 
     def count(self) -> int:
@@ -641,7 +647,7 @@ def test_a_step_that_raises_leaves_no_copy_and_the_next_observation_is_exact(kin
         with pytest.raises(kind):
             optimizer.step()
         handle.remove()
-        assert next(iter(observer._attached))._captured is not None
+        assert observer._hooks[0]._captured is not None
         set_gradients(model, seed=3)
         optimizer.step()
         assert_exact(steps[-1], model, optimizer, 0, seed=3)
@@ -752,16 +758,18 @@ def test_a_step_without_gradients_is_counted_and_not_shown() -> None:
     assert observer.skipped == {"no gradients": 2}
 
 
-def test_a_closure_that_is_not_called_is_counted_and_not_shown() -> None:
+def test_a_closure_that_is_not_called_ends_the_observation_by_name() -> None:
     class Deaf(SGD):
         def step(self, closure=None):
             return None
 
     model, optimizer = training(Deaf)
     set_gradients(model)
-    with StepObserver(model, raises).attach(optimizer) as observer:
+    observer = StepObserver(model, raises).attach(optimizer)
+    with pytest.warns(UserWarning, match="Deaf does not call the closure"):
         optimizer.step(lambda: None)
-    assert observer.skipped == {"closure not called": 1}
+    assert not observer.is_observing
+    assert observer.skipped == {}
 
 
 @pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0)], ids=["float", "tensor"])
@@ -827,7 +835,7 @@ def test_an_optimizer_without_a_learning_rate_is_observed() -> None:
     steps = Kept()
     observer = StepObserver(model, steps).attach(optimizer)
     set_gradients(model)
-    (hooks,) = observer._attached
+    (hooks,) = observer._hooks
     hooks._before(optimizer, (optimizer,), {})
     hooks._after(optimizer)
     assert steps[0].names == NAMES
@@ -1070,19 +1078,21 @@ def test_a_fault_in_the_policy_where_a_scaler_skips_is_warned_of() -> None:
 # Memory
 
 
-def test_the_memory_is_logged_once(caplog) -> None:
+def test_the_peak_of_the_memory_is_logged_once_in_the_end(caplog) -> None:
     model, optimizer = training()
     observer = StepObserver(model, lambda step: None, lambda index: index > 0)
-    with caplog.at_level(logging.INFO, logger="altgrad"), observer.attach(optimizer):
-        set_gradients(model)
-        optimizer.step()
-        assert not caplog.records
-        for _ in range(2):
-            optimizer.step()
+    with caplog.at_level(logging.INFO, logger="altgrad"):
+        observer.attach(optimizer).detach()
+        assert not caplog.records  # nothing was copied
+        with observer.attach(optimizer):
+            set_gradients(model)
+            for _ in range(3):
+                optimizer.step()
+        observer.detach()
     count = 2 * 4 * sum(p.numel() for p in model.parameters())
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("altgrad", "INFO")
-    assert record.getMessage() == f"the copies of an observed step take {count} bytes"
+    assert record.getMessage() == f"the copies of observed steps took up to {count} bytes"
     assert observer.peak_bytes == count
 
 
@@ -1097,3 +1107,176 @@ def test_elements_are_chosen_once_also_when_attached_again() -> None:
             set_gradients(model)
             optimizer.step()
     assert names == [(name, p.shape) for name, p in model.named_parameters()]
+
+
+# Closures that are not where one expects them
+
+
+class Sam(SGD):
+    """Sharpness-aware: it goes to a worse place, asks for gradients there, and steps from here."""
+
+    def step(self, closure):
+        parameters = self.param_groups[0]["params"]
+        found = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            for p in parameters:
+                p.add_(0.1)
+        with torch.enable_grad():
+            closure()
+        with torch.no_grad():
+            for p, old in zip(parameters, found, strict=True):
+                p.copy_(old)
+        super().step()
+
+
+class DecaysFirst(SGD):
+    def step(self, closure=None):
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.mul_(0.9)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [Sam, DecaysFirst])
+def test_an_optimizer_that_moves_weights_before_its_closure_is_named_and_not_shown(kind) -> None:
+    SGD([torch.ones(1)], lr=1)  # from now on torch calls hooks around SGD's own step
+    model, optimizer = training(kind)
+    observer = StepObserver(model, raises).attach(optimizer)
+    with pytest.warns(UserWarning, match=f"{kind.__name__} moves weights before it calls its clos"):
+        optimizer.step(lambda: set_gradients(model))
+    assert not observer.is_observing
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda optimizer, closure: optimizer.step("x", closure),
+        lambda optimizer, closure: optimizer.step("x", closure=closure),
+        lambda optimizer, closure: optimizer.step(closure=closure, x="x"),
+    ],
+    ids=["second", "by keyword", "keywords"],
+)
+def test_a_closure_is_found_where_the_step_takes_it(call) -> None:
+    class Extra(SGD):
+        def step(self, x, closure=None):
+            assert x == "x"
+            return super().step(closure)
+
+    model, optimizer = training(Extra)
+    steps, before = Kept(), weights_of(model)
+    with StepObserver(model, steps).attach(optimizer):
+        call(optimizer, lambda: set_gradients(model))
+    (step,) = steps
+    assert equal(step.before, before)
+    assert equal(step.gradients, [p.grad for p in model.parameters()])
+
+
+def test_a_callable_that_is_no_closure_arrives_as_it_is() -> None:
+    class Takes(SGD):
+        def step(self, model, closure=None):
+            assert isinstance(model, nn.Module)
+            return super().step(closure)
+
+    model, optimizer = training(Takes)
+    steps = Kept()
+    set_gradients(model)
+    with StepObserver(model, steps).attach(optimizer):
+        optimizer.step(model)
+    assert len(steps) == 1
+
+
+def test_a_closure_keeps_its_attributes() -> None:
+    class Asks(SGD):
+        def step(self, closure):
+            assert closure.name == "mine"
+            return super().step(closure)
+
+    model, optimizer = training(Asks)
+
+    def closure():
+        set_gradients(model)
+
+    closure.name = "mine"
+    steps = Kept()
+    with StepObserver(model, steps).attach(optimizer):
+        optimizer.step(closure)
+    assert len(steps) == 1
+
+
+# Nothing is held, and little is asked
+
+
+def test_an_observer_that_its_own_arguments_refer_to_is_collected() -> None:
+    class Owner:
+        def __init__(self, model, optimizer):
+            self.observer = StepObserver(model, self.show, self.due, elements=self.choose)
+            self.observer.attach(optimizer)
+
+        def show(self, step):
+            pass
+
+        def due(self, index):
+            return True
+
+        def choose(self, name, parameter):
+            return None
+
+    model, optimizer = training()
+    owner = Owner(model, optimizer)
+    set_gradients(model)
+    optimizer.step()
+    gone = weakref.ref(owner)
+    del owner
+    gc.collect()
+    assert gone() is None
+    assert hook_count(optimizer) == 0
+
+
+def test_a_policy_may_detach_on_a_step_that_the_scaler_skips() -> None:
+    model, optimizer = training()
+    scaler = GradScaler("cpu", init_scale=4.0)
+
+    def policy(index):
+        observer.detach()
+        return True
+
+    observer = StepObserver(model, raises, policy).attach(optimizer, scaler=scaler)
+    scaled_step(scaler, model, optimizer, float("inf"))
+    assert "step" not in vars(scaler)
+
+
+def test_a_learning_rate_on_the_device_is_read_once_for_each_group() -> None:
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    model, optimizer = training()
+    optimizer.param_groups[0]["lr"] = torch.tensor(RATE)
+    set_gradients(model)
+
+    def reads() -> int:
+        with Reads() as mode:
+            optimizer.step()
+        return mode.count
+
+    alone = reads()
+    with StepObserver(model, lambda step: None).attach(optimizer):
+        assert reads() - alone == len(optimizer.param_groups) == 1
+
+
+def test_fsdp1_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FullyShardedDataParallel(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self._fsdp_wrapped_module = module
+
+    package = types.SimpleNamespace(FullyShardedDataParallel=FullyShardedDataParallel)
+    monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", package)
+    model = nn.Sequential(FullyShardedDataParallel(nn.Linear(2, 2)))
+    optimizer = SGD(model.parameters(), lr=RATE)
+    with pytest.raises(ValueError, match="FullyShardedDataParallel"):
+        StepObserver(model, print).attach(optimizer)
+    assert hook_count(optimizer) == 0

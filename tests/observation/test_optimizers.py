@@ -36,7 +36,7 @@ def in_backward(model: nn.Module) -> list[Optimizer]:
 
 
 class Uninitialised(Optimizer):
-    """As accelerate's: an Optimizer by type alone, around a real one."""
+    """As some Lookaheads: an Optimizer by type alone, around a real one."""
 
     def __init__(self, optimizer: object) -> None:
         self.optimizer = optimizer
@@ -97,7 +97,24 @@ def test_the_optimizer_of_accelerate_is_unwrapped_and_its_steps_are_shown() -> N
 
 def test_wrappers_around_wrappers_are_unwrapped() -> None:
     optimizer = sgd()
-    assert unwrap(SimpleNamespace(optimizer=Uninitialised(optimizer))) is optimizer
+    assert unwrap(SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer))) is optimizer
+
+
+@pytest.mark.parametrize("wrap", [lambda each: each, lambda each: SimpleNamespace(optimizer=each)])
+def test_an_optimizer_whose_step_calls_no_hooks_is_refused(wrap) -> None:
+    """Its inner steps are not its steps: it may add something of its own."""
+    with pytest.raises(TypeError, match=r"the step\(\) of Uninitialised calls no hooks"):
+        unwrap(wrap(Uninitialised(sgd())))
+
+
+def test_an_optimizer_that_unscales_by_a_grad_scaler_argument_is_refused() -> None:
+    class Legacy(SGD):
+        def step(self, closure=None, *, grad_scaler=None):
+            return super().step(closure)
+
+    model = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match=r"Legacy\.step takes a grad_scaler"):
+        StepObserver(model, print).attach(Legacy(model.parameters(), lr=0.1))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +122,6 @@ def test_wrappers_around_wrappers_are_unwrapped() -> None:
     [
         (nn.Linear(1, 1), "Linear"),
         (None, "NoneType"),
-        (Uninitialised(None), "Uninitialised"),
         (SimpleNamespace(optimizer=SimpleNamespace(optimizer=3)), "SimpleNamespace"),
         ([], "list"),
     ],

@@ -40,7 +40,7 @@ def scaler_and_optimizer(**options) -> tuple[torch.amp.GradScaler, SGD, nn.Param
 def test_steps_that_the_scaler_skips_are_told_and_others_are_not() -> None:
     scaler, optimizer, p = scaler_and_optimizer()
     skips = Skips()
-    SkipTeller(scaler, skips.tell)
+    SkipTeller.of(scaler).listen(skips.tell)
     scaled_step(scaler, optimizer, 4.0)
     assert p.tolist() == [0.5, 1.5]
     assert skips == []
@@ -62,7 +62,7 @@ def test_the_result_and_the_errors_of_the_step_are_those_of_the_scaler() -> None
 
     scaler, _, p = scaler_and_optimizer(enabled=False)
     optimizer, skips = Returning([p], lr=RATE), Skips()
-    SkipTeller(scaler, skips.tell)
+    SkipTeller.of(scaler).listen(skips.tell)
     assert scaler.step(optimizer, extra=7) == 7
     assert scaler.step(optimizer, None, 8) == 8
     with pytest.raises(ValueError, match="no extra"):
@@ -74,7 +74,7 @@ def test_the_result_and_the_errors_of_the_step_are_those_of_the_scaler() -> None
 def test_a_restored_scaler_is_as_it_was() -> None:
     scaler, optimizer, _ = scaler_and_optimizer()
     before, skips = dict(vars(scaler)), Skips()
-    restore = SkipTeller(scaler, skips.tell).restore
+    restore = SkipTeller.of(scaler).listen(skips.tell)
     assert "step" in vars(scaler)
     restore()
     assert vars(scaler) == before
@@ -88,7 +88,7 @@ def test_a_restored_scaler_is_as_it_was() -> None:
 def test_two_may_listen_to_one_scaler(order: tuple[int, int]) -> None:
     scaler, optimizer, _ = scaler_and_optimizer()
     both = [Skips(), Skips()]
-    restores = [SkipTeller(scaler, skips.tell).restore for skips in both]
+    restores = [SkipTeller.of(scaler).listen(skips.tell) for skips in both]
     scaled_step(scaler, optimizer, float("inf"))
     assert [len(skips) for skips in both] == [1, 1]
     restores[order[1]]()
@@ -96,13 +96,29 @@ def test_two_may_listen_to_one_scaler(order: tuple[int, int]) -> None:
     restores[order[0]]()
     scaled_step(scaler, optimizer, 1.0)
     assert [len(skips) for skips in both] == both_before
+    assert "step" not in vars(scaler)
+
+
+def test_a_thousand_who_come_and_go_leave_nothing() -> None:
+    """Each came while the one before was there: a chain of them would be too deep to call."""
+    scaler, optimizer, _ = scaler_and_optimizer()
+    skips = Skips()
+    stop = SkipTeller.of(scaler).listen(skips.tell)
+    for _ in range(1000):
+        stop_next = SkipTeller.of(scaler).listen(skips.tell)
+        stop()
+        stop = stop_next
+    scaled_step(scaler, optimizer, float("inf"))
+    assert len(skips) == 1
+    stop()
+    assert "step" not in vars(scaler)
 
 
 def test_the_last_to_listen_is_restored_to_the_one_before() -> None:
     scaler, optimizer, _ = scaler_and_optimizer()
     first, second = Skips(), Skips()
-    restore_first = SkipTeller(scaler, first.tell).restore
-    SkipTeller(scaler, second.tell).restore()
+    restore_first = SkipTeller.of(scaler).listen(first.tell)
+    SkipTeller.of(scaler).listen(second.tell)()
     scaled_step(scaler, optimizer, float("inf"))
     assert (len(first), len(second)) == (1, 0)
     restore_first()
@@ -112,7 +128,7 @@ def test_the_last_to_listen_is_restored_to_the_one_before() -> None:
 def test_a_step_that_someone_replaced_later_stays_theirs() -> None:
     scaler, _, _ = scaler_and_optimizer()
     skips = Skips()
-    restore = SkipTeller(scaler, skips.tell).restore
+    restore = SkipTeller.of(scaler).listen(skips.tell)
     scaler.step = theirs = lambda optimizer: "theirs"
     restore()
     assert scaler.step is theirs
@@ -121,7 +137,7 @@ def test_a_step_that_someone_replaced_later_stays_theirs() -> None:
 def test_a_scaler_whose_listener_is_gone_works() -> None:
     scaler, optimizer, p = scaler_and_optimizer()
     skips = Skips()
-    SkipTeller(scaler, skips.tell)
+    SkipTeller.of(scaler).listen(skips.tell)
     gone = weakref.ref(skips)
     del skips
     assert gone() is None
@@ -134,7 +150,7 @@ def test_a_scaler_whose_listener_is_gone_works() -> None:
 def test_a_scaler_that_is_listened_to_can_be_copied_as_before(copied) -> None:
     scaler, optimizer, p = scaler_and_optimizer()
     skips = Skips()
-    SkipTeller(scaler, skips.tell)
+    SkipTeller.of(scaler).listen(skips.tell)
     twin = copied(scaler)
     scaled_step(twin, optimizer, float("inf"))
     scaled_step(twin, optimizer, 1.0)
@@ -159,6 +175,6 @@ def test_a_scaler_that_is_listened_to_steps_what_it_stepped_before() -> None:
     scaled_step(scaler, wrapped, 4.0)
     assert p.tolist() == [0.5, 1.5]
     skips = Skips()
-    SkipTeller(scaler, skips.tell)
+    SkipTeller.of(scaler).listen(skips.tell)
     scaled_step(scaler, wrapped, 4.0)
     assert p.tolist() == [0, 1]

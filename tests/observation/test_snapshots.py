@@ -22,8 +22,10 @@ EVERY_SHAPE = {
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    # Elements are chosen of the smallest parameters here, too.
+    monkeypatch.setattr("altgrad.observation.snapshots._WHOLE", -1)
 
 
 def with_gradient(tensor: Tensor, gradient: Tensor | None = None) -> Tensor:
@@ -33,7 +35,7 @@ def with_gradient(tensor: Tensor, gradient: Tensor | None = None) -> Tensor:
 
 
 def take(snapshots: Snapshots, *parameters: Tensor, grad_scale=None) -> list[Snapshot]:
-    named = [(f"p{number}", p, 0.1) for number, p in enumerate(parameters)]
+    named = [(f"p{number}", p, True) for number, p in enumerate(parameters)]
     return snapshots.take(named, grad_scale)
 
 
@@ -103,7 +105,7 @@ def test_whole_and_chosen_copies_stand_in_the_order_of_the_parameters() -> None:
         taken, [parameters[0], parameters[1][chosen], parameters[3]], strict=True
     ):
         assert torch.equal(each.before, expected)
-    assert all(each.learning_rate == 0.1 for each in taken)
+    assert all(each.rests is True for each in taken)
 
 
 def test_gradients_of_other_strides_than_the_weights_are_copied() -> None:
@@ -229,7 +231,7 @@ def test_on_an_accelerator_whole_buffers_of_large_parameters_are_not_kept(
     indices = None if chosen is None else torch.empty(chosen, dtype=torch.int64, device="meta")
     snapshots = Snapshots(None)
     if indices is not None:
-        snapshots._chosen[parameter] = indices
+        snapshots._chosen[parameter] = parameter.shape, indices
         snapshots._elements = fixed(indices)
     (first,) = take(snapshots, parameter)
     (second,) = take(snapshots, parameter)
@@ -280,12 +282,11 @@ def test_peak_bytes_are_those_of_all_copies() -> None:
 
 
 def test_buffers_that_are_kept_count_beside_those_of_this_step() -> None:
-    first, second, snapshots = (
-        *(with_gradient(torch.randn(10)) for _ in range(2)),
-        Snapshots(None),
-    )
-    for parameter in (first, second):
-        take(snapshots, parameter)
+    both, snapshots = [with_gradient(torch.randn(10)) for _ in range(2)], Snapshots(None)
+    for without_gradient in both:
+        gradient, without_gradient.grad = without_gradient.grad, None
+        take(snapshots, *both)
+        without_gradient.grad = gradient
     assert snapshots.peak_bytes == 2 * 2 * 10 * 4
 
 
@@ -299,9 +300,8 @@ def test_copies_that_are_gone_do_not_count_and_the_peak_does_not_sink() -> None:
     for count in (14, 13):
         snapshots.clear()
         take(snapshots, with_gradient(torch.randn(count)))
-        assert snapshots.peak_bytes == 2 * 15 * 4
-    take(snapshots, with_gradient(torch.randn(8)))
-    assert snapshots.peak_bytes == 2 * (13 + 8) * 4
+    take(snapshots, with_gradient(torch.randn(8)))  # in place of the last
+    assert snapshots.peak_bytes == 2 * 15 * 4
 
 
 # Which elements
@@ -364,3 +364,35 @@ def test_the_first_and_the_last_element_are_inside() -> None:
     parameter = with_gradient(torch.randn(2, 3))
     (taken,) = take(Snapshots(fixed(torch.tensor([0, 5]))), parameter)
     assert torch.equal(taken.before, parameter.detach().flatten()[[0, 5]])
+
+
+@pytest.mark.parametrize(("size", "whole"), [(1024, True), (1025, False)])
+def test_small_parameters_are_copied_whole(
+    size: int, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    parameter = with_gradient(torch.randn(size))
+    (taken,) = take(Snapshots(fixed(torch.tensor([0, 5]))), parameter)
+    assert taken.before.shape == ((size,) if whole else (2,))
+
+
+def test_replaced_parameters_are_let_go() -> None:
+    snapshots = Snapshots(None)
+    gone = []
+    for _ in range(5):
+        parameter = with_gradient(torch.randn(3))
+        take(snapshots, parameter, with_gradient(torch.randn(2)))
+        gone.append(weakref.ref(parameter))
+        del parameter
+    assert len(snapshots._kept) == 2
+    assert [reference() is None for reference in gone] == [True] * 4 + [False]
+    assert snapshots._kept_bytes == 2 * 4 * (3 + 2)
+
+
+def test_memory_made_in_inference_mode_serves_outside_of_it() -> None:
+    snapshots, parameter = Snapshots(None), with_gradient(torch.randn(3))
+    with torch.inference_mode():
+        take(snapshots, parameter)
+    changed(parameter)
+    (taken,) = take(snapshots, parameter)
+    assert torch.equal(taken.before, parameter)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from tests.step_truth.designs import Design
 from tests.step_truth.modes import HOOKS, POST, Mode, Run
-from tests.step_truth.plain_modes import batches, network
+from tests.step_truth.plain_modes import ClosureToTheBase, batches, network
 from tests.step_truth.recording import Journal
 
 
@@ -192,6 +192,12 @@ class ClampsWeights(pl.Callback):
                 parameter.clamp_(-0.3, 0.3)
 
 
+class ReplacesOptimizer(pl.Callback):
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            trainer.strategy.optimizers = [module.configure_optimizers()]
+
+
 class RaisesAt(Net):
     """Fails in the fourth batch."""
 
@@ -213,6 +219,11 @@ class RaisesAt(Net):
 
     def fail(self, *_: Any) -> None:
         raise KeyError(self.where)
+
+
+def nested(design: Design, folder: Path) -> Journal:
+    AdamW([torch.ones(1)])  # from now on torch calls hooks around AdamW's own step
+    return fit(partial(Net, ClosureToTheBase))(design, folder)
 
 
 def raising(where: str) -> Run:
@@ -341,6 +352,8 @@ LIGHTNING_MODES = (
     Mode("compiled module", fit(Compiled), steps=6, wrong=(POST, HOOKS)),
     Mode("compiled LightningModule", fit(compiled_net), steps=6),
     Mode("a callback changes weights", fit(Net, ClampsWeights), steps=6, wrong=(HOOKS,)),
+    Mode("nested super().step(closure)", nested, steps=6, wrong=(POST,)),
+    Mode("optimizer replaced", fit(Net, ReplacesOptimizer, max_epochs=2), 12, wrong=(POST,)),
     Mode("exception in training_step", raising("training_step"), steps=3),
     Mode("exception in backward", raising("backward"), steps=3),
     Mode("exception after backward", raising("after backward"), steps=3),

@@ -183,6 +183,45 @@ class Twice(AdamW):
         return loss
 
 
+class ClosureToTheBase(AdamW):
+    """Hands its closure on to its base class, and is done only after that."""
+
+    needs_closure = True
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.clamp_(-0.5, 0.5)
+        return loss
+
+
+def nested_closure(design: Design, folder: Path) -> Journal:
+    AdamW([torch.ones(1)])  # as below
+    return closure(ClosureToTheBase)(design, folder)
+
+
+def sharpness_aware(design: Design, _: Path) -> Journal:
+    """SAM goes elsewhere for its gradients; the optimizer that it wraps makes the step."""
+    module = network()
+    journal = Journal(module)
+    base = journal.optimizer(SGD, module.parameters(), lr=0.01)
+    with design.watch(module, base):
+        for batch in batches():
+            found = [p.detach().clone() for p in module.parameters()]
+            with torch.no_grad():
+                for p in module.parameters():
+                    p.add_(0.01)
+            base.zero_grad()
+            loss_of(module, batch).backward()
+            with torch.no_grad():
+                for p, old in zip(module.parameters(), found, strict=True):
+                    p.copy_(old)
+            base.step()
+    return journal
+
+
 def nested(design: Design, folder: Path) -> Journal:
     AdamW([torch.ones(1)])  # from now on torch calls hooks around AdamW's own step
     return loop(Twice)(design, folder)
@@ -448,6 +487,8 @@ PLAIN_MODES = (
     Mode("compiled module", compiled, steps=6, wrong=(POST,)),
     Mode("compiled step", compiled_step, steps=3),
     Mode("nested super().step()", nested, steps=6, wrong=(POST,)),
+    Mode("nested super().step(closure)", nested_closure, steps=6, wrong=(POST,)),
+    Mode("SAM, the optimizer in it", sharpness_aware, steps=6),
     Mode("exception in step", exception_in_step, steps=5, wrong=(POST,)),
     Mode("exception in closure", exception_in_closure, steps=5),
     Mode("learning rate 0", three_zeros, 3, {"learning rate 0": 3}, wrong=(POST,)),

@@ -2,6 +2,7 @@
 
 Nothing here uses hooks or AltGrad. A recording optimizer evaluates the closure by itself, copies
 weights and gradients, lets its base class step without a closure, and copies the weights again.
+Where the base class must have the closure (LBFGS, `needs_closure`), it copies when that returns.
 """
 
 from collections.abc import Callable, Iterable
@@ -63,8 +64,7 @@ def _recording(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]
                     found.update(self.journal.copy(parameters))
                 return loss
 
-            # LBFGS alone needs a closure, and calls it many times.
-            if kind is torch.optim.LBFGS:
+            if kind is torch.optim.LBFGS or getattr(kind, "needs_closure", False):
                 loss = base_step(self, find)
             else:
                 loss = find()
