@@ -164,18 +164,28 @@ class PrecisionMonitor(Callback):
         if self._observer is not None:
             self._observer.detach()
         self._optimizers = [*trainer.optimizers]
-        reasons = [_cannot_observe(trainer)]
-        if reasons == [None]:
-            # It reads found_inf only where nothing moved: see _measure.
-            self._observer = StepObserver(
-                pl_module, self._measure, self._is_due, read_found_inf=False
-            )
-            self._observer.skipped = self.skipped
+        reasons = [self._make_observer(trainer, pl_module)]
+        if self._observer is not None:
             reasons = [self._attach_to(trainer, optimizer) for optimizer in trainer.optimizers]
         for reason in filter(None, reasons):
             self._tell(f"does not observe this run, or a part of it: {reason}")
         if None not in reasons:
             self._detach()
+
+    def _make_observer(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
+        """Make it, or return why there can be none."""
+        self._observer = None
+        if trainer.world_size > 1:
+            return f"it has {trainer.world_size} processes, and this version knows only one"
+        try:
+            # It reads found_inf only where nothing moved: see _measure.
+            self._observer = StepObserver(
+                pl_module, self._measure, self._is_due, read_found_inf=False
+            )
+        except ValueError as error:
+            return str(error)
+        self._observer.skipped = self.skipped
+        return None
 
     def _attach_to(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> str | None:
         """Why it cannot be observed."""
@@ -243,12 +253,6 @@ def _logged_step(trainer: Trainer) -> int:
     There is no public name for it; Lightning's own monitors use this one.
     """
     return trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
-
-
-def _cannot_observe(trainer: Trainer) -> str | None:
-    if trainer.world_size > 1:
-        return f"it has {trainer.world_size} processes, and this version knows only one"
-    return None
 
 
 def _check_count(name: str, value: int, *, at_least: int) -> None:

@@ -139,7 +139,10 @@ class StepObserver:
         return self._peak_bytes
 
     def attach(self, *optimizers: Any, scaler: GradScaler | None = None) -> StepObserver:
-        """Observe the steps of these optimizers from now on; those attached before stay so.
+        """Observe the steps of these optimizers from now on.
+
+        Those attached before stay so, unless a fault has ended the observation: then it begins
+        anew, with these.
 
         Args:
             optimizers: Optimizers of torch, or the wrappers of Lightning, Fabric or accelerate
@@ -159,21 +162,26 @@ class StepObserver:
             RuntimeError: A step of the optimizer is under way.
         """
         if self._stopped:
-            _take_off(self._hooks, self._scalers)
+            self._take_off()
+        self._hooks[:] = [hooks for hooks in self._hooks if hooks.optimizer is not None]
+        self._snapshots = {hooks: self._snapshots[hooks] for hooks in self._hooks}
         check_scaler(scaler)
         if self._module is not None:
             check_unsharded(self._module)
         attached = {hooks.optimizer for hooks in self._hooks}
         new = [each for each in dict.fromkeys(map(unwrap, optimizers)) if each not in attached]
+        candidates = (scaler, *(getattr(optimizer, "scaler", None) for optimizer in optimizers))
+        scalers = [each for each in candidates if isinstance(each, GradScaler)]
         for optimizer in new:
-            check_observable(optimizer, {n: p for n, p, _ in self._parameters_of(optimizer)})
+            own = {name: parameter for name, parameter, _ in self._parameters_of(optimizer)}
+            check_observable(optimizer, own, scaled=bool(scalers))
         check_none_in_backward(self._names, {*attached, *new})
         for optimizer in new:
             hooks = StepHooks(optimizer, self._is_due, self._take, self._finish)
             self._hooks.append(hooks)
             self._snapshots[hooks] = Snapshots(self._elements, self._chosen)
-        for each in (scaler, *(getattr(optimizer, "scaler", None) for optimizer in optimizers)):
-            if isinstance(each, GradScaler) and each not in self._scalers:
+        for each in scalers:
+            if each not in self._scalers:
                 self._scalers[each] = SkipTeller.of(each).listen(self._count_skip_by_scaler)
         self._stopped = False
         return self
@@ -187,8 +195,7 @@ class StepObserver:
         if self._hooks and self._peak_bytes:
             _logger.info("the copies of observed steps took up to %d bytes", self._peak_bytes)
         self._stop()
-        _take_off(self._hooks, self._scalers)
-        self._snapshots = {hooks: self._snapshots[hooks] for hooks in self._hooks}
+        self._take_off()
 
     def __enter__(self) -> StepObserver:  # noqa: PYI034 - typing has Self only from Python 3.11 on
         return self
@@ -222,7 +229,7 @@ class StepObserver:
         """Call `on_step`, unless the step was none."""
         with self._guard(), torch.no_grad():
             if snapshots is None:
-                raise RuntimeError(_no_snapshots(type(optimizer).__name__, hooks.moved_early))
+                raise RuntimeError(hooks.unseen)
             step = step_of(snapshots, optimizer, hooks.index)
             if not snapshots:
                 self.skipped["no gradients"] += 1
@@ -268,6 +275,10 @@ class StepObserver:
             snapshots.clear()
         self._nameless.clear()
 
+    def _take_off(self) -> None:
+        _take_off(self._hooks, self._scalers)
+        self._snapshots = {hooks: self._snapshots[hooks] for hooks in self._hooks}
+
     @contextmanager
     def _guard(self) -> Iterator[None]:
         try:
@@ -286,15 +297,6 @@ class StepObserver:
             f"{place.filename}:{place.lineno}. Training goes on; strict=True would raise it",
             stacklevel=2,
         )
-
-
-def _no_snapshots(optimizer: str, moved_early: bool) -> str:
-    if moved_early:
-        return (
-            f"{optimizer} moves weights before it calls its closure, so that the weights before "
-            "the step are not those at hand; if it wraps an optimizer, as SAM does, attach that"
-        )
-    return f"{optimizer} does not call the closure that it is given, and shows no gradients"
 
 
 def _take_off(hooks: list[_Hooks], scalers: dict[GradScaler, Callable[[], None]]) -> None:

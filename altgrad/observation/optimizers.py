@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 
 from altgrad.observation.step_hooks import step_depth
 
+_DEPTH = 8  # wrappers around wrappers; some objects have an `.optimizer` without end
+
 
 def unwrap(optimizer: Any) -> Optimizer:
     """The optimizer whose `step` calls its hooks, under the wrappers of a trainer.
@@ -25,20 +27,20 @@ def unwrap(optimizer: Any) -> Optimizer:
         TypeError: There is no torch optimizer inside, or one whose `step` calls no hooks.
     """
     inner = optimizer
-    while inner is not None and not _calls_hooks(inner):
+    for _ in range(_DEPTH):
+        if _calls_hooks(inner):
+            return inner  # type: ignore[no-any-return]
         if isinstance(inner, Optimizer) and not _is_trainers(inner):
             raise TypeError(
-                f"the step() of {type(inner).__name__} calls no hooks, because its class does not "
-                "call Optimizer.__init__, and cannot be observed; if it wraps an optimizer whose "
-                "steps you want to see, attach that"
+                f"the step() of {type(inner).__name__} calls no hooks (does its class call "
+                "Optimizer.__init__?) and cannot be observed; if it wraps an optimizer whose steps "
+                "you want to see, attach that"
             )
         inner = getattr(inner, "optimizer", None)
-    if inner is None:
-        raise TypeError(
-            f"{type(optimizer).__name__} is no torch.optim.Optimizer and has none as `.optimizer`: "
-            "attach the optimizer whose step() changes the parameters"
-        )
-    return inner  # type: ignore[no-any-return]
+    raise TypeError(
+        f"{type(optimizer).__name__} is no torch.optim.Optimizer and has none as `.optimizer`: "
+        "attach the optimizer whose step() changes the parameters"
+    )
 
 
 def _calls_hooks(optimizer: object) -> bool:
@@ -57,15 +59,18 @@ def _is_trainers(optimizer: Optimizer) -> bool:
     return bool(packages & {"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"})
 
 
-def check_observable(optimizer: Optimizer, own: Mapping[str, Tensor]) -> None:
+def check_observable(
+    optimizer: Optimizer, own: Mapping[str, Tensor], *, scaled: bool = False
+) -> None:
     """Refuse an optimizer whose steps would be shown wrongly or not at all.
 
     Args:
         optimizer: The optimizer.
         own: Those of the observed parameters that it steps, by name.
+        scaled: Whether a GradScaler calls its `step`.
 
     Raises:
-        ValueError: It steps none of them, or sharded ones, or unscales gradients unseen.
+        ValueError: It steps none of them, or sharded ones, or unscales gradients by itself.
         RuntimeError: A step of it is under way.
     """
     kind = type(optimizer).__name__
@@ -79,10 +84,10 @@ def check_observable(optimizer: Optimizer, own: Mapping[str, Tensor]) -> None:
         )
     if sharded := [name for name, parameter in own.items() if _is_sharded(parameter)]:
         raise ValueError(f"sharded parameters cannot be observed yet: {_few(sharded)}")
-    if "grad_scaler" in inspect.signature(type(optimizer).step).parameters:
+    if scaled and "grad_scaler" in inspect.signature(type(optimizer).step).parameters:
         raise ValueError(
-            f"{kind}.step takes a grad_scaler and unscales gradients by it: torch deprecates this "
-            "protocol, and what is applied cannot be seen; use one with `grad_scale`"
+            f"{kind}.step unscales its gradients with the GradScaler that it is handed, so that "
+            "what it applies cannot be seen; torch has deprecated that for `grad_scale`"
         )
 
 

@@ -59,7 +59,7 @@ class SkipTeller:
     def __call__(self, optimizer: Any, *args: Any, **kwargs: Any) -> float | None:
         try:
             inner = unwrap(optimizer)
-        except TypeError:  # a scaler is content with less than an optimizer
+        except Exception:  # noqa: BLE001 - a scaler is content with less than an optimizer
             return self._step(optimizer, *args, **kwargs)
         called: list[Optimizer] = []
         handle = inner.register_step_pre_hook(lambda optimizer, *_: called.append(optimizer))

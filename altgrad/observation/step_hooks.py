@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
@@ -31,12 +32,13 @@ class StepHooks(Generic[Captured]):
     The optimizer and the object that the three are methods of are held weakly; without it, they
     are not called.
 
-    An optimizer that moves weights before it calls its closure, as SAM does, would be shown with
-    the wrong weights: `capture` is then not called, and `moved_early` is true.
+    Where the step would be shown wrongly, `capture` is not called, and `unseen` says why: the
+    optimizer moves weights before it calls its closure, as SAM does (told by autograd's count of
+    writes, which those through ``.data`` escape), or is handed a GradScaler to unscale with.
 
     Attributes:
         index: How many steps were finished before this one.
-        moved_early: Whether this step moved weights between its beginning and its closure.
+        unseen: Why this step cannot be shown, though it was made; empty if it can.
     """
 
     def __init__(
@@ -47,11 +49,11 @@ class StepHooks(Generic[Captured]):
         finish: Callable[[StepHooks[Captured], Optimizer, Captured | None], None],
     ) -> None:
         self.index = 0
-        self.moved_early = False
+        self.unseen = ""
         self._closure_position = _closure_position(optimizer)
         self._optimizer = weakref.ref(optimizer)
         self._is_due = weakly(is_due)
-        self._capture = weakly(capture)
+        self._capture = _outside_of_graphs(weakly(capture))
         self._finish = weakly(finish)
         # Of the step that is under way, or that raised:
         self._running = False
@@ -87,24 +89,33 @@ class StepHooks(Generic[Captured]):
         if self._running and step_depth(optimizer) > 1:
             self._nested = True
             return None
-        self._running, self._nested, self.moved_early = True, False, False
-        self._captured = None
+        self._running, self._nested, self._captured = True, False, None
         self._observed = self._is_due(self)
         if not self._observed:
             return None
         closure = self._closure_of(args, kwargs)
+        kind = type(optimizer).__name__
+        self.unseen = f"{kind} does not call the closure that it is given, and shows no gradients"
+        if kwargs.get("grad_scaler") is not None:
+            self.unseen = f"{kind} unscales its gradients with a GradScaler that it is handed"
+            return None
         if closure is None:
             self._capture_now(optimizer)
             return None
-        at_the_beginning = _versions(optimizer)
+        at_the_beginning = _writes(optimizer)
 
         @functools.wraps(closure)
         def closure_then_capture(*inputs: Any, **options: Any) -> Any:
             """Only the closure computes the gradients; trainers clip them in it, too."""
-            first = self._captured is None and not self.moved_early
-            self.moved_early |= first and _versions(optimizer) != at_the_beginning
+            first = self._captured is None
+            if first and _differ(_writes(optimizer), at_the_beginning):
+                first = False
+                self.unseen = (
+                    f"{kind} moves weights before it calls its closure, so that those before the "
+                    "step are gone; if it wraps an optimizer, as SAM does, attach that"
+                )
             loss = closure(*inputs, **options)
-            if first and not self.moved_early:
+            if first:
                 self._capture_now(optimizer)
             return loss
 
@@ -117,9 +128,9 @@ class StepHooks(Generic[Captured]):
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[..., Any] | None:
         closure = kwargs.get("closure")
-        if closure is None and 0 < self._closure_position < len(args):
+        if closure is None and self._closure_position < len(args):
             closure = args[self._closure_position]
-        return closure if callable(closure) else None
+        return closure if callable(closure) and not isinstance(closure, nn.Module) else None
 
     def _capture_now(self, optimizer: Optimizer) -> None:
         if self._observed:
@@ -157,20 +168,29 @@ def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _closure_position(optimizer: Optimizer) -> int:
-    """Where `step` takes its closure among the positional arguments; 0 where it takes none."""
-    parameters = inspect.signature(type(optimizer).step).parameters
-    if "closure" in parameters:
-        return [*parameters].index("closure")
-    passes_on = any(each.kind is each.VAR_POSITIONAL for each in parameters.values())
-    return 1 if passes_on else 0
+    """Where `step` takes its closure among the positional arguments."""
+    try:
+        return [*inspect.signature(type(optimizer).step).parameters].index("closure")
+    except (TypeError, ValueError):  # it has another name, or there is no signature
+        return 1
 
 
-def _versions(optimizer: Optimizer) -> list[tuple[int, int]]:
-    """What changes with every operation that writes to a parameter, and with its memory."""
+def _writes(optimizer: Optimizer) -> list[tuple[int, int] | None]:
+    """What changes with every write to a parameter, and with its memory; None if not to be told."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    # torch has no public name for the count of writes that autograd relies on.
-    versions = [0 if p.is_inference() else p._version for p in parameters]  # noqa: SLF001
-    return list(zip(versions, [p.data_ptr() for p in parameters], strict=True))
+    return [_writes_to(parameter) for parameter in parameters]
+
+
+def _writes_to(parameter: Tensor) -> tuple[int, int] | None:
+    try:
+        # torch has no public name for the count of writes that autograd relies on.
+        return parameter._version, parameter.data_ptr()  # noqa: SLF001
+    except (RuntimeError, ValueError):  # not initialised yet, sparse, made in inference mode …
+        return None
+
+
+def _differ(now: list[tuple[int, int] | None], then: list[tuple[int, int] | None]) -> bool:
+    return any(a != b for a, b in zip(now, then, strict=False) if a is not None and b is not None)
 
 
 def step_depth(optimizer: Optimizer) -> int:

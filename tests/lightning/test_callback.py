@@ -564,6 +564,24 @@ def test_one_optimizer_of_other_parameters_does_not_hide_the_rest(tmp_path: Path
     assert "layers.0.weight" in monitor.latest
 
 
+def test_a_module_without_parameters_is_told_and_trains_on(tmp_path: Path) -> None:
+    class Outside(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.outside = [nn.Parameter(torch.ones(1))]
+
+        def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
+            return self.outside[0].sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.outside, lr=0.1)
+
+    run = trainer(tmp_path, PrecisionMonitor(every_n_steps=1))
+    with pytest.warns(UserWarning, match="does not observe this run.*no parameter to observe"):
+        run.fit(Outside(), batches(2))
+    assert run.global_step == 2
+
+
 @pytest.mark.filterwarnings("ignore:You are trying to .self.log")
 def test_barebones_says_what_to_pass(tmp_path: Path) -> None:
     run = pl.Trainer(barebones=True, max_epochs=1, accelerator="cpu", callbacks=PrecisionMonitor())

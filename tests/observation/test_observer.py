@@ -1171,6 +1171,40 @@ def test_a_closure_is_found_where_the_step_takes_it(call) -> None:
     assert equal(step.gradients, [p.grad for p in model.parameters()])
 
 
+@pytest.mark.parametrize("name", ["fn", "loss_function"])
+def test_a_closure_of_another_name_is_found(name: str) -> None:
+    scope: dict[str, type] = {"SGD": SGD}
+    exec(
+        f"class Other(SGD):\n def step(self, {name}=None):\n  return SGD.step(self, {name})", scope
+    )
+    model, optimizer = training(scope["Other"])
+    set_gradients(model, seed=5)  # of the last step: these are not applied
+    steps = Kept()
+    with StepObserver(model, steps).attach(optimizer):
+        optimizer.step(lambda: set_gradients(model))
+    assert equal(steps[0].gradients, [p.grad for p in model.parameters()])
+
+
+def test_a_closure_may_initialise_the_parameters() -> None:
+    """As lazy modules do in their first forward pass."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 1))
+    optimizer = SGD(model.parameters(), lr=RATE)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 4)).sum()
+        loss.backward()
+        return loss
+
+    steps = Kept()
+    with StepObserver(model, steps, strict=True).attach(optimizer):
+        optimizer.step(closure)
+        optimizer.step(closure)
+    assert [step.names[0] for step in steps] == ["0.weight", "0.weight"]
+    assert equal(steps[1].before, steps[0].after)
+
+
 def test_a_callable_that_is_no_closure_arrives_as_it_is() -> None:
     class Takes(SGD):
         def step(self, model, closure=None):
@@ -1280,3 +1314,30 @@ def test_fsdp1_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="FullyShardedDataParallel"):
         StepObserver(model, print).attach(optimizer)
     assert hook_count(optimizer) == 0
+
+
+def test_optimizers_that_are_gone_leave_no_copies() -> None:
+    model, _ = training()
+    observer = StepObserver(model, lambda step: None)
+    for _ in range(5):
+        optimizer = SGD(model.parameters(), lr=RATE)
+        observer.attach(optimizer)
+        set_gradients(model)
+        optimizer.step()
+        del optimizer
+        gc.collect()
+    observer.attach(SGD(model.parameters(), lr=RATE))
+    assert len(observer._hooks) == len(observer._snapshots) == 1
+    assert observer.peak_bytes <= 2 * 2 * 4 * sum(p.numel() for p in model.parameters())
+
+
+def test_after_a_fault_attach_begins_anew() -> None:
+    model, optimizer = training()
+    observer = StepObserver(model, raises).attach(optimizer)
+    set_gradients(model)
+    for _ in range(3):
+        with pytest.warns(UserWarning, match="stops observing after a fault"):
+            optimizer.step()
+        observer.attach(optimizer)
+    assert len(observer._hooks) == len(observer._snapshots) == 1
+    assert hook_count(optimizer) == 2

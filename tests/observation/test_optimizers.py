@@ -107,14 +107,46 @@ def test_an_optimizer_whose_step_calls_no_hooks_is_refused(wrap) -> None:
         unwrap(wrap(Uninitialised(sgd())))
 
 
-def test_an_optimizer_that_unscales_by_a_grad_scaler_argument_is_refused() -> None:
-    class Legacy(SGD):
-        def step(self, closure=None, *, grad_scaler=None):
-            return super().step(closure)
+class Legacy(SGD):
+    """Of the protocol that torch has deprecated: it is handed the GradScaler."""
 
+    _step_supports_amp_scaling = True
+
+    def step(self, closure=None, grad_scaler=None):
+        for p in self.param_groups[0]["params"]:
+            p.grad.div_(1 if grad_scaler is None else grad_scaler.get_scale())
+        return super().step(closure)
+
+
+def test_an_optimizer_that_is_handed_the_scaler_is_refused_with_one() -> None:
     model = nn.Linear(2, 1)
-    with pytest.raises(ValueError, match=r"Legacy\.step takes a grad_scaler"):
-        StepObserver(model, print).attach(Legacy(model.parameters(), lr=0.1))
+    optimizer = Legacy(model.parameters(), lr=0.1)
+    observer = StepObserver(model, print)
+    with pytest.raises(
+        ValueError, match=r"Legacy\.step unscales its gradients with the GradScaler"
+    ):
+        observer.attach(optimizer, scaler=torch.amp.GradScaler("cpu"))
+    observer.attach(optimizer).detach()
+
+
+@pytest.mark.filterwarnings("ignore:GradScaler is going to stop passing itself:FutureWarning")
+def test_an_optimizer_that_is_handed_a_scaler_nobody_told_of_is_not_shown() -> None:
+    model, shown = nn.Linear(2, 1), []
+    optimizer = Legacy(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    observer = StepObserver(model, shown.append).attach(optimizer)
+    scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+    with pytest.warns(UserWarning, match="Legacy unscales its gradients with a GradScaler"):
+        scaler.step(optimizer)
+    assert shown == []
+    assert not observer.is_observing
+
+
+def test_wrappers_without_end_are_given_up() -> None:
+    endless = SimpleNamespace()
+    endless.optimizer = endless
+    with pytest.raises(TypeError, match=r"SimpleNamespace is no torch\.optim\.Optimizer"):
+        unwrap(endless)
 
 
 @pytest.mark.parametrize(
