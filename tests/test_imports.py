@@ -25,9 +25,12 @@ ALLOWED = {
     Q: FORMATS
     | {f"{Q}.arguments"}
     | {f"{Q}.kernel", f"{Q}.ops", f"{Q}.scaling", f"{Q}.diagnostics", f"{Q}.advanced_diagnostics"},
+    "altgrad.statistics": set(),
+    "altgrad.metrics": {"altgrad.statistics"},
     "altgrad.measuring": FORMATS
     | {f"{Q}.arguments", f"{Q}.ops", f"{Q}.scaling"}
-    | {f"{Q}.diagnostics", f"{Q}.advanced_diagnostics"},
+    | {f"{Q}.diagnostics", f"{Q}.advanced_diagnostics"}
+    | {"altgrad.statistics", "altgrad.metrics"},
     f"{OBS}.parameter_names": set(),
     f"{OBS}.snapshots": set(),
     f"{OBS}.step_hooks": set(),

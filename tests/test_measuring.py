@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from altgrad import FloatFormat, measure
+from altgrad.metrics import FORMAT_METRICS, LAYER_METRICS
 from altgrad.quantization import FORMATS, compute_scale, get_format
 
 
@@ -86,7 +87,8 @@ def test_figures_of_the_tensor_equal_numpy_in_float64() -> None:
     }
     for metric, value in expected.items():
         assert figures[metric] == pytest.approx(value, rel=1e-12), metric
-    assert set(figures) == set(expected) | {"ulp_mean", "ulp_max"}
+    others = {"ulp_mean", "ulp_max", "ulp_median_log2", "energy_concentration"}
+    assert set(figures) == set(expected) | others == set(LAYER_METRICS)
 
 
 def test_keys_are_metric_and_metric_slash_canonical_format_name() -> None:
@@ -96,12 +98,7 @@ def test_keys_are_metric_and_metric_slash_canonical_format_name() -> None:
     for metric in per_format:
         assert f"{metric}/e4m3fn" in figures
         assert f"{metric}/bf16" in figures
-    assert per_format == {
-        *("kept_update_ratio", "stall_frac", "update_error", "visible_frac"),
-        *("stiffness_mean", "stiffness_min", "stiffness_max"),
-        *("grid_error_mean", "grid_error_max", "grid_error_std", "on_grid_frac"),
-        *("grad_stiff_correlation", "grad_stiff_ratio_mean", "grad_below_stiffness_frac"),
-    }
+    assert per_format == set(FORMAT_METRICS)
 
 
 def test_a_layernorm_gain_is_frozen_in_bf16() -> None:
@@ -211,6 +208,8 @@ def test_e1m6_and_e0m7_are_one_format_under_amax_scales() -> None:
     step = a_step()
     e1m6, e0m7 = measure(*step, ["e1m6"]), measure(*step, ["e0m7"])
     for key, value in e0m7.items():
+        if key.startswith("subnormal_frac"):
+            continue  # the same numbers: all those of E0M7 count as subnormal, few of E1M6
         assert e1m6[key.replace("e0m7", "e1m6")] == pytest.approx(value, nan_ok=True), key
 
 

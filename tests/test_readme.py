@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from altgrad.metrics import as_markdown
 from tests.step_truth.lightning_modes import LIGHTNING_MODES
 from tests.step_truth.plain_modes import PLAIN_MODES
 
@@ -47,6 +48,11 @@ def test_the_readme_counts_the_rows_of_the_table() -> None:
     text = " ".join(README.split())
     plain, lightning = len(PLAIN_MODES), len(LIGHTNING_MODES)
     assert f"in {plain} ways of plain PyTorch and {lightning} of Lightning's Trainer" in text
+
+
+def test_the_table_of_metrics_is_that_of_the_code() -> None:
+    """Made anew by writing what `as_markdown` returns."""
+    assert (ROOT / "docs" / "metrics.md").read_text() == as_markdown()
 
 
 def test_the_readmes_files_exist() -> None:
