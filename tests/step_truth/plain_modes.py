@@ -30,20 +30,23 @@ def loss_of(module: nn.Module, batch: Tensor) -> Tensor:
     return module(batch).square().mean() + module(batch).sum()
 
 
+def train(design: Design, module: nn.Module, optimizer: Optimizer) -> None:
+    """The plainest of loops, observed."""
+    with design.watch(module, optimizer):
+        for batch in batches():
+            loss_of(module, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def loop(
     kind: type[Optimizer] = AdamW, *, make: Callable[[], nn.Module] = network, **options: Any
 ) -> Run:
-    """backward, step, zero_grad."""
-
     def run(design: Design, _: Path) -> Journal:
         module = make()
         journal = Journal(module)
         optimizer = journal.optimizer(kind, module.parameters(), **({"lr": 0.01} | options))
-        with design.watch(module, optimizer):
-            for batch in batches():
-                loss_of(module, batch).backward()
-                optimizer.step()
-                optimizer.zero_grad()
+        train(design, module, optimizer)
         return journal
 
     return run
@@ -146,11 +149,7 @@ def compiled(design: Design, _: Path) -> Journal:
     journal = Journal(module)
     graph = torch.compile(module, backend="eager")
     optimizer = journal.optimizer(AdamW, graph.parameters(), lr=0.01)
-    with design.watch(graph, optimizer):
-        for batch in batches():
-            loss_of(graph, batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    train(design, graph, optimizer)
     return journal
 
 
@@ -299,11 +298,7 @@ def two_rates(design: Design, _: Path) -> Journal:
         {"params": module[3].parameters(), "lr": 0.01},
     ]
     optimizer = journal.optimizer(AdamW, groups)
-    with design.watch(module, optimizer):
-        for batch in batches():
-            loss_of(module, batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    train(design, module, optimizer)
     return journal
 
 
@@ -352,11 +347,7 @@ def edited_by_a_hook(design: Design, _: Path) -> Journal:
         nn.utils.clip_grad_norm_(module.parameters(), 0.1)
 
     optimizer.register_step_pre_hook(clip)
-    with design.watch(module, optimizer):
-        for batch in batches():
-            loss_of(module, batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    train(design, module, optimizer)
     return journal
 
 
