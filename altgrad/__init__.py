@@ -1,19 +1,30 @@
 """AltGrad: if I kept my weights in this number format, would they still move?"""
 
+from altgrad.figures import Figures, model_figures
 from altgrad.measuring import DEFAULT_FORMATS, measure
+from altgrad.monitor import DEFAULT_MAX_ELEMENTS, UpdateMonitor
 from altgrad.observation import OptimizerStep, StepObserver
 from altgrad.quantization import FloatFormat, get_format, quantize, spacing
+from altgrad.records import StepRecord
+from altgrad.sampling import SamplingRule, StepSchedule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT_FORMATS",
+    "DEFAULT_MAX_ELEMENTS",
+    "Figures",
     "FloatFormat",
     "OptimizerStep",
+    "SamplingRule",
     "StepObserver",
+    "StepRecord",
+    "StepSchedule",
+    "UpdateMonitor",
     "__version__",
     "get_format",
     "measure",
+    "model_figures",
     "quantize",
     "spacing",
 ]

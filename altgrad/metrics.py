@@ -6,21 +6,12 @@ left out of every other metric. A metric that has no value is NaN.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-
-from altgrad.statistics import (
-    FIRST_STEPS_OCTAVE,
-    FORMAT_MAXIMA,
-    FORMAT_SUMS,
-    MAXIMA,
-    OCTAVES,
-    SUMS,
-    LayerStatistics,
-)
+from altgrad.statistics import FIRST_STEPS_OCTAVE, OCTAVES
 
 
 @dataclass(frozen=True)
@@ -31,12 +22,57 @@ class Numbers:
     max: Mapping[str, float]
 
     @property
-    def finite(self) -> float:
-        """How many elements are finite in all three tensors."""
-        return self.sum["elements"] - self.sum["nonfinite"]
+    def paired(self) -> float:
+        """How many weights are not 0 and have a gradient: none, unless all have one."""
+        all_have = self.sum["gradients"] == self.sum["finite"]
+        return self.sum["nonzero_weights"] if all_have else 0.0
 
 
 Formula = Callable[[Numbers], float]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A count over another: (plus − minus) / total. What is counted is part of the total.
+
+    As an estimate from sampled elements it has a standard error: that of a ratio of means.
+    """
+
+    plus: str
+    total: str
+    minus: str | None = None
+
+    def __call__(self, n: Numbers) -> float:
+        """The share; NaN of nothing."""
+        count = n.sum[self.plus] - (n.sum[self.minus] if self.minus else 0.0)
+        return _ratio(count, n.sum[self.total])
+
+    def denominator(self, n: Numbers) -> float:
+        """What the share is of."""
+        return n.sum[self.total]
+
+    def squared_residuals(self, n: Numbers, share: float) -> float:
+        """Σ (counted − share · in total)² over the sampled elements, each being 0 or 1."""
+        count = n.sum[self.plus] - (n.sum[self.minus] if self.minus else 0.0)
+        return count - 2 * share * count + share * share * n.sum[self.total]
+
+
+@dataclass(frozen=True)
+class KeptShare:
+    """⟨effective update, update⟩ / ⟨update, update⟩; its residuals follow from fourth powers."""
+
+    def __call__(self, n: Numbers) -> float:
+        """The ratio; NaN without an update."""
+        return _ratio(n.sum["kept"], n.sum["judged_sq"])
+
+    def denominator(self, n: Numbers) -> float:
+        """The energy of the update."""
+        return n.sum["judged_sq"]
+
+    def squared_residuals(self, n: Numbers, share: float) -> float:
+        """Σ (effective · update − share · update²)² over the sampled elements."""
+        cross, fourth = n.sum["kept_update_cubed"], n.sum["judged_4th"]
+        return n.sum["kept_sq"] - 2 * share * cross + share * share * fourth
 
 
 @dataclass(frozen=True)
@@ -66,31 +102,46 @@ def _per(count: str, total: str) -> Formula:
     return lambda n: _ratio(n.sum[count], n.sum[total])
 
 
-def _per_element(count: str) -> Formula:
-    return lambda n: _ratio(n.sum[count], n.finite)
+def _per_pair(count: str) -> Formula:
+    return lambda n: _ratio(n.sum[count], n.paired)
 
 
-def _rms(squares: str, total: str | None = None) -> Formula:
-    return lambda n: math.sqrt(_ratio(n.sum[squares], n.sum[total] if total else n.finite))
+def _rms(squares: str, total: str) -> Formula:
+    return lambda n: math.sqrt(_ratio(n.sum[squares], n.sum[total]))
 
 
 def _norm_ratio(squares: str, over: str) -> Formula:
     return lambda n: _ratio(math.sqrt(n.sum[squares]), math.sqrt(n.sum[over]))
 
 
-def _largest(name: str, sign: int = 1) -> Formula:
-    return lambda n: sign * n.max[name] if n.max[name] > -math.inf else math.nan
+def _largest(name: str, among: str) -> Formula:
+    return lambda n: n.max[name] if n.sum[among] else math.nan
 
 
-def _median_octave(name: str, first: int) -> Formula:
+def _smallest(name: str, among: str) -> Formula:
+    return lambda n: -n.max[f"minus_{name}"] if n.sum[among] else math.nan
+
+
+def histogram_of(n: Numbers, name: str, total: str) -> list[float]:
+    """How many of all that moved lie in each octave, the first holding what is not in the others.
+
+    ``"ulps"`` of ``"moved"``, or ``"steps"`` of ``"judged"``.
+    """
+    counts = [n.sum[f"{name}[{octave}]"] for octave in range(1, OCTAVES)]
+    return [n.sum[total] - sum(counts), *counts]
+
+
+def _median_octave(name: str, total: str, first: int) -> Formula:
     """The middle, on a logarithmic scale, of the octave that holds the (lower) median."""
 
     def formula(n: Numbers) -> float:
-        counts = [n.sum[f"{name}[{octave}]"] for octave in range(OCTAVES)]
-        below, total = 0.0, sum(counts)
+        counts = histogram_of(n, name, total)
+        if not counts[0] >= 0:
+            return math.nan
+        half, below = n.sum[total] / 2, 0.0
         for octave, count in enumerate(counts):
             below += count
-            if total and 2 * below >= total:
+            if half and below >= half:
                 return first + octave + 0.5
         return math.nan
 
@@ -110,9 +161,10 @@ def _deviation(n: Numbers, name: str, squares: str, count: float) -> float:
 
 
 def _grid_error_std(n: Numbers) -> float:
-    if n.finite < 2:
+    count = n.sum["finite"]
+    if count < 2:
         return math.nan
-    return math.sqrt(_deviation(n, "grid_error", "grid_error_sq", n.finite) / (n.finite - 1))
+    return math.sqrt(_deviation(n, "grid_error", "grid_error_sq", count) / (count - 1))
 
 
 def _sqnr(n: Numbers) -> float:
@@ -123,14 +175,14 @@ def _sqnr(n: Numbers) -> float:
 
 
 def _correlation(n: Numbers) -> float:
-    count = n.sum["paired_gradients"]
+    count = n.paired
     if not count:
         return math.nan
     gradient = _deviation(n, "paired_gradient_abs", "paired_gradient_sq", count)
-    stiffness = _deviation(n, "paired_stiffness", "paired_stiffness_sq", count)
+    stiffness = _deviation(n, "stiffness", "stiffness_sq", count)
     if not gradient or not stiffness:
         return math.nan
-    product = n.sum["paired_gradient_abs"] * (n.sum["paired_stiffness"] / count)
+    product = n.sum["paired_gradient_abs"] * (n.sum["stiffness"] / count)
     common = n.sum["stiffness_gradient"] - product
     correlation = common / (math.sqrt(gradient) * math.sqrt(stiffness))
     return correlation if math.isnan(correlation) else max(-1.0, min(1.0, correlation))
@@ -138,37 +190,47 @@ def _correlation(n: Numbers) -> float:
 
 def _energy_concentration(n: Numbers) -> float:
     squares = n.sum["update_sq"]
-    return _ratio(n.finite * n.sum["update_4th"], squares * squares)
-
-
-def _unmoved(n: Numbers) -> float:
-    return _ratio(n.finite - n.sum["moved"], n.finite)
+    return _ratio(n.sum["finite"] * n.sum["update_4th"], squares * squares)
 
 
 _LAYER_METRICS = (
-    Metric("update_rms", "weight", "≥ 0", "large steps", _rms("update_sq")),
-    Metric("weight_rms", "weight", "≥ 0", "large weights", _rms("weight_sq")),
+    Metric("update_rms", "weight", "≥ 0", "large steps", _rms("update_sq", "finite")),
+    Metric("weight_rms", "weight", "≥ 0", "large weights", _rms("weight_sq", "finite")),
     Metric("gradient_rms", "gradient", "≥ 0", "large gradients", _rms("gradient_sq", "gradients")),
     Metric(
         *("update_weight_ratio", "1", "≥ 0", "the step changes much; about 1e-3 is usual"),
         _norm_ratio("update_sq", "weight_sq"),
     ),
-    Metric("zero_update_frac", "share", "0 … 1", "weights that did not move", _unmoved),
+    Metric(
+        "zero_update_frac",
+        "share",
+        "0 … 1",
+        "weights that did not move",
+        Share("finite", "finite", "moved"),
+    ),
     Metric(
         *("zero_gradient_frac", "share", "0 … 1", "gradients that are 0"),
-        lambda n: _ratio(n.sum["gradients"] - n.sum["nonzero_gradients"], n.sum["gradients"]),
+        Share("gradients", "gradients", "nonzero_gradients"),
     ),
-    Metric("nonfinite_frac", "share", "0 … 1", "NaN or inf", _per("nonfinite", "elements")),
+    Metric(
+        "nonfinite_frac", "share", "0 … 1", "NaN or inf", Share("elements", "elements", "finite")
+    ),
     Metric(
         *("unmoved_frac", "share", "0 … 1", "stalled already, in the weights' own dtype"),
-        _per("unmoved", "nonzero_gradients"),
+        Share("nonzero_gradients", "nonzero_gradients", "moved_with_gradient"),
     ),
-    Metric("ulp_mean", "ULP", "≥ 0", "far from stalling where stored now", _per_element("ulps")),
-    Metric("ulp_max", "ULP", "≥ 0", "one weight moved far", _largest("ulps")),
-    Metric("ulp_zero_frac", "share", "0 … 1", "weights that did not move", _unmoved),
+    Metric("ulp_mean", "ULP", "≥ 0", "far from stalling where stored now", _per("ulps", "finite")),
+    Metric("ulp_max", "ULP", "≥ 0", "one weight moved far", _largest("ulps", "finite")),
+    Metric(
+        "ulp_zero_frac",
+        "share",
+        "0 … 1",
+        "weights that did not move",
+        Share("finite", "finite", "moved"),
+    ),
     Metric(
         *("ulp_median_log2", "log2 ULP", "≥ 0.5", "those that moved did so by many ULPs"),
-        _median_octave("ulps", 0),
+        _median_octave("ulps", "moved", 0),
     ),
     Metric(
         *("energy_concentration", "1", "1 … n", "few elements carry the update"),
@@ -176,14 +238,20 @@ _LAYER_METRICS = (
     ),
 )
 _FORMAT_METRICS = (
+    Metric("kept_update_ratio", "1", "real", "the update is kept; 1 is all", KeptShare()),
     Metric(
-        "kept_update_ratio", "1", "real", "the update is kept; 1 is all", _per("kept", "judged_sq")
+        "stall_frac", "share", "0 … 1", "updates vanish", Share("judged", "judged", "effective")
     ),
-    Metric("stall_frac", "share", "0 … 1", "updates vanish", _per("stalled", "judged")),
     Metric(
         "update_error", "1", "≥ 0", "the update is distorted", _norm_ratio("lost_sq", "judged_sq")
     ),
-    Metric("visible_frac", "share", "0 … 1", "a cast shows the updates", _per("visible", "judged")),
+    Metric(
+        "visible_frac", "share", "0 … 1", "a cast shows the updates", Share("visible", "judged")
+    ),
+    Metric(
+        *("never_moved_frac", "share", "0 … 1", "frozen since the run began"),
+        Share("ever_judged", "ever_judged", "ever_effective"),
+    ),
     Metric(
         *("stochastic_move_frac", "share", "0 … 1", "stochastic rounding would move weights"),
         _per("stochastic_move", "judged"),
@@ -194,21 +262,55 @@ _FORMAT_METRICS = (
     ),
     Metric(
         *("steps_median_log2", "log2 stiffness", "−31.5 … 31.5", "far above the threshold of −1"),
-        _median_octave("steps", FIRST_STEPS_OCTAVE),
+        _median_octave("steps", "judged", FIRST_STEPS_OCTAVE),
     ),
     Metric(
         "stiffness_mean", "weight", "> 0", "a coarse grid", _per("stiffness", "nonzero_weights")
     ),
-    Metric("stiffness_min", "weight", "> 0", "coarse everywhere", _largest("minus_stiffness", -1)),
-    Metric("stiffness_max", "weight", "> 0", "coarse somewhere", _largest("stiffness")),
-    Metric("grid_error_mean", "weight", "≥ 0", "off the grid", _per_element("grid_error")),
-    Metric("grid_error_max", "weight", "≥ 0", "one far off the grid", _largest("grid_error")),
+    Metric(
+        "stiffness_min",
+        "weight",
+        "> 0",
+        "coarse everywhere",
+        _smallest("stiffness", "nonzero_weights"),
+    ),
+    Metric(
+        "stiffness_max",
+        "weight",
+        "> 0",
+        "coarse somewhere",
+        _largest("stiffness", "nonzero_weights"),
+    ),
+    Metric("grid_error_mean", "weight", "≥ 0", "off the grid", _per("grid_error", "finite")),
+    Metric(
+        "grid_error_max", "weight", "≥ 0", "one far off the grid", _largest("grid_error", "finite")
+    ),
     Metric("grid_error_std", "weight", "≥ 0", "errors differ", _grid_error_std),
-    Metric("on_grid_frac", "share", "0 … 1", "weights are grid points", _per_element("on_grid")),
+    Metric(
+        "on_grid_frac",
+        "share",
+        "0 … 1",
+        "weights are grid points",
+        Share("finite", "finite", "off_grid"),
+    ),
     Metric("sqnr_db", "dB", "real or inf", "rounding is a small noise", _sqnr),
-    Metric("underflow_frac", "share", "0 … 1", "weights become 0", _per_element("underflow")),
-    Metric("saturated_frac", "share", "0 … 1", "weights beyond the top", _per_element("saturated")),
-    Metric("subnormal_frac", "share", "0 … 1", "few digits are left", _per_element("subnormal")),
+    Metric(
+        "underflow_frac",
+        "share",
+        "0 … 1",
+        "weights become 0",
+        Share("nonzero_weights", "finite", "stored_nonzero"),
+    ),
+    Metric(
+        "saturated_frac", "share", "0 … 1", "weights beyond the top", Share("saturated", "finite")
+    ),
+    Metric(
+        "subnormal_frac",
+        "share",
+        "0 … 1",
+        "few digits are left",
+        Share("stored_nonzero", "finite", "stored_normal"),
+    ),
     Metric(
         *("grad_stiff_correlation", "1", "−1 … 1", "descriptive: large gradients where coarse"),
         _correlation,
@@ -220,11 +322,11 @@ _FORMAT_METRICS = (
             "≥ 0",
             "descriptive: gradients exceed gaps",
         ),
-        _per("gradient_per_stiffness", "paired_gradients"),
+        _per_pair("gradient_per_stiffness"),
     ),
     Metric(
         *("grad_below_stiffness_frac", "share", "0 … 1", "descriptive: gradients below gaps"),
-        _per("gradient_below_stiffness", "paired_gradients"),
+        _per_pair("gradient_below_stiffness"),
     ),
 )
 LAYER_METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _LAYER_METRICS}
@@ -233,27 +335,28 @@ FORMAT_METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _FORMA
 """Metrics of a parameter and a format, by name."""
 
 
-def metrics_of(statistics: Sequence[LayerStatistics]) -> list[dict[str, float]]:
-    """All metrics of each, from one host copy: ``metric`` and ``metric/format``."""
-    if not statistics:
-        return []
-    numbers = iter(torch.cat([v for each in statistics for v in (each.sums, each.maxima)]).tolist())
-    return [_metrics_from(numbers, each.formats) for each in statistics]
+NEED_GRADIENT = frozenset(
+    {
+        *("gradient_rms", "zero_gradient_frac", "unmoved_frac"),
+        *("grad_stiff_correlation", "grad_stiff_ratio_mean", "grad_below_stiffness_frac"),
+    }
+)
+"""Metrics that have a value only where the gradient was measured, too."""
+NEED_TRACKING = frozenset({"never_moved_frac"})
+"""Metrics of more than one step: they have a value where the same elements are tracked."""
 
 
-def _metrics_from(numbers: Iterator[float], formats: Sequence[str]) -> dict[str, float]:
-    def take(names: Sequence[str]) -> dict[str, float]:
-        return dict(zip(names, numbers, strict=False))
+def get_metric(name: str) -> Metric:
+    """The metric of that name, of the parameter or of a format.
 
-    sums, format_sums = take(SUMS), [take(FORMAT_SUMS) for _ in formats]
-    maxima, format_maxima = take(MAXIMA), [take(FORMAT_MAXIMA) for _ in formats]
-    layer = Numbers(sums, maxima)
-    figures = {name: metric.formula(layer) for name, metric in LAYER_METRICS.items()}
-    for position, format in enumerate(formats):
-        both = Numbers(sums | format_sums[position], maxima | format_maxima[position])
-        for name, metric in FORMAT_METRICS.items():
-            figures[f"{name}/{format}"] = metric.formula(both)
-    return figures
+    Raises:
+        ValueError: There is none; the nearest names are listed.
+    """
+    catalogue = {**LAYER_METRICS, **FORMAT_METRICS}
+    if name in catalogue:
+        return catalogue[name]
+    near = difflib.get_close_matches(name, catalogue, n=3) or list(catalogue)
+    raise ValueError(f"unknown metric {name!r}; nearest: {', '.join(near)}")
 
 
 def as_markdown() -> str:

@@ -15,69 +15,75 @@ FIRST_STEPS_OCTAVE = -32
 
 
 def _octaves(name: str) -> tuple[str, ...]:
-    return tuple(f"{name}[{bin}]" for bin in range(OCTAVES))
+    """All but the first, which holds the rest of those that moved."""
+    return tuple(f"{name}[{bin}]" for bin in range(1, OCTAVES))
 
 
-# An element that is not finite in one of the three tensors is in the first two sums only.
-SUMS = (
-    "elements",
-    "nonfinite",
-    "weight_sq",
+# What the row kernel sums, in its order: first plain sums, then sums of squares. An element that is
+# not finite in one of the three tensors is in none of them.
+ROW_SUMS = (
+    "finite",
     "nonzero_weights",
-    "update_sq",
-    "update_4th",
     "moved",  # update ≠ 0
+    "ever_moved",  # in this observed step or one before it, where the elements are tracked
     "ulps",
     "gradients",  # elements that have one
-    "gradient_sq",
     "nonzero_gradients",
-    "unmoved",  # of those with a gradient ≠ 0
-    # Over weights ≠ 0, for the correlation with the stiffness, which they alone have:
-    "paired_gradients",
-    "paired_gradient_abs",
-    "paired_gradient_sq",
-    *_octaves("ulps"),  # of those that moved
+    "moved_with_gradient",  # of those with a gradient ≠ 0
+    "paired_gradient_abs",  # over weights ≠ 0, for the correlation with the stiffness
 )
-MAXIMA = ("ulps", "paired_gradient_abs", "minus_paired_gradient_abs")
+ROW_SQUARES = ("weight_sq", "update_sq", "update_4th", "gradient_sq", "paired_gradient_sq")
+ROW_MAXIMA = ("ulps", "paired_gradient_abs")
+ROW_MINIMA = ("paired_gradient_abs",)
 
-FORMAT_SUMS = (
+FORMAT_ROW_SUMS = (
     # Over weights ≠ 0:
     "stiffness",
-    # Over weights ≠ 0 that have a gradient:
-    "paired_stiffness",
-    "paired_stiffness_sq",
     "stiffness_gradient",
     "gradient_per_stiffness",
     "gradient_below_stiffness",
     # Over all weights:
     "grid_error",
-    "grid_error_sq",
-    "on_grid",
-    "underflow",
+    "off_grid",
+    "stored_nonzero",
+    "stored_normal",
     "saturated",
-    "subnormal",
     # What-if, over updates ≠ 0 of weights that are stored finer than the format:
-    "judged",
-    "judged_sq",
-    "stalled",
     "visible",
+    "effective",  # effective update ≠ 0
+    "ever_effective",
     "kept",  # Σ effective · update
-    "lost_sq",  # Σ (effective − update)²
-    "kept_sq",  # Σ (effective · update)²; this and the next are for the standard error
-    "kept_update_cubed",  # Σ effective · update³
-    "judged_4th",
+    "kept_update_cubed",  # Σ effective · update³; this and the next are for the standard error
     "stochastic_move",
     "stochastic_variance",
-    *_octaves("steps"),
 )
-FORMAT_MAXIMA = (
-    "grid_error",
-    "minus_grid_error",
-    "stiffness",
-    "minus_stiffness",
-    "paired_stiffness",
-    "minus_paired_stiffness",
+FORMAT_ROW_SQUARES = (
+    "stiffness_sq",
+    "grid_error_sq",
+    "kept_sq",  # Σ (effective · update)²
+    "lost_sq",  # Σ (effective − update)²
 )
+FORMAT_ROW_MAXIMA = ("grid_error", "stiffness")
+FORMAT_ROW_MINIMA = FORMAT_ROW_MAXIMA
+WHAT_IF = (*FORMAT_ROW_SUMS[FORMAT_ROW_SUMS.index("visible") :], "kept_sq", "lost_sq")
+"""Nothing where updates that stalled could not be seen."""
+JUDGED = {
+    "judged": "moved",
+    "ever_judged": "ever_moved",
+    "judged_sq": "update_sq",
+    "judged_4th": "update_4th",
+}
+"""Sums of the parameter over the updates of which a format was judged, by name."""
+
+SUMS = (
+    "population",  # elements that those measured stand for: all of the parameter's
+    "elements",  # that were measured
+    *(*ROW_SUMS, *ROW_SQUARES),
+    *_octaves("ulps"),  # of those that moved
+)
+FORMAT_SUMS = (*FORMAT_ROW_SUMS, *FORMAT_ROW_SQUARES, *JUDGED, *_octaves("steps"))
+MAXIMA = (*ROW_MAXIMA, *(f"minus_{name}" for name in ROW_MINIMA))
+FORMAT_MAXIMA = (*FORMAT_ROW_MAXIMA, *(f"minus_{name}" for name in FORMAT_ROW_MINIMA))
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +96,7 @@ class LayerStatistics:
     Attributes:
         formats: Names of the formats, in the order of their sums.
         sums: float64; the SUMS of the parameter, then the FORMAT_SUMS of each format.
-        maxima: float64; the MAXIMA, then the FORMAT_MAXIMA; −inf where there was no element.
+        maxima: float64; the MAXIMA, then the FORMAT_MAXIMA; 0 or −inf where there was no element.
     """
 
     formats: tuple[str, ...]
@@ -129,9 +135,45 @@ class LayerStatistics:
             self.formats, self.sums + other.sums, torch.maximum(self.maxima, other.maxima)
         )
 
-    def weighted(self, factor: float) -> LayerStatistics:
-        """As if each element were `factor` elements: a sample, weighted to its parameter."""
-        return LayerStatistics(self.formats, self.sums * factor, self.maxima)
+    def weighted(self) -> LayerStatistics:
+        """As if the elements measured were all that they stand for; no change if they are.
+
+        Before layers merge: else one of a million weights would count as much as one of a
+        thousand of which as many were sampled.
+        """
+        population, elements = self.sums[0], self.sums[1]
+        factor = torch.where(elements > 0, population / elements, 1.0)
+        sums = self.sums * factor
+        sums[0] = population
+        return LayerStatistics(self.formats, sums, self.maxima)
+
+
+def pack(statistics: Sequence[LayerStatistics]) -> tuple[Tensor, Tensor]:
+    """All of them in one vector of sums and one of maxima, to be reduced over ranks at once."""
+    if not statistics:
+        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+    return torch.cat([s.sums for s in statistics]), torch.cat([s.maxima for s in statistics])
+
+
+def unpack(
+    sums: Tensor, maxima: Tensor, formats: Sequence[Sequence[str]]
+) -> tuple[LayerStatistics, ...]:
+    """The reverse of `pack`, given the formats of each.
+
+    Raises:
+        ValueError: The vectors are not of the length that these formats make.
+    """
+    counts = [len(names) for names in formats]
+    lengths = [sum_count(count) for count in counts], [max_count(count) for count in counts]
+    if (sums.numel(), maxima.numel()) != (sum(lengths[0]), sum(lengths[1])):
+        raise ValueError(
+            f"sums and maxima of {len(counts)} layers have {sums.numel()} and {maxima.numel()} "
+            f"elements; expected {sum(lengths[0])} and {sum(lengths[1])}"
+        )
+    parts = zip(
+        formats, torch.split(sums, lengths[0]), torch.split(maxima, lengths[1]), strict=True
+    )
+    return tuple(LayerStatistics(tuple(names), *vectors) for names, *vectors in parts)
 
 
 def sum_count(formats: int) -> int:

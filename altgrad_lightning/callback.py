@@ -5,22 +5,27 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from altgrad import DEFAULT_FORMATS, FloatFormat, OptimizerStep, StepObserver, measure
-from altgrad.quantization import INPUT_DTYPES, Scaling, get_formats
+from altgrad import (
+    DEFAULT_FORMATS,
+    DEFAULT_MAX_ELEMENTS,
+    Figures,
+    SamplingRule,
+    StepRecord,
+    UpdateMonitor,
+    model_figures,
+)
+from altgrad.quantization import NumberFormat, Scaling, get_formats
 from altgrad_lightning.packages import Callback
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-LayerFigures = dict[str, dict[str, float]]
-"""What `altgrad.measure` returned, by layer."""
-
-# What a charted layer shows; all of `measure` is in `PrecisionMonitor.latest`.
+# What a charted layer shows; all metrics are in `PrecisionMonitor.latest`.
 _CHARTED = ("update_rms", "update_weight_ratio", "unmoved_frac", "ulp_mean", "ulp_zero_frac")
 _CHARTED_PER_FORMAT = (
     "kept_update_ratio",
@@ -36,9 +41,9 @@ _CHARTED_PER_FORMAT = (
 class PrecisionMonitor(Callback):
     """Judge number formats from an ordinary run, step by step, in every logger of the Trainer.
 
-    Each observed optimizer step is shown by `altgrad.StepObserver`: weights before and after, and
-    the gradients as they were applied. The update that really happened is then measured on the
-    grid of every format. Training is not touched: no weight, gradient or random number changes.
+    It is an `altgrad.UpdateMonitor` in the Trainer's clothes: the update that each observed
+    optimizer step really made is measured on the grid of every format. Training is not touched: no
+    weight, gradient or random number changes.
 
     Observed are automatic and manual optimization, any number of optimizers, accumulation,
     clipping, every precision of the Trainer and compiled modules, on one device; steps that were
@@ -48,43 +53,51 @@ class PrecisionMonitor(Callback):
     more than one process, optimizers that step inside of the backward pass or on copies of the
     parameters (DeepSpeed ZeRO), and parameters that are not floating-point.
 
-    It is a callback of `lightning` and of `pytorch_lightning`, whichever are installed.
+    It is a callback of `lightning` and of `pytorch_lightning`, whichever are installed. Its state
+    is in their checkpoints: a resumed run still knows which weights have never moved.
 
-    Logged keys are ``altgrad/{metric}/{layer}`` and ``altgrad/{metric}/{format}/{layer}``, at the
-    step at which Lightning logs what the module logs.
+    Logged keys are ``altgrad/{metric}`` and ``altgrad/{metric}/{format}`` for the model, and these
+    followed by ``/{layer}`` for a layer, at the step at which Lightning logs what the module logs.
 
     Args:
-        formats: Formats to judge, as `FloatFormat` or by name. Defaults to bf16 and the two FP8
+        formats: Formats to judge, as in `altgrad.measure`. Defaults to bf16 and the two FP8
             formats in use.
         every_n_steps: Observe the optimizer step of each n-th batch that steps (in manual
             optimization, of each n-th batch); None follows the Trainer's ``log_every_n_steps``,
             so that the charts have the points of the loss.
-        scaling: Which elements share an amax scale, as in `altgrad.quantization.compute_scale`;
-            per tensor by default, as FP8 training does. None judges the formats unscaled.
+        scaling: Which elements share an amax scale, as in `altgrad.measure`; per tensor by default,
+            as FP8 training does. None judges the formats unscaled.
         layer_charts: How many layers are charted: those that keep least of their update at the
             first observed step, fixed from then on. 8 by default, since a board of thousands of
             charts shows nothing. All layers are in `latest`.
+        max_elements, sampling, overhead_budget, seed, compile, strict: As in `UpdateMonitor`.
 
     Attributes:
-        latest: The figures of every layer at the last observed step, as `altgrad.measure` names
-            them; empty before the first.
-        latest_step: The step that `latest` was logged at; None before the first.
+        latest: The figures of every layer at the last observed step; empty before the first.
+        latest_model: Those of the model; None before the first.
+        latest_step: The step that they were logged at; None before the first.
         skipped: How many steps should have been observed and were none, by reason: see
             `altgrad.StepObserver`.
 
     Raises:
-        ValueError: No, unknown or equally named formats, a wrong scaling, or a number below 1 (0
-            for `layer_charts`).
-        TypeError: A number that is not an int.
+        ValueError: No, unknown or equally named formats, a wrong scaling, or a number out of range;
+            when training starts, a rule that matches no layer.
+        TypeError: An argument of the wrong type.
     """
 
     def __init__(
         self,
-        formats: str | FloatFormat | Sequence[str | FloatFormat] = DEFAULT_FORMATS,
+        formats: str | NumberFormat | Sequence[str | NumberFormat] = DEFAULT_FORMATS,
         every_n_steps: int | None = None,
         *,
         scaling: Scaling | None = "tensor",
         layer_charts: int = 8,
+        max_elements: int | None = DEFAULT_MAX_ELEMENTS,
+        sampling: Sequence[SamplingRule] = (),
+        overhead_budget: float | None = None,
+        seed: int = 0,
+        compile: bool = False,
+        strict: bool = False,
     ) -> None:
         self.formats = get_formats(formats)
         if not self.formats:
@@ -92,53 +105,90 @@ class PrecisionMonitor(Callback):
         if every_n_steps is not None:
             _check_count("every_n_steps", every_n_steps, at_least=1)
         _check_count("layer_charts", layer_charts, at_least=0)
-        # Not in the middle of a training: a wrong scaling is an error here.
-        measure(torch.ones(1), torch.ones(1), formats=self.formats, scaling=scaling)
         self.every_n_steps = every_n_steps
-        self.scaling = scaling
         self.layer_charts = layer_charts
+        self._settings: dict[str, Any] = {
+            "formats": self.formats,
+            "scaling": scaling,
+            "max_elements": max_elements,
+            "overhead_budget": overhead_budget,
+            "seed": seed,
+            "compile": compile,
+            "strict": strict,
+        }
+        self._sampling = tuple(sampling)
+        # Not in the middle of a training: what is wrong whatever the module is an error here.
+        UpdateMonitor([("", torch.zeros(1))], **(self._settings | {"compile": False}))
 
-        self.latest: LayerFigures = {}
+        self.latest: Mapping[str, Figures] = {}
+        self.latest_model: Figures | None = None
         self.latest_step: int | None = None
         self.skipped: Counter[Any] = Counter()
-        self._charted_layers: tuple[str, ...] | None = None
+        self._charted_layers: dict[str, tuple[str, ...]] | None = None  # and their formats
         self._trainer: Trainer | None = None  # while it observes
         self._every = 0
-        self._observer: StepObserver | None = None
+        self._monitor: UpdateMonitor | None = None
+        self._state: dict[str, Any] | None = None  # of the monitor before this one
+        self._resumed_from: dict[str, Any] | None = None  # until training starts
         self._optimizers: list[torch.optim.Optimizer] = []
-        self._measured: LayerFigures = {}
+        self._records: list[StepRecord] = []  # of the batch
         self._told: set[str] = set()
 
+    @property
+    def state_key(self) -> str:
+        """Under which checkpoints hold its state: several may watch a run, for other formats."""
+        names = [format.name for format in self.formats]
+        key: str = self._generate_state_key(formats=names, scaling=self._settings["scaling"])
+        return key
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints: as of `UpdateMonitor`."""
+        state = self._state if self._resumed_from is None else self._resumed_from
+        if self._monitor is not None:
+            state = self._state_of(self._monitor)
+        return {} if state is None else {"monitor": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From a checkpoint, before training starts."""
+        self._resumed_from = state_dict.get("monitor")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        resumed_from = self._resumed_from
         self._detach()
-        self.latest, self.latest_step, self._charted_layers = {}, None, None
+        self._state = resumed_from  # without a checkpoint it is a run of its own
+        self.latest, self.latest_model, self.latest_step = {}, None, None
+        self._charted_layers = None
         self.skipped.clear()
-        self._tell_of_dtypes(pl_module)
         self._trainer = trainer
         self._every = self.every_n_steps or getattr(trainer, "log_every_n_steps", None) or 0
         self._attach(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self._trainer is not None and trainer.optimizers != self._optimizers:
+        if self._trainer is None or trainer.optimizers == self._optimizers:
+            return
+        try:
             self._attach(trainer, pl_module)  # they were replaced
+        except ValueError as error:  # and layers with them, so that a rule matches none any more
+            self._stop(f"stops observing: {error}")
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if not self._measured:
+        if not self._records:
             return
-        self.latest, self._measured = self._measured, {}
-        self.latest_step = _logged_step(trainer)
-        if self._charted_layers is None:
-            self._charted_layers = _worst_layers(self.latest, self.formats, self.layer_charts)
-        charts = _charts_of(self.latest, self.formats, self._charted_layers)
+        try:
+            charts = self._charts(trainer)
+        except Exception as fault:
+            if self._settings["strict"]:
+                raise
+            self._stop(f"stops observing after a fault: {fault!r}")
+            return
         try:
             for logger in trainer.loggers:
                 logger.log_metrics(charts, step=self.latest_step)
         except Exception as fault:  # noqa: BLE001 - whatever it is, it is not the training's
-            self._tell(f"stops observing: a logger failed with {fault!r}")
-            self._detach()
+            self._stop(f"stops observing: a logger failed with {fault!r}")
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
-        observing = self._observer is not None and self._observer.is_observing
+        observing = self._monitor is not None and self._monitor.is_observing
         if observing and trainer.global_step and self.latest_step is None:
             if self._every == 0:
                 why = "this Trainer logs at no step: pass every_n_steps"
@@ -157,53 +207,89 @@ class PrecisionMonitor(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, also of a module that has it as a hyperparameter: detached."""
-        nothing: dict[str, Any] = {"_trainer": None, "_observer": None, "_optimizers": []}
-        return {**self.__dict__, **nothing, "_measured": {}}
+        nothing: dict[str, Any] = {"_trainer": None, "_monitor": None, "_optimizers": []}
+        return {**self.__dict__, **nothing, "_records": []}
+
+    def _charts(self, trainer: Trainer) -> dict[str, float]:
+        """What to log of the batch, which is the latest from now on."""
+        records, self._records = self._records, []
+        self.latest = {name: figures for each in records for name, figures in each.layers.items()}
+        if len(records) == 1:
+            self.latest_model = records[0].model
+        else:
+            self.latest_model = model_figures([*self.latest.values()])
+        self.latest_step = _logged_step(trainer)
+        if self._charted_layers is None:
+            worst = _worst_layers(self.latest, self.layer_charts)
+            self._charted_layers = {layer: self.latest[layer].formats for layer in worst}
+        charts = {f"altgrad/{key}": value for key, value in self.latest_model.items()}
+        return charts | _charts_of(self.latest, self._charted_layers)
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._observer is not None:
-            self._observer.detach()
-        self._optimizers = [*trainer.optimizers]
-        reasons = [self._make_observer(trainer, pl_module)]
-        if self._observer is not None:
+        reasons = [self._make_monitor(trainer, pl_module)]
+        self._optimizers = [*trainer.optimizers]  # those before were held: state goes with them
+        if self._monitor is not None:
             reasons = [self._attach_to(trainer, optimizer) for optimizer in trainer.optimizers]
         for reason in filter(None, reasons):
             self._tell(f"does not observe this run, or a part of it: {reason}")
         if None not in reasons:
             self._detach()
 
-    def _make_observer(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
+    def _make_monitor(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """Make it, or return why there can be none."""
-        self._observer = None
+        self._end_monitor()  # its optimizers were replaced
         if trainer.world_size > 1:
             return f"it has {trainer.world_size} processes, and this version knows only one"
-        try:
-            # It reads found_inf only where nothing moved: see _measure.
-            self._observer = StepObserver(
-                pl_module, self._measure, self._is_due, read_found_inf=False
-            )
-        except ValueError as error:
-            return str(error)
-        self._observer.skipped = self.skipped
+        if next(pl_module.parameters(), None) is None:
+            return "there is no parameter to observe in the module"
+        self._monitor = UpdateMonitor(
+            pl_module,
+            self._keep,
+            every_n_steps=self._is_due,
+            sampling=self._sampling,
+            tell=self._tell,
+            **self._settings,
+        )
+        if self._state is not None:
+            self._monitor.load_state_dict(self._state)
+        self.skipped = self._monitor.skipped
         return None
 
     def _attach_to(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> str | None:
         """Why it cannot be observed."""
-        assert self._observer is not None
+        assert self._monitor is not None
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         try:
-            self._observer.attach(optimizer, scaler=scaler)
+            self._monitor.attach(optimizer, scaler=scaler)
         except (TypeError, ValueError) as error:
             return str(error)
         return None
 
+    def _stop(self, why: str) -> None:
+        self._tell(why)
+        self._detach()
+
     def _detach(self) -> None:
-        if self._observer is not None:
-            self._observer.detach()
-        self._observer = None
+        self._end_monitor()
+        self._resumed_from = None
         self._trainer = None
         self._optimizers = []
-        self._measured = {}
+        self._records = []
+
+    def _end_monitor(self) -> None:
+        """What it learnt stays."""
+        monitor, self._monitor = self._monitor, None
+        if monitor is not None:
+            monitor.detach()
+            self._state = self._state_of(monitor)
+
+    def _state_of(self, monitor: UpdateMonitor) -> dict[str, Any] | None:
+        """Of an accelerator that has failed it cannot be had, which is not to hide that failure."""
+        try:
+            return monitor.state_dict()
+        except Exception as fault:  # noqa: BLE001 - whatever it is, it is not the training's
+            self._tell(f"could not save its state: {fault!r}")
+            return None
 
     def _tell(self, message: str) -> None:
         """Warn, once in the life of this callback."""
@@ -211,18 +297,8 @@ class PrecisionMonitor(Callback):
             self._told.add(message)
             warnings.warn(f"PrecisionMonitor {message}", stacklevel=2)
 
-    def _tell_of_dtypes(self, pl_module: LightningModule) -> None:
-        trained = {name: p.dtype for name, p in pl_module.named_parameters() if p.requires_grad}
-        if others := [name for name, dtype in trained.items() if dtype not in INPUT_DTYPES]:
-            self._tell(f"leaves out parameters of other dtypes: {others}")
-        for dtype in sorted({*trained.values()} & {*INPUT_DTYPES}, key=str):
-            coarse = [f.name for f in self.formats if not f.is_coarser_than(dtype)]
-            if coarse:
-                self._tell(
-                    f"cannot judge {', '.join(coarse)} for weights already stored in {dtype}: "
-                    "updates that stalled are no longer there to see, and those figures are NaN. "
-                    "Read unmoved_frac"
-                )
+    def _keep(self, record: StepRecord) -> None:
+        self._records.append(record)
 
     def _is_due(self, _index: int) -> bool:
         if self._trainer is None or self._every == 0:
@@ -231,20 +307,6 @@ class PrecisionMonitor(Callback):
         if self not in self._trainer.callbacks:  # type: ignore[attr-defined]
             return False
         return (_logged_step(self._trainer) + 1) % self._every == 0
-
-    def _measure(self, step: OptimizerStep) -> None:
-        figures = {
-            name: measure(before, after, gradient, self.formats, self.scaling)
-            for name, before, gradient, after in zip(
-                step.names, step.before, step.gradients, step.after, strict=True
-            )
-            if before.dtype in INPUT_DTYPES
-        }
-        moved = any(layer["update_rms"] > 0 for layer in figures.values())
-        if not moved and step.found_inf is not None and step.found_inf.item():
-            self.skipped["inf"] += 1
-        else:
-            self._measured |= figures
 
 
 def _logged_step(trainer: Trainer) -> int:
@@ -262,26 +324,28 @@ def _check_count(name: str, value: int, *, at_least: int) -> None:
         raise ValueError(f"{name}={value}: expected {at_least} or more")
 
 
-def _worst_layers(
-    figures: LayerFigures, formats: Sequence[FloatFormat], count: int
-) -> tuple[str, ...]:
+def _worst_layers(figures: Mapping[str, Figures], count: int) -> list[str]:
     """The layers with the lowest kept_update_ratio in any format; those without one come last."""
 
     def lowest_kept(layer: str) -> float:
-        kept = (figures[layer][f"kept_update_ratio/{format.name}"] for format in formats)
+        of_layer = figures[layer]
+        kept = (of_layer[f"kept_update_ratio/{format}"] for format in of_layer.formats)
         return min((value for value in kept if not math.isnan(value)), default=math.inf)
 
-    return tuple(sorted(figures, key=lowest_kept)[:count])
+    return sorted(figures, key=lowest_kept)[:count]
 
 
 def _charts_of(
-    figures: LayerFigures, formats: Sequence[FloatFormat], layers: Sequence[str]
+    figures: Mapping[str, Figures], layers: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
-    """Log keys and values of the charted layers; NaN for one that took no part in this step."""
-    metrics = [*_CHARTED]
-    metrics += [f"{metric}/{format.name}" for metric in _CHARTED_PER_FORMAT for format in formats]
-    return {
-        f"altgrad/{metric}/{layer}": figures.get(layer, {}).get(metric, math.nan)
-        for metric in metrics
-        for layer in layers
-    }
+    """Log keys and values of layers, each with its formats; NaN for one not in this step."""
+    charts: dict[str, float] = {}
+    none: Mapping[str, float] = {}
+    for layer, formats in layers.items():
+        of_layer = figures.get(layer, none)
+        metrics = [*_CHARTED]
+        metrics += [f"{metric}/{format}" for metric in _CHARTED_PER_FORMAT for format in formats]
+        charts |= {
+            f"altgrad/{metric}/{layer}": of_layer.get(metric, math.nan) for metric in metrics
+        }
+    return charts

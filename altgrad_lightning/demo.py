@@ -8,7 +8,7 @@ import shlex
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from altgrad import DEFAULT_FORMATS
-from altgrad_lightning.callback import LayerFigures, PrecisionMonitor
+from altgrad import DEFAULT_FORMATS, Figures
+from altgrad_lightning.callback import PrecisionMonitor
 from altgrad_lightning.packages import lightning
 
 _CONTEXT = 128
@@ -166,7 +166,7 @@ class CharacterTransformer(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
 
 
-def layer_table(figures: LayerFigures, step: int | None) -> Table:
+def layer_table(figures: Mapping[str, Figures], step: int | None) -> Table:
     """Layers by formats: the share of updates that vanish, and how much of the update is kept."""
     table = Table(
         title=f"Step {step}, had the weights been stored in …",
@@ -193,7 +193,7 @@ def layer_table(figures: LayerFigures, step: int | None) -> Table:
     return table
 
 
-def frozen_layers(figures: LayerFigures, most_named: int = 3) -> Iterator[str]:
+def frozen_layers(figures: Mapping[str, Figures], most_named: int = 3) -> Iterator[str]:
     """A line for each format: which layers would not move at all."""
     for format in DEFAULT_FORMATS:
         frozen = [layer for layer, of in figures.items() if of[f"stall_frac/{format}"] == 1]
@@ -222,7 +222,7 @@ def _percent(share: float) -> str:
     return f"{percent} %"
 
 
-def draw_layers(figures: LayerFigures, step: int | None, path: Path) -> None:
+def draw_layers(figures: Mapping[str, Figures], step: int | None, path: Path) -> None:
     """Write a heat map of layers by formats: how much of the update each format would keep."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Each module and what it may import of the project; a new module needs a line here.
 Q = "altgrad.quantization"
 OBS = "altgrad.observation"
+SAMPLING = "altgrad.sampling"
 FORMATS = {f"{Q}.float_format", f"{Q}.formats"}
 ALLOWED = {
     f"{Q}.float_format": set(),
@@ -20,17 +21,36 @@ ALLOWED = {
     f"{Q}.arguments": set(),
     f"{Q}.ops": FORMATS | {f"{Q}.arguments", f"{Q}.kernel"},
     f"{Q}.scaling": FORMATS | {f"{Q}.arguments", f"{Q}.kernel"},
+    f"{Q}.block_formats": FORMATS | {f"{Q}.ops", f"{Q}.scaling"},
+    f"{Q}.grids": {f"{Q}.float_format", f"{Q}.kernel"},
     f"{Q}.diagnostics": FORMATS | {f"{Q}.arguments", f"{Q}.ops"},
     f"{Q}.advanced_diagnostics": FORMATS | {f"{Q}.arguments", f"{Q}.kernel", f"{Q}.ops"},
     Q: FORMATS
-    | {f"{Q}.arguments"}
+    | {f"{Q}.arguments", f"{Q}.block_formats"}
     | {f"{Q}.kernel", f"{Q}.ops", f"{Q}.scaling", f"{Q}.diagnostics", f"{Q}.advanced_diagnostics"},
     "altgrad.statistics": set(),
     "altgrad.metrics": {"altgrad.statistics"},
-    "altgrad.measuring": FORMATS
-    | {f"{Q}.arguments", f"{Q}.ops", f"{Q}.scaling"}
-    | {f"{Q}.diagnostics", f"{Q}.advanced_diagnostics"}
-    | {"altgrad.statistics", "altgrad.metrics"},
+    "altgrad.figures": {"altgrad.metrics", "altgrad.statistics"},
+    "altgrad.records": {"altgrad.figures"},
+    "altgrad.merging": {"altgrad.figures", "altgrad.records", "altgrad.statistics"},
+    "altgrad.workspace": set(),
+    "altgrad.row_kernel": {f"{Q}.grids", "altgrad.statistics", "altgrad.workspace"},
+    "altgrad.totals": {"altgrad.row_kernel", "altgrad.statistics"},
+    "altgrad.scales": {f"{Q}.block_formats", f"{Q}.scaling"},
+    "altgrad.measuring": {f"{Q}.arguments", f"{Q}.block_formats", f"{Q}.grids", f"{Q}.scaling"}
+    | {"altgrad.figures", "altgrad.metrics", "altgrad.row_kernel", "altgrad.scales"}
+    | {"altgrad.statistics", "altgrad.totals", "altgrad.workspace"},
+    "altgrad.arena": {f"{Q}.arguments", f"{OBS}.snapshots"}
+    | {"altgrad.measuring", "altgrad.row_kernel", "altgrad.scales"},
+    "altgrad.monitor": {f"{Q}.arguments", f"{Q}.block_formats", f"{Q}.scaling", OBS, SAMPLING}
+    | {"altgrad.arena", "altgrad.measuring", "altgrad.merging", "altgrad.records"}
+    | {"altgrad.row_kernel", "altgrad.scales"},
+    f"{SAMPLING}.arguments": set(),
+    f"{SAMPLING}.layers": {f"{SAMPLING}.arguments"},
+    f"{SAMPLING}.dry_run": {f"{SAMPLING}.layers"},
+    f"{SAMPLING}.steps": {f"{SAMPLING}.arguments"},
+    f"{SAMPLING}.elements": {f"{SAMPLING}.arguments"},
+    SAMPLING: {f"{SAMPLING}.{part}" for part in ("dry_run", "elements", "layers", "steps")},
     f"{OBS}.parameter_names": set(),
     f"{OBS}.snapshots": set(),
     f"{OBS}.step_hooks": set(),
@@ -40,7 +60,8 @@ ALLOWED = {
     f"{OBS}.observer": {f"{OBS}.parameter_names", f"{OBS}.snapshots", f"{OBS}.step_hooks"}
     | {f"{OBS}.optimizers", f"{OBS}.skips", f"{OBS}.optimizer_step"},
     OBS: {f"{OBS}.observer", f"{OBS}.optimizer_step"},
-    "altgrad": {Q, OBS, "altgrad.measuring"},
+    "altgrad": {Q, OBS, SAMPLING, "altgrad.figures", "altgrad.measuring"}
+    | {"altgrad.monitor", "altgrad.records"},
     "altgrad.cli": {Q},
     "altgrad.__main__": {"altgrad.cli"},
     "altgrad_lightning": {"altgrad_lightning.callback"},

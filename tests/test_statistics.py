@@ -1,7 +1,10 @@
 """`LayerStatistics`: parts of a tensor merge into the whole, whatever the parts and their order."""
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from altgrad import measuring
-from altgrad.measuring import measure, statistics_of
-from altgrad.metrics import metrics_of
+from altgrad.figures import metrics_of
+from altgrad.measuring import Measurer, measure
 from altgrad.quantization import get_format
 from altgrad.statistics import (
     FORMAT_MAXIMA,
@@ -23,18 +25,21 @@ from altgrad.statistics import (
     SUMS,
     LayerStatistics,
     max_count,
+    pack,
     sum_count,
+    unpack,
 )
 from tests.strategies import thorough
 
 FORMATS = [get_format(name) for name in ("bf16", "e4m3fn", "e5m2", "e2m1")]
+UNSCALED = Measurer(FORMATS, None)
 NAMES = tuple(format.name for format in FORMATS)
 WHOLE_NUMBERS = {
-    *("elements", "nonfinite", "nonzero_weights", "moved"),
-    *("gradients", "nonzero_gradients", "unmoved", "paired_gradients"),
-    *("gradient_below_stiffness", "on_grid", "underflow", "saturated", "subnormal"),
-    *("judged", "stalled", "visible"),
-    *(f"{name}[{bin}]" for name in ("ulps", "steps") for bin in range(OCTAVES)),
+    *("population", "elements", "finite", "nonzero_weights", "moved", "ever_moved"),
+    *("gradients", "nonzero_gradients", "moved_with_gradient"),
+    *("gradient_below_stiffness", "off_grid", "stored_nonzero", "stored_normal", "saturated"),
+    *("judged", "ever_judged", "effective", "ever_effective", "visible"),
+    *(f"{name}[{bin}]" for name in ("ulps", "steps") for bin in range(1, OCTAVES)),
 }
 SUM_NAMES = (*SUMS, *FORMAT_SUMS * len(FORMATS))
 EXACT = torch.tensor([name in WHOLE_NUMBERS for name in SUM_NAMES])
@@ -58,8 +63,14 @@ def merged(parts: list[LayerStatistics]) -> LayerStatistics:
 
 def all_at_once(step: tuple[Tensor, ...]) -> LayerStatistics:
     """In one chunk and through no merge but that with `empty`."""
-    assert step[0].numel() <= measuring._CHUNK
-    return statistics_of(step[0], step[1], step[2] if len(step) > 2 else None, FORMATS, None)
+    assert step[0].numel() <= UNSCALED.elements_that_fit(single=True)
+    return UNSCALED.statistics_of(*step)
+
+
+@contextlib.contextmanager
+def chunks_of(elements: int) -> Iterator[None]:
+    with mock.patch.object(Measurer, "elements_that_fit", return_value=elements):
+        yield
 
 
 @st.composite
@@ -104,12 +115,12 @@ def test_any_split_in_any_order_merges_to_the_whole(
 @given(steps(), st.integers(1, 31), st.sampled_from([None, "tensor", "channel", ("block", 4)]))
 def test_chunks_equal_the_whole(step: tuple[Tensor, ...], chunk: int, scaling: object) -> None:
     step = tuple(each[: each.numel() // 2 * 2].view(2, -1) for each in step)
-    gradient = step[2] if len(step) > 2 else None
-    whole = statistics_of(*step[:2], gradient, FORMATS, scaling)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring, "_CHUNK", chunk)
-        chunked = statistics_of(*step[:2], gradient, FORMATS, scaling)
-    assert_same_statistics(chunked, whole)
+    measurer = Measurer(FORMATS, scaling)
+    whole = measurer.statistics_of(*step)
+    with chunks_of(chunk):
+        assert_same_statistics(measurer.statistics_of(*step), whole)
+        apart = [torch.stack((each, each), -1)[..., 0] for each in step]  # not contiguous
+        assert_same_statistics(measurer.statistics_of(*apart), whole)
 
 
 def a_step(n: int = 200, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,11 +129,11 @@ def a_step(n: int = 200, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return before, before + 1e-2 * noise, gradient
 
 
-def test_the_real_chunk_equals_smaller_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = a_step(measuring._CHUNK + 1000)
-    in_two = statistics_of(*step, FORMATS, None)
-    monkeypatch.setattr(measuring, "_CHUNK", 10_007)
-    assert_same_statistics(statistics_of(*step, FORMATS, None), in_two)
+def test_the_real_chunk_equals_smaller_ones() -> None:
+    step = a_step(UNSCALED.elements_that_fit(single=True) + 1000)
+    in_two = UNSCALED.statistics_of(*step)
+    with chunks_of(10_007):
+        assert_same_statistics(UNSCALED.statistics_of(*step), in_two)
 
 
 def test_two_layers_merge_to_what_they_are_together() -> None:
@@ -130,8 +141,10 @@ def test_two_layers_merge_to_what_they_are_together() -> None:
     one, two = a_step(50, seed=1), tuple(10 * each for each in a_step(150, seed=2))
     both = all_at_once(one).merge(all_at_once(two))
     together = tuple(torch.cat(pair) for pair in zip(one, two, strict=True))
-    assert metrics_of([both])[0] == pytest.approx(
-        measure(*together, FORMATS, None), rel=1e-12, nan_ok=True
+    figures = metrics_of([both])[0]
+    expected = measure(*together, FORMATS, None)
+    assert {key: figures[key] for key in expected} == pytest.approx(
+        expected, rel=1e-12, nan_ok=True
     )
 
 
@@ -159,15 +172,22 @@ def test_merging_and_weighting_change_neither_operand() -> None:
     one, other = all_at_once(a_step(seed=1)), all_at_once(a_step(seed=2))
     copies = [each.clone() for each in (one.sums, one.maxima, other.sums, other.maxima)]
     one.merge(other)
-    one.weighted(3)
+    standing_for(one, 3).weighted()
     for each, copy in zip((one.sums, one.maxima, other.sums, other.maxima), copies, strict=True):
         assert torch.equal(each, copy)
+
+
+def standing_for(sample: LayerStatistics, factor: float) -> LayerStatistics:
+    """The same, drawn from a parameter of so many times as many elements."""
+    sums = sample.sums.clone()
+    sums[SUMS.index("population")] *= factor
+    return LayerStatistics(sample.formats, sums, sample.maxima)
 
 
 @pytest.mark.parametrize("factor", [1, 3, 2.5])
 def test_weighted_is_so_many_copies_of_each_element(factor: float) -> None:
     sample = all_at_once(a_step())
-    weighted = sample.weighted(factor)
+    weighted = standing_for(sample, factor).weighted()
     assert torch.equal(weighted.sums, sample.sums * factor)
     assert torch.equal(weighted.maxima, sample.maxima)
     if factor == 3:
@@ -176,6 +196,26 @@ def test_weighted_is_so_many_copies_of_each_element(factor: float) -> None:
     for key, value in metrics_of([sample])[0].items():
         if "grid_error_std" not in key:  # has n − 1
             assert scaled[key] == pytest.approx(value, rel=1e-12, nan_ok=True), key
+
+
+def test_nothing_weighted_is_nothing() -> None:
+    assert torch.equal(LayerStatistics.empty(NAMES).weighted().sums, torch.zeros(sum_count(4)))
+
+
+def test_what_is_packed_unpacks() -> None:
+    several = [
+        Measurer(names, None).statistics_of(*a_step(seed=seed))
+        for seed, names in enumerate([["bf16"], [], ["e4m3fn", "e5m2"]])
+    ]
+    sums, maxima = pack(several)
+    assert sums.dim() == maxima.dim() == 1
+    for one, other in zip(unpack(sums, maxima, [s.formats for s in several]), several, strict=True):
+        assert one.formats == other.formats
+        assert torch.equal(one.sums, other.sums)
+        assert torch.equal(one.maxima, other.maxima)
+    with pytest.raises(ValueError, match=r"2 layers have .* expected"):
+        unpack(sums, maxima, [s.formats for s in several[:2]])
+    assert unpack(*pack([]), []) == ()
 
 
 @pytest.mark.parametrize(("sums", "maxima"), [(1, 0), (-1, 0), (0, 1), (0, -1)])
@@ -203,9 +243,9 @@ def test_names_of_sums_and_maxima_are_distinct() -> None:
 
 def in_parts(step: tuple[Tensor, ...], format: str) -> dict[str, float]:
     """The metrics after a merge of many small parts, without a scale."""
-    formats = [get_format(format)]
+    measurer = Measurer(format, None)
     parts = zip(*(each.split(37) for each in step), strict=True)
-    of_parts = [statistics_of(*part, formats, None) for part in parts]
+    of_parts = [measurer.statistics_of(*part) for part in parts]
     return metrics_of([functools.reduce(LayerStatistics.merge, of_parts)])[0]
 
 

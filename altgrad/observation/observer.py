@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import traceback
 import warnings
 import weakref
@@ -27,7 +28,7 @@ from altgrad.observation.optimizers import (
 )
 from altgrad.observation.parameter_names import parameter_names
 from altgrad.observation.skips import SkipTeller
-from altgrad.observation.snapshots import Chosen, Elements, Snapshot, Snapshots
+from altgrad.observation.snapshots import Chosen, Elements, Memory, Snapshot, Snapshots
 from altgrad.observation.step_hooks import StepHooks
 
 SkipReason: TypeAlias = Literal["inf", "no gradients", "learning rate 0"]
@@ -71,9 +72,14 @@ class StepObserver:
             optimizer's `step` returns.
         should_observe: Called before each step with what will be `OptimizerStep.index`; whether
             to observe it. None observes all.
-        elements: Called once for each parameter of more than 1,024 elements with its name and
+        elements: Called once for each parameter of more than 2,048 elements with its name and
             itself; flat indices of the elements to observe, or None for all of them, which up to
             some ten thousand is faster. Without it, and of small parameters, all are observed.
+        should_copy: Called at each observed step with the name of each parameter and the step's
+            index; whether the parameter is part of it. None takes all.
+        memory: Called once for each optimizer with it; what it returns is asked where the copies
+            of each parameter are to be: see `altgrad.observation.snapshots.Memory`. By default
+            each has memory of its own.
         read_found_inf: Whether to find out at once if a fused optimizer under a GradScaler
             skipped the step, for which the host waits for the device. False shows such steps too,
             with `OptimizerStep.found_inf`, for the callback to read with its results.
@@ -97,6 +103,8 @@ class StepObserver:
         should_observe: Callable[[int], bool] | None = None,
         *,
         elements: Elements | None = None,
+        memory: Callable[[Optimizer], Memory] | None = None,
+        should_copy: Callable[[str, int], bool] | None = None,
         read_found_inf: bool = True,
         strict: bool = False,
     ) -> None:
@@ -112,6 +120,9 @@ class StepObserver:
         self._strict = strict
         self._stopped = False
         self._elements = elements
+        self._memory = memory
+        self._should_copy = should_copy
+        self._copy_seconds = 0.0
         self._chosen: Chosen = {}
         self._peak_bytes = 0
         self._snapshots: dict[_Hooks, Snapshots] = {}
@@ -126,9 +137,19 @@ class StepObserver:
         return tuple(self._names.values())
 
     @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters by their names, as far as steps have shown them."""
+        return {name: parameter for parameter, name in self._names.items()}
+
+    @property
     def is_observing(self) -> bool:
         """Whether it is attached and nothing has failed."""
         return bool(self._hooks) and not self._stopped
+
+    @property
+    def copy_seconds(self) -> float:
+        """What the host took to copy for the last step that was copied, in seconds."""
+        return self._copy_seconds
 
     @property
     def peak_bytes(self) -> int:
@@ -179,7 +200,8 @@ class StepObserver:
         for optimizer in new:
             hooks = StepHooks(optimizer, self._is_due, self._take, self._finish)
             self._hooks.append(hooks)
-            self._snapshots[hooks] = Snapshots(self._elements, self._chosen)
+            memory = self._memory and self._memory(optimizer)
+            self._snapshots[hooks] = Snapshots(self._elements, self._chosen, memory)
         for each in scalers:
             if each not in self._scalers:
                 self._scalers[each] = SkipTeller.of(each).listen(self._count_skip_by_scaler)
@@ -214,12 +236,17 @@ class StepObserver:
 
     def _take(self, hooks: _Hooks, optimizer: Optimizer) -> list[Snapshot]:
         with self._guard():
+            start = time.perf_counter()
             check_not_captured()
             parameters = self._parameters_of(optimizer)
+            if self._should_copy is not None:
+                wanted = self._should_copy
+                parameters = [each for each in parameters if wanted(each[0], hooks.index)]
             grad_scale = getattr(optimizer, "grad_scale", None)
             snapshots = self._snapshots[hooks].take(parameters, grad_scale)
             nbytes = sum(each.peak_bytes for each in self._snapshots.values())
             self._peak_bytes = max(self._peak_bytes, nbytes)
+            self._copy_seconds = time.perf_counter() - start
             return snapshots
         return []
 
@@ -230,7 +257,9 @@ class StepObserver:
         with self._guard(), torch.no_grad():
             if snapshots is None:
                 raise RuntimeError(hooks.unseen)
+            start = time.perf_counter()
             step = step_of(snapshots, optimizer, hooks.index)
+            self._copy_seconds += time.perf_counter() - start
             if not snapshots:
                 self.skipped["no gradients"] += 1
             elif self._read_found_inf and step.found_inf is not None and step.found_inf.item():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from altgrad.observation.snapshots import Snapshot
+from altgrad.observation.snapshots import Snapshot, weights_after
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +41,10 @@ class OptimizerStep:
     found_inf: Tensor | None = None
 
 
-def step_of(snapshots: Iterable[Snapshot], optimizer: Optimizer, index: int) -> OptimizerStep:
+def step_of(snapshots: Sequence[Snapshot], optimizer: Optimizer, index: int) -> OptimizerStep:
     """The step that has just ended, without what a learning rate of 0 kept where it was."""
-    both = [(snapshot, snapshot.after()) for snapshot in snapshots]
-    both = [(snapshot, after) for snapshot, after in both if not _rests(snapshot, after)]
+    pairs = zip(snapshots, weights_after(snapshots), strict=True)
+    both = [(snapshot, after) for snapshot, after in pairs if not _rests(snapshot, after)]
     return OptimizerStep(
         names=tuple(snapshot.name for snapshot, _ in both),
         before=tuple(snapshot.before for snapshot, _ in both),

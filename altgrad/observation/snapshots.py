@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,8 +15,21 @@ Elements: TypeAlias = Callable[[str, Tensor], Tensor | None]
 Chosen: TypeAlias = dict[Tensor, tuple[torch.Size, Tensor | None]]
 """What an `Elements` returned for each parameter of that shape, for all who show the same."""
 
+
+class Copies(NamedTuple):
+    """Memory for what is copied of one parameter: of its shape, or one place for each index."""
+
+    before: Tensor
+    gradient: Tensor
+    after: Tensor
+
+
+Memory: TypeAlias = Callable[[str, Tensor, Tensor, Tensor | None], Copies | None]
+"""From a parameter's name, itself, its gradient and the indices to copy, to where they are copied;
+None leaves it to the snapshots. Asked again when the parameter has changed its shape."""
+
 # Up to this size a parameter is copied whole: to choose elements would take longer.
-_WHOLE = 1024
+_WHOLE = 2048
 # Up to this size copies may stay on an accelerator: those of a thousand parameters are 128 MiB.
 _SMALL = 2**14
 
@@ -32,11 +45,7 @@ class Snapshot:
     shape: torch.Size  # of the parameter
     before: Tensor
     gradient: Tensor
-
-    def after(self) -> Tensor:
-        """The weights as they are now: the parameter's own memory, or the chosen elements."""
-        parameter = self.parameter.detach()
-        return parameter if self.indices is None else parameter.take(self.indices)
+    after: Tensor | None  # None where the parameter's own memory is shown
 
     def fits(self, gradient: Tensor) -> bool:
         """Whether the parameter and its gradient can still be copied into it."""
@@ -50,8 +59,22 @@ class Snapshot:
 
     def nbytes(self) -> int:
         """The memory that observing this parameter takes while it is stepped."""
-        after = 0 if self.indices is None else self.before.nbytes
+        after = 0 if self.after is None else self.after.nbytes
         return self.before.nbytes + self.gradient.nbytes + after
+
+
+def weights_after(snapshots: Sequence[Snapshot]) -> list[Tensor]:
+    """The weights of each as they are now: in its memory, or the parameter's own."""
+    copies: list[Tensor] = []
+    sources: list[Tensor] = []
+    for each in snapshots:
+        if each.indices is not None:
+            torch.take(each.parameter, each.indices, out=each.after)
+        elif each.after is not None:
+            copies.append(each.after)
+            sources.append(each.parameter)
+    _copy_all(copies, sources)
+    return [each.parameter.detach() if each.after is None else each.after for each in snapshots]
 
 
 class Snapshots:
@@ -62,8 +85,14 @@ class Snapshots:
     allocated for each step, after its backward pass, so as not to be there with the activations.
     """
 
-    def __init__(self, elements: Elements | None, chosen: Chosen | None = None) -> None:
+    def __init__(
+        self,
+        elements: Elements | None,
+        chosen: Chosen | None = None,
+        memory: Memory | None = None,
+    ) -> None:
         self.peak_bytes = 0
+        self._memory = memory
         self._elements = elements
         self._chosen: Chosen = {} if chosen is None else chosen
         self._kept: dict[Tensor, Snapshot] = {}
@@ -130,17 +159,24 @@ class Snapshots:
             self._kept_bytes -= kept.nbytes()
             del self._kept[parameter]
         indices = self._indices_of(name, parameter)
+        given = self._memory and self._memory(name, parameter, gradient, indices)
+        own = given or Copies(
+            before=_empty_like(parameter, indices),
+            gradient=_empty_like(gradient, indices),
+            after=parameter if indices is None else _empty_like(parameter, indices),
+        )
         snapshot = Snapshot(
             name=name,
             parameter=parameter,
             rests=False,
             indices=indices,
             shape=parameter.shape,
-            before=_empty_like(parameter, indices),
-            gradient=_empty_like(gradient, indices),
+            before=own.before,
+            gradient=own.gradient,
+            after=None if own.after is parameter else own.after,
         )
         on_cpu = parameter.device.type == "cpu"
-        if on_cpu or indices is not None or parameter.numel() <= _SMALL:
+        if given or on_cpu or indices is not None or parameter.numel() <= _SMALL:
             self._kept[parameter] = snapshot
             self._kept_bytes += snapshot.nbytes()
         return snapshot

@@ -9,6 +9,12 @@ from altgrad.quantization.advanced_diagnostics import (
     ulp_statistics,
 )
 from altgrad.quantization.arguments import INPUT_DTYPES
+from altgrad.quantization.block_formats import (
+    BLOCK_FORMATS,
+    BlockFormat,
+    NumberFormat,
+    get_formats,
+)
 from altgrad.quantization.diagnostics import effective_update, stall_mask, visible_mask
 from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.formats import (
@@ -32,7 +38,6 @@ from altgrad.quantization.formats import (
     FP16,
     FP8Format,
     get_format,
-    get_formats,
 )
 from altgrad.quantization.kernel import Rounding
 from altgrad.quantization.ops import quantize, spacing
@@ -40,6 +45,7 @@ from altgrad.quantization.scaling import Scaling, compute_scale
 
 __all__ = [
     "BF16",
+    "BLOCK_FORMATS",
     "E0M7",
     "E1M6",
     "E2M1",
@@ -58,8 +64,10 @@ __all__ = [
     "FORMATS",
     "FP16",
     "INPUT_DTYPES",
+    "BlockFormat",
     "FP8Format",
     "FloatFormat",
+    "NumberFormat",
     "Rounding",
     "Scaling",
     "compute_scale",

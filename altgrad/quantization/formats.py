@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -109,25 +109,3 @@ def get_format(name_or_format: str | torch.dtype | FloatFormat) -> FloatFormat:
         f"unknown format {str(name_or_format)!r}; nearest: {', '.join(near)}. "
         "For a format of your own, pass a FloatFormat"
     )
-
-
-def get_formats(
-    formats: str | torch.dtype | FloatFormat | Iterable[str | torch.dtype | FloatFormat],
-) -> tuple[FloatFormat, ...]:
-    """The formats of these names, each once, in their order; a single one makes a list of one.
-
-    Raises:
-        ValueError: An unknown name, or two different formats of one name, whose figures would
-            have the same key.
-        TypeError: Neither names nor formats.
-    """
-    if isinstance(formats, (str, torch.dtype, FloatFormat)):
-        formats = (formats,)
-    found: dict[str, FloatFormat] = {}
-    for format in map(get_format, formats):
-        if found.setdefault(format.name, format) != format:
-            raise ValueError(
-                f"two different formats are named {format.name!r}: {found[format.name]!r} and "
-                f"{format!r}; give one of them another name"
-            )
-    return tuple(found.values())

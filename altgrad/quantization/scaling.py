@@ -18,6 +18,8 @@ Scaling: TypeAlias = Literal["tensor", "channel"] | tuple[Literal["block"], int]
 """What shares one scale: the whole tensor, each index of dimension 0, or each run of that many
 elements along the last dimension."""
 
+# Elements of which the magnitude is taken at once: 4 MiB of float32.
+_PIECE = 2**20
 # Exponents of the normal powers of two: no scale becomes 0, subnormal or infinite.
 _EXPONENTS = {torch.float32: (-126, 127), torch.float64: (-1022, 1023)}
 
@@ -65,19 +67,46 @@ def compute_scale(
     check_input(x)
     if not isinstance(power_of_two, bool) and power_of_two != "floor":
         raise ValueError(f"power_of_two={power_of_two!r}: expected True, False or 'floor'")
-    _check_scaling(scaling)
-    magnitude = x.detach().abs().to(full_dtype(x))
-    magnitude = torch.where(magnitude.isfinite(), magnitude, 0.0)
-    amax = _amax(magnitude, scaling)
+    check_scaling(scaling)
+    scale = scale_from_amax(amax_of(x, scaling), format, power_of_two=power_of_two)
+    if isinstance(scaling, str) or x.dim() == 0:
+        return scale
+    return scale.repeat_interleave(_block_size(scaling, x), dim=-1)[..., : x.shape[-1]]
+
+
+def scale_from_amax(
+    amax: Tensor, format: FloatFormat, *, power_of_two: bool | Literal["floor"] = True
+) -> Tensor:
+    """The scale for each largest magnitude, of the same shape and dtype; 1 for 0."""
     if power_of_two is False:
         smallest, largest = _EXPONENTS[amax.dtype]
         scale = (amax / format.max).clamp_(2.0**smallest, 2.0**largest)
     else:
         scale = _power_of_two_scale(amax, format, round_up=power_of_two is True)
-    scale = torch.where(amax == 0, 1.0, scale)
-    if isinstance(scaling, str) or x.dim() == 0:
-        return scale
-    return scale.repeat_interleave(_block_size(scaling, x), dim=-1)[..., : x.shape[-1]]
+    return torch.where(amax == 0, 1.0, scale)
+
+
+@torch.no_grad()
+def amax_of(x: Tensor, scaling: Scaling) -> Tensor:
+    """The largest finite magnitude of the tensor, or of each channel or block; 0 without one.
+
+    In pieces along dimension 0, so that no second tensor of the size of x is made.
+
+    Returns:
+        float32 (float64 for float64 x): no dimensions for the tensor; ``(channels, 1, …)``; or, for
+        blocks, x's shape with the number of blocks for its last dimension.
+    """
+    length = max(_PIECE * max(x.shape[0], 1) // x.numel(), 1) if x.dim() and x.numel() else 1
+    if x.dim() == 0 or length >= x.shape[0]:
+        return _amax(_finite_magnitude(x), scaling)
+    pieces = [_amax(_finite_magnitude(piece), scaling) for piece in torch.split(x, length)]
+    whole = isinstance(scaling, str) and scaling == "tensor"
+    return torch.stack(pieces).amax() if whole else torch.cat(pieces)
+
+
+def _finite_magnitude(x: Tensor) -> Tensor:
+    magnitude = x.detach().abs().to(full_dtype(x))
+    return magnitude.masked_fill_(~magnitude.isfinite(), 0.0)
 
 
 def _amax(magnitude: Tensor, scaling: Scaling) -> Tensor:
@@ -101,7 +130,8 @@ def _block_size(scaling: tuple[Literal["block"], int], x: Tensor) -> int:
     return max(min(scaling[1], x.shape[-1]), 1)
 
 
-def _check_scaling(scaling: Scaling) -> None:
+def check_scaling(scaling: Scaling) -> None:
+    """ValueError unless it is one."""
     if isinstance(scaling, str):
         if scaling in ("tensor", "channel"):
             return

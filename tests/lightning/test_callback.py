@@ -3,7 +3,7 @@
 import copy
 import math
 import pickle
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,90 +12,29 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from altgrad import FloatFormat, OptimizerStep, measure
+from altgrad import FloatFormat, UpdateMonitor
+from altgrad.metrics import FORMAT_METRICS, LAYER_METRICS
 from altgrad.observation.snapshots import Snapshots
 from altgrad_lightning import PrecisionMonitor
+from tests.counting import host_copies
+from tests.lightning.runs import (
+    Net,
+    RecordingAdamW,
+    assert_are_of_last_step,
+    batches,
+    fit,
+    hooks_of,
+    logged,
+    trainer,
+)
 
 PER_FORMAT = (
     *("kept_update_ratio", "stall_frac", "stiffness_mean", "grid_error_mean", "on_grid_frac"),
     *("grad_stiff_correlation", "grad_below_stiffness_frac"),
 )
-PER_TENSOR = ("update_rms", "update_weight_ratio", "unmoved_frac", "ulp_mean", "ulp_zero_frac")
-
-
-class RecordingAdamW(torch.optim.AdamW):
-    """The truth: what each step found and left, seen from inside the optimizer."""
-
-    steps: list[list[tuple[Tensor, Tensor, Tensor]]]
-
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        taken: list[list[Tensor]] = []
-        parameters = self.param_groups[0]["params"]
-
-        def recording_closure() -> Any:
-            loss = closure() if closure else None
-            taken[:] = [
-                [p.detach().clone(), p.grad.clone()] for p in parameters if p.grad is not None
-            ]
-            return loss
-
-        result = super().step(recording_closure)
-        after = [p.detach().clone() for p in parameters if p.grad is not None]
-        self.steps.append([(b, a, g) for (b, g), a in zip(taken, after, strict=True)])
-        return result
-
-
-class Net(pl.LightningModule):
-    def __init__(self, depth: int = 2, optimizer: type[torch.optim.AdamW] = torch.optim.AdamW):
-        super().__init__()
-        self.layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(depth)), nn.LayerNorm(8))
-        self.optimizer_class = optimizer
-
-    def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
-        loss = self.layers(batch[0]).square().mean() + self.layers(batch[0]).sum()
-        self.log("loss", loss)
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = self.optimizer_class(self.parameters(), lr=1e-3)
-        optimizer.steps = []
-        return optimizer
-
-
-def batches(count: int) -> DataLoader[Any]:
-    generator = torch.Generator().manual_seed(1)
-    return DataLoader(TensorDataset(torch.randn(4 * count, 8, generator=generator)), batch_size=4)
-
-
-def trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    defaults = {
-        "max_epochs": 1,
-        "accelerator": "cpu",
-        "logger": TensorBoardLogger(folder),
-        "log_every_n_steps": 2,
-        "callbacks": list(callbacks),
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return pl.Trainer(**(defaults | options))
-
-
-def logged(folder: str) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(folder).Reload()
-    tags = events.Tags()["scalars"]
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
-
-
-def fit(folder: Path, monitor: PrecisionMonitor, steps: int = 6, **options: Any) -> pl.Trainer:
-    torch.manual_seed(0)
-    run = trainer(folder, monitor, **options)
-    run.fit(Net(), batches(steps))
-    return run
+PER_LAYER = ("update_rms", "update_weight_ratio", "unmoved_frac", "ulp_mean", "ulp_zero_frac")
 
 
 def test_the_event_file_holds_the_metrics_under_the_designed_keys(tmp_path: Path) -> None:
@@ -103,13 +42,16 @@ def test_the_event_file_holds_the_metrics_under_the_designed_keys(tmp_path: Path
     run = fit(tmp_path, monitor)
     scalars = logged(run.logger.log_dir)
     layers = [name for name, _ in Net().named_parameters()]
-    expected = {f"altgrad/{metric}/{layer}" for metric in PER_TENSOR for layer in layers}
+    formats = ("bf16", "e4m3fn", "e5m2")
+    expected = {f"altgrad/{metric}/{layer}" for metric in PER_LAYER for layer in layers}
     expected |= {
         f"altgrad/{metric}/{format}/{layer}"
         for metric in PER_FORMAT
-        for format in ("bf16", "e4m3fn", "e5m2")
+        for format in formats
         for layer in layers
     }
+    expected |= {f"altgrad/{metric}" for metric in LAYER_METRICS}
+    expected |= {f"altgrad/{metric}/{format}" for metric in FORMAT_METRICS for format in formats}
     assert {tag for tag in scalars if tag.startswith("altgrad/")} == expected
     step, stalled = scalars["altgrad/stall_frac/bf16/layers.2.weight"][-1]
     assert stalled == 1.0  # a LayerNorm gain
@@ -161,12 +103,10 @@ def test_figures_are_those_of_the_step_that_happened(tmp_path: Path, options: An
     run = trainer(tmp_path, monitor, **options)
     module = Net(optimizer=RecordingAdamW)
     run.fit(module, batches(6))
-    truth = run.optimizers[0].steps[-1]
     names = [name for name, _ in module.named_parameters()]
     assert list(monitor.latest) == names
-    for name, (before, after, gradient) in zip(names, truth, strict=True):
-        expected = measure(before, after, gradient)
-        assert monitor.latest[name] == pytest.approx(expected, nan_ok=True, rel=0, abs=0), name
+    for name, *steps in zip(names, *run.optimizers[0].steps, strict=True):
+        assert_are_of_last_step(monitor.latest[name], steps)
 
 
 def test_training_is_bit_identical_with_and_without(tmp_path: Path) -> None:
@@ -185,7 +125,7 @@ def test_at_most_layer_charts_layers_the_worst_and_fixed(tmp_path: Path) -> None
     monitor = PrecisionMonitor(layer_charts=2, formats=["bf16"])
     run = trainer(tmp_path, monitor)
     run.fit(Net(depth=4), batches(6))
-    tags = [tag for tag in logged(run.logger.log_dir) if tag.startswith("altgrad/stall_frac/")]
+    tags = [tag for tag in logged(run.logger.log_dir) if tag.startswith("altgrad/stall_frac/bf16/")]
     assert len(tags) == 2
     assert "altgrad/stall_frac/bf16/layers.4.weight" in tags  # the frozen gain keeps nothing
     assert len(monitor.latest) == 10
@@ -195,7 +135,9 @@ def test_default_board_stays_small_for_a_deep_model(tmp_path: Path) -> None:
     run = trainer(tmp_path, PrecisionMonitor())
     run.fit(Net(depth=60), batches(2))
     own = [tag for tag in logged(run.logger.log_dir) if tag.startswith("altgrad/")]
-    assert len(own) == 8 * (len(PER_TENSOR) + 3 * len(PER_FORMAT)) == 208
+    of_model = len(LAYER_METRICS) + 3 * len(FORMAT_METRICS)
+    assert len(own) == 8 * (len(PER_LAYER) + 3 * len(PER_FORMAT)) + of_model
+    assert len(own) <= 300
 
 
 def test_a_step_that_is_not_due_copies_nothing(tmp_path: Path, monkeypatch: Any) -> None:
@@ -209,11 +151,6 @@ def test_a_step_that_is_not_due_copies_nothing(tmp_path: Path, monkeypatch: Any)
     monkeypatch.setattr(Snapshots, "take", counting)
     fit(tmp_path, PrecisionMonitor(every_n_steps=3), steps=6)
     assert len(taken) == 2
-
-
-def hooks_of(run: pl.Trainer) -> int:
-    optimizer = run.optimizers[0]
-    return len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
 
 
 def test_nothing_is_left_behind_after_a_run_or_an_exception(tmp_path: Path) -> None:
@@ -231,7 +168,7 @@ def test_nothing_is_left_behind_after_a_run_or_an_exception(tmp_path: Path) -> N
         except KeyError:
             assert isinstance(module, Failing)
         assert hooks_of(run) == 0
-        assert monitor._observer is None
+        assert monitor._monitor is None
         assert monitor._optimizers == []
         assert monitor.latest_step == (2 if isinstance(module, Failing) else 5)
 
@@ -251,7 +188,7 @@ def test_a_fault_of_its_own_warns_once_and_training_goes_on(
         raise RuntimeError("broken on purpose")
 
     monitor = PrecisionMonitor(every_n_steps=1)
-    monkeypatch.setattr("altgrad_lightning.callback.measure", broken)
+    monkeypatch.setattr("altgrad.measuring.Measurer.vectors_of", broken)
     with pytest.warns(
         UserWarning, match="stops observing after a fault.*broken on purpose"
     ) as warnings:
@@ -261,25 +198,71 @@ def test_a_fault_of_its_own_warns_once_and_training_goes_on(
     assert hooks_of(run) == 0
 
 
-@pytest.mark.parametrize("method", ["measure", "clone"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "altgrad.measuring.Measurer.vectors_of",
+        "altgrad.monitor.UpdateMonitor._refresh_scales",
+        "altgrad.observation.snapshots._copy_all",
+        "altgrad.merging.StepVectors.record",
+        "altgrad_lightning.callback._charts_of",
+    ],
+)
 def test_a_fault_does_not_end_the_training_whoever_else_has_hooks(
-    tmp_path: Path, monkeypatch: Any, method: str
+    tmp_path: Path, monkeypatch: Any, place: str
 ) -> None:
     """torch iterates over the hooks while they run, so that none may be removed there."""
 
     def out_of_memory(*_: Any) -> Any:
         raise RuntimeError("out of memory, on purpose")
 
-    faulty, other = PrecisionMonitor(every_n_steps=1), PrecisionMonitor(every_n_steps=1)
-    if method == "measure":
-        monkeypatch.setattr("altgrad_lightning.callback.measure", out_of_memory)
-    else:
-        monkeypatch.setattr("altgrad.observation.snapshots._copy_all", out_of_memory)
+    faulty, other = PrecisionMonitor(every_n_steps=1), PrecisionMonitor("e5m2", every_n_steps=1)
+    monkeypatch.setattr(place, out_of_memory)
     run = trainer(tmp_path, faulty, other)
     with pytest.warns(UserWarning, match="stops observing after a fault"):
         run.fit(Net(), batches(6))
     assert run.global_step == 6
     assert hooks_of(run) == 0
+
+
+@pytest.mark.parametrize(
+    "place", ["altgrad.measuring.Measurer.vectors_of", "altgrad_lightning.callback._charts_of"]
+)
+def test_strict_raises_a_fault_into_the_training(
+    tmp_path: Path, monkeypatch: Any, place: str
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ArithmeticError("broken on purpose")
+
+    monkeypatch.setattr(place, broken)
+    run = trainer(tmp_path, PrecisionMonitor(every_n_steps=1, strict=True))
+    with pytest.raises(ArithmeticError, match="broken on purpose"):
+        run.fit(Net(), batches(3))
+    assert hooks_of(run) == 0
+
+
+def test_an_error_of_the_user_is_raised_although_the_state_cannot_be_had(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    """As after a fault of an accelerator, from which nothing can be copied any more."""
+
+    class Failing(Net):
+        def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
+            raise KeyError("the user's own error")
+
+    def out_of_order(_: UpdateMonitor) -> Any:
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(UpdateMonitor, "state_dict", out_of_order)
+    monitor = PrecisionMonitor()
+    run = trainer(tmp_path, monitor)
+    with (
+        pytest.warns(UserWarning, match="PrecisionMonitor could not save its state.*CUDA error"),
+        pytest.raises(KeyError, match="the user's own error"),
+    ):
+        run.fit(Failing(), batches(3))
+    assert hooks_of(run) == 0
+    assert monitor._monitor is None
 
 
 def test_it_can_be_pickled_before_and_after_a_run(tmp_path: Path) -> None:
@@ -380,9 +363,9 @@ def test_manual_optimization_without_and_with_closure(tmp_path: Path) -> None:
         monitor = PrecisionMonitor(every_n_steps=1)
         run = trainer(tmp_path, monitor)
         run.fit(Manual(), batches(steps))
-        before, after, gradient = run.optimizers[0].steps[-1][0]
-        expected = measure(before, after, gradient)
-        assert monitor.latest["layers.0.weight"] == pytest.approx(expected, nan_ok=True, abs=0)
+        of_first = [step[0] for step in run.optimizers[0].steps]
+        assert len(of_first) == steps
+        assert_are_of_last_step(monitor.latest["layers.0.weight"], of_first)
 
 
 def test_more_than_one_process_is_told_and_not_observed() -> None:
@@ -390,7 +373,7 @@ def test_more_than_one_process_is_told_and_not_observed() -> None:
     run = SimpleNamespace(world_size=2, optimizers=[], callbacks=[monitor], log_every_n_steps=1)
     with pytest.warns(UserWarning, match="does not observe this run.*: it has 2 processes"):
         monitor.on_train_start(run, Net())
-    assert monitor._observer is None
+    assert monitor._monitor is None
     assert monitor._trainer is None
 
 
@@ -427,41 +410,55 @@ def test_an_optimizer_of_copies_is_told_and_training_goes_on(tmp_path: Path) -> 
     assert run.global_step == 3
 
 
-class Unread:
-    """Stands for found_inf, to see whether the host asks the device for it."""
+class Unaware(torch.optim.SGD):
+    """Moves weights whatever a GradScaler found."""
 
-    def __init__(self, value: float) -> None:
-        self.value = value
-        self.reads = 0
-
-    def item(self) -> float:
-        self.reads += 1
-        return self.value
+    def step(self, closure: Any = None) -> Any:
+        found_inf = self.__dict__.pop("found_inf", None)
+        result = super().step(closure)
+        self.found_inf = found_inf
+        return result
 
 
-@pytest.mark.parametrize(("moved", "found", "reads"), [(1.0, 0.0, 0), (0.0, 0.0, 1), (0.0, 1.0, 1)])
-def test_found_inf_is_read_only_where_nothing_moved(moved: float, found: float, reads: int) -> None:
-    monitor = PrecisionMonitor("bf16")
-    found_inf = Unread(found)
-    before = torch.ones(3)
-    step = OptimizerStep(
-        names=("layer",),
-        before=(before,),
-        gradients=(torch.ones(3),),
-        after=(before + moved,),
-        optimizer=torch.optim.SGD([before], lr=0.1),
-        index=0,
-        found_inf=found_inf,
-    )
-    monitor._measure(step)
-    assert found_inf.reads == reads
-    assert monitor.skipped["inf"] == found
-    assert bool(monitor._measured) == (found == 0)
+@pytest.mark.parametrize(
+    ("optimizer", "lr", "found", "moves", "is_skipped"),
+    [
+        (partial(torch.optim.SGD, fused=True), 0.1, 0.0, True, False),
+        (partial(torch.optim.SGD, fused=True), 1e-30, 0.0, False, False),
+        (partial(torch.optim.SGD, fused=True), 0.1, 1.0, False, True),
+        (Unaware, 0.1, 1.0, True, False),
+    ],
+)
+def test_found_inf_comes_with_the_figures_and_counts_where_nothing_moved(
+    tmp_path: Path, optimizer: Any, lr: float, found: float, moves: bool, is_skipped: bool
+) -> None:
+    """A fused optimizer is told in a tensor whether to skip the step: nobody else reads it."""
+
+    class Told(Net):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return optimizer(self.parameters(), lr=lr)
+
+    module = Told()
+    nn.init.ones_(module.layers[2].bias)  # 0 would move by as little as 1e-30
+    monitor, run, _ = attached(tmp_path, module)
+    for told in (0.0, found):  # scales and elements are chosen at the first step
+        module.zero_grad()
+        module.layers(torch.randn(4, 8)).square().sum().backward()
+        run.optimizers[0].found_inf = torch.tensor(told)
+        before = [p.detach().clone() for p in module.parameters()]
+        with host_copies() as copies:
+            run.optimizers[0].step()
+        monitor.latest = {}
+        monitor.on_train_batch_end(run)
+    assert copies == ["tolist"]
+    assert all(map(torch.equal, before, module.parameters())) != moves
+    assert monitor.skipped == ({"inf": 1} if is_skipped else {})
+    assert bool(monitor.latest) != is_skipped
 
 
-def attached(tmp_path: Path) -> tuple[PrecisionMonitor, pl.Trainer, Net]:
+def attached(tmp_path: Path, module: Net | None = None) -> tuple[PrecisionMonitor, pl.Trainer, Net]:
     """As in mid-training."""
-    monitor, module = PrecisionMonitor(every_n_steps=1), Net()
+    monitor, module = PrecisionMonitor(every_n_steps=1), module or Net()
     run = trainer(tmp_path, monitor)
     run.fit(module, batches(1))
     monitor.on_train_start(run, module)
@@ -481,7 +478,7 @@ def test_each_end_of_a_run_detaches(tmp_path: Path, hook: str) -> None:
     monitor.latest_step = 1  # or it would say that it observed none
     getattr(monitor, hook)(run, module)
     assert hooks_of(run) == 0
-    assert monitor._observer is None
+    assert monitor._monitor is None
 
 
 def test_the_steps_of_a_tuner_are_not_due(tmp_path: Path) -> None:
@@ -518,11 +515,11 @@ def test_a_copy_made_in_mid_run_is_detached(tmp_path: Path, copied: Any) -> None
     """A module that has it as a hyperparameter is saved with it."""
     monitor, run, _ = attached(tmp_path)
     twin = copied(monitor)
-    assert twin._observer is None
+    assert twin._monitor is None
     assert twin._trainer is None
     assert twin.latest.keys() == monitor.latest.keys()
     assert hooks_of(run) == 2
-    assert monitor._observer.is_observing
+    assert monitor._monitor.is_observing
 
 
 def test_a_logger_that_fails_ends_the_observation_and_not_the_training(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from altgrad import OptimizerStep, StepObserver
+from altgrad import OptimizerStep, StepObserver, UpdateMonitor
 from altgrad_lightning import PrecisionMonitor
 from tests.step_truth.recording import Entry, Step
 
@@ -49,9 +49,22 @@ class AltGrad(Design):
 
     def callback(self) -> pl.Callback:
         """The monitor itself; what it measures is recorded on the way."""
-        monitor = PrecisionMonitor("e4m3fn", every_n_steps=1, scaling=None)
+        design = self
+
+        class Recording(PrecisionMonitor):
+            def _make_monitor(self, *arguments: Any) -> str | None:
+                reason = super()._make_monitor(*arguments)
+                design.skipped = self.skipped
+                if self._monitor is not None:
+                    design.record_what_is_measured(self._monitor)
+                return reason
+
+        monitor = Recording("e4m3fn", every_n_steps=1, scaling=None, strict=True)
         self.skipped = monitor.skipped
-        measure = monitor._measure
+        return monitor
+
+    def record_what_is_measured(self, monitor: UpdateMonitor) -> None:
+        measure = monitor._observer._on_step
 
         def record_and_measure(step: OptimizerStep) -> None:
             inf = monitor.skipped["inf"]
@@ -59,8 +72,7 @@ class AltGrad(Design):
             if monitor.skipped["inf"] == inf:
                 self.record(step)
 
-        monitor._measure = record_and_measure
-        return monitor
+        monitor._observer._on_step = record_and_measure
 
 
 class GradientsAfterTheStep(Design):

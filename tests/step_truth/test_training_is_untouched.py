@@ -1,7 +1,7 @@
 """Weights, optimizer state and random numbers end the same with and without the monitor."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from altgrad import Figures
 from altgrad_lightning import PrecisionMonitor
-from altgrad_lightning.callback import LayerFigures
 from tests.step_truth.lightning_modes import Compiled, InfAt2, Manual, Net, scaler, trainer
 
 
@@ -99,7 +99,7 @@ class Watching(PrecisionMonitor):
 
     def __init__(self) -> None:
         super().__init__("e4m3fn", every_n_steps=4)
-        self.kept: dict[int, LayerFigures] = {}
+        self.kept: dict[int, Mapping[str, Figures]] = {}
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         super().on_train_batch_end(trainer)

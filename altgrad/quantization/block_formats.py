@@ -1,0 +1,132 @@
+"""Block formats: numbers of few bits that share a scale, itself a number of few bits.
+
+They bring their own scaling, so they are judged as they are: `get_formats` knows them, `quantize`,
+which takes the scale as an argument, does not.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from altgrad.quantization.float_format import FloatFormat
+from altgrad.quantization.formats import E2M1, E2M3, E3M2, E4M3, E5M2, get_format
+from altgrad.quantization.ops import quantize
+from altgrad.quantization.scaling import amax_of, scale_from_amax
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFormat:
+    """A format for the elements, and a scale for each block of neighbours in the last dimension.
+
+    Attributes:
+        name: How it is called in log keys.
+        element: The format of the numbers.
+        block_size: How many share a scale; a last block may be shorter.
+        scale: ``"e8m0"``, a power of two by OCP's rule, which rounds it down so that the largest of
+            a block may be clipped; or ``"e4m3"``, NVIDIA's: an E4M3 number times one float32 for
+            the whole tensor, amax / (448 · 6).
+
+    References:
+        OCP Microscaling Formats (MX) Specification 1.0, sections 5 and 6.3; NVIDIA, "Pretraining
+        Large Language Models with NVFP4", arXiv 2509.25149, section 2 and appendix C.
+    """
+
+    name: str
+    element: FloatFormat
+    block_size: int
+    scale: Literal["e8m0", "e4m3"]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def power_of_two(self) -> bool:
+        """Whether every scale is a power of two."""
+        return self.scale == "e8m0"
+
+    def is_coarser_than(self, dtype: torch.dtype) -> bool:
+        """As `FloatFormat.is_coarser_than`, within a block."""
+        return self.element.is_coarser_than(dtype)
+
+    def block_scales(self, x: Tensor) -> Tensor:
+        """The scale of each block of x, float64; 1 for a block of zeros, NaN and ±inf left out.
+
+        An E4M3 scale that would round to 0, in a block far below the tensor's amax, is the smallest
+        one, 2**-9: a format whose weights are all 0 has no grid to move on.
+
+        Returns:
+            x's shape with the number of blocks for its last dimension.
+        """
+        amax = amax_of(x, ("block", self.block_size)).double()
+        if self.scale == "e8m0":
+            scale = scale_from_amax(amax, self.element, power_of_two="floor")
+            return scale.clamp_(2.0**-127, 2.0**127)
+        largest = amax.amax() if amax.numel() else amax.new_zeros(())
+        tensor_scale = (largest / (E4M3.max * self.element.max)).float().double()
+        tensor_scale = torch.where(tensor_scale == 0, 1.0, tensor_scale)
+        scale = quantize(amax / self.element.max / tensor_scale, E4M3)
+        scale = scale.clamp_(min=E4M3.smallest_subnormal) * tensor_scale
+        return torch.where(amax == 0, 1.0, scale)
+
+
+NumberFormat: TypeAlias = FloatFormat | BlockFormat
+"""What weights can be judged for."""
+
+BLOCK_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
+    {
+        format.name: format
+        for format in (
+            BlockFormat("mxfp8_e4m3", E4M3, 32, "e8m0"),
+            BlockFormat("mxfp8_e5m2", E5M2, 32, "e8m0"),
+            BlockFormat("mxfp6_e2m3", E2M3, 32, "e8m0"),
+            BlockFormat("mxfp6_e3m2", E3M2, 32, "e8m0"),
+            BlockFormat("mxfp4", E2M1, 32, "e8m0"),
+            BlockFormat("nvfp4", E2M1, 16, "e4m3"),
+        )
+    }
+)
+"""The named block formats. OCP prefers ``mxfp8_e4m3``, which is also meant by ``mxfp8``."""
+
+_BY_SPELLING: Mapping[str, BlockFormat] = {**BLOCK_FORMATS, "mxfp8": BLOCK_FORMATS["mxfp8_e4m3"]}
+
+
+def get_formats(
+    formats: str | torch.dtype | NumberFormat | Iterable[str | torch.dtype | NumberFormat],
+) -> tuple[NumberFormat, ...]:
+    """The formats of these names, each once, in their order; a single one makes a list of one.
+
+    Raises:
+        ValueError: An unknown name, or two different formats of one name, whose figures would
+            have the same key.
+        TypeError: Neither names nor formats.
+    """
+    if isinstance(formats, (str, torch.dtype, FloatFormat, BlockFormat)):
+        formats = (formats,)
+    found: dict[str, NumberFormat] = {}
+    for format in map(_get, formats):
+        if found.setdefault(format.name, format) != format:
+            raise ValueError(
+                f"two different formats are named {format.name!r}: {found[format.name]!r} and "
+                f"{format!r}; give one of them another name"
+            )
+    return tuple(found.values())
+
+
+def _get(format: str | torch.dtype | NumberFormat) -> NumberFormat:
+    if isinstance(format, BlockFormat):
+        return format
+    if isinstance(format, str):
+        name = format.lower()
+        if name in _BY_SPELLING:
+            return _BY_SPELLING[name]
+        if name.startswith(("mx", "nv")):
+            near = difflib.get_close_matches(name, _BY_SPELLING, n=3) or list(BLOCK_FORMATS)
+            raise ValueError(f"unknown format {format!r}; nearest: {', '.join(near)}")
+    return get_format(format)

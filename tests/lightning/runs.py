@@ -1,0 +1,165 @@
+"""Small runs of a Trainer, and what they logged."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from altgrad import DEFAULT_FORMATS, Figures, get_format, measure
+from altgrad.figures import metrics_of
+from altgrad.measuring import Measurer
+from altgrad.metrics import FORMAT_METRICS, LAYER_METRICS, Share
+from altgrad.quantization import effective_update
+from altgrad.scales import Scales
+from altgrad_lightning import PrecisionMonitor
+
+Step = list[tuple[Tensor, Tensor, Tensor]]
+"""Before, after and gradient of each parameter."""
+
+
+class RecordingAdamW(torch.optim.AdamW):
+    """The truth: what each step found and left, seen from inside the optimizer."""
+
+    steps: list[Step]
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        taken: list[list[Tensor]] = []
+        parameters = self.param_groups[0]["params"]
+
+        def recording_closure() -> Any:
+            loss = closure() if closure else None
+            taken[:] = [
+                [p.detach().clone(), p.grad.clone()] for p in parameters if p.grad is not None
+            ]
+            return loss
+
+        result = super().step(recording_closure)
+        after = [p.detach().clone() for p in parameters if p.grad is not None]
+        self.steps.append([(b, a, g) for (b, g), a in zip(taken, after, strict=True)])
+        return result
+
+
+class Net(pl.LightningModule):
+    def __init__(self, depth: int = 2, optimizer: type[torch.optim.AdamW] = torch.optim.AdamW):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(depth)), nn.LayerNorm(8))
+        self.optimizer_class = optimizer
+
+    def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
+        loss = self.layers(batch[0]).square().mean() + self.layers(batch[0]).sum()
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = self.optimizer_class(self.parameters(), lr=1e-3)
+        optimizer.steps = []
+        return optimizer
+
+
+def batches(count: int) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(1)
+    return DataLoader(TensorDataset(torch.randn(4 * count, 8, generator=generator)), batch_size=4)
+
+
+def trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    defaults = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "logger": TensorBoardLogger(folder),
+        "log_every_n_steps": 2,
+        "callbacks": list(callbacks),
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(**(defaults | options))
+
+
+def logged(folder: str) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(folder).Reload()
+    tags = events.Tags()["scalars"]
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+
+
+def fit(folder: Path, monitor: PrecisionMonitor, steps: int = 6, **options: Any) -> pl.Trainer:
+    torch.manual_seed(0)
+    run = trainer(folder, monitor, **options)
+    run.fit(Net(), batches(steps))
+    return run
+
+
+def hooks_of(run: pl.Trainer) -> int:
+    optimizer = run.optimizers[0]
+    return len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+
+
+# What the figures of a run's last step are
+
+
+def assert_are_of_last_step(figures: Figures, steps: Sequence[tuple[Tensor, ...]]) -> None:
+    """Those of one parameter, of which all steps are given; all were observed.
+
+    Where the scale is the one that the last weights set, the figures are what `measure` says.
+    """
+    measurer = Measurer(DEFAULT_FORMATS)
+    scales = scales_of_steps(measurer, [before for before, _, _ in steps])
+    assert_same(figures, metrics_of([measurer.statistics_of(*steps[-1], scales=scales[-1])])[0])
+    if all(map(torch.equal, scales[-1].values, measurer.scales_of(steps[-1][0]).values)):
+        assert_same(figures, measure(*steps[-1]))
+    for position, format in enumerate(measurer.formats):
+        of_format = [each.values[position] for each in scales]
+        expected = never_moved_frac(format.name, of_format, steps)
+        if not format.is_coarser_than(steps[0][0].dtype):
+            expected = torch.nan
+        assert figures[f"never_moved_frac/{format}"] == pytest.approx(
+            expected, rel=0, abs=0, nan_ok=True
+        )
+
+
+def scales_of_steps(measurer: Measurer, weights: Sequence[Tensor]) -> list[Scales]:
+    """Taken at the first step, and after one whose weights exceeded it or set none: all are 0."""
+    scales: list[Scales] = []
+    outgrown = True
+    for before in weights:
+        scales.append(measurer.scales_of(before) if outgrown else scales[-1])
+        tops = [
+            format.max * scale
+            for format, scale in zip(measurer.formats, scales[-1].values, strict=True)
+            if format.bits < 16
+        ]
+        outgrown = not before.any() or any((before.abs() > top).any() for top in tops)
+    return scales
+
+
+def assert_same(figures: Figures, expected: Any) -> None:
+    """Counts, shares and extrema are equal; sums may be rounded otherwise."""
+    keys = [key for key in figures if not key.startswith("never_moved_frac")]
+    assert keys == [key for key in expected if not key.startswith("never_moved_frac")]
+    for key in keys:
+        name = key.split("/")[0]
+        formula = (LAYER_METRICS | FORMAT_METRICS)[name].formula
+        exact = isinstance(formula, Share) or name.endswith(("_min", "_max", "_median_log2"))
+        tolerance = 0 if exact else 1e-12
+        assert figures[key] == pytest.approx(expected[key], rel=tolerance, abs=0, nan_ok=True), key
+
+
+def never_moved_frac(
+    format: str, scales: Sequence[Tensor], steps: Sequence[tuple[Tensor, ...]]
+) -> float:
+    """Of the elements that moved, those of which the format kept no update, at any step."""
+    unscaled = get_format(format).bits >= 16
+    moved = torch.zeros_like(steps[0][0], dtype=torch.bool)
+    kept = moved.clone()
+    for scale, (before, after, _) in zip(scales, steps, strict=True):
+        update = after.double() - before.double()
+        moved |= update != 0
+        kept |= effective_update(before, update, format, 1.0 if unscaled else scale) != 0
+    count = moved.sum().item()
+    return (count - (kept & moved).sum().item()) / count if count else torch.nan

@@ -1,0 +1,155 @@
+"""`PrecisionMonitor`: what it knows of the past, from checkpoint to checkpoint and run to run."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import nn
+
+from altgrad import DEFAULT_FORMATS, UpdateMonitor
+from altgrad_lightning import PrecisionMonitor
+from tests.lightning.runs import Net, batches, trainer
+
+KEYS = [f"never_moved_frac/{format}" for format in DEFAULT_FORMATS]
+
+
+class Wide(Net):
+    """Of one layer only some elements are watched: the same ones after a resume."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.layers.insert(0, nn.Linear(8, 400))
+        self.layers[1] = nn.Linear(400, 8)
+
+
+class Plain(Wide):
+    """Its optimizer has no state, so that a new one goes on as the old one would have.
+
+    Many weights that the first epoch moves, the second one does not.
+    """
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.trainer.optimizers[0].param_groups[0]["lr"] = 1e-6
+
+
+class Fast(Wide):
+    """All of its weights move in every format."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1.0)
+
+
+def never_moved(monitor: PrecisionMonitor) -> dict[str, float]:
+    found = {f"{name}/{k}": each[k] for name, each in monitor.latest.items() for k in KEYS}
+    return found | {key: monitor.latest_model[key] for key in KEYS}
+
+
+def train(
+    folder: Path,
+    monitor: PrecisionMonitor,
+    *callbacks: pl.Callback,
+    epochs: int = 2,
+    module: type[Wide] = Wide,
+    ckpt_path: Path | None = None,
+) -> dict[str, float]:
+    options = {"max_epochs": epochs, "enable_checkpointing": bool(callbacks)}
+    run = trainer(folder, monitor, *callbacks, **options)
+    run.fit(module(), batches(4), ckpt_path=ckpt_path)
+    return never_moved(monitor)
+
+
+def keeping(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        dirpath=folder / "kept", filename="first", every_n_epochs=1, save_top_k=1
+    )
+
+
+@pytest.mark.filterwarnings(
+    r"ignore:.*add the following callbacks. \[.ModelCheckpoint[^\]]*\]\.$"
+)  # the resumed run keeps none
+def test_a_resumed_run_knows_which_weights_never_moved(tmp_path: Path) -> None:
+    whole = train(tmp_path, PrecisionMonitor(every_n_steps=1))
+    train(tmp_path, PrecisionMonitor(every_n_steps=1), keeping(tmp_path), epochs=1)
+    resumed = PrecisionMonitor(every_n_steps=1)
+    figures = train(tmp_path, resumed, ckpt_path=tmp_path / "kept" / "first.ckpt")
+    assert figures == whole
+    assert resumed.latest_step == 7
+    # It is the state that makes them equal: a monitor that the checkpoint does not know begins
+    # anew.
+    other = PrecisionMonitor([*DEFAULT_FORMATS, "fp16"], every_n_steps=1)
+    with pytest.warns(UserWarning, match="add the following callbacks.*PrecisionMonitor"):
+        anew = train(tmp_path, other, ckpt_path=tmp_path / "kept" / "first.ckpt")
+    assert all(anew[key] >= whole[key] for key in whole)
+    assert (
+        anew["layers.0.weight/never_moved_frac/bf16"]
+        > whole["layers.0.weight/never_moved_frac/bf16"]
+    )
+
+
+def test_the_state_is_plain_enough_for_torch_to_load_it_as_weights(tmp_path: Path) -> None:
+    train(tmp_path, PrecisionMonitor(every_n_steps=1), keeping(tmp_path), epochs=1)
+    held = torch.load(tmp_path / "kept" / "first.ckpt", weights_only=True)["callbacks"]
+    (state,) = (state for key, state in held.items() if key.startswith("PrecisionMonitor"))
+    assert "layers.0.weight" in state["monitor"]["ever_moved"]
+
+
+def test_a_checkpoint_after_the_run_and_before_it_has_what_is_known(tmp_path: Path) -> None:
+    monitor = PrecisionMonitor(every_n_steps=1)
+    assert monitor.state_dict() == {}
+    train(tmp_path, monitor)
+    state = monitor.state_dict()
+    assert "layers.0.weight" in state["monitor"]["ever_moved"]
+    twin = PrecisionMonitor(every_n_steps=1)
+    twin.load_state_dict(state)
+    assert twin.state_dict() == state  # as tuners save and restore before training starts
+
+
+def test_a_second_run_is_one_of_its_own(tmp_path: Path) -> None:
+    monitor = PrecisionMonitor(every_n_steps=1)
+    first = train(tmp_path, monitor)
+    assert set(train(tmp_path, monitor, module=Fast).values()) == {0.0}
+    assert train(tmp_path, monitor) == first
+
+
+def test_two_monitors_of_one_run_keep_their_states_apart(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"every_n_steps": 1}
+    run = trainer(
+        tmp_path,
+        *(PrecisionMonitor(**options), PrecisionMonitor(**options, scaling=None)),
+        PrecisionMonitor("bf16", **options),
+    )
+    run.fit(Wide(), batches(2))
+    run.save_checkpoint(tmp_path / "both.ckpt")
+    held = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
+    states = [state["monitor"] for key, state in held.items() if key.startswith("PrecisionMonitor")]
+    assert [len(state["formats"]) for state in states] == [3, 3, 1]
+
+
+def test_what_is_known_outlives_optimizers_that_are_replaced(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    class Replacing(Plain):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.trainer.strategy.optimizers = [self.configure_optimizers()]
+            super().on_train_epoch_start()
+
+    def detach_and_collect(monitor: UpdateMonitor) -> None:
+        """The garbage may be collected at any time."""
+        detach(monitor)
+        gc.collect()
+
+    detach = UpdateMonitor.detach
+    monkeypatch.setattr(UpdateMonitor, "detach", detach_and_collect)
+    whole = train(tmp_path, PrecisionMonitor(every_n_steps=1), module=Plain)
+    assert train(tmp_path, PrecisionMonitor(every_n_steps=1), module=Replacing) == whole
+    assert train(tmp_path, PrecisionMonitor(every_n_steps=8), module=Plain) != whole

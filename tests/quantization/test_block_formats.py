@@ -1,0 +1,110 @@
+"""MX and NVFP4 against their definitions, written with numpy and gfloat."""
+
+import math
+
+import gfloat
+import numpy as np
+import pytest
+import torch
+from gfloat.formats import (
+    format_info_ocp_e2m1,
+    format_info_ocp_e2m3,
+    format_info_ocp_e3m2,
+    format_info_ocp_e4m3,
+    format_info_ocp_e5m2,
+)
+
+from altgrad import measure
+from altgrad.quantization import BLOCK_FORMATS, E4M3, BlockFormat, FloatFormat, get_formats
+
+INFOS = {
+    "mxfp8_e4m3": format_info_ocp_e4m3,
+    "mxfp8_e5m2": format_info_ocp_e5m2,
+    "mxfp6_e2m3": format_info_ocp_e2m3,
+    "mxfp6_e3m2": format_info_ocp_e3m2,
+    "mxfp4": format_info_ocp_e2m1,
+    "nvfp4": format_info_ocp_e2m1,
+}
+
+
+def oracle_scales(x: np.ndarray, name: str) -> np.ndarray:
+    """Of each block."""
+    info, size = INFOS[name], BLOCK_FORMATS[name].block_size
+    blocks = [x[:, start : start + size] for start in range(0, x.shape[1], size)]
+    amax = np.stack([np.abs(block).max(axis=1) for block in blocks], axis=1)
+    if name != "nvfp4":
+        exponents = np.floor(np.log2(np.where(amax == 0, 1, amax))) - math.floor(
+            math.log2(info.max)
+        )
+        return np.where(amax == 0, 1, 2.0 ** exponents.clip(-127, 127))
+    tensor_scale = float(np.float32(amax.max() / (448 * 6)))
+    raw = gfloat.round_ndarray(format_info_ocp_e4m3, amax / 6 / tensor_scale)
+    return np.where(amax == 0, 1, np.maximum(raw, 2.0**-9) * tensor_scale)
+
+
+@pytest.fixture
+def weights() -> torch.Tensor:
+    torch.manual_seed(0)
+    x = torch.randn(12, 100) * 2.0 ** torch.randint(-20, 4, (12, 1))  # a last block of 4
+    x[3, :32] = 0
+    return x
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_scales_are_those_of_the_specifications(name: str, weights: torch.Tensor) -> None:
+    scales = BLOCK_FORMATS[name].block_scales(weights).numpy()
+    assert np.array_equal(scales, oracle_scales(weights.double().numpy(), name))
+    assert (scales > 0).all()
+    if name == "nvfp4":
+        largest = scales[scales != 1].max()  # 1 is that of the block of zeros
+        assert (scales == 2.0**-9 * largest / 448).any()  # the smallest one is used
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_figures_are_those_of_rounding_by_blocks(name: str, weights: torch.Tensor) -> None:
+    updates = weights * torch.randn_like(weights) * 0.3
+    after = weights + updates
+    figures = measure(weights, after, formats=name)
+    w, v = weights.double().numpy(), after.double().numpy()
+    size, info = BLOCK_FORMATS[name].block_size, INFOS[name]
+    scale = oracle_scales(w, name).repeat(size, axis=1)[:, : w.shape[1]]
+    wide = gfloat.FormatInfo(  # going on above the top
+        "wide", 1 + 9 + info.precision - 1, info.precision, bias=info.bias, is_signed=True,
+        domain=gfloat.Domain.Finite, has_nz=True, num_high_nans=0, has_subnormals=True,
+        is_twos_complement=False,
+    )  # fmt: skip
+    stored = gfloat.round_ndarray(wide, (w / scale).clip(-info.max, info.max)) * scale
+    d = v - w
+    effective = gfloat.round_ndarray(wide, (stored + d) / scale) * scale - stored
+    moved = d != 0
+    assert figures[f"stall_frac/{name}"] == ((effective == 0) & moved).sum() / moved.sum()
+    assert figures[f"kept_update_ratio/{name}"] == pytest.approx(
+        (effective * d).sum() / (d * d).sum(), rel=1e-12
+    )
+    assert figures[f"saturated_frac/{name}"] == (np.abs(w) > info.max * scale).mean()
+    assert figures[f"grid_error_max/{name}"] == pytest.approx(np.abs(w - stored).max(), rel=1e-15)
+    assert 0 < figures[f"stall_frac/{name}"] < 1
+
+
+def test_ocp_rounds_the_scale_down_so_that_some_clip(weights: torch.Tensor) -> None:
+    figures = measure(weights, weights * 1.01, formats=["mxfp8_e4m3", "e4m3fn"])
+    assert figures["saturated_frac/mxfp8_e4m3"] > 0
+    assert figures["saturated_frac/e4m3fn"] == 0
+
+
+def test_names_and_lists() -> None:
+    assert get_formats(["MXFP8", "nvfp4", "bf16"])[0] is BLOCK_FORMATS["mxfp8_e4m3"]
+    own = BlockFormat("mine", E4M3, 8, "e8m0")
+    assert get_formats(own) == (own,)
+    with pytest.raises(ValueError, match=r"'mxfp5'; nearest: .*mxfp4"):
+        get_formats("mxfp5")
+    with pytest.raises(ValueError, match="two different formats are named 'nvfp4'"):
+        get_formats(["nvfp4", FloatFormat("nvfp4", 2, 1, 1)])
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (2, 3, 5)])
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_every_shape_has_blocks(name: str, shape: tuple[int, ...]) -> None:
+    x = torch.full(shape, 0.7)
+    figures = measure(x, x * 1.5, formats=name)
+    assert math.isnan(figures[f"stall_frac/{name}"]) is (x.numel() == 0)

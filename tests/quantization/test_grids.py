@@ -1,0 +1,84 @@
+"""Many formats at once equal each alone, bit for bit: there is one way to round."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from altgrad.quantization import FORMATS, FloatFormat
+from altgrad.quantization.grids import LARGEST, Grids, binade_of, gap_at, grids_of, round_to_gap
+from altgrad.quantization.ops import quantize_unbounded, spacing_unbounded
+
+FTZ = FloatFormat("ftz", 3, 2, 3, has_subnormals=False)
+FTZ_M0 = FloatFormat("ftz_m0", 4, 0, 7, has_subnormals=False)
+EVERY = (*FORMATS.values(), FTZ, FTZ_M0)
+PLAIN = tuple(f for f in EVERY if f.mantissa_bits and f.has_subnormals)
+
+
+def values() -> Tensor:
+    """Every grid point and tie of the narrow formats, both neighbours of each, and all binades."""
+    points = torch.cat([f.values() for f in EVERY if f.bits <= 8])
+    points = torch.cat([points, (points[1:] + points[:-1]) / 2]).unique()
+    up, down = (points.nextafter(torch.tensor(end)) for end in (torch.inf, -torch.inf))
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(20_000, generator=generator, dtype=torch.float64)
+    wide *= 2.0 ** torch.randint(-160, 140, (20_000,), generator=generator).double()
+    special = torch.tensor(
+        [0.0, -0.0, 5e-324, 2.0**-1022, 1e200, -LARGEST / 2], dtype=torch.float64
+    )
+    return torch.cat([points, up, down, wide, special])
+
+
+def rounded(x: Tensor, grids: Grids) -> tuple[Tensor, Tensor]:
+    """Value and gap of (elements,) on each grid: (formats, elements)."""
+    x = x.view(1, 1, -1)
+    shape = 1, grids.eps.shape[1], x.shape[-1]
+    a, b, c = (torch.empty(shape, dtype=torch.float64) for _ in range(3))
+    inner = grids.into(x, a)
+    gap = gap_at(inner, binade_of(inner, torch.empty_like(inner)), grids, b)
+    value = round_to_gap(inner, gap, grids, c)
+    return grids.back(value)[0], grids.back(gap)[0]
+
+
+@pytest.mark.parametrize("formats", [PLAIN, EVERY], ids=["plain", "every"])
+@pytest.mark.parametrize("scale", [None, 1.0, 2.0**-7, 2.0**20, 0.3])
+def test_each_format_is_rounded_as_alone(
+    formats: tuple[FloatFormat, ...], scale: float | None
+) -> None:
+    x = values()
+    factors = None
+    if scale is not None:
+        factors = torch.full((1, len(formats), 1), scale, dtype=torch.float64)
+    grids = grids_of(formats, [True] * len(formats), factors, power_of_two=scale != 0.3)
+    assert (grids.scale is None) is (formats is PLAIN and scale != 0.3) or scale is None
+    value, gap = rounded(x, grids)
+    for position, format in enumerate(formats):
+        number = torch.tensor(scale or 1.0, dtype=torch.float64)
+        expected = quantize_unbounded(x, format, number)
+        wrong = value[position] != expected
+        assert not wrong.any(), (format, x[wrong][:3], value[position][wrong][:3])
+        expected_gap = spacing_unbounded(x, format, number)
+        if not format.has_subnormals:  # the only neighbours below the first number are it and 0
+            expected_gap = torch.where(
+                x.abs() / number < format.smallest_normal,
+                format.smallest_normal * number,
+                expected_gap,
+            )
+        assert torch.equal(gap[position], expected_gap), format
+
+
+def test_a_row_may_have_a_scale_of_its_own() -> None:
+    x = torch.randn(3, 1, 50, dtype=torch.float64)
+    scale = torch.tensor([[1.0, 0.25], [8.0, 2.0], [0.5, 64.0]], dtype=torch.float64)[..., None]
+    formats = PLAIN[:2]
+    grids = grids_of(formats, [True, True], scale)
+    out, tmp = torch.empty(3, 2, 50).double(), torch.empty(3, 1, 50).double()
+    gap = gap_at(x, binade_of(x, tmp), grids, out)
+    value = round_to_gap(x, gap, grids, torch.empty(3, 2, 50).double())
+    for position, format in enumerate(formats):
+        expected = quantize_unbounded(x[:, 0], format, scale[:, position])
+        assert torch.equal(value[:, position], expected)
+
+
+def test_a_format_beyond_float64_is_refused() -> None:
+    with pytest.raises(ValueError, match="exceeds float64"):
+        grids_of([FloatFormat("wide", 12, 3, 2047)], [False], None)

@@ -1,0 +1,127 @@
+"""What observing costs, counted: on the GPT of 10.1 M parameters, four formats, defaults."""
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from altgrad import UpdateMonitor
+from altgrad.measuring import Measurer
+from altgrad.workspace import TEMPORARY_BYTES
+from tests.counting import Memory, host_copies, operations
+from tests.gpt import GPT, train
+
+FORMATS = ("e4m3fn", "e5m2", "fp16", "bf16")
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    torch.manual_seed(0)
+    return GPT()
+
+
+@pytest.fixture
+def watched(model: GPT):
+    """The optimizer, and the monitor after two observed steps: all is in its place."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optimizer)
+    with UpdateMonitor(model, formats=FORMATS, strict=True).attach(optimizer) as monitor:
+        train(model, optimizer, 2)
+        yield optimizer, monitor
+
+
+def steps(model: GPT, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    return lambda: train(model, optimizer)
+
+
+def test_the_model_is_the_one_of_the_budget(model: GPT) -> None:
+    assert len([*model.parameters()]) == 100
+    assert 10.0e6 < sum(parameter.numel() for parameter in model.parameters()) < 10.2e6
+
+
+def test_an_observed_step_makes_at_most_250_operations_and_one_host_copy(model, watched) -> None:
+    optimizer, monitor = watched
+    monitor._exceeded.clear()  # weights that outgrow their scale have a line of their own
+    with host_copies() as copies:
+        observed = operations(steps(model, optimizer))
+    index = monitor.latest.index
+    monitor.detach()
+    with host_copies() as copies_of_training:
+        alone = operations(steps(model, optimizer))
+    assert monitor.latest.index == index == 2
+    assert observed.total() - alone.total() <= 250
+    assert (len(copies) - len(copies_of_training), copies.count("tolist")) == (1, 1)
+    # One for each large parameter and quantity; the small ones are copied together.
+    assert (observed - alone)["aten.take.out"] == 3 * 34
+    assert (observed - alone)["aten._foreach_copy_.default"] == 2
+
+
+def test_a_step_that_is_not_observed_makes_none(model: GPT) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optimizer)
+    alone = operations(steps(model, optimizer))
+    asked: list[int] = []
+
+    def never(index: int) -> bool:
+        asked.append(index)
+        return False
+
+    with UpdateMonitor(model, formats=FORMATS, every_n_steps=never).attach(optimizer):
+        watched = operations(steps(model, optimizer))
+    assert watched == alone
+    assert asked == [0]
+
+
+def test_scales_are_read_again_after_a_hundred_steps(model, watched) -> None:
+    """Their own line in the budget: one operation for each parameter and some for all."""
+    optimizer, monitor = watched
+    monitor._exceeded.clear()
+    usual = operations(steps(model, optimizer)).total()
+    monitor._exceeded.clear()
+    monitor._steps_until_scales = 0
+    with host_copies() as copies:
+        refreshing = operations(steps(model, optimizer))
+    assert refreshing["aten.aminmax.default"] == 100
+    assert refreshing.total() - usual <= 500
+    assert copies.count("__bool__") == 1  # whether all are finite
+
+
+def test_no_random_number_is_drawn(model, watched) -> None:
+    optimizer, monitor = watched
+    monitor.detach()
+    torch.manual_seed(1)
+    train(model, optimizer, 2)
+    expected = torch.get_rng_state()
+    monitor.attach(optimizer)
+    torch.manual_seed(1)
+    train(model, optimizer, 2)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_memory_does_not_grow_from_step_to_step(model, watched) -> None:
+    optimizer, _ = watched
+
+    def alive() -> int:
+        gc.collect()
+        tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+        return len({each.untyped_storage()._cdata for each in tensors})
+
+    train(model, optimizer)
+    before = alive()
+    train(model, optimizer, 3)
+    assert alive() <= before
+
+
+@pytest.mark.parametrize("formats", [["e4m3fn"], FORMATS])
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("count", [1_000, 70_000, 1_000_000, 6_000_000])
+def test_measuring_takes_at_most_16_mib_whatever_the_size(
+    formats: list[str], count: int, contiguous: bool
+) -> None:
+    step = [torch.randn(2, count) for _ in range(3)]
+    step = [each.T if not contiguous else each.view(-1) for each in step]
+    measurer = Measurer(formats)
+    with Memory() as memory:
+        measurer.statistics_of(*step)
+    assert 2**17 < memory.peak <= TEMPORARY_BYTES

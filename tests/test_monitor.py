@@ -1,0 +1,607 @@
+"""`UpdateMonitor`: its records against the definitions, from optimizers that record themselves."""
+
+import copy
+import gc
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from altgrad import SamplingRule, StepRecord, UpdateMonitor, measure
+from altgrad.figures import metrics_of, model_figures
+from altgrad.measuring import Measurer
+from altgrad.metrics import FORMAT_METRICS, LAYER_METRICS
+from altgrad.quantization import BLOCK_FORMATS, FloatFormat, effective_update, get_format
+from altgrad.sampling import StepSchedule, sample_elements
+
+FORMATS = ("bf16", "e4m3fn", "e2m1")
+Step = dict[str, tuple[Tensor, Tensor, Tensor]]
+
+
+class RecordingSGD(torch.optim.SGD):
+    """The truth: before, after and gradient of each step, by name."""
+
+    def __init__(self, named: Any, **options: Any) -> None:
+        self.named = dict(named)
+        self.steps: list[Step] = []
+        super().__init__(self.named.values(), **options)
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        taken = {
+            name: (p.detach().clone(), p.grad.clone())
+            for name, p in self.named.items()
+            if p.grad is not None
+        }
+        result = super().step(closure)
+        self.steps.append(
+            {name: (b, self.named[name].detach().clone(), g) for name, (b, g) in taken.items()}
+        )
+        return result
+
+
+def net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 20, 3), nn.Flatten(), nn.LayerNorm(720), nn.Linear(720, 32), nn.Linear(32, 10)
+    )
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1, seed: int = 1
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x = torch.randn(4, 3, 8, 8, generator=generator)
+        x = x.to(next(model.parameters()).dtype)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def watched(
+    model: nn.Module, **options: Any
+) -> tuple[RecordingSGD, UpdateMonitor, list[StepRecord]]:
+    optimizer = RecordingSGD(model.named_parameters(), lr=0.05)
+    records: list[StepRecord] = []
+    settings = {"formats": FORMATS, "max_elements": None, "strict": True} | options
+    return optimizer, UpdateMonitor(model, records.append, **settings).attach(optimizer), records
+
+
+def sharing_out(elements: int) -> Any:
+    """As if one call of the kernel measured only so many elements: small segments, large layers."""
+    return mock.patch.object(Measurer, "elements_that_fit", return_value=elements)
+
+
+def assert_equal_figures(actual: Any, expected: Any, but: tuple[str, ...] = ()) -> None:
+    for key, value in expected.items():
+        if key.split("/")[0] in but:
+            continue
+        exact = key.split("/")[0].endswith(("_frac", "_max", "_min", "_log2"))
+        exact &= not key.startswith("stochastic_move")
+        tolerance = 0 if exact else 1e-11
+        assert actual[key] == pytest.approx(
+            value, rel=tolerance, abs=tolerance / 1e3, nan_ok=True
+        ), key
+
+
+# --- every element
+
+
+@pytest.mark.parametrize("scaling", [None, "tensor", "channel", ("block", 32)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_figures_are_those_of_each_tensor_alone(dtype: torch.dtype, scaling: object) -> None:
+    model = net().to(dtype)
+    formats = ("e4m3fn", "e2m1")
+    optimizer, _, records = watched(model, scaling=scaling, formats=formats)
+    train(model, optimizer)
+    (record,), (step,) = records, optimizer.steps
+    assert list(record.layers) == list(step)
+    for name, (before, after, gradient) in step.items():
+        expected = measure(before, after, gradient, formats, scaling)
+        assert_equal_figures(record.layers[name], expected)
+        assert record.layers[name].elements == record.layers[name].population == before.numel()
+
+
+@pytest.mark.parametrize("scaling", ["tensor", "channel"])
+@pytest.mark.parametrize("capacity", [64, 640, 10_000])
+def test_it_does_not_matter_which_layers_are_measured_together(capacity: int, scaling: str) -> None:
+    model = net()
+    with sharing_out(capacity):
+        optimizer, _, records = watched(model, scaling=scaling)
+        train(model, optimizer, 2)
+    twin = net()
+    other, _, expected = watched(twin, scaling=scaling)
+    train(twin, other, 2)
+    for record, same in zip(records, expected, strict=True):
+        assert set(record.layers) == set(same.layers)
+        for name, figures in same.layers.items():
+            assert_equal_figures(record.layers[name], dict(figures))
+        assert_equal_figures(record.model, dict(same.model))
+
+
+def test_the_model_is_all_its_elements_together() -> None:
+    model = net()
+    optimizer, _, records = watched(model, scaling=None)
+    train(model, optimizer)
+    record = records[0]
+    together = [
+        torch.cat([each.flatten() for each in part])
+        for part in zip(*optimizer.steps[0].values(), strict=True)
+    ]
+    assert_equal_figures(record.model, measure(*together, FORMATS, None))
+    assert record.model.elements == record.model.population == together[0].numel()
+    assert_equal_figures(model_figures([*record.layers.values()]), dict(record.model))
+
+
+def test_block_formats_are_judged_with_their_own_scales() -> None:
+    model = net()
+    optimizer, _, records = watched(model, formats=("bf16", *BLOCK_FORMATS))
+    train(model, optimizer)
+    for name, step in optimizer.steps[0].items():
+        assert_equal_figures(records[0].layers[name], measure(*step, ("bf16", *BLOCK_FORMATS)))
+
+
+def test_weights_of_several_dtypes_at_once() -> None:
+    model = nn.Module()
+    model.a = nn.Parameter(torch.randn(50))
+    model.b = nn.Parameter(torch.randn(50).bfloat16())
+    model.c = nn.Parameter(torch.randn(50).double())
+    optimizer, _, records = watched(model, tell=(said := []).append)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    for name, step in optimizer.steps[0].items():
+        assert_equal_figures(records[0].layers[name], measure(*step, FORMATS))
+    assert math.isnan(records[0].layers["b"]["stall_frac/bf16"])
+    assert records[0].model["stall_frac/bf16"] > 0  # of the two others
+    assert len(said) == 1
+    assert "cannot judge bf16 for weights already stored in torch.bfloat16" in said[0]
+
+
+def test_parameters_without_a_gradient_take_no_part() -> None:
+    model = net()
+    optimizer, _, records = watched(model)
+    train(model, optimizer)
+    frozen = model[3].weight.requires_grad_(False)
+    frozen.grad = None
+    train(model, optimizer, 2, seed=2)
+    assert "3.weight" in records[0].layers
+    assert "3.weight" not in records[1].layers
+    for record, step in zip(records, optimizer.steps, strict=True):
+        assert set(record.layers) == set(step)
+    assert (
+        records[2].model.population == sum(p.numel() for p in model.parameters()) - frozen.numel()
+    )
+
+
+def test_empty_scalar_and_oddly_named_parameters() -> None:
+    model = nn.Module()
+    model.register_parameter("<script>/%", nn.Parameter(torch.tensor(1.0)))
+    model.empty = nn.Parameter(torch.zeros(0, 3))
+    model.alone = nn.Parameter(torch.tensor([1.5]))
+    optimizer, _, records = watched(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step()
+    assert set(records[0].layers) == {"<script>/%", "empty", "alone"}
+    for name, step in optimizer.steps[0].items():
+        assert_equal_figures(records[0].layers[name], measure(*step, FORMATS))
+    assert math.isnan(records[0].layers["empty"]["stall_frac/bf16"])
+    assert records[0].model["stall_frac/bf16"] == 1
+
+
+def test_two_optimizers_are_apart() -> None:
+    model = net()
+    one = RecordingSGD([(n, p) for n, p in model.named_parameters() if n < "3"], lr=0.05)
+    two = RecordingSGD([(n, p) for n, p in model.named_parameters() if n >= "3"], lr=0.01)
+    records: list[StepRecord] = []
+    with UpdateMonitor(model, records.append, formats=FORMATS, strict=True).attach(one, two):
+        train(model, one)
+        two.step()
+    assert [set(record.layers) for record in records] == [set(one.steps[0]), set(two.steps[0])]
+    assert_equal_figures(records[1].layers["4.bias"], measure(*two.steps[0]["4.bias"], FORMATS))
+
+
+def test_a_parameter_that_is_replaced_finds_a_new_place() -> None:
+    model = net()
+    optimizer, _, records = watched(model)
+    train(model, optimizer)
+    model[4] = nn.Linear(32, 7)
+    optimizer.named = dict(model.named_parameters())
+    optimizer.param_groups[0]["params"] = [*model.parameters()]
+    train(model, optimizer, 2)
+    for record, step in zip(records, optimizer.steps, strict=True):
+        assert set(record.layers) == set(step)
+    assert records[2].layers["4.weight"].population == 7 * 32
+    assert_equal_figures(
+        records[1].layers["4.weight"],
+        measure(*optimizer.steps[1]["4.weight"], FORMATS),
+        ("never_moved_frac",),
+    )
+
+
+# --- samples
+
+
+def test_sampled_figures_are_those_of_the_elements_that_the_seed_draws() -> None:
+    model = net()
+    optimizer, _, records = watched(model, max_elements=500, seed=3, scaling=None)
+    train(model, optimizer, 2)
+    indices = sample_elements("3.weight", (32, 720), 500, seed=3)
+    for record, step in zip(records, optimizer.steps, strict=True):
+        part = [each.flatten()[indices] for each in step["3.weight"]]
+        assert_equal_figures(record.layers["3.weight"], measure(*part, FORMATS, None))
+        assert record.layers["3.weight"].elements == 500
+        assert record.layers["3.weight"].population == 32 * 720
+        small = measure(*step["2.weight"], FORMATS, None)  # all 720
+        assert_equal_figures(record.layers["2.weight"], small)
+
+
+def test_the_scale_of_a_sampled_layer_is_that_of_the_whole() -> None:
+    model = net()
+    with torch.no_grad():
+        model[3].weight[0, 0] = 100.0
+    optimizer, _, records = watched(model, max_elements=500)
+    train(model, optimizer)
+    whole = Measurer(FORMATS).scales_of(optimizer.steps[0]["3.weight"][0])
+    indices = sample_elements("3.weight", (32, 720), 500)
+    part = [each.flatten()[indices] for each in optimizer.steps[0]["3.weight"]]
+    (expected,) = metrics_of([Measurer(FORMATS).statistics_of(*part, whole)])
+    assert_equal_figures(records[0].layers["3.weight"], dict(expected))
+    assert expected["stiffness_max/e2m1"] >= 8
+
+
+def test_block_formats_sample_whole_blocks() -> None:
+    model = net()
+    optimizer, _, records = watched(model, formats=("mxfp4", "nvfp4"), max_elements=512)
+    train(model, optimizer)
+    indices = sample_elements("3.weight", (32, 720), 512, block=32)
+    step = optimizer.steps[0]["3.weight"]
+    blocks = [each.flatten()[indices].view(1, -1) for each in step]  # whole ones, side by side
+    expected = measure(*blocks, ("mxfp4",))
+    assert_equal_figures(
+        {k: v for k, v in records[0].layers["3.weight"].items() if not k.endswith("nvfp4")},
+        expected,
+    )
+
+
+def test_the_model_figure_of_samples_is_near_that_of_all_elements() -> None:
+    """Each layer counts with all its elements: without weights the small ones would dominate."""
+    model = net()
+    with torch.no_grad():  # what is large stalls, what is small does not
+        model[3].weight.add_(0.5)
+    optimizer, _, records = watched(model, max_elements=500, scaling=None)
+    train(model, optimizer)
+    together = [
+        torch.cat([each.flatten() for each in part])
+        for part in zip(*optimizer.steps[0].values(), strict=True)
+    ]
+    truth = measure(*together, FORMATS, None)
+    for key in ("stall_frac/bf16", "stall_frac/e4m3fn", "visible_frac/e4m3fn", "on_grid_frac/bf16"):
+        error = records[0].model.standard_error(key)
+        assert 0 <= error < 0.03
+        assert abs(records[0].model[key] - truth[key]) <= 4 * error + 1e-15, key
+    unweighted = torch.tensor([f["stall_frac/bf16"] for f in records[0].layers.values()]).mean()
+    assert abs(unweighted.item() - truth["stall_frac/bf16"]) > 0.1
+    assert records[0].model["update_rms"] == pytest.approx(truth["update_rms"], rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "key", ["stall_frac/e4m3fn", "kept_update_ratio/e4m3fn", "on_grid_frac/bf16"]
+)
+def test_standard_errors_are_those_that_two_hundred_draws_show(key: str) -> None:
+    torch.manual_seed(0)
+    before = torch.randn(20_000) * 0.05
+    after = before + torch.randn(20_000) * 2e-3
+    before[::3] = before[::3].bfloat16().float()
+    measurer = Measurer(("e4m3fn", "bf16"), None)
+    (truth,) = metrics_of([measurer.statistics_of(before, after, after)])
+    values, errors = [], []
+    for seed in range(200):
+        indices = sample_elements("w", (20_000,), 1000, seed=seed)
+        sampled = measurer.statistics_of(before[indices], after[indices], after[indices])
+        sampled.sums[0] = 20_000
+        (figures,) = metrics_of([sampled])
+        values.append(figures[key])
+        errors.append(figures.standard_error(key))
+    observed = torch.tensor(values).std().item()
+    assert observed == pytest.approx(sum(errors) / 200, rel=0.2)
+    assert abs(sum(values) / 200 - truth[key]) < 4 * observed / math.sqrt(200)
+    assert truth.standard_error(key) == 0
+
+
+def test_a_standard_error_that_cannot_be_trusted_is_nan() -> None:
+    torch.manual_seed(0)
+    before = torch.randn(4000)
+    heavy = torch.distributions.StudentT(1.0).sample((4000,)) * 1e-3
+    statistics = Measurer("bf16", None).statistics_of(before, before + heavy, heavy)
+    statistics.sums[0] = 1e6
+    (figures,) = metrics_of([statistics])
+    assert 4000 / figures["energy_concentration"] < 30
+    assert math.isnan(figures.standard_error("kept_update_ratio/bf16"))
+    assert 0 < figures.standard_error("stall_frac/bf16") < 0.01
+    assert math.isnan(figures.standard_error("update_rms"))
+
+
+# --- over time
+
+
+def test_never_moved_is_what_never_moved_in_any_observed_step() -> None:
+    model = net()
+    optimizer, _, records = watched(model, every_n_steps=2, scaling=None)
+    train(model, optimizer, 8)
+    assert [record.index for record in records] == [1, 3, 5, 7]
+    had, kept = {}, {}
+    for record, step in zip(records, optimizer.steps[1::2], strict=True):
+        for name, (before, after, _) in step.items():
+            d = after.double() - before.double()
+            grid = get_format("e4m3fn")
+            effective = effective_update(before.double(), d, grid)
+            had[name] = had.get(name, False) | (d != 0)
+            kept[name] = kept.get(name, False) | ((d != 0) & (effective != 0))
+            expected = 1 - (kept[name].sum() / had[name].sum()).item()
+            figure = record.layers[name]["never_moved_frac/e4m3fn"]
+            assert figure == pytest.approx(expected, abs=1e-6), name
+        total = 1 - sum(k.sum() for k in kept.values()) / sum(h.sum() for h in had.values())
+        assert record.model["never_moved_frac/e4m3fn"] == pytest.approx(total.item(), abs=1e-6)
+    first, last = (records[i].model["never_moved_frac/e4m3fn"] for i in (0, -1))
+    assert 0 < last < first < 1
+
+
+@pytest.mark.parametrize("capacity", [640, 100_000])
+def test_a_resumed_run_knows_what_has_never_moved(capacity: int) -> None:
+    with sharing_out(capacity):
+        whole, resumed = net(), net()
+        optimizer, _, expected = watched(whole, max_elements=300)
+        train(whole, optimizer, 6)
+        optimizer, first, records = watched(resumed, max_elements=300)
+        train(resumed, optimizer, 3)
+        state = copy.deepcopy(first.state_dict())
+        first.detach()
+        second = UpdateMonitor(
+            resumed, records.append, formats=FORMATS, max_elements=300, strict=True
+        )
+        second.load_state_dict(state)
+        second.attach(optimizer)
+        assert second.state_dict()["ever_moved"].keys() == state["ever_moved"].keys()
+        generator = torch.Generator().manual_seed(1)
+        for position in range(6):
+            x = torch.randn(4, 3, 8, 8, generator=generator)
+            if position < 3:
+                continue
+            optimizer.zero_grad()
+            resumed(x).square().mean().backward()
+            optimizer.step()
+    for name in expected[-1].layers:
+        for format in FORMATS:
+            key = f"never_moved_frac/{format}"
+            assert records[-1].layers[name][key] == pytest.approx(
+                expected[-1].layers[name][key], nan_ok=True, abs=0
+            )
+    # One bit for each element and format, and one for whether it was to move.
+    bits = sum(packed.numel() * 8 for _, packed in state["ever_moved"].values())
+    elements = sum(figures.elements for figures in records[-1].layers.values())
+    assert bits <= elements * (1 + len(FORMATS)) + 8 * len(records[-1].layers)
+
+
+def test_what_was_learnt_outlives_the_optimizer() -> None:
+    model = net()
+    optimizer, monitor, _ = watched(model)
+    train(model, optimizer)
+    expected = monitor.state_dict()["ever_moved"]
+    monitor.detach()
+    del optimizer
+    gc.collect()
+    kept = monitor.state_dict()["ever_moved"]
+    assert kept.keys() == expected.keys()
+    assert all(torch.equal(kept[name][1], bits) for name, (_, bits) in expected.items())
+
+
+def test_a_state_of_other_formats_is_told_and_not_mixed_up() -> None:
+    model = net()
+    optimizer, monitor, _ = watched(model)
+    train(model, optimizer)
+    state = monitor.state_dict()
+    other = UpdateMonitor(model, formats="e5m2")
+    with pytest.warns(UserWarning, match="never_moved_frac begins anew"):
+        other.load_state_dict(state)
+    other.attach(optimizer)
+    train(model, optimizer)
+    assert other.latest is not None
+
+
+def test_scales_hold_for_a_hundred_steps_unless_a_weight_exceeds_them() -> None:
+    model = nn.Linear(4, 4, bias=False)
+    optimizer, monitor, records = watched(model, formats="e4m3fn")
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+
+    def step(value: float) -> float:
+        model.weight.grad = torch.zeros_like(model.weight)
+        with torch.no_grad():
+            model.weight.fill_(value)
+        model.weight.grad.fill_(0.1)
+        optimizer.step()
+        return monitor._scales["weight"].values[0].item()
+
+    assert step(1.0) == 2.0**-8
+    assert step(0.25) == 2.0**-8  # a smaller one changes nothing …
+    assert step(1.74) == 2.0**-8
+    assert step(1.76) == 2.0**-8  # … nor does a larger one at once: it is clipped and seen
+    assert records[-1].model["saturated_frac/e4m3fn"] == 1
+    assert step(1.76) == 2.0**-7
+    assert records[-1].model["saturated_frac/e4m3fn"] == 0
+    for _ in range(94):
+        assert step(0.2) == 2.0**-7
+    assert len(records) == 99
+    assert step(0.2) == 2.0**-7
+    assert step(0.2) == 2.0**-11  # the hundred-and-first
+
+
+def test_weights_that_begin_at_zero_have_a_scale_as_soon_as_they_have_moved() -> None:
+    """A bias of zeros sets no scale; with that of its first step it would seem frozen for long."""
+    model = nn.Linear(4, 4)
+    nn.init.zeros_(model.bias)
+    optimizer, monitor, records = watched(model, formats="e2m1")
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 0.02)
+        optimizer.step()
+    assert monitor._scales["bias"].values[0] < 1e-3
+    stalls = [record.layers["bias"]["stall_frac/e2m1"] for record in records]
+    assert stalls == [1, 0, 0]
+
+
+def test_the_overhead_budget_holds_back_observation(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    indices: list[int] = []
+
+    def on_record(record: StepRecord) -> None:
+        indices.append(record.index)
+
+    monitor = UpdateMonitor(model, on_record, overhead_budget=0.2, strict=True)
+    kernel = monitor._measurer.vectors_of
+
+    def slow(batch: Any) -> Tensor:
+        now[0] += 1.0  # a second for each observation
+        return kernel(batch)
+
+    monkeypatch.setattr(monitor._measurer, "vectors_of", slow)
+    monitor.attach(optimizer)
+    for _ in range(500):
+        now[0] += 0.125  # an eighth for each step
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+    gaps = [b - a for a, b in itertools.pairwise(indices)]
+    assert gaps[:2] == [1, 1]  # the cost of the first is not taken for that of all
+    assert set(gaps[3:]) == {32}  # 1 s in 1 + 32 / 8 s
+    assert monitor.state_dict()["budget"]["interval"] == 32
+    assert monitor.latest.own_seconds == pytest.approx(1.0)
+    assert monitor.latest.training_seconds == pytest.approx(0.125)
+
+
+# --- rules
+
+
+def test_rules_say_which_layers_are_observed_when_and_for_what() -> None:
+    model = net()
+    rules = [
+        SamplingRule("0.*", enabled=False),
+        SamplingRule("*.bias", every_n_steps=3, formats=("e5m2",)),
+        SamplingRule("3.weight", max_elements=100),
+    ]
+    optimizer, monitor, records = watched(model, sampling=rules, scaling=None)
+    train(model, optimizer, 7)
+    biases = [{name for name in record.layers if name.endswith("bias")} for record in records]
+    assert [bool(each) for each in biases] == [True, False, False, True, False, False, True]
+    assert all(not name.startswith("0.") for record in records for name in record.layers)
+    layers = records[0].layers
+    assert layers["3.weight"].elements == 100
+    assert layers["2.bias"].formats == ("e5m2",)
+    assert layers["2.weight"].formats == FORMATS
+    assert "stall_frac/bf16" not in set(layers["2.bias"])
+    with pytest.raises(KeyError, match=r"stall_frac/bf16.*expected .*e5m2"):
+        layers["2.bias"]["stall_frac/bf16"]
+    # The model's figures of a format are those of the layers that are judged for it.
+    step = optimizer.steps[0]
+    of_biases = [
+        torch.cat([each.flatten() for each in part])
+        for part in zip(*(step[f"{n}.bias"] for n in (2, 3, 4)), strict=True)
+    ]
+    expected = measure(*of_biases, "e5m2", None)
+    for metric in ("stall_frac", "kept_update_ratio", "grid_error_mean", "sqnr_db"):
+        key = f"{metric}/e5m2"
+        assert records[0].model[key] == pytest.approx(expected[key], rel=1e-12), key
+    assert math.isnan(records[1].model.get("stall_frac/e5m2", math.nan))
+    assert "(default)" in monitor.describe()
+    assert "*.bias" in monitor.describe()
+
+
+def test_a_rule_that_matches_nothing_is_an_error_with_near_matches() -> None:
+    with pytest.raises(ValueError, match=r"'3\.wieght' matches none.*3\.weight"):
+        UpdateMonitor(net(), sampling=[SamplingRule("3.wieght")])
+
+
+def test_a_schedule_says_which_steps() -> None:
+    model = net()
+    optimizer, _, records = watched(model, every_n_steps=StepSchedule(2, from_step=3, until_step=8))
+    train(model, optimizer, 10)
+    assert [record.index for record in records] == [3, 5, 7]
+
+
+# --- what must not happen
+
+
+@pytest.mark.parametrize("options", [{}, {"max_elements": 100}, {"overhead_budget": 0.5}])
+def test_training_is_untouched(options: dict[str, Any]) -> None:
+    def run(observe: bool) -> tuple[list[Tensor], Tensor]:
+        model = net()
+        model.insert(2, nn.Dropout(0.1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        monitor = UpdateMonitor(model, strict=True, **options)
+        if observe:
+            monitor.attach(optimizer)
+        train(model, optimizer, 5)
+        assert (monitor.latest is not None) is observe
+        return [p.detach() for p in model.parameters()], torch.get_rng_state()
+
+    (weights, state), (expected, expected_state) = run(True), run(False)
+    assert all(map(torch.equal, weights, expected))
+    assert torch.equal(state, expected_state)
+
+
+def test_a_fault_warns_once_and_training_goes_on() -> None:
+    model = net()
+    optimizer, monitor, records = watched(model, strict=False)
+    with (
+        mock.patch.object(Measurer, "vectors_of", side_effect=RuntimeError("broken")),
+        pytest.warns(UserWarning, match="stops observing after a fault.*broken") as warned,
+    ):
+        train(model, optimizer, 3)
+    assert len(warned) == 1
+    assert (records, len(optimizer.steps), monitor.is_observing) == ([], 3, False)
+
+
+@pytest.mark.parametrize(("inf", "gradient", "shown"), [(0, 1, True), (0, 0, True), (1, 1, False)])
+def test_a_step_that_a_scaler_skipped_is_counted_and_not_shown(
+    inf: float, gradient: float, shown: bool
+) -> None:
+    model = net()
+    records: list[StepRecord] = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    monitor = UpdateMonitor(model, records.append, strict=True).attach(optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, gradient)
+    optimizer.found_inf, optimizer.grad_scale = torch.tensor(float(inf)), None
+    optimizer.step()
+    assert (len(records), monitor.skipped["inf"]) == (int(shown), int(not shown))
+
+
+def test_two_thousand_layers() -> None:
+    model = nn.ParameterList([nn.Parameter(torch.randn(3)) for _ in range(2000)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with UpdateMonitor(model, formats="bf16", strict=True).attach(optimizer) as monitor:
+        for parameter in model:
+            parameter.grad = torch.ones(3)
+        optimizer.step()
+    assert len(monitor.latest.layers) == 2000
+    assert monitor.latest.model.population == 6000
+
+
+def test_formats_of_ones_own_and_all_keys() -> None:
+    mine = FloatFormat("mine", 4, 1, 7)
+    model = net()
+    optimizer, _, records = watched(model, formats=[mine, "bf16"])
+    train(model, optimizer)
+    keys = set(records[0].model)
+    assert keys == {*LAYER_METRICS} | {f"{m}/{f}" for m in FORMAT_METRICS for f in ("mine", "bf16")}
+    with pytest.raises(KeyError, match="unknown metric 'stal_frac'; nearest: stall_frac"):
+        records[0].model["stal_frac/bf16"]
