@@ -1,0 +1,245 @@
+"""Times what it takes to measure one tensor's step, in nanoseconds per element.
+
+    python benchmarks/measuring.py [--quick] [--compile] [--threads 1 2] [--sizes 1e4 1e6]
+
+Beside AltGrad's engine stand the same figures written naively (see naive.py), a clone of one of the
+three tensors, and the memory limit: each of the three read once, to a sum. The engine is timed to
+the statistics, which stay on the device; `altgrad.measure` makes its memory anew at each call and
+adds the host copy and the metrics, as the naive version has them. Paired are all variants of one
+size and number of formats.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from naive import naive_figures, ordinary_data
+from paired import (
+    Quartiles,
+    Seconds,
+    Target,
+    paired_batches,
+    print_environment,
+    print_table,
+    print_targets,
+    quartiles,
+    ratios,
+    script_arguments,
+    seconds_of,
+    size_name,
+    write_json,
+)
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from altgrad import get_format, measure
+from altgrad.measuring import Measurer
+
+SIZES = (1e3, 1e4, 1e5, 1e6, 3e7, 1e8)
+QUICK_LIMIT = 1_000_000
+NAIVE_LIMIT = 1_000_000  # beyond, it takes seconds and gigabytes
+FORMATS = {1: ("e4m3fn",), 4: ("e4m3fn", "e5m2", "fp16", "bf16")}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MEMORY_SIZE = 4_000_000
+
+LIMIT = "memory limit: three sums"
+NAIVE = "naive"
+EAGER = "altgrad eager"
+COMPILED = "altgrad compiled, no histogram"
+COMPILED_HISTOGRAM = "altgrad compiled"
+MEASURE = "altgrad.measure"
+VARIANTS = ("torch clone of one", LIMIT, NAIVE, EAGER, MEASURE, COMPILED, COMPILED_HISTOGRAM)
+AT_MOST = {  # nanoseconds per element, one thread, float32, at 1e6 and at 3e7
+    (EAGER, 1): 45,
+    (EAGER, 4): 130,
+    (COMPILED, 1): 4,
+    (COMPILED, 4): 9,
+    (COMPILED_HISTOGRAM, 1): 6,
+    (COMPILED_HISTOGRAM, 4): 14,
+}
+TARGET_SIZES = (1_000_000, 30_000_000)
+MEMORY_TARGET_MIB = 16
+
+Step = tuple[Tensor, Tensor, Tensor]
+
+
+class Cell(NamedTuple):
+    """One timing; nanoseconds per element."""
+
+    dtype: str
+    threads: int
+    formats: int
+    elements: int
+    variant: str
+    rounds: int
+    minimum: float
+    median: float
+    ratio_to_limit: Quartiles
+
+
+def variants_of(
+    step: Step, formats: tuple[str, ...], compiled: dict[str, Measurer]
+) -> dict[str, Callable[[], object]]:
+    before, after, gradient = step
+    measurer = Measurer(formats)
+    resolved = [get_format(name) for name in formats]
+    variants: dict[str, Callable[[], object]] = {
+        "torch clone of one": before.clone,
+        LIMIT: lambda: (before.sum(), after.sum(), gradient.sum()),
+        EAGER: lambda: measurer.statistics_of(*step),
+        MEASURE: lambda: measure(*step, formats=formats),
+    }
+    if before.numel() <= NAIVE_LIMIT:
+        variants[NAIVE] = lambda: [naive_figures(*step, format) for format in resolved]
+    for name, its in compiled.items():
+        variants[name] = lambda its=its: its.statistics_of(*step)
+    return variants
+
+
+def compiled_measurers(formats: tuple[str, ...], dtype: torch.dtype) -> dict[str, Measurer]:
+    """Compiled here, so that no timing has it in it, for this dtype and number of threads."""
+    measurers = {
+        COMPILED: Measurer(formats, compile=True, histograms=False),
+        COMPILED_HISTOGRAM: Measurer(formats, compile=True),
+    }
+    step = ordinary_data(1_000_000, dtype)
+    for name, measurer in measurers.items():
+        taken = seconds_of(lambda measurer=measurer: measurer.statistics_of(*step))
+        print(f"{name}, {len(formats)} formats: the first call took {taken:.1f} s", flush=True)
+    return measurers
+
+
+def rounds_of(elements: int, *, quick: bool) -> int:
+    rounds = 30 if elements <= 1_000_000 else 7 if elements <= 30_000_000 else 3
+    return max(3, rounds // 6) if quick else rounds
+
+
+def cells_of(seconds: Seconds, dtype: str, threads: int, formats: int, elements: int) -> list[Cell]:
+    scale = 1e9 / elements
+    return [
+        Cell(
+            dtype=dtype,
+            threads=threads,
+            formats=formats,
+            elements=elements,
+            variant=name,
+            rounds=len(taken),
+            minimum=min(taken) * scale,
+            median=quartiles(taken).median * scale,
+            ratio_to_limit=ratios(seconds, name, LIMIT),
+        )
+        for name, taken in seconds.items()
+    ]
+
+
+def print_cells(cells: list[Cell]) -> None:
+    """One table: a row for each variant, a column for each size."""
+    first = cells[0]
+    sizes = sorted({cell.elements for cell in cells})
+    print(
+        f"\n{first.dtype}, {first.threads} thread(s), {first.formats} format(s): ns per element, "
+        "minimum · median (· median ratio to the memory limit)\n"
+    )
+    at = {(cell.variant, cell.elements): cell for cell in cells}
+    rows = [
+        (name, *(text_of(at.get((name, size))) for size in sizes))
+        for name in VARIANTS
+        if any((name, size) in at for size in sizes)
+    ]
+    print_table(("", *map(size_name, sizes)), rows)
+
+
+def text_of(cell: Cell | None) -> str:
+    if cell is None:
+        return "skipped"
+    return f"{cell.minimum:.3g} · {cell.median:.3g} · {cell.ratio_to_limit.median:.3g}"
+
+
+def targets_of(cells: list[Cell]) -> list[Target]:
+    """Of the medians; sizes that were not asked for are shown as not measured."""
+    at = {
+        (cell.variant, cell.formats, cell.elements): cell.median
+        for cell in cells
+        if cell.dtype == "float32" and cell.threads == 1
+    }
+    return [
+        Target(
+            f"{name}, {formats} format(s), {size_name(size)}",
+            at.get((name, formats, size)),
+            at_most,
+        )
+        for (name, formats), at_most in AT_MOST.items()
+        for size in TARGET_SIZES
+    ]
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """The most bytes that the call holds at once beyond what there was, as torch allocates them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(file))
+        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+    held = most = 0
+    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
+        most = max(most, held)
+    return most
+
+
+def memory_targets() -> list[Target]:
+    """Each with a new Measurer, so that what it allocates once is counted too."""
+    step = ordinary_data(MEMORY_SIZE)
+    ordinary = Measurer(FORMATS[1])
+    ordinary.statistics_of(*ordinary_data(1_000))  # constants that torch makes once
+    targets = []
+    for formats in FORMATS.values():
+        peak = peak_memory(lambda formats=formats: Measurer(formats).statistics_of(*step)) / 2**20
+        demand = f"MiB beside {size_name(MEMORY_SIZE)} elements, eager, {len(formats)} format(s)"
+        targets.append(Target(demand, peak, MEMORY_TARGET_MIB))
+    return targets
+
+
+def main() -> None:
+    parser = script_arguments("Time the measuring of one tensor's step, paired.")
+    parser.add_argument("--compile", action="store_true", help="also what torch.compile makes")
+    parser.add_argument("--sizes", nargs="+", type=float, default=SIZES, metavar="N")
+    parser.add_argument("--threads", nargs="+", type=int, default=(1, 2), metavar="N")
+    parser.add_argument("--dtypes", nargs="+", default=tuple(DTYPES), choices=DTYPES)
+    parser.add_argument("--formats", nargs="+", type=int, default=tuple(FORMATS), choices=FORMATS)
+    arguments = parser.parse_args()
+    print_environment()
+    sizes = [int(s) for s in arguments.sizes if not arguments.quick or s <= QUICK_LIMIT]
+    all_cells: list[Cell] = []
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        for dtype in arguments.dtypes:
+            for count in arguments.formats:
+                torch.compiler.reset()  # what was compiled for other threads or dtypes
+                formats = FORMATS[count]
+                compiled = compiled_measurers(formats, DTYPES[dtype]) if arguments.compile else {}
+                cells: list[Cell] = []
+                for size in sizes:
+                    variants = variants_of(ordinary_data(size, DTYPES[dtype]), formats, compiled)
+                    rounds = rounds_of(size, quick=arguments.quick)
+                    seconds = paired_batches(variants, rounds)
+                    cells += cells_of(seconds, dtype, threads, count, size)
+                print_cells(cells)
+                all_cells += cells
+    targets = targets_of(all_cells) + memory_targets()
+    print_targets(targets, ".3g")
+    figures = {
+        "cells": [cell._asdict() for cell in all_cells],
+        "targets": [target._asdict() for target in targets],
+    }
+    write_json(arguments.json, figures)
+
+
+if __name__ == "__main__":
+    main()

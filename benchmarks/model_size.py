@@ -1,0 +1,224 @@
+"""Times an observed step against the size of the model, for the same number of sampled elements.
+
+    python benchmarks/model_size.py [--quick] [--threads N] [--sizes 1e6 1e8] [--elements 1024]
+
+26 tensors that grow, under SGD, gradients filled once. Hooks around those of `UpdateMonitor` tell
+its time from that of the step: what comes before the step is the copies of the chosen weights and
+gradients, what comes after it a copy of the new weights, the measuring and the host copy. Only the
+copies can depend on the size, as their elements lie ever farther apart; beside them stand the same
+three gathers by `torch.take` alone. The step evicts what the caches held, as in training.
+
+What does read whole parameters is apart: the first observed step, which takes the scales and
+chooses the elements. Scales are taken again every 100 observed steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from paired import (
+    Quartiles,
+    paired_steps,
+    print_environment,
+    print_table,
+    quartiles,
+    script_arguments,
+    seconds_of,
+    size_name,
+    write_json,
+)
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from altgrad import UpdateMonitor
+from altgrad.monitor import DEFAULT_MAX_ELEMENTS, STEPS_PER_SCALE
+
+TENSORS = 26
+SIZES = (1e6, 3e6, 1e7, 3e7, 1e8, 3e8)  # the largest takes 2.4 GB of weights and gradients
+QUICK_LIMIT = 30_000_000
+FORMATS = ("e4m3fn", "e5m2", "fp16", "bf16")
+FLAT = 1.25  # so much more at the largest size than at the smallest counts as flat
+PLAIN, OBSERVED, GATHERED = "plain", "observed", "gathered"
+
+
+class Row(NamedTuple):
+    """One size; microseconds for each tensor, or milliseconds."""
+
+    parameters: int
+    rounds: int
+    before_us: Quartiles
+    after_us: Quartiles
+    observed_us: Quartiles
+    gathered_us: Quartiles
+    step_ms: float
+    first_step_ms: float
+
+    @property
+    def own_us(self) -> float:
+        """Of the median, what remains without the three gathers."""
+        return self.observed_us.median - self.gathered_us.median
+
+
+class Stamped:
+    """An optimizer over the parameters, with the time that hooks take around its step."""
+
+    def __init__(self, parameters: list[nn.Parameter], add: Callable[[SGD], object]) -> None:
+        self.before: list[float] = []  # seconds, of each step
+        self.after: list[float] = []
+        self.whole: list[float] = []
+        self._optimizer = SGD(parameters, lr=1e-6)
+        self._began = self._ended = 0.0
+        # Hooks are called in the order of their registration: those of `add` come in between.
+        self._optimizer.register_step_post_hook(self._end_of_step)
+        add(self._optimizer)
+        self._optimizer.register_step_pre_hook(self._begin_of_step)
+
+    def step(self) -> None:
+        start = time.perf_counter()
+        self._optimizer.step()
+        stop = time.perf_counter()
+        self.before.append(self._began - start)
+        self.after.append(stop - self._ended)
+        self.whole.append(stop - start)
+
+    def _begin_of_step(self, *_: object) -> None:
+        self._began = time.perf_counter()
+
+    def _end_of_step(self, *_: object) -> None:
+        self._ended = time.perf_counter()
+
+
+def parameters_of(size: int) -> list[nn.Parameter]:
+    parameters = [nn.Parameter(torch.empty(size // TENSORS)) for _ in range(TENSORS)]
+    for parameter in parameters:
+        nn.init.normal_(parameter, std=0.02)
+        parameter.grad = torch.empty_like(parameter).normal_(std=0.02)
+    return parameters
+
+
+def add_gathers(parameters: list[nn.Parameter], elements: int) -> Callable[[SGD], object]:
+    """What the copies cost by themselves: weights and gradients before the step, weights after."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = [
+        torch.randint(p.numel(), (min(elements, p.numel()),), generator=generator).sort().values
+        for p in parameters
+    ]
+    out = [torch.empty(len(positions)) for positions in chosen]
+
+    def gather(tensors: list[Tensor]) -> None:
+        for number, tensor in enumerate(tensors):
+            place = number % TENSORS
+            torch.take(tensor, chosen[place], out=out[place])
+
+    weights = [p.detach() for p in parameters]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+
+    def add(optimizer: SGD) -> None:
+        optimizer.register_step_pre_hook(lambda *_: gather([*weights, *gradients]))
+        optimizer.register_step_post_hook(lambda *_: gather(weights))
+
+    return add
+
+
+def row_of(size: int, elements: int, rounds: int) -> Row:
+    parameters = parameters_of(size)
+    monitor = UpdateMonitor(
+        nn.ParameterList(parameters), formats=FORMATS, max_elements=elements, strict=True
+    )
+    stamped = {
+        PLAIN: Stamped(parameters, lambda _: None),
+        OBSERVED: Stamped(parameters, monitor.attach),
+        GATHERED: Stamped(parameters, add_gathers(parameters, elements)),
+    }
+    first_step = seconds_of(stamped[OBSERVED].step)
+    steps = {name: each.step for name, each in stamped.items()}
+    paired_steps(steps, 2, untimed=0)
+    taken = paired_steps(steps, rounds, untimed=0)
+    monitor.detach()
+    observed, gathered = stamped[OBSERVED], stamped[GATHERED]
+    return Row(
+        parameters=size,
+        rounds=rounds,
+        before_us=per_tensor(observed.before[-rounds:]),
+        after_us=per_tensor(observed.after[-rounds:]),
+        observed_us=per_tensor(hooks_of(observed)[-rounds:]),
+        gathered_us=per_tensor(hooks_of(gathered)[-rounds:]),
+        step_ms=1e3 * quartiles(taken[PLAIN]).median,
+        first_step_ms=1e3 * first_step,
+    )
+
+
+def hooks_of(stamped: Stamped) -> list[float]:
+    return [before + after for before, after in zip(stamped.before, stamped.after, strict=True)]
+
+
+def per_tensor(seconds: list[float]) -> Quartiles:
+    return Quartiles(*(1e6 / TENSORS * value for value in quartiles(seconds)))
+
+
+def print_rows(rows: list[Row], elements: int) -> None:
+    print(
+        f"\n{TENSORS} tensors, {elements:,} elements of each, {len(FORMATS)} formats, "
+        f"{rows[0].rounds} rounds; µs per tensor, medians (quartiles)\n"
+    )
+    header = (
+        *("parameters", "observed step adds", "before the step", "after it"),
+        *("three gathers alone", "the rest", "plain step, ms", "first observed step, ms"),
+    )
+    cells = [
+        (
+            size_name(row.parameters),
+            f"{row.observed_us.median:.1f} ({row.observed_us.low:.1f}–{row.observed_us.high:.1f})",
+            f"{row.before_us.median:.1f}",
+            f"{row.after_us.median:.1f}",
+            f"{row.gathered_us.median:.1f}",
+            f"{row.own_us:.1f}",
+            f"{row.step_ms:.2f}",
+            f"{row.first_step_ms:.0f}",
+        )
+        for row in rows
+    ]
+    print_table(header, cells)
+
+
+def print_verdict(rows: list[Row]) -> None:
+    small, large = rows[0], rows[-1]
+    growth = large.observed_us.median - small.observed_us.median
+    factor = large.observed_us.median / small.observed_us.median
+    gathers = large.gathered_us.median - small.gathered_us.median
+    verdict = "flat" if factor <= FLAT else "not flat"
+    print(
+        f"\nFrom {size_name(small.parameters)} to {size_name(large.parameters)} parameters an "
+        f"observed step adds {factor:.2f} times as much: {verdict} (up to {FLAT:g}).\n"
+        f"It grows by {growth:.1f} µs per tensor, the gathers alone by {gathers:.1f} µs (elements "
+        f"that are in no cache), the rest by {growth - gathers:.1f} µs.\n"
+        f"Scales, taken of whole parameters every {STEPS_PER_SCALE} observed steps, come to at "
+        f"most {10 * large.first_step_ms / TENSORS:.0f} µs per tensor and step at the largest size."
+    )
+
+
+def main() -> None:
+    parser = script_arguments("Time an observed step against the size of the model.")
+    parser.add_argument("--threads", type=int, metavar="N", help="cores for torch; default: all")
+    parser.add_argument("--sizes", nargs="+", type=float, default=SIZES, metavar="N")
+    parser.add_argument("--elements", type=int, default=DEFAULT_MAX_ELEMENTS, metavar="N")
+    parser.add_argument("--rounds", type=int, default=30)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    print_environment()
+    torch.manual_seed(0)
+    sizes = sorted(int(s) for s in arguments.sizes if not arguments.quick or s <= QUICK_LIMIT)
+    rounds = 10 if arguments.quick else arguments.rounds
+    row_of(sizes[0], arguments.elements, 3)  # what torch makes once is not of the first size
+    rows = [row_of(size, arguments.elements, rounds) for size in sizes]
+    print_rows(rows, arguments.elements)
+    print_verdict(rows)
+    write_json(arguments.json, {"rows": [row._asdict() for row in rows]})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""Times what AltGrad adds to a training step, beside other tools that watch one, paired.
+
+    python benchmarks/training_step.py [--quick] [--compile] [--threads N] [--tokens 32 1024]
+
+A GPT of 10.1 M parameters in 100 tensors, float32, AdamW, random tokens. Every variant trains its
+own copy from the same state on the same tokens and observes every step; a round steps each once, in
+a new order. At the end all copies must have the same weights, bit for bit.
+
+- **floor**: weights and gradients copied before the step into buffers kept for it, their difference
+  after it, three norms for each tensor, one host copy. The least that full coverage can cost.
+- **Lightning** is `grad_norm` and a CSV logger alone, without the Trainer that normally calls them.
+- **wandb** is `watch(log="all")` and a `log` at each step, offline. It works in the background, so
+  that it has rounds of its own with a plain step. Without wandb installed it is left out.
+
+The counts are of one step each, less those of a plain one, and do not depend on the machine: tensor
+operations that torch dispatches (a foreach function is one), and copies to the host.
+"""
+
+# ruff: noqa: SLF001 - torch has no public foreach functions
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from paired import (
+    Quartiles,
+    Seconds,
+    Target,
+    counting,
+    paired_steps,
+    print_environment,
+    print_table,
+    print_targets,
+    quartiles,
+    ratios,
+    script_arguments,
+    seconds_of,
+    write_json,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+
+from altgrad import UpdateMonitor
+
+FORMATS = ("e4m3fn", "e5m2", "fp16", "bf16")
+SAMPLES = (1_024, 2_048, 4_096)
+DEFAULT_SAMPLE = inspect.signature(UpdateMonitor).parameters["max_elements"].default
+VOCABULARY, CONTEXT, WIDTH, HEADS, BLOCKS = 512, 256, 320, 5, 8
+SHAPES = {32: (1, 32), 1_024: (4, 256), 2_048: (8, 256)}  # tokens: batch and context
+QUICK_LIMIT = 1_024  # tokens
+ROUNDS = {32: 60, 1_024: 20, 2_048: 12}
+
+PLAIN = "plain step"
+FLOOR = "floor: copies, difference, 3 norms"
+FULL = "altgrad, all elements"
+COMPILED = "altgrad, all elements, compiled"
+LIGHTNING = "Lightning grad_norm, CSV logger"
+WANDB = 'wandb.watch(log="all"), offline'
+
+
+Add = Callable[["Training", ExitStack], None]
+"""What adds a variant to a training; the stack takes away what does not go with the training."""
+
+
+class Row(NamedTuple):
+    """One variant's steps at one size of batch; medians."""
+
+    tokens: int
+    variant: str
+    rounds: int
+    milliseconds: float
+    ratio: Quartiles
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first_norm, self.second_norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.fc, self.fc2 = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, context, _ = x.shape
+        split = self.qkv(self.first_norm(x)).view(batch, context, 3, HEADS, WIDTH // HEADS)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.proj(mixed.transpose(1, 2).reshape(x.shape))
+        return x + self.fc2(functional.gelu(self.fc(self.second_norm(x))))
+
+
+class Gpt(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(CONTEXT, WIDTH)
+        self.blocks = nn.Sequential(*(Block() for _ in range(BLOCKS)))
+        self.norm = nn.LayerNorm(WIDTH)
+        for embedding in (self.tokens, self.positions):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        return self.norm(self.blocks(x)) @ self.tokens.weight.T  # the head is tied
+
+
+class Training:
+    """One copy in training; what a variant adds stays with this copy alone."""
+
+    def __init__(self, model: nn.Module, shape: tuple[int, int]) -> None:
+        self.model = copy.deepcopy(model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4)
+        self.before_step: Callable[[], object] = lambda: None
+        self.after_step: Callable[[Tensor], object] = lambda _loss: None
+        self._shape = shape
+        self._generator = torch.Generator().manual_seed(0)
+
+    def step(self) -> None:
+        batch, context = self._shape
+        tokens = torch.randint(VOCABULARY, (batch, context + 1), generator=self._generator)
+        logits = self.model(tokens[:, :-1])
+        loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        self.before_step()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.after_step(loss)
+
+
+def monitored(max_elements: int | None, *, compile: bool = False) -> Add:
+    def add(training: Training, stack: ExitStack) -> None:
+        monitor = UpdateMonitor(
+            training.model,
+            formats=FORMATS,
+            every_n_steps=1,
+            max_elements=max_elements,
+            compile=compile,
+            strict=True,  # what fails would otherwise end the observation and cost nothing
+        )
+        stack.enter_context(monitor.attach(training.optimizer))
+
+    return add
+
+
+def add_nothing(_training: Training, _stack: ExitStack) -> None:
+    pass
+
+
+def add_floor(training: Training, _stack: ExitStack) -> None:
+    weights = [p.detach() for p in training.model.parameters()]
+    kept_weights = [torch.empty_like(p) for p in weights]
+    kept_gradients = [torch.empty_like(p) for p in weights]
+
+    def before_step() -> None:
+        gradients = [p.grad for p in training.model.parameters()]
+        torch._foreach_copy_(kept_weights, weights)
+        torch._foreach_copy_(kept_gradients, gradients)
+
+    def after_step(_loss: Tensor) -> None:
+        norms = [*torch._foreach_norm(kept_weights), *torch._foreach_norm(kept_gradients)]
+        torch._foreach_sub_(kept_weights, weights)
+        torch.stack([*norms, *torch._foreach_norm(kept_weights)]).tolist()
+
+    training.before_step, training.after_step = before_step, after_step
+
+
+def add_lightning(training: Training, stack: ExitStack) -> None:
+    from pytorch_lightning.loggers import CSVLogger
+    from pytorch_lightning.utilities import grad_norm
+
+    logger = CSVLogger(stack.enter_context(tempfile.TemporaryDirectory()))
+    training.before_step = lambda: logger.log_metrics(grad_norm(training.model, norm_type=2))
+
+
+def add_wandb(training: Training, stack: ExitStack) -> None:
+    import wandb
+
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    run = wandb.init(mode="offline", dir=folder, settings=wandb.Settings(silent=True))
+    stack.callback(run.finish)
+    run.watch(training.model, log="all", log_freq=1)
+    training.after_step = lambda loss: run.log({"loss": loss.item()})
+
+
+def sampled(elements: int) -> str:
+    return f"altgrad, {elements:,} of each"
+
+
+def groups_of(*, with_compile: bool) -> list[dict[str, Add]]:
+    """What adds each variant to a training, in groups that are paired with a plain step each."""
+    group = {PLAIN: add_nothing, FLOOR: add_floor}
+    for sample in sorted({*SAMPLES, *([DEFAULT_SAMPLE] if DEFAULT_SAMPLE else [])}):
+        group[sampled(sample)] = monitored(sample)
+    group[FULL] = monitored(None)
+    if with_compile:
+        group[COMPILED] = monitored(None, compile=True)
+    group[LIGHTNING] = add_lightning
+    if importlib.util.find_spec("wandb"):
+        return [group, {PLAIN: add_nothing, WANDB: add_wandb}]
+    print("wandb is not installed: left out")
+    return [group]
+
+
+def step_all(
+    group: dict[str, Add], model: nn.Module, tokens: int, rounds: int
+) -> tuple[Seconds, dict[str, tuple[int, int]]]:
+    """The seconds of the group's steps; operations and host copies of one step of each.
+
+    Of code that is compiled these cannot be counted: torch does not run it while it is watched.
+    """
+    trainings = {name: Training(model, SHAPES[tokens]) for name in group}
+    with ExitStack() as stack:
+        for name, training in trainings.items():
+            group[name](training, stack)
+            first = seconds_of(training.step)
+            print(f"  {name}: the first step took {first:.2f} s", flush=True)
+        steps = {name: training.step for name, training in trainings.items()}
+        paired_steps(steps, 2, untimed=0)  # scales, buffers and graphs are then made
+        seconds = paired_steps(steps, rounds, untimed=int(tokens <= 32))
+        check_same_weights(trainings)
+        counted = {name: counts_of(trainings[name]) for name in group if name != COMPILED}
+    return seconds, counted
+
+
+def counts_of(training: Training) -> tuple[int, int]:
+    with counting() as counts:
+        training.step()
+    return counts.operations, counts.host_copies
+
+
+def check_same_weights(trainings: dict[str, Training]) -> None:
+    expected = trainings[PLAIN].model.state_dict()
+    for name, training in trainings.items():
+        found = training.model.state_dict()
+        if not all(torch.equal(expected[key], found[key]) for key in expected):
+            raise SystemExit(f"{name}: its weights differ from those of the plain steps")
+
+
+def rows_of(tokens: int, seconds: Seconds) -> list[Row]:
+    return [
+        Row(tokens, name, len(taken), 1e3 * quartiles(taken).median, ratios(seconds, name, PLAIN))
+        for name, taken in seconds.items()
+    ]
+
+
+def print_rows(rows: list[Row]) -> None:
+    print(f"\n{rows[0].tokens:,} tokens a step, {rows[0].rounds} rounds\n")
+    cells = [
+        (
+            row.variant,
+            f"{row.milliseconds:,.0f}",
+            f"{row.ratio.median:.3f}",
+            f"{row.ratio.low:.3f} to {row.ratio.high:.3f}",
+        )
+        for row in rows
+    ]
+    print_table(("", "ms", "ratio to plain", "quartiles"), cells)
+    print()
+
+
+def print_counts(counted: dict[str, tuple[int, int]]) -> None:
+    plain = counted[PLAIN]
+    print(f"\nA plain step: {plain[0]:,} operations, {plain[1]:,} host copies. Added to it:\n")
+    rows = [
+        (name, f"{operations - plain[0]:,}", f"{copies - plain[1]:,}")
+        for name, (operations, copies) in counted.items()
+        if name != PLAIN
+    ]
+    print_table(("", "operations", "host copies"), rows)
+
+
+def targets_of(rows: list[Row]) -> list[Target]:
+    default = sampled(DEFAULT_SAMPLE) if DEFAULT_SAMPLE else FULL
+    demands = ((default, 32, 1.15), (default, 1_024, 1.02), (COMPILED, 2_048, 1.10))
+    measured = {(row.variant, row.tokens): row.ratio.median for row in rows}
+    return [
+        Target(f"{name}, {tokens:,} tokens", measured.get((name, tokens)), at_most)
+        for name, tokens, at_most in demands
+    ]
+
+
+def main() -> None:
+    parser = script_arguments("Time what observing adds to a training step, paired.")
+    parser.add_argument("--compile", action="store_true", help="also what torch.compile makes")
+    parser.add_argument("--threads", type=int, metavar="N", help="cores for torch; default: all")
+    parser.add_argument("--tokens", nargs="+", type=int, default=tuple(SHAPES), choices=SHAPES)
+    parser.add_argument("--rounds", type=int, metavar="N", help="default: 60, 20 and 12")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    print_environment()
+    torch.manual_seed(0)
+    model = Gpt()
+    parameters = list(model.parameters())
+    print(f"{sum(p.numel() for p in parameters):,} parameters in {len(parameters)} tensors")
+    groups = groups_of(with_compile=arguments.compile)
+    rows: list[Row] = []
+    counted: dict[str, tuple[int, int]] = {}
+    for tokens in arguments.tokens:
+        if arguments.quick and tokens > QUICK_LIMIT:
+            continue
+        rounds = arguments.rounds or ROUNDS[tokens] // (5 if arguments.quick else 1)
+        for group in groups:
+            seconds, of_group = step_all(group, model, tokens, rounds)
+            counted |= of_group
+            its_rows = rows_of(tokens, seconds)
+            print_rows(its_rows)
+            rows += its_rows
+    print_counts(counted)
+    targets = targets_of(rows)
+    print_targets(targets, ".3f")
+    figures = {
+        "steps": [row._asdict() for row in rows],
+        "operations_and_host_copies": counted,
+        "targets": [target._asdict() for target in targets],
+    }
+    write_json(arguments.json, figures)
+
+
+if __name__ == "__main__":
+    main()
