@@ -29,6 +29,7 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
+from gpt import VOCABULARY, Gpt
 from paired import (
     Quartiles,
     Seconds,
@@ -52,7 +53,6 @@ from altgrad import UpdateMonitor
 FORMATS = ("e4m3fn", "e5m2", "fp16", "bf16")
 SAMPLES = (1_024, 2_048, 4_096)
 DEFAULT_SAMPLE = inspect.signature(UpdateMonitor).parameters["max_elements"].default
-VOCABULARY, CONTEXT, WIDTH, HEADS, BLOCKS = 512, 256, 320, 5, 8
 SHAPES = {32: (1, 32), 1_024: (4, 256), 2_048: (8, 256)}  # tokens: batch and context
 QUICK_LIMIT = 1_024  # tokens
 ROUNDS = {32: 60, 1_024: 20, 2_048: 12}
@@ -77,36 +77,6 @@ class Row(NamedTuple):
     rounds: int
     milliseconds: float
     ratio: Quartiles
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first_norm, self.second_norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.fc, self.fc2 = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, context, _ = x.shape
-        split = self.qkv(self.first_norm(x)).view(batch, context, 3, HEADS, WIDTH // HEADS)
-        query, key, value = split.permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.proj(mixed.transpose(1, 2).reshape(x.shape))
-        return x + self.fc2(functional.gelu(self.fc(self.second_norm(x))))
-
-
-class Gpt(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(BLOCKS)))
-        self.norm = nn.LayerNorm(WIDTH)
-        for embedding in (self.tokens, self.positions):
-            nn.init.normal_(embedding.weight, std=0.02)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
-        return self.norm(self.blocks(x)) @ self.tokens.weight.T  # the head is tied
 
 
 class Training:

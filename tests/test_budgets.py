@@ -9,20 +9,20 @@ import torch
 from altgrad import UpdateMonitor
 from altgrad.measuring import Measurer
 from altgrad.workspace import TEMPORARY_BYTES
+from benchmarks.gpt import Gpt, train
 from tests.counting import Memory, host_copies, operations
-from tests.gpt import GPT, train
 
 FORMATS = ("e4m3fn", "e5m2", "fp16", "bf16")
 
 
 @pytest.fixture(scope="module")
-def model() -> GPT:
+def model() -> Gpt:
     torch.manual_seed(0)
-    return GPT()
+    return Gpt()
 
 
 @pytest.fixture
-def watched(model: GPT):
+def watched(model: Gpt):
     """The optimizer, and the monitor after two observed steps: all is in its place."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train(model, optimizer)
@@ -31,11 +31,11 @@ def watched(model: GPT):
         yield optimizer, monitor
 
 
-def steps(model: GPT, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+def steps(model: Gpt, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     return lambda: train(model, optimizer)
 
 
-def test_the_model_is_the_one_of_the_budget(model: GPT) -> None:
+def test_the_model_is_the_one_of_the_budget(model: Gpt) -> None:
     assert len([*model.parameters()]) == 100
     assert 10.0e6 < sum(parameter.numel() for parameter in model.parameters()) < 10.2e6
 
@@ -57,7 +57,7 @@ def test_an_observed_step_makes_at_most_250_operations_and_one_host_copy(model, 
     assert (observed - alone)["aten._foreach_copy_.default"] == 2
 
 
-def test_a_step_that_is_not_observed_makes_none(model: GPT) -> None:
+def test_a_step_that_is_not_observed_makes_none(model: Gpt) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train(model, optimizer)
     alone = operations(steps(model, optimizer))

@@ -1,4 +1,4 @@
-"""The model of the budgets: a GPT of 10.1 M parameters in 100 tensors."""
+"""The model of the budgets and timings: a GPT of 10.1 M parameters in 100 tensors."""
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class Block(nn.Module):
         return x + self.fc2(functional.gelu(self.fc(self.ln2(x))))
 
 
-class GPT(nn.Module):
+class Gpt(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(CONTEXT, WIDTH)
@@ -36,7 +36,7 @@ class GPT(nn.Module):
         return self.ln(self.blocks(x)) @ self.tokens.weight.T
 
 
-def train(model: GPT, optimizer: torch.optim.Optimizer, steps: int = 1, tokens: int = 32) -> None:
+def train(model: Gpt, optimizer: torch.optim.Optimizer, steps: int = 1, tokens: int = 32) -> None:
     """Steps on random tokens."""
     for _ in range(steps):
         text = torch.randint(VOCABULARY, (1, tokens + 1))
