@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from altgrad.ever_moved import EverMovedOfLayers
 from altgrad.measuring import Batch, Measurer
 from altgrad.observation.snapshots import Copies
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.row_kernel import EverMoved, Rows
-from altgrad.scales import Scales
+from altgrad.scale_state import ScaleState
+from altgrad.scales import Sharing
 
 _COLUMNS = 64  # few elements are wasted on the last row of a small parameter, and sums stay fast
 
 
 @dataclass(eq=False, slots=True)
-class _Place:
+class Place:
     """Where one parameter lies; without a name, where one lay that is stored elsewhere now."""
 
     name: str | None
-    population: int
+    shape: torch.Size
     indices: Tensor | None
     elements: int
     first_row: int
@@ -49,7 +51,7 @@ class Segment:
     gradient: Tensor
     together: Tensor | None
     ever: EverMoved
-    places: list[_Place] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
     batch: Batch | None = None
 
     @property
@@ -62,23 +64,30 @@ class Segment:
         """How many are taken."""
         return self.places[-1].rows.stop if self.places else 0
 
-    def find(self, name: str) -> _Place | None:
+    def find(self, name: str) -> Place | None:
         """Where the parameter lies."""
         return next((place for place in self.places if place.name == name), None)
 
-    def leave_out(self, places: Iterable[_Place]) -> None:
+    def leave_out(self, places: Iterable[Place]) -> None:
         """Let no elements be there of parameters of which nothing new was copied."""
         rows = [row for place in places for row in place.rows]
         if rows:
             self.before.index_fill_(0, torch.tensor(rows, device=self.before.device), torch.nan)
 
-    def ever_of(self, place: _Place) -> Tensor:
+    def ever_of(self, place: Place) -> Tensor:
         """What the elements of one have done: bool, (1 + formats, elements)."""
         rows = slice(place.rows.start, place.rows.stop)
         both = torch.cat((self.ever.moved[rows], self.ever.effective[rows]), dim=1)
         return both.transpose(0, 1).flatten(1)[:, : place.elements]
 
-    def restore(self, place: _Place, ever: Tensor) -> None:
+    def vacate(self, place: Place) -> None:
+        """Nothing lies there any more, and nothing has done anything yet."""
+        self.leave_out([place])
+        for each in self.ever:
+            each[place.rows.start : place.rows.stop] = False
+        place.name, place.indices, place.shape = None, None, torch.Size((1, place.elements))
+
+    def restore(self, place: Place, ever: Tensor) -> None:
         """Set what the elements of one have done, as `ever_of` gave it."""
         count = len(place.rows) * _COLUMNS
         padded = torch.zeros(len(ever), count, dtype=torch.bool, device=self.before.device)
@@ -96,20 +105,16 @@ class Arena:
 
     Args:
         measurer: Who measures them.
-        scales_of: The scales of a parameter, by its name.
-        restored: What the elements of parameters had done before this run was resumed, by name;
-            taken from it when a parameter finds its place.
+        scale_state: What the scales follow from.
+        ever_moved: Where what elements have done is, while they lie nowhere.
     """
 
     def __init__(
-        self,
-        measurer: Measurer,
-        scales_of: Callable[[str], Scales],
-        restored: dict[str, Tensor],
+        self, measurer: Measurer, scale_state: ScaleState, ever_moved: EverMovedOfLayers
     ) -> None:
         self._measurer = measurer
-        self._scales_of = scales_of
-        self._restored = restored
+        self._scale_state = scale_state
+        self._ever_moved = ever_moved
         self.segments: list[Segment] = []
 
     def place(
@@ -117,13 +122,14 @@ class Arena:
     ) -> Copies | None:
         """Memory for one parameter: that which it had, if it still fits."""
         elements = parameter.numel() if indices is None else len(indices)
-        if {parameter.dtype, gradient.dtype} - {*INPUT_DTYPES} or elements > self._capacity(name):
+        if {parameter.dtype, gradient.dtype} - {*INPUT_DTYPES} or elements > self._capacity:
             return None
-        shape = parameter.shape if indices is None else indices.shape
+        self._scale_state.look_at(name, parameter)
         segment, place = self._find(name, parameter, gradient, elements)
-        place.indices, place.population = indices, parameter.numel()
+        place.shape, place.indices = parameter.shape, indices
         segment.batch = None
         start = place.first_row * _COLUMNS
+        shape = parameter.shape if indices is None else indices.shape
         before, gradients, after = (
             each.view(-1)[start : start + elements].view(shape)
             for each in (segment.before, segment.gradient, segment.after)
@@ -137,42 +143,69 @@ class Arena:
         return segment.batch
 
     def scales_changed(self) -> None:
-        """The scales are to be asked for again."""
+        """Some amax have been taken again."""
         for segment in self.segments:
             if segment.batch is not None:
-                layer_of_row = segment.batch.layers.of_row
-                scale = self._scale(segment.places, layer_of_row)
-                grids = self._measurer.grids(scale, segment.before.device)
-                segment.batch = segment.batch._replace(grids=grids)
+                scales = self._scales(segment.places, segment.batch.layers.of_row)
+                segment.batch = self._measurer.with_scales(segment.batch, scales)
 
-    def _capacity(self, name: str) -> int:
-        single = self._scales_of(name).are_single
-        return self._measurer.elements_that_fit(single=single) // _COLUMNS * _COLUMNS
+    def ever_moved(self) -> Iterator[tuple[str, Tensor]]:
+        """What the elements of each parameter have done."""
+        for segment in self.segments:
+            for place in segment.places:
+                if place.name is not None:
+                    yield place.name, segment.ever_of(place)
+
+    def clear(self) -> None:
+        """Let go of all memory."""
+        self.segments.clear()
+
+    @property
+    def _capacity(self) -> int:
+        return self._measurer.capacity // _COLUMNS * _COLUMNS
 
     def _find(
         self, name: str, parameter: Tensor, gradient: Tensor, elements: int
-    ) -> tuple[Segment, _Place]:
+    ) -> tuple[Segment, Place]:
         alike = [each for each in self.segments if _are_stored_as(each, parameter, gradient)]
         for segment in self.segments:
             place = segment.find(name)
             if place is not None and place.elements == elements and segment in alike:
                 return segment, place
             if place is not None:
-                segment.leave_out([place])
-                place.name = None
-        needed = -(-elements // _COLUMNS)
-        roomy = (each for each in alike if each.rows + needed <= len(each.before))
-        segment = next(roomy, None) or self._new_segment(name, parameter, gradient)
-        place = _Place(name, parameter.numel(), None, elements, segment.rows)
-        segment.places.append(place)
-        ever = self._restored.pop(name, None)
-        if ever is not None and ever.shape == (1 + len(self._measurer.formats), elements):
+                if place.elements == elements:
+                    self._ever_moved.leave(name, segment.ever_of(place))
+                segment.vacate(place)
+        segment, place = self._new_place(name, parameter, gradient, elements, alike)
+        ever = self._ever_moved.take(name, 1 + len(self._measurer.formats), elements)
+        if ever is not None:
             segment.restore(place, ever)
         return segment, place
 
+    def _new_place(
+        self,
+        name: str,
+        parameter: Tensor,
+        gradient: Tensor,
+        elements: int,
+        alike: Sequence[Segment],
+    ) -> tuple[Segment, Place]:
+        """Where another one lay, or after the last."""
+        needed = -(-elements // _COLUMNS)
+        for segment in alike:
+            for place in segment.places:
+                if place.name is None and len(place.rows) == needed:
+                    place.name, place.elements = name, elements
+                    return segment, place
+        roomy = (each for each in alike if each.rows + needed <= len(each.before))
+        segment = next(roomy, None) or self._new_segment(parameter, gradient)
+        place = Place(name, parameter.shape, None, elements, segment.rows)
+        segment.places.append(place)
+        return segment, place
+
     @torch.inference_mode(mode=False)  # what is made in that mode could not be written to later
-    def _new_segment(self, name: str, parameter: Tensor, gradient: Tensor) -> Segment:
-        shape = self._capacity(name) // _COLUMNS, _COLUMNS
+    def _new_segment(self, parameter: Tensor, gradient: Tensor) -> Segment:
+        shape = self._capacity // _COLUMNS, _COLUMNS
         formats = len(self._measurer.formats)
 
         def unmoved(middle: int) -> Tensor:
@@ -199,7 +232,7 @@ class Arena:
         device, rows = segment.before.device, segment.rows
         lengths = torch.tensor([len(place.rows) for place in segment.places])
         layer_of_row = torch.repeat_interleave(lengths).to(device)
-        counted = [[place.population, place.elements] for place in segment.places]
+        counted = [[place.shape.numel(), place.elements] for place in segment.places]
         return self._measurer.batch(
             Rows(
                 segment.before[:rows].unsqueeze(1),
@@ -209,29 +242,29 @@ class Arena:
             ),
             layer_of_row,
             torch.tensor(counted, dtype=torch.float64).to(device),
-            self._scale(segment.places, layer_of_row),
+            self._scales(segment.places, layer_of_row),
             EverMoved(segment.ever.moved[:rows], segment.ever.effective[:rows]),
         )
 
-    def _scale(self, places: list[_Place], layer_of_row: Tensor) -> Tensor:
-        """(rows, formats, 1), or of each element where a format has several."""
-        formats, device = len(self._measurer.formats), layer_of_row.device
-        each = [self._scales_of(place.name) if place.name else None for place in places]
-        if all(scales is None or scales.are_single for scales in each):
-            one = torch.ones(formats, dtype=torch.float64, device=device)
-            by_layer = torch.stack([s.single if s else one for s in each])
-            return by_layer[layer_of_row].unsqueeze(-1)
-        rows = []
-        for place, scales in zip(places, each, strict=True):
-            count = len(place.rows) * _COLUMNS
-            padded = torch.ones(formats, count, dtype=torch.float64, device=device)
-            if scales is not None:
-                indices = place.indices
-                if indices is None:
-                    indices = torch.arange(place.elements, device=device)
-                padded[:, : place.elements] = scales.of_elements(indices)
-            rows.append(padded.view(formats, -1, _COLUMNS).transpose(0, 1))
-        return torch.cat(rows)
+    def _scales(
+        self, places: Sequence[Place], layer_of_row: Tensor
+    ) -> Tensor | tuple[Sharing, Tensor | None]:
+        """As `Measurer.with_scales` takes them."""
+        device, measurer = layer_of_row.device, self._measurer
+        known = self._scale_state.amax
+        amax = None
+        if measurer.needs_amax:
+            one = torch.ones(1, device=device)
+            amax = torch.cat([known(place.name) if place.name else one for place in places])
+        if measurer.is_single:
+            return measurer.single_scales(amax, len(places), device)[layer_of_row]
+        sharing = Sharing.joined([self._sharing(place) for place in places])
+        return sharing.to(device), amax
+
+    def _sharing(self, place: Place) -> Sharing:
+        indices = place.indices
+        indices = torch.arange(place.elements) if indices is None else indices.cpu()
+        return self._measurer.sharing_of(place.shape, indices).padded(len(place.rows) * _COLUMNS)
 
 
 def _are_stored_as(segment: Segment, parameter: Tensor, gradient: Tensor) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from altgrad.chunks import Sample, chunks_of, part_of, rows_of
 from altgrad.figures import metrics_of
 from altgrad.metrics import NEED_GRADIENT, NEED_TRACKING
 from altgrad.quantization.arguments import check_pair
@@ -15,7 +17,17 @@ from altgrad.quantization.block_formats import BlockFormat, NumberFormat, get_fo
 from altgrad.quantization.grids import Grids, grids_of
 from altgrad.quantization.scaling import Scaling, check_scaling
 from altgrad.row_kernel import EverMoved, Histograms, Rows, RowSums, row_sums
-from altgrad.scales import Scales, is_scaled, scales_of, scales_of_each
+from altgrad.scales import (
+    Sharing,
+    block_sizes,
+    element_scales,
+    is_scaled,
+    layer_amax,
+    need_amax,
+    need_tensor_amax,
+    single_scales,
+    tensor_amax_of,
+)
 from altgrad.statistics import LayerStatistics, sum_count
 from altgrad.totals import LayersOfRows, Totals, bins_of, count_octaves, meant_columns
 from altgrad.workspace import Workspace, columns_that_fit, fresh_buffers
@@ -65,8 +77,9 @@ def measure(
         formats: Formats or their names, one or several; block formats (``"mxfp8_e4m3"``,
             ``"nvfp4"``, …) with the scales of their own.
         scaling: Which elements share an amax scale in formats of fewer than 16 bits, as in
-            `compute_scale`, taken from `before` and kept for both sides of the step; None judges
-            them unscaled, as those of 16 bits always are.
+            `compute_scale`, taken from `before` and kept for both sides of the step (where all
+            that share it are 0 and set none, from `after`); None judges them unscaled, as those of
+            16 bits always are.
         compile: Whether to use torch.compile: half a minute for the first call, then faster on
             large tensors.
 
@@ -106,7 +119,9 @@ class Batch(NamedTuple):
         rows: The elements.
         layers: Which layer each row belongs to.
         counted: float64, (layers, 2): how many elements the parameter has and the rows hold.
-        grids: The formats, with the scale of each row.
+        grids: The formats, with the scale of each row; None where `sharing` says which elements
+            share a scale.
+        sharing: Of the elements of all rows, one after the other, with the amax of its groups.
         bins: Where the histogram of each row begins.
         meant: As in `Totals.vectors`.
         weights: (1, layers): how many elements each of those measured stands for.
@@ -117,6 +132,7 @@ class Batch(NamedTuple):
     layers: LayersOfRows
     counted: Tensor
     grids: Grids | None
+    sharing: tuple[Sharing, Tensor | None] | None
     bins: tuple[Tensor, Tensor, Tensor]
     meant: Tensor | None
     weights: Tensor
@@ -134,6 +150,10 @@ class Measurer:
         formats: The formats.
         names: Their names.
         scaling: As given.
+        is_single: Whether every format has one scale for a whole layer.
+        capacity: How many elements one call of the kernel may measure, in the memory it may take.
+        needs_amax: Whether the scales need the amax of layers, or of their channels.
+        block: How many neighbours must be measured together, from a multiple of it on.
     """
 
     def __init__(
@@ -149,6 +169,23 @@ class Measurer:
         self.formats = get_formats(formats)
         self.names = tuple(format.name for format in self.formats)
         self.scaling = scaling
+        self._block_sizes = block_sizes(self.formats, scaling)
+        self.block = math.lcm(*self._block_sizes)
+        self.needs_amax = need_amax(self.formats, scaling)
+        self.is_single = not self._block_sizes and not (
+            scaling == "channel" and any(is_scaled(format, scaling) for format in self.formats)
+        )
+        self.capacity = _COMPILED_CHUNK
+        if not compile:
+            self.capacity = columns_that_fit(
+                len(self.formats), scale_per_element=not self.is_single
+            )
+        if self.block > self.capacity:
+            raise ValueError(
+                f"scaling={scaling!r}: blocks of {self.block} elements, with those of all formats, "
+                f"are more than the {self.capacity} that are measured at once; use 'tensor' or "
+                "'channel'"
+            )
         self._histograms = histograms
         self._workspace = Workspace()
         self._compiled = (
@@ -156,14 +193,6 @@ class Measurer:
             if compile
             else None
         )
-
-    def scales_of(self, parameter: Tensor) -> Scales:
-        """The scales that these weights set."""
-        return scales_of(parameter, self.formats, self.scaling)
-
-    def scales_of_each(self, parameters: Sequence[Tensor]) -> list[Scales]:
-        """Those of many; some of it is read on the host."""
-        return scales_of_each(parameters, self.formats, self.scaling)
 
     def grids(self, scale: Tensor | None, device: torch.device) -> Grids | None:
         """The formats under a scale of (1 or rows, formats, 1 or columns); None without formats."""
@@ -178,14 +207,22 @@ class Measurer:
             device=device,
         )
 
+    def amax_of(self, before: Tensor, after: Tensor) -> Tensor:
+        """The largest magnitude of the weights, or of each channel; where all are 0, `after`'s."""
+        amax = layer_amax(before, self.scaling)
+        if bool((amax == 0).any()):
+            amax = torch.where(amax == 0, layer_amax(after, self.scaling), amax)
+        return amax
+
     @torch.no_grad()
     def statistics_of(
         self,
         before: Tensor,
         after: Tensor,
         gradient: Tensor | None = None,
-        scales: Scales | None = None,
+        amax: Tensor | None = None,
         ever: EverMoved | None = None,
+        sample: Sample | None = None,
     ) -> LayerStatistics:
         """The statistics that all metrics of one tensor's step follow from, on its device.
 
@@ -193,71 +230,124 @@ class Measurer:
             before: As in `measure`.
             after: Likewise.
             gradient: Likewise.
-            scales: Of the weights, where they are kept from step to step; None takes those that
-                `before` sets.
+            amax: Of the weights, or of each channel, where it is kept from step to step; None
+                takes `amax_of` them, for which the host waits.
             ever: What the elements have done so far, as one row; updated.
+            sample: Which elements of a parameter these are; None takes them for all.
 
         Raises:
             TypeError, ValueError: As `measure`.
         """
         check_step(before, after, gradient)
-        scales = self.scales_of(before) if scales is None else scales
-        device, count = before.device, before.numel()
-        single = scales.are_single
-        grids = self.grids(_single(scales), device) if single else None
+        if amax is None and self.needs_amax:
+            amax = self.amax_of(before, after)
+        device, shape = before.device, before.shape if sample is None else sample.shape
         totals = Totals(1, len(self.formats), device)
         one_layer = torch.zeros(1, dtype=torch.int64, device=device)
         histograms = Histograms(totals.counts, *bins_of(one_layer, len(self.formats)))
-        size = self.elements_that_fit(single=single)
-        if not all(each is None or each.is_contiguous() for each in (before, after, gradient)):
-            size -= size // 6  # chunks are copied
-        columns = size if self._compiled is None else _COMPILED_COLUMNS
+        grids = self.grids(self.single_scales(amax, 1, device), device) if self.is_single else None
+        tensor_amax = None
+        if amax is not None and need_tensor_amax(self.formats):
+            tensor_amax = tensor_amax_of(before, amax)
         start = 0
-        for rows in _chunks(before, after, gradient, size, columns):
-            stop = start + rows.before.numel()
-            if not single:
-                scale = scales.of_elements(torch.arange(start, stop, device=device))
-                grids = self.grids(
-                    scale.view(len(scale), rows.before.shape[0], -1).transpose(0, 1), device
-                )
-            part = _part(ever, start, stop, rows.before.shape)
-            totals.add(self._rows(rows, grids, histograms, part))
-            start = stop
+        tensors = (before, after) if gradient is None else (before, after, gradient)
+        for flat in chunks_of(tensors, self._chunk(tensors), block=self.block, sample=sample):
+            scales = None
+            if not self.is_single:
+                scales = self._scales_of_chunk(flat, (amax, tensor_amax), start, shape, sample)
+            columns = len(flat[0]) if self._compiled is None else _COMPILED_COLUMNS
+            for part, rows in rows_of(flat, columns):
+                if scales is not None:
+                    of_rows = scales[:, part].view(len(scales), *rows.before.shape[::2])
+                    grids = self.grids(of_rows.transpose(0, 1), device)
+                first = start + part.start
+                of_part = None if ever is None else part_of(ever, first, rows.before.shape)
+                totals.add(self._rows(rows, grids, histograms, of_part))
+            start += len(flat[0])
+        counted = torch.tensor([[shape.numel(), before.numel()]], dtype=torch.float64)
         meant = meant_columns(self.judges(before.dtype), device)
-        counted = torch.full((1, 2), count, dtype=torch.float64, device=device)
-        vector = totals.vectors(counted, meant)[0]
+        vector = totals.vectors(counted.to(device), meant)[0]
         middle = sum_count(len(self.formats))
         return LayerStatistics(self.names, vector[:middle], vector[middle:])
+
+    def _chunk(self, tensors: tuple[Tensor, ...]) -> int:
+        size = self.capacity
+        if not all(each.is_contiguous() for each in tensors):
+            size -= size // 6  # chunks are copied
+        return size
+
+    def _scales_of_chunk(
+        self,
+        flat: tuple[Tensor, ...],
+        amax: tuple[Tensor | None, Tensor | None],
+        start: int,
+        shape: torch.Size,
+        sample: Sample | None,
+    ) -> Tensor:
+        """(formats, elements)."""
+        stop = start + len(flat[0])
+        indices = torch.arange(start, stop) if sample is None else sample.indices[start:stop].cpu()
+        sharing = self.sharing_of(shape, indices).to(flat[0].device)
+        return element_scales(flat[0], flat[1], *amax, sharing, self.formats, self.scaling)
+
+    def sharing_of(self, shape: torch.Size, indices: Tensor) -> Sharing:
+        """As `Sharing.of`."""
+        return Sharing.of(shape, indices, self._block_sizes, self.scaling)
+
+    def single_scales(self, amax: Tensor | None, layers: int, device: torch.device) -> Tensor:
+        """(layers, formats, 1) of the amax of each."""
+        if amax is None:
+            amax = torch.zeros(layers, device=device)  # it serves no format
+        return single_scales(amax, self.formats, self.scaling).unsqueeze(-1)
 
     def batch(
         self,
         rows: Rows,
         layer_of_row: Tensor,
         counted: Tensor,
-        scale: Tensor,
+        scales: Tensor | tuple[Sharing, Tensor | None],
         ever: EverMoved | None,
     ) -> Batch:
-        """What `vectors_of` measures step after step; the scale as in `grids`."""
+        """What `vectors_of` measures step after step; scales as `with_scales` takes them."""
         device = counted.device
-        return Batch(
+        batch = Batch(
             rows,
             LayersOfRows.of(layer_of_row, len(self.formats)),
             counted,
-            self.grids(scale, device),
+            None,
+            None,
             bins_of(layer_of_row, len(self.formats)),
             meant_columns(self.judges(rows.before.dtype), device),
             weights_of(counted),
             ever,
         )
+        return self.with_scales(batch, scales)
+
+    def with_scales(self, batch: Batch, scales: Tensor | tuple[Sharing, Tensor | None]) -> Batch:
+        """The same under scales of (1 or rows, formats, 1), or of what shares one and its amax."""
+        if isinstance(scales, tuple):
+            return batch._replace(sharing=scales)
+        return batch._replace(grids=self.grids(scales, batch.counted.device))
 
     @torch.no_grad()
     def vectors_of(self, batch: Batch) -> Tensor:
         """A row for each of the batch's layers: its sums, then its maxima."""
         totals = Totals(len(batch.counted), len(self.formats), batch.counted.device)
         histograms = Histograms(totals.counts, *batch.bins)
-        rows = self._rows(batch.rows, batch.grids, histograms, batch.ever)
-        totals.add(rows, batch.layers)
+        grids = batch.grids if batch.sharing is None else self._grids_of_elements(batch)
+        totals.add(self._rows(batch.rows, grids, histograms, batch.ever), batch.layers)
         return totals.vectors(batch.counted, batch.meant)
+
+    def _grids_of_elements(self, batch: Batch) -> Grids | None:
+        assert batch.sharing is not None
+        (sharing, amax), before = batch.sharing, batch.rows.before
+        flat = before.reshape(-1), batch.rows.after.reshape(-1)
+        tensor_amax = None
+        if amax is not None and need_tensor_amax(self.formats):
+            tensor_amax = tensor_amax_of(flat[0], amax, sharing)
+        scales = element_scales(*flat, amax, tensor_amax, sharing, self.formats, self.scaling)
+        by_row = scales.view(-1, before.shape[0], before.shape[2]).transpose(0, 1)
+        return self.grids(by_row, before.device)
 
     def _rows(
         self,
@@ -276,12 +366,6 @@ class Measurer:
         shape = rows.before.shape[0], len(self.formats), rows.before.shape[-1]
         buffers = self._workspace.buffers(*shape, rows.before.device)
         return row_sums(rows, grids, own_grid, buffers, counting, ever)
-
-    def elements_that_fit(self, *, single: bool) -> int:
-        """How many elements one call of the kernel may measure, within the memory it may take."""
-        if self._compiled is not None:
-            return _COMPILED_CHUNK
-        return columns_that_fit(len(self.formats), scale_per_element=not single)
 
     def judges(self, dtype: torch.dtype) -> list[bool]:
         """For each format, whether weights stored in this dtype show the updates it would lose."""
@@ -322,49 +406,3 @@ def _own_grid(dtype: torch.dtype) -> tuple[float, float]:
     """2**-M and the smallest positive number of a dtype."""
     info = torch.finfo(dtype)
     return info.eps, info.tiny * info.eps
-
-
-def _single(scales: Scales) -> Tensor | None:
-    """(1, formats, 1)."""
-    return scales.single.view(1, -1, 1) if scales.values else None
-
-
-def _chunks(
-    before: Tensor, after: Tensor, gradient: Tensor | None, size: int, columns: int
-) -> Iterator[Rows]:
-    """All elements in row-major order; those that do not fill a row are one of their own."""
-    tensors = (before, after) if gradient is None else (before, after, gradient)
-    for flat in _flat(tensors, size):
-        whole = flat[0].numel() // columns * columns
-        for part in (slice(whole), slice(whole, None)):
-            count = flat[0][part].numel()
-            if count:
-                shape = (-1, 1, columns) if part.start is None else (1, 1, count)
-                rows = [each[part].view(shape) for each in flat]
-                yield Rows(rows[0], rows[1], rows[2] if gradient is not None else None)
-
-
-def _flat(tensors: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:
-    """Pieces of up to `size` elements in one dimension; copies only where it must be."""
-    if all(each.is_contiguous() for each in tensors):
-        yield from zip(
-            *(torch.split(each.detach().view(-1), size) for each in tensors), strict=True
-        )
-    elif tensors[0].numel() <= size:
-        yield tuple(each.detach().reshape(-1) for each in tensors)
-    else:
-        length = max(size * tensors[0].shape[0] // tensors[0].numel(), 1)
-        for parts in zip(*(torch.split(each, length) for each in tensors), strict=True):
-            yield from _flat(
-                tuple(part.squeeze(0) if length == 1 else part for part in parts), size
-            )
-
-
-def _part(ever: EverMoved | None, start: int, stop: int, shape: torch.Size) -> EverMoved | None:
-    """Of one row, those elements, as so many rows."""
-    if ever is None:
-        return None
-    moved, effective = (
-        each[0, :, start:stop].reshape(each.shape[1], shape[0], shape[2]) for each in ever
-    )
-    return EverMoved(moved.transpose(0, 1), effective.transpose(0, 1))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from altgrad.figures import Figures, Vectors
 from altgrad.records import StepRecord
-from altgrad.statistics import SUMS, sum_count
+from altgrad.statistics import SUMS, LayerStatistics, sum_count
 
 _POPULATION, _ELEMENTS = SUMS.index("population"), SUMS.index("elements")
 _Rows = tuple[int, ...]
@@ -20,10 +20,10 @@ class StepVectors:
 
     Args:
         formats: Names of the formats, in the order of their sums.
-        formats_of: Names of those that each layer is judged for.
+        formats_of: From the name of a layer to those of the formats that it is judged for.
     """
 
-    def __init__(self, formats: Sequence[str], formats_of: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, formats: Sequence[str], formats_of: Callable[[str], Sequence[str]]) -> None:
         self._formats = formats
         self._formats_of = formats_of
         self._names: list[str] = []
@@ -47,6 +47,12 @@ class StepVectors:
         self._names += [name for name in names if name is not None]
         self._vectors.append(vectors)
         self._weights.append(weights)
+
+    def add_layer(self, name: str, statistics: LayerStatistics) -> None:
+        """One layer, each of whose elements stands for as many."""
+        vector = torch.cat((statistics.sums, statistics.maxima)).unsqueeze(0)
+        population, elements = vector[:, _POPULATION], vector[:, _ELEMENTS].clamp(min=1)
+        self.add([name], vector, (population / elements).unsqueeze(0))
 
     def record(
         self, index: int, seconds: tuple[float, float], found_inf: Tensor | None
@@ -84,7 +90,7 @@ class StepVectors:
         sets: dict[_Rows, list[str | None]] = {tuple(range(len(self._names))): [None]}
         for format in self._formats:
             rows = tuple(
-                row for row, name in enumerate(self._names) if format in self._formats_of[name]
+                row for row, name in enumerate(self._names) if format in self._formats_of(name)
             )
             if rows:
                 sets.setdefault(rows, []).append(format)
@@ -96,7 +102,7 @@ class StepVectors:
         middle = sum_count(len(self._formats))
         layers: dict[str, Figures] = {}
         for name, row in zip(self._names, numbers, strict=False):
-            wanted = {None, *self._formats_of[name]}
+            wanted = {None, *self._formats_of(name)}
             layers[name] = Figures(self._split(row[:middle], row[middle:], wanted))
         of_model: dict[str | None, Vectors] = {}
         for position, formats in enumerate(sets):

@@ -2,44 +2,45 @@
 
 from __future__ import annotations
 
-import math
-import time
+import itertools
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from altgrad.arena import Arena
+from altgrad.budgets import Budgets
+from altgrad.chunks import Sample
+from altgrad.clock import Clock
+from altgrad.ever_moved import EverMovedOfLayers
 from altgrad.measuring import DEFAULT_FORMATS, Formats, Measurer
 from altgrad.merging import StepVectors
 from altgrad.observation import OptimizerStep, SkipReason, StepObserver
+from altgrad.observation.snapshots import Memory
 from altgrad.quantization.arguments import INPUT_DTYPES
-from altgrad.quantization.block_formats import BlockFormat, get_formats
+from altgrad.quantization.block_formats import get_formats
 from altgrad.quantization.scaling import Scaling
 from altgrad.records import StepRecord
-from altgrad.row_kernel import EverMoved
 from altgrad.sampling import (
-    OverheadBudget,
+    LayerSampling,
     SamplingRule,
     StepSchedule,
     describe_layers,
     resolve_layers,
     sample_elements,
 )
-from altgrad.scales import Scales, is_scaled
+from altgrad.scale_state import ScaleState
 
 DEFAULT_MAX_ELEMENTS = 1024
 """A share is then known to 0.016 at worst (one standard error); see benchmarks/README.md."""
-_BITS = torch.arange(8, dtype=torch.uint8)
-STEPS_PER_SCALE = 100
-"""Observed steps for which an amax scale holds, unless a weight is seen to exceed it."""
 
 
 class UpdateMonitor:
@@ -106,17 +107,13 @@ class UpdateMonitor:
         strict: bool = False,
     ) -> None:
         self._teller = tell
+        self._told: set[str] = set()
         self.latest: StepRecord | None = None
         self._on_record = on_record
         self._seed = seed
         own_formats = get_formats(formats)
         of_rules = [format for rule in sampling for format in get_formats(rule.formats or ())]
         self._measurer = Measurer([*own_formats, *of_rules], scaling, compile=compile)
-        self._amax_scaled = [
-            format.name
-            for format in self._measurer.formats
-            if is_scaled(format, scaling) and not isinstance(format, BlockFormat)
-        ]
         self._is_wanted, every = _policy(every_n_steps)
         self._observer = StepObserver(
             module,
@@ -128,29 +125,21 @@ class UpdateMonitor:
             read_found_inf=False,
             strict=strict,
         )
-        self.layers = resolve_layers(
-            self._observer.names,
-            sampling,
-            every_n_steps=every,
-            max_elements=max_elements,
-            formats=tuple(format.name for format in own_formats),
-        )
         self._sampling = tuple(sampling)
-        self._formats_of = {
-            name: tuple(self._canonical(format) for format in layer.formats)
-            for name, layer in self.layers.items()
+        self._defaults: dict[str, Any] = {
+            "every_n_steps": every,
+            "max_elements": max_elements,
+            "formats": tuple(format.name for format in own_formats),
         }
-        self._budget = None if overhead_budget is None else OverheadBudget(overhead_budget, every)
-        self._scales: dict[str, Scales] = {}
-        self._steps_until_scales = 0
-        self._exceeded: set[str] = set()  # layers whose scale is to be taken again
-        self._just_scaled: set[str] = set()
+        self.layers = self._resolved(self._observer.names, sampling)
+        self._budgets = None if overhead_budget is None else Budgets(overhead_budget, every)
+        self._clock = Clock()
+        self._scale_state = ScaleState(self._measurer.formats, scaling)
+        self._ever_moved = EverMovedOfLayers(self._tell)
         self._arenas: WeakKeyDictionary[Optimizer, Arena] = WeakKeyDictionary()
-        self._ever: dict[str, EverMoved] = {}  # of parameters that are in no arena
-        self._restored: dict[str, Tensor] = {}
+        self._samples: dict[str, Sample] = {}
         self._last_seen: dict[str, int] = {}  # by layer, the index of its last observed step
-        self._clock = _Clock()
-        self._told: set[str] = set()
+        self._lock = threading.RLock()  # two threads may step two optimizers
 
     @property
     def skipped(self) -> Counter[SkipReason]:
@@ -175,7 +164,10 @@ class UpdateMonitor:
     def detach(self) -> None:
         """Watch no more; what was learnt of the elements stays, also if the optimizers do not."""
         self._observer.detach()
-        self._restored |= self._ever_by_layer()
+        for arena in self._arenas.values():
+            for name, ever in arena.ever_moved():
+                self._ever_moved.leave(name, ever)
+            arena.clear()
 
     def __enter__(self) -> UpdateMonitor:  # noqa: PYI034 - typing has Self only from Python 3.11 on
         return self
@@ -183,148 +175,139 @@ class UpdateMonitor:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an UpdateMonitor watches its module in place and cannot be copied or pickled: make "
+            "another one for the copy, and load_state_dict() what state_dict() gives"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on: which elements have moved so far, and the interval."""
-        ever = {**self._restored, **self._ever_by_layer()}
+        arenas = self._arenas.values()
+        elsewhere = itertools.chain.from_iterable(arena.ever_moved() for arena in arenas)
         return {
             "formats": self._measurer.names,
-            "ever_moved": {name: _packed(tensor) for name, tensor in ever.items()},
-            "scales": {name: scales.state_dict() for name, scales in self._scales.items()},
-            "steps_until_scales": self._steps_until_scales,
+            "ever_moved": self._ever_moved.state_dict(elsewhere),
+            "scales": self._scale_state.state_dict(),
             "last_seen": dict(self._last_seen),
             "skipped": dict(self.skipped),
-            "budget": None if self._budget is None else self._budget.state_dict(),
+            "budgets": None if self._budgets is None else self._budgets.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`, before `attach`.
 
         What was learnt of elements under other formats, or of another number of elements of a
-        layer, is left out, with a warning.
+        layer, is left out, with a warning; scales are taken anew under another `scaling`.
+
+        Raises:
+            RuntimeError: It is attached.
         """
+        if self.is_observing:
+            raise RuntimeError("the monitor is attached: load_state_dict() before attach()")
+        for arena in self._arenas.values():
+            arena.clear()
         if tuple(state["formats"]) == self._measurer.names:
-            self._restored = {
-                name: _unpacked(*packed) for name, packed in state["ever_moved"].items()
-            }
-            parameters = self._observer.parameters
-            self._scales = {
-                name: Scales.from_state_dict(scales, parameters[name].device)
-                for name, scales in state["scales"].items()
-                if name in parameters and list(parameters[name].shape) == list(scales["shape"])
-            }
-            self._steps_until_scales = state["steps_until_scales"]
+            self._ever_moved.load_state_dict(state["ever_moved"])
         else:
+            self._ever_moved.load_state_dict({})
             self._tell(
                 f"goes on with formats {self._measurer.names} from a run with "
                 f"{tuple(state['formats'])}: never_moved_frac begins anew"
             )
+        self._scale_state.load_state_dict(state["scales"])
         self._last_seen = dict(state["last_seen"])
+        self.skipped.clear()
         self.skipped.update(state["skipped"])
-        if self._budget is not None and state["budget"] is not None:
-            self._budget.load_state_dict(state["budget"])
+        if self._budgets is not None and state["budgets"] is not None:
+            self._budgets.load_state_dict(state["budgets"])
 
     # --- before a step
 
     def _is_due(self, index: int) -> bool:
         if not self._is_wanted(index):
             return False
-        again = self._budget is None or index == self._clock.index
-        if not again and self._budget is not None and not self._budget.is_due(index):
+        if self._budgets is not None and not self._budgets.of(self._observer.asking).is_due(index):
             return False
-        if self._steps_until_scales == 0 or self._exceeded:
-            start = time.perf_counter()
-            self._refresh_scales()
-            self._clock.add(time.perf_counter() - start)
+        if self._scale_state.is_due:
+            with self._clock.observing():
+                self._scale_state.refresh(self._measured_parameters())
+                self._scales_changed()
         return True
 
     def _should_copy(self, name: str, index: int) -> bool:
-        layer = self.layers.get(name)
-        if layer is None or not layer.enabled:
+        layer = self._layer(name)
+        if not layer.enabled:
             return False
         last = self._last_seen.get(name, index)
         return last == index or last > index or index - last >= layer.every_n_steps
 
     def _elements(self, name: str, parameter: Tensor) -> Tensor | None:
-        if parameter.dtype not in INPUT_DTYPES or name not in self.layers:
+        if parameter.dtype not in INPUT_DTYPES:
             return None
-        blocks = [f.block_size for f in self._measurer.formats if isinstance(f, BlockFormat)]
-        scaling = self._measurer.scaling
-        if isinstance(scaling, tuple):
-            blocks.append(scaling[1])
-        return sample_elements(
+        indices = sample_elements(
             name,
             parameter.shape,
-            self.layers[name].max_elements,
+            self._layer(name).max_elements,
             seed=self._seed,
-            block=max(blocks, default=1),
+            block=self._measurer.block,
         )
+        if indices is not None:
+            self._samples[name] = Sample(parameter.shape, indices)
+        return indices
 
-    def _memory(self, optimizer: Optimizer) -> Callable[..., Any]:
+    def _memory(self, optimizer: Optimizer) -> Memory:
         if optimizer not in self._arenas:
-            self._arenas[optimizer] = Arena(self._measurer, self._scales_of, self._restored)
+            arena = Arena(self._measurer, self._scale_state, self._ever_moved)
+            self._arenas[optimizer] = arena
         return self._arenas[optimizer].place
 
-    @torch.no_grad()
-    def _refresh_scales(self) -> None:
-        """From the weights as they are before the step, of all layers known or those exceeded."""
-        everywhere = self._observer.parameters
-        wanted = everywhere if self._steps_until_scales == 0 else self._exceeded
-        parameters = {
-            name: everywhere[name]
-            for name in wanted
-            if name in everywhere and self._is_measured(name, everywhere[name])
+    def _measured_parameters(self) -> dict[str, Tensor]:
+        return {
+            name: parameter
+            for name, parameter in self._observer.parameters.items()
+            if parameter.requires_grad
+            and not is_lazy(parameter)
+            and parameter.dtype in INPUT_DTYPES
+            and self._layer(name).enabled
         }
-        scales = self._measurer.scales_of_each([*parameters.values()])
-        self._scales |= zip(parameters, scales, strict=True)
-        self._just_scaled |= parameters.keys()
+
+    def _scales_changed(self) -> None:
         for arena in self._arenas.values():
             arena.scales_changed()
-        if self._steps_until_scales == 0:
-            self._steps_until_scales = STEPS_PER_SCALE
-        self._exceeded.clear()
-
-    def _scales_of(self, name: str) -> Scales:
-        if name not in self._scales:
-            self._scales[name] = self._measurer.scales_of(self._observer.parameters[name])
-        return self._scales[name]
-
-    def _is_measured(self, name: str, parameter: Tensor) -> bool:
-        layer = self.layers.get(name)
-        return (
-            (layer is None or layer.enabled)
-            and parameter.requires_grad
-            and parameter.dtype in INPUT_DTYPES
-            and not is_lazy(parameter)
-        )
 
     # --- after a step
 
     def _on_step(self, step: OptimizerStep) -> None:
-        self._clock.add(self._observer.copy_seconds)
-        seconds = self._clock.seconds(step.index)
-        start = time.perf_counter()
-        vectors = StepVectors(self._measurer.names, self._formats_of)
+        with self._lock, self._clock.observing():
+            self._clock.add(self._observer.copy_seconds)
+            record = self._record_of(step)
+            if record is None:
+                return
+            self._last_seen |= dict.fromkeys(record.layers, step.index)
+            self._scale_state.step_observed(record)
+            if self._budgets is not None:
+                budget = self._budgets.of(step.optimizer)
+                budget.update(record.own_seconds, record.training_seconds)
+                budget.observed(step.index)
+            self.latest = record
+            if self._on_record is not None:
+                self._on_record(record)
+        self._clock.tick(step.optimizer, step.index)
+
+    def _record_of(self, step: OptimizerStep) -> StepRecord | None:
+        """None of a step that was none, or had none of the parameters that are measured."""
+        seconds = self._clock.seconds(step.optimizer, step.index)
+        if self._scale_state.has_zero and self._scale_state.settle(self._measured_parameters()):
+            self._scales_changed()
+        vectors = StepVectors(self._measurer.names, lambda name: self._layer(name).formats)
         measured = self._measure_together(step, vectors)
-        for position, name in enumerate(step.names):
-            if name not in measured:
-                self._measure_alone(step, position, vectors)
+        self._measure_alone(step, {*step.names} - measured, vectors)
         record, skipped = vectors.record(step.index, seconds, step.found_inf)
-        if record is None:
-            return
-        if skipped and not record.model["update_rms"] > 0:
+        if record is not None and skipped and not record.model["update_rms"] > 0:
             self.skipped["inf"] += 1
-            return
-        self._last_seen |= dict.fromkeys(record.layers, step.index)
-        self._steps_until_scales -= 1
-        self._note_exceeded(record)
-        if self._budget is not None:
-            self._budget.update(record.own_seconds, record.training_seconds)
-            self._budget.observed(step.index)
-        self.latest = record
-        self._clock.add(time.perf_counter() - start)
-        self._clock.tick(step.index)
-        if self._on_record is not None:
-            self._on_record(record)
+            return None
+        return record
 
     def _measure_together(self, step: OptimizerStep, vectors: StepVectors) -> set[str]:
         """The parameters that lie in the arena; returns their names."""
@@ -340,54 +323,44 @@ class UpdateMonitor:
             measured |= {name for name in names if name is not None}
         return measured
 
-    def _measure_alone(self, step: OptimizerStep, position: int, vectors: StepVectors) -> None:
-        """One parameter of too many elements for that, or of a dtype that is not measured."""
-        name, before = step.names[position], step.before[position]
-        after, gradient = step.after[position], step.gradients[position]
-        if {before.dtype, gradient.dtype} - {*INPUT_DTYPES}:
+    def _measure_alone(self, step: OptimizerStep, names: set[str], vectors: StepVectors) -> None:
+        """Those of too many elements for that; not those of a dtype that is not measured."""
+        if not names:
             return
-        statistics = self._measurer.statistics_of(
-            before, after, gradient, self._scales_of(name), self._ever_of(name, before)
-        )
-        vector = torch.cat((statistics.sums, statistics.maxima)).unsqueeze(0)
-        vectors.add([name], vector, vector.new_ones(1, 1))
+        parameters, kinds = self._observer.parameters, 1 + len(self._measurer.formats)
+        each = zip(step.names, step.before, step.after, step.gradients, strict=True)
+        for name, before, after, gradient in each:
+            if name not in names or {before.dtype, gradient.dtype} - {*INPUT_DTYPES}:
+                continue
+            parameter = parameters[name]
+            self._scale_state.look_at(name, parameter)
+            amax = self._scale_state.amax(name) if self._measurer.needs_amax else None
+            ever = self._ever_moved.row_of(name, kinds, before.numel(), before.device)
+            sample = None if before.numel() == parameter.numel() else self._samples[name]
+            statistics = self._measurer.statistics_of(before, after, gradient, amax, ever, sample)
+            vectors.add_layer(name, statistics)
 
-    def _ever_of(self, name: str, before: Tensor) -> EverMoved:
-        count, formats = before.numel(), len(self._measurer.formats)
-        ever = self._ever.get(name)
-        if ever is None or ever.moved.shape[-1] != count:
-            both = torch.zeros(1, 1 + formats, count, dtype=torch.bool, device=before.device)
-            restored = self._restored.pop(name, None)
-            if restored is not None and restored.shape == both.shape[1:]:
-                both[0] = restored
-            self._ever[name] = EverMoved(both[:, :1], both[:, 1:])
-        return self._ever[name]
+    # --- what is said of layers, and to the user
 
-    def _note_exceeded(self, record: StepRecord) -> None:
-        """Layers with a weight above the top of a scale that was to fit them all, or without any.
+    def _layer(self, name: str) -> LayerSampling:
+        """Also of one that the module has got since."""
+        if name not in self.layers:
+            rules = [rule for rule in self._sampling if rule.matches(name)]
+            self.layers |= self._resolved([name], rules)
+        return self.layers[name]
 
-        Weights that are all 0, as those of biases are at first, set no scale.
-        """
-        keys = [f"saturated_frac/{name}" for name in self._amax_scaled]
-        layers = record.layers
-        if any(record.model.get(key, 0) > 0 for key in keys):
-            self._exceeded |= {
-                name for name in layers if any(layers[name].get(key, 0) > 0 for key in keys)
-            }
-        if keys:
-            just_scaled = self._just_scaled & layers.keys()
-            self._exceeded |= {name for name in just_scaled if layers[name]["weight_rms"] == 0}
-        self._just_scaled -= layers.keys()
-
-    def _ever_by_layer(self) -> dict[str, Tensor]:
-        ever = {
-            place.name: segment.ever_of(place)
-            for arena in self._arenas.values()
-            for segment in arena.segments
-            for place in segment.places
-            if place.name is not None
+    def _resolved(
+        self, names: Sequence[str], rules: Sequence[SamplingRule]
+    ) -> dict[str, LayerSampling]:
+        """With the formats' own names."""
+        known = self._measurer.names
+        return {
+            name: replace(
+                layer,
+                formats=tuple(f if f in known else get_formats(f)[0].name for f in layer.formats),
+            )
+            for name, layer in resolve_layers(names, rules, **self._defaults).items()
         }
-        return ever | {name: torch.cat(each, dim=1)[0] for name, each in self._ever.items()}
 
     def _tell_of_dtypes(self) -> None:
         parameters = self._observer.parameters
@@ -402,11 +375,6 @@ class UpdateMonitor:
                     "updates that stalled are no longer there to see, and those figures are NaN. "
                     "Read unmoved_frac"
                 )
-
-    def _canonical(self, format: str) -> str:
-        if format in self._measurer.names:
-            return format
-        return get_formats(format)[0].name
 
     def _tell(self, message: str) -> None:
         if message not in self._told:
@@ -426,44 +394,3 @@ def _policy(
     if callable(every_n_steps):
         return every_n_steps, 1
     return StepSchedule(every_n_steps).is_due, every_n_steps
-
-
-def _packed(ever: Tensor) -> tuple[tuple[int, ...], Tensor]:
-    """Shape and eight elements to a byte, on the CPU."""
-    bits = ever.flatten().cpu().to(torch.uint8)
-    bits = torch.cat((bits, bits.new_zeros(-len(bits) % 8))).view(-1, 8)
-    return tuple(ever.shape), (bits << _BITS).sum(1, dtype=torch.uint8)
-
-
-def _unpacked(shape: tuple[int, ...], bits: Tensor) -> Tensor:
-    ever = (bits.cpu()[:, None] >> _BITS & 1).flatten()
-    return ever[: math.prod(shape)].view(shape).bool()
-
-
-class _Clock:
-    """Seconds spent on observing, and of the training between observed steps."""
-
-    def __init__(self) -> None:
-        self.index: int | None = None
-        self._own = 0.0  # since the last observed step
-        self._own_of_last = math.nan
-        self._end = math.nan
-
-    def add(self, seconds: float) -> None:
-        """Spent on observing."""
-        self._own += seconds
-
-    def seconds(self, index: int) -> tuple[float, float]:
-        """What observing the last step took, and a mean step of training since then."""
-        if self.index is None or index <= self.index:  # of another optimizer, or counted anew
-            return math.nan, math.nan
-        training = time.perf_counter() - self._end - self._own
-        return self._own_of_last, max(training, 0.0) / (index - self.index)
-
-    def tick(self, index: int) -> None:
-        """A step has been observed; other optimizers may have one of the same index."""
-        if self.index is None:  # the first does what no other has to do: it tells nothing
-            self._own = math.nan
-        self._own_of_last = self._own + (self._own_of_last if index == self.index else 0.0)
-        self._own = 0.0
-        self.index, self._end = index, time.perf_counter()

@@ -11,6 +11,7 @@ TEMPORARY_BYTES = 2**24
 """What one call of the row kernel may take beside its arguments, whatever it is given."""
 
 _PER_FORMAT, _SHARED, _STACKED = 4, 10, 4  # float64 numbers for each element
+_SHARING = 12  # likewise, to find the scale of each
 _KEPT_SHAPES = 8
 
 
@@ -38,8 +39,9 @@ class Buffers(NamedTuple):
 
 def columns_that_fit(formats: int, *, scale_per_element: bool = False) -> int:
     """How many elements one call of the kernel may measure within `TEMPORARY_BYTES`."""
-    per_format = _PER_FORMAT + scale_per_element
-    numbers = per_format * formats + _SHARED + _STACKED
+    numbers = _PER_FORMAT * formats + _SHARED + _STACKED
+    if scale_per_element:
+        numbers += formats + _SHARING
     return max((TEMPORARY_BYTES - 2**16) // (8 * numbers + 1), 1)  # and a mask of one byte each
 
 

@@ -37,14 +37,22 @@ ALLOWED = {
     "altgrad.row_kernel": {f"{Q}.grids", "altgrad.statistics", "altgrad.workspace"},
     "altgrad.totals": {"altgrad.row_kernel", "altgrad.statistics"},
     "altgrad.scales": {f"{Q}.block_formats", f"{Q}.scaling"},
+    "altgrad.chunks": {"altgrad.row_kernel"},
+    "altgrad.clock": set(),
+    "altgrad.budgets": {SAMPLING},
+    "altgrad.ever_moved": {"altgrad.row_kernel"},
+    "altgrad.scale_state": {f"{Q}.block_formats", f"{Q}.scaling"}
+    | {"altgrad.records", "altgrad.scales"},
     "altgrad.measuring": {f"{Q}.arguments", f"{Q}.block_formats", f"{Q}.grids", f"{Q}.scaling"}
-    | {"altgrad.figures", "altgrad.metrics", "altgrad.row_kernel", "altgrad.scales"}
-    | {"altgrad.statistics", "altgrad.totals", "altgrad.workspace"},
+    | {"altgrad.chunks", "altgrad.figures", "altgrad.metrics", "altgrad.row_kernel"}
+    | {"altgrad.scales", "altgrad.statistics", "altgrad.totals", "altgrad.workspace"},
     "altgrad.arena": {f"{Q}.arguments", f"{OBS}.snapshots"}
-    | {"altgrad.measuring", "altgrad.row_kernel", "altgrad.scales"},
+    | {"altgrad.ever_moved", "altgrad.measuring", "altgrad.row_kernel"}
+    | {"altgrad.scale_state", "altgrad.scales"},
     "altgrad.monitor": {f"{Q}.arguments", f"{Q}.block_formats", f"{Q}.scaling", OBS, SAMPLING}
-    | {"altgrad.arena", "altgrad.measuring", "altgrad.merging", "altgrad.records"}
-    | {"altgrad.row_kernel", "altgrad.scales"},
+    | {"altgrad.arena", "altgrad.budgets", "altgrad.chunks", "altgrad.clock", "altgrad.ever_moved"}
+    | {"altgrad.measuring", "altgrad.merging", "altgrad.records", "altgrad.scale_state"}
+    | {f"{OBS}.snapshots"},
     f"{SAMPLING}.arguments": set(),
     f"{SAMPLING}.layers": {f"{SAMPLING}.arguments"},
     f"{SAMPLING}.dry_run": {f"{SAMPLING}.layers"},

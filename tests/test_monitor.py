@@ -4,6 +4,8 @@ import copy
 import gc
 import itertools
 import math
+import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -16,7 +18,13 @@ from altgrad import SamplingRule, StepRecord, UpdateMonitor, measure
 from altgrad.figures import metrics_of, model_figures
 from altgrad.measuring import Measurer
 from altgrad.metrics import FORMAT_METRICS, LAYER_METRICS
-from altgrad.quantization import BLOCK_FORMATS, FloatFormat, effective_update, get_format
+from altgrad.quantization import (
+    BLOCK_FORMATS,
+    FloatFormat,
+    compute_scale,
+    effective_update,
+    get_format,
+)
 from altgrad.sampling import StepSchedule, sample_elements
 
 FORMATS = ("bf16", "e4m3fn", "e2m1")
@@ -74,7 +82,7 @@ def watched(
 
 def sharing_out(elements: int) -> Any:
     """As if one call of the kernel measured only so many elements: small segments, large layers."""
-    return mock.patch.object(Measurer, "elements_that_fit", return_value=elements)
+    return mock.patch("altgrad.measuring.columns_that_fit", return_value=elements)
 
 
 def assert_equal_figures(actual: Any, expected: Any, but: tuple[str, ...] = ()) -> None:
@@ -248,7 +256,7 @@ def test_the_scale_of_a_sampled_layer_is_that_of_the_whole() -> None:
         model[3].weight[0, 0] = 100.0
     optimizer, _, records = watched(model, max_elements=500)
     train(model, optimizer)
-    whole = Measurer(FORMATS).scales_of(optimizer.steps[0]["3.weight"][0])
+    whole = optimizer.steps[0]["3.weight"][0].abs().max().view(1)
     indices = sample_elements("3.weight", (32, 720), 500)
     part = [each.flatten()[indices] for each in optimizer.steps[0]["3.weight"]]
     (expected,) = metrics_of([Measurer(FORMATS).statistics_of(*part, whole)])
@@ -326,6 +334,96 @@ def test_a_standard_error_that_cannot_be_trusted_is_nan() -> None:
     assert math.isnan(figures.standard_error("kept_update_ratio/bf16"))
     assert 0 < figures.standard_error("stall_frac/bf16") < 0.01
     assert math.isnan(figures.standard_error("update_rms"))
+
+
+def test_a_sample_may_be_larger_than_what_is_measured_at_once() -> None:
+    """It is measured in pieces, none of which tears a block apart, and stands for the whole."""
+    for formats, scaling in [(FORMATS, "channel"), (("mxfp4", "nvfp4", "e4m3fn"), ("block", 24))]:
+        settings = {"formats": formats, "scaling": scaling, "max_elements": 3000}
+        model, twin = net(), net()
+        with sharing_out(500):
+            optimizer, _, records = watched(model, **settings)
+            train(model, optimizer, 2)
+        other, _, expected = watched(twin, **settings)
+        train(twin, other, 2)
+        for record, same in zip(records, expected, strict=True):
+            assert_equal_figures(record.layers["3.weight"], dict(same.layers["3.weight"]))
+            assert record.layers["3.weight"].population == 32 * 720
+            assert record.layers["3.weight"].elements <= 3000
+            assert_equal_figures(record.model, dict(same.model))
+
+
+# --- scales
+
+
+@pytest.mark.parametrize("formats", [("mxfp8_e4m3",), ("nvfp4",), ("nvfp4", "e4m3fn")])
+@pytest.mark.parametrize("capacity", [100, 100_000])
+def test_blocks_have_the_scale_of_each_step(formats: tuple[str, ...], capacity: int) -> None:
+    """Also those that begin at zero, in a layer where nothing else does, and those that grow."""
+    model = net()
+    with torch.no_grad():
+        model[3].weight[:, :360] = 0
+        model[4].bias.zero_()
+    with sharing_out(capacity):
+        optimizer, _, records = watched(model, formats=formats)
+        for _ in range(3):
+            with torch.no_grad():
+                model[3].weight[:, 700:] *= 3
+            train(model, optimizer)
+    for record, step in zip(records, optimizer.steps, strict=True):
+        for name in ("3.weight", "4.bias", "4.weight"):
+            figures = dict(record.layers[name])
+            first = optimizer.steps[0][name]  # of which the amax of the whole tensor is
+            amax = (first[0] if first[0].any() else first[1]).abs().max().view(1)
+            (expected,) = metrics_of([Measurer(formats).statistics_of(*step[name], amax)])
+            of_blocks = {k: v for k, v in expected.items() if not k.endswith("e4m3fn")}
+            assert_equal_figures(figures, of_blocks, ("never_moved_frac",))
+    assert records[0].layers["3.weight"][f"stall_frac/{formats[0]}"] < 0.9
+
+
+def test_layers_that_stay_zero_are_looked_at_ever_less_often() -> None:
+    model = nn.Linear(4, 4)
+    nn.init.zeros_(model.bias)
+    optimizer, monitor, _ = watched(model, formats="e4m3fn")
+    looked: list[int] = []
+    take = monitor._scale_state._take
+    monitor._scale_state._take = lambda layers, **how: (
+        looked.append(len(optimizer.steps)) or take(layers, **how)
+    )
+    for _ in range(100):
+        model.weight.grad, model.bias.grad = torch.full((4, 4), 1e-6), torch.zeros(4)
+        optimizer.step()
+    # Before the first step, and after it and as many more as a power of two says.
+    assert [*dict.fromkeys(looked)] == [0, 1, *(1 + 2**k for k in range(7))]
+
+
+def test_scales_of_another_scaling_are_taken_anew() -> None:
+    model = net()
+    optimizer, monitor, _ = watched(model, scaling="channel")
+    train(model, optimizer)
+    state = monitor.state_dict()
+    monitor.detach()
+    other = UpdateMonitor(model, formats=FORMATS, max_elements=None, scaling="tensor", strict=True)
+    other.load_state_dict(state)
+    other.attach(optimizer)
+    train(model, optimizer)
+    expected = measure(*optimizer.steps[-1]["3.weight"], FORMATS)
+    assert_equal_figures(other.latest.layers["3.weight"], expected, ("never_moved_frac",))
+
+
+@pytest.mark.parametrize("scaling", ["tensor", "channel", ("block", 8)])
+def test_a_parameter_may_change_its_shape_and_dtype_again_and_again(scaling: Any) -> None:
+    model = nn.Linear(8, 8, bias=False)
+    optimizer, monitor, records = watched(model, scaling=scaling)
+    optimizer.named = dict(model.named_parameters())
+    for shape, dtype in [((8, 8), torch.float32), ((4, 24), torch.float64)] * 20:
+        model.weight.data = torch.randn(shape, dtype=dtype)
+        model.weight.grad = torch.randn_like(model.weight)
+        optimizer.step()
+        expected = measure(*optimizer.steps[-1]["weight"], FORMATS, scaling)
+        assert_equal_figures(records[-1].layers["weight"], expected, ("never_moved_frac",))
+    (arena,) = monitor._arenas.values()
+    assert sum(segment.rows for segment in arena.segments) == 3
 
 
 # --- over time
@@ -415,6 +513,105 @@ def test_a_state_of_other_formats_is_told_and_not_mixed_up() -> None:
     assert other.latest is not None
 
 
+def test_a_monitor_that_is_attached_again_goes_on() -> None:
+    model, twin = net(), net()
+    optimizer, monitor, records = watched(model)
+    train(model, optimizer, 2)
+    monitor.detach()
+    monitor.attach(optimizer)
+    train(model, optimizer, 2)
+    other, _, expected = watched(twin)
+    train(twin, other, 2)
+    train(twin, other, 2)
+    for name in expected[-1].layers:
+        for format in FORMATS:
+            key = f"never_moved_frac/{format}"
+            assert records[-1].layers[name][key] == expected[-1].layers[name][key]
+
+
+def test_a_state_is_not_loaded_into_an_attached_monitor() -> None:
+    model = net()
+    _, monitor, _ = watched(model)
+    with pytest.raises(RuntimeError, match=r"load_state_dict\(\) before attach\(\)"):
+        monitor.load_state_dict(monitor.state_dict())
+
+
+def test_a_loaded_state_replaces_what_was_learnt_before() -> None:
+    model = net()
+    optimizer, monitor, _ = watched(model)
+    state = copy.deepcopy(monitor.state_dict())
+    train(model, optimizer, 3)
+    monitor.detach()
+    assert monitor.state_dict()["ever_moved"]
+    monitor.load_state_dict(state)
+    assert not monitor.state_dict()["ever_moved"]
+    monitor.attach(optimizer)
+    train(model, optimizer)
+    one = monitor.latest.layers["3.weight"]
+    assert one["never_moved_frac/e4m3fn"] == pytest.approx(one["stall_frac/e4m3fn"])
+
+
+def test_a_state_of_another_number_of_elements_is_told() -> None:
+    model = net()
+    optimizer, monitor, _ = watched(model)
+    train(model, optimizer)
+    state = monitor.state_dict()
+    monitor.detach()
+    said: list[str] = []
+    other = UpdateMonitor(model, formats=FORMATS, max_elements=100, tell=said.append, strict=True)
+    other.load_state_dict(state)
+    other.attach(optimizer)
+    train(model, optimizer)
+    assert said == [
+        "has never_moved_frac of 3.weight begin anew: it has 100 watched elements, and had 23040"
+    ]
+
+
+def test_one_parameter_of_two_optimizers_is_tracked_in_both() -> None:
+    model = nn.Linear(4, 4, bias=False)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=lr) for lr in (1e-9, 1.0)]
+    with UpdateMonitor(model, formats="bf16", strict=True).attach(*optimizers) as monitor:
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizers[1].step()
+        optimizers[0].step()
+        _, bits = monitor.state_dict()["ever_moved"]["weight"]
+    assert bits.tolist() == [0b11111111] * 4  # all had an update, and all an effective one
+    assert monitor.state_dict()["ever_moved"]["weight"][1].tolist() == bits.tolist()
+
+
+def test_names_that_change_places_take_their_figures_along() -> None:
+    model = nn.ParameterDict({"a": torch.randn(70), "b": torch.randn(70)})
+    optimizer, _, records = watched(model)
+    for gradient in (0.0, 1.0):
+        if gradient:
+            model["a"], model["b"] = model["b"], model["a"]
+            model["c"] = nn.Parameter(torch.randn(3))  # which makes the observer look again
+            optimizer.param_groups[0]["params"] = [*model.parameters()]
+            optimizer.named = dict(model.named_parameters())
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 0.1)
+        model["a"].grad = torch.zeros(70)
+        optimizer.step()
+        assert records[-1].layers["a"]["gradient_rms"] == 0
+        assert records[-1].layers["b"]["gradient_rms"] > 0
+
+
+def test_a_module_may_grow() -> None:
+    model = net()
+    rules = [SamplingRule("*.bias", enabled=False), SamplingRule("5.*", formats="e5m2")]
+    model.append(nn.Linear(10, 2))
+    optimizer, monitor, records = watched(model, sampling=rules)
+    train(model, optimizer)
+    model.append(nn.Linear(2, 3000))
+    optimizer.add_param_group({"params": [*model[6].parameters()]})
+    optimizer.named = dict(model.named_parameters())
+    train(model, optimizer, 2)
+    assert "6.weight" in records[2].layers
+    assert "6.bias" not in records[2].layers
+    assert records[2].layers["6.weight"].formats == FORMATS
+    assert monitor.layers["6.bias"].enabled is False
+
+
 def test_scales_hold_for_a_hundred_steps_unless_a_weight_exceeds_them() -> None:
     model = nn.Linear(4, 4, bias=False)
     optimizer, monitor, records = watched(model, formats="e4m3fn")
@@ -427,7 +624,7 @@ def test_scales_hold_for_a_hundred_steps_unless_a_weight_exceeds_them() -> None:
             model.weight.fill_(value)
         model.weight.grad.fill_(0.1)
         optimizer.step()
-        return monitor._scales["weight"].values[0].item()
+        return compute_scale(monitor._scale_state.amax("weight"), "e4m3fn").item()
 
     assert step(1.0) == 2.0**-8
     assert step(0.25) == 2.0**-8  # a smaller one changes nothing …
@@ -443,18 +640,17 @@ def test_scales_hold_for_a_hundred_steps_unless_a_weight_exceeds_them() -> None:
     assert step(0.2) == 2.0**-11  # the hundred-and-first
 
 
-def test_weights_that_begin_at_zero_have_a_scale_as_soon_as_they_have_moved() -> None:
-    """A bias of zeros sets no scale; with that of its first step it would seem frozen for long."""
+def test_weights_that_begin_at_zero_have_the_scale_of_what_their_first_step_makes_of_them() -> None:
+    """A bias of zeros sets no scale; under that of 1 it would seem frozen."""
     model = nn.Linear(4, 4)
     nn.init.zeros_(model.bias)
-    optimizer, monitor, records = watched(model, formats="e2m1")
+    optimizer, _, records = watched(model, formats="e2m1")
     for _ in range(3):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, 0.02)
         optimizer.step()
-    assert monitor._scales["bias"].values[0] < 1e-3
     stalls = [record.layers["bias"]["stall_frac/e2m1"] for record in records]
-    assert stalls == [1, 0, 0]
+    assert stalls == [0, 0, 0]
 
 
 def test_the_overhead_budget_holds_back_observation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,9 +679,40 @@ def test_the_overhead_budget_holds_back_observation(monkeypatch: pytest.MonkeyPa
     gaps = [b - a for a, b in itertools.pairwise(indices)]
     assert gaps[:2] == [1, 1]  # the cost of the first is not taken for that of all
     assert set(gaps[3:]) == {32}  # 1 s in 1 + 32 / 8 s
-    assert monitor.state_dict()["budget"]["interval"] == 32
+    assert monitor.state_dict()["budgets"][0]["interval"] == 32
     assert monitor.latest.own_seconds == pytest.approx(1.0)
     assert monitor.latest.training_seconds == pytest.approx(0.125)
+
+
+def test_the_overhead_budget_holds_for_two_optimizers_of_different_paces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    one, two = (torch.optim.SGD(part.parameters(), lr=0.1) for part in model)
+    spent = {one: 0, two: 0}
+    monitor = UpdateMonitor(model, overhead_budget=0.2, strict=True)
+    kernel = monitor._measurer.vectors_of
+
+    def slow(batch: Any) -> Tensor:
+        now[0] += 1.0
+        spent[monitor._observer.asking] += 1
+        return kernel(batch)
+
+    monkeypatch.setattr(monitor._measurer, "vectors_of", slow)
+    monitor.attach(one, two)
+    for step in range(2000):
+        now[0] += 0.1
+        model(torch.ones(1, 4)).sum().backward()
+        one.step()
+        if step % 5 == 4:
+            two.step()
+    share = sum(spent.values()) / now[0]
+    assert 0.1 < share < 0.22
+    assert min(spent.values()) > 5
+    states = monitor.state_dict()["budgets"]
+    assert [state["interval"] > 1 for state in states] == [True, True]
 
 
 # --- rules
@@ -583,6 +810,67 @@ def test_a_step_that_a_scaler_skipped_is_counted_and_not_shown(
     optimizer.found_inf, optimizer.grad_scale = torch.tensor(float(inf)), None
     optimizer.step()
     assert (len(records), monitor.skipped["inf"]) == (int(shown), int(not shown))
+
+
+def test_without_formats_there_are_the_figures_of_the_update() -> None:
+    model = net()
+    optimizer, _, records = watched(model, formats=[])
+    train(model, optimizer)
+    assert set(records[0].model) == {*LAYER_METRICS}
+    assert_equal_figures(
+        records[0].layers["3.weight"], measure(*optimizer.steps[0]["3.weight"], [])
+    )
+
+
+@pytest.mark.parametrize("capacity", [64, 100_000])
+def test_the_first_observed_step_may_be_in_inference_mode(capacity: int) -> None:
+    model = nn.Linear(20, 20, bias=False)
+    with sharing_out(capacity):
+        optimizer, _, records = watched(model)
+        for _ in range(3):
+            model.weight.grad = torch.ones_like(model.weight)
+            with torch.inference_mode(mode=len(records) < 2):
+                optimizer.step()
+    assert [record.index for record in records] == [0, 1, 2]
+
+
+def test_two_threads_may_step_two_optimizers() -> None:
+    models = [nn.Linear(300, 300) for _ in range(2)]
+    optimizers = [RecordingSGD(m.named_parameters(), lr=0.05) for m in models]
+    records: list[StepRecord] = []
+    both = nn.ModuleList(models)
+    for number, optimizer in enumerate(optimizers):
+        optimizer.named = {f"{number}.{n}": p for n, p in models[number].named_parameters()}
+
+    def run(number: int) -> None:
+        for _ in range(20):
+            for parameter in models[number].parameters():
+                parameter.grad = torch.full_like(parameter, 1e-3 * (1 + number))
+            optimizers[number].step()
+
+    with UpdateMonitor(both, records.append, scaling=None, max_elements=None, strict=True).attach(
+        *optimizers
+    ):
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(records) == 40
+    for record in records:
+        (number,) = {int(name[0]) for name in record.layers}
+        step = optimizers[number].steps[record.index]
+        name = f"{number}.weight"
+        assert_equal_figures(
+            record.layers[name], measure(*step[name], scaling=None), ("never_moved_frac",)
+        )
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_monitor_is_not_copied(copied: Callable[[Any], Any]) -> None:
+    _, monitor, _ = watched(net())
+    with pytest.raises(TypeError, match="make another one for the copy"):
+        copied(monitor)
 
 
 def test_two_thousand_layers() -> None:

@@ -127,6 +127,7 @@ class StepObserver:
         self._peak_bytes = 0
         self._snapshots: dict[_Hooks, Snapshots] = {}
         self._hooks: list[_Hooks] = []
+        self._asking: _Hooks | None = None
         self._scalers: dict[GradScaler, Callable[[], None]] = {}  # and what ends listening to each
         # Nothing that could refer to the observer: it would never be collected.
         weakref.finalize(self, _collected, self._hooks, self._scalers).atexit = False
@@ -145,6 +146,18 @@ class StepObserver:
     def is_observing(self) -> bool:
         """Whether it is attached and nothing has failed."""
         return bool(self._hooks) and not self._stopped
+
+    @property
+    def asking(self) -> Optimizer:
+        """The optimizer whose step `should_observe` is being asked about.
+
+        Raises:
+            RuntimeError: It is not being asked.
+        """
+        optimizer = None if self._asking is None else self._asking.optimizer
+        if optimizer is None:
+            raise RuntimeError("asking is for should_observe, while it is being asked")
+        return optimizer
 
     @property
     def copy_seconds(self) -> float:
@@ -228,6 +241,7 @@ class StepObserver:
     def _is_due(self, hooks: _Hooks) -> bool:
         if self._stopped or self._should_observe is None:
             return not self._stopped
+        self._asking = hooks
         try:  # not _guard, which would take longer than all the rest of a step not observed
             return bool(self._should_observe(hooks.index))
         except Exception as fault:  # noqa: BLE001 - whatever it is, it is not the training's
@@ -288,9 +302,9 @@ class StepObserver:
     def _look_again(self, parameters: list[Tensor]) -> None:
         """The module may have got new parameters, and let go of others."""
         if self._module is not None:
-            self._names = parameter_names(self._module)
-        for choice in [each for each in self._chosen if each not in self._names]:
-            del self._chosen[choice]
+            before, self._names = self._names, parameter_names(self._module)
+            for choice in [p for p in self._chosen if self._names.get(p) != before.get(p)]:
+                del self._chosen[choice]
         optimizers = [optimizer for hooks in self._hooks if (optimizer := hooks.optimizer)]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         known = {*parameters, *(parameter for group in groups for parameter in group["params"])}

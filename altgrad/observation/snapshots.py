@@ -121,7 +121,7 @@ class Snapshots:
             if gradient.layout != torch.strided:
                 gradient = gradient.to_dense()
             snapshot = self._memory_for(name, parameter, gradient)
-            snapshot.name, snapshot.rests = name, rests
+            snapshot.rests = rests
             snapshots.append(snapshot)
             if snapshot.indices is None:
                 copies += (snapshot.before, snapshot.gradient)
@@ -154,7 +154,7 @@ class Snapshots:
     def _memory_for(self, name: str, parameter: Tensor, gradient: Tensor) -> Snapshot:
         kept = self._kept.get(parameter)
         if kept is not None:
-            if kept.fits(gradient):
+            if kept.name == name and kept.fits(gradient):
                 return kept
             self._kept_bytes -= kept.nbytes()
             del self._kept[parameter]

@@ -20,6 +20,8 @@ from altgrad.quantization.formats import E2M1, E2M3, E3M2, E4M3, E5M2, get_forma
 from altgrad.quantization.ops import quantize
 from altgrad.quantization.scaling import amax_of, scale_from_amax
 
+_FLOAT32 = torch.finfo(torch.float32)
+
 
 @dataclass(frozen=True, slots=True)
 class BlockFormat:
@@ -51,26 +53,41 @@ class BlockFormat:
         """Whether every scale is a power of two."""
         return self.scale == "e8m0"
 
+    @property
+    def has_tensor_scale(self) -> bool:
+        """Whether the scales of blocks are relative to one of the whole tensor."""
+        return self.scale == "e4m3"
+
     def is_coarser_than(self, dtype: torch.dtype) -> bool:
         """As `FloatFormat.is_coarser_than`, within a block."""
         return self.element.is_coarser_than(dtype)
 
     def block_scales(self, x: Tensor) -> Tensor:
-        """The scale of each block of x, float64; 1 for a block of zeros, NaN and ±inf left out.
-
-        An E4M3 scale that would round to 0, in a block far below the tensor's amax, is the smallest
-        one, 2**-9: a format whose weights are all 0 has no grid to move on.
+        """The scale of each block of x, float64; NaN and ±inf are left out.
 
         Returns:
             x's shape with the number of blocks for its last dimension.
         """
-        amax = amax_of(x, ("block", self.block_size)).double()
-        if self.scale == "e8m0":
+        return self.scales(amax_of(x, ("block", self.block_size)), amax_of(x, "tensor"))
+
+    def scales(self, amax: Tensor, tensor_amax: Tensor | None) -> Tensor:
+        """The scale of blocks, float64; 1 for a block of zeros.
+
+        An E4M3 scale that would round to 0, in a block far below the tensor's amax, is the smallest
+        one, 2**-9: a format whose weights are all 0 has no grid to move on.
+
+        Args:
+            amax: The largest magnitude in each block.
+            tensor_amax: Likewise of its whole tensor, of a shape that broadcasts; for formats
+                that have a tensor scale.
+        """
+        amax = amax.double()
+        if tensor_amax is None or not self.has_tensor_scale:
             scale = scale_from_amax(amax, self.element, power_of_two="floor")
             return scale.clamp_(2.0**-127, 2.0**127)
-        largest = amax.amax() if amax.numel() else amax.new_zeros(())
-        tensor_scale = (largest / (E4M3.max * self.element.max)).float().double()
-        tensor_scale = torch.where(tensor_scale == 0, 1.0, tensor_scale)
+        tensor_scale = tensor_amax.double() / (E4M3.max * self.element.max)
+        # As float32, which it is stored in, neither 0 nor inf.
+        tensor_scale = tensor_scale.clamp(_FLOAT32.smallest_normal, _FLOAT32.max).float().double()
         scale = quantize(amax / self.element.max / tensor_scale, E4M3)
         scale = scale.clamp_(min=E4M3.smallest_subnormal) * tensor_scale
         return torch.where(amax == 0, 1.0, scale)

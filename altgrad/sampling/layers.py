@@ -62,6 +62,10 @@ formats=None)
         if self.formats is not None:
             object.__setattr__(self, "formats", _checked_formats(self.formats))
 
+    def matches(self, name: str) -> bool:
+        """Whether the pattern matches the whole name of a layer."""
+        return fnmatchcase(name, self.layers)
+
 
 @dataclass(frozen=True)
 class LayerSampling:
@@ -120,7 +124,7 @@ def resolve_layers(
 
 
 def _layer(name: str, rules: Sequence[SamplingRule], default: LayerSampling) -> LayerSampling:
-    rule = next((rule for rule in rules if fnmatchcase(name, rule.layers)), None)
+    rule = next((rule for rule in rules if rule.matches(name)), None)
     if rule is None:
         return replace(default, name=name)
     max_elements = default.max_elements
@@ -161,7 +165,7 @@ def _check_rules(names: Sequence[str], rules: Sequence[SamplingRule]) -> None:
                 f"rules: expected a SamplingRule such as SamplingRule('*.bias', enabled=False), "
                 f"got {rule!r}"
             )
-        if not any(fnmatchcase(name, rule.layers) for name in names):
+        if not any(map(rule.matches, names)):
             raise ValueError(_no_match(rule.layers, names))
 
 

@@ -16,8 +16,7 @@ from altgrad import DEFAULT_FORMATS, Figures, get_format, measure
 from altgrad.figures import metrics_of
 from altgrad.measuring import Measurer
 from altgrad.metrics import FORMAT_METRICS, LAYER_METRICS, Share
-from altgrad.quantization import effective_update
-from altgrad.scales import Scales
+from altgrad.quantization import compute_scale, effective_update, get_formats
 from altgrad_lightning import PrecisionMonitor
 
 Step = list[tuple[Tensor, Tensor, Tensor]]
@@ -109,12 +108,12 @@ def assert_are_of_last_step(figures: Figures, steps: Sequence[tuple[Tensor, ...]
     Where the scale is the one that the last weights set, the figures are what `measure` says.
     """
     measurer = Measurer(DEFAULT_FORMATS)
-    scales = scales_of_steps(measurer, [before for before, _, _ in steps])
-    assert_same(figures, metrics_of([measurer.statistics_of(*steps[-1], scales=scales[-1])])[0])
-    if all(map(torch.equal, scales[-1].values, measurer.scales_of(steps[-1][0]).values)):
+    amax = amax_of_steps(steps)
+    assert_same(figures, metrics_of([measurer.statistics_of(*steps[-1], amax=amax[-1])])[0])
+    if torch.equal(amax[-1], amax_of_steps(steps[-1:])[0]):
         assert_same(figures, measure(*steps[-1]))
-    for position, format in enumerate(measurer.formats):
-        of_format = [each.values[position] for each in scales]
+    for format in measurer.formats:
+        of_format = [compute_scale(each, format) for each in amax]
         expected = never_moved_frac(format.name, of_format, steps)
         if not format.is_coarser_than(steps[0][0].dtype):
             expected = torch.nan
@@ -123,19 +122,21 @@ def assert_are_of_last_step(figures: Figures, steps: Sequence[tuple[Tensor, ...]
         )
 
 
-def scales_of_steps(measurer: Measurer, weights: Sequence[Tensor]) -> list[Scales]:
-    """Taken at the first step, and after one whose weights exceeded it or set none: all are 0."""
-    scales: list[Scales] = []
+def amax_of_steps(steps: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Taken at the first step, of the weights after it if they are all 0 before it, and again after
+    one whose weights exceeded it."""
+    amax: list[Tensor] = []
     outgrown = True
-    for before in weights:
-        scales.append(measurer.scales_of(before) if outgrown else scales[-1])
+    for before, after, _ in steps:
+        largest = (before if before.any() else after).float().abs().max().view(1)
+        amax.append(largest if outgrown else amax[-1])
         tops = [
-            format.max * scale
-            for format, scale in zip(measurer.formats, scales[-1].values, strict=True)
+            format.max * compute_scale(amax[-1], format)
+            for format in get_formats(DEFAULT_FORMATS)
             if format.bits < 16
         ]
-        outgrown = not before.any() or any((before.abs() > top).any() for top in tops)
-    return scales
+        outgrown = any((before.abs() > top).any() for top in tops)
+    return amax
 
 
 def assert_same(figures: Figures, expected: Any) -> None:

@@ -10,18 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from altgrad import DEFAULT_FORMATS, SamplingRule, get_format
-from altgrad.measuring import Measurer
 from altgrad.metrics import FORMAT_METRICS, LAYER_METRICS
-from altgrad.quantization import effective_update, stall_mask
+from altgrad.quantization import compute_scale, effective_update, stall_mask
 from altgrad_lightning import PrecisionMonitor
 from tests.lightning.runs import (
     Net,
     RecordingAdamW,
     Step,
+    amax_of_steps,
     batches,
     fit,
     logged,
-    scales_of_steps,
     trainer,
 )
 
@@ -64,18 +63,17 @@ def fit_module(
 
 def model_truth(steps: list[Step]) -> dict[str, float]:
     """Figures over all elements of all layers, which took all these steps."""
-    measurer = Measurer(DEFAULT_FORMATS)
     counts: dict[str, float] = dict.fromkeys(["moved", "elements", "squares"], 0.0)
     of_formats = {f: dict.fromkeys(["stalled", "kept"], 0.0) for f in DEFAULT_FORMATS}
     for of_layer in zip(*steps, strict=True):
-        scales = scales_of_steps(measurer, [before for before, _, _ in of_layer])[-1]
+        amax = amax_of_steps(of_layer)[-1]
         before, after, _ = (each.double() for each in of_layer[-1])
         update = after - before
         counts["moved"] += update.count_nonzero().item()
         counts["elements"] += update.numel()
         counts["squares"] += update.square().sum().item()
-        for name, amax_scale in zip(DEFAULT_FORMATS, scales.values, strict=True):
-            scale = 1.0 if get_format(name).bits >= 16 else amax_scale
+        for name in DEFAULT_FORMATS:
+            scale = 1.0 if get_format(name).bits >= 16 else compute_scale(amax, name)
             stalled = stall_mask(before, update, name, scale).sum().item()
             kept = (effective_update(before, update, name, scale) * update).sum().item()
             of_formats[name]["stalled"] += stalled
