@@ -44,11 +44,10 @@ def chunks_of(
 
 def rows_of(flat: tuple[Tensor, ...], columns: int) -> Iterator[tuple[slice, Rows]]:
     """One chunk as rows, and which part of it they are; those that fill no row are one apart."""
-    whole = len(flat[0]) // columns * columns
-    for part in (slice(0, whole), slice(whole, len(flat[0]))):
-        count = part.stop - part.start
-        if count:
-            width = columns if part.start == 0 else count
+    count = len(flat[0])
+    whole = count // columns * columns
+    for part, width in ((slice(0, whole), columns), (slice(whole, count), count - whole)):
+        if part.stop > part.start:
             rows = [each[part].view(-1, 1, width) for each in flat]
             yield part, Rows(rows[0], rows[1], rows[2] if len(rows) == 3 else None)
 

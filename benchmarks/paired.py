@@ -1,8 +1,8 @@
 """What the scripts beside it share: rounds that pair variants, counts, tables and targets.
 
 A round calls every variant once, in a new order, so that a machine that slows down or is shared
-slows all of them alike. Ratios and differences are taken within a round, and their median is what
-carries over; times belong to one machine on one day.
+slows all of them alike. Ratios are taken within a round, and their median is what carries over;
+times belong to one machine on one day.
 """
 
 from __future__ import annotations
@@ -108,10 +108,6 @@ def quartiles(values: Sequence[float]) -> Quartiles:
 def ratios(seconds: Seconds, name: str, base: str) -> Quartiles:
     """Of the ratios within a round, from which a drift of the machine cancels."""
     return quartiles([a / b for a, b in zip(seconds[name], seconds[base], strict=True)])
-
-
-def differences(seconds: Seconds, name: str, base: str) -> Quartiles:
-    return quartiles([a - b for a, b in zip(seconds[name], seconds[base], strict=True)])
 
 
 class Counts(TorchDispatchMode):

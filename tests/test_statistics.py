@@ -63,13 +63,13 @@ def merged(parts: list[LayerStatistics]) -> LayerStatistics:
 
 def all_at_once(step: tuple[Tensor, ...]) -> LayerStatistics:
     """In one chunk and through no merge but that with `empty`."""
-    assert step[0].numel() <= UNSCALED.elements_that_fit(single=True)
+    assert step[0].numel() <= UNSCALED.capacity
     return UNSCALED.statistics_of(*step)
 
 
 @contextlib.contextmanager
 def chunks_of(elements: int) -> Iterator[None]:
-    with mock.patch.object(Measurer, "elements_that_fit", return_value=elements):
+    with mock.patch.object(UNSCALED, "capacity", elements):
         yield
 
 
@@ -130,7 +130,7 @@ def a_step(n: int = 200, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_the_real_chunk_equals_smaller_ones() -> None:
-    step = a_step(UNSCALED.elements_that_fit(single=True) + 1000)
+    step = a_step(UNSCALED.capacity + 1000)
     in_two = UNSCALED.statistics_of(*step)
     with chunks_of(10_007):
         assert_same_statistics(UNSCALED.statistics_of(*step), in_two)
