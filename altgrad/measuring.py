@@ -65,9 +65,9 @@ def measure(
     Everything is computed in float64 over the elements that are finite before, after and in the
     gradient; the others are counted in ``nonfinite_frac`` alone. (So are float64 numbers from 1e289
     on.) A figure that has no value is NaN: nothing moved, no gradient, no element. Values whose
-    squares leave float64 give inf or 0. Where the weights are already stored at or below a format's
-    precision (bf16 weights judged for bf16), updates that stalled can no longer be seen, and the
-    what-if figures of that format are NaN; ``unmoved_frac`` is the one to read.
+    squares or quotients leave float64 give inf, 0 or NaN. Where the weights are already stored at
+    or below a format's precision (bf16 weights judged for bf16), updates that stalled can no longer
+    be seen, and the what-if figures of that format are NaN; ``unmoved_frac`` is the one to read.
 
     Args:
         before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
@@ -287,8 +287,12 @@ class Measurer:
         """(formats, elements)."""
         stop = start + len(flat[0])
         indices = torch.arange(start, stop) if sample is None else sample.indices[start:stop].cpu()
-        sharing = self.sharing_of(shape, indices).to(flat[0].device)
-        return element_scales(flat[0], flat[1], *amax, sharing, self.formats, self.scaling)
+        sharing, of_groups = self.sharing_of(shape, indices), amax[0]
+        if of_groups is not None:
+            sharing, groups = sharing.of_its_groups()
+            of_groups = of_groups[groups]
+        sharing, scaled = sharing.to(flat[0].device), (self.formats, self.scaling)
+        return element_scales(flat[0], flat[1], of_groups, amax[1], sharing, *scaled)
 
     def sharing_of(self, shape: torch.Size, indices: Tensor) -> Sharing:
         """As `Sharing.of`."""
@@ -403,6 +407,6 @@ def _compiled_rows(
 
 
 def _own_grid(dtype: torch.dtype) -> tuple[float, float]:
-    """2**-M and the smallest positive number of a dtype."""
+    """2**-M and the smallest positive number of a dtype that is never flushed to zero here."""
     info = torch.finfo(dtype)
-    return info.eps, info.tiny * info.eps
+    return info.eps, max(info.tiny * info.eps, torch.finfo(torch.float64).tiny)

@@ -139,6 +139,14 @@ class Sharing(NamedTuple):
             blocks[size] = _Blocks(of_element, torch.zeros_like(different))
         return cls(1, group, torch.zeros(1, dtype=torch.int64).expand(channels), blocks)
 
+    def of_its_groups(self) -> tuple[Sharing, slice]:
+        """Of elements of one layer, with no group before or after theirs, and which those are."""
+        if not len(self.group):
+            return self, slice(None)
+        groups = slice(int(self.group[0]), int(self.group[-1]) + 1)
+        group, layer_of_group = self.group - groups.start, self.layer_of_group[groups]
+        return self._replace(group=group, layer_of_group=layer_of_group), groups
+
     def padded(self, count: int) -> Sharing:
         """With as many elements, the new ones anywhere."""
         more = count - len(self.group)

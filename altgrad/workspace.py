@@ -11,7 +11,7 @@ TEMPORARY_BYTES = 2**24
 """What one call of the row kernel may take beside its arguments, whatever it is given."""
 
 _PER_FORMAT, _SHARED, _STACKED = 4, 10, 4  # float64 numbers for each element
-_SHARING = 12  # likewise, to find the scale of each
+_SHARING = 16  # likewise, to find the scale of each
 _KEPT_SHAPES = 8
 
 

@@ -8,6 +8,7 @@ import torch
 
 from altgrad import UpdateMonitor
 from altgrad.measuring import Measurer
+from altgrad.quantization.scaling import Scaling
 from altgrad.workspace import TEMPORARY_BYTES
 from benchmarks.gpt import Gpt, train
 from tests.counting import Memory, host_copies, operations
@@ -121,7 +122,22 @@ def test_measuring_takes_at_most_16_mib_whatever_the_size(
 ) -> None:
     step = [torch.randn(2, count) for _ in range(3)]
     step = [each.T if not contiguous else each.view(-1) for each in step]
-    measurer = Measurer(formats)
+    assert 2**17 < memory_for(Measurer(formats), step) <= TEMPORARY_BYTES
+
+
+@pytest.mark.parametrize("scaling", ["tensor", "channel", ("block", 32)])
+@pytest.mark.parametrize("formats", [["mxfp8_e4m3", "nvfp4"], ["nvfp4", *FORMATS]])
+@pytest.mark.parametrize("shape", [(1_000_000,), (1_000_000, 2), (100, 20_000)])
+def test_so_does_measuring_with_scales_of_blocks(
+    formats: list[str], scaling: Scaling, shape: tuple[int, ...]
+) -> None:
+    step = [torch.randn(shape) for _ in range(3)]
+    measurer = Measurer(formats, scaling)
+    amax = measurer.amax_of(*step[:2])
+    assert memory_for(measurer, [*step, amax]) <= TEMPORARY_BYTES
+
+
+def memory_for(measurer: Measurer, arguments: list[torch.Tensor]) -> int:
     with Memory() as memory:
-        measurer.statistics_of(*step)
-    assert 2**17 < memory.peak <= TEMPORARY_BYTES
+        measurer.statistics_of(*arguments)
+    return memory.peak

@@ -254,3 +254,18 @@ def test_two_formats_of_one_name_are_refused() -> None:
     before, after, _ = a_step()
     with pytest.raises(ValueError, match="two different formats are named 'bf16'"):
         measure(before, after, formats=["bf16", FloatFormat("bf16", 2, 1, 1)])
+
+
+def test_flushing_subnormals_to_zero_makes_no_nan_of_float64() -> None:
+    tiny = torch.finfo(torch.float64).tiny
+    before = torch.tensor([0.0, 0.0, 1.0, tiny], dtype=torch.float64)
+    after = torch.tensor([0.0, tiny, 1.0, 4 * tiny], dtype=torch.float64)
+    figures = measure(before, after)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers to zero")
+    try:
+        flushed = measure(before, after)
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushed["ulp_mean"] == figures["ulp_mean"] == 1.0
+    assert flushed["ulp_max"] == figures["ulp_max"] == 3.0
