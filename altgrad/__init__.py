@@ -5,8 +5,8 @@ from altgrad.measuring import DEFAULT_FORMATS, measure
 from altgrad.monitor import DEFAULT_MAX_ELEMENTS, UpdateMonitor
 from altgrad.observation import OptimizerStep, StepObserver
 from altgrad.quantization import FloatFormat, get_format, quantize, spacing
-from altgrad.records import StepRecord
 from altgrad.sampling import SamplingRule, StepSchedule
+from altgrad.step_record import StepRecord
 
 __version__ = "0.1.0"
 

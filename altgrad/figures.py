@@ -16,8 +16,10 @@ from altgrad.metrics import (
     Numbers,
     Share,
     get_metric,
+    histogram_of,
 )
 from altgrad.statistics import (
+    FIRST_STEPS_OCTAVE,
     FORMAT_MAXIMA,
     FORMAT_SUMS,
     MAXIMA,
@@ -29,6 +31,18 @@ from altgrad.statistics import (
 
 _POPULATION, _ELEMENTS = SUMS.index("population"), SUMS.index("elements")
 _FEWEST = 30  # with fewer elements that matter, their spread is not known
+
+
+class Histogram(NamedTuple):
+    """How many elements lie in each octave; the first bin and the last have no end.
+
+    Attributes:
+        first: log2 of where the first bin begins; bin k is from 2**(first + k) to twice that.
+        counts: Of each bin; of a model estimated from samples, and no whole numbers.
+    """
+
+    first: int
+    counts: Sequence[float]
 
 
 class Vectors(NamedTuple):
@@ -146,6 +160,25 @@ class Figures(Mapping[str, float]):
         weights = [n.sum["population"] / max(n.sum["elements"], 1) for n in judged]
         variances = [_variance(formula, n, value) for n in judged]
         return math.sqrt(sum(w * w * v for w, v in zip(weights, variances, strict=True))) / total
+
+    def histogram(self, key: str) -> Histogram:
+        """Of the elements that moved; those that did not are not in it.
+
+        Args:
+            key: ``"ulps"``, by how many units in the last place of the weights' own dtype, or
+                ``"steps/{format}"``, by which multiple of the format's stiffness; an update of less
+                than half of that, an octave below −1, stalls on a weight that is on the grid.
+
+        Raises:
+            KeyError: No such histogram, or no such format here; says which there are.
+        """
+        name, _, format = key.partition("/")
+        if key != "ulps" and (name != "steps" or format not in self.formats):
+            expected = ("ulps", *(f"steps/{each}" for each in self.formats))
+            raise KeyError(f"{key!r}: expected one of {expected}")
+        first, total = (0, "moved") if key == "ulps" else (FIRST_STEPS_OCTAVE, "judged")
+        below, *counts = histogram_of(self._of(format or None), name, total)
+        return Histogram(first, (max(below, 0.0), *counts))
 
     def _of(self, format: str | None) -> Numbers:
         if format not in self._numbers:

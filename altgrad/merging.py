@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from altgrad.figures import Figures, Vectors
-from altgrad.records import StepRecord
 from altgrad.statistics import SUMS, LayerStatistics, sum_count
+from altgrad.step_record import StepRecord
 
 _POPULATION, _ELEMENTS = SUMS.index("population"), SUMS.index("elements")
 _Rows = tuple[int, ...]

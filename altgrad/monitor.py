@@ -28,7 +28,6 @@ from altgrad.observation.snapshots import Memory
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.block_formats import get_formats
 from altgrad.quantization.scaling import Scaling
-from altgrad.records import StepRecord
 from altgrad.sampling import (
     LayerSampling,
     SamplingRule,
@@ -38,6 +37,7 @@ from altgrad.sampling import (
     sample_elements,
 )
 from altgrad.scale_state import ScaleState
+from altgrad.step_record import StepRecord
 
 DEFAULT_MAX_ELEMENTS = 1024
 """A share is then known to 0.016 at worst (one standard error); see benchmarks/README.md."""

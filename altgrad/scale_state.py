@@ -10,8 +10,8 @@ from torch import Tensor
 
 from altgrad.quantization.block_formats import BlockFormat, NumberFormat
 from altgrad.quantization.scaling import Scaling
-from altgrad.records import StepRecord
 from altgrad.scales import is_scaled, layer_amax_of_each, need_amax
+from altgrad.step_record import StepRecord
 
 STEPS_PER_SCALE = 100
 """Observed steps for which an amax holds, unless a weight is seen to exceed it."""

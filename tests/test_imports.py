@@ -31,8 +31,8 @@ ALLOWED = {
     "altgrad.statistics": set(),
     "altgrad.metrics": {"altgrad.statistics"},
     "altgrad.figures": {"altgrad.metrics", "altgrad.statistics"},
-    "altgrad.records": {"altgrad.figures"},
-    "altgrad.merging": {"altgrad.figures", "altgrad.records", "altgrad.statistics"},
+    "altgrad.step_record": {"altgrad.figures"},
+    "altgrad.merging": {"altgrad.figures", "altgrad.step_record", "altgrad.statistics"},
     "altgrad.workspace": set(),
     "altgrad.row_kernel": {f"{Q}.grids", "altgrad.statistics", "altgrad.workspace"},
     "altgrad.totals": {"altgrad.row_kernel", "altgrad.statistics"},
@@ -42,7 +42,7 @@ ALLOWED = {
     "altgrad.budgets": {SAMPLING},
     "altgrad.ever_moved": {"altgrad.row_kernel"},
     "altgrad.scale_state": {f"{Q}.block_formats", f"{Q}.scaling"}
-    | {"altgrad.records", "altgrad.scales"},
+    | {"altgrad.step_record", "altgrad.scales"},
     "altgrad.measuring": {f"{Q}.arguments", f"{Q}.block_formats", f"{Q}.grids", f"{Q}.scaling"}
     | {"altgrad.chunks", "altgrad.figures", "altgrad.metrics", "altgrad.row_kernel"}
     | {"altgrad.scales", "altgrad.statistics", "altgrad.totals", "altgrad.workspace"},
@@ -51,7 +51,7 @@ ALLOWED = {
     | {"altgrad.scale_state", "altgrad.scales"},
     "altgrad.monitor": {f"{Q}.arguments", f"{Q}.block_formats", f"{Q}.scaling", OBS, SAMPLING}
     | {"altgrad.arena", "altgrad.budgets", "altgrad.chunks", "altgrad.clock", "altgrad.ever_moved"}
-    | {"altgrad.measuring", "altgrad.merging", "altgrad.records", "altgrad.scale_state"}
+    | {"altgrad.measuring", "altgrad.merging", "altgrad.step_record", "altgrad.scale_state"}
     | {f"{OBS}.snapshots"},
     f"{SAMPLING}.arguments": set(),
     f"{SAMPLING}.layers": {f"{SAMPLING}.arguments"},
@@ -69,7 +69,7 @@ ALLOWED = {
     | {f"{OBS}.optimizers", f"{OBS}.skips", f"{OBS}.optimizer_step"},
     OBS: {f"{OBS}.observer", f"{OBS}.optimizer_step"},
     "altgrad": {Q, OBS, SAMPLING, "altgrad.figures", "altgrad.measuring"}
-    | {"altgrad.monitor", "altgrad.records"},
+    | {"altgrad.monitor", "altgrad.step_record"},
     "altgrad.cli": {Q},
     "altgrad.__main__": {"altgrad.cli"},
     "altgrad_lightning": {"altgrad_lightning.callback"},

@@ -341,8 +341,25 @@ def test_histograms_count_octaves(name: str, scaling: object) -> None:
     octaves = np.floor(np.log2(steps[steps > 0])).clip(-32, 31)
     histogram = [int((octaves == octave).sum()) for octave in range(-32, 32)]
     assert histogram_of(numbers, "steps", "judged") == histogram
+    of_figures = metrics_of([statistics])[0].histogram(f"steps/{name}")
+    assert (of_figures.first, list(of_figures.counts)) == (-32, histogram)
     assert sum(histogram) == sums["judged"] == sums["moved"]
     assert sum(histogram_of(numbers, "ulps", "moved")[1:]) > 0
+
+
+def test_the_histogram_of_ulps_begins_at_one() -> None:
+    before = torch.tensor([1.0, 1.0, 1.0, 1.0, 2.0])
+    after = before + torch.tensor([0.0, 1, 2, 3, 8]) * 2**-23  # 8 are 4 units where they are two
+    (figures,) = metrics_of([Measurer("bf16").statistics_of(before, after)])
+    first, counts = figures.histogram("ulps")
+    assert (first, counts[:4], sum(counts)) == (0, (1, 2, 1, 0), 4)
+
+
+@pytest.mark.parametrize("key", ["steps", "steps/e5m2", "ulps/bf16", "ulp", "stall_frac/bf16"])
+def test_there_are_no_other_histograms(key: str) -> None:
+    (figures,) = metrics_of([LayerStatistics.empty(["bf16"])])
+    with pytest.raises(KeyError, match="expected one of .*ulps.*steps/bf16"):
+        figures.histogram(key)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=key_of)
