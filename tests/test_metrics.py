@@ -358,7 +358,7 @@ def test_the_histogram_of_ulps_begins_at_one() -> None:
 @pytest.mark.parametrize("key", ["steps", "steps/e5m2", "ulps/bf16", "ulp", "stall_frac/bf16"])
 def test_there_are_no_other_histograms(key: str) -> None:
     (figures,) = metrics_of([LayerStatistics.empty(["bf16"])])
-    with pytest.raises(KeyError, match="expected one of .*ulps.*steps/bf16"):
+    with pytest.raises(KeyError, match=r"expected one of .*ulps.*steps/bf16"):
         figures.histogram(key)
 
 
