@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -123,10 +124,7 @@ class Figures(Mapping[str, float]):
 
     def __iter__(self) -> Iterator[str]:
         """The keys, those of the parameter first."""
-        yield from LAYER_METRICS
-        for format in self.formats:
-            for metric in FORMAT_METRICS:
-                yield f"{metric}/{format}"
+        return iter(keys_of(self.formats))
 
     def __len__(self) -> int:
         """How many there are."""
@@ -209,6 +207,13 @@ def _variance(formula: Share | KeptShare, n: Numbers, value: float) -> float:
         return math.nan
     residuals = max(formula.squared_residuals(n, value), 0.0)
     return (1 - elements / population) * elements / (elements - 1) * residuals
+
+
+@functools.lru_cache(maxsize=64)
+def keys_of(formats: tuple[str, ...]) -> tuple[str, ...]:
+    """Of all figures, in their order."""
+    of_formats = (f"{metric}/{format}" for format in formats for metric in FORMAT_METRICS)
+    return (*LAYER_METRICS, *of_formats)
 
 
 def model_figures(layers: Sequence[Figures]) -> Figures:

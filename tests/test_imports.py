@@ -70,6 +70,14 @@ ALLOWED = {
     OBS: {f"{OBS}.observer", f"{OBS}.optimizer_step"},
     "altgrad": {Q, OBS, SAMPLING, "altgrad.figures", "altgrad.measuring"}
     | {"altgrad.monitor", "altgrad.step_record"},
+    "altgrad.records.schema": {Q, f"{Q}.block_formats", "altgrad.scales"},
+    "altgrad.records.lines": {"altgrad.figures", "altgrad.step_record"},
+    "altgrad.records.run": {Q, "altgrad.figures", "altgrad.records.schema"},
+    "altgrad.records.reading": {"altgrad.figures", "altgrad.records.run", "altgrad.records.schema"},
+    "altgrad.records.writing": {"altgrad", "altgrad.figures", "altgrad.step_record"}
+    | {f"altgrad.records.{part}" for part in ("lines", "reading", "schema")},
+    "altgrad.records": {f"altgrad.records.{part}" for part in ("reading", "run", "schema")}
+    | {"altgrad.records.writing"},
     "altgrad.cli": {Q},
     "altgrad.__main__": {"altgrad.cli"},
     "altgrad_lightning": {"altgrad_lightning.callback"},

@@ -1,0 +1,29 @@
+"""The run file: every figure of every observed step, a line of JSON each; written and read.
+
+docs/run-file.md describes it. Nothing in here needs more than plain numbers.
+"""
+
+from altgrad.records.reading import read
+from altgrad.records.run import Row, Run
+from altgrad.records.schema import (
+    SCHEMA,
+    FormatInfo,
+    Header,
+    LayerInfo,
+    Predecessor,
+    RunFileError,
+)
+from altgrad.records.writing import RunFile
+
+__all__ = [
+    "SCHEMA",
+    "FormatInfo",
+    "Header",
+    "LayerInfo",
+    "Predecessor",
+    "Row",
+    "Run",
+    "RunFile",
+    "RunFileError",
+    "read",
+]
