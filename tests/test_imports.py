@@ -68,6 +68,10 @@ ALLOWED = {
     f"{OBS}.observer": {f"{OBS}.parameter_names", f"{OBS}.snapshots", f"{OBS}.step_hooks"}
     | {f"{OBS}.optimizers", f"{OBS}.skips", f"{OBS}.optimizer_step"},
     OBS: {f"{OBS}.observer", f"{OBS}.optimizer_step"},
+    "altgrad.report.names": set(),
+    "altgrad.report.canvas": set(),
+    "altgrad.report.drawings": {"altgrad.figures", "altgrad.report.canvas", "altgrad.report.names"},
+    "altgrad.report": {"altgrad.report.drawings"},
     "altgrad": {Q, OBS, SAMPLING, "altgrad.figures", "altgrad.measuring"}
     | {"altgrad.monitor", "altgrad.step_record"},
     "altgrad.records.schema": {Q, f"{Q}.block_formats", "altgrad.scales"},
@@ -83,6 +87,8 @@ ALLOWED = {
     "altgrad_lightning": {"altgrad_lightning.callback"},
     "altgrad_lightning.packages": set(),
     "altgrad_lightning.callback": {"altgrad", Q, "altgrad_lightning.packages"},
+    "altgrad_lightning.loggers": {"altgrad.figures", "altgrad.metrics", "altgrad.report"},
+    "altgrad_lightning.history": {"altgrad.report"},
     "altgrad_lightning.demo": {"altgrad"}
     | {"altgrad_lightning.callback", "altgrad_lightning.packages"},
 }

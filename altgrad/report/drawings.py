@@ -1,0 +1,311 @@
+"""The pictures: matplotlib Figures for loggers (PNG) and for the page (SVG).
+
+Each works for one layer and for thousands, of which it shows the worst and says so. The
+colour-blind can tell the colours apart; what has no value is grey and hatched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from altgrad.figures import Histogram
+from altgrad.report.canvas import finished, finished_empty, in_default_style, new_figure, png, svg
+from altgrad.report.names import short_names
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["heat_map", "kept_map", "png", "ranges", "steps_histogram", "svg"]
+
+MOST_ROWS = 60
+"""Layers in a picture; of more, the worst are shown."""
+_MOST_COLUMNS = 240  # steps in a heat map; of more, neighbours are averaged
+_ROW = 0.17  # inches
+_HIGH_IS_GOOD = frozenset({"kept_update_ratio", "visible_frac", "on_grid_frac"})
+_LOST, _KEPT, _PALE, _GREY = "#d55e00", "#0072b2", "#cfe3f3", "#999999"  # Okabe and Ito's
+_THRESHOLD = -1  # log2 of half a grid spacing: a smaller update rounds away
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+class FormatRange(Protocol):
+    """What a picture needs to know of a format; `altgrad.records.FormatInfo` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def max(self) -> float: ...
+    @property
+    def smallest(self) -> float: ...
+    @property
+    def smallest_normal(self) -> float: ...
+    @property
+    def scaled(self) -> bool: ...
+
+
+@in_default_style
+def heat_map(
+    values: Mapping[str, Mapping[int, float]], *, title: str, label: str = "stall_frac"
+) -> Figure:
+    """Layers by steps, a share in each field: dark is bad.
+
+    Args:
+        values: By layer, the metric's value by step. A layer that is observed less often than
+            others shows its last value in between.
+        title: What it is of, such as the format.
+        label: The metric; its values lie in 0 … 1, and one beyond is drawn as the end it passed.
+    """
+    good = label in _HIGH_IS_GOOD
+    shown = _worst({name: _mean(of.values()) for name, of in values.items()}, low_is_bad=good)
+    steps = sorted({step for of in values.values() for step in of})
+    width = max(1, math.ceil(len(steps) / _MOST_COLUMNS))
+    groups = [steps[i : i + width] for i in range(0, len(steps), width)]
+    figure, [axes] = new_figure(8, _ROW * max(len(shown), 4) + 1.2)
+    figure.suptitle(_title(title, len(shown), len(values)), size=9)
+    if not groups:
+        return finished_empty(figure, "no step has been observed yet")
+    shares = [_columns(values[name], groups) for name in shown]
+    _draw_shares(axes, shares, "YlOrRd_r" if good else "YlOrRd")
+    _name_rows(axes, shown)
+    ticks = _spread(len(groups), 10)
+    axes.set_xticks(ticks, [str(groups[tick][0]) for tick in ticks], size=7)
+    axes.set_xlabel("step" if width == 1 else f"step; a column is the mean of {width}", size=8)
+    ends = ("0: all lost", "1: all kept") if good else ("0: none", "1: all")
+    bar = figure.colorbar(axes.images[0], ax=axes, aspect=30, pad=0.015)
+    bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=[ends[0], "0.25", "0.5", "0.75", ends[1]], size=7)
+    hatched = "; grey: no value" if any(math.isnan(x) for row in shares for x in row) else ""
+    bar.set_label(f"{label}{hatched}", size=8)
+    return finished(figure)
+
+
+@in_default_style
+def kept_map(
+    kept: Mapping[str, Mapping[str, float]],
+    frozen: Mapping[str, Mapping[str, bool]],
+    *,
+    title: str,
+) -> Figure:
+    """Layers by formats: how much of the update each format would keep.
+
+    Args:
+        kept: By layer and format, the kept_update_ratio; a layer may lack a format.
+        frozen: By layer and format, whether the layer would not move at all.
+        title: What it is of.
+    """
+    shown = _worst({name: _mean(of.values()) for name, of in kept.items()}, low_is_bad=True)
+    formats = list(dict.fromkeys(format for of in kept.values() for format in of))
+    figure, [axes] = new_figure(max(5.5, 3 + 0.9 * len(formats)), _ROW * max(len(shown), 3) + 1)
+    figure.suptitle(_title(title, len(shown), len(kept)), size=9)
+    if not formats:
+        return finished_empty(figure, "no step has been observed yet")
+    shares = [[kept[name].get(format, math.nan) for format in formats] for name in shown]
+    _draw_shares(axes, shares, "RdYlBu")
+    for row, name in enumerate(shown):
+        for column, format in enumerate(formats):
+            is_frozen = frozen.get(name, {}).get(format, False)
+            _write_share(axes, column, row, shares[row][column], is_frozen)
+    axes.set_xticks(range(len(formats)), formats, size=8)
+    axes.tick_params(axis="x", top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    _name_rows(axes, shown)
+    axes.set_xlabel("kept_update_ratio: 1 all, 0 nothing; frozen: never moves", size=8)
+    return finished(figure)
+
+
+@in_default_style
+def steps_histogram(histograms: Mapping[str, Histogram]) -> Figure:
+    """By format, where the updates lie against the threshold below which they round away.
+
+    Args:
+        histograms: By format, of log2(abs(update) / stiffness).
+    """
+    figure, each = new_figure(7, 0.85 * len(histograms) + 1.2, [1] * max(len(histograms), 1))
+    figure.suptitle("Size of the updates, against the grid of each format", size=9)
+    spans = [span for span in map(_span, histograms.values()) if span is not None]
+    if not spans:
+        return finished_empty(figure, "no update has been observed yet")
+    first = min(*(start for start, _ in spans), _THRESHOLD - 3)
+    end = max(*(stop for _, stop in spans), _THRESHOLD + 4)
+    for axes, (format, histogram) in zip(each, histograms.items(), strict=True):
+        _draw_bins(axes, histogram, lambda octave: _LOST if octave < _THRESHOLD else _KEPT)
+        axes.axvline(_THRESHOLD, color="black", lw=1.2)
+        axes.set_ylabel(format, size=9, rotation=0, ha="right", va="center")
+        _write_lost_and_kept(axes, histogram)
+    each[-1].set_xlim(first - 0.2, end + 0.2)
+    each[-1].set_xticks(*_powers(first, end), size=7)
+    each[-1].set_xlabel("update ÷ grid spacing at its weight; the line is at a half", size=8)
+    return finished(figure)
+
+
+@in_default_style
+def ranges(weights: Histogram, formats: Sequence[FormatRange]) -> Figure:
+    """The range of each format, drawn under the distribution of the weights.
+
+    Args:
+        weights: Of log2(abs(weight)); weights of 0 are not in it.
+        formats: Whose ranges are drawn. One with an amax scale is put where the largest weight
+            would put it: with its top in that weight's octave.
+    """
+    height = 0.26 * max(len(formats), 1)
+    figure, [top, below] = new_figure(8, height + 2.6, (1.5, height + 0.1))
+    figure.suptitle("The weights, and the range of each format", size=9)
+    span = _span(weights)
+    if span is None:
+        return finished_empty(figure, "no weight other than 0 has been observed yet")
+    first, end = span[0] - 12, span[1] + 6
+    _draw_bins(top, weights, lambda _: _GREY)
+    top.set_ylabel("weights", size=8, rotation=0, ha="right", va="center")
+    for row, format in enumerate(formats):
+        shift = span[1] - 1 - math.floor(math.log2(format.max)) if format.scaled else 0
+        _draw_range(below, row, format, shift, (first, end))
+    for axes in (top, below):
+        for edge in span:
+            axes.axvline(edge, color=_GREY, lw=0.8, ls=":", zorder=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    below.set_ylim(len(formats) - 0.4, -0.6)
+    names = [f"{format.name} *" if format.scaled else format.name for format in formats]
+    below.set_yticks(range(len(formats)), names, size=8)
+    below.tick_params(axis="y", length=0)
+    below.set_xlim(first, end)
+    below.set_xticks(*_powers(first, end), size=7)
+    scaled = "\n* scaled so that its top is at the largest weight" if "*" in str(names) else ""
+    below.set_xlabel(
+        "size of a weight. Dark: full precision; hatched: subnormal, fewer digits; left of a bar: "
+        f"becomes 0{scaled}",
+        size=8,
+    )
+    return finished(figure)
+
+
+# --- maps of shares
+
+
+def _worst(scores: Mapping[str, float], *, low_is_bad: bool) -> list[str]:
+    """Names in their order, of more than fit those that score worst; without a score: never."""
+    worst_first = sorted(scores, key=lambda name: _badness(scores[name], low_is_bad))
+    chosen = {*worst_first[:MOST_ROWS]}
+    return [name for name in scores if name in chosen]
+
+
+def _badness(score: float, low_is_bad: bool) -> float:
+    if math.isnan(score):
+        return math.inf
+    return score if low_is_bad else -score
+
+
+def _mean(values: Iterable[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
+
+
+def _title(title: str, shown: int, all: int) -> str:
+    return title if shown == all else f"{title}\nthe worst {shown} of {all:,} layers"
+
+
+def _columns(values: Mapping[int, float], groups: Sequence[Sequence[int]]) -> list[float]:
+    """The mean of each group of steps; between two observations the earlier one holds."""
+    last, held, columns = max(values, default=-1), math.nan, []
+    for group in groups:
+        seen = []
+        for step in group:
+            held = values.get(step, held) if step <= last else math.nan
+            seen.append(held)
+        columns.append(_mean(seen))
+    return columns
+
+
+def _draw_shares(axes: Axes, shares: Sequence[Sequence[float]], colours: str) -> None:
+    """Rows by columns of shares; those that are NaN let a hatched grey show through."""
+    from matplotlib.patches import Rectangle
+
+    axes.imshow(shares, vmin=0, vmax=1, cmap=colours, aspect="auto", interpolation="nearest")
+    axes.images[0].set_zorder(2)
+    behind = {"facecolor": "#e4e4e4", "edgecolor": _GREY, "hatch": "////", "lw": 0, "zorder": 1}
+    axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, **behind))
+    axes.spines[:].set_visible(False)
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), short_names(names), size=7)
+    axes.tick_params(axis="y", length=0)
+
+
+def _write_share(axes: Axes, column: int, row: int, share: float, is_frozen: bool) -> None:
+    text = "frozen" if is_frozen else "–" if math.isnan(share) else f"{share:.2f}"
+    colour = "white" if share <= 0.15 or share >= 0.85 else "black"
+    axes.text(column, row, text, ha="center", va="center_baseline", size=7, color=colour, zorder=3)
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Some of 0 … count − 1, evenly spread."""
+    return [*range(0, count, math.ceil(count / most))]
+
+
+# --- octaves
+
+
+def _span(histogram: Histogram) -> tuple[int, int] | None:
+    """The octave where the first element lies and the one after the last; None without any."""
+    full = [histogram.first + k for k, count in enumerate(histogram.counts) if count > 0]
+    return (full[0], full[-1] + 1) if full else None
+
+
+def _draw_bins(axes: Axes, histogram: Histogram, colour: Callable[[int], str]) -> None:
+    octaves = [histogram.first + k for k in range(len(histogram.counts))]
+    colours = [colour(octave) for octave in octaves]
+    white = {"edgecolor": "white", "lw": 0.5}
+    axes.bar(octaves, histogram.counts, width=1, align="edge", color=colours, **white)
+    axes.set_ylim(0, 1.25 * max(*histogram.counts, 1e-300))
+    axes.set_yticks([])
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="x", labelsize=7)
+
+
+def _write_lost_and_kept(axes: Axes, histogram: Histogram) -> None:
+    total = math.fsum(histogram.counts)
+    lost = math.fsum(histogram.counts[: max(0, _THRESHOLD - histogram.first)])
+    place = {"transform": axes.transAxes, "size": 8, "va": "top"}
+    if not total:
+        axes.text(0.01, 1, "no update", color=_GREY, **place)
+        return
+    axes.text(0.01, 1, f"{_percent(lost / total)} too small to move", color=_LOST, **place)
+    kept = _percent(1 - lost / total)
+    axes.text(0.99, 1, f"{kept} large enough", color=_KEPT, ha="right", **place)
+
+
+def _draw_range(
+    axes: Axes, row: int, format: FormatRange, shift: int, view: tuple[int, int]
+) -> None:
+    """A bar from a format's smallest number to its largest, the normal ones set off."""
+    low, high = math.log2(format.smallest) + shift, math.log2(format.max) + shift
+    normal = min(math.log2(format.smallest_normal) + shift, high)
+    pale = {"color": _PALE, "hatch": "/////", "edgecolor": _KEPT, "lw": 0}
+    axes.barh(row, normal - low, left=low, height=0.6, **pale)
+    axes.barh(row, high - normal, left=normal, height=0.6, color=_KEPT)
+    text = {"va": "center_baseline", "size": 7, "color": "white"}
+    if low < view[0]:
+        axes.text(view[0] + 0.2, row, f"← {_power(math.floor(low))}", **text)
+    if high > view[1]:
+        axes.text(view[1] - 0.2, row, f"{_power(math.ceil(high))} →", ha="right", **text)
+
+
+def _powers(first: int, end: int) -> tuple[list[int], list[str]]:
+    """Ticks at round exponents."""
+    every = next(n for n in (1, 2, 4, 8, 16, 32, 64) if (end - first) / n <= 16 or n == 64)
+    ticks = [tick for tick in range(first, end + 1) if tick % every == 0]
+    return ticks, [_power(tick) for tick in ticks]
+
+
+def _power(exponent: int) -> str:
+    return f"2{str(exponent).translate(_SUPERSCRIPTS)}"
+
+
+def _percent(share: float) -> str:
+    """Whole percent, rounded so that 100 % means all and 0 % none."""
+    percent = round(100 * share)
+    if percent == 100 and share < 1:
+        return ">99 %"
+    if percent == 0 and share > 0:
+        return "<1 %"
+    return f"{percent} %"

@@ -1,0 +1,26 @@
+"""Names of layers as a picture can show them: short, printable and still told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_WIDTH = 40
+
+
+def short_names(names: Sequence[str], width: int = _WIDTH) -> list[str]:
+    """Names of at most `width` characters, longer ones cut in the middle.
+
+    They are cut where as many as possible stay apart: what tells layers apart is at the end of some
+    names (`…query.weight`) and in the middle of others (`encoder.layer.11.…`). What cannot be
+    printed is shown as �.
+    """
+    printable = ["".join(c if c.isprintable() else "�" for c in name) for name in names]
+    cuts = (width // 3, width // 2, 2 * width // 3, width // 6, width - 2)
+    each = ([_cut(name, head, width) for name in printable] for head in cuts)
+    return max(each, key=lambda shortened: len(set(shortened)))
+
+
+def _cut(name: str, head: int, width: int) -> str:
+    if len(name) <= width:
+        return name
+    return f"{name[:head]}…{name[len(name) - (width - head - 1) :]}"
