@@ -17,6 +17,7 @@ from altgrad.metrics import FORMAT_METRICS
 from altgrad.report import png
 
 if TYPE_CHECKING:
+    import numpy as np
     from altgrad.advice import Advice, Assessment
     from matplotlib.figure import Figure
     from PIL.Image import Image
@@ -26,6 +27,7 @@ _LEADING = (
     *("update_error", "visible_frac", "steps_median_log2"),
 )
 _OF_LAYERS = ("kept_update_ratio", "stall_frac")
+_COLUMNS = ("layer", "format", "verdict", "kept_update_ratio", "stall_frac", "reason")
 _MOST_ROWS = 100  # of the verdict's text; all layers are in the run file
 
 
@@ -96,9 +98,9 @@ def verdict(loggers: Iterable[Any], step: int, assessment: Assessment) -> None:
         elif _is_wandb(logger):
             from wandb import Table
 
-            columns = ["layer", "format", "verdict", "kept_update_ratio", "stall_frac", "reason"]
             rows = [_row(advice) for advice in assessment.advice]
-            logger.log_metrics({"altgrad/verdict": Table(columns=columns, data=rows)}, step)
+            table = Table(columns=[*_COLUMNS], data=rows)
+            logger.log_metrics({"altgrad/verdict": table}, step)
 
 
 def verdict_markdown(assessment: Assessment) -> str:
@@ -178,10 +180,12 @@ def _raw(histogram: Histogram) -> dict[str, Any]:
     }
 
 
-def _with_edges(histogram: Histogram) -> tuple[list[float], list[int]]:
+def _with_edges(histogram: Histogram) -> tuple[np.ndarray, np.ndarray]:
     """As numpy has it."""
+    import numpy as np
+
     first, counts = histogram
-    return [*counts], [first + k for k in range(len(counts) + 1)]
+    return np.array(counts), first + np.arange(len(counts) + 1)
 
 
 def _image(figure: Figure) -> Image:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from altgrad.figures import Histogram
 from altgrad.report.canvas import finished, finished_empty, in_default_style, new_figure, png, svg
@@ -25,7 +25,13 @@ MOST_ROWS = 60
 _MOST_COLUMNS = 240  # steps in a heat map; of more, neighbours are averaged
 _ROW = 0.17  # inches
 _HIGH_IS_GOOD = frozenset({"kept_update_ratio", "visible_frac", "on_grid_frac"})
+_MEANINGS = {
+    "kept_update_ratio": "share of the update that is kept",
+    "stall_frac": "share of the updates that vanish",
+    "never_moved_frac": "share of the weights that never moved",
+}
 _LOST, _KEPT, _PALE, _GREY = "#d55e00", "#0072b2", "#cfe3f3", "#999999"  # Okabe and Ito's
+_TOO_FEW_TO_SEE = 1e-3  # a share of the elements
 _THRESHOLD = -1  # log2 of half a grid spacing: a smaller update rounds away
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -62,7 +68,7 @@ def heat_map(
     steps = sorted({step for of in values.values() for step in of})
     width = max(1, math.ceil(len(steps) / _MOST_COLUMNS))
     groups = [steps[i : i + width] for i in range(0, len(steps), width)]
-    figure, [axes] = new_figure(8, _ROW * max(len(shown), 4) + 1.2)
+    figure, [axes] = new_figure(8, _ROW * max(len(shown), 4) + 1.3)
     figure.suptitle(_title(title, len(shown), len(values)), size=9)
     if not groups:
         return finished_empty(figure, "no step has been observed yet")
@@ -71,12 +77,13 @@ def heat_map(
     _name_rows(axes, shown)
     ticks = _spread(len(groups), 10)
     axes.set_xticks(ticks, [str(groups[tick][0]) for tick in ticks], size=7)
-    axes.set_xlabel("step" if width == 1 else f"step; a column is the mean of {width}", size=8)
-    ends = ("0: all lost", "1: all kept") if good else ("0: none", "1: all")
-    bar = figure.colorbar(axes.images[0], ax=axes, aspect=30, pad=0.015)
-    bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=[ends[0], "0.25", "0.5", "0.75", ends[1]], size=7)
+    mean = f", a column is the mean of {width}" if width > 1 else ""
     hatched = "; grey: no value" if any(math.isnan(x) for row in shares for x in row) else ""
-    bar.set_label(f"{label}{hatched}", size=8)
+    meaning = f", the {_MEANINGS[label]}" if label in _MEANINGS else ""
+    axes.set_xlabel(f"step{mean}\ncolour: {label}{meaning}{hatched}", size=8)
+    bar = figure.colorbar(axes.images[0], ax=axes, aspect=30, pad=0.015)
+    ends = ("0: all lost", "1: all kept") if good else ("0: none", "1: all")
+    bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=[ends[0], "0.25", "0.5", "0.75", ends[1]], size=7)
     return finished(figure)
 
 
@@ -106,7 +113,7 @@ def kept_map(
         for column, format in enumerate(formats):
             is_frozen = frozen.get(name, {}).get(format, False)
             _write_share(axes, column, row, shares[row][column], is_frozen)
-    axes.set_xticks(range(len(formats)), formats, size=8)
+    axes.set_xticks(range(len(formats)), short_names(formats, 14), size=8)
     axes.tick_params(axis="x", top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     _name_rows(axes, shown)
     axes.set_xlabel("kept_update_ratio: 1 all, 0 nothing; frozen: never moves", size=8)
@@ -122,7 +129,7 @@ def steps_histogram(histograms: Mapping[str, Histogram]) -> Figure:
     """
     figure, each = new_figure(7, 0.85 * len(histograms) + 1.2, [1] * max(len(histograms), 1))
     figure.suptitle("Size of the updates, against the grid of each format", size=9)
-    spans = [span for span in map(_span, histograms.values()) if span is not None]
+    spans = [span for each in histograms.values() if (span := _span(each, _TOO_FEW_TO_SEE))]
     if not spans:
         return finished_empty(figure, "no update has been observed yet")
     first = min(*(start for start, _ in spans), _THRESHOLD - 3)
@@ -155,6 +162,9 @@ def ranges(weights: Histogram, formats: Sequence[FormatRange]) -> Figure:
         return finished_empty(figure, "no weight other than 0 has been observed yet")
     first, end = span[0] - 12, span[1] + 6
     _draw_bins(top, weights, lambda _: _GREY)
+    for x, side, text in ((span[0], "right", "smallest "), (span[1], "left", " largest")):
+        place: dict[str, Any] = {"transform": top.get_xaxis_transform(), "va": "top"}
+        top.text(x, 1, text, size=7, color="#555555", ha=side, **place)
     top.set_ylabel("weights", size=8, rotation=0, ha="right", va="center")
     for row, format in enumerate(formats):
         shift = span[1] - 1 - math.floor(math.log2(format.max)) if format.scaled else 0
@@ -221,7 +231,13 @@ def _draw_shares(axes: Axes, shares: Sequence[Sequence[float]], colours: str) ->
 
     axes.imshow(shares, vmin=0, vmax=1, cmap=colours, aspect="auto", interpolation="nearest")
     axes.images[0].set_zorder(2)
-    behind = {"facecolor": "#e4e4e4", "edgecolor": _GREY, "hatch": "////", "lw": 0, "zorder": 1}
+    behind: dict[str, Any] = {
+        "facecolor": "#e4e4e4",
+        "edgecolor": _GREY,
+        "hatch": "////",
+        "lw": 0,
+        "zorder": 1,
+    }
     axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, **behind))
     axes.spines[:].set_visible(False)
 
@@ -245,16 +261,17 @@ def _spread(count: int, most: int) -> list[int]:
 # --- octaves
 
 
-def _span(histogram: Histogram) -> tuple[int, int] | None:
-    """The octave where the first element lies and the one after the last; None without any."""
-    full = [histogram.first + k for k, count in enumerate(histogram.counts) if count > 0]
+def _span(histogram: Histogram, least: float = 0) -> tuple[int, int] | None:
+    """The first octave with more than a share of the elements, and the one after the last."""
+    few = least * math.fsum(histogram.counts)
+    full = [histogram.first + k for k, count in enumerate(histogram.counts) if count > few]
     return (full[0], full[-1] + 1) if full else None
 
 
 def _draw_bins(axes: Axes, histogram: Histogram, colour: Callable[[int], str]) -> None:
     octaves = [histogram.first + k for k in range(len(histogram.counts))]
     colours = [colour(octave) for octave in octaves]
-    white = {"edgecolor": "white", "lw": 0.5}
+    white: dict[str, Any] = {"edgecolor": "white", "lw": 0.5}
     axes.bar(octaves, histogram.counts, width=1, align="edge", color=colours, **white)
     axes.set_ylim(0, 1.25 * max(*histogram.counts, 1e-300))
     axes.set_yticks([])
@@ -265,11 +282,12 @@ def _draw_bins(axes: Axes, histogram: Histogram, colour: Callable[[int], str]) -
 def _write_lost_and_kept(axes: Axes, histogram: Histogram) -> None:
     total = math.fsum(histogram.counts)
     lost = math.fsum(histogram.counts[: max(0, _THRESHOLD - histogram.first)])
-    place = {"transform": axes.transAxes, "size": 8, "va": "top"}
+    place: dict[str, Any] = {"transform": axes.transAxes, "size": 8, "va": "top"}
+    place["bbox"] = {"facecolor": "white", "lw": 0, "pad": 1}
     if not total:
         axes.text(0.01, 1, "no update", color=_GREY, **place)
         return
-    axes.text(0.01, 1, f"{_percent(lost / total)} too small to move", color=_LOST, **place)
+    axes.text(0.01, 1, f"{_percent(lost / total)} too small to move a weight", color=_LOST, **place)
     kept = _percent(1 - lost / total)
     axes.text(0.99, 1, f"{kept} large enough", color=_KEPT, ha="right", **place)
 
@@ -280,10 +298,11 @@ def _draw_range(
     """A bar from a format's smallest number to its largest, the normal ones set off."""
     low, high = math.log2(format.smallest) + shift, math.log2(format.max) + shift
     normal = min(math.log2(format.smallest_normal) + shift, high)
-    pale = {"color": _PALE, "hatch": "/////", "edgecolor": _KEPT, "lw": 0}
+    pale: dict[str, Any] = {"color": _PALE, "hatch": "/////", "edgecolor": _KEPT, "lw": 0}
     axes.barh(row, normal - low, left=low, height=0.6, **pale)
     axes.barh(row, high - normal, left=normal, height=0.6, color=_KEPT)
-    text = {"va": "center_baseline", "size": 7, "color": "white"}
+    text: dict[str, Any] = {"va": "center_baseline", "size": 7, "color": "black"}
+    text["bbox"] = {"facecolor": "white", "lw": 0, "pad": 1}
     if low < view[0]:
         axes.text(view[0] + 0.2, row, f"← {_power(math.floor(low))}", **text)
     if high > view[1]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_WIDTH = 40
+_WIDTH = 44
 
 
 def short_names(names: Sequence[str], width: int = _WIDTH) -> list[str]:
@@ -15,7 +15,7 @@ def short_names(names: Sequence[str], width: int = _WIDTH) -> list[str]:
     printed is shown as �.
     """
     printable = ["".join(c if c.isprintable() else "�" for c in name) for name in names]
-    cuts = (width // 3, width // 2, 2 * width // 3, width // 6, width - 2)
+    cuts = (width // 3, *range(width // 2, width - 6, 3), width // 6)
     each = ([_cut(name, head, width) for name in printable] for head in cuts)
     return max(each, key=lambda shortened: len(set(shortened)))
 
