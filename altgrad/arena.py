@@ -17,6 +17,7 @@ from altgrad.scale_state import ScaleState
 from altgrad.scales import Sharing
 
 _COLUMNS = 64  # few elements are wasted on the last row of a small parameter, and sums stay fast
+_MOST_ELEMENTS = 100_000  # when compiled, more go faster one by one, in longer rows
 
 
 @dataclass(eq=False, slots=True)
@@ -101,7 +102,7 @@ class Segment:
 class Arena:
     """The copies of one optimizer's parameters.
 
-    Parameters of more elements than one call of the kernel measures are left to others.
+    Larger parameters are left to others.
 
     Args:
         measurer: Who measures them.
@@ -162,7 +163,7 @@ class Arena:
 
     @property
     def _capacity(self) -> int:
-        return self._measurer.capacity // _COLUMNS * _COLUMNS
+        return min(self._measurer.capacity, _MOST_ELEMENTS) // _COLUMNS * _COLUMNS
 
     def _find(
         self, name: str, parameter: Tensor, gradient: Tensor, elements: int

@@ -29,7 +29,7 @@ from altgrad.scales import (
     tensor_amax_of,
 )
 from altgrad.statistics import LayerStatistics, sum_count
-from altgrad.totals import LayersOfRows, Totals, bins_of, count_octaves, meant_columns
+from altgrad.totals import LayersOfRows, Totals, bins_of, meant_columns, take_over
 from altgrad.workspace import Workspace, columns_that_fit, fresh_buffers
 
 DEFAULT_FORMATS = ("bf16", "e4m3fn", "e5m2")
@@ -362,10 +362,9 @@ class Measurer:
     ) -> RowSums:
         own_grid = _own_grid(rows.before.dtype)
         counting = histograms if self._histograms else None
-        if self._compiled is not None:
+        if self._compiled is not None and rows.before.numel() >= _COMPILED_COLUMNS:
             sums: RowSums = self._compiled(rows, grids, own_grid, counting, ever)
-            if counting is not None:
-                count_octaves(sums, counting)
+            take_over(sums, histograms, ever)
             return sums
         shape = rows.before.shape[0], len(self.formats), rows.before.shape[-1]
         buffers = self._workspace.buffers(*shape, rows.before.device)

@@ -78,22 +78,35 @@ class RowSums(NamedTuple):
     Attributes:
         sums: Of ROW_SUMS, of FORMAT_ROW_SUMS (each for all formats), then of squares likewise.
         maxima: Likewise; then the minima, negated.
-        ulps_octaves: uint8, (rows, 1, columns), when compiled: the bin of each element, since a
-            compiler cannot count well. Else None: `Histograms` has them.
-        steps_octaves: uint8, (rows, formats, columns), likewise.
+        of_layer: What compiled code hands out of the elements, (rows, 1, columns).
+        of_formats: Likewise, (rows, formats, columns).
     """
 
     sums: Tensor
     maxima: Tensor
-    ulps_octaves: Tensor | None
-    steps_octaves: Tensor | None
+    of_layer: HandedOut
+    of_formats: HandedOut
+
+
+class HandedOut(NamedTuple):
+    """What a compiler, which neither counts nor writes over anything well, leaves to its caller.
+
+    Both are whole numbers in float32, to which it converts fast; None where nothing is left to do.
+
+    Attributes:
+        octaves: The bin of each element.
+        is_so: 1 for an element that `EverMoved` is to remember.
+    """
+
+    octaves: Tensor | None
+    is_so: Tensor | None
 
 
 class _Sums(NamedTuple):
     sums: dict[str, Tensor]
     maxima: dict[str, Tensor]
     minima: dict[str, Tensor]
-    octaves: Tensor | None
+    handed_out: HandedOut
 
 
 def row_sums(
@@ -117,7 +130,8 @@ def row_sums(
     """
     layer = _of_layer(rows, own_grid, buffers, histograms, ever)
     formats = _of_formats(grids, buffers, histograms, ever) if grids else _no_formats(rows)
-    return RowSums(_sums(layer, formats), _maxima(layer, formats), layer.octaves, formats.octaves)
+    sums, maxima = _sums(layer, formats), _maxima(layer, formats)
+    return RowSums(sums, maxima, layer.handed_out, formats.handed_out)
 
 
 def _of_layer(
@@ -150,8 +164,7 @@ def _of_layer(
 
     moved = _is(torch.ne, update, 0, s)
     moved_sum = moved.sum(-1)
-    if ever is not None:
-        ever.moved.logical_or_(moved)
+    ever_moved, is_so = _remembered(ever and ever.moved, moved, moved_sum)
     has_gradient = _is(torch.ne, gradient, 0, t)
     gradient_sum = has_gradient.sum(-1)
     both_sum = has_gradient.mul_(moved).sum(-1)
@@ -165,7 +178,7 @@ def _of_layer(
         "finite": finite,
         "nonzero_weights": has_weight.sum(-1),
         "moved": moved_sum,
-        "ever_moved": moved_sum if ever is None else ever.moved.sum(-1),
+        "ever_moved": ever_moved,
         "ulps": ulps_sum,
         "gradients": torch.zeros_like(finite) if rows.gradient is None else finite,
         "nonzero_gradients": gradient_sum,
@@ -178,7 +191,8 @@ def _of_layer(
         "paired_gradient_sq": _norm(pair),
     }
     maxima = {"ulps": ulps_max, "paired_gradient_abs": pair.amax(-1)}
-    return _Sums(sums, maxima, {"paired_gradient_abs": pair_least.amin(-1)}, octaves)
+    minima = {"paired_gradient_abs": pair_least.amin(-1)}
+    return _Sums(sums, maxima, minima, HandedOut(octaves, is_so))
 
 
 def _of_formats(  # noqa: PLR0915 - a written-out numeric kernel reads best from top to bottom
@@ -239,21 +253,19 @@ def _of_formats(  # noqa: PLR0915 - a written-out numeric kernel reads best from
     effective = grids.back(torch.sub(updated, stored, out=e))
     is_effective = _is(torch.ne, effective, 0, a)
     sums["effective"] = is_effective.sum(-1)
-    if ever is None:
-        sums["ever_effective"] = sums["effective"]
-    else:
-        sums["ever_effective"] = ever.effective.logical_or_(is_effective).sum(-1)
+    so_far = ever and ever.effective
+    sums["ever_effective"], is_so = _remembered(so_far, is_effective, sums["effective"])
     sums["kept"], sums["kept_update_cubed"] = _dots(effective, (d, d_cubed), second)
     sums["kept_sq"] = _norm(torch.mul(effective, d, out=a))
     sums["lost_sq"] = _norm(effective.sub_(d))
-    return _Sums(sums, maxima, minima, octaves)
+    return _Sums(sums, maxima, minima, HandedOut(octaves, is_so))
 
 
 def _no_formats(rows: Rows) -> _Sums:
     nothing = torch.zeros(len(rows.before), 0, dtype=torch.float64, device=rows.before.device)
     sums = dict.fromkeys((*FORMAT_ROW_SUMS, *FORMAT_ROW_SQUARES), nothing)
     extrema = dict.fromkeys(FORMAT_ROW_MAXIMA, nothing)
-    return _Sums(sums, extrema, extrema, None)
+    return _Sums(sums, extrema, extrema, HandedOut(None, None))
 
 
 def _is(compare: Callable[..., Tensor], x: Tensor, y: Tensor | float, out: Tensor) -> Tensor:
@@ -261,6 +273,15 @@ def _is(compare: Callable[..., Tensor], x: Tensor, y: Tensor | float, out: Tenso
     if torch.compiler.is_compiling():
         return out.copy_(torch.where(compare(x, y), 1.0, 0.0))
     return compare(x, y, out=out)
+
+
+def _remembered(so_far: Tensor | None, now: Tensor, count: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Of how many elements something is or was true; when compiled those of which it is now."""
+    if so_far is None:
+        return count, None
+    if torch.compiler.is_compiling():
+        return count, now.to(torch.float32)
+    return so_far.logical_or_(now).sum(-1), None
 
 
 def _copy_values(rows: Rows, buffers: Buffers) -> None:
@@ -322,7 +343,7 @@ def _octaves(
     lowest = first + _BIAS
     if torch.compiler.is_compiling():
         exponent = (bits >> _MANTISSA_BITS).clamp(lowest, lowest + OCTAVES - 1)
-        return (exponent - lowest).to(torch.uint8)
+        return (exponent - lowest).to(torch.float64).to(torch.float32)  # faster than at once
     exponent = torch.bitwise_right_shift(bits, _MANTISSA_BITS, out=bits_of(out))
     bins = exponent.clamp_(lowest, lowest + OCTAVES - 1).add_(getattr(histograms, at)).flatten()
     histograms.counts.scatter_add_(0, bins, histograms.ones)
