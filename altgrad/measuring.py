@@ -124,7 +124,6 @@ class Batch(NamedTuple):
         sharing: Of the elements of all rows, one after the other, with the amax of its groups.
         bins: Where the histogram of each row begins.
         meant: As in `Totals.vectors`.
-        weights: (1, layers): how many elements each of those measured stands for.
         ever: What the elements have done so far; updated. None if they are not tracked.
     """
 
@@ -135,7 +134,6 @@ class Batch(NamedTuple):
     sharing: tuple[Sharing, Tensor | None] | None
     bins: tuple[Tensor, Tensor, Tensor]
     meant: Tensor | None
-    weights: Tensor
     ever: EverMoved | None
 
 
@@ -322,7 +320,6 @@ class Measurer:
             None,
             bins_of(layer_of_row, len(self.formats)),
             meant_columns(self.judges(rows.before.dtype), device),
-            weights_of(counted),
             ever,
         )
         return self.with_scales(batch, scales)
@@ -373,11 +370,6 @@ class Measurer:
     def judges(self, dtype: torch.dtype) -> list[bool]:
         """For each format, whether weights stored in this dtype show the updates it would lose."""
         return [format.is_coarser_than(dtype) for format in self.formats]
-
-
-def weights_of(counted: Tensor) -> Tensor:
-    """(1, layers) from populations and elements in columns."""
-    return (counted[:, 0] / counted[:, 1].clamp(min=1)).unsqueeze(0)
 
 
 def check_step(before: Tensor, after: Tensor, gradient: Tensor | None) -> None:

@@ -11,24 +11,36 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from altgrad.statistics import FIRST_STEPS_OCTAVE, OCTAVES
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Sums and maxima on the host, by name: those of the parameter and those of one format."""
+    """Sums and maxima of some layers on the host, by name: float64, a column for each layer.
 
-    sum: Mapping[str, float]
-    max: Mapping[str, float]
+    Those of the parameters are (1, layers), those of formats (formats, layers).
+
+    Attributes:
+        sum: Of SUMS and FORMAT_SUMS, without octaves.
+        max: Of MAXIMA and FORMAT_MAXIMA.
+        octaves: Of ``"ulps"`` and ``"steps"``: (63, 1 or formats, layers), all but the first.
+    """
+
+    sum: Mapping[str, Tensor]
+    max: Mapping[str, Tensor]
+    octaves: Mapping[str, Tensor]
 
     @property
-    def paired(self) -> float:
+    def paired(self) -> Tensor:
         """How many weights are not 0 and have a gradient: none, unless all have one."""
         all_have = self.sum["gradients"] == self.sum["finite"]
-        return self.sum["nonzero_weights"] if all_have else 0.0
+        return self.sum["nonzero_weights"] * all_have
 
 
-Formula = Callable[[Numbers], float]
+Formula = Callable[[Numbers], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,34 +54,36 @@ class Share:
     total: str
     minus: str | None = None
 
-    def __call__(self, n: Numbers) -> float:
+    def __call__(self, n: Numbers) -> Tensor:
         """The share; NaN of nothing."""
-        count = n.sum[self.plus] - (n.sum[self.minus] if self.minus else 0.0)
-        return _ratio(count, n.sum[self.total])
+        return _ratio(self._count(n), n.sum[self.total])
 
-    def denominator(self, n: Numbers) -> float:
+    def denominator(self, n: Numbers) -> Tensor:
         """What the share is of."""
         return n.sum[self.total]
 
-    def squared_residuals(self, n: Numbers, share: float) -> float:
+    def squared_residuals(self, n: Numbers, share: Tensor) -> Tensor:
         """Σ (counted − share · in total)² over the sampled elements, each being 0 or 1."""
-        count = n.sum[self.plus] - (n.sum[self.minus] if self.minus else 0.0)
+        count = self._count(n)
         return count - 2 * share * count + share * share * n.sum[self.total]
+
+    def _count(self, n: Numbers) -> Tensor:
+        return n.sum[self.plus] - n.sum[self.minus] if self.minus else n.sum[self.plus]
 
 
 @dataclass(frozen=True)
 class KeptShare:
     """⟨effective update, update⟩ / ⟨update, update⟩; its residuals follow from fourth powers."""
 
-    def __call__(self, n: Numbers) -> float:
+    def __call__(self, n: Numbers) -> Tensor:
         """The ratio; NaN without an update."""
         return _ratio(n.sum["kept"], n.sum["judged_sq"])
 
-    def denominator(self, n: Numbers) -> float:
+    def denominator(self, n: Numbers) -> Tensor:
         """The energy of the update."""
         return n.sum["judged_sq"]
 
-    def squared_residuals(self, n: Numbers, share: float) -> float:
+    def squared_residuals(self, n: Numbers, share: Tensor) -> Tensor:
         """Σ (effective · update − share · update²)² over the sampled elements."""
         cross, fourth = n.sum["kept_update_cubed"], n.sum["judged_4th"]
         return n.sum["kept_sq"] - 2 * share * cross + share * share * fourth
@@ -84,7 +98,7 @@ class Metric:
         unit: Of the value.
         range: Which values it can take.
         high: What a high value means.
-        formula: From the numbers to the value.
+        formula: From the numbers of some layers to the value for each of them.
     """
 
     name: str
@@ -94,8 +108,13 @@ class Metric:
     formula: Formula
 
 
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else math.nan
+def _unless(is_none: Tensor, value: Tensor) -> Tensor:
+    """The value, or NaN where there is none, whatever was computed there."""
+    return value.masked_fill(is_none, math.nan)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return _unless(denominator == 0, numerator / denominator)
 
 
 def _per(count: str, total: str) -> Formula:
@@ -107,88 +126,82 @@ def _per_pair(count: str) -> Formula:
 
 
 def _rms(squares: str, total: str) -> Formula:
-    return lambda n: math.sqrt(_ratio(n.sum[squares], n.sum[total]))
+    return lambda n: _ratio(n.sum[squares], n.sum[total]).sqrt()
 
 
 def _norm_ratio(squares: str, over: str) -> Formula:
-    return lambda n: _ratio(math.sqrt(n.sum[squares]), math.sqrt(n.sum[over]))
+    return lambda n: _ratio(n.sum[squares].sqrt(), n.sum[over].sqrt())
 
 
 def _largest(name: str, among: str) -> Formula:
-    return lambda n: n.max[name] if n.sum[among] else math.nan
+    return lambda n: _unless(n.sum[among] == 0, n.max[name])
 
 
 def _smallest(name: str, among: str) -> Formula:
-    return lambda n: -n.max[f"minus_{name}"] if n.sum[among] else math.nan
+    return lambda n: _unless(n.sum[among] == 0, -n.max[f"minus_{name}"])
 
 
-def histogram_of(n: Numbers, name: str, total: str) -> list[float]:
+def histogram_of(n: Numbers, name: str, total: str) -> Tensor:
     """How many of all that moved lie in each octave, the first holding what is not in the others.
 
     ``"ulps"`` of ``"moved"``, or ``"steps"`` of ``"judged"``.
+
+    Returns:
+        (64, 1 or formats, layers).
     """
-    counts = [n.sum[f"{name}[{octave}]"] for octave in range(1, OCTAVES)]
-    return [n.sum[total] - sum(counts), *counts]
+    octaves = n.octaves[name]
+    # Of layers with weights the rounding of the sums may leave a little less than nothing.
+    first = (n.sum[total] - octaves.sum(0)).clamp(min=0)
+    return torch.cat((first.unsqueeze(0), octaves))
 
 
 def _median_octave(name: str, total: str, first: int) -> Formula:
     """The middle, on a logarithmic scale, of the octave that holds the (lower) median."""
 
-    def formula(n: Numbers) -> float:
-        counts = histogram_of(n, name, total)
-        if not counts[0] >= 0:
-            return math.nan
-        half, below = n.sum[total] / 2, 0.0
-        for octave, count in enumerate(counts):
-            below += count
-            if half and below >= half:
-                return first + octave + 0.5
-        return math.nan
+    def formula(n: Numbers) -> Tensor:
+        half = n.sum[total] / 2
+        below = histogram_of(n, name, total).cumsum(0)
+        octave = (below < half).sum(0).clamp(max=OCTAVES - 1)
+        is_none = (half == 0) | half.isnan() | below[-1].isnan()
+        return _unless(is_none, octave.double() + (first + 0.5))
 
     return formula
 
 
-def _deviation(n: Numbers, name: str, squares: str, count: float) -> float:
+def _deviation(n: Numbers, name: str, squares: str, count: Tensor) -> Tensor:
     """Sum of squared deviations from the mean: 0 where the smallest is the largest.
 
     NaN where it is lost in the rounding of the sums, which is where the standard deviation is
     below 1e-5 of the mean.
     """
-    if n.max[name] == -n.max[f"minus_{name}"]:
-        return 0.0
     deviation = n.sum[squares] - n.sum[name] * (n.sum[name] / count)
-    return deviation if deviation > 1e-10 * n.sum[squares] else math.nan
+    deviation = _unless(deviation <= 1e-10 * n.sum[squares], deviation)
+    return deviation.masked_fill(n.max[name] == -n.max[f"minus_{name}"], 0.0)
 
 
-def _grid_error_std(n: Numbers) -> float:
+def _grid_error_std(n: Numbers) -> Tensor:
     count = n.sum["finite"]
-    if count < 2:
-        return math.nan
-    return math.sqrt(_deviation(n, "grid_error", "grid_error_sq", count) / (count - 1))
+    deviation = _deviation(n, "grid_error", "grid_error_sq", count)
+    return _unless(count < 2, (deviation / (count - 1)).sqrt())
 
 
-def _sqnr(n: Numbers) -> float:
+def _sqnr(n: Numbers) -> Tensor:
     signal, noise = n.sum["weight_sq"], n.sum["grid_error_sq"]
-    if not signal:
-        return math.nan
-    return 10 * math.log10(signal / noise) if noise else math.inf
+    decibels = 10 * (signal / noise).log10()
+    return _unless(signal == 0, decibels.masked_fill(noise == 0, math.inf))
 
 
-def _correlation(n: Numbers) -> float:
+def _correlation(n: Numbers) -> Tensor:
     count = n.paired
-    if not count:
-        return math.nan
     gradient = _deviation(n, "paired_gradient_abs", "paired_gradient_sq", count)
     stiffness = _deviation(n, "stiffness", "stiffness_sq", count)
-    if not gradient or not stiffness:
-        return math.nan
     product = n.sum["paired_gradient_abs"] * (n.sum["stiffness"] / count)
     common = n.sum["stiffness_gradient"] - product
-    correlation = common / (math.sqrt(gradient) * math.sqrt(stiffness))
-    return correlation if math.isnan(correlation) else max(-1.0, min(1.0, correlation))
+    correlation = (common / (gradient.sqrt() * stiffness.sqrt())).clamp(-1, 1)
+    return _unless((count == 0) | (gradient == 0) | (stiffness == 0), correlation)
 
 
-def _energy_concentration(n: Numbers) -> float:
+def _energy_concentration(n: Numbers) -> Tensor:
     squares = n.sum["update_sq"]
     return _ratio(n.sum["finite"] * n.sum["update_4th"], squares * squares)
 

@@ -319,7 +319,7 @@ class UpdateMonitor:
             segment.leave_out(absent)
             names = [name if name in present else None for name in segment.names]
             batch = arena.batch_of(segment)
-            vectors.add(names, self._measurer.vectors_of(batch), batch.weights)
+            vectors.add(names, self._measurer.vectors_of(batch))
             measured |= {name for name in names if name is not None}
         return measured
 

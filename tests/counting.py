@@ -16,39 +16,87 @@ HOST_COPIES = ("tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int
 
 
 class Operations(TorchDispatchMode):
-    """Counts all that reaches the dispatcher, views included."""
+    """Counts all that reaches the dispatcher, views included.
+
+    What `cpu` returned, and what is made of such tensors alone, is on the host: on a machine with
+    an accelerator that costs it nothing. Here, where all is on the host, it is told apart.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: collections.Counter[str] = collections.Counter()
+        self.on_host: collections.Counter[str] = collections.Counter()
+        self._host: dict[int, Tensor] = {}  # by storage, kept so that none recurs
+        self._is_copying = False
 
     def __torch_dispatch__(
         self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        self.counts[str(function)] += 1
-        return function(*args, **(kwargs or {}))
+        inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        is_on_host = bool(inputs) and all(map(self.is_on_host, inputs))
+        result = function(*args, **(kwargs or {}))
+        if not self._is_copying:
+            (self.on_host if is_on_host else self.counts)[str(function)] += 1
+        if is_on_host:
+            outputs = (x for x in pytree.tree_leaves(result) if isinstance(x, Tensor))
+            self._host |= {x.untyped_storage()._cdata: x for x in outputs}
+        return result
 
-    @property
-    def total(self) -> int:
-        return self.counts.total()
+    def is_on_host(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._host
+
+    def copy(
+        self, copy: Callable[..., Tensor], tensor: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """What `cpu` does where a tensor is elsewhere."""
+        self._is_copying = True
+        try:
+            copied = copy(tensor, *args, **kwargs).clone()
+        finally:
+            self._is_copying = False
+        self._host[copied.untyped_storage()._cdata] = copied
+        return copied
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        original = Tensor.cpu
+
+        def cpu(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return self.copy(original, tensor, *args, **kwargs)
+
+        with mock.patch.object(Tensor, "cpu", cpu), self:
+            yield
 
 
 def operations(run: Callable[[], object]) -> collections.Counter[str]:
-    with Operations() as counted:
+    return operations_here_and_there(run)[0]
+
+
+def operations_here_and_there(
+    run: Callable[[], object],
+) -> tuple[collections.Counter[str], collections.Counter[str]]:
+    """Those that an accelerator would make, and those that its host would."""
+    counted = Operations()
+    with counted.counting():
         run()
-    return counted.counts
+    return counted.counts, counted.on_host
 
 
 @contextlib.contextmanager
 def host_copies() -> Iterator[list[str]]:
-    """Every call by which a tensor's values get to the host."""
+    """Every call by which a tensor's values get to the host, those that are there already apart."""
     seen: list[str] = []
+    operations = Operations()
 
     def counting(name: str) -> Callable[..., Any]:
         original = getattr(Tensor, name)
 
         def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if operations.is_on_host(self):
+                return original(self, *args, **kwargs)
             seen.append(name)
+            if name == "cpu":
+                return operations.copy(original, self, *args, **kwargs)
             return original(self, *args, **kwargs)
 
         return method
@@ -56,6 +104,7 @@ def host_copies() -> Iterator[list[str]]:
     with contextlib.ExitStack() as stack:
         for name in HOST_COPIES:
             stack.enter_context(mock.patch.object(Tensor, name, counting(name)))
+        stack.enter_context(operations)
         yield seen
 
 

@@ -30,9 +30,11 @@ ALLOWED = {
     | {f"{Q}.kernel", f"{Q}.ops", f"{Q}.scaling", f"{Q}.diagnostics", f"{Q}.advanced_diagnostics"},
     "altgrad.statistics": set(),
     "altgrad.metrics": {"altgrad.statistics"},
-    "altgrad.figures": {"altgrad.metrics", "altgrad.statistics"},
+    "altgrad.step_table": {"altgrad.metrics", "altgrad.statistics"},
+    "altgrad.figures": {"altgrad.metrics", "altgrad.statistics", "altgrad.step_table"},
     "altgrad.step_record": {"altgrad.figures"},
-    "altgrad.merging": {"altgrad.figures", "altgrad.step_record", "altgrad.statistics"},
+    "altgrad.merging": {"altgrad.figures", "altgrad.statistics", "altgrad.step_record"}
+    | {"altgrad.step_table"},
     "altgrad.workspace": set(),
     "altgrad.row_kernel": {f"{Q}.grids", "altgrad.statistics", "altgrad.workspace"},
     "altgrad.totals": {"altgrad.row_kernel", "altgrad.statistics"},

@@ -26,9 +26,7 @@ from altgrad.metrics import (
     LAYER_METRICS,
     NEED_TRACKING,
     Metric,
-    Numbers,
     as_markdown,
-    histogram_of,
 )
 from altgrad.quantization import get_format, quantize
 from altgrad.statistics import FORMAT_SUMS, SUMS, LayerStatistics
@@ -329,7 +327,6 @@ def test_histograms_count_octaves(name: str, scaling: object) -> None:
     before, after, gradient = a_step()
     statistics = Measurer(name, scaling).statistics_of(before, after, gradient)
     sums = dict(zip((*SUMS, *FORMAT_SUMS), statistics.sums.tolist(), strict=True))
-    numbers = Numbers(sums, {})
     w, v = before.double().numpy(), after.double().numpy()
     s = scales(w, v, name, scaling, before.dtype)
     info = INFOS[name]
@@ -340,11 +337,11 @@ def test_histograms_count_octaves(name: str, scaling: object) -> None:
     steps = np.abs(v - w) / (np.ldexp(s, binade) * 2.0 ** (1 - info.precision))
     octaves = np.floor(np.log2(steps[steps > 0])).clip(-32, 31)
     histogram = [int((octaves == octave).sum()) for octave in range(-32, 32)]
-    assert histogram_of(numbers, "steps", "judged") == histogram
-    of_figures = metrics_of([statistics])[0].histogram(f"steps/{name}")
-    assert (of_figures.first, list(of_figures.counts)) == (-32, histogram)
+    (figures,) = metrics_of([statistics])
+    first, counts = figures.histogram(f"steps/{name}")
+    assert (first, list(counts)) == (-32, histogram)
     assert sum(histogram) == sums["judged"] == sums["moved"]
-    assert sum(histogram_of(numbers, "ulps", "moved")[1:]) > 0
+    assert sum(figures.histogram("ulps").counts[1:]) > 0
 
 
 def test_the_histogram_of_ulps_begins_at_one() -> None:

@@ -826,7 +826,7 @@ def test_without_formats_there_are_the_figures_of_the_update() -> None:
 def test_the_first_observed_step_may_be_in_inference_mode(capacity: int) -> None:
     model = nn.Linear(20, 20, bias=False)
     with sharing_out(capacity):
-        optimizer, _, records = watched(model)
+        optimizer, _monitor, records = watched(model)
         for _ in range(3):
             model.weight.grad = torch.ones_like(model.weight)
             with torch.inference_mode(mode=len(records) < 2):
