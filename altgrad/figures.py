@@ -90,20 +90,20 @@ class Figures(Mapping[str, float]):
         name, format = self._parse(key)
         return self._table.errors(name)[self._table.place(format)][self._rows[format]]
 
-    def in_order(self) -> list[float]:
+    def in_order(self) -> Sequence[float]:
         """All values, in the order of the keys; faster than one by one."""
         return self._joined(self._table.in_order, len(LAYER_METRICS), len(FORMAT_METRICS))
 
-    def errors_in_order(self, metrics: tuple[str, ...]) -> list[float]:
+    def errors_in_order(self, metrics: tuple[str, ...]) -> Sequence[float]:
         """The standard errors of some metrics of a format, for one format after the other."""
         return self._joined(self._table.errors_in_order(metrics), 0, len(metrics))
 
-    def _joined(self, of_rows: list[list[float]], first: int, each: int) -> list[float]:
+    def _joined(self, of_rows: Sequence[Sequence[float]], first: int, each: int) -> Sequence[float]:
         """So many numbers of the parameter, and of each format."""
         row = of_rows[self._rows[None]]
         if self._formats == self._table.formats and len({*self._rows.values()}) == 1:
             return row
-        numbers = row[:first]
+        numbers = [*row[:first]]
         for format in self._formats:
             start = first + self._table.place(format) * each
             numbers += of_rows[self._rows[format]][start : start + each]

@@ -365,10 +365,11 @@ def get_metric(name: str) -> Metric:
     Raises:
         ValueError: There is none; the nearest names are listed.
     """
-    catalogue = {**LAYER_METRICS, **FORMAT_METRICS}
-    if name in catalogue:
-        return catalogue[name]
-    near = difflib.get_close_matches(name, catalogue, n=3) or list(catalogue)
+    metric = LAYER_METRICS.get(name) or FORMAT_METRICS.get(name)
+    if metric is not None:
+        return metric
+    catalogue = (*LAYER_METRICS, *FORMAT_METRICS)
+    near = difflib.get_close_matches(name, catalogue, n=3) or catalogue
     raise ValueError(f"unknown metric {name!r}; nearest: {', '.join(near)}")
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class StepTable:
         by_row = {row: layers for layers, row in members.items()}
         return cls(formats, torch.cat((vectors, *merged)), by_row), rows
 
-    @cached_property
+    @functools.cached_property
     def counted(self) -> list[list[int]]:
         """How many elements each row stands for, and how many were measured for it."""
         pairs = self.vectors[:, [_POPULATION, _ELEMENTS]].tolist()
@@ -87,7 +87,7 @@ class StepTable:
             counted[row][1] = sum(counted[layer][1] for layer in layers)
         return counted
 
-    @cached_property
+    @functools.cached_property
     def in_order(self) -> list[list[float]]:
         """Of each row all metrics: of the parameter, and then those of each format."""
         of_layers = torch.cat([self._values(name) for name in LAYER_METRICS])
@@ -154,7 +154,7 @@ class StepTable:
         """From metrics of (formats, rows) to (rows, formats · metrics)."""
         return torch.stack([*values]).permute(2, 1, 0).flatten(1)
 
-    @cached_property
+    @functools.cached_property
     def _numbers(self) -> Numbers:
         columns, middle = self.vectors.t().contiguous(), sum_count(len(self.formats))
         sums, maxima = columns[:middle], columns[middle:]
@@ -188,16 +188,16 @@ class StepTable:
         variance = variance.masked_fill(carrying < _FEWEST, math.nan)
         return variance.masked_fill(self._is_whole | (formula.denominator(n) == 0), 0.0)
 
-    @cached_property
+    @functools.cached_property
     def _variance_per_residual(self) -> Tensor:
         population, elements = self._numbers.sum["population"], self._numbers.sum["elements"]
         return (1 - elements / population) * elements / (elements - 1)
 
-    @cached_property
+    @functools.cached_property
     def _is_whole(self) -> Tensor:
         return self._numbers.sum["elements"] >= self._numbers.sum["population"]
 
-    @cached_property
+    @functools.cached_property
     def _weights_sq(self) -> Tensor:
         """Of the elements measured of a layer each stands for so many; the square of that."""
         population, elements = self._numbers.sum["population"], self._numbers.sum["elements"]
@@ -213,19 +213,26 @@ class _Columns(dict[str, Tensor]):
         format_names: Of those of a format.
     """
 
-    def __init__(self, columns: Tensor, names: Sequence[str], format_names: Sequence[str]) -> None:
+    def __init__(
+        self, columns: Tensor, names: tuple[str, ...], format_names: tuple[str, ...]
+    ) -> None:
         super().__init__()
         self._columns = columns
-        self._names, self._format_names = names, format_names
+        self._places = _places(names, format_names)
 
     def __missing__(self, name: str) -> Tensor:
-        if name in self._format_names:
-            start = len(self._names) + self._format_names.index(name)
-            self[name] = self._columns[start :: len(self._format_names)]
-        else:
-            place = self._names.index(name)
-            self[name] = self._columns[place : place + 1]
+        self[name] = self._columns[self._places[name]]
         return self[name]
+
+
+@functools.cache
+def _places(names: tuple[str, ...], format_names: tuple[str, ...]) -> Mapping[str, slice]:
+    """Of each name, whichever number of formats there are."""
+    first, each = len(names), len(format_names)
+    places = {name: slice(place, place + 1) for place, name in enumerate(names)}
+    return places | {
+        name: slice(first + place, None, each) for place, name in enumerate(format_names)
+    }
 
 
 def _merged(vectors: Tensor, layers: Sequence[int], middle: int) -> Tensor:

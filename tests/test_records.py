@@ -440,9 +440,10 @@ def test_predecessors_in_a_circle(tmp_path, records, header) -> None:
     path = tmp_path / "altgrad.jsonl"
     written(tmp_path, header, records, predecessor=(path, 2))
     other = written(tmp_path / "other", header, records, [3], predecessor=(path, 3))
-    for start, steps in ((path, (0, 1, 2)), (other, (0, 1, 2, 3))):
+    for start, steps, before in ((path, (0, 1, 2), []), (other, (0, 1, 2, 3), [path])):
         run = read(start)
         assert run.steps == steps
+        assert [each.resolve() for each in run.predecessors] == before
         assert "as its predecessor, in a circle" in run.notes[0]
 
 

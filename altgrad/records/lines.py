@@ -38,7 +38,7 @@ def written_numbers(numbers: Sequence[float]) -> list[str]:
 def _of_figures(figures: Figures) -> str:
     numbers, is_sampled = figures.in_order(), figures.elements < figures.population
     if is_sampled:
-        numbers = numbers + figures.errors_in_order(WITH_ERRORS)
+        numbers = [*numbers, *figures.errors_in_order(WITH_ERRORS)]
     if math.isfinite(sum(numbers)):  # twice as fast, and nearly always
         return _template(figures.formats, _NUMBER, with_errors=is_sampled) % tuple(numbers)
     template = _template(figures.formats, "%s", with_errors=is_sampled)

@@ -1,0 +1,162 @@
+"""What the run file costs per observed step: 100 layers, four formats, every figure of all.
+
+Each call makes the step's record anew from its sums, as an observed step does, so that no figure is
+known yet when it is written. What making the record takes is subtracted. Reading is timed, too.
+
+    python benchmarks/run_file.py [--quick] [--threads N]
+"""
+
+# ruff: noqa: SLF001 - what one writes in a minute goes into the same kind of file
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from altgrad import StepRecord, UpdateMonitor
+from altgrad.merging import StepVectors
+from altgrad.quantization import get_formats
+from altgrad.records import FormatInfo, Header, LayerInfo, RunFile, read
+from altgrad.records.lines import lines_of
+from benchmarks.gpt import Gpt, train
+from benchmarks.paired import (
+    Target,
+    paired_batches,
+    print_environment,
+    print_table,
+    print_targets,
+    quartiles,
+    script_arguments,
+    seconds_of,
+    write_json,
+)
+
+FORMATS = ("e4m3fn", "e5m2", "fp16", "bf16")
+RECORD, FIGURES, LINES, APPEND = "record", "all figures", "their lines", "appended to the file"
+DUMPS = "json.dumps of all figures, appended"
+ROUNDS = 60
+
+
+class Row(NamedTuple):
+    variant: str
+    low: float
+    median: float
+    high: float
+
+
+def a_step() -> Callable[[], StepRecord]:
+    """Makes the record of a step of the GPT, again and again."""
+    torch.manual_seed(0)
+    model = Gpt()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    vectors: list[StepVectors] = []
+    original = StepVectors.record
+
+    def kept(self: StepVectors, *arguments: object) -> object:
+        vectors.append(self)
+        return original(self, *arguments)
+
+    StepVectors.record = kept
+    with UpdateMonitor(model, formats=FORMATS, strict=True).attach(optimizer):
+        train(model, optimizer, 2)
+    StepVectors.record = original
+
+    def record() -> StepRecord:
+        made, _ = vectors[-1].record(0, (1e-3, 1e-1), None)
+        return made
+
+    return record
+
+
+def header_of(record: StepRecord) -> Header:
+    return Header(
+        {each.name: FormatInfo.of(each, "tensor") for each in get_formats(FORMATS)},
+        {
+            name: LayerInfo((figures.population,), "float32", figures.elements, figures.formats)
+            for name, figures in record.layers.items()
+        },
+    )
+
+
+def read_figures(record: StepRecord) -> None:
+    for figures in (*record.layers.values(), record.model):
+        figures.in_order()
+
+
+def dumped(file: RunFile, record: StepRecord) -> None:
+    """As one writes it in a minute, without standard errors and histograms."""
+
+    def valid(value: float) -> float | str | None:
+        return value if math.isfinite(value) else None if math.isnan(value) else str(value)
+
+    def line(name: str | None, figures: Mapping[str, float]) -> str:
+        values = {key: valid(value) for key, value in figures.items()}
+        return json.dumps({"step": 0, "layer": name, "figures": values}) + "\n"
+
+    lines = [line(name, figures) for name, figures in record.layers.items()]
+    file._write("".join([*lines, line(None, record.model)]))
+
+
+def rows_of(seconds: Mapping[str, list[float]]) -> list[Row]:
+    """Of the record itself, and of what the others add to it, in milliseconds."""
+    plain = seconds[RECORD]
+    rows = [Row(RECORD, *(1e3 * value for value in quartiles(plain)))]
+    for name, taken in seconds.items():
+        if name != RECORD:
+            added = [1e3 * (a - b) for a, b in zip(taken, plain, strict=True)]
+            rows.append(Row(name, *quartiles(added)))
+    return rows
+
+
+def main() -> None:
+    parser = script_arguments("Time writing and reading the run file, paired.")
+    parser.add_argument("--threads", type=int, metavar="N", help="cores for torch; default: all")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    print_environment()
+    record = a_step()
+    with tempfile.TemporaryDirectory() as folder:
+        file = RunFile.create(folder, header_of(record()))
+        other = RunFile.create(folder, header_of(record()))
+        size = file.path.stat().st_size
+        file.append(0, record(), skipped={})
+        size = file.path.stat().st_size - size
+        layers = len(record().layers)
+        print(f"{layers} layers, {len(FORMATS)} formats: {size / 1e3:,.0f} kB a step")
+        variants = {
+            RECORD: record,
+            FIGURES: lambda: read_figures(record()),
+            LINES: lambda: lines_of(0, record(), {}, None),
+            APPEND: lambda: file.append(0, record(), skipped={}),
+            DUMPS: lambda: dumped(other, record()),
+        }
+        rows = rows_of(paired_batches(variants, ROUNDS // (5 if arguments.quick else 1)))
+        file.close()
+        other.close()
+        reading = seconds_of_reading(Path(folder), record)
+    print(f"\nAdded to the record, ms a step; reading takes {1e3 * reading:.2f} ms a step\n")
+    cells = [(row.variant, *(f"{value:.2f}" for value in row[1:])) for row in rows]
+    print_table(("", "low", "median", "high"), cells)
+    measured = next(row.median for row in rows if row.variant == APPEND)
+    targets = [Target("appended to the file, ms a step", measured, 5.0)]
+    print_targets(targets)
+    figures = {"rows": [row._asdict() for row in rows], "reading_ms": 1e3 * reading, "bytes": size}
+    write_json(arguments.json, {**figures, "targets": [target._asdict() for target in targets]})
+
+
+def seconds_of_reading(folder: Path, record: Callable[[], StepRecord], steps: int = 20) -> float:
+    with RunFile.create(folder, header_of(record())) as file:
+        for step in range(steps):
+            file.append(step, record(), skipped={})
+    return min(seconds_of(lambda: read(file.path)) for _ in range(3)) / steps
+
+
+if __name__ == "__main__":
+    main()
