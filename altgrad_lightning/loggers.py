@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from altgrad.figures import Histogram
 from altgrad.metrics import FORMAT_METRICS
@@ -18,7 +18,6 @@ from altgrad.report import png
 
 if TYPE_CHECKING:
     import numpy as np
-    from altgrad.advice import Advice, Assessment
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
@@ -29,6 +28,24 @@ _LEADING = (
 _OF_LAYERS = ("kept_update_ratio", "stall_frac")
 _COLUMNS = ("layer", "format", "verdict", "kept_update_ratio", "stall_frac", "reason")
 _MOST_ROWS = 100  # of the verdict's text; all layers are in the run file
+
+
+class Advice(Protocol):
+    """What `altgrad.advice` says of a layer in a format."""
+
+    layer: str
+    format: str
+    verdict: str
+    figures: Mapping[str, float]
+    reason: str
+
+
+class Assessment(Protocol):
+    """What `altgrad.advice` says of a run."""
+
+    advice: Sequence[Advice]
+    suggestions: Mapping[str, str | None]
+    summary: str
 
 
 def can_show(loggers: Iterable[Any]) -> bool:

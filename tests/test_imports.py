@@ -71,8 +71,9 @@ ALLOWED = {
     | {f"{OBS}.optimizers", f"{OBS}.skips", f"{OBS}.optimizer_step"},
     OBS: {f"{OBS}.observer", f"{OBS}.optimizer_step"},
     "altgrad.report.names": set(),
-    "altgrad.report.canvas": set(),
-    "altgrad.report.drawings": {"altgrad.figures", "altgrad.report.canvas", "altgrad.report.names"},
+    "altgrad.report.canvas": {"altgrad.report.names"},
+    "altgrad.report.drawings": {"altgrad.figures", "altgrad.records"}
+    | {"altgrad.report.canvas", "altgrad.report.names"},
     "altgrad.report": {"altgrad.report.drawings"},
     "altgrad": {Q, OBS, SAMPLING, "altgrad.figures", "altgrad.measuring"}
     | {"altgrad.monitor", "altgrad.step_record"},

@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from altgrad.report.names import printable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -50,12 +52,13 @@ def new_figure(
 
 
 def finished(figure: Figure) -> Figure:
-    """No text in it is a formula: names stay as they are."""
+    """No text in it is a formula: names stay as they are, but for what cannot be printed."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         text.set_parse_math(False)
+        text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
     return figure
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from altgrad.figures import Histogram
+from altgrad.records import FormatInfo
 from altgrad.report.canvas import finished, finished_empty, in_default_style, new_figure, png, svg
 from altgrad.report.names import short_names
 
@@ -34,21 +35,6 @@ _LOST, _KEPT, _PALE, _GREY = "#d55e00", "#0072b2", "#cfe3f3", "#999999"  # Okabe
 _TOO_FEW_TO_SEE = 1e-3  # a share of the elements
 _THRESHOLD = -1  # log2 of half a grid spacing: a smaller update rounds away
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-class FormatRange(Protocol):
-    """What a picture needs to know of a format; `altgrad.records.FormatInfo` is one."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def max(self) -> float: ...
-    @property
-    def smallest(self) -> float: ...
-    @property
-    def smallest_normal(self) -> float: ...
-    @property
-    def scaled(self) -> bool: ...
 
 
 @in_default_style
@@ -137,7 +123,7 @@ def steps_histogram(histograms: Mapping[str, Histogram]) -> Figure:
     for axes, (format, histogram) in zip(each, histograms.items(), strict=True):
         _draw_bins(axes, histogram, lambda octave: _LOST if octave < _THRESHOLD else _KEPT)
         axes.axvline(_THRESHOLD, color="black", lw=1.2)
-        axes.set_ylabel(format, size=9, rotation=0, ha="right", va="center")
+        axes.set_ylabel(*short_names([format], 20), size=9, rotation=0, ha="right", va="center")
         _write_lost_and_kept(axes, histogram)
     each[-1].set_xlim(first - 0.2, end + 0.2)
     each[-1].set_xticks(*_powers(first, end), size=7)
@@ -146,13 +132,14 @@ def steps_histogram(histograms: Mapping[str, Histogram]) -> Figure:
 
 
 @in_default_style
-def ranges(weights: Histogram, formats: Sequence[FormatRange]) -> Figure:
+def ranges(weights: Histogram, formats: Sequence[FormatInfo]) -> Figure:
     """The range of each format, drawn under the distribution of the weights.
 
     Args:
         weights: Of log2(abs(weight)); weights of 0 are not in it.
         formats: Whose ranges are drawn. One with an amax scale is put where the largest weight
-            would put it: with its top in that weight's octave.
+            would put it, with its top in that weight's octave; under the scales of other layers or
+            blocks it lies further left.
     """
     height = 0.26 * max(len(formats), 1)
     figure, [top, below] = new_figure(8, height + 2.6, (1.5, height + 0.1))
@@ -179,7 +166,8 @@ def ranges(weights: Histogram, formats: Sequence[FormatRange]) -> Figure:
     below.tick_params(axis="y", length=0)
     below.set_xlim(first, end)
     below.set_xticks(*_powers(first, end), size=7)
-    scaled = "\n* scaled so that its top is at the largest weight" if "*" in str(names) else ""
+    where = "\n* under a scale, drawn for the layer or block of the largest weight"
+    scaled = where if any(format.scaled for format in formats) else ""
     below.set_xlabel(
         "size of a weight. Dark: full precision; hatched: subnormal, fewer digits; left of a bar: "
         f"becomes 0{scaled}",
@@ -293,7 +281,7 @@ def _write_lost_and_kept(axes: Axes, histogram: Histogram) -> None:
 
 
 def _draw_range(
-    axes: Axes, row: int, format: FormatRange, shift: int, view: tuple[int, int]
+    axes: Axes, row: int, format: FormatInfo, shift: int, view: tuple[int, int]
 ) -> None:
     """A bar from a format's smallest number to its largest, the normal ones set off."""
     low, high = math.log2(format.smallest) + shift, math.log2(format.max) + shift

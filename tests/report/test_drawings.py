@@ -1,0 +1,289 @@
+"""The pictures: what they show, in numbers; the same each time; for any name, and any size."""
+
+import io
+import math
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from altgrad.figures import Histogram
+from altgrad.quantization import get_formats
+from altgrad.records import FormatInfo
+from altgrad.report import heat_map, kept_map, png, ranges, steps_histogram, svg
+from altgrad.report.names import short_names
+
+NAN = math.nan
+STEPS = {"bf16": Histogram(-3, [1, 3, 2, 2]), "e4m3fn": Histogram(-3, [0, 8, 0, 0])}
+FORMATS = [FormatInfo.of(f, "tensor") for f in get_formats(["bf16", "e4m3fn", "e0m7", "mxfp4"])]
+
+
+def every_picture(names: list[str]) -> dict[str, Figure]:
+    title = f"of {names[0]}"
+    return {
+        "heat": heat_map({n: {0: 0.25, 10: 0.5} for n in names}, title=title),
+        "kept": kept_map({n: {"bf16": 0.25} for n in names}, {}, title=title),
+        "steps": steps_histogram(dict.fromkeys(names[:5], STEPS["bf16"])),
+        "ranges": ranges(Histogram(-6, [1, 2, 1]), FORMATS),
+    }
+
+
+def texts(figure: Figure) -> list[str]:
+    png(figure)  # which draws it
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def shown(figure: Figure) -> np.ndarray:
+    return np.ma.filled(figure.axes[0].images[0].get_array(), NAN)
+
+
+def rows(figure: Figure) -> list[str]:
+    return [label.get_text() for label in figure.axes[0].get_yticklabels()]
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png(figure))).convert("RGB")).astype(int)
+
+
+# --- heat map
+
+
+def test_a_heat_map_has_a_row_per_layer_and_a_column_per_step() -> None:
+    figure = heat_map({"b": {9: 0.5, 4: 0.25}, "a": {4: 1.0, 9: 0.0}}, title="in bf16")
+    np.testing.assert_array_equal(shown(figure), [[0.25, 0.5], [1.0, 0.0]])
+    assert rows(figure) == ["b", "a"]
+    assert {"in bf16", "4", "9"} <= {*texts(figure)}
+
+
+def test_a_layer_that_is_observed_less_often_shows_its_last_value_until_the_next() -> None:
+    values = {"often": dict.fromkeys(range(5), 1.0), "rarely": {1: 0.5, 3: 0.25}}
+    np.testing.assert_array_equal(shown(heat_map(values, title=""))[1], [NAN, 0.5, 0.5, 0.25, NAN])
+
+
+def test_a_value_that_is_nan_is_not_replaced_by_the_one_before() -> None:
+    figure = heat_map({"a": {0: 0.5, 1: NAN, 2: 0.5}}, title="")
+    np.testing.assert_array_equal(shown(figure), [[0.5, NAN, 0.5]])
+    assert any("grey: no value" in text for text in texts(figure))
+    assert not any("grey" in text for text in texts(heat_map({"a": {0: 0.5}}, title="")))
+
+
+def test_no_value_is_grey_in_the_pixels() -> None:
+    image = pixels(heat_map({"a": {0: NAN, 1: 1.0}}, title=""))
+    left, right = (image[len(image) // 3, image.shape[1] * k // 10] for k in (2, 7))
+    assert left[0] == left[1] == left[2]
+    assert right[0] > 2 * right[1]  # dark red
+
+
+def test_more_steps_than_columns_are_averaged() -> None:
+    figure = heat_map({"a": {step: step / 1000 for step in range(1000)}}, title="")
+    (row,) = shown(figure)
+    assert len(row) == 200
+    np.testing.assert_allclose(row, (np.arange(0, 1000, 5) + 2) / 1000)
+    assert any("a column is the mean of 5" in text for text in texts(figure))
+
+
+@pytest.mark.parametrize(("label", "worst"), [("stall_frac", 1.0), ("kept_update_ratio", 0.0)])
+def test_the_worst_of_2000_layers_in_their_order(label: str, worst: float) -> None:
+    chosen = [*range(7, 2000, 34)]  # 59
+    values = {f"layer.{k}": {0: worst if k in chosen else 0.5} for k in range(2000)}
+    values["nothing"] = {0: NAN}
+    values["layer.100"] = {0: abs(worst - 0.25)}
+    figure = heat_map(values, title="in bf16", label=label)
+    assert rows(figure) == [f"layer.{k}" for k in sorted([*chosen, 100])]
+    assert "in bf16\nthe worst 60 of 2,001 layers" in texts(figure)
+
+
+@pytest.mark.parametrize("label", ["stall_frac", "kept_update_ratio"])
+def test_dark_is_bad(label: str) -> None:
+    figure = heat_map({"a": {0: 0.0}, "b": {0: 1.0}}, title="", label=label)
+    image = figure.axes[0].images[0]
+    zero, one = (sum(image.cmap(image.norm(x))[:3]) for x in (0.0, 1.0))
+    assert (one < zero) == (label == "stall_frac")
+
+
+# --- kept map
+
+
+def test_the_kept_map_shows_each_share_and_who_is_frozen() -> None:
+    kept = {"norm": {"bf16": 0.0, "e5m2": 0.128}, "head": {"bf16": 0.5}}
+    figure = kept_map(kept, {"norm": {"bf16": True, "e5m2": False}}, title="step 3")
+    np.testing.assert_array_equal(shown(figure), [[0.0, 0.128], [0.5, NAN]])
+    cells = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
+    assert cells == {(0, 0): "frozen", (1, 0): "0.13", (0, 1): "0.50", (1, 1): "–"}
+
+
+def test_the_kept_map_of_2000_layers_shows_those_that_keep_least() -> None:
+    figure = kept_map({f"l{k}": {"bf16": 1 - k / 2000} for k in range(2000)}, {}, title="t")
+    assert rows(figure) == [f"l{k}" for k in range(1940, 2000)]
+    assert "t\nthe worst 60 of 2,000 layers" in texts(figure)
+
+
+# --- distributions
+
+
+def test_updates_below_half_a_spacing_are_counted_and_coloured() -> None:
+    figure = steps_histogram(STEPS)
+    bars = figure.axes[0].patches
+    assert [(bar.get_x(), bar.get_height()) for bar in bars] == [(-3, 1), (-2, 3), (-1, 2), (0, 2)]
+    colours = [to_hex(bar.get_facecolor()) for bar in bars]
+    assert colours == ["#d55e00", "#d55e00", "#0072b2", "#0072b2"]
+    assert [text.get_text() for text in figure.axes[0].texts] == [
+        "50 % too small to move a weight",
+        "50 % large enough",
+    ]
+    assert figure.axes[1].texts[0].get_text().startswith("100 %")
+    assert {"bf16", "e4m3fn"} <= {*texts(figure)}
+    assert [line.get_xdata()[0] for line in figure.axes[0].lines] == [-1]
+
+
+@pytest.mark.parametrize(("count", "text"), [(1e6, ">99 %"), (1e-6, "<1 %")])
+def test_all_and_nothing_are_said_only_if_they_are_true(count: float, text: str) -> None:
+    figure = steps_histogram({"bf16": Histogram(-2, [count, 1])})
+    assert figure.axes[0].texts[0].get_text().startswith(text)
+
+
+def test_octaves_of_hardly_any_updates_do_not_squeeze_the_rest() -> None:
+    figure = steps_histogram({"bf16": Histogram(-32, [1] + [0] * 30 + [1e6] * 2 + [0] * 31)})
+    low, high = figure.axes[-1].get_xlim()
+    assert -5 < low < -4
+    assert 3 < high < 4
+
+
+def test_ranges_of_formats_lie_where_their_numbers_are() -> None:
+    figure = ranges(Histogram(-6, [1, 2, 1]), FORMATS)  # the largest weight is in octave -4
+    bars = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in figure.axes[1].patches]
+    bf16, e4m3fn, e0m7, mxfp4 = (bars[2 * k : 2 * k + 2] for k in range(4))
+    assert bf16[0] == pytest.approx((-133, -126))
+    assert bf16[1] == pytest.approx((-126, 128), abs=0.01)
+    # 448 = 1.75 · 2^8 stands at 1.75 · 2^-4; the smallest number, 2^-9, is 17 octaves below 2^8.
+    assert e4m3fn[0] == pytest.approx((-21, -18))
+    assert e4m3fn[1] == pytest.approx((-18, -4 + math.log2(1.75)))
+    assert e0m7[0] == pytest.approx((-10, -3), abs=0.02)
+    assert e0m7[1][0] == pytest.approx(e0m7[1][1])  # nothing in it is normal
+    assert mxfp4[1] == pytest.approx((-6, -4 + math.log2(1.5)))
+    labels = [label.get_text() for label in figure.axes[1].get_yticklabels()]
+    assert labels == ["bf16", "e4m3fn *", "e0m7 *", "mxfp4 *"]
+    assert {"← 2⁻¹³³", "2¹²⁸ →"} <= {*texts(figure)}
+
+
+# --- any name and any size
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a_$x_b$_{c}", "<script>alert(1)</script>", "$", r"\frac{1}{2}", 'x id="y"', "层", "a\nb\x00"],
+)
+def test_names_stay_as_they_are(name: str) -> None:
+    printable = name.replace("\n", "�").replace("\x00", "�")
+    for key, figure in every_picture([name]).items():
+        if key != "ranges":
+            assert printable in texts(figure), key
+            read = [text for text in figure.findobj(Text) if text.get_text() == printable]
+            assert not any(text.get_parse_math() for text in read)
+            element = ET.fromstring(svg(figure, "p"))
+            assert printable in ["".join(e.itertext()) for e in element.iter()], key
+
+
+@pytest.mark.parametrize("count", [1, 60, 61, 2000])
+def test_any_number_of_layers(count: int) -> None:
+    for figure in every_picture([f"layer.{k}" for k in range(count)]).values():
+        image = pixels(figure)
+        assert 100 < image.shape[0] < 1500
+        assert 500 < image.shape[1] < 1300
+
+
+def test_nothing_gives_a_picture_that_says_so() -> None:
+    nothing = [
+        heat_map({}, title=""),
+        heat_map({"a": {}}, title=""),
+        kept_map({}, {}, title=""),
+        steps_histogram({}),
+        steps_histogram({"bf16": Histogram(-3, [0, 0])}),
+        ranges(Histogram(-3, [0, 0]), FORMATS),
+        ranges(Histogram(-3, []), []),
+    ]
+    for figure in nothing:
+        assert any("observed yet" in text for text in texts(figure))
+
+
+def test_nan_everywhere_gives_a_picture() -> None:
+    png(heat_map({"a": {0: NAN}, "b": {0: NAN}}, title=""))
+    png(kept_map({"a": {"bf16": NAN}}, {}, title=""))
+
+
+def test_long_names_are_cut_in_the_middle_and_told_apart() -> None:
+    layers = [f"transformer.encoder.layer.{k}.attention.self.query.weight" for k in range(12)]
+    other = [f"a.very.long.common.beginning.of.all.of.the.names.{k}.weight" for k in range(12)]
+    for names in (layers, other):
+        short = short_names(names)
+        assert len({*short}) == 12
+        for long, name in zip(names, short, strict=True):
+            head, tail = name.split("…")
+            assert len(name) == 44
+            assert long.startswith(head)
+            assert long.endswith(tail)
+    assert short_names(["short", "x" * 44]) == ["short", "x" * 44]
+
+
+# --- PNG and SVG
+
+
+def test_the_same_picture_is_the_same_svg() -> None:
+    first, second = ([svg(f, "p") for f in every_picture(["a"]).values()] for _ in range(2))
+    assert first == second
+
+
+def test_an_svg_can_be_put_into_a_page_beside_others() -> None:
+    pictures = every_picture(["a", "b"])
+    elements = [svg(figure, f"p{k}") for k, figure in enumerate(pictures.values())]
+    ids: list[str] = []
+    for element in elements:
+        assert element.startswith("<svg")
+        assert "<metadata" not in element
+        assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", element)  # nothing is fetched
+        own = re.findall(r'\bid="([^"]*)"', element)
+        used = re.findall(r'href="#([^"]*)"', element) + re.findall(r"url\(#([^)]*)\)", element)
+        assert used
+        assert {*used} <= {*own}
+        ids += own
+    assert len(ids) == len({*ids})
+
+
+def test_text_in_an_svg_is_text() -> None:
+    element = ET.fromstring(svg(every_picture(["blocks.0.norm"])["heat"], "p"))
+    found = {text.text for text in element.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"of blocks.0.norm", "blocks.0.norm"} <= found
+
+
+@pytest.mark.parametrize("prefix", ["", "1a", "a b", 'a"', "ä"])
+def test_a_prefix_that_is_no_id(prefix: str) -> None:
+    with pytest.raises(ValueError, match="expected a letter"):
+        svg(every_picture(["a"])["heat"], prefix)
+
+
+def test_the_style_of_users_is_neither_used_nor_changed() -> None:
+    plain = [png(figure) for figure in every_picture(["a"]).values()]
+    own = {"axes.facecolor": "red", "text.usetex": True, "font.size": 30, "savefig.dpi": 20}
+    with mpl.rc_context(own):
+        before = dict(mpl.rcParams)
+        styled = [png(figure) for figure in every_picture(["a"]).values()]
+        assert dict(mpl.rcParams) == before
+    assert styled == plain
+
+
+def test_pyplot_is_not_imported() -> None:
+    script = (
+        "import sys; from altgrad.report import *; assert 'matplotlib' not in sys.modules; "
+        "figure = heat_map({'a': {0: 0.5}}, title=''); png(figure); svg(figure, 'p'); "
+        "print('matplotlib.pyplot' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
