@@ -123,7 +123,7 @@ def steps_histogram(histograms: Mapping[str, Histogram]) -> Figure:
     for axes, (format, histogram) in zip(each, histograms.items(), strict=True):
         _draw_bins(axes, histogram, lambda octave: _LOST if octave < _THRESHOLD else _KEPT)
         axes.axvline(_THRESHOLD, color="black", lw=1.2)
-        axes.set_ylabel(*short_names([format], 20), size=9, rotation=0, ha="right", va="center")
+        axes.set_ylabel(short_names([format], 28)[0], size=9, rotation=0, ha="right", va="center")
         _write_lost_and_kept(axes, histogram)
     each[-1].set_xlim(first - 0.2, end + 0.2)
     each[-1].set_xticks(*_powers(first, end), size=7)
