@@ -33,19 +33,27 @@ _MOST_ROWS = 100  # of the verdict's text; all layers are in the run file
 class Advice(Protocol):
     """What `altgrad.advice` says of a layer in a format."""
 
-    layer: str
-    format: str
-    verdict: str
-    figures: Mapping[str, float]
-    reason: str
+    @property
+    def layer(self) -> str: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def verdict(self) -> str: ...
+    @property
+    def figures(self) -> Mapping[str, float]: ...
+    @property
+    def reason(self) -> str: ...
 
 
 class Assessment(Protocol):
     """What `altgrad.advice` says of a run."""
 
-    advice: Sequence[Advice]
-    suggestions: Mapping[str, str | None]
-    summary: str
+    @property
+    def advice(self) -> Sequence[Advice]: ...
+    @property
+    def suggestions(self) -> Mapping[str, str | None]: ...
+    @property
+    def summary(self) -> str: ...
 
 
 def can_show(loggers: Iterable[Any]) -> bool:
@@ -224,12 +232,17 @@ def _cell(advice: Advice | None) -> str:
     if advice is None:
         return "–"
     kept = advice.figures.get("kept_update_ratio", math.nan)
-    return _escaped(str(advice.verdict)) + ("" if math.isnan(kept) else f" ({kept:.2f})")
+    return _escaped(_words(advice.verdict)) + ("" if math.isnan(kept) else f" ({kept:.2f})")
 
 
 def _row(advice: Advice) -> list[Any]:
     figures = [advice.figures.get(name, math.nan) for name in ("kept_update_ratio", "stall_frac")]
-    return [advice.layer, advice.format, str(advice.verdict), *figures, advice.reason]
+    return [advice.layer, advice.format, _words(advice.verdict), *figures, advice.reason]
+
+
+def _words(verdict: str) -> str:
+    """Also of an Enum of strings, whose str() is its name."""
+    return str.__str__(verdict)
 
 
 def _table_row(cells: Iterable[str]) -> str:

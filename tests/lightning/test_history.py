@@ -1,0 +1,54 @@
+"""`History` against a plain record of everything that it was told."""
+
+import math
+
+import pytest
+from matplotlib.text import Text
+
+from altgrad_lightning.history import History
+
+
+def test_few_steps_are_kept_as_they_are() -> None:
+    history = History("kept_update_ratio")
+    history.add(9, {"a": {"kept_update_ratio/bf16": 0.5, "stall_frac/bf16": 0.25}})
+    history.add(19, {"a": {"kept_update_ratio/bf16": 1.5}, "b": {"kept_update_ratio/e5m2": 0.75}})
+    history.add(29, {"b": {"kept_update_ratio/e5m2": math.nan}})
+    assert history.values("bf16") == {"a": {9: 0.5, 19: 1.5}}
+    of_b = history.values("e5m2")["b"]
+    assert of_b.pop(29) != of_b.get(29)
+    assert of_b == {19: 0.75}
+    assert history.values("fp16") == {}
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8])
+@pytest.mark.parametrize("steps", [1, 7, 8, 9, 16, 17, 100])
+def test_a_long_run_is_averaged_over_equal_columns(most: int, steps: int) -> None:
+    history = History(most_columns=most)
+    told: dict[str, dict[int, float]] = {"always": {}, "rarely": {}, "never": {}}
+    for step in range(steps):
+        told["always"][step] = step / 128
+        if step % 5 == 0:
+            told["rarely"][step] = 1 - step / 128
+        told["never"][step] = math.nan
+        now = {layer: of[step] for layer, of in told.items() if step in of}
+        history.add(step, {layer: {"stall_frac/bf16": value} for layer, value in now.items()})
+    width = history.per_column
+    assert width == next(2**k for k in range(10) if most * 2**k >= steps)
+    values = history.values("bf16")
+    for layer, of_layer in told.items():
+        columns: dict[int, list[float]] = {}
+        for step, value in of_layer.items():
+            columns.setdefault(step // width * width, []).append(value)
+        expected = {first: sum(each) / len(each) for first, each in columns.items()}
+        assert values[layer] == pytest.approx(expected, nan_ok=True, rel=1e-6)
+    assert len(values["always"]) <= most
+
+
+def test_heat_maps_say_what_a_column_is() -> None:
+    history = History(most_columns=2)
+    for step in range(4):
+        history.add(step, {"a": {"stall_frac/bf16": 0.5}})
+    figures = history.heat_maps()
+    assert list(figures) == ["stall_frac_map/bf16"]
+    texts = [text.get_text() for text in figures["stall_frac_map/bf16"].findobj(Text)]
+    assert "stall_frac in bf16, means of 2 observed steps" in texts

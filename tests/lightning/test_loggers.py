@@ -1,0 +1,429 @@
+"""Pictures in loggers, read back by TensorBoard's own readers and its server, and from wandb."""
+
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import lightning.pytorch.loggers
+import numpy as np
+import pytest
+import pytorch_lightning.loggers
+from PIL import Image
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from altgrad.figures import Histogram
+from altgrad.metrics import FORMAT_METRICS
+from altgrad.report import kept_map
+from altgrad_lightning import loggers as pictures_of
+from altgrad_lightning.history import History
+
+FORMATS = ("bf16", "e4m3fn")
+LAYERS = ("layers.0.weight", "layers.0.bias", "norm[0]|<b>.weight")
+# Octaves −32 … 31 of log2(abs(dw)/S): 3 elements in −2, 1.5 in −1, 4 in 3.
+COUNTS = [0.0] * 30 + [3.0, 1.5] + [0.0] * 3 + [4.0] + [0.0] * 28
+STEPS = Histogram(-32, COUNTS)
+
+
+@dataclass(frozen=True)
+class Advice:
+    layer: str
+    format: str
+    verdict: str
+    figures: Mapping[str, float]
+    reason: str = "as the figures say"
+
+
+@dataclass(frozen=True)
+class Assessment:
+    advice: list[Advice]
+    suggestions: dict[str, str | None] = field(default_factory=dict)
+    summary: str = "2 of 3 layers would freeze in *bf16*."
+
+
+def assessment(layers: tuple[str, ...] = LAYERS) -> Assessment:
+    advice = [
+        Advice(layer, format, "frozen", {"kept_update_ratio": k / len(layers), "stall_frac": 1.0})
+        for k, layer in enumerate(layers)
+        for format in FORMATS
+    ]
+    return Assessment(advice, {layers[0]: "bf16"})
+
+
+def log_everything(logger: Any) -> None:
+    """As a run would, at steps 9 and 19."""
+    history = History()
+    for step in (9, 19):
+        scalars = {
+            f"altgrad/{metric}/{format}{layer}": 0.5
+            for metric in FORMAT_METRICS
+            for format in FORMATS
+            for layer in ("", *(f"/{name}" for name in LAYERS))
+        }
+        logger.log_metrics(scalars, step=step)
+        of_layers = {f"stall_frac/{format}": step / 20 for format in FORMATS}
+        history.add(step, dict.fromkeys(LAYERS, of_layers))
+        keys = ("steps/bf16", f"steps/bf16/{LAYERS[0]}")
+        pictures_of.histograms([logger], step, dict.fromkeys(keys, STEPS))
+        pictures_of.pictures([logger], step, history.heat_maps())
+    pictures_of.layout([logger], FORMATS)
+    pictures_of.verdict([logger], 19, assessment())
+    logger.save()
+
+
+@pytest.fixture(scope="module", params=["lightning.pytorch", "pytorch_lightning"])
+def folder(request: Any, tmp_path_factory: Any) -> str:
+    package = {"lightning.pytorch": lightning.pytorch, "pytorch_lightning": pytorch_lightning}
+    logger = package[request.param].loggers.TensorBoardLogger(tmp_path_factory.mktemp("logs"))
+    log_everything(logger)
+    logger.finalize("success")
+    return logger.log_dir
+
+
+@pytest.fixture(scope="module")
+def events(folder: str) -> EventAccumulator:
+    return EventAccumulator(folder, size_guidance={"images": 0, "histograms": 0}).Reload()
+
+
+# --- TensorBoard
+
+
+def test_histograms_have_the_octaves_as_buckets(events: EventAccumulator) -> None:
+    assert events.Tags()["histograms"] == ["altgrad/steps/bf16", f"altgrad/steps/bf16/{LAYERS[0]}"]
+    for tag in events.Tags()["histograms"]:
+        assert [event.step for event in events.Histograms(tag)] == [9, 19]
+        for event in events.Histograms(tag):
+            value = event.histogram_value
+            assert value.bucket == COUNTS
+            assert value.bucket_limit == [*range(-31, 33)]
+            # TensorBoard draws from `min` to the end of the first bucket that is not empty.
+            assert (value.min, value.max) == (-2, 4)
+            assert value.num == 8.5
+            assert value.sum == 3 * -1.5 + 1.5 * -0.5 + 4 * 3.5
+            assert value.sum_squares == 3 * 1.5**2 + 1.5 * 0.5**2 + 4 * 3.5**2
+
+
+def test_heat_maps_are_images_of_a_sensible_size(events: EventAccumulator) -> None:
+    tags = [f"altgrad/stall_frac_map/{format}" for format in FORMATS]
+    assert events.Tags()["images"] == tags
+    for tag in tags:
+        assert [event.step for event in events.Images(tag)] == [9, 19]
+        for event in events.Images(tag):
+            image = Image.open(io.BytesIO(event.encoded_image_string))
+            assert (image.format, image.mode) == ("PNG", "RGB")
+            assert (event.width, event.height) == image.size
+            assert 600 < image.width < 1300
+            assert 150 < image.height < 1500
+            assert len(image.getcolors(100_000) or ()) > 20  # it is not blank
+
+
+def layout_of(events: EventAccumulator) -> dict[str, dict[str, list[str]]]:
+    (event,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    return {
+        category.title: {chart.title: [*chart.multiline.tag] for chart in category.chart}
+        for category in layout.category
+    }
+
+
+def test_the_layout_has_a_chart_per_metric_and_charts_of_layers(events: EventAccumulator) -> None:
+    layout = layout_of(events)
+    of_model = {**layout["AltGrad: model"], **layout["AltGrad: model, more"]}
+    assert set(of_model) == set(FORMAT_METRICS)
+    assert list(of_model)[:2] == ["kept_update_ratio", "stall_frac"]
+    tags = events.Tags()["scalars"]
+    for metric, [pattern] in of_model.items():
+        lines = [tag for tag in tags if re.match(pattern, tag)]
+        assert lines == [f"altgrad/{metric}/{format}" for format in FORMATS]
+    of_layers = layout["AltGrad: layers that keep least"]
+    assert len(of_layers) == 2 * len(FORMATS)
+    for metric in ("kept_update_ratio", "stall_frac"):
+        for format in FORMATS:
+            [pattern] = of_layers[f"{metric}, {format}"]
+            lines = [tag for tag in tags if re.match(pattern, tag)]
+            assert lines == [f"altgrad/{metric}/{format}/{layer}" for layer in LAYERS]
+
+
+def test_the_layout_without_charted_layers(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    pictures_of.layout([logger], FORMATS, layers=False)
+    logger.finalize("success")
+    layout = layout_of(EventAccumulator(logger.log_dir).Reload())
+    assert list(layout) == ["AltGrad: model", "AltGrad: model, more"]
+
+
+def rendered(markdown: str) -> str:
+    """As TensorBoard's page shows it."""
+    with warnings.catch_warnings():
+        # Its own copy of a deprecated html5lib.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from tensorboard.plugins.text.text_plugin import text_array_to_html
+    html: str = text_array_to_html(np.array(markdown), enable_markdown=True)
+    return html
+
+
+def cells(html: str) -> list[str]:
+    return re.findall(r"<t[dh]>(.*?)</t[dh]>", html)
+
+
+def test_the_verdict_is_a_table_in_which_names_are_escaped(events: EventAccumulator) -> None:
+    (event,) = events.Tensors("altgrad/verdict/text_summary")
+    assert event.step == 19
+    markdown = event.tensor_proto.string_val[0].decode()
+    html = rendered(markdown)
+    assert "*bf16*" in html.replace("&#42;", "*")
+    assert cells(html)[:4] == ["layer", "bf16", "e4m3fn", "smallest that stores it"]
+    assert cells(html)[4:8] == [LAYERS[0], "frozen (0.00)", "frozen (0.00)", "bf16"]
+    last = html.rpartition("<tr>")[2]
+    assert "<b>" not in last
+    assert as_text(cells(last)[0]) == LAYERS[2]
+    assert cells(last)[1:] == ["frozen (0.67)", "frozen (0.67)", "none: fp32"]
+
+
+def as_text(html: str) -> str:
+    for entity, character in {"&lt;": "<", "&gt;": ">", "&amp;": "&"}.items():
+        html = html.replace(entity, character)
+    return re.sub(r"&#(\d+);", lambda match: chr(int(match[1])), html)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "__a__",
+        "*a*",
+        "`a`",
+        "a|b",
+        "<script>x</script>",
+        "[a](b)",
+        "&amp;",
+        "a\\|b",
+        "![](x)",
+        "a$b$",
+    ],
+)
+def test_any_name_is_a_cell_of_its_own(name: str) -> None:
+    markdown = pictures_of.verdict_markdown(assessment((name,)))
+    html = rendered(markdown)
+    assert as_text(cells(html)[4]) == name
+    assert not {"<strong>", "<em>", "<code>", "<a", "<img", "<script"} & {
+        *re.findall("<[a-z]+>?", html)
+    }
+
+
+def test_the_verdict_of_many_layers_shows_the_worst() -> None:
+    layers = tuple(f"layer.{k}" for k in range(2000))
+    markdown = pictures_of.verdict_markdown(assessment(layers))
+    assert "The worst 100 of 2,000 layers" in markdown
+    assert markdown.count("| layer.") == 100
+    assert "| layer.99 |" in markdown
+
+
+def test_the_verdict_without_figures() -> None:
+    unknown = Assessment([Advice("a", "bf16", "not judged", {"kept_update_ratio": math.nan})])
+    html = rendered(pictures_of.verdict_markdown(unknown))
+    assert cells(html)[3:] == ["a", "not judged", "none: fp32"]
+    assert pictures_of.verdict_markdown(Assessment([]))
+
+
+def test_a_histogram_of_nothing_is_left_out(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    pictures_of.histograms([logger], 0, {"steps/bf16": Histogram(-32, [0.0] * 64)})
+    pictures_of.histograms([logger], 0, {})
+    pictures_of.pictures([logger], 0, {})
+    logger.finalize("success")
+    assert EventAccumulator(str(tmp_path)).Reload().Tags()["histograms"] == []
+
+
+# --- other loggers
+
+
+def test_other_loggers_are_left_alone(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    each = (logger, object())
+    assert not pictures_of.can_show(each)
+    assert pictures_of.can_show([logger, TensorBoardLogger(tmp_path)])
+    pictures_of.layout(each, FORMATS)
+    pictures_of.histograms(each, 0, {"steps/bf16": STEPS})
+    pictures_of.pictures(each, 0, {"a": None})  # type: ignore[dict-item]  # not even drawn
+    pictures_of.verdict(each, 0, assessment())
+    assert [*tmp_path.iterdir()] == []
+
+
+class Broken(TensorBoardLogger):
+    @property
+    def experiment(self) -> Any:
+        raise OSError("no space left")
+
+
+def test_what_a_logger_raises_is_raised(tmp_path: Path) -> None:
+    broken = [Broken(tmp_path)]
+    for call in (
+        lambda: pictures_of.layout(broken, FORMATS),
+        lambda: pictures_of.histograms(broken, 0, {"steps/bf16": STEPS}),
+        lambda: pictures_of.pictures(broken, 0, {"a": kept_map({}, {}, title="")}),
+        lambda: pictures_of.verdict(broken, 0, assessment()),
+    ):
+        with pytest.raises(OSError, match="no space left"):
+            call()
+
+
+# --- a real TensorBoard
+
+
+@contextmanager
+def tensorboard(folder: str) -> Iterator[str]:
+    """Its address, while it runs."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--port", "0"]
+    command += ["--host", "127.0.0.1", "--samples_per_plugin", "images=100"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            lines: list[str] = []
+            for line in server.stderr:
+                lines.append(line)
+                if address := re.search(r"http://127\.0\.0\.1:\d+/", line):
+                    yield address[0]
+                    break
+            else:
+                pytest.fail(f"TensorBoard ended: {lines}")
+        finally:
+            server.terminate()
+
+
+def fetched(address: str, path: str, **query: str) -> Any:
+    with urlopen(f"{address}data/plugin/{path}?{urlencode(query)}", timeout=30) as answer:
+        body = answer.read()
+    return json.loads(body) if "json" in answer.headers["Content-Type"] else body
+
+
+def wait_for(found: Any) -> Any:
+    """TensorBoard loads event files in the background."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if value := found():
+            return value
+        time.sleep(0.2)
+    return pytest.fail("TensorBoard loaded nothing in a minute")
+
+
+def test_a_real_tensorboard_shows_them_all(folder: str) -> None:
+    with tensorboard(folder) as address:
+        # The verdict is logged last.
+        texts = wait_for(lambda: fetched(address, "text/tags").get("."))
+        assert [*texts] == ["altgrad/verdict/text_summary"]
+        (text,) = fetched(address, "text/text", run=".", tag="altgrad/verdict/text_summary")
+        assert text["step"] == 19
+        assert "<b>" not in text["text"]
+        assert as_text(LAYERS[2]) in as_text(text["text"])
+
+        layout = fetched(address, "custom_scalars/layout")
+        charts = {c["title"]: c for category in layout["category"] for c in category["chart"]}
+        [pattern] = charts["stall_frac"]["multiline"]["tag"]
+        lines = fetched(address, "custom_scalars/scalars", run=".", tag=pattern)
+        assert lines["regex_valid"]
+        assert set(lines["tag_to_events"]) == {f"altgrad/stall_frac/{f}" for f in FORMATS}
+        [pattern] = charts["kept_update_ratio, bf16"]["multiline"]["tag"]
+        lines = fetched(address, "custom_scalars/scalars", run=".", tag=pattern)
+        tags = {f"altgrad/kept_update_ratio/bf16/{layer}" for layer in LAYERS}
+        assert set(lines["tag_to_events"]) == tags
+
+        tag = "altgrad/stall_frac_map/bf16"
+        assert tag in fetched(address, "images/tags")["."]
+        images = fetched(address, "images/images", run=".", tag=tag, sample="0")
+        assert [image["step"] for image in images] == [9, 19]
+        with urlopen(f"{address}data/plugin/images/individualImage?{images[-1]['query']}") as png:
+            assert Image.open(io.BytesIO(png.read())).width > 600
+
+        histograms = fetched(address, "histograms/histograms", run=".", tag="altgrad/steps/bf16")
+        assert [step for _, step, _ in histograms] == [9, 19]
+        # Rebinned for the page; where there are elements stays where it was.
+        buckets = [bucket for bucket in histograms[-1][2] if bucket[2]]
+        assert sum(count for _, _, count in buckets) == pytest.approx(8.5)
+        assert buckets[0][0] == -2
+        assert buckets[-1][1] == 4
+
+
+# --- wandb
+
+
+def wandb_rows(folder: Path) -> list[dict[str, Any]]:
+    """What an offline run has logged, from the file that would be synced."""
+    from wandb.proto import wandb_internal_pb2
+
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    rows = []
+    for data in wandb_records(file.read_bytes()):
+        record = wandb_internal_pb2.Record.FromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
+    return rows
+
+
+def wandb_records(data: bytes) -> Iterator[bytes]:
+    """Those of a log of LevelDB, after 7 bytes of wandb's own: in parts within blocks of 32 KiB."""
+    at, parts = 7, b""
+    while at + 7 <= len(data):
+        left = -at % 32768
+        if left < 7:
+            at += left
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
+
+
+@pytest.fixture
+def wandb_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
+    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    return tmp_path
+
+
+def test_wandb_gets_its_own_types(wandb_folder: Path) -> None:
+    import wandb
+
+    logger = WandbLogger(save_dir=wandb_folder, offline=True)
+    log_everything(logger)
+    files = Path(logger.experiment.dir)
+    wandb.finish()
+
+    rows = [row for row in wandb_rows(wandb_folder) if "altgrad/steps/bf16" in row]
+    assert [row["trainer/global_step"] for row in rows] == [9, 19]
+    for row in rows:
+        histogram = row["altgrad/steps/bf16"]
+        assert histogram["_type"] == "histogram"
+        assert histogram["values"] == COUNTS
+        assert histogram["bins"] == [*range(-32, 33)]
+    key = "altgrad/stall_frac_map/bf16"
+    rows = [row for row in wandb_rows(wandb_folder) if key in row]
+    assert [row["trainer/global_step"] for row in rows] == [9, 19]
+    for row in rows:
+        assert row[key]["_type"] == "image-file"
+        image = Image.open(files / row[key]["path"])
+        assert image.size == (row[key]["width"], row[key]["height"])
+    (row,) = [row for row in wandb_rows(wandb_folder) if "altgrad/verdict" in row]
+    assert row["altgrad/verdict"]["_type"] == "table-file"
+    table = json.loads((files / row["altgrad/verdict"]["path"]).read_text())
+    assert table["columns"][:3] == ["layer", "format", "verdict"]
+    assert table["data"][-1] == [
+        *(LAYERS[2], "e4m3fn", "frozen", pytest.approx(2 / 3), 1.0, "as the figures say")
+    ]
