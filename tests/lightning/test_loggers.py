@@ -368,8 +368,15 @@ def wandb_rows(folder: Path) -> list[dict[str, Any]]:
     for data in wandb_records(file.read_bytes()):
         record = wandb_internal_pb2.Record.FromString(data)
         if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
+            row: dict[str, Any] = {}
+            for item in record.history.item:
+                key, *inner = item.nested_key or [item.key]
+                value = json.loads(item.value_json)
+                if inner:
+                    row.setdefault(key, {})[inner[0]] = value
+                else:
+                    row[key] = value
+            rows.append(row)
     return rows
 
 
@@ -377,7 +384,7 @@ def wandb_records(data: bytes) -> Iterator[bytes]:
     """Those of a log of LevelDB, after 7 bytes of wandb's own: in parts within blocks of 32 KiB."""
     at, parts = 7, b""
     while at + 7 <= len(data):
-        left = -at % 32768
+        left = 32768 - at % 32768
         if left < 7:
             at += left
             continue
