@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parameter import is_lazy
@@ -24,9 +25,9 @@ from altgrad.ever_moved import EverMovedOfLayers
 from altgrad.measuring import DEFAULT_FORMATS, Formats, Measurer
 from altgrad.merging import StepVectors
 from altgrad.observation import OptimizerStep, SkipReason, StepObserver
-from altgrad.observation.snapshots import Memory
+from altgrad.observation.snapshots import WHOLE_UP_TO, Memory
 from altgrad.quantization.arguments import INPUT_DTYPES
-from altgrad.quantization.block_formats import get_formats
+from altgrad.quantization.block_formats import NumberFormat, get_formats
 from altgrad.quantization.scaling import Scaling
 from altgrad.sampling import (
     LayerSampling,
@@ -142,6 +143,29 @@ class UpdateMonitor:
         self._lock = threading.RLock()  # two threads may step two optimizers
 
     @property
+    def formats(self) -> tuple[NumberFormat, ...]:
+        """All that are judged, those that only rules name included."""
+        return tuple(self._measurer.formats)
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """As given."""
+        return self._measurer.scaling
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Those that are measured, by name."""
+        return self._measured_parameters()
+
+    def elements_of(self, name: str) -> int:
+        """How many elements of a layer are measured in a step."""
+        parameter = self._observer.parameters[name]
+        indices = self._indices(name, parameter.shape)
+        if indices is None or parameter.numel() <= WHOLE_UP_TO:
+            return parameter.numel()
+        return len(indices)
+
+    @property
     def skipped(self) -> Counter[SkipReason]:
         """As in `StepObserver`."""
         return self._observer.skipped
@@ -245,16 +269,14 @@ class UpdateMonitor:
     def _elements(self, name: str, parameter: Tensor) -> Tensor | None:
         if parameter.dtype not in INPUT_DTYPES:
             return None
-        indices = sample_elements(
-            name,
-            parameter.shape,
-            self._layer(name).max_elements,
-            seed=self._seed,
-            block=self._measurer.block,
-        )
+        indices = self._indices(name, parameter.shape)
         if indices is not None:
             self._samples[name] = Sample(parameter.shape, indices)
         return indices
+
+    def _indices(self, name: str, shape: torch.Size) -> Tensor | None:
+        most, block = self._layer(name).max_elements, self._measurer.block
+        return sample_elements(name, shape, most, seed=self._seed, block=block)
 
     def _memory(self, optimizer: Optimizer) -> Memory:
         if optimizer not in self._arenas:

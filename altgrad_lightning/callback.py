@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -20,22 +21,18 @@ from altgrad import (
     model_figures,
 )
 from altgrad.quantization import NumberFormat, Scaling, get_formats
+from altgrad_lightning.output import Output, OutputSettings
 from altgrad_lightning.packages import Callback
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-# What a charted layer shows; all metrics are in `PrecisionMonitor.latest`.
-_CHARTED = ("update_rms", "update_weight_ratio", "unmoved_frac", "ulp_mean", "ulp_zero_frac")
-_CHARTED_PER_FORMAT = (
-    "kept_update_ratio",
-    "stall_frac",
-    "stiffness_mean",
-    "grid_error_mean",
-    "on_grid_frac",
-    "grad_stiff_correlation",
-    "grad_below_stiffness_frac",
-)
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "economy": {"max_elements": 256, "layer_charts": 4, "overhead_budget": 0.01},
+    "standard": {},
+    "full": {"max_elements": None, "layer_charts": 16, "histograms": True},
+}
+"""Named sets of arguments of `PrecisionMonitor`."""
 
 
 class PrecisionMonitor(Callback):
@@ -57,7 +54,12 @@ class PrecisionMonitor(Callback):
     is in their checkpoints: a resumed run still knows which weights have never moved.
 
     Logged keys are ``altgrad/{metric}`` and ``altgrad/{metric}/{format}`` for the model, and these
-    followed by ``/{layer}`` for a layer, at the step at which Lightning logs what the module logs.
+    followed by ``/{layer}`` for a layer, at the step at which Lightning logs what the module logs;
+    ``altgrad/monitor/…`` says what share of the time observing takes, how many elements it measures
+    and how many steps were skipped. TensorBoard and wandb also get pictures and the verdict, at the
+    1st, 2nd, 4th, 8th, … observed step and at the end. All figures of all layers go to the run
+    file: ``altgrad report`` reads it. A logger, a picture or a file that fails is left out from
+    then on and said once, and training goes on.
 
     Args:
         formats: Formats to judge, as in `altgrad.measure`. Defaults to bf16 and the two FP8
@@ -67,10 +69,23 @@ class PrecisionMonitor(Callback):
             so that the charts have the points of the loss.
         scaling: Which elements share an amax scale, as in `altgrad.measure`; per tensor by default,
             as FP8 training does. None judges the formats unscaled.
+        preset: ``"economy"`` (256 elements of a parameter, 4 charted layers, at most 1 % of the
+            time), ``"standard"`` (the defaults) or ``"full"`` (all elements, 16 charted layers,
+            histograms): see `PRESETS`. An argument that is given another value than its default
+            wins.
         layer_charts: How many layers are charted: those that keep least of their update at the
-            first observed step, fixed from then on. 8 by default, since a board of thousands of
-            charts shows nothing. All layers are in `latest`.
-        max_elements, sampling, overhead_budget, seed, compile, strict: As in `UpdateMonitor`.
+            first observed step that has figures, fixed from then on; or patterns of their names,
+            such as ``["*.norm.weight"]``. 8 by default, since a board of thousands of charts shows
+            nothing: with it and three formats there are fewer than 300. All layers are in
+            `latest` and in the run file.
+        histograms: Whether TensorBoard and wandb get histograms of abs(update) / stiffness at each
+            observed step, of the model and of the charted layers: off by default, as they weigh
+            more than all charts.
+        run_file: Whether all figures of all layers are written to ``altgrad.jsonl`` in the run's
+            log directory (Trainer.log_dir); about 6 kB for each layer and observed step. Never
+            with ``fast_dev_run``.
+        max_elements, sampling, overhead_budget, seed, compile: As in `UpdateMonitor`.
+        strict: Whether what fails in here, loggers included, is raised into the training.
 
     Attributes:
         latest: The figures of every layer at the last observed step; empty before the first.
@@ -78,6 +93,7 @@ class PrecisionMonitor(Callback):
         latest_step: The step that they were logged at; None before the first.
         skipped: How many steps should have been observed and were none, by reason: see
             `altgrad.StepObserver`.
+        path: Of the run file; None before training starts, and without one.
 
     Raises:
         ValueError: No, unknown or equally named formats, a wrong scaling, or a number out of range;
@@ -90,8 +106,11 @@ class PrecisionMonitor(Callback):
         formats: str | NumberFormat | Sequence[str | NumberFormat] = DEFAULT_FORMATS,
         every_n_steps: int | None = None,
         *,
+        preset: Literal["economy", "standard", "full"] | None = None,
         scaling: Scaling | None = "tensor",
-        layer_charts: int = 8,
+        layer_charts: int | Sequence[str] = 8,
+        histograms: bool = False,
+        run_file: bool = True,
         max_elements: int | None = DEFAULT_MAX_ELEMENTS,
         sampling: Sequence[SamplingRule] = (),
         overhead_budget: float | None = None,
@@ -104,14 +123,24 @@ class PrecisionMonitor(Callback):
             raise ValueError(f"formats={formats!r}: expected one or more formats")
         if every_n_steps is not None:
             _check_count("every_n_steps", every_n_steps, at_least=1)
-        _check_count("layer_charts", layer_charts, at_least=0)
+        chosen = _with_preset(
+            preset,
+            {
+                "max_elements": max_elements,
+                "layer_charts": layer_charts,
+                "histograms": histograms,
+                "overhead_budget": overhead_budget,
+            },
+        )
         self.every_n_steps = every_n_steps
-        self.layer_charts = layer_charts
+        self._output_settings = OutputSettings(
+            _checked_layer_charts(chosen["layer_charts"]), chosen["histograms"], run_file, strict
+        )
         self._settings: dict[str, Any] = {
             "formats": self.formats,
             "scaling": scaling,
-            "max_elements": max_elements,
-            "overhead_budget": overhead_budget,
+            "max_elements": chosen["max_elements"],
+            "overhead_budget": chosen["overhead_budget"],
             "seed": seed,
             "compile": compile,
             "strict": strict,
@@ -124,11 +153,13 @@ class PrecisionMonitor(Callback):
         self.latest_model: Figures | None = None
         self.latest_step: int | None = None
         self.skipped: Counter[Any] = Counter()
-        self._charted_layers: dict[str, tuple[str, ...]] | None = None  # and their formats
+        self.path: Path | None = None
         self._trainer: Trainer | None = None  # while it observes
         self._every = 0
         self._monitor: UpdateMonitor | None = None
+        self._output: Output | None = None
         self._state: dict[str, Any] | None = None  # of the monitor before this one
+        self._output_state: dict[str, Any] | None = None  # likewise
         self._resumed_from: dict[str, Any] | None = None  # until training starts
         self._optimizers: list[torch.optim.Optimizer] = []
         self._records: list[StepRecord] = []  # of the batch
@@ -142,26 +173,35 @@ class PrecisionMonitor(Callback):
         return key
 
     def state_dict(self) -> dict[str, Any]:
-        """For checkpoints: as of `UpdateMonitor`."""
-        state = self._state if self._resumed_from is None else self._resumed_from
-        if self._monitor is not None:
-            state = self._state_of(self._monitor)
-        return {} if state is None else {"monitor": state}
+        """For checkpoints: as of `UpdateMonitor`, the verdicts, and where the run file is."""
+        if self._resumed_from is not None:
+            return self._resumed_from
+        state = self._state if self._monitor is None else self._state_of(self._monitor)
+        if state is None:
+            return {}
+        output = self._output_state if self._output is None else self._output.state_dict()
+        return {"monitor": state, "output": output}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From a checkpoint, before training starts."""
-        self._resumed_from = state_dict.get("monitor")
+        self._resumed_from = state_dict or None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        resumed_from = self._resumed_from
+        resumed_from = self._resumed_from or {}
         self._detach()
-        self._state = resumed_from  # without a checkpoint it is a run of its own
-        self.latest, self.latest_model, self.latest_step = {}, None, None
-        self._charted_layers = None
+        # Without a checkpoint it is a run of its own.
+        self._state, self._output_state = resumed_from.get("monitor"), resumed_from.get("output")
+        self.latest, self.latest_model, self.latest_step, self.path = {}, None, None, None
         self.skipped.clear()
         self._trainer = trainer
         self._every = self.every_n_steps or getattr(trainer, "log_every_n_steps", None) or 0
         self._attach(trainer, pl_module)
+        if self._monitor is not None:
+            settings, first_step = self._output_settings, _logged_step(trainer)
+            self._output = Output(
+                trainer, self._monitor, settings, self._output_state, first_step, self._tell
+            )
+            self.path = self._output.path
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self._trainer is None or trainer.optimizers == self._optimizers:
@@ -172,20 +212,14 @@ class PrecisionMonitor(Callback):
             self._stop(f"stops observing: {error}")
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if not self._records:
+        if not self._records or self._output is None:
             return
         try:
-            charts = self._charts(trainer)
+            self._output.write(_logged_step(trainer), self._latest_record(trainer))
         except Exception as fault:
             if self._settings["strict"]:
                 raise
             self._stop(f"stops observing after a fault: {fault!r}")
-            return
-        try:
-            for logger in trainer.loggers:
-                logger.log_metrics(charts, step=self.latest_step)
-        except Exception as fault:  # noqa: BLE001 - whatever it is, it is not the training's
-            self._stop(f"stops observing: a logger failed with {fault!r}")
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         observing = self._monitor is not None and self._monitor.is_observing
@@ -197,6 +231,8 @@ class PrecisionMonitor(Callback):
             else:
                 why = f"none fell on an observed batch (every {self._every})"
             self._tell(f"observed no step: {why}")
+        if self._output is not None:
+            self._output.finish()
         self._detach()
 
     def on_exception(self, *_: Any) -> None:
@@ -207,23 +243,24 @@ class PrecisionMonitor(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, also of a module that has it as a hyperparameter: detached."""
-        nothing: dict[str, Any] = {"_trainer": None, "_monitor": None, "_optimizers": []}
-        return {**self.__dict__, **nothing, "_records": []}
+        nothing = dict.fromkeys(("_trainer", "_monitor", "_output"))
+        return {**self.__dict__, **nothing, "_optimizers": [], "_records": []}
 
-    def _charts(self, trainer: Trainer) -> dict[str, float]:
-        """What to log of the batch, which is the latest from now on."""
+    def _latest_record(self, trainer: Trainer) -> StepRecord:
+        """That of the batch, which may have stepped more than once."""
         records, self._records = self._records, []
         self.latest = {name: figures for each in records for name, figures in each.layers.items()}
-        if len(records) == 1:
-            self.latest_model = records[0].model
-        else:
+        self.latest_model = records[0].model
+        if len(records) > 1:
             self.latest_model = model_figures([*self.latest.values()])
         self.latest_step = _logged_step(trainer)
-        if self._charted_layers is None:
-            worst = _worst_layers(self.latest, self.layer_charts)
-            self._charted_layers = {layer: self.latest[layer].formats for layer in worst}
-        charts = {f"altgrad/{key}": value for key, value in self.latest_model.items()}
-        return charts | _charts_of(self.latest, self._charted_layers)
+        return StepRecord(
+            records[-1].index,
+            self.latest,
+            self.latest_model,
+            sum(each.own_seconds for each in records),
+            sum(each.training_seconds for each in records),
+        )
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reasons = [self._make_monitor(trainer, pl_module)]
@@ -252,6 +289,8 @@ class PrecisionMonitor(Callback):
         )
         if self._state is not None:
             self._monitor.load_state_dict(self._state)
+        if self._output is not None:
+            self._output.monitor = self._monitor
         self.skipped = self._monitor.skipped
         return None
 
@@ -271,6 +310,10 @@ class PrecisionMonitor(Callback):
 
     def _detach(self) -> None:
         self._end_monitor()
+        output, self._output = self._output, None
+        if output is not None:
+            self._output_state = output.state_dict()
+            output.close()
         self._resumed_from = None
         self._trainer = None
         self._optimizers = []
@@ -324,28 +367,23 @@ def _check_count(name: str, value: int, *, at_least: int) -> None:
         raise ValueError(f"{name}={value}: expected {at_least} or more")
 
 
-def _worst_layers(figures: Mapping[str, Figures], count: int) -> list[str]:
-    """The layers with the lowest kept_update_ratio in any format; those without one come last."""
+def _checked_layer_charts(layer_charts: int | Sequence[str]) -> int | tuple[str, ...]:
+    if isinstance(layer_charts, int):
+        _check_count("layer_charts", layer_charts, at_least=0)
+        return layer_charts
+    if isinstance(layer_charts, str) or not all(isinstance(each, str) for each in layer_charts):
+        raise TypeError(
+            f"layer_charts={layer_charts!r}: expected how many layers, or a list of patterns"
+        )
+    return tuple(layer_charts)
 
-    def lowest_kept(layer: str) -> float:
-        of_layer = figures[layer]
-        kept = (of_layer[f"kept_update_ratio/{format}"] for format in of_layer.formats)
-        return min((value for value in kept if not math.isnan(value)), default=math.inf)
 
-    return sorted(figures, key=lowest_kept)[:count]
-
-
-def _charts_of(
-    figures: Mapping[str, Figures], layers: Mapping[str, Sequence[str]]
-) -> dict[str, float]:
-    """Log keys and values of layers, each with its formats; NaN for one not in this step."""
-    charts: dict[str, float] = {}
-    none: Mapping[str, float] = {}
-    for layer, formats in layers.items():
-        of_layer = figures.get(layer, none)
-        metrics = [*_CHARTED]
-        metrics += [f"{metric}/{format}" for metric in _CHARTED_PER_FORMAT for format in formats]
-        charts |= {
-            f"altgrad/{metric}/{layer}": of_layer.get(metric, math.nan) for metric in metrics
-        }
-    return charts
+def _with_preset(preset: str | None, chosen: dict[str, Any]) -> dict[str, Any]:
+    """What the preset says, but for what is chosen otherwise than by default."""
+    if preset is None:
+        return chosen
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}: expected one of {', '.join(map(repr, PRESETS))}")
+    defaults = inspect.signature(PrecisionMonitor).parameters
+    by_default = {name for name, value in chosen.items() if value == defaults[name].default}
+    return chosen | {k: value for k, value in PRESETS[preset].items() if k in by_default}

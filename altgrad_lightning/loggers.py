@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from altgrad.figures import Histogram
 from altgrad.metrics import FORMAT_METRICS
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
+    from altgrad.advice import Advice, Assessment
+
 _LEADING = (
     *("kept_update_ratio", "stall_frac", "never_moved_frac"),
     *("update_error", "visible_frac", "steps_median_log2"),
@@ -28,32 +30,6 @@ _LEADING = (
 _OF_LAYERS = ("kept_update_ratio", "stall_frac")
 _COLUMNS = ("layer", "format", "verdict", "kept_update_ratio", "stall_frac", "reason")
 _MOST_ROWS = 100  # of the verdict's text; all layers are in the run file
-
-
-class Advice(Protocol):
-    """What `altgrad.advice` says of a layer in a format."""
-
-    @property
-    def layer(self) -> str: ...
-    @property
-    def format(self) -> str: ...
-    @property
-    def verdict(self) -> str: ...
-    @property
-    def figures(self) -> Mapping[str, float]: ...
-    @property
-    def reason(self) -> str: ...
-
-
-class Assessment(Protocol):
-    """What `altgrad.advice` says of a run."""
-
-    @property
-    def advice(self) -> Sequence[Advice]: ...
-    @property
-    def suggestions(self) -> Mapping[str, str | None]: ...
-    @property
-    def summary(self) -> str: ...
 
 
 def can_show(loggers: Iterable[Any]) -> bool:
@@ -232,17 +208,12 @@ def _cell(advice: Advice | None) -> str:
     if advice is None:
         return "–"
     kept = advice.figures.get("kept_update_ratio", math.nan)
-    return _escaped(_words(advice.verdict)) + ("" if math.isnan(kept) else f" ({kept:.2f})")
+    return _escaped(str(advice.verdict)) + ("" if math.isnan(kept) else f" ({kept:.2f})")
 
 
 def _row(advice: Advice) -> list[Any]:
     figures = [advice.figures.get(name, math.nan) for name in ("kept_update_ratio", "stall_frac")]
-    return [advice.layer, advice.format, _words(advice.verdict), *figures, advice.reason]
-
-
-def _words(verdict: str) -> str:
-    """Also of an Enum of strings, whose str() is its name."""
-    return str.__str__(verdict)
+    return [advice.layer, advice.format, str(advice.verdict), *figures, advice.reason]
 
 
 def _table_row(cells: Iterable[str]) -> str:

@@ -84,14 +84,23 @@ ALLOWED = {
     "altgrad.records.writing": {"altgrad", "altgrad.figures", "altgrad.step_record"}
     | {f"altgrad.records.{part}" for part in ("lines", "reading", "schema")},
     "altgrad.records": {f"altgrad.records.{part}" for part in ("reading", "run", "schema")}
-    | {"altgrad.records.writing"},
+    | {"altgrad.records.watching", "altgrad.records.writing"},
+    "altgrad.records.watching": {"altgrad.monitor", "altgrad.records.schema"},
+    "altgrad.weight_octaves": {"altgrad.figures", SAMPLING},
+    "altgrad.advice": {"altgrad.records"},
     "altgrad.cli": {Q},
     "altgrad.__main__": {"altgrad.cli"},
     "altgrad_lightning": {"altgrad_lightning.callback"},
     "altgrad_lightning.packages": set(),
-    "altgrad_lightning.callback": {"altgrad", Q, "altgrad_lightning.packages"},
-    "altgrad_lightning.loggers": {"altgrad.figures", "altgrad.metrics", "altgrad.report"},
+    "altgrad_lightning.loggers": {"altgrad.advice", "altgrad.figures", "altgrad.metrics"}
+    | {"altgrad.report"},
     "altgrad_lightning.history": {"altgrad.report"},
+    "altgrad_lightning.charts": {"altgrad", "altgrad.metrics"},
+    "altgrad_lightning.output": {"altgrad", "altgrad.advice", "altgrad.figures", "altgrad.records"}
+    | {"altgrad.report", "altgrad.weight_octaves"}
+    | {f"altgrad_lightning.{part}" for part in ("charts", "history", "loggers")},
+    "altgrad_lightning.callback": {"altgrad", Q}
+    | {"altgrad_lightning.output", "altgrad_lightning.packages"},
     "altgrad_lightning.demo": {"altgrad"}
     | {"altgrad_lightning.callback", "altgrad_lightning.packages"},
 }

@@ -28,8 +28,8 @@ Memory: TypeAlias = Callable[[str, Tensor, Tensor, Tensor | None], Copies | None
 """From a parameter's name, itself, its gradient and the indices to copy, to where they are copied;
 None leaves it to the snapshots. Asked again when the parameter has changed its shape."""
 
-# Up to this size a parameter is copied whole: to choose elements would take longer.
-_WHOLE = 2048
+WHOLE_UP_TO = 2048
+"""Up to this size a parameter is copied whole: to choose elements would take longer."""
 # Up to this size copies may stay on an accelerator: those of a thousand parameters are 128 MiB.
 _SMALL = 2**14
 
@@ -183,7 +183,7 @@ class Snapshots:
 
     def _indices_of(self, name: str, parameter: Tensor) -> Tensor | None:
         """Chosen once, so that every step shows the same elements."""
-        if self._elements is None or parameter.numel() <= _WHOLE:
+        if self._elements is None or parameter.numel() <= WHOLE_UP_TO:
             return None
         shape, indices = self._chosen.get(parameter, (None, None))
         if shape != parameter.shape:

@@ -13,6 +13,7 @@ from altgrad.records.schema import (
     Predecessor,
     RunFileError,
 )
+from altgrad.records.watching import header_of
 from altgrad.records.writing import RunFile
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "Run",
     "RunFile",
     "RunFileError",
+    "header_of",
     "read",
 ]

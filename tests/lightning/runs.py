@@ -71,6 +71,7 @@ def trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer
     defaults = {
         "max_epochs": 1,
         "accelerator": "cpu",
+        "default_root_dir": folder,
         "logger": TensorBoardLogger(folder),
         "log_every_n_steps": 2,
         "callbacks": list(callbacks),

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from altgrad import FloatFormat, UpdateMonitor
 from altgrad.metrics import FORMAT_METRICS, LAYER_METRICS
 from altgrad.observation.snapshots import Snapshots
+from altgrad.records import read
 from altgrad_lightning import PrecisionMonitor
 from tests.counting import host_copies
 from tests.lightning.runs import (
@@ -31,10 +33,33 @@ from tests.lightning.runs import (
 )
 
 PER_FORMAT = (
-    *("kept_update_ratio", "stall_frac", "stiffness_mean", "grid_error_mean", "on_grid_frac"),
+    *("kept_update_ratio", "stall_frac", "stiffness_mean"),
     *("grad_stiff_correlation", "grad_below_stiffness_frac"),
 )
 PER_LAYER = ("update_rms", "update_weight_ratio", "unmoved_frac", "ulp_mean", "ulp_zero_frac")
+OF_ITSELF = ("own_share", "elements", "skipped_steps")
+
+
+Attached = Callable[..., tuple[PrecisionMonitor, pl.Trainer, Net]]
+
+
+@pytest.fixture
+def attached(tmp_path: Path) -> Iterator[Attached]:
+    """Makes what there is in mid-training."""
+    started: list[PrecisionMonitor] = []
+
+    def start(module: Net | None = None) -> tuple[PrecisionMonitor, pl.Trainer, Net]:
+        monitor, module = PrecisionMonitor(every_n_steps=1), module or Net()
+        run = trainer(tmp_path, monitor)
+        run.fit(module, batches(1))
+        monitor.on_train_start(run, module)
+        assert hooks_of(run) == 2
+        started.append(monitor)
+        return monitor, run, module
+
+    yield start
+    for monitor in started:
+        monitor.teardown()
 
 
 def test_the_event_file_holds_the_metrics_under_the_designed_keys(tmp_path: Path) -> None:
@@ -50,6 +75,7 @@ def test_the_event_file_holds_the_metrics_under_the_designed_keys(tmp_path: Path
         for format in formats
         for layer in layers
     }
+    expected |= {f"altgrad/monitor/{key}" for key in OF_ITSELF}
     expected |= {f"altgrad/{metric}" for metric in LAYER_METRICS}
     expected |= {f"altgrad/{metric}/{format}" for metric in FORMAT_METRICS for format in formats}
     assert {tag for tag in scalars if tag.startswith("altgrad/")} == expected
@@ -135,7 +161,7 @@ def test_default_board_stays_small_for_a_deep_model(tmp_path: Path) -> None:
     run = trainer(tmp_path, PrecisionMonitor())
     run.fit(Net(depth=60), batches(2))
     own = [tag for tag in logged(run.logger.log_dir) if tag.startswith("altgrad/")]
-    of_model = len(LAYER_METRICS) + 3 * len(FORMAT_METRICS)
+    of_model = len(OF_ITSELF) + len(LAYER_METRICS) + 3 * len(FORMAT_METRICS)
     assert len(own) == 8 * (len(PER_LAYER) + 3 * len(PER_FORMAT)) + of_model
     assert len(own) <= 300
 
@@ -205,7 +231,7 @@ def test_a_fault_of_its_own_warns_once_and_training_goes_on(
         "altgrad.monitor.UpdateMonitor._scales_changed",
         "altgrad.observation.snapshots._copy_all",
         "altgrad.merging.StepVectors.record",
-        "altgrad_lightning.callback._charts_of",
+        "altgrad_lightning.charts.Charts.add",
     ],
 )
 def test_a_fault_does_not_end_the_training_whoever_else_has_hooks(
@@ -226,7 +252,7 @@ def test_a_fault_does_not_end_the_training_whoever_else_has_hooks(
 
 
 @pytest.mark.parametrize(
-    "place", ["altgrad.measuring.Measurer.vectors_of", "altgrad_lightning.callback._charts_of"]
+    "place", ["altgrad.measuring.Measurer.vectors_of", "altgrad_lightning.charts.Charts.add"]
 )
 def test_strict_raises_a_fault_into_the_training(
     tmp_path: Path, monkeypatch: Any, place: str
@@ -430,7 +456,7 @@ class Unaware(torch.optim.SGD):
     ],
 )
 def test_found_inf_comes_with_the_figures_and_counts_where_nothing_moved(
-    tmp_path: Path, optimizer: Any, lr: float, found: float, moves: bool, is_skipped: bool
+    attached: Attached, optimizer: Any, lr: float, found: float, moves: bool, is_skipped: bool
 ) -> None:
     """A fused optimizer is told in a tensor whether to skip the step: nobody else reads it."""
 
@@ -440,7 +466,7 @@ def test_found_inf_comes_with_the_figures_and_counts_where_nothing_moved(
 
     module = Told()
     nn.init.ones_(module.layers[2].bias)  # 0 would move by as little as 1e-30
-    monitor, run, _ = attached(tmp_path, module)
+    monitor, run, _ = attached(module)
     for told in (0.0, found):  # scales and elements are chosen at the first step
         module.zero_grad()
         module.layers(torch.randn(4, 8)).square().sum().backward()
@@ -456,34 +482,24 @@ def test_found_inf_comes_with_the_figures_and_counts_where_nothing_moved(
     assert bool(monitor.latest) != is_skipped
 
 
-def attached(tmp_path: Path, module: Net | None = None) -> tuple[PrecisionMonitor, pl.Trainer, Net]:
-    """As in mid-training."""
-    monitor, module = PrecisionMonitor(every_n_steps=1), module or Net()
-    run = trainer(tmp_path, monitor)
-    run.fit(module, batches(1))
-    monitor.on_train_start(run, module)
-    assert hooks_of(run) == 2
-    return monitor, run, module
-
-
-def test_starting_twice_does_not_double_the_hooks(tmp_path: Path) -> None:
-    monitor, run, module = attached(tmp_path)
+def test_starting_twice_does_not_double_the_hooks(attached: Attached) -> None:
+    monitor, run, module = attached()
     monitor.on_train_start(run, module)
     assert hooks_of(run) == 2
 
 
 @pytest.mark.parametrize("hook", ["teardown", "on_exception", "on_train_end"])
-def test_each_end_of_a_run_detaches(tmp_path: Path, hook: str) -> None:
-    monitor, run, module = attached(tmp_path)
+def test_each_end_of_a_run_detaches(attached: Attached, hook: str) -> None:
+    monitor, run, module = attached()
     monitor.latest_step = 1  # or it would say that it observed none
     getattr(monitor, hook)(run, module)
     assert hooks_of(run) == 0
     assert monitor._monitor is None
 
 
-def test_the_steps_of_a_tuner_are_not_due(tmp_path: Path) -> None:
+def test_the_steps_of_a_tuner_are_not_due(attached: Attached) -> None:
     """Tuners put callbacks of their own in the place of all others."""
-    monitor, run, _ = attached(tmp_path)
+    monitor, run, _ = attached()
     assert monitor._is_due(0)
     run.callbacks = []
     assert not monitor._is_due(0)
@@ -511,9 +527,9 @@ def test_skipped_steps_are_those_of_the_last_fit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))], ids=["copy", "pickle"]
 )
-def test_a_copy_made_in_mid_run_is_detached(tmp_path: Path, copied: Any) -> None:
+def test_a_copy_made_in_mid_run_is_detached(attached: Attached, copied: Any) -> None:
     """A module that has it as a hyperparameter is saved with it."""
-    monitor, run, _ = attached(tmp_path)
+    monitor, run, _ = attached()
     twin = copied(monitor)
     assert twin._monitor is None
     assert twin._trainer is None
@@ -522,17 +538,28 @@ def test_a_copy_made_in_mid_run_is_detached(tmp_path: Path, copied: Any) -> None
     assert monitor._monitor.is_observing
 
 
-def test_a_logger_that_fails_ends_the_observation_and_not_the_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_logger_that_fails_gets_no_more_and_the_others_go_on(
+    tmp_path: Path, strict: bool
+) -> None:
     class Full(TensorBoardLogger):
         def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
             if any(key.startswith("altgrad") for key in metrics):
                 raise OSError("no space left")
 
-    run = trainer(tmp_path, PrecisionMonitor(every_n_steps=1), logger=Full(tmp_path))
-    with pytest.warns(UserWarning, match="a logger failed with OSError") as told:
+    monitor = PrecisionMonitor(every_n_steps=1, strict=strict)
+    other = CSVLogger(tmp_path / "other")
+    run = trainer(tmp_path, monitor, logger=[Full(tmp_path), other])
+    if strict:
+        with pytest.raises(OSError, match="no space left"):
+            run.fit(Net(), batches(3))
+        return
+    with pytest.warns(UserWarning, match="goes on without Full, which failed: OSError") as told:
         run.fit(Net(), batches(3))
     assert run.global_step == 3
-    assert len([each for each in told if "logger failed" in str(each.message)]) == 1
+    assert len([each for each in told if "without Full" in str(each.message)]) == 1
+    assert len(Path(other.log_dir, "metrics.csv").read_text().splitlines()) > 3
+    assert read(monitor.path).steps == (0, 1, 2)
 
 
 def test_one_optimizer_of_other_parameters_does_not_hide_the_rest(tmp_path: Path) -> None:

@@ -425,8 +425,8 @@ def test_wandb_gets_its_own_types(wandb_folder: Path) -> None:
     assert [row["trainer/global_step"] for row in rows] == [9, 19]
     for row in rows:
         assert row[key]["_type"] == "image-file"
-        image = Image.open(files / row[key]["path"])
-        assert image.size == (row[key]["width"], row[key]["height"])
+        with Image.open(files / row[key]["path"]) as image:
+            assert image.size == (row[key]["width"], row[key]["height"])
     (row,) = [row for row in wandb_rows(wandb_folder) if "altgrad/verdict" in row]
     assert row["altgrad/verdict"]["_type"] == "table-file"
     table = json.loads((files / row["altgrad/verdict"]["path"]).read_text())

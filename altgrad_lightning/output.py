@@ -1,0 +1,222 @@
+"""`Output`: where the figures of a run go. What fails is left out from then on, and said once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import altgrad_lightning.loggers as boards
+from altgrad import Figures, StepRecord, UpdateMonitor
+from altgrad.advice import RESTS_ON, Assessment, Judge
+from altgrad.figures import Histogram
+from altgrad.records import RunFile, header_of
+from altgrad.report import ranges
+from altgrad.weight_octaves import weight_octaves
+from altgrad_lightning.charts import Charts, Row
+from altgrad_lightning.history import History
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pytorch_lightning import Trainer
+
+
+class OutputSettings(NamedTuple):
+    """What a user chooses: see `PrecisionMonitor`."""
+
+    layer_charts: int | Sequence[str]
+    histograms: bool
+    run_file: bool
+    strict: bool
+
+
+class Output:
+    """Charts, pictures, verdicts and run file of one run.
+
+    Args:
+        trainer: Whose loggers and folder it uses.
+        monitor: What is watched.
+        settings: What is wanted.
+        state: Of the run that this one goes on from.
+        first_step: The step at which the next charts will be.
+        tell: Called with what the user is to know.
+
+    Attributes:
+        monitor: As given; another one after the optimizers were replaced.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        monitor: UpdateMonitor,
+        settings: OutputSettings,
+        state: Mapping[str, Any] | None,
+        first_step: int,
+        tell: Callable[[str], object],
+    ) -> None:
+        self.monitor = monitor
+        self._settings = settings
+        self._tell = tell
+        self._header = header_of(monitor)
+        self._loggers = [*trainer.loggers]
+        self._charts = Charts([*self._header.formats], settings.layer_charts)
+        self._judge = Judge(self._header.formats)
+        self._history = History()
+        self._has_layout = False
+        self._observed = 0
+        self._last_step = first_step - 1
+        self._file: RunFile | None = None
+        if state is not None:
+            self._charts.load_state_dict(state["charts"])
+            self._judge.load_state_dict(state["verdicts"])
+        if settings.run_file and not getattr(trainer, "fast_dev_run", False):
+            folder = Path(trainer.log_dir or trainer.default_root_dir)
+            before = None if state is None else state["run_file"]
+            self._try(f"a run file in {folder}", lambda: self._open(folder, before, first_step))
+
+    @property
+    def path(self) -> Path | None:
+        """Of the run file."""
+        return None if self._file is None else self._file.path
+
+    def assessment(self) -> Assessment:
+        """The verdicts as they stand."""
+        return self._judge.assessment()
+
+    def write(self, step: int, record: StepRecord) -> None:
+        """One observed step, in every place.
+
+        Args:
+            step: The one to log at.
+            record: What was observed.
+        """
+        self._observed += 1
+        for name, figures in record.layers.items():
+            self._judge.add(name, figures, _errors_of(figures))
+        self._history.add(step, record.layers)
+        draws = self._observed & (self._observed - 1) == 0  # the 1st, 2nd, 4th, 8th, … of them
+        weights = weight_octaves(self.monitor.parameters) if draws else None
+        self._append(step, record, weights)
+        of_itself = self._of_itself(step, record)
+        self._chart(self._charts.add(step, record.model, record.layers, of_itself))
+        self._last_step = step
+        if self._settings.histograms:
+            histograms = self._of_steps(record)
+            self._try_loggers(lambda logger: boards.histograms([logger], step, histograms))
+        if weights is not None:
+            self._draw(step, weights)
+
+    def finish(self) -> None:
+        """What is still to be logged, and the pictures as they are in the end."""
+        self._chart(self._charts.rest())
+        if self._observed & (self._observed - 1):
+            self._draw(self._last_step, weight_octaves(self.monitor.parameters))
+        self.close()
+
+    def close(self) -> None:
+        """Write no more."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints."""
+        return {
+            "charts": self._charts.state_dict(),
+            "verdicts": self._judge.state_dict(),
+            "run_file": None if self.path is None else str(self.path.absolute()),
+        }
+
+    # --- the run file
+
+    def _open(self, folder: Path, before: str | None, first_step: int) -> None:
+        if before is None or not Path(before).exists():
+            self._file = RunFile.create(folder, self._header)
+        elif Path(before).parent.resolve() == folder.resolve():
+            self._file = RunFile.resume(before, first_step, self._header)
+        else:
+            predecessor = before, first_step
+            self._file = RunFile.create(folder, self._header, predecessor=predecessor)
+
+    def _append(self, step: int, record: StepRecord, weights: Histogram | None) -> None:
+        if self._file is None:
+            return
+        append = partial(self._file.append, step, record, weights=weights)
+        skipped = {str(reason): count for reason, count in self.monitor.skipped.items()}
+        if not self._try(f"the run file {self._file.path}", lambda: append(skipped=skipped)):
+            self.close()
+
+    # --- the loggers
+
+    def _chart(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._try_loggers(partial(_log, row))
+
+    def _draw(self, step: int, weights: Histogram) -> None:
+        if not boards.can_show(self._loggers):
+            return
+        formats, assessment = [*self._header.formats], self.assessment()
+        if not self._has_layout:
+            self._has_layout = True
+            layers = bool(self._charts.charted)
+            self._try_loggers(lambda logger: boards.layout([logger], formats, layers=layers))
+        pictures: dict[str, Figure] = {}
+        self._try("pictures", lambda: pictures.update(self._pictures(weights)))
+        self._try_loggers(lambda logger: boards.pictures([logger], step, pictures))
+        self._try_loggers(lambda logger: boards.verdict([logger], step, assessment))
+
+    def _pictures(self, weights: Histogram) -> dict[str, Figure]:
+        formats = [*self._header.formats.values()]
+        return {"ranges": ranges(weights, formats), **self._history.heat_maps()}
+
+    def _of_steps(self, record: StepRecord) -> dict[str, Histogram]:
+        """The histograms of the model and of the charted layers."""
+        layers = [name for name in self._charts.charted or () if name in record.layers]
+        each: list[tuple[str, Figures]] = [("", record.model)]
+        each += [(f"/{name}", record.layers[name]) for name in layers]
+        return {
+            f"steps/{format}{suffix}": figures.histogram(f"steps/{format}")
+            for suffix, figures in each
+            for format in figures.formats
+        }
+
+    def _of_itself(self, step: int, record: StepRecord) -> dict[str, float]:
+        """What observing takes, and how much it sees."""
+        training = record.training_seconds * max(step - self._last_step, 1)
+        return {
+            "own_share": record.own_seconds / (record.own_seconds + training),
+            "elements": float(record.model.elements),
+            "skipped_steps": float(self.monitor.skipped.total()),
+        }
+
+    # --- faults
+
+    def _try_loggers(self, log: Callable[[Any], object]) -> None:
+        """With each logger; one that fails gets nothing more."""
+        for logger in [*self._loggers]:
+            if not self._try(type(logger).__name__, partial(log, logger)):
+                self._loggers.remove(logger)
+
+    def _try(self, what: str, do: Callable[[], object]) -> bool:
+        """Whether it went well; if not, that is said once."""
+        try:
+            do()
+        except Exception as fault:
+            if self._settings.strict:
+                raise
+            self._tell(f"goes on without {what}, which failed: {fault!r}")
+            return False
+        return True
+
+
+def _log(row: Row, logger: Any) -> None:
+    logger.log_metrics(row.charts, step=row.step)
+
+
+def _errors_of(figures: Figures) -> dict[str, float]:
+    """Standard errors of what verdicts rest on, where elements were sampled."""
+    if figures.elements >= figures.population:
+        return {}
+    keys = (f"{metric}/{f}" for f in figures.formats for metric in RESTS_ON)
+    return {key: figures.standard_error(key) for key in keys}
