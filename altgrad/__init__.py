@@ -2,7 +2,7 @@
 
 from altgrad.figures import Figures, model_figures
 from altgrad.measuring import DEFAULT_FORMATS, measure
-from altgrad.monitor import DEFAULT_MAX_ELEMENTS, UpdateMonitor
+from altgrad.monitor import UpdateMonitor
 from altgrad.observation import OptimizerStep, StepObserver
 from altgrad.quantization import FloatFormat, get_format, quantize, spacing
 from altgrad.sampling import SamplingRule, StepSchedule
@@ -12,7 +12,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT_FORMATS",
-    "DEFAULT_MAX_ELEMENTS",
     "Figures",
     "FloatFormat",
     "OptimizerStep",

@@ -11,6 +11,7 @@ as a matter of range is a judgement: there is no such experiment behind it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -63,7 +64,7 @@ _SHORT = {
     Verdict.NEEDS_REMEDY: "remedy",
     Verdict.FROZEN: "frozen",
     Verdict.RANGE: "range",
-    Verdict.UNCERTAIN: "uncertain",
+    Verdict.UNCERTAIN: "unsure",
     Verdict.NOT_JUDGED: "–",
 }
 
@@ -87,6 +88,11 @@ class Advice(NamedTuple):
     errors: Mapping[str, float]
     reason: str
 
+    @property
+    def kept(self) -> float:
+        """kept_update_ratio; NaN where it has no value."""
+        return self.figures.get(_KEPT, math.nan)
+
 
 @dataclass(frozen=True)
 class Assessment:
@@ -102,10 +108,13 @@ class Assessment:
     suggestions: Mapping[str, str | None]
     summary: str
 
-    def of(self, layer: str, format: str) -> Advice | None:
-        """The advice on a layer in a format; None where it was not judged for it."""
-        found = (a for a in self.advice if (a.layer, a.format) == (layer, format))
-        return next(found, None)
+    @functools.cached_property
+    def by_layer(self) -> dict[str, dict[str, Advice]]:
+        """By layer and format, the layers that keep least of their update first."""
+        by_layer: dict[str, dict[str, Advice]] = {}
+        for advice in self.advice:
+            by_layer.setdefault(advice.layer, {})[advice.format] = advice
+        return dict(sorted(by_layer.items(), key=lambda item: _least_kept(item[1].values())))
 
 
 @dataclass
@@ -219,6 +228,11 @@ def judge_run(run: Run) -> Assessment:
         if row.layer is not None:
             judge.add(row.layer, row.figures, row.errors)
     return judge.assessment()
+
+
+def _least_kept(advice: Iterable[Advice]) -> float:
+    """In any format; inf where none has a value."""
+    return min((a.kept for a in advice if not math.isnan(a.kept)), default=math.inf)
 
 
 def _advice(layer: str, format: str, tally: _Tally) -> Advice:

@@ -13,7 +13,6 @@ import torch
 
 from altgrad import (
     DEFAULT_FORMATS,
-    DEFAULT_MAX_ELEMENTS,
     Figures,
     SamplingRule,
     StepRecord,
@@ -84,7 +83,9 @@ class PrecisionMonitor(Callback):
         run_file: Whether all figures of all layers are written to ``altgrad.jsonl`` in the run's
             log directory (Trainer.log_dir); about 6 kB for each layer and observed step. Never
             with ``fast_dev_run``.
-        max_elements, sampling, overhead_budget, seed, compile: As in `UpdateMonitor`.
+        max_elements: As in `UpdateMonitor`, which observes every step by default, and therefore
+            fewer elements; more of them make the error of a sample smaller.
+        sampling, overhead_budget, seed, compile: As in `UpdateMonitor`.
         strict: Whether what fails in here, loggers included, is raised into the training.
 
     Attributes:
@@ -111,7 +112,7 @@ class PrecisionMonitor(Callback):
         layer_charts: int | Sequence[str] = 8,
         histograms: bool = False,
         run_file: bool = True,
-        max_elements: int | None = DEFAULT_MAX_ELEMENTS,
+        max_elements: int | None = 4096,
         sampling: Sequence[SamplingRule] = (),
         overhead_budget: float | None = None,
         seed: int = 0,

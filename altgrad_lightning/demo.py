@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import logging
-import math
 import shlex
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from altgrad import DEFAULT_FORMATS, Figures
+from altgrad.records import read
+from altgrad.report import RunReport, page, png, print_report
 from altgrad_lightning.callback import PrecisionMonitor
 from altgrad_lightning.packages import lightning
 
@@ -32,15 +29,13 @@ _CHARACTERS = 128  # ASCII
 
 def demo(
     steps: Annotated[int, typer.Option(min=10, help="Optimizer steps to train.")] = 300,
-    folder: Annotated[Path, typer.Option(help="Where the logs and the picture go.")] = Path(
-        "altgrad-demo"
-    ),
+    folder: Annotated[Path, typer.Option(help="Where logs and report go.")] = Path("altgrad-demo"),
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the batches.")] = 0,
 ) -> None:
     """Train a character transformer on Python's own source and judge three formats.
 
-    About a minute on a laptop's CPU. Shows a table of layers and formats, writes TensorBoard logs
-    and a picture.
+    About a minute on a laptop's CPU. Shows what each format would do to each layer, and writes a
+    page with pictures and TensorBoard logs.
     """
     console = Console()
     try:
@@ -58,7 +53,7 @@ def demo(
     logger = lightning.loggers.TensorBoardLogger(
         save_dir=folder, name=None, default_hp_metric=False
     )
-    monitor = PrecisionMonitor()
+    monitor = PrecisionMonitor(max_elements=None)  # of so small a model all: no figure is a guess
     logging.getLogger(lightning.__name__).setLevel(logging.WARNING)  # no advertisements
     trainer = lightning.Trainer(
         max_epochs=1,
@@ -77,14 +72,20 @@ def demo(
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
         trainer.fit(model, DataLoader(Windows(text, steps * _BATCH), batch_size=_BATCH))
 
-    console.print(layer_table(monitor.latest, monitor.latest_step))
-    for line in frozen_layers(monitor.latest):
-        console.print(line)
-    picture = Path(logger.log_dir) / "formats.png"
-    draw_layers(monitor.latest, monitor.latest_step, picture)
-    console.print(f"Picture:     {picture}", soft_wrap=True)
-    console.print(f"TensorBoard: tensorboard --logdir {shlex.quote(str(folder))}", soft_wrap=True)
-    console.print("             then filter the tags for stall_frac or kept_update_ratio")
+    assert monitor.path is not None  # the folder can be written to
+    report = RunReport.of(read(monitor.path))
+    print_report(report, console)
+    log_dir = Path(logger.log_dir)
+    (log_dir / "report.html").write_text(page(report), encoding="utf-8")
+    (log_dir / "formats.png").write_bytes(png(report.pictures()["kept"], dpi=150))
+    shown = {
+        "Report": log_dir / "report.html",
+        "Picture": log_dir / "formats.png",
+        "Run file": f"{monitor.path} (altgrad report {shlex.quote(str(log_dir))})",
+        "TensorBoard": f"tensorboard --logdir {shlex.quote(str(folder))}",
+    }
+    for name, where in shown.items():
+        console.print(f"{name + ':':13}{where}", soft_wrap=True, highlight=False)
 
 
 def standard_library_text(max_bytes: int = 2_000_000) -> bytes:
@@ -164,84 +165,3 @@ class CharacterTransformer(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
-
-
-def layer_table(figures: Mapping[str, Figures], step: int | None) -> Table:
-    """Layers by formats: the share of updates that vanish, and how much of the update is kept."""
-    table = Table(
-        title=f"Step {step}, had the weights been stored in …",
-        caption="stall: share of updates that vanish on the format's grid\n"
-        "kept: share of the update's energy that is left (1 all, 0 none)",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    table.add_column("layer", no_wrap=True, vertical="bottom")
-    for format in DEFAULT_FORMATS:
-        table.add_column(f"{format}\nstall", justify="right", no_wrap=True)
-        table.add_column("kept", justify="right", no_wrap=True, vertical="bottom")
-    for layer, of_layer in figures.items():
-        cells = []
-        for format in DEFAULT_FORMATS:
-            stalled, kept = (
-                of_layer[f"stall_frac/{format}"],
-                of_layer[f"kept_update_ratio/{format}"],
-            )
-            colour = _colour(kept)
-            cells += [f"[{colour}]{_percent(stalled)}[/]", f"[{colour}]{kept:.2f}[/]"]
-        table.add_row(layer, *cells)
-    return table
-
-
-def frozen_layers(figures: Mapping[str, Figures], most_named: int = 3) -> Iterator[str]:
-    """A line for each format: which layers would not move at all."""
-    for format in DEFAULT_FORMATS:
-        frozen = [layer for layer, of in figures.items() if of[f"stall_frac/{format}"] == 1]
-        names = ", ".join(frozen[:most_named]) + (", …" if len(frozen) > most_named else "")
-        yield (
-            f"{format:6} would freeze {len(frozen)} of {len(figures)} layers"
-            f"{': ' if frozen else ''}{names}"
-        )
-
-
-def _colour(kept: float) -> str:
-    if math.isnan(kept):
-        return "dim"
-    return "green" if kept >= 0.9 else "yellow" if kept >= 0.5 else "red"
-
-
-def _percent(share: float) -> str:
-    """Whole percent, rounded so that 100 % means all and 0 % none."""
-    if math.isnan(share):
-        return "–"
-    percent = round(100 * share)
-    if percent == 100 and share < 1:
-        return ">99 %"
-    if percent == 0 and share > 0:
-        return "<1 %"
-    return f"{percent} %"
-
-
-def draw_layers(figures: Mapping[str, Figures], step: int | None, path: Path) -> None:
-    """Write a heat map of layers by formats: how much of the update each format would keep."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    kept = [[of[f"kept_update_ratio/{f}"] for f in DEFAULT_FORMATS] for of in figures.values()]
-    frozen = [[of[f"stall_frac/{f}"] == 1 for f in DEFAULT_FORMATS] for of in figures.values()]
-    figure = Figure(figsize=(6.4, 0.17 * len(figures) + 0.9), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.imshow(kept, vmin=0, vmax=1, cmap="RdYlBu", aspect="auto")
-    axes.set_title(f"What would be left of the weight updates of step {step}, stored in …", size=9)
-    axes.set_xticks(range(len(DEFAULT_FORMATS)), DEFAULT_FORMATS, size=9)
-    axes.set_yticks(range(len(figures)), list(figures), size=7)
-    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
-    axes.set_xlabel("kept_update_ratio: 1 all, 0 nothing; frozen: every update vanishes", size=8)
-    axes.spines[:].set_visible(False)
-    for row, of_layer in enumerate(kept):
-        for column, share in enumerate(of_layer):
-            text = "frozen" if frozen[row][column] else f"{share:.2f}"
-            colour = "black" if 0.15 < share < 0.85 else "white"
-            axes.text(column, row, text, ha="center", va="center", size=7, color=colour)
-    figure.savefig(path)

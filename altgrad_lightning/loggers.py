@@ -106,17 +106,14 @@ def verdict(loggers: Iterable[Any], step: int, assessment: Assessment) -> None:
 
 def verdict_markdown(assessment: Assessment) -> str:
     """The verdict as Markdown: the summary, and a table of layers by formats, the worst first."""
-    by_layer: dict[str, dict[str, Advice]] = {}
-    for advice in assessment.advice:
-        by_layer.setdefault(advice.layer, {})[advice.format] = advice
+    by_layer = assessment.by_layer
     formats = list(dict.fromkeys(advice.format for advice in assessment.advice))
-    worst = sorted(by_layer, key=lambda layer: min(map(_kept, by_layer[layer].values())))
     lines = [_escaped(assessment.summary), ""]
-    if len(worst) > _MOST_ROWS:
-        lines += [f"The worst {_MOST_ROWS} of {len(worst):,} layers:", ""]
+    if len(by_layer) > _MOST_ROWS:
+        lines += [f"The worst {_MOST_ROWS} of {len(by_layer):,} layers:", ""]
     lines += [_table_row(["layer", *map(_escaped, formats), "smallest that stores it"])]
     lines += [_table_row(["---"] * (len(formats) + 2))]
-    for layer in worst[:_MOST_ROWS]:
+    for layer in [*by_layer][:_MOST_ROWS]:
         cells = [_cell(by_layer[layer].get(format)) for format in formats]
         suggestion = assessment.suggestions.get(layer)
         lines += [_table_row([_escaped(layer), *cells, _escaped(suggestion or "none: fp32")])]
@@ -198,17 +195,11 @@ def _image(figure: Figure) -> Image:
 # --- the verdict
 
 
-def _kept(advice: Advice) -> float:
-    """For sorting: what has no value comes last."""
-    kept = advice.figures.get("kept_update_ratio", math.nan)
-    return math.inf if math.isnan(kept) else kept
-
-
 def _cell(advice: Advice | None) -> str:
     if advice is None:
         return "–"
-    kept = advice.figures.get("kept_update_ratio", math.nan)
-    return _escaped(str(advice.verdict)) + ("" if math.isnan(kept) else f" ({kept:.2f})")
+    kept = "" if math.isnan(advice.kept) else f" ({advice.kept:.2f})"
+    return _escaped(str(advice.verdict)) + kept
 
 
 def _row(advice: Advice) -> list[Any]:

@@ -118,8 +118,8 @@ def test_the_suggestion_is_the_smallest_format_that_stores_fine() -> None:
     judge.add("none", figures("bf16", kept_update_ratio=0.9), {})
     expected = {"all": "e5m2", "two": "fp16", "one": "bf16", "none": None}
     assert judge.assessment().suggestions == expected
-    assert judge.assessment().of("one", "fp16") is None
-    assert judge.assessment().of("one", "bf16").verdict is Verdict.STORES_FINE
+    assert "fp16" not in judge.assessment().by_layer["one"]
+    assert judge.assessment().by_layer["one"]["bf16"].verdict is Verdict.STORES_FINE
 
 
 def test_the_summary_says_it_of_each_format() -> None:

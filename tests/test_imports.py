@@ -74,7 +74,21 @@ ALLOWED = {
     "altgrad.report.canvas": {"altgrad.report.names"},
     "altgrad.report.drawings": {"altgrad.figures", "altgrad.records"}
     | {"altgrad.report.canvas", "altgrad.report.names"},
-    "altgrad.report": {"altgrad.report.drawings"},
+    "altgrad.report.cells": {"altgrad.advice"},
+    "altgrad.report.run_report": {"altgrad.advice", "altgrad.figures", "altgrad.records"}
+    | {"altgrad.report.drawings"},
+    "altgrad.report.comparison": {"altgrad.advice", "altgrad.report.run_report"},
+    "altgrad.report.terminal": {"altgrad.report.cells", "altgrad.report.names"}
+    | {"altgrad.report.comparison", "altgrad.report.run_report"},
+    "altgrad.report.exports": {"altgrad.advice", "altgrad.records.schema"}
+    | {"altgrad.report.run_report"},
+    "altgrad.report.page": {"altgrad", "altgrad.report.canvas", "altgrad.report.cells"}
+    | {"altgrad.report.run_report"},
+    "altgrad.report.commands": {"altgrad.records"}
+    | {f"altgrad.report.{part}" for part in ("comparison", "exports", "page")}
+    | {f"altgrad.report.{part}" for part in ("run_report", "terminal")},
+    "altgrad.report": {f"altgrad.report.{part}" for part in ("comparison", "drawings", "page")}
+    | {f"altgrad.report.{part}" for part in ("run_report", "terminal")},
     "altgrad": {Q, OBS, SAMPLING, "altgrad.figures", "altgrad.measuring"}
     | {"altgrad.monitor", "altgrad.step_record"},
     "altgrad.records.schema": {Q, f"{Q}.block_formats", "altgrad.scales"},
@@ -101,7 +115,7 @@ ALLOWED = {
     | {f"altgrad_lightning.{part}" for part in ("charts", "history", "loggers")},
     "altgrad_lightning.callback": {"altgrad", Q}
     | {"altgrad_lightning.output", "altgrad_lightning.packages"},
-    "altgrad_lightning.demo": {"altgrad"}
+    "altgrad_lightning.demo": {"altgrad.records", "altgrad.report"}
     | {"altgrad_lightning.callback", "altgrad_lightning.packages"},
 }
 

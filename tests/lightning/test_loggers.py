@@ -10,7 +10,6 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -25,6 +24,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
+from altgrad.advice import Advice, Assessment, Verdict
 from altgrad.figures import Histogram
 from altgrad.metrics import FORMAT_METRICS
 from altgrad.report import kept_map
@@ -38,29 +38,17 @@ COUNTS = [0.0] * 30 + [3.0, 1.5] + [0.0] * 3 + [4.0] + [0.0] * 28
 STEPS = Histogram(-32, COUNTS)
 
 
-@dataclass(frozen=True)
-class Advice:
-    layer: str
-    format: str
-    verdict: str
-    figures: Mapping[str, float]
-    reason: str = "as the figures say"
-
-
-@dataclass(frozen=True)
-class Assessment:
-    advice: list[Advice]
-    suggestions: dict[str, str | None] = field(default_factory=dict)
-    summary: str = "2 of 3 layers would freeze in *bf16*."
-
-
 def assessment(layers: tuple[str, ...] = LAYERS) -> Assessment:
     advice = [
-        Advice(layer, format, "frozen", {"kept_update_ratio": k / len(layers), "stall_frac": 1.0})
+        advice_of(layer, format, {"kept_update_ratio": k / len(layers), "stall_frac": 1.0})
         for k, layer in enumerate(layers)
         for format in FORMATS
     ]
-    return Assessment(advice, {layers[0]: "bf16"})
+    return Assessment(advice, {layers[0]: "bf16"}, "2 of 3 layers would freeze in *bf16*.")
+
+
+def advice_of(layer: str, format: str, figures: Mapping[str, float]) -> Advice:
+    return Advice(layer, format, Verdict.FROZEN, figures, {}, "as the figures say")
 
 
 def log_everything(logger: Any) -> None:
@@ -232,10 +220,11 @@ def test_the_verdict_of_many_layers_shows_the_worst() -> None:
 
 
 def test_the_verdict_without_figures() -> None:
-    unknown = Assessment([Advice("a", "bf16", "not judged", {"kept_update_ratio": math.nan})])
+    advice = advice_of("a", "bf16", {"kept_update_ratio": math.nan, "stall_frac": math.nan})
+    unknown = Assessment([advice._replace(verdict=Verdict.NOT_JUDGED)], {}, "")
     html = rendered(pictures_of.verdict_markdown(unknown))
     assert cells(html)[3:] == ["a", "not judged", "none: fp32"]
-    assert pictures_of.verdict_markdown(Assessment([]))
+    assert pictures_of.verdict_markdown(Assessment([], {}, ""))
 
 
 def test_a_histogram_of_nothing_is_left_out(tmp_path: Path) -> None:

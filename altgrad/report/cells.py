@@ -1,0 +1,46 @@
+"""How a verdict is written in a cell, wherever there is a table of layers by formats."""
+
+from __future__ import annotations
+
+import math
+
+from altgrad.advice import Advice, Verdict
+
+COLOURS = {
+    Verdict.STORES_FINE: "green",
+    Verdict.WATCH: "yellow",
+    Verdict.NEEDS_REMEDY: "red",
+    Verdict.FROZEN: "bold red",
+    Verdict.RANGE: "magenta",
+    Verdict.UNCERTAIN: "cyan",
+    Verdict.NOT_JUDGED: "dim",
+}
+"""As rich names them."""
+
+MEANINGS = {
+    Verdict.STORES_FINE: "at least 0.99 of the update is kept",
+    Verdict.WATCH: "0.5 to 0.99 is kept: prefer stochastic rounding or Kahan",
+    Verdict.NEEDS_REMEDY: "less is kept: stochastic rounding, Kahan or fp32 master weights",
+    Verdict.FROZEN: "99 % or more of the weights never moved",
+    Verdict.RANGE: "weights fall out of the format's range: a finer scale",
+    Verdict.UNCERTAIN: "the sample is too small to tell: raise max_elements",
+    Verdict.NOT_JUDGED: "no update that the format could lose",
+}
+"""What each verdict says, for legends."""
+
+
+def kept_text(kept: float) -> str:
+    """Two digits, rounded so that 1.00 means that nothing is lost and 0.00 that nothing is left."""
+    if math.isnan(kept):
+        return ""
+    rounded = round(kept, 2)
+    if kept < 1 <= rounded:
+        return ">.99"
+    return "<.01" if rounded == 0 < kept else f"{kept:.2f}"
+
+
+def cell_text(advice: Advice | None) -> str:
+    """The verdict in a word, and the share that is kept."""
+    if advice is None:
+        return ""
+    return f"{advice.verdict.short} {kept_text(advice.kept)}".rstrip()

@@ -1,0 +1,177 @@
+"""`altgrad report` and `altgrad compare`: what a terminal shows, what files hold, how they fail."""
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.report.runs import FORMATS, MARKUP, SCRIPT, empty_run, written_run
+
+
+def altgrad(*arguments: object, columns: int = 80) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "altgrad", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={"COLUMNS": str(columns), "PATH": ""},
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written_run(tmp_path_factory.mktemp("run")).parent
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_table_says_what_each_format_would_do(run: Path, columns: int) -> None:
+    shown = altgrad("report", run, columns=columns)
+    assert shown.returncode == 0, shown.stderr
+    lines = [line.rstrip() for line in shown.stdout.splitlines()]
+    assert max(map(len, lines)) <= columns
+    rows = {
+        line.rsplit(maxsplit=5)[0].strip(): line.split()[-5:] for line in lines if " 0.00 " in line
+    }
+    assert rows == {name: ["frozen", "0.00"] * 2 + ["none"] for name in ("gain", SCRIPT)}
+    for name in ("matrix", MARKUP):
+        (row,) = (line for line in lines if line.strip().startswith(name))
+        assert row.split()[-5:] == ["fine", "1.00", "fine", "1.00", "e5m2"]
+    text = " ".join(shown.stdout.split())
+    assert "3 steps observed, 0 to 20; all 32 elements in 4 layers" in text
+    assert "Skipped steps: 2 inf" in text
+    assert "bf16, of 4 layers: 2 fine, 2 frozen; frozen: gain, <script>" in text
+    assert "\x1b" not in shown.stdout
+
+
+def test_of_many_layers_the_worst_are_shown_and_all_on_demand(tmp_path: Path) -> None:
+    fine = [f"blocks.{k}.attention.query_key_value.weight" for k in range(2000)]
+    path = written_run(tmp_path, ["the.frozen.one"], fine, steps=1)
+    lines = altgrad("report", path).stdout.splitlines()
+    assert len(lines) < 70
+    assert "The 40 of 2,001 layers that keep least:" in lines
+    assert any("the.frozen.one" in line for line in lines)
+    assert max(map(len, lines)) <= 80
+    lines = altgrad("report", path, "--layers", 0).stdout.splitlines()
+    assert sum("blocks." in line for line in lines) == 2000
+
+
+def test_formats_that_do_not_fit_are_in_a_table_of_their_own(tmp_path: Path) -> None:
+    formats = ["bf16", "fp16", "e4m3fn", "e5m2", "e3m4", "mxfp8_e4m3", "mxfp4", "nvfp4"]
+    path = written_run(tmp_path, formats=formats)
+    shown = altgrad("report", path).stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in re.sub(r"stored in …", "", shown)
+    assert shown.count("If the weights were stored in") > 1
+    wide = altgrad("report", path, columns=200).stdout
+    assert wide.count("If the weights were stored in") == 1
+    for text in (shown, wide):
+        headings = [line.split()[1:-3] for line in text.splitlines() if line.startswith("layer ")]
+        assert [word for words in headings for word in words] == formats
+
+
+def test_json_is_valid_and_holds_the_verdicts(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    assert altgrad("report", run, "--json", path).returncode == 0
+    value = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert value["formats"] == [*FORMATS]
+    assert value["steps"] == [0, 10, 20]
+    assert value["layers"][SCRIPT]["smallest_that_stores_fine"] is None
+    assert value["layers"][SCRIPT]["formats"]["bf16"]["verdict"] == "frozen"
+    assert value["layers"]["matrix"]["smallest_that_stores_fine"] == "e5m2"
+    figures = value["layers"]["matrix"]["formats"]["e5m2"]["figures"]
+    assert figures["kept_update_ratio"] == 1
+    assert figures["stall_frac"] == 0
+
+
+def test_csv_has_a_line_for_each_layer_and_format(run: Path) -> None:
+    shown = altgrad("report", run, "--csv", "-")
+    assert shown.returncode == 0, shown.stderr
+    rows = [*csv.DictReader(io.StringIO(shown.stdout))]  # and nothing else is shown
+    assert [(row["layer"], row["format"]) for row in rows] == [
+        (layer, format) for layer in ("gain", SCRIPT, "matrix", MARKUP) for format in FORMATS
+    ]
+    assert [row["verdict"] for row in rows] == ["frozen"] * 4 + ["stores fine"] * 4
+    assert [float(row["kept_update_ratio"]) for row in rows] == [0.0] * 4 + [1.0] * 4
+
+
+def test_a_run_without_a_step_says_so(tmp_path: Path) -> None:
+    path = empty_run(tmp_path)
+    shown = altgrad("report", path, "--html", tmp_path / "page.html")
+    assert shown.returncode == 0, shown.stderr
+    assert "no step observed" in " ".join(shown.stdout.split())
+    assert "No step was observed, so there is nothing to say." in shown.stdout
+    assert "No step was observed" in (tmp_path / "page.html").read_text()
+    assert altgrad("compare", path, path).returncode == 0
+
+
+def test_comparing_shows_what_differs_first(run: Path, tmp_path: Path) -> None:
+    other = written_run(tmp_path, ["matrix", SCRIPT], ["gain", "more"])
+    shown = altgrad("compare", run, other)
+    assert shown.returncode == 0, shown.stderr
+    lines = shown.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    table = [
+        line.split()
+        for line in lines[lines.index(next(x for x in lines if "A" in x and "layer" in x)) :]
+    ]
+    rows = [row for row in table if len(row) == 6]
+    assert rows == [
+        *(["gain", format, "frozen", "0.00", "fine", "1.00"] for format in FORMATS),
+        *(["matrix", format, "fine", "1.00", "frozen", "0.00"] for format in FORMATS),
+        *([SCRIPT, format, "frozen", "0.00", "frozen", "0.00"] for format in FORMATS),
+    ]
+    text = " ".join(shown.stdout.split())
+    assert "The verdict is another one for 4 of 6 layers and formats." in text
+    assert f"layers only in A: 1 ({MARKUP})" in text
+    assert "layers only in B: 1 (more)" in text
+    assert re.search(r"kept_update_ratio/bf16 1 1 \+0", text)
+    assert "The verdict is the same for all 8" in altgrad("compare", run, run).stdout
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no such file or folder"),
+        ("", "it is empty"),
+        ('{"loss": 1}\n', "it is no run file of AltGrad"),
+        ('{"altgrad": 1, "form', "it is damaged"),
+        ('{"altgrad": 99}\n', "a newer AltGrad wrote it"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_sentence(
+    tmp_path: Path, command: str, content: str | None, message: str
+) -> None:
+    path = tmp_path / "run.jsonl"
+    if content is not None:
+        path.write_text(content)
+    failed = altgrad(command, *[path] * (2 if command == "compare" else 1))
+    assert failed.returncode == 2
+    assert failed.stdout == ""
+    assert failed.stderr.startswith(f"{path}: ")
+    assert message in failed.stderr
+    assert failed.stderr.count("\n") == 1
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(run: Path, tmp_path: Path) -> None:
+    failed = altgrad("report", run, "--html", tmp_path / "missing" / "page.html")
+    assert failed.returncode == 2
+    assert failed.stderr.strip().endswith(
+        "page.html: it cannot be written (No such file or directory)"
+    )
+
+
+@pytest.mark.parametrize(
+    "command", [(), ("report",), ("compare",), ("formats",), ("demo",)], ids=str
+)
+def test_every_help_fits_80_columns_and_is_whole(command: tuple[str, ...]) -> None:
+    shown = altgrad(*command, "--help")
+    assert shown.returncode == 0, shown.stderr
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    assert "…" not in shown.stdout
+    assert "..." not in shown.stdout.replace("COMMAND [ARGS]...", "")
