@@ -360,7 +360,7 @@ class Measurer:
         own_grid = _own_grid(rows.before.dtype)
         counting = histograms if self._histograms else None
         if self._compiled is not None and rows.before.numel() >= _COMPILED_COLUMNS:
-            sums: RowSums = self._compiled(rows, grids, own_grid, counting, ever)
+            sums: RowSums = self._compiled(_widened(rows), grids, own_grid, counting, ever)
             take_over(sums, histograms, ever)
             return sums
         shape = rows.before.shape[0], len(self.formats), rows.before.shape[-1]
@@ -395,6 +395,16 @@ def _compiled_rows(
         rows.before.shape[0], formats, rows.before.shape[-1], rows.before.device
     )
     return row_sums(rows, grids, own_grid, buffers, histograms, ever)
+
+
+def _widened(rows: Rows) -> Rows:
+    """The same values, none of them stored in 16 bits, which compiled code is slow to read."""
+    gradient = None if rows.gradient is None else _wide(rows.gradient)
+    return Rows(_wide(rows.before), _wide(rows.after), gradient)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.element_size() == 2 else x  # bytes
 
 
 def _own_grid(dtype: torch.dtype) -> tuple[float, float]:

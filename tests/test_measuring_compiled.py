@@ -79,8 +79,12 @@ def test_the_traced_graph_equals_eager(
     )
     formats = ("bf16", "e4m3fn", "e7m0", FTZ, "nvfp4")
     compiled = Measurer(formats, scaling, compile=True)
-    step = tuple(each.view(20, 250).to(dtype) for each in a_step(5000))
+    before, after, gradient = (each.view(20, 250).double() for each in a_step(5000))
+    before[0, 0] += 2**-40  # which float32 does not hold
+    step = before.to(dtype), after.to(dtype), gradient.to(dtype)
     assert_same(compiled, Measurer(formats, scaling), step)
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    assert_same(compiled, Measurer(formats, scaling), (*step[:2], gradient.to(other)))
 
 
 def test_nothing_compiles_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
