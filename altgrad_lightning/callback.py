@@ -19,6 +19,7 @@ from altgrad import (
     UpdateMonitor,
     model_figures,
 )
+from altgrad.advice import Assessment
 from altgrad.quantization import NumberFormat, Scaling, get_formats
 from altgrad_lightning.output import Output, OutputSettings
 from altgrad_lightning.packages import Callback
@@ -95,6 +96,7 @@ class PrecisionMonitor(Callback):
         skipped: How many steps should have been observed and were none, by reason: see
             `altgrad.StepObserver`.
         path: Of the run file; None before training starts, and without one.
+        assessment: What to do, layer by layer, as it stands; None before training starts.
 
     Raises:
         ValueError: No, unknown or equally named formats, a wrong scaling, or a number out of range;
@@ -159,12 +161,18 @@ class PrecisionMonitor(Callback):
         self._every = 0
         self._monitor: UpdateMonitor | None = None
         self._output: Output | None = None
+        self._assessment: Assessment | None = None  # of the run before
         self._state: dict[str, Any] | None = None  # of the monitor before this one
         self._output_state: dict[str, Any] | None = None  # likewise
         self._resumed_from: dict[str, Any] | None = None  # until training starts
         self._optimizers: list[torch.optim.Optimizer] = []
         self._records: list[StepRecord] = []  # of the batch
         self._told: set[str] = set()
+
+    @property
+    def assessment(self) -> Assessment | None:
+        """What to do, layer by layer, as it stands."""
+        return self._assessment if self._output is None else self._output.assessment()
 
     @property
     def state_key(self) -> str:
@@ -190,6 +198,7 @@ class PrecisionMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         resumed_from = self._resumed_from or {}
         self._detach()
+        self._assessment = None
         # Without a checkpoint it is a run of its own.
         self._state, self._output_state = resumed_from.get("monitor"), resumed_from.get("output")
         self.latest, self.latest_model, self.latest_step, self.path = {}, None, None, None
@@ -314,6 +323,7 @@ class PrecisionMonitor(Callback):
         output, self._output = self._output, None
         if output is not None:
             self._output_state = output.state_dict()
+            self._assessment = output.assessment()
             output.close()
         self._resumed_from = None
         self._trainer = None

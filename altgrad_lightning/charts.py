@@ -22,10 +22,11 @@ _NONE: Mapping[str, float] = {}
 
 
 class Row(NamedTuple):
-    """What is charted at one step: keys and values."""
+    """What is charted at one step: keys and values of the model, and of all else."""
 
     step: int
-    charts: dict[str, float]
+    model: dict[str, float]
+    others: dict[str, float]
 
 
 class Charts:
@@ -46,7 +47,7 @@ class Charts:
         self._formats = formats
         self._layers = layers
         self.charted: dict[str, tuple[str, ...]] | None = None
-        self._waiting: list[tuple[int, dict[str, float], Mapping[str, Figures]]] = []
+        self._waiting: list[tuple[Row, Mapping[str, Figures]]] = []
 
     def add(
         self,
@@ -63,12 +64,12 @@ class Charts:
             layers: Those of each layer.
             monitor: What is to be known of the observation itself, under ``altgrad/monitor/…``.
         """
-        charts = {
+        of_model = {
             f"altgrad/{key}": model.get(key, math.nan)
             for key in _keys([*LAYER_METRICS], [*FORMAT_METRICS], self._formats)
         }
-        charts |= {f"altgrad/monitor/{key}": value for key, value in monitor.items()}
-        self._waiting.append((step, charts, layers))
+        of_itself = {f"altgrad/monitor/{key}": value for key, value in monitor.items()}
+        self._waiting.append((Row(step, of_model, of_itself), layers))
         if self.charted is None:
             known = any(_lowest_kept(figures) < math.inf for figures in layers.values())
             if not known and len(self._waiting) < _LONGEST_WAIT:
@@ -79,7 +80,9 @@ class Charts:
     def rest(self) -> list[Row]:
         """The rows that have waited."""
         waiting, self._waiting = self._waiting, []
-        return [Row(step, charts | self._of_layers(layers)) for step, charts, layers in waiting]
+        return [
+            row._replace(others=row.others | self._of_layers(layers)) for row, layers in waiting
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Which layers are charted."""

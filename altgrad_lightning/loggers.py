@@ -1,4 +1,4 @@
-"""Pictures for the loggers that can show them, TensorBoard and wandb; others are left alone.
+"""What loggers are given: numbers all of them, pictures those that can show them.
 
 Tags are `altgrad/` and what is shown: histograms `steps/{format}` and `steps/{format}/{layer}`,
 pictures and the `verdict`. What a logger raises is raised.
@@ -35,6 +35,25 @@ _MOST_ROWS = 100  # of the verdict's text; all layers are in the run file
 def can_show(loggers: Iterable[Any]) -> bool:
     """Whether any of them shows pictures, so that they are worth making."""
     return any(_is_tensorboard(logger) or _is_wandb(logger) for logger in loggers)
+
+
+def scalars(
+    logger: Any, step: int, of_model: Mapping[str, float], others: Mapping[str, float]
+) -> None:
+    """Numbers, in one call.
+
+    MLflow keeps a key as a file, and ``altgrad/stall_frac/bf16`` cannot be one and the folder of
+    the layers' as well: there the keys of the model end in ``/model``.
+
+    Args:
+        logger: One of the Trainer's.
+        step: The step to log at.
+        of_model: By key, those of the model.
+        others: By key, all others.
+    """
+    if "MLFlowLogger" in _classes(logger):
+        of_model = {f"{key}/model": value for key, value in of_model.items()}
+    logger.log_metrics({**of_model, **others}, step=step)
 
 
 def layout(loggers: Iterable[Any], formats: Sequence[str], *, layers: bool = True) -> None:

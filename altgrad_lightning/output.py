@@ -150,8 +150,9 @@ class Output:
     # --- the loggers
 
     def _chart(self, rows: Sequence[Row]) -> None:
-        for row in rows:
-            self._try_loggers(partial(_log, row))
+        for step, of_model, others in rows:
+            log = partial(boards.scalars, step=step, of_model=of_model, others=others)
+            self._try_loggers(log)
 
     def _draw(self, step: int, weights: Histogram) -> None:
         if not boards.can_show(self._loggers):
@@ -208,10 +209,6 @@ class Output:
             self._tell(f"goes on without {what}, which failed: {fault!r}")
             return False
         return True
-
-
-def _log(row: Row, logger: Any) -> None:
-    logger.log_metrics(row.charts, step=row.step)
 
 
 def _errors_of(figures: Figures) -> dict[str, float]:

@@ -113,7 +113,7 @@ ALLOWED = {
     "altgrad_lightning.output": {"altgrad", "altgrad.advice", "altgrad.figures", "altgrad.records"}
     | {"altgrad.report", "altgrad.weight_octaves"}
     | {f"altgrad_lightning.{part}" for part in ("charts", "history", "loggers")},
-    "altgrad_lightning.callback": {"altgrad", Q}
+    "altgrad_lightning.callback": {"altgrad", "altgrad.advice", Q}
     | {"altgrad_lightning.output", "altgrad_lightning.packages"},
     "altgrad_lightning.demo": {"altgrad.records", "altgrad.report"}
     | {"altgrad_lightning.callback", "altgrad_lightning.packages"},

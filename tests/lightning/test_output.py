@@ -1,0 +1,278 @@
+"""Where the figures of a run go: run file, verdicts, pictures, several loggers; and resuming."""
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from altgrad import Figures
+from altgrad.advice import Verdict, judge_run
+from altgrad.records import read
+from altgrad_lightning import PrecisionMonitor
+from altgrad_lightning.callback import PRESETS
+from tests.lightning.runs import Net, batches, fit, logged, trainer
+
+ALL = {"images": 0, "tensors": 0, "histograms": 0}
+
+
+def assert_row_is(row: Any, figures: Figures) -> None:
+    assert [*row.figures] == [*figures]
+    for key, value in figures.items():
+        assert row.figures[key] == pytest.approx(value, rel=1e-7, nan_ok=True), key
+
+
+def test_the_run_file_holds_every_layer_at_the_steps_of_the_loss(tmp_path: Path) -> None:
+    monitor = PrecisionMonitor(layer_charts=1)
+    run = fit(tmp_path, monitor)
+    assert monitor.path == Path(run.logger.log_dir) / "altgrad.jsonl"
+    found = read(run.logger.log_dir)
+    assert found.steps == (1, 3, 5)
+    assert [*found.layers] == [name for name, _ in Net().named_parameters()]
+    last = {row.layer: row for row in found.rows if row.step == 5}
+    for name, figures in monitor.latest.items():
+        assert_row_is(last[name], figures)
+    assert_row_is(last[None], monitor.latest_model)
+    with_weights = [row.step for row in found.rows if "weights" in row.histograms]
+    assert with_weights == [1, 3]  # the first observed step, the second, and then the fourth
+
+
+def test_the_verdicts_are_those_of_the_run_file(tmp_path: Path) -> None:
+    monitor = PrecisionMonitor(every_n_steps=1)
+    assert monitor.assessment is None
+    fit(tmp_path, monitor)
+    of_file = judge_run(read(monitor.path))
+    assert monitor.assessment.summary == of_file.summary
+    assert monitor.assessment.suggestions == of_file.suggestions
+    assert len(monitor.assessment.advice) == 6 * 3
+    assert monitor.assessment.by_layer["layers.2.weight"]["bf16"].verdict is Verdict.FROZEN
+
+
+def test_pictures_are_drawn_ever_less_often_and_at_the_end(tmp_path: Path) -> None:
+    run = fit(tmp_path, PrecisionMonitor(every_n_steps=1, histograms=True), steps=7)
+    events = EventAccumulator(run.logger.log_dir, size_guidance=ALL).Reload()
+    tags = events.Tags()
+    pictures = {
+        "altgrad/ranges",
+        *(f"altgrad/stall_frac_map/{f}" for f in ("bf16", "e4m3fn", "e5m2")),
+    }
+    assert {*tags["images"]} == pictures
+    for tag in pictures:
+        assert [event.step for event in events.Images(tag)] == [0, 1, 3, 6]
+    assert "altgrad/verdict/text_summary" in tags["tensors"]
+    texts = events.Tensors("altgrad/verdict/text_summary")
+    assert [event.step for event in texts] == [0, 1, 3, 6]
+    assert b"frozen" in texts[-1].tensor_proto.string_val[0]
+    assert "altgrad/steps/bf16" in tags["histograms"]
+    assert "altgrad/steps/bf16/layers.2.weight" in tags["histograms"]
+    assert [e.step for e in events.Histograms("altgrad/steps/bf16")] == [*range(7)]
+    assert "custom_scalars__config__" in tags["tensors"]
+
+
+def test_own_share_elements_and_skipped_steps_are_charted(tmp_path: Path) -> None:
+    run = fit(tmp_path, PrecisionMonitor(every_n_steps=1))
+    scalars = logged(run.logger.log_dir)
+    assert {value for _, value in scalars["altgrad/monitor/elements"]} == {2 * 72 + 16}
+    assert {value for _, value in scalars["altgrad/monitor/skipped_steps"]} == {0.0}
+    shares = [value for _, value in scalars["altgrad/monitor/own_share"]]
+    assert all(0 < share < 1 for share in shares[2:])
+
+
+class TwoOptimizers(Net):
+    """Each stepped in each second batch, and both logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in self.layers[:2]]
+
+    def training_step(self, batch: list[Tensor], batch_index: int) -> None:
+        for k, optimizer in enumerate(self.optimizers()):
+            if batch_index % 2 == k:
+                continue
+            optimizer.zero_grad()
+            loss = self.layers(batch[0]).square().mean()
+            self.manual_backward(loss)
+            optimizer.step()
+            self.log("loss", loss)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (Net, {}),
+        (Net, {"accumulate_grad_batches": 3}),
+        (Net, {"accumulate_grad_batches": 2, "max_epochs": 2}),
+        (TwoOptimizers, {}),
+    ],
+)
+def test_figures_have_the_steps_of_the_loss(
+    tmp_path: Path, module: type[Net], options: dict[str, Any], every: int
+) -> None:
+    monitor = PrecisionMonitor()
+    run = trainer(tmp_path, monitor, log_every_n_steps=every, **options)
+    run.fit(module(), batches(8))
+    scalars = logged(run.logger.log_dir)
+    steps = [step for step, _ in scalars["loss"]]
+    assert steps
+    assert [step for step, _ in scalars["altgrad/stall_frac/bf16"]] == steps
+    assert read(monitor.path).steps == tuple(steps)
+
+
+# --- loggers
+
+
+def test_several_loggers_get_the_same_and_columns_of_csv_are_stable(tmp_path: Path) -> None:
+    first, second = CSVLogger(tmp_path, "a"), CSVLogger(tmp_path, "b")
+    board = TensorBoardLogger(tmp_path)
+    fit(tmp_path, PrecisionMonitor(every_n_steps=1), logger=[first, board, second])
+    texts = [Path(each.log_dir, "metrics.csv").read_text() for each in (first, second)]
+    assert texts[0] == texts[1]
+    rows = [row for row in csv.DictReader(texts[0].splitlines()) if row["altgrad/stall_frac/bf16"]]
+    assert [int(row["step"]) for row in rows] == [*range(6)]
+    own = [key for key in rows[0] if key.startswith("altgrad/")]
+    assert {f"altgrad/{key}" for key in ("monitor/own_share", "stall_frac/e5m2/layers.0.bias")} <= {
+        *own
+    }
+    assert all(row[key] for row in rows for key in own)  # nan where there is none, never nothing
+    scalars = logged(board.log_dir)
+    assert {tag for tag in scalars if tag.startswith("altgrad/")} == {*own}
+
+
+def test_mlflow_gets_the_figures_in_a_local_store(tmp_path: Path, monkeypatch: Any) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    logger = MLFlowLogger("test", tracking_uri=f"file:{tmp_path / 'store'}")
+    monitor = PrecisionMonitor()
+    fit(tmp_path, monitor, logger=logger)
+    (found,) = (tmp_path / "store").glob("*/*/metrics/altgrad/stall_frac/bf16/model")
+    lines = [line.split() for line in found.read_text().splitlines()]
+    assert [int(step) for _, _, step in lines] == [1, 3, 5]
+    assert float(lines[-1][1]) == pytest.approx(monitor.latest_model["stall_frac/bf16"])
+    assert (found.parent / "layers.0.weight").is_file()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # wandb's own
+def test_wandb_offline_beside_tensorboard(tmp_path: Path, monkeypatch: Any) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    board = TensorBoardLogger(tmp_path)
+    monitor = PrecisionMonitor()
+    fit(tmp_path, monitor, logger=[logger, board])
+    summary = dict(logger.experiment.summary)
+    wandb.finish()
+    assert summary["altgrad/stall_frac/bf16"] == pytest.approx(
+        monitor.latest_model["stall_frac/bf16"]
+    )
+    assert "altgrad/ranges" in summary
+    assert "altgrad/stall_frac/bf16" in logged(board.log_dir)
+
+
+def test_without_a_logger_the_run_file_is_in_the_root_directory(tmp_path: Path) -> None:
+    monitor = PrecisionMonitor(every_n_steps=2)
+    fit(tmp_path, monitor, logger=False)
+    assert monitor.path == tmp_path / "altgrad.jsonl"
+    assert read(tmp_path).steps == (1, 3, 5)
+
+
+def test_fast_dev_run_and_run_file_false_write_none(tmp_path: Path) -> None:
+    monitor = PrecisionMonitor(every_n_steps=1)
+    fit(tmp_path, monitor, fast_dev_run=2)
+    assert monitor.latest
+    fit(tmp_path, PrecisionMonitor(run_file=False))
+    assert not [*tmp_path.rglob("altgrad*.jsonl")]
+
+
+def test_two_runs_in_one_directory_do_not_meet(tmp_path: Path) -> None:
+    for name in ("altgrad.jsonl", "altgrad-2.jsonl"):
+        monitor = PrecisionMonitor()
+        fit(tmp_path, monitor, logger=TensorBoardLogger(tmp_path, "", version=""))
+        assert monitor.path.name == name
+        assert read(monitor.path).steps == (1, 3, 5)
+
+
+# --- resuming
+
+
+@pytest.mark.filterwarnings(r"ignore:.*add the following callbacks. \[.ModelCheckpoint[^\]]*\]\.$")
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_resumed_run_goes_on_without_gaps_or_duplicates(tmp_path: Path, elsewhere: bool) -> None:
+    def run(
+        folder: Path, epochs: int, *callbacks: pl.Callback, max_steps: int = -1, **options: Any
+    ) -> PrecisionMonitor:
+        monitor = PrecisionMonitor(every_n_steps=1, layer_charts=1)
+        torch.manual_seed(0)
+        logger = TensorBoardLogger(folder, "", version="")
+        made = trainer(
+            folder,
+            monitor,
+            *callbacks,
+            max_epochs=epochs,
+            max_steps=max_steps,
+            logger=logger,
+            enable_checkpointing=bool(callbacks),
+            log_every_n_steps=1,
+        )
+        made.fit(Net(), batches(4), **options)
+        return monitor
+
+    # Killed after step 5, of which the last checkpoint knows nothing.
+    checkpoint = ModelCheckpoint(tmp_path / "kept", filename="{step}", save_top_k=-1)
+    first = run(tmp_path / "run", 2, checkpoint, max_steps=6)
+    assert read(first.path).steps == (*range(6),)
+    folder = tmp_path / ("other" if elsewhere else "run")
+    resumed = run(folder, 2, ckpt_path=tmp_path / "kept" / "step=4.ckpt")
+    assert (resumed.path == first.path) is not elsewhere
+    found, whole = read(resumed.path), read(run(tmp_path / "whole", 2).path)
+    assert found.steps == whole.steps == (*range(8),)
+    of_found = [(row.step, row.layer) for row in found.rows]
+    assert of_found == [(row.step, row.layer) for row in whole.rows]
+    assert [path.name for path in found.predecessors] == (["altgrad.jsonl"] if elsewhere else [])
+    for row, expected in zip(found.rows, whole.rows, strict=True):  # never moved, too: of all steps
+        assert [*row.figures.values()] == pytest.approx([*expected.figures.values()], nan_ok=True)
+    assert resumed.assessment.summary == judge_run(whole).summary
+
+
+# --- presets
+
+
+def test_presets_are_named_sets_of_arguments() -> None:
+    economy = PrecisionMonitor(preset="economy")
+    assert economy._settings["max_elements"] == PRESETS["economy"]["max_elements"] == 256
+    assert economy._settings["overhead_budget"] == 0.01
+    assert economy._output_settings.layer_charts == 4
+    full = PrecisionMonitor(preset="full", layer_charts=3)
+    assert full._settings["max_elements"] is None
+    assert full._output_settings[:2] == (3, True)
+    standard = PrecisionMonitor(preset="standard")
+    assert standard._settings == PrecisionMonitor()._settings
+    assert standard._output_settings == PrecisionMonitor()._output_settings
+    with pytest.raises(ValueError, match="preset='fast': expected one of 'economy', 'standard'"):
+        PrecisionMonitor(preset="fast")
+
+
+def test_layers_to_chart_by_name(tmp_path: Path) -> None:
+    run = fit(tmp_path, PrecisionMonitor(layer_charts=["layers.0.*"]))
+    layers = {tag.rsplit("/")[-1] for tag in logged(run.logger.log_dir) if tag.count("/") == 3}
+    assert layers == {"layers.0.weight", "layers.0.bias"}
+    for wrong in ("layers.0.*", [1]):
+        with pytest.raises(TypeError, match="expected how many layers, or a list of patterns"):
+            PrecisionMonitor(layer_charts=wrong)
+
+
+def test_the_state_of_the_output_is_json(tmp_path: Path) -> None:
+    monitor = PrecisionMonitor(every_n_steps=1)
+    fit(tmp_path, monitor)
+    assert math.isnan(json.loads(json.dumps(monitor.state_dict()["output"])).get("none", math.nan))
