@@ -57,7 +57,7 @@ class PrecisionMonitor(Callback):
     followed by ``/{layer}`` for a layer, at the step at which Lightning logs what the module logs;
     ``altgrad/monitor/…`` says what share of the time observing takes, how many elements it measures
     and how many steps were skipped. TensorBoard and wandb also get pictures and the verdict, at the
-    1st, 2nd, 4th, 8th, … observed step and at the end. All figures of all layers go to the run
+    1st, 4th, 16th, … observed step and at the end. All figures of all layers go to the run
     file: ``altgrad report`` reads it. A logger, a picture or a file that fails is left out from
     then on and said once, and training goes on.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -65,6 +66,7 @@ class Output:
         self._history = History()
         self._has_layout = False
         self._observed = 0
+        self._spent = 0.0  # seconds in the last `write`
         self._last_step = first_step - 1
         self._file: RunFile | None = None
         if state is not None:
@@ -91,11 +93,12 @@ class Output:
             step: The one to log at.
             record: What was observed.
         """
+        began = time.perf_counter()
         self._observed += 1
         for name, figures in record.layers.items():
             self._judge.add(name, figures, _errors_of(figures))
         self._history.add(step, record.layers)
-        draws = self._observed & (self._observed - 1) == 0  # the 1st, 2nd, 4th, 8th, … of them
+        draws = _is_power_of_4(self._observed)  # takes a second or two
         weights = weight_octaves(self.monitor.parameters) if draws else None
         self._append(step, record, weights)
         of_itself = self._of_itself(step, record)
@@ -106,11 +109,12 @@ class Output:
             self._try_loggers(lambda logger: boards.histograms([logger], step, histograms))
         if weights is not None:
             self._draw(step, weights)
+        self._spent = time.perf_counter() - began
 
     def finish(self) -> None:
         """What is still to be logged, and the pictures as they are in the end."""
         self._chart(self._charts.rest())
-        if self._observed & (self._observed - 1):
+        if self._observed and not _is_power_of_4(self._observed):
             self._draw(self._last_step, weight_octaves(self.monitor.parameters))
         self.close()
 
@@ -183,10 +187,10 @@ class Output:
         }
 
     def _of_itself(self, step: int, record: StepRecord) -> dict[str, float]:
-        """What observing takes, and how much it sees."""
-        training = record.training_seconds * max(step - self._last_step, 1)
+        """What observing takes, output included, and how much it sees."""
+        total = record.own_seconds + record.training_seconds * max(step - self._last_step, 1)
         return {
-            "own_share": record.own_seconds / (record.own_seconds + training),
+            "own_share": (record.own_seconds + self._spent) / total,
             "elements": float(record.model.elements),
             "skipped_steps": float(self.monitor.skipped.total()),
         }
@@ -209,6 +213,10 @@ class Output:
             self._tell(f"goes on without {what}, which failed: {fault!r}")
             return False
         return True
+
+
+def _is_power_of_4(number: int) -> bool:
+    return number.bit_count() == 1 and number.bit_length() % 2 == 1
 
 
 def _errors_of(figures: Figures) -> dict[str, float]:
