@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -350,12 +350,9 @@ def test_a_real_tensorboard_shows_them_all(folder: str) -> None:
 
 def wandb_rows(folder: Path) -> list[dict[str, Any]]:
     """What an offline run has logged, from the file that would be synced."""
-    from wandb.proto import wandb_internal_pb2
-
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     rows = []
-    for data in wandb_records(file.read_bytes()):
-        record = wandb_internal_pb2.Record.FromString(data)
+    for record in finished_wandb_records(file):
         if record.WhichOneof("record_type") == "history":
             row: dict[str, Any] = {}
             for item in record.history.item:
@@ -367,6 +364,21 @@ def wandb_rows(folder: Path) -> list[dict[str, Any]]:
                     row[key] = value
             rows.append(row)
     return rows
+
+
+def finished_wandb_records(file: Path) -> list[Any]:
+    """All of them: the process that writes them may do so after `wandb.finish` has returned."""
+    from google.protobuf.message import DecodeError
+    from wandb.proto import wandb_internal_pb2
+
+    for _ in range(100):
+        with suppress(DecodeError):
+            parse = wandb_internal_pb2.Record.FromString
+            records = [parse(data) for data in wandb_records(file.read_bytes())]
+            if "exit" in (record.WhichOneof("record_type") for record in records):
+                return records
+        time.sleep(0.2)
+    raise AssertionError(f"{file} has no end")
 
 
 def wandb_records(data: bytes) -> Iterator[bytes]:
