@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _LEAST_WIDTH = 22  # of a layer's name
 _GAP = 1  # between columns: that of the box
-_SUGGESTION = "smallest\nthat is fine"
+_SUGGESTION = "smallest\nfine"
 _NO_SUGGESTION = "none"
 
 
@@ -116,7 +116,8 @@ def _width_for_names(
 ) -> int:
     by_layer, suggestions = report.assessment.by_layer, report.assessment.suggestions
     columns = [[f, *(cell_text(by_layer[name].get(f)) for name in layers)] for f in formats]
-    columns.append([*_SUGGESTION.split("\n"), *(suggestions.get(name) or "" for name in layers)])
+    said = (suggestions.get(name) or _NO_SUGGESTION for name in layers)
+    columns.append([*_SUGGESTION.split("\n"), *said])
     return width - _GAP - sum(max(map(len, column)) + _GAP for column in columns)
 
 

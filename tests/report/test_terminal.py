@@ -76,7 +76,7 @@ def test_formats_that_do_not_fit_are_in_a_table_of_their_own(tmp_path: Path) -> 
     wide = altgrad("report", path, columns=200).stdout
     assert wide.count("If the weights were stored in") == 1
     for text in (shown, wide):
-        headings = [line.split()[1:-3] for line in text.splitlines() if line.startswith("layer ")]
+        headings = [line.split()[1:-1] for line in text.splitlines() if line.startswith("layer ")]
         assert [word for words in headings for word in words] == formats
 
 
