@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,7 @@ from altgrad.advice import Assessment
 from altgrad.quantization import NumberFormat, Scaling, get_formats
 from altgrad_lightning.output import Output, OutputSettings
 from altgrad_lightning.packages import Callback
+from altgrad_lightning.strategies import is_idle, refused_strategy
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -203,13 +205,16 @@ class PrecisionMonitor(Callback):
         self._state, self._output_state = resumed_from.get("monitor"), resumed_from.get("output")
         self.latest, self.latest_model, self.latest_step, self.path = {}, None, None, None
         self.skipped.clear()
+        folder = self._folder_of_run(trainer)
+        if is_idle(trainer, pl_module):
+            return
         self._trainer = trainer
         self._every = self.every_n_steps or getattr(trainer, "log_every_n_steps", None) or 0
         self._attach(trainer, pl_module)
         if self._monitor is not None:
             settings, first_step = self._output_settings, _logged_step(trainer)
             self._output = Output(
-                trainer, self._monitor, settings, self._output_state, first_step, self._tell
+                trainer, folder, self._monitor, settings, self._output_state, first_step, self._tell
             )
             self.path = self._output.path
 
@@ -224,12 +229,8 @@ class PrecisionMonitor(Callback):
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if not self._records or self._output is None:
             return
-        try:
+        with self._stopping_after_a_fault():
             self._output.write(_logged_step(trainer), self._latest_record(trainer))
-        except Exception as fault:
-            if self._settings["strict"]:
-                raise
-            self._stop(f"stops observing after a fault: {fault!r}")
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         observing = self._monitor is not None and self._monitor.is_observing
@@ -242,10 +243,14 @@ class PrecisionMonitor(Callback):
                 why = f"none fell on an observed batch (every {self._every})"
             self._tell(f"observed no step: {why}")
         if self._output is not None:
-            self._output.finish()
+            with self._stopping_after_a_fault():
+                self._output.finish()
         self._detach()
 
     def on_exception(self, *_: Any) -> None:
+        if self._output is not None:
+            with suppress(Exception):  # the one that there is counts
+                self._output.flush()
         self._detach()
 
     def teardown(self, *_: Any, **__: Any) -> None:
@@ -272,6 +277,12 @@ class PrecisionMonitor(Callback):
             sum(each.training_seconds for each in records),
         )
 
+    def _folder_of_run(self, trainer: Trainer) -> Path | None:
+        """Of the run file; every process has to ask for it, or those that do wait for ever."""
+        if not self._output_settings.run_file or getattr(trainer, "fast_dev_run", False):
+            return None
+        return Path(trainer.log_dir or trainer.default_root_dir)
+
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reasons = [self._make_monitor(trainer, pl_module)]
         self._optimizers = [*trainer.optimizers]  # those before were held: state goes with them
@@ -285,8 +296,8 @@ class PrecisionMonitor(Callback):
     def _make_monitor(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """Make it, or return why there can be none."""
         self._end_monitor()  # its optimizers were replaced
-        if trainer.world_size > 1:
-            return f"it has {trainer.world_size} processes, and this version knows only one"
+        if refused := refused_strategy(trainer):
+            return refused
         if next(pl_module.parameters(), None) is None:
             return "there is no parameter to observe in the module"
         self._monitor = UpdateMonitor(
@@ -313,6 +324,15 @@ class PrecisionMonitor(Callback):
         except (TypeError, ValueError) as error:
             return str(error)
         return None
+
+    @contextmanager
+    def _stopping_after_a_fault(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as fault:
+            if self._settings["strict"]:
+                raise
+            self._stop(f"stops observing after a fault: {fault!r}")
 
     def _stop(self, why: str) -> None:
         self._tell(why)

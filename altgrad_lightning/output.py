@@ -36,7 +36,8 @@ class Output:
     """Charts, pictures, verdicts and run file of one run.
 
     Args:
-        trainer: Whose loggers and folder it uses.
+        trainer: Whose loggers it uses.
+        folder: For the run file; None for none.
         monitor: What is watched.
         settings: What is wanted.
         state: Of the run that this one goes on from.
@@ -50,6 +51,7 @@ class Output:
     def __init__(
         self,
         trainer: Trainer,
+        folder: Path | None,
         monitor: UpdateMonitor,
         settings: OutputSettings,
         state: Mapping[str, Any] | None,
@@ -72,8 +74,7 @@ class Output:
         if state is not None:
             self._charts.load_state_dict(state["charts"])
             self._judge.load_state_dict(state["verdicts"])
-        if settings.run_file and not getattr(trainer, "fast_dev_run", False):
-            folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if folder is not None:
             before = None if state is None else state["run_file"]
             self._try(f"a run file in {folder}", lambda: self._open(folder, before, first_step))
 
@@ -111,9 +112,13 @@ class Output:
             self._draw(step, weights)
         self._spent = time.perf_counter() - began
 
+    def flush(self) -> None:
+        """Log what has waited."""
+        self._chart(self._charts.rest())
+
     def finish(self) -> None:
         """What is still to be logged, and the pictures as they are in the end."""
-        self._chart(self._charts.rest())
+        self.flush()
         if self._observed and not _is_power_of_4(self._observed):
             self._draw(self._last_step, weight_octaves(self.monitor.parameters))
         self.close()

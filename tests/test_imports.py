@@ -114,8 +114,9 @@ ALLOWED = {
     "altgrad_lightning.output": {"altgrad", "altgrad.advice", "altgrad.figures", "altgrad.records"}
     | {"altgrad.report", "altgrad.weight_octaves"}
     | {f"altgrad_lightning.{part}" for part in ("charts", "history", "loggers")},
+    "altgrad_lightning.strategies": set(),
     "altgrad_lightning.callback": {"altgrad", "altgrad.advice", Q}
-    | {"altgrad_lightning.output", "altgrad_lightning.packages"},
+    | {f"altgrad_lightning.{part}" for part in ("output", "packages", "strategies")},
     "altgrad_lightning.demo": {"altgrad.records", "altgrad.report"}
     | {"altgrad_lightning.callback", "altgrad_lightning.packages"},
 }

@@ -193,3 +193,39 @@ def test_a_logger_that_fails_at_its_pictures_only(tmp_path: Path, monkeypatch: A
     assert len(messages) == 1
     assert "goes on without TensorBoardLogger, which failed: OSError" in messages[0]
     assert len([row for _, row in other.rows if "altgrad/stall_frac/bf16" in row]) == 6
+
+
+def test_rows_that_wait_are_logged_where_the_training_raises(tmp_path: Path) -> None:
+    """Nothing moves, so that it is not known which layers to chart."""
+
+    class Still(Net):
+        def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
+            if batch_index == 3:
+                raise KeyError("the user's own error")
+            return 0 * super().training_step(batch, batch_index)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    logger = Silent()
+    run = trainer(tmp_path, PrecisionMonitor(every_n_steps=1), logger=logger)
+    with pytest.raises(KeyError, match="the user's own error"):
+        run.fit(Still(), batches(6))
+    steps = [step for step, row in logger.rows if "altgrad/stall_frac/bf16" in row]
+    assert steps == [0, 1, 2]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_fault_at_the_end(tmp_path: Path, monkeypatch: Any, strict: bool) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr("altgrad_lightning.output.Output.finish", broken)
+    monitor = PrecisionMonitor(strict=strict)
+    if strict:
+        with pytest.raises(RuntimeError, match="device lost"):
+            fit(tmp_path, monitor)
+    else:
+        (message,) = told(tmp_path, monitor)
+        assert "device lost" in message
+    assert monitor._output is None
