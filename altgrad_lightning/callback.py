@@ -83,8 +83,7 @@ class PrecisionMonitor(Callback):
             more than all charts.
         run_file: Whether all figures of all layers are written to ``altgrad.jsonl`` in the run's
             log directory (Trainer.log_dir); about 3.5 kB for each layer and observed step with
-            four formats. Never
-            with ``fast_dev_run``.
+            four formats. Never with ``fast_dev_run``.
         max_elements: As in `UpdateMonitor`, which observes every step by default, and therefore
             fewer elements; more of them make the error of a sample smaller.
         sampling, overhead_budget, seed, compile: As in `UpdateMonitor`.
