@@ -20,6 +20,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from altgrad.records import FormatInfo, Run
+from altgrad.wording import percent
 
 STORES_FINE = 0.99
 """kept_update_ratio from which on a format stores a layer fine."""
@@ -253,12 +254,12 @@ def _judged(figures: Mapping[str, float], error: float) -> tuple[Verdict, str]:
         )
     if never_moved >= FROZEN:
         return Verdict.FROZEN, (
-            f"{_percent(never_moved)} of the weights that had updates would never have moved"
+            f"{percent(never_moved)} of the weights that had updates would never have moved"
         )
     underflow, saturated = figures["underflow_frac"], figures["saturated_frac"]
     if kept < STORES_FINE and (underflow >= UNDERFLOW or saturated >= SATURATED):
         return Verdict.RANGE, (
-            f"{_percent(underflow)} of the weights are stored as 0 and {_percent(saturated)} lie "
+            f"{percent(underflow)} of the weights are stored as 0 and {percent(saturated)} lie "
             f"beyond the top, and {_share(kept, error)} of the update is kept"
         )
     return _by_kept(kept, error, figures[_STALL])
@@ -271,7 +272,7 @@ def _by_kept(kept: float, error: float, stall: float) -> tuple[Verdict, str]:
             "say how far it is off"
         )
     low, high = _class_of(kept - _WIDTH * error), _class_of(kept + _WIDTH * error)
-    share = f"{_share(kept, error)} of the update is kept and {_percent(stall)} of updates vanish"
+    share = f"{_share(kept, error)} of the update is kept and {percent(stall)} of updates vanish"
     if low is not high:
         return Verdict.UNCERTAIN, f"{share}, which could be “{low.short}” or “{high.short}”"
     return low, f"{share} on average"
@@ -327,13 +328,3 @@ _SUMMARY_WORDS = {
 def _share(value: float, error: float) -> str:
     """With two standard errors, where it was sampled."""
     return f"{value:.3g} ± {_WIDTH * error:.1g}" if error > 0 else f"{value:.3g}"
-
-
-def _percent(share: float) -> str:
-    """In whole percent, of which 100 means all and 0 none."""
-    percent = round(100 * share)
-    if percent == 100 and share < 1:
-        return "over 99 %"
-    if percent == 0 and share > 0:
-        return "under 1 %"
-    return f"{percent} %"

@@ -82,7 +82,7 @@ def demo(
         "Report": log_dir / "report.html",
         "Picture": log_dir / "formats.png",
         "Run file": f"{monitor.path} (altgrad report {shlex.quote(str(log_dir))})",
-        "TensorBoard": f"tensorboard --logdir {shlex.quote(str(folder))}",
+        "TensorBoard": f"tensorboard --logdir {shlex.quote(str(folder))} (Custom Scalars, Images)",
     }
     for name, where in shown.items():
         console.print(f"{name + ':':13}{where}", soft_wrap=True, highlight=False)

@@ -144,11 +144,9 @@ def test_without_a_step_it_says_so() -> None:
 
 def test_reasons_are_sentences_with_their_figures() -> None:
     frozen = advice_on(figures(kept_update_ratio=0.0, never_moved_frac=0.996))
-    assert frozen.reason.startswith("over 99 % of the weights")
+    assert frozen.reason.startswith(">99 % of the weights")
     watched = advice_on(figures(kept_update_ratio=0.876, stall_frac=0.004))
-    assert (
-        watched.reason == "0.876 of the update is kept and under 1 % of updates vanish on average"
-    )
+    assert watched.reason == "0.876 of the update is kept and <1 % of updates vanish on average"
 
 
 def test_the_state_goes_on_where_it_was() -> None:

@@ -73,7 +73,7 @@ ALLOWED = {
     "altgrad.report.names": set(),
     "altgrad.report.canvas": {"altgrad.report.names"},
     "altgrad.report.drawings": {"altgrad.figures", "altgrad.records"}
-    | {"altgrad.report.canvas", "altgrad.report.names"},
+    | {"altgrad.report.canvas", "altgrad.report.names", "altgrad.wording"},
     "altgrad.report.cells": {"altgrad.advice"},
     "altgrad.report.run_report": {"altgrad.advice", "altgrad.figures", "altgrad.records"}
     | {"altgrad.report.drawings"},
@@ -101,7 +101,8 @@ ALLOWED = {
     | {"altgrad.records.watching", "altgrad.records.writing"},
     "altgrad.records.watching": {"altgrad.monitor", "altgrad.records.schema"},
     "altgrad.weight_octaves": {"altgrad.figures", SAMPLING},
-    "altgrad.advice": {"altgrad.records"},
+    "altgrad.wording": set(),
+    "altgrad.advice": {"altgrad.records", "altgrad.wording"},
     "altgrad.cli": {Q},
     "altgrad.__main__": {"altgrad.cli"},
     "altgrad_lightning": {"altgrad_lightning.callback"},

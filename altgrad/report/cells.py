@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from altgrad.advice import Advice, Verdict
+from altgrad.advice import NEEDS_REMEDY, STORES_FINE, Advice, Verdict
 
 COLOURS = {
     Verdict.STORES_FINE: "green",
@@ -30,13 +30,17 @@ MEANINGS = {
 
 
 def kept_text(kept: float) -> str:
-    """Two digits, rounded so that 1.00 means that nothing is lost and 0.00 that nothing is left."""
+    """Four characters, rounded, but never across a threshold of the verdicts, 0 or 1."""
     if math.isnan(kept):
         return ""
     rounded = round(kept, 2)
     if kept < 1 <= rounded:
         return ">.99"
-    return "<.01" if rounded == 0 < kept else f"{kept:.2f}"
+    if kept > 0 == rounded:
+        return "<.01"
+    if any(kept < threshold <= rounded for threshold in (STORES_FINE, NEEDS_REMEDY)):
+        return f"{math.floor(1000 * kept) / 1000:.3f}"[1:]
+    return f"{kept:.2f}"
 
 
 def cell_text(advice: Advice | None) -> str:

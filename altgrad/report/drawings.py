@@ -14,6 +14,7 @@ from altgrad.figures import Histogram
 from altgrad.records import FormatInfo
 from altgrad.report.canvas import finished, finished_empty, in_default_style, new_figure, png, svg
 from altgrad.report.names import short_names
+from altgrad.wording import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -275,8 +276,8 @@ def _write_lost_and_kept(axes: Axes, histogram: Histogram) -> None:
     if not total:
         axes.text(0.01, 1, "no update", color=_GREY, **place)
         return
-    axes.text(0.01, 1, f"{_percent(lost / total)} too small to move a weight", color=_LOST, **place)
-    kept = _percent(1 - lost / total)
+    axes.text(0.01, 1, f"{percent(lost / total)} too small to move a weight", color=_LOST, **place)
+    kept = percent(1 - lost / total)
     axes.text(0.99, 1, f"{kept} large enough", color=_KEPT, ha="right", **place)
 
 
@@ -306,13 +307,3 @@ def _powers(first: int, end: int) -> tuple[list[int], list[str]]:
 
 def _power(exponent: int) -> str:
     return f"2{str(exponent).translate(_SUPERSCRIPTS)}"
-
-
-def _percent(share: float) -> str:
-    """Whole percent, rounded so that 100 % means all and 0 % none."""
-    percent = round(100 * share)
-    if percent == 100 and share < 1:
-        return ">99 %"
-    if percent == 0 and share > 0:
-        return "<1 %"
-    return f"{percent} %"

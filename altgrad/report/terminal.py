@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from altgrad.report.run_report import RunReport
 
 _LEAST_WIDTH = 22  # of a layer's name
-_GAP = 1
-_SUGGESTION = "smallest\nthat is fine"
+_GAP = 1  # between columns: that of the box
+_SUGGESTION = "smallest\nfine"
 _NO_SUGGESTION = "none"
 
 
@@ -87,7 +87,7 @@ def _change_table(comparison: Comparison, most: int | None, width: int) -> Table
     )
     table = _table(f"Verdicts and kept_update_ratio: {which}", ["layer", "format", "A", "B"])
     texts = [(a.format, cell_text(a), cell_text(b)) for a, b in changes]
-    taken = sum(max(map(len, column)) + _GAP for column in zip(*texts, strict=True))
+    taken = _GAP + sum(max(map(len, column)) + _GAP for column in zip(*texts, strict=True))
     names = short_names([a.layer for a, _ in changes], max(width - taken, _LEAST_WIDTH))
     for name, (format, *cells), pair in zip(names, texts, changes, strict=True):
         styled = (
@@ -98,23 +98,27 @@ def _change_table(comparison: Comparison, most: int | None, width: int) -> Table
 
 
 def _that_fit(report: RunReport, layers: Sequence[str], width: int) -> list[list[str]]:
-    """The formats, in groups that are not wider than the console."""
-    free = width - _LEAST_WIDTH - len(_SUGGESTION.split("\n")[1]) - _GAP
+    """The formats, in groups whose columns leave room for the names of the layers."""
     groups: list[list[str]] = []
-    left = 0
     for format in report.formats:
-        needed = _cell_width(report, layers, format) + _GAP
-        if not groups or needed > left:
-            groups.append([])
-            left = free
-        groups[-1].append(format)
-        left -= needed
+        if (
+            groups
+            and _width_for_names(report, layers, [*groups[-1], format], width) >= _LEAST_WIDTH
+        ):
+            groups[-1].append(format)
+        else:
+            groups.append([format])
     return groups
 
 
-def _cell_width(report: RunReport, layers: Sequence[str], format: str) -> int:
-    by_layer = report.assessment.by_layer
-    return max(len(format), *(len(cell_text(by_layer[name].get(format))) for name in layers))
+def _width_for_names(
+    report: RunReport, layers: Sequence[str], formats: Sequence[str], width: int
+) -> int:
+    by_layer, suggestions = report.assessment.by_layer, report.assessment.suggestions
+    columns = [[f, *(cell_text(by_layer[name].get(f)) for name in layers)] for f in formats]
+    said = (suggestions.get(name) or _NO_SUGGESTION for name in layers)
+    columns.append([*_SUGGESTION.split("\n"), *said])
+    return width - _GAP - sum(max(map(len, column)) + _GAP for column in columns)
 
 
 def _verdict_table(
@@ -122,14 +126,13 @@ def _verdict_table(
 ) -> Table:
     by_layer, suggestions = report.assessment.by_layer, report.assessment.suggestions
     table = _table("If the weights were stored in …", ["layer", *formats, _SUGGESTION])
-    taken = sum(_cell_width(report, layers, format) + _GAP for format in formats)
-    taken += len(_SUGGESTION.split("\n")[1]) + _GAP
-    names = short_names(layers, max(width - taken, _LEAST_WIDTH))
+    free = _width_for_names(report, layers, formats, width)
+    names = short_names(layers, max(free, _LEAST_WIDTH))
     for name, layer in zip(names, layers, strict=True):
         cells = [by_layer[layer].get(format) for format in formats]
         styles = ["" if each is None else COLOURS[each.verdict] for each in cells]
         texts = [_styled(cell_text(c), style) for c, style in zip(cells, styles, strict=True)]
-        table.add_row(_styled(name), *texts, suggestions.get(layer) or _NO_SUGGESTION)
+        table.add_row(_styled(name), *texts, _styled(suggestions.get(layer) or _NO_SUGGESTION))
     return table
 
 
@@ -138,7 +141,7 @@ def _table(title: str, headings: Sequence[str]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, _GAP, 0, 0))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.pad_edge = table.show_edge = False
     for heading in headings:
         table.add_column(Text(heading), no_wrap=True, vertical="bottom")

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from altgrad.report.cells import kept_text
 from tests.report.runs import FORMATS, MARKUP, SCRIPT, empty_run, written_run
 
 
@@ -49,15 +51,19 @@ def test_the_table_says_what_each_format_would_do(run: Path, columns: int) -> No
 
 
 def test_of_many_layers_the_worst_are_shown_and_all_on_demand(tmp_path: Path) -> None:
-    fine = [f"blocks.{k}.attention.query_key_value.weight" for k in range(2000)]
+    long = "encoder.blocks.{}.attention.query_key_value.projection.weight"
+    fine = [long.format(k) for k in range(2000)]
     path = written_run(tmp_path, ["the.frozen.one"], fine, steps=1)
     lines = altgrad("report", path).stdout.splitlines()
     assert len(lines) < 70
     assert "The 40 of 2,001 layers that keep least:" in lines
-    assert any("the.frozen.one" in line for line in lines)
+    (row,) = (line for line in lines if line.startswith("the.frozen.one"))
+    assert row.split()[1:] == ["frozen", "0.00", "frozen", "0.00", "none"]
     assert max(map(len, lines)) <= 80
     lines = altgrad("report", path, "--layers", 0).stdout.splitlines()
-    assert sum("blocks." in line for line in lines) == 2000
+    rows = [line.split() for line in lines if "projection.weight" in line]
+    assert len(rows) == 2000
+    assert all(row[1:] == ["fine", "1.00", "fine", "1.00", "e5m2"] for row in rows)
 
 
 def test_formats_that_do_not_fit_are_in_a_table_of_their_own(tmp_path: Path) -> None:
@@ -65,12 +71,12 @@ def test_formats_that_do_not_fit_are_in_a_table_of_their_own(tmp_path: Path) -> 
     path = written_run(tmp_path, formats=formats)
     shown = altgrad("report", path).stdout
     assert max(map(len, shown.splitlines())) <= 80
-    assert "…" not in re.sub(r"stored in …", "", shown)
+    assert not re.search(r"\S…(\s|$)", shown)  # nothing is cut at its end
     assert shown.count("If the weights were stored in") > 1
     wide = altgrad("report", path, columns=200).stdout
     assert wide.count("If the weights were stored in") == 1
     for text in (shown, wide):
-        headings = [line.split()[1:-3] for line in text.splitlines() if line.startswith("layer ")]
+        headings = [line.split()[1:-1] for line in text.splitlines() if line.startswith("layer ")]
         assert [word for words in headings for word in words] == formats
 
 
@@ -175,3 +181,15 @@ def test_every_help_fits_80_columns_and_is_whole(command: tuple[str, ...]) -> No
     assert max(map(len, shown.stdout.splitlines())) <= 80
     assert "…" not in shown.stdout
     assert "..." not in shown.stdout.replace("COMMAND [ARGS]...", "")
+
+
+@pytest.mark.parametrize(
+    ("kept", "text"),
+    [
+        *((1.0, "1.00"), (0.9999, ">.99"), (0.996, ">.99"), (0.99, "0.99"), (0.9899, ".989")),
+        *((0.986, ".986"), (0.984, "0.98"), (0.5, "0.50"), (0.4999, ".499"), (0.494, "0.49")),
+        *((0.001, "<.01"), (0.0, "0.00"), (-0.3, "-0.30"), (1.44, "1.44"), (math.nan, "")),
+    ],
+)
+def test_a_share_is_never_rounded_across_a_threshold(kept: float, text: str) -> None:
+    assert kept_text(kept) == text
