@@ -45,11 +45,12 @@ class PrecisionMonitor(Callback):
     weight, gradient or random number changes.
 
     Observed are automatic and manual optimization, any number of optimizers, accumulation,
-    clipping, every precision of the Trainer and compiled modules, on one device; steps that were
-    none (a GradScaler found inf, there was no gradient, the learning rate is 0) are counted apart.
+    clipping, every precision of the Trainer and compiled modules, on one device, and under DDP,
+    where the first process observes and the others do nothing. Steps that were none (a GradScaler
+    found inf, there was no gradient, the learning rate is 0) are counted apart.
     Where a layer is stepped several times in a batch, the last step counts. Tuners (learning rate
-    finder, batch size scaler) are left alone. What it cannot observe it says once: strategies with
-    more than one process, optimizers that step inside of the backward pass or on copies of the
+    finder, batch size scaler) are left alone. What it cannot observe it says once: strategies that
+    shard the parameters, optimizers that step inside of the backward pass or on copies of the
     parameters (DeepSpeed ZeRO), and parameters that are not floating-point.
 
     It is a callback of `lightning` and of `pytorch_lightning`, whichever are installed. Its state
@@ -84,8 +85,8 @@ class PrecisionMonitor(Callback):
             observed step, of the model and of the charted layers: off by default, as they weigh
             more than all charts.
         run_file: Whether all figures of all layers are written to ``altgrad.jsonl`` in the run's
-            log directory (Trainer.log_dir); about 6 kB for each layer and observed step. Never
-            with ``fast_dev_run``.
+            log directory (Trainer.log_dir); about 3.5 kB for each layer and observed step with
+            four formats. Never with ``fast_dev_run``.
         max_elements: As in `UpdateMonitor`, which observes every step by default, and therefore
             fewer elements; more of them make the error of a sample smaller.
         sampling, overhead_budget, seed, compile: As in `UpdateMonitor`.

@@ -1,0 +1,164 @@
+"""The pages under docs/: their code runs, and what they say of constants is true."""
+
+import doctest
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import altgrad
+from altgrad import SamplingRule, UpdateMonitor
+from altgrad.advice import FROZEN, NEEDS_REMEDY, SATURATED, STORES_FINE, UNDERFLOW, Verdict
+from altgrad.records import RunFile, header_of
+from altgrad_lightning import PrecisionMonitor
+from altgrad_lightning.callback import PRESETS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+
+
+class Model(nn.Module):
+    """With layers of the names that the pages use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList([nn.ModuleDict({"ln": nn.LayerNorm(4)})])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks[0]["ln"](self.norm(self.decoder(x))))
+
+
+def setting() -> dict[str, Any]:
+    """What the reader of a page has already."""
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def train() -> None:
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+
+    def write(record: altgrad.StepRecord) -> None:
+        for file in files:
+            file.append(record.index, record, skipped={})
+
+    formats = ["bf16", "e4m3fn"]
+    watched = UpdateMonitor(model, write, formats=formats, every_n_steps=10)
+    folders = ("lightning_logs/version_0", "runs/a", "runs/b")
+    files = [RunFile.create(folder, header_of(watched)) for folder in folders]
+    with watched.attach(optimizer):
+        train()
+    for file in files:
+        file.close()
+    before = torch.ones(4)
+    trainer = SimpleNamespace(train=lambda: None)
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "train": train,
+        "before": before,
+        "after": before - 1e-3,
+        "gradient": torch.ones(4),
+        "Trainer": lambda *_, **__: trainer,
+        "arguments": None,
+        "data": [],
+    }
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_of_a_page_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = [block for block in blocks(page, "python") if ">>>" not in block]
+    monkeypatch.chdir(tmp_path)
+    names = setting()
+    if page.name == "report.md":
+        advice = SimpleNamespace(verdict=Verdict.FROZEN, layer="a")
+        names["monitor"] = SimpleNamespace(assessment=SimpleNamespace(advice=[advice]))
+    for block in code:
+        exec(compile(block, page.name, "exec"), names)
+    if page.name == "report.md":
+        assert names["frozen"] == ["a"]
+        assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_there_is_code_on_the_pages() -> None:
+    assert sum(len(blocks(page, "python")) for page in PAGES) >= 25
+
+
+def test_what_pages_show_of_code_is_what_it_gives() -> None:
+    result = doctest.testfile(str(ROOT / "docs" / "how-it-works.md"), module_relative=False)
+    assert result.attempted >= 5
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("page", ["docs/sampling.md", "README.md"])
+def test_the_yaml_makes_the_callback(page: str) -> None:
+    (text,) = blocks(ROOT / page, "yaml")
+    (callback,) = yaml.safe_load(text)["trainer"]["callbacks"]
+    assert callback["class_path"] == "altgrad_lightning.PrecisionMonitor"
+    arguments = callback["init_args"]
+    rules = [SamplingRule(**rule) for rule in arguments.pop("sampling")]
+    if isinstance(arguments.get("scaling"), list):
+        arguments["scaling"] = tuple(arguments["scaling"])
+    PrecisionMonitor(**arguments, sampling=rules)
+
+
+def test_all_public_names_are_in_the_reference() -> None:
+    reference = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    named = {name.rpartition(".")[2] for name in reference}
+    assert {*altgrad.__all__} - named == {"DEFAULT_FORMATS", "__version__"}
+
+
+def test_all_pages_are_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name in navigation
+
+
+def test_pictures_are_small_and_each_is_shown() -> None:
+    text = "".join(page.read_text() for page in PAGES)
+    for picture in (ROOT / "docs").glob("*.png"):
+        assert picture.name in text
+        assert picture.stat().st_size < 300_000
+
+
+def test_the_presets_are_those_of_the_code() -> None:
+    assert PRESETS == {
+        "economy": {"max_elements": 256, "layer_charts": 4, "overhead_budget": 0.01},
+        "standard": {},
+        "full": {"max_elements": None, "layer_charts": 16, "histograms": True},
+    }  # as docs/sampling.md has them
+    text = (ROOT / "docs" / "sampling.md").read_text()
+    assert "| 256 elements of a layer, 4 charted layers, at most 1 % of the time |" in text
+    assert "| all elements, 16 charted layers, histograms |" in text
+
+
+def test_the_thresholds_are_those_of_the_code() -> None:
+    assert (STORES_FINE, NEEDS_REMEDY, FROZEN) == (0.99, 0.5, 0.99)
+    assert (UNDERFLOW, SATURATED) == (0.1, 0.01)
+    text = (ROOT / "docs" / "how-it-works.md").read_text()
+    for words in (
+        "`never_moved_frac` ≥ 0.99",
+        "less than 0.99 is kept, and 10 % of the weights are stored as 0 or 1 % lie beyond the top",
+        "span 0.99 or 0.5",
+        "| 0.99 is kept, or more |",
+        "| 0.5 is kept, or more |",
+    ):
+        assert words in text
+    for verdict in Verdict:
+        assert str(verdict).replace("max_elements", "`max_elements`") in text
