@@ -19,6 +19,7 @@ import lightning.pytorch.loggers
 import numpy as np
 import pytest
 import pytorch_lightning.loggers
+from matplotlib import colormaps
 from PIL import Image
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,6 +31,7 @@ from altgrad.metrics import FORMAT_METRICS
 from altgrad.report import kept_map
 from altgrad_lightning import loggers as pictures_of
 from altgrad_lightning.history import History
+from tests.chromium import chromium, needs_chromium
 
 FORMATS = ("bf16", "e4m3fn")
 LAYERS = ("layers.0.weight", "layers.0.bias", "norm[0]|<b>.weight")
@@ -343,6 +345,18 @@ def test_a_real_tensorboard_shows_them_all(folder: str) -> None:
         assert sum(count for _, _, count in buckets) == pytest.approx(8.5)
         assert buckets[0][0] == -2
         assert buckets[-1][1] == 4
+
+
+@needs_chromium
+def test_its_page_of_images_shows_the_heat_maps(folder: str, tmp_path: Path) -> None:
+    with tensorboard(folder) as address:
+        wait_for(lambda: fetched(address, "text/tags").get("."))
+        picture = f"--screenshot={tmp_path / 'page.png'}"
+        _, errors = chromium(tmp_path, f"{address}#images", picture, milliseconds=20_000)
+    assert not errors
+    pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
+    colour = np.array(colormaps["YlOrRd"](9 / 20, bytes=True)[:3])  # of the first step
+    assert (abs(pixels - colour).max(-1) <= 8).sum() > 3000
 
 
 # --- wandb

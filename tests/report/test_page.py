@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
 import xml.etree.ElementTree as ET
 from html import unescape
 from pathlib import Path
@@ -13,9 +11,9 @@ import pytest
 
 from altgrad.records import read
 from altgrad.report import RunReport, page
+from tests.chromium import chromium, needs_chromium
 from tests.report.runs import MARKUP, SCRIPT, written_run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ACT = """
 <script>
 const result = {};
@@ -84,7 +82,7 @@ def test_verdicts_and_reasons_are_there_without_a_script(html: str) -> None:
     assert "of the weights that had updates would never have moved" in without
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+@needs_chromium
 def test_search_and_sort_work_and_nothing_fails_in_a_browser(html: str, tmp_path: Path) -> None:
     result = acted(html.replace("</body>", f"{ACT}</body>"), tmp_path)
     assert result["visible"] == [
@@ -99,7 +97,7 @@ def test_search_and_sort_work_and_nothing_fails_in_a_browser(html: str, tmp_path
     assert not result["wider"]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+@needs_chromium
 def test_a_script_error_would_be_seen(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="on purpose"):
         acted("<body><script>throw new Error('on purpose')</script></body>", tmp_path)
@@ -109,25 +107,8 @@ def acted(html: str, folder: Path) -> dict[str, Any]:
     """What the script that was added to a page found."""
     path = folder / "page.html"
     path.write_text(html, encoding="utf-8")
-    shown = subprocess.run(
-        [
-            *(
-                CHROMIUM or "",
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-dev-shm-usage",
-            ),
-            *(f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr"),
-            *("--window-size=1200,900", "--virtual-time-budget=5000", "--dump-dom", path.as_uri()),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    errors = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
-    assert not errors, errors
-    found = re.search(r'<pre id="result">(.*?)</pre>', shown.stdout, re.DOTALL)
-    assert found is not None, shown.stdout[-500:]
+    dom, errors = chromium(folder, path.as_uri(), "--dump-dom")
+    assert not errors
+    found = re.search(r'<pre id="result">(.*?)</pre>', dom, re.DOTALL)
+    assert found is not None, dom[-500:]
     return json.loads(unescape(found[1]))
