@@ -1,7 +1,6 @@
 """The pages under docs/: their code runs, and what they say of constants is true."""
 
 import doctest
-import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,7 +134,7 @@ def test_pictures_are_small_and_each_is_shown() -> None:
     text = "".join(page.read_text() for page in PAGES)
     for picture in (ROOT / "docs").glob("*.png"):
         assert picture.name in text
-        assert os.path.getsize(picture) < 300_000
+        assert picture.stat().st_size < 300_000
 
 
 def test_the_presets_are_those_of_the_code() -> None:
