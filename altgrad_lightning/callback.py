@@ -22,6 +22,7 @@ from altgrad import (
 from altgrad.quantization import NumberFormat, Scaling, get_formats
 from altgrad_lightning.output import Output, OutputSettings
 from altgrad_lightning.packages import Callback
+from altgrad_lightning.strategies import is_idle, refused_strategy
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -194,13 +195,16 @@ class PrecisionMonitor(Callback):
         self._state, self._output_state = resumed_from.get("monitor"), resumed_from.get("output")
         self.latest, self.latest_model, self.latest_step, self.path = {}, None, None, None
         self.skipped.clear()
+        folder = self._folder_of_run(trainer)
+        if is_idle(trainer, pl_module):
+            return
         self._trainer = trainer
         self._every = self.every_n_steps or getattr(trainer, "log_every_n_steps", None) or 0
         self._attach(trainer, pl_module)
         if self._monitor is not None:
             settings, first_step = self._output_settings, _logged_step(trainer)
             self._output = Output(
-                trainer, self._monitor, settings, self._output_state, first_step, self._tell
+                trainer, folder, self._monitor, settings, self._output_state, first_step, self._tell
             )
             self.path = self._output.path
 
@@ -263,6 +267,12 @@ class PrecisionMonitor(Callback):
             sum(each.training_seconds for each in records),
         )
 
+    def _folder_of_run(self, trainer: Trainer) -> Path | None:
+        """Of the run file; every process has to ask for it, or those that do wait for ever."""
+        if not self._output_settings.run_file or getattr(trainer, "fast_dev_run", False):
+            return None
+        return Path(trainer.log_dir or trainer.default_root_dir)
+
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reasons = [self._make_monitor(trainer, pl_module)]
         self._optimizers = [*trainer.optimizers]  # those before were held: state goes with them
@@ -276,8 +286,8 @@ class PrecisionMonitor(Callback):
     def _make_monitor(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """Make it, or return why there can be none."""
         self._end_monitor()  # its optimizers were replaced
-        if trainer.world_size > 1:
-            return f"it has {trainer.world_size} processes, and this version knows only one"
+        if refused := refused_strategy(trainer):
+            return refused
         if next(pl_module.parameters(), None) is None:
             return "there is no parameter to observe in the module"
         self._monitor = UpdateMonitor(

@@ -35,7 +35,8 @@ class Output:
     """Charts, pictures, verdicts and run file of one run.
 
     Args:
-        trainer: Whose loggers and folder it uses.
+        trainer: Whose loggers it uses.
+        folder: For the run file; None for none.
         monitor: What is watched.
         settings: What is wanted.
         state: Of the run that this one goes on from.
@@ -49,6 +50,7 @@ class Output:
     def __init__(
         self,
         trainer: Trainer,
+        folder: Path | None,
         monitor: UpdateMonitor,
         settings: OutputSettings,
         state: Mapping[str, Any] | None,
@@ -70,8 +72,7 @@ class Output:
         if state is not None:
             self._charts.load_state_dict(state["charts"])
             self._judge.load_state_dict(state["verdicts"])
-        if settings.run_file and not getattr(trainer, "fast_dev_run", False):
-            folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if folder is not None:
             before = None if state is None else state["run_file"]
             self._try(f"a run file in {folder}", lambda: self._open(folder, before, first_step))
 

@@ -113,7 +113,8 @@ ALLOWED = {
     "altgrad_lightning.output": {"altgrad", "altgrad.advice", "altgrad.figures", "altgrad.records"}
     | {"altgrad.report", "altgrad.weight_octaves"}
     | {f"altgrad_lightning.{part}" for part in ("charts", "history", "loggers")},
-    "altgrad_lightning.callback": {"altgrad", Q}
+    "altgrad_lightning.strategies": set(),
+    "altgrad_lightning.callback": {"altgrad", Q, "altgrad_lightning.strategies"}
     | {"altgrad_lightning.output", "altgrad_lightning.packages"},
     "altgrad_lightning.demo": {"altgrad.records", "altgrad.report"}
     | {"altgrad_lightning.callback", "altgrad_lightning.packages"},

@@ -394,10 +394,15 @@ def test_manual_optimization_without_and_with_closure(tmp_path: Path) -> None:
         assert_are_of_last_step(monitor.latest["layers.0.weight"], of_first)
 
 
-def test_more_than_one_process_is_told_and_not_observed() -> None:
-    monitor = PrecisionMonitor()
-    run = SimpleNamespace(world_size=2, optimizers=[], callbacks=[monitor], log_every_n_steps=1)
-    with pytest.warns(UserWarning, match="does not observe this run.*: it has 2 processes"):
+def test_a_strategy_that_cannot_be_observed_is_told() -> None:
+    monitor = PrecisionMonitor(run_file=False)
+    run = SimpleNamespace(
+        strategy=type("Other", (), {})(),
+        lightning_module=Net(),
+        is_global_zero=True,
+        **{"world_size": 2, "optimizers": [], "callbacks": [monitor], "log_every_n_steps": 1},
+    )
+    with pytest.warns(UserWarning, match="does not observe this run.*: Other has 2 processes"):
         monitor.on_train_start(run, Net())
     assert monitor._monitor is None
     assert monitor._trainer is None

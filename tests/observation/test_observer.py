@@ -28,7 +28,7 @@ INF = float("inf")
 
 @pytest.fixture(autouse=True)
 def _choose_of_small_parameters_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("altgrad.observation.snapshots._WHOLE", -1)
+    monkeypatch.setattr("altgrad.observation.snapshots.WHOLE_UP_TO", -1)
 
 
 def make_model(seed: int = 0) -> nn.Module:

@@ -25,7 +25,7 @@ EVERY_SHAPE = {
 def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     # Elements are chosen of the smallest parameters here, too.
-    monkeypatch.setattr("altgrad.observation.snapshots._WHOLE", -1)
+    monkeypatch.setattr("altgrad.observation.snapshots.WHOLE_UP_TO", -1)
 
 
 def with_gradient(tensor: Tensor, gradient: Tensor | None = None) -> Tensor:

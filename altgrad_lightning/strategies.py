@@ -1,0 +1,45 @@
+"""Which processes of a Trainer observe, and which strategies cannot be observed at all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
+_REFUSED = {
+    "DeepSpeedStrategy": "DeepSpeed steps flat copies of the parameters, which have no layers",
+    "FSDPStrategy": "FSDP1 keeps the parameters as flat shards, which have no layers",
+    "XLAStrategy": "it steps on devices of XLA, which have no hooks around the step",
+}
+_REPLICATING = "DDPStrategy"
+
+
+def is_idle(trainer: Trainer, module: nn.Module) -> bool:
+    """Whether this process has nothing to do: each has all of the parameters, and the first one
+    observes them.
+    """
+    several, first = trainer.world_size > 1, trainer.is_global_zero
+    return several and not first and not is_sharded(module)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether parameters are DTensors, as those of FSDP2 and of tensor parallelism are."""
+    return any(hasattr(parameter, "placements") for parameter in module.parameters())
+
+
+def refused_strategy(trainer: Trainer) -> str | None:
+    """Why the steps of the Trainer's strategy cannot be observed; None if they can."""
+    kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
+    for kind in kinds:
+        if kind in _REFUSED:
+            return f"{_REFUSED[kind]} ({kind}); use ModelParallelStrategy with fully_shard, or DDP"
+    module = trainer.lightning_module
+    if trainer.world_size == 1 or _REPLICATING in kinds or is_sharded(module):
+        return None
+    return (
+        f"{kinds[0]} has {trainer.world_size} processes, and whether each has all of the "
+        "parameters is not known; use DDP, or ModelParallelStrategy with fully_shard"
+    )
