@@ -48,13 +48,18 @@ ALLOWED = {
     "altgrad.measuring": {f"{Q}.arguments", f"{Q}.block_formats", f"{Q}.grids", f"{Q}.scaling"}
     | {"altgrad.chunks", "altgrad.figures", "altgrad.metrics", "altgrad.row_kernel"}
     | {"altgrad.scales", "altgrad.statistics", "altgrad.totals", "altgrad.workspace"},
-    "altgrad.arena": {f"{Q}.arguments", f"{OBS}.snapshots"}
-    | {"altgrad.ever_moved", "altgrad.measuring", "altgrad.row_kernel"}
+    "altgrad.shards": {f"{OBS}.local"},
+    "altgrad.distributed": {f"{OBS}.faults", "altgrad.statistics"},
+    "altgrad.sharded_layers": {f"{Q}.scaling", f"{OBS}.local", "altgrad.distributed"}
+    | {"altgrad.ever_moved", "altgrad.scales", "altgrad.shards"},
+    "altgrad.arena": {f"{Q}.arguments", f"{OBS}.local", f"{OBS}.snapshots"}
+    | {"altgrad.chunks", "altgrad.ever_moved", "altgrad.measuring", "altgrad.row_kernel"}
     | {"altgrad.scale_state", "altgrad.scales"},
     "altgrad.monitor": {f"{Q}.arguments", f"{Q}.block_formats", f"{Q}.scaling", OBS, SAMPLING}
     | {"altgrad.arena", "altgrad.budgets", "altgrad.chunks", "altgrad.clock", "altgrad.ever_moved"}
     | {"altgrad.measuring", "altgrad.merging", "altgrad.step_record", "altgrad.scale_state"}
-    | {f"{OBS}.snapshots"},
+    | {"altgrad.distributed", "altgrad.scales", "altgrad.sharded_layers", "altgrad.shards"}
+    | {f"{OBS}.local", f"{OBS}.observer", f"{OBS}.snapshots"},
     f"{SAMPLING}.arguments": set(),
     f"{SAMPLING}.layers": {f"{SAMPLING}.arguments"},
     f"{SAMPLING}.dry_run": {f"{SAMPLING}.layers"},
@@ -62,13 +67,15 @@ ALLOWED = {
     f"{SAMPLING}.elements": {f"{SAMPLING}.arguments"},
     SAMPLING: {f"{SAMPLING}.{part}" for part in ("dry_run", "elements", "layers", "steps")},
     f"{OBS}.parameter_names": set(),
-    f"{OBS}.snapshots": set(),
+    f"{OBS}.local": set(),
+    f"{OBS}.faults": set(),
+    f"{OBS}.snapshots": {f"{OBS}.local"},
     f"{OBS}.step_hooks": set(),
     f"{OBS}.optimizers": {f"{OBS}.step_hooks"},
     f"{OBS}.skips": {f"{OBS}.optimizers", f"{OBS}.step_hooks"},
     f"{OBS}.optimizer_step": {f"{OBS}.snapshots"},
     f"{OBS}.observer": {f"{OBS}.parameter_names", f"{OBS}.snapshots", f"{OBS}.step_hooks"}
-    | {f"{OBS}.optimizers", f"{OBS}.skips", f"{OBS}.optimizer_step"},
+    | {f"{OBS}.faults", f"{OBS}.optimizers", f"{OBS}.skips", f"{OBS}.optimizer_step"},
     OBS: {f"{OBS}.observer", f"{OBS}.optimizer_step"},
     "altgrad.report.names": set(),
     "altgrad.report.canvas": {"altgrad.report.names"},
