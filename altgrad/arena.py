@@ -134,7 +134,7 @@ class Arena:
         elements = here.numel() if indices is None else len(indices)
         if {parameter.dtype, gradient.dtype} - {*INPUT_DTYPES} or elements > self._capacity:
             return None
-        if is_sharded(parameter) and not elements:
+        if not elements and (indices is not None or is_sharded(parameter)):
             return None
         self._scale_state.look_at(name, parameter)
         segment, place = self._find(name, here, gradient, elements)

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from altgrad.observation.faults import FaultElsewhere
-from altgrad.statistics import MAXIMA, SUMS, max_count, sum_count
+from altgrad.observation.faults import FaultElsewhereError
+from altgrad.statistics import SUMS, max_count, sum_count
 
 _POPULATION, _ELEMENTS = SUMS.index("population"), SUMS.index("elements")
 _MOST_NAMED = 3
@@ -136,20 +136,18 @@ class Ranks:
 
     # --- an observed step
 
-    def merge(
-        self, index: int, formats: int, layers: Mapping[str, Expected], own: Own
-    ) -> Together:
+    def merge(self, index: int, formats: int, layers: Mapping[str, Expected], own: Own) -> Together:
         """What all processes came to in a step: one SUM and one MAX.
 
         Args:
             index: Of the step.
             formats: How many are judged.
-            layers: All that the optimizer may have stepped, in an order that is the same everywhere.
+            layers: All that the optimizer may have stepped, everywhere in the same order.
             own: What this process has to contribute; nothing counts if it has failed.
 
         Raises:
             Exception: What failed here, where no process of lower rank failed too.
-            FaultElsewhere: What failed in another one.
+            FaultElsewhereError: What failed in another one.
             LostRankError: One does not answer.
         """
         sums, maxima = _nothing_of(formats, len(layers))
@@ -232,10 +230,12 @@ class Ranks:
         """The first process that has failed says how."""
         if own is not None and first == self.rank:
             raise own
-        raise FaultElsewhere(f"rank {first} has failed to observe this step, and says how") from own
+        raise FaultElsewhereError(
+            f"rank {first} has failed to observe this step, and says how"
+        ) from own
 
     def _raise_everywhere(self, message: str) -> None:
-        raise RuntimeError(message) if self.rank == 0 else FaultElsewhere(message)
+        raise RuntimeError(message) if self.rank == 0 else FaultElsewhereError(message)
 
     def _reduce(self, numbers: Tensor, how: str) -> None:
         operation = getattr(self._distributed.ReduceOp, how)
@@ -276,7 +276,7 @@ def _group_beside(world: Any) -> Any:
 
 
 def _device_of(world: Any) -> torch.device:
-    devices = world._device_types  # noqa: SLF001 - nor for this
+    devices: list[torch.device] = world._device_types  # noqa: SLF001 - nor for this
     return next((d for d in devices if d.type != "cpu"), devices[0])
 
 

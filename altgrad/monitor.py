@@ -170,11 +170,9 @@ class UpdateMonitor:
 
     def elements_of(self, name: str) -> int:
         """How many elements of a layer are measured in a step."""
-        parameter = self._observer.parameters[name]
-        indices = self._indices(name, parameter.shape)
-        if indices is None or parameter.numel() <= WHOLE_UP_TO:
-            return parameter.numel()
-        return len(indices)
+        shape = self._observer.parameters[name].shape
+        indices = self._chosen(name, shape)
+        return shape.numel() if indices is None else len(indices)
 
     @property
     def skipped(self) -> Counter[SkipReason]:
@@ -231,7 +229,7 @@ class UpdateMonitor:
         """What is observed together with other processes."""
         if self._sharded is None:
             parameters, scaling = self._observer.parameters, self._measurer.scaling
-            self._sharded = ShardedLayers(parameters, self._indices, scaling)
+            self._sharded = ShardedLayers(parameters, self._chosen, scaling)
             self._scale_state.take = self._sharded.amax_of
             self._observer.agree = self._agree
         return self._sharded
@@ -239,9 +237,9 @@ class UpdateMonitor:
     def _check_formats_of_shards(self) -> None:
         if need_tensor_amax(self._measurer.formats):
             raise ValueError(
-                f"formats={self._measurer.names}: one of them scales blocks by the amax of the whole "
-                "tensor in each step, which is not known where parameters are sharded; leave out "
-                "'nvfp4' or observe an unsharded run"
+                f"formats={self._measurer.names}: one of them scales blocks by the amax of the "
+                "whole tensor in each step, which is not known where parameters are sharded; leave "
+                "out 'nvfp4', or observe an unsharded run"
             )
 
     def _leave_out_torn_layers(self, sharded: ShardedLayers) -> None:
@@ -393,6 +391,10 @@ class UpdateMonitor:
         most, block = self._layer(name).max_elements, self._measurer.block
         return sample_elements(name, shape, most, seed=self._seed, block=block)
 
+    def _chosen(self, name: str, shape: torch.Size) -> Tensor | None:
+        """Those that are measured; None for all."""
+        return None if shape.numel() <= WHOLE_UP_TO else self._indices(name, shape)
+
     def _memory(self, optimizer: Optimizer) -> Memory:
         if optimizer not in self._arenas:
             arena = Arena(self._measurer, self._scale_state, self._ever_moved, self._samples)
@@ -408,9 +410,7 @@ class UpdateMonitor:
 
     def _can_be_measured(self, name: str, parameter: Tensor) -> bool:
         return (
-            not is_lazy(parameter)
-            and parameter.dtype in INPUT_DTYPES
-            and self._layer(name).enabled
+            not is_lazy(parameter) and parameter.dtype in INPUT_DTYPES and self._layer(name).enabled
         )
 
     def _scales_changed(self) -> None:
@@ -526,7 +526,7 @@ class UpdateMonitor:
             if name not in names or {before.dtype, gradient.dtype} - {*INPUT_DTYPES}:
                 continue
             parameter = parameters[name]
-            if is_sharded(parameter) and not before.numel():
+            if self._sharded is not None and not before.numel():
                 continue  # others have all that is measured of it
             self._scale_state.look_at(name, parameter)
             amax = self._scale_state.amax(name) if self._measurer.needs_amax else None

@@ -71,11 +71,10 @@ class ShardedLayers:
             torch.float64 if p.dtype == torch.float64 else torch.float32
             for p in parameters.values()
         ]
-        has_zero = [bool((each == 0).any()) for each in found.split(groups)]
-        each = {device: numbers.split(groups) for device, numbers in on_device.items()}
+        has_zero = [bool((each == 0).any()) for each in torch.split(found, groups)]
+        each = {device: torch.split(numbers, groups) for device, numbers in on_device.items()}
         return [
-            each[parameter.device][k].to(wide[k])
-            for k, parameter in enumerate(parameters.values())
+            each[parameter.device][k].to(wide[k]) for k, parameter in enumerate(parameters.values())
         ], has_zero
 
     def ever_moved_state(
@@ -95,11 +94,11 @@ class ShardedLayers:
             whole_of(own.get(name), shape, self.part_of(name).positions)
             for name, shape in shapes.items()
         ]
-        joined = self.ranks.joined(torch.cat(bits)).split([*map(len, bits)])
+        joined = torch.split(self.ranks.joined(torch.cat(bits)), [*map(len, bits)])
         pairs = zip(shapes.items(), joined, strict=True)
         return {name: (shape, each.clone()) for (name, shape), each in pairs if each.any()}
 
-    def _amax_here(self, parameters: Mapping[str, Tensor], groups: Sequence[int]) -> Tensor:
+    def _amax_here(self, parameters: Mapping[str, Tensor], groups: list[int]) -> Tensor:
         here = {name: local_of(parameter.detach()) for name, parameter in parameters.items()}
         filled = {name: each for name, each in here.items() if each.numel()}
         numbers = torch.zeros(sum(groups), dtype=torch.float64)
@@ -107,8 +106,8 @@ class ShardedLayers:
             return numbers
         each, _ = layer_amax_of_each([*filled.values()], self._scaling)
         on_host = torch.cat([amax.double().to(each[0].device) for amax in each]).cpu()
-        of_layer = dict(zip(filled, on_host.split([*map(len, each)]), strict=True))
-        for name, own in zip(parameters, numbers.split(groups), strict=True):
+        of_layer = dict(zip(filled, torch.split(on_host, [*map(len, each)]), strict=True))
+        for name, own in zip(parameters, torch.split(numbers, groups), strict=True):
             if name in of_layer:
                 own[self._groups_here(name, len(own))] = of_layer[name]
         return numbers

@@ -3,5 +3,5 @@
 from __future__ import annotations
 
 
-class FaultElsewhere(RuntimeError):
+class FaultElsewhereError(RuntimeError):
     """Another process has failed to observe, and says so; here it is only to be heeded."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from altgrad.observation.faults import FaultElsewhere
+from altgrad.observation.faults import FaultElsewhereError
 from altgrad.observation.optimizer_step import OptimizerStep, step_of
 from altgrad.observation.optimizers import (
     check_none_in_backward,
@@ -93,7 +93,8 @@ class StepObserver:
     Attributes:
         agree: None, or what is called instead of `on_step` with the optimizer, the step's index and
             a function that shows the step: also where it was none, or something failed, so that
-            other processes that observe it can be told.
+            other processes that observe it can be told. Set before `attach`; `elements` is then
+            asked about small parameters, too.
         skipped: How many steps should have been observed and were none, by reason: ``"inf"``, not
             finite gradients under a GradScaler; ``"no gradients"`` of any observed parameter;
             ``"learning rate 0"`` of all that have one, with nothing moved (where only some have
@@ -231,7 +232,9 @@ class StepObserver:
             hooks = StepHooks(optimizer, self._is_due, self._take, self._finish)
             self._hooks.append(hooks)
             memory = self._memory and self._memory(optimizer)
-            self._snapshots[hooks] = Snapshots(self._elements, self._chosen, memory)
+            self._snapshots[hooks] = Snapshots(
+                self._elements, self._chosen, memory, asks_of_all=self.agree is not None
+            )
         for each in scalers:
             if each not in self._scalers:
                 self._scalers[each] = SkipTeller.of(each).listen(self._count_skip_by_scaler)
@@ -378,7 +381,7 @@ class StepObserver:
         self._stop()
         if self._strict:
             raise fault
-        if isinstance(fault, FaultElsewhere):
+        if isinstance(fault, FaultElsewhereError):
             return
         place = traceback.extract_tb(fault.__traceback__)[-1]
         warnings.warn(

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from altgrad.observation.local import is_sharded, local_gradient_of, local_of
+from altgrad.observation.local import local_gradient_of, local_of
 
 Elements: TypeAlias = Callable[[str, Tensor], Tensor | None]
 """From a parameter's name and the parameter to the flat indices to copy, into what lies here of a
@@ -89,6 +89,12 @@ class Snapshots:
     On a CPU all memory is used again: to touch new memory takes longer than to copy into it. On an
     accelerator only that of small and of sampled parameters is; that of whole large ones is
     allocated for each step, after its backward pass, so as not to be there with the activations.
+
+    Args:
+        elements: Which elements of each large parameter to copy; None copies all of all.
+        chosen: What `elements` has returned.
+        memory: Where to copy them.
+        asks_of_all: Whether `elements` is asked about small parameters, too.
     """
 
     def __init__(
@@ -96,7 +102,10 @@ class Snapshots:
         elements: Elements | None,
         chosen: Chosen | None = None,
         memory: Memory | None = None,
+        *,
+        asks_of_all: bool = False,
     ) -> None:
+        self._asks_of_all = asks_of_all
         self.peak_bytes = 0
         self._memory = memory
         self._elements = elements
@@ -194,7 +203,7 @@ class Snapshots:
         """Chosen once, so that every step shows the same elements."""
         if self._elements is None:
             return None
-        if parameter.numel() <= WHOLE_UP_TO and not is_sharded(parameter):
+        if parameter.numel() <= WHOLE_UP_TO and not self._asks_of_all:
             return None
         shape, indices = self._chosen.get(parameter, (None, None))
         if shape != parameter.shape:

@@ -36,10 +36,9 @@ def differences(record: StepRecord, expected: StepRecord) -> list[str]:
             found.append(f"{name}: {figures.formats} of {figures.population}")
         found += [f"{name}: {each}" for each in _of_layer(figures, other)]
     for key, value in record.model.items():
-        other = expected.model[key]
-        if not (value == other or math.isnan(value) and math.isnan(other)):
-            if not math.isclose(value, other, rel_tol=1e-9):
-                found.append(f"model {key}: {value} for {other}")
+        truth = expected.model[key]
+        if math.isnan(value) != math.isnan(truth) or abs(value - truth) > 1e-9 * abs(truth):
+            found.append(f"model {key}: {value} for {truth}")
     return found
 
 

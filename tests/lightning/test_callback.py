@@ -400,7 +400,10 @@ def test_a_strategy_that_cannot_be_observed_is_told() -> None:
         strategy=type("Other", (), {})(),
         lightning_module=Net(),
         is_global_zero=True,
-        **{"world_size": 2, "optimizers": [], "callbacks": [monitor], "log_every_n_steps": 1},
+        world_size=2,
+        optimizers=[],
+        callbacks=[monitor],
+        log_every_n_steps=1,
     )
     with pytest.warns(UserWarning, match="does not observe this run.*: Other has 2 processes"):
         monitor.on_train_start(run, Net())
