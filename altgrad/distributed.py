@@ -191,11 +191,11 @@ class Ranks:
                 the next `merge` tells all.
             count: How many.
         """
-        numbers = torch.full((count,), -torch.inf, dtype=torch.float64)
-        with self.keeping_faults():
-            numbers = take()
-        self._reduce(numbers, "MAX")
-        return numbers
+        return self._of_all(take, torch.full((count,), -torch.inf, dtype=torch.float64), "MAX")
+
+    def total(self, take: Callable[[], Tensor], count: int) -> Tensor:
+        """Likewise, the sum of each; one SUM."""
+        return self._of_all(take, torch.zeros(count, dtype=torch.float64), "SUM")
 
     # --- else
 
@@ -204,9 +204,10 @@ class Ranks:
         self._reduce(bits, "BOR")
         return bits
 
-    def total(self, numbers: Tensor) -> Tensor:
-        """The sums of numbers over all processes, on the host."""
-        self._reduce(numbers, "SUM")
+    def _of_all(self, take: Callable[[], Tensor], numbers: Tensor, how: str) -> Tensor:
+        with self.keeping_faults():
+            numbers = take()
+        self._reduce(numbers, how)
         return numbers
 
     def _check_counts(

@@ -23,6 +23,7 @@ from altgrad.chunks import Sample
 from altgrad.clock import Clock
 from altgrad.distributed import Own
 from altgrad.ever_moved import EverMovedOfLayers
+from altgrad.figures import Histogram
 from altgrad.measuring import DEFAULT_FORMATS, Formats, Measurer
 from altgrad.merging import StepVectors
 from altgrad.observation import OptimizerStep, SkipReason, StepObserver
@@ -45,6 +46,7 @@ from altgrad.scales import block_sizes, need_tensor_amax
 from altgrad.sharded_layers import ShardedLayers
 from altgrad.shards import NOTHING
 from altgrad.step_record import StepRecord
+from altgrad.weight_octaves import weight_octaves
 
 DEFAULT_MAX_ELEMENTS = 1024
 """A share is then known to 0.016 at worst (one standard error); see benchmarks/README.md."""
@@ -168,6 +170,13 @@ class UpdateMonitor:
         """Those that are measured, by name."""
         return self._measured_parameters()
 
+    def weight_octaves(self) -> Histogram:
+        """How many of all measured parameters' elements lie in each octave of magnitude, estimated.
+
+        Where parameters are sharded all processes have to call it, and wait for each other.
+        """
+        return weight_octaves(self.parameters, self._sharded)
+
     def elements_of(self, name: str) -> int:
         """How many elements of a layer are measured in a step."""
         shape = self._observer.parameters[name].shape
@@ -183,6 +192,11 @@ class UpdateMonitor:
     def is_observing(self) -> bool:
         """Whether it is attached and nothing has failed."""
         return self._observer.is_observing
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether parameters are sharded, so that all processes observe together."""
+        return self._sharded is not None
 
     def describe(self) -> str:
         """A dry run: a table of the layers, and which rule each of them got."""
@@ -332,7 +346,10 @@ class UpdateMonitor:
         names = self._measured(self._observer.names)
         expected = sharded.expected(names)
         self._ever_moved.keep_parts(
-            {name: (expected[name].elements, sharded.part_of(name).positions) for name in names}
+            {
+                name: (expected[name].elements, sharded.measured_part_of(name).positions)
+                for name in names
+            }
         )
 
     # --- before a step
@@ -379,7 +396,7 @@ class UpdateMonitor:
         if parameter.dtype not in INPUT_DTYPES:
             return None
         if self._sharded is not None:
-            part = self._sharded.part_of(name) if self._layer(name).enabled else NOTHING
+            part = self._sharded.measured_part_of(name) if self._layer(name).enabled else NOTHING
             self._samples[name] = Sample(parameter.shape, part.indices)
             return part.local
         indices = self._indices(name, parameter.shape)

@@ -42,10 +42,17 @@ class ShardedLayers:
         self._scaling = scaling
         self._expected: dict[str, Expected] = {}
 
-    def part_of(self, name: str) -> Part:
+    def measured_part_of(self, name: str) -> Part:
         """The elements of a layer that are measured here."""
-        shard = self._shards[name]
-        return shard.part_of(self._indices_of(name, shard.shape))
+        return self.part_of(name, self._indices_of(name, self._shards[name].shape))
+
+    def part_of(self, name: str, indices: Tensor | None) -> Part:
+        """As `Shard.part_of`."""
+        return self._shards[name].part_of(indices)
+
+    def here(self, parameter: Tensor) -> Tensor:
+        """What of it lies here."""
+        return local_of(parameter.detach())
 
     def expected(self, names: Iterable[str]) -> dict[str, Expected]:
         """How many elements all processes together measure of layers, of how many."""
@@ -91,7 +98,7 @@ class ShardedLayers:
         if not shapes:
             return {}
         bits = [
-            whole_of(own.get(name), shape, self.part_of(name).positions)
+            whole_of(own.get(name), shape, self.measured_part_of(name).positions)
             for name, shape in shapes.items()
         ]
         joined = torch.split(self.ranks.joined(torch.cat(bits)), [*map(len, bits)])

@@ -163,6 +163,8 @@ class PrecisionMonitor(Callback):
         self._state: dict[str, Any] | None = None  # of the monitor before this one
         self._output_state: dict[str, Any] | None = None  # likewise
         self._resumed_from: dict[str, Any] | None = None  # until training starts
+        self._is_first = True  # of the processes of the run, and speaks for them
+        self._observed = 0
         self._optimizers: list[torch.optim.Optimizer] = []
         self._records: list[StepRecord] = []  # of the batch
         self._told: set[str] = set()
@@ -195,13 +197,14 @@ class PrecisionMonitor(Callback):
         self._state, self._output_state = resumed_from.get("monitor"), resumed_from.get("output")
         self.latest, self.latest_model, self.latest_step, self.path = {}, None, None, None
         self.skipped.clear()
+        self._is_first = trainer.is_global_zero
         folder = self._folder_of_run(trainer)
         if is_idle(trainer, pl_module):
             return
-        self._trainer = trainer
+        self._trainer, self._observed = trainer, 0
         self._every = self.every_n_steps or getattr(trainer, "log_every_n_steps", None) or 0
         self._attach(trainer, pl_module)
-        if self._monitor is not None:
+        if self._monitor is not None and trainer.is_global_zero:
             settings, first_step = self._output_settings, _logged_step(trainer)
             self._output = Output(
                 trainer, folder, self._monitor, settings, self._output_state, first_step, self._tell
@@ -217,10 +220,15 @@ class PrecisionMonitor(Callback):
             self._stop(f"stops observing: {error}")
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if not self._records or self._output is None:
+        if not self._records or self._monitor is None:
             return
         try:
-            self._output.write(_logged_step(trainer), self._latest_record(trainer))
+            record = self._latest_record(trainer)
+            self._observed += 1
+            draws = self._observed & (self._observed - 1) == 0  # the 1st, 2nd, 4th, 8th, …
+            weights = self._monitor.weight_octaves() if draws else None
+            if self._output is not None:
+                self._output.write(_logged_step(trainer), record, weights)
         except Exception as fault:
             if self._settings["strict"]:
                 raise
@@ -236,15 +244,19 @@ class PrecisionMonitor(Callback):
             else:
                 why = f"none fell on an observed batch (every {self._every})"
             self._tell(f"observed no step: {why}")
+        weights, monitor = None, self._monitor
+        if monitor is not None and self._observed & (self._observed - 1):
+            if observing or not monitor.is_shared:  # else others might not be asked
+                weights = monitor.weight_octaves()
         if self._output is not None:
-            self._output.finish()
+            self._output.finish(weights)
         self._detach()
 
     def on_exception(self, *_: Any) -> None:
-        self._detach()
+        self._detach(alone=True)
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        self._detach()
+        self._detach(alone=True)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, also of a module that has it as a hyperparameter: detached."""
@@ -316,26 +328,34 @@ class PrecisionMonitor(Callback):
         return None
 
     def _stop(self, why: str) -> None:
+        """Observe no more; where others observe the same steps, only write no more."""
         self._tell(why)
-        self._detach()
+        if self._monitor is not None and self._monitor.is_shared:
+            self._end_output()
+        else:
+            self._detach()
 
-    def _detach(self) -> None:
-        self._end_monitor()
-        output, self._output = self._output, None
-        if output is not None:
-            self._output_state = output.state_dict()
-            output.close()
+    def _detach(self, *, alone: bool = False) -> None:
+        """Observe no more; `alone` where other processes may not do the same now."""
+        self._end_monitor(alone=alone)
+        self._end_output()
         self._resumed_from = None
         self._trainer = None
         self._optimizers = []
         self._records = []
 
-    def _end_monitor(self) -> None:
-        """What it learnt stays."""
+    def _end_output(self) -> None:
+        output, self._output = self._output, None
+        if output is not None:
+            self._output_state = output.state_dict()
+            output.close()
+
+    def _end_monitor(self, *, alone: bool = False) -> None:
+        """What it learnt stays, unless all processes would have to be asked."""
         monitor, self._monitor = self._monitor, None
         if monitor is not None:
             monitor.detach()
-            self._state = self._state_of(monitor)
+            self._state = None if alone and monitor.is_shared else self._state_of(monitor)
 
     def _state_of(self, monitor: UpdateMonitor) -> dict[str, Any] | None:
         """Of an accelerator that has failed it cannot be had, which is not to hide that failure."""
@@ -347,7 +367,7 @@ class PrecisionMonitor(Callback):
 
     def _tell(self, message: str) -> None:
         """Warn, once in the life of this callback."""
-        if message not in self._told:
+        if self._is_first and message not in self._told:
             self._told.add(message)
             warnings.warn(f"PrecisionMonitor {message}", stacklevel=2)
 

@@ -13,7 +13,6 @@ from altgrad.advice import RESTS_ON, Assessment, Judge
 from altgrad.figures import Histogram
 from altgrad.records import RunFile, header_of
 from altgrad.report import ranges
-from altgrad.weight_octaves import weight_octaves
 from altgrad_lightning.charts import Charts, Row
 from altgrad_lightning.history import History
 
@@ -66,7 +65,6 @@ class Output:
         self._judge = Judge(self._header.formats)
         self._history = History()
         self._has_layout = False
-        self._observed = 0
         self._last_step = first_step - 1
         self._file: RunFile | None = None
         if state is not None:
@@ -85,19 +83,17 @@ class Output:
         """The verdicts as they stand."""
         return self._judge.assessment()
 
-    def write(self, step: int, record: StepRecord) -> None:
+    def write(self, step: int, record: StepRecord, weights: Histogram | None) -> None:
         """One observed step, in every place.
 
         Args:
             step: The one to log at.
             record: What was observed.
+            weights: Where the weights lie, where pictures are to be drawn.
         """
-        self._observed += 1
         for name, figures in record.layers.items():
             self._judge.add(name, figures, _errors_of(figures))
         self._history.add(step, record.layers)
-        draws = self._observed & (self._observed - 1) == 0  # the 1st, 2nd, 4th, 8th, … of them
-        weights = weight_octaves(self.monitor.parameters) if draws else None
         self._append(step, record, weights)
         of_itself = self._of_itself(step, record)
         self._chart(self._charts.add(step, record.model, record.layers, of_itself))
@@ -108,11 +104,11 @@ class Output:
         if weights is not None:
             self._draw(step, weights)
 
-    def finish(self) -> None:
+    def finish(self, weights: Histogram | None) -> None:
         """What is still to be logged, and the pictures as they are in the end."""
         self._chart(self._charts.rest())
-        if self._observed & (self._observed - 1):
-            self._draw(self._last_step, weight_octaves(self.monitor.parameters))
+        if weights is not None:
+            self._draw(self._last_step, weights)
         self.close()
 
     def close(self) -> None:

@@ -59,6 +59,7 @@ ALLOWED = {
     | {"altgrad.arena", "altgrad.budgets", "altgrad.chunks", "altgrad.clock", "altgrad.ever_moved"}
     | {"altgrad.measuring", "altgrad.merging", "altgrad.step_record", "altgrad.scale_state"}
     | {"altgrad.distributed", "altgrad.scales", "altgrad.sharded_layers", "altgrad.shards"}
+    | {"altgrad.figures", "altgrad.weight_octaves"}
     | {f"{OBS}.local", f"{OBS}.observer", f"{OBS}.snapshots"},
     f"{SAMPLING}.arguments": set(),
     f"{SAMPLING}.layers": {f"{SAMPLING}.arguments"},
@@ -107,7 +108,7 @@ ALLOWED = {
     "altgrad.records": {f"altgrad.records.{part}" for part in ("reading", "run", "schema")}
     | {"altgrad.records.watching", "altgrad.records.writing"},
     "altgrad.records.watching": {"altgrad.monitor", "altgrad.records.schema"},
-    "altgrad.weight_octaves": {"altgrad.figures", SAMPLING},
+    "altgrad.weight_octaves": {"altgrad.figures", SAMPLING, "altgrad.sharded_layers"},
     "altgrad.advice": {"altgrad.records"},
     "altgrad.cli": {Q},
     "altgrad.__main__": {"altgrad.cli"},
@@ -118,7 +119,7 @@ ALLOWED = {
     "altgrad_lightning.history": {"altgrad.report"},
     "altgrad_lightning.charts": {"altgrad", "altgrad.metrics"},
     "altgrad_lightning.output": {"altgrad", "altgrad.advice", "altgrad.figures", "altgrad.records"}
-    | {"altgrad.report", "altgrad.weight_octaves"}
+    | {"altgrad.report"}
     | {f"altgrad_lightning.{part}" for part in ("charts", "history", "loggers")},
     "altgrad_lightning.strategies": set(),
     "altgrad_lightning.callback": {"altgrad", Q, "altgrad_lightning.strategies"}

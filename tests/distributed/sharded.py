@@ -102,21 +102,22 @@ def whole(tensor: Any) -> Tensor:
 class WholeSteps:
     """Keeps the whole tensors of each step of an optimizer."""
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         self.steps: list[WholeStep] = []
         self._module = module
         self._before: dict[str, tuple[Tensor, Tensor]] = {}
-        optimizer.register_step_pre_hook(self._pre)
-        optimizer.register_step_post_hook(self._post)
+        if optimizer is not None:
+            optimizer.register_step_pre_hook(self.before)
+            optimizer.register_step_post_hook(self.after)
 
-    def _pre(self, *_: Any) -> None:
+    def before(self, *_: Any) -> None:
         self._before = {
             name: (whole(p), whole(p.grad))
             for name, p in self._module.named_parameters()
             if p.grad is not None
         }
 
-    def _post(self, *_: Any) -> None:
+    def after(self, *_: Any) -> None:
         after = {n: whole(p) for n, p in self._module.named_parameters() if n in self._before}
         self.steps.append({n: (b, after[n], g) for n, (b, g) in self._before.items()})
 
@@ -142,10 +143,15 @@ class Replay(torch.optim.Optimizer):
             self._parameters[name].data.copy_(after)
 
 
-def replayed(steps: list[WholeStep], state: Any = None, **settings: Any) -> UpdateMonitor:
+def replayed(
+    steps: list[WholeStep],
+    state: Any = None,
+    parameters: dict[str, nn.Parameter] | None = None,
+    **settings: Any,
+) -> UpdateMonitor:
     """A monitor that has seen these steps in one process."""
     records: list[StepRecord] = []
-    parameters = {n: nn.Parameter(p.detach().clone()) for n, p in Net().named_parameters()}
+    parameters = parameters or dict(Net().named_parameters())
     optimizer = Replay(parameters, steps)
     monitor = UpdateMonitor([*parameters.items()], records.append, strict=True, **settings)
     if state is not None:
