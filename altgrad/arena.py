@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from altgrad.chunks import Sample
 from altgrad.ever_moved import EverMovedOfLayers
 from altgrad.measuring import Batch, Measurer
+from altgrad.observation.local import is_sharded, local_of
 from altgrad.observation.snapshots import Copies
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.row_kernel import EverMoved, Rows
@@ -108,11 +110,17 @@ class Arena:
         measurer: Who measures them.
         scale_state: What the scales follow from.
         ever_moved: Where what elements have done is, while they lie nowhere.
+        samples: Of parameters of which not all elements are given: which these are.
     """
 
     def __init__(
-        self, measurer: Measurer, scale_state: ScaleState, ever_moved: EverMovedOfLayers
+        self,
+        measurer: Measurer,
+        scale_state: ScaleState,
+        ever_moved: EverMovedOfLayers,
+        samples: Mapping[str, Sample],
     ) -> None:
+        self._samples = samples
         self._measurer = measurer
         self._scale_state = scale_state
         self._ever_moved = ever_moved
@@ -122,15 +130,20 @@ class Arena:
         self, name: str, parameter: Tensor, gradient: Tensor, indices: Tensor | None
     ) -> Copies | None:
         """Memory for one parameter: that which it had, if it still fits."""
-        elements = parameter.numel() if indices is None else len(indices)
+        here = local_of(parameter)
+        elements = here.numel() if indices is None else len(indices)
         if {parameter.dtype, gradient.dtype} - {*INPUT_DTYPES} or elements > self._capacity:
             return None
+        if not elements and (indices is not None or is_sharded(parameter)):
+            return None
         self._scale_state.look_at(name, parameter)
-        segment, place = self._find(name, parameter, gradient, elements)
+        segment, place = self._find(name, here, gradient, elements)
         place.shape, place.indices = parameter.shape, indices
+        if indices is not None or is_sharded(parameter):
+            place.shape, place.indices = self._samples[name]
         segment.batch = None
         start = place.first_row * _COLUMNS
-        shape = parameter.shape if indices is None else indices.shape
+        shape = here.shape if indices is None else indices.shape
         before, gradients, after = (
             each.view(-1)[start : start + elements].view(shape)
             for each in (segment.before, segment.gradient, segment.after)

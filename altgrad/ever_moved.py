@@ -67,6 +67,25 @@ class EverMovedOfLayers:
         """The reverse."""
         self._of = {name: _unpacked(*packed) for name, packed in state.items()}
 
+    def keep_parts(self, parts: Mapping[str, tuple[int, Tensor]]) -> None:
+        """Of what was loaded, keep what is about the elements that lie here.
+
+        Args:
+            parts: By layer, of how many elements all was, and which of them lie here.
+        """
+        for name, (elements, positions) in parts.items():
+            ever = self.take(name, len(self._of[name]), elements) if name in self._of else None
+            if ever is not None:
+                self._of[name] = ever[:, positions]
+
+
+def whole_of(packed: PackedBits | None, shape: tuple[int, int], positions: Tensor) -> Tensor:
+    """Bits of a layer of which only the elements at these positions are known; the rest is 0."""
+    whole = torch.zeros(shape, dtype=torch.bool)
+    if packed is not None and packed[0] == (shape[0], len(positions)):
+        whole[:, positions] = _unpacked(*packed)
+    return _packed(whole)[1]
+
 
 def _packed(ever: Tensor) -> PackedBits:
     bits = ever.flatten().cpu().to(torch.uint8)

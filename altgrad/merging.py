@@ -55,29 +55,42 @@ class StepVectors:
         Returns:
             The record; None without a layer.
         """
-        places = {name: row for row, name in enumerate(self._names) if name is not None}
-        if not places:
+        if not self._places():
             return None, False
+        places, numbers, skipped = self.on_host(found_inf)
+        rows = [*places.values()]
+        vectors = numbers if len(rows) == len(numbers) else numbers[rows]
+        return self.record_of(index, [*places], vectors, seconds), skipped
+
+    @torch.inference_mode(mode=False)
+    def on_host(self, found_inf: Tensor | None) -> tuple[dict[str, int], Tensor, bool]:
+        """The row of each layer, all rows, and whether the optimizer skipped the step."""
+        if not self._vectors:
+            skipped = found_inf is not None and bool(found_inf.item())
+            return {}, torch.zeros(0, 0, dtype=torch.float64), skipped
         parts = [each.to(self._vectors[0].device) for each in self._vectors]
         if found_inf is not None:  # it rides along
             parts.append(parts[0].new_zeros(1, parts[0].shape[1]))
             parts[-1][0, 0] = found_inf
         numbers = torch.cat(parts).cpu()
         skipped = found_inf is not None and bool(numbers[-1, 0])
-        return self._record(index, numbers[: len(self._names)], places, seconds), skipped
+        return self._places(), numbers[: len(self._names)], skipped
 
-    def _record(
-        self, index: int, numbers: Tensor, places: dict[str, int], seconds: tuple[float, float]
+    @torch.inference_mode(mode=False)
+    def record_of(
+        self, index: int, names: Sequence[str], vectors: Tensor, seconds: tuple[float, float]
     ) -> StepRecord:
-        rows = [*places.values()]
-        vectors = numbers if len(rows) == len(numbers) else numbers[rows]
-        judged = [self._judged(name) for name in places]
+        """From a row for each layer, on the host."""
+        judged = [self._judged(name) for name in names]
         table, of_model = StepTable.with_model(self._formats, vectors, judged)
         layers = {
             name: layer_figures(table, row, formats)
-            for row, (name, formats) in enumerate(zip(places, judged, strict=True))
+            for row, (name, formats) in enumerate(zip(names, judged, strict=True))
         }
         return StepRecord(index, layers, Figures(table, of_model), *seconds)
+
+    def _places(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self._names) if name is not None}
 
     def _judged(self, name: str) -> tuple[str, ...]:
         wanted = {*self._formats_of(name)}

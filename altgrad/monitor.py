@@ -21,10 +21,14 @@ from altgrad.arena import Arena
 from altgrad.budgets import Budgets
 from altgrad.chunks import Sample
 from altgrad.clock import Clock
+from altgrad.distributed import Own
 from altgrad.ever_moved import EverMovedOfLayers
+from altgrad.figures import Histogram
 from altgrad.measuring import DEFAULT_FORMATS, Formats, Measurer
 from altgrad.merging import StepVectors
 from altgrad.observation import OptimizerStep, SkipReason, StepObserver
+from altgrad.observation.local import is_sharded, local_of
+from altgrad.observation.observer import Look
 from altgrad.observation.snapshots import WHOLE_UP_TO, Memory
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.block_formats import NumberFormat, get_formats
@@ -38,10 +42,18 @@ from altgrad.sampling import (
     sample_elements,
 )
 from altgrad.scale_state import ScaleState
+from altgrad.scales import block_sizes, need_tensor_amax
+from altgrad.sharded_layers import ShardedLayers
+from altgrad.shards import NOTHING
 from altgrad.step_record import StepRecord
+from altgrad.weight_octaves import weight_octaves
 
 DEFAULT_MAX_ELEMENTS = 1024
 """A share is then known to 0.016 at worst (one standard error); see benchmarks/README.md."""
+
+
+_REASONS: tuple[SkipReason, ...] = ("no gradients", "learning rate 0", "inf")
+"""Why a step was none, by numbers that processes can compare; the largest is said."""
 
 
 class UpdateMonitor:
@@ -139,6 +151,7 @@ class UpdateMonitor:
         self._ever_moved = EverMovedOfLayers(self._tell)
         self._arenas: WeakKeyDictionary[Optimizer, Arena] = WeakKeyDictionary()
         self._samples: dict[str, Sample] = {}
+        self._sharded: ShardedLayers | None = None
         self._last_seen: dict[str, int] = {}  # by layer, the index of its last observed step
         self._lock = threading.RLock()  # two threads may step two optimizers
 
@@ -157,13 +170,18 @@ class UpdateMonitor:
         """Those that are measured, by name."""
         return self._measured_parameters()
 
+    def weight_octaves(self) -> Histogram:
+        """How many of all measured parameters' elements lie in each octave of magnitude, estimated.
+
+        Where parameters are sharded all processes have to call it, and wait for each other.
+        """
+        return weight_octaves(self.parameters, self._sharded)
+
     def elements_of(self, name: str) -> int:
         """How many elements of a layer are measured in a step."""
-        parameter = self._observer.parameters[name]
-        indices = self._indices(name, parameter.shape)
-        if indices is None or parameter.numel() <= WHOLE_UP_TO:
-            return parameter.numel()
-        return len(indices)
+        shape = self._observer.parameters[name].shape
+        indices = self._chosen(name, shape)
+        return shape.numel() if indices is None else len(indices)
 
     @property
     def skipped(self) -> Counter[SkipReason]:
@@ -175,19 +193,86 @@ class UpdateMonitor:
         """Whether it is attached and nothing has failed."""
         return self._observer.is_observing
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether parameters are sharded, so that all processes observe together."""
+        return self._sharded is not None
+
     def describe(self) -> str:
         """A dry run: a table of the layers, and which rule each of them got."""
         return describe_layers(self.layers, self._sampling)
 
     def attach(self, *optimizers: Any, scaler: GradScaler | None = None) -> UpdateMonitor:
-        """Watch these optimizers from now on; arguments and errors as of `StepObserver.attach`."""
-        self._observer.attach(*optimizers, scaler=scaler)
+        """Watch these optimizers from now on; arguments and errors as of `StepObserver.attach`.
+
+        Where parameters are sharded, all processes have to call it, and wait for each other. Under
+        DistributedDataParallel, where each has all of them, it does nothing but in the first one.
+
+        Raises:
+            ValueError: Also where the processes have different layers, or one that can be observed
+                and one that cannot.
+        """
+        if self._observer.is_replica:
+            return self
+        if any(map(is_sharded, self._observer.parameters.values())):
+            self._attach_together(optimizers, scaler)
+        else:
+            self._observer.attach(*optimizers, scaler=scaler)
         self._tell_of_dtypes()
         return self
+
+    def _attach_together(self, optimizers: Sequence[Any], scaler: GradScaler | None) -> None:
+        sharded, problem = self._share(), None
+        try:
+            self._check_formats_of_shards()
+            self._leave_out_torn_layers(sharded)
+            self._observer.attach(*optimizers, scaler=scaler)
+        except Exception as error:  # noqa: BLE001 - the others are told, and then it is raised
+            problem = error
+        description = [
+            f"{name} {tuple(parameter.shape)} {parameter.dtype} {self._layer(name)}"
+            for name, parameter in self._observer.parameters.items()
+        ]
+        try:
+            sharded.ranks.check_alike(description, problem)
+        except Exception:
+            self._observer.detach()
+            raise
+
+    def _share(self) -> ShardedLayers:
+        """What is observed together with other processes."""
+        if self._sharded is None:
+            parameters, scaling = self._observer.parameters, self._measurer.scaling
+            self._sharded = ShardedLayers(parameters, self._chosen, scaling)
+            self._scale_state.take = self._sharded.amax_of
+            self._observer.agree = self._agree
+        return self._sharded
+
+    def _check_formats_of_shards(self) -> None:
+        if need_tensor_amax(self._measurer.formats):
+            raise ValueError(
+                f"formats={self._measurer.names}: one of them scales blocks by the amax of the "
+                "whole tensor in each step, which is not known where parameters are sharded; leave "
+                "out 'nvfp4', or observe an unsharded run"
+            )
+
+    def _leave_out_torn_layers(self, sharded: ShardedLayers) -> None:
+        sizes = block_sizes(self._measurer.formats, self._measurer.scaling)
+        names = [name for name in self._observer.names if self._layer(name).enabled]
+        if torn := sharded.torn(names, sizes):
+            for name in torn:
+                self.layers[name] = replace(self.layers[name], enabled=False)
+            self._tell(
+                f"leaves out {torn}, of which blocks of {sizes} elements that share a scale lie in "
+                "several processes"
+            )
 
     def detach(self) -> None:
         """Watch no more; what was learnt of the elements stays, also if the optimizers do not."""
         self._observer.detach()
+        untold = None if self._sharded is None else self._sharded.ranks.take_fault()
+        if untold is not None:
+            self._tell(f"had a fault that ended nothing any more: {untold!r}")
         for arena in self._arenas.values():
             for name, ever in arena.ever_moved():
                 self._ever_moved.leave(name, ever)
@@ -206,12 +291,21 @@ class UpdateMonitor:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on: which elements have moved so far, and the interval."""
+        """What a resumed run needs to go on: which elements have moved so far, and the interval.
+
+        Where parameters are sharded all processes have to call it, and wait for each other; each
+        gets all of it, and any number of processes can go on from it.
+        """
         arenas = self._arenas.values()
         elsewhere = itertools.chain.from_iterable(arena.ever_moved() for arena in arenas)
+        ever_moved = self._ever_moved.state_dict(elsewhere)
+        if self._sharded is not None:
+            names = self._measured(self._observer.names)
+            kinds = 1 + len(self._measurer.formats)
+            ever_moved = self._sharded.ever_moved_state(ever_moved, names, kinds)
         return {
             "formats": self._measurer.names,
-            "ever_moved": self._ever_moved.state_dict(elsewhere),
+            "ever_moved": ever_moved,
             "scales": self._scale_state.state_dict(),
             "last_seen": dict(self._last_seen),
             "skipped": dict(self.skipped),
@@ -239,6 +333,8 @@ class UpdateMonitor:
                 f"goes on with formats {self._measurer.names} from a run with "
                 f"{tuple(state['formats'])}: never_moved_frac begins anew"
             )
+        if any(map(is_sharded, self._observer.parameters.values())):
+            self._keep_parts(self._share())
         self._scale_state.load_state_dict(state["scales"])
         self._last_seen = dict(state["last_seen"])
         self.skipped.clear()
@@ -246,9 +342,21 @@ class UpdateMonitor:
         if self._budgets is not None and state["budgets"] is not None:
             self._budgets.load_state_dict(state["budgets"])
 
+    def _keep_parts(self, sharded: ShardedLayers) -> None:
+        names = self._measured(self._observer.names)
+        expected = sharded.expected(names)
+        self._ever_moved.keep_parts(
+            {
+                name: (expected[name].elements, sharded.measured_part_of(name).positions)
+                for name in names
+            }
+        )
+
     # --- before a step
 
     def _is_due(self, index: int) -> bool:
+        if self._sharded is not None:
+            return self._is_due_together(self._sharded, index)
         if not self._is_wanted(index):
             return False
         if self._budgets is not None and not self._budgets.of(self._observer.asking).is_due(index):
@@ -257,6 +365,24 @@ class UpdateMonitor:
             with self._clock.observing():
                 self._scale_state.refresh(self._measured_parameters())
                 self._scales_changed()
+        return True
+
+    def _is_due_together(self, sharded: ShardedLayers, index: int) -> bool:
+        """What fails here is told to the others with the step that it was asked about."""
+        wanted = True
+        with sharded.ranks.keeping_faults():
+            wanted = self._is_wanted(index)
+        if not wanted:
+            return False
+        if self._budgets is not None and not self._budgets.of(self._observer.asking).is_due(index):
+            return False
+        parameters = self._measured_parameters()
+        self._scale_state.look_for(parameters)
+        if self._scale_state.is_due:
+            with self._clock.observing():
+                self._scale_state.refresh(parameters)
+                with sharded.ranks.keeping_faults():
+                    self._scales_changed()
         return True
 
     def _should_copy(self, name: str, index: int) -> bool:
@@ -269,6 +395,10 @@ class UpdateMonitor:
     def _elements(self, name: str, parameter: Tensor) -> Tensor | None:
         if parameter.dtype not in INPUT_DTYPES:
             return None
+        if self._sharded is not None:
+            part = self._sharded.measured_part_of(name) if self._layer(name).enabled else NOTHING
+            self._samples[name] = Sample(parameter.shape, part.indices)
+            return part.local
         indices = self._indices(name, parameter.shape)
         if indices is not None:
             self._samples[name] = Sample(parameter.shape, indices)
@@ -278,9 +408,13 @@ class UpdateMonitor:
         most, block = self._layer(name).max_elements, self._measurer.block
         return sample_elements(name, shape, most, seed=self._seed, block=block)
 
+    def _chosen(self, name: str, shape: torch.Size) -> Tensor | None:
+        """Those that are measured; None for all."""
+        return None if shape.numel() <= WHOLE_UP_TO else self._indices(name, shape)
+
     def _memory(self, optimizer: Optimizer) -> Memory:
         if optimizer not in self._arenas:
-            arena = Arena(self._measurer, self._scale_state, self._ever_moved)
+            arena = Arena(self._measurer, self._scale_state, self._ever_moved, self._samples)
             self._arenas[optimizer] = arena
         return self._arenas[optimizer].place
 
@@ -288,11 +422,13 @@ class UpdateMonitor:
         return {
             name: parameter
             for name, parameter in self._observer.parameters.items()
-            if parameter.requires_grad
-            and not is_lazy(parameter)
-            and parameter.dtype in INPUT_DTYPES
-            and self._layer(name).enabled
+            if parameter.requires_grad and self._can_be_measured(name, parameter)
         }
+
+    def _can_be_measured(self, name: str, parameter: Tensor) -> bool:
+        return (
+            not is_lazy(parameter) and parameter.dtype in INPUT_DTYPES and self._layer(name).enabled
+        )
 
     def _scales_changed(self) -> None:
         for arena in self._arenas.values():
@@ -306,23 +442,75 @@ class UpdateMonitor:
             record = self._record_of(step)
             if record is None:
                 return
-            self._last_seen |= dict.fromkeys(record.layers, step.index)
-            self._scale_state.step_observed(record)
-            if self._budgets is not None:
-                budget = self._budgets.of(step.optimizer)
-                budget.update(record.own_seconds, record.training_seconds)
-                budget.observed(step.index)
-            self.latest = record
+            self._note(step.optimizer, record)
             if self._on_record is not None:
                 self._on_record(record)
         self._clock.tick(step.optimizer, step.index)
 
+    def _agree(self, optimizer: Optimizer, index: int, look: Look) -> None:
+        """As `_on_step`, with the other processes; what fails here keeps them waiting no longer."""
+        assert self._sharded is not None
+        ranks = self._sharded.ranks
+        with self._lock, self._clock.observing():
+            own = Own({}, torch.zeros(0, 0), (), self._clock.seconds(optimizer, index), False, -1)
+            self._settle_scales()
+            with ranks.keeping_faults():
+                own = self._own_of(look(), own)
+            layers = self._sharded.expected(self._measured(self._observer.names_of(optimizer)))
+            together = ranks.merge(index, len(self._measurer.formats), layers, own)
+            if not together.names:
+                self.skipped.update(_REASONS[together.reason :][:1] if together.reason >= 0 else ())
+                return
+            vectors = self._vectors()
+            record = vectors.record_of(index, together.names, together.vectors, together.seconds)
+            if together.found_inf and not record.model["update_rms"] > 0:
+                self.skipped["inf"] += 1
+                return
+            self._note(optimizer, record)
+            if self._on_record is not None:
+                with ranks.keeping_faults():
+                    self._on_record(record)
+        self._clock.tick(optimizer, index)
+
+    def _own_of(self, seen: OptimizerStep | SkipReason, own: Own) -> Own:
+        """What is contributed to a step from here."""
+        self._clock.add(self._observer.copy_seconds)
+        if not isinstance(seen, OptimizerStep):
+            return own._replace(reason=_REASONS.index(seen))
+        vectors = self._vectors()
+        measured = self._measure_together(seen, vectors)
+        self._measure_alone(seen, {*seen.names} - measured, vectors)
+        found_inf = None if seen.found_inf is None else local_of(seen.found_inf)
+        rows, numbers, skipped = vectors.on_host(found_inf)
+        present = self._measured(seen.names)
+        return own._replace(rows=rows, vectors=numbers, present=present, found_inf=skipped)
+
+    def _measured(self, names: Sequence[str]) -> list[str]:
+        parameters = self._observer.parameters
+        return [name for name in names if self._can_be_measured(name, parameters[name])]
+
+    def _note(self, optimizer: Optimizer, record: StepRecord) -> None:
+        """What follows from a record for the steps to come."""
+        self._last_seen |= dict.fromkeys(record.layers, record.index)
+        self._scale_state.step_observed(record)
+        if self._budgets is not None:
+            budget = self._budgets.of(optimizer)
+            budget.update(record.own_seconds, record.training_seconds)
+            budget.observed(record.index)
+        self.latest = record
+
+    def _vectors(self) -> StepVectors:
+        return StepVectors(self._measurer.names, lambda name: self._layer(name).formats)
+
+    def _settle_scales(self) -> None:
+        if self._scale_state.has_zero and self._scale_state.settle(self._measured_parameters()):
+            self._scales_changed()
+
     def _record_of(self, step: OptimizerStep) -> StepRecord | None:
         """None of a step that was none, or had none of the parameters that are measured."""
         seconds = self._clock.seconds(step.optimizer, step.index)
-        if self._scale_state.has_zero and self._scale_state.settle(self._measured_parameters()):
-            self._scales_changed()
-        vectors = StepVectors(self._measurer.names, lambda name: self._layer(name).formats)
+        self._settle_scales()
+        vectors = self._vectors()
         measured = self._measure_together(step, vectors)
         self._measure_alone(step, {*step.names} - measured, vectors)
         record, skipped = vectors.record(step.index, seconds, step.found_inf)
@@ -355,10 +543,13 @@ class UpdateMonitor:
             if name not in names or {before.dtype, gradient.dtype} - {*INPUT_DTYPES}:
                 continue
             parameter = parameters[name]
+            if self._sharded is not None and not before.numel():
+                continue  # others have all that is measured of it
             self._scale_state.look_at(name, parameter)
             amax = self._scale_state.amax(name) if self._measurer.needs_amax else None
             ever = self._ever_moved.row_of(name, kinds, before.numel(), before.device)
-            sample = None if before.numel() == parameter.numel() else self._samples[name]
+            is_whole = before.numel() == parameter.numel()
+            sample = None if is_whole else self._samples[name]
             statistics = self._measurer.statistics_of(before, after, gradient, amax, ever, sample)
             vectors.add_layer(name, statistics)
 
@@ -399,6 +590,8 @@ class UpdateMonitor:
                 )
 
     def _tell(self, message: str) -> None:
+        if self._sharded is not None and self._sharded.ranks.rank > 0:
+            return  # the first one says it
         if message not in self._told:
             self._told.add(message)
             if self._teller is None:

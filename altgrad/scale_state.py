@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,10 @@ STEPS_PER_SCALE = 100
 """Observed steps for which an amax holds, unless a weight is seen to exceed it."""
 
 
+Take = Callable[[Mapping[str, Tensor]], tuple[Sequence[Tensor], Sequence[bool]]]
+"""From parameters by name to what `layer_amax_of_each` gives."""
+
+
 class ScaleState:
     """The amax of each layer, of the whole parameter, as it was when last looked at.
 
@@ -24,6 +28,9 @@ class ScaleState:
 
     Args:
         formats, scaling: As in `altgrad.measure`.
+
+    Attributes:
+        take: Where the amax of parameters come from; of sharded ones, from all that share them.
     """
 
     def __init__(self, formats: Sequence[NumberFormat], scaling: Scaling | None) -> None:
@@ -36,6 +43,7 @@ class ScaleState:
             and is_scaled(format, scaling)
             and not isinstance(format, BlockFormat)
         ]
+        self.take: Take = self._take_here
         self._amax: dict[str, tuple[torch.Size, Tensor]] = {}
         self._steps_left = 0
         self._exceeded: set[str] = set()
@@ -60,6 +68,15 @@ class ScaleState:
             self._take({name: parameter})
         elif amax.device != parameter.device:
             self._amax[name] = parameter.shape, amax.to(parameter.device)
+
+    def look_for(self, parameters: Mapping[str, Tensor]) -> None:
+        """Have those of which nothing is known taken with the next that are due, all at once."""
+        if self._is_needed and self._steps_left:
+            self._exceeded |= {
+                name
+                for name, parameter in parameters.items()
+                if name not in self._amax or self._amax[name][0] != parameter.shape
+            }
 
     def amax(self, name: str) -> Tensor:
         """That of a layer that was looked at, (1), or those of its channels."""
@@ -116,9 +133,14 @@ class ScaleState:
         self._steps_left = state["steps_left"]
         self._exceeded, self._zero = set(state["exceeded"]), set(state["zero"])
 
+    def _take_here(
+        self, parameters: Mapping[str, Tensor]
+    ) -> tuple[Sequence[Tensor], Sequence[bool]]:
+        return layer_amax_of_each([*parameters.values()], self._scaling)
+
     def _take(self, parameters: Mapping[str, Tensor], *, keep: bool = False) -> None:
         """Take them, or `keep` those that are not 0."""
-        each, has_zero = layer_amax_of_each([*parameters.values()], self._scaling)
+        each, has_zero = self.take(parameters)
         for (name, parameter), new in zip(parameters.items(), each, strict=True):
             shape, known = self._amax.get(name, (None, new))
             is_kept = keep and shape == parameter.shape

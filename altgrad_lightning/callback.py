@@ -21,6 +21,7 @@ from altgrad import (
     model_figures,
 )
 from altgrad.advice import Assessment
+from altgrad.figures import Histogram
 from altgrad.quantization import NumberFormat, Scaling, get_formats
 from altgrad_lightning.output import Output, OutputSettings
 from altgrad_lightning.packages import Callback
@@ -168,6 +169,8 @@ class PrecisionMonitor(Callback):
         self._state: dict[str, Any] | None = None  # of the monitor before this one
         self._output_state: dict[str, Any] | None = None  # likewise
         self._resumed_from: dict[str, Any] | None = None  # until training starts
+        self._is_first = True  # of the processes of the run, and speaks for them
+        self._observed = 0
         self._optimizers: list[torch.optim.Optimizer] = []
         self._records: list[StepRecord] = []  # of the batch
         self._told: set[str] = set()
@@ -206,13 +209,14 @@ class PrecisionMonitor(Callback):
         self._state, self._output_state = resumed_from.get("monitor"), resumed_from.get("output")
         self.latest, self.latest_model, self.latest_step, self.path = {}, None, None, None
         self.skipped.clear()
+        self._is_first = trainer.is_global_zero
         folder = self._folder_of_run(trainer)
         if is_idle(trainer, pl_module):
             return
-        self._trainer = trainer
+        self._trainer, self._observed = trainer, 0
         self._every = self.every_n_steps or getattr(trainer, "log_every_n_steps", None) or 0
         self._attach(trainer, pl_module)
-        if self._monitor is not None:
+        if self._monitor is not None and trainer.is_global_zero:
             settings, first_step = self._output_settings, _logged_step(trainer)
             self._output = Output(
                 trainer, folder, self._monitor, settings, self._output_state, first_step, self._tell
@@ -228,10 +232,15 @@ class PrecisionMonitor(Callback):
             self._stop(f"stops observing: {error}")
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if not self._records or self._output is None:
+        if not self._records or self._monitor is None:
             return
         with self._stopping_after_a_fault():
-            self._output.write(_logged_step(trainer), self._latest_record(trainer))
+            record = self._latest_record(trainer)
+            self._observed += 1
+            draws = _is_power_of_4(self._observed)  # which takes a second or two
+            weights = self._monitor.weight_octaves() if draws else None
+            if self._output is not None:
+                self._output.write(_logged_step(trainer), record, weights)
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         observing = self._monitor is not None and self._monitor.is_observing
@@ -243,24 +252,32 @@ class PrecisionMonitor(Callback):
             else:
                 why = f"none fell on an observed batch (every {self._every})"
             self._tell(f"observed no step: {why}")
-        if self._output is not None:
-            with self._stopping_after_a_fault():
-                self._output.finish()
+        with self._stopping_after_a_fault():
+            weights = self._weights_at_the_end()
+            if self._output is not None:
+                self._output.finish(weights)
         self._detach()
 
     def on_exception(self, *_: Any) -> None:
         if self._output is not None:
             with suppress(Exception):  # the one that there is counts
                 self._output.flush()
-        self._detach()
+        self._detach(alone=True)
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        self._detach()
+        self._detach(alone=True)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, also of a module that has it as a hyperparameter: detached."""
         nothing = dict.fromkeys(("_trainer", "_monitor", "_output"))
         return {**self.__dict__, **nothing, "_optimizers": [], "_records": []}
+
+    def _weights_at_the_end(self) -> Histogram | None:
+        """For pictures of the last step; None where it has them, or others might not be asked."""
+        monitor = self._monitor
+        if monitor is None or not self._observed or _is_power_of_4(self._observed):
+            return None
+        return monitor.weight_octaves() if monitor.is_observing or not monitor.is_shared else None
 
     def _latest_record(self, trainer: Trainer) -> StepRecord:
         """That of the batch, which may have stepped more than once."""
@@ -336,27 +353,35 @@ class PrecisionMonitor(Callback):
             self._stop(f"stops observing after a fault: {fault!r}")
 
     def _stop(self, why: str) -> None:
+        """Observe no more; where others observe the same steps, only write no more."""
         self._tell(why)
-        self._detach()
+        if self._monitor is not None and self._monitor.is_shared:
+            self._end_output()
+        else:
+            self._detach()
 
-    def _detach(self) -> None:
-        self._end_monitor()
-        output, self._output = self._output, None
-        if output is not None:
-            self._output_state = output.state_dict()
-            self._assessment = output.assessment()
-            output.close()
+    def _detach(self, *, alone: bool = False) -> None:
+        """Observe no more; `alone` where other processes may not do the same now."""
+        self._end_monitor(alone=alone)
+        self._end_output()
         self._resumed_from = None
         self._trainer = None
         self._optimizers = []
         self._records = []
 
-    def _end_monitor(self) -> None:
-        """What it learnt stays."""
+    def _end_output(self) -> None:
+        output, self._output = self._output, None
+        if output is not None:
+            self._output_state = output.state_dict()
+            self._assessment = output.assessment()
+            output.close()
+
+    def _end_monitor(self, *, alone: bool = False) -> None:
+        """What it learnt stays, unless all processes would have to be asked."""
         monitor, self._monitor = self._monitor, None
         if monitor is not None:
             monitor.detach()
-            self._state = self._state_of(monitor)
+            self._state = None if alone and monitor.is_shared else self._state_of(monitor)
 
     def _state_of(self, monitor: UpdateMonitor) -> dict[str, Any] | None:
         """Of an accelerator that has failed it cannot be had, which is not to hide that failure."""
@@ -368,7 +393,7 @@ class PrecisionMonitor(Callback):
 
     def _tell(self, message: str) -> None:
         """Warn, once in the life of this callback."""
-        if message not in self._told:
+        if self._is_first and message not in self._told:
             self._told.add(message)
             warnings.warn(f"PrecisionMonitor {message}", stacklevel=2)
 
@@ -382,6 +407,10 @@ class PrecisionMonitor(Callback):
         if self not in self._trainer.callbacks:  # type: ignore[attr-defined]
             return False
         return (_logged_step(self._trainer) + 1) % self._every == 0
+
+
+def _is_power_of_4(number: int) -> bool:
+    return number.bit_count() == 1 and number.bit_length() % 2 == 1
 
 
 def _logged_step(trainer: Trainer) -> int:

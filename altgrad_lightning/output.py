@@ -14,7 +14,6 @@ from altgrad.advice import RESTS_ON, Assessment, Judge
 from altgrad.figures import Histogram
 from altgrad.records import RunFile, header_of
 from altgrad.report import ranges
-from altgrad.weight_octaves import weight_octaves
 from altgrad_lightning.charts import Charts, Row
 from altgrad_lightning.history import History
 
@@ -67,7 +66,6 @@ class Output:
         self._judge = Judge(self._header.formats)
         self._history = History()
         self._has_layout = False
-        self._observed = 0
         self._spent = 0.0  # seconds in the last `write`
         self._last_step = first_step - 1
         self._file: RunFile | None = None
@@ -87,20 +85,18 @@ class Output:
         """The verdicts as they stand."""
         return self._judge.assessment()
 
-    def write(self, step: int, record: StepRecord) -> None:
+    def write(self, step: int, record: StepRecord, weights: Histogram | None) -> None:
         """One observed step, in every place.
 
         Args:
             step: The one to log at.
             record: What was observed.
+            weights: Where the weights lie, where pictures are to be drawn.
         """
         began = time.perf_counter()
-        self._observed += 1
         for name, figures in record.layers.items():
             self._judge.add(name, figures, _errors_of(figures))
         self._history.add(step, record.layers)
-        draws = _is_power_of_4(self._observed)  # takes a second or two
-        weights = weight_octaves(self.monitor.parameters) if draws else None
         self._append(step, record, weights)
         of_itself = self._of_itself(step, record)
         self._chart(self._charts.add(step, record.model, record.layers, of_itself))
@@ -116,11 +112,11 @@ class Output:
         """Log what has waited."""
         self._chart(self._charts.rest())
 
-    def finish(self) -> None:
+    def finish(self, weights: Histogram | None) -> None:
         """What is still to be logged, and the pictures as they are in the end."""
         self.flush()
-        if self._observed and not _is_power_of_4(self._observed):
-            self._draw(self._last_step, weight_octaves(self.monitor.parameters))
+        if weights is not None:
+            self._draw(self._last_step, weights)
         self.close()
 
     def close(self) -> None:
@@ -218,10 +214,6 @@ class Output:
             self._tell(f"goes on without {what}, which failed: {fault!r}")
             return False
         return True
-
-
-def _is_power_of_4(number: int) -> bool:
-    return number.bit_count() == 1 and number.bit_length() % 2 == 1
 
 
 def _errors_of(figures: Figures) -> dict[str, float]:

@@ -48,13 +48,19 @@ ALLOWED = {
     "altgrad.measuring": {f"{Q}.arguments", f"{Q}.block_formats", f"{Q}.grids", f"{Q}.scaling"}
     | {"altgrad.chunks", "altgrad.figures", "altgrad.metrics", "altgrad.row_kernel"}
     | {"altgrad.scales", "altgrad.statistics", "altgrad.totals", "altgrad.workspace"},
-    "altgrad.arena": {f"{Q}.arguments", f"{OBS}.snapshots"}
-    | {"altgrad.ever_moved", "altgrad.measuring", "altgrad.row_kernel"}
+    "altgrad.shards": {f"{OBS}.local"},
+    "altgrad.distributed": {f"{OBS}.faults", "altgrad.statistics"},
+    "altgrad.sharded_layers": {f"{Q}.scaling", f"{OBS}.local", "altgrad.distributed"}
+    | {"altgrad.ever_moved", "altgrad.scales", "altgrad.shards"},
+    "altgrad.arena": {f"{Q}.arguments", f"{OBS}.local", f"{OBS}.snapshots"}
+    | {"altgrad.chunks", "altgrad.ever_moved", "altgrad.measuring", "altgrad.row_kernel"}
     | {"altgrad.scale_state", "altgrad.scales"},
     "altgrad.monitor": {f"{Q}.arguments", f"{Q}.block_formats", f"{Q}.scaling", OBS, SAMPLING}
     | {"altgrad.arena", "altgrad.budgets", "altgrad.chunks", "altgrad.clock", "altgrad.ever_moved"}
     | {"altgrad.measuring", "altgrad.merging", "altgrad.step_record", "altgrad.scale_state"}
-    | {f"{OBS}.snapshots"},
+    | {"altgrad.distributed", "altgrad.scales", "altgrad.sharded_layers", "altgrad.shards"}
+    | {"altgrad.figures", "altgrad.weight_octaves"}
+    | {f"{OBS}.local", f"{OBS}.observer", f"{OBS}.snapshots"},
     f"{SAMPLING}.arguments": set(),
     f"{SAMPLING}.layers": {f"{SAMPLING}.arguments"},
     f"{SAMPLING}.dry_run": {f"{SAMPLING}.layers"},
@@ -62,13 +68,15 @@ ALLOWED = {
     f"{SAMPLING}.elements": {f"{SAMPLING}.arguments"},
     SAMPLING: {f"{SAMPLING}.{part}" for part in ("dry_run", "elements", "layers", "steps")},
     f"{OBS}.parameter_names": set(),
-    f"{OBS}.snapshots": set(),
+    f"{OBS}.local": set(),
+    f"{OBS}.faults": set(),
+    f"{OBS}.snapshots": {f"{OBS}.local"},
     f"{OBS}.step_hooks": set(),
     f"{OBS}.optimizers": {f"{OBS}.step_hooks"},
     f"{OBS}.skips": {f"{OBS}.optimizers", f"{OBS}.step_hooks"},
     f"{OBS}.optimizer_step": {f"{OBS}.snapshots"},
     f"{OBS}.observer": {f"{OBS}.parameter_names", f"{OBS}.snapshots", f"{OBS}.step_hooks"}
-    | {f"{OBS}.optimizers", f"{OBS}.skips", f"{OBS}.optimizer_step"},
+    | {f"{OBS}.faults", f"{OBS}.optimizers", f"{OBS}.skips", f"{OBS}.optimizer_step"},
     OBS: {f"{OBS}.observer", f"{OBS}.optimizer_step"},
     "altgrad.report.names": set(),
     "altgrad.report.canvas": {"altgrad.report.names"},
@@ -100,7 +108,7 @@ ALLOWED = {
     "altgrad.records": {f"altgrad.records.{part}" for part in ("reading", "run", "schema")}
     | {"altgrad.records.watching", "altgrad.records.writing"},
     "altgrad.records.watching": {"altgrad.monitor", "altgrad.records.schema"},
-    "altgrad.weight_octaves": {"altgrad.figures", SAMPLING},
+    "altgrad.weight_octaves": {"altgrad.figures", SAMPLING, "altgrad.sharded_layers"},
     "altgrad.wording": set(),
     "altgrad.advice": {"altgrad.records", "altgrad.wording"},
     "altgrad.cli": {Q},
@@ -112,10 +120,10 @@ ALLOWED = {
     "altgrad_lightning.history": {"altgrad.report"},
     "altgrad_lightning.charts": {"altgrad", "altgrad.metrics"},
     "altgrad_lightning.output": {"altgrad", "altgrad.advice", "altgrad.figures", "altgrad.records"}
-    | {"altgrad.report", "altgrad.weight_octaves"}
+    | {"altgrad.report"}
     | {f"altgrad_lightning.{part}" for part in ("charts", "history", "loggers")},
     "altgrad_lightning.strategies": set(),
-    "altgrad_lightning.callback": {"altgrad", "altgrad.advice", Q}
+    "altgrad_lightning.callback": {"altgrad", "altgrad.advice", "altgrad.figures", Q}
     | {f"altgrad_lightning.{part}" for part in ("output", "packages", "strategies")},
     "altgrad_lightning.demo": {"altgrad.records", "altgrad.report"}
     | {"altgrad_lightning.callback", "altgrad_lightning.packages"},

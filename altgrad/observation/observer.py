@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 import traceback
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from altgrad.observation.faults import FaultElsewhereError
 from altgrad.observation.optimizer_step import OptimizerStep, step_of
 from altgrad.observation.optimizers import (
     check_none_in_backward,
@@ -34,7 +36,10 @@ from altgrad.observation.step_hooks import StepHooks
 SkipReason: TypeAlias = Literal["inf", "no gradients", "learning rate 0"]
 """Why a step was none: see `StepObserver.skipped`."""
 
-_Hooks: TypeAlias = StepHooks[list[Snapshot]]
+Look: TypeAlias = Callable[[], "OptimizerStep | SkipReason"]
+"""Shows the step, or says why it was none; raises what has failed."""
+
+_Hooks: TypeAlias = StepHooks["list[Snapshot] | Exception"]
 
 _logger = logging.getLogger("altgrad")
 
@@ -86,6 +91,10 @@ class StepObserver:
         strict: Whether what fails in here or in the callback is raised into the training.
 
     Attributes:
+        agree: None, or what is called instead of `on_step` with the optimizer, the step's index and
+            a function that shows the step: also where it was none, or something failed, so that
+            other processes that observe it can be told. Set before `attach`; `elements` is then
+            asked about small parameters, too.
         skipped: How many steps should have been observed and were none, by reason: ``"inf"``, not
             finite gradients under a GradScaler; ``"no gradients"`` of any observed parameter;
             ``"learning rate 0"`` of all that have one, with nothing moved (where only some have
@@ -109,6 +118,7 @@ class StepObserver:
         strict: bool = False,
     ) -> None:
         self.skipped: Counter[SkipReason] = Counter()
+        self.agree: Callable[[Optimizer, int, Look], object] | None = None
         self._module = module if isinstance(module, nn.Module) else None
         self._names = parameter_names(module)
         if not self._names:
@@ -146,6 +156,14 @@ class StepObserver:
     def is_observing(self) -> bool:
         """Whether it is attached and nothing has failed."""
         return bool(self._hooks) and not self._stopped
+
+    @property
+    def is_replica(self) -> bool:
+        """Whether it is of a DistributedDataParallel in another process than the first."""
+        modules = () if self._module is None else self._module.modules()
+        if not any(isinstance(each, nn.parallel.DistributedDataParallel) for each in modules):
+            return False
+        return torch.distributed.get_rank() > 0
 
     @property
     def asking(self) -> Optimizer:
@@ -191,7 +209,7 @@ class StepObserver:
         Raises:
             TypeError: Something that neither is nor wraps an optimizer, or is no GradScaler.
             ValueError: An optimizer whose steps cannot be observed: it steps none of the
-                parameters, or sharded ones, or the module has parameters that other optimizers
+                parameters, or the module has parameters that other optimizers
                 step inside of the backward pass.
             RuntimeError: A step of the optimizer is under way.
         """
@@ -214,7 +232,9 @@ class StepObserver:
             hooks = StepHooks(optimizer, self._is_due, self._take, self._finish)
             self._hooks.append(hooks)
             memory = self._memory and self._memory(optimizer)
-            self._snapshots[hooks] = Snapshots(self._elements, self._chosen, memory)
+            self._snapshots[hooks] = Snapshots(
+                self._elements, self._chosen, memory, asks_of_all=self.agree is not None
+            )
         for each in scalers:
             if each not in self._scalers:
                 self._scalers[each] = SkipTeller.of(each).listen(self._count_skip_by_scaler)
@@ -248,40 +268,61 @@ class StepObserver:
             self._stop_after(fault)
             return False
 
-    def _take(self, hooks: _Hooks, optimizer: Optimizer) -> list[Snapshot]:
-        with self._guard():
-            start = time.perf_counter()
-            check_not_captured()
-            parameters = self._parameters_of(optimizer)
-            if self._should_copy is not None:
-                wanted = self._should_copy
-                parameters = [each for each in parameters if wanted(each[0], hooks.index)]
-            grad_scale = getattr(optimizer, "grad_scale", None)
-            snapshots = self._snapshots[hooks].take(parameters, grad_scale)
-            nbytes = sum(each.peak_bytes for each in self._snapshots.values())
-            self._peak_bytes = max(self._peak_bytes, nbytes)
-            self._copy_seconds = time.perf_counter() - start
-            return snapshots
-        return []
+    def _take(self, hooks: _Hooks, optimizer: Optimizer) -> list[Snapshot] | Exception:
+        if self.agree is None:
+            with self._guard():
+                return self._copy(hooks, optimizer)
+            return []
+        try:
+            return self._copy(hooks, optimizer)
+        except Exception as fault:  # noqa: BLE001 - as above
+            return fault
+
+    def _copy(self, hooks: _Hooks, optimizer: Optimizer) -> list[Snapshot]:
+        start = time.perf_counter()
+        check_not_captured()
+        parameters = self._parameters_of(optimizer)
+        if self._should_copy is not None:
+            wanted = self._should_copy
+            parameters = [each for each in parameters if wanted(each[0], hooks.index)]
+        grad_scale = getattr(optimizer, "grad_scale", None)
+        snapshots = self._snapshots[hooks].take(parameters, grad_scale)
+        nbytes = sum(each.peak_bytes for each in self._snapshots.values())
+        self._peak_bytes = max(self._peak_bytes, nbytes)
+        self._copy_seconds = time.perf_counter() - start
+        return snapshots
 
     def _finish(
-        self, hooks: _Hooks, optimizer: Optimizer, snapshots: list[Snapshot] | None
+        self, hooks: _Hooks, optimizer: Optimizer, taken: list[Snapshot] | Exception | None
     ) -> None:
-        """Call `on_step`, unless the step was none."""
         with self._guard(), torch.no_grad():
-            if snapshots is None:
-                raise RuntimeError(hooks.unseen)
-            start = time.perf_counter()
-            step = step_of(snapshots, optimizer, hooks.index)
-            self._copy_seconds += time.perf_counter() - start
-            if not snapshots:
-                self.skipped["no gradients"] += 1
-            elif self._read_found_inf and step.found_inf is not None and step.found_inf.item():
-                self.skipped["inf"] += 1
-            elif not step.names:
-                self.skipped["learning rate 0"] += 1
+
+            def look() -> OptimizerStep | SkipReason:
+                return self._look(hooks, optimizer, taken)
+
+            if self.agree is not None:
+                self.agree(optimizer, hooks.index, look)
+            elif isinstance(seen := look(), OptimizerStep):
+                self._on_step(seen)
             else:
-                self._on_step(step)
+                self.skipped[seen] += 1
+
+    def _look(
+        self, hooks: _Hooks, optimizer: Optimizer, taken: list[Snapshot] | Exception | None
+    ) -> OptimizerStep | SkipReason:
+        """What `on_step` is called with, unless the step was none."""
+        if taken is None:
+            raise RuntimeError(hooks.unseen)
+        if isinstance(taken, Exception):
+            raise taken
+        start = time.perf_counter()
+        step = step_of(taken, optimizer, hooks.index)
+        self._copy_seconds += time.perf_counter() - start
+        if not taken:
+            return "no gradients"
+        if self._read_found_inf and step.found_inf is not None and step.found_inf.item():
+            return "inf"
+        return step if step.names else "learning rate 0"
 
     def _count_skip_by_scaler(self, optimizer: Optimizer) -> None:
         for hooks in [*self._hooks]:
@@ -298,6 +339,12 @@ class StepObserver:
         if any(p not in self._names and p not in self._nameless for p, _ in own):
             self._look_again([parameter for parameter, _ in own])
         return [(self._names[p], p, rests) for p, rests in own if p in self._names]
+
+    def names_of(self, optimizer: Optimizer) -> list[str]:
+        """Names of the parameters that an optimizer steps, as far as steps have shown them."""
+        groups = (group["params"] for group in optimizer.param_groups)
+        own = itertools.chain.from_iterable(groups)
+        return [self._names[parameter] for parameter in own if parameter in self._names]
 
     def _look_again(self, parameters: list[Tensor]) -> None:
         """The module may have got new parameters, and let go of others."""
@@ -334,6 +381,8 @@ class StepObserver:
         self._stop()
         if self._strict:
             raise fault
+        if isinstance(fault, FaultElsewhereError):
+            return
         place = traceback.extract_tb(fault.__traceback__)[-1]
         warnings.warn(
             f"StepObserver stops observing after a fault: {fault!r} in {place.name}, "

@@ -70,7 +70,7 @@ def check_observable(
         scaled: Whether a GradScaler calls its `step`.
 
     Raises:
-        ValueError: It steps none of them, or sharded ones, or unscales gradients by itself.
+        ValueError: It steps none of them, or unscales gradients by itself.
         RuntimeError: A step of it is under way.
     """
     kind = type(optimizer).__name__
@@ -82,8 +82,6 @@ def check_observable(
             "copies of its own, as those of DeepSpeed ZeRO, FSDP1 with flat parameters and apex "
             "do, which cannot be observed"
         )
-    if sharded := [name for name, parameter in own.items() if _is_sharded(parameter)]:
-        raise ValueError(f"sharded parameters cannot be observed yet: {_few(sharded)}")
     if scaled and "grad_scaler" in inspect.signature(type(optimizer).step).parameters:
         raise ValueError(
             f"{kind}.step unscales its gradients with the GradScaler that it is handed, so that "
@@ -101,8 +99,8 @@ def check_unsharded(module: nn.Module) -> None:
     wrapper = getattr(fsdp, "FullyShardedDataParallel", ())
     if any(isinstance(each, wrapper) for each in module.modules()):
         raise ValueError(
-            "the module is wrapped in FullyShardedDataParallel (FSDP1), whose parameters are "
-            "shards; they cannot be observed yet"
+            "the module is wrapped in FullyShardedDataParallel (FSDP1), whose parameters are flat "
+            "shards without layers, which cannot be observed; use fully_shard (FSDP2)"
         )
 
 
@@ -151,11 +149,6 @@ def check_not_captured() -> None:
             "this optimizer step is being captured in a CUDA graph, whose replays call no hook "
             "and cannot be observed: observe a run that does not capture its optimizer"
         )
-
-
-def _is_sharded(parameter: Tensor) -> bool:
-    """Whether it is a DTensor, told without an import of torch.distributed."""
-    return hasattr(parameter, "to_local") and hasattr(parameter, "placements")
 
 
 def _few(names: list[str]) -> str:

@@ -9,8 +9,11 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from altgrad.observation.local import local_gradient_of, local_of
+
 Elements: TypeAlias = Callable[[str, Tensor], Tensor | None]
-"""From a parameter's name and the parameter to the flat indices to copy; None copies all."""
+"""From a parameter's name and the parameter to the flat indices to copy, into what lies here of a
+sharded one; None copies all."""
 
 Chosen: TypeAlias = dict[Tensor, tuple[torch.Size, Tensor | None]]
 """What an `Elements` returned for each parameter of that shape, for all who show the same."""
@@ -69,12 +72,15 @@ def weights_after(snapshots: Sequence[Snapshot]) -> list[Tensor]:
     sources: list[Tensor] = []
     for each in snapshots:
         if each.indices is not None:
-            torch.take(each.parameter, each.indices, out=each.after)
+            torch.take(local_of(each.parameter), each.indices, out=each.after)
         elif each.after is not None:
             copies.append(each.after)
-            sources.append(each.parameter)
+            sources.append(local_of(each.parameter))
     _copy_all(copies, sources)
-    return [each.parameter.detach() if each.after is None else each.after for each in snapshots]
+    return [
+        local_of(each.parameter).detach() if each.after is None else each.after
+        for each in snapshots
+    ]
 
 
 class Snapshots:
@@ -83,6 +89,12 @@ class Snapshots:
     On a CPU all memory is used again: to touch new memory takes longer than to copy into it. On an
     accelerator only that of small and of sampled parameters is; that of whole large ones is
     allocated for each step, after its backward pass, so as not to be there with the activations.
+
+    Args:
+        elements: Which elements of each large parameter to copy; None copies all of all.
+        chosen: What `elements` has returned.
+        memory: Where to copy them.
+        asks_of_all: Whether `elements` is asked about small parameters, too.
     """
 
     def __init__(
@@ -90,7 +102,10 @@ class Snapshots:
         elements: Elements | None,
         chosen: Chosen | None = None,
         memory: Memory | None = None,
+        *,
+        asks_of_all: bool = False,
     ) -> None:
+        self._asks_of_all = asks_of_all
         self.peak_bytes = 0
         self._memory = memory
         self._elements = elements
@@ -118,22 +133,24 @@ class Snapshots:
             gradient = parameter.grad
             if gradient is None:
                 continue
+            gradient = local_gradient_of(name, parameter, gradient)
             if gradient.layout != torch.strided:
                 gradient = gradient.to_dense()
+            here = local_of(parameter)
             snapshot = self._memory_for(name, parameter, gradient)
             snapshot.rests = rests
             snapshots.append(snapshot)
             if snapshot.indices is None:
                 copies += (snapshot.before, snapshot.gradient)
-                sources += (parameter, gradient)
+                sources += (here, gradient)
             else:
-                torch.take(parameter, snapshot.indices, out=snapshot.before)
+                torch.take(here, snapshot.indices, out=snapshot.before)
                 torch.take(gradient, snapshot.indices, out=snapshot.gradient)
         _copy_all(copies, sources)
         if grad_scale is not None:
             for snapshot in snapshots:
                 # A division, as in the fused optimizers: a product with 1/scale rounds twice.
-                snapshot.gradient.div_(grad_scale.to(snapshot.gradient.device))
+                snapshot.gradient.div_(local_of(grad_scale).to(snapshot.gradient.device))
         self._forget_all_but(parameters)
         passing = sum(each.nbytes() for each in snapshots if each.parameter not in self._kept)
         self.peak_bytes = max(self.peak_bytes, self._kept_bytes + passing)
@@ -160,10 +177,11 @@ class Snapshots:
             del self._kept[parameter]
         indices = self._indices_of(name, parameter)
         given = self._memory and self._memory(name, parameter, gradient, indices)
+        here = local_of(parameter)
         own = given or Copies(
-            before=_empty_like(parameter, indices),
+            before=_empty_like(here, indices),
             gradient=_empty_like(gradient, indices),
-            after=parameter if indices is None else _empty_like(parameter, indices),
+            after=parameter if indices is None else _empty_like(here, indices),
         )
         snapshot = Snapshot(
             name=name,
@@ -183,7 +201,9 @@ class Snapshots:
 
     def _indices_of(self, name: str, parameter: Tensor) -> Tensor | None:
         """Chosen once, so that every step shows the same elements."""
-        if self._elements is None or parameter.numel() <= WHOLE_UP_TO:
+        if self._elements is None:
+            return None
+        if parameter.numel() <= WHOLE_UP_TO and not self._asks_of_all:
             return None
         shape, indices = self._chosen.get(parameter, (None, None))
         if shape != parameter.shape:
@@ -215,9 +235,10 @@ def _check_indices(indices: Tensor, name: str, parameter: Tensor) -> None:
             f"elements of {name}: expected a one-dimensional int64 tensor of flat indices or "
             f"None, not {indices!r}"
         )
-    inside = (indices >= 0) & (indices < parameter.numel())
+    elements = local_of(parameter.detach()).numel()
+    inside = (indices >= 0) & (indices < elements)
     if not inside.all():
         raise ValueError(
             f"elements of {name}: {indices[~inside][0].item()} is no flat index of its "
-            f"{parameter.numel()} elements"
+            f"{elements} elements"
         )

@@ -51,8 +51,9 @@ def fit_ddp(rank: int, folder: Path) -> dict[str, Any]:
         "path": str(monitor.path),
     }
     resumed = PrecisionMonitor(every_n_steps=1, overhead_budget=0.9)
-    options |= {"max_epochs": 2, "enable_checkpointing": False}
-    second = trainer(folder, resumed, **options)
+    second = trainer(
+        folder, resumed, **(options | {"max_epochs": 2, "enable_checkpointing": False})
+    )
     checkpoint = str(folder / "saved" / "first.ckpt")
     second.fit(Net(optimizer=RecordingAdamW), loader(), ckpt_path=checkpoint)
     return seen | {"resumed_step": resumed.latest_step, "resumed_path": str(resumed.path)}

@@ -9,7 +9,7 @@ import torch
 from torch import distributed, nn
 from torch.optim import SGD, Optimizer
 
-from altgrad import StepObserver
+from altgrad import OptimizerStep, StepObserver
 from altgrad.observation.optimizers import (
     check_none_in_backward,
     check_not_captured,
@@ -177,36 +177,26 @@ def test_an_optimizer_of_other_parameters_is_refused() -> None:
     check_observable(sgd(), {"one": torch.ones(1)})  # one will do
 
 
-def test_parameters_that_look_like_dtensors_are_named_and_refused() -> None:
-    def sharded() -> torch.Tensor:
-        tensor = torch.ones(1)
-        tensor.to_local, tensor.placements = tensor.clone, ()
-        return tensor
-
-    own = {"whole": torch.ones(1)} | {name: sharded() for name in "abcde"}
-    with pytest.raises(ValueError, match=r"cannot be observed yet: a, b, c and 2 more$"):
-        check_observable(sgd(), own)
-    del own["d"], own["e"]
-    with pytest.raises(ValueError, match=r"cannot be observed yet: a, b, c$"):
-        check_observable(sgd(), own)
-
-
-@pytest.mark.parametrize("attribute", ["to_local", "placements"])
-def test_one_attribute_of_a_dtensor_is_not_enough(attribute: str) -> None:
-    tensor = torch.ones(1)
-    setattr(tensor, attribute, ())
-    check_observable(sgd(), {"w": tensor})
-
-
 @pytest.mark.usefixtures("process_group")
-def test_the_parameters_of_fsdp2_are_refused() -> None:
+def test_of_the_parameters_of_fsdp2_the_part_that_is_here_is_shown() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model = nn.Linear(2, 1)
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(ValueError, match=r"sharded parameters cannot .* yet: weight, bias$"):
-        StepObserver(model, print).attach(sgd(model))
+    optimizer = sgd(model)
+    shown: list[tuple[torch.Tensor, ...]] = []
+
+    def keep(step: OptimizerStep) -> None:
+        shown.extend(zip(map(torch.clone, step.before), step.gradients, step.after, strict=True))
+
+    with StepObserver(model, keep, strict=True).attach(optimizer):
+        model(torch.ones(3, 2)).sum().backward()
+        optimizer.step()
+    for (before, gradient, after), parameter in zip(shown, model.parameters(), strict=True):
+        assert torch.equal(after, parameter.to_local())
+        assert torch.equal(before - RATE * gradient, after)
+        assert not torch.equal(before, after)
 
 
 def test_within_a_step_an_optimizer_is_refused() -> None:

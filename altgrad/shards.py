@@ -1,0 +1,204 @@
+"""`Shard`: which elements of a parameter lie in this process, read from a DTensor's placements.
+
+Shards are described by flat indices into the whole parameter, in row-major order, as samples are:
+so that every process can watch its part of the elements that a single one would watch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from altgrad.observation.local import is_sharded, local_of
+
+Held = range | Tensor
+"""Ascending indices along one dimension."""
+
+
+class Part(NamedTuple):
+    """Those of some elements of a parameter that this process measures.
+
+    Attributes:
+        indices: Flat, of the whole parameter.
+        local: Flat, of what lies here; None for all of it.
+        positions: Which of the elements these are.
+    """
+
+    indices: Tensor
+    local: Tensor | None
+    positions: Tensor
+
+
+NOTHING = Part(*[torch.empty(0, dtype=torch.int64)] * 3)
+"""No element at all."""
+
+
+class _Cut(NamedTuple):
+    """How one dimension of a mesh divides one dimension of a tensor."""
+
+    parts: int
+    own: int
+    pieces: int = 1  # each of so many is divided, where another dimension divides it later
+
+
+class Shard(NamedTuple):
+    """What lies here of a parameter.
+
+    Attributes:
+        shape: Of the whole parameter.
+        held: Along each of its dimensions, what is here.
+        counts: Whether it is this process that contributes it, of those that have the same.
+        last_cuts: How its last dimension is divided.
+    """
+
+    shape: torch.Size
+    held: tuple[Held, ...]
+    counts: bool
+    last_cuts: tuple[_Cut, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, parameter: Any, rank: int) -> Shard:
+        """That of a parameter; of one that is no DTensor every process has all.
+
+        Args:
+            name: What to call it.
+            parameter: The parameter.
+            rank: Of this process.
+
+        Raises:
+            ValueError: Its placements are not those of shards and replicas, or do not say what
+                lies here.
+        """
+        shape = parameter.shape
+        if not is_sharded(parameter):
+            return cls(shape, tuple(range(size) for size in shape), rank == 0)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        coordinate = mesh.get_coordinate()
+        known = all(p.is_replicate() or _dimension(p) is not None for p in placements)
+        if coordinate is None or not known:
+            raise ValueError(
+                f"{name} is placed as {placements}: only shards and replicas have elements that "
+                "can be observed, a Partial tensor has none before it is reduced; redistribute it, "
+                "or leave it out of the optimizer"
+            )
+        cuts = _cuts(shape, placements, mesh.shape, coordinate)
+        held = tuple(_held(size, own) for size, own in zip(shape, cuts, strict=True))
+        if tuple(map(len, held)) != tuple(local_of(parameter.detach()).shape):
+            raise ValueError(
+                f"{name} is placed as {placements} on a mesh of {tuple(mesh.shape)}: expected a "
+                f"shard of {tuple(map(len, held))} of its {tuple(shape)} here, and there is one of "
+                f"{tuple(local_of(parameter.detach()).shape)}; it cannot be observed"
+            )
+        first = all(c == 0 for c, p in zip(coordinate, placements, strict=True) if p.is_replicate())
+        # A mesh of its own that has not the first process is a replica of the one that has.
+        counts = first and bool((mesh.mesh == 0).any())
+        return cls(shape, held, counts, cuts[-1] if cuts else ())
+
+    def part_of(self, indices: Tensor | None) -> Part:
+        """Those that are contributed from here, of some elements; None for all.
+
+        Args:
+            indices: Ascending flat indices of the whole parameter, on the CPU.
+        """
+        if not self.counts:
+            return NOTHING
+        if indices is None:
+            flat = self._flat()
+            return Part(flat, None, flat)
+        rest, local, stride = indices, torch.zeros_like(indices), 1
+        is_here = torch.ones_like(indices, dtype=torch.bool)
+        for size, held in zip(reversed(self.shape), reversed(self.held), strict=True):
+            place, found = _find(rest % size, held)
+            is_here &= found
+            local += place * stride
+            rest, stride = rest // size, stride * len(held)
+        positions = is_here.nonzero().flatten()
+        return Part(indices[positions], local[positions], positions)
+
+    def tears(self, block: int) -> bool:
+        """Whether a block of neighbours along the last dimension lies in several processes.
+
+        The answer is the same in all of them.
+        """
+        each = [[cut._replace(own=own) for own in range(cut.parts)] for cut in self.last_cuts]
+        held = [_held(self.shape[-1], cuts) for cuts in itertools.product(*each)]
+        edges = {edge for h in held if len(h) for edge in (int(h[0]), int(h[-1]) + 1)}
+        if any(not isinstance(h, range) for h in held):
+            return True
+        return any(edge % block for edge in edges - {self.shape[-1]}) if self.shape else False
+
+    def _flat(self) -> Tensor:
+        flat = torch.zeros(1, dtype=torch.int64)
+        for size, held in zip(self.shape, self.held, strict=True):
+            along = torch.arange(held.start, held.stop) if isinstance(held, range) else held
+            flat = (flat[:, None] * size + along).flatten()
+        return flat
+
+
+def shards_of(parameters: Mapping[str, Tensor], rank: int) -> dict[str, Shard]:
+    """Those of all parameters; none if all of them lie whole in every process.
+
+    Raises:
+        ValueError: As `Shard.of`.
+    """
+    if not any(map(is_sharded, parameters.values())):
+        return {}
+    return {name: Shard.of(name, parameter, rank) for name, parameter in parameters.items()}
+
+
+def _dimension(placement: Any) -> int | None:
+    """Of the tensor, which a mesh dimension with this placement divides.
+
+    One that divides each piece of another's division, as fully_shard does after tensor
+    parallelism, has a private class; all have a `dim`.
+    """
+    if placement.is_partial():
+        return None
+    dimension: int | None = getattr(placement, "dim", None)
+    return dimension
+
+
+def _cuts(
+    shape: torch.Size, placements: Sequence[Any], mesh: Sequence[int], coordinate: Sequence[int]
+) -> list[tuple[_Cut, ...]]:
+    """Of each dimension of a tensor, in the order in which they are made."""
+    cuts: list[list[_Cut]] = [[] for _ in shape]
+    for placement, parts, own in zip(placements, mesh, coordinate, strict=True):
+        dimension = _dimension(placement)
+        if dimension is not None:
+            cuts[dimension].append(_Cut(parts, own, int(getattr(placement, "split_factor", 1))))
+    return [tuple(each) for each in cuts]
+
+
+def _held(size: int, cuts: Sequence[_Cut]) -> Held:
+    held: Held = range(size)
+    for cut in cuts:
+        if cut.pieces == 1:
+            held = _chunk(held, cut.parts, cut.own)
+            continue
+        pieces = (_chunk(held, cut.pieces, piece) for piece in range(cut.pieces))
+        chunks = (_chunk(piece, cut.parts, cut.own) for piece in pieces)
+        held = torch.tensor([*itertools.chain.from_iterable(map(list, chunks))], dtype=torch.int64)
+    if isinstance(held, Tensor) and len(held) and int(held[-1] - held[0]) == len(held) - 1:
+        return range(int(held[0]), int(held[-1]) + 1)
+    return held
+
+
+def _chunk(held: Held, parts: int, own: int) -> Held:
+    """As torch.chunk divides: all of one length, the last ones shorter or empty."""
+    length = -(-len(held) // parts)
+    return held[min(own * length, len(held)) : min((own + 1) * length, len(held))]
+
+
+def _find(indices: Tensor, held: Held) -> tuple[Tensor, Tensor]:
+    """Where among those held each index is, and whether it is."""
+    if isinstance(held, range):
+        return indices - held.start, (indices >= held.start) & (indices < held.stop)
+    if not len(held):
+        return torch.zeros_like(indices), torch.zeros_like(indices, dtype=torch.bool)
+    place = torch.searchsorted(held, indices).clamp(max=len(held) - 1)
+    return place, held[place] == indices

@@ -1,0 +1,150 @@
+"""`PrecisionMonitor` where processes share the parameters: fully_shard by ModelParallelStrategy."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
+
+from altgrad import StepRecord
+from altgrad.records import read
+from altgrad_lightning import PrecisionMonitor
+from tests.distributed.comparing import differences
+from tests.distributed.sharded import WholeSteps, replayed
+from tests.lightning.runs import batches, hooks_of, trainer
+from tests.processes import run
+
+SETTINGS = {"max_elements": 100}
+
+
+class Recording(torch.optim.SGD):
+    """The truth, seen from inside the step: Lightning's closure makes the gradients."""
+
+    truth: WholeSteps
+
+    def step(self, closure: Any = None) -> Any:
+        if closure is None:  # what torch does to restore the optimizer's state
+            return super().step()
+        loss = closure()
+        self.truth.before()
+        super().step()
+        self.truth.after()
+        return loss
+
+
+class Net(pl.LightningModule):
+    """One large layer and small ones, shared if the strategy has a mesh for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(8, 300), nn.Linear(300, 8), nn.LayerNorm(8))
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            mesh = self.device_mesh["data_parallel"]
+            fully_shard(self.layers[0], mesh=mesh)
+            fully_shard(self.layers, mesh=mesh)
+
+    def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
+        return (self.layers(batch[0]) - 1).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = Recording(self.parameters(), lr=1e-2, momentum=0.9)
+        self.truth = optimizer.truth = WholeSteps(self)
+        return optimizer
+
+
+def fit(
+    folder: Path, size: int, epochs: int, checkpoint: Path | None, *, saving: bool = False
+) -> dict[str, Any]:
+    """What a process knows after it, and whether it is what the truth says."""
+    warnings.filterwarnings("error", message=".*(PrecisionMonitor|UpdateMonitor|StepObserver)")
+    monitor = PrecisionMonitor(every_n_steps=1, strict=True, **SETTINGS)
+    strategy: Any = "auto"
+    if size > 1:
+        strategy = ModelParallelStrategy(size, 1, save_distributed_checkpoint=False)
+    callbacks = [ModelCheckpoint(folder / "saved", filename="last")] if saving else []
+    options = {"strategy": strategy, "devices": size, "enable_checkpointing": saving}
+    options |= {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "max_epochs": epochs}
+    fitted = trainer(folder, monitor, *callbacks, **options)
+    net = Net()
+    loader = DataLoader(batches(6).dataset, batch_size=4 // size, shuffle=False)
+    fitted.fit(net, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
+    return {
+        "hooks": hooks_of(fitted),
+        "step": monitor.latest_step,
+        "path": None if monitor.path is None else str(monitor.path),
+        "steps": net.truth.steps,
+        "record": StepRecord(0, monitor.latest, monitor.latest_model, 0.0, 0.0),
+        "state": monitor.state_dict(),
+    }
+
+
+def fit_first(rank: int, folder: Path, size: int) -> dict[str, Any]:
+    return fit(folder, size, 1, None, saving=True)
+
+
+def fit_more(rank: int, folder: Path, size: int, checkpoint: Path) -> dict[str, Any]:
+    return fit(folder, size, 2, checkpoint)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """One epoch by two processes, and another one by as many and by three."""
+    folder = tmp_path_factory.mktemp("parallel")
+    seen = {"first": run(fit_first, 2, folder, 2)}
+    checkpoint = folder / "saved" / "last.ckpt"
+    return seen | {
+        size: run(fit_more, size, folder / str(size), size, checkpoint) for size in (1, 2, 3)
+    }
+
+
+def reference(steps: Any, state: Any = None) -> Any:
+    parameters = {name: nn.Parameter(before.clone()) for name, (before, _, _) in steps[0].items()}
+    return replayed(steps, state, parameters=parameters, **SETTINGS)
+
+
+def test_two_processes_come_to_the_figures_of_one(fitted) -> None:
+    first = fitted["first"]
+    expected = reference(first[0]["steps"])
+    assert len(expected.records) == 3
+    for seen in first:
+        assert seen["step"] == 2
+        assert differences(seen["record"], expected.records[-1]) == []
+
+
+def test_the_gradients_are_accumulated_and_clipped(fitted) -> None:
+    gradients = [g for _, _, g in fitted["first"][0]["steps"][0].values()]
+    norm = torch.stack([g.norm() for g in gradients]).norm().item()
+    assert norm == pytest.approx(0.5, rel=1e-4)
+
+
+def test_the_first_one_alone_writes(fitted) -> None:
+    assert [*read(fitted["first"][0]["path"]).steps] == [0, 1, 2]
+    assert fitted["first"][1]["path"] is None
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_any_number_of_processes_goes_on_from_the_checkpoint(fitted, size: int) -> None:
+    before = reference(fitted["first"][0]["steps"])
+    expected = reference(fitted[size][0]["steps"], before.final_state)
+    assert expected.records
+    for seen in fitted[size]:
+        assert differences(seen["record"], expected.records[-1]) == []
+        bits = seen["state"]["monitor"]["ever_moved"]
+        assert bits.keys() == expected.final_state["ever_moved"].keys()
+        for name, (shape, packed) in expected.final_state["ever_moved"].items():
+            assert bits[name][0] == shape
+            assert torch.equal(bits[name][1], packed)
+
+
+def test_nothing_is_left_behind(fitted) -> None:
+    assert [seen["hooks"] for seen in fitted["first"]] == [0, 0]
