@@ -46,13 +46,13 @@ class PrecisionMonitor(Callback):
     weight, gradient or random number changes.
 
     Observed are automatic and manual optimization, any number of optimizers, accumulation,
-    clipping, every precision of the Trainer and compiled modules, on one device, and under DDP,
-    where the first process observes and the others do nothing. Steps that were none (a GradScaler
-    found inf, there was no gradient, the learning rate is 0) are counted apart.
-    Where a layer is stepped several times in a batch, the last step counts. Tuners (learning rate
-    finder, batch size scaler) are left alone. What it cannot observe it says once: strategies that
-    shard the parameters, optimizers that step inside of the backward pass or on copies of the
-    parameters (DeepSpeed ZeRO), and parameters that are not floating-point.
+    clipping, every precision of the Trainer and compiled modules, on one device, under DDP, where
+    the first process observes, and under ModelParallelStrategy, where all do and the first writes.
+    Steps that were none (a GradScaler found inf, there was no gradient, the learning rate is 0) are
+    counted apart. Where a layer is stepped several times in a batch, the last step counts. Tuners
+    (learning rate finder, batch size scaler) are left alone. What it cannot observe it says once:
+    FSDP1 and DeepSpeed, optimizers that step inside of the backward pass or on copies of the
+    parameters, and parameters that are not floating-point.
 
     It is a callback of `lightning` and of `pytorch_lightning`, whichever are installed. Its state
     is in their checkpoints: a resumed run still knows which weights have never moved.

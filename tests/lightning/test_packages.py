@@ -41,6 +41,7 @@ def test_it_observes_in_either_trainer(package: ModuleType, wrap: Any, tmp_path:
         accelerator="cpu",
         callbacks=wrap([monitor]),
         logger=False,
+        default_root_dir=tmp_path,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
