@@ -97,7 +97,7 @@ def measure(
         ValueError: Shapes that differ, an unknown format, two formats of one name, or a wrong
             scaling.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from altgrad import measure
         >>> before = torch.ones(4)  # a LayerNorm gain

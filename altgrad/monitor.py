@@ -63,7 +63,7 @@ class UpdateMonitor:
     observation with one warning. Small parameters are measured whole, large ones by
     elements that are drawn once, so that the same ones are watched all the time.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from altgrad import UpdateMonitor
         >>> model = torch.nn.LayerNorm(512)

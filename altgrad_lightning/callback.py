@@ -90,7 +90,10 @@ class PrecisionMonitor(Callback):
             four formats. Never with ``fast_dev_run``.
         max_elements: As in `UpdateMonitor`, which observes every step by default, and therefore
             fewer elements; more of them make the error of a sample smaller.
-        sampling, overhead_budget, seed, compile: As in `UpdateMonitor`.
+        sampling: Rules for single layers, as in `UpdateMonitor`.
+        overhead_budget: As in `UpdateMonitor`; what loggers, pictures and files take is not in it.
+        seed: As in `UpdateMonitor`.
+        compile: As in `UpdateMonitor`.
         strict: Whether what fails in here, loggers included, is raised into the training.
 
     Attributes:

@@ -130,6 +130,13 @@ def test_all_pages_are_in_the_navigation() -> None:
         assert page.name in navigation
 
 
+def test_ci_counts_the_warnings_of_the_site() -> None:
+    """With -q mkdocs ends well whatever is broken."""
+    (line,) = re.findall(r"^.*mkdocs build.*$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert "--strict" in line
+    assert not re.search(r" (-q|--quiet)\b", line)
+
+
 def test_pictures_are_small_and_each_is_shown() -> None:
     text = "".join(page.read_text() for page in PAGES)
     for picture in (ROOT / "docs").glob("*.png"):

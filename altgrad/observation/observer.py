@@ -57,7 +57,7 @@ class StepObserver:
     Hooks of other code that change gradients are seen if they were registered earlier: attach last.
     It observes as long as you hold it: without a reference it is collected, and its hooks go.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from altgrad import StepObserver
         >>> model = torch.nn.Linear(1, 1, bias=False)
