@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
-from altgrad.records import FormatInfo, Run
+from altgrad.records import FormatInfo, LayerInfo, Run
 from altgrad.wording import percent
 
 STORES_FINE = 0.99
@@ -32,8 +32,9 @@ UNDERFLOW, SATURATED = 0.1, 0.01
 """Shares of weights, stored as 0 and beyond the top, from which on the range is at fault."""
 
 _KEPT, _STALL, _NEVER_MOVED = "kept_update_ratio", "stall_frac", "never_moved_frac"
-_MEANS = (_KEPT, _STALL, "underflow_frac", "saturated_frac")
-RESTS_ON = (_KEPT, _STALL)
+_OF_RANGE = ("underflow_frac", "saturated_frac")
+_MEANS = (_KEPT, _STALL, *_OF_RANGE)
+RESTS_ON = (_KEPT, _STALL, _NEVER_MOVED)
 """Metrics whose standard errors count."""
 _WIDTH = 2  # standard errors to either side
 _MOST_NAMED = 3
@@ -125,15 +126,17 @@ class _Tally:
     sums: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
     never_moved: float = math.nan
+    never_moved_error: float = math.nan
 
     def add_step(self, figures: Mapping[str, float], errors: Mapping[str, float]) -> None:
         for metric in _MEANS:
             self._add(metric, figures[metric])
-        for metric, error in errors.items():
+        for metric in (_KEPT, _STALL):
             if math.isfinite(figures[metric]):
-                self._add(f"error of {metric}", error)
+                self._add(f"error of {metric}", errors[metric])
         if math.isfinite(figures[_NEVER_MOVED]):
             self.never_moved = figures[_NEVER_MOVED]
+            self.never_moved_error = errors[_NEVER_MOVED]
 
     def _add(self, key: str, value: float) -> None:
         if math.isfinite(value):
@@ -146,6 +149,8 @@ class _Tally:
 
     def error(self, metric: str) -> float:
         """NaN where in most steps none could be trusted."""
+        if metric == _NEVER_MOVED:
+            return self.never_moved_error
         trusted = self.counts[f"error of {metric}"] * 2 > self.counts[metric]
         return self.mean(f"error of {metric}") if trusted else math.nan
 
@@ -159,10 +164,15 @@ class Judge:
 
     Args:
         formats: Those that were judged, by name.
+        layers: Those that were watched, by name: of one that is not here, the shares of weights
+            that are out of range are taken as exact.
     """
 
-    def __init__(self, formats: Mapping[str, FormatInfo]) -> None:
+    def __init__(
+        self, formats: Mapping[str, FormatInfo], layers: Mapping[str, LayerInfo] | None = None
+    ) -> None:
         self._formats = formats
+        self._layers = layers or {}
         self._tallies: dict[str, dict[str, _Tally]] = {}
 
     def add(self, layer: str, figures: Mapping[str, float], errors: Mapping[str, float]) -> None:
@@ -186,7 +196,7 @@ class Judge:
     def assessment(self) -> Assessment:
         """The verdicts as they stand now."""
         advice = [
-            _advice(layer, format, tally)
+            _advice(layer, format, tally, self._layers.get(layer))
             for layer, tallies in self._tallies.items()
             for format, tally in tallies.items()
         ]
@@ -205,7 +215,7 @@ class Judge:
         """What a resumed run needs to go on."""
         return {
             layer: {
-                format: (dict(tally.sums), dict(tally.counts), tally.never_moved)
+                format: {**vars(tally), "sums": dict(tally.sums), "counts": dict(tally.counts)}
                 for format, tally in tallies.items()
             }
             for layer, tallies in self._tallies.items()
@@ -215,8 +225,10 @@ class Judge:
         """Go on from a `state_dict`."""
         self._tallies = {
             layer: {
-                format: _Tally(Counter(sums), Counter(counts), never_moved)
-                for format, (sums, counts, never_moved) in tallies.items()
+                format: _Tally(
+                    **{**tally, "sums": Counter(tally["sums"]), "counts": Counter(tally["counts"])}
+                )
+                for format, tally in tallies.items()
             }
             for layer, tallies in state.items()
         }
@@ -224,7 +236,7 @@ class Judge:
 
 def judge_run(run: Run) -> Assessment:
     """The assessment of a run that has been read."""
-    judge = Judge(run.formats)
+    judge = Judge(run.formats, run.layers)
     for row in run.rows:
         if row.layer is not None:
             judge.add(row.layer, row.figures, row.errors)
@@ -236,33 +248,62 @@ def _least_kept(advice: Iterable[Advice]) -> float:
     return min((a.kept for a in advice if not math.isnan(a.kept)), default=math.inf)
 
 
-def _advice(layer: str, format: str, tally: _Tally) -> Advice:
+def _advice(layer: str, format: str, tally: _Tally, info: LayerInfo | None) -> Advice:
     figures = {metric: tally.mean(metric) for metric in _MEANS}
     figures[_NEVER_MOVED] = tally.never_moved
     errors = {metric: tally.error(metric) for metric in RESTS_ON}
-    verdict, reason = _judged(figures, errors[_KEPT])
+    of_range = {metric: _error_of_share(figures[metric], info) for metric in _OF_RANGE}
+    verdict, reason = _judged(figures, errors | of_range)
     return Advice(layer, format, verdict, figures, errors, reason)
 
 
-def _judged(figures: Mapping[str, float], error: float) -> tuple[Verdict, str]:
+def _judged(figures: Mapping[str, float], errors: Mapping[str, float]) -> tuple[Verdict, str]:
     """The verdict, and why."""
     kept, never_moved = figures[_KEPT], figures[_NEVER_MOVED]
+    error, width = errors[_KEPT], _WIDTH * errors[_NEVER_MOVED]
     if math.isnan(kept):
         return Verdict.NOT_JUDGED, (
             "no observed step had an update that the format could lose: nothing moved, or the "
             "weights are stored no finer than that (then read unmoved_frac)"
         )
+    spans = never_moved + width >= FROZEN > never_moved - width
+    if spans or (never_moved >= FROZEN and math.isnan(width)):
+        return Verdict.UNCERTAIN, (
+            f"{_share(never_moved, errors[_NEVER_MOVED])} of the weights that had updates would "
+            "never have moved, which could be “frozen” or not"
+        )
     if never_moved >= FROZEN:
         return Verdict.FROZEN, (
             f"{percent(never_moved)} of the weights that had updates would never have moved"
         )
-    underflow, saturated = figures["underflow_frac"], figures["saturated_frac"]
-    if kept < STORES_FINE and (underflow >= UNDERFLOW or saturated >= SATURATED):
-        return Verdict.RANGE, (
-            f"{percent(underflow)} of the weights are stored as 0 and {percent(saturated)} lie "
-            f"beyond the top, and {_share(kept, error)} of the update is kept"
+    if kept < STORES_FINE and (verdict := _range_verdict(figures, errors)):
+        shares = (_share_in_percent(figures[metric], errors[metric]) for metric in _OF_RANGE)
+        stored_as_0, beyond = shares
+        return verdict, (
+            f"{stored_as_0} of the weights are stored as 0 and {beyond} lie beyond the top, and "
+            f"{_share(kept, error)} of the update is kept"
         )
     return _by_kept(kept, error, figures[_STALL])
+
+
+def _range_verdict(figures: Mapping[str, float], errors: Mapping[str, float]) -> Verdict | None:
+    """Whether the range is at fault, or whether that is uncertain; None if it is not."""
+    is_so, may_be_so = (
+        any(
+            figures[metric] + side * _WIDTH * errors[metric] >= threshold
+            for metric, threshold in zip(_OF_RANGE, (UNDERFLOW, SATURATED), strict=True)
+        )
+        for side in (-1, 1)
+    )
+    return Verdict.RANGE if is_so else Verdict.UNCERTAIN if may_be_so else None
+
+
+def _error_of_share(share: float, layer: LayerInfo | None) -> float:
+    """The standard error of a share of a layer's elements, drawn without replacement."""
+    population = math.prod(layer.shape) if layer is not None else 0
+    if layer is None or layer.elements >= population or not 0 < share < 1:
+        return 0.0
+    return math.sqrt(share * (1 - share) / layer.elements * (1 - layer.elements / population))
 
 
 def _by_kept(kept: float, error: float, stall: float) -> tuple[Verdict, str]:
@@ -323,6 +364,10 @@ _SUMMARY_WORDS = {
     Verdict.UNCERTAIN: "uncertain (raise max_elements)",
     Verdict.NOT_JUDGED: "not judged",
 }
+
+
+def _share_in_percent(share: float, error: float) -> str:
+    return f"{percent(share)} ± {200 * error:.1g}" if error > 0 else percent(share)
 
 
 def _share(value: float, error: float) -> str:

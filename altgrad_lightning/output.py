@@ -63,7 +63,7 @@ class Output:
         self._header = header_of(monitor)
         self._loggers = [*trainer.loggers]
         self._charts = Charts([*self._header.formats], settings.layer_charts)
-        self._judge = Judge(self._header.formats)
+        self._judge = Judge(self._header.formats, self._header.layers)
         self._history = History()
         self._has_layout = False
         self._spent = 0.0  # seconds in the last `write`

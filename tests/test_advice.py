@@ -7,7 +7,7 @@ import pytest
 
 from altgrad.advice import Advice, Judge, Verdict
 from altgrad.quantization import get_formats
-from altgrad.records import FormatInfo
+from altgrad.records import FormatInfo, LayerInfo
 
 FORMATS = {
     format.name: FormatInfo.of(format, "tensor") for format in get_formats(["fp16", "bf16", "e5m2"])
@@ -81,6 +81,54 @@ def test_an_interval_across_a_threshold_is_uncertain(
     assert advice.verdict is verdict
     if error > 0:
         assert f"± {2 * error:.1g}" in advice.reason
+
+
+@pytest.mark.parametrize(
+    ("never_moved", "error", "verdict"),
+    [
+        (0.985, 0.004, Verdict.UNCERTAIN),
+        (0.995, 0.004, Verdict.UNCERTAIN),
+        (0.999, 0.004, Verdict.FROZEN),
+        (0.98, 0.004, Verdict.NEEDS_REMEDY),
+        (1.0, 0.0, Verdict.FROZEN),  # of the sample none ever moved
+        (1.0, NAN, Verdict.UNCERTAIN),
+        (0.5, NAN, Verdict.NEEDS_REMEDY),
+    ],
+)
+def test_frozen_takes_the_error_of_a_sample_into_account(
+    never_moved: float, error: float, verdict: Verdict
+) -> None:
+    """The last one counts, as of what it belongs to."""
+    steps = [figures(kept_update_ratio=0.1, never_moved_frac=x) for x in (1.0, never_moved)]
+    judge = Judge(FORMATS)
+    for step, of_step in zip(steps, (0.5, error), strict=True):
+        judge.add("layer", step, {"never_moved_frac/bf16": of_step})
+    (advice,) = judge.assessment().advice
+    assert advice.verdict is verdict
+    if verdict is Verdict.UNCERTAIN and not math.isnan(error):
+        assert "never have moved, which could be “frozen” or not" in advice.reason
+
+
+@pytest.mark.parametrize(
+    ("share", "elements", "verdict"),
+    [
+        ("underflow_frac", 10_000, Verdict.RANGE),  # all are measured
+        ("underflow_frac", 100, Verdict.UNCERTAIN),  # 0.11 ± 0.06
+        ("saturated_frac", 10_000, Verdict.RANGE),
+        ("saturated_frac", 100, Verdict.UNCERTAIN),
+    ],
+)
+def test_range_takes_the_error_of_a_sample_into_account(
+    share: str, elements: int, verdict: Verdict
+) -> None:
+    layers = {"layer": LayerInfo((100, 100), "float32", elements, ("bf16",))}
+    for value, expected in ((0.11, verdict), (0.9, Verdict.RANGE), (0.0, Verdict.WATCH)):
+        judge = Judge(FORMATS, layers)
+        share_of = value if share == "underflow_frac" else value / 10
+        judge.add("layer", figures(kept_update_ratio=0.9, **{share: share_of}), {})
+        (advice,) = judge.assessment().advice
+        assert advice.verdict is expected, value
+        assert ("±" in advice.reason) == (elements == 100 and value > 0)
 
 
 def test_steps_count_alike_and_of_what_never_moved_the_last() -> None:
