@@ -7,6 +7,7 @@ from altgrad.observation import OptimizerStep, StepObserver
 from altgrad.quantization import FloatFormat, get_format, quantize, spacing
 from altgrad.sampling import SamplingRule, StepSchedule
 from altgrad.step_record import StepRecord
+from altgrad.storage import WeightStorage
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "StepRecord",
     "StepSchedule",
     "UpdateMonitor",
+    "WeightStorage",
     "__version__",
     "get_format",
     "measure",

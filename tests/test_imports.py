@@ -98,7 +98,7 @@ ALLOWED = {
     "altgrad.report": {f"altgrad.report.{part}" for part in ("comparison", "drawings", "page")}
     | {f"altgrad.report.{part}" for part in ("run_report", "terminal")},
     "altgrad": {Q, OBS, SAMPLING, "altgrad.figures", "altgrad.measuring"}
-    | {"altgrad.monitor", "altgrad.step_record"},
+    | {"altgrad.monitor", "altgrad.step_record", "altgrad.storage"},
     "altgrad.records.schema": {Q, f"{Q}.block_formats", "altgrad.scales"},
     "altgrad.records.lines": {"altgrad.figures", "altgrad.step_record"},
     "altgrad.records.run": {Q, "altgrad.figures", "altgrad.records.schema"},
@@ -109,6 +109,9 @@ ALLOWED = {
     | {"altgrad.records.watching", "altgrad.records.writing"},
     "altgrad.records.watching": {"altgrad.monitor", "altgrad.records.schema"},
     "altgrad.weight_octaves": {"altgrad.figures", SAMPLING, "altgrad.sharded_layers"},
+    "altgrad.storage": {Q, f"{Q}.arguments", f"{Q}.block_formats", f"{Q}.scaling", SAMPLING}
+    | {f"{OBS}.{part}" for part in ("local", "optimizers", "parameter_names", "step_hooks")}
+    | {"altgrad.scales"},
     "altgrad.wording": set(),
     "altgrad.advice": {"altgrad.records", "altgrad.wording"},
     "altgrad.cli": {Q},

@@ -20,6 +20,15 @@ Captured = TypeVar("Captured")
 _Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+_HOOKS: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[StepHooks[Any]]]
+_HOOKS = weakref.WeakKeyDictionary()
+
+
+def is_hooked(optimizer: Optimizer) -> bool:
+    """Whether any `StepHooks` are around the steps of an optimizer."""
+    return bool(_HOOKS.get(optimizer))
+
+
 class StepHooks(Generic[Captured]):
     """Three calls around each step of one optimizer, however it is stepped.
 
@@ -64,6 +73,7 @@ class StepHooks(Generic[Captured]):
             optimizer.register_step_pre_hook(_outside_of_graphs(self._before)),
             optimizer.register_step_post_hook(_outside_of_graphs(self._after)),
         )
+        _HOOKS.setdefault(optimizer, weakref.WeakSet()).add(self)
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -81,6 +91,8 @@ class StepHooks(Generic[Captured]):
             return False
         for handle in self._handles:
             handle.remove()
+        if optimizer is not None:
+            _HOOKS[optimizer].discard(self)
         return True
 
     def _before(
