@@ -145,8 +145,8 @@ def missing_gradient(rank: int) -> list[str]:
     optimizer = sgd(net)
     if rank == 1:
         optimizer.register_step_pre_hook(lambda *_: setattr(net.norm.weight, "grad", None))
-    UpdateMonitor(net).attach(optimizer)
-    return warned(net, optimizer, 2)
+    with UpdateMonitor(net).attach(optimizer):
+        return warned(net, optimizer, 2)
 
 
 def different_layers(rank: int) -> str:
@@ -278,22 +278,19 @@ def observe_alone(rank: int) -> dict[str, Any]:
     """A schedule that depends on the rank."""
     net = fsdp(SIZE)
     optimizer = sgd(net)
-    UpdateMonitor(net, every_n_steps=lambda index: rank == 0 or index > 0).attach(optimizer)
     start = time.monotonic()
-    told = warned(net, optimizer, 3)
+    with UpdateMonitor(net, every_n_steps=lambda index: rank == 0 or index > 0).attach(optimizer):
+        told = warned(net, optimizer, 3)
     return {"told": told, "seconds": time.monotonic() - start, "trained": True}
 
 
 def other_steps(rank: int) -> list[str]:
     """Schedules that make the processes meet at different steps, where training does not wait."""
     net = fsdp(SIZE)
-    steps = [{n: (p.to_local(),) * 3 for n, p in net.named_parameters()}] * 3
     optimizer = sgd(net)
-    UpdateMonitor(net, every_n_steps=lambda index: index == rank).attach(optimizer)
-    del steps
-    generator = torch.Generator().manual_seed(1)
-    net(torch.randint(0, 7, (6,), generator=generator)).backward()
-    with warnings.catch_warnings(record=True) as caught:
+    net(torch.arange(6)).backward()
+    monitor = UpdateMonitor(net, every_n_steps=lambda index: index == rank).attach(optimizer)
+    with monitor, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
             optimizer.step()
