@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NoReturn
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from altgrad.arena import Arena
 from altgrad.budgets import Budgets
-from altgrad.chunks import Sample
 from altgrad.clock import Clock
 from altgrad.distributed import Own
 from altgrad.ever_moved import EverMovedOfLayers
 from altgrad.figures import Histogram
+from altgrad.layer_settings import LayerSettings
 from altgrad.measuring import DEFAULT_FORMATS, Formats, Measurer
-from altgrad.merging import StepVectors
 from altgrad.observation import OptimizerStep, SkipReason, StepObserver
 from altgrad.observation.local import is_sharded, local_of
 from altgrad.observation.observer import Look
-from altgrad.observation.snapshots import WHOLE_UP_TO, Memory
+from altgrad.observation.snapshots import Memory
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.block_formats import NumberFormat, get_formats
 from altgrad.quantization.scaling import Scaling
@@ -38,13 +32,11 @@ from altgrad.sampling import (
     SamplingRule,
     StepSchedule,
     describe_layers,
-    resolve_layers,
-    sample_elements,
 )
 from altgrad.scale_state import ScaleState
-from altgrad.scales import block_sizes, need_tensor_amax
+from altgrad.scales import block_sizes
 from altgrad.sharded_layers import ShardedLayers
-from altgrad.shards import NOTHING
+from altgrad.step_measuring import StepMeasuring
 from altgrad.step_record import StepRecord
 from altgrad.weight_octaves import weight_octaves
 
@@ -123,7 +115,6 @@ class UpdateMonitor:
         self._told: set[str] = set()
         self.latest: StepRecord | None = None
         self._on_record = on_record
-        self._seed = seed
         own_formats = get_formats(formats)
         of_rules = [format for rule in sampling for format in get_formats(rule.formats or ())]
         self._measurer = Measurer([*own_formats, *of_rules], scaling, compile=compile)
@@ -139,18 +130,22 @@ class UpdateMonitor:
             strict=strict,
         )
         self._sampling = tuple(sampling)
-        self._defaults: dict[str, Any] = {
-            "every_n_steps": every,
-            "max_elements": max_elements,
-            "formats": tuple(format.name for format in own_formats),
-        }
-        self.layers = self._resolved(self._observer.names, sampling)
+        self._settings = LayerSettings(
+            self._observer.names,
+            sampling,
+            self._measurer,
+            own_formats,
+            every_n_steps=every,
+            max_elements=max_elements,
+            seed=seed,
+        )
         self._budgets = None if overhead_budget is None else Budgets(overhead_budget, every)
         self._clock = Clock()
         self._scale_state = ScaleState(self._measurer.formats, scaling)
         self._ever_moved = EverMovedOfLayers(self._tell)
-        self._arenas: WeakKeyDictionary[Optimizer, Arena] = WeakKeyDictionary()
-        self._samples: dict[str, Sample] = {}
+        self._measuring = StepMeasuring(
+            self._measurer, self._settings, self._scale_state, self._ever_moved
+        )
         self._sharded: ShardedLayers | None = None
         self._last_seen: dict[str, int] = {}  # by layer, the index of its last observed step
         self._lock = threading.RLock()  # two threads may step two optimizers
@@ -166,9 +161,14 @@ class UpdateMonitor:
         return self._measurer.scaling
 
     @property
+    def layers(self) -> Mapping[str, LayerSampling]:
+        """How each layer is observed, by name."""
+        return self._settings.by_name
+
+    @property
     def parameters(self) -> dict[str, Tensor]:
         """Those that are measured, by name."""
-        return self._measured_parameters()
+        return self._settings.measured(self._observer.parameters)
 
     def weight_octaves(self) -> Histogram:
         """How many of all measured parameters' elements lie in each octave of magnitude, estimated.
@@ -180,7 +180,7 @@ class UpdateMonitor:
     def elements_of(self, name: str) -> int:
         """How many elements of a layer are measured in a step."""
         shape = self._observer.parameters[name].shape
-        indices = self._chosen(name, shape)
+        indices = self._settings.measured_indices(name, shape)
         return shape.numel() if indices is None else len(indices)
 
     @property
@@ -224,13 +224,13 @@ class UpdateMonitor:
     def _attach_together(self, optimizers: Sequence[Any], scaler: GradScaler | None) -> None:
         sharded, problem = self._share(), None
         try:
-            self._check_formats_of_shards()
+            sharded.check_formats(self._measurer.formats)
             self._leave_out_torn_layers(sharded)
             self._observer.attach(*optimizers, scaler=scaler)
         except Exception as error:  # noqa: BLE001 - the others are told, and then it is raised
             problem = error
         description = [
-            f"{name} {tuple(parameter.shape)} {parameter.dtype} {self._layer(name)}"
+            f"{name} {tuple(parameter.shape)} {parameter.dtype} {self._settings.of(name)}"
             for name, parameter in self._observer.parameters.items()
         ]
         try:
@@ -242,26 +242,18 @@ class UpdateMonitor:
     def _share(self) -> ShardedLayers:
         """What is observed together with other processes."""
         if self._sharded is None:
-            parameters, scaling = self._observer.parameters, self._measurer.scaling
-            self._sharded = ShardedLayers(parameters, self._chosen, scaling)
+            self._sharded = self._measuring.sharded = ShardedLayers(
+                self._observer.parameters, self._settings.measured_indices, self._measurer.scaling
+            )
             self._scale_state.take = self._sharded.amax_of
             self._observer.agree = self._agree
         return self._sharded
 
-    def _check_formats_of_shards(self) -> None:
-        if need_tensor_amax(self._measurer.formats):
-            raise ValueError(
-                f"formats={self._measurer.names}: one of them scales blocks by the amax of the "
-                "whole tensor in each step, which is not known where parameters are sharded; leave "
-                "out 'nvfp4', or observe an unsharded run"
-            )
-
     def _leave_out_torn_layers(self, sharded: ShardedLayers) -> None:
         sizes = block_sizes(self._measurer.formats, self._measurer.scaling)
-        names = [name for name in self._observer.names if self._layer(name).enabled]
+        names = [name for name in self._observer.names if self._settings.of(name).enabled]
         if torn := sharded.torn(names, sizes):
-            for name in torn:
-                self.layers[name] = replace(self.layers[name], enabled=False)
+            self._settings.leave_out(torn)
             self._tell(
                 f"leaves out {torn}, of which blocks of {sizes} elements that share a scale lie in "
                 "several processes"
@@ -273,10 +265,7 @@ class UpdateMonitor:
         untold = None if self._sharded is None else self._sharded.ranks.take_fault()
         if untold is not None:
             self._tell(f"had a fault that ended nothing any more: {untold!r}")
-        for arena in self._arenas.values():
-            for name, ever in arena.ever_moved():
-                self._ever_moved.leave(name, ever)
-            arena.clear()
+        self._measuring.leave_arenas()
 
     def __enter__(self) -> UpdateMonitor:  # noqa: PYI034 - typing has Self only from Python 3.11 on
         return self
@@ -296,9 +285,7 @@ class UpdateMonitor:
         Where parameters are sharded all processes have to call it, and wait for each other; each
         gets all of it, and any number of processes can go on from it.
         """
-        arenas = self._arenas.values()
-        elsewhere = itertools.chain.from_iterable(arena.ever_moved() for arena in arenas)
-        ever_moved = self._ever_moved.state_dict(elsewhere)
+        ever_moved = self._ever_moved.state_dict(self._measuring.ever_moved_in_arenas())
         if self._sharded is not None:
             names = self._measured(self._observer.names)
             kinds = 1 + len(self._measurer.formats)
@@ -323,8 +310,7 @@ class UpdateMonitor:
         """
         if self.is_observing:
             raise RuntimeError("the monitor is attached: load_state_dict() before attach()")
-        for arena in self._arenas.values():
-            arena.clear()
+        self._measuring.clear_arenas()
         if tuple(state["formats"]) == self._measurer.names:
             self._ever_moved.load_state_dict(state["ever_moved"])
         else:
@@ -334,23 +320,14 @@ class UpdateMonitor:
                 f"{tuple(state['formats'])}: never_moved_frac begins anew"
             )
         if any(map(is_sharded, self._observer.parameters.values())):
-            self._keep_parts(self._share())
+            names = self._measured(self._observer.names)
+            self._ever_moved.keep_parts(self._share().measured_parts_of(names))
         self._scale_state.load_state_dict(state["scales"])
         self._last_seen = dict(state["last_seen"])
         self.skipped.clear()
         self.skipped.update(state["skipped"])
         if self._budgets is not None and state["budgets"] is not None:
             self._budgets.load_state_dict(state["budgets"])
-
-    def _keep_parts(self, sharded: ShardedLayers) -> None:
-        names = self._measured(self._observer.names)
-        expected = sharded.expected(names)
-        self._ever_moved.keep_parts(
-            {
-                name: (expected[name].elements, sharded.measured_part_of(name).positions)
-                for name in names
-            }
-        )
 
     # --- before a step
 
@@ -363,8 +340,8 @@ class UpdateMonitor:
             return False
         if self._scale_state.is_due:
             with self._clock.observing():
-                self._scale_state.refresh(self._measured_parameters())
-                self._scales_changed()
+                self._scale_state.refresh(self.parameters)
+                self._measuring.scales_changed()
         return True
 
     def _is_due_together(self, sharded: ShardedLayers, index: int) -> bool:
@@ -376,63 +353,23 @@ class UpdateMonitor:
             return False
         if self._budgets is not None and not self._budgets.of(self._observer.asking).is_due(index):
             return False
-        parameters = self._measured_parameters()
+        parameters = self.parameters
         self._scale_state.look_for(parameters)
         if self._scale_state.is_due:
             with self._clock.observing():
                 self._scale_state.refresh(parameters)
                 with sharded.ranks.keeping_faults():
-                    self._scales_changed()
+                    self._measuring.scales_changed()
         return True
 
     def _should_copy(self, name: str, index: int) -> bool:
-        layer = self._layer(name)
-        if not layer.enabled:
-            return False
-        last = self._last_seen.get(name, index)
-        return last == index or last > index or index - last >= layer.every_n_steps
+        return self._settings.is_due(name, index, self._last_seen.get(name, index))
 
     def _elements(self, name: str, parameter: Tensor) -> Tensor | None:
-        if parameter.dtype not in INPUT_DTYPES:
-            return None
-        if self._sharded is not None:
-            part = self._sharded.measured_part_of(name) if self._layer(name).enabled else NOTHING
-            self._samples[name] = Sample(parameter.shape, part.indices)
-            return part.local
-        indices = self._indices(name, parameter.shape)
-        if indices is not None:
-            self._samples[name] = Sample(parameter.shape, indices)
-        return indices
-
-    def _indices(self, name: str, shape: torch.Size) -> Tensor | None:
-        most, block = self._layer(name).max_elements, self._measurer.block
-        return sample_elements(name, shape, most, seed=self._seed, block=block)
-
-    def _chosen(self, name: str, shape: torch.Size) -> Tensor | None:
-        """Those that are measured; None for all."""
-        return None if shape.numel() <= WHOLE_UP_TO else self._indices(name, shape)
+        return self._measuring.elements(name, parameter)
 
     def _memory(self, optimizer: Optimizer) -> Memory:
-        if optimizer not in self._arenas:
-            arena = Arena(self._measurer, self._scale_state, self._ever_moved, self._samples)
-            self._arenas[optimizer] = arena
-        return self._arenas[optimizer].place
-
-    def _measured_parameters(self) -> dict[str, Tensor]:
-        return {
-            name: parameter
-            for name, parameter in self._observer.parameters.items()
-            if parameter.requires_grad and self._can_be_measured(name, parameter)
-        }
-
-    def _can_be_measured(self, name: str, parameter: Tensor) -> bool:
-        return (
-            not is_lazy(parameter) and parameter.dtype in INPUT_DTYPES and self._layer(name).enabled
-        )
-
-    def _scales_changed(self) -> None:
-        for arena in self._arenas.values():
-            arena.scales_changed()
+        return self._measuring.memory(optimizer)
 
     # --- after a step
 
@@ -461,8 +398,9 @@ class UpdateMonitor:
             if not together.names:
                 self.skipped.update(_REASONS[together.reason :][:1] if together.reason >= 0 else ())
                 return
-            vectors = self._vectors()
-            record = vectors.record_of(index, together.names, together.vectors, together.seconds)
+            record = self._measuring.nothing().record_of(
+                index, together.names, together.vectors, together.seconds
+            )
             if together.found_inf and not record.model["update_rms"] > 0:
                 self.skipped["inf"] += 1
                 return
@@ -477,9 +415,7 @@ class UpdateMonitor:
         self._clock.add(self._observer.copy_seconds)
         if not isinstance(seen, OptimizerStep):
             return own._replace(reason=_REASONS.index(seen))
-        vectors = self._vectors()
-        measured = self._measure_together(seen, vectors)
-        self._measure_alone(seen, {*seen.names} - measured, vectors)
+        vectors = self._measuring.vectors_of(seen, self._observer.parameters)
         found_inf = None if seen.found_inf is None else local_of(seen.found_inf)
         rows, numbers, skipped = vectors.on_host(found_inf)
         present = self._measured(seen.names)
@@ -487,7 +423,7 @@ class UpdateMonitor:
 
     def _measured(self, names: Sequence[str]) -> list[str]:
         parameters = self._observer.parameters
-        return [name for name in names if self._can_be_measured(name, parameters[name])]
+        return [name for name in names if self._settings.is_measured(name, parameters[name])]
 
     def _note(self, optimizer: Optimizer, record: StepRecord) -> None:
         """What follows from a record for the steps to come."""
@@ -499,81 +435,22 @@ class UpdateMonitor:
             budget.observed(record.index)
         self.latest = record
 
-    def _vectors(self) -> StepVectors:
-        return StepVectors(self._measurer.names, lambda name: self._layer(name).formats)
-
     def _settle_scales(self) -> None:
-        if self._scale_state.has_zero and self._scale_state.settle(self._measured_parameters()):
-            self._scales_changed()
+        if self._scale_state.has_zero and self._scale_state.settle(self.parameters):
+            self._measuring.scales_changed()
 
     def _record_of(self, step: OptimizerStep) -> StepRecord | None:
         """None of a step that was none, or had none of the parameters that are measured."""
         seconds = self._clock.seconds(step.optimizer, step.index)
         self._settle_scales()
-        vectors = self._vectors()
-        measured = self._measure_together(step, vectors)
-        self._measure_alone(step, {*step.names} - measured, vectors)
+        vectors = self._measuring.vectors_of(step, self._observer.parameters)
         record, skipped = vectors.record(step.index, seconds, step.found_inf)
         if record is not None and skipped and not record.model["update_rms"] > 0:
             self.skipped["inf"] += 1
             return None
         return record
 
-    def _measure_together(self, step: OptimizerStep, vectors: StepVectors) -> set[str]:
-        """The parameters that lie in the arena; returns their names."""
-        arena = self._arenas[step.optimizer]
-        present = {*step.names}
-        measured: set[str] = set()
-        for segment in arena.segments:
-            absent = [place for place in segment.places if place.name not in present]
-            segment.leave_out(absent)
-            names = [name if name in present else None for name in segment.names]
-            batch = arena.batch_of(segment)
-            vectors.add(names, self._measurer.vectors_of(batch))
-            measured |= {name for name in names if name is not None}
-        return measured
-
-    def _measure_alone(self, step: OptimizerStep, names: set[str], vectors: StepVectors) -> None:
-        """Those of too many elements for that; not those of a dtype that is not measured."""
-        if not names:
-            return
-        parameters, kinds = self._observer.parameters, 1 + len(self._measurer.formats)
-        each = zip(step.names, step.before, step.after, step.gradients, strict=True)
-        for name, before, after, gradient in each:
-            if name not in names or {before.dtype, gradient.dtype} - {*INPUT_DTYPES}:
-                continue
-            parameter = parameters[name]
-            if self._sharded is not None and not before.numel():
-                continue  # others have all that is measured of it
-            self._scale_state.look_at(name, parameter)
-            amax = self._scale_state.amax(name) if self._measurer.needs_amax else None
-            ever = self._ever_moved.row_of(name, kinds, before.numel(), before.device)
-            is_whole = before.numel() == parameter.numel()
-            sample = None if is_whole else self._samples[name]
-            statistics = self._measurer.statistics_of(before, after, gradient, amax, ever, sample)
-            vectors.add_layer(name, statistics)
-
-    # --- what is said of layers, and to the user
-
-    def _layer(self, name: str) -> LayerSampling:
-        """Also of one that the module has got since."""
-        if name not in self.layers:
-            rules = [rule for rule in self._sampling if rule.matches(name)]
-            self.layers |= self._resolved([name], rules)
-        return self.layers[name]
-
-    def _resolved(
-        self, names: Sequence[str], rules: Sequence[SamplingRule]
-    ) -> dict[str, LayerSampling]:
-        """With the formats' own names."""
-        known = self._measurer.names
-        return {
-            name: replace(
-                layer,
-                formats=tuple(f if f in known else get_formats(f)[0].name for f in layer.formats),
-            )
-            for name, layer in resolve_layers(names, rules, **self._defaults).items()
-        }
+    # --- what is said to the user
 
     def _tell_of_dtypes(self) -> None:
         parameters = self._observer.parameters

@@ -10,8 +10,9 @@ from torch import Tensor
 from altgrad.distributed import Expected, Ranks
 from altgrad.ever_moved import PackedBits, whole_of
 from altgrad.observation.local import local_of
+from altgrad.quantization.block_formats import NumberFormat
 from altgrad.quantization.scaling import Scaling
-from altgrad.scales import layer_amax_of_each
+from altgrad.scales import layer_amax_of_each, need_tensor_amax
 from altgrad.shards import Part, shards_of
 
 
@@ -63,6 +64,23 @@ class ShardedLayers:
                 elements = shape.numel() if indices is None else len(indices)
                 self._expected[name] = Expected(shape.numel(), elements)
         return {name: self._expected[name] for name in names}
+
+    def measured_parts_of(self, names: Sequence[str]) -> dict[str, tuple[int, Tensor]]:
+        """By layer, how many elements are measured in all, and which of them here."""
+        return {
+            name: (expected.elements, self.measured_part_of(name).positions)
+            for name, expected in self.expected(names).items()
+        }
+
+    def check_formats(self, formats: Sequence[NumberFormat]) -> None:
+        """ValueError for formats whose scales are not known where parameters are sharded."""
+        if need_tensor_amax(formats):
+            names = tuple(format.name for format in formats)
+            raise ValueError(
+                f"formats={names}: one of them scales blocks by the amax of the whole tensor in "
+                "each step, which is not known where parameters are sharded; leave out 'nvfp4', "
+                "or observe an unsharded run"
+            )
 
     def torn(self, names: Iterable[str], block_sizes: Sequence[int]) -> list[str]:
         """Layers of which a block that shares a scale lies in several processes."""

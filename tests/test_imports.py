@@ -50,17 +50,28 @@ ALLOWED = {
     | {"altgrad.scales", "altgrad.statistics", "altgrad.totals", "altgrad.workspace"},
     "altgrad.shards": {f"{OBS}.local"},
     "altgrad.distributed": {f"{OBS}.faults", "altgrad.statistics"},
-    "altgrad.sharded_layers": {f"{Q}.scaling", f"{OBS}.local", "altgrad.distributed"}
+    "altgrad.sharded_layers": {
+        f"{Q}.block_formats",
+        f"{Q}.scaling",
+        f"{OBS}.local",
+        "altgrad.distributed",
+    }
     | {"altgrad.ever_moved", "altgrad.scales", "altgrad.shards"},
     "altgrad.arena": {f"{Q}.arguments", f"{OBS}.local", f"{OBS}.snapshots"}
     | {"altgrad.chunks", "altgrad.ever_moved", "altgrad.measuring", "altgrad.row_kernel"}
     | {"altgrad.scale_state", "altgrad.scales"},
+    "altgrad.layer_settings": {f"{Q}.arguments", f"{Q}.block_formats", f"{OBS}.snapshots"}
+    | {SAMPLING, "altgrad.measuring"},
+    "altgrad.step_measuring": {f"{Q}.arguments", OBS, f"{OBS}.snapshots"}
+    | {"altgrad.arena", "altgrad.chunks", "altgrad.ever_moved", "altgrad.layer_settings"}
+    | {"altgrad.measuring", "altgrad.merging", "altgrad.scale_state"}
+    | {"altgrad.sharded_layers", "altgrad.shards"},
     "altgrad.monitor": {f"{Q}.arguments", f"{Q}.block_formats", f"{Q}.scaling", OBS, SAMPLING}
-    | {"altgrad.arena", "altgrad.budgets", "altgrad.chunks", "altgrad.clock", "altgrad.ever_moved"}
-    | {"altgrad.measuring", "altgrad.merging", "altgrad.step_record", "altgrad.scale_state"}
-    | {"altgrad.distributed", "altgrad.scales", "altgrad.sharded_layers", "altgrad.shards"}
-    | {"altgrad.figures", "altgrad.weight_octaves"}
-    | {f"{OBS}.local", f"{OBS}.observer", f"{OBS}.snapshots"},
+    | {f"{OBS}.local", f"{OBS}.observer", f"{OBS}.snapshots"}
+    | {"altgrad.budgets", "altgrad.clock", "altgrad.ever_moved", "altgrad.layer_settings"}
+    | {"altgrad.measuring", "altgrad.step_measuring", "altgrad.step_record"}
+    | {"altgrad.distributed", "altgrad.scale_state", "altgrad.scales", "altgrad.sharded_layers"}
+    | {"altgrad.figures", "altgrad.weight_octaves"},
     f"{SAMPLING}.arguments": set(),
     f"{SAMPLING}.layers": {f"{SAMPLING}.arguments"},
     f"{SAMPLING}.dry_run": {f"{SAMPLING}.layers"},

@@ -422,7 +422,7 @@ def test_a_parameter_may_change_its_shape_and_dtype_again_and_again(scaling: Any
         optimizer.step()
         expected = measure(*optimizer.steps[-1]["weight"], FORMATS, scaling)
         assert_equal_figures(records[-1].layers["weight"], expected, ("never_moved_frac",))
-    (arena,) = monitor._arenas.values()
+    (arena,) = monitor._measuring._arenas.values()
     assert sum(segment.rows for segment in arena.segments) == 3
 
 
