@@ -228,7 +228,7 @@ def test_a_fault_of_its_own_warns_once_and_training_goes_on(
     "place",
     [
         "altgrad.measuring.Measurer.vectors_of",
-        "altgrad.monitor.UpdateMonitor._scales_changed",
+        "altgrad.step_measuring.StepMeasuring.scales_changed",
         "altgrad.observation.snapshots._copy_all",
         "altgrad.merging.StepVectors.record",
         "altgrad_lightning.charts.Charts.add",
