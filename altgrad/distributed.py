@@ -89,7 +89,8 @@ class Ranks:
         self._distributed: Any = distributed
         self.rank = distributed.get_rank()
         self.size = distributed.get_world_size()
-        self._group = _group_beside(distributed.group.WORLD)
+        with self._answering():
+            self._group = _group_beside(distributed.group.WORLD)
         self._fault: Exception | None = None
 
     @contextmanager

@@ -15,6 +15,7 @@ import altgrad
 from altgrad import SamplingRule, UpdateMonitor
 from altgrad.advice import FROZEN, NEEDS_REMEDY, SATURATED, STORES_FINE, UNDERFLOW, Verdict
 from altgrad.records import RunFile, header_of
+from altgrad.statistics import max_count, sum_count
 from altgrad_lightning import PrecisionMonitor
 from altgrad_lightning.callback import PRESETS
 
@@ -69,6 +70,9 @@ def setting() -> dict[str, Any]:
         "after": before - 1e-3,
         "gradient": torch.ones(4),
         "Trainer": lambda *_, **__: trainer,
+        "ModelParallelStrategy": lambda: None,
+        "fully_shard": lambda model: model,
+        "distributed": SimpleNamespace(get_rank=lambda: 0),
         "arguments": None,
         "data": [],
     }
@@ -153,6 +157,17 @@ def test_the_presets_are_those_of_the_code() -> None:
     text = (ROOT / "docs" / "sampling.md").read_text()
     assert "| 256 elements of a layer, 4 charted layers, at most 1 % of the time |" in text
     assert "| all elements, 16 charted layers, histograms |" in text
+
+
+@pytest.mark.parametrize(
+    ("layers", "kilobytes"), [(10, (34, 1.7)), (100, (342, 16)), (1000, (3400, 160))]
+)
+def test_the_bytes_that_processes_say_are_those_of_the_code(layers, kilobytes) -> None:
+    sums, maxima = layers * sum_count(4) * 8, (layers * (max_count(4) + 1) + 7) * 8
+    assert (sums / 1000, maxima / 1000) == pytest.approx(kilobytes, rel=0.03)
+    said = " | ".join(f"{x / 1000} MB" if x > 1000 else f"{x} kB" for x in kilobytes)
+    text = (ROOT / "docs" / "several-processes.md").read_text()
+    assert f"| {layers:,} | 4 | {said} |" in text
 
 
 def test_the_thresholds_are_those_of_the_code() -> None:

@@ -10,18 +10,35 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
-def test_example_runs(example: Path, tmp_path: Path) -> None:
+SHORTER = {"predict_and_confirm.py": ["--seeds", "1", "--steps", "30"]}
+"""What its own test runs in full."""
+
+
+def output_of(*command: str, cwd: Path) -> str:
     result = subprocess.run(
-        [sys.executable, str(example)],
-        cwd=tmp_path,
+        [sys.executable, *command],
+        cwd=cwd,
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout
+    return result.stdout
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_example_runs(example: Path, tmp_path: Path) -> None:
+    assert output_of(str(example), *SHORTER.get(example.name, ()), cwd=tmp_path)
+
+
+def test_processes_of_torchrun_say_once_what_becomes_of_the_whole_model(tmp_path: Path) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    output = output_of(*torchrun, str(EXAMPLES / "fsdp2_cpu.py"), cwd=tmp_path)
+    title, *lines = output.splitlines()
+    assert title == "2 processes, without Lightning"
+    assert len(lines) == 6
+    assert "1,024 of  8,192 elements" in lines[0]  # not those of a shard
 
 
 def test_there_are_examples() -> None:

@@ -314,6 +314,30 @@ def die(rank: int) -> dict[str, Any]:
     return {"told": told, "seconds": seconds, "observing": monitor.is_observing}
 
 
+def attach_alone(rank: int) -> str:
+    """Rank 1 does not attach, as one whose part of the mesh has no parameters."""
+    return "" if rank else refused(lambda net: UpdateMonitor(net).attach(sgd(net)))
+
+
+def in_two_groups(rank: int, folder: str) -> list[dict[str, float]]:
+    """A process group is taken down, and another one made, each with a monitor of its own."""
+    seen = []
+    for number in range(2):
+        net = fsdp(SIZE)
+        optimizer = sgd(net)
+        with UpdateMonitor(net, formats="bf16", strict=True).attach(optimizer) as monitor:
+            train(net, optimizer, 1)
+        seen.append(
+            {name: each["kept_update_ratio/bf16"] for name, each in monitor.latest.layers.items()}
+        )
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/{number}", rank=rank, world_size=SIZE
+        )
+    return seen
+
+
 def test_a_schedule_that_depends_on_the_rank_is_caught_by_the_limit_and_training_goes_on() -> None:
     first, second = run(observe_alone, SIZE, collective=LIMIT)
     assert "did not hear from every other one in time" in first["told"][0]
@@ -335,3 +359,16 @@ def test_a_process_that_is_killed_ends_the_observation_of_the_other() -> None:
     assert "did not hear from every other one in time" in first["told"][0]
     assert first["seconds"] < LIMIT
     assert not first["observing"]
+
+
+def test_a_process_that_does_not_attach_is_said_to_be_missing() -> None:
+    first, _ = run(attach_alone, SIZE, collective=LIMIT)
+    assert "rank 0 of 2 did not hear from every other one in time" in first
+    assert "every process has to attach" in first
+
+
+def test_a_second_process_group_is_another_one(tmp_path) -> None:
+    first, second = run(in_two_groups, SIZE, str(tmp_path))
+    assert first == second
+    assert first[0] == first[1]
+    assert any(math.isfinite(kept) for kept in first[0].values())

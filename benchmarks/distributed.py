@@ -1,0 +1,204 @@
+"""What observing adds to a step of processes that share a model (FSDP2 with gloo, on CPU).
+
+    python benchmarks/distributed.py [--quick]
+
+First what is exact on any machine: how many collectives an observed step makes, and of how many
+bytes. Then the time, of steps that are observed and steps that are not, in turn; the processes
+share the cores of one machine, so that with more processes than cores this says little. Last, what
+the counts come to for 70 B parameters on 1,024 ranks, under the assumptions that are printed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from gpt import Gpt
+from paired import (
+    Quartiles,
+    print_environment,
+    print_table,
+    quartiles,
+    script_arguments,
+    write_json,
+)
+from torch import distributed, multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from altgrad import UpdateMonitor
+from altgrad.statistics import max_count, sum_count
+
+SIZES = (1, 2, 4)
+FORMATS = ["fp16", "bf16", "e4m3fn", "e5m2"]
+FLOAT64 = 8  # bytes
+
+# What the estimate assumes.
+RANKS, PARAMETERS, TOKENS = 1_024, 70e9, 4e6
+TENSORS = 80 * 9 + 3  # 80 blocks: four projections, three of the MLP, two norms; tables and a norm
+LATENCY, BANDWIDTH = 30e-6, 1.25e9  # of a message between hosts over TCP; 10 Gb/s
+FLOPS = 400e12  # that a GPU really makes in a second: 40 % of an H100's peak in bf16
+PER_TENSOR = 200e-6  # seconds of measuring 1,024 elements: model_size.py, "the rest"
+
+
+class Listening(TorchDispatchMode):
+    """Notes the collectives that are made within, and the bytes each process gives to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in ("c10d", "_c10d_functional"):
+            tensors = [x for x in tree_leaves(args) if torch.is_tensor(x)]
+            self.said.append((function.__name__, sum(x.nbytes for x in tensors)))
+        return function(*args, **(kwargs or {}))
+
+
+class Measured(NamedTuple):
+    tensors: int
+    said: list[tuple[str, int]]
+    plain: Quartiles
+    added: Quartiles
+    talking: Quartiles
+    """Collectives of the same sizes, alone."""
+
+
+def measure(rank: int, size: int, folder: str, rounds: int) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=120),
+    )
+    torch.manual_seed(0)
+    whole = Gpt()
+    for parameter in whole.parameters():
+        # A weight that outgrows its scale would have it taken anew: one more MAX.
+        torch.nn.init.normal_(parameter, std=0.02)
+    net = fully_shard(whole, mesh=init_device_mesh("cpu", (size,)))
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, foreach=True)
+    # Every other step is observed.
+    monitor = UpdateMonitor(
+        net, formats=FORMATS, max_elements=1024, every_n_steps=lambda step: step % 2 == 0
+    ).attach(optimizer)
+
+    def seconds(run) -> float:
+        distributed.barrier()
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    for _ in range(4):
+        optimizer.step()  # scales and buffers are there after these
+    with Listening() as listening:
+        optimizer.step()
+    optimizer.step()
+    buffers = [torch.zeros(bytes_ // FLOAT64, dtype=torch.float64) for _, bytes_ in listening.said]
+    observed, plain, talking = [], [], []
+    for _ in range(rounds):
+        observed.append(seconds(optimizer.step))
+        plain.append(seconds(optimizer.step))
+        talking.append(seconds(lambda: [distributed.all_reduce(each) for each in buffers]))
+    added = [a - b for a, b in zip(observed, plain, strict=True)]
+    tensors = len(monitor.latest.layers)
+    result = Measured(tensors, listening.said, *map(quartiles, (plain, added, talking)))
+    if rank == 0:
+        torch.save(tuple(result), Path(folder) / "result.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def measured(size: int, rounds: int) -> Measured:
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(measure, (size, folder, rounds), nprocs=size)
+        return Measured(*torch.load(Path(folder) / "result.pt", weights_only=False))
+
+
+def bytes_of_step(tensors: int, formats: int) -> tuple[int, int]:
+    """What each process gives to the SUM and to the MAX."""
+    sums = tensors * sum_count(formats) * FLOAT64
+    return sums, (tensors * (max_count(formats) + 1) + 7) * FLOAT64
+
+
+def estimate() -> dict[str, float]:
+    """Seconds, by part; a ring, as gloo has it: each of 2 (n - 1) messages waits for the last."""
+    said = bytes_of_step(TENSORS, len(FORMATS))
+    messages = len(said) * 2 * (RANKS - 1)
+    sampled = TENSORS * 1024
+    return {
+        "bytes each rank gives": sum(said),
+        "latency": messages * LATENCY,
+        "transfer": 2 * sum(said) * (RANKS - 1) / RANKS / BANDWIDTH,
+        "measuring, if spread evenly": sampled / RANKS / 1024 * PER_TENSOR,
+        "measuring, at worst": TENSORS * PER_TENSOR,
+        "a training step": 6 * PARAMETERS * TOKENS / (RANKS * FLOPS),
+    }
+
+
+def print_estimate() -> dict[str, float]:
+    parts = estimate()
+    print(
+        f"\nOn paper: {PARAMETERS / 1e9:.0f} B parameters in {TENSORS} tensors on {RANKS:,} ranks, "
+        f"{len(FORMATS)} formats, {LATENCY * 1e6:.0f} µs for a message and {BANDWIDTH / 1e9:.2f} "
+        f"GB/s between hosts, steps of {TOKENS / 1e6:.0f} M tokens at {FLOPS / 1e12:.0f} TFLOP/s a "
+        "GPU"
+    )
+    rows = [
+        (name, f"{value / 1e6:.2f} MB" if "bytes" in name else f"{1e3 * value:,.1f} ms")
+        for name, value in parts.items()
+    ]
+    print_table(("of an observed step", ""), rows)
+    own = parts["latency"] + parts["transfer"] + parts["measuring, at worst"]
+    step = parts["a training step"]
+    print(f"In all at most {1e3 * own:.0f} ms: {own / step:.1%} of a step that is observed,")
+    print(f"and {own / step / 50:.3%} of the time where each 50th step is.")
+    return parts
+
+
+def main() -> None:
+    arguments = script_arguments(__doc__.split("\n", 1)[0]).parse_args()
+    print_environment()
+    rounds = 5 if arguments.quick else 40
+    figures: dict[str, Any] = {}
+    rows = []
+    for size in SIZES[:2] if arguments.quick else SIZES:
+        each = measured(size, rounds)
+        figures[str(size)] = each._asdict()
+        assert [b for _, b in each.said] == [*bytes_of_step(each.tensors, len(FORMATS))]
+        said = " + ".join(f"{count / 1e3:,.0f} kB" for _, count in each.said)
+        milliseconds = [
+            f"{1e3 * low:.1f} · {1e3 * middle:.1f} · {1e3 * high:.1f}"
+            for low, middle, high in (each.plain, each.added, each.talking)
+        ]
+        rows.append((str(size), str(len(each.said)), said, *milliseconds))
+    print(
+        f"\nGPT of 10.1 M parameters in {each.tensors} tensors, 1,024 elements of each, 4 formats"
+    )
+    print_table(
+        (
+            "ranks",
+            "collectives",
+            "bytes",
+            "plain step, ms",
+            "observed adds",
+            "same collectives alone",
+        ),
+        rows,
+    )
+    figures["estimate"] = print_estimate()
+    write_json(arguments.json, figures)
+
+
+if __name__ == "__main__":
+    main()
