@@ -155,11 +155,14 @@ class CharacterTransformer(lightning.LightningModule):
         for table in (self.characters, self.positions):
             nn.init.normal_(table.weight, std=0.02)
 
+    def forward(self, context: Tensor) -> Tensor:
+        x = self.characters(context) + self.positions.weight
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits
+
     def training_step(self, batch: Tensor, _batch_index: int) -> Tensor:
         context, following = batch[:, :-1], batch[:, 1:]
-        x = self.characters(context) + self.positions.weight
-        logits = self.head(self.norm(self.blocks(x)))
-        loss = functional.cross_entropy(logits.flatten(0, 1), following.flatten())
+        loss = functional.cross_entropy(self(context).flatten(0, 1), following.flatten())
         self.log("loss", loss, prog_bar=True)
         return loss
 

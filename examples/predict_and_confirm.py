@@ -1,0 +1,424 @@
+"""Does one fp32 run predict what storing its weights in a format comes to? Predict, do it, compare.
+
+    python examples/predict_and_confirm.py                      # an MLP on digits; two minutes
+    python examples/predict_and_confirm.py --model transformer  # on Python's source; an hour
+
+It needs scikit-learn, for the digits. `PrecisionMonitor` watches a run in fp32. Then the same run
+is done again with weights that really live in each format: rounded to nearest, at random, and with
+Kahan summation. What becomes of the updates there is counted by hooks that know nothing of AltGrad.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import pytorch_lightning as pl
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from altgrad import WeightStorage
+from altgrad.advice import judge_run
+from altgrad.records import Run, read
+from altgrad_lightning import PrecisionMonitor
+
+FORMATS = ("fp16", "bf16", "e3m4", "e4m3fn", "e5m2")
+WAYS: dict[str, dict[str, Any]] = {
+    "nearest": {},
+    "stochastic": {"rounding": "stochastic"},
+    "kahan": {"compensation": "kahan"},
+}
+Batch = tuple[Tensor, Tensor]
+"""Inputs, and the class of each."""
+
+
+# --- what is trained
+
+
+class Task(NamedTuple):
+    """What a seed trains: a model on batches, and what it is judged on."""
+
+    model: Callable[[], nn.Module]
+    batches: list[Batch]
+    training: Batch
+    held_out: Batch
+
+
+def digits(seed: int, steps: int) -> Task:
+    """A multi-layer perceptron on the 8x8 digits that scikit-learn ships."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    inputs = torch.tensor(data.data, dtype=torch.float32) / 16
+    labels = torch.tensor(data.target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    training, held_out = order[:1437], order[1437:]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = training[torch.randint(len(training), (steps, 128), generator=generator)]
+
+    def model() -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Linear(64, 128),
+            nn.LayerNorm(128),
+            nn.ReLU(),
+            nn.Linear(128, 128),
+            nn.LayerNorm(128),
+            nn.ReLU(),
+            nn.Linear(128, 10),
+        )
+
+    def batch(rows: Tensor) -> Batch:
+        return inputs[rows], labels[rows]
+
+    return Task(model, [batch(rows) for rows in drawn], batch(training), batch(held_out))
+
+
+def transformer(seed: int, steps: int) -> Task:
+    """The character transformer of `altgrad demo`, on the source of Python's standard library."""
+    from altgrad_lightning.demo import CharacterTransformer, Windows, standard_library_text
+
+    text = standard_library_text()
+    end = len(text) * 9 // 10
+
+    def batches(text: bytes, seed: int, count: int, size: int) -> list[Batch]:
+        torch.manual_seed(seed)
+        windows = DataLoader(Windows(text, count * size), batch_size=size)
+        return [(batch[:, :-1], batch[:, 1:]) for batch in windows]
+
+    def model() -> nn.Module:
+        torch.manual_seed(seed)
+        return CharacterTransformer()
+
+    (training,), (held_out,) = batches(text[:end], 1000, 1, 64), batches(text[end:], 1001, 1, 64)
+    return Task(model, batches(text[:end], seed, steps, 16), training, held_out)
+
+
+class Training(pl.LightningModule):
+    """A classifier and its losses, step by step."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Batch, _batch_index: int) -> Tensor:
+        loss, _ = loss_and_accuracy(self.net, batch)
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-3, betas=(0.9, 0.99))
+
+
+def loss_and_accuracy(net: nn.Module, batch: Batch) -> tuple[Tensor, float]:
+    """Cross-entropy in nats, and the share of classes that are right."""
+    inputs, classes = batch
+    logits, classes = net(inputs).flatten(0, -2), classes.flatten()
+    right = (logits.argmax(-1) == classes).float().mean().item()
+    return functional.cross_entropy(logits, classes), right
+
+
+# --- what really becomes of updates
+
+
+class Updates:
+    """Counts what a storage makes of the updates of each layer, by hooks around it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parameters = dict(module.named_parameters())
+        self.stalls: list[dict[str, tuple[int, int]]] = []
+        """Of each step: how many updates vanished, of how many that were not 0."""
+        self._had_update = {name: torch.zeros_like(p).bool() for name, p in self._named()}
+        self._moved = {name: torch.zeros_like(p).bool() for name, p in self._named()}
+
+    def attach(self, optimizer: torch.optim.Optimizer, storage: WeightStorage) -> None:
+        """Attach the storage, and the hooks before, within and after a step."""
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._before_storing)
+        storage.attach(optimizer)
+        optimizer.register_step_post_hook(self._after_storing)
+
+    def stall(self, layer: str | None = None) -> float:
+        """The share of updates that vanished, of a layer or of all: the mean over the steps."""
+        return statistics.fmean(
+            sum(gone for gone, _ in counts) / max(sum(of for _, of in counts), 1)
+            for counts in (
+                [*step.values()] if layer is None else [step[layer]] for step in self.stalls
+            )
+        )
+
+    def never_moved(self, layer: str | None = None) -> float:
+        """Of the weights that had updates, the share that has not moved in any step."""
+        layers = [*self.parameters] if layer is None else [layer]
+        had = sum(self._had_update[name].sum().item() for name in layers)
+        still = sum((self._had_update[n] & ~self._moved[n]).sum().item() for n in layers)
+        return still / max(had, 1)
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        return [(name, p.detach()) for name, p in self.parameters.items()]
+
+    def _before_step(self, *_: object) -> None:
+        self._stored = {name: p.clone() for name, p in self._named()}
+
+    def _before_storing(self, *_: object) -> None:
+        self._is_update = {name: p != self._stored[name] for name, p in self._named()}
+
+    def _after_storing(self, *_: object) -> None:
+        counts = {}
+        for name, p in self._named():
+            moved = p != self._stored[name]
+            is_update = self._is_update[name]
+            counts[name] = (int((is_update & ~moved).sum()), int(is_update.sum()))
+            self._had_update[name] |= is_update
+            self._moved[name] |= moved
+        self.stalls.append(counts)
+
+
+# --- the runs
+
+
+@dataclass
+class Outcome:
+    """Of a run: its losses, what it is at the end, and what became of its updates."""
+
+    losses: list[float]
+    loss: float
+    accuracy: float
+    weights: dict[str, Tensor] = field(repr=False)
+    updates: Updates | None = None
+
+
+class Stored(pl.Callback):
+    """Has a run keep its weights in a storage."""
+
+    def __init__(self, storage: WeightStorage) -> None:
+        self.storage = storage
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The optimizers are there, and no step has been made."""
+        self.updates = Updates(pl_module)
+        self.updates.attach(trainer.optimizers[0], self.storage)
+
+
+def train(task: Task, folder: Path, callback: pl.Callback) -> Outcome:
+    """A run from the same start on the same batches, whatever the callback makes of it."""
+    module = Training(task.model())
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        default_root_dir=folder,
+        logger=False,
+        callbacks=[callback],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(module, DataLoader(task.batches, batch_size=None))
+    with torch.no_grad():
+        loss, _ = loss_and_accuracy(module.net, task.training)
+        _, accuracy = loss_and_accuracy(module.net, task.held_out)
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+    updates = callback.updates if isinstance(callback, Stored) else None
+    return Outcome(module.losses, loss.item(), accuracy, weights, updates)
+
+
+class Prediction:
+    """What the fp32 run says of a format: means over its observed steps."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.verdicts = judge_run(run).by_layer
+
+    def __call__(self, metric: str, format: str, layer: str | None = None) -> float:
+        """One figure, of a layer or of all."""
+        values = [*self.run.series(f"{metric}/{format}", layer).values()]
+        return values[-1] if metric == "never_moved_frac" else statistics.fmean(values)
+
+
+class Experiment(NamedTuple):
+    """All runs of one seed."""
+
+    prediction: Prediction
+    fp32: Outcome
+    stored: dict[tuple[str, str], Outcome]
+    """By format and way of rounding."""
+
+
+def experiment(
+    task: Task, folder: Path, formats: Sequence[str], ways: Sequence[str], every: int = 1
+) -> Experiment:
+    """Predict from one run, then do the others."""
+    monitor = PrecisionMonitor(formats=formats, max_elements=None, every_n_steps=every)
+    fp32 = train(task, folder, monitor)
+    assert monitor.path is not None
+    stored = {
+        (format, way): train(task, folder, Stored(WeightStorage(format, **WAYS[way])))
+        for format in formats
+        for way in ways
+    }
+    return Experiment(Prediction(read(monitor.path)), fp32, stored)
+
+
+# --- what is shown
+
+
+def gains(experiment: Experiment) -> list[str]:
+    """Names of the gains of all normalizations: the weights that begin as 1, and are vectors."""
+    weights = experiment.fp32.weights
+    return [n for n in weights if n.endswith(".weight") and weights[n].dim() == 1]
+
+
+def table(experiments: Sequence[Experiment], formats: Sequence[str]) -> Table:
+    """A row for each format: means over the seeds, and losses from the lowest to the highest."""
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for title in (
+        "format",
+        "stall\npredicted",
+        "stall\nmeasured",
+        "update\nkept",
+        "never moved\npredicted",
+        "never moved\nmeasured",
+        "loss, rounded\nto nearest",
+        "loss,\nstochastic",
+        "loss,\nKahan",
+        "accuracy\nnearest",
+    ):
+        shown.add_column(title, justify="left" if title == "format" else "right")
+    for format in formats:
+        nearest = [each.stored[format, "nearest"] for each in experiments]
+        predictions = [each.prediction for each in experiments]
+        numbers = (
+            statistics.fmean(p("stall_frac", format) for p in predictions),
+            statistics.fmean(_updates(o).stall() for o in nearest),
+            statistics.fmean(p("kept_update_ratio", format) for p in predictions),
+            statistics.fmean(p("never_moved_frac", format) for p in predictions),
+            statistics.fmean(_updates(o).never_moved() for o in nearest),
+        )
+        losses = (_span([e.stored[format, way].loss for e in experiments]) for way in WAYS)
+        accuracy = statistics.fmean(o.accuracy for o in nearest)
+        shown.add_row(format, *(f"{x:.3f}" for x in numbers), *losses, f"{accuracy:.3f}")
+    loss = _span([e.fp32.loss for e in experiments])
+    accuracy = statistics.fmean(e.fp32.accuracy for e in experiments)
+    shown.add_row("fp32", *["–"] * 5, loss, "–", "–", f"{accuracy:.3f}")
+    return shown
+
+
+def about_gains(experiments: Sequence[Experiment]) -> str:
+    """What became of them in bf16, as far as it is so."""
+    pairs = [(e, name) for e in experiments for name in gains(e)]
+    said = [e.prediction.verdicts[name]["bf16"].verdict.short == "frozen" for e, name in pairs]
+    stored = [e.stored["bf16", "nearest"].weights[name] for e, name in pairs]
+    are_so = [bool((each == 1).all()) for each in stored]
+    moved = max((e.fp32.weights[name] - 1).abs().max().item() for e, name in pairs)
+    count = len(gains(experiments[0]))
+    runs = "1 run" if len(experiments) == 1 else f"{len(experiments)} runs"
+    return (
+        f"Of the {count} LayerNorm gains in {runs} in bf16, {sum(said)} of "
+        f"{len(said)} are predicted to be frozen, and {sum(are_so)} of {len(are_so)} are exactly "
+        f"1.0 after training; in fp32 they move by up to {moved:.2f}."
+    )
+
+
+def picture(experiments: Sequence[Experiment], formats: Sequence[str], path: Path) -> None:
+    """Predicted against measured, and the loss by step."""
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    colours = dict(zip(formats, plt.get_cmap("viridis")(torch.linspace(0, 0.9, len(formats)))))  # noqa: B905
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    left.plot([0, 1], [0, 1], color="#bbb", linewidth=1, zorder=0)
+    for format in formats:
+        for is_matrix in (False, True):
+            points = [
+                (e.prediction("stall_frac", format, name), _updates(outcome).stall(name))
+                for e in experiments
+                for outcome in [e.stored[format, "nearest"]]
+                for name, weight in outcome.weights.items()
+                if (weight.dim() > 1) == is_matrix
+            ]
+            left.scatter(
+                *zip(*points, strict=True),
+                s=22,
+                edgecolors=colours[format],
+                color=colours[format] if is_matrix else "none",
+                label=format if is_matrix else None,
+            )
+    left.set(
+        xlabel="predicted by the fp32 run",
+        ylabel="measured in the run in the format",
+        title="Updates that stall, of each matrix (●) and vector (○)",
+        aspect="equal",
+    )
+    left.legend(frameon=False)
+    first = experiments[0]
+    right.plot(_smooth(first.fp32.losses), color="black", linewidth=2, label="fp32")
+    for format in formats:
+        right.plot(_smooth(first.stored[format, "nearest"].losses), color=colours[format])
+    coarsest = first.stored[formats[-1], "stochastic"].losses
+    right.plot(
+        _smooth(coarsest), "--", color=colours[formats[-1]], label=f"{formats[-1]}, stochastic"
+    )
+    right.set(yscale="log", xlabel="step", title="Loss, weights rounded to nearest")
+    right.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _updates(outcome: Outcome) -> Updates:
+    assert outcome.updates is not None
+    return outcome.updates
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.2g}", f"{max(values):.2g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _smooth(losses: Sequence[float], width: int = 10) -> list[float]:
+    return [statistics.fmean(losses[max(0, k - width) : k + 1]) for k in range(len(losses))]
+
+
+TASKS = {"digits": digits, "transformer": transformer}
+EVERY = {"digits": 1, "transformer": 10}
+"""Of how many steps one is observed in fp32."""
+
+
+def main() -> None:
+    """Run, and show."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", choices=TASKS, default="digits")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--folder", type=Path, default=Path("predict-and-confirm"))
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")  # advice on speed
+
+    experiments = []
+    for seed in range(arguments.seeds):
+        print(f"seed {seed}: one run in fp32, then {len(FORMATS) * len(WAYS)} stored in a format …")
+        task = TASKS[arguments.model](seed, arguments.steps)
+        folder = arguments.folder / f"seed-{seed}"
+        experiments.append(experiment(task, folder, FORMATS, [*WAYS], EVERY[arguments.model]))
+    path = arguments.folder / f"{arguments.model}.png"
+    picture(experiments, FORMATS, path)
+    Console(width=130).print(table(experiments, FORMATS))
+    print(about_gains(experiments), f"Picture: {path}", sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
