@@ -94,8 +94,9 @@ ALLOWED = {
     "altgrad.report.drawings": {"altgrad.figures", "altgrad.records"}
     | {"altgrad.report.canvas", "altgrad.report.names", "altgrad.wording"},
     "altgrad.report.cells": {"altgrad.advice"},
+    "altgrad.report.applying": {f"{Q}.block_formats", "altgrad.advice", "altgrad.records"},
     "altgrad.report.run_report": {"altgrad.advice", "altgrad.figures", "altgrad.records"}
-    | {"altgrad.report.drawings"},
+    | {"altgrad.report.applying", "altgrad.report.drawings"},
     "altgrad.report.comparison": {"altgrad.advice", "altgrad.report.run_report"},
     "altgrad.report.terminal": {"altgrad.report.cells", "altgrad.report.names"}
     | {"altgrad.report.comparison", "altgrad.report.run_report"},

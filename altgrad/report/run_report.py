@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from altgrad.advice import Assessment, Verdict, judge_run
 from altgrad.figures import Histogram
 from altgrad.records import Row, Run
+from altgrad.report.applying import applying
 from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
 
 if TYPE_CHECKING:
@@ -62,6 +63,11 @@ class RunReport:
     def skipped(self) -> Mapping[str, int]:
         """How many steps were none, by reason."""
         return max((row.skipped for row in self._of_model()), key=_total, default={})
+
+    @property
+    def to_apply(self) -> str:
+        """Lines of Python that store each layer in the smallest format that stores it fine."""
+        return applying(self.run, self.assessment)
 
     @property
     def own_share(self) -> float:

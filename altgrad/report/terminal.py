@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from altgrad.report.run_report import RunReport
 
 _LEAST_WIDTH = 22  # of a layer's name
+_MOST_LINES = 40  # of code
 _GAP = 1  # between columns: that of the box
 _SUGGESTION = "smallest\nfine"
 _NO_SUGGESTION = "none"
@@ -36,8 +37,20 @@ def print_report(report: RunReport, console: Console, most_layers: int | None = 
         _print(console, f"Skipped steps: {reasons}")
     print_verdicts(report, console, most_layers)
     _print(console, report.assessment.summary)
+    _print_to_apply(report, console)
     for note in report.run.notes:
         _print(console, f"Note: {note}", style="yellow")
+
+
+def _print_to_apply(report: RunReport, console: Console) -> None:
+    """The lines that apply the suggestions, as they are: to be copied."""
+    lines = report.to_apply.splitlines()
+    if len(lines) > _MOST_LINES:
+        _print(console, f"The {len(lines)} lines that apply the suggestions: --html, --json.")
+    elif lines:
+        _print(console, "\nTo try it, in a simulation that keeps weights in these formats:\n")
+        for line in lines:
+            console.print(_styled(printable(line)), soft_wrap=True)
 
 
 def print_verdicts(report: RunReport, console: Console, most_layers: int | None = None) -> None:

@@ -59,9 +59,13 @@ def test_of_many_layers_the_worst_are_shown_and_all_on_demand(tmp_path: Path) ->
     assert "The 40 of 2,001 layers that keep least:" in lines
     (row,) = (line for line in lines if line.startswith("the.frozen.one"))
     assert row.split()[1:] == ["frozen", "0.00", "frozen", "0.00", "none"]
-    assert max(map(len, lines)) <= 80
+    assert 'SamplingRule("encoder.blocks.*.attention.query_key_value.projection.weight"),' in (
+        line.strip() for line in lines
+    )
+    table = lines[: lines.index("from altgrad import SamplingRule, WeightStorage")]
+    assert max(map(len, table)) <= 80
     lines = altgrad("report", path, "--layers", 0).stdout.splitlines()
-    rows = [line.split() for line in lines if "projection.weight" in line]
+    rows = [line.split() for line in lines if "projection.weight " in line]
     assert len(rows) == 2000
     assert all(row[1:] == ["fine", "1.00", "fine", "1.00", "e5m2"] for row in rows)
 
@@ -78,6 +82,15 @@ def test_formats_that_do_not_fit_are_in_a_table_of_their_own(tmp_path: Path) -> 
     for text in (shown, wide):
         headings = [line.split()[1:-1] for line in text.splitlines() if line.startswith("layer ")]
         assert [word for words in headings for word in words] == formats
+
+
+def test_lines_to_be_copied_are_whole_or_not_there(run: Path, tmp_path: Path) -> None:
+    shown = altgrad("report", run, columns=40).stdout
+    assert json.loads(altgrad("report", run, "--json", "-").stdout)["to_apply"] + "\n" in shown
+    names = [f"layer{k}.gain" for k in range(120)]
+    many = altgrad("report", written_run(tmp_path, names[::2], names[1::2])).stdout
+    assert "lines that apply the suggestions: --html, --json." in many
+    assert "SamplingRule" not in many
 
 
 def test_json_is_valid_and_holds_the_verdicts(run: Path, tmp_path: Path) -> None:

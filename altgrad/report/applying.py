@@ -1,0 +1,109 @@
+"""The lines of Python that would store each layer in the smallest format that stores it fine."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections import Counter
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from altgrad.advice import Assessment, Verdict
+from altgrad.quantization.block_formats import BlockFormat, get_formats
+from altgrad.records import Run
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a name
+
+
+def applying(run: Run, assessment: Assessment) -> str:
+    """Python that applies the suggestions with `altgrad.WeightStorage`; empty without a verdict.
+
+    Layers whose names differ in numbers alone share a rule where they share a format. A layer that
+    no judged format stores fine is left as it is, and the lines name the remedy.
+    """
+    if not assessment.advice:
+        return ""
+    chosen = _chosen(run, assessment)
+    stored = Counter(format for format in chosen.values() if format is not None)
+    scaling = ""
+    if run.scaling != "tensor":
+        scaling = f", scaling={run.scaling!r}".replace("'", '"')
+    if not stored:
+        return _with_remedy(run, assessment, scaling)
+    ((most, count),) = stored.most_common(1)
+    settings = _quoted(most) + scaling
+    if count == len(chosen):
+        return _lines(
+            "from altgrad import WeightStorage\n",
+            "# Stores layers that were not watched, too.",
+            f"storage = WeightStorage({settings})",
+        )
+    lines = [
+        "from altgrad import SamplingRule, WeightStorage\n",
+        f"storage = WeightStorage(\n    {settings},\n    layers=[",
+        *(f"        {rule}," for rule in _rules(chosen, most)),
+        '        SamplingRule("*", enabled=False),\n    ],\n)',
+    ]
+    if left := sum(format is None for format in chosen.values()):
+        lines.append(
+            f"# {left:,} of {len(chosen):,} layers stay as they are: no judged format stores\n"
+            '# them fine, rounded to nearest. What helps is rounding="stochastic"\n'
+            '# or compensation="kahan", in a storage of their own.'
+        )
+    return _lines(*lines)
+
+
+def _with_remedy(run: Run, assessment: Assessment, scaling: str) -> str:
+    """None of the formats stores a layer fine: the largest of them, and the remedy."""
+    judged = [f for f in dict.fromkeys(a.format for a in assessment.advice) if _can_store(f)]
+    if not judged:
+        return ""
+    largest = max(judged, key=lambda format: run.formats[format].bits)
+    return _lines(
+        "from altgrad import WeightStorage\n",
+        "# Rounded to nearest, none of the judged formats stores any layer fine.",
+        f'storage = WeightStorage({_quoted(largest)}{scaling}, rounding="stochastic")',
+    )
+
+
+def _lines(*lines: str) -> str:
+    return "\n".join([*lines, "storage.attach(optimizer, module=model)  # before the monitor"])
+
+
+def _chosen(run: Run, assessment: Assessment) -> dict[str, str | None]:
+    """For each layer the smallest format that stores it fine and that weights can be stored in."""
+    chosen: dict[str, str | None] = {}
+    for layer in run.layers:
+        advice = assessment.by_layer.get(layer, {})
+        fine = [f for f, each in advice.items() if each.verdict is Verdict.STORES_FINE]
+        storable = filter(_can_store, fine)
+        chosen[layer] = min(storable, key=lambda format: run.formats[format].bits, default=None)
+    return chosen
+
+
+def _can_store(format: str) -> bool:
+    """Not those of the user's own, which have no name that is known, nor nvfp4."""
+    try:
+        (found,) = get_formats(format)
+    except ValueError:
+        return False
+    return not isinstance(found, BlockFormat) or found.power_of_two
+
+
+def _rules(chosen: Mapping[str, str | None], default: str) -> list[str]:
+    """Source of the rules, for the layers that are stored."""
+    rules: dict[str, str] = {}
+    for name, format in chosen.items():
+        if format is None:
+            continue
+        pattern = _NUMBER.sub("*", glob.escape(name))
+        alike = {chosen[each] for each in chosen if fnmatchcase(each, pattern)}
+        which = _quoted(pattern if len(alike) == 1 else glob.escape(name))
+        more = "" if format == default else f", formats={_quoted(format)}"
+        rules[f"SamplingRule({which}{more})"] = format
+    return [*rules]
+
+
+def _quoted(text: str) -> str:
+    """As source, in double quotes where that is possible."""
+    return f'"{text}"' if text.isprintable() and not {*text} & {'"', "\\"} else repr(text)
