@@ -1,12 +1,7 @@
-"""What to do, per layer and format: a verdict, the figures it rests on, and its reason.
+"""What to do, per layer and format: a verdict, the figures it rests on, its reason, its evidence.
 
-The thresholds of `kept_update_ratio` come from 146 runs (logistic regression, a multi-layer
-perceptron and a small transformer under SGD, momentum and Adam) that really stored their weights in
-the format with rounding to nearest. Of the runs that kept at least 0.99 of the update none lost
-more than 0.3 % of the progress in loss; of those that kept 0.5 to 0.99 half lost more than 1 %; of
-those that kept less than 0.5, 85 of 86 did, and 76 more than 10 %. Stochastic rounding lost at most
-1.6 % and Kahan summation 0.22 % where rounding to nearest lost up to all. What counts as frozen and
-as a matter of range is a judgement: there is no such experiment behind it.
+Thresholds and evidence are those of `altgrad.calibration`: of runs that really stored their weights
+in a format, with rounding to nearest.
 """
 
 from __future__ import annotations
@@ -19,17 +14,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
+from altgrad.calibration import calibration
 from altgrad.records import FormatInfo, LayerInfo, Run
 from altgrad.wording import percent
 
-STORES_FINE = 0.99
-"""kept_update_ratio from which on a format stores a layer fine."""
-NEEDS_REMEDY = 0.5
-"""kept_update_ratio below which rounding to nearest loses too much."""
-FROZEN = 0.99
-"""never_moved_frac from which on a layer is frozen."""
-UNDERFLOW, SATURATED = 0.1, 0.01
-"""Shares of weights, stored as 0 and beyond the top, from which on the range is at fault."""
+_LIMITS = calibration().thresholds
 
 _KEPT, _STALL, _NEVER_MOVED = "kept_update_ratio", "stall_frac", "never_moved_frac"
 _OF_RANGE = ("underflow_frac", "saturated_frac")
@@ -81,6 +70,8 @@ class Advice(NamedTuple):
         figures: What it rests on: metrics by name, NaN where one has no value.
         errors: Standard errors of these, where there are any.
         reason: In one sentence.
+        evidence: In one sentence, what became of runs of which this was said; empty where the
+            verdict claims nothing.
     """
 
     layer: str
@@ -89,6 +80,7 @@ class Advice(NamedTuple):
     figures: Mapping[str, float]
     errors: Mapping[str, float]
     reason: str
+    evidence: str = ""
 
     @property
     def kept(self) -> float:
@@ -254,7 +246,8 @@ def _advice(layer: str, format: str, tally: _Tally, info: LayerInfo | None) -> A
     errors = {metric: tally.error(metric) for metric in RESTS_ON}
     of_range = {metric: _error_of_share(figures[metric], info) for metric in _OF_RANGE}
     verdict, reason = _judged(figures, errors | of_range)
-    return Advice(layer, format, verdict, figures, errors, reason)
+    evidence = calibration().evidence(verdict.name)
+    return Advice(layer, format, verdict, figures, errors, reason, evidence)
 
 
 def _judged(figures: Mapping[str, float], errors: Mapping[str, float]) -> tuple[Verdict, str]:
@@ -266,17 +259,17 @@ def _judged(figures: Mapping[str, float], errors: Mapping[str, float]) -> tuple[
             "no observed step had an update that the format could lose: nothing moved, or the "
             "weights are stored no finer than that (then read unmoved_frac)"
         )
-    spans = never_moved + width >= FROZEN > never_moved - width
-    if spans or (never_moved >= FROZEN and math.isnan(width)):
+    spans = never_moved + width >= _LIMITS.frozen > never_moved - width
+    if spans or (never_moved >= _LIMITS.frozen and math.isnan(width)):
         return Verdict.UNCERTAIN, (
             f"{_share(never_moved, errors[_NEVER_MOVED])} of the weights that had updates would "
             "never have moved, which could be “frozen” or not"
         )
-    if never_moved >= FROZEN:
+    if never_moved >= _LIMITS.frozen:
         return Verdict.FROZEN, (
             f"{percent(never_moved)} of the weights that had updates would never have moved"
         )
-    if kept < STORES_FINE and (verdict := _range_verdict(figures, errors)):
+    if kept < _LIMITS.stores_fine and (verdict := _range_verdict(figures, errors)):
         shares = (_share_in_percent(figures[metric], errors[metric]) for metric in _OF_RANGE)
         stored_as_0, beyond = shares
         return verdict, (
@@ -288,10 +281,11 @@ def _judged(figures: Mapping[str, float], errors: Mapping[str, float]) -> tuple[
 
 def _range_verdict(figures: Mapping[str, float], errors: Mapping[str, float]) -> Verdict | None:
     """Whether the range is at fault, or whether that is uncertain; None if it is not."""
+    limits = (_LIMITS.underflow, _LIMITS.saturated)
     is_so, may_be_so = (
         any(
             figures[metric] + side * _WIDTH * errors[metric] >= threshold
-            for metric, threshold in zip(_OF_RANGE, (UNDERFLOW, SATURATED), strict=True)
+            for metric, threshold in zip(_OF_RANGE, limits, strict=True)
         )
         for side in (-1, 1)
     )
@@ -320,9 +314,9 @@ def _by_kept(kept: float, error: float, stall: float) -> tuple[Verdict, str]:
 
 
 def _class_of(kept: float) -> Verdict:
-    if kept >= STORES_FINE:
+    if kept >= _LIMITS.stores_fine:
         return Verdict.STORES_FINE
-    return Verdict.WATCH if kept >= NEEDS_REMEDY else Verdict.NEEDS_REMEDY
+    return Verdict.WATCH if kept >= _LIMITS.needs_remedy else Verdict.NEEDS_REMEDY
 
 
 def _summary(advice: Sequence[Advice]) -> str:

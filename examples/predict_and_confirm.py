@@ -1,7 +1,7 @@
 """Does one fp32 run predict what storing its weights in a format comes to? Predict, do it, compare.
 
     python examples/predict_and_confirm.py                      # an MLP on digits; two minutes
-    python examples/predict_and_confirm.py --model transformer  # on Python's source; an hour
+    python examples/predict_and_confirm.py --model transformer  # on Python's source; half an hour
 
 It needs scikit-learn, for the digits. `PrecisionMonitor` watches a run in fp32. Then the same run
 is done again with weights that really live in each format: rounded to nearest, at random, and with
@@ -16,6 +16,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -244,7 +245,7 @@ class Prediction:
 
     def __call__(self, metric: str, format: str, layer: str | None = None) -> float:
         """One figure, of a layer or of all."""
-        values = [*self.run.series(f"{metric}/{format}", layer).values()]
+        values = [x for x in self.run.series(f"{metric}/{format}", layer).values() if isfinite(x)]
         return values[-1] if metric == "never_moved_frac" else statistics.fmean(values)
 
 
@@ -332,6 +333,24 @@ def about_gains(experiments: Sequence[Experiment]) -> str:
     )
 
 
+def about_predictors(experiments: Sequence[Experiment], formats: Sequence[str]) -> str:
+    """How far two figures are from the true stall of a layer, on average."""
+    errors: dict[str, list[float]] = {"stall_frac": [], "grad_below_stiffness_frac": []}
+    for e in experiments:
+        for format in formats:
+            outcome = e.stored[format, "nearest"]
+            for name in outcome.weights:
+                true = _updates(outcome).stall(name)
+                for metric, each in errors.items():
+                    each.append(abs(e.prediction(metric, format, name) - true))
+    off = {metric: statistics.fmean(each) for metric, each in errors.items()}
+    return (
+        f"Of a layer, the predicted stall is off by {off['stall_frac']:.3f} on average; the share "
+        "of gradients that are smaller than the grid's step would be off by "
+        f"{off['grad_below_stiffness_frac']:.3f}."
+    )
+
+
 def picture(experiments: Sequence[Experiment], formats: Sequence[str], path: Path) -> None:
     """Predicted against measured, and the loss by step."""
     mpl.use("Agg")
@@ -359,19 +378,26 @@ def picture(experiments: Sequence[Experiment], formats: Sequence[str], path: Pat
     left.set(
         xlabel="predicted by the fp32 run",
         ylabel="measured in the run in the format",
-        title="Updates that stall, of each matrix (●) and vector (○)",
+        title="Share of updates that stall: ● matrices, ○ vectors",
         aspect="equal",
     )
     left.legend(frameon=False)
     first = experiments[0]
     right.plot(_smooth(first.fp32.losses), color="black", linewidth=2, label="fp32")
     for format in formats:
-        right.plot(_smooth(first.stored[format, "nearest"].losses), color=colours[format])
-    coarsest = first.stored[formats[-1], "stochastic"].losses
+        losses = _smooth(first.stored[format, "nearest"].losses)
+        right.plot(losses, color=colours[format])
+        if losses[-1] > 1.5 * first.fp32.losses[-1]:
+            right.text(len(losses), losses[-1], f" {format}", va="center", color=colours[format])
+    coarsest = formats[-1]
     right.plot(
-        _smooth(coarsest), "--", color=colours[formats[-1]], label=f"{formats[-1]}, stochastic"
+        _smooth(first.stored[coarsest, "stochastic"].losses),
+        "--",
+        color=colours[coarsest],
+        label=f"{coarsest}, stochastic",
     )
-    right.set(yscale="log", xlabel="step", title="Loss, weights rounded to nearest")
+    right.set_xlim(right=1.15 * len(first.fp32.losses))
+    right.set(yscale="log", xlabel="step", title="Loss of seed 0, weights rounded to nearest")
     right.legend(frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -384,7 +410,7 @@ def _updates(outcome: Outcome) -> Updates:
 
 def _span(values: Sequence[float]) -> str:
     low, high = f"{min(values):.2g}", f"{max(values):.2g}"
-    return low if low == high else f"{low} to {high}"
+    return low if low == high else f"{low}–{high}"
 
 
 def _smooth(losses: Sequence[float], width: int = 10) -> list[float]:
@@ -417,7 +443,8 @@ def main() -> None:
     path = arguments.folder / f"{arguments.model}.png"
     picture(experiments, FORMATS, path)
     Console(width=130).print(table(experiments, FORMATS))
-    print(about_gains(experiments), f"Picture: {path}", sep="\n\n")
+    about = about_gains(experiments), about_predictors(experiments, FORMATS)
+    print(*about, f"Picture: {path}", sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from torch import nn
 
 import altgrad
 from altgrad import SamplingRule, UpdateMonitor
-from altgrad.advice import FROZEN, NEEDS_REMEDY, SATURATED, STORES_FINE, UNDERFLOW, Verdict
+from altgrad.advice import Verdict
+from altgrad.calibration import Thresholds, calibration
 from altgrad.records import RunFile, header_of
 from altgrad.statistics import max_count, sum_count
 from altgrad_lightning import PrecisionMonitor
@@ -171,12 +172,11 @@ def test_the_bytes_that_processes_say_are_those_of_the_code(layers, kilobytes) -
 
 
 def test_the_thresholds_are_those_of_the_code() -> None:
-    assert (STORES_FINE, NEEDS_REMEDY, FROZEN) == (0.99, 0.5, 0.99)
-    assert (UNDERFLOW, SATURATED) == (0.1, 0.01)
+    assert calibration().thresholds == Thresholds(0.99, 0.5, 0.99, underflow=0.03, saturated=0.01)
     text = (ROOT / "docs" / "how-it-works.md").read_text()
     for words in (
         "`never_moved_frac` ≥ 0.99",
-        "less than 0.99 is kept, and 10 % of the weights are stored as 0 or 1 % lie beyond the top",
+        "less than 0.99 is kept, and 3 % of the weights are stored as 0 or 1 % lie beyond the top",
         "span 0.99 or 0.5",
         "| 0.99 is kept, or more |",
         "| 0.5 is kept, or more |",

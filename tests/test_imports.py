@@ -93,7 +93,7 @@ ALLOWED = {
     "altgrad.report.canvas": {"altgrad.report.names"},
     "altgrad.report.drawings": {"altgrad.figures", "altgrad.records"}
     | {"altgrad.report.canvas", "altgrad.report.names", "altgrad.wording"},
-    "altgrad.report.cells": {"altgrad.advice"},
+    "altgrad.report.cells": {"altgrad.advice", "altgrad.calibration", "altgrad.wording"},
     "altgrad.report.applying": {f"{Q}.block_formats", "altgrad.advice", "altgrad.records"},
     "altgrad.report.run_report": {"altgrad.advice", "altgrad.figures", "altgrad.records"}
     | {"altgrad.report.applying", "altgrad.report.drawings"},
@@ -125,7 +125,8 @@ ALLOWED = {
     | {f"{OBS}.{part}" for part in ("local", "optimizers", "parameter_names", "step_hooks")}
     | {"altgrad.scales"},
     "altgrad.wording": set(),
-    "altgrad.advice": {"altgrad.records", "altgrad.wording"},
+    "altgrad.calibration": set(),
+    "altgrad.advice": {"altgrad.calibration", "altgrad.records", "altgrad.wording"},
     "altgrad.cli": {Q},
     "altgrad.__main__": {"altgrad.cli"},
     "altgrad_lightning": {"altgrad_lightning.callback"},

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import re
 from collections import Counter
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 
 from altgrad.advice import Assessment, Verdict
 from altgrad.quantization.block_formats import BlockFormat, get_formats
@@ -92,16 +92,32 @@ def _can_store(format: str) -> bool:
 
 def _rules(chosen: Mapping[str, str | None], default: str) -> list[str]:
     """Source of the rules, for the layers that are stored."""
-    rules: dict[str, str] = {}
+    rules: list[str] = []
+    covered: set[str] = set()
     for name, format in chosen.items():
-        if format is None:
+        if format is None or name in covered:
             continue
-        pattern = _NUMBER.sub("*", glob.escape(name))
-        alike = {chosen[each] for each in chosen if fnmatchcase(each, pattern)}
-        which = _quoted(pattern if len(alike) == 1 else glob.escape(name))
+        pattern, alike = _widest(name, chosen)
+        covered |= alike
         more = "" if format == default else f", formats={_quoted(format)}"
-        rules[f"SamplingRule({which}{more})"] = format
-    return [*rules]
+        rules.append(f"SamplingRule({_quoted(pattern)}{more})")
+    return rules
+
+
+def _widest(name: str, chosen: Mapping[str, str | None]) -> tuple[str, set[str]]:
+    """A pattern for a layer and those that differ in numbers, and share its format; and all these.
+
+    Numbers are left open all of them, or else one of them.
+    """
+    whole = glob.escape(name)
+    numbers = [*_NUMBER.finditer(whole)]
+    patterns = [_NUMBER.sub("*", whole)]
+    patterns += [f"{whole[: each.start()]}*{whole[each.end() :]}" for each in numbers]
+    for pattern in patterns:
+        matches = re.compile(fnmatch.translate(pattern)).match
+        if all(format == chosen[name] for each, format in chosen.items() if matches(each)):
+            return pattern, {each for each in chosen if matches(each)}
+    return whole, {name}
 
 
 def _quoted(text: str) -> str:

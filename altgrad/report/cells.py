@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 
-from altgrad.advice import NEEDS_REMEDY, STORES_FINE, Advice, Verdict
+from altgrad.advice import Advice, Verdict
+from altgrad.calibration import calibration
+from altgrad.wording import percent
+
+_LIMITS = calibration().thresholds
 
 COLOURS = {
     Verdict.STORES_FINE: "green",
@@ -18,15 +22,18 @@ COLOURS = {
 """As rich names them."""
 
 MEANINGS = {
-    Verdict.STORES_FINE: "at least 0.99 of the update is kept",
-    Verdict.WATCH: "0.5 to 0.99 is kept: prefer stochastic rounding or Kahan",
+    Verdict.STORES_FINE: f"at least {_LIMITS.stores_fine:g} of the update is kept",
+    Verdict.WATCH: f"{_LIMITS.needs_remedy:g} to {_LIMITS.stores_fine:g} is kept: prefer "
+    "stochastic rounding or Kahan",
     Verdict.NEEDS_REMEDY: "less is kept: stochastic rounding, Kahan or fp32 master weights",
-    Verdict.FROZEN: "99 % or more of the weights never moved",
+    Verdict.FROZEN: f"{percent(_LIMITS.frozen)} or more of the weights never moved",
     Verdict.RANGE: "weights fall out of the format's range: a finer scale",
     Verdict.UNCERTAIN: "the sample is too small to tell: raise max_elements",
     Verdict.NOT_JUDGED: "no update that the format could lose",
 }
 """What each verdict says, for legends."""
+EVIDENCE = {verdict: calibration().evidence(verdict.name) for verdict in Verdict}
+"""What became of runs of which it would have been said; empty for those that claim nothing."""
 
 
 def kept_text(kept: float) -> str:
@@ -38,7 +45,8 @@ def kept_text(kept: float) -> str:
         return ">.99"
     if kept > 0 == rounded:
         return "<.01"
-    if any(kept < threshold <= rounded for threshold in (STORES_FINE, NEEDS_REMEDY)):
+    limits = (_LIMITS.stores_fine, _LIMITS.needs_remedy)
+    if any(kept < limit <= rounded for limit in limits):
         return f"{math.floor(1000 * kept) / 1000:.3f}"[1:]
     return f"{kept:.2f}"
 

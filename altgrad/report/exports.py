@@ -49,12 +49,12 @@ def as_csv(report: RunReport) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     errors = [f"{metric}_error" for metric in RESTS_ON]
-    writer.writerow(["layer", "format", "verdict", *_FIGURES, *errors, "reason"])
+    writer.writerow(["layer", "format", "verdict", *_FIGURES, *errors, "reason", "evidence"])
     for advice in report.assessment.advice:
         figures = [number_as_json(advice.figures[metric]) for metric in _FIGURES]
         of_errors = [number_as_json(advice.errors[metric]) for metric in RESTS_ON]
         where = [advice.layer, advice.format, str(advice.verdict)]
-        writer.writerow([*where, *figures, *of_errors, advice.reason])
+        writer.writerow([*where, *figures, *of_errors, advice.reason, advice.evidence])
     return file.getvalue()
 
 
@@ -64,6 +64,7 @@ def _of_advice(advice: Advice) -> dict[str, Any]:
         "figures": _numbers(advice.figures),
         "errors": _numbers(advice.errors),
         "reason": advice.reason,
+        "evidence": advice.evidence,
     }
 
 

@@ -7,7 +7,7 @@ from importlib.resources import files
 
 from altgrad import __version__
 from altgrad.report.canvas import svg
-from altgrad.report.cells import MEANINGS, cell_text, kept_text
+from altgrad.report.cells import EVIDENCE, MEANINGS, cell_text, kept_text
 from altgrad.report.run_report import RunReport
 
 _CAPTIONS = {
@@ -38,6 +38,7 @@ def page(report: RunReport) -> str:
         assessment=report.assessment,
         run=report.run,
         meanings=MEANINGS,
+        evidence=EVIDENCE,
         seen={advice.verdict for advice in report.assessment.advice},
         pictures=pictures,
         captions={name: _CAPTIONS.get(name, _STALLS) for name in pictures},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from altgrad.report.cells import COLOURS, MEANINGS, cell_text
+from altgrad.report.cells import COLOURS, EVIDENCE, MEANINGS, cell_text
 from altgrad.report.names import printable, short_names
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ def _print_to_apply(report: RunReport, console: Console) -> None:
     if len(lines) > _MOST_LINES:
         _print(console, f"The {len(lines)} lines that apply the suggestions: --html, --json.")
     elif lines:
-        _print(console, "\nTo try it, in a simulation that keeps weights in these formats:\n")
+        _print(console, "")
+        _print(console, "To try it, in a simulation that keeps weights in these formats:")
+        _print(console, "")
         for line in lines:
             console.print(_styled(printable(line)), soft_wrap=True)
 
@@ -67,7 +69,10 @@ def print_verdicts(report: RunReport, console: Console, most_layers: int | None 
     for verdict, meaning in MEANINGS.items():
         if verdict in seen:
             console.print(f"  {verdict.short:6} {meaning}", style="dim", highlight=False)
+            if evidence := EVIDENCE[verdict]:
+                console.print(f"  {'':6} {evidence}", style="dim italic", highlight=False)
     console.print("  The number is kept_update_ratio: 1 all of the update, 0 none.", style="dim")
+    console.print("  Runs like this: small ones, whose weights really were stored.", style="dim")
     console.print()
 
 

@@ -77,6 +77,17 @@ def test_layers_that_differ_in_a_number_and_in_their_format_have_rules_of_their_
     assert stored(lines_for(verdicts), [*verdicts]) == expected
 
 
+def test_layers_share_a_rule_where_one_of_their_numbers_tells_formats_apart() -> None:
+    verdicts = {
+        **{f"blocks.{k}.mlp.0.weight": {"bf16": WATCH} for k in range(3)},
+        **{f"blocks.{k}.mlp.2.weight": {"bf16": FINE} for k in range(3)},
+    }
+    lines = lines_for(verdicts)
+    assert 'SamplingRule("blocks.*.mlp.2.weight"),' in lines
+    assert lines.count("SamplingRule(") == 2
+    assert stored(lines, [*verdicts]) == {f"blocks.{k}.mlp.2.weight": "bf16" for k in range(3)}
+
+
 def test_one_format_for_all_needs_no_rule() -> None:
     verdicts = {name: {"bf16": FINE} for name in ("a", "b")}
     lines = lines_for(verdicts)

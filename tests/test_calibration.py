@@ -1,0 +1,134 @@
+"""The thresholds and the evidence of verdicts are what the committed rows of real runs say."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib.resources import files
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from altgrad.advice import Judge, Verdict
+from altgrad.calibration import calibration
+from altgrad.quantization.block_formats import get_formats
+from altgrad.records import FormatInfo
+from benchmarks.calibration import runs, tasks
+from benchmarks.calibration.calibrate import FOLDER, HELD_OUT, as_text, calibrate, lost, read
+from examples.predict_and_confirm import digits
+
+CONFIG = ["logistic", "sgd", 0.1]
+
+
+@pytest.fixture(scope="module")
+def real_runs() -> pd.DataFrame:
+    """Those that round to nearest, read and counted by other means than the script's."""
+    frame = pd.read_csv(FOLDER / "runs.csv", keep_default_na=False, na_values=["nan"])
+    frame = frame[frame.way == "nearest"].copy()
+    frame["lost"] = (frame.loss - frame.fp32) / (frame.initial - frame.fp32)
+    frame["lost"] = frame.lost.fillna(math.inf)
+    frame["held_out"] = frame.task.isin(HELD_OUT)
+    return frame
+
+
+def test_the_file_is_what_the_rows_give() -> None:
+    written = files("altgrad").joinpath("calibration.json").read_text(encoding="utf-8")
+    found = calibrate(read(FOLDER / "runs.csv"), read(FOLDER / "layers.csv"))
+    assert as_text(found) == written
+    assert json.loads(written)["thresholds"] == vars(calibration().thresholds)
+
+
+def test_the_rows_are_of_several_tasks_optimizers_and_learning_rates(real_runs) -> None:
+    seen, unseen = real_runs[~real_runs.held_out], real_runs[real_runs.held_out]
+    assert (len(seen), len(unseen)) == (324, 144)
+    for key, count in (("task", 3), ("optimizer", 3), ("lr", 8)):
+        assert seen[key].nunique() == count
+    assert not {*seen.optimizer} & {*unseen.optimizer}
+    assert not {*seen.task} & {*unseen.task}
+    assert (seen.fp32 < 0.9 * seen.initial).all()  # there is progress to be lost
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_counts_of_each_verdict(real_runs, held_out: bool) -> None:
+    limits = calibration().thresholds
+    counts = calibration().held_out if held_out else calibration().outcomes
+    mine = real_runs[real_runs.held_out == held_out]
+    fine = mine.kept >= limits.stores_fine
+    remedy = mine.kept < limits.needs_remedy
+    for verdict, which in (
+        ("STORES_FINE", fine),
+        ("WATCH", ~fine & ~remedy),
+        ("NEEDS_REMEDY", remedy),
+    ):
+        same = mine[which]
+        assert counts[verdict] == {
+            "runs": len(same),
+            "lost_1_percent": (same.lost > 0.01).sum(),
+            "lost_10_percent": (same.lost > 0.1).sum(),
+        }
+    layers = pd.read_csv(FOLDER / "layers.csv", keep_default_na=False, na_values=["nan"])
+    layers = layers[(layers.scaling == "tensor") & (layers.task.isin(HELD_OUT) == held_out)]
+    said, are = layers.never_moved >= limits.frozen, layers.true_never_moved >= 0.99
+    assert counts["FROZEN"]["layers"] == said.sum()
+    assert counts["FROZEN"]["frozen"] == (said & are).sum()
+    assert counts["FROZEN"]["missed"] == (~said & are).sum()
+
+
+def test_the_verdicts_keep_their_order_on_what_had_no_say() -> None:
+    """What would be said of another run is worth something only if this holds."""
+    for counts in (calibration().outcomes, calibration().held_out):
+        shares = [
+            counts[verdict.name]["lost_10_percent"] / counts[verdict.name]["runs"]
+            for verdict in (Verdict.STORES_FINE, Verdict.WATCH, Verdict.NEEDS_REMEDY)
+        ]
+        assert shares[0] == 0
+        assert 0 < shares[1] < 0.2
+        assert shares[2] > 0.8
+
+
+@pytest.mark.parametrize("verdict", Verdict)
+def test_every_verdict_that_claims_something_carries_its_evidence(verdict: Verdict) -> None:
+    evidence = calibration().evidence(verdict.name)
+    assert bool(evidence) == (verdict not in (Verdict.UNCERTAIN, Verdict.NOT_JUDGED))
+    for count in calibration().outcomes.get(verdict.name, {}).values():
+        assert count >= 0
+
+
+def test_advice_carries_the_evidence_of_its_verdict() -> None:
+    judge = Judge({"bf16": FormatInfo.of(get_formats("bf16")[0], None)})
+    names = ("kept_update_ratio", "stall_frac", "underflow_frac", "saturated_frac")
+    figures = dict.fromkeys((f"{name}/bf16" for name in (*names, "never_moved_frac")), 0.0)
+    judge.add("layer", figures | {"kept_update_ratio/bf16": 0.3}, {})
+    (advice,) = judge.assessment().advice
+    assert advice.verdict is Verdict.NEEDS_REMEDY
+    assert advice.evidence == "191 of 221 runs like this lost more than 10 % of their progress"
+
+
+def test_a_run_that_has_diverged_has_lost_everything() -> None:
+    assert lost({"initial": 2.0, "fp32": 1.0, "loss": math.nan}) == math.inf
+    assert lost({"initial": 2.0, "fp32": 1.0, "loss": 1.25}) == 0.25
+
+
+def test_the_runs_are_really_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short one: its rows are those of the committed files, and say what they should."""
+    monkeypatch.setitem(
+        tasks.TASKS, "logistic", lambda: tasks.logistic()._replace(batches=digits(0, 30).batches)
+    )
+    of_runs, of_layers = runs.rows_of(tasks.Config(*CONFIG))
+    for name, rows in (("runs", of_runs), ("layers", of_layers)):
+        runs.write(tmp_path / f"{name}.csv", rows)
+        again = read(tmp_path / f"{name}.csv")
+        committed = read(FOLDER / f"{name}.csv")
+        assert [*again[0]] == [*committed[0]]
+        same = [r for r in committed if [r["task"], r["optimizer"], r["lr"]] == CONFIG]
+        keys = ("format", "scaling", "way")
+        assert [[r[k] for k in keys] for r in again] == [[r[k] for k in keys] for r in same]
+    by_format = {(r["format"], r["scaling"], r["way"]): r for r in of_runs}
+    fp16, e5m2 = by_format["fp16", "tensor", "nearest"], by_format["e5m2", "tensor", "nearest"]
+    assert fp16["loss"] == pytest.approx(fp16["fp32"], rel=1e-3)
+    assert e5m2["loss"] > 1.05 * e5m2["fp32"]
+    assert by_format["e5m2", "tensor", "kahan"]["loss"] == pytest.approx(e5m2["fp32"], rel=0.02)
+    for row in of_runs:
+        if row["way"] == "nearest":
+            assert row["stall"] == pytest.approx(row["true_stall"], abs=0.05)
