@@ -184,3 +184,28 @@ def test_the_thresholds_are_those_of_the_code() -> None:
         assert words in text
     for verdict in Verdict:
         assert str(verdict).replace("max_elements", "`max_elements`") in text
+
+
+def test_the_pages_say_of_real_runs_what_the_calibration_holds() -> None:
+    text = (ROOT / "docs" / "does-it-predict.md").read_text()
+    seen, unseen = calibration().outcomes, calibration().held_out
+    for verdict, word in (("STORES_FINE", "fine"), ("WATCH", "watch"), ("NEEDS_REMEDY", "remedy")):
+        counts = [*seen[verdict].values(), *unseen[verdict].values()]
+        assert f"| {word} | {' | '.join(map(str, counts))} |" in text
+    frozen, out = (seen["FROZEN"], unseen["FROZEN"]), (seen["RANGE"], unseen["RANGE"])
+    for line in (
+        "| frozen was said of | {layers} layers |",
+        "| and they were, to 99 % | {frozen} |",
+        "| to 90 % | {frozen_to_90_percent} |",
+        "| were frozen, and it had not been said | {missed} of",
+    ):
+        assert line.format(**frozen[0]) in text
+    assert f"| {frozen[0]['frozen']} | {frozen[1]['frozen']} |" in text
+    assert f"| {out[0]['runs']} runs | {out[1]['runs']} runs |" in text
+    assert f"| {out[0]['mended_by_a_scale']} | {out[1]['mended_by_a_scale']} |" in text
+    lost = sum(each["NEEDS_REMEDY"]["lost_10_percent"] for each in (seen, unseen))
+    runs = sum(each["NEEDS_REMEDY"]["runs"] for each in (seen, unseen))
+    every = sum(each[v]["runs"] for each in (seen, unseen) for v in [*seen][:3])
+    for page in (ROOT / "README.md", ROOT / "docs" / "how-it-works.md"):
+        assert f"{lost} of {runs}" in page.read_text()
+        assert f" {every} " in page.read_text()
