@@ -73,9 +73,11 @@ class Together(NamedTuple):
 class Ranks:
     """All processes of torch.distributed, and what one of them has to say to the others.
 
-    It makes a process group of its own, on which nothing of the training can be mistaken for
-    something of the observation, with gloo: what is reduced is on the host by then, an accelerator
-    is given no more memory, and a limit that is exceeded is an error and not the end.
+    It makes process groups of its own, with gloo: what is reduced is on the host by then, an
+    accelerator is given no more memory, and a limit that is exceeded is an error and not the end.
+    Messages of different lengths that meet would be the end of the process. So nothing of the
+    training can meet something of the observation, nor a step what is said beside steps: a
+    checkpoint that one process alone takes is waited for, and missed.
     """
 
     def __init__(self) -> None:
@@ -89,9 +91,9 @@ class Ranks:
         self._distributed: Any = distributed
         self.rank = distributed.get_rank()
         self.size = distributed.get_world_size()
-        with self._answering():
-            self._group = _group_beside(distributed.group.WORLD)
         self._fault: Exception | None = None
+        with self._answering():
+            self._of_steps, self._beside_steps = _groups_beside(distributed.group.WORLD)
 
     @contextmanager
     def keeping_faults(self) -> Iterator[None]:
@@ -201,8 +203,18 @@ class Ranks:
     # --- else
 
     def joined(self, bits: Tensor) -> Tensor:
-        """uint8: each bit that is set in any process."""
-        self._reduce(bits, "BOR")
+        """uint8: each bit that is set in any process.
+
+        Raises:
+            LostRankError: Not all have called it. The next `merge` tells all of it.
+        """
+        try:
+            with self._answering():
+                operation = self._distributed.ReduceOp.BOR
+                self._distributed.all_reduce(bits, operation, group=self._beside_steps)
+        except LostRankError as fault:
+            self.keep(fault)
+            raise
         return bits
 
     def _of_all(self, take: Callable[[], Tensor], numbers: Tensor, how: str) -> Tensor:
@@ -242,12 +254,12 @@ class Ranks:
     def _reduce(self, numbers: Tensor, how: str) -> None:
         operation = getattr(self._distributed.ReduceOp, how)
         with self._answering():
-            self._distributed.all_reduce(numbers, operation, group=self._group)
+            self._distributed.all_reduce(numbers, operation, group=self._of_steps)
 
     def _gather(self, value: object) -> list[Any]:
         gathered: list[Any] = [None] * self.size
         with self._answering():
-            self._distributed.all_gather_object(gathered, value, group=self._group)
+            self._distributed.all_gather_object(gathered, value, group=self._beside_steps)
         return gathered
 
     @contextmanager
@@ -262,10 +274,10 @@ class Ranks:
             ) from fault
 
 
-# A group is never taken down: of two monitors in turn, one could still be in use elsewhere.
+# They are never taken down: of two monitors in turn, one could still be in use elsewhere.
 @functools.lru_cache(maxsize=1)
-def _group_beside(world: Any) -> Any:
-    """A group of all processes with gloo.
+def _groups_beside(world: Any) -> tuple[Any, Any]:
+    """Two groups of all processes with gloo: for steps, and for what is said beside them.
 
     Where training waits for the other processes too, its limit must not be exceeded while these
     wait here: they do for half of it. torch has no public name for a group's limit.
@@ -274,7 +286,8 @@ def _group_beside(world: Any) -> Any:
 
     backend = world._get_backend(_device_of(world))  # noqa: SLF001
     limit: timedelta = getattr(backend.options, "_timeout", timedelta(minutes=10))
-    return distributed.new_group(backend="gloo", timeout=limit / 2)
+    first, second = (distributed.new_group(backend="gloo", timeout=limit / 2) for _ in range(2))
+    return first, second
 
 
 def _device_of(world: Any) -> torch.device:

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from altgrad.budgets import Budgets
 from altgrad.clock import Clock
-from altgrad.distributed import Own
-from altgrad.ever_moved import EverMovedOfLayers
+from altgrad.distributed import LostRankError, Own
+from altgrad.ever_moved import EverMovedOfLayers, PackedBits
 from altgrad.figures import Histogram
 from altgrad.layer_settings import LayerSettings
 from altgrad.measuring import DEFAULT_FORMATS, Formats, Measurer
@@ -112,6 +112,7 @@ class UpdateMonitor:
         strict: bool = False,
     ) -> None:
         self._teller = tell
+        self._is_strict = strict
         self._told: set[str] = set()
         self.latest: StepRecord | None = None
         self._on_record = on_record
@@ -283,13 +284,12 @@ class UpdateMonitor:
         """What a resumed run needs to go on: which elements have moved so far, and the interval.
 
         Where parameters are sharded all processes have to call it, and wait for each other; each
-        gets all of it, and any number of processes can go on from it.
+        gets all of it, and any number of processes can go on from it. One that calls it alone is
+        warned, gets nothing of which elements have moved, and observes no more.
         """
         ever_moved = self._ever_moved.state_dict(self._measuring.ever_moved_in_arenas())
         if self._sharded is not None:
-            names = self._measured(self._observer.names)
-            kinds = 1 + len(self._measurer.formats)
-            ever_moved = self._sharded.ever_moved_state(ever_moved, names, kinds)
+            ever_moved = self._ever_moved_of_all(self._sharded, ever_moved)
         return {
             "formats": self._measurer.names,
             "ever_moved": ever_moved,
@@ -451,6 +451,22 @@ class UpdateMonitor:
         return record
 
     # --- what is said to the user
+
+    def _ever_moved_of_all(
+        self, sharded: ShardedLayers, own: Mapping[str, PackedBits]
+    ) -> dict[str, PackedBits]:
+        names = self._measured(self._observer.names)
+        try:
+            return sharded.ever_moved_state(own, names, kinds=1 + len(self._measurer.formats))
+        except LostRankError as fault:
+            if self._is_strict:
+                raise
+            warnings.warn(
+                "UpdateMonitor.state_dict() was not called in every process, so that "
+                f"never_moved_frac will begin anew: {fault}",
+                stacklevel=3,
+            )
+            return {}
 
     def _tell_of_dtypes(self) -> None:
         parameters = self._observer.parameters

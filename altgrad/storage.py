@@ -7,6 +7,7 @@ stay in tensors of their dtype, with values that the format has, and all arithme
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -97,6 +98,7 @@ class WeightStorage:
         self._seed = seed
         self._generators: dict[str, torch.Generator] = {}
         self._layers: dict[Tensor, _Layer] = {}
+        self._seen: set[Tensor] = set()  # at attach, and those that were told of
         self._handles: list[RemovableHandle] = []
         self._loaded: dict[str, Mapping[str, Any]] = {}
 
@@ -141,6 +143,7 @@ class WeightStorage:
             if layer.enabled and layer.formats:
                 of_rule = layer.rule is not None and layer.rule.formats is not None
                 self._add(name, parameter, _one_format(layer.formats) if of_rule else self._format)
+        self._seen.update(names)
         for optimizer in unwrapped:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
         return self
@@ -215,6 +218,16 @@ class WeightStorage:
                     if self._rounding == "stochastic":
                         generator = self._generator(parameter.device)
                     self._layers[parameter].store(self._rounding, generator)
+                elif parameter not in self._seen:
+                    self._tell_of(parameter)
+
+    def _tell_of(self, parameter: Tensor) -> None:
+        self._seen.add(parameter)
+        warnings.warn(
+            f"a parameter of shape {tuple(parameter.shape)} was added to the optimizer after "
+            "attach(), and is not stored in a format: attach the storage when all are there",
+            stacklevel=2,
+        )
 
 
 class _Layer:

@@ -261,6 +261,19 @@ def test_odd_weights() -> None:
         assert all(p.dtype == odd[name].dtype for name, p in parameters.items())
 
 
+def test_a_parameter_that_is_added_later_is_told_of_once_and_left_alone() -> None:
+    first, later = nn.Parameter(torch.ones(2)), nn.Parameter(torch.full((2,), 1.001))
+    optimizer = Given([first], update=1e-3)
+    storage = WeightStorage("bf16").attach(optimizer)
+    optimizer.add_param_group({"params": [later]})
+    with pytest.warns(UserWarning, match=r"a parameter of shape \(2,\) was added .* not stored"):
+        optimizer.step()
+    optimizer.step()  # a second warning would be an error
+    assert torch.equal(first, torch.ones(2))
+    assert (later > 1.0025).all()
+    assert len(storage.formats) == 1
+
+
 def test_weights_that_cannot_be_stored_are_named() -> None:
     half = Given([("head", nn.Parameter(torch.ones(2, dtype=torch.bfloat16)))])
     with pytest.raises(

@@ -319,6 +319,21 @@ def attach_alone(rank: int) -> str:
     return "" if rank else refused(lambda net: UpdateMonitor(net).attach(sgd(net)))
 
 
+def checkpoint_alone(rank: int) -> dict[str, Any]:
+    """Rank 0 alone takes the state, as a script does that saves in rank 0."""
+    net = fsdp(SIZE)
+    optimizer = sgd(net)
+    monitor = UpdateMonitor(net).attach(optimizer)
+    train(net, optimizer, 1)
+    start = time.monotonic()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        state = None if rank else monitor.state_dict()
+    told = [str(each.message) for each in caught] + warned(net, optimizer, 2)
+    seconds = time.monotonic() - start
+    return {"told": told, "state": state, "seconds": seconds, "observing": monitor.is_observing}
+
+
 def in_two_groups(rank: int, folder: str) -> list[dict[str, float]]:
     """A process group is taken down, and another one made, each with a monitor of its own."""
     seen = []
@@ -365,6 +380,16 @@ def test_a_process_that_does_not_attach_is_said_to_be_missing() -> None:
     first, _ = run(attach_alone, SIZE, collective=LIMIT)
     assert "rank 0 of 2 did not hear from every other one in time" in first
     assert "every process has to attach" in first
+
+
+def test_a_checkpoint_of_one_process_alone_is_told_and_ends_neither() -> None:
+    first, second = run(checkpoint_alone, SIZE, collective=LIMIT)
+    assert "state_dict() was not called in every process" in first["told"][0]
+    assert first["state"]["ever_moved"] == {}
+    assert first["state"]["scales"]
+    for each in (first, second):
+        assert each["seconds"] < 0.9 * LIMIT  # rank 0 is not waited for twice
+        assert not each["observing"]
 
 
 def test_a_second_process_group_is_another_one(tmp_path) -> None:
