@@ -417,6 +417,15 @@ def _smooth(losses: Sequence[float], width: int = 10) -> list[float]:
     return [statistics.fmean(losses[max(0, k - width) : k + 1]) for k in range(len(losses))]
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: expected {least} or more")
+        return int(text)
+
+    return number
+
+
 TASKS = {"digits": digits, "transformer": transformer}
 EVERY = {"digits": 1, "transformer": 10}
 """Of how many steps one is observed in fp32."""
@@ -426,8 +435,8 @@ def main() -> None:
     """Run, and show."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", choices=TASKS, default="digits")
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=_at_least(1), default=3, help="how many")
+    parser.add_argument("--steps", type=_at_least(20), default=300)
     parser.add_argument("--folder", type=Path, default=Path("predict-and-confirm"))
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
