@@ -277,6 +277,18 @@ def print_remedies(runs: Sequence[Row]) -> None:
     print_table(header, rows)
 
 
+def print_by_energy(runs: Sequence[Row], layers: Sequence[Row]) -> None:
+    """What would be said if steps were weighed with the energy of their update."""
+    found = calibrate([run | {"kept": run["kept_by_energy"]} for run in runs], layers)
+    limit = found["thresholds"]["needs_remedy"]
+    each = (found[part]["NEEDS_REMEDY"] for part in ("calibration", "held_out"))
+    counts = ", ".join(f"{c['lost_10_percent']} of {c['runs']}" for c in each)
+    print(
+        f"\nWith steps weighed by energy a remedy would be needed below {limit:g}; of these, lost "
+        f"more than 10 %, calibration and held out: {counts}"
+    )
+
+
 def print_failures(runs: Sequence[Row], layers: Sequence[Row], limits: dict[str, float]) -> None:
     """Where the verdict or the prediction was furthest from the truth, of all tasks."""
 
@@ -321,6 +333,7 @@ def main() -> None:
     print_part("Calibration", runs, layers, found["calibration"], held_out=False)
     print_part("Held out", runs, layers, found["held_out"], held_out=True)
     print_remedies(runs)
+    print_by_energy(runs, layers)
     print_failures(runs, layers, found["thresholds"])
     if arguments.write:
         WRITTEN.write_text(as_text(found), encoding="utf-8")
