@@ -616,7 +616,13 @@ def test_a_module_without_parameters_is_told_and_trains_on(tmp_path: Path) -> No
 
 @pytest.mark.filterwarnings("ignore:You are trying to .self.log")
 def test_barebones_says_what_to_pass(tmp_path: Path) -> None:
-    run = pl.Trainer(barebones=True, max_epochs=1, accelerator="cpu", callbacks=PrecisionMonitor())
+    run = pl.Trainer(
+        barebones=True,
+        max_epochs=1,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        callbacks=PrecisionMonitor(),
+    )
     with pytest.warns(UserWarning, match="logs at no step: pass every_n_steps"):
         run.fit(Net(), batches(2))
 
