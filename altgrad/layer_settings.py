@@ -68,6 +68,12 @@ class LayerSettings:
         for name in names:
             self.by_name[name] = replace(self.by_name[name], enabled=False)
 
+    def leave_out_formats(self, name: str, formats: Sequence[str]) -> None:
+        """Judge this one no more for these."""
+        layer = self.of(name)
+        kept = tuple(format for format in layer.formats if format not in formats)
+        self.by_name[name] = replace(layer, formats=kept)
+
     def is_measured(self, name: str, parameter: Tensor) -> bool:
         """Whether a layer can and should be."""
         if is_lazy(parameter) or parameter.dtype not in INPUT_DTYPES:

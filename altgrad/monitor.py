@@ -38,6 +38,7 @@ from altgrad.scales import block_sizes
 from altgrad.sharded_layers import ShardedLayers
 from altgrad.step_measuring import StepMeasuring
 from altgrad.step_record import StepRecord
+from altgrad.storage import stored_formats
 from altgrad.weight_octaves import weight_octaves
 
 DEFAULT_MAX_ELEMENTS = 1024
@@ -219,6 +220,7 @@ class UpdateMonitor:
             self._attach_together(optimizers, scaler)
         else:
             self._observer.attach(*optimizers, scaler=scaler)
+        self._leave_out_formats(optimizers)
         self._tell_of_dtypes()
         return self
 
@@ -259,6 +261,23 @@ class UpdateMonitor:
                 f"leaves out {torn}, of which blocks of {sizes} elements that share a scale lie in "
                 "several processes"
             )
+
+    def _leave_out_formats(self, optimizers: Sequence[Any]) -> None:
+        """Of layers that a `WeightStorage` stores no finer: what stalls there is never a step."""
+        stored = stored_formats(optimizers)
+        for name, parameter in self._observer.parameters.items():
+            element, judged = stored.get(parameter), self._settings.of(name).formats
+            if element is None:
+                continue
+            formats = (f for f in self._measurer.formats if f.name in judged)
+            hidden = [f.name for f in formats if not f.is_coarser_than(element)]
+            if hidden:
+                self._settings.leave_out_formats(name, hidden)
+                self._tell(
+                    f"cannot judge {', '.join(hidden)} for weights that a WeightStorage stores in "
+                    f"{element.name}: updates that stalled are no longer there to see, and it "
+                    "leaves these out for such layers. Read unmoved_frac"
+                )
 
     def detach(self) -> None:
         """Watch no more; what was learnt of the elements stays, also if the optimizers do not."""

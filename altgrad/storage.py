@@ -8,8 +8,9 @@ stay in tensors of their dtype, with values that the format has, and all arithme
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +20,31 @@ from torch.utils.hooks import RemovableHandle
 from altgrad.observation.local import is_sharded
 from altgrad.observation.optimizers import unwrap
 from altgrad.observation.parameter_names import parameter_names
-from altgrad.observation.step_hooks import is_hooked
+from altgrad.observation.step_hooks import is_hooked, step_depth
 from altgrad.quantization import quantize, spacing
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.block_formats import BlockFormat, NumberFormat, get_formats
+from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.scaling import Scaling, amax_of, check_scaling, scale_from_amax
 from altgrad.sampling import SamplingRule, resolve_layers
 from altgrad.scales import is_scaled
 
 StorageRounding = Literal["nearest_even", "stochastic"]
 Compensation = Literal["kahan"]
+
+_STORED: WeakKeyDictionary[Optimizer, dict[WeightStorage, dict[Tensor, FloatFormat]]]
+_STORED = WeakKeyDictionary()
+_MOST_NAMED = 3
+
+
+def stored_formats(optimizers: Iterable[Any]) -> dict[Tensor, FloatFormat]:
+    """The parameters of some optimizers that are stored in a format, and that of the elements."""
+    return {
+        parameter: format
+        for optimizer in map(unwrap, optimizers)
+        for stored in _STORED.get(optimizer, {}).values()
+        for parameter, format in stored.items()
+    }
 
 
 class WeightStorage:
@@ -37,7 +53,9 @@ class WeightStorage:
     From `attach` on, and after each step of the optimizer, every weight is a number of the format
     (times the scale that it shares). Scales are powers of two and only ever grow, when a weight
     would exceed them; one of zeros is taken once they have moved. These are the scales of
-    `UpdateMonitor` but that it takes them anew after 100 observed steps, which may lower them.
+    `UpdateMonitor` but that it takes them anew after 100 observed steps, and those of blocks of
+    elements at each step, which may lower them. A weight beyond the top is stored as the top; NaN
+    and ±inf stay what they are, so that a run that diverges looks like one.
 
     Examples:
         >>> import torch
@@ -57,8 +75,10 @@ class WeightStorage:
         rounding: ``"nearest_even"``, or ``"stochastic"``: up or down at random, so that the mean
             is exact and small updates arrive in the long run. What is stored first is rounded to
             nearest in any case.
-        compensation: ``"kahan"`` keeps what rounding lost of each weight in bf16, and adds it
-            before the next rounding: 16 bits more for each weight.
+        compensation: ``"kahan"`` keeps what rounding to nearest lost of each weight in bf16, and
+            adds it before the next rounding: 16 bits more for each weight. They lose in turn what
+            is less than about 2**-(M + 10) of the weight, for a format of M mantissa bits: 8e-6 of
+            it in bf16, 1e-4 in e4m3fn, where only stochastic rounding helps below.
         layers: Rules for single layers, the first that matches a name holds: `formats`, one, or
             ``enabled=False`` to leave layers as they are. How they are sampled plays no role here.
         seed: Of the stochastic rounding, which draws nothing from torch's own generators.
@@ -87,6 +107,11 @@ class WeightStorage:
             raise ValueError(f"rounding={rounding!r}: expected 'nearest_even' or 'stochastic'")
         if compensation not in (None, "kahan"):
             raise ValueError(f"compensation={compensation!r}: expected None or 'kahan'")
+        if compensation is not None and rounding == "stochastic":
+            raise ValueError(
+                "rounding='stochastic' with compensation='kahan': expected one of them; what is "
+                "kept and rounded at random again would move weights that have no step"
+            )
         self._format = _one_format((format,))
         for rule in layers:
             if rule.formats:
@@ -121,8 +146,12 @@ class WeightStorage:
             TypeError: No optimizer.
             ValueError: A weight that cannot be stored so, by name; a rule that matches no layer;
                 rules, and no names that they could match.
-            RuntimeError: The optimizer is observed already.
+            RuntimeError: The optimizer is observed already, or this storage is attached.
         """
+        if self._handles:
+            raise RuntimeError(
+                "the storage is attached: give all optimizers to one attach(), or detach() first"
+            )
         unwrapped = [unwrap(optimizer) for optimizer in optimizers]
         for optimizer in unwrapped:
             if is_hooked(optimizer):
@@ -138,21 +167,31 @@ class WeightStorage:
             max_elements=None,
             formats=(self._format.name,),
         )
+        layers: dict[Tensor, _Layer] = {}
         for parameter, name in names.items():
             layer = found[name]
             if layer.enabled and layer.formats:
                 of_rule = layer.rule is not None and layer.rule.formats is not None
-                self._add(name, parameter, _one_format(layer.formats) if of_rule else self._format)
-        self._seen.update(names)
+                format = _one_format(layer.formats) if of_rule else self._format
+                layers[parameter] = self._layer(name, parameter, format)
+        self._tell_of_unknown({layer.name for layer in layers.values()})
+        self._layers, self._loaded = layers, {}
+        self._seen = {*names}
+        for each in layers.values():
+            each.store_first()
         for optimizer in unwrapped:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
+            stored = {parameter: layer.element for parameter, layer in layers.items()}
+            _STORED.setdefault(optimizer, {})[self] = stored
         return self
 
     def detach(self) -> None:
-        """Store no more; the weights stay where they are."""
+        """Store no more; the weights stay where they are. Attached again, it goes on."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for by_storage in _STORED.values():
+            by_storage.pop(self, None)
 
     def __enter__(self) -> WeightStorage:  # noqa: PYI034 - typing has Self only from 3.11 on
         return self
@@ -168,14 +207,19 @@ class WeightStorage:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`, before `attach`, but for layers in another format now.
+        """Go on from a `state_dict`, before `attach`, but for layers stored in another way now.
 
         Raises:
             RuntimeError: It is attached.
+            ValueError: It is none.
         """
         if self._handles:
             raise RuntimeError("the storage is attached: load_state_dict() before attach()")
-        self._layers.clear()
+        if not {"layers", "generators"} <= {*state}:
+            raise ValueError(
+                f"state has the keys {[*state]}: expected what WeightStorage.state_dict() gives"
+            )
+        self._layers = {}
         self._loaded = dict(state["layers"])
         for device, generator_state in state["generators"].items():
             self._generator(torch.device(device)).set_state(generator_state)
@@ -198,12 +242,24 @@ class WeightStorage:
             (name or f"parameter {index}", p) for index, (name, p) in enumerate(pairs)
         )
 
-    def _add(self, name: str, parameter: Tensor, format: NumberFormat) -> None:
+    def _layer(self, name: str, parameter: Tensor, format: NumberFormat) -> _Layer:
+        """As it was, if it is known; nothing is stored yet."""
         _check_can_be_stored(name, parameter, format)
         layer = _Layer(name, parameter, format, self._scaling, self._compensation)
-        layer.load_state_dict(self._loaded.get(name, {}))
-        layer.store_first()
-        self._layers[parameter] = layer
+        known = self._layers.get(parameter)
+        state = self._loaded.get(name) if known is None else known.state_dict()
+        if state is not None:
+            layer.load_state_dict(state)
+        return layer
+
+    def _tell_of_unknown(self, names: set[str]) -> None:
+        if unknown := [name for name in self._loaded if name not in names]:
+            warnings.warn(
+                f"the state that was loaded has {len(unknown)} layers that are not stored now, "
+                f"among them {unknown[:_MOST_NAMED]}: their scales and what was lost of them are "
+                "dropped; layers have other names with module= than without: attach() as before",
+                stacklevel=3,
+            )
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if str(device) not in self._generators:
@@ -211,6 +267,8 @@ class WeightStorage:
         return self._generators[str(device)]
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if step_depth(optimizer) > 1:
+            return  # super().step() of one that is not over
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter in self._layers:
@@ -244,7 +302,7 @@ class _Layer:
         self.name = name
         self.format = format
         self._parameter = parameter
-        self._element = format.element if isinstance(format, BlockFormat) else format
+        self.element = format.element if isinstance(format, BlockFormat) else format
         self._scaling: Scaling | None = None
         if is_scaled(format, scaling):
             in_blocks = isinstance(format, BlockFormat)
@@ -258,9 +316,9 @@ class _Layer:
     def store_first(self) -> None:
         """Put the weights on the grid; those that are there already, as of a resumed run, stay."""
         weights = self._parameter.detach()
-        stored = quantize(weights, self._element, self._scale_of_each(weights))
+        stored = self._rounded(weights, self._scale_of_each(weights), "nearest_even", None)
         if self._lost is not None:
-            self._lost += weights - stored
+            self._lost += (weights - stored).nan_to_num(0.0)  # of what is not finite
         self._parameter.copy_(stored)
 
     @torch.no_grad()
@@ -270,24 +328,58 @@ class _Layer:
         if self._lost is not None:
             wanted = wanted + self._lost.to(wanted.dtype)
         scale = self._scale_of_each(wanted)
-        stored = quantize(wanted, self._element, scale, rounding=rounding, generator=generator)
+        stored = self._rounded(wanted, scale, rounding, generator)
         if self._lost is not None:
             # Beyond the top no more than rounding can lose.
-            most = spacing(stored, self._element, scale)
-            self._lost.copy_(torch.clamp(wanted - stored, -most, most))
+            most = spacing(stored, self.element, scale)
+            self._lost.copy_(torch.clamp(wanted - stored, -most, most).nan_to_num(0.0))
         self._parameter.copy_(stored)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"format": self.format.name, "scales": self._scales, "lost": self._lost}
+        return {
+            "format": self.format.name,
+            "scaling": self._scaling,
+            "scales": self._scales,
+            "lost": None if self._lost is None else self._lost.clone(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state.get("format") != self.format.name:
+        """What was stored in another format begins anew, as do scales that were shared otherwise.
+
+        Raises:
+            ValueError: It is none of this layer.
+        """
+        if not {"format", "scaling", "scales", "lost"} <= {*state}:
+            raise ValueError(
+                f"the state of {self.name} has the keys {[*state]}: expected what "
+                "WeightStorage.state_dict() gives"
+            )
+        if state["format"] != self.format.name:
             return
-        device = self._parameter.device
-        if state["scales"] is not None and self._scaling is not None:
-            self._scales = state["scales"].to(device)
+        scaling, scales = self._scaling, state["scales"]
+        if scaling is not None and scaling == state["scaling"] and scales is not None:
+            needed = self._needed_scales(self._parameter.detach(), scaling)
+            self._scales = self._of_shape(scales, needed.shape, "scales")
         if state["lost"] is not None and self._lost is not None:
-            self._lost.copy_(state["lost"])
+            self._lost.copy_(self._of_shape(state["lost"], self._lost.shape, "what was lost"))
+
+    def _of_shape(self, loaded: Tensor, shape: torch.Size, what: str) -> Tensor:
+        if loaded.shape != shape:
+            raise ValueError(
+                f"the state of {self.name} has {what} of shape {tuple(loaded.shape)}: expected "
+                f"{tuple(shape)}, as of a parameter of shape {tuple(self._parameter.shape)}"
+            )
+        return loaded.to(self._parameter.device)
+
+    def _rounded(
+        self,
+        weights: Tensor,
+        scale: float | Tensor,
+        rounding: StorageRounding,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        rounded = quantize(weights, self.element, scale, rounding=rounding, generator=generator)
+        return torch.where(weights.isfinite(), rounded, weights)
 
     def _scale_of_each(self, weights: Tensor) -> float | Tensor:
         """Grown, where that is needed for these weights."""

@@ -67,6 +67,7 @@ ALLOWED = {
     | {"altgrad.measuring", "altgrad.merging", "altgrad.scale_state"}
     | {"altgrad.sharded_layers", "altgrad.shards"},
     "altgrad.monitor": {f"{Q}.arguments", f"{Q}.block_formats", f"{Q}.scaling", OBS, SAMPLING}
+    | {"altgrad.storage"}
     | {f"{OBS}.local", f"{OBS}.observer", f"{OBS}.snapshots"}
     | {"altgrad.budgets", "altgrad.clock", "altgrad.ever_moved", "altgrad.layer_settings"}
     | {"altgrad.measuring", "altgrad.step_measuring", "altgrad.step_record"}
@@ -122,6 +123,7 @@ ALLOWED = {
     "altgrad.records.watching": {"altgrad.monitor", "altgrad.records.schema"},
     "altgrad.weight_octaves": {"altgrad.figures", SAMPLING, "altgrad.sharded_layers"},
     "altgrad.storage": {Q, f"{Q}.arguments", f"{Q}.block_formats", f"{Q}.scaling", SAMPLING}
+    | {f"{Q}.float_format"}
     | {f"{OBS}.{part}" for part in ("local", "optimizers", "parameter_names", "step_hooks")}
     | {"altgrad.scales"},
     "altgrad.wording": set(),

@@ -192,6 +192,21 @@ def test_kahan_keeps_what_the_first_rounding_lost() -> None:
     assert (weight + layer["lost"]).item() == pytest.approx(1.05, abs=0.05 * 2**-8)
 
 
+@pytest.mark.parametrize(("format", "digits"), [("bf16", 7), ("e4m3fn", 3), ("fp16", 10)])
+def test_kahan_loses_in_turn_what_is_below_2_to_the_m_plus_10(format: str, digits: int) -> None:
+    """As the docstring says: a remainder in bf16 has digits of its own."""
+    ends = []
+    for update in (0.75 * 2.0 ** -(digits + 10), 1.25 * 2.0 ** -(digits + 10)):
+        weight = nn.Parameter(torch.ones(1))
+        optimizer = Given([weight], update)
+        WeightStorage(format, None, compensation="kahan").attach(optimizer)
+        for _ in range(3000):
+            optimizer.step()
+        ends.append(weight.item())
+    assert ends[0] == 1
+    assert ends[1] > 1
+
+
 def test_stochastic_rounding_depends_on_its_seed_alone_and_touches_no_other() -> None:
     def run(seed: int, noise: int) -> list[torch.Tensor]:
         model = net()
@@ -257,8 +272,40 @@ def test_odd_weights() -> None:
         optimizer.step()
         assert parameters["nan"][0].isnan()
         assert parameters["nan"][1].isfinite()
+        assert parameters["nan"][2].isinf()
         assert all(p.shape == odd[name].shape for name, p in parameters.items())
         assert all(p.dtype == odd[name].dtype for name, p in parameters.items())
+
+
+@pytest.mark.parametrize("remedy", [{}, {"rounding": "stochastic"}, {"compensation": "kahan"}])
+@pytest.mark.parametrize("format", ["bf16", "fp16", "e4m3fn", "mxfp4"])
+def test_what_is_not_finite_stays_and_is_forgotten_once_it_is_mended(format: str, remedy) -> None:
+    weight = nn.Parameter(torch.tensor([1.0, 0.5, 0.25]))
+    optimizer = Given([weight], torch.tensor([math.inf, math.nan, 0.0]))
+    WeightStorage(format, **remedy).attach(optimizer)
+    optimizer.step()
+    assert weight[0].item() == math.inf
+    assert weight[1].isnan()
+    assert weight[2] == 0.25
+    weight.data.copy_(torch.tensor([1.0, 0.5, 0.25]))
+    optimizer.update = 0.0
+    optimizer.step()
+    assert weight.tolist() == [1.0, 0.5, 0.25]
+
+
+def test_a_step_that_calls_its_super_is_stored_once() -> None:
+    class Twice(Given):
+        def step(self, closure=None) -> None:
+            super().step()
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].add_(-0.0015)
+
+    Given([nn.Parameter(torch.ones(1))])  # from then on torch calls hooks in super().step(), too
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = Twice([weight], -0.0015)
+    WeightStorage("bf16").attach(optimizer)
+    optimizer.step()
+    assert weight.item() == torch.tensor(1 - 0.003).bfloat16().item() < 1
 
 
 def test_a_parameter_that_is_added_later_is_told_of_once_and_left_alone() -> None:
@@ -280,6 +327,11 @@ def test_weights_that_cannot_be_stored_are_named() -> None:
         ValueError, match=r"head has dtype torch\.bfloat16, which is no finer than bf16"
     ):
         WeightStorage("bf16").attach(half)
+    first = nn.Parameter(torch.full((2,), 1.001))
+    both = Given([("first", first), ("head", nn.Parameter(torch.ones(2).bfloat16()))])
+    with pytest.raises(ValueError, match="head has dtype"):
+        WeightStorage("bf16").attach(both)
+    assert (first == torch.tensor(1.001)).all()  # it was not stored either
     assert WeightStorage("e4m3fn").attach(half).formats == {"head": "e4m3fn"}
     waves = Given([("waves", nn.Parameter(torch.ones(2, dtype=torch.complex64)))])
     with pytest.raises(ValueError, match=r"waves has dtype torch\.complex64"):
@@ -294,6 +346,11 @@ def test_weights_that_cannot_be_stored_are_named() -> None:
         (("bf16", "row"), {}, "scaling='row'"),
         (("bf16",), {"rounding": "up"}, "rounding='up': expected 'nearest_even' or 'stochastic'"),
         (("bf16",), {"compensation": True}, "compensation=True: expected None or 'kahan'"),
+        (
+            ("bf16",),
+            {"rounding": "stochastic", "compensation": "kahan"},
+            "expected one of them; what is kept and rounded at random again would move weights",
+        ),
         (("bf16",), {"layers": [SamplingRule("*", formats=["bf16", "e5m2"])]}, "expected one"),
     ],
 )
@@ -332,6 +389,37 @@ def test_an_observer_sees_what_is_stored_and_must_come_later() -> None:
     WeightStorage("bf16").attach(optimizer)  # nobody observes any more
 
 
+@pytest.mark.parametrize(
+    ("stored", "hidden"),
+    [
+        ("bf16", {"fp16", "bf16"}),
+        ("e4m3fn", {"fp16", "bf16", "e4m3fn", "mxfp8_e4m3"}),
+        ("mxfp8_e5m2", {"fp16", "bf16", "e4m3fn", "mxfp8_e4m3", "e5m2"}),
+    ],
+)
+def test_a_monitor_does_not_judge_what_is_stored_no_finer(stored: str, hidden: set[str]) -> None:
+    """All that it sees then lies on that grid: it would call frozen layers fine."""
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    storage = WeightStorage(stored, layers=[SamplingRule("2.*", enabled=False)])
+    storage.attach(optimizer, module=model)
+    formats = ["fp16", "bf16", "e4m3fn", "mxfp8_e4m3", "e5m2", "mxfp4"]
+    monitor = UpdateMonitor(model, formats=formats, strict=True)
+    with pytest.warns(UserWarning, match=r"cannot judge .*bf16.*stores in e?[45bm].*unmoved_frac"):
+        monitor.attach(optimizer)
+    train(model, optimizer, 2)
+    for name, figures in monitor.latest.layers.items():
+        judged = {key.split("/")[1] for key in figures if key.startswith("stall_frac/")}
+        assert judged == {*formats} - ({*hidden} if name[0] != "2" else set()), name
+    assert monitor.layers["0.weight"].formats == tuple(f for f in formats if f not in hidden)
+    assert monitor.latest.model["stall_frac/bf16"] > 0  # of the layer that is not stored
+    monitor.detach()
+    storage.detach()
+    again = UpdateMonitor(model, formats=formats, strict=True).attach(optimizer)  # no warning
+    train(model, optimizer, 1)
+    assert "stall_frac/bf16" in again.latest.layers["0.weight"]
+
+
 @pytest.mark.parametrize("remedy", [{}, {"rounding": "stochastic"}, {"compensation": "kahan"}])
 @pytest.mark.parametrize("format", ["bf16", "e4m3fn", "mxfp8_e4m3"])
 def test_a_resumed_run_goes_on_exactly(format: str, remedy) -> None:
@@ -353,6 +441,64 @@ def test_a_resumed_run_goes_on_exactly(format: str, remedy) -> None:
     assert all(map(torch.equal, model.parameters(), resumed.parameters()))
     with pytest.raises(RuntimeError, match="before attach"):
         storage.load_state_dict(state)
+
+
+def test_attached_again_it_goes_on_with_its_scales_and_what_was_lost() -> None:
+    weight = nn.Parameter(torch.tensor([64.0, 1.0]))
+    optimizer = Given([weight], torch.tensor([-63.0, 0.01]))
+    storage = WeightStorage("e4m3fn", compensation="kahan").attach(optimizer)
+    with pytest.raises(RuntimeError, match=r"give all optimizers to one attach\(\)"):
+        storage.attach(optimizer)
+    optimizer.step()
+    before = storage.state_dict()["layers"]["parameter 0"]
+    storage.detach()
+    storage.attach(optimizer)
+    after = storage.state_dict()["layers"]["parameter 0"]
+    assert after["scales"] == before["scales"] == scale_for(64.0, "e4m3fn")
+    assert torch.equal(after["lost"], before["lost"])
+    assert before["lost"][1] > 0
+    optimizer.step()
+    assert not torch.equal(storage.state_dict()["layers"]["parameter 0"]["lost"], after["lost"])
+    assert torch.equal(after["lost"], before["lost"])  # they are copies
+    loaded = WeightStorage("e4m3fn", compensation="kahan")
+    loaded.load_state_dict(storage.state_dict())
+    loaded.attach(optimizer)
+    optimizer.step()
+    now = loaded.state_dict()["layers"]["parameter 0"]
+    loaded.detach()
+    loaded.attach(optimizer)
+    assert torch.equal(loaded.state_dict()["layers"]["parameter 0"]["lost"], now["lost"])
+
+
+def test_states_of_other_storages_are_refused_or_told_of() -> None:
+    def stored(scaling="tensor", shape=(2, 3), name: str = "weight") -> tuple:
+        optimizer = Given([(name, nn.Parameter(torch.ones(shape)))], 0.01)
+        return WeightStorage("e4m3fn", scaling, compensation="kahan"), optimizer
+
+    def state_of(*arguments, **settings):
+        storage, optimizer = stored(*arguments, **settings)
+        return storage.attach(optimizer).state_dict()
+
+    storage, optimizer = stored()
+    with pytest.raises(ValueError, match=r"keys \['weights'\]: expected what WeightStorage"):
+        storage.load_state_dict({"weights": {}})
+    storage.load_state_dict({"layers": {"weight": {"format": "bf16"}}, "generators": {}})
+    with pytest.raises(ValueError, match=r"weight has the keys \['format'\]: expected what"):
+        storage.attach(optimizer)
+    storage.load_state_dict(state_of(shape=(3, 3)))
+    with pytest.raises(ValueError, match=r"weight has what was lost of shape \(3, 3\): expected"):
+        storage.attach(optimizer)
+    storage.load_state_dict(state_of(name="head.weight"))
+    with pytest.warns(UserWarning, match=r"1 layers .* not stored now, among them \['head.weight'"):
+        storage.attach(optimizer)
+    storage, optimizer = stored()
+    storage.load_state_dict(state_of("channel"))  # scales that are shared otherwise begin anew
+    storage.attach(optimizer)
+    assert scale_of(storage) == scale_for(1.0, "e4m3fn")
+    storage, optimizer = stored("channel")
+    storage.load_state_dict(state_of("channel", shape=(3, 3)) | {})
+    with pytest.raises(ValueError, match=r"has scales of shape \(3, 1\): expected \(2, 1\)"):
+        storage.attach(optimizer)
 
 
 def clone(state):

@@ -58,9 +58,9 @@ class BlockFormat:
         """Whether the scales of blocks are relative to one of the whole tensor."""
         return self.scale == "e4m3"
 
-    def is_coarser_than(self, dtype: torch.dtype) -> bool:
+    def is_coarser_than(self, other: torch.dtype | FloatFormat) -> bool:
         """As `FloatFormat.is_coarser_than`, within a block."""
-        return self.element.is_coarser_than(dtype)
+        return self.element.is_coarser_than(other)
 
     def block_scales(self, x: Tensor) -> Tensor:
         """The scale of each block of x, float64; NaN and ±inf are left out.

@@ -202,12 +202,13 @@ class FloatFormat:
         """The torch dtype with exactly these codes, or None."""
         return _TORCH_DTYPES.get(self.key.partition(" ")[2])
 
-    def is_coarser_than(self, dtype: torch.dtype) -> bool:
-        """Whether numbers of this dtype lie closer together than those of the format.
+    def is_coarser_than(self, other: torch.dtype | FloatFormat) -> bool:
+        """Whether numbers of this dtype or format lie closer together than those of the format.
 
-        Only then can weights stored in the dtype show updates that the format would lose.
+        Only then can weights stored in it show updates that the format would lose.
         """
-        return self.eps > torch.finfo(dtype).eps
+        eps = other.eps if isinstance(other, FloatFormat) else torch.finfo(other).eps
+        return self.eps > eps
 
     def values(self) -> Tensor:
         """Every finite value once, in ascending order, as a float64 tensor on the CPU.
