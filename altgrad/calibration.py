@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,15 @@ class Calibration:
     Attributes:
         thresholds: Of the verdicts.
         rules: How each of them was found, in words.
-        outcomes: By the name of a verdict, how many runs or layers it would have been said of, and
-            what became of them.
-        held_out: The same, of tasks and optimizers that had no say in the thresholds.
+        outcomes: By the name of a verdict, of how many runs it would have been said if a model
+            had but one, in which formats, and what became of them.
+        held_out: The same, of models and optimizers that had no say in the thresholds.
     """
 
     thresholds: Thresholds
     rules: Mapping[str, str]
-    outcomes: Mapping[str, Mapping[str, int]]
-    held_out: Mapping[str, Mapping[str, int]]
+    outcomes: Mapping[str, Mapping[str, Any]]
+    held_out: Mapping[str, Mapping[str, Any]]
 
     def evidence(self, verdict: str) -> str:
         """In one sentence what became of those that the verdict would have been said of.
@@ -62,18 +63,18 @@ class Calibration:
             return ""
         if verdict == "FROZEN":
             return (
-                f"{counts['frozen']} of {counts['layers']} layers like this were frozen when the "
-                "run was really done"
+                f"{counts['frozen']} of {counts['layers']} layers like this "
+                f"({', '.join(counts['formats_of_layers'])}) were frozen when the run was really "
+                "done"
             )
-        if verdict == "RANGE":
-            return (
-                f"{counts['mended_by_a_scale']} of {counts['runs']} runs like this lost less than "
-                "half as much with a scale"
-            )
-        return (
-            f"{counts['lost_10_percent']} of {counts['runs']} runs like this lost more than 10 % "
-            "of their progress"
+        of_runs = (
+            f"{counts['lost_10_percent']} of {counts['runs']} runs like this "
+            f"({', '.join(counts['formats'])}) lost over 10 % of their progress"
         )
+        if verdict != "RANGE":
+            return of_runs
+        mended = f"{counts['mended_by_a_scale']} of {counts['without_a_scale']}"
+        return f"{of_runs}, and a scale halved that, where there was none, in {mended}"
 
 
 @functools.cache

@@ -189,9 +189,12 @@ def test_the_thresholds_are_those_of_the_code() -> None:
 def test_the_pages_say_of_real_runs_what_the_calibration_holds() -> None:
     text = (ROOT / "docs" / "does-it-predict.md").read_text()
     seen, unseen = calibration().outcomes, calibration().held_out
-    for verdict, word in (("STORES_FINE", "fine"), ("WATCH", "watch"), ("NEEDS_REMEDY", "remedy")):
-        counts = [*seen[verdict].values(), *unseen[verdict].values()]
-        assert f"| {word} | {' | '.join(map(str, counts))} |" in text
+    keys = ("runs", "lost_1_percent", "lost_10_percent")
+    for verdict in Verdict:
+        if verdict.name not in seen:
+            continue
+        counts = [each[verdict.name][key] for each in (seen, unseen) for key in keys]
+        assert f"| {verdict.short} | {' | '.join(map(str, counts))} |" in text
     frozen, out = (seen["FROZEN"], unseen["FROZEN"]), (seen["RANGE"], unseen["RANGE"])
     for line in (
         "| frozen was said of | {layers} layers |",
@@ -201,11 +204,23 @@ def test_the_pages_say_of_real_runs_what_the_calibration_holds() -> None:
     ):
         assert line.format(**frozen[0]) in text
     assert f"| {frozen[0]['frozen']} | {frozen[1]['frozen']} |" in text
-    assert f"| {out[0]['runs']} runs | {out[1]['runs']} runs |" in text
+    without = [each["without_a_scale"] for each in out]
+    assert f"| {without[0]} runs | {without[1]} runs |" in text
+    assert f"{out[0]['mended_by_a_scale']} of {without[0]} runs" in text
     assert f"| {out[0]['mended_by_a_scale']} | {out[1]['mended_by_a_scale']} |" in text
-    lost = sum(each["NEEDS_REMEDY"]["lost_10_percent"] for each in (seen, unseen))
-    runs = sum(each["NEEDS_REMEDY"]["runs"] for each in (seen, unseen))
-    every = sum(each[v]["runs"] for each in (seen, unseen) for v in [*seen][:3])
+
+    def both(verdict: str, key: str) -> int:
+        return seen[verdict][key] + unseen[verdict][key]
+
+    every = sum(both(verdict, "runs") for verdict in seen)
     for page in (ROOT / "README.md", ROOT / "docs" / "how-it-works.md"):
-        assert f"{lost} of {runs}" in page.read_text()
+        for verdict in ("NEEDS_REMEDY", "FROZEN"):
+            lost, runs = both(verdict, "lost_10_percent"), both(verdict, "runs")
+            assert f"{lost} of {runs}" in " ".join(page.read_text().split())
         assert f" {every} " in page.read_text()
+    watched = [both("WATCH", key) for key in ("lost_1_percent", "runs", "lost_10_percent")]
+    assert "{} of {} runs lost more than 1 %, {} more than".format(*watched) in text
+    remedy = both("NEEDS_REMEDY", "runs")
+    assert f"of {remedy} such runs lost at most 1 %" in text
+    for each in (seen, unseen):
+        assert each["STORES_FINE"]["formats"] == ["fp16", "bf16"]

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.calibration.runs import FORMATS
 from benchmarks.paired import print_table
 
 FOLDER = Path(__file__).parent
@@ -27,6 +28,8 @@ WRITTEN = FOLDER.parents[1] / "altgrad" / "calibration.json"
 HELD_OUT = ("conv", "gru")
 MUCH, LITTLE = 0.1, 0.01
 """Of the progress."""
+VERDICTS = ("STORES_FINE", "WATCH", "NEEDS_REMEDY", "FROZEN", "RANGE")
+"""Names of those that claim something."""
 TRULY_FROZEN = 0.99
 """Share of the weights of a layer that have not moved in a real run."""
 Row = dict[str, Any]
@@ -48,7 +51,10 @@ RULES = {
         "the lowest underflow_frac of 0.01, 0.03, 0.1 and 0.3 such that, from there to the next, "
         "at least half of the runs without a scale lost less than half as much with one"
     ),
-    "saturated": "a judgement: none of the runs clips, but those in mxfp4, which does so by design",
+    "saturated": (
+        "a judgement: no run but those in mxfp4, which clips by design, had more than 0.6 % beyond "
+        "the top"
+    ),
 }
 
 
@@ -155,41 +161,55 @@ def _unscaled(runs: Iterable[Row]) -> list[Row]:
 # --- what they come to
 
 
-def classes(kept: float, limits: dict[str, float]) -> str:
-    if kept >= limits["stores_fine"]:
+def verdict_of(run: Row, limits: dict[str, float]) -> str:
+    """What `altgrad.advice` says of figures like those of the whole model, all of them exact."""
+    out_of_range = any(run[key] >= limits[key] for key in ("underflow", "saturated"))
+    if run["never_moved"] >= limits["frozen"]:
+        return "FROZEN"
+    if run["kept"] >= limits["stores_fine"]:
         return "STORES_FINE"
-    return "WATCH" if kept >= limits["needs_remedy"] else "NEEDS_REMEDY"
+    if out_of_range:
+        return "RANGE"
+    return "WATCH" if run["kept"] >= limits["needs_remedy"] else "NEEDS_REMEDY"
 
 
 def outcomes(
     runs: Sequence[Row], layers: Sequence[Row], limits: dict[str, float]
-) -> dict[str, dict[str, int]]:
-    """For each verdict, how many runs or layers got it and what became of them."""
-    found: dict[str, dict[str, int]] = {}
-    for verdict in ("STORES_FINE", "WATCH", "NEEDS_REMEDY"):
-        same = [run for run in runs if classes(run["kept"], limits) == verdict]
+) -> dict[str, dict[str, Any]]:
+    """For each verdict, how many runs got it and what became of them; of frozen layers, too."""
+    found: dict[str, dict[str, Any]] = {}
+    for verdict in VERDICTS:
+        same = [run for run in runs if verdict_of(run, limits) == verdict]
         found[verdict] = {
             "runs": len(same),
             "lost_1_percent": _count_lost(same, LITTLE),
             "lost_10_percent": _count_lost(same, MUCH),
+            "formats": _formats_of(same),
         }
+        if verdict == "RANGE":
+            found[verdict] |= {
+                "without_a_scale": len(_unscaled(same)),
+                "mended_by_a_scale": sum(is_mended(run, runs) for run in _unscaled(same)),
+            }
     said = [layer for layer in layers if layer["never_moved"] >= limits["frozen"]]
-    found["FROZEN"] = {
+    found["FROZEN"] |= {
         "layers": len(said),
         "frozen": sum(x["true_never_moved"] >= TRULY_FROZEN for x in said),
         "frozen_to_90_percent": sum(x["true_never_moved"] >= 0.9 for x in said),
         "missed": sum(x["true_never_moved"] >= TRULY_FROZEN for x in layers if x not in said),
-    }
-    out_of_range = [
-        run
-        for run in _unscaled(runs)
-        if run["underflow"] >= limits["underflow"] and run["kept"] < limits["stores_fine"]
-    ]
-    found["RANGE"] = {
-        "runs": len(out_of_range),
-        "mended_by_a_scale": sum(is_mended(run, runs) for run in out_of_range),
+        "formats_of_layers": _formats_of(said),
     }
     return found
+
+
+def _formats_of(rows: Sequence[Row]) -> list[str]:
+    """Those with a scale first."""
+    scaled = {row["format"] for row in _scaled(rows)}
+    others = {row["format"] for row in rows} - scaled
+    return [
+        *(format for format in FORMATS if format in scaled),
+        *(f"{format} without a scale" for format in FORMATS if format in others),
+    ]
 
 
 def calibrate(runs: Sequence[Row], layers: Sequence[Row]) -> dict[str, Any]:
@@ -228,17 +248,21 @@ def print_part(name, runs, layers, found, *, held_out: bool) -> None:
     print_stalls(name, _scaled(_part(layers, held_out)))
 
 
-def print_outcomes(name: str, runs: Sequence[Row], found: dict[str, dict[str, int]]) -> None:
+def print_outcomes(name: str, runs: Sequence[Row], found: dict[str, dict[str, Any]]) -> None:
     print(f"\n{name}: {len(runs)} runs that round to nearest\n")
-    header = ("verdict by the model's kept_update_ratio", "runs", "lost > 1 %", "lost > 10 %")
-    rows = [(verdict, *map(str, counts.values())) for verdict, counts in [*found.items()][:3]]
+    header = ("verdict on the model", "runs", "lost > 1 %", "lost > 10 %", "formats")
+    keys = ("runs", "lost_1_percent", "lost_10_percent")
+    rows = [
+        (verdict, *(str(found[verdict][key]) for key in keys), ", ".join(found[verdict]["formats"]))
+        for verdict in VERDICTS
+    ]
     print_table(header, rows)
     frozen, out = found["FROZEN"], found["RANGE"]
     print(
         f"\nfrozen: said of {frozen['layers']} layers, {frozen['frozen']} were, and "
         f"{frozen['frozen_to_90_percent']} to 90 %; {frozen['missed']} that were had not been said"
-        f"\nrange: said of {out['runs']} runs without a scale, {out['mended_by_a_scale']} lost "
-        "less than half as much with one"
+        f"\nrange: of {out['without_a_scale']} runs without a scale, {out['mended_by_a_scale']} "
+        "lost less than half as much with one"
     )
     ranked = {"kept": -1, "kept_by_energy": -1, "stall": 1, "never_moved": 1}
     aucs = "  ".join(f"{key} {auc(runs, key, sign):.3f}" for key, sign in ranked.items())
@@ -296,11 +320,11 @@ def print_failures(runs: Sequence[Row], layers: Sequence[Row], limits: dict[str,
         scale = " without a scale" if row["scaling"] == "none" else ""
         return f"{row['task']} {row['optimizer']} {row['lr']:g} {row['format']}{scale}"
 
-    fine = [r for r in nearest(runs) if classes(r["kept"], limits) == "STORES_FINE"]
+    fine = [r for r in nearest(runs) if verdict_of(r, limits) == "STORES_FINE"]
     print("\nStores fine, and lost most:")
     for run in sorted(fine, key=lost)[-4:]:
         print(f"  {of(run)}: kept {run['kept']:.3f}, lost {lost(run):.1%}")
-    remedy = [r for r in nearest(runs) if classes(r["kept"], limits) == "NEEDS_REMEDY"]
+    remedy = [r for r in nearest(runs) if verdict_of(r, limits) == "NEEDS_REMEDY"]
     harmless = sum(lost(r) <= LITTLE for r in remedy)
     print(f"Needs a remedy, and lost least; {harmless} of {len(remedy)} lost at most 1 %:")
     for run in sorted(remedy, key=lost)[:4]:

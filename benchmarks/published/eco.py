@@ -6,8 +6,8 @@ Nikdan et al. (ECO, arXiv 2601.22101) prove that removing the master weights nai
 error that is inversely proportional to the learning rate. Here least squares on the digits (with a
 little weight decay) is solved by gradient descent whose weights live in a format, rounded to
 nearest, until no weight moves any more. There the update, learning rate × gradient, is at most half
-a step of the grid for each weight, so that the gradient that is left, and the distance to the
-optimum with it, grow as 1 / learning rate, until the weights never leave their start.
+a step of the grid for each weight, so that the gradient that is left grows as 1 / learning rate,
+until the weights never leave their start. The loss and the distance to the optimum grow with it.
 """
 
 from __future__ import annotations
