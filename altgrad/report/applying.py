@@ -6,23 +6,21 @@ import fnmatch
 import glob
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from altgrad.advice import Assessment, Verdict
+from altgrad.advice import Advice, Assessment, Verdict
 from altgrad.quantization.block_formats import BlockFormat, get_formats
-from altgrad.records import Run
+from altgrad.records import FormatInfo, Run
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a name
 
 
 def applying(run: Run, assessment: Assessment) -> str:
-    """Python that applies the suggestions with `altgrad.WeightStorage`; empty without a verdict.
+    """Python that applies the suggestions with `altgrad.WeightStorage`; empty where there are none.
 
     Layers whose names differ in numbers alone share a rule where they share a format. A layer that
-    no judged format stores fine is left as it is, and the lines name the remedy.
+    no judged format stores fine is left as it is, and the lines name what would help.
     """
-    if not assessment.advice:
-        return ""
     chosen = _chosen(run, assessment)
     stored = Counter(format for format in chosen.values() if format is not None)
     scaling = ""
@@ -40,30 +38,46 @@ def applying(run: Run, assessment: Assessment) -> str:
         )
     lines = [
         "from altgrad import SamplingRule, WeightStorage\n",
+        "# A rule stores all layers that it matches, those that were not watched, too.",
         f"storage = WeightStorage(\n    {settings},\n    layers=[",
         *(f"        {rule}," for rule in _rules(chosen, most)),
         '        SamplingRule("*", enabled=False),\n    ],\n)',
     ]
-    if left := sum(format is None for format in chosen.values()):
+    if left := [name for name, format in chosen.items() if format is None]:
         lines.append(
-            f"# {left:,} of {len(chosen):,} layers stay as they are: no judged format stores\n"
-            '# them fine, rounded to nearest. What helps is rounding="stochastic"\n'
-            '# or compensation="kahan", in a storage of their own.'
+            f"# {len(left):,} of {len(chosen):,} layers stay as they are: no judged format that\n"
+            "# weights can be stored in is known to store them fine."
         )
+        if any(_is_mended(advice) for name in left for advice in _advice(assessment, name)):
+            lines.append(
+                '# What helps where updates are lost is rounding="stochastic", or\n'
+                '# compensation="kahan", in a storage of their own.'
+            )
     return _lines(*lines)
 
 
 def _with_remedy(run: Run, assessment: Assessment, scaling: str) -> str:
-    """None of the formats stores a layer fine: the largest of them, and the remedy."""
-    judged = [f for f in dict.fromkeys(a.format for a in assessment.advice) if _can_store(f)]
+    """No layer is stored fine: the largest of the formats that lose updates, and the remedy."""
+    lossy = dict.fromkeys(each.format for each in assessment.advice if _is_mended(each))
+    judged = [format for format in lossy if _can_store(run, format)]
     if not judged:
         return ""
     largest = max(judged, key=lambda format: run.formats[format].bits)
     return _lines(
         "from altgrad import WeightStorage\n",
-        "# Rounded to nearest, none of the judged formats stores any layer fine.",
+        "# Rounded to nearest, no judged format that weights can be stored in is\n"
+        "# known to store a layer fine.",
         f'storage = WeightStorage({_quoted(largest)}{scaling}, rounding="stochastic")',
     )
+
+
+def _advice(assessment: Assessment, layer: str) -> Iterable[Advice]:
+    return assessment.by_layer.get(layer, {}).values()
+
+
+def _is_mended(advice: Advice) -> bool:
+    """Whether what is wrong is what stochastic rounding and Kahan summation mend."""
+    return advice.verdict in (Verdict.WATCH, Verdict.NEEDS_REMEDY, Verdict.FROZEN)
 
 
 def _lines(*lines: str) -> str:
@@ -76,17 +90,19 @@ def _chosen(run: Run, assessment: Assessment) -> dict[str, str | None]:
     for layer in run.layers:
         advice = assessment.by_layer.get(layer, {})
         fine = [f for f, each in advice.items() if each.verdict is Verdict.STORES_FINE]
-        storable = filter(_can_store, fine)
+        storable = [format for format in fine if _can_store(run, format)]
         chosen[layer] = min(storable, key=lambda format: run.formats[format].bits, default=None)
     return chosen
 
 
-def _can_store(format: str) -> bool:
-    """Not those of the user's own, which have no name that is known, nor nvfp4."""
+def _can_store(run: Run, format: str) -> bool:
+    """Not those of the user's own, which no name stands for, nor nvfp4."""
     try:
         (found,) = get_formats(format)
     except ValueError:
         return False
+    if FormatInfo.of(found, run.scaling) != run.formats[format]:
+        return False  # one of the user's own, of the same name
     return not isinstance(found, BlockFormat) or found.power_of_two
 
 

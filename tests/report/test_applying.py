@@ -15,13 +15,13 @@ from altgrad.records import FormatInfo, LayerInfo, Run
 from altgrad.report.applying import applying
 
 FINE, WATCH = Verdict.STORES_FINE, Verdict.WATCH
-MINE = FloatFormat("mine", exponent_bits=3, mantissa_bits=2, bias=3)
+OWN = {"mine": FloatFormat("mine", exponent_bits=3, mantissa_bits=2, bias=3)}
 
 
-def lines_for(verdicts: dict[str, dict[str, Verdict]], scaling="tensor") -> str:
+def lines_for(verdicts: dict[str, dict[str, Verdict]], scaling="tensor", own=OWN) -> str:
     """Of a run with these verdicts by layer and format."""
     names = dict.fromkeys(f for of_layer in verdicts.values() for f in of_layer)
-    formats = {f: FormatInfo.of(MINE if f == "mine" else get_formats(f)[0], scaling) for f in names}
+    formats = {f: FormatInfo.of(own.get(f) or get_formats(f)[0], scaling) for f in names}
     layers = {n: LayerInfo((4, 4), "float32", 16, tuple(of)) for n, of in verdicts.items()}
     advice = [
         Advice(layer, format, verdict, {}, {}, "")
@@ -102,6 +102,28 @@ def test_where_nothing_is_fine_the_remedy_is_named() -> None:
     lines = lines_for({"a": {"e5m2": Verdict.NEEDS_REMEDY, "bf16": Verdict.FROZEN}})
     assert 'WeightStorage("bf16", rounding="stochastic")' in lines
     assert stored(lines, ["a"]) == {"a": "bf16"}
+
+
+def test_what_nobody_knows_is_not_called_lost_and_has_no_remedy() -> None:
+    unsure, unjudged, out = Verdict.UNCERTAIN, Verdict.NOT_JUDGED, Verdict.RANGE
+    assert lines_for({"a": {"bf16": unsure}, "b": {"bf16": unjudged}, "c": {"e5m2": out}}) == ""
+    lines = lines_for({"a": {"bf16": FINE}, "b": {"bf16": unsure}, "c": {"bf16": out}})
+    assert "2 of 3 layers stay as they are" in lines
+    assert "What helps" not in lines
+    lines = lines_for({"a": {"e5m2": WATCH, "bf16": unsure}})
+    assert 'WeightStorage("e5m2", rounding="stochastic")' in lines
+
+
+def test_a_rule_says_that_it_stores_what_was_not_watched() -> None:
+    lines = lines_for({"0.weight": {"bf16": FINE}, "0.bias": {"bf16": WATCH}})
+    assert 'SamplingRule("*.weight")' in lines
+    assert "not watched" in lines
+
+
+def test_a_format_of_ones_own_by_the_name_of_another_is_not_suggested() -> None:
+    own = {"e4m3fn": FloatFormat("e4m3fn", exponent_bits=5, mantissa_bits=10, bias=15)}
+    assert lines_for({"a": {"e4m3fn": FINE}}, own=own) == ""
+    assert 'WeightStorage("e4m3fn")' in lines_for({"a": {"e4m3fn": FINE}})
 
 
 def test_no_verdict_no_lines() -> None:
