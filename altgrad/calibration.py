@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+_FEW = 3
+"""So many formats, and fewer, are named: what came to be in no others says nothing of these."""
+
 
 @dataclass(frozen=True)
 class Thresholds:
@@ -63,13 +66,14 @@ class Calibration:
             return ""
         if verdict == "FROZEN":
             return (
-                f"{counts['frozen']} of {counts['layers']} layers like this "
-                f"({', '.join(counts['formats_of_layers'])}) were frozen when the run was really "
-                "done"
+                f"{counts['frozen']} of {counts['layers']} layers like this were frozen when the "
+                "run was really done"
             )
+        formats = counts["formats"]
+        in_which = f" ({', '.join(formats)})" if len(formats) <= _FEW else ""
         of_runs = (
-            f"{counts['lost_10_percent']} of {counts['runs']} runs like this "
-            f"({', '.join(counts['formats'])}) lost over 10 % of their progress"
+            f"{counts['lost_10_percent']} of {counts['runs']} runs like this{in_which} lost over "
+            "10 % of their progress"
         )
         if verdict != "RANGE":
             return of_runs

@@ -10,6 +10,7 @@ from altgrad.report.names import printable, short_names
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
@@ -70,7 +71,7 @@ def print_verdicts(report: RunReport, console: Console, most_layers: int | None 
         if verdict in seen:
             console.print(f"  {verdict.short:6} {meaning}", style="dim", highlight=False)
             if evidence := EVIDENCE[verdict]:
-                console.print(f"  {'':6} {evidence}", style="dim italic", highlight=False)
+                console.print(_indented(_styled(evidence, "dim italic"), 9))
     console.print("  The number is kept_update_ratio: 1 all of the update, 0 none.", style="dim")
     console.print("  Runs like this: small ones, whose weights really were stored.", style="dim")
     console.print()
@@ -171,6 +172,12 @@ def _styled(text: str, style: str = "") -> Text:
     from rich.text import Text
 
     return Text(text, style=style)
+
+
+def _indented(text: Text, columns: int) -> Padding:
+    from rich.padding import Padding
+
+    return Padding(text, (0, 0, 0, columns))
 
 
 def _print(console: Console, text: str, style: str = "") -> None:

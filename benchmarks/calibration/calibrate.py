@@ -197,7 +197,6 @@ def outcomes(
         "frozen": sum(x["true_never_moved"] >= TRULY_FROZEN for x in said),
         "frozen_to_90_percent": sum(x["true_never_moved"] >= 0.9 for x in said),
         "missed": sum(x["true_never_moved"] >= TRULY_FROZEN for x in layers if x not in said),
-        "formats_of_layers": _formats_of(said),
     }
     return found
 
