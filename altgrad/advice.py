@@ -93,7 +93,7 @@ class Assessment:
     """What to do about a model.
 
     Attributes:
-        advice: Of each layer and each format that it was judged for, in the order of the model.
+        advice: Of each layer and each format that it was judged for, as they were recorded.
         suggestions: For each layer the smallest format that stores it fine; None where none does.
         summary: One paragraph.
     """

@@ -163,7 +163,7 @@ class Ranks:
             [
                 *(self.size - self.rank if failed is not None else 0, own.reason, own.found_inf),
                 *(-math.inf if math.isnan(each) else each for each in own.seconds),
-                *(identity, -identity),
+                *(identity, -identity),  # the largest of both agree if all have the same one
             ],
             dtype=torch.float64,
         )

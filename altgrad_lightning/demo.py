@@ -38,6 +38,8 @@ def demo(
     page with pictures and TensorBoard logs.
     """
     console = Console()
+    if not 0 <= seed < 2**32:
+        sys.exit(f"--seed {seed}: expected a number from 0 to 2**32 - 1")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -397,7 +397,7 @@ def picture(experiments: Sequence[Experiment], formats: Sequence[str], path: Pat
         label=f"{coarsest}, stochastic",
     )
     right.set_xlim(right=1.15 * len(first.fp32.losses))
-    right.set(yscale="log", xlabel="step", title="Loss of seed 0, weights rounded to nearest")
+    right.set(yscale="log", xlabel="step", title="Loss of the batches, smoothed; seed 0")
     right.legend(frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -216,11 +216,14 @@ def test_the_pages_say_of_real_runs_what_the_calibration_holds() -> None:
     for page in (ROOT / "README.md", ROOT / "docs" / "how-it-works.md"):
         for verdict in ("NEEDS_REMEDY", "FROZEN"):
             lost, runs = both(verdict, "lost_10_percent"), both(verdict, "runs")
-            assert f"{lost} of {runs}" in " ".join(page.read_text().split())
+            words = " ".join(page.read_text().split())
+            assert f"{lost} of {runs}" in words
+            held_out = unseen[verdict]
+            assert f"{held_out['lost_10_percent']} of {held_out['runs']}" in words
         assert f" {every} " in page.read_text()
     watched = [both("WATCH", key) for key in ("lost_1_percent", "runs", "lost_10_percent")]
     assert "{} of {} runs lost more than 1 %, {} more than".format(*watched) in text
     remedy = both("NEEDS_REMEDY", "runs")
-    assert f"of {remedy} such runs lost at most 1 %" in text
+    assert f"of {remedy} runs of that verdict lost at most 1 %" in text
     for each in (seen, unseen):
         assert each["STORES_FINE"]["formats"] == ["fp16", "bf16"]

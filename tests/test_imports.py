@@ -93,7 +93,8 @@ ALLOWED = {
     "altgrad.report.names": set(),
     "altgrad.report.canvas": {"altgrad.report.names"},
     "altgrad.report.drawings": {"altgrad.figures", "altgrad.records"}
-    | {"altgrad.report.canvas", "altgrad.report.names", "altgrad.wording"},
+    | {f"altgrad.report.{part}" for part in ("canvas", "cells", "names")}
+    | {"altgrad.wording"},
     "altgrad.report.cells": {"altgrad.advice", "altgrad.calibration", "altgrad.wording"},
     "altgrad.report.applying": {f"{Q}.block_formats", "altgrad.advice", "altgrad.records"},
     "altgrad.report.run_report": {"altgrad.advice", "altgrad.figures", "altgrad.records"}

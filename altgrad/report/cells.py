@@ -25,7 +25,8 @@ MEANINGS = {
     Verdict.STORES_FINE: f"at least {_LIMITS.stores_fine:g} of the update is kept",
     Verdict.WATCH: f"{_LIMITS.needs_remedy:g} to {_LIMITS.stores_fine:g} is kept: stochastic "
     "rounding or Kahan (WeightStorage)",
-    Verdict.NEEDS_REMEDY: "less: stochastic rounding, Kahan (WeightStorage) or fp32 master weights",
+    Verdict.NEEDS_REMEDY: f"below {_LIMITS.needs_remedy:g}: stochastic rounding, Kahan, or fp32 "
+    "master weights",
     Verdict.FROZEN: f"{percent(_LIMITS.frozen)} or more of the weights never moved",
     Verdict.RANGE: "weights fall out of the format's range: a finer scale",
     Verdict.UNCERTAIN: "the sample is too small to tell: raise max_elements",

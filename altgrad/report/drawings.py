@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from altgrad.figures import Histogram
 from altgrad.records import FormatInfo
 from altgrad.report.canvas import finished, finished_empty, in_default_style, new_figure, png, svg
+from altgrad.report.cells import kept_text
 from altgrad.report.names import short_names
 from altgrad.wording import percent
 
@@ -237,7 +238,7 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _write_share(axes: Axes, column: int, row: int, share: float, is_frozen: bool) -> None:
-    text = "frozen" if is_frozen else "–" if math.isnan(share) else f"{share:.2f}"
+    text = "frozen" if is_frozen else kept_text(share) or "–"
     colour = "white" if share <= 0.15 or share >= 0.85 else "black"
     axes.text(column, row, text, ha="center", va="center_baseline", size=7, color=colour, zorder=3)
 

@@ -52,8 +52,8 @@ RULES = {
         "at least half of the runs without a scale lost less than half as much with one"
     ),
     "saturated": (
-        "a judgement: no run but those in mxfp4, which clips by design, had more than 0.6 % beyond "
-        "the top"
+        "a judgement: no run as a whole, but those in mxfp4, which clips by design, had more than "
+        "0.6 % beyond the top"
     ),
 }
 

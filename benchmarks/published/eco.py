@@ -1,6 +1,6 @@
 """Published: without master weights the error is inversely proportional to the learning rate.
 
-    python -m benchmarks.published.eco         # half a minute, from the root of the repository
+    python -m benchmarks.published.eco         # ten seconds, from the root of the repository
 
 Nikdan et al. (ECO, arXiv 2601.22101) prove that removing the master weights naively can incur an
 error that is inversely proportional to the learning rate. Here least squares on the digits (with a

@@ -1,6 +1,6 @@
 """Published: at the learning rates of RL post-training 99 % of updates are invisible in bf16.
 
-    python -m benchmarks.published.pulse       # two minutes, from the root of the repository
+    python -m benchmarks.published.pulse       # a minute, from the root of the repository
 
 Miahi and Belilovsky (PULSE, arXiv 2602.03839) report that per step about 99 % of the weights of
 language models of 0.5 to 7 B parameters are bit-identical after the cast to bf16, at learning rates

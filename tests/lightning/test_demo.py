@@ -103,3 +103,5 @@ def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match=r"cannot write to folder .*file"):
         demo(steps=10, folder=tmp_path / "file" / "sub", seed=0)
+    with pytest.raises(SystemExit, match=r"--seed -1: expected a number from 0"):
+        demo(steps=10, folder=tmp_path, seed=-1)
