@@ -20,12 +20,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.calibration import tasks
 from benchmarks.calibration.runs import FORMATS
 from benchmarks.paired import print_table
 
 FOLDER = Path(__file__).parent
 WRITTEN = FOLDER.parents[1] / "altgrad" / "calibration.json"
-HELD_OUT = ("conv", "gru")
+HELD_OUT = {config.task for config in tasks.HELD_OUT}
+"""Names of tasks that have no say."""
 MUCH, LITTLE = 0.1, 0.01
 """Of the progress."""
 VERDICTS = ("STORES_FINE", "WATCH", "NEEDS_REMEDY", "FROZEN", "RANGE")
