@@ -16,9 +16,13 @@ class Budgets:
 
     Args:
         share, every_n_steps: As in `OverheadBudget`.
+
+    Attributes:
+        share: As given.
     """
 
     def __init__(self, share: float, every_n_steps: int) -> None:
+        self.share = share
         self._unused = OverheadBudget(share, every_n_steps)
         self._of: WeakKeyDictionary[Optimizer, OverheadBudget] = WeakKeyDictionary()
         self._restored: list[Mapping[str, int]] = []

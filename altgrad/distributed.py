@@ -6,31 +6,42 @@ formats, what it came to; and with it, what they have to agree on: whether one o
 how long it took, whether the step was one. Every decision follows from what was said together.
 
 A process that has failed goes on answering until it has said so; then all stop. One that does not
-answer at all is waited for no longer than the time limit of the group.
+answer at all is waited for no longer than half of the time limit of the process group.
 """
 
 from __future__ import annotations
 
-import functools
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
+from altgrad.host_group import HostGroup, LostRankError, meet
 from altgrad.observation.faults import FaultElsewhereError
-from altgrad.statistics import SUMS, max_count, sum_count
+from altgrad.statistics import SUMS
+from altgrad.step_message import Own, StepMessage, Together
+
+Description = Mapping[str, Sequence[str]]
+"""Of what processes have to have alike: a kind, and in words each thing of that kind."""
 
 _POPULATION, _ELEMENTS = SUMS.index("population"), SUMS.index("elements")
 _MOST_NAMED = 3
 
+Call = Literal["attach()", "optimizer.step()", "state_dict()", "weight_octaves()"]
+"""In which all processes have to be at once."""
 
-class LostRankError(RuntimeError):
-    """A process does not answer, or answered something else: nothing more can be said together."""
+_CALLS: tuple[Call, ...] = ("attach()", "optimizer.step()", "state_dict()", "weight_octaves()")
+_REMEDIES = {
+    "settings": "give each the same arguments",
+    "layers": "processes with different layers, as the stages of a pipeline, cannot be observed",
+    "optimizers": "each has to attach to the same optimizers, of the same parameters",
+    "state": "load the same state_dict() in each, or begin anew in all",
+}
 
 
 class Expected(NamedTuple):
@@ -40,44 +51,15 @@ class Expected(NamedTuple):
     elements: int
 
 
-class Own(NamedTuple):
-    """What one process contributes to an observed step.
-
-    Attributes:
-        rows: Of each layer that has elements here, its place in `vectors`.
-        vectors: float64 on the host: of each row its sums, then its maxima.
-        present: The layers that were stepped.
-        seconds: What observing and what training took; NaN where it is not known.
-        found_inf: Whether the optimizer skipped the step.
-        reason: A number for why the step was none, of which the largest is said; -1 if it was one.
-    """
-
-    rows: Mapping[str, int]
-    vectors: Tensor
-    present: Sequence[str]
-    seconds: tuple[float, float]
-    found_inf: bool
-    reason: int
-
-
-class Together(NamedTuple):
-    """What all came to, equal in every process; as of `Own`."""
-
-    names: list[str]
-    vectors: Tensor
-    seconds: tuple[float, float]
-    found_inf: bool
-    reason: int
-
-
 class Ranks:
     """All processes of torch.distributed, and what one of them has to say to the others.
 
-    It makes process groups of its own, with gloo: what is reduced is on the host by then, an
-    accelerator is given no more memory, and a limit that is exceeded is an error and not the end.
-    Messages of different lengths that meet would be the end of the process. So nothing of the
-    training can meet something of the observation, nor a step what is said beside steps: a
-    checkpoint that one process alone takes is waited for, and missed.
+    They meet in groups of their own, one for steps and one for what is said beside steps: nothing
+    of the training can meet something of the observation, nor a step what is not one. A checkpoint
+    that one process alone takes is waited for, and missed.
+
+    Attributes:
+        rank, size: As of torch.distributed.
     """
 
     def __init__(self) -> None:
@@ -88,12 +70,11 @@ class Ranks:
                 "there are sharded parameters and no process group: observe them in the processes "
                 "that share them, after torch.distributed.init_process_group"
             )
-        self._distributed: Any = distributed
         self.rank = distributed.get_rank()
         self.size = distributed.get_world_size()
         self._fault: Exception | None = None
-        with self._answering():
-            self._of_steps, self._beside_steps = _groups_beside(distributed.group.WORLD)
+        self._steps: HostGroup | None = None
+        self._beside: HostGroup | None = None
 
     @contextmanager
     def keeping_faults(self) -> Iterator[None]:
@@ -116,129 +97,182 @@ class Ranks:
 
     # --- before the first step
 
-    def check_alike(self, description: Sequence[str], problem: Exception | None) -> None:
-        """Refuse to begin unless all processes are ready to observe the same layers.
+    @property
+    def have_met(self) -> bool:
+        """Whether anything can be said."""
+        return self._beside is not None
+
+    def meet(self) -> None:
+        """Wait for all, and from now on speak in new groups.
+
+        Raises:
+            LostRankError: One does not come.
+        """
+        self._steps, self._beside = meet(("steps", "beside"))
+
+    def check_alike(
+        self, description: Description, problem: Exception | None, during: Call = "attach()"
+    ) -> None:
+        """Refuse to go on unless all processes are ready to observe the same.
 
         Args:
-            description: The layers, one by one.
+            description: What has to be alike.
             problem: Why this process is not ready.
+            during: What it is doing.
 
         Raises:
             Exception: The problem.
-            ValueError: Another process has one, or has other layers.
+            ValueError: Another process has one, or another description.
         """
-        digest = sha256("\n".join(description).encode()).hexdigest()
-        said = self._gather((digest, None if problem is None else repr(problem)))
+        digest = sha256(json.dumps(description).encode()).hexdigest()
+        said = self._gather(during, (digest, None if problem is None else repr(problem)))
         if problem is not None:
             raise problem
         for rank, (_, other) in enumerate(said):
             if other is not None:
                 raise ValueError(f"rank {rank} cannot observe this run: {other}")
         if len({each for each, _ in said}) > 1:
-            _refuse_different(self._gather([*description]))
+            _refuse_different(self._gather(during, description))
 
     # --- an observed step
 
-    def merge(self, index: int, formats: int, layers: Mapping[str, Expected], own: Own) -> Together:
+    def merge(
+        self, message: StepMessage, layers: Mapping[str, Expected], own: Own, index: int
+    ) -> Together:
         """What all processes came to in a step: one SUM and one MAX.
 
         Args:
-            index: Of the step.
-            formats: How many are judged.
+            message: For this step, empty.
             layers: All that the optimizer may have stepped, everywhere in the same order.
             own: What this process has to contribute; nothing counts if it has failed.
+            index: Of the step.
 
         Raises:
             Exception: What failed here, where no process of lower rank failed too.
             FaultElsewhereError: What failed in another one.
             LostRankError: One does not answer.
         """
-        sums, maxima = _nothing_of(formats, len(layers))
         if self._fault is None:
             with self.keeping_faults():
-                _fill(sums, maxima, layers, own)
+                message.fill(own)
         failed = self.take_fault()
-        identity = _identity(index, tuple(layers))
-        tail = torch.tensor(
-            [
-                *(self.size - self.rank if failed is not None else 0, own.reason, own.found_inf),
-                *(-math.inf if math.isnan(each) else each for each in own.seconds),
-                *(identity, -identity),  # the largest of both agree if all have the same one
-            ],
-            dtype=torch.float64,
-        )
-        packed = torch.cat((maxima.flatten(), tail))
-        self._reduce(sums, "SUM")
-        self._reduce(packed, "MAX")
-        maxima, tail = packed[: maxima.numel()].view_as(maxima), packed[maxima.numel() :]
-        of_failed, reason, found_inf, *rest = tail.tolist()
-        if of_failed:
-            self._raise_fault(failed, self.size - int(of_failed))
-        if rest[2] != -rest[3]:
+        message.close(own, self.size - self.rank if failed is not None else 0)
+        self._reduce(message.sums, "SUM")
+        self._reduce(message.maxima, "MAX")
+        if message.failed:
+            self._raise_fault(failed, self.size - message.failed)
+        if not message.is_of_one_step:
             self._raise_everywhere(
                 f"processes observe different steps or layers, this one step {index} of "
                 f"{len(layers)} layers: every_n_steps and sampling must not depend on the rank"
             )
-        is_present = maxima[:, -1] > 0
-        names = [name for name, here in zip(layers, is_present.tolist(), strict=True) if here]
-        vectors = torch.cat((sums[is_present], maxima[is_present, :-1]), dim=1)
-        self._check_counts(names, vectors, layers)
-        seconds = tuple(math.nan if each == -math.inf else each for each in rest[:2])
-        return Together(names, vectors, (seconds[0], seconds[1]), bool(found_inf), int(reason))
+        together = message.together()
+        self._check_counts(together, layers)
+        return together
 
     def largest(self, take: Callable[[], Tensor], count: int) -> Tensor:
         """The largest of each of so many numbers over all processes; one MAX.
 
         Args:
-            take: Gives those of this process, on the host; if it fails, they do not count, and
-                the next `merge` tells all.
+            take: Gives those of this process, float64 on the host; if it fails, they do not count,
+                and the next `merge` tells all.
             count: How many.
         """
-        return self._of_all(take, torch.full((count,), -torch.inf, dtype=torch.float64), "MAX")
+        numbers = self._taken(take, count, -math.inf)
+        self._reduce(numbers, "MAX")
+        return numbers
+
+    # --- beside steps
 
     def total(self, take: Callable[[], Tensor], count: int) -> Tensor:
-        """Likewise, the sum of each; one SUM."""
-        return self._of_all(take, torch.zeros(count, dtype=torch.float64), "SUM")
-
-    # --- else
-
-    def joined(self, bits: Tensor) -> Tensor:
-        """uint8: each bit that is set in any process.
+        """Likewise, the sum of each.
 
         Raises:
             LostRankError: Not all have called it. The next `merge` tells all of it.
         """
+        return self._reduce_beside("weight_octaves()", take, count, "SUM")
+
+    def largest_beside(self, take: Callable[[], Tensor], count: int) -> Tensor:
+        """Likewise, the largest of each, before a step."""
+        return self._reduce_beside("optimizer.step()", take, count, "MAX")
+
+    def joined(self, bits: Tensor) -> Tensor:
+        """Of uint8, each bit that is set in any process; raises as `total`."""
+        return self._reduce_beside("state_dict()", lambda: bits, len(bits), "BOR")
+
+    def _taken(self, take: Callable[[], Tensor], count: int, nothing: float) -> Tensor:
+        with self.keeping_faults():
+            return take()
+        return torch.full((count,), nothing, dtype=torch.float64)
+
+    def _reduce_beside(
+        self, during: Call, take: Callable[[], Tensor], count: int, how: str
+    ) -> Tensor:
         try:
-            with self._answering():
-                operation = self._distributed.ReduceOp.BOR
-                self._distributed.all_reduce(bits, operation, group=self._beside_steps)
+            lengths = self._begin(during, count)
+            if len({*lengths}) > 1:
+                self._say_no_more(f"processes say {lengths} numbers to each other in {during}")
+            numbers = self._taken(take, count, -math.inf if how == "MAX" else 0.0)
+            self._group_beside.reduce(numbers, how)
         except LostRankError as fault:
             self.keep(fault)
             raise
-        return bits
-
-    def _of_all(self, take: Callable[[], Tensor], numbers: Tensor, how: str) -> Tensor:
-        with self.keeping_faults():
-            numbers = take()
-        self._reduce(numbers, how)
         return numbers
 
-    def _check_counts(
-        self, names: Sequence[str], vectors: Tensor, layers: Mapping[str, Expected]
-    ) -> None:
+    def _begin(self, during: Call, length: int) -> list[int]:
+        """The length of what each is going to say, once all are in the same call."""
+        said = self._group_beside.gather(torch.tensor([_CALLS.index(during), length]))
+        for rank, (call, _) in enumerate(each.tolist() for each in said):
+            if _CALLS[call] != during:
+                self._say_no_more(
+                    f"rank {rank} is in {_CALLS[call]} while rank {self.rank} is in {during}: all "
+                    "processes have to call both, in the same order"
+                )
+        return [int(each[1]) for each in said]
+
+    def _say_no_more(self, why: str) -> NoReturn:
+        """Beside steps, where what comes next would not fit what others say."""
+        self._group_beside.is_lost = True
+        raise LostRankError(why)
+
+    def _gather(self, during: Call, value: object) -> list[Any]:
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = self._begin(during, len(text))
+        padded = torch.cat((text, text.new_zeros(max(lengths) - len(text))))
+        texts = zip(self._group_beside.gather(padded), lengths, strict=True)
+        return [json.loads(bytes(each[:length].tolist())) for each, length in texts]
+
+    # --- else
+
+    @property
+    def _group_beside(self) -> HostGroup:
+        if self._beside is None:
+            raise RuntimeError(
+                "the processes that share the parameters have not met yet: attach() in each first"
+            )
+        return self._beside
+
+    def _reduce(self, numbers: Tensor, how: str) -> None:
+        assert self._steps is not None, "attached"
+        try:
+            self._steps.reduce(numbers, how)
+        except LostRankError:
+            self._group_beside.is_lost = True  # nobody is to wait there once more
+            raise
+
+    def _check_counts(self, together: Together, layers: Mapping[str, Expected]) -> None:
         """Each element once: what was left out or counted twice would pass for the truth."""
-        expected = [layers[name].elements for name in names]
+        names, vectors = together.names, together.vectors
         counted = vectors[:, _ELEMENTS].tolist()
-        for name, should, does in zip(names, expected, counted, strict=True):
-            if should != does:
+        for name, does in zip(names, counted, strict=True):
+            if layers[name].elements != does:
                 self._raise_everywhere(
                     f"{name} was measured in {does:.0f} elements by all processes together, and "
-                    f"has {should} to be measured: its gradient is missing in some of them, or "
-                    "replicas and shards are not what the placements say"
+                    f"has {layers[name].elements} to be measured: its gradient is missing in some "
+                    "of them, or replicas and shards are not what the placements say"
                 )
-        vectors[:, _POPULATION] = torch.tensor(
-            [layers[name].population for name in names], dtype=torch.float64
-        )
+        populations = [layers[name].population for name in names]
+        vectors[:, _POPULATION] = torch.tensor(populations, dtype=torch.float64)
 
     def _raise_fault(self, own: Exception | None, first: int) -> None:
         """The first process that has failed says how."""
@@ -251,81 +285,16 @@ class Ranks:
     def _raise_everywhere(self, message: str) -> None:
         raise RuntimeError(message) if self.rank == 0 else FaultElsewhereError(message)
 
-    def _reduce(self, numbers: Tensor, how: str) -> None:
-        operation = getattr(self._distributed.ReduceOp, how)
-        with self._answering():
-            self._distributed.all_reduce(numbers, operation, group=self._of_steps)
 
-    def _gather(self, value: object) -> list[Any]:
-        gathered: list[Any] = [None] * self.size
-        with self._answering():
-            self._distributed.all_gather_object(gathered, value, group=self._beside_steps)
-        return gathered
-
-    @contextmanager
-    def _answering(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as fault:
-            raise LostRankError(
-                f"rank {self.rank} of {self.size} did not hear from every other one in time; one "
-                "has ended, is late, or does not observe what the others observe: every process "
-                f"has to attach, to the same steps ({fault})"
-            ) from fault
-
-
-# They are never taken down: of two monitors in turn, one could still be in use elsewhere.
-@functools.lru_cache(maxsize=1)
-def _groups_beside(world: Any) -> tuple[Any, Any]:
-    """Two groups of all processes with gloo: for steps, and for what is said beside them.
-
-    Where training waits for the other processes too, its limit must not be exceeded while these
-    wait here: they do for half of it. torch has no public name for a group's limit.
-    """
-    from torch import distributed
-
-    backend = world._get_backend(_device_of(world))  # noqa: SLF001
-    limit: timedelta = getattr(backend.options, "_timeout", timedelta(minutes=10))
-    first, second = (distributed.new_group(backend="gloo", timeout=limit / 2) for _ in range(2))
-    return first, second
-
-
-def _device_of(world: Any) -> torch.device:
-    devices: list[torch.device] = world._device_types  # noqa: SLF001 - nor for this
-    return next((d for d in devices if d.type != "cpu"), devices[0])
-
-
-def _identity(index: int, names: tuple[str, ...]) -> int:
-    """A number below 2**52 that no other step or list of layers has."""
-    digest = sha256(f"{index} {names}".encode()).digest()
-    return int.from_bytes(digest[:6], "big") + 1
-
-
-def _nothing_of(formats: int, layers: int) -> tuple[Tensor, Tensor]:
-    """A row for each layer: its sums; its maxima, and whether it was stepped."""
-    sums = torch.zeros(layers, sum_count(formats), dtype=torch.float64)
-    return sums, torch.full((layers, max_count(formats) + 1), -torch.inf, dtype=torch.float64)
-
-
-def _fill(sums: Tensor, maxima: Tensor, layers: Mapping[str, Expected], own: Own) -> None:
-    """With what this process contributes."""
-    place = {name: row for row, name in enumerate(layers)}
-    if unknown := [name for name in own.present if name not in place]:
-        raise RuntimeError(f"{unknown[:_MOST_NAMED]} are stepped and were not agreed upon")
-    maxima[[place[name] for name in own.present], -1] = 1.0
-    if own.rows:
-        to, rows, middle = [place[name] for name in own.rows], [*own.rows.values()], sums.shape[1]
-        sums[to], maxima[to, :-1] = own.vectors[rows, :middle], own.vectors[rows, middle:]
-
-
-def _refuse_different(each: Sequence[Sequence[str]]) -> None:
-    first = {*each[0]}
-    for rank, layers in enumerate(each):
-        more, fewer = [x for x in layers if x not in first], [x for x in each[0] if x not in layers]
-        if more or fewer:
-            raise ValueError(
-                f"rank {rank} has {len(layers)} layers, among them {more[:_MOST_NAMED]}, where "
-                f"rank 0 has {len(each[0])}, among them {(fewer or [*each[0]])[:_MOST_NAMED]}: "
-                "processes with different layers, as the stages of a pipeline, cannot be observed"
-            )
-    raise ValueError("the ranks have the same layers in different orders, and cannot be observed")
+def _refuse_different(each: Sequence[Description]) -> None:
+    """ValueError: What the first process that differs has otherwise than rank 0."""
+    rank, other = next((r, other) for r, other in enumerate(each) if other != each[0])
+    kind = next(kind for kind, here in other.items() if here != each[0][kind])
+    first, second = each[0][kind], other[kind]
+    fewer, more = ([x for x in a if x not in b] for a, b in ((first, second), (second, first)))
+    if not (more or fewer):
+        raise ValueError(f"the processes have the same {kind} in different orders: make them alike")
+    raise ValueError(
+        f"rank {rank} has other {kind} than rank 0: {more[:_MOST_NAMED]} of its {len(second)}, "
+        f"where rank 0 has {fewer[:_MOST_NAMED]} of its {len(first)}; {_REMEDIES[kind]}"
+    )

@@ -30,6 +30,7 @@ class LayerSettings:
 
     Attributes:
         by_name: Of each layer.
+        seed: As given.
 
     Raises:
         ValueError: A rule that matches no layer.
@@ -48,7 +49,7 @@ class LayerSettings:
     ) -> None:
         self._rules = tuple(rules)
         self._measurer = measurer
-        self._seed = seed
+        self.seed = seed
         self._own: dict[str, Any] = {
             "every_n_steps": every_n_steps,
             "max_elements": max_elements,
@@ -80,6 +81,10 @@ class LayerSettings:
             return False
         return self.of(name).enabled
 
+    def measured_names(self, names: Sequence[str], parameters: Mapping[str, Tensor]) -> list[str]:
+        """Those of some names that are."""
+        return [name for name in names if self.is_measured(name, parameters[name])]
+
     def measured(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of some parameters that are, as long as they are trained."""
         return {
@@ -96,7 +101,7 @@ class LayerSettings:
     def indices(self, name: str, shape: torch.Size) -> Tensor | None:
         """The sample of a layer's elements; None for all."""
         most, block = self.of(name).max_elements, self._measurer.block
-        return sample_elements(name, shape, most, seed=self._seed, block=block)
+        return sample_elements(name, shape, most, seed=self.seed, block=block)
 
     def measured_indices(self, name: str, shape: torch.Size) -> Tensor | None:
         """Likewise, of which small layers are measured whole."""

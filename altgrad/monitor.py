@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import torch
@@ -13,11 +15,12 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from altgrad.agreement import Agreement
 from altgrad.budgets import Budgets
 from altgrad.clock import Clock
-from altgrad.distributed import LostRankError, Own
 from altgrad.ever_moved import EverMovedOfLayers, PackedBits
 from altgrad.figures import Histogram
+from altgrad.host_group import LostRankError
 from altgrad.layer_settings import LayerSettings
 from altgrad.measuring import DEFAULT_FORMATS, Formats, Measurer
 from altgrad.observation import OptimizerStep, SkipReason, StepObserver
@@ -34,12 +37,13 @@ from altgrad.sampling import (
     describe_layers,
 )
 from altgrad.scale_state import ScaleState
-from altgrad.scales import block_sizes
 from altgrad.sharded_layers import ShardedLayers
 from altgrad.step_measuring import StepMeasuring
+from altgrad.step_message import Own, StepMessage
 from altgrad.step_record import StepRecord
 from altgrad.storage import stored_formats
 from altgrad.weight_octaves import weight_octaves
+from altgrad.wording import few
 
 DEFAULT_MAX_ELEMENTS = 1024
 """A share is then known to 0.016 at worst (one standard error); see benchmarks/README.md."""
@@ -149,6 +153,7 @@ class UpdateMonitor:
             self._measurer, self._settings, self._scale_state, self._ever_moved
         )
         self._sharded: ShardedLayers | None = None
+        self._agreement: Agreement | None = None
         self._last_seen: dict[str, int] = {}  # by layer, the index of its last observed step
         self._lock = threading.RLock()  # two threads may step two optimizers
 
@@ -176,8 +181,15 @@ class UpdateMonitor:
         """How many of all measured parameters' elements lie in each octave of magnitude, estimated.
 
         Where parameters are sharded all processes have to call it, and wait for each other.
+
+        Raises:
+            LostRankError: Not all of them have; the observation ends then.
+            RuntimeError: They have not met, as they do at `attach`.
         """
-        return weight_octaves(self.parameters, self._sharded)
+        if not self._is_sharded:
+            return weight_octaves(self.parameters)
+        sharded = self._share()
+        return weight_octaves(sharded.known(self.parameters), sharded)
 
     def elements_of(self, name: str) -> int:
         """How many elements of a layer are measured in a step."""
@@ -196,6 +208,10 @@ class UpdateMonitor:
         return self._observer.is_observing
 
     @property
+    def _is_sharded(self) -> bool:
+        return any(map(is_sharded, self._observer.parameters.values()))
+
+    @property
     def is_shared(self) -> bool:
         """Whether parameters are sharded, so that all processes observe together."""
         return self._sharded is not None
@@ -211,56 +227,49 @@ class UpdateMonitor:
         DistributedDataParallel, where each has all of them, it does nothing but in the first one.
 
         Raises:
-            ValueError: Also where the processes have different layers, or one that can be observed
-                and one that cannot.
+            ValueError: Also where the processes have different layers, settings or states, or one
+                that can be observed and one that cannot.
+            LostRankError: Not all processes have called it.
         """
-        if self._observer.is_replica:
+        if self._is_sharded:
+            self._share()
+            assert self._agreement is not None
+            self._agreement.attach(optimizers, scaler)
+        elif self._observer.is_replica:
             return self
-        if any(map(is_sharded, self._observer.parameters.values())):
-            self._attach_together(optimizers, scaler)
-        else:
-            self._observer.attach(*optimizers, scaler=scaler)
+        self._observer.attach(*optimizers, scaler=scaler)
         self._leave_out_formats(optimizers)
         self._tell_of_dtypes()
         return self
 
-    def _attach_together(self, optimizers: Sequence[Any], scaler: GradScaler | None) -> None:
-        sharded, problem = self._share(), None
-        try:
-            sharded.check_formats(self._measurer.formats)
-            self._leave_out_torn_layers(sharded)
-            self._observer.attach(*optimizers, scaler=scaler)
-        except Exception as error:  # noqa: BLE001 - the others are told, and then it is raised
-            problem = error
-        description = [
-            f"{name} {tuple(parameter.shape)} {parameter.dtype} {self._settings.of(name)}"
-            for name, parameter in self._observer.parameters.items()
-        ]
-        try:
-            sharded.ranks.check_alike(description, problem)
-        except Exception:
-            self._observer.detach()
-            raise
-
     def _share(self) -> ShardedLayers:
         """What is observed together with other processes."""
         if self._sharded is None:
-            self._sharded = self._measuring.sharded = ShardedLayers(
-                self._observer.parameters, self._settings.measured_indices, self._measurer.scaling
+            sharded = ShardedLayers(self._settings.measured_indices, self._measurer.scaling)
+            self._sharded = self._measuring.sharded = sharded
+            self._scale_state.share(sharded.amax_of)
+            self._observer.agree = self._finish_together
+            self._observer.leave_out = self._leave_out_unreduced
+            self._agreement = Agreement(
+                sharded, self._observer, self._settings, self._measurer, self._decides, self._tell
             )
-            self._scale_state.take = self._sharded.amax_of
-            self._observer.agree = self._agree
         return self._sharded
 
-    def _leave_out_torn_layers(self, sharded: ShardedLayers) -> None:
-        sizes = block_sizes(self._measurer.formats, self._measurer.scaling)
-        names = [name for name in self._observer.names if self._settings.of(name).enabled]
-        if torn := sharded.torn(names, sizes):
-            self._settings.leave_out(torn)
-            self._tell(
-                f"leaves out {torn}, of which blocks of {sizes} elements that share a scale lie in "
-                "several processes"
-            )
+    def _decides(self) -> dict[str, dict[str, Any]]:
+        """What processes have to have alike to decide and to measure alike, beside layers."""
+        return {
+            "settings": {
+                "formats": self._measurer.formats,
+                "scaling": self._measurer.scaling,
+                "seed": self._settings.seed,
+                "overhead_budget": None if self._budgets is None else self._budgets.share,
+            },
+            "state": {
+                "scales": self._scale_state.description(),
+                "last_seen": sorted(self._last_seen.items()),
+                "budgets": None if self._budgets is None else self._budgets.state_dict(),
+            },
+        }
 
     def _leave_out_formats(self, optimizers: Sequence[Any]) -> None:
         """Of layers that a `WeightStorage` stores no finer: what stalls there is never a step."""
@@ -279,19 +288,33 @@ class UpdateMonitor:
                     "leaves these out for such layers. Read unmoved_frac"
                 )
 
+    def _leave_out_unreduced(self, names: Sequence[str], why: str) -> None:
+        self._tell(f"leaves out {few(names)}: {why}")
+
     def detach(self) -> None:
-        """Watch no more; what was learnt of the elements stays, also if the optimizers do not."""
+        """Watch no more; what was learnt of the elements stays, also if the optimizers do not.
+
+        Raises:
+            Exception: With `strict`, a fault of this process that no step has told any more.
+        """
         self._observer.detach()
-        untold = None if self._sharded is None else self._sharded.ranks.take_fault()
-        if untold is not None:
-            self._tell(f"had a fault that ended nothing any more: {untold!r}")
         self._measuring.leave_arenas()
+        untold = None if self._sharded is None else self._sharded.ranks.take_fault()
+        if untold is None or isinstance(untold, LostRankError):  # which was raised where it was met
+            return
+        if self._is_strict:
+            raise untold
+        self._tell_here(f"had a fault in the last step that it observed: {untold!r}")
 
     def __enter__(self) -> UpdateMonitor:  # noqa: PYI034 - typing has Self only from Python 3.11 on
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.detach()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.detach()
+        except Exception:
+            if kind is None:  # otherwise what ended the training is what counts
+                raise
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -338,9 +361,9 @@ class UpdateMonitor:
                 f"goes on with formats {self._measurer.names} from a run with "
                 f"{tuple(state['formats'])}: never_moved_frac begins anew"
             )
-        if any(map(is_sharded, self._observer.parameters.values())):
-            names = self._measured(self._observer.names)
-            self._ever_moved.keep_parts(self._share().measured_parts_of(names))
+        if self._is_sharded:
+            with suppress(ValueError):  # which `attach` says, to all
+                self._keep_parts(self._share())
         self._scale_state.load_state_dict(state["scales"])
         self._last_seen = dict(state["last_seen"])
         self.skipped.clear()
@@ -348,38 +371,55 @@ class UpdateMonitor:
         if self._budgets is not None and state["budgets"] is not None:
             self._budgets.load_state_dict(state["budgets"])
 
+    def _keep_parts(self, sharded: ShardedLayers) -> None:
+        """Of what was loaded of elements, that of those that lie here."""
+        sharded.look_at(self._observer.parameters)
+        names = self._measured(self._observer.names)
+        self._ever_moved.keep_parts(sharded.measured_parts_of(names))
+
     # --- before a step
 
     def _is_due(self, index: int) -> bool:
-        if self._sharded is not None:
-            return self._is_due_together(self._sharded, index)
+        if self._agreement is not None:
+            return self._is_due_together(self._agreement, index)
         if not self._is_wanted(index):
             return False
         if self._budgets is not None and not self._budgets.of(self._observer.asking).is_due(index):
             return False
         if self._scale_state.is_due:
             with self._clock.observing():
-                self._scale_state.refresh(self.parameters)
+                self._scale_state.refresh(self._scaled())
                 self._measuring.scales_changed()
         return True
 
-    def _is_due_together(self, sharded: ShardedLayers, index: int) -> bool:
+    def _is_due_together(self, agreement: Agreement, index: int) -> bool:
         """What fails here is told to the others with the step that it was asked about."""
+        ranks = agreement.ranks
         wanted = True
-        with sharded.ranks.keeping_faults():
+        with ranks.keeping_faults():
             wanted = self._is_wanted(index)
         if not wanted:
             return False
-        if self._budgets is not None and not self._budgets.of(self._observer.asking).is_due(index):
+        optimizer = self._observer.asking
+        if self._budgets is not None and not self._budgets.of(optimizer).is_due(index):
             return False
-        parameters = self.parameters
-        self._scale_state.look_for(parameters)
-        if self._scale_state.is_due:
-            with self._clock.observing():
-                self._scale_state.refresh(parameters)
-                with sharded.ranks.keeping_faults():
+        with self._clock.observing():
+            agreement.before_step(optimizer)
+            scaled = agreement.stepped
+            self._scale_state.look_for(scaled)
+            if self._scale_state.is_due:
+                with ranks.keeping_faults():
+                    self._scale_state.refresh(scaled)
                     self._measuring.scales_changed()
         return True
+
+    def _scaled(self) -> dict[str, Tensor]:
+        """Those whose scales are kept track of: all that are stepped, trained or not."""
+        if self._agreement is not None:
+            return self._agreement.stepped
+        each = (self._observer.names_of(optimizer) for optimizer in self._observer.optimizers)
+        stepped = {*self._measured([*itertools.chain.from_iterable(each)])}
+        return {n: p for n, p in self._observer.parameters.items() if n in stepped}
 
     def _should_copy(self, name: str, index: int) -> bool:
         return self._settings.is_due(name, index, self._last_seen.get(name, index))
@@ -403,17 +443,19 @@ class UpdateMonitor:
                 self._on_record(record)
         self._clock.tick(step.optimizer, step.index)
 
-    def _agree(self, optimizer: Optimizer, index: int, look: Look) -> None:
+    def _finish_together(self, optimizer: Optimizer, index: int, look: Look) -> None:
         """As `_on_step`, with the other processes; what fails here keeps them waiting no longer."""
-        assert self._sharded is not None
-        ranks = self._sharded.ranks
+        assert self._agreement is not None
+        ranks = self._agreement.ranks
         with self._lock, self._clock.observing():
             own = Own({}, torch.zeros(0, 0), (), self._clock.seconds(optimizer, index), False, -1)
             self._settle_scales()
             with ranks.keeping_faults():
                 own = self._own_of(look(), own)
-            layers = self._sharded.expected(self._measured(self._observer.names_of(optimizer)))
-            together = ranks.merge(index, len(self._measurer.formats), layers, own)
+            layers = self._agreement.layers_of_step(optimizer)
+            step = (index, tuple(layers))
+            message = StepMessage(len(self._measurer.formats), self._agreement.rows, step)
+            together = ranks.merge(message, layers, own, index)
             if not together.names:
                 self.skipped.update(_REASONS[together.reason :][:1] if together.reason >= 0 else ())
                 return
@@ -437,12 +479,14 @@ class UpdateMonitor:
         vectors = self._measuring.vectors_of(seen, self._observer.parameters)
         found_inf = None if seen.found_inf is None else local_of(seen.found_inf)
         rows, numbers, skipped = vectors.on_host(found_inf)
-        present = self._measured(seen.names)
-        return own._replace(rows=rows, vectors=numbers, present=present, found_inf=skipped)
+        present = self._measured([name for name in seen.names if name not in seen.resting])
+        reason = -1 if present or not seen.resting else _REASONS.index("learning rate 0")
+        return own._replace(
+            rows=rows, vectors=numbers, present=present, found_inf=skipped, reason=reason
+        )
 
     def _measured(self, names: Sequence[str]) -> list[str]:
-        parameters = self._observer.parameters
-        return [name for name in names if self._settings.is_measured(name, parameters[name])]
+        return self._settings.measured_names(names, self._observer.parameters)
 
     def _note(self, optimizer: Optimizer, record: StepRecord) -> None:
         """What follows from a record for the steps to come."""
@@ -455,7 +499,7 @@ class UpdateMonitor:
         self.latest = record
 
     def _settle_scales(self) -> None:
-        if self._scale_state.has_zero and self._scale_state.settle(self.parameters):
+        if self._scale_state.has_zero and self._scale_state.settle(self._scaled()):
             self._measuring.scales_changed()
 
     def _record_of(self, step: OptimizerStep) -> StepRecord | None:
@@ -474,6 +518,10 @@ class UpdateMonitor:
     def _ever_moved_of_all(
         self, sharded: ShardedLayers, own: Mapping[str, PackedBits]
     ) -> dict[str, PackedBits]:
+        if not sharded.ranks.have_met:
+            if any(bits.any() for _, bits in own.values()):
+                self._tell("was not attached, and its state_dict() leaves out which weights moved")
+            return {}
         names = self._measured(self._observer.names)
         try:
             return sharded.ever_moved_state(own, names, kinds=1 + len(self._measurer.formats))
@@ -502,8 +550,11 @@ class UpdateMonitor:
                 )
 
     def _tell(self, message: str) -> None:
-        if self._sharded is not None and self._sharded.ranks.rank > 0:
-            return  # the first one says it
+        """Say it once, for all processes."""
+        if self._sharded is None or self._sharded.ranks.rank == 0:
+            self._tell_here(message)
+
+    def _tell_here(self, message: str) -> None:
         if message not in self._told:
             self._told.add(message)
             if self._teller is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -28,9 +29,6 @@ class ScaleState:
 
     Args:
         formats, scaling: As in `altgrad.measure`.
-
-    Attributes:
-        take: Where the amax of parameters come from; of sharded ones, from all that share them.
     """
 
     def __init__(self, formats: Sequence[NumberFormat], scaling: Scaling | None) -> None:
@@ -43,7 +41,8 @@ class ScaleState:
             and is_scaled(format, scaling)
             and not isinstance(format, BlockFormat)
         ]
-        self.take: Take = self._take_here
+        self._taken_by: Take = self._take_here
+        self._is_shared = False
         self._amax: dict[str, tuple[torch.Size, Tensor]] = {}
         self._steps_left = 0
         self._exceeded: set[str] = set()
@@ -59,12 +58,22 @@ class ScaleState:
         """Whether there are layers that `settle` is for."""
         return bool(self._zero)
 
+    def share(self, take: Take) -> None:
+        """From now on, take them together with the processes that share the parameters."""
+        self._taken_by, self._is_shared = take, True
+
     def look_at(self, name: str, parameter: Tensor) -> None:
-        """Take the amax of a layer that is new, or has another shape, or is elsewhere now."""
+        """Take the amax of a layer that is new, or has another shape, or is elsewhere now.
+
+        Raises:
+            RuntimeError: It is to be taken together with others, who take theirs between steps.
+        """
         shape, amax = self._amax.get(name, (None, None))
         if not self._is_needed:
             return
         if amax is None or shape != parameter.shape:
+            if self._is_shared:
+                raise RuntimeError(f"{name} has got another shape since the step began")
             self._take({name: parameter})
         elif amax.device != parameter.device:
             self._amax[name] = parameter.shape, amax.to(parameter.device)
@@ -122,6 +131,11 @@ class ScaleState:
             "zero": sorted(self._zero),
         }
 
+    def description(self) -> dict[str, Any]:
+        """The same in short, for processes that have to have it alike: digests for tensors."""
+        amax = {name: [*shape, _digest_of(each)] for name, (shape, each) in self._amax.items()}
+        return self.state_dict() | {"amax": amax}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The reverse; under another scaling all are taken anew."""
         self.__dict__ |= {"_amax": {}, "_steps_left": 0, "_exceeded": set(), "_zero": set()}
@@ -140,7 +154,7 @@ class ScaleState:
 
     def _take(self, parameters: Mapping[str, Tensor], *, keep: bool = False) -> None:
         """Take them, or `keep` those that are not 0."""
-        each, has_zero = self.take(parameters)
+        each, has_zero = self._taken_by(parameters)
         for (name, parameter), new in zip(parameters.items(), each, strict=True):
             shape, known = self._amax.get(name, (None, new))
             is_kept = keep and shape == parameter.shape
@@ -149,3 +163,7 @@ class ScaleState:
         pairs = zip(parameters.items(), has_zero, strict=True)
         zero = {name for (name, each), is_zero in pairs if is_zero and each.numel()}
         self._zero = self._zero - parameters.keys() | zero
+
+
+def _digest_of(numbers: Tensor) -> str:
+    return sha256(repr(numbers.tolist()).encode()).hexdigest()[:16]

@@ -3,45 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from altgrad.copies import different_copies
 from altgrad.distributed import Expected, Ranks
 from altgrad.ever_moved import PackedBits, whole_of
 from altgrad.observation.local import local_of
 from altgrad.quantization.block_formats import NumberFormat
 from altgrad.quantization.scaling import Scaling
 from altgrad.scales import layer_amax_of_each, need_tensor_amax
-from altgrad.shards import Part, shards_of
+from altgrad.shards import Part, Shard
 
 
 class ShardedLayers:
     """What lies here of each layer, and what all processes know of it together.
 
     Args:
-        parameters: By name, those of the model.
         indices_of: From a name and a shape to the elements that are measured; None for all.
         scaling: As in `altgrad.measure`.
 
     Attributes:
         ranks: The processes.
-
-    Raises:
-        ValueError: As `Shard.of`.
     """
 
     def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        indices_of: Callable[[str, torch.Size], Tensor | None],
-        scaling: Scaling | None,
+        self, indices_of: Callable[[str, torch.Size], Tensor | None], scaling: Scaling | None
     ) -> None:
         self.ranks = Ranks()
-        self._shards = shards_of(parameters, self.ranks.rank)
         self._indices_of = indices_of
         self._scaling = scaling
+        self._shards: dict[str, Shard] = {}
+        self._placed: dict[str, tuple[Any, ...]] = {}  # as each was when its shard was read
         self._expected: dict[str, Expected] = {}
+
+    def look_at(self, parameters: Mapping[str, Tensor]) -> None:
+        """Read what lies here of those that are new, or are placed otherwise now.
+
+        Raises:
+            ValueError: As `Shard.of`.
+        """
+        for name, parameter in parameters.items():
+            placed = _placed(parameter)
+            if self._placed.get(name) != placed:
+                shard = Shard.of(name, parameter, self.ranks.rank)
+                self._shards[name], self._placed[name] = shard, placed
+                self._expected.pop(name, None)
+
+    def are_placed_as_before(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Whether `look_at` would find nothing new."""
+        return len(self.known(parameters)) == len(parameters)
+
+    def known(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those that lie as they did when they were looked at."""
+        placed = self._placed
+        return {n: p for n, p in parameters.items() if placed.get(n) == _placed(p)}
+
+    def different_copies(self, parameters: Mapping[str, Tensor]) -> list[str]:
+        """Layers of which processes that should have copies of them have other values.
+
+        So have those of which each has experts or a model of its own, which nothing says.
+        """
+        shards = {name: self._shards[name] for name in parameters}
+        return different_copies(parameters, shards, self.ranks)
+
+    def placements(self, name: str) -> str:
+        """How a layer lies in the processes."""
+        return str(self._placed[name][2])
+
+    # --- what lies here
 
     def measured_part_of(self, name: str) -> Part:
         """The elements of a layer that are measured here."""
@@ -112,7 +144,8 @@ class ShardedLayers:
             names: Of the layers.
             kinds: How many bits there are of each element.
         """
-        shapes = {name: (kinds, e.elements) for name, e in self.expected([*names]).items()}
+        known = [name for name in names if name in self._shards]
+        shapes = {name: (kinds, e.elements) for name, e in self.expected(known).items()}
         if not shapes:
             return {}
         bits = [
@@ -142,3 +175,9 @@ class ShardedLayers:
         if groups == 1 or not held:
             return slice(None)
         return slice(held[0].start, held[0].stop) if isinstance(held[0], range) else held[0]
+
+
+def _placed(parameter: Any) -> tuple[Any, ...]:
+    """What says what lies here of a parameter."""
+    mesh = getattr(parameter, "device_mesh", None)
+    return parameter.shape, parameter.dtype, getattr(parameter, "placements", None), mesh

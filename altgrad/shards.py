@@ -7,7 +7,7 @@ so that every process can watch its part of the elements that a single one would
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,12 +53,14 @@ class Shard(NamedTuple):
         held: Along each of its dimensions, what is here.
         counts: Whether it is this process that contributes it, of those that have the same.
         last_cuts: How its last dimension is divided.
+        part: Which of how many parts it is; all who have the same one should have copies of it.
     """
 
     shape: torch.Size
     held: tuple[Held, ...]
     counts: bool
     last_cuts: tuple[_Cut, ...] = ()
+    part: tuple[int, int] = (0, 1)
 
     @classmethod
     def of(cls, name: str, parameter: Any, rank: int) -> Shard:
@@ -70,21 +72,28 @@ class Shard(NamedTuple):
             rank: Of this process.
 
         Raises:
-            ValueError: Its placements are not those of shards and replicas, or do not say what
-                lies here.
+            ValueError: Its mesh leaves this process out, or its placements are not those of shards
+                and replicas, or do not say what lies here.
         """
         shape = parameter.shape
         if not is_sharded(parameter):
-            return cls(shape, tuple(range(size) for size in shape), rank == 0)
+            return cls(shape, tuple(range(length) for length in shape), rank == 0)
         mesh, placements = parameter.device_mesh, parameter.placements
         coordinate = mesh.get_coordinate()
         known = all(p.is_replicate() or _dimension(p) is not None for p in placements)
-        if coordinate is None or not known:
+        if coordinate is None:
+            raise ValueError(
+                f"{name} lies in ranks {mesh.mesh.flatten().tolist()} alone, and not in rank "
+                f"{rank}: a mesh that leaves out processes cannot be observed"
+            )
+        if not known:
             raise ValueError(
                 f"{name} is placed as {placements}: only shards and replicas have elements that "
                 "can be observed, a Partial tensor has none before it is reduced; redistribute it, "
                 "or leave it out of the optimizer"
             )
+        if not shape.numel():  # torch shards what is empty as it likes
+            return cls(shape, tuple(range(length) for length in shape), rank == 0)
         cuts = _cuts(shape, placements, mesh.shape, coordinate)
         held = tuple(_held(size, own) for size, own in zip(shape, cuts, strict=True))
         if tuple(map(len, held)) != tuple(local_of(parameter.detach()).shape):
@@ -96,7 +105,12 @@ class Shard(NamedTuple):
         first = all(c == 0 for c, p in zip(coordinate, placements, strict=True) if p.is_replicate())
         # A mesh of its own that has not the first process is a replica of the one that has.
         counts = first and bool((mesh.mesh == 0).any())
-        return cls(shape, held, counts, cuts[-1] if cuts else ())
+        along = zip(mesh.shape, coordinate, placements, strict=True)
+        part = 0, 1
+        for parts, own, placement in along:
+            if not placement.is_replicate():
+                part = part[0] * parts + own, part[1] * parts
+        return cls(shape, held, counts, cuts[-1] if cuts else (), part)
 
     def part_of(self, indices: Tensor | None) -> Part:
         """Those that are contributed from here, of some elements; None for all.
@@ -137,17 +151,6 @@ class Shard(NamedTuple):
             along = torch.arange(held.start, held.stop) if isinstance(held, range) else held
             flat = (flat[:, None] * size + along).flatten()
         return flat
-
-
-def shards_of(parameters: Mapping[str, Tensor], rank: int) -> dict[str, Shard]:
-    """Those of all parameters; none if all of them lie whole in every process.
-
-    Raises:
-        ValueError: As `Shard.of`.
-    """
-    if not any(map(is_sharded, parameters.values())):
-        return {}
-    return {name: Shard.of(name, parameter, rank) for name, parameter in parameters.items()}
 
 
 def _dimension(placement: Any) -> int | None:

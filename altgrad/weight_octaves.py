@@ -27,6 +27,10 @@ def weight_octaves(
     Args:
         parameters: By name, floating-point.
         sharded: What knows where they are, if they are shards: then one SUM over all processes.
+
+    Raises:
+        LostRankError: Not all processes that share them have called it.
+        RuntimeError: Those have not met, as they do at `attach`.
     """
     if sharded is not None:
         counts = sharded.ranks.total(lambda: _counts(parameters, sharded), _BINS)

@@ -22,6 +22,7 @@ from altgrad import (
 )
 from altgrad.advice import Assessment
 from altgrad.figures import Histogram
+from altgrad.host_group import LostRankError
 from altgrad.quantization import NumberFormat, Scaling, get_formats
 from altgrad_lightning.output import Output, OutputSettings
 from altgrad_lightning.packages import Callback
@@ -342,7 +343,7 @@ class PrecisionMonitor(Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         try:
             self._monitor.attach(optimizer, scaler=scaler)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, LostRankError) as error:
             return str(error)
         return None
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from altgrad.observation.fully_shard import fully_sharded
+
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
@@ -26,8 +28,12 @@ def is_idle(trainer: Trainer, module: nn.Module) -> bool:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether parameters are DTensors, as those of FSDP2 and of tensor parallelism are."""
-    return any(hasattr(parameter, "placements") for parameter in module.parameters())
+    """Whether parameters are DTensors, as those of FSDP2 and of tensor parallelism are; those of
+    FSDP2 are none between an evaluation and the next step.
+    """
+    return bool(fully_sharded(module)) or any(
+        hasattr(parameter, "placements") for parameter in module.parameters()
+    )
 
 
 def refused_strategy(trainer: Trainer) -> str | None:

@@ -29,8 +29,6 @@ from paired import (
 from torch import distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from altgrad import UpdateMonitor
 from altgrad.statistics import max_count, sum_count
@@ -47,18 +45,23 @@ FLOPS = 400e12  # that a GPU really makes in a second: 40 % of an H100's peak in
 PER_TENSOR = 200e-6  # seconds of measuring 1,024 elements: model_size.py, "the rest"
 
 
-class Listening(TorchDispatchMode):
+class Listening:
     """Notes the collectives that are made within, and the bytes each process gives to them."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.said: list[tuple[str, int]] = []
+        self._allreduce = distributed.ProcessGroupGloo.allreduce
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace in ("c10d", "_c10d_functional"):
-            tensors = [x for x in tree_leaves(args) if torch.is_tensor(x)]
-            self.said.append((function.__name__, sum(x.nbytes for x in tensors)))
-        return function(*args, **(kwargs or {}))
+    def __enter__(self):
+        def noting(group, tensors, *options):
+            self.said.append(("allreduce", sum(each.nbytes for each in tensors)))
+            return self._allreduce(group, tensors, *options)
+
+        distributed.ProcessGroupGloo.allreduce = noting
+        return self
+
+    def __exit__(self, *_):
+        distributed.ProcessGroupGloo.allreduce = self._allreduce
 
 
 class Measured(NamedTuple):

@@ -49,8 +49,13 @@ ALLOWED = {
     | {"altgrad.chunks", "altgrad.figures", "altgrad.metrics", "altgrad.row_kernel"}
     | {"altgrad.scales", "altgrad.statistics", "altgrad.totals", "altgrad.workspace"},
     "altgrad.shards": {f"{OBS}.local"},
-    "altgrad.distributed": {f"{OBS}.faults", "altgrad.statistics"},
+    "altgrad.host_group": set(),
+    "altgrad.step_message": {"altgrad.statistics"},
+    "altgrad.distributed": {f"{OBS}.faults", "altgrad.host_group", "altgrad.statistics"}
+    | {"altgrad.step_message"},
+    "altgrad.copies": {f"{OBS}.local", "altgrad.distributed", "altgrad.shards"},
     "altgrad.sharded_layers": {
+        "altgrad.copies",
         f"{Q}.block_formats",
         f"{Q}.scaling",
         f"{OBS}.local",
@@ -66,13 +71,16 @@ ALLOWED = {
     | {"altgrad.arena", "altgrad.chunks", "altgrad.ever_moved", "altgrad.layer_settings"}
     | {"altgrad.measuring", "altgrad.merging", "altgrad.scale_state"}
     | {"altgrad.sharded_layers", "altgrad.shards"},
+    "altgrad.agreement": {OBS, f"{OBS}.faults", "altgrad.distributed", "altgrad.layer_settings"}
+    | {"altgrad.measuring", "altgrad.scales", "altgrad.sharded_layers", "altgrad.wording"},
     "altgrad.monitor": {f"{Q}.arguments", f"{Q}.block_formats", f"{Q}.scaling", OBS, SAMPLING}
     | {"altgrad.storage"}
-    | {f"{OBS}.local", f"{OBS}.observer", f"{OBS}.snapshots"}
+    | {f"{OBS}.{part}" for part in ("local", "observer", "snapshots")}
+    | {"altgrad.agreement", "altgrad.host_group", "altgrad.step_message"}
     | {"altgrad.budgets", "altgrad.clock", "altgrad.ever_moved", "altgrad.layer_settings"}
     | {"altgrad.measuring", "altgrad.step_measuring", "altgrad.step_record"}
-    | {"altgrad.distributed", "altgrad.scale_state", "altgrad.scales", "altgrad.sharded_layers"}
-    | {"altgrad.figures", "altgrad.weight_octaves"},
+    | {"altgrad.scale_state", "altgrad.sharded_layers"}
+    | {"altgrad.figures", "altgrad.weight_octaves", "altgrad.wording"},
     f"{SAMPLING}.arguments": set(),
     f"{SAMPLING}.layers": {f"{SAMPLING}.arguments"},
     f"{SAMPLING}.dry_run": {f"{SAMPLING}.layers"},
@@ -82,13 +90,21 @@ ALLOWED = {
     f"{OBS}.parameter_names": set(),
     f"{OBS}.local": set(),
     f"{OBS}.faults": set(),
+    f"{OBS}.fully_shard": set(),
     f"{OBS}.snapshots": {f"{OBS}.local"},
     f"{OBS}.step_hooks": set(),
-    f"{OBS}.optimizers": {f"{OBS}.step_hooks"},
+    f"{OBS}.optimizers": {f"{OBS}.step_hooks", "altgrad.wording"},
     f"{OBS}.skips": {f"{OBS}.optimizers", f"{OBS}.step_hooks"},
     f"{OBS}.optimizer_step": {f"{OBS}.snapshots"},
     f"{OBS}.observer": {f"{OBS}.parameter_names", f"{OBS}.snapshots", f"{OBS}.step_hooks"}
-    | {f"{OBS}.faults", f"{OBS}.optimizers", f"{OBS}.skips", f"{OBS}.optimizer_step"},
+    | {
+        f"{OBS}.faults",
+        f"{OBS}.fully_shard",
+        f"{OBS}.local",
+        f"{OBS}.optimizers",
+        f"{OBS}.skips",
+        f"{OBS}.optimizer_step",
+    },
     OBS: {f"{OBS}.observer", f"{OBS}.optimizer_step"},
     "altgrad.report.names": set(),
     "altgrad.report.canvas": {"altgrad.report.names"},
@@ -141,8 +157,14 @@ ALLOWED = {
     "altgrad_lightning.output": {"altgrad", "altgrad.advice", "altgrad.figures", "altgrad.records"}
     | {"altgrad.report"}
     | {f"altgrad_lightning.{part}" for part in ("charts", "history", "loggers")},
-    "altgrad_lightning.strategies": set(),
-    "altgrad_lightning.callback": {"altgrad", "altgrad.advice", "altgrad.figures", Q}
+    "altgrad_lightning.strategies": {f"{OBS}.fully_shard"},
+    "altgrad_lightning.callback": {
+        "altgrad",
+        "altgrad.host_group",
+        "altgrad.advice",
+        "altgrad.figures",
+        Q,
+    }
     | {f"altgrad_lightning.{part}" for part in ("output", "packages", "strategies")},
     "altgrad_lightning.demo": {"altgrad.records", "altgrad.report"}
     | {"altgrad_lightning.callback", "altgrad_lightning.packages"},

@@ -20,18 +20,21 @@ def local_of(tensor: Any) -> Tensor:
     return local.wait() if hasattr(local, "wait") else local  # type: ignore[no-any-return]
 
 
-def local_gradient_of(name: str, parameter: Any, gradient: Any) -> Tensor:
-    """The part of a gradient that belongs to the part of its parameter that lies here.
-
-    Raises:
-        ValueError: It is placed otherwise than the parameter, so that no part of it does: sums of
-            it over processes are still to be made, inside of the optimizer.
+def is_unreduced(parameter: Any) -> bool:
+    """Whether it has a gradient that is placed otherwise than itself, so that no part of that
+    belongs to what lies here: sums of it over processes are still to be made in the optimizer.
     """
-    if is_sharded(parameter) and getattr(gradient, "placements", None) != parameter.placements:
-        raise ValueError(
-            f"the gradient of {name} is placed as {getattr(gradient, 'placements', None)} and the "
-            f"parameter as {parameter.placements}: what the step applies is made inside of the "
-            "optimizer and cannot be seen. Redistribute such gradients to their parameters' "
-            f"placements before the step, or leave them out: SamplingRule({name!r}, enabled=False)"
-        )
-    return local_of(gradient)
+    gradient = parameter.grad
+    if gradient is None or not is_sharded(parameter):
+        return False
+    return bool(getattr(gradient, "placements", None) != parameter.placements)
+
+
+def unreduced_message(name: str, parameter: Any) -> str:
+    """What there is to say of such a gradient."""
+    return (
+        f"the gradient of {name} is placed as {getattr(parameter.grad, 'placements', None)} and "
+        f"the parameter as {parameter.placements}: what the step applies is made inside of the "
+        "optimizer and cannot be seen. Redistribute such gradients to their parameters' "
+        "placements before the step"
+    )

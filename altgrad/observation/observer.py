@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 import traceback
@@ -19,6 +18,8 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from altgrad.observation.faults import FaultElsewhereError
+from altgrad.observation.fully_shard import register_shards
+from altgrad.observation.local import is_unreduced, unreduced_message
 from altgrad.observation.optimizer_step import OptimizerStep, step_of
 from altgrad.observation.optimizers import (
     check_none_in_backward,
@@ -95,6 +96,8 @@ class StepObserver:
             a function that shows the step: also where it was none, or something failed, so that
             other processes that observe it can be told. Set before `attach`; `elements` is then
             asked about small parameters, too.
+        leave_out: None, or what is called with the names of parameters of which no gradients can
+            be shown, and why; None makes that a fault.
         skipped: How many steps should have been observed and were none, by reason: ``"inf"``, not
             finite gradients under a GradScaler; ``"no gradients"`` of any observed parameter;
             ``"learning rate 0"`` of all that have one, with nothing moved (where only some have
@@ -119,7 +122,10 @@ class StepObserver:
     ) -> None:
         self.skipped: Counter[SkipReason] = Counter()
         self.agree: Callable[[Optimizer, int, Look], object] | None = None
+        self.leave_out: Callable[[list[str], str], object] | None = None
         self._module = module if isinstance(module, nn.Module) else None
+        if self._module is not None:
+            register_shards(self._module)
         self._names = parameter_names(module)
         if not self._names:
             raise ValueError("there is no parameter to observe, neither in a module nor as pairs")
@@ -151,6 +157,11 @@ class StepObserver:
     def parameters(self) -> dict[str, Tensor]:
         """The parameters by their names, as far as steps have shown them."""
         return {name: parameter for parameter, name in self._names.items()}
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Those that are attached."""
+        return [each for hooks in self._hooks if (each := hooks.optimizer) is not None]
 
     @property
     def is_observing(self) -> bool:
@@ -213,21 +224,7 @@ class StepObserver:
                 step inside of the backward pass.
             RuntimeError: A step of the optimizer is under way.
         """
-        if self._stopped:
-            self._take_off()
-        self._hooks[:] = [hooks for hooks in self._hooks if hooks.optimizer is not None]
-        self._snapshots = {hooks: self._snapshots[hooks] for hooks in self._hooks}
-        check_scaler(scaler)
-        if self._module is not None:
-            check_unsharded(self._module)
-        attached = {hooks.optimizer for hooks in self._hooks}
-        new = [each for each in dict.fromkeys(map(unwrap, optimizers)) if each not in attached]
-        candidates = (scaler, *(getattr(optimizer, "scaler", None) for optimizer in optimizers))
-        scalers = [each for each in candidates if isinstance(each, GradScaler)]
-        for optimizer in new:
-            own = {name: parameter for name, parameter, _ in self._parameters_of(optimizer)}
-            check_observable(optimizer, own, scaled=bool(scalers))
-        check_none_in_backward(self._names, {*attached, *new})
+        new = self.check(*optimizers, scaler=scaler)
         for optimizer in new:
             hooks = StepHooks(optimizer, self._is_due, self._take, self._finish)
             self._hooks.append(hooks)
@@ -235,11 +232,29 @@ class StepObserver:
             self._snapshots[hooks] = Snapshots(
                 self._elements, self._chosen, memory, asks_of_all=self.agree is not None
             )
-        for each in scalers:
+        for each in _scalers_of(optimizers, scaler):
             if each not in self._scalers:
                 self._scalers[each] = SkipTeller.of(each).listen(self._count_skip_by_scaler)
         self._stopped = False
         return self
+
+    def check(self, *optimizers: Any, scaler: GradScaler | None = None) -> list[Optimizer]:
+        """Raise what `attach` would raise; returns those that it would attach."""
+        if self._stopped:
+            self._take_off()
+        self._hooks[:] = [hooks for hooks in self._hooks if hooks.optimizer is not None]
+        self._snapshots = {hooks: self._snapshots[hooks] for hooks in self._hooks}
+        check_scaler(scaler)
+        if self._module is not None:
+            check_unsharded(self._module)
+        attached = {*self.optimizers}
+        new = [each for each in dict.fromkeys(map(unwrap, optimizers)) if each not in attached]
+        is_scaled = bool(_scalers_of(optimizers, scaler))
+        for optimizer in new:
+            own = {name: parameter for name, parameter, _ in self._parameters_of(optimizer)}
+            check_observable(optimizer, own, scaled=is_scaled)
+        check_none_in_backward(self._names, {*attached, *new})
+        return new
 
     def detach(self) -> None:
         """Observe no more, and let go of every copy; harmless when nothing is attached.
@@ -285,6 +300,11 @@ class StepObserver:
         if self._should_copy is not None:
             wanted = self._should_copy
             parameters = [each for each in parameters if wanted(each[0], hooks.index)]
+        if self.leave_out is not None:
+            unseen = {name: each for name, each, _ in parameters if is_unreduced(each)}
+            if unseen:
+                self.leave_out([*unseen], unreduced_message(*next(iter(unseen.items()))))
+            parameters = [each for each in parameters if each[0] not in unseen]
         grad_scale = getattr(optimizer, "grad_scale", None)
         snapshots = self._snapshots[hooks].take(parameters, grad_scale)
         nbytes = sum(each.peak_bytes for each in self._snapshots.values())
@@ -316,7 +336,7 @@ class StepObserver:
         if isinstance(taken, Exception):
             raise taken
         start = time.perf_counter()
-        step = step_of(taken, optimizer, hooks.index)
+        step = step_of(taken, optimizer, hooks.index, show_resting=self.agree is not None)
         self._copy_seconds += time.perf_counter() - start
         if not taken:
             return "no gradients"
@@ -341,19 +361,17 @@ class StepObserver:
         return [(self._names[p], p, rests) for p, rests in own if p in self._names]
 
     def names_of(self, optimizer: Optimizer) -> list[str]:
-        """Names of the parameters that an optimizer steps, as far as steps have shown them."""
-        groups = (group["params"] for group in optimizer.param_groups)
-        own = itertools.chain.from_iterable(groups)
-        return [self._names[parameter] for parameter in own if parameter in self._names]
+        """Names of the observed parameters that an optimizer steps."""
+        return [name for name, _, _ in self._parameters_of(optimizer)]
 
     def _look_again(self, parameters: list[Tensor]) -> None:
         """The module may have got new parameters, and let go of others."""
         if self._module is not None:
+            register_shards(self._module)
             before, self._names = self._names, parameter_names(self._module)
             for choice in [p for p in self._chosen if self._names.get(p) != before.get(p)]:
                 del self._chosen[choice]
-        optimizers = [optimizer for hooks in self._hooks if (optimizer := hooks.optimizer)]
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         known = {*parameters, *(parameter for group in groups for parameter in group["params"])}
         self._nameless = known - self._names.keys()
 
@@ -389,6 +407,12 @@ class StepObserver:
             f"{place.filename}:{place.lineno}. Training goes on; strict=True would raise it",
             stacklevel=2,
         )
+
+
+def _scalers_of(optimizers: Iterable[Any], scaler: GradScaler | None) -> list[GradScaler]:
+    """The one that is given, and those of wrappers around the optimizers."""
+    candidates = (scaler, *(getattr(optimizer, "scaler", None) for optimizer in optimizers))
+    return [each for each in candidates if isinstance(each, GradScaler)]
 
 
 def _take_off(hooks: list[_Hooks], scalers: dict[GradScaler, Callable[[], None]]) -> None:

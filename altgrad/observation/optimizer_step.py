@@ -30,6 +30,8 @@ class OptimizerStep:
         index: How many steps of this optimizer came before it since it was attached.
         found_inf: Of a fused optimizer under a GradScaler: one element, not 0 if the optimizer
             skipped the step. None otherwise.
+        resting: Names of those that a learning rate of 0 kept where they were, as far as can be
+            seen here: shown where other processes see the rest of them, and never else.
     """
 
     names: tuple[str, ...]
@@ -39,12 +41,17 @@ class OptimizerStep:
     optimizer: Optimizer
     index: int
     found_inf: Tensor | None = None
+    resting: frozenset[str] = frozenset()
 
 
-def step_of(snapshots: Sequence[Snapshot], optimizer: Optimizer, index: int) -> OptimizerStep:
+def step_of(
+    snapshots: Sequence[Snapshot], optimizer: Optimizer, index: int, *, show_resting: bool = False
+) -> OptimizerStep:
     """The step that has just ended, without what a learning rate of 0 kept where it was."""
-    pairs = zip(snapshots, weights_after(snapshots), strict=True)
-    both = [(snapshot, after) for snapshot, after in pairs if not _rests(snapshot, after)]
+    both = [*zip(snapshots, weights_after(snapshots), strict=True)]
+    resting = frozenset(snapshot.name for snapshot, after in both if _rests(snapshot, after))
+    if not show_resting:
+        both = [(snapshot, after) for snapshot, after in both if snapshot.name not in resting]
     return OptimizerStep(
         names=tuple(snapshot.name for snapshot, _ in both),
         before=tuple(snapshot.before for snapshot, _ in both),
@@ -53,6 +60,7 @@ def step_of(snapshots: Sequence[Snapshot], optimizer: Optimizer, index: int) -> 
         optimizer=optimizer,
         index=index,
         found_inf=getattr(optimizer, "found_inf", None),
+        resting=resting if show_resting else frozenset(),
     )
 
 

@@ -13,6 +13,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from altgrad.observation.step_hooks import step_depth
+from altgrad.wording import few
 
 _DEPTH = 8  # wrappers around wrappers; some objects have an `.optimizer` without end
 
@@ -80,7 +81,8 @@ def check_observable(
         raise ValueError(
             f"{kind} steps none of the observed parameters: it was made for others, or it keeps "
             "copies of its own, as those of DeepSpeed ZeRO, FSDP1 with flat parameters and apex "
-            "do, which cannot be observed"
+            "do, which cannot be observed; of fully_shard give the module, not its "
+            "named_parameters(), which are others after an evaluation"
         )
     if scaled and "grad_scaler" in inspect.signature(type(optimizer).step).parameters:
         raise ValueError(
@@ -119,7 +121,7 @@ def check_none_in_backward(
     ]
     if unseen:
         raise ValueError(
-            f"optimizer in backward: {_few(unseen)} are stepped inside of the backward pass by "
+            f"optimizer in backward: {few(unseen)} are stepped inside of the backward pass by "
             "optimizers of their own; attach these too, they are in each parameter's "
             "_in_backward_optimizers"
         )
@@ -149,7 +151,3 @@ def check_not_captured() -> None:
             "this optimizer step is being captured in a CUDA graph, whose replays call no hook "
             "and cannot be observed: observe a run that does not capture its optimizer"
         )
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

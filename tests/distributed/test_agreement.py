@@ -241,8 +241,8 @@ def test_elements_that_nobody_measures_are_noticed(agreed) -> None:
 
 def test_processes_with_other_layers_are_refused_by_name(agreed) -> None:
     for each in agreed:
-        assert 'rank 1 has 2 layers, among them ["down.weight (64, 48)' in each["layers"]
-        assert 'rank 0 has 2, among them ["up.weight' in each["layers"]
+        assert 'rank 1 has other layers than rank 0: ["down.weight (64, 48)' in each["layers"]
+        assert 'of its 2, where rank 0 has ["up.weight (48, 64)' in each["layers"]
         assert "stages of a pipeline" in each["layers"]
 
 

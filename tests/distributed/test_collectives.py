@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -27,12 +30,43 @@ class Listening(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.said: Said = []
+        self._patches = [
+            mock.patch.object(dist.ProcessGroupGloo, name, self._noting(name))
+            for name in dir(dist.ProcessGroupGloo)
+            if name.strip("_").startswith(("all", "barrier", "broad", "gather", "reduce", "s", "r"))
+            and callable(getattr(dist.ProcessGroupGloo, name))
+            and name not in ("rank", "size", "shutdown")
+            and not name.startswith("__")
+        ]
+
+    def __enter__(self):
+        for each in self._patches:
+            each.start()
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        super().__exit__(*raised)
+        for each in self._patches:
+            each.stop()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace in ("c10d", "_c10d_functional"):
-            tensors = [x for x in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(x)]
-            self.said.append((function.__name__, sum(x.nbytes for x in tensors)))
+            self._note(function.__name__, args)
         return function(*args, **(kwargs or {}))
+
+    def _noting(self, name):
+        """A method of a group that is called past torch's own functions."""
+        method = getattr(dist.ProcessGroupGloo, name)
+
+        def call(group, *args, **kwargs):
+            self._note(name, args[-1:] if name == "allgather" else args)
+            return method(group, *args, **kwargs)
+
+        return call
+
+    def _note(self, name, args):
+        tensors = [x for x in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(x)]
+        self.said.append((name, sum(x.nbytes for x in tensors)))
 
 
 def listen(rank: int, layers: int, formats: list[str]) -> dict[str, Said]:
@@ -74,14 +108,17 @@ def test_an_observed_step_is_one_sum_and_one_max(layers: int, formats: list[str]
     kinds = len(formats)
     sums = layers * sum_count(kinds) * FLOAT64
     maxima = (layers * (max_count(kinds) + 1) + 7) * FLOAT64
-    step = [("allreduce_.default", sums), ("allreduce_.default", maxima)]
+    step = [("allreduce", sums), ("allreduce", maxima)]
     is_scaled = "e4m3fn" in formats
-    scales = [("allreduce_.default", layers * FLOAT64)] * is_scaled
+    scales = [("allreduce", layers * FLOAT64)] * is_scaled
     assert first["first"] == scales + step
     assert first["second"] == step
     assert first["not observed"] == []
     if layers == 10:
         assert first["refresh"] == scales + step
-    # A bit for whether each of 16 elements ever moved, and one for each format.
-    assert first["checkpoint"] == [("allreduce_.default", layers * (1 + kinds) * 16 // 8)]
-    assert len(first["attach"]) == 2  # one object from each: its length, and itself
+    # Who is there, and a bit for whether each of 16 elements ever moved and one for each format.
+    header = ("allgather", 16)
+    assert first["checkpoint"] == [header, ("allreduce", layers * (1 + kinds) * 16 // 8)]
+    (begin, (kind, size)) = first["attach"]  # a digest of what is to be alike
+    assert begin == header
+    assert (kind, size < 100) == ("allgather", True)

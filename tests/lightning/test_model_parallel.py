@@ -40,21 +40,29 @@ class Recording(torch.optim.SGD):
 
 
 class Net(pl.LightningModule):
-    """One large layer and small ones, shared if the strategy has a mesh for it."""
+    """One large layer and small ones, shared if the strategy has a mesh for it: each by itself, or
+    all at once.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, *, at_once: bool = False) -> None:
         super().__init__()
+        self.at_once = at_once
         torch.manual_seed(0)
         self.layers = nn.Sequential(nn.Linear(8, 300), nn.Linear(300, 8), nn.LayerNorm(8))
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             mesh = self.device_mesh["data_parallel"]
-            fully_shard(self.layers[0], mesh=mesh)
+            if not self.at_once:
+                fully_shard(self.layers[0], mesh=mesh)
             fully_shard(self.layers, mesh=mesh)
 
     def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
         return (self.layers(batch[0]) - 1).square().mean()
+
+    def validation_step(self, batch: list[Tensor], batch_index: int) -> None:
+        """Before the first step, too: a forward without a backward."""
+        self.log("val", self.layers(batch[0]).square().mean(), sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = Recording(self.parameters(), lr=1e-2, momentum=0.9)
@@ -63,7 +71,13 @@ class Net(pl.LightningModule):
 
 
 def fit(
-    folder: Path, size: int, epochs: int, checkpoint: Path | None, *, saving: bool = False
+    folder: Path,
+    size: int,
+    epochs: int,
+    checkpoint: Path | None,
+    *,
+    saving: bool = False,
+    at_once: bool = False,
 ) -> dict[str, Any]:
     """What a process knows after it, and whether it is what the truth says."""
     warnings.filterwarnings("error", message=".*(PrecisionMonitor|UpdateMonitor|StepObserver)")
@@ -75,9 +89,9 @@ def fit(
     options = {"strategy": strategy, "devices": size, "enable_checkpointing": saving}
     options |= {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "max_epochs": epochs}
     fitted = trainer(folder, monitor, *callbacks, **options)
-    net = Net()
+    net = Net(at_once=at_once)
     loader = DataLoader(batches(6).dataset, batch_size=4 // size, shuffle=False)
-    fitted.fit(net, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
+    fitted.fit(net, loader, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
     return {
         "hooks": hooks_of(fitted),
         "step": monitor.latest_step,
@@ -90,6 +104,23 @@ def fit(
 
 def fit_first(rank: int, folder: Path, size: int) -> dict[str, Any]:
     return fit(folder, size, 1, None, saving=True)
+
+
+def fit_at_once(rank: int, folder: Path, size: int) -> dict[str, Any]:
+    return fit(folder, size, 1, None, at_once=True)
+
+
+def fit_alone(rank: int, folder: Path, size: int) -> dict[str, Any]:
+    """The second process has no monitor."""
+    # With a run file it would ask Lightning for its folder, for which all have to ask.
+    monitors = [PrecisionMonitor(every_n_steps=1, run_file=False)] if rank == 0 else []
+    strategy = ModelParallelStrategy(size, 1)
+    fitted = trainer(folder, *monitors, strategy=strategy, devices=size)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitted.fit(Net(), DataLoader(batches(6).dataset, batch_size=2))
+    told = [str(each.message) for each in caught if "PrecisionMonitor" in str(each.message)]
+    return {"told": told, "steps": fitted.global_step}
 
 
 def fit_more(rank: int, folder: Path, size: int, checkpoint: Path) -> dict[str, Any]:
@@ -119,6 +150,19 @@ def test_two_processes_come_to_the_figures_of_one(fitted) -> None:
     for seen in first:
         assert seen["step"] == 2
         assert differences(seen["record"], expected.records[-1]) == []
+
+
+def test_a_model_that_is_shared_at_once_is_observed_after_the_sanity_check(tmp_path) -> None:
+    for seen in run(fit_at_once, 2, tmp_path, 2):
+        assert differences(seen["record"], reference(seen["steps"]).records[-1]) == []
+
+
+def test_a_monitor_in_one_process_alone_is_told_and_training_goes_on(tmp_path) -> None:
+    first, second = run(fit_alone, 2, tmp_path, 2, collective=6.0)
+    assert first["steps"] == second["steps"] == 6
+    assert len(first["told"]) == 1
+    assert "does not observe this run, or a part of it: rank 0 of 2" in first["told"][0]
+    assert "every process has to attach" in first["told"][0]
 
 
 def test_the_gradients_are_accumulated_and_clipped(fitted) -> None:
