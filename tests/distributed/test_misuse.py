@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -359,3 +361,26 @@ def test_another_model_on_the_other_half_is_not_taken_for_a_copy() -> None:
         assert "up.weight" not in each["different"]["layers"]
     assert seen[0]["alike"]["told"] == []
     assert "not all processes have the same values" in seen[0]["different"]["told"][0]
+
+
+# Of what is left behind
+
+
+def many(rank: int) -> list[int]:
+    """Open files after each of some monitors in turn."""
+    net = fsdp(SIZE)
+    optimizer = sgd(net)
+    left = []
+    for _ in range(4):
+        with UpdateMonitor(net, strict=True).attach(optimizer) as monitor:
+            train(net, optimizer, 1)
+        del monitor
+        gc.collect()
+        torch.distributed.barrier()
+        left.append(len([*Path("/dev/fd").iterdir()]))
+    return left
+
+
+def test_monitors_that_are_gone_leave_no_sockets() -> None:
+    for left in run(many, SIZE):
+        assert left[1:] == left[:1] * 3
