@@ -46,6 +46,9 @@ class Comparison:
     @property
     def summary(self) -> str:
         """In one sentence."""
+        pairs = zip("AB", self.runs, strict=True)
+        if empty := [letter for letter, each in pairs if not each.run.rows]:
+            return f"There is no observed step in {' and '.join(empty)}: nothing to compare."
         if not self.changes:
             return "They have no layer and format in common, so there is nothing to compare."
         other = sum(a.verdict is not b.verdict for a, b in self.changes)

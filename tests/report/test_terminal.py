@@ -126,6 +126,8 @@ def test_a_run_without_a_step_says_so(tmp_path: Path) -> None:
     assert "No step was observed, so there is nothing to say." in shown.stdout
     assert "No step was observed" in (tmp_path / "page.html").read_text()
     assert altgrad("compare", path, path).returncode == 0
+    compared = altgrad("compare", written_run(tmp_path / "other"), path).stdout
+    assert "There is no observed step in B: nothing to compare." in compared
 
 
 def test_comparing_shows_what_differs_first(run: Path, tmp_path: Path) -> None:
