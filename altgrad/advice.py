@@ -172,17 +172,19 @@ class Judge:
 
         Args:
             layer: Its name.
-            figures: By ``metric/format``, of the formats that it is judged for.
+            figures: By ``metric/format``, of the formats that it is judged for; one of which
+                figures are missing is not.
             errors: Standard errors likewise: none for a layer that is measured whole, NaN where
                 one cannot be trusted.
         """
         tallies = self._tallies.setdefault(layer, {})
         for format in self._formats:
-            if f"{_KEPT}/{format}" in figures:
+            keys = {metric: f"{metric}/{format}" for metric in (*_MEANS, _NEVER_MOVED)}
+            if all(key in figures for key in keys.values()):
                 tally = tallies.setdefault(format, _Tally())
                 tally.add_step(
-                    {metric: figures[f"{metric}/{format}"] for metric in (*_MEANS, _NEVER_MOVED)},
-                    {metric: errors.get(f"{metric}/{format}", 0.0) for metric in RESTS_ON},
+                    {metric: figures[key] for metric, key in keys.items()},
+                    {metric: errors.get(keys[metric], 0.0) for metric in RESTS_ON},
                 )
 
     def assessment(self) -> Assessment:

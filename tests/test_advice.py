@@ -190,6 +190,15 @@ def test_without_a_step_it_says_so() -> None:
     assert judge.assessment().summary == "bf16 could not be judged for any layer."
 
 
+@pytest.mark.parametrize("missing", figures())
+def test_a_format_of_which_figures_are_missing_is_not_judged(missing: str) -> None:
+    judge = Judge(FORMATS)
+    rest = figures() | figures("e5m2")
+    del rest[missing]
+    judge.add("layer", rest, {})
+    assert [each.format for each in judge.assessment().advice] == ["e5m2"]
+
+
 def test_reasons_are_sentences_with_their_figures() -> None:
     frozen = advice_on(figures(kept_update_ratio=0.0, never_moved_frac=0.996))
     assert frozen.reason.startswith(">99 % of the weights")

@@ -463,6 +463,7 @@ def test_what_cannot_be_read_says_why_in_one_sentence(tmp_path, records, header)
         "binary": (b"\x89PNG\r\n\x1a\n\xff\x00", "it is no run file of AltGrad"),
         "torn at once": (first[:200], "it is damaged, its first line is torn"),
         "bare": (b'{"altgrad": 1}\n', "it is damaged, its first line lacks"),
+        "number": (b'{"altgrad": 1, "scaling": null, "formats": 5}\n', "it is damaged, its first"),
         "hole": (first + b"\n" + second[:99] + b"\n" + rest, "it is damaged, line 2 is none that"),
         "binary hole": (first + b"\n\xff\xfe\n" + rest, "it is damaged, line 2 is none that"),
         "other line": (first + b'\n{"step": 3}\n' + rest, "it is damaged, line 2 is none that"),

@@ -167,8 +167,12 @@ def _header(path: Path, line: bytes) -> Header:
         )
     try:
         return Header.from_json(value)
-    except _OTHER_KIND as error:
+    except KeyError as error:
         raise RunFileError(f"{path}: it is damaged, its first line lacks {error}") from None
+    except _OTHER_KIND as error:
+        raise RunFileError(
+            f"{path}: it is damaged, its first line is none that AltGrad writes ({error})"
+        ) from None
 
 
 def _damaged(path: Path, line: int) -> RunFileError:
