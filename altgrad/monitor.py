@@ -154,6 +154,7 @@ class UpdateMonitor:
         )
         self._sharded: ShardedLayers | None = None
         self._agreement: Agreement | None = None
+        self._loaded: dict[str, PackedBits] = {}  # of elements wherever they lie
         self._last_seen: dict[str, int] = {}  # by layer, the index of its last observed step
         self._lock = threading.RLock()  # two threads may step two optimizers
 
@@ -231,6 +232,7 @@ class UpdateMonitor:
                 that can be observed and one that cannot.
             LostRankError: Not all processes have called it.
         """
+        self._observer.read_names()  # it may have been sharded since it was made
         if self._is_sharded:
             self._share()
             assert self._agreement is not None
@@ -353,14 +355,15 @@ class UpdateMonitor:
         if self.is_observing:
             raise RuntimeError("the monitor is attached: load_state_dict() before attach()")
         self._measuring.clear_arenas()
-        if tuple(state["formats"]) == self._measurer.names:
-            self._ever_moved.load_state_dict(state["ever_moved"])
-        else:
-            self._ever_moved.load_state_dict({})
+        is_alike = tuple(state["formats"]) == self._measurer.names
+        self._loaded = dict(state["ever_moved"]) if is_alike else {}
+        self._ever_moved.load_state_dict(self._loaded)
+        if not is_alike:
             self._tell(
                 f"goes on with formats {self._measurer.names} from a run with "
                 f"{tuple(state['formats'])}: never_moved_frac begins anew"
             )
+        self._observer.read_names()
         if self._is_sharded:
             with suppress(ValueError):  # which `attach` says, to all
                 self._keep_parts(self._share())
@@ -519,9 +522,7 @@ class UpdateMonitor:
         self, sharded: ShardedLayers, own: Mapping[str, PackedBits]
     ) -> dict[str, PackedBits]:
         if not sharded.ranks.have_met:
-            if any(bits.any() for _, bits in own.values()):
-                self._tell("was not attached, and its state_dict() leaves out which weights moved")
-            return {}
+            return self._loaded
         names = self._measured(self._observer.names)
         try:
             return sharded.ever_moved_state(own, names, kinds=1 + len(self._measurer.formats))

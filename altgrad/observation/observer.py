@@ -364,13 +364,16 @@ class StepObserver:
         """Names of the observed parameters that an optimizer steps."""
         return [name for name, _, _ in self._parameters_of(optimizer)]
 
-    def _look_again(self, parameters: list[Tensor]) -> None:
+    def read_names(self) -> None:
         """The module may have got new parameters, and let go of others."""
         if self._module is not None:
             register_shards(self._module)
             before, self._names = self._names, parameter_names(self._module)
             for choice in [p for p in self._chosen if self._names.get(p) != before.get(p)]:
                 del self._chosen[choice]
+
+    def _look_again(self, parameters: list[Tensor]) -> None:
+        self.read_names()
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         known = {*parameters, *(parameter for group in groups for parameter in group["params"])}
         self._nameless = known - self._names.keys()

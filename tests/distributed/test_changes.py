@@ -98,6 +98,24 @@ def test_torch_leaves_whole_parameters_after_an_evaluation(evaluated) -> None:
     assert evaluated[0]["children"]["whole"] == []
 
 
+def made_before_sharding(rank: int) -> dict[str, Any]:
+    net = Net()
+    records: list[StepRecord] = []
+    monitor = UpdateMonitor(net, records.append, strict=True)
+    fully_shard(net, mesh=init_device_mesh("cpu", (SIZE,)))
+    optimizer = sgd(net)
+    truth = WholeSteps(net, optimizer)
+    monitor.attach(optimizer)
+    train(net, optimizer, 2)
+    pairs = zip(records, replayed(truth.steps).records, strict=True)
+    return {"problems": [found for own, other in pairs for found in differences(own, other)]}
+
+
+def test_a_monitor_may_be_made_before_the_model_is_sharded() -> None:
+    for each in run(made_before_sharding, SIZE):
+        assert each["problems"] == []
+
+
 class Grown(Net):
     def forward(self, rows):
         loss = super().forward(rows)
@@ -284,3 +302,34 @@ def test_parameters_without_elements_and_with_odd_names_are_observed() -> None:
     for each in run(empty, SIZE):
         assert each["problems"] == []
         assert set(each["layers"]) >= {"weight", "odd_names.\udc80"}
+
+
+def states(rank: int) -> list[Any]:
+    """What a monitor has seen, as it says when attached, detached, attached again, and loaded."""
+    net = fsdp(SIZE)
+    optimizer = sgd(net)
+    monitor = UpdateMonitor(net, strict=True)
+    seen = [monitor.state_dict()]
+    monitor.attach(optimizer)
+    train(net, optimizer, 2)
+    seen.append(monitor.state_dict())
+    monitor.detach()
+    seen.append(monitor.state_dict())
+    seen.append(monitor.attach(optimizer).state_dict())
+    another = UpdateMonitor(net, strict=True)
+    another.load_state_dict(seen[-1])
+    seen.append(another.state_dict())
+    seen.append(another.attach(optimizer).state_dict())
+    return [
+        {name: (shape, bits.tolist()) for name, (shape, bits) in state["ever_moved"].items()}
+        for state in seen
+    ]
+
+
+def test_a_state_is_the_same_whenever_it_is_asked_for() -> None:
+    first, second = run(states, SIZE)
+    assert first == second
+    nothing, *each = first
+    assert nothing == {}
+    assert len(each[0]) > 5
+    assert all(state == each[0] for state in each)
