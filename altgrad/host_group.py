@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from hashlib import sha256
 from typing import Any
 from uuid import uuid4
 
@@ -92,7 +93,7 @@ def meet(names: Sequence[str]) -> list[HostGroup]:
         store.set(keys[rank], uuid4().hex)
         try:
             store.wait(keys, limit)
-            meeting = b"/".join(store.multi_get(keys)).decode()
+            meeting = sha256(b"".join(store.multi_get(keys))).hexdigest()
             groups = [
                 c10d.ProcessGroupGloo(
                     c10d.PrefixStore(f"altgrad/{meeting}/{name}", store), rank, size, limit

@@ -309,7 +309,12 @@ class PrecisionMonitor(Callback):
         reasons = [self._make_monitor(trainer, pl_module)]
         self._optimizers = [*trainer.optimizers]  # those before were held: state goes with them
         if self._monitor is not None:
-            reasons = [self._attach_to(trainer, optimizer) for optimizer in trainer.optimizers]
+            try:
+                reasons = [self._attach_to(trainer, optimizer) for optimizer in trainer.optimizers]
+            except LostRankError as error:  # nobody is waited for twice: training waits elsewhere
+                self._tell(f"does not observe this run: {error}")
+                self._detach(alone=True)
+                return
         for reason in filter(None, reasons):
             self._tell(f"does not observe this run, or a part of it: {reason}")
         if None not in reasons:
@@ -343,7 +348,7 @@ class PrecisionMonitor(Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         try:
             self._monitor.attach(optimizer, scaler=scaler)
-        except (TypeError, ValueError, LostRankError) as error:
+        except (TypeError, ValueError) as error:
             return str(error)
         return None
 
