@@ -20,6 +20,13 @@ from tests.processes import run
 SIZE = 2
 FLOAT64 = 8  # bytes
 FORMATS = {"one": ["bf16"], "four": ["fp16", "bf16", "e4m3fn", "e5m2"]}
+COLLECTIVES = (
+    *("allgather", "_allgather_base", "allgather_coalesced", "allreduce", "allreduce_coalesced"),
+    *("alltoall", "alltoall_base", "barrier", "broadcast", "gather", "monitored_barrier", "recv"),
+    *("reduce", "reduce_scatter", "_reduce_scatter_base", "scatter", "send"),
+)
+"""Of a group with gloo."""
+
 Said = list[tuple[str, int]]
 """Of each collective its name and how many bytes each process gives to it."""
 
@@ -32,11 +39,7 @@ class Listening(TorchDispatchMode):
         self.said: Said = []
         self._patches = [
             mock.patch.object(dist.ProcessGroupGloo, name, self._noting(name))
-            for name in dir(dist.ProcessGroupGloo)
-            if name.strip("_").startswith(("all", "barrier", "broad", "gather", "reduce", "s", "r"))
-            and callable(getattr(dist.ProcessGroupGloo, name))
-            and name not in ("rank", "size", "shutdown")
-            and not name.startswith("__")
+            for name in COLLECTIVES
         ]
 
     def __enter__(self):
@@ -59,6 +62,7 @@ class Listening(TorchDispatchMode):
         method = getattr(dist.ProcessGroupGloo, name)
 
         def call(group, *args, **kwargs):
+            # Of (outputs, inputs) the inputs are given.
             self._note(name, args[-1:] if name == "allgather" else args)
             return method(group, *args, **kwargs)
 
