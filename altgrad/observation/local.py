@@ -20,14 +20,27 @@ def local_of(tensor: Any) -> Tensor:
     return local.wait() if hasattr(local, "wait") else local  # type: ignore[no-any-return]
 
 
+def local_gradient_of(parameter: Any, gradient: Any) -> Tensor:
+    """The part of a gradient that belongs to what lies here; of a whole one it is cut out.
+
+    Of one that `is_unreduced` no part does.
+    """
+    if is_sharded(parameter) and gradient.placements != parameter.placements:
+        gradient = gradient.redistribute(placements=parameter.placements)
+    return local_of(gradient)
+
+
 def is_unreduced(parameter: Any) -> bool:
-    """Whether it has a gradient that is placed otherwise than itself, so that no part of that
-    belongs to what lies here: sums of it over processes are still to be made in the optimizer.
+    """Whether it has a gradient that is neither whole nor placed as itself, so that no part of it
+    belongs to what lies here: sums over processes are still to be made in the optimizer.
     """
     gradient = parameter.grad
     if gradient is None or not is_sharded(parameter):
         return False
-    return bool(getattr(gradient, "placements", None) != parameter.placements)
+    if not is_sharded(gradient) or gradient.device_mesh != parameter.device_mesh:
+        return True
+    pairs = zip(gradient.placements, parameter.placements, strict=True)
+    return any(own != other and not own.is_replicate() for own, other in pairs)
 
 
 def unreduced_message(name: str, parameter: Any) -> str:

@@ -9,7 +9,12 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from altgrad.observation.local import is_unreduced, local_of, unreduced_message
+from altgrad.observation.local import (
+    is_unreduced,
+    local_gradient_of,
+    local_of,
+    unreduced_message,
+)
 
 Elements: TypeAlias = Callable[[str, Tensor], Tensor | None]
 """From a parameter's name and the parameter to the flat indices to copy, into what lies here of a
@@ -137,7 +142,7 @@ class Snapshots:
                 raise ValueError(
                     f"{unreduced_message(name, parameter)}, or leave {name} out of what is observed"
                 )
-            gradient = local_of(gradient)
+            gradient = local_gradient_of(parameter, gradient)
             if gradient.layout != torch.strided:
                 gradient = gradient.to_dense()
             here = local_of(parameter)

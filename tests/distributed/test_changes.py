@@ -9,12 +9,18 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from altgrad import StepRecord, UpdateMonitor
 from tests.distributed.comparing import differences
 from tests.distributed.sharded import Net, WholeSteps, fsdp, hsdp, replayed
 from tests.distributed.test_agreement import sgd, warned
+from tests.distributed.test_collectives import Listening
 from tests.distributed.test_exactness import train, without
 from tests.processes import run
 
@@ -222,6 +228,34 @@ def test_gradients_that_the_optimizer_sums_are_left_out_by_name() -> None:
     assert len(first["told"]) == 1
     assert first["told"][0].startswith("leaves out norm.weight, norm.bias: the gradient of norm.w")
     assert second["told"] == []
+
+
+def row_wise(rank: int) -> dict[str, Any]:
+    """The gradient of a table that is shared by rows is whole in every process."""
+    plan = {"rows": RowwiseParallel(input_layouts=Replicate())}
+    net = parallelize_module(Net(), init_device_mesh("cpu", (SIZE,)), plan)
+    with UpdateMonitor(net, strict=True).attach(optimizer := sgd(net)):
+        net(torch.arange(6)).backward()
+        with Listening() as heard:
+            optimizer.step()
+    optimizer = sgd(net)
+    watched = Watched(net, optimizer)
+    train(net, optimizer, 2)
+    placements = [str(each.placements) for each in (net.rows.weight, net.rows.weight.grad)]
+    return {
+        "problems": watched.problems(),
+        "told": watched.told,
+        "placements": placements,
+        "heard": {name for name, _ in heard.said},
+    }
+
+
+def test_of_gradients_that_are_whole_the_part_here_is_measured() -> None:
+    for each in run(row_wise, SIZE):
+        assert each["placements"] == ["(Shard(dim=0),)", "(Replicate(),)"]
+        assert each["heard"] == {"allgather", "allreduce"}  # none in the groups that train
+        assert each["problems"] == []
+        assert each["told"] == []
 
 
 class Nudging(torch.optim.SGD):
