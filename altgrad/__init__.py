@@ -1,15 +1,15 @@
 """AltGrad: if I kept my weights in this number format, would they still move?"""
 
-from altgrad.figures import Figures, model_figures
-from altgrad.measuring import DEFAULT_FORMATS, measure
-from altgrad.monitor import UpdateMonitor
+from altgrad._version import __version__
+from altgrad.measurement.figures import Figures, model_figures
+from altgrad.measurement.measurer import DEFAULT_FORMATS, measure
+from altgrad.measurement.step_record import StepRecord
+from altgrad.monitor.monitor import UpdateMonitor
+from altgrad.monitor.schedule import StepSchedule
 from altgrad.observation import OptimizerStep, StepObserver
+from altgrad.observation.rules import SamplingRule
 from altgrad.quantization import FloatFormat, get_format, quantize, spacing
-from altgrad.sampling import SamplingRule, StepSchedule
-from altgrad.step_record import StepRecord
-from altgrad.storage import WeightStorage
-
-__version__ = "0.1.0"
+from altgrad.recipes.storage import WeightStorage
 
 __all__ = [
     "DEFAULT_FORMATS",

@@ -20,10 +20,10 @@ from altgrad import (
     UpdateMonitor,
     model_figures,
 )
-from altgrad.advice import Assessment
-from altgrad.figures import Histogram
-from altgrad.host_group import LostRankError
+from altgrad.distributed.host_group import LostRankError
+from altgrad.measurement.figures import Histogram
 from altgrad.quantization import NumberFormat, Scaling, get_formats
+from altgrad.report.verdicts import Assessment
 from altgrad_lightning.output import Output, OutputSettings
 from altgrad_lightning.packages import Callback
 from altgrad_lightning.strategies import is_idle, refused_strategy

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from altgrad.records import read
 from altgrad.report import RunReport, page, png, print_report
+from altgrad.report.records import read
 from altgrad_lightning.callback import PrecisionMonitor
 from altgrad_lightning.packages import lightning
 

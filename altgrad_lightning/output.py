@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import altgrad_lightning.loggers as boards
 from altgrad import Figures, StepRecord, UpdateMonitor
-from altgrad.advice import RESTS_ON, Assessment, Judge
-from altgrad.figures import Histogram
-from altgrad.records import RunFile, header_of
+from altgrad.measurement.figures import Histogram
 from altgrad.report import ranges
+from altgrad.report.records import RunFile, header_of
+from altgrad.report.verdicts import RESTS_ON, Assessment, Judge
 from altgrad_lightning.charts import Charts, Row
 from altgrad_lightning.history import History
 

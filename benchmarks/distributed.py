@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from altgrad import UpdateMonitor
-from altgrad.statistics import max_count, sum_count
+from altgrad.measurement.columns import max_count, sum_count
 
 SIZES = (1, 2, 4)
 FORMATS = ["fp16", "bf16", "e4m3fn", "e5m2"]

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from altgrad import get_format, measure
-from altgrad.measuring import Measurer
+from altgrad.measurement.measurer import Measurer
 
 SIZES = (1e3, 1e4, 1e5, 1e6, 3e7, 1e8)
 QUICK_LIMIT = 1_000_000

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from altgrad import UpdateMonitor
-from altgrad.monitor import DEFAULT_MAX_ELEMENTS
-from altgrad.scale_state import STEPS_PER_SCALE
+from altgrad.monitor.monitor import DEFAULT_MAX_ELEMENTS
+from altgrad.monitor.scale_state import STEPS_PER_SCALE
 
 TENSORS = 26
 SIZES = (1e6, 3e6, 1e7, 3e7, 1e8, 3e8)  # the largest takes 2.4 GB of weights and gradients

@@ -20,10 +20,10 @@ from typing import NamedTuple
 import torch
 
 from altgrad import StepRecord, UpdateMonitor
-from altgrad.merging import StepVectors
+from altgrad.measurement.merging import StepVectors
 from altgrad.quantization import get_formats
-from altgrad.records import FormatInfo, Header, LayerInfo, RunFile, read
-from altgrad.records.lines import lines_of
+from altgrad.report.records import FormatInfo, Header, LayerInfo, RunFile, read
+from altgrad.report.records.lines import lines_of
 from benchmarks.gpt import Gpt, train
 from benchmarks.paired import (
     Target,

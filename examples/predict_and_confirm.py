@@ -31,8 +31,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from altgrad import WeightStorage
-from altgrad.advice import judge_run
-from altgrad.records import Run, read
+from altgrad.report.records import Run, read
+from altgrad.report.verdicts import judge_run
 from altgrad_lightning import PrecisionMonitor
 
 FORMATS = ("fp16", "bf16", "e3m4", "e4m3fn", "e5m2")

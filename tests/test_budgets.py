@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from altgrad import UpdateMonitor
-from altgrad.measuring import Measurer
+from altgrad.measurement.measurer import Measurer
+from altgrad.measurement.workspace import TEMPORARY_BYTES
 from altgrad.quantization.scaling import Scaling
-from altgrad.workspace import TEMPORARY_BYTES
 from benchmarks.gpt import Gpt, train
 from tests.counting import Memory, host_copies, operations, operations_here_and_there
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from altgrad.advice import Judge, Verdict
-from altgrad.calibration import calibration
 from altgrad.quantization.block_formats import get_formats
-from altgrad.records import FormatInfo
+from altgrad.report.calibration import calibration
+from altgrad.report.records import FormatInfo
+from altgrad.report.verdicts import Judge, Verdict
 from benchmarks.calibration import runs, tasks
 from benchmarks.calibration.calibrate import FOLDER, HELD_OUT, as_text, calibrate, lost, read
 from examples.predict_and_confirm import digits

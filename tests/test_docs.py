@@ -13,10 +13,10 @@ from torch import nn
 
 import altgrad
 from altgrad import SamplingRule, UpdateMonitor
-from altgrad.advice import Verdict
-from altgrad.calibration import Thresholds, calibration
-from altgrad.records import RunFile, header_of
-from altgrad.statistics import max_count, sum_count
+from altgrad.measurement.columns import max_count, sum_count
+from altgrad.report.calibration import Thresholds, calibration
+from altgrad.report.records import RunFile, header_of
+from altgrad.report.verdicts import Verdict
 from altgrad_lightning import PrecisionMonitor
 from altgrad_lightning.callback import PRESETS
 

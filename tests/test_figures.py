@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from altgrad import Figures, SamplingRule, StepRecord, UpdateMonitor
-from altgrad.figures import keys_of, metrics_of, model_figures
-from altgrad.measuring import Measurer
-from altgrad.statistics import FORMAT_SUMS, SUMS, LayerStatistics
+from altgrad.measurement.columns import FORMAT_SUMS, SUMS, LayerStatistics
+from altgrad.measurement.figures import keys_of, metrics_of, model_figures
+from altgrad.measurement.measurer import Measurer
 
 FORMATS = ("bf16", "e4m3fn", "e2m1")
 ERRORS = ("kept_update_ratio", "stall_frac", "never_moved_frac")
@@ -125,7 +125,7 @@ def test_a_record_holds_nothing_that_the_next_step_writes_to() -> None:
 
 
 def test_a_metric_is_evaluated_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from altgrad.metrics import FORMAT_METRICS
+    from altgrad.measurement.metrics import FORMAT_METRICS
 
     record, calls = a_record(), 0
     metric = FORMAT_METRICS["update_error"]

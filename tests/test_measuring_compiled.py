@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from altgrad import measure
-from altgrad.measuring import Measurer
+from altgrad.measurement.columns import FORMAT_SUMS, SUMS
+from altgrad.measurement.measurer import Measurer
 from altgrad.quantization import FloatFormat
-from altgrad.statistics import FORMAT_SUMS, SUMS
 from tests.test_statistics import WHOLE_NUMBERS, a_step
 
 needs_a_compiler = pytest.mark.skipif(

@@ -19,9 +19,10 @@ from gfloat.formats import (
 )
 from torch import Tensor
 
-from altgrad.figures import metrics_of
-from altgrad.measuring import Measurer, measure
-from altgrad.metrics import (
+from altgrad.measurement.columns import FORMAT_SUMS, SUMS, LayerStatistics
+from altgrad.measurement.figures import metrics_of
+from altgrad.measurement.measurer import Measurer, measure
+from altgrad.measurement.metrics import (
     FORMAT_METRICS,
     LAYER_METRICS,
     NEED_TRACKING,
@@ -29,7 +30,6 @@ from altgrad.metrics import (
     as_markdown,
 )
 from altgrad.quantization import get_format, quantize
-from altgrad.statistics import FORMAT_SUMS, SUMS, LayerStatistics
 
 INFOS = {
     "bf16": format_info_bfloat16,

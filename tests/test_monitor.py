@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from altgrad import SamplingRule, StepRecord, UpdateMonitor, measure
-from altgrad.figures import metrics_of, model_figures
-from altgrad.measuring import Measurer
-from altgrad.metrics import FORMAT_METRICS, LAYER_METRICS
+from altgrad.measurement.figures import metrics_of, model_figures
+from altgrad.measurement.measurer import Measurer
+from altgrad.measurement.metrics import FORMAT_METRICS, LAYER_METRICS
+from altgrad.monitor.elements import sample_elements
+from altgrad.monitor.schedule import StepSchedule
 from altgrad.quantization import (
     BLOCK_FORMATS,
     FloatFormat,
@@ -25,7 +27,6 @@ from altgrad.quantization import (
     effective_update,
     get_format,
 )
-from altgrad.sampling import StepSchedule, sample_elements
 
 FORMATS = ("bf16", "e4m3fn", "e2m1")
 Step = dict[str, tuple[Tensor, Tensor, Tensor]]
@@ -82,7 +83,7 @@ def watched(
 
 def sharing_out(elements: int) -> Any:
     """As if one call of the kernel measured only so many elements: small segments, large layers."""
-    return mock.patch("altgrad.measuring.columns_that_fit", return_value=elements)
+    return mock.patch("altgrad.measurement.measurer.columns_that_fit", return_value=elements)
 
 
 def assert_equal_figures(actual: Any, expected: Any, but: tuple[str, ...] = ()) -> None:

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from altgrad import StepRecord, UpdateMonitor, __version__
-from altgrad.figures import Histogram
+from altgrad.measurement.figures import Histogram
 from altgrad.quantization import get_formats
-from altgrad.records import (
+from altgrad.report.records import (
     FormatInfo,
     Header,
     LayerInfo,
@@ -27,8 +27,8 @@ from altgrad.records import (
     RunFileError,
     read,
 )
-from altgrad.records.lines import WITH_ERRORS, written_numbers
-from altgrad.records.schema import number_as_json, number_from_json
+from altgrad.report.records.lines import WITH_ERRORS, written_numbers
+from altgrad.report.records.schema import number_as_json, number_from_json
 
 FORMATS = ("bf16", "e4m3fn")
 ODD_NAMES = (
@@ -356,7 +356,9 @@ def test_a_disk_that_is_full_leaves_whole_lines(tmp_path, records, header) -> No
 
 def test_a_disk_that_is_full_from_the_start_leaves_no_empty_file(tmp_path, header) -> None:
     with (
-        mock.patch("altgrad.records.writing.RunFile._write", side_effect=OSError(28, "full")),
+        mock.patch(
+            "altgrad.report.records.writing.RunFile._write", side_effect=OSError(28, "full")
+        ),
         pytest.raises(OSError, match="full"),
     ):
         RunFile.create(tmp_path, header)

@@ -14,10 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from altgrad.figures import metrics_of
-from altgrad.measuring import Measurer, measure
-from altgrad.quantization import get_format
-from altgrad.statistics import (
+from altgrad.measurement.columns import (
     FORMAT_MAXIMA,
     FORMAT_SUMS,
     MAXIMA,
@@ -29,6 +26,9 @@ from altgrad.statistics import (
     sum_count,
     unpack,
 )
+from altgrad.measurement.figures import metrics_of
+from altgrad.measurement.measurer import Measurer, measure
+from altgrad.quantization import get_format
 from tests.strategies import thorough
 
 FORMATS = [get_format(name) for name in ("bf16", "e4m3fn", "e5m2", "e2m1")]

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from altgrad import SamplingRule, UpdateMonitor
-from altgrad.records import header_of
-from altgrad.weight_octaves import weight_octaves
+from altgrad.monitor.weight_octaves import weight_octaves
+from altgrad.report.records import header_of
 
 
 def test_the_header_says_what_is_measured_of_each_layer() -> None:

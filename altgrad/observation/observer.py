@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 
 from altgrad.observation.faults import FaultElsewhereError
 from altgrad.observation.fully_shard import register_shards
+from altgrad.observation.grad_scaler import SkipTeller
 from altgrad.observation.local import is_unreduced, unreduced_message
-from altgrad.observation.optimizer_step import OptimizerStep, step_of
 from altgrad.observation.optimizers import (
     check_none_in_backward,
     check_not_captured,
@@ -30,8 +30,8 @@ from altgrad.observation.optimizers import (
     unwrap,
 )
 from altgrad.observation.parameter_names import parameter_names
-from altgrad.observation.skips import SkipTeller
 from altgrad.observation.snapshots import Chosen, Elements, Memory, Snapshot, Snapshots
+from altgrad.observation.step import OptimizerStep, step_of
 from altgrad.observation.step_hooks import StepHooks
 
 SkipReason: TypeAlias = Literal["inf", "no gradients", "learning rate 0"]

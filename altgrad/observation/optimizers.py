@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from altgrad._messages import few
 from altgrad.observation.step_hooks import step_depth
-from altgrad.wording import few
 
 _DEPTH = 8  # wrappers around wrappers; some objects have an `.optimizer` without end
 

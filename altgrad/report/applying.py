@@ -8,9 +8,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from altgrad.advice import Advice, Assessment, Verdict
 from altgrad.quantization.block_formats import BlockFormat, get_formats
-from altgrad.records import FormatInfo, Run
+from altgrad.report.records import FormatInfo, Run
+from altgrad.report.verdicts import Advice, Assessment, Verdict
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a name
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from altgrad.advice import Advice, Verdict
-from altgrad.calibration import calibration
-from altgrad.wording import percent
+from altgrad._messages import percent
+from altgrad.report.calibration import calibration
+from altgrad.report.verdicts import Advice, Verdict
 
 _LIMITS = calibration().thresholds
 

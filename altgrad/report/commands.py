@@ -11,10 +11,10 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from altgrad.records import RunFileError, read
 from altgrad.report.comparison import Comparison
 from altgrad.report.exports import as_csv, as_json
 from altgrad.report.page import page
+from altgrad.report.records import RunFileError, read
 from altgrad.report.run_report import RunReport
 from altgrad.report.terminal import print_comparison, print_report
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from altgrad.advice import Advice
 from altgrad.report.run_report import RunReport
+from altgrad.report.verdicts import Advice
 
 _OF_MODEL = ("kept_update_ratio", "stall_frac", "never_moved_frac", "visible_frac")
 _OF_MODEL_ALONE = ("update_weight_ratio", "zero_update_frac")

@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from altgrad.figures import Histogram
-from altgrad.records import FormatInfo
+from altgrad._messages import percent
+from altgrad.measurement.figures import Histogram
 from altgrad.report.canvas import finished, finished_empty, in_default_style, new_figure, png, svg
 from altgrad.report.cells import kept_text
 from altgrad.report.names import short_names
-from altgrad.wording import percent
+from altgrad.report.records import FormatInfo
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,9 +7,9 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-from altgrad.advice import RESTS_ON, Advice
-from altgrad.records.schema import number_as_json
+from altgrad.report.records.schema import number_as_json
 from altgrad.report.run_report import RunReport
+from altgrad.report.verdicts import RESTS_ON, Advice
 
 _FIGURES = (
     "kept_update_ratio",

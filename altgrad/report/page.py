@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from importlib.resources import files
 
-from altgrad import __version__
+from altgrad._version import __version__
 from altgrad.report.canvas import svg
 from altgrad.report.cells import EVIDENCE, MEANINGS, cell_text, kept_text
 from altgrad.report.run_report import RunReport

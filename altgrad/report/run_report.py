@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from altgrad.advice import Assessment, Verdict, judge_run
-from altgrad.figures import Histogram
-from altgrad.records import Row, Run
+from altgrad.measurement.figures import Histogram
 from altgrad.report.applying import applying
 from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
+from altgrad.report.records import Row, Run
+from altgrad.report.verdicts import Assessment, Verdict, judge_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

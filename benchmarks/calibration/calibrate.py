@@ -1,7 +1,7 @@
 """Takes the thresholds of the verdicts from the rows of `runs.py`, and tests them on others.
 
     python -m benchmarks.calibration.calibrate            # prints the tables
-    python -m benchmarks.calibration.calibrate --write    # also writes altgrad/calibration.json
+    python -m benchmarks.calibration.calibrate --write    # also writes calibration.json
 
 Of a run that rounds to nearest, lost is by how much less the loss fell, as a share of its fall in
 fp32. Each threshold is the first of a few round numbers that keeps to a rule. Only logistic
@@ -25,7 +25,7 @@ from benchmarks.calibration.runs import FORMATS
 from benchmarks.paired import print_table
 
 FOLDER = Path(__file__).parent
-WRITTEN = FOLDER.parents[1] / "altgrad" / "calibration.json"
+WRITTEN = FOLDER.parents[1] / "altgrad" / "report" / "calibration.json"
 HELD_OUT = {config.task for config in tasks.HELD_OUT}
 """Names of tasks that have no say."""
 MUCH, LITTLE = 0.1, 0.01
@@ -164,7 +164,7 @@ def _unscaled(runs: Iterable[Row]) -> list[Row]:
 
 
 def verdict_of(run: Row, limits: dict[str, float]) -> str:
-    """What `altgrad.advice` says of figures like those of the whole model, all of them exact."""
+    """What the verdicts say of figures like those of the whole model, all of them exact."""
     out_of_range = any(run[key] >= limits[key] for key in ("underflow", "saturated"))
     if run["never_moved"] >= limits["frozen"]:
         return "FROZEN"
@@ -214,7 +214,7 @@ def _formats_of(rows: Sequence[Row]) -> list[str]:
 
 
 def calibrate(runs: Sequence[Row], layers: Sequence[Row]) -> dict[str, Any]:
-    """What altgrad/calibration.json holds."""
+    """What altgrad/report/calibration.json holds."""
     seen, unseen = (
         (nearest(_part(runs, held_out)), _scaled(_part(layers, held_out)))
         for held_out in (False, True)
@@ -348,7 +348,9 @@ def _error(layer: Row) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the rows are")
-    parser.add_argument("--write", action="store_true", help="write altgrad/calibration.json")
+    parser.add_argument(
+        "--write", action="store_true", help="write altgrad/report/calibration.json"
+    )
     arguments = parser.parse_args()
     runs = read(arguments.folder / "runs.csv")
     layers = read(arguments.folder / "layers.csv")

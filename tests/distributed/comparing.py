@@ -7,7 +7,7 @@ import math
 import torch
 
 from altgrad import StepRecord
-from altgrad.statistics import (
+from altgrad.measurement.columns import (
     FORMAT_MAXIMA,
     FORMAT_SUMS,
     MAXIMA,

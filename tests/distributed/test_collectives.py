@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from altgrad import UpdateMonitor
-from altgrad.scale_state import STEPS_PER_SCALE
-from altgrad.statistics import max_count, sum_count
+from altgrad.measurement.columns import max_count, sum_count
+from altgrad.monitor.scale_state import STEPS_PER_SCALE
 from tests.processes import run
 
 SIZE = 2

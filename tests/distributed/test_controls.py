@@ -7,8 +7,8 @@ from unittest import mock
 import torch
 
 from altgrad import UpdateMonitor
-from altgrad.distributed import Ranks
-from altgrad.shards import Shard
+from altgrad.distributed.ranks import Ranks
+from altgrad.distributed.shards import Shard
 from tests.distributed.comparing import differences
 from tests.distributed.sharded import WholeSteps, fsdp, hsdp, replayed
 from tests.distributed.test_agreement import warned

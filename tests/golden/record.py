@@ -23,8 +23,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from altgrad import StepRecord
-from altgrad.statistics import FORMAT_SUMS, SUMS
-from altgrad.step_table import StepTable
+from altgrad.measurement.columns import FORMAT_SUMS, SUMS
+from altgrad.measurement.step_table import StepTable
 from tests.golden import replay
 from tests.golden.replay import RecordedRun, RecordedStep
 

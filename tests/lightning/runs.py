@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from altgrad import DEFAULT_FORMATS, Figures, get_format, measure
-from altgrad.figures import metrics_of
-from altgrad.measuring import Measurer
-from altgrad.metrics import FORMAT_METRICS, LAYER_METRICS, Share
+from altgrad.measurement.figures import metrics_of
+from altgrad.measurement.measurer import Measurer
+from altgrad.measurement.metrics import FORMAT_METRICS, LAYER_METRICS, Share
 from altgrad.quantization import compute_scale, effective_update, get_formats
 from altgrad_lightning import PrecisionMonitor
 

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from altgrad import Figures
-from altgrad.advice import Verdict, judge_run
-from altgrad.records import read
+from altgrad.report.records import read
+from altgrad.report.verdicts import Verdict, judge_run
 from altgrad_lightning import PrecisionMonitor
 from altgrad_lightning.callback import PRESETS
 from tests.lightning.runs import Net, batches, fit, logged, trainer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from altgrad.records import read
+from altgrad.report.records import read
 
 MAIN = """
 import warnings

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from altgrad.observation.skips import SkipTeller
+from altgrad.observation.grad_scaler import SkipTeller
 
 RATE = 0.5
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from altgrad import UpdateMonitor
-from altgrad.records import RunFile, header_of
-from altgrad.weight_octaves import weight_octaves
+from altgrad.monitor.weight_octaves import weight_octaves
+from altgrad.report.records import RunFile, header_of
 
 SCRIPT, MARKUP = "<script>alert('x')</script>", "[red]layers[/].0|*b*.weight"
 FORMATS = ("bf16", "e5m2")

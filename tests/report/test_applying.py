@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from altgrad import FloatFormat, WeightStorage
-from altgrad.advice import Advice, Assessment, Verdict
 from altgrad.quantization.block_formats import get_formats
-from altgrad.records import FormatInfo, LayerInfo, Run
 from altgrad.report.applying import applying
+from altgrad.report.records import FormatInfo, LayerInfo, Run
+from altgrad.report.verdicts import Advice, Assessment, Verdict
 
 FINE, WATCH = Verdict.STORES_FINE, Verdict.WATCH
 OWN = {"mine": FloatFormat("mine", exponent_bits=3, mantissa_bits=2, bias=3)}

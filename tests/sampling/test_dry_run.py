@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from altgrad.sampling import LayerSampling, SamplingRule, describe_layers, resolve_layers
+from altgrad.monitor.describe import describe_layers
+from altgrad.observation.rules import LayerSampling, SamplingRule, resolve_layers
 from tests.strategies import thorough
 
 NAMES = [

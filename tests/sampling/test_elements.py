@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from altgrad.sampling import sample_elements
+from altgrad.monitor.elements import sample_elements
 from tests.strategies import thorough
 
 # Seeds are fixed: a test below this level fails always or never.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from altgrad.sampling import LayerSampling, SamplingRule, resolve_layers
+from altgrad.observation.rules import LayerSampling, SamplingRule, resolve_layers
 from tests.strategies import thorough
 
 NAMES = [

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from altgrad.sampling import OverheadBudget, StepSchedule
+from altgrad.monitor.schedule import OverheadBudget, StepSchedule
 from tests.strategies import thorough
 
 

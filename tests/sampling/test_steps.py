@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from altgrad.sampling import StepSchedule
+from altgrad.monitor.schedule import StepSchedule
 from tests.strategies import thorough
 
 

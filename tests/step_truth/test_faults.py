@@ -108,7 +108,7 @@ def test_a_fault_in_the_monitors_own_callback(
     monitor = PrecisionMonitor("bf16", every_n_steps=1)
     run = trainer(tmp_path, monitor)
     with monkeypatch.context() as broken:
-        broken.setattr("altgrad.measuring.row_sums", lambda *_: 1 / 0)
+        broken.setattr("altgrad.measurement.measurer.row_sums", lambda *_: 1 / 0)
         with pytest.warns(UserWarning, match="ZeroDivisionError.* Training goes on") as told:
             run.fit(Net())
     assert len([each for each in told if "Training goes on" in str(each.message)]) == 1

@@ -1,0 +1,55 @@
+"""Whether processes that should have copies of a layer do: a few of its values, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from altgrad.distributed.ranks import Ranks
+from altgrad.distributed.shards import Shard
+from altgrad.observation.local import local_of
+
+_SAMPLED = 16
+_TOLERANCE = 0.01
+"""Of the largest: copies that each process steps by itself may drift in their last digits."""
+
+
+def different_copies(
+    parameters: Mapping[str, Tensor], shards: Mapping[str, Shard], ranks: Ranks
+) -> list[str]:
+    """The names of those that differ, equal in all processes; one MAX, if there are any copies.
+
+    Args:
+        parameters: By name, alike in all processes.
+        shards: What lies here of each.
+        ranks: The processes.
+    """
+    copied = {name: each for name, each in parameters.items() if shards[name].part[1] < ranks.size}
+    if not copied:
+        return []
+    parts = [shards[name].part for name in copied]
+    slots = sum(count for _, count in parts)
+
+    def take() -> Tensor:
+        said = torch.full((3, slots), -torch.inf, dtype=torch.float64)
+        first = 0
+        for (own, count), values in zip(parts, _sampled(copied), strict=True):
+            said[:, first + own] = torch.stack((values.sum(), -values.sum(), values.abs().max()))
+            first += count
+        return said.flatten()
+
+    largest, minus_smallest, magnitude = ranks.largest_beside(take, 3 * slots).view(3, slots)
+    differ = largest + minus_smallest > _TOLERANCE * magnitude
+    by_name = torch.split(differ, [count for _, count in parts])
+    return [name for name, each in zip(copied, by_name, strict=True) if each.any()]
+
+
+def _sampled(parameters: Mapping[str, Tensor]) -> list[Tensor]:
+    """Float64, on the host: some elements of what lies here of each, and a 0."""
+    flat = [local_of(each.detach()).reshape(-1) for each in parameters.values()]
+    some = [each[:: max(1, -(-len(each) // _SAMPLED))].double() for each in flat]
+    on_host = torch.cat([each.to(some[0].device) for each in some]).cpu()
+    finite = on_host.nan_to_num(0.0, 0.0, 0.0)
+    return [torch.cat((each, each.new_zeros(1))) for each in torch.split(finite, [*map(len, some)])]

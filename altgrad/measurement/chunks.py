@@ -1,0 +1,91 @@
+"""The elements of one tensor, or of some of one shape, in chunks that stay in cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from altgrad.measurement.kernel import EverMoved, Rows
+
+
+class Sample(NamedTuple):
+    """Which elements of a parameter are given: ascending flat indices into its shape."""
+
+    shape: torch.Size
+    indices: Tensor
+
+
+def chunks_of(
+    tensors: tuple[Tensor, ...], size: int, *, block: int = 1, sample: Sample | None = None
+) -> Iterator[tuple[Tensor, ...]]:
+    """All elements of equally shaped tensors in row-major order, in one dimension.
+
+    Args:
+        tensors: Copied only where they are not contiguous.
+        size: How many are in one chunk at most; at least block.
+        block: So many neighbours along the last dimension, from a multiple of it on, are not torn
+            apart.
+        sample: Where the tensors hold a sample, which elements these are.
+    """
+    if tensors[0].numel() == 0:
+        return
+    flat = [each.detach().view(-1) if each.is_contiguous() else None for each in tensors]
+    if block == 1 and all(each is not None for each in flat):
+        yield from zip(*(torch.split(each, size) for each in flat if each is not None), strict=True)
+    elif sample is not None:
+        lengths = _lengths(_blocks_of(sample, block), size)
+        yield from zip(*(torch.split(each.detach(), lengths) for each in tensors), strict=True)
+    else:
+        yield from _along_rows(tuple(each.detach() for each in tensors), size // block * block)
+
+
+def rows_of(flat: tuple[Tensor, ...], columns: int) -> Iterator[tuple[slice, Rows]]:
+    """One chunk as rows, and which part of it they are; those that fill no row are one apart."""
+    count = len(flat[0])
+    whole = count // columns * columns
+    for part, width in ((slice(0, whole), columns), (slice(whole, count), count - whole)):
+        if part.stop > part.start:
+            rows = [each[part].view(-1, 1, width) for each in flat]
+            yield part, Rows(rows[0], rows[1], rows[2] if len(rows) == 3 else None)
+
+
+def part_of(ever: EverMoved, start: int, shape: torch.Size) -> EverMoved:
+    """From one row, those elements from `start` on that make rows of that shape."""
+    stop = start + shape.numel()
+    moved, effective = (
+        each[0, :, start:stop].reshape(each.shape[1], shape[0], shape[2]) for each in ever
+    )
+    return EverMoved(moved.transpose(0, 1), effective.transpose(0, 1))
+
+
+def _along_rows(tensors: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:
+    """Whole rows of the last dimension, or where one is too long, pieces of it."""
+    first = tensors[0]
+    if first.numel() <= size:
+        yield tuple(each.reshape(-1) for each in tensors)
+        return
+    length = max(size * first.shape[0] // first.numel(), 1) if first.dim() > 1 else size
+    for parts in zip(*(torch.split(each, length) for each in tensors), strict=True):
+        one_row = length == 1 and first.dim() > 1
+        yield from _along_rows(tuple(p.squeeze(0) if one_row else p for p in parts), size)
+
+
+def _blocks_of(sample: Sample, block: int) -> Tensor:
+    """The number of the block of each element, on the CPU."""
+    indices, length = sample.indices.cpu(), sample.shape[-1]
+    return indices // length * -(-length // block) + indices % length // block
+
+
+def _lengths(blocks: Tensor, size: int) -> list[int]:
+    """Of chunks of up to `size` elements, none of which ends within a block."""
+    ends = [*((blocks[1:] != blocks[:-1]).nonzero().flatten() + 1).tolist(), len(blocks)]
+    lengths, start, last = [], 0, 0
+    for end in ends:
+        if end - start > size:
+            lengths.append(last - start)
+            start = last
+        last = end
+    return [*lengths, last - start]

@@ -1,0 +1,413 @@
+"""From tensors to `LayerStatistics`, in chunks that stay in cache; `measure` does it for one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from altgrad.measurement.chunks import Sample, chunks_of, part_of, rows_of
+from altgrad.measurement.columns import LayerStatistics, sum_count
+from altgrad.measurement.figures import metrics_of
+from altgrad.measurement.kernel import EverMoved, Histograms, Rows, RowSums, row_sums
+from altgrad.measurement.metrics import NEED_GRADIENT, NEED_TRACKING
+from altgrad.measurement.totals import LayersOfRows, Totals, bins_of, meant_columns, take_over
+from altgrad.measurement.workspace import Workspace, columns_that_fit, fresh_buffers
+from altgrad.quantization.arguments import check_pair
+from altgrad.quantization.block_formats import BlockFormat, NumberFormat, get_formats
+from altgrad.quantization.grids import Grids, grids_of
+from altgrad.quantization.scale_groups import (
+    Sharing,
+    block_sizes,
+    element_scales,
+    is_scaled,
+    layer_amax,
+    need_amax,
+    need_tensor_amax,
+    single_scales,
+    tensor_amax_of,
+)
+from altgrad.quantization.scaling import Scaling, check_scaling
+
+DEFAULT_FORMATS = ("bf16", "e4m3fn", "e5m2")
+"""What is judged where nothing else is asked: bf16 and the two FP8 formats in use."""
+
+_COMPILED_COLUMNS = 4096
+_COMPILED_CHUNK = 2**18  # elements, of which the octaves of five are held as integers
+
+# Inductor splits what is summed together into loops that hand tensors on, unless told not to.
+_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
+    "cpp.max_horizontal_fusion_size": 256,
+    "max_fusion_size": 512,
+    "realize_opcount_threshold": 10**6,
+    "realize_reads_threshold": 10**6,
+    "realize_acc_reads_threshold": 10**6,
+}
+
+Formats = str | torch.dtype | NumberFormat | Iterable[str | torch.dtype | NumberFormat]
+
+
+@torch.no_grad()
+def measure(
+    before: Tensor,
+    after: Tensor,
+    gradient: Tensor | None = None,
+    formats: Formats = DEFAULT_FORMATS,
+    scaling: Scaling | None = "tensor",
+    *,
+    compile: bool = False,
+) -> dict[str, float]:
+    """What one optimizer step did to one tensor, and what each format would have kept of it.
+
+    Everything is computed in float64 over the elements that are finite before, after and in the
+    gradient; the others are counted in ``nonfinite_frac`` alone. (So are float64 numbers from 1e289
+    on.) A figure that has no value is NaN: nothing moved, no gradient, no element. Values whose
+    squares or quotients leave float64 give inf, 0 or NaN. Where the weights are already stored at
+    or below a format's precision (bf16 weights judged for bf16), updates that stalled can no longer
+    be seen, and the what-if figures of that format are NaN; ``unmoved_frac`` is the one to read.
+
+    Args:
+        before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
+        after: The same weights after it, of the same dtype.
+        gradient: The gradient as the optimizer applied it: unscaled and clipped. Without it the
+            figures that need it are left out.
+        formats: Formats or their names, one or several; block formats (``"mxfp8_e4m3"``,
+            ``"nvfp4"``, …) with the scales of their own.
+        scaling: Which elements share an amax scale in formats of fewer than 16 bits, as in
+            `compute_scale`, taken from `before` and kept for both sides of the step (where all
+            that share it are 0 and set none, from `after`); None judges them unscaled, as those of
+            16 bits always are.
+        compile: Whether to use torch.compile: half a minute for the first call, then faster on
+            large tensors.
+
+    Returns:
+        Figures by key: ``metric`` for the tensor, ``metric/format`` for each format, under the
+        format's own name: ``stall_frac/e4m3fn`` also where it was asked for as ``"e4m3"``.
+
+        `altgrad.measurement.metrics` has their units, ranges and meanings. First come
+        ``kept_update_ratio`` (⟨effective update, update⟩ over ⟨update, update⟩: 1 is all, 0 is
+        nothing) and ``stall_frac`` (share of non-zero updates that vanish); what compares the
+        gradient is descriptive.
+
+    Raises:
+        TypeError: Not floating-point tensors, or before and after of different dtypes.
+        ValueError: Shapes that differ, an unknown format, two formats of one name, or a wrong
+            scaling.
+
+    Examples:
+        >>> import torch
+        >>> from altgrad import measure
+        >>> before = torch.ones(4)  # a LayerNorm gain
+        >>> after = before + 1e-3  # an update of AdamW at learning rate 1e-3
+        >>> figures = measure(before, after, formats=["fp16", "bf16"])
+        >>> figures["stall_frac/fp16"], figures["stall_frac/bf16"]
+        (0.0, 1.0)
+    """
+    measurer = Measurer(formats, scaling, compile=compile)
+    (figures,) = metrics_of([measurer.statistics_of(before, after, gradient)])
+    left_out = NEED_TRACKING if gradient is not None else NEED_TRACKING | NEED_GRADIENT
+    return {key: figures[key] for key in figures if key.split("/")[0] not in left_out}
+
+
+class Batch(NamedTuple):
+    """Rows of several layers that are stored in one dtype, and what does not change with a step.
+
+    Attributes:
+        rows: The elements.
+        layers: Which layer each row belongs to.
+        counted: float64, (layers, 2): how many elements the parameter has and the rows hold.
+        grids: The formats, with the scale of each row; None where `sharing` says which elements
+            share a scale.
+        sharing: Of the elements of all rows, one after the other, with the amax of its groups.
+        bins: Where the histogram of each row begins.
+        meant: As in `Totals.vectors`.
+        ever: What the elements have done so far; updated. None if they are not tracked.
+    """
+
+    rows: Rows
+    layers: LayersOfRows
+    counted: Tensor
+    grids: Grids | None
+    sharing: tuple[Sharing, Tensor | None] | None
+    bins: tuple[Tensor, Tensor, Tensor]
+    meant: Tensor | None
+    ever: EverMoved | None
+
+
+class Measurer:
+    """Measures steps on the same formats again and again, in memory that it keeps.
+
+    Args:
+        formats, scaling, compile: As in `measure`.
+        histograms: Whether to count octaves, which the two medians of logarithms need.
+
+    Attributes:
+        formats: The formats.
+        names: Their names.
+        scaling: As given.
+        is_single: Whether every format has one scale for a whole layer.
+        capacity: How many elements one call of the kernel may measure, in the memory it may take.
+        needs_amax: Whether the scales need the amax of layers, or of their channels.
+        block: How many neighbours must be measured together, from a multiple of it on.
+    """
+
+    def __init__(
+        self,
+        formats: Formats = DEFAULT_FORMATS,
+        scaling: Scaling | None = "tensor",
+        *,
+        compile: bool = False,
+        histograms: bool = True,
+    ) -> None:
+        if scaling is not None:
+            check_scaling(scaling)
+        self.formats = get_formats(formats)
+        self.names = tuple(format.name for format in self.formats)
+        self.scaling = scaling
+        self._block_sizes = block_sizes(self.formats, scaling)
+        self.block = math.lcm(*self._block_sizes)
+        self.needs_amax = need_amax(self.formats, scaling)
+        self.is_single = not self._block_sizes and not (
+            scaling == "channel" and any(is_scaled(format, scaling) for format in self.formats)
+        )
+        self.capacity = _COMPILED_CHUNK
+        if not compile:
+            self.capacity = columns_that_fit(
+                len(self.formats), scale_per_element=not self.is_single
+            )
+        if self.block > self.capacity:
+            raise ValueError(
+                f"scaling={scaling!r}: blocks of {self.block} elements, with those of all formats, "
+                f"are more than the {self.capacity} that are measured at once; use 'tensor' or "
+                "'channel'"
+            )
+        self._histograms = histograms
+        self._workspace = Workspace()
+        self._compiled = (
+            torch.compile(_compiled_rows, dynamic=True, fullgraph=True, options=_OPTIONS)
+            if compile
+            else None
+        )
+
+    def grids(self, scale: Tensor | None, device: torch.device) -> Grids | None:
+        """The formats under a scale of (1 or rows, formats, 1 or columns); None without formats."""
+        if not self.formats:
+            return None
+        blocks = [isinstance(format, BlockFormat) for format in self.formats]
+        return grids_of(
+            [f.element if isinstance(f, BlockFormat) else f for f in self.formats],
+            [is_scaled(format, self.scaling) for format in self.formats],
+            scale,
+            power_of_two=not any(blocks),
+            device=device,
+        )
+
+    def amax_of(self, before: Tensor, after: Tensor) -> Tensor:
+        """The largest magnitude of the weights, or of each channel; where all are 0, `after`'s."""
+        amax = layer_amax(before, self.scaling)
+        if bool((amax == 0).any()):
+            amax = torch.where(amax == 0, layer_amax(after, self.scaling), amax)
+        return amax
+
+    @torch.no_grad()
+    def statistics_of(
+        self,
+        before: Tensor,
+        after: Tensor,
+        gradient: Tensor | None = None,
+        amax: Tensor | None = None,
+        ever: EverMoved | None = None,
+        sample: Sample | None = None,
+    ) -> LayerStatistics:
+        """The statistics that all metrics of one tensor's step follow from, on its device.
+
+        Args:
+            before: As in `measure`.
+            after: Likewise.
+            gradient: Likewise.
+            amax: Of the weights, or of each channel, where it is kept from step to step; None
+                takes `amax_of` them, for which the host waits.
+            ever: What the elements have done so far, as one row; updated.
+            sample: Which elements of a parameter these are; None takes them for all.
+
+        Raises:
+            TypeError, ValueError: As `measure`.
+        """
+        check_step(before, after, gradient)
+        if amax is None and self.needs_amax:
+            amax = self.amax_of(before, after)
+        device, shape = before.device, before.shape if sample is None else sample.shape
+        totals = Totals(1, len(self.formats), device)
+        one_layer = torch.zeros(1, dtype=torch.int64, device=device)
+        histograms = Histograms(totals.counts, *bins_of(one_layer, len(self.formats)))
+        grids = self.grids(self.single_scales(amax, 1, device), device) if self.is_single else None
+        tensor_amax = None
+        if amax is not None and need_tensor_amax(self.formats):
+            tensor_amax = tensor_amax_of(before, amax)
+        start = 0
+        tensors = (before, after) if gradient is None else (before, after, gradient)
+        for flat in chunks_of(tensors, self._chunk(tensors), block=self.block, sample=sample):
+            scales = None
+            if not self.is_single:
+                scales = self._scales_of_chunk(flat, (amax, tensor_amax), start, shape, sample)
+            columns = len(flat[0]) if self._compiled is None else _COMPILED_COLUMNS
+            for part, rows in rows_of(flat, columns):
+                if scales is not None:
+                    of_rows = scales[:, part].view(len(scales), *rows.before.shape[::2])
+                    grids = self.grids(of_rows.transpose(0, 1), device)
+                first = start + part.start
+                of_part = None if ever is None else part_of(ever, first, rows.before.shape)
+                totals.add(self._rows(rows, grids, histograms, of_part))
+            start += len(flat[0])
+        counted = torch.tensor([[shape.numel(), before.numel()]], dtype=torch.float64)
+        meant = meant_columns(self.judges(before.dtype), device)
+        vector = totals.vectors(counted.to(device), meant)[0]
+        middle = sum_count(len(self.formats))
+        return LayerStatistics(self.names, vector[:middle], vector[middle:])
+
+    def _chunk(self, tensors: tuple[Tensor, ...]) -> int:
+        size = self.capacity
+        if not all(each.is_contiguous() for each in tensors):
+            size -= size // 6  # chunks are copied
+        return size
+
+    def _scales_of_chunk(
+        self,
+        flat: tuple[Tensor, ...],
+        amax: tuple[Tensor | None, Tensor | None],
+        start: int,
+        shape: torch.Size,
+        sample: Sample | None,
+    ) -> Tensor:
+        """(formats, elements)."""
+        stop = start + len(flat[0])
+        indices = torch.arange(start, stop) if sample is None else sample.indices[start:stop].cpu()
+        sharing, of_groups = self.sharing_of(shape, indices), amax[0]
+        if of_groups is not None:
+            sharing, groups = sharing.of_its_groups()
+            of_groups = of_groups[groups]
+        sharing, scaled = sharing.to(flat[0].device), (self.formats, self.scaling)
+        return element_scales(flat[0], flat[1], of_groups, amax[1], sharing, *scaled)
+
+    def sharing_of(self, shape: torch.Size, indices: Tensor) -> Sharing:
+        """As `Sharing.of`."""
+        return Sharing.of(shape, indices, self._block_sizes, self.scaling)
+
+    def single_scales(self, amax: Tensor | None, layers: int, device: torch.device) -> Tensor:
+        """(layers, formats, 1) of the amax of each."""
+        if amax is None:
+            amax = torch.zeros(layers, device=device)  # it serves no format
+        return single_scales(amax, self.formats, self.scaling).unsqueeze(-1)
+
+    def batch(
+        self,
+        rows: Rows,
+        layer_of_row: Tensor,
+        counted: Tensor,
+        scales: Tensor | tuple[Sharing, Tensor | None],
+        ever: EverMoved | None,
+    ) -> Batch:
+        """What `vectors_of` measures step after step; scales as `with_scales` takes them."""
+        device = counted.device
+        batch = Batch(
+            rows,
+            LayersOfRows.of(layer_of_row, len(self.formats)),
+            counted,
+            None,
+            None,
+            bins_of(layer_of_row, len(self.formats)),
+            meant_columns(self.judges(rows.before.dtype), device),
+            ever,
+        )
+        return self.with_scales(batch, scales)
+
+    def with_scales(self, batch: Batch, scales: Tensor | tuple[Sharing, Tensor | None]) -> Batch:
+        """The same under scales of (1 or rows, formats, 1), or of what shares one and its amax."""
+        if isinstance(scales, tuple):
+            return batch._replace(sharing=scales)
+        return batch._replace(grids=self.grids(scales, batch.counted.device))
+
+    @torch.no_grad()
+    def vectors_of(self, batch: Batch) -> Tensor:
+        """A row for each of the batch's layers: its sums, then its maxima."""
+        totals = Totals(len(batch.counted), len(self.formats), batch.counted.device)
+        histograms = Histograms(totals.counts, *batch.bins)
+        grids = batch.grids if batch.sharing is None else self._grids_of_elements(batch)
+        totals.add(self._rows(batch.rows, grids, histograms, batch.ever), batch.layers)
+        return totals.vectors(batch.counted, batch.meant)
+
+    def _grids_of_elements(self, batch: Batch) -> Grids | None:
+        assert batch.sharing is not None
+        (sharing, amax), before = batch.sharing, batch.rows.before
+        flat = before.reshape(-1), batch.rows.after.reshape(-1)
+        tensor_amax = None
+        if amax is not None and need_tensor_amax(self.formats):
+            tensor_amax = tensor_amax_of(flat[0], amax, sharing)
+        scales = element_scales(*flat, amax, tensor_amax, sharing, self.formats, self.scaling)
+        by_row = scales.view(-1, before.shape[0], before.shape[2]).transpose(0, 1)
+        return self.grids(by_row, before.device)
+
+    def _rows(
+        self,
+        rows: Rows,
+        grids: Grids | None,
+        histograms: Histograms,
+        ever: EverMoved | None,
+    ) -> RowSums:
+        own_grid = _own_grid(rows.before.dtype)
+        counting = histograms if self._histograms else None
+        if self._compiled is not None and rows.before.numel() >= _COMPILED_COLUMNS:
+            sums: RowSums = self._compiled(_widened(rows), grids, own_grid, counting, ever)
+            take_over(sums, histograms, ever)
+            return sums
+        shape = rows.before.shape[0], len(self.formats), rows.before.shape[-1]
+        buffers = self._workspace.buffers(*shape, rows.before.device)
+        return row_sums(rows, grids, own_grid, buffers, counting, ever)
+
+    def judges(self, dtype: torch.dtype) -> list[bool]:
+        """For each format, whether weights stored in this dtype show the updates it would lose."""
+        return [format.is_coarser_than(dtype) for format in self.formats]
+
+
+def check_step(before: Tensor, after: Tensor, gradient: Tensor | None) -> None:
+    """TypeError or ValueError unless they can be measured."""
+    check_pair("before", before, "after", after)
+    if before.dtype != after.dtype:
+        raise TypeError(
+            f"before has dtype {before.dtype} and after {after.dtype}; expected the same"
+        )
+    if gradient is not None:
+        check_pair("before", before, "gradient", gradient)
+
+
+def _compiled_rows(
+    rows: Rows,
+    grids: Grids | None,
+    own_grid: tuple[float, float],
+    histograms: Histograms | None,
+    ever: EverMoved | None,
+) -> RowSums:
+    formats = 0 if grids is None else grids.eps.shape[1]
+    buffers = fresh_buffers(
+        rows.before.shape[0], formats, rows.before.shape[-1], rows.before.device
+    )
+    return row_sums(rows, grids, own_grid, buffers, histograms, ever)
+
+
+def _widened(rows: Rows) -> Rows:
+    """The same values, none of them stored in 16 bits, which compiled code is slow to read."""
+    gradient = None if rows.gradient is None else _wide(rows.gradient)
+    return Rows(_wide(rows.before), _wide(rows.after), gradient)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.element_size() == 2 else x  # bytes
+
+
+def _own_grid(dtype: torch.dtype) -> tuple[float, float]:
+    """2**-M and the smallest positive number of a dtype that is never flushed to zero here."""
+    info = torch.finfo(dtype)
+    return info.eps, max(info.tiny * info.eps, torch.finfo(torch.float64).tiny)

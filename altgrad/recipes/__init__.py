@@ -1,0 +1,1 @@
+"""How weights and optimizer states are stored."""
