@@ -94,7 +94,6 @@ class PrecisionMonitor(Callback):
         sampling: Rules for single layers, as in `UpdateMonitor`.
         overhead_budget: As in `UpdateMonitor`; what loggers, pictures and files take is not in it.
         seed: As in `UpdateMonitor`.
-        compile: As in `UpdateMonitor`.
         strict: Whether what fails in here, loggers included, is raised into the training.
 
     Attributes:
@@ -126,7 +125,6 @@ class PrecisionMonitor(Callback):
         sampling: Sequence[SamplingRule] = (),
         overhead_budget: float | None = None,
         seed: int = 0,
-        compile: bool = False,
         strict: bool = False,
     ) -> None:
         self.formats = get_formats(formats)
@@ -153,12 +151,11 @@ class PrecisionMonitor(Callback):
             "max_elements": chosen["max_elements"],
             "overhead_budget": chosen["overhead_budget"],
             "seed": seed,
-            "compile": compile,
             "strict": strict,
         }
         self._sampling = tuple(sampling)
         # Not in the middle of a training: what is wrong whatever the module is an error here.
-        UpdateMonitor([("", torch.zeros(1))], **(self._settings | {"compile": False}))
+        UpdateMonitor([("", torch.zeros(1))], **self._settings)
 
         self.latest: Mapping[str, Figures] = {}
         self.latest_model: Figures | None = None

@@ -1,6 +1,6 @@
 """Times what it takes to measure one tensor's step, in nanoseconds per element.
 
-    python benchmarks/measuring.py [--quick] [--compile] [--threads 1 2] [--sizes 1e4 1e6]
+    python benchmarks/measuring.py [--quick] [--threads 1 2] [--sizes 1e4 1e6]
 
 Beside AltGrad's engine stand the same figures written naively (see naive.py), a clone of one of the
 three tensors, and the memory limit: each of the three read once, to a sum. The engine is timed to
@@ -30,7 +30,6 @@ from paired import (
     quartiles,
     ratios,
     script_arguments,
-    seconds_of,
     size_name,
     write_json,
 )
@@ -49,18 +48,12 @@ MEMORY_SIZE = 4_000_000
 
 LIMIT = "memory limit: three sums"
 NAIVE = "naive"
-EAGER = "altgrad eager"
-COMPILED = "altgrad compiled, no histogram"
-COMPILED_HISTOGRAM = "altgrad compiled"
+EAGER = "altgrad engine"
 MEASURE = "altgrad.measure"
-VARIANTS = ("torch clone of one", LIMIT, NAIVE, EAGER, MEASURE, COMPILED, COMPILED_HISTOGRAM)
+VARIANTS = ("torch clone of one", LIMIT, NAIVE, EAGER, MEASURE)
 AT_MOST = {  # nanoseconds per element, one thread, float32, at 1e6 and at 3e7
     (EAGER, 1): 45,
     (EAGER, 4): 130,
-    (COMPILED, 1): 4,
-    (COMPILED, 4): 9,
-    (COMPILED_HISTOGRAM, 1): 6,
-    (COMPILED_HISTOGRAM, 4): 14,
 }
 TARGET_SIZES = (1_000_000, 30_000_000)
 MEMORY_TARGET_MIB = 16
@@ -82,9 +75,7 @@ class Cell(NamedTuple):
     ratio_to_limit: Quartiles
 
 
-def variants_of(
-    step: Step, formats: tuple[str, ...], compiled: dict[str, Measurer]
-) -> dict[str, Callable[[], object]]:
+def variants_of(step: Step, formats: tuple[str, ...]) -> dict[str, Callable[[], object]]:
     before, after, gradient = step
     measurer = Measurer(formats)
     resolved = [get_format(name) for name in formats]
@@ -96,22 +87,7 @@ def variants_of(
     }
     if before.numel() <= NAIVE_LIMIT:
         variants[NAIVE] = lambda: [naive_figures(*step, format) for format in resolved]
-    for name, its in compiled.items():
-        variants[name] = lambda its=its: its.statistics_of(*step)
     return variants
-
-
-def compiled_measurers(formats: tuple[str, ...], dtype: torch.dtype) -> dict[str, Measurer]:
-    """Compiled here, so that no timing has it in it, for this dtype and number of threads."""
-    measurers = {
-        COMPILED: Measurer(formats, compile=True, histograms=False),
-        COMPILED_HISTOGRAM: Measurer(formats, compile=True),
-    }
-    step = ordinary_data(1_000_000, dtype)
-    for name, measurer in measurers.items():
-        taken = seconds_of(lambda measurer=measurer: measurer.statistics_of(*step))
-        print(f"{name}, {len(formats)} formats: the first call took {taken:.1f} s", flush=True)
-    return measurers
 
 
 def rounds_of(elements: int, *, quick: bool) -> int:
@@ -201,14 +177,13 @@ def memory_targets() -> list[Target]:
     targets = []
     for formats in FORMATS.values():
         peak = peak_memory(lambda formats=formats: Measurer(formats).statistics_of(*step)) / 2**20
-        demand = f"MiB beside {size_name(MEMORY_SIZE)} elements, eager, {len(formats)} format(s)"
+        demand = f"MiB beside {size_name(MEMORY_SIZE)} elements, {len(formats)} format(s)"
         targets.append(Target(demand, peak, MEMORY_TARGET_MIB))
     return targets
 
 
 def main() -> None:
     parser = script_arguments("Time the measuring of one tensor's step, paired.")
-    parser.add_argument("--compile", action="store_true", help="also what torch.compile makes")
     parser.add_argument("--sizes", nargs="+", type=float, default=SIZES, metavar="N")
     parser.add_argument("--threads", nargs="+", type=int, default=(1, 2), metavar="N")
     parser.add_argument("--dtypes", nargs="+", default=tuple(DTYPES), choices=DTYPES)
@@ -221,12 +196,10 @@ def main() -> None:
         torch.set_num_threads(threads)
         for dtype in arguments.dtypes:
             for count in arguments.formats:
-                torch.compiler.reset()  # what was compiled for other threads or dtypes
                 formats = FORMATS[count]
-                compiled = compiled_measurers(formats, DTYPES[dtype]) if arguments.compile else {}
                 cells: list[Cell] = []
                 for size in sizes:
-                    variants = variants_of(ordinary_data(size, DTYPES[dtype]), formats, compiled)
+                    variants = variants_of(ordinary_data(size, DTYPES[dtype]), formats)
                     rounds = rounds_of(size, quick=arguments.quick)
                     seconds = paired_batches(variants, rounds)
                     cells += cells_of(seconds, dtype, threads, count, size)

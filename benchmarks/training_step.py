@@ -1,6 +1,6 @@
 """Times what AltGrad adds to a training step, beside other tools that watch one, paired.
 
-    python benchmarks/training_step.py [--quick] [--compile] [--threads N] [--tokens 32 1024]
+    python benchmarks/training_step.py [--quick] [--threads N] [--tokens 32 1024]
 
 A GPT of 10.1 M parameters in 100 tensors, float32, AdamW, random tokens. Every variant trains its
 own copy from the same state on the same tokens and observes every step; a round steps each once, in
@@ -60,7 +60,6 @@ ROUNDS = {32: 60, 1_024: 20, 2_048: 12}
 PLAIN = "plain step"
 FLOOR = "floor: copies, difference, 3 norms"
 FULL = "altgrad, all elements"
-COMPILED = "altgrad, all elements, compiled"
 LIGHTNING = "Lightning grad_norm, CSV logger"
 WANDB = 'wandb.watch(log="all"), offline'
 
@@ -102,14 +101,13 @@ class Training:
         self.after_step(loss)
 
 
-def monitored(max_elements: int | None, *, compile: bool = False) -> Add:
+def monitored(max_elements: int | None) -> Add:
     def add(training: Training, stack: ExitStack) -> None:
         monitor = UpdateMonitor(
             training.model,
             formats=FORMATS,
             every_n_steps=1,
             max_elements=max_elements,
-            compile=compile,
             strict=True,  # what fails would otherwise end the observation and cost nothing
         )
         stack.enter_context(monitor.attach(training.optimizer))
@@ -161,14 +159,12 @@ def sampled(elements: int) -> str:
     return f"altgrad, {elements:,} of each"
 
 
-def groups_of(*, with_compile: bool) -> list[dict[str, Add]]:
+def groups_of() -> list[dict[str, Add]]:
     """What adds each variant to a training, in groups that are paired with a plain step each."""
     group = {PLAIN: add_nothing, FLOOR: add_floor}
     for sample in sorted({*SAMPLES, *([DEFAULT_SAMPLE] if DEFAULT_SAMPLE else [])}):
         group[sampled(sample)] = monitored(sample)
     group[FULL] = monitored(None)
-    if with_compile:
-        group[COMPILED] = monitored(None, compile=True)
     group[LIGHTNING] = add_lightning
     if importlib.util.find_spec("wandb"):
         return [group, {PLAIN: add_nothing, WANDB: add_wandb}]
@@ -179,10 +175,7 @@ def groups_of(*, with_compile: bool) -> list[dict[str, Add]]:
 def step_all(
     group: dict[str, Add], model: nn.Module, tokens: int, rounds: int
 ) -> tuple[Seconds, dict[str, tuple[int, int]]]:
-    """The seconds of the group's steps; operations and host copies of one step of each.
-
-    Of code that is compiled these cannot be counted: torch does not run it while it is watched.
-    """
+    """The seconds of the group's steps; operations and host copies of one step of each."""
     trainings = {name: Training(model, SHAPES[tokens]) for name in group}
     with ExitStack() as stack:
         for name, training in trainings.items():
@@ -193,7 +186,7 @@ def step_all(
         paired_steps(steps, 2, untimed=0)  # scales, buffers and graphs are then made
         seconds = paired_steps(steps, rounds, untimed=int(tokens <= 32))
         check_same_weights(trainings)
-        counted = {name: counts_of(trainings[name]) for name in group if name != COMPILED}
+        counted = {name: counts_of(trainings[name]) for name in group}
     return seconds, counted
 
 
@@ -246,7 +239,7 @@ def print_counts(counted: dict[str, tuple[int, int]]) -> None:
 
 def targets_of(rows: list[Row]) -> list[Target]:
     default = sampled(DEFAULT_SAMPLE) if DEFAULT_SAMPLE else FULL
-    demands = ((default, 32, 1.15), (default, 1_024, 1.02), (COMPILED, 2_048, 1.10))
+    demands = ((default, 32, 1.15), (default, 1_024, 1.02))
     measured = {(row.variant, row.tokens): row.ratio.median for row in rows}
     return [
         Target(f"{name}, {tokens:,} tokens", measured.get((name, tokens)), at_most)
@@ -256,7 +249,6 @@ def targets_of(rows: list[Row]) -> list[Target]:
 
 def main() -> None:
     parser = script_arguments("Time what observing adds to a training step, paired.")
-    parser.add_argument("--compile", action="store_true", help="also what torch.compile makes")
     parser.add_argument("--threads", type=int, metavar="N", help="cores for torch; default: all")
     parser.add_argument("--tokens", nargs="+", type=int, default=tuple(SHAPES), choices=SHAPES)
     parser.add_argument("--rounds", type=int, metavar="N", help="default: 60, 20 and 12")
@@ -268,7 +260,7 @@ def main() -> None:
     model = Gpt()
     parameters = list(model.parameters())
     print(f"{sum(p.numel() for p in parameters):,} parameters in {len(parameters)} tensors")
-    groups = groups_of(with_compile=arguments.compile)
+    groups = groups_of()
     rows: list[Row] = []
     counted: dict[str, tuple[int, int]] = {}
     for tokens in arguments.tokens:

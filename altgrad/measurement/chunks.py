@@ -42,23 +42,15 @@ def chunks_of(
         yield from _along_rows(tuple(each.detach() for each in tensors), size // block * block)
 
 
-def rows_of(flat: tuple[Tensor, ...], columns: int) -> Iterator[tuple[slice, Rows]]:
-    """One chunk as rows, and which part of it they are; those that fill no row are one apart."""
-    count = len(flat[0])
-    whole = count // columns * columns
-    for part, width in ((slice(0, whole), columns), (slice(whole, count), count - whole)):
-        if part.stop > part.start:
-            rows = [each[part].view(-1, 1, width) for each in flat]
-            yield part, Rows(rows[0], rows[1], rows[2] if len(rows) == 3 else None)
+def row_of(flat: tuple[Tensor, ...]) -> Rows:
+    """One chunk as a single row."""
+    rows = [each.view(1, 1, -1) for each in flat]
+    return Rows(rows[0], rows[1], rows[2] if len(rows) == 3 else None)
 
 
-def part_of(ever: EverMoved, start: int, shape: torch.Size) -> EverMoved:
-    """From one row, those elements from `start` on that make rows of that shape."""
-    stop = start + shape.numel()
-    moved, effective = (
-        each[0, :, start:stop].reshape(each.shape[1], shape[0], shape[2]) for each in ever
-    )
-    return EverMoved(moved.transpose(0, 1), effective.transpose(0, 1))
+def part_of(ever: EverMoved, start: int, count: int) -> EverMoved:
+    """So many elements of one row, from `start` on."""
+    return EverMoved(*(each[..., start : start + count] for each in ever))
 
 
 def _along_rows(tensors: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:

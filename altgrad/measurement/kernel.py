@@ -1,9 +1,7 @@
 """The numeric kernel: rows of one step's weights and gradients to sums, for every format at once.
 
 All is computed in float64, elementwise quantities in buffers that are written over and over, so
-that one operation serves all rows and formats. The same source runs eagerly and under
-torch.compile; where the two need different operations for one thing, one of the small functions at
-the end holds both.
+that one operation serves all rows and formats.
 
 The words are those of the design: w and v are the weights before and after, d = v − w the update, S
 the spacing of a grid at w, Q rounding to it.
@@ -11,7 +9,6 @@ the spacing of a grid at w, Q rounding to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,35 +75,16 @@ class RowSums(NamedTuple):
     Attributes:
         sums: Of ROW_SUMS, of FORMAT_ROW_SUMS (each for all formats), then of squares likewise.
         maxima: Likewise; then the minima, negated.
-        of_layer: What compiled code hands out of the elements, (rows, 1, columns).
-        of_formats: Likewise, (rows, formats, columns).
     """
 
     sums: Tensor
     maxima: Tensor
-    of_layer: HandedOut
-    of_formats: HandedOut
-
-
-class HandedOut(NamedTuple):
-    """What a compiler, which neither counts nor writes over anything well, leaves to its caller.
-
-    Both are whole numbers in float32, to which it converts fast; None where nothing is left to do.
-
-    Attributes:
-        octaves: The bin of each element.
-        is_so: 1 for an element that `EverMoved` is to remember.
-    """
-
-    octaves: Tensor | None
-    is_so: Tensor | None
 
 
 class _Sums(NamedTuple):
     sums: dict[str, Tensor]
     maxima: dict[str, Tensor]
     minima: dict[str, Tensor]
-    handed_out: HandedOut
 
 
 def row_sums(
@@ -114,31 +92,32 @@ def row_sums(
     grids: Grids | None,
     own_grid: tuple[float, float],
     buffers: Buffers,
-    histograms: Histograms | None = None,
+    histograms: Histograms,
     ever: EverMoved | None = None,
 ) -> RowSums:
     """Measure rows on every grid.
+
+    What is true of an element is 1.0 in a float64 buffer: a bool tensor takes five times as long to
+    sum.
 
     Args:
         rows: The elements, which are not changed.
         grids: The formats, with the scale of each row; None without formats.
         own_grid: 2**-M and the smallest positive number of the dtype that weights are stored in.
         buffers: For as many rows, formats and columns; overwritten.
-        histograms: Where octaves are counted; None leaves them out. When compiled, whether they
-            are handed out.
+        histograms: Where octaves are counted.
         ever: What to update, where the elements are tracked.
     """
     layer = _of_layer(rows, own_grid, buffers, histograms, ever)
     formats = _of_formats(grids, buffers, histograms, ever) if grids else _no_formats(rows)
-    sums, maxima = _sums(layer, formats), _maxima(layer, formats)
-    return RowSums(sums, maxima, layer.handed_out, formats.handed_out)
+    return RowSums(_sums(layer, formats), _maxima(layer, formats))
 
 
 def _of_layer(
     rows: Rows,
     own_grid: tuple[float, float],
     buffers: Buffers,
-    histograms: Histograms | None,
+    histograms: Histograms,
     ever: EverMoved | None,
 ) -> _Sums:
     """Fill the shared buffers, all zero where one of the three is not finite, and sum them."""
@@ -147,7 +126,7 @@ def _of_layer(
 
     _copy_values(rows, buffers)
     largest = _largest(buffers, out=update)
-    valid = _is(torch.lt, largest, LARGEST, update)
+    valid = torch.lt(largest, LARGEST, out=update)
     finite = valid.sum(-1)
     torch.reciprocal(valid, out=no_value).sub_(1)  # inf where there is none, else 0
     _zero_and_size(torch.ne(valid, 1), buffers)
@@ -160,15 +139,15 @@ def _of_layer(
     gap = binade_of(larger.mul_(JUST_BELOW_ONE), t).mul_(eps).clamp_(min=smallest)
     ulps = torch.div(update, gap, out=t)
     ulps_sum, ulps_max = ulps.sum(-1), ulps.amax(-1)
-    octaves = _octaves(ulps, 0, no_weight, histograms, "ulps_at")
+    _count_octaves(ulps, 0, no_weight, histograms, "ulps_at")
 
-    moved = _is(torch.ne, update, 0, s)
+    moved = torch.ne(update, 0, out=s)
     moved_sum = moved.sum(-1)
-    ever_moved, is_so = _remembered(ever and ever.moved, moved, moved_sum)
-    has_gradient = _is(torch.ne, gradient, 0, t)
+    ever_moved = _remembered(ever and ever.moved, moved, moved_sum)
+    has_gradient = torch.ne(gradient, 0, out=t)
     gradient_sum = has_gradient.sum(-1)
     both_sum = has_gradient.mul_(moved).sum(-1)
-    _is(torch.ne, size, 0, has_weight)
+    torch.ne(size, 0, out=has_weight)
     torch.mul(gradient, has_weight, out=pair)
     torch.reciprocal(has_weight, out=no_weight).sub_(1)
     torch.add(gradient, no_weight, out=pair_least)
@@ -192,17 +171,17 @@ def _of_layer(
     }
     maxima = {"ulps": ulps_max, "paired_gradient_abs": pair.amax(-1)}
     minima = {"paired_gradient_abs": pair_least.amin(-1)}
-    return _Sums(sums, maxima, minima, HandedOut(octaves, is_so))
+    return _Sums(sums, maxima, minima)
 
 
 def _of_formats(  # noqa: PLR0915 - a written-out numeric kernel reads best from top to bottom
-    grids: Grids, buffers: Buffers, histograms: Histograms | None, ever: EverMoved | None
+    grids: Grids, buffers: Buffers, histograms: Histograms, ever: EverMoved | None
 ) -> _Sums:
     """From the shared buffers, as `_of_layer` left them, to the sums of each format."""
     w, v, t, size, _, _, update, no_value, no_weight, pair_least = buffers.shared
-    has_weight, pair, d, d_cubed = buffers.stacked
+    has_weight, pair, d, _ = buffers.stacked
     a, b, c, e = buffers.per_format
-    first, second = buffers.pairs or (None, None)
+    first, second = buffers.pairs
     sums, maxima, minima = {}, {}, {}
     apart = grids.scale is not None
     binade = b if apart else t
@@ -211,25 +190,25 @@ def _of_formats(  # noqa: PLR0915 - a written-out numeric kernel reads best from
     x = grids.into(w, a)
     gap = gap_at(x, binade_of(x, binade), grids, b)
     stored = round_to_gap(x, gap, grids, c)
-    sums["saturated"] = _is(torch.gt, a.abs_() if apart else size, grids.top, a).sum(-1)
+    sums["saturated"] = torch.gt(a.abs_() if apart else size, grids.top, out=a).sum(-1)
     stiffness = grids.back(torch.minimum(gap, grids.last_gap, out=b))
-    sums["stiffness"], sums["stiffness_gradient"] = _dots(stiffness, (has_weight, pair), first)
+    sums["stiffness"], sums["stiffness_gradient"] = torch.bmm(stiffness, first).unbind(-1)
     of_weights = torch.mul(stiffness, has_weight, out=a)
     maxima["stiffness"], sums["stiffness_sq"] = of_weights.amax(-1), _norm(of_weights)
     minima["stiffness"] = torch.maximum(stiffness, no_weight, out=a).amin(-1)
-    sums["gradient_below_stiffness"] = _is(torch.lt, pair_least, stiffness, a).sum(-1)
+    sums["gradient_below_stiffness"] = torch.lt(pair_least, stiffness, out=a).sum(-1)
     per_stiffness = torch.reciprocal(stiffness, out=b)
     sums["gradient_per_stiffness"] = torch.mul(pair, per_stiffness, out=a).sum(-1)
     steps = torch.mul(update, per_stiffness, out=b)
     sums["stochastic_move"] = torch.clamp(steps, max=1, out=a).sum(-1)
-    octaves = _octaves(steps, FIRST_STEPS_OCTAVE, a, histograms, "steps_at")
+    _count_octaves(steps, FIRST_STEPS_OCTAVE, a, histograms, "steps_at")
 
     # What a cast shows: Q(w) beside Q(v).
     x = grids.into(v, a)
     gap = gap_at(x, binade_of(x, binade), grids, b)
     shown = _clamp(round_to_gap(x, gap, grids, e), grids.floor, grids.ceiling)
     stored = _clamp(stored, grids.floor, grids.ceiling)
-    sums["visible"] = _is(torch.ne, shown, stored, e).sum(-1)
+    sums["visible"] = torch.ne(shown, stored, out=e).sum(-1)
 
     # The error of storing the weights.
     stored = _clamp(stored, grids.bottom, grids.top)
@@ -237,10 +216,10 @@ def _of_formats(  # noqa: PLR0915 - a written-out numeric kernel reads best from
     sums["grid_error"], sums["grid_error_sq"] = error.sum(-1), _norm(error)
     maxima["grid_error"] = error.amax(-1)
     minima["grid_error"] = torch.maximum(error, no_value, out=b).amin(-1)
-    sums["off_grid"] = _is(torch.ne, error, 0, a).sum(-1)
+    sums["off_grid"] = torch.ne(error, 0, out=a).sum(-1)
     stored_size = torch.abs(stored, out=a)
-    sums["stored_normal"] = _is(torch.ge, stored_size, grids.smallest_normal, b).sum(-1)
-    sums["stored_nonzero"] = _is(torch.ne, stored_size, 0, a).sum(-1)
+    sums["stored_normal"] = torch.ge(stored_size, grids.smallest_normal, out=b).sum(-1)
+    sums["stored_nonzero"] = torch.ne(stored_size, 0, out=a).sum(-1)
 
     # What is kept of the update: Q(Q(w) + d) − Q(w).
     target = grids.into(torch.add(grids.true(stored, a), d, out=a), a)
@@ -251,42 +230,31 @@ def _of_formats(  # noqa: PLR0915 - a written-out numeric kernel reads best from
     # Stochastic rounding goes to this neighbour or to the other; nothing is left to draw at a top.
     sums["stochastic_variance"] = grids.back(gap).sub_(distance).mul_(distance).sum(-1)
     effective = grids.back(torch.sub(updated, stored, out=e))
-    is_effective = _is(torch.ne, effective, 0, a)
+    is_effective = torch.ne(effective, 0, out=a)
     sums["effective"] = is_effective.sum(-1)
     so_far = ever and ever.effective
-    sums["ever_effective"], is_so = _remembered(so_far, is_effective, sums["effective"])
-    sums["kept"], sums["kept_update_cubed"] = _dots(effective, (d, d_cubed), second)
+    sums["ever_effective"] = _remembered(so_far, is_effective, sums["effective"])
+    sums["kept"], sums["kept_update_cubed"] = torch.bmm(effective, second).unbind(-1)
     sums["kept_sq"] = _norm(torch.mul(effective, d, out=a))
     sums["lost_sq"] = _norm(effective.sub_(d))
-    return _Sums(sums, maxima, minima, HandedOut(octaves, is_so))
+    return _Sums(sums, maxima, minima)
 
 
 def _no_formats(rows: Rows) -> _Sums:
     nothing = torch.zeros(len(rows.before), 0, dtype=torch.float64, device=rows.before.device)
     sums = dict.fromkeys((*FORMAT_ROW_SUMS, *FORMAT_ROW_SQUARES), nothing)
     extrema = dict.fromkeys(FORMAT_ROW_MAXIMA, nothing)
-    return _Sums(sums, extrema, extrema, HandedOut(None, None))
+    return _Sums(sums, extrema, extrema)
 
 
-def _is(compare: Callable[..., Tensor], x: Tensor, y: Tensor | float, out: Tensor) -> Tensor:
-    """1.0 where the comparison holds, else 0.0. A bool tensor takes five times as long to sum."""
-    if torch.compiler.is_compiling():
-        return out.copy_(torch.where(compare(x, y), 1.0, 0.0))
-    return compare(x, y, out=out)
-
-
-def _remembered(so_far: Tensor | None, now: Tensor, count: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Of how many elements something is or was true; when compiled those of which it is now."""
-    if so_far is None:
-        return count, None
-    if torch.compiler.is_compiling():
-        return count, now.to(torch.float32)
-    return so_far.logical_or_(now).sum(-1), None
+def _remembered(so_far: Tensor | None, now: Tensor, count: Tensor) -> Tensor:
+    """Fold `now` into `so_far` and count where it holds; `count` where nothing is tracked."""
+    return count if so_far is None else so_far.logical_or_(now).sum(-1)
 
 
 def _copy_values(rows: Rows, buffers: Buffers) -> None:
     """To float64, in one operation where they lie together."""
-    if buffers.values is not None and rows.together is not None:
+    if rows.together is not None:
         buffers.values.copy_(rows.together)
         return
     for each, to in zip(rows[:3], buffers.shared, strict=False):
@@ -298,19 +266,12 @@ def _copy_values(rows: Rows, buffers: Buffers) -> None:
 
 def _largest(buffers: Buffers, out: Tensor) -> Tensor:
     """The largest magnitude of the three values of each element; NaN if one of them is."""
-    if buffers.values is not None:
-        return torch.amax(torch.abs(buffers.values, out=buffers.sizes), 1, keepdim=True, out=out)
-    w, v, g = buffers.shared[:3]
-    return torch.maximum(torch.maximum(w.abs(), v.abs()), g.abs(), out=out)
+    return torch.amax(torch.abs(buffers.values, out=buffers.sizes), 1, keepdim=True, out=out)
 
 
 def _zero_and_size(invalid: Tensor, buffers: Buffers) -> None:
     """Zero all three values of invalid elements, and put their magnitudes where they belong."""
-    if buffers.values is not None:
-        torch.abs(buffers.values.masked_fill_(invalid, 0), out=buffers.sizes)
-        return
-    for value, size in zip(buffers.shared[:3], buffers.shared[3:6], strict=True):
-        torch.abs(value.masked_fill_(invalid, 0), out=size)
+    torch.abs(buffers.values.masked_fill_(invalid, 0), out=buffers.sizes)
 
 
 def _clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -319,35 +280,19 @@ def _clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    """The square root of the sum of squares, or when compiled their sum; `_sums` knows."""
-    if torch.compiler.is_compiling():
-        return (x * x).sum(-1)
+    """The square root of the sum of squares of each row, which `_sums` squares again."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
     return norm
 
 
-def _dots(x: Tensor, ys: Sequence[Tensor], together: Tensor | None) -> Sequence[Tensor]:
-    """Σ x · y for each y over the columns: one product with all of them where they lie together."""
-    if together is None:
-        return [(x * y).sum(-1) for y in ys]
-    return torch.bmm(x, together).unbind(-1)
-
-
-def _octaves(
-    values: Tensor, first: int, out: Tensor, histograms: Histograms | None, at: str
-) -> Tensor | None:
-    """Count in which octave each value lies, or when compiled return it; 0 is in the first."""
-    if histograms is None:
-        return None
-    bits = bits_of(values)
+def _count_octaves(
+    values: Tensor, first: int, out: Tensor, histograms: Histograms, at: str
+) -> None:
+    """Count in which octave each value lies; 0 is in the first."""
     lowest = first + _BIAS
-    if torch.compiler.is_compiling():
-        exponent = (bits >> _MANTISSA_BITS).clamp(lowest, lowest + OCTAVES - 1)
-        return (exponent - lowest).to(torch.float64).to(torch.float32)  # faster than at once
-    exponent = torch.bitwise_right_shift(bits, _MANTISSA_BITS, out=bits_of(out))
+    exponent = torch.bitwise_right_shift(bits_of(values), _MANTISSA_BITS, out=bits_of(out))
     bins = exponent.clamp_(lowest, lowest + OCTAVES - 1).add_(getattr(histograms, at)).flatten()
     histograms.counts.scatter_add_(0, bins, histograms.ones)
-    return None
 
 
 def _sums(layer: _Sums, formats: _Sums) -> Tensor:
@@ -356,9 +301,8 @@ def _sums(layer: _Sums, formats: _Sums) -> Tensor:
     squares = [layer.sums[name] for name in ROW_SQUARES]
     squares += [formats.sums[name] for name in FORMAT_ROW_SQUARES]
     table = torch.cat([*plain, *squares], dim=1)
-    if not torch.compiler.is_compiling():
-        count = sum(each.shape[1] for each in squares)
-        table[:, -count:].square_()
+    count = sum(each.shape[1] for each in squares)
+    table[:, -count:].square_()
     return table
 
 

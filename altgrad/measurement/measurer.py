@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from altgrad.measurement.chunks import Sample, chunks_of, part_of, rows_of
+from altgrad.measurement.chunks import Sample, chunks_of, part_of, row_of
 from altgrad.measurement.columns import LayerStatistics, sum_count
 from altgrad.measurement.figures import metrics_of
 from altgrad.measurement.kernel import EverMoved, Histograms, Rows, RowSums, row_sums
 from altgrad.measurement.metrics import NEED_GRADIENT, NEED_TRACKING
-from altgrad.measurement.totals import LayersOfRows, Totals, bins_of, meant_columns, take_over
-from altgrad.measurement.workspace import Workspace, columns_that_fit, fresh_buffers
+from altgrad.measurement.totals import LayersOfRows, Totals, bins_of, meant_columns
+from altgrad.measurement.workspace import Workspace, columns_that_fit
 from altgrad.quantization.arguments import check_pair
 from altgrad.quantization.block_formats import BlockFormat, NumberFormat, get_formats
 from altgrad.quantization.grids import Grids, grids_of
@@ -35,18 +35,6 @@ from altgrad.quantization.scaling import Scaling, check_scaling
 DEFAULT_FORMATS = ("bf16", "e4m3fn", "e5m2")
 """What is judged where nothing else is asked: bf16 and the two FP8 formats in use."""
 
-_COMPILED_COLUMNS = 4096
-_COMPILED_CHUNK = 2**18  # elements, of which the octaves of five are held as integers
-
-# Inductor splits what is summed together into loops that hand tensors on, unless told not to.
-_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
-    "cpp.max_horizontal_fusion_size": 256,
-    "max_fusion_size": 512,
-    "realize_opcount_threshold": 10**6,
-    "realize_reads_threshold": 10**6,
-    "realize_acc_reads_threshold": 10**6,
-}
-
 Formats = str | torch.dtype | NumberFormat | Iterable[str | torch.dtype | NumberFormat]
 
 
@@ -57,8 +45,6 @@ def measure(
     gradient: Tensor | None = None,
     formats: Formats = DEFAULT_FORMATS,
     scaling: Scaling | None = "tensor",
-    *,
-    compile: bool = False,
 ) -> dict[str, float]:
     """What one optimizer step did to one tensor, and what each format would have kept of it.
 
@@ -80,8 +66,6 @@ def measure(
             `compute_scale`, taken from `before` and kept for both sides of the step (where all
             that share it are 0 and set none, from `after`); None judges them unscaled, as those of
             16 bits always are.
-        compile: Whether to use torch.compile: half a minute for the first call, then faster on
-            large tensors.
 
     Returns:
         Figures by key: ``metric`` for the tensor, ``metric/format`` for each format, under the
@@ -106,7 +90,7 @@ def measure(
         >>> figures["stall_frac/fp16"], figures["stall_frac/bf16"]
         (0.0, 1.0)
     """
-    measurer = Measurer(formats, scaling, compile=compile)
+    measurer = Measurer(formats, scaling)
     (figures,) = metrics_of([measurer.statistics_of(before, after, gradient)])
     left_out = NEED_TRACKING if gradient is not None else NEED_TRACKING | NEED_GRADIENT
     return {key: figures[key] for key in figures if key.split("/")[0] not in left_out}
@@ -141,8 +125,7 @@ class Measurer:
     """Measures steps on the same formats again and again, in memory that it keeps.
 
     Args:
-        formats, scaling, compile: As in `measure`.
-        histograms: Whether to count octaves, which the two medians of logarithms need.
+        formats, scaling: As in `measure`.
 
     Attributes:
         formats: The formats.
@@ -158,9 +141,6 @@ class Measurer:
         self,
         formats: Formats = DEFAULT_FORMATS,
         scaling: Scaling | None = "tensor",
-        *,
-        compile: bool = False,
-        histograms: bool = True,
     ) -> None:
         if scaling is not None:
             check_scaling(scaling)
@@ -173,24 +153,14 @@ class Measurer:
         self.is_single = not self._block_sizes and not (
             scaling == "channel" and any(is_scaled(format, scaling) for format in self.formats)
         )
-        self.capacity = _COMPILED_CHUNK
-        if not compile:
-            self.capacity = columns_that_fit(
-                len(self.formats), scale_per_element=not self.is_single
-            )
+        self.capacity = columns_that_fit(len(self.formats), scale_per_element=not self.is_single)
         if self.block > self.capacity:
             raise ValueError(
                 f"scaling={scaling!r}: blocks of {self.block} elements, with those of all formats, "
                 f"are more than the {self.capacity} that are measured at once; use 'tensor' or "
                 "'channel'"
             )
-        self._histograms = histograms
         self._workspace = Workspace()
-        self._compiled = (
-            torch.compile(_compiled_rows, dynamic=True, fullgraph=True, options=_OPTIONS)
-            if compile
-            else None
-        )
 
     def grids(self, scale: Tensor | None, device: torch.device) -> Grids | None:
         """The formats under a scale of (1 or rows, formats, 1 or columns); None without formats."""
@@ -253,14 +223,11 @@ class Measurer:
             scales = None
             if not self.is_single:
                 scales = self._scales_of_chunk(flat, (amax, tensor_amax), start, shape, sample)
-            columns = len(flat[0]) if self._compiled is None else _COMPILED_COLUMNS
-            for part, rows in rows_of(flat, columns):
-                if scales is not None:
-                    of_rows = scales[:, part].view(len(scales), *rows.before.shape[::2])
-                    grids = self.grids(of_rows.transpose(0, 1), device)
-                first = start + part.start
-                of_part = None if ever is None else part_of(ever, first, rows.before.shape)
-                totals.add(self._rows(rows, grids, histograms, of_part))
+            rows = row_of(flat)
+            if scales is not None:
+                grids = self.grids(scales.unsqueeze(0), device)
+            of_part = None if ever is None else part_of(ever, start, len(flat[0]))
+            totals.add(self._rows(rows, grids, histograms, of_part))
             start += len(flat[0])
         counted = torch.tensor([[shape.numel(), before.numel()]], dtype=torch.float64)
         meant = meant_columns(self.judges(before.dtype), device)
@@ -358,14 +325,9 @@ class Measurer:
         ever: EverMoved | None,
     ) -> RowSums:
         own_grid = _own_grid(rows.before.dtype)
-        counting = histograms if self._histograms else None
-        if self._compiled is not None and rows.before.numel() >= _COMPILED_COLUMNS:
-            sums: RowSums = self._compiled(_widened(rows), grids, own_grid, counting, ever)
-            take_over(sums, histograms, ever)
-            return sums
         shape = rows.before.shape[0], len(self.formats), rows.before.shape[-1]
         buffers = self._workspace.buffers(*shape, rows.before.device)
-        return row_sums(rows, grids, own_grid, buffers, counting, ever)
+        return row_sums(rows, grids, own_grid, buffers, histograms, ever)
 
     def judges(self, dtype: torch.dtype) -> list[bool]:
         """For each format, whether weights stored in this dtype show the updates it would lose."""
@@ -381,30 +343,6 @@ def check_step(before: Tensor, after: Tensor, gradient: Tensor | None) -> None:
         )
     if gradient is not None:
         check_pair("before", before, "gradient", gradient)
-
-
-def _compiled_rows(
-    rows: Rows,
-    grids: Grids | None,
-    own_grid: tuple[float, float],
-    histograms: Histograms | None,
-    ever: EverMoved | None,
-) -> RowSums:
-    formats = 0 if grids is None else grids.eps.shape[1]
-    buffers = fresh_buffers(
-        rows.before.shape[0], formats, rows.before.shape[-1], rows.before.device
-    )
-    return row_sums(rows, grids, own_grid, buffers, histograms, ever)
-
-
-def _widened(rows: Rows) -> Rows:
-    """The same values, none of them stored in 16 bits, which compiled code is slow to read."""
-    gradient = None if rows.gradient is None else _wide(rows.gradient)
-    return Rows(_wide(rows.before), _wide(rows.after), gradient)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.element_size() == 2 else x  # bytes
 
 
 def _own_grid(dtype: torch.dtype) -> tuple[float, float]:

@@ -27,7 +27,7 @@ from altgrad.measurement.columns import (
     SUMS,
     WHAT_IF,
 )
-from altgrad.measurement.kernel import EverMoved, Histograms, RowSums
+from altgrad.measurement.kernel import RowSums
 
 _FLOAT64_BIAS = 1023
 _Column = tuple[str, int | None]  # a sum or maximum and the format that it is of
@@ -114,27 +114,6 @@ def bins_of(layer_of_row: Tensor, formats: int) -> tuple[Tensor, Tensor, Tensor]
     ones = torch.ones((), dtype=torch.float64, device=layer_of_row.device).expand(2**40)
     steps_at = start + of_formats - (_FLOAT64_BIAS + FIRST_STEPS_OCTAVE)
     return start - _FLOAT64_BIAS, steps_at, ones
-
-
-def take_over(rows: RowSums, histograms: Histograms, ever: EverMoved | None) -> None:
-    """Do what compiled code has left to its caller; `rows` are changed."""
-    of_ulps = rows.of_layer.octaves, histograms.ulps_at, 0
-    of_steps = rows.of_formats.octaves, histograms.steps_at, FIRST_STEPS_OCTAVE
-    for octaves, at, first in (of_ulps, of_steps):
-        if octaves is not None:
-            bins = octaves.long().add_(at + (_FLOAT64_BIAS + first))
-            histograms.counts.scatter_add_(0, bins.flatten(), histograms.ones)
-    if ever is None:
-        return
-    moved = ROW_SUMS.index("ever_moved")
-    effective = len(ROW_SUMS) + ever.effective.shape[1] * FORMAT_ROW_SUMS.index("ever_effective")
-    for so_far, now, first in (
-        (ever.moved, rows.of_layer.is_so, moved),
-        (ever.effective, rows.of_formats.is_so, effective),
-    ):
-        if now is not None:
-            so_far.logical_or_(now.bool())
-            rows.sums[:, first : first + so_far.shape[1]] = so_far.sum(-1)
 
 
 def _columns(formats: int) -> list[_Column]:

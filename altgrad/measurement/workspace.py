@@ -25,16 +25,14 @@ class Buffers(NamedTuple):
         sizes: The three that follow, likewise.
         stacked: Four more of (rows, 1, columns).
         pairs: The first two and the last two of `stacked`, (rows, columns, 2).
-
-    A compiler, which keeps all of this in registers, gets None for what lies side by side.
     """
 
     per_format: tuple[Tensor, ...]
     shared: tuple[Tensor, ...]
-    values: Tensor | None
-    sizes: Tensor | None
+    values: Tensor
+    sizes: Tensor
     stacked: tuple[Tensor, ...]
-    pairs: tuple[Tensor, Tensor] | None
+    pairs: tuple[Tensor, Tensor]
 
 
 def columns_that_fit(formats: int, *, scale_per_element: bool = False) -> int:
@@ -43,18 +41,6 @@ def columns_that_fit(formats: int, *, scale_per_element: bool = False) -> int:
     if scale_per_element:
         numbers += formats + _SHARING
     return max((TEMPORARY_BYTES - 2**16) // (8 * numbers + 1), 1)  # and a mask of one byte each
-
-
-def fresh_buffers(rows: int, formats: int, columns: int, device: torch.device) -> Buffers:
-    """For a compiler: nothing is really allocated."""
-
-    def empty(count: int, middle: int) -> tuple[Tensor, ...]:
-        shape = rows, middle, columns
-        return tuple(torch.empty(shape, dtype=torch.float64, device=device) for _ in range(count))
-
-    return Buffers(
-        empty(_PER_FORMAT, formats), empty(_SHARED, 1), None, None, empty(_STACKED, 1), None
-    )
 
 
 class Workspace:

@@ -19,7 +19,6 @@ from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.scale_groups import Sharing
 
 _COLUMNS = 64  # few elements are wasted on the last row of a small parameter, and sums stay fast
-_MOST_ELEMENTS = 100_000  # when compiled, more go faster one by one, in longer rows
 
 
 @dataclass(eq=False, slots=True)
@@ -176,7 +175,7 @@ class Arena:
 
     @property
     def _capacity(self) -> int:
-        return min(self._measurer.capacity, _MOST_ELEMENTS) // _COLUMNS * _COLUMNS
+        return self._measurer.capacity // _COLUMNS * _COLUMNS
 
     def _find(
         self, name: str, parameter: Tensor, gradient: Tensor, elements: int

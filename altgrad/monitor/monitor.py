@@ -84,8 +84,6 @@ class UpdateMonitor:
             observed less often than `every_n_steps` says, as needed. None sets no limit. On an
             accelerator it counts what the host takes, which includes waiting for the results.
         seed: Of the choice of elements.
-        compile: Whether to measure in code that torch.compile makes: half a minute once, for
-            long runs that measure all elements.
         tell: Called, instead of a warning, with what a user is to know, each thing once.
         strict: Whether what fails in here is raised into the training.
 
@@ -109,7 +107,6 @@ class UpdateMonitor:
         scaling: Scaling | None = "tensor",
         overhead_budget: float | None = None,
         seed: int = 0,
-        compile: bool = False,
         tell: Callable[[str], object] | None = None,
         strict: bool = False,
     ) -> None:
@@ -120,7 +117,7 @@ class UpdateMonitor:
         self._on_record = on_record
         own_formats = get_formats(formats)
         of_rules = [format for rule in sampling for format in get_formats(rule.formats or ())]
-        self._measurer = Measurer([*own_formats, *of_rules], scaling, compile=compile)
+        self._measurer = Measurer([*own_formats, *of_rules], scaling)
         self._is_wanted, every = _policy(every_n_steps)
         self._observer = StepObserver(
             module,

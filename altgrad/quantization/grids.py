@@ -23,9 +23,6 @@ _EXPONENT_MASK = 0x7FF0_0000_0000_0000
 # x + _ROUNDER · gap has gap for its unit in the last place, so that the addition rounds x to a
 # multiple of gap, ties to the even one (Dekker 1971). Products with gap, a power of two, are exact.
 _ROUNDER = 1.5 * 2.0**52
-# q = x · (2**52 + 1); abs(q − q · (1 − 2**-53)) is the power of two below abs(x) (Rump, Ogita and
-# Oishi 2008, algorithm 3.5). A compiler keeps it in registers; reading bits goes through memory.
-_BINADE_FACTOR = 2.0**52 + 1
 JUST_BELOW_ONE = 1 - 2.0**-53
 
 
@@ -116,10 +113,7 @@ def grids_of(
 
 
 def binade_of(x: Tensor, out: Tensor) -> Tensor:
-    """The power of two below abs(x), up to `LARGEST`; 0 for 0 and, read by bits, for subnormals."""
-    if torch.compiler.is_compiling():
-        q = x * _BINADE_FACTOR
-        return torch.abs(q - q * JUST_BELOW_ONE, out=out)
+    """The power of two below abs(x), up to `LARGEST`; 0 for 0 and for subnormals of float64."""
     torch.bitwise_and(bits_of(x), _EXPONENT_MASK, out=bits_of(out))
     return out
 
