@@ -23,13 +23,12 @@ from torch import Tensor
 
 from altgrad.distributed.host_group import HostGroup, LostRankError, meet
 from altgrad.distributed.step_message import Own, StepMessage, Together
-from altgrad.measurement.columns import SUMS
+from altgrad.measurement.columns import ELEMENTS, POPULATION
 from altgrad.observation.faults import FaultElsewhereError
 
 Description = Mapping[str, Sequence[str]]
 """Of what processes have to have alike: a kind, and in words each thing of that kind."""
 
-_POPULATION, _ELEMENTS = SUMS.index("population"), SUMS.index("elements")
 _MOST_NAMED = 3
 
 Call = Literal["attach()", "optimizer.step()", "state_dict()", "weight_octaves()"]
@@ -263,7 +262,7 @@ class Ranks:
     def _check_counts(self, together: Together, layers: Mapping[str, Expected]) -> None:
         """Each element once: what was left out or counted twice would pass for the truth."""
         names, vectors = together.names, together.vectors
-        counted = vectors[:, _ELEMENTS].tolist()
+        counted = vectors[:, ELEMENTS].tolist()
         for name, does in zip(names, counted, strict=True):
             if layers[name].elements != does:
                 self._raise_everywhere(
@@ -272,7 +271,7 @@ class Ranks:
                     "of them, or replicas and shards are not what the placements say"
                 )
         populations = [layers[name].population for name in names]
-        vectors[:, _POPULATION] = torch.tensor(populations, dtype=torch.float64)
+        vectors[:, POPULATION] = torch.tensor(populations, dtype=torch.float64)
 
     def _raise_fault(self, own: Exception | None, first: int) -> None:
         """The first process that has failed says how."""

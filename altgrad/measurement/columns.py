@@ -81,6 +81,8 @@ SUMS = (
     *(*ROW_SUMS, *ROW_SQUARES),
     *_octaves("ulps"),  # of those that moved
 )
+POPULATION, ELEMENTS = 0, 1
+"""Positions in SUMS."""
 FORMAT_SUMS = (*FORMAT_ROW_SUMS, *FORMAT_ROW_SQUARES, *JUDGED, *_octaves("steps"))
 MAXIMA = (*ROW_MAXIMA, *(f"minus_{name}" for name in ROW_MINIMA))
 FORMAT_MAXIMA = (*FORMAT_ROW_MAXIMA, *(f"minus_{name}" for name in FORMAT_ROW_MINIMA))

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from altgrad.measurement.columns import (
+    ELEMENTS,
     FORMAT_MAXIMA,
     FORMAT_SUMS,
     MAXIMA,
     OCTAVES,
+    POPULATION,
     SUMS,
     max_count,
     sum_count,
@@ -28,7 +30,6 @@ from altgrad.measurement.metrics import (
     histogram_of,
 )
 
-_POPULATION, _ELEMENTS = SUMS.index("population"), SUMS.index("elements")
 _TOTALS = {"ulps": "moved", "steps": "judged"}
 _FEWEST = 30  # with fewer elements that matter, their spread is not known
 Rows = Mapping[str | None, int]
@@ -81,7 +82,7 @@ class StepTable:
     @functools.cached_property
     def counted(self) -> list[list[int]]:
         """How many elements each row stands for, and how many were measured for it."""
-        pairs = self.vectors[:, [_POPULATION, _ELEMENTS]].tolist()
+        pairs = self.vectors[:, [POPULATION, ELEMENTS]].tolist()
         counted = [[round(population), round(elements)] for population, elements in pairs]
         for row, layers in self.members.items():
             counted[row][1] = sum(counted[layer][1] for layer in layers)
@@ -238,7 +239,9 @@ def _places(names: tuple[str, ...], format_names: tuple[str, ...]) -> Mapping[st
 def _merged(vectors: Tensor, layers: Sequence[int], middle: int) -> Tensor:
     """These together, each with the weight of all its elements: (1, columns)."""
     chosen = vectors if len(layers) == len(vectors) else vectors[[*layers]]
-    weights = chosen[:, _POPULATION] / chosen[:, _ELEMENTS].clamp(min=1)
-    sums = weights @ chosen[:, :middle]
-    sums[_POPULATION] = sums[_ELEMENTS]  # which have been weighted to it
+    weights = chosen[:, POPULATION] / chosen[:, ELEMENTS].clamp(min=1)
+    # Not a matrix product: some processors add up its columns in different orders, and a share of
+    # nothing, the difference of two equal columns, would be 3e-16 and not 0.
+    sums = (weights.unsqueeze(1) * chosen[:, :middle]).sum(0)
+    sums[POPULATION] = sums[ELEMENTS]  # which have been weighted to it
     return torch.cat((sums, chosen[:, middle:].amax(0))).unsqueeze(0)
