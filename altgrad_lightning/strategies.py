@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from altgrad.observation.fully_shard import fully_sharded
+from altgrad.observation.dtensor import fully_sharded
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from altgrad.distributed.ranks import Ranks
 from altgrad.distributed.shards import Shard
-from altgrad.observation.local import local_of
+from altgrad.observation.dtensor import local_of
 
 _SAMPLED = 16
 _TOLERANCE = 0.01

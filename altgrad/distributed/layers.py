@@ -12,7 +12,7 @@ from altgrad.distributed.copies import different_copies
 from altgrad.distributed.ranks import Expected, Ranks
 from altgrad.distributed.shards import Part, Shard
 from altgrad.measurement.ever_moved import PackedBits, whole_of
-from altgrad.observation.local import local_of
+from altgrad.observation.dtensor import local_of
 from altgrad.quantization.block_formats import NumberFormat
 from altgrad.quantization.scale_groups import layer_amax_of_each, need_tensor_amax
 from altgrad.quantization.scaling import Scaling

@@ -24,7 +24,7 @@ from torch import Tensor
 from altgrad.distributed.host_group import HostGroup, LostRankError, meet
 from altgrad.distributed.step_message import Own, StepMessage, Together
 from altgrad.measurement.columns import ELEMENTS, POPULATION
-from altgrad.observation.faults import FaultElsewhereError
+from altgrad.observation.observer import FaultElsewhereError
 
 Description = Mapping[str, Sequence[str]]
 """Of what processes have to have alike: a kind, and in words each thing of that kind."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from altgrad.observation.local import is_sharded, local_of
+from altgrad.observation.dtensor import is_sharded, local_of
 
 Held = range | Tensor
 """Ascending indices along one dimension."""

@@ -16,7 +16,7 @@ from altgrad.distributed.ranks import Call, Description, Expected
 from altgrad.measurement.measurer import Measurer
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.observation import StepObserver
-from altgrad.observation.faults import FaultElsewhereError
+from altgrad.observation.observer import FaultElsewhereError
 from altgrad.quantization.scale_groups import block_sizes
 
 

@@ -13,7 +13,7 @@ from altgrad.measurement.ever_moved import EverMovedOfLayers
 from altgrad.measurement.kernel import EverMoved, Rows
 from altgrad.measurement.measurer import Batch, Measurer
 from altgrad.monitor.scale_state import ScaleState
-from altgrad.observation.local import is_sharded, local_of
+from altgrad.observation.dtensor import is_sharded, local_of
 from altgrad.observation.snapshots import Copies
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.scale_groups import Sharing

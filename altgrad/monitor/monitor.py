@@ -33,14 +33,14 @@ from altgrad.monitor.schedule import StepSchedule
 from altgrad.monitor.step_measuring import StepMeasuring
 from altgrad.monitor.weight_octaves import weight_octaves
 from altgrad.observation import OptimizerStep, SkipReason, StepObserver
-from altgrad.observation.local import is_sharded, local_of
+from altgrad.observation.dtensor import is_sharded, local_of
 from altgrad.observation.observer import Look
 from altgrad.observation.rules import LayerSampling, SamplingRule
 from altgrad.observation.snapshots import Memory
+from altgrad.observation.stored import stored_formats
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.block_formats import NumberFormat, get_formats
 from altgrad.quantization.scaling import Scaling
-from altgrad.recipes.storage import stored_formats
 
 DEFAULT_MAX_ELEMENTS = 1024
 """A share is then known to 0.016 at worst (one standard error); see benchmarks/README.md."""

@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from altgrad.observation.faults import FaultElsewhereError
-from altgrad.observation.fully_shard import register_shards
+from altgrad.observation.dtensor import is_unreduced, register_shards, unreduced_message
 from altgrad.observation.grad_scaler import SkipTeller
-from altgrad.observation.local import is_unreduced, unreduced_message
 from altgrad.observation.optimizers import (
     check_none_in_backward,
     check_not_captured,
@@ -43,6 +41,10 @@ Look: TypeAlias = Callable[[], "OptimizerStep | SkipReason"]
 _Hooks: TypeAlias = StepHooks["list[Snapshot] | Exception"]
 
 _logger = logging.getLogger("altgrad")
+
+
+class FaultElsewhereError(RuntimeError):
+    """Another process has failed to observe, and says so; here it is only to be heeded."""
 
 
 class StepObserver:

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from altgrad.observation.local import (
+from altgrad.observation.dtensor import (
     is_unreduced,
     local_gradient_of,
     local_of,

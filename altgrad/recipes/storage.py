@@ -8,43 +8,30 @@ stay in tensors of their dtype, with values that the format has, and all arithme
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from altgrad.observation.local import is_sharded
+from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.optimizers import unwrap
 from altgrad.observation.parameter_names import parameter_names
 from altgrad.observation.rules import SamplingRule, resolve_layers
 from altgrad.observation.step_hooks import is_hooked, step_depth
+from altgrad.observation.stored import forget_stored, register_stored
 from altgrad.quantization import quantize, spacing
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.block_formats import BlockFormat, NumberFormat, get_formats
-from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.scale_groups import is_scaled
 from altgrad.quantization.scaling import Scaling, amax_of, check_scaling, scale_from_amax
 
 StorageRounding = Literal["nearest_even", "stochastic"]
 Compensation = Literal["kahan"]
 
-_STORED: WeakKeyDictionary[Optimizer, dict[WeightStorage, dict[Tensor, FloatFormat]]]
-_STORED = WeakKeyDictionary()
 _MOST_NAMED = 3
-
-
-def stored_formats(optimizers: Iterable[Any]) -> dict[Tensor, FloatFormat]:
-    """The parameters of some optimizers that are stored in a format, and that of the elements."""
-    return {
-        parameter: format
-        for optimizer in map(unwrap, optimizers)
-        for stored in _STORED.get(optimizer, {}).values()
-        for parameter, format in stored.items()
-    }
 
 
 class WeightStorage:
@@ -182,7 +169,7 @@ class WeightStorage:
         for optimizer in unwrapped:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
             stored = {parameter: layer.element for parameter, layer in layers.items()}
-            _STORED.setdefault(optimizer, {})[self] = stored
+            register_stored(optimizer, self, stored)
         return self
 
     def detach(self) -> None:
@@ -190,8 +177,7 @@ class WeightStorage:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for by_storage in _STORED.values():
-            by_storage.pop(self, None)
+        forget_stored(self)
 
     def __enter__(self) -> WeightStorage:  # noqa: PYI034 - typing has Self only from 3.11 on
         return self

@@ -1,10 +1,15 @@
-"""What of a tensor lies in this process: all of it, or the shard of a DTensor."""
+"""What of a tensor lies in this process: all of it, or the shard of a DTensor.
+
+fully_shard (FSDP2) has two sets of parameters: the shards that are stepped, and the whole ones of a
+forward.
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(tensor: object) -> bool:
@@ -51,3 +56,21 @@ def unreduced_message(name: str, parameter: Any) -> str:
         "optimizer and cannot be seen. Redistribute such gradients to their parameters' "
         "placements before the step"
     )
+
+
+def fully_sharded(module: nn.Module) -> list[Any]:
+    """The modules in it to which fully_shard was applied, told without importing it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FSDPModule", ())
+    return [each for each in module.modules() if isinstance(each, kind)]
+
+
+def register_shards(module: nn.Module) -> None:
+    """Have it name the parameters that its optimizer steps.
+
+    After a forward without a backward, as in an evaluation, fully_shard leaves the outermost module
+    with whole parameters in their places, which no optimizer knows and the next step frees. This
+    frees them now; the next forward gathers them again.
+    """
+    for each in fully_sharded(module):
+        each.reshard()
