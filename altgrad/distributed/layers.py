@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from altgrad.distributed.copies import different_copies
 from altgrad.distributed.ranks import Expected, Ranks
 from altgrad.distributed.shards import Part, Shard
 from altgrad.measurement.ever_moved import PackedBits, whole_of
@@ -16,6 +15,10 @@ from altgrad.observation.dtensor import local_of
 from altgrad.quantization.block_formats import NumberFormat
 from altgrad.quantization.scale_groups import layer_amax_of_each, need_tensor_amax
 from altgrad.quantization.scaling import Scaling
+
+_SAMPLED = 16
+_TOLERANCE = 0.01
+"""Of the largest: copies that each process steps by itself may drift in their last digits."""
 
 
 class ShardedLayers:
@@ -67,7 +70,7 @@ class ShardedLayers:
         So have those of which each has experts or a model of its own, which nothing says.
         """
         shards = {name: self._shards[name] for name in parameters}
-        return different_copies(parameters, shards, self.ranks)
+        return _different_copies(parameters, shards, self.ranks)
 
     def placements(self, name: str) -> str:
         """How a layer lies in the processes."""
@@ -181,3 +184,44 @@ def _placed(parameter: Any) -> tuple[Any, ...]:
     """What says what lies here of a parameter."""
     mesh = getattr(parameter, "device_mesh", None)
     return parameter.shape, parameter.dtype, getattr(parameter, "placements", None), mesh
+
+
+def _different_copies(
+    parameters: Mapping[str, Tensor], shards: Mapping[str, Shard], ranks: Ranks
+) -> list[str]:
+    """The names of layers of which processes have different copies, equal in all processes.
+
+    A few values of each are compared, in one MAX, if there are any copies.
+
+    Args:
+        parameters: By name, alike in all processes.
+        shards: What lies here of each.
+        ranks: The processes.
+    """
+    copied = {name: each for name, each in parameters.items() if shards[name].part[1] < ranks.size}
+    if not copied:
+        return []
+    parts = [shards[name].part for name in copied]
+    slots = sum(count for _, count in parts)
+
+    def take() -> Tensor:
+        said = torch.full((3, slots), -torch.inf, dtype=torch.float64)
+        first = 0
+        for (own, count), values in zip(parts, _sampled(copied), strict=True):
+            said[:, first + own] = torch.stack((values.sum(), -values.sum(), values.abs().max()))
+            first += count
+        return said.flatten()
+
+    largest, minus_smallest, magnitude = ranks.largest_beside(take, 3 * slots).view(3, slots)
+    differ = largest + minus_smallest > _TOLERANCE * magnitude
+    by_name = torch.split(differ, [count for _, count in parts])
+    return [name for name, each in zip(copied, by_name, strict=True) if each.any()]
+
+
+def _sampled(parameters: Mapping[str, Tensor]) -> list[Tensor]:
+    """Float64, on the host: some elements of what lies here of each, and a 0."""
+    flat = [local_of(each.detach()).reshape(-1) for each in parameters.values()]
+    some = [each[:: max(1, -(-len(each) // _SAMPLED))].double() for each in flat]
+    on_host = torch.cat([each.to(some[0].device) for each in some]).cpu()
+    finite = on_host.nan_to_num(0.0, 0.0, 0.0)
+    return [torch.cat((each, each.new_zeros(1))) for each in torch.split(finite, [*map(len, some)])]

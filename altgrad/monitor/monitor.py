@@ -24,10 +24,9 @@ from altgrad.measurement.figures import Histogram
 from altgrad.measurement.measurer import DEFAULT_FORMATS, Formats, Measurer
 from altgrad.measurement.step_record import StepRecord
 from altgrad.monitor.agreement import Agreement
-from altgrad.monitor.budgets import Budgets
-from altgrad.monitor.clock import Clock
 from altgrad.monitor.describe import describe_layers
 from altgrad.monitor.layer_settings import LayerSettings
+from altgrad.monitor.overhead import Budgets, Clock
 from altgrad.monitor.scale_state import ScaleState
 from altgrad.monitor.schedule import StepSchedule
 from altgrad.monitor.step_measuring import StepMeasuring

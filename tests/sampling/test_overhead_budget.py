@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from altgrad.monitor.schedule import OverheadBudget, StepSchedule
+from altgrad.monitor.overhead import OverheadBudget
+from altgrad.monitor.schedule import StepSchedule
 from tests.strategies import thorough
 
 
