@@ -2,7 +2,7 @@
 
 from altgrad._version import __version__
 from altgrad.measurement.figures import Figures, model_figures
-from altgrad.measurement.measurer import DEFAULT_FORMATS, measure
+from altgrad.measurement.measure import DEFAULT_FORMATS, measure
 from altgrad.measurement.step_record import StepRecord
 from altgrad.monitor.monitor import UpdateMonitor
 from altgrad.monitor.schedule import StepSchedule

@@ -21,7 +21,7 @@ from altgrad import (
     model_figures,
 )
 from altgrad.distributed.host_group import LostRankError
-from altgrad.measurement.figures import Histogram
+from altgrad.measurement.histogram import Histogram
 from altgrad.quantization import NumberFormat, Scaling, get_formats
 from altgrad.report.verdicts import Assessment
 from altgrad_lightning.output import Output, OutputSettings

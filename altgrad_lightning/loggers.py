@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from altgrad.measurement.figures import Histogram
-from altgrad.measurement.metrics import FORMAT_METRICS
+from altgrad.measurement.catalogue import FORMAT_METRICS
+from altgrad.measurement.histogram import Histogram
 from altgrad.report import png
 
 if TYPE_CHECKING:

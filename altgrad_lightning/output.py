@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import altgrad_lightning.loggers as boards
 from altgrad import Figures, StepRecord, UpdateMonitor
-from altgrad.measurement.figures import Histogram
+from altgrad.measurement.histogram import Histogram
 from altgrad.report import ranges
 from altgrad.report.records import RunFile, header_of
 from altgrad.report.verdicts import RESTS_ON, Assessment, Judge

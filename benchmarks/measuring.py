@@ -4,7 +4,7 @@
 
 Beside AltGrad's engine stand the same figures written naively (see naive.py), a clone of one of the
 three tensors, and the memory limit: each of the three read once, to a sum. The engine is timed to
-the statistics, which stay on the device; `altgrad.measure` makes its memory anew at each call and
+the sums, which stay on the device; `altgrad.measure` makes its memory anew at each call and
 adds the host copy and the metrics, as the naive version has them. Paired are all variants of one
 size and number of formats.
 """
@@ -82,7 +82,7 @@ def variants_of(step: Step, formats: tuple[str, ...]) -> dict[str, Callable[[], 
     variants: dict[str, Callable[[], object]] = {
         "torch clone of one": before.clone,
         LIMIT: lambda: (before.sum(), after.sum(), gradient.sum()),
-        EAGER: lambda: measurer.statistics_of(*step),
+        EAGER: lambda: measurer.measure_tensor(*step),
         MEASURE: lambda: measure(*step, formats=formats),
     }
     if before.numel() <= NAIVE_LIMIT:
@@ -173,10 +173,10 @@ def memory_targets() -> list[Target]:
     """Each with a new Measurer, so that what it allocates once is counted too."""
     step = ordinary_data(MEMORY_SIZE)
     ordinary = Measurer(FORMATS[1])
-    ordinary.statistics_of(*ordinary_data(1_000))  # constants that torch makes once
+    ordinary.measure_tensor(*ordinary_data(1_000))  # constants that torch makes once
     targets = []
     for formats in FORMATS.values():
-        peak = peak_memory(lambda formats=formats: Measurer(formats).statistics_of(*step)) / 2**20
+        peak = peak_memory(lambda formats=formats: Measurer(formats).measure_tensor(*step)) / 2**20
         demand = f"MiB beside {size_name(MEMORY_SIZE)} elements, {len(formats)} format(s)"
         targets.append(Target(demand, peak, MEMORY_TARGET_MIB))
     return targets

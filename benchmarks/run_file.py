@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from altgrad import StepRecord, UpdateMonitor
-from altgrad.measurement.merging import StepVectors
+from altgrad.measurement.step_record import StepVectors
 from altgrad.quantization import get_formats
 from altgrad.report.records import FormatInfo, Header, LayerInfo, RunFile, read
 from altgrad.report.records.lines import lines_of

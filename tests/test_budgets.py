@@ -141,5 +141,5 @@ def test_so_does_measuring_with_scales_of_blocks(
 
 def memory_for(measurer: Measurer, arguments: list[torch.Tensor]) -> int:
     with Memory() as memory:
-        measurer.statistics_of(*arguments)
+        measurer.measure_tensor(*arguments)
     return memory.peak

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from altgrad import SamplingRule, StepRecord, UpdateMonitor, measure
-from altgrad.measurement.figures import metrics_of, model_figures
+from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
+from altgrad.measurement.columns import POPULATION
+from altgrad.measurement.figures import model_figures, tensor_figures
 from altgrad.measurement.measurer import Measurer
-from altgrad.measurement.metrics import FORMAT_METRICS, LAYER_METRICS
 from altgrad.monitor.elements import sample_elements
 from altgrad.monitor.schedule import StepSchedule
 from altgrad.quantization import (
@@ -260,7 +261,7 @@ def test_the_scale_of_a_sampled_layer_is_that_of_the_whole() -> None:
     whole = optimizer.steps[0]["3.weight"][0].abs().max().view(1)
     indices = sample_elements("3.weight", (32, 720), 500)
     part = [each.flatten()[indices] for each in optimizer.steps[0]["3.weight"]]
-    (expected,) = metrics_of([Measurer(FORMATS).statistics_of(*part, whole)])
+    expected = tensor_figures(FORMATS, Measurer(FORMATS).measure_tensor(*part, whole))
     assert_equal_figures(records[0].layers["3.weight"], dict(expected))
     assert expected["stiffness_max/e2m1"] >= 8
 
@@ -309,13 +310,13 @@ def test_standard_errors_are_those_that_two_hundred_draws_show(key: str) -> None
     after = before + torch.randn(20_000) * 2e-3
     before[::3] = before[::3].bfloat16().float()
     measurer = Measurer(("e4m3fn", "bf16"), None)
-    (truth,) = metrics_of([measurer.statistics_of(before, after, after)])
+    truth = tensor_figures(measurer.names, measurer.measure_tensor(before, after, after))
     values, errors = [], []
     for seed in range(200):
         indices = sample_elements("w", (20_000,), 1000, seed=seed)
-        sampled = measurer.statistics_of(before[indices], after[indices], after[indices])
-        sampled.sums[0] = 20_000
-        (figures,) = metrics_of([sampled])
+        row = measurer.measure_tensor(before[indices], after[indices], after[indices])
+        row[POPULATION] = 20_000
+        figures = tensor_figures(measurer.names, row)
         values.append(figures[key])
         errors.append(figures.standard_error(key))
     observed = torch.tensor(values).std().item()
@@ -328,9 +329,9 @@ def test_a_standard_error_that_cannot_be_trusted_is_nan() -> None:
     torch.manual_seed(0)
     before = torch.randn(4000)
     heavy = torch.distributions.StudentT(1.0).sample((4000,)) * 1e-3
-    statistics = Measurer("bf16", None).statistics_of(before, before + heavy, heavy)
-    statistics.sums[0] = 1e6
-    (figures,) = metrics_of([statistics])
+    row = Measurer("bf16", None).measure_tensor(before, before + heavy, heavy)
+    row[POPULATION] = 1e6
+    figures = tensor_figures(["bf16"], row)
     assert 4000 / figures["energy_concentration"] < 30
     assert math.isnan(figures.standard_error("kept_update_ratio/bf16"))
     assert 0 < figures.standard_error("stall_frac/bf16") < 0.01
@@ -388,7 +389,8 @@ def test_blocks_have_the_scale_of_each_step(formats: tuple[str, ...], capacity: 
             figures = dict(record.layers[name])
             first = optimizer.steps[0][name]  # of which the amax of the whole tensor is
             amax = (first[0] if first[0].any() else first[1]).abs().max().view(1)
-            (expected,) = metrics_of([Measurer(formats).statistics_of(*step[name], amax)])
+            row = Measurer(formats).measure_tensor(*step[name], amax)
+            expected = tensor_figures(formats, row)
             of_blocks = {k: v for k, v in expected.items() if not k.endswith("e4m3fn")}
             assert_equal_figures(figures, of_blocks, ("never_moved_frac",))
     assert records[0].layers["3.weight"][f"stall_frac/{formats[0]}"] < 0.9

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from altgrad.measurement.metrics import as_markdown
+from altgrad.measurement.catalogue import as_markdown
 from tests.step_truth.lightning_modes import LIGHTNING_MODES
 from tests.step_truth.plain_modes import PLAIN_MODES
 

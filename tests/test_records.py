@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from altgrad import StepRecord, UpdateMonitor, __version__
-from altgrad.measurement.figures import Histogram
+from altgrad.measurement.histogram import Histogram
 from altgrad.quantization import get_formats
 from altgrad.report.records import (
     FormatInfo,

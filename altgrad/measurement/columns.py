@@ -1,12 +1,12 @@
-"""`LayerStatistics`: what one parameter did in one step, as sums and maxima that merge."""
+"""The columns of a measurement: names of the sums and maxima from which all metrics follow.
+
+A row of a measurement is float64: the SUMS of a parameter, the FORMAT_SUMS of each format, then its
+MAXIMA and the FORMAT_MAXIMA of each format. Rows of two parts of a parameter, of two layers, ranks
+or steps add up to that of the whole, maxima by the larger one, so that every metric can be taken of
+any of them. Counts below 2**53 and maxima are exact; a maximum without an element is −inf.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 OCTAVES = 64
 """Bins of a histogram of powers of two, the first and the last without an end."""
@@ -86,96 +86,6 @@ POPULATION, ELEMENTS = 0, 1
 FORMAT_SUMS = (*FORMAT_ROW_SUMS, *FORMAT_ROW_SQUARES, *JUDGED, *_octaves("steps"))
 MAXIMA = (*ROW_MAXIMA, *(f"minus_{name}" for name in ROW_MINIMA))
 FORMAT_MAXIMA = (*FORMAT_ROW_MAXIMA, *(f"minus_{name}" for name in FORMAT_ROW_MINIMA))
-
-
-@dataclass(frozen=True, eq=False)
-class LayerStatistics:
-    """Sums and maxima of one parameter's step, for itself and for each format.
-
-    Those of two parts of a parameter, of two layers, ranks or steps merge into those of the whole,
-    so that every metric can be taken of any of them. Counts below 2**53 and maxima are exact.
-
-    Attributes:
-        formats: Names of the formats, in the order of their sums.
-        sums: float64; the SUMS of the parameter, then the FORMAT_SUMS of each format.
-        maxima: float64; the MAXIMA, then the FORMAT_MAXIMA; 0 or −inf where there was no element.
-    """
-
-    formats: tuple[str, ...]
-    sums: Tensor
-    maxima: Tensor
-
-    def __post_init__(self) -> None:
-        expected = (sum_count(len(self.formats)),), (max_count(len(self.formats)),)
-        shapes = tuple(self.sums.shape), tuple(self.maxima.shape)
-        if shapes != expected:
-            raise ValueError(
-                f"sums and maxima of {len(self.formats)} formats have shapes {shapes[0]} and "
-                f"{shapes[1]}; expected {expected[0]} and {expected[1]}"
-            )
-
-    @classmethod
-    def empty(cls, formats: Sequence[str], device: torch.device | None = None) -> LayerStatistics:
-        """Those of no element, with which every merge gives the other."""
-        return cls(
-            formats=tuple(formats),
-            sums=torch.zeros(sum_count(len(formats)), dtype=torch.float64, device=device),
-            maxima=torch.full(
-                (max_count(len(formats)),), -torch.inf, dtype=torch.float64, device=device
-            ),
-        )
-
-    def merge(self, other: LayerStatistics) -> LayerStatistics:
-        """Those of both together.
-
-        Raises:
-            ValueError: They are of different formats.
-        """
-        if self.formats != other.formats:
-            raise ValueError(f"statistics of {self.formats} do not merge with {other.formats}")
-        return LayerStatistics(
-            self.formats, self.sums + other.sums, torch.maximum(self.maxima, other.maxima)
-        )
-
-    def weighted(self) -> LayerStatistics:
-        """As if the elements measured were all that they stand for; no change if they are.
-
-        Before layers merge: else one of a million weights would count as much as one of a
-        thousand of which as many were sampled.
-        """
-        population, elements = self.sums[0], self.sums[1]
-        factor = torch.where(elements > 0, population / elements, 1.0)
-        sums = self.sums * factor
-        sums[0] = population
-        return LayerStatistics(self.formats, sums, self.maxima)
-
-
-def pack(statistics: Sequence[LayerStatistics]) -> tuple[Tensor, Tensor]:
-    """All of them in one vector of sums and one of maxima, to be reduced over ranks at once."""
-    if not statistics:
-        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
-    return torch.cat([s.sums for s in statistics]), torch.cat([s.maxima for s in statistics])
-
-
-def unpack(
-    sums: Tensor, maxima: Tensor, formats: Sequence[Sequence[str]]
-) -> tuple[LayerStatistics, ...]:
-    """The reverse of `pack`, given the formats of each.
-
-    Raises:
-        ValueError: The vectors are not of the length that these formats make.
-    """
-    counts = [len(names) for names in formats]
-    lengths = [sum_count(count) for count in counts], [max_count(count) for count in counts]
-    if (sums.numel(), maxima.numel()) != (sum(lengths[0]), sum(lengths[1])):
-        raise ValueError(
-            f"sums and maxima of {len(counts)} layers have {sums.numel()} and {maxima.numel()} "
-            f"elements; expected {sum(lengths[0])} and {sum(lengths[1])}"
-        )
-    parts = zip(
-        formats, torch.split(sums, lengths[0]), torch.split(maxima, lengths[1]), strict=True
-    )
-    return tuple(LayerStatistics(tuple(names), *vectors) for names, *vectors in parts)
 
 
 def sum_count(formats: int) -> int:

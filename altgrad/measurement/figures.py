@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from altgrad.measurement.columns import FIRST_STEPS_OCTAVE, LayerStatistics
-from altgrad.measurement.metrics import FORMAT_METRICS, LAYER_METRICS, get_metric
+from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, figure_keys, get_metric
+from altgrad.measurement.columns import FIRST_STEPS_OCTAVE
+from altgrad.measurement.histogram import Histogram
 from altgrad.measurement.step_table import Rows, StepTable
-
-
-class Histogram(NamedTuple):
-    """How many elements lie in each octave; the first bin and the last have no end.
-
-    Attributes:
-        first: log2 of where the first bin begins; bin k is from 2**(first + k) to twice that.
-        counts: Of each bin; of a model estimated from samples, and no whole numbers.
-    """
-
-    first: int
-    counts: Sequence[float]
 
 
 class Figures(Mapping[str, float]):
@@ -66,7 +54,7 @@ class Figures(Mapping[str, float]):
 
     def __iter__(self) -> Iterator[str]:
         """The keys, those of the parameter first."""
-        return iter(keys_of(self.formats))
+        return iter(figure_keys(self.formats))
 
     def __len__(self) -> int:
         """How many there are."""
@@ -149,13 +137,6 @@ class Figures(Mapping[str, float]):
         return name, format or None
 
 
-@functools.lru_cache(maxsize=64)
-def keys_of(formats: tuple[str, ...]) -> tuple[str, ...]:
-    """Of all figures, in their order."""
-    of_formats = (f"{metric}/{format}" for format in formats for metric in FORMAT_METRICS)
-    return (*LAYER_METRICS, *of_formats)
-
-
 def layer_figures(table: StepTable, row: int, formats: Iterable[str]) -> Figures:
     """Those of one layer, for some of the formats of the table."""
     return Figures(table, dict.fromkeys((None, *formats), row))
@@ -175,14 +156,6 @@ def model_figures(layers: Sequence[Figures]) -> Figures:
     return Figures(*StepTable.with_model(formats, vectors, [judged for _, _, judged in each]))
 
 
-def metrics_of(statistics: Sequence[LayerStatistics]) -> list[Figures]:
-    """The figures of each, from one host copy."""
-    if not statistics:
-        return []
-    parts = [v for each in statistics for v in (each.sums, each.maxima)]
-    lengths = [len(each.sums) + len(each.maxima) for each in statistics]
-    rows = torch.split(torch.cat(parts).cpu(), lengths)
-    return [
-        layer_figures(StepTable(each.formats, row.unsqueeze(0)), 0, each.formats)
-        for each, row in zip(statistics, rows, strict=True)
-    ]
+def tensor_figures(formats: Sequence[str], row: Tensor) -> Figures:
+    """Figures of one tensor alone, from its row of sums and maxima; copies it to the host."""
+    return layer_figures(StepTable(formats, row.cpu().unsqueeze(0)), 0, formats)

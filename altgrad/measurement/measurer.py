@@ -1,4 +1,4 @@
-"""From tensors to `LayerStatistics`, in chunks that stay in cache; `measure` does it for one."""
+"""`Measurer`: from the tensors of a step to rows of sums and maxima, on their device."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from altgrad.measurement.chunks import Sample, chunks_of, part_of, row_of
-from altgrad.measurement.columns import LayerStatistics, sum_count
-from altgrad.measurement.figures import metrics_of
 from altgrad.measurement.kernel import EverMoved, Histograms, Rows, RowSums, row_sums
-from altgrad.measurement.metrics import NEED_GRADIENT, NEED_TRACKING
 from altgrad.measurement.totals import LayersOfRows, Totals, bins_of, meant_columns
 from altgrad.measurement.workspace import Workspace, columns_that_fit
 from altgrad.quantization.arguments import check_pair
@@ -32,68 +29,7 @@ from altgrad.quantization.scale_groups import (
 )
 from altgrad.quantization.scaling import Scaling, check_scaling
 
-DEFAULT_FORMATS = ("bf16", "e4m3fn", "e5m2")
-"""What is judged where nothing else is asked: bf16 and the two FP8 formats in use."""
-
 Formats = str | torch.dtype | NumberFormat | Iterable[str | torch.dtype | NumberFormat]
-
-
-@torch.no_grad()
-def measure(
-    before: Tensor,
-    after: Tensor,
-    gradient: Tensor | None = None,
-    formats: Formats = DEFAULT_FORMATS,
-    scaling: Scaling | None = "tensor",
-) -> dict[str, float]:
-    """What one optimizer step did to one tensor, and what each format would have kept of it.
-
-    Everything is computed in float64 over the elements that are finite before, after and in the
-    gradient; the others are counted in ``nonfinite_frac`` alone. (So are float64 numbers from 1e289
-    on.) A figure that has no value is NaN: nothing moved, no gradient, no element. Values whose
-    squares or quotients leave float64 give inf, 0 or NaN. Where the weights are already stored at
-    or below a format's precision (bf16 weights judged for bf16), updates that stalled can no longer
-    be seen, and the what-if figures of that format are NaN; ``unmoved_frac`` is the one to read.
-
-    Args:
-        before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
-        after: The same weights after it, of the same dtype.
-        gradient: The gradient as the optimizer applied it: unscaled and clipped. Without it the
-            figures that need it are left out.
-        formats: Formats or their names, one or several; block formats (``"mxfp8_e4m3"``,
-            ``"nvfp4"``, …) with the scales of their own.
-        scaling: Which elements share an amax scale in formats of fewer than 16 bits, as in
-            `compute_scale`, taken from `before` and kept for both sides of the step (where all
-            that share it are 0 and set none, from `after`); None judges them unscaled, as those of
-            16 bits always are.
-
-    Returns:
-        Figures by key: ``metric`` for the tensor, ``metric/format`` for each format, under the
-        format's own name: ``stall_frac/e4m3fn`` also where it was asked for as ``"e4m3"``.
-
-        `altgrad.measurement.metrics` has their units, ranges and meanings. First come
-        ``kept_update_ratio`` (⟨effective update, update⟩ over ⟨update, update⟩: 1 is all, 0 is
-        nothing) and ``stall_frac`` (share of non-zero updates that vanish); what compares the
-        gradient is descriptive.
-
-    Raises:
-        TypeError: Not floating-point tensors, or before and after of different dtypes.
-        ValueError: Shapes that differ, an unknown format, two formats of one name, or a wrong
-            scaling.
-
-    Examples:
-        >>> import torch
-        >>> from altgrad import measure
-        >>> before = torch.ones(4)  # a LayerNorm gain
-        >>> after = before + 1e-3  # an update of AdamW at learning rate 1e-3
-        >>> figures = measure(before, after, formats=["fp16", "bf16"])
-        >>> figures["stall_frac/fp16"], figures["stall_frac/bf16"]
-        (0.0, 1.0)
-    """
-    measurer = Measurer(formats, scaling)
-    (figures,) = metrics_of([measurer.statistics_of(before, after, gradient)])
-    left_out = NEED_TRACKING if gradient is not None else NEED_TRACKING | NEED_GRADIENT
-    return {key: figures[key] for key in figures if key.split("/")[0] not in left_out}
 
 
 class Batch(NamedTuple):
@@ -139,7 +75,7 @@ class Measurer:
 
     def __init__(
         self,
-        formats: Formats = DEFAULT_FORMATS,
+        formats: Formats,
         scaling: Scaling | None = "tensor",
     ) -> None:
         if scaling is not None:
@@ -183,7 +119,7 @@ class Measurer:
         return amax
 
     @torch.no_grad()
-    def statistics_of(
+    def measure_tensor(
         self,
         before: Tensor,
         after: Tensor,
@@ -191,8 +127,8 @@ class Measurer:
         amax: Tensor | None = None,
         ever: EverMoved | None = None,
         sample: Sample | None = None,
-    ) -> LayerStatistics:
-        """The statistics that all metrics of one tensor's step follow from, on its device.
+    ) -> Tensor:
+        """Measure one tensor's step, whatever its size: a row of sums and maxima, on its device.
 
         Args:
             before: As in `measure`.
@@ -231,9 +167,7 @@ class Measurer:
             start += len(flat[0])
         counted = torch.tensor([[shape.numel(), before.numel()]], dtype=torch.float64)
         meant = meant_columns(self.judges(before.dtype), device)
-        vector = totals.vectors(counted.to(device), meant)[0]
-        middle = sum_count(len(self.formats))
-        return LayerStatistics(self.names, vector[:middle], vector[middle:])
+        return totals.vectors(counted.to(device), meant)[0]
 
     def _chunk(self, tensors: tuple[Tensor, ...]) -> int:
         size = self.capacity
@@ -277,7 +211,7 @@ class Measurer:
         scales: Tensor | tuple[Sharing, Tensor | None],
         ever: EverMoved | None,
     ) -> Batch:
-        """What `vectors_of` measures step after step; scales as `with_scales` takes them."""
+        """What `measure_batch` measures step after step; scales as `with_scales` takes them."""
         device = counted.device
         batch = Batch(
             rows,
@@ -298,8 +232,8 @@ class Measurer:
         return batch._replace(grids=self.grids(scales, batch.counted.device))
 
     @torch.no_grad()
-    def vectors_of(self, batch: Batch) -> Tensor:
-        """A row for each of the batch's layers: its sums, then its maxima."""
+    def measure_batch(self, batch: Batch) -> Tensor:
+        """Measure many small layers at once: a row of sums and maxima for each of them."""
         totals = Totals(len(batch.counted), len(self.formats), batch.counted.device)
         histograms = Histograms(totals.counts, *batch.bins)
         grids = batch.grids if batch.sharing is None else self._grids_of_elements(batch)

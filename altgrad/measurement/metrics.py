@@ -1,12 +1,10 @@
-"""The catalogue of metrics: what each is called, what it means, and how it follows from sums.
+"""How each metric of the catalogue follows from sums, extrema and bins.
 
-An element that is not finite before, after or in the gradient is counted in `nonfinite_frac` and
-left out of every other metric. A metric that has no value is NaN.
+A formula takes the numbers of any layers, on the host, and gives a value for each of them.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -87,25 +85,6 @@ class KeptShare:
         """Σ (effective · update − share · update²)² over the sampled elements."""
         cross, fourth = n.sum["kept_update_cubed"], n.sum["judged_4th"]
         return n.sum["kept_sq"] - 2 * share * cross + share * share * fourth
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One line of the catalogue.
-
-    Attributes:
-        name: As in log keys.
-        unit: Of the value.
-        range: Which values it can take.
-        high: What a high value means.
-        formula: From the numbers of some layers to the value for each of them.
-    """
-
-    name: str
-    unit: str
-    range: str
-    high: str
-    formula: Formula
 
 
 def _unless(is_none: Tensor, value: Tensor) -> Tensor:
@@ -206,182 +185,42 @@ def _energy_concentration(n: Numbers) -> Tensor:
     return _ratio(n.sum["finite"] * n.sum["update_4th"], squares * squares)
 
 
-_LAYER_METRICS = (
-    Metric("update_rms", "weight", "≥ 0", "large steps", _rms("update_sq", "finite")),
-    Metric("weight_rms", "weight", "≥ 0", "large weights", _rms("weight_sq", "finite")),
-    Metric("gradient_rms", "gradient", "≥ 0", "large gradients", _rms("gradient_sq", "gradients")),
-    Metric(
-        *("update_weight_ratio", "1", "≥ 0", "the step changes much; about 1e-3 is usual"),
-        _norm_ratio("update_sq", "weight_sq"),
-    ),
-    Metric(
-        "zero_update_frac",
-        "share",
-        "0 … 1",
-        "weights that did not move",
-        Share("finite", "finite", "moved"),
-    ),
-    Metric(
-        *("zero_gradient_frac", "share", "0 … 1", "gradients that are 0"),
-        Share("gradients", "gradients", "nonzero_gradients"),
-    ),
-    Metric(
-        "nonfinite_frac", "share", "0 … 1", "NaN or inf", Share("elements", "elements", "finite")
-    ),
-    Metric(
-        *("unmoved_frac", "share", "0 … 1", "stalled already, in the weights' own dtype"),
-        Share("nonzero_gradients", "nonzero_gradients", "moved_with_gradient"),
-    ),
-    Metric("ulp_mean", "ULP", "≥ 0", "far from stalling where stored now", _per("ulps", "finite")),
-    Metric("ulp_max", "ULP", "≥ 0", "one weight moved far", _largest("ulps", "finite")),
-    Metric(
-        "ulp_zero_frac",
-        "share",
-        "0 … 1",
-        "weights that did not move",
-        Share("finite", "finite", "moved"),
-    ),
-    Metric(
-        *("ulp_median_log2", "log2 ULP", "≥ 0.5", "those that moved did so by many ULPs"),
-        _median_octave("ulps", "moved", 0),
-    ),
-    Metric(
-        *("energy_concentration", "1", "1 … n", "few elements carry the update"),
-        _energy_concentration,
-    ),
-)
-_FORMAT_METRICS = (
-    Metric("kept_update_ratio", "1", "real", "the update is kept; 1 is all", KeptShare()),
-    Metric(
-        "stall_frac", "share", "0 … 1", "updates vanish", Share("judged", "judged", "effective")
-    ),
-    Metric(
-        "update_error", "1", "≥ 0", "the update is distorted", _norm_ratio("lost_sq", "judged_sq")
-    ),
-    Metric(
-        "visible_frac", "share", "0 … 1", "a cast shows the updates", Share("visible", "judged")
-    ),
-    Metric(
-        *("never_moved_frac", "share", "0 … 1", "frozen since the run began"),
-        Share("ever_judged", "ever_judged", "ever_effective"),
-    ),
-    Metric(
-        *("stochastic_move_frac", "share", "0 … 1", "stochastic rounding would move weights"),
-        _per("stochastic_move", "judged"),
-    ),
-    Metric(
-        *("stochastic_noise_ratio", "1", "≥ 0", "the noise that it would add"),
-        _norm_ratio("stochastic_variance", "judged_sq"),
-    ),
-    Metric(
-        *("steps_median_log2", "log2 stiffness", "−31.5 … 31.5", "far above the threshold of −1"),
-        _median_octave("steps", "judged", FIRST_STEPS_OCTAVE),
-    ),
-    Metric(
-        "stiffness_mean", "weight", "> 0", "a coarse grid", _per("stiffness", "nonzero_weights")
-    ),
-    Metric(
-        "stiffness_min",
-        "weight",
-        "> 0",
-        "coarse everywhere",
-        _smallest("stiffness", "nonzero_weights"),
-    ),
-    Metric(
-        "stiffness_max",
-        "weight",
-        "> 0",
-        "coarse somewhere",
-        _largest("stiffness", "nonzero_weights"),
-    ),
-    Metric("grid_error_mean", "weight", "≥ 0", "off the grid", _per("grid_error", "finite")),
-    Metric(
-        "grid_error_max", "weight", "≥ 0", "one far off the grid", _largest("grid_error", "finite")
-    ),
-    Metric("grid_error_std", "weight", "≥ 0", "errors differ", _grid_error_std),
-    Metric(
-        "on_grid_frac",
-        "share",
-        "0 … 1",
-        "weights are grid points",
-        Share("finite", "finite", "off_grid"),
-    ),
-    Metric("sqnr_db", "dB", "real or inf", "rounding is a small noise", _sqnr),
-    Metric(
-        "underflow_frac",
-        "share",
-        "0 … 1",
-        "weights become 0",
-        Share("nonzero_weights", "finite", "stored_nonzero"),
-    ),
-    Metric(
-        "saturated_frac", "share", "0 … 1", "weights beyond the top", Share("saturated", "finite")
-    ),
-    Metric(
-        "subnormal_frac",
-        "share",
-        "0 … 1",
-        "few digits are left",
-        Share("stored_nonzero", "finite", "stored_normal"),
-    ),
-    Metric(
-        *("grad_stiff_correlation", "1", "−1 … 1", "descriptive: large gradients where coarse"),
-        _correlation,
-    ),
-    Metric(
-        *(
-            "grad_stiff_ratio_mean",
-            "gradient / weight",
-            "≥ 0",
-            "descriptive: gradients exceed gaps",
-        ),
-        _per_pair("gradient_per_stiffness"),
-    ),
-    Metric(
-        *("grad_below_stiffness_frac", "share", "0 … 1", "descriptive: gradients below gaps"),
-        _per_pair("gradient_below_stiffness"),
-    ),
-)
-LAYER_METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _LAYER_METRICS}
-"""Metrics of a parameter, by name."""
-FORMAT_METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _FORMAT_METRICS}
-"""Metrics of a parameter and a format, by name."""
-
-
-NEED_GRADIENT = frozenset(
-    {
-        *("gradient_rms", "zero_gradient_frac", "unmoved_frac"),
-        *("grad_stiff_correlation", "grad_stiff_ratio_mean", "grad_below_stiffness_frac"),
-    }
-)
-"""Metrics that have a value only where the gradient was measured, too."""
-NEED_TRACKING = frozenset({"never_moved_frac"})
-"""Metrics of more than one step: they have a value where the same elements are tracked."""
-
-
-def get_metric(name: str) -> Metric:
-    """The metric of that name, of the parameter or of a format.
-
-    Raises:
-        ValueError: There is none; the nearest names are listed.
-    """
-    metric = LAYER_METRICS.get(name) or FORMAT_METRICS.get(name)
-    if metric is not None:
-        return metric
-    catalogue = (*LAYER_METRICS, *FORMAT_METRICS)
-    near = difflib.get_close_matches(name, catalogue, n=3) or catalogue
-    raise ValueError(f"unknown metric {name!r}; nearest: {', '.join(near)}")
-
-
-def as_markdown() -> str:
-    """The catalogue as the tables of docs/metrics.md."""
-    tables = {
-        "Of a layer: `altgrad/{metric}/{layer}`": LAYER_METRICS,
-        "Of a layer and a format: `altgrad/{metric}/{format}/{layer}`": FORMAT_METRICS,
-    }
-    lines = ["# Metrics", "", *(__doc__ or "").strip().splitlines()[2:]]
-    for title, metrics in tables.items():
-        lines += ["", f"## {title}", "", "| metric | unit | range | high means |"]
-        lines.append("| --- | --- | --- | --- |")
-        lines += [f"| {m.name} | {m.unit} | {m.range} | {m.high} |" for m in metrics.values()]
-    return "\n".join(lines) + "\n"
+FORMULAS: Mapping[str, Formula] = {
+    "update_rms": _rms("update_sq", "finite"),
+    "weight_rms": _rms("weight_sq", "finite"),
+    "gradient_rms": _rms("gradient_sq", "gradients"),
+    "update_weight_ratio": _norm_ratio("update_sq", "weight_sq"),
+    "zero_update_frac": Share("finite", "finite", "moved"),
+    "zero_gradient_frac": Share("gradients", "gradients", "nonzero_gradients"),
+    "nonfinite_frac": Share("elements", "elements", "finite"),
+    "unmoved_frac": Share("nonzero_gradients", "nonzero_gradients", "moved_with_gradient"),
+    "ulp_mean": _per("ulps", "finite"),
+    "ulp_max": _largest("ulps", "finite"),
+    "ulp_zero_frac": Share("finite", "finite", "moved"),
+    "ulp_median_log2": _median_octave("ulps", "moved", 0),
+    "energy_concentration": _energy_concentration,
+    # Of a format:
+    "kept_update_ratio": KeptShare(),
+    "stall_frac": Share("judged", "judged", "effective"),
+    "update_error": _norm_ratio("lost_sq", "judged_sq"),
+    "visible_frac": Share("visible", "judged"),
+    "never_moved_frac": Share("ever_judged", "ever_judged", "ever_effective"),
+    "stochastic_move_frac": _per("stochastic_move", "judged"),
+    "stochastic_noise_ratio": _norm_ratio("stochastic_variance", "judged_sq"),
+    "steps_median_log2": _median_octave("steps", "judged", FIRST_STEPS_OCTAVE),
+    "stiffness_mean": _per("stiffness", "nonzero_weights"),
+    "stiffness_min": _smallest("stiffness", "nonzero_weights"),
+    "stiffness_max": _largest("stiffness", "nonzero_weights"),
+    "grid_error_mean": _per("grid_error", "finite"),
+    "grid_error_max": _largest("grid_error", "finite"),
+    "grid_error_std": _grid_error_std,
+    "on_grid_frac": Share("finite", "finite", "off_grid"),
+    "sqnr_db": _sqnr,
+    "underflow_frac": Share("nonzero_weights", "finite", "stored_nonzero"),
+    "saturated_frac": Share("saturated", "finite"),
+    "subnormal_frac": Share("stored_nonzero", "finite", "stored_normal"),
+    "grad_stiff_correlation": _correlation,
+    "grad_stiff_ratio_mean": _per_pair("gradient_per_stiffness"),
+    "grad_below_stiffness_frac": _per_pair("gradient_below_stiffness"),
+}
+"""By the name of the metric; those of the catalogue, in its order."""

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
 from altgrad.measurement.columns import (
     ELEMENTS,
     FORMAT_MAXIMA,
@@ -20,15 +21,7 @@ from altgrad.measurement.columns import (
     max_count,
     sum_count,
 )
-from altgrad.measurement.metrics import (
-    FORMAT_METRICS,
-    LAYER_METRICS,
-    KeptShare,
-    Numbers,
-    Share,
-    get_metric,
-    histogram_of,
-)
+from altgrad.measurement.metrics import FORMULAS, KeptShare, Numbers, Share, histogram_of
 
 _TOTALS = {"ulps": "moved", "steps": "judged"}
 _FEWEST = 30  # with fewer elements that matter, their spread is not known
@@ -148,7 +141,7 @@ class StepTable:
 
     def _values(self, name: str) -> Tensor:
         if name not in self._tensors:
-            self._tensors[name] = get_metric(name).formula(self._numbers)
+            self._tensors[name] = FORMULAS[name](self._numbers)
         return self._tensors[name]
 
     def _by_row(self, values: Sequence[Tensor]) -> Tensor:
@@ -169,7 +162,7 @@ class StepTable:
         )
 
     def _errors(self, name: str) -> Tensor:
-        n, formula, value = self._numbers, get_metric(name).formula, self._values(name)
+        n, formula, value = self._numbers, FORMULAS[name], self._values(name)
         if not isinstance(formula, (Share, KeptShare)):
             return torch.full_like(value, torch.nan)
         total = formula.denominator(n)

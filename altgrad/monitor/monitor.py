@@ -20,8 +20,9 @@ from altgrad.distributed.host_group import LostRankError
 from altgrad.distributed.layers import ShardedLayers
 from altgrad.distributed.step_message import Own, StepMessage
 from altgrad.measurement.ever_moved import EverMovedOfLayers, PackedBits
-from altgrad.measurement.figures import Histogram
-from altgrad.measurement.measurer import DEFAULT_FORMATS, Formats, Measurer
+from altgrad.measurement.histogram import Histogram
+from altgrad.measurement.measure import DEFAULT_FORMATS
+from altgrad.measurement.measurer import Formats, Measurer
 from altgrad.measurement.step_record import StepRecord
 from altgrad.monitor.agreement import Agreement
 from altgrad.monitor.describe import describe_layers

@@ -13,7 +13,7 @@ from altgrad.distributed.shards import NOTHING
 from altgrad.measurement.chunks import Sample
 from altgrad.measurement.ever_moved import EverMovedOfLayers
 from altgrad.measurement.measurer import Measurer
-from altgrad.measurement.merging import StepVectors
+from altgrad.measurement.step_record import StepVectors
 from altgrad.monitor.arena import Arena
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.monitor.scale_state import ScaleState
@@ -106,7 +106,7 @@ class StepMeasuring:
             segment.leave_out(absent)
             names = [name if name in present else None for name in segment.names]
             batch = arena.batch_of(segment)
-            vectors.add(names, self._measurer.vectors_of(batch))
+            vectors.add(names, self._measurer.measure_batch(batch))
             measured |= {name for name in names if name is not None}
         return measured
 
@@ -133,8 +133,8 @@ class StepMeasuring:
             ever = self._ever_moved.row_of(name, kinds, before.numel(), before.device)
             is_whole = before.numel() == parameter.numel()
             sample = None if is_whole else self._samples[name]
-            statistics = self._measurer.statistics_of(before, after, gradient, amax, ever, sample)
-            vectors.add_layer(name, statistics)
+            row = self._measurer.measure_tensor(before, after, gradient, amax, ever, sample)
+            vectors.add([name], row.unsqueeze(0))
 
     # --- what elements have done so far
 

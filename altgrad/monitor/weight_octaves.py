@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from altgrad.distributed.layers import ShardedLayers
-from altgrad.measurement.figures import Histogram
+from altgrad.measurement.histogram import Histogram
 from altgrad.monitor.elements import sample_elements
 
 _FIRST, _BINS = -64, 96

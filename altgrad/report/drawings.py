@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from altgrad._messages import percent
-from altgrad.measurement.figures import Histogram
+from altgrad.measurement.histogram import Histogram
 from altgrad.report.canvas import finished, finished_empty, in_default_style, new_figure, png, svg
 from altgrad.report.cells import kept_text
 from altgrad.report.names import short_names

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from altgrad.measurement.figures import Histogram
+from altgrad.measurement.histogram import Histogram
 from altgrad.report.applying import applying
 from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
 from altgrad.report.records import Row, Run

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from altgrad import DEFAULT_FORMATS, Figures, get_format, measure
-from altgrad.measurement.figures import metrics_of
+from altgrad.measurement.figures import tensor_figures
 from altgrad.measurement.measurer import Measurer
-from altgrad.measurement.metrics import FORMAT_METRICS, LAYER_METRICS, Share
+from altgrad.measurement.metrics import FORMULAS, Share
 from altgrad.quantization import compute_scale, effective_update, get_formats
 from altgrad_lightning import PrecisionMonitor
 
@@ -110,7 +110,8 @@ def assert_are_of_last_step(figures: Figures, steps: Sequence[tuple[Tensor, ...]
     """
     measurer = Measurer(DEFAULT_FORMATS)
     amax = amax_of_steps(steps)
-    assert_same(figures, metrics_of([measurer.statistics_of(*steps[-1], amax=amax[-1])])[0])
+    row = measurer.measure_tensor(*steps[-1], amax=amax[-1])
+    assert_same(figures, tensor_figures(measurer.names, row))
     if torch.equal(amax[-1], amax_of_steps(steps[-1:])[0]):
         assert_same(figures, measure(*steps[-1]))
     for format in measurer.formats:
@@ -146,8 +147,7 @@ def assert_same(figures: Figures, expected: Any) -> None:
     assert keys == [key for key in expected if not key.startswith("never_moved_frac")]
     for key in keys:
         name = key.split("/")[0]
-        formula = (LAYER_METRICS | FORMAT_METRICS)[name].formula
-        exact = isinstance(formula, Share) or name.endswith(("_min", "_max", "_median_log2"))
+        exact = isinstance(FORMULAS[name], Share) or name.endswith(("_min", "_max", "_median_log2"))
         tolerance = 0 if exact else 1e-12
         assert figures[key] == pytest.approx(expected[key], rel=tolerance, abs=0, nan_ok=True), key
 

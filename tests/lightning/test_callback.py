@@ -16,7 +16,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 
 from altgrad import FloatFormat, UpdateMonitor
-from altgrad.measurement.metrics import FORMAT_METRICS, LAYER_METRICS
+from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
 from altgrad.observation.snapshots import Snapshots
 from altgrad.report.records import read
 from altgrad_lightning import PrecisionMonitor
@@ -230,7 +230,7 @@ def test_a_fault_of_its_own_warns_once_and_training_goes_on(
         "altgrad.measurement.measurer.Measurer.vectors_of",
         "altgrad.monitor.step_measuring.StepMeasuring.scales_changed",
         "altgrad.observation.snapshots._copy_all",
-        "altgrad.measurement.merging.StepVectors.record",
+        "altgrad.measurement.step_record.StepVectors.record",
         "altgrad_lightning.charts.Charts.add",
     ],
 )

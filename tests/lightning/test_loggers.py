@@ -25,8 +25,8 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from altgrad.measurement.figures import Histogram
-from altgrad.measurement.metrics import FORMAT_METRICS
+from altgrad.measurement.catalogue import FORMAT_METRICS
+from altgrad.measurement.histogram import Histogram
 from altgrad.report import kept_map
 from altgrad.report.verdicts import Advice, Assessment, Verdict
 from altgrad_lightning import loggers as pictures_of

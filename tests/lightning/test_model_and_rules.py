@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from altgrad import DEFAULT_FORMATS, SamplingRule, get_format
-from altgrad.measurement.metrics import FORMAT_METRICS, LAYER_METRICS
+from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
 from altgrad.quantization import compute_scale, effective_update, stall_mask
 from altgrad_lightning import PrecisionMonitor
 from tests.lightning.runs import (

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from altgrad.measurement.figures import Histogram
+from altgrad.measurement.histogram import Histogram
 from altgrad.quantization import get_formats
 from altgrad.report import heat_map, kept_map, png, ranges, steps_histogram, svg
 from altgrad.report.names import short_names

@@ -7,7 +7,9 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from altgrad.measurement.figures import Figures, Histogram, keys_of
+from altgrad.measurement.catalogue import figure_keys
+from altgrad.measurement.figures import Figures
+from altgrad.measurement.histogram import Histogram
 from altgrad.measurement.step_record import StepRecord
 
 WITH_ERRORS = ("kept_update_ratio", "stall_frac", "never_moved_frac")
@@ -67,7 +69,7 @@ def _of_histogram(key: str, histogram: Histogram) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _template(formats: tuple[str, ...], place: str, *, with_errors: bool) -> str:
-    template = f'"figures":{{{_pairs(keys_of(formats), place)}}}'
+    template = f'"figures":{{{_pairs(figure_keys(formats), place)}}}'
     if with_errors:
         keys = [f"{metric}/{format}" for format in formats for metric in WITH_ERRORS]
         template += f',"errors":{{{_pairs(keys, place)}}}'

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from altgrad.measurement.figures import Histogram
+from altgrad.measurement.histogram import Histogram
 from altgrad.report.records.run import FloatsByKey, Row, Run
 from altgrad.report.records.schema import (
     SCHEMA,

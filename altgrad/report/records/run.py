@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from altgrad.measurement.figures import Histogram
+from altgrad.measurement.histogram import Histogram
 from altgrad.quantization import Scaling
 from altgrad.report.records.schema import FormatInfo, LayerInfo
 

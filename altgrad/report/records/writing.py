@@ -14,7 +14,7 @@ from typing import BinaryIO
 import torch
 
 from altgrad._version import __version__
-from altgrad.measurement.figures import Histogram
+from altgrad.measurement.histogram import Histogram
 from altgrad.measurement.step_record import StepRecord
 from altgrad.report.records.lines import lines_of
 from altgrad.report.records.reading import read_header

@@ -1,9 +1,8 @@
-"""`LayerStatistics`: parts of a tensor merge into the whole, whatever the parts and their order."""
+"""`Measurer`: a tensor in chunks, or in parts that the rows of a table merge, is the whole."""
 
 import contextlib
-import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from unittest import mock
 
 import numpy as np
@@ -19,15 +18,14 @@ from altgrad.measurement.columns import (
     FORMAT_SUMS,
     MAXIMA,
     OCTAVES,
+    POPULATION,
     SUMS,
-    LayerStatistics,
-    max_count,
-    pack,
     sum_count,
-    unpack,
 )
-from altgrad.measurement.figures import metrics_of
-from altgrad.measurement.measurer import Measurer, measure
+from altgrad.measurement.figures import tensor_figures
+from altgrad.measurement.measure import measure
+from altgrad.measurement.measurer import Measurer
+from altgrad.measurement.step_table import StepTable
 from altgrad.quantization import get_format
 from tests.strategies import thorough
 
@@ -45,26 +43,29 @@ SUM_NAMES = (*SUMS, *FORMAT_SUMS * len(FORMATS))
 EXACT = torch.tensor([name in WHOLE_NUMBERS for name in SUM_NAMES])
 
 
-def assert_same_statistics(actual: LayerStatistics, expected: LayerStatistics) -> None:
+def assert_same_row(actual: Tensor, expected: Tensor) -> None:
     """Whole numbers and maxima exactly, other sums to 1e-12: no term of a sum is negative."""
-    assert actual.formats == expected.formats
-    assert torch.equal(actual.maxima, expected.maxima)
-    assert actual.sums.dtype == actual.maxima.dtype == torch.float64
-    assert (expected.sums >= 0).all()
-    error = (actual.sums - expected.sums).abs()
-    allowed = torch.where(EXACT, 0.0, 1e-12 * expected.sums)
+    middle = sum_count(len(FORMATS))
+    assert torch.equal(actual[middle:], expected[middle:])
+    assert actual.dtype == torch.float64
+    actual, expected = actual[:middle], expected[:middle]
+    assert (expected >= 0).all()
+    error = (actual - expected).abs()
+    allowed = torch.where(EXACT, 0.0, 1e-12 * expected)
     wrong = (~(error <= allowed)).nonzero().flatten().tolist()
-    assert not wrong, [(SUM_NAMES[i], actual.sums[i], expected.sums[i]) for i in wrong[:5]]
+    assert not wrong, [(SUM_NAMES[i], actual[i], expected[i]) for i in wrong[:5]]
 
 
-def merged(parts: list[LayerStatistics]) -> LayerStatistics:
-    return functools.reduce(LayerStatistics.merge, parts, LayerStatistics.empty(NAMES))
+def merged(rows: Sequence[Tensor], names: Sequence[str] = NAMES) -> Tensor:
+    """The row of the model that these layers make."""
+    table, of_model = StepTable.with_model(names, torch.stack([*rows]), [names] * len(rows))
+    return table.vectors[of_model[None]]
 
 
-def all_at_once(step: tuple[Tensor, ...]) -> LayerStatistics:
-    """In one chunk and through no merge but that with `empty`."""
+def all_at_once(step: tuple[Tensor, ...]) -> Tensor:
+    """In one chunk."""
     assert step[0].numel() <= UNSCALED.capacity
-    return UNSCALED.statistics_of(*step)
+    return UNSCALED.measure_tensor(*step)
 
 
 @contextlib.contextmanager
@@ -108,7 +109,7 @@ def test_any_split_in_any_order_merges_to_the_whole(
 ) -> None:
     step, parts = split
     of_parts = [all_at_once(tuple(each[part] for each in step)) for part in parts]
-    assert_same_statistics(merged(of_parts), all_at_once(step))
+    assert_same_row(merged(of_parts), all_at_once(step))
 
 
 @thorough
@@ -116,11 +117,11 @@ def test_any_split_in_any_order_merges_to_the_whole(
 def test_chunks_equal_the_whole(step: tuple[Tensor, ...], chunk: int, scaling: object) -> None:
     step = tuple(each[: each.numel() // 2 * 2].view(2, -1) for each in step)
     measurer = Measurer(FORMATS, scaling)
-    whole = measurer.statistics_of(*step)
+    whole = measurer.measure_tensor(*step)
     with chunks_of(chunk):
-        assert_same_statistics(measurer.statistics_of(*step), whole)
+        assert_same_row(measurer.measure_tensor(*step), whole)
         apart = [torch.stack((each, each), -1)[..., 0] for each in step]  # not contiguous
-        assert_same_statistics(measurer.statistics_of(*apart), whole)
+        assert_same_row(measurer.measure_tensor(*apart), whole)
 
 
 def a_step(n: int = 200, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,106 +132,61 @@ def a_step(n: int = 200, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_the_real_chunk_equals_smaller_ones() -> None:
     step = a_step(UNSCALED.capacity + 1000)
-    in_two = UNSCALED.statistics_of(*step)
+    in_two = UNSCALED.measure_tensor(*step)
     with chunks_of(10_007):
-        assert_same_statistics(UNSCALED.statistics_of(*step), in_two)
+        assert_same_row(UNSCALED.measure_tensor(*step), in_two)
 
 
 def test_two_layers_merge_to_what_they_are_together() -> None:
     """Also a sum of averages would pass for parts of one size: these differ."""
     one, two = a_step(50, seed=1), tuple(10 * each for each in a_step(150, seed=2))
-    both = all_at_once(one).merge(all_at_once(two))
+    both = merged([all_at_once(one), all_at_once(two)])
     together = tuple(torch.cat(pair) for pair in zip(one, two, strict=True))
-    figures = metrics_of([both])[0]
+    figures = tensor_figures(NAMES, both)
     expected = measure(*together, FORMATS, None)
     assert {key: figures[key] for key in expected} == pytest.approx(
         expected, rel=1e-12, nan_ok=True
     )
 
 
-def test_empty_is_neutral() -> None:
-    some, none = all_at_once(a_step()), LayerStatistics.empty(NAMES)
-    for both in (some.merge(none), none.merge(some)):
-        assert torch.equal(both.sums, some.sums)
-        assert torch.equal(both.maxima, some.maxima)
-    nothing = all_at_once(tuple(torch.zeros(3, 0)))
-    assert torch.equal(nothing.sums, none.sums)
-    assert torch.equal(nothing.maxima, none.maxima)
-    assert (none.maxima == -math.inf).all()
-    assert all(map(math.isnan, metrics_of([none])[0].values()))
+def test_an_empty_tensor_is_neutral() -> None:
+    some, none = all_at_once(a_step()), all_at_once(tuple(torch.zeros(3, 0)))
+    middle = sum_count(len(FORMATS))
+    assert not none[:middle].any()
+    assert (none[middle:] == -math.inf).all()
+    for both in ([some, none], [none, some]):
+        assert torch.equal(merged(both), some)
+    assert all(map(math.isnan, tensor_figures(NAMES, none).values()))
+    assert torch.equal(merged([none]), none)
 
 
-def test_different_formats_do_not_merge() -> None:
-    one, other = LayerStatistics.empty(["bf16", "e5m2"]), LayerStatistics.empty(["e5m2", "bf16"])
-    with pytest.raises(ValueError, match=r"\('bf16', 'e5m2'\) do not merge with \('e5m2', 'bf16"):
-        one.merge(other)
-    with pytest.raises(ValueError, match="do not merge"):
-        one.merge(LayerStatistics.empty(["bf16"]))
-
-
-def test_merging_and_weighting_change_neither_operand() -> None:
-    one, other = all_at_once(a_step(seed=1)), all_at_once(a_step(seed=2))
-    copies = [each.clone() for each in (one.sums, one.maxima, other.sums, other.maxima)]
-    one.merge(other)
-    standing_for(one, 3).weighted()
-    for each, copy in zip((one.sums, one.maxima, other.sums, other.maxima), copies, strict=True):
+def test_merging_changes_no_operand() -> None:
+    rows = [standing_for(all_at_once(a_step(seed=seed)), 3) for seed in (1, 2)]
+    copies = [each.clone() for each in rows]
+    merged(rows)
+    for each, copy in zip(rows, copies, strict=True):
         assert torch.equal(each, copy)
 
 
-def standing_for(sample: LayerStatistics, factor: float) -> LayerStatistics:
-    """The same, drawn from a parameter of so many times as many elements."""
-    sums = sample.sums.clone()
-    sums[SUMS.index("population")] *= factor
-    return LayerStatistics(sample.formats, sums, sample.maxima)
+def standing_for(sample: Tensor, factor: float) -> Tensor:
+    """The same row, drawn from a parameter of so many times as many elements."""
+    row = sample.clone()
+    row[POPULATION] *= factor
+    return row
 
 
 @pytest.mark.parametrize("factor", [1, 3, 2.5])
-def test_weighted_is_so_many_copies_of_each_element(factor: float) -> None:
+def test_a_sample_counts_as_so_many_copies_of_each_element(factor: float) -> None:
     sample = all_at_once(a_step())
-    weighted = standing_for(sample, factor).weighted()
-    assert torch.equal(weighted.sums, sample.sums * factor)
-    assert torch.equal(weighted.maxima, sample.maxima)
+    weighted, middle = merged([standing_for(sample, factor)]), sum_count(len(FORMATS))
+    assert torch.equal(weighted[:middle], sample[:middle] * factor)
+    assert torch.equal(weighted[middle:], sample[middle:])
     if factor == 3:
-        assert_same_statistics(weighted, all_at_once(tuple(each.repeat(3) for each in a_step())))
-    scaled = metrics_of([weighted])[0]
-    for key, value in metrics_of([sample])[0].items():
+        assert_same_row(weighted, all_at_once(tuple(each.repeat(3) for each in a_step())))
+    scaled = tensor_figures(NAMES, weighted)
+    for key, value in tensor_figures(NAMES, sample).items():
         if "grid_error_std" not in key:  # has n − 1
             assert scaled[key] == pytest.approx(value, rel=1e-12, nan_ok=True), key
-
-
-def test_nothing_weighted_is_nothing() -> None:
-    assert torch.equal(LayerStatistics.empty(NAMES).weighted().sums, torch.zeros(sum_count(4)))
-
-
-def test_what_is_packed_unpacks() -> None:
-    several = [
-        Measurer(names, None).statistics_of(*a_step(seed=seed))
-        for seed, names in enumerate([["bf16"], [], ["e4m3fn", "e5m2"]])
-    ]
-    sums, maxima = pack(several)
-    assert sums.dim() == maxima.dim() == 1
-    for one, other in zip(unpack(sums, maxima, [s.formats for s in several]), several, strict=True):
-        assert one.formats == other.formats
-        assert torch.equal(one.sums, other.sums)
-        assert torch.equal(one.maxima, other.maxima)
-    with pytest.raises(ValueError, match=r"2 layers have .* expected"):
-        unpack(sums, maxima, [s.formats for s in several[:2]])
-    assert unpack(*pack([]), []) == ()
-
-
-@pytest.mark.parametrize(("sums", "maxima"), [(1, 0), (-1, 0), (0, 1), (0, -1)])
-def test_wrong_shapes_are_an_error(sums: int, maxima: int) -> None:
-    lengths = sum_count(2), max_count(2)
-    assert lengths == (
-        len(SUMS) + 2 * len(FORMAT_SUMS),
-        len(MAXIMA) + 2 * len(FORMAT_MAXIMA),
-    )
-    with pytest.raises(ValueError, match=rf"2 formats .* expected \({lengths[0]},\) and"):
-        LayerStatistics(
-            ("bf16", "e5m2"), torch.zeros(lengths[0] + sums), torch.zeros(lengths[1] + maxima)
-        )
-    with pytest.raises(ValueError, match="have shapes"):
-        LayerStatistics(("bf16", "e5m2"), torch.zeros(1, lengths[0]), torch.zeros(1, lengths[1]))
 
 
 def test_names_of_sums_and_maxima_are_distinct() -> None:
@@ -245,8 +201,8 @@ def in_parts(step: tuple[Tensor, ...], format: str) -> dict[str, float]:
     """The metrics after a merge of many small parts, without a scale."""
     measurer = Measurer(format, None)
     parts = zip(*(each.split(37) for each in step), strict=True)
-    of_parts = [measurer.statistics_of(*part) for part in parts]
-    return metrics_of([functools.reduce(LayerStatistics.merge, of_parts)])[0]
+    row = merged([measurer.measure_tensor(*part) for part in parts], [format])
+    return tensor_figures([format], row)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1.0, 1e30])
@@ -294,5 +250,5 @@ def test_parts_that_are_constant_alone_are_not_constant_together() -> None:
     ones, small = torch.ones(10), torch.full((10,), 2.0**-5)
     one, other = (all_at_once((w, w * 1.5, w)) for w in (ones, small))
     key = "grad_stiff_correlation/bf16"
-    assert math.isnan(metrics_of([one])[0][key])
-    assert metrics_of([one.merge(other)])[0][key] == pytest.approx(1, rel=1e-12)
+    assert math.isnan(tensor_figures(NAMES, one)[key])
+    assert tensor_figures(NAMES, merged([one, other]))[key] == pytest.approx(1, rel=1e-12)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from altgrad import Figures, SamplingRule, StepRecord, UpdateMonitor
-from altgrad.measurement.columns import FORMAT_SUMS, SUMS, LayerStatistics
-from altgrad.measurement.figures import keys_of, metrics_of, model_figures
+from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, figure_keys
+from altgrad.measurement.columns import ELEMENTS, FORMAT_SUMS, POPULATION, SUMS
+from altgrad.measurement.figures import model_figures, tensor_figures
 from altgrad.measurement.measurer import Measurer
+from altgrad.measurement.metrics import FORMULAS, Numbers
 
 FORMATS = ("bf16", "e4m3fn", "e2m1")
 ERRORS = ("kept_update_ratio", "stall_frac", "never_moved_frac")
@@ -51,7 +53,7 @@ def test_the_medians_of_a_model_of_samples_have_a_value(seed: int) -> None:
 @pytest.mark.parametrize("sampling", [(), RULES], ids=["all", "rules"])
 def test_values_in_their_order_are_those_of_the_keys(sampling: object) -> None:
     for figures in all_of(a_record(sampling=sampling)):
-        assert [*figures] == [*keys_of(figures.formats)]
+        assert [*figures] == [*figure_keys(figures.formats)]
         assert list(figures.in_order()) == pytest.approx([*figures.values()], rel=0, nan_ok=True)
         expected = [
             figures.standard_error(f"{metric}/{format}")
@@ -81,14 +83,16 @@ def test_the_standard_error_of_a_model_is_that_of_strata(sampling: object) -> No
     measurer, several = Measurer(("bf16",), None), []
     for population, size in ((5000, 1000), (12_345, 777), (300, 300)):
         before = torch.randn(size)
-        statistics = measurer.statistics_of(before, before + torch.randn(size) * 2e-3)
-        statistics.sums[0] = population
-        several.append(statistics)
+        row = measurer.measure_tensor(before, before + torch.randn(size) * 2e-3)
+        row[POPULATION] = population
+        several.append(row)
+    figures = [tensor_figures(measurer.names, row) for row in several]
     if sampling:  # and one that is not judged, and counts for nothing
-        several.append(LayerStatistics.empty([]))
-        several[-1].sums[:2] = torch.tensor([999.0, 100.0])
-    model = model_figures(metrics_of(several))
-    named = [dict(zip((*SUMS, *FORMAT_SUMS), s.sums.tolist(), strict=False)) for s in several[:3]]
+        row = Measurer([]).measure_tensor(*torch.zeros(2, 0))
+        row[POPULATION], row[ELEMENTS] = 999.0, 100.0
+        figures.append(tensor_figures([], row))
+    model = model_figures(figures)
+    named = [dict(zip((*SUMS, *FORMAT_SUMS), row.tolist(), strict=False)) for row in several]
     share, variance, total = model["stall_frac/bf16"], 0.0, 0.0
     for sums in named:
         n, weight = sums["elements"], sums["population"] / sums["elements"]
@@ -125,19 +129,20 @@ def test_a_record_holds_nothing_that_the_next_step_writes_to() -> None:
 
 
 def test_a_metric_is_evaluated_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from altgrad.measurement.metrics import FORMAT_METRICS
-
     record, calls = a_record(), 0
-    metric = FORMAT_METRICS["update_error"]
+    formula = FORMULAS["update_error"]
 
-    def counted(numbers: object) -> Tensor:
+    def counted(numbers: Numbers) -> Tensor:
         nonlocal calls
         calls += 1
         return formula(numbers)
 
-    formula = metric.formula
-    monkeypatch.setitem(metric.__dict__, "formula", counted)
+    monkeypatch.setitem(FORMULAS, "update_error", counted)
     for figures in (*record.layers.values(), record.model):
         for name in FORMATS:
             assert figures[f"update_error/{name}"] > 0
     assert calls == 1
+
+
+def test_every_metric_of_the_catalogue_has_a_formula_and_no_other_has() -> None:
+    assert [*FORMULAS] == [*LAYER_METRICS, *FORMAT_METRICS]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from altgrad import FloatFormat, measure
-from altgrad.measurement.metrics import FORMAT_METRICS, LAYER_METRICS, NEED_TRACKING
+from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, NEED_TRACKING
 from altgrad.quantization import FORMATS, compute_scale, get_format
 
 

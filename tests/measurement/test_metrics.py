@@ -1,0 +1,147 @@
+"""Every metric against its definition."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from altgrad.measurement.columns import FORMAT_SUMS, SUMS
+from altgrad.measurement.figures import tensor_figures
+from altgrad.measurement.measure import measure
+from altgrad.measurement.measurer import Measurer
+from altgrad.quantization import quantize
+from tests.measurement.definitions import (
+    DTYPES,
+    INFOS,
+    SCALINGS,
+    a_step,
+    assert_figures,
+    key_of,
+    rounded,
+    scales,
+)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=key_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_metric_equals_its_definition(dtype: torch.dtype, scaling: object) -> None:
+    step = a_step(dtype)
+    assert_figures(step, list(INFOS), scaling)
+    figures = measure(*step, "e2m1", scaling)  # the data shows what it is to show
+    for metric in ("stall_frac", "visible_frac", "on_grid_frac", "unmoved_frac", "underflow_frac"):
+        assert 0 < figures.get(f"{metric}/e2m1", figures.get(metric)) < 1, metric
+    assert (figures["saturated_frac/e2m1"] > 0) is (scaling is None)
+    assert figures["subnormal_frac/e2m1"] > 0
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=key_of)
+def test_updates_that_pass_the_top(scaling: object) -> None:
+    """Scaled, the grid goes on in ever wider steps; unscaled, it ends, and nothing is random."""
+    before = torch.linspace(-6, 6, 64).view(2, 32)
+    after = before + before.sign() * torch.linspace(0.1, 9, 64).view(2, 32)
+    assert_figures((before, after, torch.ones_like(before)), ["e2m1"], scaling)
+
+
+def test_stochastic_noise_of_an_update_past_the_wider_step_above_the_top() -> None:
+    """From 6 by 3 to 9, which stochastic rounding makes 8 or, in one of four cases, 12."""
+    before, after = torch.tensor([6.0]), torch.tensor([9.0])
+    figure = measure(before, after, formats="e2m1")["stochastic_noise_ratio/e2m1"]
+    assert figure == pytest.approx(math.sqrt(3) / 3, rel=1e-12)
+
+
+def test_stochastic_noise_at_a_top_that_clamps_is_nothing() -> None:
+    """From 6 to 7, which is clamped to 6 whatever is drawn."""
+    before, after = torch.tensor([6.0]), torch.tensor([7.0])
+    figures = measure(before, after, formats="e2m1", scaling=None)
+    assert figures["stall_frac/e2m1"] == 1
+    assert figures["stochastic_noise_ratio/e2m1"] == 0
+
+
+def test_stochastic_noise_equals_that_of_draws() -> None:
+    """The two neighbours, against `quantize(rounding="stochastic")` itself."""
+    before, after = torch.tensor([1.0]), torch.tensor([1.03])
+    generator = torch.Generator().manual_seed(0)
+    goals = after.double().expand(200_000)  # 1 is on the grid: 1 + update is after
+    draws = quantize(goals, "e4m3fn", rounding="stochastic", generator=generator)
+    figures = measure(before, after, formats="e4m3fn", scaling=None)
+    update = (after.double() - 1).item()
+    assert figures["stochastic_noise_ratio/e4m3fn"] == pytest.approx(
+        draws.std().item() / update, rel=1e-2
+    )
+    assert figures["stochastic_move_frac/e4m3fn"] == pytest.approx(
+        (draws != 1).double().mean().item(), rel=1e-2
+    )
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=key_of)
+@pytest.mark.parametrize("name", ["bf16", "e4m3fn", "e2m1"])
+def test_histograms_count_octaves(name: str, scaling: object) -> None:
+    before, after, gradient = a_step()
+    row = Measurer(name, scaling).measure_tensor(before, after, gradient)
+    sums = dict(zip((*SUMS, *FORMAT_SUMS), row.tolist(), strict=False))
+    w, v = before.double().numpy(), after.double().numpy()
+    s = scales(w, v, name, scaling, before.dtype)
+    info = INFOS[name]
+    binade = np.frexp(w / s)[1] - 1
+    binade = np.where(w == 0, 1 - info.bias, binade).clip(
+        1 - info.bias, math.frexp(info.max)[1] - 1
+    )
+    steps = np.abs(v - w) / (np.ldexp(s, binade) * 2.0 ** (1 - info.precision))
+    octaves = np.floor(np.log2(steps[steps > 0])).clip(-32, 31)
+    histogram = [int((octaves == octave).sum()) for octave in range(-32, 32)]
+    figures = tensor_figures([name], row)
+    first, counts = figures.histogram(f"steps/{name}")
+    assert (first, list(counts)) == (-32, histogram)
+    assert sum(histogram) == sums["judged"] == sums["moved"]
+    assert sum(figures.histogram("ulps").counts[1:]) > 0
+
+
+def test_the_histogram_of_ulps_begins_at_one() -> None:
+    before = torch.tensor([1.0, 1.0, 1.0, 1.0, 2.0])
+    after = before + torch.tensor([0.0, 1, 2, 3, 8]) * 2**-23  # 8 are 4 units where they are two
+    figures = tensor_figures(["bf16"], Measurer("bf16").measure_tensor(before, after))
+    first, counts = figures.histogram("ulps")
+    assert (first, counts[:4], sum(counts)) == (0, (1, 2, 1, 0), 4)
+
+
+@pytest.mark.parametrize("key", ["steps", "steps/e5m2", "ulps/bf16", "ulp", "stall_frac/bf16"])
+def test_there_are_no_other_histograms(key: str) -> None:
+    figures = tensor_figures(["bf16"], Measurer("bf16").measure_tensor(*torch.zeros(2, 0)))
+    with pytest.raises(KeyError, match=r"expected one of .*ulps.*steps/bf16"):
+        figures.histogram(key)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=key_of)
+def test_sums_for_the_standard_error_of_the_kept_update(scaling: object) -> None:
+    before, after, gradient = a_step()
+    row = Measurer("e4m3fn", scaling).measure_tensor(before, after, gradient)
+    sums = dict(zip((*SUMS, *FORMAT_SUMS), row.tolist(), strict=False))
+    w, v = before.double().numpy(), after.double().numpy()
+    d, s = v - w, scales(w, v, "e4m3fn", scaling, before.dtype)
+    stored = rounded(w, "e4m3fn", s, clamped=True)
+    kept = (rounded(stored + d, "e4m3fn", s, clamped=scaling is None) - stored) * d
+    assert sums["kept_sq"] == pytest.approx((kept**2).sum(), rel=1e-12)
+    assert sums["kept_update_cubed"] == pytest.approx((kept * d**2).sum(), rel=1e-12)
+    assert sums["judged_4th"] == pytest.approx((d**4).sum(), rel=1e-12)
+
+
+def test_the_ends_of_the_histogram_of_steps_are_open() -> None:
+    before = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    for update, median in ((2.0**-52, -31.5), (2.0**40, 31.5)):
+        figures = measure(before, before + update, formats="e2m1", scaling=None)
+        assert figures["steps_median_log2/e2m1"] == median
+
+
+def test_an_update_of_more_steps_than_float64_holds_is_in_the_last_bin() -> None:
+    before = torch.tensor([0.0], dtype=torch.float64)
+    figures = measure(before, before + 1e280, formats="e4m3fn", scaling=None)
+    assert figures["steps_median_log2/e4m3fn"] == 31.5
+
+
+def test_a_deviation_that_the_sums_have_lost_is_nan_and_not_made_up() -> None:
+    """The gradients lie one unit in the last place of float32 apart, around 1."""
+    before = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    gradient = torch.tensor([1.0, 1.0 + 2**-23, 1.0, 1.0])
+    figures = measure(before, before * 1.01, gradient, ["bf16"])
+    assert math.isnan(figures["grad_stiff_correlation/bf16"])
