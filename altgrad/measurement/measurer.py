@@ -14,13 +14,12 @@ from altgrad.measurement.kernel import EverMoved, Histograms, Rows, RowSums, row
 from altgrad.measurement.totals import LayersOfRows, Totals, bins_of, meant_columns
 from altgrad.measurement.workspace import Workspace, columns_that_fit
 from altgrad.quantization.arguments import check_pair
-from altgrad.quantization.block_formats import BlockFormat, NumberFormat, get_formats
+from altgrad.quantization.block_formats import BlockFormat, NumberFormat, get_formats, is_scaled
 from altgrad.quantization.grids import Grids, grids_of
 from altgrad.quantization.scale_groups import (
     Sharing,
     block_sizes,
     element_scales,
-    is_scaled,
     layer_amax,
     need_amax,
     need_tensor_amax,

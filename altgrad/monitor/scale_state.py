@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from altgrad.measurement.step_record import StepRecord
-from altgrad.quantization.block_formats import BlockFormat, NumberFormat
-from altgrad.quantization.scale_groups import is_scaled, layer_amax_of_each, need_amax
+from altgrad.quantization.block_formats import BlockFormat, NumberFormat, is_scaled
+from altgrad.quantization.scale_groups import layer_amax_of_each, need_amax
 from altgrad.quantization.scaling import Scaling
 
 STEPS_PER_SCALE = 100

@@ -10,17 +10,18 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import torch
-from torch import Tensor
-
-from altgrad.quantization.float_format import FloatFormat
+from altgrad.quantization.float_format import FloatFormat, is_torch_dtype
 from altgrad.quantization.formats import E2M1, E2M3, E3M2, E4M3, E5M2, get_format
-from altgrad.quantization.ops import quantize
-from altgrad.quantization.scaling import amax_of, scale_from_amax
 
-_FLOAT32 = torch.finfo(torch.float32)
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from altgrad.quantization.scaling import Scaling
+
+_UNSCALED_BITS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +63,6 @@ class BlockFormat:
         """As `FloatFormat.is_coarser_than`, within a block."""
         return self.element.is_coarser_than(other)
 
-    def block_scales(self, x: Tensor) -> Tensor:
-        """The scale of each block of x, float64; NaN and ±inf are left out.
-
-        Returns:
-            x's shape with the number of blocks for its last dimension.
-        """
-        return self.scales(amax_of(x, ("block", self.block_size)), amax_of(x, "tensor"))
-
     def scales(self, amax: Tensor, tensor_amax: Tensor | None) -> Tensor:
         """The scale of blocks, float64; 1 for a block of zeros.
 
@@ -81,13 +74,19 @@ class BlockFormat:
             tensor_amax: Likewise of its whole tensor, of a shape that broadcasts; for formats
                 that have a tensor scale.
         """
+        import torch
+
+        from altgrad.quantization.ops import quantize
+        from altgrad.quantization.scaling import scale_from_amax
+
         amax = amax.double()
         if tensor_amax is None or not self.has_tensor_scale:
             scale = scale_from_amax(amax, self.element, power_of_two="floor")
             return scale.clamp_(2.0**-127, 2.0**127)
         tensor_scale = tensor_amax.double() / (E4M3.max * self.element.max)
         # As float32, which it is stored in, neither 0 nor inf.
-        tensor_scale = tensor_scale.clamp(_FLOAT32.smallest_normal, _FLOAT32.max).float().double()
+        float32 = torch.finfo(torch.float32)
+        tensor_scale = tensor_scale.clamp(float32.smallest_normal, float32.max).float().double()
         scale = quantize(amax / self.element.max / tensor_scale, E4M3)
         scale = scale.clamp_(min=E4M3.smallest_subnormal) * tensor_scale
         return torch.where(amax == 0, 1.0, scale)
@@ -124,7 +123,7 @@ def get_formats(
             have the same key.
         TypeError: Neither names nor formats.
     """
-    if isinstance(formats, (str, torch.dtype, FloatFormat, BlockFormat)):
+    if isinstance(formats, (str, FloatFormat, BlockFormat)) or is_torch_dtype(formats):
         formats = (formats,)
     found: dict[str, NumberFormat] = {}
     for format in map(_get, formats):
@@ -147,3 +146,13 @@ def _get(format: str | torch.dtype | NumberFormat) -> NumberFormat:
             near = difflib.get_close_matches(name, _BY_SPELLING, n=3) or list(BLOCK_FORMATS)
             raise ValueError(f"unknown format {format!r}; nearest: {', '.join(near)}")
     return get_format(format)
+
+
+def is_scaled(format: NumberFormat, scaling: Scaling | None) -> bool:
+    """Whether weights in this format are stored under an amax scale.
+
+    Formats of 16 bits have the exponents to do without one, and are used so.
+    """
+    if isinstance(format, BlockFormat):
+        return True
+    return scaling is not None and format.bits < _UNSCALED_BITS

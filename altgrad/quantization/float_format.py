@@ -6,22 +6,25 @@ import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # formats are described without torch, so that reports do not load it
+    import torch
+    from torch import Tensor
+    from typing_extensions import TypeIs
 
 _MAX_LISTED_BITS = 24  # values() of a wider format would not fit into memory
 _MAX_FIELD_BITS = {"exponent_bits": 32, "mantissa_bits": 256}  # well past binary256 (E19 M236)
 
 # By what decides what each code means: the fields but the name, as `FloatFormat.key` writes them.
-_TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+_TORCH_DTYPES: Mapping[str, str] = MappingProxyType(
     {
-        "4 3 7 1 False True True": torch.float8_e4m3fn,
-        "5 2 15 3 True True True": torch.float8_e5m2,
-        "4 3 8 0 False False True": torch.float8_e4m3fnuz,
-        "5 2 16 0 False False True": torch.float8_e5m2fnuz,
-        "5 10 15 1023 True True True": torch.float16,
-        "8 7 127 127 True True True": torch.bfloat16,
+        "4 3 7 1 False True True": "float8_e4m3fn",
+        "5 2 15 3 True True True": "float8_e5m2",
+        "4 3 8 0 False False True": "float8_e4m3fnuz",
+        "5 2 16 0 False False True": "float8_e5m2fnuz",
+        "5 10 15 1023 True True True": "float16",
+        "8 7 127 127 True True True": "bfloat16",
     }
 )
 
@@ -200,21 +203,32 @@ class FloatFormat:
     @property
     def torch_dtype(self) -> torch.dtype | None:
         """The torch dtype with exactly these codes, or None."""
-        return _TORCH_DTYPES.get(self.key.partition(" ")[2])
+        name = _TORCH_DTYPES.get(self.key.partition(" ")[2])
+        if name is None:
+            return None
+        import torch
+
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
 
     def is_coarser_than(self, other: torch.dtype | FloatFormat) -> bool:
         """Whether numbers of this dtype or format lie closer together than those of the format.
 
         Only then can weights stored in it show updates that the format would lose.
         """
-        eps = other.eps if isinstance(other, FloatFormat) else torch.finfo(other).eps
-        return self.eps > eps
+        if isinstance(other, FloatFormat):
+            return self.eps > other.eps
+        import torch
+
+        return self.eps > torch.finfo(other).eps
 
     def values(self) -> Tensor:
         """Every finite value once, in ascending order, as a float64 tensor on the CPU.
 
         −0 and 0 are one value. ValueError for a format of more than 24 bits.
         """
+        import torch
+
         if self.bits > _MAX_LISTED_BITS:
             raise ValueError(
                 f"{self.name} has {self.bits} bits and so too many values to list; expected at "
@@ -225,6 +239,12 @@ class FloatFormat:
         positive_tensor = torch.tensor(positive, dtype=torch.float64)
         zero = torch.zeros(1, dtype=torch.float64)
         return torch.cat([-positive_tensor.flip(0), zero, positive_tensor])
+
+
+def is_torch_dtype(value: object) -> TypeIs[torch.dtype]:
+    """Whether a value is a `torch.dtype`, told without an import of torch."""
+    kind = type(value)
+    return (kind.__module__, kind.__qualname__) == ("torch", "dtype")
 
 
 def _check_types(format: FloatFormat) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
+from altgrad.quantization.float_format import FloatFormat, is_torch_dtype
 
-from altgrad.quantization.float_format import FloatFormat
+if TYPE_CHECKING:
+    import torch
 
 # The only alias: what the first users of such formats called them.
 FP8Format: TypeAlias = FloatFormat
@@ -94,7 +95,7 @@ def get_format(name_or_format: str | torch.dtype | FloatFormat) -> FloatFormat:
     """
     if isinstance(name_or_format, FloatFormat):
         return name_or_format
-    if not isinstance(name_or_format, (str, torch.dtype)):
+    if not (isinstance(name_or_format, str) or is_torch_dtype(name_or_format)):
         raise TypeError(
             f"expected a format's name or a FloatFormat, got {name_or_format!r} "
             f"({type(name_or_format).__name__})"

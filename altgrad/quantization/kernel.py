@@ -130,12 +130,9 @@ def round_in_place(
     return t.mul_(1 / steps).mul_(binade)
 
 
-def spacing_at(y: Tensor, grid: Grid, *, unbounded: bool = False) -> Tensor:
-    """Distance between the neighbouring grid points at y, float32 or float64; NaN at NaN.
-
-    Unbounded, it is that of the grid continued beyond its top, for finite y.
-    """
-    magnitude = y.abs().clamp_(grid.first_binade, None if unbounded else grid.last_binade)
+def spacing_at(y: Tensor, grid: Grid) -> Tensor:
+    """Distance between the neighbouring grid points at y, float32 or float64; NaN at NaN."""
+    magnitude = y.abs().clamp_(grid.first_binade, grid.last_binade)
     gap = _power_of_two_below(magnitude).mul_(1 / grid.steps)
     if not grid.has_subnormals:
         gap = torch.where(y.abs() < grid.first_binade, grid.first_binade, gap)

@@ -220,15 +220,6 @@ def spacing(
     return (gap if divisor is None else gap.mul_(divisor)).to(full_dtype(x))
 
 
-@torch.no_grad()
-def spacing_unbounded(x: Tensor, format: FloatFormat, scale: float | Tensor = 1.0) -> Tensor:
-    """`spacing` of finite x on the grid continued beyond its top; in the dtype computed in."""
-    wide, divisor = _widen(x, format.key, scale)
-    y = wide if divisor is None else wide / divisor
-    gap = spacing_at(y, grid_of(format.key), unbounded=True)
-    return gap if divisor is None else gap.mul_(divisor)
-
-
 def result_dtype(x: Tensor, format_key: str, scale: float | Tensor) -> torch.dtype:
     """The dtype of x where that surely holds every value of the scaled grid, else the full one.
 

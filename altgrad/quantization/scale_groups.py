@@ -13,20 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from altgrad.quantization.block_formats import BlockFormat, NumberFormat
+from altgrad.quantization.block_formats import BlockFormat, NumberFormat, is_scaled
 from altgrad.quantization.scaling import Scaling, amax_of, scale_from_amax
-
-_UNSCALED_BITS = 16
-
-
-def is_scaled(format: NumberFormat, scaling: Scaling | None) -> bool:
-    """Whether weights in this format are stored under an amax scale.
-
-    Formats of 16 bits have the exponents to do without one, and are used so.
-    """
-    if isinstance(format, BlockFormat):
-        return True
-    return scaling is not None and format.bits < _UNSCALED_BITS
 
 
 def block_sizes(formats: Sequence[NumberFormat], scaling: Scaling | None) -> tuple[int, ...]:

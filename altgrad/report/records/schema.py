@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from altgrad.quantization import NumberFormat, Scaling
-from altgrad.quantization.block_formats import BlockFormat
-from altgrad.quantization.scale_groups import is_scaled
+from altgrad.quantization.block_formats import BlockFormat, is_scaled
 
 SCHEMA = 1
 """Version of the format, which is the value of ``"altgrad"`` in the header."""
