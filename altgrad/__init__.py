@@ -1,20 +1,35 @@
-"""AltGrad: if I kept my weights in this number format, would they still move?"""
+"""AltGrad: if I kept my weights in this number format, would they still move?
 
+Names are imported when they are first used: `import altgrad` alone loads nothing, not even torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from altgrad._lazy import attach
 from altgrad._version import __version__
-from altgrad.measurement.figures import Figures, model_figures
-from altgrad.measurement.measure import DEFAULT_FORMATS, measure
-from altgrad.measurement.step_record import StepRecord
-from altgrad.monitor.monitor import UpdateMonitor
-from altgrad.monitor.schedule import StepSchedule
-from altgrad.observation import OptimizerStep, StepObserver
-from altgrad.observation.rules import SamplingRule
-from altgrad.quantization import FloatFormat, get_format, quantize, spacing
-from altgrad.recipes.storage import WeightStorage
+
+if TYPE_CHECKING:
+    from altgrad.distributed.host_group import LostRankError
+    from altgrad.measurement.figures import Figures, model_figures
+    from altgrad.measurement.histogram import Histogram
+    from altgrad.measurement.measure import DEFAULT_FORMATS, measure
+    from altgrad.measurement.step_record import StepRecord
+    from altgrad.monitor.monitor import UpdateMonitor
+    from altgrad.monitor.schedule import StepSchedule
+    from altgrad.observation.observer import StepObserver
+    from altgrad.observation.rules import SamplingRule
+    from altgrad.observation.step import OptimizerStep
+    from altgrad.quantization.float_format import FloatFormat
+    from altgrad.quantization.formats import get_format
+    from altgrad.quantization.ops import quantize, spacing
+    from altgrad.recipes.storage import WeightStorage
 
 __all__ = [
     "DEFAULT_FORMATS",
     "Figures",
     "FloatFormat",
+    "Histogram",
+    "LostRankError",
     "OptimizerStep",
     "SamplingRule",
     "StepObserver",
@@ -29,3 +44,24 @@ __all__ = [
     "quantize",
     "spacing",
 ]
+
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "distributed.host_group": "LostRankError",
+        "measurement.figures": "Figures model_figures",
+        "measurement.histogram": "Histogram",
+        "measurement.measure": "DEFAULT_FORMATS measure",
+        "measurement.step_record": "StepRecord",
+        "monitor.monitor": "UpdateMonitor",
+        "monitor.schedule": "StepSchedule",
+        "observation.observer": "StepObserver",
+        "observation.rules": "SamplingRule",
+        "observation.step": "OptimizerStep",
+        "quantization.float_format": "FloatFormat",
+        "quantization.formats": "get_format",
+        "quantization.ops": "quantize spacing",
+        "recipes.storage": "WeightStorage",
+    },
+    submodules="distributed measurement monitor observation quantization recipes report",
+)

@@ -1,5 +1,17 @@
 """AltGrad for Lightning: add `PrecisionMonitor` to the Trainer's callbacks."""
 
-from altgrad_lightning.callback import PrecisionMonitor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from altgrad_lightning.callback import PrecisionMonitor
 
 __all__ = ["PrecisionMonitor"]
+
+
+def __getattr__(name: str) -> object:
+    """Import `PrecisionMonitor` when it is first used, and Lightning with it (PEP 562)."""
+    if name != "PrecisionMonitor":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from altgrad_lightning.callback import PrecisionMonitor
+
+    return PrecisionMonitor

@@ -15,15 +15,15 @@ import torch
 from altgrad import (
     DEFAULT_FORMATS,
     Figures,
+    Histogram,
+    LostRankError,
     SamplingRule,
     StepRecord,
     UpdateMonitor,
     model_figures,
 )
-from altgrad.distributed.host_group import LostRankError
-from altgrad.measurement.histogram import Histogram
 from altgrad.quantization import NumberFormat, Scaling, get_formats
-from altgrad.report.verdicts import Assessment
+from altgrad.report import Assessment
 from altgrad_lightning.output import Output, OutputSettings
 from altgrad_lightning.packages import Callback
 from altgrad_lightning.strategies import is_idle, refused_strategy

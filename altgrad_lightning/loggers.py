@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from altgrad.measurement.catalogue import FORMAT_METRICS
-from altgrad.measurement.histogram import Histogram
+from altgrad import Histogram
+from altgrad.measurement import FORMAT_METRICS
 from altgrad.report import png
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-    from altgrad.report.verdicts import Advice, Assessment
+    from altgrad.report import Advice, Assessment
 
 _LEADING = (
     *("kept_update_ratio", "stall_frac", "never_moved_frac"),

@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import altgrad_lightning.loggers as boards
-from altgrad import Figures, StepRecord, UpdateMonitor
-from altgrad.measurement.histogram import Histogram
-from altgrad.report import ranges
-from altgrad.report.records import RunFile, header_of
-from altgrad.report.verdicts import RESTS_ON, Assessment, Judge
+from altgrad import Figures, Histogram, StepRecord, UpdateMonitor
+from altgrad.report import RESTS_ON, Assessment, Header, Judge, RunFile, ranges
 from altgrad_lightning.charts import Charts, Row
 from altgrad_lightning.history import History
 
@@ -60,7 +57,7 @@ class Output:
         self.monitor = monitor
         self._settings = settings
         self._tell = tell
-        self._header = header_of(monitor)
+        self._header = Header.from_json(monitor.run_header())
         self._loggers = [*trainer.loggers]
         self._charts = Charts([*self._header.formats], settings.layer_charts)
         self._judge = Judge(self._header.formats, self._header.layers)

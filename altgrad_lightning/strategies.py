@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from altgrad.observation.dtensor import fully_sharded
+from altgrad.observation import is_sharded_module
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -24,16 +24,7 @@ def is_idle(trainer: Trainer, module: nn.Module) -> bool:
     observes them.
     """
     several, first = trainer.world_size > 1, trainer.is_global_zero
-    return several and not first and not is_sharded(module)
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether parameters are DTensors, as those of FSDP2 and of tensor parallelism are; those of
-    FSDP2 are none between an evaluation and the next step.
-    """
-    return bool(fully_sharded(module)) or any(
-        hasattr(parameter, "placements") for parameter in module.parameters()
-    )
+    return several and not first and not is_sharded_module(module)
 
 
 def refused_strategy(trainer: Trainer) -> str | None:
@@ -43,7 +34,7 @@ def refused_strategy(trainer: Trainer) -> str | None:
         if kind in _REFUSED:
             return f"{_REFUSED[kind]} ({kind}); use ModelParallelStrategy with fully_shard, or DDP"
     module = trainer.lightning_module
-    if trainer.world_size == 1 or _REPLICATING in kinds or is_sharded(module):
+    if trainer.world_size == 1 or _REPLICATING in kinds or is_sharded_module(module):
         return None
     return (
         f"{kinds[0]} has {trainer.world_size} processes, and whether each has all of the "

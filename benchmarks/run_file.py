@@ -22,7 +22,7 @@ import torch
 from altgrad import StepRecord, UpdateMonitor
 from altgrad.measurement.step_record import StepVectors
 from altgrad.quantization import get_formats
-from altgrad.report.records import FormatInfo, Header, LayerInfo, RunFile, read
+from altgrad.report import FormatInfo, Header, LayerInfo, RunFile, read
 from altgrad.report.records.lines import lines_of
 from benchmarks.gpt import Gpt, train
 from benchmarks.paired import (

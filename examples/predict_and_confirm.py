@@ -31,8 +31,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from altgrad import WeightStorage
-from altgrad.report.records import Run, read
-from altgrad.report.verdicts import judge_run
+from altgrad.report import Run, judge_run, read
 from altgrad_lightning import PrecisionMonitor
 
 FORMATS = ("fp16", "bf16", "e3m4", "e4m3fn", "e5m2")
@@ -89,7 +88,7 @@ def digits(seed: int, steps: int) -> Task:
 
 def transformer(seed: int, steps: int) -> Task:
     """The character transformer of `altgrad demo`, on the source of Python's standard library."""
-    from altgrad_lightning.demo import CharacterTransformer, Windows, standard_library_text
+    from altgrad_lightning.demo_model import CharacterTransformer, Windows, standard_library_text
 
     text = standard_library_text()
     end = len(text) * 9 // 10

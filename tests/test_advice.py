@@ -6,8 +6,7 @@ from collections.abc import Mapping
 import pytest
 
 from altgrad.quantization import get_formats
-from altgrad.report.records import FormatInfo, LayerInfo
-from altgrad.report.verdicts import Advice, Judge, Verdict
+from altgrad.report import Advice, FormatInfo, Judge, LayerInfo, Verdict
 
 FORMATS = {
     format.name: FormatInfo.of(format, "tensor") for format in get_formats(["fp16", "bf16", "e5m2"])

@@ -12,9 +12,8 @@ import pandas as pd
 import pytest
 
 from altgrad.quantization.block_formats import get_formats
+from altgrad.report import FormatInfo, Judge, Verdict
 from altgrad.report.calibration import calibration
-from altgrad.report.records import FormatInfo
-from altgrad.report.verdicts import Judge, Verdict
 from benchmarks.calibration import runs, tasks
 from benchmarks.calibration.calibrate import FOLDER, HELD_OUT, as_text, calibrate, lost, read
 from examples.predict_and_confirm import digits
@@ -34,7 +33,7 @@ def real_runs() -> pd.DataFrame:
 
 
 def test_the_file_is_what_the_rows_give() -> None:
-    written = files("altgrad").joinpath("calibration.json").read_text(encoding="utf-8")
+    written = files("altgrad.report").joinpath("calibration.json").read_text(encoding="utf-8")
     found = calibrate(read(FOLDER / "runs.csv"), read(FOLDER / "layers.csv"))
     assert as_text(found) == written
     assert json.loads(written)["thresholds"] == vars(calibration().thresholds)

@@ -14,9 +14,8 @@ from torch import nn
 import altgrad
 from altgrad import SamplingRule, UpdateMonitor
 from altgrad.measurement.columns import max_count, sum_count
+from altgrad.report import RunFile, Verdict
 from altgrad.report.calibration import Thresholds, calibration
-from altgrad.report.records import RunFile, header_of
-from altgrad.report.verdicts import Verdict
 from altgrad_lightning import PrecisionMonitor
 from altgrad_lightning.callback import PRESETS
 
@@ -56,7 +55,7 @@ def setting() -> dict[str, Any]:
     formats = ["bf16", "e4m3fn"]
     watched = UpdateMonitor(model, write, formats=formats, every_n_steps=10)
     folders = ("lightning_logs/version_0", "runs/a", "runs/b")
-    files = [RunFile.create(folder, header_of(watched)) for folder in folders]
+    files = [RunFile.create(folder, watched.run_header()) for folder in folders]
     with watched.attach(optimizer):
         train()
     for file in files:

@@ -1,6 +1,7 @@
 """What importing costs, and that imports run one way: from room to room downwards."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+RUN = str(ROOT / "tests" / "golden" / "data" / "altgrad.jsonl")
 
 ROOMS = {
     "report": "the run file, verdicts, tables and pages of plain numbers",
@@ -21,7 +23,7 @@ ROOMS = {
 }
 """From the top floor to the ground floor: each imports only from itself and from rows below."""
 
-CELLAR = {"_messages", "_version"}
+CELLAR = {"_lazy", "_messages", "_version"}
 """Imported by any, and importing nothing of the project."""
 
 ROOF = {"", "__main__", "cli"}
@@ -57,9 +59,7 @@ def imports_of(file: Path) -> set[str]:
 
 def place(module: str) -> str:
     """The room, or the module on the roof or in the cellar."""
-    package, _, rest = module.partition(".")
-    assert package == "altgrad"
-    return rest.partition(".")[0]
+    return module.partition(".")[2].partition(".")[0]
 
 
 def floor(module: str) -> int:
@@ -89,20 +89,122 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     TopologicalSorter(graph).prepare()
 
 
+def test_the_lightning_package_imports_public_names_alone() -> None:
+    for module, file in MODULES.items():
+        if not module.startswith("altgrad_lightning"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "altgrad":
+                public = {*importlib.import_module(node.module).__all__}
+                names = {alias.name for alias in node.names}
+                assert names <= public, f"{module} imports {names - public} from {node.module}"
+
+
+# --- names that are imported on first use
+
+LAZY = ("altgrad", "altgrad.quantization", "altgrad.report")
+
+
+def typed_names(package: str) -> dict[str, str]:
+    """From each name that editors and mypy see to the module that it is imported from."""
+    for node in ast.parse(MODULES[package].read_text()).body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            imports = [each for each in node.body if isinstance(each, ast.ImportFrom)]
+            return {alias.name: str(each.module) for each in imports for alias in each.names}
+    raise AssertionError(f"{package} has no TYPE_CHECKING block")
+
+
+@pytest.mark.parametrize("package", LAZY)
+def test_what_editors_see_is_what_python_finds(package: str) -> None:
+    module, typed = importlib.import_module(package), typed_names(package)
+    assert {*module.__all__} - {"__version__"} == {*typed}
+    for name, source in typed.items():
+        assert getattr(module, name) is getattr(importlib.import_module(source), name)
+    assert {*module.__all__} <= {*dir(module)}
+    own = (name.rpartition(".") for name in MODULES)
+    submodules = {name for parent, _, name in own if parent == package}
+    assert not submodules & {*module.__all__}, "a module would hide the name"
+
+
+@pytest.mark.parametrize("package", [*LAZY, "altgrad_lightning"])
+def test_an_unknown_name_is_an_attribute_error(package: str) -> None:
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        getattr(importlib.import_module(package), "nothing")  # noqa: B009 - as a user would
+
+
+def test_rooms_are_attributes_of_the_package() -> None:
+    statement = "import altgrad; assert altgrad.quantization.E4M3.max == 448; altgrad.report.read"
+    assert "torch" not in modules_after(statement)
+
+
+# --- what importing costs
+
+
 def modules_after(statement: str) -> set[str]:
     script = f"{statement}; import sys; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return set(run.stdout.split())
 
 
-def test_importing_altgrad_imports_torch_and_nothing_more() -> None:
-    added = modules_after("import torch, altgrad") - modules_after("import torch")
-    foreign = {name for name in added if name.split(".")[0] != "altgrad"}
-    # Standard library modules that torch happens not to have imported yet are no cost.
-    heavy = {name for name in foreign if name.split(".")[0] not in sys.stdlib_module_names}
-    assert heavy == set()
+def heavy_modules_after(statement: str) -> set[str]:
+    """Those that are neither altgrad's nor the standard library's."""
+    tops = {name.partition(".")[0] for name in modules_after(statement)}
+    return tops - sys.stdlib_module_names - STARTED
 
 
-@pytest.mark.parametrize("heavy", ["pytorch_lightning", "lightning", "matplotlib", "tensorboard"])
-def test_importing_altgrad_does_not_import(heavy: str) -> None:
-    assert heavy not in {name.split(".")[0] for name in modules_after("import altgrad")}
+STARTED = {name.partition(".")[0] for name in modules_after("pass")} | {"altgrad"}
+"""What a fresh interpreter has before anything is imported."""
+
+
+def test_importing_altgrad_loads_nothing() -> None:
+    assert heavy_modules_after("import altgrad") == set()
+
+
+def test_measuring_loads_torch_and_nothing_more() -> None:
+    with_torch = {name.partition(".")[0] for name in modules_after("import torch")}
+    assert "torch" in with_torch
+    statement = "from altgrad import *; import altgrad.monitor.monitor"
+    assert heavy_modules_after(statement) <= with_torch
+
+
+NO_TORCH = {"torch", "pytorch_lightning", "lightning", "altgrad_lightning.callback"}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import altgrad.report",
+        "from altgrad.report import *",
+        "from altgrad.quantization import BLOCK_FORMATS, FORMATS, FloatFormat, get_formats",
+        "import altgrad.cli",
+    ],
+)
+def test_it_loads_no_torch(statement: str) -> None:
+    assert not NO_TORCH & modules_after(statement)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["report", RUN], ["compare", RUN, RUN], ["formats"]]
+)
+def test_commands_load_no_torch(arguments: list[str]) -> None:
+    script = f"""
+import sys
+sys.argv = ["altgrad", *{arguments!r}]
+from altgrad.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print("loaded:", *sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    output, _, loaded = run.stdout.rpartition("loaded:")
+    assert output
+    assert not NO_TORCH & {*loaded.split()}
+
+
+def test_a_page_loads_no_torch(tmp_path: Path) -> None:
+    """Pictures and all."""
+    page = f"RunReport.of(read({RUN!r}))"
+    statement = f"from altgrad.report import RunReport, page, read; page({page})"
+    assert not NO_TORCH & modules_after(statement)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from altgrad import WeightStorage
-from altgrad.report.verdicts import Verdict
+from altgrad.report import Verdict
 from examples.predict_and_confirm import (
     FORMATS,
     Experiment,

@@ -15,10 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from altgrad import StepRecord, UpdateMonitor, __version__
-from altgrad.measurement.histogram import Histogram
+from altgrad import Histogram, StepRecord, UpdateMonitor, __version__
 from altgrad.quantization import get_formats
-from altgrad.report.records import (
+from altgrad.report import (
     FormatInfo,
     Header,
     LayerInfo,
@@ -68,6 +67,7 @@ def header_of(record: StepRecord, formats: Any = FORMATS) -> Header:
             name: LayerInfo((figures.population,), "float32", figures.elements, figures.formats)
             for name, figures in record.layers.items()
         },
+        versions={"torch": "2.0"},
     )
 
 
@@ -112,7 +112,7 @@ def test_everything_that_was_observed_is_read(tmp_path, records, header) -> None
     run = read(written(tmp_path, header, records))
     assert run.path == tmp_path / "altgrad.jsonl"
     assert (run.formats, run.layers, run.scaling) == (header.formats, header.layers, "tensor")
-    assert run.versions == {"altgrad": __version__, "torch": torch.__version__}
+    assert run.versions == {"altgrad": __version__, "torch": "2.0"}
     assert run.created.startswith("20")
     assert (run.steps, run.notes, run.predecessors) == ((0, 1, 2), [], [])
     assert [(row.step, row.layer) for row in run.rows] == [

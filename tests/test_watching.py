@@ -9,7 +9,7 @@ from torch import nn
 
 from altgrad import SamplingRule, UpdateMonitor
 from altgrad.monitor.weight_octaves import weight_octaves
-from altgrad.report.records import header_of
+from altgrad.report import Header
 
 
 def test_the_header_says_what_is_measured_of_each_layer() -> None:
@@ -31,7 +31,7 @@ def test_the_header_says_what_is_measured_of_each_layer() -> None:
         max_elements=100,
         sampling=rules,
     )
-    header = header_of(monitor)
+    header = Header.from_json(monitor.run_header())
     assert {name: each.scaled for name, each in header.formats.items()} == {
         "bf16": False,
         "mxfp4": True,
@@ -53,7 +53,8 @@ def test_a_header_counts_what_a_step_measures() -> None:
     with UpdateMonitor([("w", parameter)], max_elements=300).attach(optimizer) as monitor:
         parameter.grad = torch.ones(5000)
         optimizer.step()
-    assert header_of(monitor).layers["w"].elements == monitor.latest.layers["w"].elements == 300
+    layer = monitor.run_header()["layers"]["w"]
+    assert layer["elements"] == monitor.latest.layers["w"].elements == 300
 
 
 def test_octaves_of_weights_are_those_of_numpy() -> None:

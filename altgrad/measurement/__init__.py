@@ -1,1 +1,11 @@
-"""From the tensors of a step to sums, from sums to metrics, from metrics to figures."""
+"""From the tensors of a step to sums, from sums to metrics, from metrics to figures.
+
+In the order of the data: `kernel` sums rows of elements for every format at once, `totals` adds
+rows up to layers, `step_table` adds layers up to a model, `metrics` has a formula for each metric
+of `catalogue`, and `figures` reads them. `measurer` does this for tensors of any size and for
+batches of small ones; `measure` for one tensor.
+"""
+
+from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, Metric, get_metric
+
+__all__ = ["FORMAT_METRICS", "LAYER_METRICS", "Metric", "get_metric"]

@@ -26,6 +26,7 @@ from altgrad.measurement.measurer import Formats, Measurer
 from altgrad.measurement.step_record import StepRecord
 from altgrad.monitor.agreement import Agreement
 from altgrad.monitor.describe import describe_layers
+from altgrad.monitor.header import describe_layer, describe_run
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.monitor.overhead import Budgets, Clock
 from altgrad.monitor.scale_state import ScaleState
@@ -185,6 +186,16 @@ class UpdateMonitor:
             return weight_octaves(self.parameters)
         sharded = self._share()
         return weight_octaves(sharded.known(self.parameters), sharded)
+
+    def run_header(self) -> dict[str, Any]:
+        """Return formats, scaling and layers as plain data, for `altgrad.report.RunFile`."""
+        layers = {
+            name: describe_layer(parameter, self.layers[name], self.elements_of(name))
+            for name, parameter in self.parameters.items()
+        }
+        return describe_run(self.formats, self.scaling, layers) | {
+            "versions": {"torch": torch.__version__}
+        }
 
     def elements_of(self, name: str) -> int:
         """How many elements of a layer are measured in a step."""

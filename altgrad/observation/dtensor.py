@@ -74,3 +74,11 @@ def register_shards(module: nn.Module) -> None:
     """
     for each in fully_sharded(module):
         each.reshard()
+
+
+def is_sharded_module(module: nn.Module) -> bool:
+    """Whether a module has DTensors for parameters, or will have for its next step.
+
+    Those of FSDP2 are none between an evaluation and the next step.
+    """
+    return bool(fully_sharded(module)) or any(map(is_sharded, module.parameters()))

@@ -1,47 +1,52 @@
 """What a number format does to a tensor: formats, exact rounding, scales and diagnostics."""
 
-from altgrad.quantization.advanced_diagnostics import (
-    compute_stiffness_field,
-    compute_ulp_distance,
-    gradient_stiffness_correlation,
-    grid_alignment_error,
-    grid_alignment_statistics,
-    ulp_statistics,
-)
-from altgrad.quantization.arguments import INPUT_DTYPES
-from altgrad.quantization.block_formats import (
-    BLOCK_FORMATS,
-    BlockFormat,
-    NumberFormat,
-    get_formats,
-)
-from altgrad.quantization.diagnostics import effective_update, stall_mask, visible_mask
-from altgrad.quantization.float_format import FloatFormat
-from altgrad.quantization.formats import (
-    BF16,
-    E0M7,
-    E1M6,
-    E2M1,
-    E2M3,
-    E2M5,
-    E3M2,
-    E3M4,
-    E4M3,
-    E4M3_IEEE,
-    E4M3B11FNUZ,
-    E4M3FNUZ,
-    E5M2,
-    E5M2FNUZ,
-    E6M1,
-    E7M0,
-    FORMATS,
-    FP16,
-    FP8Format,
-    get_format,
-)
-from altgrad.quantization.kernel import Rounding
-from altgrad.quantization.ops import quantize, spacing
-from altgrad.quantization.scaling import Scaling, compute_scale
+from typing import TYPE_CHECKING
+
+from altgrad._lazy import attach
+
+if TYPE_CHECKING:
+    from altgrad.quantization.advanced_diagnostics import (
+        compute_stiffness_field,
+        compute_ulp_distance,
+        gradient_stiffness_correlation,
+        grid_alignment_error,
+        grid_alignment_statistics,
+        ulp_statistics,
+    )
+    from altgrad.quantization.arguments import INPUT_DTYPES
+    from altgrad.quantization.block_formats import (
+        BLOCK_FORMATS,
+        BlockFormat,
+        NumberFormat,
+        get_formats,
+    )
+    from altgrad.quantization.diagnostics import effective_update, stall_mask, visible_mask
+    from altgrad.quantization.float_format import FloatFormat
+    from altgrad.quantization.formats import (
+        BF16,
+        E0M7,
+        E1M6,
+        E2M1,
+        E2M3,
+        E2M5,
+        E3M2,
+        E3M4,
+        E4M3,
+        E4M3_IEEE,
+        E4M3B11FNUZ,
+        E4M3FNUZ,
+        E5M2,
+        E5M2FNUZ,
+        E6M1,
+        E7M0,
+        FORMATS,
+        FP16,
+        FP8Format,
+        get_format,
+    )
+    from altgrad.quantization.kernel import Rounding
+    from altgrad.quantization.ops import quantize, spacing
+    from altgrad.quantization.scaling import Scaling, compute_scale
 
 __all__ = [
     "BF16",
@@ -85,3 +90,24 @@ __all__ = [
     "ulp_statistics",
     "visible_mask",
 ]
+
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "advanced_diagnostics": (
+            "compute_stiffness_field compute_ulp_distance gradient_stiffness_correlation "
+            "grid_alignment_error grid_alignment_statistics ulp_statistics"
+        ),
+        "arguments": "INPUT_DTYPES",
+        "block_formats": "BLOCK_FORMATS BlockFormat NumberFormat get_formats",
+        "diagnostics": "effective_update stall_mask visible_mask",
+        "float_format": "FloatFormat",
+        "formats": (
+            "BF16 E0M7 E1M6 E2M1 E2M3 E2M5 E3M2 E3M4 E4M3 E4M3B11FNUZ E4M3FNUZ E4M3_IEEE "
+            "E5M2 E5M2FNUZ E6M1 E7M0 FORMATS FP16 FP8Format get_format"
+        ),
+        "kernel": "Rounding",
+        "ops": "quantize spacing",
+        "scaling": "Scaling compute_scale",
+    },
+)

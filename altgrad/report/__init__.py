@@ -1,15 +1,51 @@
-"""Reports of a run, made of records and other plain numbers; they never see a model."""
+"""Reports of a run: its file, verdicts, tables, pictures and pages, made of plain numbers.
 
-from altgrad.report.comparison import Comparison
-from altgrad.report.drawings import heat_map, kept_map, png, ranges, steps_histogram, svg
-from altgrad.report.page import page
-from altgrad.report.run_report import RunReport
-from altgrad.report.terminal import print_comparison, print_report, print_verdicts
+Nothing here sees a model, and nothing loads torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from altgrad._lazy import attach
+
+if TYPE_CHECKING:
+    from altgrad.report.canvas import png, svg
+    from altgrad.report.comparison import Comparison
+    from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
+    from altgrad.report.records.reading import read
+    from altgrad.report.records.run import Row, Run
+    from altgrad.report.records.schema import (
+        SCHEMA,
+        FormatInfo,
+        Header,
+        LayerInfo,
+        Predecessor,
+        RunFileError,
+    )
+    from altgrad.report.records.writing import RunFile
+    from altgrad.report.run_report import RunReport
+    from altgrad.report.terminal import print_comparison, print_report, print_verdicts
+    from altgrad.report.verdicts import RESTS_ON, Advice, Assessment, Judge, Verdict, judge_run
+    from altgrad.report.web_page import page
 
 __all__ = [
+    "RESTS_ON",
+    "SCHEMA",
+    "Advice",
+    "Assessment",
     "Comparison",
+    "FormatInfo",
+    "Header",
+    "Judge",
+    "LayerInfo",
+    "Predecessor",
+    "Row",
+    "Run",
+    "RunFile",
+    "RunFileError",
     "RunReport",
+    "Verdict",
     "heat_map",
+    "judge_run",
     "kept_map",
     "page",
     "png",
@@ -17,6 +53,24 @@ __all__ = [
     "print_report",
     "print_verdicts",
     "ranges",
+    "read",
     "steps_histogram",
     "svg",
 ]
+
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "canvas": "png svg",
+        "comparison": "Comparison",
+        "drawings": "heat_map kept_map ranges steps_histogram",
+        "records.reading": "read",
+        "records.run": "Row Run",
+        "records.schema": "FormatInfo Header LayerInfo Predecessor RunFileError SCHEMA",
+        "records.writing": "RunFile",
+        "run_report": "RunReport",
+        "terminal": "print_comparison print_report print_verdicts",
+        "verdicts": "Advice Assessment Judge RESTS_ON Verdict judge_run",
+        "web_page": "page",
+    },
+)

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from altgrad.quantization.block_formats import BlockFormat, get_formats
-from altgrad.report.records import FormatInfo, Run
+from altgrad.report.records.run import Run
+from altgrad.report.records.schema import FormatInfo
 from altgrad.report.verdicts import Advice, Assessment, Verdict
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a name

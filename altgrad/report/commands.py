@@ -13,10 +13,11 @@ from rich.console import Console
 
 from altgrad.report.comparison import Comparison
 from altgrad.report.exports import as_csv, as_json
-from altgrad.report.page import page
-from altgrad.report.records import RunFileError, read
+from altgrad.report.records.reading import read
+from altgrad.report.records.schema import RunFileError
 from altgrad.report.run_report import RunReport
 from altgrad.report.terminal import print_comparison, print_report
+from altgrad.report.web_page import page
 
 _TERMINAL = Path("-")
 _RUN = "A run's log directory, or its altgrad.jsonl."

@@ -15,7 +15,7 @@ from altgrad.measurement.histogram import Histogram
 from altgrad.report.canvas import finished, finished_empty, in_default_style, new_figure, png, svg
 from altgrad.report.cells import kept_text
 from altgrad.report.names import short_names
-from altgrad.report.records import FormatInfo
+from altgrad.report.records.schema import FormatInfo
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

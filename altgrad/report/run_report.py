@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from altgrad.measurement.histogram import Histogram
 from altgrad.report.applying import applying
 from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
-from altgrad.report.records import Row, Run
+from altgrad.report.records.run import Row, Run
 from altgrad.report.verdicts import Assessment, Verdict, judge_run
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from altgrad._messages import percent
 from altgrad.report.calibration import calibration
-from altgrad.report.records import FormatInfo, LayerInfo, Run
+from altgrad.report.records.run import Run
+from altgrad.report.records.schema import FormatInfo, LayerInfo
 
 _LIMITS = calibration().thresholds
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from altgrad_lightning.demo import CharacterTransformer, Windows, standard_library_text
+from altgrad_lightning.demo_model import CharacterTransformer, Windows, standard_library_text
 from examples.predict_and_confirm import Batch, Task, digits
 
 STEPS = 300

@@ -58,8 +58,8 @@ def fail_in(place: str, rank: int) -> dict[str, Any]:
 
     monitor = UpdateMonitor(net, on_record, every_n_steps=every).attach(optimizer)
     if place == "measuring":
-        measure = monitor._measurer.vectors_of
-        monitor._measurer.vectors_of = lambda batch: (fails(len(seen)), measure(batch))[1]
+        measure = monitor._measurer.measure_batch
+        monitor._measurer.measure_batch = lambda batch: (fails(len(seen)), measure(batch))[1]
     if place == "copying":
         take = monitor._observer._copy
         monitor._observer._copy = lambda *hooks: (fails(len(seen)), take(*hooks))[1]
@@ -127,8 +127,8 @@ def budget(rank: int) -> dict[str, Any]:
     optimizer = sgd(net)
     records: list[StepRecord] = []
     watched = UpdateMonitor(net, records.append, overhead_budget=0.5, strict=True)
-    measure = watched._measurer.vectors_of
-    watched._measurer.vectors_of = lambda batch: (time.sleep(0.05 * rank), measure(batch))[1]
+    measure = watched._measurer.measure_batch
+    watched._measurer.measure_batch = lambda batch: (time.sleep(0.05 * rank), measure(batch))[1]
     with watched.attach(optimizer) as monitor:
         train(net, optimizer, 30)
         state = monitor.state_dict()["budgets"]

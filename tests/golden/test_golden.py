@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from altgrad import Figures
-from altgrad.report.records import read
+from altgrad.report import read
 from tests.golden import replay
 
 RENAMES: dict[str, str] = {}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from altgrad import FloatFormat, UpdateMonitor
 from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
 from altgrad.observation.snapshots import Snapshots
-from altgrad.report.records import read
+from altgrad.report import read
 from altgrad_lightning import PrecisionMonitor
 from tests.counting import host_copies
 from tests.lightning.runs import (
@@ -214,7 +214,7 @@ def test_a_fault_of_its_own_warns_once_and_training_goes_on(
         raise RuntimeError("broken on purpose")
 
     monitor = PrecisionMonitor(every_n_steps=1)
-    monkeypatch.setattr("altgrad.measurement.measurer.Measurer.vectors_of", broken)
+    monkeypatch.setattr("altgrad.measurement.measurer.Measurer.measure_batch", broken)
     with pytest.warns(
         UserWarning, match="stops observing after a fault.*broken on purpose"
     ) as warnings:
@@ -227,7 +227,7 @@ def test_a_fault_of_its_own_warns_once_and_training_goes_on(
 @pytest.mark.parametrize(
     "place",
     [
-        "altgrad.measurement.measurer.Measurer.vectors_of",
+        "altgrad.measurement.measurer.Measurer.measure_batch",
         "altgrad.monitor.step_measuring.StepMeasuring.scales_changed",
         "altgrad.observation.snapshots._copy_all",
         "altgrad.measurement.step_record.StepVectors.record",
@@ -253,7 +253,7 @@ def test_a_fault_does_not_end_the_training_whoever_else_has_hooks(
 
 @pytest.mark.parametrize(
     "place",
-    ["altgrad.measurement.measurer.Measurer.vectors_of", "altgrad_lightning.charts.Charts.add"],
+    ["altgrad.measurement.measurer.Measurer.measure_batch", "altgrad_lightning.charts.Charts.add"],
 )
 def test_strict_raises_a_fault_into_the_training(
     tmp_path: Path, monkeypatch: Any, place: str

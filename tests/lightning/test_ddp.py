@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from altgrad.report.records import read
+from altgrad.report import read
 from altgrad_lightning import PrecisionMonitor
 from altgrad_lightning.strategies import refused_strategy
 from tests.lightning.runs import (

@@ -8,7 +8,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from altgrad_lightning import demo as demo_module
-from altgrad_lightning.demo import CharacterTransformer, demo, standard_library_text
+from altgrad_lightning.demo import demo
+from altgrad_lightning.demo_model import CharacterTransformer, standard_library_text
 
 FORMATS = ("bf16", "e4m3fn", "e5m2")
 

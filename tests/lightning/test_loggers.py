@@ -25,10 +25,9 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
+from altgrad import Histogram
 from altgrad.measurement.catalogue import FORMAT_METRICS
-from altgrad.measurement.histogram import Histogram
-from altgrad.report import kept_map
-from altgrad.report.verdicts import Advice, Assessment, Verdict
+from altgrad.report import Advice, Assessment, Verdict, kept_map
 from altgrad_lightning import loggers as pictures_of
 from altgrad_lightning.history import History
 from tests.chromium import chromium, needs_chromium

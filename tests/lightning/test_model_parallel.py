@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from altgrad import StepRecord
-from altgrad.report.records import read
+from altgrad.report import read
 from altgrad_lightning import PrecisionMonitor
 from tests.distributed.comparing import differences
 from tests.distributed.sharded import WholeSteps, replayed

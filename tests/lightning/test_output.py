@@ -15,8 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from altgrad import Figures
-from altgrad.report.records import read
-from altgrad.report.verdicts import Verdict, judge_run
+from altgrad.report import Verdict, judge_run, read
 from altgrad_lightning import PrecisionMonitor
 from altgrad_lightning.callback import PRESETS
 from tests.lightning.runs import Net, batches, fit, logged, trainer

@@ -14,8 +14,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from altgrad.report import RunReport, page
-from altgrad.report.records import read
+from altgrad.report import RunReport, page, read
 from altgrad_lightning import PrecisionMonitor
 from tests.lightning.runs import Net, batches, fit, logged, trainer
 

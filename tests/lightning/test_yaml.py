@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from altgrad.report.records import read
+from altgrad.report import read
 
 MAIN = """
 import warnings

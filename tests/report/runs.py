@@ -8,7 +8,7 @@ from torch import nn
 
 from altgrad import UpdateMonitor
 from altgrad.monitor.weight_octaves import weight_octaves
-from altgrad.report.records import RunFile, header_of
+from altgrad.report import RunFile
 
 SCRIPT, MARKUP = "<script>alert('x')</script>", "[red]layers[/].0|*b*.weight"
 FORMATS = ("bf16", "e5m2")
@@ -26,7 +26,7 @@ def written_run(
     parameters = {name: nn.Parameter(torch.ones(8)) for name in (*frozen, *fine)}
     optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
     monitor = UpdateMonitor([*parameters.items()], formats=formats, scaling=None, strict=True)
-    with RunFile.create(folder, header_of(monitor)) as file, monitor.attach(optimizer):
+    with RunFile.create(folder, monitor.run_header()) as file, monitor.attach(optimizer):
         for step in range(steps):
             for name, parameter in parameters.items():
                 size = 1e-3 if name in frozen else 0.25

@@ -10,9 +10,8 @@ from torch import nn
 
 from altgrad import FloatFormat, WeightStorage
 from altgrad.quantization.block_formats import get_formats
+from altgrad.report import Advice, Assessment, FormatInfo, LayerInfo, Run, Verdict
 from altgrad.report.applying import applying
-from altgrad.report.records import FormatInfo, LayerInfo, Run
-from altgrad.report.verdicts import Advice, Assessment, Verdict
 
 FINE, WATCH = Verdict.STORES_FINE, Verdict.WATCH
 OWN = {"mine": FloatFormat("mine", exponent_bits=3, mantissa_bits=2, bias=3)}

@@ -15,11 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from altgrad.measurement.histogram import Histogram
+from altgrad import Histogram
 from altgrad.quantization import get_formats
-from altgrad.report import heat_map, kept_map, png, ranges, steps_histogram, svg
+from altgrad.report import FormatInfo, heat_map, kept_map, png, ranges, steps_histogram, svg
 from altgrad.report.names import short_names
-from altgrad.report.records import FormatInfo
 
 NAN = math.nan
 STEPS = {"bf16": Histogram(-3, [1, 3, 2, 2]), "e4m3fn": Histogram(-3, [0, 8, 0, 0])}

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from altgrad.report import RunReport, page
-from altgrad.report.records import read
+from altgrad.report import RunReport, page, read
 from tests.chromium import chromium, needs_chromium
 from tests.report.runs import MARKUP, SCRIPT, written_run
 

@@ -6,11 +6,14 @@ import functools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from altgrad.measurement.catalogue import figure_keys
-from altgrad.measurement.figures import Figures
 from altgrad.measurement.histogram import Histogram
-from altgrad.measurement.step_record import StepRecord
+
+if TYPE_CHECKING:
+    from altgrad.measurement.figures import Figures
+    from altgrad.measurement.step_record import StepRecord
 
 WITH_ERRORS = ("kept_update_ratio", "stall_frac", "never_moved_frac")
 """Metrics of a format whose standard errors are written."""

@@ -9,11 +9,13 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from altgrad.measurement.histogram import Histogram
-from altgrad.quantization import Scaling
 from altgrad.report.records.schema import FormatInfo, LayerInfo
+
+if TYPE_CHECKING:
+    from altgrad.quantization import Scaling
 
 
 class FloatsByKey(Mapping[str, float]):

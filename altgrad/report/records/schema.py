@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from altgrad.quantization import NumberFormat, Scaling
-from altgrad.quantization.block_formats import BlockFormat, is_scaled
+from altgrad.monitor.header import describe_format
+
+if TYPE_CHECKING:
+    from altgrad.quantization import NumberFormat, Scaling
 
 SCHEMA = 1
 """Version of the format, which is the value of ``"altgrad"`` in the header."""
@@ -57,17 +59,8 @@ class FormatInfo:
 
     @classmethod
     def of(cls, format: NumberFormat, scaling: Scaling | None) -> FormatInfo:
-        """What there is to say of a format; of one in blocks, what holds for its elements."""
-        element = format.element if isinstance(format, BlockFormat) else format
-        return cls(
-            name=format.name,
-            bits=element.bits,
-            max=element.max,
-            smallest=element.smallest_subnormal,
-            smallest_normal=element.smallest_normal,
-            eps=element.eps,
-            scaled=is_scaled(format, scaling),
-        )
+        """Describe a format, under the scaling of a run."""
+        return cls(format.name, **describe_format(format, scaling))
 
 
 @dataclass(frozen=True)

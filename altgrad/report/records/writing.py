@@ -9,16 +9,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import BinaryIO
-
-import torch
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from altgrad._version import __version__
 from altgrad.measurement.histogram import Histogram
-from altgrad.measurement.step_record import StepRecord
 from altgrad.report.records.lines import lines_of
 from altgrad.report.records.reading import read_header
 from altgrad.report.records.schema import Header, Predecessor
+
+if TYPE_CHECKING:
+    from altgrad.measurement.step_record import StepRecord
 
 _CHUNK = 2**16
 
@@ -41,7 +41,7 @@ class RunFile:
     def create(
         cls,
         folder: str | os.PathLike[str],
-        header: Header,
+        header: Header | Mapping[str, Any],
         *,
         predecessor: Predecessor | tuple[str | os.PathLike[str], int] | None = None,
     ) -> RunFile:
@@ -49,7 +49,8 @@ class RunFile:
 
         Args:
             folder: Where: ``altgrad.jsonl``, or the first of ``altgrad-2.jsonl``, … that is free.
-            header: Formats, layers and scaling; the rest is added.
+            header: Formats, layers and scaling, as `UpdateMonitor.run_header` returns them; the
+                rest is added.
             predecessor: The file of the run that this one goes on from, and the step from which
                 on it does.
 
@@ -60,9 +61,10 @@ class RunFile:
         folder.mkdir(parents=True, exist_ok=True)
         if predecessor is not None:
             predecessor = Predecessor(_relative(Path(predecessor[0]), folder), predecessor[1])
+        header = _parsed(header)
         header = replace(
             header,
-            versions={"altgrad": __version__, "torch": torch.__version__, **header.versions},
+            versions={"altgrad": __version__, **header.versions},
             created=header.created or datetime.now(timezone.utc).isoformat(timespec="seconds"),
             predecessor=predecessor,
         )
@@ -76,7 +78,9 @@ class RunFile:
         return file
 
     @classmethod
-    def resume(cls, path: str | os.PathLike[str], before_step: int, header: Header) -> RunFile:
+    def resume(
+        cls, path: str | os.PathLike[str], before_step: int, header: Header | Mapping[str, Any]
+    ) -> RunFile:
         """Go on with a file: what it says of steps from `before_step` on is superseded.
 
         Where the run is another one now (formats, scaling or layers differ), the file is left alone
@@ -86,7 +90,7 @@ class RunFile:
             RunFileError: It is none.
             OSError: It cannot be written.
         """
-        path = Path(path)
+        path, header = Path(path), _parsed(header)
         if not read_header(path).is_like(header):
             return cls.create(path.parent, header, predecessor=(path, before_step))
         file = cls(path, path.open("r+b", buffering=0))
@@ -154,6 +158,10 @@ class RunFile:
             self._file.truncate(start)  # a full disk has room for that
             self._file.seek(start)
             raise
+
+
+def _parsed(header: Header | Mapping[str, Any]) -> Header:
+    return header if isinstance(header, Header) else Header.from_json(header)
 
 
 def _first_free(folder: Path) -> tuple[Path, BinaryIO]:

@@ -1,0 +1,64 @@
+"""What holds for a whole run as plain data, of which the header of its run file is made.
+
+Nothing here needs torch, so that a report can compare formats with those of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from altgrad.quantization.block_formats import BlockFormat, NumberFormat, is_scaled
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from altgrad.observation.rules import LayerSampling
+    from altgrad.quantization.scaling import Scaling
+
+
+def describe_run(
+    formats: Iterable[NumberFormat], scaling: Scaling | None, layers: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Return formats, scaling and layers as the header of a run file has them.
+
+    Args:
+        formats: Formats that are judged.
+        scaling: Which elements share a scale.
+        layers: What `describe_layer` returns, by name of the layer.
+    """
+    return {
+        "formats": {format.name: describe_format(format, scaling) for format in formats},
+        "scaling": scaling,
+        "layers": dict(layers),
+    }
+
+
+def describe_format(format: NumberFormat, scaling: Scaling | None) -> dict[str, Any]:
+    """Return range and precision of a format; of one in blocks, those of its elements."""
+    element = format.element if isinstance(format, BlockFormat) else format
+    return {
+        "bits": element.bits,
+        "max": element.max,
+        "smallest": element.smallest_subnormal,
+        "smallest_normal": element.smallest_normal,
+        "eps": element.eps,
+        "scaled": is_scaled(format, scaling),
+    }
+
+
+def describe_layer(parameter: Tensor, sampling: LayerSampling, elements: int) -> dict[str, Any]:
+    """Return the shape and dtype of a layer, and how it is sampled.
+
+    Args:
+        parameter: The parameter.
+        sampling: How it is observed.
+        elements: Number of elements that are measured in a step.
+    """
+    return {
+        "shape": tuple(parameter.shape),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "elements": elements,
+        "formats": sampling.formats,
+        "every_n_steps": sampling.every_n_steps,
+    }
