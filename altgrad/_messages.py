@@ -18,9 +18,9 @@ def percent(share: float) -> str:
 
 
 def few(names: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
+    """Return the first three names, and how many more there are."""
     rest = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def check_type(name: str, value: object, expected: type) -> None:

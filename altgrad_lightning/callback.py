@@ -19,6 +19,7 @@ from altgrad import (
     LostRankError,
     SamplingRule,
     StepRecord,
+    StepSchedule,
     UpdateMonitor,
     model_figures,
 )
@@ -131,7 +132,7 @@ class PrecisionMonitor(Callback):
         if not self.formats:
             raise ValueError(f"formats={formats!r}: expected one or more formats")
         if every_n_steps is not None:
-            _check_count("every_n_steps", every_n_steps, at_least=1)
+            StepSchedule(every_n_steps)  # checks it
         chosen = _with_preset(
             preset,
             {
@@ -427,21 +428,16 @@ def _logged_step(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
 
 
-def _check_count(name: str, value: int, *, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: expected an int")
-    if value < at_least:
-        raise ValueError(f"{name}={value}: expected {at_least} or more")
-
-
 def _checked_layer_charts(layer_charts: int | Sequence[str]) -> int | tuple[str, ...]:
+    expected = "expected how many layers, or a list of patterns"
     if isinstance(layer_charts, int):
-        _check_count("layer_charts", layer_charts, at_least=0)
+        if isinstance(layer_charts, bool):
+            raise TypeError(f"layer_charts={layer_charts!r}: {expected}")
+        if layer_charts < 0:
+            raise ValueError(f"layer_charts={layer_charts}: expected 0 or more")
         return layer_charts
     if isinstance(layer_charts, str) or not all(isinstance(each, str) for each in layer_charts):
-        raise TypeError(
-            f"layer_charts={layer_charts!r}: expected how many layers, or a list of patterns"
-        )
+        raise TypeError(f"layer_charts={layer_charts!r}: {expected}")
     return tuple(layer_charts)
 
 

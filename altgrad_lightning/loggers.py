@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from altgrad import Histogram
 from altgrad.measurement import FORMAT_METRICS
-from altgrad.report import png
+from altgrad.report import Verdict, cell_text, png
 
 if TYPE_CHECKING:
     import numpy as np
@@ -133,10 +133,12 @@ def verdict_markdown(assessment: Assessment) -> str:
     lines += [_table_row(["layer", *map(_escaped, formats), "smallest that stores it"])]
     lines += [_table_row(["---"] * (len(formats) + 2))]
     for layer in [*by_layer][:_MOST_ROWS]:
-        cells = [_cell(by_layer[layer].get(format)) for format in formats]
+        cells = [_escaped(cell_text(by_layer[layer].get(format)) or "–") for format in formats]
         suggestion = assessment.suggestions.get(layer)
         lines += [_table_row([_escaped(layer), *cells, _escaped(suggestion or "none: fp32")])]
-    lines += ["", "In brackets: kept_update_ratio, the share of the update that the format keeps."]
+    lines += ["", "The number is kept_update_ratio, the share of the update that the format keeps."]
+    seen = {advice.verdict for advice in assessment.advice}
+    lines += ["", *(f"- {each.short}: {_escaped(each.value)}" for each in Verdict if each in seen)]
     return "\n".join(lines)
 
 
@@ -212,13 +214,6 @@ def _image(figure: Figure) -> Image:
 
 
 # --- the verdict
-
-
-def _cell(advice: Advice | None) -> str:
-    if advice is None:
-        return "–"
-    kept = "" if math.isnan(advice.kept) else f" ({advice.kept:.2f})"
-    return _escaped(str(advice.verdict)) + kept
 
 
 def _row(advice: Advice) -> list[Any]:

@@ -4,6 +4,7 @@ python examples/fsdp2_cpu.py                                      # Lightning st
 torchrun --standalone --nproc-per-node 2 examples/fsdp2_cpu.py    # without Lightning
 """
 
+import gc
 from collections.abc import Mapping
 
 import pytorch_lightning as pl
@@ -49,7 +50,6 @@ def with_torchrun() -> None:
     if rank == 0 and monitor.latest is not None:
         print(f"{size} processes, without Lightning")
         show(monitor.latest.layers)
-    distributed.destroy_process_group()
 
 
 class Model(pl.LightningModule):
@@ -99,5 +99,9 @@ def show(layers: Mapping[str, Figures]) -> None:
 if __name__ == "__main__":
     if distributed.is_torchelastic_launched():
         with_torchrun()
+        # Let go of all that holds groups of gloo first: a thread of gloo that meets the end of the
+        # interpreter makes torch abort.
+        gc.collect()
+        distributed.destroy_process_group()
     else:
         with_lightning()

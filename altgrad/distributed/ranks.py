@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from altgrad._messages import few
 from altgrad.distributed.host_group import HostGroup, LostRankError, meet
 from altgrad.distributed.step_message import Own, StepMessage, Together
 from altgrad.measurement.columns import ELEMENTS, POPULATION
@@ -29,7 +30,6 @@ from altgrad.observation.observer import FaultElsewhereError
 Description = Mapping[str, Sequence[str]]
 """Of what processes have to have alike: a kind, and in words each thing of that kind."""
 
-_MOST_NAMED = 3
 
 Call = Literal["attach()", "optimizer.step()", "state_dict()", "weight_octaves()"]
 """In which all processes have to be at once."""
@@ -294,6 +294,6 @@ def _refuse_different(each: Sequence[Description]) -> None:
     if not (more or fewer):
         raise ValueError(f"the processes have the same {kind} in different orders: make them alike")
     raise ValueError(
-        f"rank {rank} has other {kind} than rank 0: {more[:_MOST_NAMED]} of its {len(second)}, "
-        f"where rank 0 has {fewer[:_MOST_NAMED]} of its {len(first)}; {_REMEDIES[kind]}"
+        f"rank {rank} has other {kind} than rank 0: {few(more) or 'none'} of its {len(second)}, "
+        f"where rank 0 has {few(fewer) or 'none'} of its {len(first)}; {_REMEDIES[kind]}"
     )

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from altgrad._messages import few
 from altgrad.measurement.columns import max_count, sum_count
-
-_MOST_NAMED = 3
 
 
 class Own(NamedTuple):
@@ -89,7 +88,7 @@ class StepMessage:
         """
         place = {name: row for row, name in enumerate(self._layers)}
         if unknown := [name for name in own.present if name not in place]:
-            raise RuntimeError(f"{unknown[:_MOST_NAMED]} are stepped and were not agreed upon")
+            raise RuntimeError(f"{few(unknown)} are stepped and were not agreed upon")
         self._of_layers[[place[name] for name in own.present], -1] = 1.0
         if own.rows:
             to, rows = [place[name] for name in own.rows], [*own.rows.values()]

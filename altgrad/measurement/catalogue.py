@@ -42,7 +42,6 @@ LAYER_METRICS = _by_name(
     Metric("weight_rms", "weight", "≥ 0", "large weights"),
     Metric("gradient_rms", "gradient", "≥ 0", "large gradients"),
     Metric("update_weight_ratio", "1", "≥ 0", "the step changes much; about 1e-3 is usual"),
-    Metric("zero_update_frac", *_SHARE, "weights that did not move"),
     Metric("zero_gradient_frac", *_SHARE, "gradients that are 0"),
     Metric("nonfinite_frac", *_SHARE, "NaN or inf"),
     Metric("unmoved_frac", *_SHARE, "stalled already, in the weights' own dtype"),

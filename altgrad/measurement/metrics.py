@@ -190,7 +190,6 @@ FORMULAS: Mapping[str, Formula] = {
     "weight_rms": _rms("weight_sq", "finite"),
     "gradient_rms": _rms("gradient_sq", "gradients"),
     "update_weight_ratio": _norm_ratio("update_sq", "weight_sq"),
-    "zero_update_frac": Share("finite", "finite", "moved"),
     "zero_gradient_frac": Share("gradients", "gradients", "nonzero_gradients"),
     "nonfinite_frac": Share("elements", "elements", "finite"),
     "unmoved_frac": Share("nonzero_gradients", "nonzero_gradients", "moved_with_gradient"),

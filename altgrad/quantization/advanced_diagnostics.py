@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from altgrad._messages import check_type
 from altgrad.quantization.arguments import check_input, check_pair, full_dtype
 from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.kernel import exact_exp2
@@ -234,8 +235,8 @@ def _stiffness(
         return torch.where(defined, spacing(weights.double(), format, scale), torch.nan)
     if isinstance(scale, Tensor) or scale != 1:
         raise TypeError("scale is for format=; mantissa_bits alone describes an unscaled grid")
-    if isinstance(mantissa_bits, bool) or not isinstance(mantissa_bits, int):
-        raise TypeError(f"mantissa_bits={mantissa_bits!r}: expected an int")
+    check_type("mantissa_bits", mantissa_bits, int)
+    assert isinstance(mantissa_bits, int)
     if not 0 <= mantissa_bits <= 256:
         raise ValueError(f"mantissa_bits={mantissa_bits}: expected 0 to 256")
     if mantissa_bits == 7:  # the contract of DIAG-01; nothing else may ask this, bf16 has M = 7

@@ -8,6 +8,8 @@ from dataclasses import KW_ONLY, dataclass, field, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from altgrad._messages import check_type
+
 if TYPE_CHECKING:  # formats are described without torch, so that reports do not load it
     import torch
     from torch import Tensor
@@ -248,13 +250,8 @@ def is_torch_dtype(value: object) -> TypeIs[torch.dtype]:
 
 
 def _check_types(format: FloatFormat) -> None:
-    if not isinstance(format.name, str):
-        raise TypeError(f"name={format.name!r}: expected a str, got {type(format.name).__name__}")
+    check_type("name", format.name, str)
     for name in ("exponent_bits", "mantissa_bits", "bias", "num_high_nans"):
-        value = getattr(format, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}={value!r}: expected an int, got {type(value).__name__}")
+        check_type(name, getattr(format, name), int)
     for name in ("has_inf", "has_negative_zero", "has_subnormals"):
-        value = getattr(format, name)
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}={value!r}: expected a bool, got {type(value).__name__}")
+        check_type(name, getattr(format, name), bool)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from altgrad._messages import few
 from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.optimizers import unwrap
 from altgrad.observation.parameter_names import parameter_names
@@ -29,8 +30,6 @@ from altgrad.quantization.scaling import Scaling, amax_of, check_scaling, scale_
 
 StorageRounding = Literal["nearest_even", "stochastic"]
 Compensation = Literal["kahan"]
-
-_MOST_NAMED = 3
 
 
 class WeightStorage:
@@ -241,7 +240,7 @@ class WeightStorage:
         if unknown := [name for name in self._loaded if name not in names]:
             warnings.warn(
                 f"the state that was loaded has {len(unknown)} layers that are not stored now, "
-                f"among them {unknown[:_MOST_NAMED]}: their scales and what was lost of them are "
+                f"among them {few(unknown)}: their scales and what was lost of them are "
                 "dropped; layers have other names with module= than without: attach() as before",
                 stacklevel=3,
             )

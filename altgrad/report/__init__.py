@@ -9,6 +9,7 @@ from altgrad._lazy import attach
 
 if TYPE_CHECKING:
     from altgrad.report.canvas import png, svg
+    from altgrad.report.cells import cell_text
     from altgrad.report.comparison import Comparison
     from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
     from altgrad.report.records.reading import read
@@ -44,6 +45,7 @@ __all__ = [
     "RunFileError",
     "RunReport",
     "Verdict",
+    "cell_text",
     "heat_map",
     "judge_run",
     "kept_map",
@@ -62,6 +64,7 @@ __getattr__, __dir__ = attach(
     __name__,
     {
         "canvas": "png svg",
+        "cells": "cell_text",
         "comparison": "Comparison",
         "drawings": "heat_map kept_map ranges steps_histogram",
         "records.reading": "read",

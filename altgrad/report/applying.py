@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from altgrad.quantization.block_formats import BlockFormat, get_formats
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import FormatInfo
-from altgrad.report.verdicts import Advice, Assessment, Verdict
+from altgrad.report.verdicts import Advice, Assessment, Verdict, smallest
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a name
 
@@ -92,7 +92,7 @@ def _chosen(run: Run, assessment: Assessment) -> dict[str, str | None]:
         advice = assessment.by_layer.get(layer, {})
         fine = [f for f, each in advice.items() if each.verdict is Verdict.STORES_FINE]
         storable = [format for format in fine if _can_store(run, format)]
-        chosen[layer] = min(storable, key=lambda format: run.formats[format].bits, default=None)
+        chosen[layer] = smallest(storable, run.formats)
     return chosen
 
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from altgrad._messages import few
 from altgrad.report.run_report import RunReport
 from altgrad.report.verdicts import Advice
 
 _OF_MODEL = ("kept_update_ratio", "stall_frac", "never_moved_frac", "visible_frac")
-_OF_MODEL_ALONE = ("update_weight_ratio", "zero_update_frac")
+_OF_MODEL_ALONE = ("update_weight_ratio", "ulp_zero_frac")
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ class Comparison:
             for what in ("formats", "layers"):
                 alone = [n for n in getattr(mine.run, what) if n not in getattr(others.run, what)]
                 if alone:
-                    some = ", ".join(alone[:3]) + (", …" if len(alone) > 3 else "")
-                    notes.append(f"{what} only in {letter}: {len(alone):,} ({some})")
+                    notes.append(f"{what} only in {letter}: {len(alone):,} ({few(alone)})")
         a, b = (report.run.scaling for report in self.runs)
         if a != b:
             notes.append(f"scaling is {a!r} in A and {b!r} in B, so that their grids differ")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
-from altgrad._messages import percent
+from altgrad._messages import few, percent
 from altgrad.report.calibration import calibration
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import FormatInfo, LayerInfo
@@ -27,7 +27,6 @@ _MEANS = (_KEPT, _STALL, *_OF_RANGE)
 RESTS_ON = (_KEPT, _STALL, _NEVER_MOVED)
 """Metrics whose standard errors count."""
 _WIDTH = 2  # standard errors to either side
-_MOST_NAMED = 3
 
 
 class Verdict(str, Enum):
@@ -199,12 +198,8 @@ class Judge:
         for each in advice:
             if each.verdict is Verdict.STORES_FINE:
                 fine[each.layer].append(each.format)
-        suggestions = {layer: self._smallest(formats) for layer, formats in fine.items()}
+        suggestions = {layer: smallest(formats, self._formats) for layer, formats in fine.items()}
         return Assessment(advice, suggestions, _summary(advice))
-
-    def _smallest(self, formats: Iterable[str]) -> str | None:
-        """In bits; of equally small ones the first."""
-        return min(formats, key=lambda format: self._formats[format].bits, default=None)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on."""
@@ -227,6 +222,11 @@ class Judge:
             }
             for layer, tallies in state.items()
         }
+
+
+def smallest(names: Iterable[str], formats: Mapping[str, FormatInfo]) -> str | None:
+    """Return the format of the fewest bits, of equally small ones the first; None of none."""
+    return min(names, key=lambda name: formats[name].bits, default=None)
 
 
 def judge_run(run: Run) -> Assessment:
@@ -347,8 +347,7 @@ def _summary_of(format: str, advice: Sequence[Advice]) -> str:
     ]
     text = f"{format}, of {len(advice):,} layers: {', '.join(parts)}"
     if frozen := [each.layer for each in advice if each.verdict is Verdict.FROZEN]:
-        more = f" and {len(frozen) - _MOST_NAMED:,} more" if len(frozen) > _MOST_NAMED else ""
-        text += f"; frozen: {', '.join(frozen[:_MOST_NAMED])}{more}"
+        text += f"; frozen: {few(frozen)}"
     return f"{text}."
 
 

@@ -13,7 +13,7 @@ from altgrad import Figures
 from altgrad.report import read
 from tests.golden import replay
 
-RENAMES: dict[str, str] = {}
+RENAMES = {"zero_update_frac": "ulp_zero_frac"}
 """Metrics by the name that 0.1.0 gave them, and the name that they have now."""
 
 ADDED: frozenset[str] = frozenset()

@@ -678,7 +678,14 @@ def test_wrong_configuration_fails_at_construction(arguments: Any, message: str)
         PrecisionMonitor(**arguments)
 
 
-@pytest.mark.parametrize("arguments", [{"every_n_steps": 2.5}, {"layer_charts": True}], ids=str)
-def test_a_count_that_is_no_int(arguments: Any) -> None:
-    with pytest.raises(TypeError, match="expected an int"):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every_n_steps": 2.5}, "every_n_steps=2.5: expected int"),
+        ({"layer_charts": True}, "layer_charts=True: expected how many layers"),
+    ],
+    ids=str,
+)
+def test_a_count_that_is_no_int(arguments: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         PrecisionMonitor(**arguments)

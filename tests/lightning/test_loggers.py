@@ -175,11 +175,11 @@ def test_the_verdict_is_a_table_in_which_names_are_escaped(events: EventAccumula
     html = rendered(markdown)
     assert "*bf16*" in html.replace("&#42;", "*")
     assert cells(html)[:4] == ["layer", "bf16", "e4m3fn", "smallest that stores it"]
-    assert cells(html)[4:8] == [LAYERS[0], "frozen (0.00)", "frozen (0.00)", "bf16"]
+    assert cells(html)[4:8] == [LAYERS[0], "frozen 0.00", "frozen 0.00", "bf16"]
     last = html.rpartition("<tr>")[2]
     assert "<b>" not in last
     assert as_text(cells(last)[0]) == LAYERS[2]
-    assert cells(last)[1:] == ["frozen (0.67)", "frozen (0.67)", "none: fp32"]
+    assert cells(last)[1:] == ["frozen 0.67", "frozen 0.67", "none: fp32"]
 
 
 def as_text(html: str) -> str:
@@ -224,7 +224,8 @@ def test_the_verdict_without_figures() -> None:
     advice = advice_of("a", "bf16", {"kept_update_ratio": math.nan, "stall_frac": math.nan})
     unknown = Assessment([advice._replace(verdict=Verdict.NOT_JUDGED)], {}, "")
     html = rendered(pictures_of.verdict_markdown(unknown))
-    assert cells(html)[3:] == ["a", "not judged", "none: fp32"]
+    assert cells(html)[3:] == ["a", "&#8211;", "none: fp32"]
+    assert "–: not judged" in " ".join(html.split())
     assert pictures_of.verdict_markdown(Assessment([], {}, ""))
 
 

@@ -79,7 +79,7 @@ def model_truth(steps: list[Step]) -> dict[str, float]:
             of_formats[name]["stalled"] += stalled
             of_formats[name]["kept"] += kept
     truth = {
-        "zero_update_frac": 1 - counts["moved"] / counts["elements"],
+        "ulp_zero_frac": 1 - counts["moved"] / counts["elements"],
         "update_rms": math.sqrt(counts["squares"] / counts["elements"]),
     }
     for name, sums in of_formats.items():

@@ -72,11 +72,11 @@ def test_one_of_them_is_enough(installed: str, missing: str) -> None:
     result = run(
         f"""
         from altgrad_lightning import PrecisionMonitor
-        import altgrad_lightning.demo
+        import altgrad_lightning.demo_model
         import {installed} as package
         assert isinstance(PrecisionMonitor(), package.Callback)
         assert package.Trainer(callbacks=PrecisionMonitor(), logger=False, barebones=False)
-        print(altgrad_lightning.demo.lightning.__name__, {missing!r} in sys.modules)
+        print(altgrad_lightning.demo_model.lightning.__name__, {missing!r} in sys.modules)
         """,
         missing,
     )
@@ -84,13 +84,13 @@ def test_one_of_them_is_enough(installed: str, missing: str) -> None:
 
 
 def test_without_either_the_error_says_what_to_install() -> None:
-    result = run("import altgrad_lightning", "lightning", "pytorch_lightning")
+    result = run("from altgrad_lightning import PrecisionMonitor", "lightning", "pytorch_lightning")
     assert result.returncode != 0
     assert "pip install 'altgrad[lightning]'" in result.stderr.splitlines()[-1]
 
 
 def test_a_broken_installation_is_not_taken_for_a_missing_one() -> None:
-    result = run("import altgrad_lightning", "torchmetrics")
+    result = run("from altgrad_lightning import PrecisionMonitor", "torchmetrics")
     assert "torchmetrics" in result.stderr.splitlines()[-1]
 
 
@@ -100,7 +100,7 @@ def test_the_messages_of_the_package_in_use_stay_its_own(package: str) -> None:
         f"""
         import {package}
         from lightning_utilities.core import rank_zero
-        import altgrad_lightning
+        from altgrad_lightning import PrecisionMonitor
         print(rank_zero.log.name)
         """
     )

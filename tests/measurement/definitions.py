@@ -137,7 +137,6 @@ def oracle_of_layer(w0: Tensor, w1: Tensor, gradient: Tensor) -> dict[str, float
         "weight_rms": math.sqrt(ratio((w**2).sum(), n)),
         "gradient_rms": math.sqrt(ratio((g**2).sum(), n)),
         "update_weight_ratio": ratio(np.linalg.norm(d), np.linalg.norm(w)),
-        "zero_update_frac": ratio((d == 0).sum(), n),
         "zero_gradient_frac": ratio((g == 0).sum(), n),
         "nonfinite_frac": ratio(total - n, total),
         "unmoved_frac": ratio(((g != 0) & (d == 0)).sum(), (g != 0).sum()),

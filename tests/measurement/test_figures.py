@@ -46,7 +46,7 @@ def test_the_medians_of_a_model_of_samples_have_a_value(seed: int) -> None:
     assert all(abs(model[f"steps_median_log2/{name}"]) < 32 for name in FORMATS)
     assert all(min(model.histogram(f"steps/{name}").counts) >= 0 for name in FORMATS)
     assert sum(model.histogram("steps/bf16").counts) == pytest.approx(
-        model.population * (1 - model["zero_update_frac"]), rel=1e-9
+        model.population * (1 - model["ulp_zero_frac"]), rel=1e-9
     )
 
 

@@ -117,15 +117,15 @@ def test_nonsense_is_a_value_error_that_says_what_is_allowed(fields, said):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"name": 8}, "name=8: expected a str"),
-        ({"exponent_bits": 4.0}, "exponent_bits=4.0: expected an int"),
-        ({"mantissa_bits": "3"}, "mantissa_bits='3': expected an int"),
-        ({"bias": True}, "bias=True: expected an int"),
-        ({"bias": None}, "bias=None: expected an int"),
-        ({"num_high_nans": 1.0}, "num_high_nans=1.0: expected an int"),
-        ({"has_inf": 1}, "has_inf=1: expected a bool"),
-        ({"has_negative_zero": "no"}, "has_negative_zero='no': expected a bool"),
-        ({"has_subnormals": None}, "has_subnormals=None: expected a bool"),
+        ({"name": 8}, "name=8: expected str"),
+        ({"exponent_bits": 4.0}, "exponent_bits=4.0: expected int"),
+        ({"mantissa_bits": "3"}, "mantissa_bits='3': expected int"),
+        ({"bias": True}, "bias=True: expected int"),
+        ({"bias": None}, "bias=None: expected int"),
+        ({"num_high_nans": 1.0}, "num_high_nans=1.0: expected int"),
+        ({"has_inf": 1}, "has_inf=1: expected bool"),
+        ({"has_negative_zero": "no"}, "has_negative_zero='no': expected bool"),
+        ({"has_subnormals": None}, "has_subnormals=None: expected bool"),
     ],
 )
 def test_wrong_types_are_a_type_error(fields, said):

@@ -23,6 +23,8 @@ from altgrad.report.records.schema import (
 )
 
 _NAME = re.compile(r"altgrad(?:-(\d+))?\.jsonl")
+_RENAMED_METRICS = {"zero_update_frac": "ulp_zero_frac"}
+"""Names in older run files, and the names of today: a key of both has one value."""
 _OTHER_KIND = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
 
 
@@ -198,7 +200,9 @@ def _row(value: Mapping[str, Any], keys: dict[tuple[str, ...], dict[str, int]]) 
 
     def by_key(numbers: Mapping[str, object]) -> FloatsByKey:
         names = tuple(numbers)
-        positions = keys.setdefault(names, {name: place for place, name in enumerate(names)})
+        if names not in keys:
+            keys[names] = {_RENAMED_METRICS.get(n, n): place for place, n in enumerate(names)}
+        positions = keys[names]
         return FloatsByKey(positions, numbers_from_json([*numbers.values()]))
 
     step, figures = int(value["step"]), by_key(value["figures"])

@@ -39,7 +39,7 @@ class FloatsByKey(Mapping[str, float]):
         return iter(self._positions)
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._positions)
 
     def __repr__(self) -> str:
         return repr(dict(self))
