@@ -1,1 +1,6 @@
-"""Which steps, layers and elements are observed, and what is kept from step to step."""
+"""Which steps, layers and elements are observed, and what is kept from step to step.
+
+`monitor` is the door: `UpdateMonitor`. It asks `schedule` and `overhead` which steps are due,
+`layer_settings` and `elements` what to copy of each layer, has `step_measuring` measure what lies
+in an `arena`, under the scales of `scale_state`, and agrees with other ranks through `agreement`.
+"""

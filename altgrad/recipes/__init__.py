@@ -1,1 +1,1 @@
-"""How weights and optimizer states are stored."""
+"""How weights and optimizer states are stored: `storage` keeps weights on the grid of a format."""
