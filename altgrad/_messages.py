@@ -17,10 +17,10 @@ def percent(share: float) -> str:
     return f"{whole} %"
 
 
-def few(names: Sequence[str]) -> str:
+def few(names: Sequence[str], separator: str = ", ") -> str:
     """Return the first three names, and how many more there are."""
     rest = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
+    return separator.join(names[:_MOST_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def check_type(name: str, value: object, expected: type) -> None:

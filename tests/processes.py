@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import distributed as dist
 START = 60.0  # seconds for processes to start on a busy machine
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "altgrad", "pytorch_lightning"])
+_NO_MORE = b""
 
 
 def run(
@@ -32,47 +35,114 @@ def run(
 
     Args:
         work: Called with the rank and the arguments.
-        size: How many processes.
+        size: How many processes, each of which ends as soon as it has returned.
         arguments: The rest.
         limit: Seconds for all of it, after which every process is killed and the test fails.
         collective: Time limit of the process group, in seconds.
         may_die: Ranks that need not return.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            _CONTEXT.Process(
-                target=_run_one, args=(work, rank, size, folder, collective, arguments)
-            )
-            for rank in range(size)
-        ]
-        for each in processes:
-            each.start()
-        end = time.monotonic() + START + limit
+    with Processes(size, collective) as processes:
+        processes.ask(work, *arguments)
+        processes.ask_no_more()
+        return processes.answers(limit, may_die)
+
+
+class Processes:
+    """Some that stay, and do what they are called for: a start of seconds serves many tests.
+
+    They are started by the first call, and anew by the next one after a call that failed.
+
+    Args:
+        size: How many.
+        collective: Time limit of their process group, in seconds.
+    """
+
+    def __init__(self, size: int, collective: float = 20.0) -> None:
+        self._size, self._collective = size, collective
+        self._processes: list[Any] = []
+        self._connections: list[Connection] = []
+
+    def __call__(self, work: Callable[..., Any], *arguments: Any, limit: float = 60.0) -> list[Any]:
+        """As `run` in new ones."""
         try:
-            for each in processes:
-                each.join(max(end - time.monotonic(), 0))
-            late = [rank for rank, each in enumerate(processes) if each.is_alive()]
-        finally:
-            for each in processes:
-                each.kill()
-                each.join()
-        assert not late, f"ranks {late} of {size} did not end within {START + limit} s"
-        return [_result(Path(folder), rank, rank in may_die) for rank in range(size)]
+            self.ask(work, *arguments)
+            return self.answers(limit)
+        except BaseException:
+            self._stop()
+            raise
+
+    def __enter__(self) -> Processes:  # noqa: PYI034 - typing has Self only from Python 3.11 on
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def ask(self, work: Callable[..., Any], *arguments: Any) -> None:
+        """Have each begin."""
+        if not self._processes:
+            self._start()
+        asked = pickle.dumps((work, arguments))
+        for connection in self._connections:
+            connection.send_bytes(asked)
+
+    def ask_no_more(self) -> None:
+        """Have each end when it is done."""
+        for connection in self._connections:
+            connection.send_bytes(_NO_MORE)
+
+    def answers(self, limit: float, may_die: tuple[int, ...] = ()) -> list[Any]:
+        """What each returned."""
+        end = time.monotonic() + START + limit
+        said: dict[int, Any] = {}
+        waited_for = {connection: rank for rank, connection in enumerate(self._connections)}
+        while waited_for:
+            heard = wait([*waited_for], max(end - time.monotonic(), 0))
+            late = [*waited_for.values()]
+            assert heard, f"ranks {late} of {self._size} did not end within {START + limit} s"
+            for connection in heard:
+                said[waited_for.pop(connection)] = _heard_on(connection)
+        return [_value(rank, said[rank], rank in may_die) for rank in range(self._size)]
+
+    def _start(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        for rank in range(self._size):
+            here, there = _CONTEXT.Pipe()
+            arguments = (there, rank, self._size, self._folder.name, self._collective)
+            process = _CONTEXT.Process(target=_serve, args=arguments)
+            process.start()
+            there.close()
+            self._processes.append(process)
+            self._connections.append(here)
+
+    def _stop(self) -> None:
+        if not self._processes:
+            return
+        for process, connection in zip(self._processes, self._connections, strict=True):
+            process.kill()
+            process.join()
+            connection.close()
+        self._processes, self._connections = [], []
+        self._folder.cleanup()
 
 
-def _result(folder: Path, rank: int, may_die: bool) -> Any:
-    file = folder / f"{rank}.pt"
-    if not file.exists():
+def _heard_on(connection: Any) -> tuple[Any, str | None] | None:
+    """A value and a fault; None from a process that has ended."""
+    try:
+        return pickle.loads(connection.recv_bytes())
+    except (EOFError, ConnectionError):
+        return None
+
+
+def _value(rank: int, answer: tuple[Any, str | None] | None, may_die: bool) -> Any:
+    if answer is None:
         assert may_die, f"rank {rank} died"
         return None
-    value, fault = torch.load(file, weights_only=False)
+    value, fault = answer
     assert fault is None, f"rank {rank}: {fault}"
     return value
 
 
-def _run_one(
-    work: Callable[..., Any], rank: int, size: int, folder: str, seconds: float, arguments: Any
-) -> None:
+def _serve(connection: Connection, rank: int, size: int, folder: str, seconds: float) -> None:
     torch.set_num_threads(1)
     _as_torchrun(rank, size)
     dist.init_process_group(
@@ -82,15 +152,20 @@ def _run_one(
         world_size=size,
         timeout=timedelta(seconds=seconds),
     )
+    with suppress(EOFError):  # who asks is gone
+        while (asked := connection.recv_bytes()) != _NO_MORE:
+            connection.send_bytes(_answer(rank, asked))
+    os._exit(0)  # a thread of gloo that waits for a rank that is gone would hold it up
+
+
+def _answer(rank: int, asked: bytes) -> bytes:
     value = fault = None
     try:
+        work, arguments = pickle.loads(asked)
         value = work(rank, *arguments)
     except BaseException:  # noqa: BLE001 - all of it is the test's
         fault = traceback.format_exc()
-    part = Path(folder) / f"{rank}.part"
-    torch.save((value, fault), part)
-    part.rename(Path(folder) / f"{rank}.pt")
-    os._exit(0)  # a thread of gloo that waits for a rank that is gone would hold it up
+    return pickle.dumps((value, fault))
 
 
 def _as_torchrun(rank: int, size: int) -> None:

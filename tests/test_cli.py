@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from altgrad.quantization import FORMATS
+from tests.command_line import altgrad
 
 
 def run(*arguments: str, setup: str = "") -> subprocess.CompletedProcess[str]:
@@ -63,3 +64,14 @@ def test_formats_does_not_import_the_demo() -> None:
     setup = "import sys; sys.modules['altgrad_lightning'] = None"
     assert run("formats", setup=setup).returncode == 0
     assert "Not available here" in run("--help", setup=setup).stdout
+
+
+@pytest.mark.parametrize(
+    "command", [(), ("report",), ("compare",), ("formats",), ("demo",)], ids=str
+)
+def test_every_help_fits_80_columns_and_is_whole(command: tuple[str, ...]) -> None:
+    shown = altgrad(*command, "--help")
+    assert shown.returncode == 0, shown.stderr
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    assert "…" not in shown.stdout
+    assert "..." not in shown.stdout.replace("COMMAND [ARGS]...", "")

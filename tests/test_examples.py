@@ -10,6 +10,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+QUICK = {"lightning_callback.py", "one_step.py", "plain_pytorch.py", "update_monitor.py"}
 SHORTER = {"predict_and_confirm.py": ["--seeds", "1", "--steps", "30"]}
 """What its own test runs in full."""
 
@@ -27,7 +28,13 @@ def output_of(*command: str, cwd: Path) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(path, id=path.name, marks=() if path.name in QUICK else pytest.mark.slow)
+        for path in sorted(EXAMPLES.glob("*.py"))
+    ],
+)
 def test_example_runs(example: Path, tmp_path: Path) -> None:
     assert output_of(str(example), *SHORTER.get(example.name, ()), cwd=tmp_path)
 

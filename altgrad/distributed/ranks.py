@@ -293,7 +293,8 @@ def _refuse_different(each: Sequence[Description]) -> None:
     fewer, more = ([x for x in a if x not in b] for a, b in ((first, second), (second, first)))
     if not (more or fewer):
         raise ValueError(f"the processes have the same {kind} in different orders: make them alike")
+    here, there = few(more, "; ") or "none", few(fewer, "; ") or "none"
     raise ValueError(
-        f"rank {rank} has other {kind} than rank 0: {few(more) or 'none'} of its {len(second)}, "
-        f"where rank 0 has {few(fewer) or 'none'} of its {len(first)}; {_REMEDIES[kind]}"
+        f"rank {rank} has other {kind} than rank 0: {here} of its {len(second)}, where rank 0 has "
+        f"{there} of its {len(first)}; {_REMEDIES[kind]}"
     )

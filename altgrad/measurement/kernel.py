@@ -70,7 +70,7 @@ class Histograms(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """What each row comes to, in float64; the columns are named in `altgrad.measurement.totals`.
+    """What each row comes to, in float64; the columns are named in `altgrad.measurement.columns`.
 
     Attributes:
         sums: Of ROW_SUMS, of FORMAT_ROW_SUMS (each for all formats), then of squares likewise.

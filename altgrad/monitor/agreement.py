@@ -144,8 +144,8 @@ class Agreement:
         if torn := self._sharded.torn(names, sizes):
             self._settings.leave_out(torn)
             self._tell(
-                f"leaves out {torn}, of which blocks of {sizes} elements that share a scale lie in "
-                "several processes"
+                f"leaves out {few(torn)}, of which blocks of {sizes} elements that share a scale "
+                "lie in several processes"
             )
 
     def _leave_out_different_copies(self) -> None:

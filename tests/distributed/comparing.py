@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
 
 import torch
 
-from altgrad import StepRecord
+from altgrad import StepRecord, model_figures
 from altgrad.measurement.columns import (
     FORMAT_MAXIMA,
     FORMAT_SUMS,
@@ -40,6 +42,14 @@ def differences(record: StepRecord, expected: StepRecord) -> list[str]:
         if math.isnan(value) != math.isnan(truth) or abs(value - truth) > 1e-9 * abs(truth):
             found.append(f"model {key}: {value} for {truth}")
     return found
+
+
+def without(record: StepRecord, left_out: AbstractSet[str]) -> StepRecord:
+    """As if these layers had not been observed."""
+    if not left_out:
+        return record
+    layers = {name: each for name, each in record.layers.items() if name not in left_out}
+    return replace(record, layers=layers, model=model_figures([*layers.values()]))
 
 
 def _of_layer(figures, expected) -> list[str]:

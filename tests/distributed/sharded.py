@@ -100,17 +100,24 @@ def whole(tensor: Any) -> Tensor:
 
 
 class WholeSteps:
-    """Keeps the whole tensors of each step of an optimizer."""
+    """Keeps the whole tensors of each step of an optimizer.
+
+    Of one that calls ``super().step()`` torch may call the hooks once more: it is one step.
+    """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         self.steps: list[WholeStep] = []
         self._module = module
         self._before: dict[str, tuple[Tensor, Tensor]] = {}
+        self._depth = 0
         if optimizer is not None:
             optimizer.register_step_pre_hook(self.before)
             optimizer.register_step_post_hook(self.after)
 
     def before(self, *_: Any) -> None:
+        self._depth += 1
+        if self._depth > 1:
+            return
         self._before = {
             name: (whole(p), whole(p.grad))
             for name, p in self._module.named_parameters()
@@ -118,6 +125,9 @@ class WholeSteps:
         }
 
     def after(self, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth > 0:
+            return
         after = {n: whole(p) for n, p in self._module.named_parameters() if n in self._before}
         self.steps.append({n: (b, after[n], g) for n, (b, g) in self._before.items()})
 

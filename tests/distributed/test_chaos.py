@@ -69,7 +69,9 @@ def act_quietly(rank: int, seed: int) -> float:
         return act(rank, seed)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))]
+)
 def test_no_process_is_killed_by_what_others_do(seed: int) -> None:
     for seconds in run(act_quietly, SIZE, seed, collective=LIMIT):
         assert seconds < ACTIONS * LIMIT

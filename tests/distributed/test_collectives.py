@@ -2,75 +2,20 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
-from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from altgrad import UpdateMonitor
 from altgrad.measurement.columns import max_count, sum_count
 from altgrad.monitor.scale_state import STEPS_PER_SCALE
-from tests.processes import run
+from tests.distributed.listening import Listening, Said
 
 SIZE = 2
 FLOAT64 = 8  # bytes
 FORMATS = {"one": ["bf16"], "four": ["fp16", "bf16", "e4m3fn", "e5m2"]}
-COLLECTIVES = (
-    *("allgather", "_allgather_base", "allgather_coalesced", "allreduce", "allreduce_coalesced"),
-    *("alltoall", "alltoall_base", "barrier", "broadcast", "gather", "monitored_barrier", "recv"),
-    *("reduce", "reduce_scatter", "_reduce_scatter_base", "scatter", "send"),
-)
-"""Of a group with gloo."""
-
-Said = list[tuple[str, int]]
-"""Of each collective its name and how many bytes each process gives to it."""
-
-
-class Listening(TorchDispatchMode):
-    """Notes every collective that torch makes within, of whichever function and group."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: Said = []
-        self._patches = [
-            mock.patch.object(dist.ProcessGroupGloo, name, self._noting(name))
-            for name in COLLECTIVES
-        ]
-
-    def __enter__(self):
-        for each in self._patches:
-            each.start()
-        return super().__enter__()
-
-    def __exit__(self, *raised):
-        super().__exit__(*raised)
-        for each in self._patches:
-            each.stop()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace in ("c10d", "_c10d_functional"):
-            self._note(function.__name__, args)
-        return function(*args, **(kwargs or {}))
-
-    def _noting(self, name):
-        """A method of a group that is called past torch's own functions."""
-        method = getattr(dist.ProcessGroupGloo, name)
-
-        def call(group, *args, **kwargs):
-            # Of (outputs, inputs) the inputs are given.
-            self._note(name, args[-1:] if name == "allgather" else args)
-            return method(group, *args, **kwargs)
-
-        return call
-
-    def _note(self, name, args):
-        tensors = [x for x in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(x)]
-        self.said.append((name, sum(x.nbytes for x in tensors)))
 
 
 def listen(rank: int, layers: int, formats: list[str]) -> dict[str, Said]:
@@ -106,8 +51,8 @@ def listen(rank: int, layers: int, formats: list[str]) -> dict[str, Said]:
 
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("layers", [10, 1000])
-def test_an_observed_step_is_one_sum_and_one_max(layers: int, formats: list[str]) -> None:
-    first, second = run(listen, SIZE, layers, formats)
+def test_an_observed_step_is_one_sum_and_one_max(two, layers: int, formats: list[str]) -> None:
+    first, second = two(listen, layers, formats)
     assert first == second
     kinds = len(formats)
     sums = layers * sum_count(kinds) * FLOAT64

@@ -11,9 +11,7 @@ from altgrad.distributed.ranks import Ranks
 from altgrad.distributed.shards import Shard
 from tests.distributed.comparing import differences
 from tests.distributed.sharded import WholeSteps, fsdp, hsdp, replayed
-from tests.distributed.test_agreement import warned
-from tests.distributed.test_exactness import train
-from tests.processes import run
+from tests.distributed.training import train, warned
 
 _shard_of, _reduce = Shard.of, Ranks._reduce
 
@@ -59,8 +57,8 @@ def control(rank: int) -> dict[str, list[str]]:
     return found
 
 
-def test_errors_that_others_have_made_are_found() -> None:
-    first, second = run(control, 2)
+def test_errors_that_others_have_made_are_found(two) -> None:
+    first, second = two(control)
     assert first["sound"] == second["sound"] == []
     twice = first["replicas twice"]
     assert any("up.weight: elements : 600.0 for 300.0" in each for each in twice), twice

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from altgrad import SamplingRule, UpdateMonitor, model_figures
-from tests.distributed.comparing import differences
+from altgrad import SamplingRule, UpdateMonitor
+from tests.distributed.comparing import differences, without
 from tests.distributed.sharded import Net, WholeSteps, replayed, strategies
+from tests.distributed.training import sgd, train
+from tests.distributed.watched import Watched
 from tests.processes import run
+
+# Every strategy, in one to four processes
 
 STEPS = 4
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -23,10 +29,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "sampling": [SamplingRule("*.bias", enabled=False), SamplingRule("*norm*", enabled=False)],
     },
 }
-
-
-def observe(rank: int, size: int) -> dict[str, Any]:
-    return {each.__name__: observe_one(each, size) for each in strategies(size)}
 
 
 def observe_one(make: Any, size: int) -> dict[str, Any]:
@@ -49,12 +51,15 @@ def observe_one(make: Any, size: int) -> dict[str, Any]:
     for name, reference in expected.items():
         if len(records[name]) != len(reference.records) or not records[name]:
             problems.append(f"{name}: {len(records[name])} records")
-        left_out = {layer for text in told for layer in Net().state_dict() if layer in text}
+        named = {layer for text in told for layer in Net().state_dict() if layer in text}
+        left_out = named if name == "blocks" else set()
         for own, other in zip(records[name], reference.records, strict=False):
-            layers = left_out if name == "blocks" else set()
-            found = differences(own, without(other, layers))
+            found = differences(own, without(other, left_out))
             problems += [f"{name} {own.index}: {each}" for each in found]
         bits, true_bits = states[name]["ever_moved"], reference.final_state["ever_moved"]
+        moved = {layer for layer, (_, each) in true_bits.items() if each.any()}
+        if bits.keys() != moved - left_out:
+            problems.append(f"{name}: ever_moved of {sorted(bits)} for {sorted(moved)}")
         for layer in bits:
             same = bits[layer][0] == true_bits[layer][0]
             if not same or not torch.equal(bits[layer][1], true_bits[layer][1]):
@@ -63,23 +68,14 @@ def observe_one(make: Any, size: int) -> dict[str, Any]:
     return {"problems": problems, "vectors": vectors, "told": told}
 
 
-def without(record, left_out):
-    if not left_out:
-        return record
-    layers = {name: each for name, each in record.layers.items() if name not in left_out}
-    return replace(record, layers=layers, model=model_figures([*layers.values()]))
+def observe(rank: int, size: int) -> dict[str, Any]:
+    return {each.__name__: observe_one(each, size) for each in strategies(size)}
 
 
-def train(net: Any, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        rows = torch.randint(0, 7, (6,), generator=generator)
-        optimizer.zero_grad()
-        net(rows).backward()
-        optimizer.step()
-
-
-@pytest.fixture(scope="module", params=[1, 2, 3, 4])
+@pytest.fixture(
+    scope="module",
+    params=[2, 3, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 4))],
+)
 def observed(request) -> tuple[int, list[dict[str, Any]]]:
     return request.param, run(observe, request.param, request.param)
 
@@ -98,3 +94,33 @@ def test_all_processes_say_the_same(observed) -> None:
             pairs = zip(seen["vectors"], other[strategy]["vectors"], strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
             assert other[strategy]["told"] == []
+
+
+# Odd parameters
+
+
+class Empty(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.odd_names = nn.ParameterDict({"\udc80": torch.ones(4)})
+        self.nothing = nn.Parameter(torch.zeros(3, 0))
+        self.weight = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, rows):
+        odd = self.odd_names["\udc80"]
+        return (self.weight * odd).square().sum()  # FSDP2 cannot reduce what is empty
+
+
+def empty(rank: int) -> dict[str, Any]:
+    net = fully_shard(Empty(), mesh=init_device_mesh("cpu", (2,)))
+    optimizer = sgd(net)
+    watched = Watched(net, optimizer)
+    train(net, optimizer, 2)
+    return {"problems": watched.problems(), "layers": [*watched.records[-1].layers]}
+
+
+def test_parameters_without_elements_and_with_odd_names_are_observed(two) -> None:
+    for each in two(empty):
+        assert each["problems"] == []
+        assert set(each["layers"]) >= {"weight", "odd_names.\udc80"}

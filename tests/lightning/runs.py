@@ -21,6 +21,8 @@ from altgrad_lightning import PrecisionMonitor
 
 Step = list[tuple[Tensor, Tensor, Tensor]]
 """Before, after and gradient of each parameter."""
+Attached = Callable[..., tuple[PrecisionMonitor, pl.Trainer, "Net"]]
+"""What makes a monitor that observes, with its Trainer and its module."""
 
 
 class RecordingAdamW(torch.optim.AdamW):

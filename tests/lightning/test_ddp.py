@@ -3,7 +3,6 @@
 import math
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from torch.utils.data import DataLoader
 
 from altgrad.report import read
 from altgrad_lightning import PrecisionMonitor
-from altgrad_lightning.strategies import refused_strategy
 from tests.lightning.runs import (
     Net,
     RecordingAdamW,
@@ -100,20 +98,3 @@ def test_processes_that_are_spawned_get_a_copy(tmp_path: Path) -> None:
     run.fit(Net(), batches(4))
     (file,) = tmp_path.rglob("altgrad.jsonl")
     assert [*read(file).steps] == [0, 1]
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("DeepSpeedStrategy", "DeepSpeed steps flat copies .*use ModelParallelStrategy with"),
-        ("FSDPStrategy", r"FSDP1 keeps .* flat shards.*\(FSDPStrategy\).*or DDP"),
-        ("XLAStrategy", "devices of XLA"),
-        ("Other", "Other has 2 processes, and whether each has all"),
-    ],
-)
-def test_what_cannot_be_observed_is_refused_by_name(name: str, expected: str) -> None:
-    run = SimpleNamespace(
-        strategy=type(name, (), {})(), world_size=2, lightning_module=Net(), is_global_zero=True
-    )
-    with pytest.raises(AssertionError, match=expected):
-        raise AssertionError(refused_strategy(run))

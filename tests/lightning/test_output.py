@@ -17,7 +17,6 @@ from torch import Tensor
 from altgrad import Figures
 from altgrad.report import Verdict, judge_run, read
 from altgrad_lightning import PrecisionMonitor
-from altgrad_lightning.callback import PRESETS
 from tests.lightning.runs import Net, batches, fit, logged, trainer
 
 ALL = {"images": 0, "tensors": 0, "histograms": 0}
@@ -242,33 +241,6 @@ def test_a_resumed_run_goes_on_without_gaps_or_duplicates(tmp_path: Path, elsewh
     for row, expected in zip(found.rows, whole.rows, strict=True):  # never moved, too: of all steps
         assert [*row.figures.values()] == pytest.approx([*expected.figures.values()], nan_ok=True)
     assert resumed.assessment.summary == judge_run(whole).summary
-
-
-# --- presets
-
-
-def test_presets_are_named_sets_of_arguments() -> None:
-    economy = PrecisionMonitor(preset="economy")
-    assert economy._settings["max_elements"] == PRESETS["economy"]["max_elements"] == 256
-    assert economy._settings["overhead_budget"] == 0.01
-    assert economy._output_settings.layer_charts == 4
-    full = PrecisionMonitor(preset="full", layer_charts=3)
-    assert full._settings["max_elements"] is None
-    assert full._output_settings[:2] == (3, True)
-    standard = PrecisionMonitor(preset="standard")
-    assert standard._settings == PrecisionMonitor()._settings
-    assert standard._output_settings == PrecisionMonitor()._output_settings
-    with pytest.raises(ValueError, match="preset='fast': expected one of 'economy', 'standard'"):
-        PrecisionMonitor(preset="fast")
-
-
-def test_layers_to_chart_by_name(tmp_path: Path) -> None:
-    run = fit(tmp_path, PrecisionMonitor(layer_charts=["layers.0.*"]))
-    layers = {tag.rsplit("/")[-1] for tag in logged(run.logger.log_dir) if tag.count("/") == 3}
-    assert layers == {"layers.0.weight", "layers.0.bias"}
-    for wrong in ("layers.0.*", [1]):
-        with pytest.raises(TypeError, match="expected how many layers, or a list of patterns"):
-            PrecisionMonitor(layer_charts=wrong)
 
 
 def test_the_state_of_the_output_is_json(tmp_path: Path) -> None:

@@ -66,7 +66,10 @@ def run(script: str, *blocked: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("installed", "missing"),
-    [("pytorch_lightning", "lightning"), ("lightning.pytorch", "pytorch_lightning")],
+    [
+        ("pytorch_lightning", "lightning"),
+        pytest.param("lightning.pytorch", "pytorch_lightning", marks=pytest.mark.slow),
+    ],
 )
 def test_one_of_them_is_enough(installed: str, missing: str) -> None:
     result = run(
@@ -94,7 +97,10 @@ def test_a_broken_installation_is_not_taken_for_a_missing_one() -> None:
     assert "torchmetrics" in result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
+@pytest.mark.parametrize(
+    "package",
+    ["lightning.pytorch", pytest.param("pytorch_lightning", marks=pytest.mark.slow)],
+)
 def test_the_messages_of_the_package_in_use_stay_its_own(package: str) -> None:
     result = run(
         f"""

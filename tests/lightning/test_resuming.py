@@ -113,6 +113,7 @@ def test_a_checkpoint_after_the_run_and_before_it_has_what_is_known(tmp_path: Pa
     assert twin.state_dict() == state  # as tuners save and restore before training starts
 
 
+@pytest.mark.slow
 def test_a_second_run_is_one_of_its_own(tmp_path: Path) -> None:
     monitor = PrecisionMonitor(every_n_steps=1)
     first = train(tmp_path, monitor)
@@ -134,6 +135,7 @@ def test_two_monitors_of_one_run_keep_their_states_apart(tmp_path: Path) -> None
     assert [len(state["formats"]) for state in states] == [3, 3, 1]
 
 
+@pytest.mark.slow
 def test_what_is_known_outlives_optimizers_that_are_replaced(
     tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -153,6 +153,7 @@ def test_a_layer_of_any_name(tmp_path: Path) -> None:
     assert all(f"altgrad/stall_frac/bf16/{name}" in tags for name in names)
 
 
+@pytest.mark.slow
 def test_two_thousand_layers(tmp_path: Path) -> None:
     names = [f"blocks_{k}_attention_query_key_value_weight" for k in range(2000)]
     monitor = PrecisionMonitor(every_n_steps=1)

@@ -70,19 +70,23 @@ def test_a_run_is_configured_by_yaml(tmp_path: Path) -> None:
     assert run.layers["layers.2.weight"].every_n_steps == 2
 
 
+def slow(*values: object) -> object:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("right", "wrong", "parts"),
     [
         ("e4m3fn, mxfp4]", "e4m3fm, mxfp4]", ["PrecisionMonitor", "e4m3fm", "nearest: e4m3fn"]),
-        (
+        slow(
             "every_n_steps: 2\n        scaling",
             "every_n_steps: two\n        scaling",
             ["every_n_steps", "two"],
         ),
-        ("max_elements: all", "max_elements: most", ["sampling", "most"]),
+        slow("max_elements: all", "max_elements: most", ["sampling", "most"]),
         ("enabled: false", "enable: false", ["sampling", "enable"]),
-        ("preset: economy", "preset: cheap", ["preset", "cheap"]),
-        ('layers: "*.bias"', 'layers: "*.bios"', ["'*.bios'", "layers.0.bias"]),
+        slow("preset: economy", "preset: cheap", ["preset", "cheap"]),
+        slow('layers: "*.bias"', 'layers: "*.bios"', ["'*.bios'", "layers.0.bias"]),
     ],
     ids=str,
 )

@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from altgrad.measurement.columns import (
-    FORMAT_MAXIMA,
     FORMAT_SUMS,
-    MAXIMA,
     OCTAVES,
     POPULATION,
     SUMS,
@@ -187,11 +185,6 @@ def test_a_sample_counts_as_so_many_copies_of_each_element(factor: float) -> Non
     for key, value in tensor_figures(NAMES, sample).items():
         if "grid_error_std" not in key:  # has n − 1
             assert scaled[key] == pytest.approx(value, rel=1e-12, nan_ok=True), key
-
-
-def test_names_of_sums_and_maxima_are_distinct() -> None:
-    for names in ((*SUMS, *FORMAT_SUMS), (*MAXIMA, *FORMAT_MAXIMA)):
-        assert len(set(names)) == len(names)
 
 
 # --- what raw sums could lose --------------------------------------------------------------------

@@ -1,12 +1,11 @@
+"""The named formats: which there are, what they are, and by which names they are found."""
+
 import dataclasses
-import math
 
 import gfloat.formats
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
 
 from altgrad.quantization import (
     BF16,
@@ -28,17 +27,11 @@ from altgrad.quantization import (
     FORMATS,
     FP16,
     FloatFormat,
+    FP8Format,
+    get_format,
 )
 from tests import oracles
-from tests.strategies import formats, thorough
-
-EVERY_FORMAT = [pytest.param(format, id=name) for name, format in FORMATS.items()]
-WITH_ML_DTYPE = [
-    pytest.param(format, id=name)
-    for name, format in FORMATS.items()
-    if oracles.ml_dtypes_of(format) is not None
-]
-
+from tests.quantization.matrix import WITH_ML_DTYPE
 
 # --- the named formats ---------------------------------------------------------------------------
 
@@ -105,44 +98,6 @@ def test_largest_values_that_everyone_knows(format, largest):
     assert format.max == largest
 
 
-@pytest.mark.parametrize("format", WITH_ML_DTYPE)
-def test_derived_properties_agree_with_ml_dtypes(format):
-    info = ml_dtypes.finfo(oracles.ml_dtypes_of(format))
-    assert format.bits == info.bits
-    assert (format.exponent_bits, format.mantissa_bits) == (info.nexp, info.nmant)
-    assert format.precision == info.nmant + 1
-    assert format.emin == info.minexp
-    assert format.emax == math.frexp(float(info.max))[1] - 1
-    assert format.max == float(info.max)
-    assert format.eps == float(info.eps)
-    assert format.smallest_normal == float(info.smallest_normal)
-    assert format.smallest_subnormal == float(info.smallest_subnormal)
-
-
-@pytest.mark.parametrize("format", [f for f in FORMATS.values() if f.torch_dtype], ids=str)
-def test_derived_properties_agree_with_torch(format):
-    info = torch.finfo(format.torch_dtype)
-    assert format.bits == info.bits
-    assert format.max == info.max
-    if format.has_negative_zero:  # torch halves the eps of the fnuz dtypes; ml_dtypes does not
-        assert format.eps == info.eps
-    assert format.smallest_normal == info.smallest_normal
-
-
-@pytest.mark.parametrize("format", EVERY_FORMAT)
-def test_derived_properties_agree_with_gfloat(format):
-    info = oracles.gfloat_info(format)
-    assert format.bits == info.bits
-    assert format.precision == info.precision
-    assert format.max == info.max
-    assert format.eps == info.eps
-    assert format.smallest_normal == info.smallest_normal
-    assert format.smallest_subnormal == info.smallest_subnormal
-    assert format.has_nan == (info.num_nans > 0)
-    if format.exponent_bits > 0:  # gfloat warns that its emax is another thing for E = 0
-        assert format.emax == info.emax
-
-
 @pytest.mark.parametrize(
     ("format", "theirs"),
     [
@@ -162,74 +117,6 @@ def test_fields_agree_with_gfloats_own_formats(format, theirs):
         assert getattr(ours, field) == getattr(theirs, field), field
 
 
-def test_torch_dtype():
-    expected = {
-        E4M3: torch.float8_e4m3fn,
-        E5M2: torch.float8_e5m2,
-        E4M3FNUZ: torch.float8_e4m3fnuz,
-        E5M2FNUZ: torch.float8_e5m2fnuz,
-        FP16: torch.float16,
-        BF16: torch.bfloat16,
-    }
-    assert {f: f.torch_dtype for f in FORMATS.values() if f.torch_dtype} == expected
-
-
-def test_torch_dtype_looks_at_the_codes_and_not_at_the_name():
-    assert dataclasses.replace(BF16, name="mine").torch_dtype is torch.bfloat16
-    assert dataclasses.replace(BF16, has_inf=False).torch_dtype is None
-    assert dataclasses.replace(E4M3, bias=8).torch_dtype is None
-
-
-# --- values() ------------------------------------------------------------------------------------
-
-
-def finite_and_distinct(decoded):
-    return torch.from_numpy(np.unique([value + 0.0 for value in decoded if math.isfinite(value)]))
-
-
-@pytest.mark.parametrize("format", WITH_ML_DTYPE)
-def test_values_are_all_codes_decoded_by_ml_dtypes(format):
-    expected = finite_and_distinct(oracles.decode_with_ml_dtypes(format))
-    oracles.assert_same_values(format.values(), expected)
-
-
-@pytest.mark.parametrize("format", EVERY_FORMAT)
-def test_values_are_all_codes_decoded_by_gfloat(format):
-    expected = finite_and_distinct(oracles.decode_with_gfloat(format))
-    oracles.assert_same_values(format.values(), expected)
-
-
-@thorough
-@given(format=formats(max_bits=11))
-def test_values_of_any_format(format):
-    values = format.values()
-    positive = [float(value) for _, value in oracles.exact_magnitudes(format)[1:-1]]
-    assert values.tolist() == [-value for value in reversed(positive)] + [0.0, *positive]
-    assert (values.diff() > 0).all()
-    assert not values.abs().min().signbit()
-    assert (values.dtype, values.device.type) == (torch.float64, "cpu")
-    assert values[-1] == format.max
-    assert values[values > 0][0] == format.smallest_subnormal
-    assert format.smallest_normal == 2.0 ** (1 - format.bias)
-
-
-def test_values_are_a_fresh_tensor():
-    E2M1.values().zero_()
-    assert E2M1.values().tolist()[-3:] == [3, 4, 6]
-
-
-def test_values_without_subnormals():
-    format = FloatFormat("ftz", 2, 2, 1, has_subnormals=False)
-    positive = [1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 7]
-    assert format.values()[12:].tolist() == [0, *positive]
-
-
-def test_values_of_a_wide_format_is_an_error():
-    fp32 = FloatFormat("fp32", 8, 23, 127, num_high_nans=2**23 - 1, has_inf=True)
-    with pytest.raises(ValueError, match=r"fp32 has 32 bits .* at most 24"):
-        fp32.values()
-
-
 def test_e0m7_grid_is_k_over_128():
     assert E0M7.values().tolist() == [k / 128 for k in range(-127, 128)]
     assert (E0M7.emin, E0M7.emax) == (0, 0)
@@ -237,3 +124,78 @@ def test_e0m7_grid_is_k_over_128():
 
 def test_e1m6_is_four_times_e0m7():
     assert E1M6.values().tolist() == (4 * E0M7.values()).tolist()
+
+
+def test_fp8format_is_floatformat():
+    assert FP8Format is FloatFormat
+
+
+# --- get_format ----------------------------------------------------------------------------------
+
+SPELLINGS = {
+    **FORMATS,
+    "e4m3": E4M3,
+    "float8_e4m3fn": E4M3,
+    "float8_e4m3": E4M3_IEEE,
+    "float8_e5m2": E5M2,
+    "float8_e3m4": E3M4,
+    "float8_e4m3fnuz": E4M3FNUZ,
+    "float8_e4m3b11fnuz": E4M3B11FNUZ,
+    "float8_e5m2fnuz": E5M2FNUZ,
+    "float4_e2m1fn": E2M1,
+    "float6_e2m3fn": E2M3,
+    "float6_e3m2fn": E3M2,
+    "float16": FP16,
+    "half": FP16,
+    "bfloat16": BF16,
+    "torch.float8_e4m3fn": E4M3,
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("case", [str.lower, str.upper, str.title], ids=["lower", "upper", "title"])
+def test_every_spelling_in_any_case(spelling, case):
+    assert get_format(case(spelling)) is SPELLINGS[spelling]
+
+
+@pytest.mark.parametrize("format", WITH_ML_DTYPE)
+def test_the_names_of_ml_dtypes_mean_what_they_mean_there(format):
+    name = np.dtype(oracles.ml_dtypes_of(format)).name
+    assert get_format(name) is format
+    assert get_format(name.removeprefix("float4_").removeprefix("float6_")) is format
+
+
+@pytest.mark.parametrize("format", [f for f in FORMATS.values() if f.torch_dtype], ids=str)
+def test_torch_dtypes_are_names_too(format):
+    assert get_format(format.torch_dtype) is format
+
+
+def test_a_format_is_returned_as_it_is():
+    mine = FloatFormat("e4m3fn", 3, 3, 3)
+    assert get_format(mine) is mine
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("e4m3fm", "e4m3fn"), ("bflot16", "bfloat16"), ("fp8_e5m2", "e5m2"), ("E0M8", "e0m7")],
+)
+def test_an_unknown_name_lists_near_matches(name, near):
+    with pytest.raises(ValueError, match=f"unknown format '{name}'; nearest: .*{near}"):
+        get_format(name)
+
+
+@pytest.mark.parametrize("name", ["", "?", "zzzzzzz"])
+def test_a_name_near_to_nothing_lists_all(name):
+    with pytest.raises(ValueError, match=r"e0m7, e1m6, .*, fp16, bf16"):
+        get_format(name)
+
+
+def test_a_dtype_without_a_format_is_unknown():
+    with pytest.raises(ValueError, match=r"unknown format 'torch.float32'"):
+        get_format(torch.float32)
+
+
+@pytest.mark.parametrize("wrong", [None, 7, (4, 3), b"e4m3"], ids=repr)
+def test_neither_name_nor_format_is_a_type_error(wrong):
+    with pytest.raises(TypeError, match="expected a format's name or a FloatFormat"):
+        get_format(wrong)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from altgrad.quantization import E0M7, E1M6, E4M3, E5M2, FORMATS, compute_scale, quantize
 from tests import oracles, strategies
 from tests.oracles import assert_same_values
+from tests.quantization.matrix import EVERY_FORMAT
 
-EVERY_FORMAT = [pytest.param(format, id=name) for name, format in FORMATS.items()]
 every_rule = pytest.mark.parametrize("power_of_two", [True, "floor", False], ids=str)
 SCALINGS = ["tensor", "channel", ("block", 4)]
 

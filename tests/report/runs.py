@@ -1,14 +1,18 @@
-"""Runs whose verdicts are known: weights of 1 that a step of 0.001 moves, or one of 0.25."""
+"""Runs whose verdicts are known: weights of 1 that a step of 0.001 moves, or one of 0.25; and runs
+made of plain numbers.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from altgrad import UpdateMonitor
 from altgrad.monitor.weight_octaves import weight_octaves
-from altgrad.report import RunFile
+from altgrad.quantization import get_formats
+from altgrad.report import FormatInfo, LayerInfo, Row, Run, RunFile
 
 SCRIPT, MARKUP = "<script>alert('x')</script>", "[red]layers[/].0|*b*.weight"
 FORMATS = ("bf16", "e5m2")
@@ -40,3 +44,48 @@ def written_run(
 def empty_run(folder: Path) -> Path:
     """Killed before its first observed step."""
     return written_run(folder, steps=0)
+
+
+# Made of plain numbers
+
+
+def figures(format: str = "bf16", **values: float) -> dict[str, float]:
+    """What a verdict rests on: of a layer that is stored fine, but for these values."""
+    fine = {
+        "kept_update_ratio": 1.0,
+        "stall_frac": 0.0,
+        "never_moved_frac": 0.0,
+        "underflow_frac": 0.0,
+        "saturated_frac": 0.0,
+    }
+    return {f"{metric}/{format}": value for metric, value in {**fine, **values}.items()}
+
+
+def rows_of(kept: Mapping[str, Mapping[str, float]]) -> list[Row]:
+    """One step, in which each layer keeps so much of its update in each format."""
+    of_layers = {
+        layer: [figures(format, kept_update_ratio=share) for format, share in by_format.items()]
+        for layer, by_format in kept.items()
+    }
+    return [
+        Row(0, layer, {key: value for each in found for key, value in each.items()}, {})
+        for layer, found in of_layers.items()
+    ]
+
+
+def run_of(rows: Iterable[Row], formats: Sequence[str] = FORMATS, **more: Any) -> Run:
+    """A run of these rows, as if it had been read."""
+    rows = [*rows]
+    names = dict.fromkeys(row.layer for row in rows if row.layer is not None)
+    about: dict[str, Any] = {
+        "path": Path("log", "altgrad.jsonl"),
+        "formats": {each.name: FormatInfo.of(each, "tensor") for each in get_formats(formats)},
+        "scaling": "tensor",
+        "layers": {name: LayerInfo((8,), "float32", 8, tuple(formats)) for name in names},
+        "rows": rows,
+        "notes": [],
+        "predecessors": [],
+        "versions": {},
+        "created": "",
+    }
+    return Run(**(about | more))

@@ -1,43 +1,19 @@
-"""The pictures: what they show, in numbers; the same each time; for any name, and any size."""
+"""The pictures: what they show, in numbers; for any name, and any size."""
 
-import io
 import math
-import re
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from PIL import Image
 
 from altgrad import Histogram
-from altgrad.quantization import get_formats
-from altgrad.report import FormatInfo, heat_map, kept_map, png, ranges, steps_histogram, svg
-from altgrad.report.names import short_names
+from altgrad.report import heat_map, kept_map, png, ranges, steps_histogram, svg
+from tests.report.pictures import FORMATS, STEPS, every_picture, pixels, texts
 
 NAN = math.nan
-STEPS = {"bf16": Histogram(-3, [1, 3, 2, 2]), "e4m3fn": Histogram(-3, [0, 8, 0, 0])}
-FORMATS = [FormatInfo.of(f, "tensor") for f in get_formats(["bf16", "e4m3fn", "e0m7", "mxfp4"])]
-
-
-def every_picture(names: list[str]) -> dict[str, Figure]:
-    title = f"of {names[0]}"
-    return {
-        "heat": heat_map({n: {0: 0.25, 10: 0.5} for n in names}, title=title),
-        "kept": kept_map({n: {"bf16": 0.25} for n in names}, {}, title=title),
-        "steps": steps_histogram(dict.fromkeys(names[:5], STEPS["bf16"])),
-        "ranges": ranges(Histogram(-6, [1, 2, 1]), FORMATS),
-    }
-
-
-def texts(figure: Figure) -> list[str]:
-    png(figure)  # which draws it
-    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
 
 
 def shown(figure: Figure) -> np.ndarray:
@@ -46,10 +22,6 @@ def shown(figure: Figure) -> np.ndarray:
 
 def rows(figure: Figure) -> list[str]:
     return [label.get_text() for label in figure.axes[0].get_yticklabels()]
-
-
-def pixels(figure: Figure) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png(figure))).convert("RGB")).astype(int)
 
 
 # --- heat map
@@ -216,73 +188,3 @@ def test_nothing_gives_a_picture_that_says_so() -> None:
 def test_nan_everywhere_gives_a_picture() -> None:
     png(heat_map({"a": {0: NAN}, "b": {0: NAN}}, title=""))
     png(kept_map({"a": {"bf16": NAN}}, {}, title=""))
-
-
-def test_long_names_are_cut_in_the_middle_and_told_apart() -> None:
-    layers = [f"transformer.encoder.layer.{k}.attention.self.query.weight" for k in range(12)]
-    other = [f"a.very.long.common.beginning.of.all.of.the.names.{k}.weight" for k in range(12)]
-    for names in (layers, other):
-        short = short_names(names)
-        assert len({*short}) == 12
-        for long, name in zip(names, short, strict=True):
-            head, tail = name.split("…")
-            assert len(name) == 44
-            assert long.startswith(head)
-            assert long.endswith(tail)
-    assert short_names(["short", "x" * 44]) == ["short", "x" * 44]
-
-
-# --- PNG and SVG
-
-
-def test_the_same_picture_is_the_same_svg() -> None:
-    first, second = ([svg(f, "p") for f in every_picture(["a"]).values()] for _ in range(2))
-    assert first == second
-
-
-def test_an_svg_can_be_put_into_a_page_beside_others() -> None:
-    pictures = every_picture(["a", "b"])
-    elements = [svg(figure, f"p{k}") for k, figure in enumerate(pictures.values())]
-    ids: list[str] = []
-    for element in elements:
-        assert element.startswith("<svg")
-        assert "<metadata" not in element
-        assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", element)  # nothing is fetched
-        own = re.findall(r'\bid="([^"]*)"', element)
-        used = re.findall(r'href="#([^"]*)"', element) + re.findall(r"url\(#([^)]*)\)", element)
-        assert used
-        assert {*used} <= {*own}
-        ids += own
-    assert len(ids) == len({*ids})
-
-
-def test_text_in_an_svg_is_text() -> None:
-    element = ET.fromstring(svg(every_picture(["blocks.0.norm"])["heat"], "p"))
-    found = {text.text for text in element.iter("{http://www.w3.org/2000/svg}text")}
-    assert {"of blocks.0.norm", "blocks.0.norm"} <= found
-
-
-@pytest.mark.parametrize("prefix", ["", "1a", "a b", 'a"', "ä"])
-def test_a_prefix_that_is_no_id(prefix: str) -> None:
-    with pytest.raises(ValueError, match="expected a letter"):
-        svg(every_picture(["a"])["heat"], prefix)
-
-
-def test_the_style_of_users_is_neither_used_nor_changed() -> None:
-    plain = [png(figure) for figure in every_picture(["a"]).values()]
-    own = {"axes.facecolor": "red", "text.usetex": True, "font.size": 30, "savefig.dpi": 20}
-    with mpl.rc_context(own):
-        before = dict(mpl.rcParams)
-        styled = [png(figure) for figure in every_picture(["a"]).values()]
-        assert dict(mpl.rcParams) == before
-    assert styled == plain
-
-
-def test_pyplot_is_not_imported() -> None:
-    script = (
-        "import sys; from altgrad.report import *; assert 'matplotlib' not in sys.modules; "
-        "figure = heat_map({'a': {0: 0.5}}, title=''); png(figure); svg(figure, 'p'); "
-        "print('matplotlib.pyplot' in sys.modules)"
-    )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "False"

@@ -1,33 +1,13 @@
-"""`altgrad report` and `altgrad compare`: what a terminal shows, what files hold, how they fail."""
+"""What a terminal shows of a run, and of two beside each other."""
 
-import csv
-import io
 import json
-import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from altgrad.report.cells import kept_text
+from tests.command_line import altgrad
 from tests.report.runs import FORMATS, MARKUP, SCRIPT, empty_run, written_run
-
-
-def altgrad(*arguments: object, columns: int = 80) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "altgrad", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={"COLUMNS": str(columns), "PATH": ""},
-        check=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written_run(tmp_path_factory.mktemp("run")).parent
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -93,31 +73,6 @@ def test_lines_to_be_copied_are_whole_or_not_there(run: Path, tmp_path: Path) ->
     assert "SamplingRule" not in many
 
 
-def test_json_is_valid_and_holds_the_verdicts(run: Path, tmp_path: Path) -> None:
-    path = tmp_path / "report.json"
-    assert altgrad("report", run, "--json", path).returncode == 0
-    value = json.loads(path.read_text(), parse_constant=pytest.fail)
-    assert value["formats"] == [*FORMATS]
-    assert value["steps"] == [0, 10, 20]
-    assert value["layers"][SCRIPT]["smallest_that_stores_fine"] is None
-    assert value["layers"][SCRIPT]["formats"]["bf16"]["verdict"] == "frozen"
-    assert value["layers"]["matrix"]["smallest_that_stores_fine"] == "e5m2"
-    figures = value["layers"]["matrix"]["formats"]["e5m2"]["figures"]
-    assert figures["kept_update_ratio"] == 1
-    assert figures["stall_frac"] == 0
-
-
-def test_csv_has_a_line_for_each_layer_and_format(run: Path) -> None:
-    shown = altgrad("report", run, "--csv", "-")
-    assert shown.returncode == 0, shown.stderr
-    rows = [*csv.DictReader(io.StringIO(shown.stdout))]  # and nothing else is shown
-    assert [(row["layer"], row["format"]) for row in rows] == [
-        (layer, format) for layer in ("gain", SCRIPT, "matrix", MARKUP) for format in FORMATS
-    ]
-    assert [row["verdict"] for row in rows] == ["frozen"] * 4 + ["stores fine"] * 4
-    assert [float(row["kept_update_ratio"]) for row in rows] == [0.0] * 4 + [1.0] * 4
-
-
 def test_a_run_without_a_step_says_so(tmp_path: Path) -> None:
     path = empty_run(tmp_path)
     shown = altgrad("report", path, "--html", tmp_path / "page.html")
@@ -152,59 +107,3 @@ def test_comparing_shows_what_differs_first(run: Path, tmp_path: Path) -> None:
     assert "layers only in B: 1 (more)" in text
     assert re.search(r"kept_update_ratio/bf16 1 1 \+0", text)
     assert "The verdict is the same for all 8" in altgrad("compare", run, run).stdout
-
-
-@pytest.mark.parametrize("command", ["report", "compare"])
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "there is no such file or folder"),
-        ("", "it is empty"),
-        ('{"loss": 1}\n', "it is no run file of AltGrad"),
-        ('{"altgrad": 1, "form', "it is damaged"),
-        ('{"altgrad": 99}\n', "a newer AltGrad wrote it"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_one_sentence(
-    tmp_path: Path, command: str, content: str | None, message: str
-) -> None:
-    path = tmp_path / "run.jsonl"
-    if content is not None:
-        path.write_text(content)
-    failed = altgrad(command, *[path] * (2 if command == "compare" else 1))
-    assert failed.returncode == 2
-    assert failed.stdout == ""
-    assert failed.stderr.startswith(f"{path}: ")
-    assert message in failed.stderr
-    assert failed.stderr.count("\n") == 1
-
-
-def test_a_place_that_cannot_be_written_is_one_sentence(run: Path, tmp_path: Path) -> None:
-    failed = altgrad("report", run, "--html", tmp_path / "missing" / "page.html")
-    assert failed.returncode == 2
-    assert failed.stderr.strip().endswith(
-        "page.html: it cannot be written (No such file or directory)"
-    )
-
-
-@pytest.mark.parametrize(
-    "command", [(), ("report",), ("compare",), ("formats",), ("demo",)], ids=str
-)
-def test_every_help_fits_80_columns_and_is_whole(command: tuple[str, ...]) -> None:
-    shown = altgrad(*command, "--help")
-    assert shown.returncode == 0, shown.stderr
-    assert max(map(len, shown.stdout.splitlines())) <= 80
-    assert "…" not in shown.stdout
-    assert "..." not in shown.stdout.replace("COMMAND [ARGS]...", "")
-
-
-@pytest.mark.parametrize(
-    ("kept", "text"),
-    [
-        *((1.0, "1.00"), (0.9999, ">.99"), (0.996, ">.99"), (0.99, "0.99"), (0.9899, ".989")),
-        *((0.986, ".986"), (0.984, "0.98"), (0.5, "0.50"), (0.4999, ".499"), (0.494, "0.49")),
-        *((0.001, "<.01"), (0.0, "0.00"), (-0.3, "-0.30"), (1.44, "1.44"), (math.nan, "")),
-    ],
-)
-def test_a_share_is_never_rounded_across_a_threshold(kept: float, text: str) -> None:
-    assert kept_text(kept) == text

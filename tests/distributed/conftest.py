@@ -1,0 +1,25 @@
+"""Processes that stay for all tests of a file, to be called with what each is to do."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.processes import Processes
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Processes]:
+    with Processes(2) as processes:
+        yield processes
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Processes]:
+    with Processes(3) as processes:
+        yield processes
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Processes]:
+    with Processes(4) as processes:
+        yield processes

@@ -1,0 +1,173 @@
+"""Processes whose monitors are not alike are told by name, at attach() or in the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from altgrad import UpdateMonitor
+from tests.distributed.sharded import fsdp
+from tests.distributed.training import LIMIT, all_warnings, refused, sgd, train
+from tests.processes import run
+
+SIZE = 2
+
+# Of other settings, optimizers, states
+
+
+def with_settings(**settings: Any) -> str:
+    net = fsdp(SIZE)
+    return refused(lambda: UpdateMonitor(net, **settings).attach(sgd(net)))
+
+
+def different_optimizers(rank: int) -> str:
+    """Only parameters of which something lies here, as some codebases choose them."""
+    net = fsdp(SIZE)
+    filled = [p for p in net.parameters() if p.to_local().numel()]
+    return refused(lambda: UpdateMonitor(net).attach(torch.optim.SGD(filled, lr=0.1)))
+
+
+def different_states(rank: int) -> str:
+    """Rank 0 alone loads a checkpoint."""
+    net = fsdp(SIZE)
+    optimizer = sgd(net)
+    with UpdateMonitor(net).attach(optimizer) as monitor:
+        train(net, optimizer, 1)
+        state = monitor.state_dict()
+    again = UpdateMonitor(net)
+    if rank == 0:
+        again.load_state_dict(state)
+    return refused(lambda: again.attach(optimizer))
+
+
+DIFFERENT = {
+    "scaling": lambda rank: with_settings(scaling="tensor" if rank else "channel"),
+    "seed": lambda rank: with_settings(seed=rank),
+    "budget": lambda rank: with_settings(overhead_budget=0.1 * (rank + 1)),
+    "formats": lambda rank: with_settings(formats=["bf16", "e5m2"][: rank + 1]),
+    "max_elements": lambda rank: with_settings(max_elements=100 + rank),
+    "optimizers": different_optimizers,
+    "state": different_states,
+}
+
+
+def different(rank: int, what: str) -> str:
+    return DIFFERENT[what](rank)
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "named"),
+    [
+        ("scaling", "settings", "scaling='tensor'"),
+        ("seed", "settings", "seed=1"),
+        ("budget", "settings", "overhead_budget=0.2"),
+        ("formats", "settings", "formats="),
+        ("max_elements", "layers", "max_elements=101"),
+        ("optimizers", "optimizers", "head.bias"),
+        ("state", "state", "scales"),
+    ],
+)
+def test_what_is_not_alike_is_refused_by_name(two, what: str, kind: str, named: str) -> None:
+    for told in two(different, what):
+        assert told.startswith(f"ValueError: rank 1 has other {kind} than rank 0")
+        assert named in told
+
+
+def different_layers(rank: int) -> str:
+    """As stages of a pipeline have them."""
+    net = fsdp(SIZE)
+    stage = [(n, p) for n, p in net.named_parameters() if n.startswith(("up", "down")[rank])]
+    optimizer = torch.optim.SGD([p for _, p in stage], lr=0.1)
+    return refused(lambda: UpdateMonitor(stage).attach(optimizer))
+
+
+def test_processes_with_other_layers_are_refused_by_name(two) -> None:
+    for told in two(different_layers):
+        assert "ValueError: rank 1 has other layers than rank 0: down.weight (64, 48)" in told
+        assert "of its 2, where rank 0 has up.weight (48, 64)" in told
+        assert "stages of a pipeline" in told
+
+
+def problem_of_one(rank: int) -> str:
+    """The other would wait for it."""
+    net = fsdp(SIZE)
+    other = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    return refused(lambda: UpdateMonitor(net).attach(other if rank else sgd(net)))
+
+
+def test_where_one_cannot_observe_none_does(two) -> None:
+    first, second = two(problem_of_one)
+    assert second.startswith("ValueError: SGD steps none of the observed parameters")
+    assert first.startswith("ValueError: rank 1 cannot observe this run: ValueError('SGD steps")
+
+
+# In other steps
+
+
+def other_steps(rank: int) -> list[str]:
+    """Schedules that make the processes meet at different steps, where training does not wait."""
+    net = fsdp(SIZE)
+    optimizer = sgd(net)
+    net(torch.arange(6)).backward()
+    monitor = UpdateMonitor(net, every_n_steps=lambda index: index == rank).attach(optimizer)
+    with monitor, all_warnings() as told:
+        for _ in range(2):
+            optimizer.step()
+    return told
+
+
+def test_processes_that_meet_at_different_steps_notice_it() -> None:
+    first, second = run(other_steps, SIZE)
+    assert len(first) == 1
+    assert "observe different steps or layers, this one step 0" in first[0]
+    assert second == []
+
+
+def in_turn(rank: int) -> dict[str, Any]:
+    """Two optimizers in turn, and a schedule that lets each process see another one."""
+    net = fsdp(SIZE)
+    large = torch.optim.SGD(net.up.parameters(), lr=1e-2)
+    small = torch.optim.SGD([*net.five.parameters(), *net.norm.parameters()], lr=1e-2)
+    asked: list[int] = []
+
+    def every(_: int) -> bool:
+        asked.append(1)
+        return (len(asked) + rank) % 2 == 0
+
+    monitor = UpdateMonitor(net, every_n_steps=every).attach(large, small)
+    net(torch.arange(6)).backward()
+    with all_warnings() as told:
+        for _ in range(2):
+            large.step()
+            small.step()
+    return {"told": told, "observing": monitor.is_observing}
+
+
+def test_processes_in_steps_of_different_optimizers_notice_it() -> None:
+    first, second = run(in_turn, SIZE, collective=LIMIT)
+    assert len(first["told"]) == 1
+    assert "observe different steps or layers" in first["told"][0]
+    assert second["told"] == []
+    assert not first["observing"]
+    assert not second["observing"]
+
+
+def other_calls(rank: int) -> dict[str, Any]:
+    """One asks for the weights while the other takes a checkpoint."""
+    net = fsdp(SIZE)
+    optimizer = sgd(net)
+    monitor = UpdateMonitor(net, strict=True).attach(optimizer)
+    train(net, optimizer, 1)
+    call = monitor.state_dict if rank else monitor.weight_octaves
+    return {"told": refused(call), "next": refused(lambda: train(net, optimizer, 1))}
+
+
+def test_processes_in_different_calls_name_both() -> None:
+    first, second = run(other_calls, SIZE, collective=LIMIT)
+    assert "rank 1 is in state_dict() while rank 0 is in weight_octaves()" in first["told"]
+    assert "rank 0 is in weight_octaves() while rank 1 is in state_dict()" in second["told"]
+    assert "LostRankError: rank 1 is in state_dict()" in first["next"]
+    assert "FaultElsewhereError: rank 0 has failed" in second["next"]

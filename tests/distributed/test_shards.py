@@ -1,0 +1,245 @@
+"""`Shard`: what it reads from placements is what torch puts there, each element once."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import Shard as Cut
+from torch.distributed.tensor.placement_types import Placement
+
+from altgrad import UpdateMonitor
+from altgrad.distributed.shards import NOTHING, Shard
+from tests.distributed.sharded import fsdp_and_tensor_parallel
+from tests.distributed.training import refused
+from tests.strategies import thorough
+
+# As torch lays them out
+
+SHAPES = [(), (1,), (5,), (8,), (7, 5), (2, 9), (8, 0), (3, 4, 5)]  # also fewer than processes
+
+
+def each_layout(shape: Sequence[int], dimensions: int) -> list[tuple[Placement, ...]]:
+    placements = [Replicate(), *map(Cut, range(len(shape)))]
+    return [*itertools.product(placements, repeat=dimensions)]
+
+
+def laid_by_torch(rank: int) -> dict[str, tuple[Tensor, Shard]]:
+    """Of tensors whose elements are their own flat indices, what lies here."""
+    found = {}
+    for size in [(4,), (2, 2)]:
+        mesh = init_device_mesh("cpu", size)
+        for shape in SHAPES:
+            whole = torch.arange(math.prod(shape)).view(shape)
+            for placements in each_layout(shape, len(size)):
+                laid = distribute_tensor(whole, mesh, placements)
+                shard = Shard.of("it", laid, rank)
+                found[f"{shape} {size} {placements}"] = laid.to_local().flatten(), shard
+    return found
+
+
+def assert_each_element_counts_once(ranks: list[dict[str, tuple[Tensor, Shard]]]) -> None:
+    for layout in ranks[0]:
+        held, shards = zip(*(each[layout] for each in ranks), strict=True)
+        numel = math.prod(shards[0].shape)
+        for elements in (None, torch.arange(0, numel, 2)):
+            parts = [shard.part_of(elements) for shard in shards]
+            for local, shard, part in zip(held, shards, parts, strict=True):
+                own = local if shard.counts else local[:0]
+                own = own if elements is None else own[own % 2 == 0]
+                assert torch.equal(part.indices, own), layout
+                if part.local is not None:
+                    assert torch.equal(local[part.local], own), layout
+            positions = torch.cat([part.positions for part in parts]).sort().values
+            assert torch.equal(positions, torch.arange(len(positions))), layout
+            assert len(positions) == (numel if elements is None else len(elements)), layout
+
+
+def test_all_shards_are_those_of_torch_and_count_each_element_once(four) -> None:
+    ranks = four(laid_by_torch)
+    assert len(ranks[0]) == 76
+    assert_each_element_counts_once(ranks)
+
+
+def test_replicas_are_the_same_part_and_shards_are_others(four) -> None:
+    ranks = four(laid_by_torch)
+    for layout in ranks[0]:
+        pairs = itertools.combinations([each[layout] for each in ranks], 2)
+        for (local, shard), (other_local, other) in pairs:
+            assert shard.part[1] == other.part[1], layout
+            if len(local) and len(other_local):
+                is_same = torch.equal(local, other_local)
+                assert (shard.part == other.part) == is_same, layout
+
+
+def fully_shard_after_tensor_parallel(rank: int) -> dict[str, tuple[Tensor, Shard]]:
+    """Likewise, of a model: pieces of one division are divided again."""
+    found = {}
+    for name, parameter in fsdp_and_tensor_parallel(4).named_parameters():
+        if parameter.device_mesh.ndim == 2:
+            mesh, placements = parameter.device_mesh, parameter.placements
+            whole = torch.arange(float(parameter.numel())).view(parameter.shape)
+            copies = distribute_tensor(whole, mesh, [Replicate()] * 2)
+            parameter.data.copy_(copies.redistribute(placements=placements))
+            local = parameter.to_local().detach().flatten().long()
+            found[f"{name} {placements}"] = local, Shard.of(name, parameter, rank)
+    return found
+
+
+def test_shards_of_shards_are_those_of_torch_and_count_each_element_once(four) -> None:
+    ranks = four(fully_shard_after_tensor_parallel)
+    assert any("_StridedShard" in layout for layout in ranks[0])
+    assert_each_element_counts_once(ranks)
+
+
+# On any mesh
+
+
+class Laid:
+    """As a DTensor at one place of a mesh; each element is its own flat index."""
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        mesh: Sequence[int],
+        placements: Sequence[Placement],
+        coordinate: Sequence[int],
+    ) -> None:
+        ranks = torch.arange(math.prod(mesh)).view(*mesh)
+        self.shape, self.placements = torch.Size(shape), placements
+        self.device_mesh = SimpleNamespace(
+            mesh=ranks, shape=tuple(mesh), get_coordinate=lambda: coordinate
+        )
+        self.rank = int(ranks[tuple(coordinate)])
+        self.local = torch.arange(math.prod(shape)).view(*shape)
+        for placement, parts, own in zip(placements, mesh, coordinate, strict=True):
+            if isinstance(placement, Cut):
+                self.local = chunk(self.local, parts, own, placement.dim)
+
+    def detach(self) -> Laid:
+        return self
+
+    def to_local(self) -> Tensor:
+        return self.local
+
+
+def chunk(tensor: Tensor, parts: int, own: int, dimension: int = 0) -> Tensor:
+    """That one of torch.chunk, which gives fewer of what is too short."""
+    chunks = torch.chunk(tensor, parts, dimension)
+    return chunks[own] if own < len(chunks) else tensor.narrow(dimension, 0, 0)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[list[int], list[int], list[Placement]]:
+    """Shape, mesh and placements: of what is uneven, or too short for all to have some of it."""
+    shape = draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
+    mesh = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    placement = st.just(Replicate()) | st.integers(0, len(shape) - 1).map(Cut)
+    return shape, mesh, [draw(placement) for _ in mesh]
+
+
+def everywhere(shape, mesh, placements) -> list[Laid]:
+    coordinates = itertools.product(*map(range, mesh))
+    return [Laid(shape, mesh, placements, coordinate) for coordinate in coordinates]
+
+
+@thorough
+@given(layouts(), st.data())
+def test_a_sample_is_found_where_its_elements_lie_each_once(layout, data) -> None:
+    numel = math.prod(layout[0])
+    sample = torch.tensor(sorted(data.draw(st.sets(st.integers(0, numel - 1)))), dtype=torch.int64)
+    found = []
+    for laid in everywhere(*layout):
+        shard = Shard.of("it", laid, laid.rank)
+        part = shard.part_of(sample)
+        assert torch.equal(part.indices, sample[part.positions])
+        assert torch.equal(laid.local.flatten()[part.local], part.indices)
+        found.append(part.positions)
+    assert torch.equal(torch.cat(found).sort().values, torch.arange(len(sample)))
+
+
+@thorough
+@given(layouts(), st.integers(1, 10))
+def test_a_block_is_torn_where_one_process_has_some_of_its_columns_and_not_all(
+    layout, block: int
+) -> None:
+    shape, mesh, placements = layout
+    columns = torch.arange(shape[-1])
+    along = [isinstance(p, Cut) and p.dim == len(shape) - 1 for p in placements]
+    is_torn = False
+    for coordinate in itertools.product(*map(range, mesh)):
+        held = columns
+        for is_cut, parts, own in zip(along, mesh, coordinate, strict=True):
+            held = chunk(held, parts, own) if is_cut else held
+        for whole in columns.split(block):
+            here = int(torch.isin(whole, held).sum())
+            is_torn |= 0 < here < len(whole)
+    tears = {Shard.of("it", each, each.rank).tears(block) for each in everywhere(*layout)}
+    assert tears == {is_torn}
+
+
+def test_of_what_is_no_dtensor_the_first_process_counts_all() -> None:
+    first, second = (Shard.of("it", torch.zeros(2, 3), rank) for rank in (0, 1))
+    assert first.part == second.part == (0, 1)
+    assert first.part_of(None).indices.tolist() == [*range(6)]
+    assert first.part_of(None).local is None
+    assert second.part_of(None) == second.part_of(torch.tensor([1])) == NOTHING
+
+
+def test_a_mesh_without_the_first_process_is_a_replica_of_the_one_that_has_it() -> None:
+    laid = Laid([4], [2], [Cut(0)], [1])
+    laid.device_mesh.mesh += 2
+    shard = Shard.of("it", laid, 3)
+    assert shard.part == (1, 2)
+    assert shard.part_of(None) == NOTHING
+
+
+# What is refused
+
+
+class Ragged(Placement):
+    """Of another library."""
+
+
+@pytest.mark.parametrize("placement", [Partial(), Ragged()], ids=["partial", "unknown"])
+def test_placements_that_are_neither_shards_nor_replicas_are_refused_by_name(placement) -> None:
+    laid = Laid([4, 4], [2, 2], [Cut(0), placement], [0, 0])
+    with pytest.raises(ValueError, match=r"^up.weight is placed as .*; redistribute it"):
+        Shard.of("up.weight", laid, 0)
+
+
+def test_a_mesh_that_leaves_out_a_process_is_refused_there() -> None:
+    laid = Laid([4], [2], [Cut(0)], [0])
+    laid.device_mesh.get_coordinate = lambda: None
+    with pytest.raises(ValueError, match=r"^up.weight lies in ranks \[0, 1\] alone, .* rank 2: "):
+        Shard.of("up.weight", laid, 2)
+
+
+def test_a_shard_of_another_shape_than_its_placements_say_is_refused() -> None:
+    laid = Laid([6, 4], [3], [Cut(0)], [1])
+    laid.local = torch.zeros(3, 4)
+    with pytest.raises(ValueError, match=r"shard of \(2, 4\) of its \(6, 4\) here, .* \(3, 4\); "):
+        Shard.of("up.weight", laid, 1)
+
+
+def partial(rank: int) -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    parameter: Any = DTensor.from_local(torch.ones(3), mesh, [Partial()]).requires_grad_()
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    return refused(lambda: UpdateMonitor([("bias", parameter)]).attach(optimizer))
+
+
+def test_a_monitor_refuses_partial_tensors_in_all_processes(two) -> None:
+    for each in two(partial):
+        assert each.startswith("ValueError: bias is placed as (Partial(sum),)")
+        assert "redistribute it" in each

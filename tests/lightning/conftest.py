@@ -1,0 +1,29 @@
+"""A monitor in mid-training."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+
+from altgrad_lightning import PrecisionMonitor
+from tests.lightning.runs import Attached, Net, batches, hooks_of, trainer
+
+
+@pytest.fixture
+def attached(tmp_path: Path) -> Iterator[Attached]:
+    """Makes what there is in mid-training."""
+    started: list[PrecisionMonitor] = []
+
+    def start(module: Net | None = None) -> tuple[PrecisionMonitor, pl.Trainer, Net]:
+        monitor, module = PrecisionMonitor(every_n_steps=1), module or Net()
+        run = trainer(tmp_path, monitor)
+        run.fit(module, batches(1))
+        monitor.on_train_start(run, module)
+        assert hooks_of(run) == 2
+        started.append(monitor)
+        return monitor, run, module
+
+    yield start
+    for monitor in started:
+        monitor.teardown()

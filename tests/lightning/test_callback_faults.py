@@ -1,0 +1,267 @@
+"""`PrecisionMonitor`: what fails or cannot be observed is said once, and training goes on."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, nn
+
+from altgrad import UpdateMonitor
+from altgrad.report import read
+from altgrad_lightning import PrecisionMonitor
+from tests.lightning.runs import Net, batches, fit, hooks_of, trainer
+
+# --- faults of its own, of loggers and of users
+
+
+def test_a_fault_of_its_own_warns_once_and_training_goes_on(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    def broken(*_: Any) -> dict[str, float]:
+        raise RuntimeError("broken on purpose")
+
+    monitor = PrecisionMonitor(every_n_steps=1)
+    monkeypatch.setattr("altgrad.measurement.measurer.Measurer.measure_batch", broken)
+    with pytest.warns(
+        UserWarning, match="stops observing after a fault.*broken on purpose"
+    ) as warnings:
+        run = fit(tmp_path, monitor)
+    assert len([w for w in warnings if "fault" in str(w.message)]) == 1
+    assert run.global_step == 6
+    assert hooks_of(run) == 0
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "altgrad.measurement.measurer.Measurer.measure_batch",
+        "altgrad.monitor.step_measuring.StepMeasuring.scales_changed",
+        "altgrad.observation.snapshots._copy_all",
+        "altgrad.measurement.step_record.StepVectors.record",
+        "altgrad_lightning.charts.Charts.add",
+    ],
+)
+def test_a_fault_does_not_end_the_training_whoever_else_has_hooks(
+    tmp_path: Path, monkeypatch: Any, place: str
+) -> None:
+    """torch iterates over the hooks while they run, so that none may be removed there."""
+
+    def out_of_memory(*_: Any) -> Any:
+        raise RuntimeError("out of memory, on purpose")
+
+    faulty, other = PrecisionMonitor(every_n_steps=1), PrecisionMonitor("e5m2", every_n_steps=1)
+    monkeypatch.setattr(place, out_of_memory)
+    run = trainer(tmp_path, faulty, other)
+    with pytest.warns(UserWarning, match="stops observing after a fault"):
+        run.fit(Net(), batches(6))
+    assert run.global_step == 6
+    assert hooks_of(run) == 0
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["altgrad.measurement.measurer.Measurer.measure_batch", "altgrad_lightning.charts.Charts.add"],
+)
+def test_strict_raises_a_fault_into_the_training(
+    tmp_path: Path, monkeypatch: Any, place: str
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ArithmeticError("broken on purpose")
+
+    monkeypatch.setattr(place, broken)
+    run = trainer(tmp_path, PrecisionMonitor(every_n_steps=1, strict=True))
+    with pytest.raises(ArithmeticError, match="broken on purpose"):
+        run.fit(Net(), batches(3))
+    assert hooks_of(run) == 0
+
+
+def test_an_error_of_the_user_is_raised_although_the_state_cannot_be_had(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    """As after a fault of an accelerator, from which nothing can be copied any more."""
+
+    class Failing(Net):
+        def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
+            raise KeyError("the user's own error")
+
+    def out_of_order(_: UpdateMonitor) -> Any:
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(UpdateMonitor, "state_dict", out_of_order)
+    monitor = PrecisionMonitor()
+    run = trainer(tmp_path, monitor)
+    with (
+        pytest.warns(UserWarning, match="PrecisionMonitor could not save its state.*CUDA error"),
+        pytest.raises(KeyError, match="the user's own error"),
+    ):
+        run.fit(Failing(), batches(3))
+    assert hooks_of(run) == 0
+    assert monitor._monitor is None
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_logger_that_fails_gets_no_more_and_the_others_go_on(
+    tmp_path: Path, strict: bool
+) -> None:
+    class Full(TensorBoardLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            if any(key.startswith("altgrad") for key in metrics):
+                raise OSError("no space left")
+
+    monitor = PrecisionMonitor(every_n_steps=1, strict=strict)
+    other = CSVLogger(tmp_path / "other")
+    run = trainer(tmp_path, monitor, logger=[Full(tmp_path), other])
+    if strict:
+        with pytest.raises(OSError, match="no space left"):
+            run.fit(Net(), batches(3))
+        return
+    with pytest.warns(UserWarning, match="goes on without Full, which failed: OSError") as told:
+        run.fit(Net(), batches(3))
+    assert run.global_step == 3
+    assert len([each for each in told if "without Full" in str(each.message)]) == 1
+    assert len(Path(other.log_dir, "metrics.csv").read_text().splitlines()) > 3
+    assert read(monitor.path).steps == (0, 1, 2)
+
+
+def test_what_is_told_is_told_once() -> None:
+    monitor = PrecisionMonitor()
+    with pytest.warns(UserWarning, match="PrecisionMonitor says this"):
+        monitor._tell("says this")
+    monitor._tell("says this")  # a warning would be an error here
+
+
+# --- what cannot be observed
+
+
+def test_weights_no_finer_than_the_format_are_told_once(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"cannot judge bf16 for weights.*torch\.bfloat16"):
+        fit(tmp_path, PrecisionMonitor(), precision="bf16-true")
+
+
+def test_a_strategy_that_cannot_be_observed_is_told() -> None:
+    monitor = PrecisionMonitor(run_file=False)
+    run = SimpleNamespace(
+        strategy=type("Other", (), {})(),
+        lightning_module=Net(),
+        is_global_zero=True,
+        world_size=2,
+        optimizers=[],
+        callbacks=[monitor],
+        log_every_n_steps=1,
+    )
+    with pytest.warns(UserWarning, match="does not observe this run.*: Other has 2 processes"):
+        monitor.on_train_start(run, Net())
+    assert monitor._monitor is None
+    assert monitor._trainer is None
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.(script|interface). is deprecated"
+)  # torch's own, at import
+def test_optimizers_in_backward_are_told_by_name_and_training_goes_on(tmp_path: Path) -> None:
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    class InBackward(Net):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            first, last = self.layers[0].parameters(), self.layers[1].parameters()
+            _apply_optimizer_in_backward(torch.optim.SGD, first, {"lr": 0.1})
+            return torch.optim.SGD(last, lr=0.1)
+
+    run = trainer(tmp_path, PrecisionMonitor(every_n_steps=1))
+    with pytest.warns(UserWarning, match=r"optimizer in backward: layers\.0\.weight, layers\.0\.b"):
+        run.fit(InBackward(), batches(3))
+    assert run.global_step == 3
+    assert hooks_of(run) == 0
+
+
+def test_an_optimizer_of_copies_is_told_and_training_goes_on(tmp_path: Path) -> None:
+    """As DeepSpeed ZeRO does it: the optimizer steps flat copies, the parameters follow."""
+
+    class Copies(Net):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            flat = nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters()]))
+            return torch.optim.SGD([flat], lr=0.1)
+
+    run = trainer(tmp_path, PrecisionMonitor(every_n_steps=1))
+    with pytest.warns(UserWarning, match="SGD steps none of the observed parameters.*DeepSpeed"):
+        run.fit(Copies(), batches(3))
+    assert run.global_step == 3
+
+
+def test_one_optimizer_of_other_parameters_does_not_hide_the_rest(tmp_path: Path) -> None:
+    """As the temperature of soft actor-critic, a tensor that is no parameter of the module."""
+
+    class Two(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            temperature = nn.Parameter(torch.zeros(1))
+            return (
+                torch.optim.SGD([temperature], lr=0.1),
+                torch.optim.SGD(self.parameters(), lr=0.1),
+            )
+
+        def training_step(self, batch: list[Tensor], batch_index: int) -> None:
+            _, second = self.optimizers()
+            self.manual_backward(self.layers(batch[0]).sum())
+            second.step()
+
+    monitor = PrecisionMonitor(every_n_steps=1)
+    with pytest.warns(UserWarning, match="or a part of it: SGD steps none of the observed"):
+        trainer(tmp_path, monitor).fit(Two(), batches(3))
+    assert "layers.0.weight" in monitor.latest
+
+
+def test_a_module_without_parameters_is_told_and_trains_on(tmp_path: Path) -> None:
+    class Outside(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.outside = [nn.Parameter(torch.ones(1))]
+
+        def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
+            return self.outside[0].sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.outside, lr=0.1)
+
+    run = trainer(tmp_path, PrecisionMonitor(every_n_steps=1))
+    with pytest.warns(UserWarning, match="does not observe this run.*no parameter to observe"):
+        run.fit(Outside(), batches(2))
+    assert run.global_step == 2
+
+
+# --- no step
+
+
+def test_a_run_without_an_observed_step_says_so(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="observed no step"):
+        fit(tmp_path, PrecisionMonitor(every_n_steps=100))
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_why_no_step_was_observed(tmp_path: Path) -> None:
+    class Nothing(Net):
+        def training_step(self, batch: list[Tensor], batch_index: int) -> None:
+            return None
+
+    with pytest.warns(UserWarning, match="observed no step: all were skipped, .'no gradients': 3"):
+        trainer(tmp_path, PrecisionMonitor(every_n_steps=1)).fit(Nothing(), batches(3))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to .self.log")
+def test_barebones_says_what_to_pass(tmp_path: Path) -> None:
+    run = pl.Trainer(
+        barebones=True,
+        max_epochs=1,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        callbacks=PrecisionMonitor(),
+    )
+    with pytest.warns(UserWarning, match="logs at no step: pass every_n_steps"):
+        run.fit(Net(), batches(2))

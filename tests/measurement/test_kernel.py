@@ -1,0 +1,252 @@
+"""The row kernel on nine elements of which every sum is known by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from altgrad.measurement.columns import (
+    FORMAT_ROW_MAXIMA,
+    FORMAT_ROW_MINIMA,
+    FORMAT_ROW_SQUARES,
+    FORMAT_ROW_SUMS,
+    OCTAVES,
+    ROW_MAXIMA,
+    ROW_MINIMA,
+    ROW_SQUARES,
+    ROW_SUMS,
+)
+from altgrad.measurement.kernel import EverMoved, Histograms, Rows, RowSums, row_sums
+from altgrad.measurement.totals import bins_of
+from altgrad.measurement.workspace import Workspace
+from altgrad.quantization import E2M1
+from altgrad.quantization.grids import LARGEST, Grids, grids_of
+
+NAN = math.nan
+CPU = torch.device("cpu")
+FLOAT32 = 2.0**-23, 2.0**-149
+TINY = 2.0**-23
+ELEMENTS = (
+    # before, after, gradient
+    (1.0, 1.25, -2.0),  # stalls in both formats: 1.25 is a tie, or nearer to 1
+    (3.0, -1.0, 0.25),  # kept whole
+    (0.0, 0.75, 8.0),  # from 0, to 1 in both
+    (9.0, 9.0, 1.0),  # above the top of E2M1; no update
+    (NAN, 1.0, 1.0),  # no element
+    (2.0, 2.0 - TINY, 0.5),  # one float32 down, where they lie closer than above 2
+    (0.125, 0.125, 0.5),  # stored as 0
+    (-0.5, -0.5, 0.125),  # subnormal in E2M1, stored as 0 at twice its size
+    (6.0, 15.0, 4.0),  # past the top of both
+)
+LAYER = {
+    "finite": 8,
+    "nonzero_weights": 7,
+    "moved": 5,
+    "ever_moved": 5,
+    "ulps": 2**21 + 2**24 + 3 * 2**22 + 1 + 9 * 2**20,
+    "gradients": 8,
+    "nonzero_gradients": 8,
+    "moved_with_gradient": 5,
+    "paired_gradient_abs": 8.375,
+    "weight_sq": 131.265625,
+    "update_sq": 97.625 + TINY**2,
+    "update_4th": 6817.3203125 + TINY**4,
+    "gradient_sq": 85.578125,
+    "paired_gradient_sq": 21.578125,
+    "max ulps": 2**24,
+    "max paired_gradient_abs": 4.0,
+    "min paired_gradient_abs": 0.125,
+}
+FORMATS = {
+    # E2M1, whose positive numbers are 0.5, 1, 1.5, 2, 3, 4 and 6; and the same times a scale of 2.
+    "stiffness": (7.5, 11.0),
+    "stiffness_gradient": (12.0625, 15.375),
+    "gradient_per_stiffness": (8.5, 5.625),
+    "gradient_below_stiffness": (4, 5),
+    "grid_error": (3.125, 1.625),
+    "off_grid": (2, 3),
+    "stored_nonzero": (6, 5),
+    "stored_normal": (5, 4),
+    "saturated": (1, 0),
+    "visible": (2, 3),
+    "effective": (2, 3),
+    "ever_effective": (2, 3),
+    "kept": (16.75, 106.75),
+    "kept_update_cubed": (256.421875, 7546.421875),
+    "stochastic_move": (3.5 + TINY, 3.0 + TINY),
+    "stochastic_variance": (0.125 + (0.5 - TINY) * TINY, 3.375 + (1 - TINY) * TINY),
+    "stiffness_sq": (10.75, 25.0),
+    "grid_error_sq": (9.015625, 1.265625),
+    "kept_sq": (256.5625, 8356.5625),
+    "lost_sq": (81.125 + TINY**2, 1.125 + TINY**2),
+    "max grid_error": (3.0, 1.0),
+    "max stiffness": (2.0, 4.0),
+    "min grid_error": (0.0, 0.0),
+    "min stiffness": (0.5, 1.0),
+}
+ULPS = {0: 5, 21: 1, 23: 2, 24: 1}  # octaves of updates in float32's own steps; the rest is in 0
+STEPS = ({0: 4, 9: 1, 31: 1, 32: 1, 34: 2}, {0: 4, 9: 1, 30: 1, 31: 1, 34: 2})
+
+
+def tensors(*elements: tuple[float, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Before, after and gradient, each of one row."""
+    columns = zip(*elements, strict=True)
+    return [torch.tensor(column, dtype=dtype).view(1, 1, -1) for column in columns]
+
+
+def two_formats(scale: float = 2.0) -> Grids:
+    """The first unscaled, the second under this scale, with a top that would be raised."""
+    scales = torch.tensor([1.0, scale], dtype=torch.float64).view(1, 2, 1)
+    return grids_of([E2M1, E2M1], [False, True], scales)
+
+
+def measured(
+    rows: Rows, grids: Grids | None, ever: EverMoved | None = None
+) -> tuple[RowSums, Tensor]:
+    """The sums and maxima, and the histogram of each row."""
+    count, formats = len(rows.before), 0 if grids is None else grids.eps.shape[1]
+    counts = torch.zeros(count * (1 + formats) * OCTAVES, dtype=torch.float64)
+    histograms = Histograms(counts, *bins_of(torch.arange(count), formats))
+    buffers = Workspace().buffers(count, formats, rows.before.shape[-1], CPU)
+    for each in (*buffers.per_format, *buffers.shared, *buffers.stacked):
+        each.fill_(NAN)  # nothing is to be read of what was there
+    found = row_sums(rows, grids, FLOAT32, buffers, histograms, ever)
+    return found, counts.view(count, 1 + formats, OCTAVES)
+
+
+def named(found: RowSums, formats: int) -> dict[str, list[float]]:
+    """Of the first row by name: of the parameter one number, of formats one each."""
+    groups = [
+        *((ROW_SUMS, 1, "{}"), (FORMAT_ROW_SUMS, formats, "{}")),
+        *((ROW_SQUARES, 1, "{}"), (FORMAT_ROW_SQUARES, formats, "{}")),
+        *((ROW_MAXIMA, 1, "max {}"), (FORMAT_ROW_MAXIMA, formats, "max {}")),
+        *((ROW_MINIMA, 1, "min {}"), (FORMAT_ROW_MINIMA, formats, "min {}")),
+    ]
+    numbers = iter((*found.sums[0].tolist(), *found.maxima[0].tolist()))
+    columns = [(how.format(name), count) for names, count, how in groups for name in names]
+    result = {name: [next(numbers) for _ in range(count)] for name, count in columns}
+    assert next(numbers, None) is None
+    return {k: [-x for x in v] if k.startswith("min ") else v for k, v in result.items()}
+
+
+def histogram(counts: Tensor) -> dict[int, int]:
+    return {bin: int(count) for bin, count in enumerate(counts.tolist()) if count}
+
+
+def test_sums_are_those_of_the_elements_one_by_one() -> None:
+    found, counts = measured(Rows(*tensors(*ELEMENTS)), two_formats())
+    expected = {name: [value] for name, value in LAYER.items()}
+    expected |= {name: [*values] for name, values in FORMATS.items()}
+    actual = named(found, 2)
+    assert actual.keys() == expected.keys()
+    for name, values in expected.items():
+        exact = not name.endswith(("_sq", "_4th"))  # these come of a square root
+        tolerance = 0 if exact else 1e-15
+        assert actual[name] == pytest.approx(values, rel=tolerance, abs=0), name
+    assert histogram(counts[0, 0]) == ULPS
+    assert tuple(map(histogram, counts[0, 1:])) == STEPS
+
+
+@pytest.mark.parametrize("scale", [0.25, 2.0, 3.0])
+def test_the_size_of_the_numbers_does_not_matter_where_the_scale_grows_with_it(
+    scale: float,
+) -> None:
+    """3 is a scale that is kept apart; weights times it are on the grid where they were."""
+    before, after, gradient = tensors(*ELEMENTS)
+    rows = Rows(before.double() * scale, after.double() * scale, gradient)
+    scales = torch.tensor([scale, 2 * scale], dtype=torch.float64).view(1, 2, 1)
+    grids = grids_of([E2M1, E2M1], [True, True], scales, power_of_two=scale != 3)
+    assert (grids.scale is None) is (scale != 3)
+    actual = named(measured(rows, grids)[0], 2)
+    counts = ("off_grid", "stored_nonzero", "stored_normal", "saturated")
+    assert {name: actual[name] for name in counts} == {name: [*FORMATS[name]] for name in counts}
+    for name in ("stiffness", "grid_error", "max stiffness", "min stiffness", "max grid_error"):
+        expected = [scale * each for each in FORMATS[name]]
+        assert actual[name] == pytest.approx(expected, rel=1e-15), name
+    for name, power in {"kept": 2, "kept_update_cubed": 4, "lost_sq": 2, "kept_sq": 4}.items():
+        expected = FORMATS[name][1] * scale**power
+        assert actual[name][1] == pytest.approx(expected, rel=1e-14), name
+
+
+def test_each_row_is_measured_alone_and_under_its_own_scale() -> None:
+    before, after, gradient = (each.view(3, 1, 3) for each in tensors(*ELEMENTS))
+    scales = torch.tensor([[1.0, 2.0], [4.0, 0.5], [8.0, 1.0]], dtype=torch.float64)[..., None]
+    grids = grids_of([E2M1, E2M1], [False, True], scales)
+    found, counts = measured(Rows(before, after, gradient), grids)
+    for row in range(3):
+        of_row = grids_of([E2M1, E2M1], [False, True], scales[row : row + 1])
+        rows = Rows(*(each[row : row + 1] for each in (before, after, gradient)))
+        alone, own = measured(rows, of_row)
+        assert torch.allclose(found.sums[row], alone.sums[0], rtol=1e-15, atol=0)
+        assert torch.equal(found.maxima[row], alone.maxima[0])
+        assert torch.equal(counts[row], own[0])
+
+
+def test_rows_are_left_as_they_are_and_may_lie_together() -> None:
+    apart = tensors(*ELEMENTS)
+    together = torch.cat(apart, dim=1)
+    copies = [each.clone() for each in (*apart, together)]
+    one = measured(Rows(*apart), two_formats())
+    other = measured(Rows(*together.split(1, dim=1), together), two_formats())
+    assert all(map(torch.equal, (*one[0], one[1]), (*other[0], other[1])))
+    for each, copy in zip((*apart, together), copies, strict=True):
+        assert torch.equal(each.nan_to_num(-1), copy.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("wild", [NAN, math.inf, -math.inf, LARGEST, -LARGEST])
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["before", "after", "gradient"])
+def test_what_is_not_finite_in_one_of_the_three_is_in_no_sum(place: int, wild: float) -> None:
+    three = [4.0, 5.0, 6.0]
+    three[place] = wild
+    clean, _ = measured(Rows(*tensors(*ELEMENTS, dtype=torch.float64)), two_formats())
+    rows = Rows(*tensors(*ELEMENTS, tuple(three), dtype=torch.float64))
+    found, counts = measured(rows, two_formats())
+    assert torch.equal(found.sums, clean.sums)
+    assert torch.equal(found.maxima, clean.maxima)
+    assert counts.sum(-1).tolist() == [[10.0] * 3]  # with the updates that are none
+
+
+def test_without_an_element_all_is_nothing() -> None:
+    found, _ = measured(Rows(*tensors((NAN, 1.0, 1.0), (NAN, 2.0, 2.0))), two_formats())
+    assert not found.sums.any()
+    by_name = named(found, 2)
+    assert {v for k, vs in by_name.items() if k.startswith("max") for v in vs} == {0.0}
+    assert {v for k, vs in by_name.items() if k.startswith("min") for v in vs} == {math.inf}
+
+
+def test_without_a_gradient_only_its_own_sums_are_nothing() -> None:
+    before, after, gradient = tensors(*ELEMENTS)
+    whole = named(measured(Rows(before, after, gradient), two_formats())[0], 2)
+    without = named(measured(Rows(before, after, None), two_formats())[0], 2)
+    differ = {name for name, values in whole.items() if without[name] != values}
+    below = "gradient_below_stiffness"
+    assert differ == {name for name in whole if "gradient" in name}
+    assert {name: without[name] for name in differ - {below}} == {
+        name: [0.0] * len(whole[name]) for name in differ - {below}
+    }
+    assert without[below] == [7, 7]  # 0 is less than any stiffness
+
+
+def test_without_formats_the_sums_of_the_layer_are_the_same() -> None:
+    rows = Rows(*tensors(*ELEMENTS))
+    alone, counts = measured(rows, None)
+    whole = named(measured(rows, two_formats())[0], 2)
+    assert {name: values for name, values in named(alone, 0).items() if values} == {
+        name: whole[name] for name in LAYER
+    }
+    assert histogram(counts[0, 0]) == ULPS
+
+
+def test_what_elements_did_before_is_remembered_and_counted() -> None:
+    ever = EverMoved(torch.zeros(1, 1, 9, dtype=torch.bool), torch.zeros(1, 2, 9, dtype=torch.bool))
+    ever.moved[0, 0, [3, 4]] = True
+    ever.effective[0, 1, [0, 8]] = True
+    found, _ = measured(Rows(*tensors(*ELEMENTS)), two_formats(), ever)
+    assert ever.moved[0, 0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 8]
+    assert ever.effective[0, 0].nonzero().flatten().tolist() == [1, 2]
+    assert ever.effective[0, 1].nonzero().flatten().tolist() == [0, 1, 2, 8]
+    by_name = named(found, 2)
+    assert by_name["ever_moved"] == [7]
+    assert by_name["ever_effective"] == [2, 4]
+    assert (by_name["moved"], by_name["effective"]) == ([5], [2, 3])

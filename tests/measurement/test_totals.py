@@ -1,0 +1,212 @@
+"""`Totals`: rows added in any grouping are what numpy sums for each layer, and in which column."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from altgrad.measurement.columns import (
+    FORMAT_MAXIMA,
+    FORMAT_ROW_MAXIMA,
+    FORMAT_ROW_MINIMA,
+    FORMAT_ROW_SQUARES,
+    FORMAT_ROW_SUMS,
+    FORMAT_SUMS,
+    MAXIMA,
+    ROW_MAXIMA,
+    ROW_MINIMA,
+    ROW_SQUARES,
+    ROW_SUMS,
+    SUMS,
+)
+from altgrad.measurement.kernel import RowSums
+from altgrad.measurement.totals import LayersOfRows, Totals, bins_of, meant_columns
+from tests.strategies import thorough
+
+CPU = torch.device("cpu")
+Column = tuple[str, int | None]
+"""The name of a sum or maximum, and the format that it is of."""
+
+
+def columns_of_rows(formats: int) -> tuple[list[Column], list[Column]]:
+    """As the kernel has them: of each name that of the layer, or those of all formats."""
+
+    def columns(of_layer: tuple[str, ...], of_formats: tuple[str, ...]) -> list[Column]:
+        return [(n, None) for n in of_layer] + [(n, f) for n in of_formats for f in range(formats)]
+
+    sums = columns(ROW_SUMS, FORMAT_ROW_SUMS) + columns(ROW_SQUARES, FORMAT_ROW_SQUARES)
+    minima = columns(ROW_MINIMA, FORMAT_ROW_MINIMA)
+    maxima = columns(ROW_MAXIMA, FORMAT_ROW_MAXIMA)
+    return sums, maxima + [(f"minus_{name}", format) for name, format in minima]
+
+
+def columns_of_vectors(formats: int) -> tuple[list[Column], list[Column]]:
+    """As a measurement has them: of each format all names."""
+    sums = [(n, None) for n in SUMS] + [(n, f) for f in range(formats) for n in FORMAT_SUMS]
+    maxima = [(n, None) for n in MAXIMA] + [(n, f) for f in range(formats) for n in FORMAT_MAXIMA]
+    return sums, maxima
+
+
+def some_rows(rows: int, formats: int, seed: int) -> RowSums:
+    """Whole numbers, which add up exactly in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    sums, maxima = columns_of_rows(formats)
+    return RowSums(
+        torch.randint(0, 1000, (rows, len(sums)), generator=generator).double(),
+        torch.randint(-1000, 1000, (rows, len(maxima)), generator=generator).double(),
+    )
+
+
+def by_numpy(rows: RowSums, layer: list[int], layers: int, formats: int) -> list[dict]:
+    """Of each layer every sum and maximum by its column."""
+    sums, maxima = (each.numpy() for each in rows)
+    names, max_names = columns_of_rows(formats)
+    result = []
+    for number in range(layers):
+        own = np.array(layer) == number
+        values = dict(zip(names, sums[own].sum(0).tolist(), strict=True))
+        largest = maxima[own].max(0, initial=-math.inf).tolist()
+        values |= {(f"max {n}", f): v for (n, f), v in zip(max_names, largest, strict=True)}
+        result.append(values)
+    return result
+
+
+def named(vector: Tensor, formats: int) -> dict[Column, float]:
+    sums, maxima = columns_of_vectors(formats)
+    names = sums + [(f"max {name}", format) for name, format in maxima]
+    return dict(zip(names, vector.tolist(), strict=True))
+
+
+def parts_of(rows: RowSums, cuts: list[int]) -> list[RowSums]:
+    return [
+        RowSums(*pair)
+        for pair in zip(rows.sums.tensor_split(cuts), rows.maxima.tensor_split(cuts), strict=True)
+    ]
+
+
+@thorough
+@given(st.data(), st.integers(0, 3), st.integers(1, 4), st.integers(1, 12))
+def test_rows_added_in_any_grouping_are_the_sums_of_their_layers(
+    data: st.DataObject, formats: int, layers: int, count: int
+) -> None:
+    rows = some_rows(count, formats, data.draw(st.integers(0, 99)))
+    layer = data.draw(st.lists(st.integers(0, layers - 1), min_size=count, max_size=count))
+    cuts = sorted(data.draw(st.lists(st.integers(1, count), max_size=3)))
+    totals = Totals(layers, formats, CPU)
+    of_row = torch.tensor(layer).tensor_split(cuts)
+    for part, own in zip(parts_of(rows, cuts), of_row, strict=True):
+        totals.add(part, LayersOfRows.of(own, formats))
+    counted = torch.arange(2.0 * layers, dtype=torch.float64).view(layers, 2)
+    vectors = totals.vectors(counted, None)
+    for number, expected in enumerate(by_numpy(rows, layer, layers, formats)):
+        actual = named(vectors[number], formats)
+        for column, value in expected.items():
+            assert actual[column] == value, column
+        assert actual["population", None] == 2 * number
+        assert actual["elements", None] == 2 * number + 1
+        for format in range(formats):
+            assert actual["judged", format] == expected["moved", None]
+            assert actual["ever_judged", format] == expected["ever_moved", None]
+            assert actual["judged_sq", format] == expected["update_sq", None]
+            assert actual["judged_4th", format] == expected["update_4th", None]
+
+
+@pytest.mark.parametrize("formats", [0, 2])
+def test_rows_of_no_named_layer_all_belong_to_the_one(formats: int) -> None:
+    rows = some_rows(7, formats, 0)
+    named_layers, unnamed = Totals(1, formats, CPU), Totals(1, formats, CPU)
+    for part in parts_of(rows, [2, 3]):
+        unnamed.add(part)
+        layers = LayersOfRows.of(torch.zeros(len(part.sums), dtype=torch.int64), formats)
+        named_layers.add(part, layers)
+    counted = torch.ones(1, 2, dtype=torch.float64)
+    expected = named_layers.vectors(counted, None)
+    assert torch.equal(unnamed.vectors(counted, None), expected)
+    assert expected[0].isfinite().all()
+
+
+@pytest.mark.parametrize("formats", [0, 2])
+def test_without_a_row_sums_are_0_and_maxima_minus_infinity(formats: int) -> None:
+    totals = Totals(3, formats, CPU)
+    vectors = totals.vectors(torch.zeros(3, 2, dtype=torch.float64), None)
+    for vector in vectors:
+        values = named(vector, formats)
+        assert {v for (name, _), v in values.items() if not name.startswith("max ")} == {0.0}
+        assert {v for (name, _), v in values.items() if name.startswith("max ")} == {-math.inf}
+
+
+@pytest.mark.parametrize("formats", [0, 1, 3])
+def test_octaves_are_counted_by_layer_then_by_format(formats: int) -> None:
+    totals = Totals(2, formats, CPU)
+    totals.counts.copy_(torch.arange(len(totals.counts)))
+    assert len(totals.counts) == 2 * (1 + formats) * 64
+    vectors = totals.vectors(torch.zeros(2, 2, dtype=torch.float64), None)
+    for layer in range(2):
+        values, start = named(vectors[layer], formats), layer * (1 + formats) * 64
+        for bin in range(1, 64):
+            assert values[f"ulps[{bin}]", None] == start + bin
+            for format in range(formats):
+                assert values[f"steps[{bin}]", format] == start + 64 * (1 + format) + bin
+
+
+def test_the_bins_of_a_row_begin_where_its_layer_has_them() -> None:
+    """The kernel adds to them the exponent of a float64, of which 2**0 has 1023."""
+    layer, formats = torch.tensor([2, 0, 2]), 3
+    ulps_at, steps_at, ones = bins_of(layer, formats)
+    assert (ulps_at.shape, steps_at.shape) == ((3, 1, 1), (3, 3, 1))
+    for row, number in enumerate(layer.tolist()):
+        first = number * 4 * 64
+        assert ulps_at[row, 0, 0] + 1023 == first  # ULPs begin at 2**0
+        for format in range(formats):
+            assert steps_at[row, format, 0] + 1023 - 32 == first + 64 * (1 + format)  # at 2**-32
+    assert ones[:5].tolist() == [1.0] * 5
+    assert len(ones) >= 2**40
+    assert ones.untyped_storage().nbytes() == 8
+
+
+WHAT_IF = {
+    *("visible", "effective", "ever_effective", "kept", "kept_update_cubed", "kept_sq", "lost_sq"),
+    *("stochastic_move", "stochastic_variance"),
+    *("judged", "ever_judged", "judged_sq", "judged_4th"),
+    *(f"steps[{bin}]" for bin in range(1, 64)),
+}
+
+
+def test_where_every_format_is_coarser_all_columns_are_meant() -> None:
+    assert meant_columns([True, True, True], CPU) is None
+    assert meant_columns([], CPU) is None
+
+
+@pytest.mark.parametrize("judged", [[False], [True, False, True], [False, False]], ids=str)
+def test_of_a_format_that_is_not_judged_exactly_the_what_if_columns_are_0(
+    judged: list[bool],
+) -> None:
+    formats = len(judged)
+    rows = some_rows(3, formats, 1)
+    rows.sums.add_(1)  # none is 0
+    totals = Totals(1, formats, CPU)
+    totals.add(rows)
+    totals.counts.fill_(7)
+    counted = torch.full((1, 2), 5.0, dtype=torch.float64)
+    whole = named(totals.vectors(counted, None)[0], formats)
+    meant = named(totals.vectors(counted, meant_columns(judged, CPU))[0], formats)
+    assert all(value for (name, _), value in whole.items() if not name.startswith("max "))
+    unseen = {(name, format) for format in range(formats) if not judged[format] for name in WHAT_IF}
+    assert unseen < whole.keys()
+    assert meant == {column: 0.0 if column in unseen else whole[column] for column in whole}
+
+
+def test_a_sum_that_is_not_meant_is_0_also_where_it_is_not_finite() -> None:
+    rows = some_rows(1, 1, 0)
+    names, _ = columns_of_rows(1)
+    rows.sums[0, names.index(("stochastic_variance", 0))] = math.nan
+    rows.sums[0, names.index(("kept_sq", 0))] = math.inf
+    totals = Totals(1, 1, CPU)
+    totals.add(rows)
+    vectors = totals.vectors(torch.ones(1, 2, dtype=torch.float64), meant_columns([False], CPU))
+    values = named(vectors[0], 1)
+    assert values["stochastic_variance", 0] == values["kept_sq", 0] == 0

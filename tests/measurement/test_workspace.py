@@ -1,0 +1,123 @@
+"""`Workspace`: buffers apart from each other, in memory that is used again and only grows."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from altgrad.measurement.workspace import TEMPORARY_BYTES, Buffers, Workspace, columns_that_fit
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+def all_of(buffers: Buffers) -> list[Tensor]:
+    return [*buffers.per_format, *buffers.shared, *buffers.stacked]
+
+
+def ends_of(buffers: Buffers) -> tuple[int, int]:
+    """The addresses from which to which they lie."""
+    pointers = [each.data_ptr() for each in all_of(buffers) if each.numel()]
+    return min(pointers), max(pointers)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 5), (2, 0, 4), (1, 4, 100)], ids=str)
+def test_buffers_of_one_call_are_apart(shape: tuple[int, int, int]) -> None:
+    rows, formats, columns = shape
+    buffers = Workspace().buffers(rows, formats, columns, CPU)
+    counts = [len(each) for each in (buffers.per_format, buffers.shared, buffers.stacked)]
+    assert counts == [4, 10, 4]
+    assert {each.shape for each in buffers.per_format} == {(rows, formats, columns)}
+    assert {each.shape for each in (*buffers.shared, *buffers.stacked)} == {(rows, 1, columns)}
+    assert {each.dtype for each in all_of(buffers)} == {torch.float64}
+    for number, each in enumerate(all_of(buffers)):
+        each.fill_(number)
+    for number, each in enumerate(all_of(buffers)):
+        assert (each == number).all(), number
+
+
+def test_what_lies_side_by_side_serves_as_one() -> None:
+    buffers = Workspace().buffers(3, 2, 5, CPU)
+    for number, each in enumerate((*buffers.shared, *buffers.stacked)):
+        each.copy_(torch.arange(15.0).view(3, 1, 5) + 100 * number)
+    first, last = buffers.shared[:3], buffers.shared[3:6]
+    assert torch.equal(buffers.values, torch.cat(first, dim=1))
+    assert torch.equal(buffers.sizes, torch.cat(last, dim=1))
+    pairs = [torch.cat(pair, dim=1) for pair in (buffers.stacked[:2], buffers.stacked[2:])]
+    for found, pair in zip(buffers.pairs, pairs, strict=True):
+        assert found.shape == (3, 5, 2)
+        assert torch.equal(found, pair.transpose(1, 2))
+
+
+def test_buffers_know_their_memory_as_integers() -> None:
+    buffers = Workspace().buffers(2, 1, 3, CPU)
+    for each in (*buffers.per_format, *buffers.shared):
+        each.fill_(1.0)
+        assert each.bits.dtype is torch.int64
+        assert (each.bits == 1023 << 52).all()
+
+
+def test_a_shape_that_was_asked_for_before_has_the_same_buffers() -> None:
+    workspace = Workspace()
+    large = workspace.buffers(2, 3, 40, CPU)
+    small = workspace.buffers(1, 3, 10, CPU)
+    assert workspace.buffers(2, 3, 40, CPU) is large
+    assert workspace.buffers(1, 3, 10, CPU) is small
+    assert ends_of(small)[0] == ends_of(large)[0]
+    assert ends_of(small)[1] < ends_of(large)[1]
+
+
+def test_a_larger_shape_has_new_memory_for_all() -> None:
+    workspace = Workspace()
+    small = workspace.buffers(1, 1, 3, CPU)
+    large = workspace.buffers(4, 2, 50, CPU)
+    again = workspace.buffers(1, 1, 3, CPU)
+    assert again is not small
+    low, high = ends_of(large)
+    assert low <= ends_of(again)[0] <= ends_of(again)[1] <= high
+    assert workspace.buffers(4, 2, 50, CPU) is large
+
+
+def test_each_device_has_memory_of_its_own() -> None:
+    workspace = Workspace()
+    here, there = workspace.buffers(1, 1, 3, CPU), workspace.buffers(1, 1, 3, META)
+    assert {each.device for each in all_of(here)} == {CPU}
+    assert {each.device for each in all_of(there)} == {META}
+    workspace.buffers(1, 1, 300, META)
+    assert workspace.buffers(1, 1, 3, CPU) is here
+    assert workspace.buffers(1, 1, 3, META) is not there
+
+
+def test_of_ever_new_shapes_only_a_few_are_kept() -> None:
+    workspace = Workspace()
+    workspace.buffers(1, 1, 1000, CPU)
+    for columns in range(1, 100):
+        workspace.buffers(1, 1, columns, CPU)
+        assert len(workspace._buffers) <= 8
+    assert [each.numel() for each in workspace._memory.values()] == [18 * 1000]
+
+
+def test_what_was_made_in_inference_mode_can_be_written_to_outside_of_it() -> None:
+    workspace = Workspace()
+    with torch.inference_mode():
+        workspace.buffers(1, 1, 3, CPU)
+        buffers = workspace.buffers(1, 2, 4, CPU)
+    for each in (*all_of(buffers), buffers.values, buffers.sizes, *buffers.pairs):
+        each.zero_()
+        assert not each.is_inference()
+
+
+@pytest.mark.parametrize("scale_per_element", [False, True])
+@pytest.mark.parametrize("formats", [0, 1, 4, 17, 40])
+def test_as_many_columns_as_fit_take_the_memory_that_is_allowed(
+    formats: int, scale_per_element: bool
+) -> None:
+    columns = columns_that_fit(formats, scale_per_element=scale_per_element)
+    workspace = Workspace()
+    workspace.buffers(1, formats, columns, META)
+    taken = workspace._memory[META].nbytes + columns  # and a mask of a byte each
+    if scale_per_element:
+        taken += 8 * columns * (formats + 16)
+    assert 0.99 * TEMPORARY_BYTES < taken < TEMPORARY_BYTES
+
+
+def test_one_column_is_measured_whatever_it_takes() -> None:
+    assert columns_that_fit(10**7) == 1

@@ -1,0 +1,109 @@
+"""What a run file's header says of a monitor: its formats, scaling and layers."""
+
+import ml_dtypes
+import pytest
+import torch
+from torch import nn
+
+from altgrad import SamplingRule, UpdateMonitor
+from altgrad.monitor.header import describe_format, describe_layer, describe_run
+from altgrad.observation.rules import LayerSampling
+from altgrad.quantization.block_formats import get_formats
+from altgrad.report import Header
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [
+        ("bf16", ml_dtypes.bfloat16),
+        ("fp16", "float16"),
+        ("e4m3fn", ml_dtypes.float8_e4m3fn),
+        ("e5m2", ml_dtypes.float8_e5m2),
+        ("e2m1", ml_dtypes.float4_e2m1fn),
+        ("mxfp4", ml_dtypes.float4_e2m1fn),
+        ("mxfp8_e5m2", ml_dtypes.float8_e5m2),
+    ],
+)
+def test_a_format_is_described_as_ml_dtypes_describes_its_elements(name: str, same) -> None:
+    (format,), info = get_formats(name), ml_dtypes.finfo(same)
+    described = describe_format(format, "tensor")
+    assert described == {
+        "bits": info.bits,
+        "max": float(info.max),
+        "smallest": float(info.smallest_subnormal),
+        "smallest_normal": float(info.smallest_normal),
+        "eps": float(info.eps),
+        "scaled": name not in ("bf16", "fp16"),
+    }
+
+
+def test_without_scaling_formats_in_blocks_alone_are_scaled() -> None:
+    formats = get_formats(["e4m3fn", "mxfp4", "nvfp4"])
+    assert [describe_format(format, None)["scaled"] for format in formats] == [False, True, True]
+
+
+def test_a_layer_is_described_by_its_parameter_and_how_it_is_sampled() -> None:
+    parameter = nn.Parameter(torch.ones(3, 4, dtype=torch.float64))
+    sampling = LayerSampling("w", None, True, 5, 100, ("bf16", "e4m3fn"))
+    assert describe_layer(parameter, sampling, 7) == {
+        "shape": (3, 4),
+        "dtype": "float64",
+        "elements": 7,
+        "formats": ("bf16", "e4m3fn"),
+        "every_n_steps": 5,
+    }
+
+
+def test_a_run_is_described_by_formats_scaling_and_layers_in_their_order() -> None:
+    formats, layers = get_formats(["e5m2", "bf16"]), {"b": {"elements": 1}, "a": {"elements": 2}}
+    described = describe_run(formats, ("block", 32), layers)
+    assert described["scaling"] == ("block", 32)
+    assert [*described["formats"]] == ["e5m2", "bf16"]
+    assert described["formats"]["e5m2"] == describe_format(formats[0], ("block", 32))
+    assert [*described["layers"].items()] == [*layers.items()]
+    assert described["layers"] is not layers
+
+
+def test_the_header_says_what_is_measured_of_each_layer() -> None:
+    parameters = {
+        "large": nn.Parameter(torch.ones(100, 50)),
+        "whole": nn.Parameter(torch.ones(7, dtype=torch.bfloat16)),
+        "rare": nn.Parameter(torch.ones(())),
+        "left.out": nn.Parameter(torch.ones(3)),
+        "frozen": nn.Parameter(torch.ones(3), requires_grad=False),
+    }
+    rules = [
+        SamplingRule("left.*", enabled=False),
+        SamplingRule("rare", every_n_steps=5, formats=["fp16"]),
+    ]
+    monitor = UpdateMonitor(
+        [*parameters.items()],
+        formats=["bf16", "mxfp4"],
+        scaling="channel",
+        max_elements=100,
+        sampling=rules,
+    )
+    header = Header.from_json(monitor.run_header())
+    assert {name: each.scaled for name, each in header.formats.items()} == {
+        "bf16": False,
+        "mxfp4": True,
+        "fp16": False,
+    }
+    assert header.scaling == "channel"
+    assert [*header.layers] == ["large", "whole", "rare"]
+    large, whole, rare = header.layers.values()
+    assert (large.shape, large.dtype, large.formats) == ((100, 50), "float32", ("bf16", "mxfp4"))
+    assert 64 <= large.elements <= 100  # whole blocks
+    assert large.elements == monitor.elements_of("large")
+    assert (whole.shape, whole.dtype, whole.elements) == ((7,), "bfloat16", 7)
+    assert (rare.shape, rare.elements, rare.every_n_steps, rare.formats) == ((), 1, 5, ("fp16",))
+
+
+def test_a_header_counts_what_a_step_measures() -> None:
+    parameter = nn.Parameter(torch.randn(5000))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    with UpdateMonitor([("w", parameter)], max_elements=300).attach(optimizer) as monitor:
+        parameter.grad = torch.ones(5000)
+        optimizer.step()
+    layer = monitor.run_header()["layers"]["w"]
+    assert layer["elements"] == monitor.latest.layers["w"].elements == 300

@@ -1,0 +1,176 @@
+"""`LayerSettings`: what the rules and a monitor's own settings come to, layer by layer."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from altgrad import SamplingRule, UpdateMonitor, measure
+from altgrad.measurement.measurer import Measurer
+from altgrad.monitor.elements import sample_elements
+from altgrad.monitor.layer_settings import LayerSettings
+from altgrad.quantization.block_formats import get_formats
+from tests.monitor.watching import (
+    FORMATS,
+    net,
+    train,
+    watched,
+)
+
+
+def settings(
+    *rules: SamplingRule, names: Any = ("a.weight", "a.bias"), **own: Any
+) -> LayerSettings:
+    formats = get_formats(own.pop("formats", ("bf16", "e4m3fn")))
+    of_rules = [format for rule in rules for format in get_formats(rule.formats or ())]
+    options = {"every_n_steps": 1, "max_elements": 100, "seed": 0} | own
+    return LayerSettings(names, rules, Measurer([*formats, *of_rules]), formats, **options)
+
+
+def test_formats_have_their_own_names_however_they_are_spelled() -> None:
+    rule = SamplingRule("*.bias", formats=["half", "mxfp8", "e4m3fn"])
+    found = settings(rule, formats=["bfloat16", torch.float8_e4m3fn]).by_name
+    assert found["a.weight"].formats == ("bf16", "e4m3fn")
+    assert found["a.bias"].formats == ("fp16", "mxfp8_e4m3", "e4m3fn")
+
+
+def test_a_layer_that_comes_later_has_the_first_rule_that_matches() -> None:
+    first, second = SamplingRule("*.bias", every_n_steps=3), SamplingRule("*", max_elements="all")
+    found = settings(first, second)
+    assert found.of("late.bias").every_n_steps == 3
+    assert found.of("late.weight").max_elements is None
+    assert [*found.by_name] == ["a.weight", "a.bias", "late.bias", "late.weight"]
+    assert settings().of("late").rule is None
+
+
+def test_a_layer_that_is_left_out_is_measured_no_more() -> None:
+    found, weight = settings(), torch.ones(3)
+    assert found.is_measured("a.bias", weight)
+    found.leave_out(["a.bias"])
+    assert not found.is_measured("a.bias", weight)
+    assert not found.is_due("a.bias", 1, 1)
+    assert found.is_measured("a.weight", weight)
+    assert found.of("a.bias").formats == ("bf16", "e4m3fn")  # nothing else has changed
+
+
+def test_formats_that_are_left_out_of_one_layer_stay_in_the_others() -> None:
+    found = settings(formats=("bf16", "e4m3fn", "e5m2"))
+    found.leave_out_formats("a.weight", ["e4m3fn", "fp16"])
+    found.leave_out_formats("late", ["bf16", "e4m3fn", "e5m2"])
+    assert found.of("a.weight").formats == ("bf16", "e5m2")
+    assert found.of("a.bias").formats == ("bf16", "e4m3fn", "e5m2")
+    assert found.of("late").formats == ()
+    assert found.of("late").enabled
+
+
+def test_measured_is_what_is_wanted_and_has_numbers_that_can_be_rounded() -> None:
+    parameters = {
+        "weight": nn.Parameter(torch.ones(3)),
+        "half": nn.Parameter(torch.ones(3).half()),
+        "off": nn.Parameter(torch.ones(3)),
+        "frozen": nn.Parameter(torch.ones(3), requires_grad=False),
+        "complex": nn.Parameter(torch.ones(3, dtype=torch.complex64)),
+        "int": nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False),
+        "lazy": nn.UninitializedParameter(),
+    }
+    found = settings(SamplingRule("off", enabled=False), names=[*parameters])
+    assert [*found.measured(parameters)] == ["weight", "half"]
+    assert found.measured(parameters)["half"] is parameters["half"]
+    # Some optimizers step what needs no gradient.
+    assert found.measured_names([*parameters], parameters) == ["weight", "half", "frozen"]
+    assert found.measured_names(["frozen", "off"], parameters) == ["frozen"]
+
+
+def test_a_layer_is_due_so_many_steps_after_it_last_was() -> None:
+    rules = [SamplingRule("rare", every_n_steps=3), SamplingRule("off", enabled=False)]
+    found = settings(*rules, names=["rare", "off", "usual"], every_n_steps=2)
+
+    def due(name: str, last: int) -> list[int]:
+        return [index for index in range(10) if found.is_due(name, index, last)]
+
+    assert due("rare", 4) == [0, 1, 2, 3, 4, 7, 8, 9]  # up to 4 steps have been counted anew
+    assert due("usual", 4) == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+    assert due("off", 4) == []
+
+
+def test_the_elements_of_a_layer_are_those_that_its_name_and_the_seed_draw() -> None:
+    shape = torch.Size((100, 40))
+    rule = SamplingRule("all", max_elements="all")
+    found = settings(rule, names=["all", "w"], formats=("bf16", "mxfp4"), seed=7)
+    expected = sample_elements("w", shape, 100, seed=7, block=32)
+    assert torch.equal(found.indices("w", shape), expected)
+    assert torch.equal(found.measured_indices("w", shape), expected)
+    assert found.indices("all", shape) is None
+    assert found.seed == 7
+
+
+def test_small_layers_are_measured_whole() -> None:
+    found = settings()
+    assert found.measured_indices("w", torch.Size((2048,))) is None
+    assert len(found.indices("w", torch.Size((2048,)))) == 100
+    assert len(found.measured_indices("w", torch.Size((2049,)))) == 100
+
+
+def test_a_rule_for_no_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"layers='b\.\*' matches none of 2 layers"):
+        settings(SamplingRule("b.*"))
+
+
+# --- in a monitor
+
+
+def test_rules_say_which_layers_are_observed_when_and_for_what() -> None:
+    model = net()
+    rules = [
+        SamplingRule("0.*", enabled=False),
+        SamplingRule("*.bias", every_n_steps=3, formats=("e5m2",)),
+        SamplingRule("3.weight", max_elements=100),
+    ]
+    optimizer, monitor, records = watched(model, sampling=rules, scaling=None)
+    train(model, optimizer, 7)
+    biases = [{name for name in record.layers if name.endswith("bias")} for record in records]
+    assert [bool(each) for each in biases] == [True, False, False, True, False, False, True]
+    assert all(not name.startswith("0.") for record in records for name in record.layers)
+    layers = records[0].layers
+    assert layers["3.weight"].elements == 100
+    assert layers["2.bias"].formats == ("e5m2",)
+    assert layers["2.weight"].formats == FORMATS
+    assert "stall_frac/bf16" not in set(layers["2.bias"])
+    with pytest.raises(KeyError, match=r"stall_frac/bf16.*expected .*e5m2"):
+        layers["2.bias"]["stall_frac/bf16"]
+    # The model's figures of a format are those of the layers that are judged for it.
+    step = optimizer.steps[0]
+    of_biases = [
+        torch.cat([each.flatten() for each in part])
+        for part in zip(*(step[f"{n}.bias"] for n in (2, 3, 4)), strict=True)
+    ]
+    expected = measure(*of_biases, "e5m2", None)
+    for metric in ("stall_frac", "kept_update_ratio", "grid_error_mean", "sqnr_db"):
+        key = f"{metric}/e5m2"
+        assert records[0].model[key] == pytest.approx(expected[key], rel=1e-12), key
+    assert math.isnan(records[1].model.get("stall_frac/e5m2", math.nan))
+    assert "(default)" in monitor.describe()
+    assert "*.bias" in monitor.describe()
+
+
+def test_a_rule_that_matches_nothing_is_an_error_with_near_matches() -> None:
+    with pytest.raises(ValueError, match=r"'3\.wieght' matches none.*3\.weight"):
+        UpdateMonitor(net(), sampling=[SamplingRule("3.wieght")])
+
+
+def test_a_module_may_grow() -> None:
+    model = net()
+    rules = [SamplingRule("*.bias", enabled=False), SamplingRule("5.*", formats="e5m2")]
+    model.append(nn.Linear(10, 2))
+    optimizer, monitor, records = watched(model, sampling=rules)
+    train(model, optimizer)
+    model.append(nn.Linear(2, 3000))
+    optimizer.add_param_group({"params": [*model[6].parameters()]})
+    optimizer.named = dict(model.named_parameters())
+    train(model, optimizer, 2)
+    assert "6.weight" in records[2].layers
+    assert "6.bias" not in records[2].layers
+    assert records[2].layers["6.weight"].formats == FORMATS
+    assert monitor.layers["6.bias"].enabled is False

@@ -1,0 +1,238 @@
+"""`UpdateMonitor`: its records against the definitions, from optimizers that record themselves."""
+
+import copy
+import math
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from altgrad import StepRecord, UpdateMonitor, measure
+from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
+from altgrad.measurement.figures import model_figures
+from altgrad.measurement.measurer import Measurer
+from altgrad.quantization import (
+    BLOCK_FORMATS,
+    FloatFormat,
+)
+from tests.monitor.watching import (
+    FORMATS,
+    RecordingSGD,
+    assert_equal_figures,
+    net,
+    train,
+    watched,
+)
+
+# --- every element
+
+
+@pytest.mark.parametrize("scaling", [None, "tensor", "channel", ("block", 32)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_figures_are_those_of_each_tensor_alone(dtype: torch.dtype, scaling: object) -> None:
+    model = net().to(dtype)
+    formats = ("e4m3fn", "e2m1")
+    optimizer, _, records = watched(model, scaling=scaling, formats=formats)
+    train(model, optimizer)
+    (record,), (step,) = records, optimizer.steps
+    assert list(record.layers) == list(step)
+    for name, (before, after, gradient) in step.items():
+        expected = measure(before, after, gradient, formats, scaling)
+        assert_equal_figures(record.layers[name], expected)
+        assert record.layers[name].elements == record.layers[name].population == before.numel()
+
+
+def test_the_model_is_all_its_elements_together() -> None:
+    model = net()
+    optimizer, _, records = watched(model, scaling=None)
+    train(model, optimizer)
+    record = records[0]
+    together = [
+        torch.cat([each.flatten() for each in part])
+        for part in zip(*optimizer.steps[0].values(), strict=True)
+    ]
+    assert_equal_figures(record.model, measure(*together, FORMATS, None))
+    assert record.model.elements == record.model.population == together[0].numel()
+    assert_equal_figures(model_figures([*record.layers.values()]), dict(record.model))
+
+
+def test_block_formats_are_judged_with_their_own_scales() -> None:
+    model = net()
+    optimizer, _, records = watched(model, formats=("bf16", *BLOCK_FORMATS))
+    train(model, optimizer)
+    for name, step in optimizer.steps[0].items():
+        assert_equal_figures(records[0].layers[name], measure(*step, ("bf16", *BLOCK_FORMATS)))
+
+
+def test_weights_of_several_dtypes_at_once() -> None:
+    model = nn.Module()
+    model.a = nn.Parameter(torch.randn(50))
+    model.b = nn.Parameter(torch.randn(50).bfloat16())
+    model.c = nn.Parameter(torch.randn(50).double())
+    optimizer, _, records = watched(model, tell=(said := []).append)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    for name, step in optimizer.steps[0].items():
+        assert_equal_figures(records[0].layers[name], measure(*step, FORMATS))
+    assert math.isnan(records[0].layers["b"]["stall_frac/bf16"])
+    assert records[0].model["stall_frac/bf16"] > 0  # of the two others
+    assert len(said) == 1
+    assert "cannot judge bf16 for weights already stored in torch.bfloat16" in said[0]
+
+
+def test_parameters_without_a_gradient_take_no_part() -> None:
+    model = net()
+    optimizer, _, records = watched(model)
+    train(model, optimizer)
+    frozen = model[3].weight.requires_grad_(False)
+    frozen.grad = None
+    train(model, optimizer, 2, seed=2)
+    assert "3.weight" in records[0].layers
+    assert "3.weight" not in records[1].layers
+    for record, step in zip(records, optimizer.steps, strict=True):
+        assert set(record.layers) == set(step)
+    assert (
+        records[2].model.population == sum(p.numel() for p in model.parameters()) - frozen.numel()
+    )
+
+
+def test_empty_scalar_and_oddly_named_parameters() -> None:
+    model = nn.Module()
+    model.register_parameter("<script>/%", nn.Parameter(torch.tensor(1.0)))
+    model.empty = nn.Parameter(torch.zeros(0, 3))
+    model.alone = nn.Parameter(torch.tensor([1.5]))
+    optimizer, _, records = watched(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step()
+    assert set(records[0].layers) == {"<script>/%", "empty", "alone"}
+    for name, step in optimizer.steps[0].items():
+        assert_equal_figures(records[0].layers[name], measure(*step, FORMATS))
+    assert math.isnan(records[0].layers["empty"]["stall_frac/bf16"])
+    assert records[0].model["stall_frac/bf16"] == 1
+
+
+def test_two_optimizers_are_apart() -> None:
+    model = net()
+    one = RecordingSGD([(n, p) for n, p in model.named_parameters() if n < "3"], lr=0.05)
+    two = RecordingSGD([(n, p) for n, p in model.named_parameters() if n >= "3"], lr=0.01)
+    records: list[StepRecord] = []
+    with UpdateMonitor(model, records.append, formats=FORMATS, strict=True).attach(one, two):
+        train(model, one)
+        two.step()
+    assert [set(record.layers) for record in records] == [set(one.steps[0]), set(two.steps[0])]
+    assert_equal_figures(records[1].layers["4.bias"], measure(*two.steps[0]["4.bias"], FORMATS))
+
+
+def test_without_formats_there_are_the_figures_of_the_update() -> None:
+    model = net()
+    optimizer, _, records = watched(model, formats=[])
+    train(model, optimizer)
+    assert set(records[0].model) == {*LAYER_METRICS}
+    assert_equal_figures(
+        records[0].layers["3.weight"], measure(*optimizer.steps[0]["3.weight"], [])
+    )
+
+
+def test_formats_of_ones_own_and_all_keys() -> None:
+    mine = FloatFormat("mine", 4, 1, 7)
+    model = net()
+    optimizer, _, records = watched(model, formats=[mine, "bf16"])
+    train(model, optimizer)
+    keys = set(records[0].model)
+    assert keys == {*LAYER_METRICS} | {f"{m}/{f}" for m in FORMAT_METRICS for f in ("mine", "bf16")}
+    with pytest.raises(KeyError, match="unknown metric 'stal_frac'; nearest: stall_frac"):
+        records[0].model["stal_frac/bf16"]
+
+
+# --- what must not happen
+
+
+@pytest.mark.parametrize("options", [{}, {"max_elements": 100}, {"overhead_budget": 0.5}])
+def test_training_is_untouched(options: dict[str, Any]) -> None:
+    def run(observe: bool) -> tuple[list[Tensor], Tensor]:
+        model = net()
+        model.insert(2, nn.Dropout(0.1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        monitor = UpdateMonitor(model, strict=True, **options)
+        if observe:
+            monitor.attach(optimizer)
+        train(model, optimizer, 5)
+        assert (monitor.latest is not None) is observe
+        return [p.detach() for p in model.parameters()], torch.get_rng_state()
+
+    (weights, state), (expected, expected_state) = run(True), run(False)
+    assert all(map(torch.equal, weights, expected))
+    assert torch.equal(state, expected_state)
+
+
+def test_a_fault_warns_once_and_training_goes_on() -> None:
+    model = net()
+    optimizer, monitor, records = watched(model, strict=False)
+    with (
+        mock.patch.object(Measurer, "measure_batch", side_effect=RuntimeError("broken")),
+        pytest.warns(UserWarning, match="stops observing after a fault.*broken") as warned,
+    ):
+        train(model, optimizer, 3)
+    assert len(warned) == 1
+    assert (records, len(optimizer.steps), monitor.is_observing) == ([], 3, False)
+
+
+@pytest.mark.parametrize(("inf", "gradient", "shown"), [(0, 1, True), (0, 0, True), (1, 1, False)])
+def test_a_step_that_a_scaler_skipped_is_counted_and_not_shown(
+    inf: float, gradient: float, shown: bool
+) -> None:
+    model = net()
+    records: list[StepRecord] = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    monitor = UpdateMonitor(model, records.append, strict=True).attach(optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, gradient)
+    optimizer.found_inf, optimizer.grad_scale = torch.tensor(float(inf)), None
+    optimizer.step()
+    assert (len(records), monitor.skipped["inf"]) == (int(shown), int(not shown))
+
+
+def test_two_threads_may_step_two_optimizers() -> None:
+    models = [nn.Linear(300, 300) for _ in range(2)]
+    optimizers = [RecordingSGD(m.named_parameters(), lr=0.05) for m in models]
+    records: list[StepRecord] = []
+    both = nn.ModuleList(models)
+    for number, optimizer in enumerate(optimizers):
+        optimizer.named = {f"{number}.{n}": p for n, p in models[number].named_parameters()}
+
+    def run(number: int) -> None:
+        for _ in range(20):
+            for parameter in models[number].parameters():
+                parameter.grad = torch.full_like(parameter, 1e-3 * (1 + number))
+            optimizers[number].step()
+
+    with UpdateMonitor(both, records.append, scaling=None, max_elements=None, strict=True).attach(
+        *optimizers
+    ):
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(records) == 40
+    for record in records:
+        (number,) = {int(name[0]) for name in record.layers}
+        step = optimizers[number].steps[record.index]
+        name = f"{number}.weight"
+        assert_equal_figures(
+            record.layers[name], measure(*step[name], scaling=None), ("never_moved_frac",)
+        )
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_monitor_is_not_copied(copied: Callable[[Any], Any]) -> None:
+    _, monitor, _ = watched(net())
+    with pytest.raises(TypeError, match="make another one for the copy"):
+        copied(monitor)

@@ -1,0 +1,315 @@
+"""`ScaleState`: what scales follow from, how long they hold, and when they are taken again."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from altgrad import UpdateMonitor, measure
+from altgrad.measurement.figures import tensor_figures
+from altgrad.measurement.measurer import Measurer
+from altgrad.monitor.elements import sample_elements
+from altgrad.monitor.scale_state import ScaleState
+from altgrad.quantization import (
+    compute_scale,
+)
+from altgrad.quantization.block_formats import get_formats
+from tests.monitor.watching import (
+    FORMATS,
+    assert_equal_figures,
+    net,
+    sharing_out,
+    train,
+    watched,
+)
+
+
+def state_of(formats: Any = "e4m3fn", scaling: Any = "tensor") -> ScaleState:
+    return ScaleState(get_formats(formats), scaling)
+
+
+def observed(state: ScaleState, steps: int = 1, **saturated: dict[str, float]) -> None:
+    """Steps in which this share of a layer's weights exceeded its scale, by layer and format."""
+    layers = {
+        name: {f"saturated_frac/{format}": share for format, share in each.items()}
+        for name, each in saturated.items()
+    }
+    keys = {key for each in layers.values() for key in each}
+    model = {key: max(each.get(key, 0.0) for each in layers.values()) for key in keys}
+    for _ in range(steps):
+        state.step_observed(SimpleNamespace(model=model, layers=layers))
+
+
+def test_an_amax_holds_until_its_layer_has_another_shape() -> None:
+    state, weight = state_of(), torch.tensor([1.0, -3.0, math.inf, math.nan])
+    state.look_at("w", weight)
+    assert state.amax("w").tolist() == [3.0]  # the largest finite one
+    weight *= 10
+    state.look_at("w", weight)
+    assert state.amax("w").tolist() == [3.0]
+    state.look_at("w", weight.view(2, 2))
+    assert state.amax("w").tolist() == [30.0]
+
+
+def test_an_amax_follows_its_layer_to_another_device_and_is_not_taken_again() -> None:
+    state, weight = state_of(), torch.ones(2)
+    state.look_at("w", weight)
+    state.look_at("w", weight.to("meta"))  # of which nothing could be taken
+    assert state.amax("w").device.type == "meta"
+
+
+def test_channels_have_an_amax_each() -> None:
+    state = state_of(scaling="channel")
+    state.look_at("w", torch.tensor([[1.0, -3.0], [0.5, 0.25]]))
+    assert state.amax("w").tolist() == [3.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("formats", "scaling", "is_needed"),
+    [
+        *(("bf16", "tensor", False), ("e4m3fn", None, False), ("e4m3fn", ("block", 8), False)),
+        *(("mxfp4", "tensor", False), ([], "tensor", False), ("nvfp4", None, True)),
+        *((("bf16", "e5m2"), "tensor", True), ("e4m3fn", "channel", True)),
+    ],
+)
+def test_an_amax_is_taken_where_a_scale_of_the_whole_needs_it(
+    formats: Any, scaling: Any, is_needed: bool
+) -> None:
+    state = state_of(formats, scaling)
+    state.look_at("w", torch.ones(4))
+    assert state.is_due is is_needed
+    assert list(state.state_dict()["amax"]) == ["w"] * is_needed
+
+
+def test_all_are_due_at_first_and_after_every_hundred_observed_steps() -> None:
+    state, weights = state_of(), {"a": torch.ones(2), "b": torch.ones(3)}
+    for size in (2.0, 4.0, 8.0):
+        assert state.is_due
+        weights = {name: torch.full_like(each, size) for name, each in weights.items()}
+        state.refresh(weights)
+        assert [state.amax(name).item() for name in weights] == [size, size]
+        for _ in range(100):
+            assert not state.is_due
+            observed(state)
+
+
+def test_the_amax_that_a_weight_exceeded_is_taken_again_and_no_other() -> None:
+    state = state_of()
+    state.refresh({"a": torch.ones(2), "b": torch.ones(3)})
+    observed(state, 10, a={"e4m3fn": 0.0}, b={"e4m3fn": 0.0})
+    assert not state.is_due
+    observed(state, a={"e4m3fn": 0.5}, b={"e4m3fn": 0.0})
+    assert state.is_due
+    state.refresh({"a": torch.full((2,), 4.0), "b": torch.full((3,), 4.0)})
+    assert [state.amax(name).item() for name in "ab"] == [4.0, 1.0]
+    observed(state, 88)
+    assert not state.is_due
+    observed(state)  # the hundredth since all were taken
+    assert state.is_due
+
+
+@pytest.mark.parametrize("format", ["bf16", "mxfp4"])
+def test_what_exceeds_a_format_without_such_a_scale_changes_nothing(format: str) -> None:
+    state = state_of(("e4m3fn", "bf16", "mxfp4"))
+    state.refresh({"w": torch.ones(2)})
+    observed(state, w={format: 1.0})
+    assert not state.is_due
+
+
+def test_an_amax_of_zeros_is_taken_from_what_the_step_made_of_them() -> None:
+    state = state_of(scaling="channel")
+    before = {"w": torch.tensor([[0.0, 0.0], [1.0, 0.0]]), "b": torch.ones(1)}
+    state.refresh(before)
+    assert state.has_zero
+    after = {"w": torch.tensor([[0.5, 0.0], [4.0, 0.0]]), "b": torch.full((1,), 4.0)}
+    assert state.settle(after)
+    assert state.amax("w").tolist() == [0.5, 1.0]  # that of the second channel holds
+    assert state.amax("b").tolist() == [1.0]
+
+
+def test_what_has_settled_is_looked_at_no_more() -> None:
+    state = state_of()
+    state.refresh({"w": torch.zeros(3), "empty": torch.zeros(0)})
+    assert state.settle({"w": torch.ones(3), "empty": torch.zeros(0)})
+    assert not state.has_zero
+    assert not state.settle({"w": torch.full((3,), 2.0), "empty": torch.zeros(0)})
+    assert state.amax("w").tolist() == [1.0]
+
+
+def test_a_resumed_state_goes_on_with_its_scales_and_its_count() -> None:
+    state, resumed = state_of(), state_of()
+    weights = {"a": torch.ones(2, 2), "zero": torch.zeros(3)}
+    state.refresh(weights)
+    observed(state, 60)
+    resumed.load_state_dict(state.state_dict())
+    resumed.look_at("a", torch.full((2, 2), 9.0))
+    assert resumed.amax("a").tolist() == [1.0]
+    assert resumed.has_zero
+    observed(resumed, 39)
+    assert not resumed.is_due
+    observed(resumed)
+    assert resumed.is_due
+    observed(state, a={"e4m3fn": 1.0})
+    resumed.load_state_dict(state.state_dict())
+    assert resumed.is_due
+    assert resumed.description() == state.description()
+
+
+def test_a_state_of_another_scaling_leaves_nothing_of_what_was_before() -> None:
+    state, other = state_of(), state_of(scaling="channel")
+    for each in (state, other):
+        each.refresh({"w": torch.zeros(2, 2)})
+    other.load_state_dict(state.state_dict())
+    assert other.is_due
+    assert not other.has_zero
+    assert other.state_dict()["amax"] == {}
+
+
+def test_descriptions_are_alike_where_every_amax_is() -> None:
+    def description(*weights: float) -> dict[str, Any]:
+        state = state_of(scaling="channel")
+        state.refresh({"w": torch.tensor(weights).view(2, 1)})
+        return state.description()
+
+    assert description(1.0, 2.0) == description(-1.0, 2.0)
+    assert description(1.0, 2.0) != description(2.0, 1.0)
+
+
+def test_what_processes_share_they_take_together_and_between_steps() -> None:
+    asked: list[list[str]] = []
+
+    def take(parameters: dict[str, Tensor]) -> tuple[list[Tensor], list[bool]]:
+        asked.append([*parameters])
+        return [torch.tensor([8.0])] * len(parameters), [False] * len(parameters)
+
+    state, weights = state_of(), {"a": torch.ones(2), "b": torch.ones(2)}
+    state.share(take)
+    state.refresh(weights)
+    assert state.amax("b").tolist() == [8.0]
+    state.look_for(weights)
+    assert not state.is_due
+    weights |= {"a": torch.ones(3), "new": torch.ones(1)}
+    with pytest.raises(RuntimeError, match="a has got another shape since the step began"):
+        state.look_at("a", weights["a"])
+    state.look_for(weights)
+    assert state.is_due
+    state.refresh(weights)
+    assert [sorted(names) for names in asked] == [["a", "b"], ["a", "new"]]
+    state.look_at("a", weights["a"])
+
+
+# --- in a monitor
+
+
+def test_the_scale_of_a_sampled_layer_is_that_of_the_whole() -> None:
+    model = net()
+    with torch.no_grad():
+        model[3].weight[0, 0] = 100.0
+    optimizer, _, records = watched(model, max_elements=500)
+    train(model, optimizer)
+    whole = optimizer.steps[0]["3.weight"][0].abs().max().view(1)
+    indices = sample_elements("3.weight", (32, 720), 500)
+    part = [each.flatten()[indices] for each in optimizer.steps[0]["3.weight"]]
+    expected = tensor_figures(FORMATS, Measurer(FORMATS).measure_tensor(*part, whole))
+    assert_equal_figures(records[0].layers["3.weight"], dict(expected))
+    assert expected["stiffness_max/e2m1"] >= 8
+
+
+@pytest.mark.parametrize("formats", [("mxfp8_e4m3",), ("nvfp4",), ("nvfp4", "e4m3fn")])
+@pytest.mark.parametrize("capacity", [100, 100_000])
+def test_blocks_have_the_scale_of_each_step(formats: tuple[str, ...], capacity: int) -> None:
+    """Also those that begin at zero, in a layer where nothing else does, and those that grow."""
+    model = net()
+    with torch.no_grad():
+        model[3].weight[:, :360] = 0
+        model[4].bias.zero_()
+    with sharing_out(capacity):
+        optimizer, _, records = watched(model, formats=formats)
+        for _ in range(3):
+            with torch.no_grad():
+                model[3].weight[:, 700:] *= 3
+            train(model, optimizer)
+    for record, step in zip(records, optimizer.steps, strict=True):
+        for name in ("3.weight", "4.bias", "4.weight"):
+            figures = dict(record.layers[name])
+            first = optimizer.steps[0][name]  # of which the amax of the whole tensor is
+            amax = (first[0] if first[0].any() else first[1]).abs().max().view(1)
+            row = Measurer(formats).measure_tensor(*step[name], amax)
+            expected = tensor_figures(formats, row)
+            of_blocks = {k: v for k, v in expected.items() if not k.endswith("e4m3fn")}
+            assert_equal_figures(figures, of_blocks, ("never_moved_frac",))
+    assert records[0].layers["3.weight"][f"stall_frac/{formats[0]}"] < 0.9
+
+
+def test_scales_hold_for_a_hundred_steps_unless_a_weight_exceeds_them() -> None:
+    model = nn.Linear(4, 4, bias=False)
+    optimizer, monitor, records = watched(model, formats="e4m3fn")
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+
+    def step(value: float) -> float:
+        model.weight.grad = torch.zeros_like(model.weight)
+        with torch.no_grad():
+            model.weight.fill_(value)
+        model.weight.grad.fill_(0.1)
+        optimizer.step()
+        return compute_scale(monitor._scale_state.amax("weight"), "e4m3fn").item()
+
+    assert step(1.0) == 2.0**-8
+    assert step(0.25) == 2.0**-8  # a smaller one changes nothing …
+    assert step(1.74) == 2.0**-8
+    assert step(1.76) == 2.0**-8  # … nor does a larger one at once: it is clipped and seen
+    assert records[-1].model["saturated_frac/e4m3fn"] == 1
+    assert step(1.76) == 2.0**-7
+    assert records[-1].model["saturated_frac/e4m3fn"] == 0
+    for _ in range(94):
+        assert step(0.2) == 2.0**-7
+    assert len(records) == 99
+    assert step(0.2) == 2.0**-7
+    assert step(0.2) == 2.0**-11  # the hundred-and-first
+
+
+def test_weights_that_begin_at_zero_have_the_scale_of_what_their_first_step_makes_of_them() -> None:
+    """A bias of zeros sets no scale; under that of 1 it would seem frozen."""
+    model = nn.Linear(4, 4)
+    nn.init.zeros_(model.bias)
+    optimizer, _, records = watched(model, formats="e2m1")
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 0.02)
+        optimizer.step()
+    stalls = [record.layers["bias"]["stall_frac/e2m1"] for record in records]
+    assert stalls == [0, 0, 0]
+
+
+def test_layers_that_stay_zero_are_looked_at_ever_less_often() -> None:
+    model = nn.Linear(4, 4)
+    nn.init.zeros_(model.bias)
+    optimizer, monitor, _ = watched(model, formats="e4m3fn")
+    looked: list[int] = []
+    take = monitor._scale_state._take
+    monitor._scale_state._take = lambda layers, **how: (
+        looked.append(len(optimizer.steps)) or take(layers, **how)
+    )
+    for _ in range(100):
+        model.weight.grad, model.bias.grad = torch.full((4, 4), 1e-6), torch.zeros(4)
+        optimizer.step()
+    # Before the first step, and after it and as many more as a power of two says.
+    assert [*dict.fromkeys(looked)] == [0, 1, *(1 + 2**k for k in range(7))]
+
+
+def test_scales_of_another_scaling_are_taken_anew() -> None:
+    model = net()
+    optimizer, monitor, _ = watched(model, scaling="channel")
+    train(model, optimizer)
+    state = monitor.state_dict()
+    monitor.detach()
+    other = UpdateMonitor(model, formats=FORMATS, max_elements=None, scaling="tensor", strict=True)
+    other.load_state_dict(state)
+    other.attach(optimizer)
+    train(model, optimizer)
+    expected = measure(*optimizer.steps[-1]["3.weight"], FORMATS)
+    assert_equal_figures(other.latest.layers["3.weight"], expected, ("never_moved_frac",))

@@ -1,0 +1,107 @@
+"""Which parameters are stored in a format, and that monitors then do not judge it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from altgrad import SamplingRule, UpdateMonitor, WeightStorage, get_format
+from altgrad.observation.stored import forget_stored, register_stored, stored_formats
+from tests.recipes.storing import net, train
+
+
+class Storage:
+    """Stands for one."""
+
+
+def sgd(*parameters: nn.Parameter) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters or [nn.Parameter(torch.ones(1))], lr=1.0)
+
+
+E4M3FN, BF16 = get_format("e4m3fn"), get_format("bf16")
+
+
+def test_what_is_stored_is_known_of_the_optimizers_that_are_asked_about() -> None:
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    one, two, other = sgd(a), sgd(b), sgd()
+    storage = Storage()
+    register_stored(one, storage, {a: E4M3FN})
+    register_stored(two, storage, {b: BF16})
+    assert stored_formats([one]) == {a: E4M3FN}
+    assert stored_formats([one, two]) == {a: E4M3FN, b: BF16}
+    assert stored_formats([other]) == stored_formats([]) == {}
+    forget_stored(storage)
+    assert stored_formats([one, two]) == {}
+
+
+def test_the_optimizer_under_a_wrapper_is_the_one_that_is_asked_about() -> None:
+    class Wrapper:
+        def __init__(self, optimizer: object) -> None:
+            self.optimizer = optimizer
+
+    a = nn.Parameter(torch.ones(2))
+    optimizer, storage = sgd(a), Storage()
+    register_stored(optimizer, storage, {a: E4M3FN})
+    assert stored_formats([Wrapper(Wrapper(optimizer))]) == {a: E4M3FN}
+
+
+def test_what_one_storage_forgets_another_still_knows() -> None:
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer, one, two = sgd(a, b), Storage(), Storage()
+    register_stored(optimizer, one, {a: E4M3FN})
+    register_stored(optimizer, two, {b: BF16})
+    assert stored_formats([optimizer]) == {a: E4M3FN, b: BF16}
+    forget_stored(one)
+    assert stored_formats([optimizer]) == {b: BF16}
+    register_stored(optimizer, two, {a: BF16})  # anew, instead of what it said before
+    assert stored_formats([optimizer]) == {a: BF16}
+    forget_stored(Storage())
+    assert stored_formats([optimizer]) == {a: BF16}
+
+
+def test_an_optimizer_whose_weights_are_stored_is_not_kept_alive() -> None:
+    a = nn.Parameter(torch.ones(2))
+    optimizer = sgd(a)
+    register_stored(optimizer, Storage(), {a: E4M3FN})
+    known = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert known() is None
+
+
+# In a monitor
+
+
+@pytest.mark.parametrize(
+    ("stored", "hidden"),
+    [
+        ("bf16", {"fp16", "bf16"}),
+        ("e4m3fn", {"fp16", "bf16", "e4m3fn", "mxfp8_e4m3"}),
+        ("mxfp8_e5m2", {"fp16", "bf16", "e4m3fn", "mxfp8_e4m3", "e5m2"}),
+    ],
+)
+def test_a_monitor_does_not_judge_what_is_stored_no_finer(stored: str, hidden: set[str]) -> None:
+    """All that it sees then lies on that grid: it would call frozen layers fine."""
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    storage = WeightStorage(stored, layers=[SamplingRule("2.*", enabled=False)])
+    storage.attach(optimizer, module=model)
+    formats = ["fp16", "bf16", "e4m3fn", "mxfp8_e4m3", "e5m2", "mxfp4"]
+    monitor = UpdateMonitor(model, formats=formats, strict=True)
+    with pytest.warns(UserWarning, match=r"cannot judge .*bf16.*stores in e?[45bm].*unmoved_frac"):
+        monitor.attach(optimizer)
+    train(model, optimizer, 2)
+    for name, figures in monitor.latest.layers.items():
+        judged = {key.split("/")[1] for key in figures if key.startswith("stall_frac/")}
+        assert judged == {*formats} - ({*hidden} if name[0] != "2" else set()), name
+    assert monitor.layers["0.weight"].formats == tuple(f for f in formats if f not in hidden)
+    assert monitor.latest.model["stall_frac/bf16"] > 0  # of the layer that is not stored
+    monitor.detach()
+    storage.detach()
+    again = UpdateMonitor(model, formats=formats, strict=True).attach(optimizer)  # no warning
+    train(model, optimizer, 1)
+    assert "stall_frac/bf16" in again.latest.layers["0.weight"]

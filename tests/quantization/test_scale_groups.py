@@ -1,0 +1,336 @@
+"""Which elements share a scale and what it is, against loops over all elements."""
+
+import math
+from fractions import Fraction
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from altgrad.quantization import FORMATS, BlockFormat, FloatFormat, get_formats
+from altgrad.quantization.scale_groups import (
+    Sharing,
+    block_sizes,
+    element_scales,
+    layer_amax,
+    layer_amax_of_each,
+    need_amax,
+    need_tensor_amax,
+    single_scales,
+    tensor_amax_of,
+)
+from tests.oracles import floor_log2
+from tests.strategies import thorough
+
+SCALINGS = [None, "tensor", "channel", ("block", 3)]
+every_scaling = pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+NAN, INF = math.nan, math.inf
+BLOCK_OF_4 = BlockFormat("mine", FORMATS["e4m3fn"], 4, "e8m0")
+
+
+# --- the slow truth ------------------------------------------------------------------------------
+
+
+def largest(values: list[float]) -> float:
+    return max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+
+
+def exact_scale(amax: float, format: FloatFormat, *, up: bool = True) -> float:
+    """The smallest power of two with which nothing clips, or OCP's; 1 for 0."""
+    if amax == 0:
+        return 1.0
+    top = Fraction(format.max)
+    if up:
+        return 2.0 ** -floor_log2(top / Fraction(amax))
+    return 2.0 ** (floor_log2(Fraction(amax)) - floor_log2(top))
+
+
+def nvfp4_scale(amax: float, tensor_amax: float) -> float:
+    """An E4M3 number, as ml_dtypes has it, times a float32."""
+    if amax == 0:
+        return 1.0
+    of_tensor = float(np.float32(tensor_amax / (448 * 6)))
+    return max(float(ml_dtypes.float8_e4m3fn(amax / 6 / of_tensor)), 2.0**-9) * of_tensor
+
+
+def places(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Of each element in row-major order."""
+    return [*np.ndindex(shape)]
+
+
+def block_of(place: tuple[int, ...], size: int) -> tuple[int, ...]:
+    return (*place[:-1], place[-1] // size) if place else ()
+
+
+def channel_of(place: tuple[int, ...], scaling: object) -> int:
+    return place[0] if scaling == "channel" and place else 0
+
+
+def weights(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    exponents = torch.randint(-9, 9, shape, generator=generator)
+    return torch.randn(shape, generator=generator) * 2.0**exponents
+
+
+@st.composite
+def samples(draw: st.DrawFn) -> tuple[tuple[int, ...], list[int], int, object]:
+    """A shape, ascending indices into it, the size of a block and a scaling."""
+    shape = tuple(draw(st.lists(st.integers(1, 6), max_size=3)))
+    count = math.prod(shape)
+    chosen = sorted(draw(st.sets(st.integers(0, count - 1))))
+    return shape, chosen, draw(st.integers(1, 7)), draw(st.sampled_from(SCALINGS))
+
+
+# --- what is needed ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "scaling", "sizes", "of_layers", "of_tensors"),
+    [
+        (["bf16", "fp16"], "tensor", (), False, False),
+        (["bf16", "fp16"], ("block", 8), (), False, False),
+        (["bf16", "e4m3fn"], "tensor", (), True, False),
+        (["bf16", "e4m3fn"], "channel", (), True, False),
+        (["bf16", "e4m3fn"], ("block", 8), (8,), False, False),
+        (["bf16", "e4m3fn"], None, (), False, False),
+        (["mxfp4"], "tensor", (32,), False, False),
+        (["mxfp4", "e4m3fn"], None, (32,), False, False),
+        (["mxfp4", "e4m3fn", "mxfp8"], ["block", 32], (32,), False, False),
+        (["nvfp4"], None, (16,), True, True),
+        (["mxfp4", "e4m3fn", "nvfp4"], ("block", 24), (16, 24, 32), True, True),
+        ([], ("block", 8), (), False, False),
+    ],
+    ids=str,
+)
+def test_what_formats_and_scaling_need_to_know(
+    names: list[str], scaling: object, sizes: tuple[int, ...], of_layers: bool, of_tensors: bool
+) -> None:
+    formats = get_formats(names)
+    assert block_sizes(formats, scaling) == sizes
+    assert need_amax(formats, scaling) is of_layers
+    assert need_tensor_amax(formats) is of_tensors
+
+
+# --- the amax of layers --------------------------------------------------------------------------
+
+
+def layers() -> dict[str, Tensor]:
+    special = weights(3, 4)
+    special[0], special[1, 2], special[2, 0] = NAN, INF, 1e4
+    return {
+        "float32": weights(3, 4),
+        "0-dim": torch.tensor(-2.0),
+        "zeros": torch.zeros(2, 2),
+        "bfloat16": weights(5, 2).bfloat16(),
+        "float64": weights(2, 3, 4).double() * 1e200,
+        "not finite": special,
+        "a channel of zeros": torch.tensor([[0.0, 0.0], [1.0, -3.0]]),
+        "float16": torch.tensor([-65504.0, 1.0]).half(),
+        "negative alone": -weights(7).abs(),
+        "float64 again": -weights(4).double(),
+        "empty": torch.zeros(0, 3),
+    }
+
+
+@pytest.mark.parametrize("scaling", ["tensor", "channel"])
+def test_the_amax_of_many_layers_is_that_of_each_and_says_which_has_a_zero(scaling: str) -> None:
+    each, has_zero = layer_amax_of_each([*layers().values()], scaling)
+    for (name, x), amax, is_zero in zip(layers().items(), each, has_zero, strict=True):
+        parts = [*x] if scaling == "channel" and x.dim() else [x]
+        expected = [largest(part.double().flatten().tolist()) for part in parts]
+        assert amax.tolist() == layer_amax(x, scaling).tolist() == expected, name
+        assert amax.dtype is (torch.float64 if x.dtype == torch.float64 else torch.float32)
+        assert is_zero is (0.0 in expected), name
+    assert {*has_zero} == {True, False}
+
+
+@every_scaling
+def test_layers_have_one_amax_unless_channels_have_scales(scaling: object) -> None:
+    count = 3 if scaling == "channel" else 1
+    assert layer_amax(weights(3, 2, 4), scaling).shape == (count,)
+
+
+def test_the_amax_of_a_tensor_grows_with_what_is_seen_of_it() -> None:
+    x = torch.tensor([0.5, -3.0, NAN, INF])
+    assert tensor_amax_of(x, torch.tensor([1.0, 2.0])).tolist() == [3.0]
+    assert tensor_amax_of(x, torch.tensor([1.0, 7.0])).tolist() == [7.0]
+
+
+def test_the_amax_of_each_of_several_tensors_is_that_of_its_own_elements_and_groups() -> None:
+    parts = [
+        Sharing.of(torch.Size(shape), torch.arange(math.prod(shape)), (), "channel")
+        for shape in ((2, 2), (1, 3), (3,))
+    ]
+    x = torch.tensor([1.0, -2, 3, NAN, 0.5, INF, 0.25, 5.0, -9.0, 6.0])
+    amax = torch.tensor([8.0, 1.0, 0.125, 1.0, 1.0, 7.0])
+    assert tensor_amax_of(x, amax, Sharing.joined(parts)).tolist() == [8.0, 0.5, 9.0]
+
+
+@every_scaling
+def test_single_scales_are_the_smallest_powers_of_two_that_do_not_clip(scaling: object) -> None:
+    formats = get_formats(["bf16", "e4m3fn", "mxfp4", "e2m1", "e0m7"])
+    amax = torch.tensor([0.0, 1.0, 448.0, 448.5, 6.0, 1e-20, 3e20])
+    scales = single_scales(amax, formats, scaling)
+    assert (scales.dtype, scales.shape) == (torch.float64, (7, 5))
+    for column, format in zip(scales.t().tolist(), formats, strict=True):
+        is_scaled = scaling is not None and format.name not in ("bf16", "mxfp4")
+        assert column == [exact_scale(a, format) if is_scaled else 1.0 for a in amax.tolist()]
+    assert single_scales(amax, [], scaling).shape == (7, 0)
+
+
+# --- which elements share one --------------------------------------------------------------------
+
+
+@thorough
+@given(samples())
+def test_elements_share_a_block_or_channel_as_in_a_loop_over_all(
+    sample: tuple[tuple[int, ...], list[int], int, object],
+) -> None:
+    shape, chosen, size, scaling = sample
+    indices = torch.tensor(chosen, dtype=torch.int64)
+    sharing = Sharing.of(torch.Size(shape), indices, (size,), scaling)
+    of_chosen = [places(shape)[index] for index in chosen]
+    assert sharing.group.tolist() == [channel_of(place, scaling) for place in of_chosen]
+    channels = shape[0] if scaling == "channel" and shape else 1
+    assert sharing.layer_of_group.tolist() == [0] * channels
+    blocks = [block_of(place, size) for place in of_chosen]
+    numbers = {block: number for number, block in enumerate(dict.fromkeys(blocks))}
+    assert sharing.blocks[size].of_element.tolist() == [numbers[block] for block in blocks]
+    assert sharing.blocks[size].layer.tolist() == [0] * len(numbers)
+
+
+@pytest.mark.parametrize("scaling", ["tensor", "channel"])
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3)], ids=str)
+def test_an_empty_layer_has_groups_and_no_element(shape: tuple[int, ...], scaling: str) -> None:
+    sharing = Sharing.of(torch.Size(shape), torch.zeros(0, dtype=torch.int64), (4,), scaling)
+    assert not len(sharing.group)
+    assert len(sharing.layer_of_group) == (shape[0] if scaling == "channel" else 1)
+    assert sharing.of_its_groups() == (sharing, slice(None))
+
+
+@thorough
+@given(samples())
+def test_without_the_groups_of_others_each_element_has_the_same_amax(
+    sample: tuple[tuple[int, ...], list[int], int, object],
+) -> None:
+    shape, chosen, size, _ = sample
+    indices = torch.tensor(chosen, dtype=torch.int64)
+    sharing = Sharing.of(torch.Size(shape), indices, (size,), "channel")
+    amax = torch.arange(100, 100 + len(sharing.layer_of_group))
+    alone, groups = sharing.of_its_groups()
+    assert amax[groups][alone.group].tolist() == amax[sharing.group].tolist()
+    assert alone.blocks is sharing.blocks
+    if chosen:
+        assert {0, len(alone.layer_of_group) - 1} <= {*alone.group.tolist()}
+
+
+@thorough
+@given(st.lists(samples(), min_size=1, max_size=4))
+def test_several_layers_side_by_side_share_nothing(
+    several: list[tuple[tuple[int, ...], list[int], int, object]],
+) -> None:
+    parts = [
+        Sharing.of(torch.Size(shape), torch.tensor(chosen, dtype=torch.int64), (2, 3), "channel")
+        for shape, chosen, _, _ in several
+    ]
+    joined = Sharing.joined(parts)
+    layer = [k for k, part in enumerate(parts) for _ in part.group]
+    assert joined.layers == len(parts)
+    tables = [torch.arange(len(part.layer_of_group)) + 1000 * k for k, part in enumerate(parts)]
+    of_each = [table[part.group] for table, part in zip(tables, parts, strict=True)]
+    assert torch.equal(torch.cat(tables)[joined.group], torch.cat(of_each))
+    assert joined.layer_of_group[joined.group].tolist() == layer
+    for size in (2, 3):
+        own = [part.blocks[size].of_element.tolist() for part in parts]
+        pairs = [(k, block) for k, blocks in enumerate(own) for block in blocks]
+        numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+        blocks = joined.blocks[size]
+        assert blocks.of_element.tolist() == [numbers[pair] for pair in pairs]
+        assert blocks.layer[blocks.of_element].tolist() == layer
+
+
+def test_padding_adds_elements_and_changes_none() -> None:
+    sharing = Sharing.of(torch.Size((3, 4)), torch.tensor([5, 6, 11]), (2,), "channel")
+    padded = sharing.padded(5)
+    assert padded.group[:3].tolist() == sharing.group.tolist() == [1, 1, 2]
+    assert padded.blocks[2].of_element[:3].tolist() == [0, 1, 2]
+    assert padded.blocks[2].layer is sharing.blocks[2].layer
+    assert len(padded.group) == len(padded.blocks[2].of_element) == 5
+    assert padded.group.max() < len(padded.layer_of_group)
+    assert padded.blocks[2].of_element.max() < len(padded.blocks[2].layer)
+
+
+# --- the scale of each element -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chosen", ["all", "sample"])
+@every_scaling
+def test_each_element_has_the_scale_of_what_it_shares_it_with(scaling: object, chosen: str) -> None:
+    formats = get_formats(["bf16", "e4m3fn", "e2m1", "mxfp4", "nvfp4", BLOCK_OF_4])
+    before, after = weights(5, 40), weights(5, 40, seed=1)
+    before[1], before[3, 8:12] = 0.0, 0.0  # these set no scale: the weights after do
+    before[2, 5], before[2, 9], after[1, 3] = NAN, -INF, INF
+    indices = torch.arange(200)
+    if chosen == "sample":
+        indices = torch.cat([torch.arange(3, 50), torch.arange(60, 200, 3)])
+    sharing = Sharing.of(before.shape, indices, block_sizes(formats, scaling), scaling)
+    w, v = before.flatten()[indices], after.flatten()[indices]
+    amax = layer_amax(before, scaling)
+    amax = torch.where(amax == 0, layer_amax(after, scaling), amax)
+    tensor_amax = tensor_amax_of(w, amax)
+    scales = element_scales(w, v, amax, tensor_amax, sharing, formats, scaling)
+    assert scales.dtype is torch.float64
+
+    of_chosen = [places((5, 40))[index] for index in indices.tolist()]
+    of_tensor = largest(before.flatten().tolist())
+
+    def amax_of(members: list[int]) -> float:
+        return largest(w[members].tolist()) or largest(v[members].tolist())
+
+    def amax_of_blocks(size: int) -> list[float]:
+        blocks = [block_of(place, size) for place in of_chosen]
+        return [amax_of([k for k, b in enumerate(blocks) if b == own]) for own in blocks]
+
+    def amax_of_groups() -> list[float]:
+        if scaling == "tensor":
+            return [of_tensor] * len(of_chosen)
+        rows = zip(before.tolist(), after.tolist(), strict=True)
+        of_channels = [largest(row) or largest(other) for row, other in rows]
+        return [of_channels[channel_of(place, scaling)] for place in of_chosen]
+
+    found = dict(zip([format.name for format in formats], scales.tolist(), strict=True))
+    assert found["bf16"] == [1.0] * len(of_chosen)
+    for name in ("e4m3fn", "e2m1"):
+        if scaling is None:
+            assert found[name] == [1.0] * len(of_chosen)
+            continue
+        own = amax_of_groups() if isinstance(scaling, str) else amax_of_blocks(scaling[1])
+        assert found[name] == [exact_scale(each, FORMATS[name]) for each in own]
+    for name, size in (("mxfp4", 32), ("mine", 4)):
+        element = FORMATS["e2m1" if name == "mxfp4" else "e4m3fn"]
+        expected = [exact_scale(each, element, up=False) for each in amax_of_blocks(size)]
+        assert found[name] == expected
+    assert found["nvfp4"] == [nvfp4_scale(each, of_tensor) for each in amax_of_blocks(16)]
+
+
+def test_layers_side_by_side_have_the_scales_that_each_has_alone() -> None:
+    formats, scaling = get_formats(["e4m3fn", "nvfp4", "mxfp4"]), "channel"
+    sizes = block_sizes(formats, scaling)
+    several = [(weights(3, 20, seed=k) * 10.0**k, weights(3, 20, seed=9)) for k in range(3)]
+    parts = [Sharing.of(w.shape, torch.arange(60), sizes, scaling) for w, _ in several]
+    amax = [layer_amax(w, scaling) for w, _ in several]
+    alone = [
+        element_scales(
+            w.flatten(), v.flatten(), own, tensor_amax_of(w, own), part, formats, scaling
+        )
+        for (w, v), own, part in zip(several, amax, parts, strict=True)
+    ]
+    joined = Sharing.joined(parts)
+    before, after = (torch.cat([each[k].flatten() for each in several]) for k in (0, 1))
+    of_tensors = tensor_amax_of(before, torch.cat(amax), joined)
+    together = element_scales(before, after, torch.cat(amax), of_tensors, joined, formats, scaling)
+    assert torch.equal(together, torch.cat(alone, dim=1))

@@ -1,0 +1,106 @@
+"""`WeightStorage` in time: resumed, attached again, and detached."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from altgrad import WeightStorage
+from tests.recipes.storing import Given, net, scale_for, scale_of, train
+
+
+@pytest.mark.parametrize("remedy", [{}, {"rounding": "stochastic"}, {"compensation": "kahan"}])
+@pytest.mark.parametrize("format", ["bf16", "e4m3fn", "mxfp8_e4m3"])
+def test_a_resumed_run_goes_on_exactly(format: str, remedy) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    storage = WeightStorage(format, **remedy).attach(optimizer)
+    train(model, optimizer, 4)
+    state, weights = storage.state_dict(), {n: p.clone() for n, p in model.state_dict().items()}
+    state = {"layers": {n: clone(s) for n, s in state["layers"].items()}, **clone(state)}
+    train(model, optimizer, 4, seed=2)
+
+    resumed = net()
+    resumed.load_state_dict(weights)
+    optimizer = torch.optim.SGD(resumed.parameters(), lr=0.3)
+    storage = WeightStorage(format, **remedy)
+    storage.load_state_dict(state)
+    storage.attach(optimizer)
+    train(resumed, optimizer, 4, seed=2)
+    assert all(map(torch.equal, model.parameters(), resumed.parameters()))
+    with pytest.raises(RuntimeError, match="before attach"):
+        storage.load_state_dict(state)
+
+
+def test_attached_again_it_goes_on_with_its_scales_and_what_was_lost() -> None:
+    weight = nn.Parameter(torch.tensor([64.0, 1.0]))
+    optimizer = Given([weight], torch.tensor([-63.0, 0.01]))
+    storage = WeightStorage("e4m3fn", compensation="kahan").attach(optimizer)
+    with pytest.raises(RuntimeError, match=r"give all optimizers to one attach\(\)"):
+        storage.attach(optimizer)
+    optimizer.step()
+    before = storage.state_dict()["layers"]["parameter 0"]
+    storage.detach()
+    storage.attach(optimizer)
+    after = storage.state_dict()["layers"]["parameter 0"]
+    assert after["scales"] == before["scales"] == scale_for(64.0, "e4m3fn")
+    assert torch.equal(after["lost"], before["lost"])
+    assert before["lost"][1] > 0
+    optimizer.step()
+    assert not torch.equal(storage.state_dict()["layers"]["parameter 0"]["lost"], after["lost"])
+    assert torch.equal(after["lost"], before["lost"])  # they are copies
+    loaded = WeightStorage("e4m3fn", compensation="kahan")
+    loaded.load_state_dict(storage.state_dict())
+    loaded.attach(optimizer)
+    optimizer.step()
+    now = loaded.state_dict()["layers"]["parameter 0"]
+    loaded.detach()
+    loaded.attach(optimizer)
+    assert torch.equal(loaded.state_dict()["layers"]["parameter 0"]["lost"], now["lost"])
+
+
+def test_states_of_other_storages_are_refused_or_told_of() -> None:
+    def stored(scaling="tensor", shape=(2, 3), name: str = "weight") -> tuple:
+        optimizer = Given([(name, nn.Parameter(torch.ones(shape)))], 0.01)
+        return WeightStorage("e4m3fn", scaling, compensation="kahan"), optimizer
+
+    def state_of(*arguments, **settings):
+        storage, optimizer = stored(*arguments, **settings)
+        return storage.attach(optimizer).state_dict()
+
+    storage, optimizer = stored()
+    with pytest.raises(ValueError, match=r"keys \['weights'\]: expected what WeightStorage"):
+        storage.load_state_dict({"weights": {}})
+    storage.load_state_dict({"layers": {"weight": {"format": "bf16"}}, "generators": {}})
+    with pytest.raises(ValueError, match=r"weight has the keys \['format'\]: expected what"):
+        storage.attach(optimizer)
+    storage.load_state_dict(state_of(shape=(3, 3)))
+    with pytest.raises(ValueError, match=r"weight has what was lost of shape \(3, 3\): expected"):
+        storage.attach(optimizer)
+    storage.load_state_dict(state_of(name="head.weight"))
+    with pytest.warns(UserWarning, match=r"1 layers .* not stored now, among them head.weight:"):
+        storage.attach(optimizer)
+    storage, optimizer = stored()
+    storage.load_state_dict(state_of("channel"))  # scales that are shared otherwise begin anew
+    storage.attach(optimizer)
+    assert scale_of(storage) == scale_for(1.0, "e4m3fn")
+    storage, optimizer = stored("channel")
+    storage.load_state_dict(state_of("channel", shape=(3, 3)) | {})
+    with pytest.raises(ValueError, match=r"has scales of shape \(3, 1\): expected \(2, 1\)"):
+        storage.attach(optimizer)
+
+
+def clone(state):
+    if isinstance(state, dict):
+        return {key: clone(value) for key, value in state.items()}
+    return state.clone() if isinstance(state, torch.Tensor) else state
+
+
+def test_after_detach_weights_are_free() -> None:
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = Given([weight], 1e-4)
+    with WeightStorage("bf16").attach(optimizer):
+        optimizer.step()
+    optimizer.step()
+    assert weight.item() == pytest.approx(1.0001, rel=1e-6)

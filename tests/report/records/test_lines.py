@@ -1,0 +1,126 @@
+"""The lines of a record: what was observed is what is read, whatever the numbers and the names."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from altgrad import FloatFormat, Histogram
+from altgrad.measurement import LAYER_METRICS
+from altgrad.report import RunFile, read
+from altgrad.report.records.lines import WITH_ERRORS, written_numbers
+from altgrad.report.records.schema import number_as_json, number_from_json
+from tests.report.records.recording import (
+    FORMATS,
+    assert_same,
+    header_of,
+    records_of,
+    strict_lines,
+    written,
+)
+
+ODD_NAMES = (
+    "<script>alert(1)</script>",
+    'line\nbreak "quoted"',
+    "größe/重み",
+    "100 %s %",
+    "\ud800",
+)
+
+
+def test_sampled_layers_have_standard_errors_and_no_others(tmp_path, records, header) -> None:
+    run = read(written(tmp_path, header, records))
+    keys = {f"{metric}/{format}" for metric in WITH_ERRORS for format in FORMATS}
+    sampled = {"0.weight", None}
+    for row in run.rows:
+        assert set(row.errors) == (keys if row.layer in sampled else set())
+        figures = records[row.step].layers.get(row.layer, records[row.step].model)
+        for key, error in row.errors.items():
+            assert_same(error, figures.standard_error(key))
+    assert any(row.errors["stall_frac/bf16"] > 0 for row in run.rows if row.layer in sampled)
+
+
+def test_the_row_of_the_model_says_more(tmp_path, records, header) -> None:
+    weights = Histogram(-20, (1.0, 0.5, 1e9))
+    with RunFile.create(tmp_path, header) as file:
+        for step, record in enumerate(records):
+            given = weights if step == 1 else None
+            file.append(step, record, skipped={"inf": 2, "zero_lr": 1}, weights=given)
+    rows = [row for row in read(file.path).rows if row.layer is None]
+    for row, record in zip(rows, records, strict=True):
+        assert row.elements == record.model.elements == 1000 + 50 + 50 + 50 + 150 + 3
+        assert row.skipped == {"inf": 2, "zero_lr": 1}
+        assert_same(row.own_seconds, record.own_seconds)
+        assert_same(row.training_seconds, record.training_seconds)
+        for key in ("ulps", "steps/bf16", "steps/e4m3fn"):
+            first, counts = row.histograms[key]
+            assert (first, len(counts)) == (0 if key == "ulps" else -32, 64)
+            assert counts == pytest.approx(record.model.histogram(key).counts, rel=1e-7)
+    assert math.isnan(rows[0].own_seconds)
+    assert rows[2].own_seconds > 0
+    assert [row.histograms.get("weights") for row in rows] == [None, weights, None]
+    layer = read(file.path).rows[0]
+    assert (layer.elements, layer.skipped, layer.histograms) == (None, {}, {})
+
+
+def test_numbers_without_a_value_and_without_an_end(tmp_path) -> None:
+    parameters = {
+        "still": torch.zeros(40),
+        "exact": torch.ones(40),
+        "nan": torch.full((4,), math.nan),
+    }
+    records = records_of(parameters, steps=1)
+    path = written(tmp_path, header_of(records[0]), records)
+    lines = {line["layer"]: line for line in strict_lines(path)[1:]}
+    assert lines["nan"]["figures"]["stall_frac/bf16"] is None
+    assert records[0].layers["exact"]["sqnr_db/bf16"] == math.inf
+    assert lines["exact"]["figures"]["sqnr_db/bf16"] == "inf"
+    rows = {row.layer: row for row in read(path).rows}
+    assert math.isnan(rows["nan"].figures["stall_frac/bf16"])
+    assert rows["exact"].figures["sqnr_db/bf16"] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        *((0.0, "0"), (-0.0, "-0"), (1.0, "1"), (0.5, "0.5"), (1 / 3, "0.33333333")),
+        *((1e-300, "1e-300"), (-123456789.0, "-1.2345679e+08"), (5e-324, "4.9406565e-324")),
+        *((math.nan, "null"), (math.inf, '"inf"'), (-math.inf, '"-inf"')),
+    ],
+)
+def test_how_a_number_is_written(number: float, text: str) -> None:
+    assert written_numbers([1.5, number, 2.5]) == ["1.5", text, "2.5"]
+    assert number_from_json(json.loads(text)) == pytest.approx(number, rel=5e-8, nan_ok=True)
+    assert number_from_json(json.loads(json.dumps(number_as_json(number)))) == pytest.approx(
+        number, rel=0, nan_ok=True
+    )
+
+
+def test_layers_of_any_name(tmp_path) -> None:
+    records = records_of({name: torch.ones(5) for name in ODD_NAMES})
+    path = written(tmp_path, header_of(records[0]), records)
+    assert len(strict_lines(path)) == 1 + 3 * 6
+    run = read(path)
+    assert [*run.layers] == [row.layer for row in run.rows[:5]] == [*ODD_NAMES]
+    assert run.notes == []
+
+
+def test_a_format_of_any_name(tmp_path) -> None:
+    name = '%s"nan"inf<b>'
+    formats = [FloatFormat(name, exponent_bits=3, mantissa_bits=2, bias=3)]
+    records = records_of({"w": torch.ones(3000)}, formats=formats, max_elements=100)
+    run = read(written(tmp_path, header_of(records[0], formats), records))
+    assert [*run.formats] == [name]
+    for row in run.rows:
+        assert_same(
+            row.figures[f"stall_frac/{name}"], records[row.step].model[f"stall_frac/{name}"]
+        )
+        assert f"stall_frac/{name}" in row.errors
+
+
+def test_without_formats(tmp_path) -> None:
+    records = records_of({"w": torch.ones(3000)}, formats=[], max_elements=100)
+    run = read(written(tmp_path, header_of(records[0], []), records))
+    assert {*run.rows[0].figures} == {*LAYER_METRICS}
+    assert [*run.rows[1].histograms] == ["ulps"]

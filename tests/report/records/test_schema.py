@@ -1,0 +1,80 @@
+"""The header of a run file, and numbers as valid JSON."""
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from altgrad.quantization import get_formats
+from altgrad.report import SCHEMA, FormatInfo, Header, LayerInfo, Predecessor, read
+from altgrad.report.records.schema import number_as_json, number_from_json, numbers_from_json
+from tests.report.records.recording import written
+
+
+def test_what_the_header_says_of_formats_and_scalings(tmp_path, records) -> None:
+    formats = get_formats(["bf16", "e4m3fn", "e0m7", "nvfp4"])
+    for scaling in (None, "channel", ("block", 32)):
+        infos = {each.name: FormatInfo.of(each, scaling) for each in formats}
+        path = written(tmp_path, Header(infos, {}, scaling), [])
+        assert (read(path).formats, read(path).scaling) == (infos, scaling)
+    assert infos["e4m3fn"] == FormatInfo("e4m3fn", 8, 448.0, 2.0**-9, 2.0**-6, 0.125, scaled=True)
+    assert infos["bf16"].scaled is False
+    assert (infos["nvfp4"].bits, infos["nvfp4"].max, infos["nvfp4"].scaled) == (4, 6.0, True)
+    line = json.loads((tmp_path / "altgrad.jsonl").read_text())
+    assert line["altgrad"] == 1
+    assert line["predecessor"] is None
+
+
+HEADER = Header(
+    {"mine": FormatInfo("mine", 6, math.inf, 2.0**-4, 0.25, 0.25, scaled=True)},
+    {
+        "once": LayerInfo((3, 4), "float32", 12, ("mine",)),
+        "seldom": LayerInfo((), "bfloat16", 1, (), every_n_steps=7),
+    },
+    ("block", 32),
+    {"torch": "2.6"},
+    "2026-01-02",
+    Predecessor("../version_0/altgrad.jsonl", 30),
+)
+
+
+def test_a_header_stays_the_same_by_way_of_json() -> None:
+    line = json.dumps(HEADER.as_json(), allow_nan=False)
+    assert Header.from_json(json.loads(line)) == HEADER
+    assert json.loads(line)["altgrad"] == SCHEMA
+    bare = {"formats": {}, "scaling": None, "layers": {}}  # what the first versions wrote
+    assert Header.from_json(bare) == Header({}, {}, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_like"),
+    [
+        ({"formats": {}}, False),
+        ({"scaling": ("block", 16)}, False),
+        ({"scaling": None}, False),
+        ({"layers": {"once": HEADER.layers["once"]}}, False),
+        ({"layers": HEADER.layers | {"once": replace(HEADER.layers["once"], elements=4)}}, False),
+        ({"versions": {}, "created": "", "predecessor": None}, True),
+    ],
+)
+def test_runs_are_alike_where_their_figures_mean_the_same(change: Any, is_like: bool) -> None:
+    assert HEADER.is_like(replace(HEADER, **change)) is is_like
+
+
+def test_numbers_are_json_and_come_back() -> None:
+    numbers = [0.5, -3.0, 0.0, math.inf, -math.inf, math.nan]
+    as_json = [number_as_json(each) for each in numbers]
+    assert as_json == [0.5, -3.0, 0.0, "inf", "-inf", None]
+    assert numbers_from_json(as_json) == pytest.approx(numbers, abs=0, rel=0, nan_ok=True)
+    assert numbers_from_json([3, 2**60]) == [3.0, 2.0**60]
+    assert all(type(each) is float for each in numbers_from_json([3, 0.5, None]))
+
+
+@pytest.mark.parametrize("value", [True, "nan", "Infinity", "1", "", [1.0], {}], ids=repr)
+def test_what_is_no_number_is_a_type_error(value: Any) -> None:
+    with pytest.raises(TypeError, match="is no number"):
+        number_from_json(value)
+    with pytest.raises(TypeError):
+        numbers_from_json([1.0, value])

@@ -1,0 +1,138 @@
+"""`RunFile`: what is written stays readable, whatever becomes of the process and the disk."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from altgrad.report import RunFile, RunFileError, read
+from tests.report.records.recording import assert_same, header_of, written
+
+# --- what becomes of files
+
+
+def test_two_runs_in_one_folder_do_not_meet(tmp_path, records, header) -> None:
+    first = written(tmp_path, header, records[:1])
+    content = first.read_bytes()
+    for number in range(2, 12):
+        assert written(tmp_path, header, records[:2]).name == f"altgrad-{number}.jsonl"
+    assert first.read_bytes() == content
+    run = read(tmp_path)
+    assert run.path.name == "altgrad-11.jsonl"
+    (note,) = run.notes
+    assert "altgrad-11.jsonl is read, of several runs in its folder (altgrad.jsonl, altg" in note
+    assert read(first).steps == (0,)
+
+
+def test_a_killed_process_loses_at_most_the_last_line(tmp_path, records) -> None:
+    script = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parents[3])!r})
+from altgrad.report import RunFile
+from tests.report.records.recording import header_of, records_of
+records = records_of(max_elements=1000)
+file = RunFile.create({str(tmp_path)!r}, header_of(records[0]))
+step = 0
+while True:
+    file.append(step, records[step % 3], skipped={{}})
+    if step == 50:
+        print("fifty", flush=True)
+    step += 1
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"fifty\n"
+    time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    run = read(tmp_path)
+    assert set(range(51)) <= set(run.steps)
+    rows = len(run.rows)
+    assert rows >= 51 * 7
+    assert len((tmp_path / "altgrad.jsonl").read_bytes().splitlines()) - 1 - rows <= 1
+
+
+def test_a_disk_that_is_full_leaves_whole_lines(tmp_path, records, header) -> None:
+    file = RunFile.create(tmp_path, header)
+    file.append(0, records[0], skipped={})
+    size = file.path.stat().st_size
+    real = file._file
+
+    class Full:
+        def write(self, data: memoryview) -> int:
+            if real.tell() - size > 5000:
+                raise OSError(28, "No space left on device")
+            return real.write(data[:3000])
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+    file._file = Full()
+    with pytest.raises(OSError, match="No space left"):
+        file.append(1, records[1], skipped={})
+    assert file.path.stat().st_size == size
+    file._file = real
+    file.append(2, records[2], skipped={})
+    file.close()
+    assert (read(file.path).steps, read(file.path).notes) == ((0, 2), [])
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_no_empty_file(tmp_path, header) -> None:
+    with (
+        mock.patch(
+            "altgrad.report.records.writing.RunFile._write", side_effect=OSError(28, "full")
+        ),
+        pytest.raises(OSError, match="full"),
+    ):
+        RunFile.create(tmp_path, header)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_file_takes_nothing_more(tmp_path, records, header) -> None:
+    file = RunFile.create(tmp_path, header)
+    file.close()
+    with pytest.raises(ValueError, match="closed"):
+        file.append(0, records[0], skipped={})
+
+
+# --- resumed
+
+
+def test_a_resumed_run_has_no_gap_and_nothing_twice(tmp_path, records, header) -> None:
+    path = written(tmp_path, header, records)
+    with RunFile.resume(path, 2, header) as file:
+        assert file.path == path
+        file.append(2, records[0], skipped={})
+        file.append(3, records[1], skipped={})
+    run = read(path)
+    assert run.steps == (0, 1, 2, 3)
+    assert len(run.rows) == 4 * 7
+    assert_same(run.series("update_rms")[2], records[0].model["update_rms"])
+    assert run.notes == ["altgrad.jsonl: resumed before step 2, 7 lines are superseded"]
+    RunFile.resume(path, 1, header).close()  # once more, from earlier on
+    assert read(path).steps == (0,)
+
+
+def test_a_run_that_is_another_one_is_not_written_below(tmp_path, records, header) -> None:
+    path = written(tmp_path, header, records)
+    content = path.read_bytes()
+    other = header_of(records[0], ("bf16", "e5m2"))
+    with RunFile.resume(path, 1, other) as file:
+        file.append(1, records[1], skipped={})
+    assert path.read_bytes() == content
+    assert file.path.name == "altgrad-2.jsonl"
+    run = read(file.path)
+    assert (run.steps, run.predecessors) == ((0, 1), [path])
+    assert [*run.formats] == ["bf16", "e5m2", "e4m3fn"]
+
+
+def test_what_is_no_run_file_is_not_resumed(tmp_path, header) -> None:
+    path = tmp_path / "altgrad.jsonl"
+    path.write_text("mine\n")
+    with pytest.raises(RunFileError, match="no run file of AltGrad"):
+        RunFile.resume(path, 3, header)
+    assert path.read_text() == "mine\n"

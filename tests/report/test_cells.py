@@ -1,0 +1,58 @@
+"""What a cell says, wherever there is a table of layers by formats."""
+
+import math
+
+import pytest
+from rich.style import Style
+
+from altgrad.report import Advice, Verdict
+from altgrad.report.cells import COLOURS, EVIDENCE, MEANINGS, cell_text, kept_text
+
+
+@pytest.mark.parametrize(
+    ("kept", "text"),
+    [
+        *((1.0, "1.00"), (0.9999, ">.99"), (0.996, ">.99"), (0.99, "0.99"), (0.9899, ".989")),
+        *((0.986, ".986"), (0.984, "0.98"), (0.5, "0.50"), (0.4999, ".499"), (0.494, "0.49")),
+        *((0.001, "<.01"), (0.0, "0.00"), (-0.3, "-0.30"), (1.44, "1.44"), (math.nan, "")),
+    ],
+)
+def test_a_share_is_never_rounded_across_a_threshold(kept: float, text: str) -> None:
+    assert kept_text(kept) == text
+
+
+def test_a_share_has_four_characters_that_are_near_it_and_on_its_side_of_each_threshold() -> None:
+    for kept in (k / 4000 for k in range(4001)):
+        text = kept_text(kept)
+        assert len(text) == 4
+        shown = float(text.lstrip("<>"))
+        assert abs(shown - kept) <= 0.01
+        assert (shown >= 0.99, shown >= 0.5) == (kept >= 0.99, kept >= 0.5), text
+        assert (text == "1.00", text == "0.00") == (kept == 1, kept == 0), text
+
+
+def test_a_cell_says_the_verdict_in_a_word_and_the_share() -> None:
+    def cell(verdict: Verdict, kept: float) -> str:
+        return cell_text(Advice("a", "bf16", verdict, {"kept_update_ratio": kept}, {}, ""))
+
+    assert cell(Verdict.STORES_FINE, 1.0) == "fine 1.00"
+    assert cell(Verdict.NEEDS_REMEDY, 0.4999) == "remedy .499"
+    assert cell(Verdict.NOT_JUDGED, math.nan) == "–"
+    assert cell_text(None) == ""
+
+
+def test_every_verdict_has_a_meaning_and_a_colour_of_its_own() -> None:
+    for table in (MEANINGS, COLOURS):
+        assert {*table} == {*Verdict}
+        assert len({*table.values()}) == len(Verdict)
+    for colour in COLOURS.values():
+        Style.parse(colour)
+    assert {*EVIDENCE} == {*Verdict}
+    assert EVIDENCE[Verdict.FROZEN].endswith("frozen when the run was really done")
+
+
+def test_meanings_name_the_thresholds() -> None:
+    assert "0.99 " in MEANINGS[Verdict.STORES_FINE]
+    assert MEANINGS[Verdict.WATCH].startswith("0.5 to 0.99 ")
+    assert MEANINGS[Verdict.NEEDS_REMEDY].startswith("below 0.5:")
+    assert MEANINGS[Verdict.FROZEN].startswith("99 % or more")

@@ -1,0 +1,67 @@
+"""`altgrad report` and `altgrad compare`: where they write to, and how they fail."""
+
+from pathlib import Path
+
+import pytest
+
+from altgrad.report import RunReport, page, read
+from tests.command_line import altgrad
+from tests.report.runs import written_run
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no such file or folder"),
+        ("", "it is empty"),
+        ('{"loss": 1}\n', "it is no run file of AltGrad"),
+        ('{"altgrad": 1, "form', "it is damaged"),
+        ('{"altgrad": 99}\n', "a newer AltGrad wrote it"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_sentence(
+    tmp_path: Path, command: str, content: str | None, message: str
+) -> None:
+    path = tmp_path / "run.jsonl"
+    if content is not None:
+        path.write_text(content)
+    failed = altgrad(command, *[path] * (2 if command == "compare" else 1))
+    assert failed.returncode == 2
+    assert failed.stdout == ""
+    assert failed.stderr.startswith(f"{path}: ")
+    assert message in failed.stderr
+    assert failed.stderr.count("\n") == 1
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(run: Path, tmp_path: Path) -> None:
+    failed = altgrad("report", run, "--html", tmp_path / "missing" / "page.html")
+    assert failed.returncode == 2
+    assert failed.stderr.strip().endswith(
+        "page.html: it cannot be written (No such file or directory)"
+    )
+
+
+def test_files_are_written_beside_what_is_shown_and_named_in_a_line_each(
+    run: Path, tmp_path: Path
+) -> None:
+    html, csv = (tmp_path / f"a.name.of.some.length.{kind}" for kind in ("html", "csv"))
+    shown = altgrad("report", run, "--html", html, "--csv", csv, columns=40)
+    assert shown.returncode == 0, shown.stderr
+    assert "If the weights were stored in" in shown.stdout
+    assert shown.stdout.splitlines()[-2:] == [f"Written: {html}", f"Written: {csv}"]
+    assert html.read_text() == page(RunReport.of(read(run)))
+    assert csv.read_text() == altgrad("report", run, "--csv", "-").stdout
+
+
+def test_no_more_layers_are_shown_than_asked_for(run: Path, tmp_path: Path) -> None:
+    other = written_run(tmp_path, ["matrix"], ["gain"])
+
+    def shown(*arguments: object) -> str:
+        return " ".join(altgrad(*arguments).stdout.split())
+
+    assert "The 1 of 4 layers that keep least:" in shown("report", run, "--layers", 1)
+    assert "the 3 of 4 that differ most" in shown("compare", run, other, "--layers", 3)
+    assert "Verdicts and kept_update_ratio: all" in shown("compare", run, other, "--layers", 0)
+    refused = altgrad("report", run, "--layers", -1)
+    assert (refused.returncode, refused.stdout) == (2, "")

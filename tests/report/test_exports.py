@@ -1,0 +1,81 @@
+"""The verdicts as JSON and as CSV."""
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from altgrad.report import Row, RunReport
+from altgrad.report.exports import as_csv, as_json
+from tests.command_line import altgrad
+from tests.report.runs import FORMATS, MARKUP, SCRIPT, figures, run_of
+
+NAN = math.nan
+
+
+def test_json_is_valid_and_holds_the_verdicts(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    assert altgrad("report", run, "--json", path).returncode == 0
+    value = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert value["formats"] == [*FORMATS]
+    assert value["steps"] == [0, 10, 20]
+    assert value["layers"][SCRIPT]["smallest_that_stores_fine"] is None
+    assert value["layers"][SCRIPT]["formats"]["bf16"]["verdict"] == "frozen"
+    assert value["layers"]["matrix"]["smallest_that_stores_fine"] == "e5m2"
+    figures = value["layers"]["matrix"]["formats"]["e5m2"]["figures"]
+    assert figures["kept_update_ratio"] == 1
+    assert figures["stall_frac"] == 0
+
+
+def test_csv_has_a_line_for_each_layer_and_format(run: Path) -> None:
+    shown = altgrad("report", run, "--csv", "-")
+    assert shown.returncode == 0, shown.stderr
+    rows = [*csv.DictReader(io.StringIO(shown.stdout))]  # and nothing else is shown
+    assert [(row["layer"], row["format"]) for row in rows] == [
+        (layer, format) for layer in ("gain", SCRIPT, "matrix", MARKUP) for format in FORMATS
+    ]
+    assert [row["verdict"] for row in rows] == ["frozen"] * 4 + ["stores fine"] * 4
+    assert [float(row["kept_update_ratio"]) for row in rows] == [0.0] * 4 + [1.0] * 4
+
+
+def odd_report() -> RunReport:
+    """Of a layer with any name, of which nothing is known."""
+    unknown = figures(kept_update_ratio=NAN, stall_frac=NAN, never_moved_frac=NAN)
+    rows = [
+        Row(0, 'a,"b"\nc', unknown | {"saturated_frac/bf16": math.inf}, {}),
+        Row(0, None, {}, {}, skipped={"inf": 2}),
+    ]
+    return RunReport.of(run_of(rows, ["bf16"], notes=["torn"], versions={"altgrad": "0.1"}))
+
+
+def test_numbers_without_a_value_are_none_in_json_and_empty_in_csv() -> None:
+    value = as_json(odd_report())
+    json.dumps(value, allow_nan=False)
+    assert value["own_share"] is None
+    advice = value["layers"]['a,"b"\nc']["formats"]["bf16"]
+    assert advice["figures"] == {
+        "kept_update_ratio": None,
+        "stall_frac": None,
+        "never_moved_frac": None,
+        "underflow_frac": 0.0,
+        "saturated_frac": None,
+    }
+    (row,) = csv.DictReader(io.StringIO(as_csv(odd_report()), newline=""))
+    assert row["layer"] == 'a,"b"\nc'
+    assert (row["kept_update_ratio"], row["underflow_frac"]) == ("", "0.0")
+    assert row["kept_update_ratio_error"] == ""
+
+
+def test_json_holds_what_is_known_of_the_run_and_of_its_reading() -> None:
+    value = as_json(odd_report())
+    about = {key: value[key] for key in ("steps", "skipped", "notes", "versions", "to_apply")}
+    assert about == {
+        "steps": [0],
+        "skipped": {"inf": 2},
+        "notes": ["torn"],
+        "versions": {"altgrad": "0.1"},
+        "to_apply": "",
+    }

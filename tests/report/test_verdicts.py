@@ -1,0 +1,207 @@
+"""Verdicts: each one, at each threshold, and what they say."""
+
+import math
+from collections.abc import Mapping
+
+import pytest
+
+from altgrad.quantization import get_formats
+from altgrad.report import Advice, FormatInfo, Judge, LayerInfo, Verdict
+from tests.report.runs import figures
+
+FORMATS = {
+    format.name: FormatInfo.of(format, "tensor") for format in get_formats(["fp16", "bf16", "e5m2"])
+}
+NAN = math.nan
+
+
+def advice_on(
+    *steps: Mapping[str, float], errors: Mapping[str, float] | None = None, format: str = "bf16"
+) -> Advice:
+    judge = Judge(FORMATS)
+    for step in steps:
+        judge.add("layer", step, errors or {})
+    (found,) = judge.assessment().advice
+    assert (found.layer, found.format) == ("layer", format)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ({}, Verdict.STORES_FINE),
+        ({"kept_update_ratio": 0.99}, Verdict.STORES_FINE),
+        ({"kept_update_ratio": 1.7}, Verdict.STORES_FINE),  # overshoot
+        ({"kept_update_ratio": 0.9899}, Verdict.WATCH),
+        ({"kept_update_ratio": 0.5}, Verdict.WATCH),
+        ({"kept_update_ratio": 0.4999}, Verdict.NEEDS_REMEDY),
+        ({"kept_update_ratio": -0.2}, Verdict.NEEDS_REMEDY),
+        ({"kept_update_ratio": 0.0, "never_moved_frac": 0.99}, Verdict.FROZEN),
+        ({"kept_update_ratio": 0.0, "never_moved_frac": 0.9899}, Verdict.NEEDS_REMEDY),
+        ({"kept_update_ratio": 0.98, "underflow_frac": 0.03}, Verdict.RANGE),
+        ({"kept_update_ratio": 0.98, "underflow_frac": 0.0299}, Verdict.WATCH),
+        ({"kept_update_ratio": 0.98, "saturated_frac": 0.01}, Verdict.RANGE),
+        ({"kept_update_ratio": 0.98, "saturated_frac": 0.0099}, Verdict.WATCH),
+        ({"kept_update_ratio": 0.99, "underflow_frac": 0.5}, Verdict.STORES_FINE),
+        ({"kept_update_ratio": NAN, "stall_frac": NAN}, Verdict.NOT_JUDGED),
+    ],
+    ids=str,
+)
+def test_each_verdict_begins_at_its_threshold(values: dict[str, float], verdict: Verdict) -> None:
+    assert advice_on(figures(**values)).verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("kept", "error", "verdict"),
+    [
+        (0.75, 0.10, Verdict.WATCH),
+        (0.75, 0.126, Verdict.UNCERTAIN),  # 0.75 − 2 × 0.126 < 0.5
+        (0.97, 0.011, Verdict.UNCERTAIN),
+        (0.30, 0.05, Verdict.NEEDS_REMEDY),
+        (0.999, 0.001, Verdict.STORES_FINE),
+        (0.999, NAN, Verdict.UNCERTAIN),  # few elements carry the update
+    ],
+)
+def test_an_interval_across_a_threshold_is_uncertain(
+    kept: float, error: float, verdict: Verdict
+) -> None:
+    errors = {"kept_update_ratio/bf16": error, "stall_frac/bf16": 0.01}
+    advice = advice_on(figures(kept_update_ratio=kept), errors=errors)
+    assert advice.verdict is verdict
+    if error > 0:
+        assert f"± {2 * error:.1g}" in advice.reason
+
+
+@pytest.mark.parametrize(
+    ("never_moved", "error", "verdict"),
+    [
+        (0.985, 0.004, Verdict.UNCERTAIN),
+        (0.995, 0.004, Verdict.UNCERTAIN),
+        (0.999, 0.004, Verdict.FROZEN),
+        (0.98, 0.004, Verdict.NEEDS_REMEDY),
+        (1.0, 0.0, Verdict.FROZEN),  # of the sample none ever moved
+        (1.0, NAN, Verdict.UNCERTAIN),
+        (0.5, NAN, Verdict.NEEDS_REMEDY),
+    ],
+)
+def test_frozen_takes_the_error_of_a_sample_into_account(
+    never_moved: float, error: float, verdict: Verdict
+) -> None:
+    """The last one counts, as of what it belongs to."""
+    steps = [figures(kept_update_ratio=0.1, never_moved_frac=x) for x in (1.0, never_moved)]
+    judge = Judge(FORMATS)
+    for step, of_step in zip(steps, (0.5, error), strict=True):
+        judge.add("layer", step, {"never_moved_frac/bf16": of_step})
+    (advice,) = judge.assessment().advice
+    assert advice.verdict is verdict
+    if verdict is Verdict.UNCERTAIN and not math.isnan(error):
+        assert "never have moved, which could be “frozen” or not" in advice.reason
+
+
+@pytest.mark.parametrize(
+    ("share", "elements", "verdict"),
+    [
+        ("underflow_frac", 10_000, Verdict.RANGE),  # all are measured
+        ("underflow_frac", 100, Verdict.UNCERTAIN),  # 0.035 ± 0.037
+        ("saturated_frac", 10_000, Verdict.RANGE),
+        ("saturated_frac", 100, Verdict.UNCERTAIN),
+    ],
+)
+def test_range_takes_the_error_of_a_sample_into_account(
+    share: str, elements: int, verdict: Verdict
+) -> None:
+    layers = {"layer": LayerInfo((100, 100), "float32", elements, ("bf16",))}
+    near = 0.035 if share == "underflow_frac" else 0.011
+    for value, expected in ((near, verdict), (0.9, Verdict.RANGE), (0.0, Verdict.WATCH)):
+        judge = Judge(FORMATS, layers)
+        judge.add("layer", figures(kept_update_ratio=0.9, **{share: value}), {})
+        (advice,) = judge.assessment().advice
+        assert advice.verdict is expected, value
+        assert ("±" in advice.reason) == (elements == 100 and value > 0)
+
+
+def test_steps_count_alike_and_of_what_never_moved_the_last() -> None:
+    advice = advice_on(
+        figures(kept_update_ratio=1.0, stall_frac=0.0, never_moved_frac=1.0),
+        figures(kept_update_ratio=NAN, stall_frac=NAN, never_moved_frac=NAN),
+        figures(kept_update_ratio=0.5, stall_frac=0.5, never_moved_frac=0.25),
+    )
+    assert advice.figures["kept_update_ratio"] == 0.75
+    assert advice.figures["stall_frac"] == 0.25
+    assert advice.figures["never_moved_frac"] == 0.25
+    assert advice.verdict is Verdict.WATCH
+
+
+def test_errors_do_not_average_out() -> None:
+    errors = {"kept_update_ratio/bf16": 0.02, "stall_frac/bf16": 0.01}
+    advice = advice_on(*[figures(kept_update_ratio=0.8)] * 100, errors=errors)
+    assert advice.errors["kept_update_ratio"] == pytest.approx(0.02)
+    assert advice.errors["stall_frac"] == pytest.approx(0.01)
+
+
+def test_an_error_that_can_mostly_not_be_trusted_is_none() -> None:
+    judge = Judge(FORMATS)
+    for error in (NAN, NAN, 0.001):
+        judge.add("layer", figures(), {"kept_update_ratio/bf16": error})
+    (advice,) = judge.assessment().advice
+    assert advice.verdict is Verdict.UNCERTAIN
+
+
+def test_the_suggestion_is_the_smallest_format_that_stores_fine() -> None:
+    judge = Judge(FORMATS)
+    judge.add("all", figures("fp16") | figures("bf16") | figures("e5m2"), {})
+    judge.add("two", figures("fp16") | figures("bf16") | figures("e5m2", kept_update_ratio=0.9), {})
+    judge.add("one", figures("bf16") | figures("e5m2", kept_update_ratio=0.9), {})
+    judge.add("none", figures("bf16", kept_update_ratio=0.9), {})
+    expected = {"all": "e5m2", "two": "fp16", "one": "bf16", "none": None}
+    assert judge.assessment().suggestions == expected
+    assert "fp16" not in judge.assessment().by_layer["one"]
+    assert judge.assessment().by_layer["one"]["bf16"].verdict is Verdict.STORES_FINE
+
+
+def test_the_summary_says_it_of_each_format() -> None:
+    judge = Judge(FORMATS)
+    gone = {"kept_update_ratio": 0.0, "stall_frac": 1.0, "never_moved_frac": 1.0}
+    for number in range(2000):
+        of_bf16 = figures(**gone) if number < 5 else figures()
+        of_e5m2 = figures("e5m2", kept_update_ratio=0.3)
+        judge.add(f"layers.{number}", figures("fp16") | of_bf16 | of_e5m2, {})
+    assert judge.assessment().summary == (
+        "fp16 would store every layer fine. bf16, of 2,000 layers: 1,995 fine, 5 frozen; frozen: "
+        "layers.0, layers.1, layers.2 and 2 more. e5m2, of 2,000 layers: 2,000 need a remedy."
+    )
+
+
+def test_without_a_step_it_says_so() -> None:
+    assert "No step was observed" in Judge(FORMATS).assessment().summary
+    judge = Judge(FORMATS)
+    judge.add("layer", figures(kept_update_ratio=NAN), {})
+    assert judge.assessment().summary == "bf16 could not be judged for any layer."
+
+
+@pytest.mark.parametrize("missing", figures())
+def test_a_format_of_which_figures_are_missing_is_not_judged(missing: str) -> None:
+    judge = Judge(FORMATS)
+    rest = figures() | figures("e5m2")
+    del rest[missing]
+    judge.add("layer", rest, {})
+    assert [each.format for each in judge.assessment().advice] == ["e5m2"]
+
+
+def test_reasons_are_sentences_with_their_figures() -> None:
+    frozen = advice_on(figures(kept_update_ratio=0.0, never_moved_frac=0.996))
+    assert frozen.reason.startswith(">99 % of the weights")
+    watched = advice_on(figures(kept_update_ratio=0.876, stall_frac=0.004))
+    assert watched.reason == "0.876 of the update is kept and <1 % of updates vanish on average"
+
+
+def test_the_state_goes_on_where_it_was() -> None:
+    first, second, whole = Judge(FORMATS), Judge(FORMATS), Judge(FORMATS)
+    steps = [figures(kept_update_ratio=0.9), figures(kept_update_ratio=0.3, never_moved_frac=0.5)]
+    errors = {"kept_update_ratio/bf16": 0.02, "stall_frac/bf16": 0.01}
+    first.add("layer", steps[0], errors)
+    second.load_state_dict(first.state_dict())
+    second.add("layer", steps[1], errors)
+    for step in steps:
+        whole.add("layer", step, errors)
+    assert second.assessment() == whole.assessment()

@@ -1,0 +1,117 @@
+"""The page: read without a network, in a real browser, and whatever layers are called."""
+
+import json
+import re
+import xml.etree.ElementTree as ET
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from altgrad.report import RunReport, page, read
+from tests.chromium import chromium, needs_chromium
+from tests.report.runs import MARKUP, SCRIPT, written_run
+
+ACT = """
+<script>
+const result = {};
+const rows = () => [...document.getElementById("verdicts").tBodies[0].rows];
+const shown = () => rows().filter((row) => row.offsetParent !== null);
+const names = () => shown().map((row) => row.cells[0].textContent);
+const box = document.querySelector("input[data-table=verdicts]");
+const visible = (id) => {
+  const place = document.getElementById(id).getBoundingClientRect();
+  return place.width > 100 && place.height > 20;
+};
+result.visible = ["summary", "verdicts", "picture-kept", "picture-steps", "picture-ranges",
+  "picture-stalls-0"].filter(visible);
+result.all = names();
+box.value = "MAT"; box.dispatchEvent(new Event("input"));
+result.found = names();
+box.value = ""; box.dispatchEvent(new Event("input"));
+const heading = document.querySelectorAll("#verdicts th")[1];
+heading.click(); result.ascending = names();
+heading.click(); result.descending = names();
+document.querySelector("#verdicts th").click(); result.by_name = names();
+result.wider = document.documentElement.scrollWidth > document.documentElement.clientWidth;
+document.body.innerHTML = "<pre id=result></pre>";
+document.getElementById("result").textContent = JSON.stringify(result);
+</script>
+"""
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return page(RunReport.of(read(written_run(tmp_path_factory.mktemp("run")))))
+
+
+def test_the_page_asks_no_network_for_anything(html: str) -> None:
+    found = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]*)|url\(([^)]*)\)""", html)
+    addresses = {"".join(address) for address in found}
+    assert {"data:,", *re.findall(r"#kept-\w+", html)} <= addresses  # they are found at all
+    for address in addresses:
+        assert address.startswith(("#", "data:")), address
+    assert "@import" not in html
+    assert "fetch(" not in html
+
+
+def test_names_are_escaped_everywhere(html: str) -> None:
+    assert SCRIPT not in html
+    assert html.count("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;") >= 3
+    assert html.count("<script>") == 1
+    assert html.count(MARKUP) >= 3
+
+
+def test_the_pictures_are_svg_with_text_in_it(html: str) -> None:
+    pictures = [ET.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL)]
+    assert len(pictures) == 5
+    texts = " ".join(text for picture in pictures for text in picture.itertext())
+    for word in ("matrix", "frozen", "stall_frac in e5m2", "% too small to move a weight"):
+        assert word in texts, word
+    ids = re.findall(r'\bid="([^"]*)"', html)
+    assert {"verdicts", "picture-kept"} <= {*ids}
+    assert len(ids) == len(set(ids))
+
+
+def test_the_page_is_the_same_each_time(tmp_path: Path) -> None:
+    report = RunReport.of(read(written_run(tmp_path)))
+    assert page(report) == page(report)
+
+
+def test_verdicts_and_reasons_are_there_without_a_script(html: str) -> None:
+    without = re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL)
+    assert without.count('class="FROZEN"') >= 8
+    assert "of the weights that had updates would never have moved" in without
+
+
+@needs_chromium
+def test_search_and_sort_work_and_nothing_fails_in_a_browser(html: str, tmp_path: Path) -> None:
+    result = acted(html.replace("</body>", f"{ACT}</body>"), tmp_path)
+    assert result["visible"] == [
+        *("summary", "verdicts", "picture-kept", "picture-steps", "picture-ranges"),
+        "picture-stalls-0",
+    ]
+    assert {*result["all"]} == {"gain", SCRIPT, "matrix", MARKUP}
+    assert result["found"] == ["matrix"]
+    assert {*result["ascending"][:2]} == {*result["descending"][2:]} == {"gain", SCRIPT}
+    assert result["by_name"] == sorted(result["by_name"], key=result["by_name"].index)
+    assert [n for n in result["by_name"] if n in ("gain", "matrix")] == ["gain", "matrix"]
+    assert not result["wider"]
+
+
+@needs_chromium
+def test_a_script_error_would_be_seen(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="on purpose"):
+        acted("<body><script>throw new Error('on purpose')</script></body>", tmp_path)
+
+
+def acted(html: str, folder: Path) -> dict[str, Any]:
+    """What the script that was added to a page found."""
+    path = folder / "page.html"
+    path.write_text(html, encoding="utf-8")
+    dom, errors = chromium(folder, path.as_uri(), "--dump-dom")
+    assert not errors
+    found = re.search(r'<pre id="result">(.*?)</pre>', dom, re.DOTALL)
+    assert found is not None, dom[-500:]
+    return json.loads(unescape(found[1]))
