@@ -113,6 +113,8 @@ class ScaleState:
 
     def step_observed(self, record: StepRecord) -> None:
         """Count it, and note the layers in which a weight exceeded its scale."""
+        if not self._is_needed:
+            return
         self._steps_left -= 1
         keys = [f"saturated_frac/{name}" for name in self._fitting]
         if any(record.model.get(key, 0) > 0 for key in keys):
@@ -144,7 +146,8 @@ class ScaleState:
         self._amax = {
             name: (torch.Size(shape), amax) for name, (shape, amax) in state["amax"].items()
         }
-        self._steps_left = state["steps_left"]
+        # 0.1.0 counted below 0 in runs without a scale: then all are due.
+        self._steps_left = max(state["steps_left"], 0)
         self._exceeded, self._zero = set(state["exceeded"]), set(state["zero"])
 
     def _take_here(

@@ -168,6 +168,21 @@ def test_a_state_of_another_scaling_leaves_nothing_of_what_was_before() -> None:
     assert other.state_dict()["amax"] == {}
 
 
+def test_a_run_without_scales_leaves_them_due_to_the_next() -> None:
+    """Formats of 16 bits have none; 0.1.0 counted steps below 0 for them."""
+    unscaled = state_of("bf16")
+    observed(unscaled, steps=5)
+    assert unscaled.state_dict()["steps_left"] == 0
+    for steps_left in (0, -5):
+        state, parameters = state_of(), {"w": torch.ones(2)}
+        state.load_state_dict(unscaled.state_dict() | {"steps_left": steps_left})
+        assert state.is_due
+        state.refresh(parameters)
+        assert not state.is_due
+        observed(state, steps=100)
+        assert state.is_due
+
+
 def test_descriptions_are_alike_where_every_amax_is() -> None:
     def description(*weights: float) -> dict[str, Any]:
         state = state_of(scaling="channel")
