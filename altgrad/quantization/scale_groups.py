@@ -250,6 +250,7 @@ def _amax_of_tensors(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], li
     for position, number in enumerate(numbers):
         if not math.isfinite(number):
             found[position] = layer_amax(parameters[position], "tensor")  # the largest finite one
+            numbers[position] = found[position].item()
     return found, numbers
 
 

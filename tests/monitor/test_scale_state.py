@@ -300,6 +300,20 @@ def test_weights_that_begin_at_zero_have_the_scale_of_what_their_first_step_make
     assert stalls == [0, 0, 0]
 
 
+def test_zeros_beside_a_nan_are_scaled_by_what_their_first_step_makes_of_them() -> None:
+    """As `measure` does it; the NaN is counted in nonfinite_frac alone."""
+    weight = nn.Parameter(torch.tensor([math.nan, 0.0, 0.0, 0.0]))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    before = weight.detach().clone()
+    with UpdateMonitor([("w", weight)], formats="e2m1", strict=True).attach(optimizer) as monitor:
+        weight.grad = torch.full((4,), 1e-3)
+        optimizer.step()
+    figures = monitor.latest.layers["w"]
+    expected = measure(before, weight.detach(), weight.grad, "e2m1")
+    assert figures["stall_frac/e2m1"] == expected["stall_frac/e2m1"] == 0.0
+    assert figures["nonfinite_frac"] == 0.25
+
+
 def test_layers_that_stay_zero_are_looked_at_ever_less_often() -> None:
     model = nn.Linear(4, 4)
     nn.init.zeros_(model.bias)

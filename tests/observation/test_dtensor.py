@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from altgrad.observation.dtensor import (
@@ -38,21 +38,24 @@ def numbers(*shape: int) -> Tensor:
     return torch.arange(float(torch.Size(shape).numel())).view(shape)
 
 
-def placed(mesh: DeviceMesh, tensor: Tensor, *placements) -> DTensor:
+def own_part(tensor: Tensor, dimension: int, size: int = SIZE, place: int = RANK) -> Tensor:
+    """As torch cuts a tensor: chunks of one size, of which the last may be shorter or missing."""
+    parts = tensor.chunk(size, dimension)
+    return parts[place] if place < len(parts) else tensor.narrow(dimension, 0, 0)
+
+
+def placed(mesh: DeviceMesh, whole: Tensor, *placements) -> DTensor:
     """The one of which this is the whole; of a sum, what this rank adds."""
-    if isinstance(placements[0], Shard):
-        return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
-    return DTensor.from_local(tensor, mesh, placements, run_check=False)
+    local = whole
+    for size, place, placement in zip(mesh.shape, mesh.get_coordinate(), placements, strict=True):
+        if isinstance(placement, Shard):
+            local = own_part(local, placement.dim, size, place)
+    shape = {"shape": whole.shape, "stride": whole.stride()}
+    return DTensor.from_local(local, mesh, placements, run_check=False, **shape)
 
 
 def parameter(mesh: DeviceMesh, shape: tuple[int, ...], *placements) -> nn.Parameter:
     return nn.Parameter(placed(mesh, numbers(*shape), *placements))
-
-
-def own_part(tensor: Tensor, dimension: int) -> Tensor:
-    """As torch cuts a tensor: chunks of one size, but for the last ones."""
-    parts = tensor.chunk(SIZE, dimension)
-    return parts[RANK] if len(parts) > RANK else tensor.narrow(dimension, 0, 0)
 
 
 # What lies here
@@ -141,10 +144,7 @@ def test_one_dimension_of_the_mesh_that_is_not_reduced_is_enough(mesh: DeviceMes
     square = init_device_mesh("cpu", (2, 2))
     shard = parameter(square, (8, 8), Shard(0), Shard(1))
     for last, unreduced in ((Shard(1), False), (Replicate(), False), (Partial(), True)):
-        placements = Shard(0), last
-        local = shard.to_local().detach().clone()
-        local = local if last == Shard(1) else torch.zeros(4, 8)
-        shard.grad = DTensor.from_local(local, square, placements, run_check=False)
+        shard.grad = placed(square, numbers(8, 8), Shard(0), last)
         assert is_unreduced(shard) is unreduced, last
 
 
@@ -154,7 +154,7 @@ def test_a_gradient_that_is_none_of_the_same_processes_is_unreduced(mesh: Device
     assert is_unreduced(shard)
     other = init_device_mesh("cpu", (2, 2))
     shard.grad = None
-    shard.grad = DTensor.from_local(numbers(8, 8), other, [Replicate()] * 2, run_check=False)
+    shard.grad = placed(other, numbers(8, 8), Replicate(), Replicate())
     assert is_unreduced(shard)
 
 

@@ -128,6 +128,8 @@ def layers() -> dict[str, Tensor]:
         "bfloat16": weights(5, 2).bfloat16(),
         "float64": weights(2, 3, 4).double() * 1e200,
         "not finite": special,
+        "zeros and a NaN": torch.tensor([NAN, 0.0, 0.0]),
+        "zeros and inf in float64": torch.tensor([[0.0, INF], [0.0, 0.0]]).double(),
         "a channel of zeros": torch.tensor([[0.0, 0.0], [1.0, -3.0]]),
         "float16": torch.tensor([-65504.0, 1.0]).half(),
         "negative alone": -weights(7).abs(),
