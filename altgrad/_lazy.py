@@ -1,7 +1,7 @@
 """Names of a package that are imported when they are first used (PEP 562).
 
-A package lists them as ordinary imports under TYPE_CHECKING, for editors and mypy, and in a call of
-`attach`, for Python. A test holds the two together.
+A package lists them as ordinary imports under TYPE_CHECKING, for editors and mypy, in `__all__`,
+and in a call of `attach`, for Python. A test holds the three together.
 """
 
 from __future__ import annotations

@@ -274,6 +274,11 @@ class PrecisionMonitor(Callback):
         nothing = dict.fromkeys(("_trainer", "_monitor", "_output"))
         return {**self.__dict__, **nothing, "_optimizers": [], "_records": []}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Leave out what 0.1.0 pickled and is no argument any more."""
+        state["_settings"].pop("compile", None)
+        self.__dict__.update(state)
+
     def _weights_at_the_end(self) -> Histogram | None:
         """For pictures of the last step; None where it has them, or others might not be asked."""
         monitor = self._monitor

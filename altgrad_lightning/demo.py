@@ -6,6 +6,7 @@ import logging
 import shlex
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,14 +34,14 @@ def demo(
     if not 0 <= seed < 2**32:
         sys.exit(f"--seed {seed}: expected a number from 0 to 2**32 - 1")
     try:
+        import_module("altgrad_lightning.demo_model")
+    except ImportError as error:
+        sys.exit(f"altgrad demo cannot run here ({error}): pip install 'altgrad[demo]'")
+    try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"cannot write to folder {folder}: {error}")
-    try:
-        monitor = _train(steps, folder, seed)
-    except ImportError as error:
-        sys.exit(f"altgrad demo cannot run here ({error}): pip install 'altgrad[demo]'")
-    _report(monitor, folder)
+    _report(_train(steps, folder, seed), folder)
 
 
 def _train(steps: int, folder: Path, seed: int) -> PrecisionMonitor:

@@ -74,7 +74,7 @@ def a_step() -> Callable[[], StepRecord]:
     return record
 
 
-def header_of(record: StepRecord) -> Header:
+def header_from(record: StepRecord) -> Header:
     return Header(
         {each.name: FormatInfo.of(each, "tensor") for each in get_formats(FORMATS)},
         {
@@ -123,8 +123,8 @@ def main() -> None:
     print_environment()
     record = a_step()
     with tempfile.TemporaryDirectory() as folder:
-        file = RunFile.create(folder, header_of(record()))
-        other = RunFile.create(folder, header_of(record()))
+        file = RunFile.create(folder, header_from(record()))
+        other = RunFile.create(folder, header_from(record()))
         size = file.path.stat().st_size
         file.append(0, record(), skipped={})
         size = file.path.stat().st_size - size
@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def seconds_of_reading(folder: Path, record: Callable[[], StepRecord], steps: int = 20) -> float:
-    with RunFile.create(folder, header_of(record())) as file:
+    with RunFile.create(folder, header_from(record())) as file:
         for step in range(steps):
             file.append(step, record(), skipped={})
     return min(seconds_of(lambda: read(file.path)) for _ in range(3)) / steps

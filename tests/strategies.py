@@ -3,8 +3,7 @@
 import math
 
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 from torch import Tensor
 
 from altgrad.quantization import FloatFormat

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -12,15 +13,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RUN = str(ROOT / "tests" / "golden" / "data" / "altgrad.jsonl")
 
-ROOMS = {
-    "report": "the run file, verdicts, tables and pages of plain numbers",
-    "monitor": "which steps, layers and elements; what is kept between steps",
-    "distributed": "the same step on several ranks",
-    "recipes": "what is stored how",
-    "measurement": "tensors, sums, metrics, figures",
-    "observation": "the optimizer step that happened",
-    "quantization": "formats, rounding, scales",
-}
+ROOMS = (
+    "report",
+    "monitor",
+    "distributed",
+    "recipes",
+    "measurement",
+    "observation",
+    "quantization",
+)
 """From the top floor to the ground floor: each imports only from itself and from rows below."""
 
 CELLAR = {"_lazy", "_messages", "_version"}
@@ -44,7 +45,7 @@ MODULES = project_modules()
 
 def imports_of(file: Path) -> set[str]:
     """Modules of the project that a file imports, in functions and for types, too."""
-    found = set()
+    found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -53,7 +54,10 @@ def imports_of(file: Path) -> set[str]:
             assert not any(alias.name == "*" for alias in node.names), f"{file}: star import"
             assert node.module is not None
             both = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= (both & MODULES.keys()) | {node.module}
+            modules = both & MODULES.keys()
+            found |= modules
+            if modules != both:  # names of the package itself
+                found.add(node.module)
     return {name for name in found if name.split(".")[0] in ("altgrad", "altgrad_lightning")}
 
 
@@ -70,7 +74,16 @@ def floor(module: str) -> int:
         return 0
     if place(module) in ROOF:
         return len(ROOMS) + 1
-    return len(ROOMS) - [*ROOMS].index(place(module))
+    return len(ROOMS) - ROOMS.index(place(module))
+
+
+def test_the_ground_plan_shows_the_rooms_from_top_to_bottom() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"(?m)^\| `altgrad/(\w+)/` \|.*\| (.*) \|$", text)
+    assert tuple(room for room, _ in rows) == ROOMS
+    for room, files in rows:
+        for name in re.findall(r"`(\w+)`", files):
+            assert f"altgrad.{room}.{name}" in MODULES
 
 
 def test_every_module_has_its_place() -> None:
@@ -110,7 +123,12 @@ def typed_names(package: str) -> dict[str, str]:
     for node in ast.parse(MODULES[package].read_text()).body:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             imports = [each for each in node.body if isinstance(each, ast.ImportFrom)]
-            return {alias.name: str(each.module) for each in imports for alias in each.names}
+            return {
+                alias.name: str(each.module)
+                for each in imports
+                for alias in each.names
+                if alias.asname is None  # those with one are rooms
+            }
     raise AssertionError(f"{package} has no TYPE_CHECKING block")
 
 
@@ -132,9 +150,63 @@ def test_an_unknown_name_is_an_attribute_error(package: str) -> None:
         getattr(importlib.import_module(package), "nothing")  # noqa: B009 - as a user would
 
 
+@pytest.mark.slow
+def test_mypy_finds_names_that_are_not_there(tmp_path: Path) -> None:
+    """A `__getattr__` that it sees would make every name Any."""
+    lines = [
+        "import altgrad",
+        "from altgrad import UpdateMonitr",
+        "from altgrad.report import Verdct",
+        "from altgrad_lightning import PrecisionMonitr",
+        "altgrad.report.rad",
+        "altgrad.quantization.quantise",
+        "altgrad.report.read, altgrad.measurement.get_metric, altgrad.observation.StepObserver",
+    ]
+    file = tmp_path / "names.py"
+    file.write_text("\n".join(lines))
+    mypy = pytest.importorskip("mypy.api", reason="mypy is of the dev extra alone")
+    report, _, _ = mypy.run(["--strict", str(file), "--cache-dir", str(tmp_path / "cache")])
+    wrong = {int(line.split(":")[1]) for line in report.splitlines() if ": error:" in line}
+    assert wrong == {2, 3, 4, 5, 6}, report
+
+
 def test_rooms_are_attributes_of_the_package() -> None:
     statement = "import altgrad; assert altgrad.quantization.E4M3.max == 448; altgrad.report.read"
     assert "torch" not in modules_after(statement)
+
+
+@pytest.mark.parametrize("first_use", ["altgrad.UpdateMonitor", "from altgrad import *"])
+def test_names_may_be_first_used_under_another_default_device(first_use: str) -> None:
+    """What modules hold is on the CPU all the same."""
+    script = f"""
+import torch, altgrad
+with torch.device("meta"):
+    exec({first_use!r})
+import altgrad.distributed.shards
+layer = torch.nn.Linear(30, 30)
+optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+with altgrad.UpdateMonitor(layer, strict=True).attach(optimizer) as monitor:
+    layer(torch.ones(2, 30)).sum().backward()
+    optimizer.step()
+    (_, bits), *_ = monitor.state_dict()["ever_moved"].values()
+assert bits.device.type == "cpu"
+for name in [*sys.modules]:
+    if name.startswith("altgrad"):
+        for value in vars(sys.modules[name]).values():
+            assert not isinstance(value, torch.Tensor), (name, value)
+"""
+    subprocess.run([sys.executable, "-c", "import sys" + script], check=True)
+
+
+def test_submodules_of_the_contract_are_attributes() -> None:
+    module = importlib.import_module("altgrad.quantization")
+    own = {name.rpartition(".")[2] for name in MODULES if name.startswith("altgrad.quantization.")}
+    for name in own:
+        assert getattr(module, name).__name__ == f"altgrad.quantization.{name}"
+
+
+def test_the_callback_is_listed_before_it_is_used() -> None:
+    assert "PrecisionMonitor" in dir(importlib.import_module("altgrad_lightning"))
 
 
 # --- what importing costs

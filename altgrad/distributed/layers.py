@@ -13,8 +13,8 @@ from altgrad.distributed.shards import Part, Shard
 from altgrad.measurement.ever_moved import PackedBits, whole_of
 from altgrad.observation.dtensor import local_of
 from altgrad.quantization.block_formats import NumberFormat
+from altgrad.quantization.formats import Scaling
 from altgrad.quantization.scale_groups import layer_amax_of_each, need_tensor_amax
-from altgrad.quantization.scaling import Scaling
 
 _SAMPLED = 16
 _TOLERANCE = 0.01

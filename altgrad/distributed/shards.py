@@ -33,8 +33,9 @@ class Part(NamedTuple):
     positions: Tensor
 
 
-NOTHING = Part(*[torch.empty(0, dtype=torch.int64)] * 3)
-"""No element at all."""
+def empty_part() -> Part:
+    """Return the part that has no element; not a constant, which would be on the default device."""
+    return Part(*[torch.empty(0, dtype=torch.int64, device="cpu")] * 3)
 
 
 class _Cut(NamedTuple):
@@ -119,7 +120,7 @@ class Shard(NamedTuple):
             indices: Ascending flat indices of the whole parameter, on the CPU.
         """
         if not self.counts:
-            return NOTHING
+            return empty_part()
         if indices is None:
             flat = self._flat()
             return Part(flat, None, flat)

@@ -13,8 +13,6 @@ from altgrad.measurement.kernel import EverMoved
 PackedBits = tuple[tuple[int, ...], Tensor]
 """Shape, and eight elements to a byte, on the CPU."""
 
-_BITS = torch.arange(8, dtype=torch.uint8)
-
 
 class EverMovedOfLayers:
     """By layer: bool, (1 + formats, elements), whether each has had an update, and whether one that
@@ -90,9 +88,14 @@ def whole_of(packed: PackedBits | None, shape: tuple[int, int], positions: Tenso
 def _packed(ever: Tensor) -> PackedBits:
     bits = ever.flatten().cpu().to(torch.uint8)
     bits = torch.cat((bits, bits.new_zeros(-len(bits) % 8))).view(-1, 8)
-    return tuple(ever.shape), (bits << _BITS).sum(1, dtype=torch.uint8)
+    return tuple(ever.shape), (bits << _shifts()).sum(1, dtype=torch.uint8)
 
 
 def _unpacked(shape: tuple[int, ...], bits: Tensor) -> Tensor:
-    ever = (bits.cpu()[:, None] >> _BITS & 1).flatten()
+    ever = (bits.cpu()[:, None] >> _shifts() & 1).flatten()
     return ever[: math.prod(shape)].view(shape).bool()
+
+
+def _shifts() -> Tensor:
+    """Where in its byte each of eight elements has its bit; on the CPU, whatever the default is."""
+    return torch.arange(8, dtype=torch.uint8, device="cpu")

@@ -3,8 +3,8 @@
 All is computed in float64, elementwise quantities in buffers that are written over and over, so
 that one operation serves all rows and formats.
 
-The words are those of the design: w and v are the weights before and after, d = v − w the update, S
-the spacing of a grid at w, Q rounding to it.
+w and v are the weights before and after the step, d = v − w is the update, Q rounds to a grid; the
+stiffness is the spacing of the grid at w.
 """
 
 from __future__ import annotations

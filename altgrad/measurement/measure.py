@@ -8,7 +8,7 @@ from torch import Tensor
 from altgrad.measurement.catalogue import NEED_GRADIENT, NEED_TRACKING
 from altgrad.measurement.figures import tensor_figures
 from altgrad.measurement.measurer import Formats, Measurer
-from altgrad.quantization.scaling import Scaling
+from altgrad.quantization.formats import Scaling
 
 DEFAULT_FORMATS = ("bf16", "e4m3fn", "e5m2")
 """What is judged where nothing else is asked: bf16 and the two FP8 formats in use."""

@@ -15,6 +15,7 @@ from altgrad.measurement.totals import LayersOfRows, Totals, bins_of, meant_colu
 from altgrad.measurement.workspace import Workspace, columns_that_fit
 from altgrad.quantization.arguments import check_pair
 from altgrad.quantization.block_formats import BlockFormat, NumberFormat, get_formats, is_scaled
+from altgrad.quantization.formats import Scaling
 from altgrad.quantization.grids import Grids, grids_of
 from altgrad.quantization.scale_groups import (
     Sharing,
@@ -26,7 +27,7 @@ from altgrad.quantization.scale_groups import (
     single_scales,
     tensor_amax_of,
 )
-from altgrad.quantization.scaling import Scaling, check_scaling
+from altgrad.quantization.scaling import check_scaling
 
 Formats = str | torch.dtype | NumberFormat | Iterable[str | torch.dtype | NumberFormat]
 

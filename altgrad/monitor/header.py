@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from altgrad.observation.rules import LayerSampling
-    from altgrad.quantization.scaling import Scaling
+    from altgrad.quantization.formats import Scaling
 
 
 def describe_run(

@@ -41,7 +41,7 @@ from altgrad.observation.snapshots import Memory
 from altgrad.observation.stored import stored_formats
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.block_formats import NumberFormat, get_formats
-from altgrad.quantization.scaling import Scaling
+from altgrad.quantization.formats import Scaling
 
 DEFAULT_MAX_ELEMENTS = 1024
 """A share is then known to 0.016 at worst (one standard error); see benchmarks/README.md."""

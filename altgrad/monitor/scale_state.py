@@ -11,8 +11,8 @@ from torch import Tensor
 
 from altgrad.measurement.step_record import StepRecord
 from altgrad.quantization.block_formats import BlockFormat, NumberFormat, is_scaled
+from altgrad.quantization.formats import Scaling
 from altgrad.quantization.scale_groups import layer_amax_of_each, need_amax
-from altgrad.quantization.scaling import Scaling
 
 STEPS_PER_SCALE = 100
 """Observed steps for which an amax holds, unless a weight is seen to exceed it."""

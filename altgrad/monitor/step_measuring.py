@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from altgrad.distributed.layers import ShardedLayers
-from altgrad.distributed.shards import NOTHING
+from altgrad.distributed.shards import empty_part
 from altgrad.measurement.chunks import Sample
 from altgrad.measurement.ever_moved import EverMovedOfLayers
 from altgrad.measurement.measurer import Measurer
@@ -58,7 +58,7 @@ class StepMeasuring:
             return None
         if self.sharded is not None:
             is_enabled = self._settings.of(name).enabled
-            part = self.sharded.measured_part_of(name) if is_enabled else NOTHING
+            part = self.sharded.measured_part_of(name) if is_enabled else empty_part()
             self._samples[name] = Sample(parameter.shape, part.indices)
             return part.local
         indices = self._settings.indices(name, parameter.shape)

@@ -12,8 +12,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
+from torch.optim import Optimizer, optimizer as torch_optimizer
 
 Captured = TypeVar("Captured")
 

@@ -1,8 +1,15 @@
-"""What a number format does to a tensor: formats, exact rounding, scales and diagnostics."""
+"""What a number format does to a tensor: formats, exact rounding, scales and diagnostics.
+
+`float_format` says which numbers a format holds, `formats` and `block_formats` name them; `kernel`
+rounds, `ops` is its door (`quantize`, `spacing`), `grids` rounds to many formats at once; `scaling`
+and `scale_groups` find scales. `diagnostics` asks what becomes of one update,
+`advanced_diagnostics` holds the contract of DIAG-01 to 04: stiffness, grid alignment, ULP distance
+and the correlation of gradient and stiffness.
+"""
 
 from typing import TYPE_CHECKING
 
-from altgrad._lazy import attach
+from altgrad import _lazy
 
 if TYPE_CHECKING:
     from altgrad.quantization.advanced_diagnostics import (
@@ -42,11 +49,12 @@ if TYPE_CHECKING:
         FORMATS,
         FP16,
         FP8Format,
+        Scaling,
         get_format,
     )
     from altgrad.quantization.kernel import Rounding
     from altgrad.quantization.ops import quantize, spacing
-    from altgrad.quantization.scaling import Scaling, compute_scale
+    from altgrad.quantization.scaling import compute_scale
 
 __all__ = [
     "BF16",
@@ -91,23 +99,28 @@ __all__ = [
     "visible_mask",
 ]
 
-__getattr__, __dir__ = attach(
-    __name__,
-    {
-        "advanced_diagnostics": (
-            "compute_stiffness_field compute_ulp_distance gradient_stiffness_correlation "
-            "grid_alignment_error grid_alignment_statistics ulp_statistics"
+if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
+    __getattr__, __dir__ = _lazy.attach(
+        __name__,
+        {
+            "advanced_diagnostics": (
+                "compute_stiffness_field compute_ulp_distance gradient_stiffness_correlation "
+                "grid_alignment_error grid_alignment_statistics ulp_statistics"
+            ),
+            "arguments": "INPUT_DTYPES",
+            "block_formats": "BLOCK_FORMATS BlockFormat NumberFormat get_formats",
+            "diagnostics": "effective_update stall_mask visible_mask",
+            "float_format": "FloatFormat",
+            "formats": (
+                "BF16 E0M7 E1M6 E2M1 E2M3 E2M5 E3M2 E3M4 E4M3 E4M3B11FNUZ E4M3FNUZ E4M3_IEEE "
+                "E5M2 E5M2FNUZ E6M1 E7M0 FORMATS FP16 FP8Format Scaling get_format"
+            ),
+            "kernel": "Rounding",
+            "ops": "quantize spacing",
+            "scaling": "compute_scale",
+        },
+        submodules=(
+            "advanced_diagnostics arguments block_formats diagnostics float_format formats grids "
+            "kernel ops scale_groups scaling"
         ),
-        "arguments": "INPUT_DTYPES",
-        "block_formats": "BLOCK_FORMATS BlockFormat NumberFormat get_formats",
-        "diagnostics": "effective_update stall_mask visible_mask",
-        "float_format": "FloatFormat",
-        "formats": (
-            "BF16 E0M7 E1M6 E2M1 E2M3 E2M5 E3M2 E3M4 E4M3 E4M3B11FNUZ E4M3FNUZ E4M3_IEEE "
-            "E5M2 E5M2FNUZ E6M1 E7M0 FORMATS FP16 FP8Format get_format"
-        ),
-        "kernel": "Rounding",
-        "ops": "quantize spacing",
-        "scaling": "Scaling compute_scale",
-    },
-)
+    )

@@ -13,13 +13,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from altgrad.quantization.float_format import FloatFormat, is_torch_dtype
-from altgrad.quantization.formats import E2M1, E2M3, E3M2, E4M3, E5M2, get_format
+from altgrad.quantization.formats import E2M1, E2M3, E3M2, E4M3, E5M2, Scaling, get_format
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from altgrad.quantization.scaling import Scaling
 
 _UNSCALED_BITS = 16
 

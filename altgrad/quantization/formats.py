@@ -5,12 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from altgrad.quantization.float_format import FloatFormat, is_torch_dtype
 
 if TYPE_CHECKING:
     import torch
+
+Scaling: TypeAlias = Literal["tensor", "channel"] | tuple[Literal["block"], int]
+"""What shares one scale: the whole tensor, each index of dimension 0, or each run of that many
+elements along the last dimension."""
 
 # The only alias: what the first users of such formats called them.
 FP8Format: TypeAlias = FloatFormat

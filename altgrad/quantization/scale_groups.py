@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from altgrad.quantization.block_formats import BlockFormat, NumberFormat, is_scaled
-from altgrad.quantization.scaling import Scaling, amax_of, scale_from_amax
+from altgrad.quantization.formats import Scaling
+from altgrad.quantization.scaling import amax_of, scale_from_amax
 
 
 def block_sizes(formats: Sequence[NumberFormat], scaling: Scaling | None) -> tuple[int, ...]:

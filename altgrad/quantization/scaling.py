@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,12 +11,8 @@ from torch.nn.functional import pad
 
 from altgrad.quantization.arguments import check_input, full_dtype
 from altgrad.quantization.float_format import FloatFormat
-from altgrad.quantization.formats import get_format
+from altgrad.quantization.formats import Scaling, get_format
 from altgrad.quantization.kernel import exact_exp2
-
-Scaling: TypeAlias = Literal["tensor", "channel"] | tuple[Literal["block"], int]
-"""What shares one scale: the whole tensor, each index of dimension 0, or each run of that many
-elements along the last dimension."""
 
 # Elements of which the magnitude is taken at once: 4 MiB of float32.
 _PIECE = 2**20

@@ -26,7 +26,8 @@ from altgrad.observation.stored import forget_stored, register_stored
 from altgrad.quantization import quantize, spacing
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.block_formats import BlockFormat, NumberFormat, get_formats, is_scaled
-from altgrad.quantization.scaling import Scaling, amax_of, check_scaling, scale_from_amax
+from altgrad.quantization.formats import Scaling
+from altgrad.quantization.scaling import amax_of, check_scaling, scale_from_amax
 
 StorageRounding = Literal["nearest_even", "stochastic"]
 Compensation = Literal["kahan"]

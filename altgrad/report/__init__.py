@@ -1,11 +1,13 @@
 """Reports of a run: its file, verdicts, tables, pictures and pages, made of plain numbers.
 
-Nothing here sees a model, and nothing loads torch.
+Nothing here sees a model, and nothing loads torch. `records` writes and reads the run file;
+`verdicts` judges a run, by the thresholds of `calibration`; `run_report` is what there is to say,
+`terminal`, `web_page` and `exports` say it, `drawings` draw it, `applying` writes lines of Python.
 """
 
 from typing import TYPE_CHECKING
 
-from altgrad._lazy import attach
+from altgrad import _lazy
 
 if TYPE_CHECKING:
     from altgrad.report.canvas import png, svg
@@ -60,20 +62,22 @@ __all__ = [
     "svg",
 ]
 
-__getattr__, __dir__ = attach(
-    __name__,
-    {
-        "canvas": "png svg",
-        "cells": "cell_text",
-        "comparison": "Comparison",
-        "drawings": "heat_map kept_map ranges steps_histogram",
-        "records.reading": "read",
-        "records.run": "Row Run",
-        "records.schema": "FormatInfo Header LayerInfo Predecessor RunFileError SCHEMA",
-        "records.writing": "RunFile",
-        "run_report": "RunReport",
-        "terminal": "print_comparison print_report print_verdicts",
-        "verdicts": "Advice Assessment Judge RESTS_ON Verdict judge_run",
-        "web_page": "page",
-    },
-)
+if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
+    __getattr__, __dir__ = _lazy.attach(
+        __name__,
+        {
+            "canvas": "png svg",
+            "cells": "cell_text",
+            "comparison": "Comparison",
+            "drawings": "heat_map kept_map ranges steps_histogram",
+            "records.reading": "read",
+            "records.run": "Row Run",
+            "records.schema": "FormatInfo Header LayerInfo Predecessor RunFileError SCHEMA",
+            "records.writing": "RunFile",
+            "run_report": "RunReport",
+            "terminal": "print_comparison print_report print_verdicts",
+            "verdicts": "Advice Assessment Judge RESTS_ON Verdict judge_run",
+            "web_page": "page",
+        },
+        submodules="calibration records verdicts",
+    )

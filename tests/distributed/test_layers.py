@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from altgrad import UpdateMonitor
 from altgrad.distributed.layers import ShardedLayers
-from altgrad.quantization.scaling import Scaling
+from altgrad.quantization.formats import Scaling
 from tests.distributed.sharded import (
     Net,
     fsdp,

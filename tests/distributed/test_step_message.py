@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor
 
 from altgrad.distributed.step_message import Own, StepMessage

@@ -1,7 +1,9 @@
 """Record the golden run, or after an intended change the figures of some metrics anew.
 
-    python -m tests.golden.record               # everything: only ever done by version 0.1.0
     python -m tests.golden.record stall_frac …  # these metrics alone, from the recorded steps
+    python -m tests.golden.record --everything  # done once, by 0.1.0: files and checkpoints are its
+
+A metric whose figures change is listed with its reason in CHANGED of test_golden.py.
 
 Each figure comes with a tolerance: 0 for what follows from counts and extrema, for others what a
 change of each sum by 1e-12 of its absolute terms makes of them (all terms are positive).
@@ -23,6 +25,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from altgrad import StepRecord
+from altgrad.measurement import get_metric
 from altgrad.measurement.columns import FORMAT_SUMS, SUMS
 from altgrad.measurement.step_table import StepTable
 from tests.golden import replay
@@ -165,17 +168,24 @@ def record_everything() -> None:
 
 
 def record_metrics(metrics: list[str]) -> None:
+    """Renew figures and errors of these metrics; all else stays as it was recorded."""
+    for metric in metrics:
+        get_metric(metric)  # or an error that lists near names
     old, new = replay.load_figures(), figures_as_json()
-    kept = {key: k for k, key in enumerate(old["keys"]) if key.split("/")[0] not in metrics}
-    for row, before in zip(new["rows"], old["rows"], strict=True):
+    renewed = {key: k for k, key in enumerate(new["keys"]) if key.split("/")[0] in metrics}
+    for row, recorded in zip(new["rows"], old["rows"], strict=True):
         for part in ("figures", "tolerances", "errors", "error_tolerances"):
-            of_key = dict(zip(new["keys"], row[part], strict=True))
-            row[part] = [before[part][kept[key]] if key in kept else of_key[key] for key in of_key]
-    write_figures(new)
+            recorded[part] = [
+                row[part][renewed[key]] if key in renewed else number
+                for key, number in zip(old["keys"], recorded[part], strict=True)
+            ]
+    write_figures(old)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
+    if sys.argv[1:] == ["--everything"]:
+        record_everything()
+    elif sys.argv[1:]:
         record_metrics(sys.argv[1:])
     else:
-        record_everything()
+        sys.exit(__doc__)

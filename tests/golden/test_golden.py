@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ RENAMES = {"zero_update_frac": "ulp_zero_frac"}
 
 ADDED: frozenset[str] = frozenset()
 """Metrics that 0.1.0 did not have."""
+
+CHANGED: dict[str, str] = {}
+"""Metrics whose figures were recorded anew, and why: files of 0.1.0 hold the former ones."""
 
 WRITTEN = 1e-7
 """Relative: numbers in a run file have 8 significant digits."""
@@ -97,7 +101,7 @@ def test_the_recorded_run_file_is_read() -> None:
     run = read(replay.RUN_FILE)
     assert not run.notes
     assert [*run.formats] == [*replay.FORMATS]
-    assert_rows_as_recorded(run.rows, golden_rows())
+    assert_rows_as_recorded(run.rows, golden_rows(), but=CHANGED)
 
 
 def test_a_trainer_writes_the_recorded_rows(tmp_path: Path) -> None:
@@ -124,10 +128,12 @@ def test_a_trainer_resumes_from_the_recorded_checkpoint(
     run = read(tmp_path)
     (note,) = run.notes
     assert "resumed before step 2" in note
-    assert_rows_as_recorded(run.rows, golden_rows())
+    assert_rows_as_recorded(run.rows, golden_rows(), but=CHANGED)
 
 
-def assert_rows_as_recorded(rows: list[Any], expected: list[dict[str, Any]]) -> None:
+def assert_rows_as_recorded(
+    rows: list[Any], expected: list[dict[str, Any]], but: Collection[str] = ()
+) -> None:
     assert [(row.step, row.layer or "") for row in rows] == [
         (row["step"], row["layer"]) for row in expected
     ]
@@ -135,9 +141,13 @@ def assert_rows_as_recorded(rows: list[Any], expected: list[dict[str, Any]]) -> 
         figures = {k: v for k, v in row.figures.items() if k.split("/")[0] not in ADDED}
         assert figures.keys() == golden["figures"].keys()
         for key, value in golden["figures"].items():
+            if key.split("/")[0] in but:
+                continue
             tolerance = abs(value) * WRITTEN + golden["tolerances"][key]
             assert close(figures[key], value, tolerance), key
         for key, error in row.errors.items():
+            if key.split("/")[0] in but:
+                continue
             assert close(error, golden["errors"][key], abs(golden["errors"][key]) * WRITTEN), key
         for key, (first, counts) in golden["histograms"].items():
             if row.layer is None:

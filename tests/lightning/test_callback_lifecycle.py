@@ -115,3 +115,13 @@ def test_a_copy_made_in_mid_run_is_detached(attached: Attached, copied: Any) -> 
     assert twin.latest.keys() == monitor.latest.keys()
     assert hooks_of(run) == 2
     assert monitor._monitor.is_observing
+
+
+def test_a_pickle_with_an_argument_that_is_gone_trains(tmp_path: Path) -> None:
+    """As 0.1.0 pickled a callback: it had `compile`."""
+    monitor = PrecisionMonitor("bf16", every_n_steps=1)
+    state = monitor.__getstate__()
+    old = PrecisionMonitor.__new__(PrecisionMonitor)
+    old.__setstate__(state | {"_settings": state["_settings"] | {"compile": False}})
+    fit(tmp_path, old, steps=2)
+    assert old.latest_step == 1

@@ -9,7 +9,7 @@ import torch
 from altgrad import UpdateMonitor
 from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.workspace import TEMPORARY_BYTES
-from altgrad.quantization.scaling import Scaling
+from altgrad.quantization.formats import Scaling
 from benchmarks.gpt import Gpt, train
 from tests.counting import Memory, host_copies, operations, operations_here_and_there
 

@@ -1,7 +1,6 @@
 """`describe_layers`: what the rules mean for the layers, as text that fits a terminal."""
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from altgrad.monitor.describe import describe_layers
 from altgrad.observation.rules import LayerSampling, SamplingRule, resolve_layers

@@ -4,8 +4,7 @@ import math
 from dataclasses import FrozenInstanceError
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from altgrad.monitor.schedule import StepSchedule
 from tests.monitor.watching import (

@@ -4,8 +4,7 @@ from dataclasses import FrozenInstanceError
 from fnmatch import fnmatchcase
 
 import pytest
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from hypothesis import assume, given, strategies as st
 
 from altgrad.observation.rules import LayerSampling, SamplingRule, resolve_layers
 from tests.strategies import thorough

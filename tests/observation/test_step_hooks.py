@@ -3,8 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, SGD, Optimizer
-from torch.optim import optimizer as torch_optimizer
+from torch.optim import LBFGS, SGD, Optimizer, optimizer as torch_optimizer
 
 from altgrad.observation.step_hooks import step_depth
 from tests.observation.recorder import (

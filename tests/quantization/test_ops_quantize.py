@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from altgrad.quantization import BF16, E4M3, FORMATS, FloatFormat, quantize
 from tests import oracles, strategies

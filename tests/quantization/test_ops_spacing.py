@@ -3,8 +3,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from altgrad.quantization import BF16, E0M7, E4M3, FORMATS, FP16, FloatFormat, quantize, spacing
 from tests import oracles, strategies

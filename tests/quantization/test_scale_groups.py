@@ -7,8 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor
 
 from altgrad.quantization import FORMATS, BlockFormat, FloatFormat, get_formats

@@ -3,8 +3,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from altgrad.quantization import E0M7, E1M6, E4M3, E5M2, FORMATS, compute_scale, quantize
 from tests import oracles, strategies

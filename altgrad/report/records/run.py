@@ -9,13 +9,11 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from altgrad.measurement.histogram import Histogram
+from altgrad.quantization.formats import Scaling
 from altgrad.report.records.schema import FormatInfo, LayerInfo
-
-if TYPE_CHECKING:
-    from altgrad.quantization import Scaling
 
 
 class FloatsByKey(Mapping[str, float]):

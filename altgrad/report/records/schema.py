@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from altgrad.monitor.header import describe_format
+from altgrad.quantization.formats import Scaling
 
 if TYPE_CHECKING:
-    from altgrad.quantization import NumberFormat, Scaling
+    from altgrad.quantization import NumberFormat
 
 SCHEMA = 1
 """Version of the format, which is the value of ``"altgrad"`` in the header."""

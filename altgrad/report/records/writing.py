@@ -55,10 +55,10 @@ class RunFile:
                 on it does.
 
         Raises:
+            TypeError: The header is not what `UpdateMonitor.run_header` returns.
             OSError: It cannot be made.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         if predecessor is not None:
             predecessor = Predecessor(_relative(Path(predecessor[0]), folder), predecessor[1])
         header = _parsed(header)
@@ -68,9 +68,11 @@ class RunFile:
             created=header.created or datetime.now(timezone.utc).isoformat(timespec="seconds"),
             predecessor=predecessor,
         )
+        line = _line(header.as_json())  # before there is a file, or an empty one would be left
+        folder.mkdir(parents=True, exist_ok=True)
         file = cls(*_first_free(folder))
         try:
-            file._write(_line(header.as_json()))
+            file._write(line)
         except OSError:
             file.close()
             file.path.unlink()
@@ -87,6 +89,7 @@ class RunFile:
         and a new one beside it names it as its predecessor.
 
         Raises:
+            TypeError: As `create`.
             RunFileError: It is none.
             OSError: It cannot be written.
         """
@@ -161,7 +164,15 @@ class RunFile:
 
 
 def _parsed(header: Header | Mapping[str, Any]) -> Header:
-    return header if isinstance(header, Header) else Header.from_json(header)
+    if isinstance(header, Header):
+        return header
+    try:
+        return Header.from_json(header)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TypeError(
+            f"header={str(header)[:60]}: expected what UpdateMonitor.run_header() returns, with "
+            f"formats, scaling and layers; {type(error).__name__}: {error}"
+        ) from error
 
 
 def _first_free(folder: Path) -> tuple[Path, BinaryIO]:

@@ -4,7 +4,7 @@ import pytest
 
 from altgrad import StepRecord
 from altgrad.report import Header
-from tests.report.records.recording import header_of, records_of
+from tests.report.records.recording import header_from, records_of
 
 
 @pytest.fixture(scope="module")
@@ -14,4 +14,4 @@ def records() -> list[StepRecord]:
 
 @pytest.fixture(scope="module")
 def header(records: list[StepRecord]) -> Header:
-    return header_of(records[0])
+    return header_from(records[0])

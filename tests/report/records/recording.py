@@ -36,7 +36,7 @@ def records_of(
     return records
 
 
-def header_of(record: StepRecord, formats: Any = FORMATS) -> Header:
+def header_from(record: StepRecord, formats: Any = FORMATS) -> Header:
     return Header(
         {each.name: FormatInfo.of(each, "tensor") for each in get_formats(formats)},
         {

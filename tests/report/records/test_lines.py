@@ -14,7 +14,7 @@ from altgrad.report.records.schema import number_as_json, number_from_json
 from tests.report.records.recording import (
     FORMATS,
     assert_same,
-    header_of,
+    header_from,
     records_of,
     strict_lines,
     written,
@@ -71,7 +71,7 @@ def test_numbers_without_a_value_and_without_an_end(tmp_path) -> None:
         "nan": torch.full((4,), math.nan),
     }
     records = records_of(parameters, steps=1)
-    path = written(tmp_path, header_of(records[0]), records)
+    path = written(tmp_path, header_from(records[0]), records)
     lines = {line["layer"]: line for line in strict_lines(path)[1:]}
     assert lines["nan"]["figures"]["stall_frac/bf16"] is None
     assert records[0].layers["exact"]["sqnr_db/bf16"] == math.inf
@@ -99,7 +99,7 @@ def test_how_a_number_is_written(number: float, text: str) -> None:
 
 def test_layers_of_any_name(tmp_path) -> None:
     records = records_of({name: torch.ones(5) for name in ODD_NAMES})
-    path = written(tmp_path, header_of(records[0]), records)
+    path = written(tmp_path, header_from(records[0]), records)
     assert len(strict_lines(path)) == 1 + 3 * 6
     run = read(path)
     assert [*run.layers] == [row.layer for row in run.rows[:5]] == [*ODD_NAMES]
@@ -110,7 +110,7 @@ def test_a_format_of_any_name(tmp_path) -> None:
     name = '%s"nan"inf<b>'
     formats = [FloatFormat(name, exponent_bits=3, mantissa_bits=2, bias=3)]
     records = records_of({"w": torch.ones(3000)}, formats=formats, max_elements=100)
-    run = read(written(tmp_path, header_of(records[0], formats), records))
+    run = read(written(tmp_path, header_from(records[0], formats), records))
     assert [*run.formats] == [name]
     for row in run.rows:
         assert_same(
@@ -121,6 +121,6 @@ def test_a_format_of_any_name(tmp_path) -> None:
 
 def test_without_formats(tmp_path) -> None:
     records = records_of({"w": torch.ones(3000)}, formats=[], max_elements=100)
-    run = read(written(tmp_path, header_of(records[0], []), records))
+    run = read(written(tmp_path, header_from(records[0], []), records))
     assert {*run.rows[0].figures} == {*LAYER_METRICS}
     assert [*run.rows[1].histograms] == ["ulps"]

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from altgrad.report import RunFile, RunFileError, read
-from tests.report.records.recording import assert_same, header_of, written
+from tests.report.records.recording import assert_same, header_from, written
 
 # --- what becomes of files
 
@@ -33,9 +33,9 @@ def test_a_killed_process_loses_at_most_the_last_line(tmp_path, records) -> None
     script = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 from altgrad.report import RunFile
-from tests.report.records.recording import header_of, records_of
+from tests.report.records.recording import header_from, records_of
 records = records_of(max_elements=1000)
-file = RunFile.create({str(tmp_path)!r}, header_of(records[0]))
+file = RunFile.create({str(tmp_path)!r}, header_from(records[0]))
 step = 0
 while True:
     file.append(step, records[step % 3], skipped={{}})
@@ -120,7 +120,7 @@ def test_a_resumed_run_has_no_gap_and_nothing_twice(tmp_path, records, header) -
 def test_a_run_that_is_another_one_is_not_written_below(tmp_path, records, header) -> None:
     path = written(tmp_path, header, records)
     content = path.read_bytes()
-    other = header_of(records[0], ("bf16", "e5m2"))
+    other = header_from(records[0], ("bf16", "e5m2"))
     with RunFile.resume(path, 1, other) as file:
         file.append(1, records[1], skipped={})
     assert path.read_bytes() == content
@@ -136,3 +136,31 @@ def test_what_is_no_run_file_is_not_resumed(tmp_path, header) -> None:
     with pytest.raises(RunFileError, match="no run file of AltGrad"):
         RunFile.resume(path, 3, header)
     assert path.read_text() == "mine\n"
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({}, "KeyError: 'scaling'"),
+        (None, "TypeError"),
+        ({"formats": ["bf16"], "scaling": None, "layers": {}}, "AttributeError"),
+        ({"formats": {}, "scaling": None, "layers": {"w": {}}}, "KeyError: 'shape'"),
+    ],
+    ids=str,
+)
+def test_a_header_of_another_kind_is_refused_and_leaves_nothing(
+    tmp_path: Path, header: Any, message: str
+) -> None:
+    expected = rf"header=.*: expected what UpdateMonitor.run_header\(\) returns, .*; {message}"
+    with pytest.raises(TypeError, match=expected):
+        RunFile.create(tmp_path / "new", header)
+    with pytest.raises(TypeError, match=expected):
+        RunFile.resume(tmp_path / "altgrad.jsonl", 0, header)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_json_cannot_hold_leaves_no_file(tmp_path: Path) -> None:
+    header = {"formats": {}, "scaling": None, "layers": {}, "versions": {"x": object()}}
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        RunFile.create(tmp_path, header)
+    assert not [*tmp_path.iterdir()]
