@@ -175,6 +175,7 @@ def lost_and_found(rank: int) -> dict[str, Any]:
         train(net, optimizer, 2)
     groups = torch.distributed.new_group()
     names = torch.distributed.distributed_c10d._world.pg_names[groups]
+    torch.distributed.barrier()  # one that ended now would break the group that others still make
     return {"alone": alone, "told": told, "records": records, "name": names}
 
 
