@@ -204,6 +204,7 @@ def in_two_groups(rank: int, folder: str) -> list[dict[str, float]]:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/{number}", rank=rank, world_size=SIZE
         )
+        torch.distributed.barrier()  # one that ended now would break what others still make
     return seen
 
 
