@@ -79,7 +79,10 @@ def assert_as_recorded(records: list[Any], expected: list[dict[str, Any]], first
 
 
 # The run has bf16 weights, whose updates in bf16 cannot be judged.
-pytestmark = pytest.mark.filterwarnings("ignore:PrecisionMonitor cannot judge bf16:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:PrecisionMonitor cannot judge bf16:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The loaded checkpoint was produced with Lightning"),
+]
 
 
 def test_every_figure_is_as_recorded() -> None:
