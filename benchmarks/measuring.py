@@ -38,6 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from altgrad import get_format, measure
 from altgrad.measurement.measurer import Measurer
+from altgrad.quantization.format_set import FormatSet
 
 SIZES = (1e3, 1e4, 1e5, 1e6, 3e7, 1e8)
 QUICK_LIMIT = 1_000_000
@@ -77,7 +78,7 @@ class Cell(NamedTuple):
 
 def variants_of(step: Step, formats: tuple[str, ...]) -> dict[str, Callable[[], object]]:
     before, after, gradient = step
-    measurer = Measurer(formats)
+    measurer = Measurer(FormatSet(formats))
     resolved = [get_format(name) for name in formats]
     variants: dict[str, Callable[[], object]] = {
         "torch clone of one": before.clone,
@@ -172,11 +173,12 @@ def peak_memory(run: Callable[[], object]) -> int:
 def memory_targets() -> list[Target]:
     """Each with a new Measurer, so that what it allocates once is counted too."""
     step = ordinary_data(MEMORY_SIZE)
-    ordinary = Measurer(FORMATS[1])
+    ordinary = Measurer(FormatSet(FORMATS[1]))
     ordinary.measure_tensor(*ordinary_data(1_000))  # constants that torch makes once
     targets = []
     for formats in FORMATS.values():
-        peak = peak_memory(lambda formats=formats: Measurer(formats).measure_tensor(*step)) / 2**20
+        judged = FormatSet(formats)
+        peak = peak_memory(lambda judged=judged: Measurer(judged).measure_tensor(*step)) / 2**20
         demand = f"MiB beside {size_name(MEMORY_SIZE)} elements, {len(formats)} format(s)"
         targets.append(Target(demand, peak, MEMORY_TARGET_MIB))
     return targets

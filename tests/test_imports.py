@@ -254,6 +254,7 @@ NO_TORCH = {"torch", "pytorch_lightning", "lightning", "altgrad_lightning.callba
         "import altgrad.report",
         "from altgrad.report import *",
         "from altgrad.quantization import BLOCK_FORMATS, FORMATS, FloatFormat, get_formats",
+        "from altgrad.quantization.format_set import FormatSet; FormatSet(['bf16', 'nvfp4'])",
         "import altgrad.cli",
     ],
 )

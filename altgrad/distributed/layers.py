@@ -12,9 +12,9 @@ from altgrad.distributed.ranks import Expected, Ranks
 from altgrad.distributed.shards import Part, Shard
 from altgrad.measurement.ever_moved import PackedBits, whole_of
 from altgrad.observation.dtensor import local_of
-from altgrad.quantization.block_formats import NumberFormat
+from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.formats import Scaling
-from altgrad.quantization.scale_groups import layer_amax_of_each, need_tensor_amax
+from altgrad.quantization.scale_groups import layer_amax_of_each
 
 _SAMPLED = 16
 _TOLERANCE = 0.01
@@ -107,14 +107,13 @@ class ShardedLayers:
             for name, expected in self.expected(names).items()
         }
 
-    def check_formats(self, formats: Sequence[NumberFormat]) -> None:
+    def check_formats(self, formats: FormatSet) -> None:
         """ValueError for formats whose scales are not known where parameters are sharded."""
-        if need_tensor_amax(formats):
-            names = tuple(format.name for format in formats)
+        if formats.needs_tensor_amax:
             raise ValueError(
-                f"formats={names}: one of them scales blocks by the amax of the whole tensor in "
-                "each step, which is not known where parameters are sharded; leave out 'nvfp4', "
-                "or observe an unsharded run"
+                f"formats={formats.names}: one of them scales blocks by the amax of the whole "
+                "tensor in each step, which is not known where parameters are sharded; leave out "
+                "'nvfp4', or observe an unsharded run"
             )
 
     def torn(self, names: Iterable[str], block_sizes: Sequence[int]) -> list[str]:

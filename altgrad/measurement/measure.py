@@ -7,7 +7,9 @@ from torch import Tensor
 
 from altgrad.measurement.catalogue import NEED_GRADIENT, NEED_TRACKING
 from altgrad.measurement.figures import tensor_figures
-from altgrad.measurement.measurer import Formats, Measurer
+from altgrad.measurement.measurer import Measurer
+from altgrad.quantization.block_formats import Formats
+from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.formats import Scaling
 
 DEFAULT_FORMATS = ("bf16", "e4m3fn", "e5m2")
@@ -66,7 +68,8 @@ def measure(
         >>> figures["stall_frac/fp16"], figures["stall_frac/bf16"]
         (0.0, 1.0)
     """
-    measurer = Measurer(formats, scaling)
-    figures = tensor_figures(measurer.names, measurer.measure_tensor(before, after, gradient))
+    judged = FormatSet(formats, scaling)
+    row = Measurer(judged).measure_tensor(before, after, gradient)
+    figures = tensor_figures(judged.names, row)
     left_out = NEED_TRACKING if gradient is not None else NEED_TRACKING | NEED_GRADIENT
     return {key: figures[key] for key in figures if key.split("/")[0] not in left_out}

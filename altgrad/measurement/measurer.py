@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -14,22 +12,15 @@ from altgrad.measurement.kernel import EverMoved, Histograms, Rows, RowSums, row
 from altgrad.measurement.totals import LayersOfRows, Totals, bins_of, meant_columns
 from altgrad.measurement.workspace import Workspace, columns_that_fit
 from altgrad.quantization.arguments import check_pair
-from altgrad.quantization.block_formats import BlockFormat, NumberFormat, get_formats, is_scaled
-from altgrad.quantization.formats import Scaling
+from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.grids import Grids, grids_of
 from altgrad.quantization.scale_groups import (
     Sharing,
-    block_sizes,
     element_scales,
     layer_amax,
-    need_amax,
-    need_tensor_amax,
     single_scales,
     tensor_amax_of,
 )
-from altgrad.quantization.scaling import check_scaling
-
-Formats = str | torch.dtype | NumberFormat | Iterable[str | torch.dtype | NumberFormat]
 
 
 class Batch(NamedTuple):
@@ -61,40 +52,24 @@ class Measurer:
     """Measures steps on the same formats again and again, in memory that it keeps.
 
     Args:
-        formats, scaling: As in `measure`.
+        formats: The formats with their scaling.
 
     Attributes:
-        formats: The formats.
-        names: Their names.
-        scaling: As given.
-        is_single: Whether every format has one scale for a whole layer.
+        formats: The `formats` argument.
         capacity: How many elements one call of the kernel may measure, in the memory it may take.
-        needs_amax: Whether the scales need the amax of layers, or of their channels.
-        block: How many neighbours must be measured together, from a multiple of it on.
+
+    Raises:
+        ValueError: Blocks that share a scale are larger than the capacity.
     """
 
-    def __init__(
-        self,
-        formats: Formats,
-        scaling: Scaling | None = "tensor",
-    ) -> None:
-        if scaling is not None:
-            check_scaling(scaling)
-        self.formats = get_formats(formats)
-        self.names = tuple(format.name for format in self.formats)
-        self.scaling = scaling
-        self._block_sizes = block_sizes(self.formats, scaling)
-        self.block = math.lcm(*self._block_sizes)
-        self.needs_amax = need_amax(self.formats, scaling)
-        self.is_single = not self._block_sizes and not (
-            scaling == "channel" and any(is_scaled(format, scaling) for format in self.formats)
-        )
-        self.capacity = columns_that_fit(len(self.formats), scale_per_element=not self.is_single)
-        if self.block > self.capacity:
+    def __init__(self, formats: FormatSet) -> None:
+        self.formats = formats
+        self.capacity = columns_that_fit(len(formats), scale_per_element=not formats.is_single)
+        if formats.block > self.capacity:
             raise ValueError(
-                f"scaling={scaling!r}: blocks of {self.block} elements, with those of all formats, "
-                f"are more than the {self.capacity} that are measured at once; use 'tensor' or "
-                "'channel'"
+                f"scaling={formats.scaling!r}: blocks of {formats.block} elements, with those of "
+                f"all formats, are more than the {self.capacity} that are measured at once; use "
+                "'tensor' or 'channel'"
             )
         self._workspace = Workspace()
 
@@ -102,20 +77,19 @@ class Measurer:
         """The formats under a scale of (1 or rows, formats, 1 or columns); None without formats."""
         if not self.formats:
             return None
-        blocks = [isinstance(format, BlockFormat) for format in self.formats]
         return grids_of(
-            [f.element if isinstance(f, BlockFormat) else f for f in self.formats],
-            [is_scaled(format, self.scaling) for format in self.formats],
+            [format.element for format in self.formats],
+            [applied is not None for applied in self.formats.applied],
             scale,
-            power_of_two=not any(blocks),
+            power_of_two=all(format.power_of_two for format in self.formats),
             device=device,
         )
 
     def amax_of(self, before: Tensor, after: Tensor) -> Tensor:
         """The largest magnitude of the weights, or of each channel; where all are 0, `after`'s."""
-        amax = layer_amax(before, self.scaling)
+        amax = layer_amax(before, self.formats.scaling)
         if bool((amax == 0).any()):
-            amax = torch.where(amax == 0, layer_amax(after, self.scaling), amax)
+            amax = torch.where(amax == 0, layer_amax(after, self.formats.scaling), amax)
         return amax
 
     @torch.no_grad()
@@ -143,21 +117,23 @@ class Measurer:
             TypeError, ValueError: As `measure`.
         """
         check_step(before, after, gradient)
-        if amax is None and self.needs_amax:
+        if amax is None and self.formats.needs_amax:
             amax = self.amax_of(before, after)
         device, shape = before.device, before.shape if sample is None else sample.shape
         totals = Totals(1, len(self.formats), device)
         one_layer = torch.zeros(1, dtype=torch.int64, device=device)
         histograms = Histograms(totals.counts, *bins_of(one_layer, len(self.formats)))
-        grids = self.grids(self.single_scales(amax, 1, device), device) if self.is_single else None
+        grids = None
+        if self.formats.is_single:
+            grids = self.grids(self.single_scales(amax, 1, device), device)
         tensor_amax = None
-        if amax is not None and need_tensor_amax(self.formats):
+        if amax is not None and self.formats.needs_tensor_amax:
             tensor_amax = tensor_amax_of(before, amax)
-        start = 0
+        start, block = 0, self.formats.block
         tensors = (before, after) if gradient is None else (before, after, gradient)
-        for flat in chunks_of(tensors, self._chunk(tensors), block=self.block, sample=sample):
+        for flat in chunks_of(tensors, self._chunk(tensors), block=block, sample=sample):
             scales = None
-            if not self.is_single:
+            if not self.formats.is_single:
                 scales = self._scales_of_chunk(flat, (amax, tensor_amax), start, shape, sample)
             rows = row_of(flat)
             if scales is not None:
@@ -166,7 +142,7 @@ class Measurer:
             totals.add(self._rows(rows, grids, histograms, of_part))
             start += len(flat[0])
         counted = torch.tensor([[shape.numel(), before.numel()]], dtype=torch.float64)
-        meant = meant_columns(self.judges(before.dtype), device)
+        meant = meant_columns(self.formats.judged(before.dtype), device)
         return totals.vectors(counted.to(device), meant)[0]
 
     def _chunk(self, tensors: tuple[Tensor, ...]) -> int:
@@ -190,18 +166,18 @@ class Measurer:
         if of_groups is not None:
             sharing, groups = sharing.of_its_groups()
             of_groups = of_groups[groups]
-        sharing, scaled = sharing.to(flat[0].device), (self.formats, self.scaling)
-        return element_scales(flat[0], flat[1], of_groups, amax[1], sharing, *scaled)
+        sharing = sharing.to(flat[0].device)
+        return element_scales(flat[0], flat[1], of_groups, amax[1], sharing, self.formats)
 
     def sharing_of(self, shape: torch.Size, indices: Tensor) -> Sharing:
         """As `Sharing.of`."""
-        return Sharing.of(shape, indices, self._block_sizes, self.scaling)
+        return Sharing.of(shape, indices, self.formats.block_sizes, self.formats.scaling)
 
     def single_scales(self, amax: Tensor | None, layers: int, device: torch.device) -> Tensor:
         """(layers, formats, 1) of the amax of each."""
         if amax is None:
             amax = torch.zeros(layers, device=device)  # it serves no format
-        return single_scales(amax, self.formats, self.scaling).unsqueeze(-1)
+        return single_scales(amax, self.formats).unsqueeze(-1)
 
     def batch(
         self,
@@ -220,7 +196,7 @@ class Measurer:
             None,
             None,
             bins_of(layer_of_row, len(self.formats)),
-            meant_columns(self.judges(rows.before.dtype), device),
+            meant_columns(self.formats.judged(rows.before.dtype), device),
             ever,
         )
         return self.with_scales(batch, scales)
@@ -245,9 +221,9 @@ class Measurer:
         (sharing, amax), before = batch.sharing, batch.rows.before
         flat = before.reshape(-1), batch.rows.after.reshape(-1)
         tensor_amax = None
-        if amax is not None and need_tensor_amax(self.formats):
+        if amax is not None and self.formats.needs_tensor_amax:
             tensor_amax = tensor_amax_of(flat[0], amax, sharing)
-        scales = element_scales(*flat, amax, tensor_amax, sharing, self.formats, self.scaling)
+        scales = element_scales(*flat, amax, tensor_amax, sharing, self.formats)
         by_row = scales.view(-1, before.shape[0], before.shape[2]).transpose(0, 1)
         return self.grids(by_row, before.device)
 
@@ -262,10 +238,6 @@ class Measurer:
         shape = rows.before.shape[0], len(self.formats), rows.before.shape[-1]
         buffers = self._workspace.buffers(*shape, rows.before.device)
         return row_sums(rows, grids, own_grid, buffers, histograms, ever)
-
-    def judges(self, dtype: torch.dtype) -> list[bool]:
-        """For each format, whether weights stored in this dtype show the updates it would lose."""
-        return [format.is_coarser_than(dtype) for format in self.formats]
 
 
 def check_step(before: Tensor, after: Tensor, gradient: Tensor | None) -> None:

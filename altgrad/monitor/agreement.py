@@ -13,11 +13,10 @@ from torch.optim import Optimizer
 from altgrad._messages import few
 from altgrad.distributed.layers import ShardedLayers
 from altgrad.distributed.ranks import Call, Description, Expected
-from altgrad.measurement.measurer import Measurer
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.observation import StepObserver
 from altgrad.observation.observer import FaultElsewhereError
-from altgrad.quantization.scale_groups import block_sizes
+from altgrad.quantization.format_set import FormatSet
 
 
 class Agreement:
@@ -29,7 +28,7 @@ class Agreement:
         sharded: Where the layers lie.
         observer: What sees the steps.
         settings: How each layer is observed.
-        measurer: Who measures.
+        formats: The formats with their scaling.
         decides: What else has to be alike, by name: arguments, and what a state brings.
         tell: Called with what a user is to know.
 
@@ -43,7 +42,7 @@ class Agreement:
         sharded: ShardedLayers,
         observer: StepObserver,
         settings: LayerSettings,
-        measurer: Measurer,
+        formats: FormatSet,
         decides: Callable[[], Mapping[str, Mapping[str, Any]]],
         tell: Callable[[str], object],
     ) -> None:
@@ -52,7 +51,7 @@ class Agreement:
         self._sharded = sharded
         self._observer = observer
         self._settings = settings
-        self._measurer = measurer
+        self._formats = formats
         self._decides = decides
         self._tell = tell
         self._agreed: set[tuple[str, ...]] = set()  # the layers of each optimizer
@@ -109,7 +108,7 @@ class Agreement:
         try:
             attaching = optimizers()
             self._sharded.look_at(self._observer.parameters)
-            self._sharded.check_formats(self._measurer.formats)
+            self._sharded.check_formats(self._formats)
             self._leave_out_torn_layers()
             layers = [self._layers_of(each) for each in attaching]
             description = self._description(layers)
@@ -139,7 +138,7 @@ class Agreement:
         }
 
     def _leave_out_torn_layers(self) -> None:
-        sizes = block_sizes(self._measurer.formats, self._measurer.scaling)
+        sizes = self._formats.block_sizes
         names = [name for name in self._observer.names if self._settings.of(name).enabled]
         if torn := self._sharded.torn(names, sizes):
             self._settings.leave_out(torn)

@@ -266,10 +266,10 @@ class Arena:
         device, measurer = layer_of_row.device, self._measurer
         known = self._scale_state.amax
         amax = None
-        if measurer.needs_amax:
+        if measurer.formats.needs_amax:
             one = torch.ones(1, device=device)
             amax = torch.cat([known(place.name) if place.name else one for place in places])
-        if measurer.is_single:
+        if measurer.formats.is_single:
             return measurer.single_scales(amax, len(places), device)[layer_of_row]
         sharing = Sharing.joined([self._sharing(place) for place in places])
         return sharing.to(device), amax

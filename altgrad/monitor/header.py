@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from altgrad.quantization.block_formats import BlockFormat, NumberFormat, is_scaled
+from altgrad.quantization.number_format import NumberFormat, applied_scaling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,14 +36,14 @@ def describe_run(
 
 def describe_format(format: NumberFormat, scaling: Scaling | None) -> dict[str, Any]:
     """Return range and precision of a format; of one in blocks, those of its elements."""
-    element = format.element if isinstance(format, BlockFormat) else format
+    element = format.element
     return {
         "bits": element.bits,
         "max": element.max,
         "smallest": element.smallest_subnormal,
         "smallest_normal": element.smallest_normal,
         "eps": element.eps,
-        "scaled": is_scaled(format, scaling),
+        "scaled": applied_scaling(format, scaling) is not None,
     }
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from altgrad.measurement.measurer import Measurer
 from altgrad.monitor.elements import sample_elements
 from altgrad.observation.rules import LayerSampling, SamplingRule, resolve_layers
 from altgrad.observation.snapshots import WHOLE_UP_TO
 from altgrad.quantization.arguments import INPUT_DTYPES
-from altgrad.quantization.block_formats import NumberFormat, get_formats
+from altgrad.quantization.block_formats import get_formats
+from altgrad.quantization.format_set import FormatSet
+from altgrad.quantization.number_format import NumberFormat
 
 
 class LayerSettings:
@@ -24,8 +25,8 @@ class LayerSettings:
     Args:
         names: Of the layers.
         rules: The first that matches a name holds.
-        measurer: For all formats, also those that only rules name.
-        formats: The monitor's own.
+        formats: All formats, also those that only rules name.
+        own_formats: The monitor's own.
         every_n_steps, max_elements: Likewise.
         seed: Of the choice of elements.
 
@@ -41,20 +42,20 @@ class LayerSettings:
         self,
         names: Sequence[str],
         rules: Sequence[SamplingRule],
-        measurer: Measurer,
-        formats: Sequence[NumberFormat],
+        formats: FormatSet,
+        own_formats: Sequence[NumberFormat],
         *,
         every_n_steps: int,
         max_elements: int | None,
         seed: int,
     ) -> None:
         self._rules = tuple(rules)
-        self._measurer = measurer
+        self._formats = formats
         self.seed = seed
         self._own: dict[str, Any] = {
             "every_n_steps": every_n_steps,
             "max_elements": max_elements,
-            "formats": tuple(format.name for format in formats),
+            "formats": tuple(format.name for format in own_formats),
         }
         self.by_name = self._resolved(names, self._rules)
 
@@ -101,7 +102,7 @@ class LayerSettings:
 
     def indices(self, name: str, shape: torch.Size) -> Tensor | None:
         """The sample of a layer's elements; None for all."""
-        most, block = self.of(name).max_elements, self._measurer.block
+        most, block = self.of(name).max_elements, self._formats.block
         return sample_elements(name, shape, most, seed=self.seed, block=block)
 
     def measured_indices(self, name: str, shape: torch.Size) -> Tensor | None:
@@ -112,7 +113,7 @@ class LayerSettings:
         self, names: Sequence[str], rules: Sequence[SamplingRule]
     ) -> dict[str, LayerSampling]:
         """With the formats' own names."""
-        known = self._measurer.names
+        known = self._formats.names
         return {
             name: replace(
                 layer,

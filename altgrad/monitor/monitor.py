@@ -22,7 +22,7 @@ from altgrad.distributed.step_message import Own, StepMessage
 from altgrad.measurement.ever_moved import EverMovedOfLayers, PackedBits
 from altgrad.measurement.histogram import Histogram
 from altgrad.measurement.measure import DEFAULT_FORMATS
-from altgrad.measurement.measurer import Formats, Measurer
+from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.step_record import StepRecord
 from altgrad.monitor.agreement import Agreement
 from altgrad.monitor.describe import describe_layers
@@ -40,8 +40,10 @@ from altgrad.observation.rules import LayerSampling, SamplingRule
 from altgrad.observation.snapshots import Memory
 from altgrad.observation.stored import stored_formats
 from altgrad.quantization.arguments import INPUT_DTYPES
-from altgrad.quantization.block_formats import NumberFormat, get_formats
+from altgrad.quantization.block_formats import Formats, get_formats
+from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.formats import Scaling
+from altgrad.quantization.number_format import NumberFormat
 
 DEFAULT_MAX_ELEMENTS = 1024
 """A share is then known to 0.016 at worst (one standard error); see benchmarks/README.md."""
@@ -118,7 +120,7 @@ class UpdateMonitor:
         self._on_record = on_record
         own_formats = get_formats(formats)
         of_rules = [format for rule in sampling for format in get_formats(rule.formats or ())]
-        self._measurer = Measurer([*own_formats, *of_rules], scaling)
+        self._formats = FormatSet([*own_formats, *of_rules], scaling)
         self._is_wanted, every = _policy(every_n_steps)
         self._observer = StepObserver(
             module,
@@ -134,7 +136,7 @@ class UpdateMonitor:
         self._settings = LayerSettings(
             self._observer.names,
             sampling,
-            self._measurer,
+            self._formats,
             own_formats,
             every_n_steps=every,
             max_elements=max_elements,
@@ -142,10 +144,10 @@ class UpdateMonitor:
         )
         self._budgets = None if overhead_budget is None else Budgets(overhead_budget, every)
         self._clock = Clock()
-        self._scale_state = ScaleState(self._measurer.formats, scaling)
+        self._scale_state = ScaleState(self._formats)
         self._ever_moved = EverMovedOfLayers(self._tell)
         self._measuring = StepMeasuring(
-            self._measurer, self._settings, self._scale_state, self._ever_moved
+            Measurer(self._formats), self._settings, self._scale_state, self._ever_moved
         )
         self._sharded: ShardedLayers | None = None
         self._agreement: Agreement | None = None
@@ -156,12 +158,12 @@ class UpdateMonitor:
     @property
     def formats(self) -> tuple[NumberFormat, ...]:
         """All that are judged, those that only rules name included."""
-        return tuple(self._measurer.formats)
+        return self._formats.formats
 
     @property
     def scaling(self) -> Scaling | None:
         """As given."""
-        return self._measurer.scaling
+        return self._formats.scaling
 
     @property
     def layers(self) -> Mapping[str, LayerSampling]:
@@ -252,13 +254,13 @@ class UpdateMonitor:
     def _share(self) -> ShardedLayers:
         """What is observed together with other processes."""
         if self._sharded is None:
-            sharded = ShardedLayers(self._settings.measured_indices, self._measurer.scaling)
+            sharded = ShardedLayers(self._settings.measured_indices, self._formats.scaling)
             self._sharded = self._measuring.sharded = sharded
             self._scale_state.share(sharded.amax_of)
             self._observer.agree = self._finish_together
             self._observer.leave_out = self._leave_out_unreduced
             self._agreement = Agreement(
-                sharded, self._observer, self._settings, self._measurer, self._decides, self._tell
+                sharded, self._observer, self._settings, self._formats, self._decides, self._tell
             )
         return self._sharded
 
@@ -266,8 +268,8 @@ class UpdateMonitor:
         """What processes have to have alike to decide and to measure alike, beside layers."""
         return {
             "settings": {
-                "formats": self._measurer.formats,
-                "scaling": self._measurer.scaling,
+                "formats": self._formats.formats,
+                "scaling": self._formats.scaling,
                 "seed": self._settings.seed,
                 "overhead_budget": None if self._budgets is None else self._budgets.share,
             },
@@ -285,7 +287,7 @@ class UpdateMonitor:
             element, judged = stored.get(parameter), self._settings.of(name).formats
             if element is None:
                 continue
-            formats = (f for f in self._measurer.formats if f.name in judged)
+            formats = (f for f in self._formats if f.name in judged)
             hidden = [f.name for f in formats if not f.is_coarser_than(element)]
             if hidden:
                 self._settings.leave_out_formats(name, hidden)
@@ -340,7 +342,7 @@ class UpdateMonitor:
         if self._sharded is not None:
             ever_moved = self._ever_moved_of_all(self._sharded, ever_moved)
         return {
-            "formats": self._measurer.names,
+            "formats": self._formats.names,
             "ever_moved": ever_moved,
             "scales": self._scale_state.state_dict(),
             "last_seen": dict(self._last_seen),
@@ -360,12 +362,12 @@ class UpdateMonitor:
         if self.is_observing:
             raise RuntimeError("the monitor is attached: load_state_dict() before attach()")
         self._measuring.clear_arenas()
-        is_alike = tuple(state["formats"]) == self._measurer.names
+        is_alike = tuple(state["formats"]) == self._formats.names
         self._loaded = dict(state["ever_moved"]) if is_alike else {}
         self._ever_moved.load_state_dict(self._loaded)
         if not is_alike:
             self._tell(
-                f"goes on with formats {self._measurer.names} from a run with "
+                f"goes on with formats {self._formats.names} from a run with "
                 f"{tuple(state['formats'])}: never_moved_frac begins anew"
             )
         self._observer.read_names()
@@ -462,7 +464,7 @@ class UpdateMonitor:
                 own = self._own_of(look(), own)
             layers = self._agreement.layers_of_step(optimizer)
             step = (index, tuple(layers))
-            message = StepMessage(len(self._measurer.formats), self._agreement.rows, step)
+            message = StepMessage(len(self._formats), self._agreement.rows, step)
             together = ranks.merge(message, layers, own, index)
             if not together.names:
                 self.skipped.update(_REASONS[together.reason :][:1] if together.reason >= 0 else ())
@@ -530,7 +532,7 @@ class UpdateMonitor:
             return self._loaded
         names = self._measured(self._observer.names)
         try:
-            return sharded.ever_moved_state(own, names, kinds=1 + len(self._measurer.formats))
+            return sharded.ever_moved_state(own, names, kinds=1 + len(self._formats))
         except LostRankError as fault:
             if self._is_strict:
                 raise
@@ -547,7 +549,7 @@ class UpdateMonitor:
         if others := [name for name, dtype in trained.items() if dtype not in INPUT_DTYPES]:
             self._tell(f"leaves out parameters of other dtypes: {others}")
         for dtype in sorted({*trained.values()} & {*INPUT_DTYPES}, key=str):
-            judges = zip(self._measurer.names, self._measurer.judges(dtype), strict=True)
+            judges = zip(self._formats.names, self._formats.judged(dtype), strict=True)
             if coarse := [name for name, judged in judges if not judged]:
                 self._tell(
                     f"cannot judge {', '.join(coarse)} for weights already stored in {dtype}: "

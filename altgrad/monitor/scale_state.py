@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from altgrad.measurement.step_record import StepRecord
-from altgrad.quantization.block_formats import BlockFormat, NumberFormat, is_scaled
-from altgrad.quantization.formats import Scaling
-from altgrad.quantization.scale_groups import layer_amax_of_each, need_amax
+from altgrad.quantization.format_set import FormatSet
+from altgrad.quantization.scale_groups import layer_amax_of_each
 
 STEPS_PER_SCALE = 100
 """Observed steps for which an amax holds, unless a weight is seen to exceed it."""
@@ -28,19 +27,13 @@ class ScaleState:
     A scale that moved with the weights in every step would hide whether they moved on the grid.
 
     Args:
-        formats, scaling: As in `altgrad.measure`.
+        formats: The formats with their scaling.
     """
 
-    def __init__(self, formats: Sequence[NumberFormat], scaling: Scaling | None) -> None:
-        self._scaling = scaling
-        self._is_needed = need_amax(formats, scaling)
-        self._fitting = [  # formats whose scale is to fit all weights
-            format.name
-            for format in formats
-            if isinstance(scaling, str)
-            and is_scaled(format, scaling)
-            and not isinstance(format, BlockFormat)
-        ]
+    def __init__(self, formats: FormatSet) -> None:
+        self._scaling = formats.scaling
+        self._is_needed = formats.needs_amax
+        self._fitting = formats.fitted
         self._taken_by: Take = self._take_here
         self._is_shared = False
         self._amax: dict[str, tuple[torch.Size, Tensor]] = {}

@@ -82,7 +82,9 @@ class StepMeasuring:
 
     def nothing(self) -> StepVectors:
         """The vectors of no layer."""
-        return StepVectors(self._measurer.names, lambda name: self._settings.of(name).formats)
+        return StepVectors(
+            self._measurer.formats.names, lambda name: self._settings.of(name).formats
+        )
 
     def vectors_of(self, step: OptimizerStep, parameters: Mapping[str, Tensor]) -> StepVectors:
         """Those of the layers that were stepped.
@@ -129,7 +131,7 @@ class StepMeasuring:
             if self.sharded is not None and not before.numel():
                 continue  # others have all that is measured of it
             self._scale_state.look_at(name, parameter)
-            amax = self._scale_state.amax(name) if self._measurer.needs_amax else None
+            amax = self._scale_state.amax(name) if self._measurer.formats.needs_amax else None
             ever = self._ever_moved.row_of(name, kinds, before.numel(), before.device)
             is_whole = before.numel() == parameter.numel()
             sample = None if is_whole else self._samples[name]

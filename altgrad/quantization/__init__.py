@@ -1,8 +1,9 @@
 """What a number format does to a tensor: formats, exact rounding, scales and diagnostics.
 
-`float_format` says which numbers a format holds, `formats` and `block_formats` name them; `kernel`
-rounds, `ops` is its door (`quantize`, `spacing`), `grids` rounds to many formats at once; `scaling`
-and `scale_groups` find scales. `diagnostics` asks what becomes of one update,
+`float_format` says which numbers a format holds, `number_format` what all formats have in common,
+`formats` and `block_formats` name them, and `format_set` has those of a run; `kernel` rounds, `ops`
+is its door (`quantize`, `spacing`), `grids` rounds to many formats at once; `scaling` and
+`scale_groups` find scales. `diagnostics` asks what becomes of one update,
 `advanced_diagnostics` holds the contract of DIAG-01 to 04: stiffness, grid alignment, ULP distance
 and the correlation of gradient and stiffness.
 """
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from altgrad.quantization.block_formats import (
         BLOCK_FORMATS,
         BlockFormat,
-        NumberFormat,
         get_formats,
     )
     from altgrad.quantization.diagnostics import effective_update, stall_mask, visible_mask
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         get_format,
     )
     from altgrad.quantization.kernel import Rounding
+    from altgrad.quantization.number_format import NumberFormat
     from altgrad.quantization.ops import quantize, spacing
     from altgrad.quantization.scaling import compute_scale
 
@@ -108,7 +109,7 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
                 "grid_alignment_error grid_alignment_statistics ulp_statistics"
             ),
             "arguments": "INPUT_DTYPES",
-            "block_formats": "BLOCK_FORMATS BlockFormat NumberFormat get_formats",
+            "block_formats": "BLOCK_FORMATS BlockFormat get_formats",
             "diagnostics": "effective_update stall_mask visible_mask",
             "float_format": "FloatFormat",
             "formats": (
@@ -116,11 +117,12 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
                 "E5M2 E5M2FNUZ E6M1 E7M0 FORMATS FP16 FP8Format Scaling get_format"
             ),
             "kernel": "Rounding",
+            "number_format": "NumberFormat",
             "ops": "quantize spacing",
             "scaling": "compute_scale",
         },
         submodules=(
-            "advanced_diagnostics arguments block_formats diagnostics float_format formats grids "
-            "kernel ops scale_groups scaling"
+            "advanced_diagnostics arguments block_formats diagnostics float_format format_set "
+            "formats grids kernel number_format ops scale_groups scaling"
         ),
     )

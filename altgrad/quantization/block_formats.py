@@ -13,13 +13,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from altgrad.quantization.float_format import FloatFormat, is_torch_dtype
-from altgrad.quantization.formats import E2M1, E2M3, E3M2, E4M3, E5M2, Scaling, get_format
+from altgrad.quantization.formats import E2M1, E2M3, E3M2, E4M3, E5M2, get_format
+from altgrad.quantization.number_format import NumberFormat
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_UNSCALED_BITS = 16
+Formats: TypeAlias = "str | torch.dtype | NumberFormat | Iterable[str | torch.dtype | NumberFormat]"
+"""Formats or their names, one or several: what `get_formats` takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,40 +60,27 @@ class BlockFormat:
         return self.scale == "e4m3"
 
     def is_coarser_than(self, other: torch.dtype | FloatFormat) -> bool:
-        """As `FloatFormat.is_coarser_than`, within a block."""
+        """Return whether numbers of a dtype or format lie closer together within a block.
+
+        See `FloatFormat.is_coarser_than`.
+        """
         return self.element.is_coarser_than(other)
 
     def scales(self, amax: Tensor, tensor_amax: Tensor | None) -> Tensor:
-        """The scale of blocks, float64; 1 for a block of zeros.
+        """Return the scale of blocks, float64; 1 for a block of zeros.
 
         An E4M3 scale that would round to 0, in a block far below the tensor's amax, is the smallest
         one, 2**-9: a format whose weights are all 0 has no grid to move on.
 
         Args:
             amax: The largest magnitude in each block.
-            tensor_amax: Likewise of its whole tensor, of a shape that broadcasts; for formats
-                that have a tensor scale.
+            tensor_amax: The largest magnitude in the whole tensor of each block, of a shape that
+                broadcasts; for formats that have a tensor scale.
         """
-        import torch
+        from altgrad.quantization.scaling import format_scales
 
-        from altgrad.quantization.ops import quantize
-        from altgrad.quantization.scaling import scale_from_amax
+        return format_scales(amax, self, tensor_amax)
 
-        amax = amax.double()
-        if tensor_amax is None or not self.has_tensor_scale:
-            scale = scale_from_amax(amax, self.element, power_of_two="floor")
-            return scale.clamp_(2.0**-127, 2.0**127)
-        tensor_scale = tensor_amax.double() / (E4M3.max * self.element.max)
-        # As float32, which it is stored in, neither 0 nor inf.
-        float32 = torch.finfo(torch.float32)
-        tensor_scale = tensor_scale.clamp(float32.smallest_normal, float32.max).float().double()
-        scale = quantize(amax / self.element.max / tensor_scale, E4M3)
-        scale = scale.clamp_(min=E4M3.smallest_subnormal) * tensor_scale
-        return torch.where(amax == 0, 1.0, scale)
-
-
-NumberFormat: TypeAlias = FloatFormat | BlockFormat
-"""What weights can be judged for."""
 
 BLOCK_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
     {
@@ -111,17 +100,15 @@ BLOCK_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
 _BY_SPELLING: Mapping[str, BlockFormat] = {**BLOCK_FORMATS, "mxfp8": BLOCK_FORMATS["mxfp8_e4m3"]}
 
 
-def get_formats(
-    formats: str | torch.dtype | NumberFormat | Iterable[str | torch.dtype | NumberFormat],
-) -> tuple[NumberFormat, ...]:
-    """The formats of these names, each once, in their order; a single one makes a list of one.
+def get_formats(formats: Formats) -> tuple[NumberFormat, ...]:
+    """Return the formats of these names, each once, in their order; a single one as a tuple of one.
 
     Raises:
         ValueError: An unknown name, or two different formats of one name, whose figures would
             have the same key.
         TypeError: Neither names nor formats.
     """
-    if isinstance(formats, (str, FloatFormat, BlockFormat)) or is_torch_dtype(formats):
+    if isinstance(formats, (str, NumberFormat)) or is_torch_dtype(formats):
         formats = (formats,)
     found: dict[str, NumberFormat] = {}
     for format in map(_get, formats):
@@ -134,7 +121,7 @@ def get_formats(
 
 
 def _get(format: str | torch.dtype | NumberFormat) -> NumberFormat:
-    if isinstance(format, BlockFormat):
+    if isinstance(format, NumberFormat):
         return format
     if isinstance(format, str):
         name = format.lower()
@@ -144,13 +131,3 @@ def _get(format: str | torch.dtype | NumberFormat) -> NumberFormat:
             near = difflib.get_close_matches(name, _BY_SPELLING, n=3) or list(BLOCK_FORMATS)
             raise ValueError(f"unknown format {format!r}; nearest: {', '.join(near)}")
     return get_format(format)
-
-
-def is_scaled(format: NumberFormat, scaling: Scaling | None) -> bool:
-    """Whether weights in this format are stored under an amax scale.
-
-    Formats of 16 bits have the exponents to do without one, and are used so.
-    """
-    if isinstance(format, BlockFormat):
-        return True
-    return scaling is not None and format.bits < _UNSCALED_BITS

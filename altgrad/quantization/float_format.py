@@ -158,6 +158,26 @@ class FloatFormat:
         return value
 
     @property
+    def element(self) -> FloatFormat:
+        """Return the format itself: its numbers are stored without a scale of their own."""
+        return self
+
+    @property
+    def block_size(self) -> int | None:
+        """Return None: the format prescribes no blocks that share a scale."""
+        return None
+
+    @property
+    def has_tensor_scale(self) -> bool:
+        """Return False: the format prescribes no scale of the whole tensor beside others."""
+        return False
+
+    @property
+    def power_of_two(self) -> bool:
+        """Return True: weights in the format are judged under scales that are powers of two."""
+        return True
+
+    @property
     def bits(self) -> int:
         """Width of one number, its sign included."""
         return 1 + self.exponent_bits + self.mantissa_bits

@@ -84,6 +84,21 @@ _BY_SPELLING: dict[str, FloatFormat] = {
 }
 
 
+def check_scaling(scaling: Scaling) -> None:
+    """Raise ValueError unless the value is a `Scaling`."""
+    if isinstance(scaling, str):
+        if scaling in ("tensor", "channel"):
+            return
+    elif isinstance(scaling, (tuple, list)) and len(scaling) == 2 and scaling[0] == "block":
+        size = scaling[1]
+        if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+            return
+    raise ValueError(
+        f"scaling={scaling!r}: expected 'tensor', 'channel' or ('block', size) with a positive "
+        "size, such as ('block', 32)"
+    )
+
+
 def get_format(name_or_format: str | torch.dtype | FloatFormat) -> FloatFormat:
     """The format of that name.
 

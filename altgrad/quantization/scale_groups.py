@@ -13,29 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from altgrad.quantization.block_formats import BlockFormat, NumberFormat, is_scaled
+from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.formats import Scaling
-from altgrad.quantization.scaling import amax_of, scale_from_amax
-
-
-def block_sizes(formats: Sequence[NumberFormat], scaling: Scaling | None) -> tuple[int, ...]:
-    """Of all blocks that share a scale, in ascending order."""
-    sizes = {format.block_size for format in formats if isinstance(format, BlockFormat)}
-    if isinstance(scaling, (tuple, list)) and any(is_scaled(f, scaling) for f in formats):
-        sizes.add(scaling[1])
-    return tuple(sorted(sizes))
-
-
-def need_tensor_amax(formats: Sequence[NumberFormat]) -> bool:
-    """Whether the amax of whole tensors is needed beside those of their blocks."""
-    return any(isinstance(format, BlockFormat) and format.has_tensor_scale for format in formats)
-
-
-def need_amax(formats: Sequence[NumberFormat], scaling: Scaling | None) -> bool:
-    """Whether the amax of layers or channels is needed."""
-    plain = [format for format in formats if not isinstance(format, BlockFormat)]
-    of_groups = isinstance(scaling, str) and any(is_scaled(format, scaling) for format in plain)
-    return of_groups or need_tensor_amax(formats)
+from altgrad.quantization.scaling import amax_of, format_scales
 
 
 def layer_amax(x: Tensor, scaling: Scaling | None) -> Tensor:
@@ -80,14 +60,20 @@ def tensor_amax_of(before: Tensor, amax: Tensor, sharing: Sharing | None = None)
     return largest.scatter_reduce_(0, layer, _finite_magnitude(before), "amax")
 
 
-def single_scales(amax: Tensor, formats: Sequence[NumberFormat], scaling: Scaling | None) -> Tensor:
-    """(layers, formats), float64, from (layers); 1 for a format that is not scaled."""
+def single_scales(amax: Tensor, formats: FormatSet) -> Tensor:
+    """Return the scales of layers that have a single one in every format.
+
+    Args:
+        amax: Largest magnitude of each layer, (layers).
+        formats: The formats.
+
+    Returns:
+        float64, (layers, formats); 1 for a format that is not scaled by layers.
+    """
     one = torch.ones(len(amax), dtype=torch.float64, device=amax.device)
     columns = [
-        scale_from_amax(amax, format).double()
-        if not isinstance(format, BlockFormat) and is_scaled(format, scaling)
-        else one
-        for format in formats
+        format_scales(amax, format) if isinstance(applied, str) else one
+        for format, applied in zip(formats, formats.applied, strict=True)
     ]
     return torch.stack(columns, dim=1) if columns else one.view(-1, 1)[:, :0]
 
@@ -179,19 +165,18 @@ def element_scales(
     amax: Tensor | None,
     tensor_amax: Tensor | None,
     sharing: Sharing,
-    formats: Sequence[NumberFormat],
-    scaling: Scaling | None,
+    formats: FormatSet,
 ) -> Tensor:
-    """(formats, elements), float64: the scale of each element in every format.
+    """Return the scale of each element in every format: float64, (formats, elements).
 
     Args:
         before: The elements before the step, in one dimension; what is not finite is left out.
-        after: After it: of a block of zeros, which sets no scale, this does.
-        amax: Of each group; None where no scale of groups is needed.
-        tensor_amax: Of each layer; None where no format needs that beside the amax of its blocks.
-        sharing: Which of them share what.
+        after: The elements after it: of a block of zeros, which sets no scale, these do.
+        amax: Largest magnitude of each group; None where no scale of groups is needed.
+        tensor_amax: Largest magnitude of each layer; None where no format needs that beside the
+            amax of its blocks.
+        sharing: Which elements share what.
         formats: The formats.
-        scaling: As in `altgrad.measure`.
     """
     sizes = _finite_magnitude(before), _finite_magnitude(after)
     block_amax = {
@@ -199,20 +184,18 @@ def element_scales(
         for size, blocks in sharing.blocks.items()
     }
     scales = torch.ones(len(formats), len(before), dtype=torch.float64, device=before.device)
-    for format, scale in zip(formats, scales.unbind(), strict=True):
-        if isinstance(format, BlockFormat):
-            blocks, largest = sharing.blocks[format.block_size], block_amax[format.block_size]
-            of_tensor = None if tensor_amax is None else tensor_amax[blocks.layer]
-            scale.copy_(format.scales(largest, of_tensor)[blocks.of_element])
-        elif not is_scaled(format, scaling):
+    for format, applied, scale in zip(formats, formats.applied, scales.unbind(), strict=True):
+        if applied is None:
             continue
-        elif isinstance(scaling, str):
+        if isinstance(applied, str):
             assert amax is not None
-            scale.copy_(scale_from_amax(amax, format)[sharing.group])
-        else:
-            assert scaling is not None
-            of_element = sharing.blocks[scaling[1]].of_element
-            scale.copy_(scale_from_amax(block_amax[scaling[1]], format)[of_element])
+            scale.copy_(format_scales(amax, format)[sharing.group])
+            continue
+        blocks, largest = sharing.blocks[applied[1]], block_amax[applied[1]]
+        of_tensor = None
+        if format.has_tensor_scale and tensor_amax is not None:
+            of_tensor = tensor_amax[blocks.layer]
+        scale.copy_(format_scales(largest, format, of_tensor)[blocks.of_element])
     return scales
 
 

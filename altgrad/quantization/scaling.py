@@ -11,8 +11,10 @@ from torch.nn.functional import pad
 
 from altgrad.quantization.arguments import check_input, full_dtype
 from altgrad.quantization.float_format import FloatFormat
-from altgrad.quantization.formats import Scaling, get_format
+from altgrad.quantization.formats import E4M3, Scaling, check_scaling, get_format
 from altgrad.quantization.kernel import exact_exp2
+from altgrad.quantization.number_format import NumberFormat
+from altgrad.quantization.ops import quantize
 
 # Elements of which the magnitude is taken at once: 4 MiB of float32.
 _PIECE = 2**20
@@ -82,6 +84,36 @@ def scale_from_amax(
     return torch.where(amax == 0, 1.0, scale)
 
 
+def format_scales(amax: Tensor, format: NumberFormat, tensor_amax: Tensor | None = None) -> Tensor:
+    """Return the scale that weights in a format are judged and stored under.
+
+    An E4M3 scale that would round to 0, in a block far below the amax of its tensor, is the
+    smallest one, 2**-9: a format in which all weights are 0 has no grid to move on.
+
+    Args:
+        amax: Largest magnitude of the weights that share each scale, float32 or float64.
+        format: The format.
+        tensor_amax: Largest magnitude in the tensor of each block, of a shape that broadcasts; for
+            formats that have a tensor scale.
+
+    Returns:
+        float64 of the shape of `amax`; 1 where that is 0.
+    """
+    if format.block_size is None:
+        return scale_from_amax(amax, format.element).double()
+    amax = amax.double()
+    if tensor_amax is None or not format.has_tensor_scale:
+        scale = scale_from_amax(amax, format.element, power_of_two="floor")
+        return scale.clamp_(2.0**-127, 2.0**127)  # the range of e8m0
+    tensor_scale = tensor_amax.double() / (E4M3.max * format.element.max)
+    # As float32, which it is stored in, neither 0 nor inf.
+    float32 = torch.finfo(torch.float32)
+    tensor_scale = tensor_scale.clamp(float32.smallest_normal, float32.max).float().double()
+    scale = quantize(amax / format.element.max / tensor_scale, E4M3)
+    scale = scale.clamp_(min=E4M3.smallest_subnormal) * tensor_scale
+    return torch.where(amax == 0, 1.0, scale)
+
+
 @torch.no_grad()
 def amax_of(x: Tensor, scaling: Scaling) -> Tensor:
     """The largest finite magnitude of the tensor, or of each channel or block; 0 without one.
@@ -124,21 +156,6 @@ def _amax(magnitude: Tensor, scaling: Scaling) -> Tensor:
 def _block_size(scaling: tuple[Literal["block"], int], x: Tensor) -> int:
     """A block is never longer than the last dimension."""
     return max(min(scaling[1], x.shape[-1]), 1)
-
-
-def check_scaling(scaling: Scaling) -> None:
-    """ValueError unless it is one."""
-    if isinstance(scaling, str):
-        if scaling in ("tensor", "channel"):
-            return
-    elif isinstance(scaling, (tuple, list)) and len(scaling) == 2 and scaling[0] == "block":
-        size = scaling[1]
-        if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-            return
-    raise ValueError(
-        f"scaling={scaling!r}: expected 'tensor', 'channel' or ('block', size) with a positive "
-        "size, such as ('block', 32)"
-    )
 
 
 def _max_or_zero(rows: Tensor) -> Tensor:

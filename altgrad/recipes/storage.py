@@ -25,9 +25,10 @@ from altgrad.observation.step_hooks import is_hooked, step_depth
 from altgrad.observation.stored import forget_stored, register_stored
 from altgrad.quantization import quantize, spacing
 from altgrad.quantization.arguments import INPUT_DTYPES
-from altgrad.quantization.block_formats import BlockFormat, NumberFormat, get_formats, is_scaled
-from altgrad.quantization.formats import Scaling
-from altgrad.quantization.scaling import amax_of, check_scaling, scale_from_amax
+from altgrad.quantization.block_formats import get_formats
+from altgrad.quantization.formats import Scaling, check_scaling
+from altgrad.quantization.number_format import NumberFormat, applied_scaling
+from altgrad.quantization.scaling import amax_of, format_scales
 
 StorageRounding = Literal["nearest_even", "stochastic"]
 Compensation = Literal["kahan"]
@@ -287,11 +288,8 @@ class _Layer:
         self.name = name
         self.format = format
         self._parameter = parameter
-        self.element = format.element if isinstance(format, BlockFormat) else format
-        self._scaling: Scaling | None = None
-        if is_scaled(format, scaling):
-            in_blocks = isinstance(format, BlockFormat)
-            self._scaling = ("block", format.block_size) if in_blocks else scaling  # type: ignore[union-attr]
+        self.element = format.element
+        self._scaling = applied_scaling(format, scaling)
         self._scales: Tensor | None = None  # 0 where all weights have been 0 so far
         self._lost: Tensor | None = None
         if compensation is not None:
@@ -381,11 +379,7 @@ class _Layer:
 
     def _needed_scales(self, weights: Tensor, scaling: Scaling) -> Tensor:
         amax = amax_of(weights, scaling)
-        if isinstance(self.format, BlockFormat):
-            scales = self.format.scales(amax, None)
-        else:
-            scales = scale_from_amax(amax, self.format).double()
-        return torch.where(amax == 0, 0.0, scales)
+        return torch.where(amax == 0, 0.0, format_scales(amax, self.format))
 
 
 def _one_format(formats: Any) -> NumberFormat:
@@ -394,7 +388,7 @@ def _one_format(formats: Any) -> NumberFormat:
         raise ValueError(
             f"formats={tuple(map(str, found))}: expected one, weights are stored in one format"
         )
-    if isinstance(found[0], BlockFormat) and not found[0].power_of_two:
+    if not found[0].power_of_two:
         raise ValueError(
             f"format={found[0].name!r} has scales that are no powers of two, so that each change "
             "of them would round all weights anew: expected 'mxfp4', or a format such as 'e2m1' "

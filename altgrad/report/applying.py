@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from altgrad.quantization.block_formats import BlockFormat, get_formats
+from altgrad.quantization.block_formats import get_formats
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import FormatInfo
 from altgrad.report.verdicts import Advice, Assessment, Verdict, smallest
@@ -104,7 +104,7 @@ def _can_store(run: Run, format: str) -> bool:
         return False
     if FormatInfo.of(found, run.scaling) != run.formats[format]:
         return False  # one of the user's own, of the same name
-    return not isinstance(found, BlockFormat) or found.power_of_two
+    return found.power_of_two
 
 
 def _rules(chosen: Mapping[str, str | None], default: str) -> list[str]:

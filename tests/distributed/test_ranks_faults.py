@@ -38,8 +38,9 @@ def fail_in(rank: int, place: str) -> dict[str, Any]:
 
     monitor = UpdateMonitor(net, on_record, every_n_steps=every).attach(optimizer)
     if place == "measuring":
-        measure = monitor._measurer.measure_batch
-        monitor._measurer.measure_batch = lambda batch: (fails(len(seen)), measure(batch))[1]
+        measurer = monitor._measuring._measurer
+        measure = measurer.measure_batch
+        measurer.measure_batch = lambda batch: (fails(len(seen)), measure(batch))[1]
     if place == "copying":
         take = monitor._observer._copy
         monitor._observer._copy = lambda *hooks: (fails(len(seen)), take(*hooks))[1]

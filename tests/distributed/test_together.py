@@ -22,8 +22,9 @@ def budget(rank: int) -> dict[str, Any]:
     optimizer = sgd(net)
     records: list[StepRecord] = []
     watched = UpdateMonitor(net, records.append, overhead_budget=0.5, strict=True)
-    measure = watched._measurer.measure_batch
-    watched._measurer.measure_batch = lambda batch: (time.sleep(0.05 * rank), measure(batch))[1]
+    measurer = watched._measuring._measurer
+    measure = measurer.measure_batch
+    measurer.measure_batch = lambda batch: (time.sleep(0.05 * rank), measure(batch))[1]
     with watched.attach(optimizer) as monitor:
         train(net, optimizer, 30)
         state = monitor.state_dict()["budgets"]

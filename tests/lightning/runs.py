@@ -17,6 +17,7 @@ from altgrad.measurement.figures import tensor_figures
 from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.metrics import FORMULAS, Share
 from altgrad.quantization import compute_scale, effective_update, get_formats
+from altgrad.quantization.format_set import FormatSet
 from altgrad_lightning import PrecisionMonitor
 
 Step = list[tuple[Tensor, Tensor, Tensor]]
@@ -110,10 +111,10 @@ def assert_are_of_last_step(figures: Figures, steps: Sequence[tuple[Tensor, ...]
 
     Where the scale is the one that the last weights set, the figures are what `measure` says.
     """
-    measurer = Measurer(DEFAULT_FORMATS)
+    measurer = Measurer(FormatSet(DEFAULT_FORMATS))
     amax = amax_of_steps(steps)
     row = measurer.measure_tensor(*steps[-1], amax=amax[-1])
-    assert_same(figures, tensor_figures(measurer.names, row))
+    assert_same(figures, tensor_figures(measurer.formats.names, row))
     if torch.equal(amax[-1], amax_of_steps(steps[-1:])[0]):
         assert_same(figures, measure(*steps[-1]))
     for format in measurer.formats:

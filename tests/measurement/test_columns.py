@@ -21,6 +21,7 @@ from altgrad.measurement.columns import (
     sum_count,
 )
 from altgrad.measurement.measurer import Measurer
+from altgrad.quantization.format_set import FormatSet
 
 
 def test_names_of_sums_and_maxima_are_distinct() -> None:
@@ -63,7 +64,7 @@ def test_sums_that_were_judged_are_those_of_the_parameter() -> None:
 
 @pytest.mark.parametrize("names", [(), ("bf16",), ("bf16", "e4m3fn", "nvfp4")], ids=len)
 def test_a_row_has_a_number_for_each_name(names: tuple[str, ...]) -> None:
-    row = Measurer(names).measure_tensor(torch.ones(5), torch.full((5,), 1.5))
+    row = Measurer(FormatSet(names)).measure_tensor(torch.ones(5), torch.full((5,), 1.5))
     n = len(names)
     assert sum_count(n) == len((*SUMS, *FORMAT_SUMS * n))
     assert max_count(n) == len((*MAXIMA, *FORMAT_MAXIMA * n))

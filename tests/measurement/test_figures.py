@@ -14,6 +14,7 @@ from altgrad.measurement.columns import ELEMENTS, FORMAT_SUMS, POPULATION, SUMS
 from altgrad.measurement.figures import model_figures, tensor_figures
 from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.metrics import FORMULAS, Numbers
+from altgrad.quantization.format_set import FormatSet
 
 FORMATS = ("bf16", "e4m3fn", "e2m1")
 ERRORS = ("kept_update_ratio", "stall_frac", "never_moved_frac")
@@ -80,15 +81,15 @@ def test_a_model_of_models_is_that_of_all_their_layers() -> None:
 def test_the_standard_error_of_a_model_is_that_of_strata(sampling: object) -> None:
     """Cochran: Σ w² (1 − f) n / (n − 1) Σ residual², over the layers judged; by hand."""
     torch.manual_seed(0)
-    measurer, several = Measurer(("bf16",), None), []
+    measurer, several = Measurer(FormatSet(("bf16",), None)), []
     for population, size in ((5000, 1000), (12_345, 777), (300, 300)):
         before = torch.randn(size)
         row = measurer.measure_tensor(before, before + torch.randn(size) * 2e-3)
         row[POPULATION] = population
         several.append(row)
-    figures = [tensor_figures(measurer.names, row) for row in several]
+    figures = [tensor_figures(measurer.formats.names, row) for row in several]
     if sampling:  # and one that is not judged, and counts for nothing
-        row = Measurer([]).measure_tensor(*torch.zeros(2, 0))
+        row = Measurer(FormatSet([])).measure_tensor(*torch.zeros(2, 0))
         row[POPULATION], row[ELEMENTS] = 999.0, 100.0
         figures.append(tensor_figures([], row))
     model = model_figures(figures)
@@ -146,6 +147,8 @@ def test_a_metric_is_evaluated_once_for_all_layers(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("key", ["steps", "steps/e5m2", "ulps/bf16", "ulp", "stall_frac/bf16"])
 def test_there_are_no_other_histograms(key: str) -> None:
-    figures = tensor_figures(["bf16"], Measurer("bf16").measure_tensor(*torch.zeros(2, 0)))
+    figures = tensor_figures(
+        ["bf16"], Measurer(FormatSet("bf16")).measure_tensor(*torch.zeros(2, 0))
+    )
     with pytest.raises(KeyError, match=r"expected one of .*ulps.*steps/bf16"):
         figures.histogram(key)

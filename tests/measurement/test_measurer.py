@@ -24,10 +24,11 @@ from altgrad.measurement.measure import measure
 from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.step_table import StepTable
 from altgrad.quantization import get_format
+from altgrad.quantization.format_set import FormatSet
 from tests.strategies import thorough
 
 FORMATS = [get_format(name) for name in ("bf16", "e4m3fn", "e5m2", "e2m1")]
-UNSCALED = Measurer(FORMATS, None)
+UNSCALED = Measurer(FormatSet(FORMATS, None))
 NAMES = tuple(format.name for format in FORMATS)
 WHOLE_NUMBERS = {
     *("population", "elements", "finite", "nonzero_weights", "moved", "ever_moved"),
@@ -113,7 +114,7 @@ def test_any_split_in_any_order_merges_to_the_whole(
 @given(steps(), st.integers(1, 31), st.sampled_from([None, "tensor", "channel", ("block", 4)]))
 def test_chunks_equal_the_whole(step: tuple[Tensor, ...], chunk: int, scaling: object) -> None:
     step = tuple(each[: each.numel() // 2 * 2].view(2, -1) for each in step)
-    measurer = Measurer(FORMATS, scaling)
+    measurer = Measurer(FormatSet(FORMATS, scaling))
     whole = measurer.measure_tensor(*step)
     with chunks_of(chunk):
         assert_same_row(measurer.measure_tensor(*step), whole)
@@ -191,7 +192,7 @@ def test_a_sample_counts_as_so_many_copies_of_each_element(factor: float) -> Non
 
 def in_parts(step: tuple[Tensor, ...], format: str) -> dict[str, float]:
     """The metrics after a merge of many small parts, without a scale."""
-    measurer = Measurer(format, None)
+    measurer = Measurer(FormatSet(format, None))
     parts = zip(*(each.split(37) for each in step), strict=True)
     row = merged([measurer.measure_tensor(*part) for part in parts], [format])
     return tensor_figures([format], row)

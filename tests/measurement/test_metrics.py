@@ -13,6 +13,7 @@ from altgrad.measurement.measure import measure
 from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.metrics import FORMULAS
 from altgrad.quantization import quantize
+from altgrad.quantization.format_set import FormatSet
 from tests.measurement.definitions import (
     DTYPES,
     INFOS,
@@ -80,7 +81,7 @@ def test_stochastic_noise_equals_that_of_draws() -> None:
 @pytest.mark.parametrize("name", ["bf16", "e4m3fn", "e2m1"])
 def test_histograms_count_octaves(name: str, scaling: object) -> None:
     before, after, gradient = a_step()
-    row = Measurer(name, scaling).measure_tensor(before, after, gradient)
+    row = Measurer(FormatSet(name, scaling)).measure_tensor(before, after, gradient)
     sums = dict(zip((*SUMS, *FORMAT_SUMS), row.tolist(), strict=False))
     w, v = before.double().numpy(), after.double().numpy()
     s = scales(w, v, name, scaling, before.dtype)
@@ -102,7 +103,7 @@ def test_histograms_count_octaves(name: str, scaling: object) -> None:
 def test_the_histogram_of_ulps_begins_at_one() -> None:
     before = torch.tensor([1.0, 1.0, 1.0, 1.0, 2.0])
     after = before + torch.tensor([0.0, 1, 2, 3, 8]) * 2**-23  # 8 are 4 units where they are two
-    figures = tensor_figures(["bf16"], Measurer("bf16").measure_tensor(before, after))
+    figures = tensor_figures(["bf16"], Measurer(FormatSet("bf16")).measure_tensor(before, after))
     first, counts = figures.histogram("ulps")
     assert (first, counts[:4], sum(counts)) == (0, (1, 2, 1, 0), 4)
 
@@ -110,7 +111,7 @@ def test_the_histogram_of_ulps_begins_at_one() -> None:
 @pytest.mark.parametrize("scaling", SCALINGS, ids=key_of)
 def test_sums_for_the_standard_error_of_the_kept_update(scaling: object) -> None:
     before, after, gradient = a_step()
-    row = Measurer("e4m3fn", scaling).measure_tensor(before, after, gradient)
+    row = Measurer(FormatSet("e4m3fn", scaling)).measure_tensor(before, after, gradient)
     sums = dict(zip((*SUMS, *FORMAT_SUMS), row.tolist(), strict=False))
     w, v = before.double().numpy(), after.double().numpy()
     d, s = v - w, scales(w, v, "e4m3fn", scaling, before.dtype)

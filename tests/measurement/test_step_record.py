@@ -9,13 +9,14 @@ from torch import Tensor
 from altgrad.measurement.figures import tensor_figures
 from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.step_record import StepVectors
+from altgrad.quantization.format_set import FormatSet
 from tests.measurement.definitions import a_step
 
 NAMES = ("bf16", "e4m3fn")
 
 
 def test_the_rows_of_a_step_are_copied_to_the_host_once() -> None:
-    rows = [Measurer(NAMES).measure_tensor(*a_step(seed=seed)) for seed in range(20)]
+    rows = [Measurer(FormatSet(NAMES)).measure_tensor(*a_step(seed=seed)) for seed in range(20)]
     vectors = StepVectors(NAMES, lambda _: NAMES)
     for k in range(0, 20, 5):
         vectors.add([f"layer {k + j}" for j in range(5)], torch.stack(rows[k : k + 5]))

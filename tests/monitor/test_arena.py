@@ -15,6 +15,7 @@ from altgrad.measurement.measurer import Measurer
 from altgrad.monitor.arena import Arena
 from altgrad.monitor.scale_state import ScaleState
 from altgrad.observation.snapshots import Copies
+from altgrad.quantization.format_set import FormatSet
 from tests.monitor.watching import (
     FORMATS,
     assert_equal_figures,
@@ -30,8 +31,8 @@ class Lying:
 
     def __init__(self, scaling: Any = "tensor", elements: int = 100_000) -> None:
         with sharing_out(elements):
-            self.measurer = Measurer(FORMATS, scaling)
-        self.scale_state = ScaleState(self.measurer.formats, scaling)
+            self.measurer = Measurer(FormatSet(FORMATS, scaling))
+        self.scale_state = ScaleState(self.measurer.formats)
         self.samples: dict[str, Sample] = {}
         ever_moved = EverMovedOfLayers(pytest.fail)
         self.arena = Arena(self.measurer, self.scale_state, ever_moved, self.samples)
@@ -165,7 +166,7 @@ def test_a_batch_is_each_layer_alone_under_the_scales_that_now_hold(scaling: Any
             amax = (factor * step[0]).abs()
             amax = amax.flatten(1).amax(1) if scaling == "channel" and amax.dim() > 1 else amax
             amax = amax if scaling == "channel" else amax.amax().view(1)
-            alone = Measurer(FORMATS, scaling).measure_tensor(*step, amax)
+            alone = Measurer(FormatSet(FORMATS, scaling)).measure_tensor(*step, amax)
             expected = dict(tensor_figures(FORMATS, alone))
             assert_equal_figures(tensor_figures(FORMATS, row), expected, ("never_moved_frac",))
 
@@ -189,7 +190,7 @@ def test_a_sample_lies_in_one_dimension_and_stands_for_the_whole() -> None:
     for pad, part in zip(padded, (before, after, gradient), strict=True):
         chosen = part.flatten()[indices]
         pad[0, 0], pad[1], pad[2, 0] = chosen[0], chosen[1:3], chosen[3]
-    alone = Measurer(FORMATS, "channel").measure_tensor(*padded, amax)
+    alone = Measurer(FormatSet(FORMATS, "channel")).measure_tensor(*padded, amax)
     expected = tensor_figures(FORMATS, alone)
     for key in ("stall_frac/e4m3fn", "stall_frac/e2m1", "grid_error_mean/e4m3fn"):
         assert figures[key] == pytest.approx(expected[key], rel=1e-12), key

@@ -9,6 +9,7 @@ import torch
 from altgrad import UpdateMonitor
 from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.workspace import TEMPORARY_BYTES
+from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.formats import Scaling
 from benchmarks.gpt import Gpt, train
 from tests.counting import Memory, host_copies, operations, operations_here_and_there
@@ -125,7 +126,7 @@ def test_measuring_takes_at_most_16_mib_whatever_the_size(
 ) -> None:
     step = [torch.randn(2, count) for _ in range(3)]
     step = [each.T if not contiguous else each.view(-1) for each in step]
-    assert 2**17 < memory_for(Measurer(formats), step) <= TEMPORARY_BYTES
+    assert 2**17 < memory_for(Measurer(FormatSet(formats)), step) <= TEMPORARY_BYTES
 
 
 @pytest.mark.parametrize("scaling", ["tensor", "channel", ("block", 32)])
@@ -135,7 +136,7 @@ def test_so_does_measuring_with_scales_of_blocks(
     formats: list[str], scaling: Scaling, shape: tuple[int, ...]
 ) -> None:
     step = [torch.randn(shape) for _ in range(3)]
-    measurer = Measurer(formats, scaling)
+    measurer = Measurer(FormatSet(formats, scaling))
     amax = measurer.amax_of(*step[:2])
     assert memory_for(measurer, [*step, amax]) <= TEMPORARY_BYTES
 

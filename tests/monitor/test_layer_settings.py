@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from altgrad import SamplingRule, UpdateMonitor, measure
-from altgrad.measurement.measurer import Measurer
 from altgrad.monitor.elements import sample_elements
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.quantization.block_formats import get_formats
+from altgrad.quantization.format_set import FormatSet
 from tests.monitor.watching import (
     FORMATS,
     net,
@@ -26,7 +26,7 @@ def settings(
     formats = get_formats(own.pop("formats", ("bf16", "e4m3fn")))
     of_rules = [format for rule in rules for format in get_formats(rule.formats or ())]
     options = {"every_n_steps": 1, "max_elements": 100, "seed": 0} | own
-    return LayerSettings(names, rules, Measurer([*formats, *of_rules]), formats, **options)
+    return LayerSettings(names, rules, FormatSet([*formats, *of_rules]), formats, **options)
 
 
 def test_formats_have_their_own_names_however_they_are_spelled() -> None:

@@ -394,13 +394,13 @@ def test_the_overhead_budget_holds_back_observation(monkeypatch: pytest.MonkeyPa
         indices.append(record.index)
 
     monitor = UpdateMonitor(model, on_record, overhead_budget=0.2, strict=True)
-    kernel = monitor._measurer.measure_batch
+    kernel = monitor._measuring._measurer.measure_batch
 
     def slow(batch: Any) -> Tensor:
         now[0] += 1.0  # a second for each observation
         return kernel(batch)
 
-    monkeypatch.setattr(monitor._measurer, "measure_batch", slow)
+    monkeypatch.setattr(monitor._measuring._measurer, "measure_batch", slow)
     monitor.attach(optimizer)
     for _ in range(500):
         now[0] += 0.125  # an eighth for each step
@@ -423,14 +423,14 @@ def test_the_overhead_budget_holds_for_two_optimizers_of_different_paces(
     one, two = (torch.optim.SGD(part.parameters(), lr=0.1) for part in model)
     spent = {one: 0, two: 0}
     monitor = UpdateMonitor(model, overhead_budget=0.2, strict=True)
-    kernel = monitor._measurer.measure_batch
+    kernel = monitor._measuring._measurer.measure_batch
 
     def slow(batch: Any) -> Tensor:
         now[0] += 1.0
         spent[monitor._observer.asking] += 1
         return kernel(batch)
 
-    monkeypatch.setattr(monitor._measurer, "measure_batch", slow)
+    monkeypatch.setattr(monitor._measuring._measurer, "measure_batch", slow)
     monitor.attach(one, two)
     for step in range(2000):
         now[0] += 0.1

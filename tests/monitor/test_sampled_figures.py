@@ -10,6 +10,7 @@ from altgrad.measurement.columns import POPULATION
 from altgrad.measurement.figures import tensor_figures
 from altgrad.measurement.measurer import Measurer
 from altgrad.monitor.elements import sample_elements
+from altgrad.quantization.format_set import FormatSet
 from tests.monitor.watching import (
     FORMATS,
     assert_equal_figures,
@@ -76,14 +77,14 @@ def test_standard_errors_are_those_that_two_hundred_draws_show(key: str) -> None
     before = torch.randn(20_000) * 0.05
     after = before + torch.randn(20_000) * 2e-3
     before[::3] = before[::3].bfloat16().float()
-    measurer = Measurer(("e4m3fn", "bf16"), None)
-    truth = tensor_figures(measurer.names, measurer.measure_tensor(before, after, after))
+    measurer = Measurer(FormatSet(("e4m3fn", "bf16"), None))
+    truth = tensor_figures(measurer.formats.names, measurer.measure_tensor(before, after, after))
     values, errors = [], []
     for seed in range(200):
         indices = sample_elements("w", (20_000,), 1000, seed=seed)
         row = measurer.measure_tensor(before[indices], after[indices], after[indices])
         row[POPULATION] = 20_000
-        figures = tensor_figures(measurer.names, row)
+        figures = tensor_figures(measurer.formats.names, row)
         values.append(figures[key])
         errors.append(figures.standard_error(key))
     observed = torch.tensor(values).std().item()
@@ -96,7 +97,7 @@ def test_a_standard_error_that_cannot_be_trusted_is_nan() -> None:
     torch.manual_seed(0)
     before = torch.randn(4000)
     heavy = torch.distributions.StudentT(1.0).sample((4000,)) * 1e-3
-    row = Measurer("bf16", None).measure_tensor(before, before + heavy, heavy)
+    row = Measurer(FormatSet("bf16", None)).measure_tensor(before, before + heavy, heavy)
     row[POPULATION] = 1e6
     figures = tensor_figures(["bf16"], row)
     assert 4000 / figures["energy_concentration"] < 30

@@ -16,7 +16,7 @@ from altgrad.monitor.scale_state import ScaleState
 from altgrad.quantization import (
     compute_scale,
 )
-from altgrad.quantization.block_formats import get_formats
+from altgrad.quantization.format_set import FormatSet
 from tests.monitor.watching import (
     FORMATS,
     assert_equal_figures,
@@ -28,7 +28,7 @@ from tests.monitor.watching import (
 
 
 def state_of(formats: Any = "e4m3fn", scaling: Any = "tensor") -> ScaleState:
-    return ScaleState(get_formats(formats), scaling)
+    return ScaleState(FormatSet(formats, scaling))
 
 
 def observed(state: ScaleState, steps: int = 1, **saturated: dict[str, float]) -> None:
@@ -228,7 +228,7 @@ def test_the_scale_of_a_sampled_layer_is_that_of_the_whole() -> None:
     whole = optimizer.steps[0]["3.weight"][0].abs().max().view(1)
     indices = sample_elements("3.weight", (32, 720), 500)
     part = [each.flatten()[indices] for each in optimizer.steps[0]["3.weight"]]
-    expected = tensor_figures(FORMATS, Measurer(FORMATS).measure_tensor(*part, whole))
+    expected = tensor_figures(FORMATS, Measurer(FormatSet(FORMATS)).measure_tensor(*part, whole))
     assert_equal_figures(records[0].layers["3.weight"], dict(expected))
     assert expected["stiffness_max/e2m1"] >= 8
 
@@ -252,7 +252,7 @@ def test_blocks_have_the_scale_of_each_step(formats: tuple[str, ...], capacity: 
             figures = dict(record.layers[name])
             first = optimizer.steps[0][name]  # of which the amax of the whole tensor is
             amax = (first[0] if first[0].any() else first[1]).abs().max().view(1)
-            row = Measurer(formats).measure_tensor(*step[name], amax)
+            row = Measurer(FormatSet(formats)).measure_tensor(*step[name], amax)
             expected = tensor_figures(formats, row)
             of_blocks = {k: v for k, v in expected.items() if not k.endswith("e4m3fn")}
             assert_equal_figures(figures, of_blocks, ("never_moved_frac",))

@@ -18,6 +18,7 @@ from altgrad.monitor.scale_state import ScaleState
 from altgrad.monitor.step_measuring import StepMeasuring
 from altgrad.observation import OptimizerStep
 from altgrad.observation.snapshots import WHOLE_UP_TO
+from altgrad.quantization.format_set import FormatSet
 from tests.monitor.watching import (
     FORMATS,
     assert_equal_figures,
@@ -35,17 +36,17 @@ class Run:
 
     def __init__(self, *names: str, elements: int = 640, max_elements: int | None = None) -> None:
         with sharing_out(elements):
-            measurer = Measurer(FORMATS)
+            measurer = Measurer(FormatSet(FORMATS))
         settings = LayerSettings(
             names,
             [],
-            measurer,
             measurer.formats,
+            measurer.formats.formats,
             every_n_steps=1,
             max_elements=max_elements,
             seed=0,
         )
-        self.scale_state = ScaleState(measurer.formats, "tensor")
+        self.scale_state = ScaleState(measurer.formats)
         self.ever_moved = EverMovedOfLayers(pytest.fail)
         self.measuring = StepMeasuring(measurer, settings, self.scale_state, self.ever_moved)
         self.alone: list[int] = []  # elements of those that were measured alone
@@ -170,7 +171,7 @@ def test_a_sample_that_is_measured_alone_stands_for_the_whole() -> None:
     assert (figures.elements, figures.population) == (1000, 5000)
     indices = sample_elements("w", (50, 100), 1000)
     chosen = [each.flatten()[indices] for each in whole]
-    row = Measurer(FORMATS).measure_tensor(*chosen, whole[0].abs().max().view(1))
+    row = Measurer(FormatSet(FORMATS)).measure_tensor(*chosen, whole[0].abs().max().view(1))
     expected = {
         key: value
         for key, value in tensor_figures(FORMATS, row).items()
@@ -187,7 +188,7 @@ def test_scales_are_those_that_were_taken_and_not_those_of_each_step() -> None:
     grown = {name: tuple(4 * each for each in step) for name, step in parts.items()}
 
     def expected(name: str, amax: float) -> dict[str, float]:
-        row = Measurer(FORMATS).measure_tensor(*grown[name], torch.tensor([amax]))
+        row = Measurer(FormatSet(FORMATS)).measure_tensor(*grown[name], torch.tensor([amax]))
         return dict(tensor_figures(FORMATS, row))
 
     amax = {name: step[0].abs().max().item() for name, step in parts.items()}

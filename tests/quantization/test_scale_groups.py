@@ -10,15 +10,13 @@ import torch
 from hypothesis import given, strategies as st
 from torch import Tensor
 
-from altgrad.quantization import FORMATS, BlockFormat, FloatFormat, get_formats
+from altgrad.quantization import FORMATS, BlockFormat, FloatFormat
+from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.scale_groups import (
     Sharing,
-    block_sizes,
     element_scales,
     layer_amax,
     layer_amax_of_each,
-    need_amax,
-    need_tensor_amax,
     single_scales,
     tensor_amax_of,
 )
@@ -84,36 +82,6 @@ def samples(draw: st.DrawFn) -> tuple[tuple[int, ...], list[int], int, object]:
     return shape, chosen, draw(st.integers(1, 7)), draw(st.sampled_from(SCALINGS))
 
 
-# --- what is needed ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("names", "scaling", "sizes", "of_layers", "of_tensors"),
-    [
-        (["bf16", "fp16"], "tensor", (), False, False),
-        (["bf16", "fp16"], ("block", 8), (), False, False),
-        (["bf16", "e4m3fn"], "tensor", (), True, False),
-        (["bf16", "e4m3fn"], "channel", (), True, False),
-        (["bf16", "e4m3fn"], ("block", 8), (8,), False, False),
-        (["bf16", "e4m3fn"], None, (), False, False),
-        (["mxfp4"], "tensor", (32,), False, False),
-        (["mxfp4", "e4m3fn"], None, (32,), False, False),
-        (["mxfp4", "e4m3fn", "mxfp8"], ["block", 32], (32,), False, False),
-        (["nvfp4"], None, (16,), True, True),
-        (["mxfp4", "e4m3fn", "nvfp4"], ("block", 24), (16, 24, 32), True, True),
-        ([], ("block", 8), (), False, False),
-    ],
-    ids=str,
-)
-def test_what_formats_and_scaling_need_to_know(
-    names: list[str], scaling: object, sizes: tuple[int, ...], of_layers: bool, of_tensors: bool
-) -> None:
-    formats = get_formats(names)
-    assert block_sizes(formats, scaling) == sizes
-    assert need_amax(formats, scaling) is of_layers
-    assert need_tensor_amax(formats) is of_tensors
-
-
 # --- the amax of layers --------------------------------------------------------------------------
 
 
@@ -173,14 +141,14 @@ def test_the_amax_of_each_of_several_tensors_is_that_of_its_own_elements_and_gro
 
 @every_scaling
 def test_single_scales_are_the_smallest_powers_of_two_that_do_not_clip(scaling: object) -> None:
-    formats = get_formats(["bf16", "e4m3fn", "mxfp4", "e2m1", "e0m7"])
+    formats = FormatSet(["bf16", "e4m3fn", "mxfp4", "e2m1", "e0m7"], scaling)
     amax = torch.tensor([0.0, 1.0, 448.0, 448.5, 6.0, 1e-20, 3e20])
-    scales = single_scales(amax, formats, scaling)
+    scales = single_scales(amax, formats)
     assert (scales.dtype, scales.shape) == (torch.float64, (7, 5))
     for column, format in zip(scales.t().tolist(), formats, strict=True):
-        is_scaled = scaling is not None and format.name not in ("bf16", "mxfp4")
+        is_scaled = isinstance(scaling, str) and format.name not in ("bf16", "mxfp4")
         assert column == [exact_scale(a, format) if is_scaled else 1.0 for a in amax.tolist()]
-    assert single_scales(amax, [], scaling).shape == (7, 0)
+    assert single_scales(amax, FormatSet([], scaling)).shape == (7, 0)
 
 
 # --- which elements share one --------------------------------------------------------------------
@@ -271,19 +239,19 @@ def test_padding_adds_elements_and_changes_none() -> None:
 @pytest.mark.parametrize("chosen", ["all", "sample"])
 @every_scaling
 def test_each_element_has_the_scale_of_what_it_shares_it_with(scaling: object, chosen: str) -> None:
-    formats = get_formats(["bf16", "e4m3fn", "e2m1", "mxfp4", "nvfp4", BLOCK_OF_4])
+    formats = FormatSet(["bf16", "e4m3fn", "e2m1", "mxfp4", "nvfp4", BLOCK_OF_4], scaling)
     before, after = weights(5, 40), weights(5, 40, seed=1)
     before[1], before[3, 8:12] = 0.0, 0.0  # these set no scale: the weights after do
     before[2, 5], before[2, 9], after[1, 3] = NAN, -INF, INF
     indices = torch.arange(200)
     if chosen == "sample":
         indices = torch.cat([torch.arange(3, 50), torch.arange(60, 200, 3)])
-    sharing = Sharing.of(before.shape, indices, block_sizes(formats, scaling), scaling)
+    sharing = Sharing.of(before.shape, indices, formats.block_sizes, scaling)
     w, v = before.flatten()[indices], after.flatten()[indices]
     amax = layer_amax(before, scaling)
     amax = torch.where(amax == 0, layer_amax(after, scaling), amax)
     tensor_amax = tensor_amax_of(w, amax)
-    scales = element_scales(w, v, amax, tensor_amax, sharing, formats, scaling)
+    scales = element_scales(w, v, amax, tensor_amax, sharing, formats)
     assert scales.dtype is torch.float64
 
     of_chosen = [places((5, 40))[index] for index in indices.tolist()]
@@ -319,19 +287,18 @@ def test_each_element_has_the_scale_of_what_it_shares_it_with(scaling: object, c
 
 
 def test_layers_side_by_side_have_the_scales_that_each_has_alone() -> None:
-    formats, scaling = get_formats(["e4m3fn", "nvfp4", "mxfp4"]), "channel"
-    sizes = block_sizes(formats, scaling)
+    formats, scaling = FormatSet(["e4m3fn", "nvfp4", "mxfp4"], "channel"), "channel"
     several = [(weights(3, 20, seed=k) * 10.0**k, weights(3, 20, seed=9)) for k in range(3)]
-    parts = [Sharing.of(w.shape, torch.arange(60), sizes, scaling) for w, _ in several]
+    parts = [
+        Sharing.of(w.shape, torch.arange(60), formats.block_sizes, scaling) for w, _ in several
+    ]
     amax = [layer_amax(w, scaling) for w, _ in several]
     alone = [
-        element_scales(
-            w.flatten(), v.flatten(), own, tensor_amax_of(w, own), part, formats, scaling
-        )
+        element_scales(w.flatten(), v.flatten(), own, tensor_amax_of(w, own), part, formats)
         for (w, v), own, part in zip(several, amax, parts, strict=True)
     ]
     joined = Sharing.joined(parts)
     before, after = (torch.cat([each[k].flatten() for each in several]) for k in (0, 1))
     of_tensors = tensor_amax_of(before, torch.cat(amax), joined)
-    together = element_scales(before, after, torch.cat(amax), of_tensors, joined, formats, scaling)
+    together = element_scales(before, after, torch.cat(amax), of_tensors, joined, formats)
     assert torch.equal(together, torch.cat(alone, dim=1))
