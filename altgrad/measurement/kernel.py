@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from altgrad.measurement.columns import (
     FIRST_STEPS_OCTAVE,
@@ -33,11 +34,18 @@ from altgrad.quantization.grids import (
     Grids,
     binade_of,
     bits_of,
-    gap_at,
-    round_to_gap,
+    round_to_grids,
 )
 
 _MANTISSA_BITS, _BIAS = 52, 1023  # of float64
+
+# The order of the columns, of a layer and then of all its formats. What stands for a sum of squares
+# is a norm until it is in its column.
+_SUMS = (*ROW_SUMS, *FORMAT_ROW_SUMS, *ROW_SQUARES, *FORMAT_ROW_SQUARES)
+_EXTREMA = (
+    *(f"max {name}" for name in (*ROW_MAXIMA, *FORMAT_ROW_MAXIMA)),
+    *(f"min {name}" for name in (*ROW_MINIMA, *FORMAT_ROW_MINIMA)),
+)
 
 
 class Rows(NamedTuple):
@@ -61,30 +69,20 @@ class EverMoved(NamedTuple):
 
 
 class Histograms(NamedTuple):
-    """Where to count octaves: one flat tensor, and where in it the bins of each row begin."""
-
-    counts: Tensor  # float64
-    ulps_at: Tensor  # int64, (rows, 1, 1)
-    steps_at: Tensor  # int64, (rows, formats, 1)
-    ones: Tensor  # what is added to them, float64; at least as many as there are elements
-
-
-class RowSums(NamedTuple):
-    """What each row comes to, in float64; the columns are named in `altgrad.measurement.columns`.
+    """Counts of octaves, and where in them the bins of each row begin.
 
     Attributes:
-        sums: Of ROW_SUMS, of FORMAT_ROW_SUMS (each for all formats), then of squares likewise.
-        maxima: Likewise; then the minima, negated.
+        counts: float64, one dimension: the bins of all layers, of each those of ULPs and then those
+            of the steps of each format.
+        ulps_at: int64, (rows, 1, 1): the first bin, less the exponent that it counts.
+        steps_at: int64, (rows, formats, 1): likewise of steps.
+        ones: float64: what is added to the counts, at least as many as there are elements.
     """
 
-    sums: Tensor
-    maxima: Tensor
-
-
-class _Sums(NamedTuple):
-    sums: dict[str, Tensor]
-    maxima: dict[str, Tensor]
-    minima: dict[str, Tensor]
+    counts: Tensor
+    ulps_at: Tensor
+    steps_at: Tensor
+    ones: Tensor
 
 
 def row_sums(
@@ -94,7 +92,7 @@ def row_sums(
     buffers: Buffers,
     histograms: Histograms,
     ever: EverMoved | None = None,
-) -> RowSums:
+) -> tuple[Tensor, Tensor]:
     """Measure rows on every grid.
 
     What is true of an element is 1.0 in a float64 buffer: a bool tensor takes five times as long to
@@ -104,32 +102,49 @@ def row_sums(
         rows: The elements, which are not changed.
         grids: The formats, with the scale of each row; None without formats.
         own_grid: 2**-M and the smallest positive number of the dtype that weights are stored in.
-        buffers: For as many rows, formats and columns; overwritten.
+        buffers: Memory for as many rows, formats and columns; overwritten.
         histograms: Where octaves are counted.
         ever: What to update, where the elements are tracked.
+
+    Returns:
+        Two float64 tensors with a row for each of `rows`. Columns of the first are ROW_SUMS and
+        FORMAT_ROW_SUMS (each of these for all formats), then ROW_SQUARES and FORMAT_ROW_SQUARES;
+        of the second the maxima likewise, then the minima, negated.
     """
-    layer = _of_layer(rows, own_grid, buffers, histograms, ever)
-    formats = _of_formats(grids, buffers, histograms, ever) if grids else _no_formats(rows)
-    return RowSums(_sums(layer, formats), _maxima(layer, formats))
+    found = _layer_sums(rows, own_grid, buffers, histograms, ever)
+    formats = 0
+    if grids is not None:
+        formats = grids.eps.shape[1]
+        found |= _format_sums(grids, buffers, histograms, ever)
+    sums = torch.cat([found[name] for name in _SUMS if name in found], dim=1)
+    sums[:, -(len(ROW_SQUARES) + formats * len(FORMAT_ROW_SQUARES)) :].square_()
+    extrema = torch.cat([found[name] for name in _EXTREMA if name in found], dim=1)
+    extrema[:, -(len(ROW_MINIMA) + formats * len(FORMAT_ROW_MINIMA)) :].neg_()
+    return sums, extrema
 
 
-def _of_layer(
+def _layer_sums(
     rows: Rows,
     own_grid: tuple[float, float],
     buffers: Buffers,
     histograms: Histograms,
     ever: EverMoved | None,
-) -> _Sums:
-    """Fill the shared buffers, all zero where one of the three is not finite, and sum them."""
+) -> dict[str, Tensor]:
+    """Fill the shared buffers, all zero where one of the three is not finite, and sum them.
+
+    Returns:
+        Sums, norms and extrema by name, (rows, 1).
+    """
     w, v, t, size, s, gradient, update, no_value, no_weight, pair_least = buffers.shared
     has_weight, pair, d, d_cubed = buffers.stacked
 
     _copy_values(rows, buffers)
-    largest = _largest(buffers, out=update)
-    valid = torch.lt(largest, LARGEST, out=update)
+    sizes = torch.abs(buffers.values, out=buffers.sizes)
+    # The largest magnitude of the three is NaN where one of them is.
+    valid = torch.amax(sizes, 1, keepdim=True, out=update).lt_(LARGEST)
     finite = valid.sum(-1)
     torch.reciprocal(valid, out=no_value).sub_(1)  # inf where there is none, else 0
-    _zero_and_size(torch.ne(valid, 1), buffers)
+    torch.abs(buffers.values.masked_fill_(torch.ne(valid, 1), 0), out=sizes)
 
     torch.sub(v, w, out=d)
     torch.abs(d, out=update)
@@ -143,7 +158,7 @@ def _of_layer(
 
     moved = torch.ne(update, 0, out=s)
     moved_sum = moved.sum(-1)
-    ever_moved = _remembered(ever and ever.moved, moved, moved_sum)
+    ever_moved = moved_sum if ever is None else ever.moved.logical_or_(moved).sum(-1)
     has_gradient = torch.ne(gradient, 0, out=t)
     gradient_sum = has_gradient.sum(-1)
     both_sum = has_gradient.mul_(moved).sum(-1)
@@ -153,7 +168,7 @@ def _of_layer(
     torch.add(gradient, no_weight, out=pair_least)
     d_squared = torch.mul(d, d, out=s)
     torch.mul(d_squared, d, out=d_cubed)
-    sums = {
+    return {
         "finite": finite,
         "nonzero_weights": has_weight.sum(-1),
         "moved": moved_sum,
@@ -163,93 +178,82 @@ def _of_layer(
         "nonzero_gradients": gradient_sum,
         "moved_with_gradient": both_sum,
         "paired_gradient_abs": pair.sum(-1),
-        "weight_sq": _norm(w),
-        "update_sq": _norm(d),
-        "update_4th": _norm(d_squared),
-        "gradient_sq": _norm(gradient),
-        "paired_gradient_sq": _norm(pair),
+        "weight_sq": vector_norm(w, dim=-1),
+        "update_sq": vector_norm(d, dim=-1),
+        "update_4th": vector_norm(d_squared, dim=-1),
+        "gradient_sq": vector_norm(gradient, dim=-1),
+        "paired_gradient_sq": vector_norm(pair, dim=-1),
+        "max ulps": ulps_max,
+        "max paired_gradient_abs": pair.amax(-1),
+        "min paired_gradient_abs": pair_least.amin(-1),
     }
-    maxima = {"ulps": ulps_max, "paired_gradient_abs": pair.amax(-1)}
-    minima = {"paired_gradient_abs": pair_least.amin(-1)}
-    return _Sums(sums, maxima, minima)
 
 
-def _of_formats(  # noqa: PLR0915 - a written-out numeric kernel reads best from top to bottom
+def _format_sums(
     grids: Grids, buffers: Buffers, histograms: Histograms, ever: EverMoved | None
-) -> _Sums:
-    """From the shared buffers, as `_of_layer` left them, to the sums of each format."""
+) -> dict[str, Tensor]:
+    """Sum each format from the shared buffers, as `_layer_sums` left them.
+
+    Returns:
+        Sums, norms and extrema by name, (rows, formats).
+    """
     w, v, t, size, _, _, update, no_value, no_weight, pair_least = buffers.shared
     has_weight, pair, d, _ = buffers.stacked
     a, b, c, e = buffers.per_format
     first, second = buffers.pairs
-    sums, maxima, minima = {}, {}, {}
-    apart = grids.scale is not None
-    binade = b if apart else t
+    found: dict[str, Tensor] = {}
 
     # Stiffness, and the gradient and the update beside it.
-    x = grids.into(w, a)
-    gap = gap_at(x, binade_of(x, binade), grids, b)
-    stored = round_to_gap(x, gap, grids, c)
-    sums["saturated"] = torch.gt(a.abs_() if apart else size, grids.top, out=a).sum(-1)
+    gap, stored = round_to_grids(grids.into(w, a), grids, t, b, c)
     stiffness = grids.back(torch.minimum(gap, grids.last_gap, out=b))
-    sums["stiffness"], sums["stiffness_gradient"] = torch.bmm(stiffness, first).unbind(-1)
+    weight_size = size if grids.scale is None else a.abs_()
+    found["saturated"] = torch.gt(weight_size, grids.top, out=a).sum(-1)
+    found["stiffness"], found["stiffness_gradient"] = torch.bmm(stiffness, first).unbind(-1)
     of_weights = torch.mul(stiffness, has_weight, out=a)
-    maxima["stiffness"], sums["stiffness_sq"] = of_weights.amax(-1), _norm(of_weights)
-    minima["stiffness"] = torch.maximum(stiffness, no_weight, out=a).amin(-1)
-    sums["gradient_below_stiffness"] = torch.lt(pair_least, stiffness, out=a).sum(-1)
+    found["stiffness_sq"] = vector_norm(of_weights, dim=-1)
+    found["max stiffness"] = of_weights.amax(-1)
+    found["min stiffness"] = torch.maximum(stiffness, no_weight, out=a).amin(-1)
+    found["gradient_below_stiffness"] = torch.lt(pair_least, stiffness, out=a).sum(-1)
     per_stiffness = torch.reciprocal(stiffness, out=b)
-    sums["gradient_per_stiffness"] = torch.mul(pair, per_stiffness, out=a).sum(-1)
+    found["gradient_per_stiffness"] = torch.mul(pair, per_stiffness, out=a).sum(-1)
     steps = torch.mul(update, per_stiffness, out=b)
-    sums["stochastic_move"] = torch.clamp(steps, max=1, out=a).sum(-1)
+    found["stochastic_move"] = torch.clamp(steps, max=1, out=a).sum(-1)
     _count_octaves(steps, FIRST_STEPS_OCTAVE, a, histograms, "steps_at")
 
     # What a cast shows: Q(w) beside Q(v).
-    x = grids.into(v, a)
-    gap = gap_at(x, binade_of(x, binade), grids, b)
-    shown = _clamp(round_to_gap(x, gap, grids, e), grids.floor, grids.ceiling)
+    _, shown = round_to_grids(grids.into(v, a), grids, t, b, e)
+    shown = _clamp(shown, grids.floor, grids.ceiling)
     stored = _clamp(stored, grids.floor, grids.ceiling)
-    sums["visible"] = torch.ne(shown, stored, out=e).sum(-1)
+    found["visible"] = torch.ne(shown, stored, out=e).sum(-1)
 
     # The error of storing the weights.
     stored = _clamp(stored, grids.bottom, grids.top)
     error = torch.sub(w, grids.true(stored, a), out=a).abs_()
-    sums["grid_error"], sums["grid_error_sq"] = error.sum(-1), _norm(error)
-    maxima["grid_error"] = error.amax(-1)
-    minima["grid_error"] = torch.maximum(error, no_value, out=b).amin(-1)
-    sums["off_grid"] = torch.ne(error, 0, out=a).sum(-1)
+    found["grid_error"], found["grid_error_sq"] = error.sum(-1), vector_norm(error, dim=-1)
+    found["max grid_error"] = error.amax(-1)
+    found["min grid_error"] = torch.maximum(error, no_value, out=b).amin(-1)
+    found["off_grid"] = torch.ne(error, 0, out=a).sum(-1)
     stored_size = torch.abs(stored, out=a)
-    sums["stored_normal"] = torch.ge(stored_size, grids.smallest_normal, out=b).sum(-1)
-    sums["stored_nonzero"] = torch.ne(stored_size, 0, out=a).sum(-1)
+    found["stored_normal"] = torch.ge(stored_size, grids.smallest_normal, out=b).sum(-1)
+    found["stored_nonzero"] = torch.ne(stored_size, 0, out=a).sum(-1)
 
     # What is kept of the update: Q(Q(w) + d) − Q(w).
     target = grids.into(torch.add(grids.true(stored, a), d, out=a), a)
     target = _clamp(target, grids.floor, grids.ceiling)
-    gap = gap_at(target, binade_of(target, b), grids, b)
-    updated = round_to_gap(target, gap, grids, e)
+    gap, updated = round_to_grids(target, grids, t, b, e)
     distance = grids.back(torch.sub(target, updated, out=a).abs_())
     # Stochastic rounding goes to this neighbour or to the other; nothing is left to draw at a top.
-    sums["stochastic_variance"] = grids.back(gap).sub_(distance).mul_(distance).sum(-1)
+    found["stochastic_variance"] = grids.back(gap).sub_(distance).mul_(distance).sum(-1)
     effective = grids.back(torch.sub(updated, stored, out=e))
     is_effective = torch.ne(effective, 0, out=a)
-    sums["effective"] = is_effective.sum(-1)
-    so_far = ever and ever.effective
-    sums["ever_effective"] = _remembered(so_far, is_effective, sums["effective"])
-    sums["kept"], sums["kept_update_cubed"] = torch.bmm(effective, second).unbind(-1)
-    sums["kept_sq"] = _norm(torch.mul(effective, d, out=a))
-    sums["lost_sq"] = _norm(effective.sub_(d))
-    return _Sums(sums, maxima, minima)
-
-
-def _no_formats(rows: Rows) -> _Sums:
-    nothing = torch.zeros(len(rows.before), 0, dtype=torch.float64, device=rows.before.device)
-    sums = dict.fromkeys((*FORMAT_ROW_SUMS, *FORMAT_ROW_SQUARES), nothing)
-    extrema = dict.fromkeys(FORMAT_ROW_MAXIMA, nothing)
-    return _Sums(sums, extrema, extrema)
-
-
-def _remembered(so_far: Tensor | None, now: Tensor, count: Tensor) -> Tensor:
-    """Fold `now` into `so_far` and count where it holds; `count` where nothing is tracked."""
-    return count if so_far is None else so_far.logical_or_(now).sum(-1)
+    found["effective"] = is_effective.sum(-1)
+    found["ever_effective"] = found["effective"]
+    if ever is not None:
+        found["ever_effective"] = ever.effective.logical_or_(is_effective).sum(-1)
+    found["kept"], found["kept_update_cubed"] = torch.bmm(effective, second).unbind(-1)
+    found["kept_sq"] = vector_norm(torch.mul(effective, d, out=a), dim=-1)
+    found["lost_sq"] = vector_norm(effective.sub_(d), dim=-1)
+    return found
 
 
 def _copy_values(rows: Rows, buffers: Buffers) -> None:
@@ -264,25 +268,9 @@ def _copy_values(rows: Rows, buffers: Buffers) -> None:
             to.copy_(each)
 
 
-def _largest(buffers: Buffers, out: Tensor) -> Tensor:
-    """The largest magnitude of the three values of each element; NaN if one of them is."""
-    return torch.amax(torch.abs(buffers.values, out=buffers.sizes), 1, keepdim=True, out=out)
-
-
-def _zero_and_size(invalid: Tensor, buffers: Buffers) -> None:
-    """Zero all three values of invalid elements, and put their magnitudes where they belong."""
-    torch.abs(buffers.values.masked_fill_(invalid, 0), out=buffers.sizes)
-
-
 def _clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """In place; `clamp` between tensors takes twice as long."""
     return torch.minimum(torch.maximum(x, low, out=x), high, out=x)
-
-
-def _norm(x: Tensor) -> Tensor:
-    """The square root of the sum of squares of each row, which `_sums` squares again."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
-    return norm
 
 
 def _count_octaves(
@@ -293,25 +281,3 @@ def _count_octaves(
     exponent = torch.bitwise_right_shift(bits_of(values), _MANTISSA_BITS, out=bits_of(out))
     bins = exponent.clamp_(lowest, lowest + OCTAVES - 1).add_(getattr(histograms, at)).flatten()
     histograms.counts.scatter_add_(0, bins, histograms.ones)
-
-
-def _sums(layer: _Sums, formats: _Sums) -> Tensor:
-    plain = [layer.sums[name] for name in ROW_SUMS]
-    plain += [formats.sums[name] for name in FORMAT_ROW_SUMS]
-    squares = [layer.sums[name] for name in ROW_SQUARES]
-    squares += [formats.sums[name] for name in FORMAT_ROW_SQUARES]
-    table = torch.cat([*plain, *squares], dim=1)
-    count = sum(each.shape[1] for each in squares)
-    table[:, -count:].square_()
-    return table
-
-
-def _maxima(layer: _Sums, formats: _Sums) -> Tensor:
-    maxima = [layer.maxima[name] for name in ROW_MAXIMA]
-    maxima += [formats.maxima[name] for name in FORMAT_ROW_MAXIMA]
-    minima = [layer.minima[name] for name in ROW_MINIMA]
-    minima += [formats.minima[name] for name in FORMAT_ROW_MINIMA]
-    table = torch.cat([*maxima, *minima], dim=1)
-    count = sum(each.shape[1] for each in minima)
-    table[:, -count:].neg_()
-    return table

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from altgrad.measurement.chunks import Sample, chunks_of, part_of, row_of
-from altgrad.measurement.kernel import EverMoved, Histograms, Rows, RowSums, row_sums
-from altgrad.measurement.totals import LayersOfRows, Totals, bins_of, meant_columns
+from altgrad.measurement.kernel import EverMoved, Rows, row_sums
+from altgrad.measurement.totals import Layers
 from altgrad.measurement.workspace import Workspace, columns_that_fit
 from altgrad.quantization.arguments import check_pair
 from altgrad.quantization.format_set import FormatSet
@@ -28,23 +28,20 @@ class Batch(NamedTuple):
 
     Attributes:
         rows: The elements.
-        layers: Which layer each row belongs to.
-        counted: float64, (layers, 2): how many elements the parameter has and the rows hold.
+        layers: The layers that they belong to.
+        own_grid: 2**-M and the smallest positive number of the dtype.
         grids: The formats, with the scale of each row; None where `sharing` says which elements
             share a scale.
-        sharing: Of the elements of all rows, one after the other, with the amax of its groups.
-        bins: Where the histogram of each row begins.
-        meant: As in `Totals.vectors`.
+        sharing: Which elements of all rows, one after the other, share a scale, with the amax of
+            its groups.
         ever: What the elements have done so far; updated. None if they are not tracked.
     """
 
     rows: Rows
-    layers: LayersOfRows
-    counted: Tensor
+    layers: Layers
+    own_grid: tuple[float, float]
     grids: Grids | None
     sharing: tuple[Sharing, Tensor | None] | None
-    bins: tuple[Tensor, Tensor, Tensor]
-    meant: Tensor | None
     ever: EverMoved | None
 
 
@@ -120,30 +117,31 @@ class Measurer:
         if amax is None and self.formats.needs_amax:
             amax = self.amax_of(before, after)
         device, shape = before.device, before.shape if sample is None else sample.shape
-        totals = Totals(1, len(self.formats), device)
-        one_layer = torch.zeros(1, dtype=torch.int64, device=device)
-        histograms = Histograms(totals.counts, *bins_of(one_layer, len(self.formats)))
-        grids = None
+        grids = tensor_amax = found = None
         if self.formats.is_single:
             grids = self.grids(self.single_scales(amax, 1, device), device)
-        tensor_amax = None
-        if amax is not None and self.formats.needs_tensor_amax:
+        elif amax is not None and self.formats.needs_tensor_amax:
             tensor_amax = tensor_amax_of(before, amax)
-        start, block = 0, self.formats.block
+        layers, own_grid = self._one_layer(before, shape.numel()), _own_grid(before.dtype)
         tensors = (before, after) if gradient is None else (before, after, gradient)
-        for flat in chunks_of(tensors, self._chunk(tensors), block=block, sample=sample):
-            scales = None
+        start, size, block = 0, self._chunk(tensors), self.formats.block
+        for flat in chunks_of(tensors, size, block=block, sample=sample):
+            count = len(flat[0])
             if not self.formats.is_single:
                 scales = self._scales_of_chunk(flat, (amax, tensor_amax), start, shape, sample)
-            rows = row_of(flat)
-            if scales is not None:
                 grids = self.grids(scales.unsqueeze(0), device)
-            of_part = None if ever is None else part_of(ever, start, len(flat[0]))
-            totals.add(self._rows(rows, grids, histograms, of_part))
-            start += len(flat[0])
-        counted = torch.tensor([[shape.numel(), before.numel()]], dtype=torch.float64)
-        meant = meant_columns(self.formats.judged(before.dtype), device)
-        return totals.vectors(counted.to(device), meant)[0]
+            buffers = self._workspace.buffers(1, len(self.formats), count, device)
+            part = None if ever is None else part_of(ever, start, count)
+            chunk = row_sums(row_of(flat), grids, own_grid, buffers, layers.histograms, part)
+            found = chunk if found is None else _added(found, chunk)
+            start += count
+        return layers.vectors(*(found or layers.nothing()))[0]
+
+    def _one_layer(self, before: Tensor, population: int) -> Layers:
+        """Describe a layer that is measured alone, of which these elements are given."""
+        row = torch.zeros(1, dtype=torch.int64, device=before.device)
+        counted = torch.tensor([[population, before.numel()]], dtype=torch.float64)
+        return Layers.of(row, counted.to(before.device), self.formats.judged(before.dtype))
 
     def _chunk(self, tensors: tuple[Tensor, ...]) -> int:
         size = self.capacity
@@ -188,33 +186,27 @@ class Measurer:
         ever: EverMoved | None,
     ) -> Batch:
         """What `measure_batch` measures step after step; scales as `with_scales` takes them."""
-        device = counted.device
-        batch = Batch(
-            rows,
-            LayersOfRows.of(layer_of_row, len(self.formats)),
-            counted,
-            None,
-            None,
-            bins_of(layer_of_row, len(self.formats)),
-            meant_columns(self.formats.judged(rows.before.dtype), device),
-            ever,
-        )
+        judged = self.formats.judged(rows.before.dtype)
+        layers = Layers.of(layer_of_row, counted, judged)
+        batch = Batch(rows, layers, _own_grid(rows.before.dtype), None, None, ever)
         return self.with_scales(batch, scales)
 
     def with_scales(self, batch: Batch, scales: Tensor | tuple[Sharing, Tensor | None]) -> Batch:
         """The same under scales of (1 or rows, formats, 1), or of what shares one and its amax."""
         if isinstance(scales, tuple):
             return batch._replace(sharing=scales)
-        return batch._replace(grids=self.grids(scales, batch.counted.device))
+        return batch._replace(grids=self.grids(scales, batch.rows.before.device))
 
     @torch.no_grad()
     def measure_batch(self, batch: Batch) -> Tensor:
         """Measure many small layers at once: a row of sums and maxima for each of them."""
-        totals = Totals(len(batch.counted), len(self.formats), batch.counted.device)
-        histograms = Histograms(totals.counts, *batch.bins)
         grids = batch.grids if batch.sharing is None else self._grids_of_elements(batch)
-        totals.add(self._rows(batch.rows, grids, histograms, batch.ever), batch.layers)
-        return totals.vectors(batch.counted, batch.meant)
+        (rows, _, columns), device = batch.rows.before.shape, batch.rows.before.device
+        buffers = self._workspace.buffers(rows, len(self.formats.names), columns, device)
+        histograms = batch.layers.histograms
+        histograms.counts.zero_()
+        found = row_sums(batch.rows, grids, batch.own_grid, buffers, histograms, batch.ever)
+        return batch.layers.vectors(*found)
 
     def _grids_of_elements(self, batch: Batch) -> Grids | None:
         assert batch.sharing is not None
@@ -227,18 +219,6 @@ class Measurer:
         by_row = scales.view(-1, before.shape[0], before.shape[2]).transpose(0, 1)
         return self.grids(by_row, before.device)
 
-    def _rows(
-        self,
-        rows: Rows,
-        grids: Grids | None,
-        histograms: Histograms,
-        ever: EverMoved | None,
-    ) -> RowSums:
-        own_grid = _own_grid(rows.before.dtype)
-        shape = rows.before.shape[0], len(self.formats), rows.before.shape[-1]
-        buffers = self._workspace.buffers(*shape, rows.before.device)
-        return row_sums(rows, grids, own_grid, buffers, histograms, ever)
-
 
 def check_step(before: Tensor, after: Tensor, gradient: Tensor | None) -> None:
     """TypeError or ValueError unless they can be measured."""
@@ -249,6 +229,11 @@ def check_step(before: Tensor, after: Tensor, gradient: Tensor | None) -> None:
         )
     if gradient is not None:
         check_pair("before", before, "gradient", gradient)
+
+
+def _added(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Add up the sums of two chunks, and take the larger of their extrema."""
+    return one[0] + other[0], torch.maximum(one[1], other[1])
 
 
 def _own_grid(dtype: torch.dtype) -> tuple[float, float]:

@@ -1,9 +1,10 @@
-"""From the sums of rows to the vectors of the layers that they belong to."""
+"""`Layers`: from the sums of rows to the vectors of the layers that they belong to."""
 
 from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,76 +28,103 @@ from altgrad.measurement.columns import (
     SUMS,
     WHAT_IF,
 )
-from altgrad.measurement.kernel import RowSums
+from altgrad.measurement.kernel import Histograms
 
 _FLOAT64_BIAS = 1023
 _Column = tuple[str, int | None]  # a sum or maximum and the format that it is of
 
 
-class LayersOfRows(NamedTuple):
-    """Which layer each row belongs to; int64, of (rows) and of (rows, maxima)."""
+class Layers(NamedTuple):
+    """Layers that rows of elements belong to, and how the sums of these become vectors.
 
-    of_row: Tensor
-    of_maximum: Tensor
-
-    @classmethod
-    def of(cls, layer_of_row: Tensor, formats: int) -> LayersOfRows:
-        """From that of each row."""
-        return cls(layer_of_row, layer_of_row.unsqueeze(1).expand(-1, len(_source(formats)[3])))
-
-
-class Totals:
-    """Sums and maxima of some layers, to which those of rows are added.
+    Nothing of it changes with a step but what the histograms count.
 
     Attributes:
-        counts: The histograms of all layers, one after the other, of ULPs and then of steps.
+        counted: float64, (layers, 2): how many elements the parameter has and the rows hold.
+        of_row: int64, (rows): the layer of each row.
+        of_extremum: int64, (rows, extrema): the same for each maximum and minimum.
+        histograms: Where the octaves of each row are counted.
+        order: int64, (columns): where the columns of a vector come from.
+        meant: bool, (columns): which of them have a meaning; None for all.
     """
 
-    def __init__(self, layers: int, formats: int, device: torch.device) -> None:
-        self._formats = formats
-        self._layers = layers
-        self._sums: Tensor | None = None
-        self._maxima: Tensor | None = None
-        count = layers * (1 + formats) * OCTAVES
-        self.counts = torch.zeros(count, dtype=torch.float64, device=device)
+    counted: Tensor
+    of_row: Tensor
+    of_extremum: Tensor
+    histograms: Histograms
+    order: Tensor
+    meant: Tensor | None
 
-    def add(self, rows: RowSums, layers: LayersOfRows | None = None) -> None:
-        """Rows of which all belong to one layer, where none are named."""
-        if layers is None:
-            sums, maxima = rows.sums.sum(0, keepdim=True), rows.maxima.amax(0, keepdim=True)
-        else:
-            sums = rows.sums.new_zeros(self._layers, rows.sums.shape[1])
-            sums.index_add_(0, layers.of_row, rows.sums)
-            maxima = rows.maxima.new_full((self._layers, rows.maxima.shape[1]), -torch.inf)
-            maxima.scatter_reduce_(0, layers.of_maximum, rows.maxima, "amax")
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._maxima = maxima if self._maxima is None else torch.maximum(self._maxima, maxima)
-
-    def vectors(self, counted: Tensor, meant: Tensor | None) -> Tensor:
-        """(layers, SUMS, FORMAT_SUMS of each format, MAXIMA, FORMAT_MAXIMA of each format).
+    @classmethod
+    def of(cls, layer_of_row: Tensor, counted: Tensor, judged: Sequence[bool]) -> Layers:
+        """Describe the layers of some rows.
 
         Args:
-            counted: (layers, 2), the population and the elements of each.
-            meant: What `meant_columns` gives.
+            layer_of_row: int64, (rows): the layer of each row.
+            counted: float64, (layers, 2): how many elements the parameter has and the rows hold.
+            judged: Whether the weights are stored finer than each format, so that updates that it
+                would lose are there to see.
+
+        Returns:
+            The layers, with histograms that have counted nothing.
         """
-        if self._sums is None or self._maxima is None:  # no element at all
-            widths = [len(part) for part in _source(self._formats)[1:]]
-            self._sums = counted.new_zeros(self._layers, widths[0])
-            self._maxima = counted.new_full((self._layers, widths[2]), -torch.inf)
-        octaves = self.counts.view(self._layers, -1)
-        table = torch.cat((counted, self._sums, octaves, self._maxima), dim=1)
-        vectors = table.index_select(1, _order(self._formats, counted.device))
-        return vectors if meant is None else torch.where(meant, vectors, 0.0)
+        formats, device = len(judged), counted.device
+        return cls(
+            counted,
+            layer_of_row,
+            layer_of_row.unsqueeze(1).expand(-1, len(_source(formats)[3])),
+            _no_counts(layer_of_row, len(counted), formats),
+            _order(formats, device),
+            _meant(judged, device),
+        )
+
+    def nothing(self) -> tuple[Tensor, Tensor]:
+        """Return the sums and extrema of a row without elements, as `row_sums` returns them."""
+        _, sums, _, extrema = _source(self.histograms.steps_at.shape[1])
+        return (
+            self.counted.new_zeros(1, len(sums)),
+            self.counted.new_full((1, len(extrema)), -torch.inf),
+        )
+
+    def vectors(self, sums: Tensor, extrema: Tensor) -> Tensor:
+        """Add rows up to layers.
+
+        Args:
+            sums: Sums of each row, as `row_sums` returns them.
+            extrema: Maxima and minima of each row likewise.
+
+        Returns:
+            float64, (layers, columns): SUMS, FORMAT_SUMS of each format, MAXIMA, FORMAT_MAXIMA of
+            each format.
+        """
+        layers = len(self.counted)
+        if not layers == len(sums) == 1:  # the row of a layer that is measured alone is all of it
+            added = sums.new_zeros(layers, sums.shape[1])
+            largest = extrema.new_full((layers, extrema.shape[1]), -torch.inf)
+            sums = added.index_add_(0, self.of_row, sums)
+            extrema = largest.scatter_reduce_(0, self.of_extremum, extrema, "amax")
+        octaves = self.histograms.counts.view(layers, -1)
+        vectors = torch.cat((self.counted, sums, octaves, extrema), dim=1)
+        vectors = vectors.index_select(1, self.order)
+        return vectors if self.meant is None else torch.where(self.meant, vectors, 0.0)
 
 
-def meant_columns(judged: list[bool], device: torch.device) -> Tensor | None:
-    """Which columns have a meaning; None for all of them.
+def _no_counts(layer_of_row: Tensor, layers: int, formats: int) -> Histograms:
+    """Return the histograms of some layers, of which nothing is counted yet."""
+    device = layer_of_row.device
+    start = layer_of_row[:, None, None] * ((1 + formats) * OCTAVES)
+    of_formats = torch.arange(1, 1 + formats, device=device)[:, None] * OCTAVES
+    return Histograms(
+        torch.zeros(layers * (1 + formats) * OCTAVES, dtype=torch.float64, device=device),
+        start - _FLOAT64_BIAS,
+        start + of_formats - (_FLOAT64_BIAS + FIRST_STEPS_OCTAVE),
+        # One number in memory, seen as more than a tensor has elements.
+        torch.ones((), dtype=torch.float64, device=device).expand(2**40),
+    )
 
-    Args:
-        judged: Whether the weights are stored finer than each format, so that updates that it would
-            lose are there to see.
-        device: Where the columns are.
-    """
+
+def _meant(judged: Sequence[bool], device: torch.device) -> Tensor | None:
+    """Return which columns have a meaning: of a format that is not judged none of the what-if."""
     if all(judged):
         return None
     what_if = {*WHAT_IF, *JUDGED, *(name for name in FORMAT_SUMS if name.startswith("steps["))}
@@ -107,17 +135,8 @@ def meant_columns(judged: list[bool], device: torch.device) -> Tensor | None:
     return torch.tensor(meant, device=device)
 
 
-def bins_of(layer_of_row: Tensor, formats: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What `Histograms` needs: the first bin of each row, less the exponent that it counts."""
-    start = layer_of_row[:, None, None] * ((1 + formats) * OCTAVES)
-    of_formats = torch.arange(1, 1 + formats, device=layer_of_row.device)[:, None] * OCTAVES
-    ones = torch.ones((), dtype=torch.float64, device=layer_of_row.device).expand(2**40)
-    steps_at = start + of_formats - (_FLOAT64_BIAS + FIRST_STEPS_OCTAVE)
-    return start - _FLOAT64_BIAS, steps_at, ones
-
-
 def _columns(formats: int) -> list[_Column]:
-    """What the columns of `Totals.vectors` are."""
+    """Return what the columns of `Layers.vectors` are."""
     columns: list[_Column] = [(name, None) for name in SUMS]
     columns += [(name, format) for format in range(formats) for name in FORMAT_SUMS]
     columns += [(f"max {name}", None) for name in MAXIMA]
@@ -126,7 +145,7 @@ def _columns(formats: int) -> list[_Column]:
 
 
 def _source(formats: int) -> tuple[list[_Column], ...]:
-    """What the columns are that it is put together of: counted, sums, octaves and maxima."""
+    """Return the columns that vectors are put together of: counted, sums, octaves, extrema."""
 
     def each(of_layer: tuple[str, ...], of_formats: tuple[str, ...], how: str) -> list[_Column]:
         columns: list[_Column] = [(how.format(name), None) for name in of_layer]
@@ -146,7 +165,7 @@ def _source(formats: int) -> tuple[list[_Column], ...]:
 @functools.cache
 @torch.inference_mode(mode=False)
 def _order(formats: int, device: torch.device) -> Tensor:
-    """For each column of the vectors, where it comes from."""
+    """Return for each column of the vectors where it comes from."""
     columns = itertools.chain.from_iterable(_source(formats))
     source = {column: position for position, column in enumerate(columns)}
     order = [

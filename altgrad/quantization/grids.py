@@ -124,24 +124,34 @@ def bits_of(x: Tensor) -> Tensor:
     return x.view(torch.int64) if bits is None else bits
 
 
-def gap_at(x: Tensor, binade: Tensor, grids: Grids, out: Tensor) -> Tensor:
-    """Distance between the grid points around x, going on above the top; binade is that of x."""
-    gap = torch.maximum(torch.mul(binade, grids.eps, out=out), grids.first_gap, out=out)
+def round_to_grids(
+    x: Tensor, grids: Grids, narrow: Tensor, gap: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Round to the grids of all formats, going on above their tops.
+
+    A value is rounded to the nearest multiple of the gap at it; ties go to the even multiple, or to
+    the even code where M = 0.
+
+    Args:
+        x: Values as the constants count them, float64, (rows, 1 or formats, columns).
+        grids: The grids.
+        narrow: Buffer of (rows, 1, columns); overwritten.
+        gap: Buffer of (rows, formats, columns).
+        out: Buffer like `gap`.
+
+    Returns:
+        The distance between the grid points around x, and x rounded, in the two buffers.
+    """
+    binade = binade_of(x, narrow if x.shape[1] == 1 else gap)
+    torch.maximum(torch.mul(binade, grids.eps, out=gap), grids.first_gap, out=gap)
     for position, smallest_normal in grids.without_subnormals:
         below = (x if x.shape[1] == 1 else x[:, position : position + 1]).abs() < smallest_normal
         gap[:, position : position + 1].masked_fill_(below, smallest_normal)
-    return gap
-
-
-def round_to_gap(x: Tensor, gap: Tensor, grids: Grids, out: Tensor) -> Tensor:
-    """The nearest multiple of gap; ties go to the even one, or to the even code where M = 0."""
-    rounded = torch.add(x, gap, alpha=_ROUNDER, out=out).sub_(gap, alpha=_ROUNDER)
+    torch.add(x, gap, alpha=_ROUNDER, out=out).sub_(gap, alpha=_ROUNDER)
     for position, bias in grids.without_mantissa:
         part = slice(position, position + 1)
         of_format, step = (x if x.shape[1] == 1 else x[:, part]), gap[:, part]
         code_is_even = (torch.frexp(step).exponent - 1 + bias) % 2 == 0
         tie_to_below = (of_format.abs() == 1.5 * step) & code_is_even
-        rounded[:, part].copy_(
-            torch.where(tie_to_below, step.copysign(of_format), rounded[:, part])
-        )
-    return rounded
+        out[:, part].copy_(torch.where(tie_to_below, step.copysign(of_format), out[:, part]))
+    return gap, out

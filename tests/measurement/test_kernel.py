@@ -17,13 +17,15 @@ from altgrad.measurement.columns import (
     ROW_SQUARES,
     ROW_SUMS,
 )
-from altgrad.measurement.kernel import EverMoved, Histograms, Rows, RowSums, row_sums
-from altgrad.measurement.totals import bins_of
+from altgrad.measurement.kernel import EverMoved, Rows, row_sums
+from altgrad.measurement.totals import Layers
 from altgrad.measurement.workspace import Workspace
 from altgrad.quantization import E2M1
 from altgrad.quantization.grids import LARGEST, Grids, grids_of
 
 NAN = math.nan
+Found = tuple[Tensor, Tensor]
+"""Sums and extrema."""
 CPU = torch.device("cpu")
 FLOAT32 = 2.0**-23, 2.0**-149
 TINY = 2.0**-23
@@ -103,19 +105,19 @@ def two_formats(scale: float = 2.0) -> Grids:
 
 def measured(
     rows: Rows, grids: Grids | None, ever: EverMoved | None = None
-) -> tuple[RowSums, Tensor]:
+) -> tuple[Found, Tensor]:
     """The sums and maxima, and the histogram of each row."""
     count, formats = len(rows.before), 0 if grids is None else grids.eps.shape[1]
-    counts = torch.zeros(count * (1 + formats) * OCTAVES, dtype=torch.float64)
-    histograms = Histograms(counts, *bins_of(torch.arange(count), formats))
+    counted = torch.ones(count, 2, dtype=torch.float64)
+    histograms = Layers.of(torch.arange(count), counted, [True] * formats).histograms
     buffers = Workspace().buffers(count, formats, rows.before.shape[-1], CPU)
     for each in (*buffers.per_format, *buffers.shared, *buffers.stacked):
         each.fill_(NAN)  # nothing is to be read of what was there
     found = row_sums(rows, grids, FLOAT32, buffers, histograms, ever)
-    return found, counts.view(count, 1 + formats, OCTAVES)
+    return found, histograms.counts.view(count, 1 + formats, OCTAVES)
 
 
-def named(found: RowSums, formats: int) -> dict[str, list[float]]:
+def named(found: Found, formats: int) -> dict[str, list[float]]:
     """Of the first row by name: of the parameter one number, of formats one each."""
     groups = [
         *((ROW_SUMS, 1, "{}"), (FORMAT_ROW_SUMS, formats, "{}")),
@@ -123,7 +125,7 @@ def named(found: RowSums, formats: int) -> dict[str, list[float]]:
         *((ROW_MAXIMA, 1, "max {}"), (FORMAT_ROW_MAXIMA, formats, "max {}")),
         *((ROW_MINIMA, 1, "min {}"), (FORMAT_ROW_MINIMA, formats, "min {}")),
     ]
-    numbers = iter((*found.sums[0].tolist(), *found.maxima[0].tolist()))
+    numbers = iter((*found[0][0].tolist(), *found[1][0].tolist()))
     columns = [(how.format(name), count) for names, count, how in groups for name in names]
     result = {name: [next(numbers) for _ in range(count)] for name, count in columns}
     assert next(numbers, None) is None
@@ -178,8 +180,8 @@ def test_each_row_is_measured_alone_and_under_its_own_scale() -> None:
         of_row = grids_of([E2M1, E2M1], [False, True], scales[row : row + 1])
         rows = Rows(*(each[row : row + 1] for each in (before, after, gradient)))
         alone, own = measured(rows, of_row)
-        assert torch.allclose(found.sums[row], alone.sums[0], rtol=1e-15, atol=0)
-        assert torch.equal(found.maxima[row], alone.maxima[0])
+        assert torch.allclose(found[0][row], alone[0][0], rtol=1e-15, atol=0)
+        assert torch.equal(found[1][row], alone[1][0])
         assert torch.equal(counts[row], own[0])
 
 
@@ -202,14 +204,14 @@ def test_what_is_not_finite_in_one_of_the_three_is_in_no_sum(place: int, wild: f
     clean, _ = measured(Rows(*tensors(*ELEMENTS, dtype=torch.float64)), two_formats())
     rows = Rows(*tensors(*ELEMENTS, tuple(three), dtype=torch.float64))
     found, counts = measured(rows, two_formats())
-    assert torch.equal(found.sums, clean.sums)
-    assert torch.equal(found.maxima, clean.maxima)
+    assert torch.equal(found[0], clean[0])
+    assert torch.equal(found[1], clean[1])
     assert counts.sum(-1).tolist() == [[10.0] * 3]  # with the updates that are none
 
 
 def test_without_an_element_all_is_nothing() -> None:
     found, _ = measured(Rows(*tensors((NAN, 1.0, 1.0), (NAN, 2.0, 2.0))), two_formats())
-    assert not found.sums.any()
+    assert not found[0].any()
     by_name = named(found, 2)
     assert {v for k, vs in by_name.items() if k.startswith("max") for v in vs} == {0.0}
     assert {v for k, vs in by_name.items() if k.startswith("min") for v in vs} == {math.inf}

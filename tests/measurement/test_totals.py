@@ -1,4 +1,4 @@
-"""`Totals`: rows added in any grouping are what numpy sums for each layer, and in which column."""
+"""`Layers`: rows of any order are what numpy sums for each layer, and in which column."""
 
 import math
 
@@ -22,11 +22,11 @@ from altgrad.measurement.columns import (
     ROW_SUMS,
     SUMS,
 )
-from altgrad.measurement.kernel import RowSums
-from altgrad.measurement.totals import LayersOfRows, Totals, bins_of, meant_columns
+from altgrad.measurement.totals import Layers
 from tests.strategies import thorough
 
-CPU = torch.device("cpu")
+Found = tuple[Tensor, Tensor]
+"""Sums of each row, and its extrema."""
 Column = tuple[str, int | None]
 """The name of a sum or maximum, and the format that it is of."""
 
@@ -50,17 +50,17 @@ def columns_of_vectors(formats: int) -> tuple[list[Column], list[Column]]:
     return sums, maxima
 
 
-def some_rows(rows: int, formats: int, seed: int) -> RowSums:
+def some_rows(rows: int, formats: int, seed: int) -> Found:
     """Whole numbers, which add up exactly in any order."""
     generator = torch.Generator().manual_seed(seed)
     sums, maxima = columns_of_rows(formats)
-    return RowSums(
+    return (
         torch.randint(0, 1000, (rows, len(sums)), generator=generator).double(),
         torch.randint(-1000, 1000, (rows, len(maxima)), generator=generator).double(),
     )
 
 
-def by_numpy(rows: RowSums, layer: list[int], layers: int, formats: int) -> list[dict]:
+def by_numpy(rows: Found, layer: list[int], layers: int, formats: int) -> list[dict]:
     """Of each layer every sum and maximum by its column."""
     sums, maxima = (each.numpy() for each in rows)
     names, max_names = columns_of_rows(formats)
@@ -80,27 +80,20 @@ def named(vector: Tensor, formats: int) -> dict[Column, float]:
     return dict(zip(names, vector.tolist(), strict=True))
 
 
-def parts_of(rows: RowSums, cuts: list[int]) -> list[RowSums]:
-    return [
-        RowSums(*pair)
-        for pair in zip(rows.sums.tensor_split(cuts), rows.maxima.tensor_split(cuts), strict=True)
-    ]
+def layers_of(layer: list[int], counted: Tensor, judged: list[bool]) -> Layers:
+    return Layers.of(torch.tensor(layer, dtype=torch.int64), counted, judged)
 
 
 @thorough
 @given(st.data(), st.integers(0, 3), st.integers(1, 4), st.integers(1, 12))
-def test_rows_added_in_any_grouping_are_the_sums_of_their_layers(
+def test_rows_in_any_order_are_the_sums_of_their_layers(
     data: st.DataObject, formats: int, layers: int, count: int
 ) -> None:
     rows = some_rows(count, formats, data.draw(st.integers(0, 99)))
     layer = data.draw(st.lists(st.integers(0, layers - 1), min_size=count, max_size=count))
-    cuts = sorted(data.draw(st.lists(st.integers(1, count), max_size=3)))
-    totals = Totals(layers, formats, CPU)
-    of_row = torch.tensor(layer).tensor_split(cuts)
-    for part, own in zip(parts_of(rows, cuts), of_row, strict=True):
-        totals.add(part, LayersOfRows.of(own, formats))
     counted = torch.arange(2.0 * layers, dtype=torch.float64).view(layers, 2)
-    vectors = totals.vectors(counted, None)
+    vectors = layers_of(layer, counted, [True] * formats).vectors(*rows)
+    assert vectors.dtype is torch.float64
     for number, expected in enumerate(by_numpy(rows, layer, layers, formats)):
         actual = named(vectors[number], formats)
         for column, value in expected.items():
@@ -115,24 +108,22 @@ def test_rows_added_in_any_grouping_are_the_sums_of_their_layers(
 
 
 @pytest.mark.parametrize("formats", [0, 2])
-def test_rows_of_no_named_layer_all_belong_to_the_one(formats: int) -> None:
-    rows = some_rows(7, formats, 0)
-    named_layers, unnamed = Totals(1, formats, CPU), Totals(1, formats, CPU)
-    for part in parts_of(rows, [2, 3]):
-        unnamed.add(part)
-        layers = LayersOfRows.of(torch.zeros(len(part.sums), dtype=torch.int64), formats)
-        named_layers.add(part, layers)
-    counted = torch.ones(1, 2, dtype=torch.float64)
-    expected = named_layers.vectors(counted, None)
-    assert torch.equal(unnamed.vectors(counted, None), expected)
-    assert expected[0].isfinite().all()
+def test_the_row_of_a_layer_alone_is_that_of_the_layer(formats: int) -> None:
+    rows, counted = some_rows(1, formats, 0), torch.ones(1, 2, dtype=torch.float64)
+    alone = layers_of([0], counted, [True] * formats).vectors(*rows)
+    none = layers_of([0, 0], counted, [True] * formats)
+    both = [torch.cat(pair) for pair in zip(rows, none.nothing(), strict=True)]
+    assert torch.equal(none.vectors(*both), alone)
+    assert alone[0].isfinite().all()
 
 
 @pytest.mark.parametrize("formats", [0, 2])
 def test_without_a_row_sums_are_0_and_maxima_minus_infinity(formats: int) -> None:
-    totals = Totals(3, formats, CPU)
-    vectors = totals.vectors(torch.zeros(3, 2, dtype=torch.float64), None)
-    for vector in vectors:
+    counted = torch.zeros(3, 2, dtype=torch.float64)
+    none = layers_of([], counted, [True] * formats)
+    alone = layers_of([0], counted[:1], [True] * formats)
+    rows = [each[:0] for each in none.nothing()]
+    for vector in (*none.vectors(*rows), *alone.vectors(*alone.nothing())):
         values = named(vector, formats)
         assert {v for (name, _), v in values.items() if not name.startswith("max ")} == {0.0}
         assert {v for (name, _), v in values.items() if name.startswith("max ")} == {-math.inf}
@@ -140,10 +131,11 @@ def test_without_a_row_sums_are_0_and_maxima_minus_infinity(formats: int) -> Non
 
 @pytest.mark.parametrize("formats", [0, 1, 3])
 def test_octaves_are_counted_by_layer_then_by_format(formats: int) -> None:
-    totals = Totals(2, formats, CPU)
-    totals.counts.copy_(torch.arange(len(totals.counts)))
-    assert len(totals.counts) == 2 * (1 + formats) * 64
-    vectors = totals.vectors(torch.zeros(2, 2, dtype=torch.float64), None)
+    layers = layers_of([0, 1], torch.zeros(2, 2, dtype=torch.float64), [True] * formats)
+    counts = layers.histograms.counts
+    assert counts.tolist() == [0.0] * (2 * (1 + formats) * 64)
+    counts.copy_(torch.arange(len(counts)))
+    vectors = layers.vectors(*some_rows(2, formats, 0))
     for layer in range(2):
         values, start = named(vectors[layer], formats), layer * (1 + formats) * 64
         for bin in range(1, 64):
@@ -154,13 +146,13 @@ def test_octaves_are_counted_by_layer_then_by_format(formats: int) -> None:
 
 def test_the_bins_of_a_row_begin_where_its_layer_has_them() -> None:
     """The kernel adds to them the exponent of a float64, of which 2**0 has 1023."""
-    layer, formats = torch.tensor([2, 0, 2]), 3
-    ulps_at, steps_at, ones = bins_of(layer, formats)
+    layer, counted = [2, 0, 2], torch.zeros(3, 2, dtype=torch.float64)
+    _, ulps_at, steps_at, ones = layers_of(layer, counted, [True] * 3).histograms
     assert (ulps_at.shape, steps_at.shape) == ((3, 1, 1), (3, 3, 1))
-    for row, number in enumerate(layer.tolist()):
+    for row, number in enumerate(layer):
         first = number * 4 * 64
         assert ulps_at[row, 0, 0] + 1023 == first  # ULPs begin at 2**0
-        for format in range(formats):
+        for format in range(3):
             assert steps_at[row, format, 0] + 1023 - 32 == first + 64 * (1 + format)  # at 2**-32
     assert ones[:5].tolist() == [1.0] * 5
     assert len(ones) >= 2**40
@@ -175,24 +167,17 @@ WHAT_IF = {
 }
 
 
-def test_where_every_format_is_coarser_all_columns_are_meant() -> None:
-    assert meant_columns([True, True, True], CPU) is None
-    assert meant_columns([], CPU) is None
-
-
-@pytest.mark.parametrize("judged", [[False], [True, False, True], [False, False]], ids=str)
+@pytest.mark.parametrize("judged", [[], [True], [False], [True, False, True], [False, False]])
 def test_of_a_format_that_is_not_judged_exactly_the_what_if_columns_are_0(
     judged: list[bool],
 ) -> None:
-    formats = len(judged)
-    rows = some_rows(3, formats, 1)
-    rows.sums.add_(1)  # none is 0
-    totals = Totals(1, formats, CPU)
-    totals.add(rows)
-    totals.counts.fill_(7)
-    counted = torch.full((1, 2), 5.0, dtype=torch.float64)
-    whole = named(totals.vectors(counted, None)[0], formats)
-    meant = named(totals.vectors(counted, meant_columns(judged, CPU))[0], formats)
+    formats, layer = len(judged), [0, 0, 0]
+    rows, counted = some_rows(3, formats, 1), torch.full((1, 2), 5.0, dtype=torch.float64)
+    rows[0].add_(1)  # none is 0
+    every, some = (layers_of(layer, counted, each) for each in ([True] * formats, judged))
+    for each in (every, some):
+        each.histograms.counts.fill_(7)
+    whole, meant = (named(each.vectors(*rows)[0], formats) for each in (every, some))
     assert all(value for (name, _), value in whole.items() if not name.startswith("max "))
     unseen = {(name, format) for format in range(formats) if not judged[format] for name in WHAT_IF}
     assert unseen < whole.keys()
@@ -202,10 +187,8 @@ def test_of_a_format_that_is_not_judged_exactly_the_what_if_columns_are_0(
 def test_a_sum_that_is_not_meant_is_0_also_where_it_is_not_finite() -> None:
     rows = some_rows(1, 1, 0)
     names, _ = columns_of_rows(1)
-    rows.sums[0, names.index(("stochastic_variance", 0))] = math.nan
-    rows.sums[0, names.index(("kept_sq", 0))] = math.inf
-    totals = Totals(1, 1, CPU)
-    totals.add(rows)
-    vectors = totals.vectors(torch.ones(1, 2, dtype=torch.float64), meant_columns([False], CPU))
+    rows[0][0, names.index(("stochastic_variance", 0))] = math.nan
+    rows[0][0, names.index(("kept_sq", 0))] = math.inf
+    vectors = layers_of([0], torch.ones(1, 2, dtype=torch.float64), [False]).vectors(*rows)
     values = named(vectors[0], 1)
     assert values["stochastic_variance", 0] == values["kept_sq", 0] == 0

@@ -87,7 +87,7 @@ class Run:
             return tensor(measurer, before, *others)
 
         def measure_batch(measurer: Measurer, layers: Any) -> Tensor:
-            self.together.append(len(layers.counted))
+            self.together.append(len(layers.layers.counted))
             return batch(measurer, layers)
 
         return mock.patch.multiple(
