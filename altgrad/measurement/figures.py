@@ -1,8 +1,8 @@
-"""`Figures`: the metrics of a layer or a model as plain numbers, each computed when it is read."""
+"""`Figures`: the metrics of a layer or a model as plain numbers, computed when they are read."""
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, figure_keys, get_metric
 from altgrad.measurement.columns import FIRST_STEPS_OCTAVE
 from altgrad.measurement.histogram import Histogram
-from altgrad.measurement.step_table import Rows, StepTable
+from altgrad.measurement.step_table import RowsOfFormats, StepTable, error_columns
 
 
 class Figures(Mapping[str, float]):
@@ -22,7 +22,7 @@ class Figures(Mapping[str, float]):
         rows: Of the table, which are meant.
     """
 
-    def __init__(self, table: StepTable, rows: Rows) -> None:
+    def __init__(self, table: StepTable, rows: RowsOfFormats) -> None:
         self._table = table
         self._rows = rows
         self._formats = tuple(name for name in rows if name is not None)
@@ -48,9 +48,7 @@ class Figures(Mapping[str, float]):
         Raises:
             KeyError: No metric of this name, or no such format here; says which there are.
         """
-        name, format = self._parse(key)
-        value = self._table.values(name)[self._table.place(format)][self._rows[format]]
-        return math.nan if math.isnan(value) else value  # the one NaN that equals itself in a list
+        return self._table.figure(key, self._row_of(key))
 
     def __iter__(self) -> Iterator[str]:
         """The keys, those of the parameter first."""
@@ -75,27 +73,28 @@ class Figures(Mapping[str, float]):
         Raises:
             KeyError: As for the value.
         """
-        name, format = self._parse(key)
-        return self._table.errors(name)[self._table.place(format)][self._rows[format]]
+        return self._table.error(key, self._row_of(key))
 
     def in_order(self) -> Sequence[float]:
-        """All values, in the order of the keys; faster than one by one."""
-        return self._joined(self._table.in_order, len(LAYER_METRICS), len(FORMAT_METRICS))
+        """Return all values in the order of the keys; faster than one by one."""
+        figures, rows = self._table.figures, self._rows
+        if self._formats == self._table.formats and len({*rows.values()}) == 1:
+            return figures[rows[None]]
+        numbers = figures[rows[None]][: len(LAYER_METRICS)]
+        for format in self._formats:
+            start = len(LAYER_METRICS) + self._table.formats.index(format) * len(FORMAT_METRICS)
+            numbers += figures[rows[format]][start : start + len(FORMAT_METRICS)]
+        return numbers
 
     def errors_in_order(self, metrics: tuple[str, ...]) -> Sequence[float]:
-        """The standard errors of some metrics of a format, for one format after the other."""
-        return self._joined(self._table.errors_in_order(metrics), 0, len(metrics))
+        """Return the standard errors of some shares, for one format after the other.
 
-    def _joined(self, of_rows: Sequence[Sequence[float]], first: int, each: int) -> Sequence[float]:
-        """So many numbers of the parameter, and of each format."""
-        row = of_rows[self._rows[None]]
-        if self._formats == self._table.formats and len({*self._rows.values()}) == 1:
-            return row
-        numbers = [*row[:first]]
-        for format in self._formats:
-            start = first + self._table.place(format) * each
-            numbers += of_rows[self._rows[format]][start : start + each]
-        return numbers
+        Args:
+            metrics: Names of metrics of a format that have a standard error.
+        """
+        errors, rows = self._table.errors, self._rows
+        places = _error_places(self._table.formats, self._formats, metrics)
+        return [errors[rows[format]][column] for format, column in places]
 
     def histogram(self, key: str) -> Histogram:
         """Of the elements that moved; those that did not are not in it.
@@ -114,27 +113,48 @@ class Figures(Mapping[str, float]):
             raise KeyError(f"{key!r}: expected one of {expected}")
         first = 0 if key == "ulps" else FIRST_STEPS_OCTAVE
         row = self._rows[format or None]
-        return Histogram(first, tuple(self._table.histogram(name, row, format or None)))
+        return Histogram(first, tuple(self._table.counts(format or None, row)))
 
-    def _layers(self) -> list[tuple[int, tuple[str, ...]]]:
-        """The rows of the layers that these are of, and the formats that each is judged for."""
+    def layer_vectors(self, formats: Sequence[str]) -> list[tuple[Tensor, tuple[str, ...]]]:
+        """Return the sums that the figures follow from, of each layer that they are of.
+
+        Args:
+            formats: Names of the formats that the vectors are to have.
+
+        Returns:
+            For each layer its vector, float64, as `altgrad.measurement.columns` describes it, and
+            for which formats it is judged.
+        """
         members, rows = self._table.members, self._rows
         return [
-            (row, tuple(f for f in self.formats if row in members.get(rows[f], (rows[f],))))
+            (
+                self._table.row_for(formats, row),
+                tuple(f for f in self.formats if row in members.get(rows[f], (rows[f],))),
+            )
             for row in members.get(rows[None], (rows[None],))
         ]
 
-    def _parse(self, key: str) -> tuple[str, str | None]:
+    def _row_of(self, key: str) -> int:
+        """Return the row of the table in which the figure of a key is, or raise KeyError."""
         name, _, format = key.partition("/")
-        if name not in LAYER_METRICS and name not in FORMAT_METRICS:
-            try:
-                get_metric(name)
-            except ValueError as error:
-                raise KeyError(str(error)) from None
-        if (name in FORMAT_METRICS) != bool(format) or (format or None) not in self._rows:
-            expected = "metric" if name in LAYER_METRICS else "metric/format"
-            raise KeyError(f"{key!r}: expected {expected}, with a format of {self.formats}")
-        return name, format or None
+        row = self._rows.get(format or None)
+        if row is not None and key in self._table.columns:
+            return row
+        try:
+            get_metric(name)
+        except ValueError as error:
+            raise KeyError(str(error)) from None
+        expected = "metric" if name in LAYER_METRICS else "metric/format"
+        raise KeyError(f"{key!r}: expected {expected}, with a format of {self.formats}")
+
+
+@functools.lru_cache(maxsize=256)
+def _error_places(
+    known: tuple[str, ...], formats: tuple[str, ...], metrics: tuple[str, ...]
+) -> tuple[tuple[str, int], ...]:
+    """Return the formats, and for each metric of a format its column in a row of errors."""
+    columns = error_columns(known)
+    return tuple((each, columns[f"{name}/{each}"]) for each in formats for name in metrics)
 
 
 def layer_figures(table: StepTable, row: int, formats: Iterable[str]) -> Figures:
@@ -151,9 +171,9 @@ def model_figures(layers: Sequence[Figures]) -> Figures:
     if not layers:
         raise ValueError("layers=[]: expected the figures of one or more layers")
     formats = tuple(dict.fromkeys(format for layer in layers for format in layer.formats))
-    each = [(figures._table, *row) for figures in layers for row in figures._layers()]  # noqa: SLF001
-    vectors = torch.stack([table.row_for(formats, row) for table, row, _ in each])
-    return Figures(*StepTable.with_model(formats, vectors, [judged for _, _, judged in each]))
+    each = [pair for figures in layers for pair in figures.layer_vectors(formats)]
+    vectors, judged = zip(*each, strict=True)
+    return Figures(*StepTable.with_model(formats, torch.stack(vectors), judged))
 
 
 def tensor_figures(formats: Sequence[str], row: Tensor) -> Figures:

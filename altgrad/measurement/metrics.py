@@ -1,145 +1,140 @@
-"""How each metric of the catalogue follows from sums, extrema and bins.
+"""How each metric of the catalogue follows from sums, extrema and histograms.
 
-A formula takes the numbers of any layers, on the host, and gives a value for each of them.
+A formula takes the sums of any rows, on the host, and returns a value for each of them.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from altgrad.measurement.columns import FIRST_STEPS_OCTAVE, OCTAVES
 
 
-@dataclass(frozen=True)
-class Numbers:
-    """Sums and maxima of some layers on the host, by name: float64, a column for each layer.
+class Sums(Protocol):
+    """Sums, extrema and histograms of some rows by name: float64 on the host.
 
-    Those of the parameters are (1, layers), those of formats (formats, layers).
-
-    Attributes:
-        sum: Of SUMS and FORMAT_SUMS, without octaves.
-        max: Of MAXIMA and FORMAT_MAXIMA.
-        octaves: Of ``"ulps"`` and ``"steps"``: (63, 1 or formats, layers), all but the first.
+    What belongs to a parameter is (rows, 1), what belongs to formats (rows, formats).
     """
 
-    sum: Mapping[str, Tensor]
-    max: Mapping[str, Tensor]
-    octaves: Mapping[str, Tensor]
+    def sum(self, name: str) -> Tensor:
+        """Return a column of SUMS or FORMAT_SUMS."""
 
-    @property
-    def paired(self) -> Tensor:
-        """How many weights are not 0 and have a gradient: none, unless all have one."""
-        all_have = self.sum["gradients"] == self.sum["finite"]
-        return self.sum["nonzero_weights"] * all_have
+    def max(self, name: str) -> Tensor:
+        """Return a column of MAXIMA or FORMAT_MAXIMA."""
+
+    def histogram(self, name: str) -> Tensor:
+        """Return how many elements moved by each octave: (64, 1 or formats, rows).
+
+        Args:
+            name: ``"ulps"`` or ``"steps"``.
+        """
 
 
-Formula = Callable[[Numbers], Tensor]
+Formula = Callable[[Sums], Tensor]
+
+
+class Estimate(ABC):
+    """A ratio Σ a / Σ b over elements, which has a standard error where these are a sample."""
+
+    @abstractmethod
+    def sums(self, n: Sums) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return Σ a, Σ b, Σ a², Σ a · b and Σ b²."""
+
+    @abstractmethod
+    def carrying(self, n: Sums) -> Tensor:
+        """Return how many elements carry the ratio."""
+
+    def __call__(self, n: Sums) -> Tensor:
+        """Return the ratio; NaN where Σ b is 0."""
+        a, b, *_ = self.sums(n)
+        return _ratio(a, b)
 
 
 @dataclass(frozen=True)
-class Share:
-    """A count over another: (plus − minus) / total. What is counted is part of the total.
-
-    As an estimate from sampled elements it has a standard error: that of a ratio of means.
-    """
+class Share(Estimate):
+    """A count over another: (plus − minus) / total. What is counted is part of the total."""
 
     plus: str
     total: str
     minus: str | None = None
 
-    def __call__(self, n: Numbers) -> Tensor:
-        """The share; NaN of nothing."""
-        return _ratio(self._count(n), n.sum[self.total])
+    def sums(self, n: Sums) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return the two counts: a and b are 0 or 1, and b is 1 where a is."""
+        count, total = n.sum(self.plus), n.sum(self.total)
+        if self.minus:
+            count = count - n.sum(self.minus)
+        return count, total, count, count, total
 
-    def denominator(self, n: Numbers) -> Tensor:
-        """What the share is of."""
-        return n.sum[self.total]
-
-    def squared_residuals(self, n: Numbers, share: Tensor) -> Tensor:
-        """Σ (counted − share · in total)² over the sampled elements, each being 0 or 1."""
-        count = self._count(n)
-        return count - 2 * share * count + share * share * n.sum[self.total]
-
-    def _count(self, n: Numbers) -> Tensor:
-        return n.sum[self.plus] - n.sum[self.minus] if self.minus else n.sum[self.plus]
+    def carrying(self, n: Sums) -> Tensor:
+        """Return the number of all elements."""
+        return n.sum("elements")
 
 
 @dataclass(frozen=True)
-class KeptShare:
-    """⟨effective update, update⟩ / ⟨update, update⟩; its residuals follow from fourth powers."""
+class KeptShare(Estimate):
+    """⟨effective update, update⟩ / ⟨update, update⟩; its squares are fourth powers."""
 
-    def __call__(self, n: Numbers) -> Tensor:
-        """The ratio; NaN without an update."""
-        return _ratio(n.sum["kept"], n.sum["judged_sq"])
+    def sums(self, n: Sums) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return the sums of a = effective · update and b = update²."""
+        a, b = n.sum("kept"), n.sum("judged_sq")
+        return a, b, n.sum("kept_sq"), n.sum("kept_update_cubed"), n.sum("judged_4th")
 
-    def denominator(self, n: Numbers) -> Tensor:
-        """The energy of the update."""
-        return n.sum["judged_sq"]
+    def carrying(self, n: Sums) -> Tensor:
+        """Return elements / energy_concentration: as many equal updates have that energy."""
+        energy, fourth = n.sum("judged_sq"), n.sum("judged_4th")
+        return (energy * energy / fourth).masked_fill(fourth == 0, 0.0)
 
-    def squared_residuals(self, n: Numbers, share: Tensor) -> Tensor:
-        """Σ (effective · update − share · update²)² over the sampled elements."""
-        cross, fourth = n.sum["kept_update_cubed"], n.sum["judged_4th"]
-        return n.sum["kept_sq"] - 2 * share * cross + share * share * fourth
+
+def _paired(n: Sums) -> Tensor:
+    """Return how many weights are not 0 and have a gradient: none, unless all have one."""
+    return n.sum("nonzero_weights") * (n.sum("gradients") == n.sum("finite"))
 
 
 def _unless(is_none: Tensor, value: Tensor) -> Tensor:
-    """The value, or NaN where there is none, whatever was computed there."""
+    """Return the value, and NaN where there is none, whatever was computed there."""
     return value.masked_fill(is_none, math.nan)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return _unless(denominator == 0, numerator / denominator)
+    return (numerator / denominator).masked_fill(denominator == 0, math.nan)
 
 
 def _per(count: str, total: str) -> Formula:
-    return lambda n: _ratio(n.sum[count], n.sum[total])
+    return lambda n: _ratio(n.sum(count), n.sum(total))
 
 
 def _per_pair(count: str) -> Formula:
-    return lambda n: _ratio(n.sum[count], n.paired)
+    return lambda n: _ratio(n.sum(count), _paired(n))
 
 
 def _rms(squares: str, total: str) -> Formula:
-    return lambda n: _ratio(n.sum[squares], n.sum[total]).sqrt()
+    return lambda n: _ratio(n.sum(squares), n.sum(total)).sqrt()
 
 
 def _norm_ratio(squares: str, over: str) -> Formula:
-    return lambda n: _ratio(n.sum[squares].sqrt(), n.sum[over].sqrt())
+    return lambda n: _ratio(n.sum(squares).sqrt(), n.sum(over).sqrt())
 
 
 def _largest(name: str, among: str) -> Formula:
-    return lambda n: _unless(n.sum[among] == 0, n.max[name])
+    return lambda n: _unless(n.sum(among) == 0, n.max(name))
 
 
 def _smallest(name: str, among: str) -> Formula:
-    return lambda n: _unless(n.sum[among] == 0, -n.max[f"minus_{name}"])
-
-
-def histogram_of(n: Numbers, name: str, total: str) -> Tensor:
-    """How many of all that moved lie in each octave, the first holding what is not in the others.
-
-    ``"ulps"`` of ``"moved"``, or ``"steps"`` of ``"judged"``.
-
-    Returns:
-        (64, 1 or formats, layers).
-    """
-    octaves = n.octaves[name]
-    # Of layers with weights the rounding of the sums may leave a little less than nothing.
-    first = (n.sum[total] - octaves.sum(0)).clamp(min=0)
-    return torch.cat((first.unsqueeze(0), octaves))
+    return lambda n: _unless(n.sum(among) == 0, -n.max(f"minus_{name}"))
 
 
 def _median_octave(name: str, total: str, first: int) -> Formula:
-    """The middle, on a logarithmic scale, of the octave that holds the (lower) median."""
+    """Return the middle, on a logarithmic scale, of the octave that holds the (lower) median."""
 
-    def formula(n: Numbers) -> Tensor:
-        half = n.sum[total] / 2
-        below = histogram_of(n, name, total).cumsum(0)
+    def formula(n: Sums) -> Tensor:
+        half = n.sum(total) / 2
+        below = n.histogram(name).cumsum(0).transpose(1, 2)
         octave = (below < half).sum(0).clamp(max=OCTAVES - 1)
         is_none = (half == 0) | half.isnan() | below[-1].isnan()
         return _unless(is_none, octave.double() + (first + 0.5))
@@ -147,42 +142,42 @@ def _median_octave(name: str, total: str, first: int) -> Formula:
     return formula
 
 
-def _deviation(n: Numbers, name: str, squares: str, count: Tensor) -> Tensor:
-    """Sum of squared deviations from the mean: 0 where the smallest is the largest.
+def _deviation(n: Sums, name: str, squares: str, count: Tensor) -> Tensor:
+    """Return the sum of squared deviations from the mean: 0 where the smallest is the largest.
 
-    NaN where it is lost in the rounding of the sums, which is where the standard deviation is
+    It is NaN where it is lost in the rounding of the sums, which is where the standard deviation is
     below 1e-5 of the mean.
     """
-    deviation = n.sum[squares] - n.sum[name] * (n.sum[name] / count)
-    deviation = _unless(deviation <= 1e-10 * n.sum[squares], deviation)
-    return deviation.masked_fill(n.max[name] == -n.max[f"minus_{name}"], 0.0)
+    deviation = n.sum(squares) - n.sum(name) * (n.sum(name) / count)
+    deviation = _unless(deviation <= 1e-10 * n.sum(squares), deviation)
+    return deviation.masked_fill(n.max(name) == -n.max(f"minus_{name}"), 0.0)
 
 
-def _grid_error_std(n: Numbers) -> Tensor:
-    count = n.sum["finite"]
+def _grid_error_std(n: Sums) -> Tensor:
+    count = n.sum("finite")
     deviation = _deviation(n, "grid_error", "grid_error_sq", count)
     return _unless(count < 2, (deviation / (count - 1)).sqrt())
 
 
-def _sqnr(n: Numbers) -> Tensor:
-    signal, noise = n.sum["weight_sq"], n.sum["grid_error_sq"]
+def _sqnr(n: Sums) -> Tensor:
+    signal, noise = n.sum("weight_sq"), n.sum("grid_error_sq")
     decibels = 10 * (signal / noise).log10()
     return _unless(signal == 0, decibels.masked_fill(noise == 0, math.inf))
 
 
-def _correlation(n: Numbers) -> Tensor:
-    count = n.paired
+def _correlation(n: Sums) -> Tensor:
+    count = _paired(n)
     gradient = _deviation(n, "paired_gradient_abs", "paired_gradient_sq", count)
     stiffness = _deviation(n, "stiffness", "stiffness_sq", count)
-    product = n.sum["paired_gradient_abs"] * (n.sum["stiffness"] / count)
-    common = n.sum["stiffness_gradient"] - product
+    product = n.sum("paired_gradient_abs") * (n.sum("stiffness") / count)
+    common = n.sum("stiffness_gradient") - product
     correlation = (common / (gradient.sqrt() * stiffness.sqrt())).clamp(-1, 1)
     return _unless((count == 0) | (gradient == 0) | (stiffness == 0), correlation)
 
 
-def _energy_concentration(n: Numbers) -> Tensor:
-    squares = n.sum["update_sq"]
-    return _ratio(n.sum["finite"] * n.sum["update_4th"], squares * squares)
+def _energy_concentration(n: Sums) -> Tensor:
+    squares = n.sum("update_sq")
+    return _ratio(n.sum("finite") * n.sum("update_4th"), squares * squares)
 
 
 FORMULAS: Mapping[str, Formula] = {

@@ -6,14 +6,12 @@ import pickle
 
 import pytest
 import torch
-from torch import Tensor
 
 from altgrad import Figures, SamplingRule, StepRecord, UpdateMonitor
 from altgrad.measurement.catalogue import figure_keys
 from altgrad.measurement.columns import ELEMENTS, FORMAT_SUMS, POPULATION, SUMS
 from altgrad.measurement.figures import model_figures, tensor_figures
 from altgrad.measurement.measurer import Measurer
-from altgrad.measurement.metrics import FORMULAS, Numbers
 from altgrad.quantization.format_set import FormatSet
 
 FORMATS = ("bf16", "e4m3fn", "e2m1")
@@ -129,26 +127,24 @@ def test_a_record_holds_nothing_that_the_next_step_writes_to() -> None:
     assert rms == pytest.approx([1.0, 7.0], rel=1e-12)
 
 
-def test_a_metric_is_evaluated_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    record, calls = a_record(), 0
-    formula = FORMULAS["update_error"]
-
-    def counted(numbers: Numbers) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return formula(numbers)
-
-    monkeypatch.setitem(FORMULAS, "update_error", counted)
-    for figures in (*record.layers.values(), record.model):
-        for name in FORMATS:
-            assert figures[f"update_error/{name}"] > 0
-    assert calls == 1
+@pytest.mark.parametrize("sampling", [(), RULES], ids=["all", "rules"])
+def test_figures_of_the_layers_vectors_are_those_of_the_layers(sampling: object) -> None:
+    record = a_record(sampling=sampling)
+    found = record.model.layer_vectors(record.model.formats)
+    assert len(found) == len(record.layers)
+    for (vector, judged), figures in zip(found, record.layers.values(), strict=True):
+        assert judged == figures.formats
+        alone = tensor_figures(record.model.formats, vector)
+        assert {key: alone[key] for key in figures} == pytest.approx(
+            dict(figures), rel=0, abs=0, nan_ok=True
+        )
+        ((own, _),) = figures.layer_vectors(record.model.formats)
+        assert torch.equal(own, vector)
 
 
 @pytest.mark.parametrize("key", ["steps", "steps/e5m2", "ulps/bf16", "ulp", "stall_frac/bf16"])
 def test_there_are_no_other_histograms(key: str) -> None:
-    figures = tensor_figures(
-        ["bf16"], Measurer(FormatSet("bf16")).measure_tensor(*torch.zeros(2, 0))
-    )
+    row = Measurer(FormatSet("bf16")).measure_tensor(*torch.zeros(2, 0))
+    figures = tensor_figures(["bf16"], row)
     with pytest.raises(KeyError, match=r"expected one of .*ulps.*steps/bf16"):
         figures.histogram(key)

@@ -1,10 +1,17 @@
-"""`StepTable`: rows of layers, and the rows of the model that they make."""
+"""`StepTable`: rows of layers, the rows of the model that they make, and figures as a matrix."""
+
+import math
+from collections import Counter
 
 import pytest
 import torch
 
+from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, figure_keys
 from altgrad.measurement.columns import ELEMENTS, POPULATION, SUMS, max_count, sum_count
+from altgrad.measurement.measurer import Measurer
+from altgrad.measurement.metrics import FORMULAS, Estimate, Sums
 from altgrad.measurement.step_table import StepTable
+from altgrad.quantization.format_set import FormatSet
 from tests.counting import Operations
 
 
@@ -27,5 +34,121 @@ def test_equal_sums_of_layers_stay_equal_in_the_model(layers: int, formats: int)
     of_model = table.vectors[rows[None], : sum_count(formats)]
     assert of_model[POPULATION] == of_model[ELEMENTS]
     assert of_model.unique().numel() == 1
-    assert table.values("unmoved_frac") == [[0.0] * (layers + 1)]
+    assert [table.figure("unmoved_frac", row) for row in range(layers + 1)] == [0.0] * (layers + 1)
     assert (SUMS[POPULATION], SUMS[ELEMENTS]) == ("population", "elements")
+
+
+NAMES = ("bf16", "e4m3fn", "e2m1")
+JUDGED = [NAMES, ("bf16",), ("e2m1", "e4m3fn"), NAMES]
+
+
+def a_table() -> StepTable:
+    """Four sampled layers of different size, not all of them judged for all formats."""
+    measurer, rows = Measurer(FormatSet(NAMES)), []
+    for seed, judged in enumerate(JUDGED):
+        generator = torch.Generator().manual_seed(seed)
+        before, noise, gradient = torch.randn(3, 300 + 10 * seed, generator=generator)
+        rows.append(measurer.measure_tensor(before, before + noise * 1e-2, gradient))
+        rows[-1][POPULATION] = 1000.0 + 37 * seed + len(judged)
+    return StepTable.with_model(NAMES, torch.stack(rows), JUDGED)[0]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each formula has been evaluated from now on."""
+    calls: Counter[str] = Counter()
+
+    def counting(name: str) -> None:
+        formula = FORMULAS[name]
+
+        def call(n: Sums) -> torch.Tensor:
+            calls[name] += 1
+            return formula(n)
+
+        monkeypatch.setitem(FORMULAS, name, call)
+
+    for name in (*LAYER_METRICS, *FORMAT_METRICS):
+        counting(name)
+    return calls
+
+
+def test_a_row_of_figures_has_the_metrics_of_each_format_in_turn() -> None:
+    table = a_table()
+    assert [*table.columns] == [*figure_keys(NAMES)]
+    for metric, formula in FORMULAS.items():
+        values = formula(table)
+        formats = [None] if metric in LAYER_METRICS else NAMES
+        assert values.shape == (len(table.vectors), len(formats))
+        for place, format in enumerate(formats):
+            column = table.columns[metric if format is None else f"{metric}/{format}"]
+            expected = values[:, place].tolist()
+            found = [row[column] for row in table.figures]
+            assert found == pytest.approx(expected, rel=0, abs=0, nan_ok=True), metric
+
+
+@pytest.mark.parametrize("first", ["saturated_frac/e2m1", "update_rms", None])
+def test_a_figure_is_the_same_in_whichever_order_it_is_read(first: str | None) -> None:
+    table, expected = a_table(), a_table().figures
+    for key in [first] if first else figure_keys(NAMES):
+        for row, figures in enumerate(expected):
+            value = figures[table.columns[key]]
+            assert table.figure(key, row) == value or math.isnan(value)
+    assert len(expected) == len(table.vectors) == 4 + 3
+
+
+def test_one_metric_is_evaluated_alone_and_a_second_one_with_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table, calls = a_table(), counted(monkeypatch)
+    rows = range(len(table.vectors))
+    for key in ("saturated_frac/bf16", "saturated_frac/e2m1"):
+        assert all(table.figure(key, row) >= 0 for row in rows)
+    assert calls == {"saturated_frac": 1}
+    for key in figure_keys(NAMES):
+        for row in rows:
+            table.figure(key, row)
+    assert calls == dict.fromkeys(FORMULAS, 1) | {"saturated_frac": 2}
+
+
+def test_errors_are_those_of_estimates_and_nan_for_all_other_metrics() -> None:
+    table = a_table()
+    for key in figure_keys(NAMES):
+        errors = [table.error(key, row) for row in range(len(table.vectors))]
+        if isinstance(FORMULAS[key.partition("/")[0]], Estimate):
+            assert all(0 <= error < 0.2 for error in errors), key
+        else:
+            assert all(map(math.isnan, errors)), key
+
+
+def test_histograms_count_all_that_moved() -> None:
+    table = a_table()
+    for row in range(len(table.vectors)):
+        moved = table.sum("moved")[row].item()
+        assert sum(table.counts(None, row)) == pytest.approx(moved, rel=1e-12)
+        for place, format in enumerate(NAMES):
+            judged = table.sum("judged")[row, place].item()
+            assert sum(table.counts(format, row)) == pytest.approx(judged, rel=1e-12)
+            counts = table.histogram("steps")[:, place, row].tolist()
+            assert table.counts(format, row) == counts
+        assert table.counts(None, row) == table.histogram("ulps")[:, 0, row].tolist()
+
+
+def test_without_formats_there_are_the_figures_of_the_parameter() -> None:
+    row = Measurer(FormatSet([])).measure_tensor(torch.ones(5), torch.full((5,), 1.5))
+    table = StepTable([], row.unsqueeze(0))
+    assert [*table.columns] == [*LAYER_METRICS]
+    assert table.figure("update_rms", 0) == 0.5
+    assert len(table.figures[0]) == len(LAYER_METRICS)
+    assert table.error("ulp_zero_frac", 0) == 0.0
+    assert sum(table.counts(None, 0)) == 5
+
+
+def test_a_row_of_other_formats_has_nothing_of_those_that_it_does_not_know() -> None:
+    table = a_table()
+    wanted = ("e2m1", "fp16", "bf16")
+    other = StepTable(wanted, table.row_for(wanted, 0).unsqueeze(0))
+    for key in figure_keys(("e2m1", "bf16")):
+        value = table.figure(key, 0)
+        assert other.figure(key, 0) == value or math.isnan(value)
+    assert not other.vectors[0, sum_count(1) : sum_count(2)].any()
+    assert other.max("stiffness")[0].tolist()[1] == -math.inf
+    assert torch.equal(table.row_for(NAMES, 2), table.vectors[2])

@@ -1,0 +1,132 @@
+"""Standard errors of ratios, against loops over the elements of samples and strata."""
+
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from altgrad.measurement.metrics import FORMULAS
+from altgrad.measurement.standard_errors import estimate_sums, standard_errors
+
+Elements = tuple[np.ndarray, np.ndarray]
+"""The a and b of each element of a sample."""
+
+
+def sums_of(*samples: Elements, carrying: float = 1e6) -> Tensor:
+    """What errors follow from, one after the other: (6, rows, 1)."""
+    columns = [
+        [a.sum(), b.sum(), (a * a).sum(), (a * b).sum(), (b * b).sum(), carrying]
+        for a, b in samples
+    ]
+    return torch.tensor(np.array(columns)).t().unsqueeze(-1)
+
+
+def a_sample(count: int, seed: int) -> Elements:
+    generator = np.random.default_rng(seed)
+    b = generator.random(count)
+    return b * generator.random(count), b
+
+
+def counted(*pairs: tuple[int, int]) -> Tensor:
+    return torch.tensor(pairs, dtype=torch.float64)
+
+
+def test_it_is_the_spread_of_the_residuals_over_all_samples_that_could_be_drawn() -> None:
+    """Of every sample: the mean of the estimated variances of Σ residuals is their variance."""
+    a, b = a_sample(9, 0)
+    ratio, size = a.sum() / b.sum(), 4
+    residuals = a - ratio * b
+    drawn = [[*chosen] for chosen in combinations(range(9), size)]
+    truth = np.var([residuals[each].sum() for each in drawn])
+    estimates = []
+    for each in drawn:
+        # The same residuals, about a ratio of 0: what is estimated is the variance of their sum.
+        about = residuals[each] - residuals[each].mean()
+        sums = sums_of((about, np.ones(size)))
+        sums[0] = 0.0
+        error = standard_errors(sums, counted((9, size)), {}).item()
+        estimates.append((error * size) ** 2)
+    assert np.mean(estimates) == pytest.approx(truth, rel=1e-12)
+
+
+@pytest.mark.parametrize("population", [50, 51, 1000, 10**6])
+def test_the_error_of_a_layer_follows_from_its_residuals(population: int) -> None:
+    a, b = a_sample(50, 1)
+    residuals = a - a.sum() / b.sum() * b
+    variance = (1 - 50 / population) * 50 / 49 * (residuals**2).sum()
+    error = standard_errors(sums_of((a, b)), counted((population, 50)), {}).item()
+    assert error == pytest.approx(math.sqrt(variance) / b.sum(), rel=1e-9)
+
+
+def test_the_error_of_a_model_is_that_of_strata_about_the_ratio_of_all() -> None:
+    sizes, populations = (40, 60, 31), (400, 66, 31)
+    samples = [a_sample(size, seed) for seed, size in enumerate(sizes)]
+    weights = [n / size for n, size in zip(populations, sizes, strict=True)]
+    a, b = (
+        sum(w * each[k].sum() for w, each in zip(weights, samples, strict=True)) for k in (0, 1)
+    )
+    variance = 0.0
+    for weight, size, (own_a, own_b) in zip(weights, sizes, samples, strict=True):
+        residuals = own_a - a / b * own_b
+        variance += weight**2 * (1 - 1 / weight) * size / (size - 1) * (residuals**2).sum()
+    sums = torch.cat((sums_of(*samples), torch.full((6, 1, 1), 1e6, dtype=torch.float64)), dim=1)
+    sums[0, 3], sums[1, 3] = a, b
+    pairs = counted(*zip(populations, sizes, strict=True), (sum(populations), sum(populations)))
+    errors = standard_errors(sums, pairs, {3: (0, 1, 2)}).flatten().tolist()
+    assert errors[2] == 0  # all of it was measured
+    assert errors[3] == pytest.approx(math.sqrt(variance) / b, rel=1e-12)
+
+
+@pytest.mark.parametrize(("carrying", "is_nan"), [(29.9, True), (30.0, False)])
+def test_it_is_not_known_where_few_elements_carry_the_ratio(carrying: float, is_nan: bool) -> None:
+    sums = sums_of(a_sample(50, 2), carrying=carrying)
+    assert math.isnan(standard_errors(sums, counted((99, 50)), {}).item()) is is_nan
+    assert standard_errors(sums, counted((50, 50)), {}).item() == 0
+
+
+def test_a_ratio_of_nothing_has_none() -> None:
+    nothing = (np.zeros(50), np.zeros(50))
+    assert standard_errors(sums_of(nothing), counted((99, 50)), {}).isnan().all()
+    assert standard_errors(sums_of(nothing), counted((50, 50)), {}).isnan().all()
+
+
+class Columns:
+    """`Sums` of two rows and three formats, by name."""
+
+    def __init__(self, **columns: Tensor) -> None:
+        self._columns = columns
+
+    def sum(self, name: str) -> Tensor:
+        return self._columns[name]
+
+
+def test_a_share_is_a_ratio_of_ones() -> None:
+    judged = torch.tensor([[5.0, 0.0, 9.0], [7.0, 7.0, 1.0]])
+    effective = torch.tensor([[2.0, 0.0, 9.0], [0.0, 7.0, 1.0]])
+    n = Columns(judged=judged, effective=effective, elements=torch.tensor([[10.0], [20.0]]))
+    for row, (all_of, kept) in enumerate(zip(judged.tolist(), effective.tolist(), strict=True)):
+        for place in range(3):
+            b = np.ones(int(all_of[place]))
+            a = np.arange(len(b)) >= kept[place]
+            sums = estimate_sums(FORMULAS["stall_frac"], n, 3)
+            assert {each.shape for each in sums} == {(2, 3)}
+            found = [each[row, place].item() for each in sums]
+            assert found[:5] == [a.sum(), b.sum(), (a * a).sum(), (a * b).sum(), (b * b).sum()]
+            assert found[5] == [10.0, 20.0][row]
+
+
+def test_the_kept_update_is_carried_by_as_many_as_have_its_energy() -> None:
+    effective = torch.tensor([0.5, 0.0, -2.0, 1.0], dtype=torch.float64)
+    update = torch.tensor([0.4, 0.3, -2.5, 1.0], dtype=torch.float64)
+    a, b = effective * update, update**2
+    names = ("kept", "judged_sq", "kept_sq", "kept_update_cubed", "judged_4th")
+    values = [each.sum().view(1, 1) for each in (a, b, a * a, a * b, b * b)]
+    n = Columns(**dict(zip(names, values, strict=True)))
+    found = [each.item() for each in estimate_sums(FORMULAS["kept_update_ratio"], n, 1)]
+    assert found[:5] == [each.item() for each in values]
+    assert found[5] == pytest.approx(b.sum().item() ** 2 / (b * b).sum().item(), rel=1e-15)
+    nothing = Columns(**dict.fromkeys(names, torch.zeros(1, 1)))
+    assert not any(estimate_sums(FORMULAS["kept_update_ratio"], nothing, 1))
