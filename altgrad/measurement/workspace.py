@@ -50,6 +50,11 @@ class Workspace:
         self._memory: dict[torch.device, Tensor] = {}
         self._buffers: dict[tuple[int, int, int, torch.device], Buffers] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Return how many bytes of memory are kept, on all devices."""
+        return sum(memory.nbytes for memory in self._memory.values())
+
     @torch.inference_mode(mode=False)  # what is made in that mode could not be written to later
     def buffers(self, rows: int, formats: int, columns: int, device: torch.device) -> Buffers:
         """Valid until the next call."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Set as AbstractSet
+from collections.abc import Sequence, Set as AbstractSet
 from dataclasses import replace
 
 import torch
 
-from altgrad import StepRecord, model_figures
+from altgrad import Figures, StepRecord, model_figures
 from altgrad.measurement.columns import (
     FORMAT_MAXIMA,
     FORMAT_SUMS,
@@ -36,7 +36,7 @@ def differences(record: StepRecord, expected: StepRecord) -> list[str]:
         other = expected.layers[name]
         if figures.formats != other.formats or figures.population != other.population:
             found.append(f"{name}: {figures.formats} of {figures.population}")
-        found += [f"{name}: {each}" for each in _of_layer(figures, other)]
+        found += [f"{name}: {each}" for each in _of_layer(figures, other, record.model.formats)]
     for key, value in record.model.items():
         truth = expected.model[key]
         if math.isnan(value) != math.isnan(truth) or abs(value - truth) > 1e-9 * abs(truth):
@@ -52,21 +52,19 @@ def without(record: StepRecord, left_out: AbstractSet[str]) -> StepRecord:
     return replace(record, layers=layers, model=model_figures([*layers.values()]))
 
 
-def _of_layer(figures, expected) -> list[str]:
-    table, row = figures._table, figures._rows[None]
-    other, other_row = expected._table, expected._rows[None]
-    own, true = table.vectors[row], other.vectors[other_row]
+def _of_layer(figures: Figures, expected: Figures, formats: Sequence[str]) -> list[str]:
+    ((own, _),), ((true, _),) = (each.layer_vectors(formats) for each in (figures, expected))
     names = [(name, None) for name in SUMS]
-    names += [(name, f) for f in table.formats for name in FORMAT_SUMS]
+    names += [(name, f) for f in formats for name in FORMAT_SUMS]
     found = []
-    middle = sum_count(len(table.formats))
+    middle = sum_count(len(formats))
     by_name = dict(zip(names, true[:middle].tolist(), strict=True))
     for (name, format), value in zip(names, own[:middle].tolist(), strict=True):
         truth = by_name[name, format]
         tolerance = 1e-12 * _of_absolute_terms(name, format, by_name) if name in _FLOATS else 0
         if abs(value - truth) > tolerance or math.isnan(value):
             found.append(f"{name} {format or ''}: {value} for {truth}")
-    maxima = [*MAXIMA, *(f"{n} {f}" for f in table.formats for n in FORMAT_MAXIMA)]
+    maxima = [*MAXIMA, *(f"{n} {f}" for f in formats for n in FORMAT_MAXIMA)]
     for name, value, truth in zip(maxima, own[middle:], true[middle:], strict=True):
         if not torch.equal(value, truth):
             found.append(f"largest {name}: {value} for {truth}")

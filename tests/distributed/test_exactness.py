@@ -64,7 +64,8 @@ def observe_one(make: Any, size: int) -> dict[str, Any]:
             same = bits[layer][0] == true_bits[layer][0]
             if not same or not torch.equal(bits[layer][1], true_bits[layer][1]):
                 problems.append(f"{name}: ever_moved of {layer}")
-    vectors = [record.model._table.vectors for name in SETTINGS for record in records[name]]
+    models = [record.model for name in SETTINGS for record in records[name]]
+    vectors = [vector for model in models for vector, _ in model.layer_vectors(model.formats)]
     return {"problems": problems, "vectors": vectors, "told": told}
 
 

@@ -1,5 +1,7 @@
 """`Workspace`: buffers apart from each other, in memory that is used again and only grows."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -89,10 +91,11 @@ def test_each_device_has_memory_of_its_own() -> None:
 def test_of_ever_new_shapes_only_a_few_are_kept() -> None:
     workspace = Workspace()
     workspace.buffers(1, 1, 1000, CPU)
+    values: list[weakref.ref[Tensor]] = []
     for columns in range(1, 100):
-        workspace.buffers(1, 1, columns, CPU)
-        assert len(workspace._buffers) <= 8
-    assert [each.numel() for each in workspace._memory.values()] == [18 * 1000]
+        values.append(weakref.ref(workspace.buffers(1, 1, columns, CPU).values))
+        assert sum(each() is not None for each in values) <= 8
+    assert workspace.nbytes == 18 * 1000 * 8
 
 
 def test_what_was_made_in_inference_mode_can_be_written_to_outside_of_it() -> None:
@@ -113,7 +116,7 @@ def test_as_many_columns_as_fit_take_the_memory_that_is_allowed(
     columns = columns_that_fit(formats, scale_per_element=scale_per_element)
     workspace = Workspace()
     workspace.buffers(1, formats, columns, META)
-    taken = workspace._memory[META].nbytes + columns  # and a mask of a byte each
+    taken = workspace.nbytes + columns  # and a mask of a byte each
     if scale_per_element:
         taken += 8 * columns * (formats + 16)
     assert 0.99 * TEMPORARY_BYTES < taken < TEMPORARY_BYTES
