@@ -93,6 +93,17 @@ def test_a_ratio_of_nothing_has_none() -> None:
     assert standard_errors(sums_of(nothing), counted((50, 50)), {}).isnan().all()
 
 
+def test_a_layer_that_has_nothing_of_a_ratio_adds_nothing_to_the_error_of_a_model() -> None:
+    sample, nothing = a_sample(50, 3), (np.zeros(40), np.zeros(40))
+    sums = sums_of(sample, nothing, sample, carrying=50.0)
+    sums[5, 1] = 0.0  # no element carries it
+    pairs = counted((99, 50), (400, 40), (499, 499))
+    with_it, without = (
+        standard_errors(sums, pairs, {2: layers})[2].item() for layers in ((0, 1), (0,))
+    )
+    assert with_it == without > 0
+
+
 class Columns:
     """`Sums` of two rows and three formats, by name."""
 
