@@ -12,7 +12,7 @@ from altgrad.measurement.kernel import EverMoved, Rows
 
 
 class Sample(NamedTuple):
-    """Which elements of a parameter are given: ascending flat indices into its shape."""
+    """A choice of a parameter's elements: ascending flat indices into its shape."""
 
     shape: torch.Size
     indices: Tensor
@@ -21,7 +21,7 @@ class Sample(NamedTuple):
 def chunks_of(
     tensors: tuple[Tensor, ...], size: int, *, block: int = 1, sample: Sample | None = None
 ) -> Iterator[tuple[Tensor, ...]]:
-    """All elements of equally shaped tensors in row-major order, in one dimension.
+    """Yield all elements of equally shaped tensors in row-major order, in one dimension.
 
     Args:
         tensors: Copied only where they are not contiguous.
@@ -43,18 +43,18 @@ def chunks_of(
 
 
 def row_of(flat: tuple[Tensor, ...]) -> Rows:
-    """One chunk as a single row."""
+    """Return one chunk as a single row."""
     rows = [each.view(1, 1, -1) for each in flat]
     return Rows(rows[0], rows[1], rows[2] if len(rows) == 3 else None)
 
 
 def part_of(ever: EverMoved, start: int, count: int) -> EverMoved:
-    """So many elements of one row, from `start` on."""
+    """Return `count` elements of one row, from `start` on."""
     return EverMoved(*(each[..., start : start + count] for each in ever))
 
 
 def _along_rows(tensors: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:
-    """Whole rows of the last dimension, or where one is too long, pieces of it."""
+    """Yield whole rows of the last dimension, or where one is too long, pieces of it."""
     first = tensors[0]
     if first.numel() <= size:
         yield tuple(each.reshape(-1) for each in tensors)
@@ -66,13 +66,13 @@ def _along_rows(tensors: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor
 
 
 def _blocks_of(sample: Sample, block: int) -> Tensor:
-    """The number of the block of each element, on the CPU."""
+    """Return the number of the block of each element, on the CPU."""
     indices, length = sample.indices.cpu(), sample.shape[-1]
     return indices // length * -(-length // block) + indices % length // block
 
 
 def _lengths(blocks: Tensor, size: int) -> list[int]:
-    """Of chunks of up to `size` elements, none of which ends within a block."""
+    """Return the lengths of chunks of up to `size` elements, none of which ends within a block."""
     ends = [*((blocks[1:] != blocks[:-1]).nonzero().flatten() + 1).tolist(), len(blocks)]
     lengths, start, last = [], 0, 0
     for end in ends:

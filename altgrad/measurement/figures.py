@@ -18,8 +18,8 @@ class Figures(Mapping[str, float]):
     """Metrics by key: ``metric`` and ``metric/format``; NaN where one has no value.
 
     Args:
-        table: What they follow from, with other layers of the step.
-        rows: Of the table, which are meant.
+        table: The table of a step.
+        rows: The rows of the table that the figures are read from.
     """
 
     def __init__(self, table: StepTable, rows: RowsOfFormats) -> None:
@@ -29,21 +29,21 @@ class Figures(Mapping[str, float]):
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """Names of the formats."""
+        """Return the names of the formats."""
         return self._formats
 
     @property
     def population(self) -> int:
-        """How many elements the figures stand for."""
+        """Return how many elements the figures stand for."""
         return self._table.counted[self._rows[None]][0]
 
     @property
     def elements(self) -> int:
-        """How many were measured."""
+        """Return how many elements were measured."""
         return self._table.counted[self._rows[None]][1]
 
     def __getitem__(self, key: str) -> float:
-        """The value of a metric.
+        """Return the value of a metric.
 
         Raises:
             KeyError: No metric of this name, or no such format here; says which there are.
@@ -51,15 +51,15 @@ class Figures(Mapping[str, float]):
         return self._table.figure(key, self._row_of(key))
 
     def __iter__(self) -> Iterator[str]:
-        """The keys, those of the parameter first."""
+        """Iterate over the keys, those of the parameter first."""
         return iter(figure_keys(self.formats))
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of keys."""
         return len(LAYER_METRICS) + len(self.formats) * len(FORMAT_METRICS)
 
     def standard_error(self, key: str) -> float:
-        """Of a share or the kept_update_ratio, as an estimate from sampled elements.
+        """Return the standard error of a share or kept_update_ratio that a sample estimates.
 
         0 where all elements were measured. NaN for other metrics, and where it cannot be trusted:
         fewer than 30 elements were measured, or the energy of the update is carried by fewer than
@@ -71,7 +71,7 @@ class Figures(Mapping[str, float]):
             (stratified) sample without replacement.
 
         Raises:
-            KeyError: As for the value.
+            KeyError: No metric of this name, or no such format here.
         """
         return self._table.error(key, self._row_of(key))
 
@@ -97,7 +97,7 @@ class Figures(Mapping[str, float]):
         return [errors[rows[format]][column] for format, column in places]
 
     def histogram(self, key: str) -> Histogram:
-        """Of the elements that moved; those that did not are not in it.
+        """Return how far the elements moved, in octaves; those that did not move are not counted.
 
         Args:
             key: ``"ulps"``, by how many units in the last place of the weights' own dtype, or
@@ -158,12 +158,12 @@ def _error_places(
 
 
 def layer_figures(table: StepTable, row: int, formats: Iterable[str]) -> Figures:
-    """Those of one layer, for some of the formats of the table."""
+    """Return the figures of one layer, for some of the formats of the table."""
     return Figures(table, dict.fromkeys((None, *formats), row))
 
 
 def model_figures(layers: Sequence[Figures]) -> Figures:
-    """Those of layers together, each with the weight of all its elements.
+    """Return the figures of layers together, each with the weight of all its elements.
 
     Raises:
         ValueError: There is no layer.
@@ -177,5 +177,5 @@ def model_figures(layers: Sequence[Figures]) -> Figures:
 
 
 def tensor_figures(formats: Sequence[str], row: Tensor) -> Figures:
-    """Figures of one tensor alone, from its row of sums and maxima; copies it to the host."""
+    """Return the figures of one tensor from its row of sums and maxima, copied to the host."""
     return layer_figures(StepTable(formats, row.cpu().unsqueeze(0)), 0, formats)

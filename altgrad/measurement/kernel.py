@@ -52,7 +52,7 @@ class Rows(NamedTuple):
     """Elements to measure, (rows, 1, columns); NaN in `before` stands for no element at all.
 
     Attributes:
-        together: The three as one tensor of (rows, 3, columns), where they lie so.
+        together: All three as one tensor, (rows, 3, columns), where they lie side by side.
     """
 
     before: Tensor
@@ -62,7 +62,7 @@ class Rows(NamedTuple):
 
 
 class EverMoved(NamedTuple):
-    """What each tracked element has done so far; bool, (rows, 1 or formats, columns)."""
+    """The past of each tracked element: bool, (rows, 1 or formats, columns)."""
 
     moved: Tensor
     effective: Tensor
@@ -75,7 +75,7 @@ class Histograms(NamedTuple):
         counts: float64, one dimension: the bins of all layers, of each those of ULPs and then those
             of the steps of each format.
         ulps_at: int64, (rows, 1, 1): the first bin, less the exponent that it counts.
-        steps_at: int64, (rows, formats, 1): likewise of steps.
+        steps_at: int64, (rows, formats, 1): the first bin of steps, less its exponent.
         ones: float64: what is added to the counts, at least as many as there are elements.
     """
 
@@ -108,8 +108,8 @@ def row_sums(
 
     Returns:
         Two float64 tensors with a row for each of `rows`. Columns of the first are ROW_SUMS and
-        FORMAT_ROW_SUMS (each of these for all formats), then ROW_SQUARES and FORMAT_ROW_SQUARES;
-        of the second the maxima likewise, then the minima, negated.
+        FORMAT_ROW_SUMS (each of these for all formats), then ROW_SQUARES and FORMAT_ROW_SQUARES.
+        Columns of the second are the maxima in the same order, then the minima, negated.
     """
     found = _layer_sums(rows, own_grid, buffers, histograms, ever)
     formats = 0
@@ -257,7 +257,7 @@ def _format_sums(
 
 
 def _copy_values(rows: Rows, buffers: Buffers) -> None:
-    """To float64, in one operation where they lie together."""
+    """Copy the rows to float64, in one operation where they lie together."""
     if rows.together is not None:
         buffers.values.copy_(rows.together)
         return
@@ -269,7 +269,7 @@ def _copy_values(rows: Rows, buffers: Buffers) -> None:
 
 
 def _clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """In place; `clamp` between tensors takes twice as long."""
+    """Clamp in place; `torch.clamp` between tensors takes twice as long."""
     return torch.minimum(torch.maximum(x, low, out=x), high, out=x)
 
 

@@ -46,7 +46,7 @@ class Batch(NamedTuple):
 
 
 class Measurer:
-    """Measures steps on the same formats again and again, in memory that it keeps.
+    """A meter of steps on the same formats again and again, in memory that it keeps.
 
     Args:
         formats: The formats with their scaling.
@@ -71,7 +71,15 @@ class Measurer:
         self._workspace = Workspace()
 
     def grids(self, scale: Tensor | None, device: torch.device) -> Grids | None:
-        """The formats under a scale of (1 or rows, formats, 1 or columns); None without formats."""
+        """Return the grids of the formats.
+
+        Args:
+            scale: float64, (1 or rows, formats, 1 or columns); None for 1.
+            device: Where the grids are to be.
+
+        Returns:
+            The grids; None without formats.
+        """
         if not self.formats:
             return None
         return grids_of(
@@ -83,7 +91,7 @@ class Measurer:
         )
 
     def amax_of(self, before: Tensor, after: Tensor) -> Tensor:
-        """The largest magnitude of the weights, or of each channel; where all are 0, `after`'s."""
+        """Return the amax of the weights, or of each channel; that of `after` where it is 0."""
         amax = layer_amax(before, self.formats.scaling)
         if bool((amax == 0).any()):
             amax = torch.where(amax == 0, layer_amax(after, self.formats.scaling), amax)
@@ -102,16 +110,20 @@ class Measurer:
         """Measure one tensor's step, whatever its size: a row of sums and maxima, on its device.
 
         Args:
-            before: As in `measure`.
-            after: Likewise.
-            gradient: Likewise.
-            amax: Of the weights, or of each channel, where it is kept from step to step; None
-                takes `amax_of` them, for which the host waits.
+            before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
+            after: The same weights after it, of the same dtype.
+            gradient: The gradient as the optimizer applied it.
+            amax: The largest magnitude of the weights, or of each channel, where it is kept from
+                step to step. None takes that of `before`, for which the host waits.
             ever: What the elements have done so far, as one row; updated.
             sample: Which elements of a parameter these are; None takes them for all.
 
+        Returns:
+            float64, (columns), as `altgrad.measurement.columns` describes them.
+
         Raises:
-            TypeError, ValueError: As `measure`.
+            TypeError: Not floating-point tensors, or before and after of different dtypes.
+            ValueError: Shapes that differ.
         """
         check_step(before, after, gradient)
         if amax is None and self.formats.needs_amax:
@@ -157,7 +169,7 @@ class Measurer:
         shape: torch.Size,
         sample: Sample | None,
     ) -> Tensor:
-        """(formats, elements)."""
+        """Return the scale of each element of a chunk: float64, (formats, elements)."""
         stop = start + len(flat[0])
         indices = torch.arange(start, stop) if sample is None else sample.indices[start:stop].cpu()
         sharing, of_groups = self.sharing_of(shape, indices), amax[0]
@@ -168,11 +180,11 @@ class Measurer:
         return element_scales(flat[0], flat[1], of_groups, amax[1], sharing, self.formats)
 
     def sharing_of(self, shape: torch.Size, indices: Tensor) -> Sharing:
-        """As `Sharing.of`."""
+        """Return which of a parameter's elements share a scale; see `Sharing.of`."""
         return Sharing.of(shape, indices, self.formats.block_sizes, self.formats.scaling)
 
     def single_scales(self, amax: Tensor | None, layers: int, device: torch.device) -> Tensor:
-        """(layers, formats, 1) of the amax of each."""
+        """Return scales that follow from the amax of layers: float64, (layers, formats, 1)."""
         if amax is None:
             amax = torch.zeros(layers, device=device)  # it serves no format
         return single_scales(amax, self.formats).unsqueeze(-1)
@@ -185,21 +197,38 @@ class Measurer:
         scales: Tensor | tuple[Sharing, Tensor | None],
         ever: EverMoved | None,
     ) -> Batch:
-        """What `measure_batch` measures step after step; scales as `with_scales` takes them."""
+        """Prepare what `measure_batch` measures step after step.
+
+        Args:
+            rows: The elements, in memory that each step is copied to.
+            layer_of_row: int64, (rows): the layer of each row.
+            counted: float64, (layers, 2): how many elements the parameter has and the rows hold.
+            scales: Scales, or what shares them, as `with_scales` takes them.
+            ever: What the elements have done so far; None where they are not tracked.
+
+        Returns:
+            The batch.
+        """
         judged = self.formats.judged(rows.before.dtype)
         layers = Layers.of(layer_of_row, counted, judged)
         batch = Batch(rows, layers, _own_grid(rows.before.dtype), None, None, ever)
         return self.with_scales(batch, scales)
 
     def with_scales(self, batch: Batch, scales: Tensor | tuple[Sharing, Tensor | None]) -> Batch:
-        """The same under scales of (1 or rows, formats, 1), or of what shares one and its amax."""
+        """Return the batch under other scales.
+
+        Args:
+            batch: The batch.
+            scales: float64, (1 or rows, formats, 1); or which elements share a scale, with the
+                amax of their groups.
+        """
         if isinstance(scales, tuple):
             return batch._replace(sharing=scales)
         return batch._replace(grids=self.grids(scales, batch.rows.before.device))
 
     @torch.no_grad()
     def measure_batch(self, batch: Batch) -> Tensor:
-        """Measure many small layers at once: a row of sums and maxima for each of them."""
+        """Measure many small layers at once: float64, (layers, columns); see `measure_tensor`."""
         grids = batch.grids if batch.sharing is None else self._grids_of_elements(batch)
         (rows, _, columns), device = batch.rows.before.shape, batch.rows.before.device
         buffers = self._workspace.buffers(rows, len(self.formats.names), columns, device)
@@ -221,7 +250,7 @@ class Measurer:
 
 
 def check_step(before: Tensor, after: Tensor, gradient: Tensor | None) -> None:
-    """TypeError or ValueError unless they can be measured."""
+    """Raise TypeError or ValueError unless the tensors of a step can be measured."""
     check_pair("before", before, "after", after)
     if before.dtype != after.dtype:
         raise TypeError(
@@ -237,6 +266,6 @@ def _added(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Te
 
 
 def _own_grid(dtype: torch.dtype) -> tuple[float, float]:
-    """2**-M and the smallest positive number of a dtype that is never flushed to zero here."""
+    """Return 2**-M of a dtype, and its smallest positive number that is not flushed to zero."""
     info = torch.finfo(dtype)
     return info.eps, max(info.tiny * info.eps, torch.finfo(torch.float64).tiny)

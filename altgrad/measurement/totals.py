@@ -91,7 +91,7 @@ class Layers(NamedTuple):
 
         Args:
             sums: Sums of each row, as `row_sums` returns them.
-            extrema: Maxima and minima of each row likewise.
+            extrema: Maxima and negated minima of each row.
 
         Returns:
             float64, (layers, columns): SUMS, FORMAT_SUMS of each format, MAXIMA, FORMAT_MAXIMA of

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 TEMPORARY_BYTES = 2**24
-"""What one call of the row kernel may take beside its arguments, whatever it is given."""
+"""Memory that one call of the row kernel may take beside its arguments, whatever these are."""
 
 _PER_FORMAT, _SHARED, _STACKED = 4, 10, 4  # float64 numbers for each element
-_SHARING = 16  # likewise, to find the scale of each
+_SHARING = 16  # float64 numbers for each element, to find its scale
 _KEPT_SHAPES = 8
 
 
@@ -22,7 +22,7 @@ class Buffers(NamedTuple):
         per_format: Four of (rows, formats, columns).
         shared: Ten of (rows, 1, columns).
         values: The first three of `shared`, (rows, 3, columns).
-        sizes: The three that follow, likewise.
+        sizes: The three of `shared` that follow, (rows, 3, columns).
         stacked: Four more of (rows, 1, columns).
         pairs: The first two and the last two of `stacked`, (rows, columns, 2).
     """
@@ -36,7 +36,7 @@ class Buffers(NamedTuple):
 
 
 def columns_that_fit(formats: int, *, scale_per_element: bool = False) -> int:
-    """How many elements one call of the kernel may measure within `TEMPORARY_BYTES`."""
+    """Return how many elements one call of the kernel may measure within `TEMPORARY_BYTES`."""
     numbers = _PER_FORMAT * formats + _SHARED + _STACKED
     if scale_per_element:
         numbers += formats + _SHARING
@@ -44,7 +44,7 @@ def columns_that_fit(formats: int, *, scale_per_element: bool = False) -> int:
 
 
 class Workspace:
-    """Buffers of any shape, as views of memory that only grows when more is needed."""
+    """A store of buffers of any shape: views of memory that only grows when more is needed."""
 
     def __init__(self) -> None:
         self._memory: dict[torch.device, Tensor] = {}
@@ -57,7 +57,7 @@ class Workspace:
 
     @torch.inference_mode(mode=False)  # what is made in that mode could not be written to later
     def buffers(self, rows: int, formats: int, columns: int, device: torch.device) -> Buffers:
-        """Valid until the next call."""
+        """Return buffers, which are valid until the next call."""
         key = rows, formats, columns, device
         if key not in self._buffers:
             if len(self._buffers) == _KEPT_SHAPES:
