@@ -18,7 +18,8 @@ from altgrad.report import RunReport, page, png, print_report, read
 if TYPE_CHECKING:
     from altgrad_lightning import PrecisionMonitor
 
-_BATCH = 16
+BATCH_SIZE = 16
+"""The number of windows of text in a batch."""
 
 
 def demo(
@@ -80,7 +81,7 @@ def _train(steps: int, folder: Path, seed: int) -> PrecisionMonitor:
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         # Lightning's own business with a newer torch.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
-        trainer.fit(model, DataLoader(Windows(text, steps * _BATCH), batch_size=_BATCH))
+        trainer.fit(model, DataLoader(Windows(text, steps * BATCH_SIZE), batch_size=BATCH_SIZE))
     return monitor
 
 

@@ -18,7 +18,7 @@ def run_of_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "120")
-        patch.setattr(demo_module, "_BATCH", 2)
+        patch.setattr(demo_module, "BATCH_SIZE", 2)
         demo(steps=20, folder=folder, seed=0)
     return folder
 
@@ -58,7 +58,7 @@ def test_the_terminal_shows_every_layer_and_how_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(demo_module, "_BATCH", 2)
+    monkeypatch.setattr(demo_module, "BATCH_SIZE", 2)
     demo(steps=10, folder=tmp_path, seed=1)
     shown = capsys.readouterr().out
     for name, _ in CharacterTransformer().named_parameters():

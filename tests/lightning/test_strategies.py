@@ -63,7 +63,7 @@ def test_a_strategy_of_ones_own_is_refused_for_what_it_is_made_of() -> None:
 
 @pytest.mark.parametrize("package", [pytorch_lightning.strategies, lightning.pytorch.strategies])
 def test_lightning_has_the_strategies_that_are_known_by_name(package: ModuleType) -> None:
-    names = {*strategies._REFUSED, strategies._REPLICATING}
+    names = {*strategies.REFUSED, strategies.REPLICATING}
     assert {getattr(package, name).__name__ for name in names} == names
 
 
