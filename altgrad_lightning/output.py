@@ -1,26 +1,26 @@
-"""`Output`: where the figures of a run go. What fails is left out from then on, and said once."""
+"""`Output`: where the figures of a run go. A place that fails is left out and named once."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import altgrad_lightning.loggers as boards
-from altgrad import Figures, Histogram, StepRecord, UpdateMonitor
+from altgrad import Figures, Histogram, StepRecord
+from altgrad.observation import SkipReason
 from altgrad.report import RESTS_ON, Assessment, Header, Judge, RunFile, ranges
 from altgrad_lightning.charts import Charts, Row
 from altgrad_lightning.history import History
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from pytorch_lightning import Trainer
 
 
 class OutputSettings(NamedTuple):
-    """What a user chooses: see `PrecisionMonitor`."""
+    """The arguments of `PrecisionMonitor` that say what is written."""
 
     layer_charts: int | Sequence[str]
     histograms: bool
@@ -32,33 +32,29 @@ class Output:
     """Charts, pictures, verdicts and run file of one run.
 
     Args:
-        trainer: Whose loggers it uses.
-        folder: For the run file; None for none.
-        monitor: What is watched.
-        settings: What is wanted.
-        state: Of the run that this one goes on from.
+        loggers: The Trainer's loggers.
+        folder: Where the run file is created; None for no run file.
+        header: The formats and layers that are judged.
+        settings: What is written.
+        state: The `state_dict` of the run that this one resumes; None if it resumes none.
         first_step: The step at which the next charts will be.
-        tell: Called with what the user is to know.
-
-    Attributes:
-        monitor: As given; another one after the optimizers were replaced.
+        say: Called with each message for the user.
     """
 
     def __init__(
         self,
-        trainer: Trainer,
+        loggers: Iterable[Any],
         folder: Path | None,
-        monitor: UpdateMonitor,
+        header: Header,
         settings: OutputSettings,
         state: Mapping[str, Any] | None,
         first_step: int,
-        tell: Callable[[str], object],
+        say: Callable[[str], object],
     ) -> None:
-        self.monitor = monitor
         self._settings = settings
-        self._tell = tell
-        self._header = Header.from_json(monitor.run_header())
-        self._loggers = [*trainer.loggers]
+        self._say = say
+        self._header = header
+        self._loggers = [*loggers]
         self._charts = Charts([*self._header.formats], settings.layer_charts)
         self._judge = Judge(self._header.formats, self._header.layers)
         self._history = History()
@@ -75,55 +71,62 @@ class Output:
 
     @property
     def path(self) -> Path | None:
-        """Of the run file."""
+        """The run file; None without one."""
         return None if self._file is None else self._file.path
 
     def assessment(self) -> Assessment:
         """The verdicts as they stand."""
         return self._judge.assessment()
 
-    def write(self, step: int, record: StepRecord, weights: Histogram | None) -> None:
-        """One observed step, in every place.
+    def write(
+        self,
+        step: int,
+        record: StepRecord,
+        weights: Histogram | None,
+        skipped: Mapping[SkipReason, int],
+    ) -> None:
+        """Write one observed step to every place.
 
         Args:
-            step: The one to log at.
+            step: The step to log at.
             record: What was observed.
-            weights: Where the weights lie, where pictures are to be drawn.
+            weights: The weights by octave, where pictures are to be drawn; None for no pictures.
+            skipped: The number of steps skipped so far, by reason.
         """
         began = time.perf_counter()
         for name, figures in record.layers.items():
-            self._judge.add(name, figures, _errors_of(figures))
+            self._judge.add(name, figures, _standard_errors(figures))
         self._history.add(step, record.layers)
-        self._append(step, record, weights)
-        of_itself = self._of_itself(step, record)
+        self._append(step, record, weights, skipped)
+        of_itself = self._overhead(step, record, sum(skipped.values()))
         self._chart(self._charts.add(step, record.model, record.layers, of_itself))
         self._last_step = step
         if self._settings.histograms:
-            histograms = self._of_steps(record)
+            histograms = self._step_histograms(record)
             self._try_loggers(lambda logger: boards.histograms([logger], step, histograms))
         if weights is not None:
             self._draw(step, weights)
         self._spent = time.perf_counter() - began
 
     def flush(self) -> None:
-        """Log what has waited."""
+        """Log the rows that have waited."""
         self._chart(self._charts.rest())
 
     def finish(self, weights: Histogram | None) -> None:
-        """What is still to be logged, and the pictures as they are in the end."""
+        """Log the rows that have waited, draw the last pictures, and write no more."""
         self.flush()
         if weights is not None:
             self._draw(self._last_step, weights)
         self.close()
 
     def close(self) -> None:
-        """Write no more."""
+        """Close the run file."""
         file, self._file = self._file, None
         if file is not None:
             file.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """For checkpoints."""
+        """Return what a checkpoint holds: charted layers, verdicts and the path of the run file."""
         return {
             "charts": self._charts.state_dict(),
             "verdicts": self._judge.state_dict(),
@@ -141,12 +144,18 @@ class Output:
             predecessor = before, first_step
             self._file = RunFile.create(folder, self._header, predecessor=predecessor)
 
-    def _append(self, step: int, record: StepRecord, weights: Histogram | None) -> None:
+    def _append(
+        self,
+        step: int,
+        record: StepRecord,
+        weights: Histogram | None,
+        skipped: Mapping[SkipReason, int],
+    ) -> None:
         if self._file is None:
             return
-        append = partial(self._file.append, step, record, weights=weights)
-        skipped = {str(reason): count for reason, count in self.monitor.skipped.items()}
-        if not self._try(f"the run file {self._file.path}", lambda: append(skipped=skipped)):
+        counts = {str(reason): count for reason, count in skipped.items()}
+        append = partial(self._file.append, step, record, weights=weights, skipped=counts)
+        if not self._try(f"the run file {self._file.path}", append):
             self.close()
 
     # --- the loggers
@@ -173,8 +182,8 @@ class Output:
         formats = [*self._header.formats.values()]
         return {"ranges": ranges(weights, formats), **self._history.heat_maps()}
 
-    def _of_steps(self, record: StepRecord) -> dict[str, Histogram]:
-        """The histograms of the model and of the charted layers."""
+    def _step_histograms(self, record: StepRecord) -> dict[str, Histogram]:
+        """Return the histograms of the model and of the charted layers."""
         layers = [name for name in self._charts.charted or () if name in record.layers]
         each: list[tuple[str, Figures]] = [("", record.model)]
         each += [(f"/{name}", record.layers[name]) for name in layers]
@@ -184,37 +193,37 @@ class Output:
             for format in figures.formats
         }
 
-    def _of_itself(self, step: int, record: StepRecord) -> dict[str, float]:
-        """What observing takes, output included, and how much it sees."""
+    def _overhead(self, step: int, record: StepRecord, skipped: int) -> dict[str, float]:
+        """Return what observing takes, output included, and how much it sees."""
         total = record.own_seconds + record.training_seconds * max(step - self._last_step, 1)
         return {
             "own_share": (record.own_seconds + self._spent) / total,
             "elements": float(record.model.elements),
-            "skipped_steps": float(self.monitor.skipped.total()),
+            "skipped_steps": float(skipped),
         }
 
-    # --- faults
+    # --- errors
 
     def _try_loggers(self, log: Callable[[Any], object]) -> None:
-        """With each logger; one that fails gets nothing more."""
+        """Log with each logger; one that fails gets nothing more."""
         for logger in [*self._loggers]:
             if not self._try(type(logger).__name__, partial(log, logger)):
                 self._loggers.remove(logger)
 
     def _try(self, what: str, do: Callable[[], object]) -> bool:
-        """Whether it went well; if not, that is said once."""
+        """Call `do`; return False, and say so, if it fails."""
         try:
             do()
-        except Exception as fault:
+        except Exception as error:
             if self._settings.strict:
                 raise
-            self._tell(f"goes on without {what}, which failed: {fault!r}")
+            self._say(f"goes on without {what}, which failed: {error!r}")
             return False
         return True
 
 
-def _errors_of(figures: Figures) -> dict[str, float]:
-    """Standard errors of what verdicts rest on, where elements were sampled."""
+def _standard_errors(figures: Figures) -> dict[str, float]:
+    """Return standard errors of what verdicts rest on; empty if every element was measured."""
     if figures.elements >= figures.population:
         return {}
     keys = (f"{metric}/{f}" for f in figures.formats for metric in RESTS_ON)

@@ -17,7 +17,7 @@ from altgrad.measurement.columns import max_count, sum_count
 from altgrad.report import RunFile, Verdict
 from altgrad.report.calibration import Thresholds, calibration
 from altgrad_lightning import PrecisionMonitor
-from altgrad_lightning.callback import PRESETS
+from altgrad_lightning.settings import PRESETS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]

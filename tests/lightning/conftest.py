@@ -1,11 +1,14 @@
-"""A monitor in mid-training."""
+"""A monitor in mid-training, and references to all that callbacks make."""
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 
+from altgrad import UpdateMonitor
 from altgrad_lightning import PrecisionMonitor
 from tests.lightning.runs import Attached, Net, batches, hooks_of, trainer
 
@@ -27,3 +30,17 @@ def attached(tmp_path: Path) -> Iterator[Attached]:
     yield start
     for monitor in started:
         monitor.teardown()
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[UpdateMonitor]]:
+    """References to the monitors that callbacks make while they train."""
+    references: list[weakref.ref[UpdateMonitor]] = []
+
+    class Referenced(UpdateMonitor):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            references.append(weakref.ref(self))
+
+    monkeypatch.setattr("altgrad_lightning.session.UpdateMonitor", Referenced)
+    return references

@@ -1,6 +1,8 @@
 """Small runs of a Trainer, and what they logged."""
 
-from collections.abc import Callable, Sequence
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +101,24 @@ def fit(folder: Path, monitor: PrecisionMonitor, steps: int = 6, **options: Any)
 
 
 def hooks_of(run: pl.Trainer) -> int:
+    # Attributes of torch: it has no public name for the hooks that an optimizer has.
     optimizer = run.optimizers[0]
     return len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+
+
+def step_once(monitor: PrecisionMonitor, run: pl.Trainer, module: Net) -> None:
+    """Make a step as a batch of the Trainer does."""
+    module.zero_grad()
+    module.layers(torch.randn(4, 8)).square().sum().backward()
+    run.optimizers[0].step()
+    monitor.on_train_batch_end(run, module)
+
+
+def are_gone(references: Iterable[weakref.ref[Any]]) -> bool:
+    """Return True if there were such objects, and none of them is alive."""
+    gc.collect()
+    alive = [reference() is not None for reference in references]
+    return bool(alive) and not any(alive)
 
 
 # What the figures of a run's last step are

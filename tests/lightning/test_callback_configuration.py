@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
-from altgrad import FloatFormat
+from altgrad import FloatFormat, UpdateMonitor
 from altgrad_lightning import PrecisionMonitor
-from altgrad_lightning.callback import PRESETS
-from tests.lightning.runs import fit, logged
+from tests.lightning.runs import Net, batches, fit, logged, trainer
 
 
 @pytest.mark.parametrize(
@@ -48,17 +49,57 @@ def test_a_format_of_ones_own_and_unscaled(tmp_path: Path) -> None:
     assert not math.isnan(monitor.latest["layers.0.weight"]["stall_frac/mine"])
 
 
-def test_presets_are_named_sets_of_arguments() -> None:
-    economy = PrecisionMonitor(preset="economy")
-    assert economy._settings["max_elements"] == PRESETS["economy"]["max_elements"] == 256
-    assert economy._settings["overhead_budget"] == 0.01
-    assert economy._output_settings.layer_charts == 4
-    full = PrecisionMonitor(preset="full", layer_charts=3)
-    assert full._settings["max_elements"] is None
-    assert full._output_settings[:2] == (3, True)
-    standard = PrecisionMonitor(preset="standard")
-    assert standard._settings == PrecisionMonitor()._settings
-    assert standard._output_settings == PrecisionMonitor()._output_settings
+class Wide(Net):
+    """One of its layers, `layers.0.weight`, has more elements than are measured by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers.insert(0, nn.Linear(8, 800))
+        self.layers[1] = nn.Linear(800, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "elements", "charted", "histograms"),
+    [
+        ({}, 4096, 8, False),
+        ({"preset": "standard"}, 4096, 8, False),
+        ({"preset": "economy"}, 256, 4, False),
+        ({"preset": "economy", "max_elements": 300}, 300, 4, False),
+        ({"preset": "full"}, 6400, 8, True),  # 16 layers, of which there are 8
+        ({"preset": "full", "layer_charts": 3}, 6400, 3, True),
+    ],
+    ids=str,
+)
+def test_a_preset_sets_what_is_not_set_otherwise(
+    tmp_path: Path, arguments: Any, elements: int, charted: int, histograms: bool
+) -> None:
+    monitor = PrecisionMonitor(every_n_steps=1, **arguments)
+    run = trainer(tmp_path, monitor)
+    run.fit(Wide(), batches(1))
+    assert monitor.latest["layers.0.weight"].elements == elements
+    tags = logged(run.logger.log_dir)
+    assert len([tag for tag in tags if tag.startswith("altgrad/stall_frac/bf16/")]) == charted
+    events = EventAccumulator(run.logger.log_dir, size_guidance={"histograms": 1}).Reload()
+    assert bool(events.Tags()["histograms"]) == histograms
+
+
+@pytest.mark.parametrize(("arguments", "budget"), [({}, None), ({"preset": "economy"}, 0.01)])
+def test_the_budget_of_a_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: Any, budget: float | None
+) -> None:
+    budgets: list[float | None] = []
+
+    class Recorded(UpdateMonitor):
+        def __init__(self, *others: Any, **options: Any) -> None:
+            budgets.append(options["overhead_budget"])
+            super().__init__(*others, **options)
+
+    monkeypatch.setattr("altgrad_lightning.session.UpdateMonitor", Recorded)
+    fit(tmp_path, PrecisionMonitor(every_n_steps=1, **arguments), steps=1)
+    assert budgets == [budget]
+
+
+def test_an_unknown_preset() -> None:
     with pytest.raises(ValueError, match="preset='fast': expected one of 'economy', 'standard'"):
         PrecisionMonitor(preset="fast")
 

@@ -1,5 +1,7 @@
-"""`PrecisionMonitor`: what fails or cannot be observed is said once, and training goes on."""
+"""`PrecisionMonitor`: what fails or cannot be observed is warned of once; training goes on."""
 
+import pickle
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +15,12 @@ from torch import Tensor, nn
 from altgrad import UpdateMonitor
 from altgrad.report import read
 from altgrad_lightning import PrecisionMonitor
-from tests.lightning.runs import Net, batches, fit, hooks_of, trainer
+from tests.lightning.runs import Net, are_gone, batches, fit, hooks_of, trainer
 
-# --- faults of its own, of loggers and of users
+# --- errors of its own, of loggers and of users
 
 
-def test_a_fault_of_its_own_warns_once_and_training_goes_on(
+def test_an_error_of_its_own_warns_once_and_training_goes_on(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     def broken(*_: Any) -> dict[str, float]:
@@ -26,11 +28,9 @@ def test_a_fault_of_its_own_warns_once_and_training_goes_on(
 
     monitor = PrecisionMonitor(every_n_steps=1)
     monkeypatch.setattr("altgrad.measurement.measurer.Measurer.measure_batch", broken)
-    with pytest.warns(
-        UserWarning, match="stops observing after a fault.*broken on purpose"
-    ) as warnings:
+    with pytest.warns(UserWarning, match="stops observing.*broken on purpose") as warnings:
         run = fit(tmp_path, monitor)
-    assert len([w for w in warnings if "fault" in str(w.message)]) == 1
+    assert len([w for w in warnings if "stops observing" in str(w.message)]) == 1
     assert run.global_step == 6
     assert hooks_of(run) == 0
 
@@ -40,12 +40,12 @@ def test_a_fault_of_its_own_warns_once_and_training_goes_on(
     [
         "altgrad.measurement.measurer.Measurer.measure_batch",
         "altgrad.monitor.step_measuring.StepMeasuring.scales_changed",
-        "altgrad.observation.snapshots._copy_all",
+        "altgrad.observation.snapshots.Snapshots.take",
         "altgrad.measurement.step_record.StepVectors.record",
         "altgrad_lightning.charts.Charts.add",
     ],
 )
-def test_a_fault_does_not_end_the_training_whoever_else_has_hooks(
+def test_an_error_does_not_end_the_training_whoever_else_has_hooks(
     tmp_path: Path, monkeypatch: Any, place: str
 ) -> None:
     """torch iterates over the hooks while they run, so that none may be removed there."""
@@ -56,17 +56,29 @@ def test_a_fault_does_not_end_the_training_whoever_else_has_hooks(
     faulty, other = PrecisionMonitor(every_n_steps=1), PrecisionMonitor("e5m2", every_n_steps=1)
     monkeypatch.setattr(place, out_of_memory)
     run = trainer(tmp_path, faulty, other)
-    with pytest.warns(UserWarning, match="stops observing after a fault"):
+    with pytest.warns(UserWarning, match="stops observing after .*out of memory"):
         run.fit(Net(), batches(6))
     assert run.global_step == 6
     assert hooks_of(run) == 0
+
+
+def test_an_error_at_the_end_of_a_batch_is_called_an_error(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ArithmeticError("broken on purpose")
+
+    monkeypatch.setattr("altgrad_lightning.charts.Charts.add", broken)
+    expected = r"^PrecisionMonitor stops observing after an error: ArithmeticError\('broken"
+    with pytest.warns(UserWarning, match=expected):
+        fit(tmp_path, PrecisionMonitor(every_n_steps=1))
 
 
 @pytest.mark.parametrize(
     "place",
     ["altgrad.measurement.measurer.Measurer.measure_batch", "altgrad_lightning.charts.Charts.add"],
 )
-def test_strict_raises_a_fault_into_the_training(
+def test_strict_raises_an_error_into_the_training(
     tmp_path: Path, monkeypatch: Any, place: str
 ) -> None:
     def broken(*_: Any) -> Any:
@@ -80,9 +92,9 @@ def test_strict_raises_a_fault_into_the_training(
 
 
 def test_an_error_of_the_user_is_raised_although_the_state_cannot_be_had(
-    tmp_path: Path, monkeypatch: Any
+    tmp_path: Path, monkeypatch: Any, made: Any
 ) -> None:
-    """As after a fault of an accelerator, from which nothing can be copied any more."""
+    """As after an error of an accelerator, from which nothing can be copied any more."""
 
     class Failing(Net):
         def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
@@ -100,7 +112,8 @@ def test_an_error_of_the_user_is_raised_although_the_state_cannot_be_had(
     ):
         run.fit(Failing(), batches(3))
     assert hooks_of(run) == 0
-    assert monitor._monitor is None
+    assert are_gone(made)
+    assert monitor.state_dict() == {}
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -127,11 +140,12 @@ def test_a_logger_that_fails_gets_no_more_and_the_others_go_on(
     assert read(monitor.path).steps == (0, 1, 2)
 
 
-def test_what_is_told_is_told_once() -> None:
-    monitor = PrecisionMonitor()
-    with pytest.warns(UserWarning, match="PrecisionMonitor says this"):
-        monitor._tell("says this")
-    monitor._tell("says this")  # a warning would be an error here
+def test_a_warning_is_given_once_in_the_life_of_a_callback(tmp_path: Path) -> None:
+    monitor = PrecisionMonitor(every_n_steps=100)
+    with pytest.warns(UserWarning, match="PrecisionMonitor observed no step"):
+        fit(tmp_path, monitor)
+    fit(tmp_path, monitor)  # a warning would be an error here
+    fit(tmp_path, pickle.loads(pickle.dumps(monitor)))
 
 
 # --- what cannot be observed
@@ -143,20 +157,24 @@ def test_weights_no_finer_than_the_format_are_told_once(tmp_path: Path) -> None:
 
 
 def test_a_strategy_that_cannot_be_observed_is_told() -> None:
-    monitor = PrecisionMonitor(run_file=False)
+    monitor, module = PrecisionMonitor(run_file=False), Net()
+    optimizer = module.configure_optimizers()
     run = SimpleNamespace(
         strategy=type("Other", (), {})(),
-        lightning_module=Net(),
+        lightning_module=module,
         is_global_zero=True,
         world_size=2,
-        optimizers=[],
+        optimizers=[optimizer],
         callbacks=[monitor],
         log_every_n_steps=1,
     )
     with pytest.warns(UserWarning, match="does not observe this run.*: Other has 2 processes"):
-        monitor.on_train_start(run, Net())
-    assert monitor._monitor is None
-    assert monitor._trainer is None
+        monitor.on_train_start(run, module)
+    assert hooks_of(run) == 0
+    monitor.on_train_batch_end(run, module)
+    references = [weakref.ref(run.strategy), weakref.ref(module), weakref.ref(optimizer)]
+    del run, module, optimizer
+    assert are_gone(references)
 
 
 @pytest.mark.filterwarnings(

@@ -2,17 +2,29 @@
 
 import copy
 import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 from torch import Tensor
 
 from altgrad_lightning import PrecisionMonitor
-from tests.lightning.runs import Attached, Net, batches, fit, hooks_of, logged, trainer
+from tests.lightning.runs import (
+    Attached,
+    Net,
+    are_gone,
+    batches,
+    fit,
+    hooks_of,
+    logged,
+    step_once,
+    trainer,
+)
 
 
-def test_nothing_is_left_behind_after_a_run_or_an_exception(tmp_path: Path) -> None:
+def test_nothing_is_left_behind_after_a_run_or_an_exception(tmp_path: Path, made: Any) -> None:
     class Failing(Net):
         def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
             if batch_index == 3:
@@ -27,18 +39,22 @@ def test_nothing_is_left_behind_after_a_run_or_an_exception(tmp_path: Path) -> N
         except KeyError:
             assert isinstance(module, Failing)
         assert hooks_of(run) == 0
-        assert monitor._monitor is None
-        assert monitor._optimizers == []
+        assert are_gone(made)
+        optimizer = weakref.ref(run.optimizers[0])
+        del run
+        module.trainer = None  # or the next module's Trainer would not be gone either
+        assert are_gone([optimizer])
         assert monitor.latest_step == (2 if isinstance(module, Failing) else 5)
 
 
 @pytest.mark.parametrize("hook", ["teardown", "on_exception", "on_train_end"])
-def test_each_end_of_a_run_detaches(attached: Attached, hook: str) -> None:
+def test_each_end_of_a_run_detaches(made: Any, attached: Attached, hook: str) -> None:
     monitor, run, module = attached()
-    monitor.latest_step = 1  # or it would say that it observed none
+    step_once(monitor, run, module)  # or it would say that it observed none
+    assert not are_gone(made)
     getattr(monitor, hook)(run, module)
     assert hooks_of(run) == 0
-    assert monitor._monitor is None
+    assert are_gone(made)
 
 
 def test_starting_twice_does_not_double_the_hooks(attached: Attached) -> None:
@@ -49,10 +65,11 @@ def test_starting_twice_does_not_double_the_hooks(attached: Attached) -> None:
 
 def test_the_steps_of_a_tuner_are_not_due(attached: Attached) -> None:
     """Tuners put callbacks of their own in the place of all others."""
-    monitor, run, _ = attached()
-    assert monitor._is_due(0)
-    run.callbacks = []
-    assert not monitor._is_due(0)
+    monitor, run, module = attached()
+    for callbacks, is_due in (([monitor], True), ([], False), ([monitor], True)):
+        latest, run.callbacks = monitor.latest, callbacks
+        step_once(monitor, run, module)
+        assert (monitor.latest is not latest) == is_due
 
 
 def test_fast_dev_run(tmp_path: Path) -> None:
@@ -106,22 +123,24 @@ def test_it_can_be_pickled_before_and_after_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))], ids=["copy", "pickle"]
 )
-def test_a_copy_made_in_mid_run_is_detached(attached: Attached, copied: Any) -> None:
+def test_a_copy_made_in_mid_run_is_detached(
+    attached: Attached, copied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A module that has it as a hyperparameter is saved with it."""
-    monitor, run, _ = attached()
+
+    def is_copied(_: pl.Trainer, __: Any) -> Any:
+        raise AssertionError("the Trainer is copied with the callback")
+
+    monitor, run, module = attached()
+    step_once(monitor, run, module)
+    monkeypatch.setattr(pl.Trainer, "__reduce_ex__", is_copied)
     twin = copied(monitor)
-    assert twin._monitor is None
-    assert twin._trainer is None
-    assert twin.latest.keys() == monitor.latest.keys()
+    assert twin.latest.keys() == monitor.latest.keys() != set()
+    assert monitor.state_dict()["monitor"]["last_seen"]
+    assert twin.state_dict() == {}  # what is learnt is the monitor's, which the copy does not have
+    latest = twin.latest
+    twin.teardown()
     assert hooks_of(run) == 2
-    assert monitor._monitor.is_observing
-
-
-def test_a_pickle_with_an_argument_that_is_gone_trains(tmp_path: Path) -> None:
-    """As 0.1.0 pickled a callback: it had `compile`."""
-    monitor = PrecisionMonitor("bf16", every_n_steps=1)
-    state = monitor.__getstate__()
-    old = PrecisionMonitor.__new__(PrecisionMonitor)
-    old.__setstate__(state | {"_settings": state["_settings"] | {"compile": False}})
-    fit(tmp_path, old, steps=2)
-    assert old.latest_step == 1
+    step_once(monitor, run, module)
+    assert monitor.latest_model != twin.latest_model
+    assert twin.latest is latest

@@ -12,7 +12,7 @@ from torch import nn
 
 from altgrad import DEFAULT_FORMATS, UpdateMonitor
 from altgrad_lightning import PrecisionMonitor
-from tests.lightning.runs import Net, batches, trainer
+from tests.lightning.runs import Attached, Net, batches, step_once, trainer
 
 KEYS = [f"never_moved_frac/{format}" for format in DEFAULT_FORMATS]
 
@@ -155,3 +155,14 @@ def test_what_is_known_outlives_optimizers_that_are_replaced(
     whole = train(tmp_path, PrecisionMonitor(every_n_steps=1), module=Plain)
     assert train(tmp_path, PrecisionMonitor(every_n_steps=1), module=Replacing) == whole
     assert train(tmp_path, PrecisionMonitor(every_n_steps=8), module=Plain) != whole
+
+
+def test_a_state_that_is_loaded_in_mid_training_is_not_what_checkpoints_hold(
+    attached: Attached,
+) -> None:
+    """A learning rate finder in mid-training saves and loads all states."""
+    monitor, run, module = attached()
+    monitor.load_state_dict(monitor.state_dict())
+    assert monitor.state_dict()["monitor"]["last_seen"] == {}
+    step_once(monitor, run, module)
+    assert "layers.0.weight" in monitor.state_dict()["monitor"]["last_seen"]

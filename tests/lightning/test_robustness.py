@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from altgrad.report import RunReport, page, read
+from altgrad.report import RunFile, RunReport, page, read
 from altgrad_lightning import PrecisionMonitor
 from tests.lightning.runs import Net, batches, fit, logged, trainer
 
@@ -216,10 +216,13 @@ def test_rows_that_wait_are_logged_where_the_training_raises(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_fault_at_the_end(tmp_path: Path, monkeypatch: Any, strict: bool) -> None:
+def test_an_error_at_the_end(tmp_path: Path, monkeypatch: Any, strict: bool) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("device lost")
 
+    closed: list[RunFile] = []
+    close = RunFile.close
+    monkeypatch.setattr(RunFile, "close", lambda file: (closed.append(file), close(file)))
     monkeypatch.setattr("altgrad_lightning.output.Output.finish", broken)
     monitor = PrecisionMonitor(strict=strict)
     if strict:
@@ -228,4 +231,5 @@ def test_a_fault_at_the_end(tmp_path: Path, monkeypatch: Any, strict: bool) -> N
     else:
         (message,) = told(tmp_path, monitor)
         assert "device lost" in message
-    assert monitor._output is None
+    (file,) = closed
+    assert file.path == monitor.path

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import pytest
 import pytorch_lightning as pl
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from altgrad import OptimizerStep, StepObserver, UpdateMonitor
+from altgrad import OptimizerStep, StepObserver
 from altgrad_lightning import PrecisionMonitor
 from tests.step_truth.recording import Entry, Step
 
@@ -19,7 +20,11 @@ class Design:
 
     def __init__(self) -> None:
         self.seen: list[Step] = []
-        self.skipped: Counter[str] = Counter()
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """The number of skipped steps of the last run, by reason."""
+        return Counter()
 
     def watch(self, module: nn.Module, *optimizers: Any, **options: Any) -> Any:
         raise NotImplementedError
@@ -29,6 +34,14 @@ class Design:
 
 
 class AltGrad(Design):
+    def __init__(self) -> None:
+        super().__init__()
+        self.observes: StepObserver | PrecisionMonitor | None = None
+
+    @property
+    def skipped(self) -> Counter[str]:
+        return Counter() if self.observes is None else self.observes.skipped
+
     def record(self, step: OptimizerStep) -> None:
         copies = zip(
             *(
@@ -42,8 +55,7 @@ class AltGrad(Design):
 
     @contextmanager
     def watch(self, module: nn.Module, *optimizers: Any, **options: Any) -> Iterator[None]:
-        observer = StepObserver(module, self.record, strict=True)
-        self.skipped = observer.skipped
+        self.observes = observer = StepObserver(module, self.record, strict=True)
         with observer.attach(*optimizers, **options):
             yield
 
@@ -52,27 +64,37 @@ class AltGrad(Design):
         design = self
 
         class Recording(PrecisionMonitor):
-            def _make_monitor(self, *arguments: Any) -> str | None:
-                reason = super()._make_monitor(*arguments)
-                design.skipped = self.skipped
-                if self._monitor is not None:
-                    design.record_what_is_measured(self._monitor)
-                return reason
+            """Its monitors get observers that record; both hooks make monitors."""
 
-        monitor = Recording("e4m3fn", every_n_steps=1, scaling=None, strict=True)
-        self.skipped = monitor.skipped
-        return monitor
+            def on_train_start(self, *arguments: Any) -> None:
+                with design.recording():
+                    super().on_train_start(*arguments)
 
-    def record_what_is_measured(self, monitor: UpdateMonitor) -> None:
-        measure = monitor._observer._on_step
+            def on_train_batch_start(self, *arguments: Any) -> None:
+                with design.recording():
+                    super().on_train_batch_start(*arguments)
 
-        def record_and_measure(step: OptimizerStep) -> None:
-            inf = monitor.skipped["inf"]
-            measure(step)
-            if monitor.skipped["inf"] == inf:
-                self.record(step)
+        self.observes = Recording("e4m3fn", every_n_steps=1, scaling=None, strict=True)
+        return self.observes
 
-        monitor._observer._on_step = record_and_measure
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Let each `UpdateMonitor` that is made meanwhile have an observer that records."""
+        design = self
+
+        class RecordingObserver(StepObserver):
+            def __init__(self, module: Any, on_step: Any, *others: Any, **options: Any) -> None:
+                def measure_and_record(step: OptimizerStep) -> None:
+                    inf = self.skipped["inf"]
+                    on_step(step)
+                    if self.skipped["inf"] == inf:
+                        design.record(step)
+
+                super().__init__(module, measure_and_record, *others, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("altgrad.monitor.monitor.StepObserver", RecordingObserver)
+            yield
 
 
 class GradientsAfterTheStep(Design):
