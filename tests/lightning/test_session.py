@@ -42,6 +42,7 @@ def session_of(
         loggers=[],
         precision_plugin=None,
         global_step=1,
+        # Lightning's own name: there is no public one for the step that it logs at.
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0)),
     )
     result = Result(state=state or {})
