@@ -1,14 +1,55 @@
-"""How numbers and long lists are put into words, and errors of arguments."""
+"""Word numbers, lists, notices and errors in the same way in all rooms.
+
+- `percent` and `few` format a share and a list of names.
+- `check_type` and `check_int` raise the errors of wrong arguments: argument=value, then the type or
+  value expected.
+- `Notices` gives an object's notices to its user, each once if wished.
+
+This file imports nothing of the package; every room may import it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 
-_MOST_NAMED = 3
+_MAX_NAMED = 3
+
+
+class Notices:
+    """The notices of one object to its user.
+
+    Args:
+        owner: Name of the object's class, with which each warning begins.
+        tell: Callback with each notice, without the owner's name; None warns instead.
+    """
+
+    def __init__(self, owner: str, tell: Callable[[str], object] | None = None) -> None:
+        self._owner = owner
+        self._tell = tell
+        self._given: set[str] = set()
+
+    def give(self, notice: str) -> None:
+        """Pass a notice to `tell`, or warn with it."""
+        # Noted first: where warnings are errors, the notice counts as given all the same.
+        self._given.add(notice)
+        if self._tell is None:
+            # 3: the caller of the owner's method, seen from here.
+            warnings.warn(f"{self._owner} {notice}", stacklevel=3)
+        else:
+            self._tell(notice)
+
+    def give_once(self, notice: str) -> None:
+        """Give a notice, unless the same one was given before."""
+        if notice not in self._given:
+            self.give(notice)
 
 
 def percent(share: float) -> str:
-    """Whole percent, rounded so that 100 % means all and 0 % none."""
+    """Return a share from 0 to 1 as whole percent, where 100 % means all and 0 % means none.
+
+    A share just below 1 is ``>99 %``, and one just above 0 is ``<1 %``.
+    """
     whole = round(100 * share)
     if whole == 100 and share < 1:
         return ">99 %"
@@ -18,13 +59,27 @@ def percent(share: float) -> str:
 
 
 def few(names: Sequence[str], separator: str = ", ") -> str:
-    """Return the first three names, and how many more there are."""
-    rest = len(names) - _MOST_NAMED
-    return separator.join(names[:_MOST_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
+    """Return the first three names, and the number of further ones.
+
+    Args:
+        names: Any number of names.
+        separator: Text between two names.
+    """
+    rest = len(names) - _MAX_NAMED
+    return separator.join(names[:_MAX_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def check_type(name: str, value: object, expected: type) -> None:
-    """TypeError unless the value has this type; a bool is no int."""
+    """Raise an error unless an argument has the expected type.
+
+    Args:
+        name: Name of the argument.
+        value: Value of the argument.
+        expected: The type; bool is not accepted as int, although Python derives it from int.
+
+    Raises:
+        TypeError: The value has another type.
+    """
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise TypeError(
             f"{name}={value!r}: expected {expected.__name__}, got {type(value).__name__}"
@@ -32,7 +87,17 @@ def check_type(name: str, value: object, expected: type) -> None:
 
 
 def check_int(name: str, value: object, least: int) -> None:
-    """TypeError or ValueError unless the value is an int of at least this."""
+    """Raise an error unless an argument is an int that is large enough.
+
+    Args:
+        name: Name of the argument.
+        value: Value of the argument.
+        least: The smallest value allowed.
+
+    Raises:
+        TypeError: The value is not an int.
+        ValueError: The value is below `least`.
+    """
     check_type(name, value, int)
     assert isinstance(value, int)
     if value < least:

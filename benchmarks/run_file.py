@@ -16,11 +16,12 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 
 from altgrad import StepRecord, UpdateMonitor
-from altgrad.measurement.step_record import StepVectors
+from altgrad.measurement.step_record import step_record
 from altgrad.quantization import get_formats
 from altgrad.report import FormatInfo, Header, LayerInfo, RunFile, read
 from altgrad.report.records.lines import lines_of
@@ -55,23 +56,16 @@ def a_step() -> Callable[[], StepRecord]:
     torch.manual_seed(0)
     model = Gpt()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    vectors: list[StepVectors] = []
-    original = StepVectors.record
+    arguments: list[tuple[object, ...]] = []
 
-    def kept(self: StepVectors, *arguments: object) -> object:
-        vectors.append(self)
-        return original(self, *arguments)
+    def keep(*given: object) -> StepRecord:
+        arguments.append(given)
+        return step_record(*given)
 
-    StepVectors.record = kept
-    with UpdateMonitor(model, formats=FORMATS, strict=True).attach(optimizer):
+    watched = UpdateMonitor(model, formats=FORMATS, strict=True).attach(optimizer)
+    with mock.patch("altgrad.monitor.monitor.step_record", keep), watched:
         train(model, optimizer, 2)
-    StepVectors.record = original
-
-    def record() -> StepRecord:
-        made, _ = vectors[-1].record(0, (1e-3, 1e-1), None)
-        return made
-
-    return record
+    return lambda: step_record(*arguments[-1])
 
 
 def header_from(record: StepRecord) -> Header:

@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch.utils import _pytree as pytree  # torch has no public name for it
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HOST_COPIES = ("tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__")
@@ -39,6 +39,7 @@ class Operations(TorchDispatchMode):
             (self.on_host if is_on_host else self.counts)[str(function)] += 1
         if is_on_host:
             outputs = (x for x in pytree.tree_leaves(result) if isinstance(x, Tensor))
+            # torch has no public name for the identity of a storage
             self._host |= {x.untyped_storage()._cdata: x for x in outputs}
         return result
 

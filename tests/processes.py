@@ -1,4 +1,4 @@
-"""Real processes on one machine, that reach each other through a file and end in time."""
+"""Ranks as real processes on one machine, that reach each other through a file and end in time."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import distributed as dist
@@ -20,6 +21,7 @@ from torch import distributed as dist
 START = 60.0  # seconds for processes to start on a busy machine
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "altgrad", "pytorch_lightning"])
+_SPAWN = multiprocessing.get_context("spawn")
 _NO_MORE = b""
 
 
@@ -30,6 +32,7 @@ def run(
     limit: float = 60.0,
     collective: float = 20.0,
     may_die: tuple[int, ...] = (),
+    hash_seeds: Sequence[int] = (),
 ) -> list[Any]:
     """What a function of a module returns in each of these processes; of a dead one, None.
 
@@ -40,8 +43,9 @@ def run(
         limit: Seconds for all of it, after which every process is killed and the test fails.
         collective: Time limit of the process group, in seconds.
         may_die: Ranks that need not return.
+        hash_seeds: PYTHONHASHSEED of each rank; without it all have the same.
     """
-    with Processes(size, collective) as processes:
+    with Processes(size, collective, hash_seeds) as processes:
         processes.ask(work, *arguments)
         processes.ask_no_more()
         return processes.answers(limit, may_die)
@@ -55,10 +59,11 @@ class Processes:
     Args:
         size: How many.
         collective: Time limit of their process group, in seconds.
+        hash_seeds: PYTHONHASHSEED of each; without it all have the same. They start more slowly.
     """
 
-    def __init__(self, size: int, collective: float = 20.0) -> None:
-        self._size, self._collective = size, collective
+    def __init__(self, size: int, collective: float = 20.0, hash_seeds: Sequence[int] = ()) -> None:
+        self._size, self._collective, self._hash_seeds = size, collective, hash_seeds
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
 
@@ -106,10 +111,14 @@ class Processes:
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
         for rank in range(self._size):
-            here, there = _CONTEXT.Pipe()
+            # Forks of one server have its seed; a new interpreter reads its own.
+            context: Any = _SPAWN if self._hash_seeds else _CONTEXT
+            seed = {"PYTHONHASHSEED": str(self._hash_seeds[rank])} if self._hash_seeds else {}
+            here, there = context.Pipe()
             arguments = (there, rank, self._size, self._folder.name, self._collective)
-            process = _CONTEXT.Process(target=_serve, args=arguments)
-            process.start()
+            process = context.Process(target=_serve, args=arguments)
+            with mock.patch.dict(os.environ, seed):
+                process.start()
             there.close()
             self._processes.append(process)
             self._connections.append(here)

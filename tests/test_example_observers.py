@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from altgrad import StepObserver
+from tests.observation.watching import hook_count
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -240,8 +241,7 @@ def test_a_training_that_raises_leaves_nothing_behind_under_with(tmp_path, under
         with pytest.raises(ArithmeticError):
             trainer.train()
     assert indices == [0, 1, 2]
-    hooks = [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks]
-    assert bool(hooks) != under_with
+    assert hook_count(optimizer) == (0 if under_with else 2)
 
 
 def test_the_trainers_end_detaches(tmp_path):
@@ -250,8 +250,7 @@ def test_the_trainers_end_detaches(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     observer = StepObserver(model, lambda step: None, strict=True)
     trainer_of(model, tmp_path, ObserveSteps(observer), optimizer=optimizer).train()
-    assert not optimizer._optimizer_step_pre_hooks
-    assert not optimizer._optimizer_step_post_hooks
+    assert hook_count(optimizer) == 0
 
 
 def test_observing_changes_no_bit_of_a_training(tmp_path):

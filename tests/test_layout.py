@@ -1,6 +1,9 @@
 """Tests follow the rooms: a module with behaviour of its own has a test file of its name."""
 
+import ast
+import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -12,7 +15,6 @@ ELSEWHERE = {
     "altgrad/_lazy.py": "tests/test_imports.py",
     "altgrad/_version.py": "a name",
     "altgrad/measurement/histogram.py": "a tuple",
-    "altgrad/monitor/agreement.py": "tests/distributed/test_ranks_alike.py",
 }
 """Modules without a file of their name, and where they are tested, or what they are."""
 
@@ -54,3 +56,54 @@ def test_no_test_module_is_imported_by_another() -> None:
     for path in (ROOT / "tests").rglob("*.py"):
         for line in path.read_text().splitlines():
             assert not (line.startswith("from tests.") and ".test_" in line.split(" import ")[0])
+
+
+NO_ATTRIBUTES = {"_replace", "_asdict", "_fields", "_exit"}
+"""Public, for all that they begin so: of named tuples, and of the module os."""
+
+
+def private_reads(path: Path) -> list[str]:
+    """Private attributes of other objects that a file reads or patches, without a comment why.
+
+    The comment stands in the line itself or above it; a file that reads one of torch several times
+    says it once, where the name occurs first.
+    """
+    source = path.read_text()
+    lines = source.splitlines()
+    explained: set[str] = set()
+    found = []
+    for node in sorted(ast.walk(ast.parse(source)), key=lambda each: getattr(each, "lineno", 0)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+            names = [node.attr]
+        elif isinstance(node, ast.ImportFrom) and node.module != "__future__":
+            names = [each.name for each in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("setattr", "object")):
+            names = [each.value for each in node.args if isinstance(each, ast.Constant)]
+        else:
+            continue
+        for name in map(str, names):
+            if not re.fullmatch(r"_(?!_)\w+", name) or name in {*NO_ATTRIBUTES, *explained}:
+                continue
+            here = lines[node.lineno - 1], lines[node.lineno - 2].strip()
+            if "# " in here[0] or here[1].startswith("# "):
+                explained.add(name)
+            else:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
+    return found
+
+
+def test_tests_read_no_private_attribute_without_a_reason() -> None:
+    found = [
+        each for path in sorted((ROOT / "tests").rglob("*.py")) for each in private_reads(path)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_a_private_attribute_without_a_reason_is_found(tmp_path: Path) -> None:
+    lines = ("thing._state", "thing._why  # torch has no public name", "thing._why", "self._own")
+    path = ROOT / "tests" / "test_layout.py"
+    other = tmp_path / "test_it.py"
+    other.write_text("\n".join((*lines, 'patch.object(Thing, "_take")', "row._replace(a=1)")))
+    with mock.patch.object(Path, "relative_to", lambda self, _: self.name):
+        assert private_reads(other) == ["test_it.py:1: _state", "test_it.py:5: _take"]
+    assert private_reads(path) == []

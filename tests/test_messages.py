@@ -1,8 +1,12 @@
-"""How numbers and lists are put into words, and what checks of arguments say."""
+"""Formatted numbers and lists, notices to the user, and errors of argument checks."""
+
+import inspect
+import warnings
+from collections.abc import Callable
 
 import pytest
 
-from altgrad._messages import check_int, check_type, few, percent
+from altgrad._messages import Notices, check_int, check_type, few, percent
 
 
 @pytest.mark.parametrize(
@@ -17,7 +21,7 @@ from altgrad._messages import check_int, check_type, few, percent
         (0.0051, "1 %"),
     ],
 )
-def test_100_percent_is_all_and_0_none(share: float, text: str) -> None:
+def test_100_percent_means_all_and_0_percent_none(share: float, text: str) -> None:
     assert percent(share) == text
 
 
@@ -31,6 +35,63 @@ def test_three_names_are_listed_and_others_counted(count: int, text: str) -> Non
 
 def test_many_names_are_counted_with_separators() -> None:
     assert few(["a b, c"] * 2003, "; ") == "a b, c; a b, c; a b, c and 2,000 more"
+
+
+def warned_of(give: Callable[[str], None], *notices: str) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for notice in notices:
+            give(notice)
+    assert {each.category for each in caught} <= {UserWarning}
+    return [str(each.message) for each in caught]
+
+
+def test_a_notice_is_a_warning_that_begins_with_its_owner() -> None:
+    give = Notices("Owner").give
+    assert warned_of(give, "sees a", "sees b") == ["Owner sees a", "Owner sees b"]
+    assert warned_of(give, "sees a") == ["Owner sees a"]  # again
+
+
+def test_a_notice_that_is_given_once_is_not_given_again() -> None:
+    notices = Notices("Owner")
+    given = warned_of(notices.give_once, "sees a", "sees b", "sees a")
+    assert given == ["Owner sees a", "Owner sees b"]
+    assert warned_of(notices.give, "sees c") == ["Owner sees c"]
+    assert warned_of(notices.give_once, "sees b", "sees c", "sees d") == ["Owner sees d"]
+
+
+def test_notices_of_one_object_do_not_silence_another() -> None:
+    said = [warned_of(Notices("Owner").give_once, "sees a") for _ in range(2)]
+    assert said == [["Owner sees a"]] * 2
+
+
+def test_notices_go_to_tell_without_the_owner_instead_of_warnings() -> None:
+    told: list[str] = []
+    notices = Notices("Owner", told.append)
+    assert warned_of(notices.give_once, "sees a", "sees b", "sees a") == []
+    assert warned_of(notices.give, "sees a") == []
+    assert told == ["sees a", "sees b", "sees a"]
+
+
+def test_a_warning_is_placed_where_the_method_that_gives_it_was_called() -> None:
+    notices = Notices("Owner")
+
+    def method_of_the_owner() -> None:
+        notices.give("sees a")
+
+    line = inspect.currentframe().f_lineno + 2
+    with pytest.warns(UserWarning, match="^Owner sees a$") as caught:
+        method_of_the_owner()
+    assert [(each.filename, each.lineno) for each in caught] == [(__file__, line)]
+
+
+def test_a_notice_that_was_raised_counts_as_given() -> None:
+    notices = Notices("Owner")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="Owner sees a"):
+            notices.give_once("sees a")
+        notices.give_once("sees a")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""`HostGroup`: all processes of a run on their hosts, beside all groups that train."""
+"""`HostGroup`: all ranks of a run on their hosts, beside all groups that train."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from hashlib import sha256
 from typing import Any
@@ -12,71 +13,103 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
+from altgrad.observation.observer import RankError
 
-class LostRankError(RuntimeError):
-    """A process does not answer, or answered something else: nothing more can be said together."""
+
+class LostRankError(RankError):
+    """A rank does not answer, or is in another call; nothing more can be agreed on."""
 
 
 class HostGroup:
-    """All processes of torch.distributed, with gloo: made by `meet`.
+    """A group of all ranks on their hosts, beside the groups that train.
 
-    What is reduced is on the host by then, an accelerator is given no more memory, and a wait that
-    exceeds its limit is an error and not the end. But messages of different lengths that meet are
-    the end of the process, so that whoever says something has to know that the others say the
-    like. Once one was not heard nothing more is said: what it missed would meet what comes next.
+    Gloo reduces numbers, and the store in which the ranks met exchanges texts. Both work on the
+    host, so that an accelerator needs no more memory, and a wait that exceeds the limit raises an
+    error. Gloo aborts the process if ranks pass buffers of different sizes, so that every rank
+    must know what is reduced next; texts may have any length. After a rank was missed nothing
+    more is said: messages would meet the wrong ones.
+
+    Args:
+        store: The store in which the ranks met.
+        rank, size: As of torch.distributed.
+        limit: How long a rank is waited for.
 
     Attributes:
-        rank, size: As of torch.distributed.
-        is_lost: Whether that has happened.
+        rank, size: As given.
     """
 
-    def __init__(self, group: Any, rank: int, size: int) -> None:
-        self._group = group
+    def __init__(self, store: Any, rank: int, size: int, limit: timedelta) -> None:
+        c10d: Any = torch.distributed.distributed_c10d
+        self._gloo = c10d.ProcessGroupGloo(store, rank, size, limit)
+        self._store = store
+        self._limit = limit
+        self._exchanges: Counter[str] = Counter()
+        self._lost: set[str] = set()  # "numbers", and channels of texts
         self.rank = rank
         self.size = size
-        self.is_lost = False
 
     def reduce(self, numbers: Tensor, how: str) -> None:
-        """Make each of these numbers what it is over all processes: "SUM", "MAX" or "BOR".
+        """Replace each number by its "SUM" or "MAX" over all ranks.
+
+        Args:
+            numbers: On the CPU, of the same shape and dtype on every rank.
+            how: Name of a `torch.distributed.ReduceOp`.
 
         Raises:
-            LostRankError: Not all were heard within the limit.
+            LostRankError: Not all ranks were heard within the limit.
         """
         operation = getattr(torch.distributed.ReduceOp, how)
-        with self._answering():
-            self._group.allreduce([numbers], operation).wait()
+        with self._answering("numbers"):
+            self._gloo.allreduce([numbers], operation).wait()
 
-    def gather(self, numbers: Tensor) -> list[Tensor]:
-        """Those of each process, which are as many.
+    def exchange(self, channel: str, text: str) -> list[str]:
+        """Return the text of every rank.
+
+        Args:
+            channel: Texts of different channels do not meet; one may be lost and the others not.
+            text: Not empty.
 
         Raises:
-            LostRankError: As above.
+            LostRankError: Not all ranks were heard within the limit.
         """
-        gathered = [torch.empty_like(numbers) for _ in range(self.size)]
-        with self._answering():
-            self._group.allgather([gathered], [numbers]).wait()
-        return gathered
+        number = self._exchanges[channel]
+        self._exchanges[channel] += 1
+        keys = [f"{channel} {number} of {rank}" for rank in range(self.size)]
+        with self._answering(channel):
+            self._store.set(keys[self.rank], text)
+            try:
+                self._store.wait(keys, self._limit)
+                texts = [each.decode() for each in self._store.multi_get(keys)]
+            except RuntimeError:
+                with suppress(RuntimeError):  # who came alone is not to be met later
+                    self._store.delete_key(keys[self.rank])
+                raise
+            # All are here, so that all have read what was exchanged before.
+            self._store.delete_key(f"{channel} {number - 1} of {self.rank}")
+        return texts
+
+    def lose(self, channel: str) -> None:
+        """Say nothing more in a channel: other ranks are somewhere else."""
+        self._lost.add(channel)
 
     @contextmanager
-    def _answering(self) -> Iterator[None]:
-        if self.is_lost:
+    def _answering(self, channel: str) -> Iterator[None]:
+        if {channel, "numbers"} & self._lost:
             raise _lost(self.rank, self.size, "which was found before")
         try:
             yield
-        except RuntimeError as fault:
-            self.is_lost = True
-            raise _lost(self.rank, self.size, str(fault)) from fault
+        except RuntimeError as error:
+            self.lose(channel)
+            raise _lost(self.rank, self.size, str(error)) from error
 
 
-def meet(names: Sequence[str]) -> list[HostGroup]:
-    """A new group for each name, once all processes are here.
+def meet() -> HostGroup:
+    """Return a new group, once all ranks are here.
 
-    They find each other by what each has drawn for this meeting, so that one that came alone and
-    went is not met again, and the groups are in no table of torch's: those that a training makes
-    are named by how many there were before, which must not differ.
-
-    Where training waits for the other processes too, its limit must not be exceeded while these
-    wait here: they do for half of it.
+    The ranks find each other by what each has drawn for this meeting: a rank that came alone and
+    went is not met again. The group is in no table of torch.distributed, which names the groups of
+    a training by their number. A wait is limited to half of the limit of the training's group, so
+    that a training which waits for this rank does not exceed its own.
 
     Raises:
         LostRankError: Not all came within the limit.
@@ -94,17 +127,12 @@ def meet(names: Sequence[str]) -> list[HostGroup]:
         try:
             store.wait(keys, limit)
             meeting = sha256(b"".join(store.multi_get(keys))).hexdigest()
-            groups = [
-                c10d.ProcessGroupGloo(
-                    c10d.PrefixStore(f"altgrad/{meeting}/{name}", store), rank, size, limit
-                )
-                for name in names
-            ]
+            store_of_meeting = c10d.PrefixStore(f"altgrad/{meeting}", store)
+            return HostGroup(store_of_meeting, rank, size, limit)
         finally:
             store.delete_key(keys[rank])
-    except RuntimeError as fault:
-        raise _lost(rank, size, str(fault)) from fault
-    return [HostGroup(group, rank, size) for group in groups]
+    except RuntimeError as error:
+        raise _lost(rank, size, str(error)) from error
 
 
 def _lost(rank: int, size: int, why: str) -> LostRankError:
@@ -116,7 +144,7 @@ def _lost(rank: int, size: int, why: str) -> LostRankError:
 
 
 def _limit_of(world: Any) -> timedelta:
-    """How long a group waits, for which torch has no public name."""
+    """Return how long a group waits, for which torch has no public name."""
     devices: list[torch.device] = world._device_types  # noqa: SLF001
     device = next((each for each in devices if each.type != "cpu"), devices[0])
     options = world._get_backend(device).options  # noqa: SLF001

@@ -20,17 +20,17 @@ Held = range | Tensor
 
 
 class Part(NamedTuple):
-    """Those of some elements of a parameter that this process measures.
+    """The elements that this rank measures, of some elements of a parameter.
 
     Attributes:
-        indices: Flat, of the whole parameter.
-        local: Flat, of what lies here; None for all of it.
-        positions: Which of the elements these are.
+        indices: Flat, into the whole parameter; None for all of it.
+        local: Flat, into what lies here; None for all of it.
+        positions: Which of the elements these are; None for all of them.
     """
 
-    indices: Tensor
+    indices: Tensor | None
     local: Tensor | None
-    positions: Tensor
+    positions: Tensor | None
 
 
 def empty_part() -> Part:
@@ -39,7 +39,7 @@ def empty_part() -> Part:
 
 
 class _Cut(NamedTuple):
-    """How one dimension of a mesh divides one dimension of a tensor."""
+    """A division of one dimension of a tensor by one dimension of a mesh."""
 
     parts: int
     own: int
@@ -47,7 +47,7 @@ class _Cut(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What lies here of a parameter.
+    """A local shard: the elements of a parameter that one rank holds.
 
     Attributes:
         shape: Of the whole parameter.
@@ -65,7 +65,7 @@ class Shard(NamedTuple):
 
     @classmethod
     def of(cls, name: str, parameter: Any, rank: int) -> Shard:
-        """That of a parameter; of one that is no DTensor every process has all.
+        """Read the shard of a parameter; a parameter that is no DTensor is whole on every rank.
 
         Args:
             name: What to call it.
@@ -114,7 +114,7 @@ class Shard(NamedTuple):
         return cls(shape, held, counts, cuts[-1] if cuts else (), part)
 
     def part_of(self, indices: Tensor | None) -> Part:
-        """Those that are contributed from here, of some elements; None for all.
+        """Return which of some elements this rank contributes.
 
         Args:
             indices: Ascending flat indices of the whole parameter, on the CPU.
@@ -135,7 +135,7 @@ class Shard(NamedTuple):
         return Part(indices[positions], local[positions], positions)
 
     def tears(self, block: int) -> bool:
-        """Whether a block of neighbours along the last dimension lies in several processes.
+        """Return whether a block of neighbours along the last dimension lies on several ranks.
 
         The answer is the same in all of them.
         """
@@ -155,7 +155,7 @@ class Shard(NamedTuple):
 
 
 def _dimension(placement: Any) -> int | None:
-    """Of the tensor, which a mesh dimension with this placement divides.
+    """Return the dimension of the tensor that a mesh dimension with this placement divides.
 
     One that divides each piece of another's division, as fully_shard does after tensor
     parallelism, has a private class; all have a `dim`.
@@ -169,7 +169,7 @@ def _dimension(placement: Any) -> int | None:
 def _cuts(
     shape: torch.Size, placements: Sequence[Any], mesh: Sequence[int], coordinate: Sequence[int]
 ) -> list[tuple[_Cut, ...]]:
-    """Of each dimension of a tensor, in the order in which they are made."""
+    """Return the cuts of each dimension of a tensor, in the order in which they are made."""
     cuts: list[list[_Cut]] = [[] for _ in shape]
     for placement, parts, own in zip(placements, mesh, coordinate, strict=True):
         dimension = _dimension(placement)
@@ -193,13 +193,13 @@ def _held(size: int, cuts: Sequence[_Cut]) -> Held:
 
 
 def _chunk(held: Held, parts: int, own: int) -> Held:
-    """As torch.chunk divides: all of one length, the last ones shorter or empty."""
+    """Return one chunk as torch.chunk divides: all of one length, the last shorter or empty."""
     length = -(-len(held) // parts)
     return held[min(own * length, len(held)) : min((own + 1) * length, len(held))]
 
 
 def _find(indices: Tensor, held: Held) -> tuple[Tensor, Tensor]:
-    """Where among those held each index is, and whether it is."""
+    """Return the position of each index among those that are held, and whether it is held."""
     if isinstance(held, range):
         return indices - held.start, (indices >= held.start) & (indices < held.stop)
     if not len(held):

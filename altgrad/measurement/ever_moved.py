@@ -1,4 +1,15 @@
-"""`EverMovedOfLayers`: what elements have done so far, of layers that lie in no arena."""
+"""Keep which elements of a layer have ever moved, for layers outside of an arena.
+
+The metric `never_moved_frac` needs two kinds of flags for each element, over all observed steps:
+whether it has had an update, and whether an update was effective in each format. Layers that a
+monitor measures together keep their flags in `altgrad.monitor.arena`. `EverMovedOfLayers` keeps all
+other flags: of layers too large for an arena, of layers whose arena was freed, and restored ones.
+
+Flags are bool (1 + formats, elements): row 0 for updates, then a row for each format. A state holds
+them with one bit for each flag.
+
+Read `kernel` first, where the flags are updated; `altgrad.monitor.arena` comes next.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +21,52 @@ from torch import Tensor
 
 from altgrad.measurement.kernel import EverMoved
 
+Part = tuple[int, Tensor]
+"""The number of measured elements of a layer, and the positions of those on this rank, int64."""
+
 PackedBits = tuple[tuple[int, ...], Tensor]
-"""Shape, and eight elements to a byte, on the CPU."""
+"""The shape of flags, and the flags as uint8 (bytes) on the CPU, eight to a byte."""
 
 
 class EverMovedOfLayers:
-    """By layer: bool, (1 + formats, elements), whether each has had an update, and whether one that
-    was effective in each format.
+    """The flags of layers by name: bool (1 + formats, elements).
 
     Args:
-        tell: Called with what a user is to know.
+        tell: Callback with a notice for the user.
     """
 
     def __init__(self, tell: Callable[[str], object]) -> None:
         self._tell = tell
-        self._of: dict[str, Tensor] = {}
+        self._flags: dict[str, Tensor] = {}
 
     def leave(self, name: str, ever: Tensor) -> None:
-        """Keep that of a layer; two that step in two optimizers are put together."""
-        known = self._of.get(name)
+        """Keep the flags of a layer.
+
+        If flags of the same shape are kept already, the two are combined by OR. That happens for a
+        layer that two optimizers step.
+
+        Args:
+            name: The layer's name.
+            ever: Its flags, bool (1 + formats, elements).
+        """
+        known = self._flags.get(name)
         if known is not None and known.shape == ever.shape:
             ever = ever | known.to(ever.device)
-        self._of[name] = ever
+        self._flags[name] = ever
 
     def take(self, name: str, kinds: int, elements: int) -> Tensor | None:
-        """What was left; None if nothing was, or that of another number of elements."""
-        ever = self._of.pop(name, None)
+        """Return the flags of a layer, and forget them here.
+
+        Args:
+            name: The layer's name.
+            kinds: Number of rows, 1 + formats.
+            elements: Number of elements that are measured.
+
+        Returns:
+            The flags, bool (kinds, elements). None if no flags are kept or their shape differs; in
+            the second case a notice is given.
+        """
+        ever = self._flags.pop(name, None)
         if ever is not None and ever.shape != (kinds, elements):
             self._tell(
                 f"has never_moved_frac of {name} begin anew: it has {elements} watched elements, "
@@ -44,58 +75,95 @@ class EverMovedOfLayers:
             return None
         return ever
 
-    @torch.inference_mode(mode=False)  # what is made in that mode could not be written to later
+    # Tensors made in inference mode could not be updated outside of it:
+    # https://docs.pytorch.org/docs/stable/notes/autograd.html#inference-mode
+    @torch.inference_mode(mode=False)
     def row_of(self, name: str, kinds: int, elements: int, device: torch.device) -> EverMoved:
-        """That of a layer which stays in here, to be updated: one row."""
+        """Return the flags of a layer as one row, for the kernel to update in place.
+
+        The flags stay here. They begin at False if no flags are kept or their shape differs.
+
+        Args:
+            name: The layer's name.
+            kinds: Number of rows, 1 + formats.
+            elements: Number of elements that are measured.
+            device: Device on which the layer is measured.
+
+        Returns:
+            Views of the flags, bool (1, 1, elements) and bool (1, formats, elements).
+        """
         ever = self.take(name, kinds, elements)
         if ever is None:
             ever = torch.zeros(kinds, elements, dtype=torch.bool)
-        self._of[name] = ever = ever.to(device)
+        self._flags[name] = ever = ever.to(device)
         return EverMoved(ever[None, :1], ever[None, 1:])
 
     def state_dict(self, elsewhere: Iterable[tuple[str, Tensor]]) -> dict[str, PackedBits]:
-        """One bit for each; with those that lie elsewhere."""
-        together = EverMovedOfLayers(self._tell)
-        together._of = dict(self._of)
-        for name, ever in elsewhere:
-            together.leave(name, ever)
-        return {name: _packed(ever) for name, ever in together._of.items()}
-
-    def load_state_dict(self, state: Mapping[str, PackedBits]) -> None:
-        """The reverse."""
-        self._of = {name: _unpacked(*packed) for name, packed in state.items()}
-
-    def keep_parts(self, parts: Mapping[str, tuple[int, Tensor]]) -> None:
-        """Of what was loaded, keep what is about the elements that lie here.
+        """Return the flags of all layers, packed to bits.
 
         Args:
-            parts: By layer, of how many elements all was, and which of them lie here.
+            elsewhere: Name and flags of layers that are kept in an arena, to be included.
+
+        Returns:
+            The packed flags by name of the layer.
         """
+        together = EverMovedOfLayers(self._tell)
+        together._flags = dict(self._flags)
+        for name, ever in elsewhere:
+            together.leave(name, ever)
+        return {name: _pack(ever) for name, ever in together._flags.items()}
+
+    def load_state_dict(self, state: Mapping[str, PackedBits], parts: Mapping[str, Part]) -> None:
+        """Restore the flags of all layers from a `state_dict`.
+
+        Only the flags of elements on this rank are kept.
+
+        Args:
+            state: The packed flags of all measured elements, by name of the layer.
+            parts: By name of a sharded layer, the number of its measured elements on all ranks and
+                the positions of those on this rank. Other layers are kept whole.
+        """
+        self._flags = {name: _unpack(*packed) for name, packed in state.items()}
         for name, (elements, positions) in parts.items():
-            ever = self.take(name, len(self._of[name]), elements) if name in self._of else None
+            known = self._flags.get(name)
+            ever = None if known is None else self.take(name, len(known), elements)
             if ever is not None:
-                self._of[name] = ever[:, positions]
+                self._flags[name] = ever[:, positions]
 
 
 def whole_of(packed: PackedBits | None, shape: tuple[int, int], positions: Tensor) -> Tensor:
-    """Bits of a layer of which only the elements at these positions are known; the rest is 0."""
+    """Return the bits of a whole layer, of which a rank knows some elements.
+
+    Args:
+        packed: The packed flags of the known elements; None if there are none.
+        shape: Shape of the whole flags, (1 + formats, elements).
+        positions: Position of each known element in the whole layer, int64 (known elements).
+
+    Returns:
+        The packed flags, uint8 (bytes) on the CPU; bits of unknown elements are 0. They are 0 for
+        all elements if `packed` has another number of rows or elements than expected.
+    """
     whole = torch.zeros(shape, dtype=torch.bool)
     if packed is not None and packed[0] == (shape[0], len(positions)):
-        whole[:, positions] = _unpacked(*packed)
-    return _packed(whole)[1]
+        whole[:, positions] = _unpack(*packed)
+    return _pack(whole)[1]
 
 
-def _packed(ever: Tensor) -> PackedBits:
+def _pack(ever: Tensor) -> PackedBits:
+    # Flag k of a byte is its bit k, least significant first, as numpy.packbits with
+    # bitorder="little" has it:  flags 1 0 1 1 0 0 0 0  ->  0b00001101
+    # https://numpy.org/doc/stable/reference/generated/numpy.packbits.html
     bits = ever.flatten().cpu().to(torch.uint8)
-    bits = torch.cat((bits, bits.new_zeros(-len(bits) % 8))).view(-1, 8)
-    return tuple(ever.shape), (bits << _shifts()).sum(1, dtype=torch.uint8)
+    bits = torch.cat((bits, bits.new_zeros(-len(bits) % 8))).view(-1, 8)  # pad to whole bytes
+    return tuple(ever.shape), (bits << _bit_positions()).sum(1, dtype=torch.uint8)
 
 
-def _unpacked(shape: tuple[int, ...], bits: Tensor) -> Tensor:
-    ever = (bits.cpu()[:, None] >> _shifts() & 1).flatten()
+def _unpack(shape: tuple[int, ...], bits: Tensor) -> Tensor:
+    ever = (bits.cpu()[:, None] >> _bit_positions() & 1).flatten()
     return ever[: math.prod(shape)].view(shape).bool()
 
 
-def _shifts() -> Tensor:
-    """Where in its byte each of eight elements has its bit; on the CPU, whatever the default is."""
+def _bit_positions() -> Tensor:
+    """Return the position of each of eight flags in its byte, uint8 (8) on the CPU."""
+    # The device is named because the user may have set another default device.
     return torch.arange(8, dtype=torch.uint8, device="cpu")

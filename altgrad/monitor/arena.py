@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,103 +14,109 @@ from altgrad.measurement.ever_moved import EverMovedOfLayers
 from altgrad.measurement.kernel import EverMoved, Rows
 from altgrad.measurement.measurer import Batch, Measurer
 from altgrad.monitor.scale_state import ScaleState
-from altgrad.observation.dtensor import is_sharded, local_of
-from altgrad.observation.snapshots import Copies
+from altgrad.observation.dtensor import local_of
+from altgrad.observation.snapshots import Copies, Request
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.scale_groups import Sharing
 
 _COLUMNS = 64  # few elements are wasted on the last row of a small parameter, and sums stay fast
 
 
-@dataclass(eq=False, slots=True)
-class Place:
-    """Where one parameter lies; without a name, where one lay that is stored elsewhere now."""
+class Place(NamedTuple):
+    """The place of one parameter in a segment.
 
-    name: str | None
+    Attributes:
+        name: Name of the layer.
+        shape: Shape of the whole parameter.
+        indices: Which of its elements are here, flat; None for all.
+        elements: How many are here.
+        rows: The rows that they take, the last of which may have room left.
+    """
+
+    name: str
     shape: torch.Size
     indices: Tensor | None
     elements: int
-    first_row: int
-
-    @property
-    def rows(self) -> range:
-        return range(self.first_row, self.first_row + -(-self.elements // _COLUMNS))
+    rows: slice
 
 
 @dataclass(eq=False)
 class Segment:
-    """As many parameters, stored alike, as one call of the kernel measures.
+    """A run of rows for parameters stored alike, which one call of the kernel measures.
 
     Attributes:
         before, after, gradient: (rows, columns); NaN in `before` where no element is.
-        together: The three in one, if they are of one dtype.
         ever: What the elements have done so far.
         places: The parameters, in the order of their rows.
-        batch: What is measured, as long as the places and the scales stay what they are.
+        batch: What is measured.
     """
 
     before: Tensor
     after: Tensor
     gradient: Tensor
-    together: Tensor | None
     ever: EverMoved
-    places: list[Place] = field(default_factory=list)
-    batch: Batch | None = None
+    places: Sequence[Place]
+    batch: Batch
 
-    @property
-    def names(self) -> list[str | None]:
-        """Of the layers, in the order in which they are measured."""
-        return [place.name for place in self.places]
+    def names_with(self, present: set[str]) -> list[str | None]:
+        """Return the name of each layer, and None for each that is not present.
 
-    @property
-    def rows(self) -> int:
-        """How many are taken."""
-        return self.places[-1].rows.stop if self.places else 0
-
-    def find(self, name: str) -> Place | None:
-        """Where the parameter lies."""
-        return next((place for place in self.places if place.name == name), None)
-
-    def leave_out(self, places: Iterable[Place]) -> None:
-        """Let no elements be there of parameters of which nothing new was copied."""
-        rows = [row for place in places for row in place.rows]
-        if rows:
+        The copies of layers that are not present are old: they are made to hold no element.
+        """
+        absent = [place.rows for place in self.places if place.name not in present]
+        if absent:
+            rows = [row for each in absent for row in range(each.start, each.stop)]
             self.before.index_fill_(0, torch.tensor(rows, device=self.before.device), torch.nan)
+        return [place.name if place.name in present else None for place in self.places]
 
-    def ever_of(self, place: Place) -> Tensor:
-        """What the elements of one have done: bool, (1 + formats, elements)."""
-        rows = slice(place.rows.start, place.rows.stop)
-        both = torch.cat((self.ever.moved[rows], self.ever.effective[rows]), dim=1)
+    def copies(self, place: Place, shape: torch.Size) -> Copies:
+        """Return the memory of one parameter.
+
+        Args:
+            place: The place of the parameter.
+            shape: Shape of what is copied.
+        """
+        start = place.rows.start * _COLUMNS
+        return Copies(
+            *(
+                each.view(-1)[start : start + place.elements].view(shape)
+                for each in (self.before, self.gradient, self.after)
+            )
+        )
+
+    def history(self, place: Place) -> Tensor:
+        """Return what the elements of a parameter have done: bool (1 + formats, elements)."""
+        both = torch.cat((self.ever.moved[place.rows], self.ever.effective[place.rows]), dim=1)
         return both.transpose(0, 1).flatten(1)[:, : place.elements]
 
-    def vacate(self, place: Place) -> None:
-        """Nothing lies there any more, and nothing has done anything yet."""
-        self.leave_out([place])
-        for each in self.ever:
-            each[place.rows.start : place.rows.stop] = False
-        place.name, place.indices, place.shape = None, None, torch.Size((1, place.elements))
+    def restore(self, place: Place, history: Tensor) -> None:
+        """Set what the elements of a parameter have done.
 
-    def restore(self, place: Place, ever: Tensor) -> None:
-        """Set what the elements of one have done, as `ever_of` gave it."""
-        count = len(place.rows) * _COLUMNS
-        padded = torch.zeros(len(ever), count, dtype=torch.bool, device=self.before.device)
-        padded[:, : place.elements] = ever
-        rows = slice(place.rows.start, place.rows.stop)
-        by_row = padded.view(len(ever), -1, _COLUMNS).transpose(0, 1)
-        self.ever.moved[rows].copy_(by_row[:, :1])
-        self.ever.effective[rows].copy_(by_row[:, 1:])
+        Args:
+            place: The place of the parameter.
+            history: bool (1 + formats, elements), as `history` returned it.
+        """
+        count = (place.rows.stop - place.rows.start) * _COLUMNS
+        padded = torch.zeros(len(history), count, dtype=torch.bool, device=self.before.device)
+        padded[:, : place.elements] = history
+        by_row = padded.view(len(history), -1, _COLUMNS).transpose(0, 1)
+        self.ever.moved[place.rows].copy_(by_row[:, :1])
+        self.ever.effective[place.rows].copy_(by_row[:, 1:])
 
 
 class Arena:
-    """The copies of one optimizer's parameters.
+    """The copies of one optimizer's parameters, laid out once, and again when they change.
 
     Larger parameters are left to others.
 
     Args:
-        measurer: Who measures them.
-        scale_state: What the scales follow from.
+        measurer: What measures them.
+        scale_state: What the scales follow from; it knows all layers that are laid out.
         ever_moved: Where what elements have done is, while they lie nowhere.
-        samples: Of parameters of which not all elements are given: which these are.
+        samples: Which elements are copied of parameters of which not all are.
+
+    Attributes:
+        segments: What is measured.
     """
 
     def __init__(
@@ -119,156 +126,116 @@ class Arena:
         ever_moved: EverMovedOfLayers,
         samples: Mapping[str, Sample],
     ) -> None:
+        self.segments: list[Segment] = []
         self._samples = samples
         self._measurer = measurer
         self._scale_state = scale_state
         self._ever_moved = ever_moved
-        self.segments: list[Segment] = []
-
-    def place(
-        self, name: str, parameter: Tensor, gradient: Tensor, indices: Tensor | None
-    ) -> Copies | None:
-        """Memory for one parameter: that which it had, if it still fits."""
-        here = local_of(parameter)
-        elements = here.numel() if indices is None else len(indices)
-        if {parameter.dtype, gradient.dtype} - {*INPUT_DTYPES} or elements > self._capacity:
-            return None
-        if not elements and (indices is not None or is_sharded(parameter)):
-            return None
-        self._scale_state.look_at(name, parameter)
-        segment, place = self._find(name, here, gradient, elements)
-        place.shape, place.indices = parameter.shape, indices
-        if indices is not None or is_sharded(parameter):
-            place.shape, place.indices = self._samples[name]
-        segment.batch = None
-        start = place.first_row * _COLUMNS
-        shape = here.shape if indices is None else indices.shape
-        before, gradients, after = (
-            each.view(-1)[start : start + elements].view(shape)
-            for each in (segment.before, segment.gradient, segment.after)
-        )
-        return Copies(before, gradients, after)
-
-    def batch_of(self, segment: Segment) -> Batch:
-        """What is to be measured of a segment."""
-        if segment.batch is None:
-            segment.batch = self._batch(segment)
-        return segment.batch
-
-    def scales_changed(self) -> None:
-        """Some amax have been taken again."""
-        for segment in self.segments:
-            if segment.batch is not None:
-                scales = self._scales(segment.places, segment.batch.layers.of_row)
-                segment.batch = self._measurer.with_scales(segment.batch, scales)
-
-    def ever_moved(self) -> Iterator[tuple[str, Tensor]]:
-        """What the elements of each parameter have done."""
-        for segment in self.segments:
-            for place in segment.places:
-                if place.name is not None:
-                    yield place.name, segment.ever_of(place)
-
-    def clear(self) -> None:
-        """Let go of all memory."""
-        self.segments.clear()
-
-    @property
-    def _capacity(self) -> int:
-        return self._measurer.capacity // _COLUMNS * _COLUMNS
-
-    def _find(
-        self, name: str, parameter: Tensor, gradient: Tensor, elements: int
-    ) -> tuple[Segment, Place]:
-        alike = [each for each in self.segments if _are_stored_as(each, parameter, gradient)]
-        for segment in self.segments:
-            place = segment.find(name)
-            if place is not None and place.elements == elements and segment in alike:
-                return segment, place
-            if place is not None:
-                if place.elements == elements:
-                    self._ever_moved.leave(name, segment.ever_of(place))
-                segment.vacate(place)
-        segment, place = self._new_place(name, parameter, gradient, elements, alike)
-        ever = self._ever_moved.take(name, 1 + len(self._measurer.formats), elements)
-        if ever is not None:
-            segment.restore(place, ever)
-        return segment, place
-
-    def _new_place(
-        self,
-        name: str,
-        parameter: Tensor,
-        gradient: Tensor,
-        elements: int,
-        alike: Sequence[Segment],
-    ) -> tuple[Segment, Place]:
-        """Where another one lay, or after the last."""
-        needed = -(-elements // _COLUMNS)
-        for segment in alike:
-            for place in segment.places:
-                if place.name is None and len(place.rows) == needed:
-                    place.name, place.elements = name, elements
-                    return segment, place
-        roomy = (each for each in alike if each.rows + needed <= len(each.before))
-        segment = next(roomy, None) or self._new_segment(parameter, gradient)
-        place = Place(name, parameter.shape, None, elements, segment.rows)
-        segment.places.append(place)
-        return segment, place
+        self._rows = measurer.capacity // _COLUMNS  # of one segment at most
 
     @torch.inference_mode(mode=False)  # what is made in that mode could not be written to later
-    def _new_segment(self, parameter: Tensor, gradient: Tensor) -> Segment:
-        shape = self._capacity // _COLUMNS, _COLUMNS
-        formats = len(self._measurer.formats)
-
-        def unmoved(middle: int) -> Tensor:
-            return torch.zeros(
-                shape[0], middle, _COLUMNS, dtype=torch.bool, device=parameter.device
-            )
-
-        together = None
-        if parameter.dtype == gradient.dtype:
-            together = parameter.new_zeros((3, *shape))
-            before, after, gradients = together.unbind()
-        else:
-            before, after = parameter.new_zeros((2, *shape)).unbind()
-            gradients = gradient.new_zeros(shape)
-        before.fill_(torch.nan)
-        ever = EverMoved(unmoved(1), unmoved(formats))
-        segment = Segment(before, after, gradients, together, ever)
-        self.segments.append(segment)
-        return segment
-
-    @torch.inference_mode(mode=False)
     @torch.no_grad()
-    def _batch(self, segment: Segment) -> Batch:
-        device, rows = segment.before.device, segment.rows
-        lengths = torch.tensor([len(place.rows) for place in segment.places])
+    def lay_out(self, requests: Sequence[Request]) -> list[Copies | None]:
+        """Give memory to parameters, side by side where they are stored alike.
+
+        Args:
+            requests: All parameters of the optimizer; those before are forgotten.
+
+        Returns:
+            Memory for each; None if it has too many elements, none at all, or a dtype that is not
+            measured.
+        """
+        self.leave()
+        copies: dict[str, Copies] = {}
+        for group in self._grouped(requests):
+            segment = self._segment(group)
+            for place, request in zip(segment.places, group, strict=True):
+                kinds = 1 + len(self._measurer.formats)
+                history = self._ever_moved.take(place.name, kinds, place.elements)
+                if history is not None:
+                    segment.restore(place, history)
+                copies[place.name] = segment.copies(place, _shape_of_copies(request))
+            self.segments.append(segment)
+        return [copies.get(request.name) for request in requests]
+
+    def leave(self) -> None:
+        """Let go of all memory; what elements have done so far is kept elsewhere."""
+        for name, history in self.histories():
+            self._ever_moved.leave(name, history)
+        self.segments.clear()
+
+    def histories(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what the elements of each layer have done, by name."""
+        for segment in self.segments:
+            for place in segment.places:
+                yield place.name, segment.history(place)
+
+    def scales_changed(self) -> None:
+        """Measure under the scales of amax that have been taken again."""
+        for segment in self.segments:
+            layer_of_row = segment.batch.layers.of_row
+            scales = self._scales(segment.places, layer_of_row)
+            segment.batch = self._measurer.with_scales(segment.batch, scales)
+
+    def _grouped(self, requests: Sequence[Request]) -> list[list[Request]]:
+        """Return the parameters of each segment: stored alike, and no more than it holds."""
+        groups: list[list[Request]] = []
+        kinds: list[tuple[object, ...]] = []
+        free: list[int] = []  # rows of each group
+        for request in requests:
+            rows = -(-_elements(request) // _COLUMNS)
+            dtypes = request.parameter.dtype, request.gradient_dtype
+            is_elsewhere = not rows and request.name in self._samples
+            if {*dtypes} - {*INPUT_DTYPES} or rows > self._rows or is_elsewhere:
+                continue
+            kind = (*dtypes, request.parameter.device)
+            fitting = (k for k, rest in enumerate(free) if kinds[k] == kind and rows <= rest)
+            number = next(fitting, len(groups))
+            if number == len(groups):
+                groups.append([])
+                kinds.append(kind)
+                free.append(self._rows)
+            groups[number].append(request)
+            free[number] -= rows
+        return groups
+
+    def _segment(self, group: Sequence[Request]) -> Segment:
+        places, stop = [], 0
+        for request in group:
+            elements, start = _elements(request), stop
+            stop += -(-elements // _COLUMNS)
+            shape, indices = self._samples.get(request.name) or (request.parameter.shape, None)
+            places.append(Place(request.name, shape, indices, elements, slice(start, stop)))
+        before, after, gradient, together = _memory(group[0], stop)
+        moved, effective = (
+            torch.zeros(stop, middle, _COLUMNS, dtype=torch.bool, device=before.device)
+            for middle in (1, len(self._measurer.formats))
+        )
+        ever = EverMoved(moved, effective)
+        rows = Rows(before.unsqueeze(1), after.unsqueeze(1), gradient.unsqueeze(1), together)
+        return Segment(before, after, gradient, ever, places, self._batch(rows, ever, places))
+
+    def _batch(self, rows: Rows, ever: EverMoved, places: Sequence[Place]) -> Batch:
+        device = rows.before.device
+        lengths = torch.tensor([place.rows.stop - place.rows.start for place in places])
         layer_of_row = torch.repeat_interleave(lengths).to(device)
-        counted = [[place.shape.numel(), place.elements] for place in segment.places]
+        counted = [[place.shape.numel(), place.elements] for place in places]
         return self._measurer.batch(
-            Rows(
-                segment.before[:rows].unsqueeze(1),
-                segment.after[:rows].unsqueeze(1),
-                segment.gradient[:rows].unsqueeze(1),
-                None if segment.together is None else segment.together[:, :rows].transpose(0, 1),
-            ),
+            rows,
             layer_of_row,
             torch.tensor(counted, dtype=torch.float64).to(device),
-            self._scales(segment.places, layer_of_row),
-            EverMoved(segment.ever.moved[:rows], segment.ever.effective[:rows]),
+            self._scales(places, layer_of_row),
+            ever,
         )
 
     def _scales(
         self, places: Sequence[Place], layer_of_row: Tensor
     ) -> Tensor | tuple[Sharing, Tensor | None]:
-        """As `Measurer.with_scales` takes them."""
+        """Return what `Measurer.with_scales` takes."""
         device, measurer = layer_of_row.device, self._measurer
-        known = self._scale_state.amax
         amax = None
         if measurer.formats.needs_amax:
-            one = torch.ones(1, device=device)
-            amax = torch.cat([known(place.name) if place.name else one for place in places])
+            amax = torch.cat([self._scale_state.amax(place.name) for place in places])
         if measurer.formats.is_single:
             return measurer.single_scales(amax, len(places), device)[layer_of_row]
         sharing = Sharing.joined([self._sharing(place) for place in places])
@@ -277,12 +244,35 @@ class Arena:
     def _sharing(self, place: Place) -> Sharing:
         indices = place.indices
         indices = torch.arange(place.elements) if indices is None else indices.cpu()
-        return self._measurer.sharing_of(place.shape, indices).padded(len(place.rows) * _COLUMNS)
+        count = (place.rows.stop - place.rows.start) * _COLUMNS
+        return self._measurer.sharing_of(place.shape, indices).padded(count)
 
 
-def _are_stored_as(segment: Segment, parameter: Tensor, gradient: Tensor) -> bool:
-    return (
-        segment.before.dtype == parameter.dtype
-        and segment.gradient.dtype == gradient.dtype
-        and segment.before.device == parameter.device
-    )
+def _elements(request: Request) -> int:
+    """Return how many elements of a parameter are copied."""
+    return _shape_of_copies(request).numel()
+
+
+def _shape_of_copies(request: Request) -> torch.Size:
+    if request.indices is not None:
+        return request.indices.shape
+    return local_of(request.parameter.detach()).shape
+
+
+def _memory(first: Request, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return memory without elements for so many rows of parameters stored as the first one.
+
+    Returns:
+        Weights before, after and gradients (rows, columns); and all in one (rows, 3, columns), if
+        they are of one dtype.
+    """
+    shape, together = (count, _COLUMNS), None
+    weights = local_of(first.parameter.detach())
+    if weights.dtype == first.gradient_dtype:
+        together = weights.new_zeros((3, *shape))
+        before, after, gradient = together.unbind()
+    else:
+        before, after = weights.new_zeros((2, *shape)).unbind()
+        gradient = weights.new_zeros(shape, dtype=first.gradient_dtype)
+    before.fill_(torch.nan)
+    return before, after, gradient, None if together is None else together.transpose(0, 1)

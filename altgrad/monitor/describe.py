@@ -15,7 +15,7 @@ _SHRINKING = (((1, 4), 12), ((0, 1, 4), 8))
 def describe_layers(
     resolved: Mapping[str, LayerSampling], rules: Sequence[SamplingRule], *, width: int = 80
 ) -> str:
-    """A table of the layers and how each is observed, then the rules that no layer got.
+    """Return a table of the layers and how each is observed, then the rules without a layer.
 
     Names, patterns and formats that do not fit lose their middle to ``…``.
 
@@ -52,7 +52,7 @@ def _row(layer: LayerSampling) -> tuple[str, ...]:
 
 
 def _widths(rows: Sequence[Sequence[str]], width: int) -> list[int]:
-    """The width of each column: where a line is too long, the widest column shrinks first."""
+    """Return the width of each column; in a line that is too long the widest shrinks first."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     excess = sum(widths) + len(_GAP) * (len(widths) - 1) - width
     for columns, least in _SHRINKING:
@@ -63,7 +63,7 @@ def _widths(rows: Sequence[Sequence[str]], width: int) -> list[int]:
 
 
 def _shorten(text: str, size: int) -> str:
-    """The text, its middle replaced by one … where it is longer than size (at least 1)."""
+    """Replace the middle of a text by one … if it is longer than size, which is at least 1."""
     if len(text) <= size:
         return text
     tail = (size - 1) // 2

@@ -22,7 +22,7 @@ def sample_elements(
     seed: int = 0,
     block: int = 1,
 ) -> Tensor | None:
-    """Indices of elements drawn uniformly, without replacement, and never more than are needed.
+    """Draw elements of a layer uniformly, without replacement.
 
     - The same for equal arguments on every rank, machine, device and run. torch's global random
       numbers are neither used nor moved.
@@ -85,7 +85,7 @@ def _generator(name: str, seed: int) -> torch.Generator:
 
 
 def _draw(population: int, count: int, generator: torch.Generator) -> Tensor:
-    """That many distinct numbers below population, ascending; every set is equally likely."""
+    """Draw distinct numbers below population, ascending; every set is equally likely."""
     if count <= population // 2:
         return _first_distinct(population, count, generator)
     # Most numbers would come up again and again: draw those to leave out.
@@ -96,7 +96,7 @@ def _draw(population: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _first_distinct(population: int, count: int, generator: torch.Generator) -> Tensor:
-    """The first distinct numbers, so many, of a stream of independent uniform ones, ascending.
+    """Return the first distinct numbers of a stream of independent uniform ones, ascending.
 
     Each round draws no more than are missing, so that none is drawn in vain.
     """
@@ -111,7 +111,7 @@ def _first_distinct(population: int, count: int, generator: torch.Generator) -> 
 
 
 def _elements_of(blocks: Tensor, row: int, block: int, blocks_in_row: int) -> Tensor:
-    """The elements of these blocks, which are counted row by row."""
+    """Return the elements of these blocks, which are counted row by row."""
     columns = blocks.remainder(blocks_in_row)[:, None] * block + torch.arange(block, device=_CPU)
     rows = blocks.div(blocks_in_row, rounding_mode="floor")[:, None]
     return (rows * row + columns)[columns < row]

@@ -26,6 +26,9 @@ def describe_run(
         formats: Formats that are judged.
         scaling: Which elements share a scale.
         layers: What `describe_layer` returns, by name of the layer.
+
+    Returns:
+        A dict with the keys ``formats``, ``scaling`` and ``layers``, which JSON can write.
     """
     return {
         "formats": {format.name: describe_format(format, scaling) for format in formats},
@@ -35,7 +38,15 @@ def describe_run(
 
 
 def describe_format(format: NumberFormat, scaling: Scaling | None) -> dict[str, Any]:
-    """Return range and precision of a format; of one in blocks, those of its elements."""
+    """Return range and precision of a format; for a block format those of its elements.
+
+    Args:
+        format: The format.
+        scaling: Which elements share a scale, in formats that prescribe none.
+
+    Returns:
+        A dict of plain numbers, and whether the format is scaled.
+    """
     element = format.element
     return {
         "bits": element.bits,
@@ -54,6 +65,9 @@ def describe_layer(parameter: Tensor, sampling: LayerSampling, elements: int) ->
         parameter: The parameter.
         sampling: How it is observed.
         elements: Number of elements that are measured in a step.
+
+    Returns:
+        A dict that JSON can write.
     """
     return {
         "shape": tuple(parameter.shape),

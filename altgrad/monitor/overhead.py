@@ -20,7 +20,7 @@ _NEVER = -1
 
 
 class _Mark(NamedTuple):
-    """The end of an observed step of an optimizer."""
+    """The end of an observed step of one optimizer."""
 
     step: int
     end: float
@@ -29,14 +29,14 @@ class _Mark(NamedTuple):
 
 
 class Clock:
-    """Seconds of the host: those spent on observing, and those between observed steps without."""
+    """A clock of the host: seconds spent on observing, and seconds of training between."""
 
     def __init__(self) -> None:
         self._own = 0.0
         self._marks: WeakKeyDictionary[Optimizer, _Mark] = WeakKeyDictionary()
 
     def add(self, seconds: float) -> None:
-        """Spent on observing."""
+        """Add seconds that were spent on observing."""
         self._own += seconds
 
     @contextmanager
@@ -49,8 +49,15 @@ class Clock:
             self._own += time.perf_counter() - start
 
     def seconds(self, optimizer: Optimizer, index: int) -> tuple[float, float]:
-        """What observing took from one observed step to the last one, of all optimizers, and the
-        mean time of a step of training since then; NaN where it is not known.
+        """Return what the last observed step cost, and how long a step of training takes.
+
+        Args:
+            optimizer: The optimizer.
+            index: Index of the step that is being observed.
+
+        Returns:
+            Seconds of observing, of all optimizers, up to the last observed step of this one; and
+            the mean seconds of a step of training since then. NaN where they are not known.
         """
         mark = self._marks.get(optimizer)
         if mark is None or index <= mark.step:  # counted anew
@@ -59,7 +66,12 @@ class Clock:
         return mark.own_of_step, max(training, 0.0) / (index - mark.step)
 
     def tick(self, optimizer: Optimizer, index: int) -> None:
-        """A step has been observed."""
+        """Note the end of an observed step.
+
+        Args:
+            optimizer: The optimizer.
+            index: Index of the step.
+        """
         mark = self._marks.get(optimizer)
         # The first does what no other has to do: it tells nothing.
         own_of_step = math.nan if mark is None else self._own - mark.own
@@ -67,7 +79,7 @@ class Clock:
 
 
 class OverheadBudget:
-    """Keeps the time that observing costs within a share of the whole, by observing less often.
+    """A limit on the time that observing costs, kept by observing less often.
 
     Each observed step is followed by as many steps as pay for it. All decisions follow from the
     numbers passed in and nothing else: ranks that pass equal numbers decide equally.
@@ -101,7 +113,7 @@ class OverheadBudget:
         self._last_observed_step = _NEVER
 
     def update(self, own_seconds: float, training_seconds: float) -> None:
-        """Sets the smallest interval with ``own / (own + interval · training) <= share``.
+        """Set the smallest interval with ``own / (own + interval · training) <= share``.
 
         - It is a multiple of every_n_steps, at least that itself, at most 1,000,000 times that.
         - An own_seconds of 0 or below, within the noise of the clock, is no cost.
@@ -122,28 +134,29 @@ class OverheadBudget:
         self.interval = self._allowed(math.ceil(needed))
 
     def _allowed(self, steps: int) -> int:
-        """The smallest allowed interval of at least these steps, or the largest allowed."""
+        """Return the smallest allowed interval of at least these steps, or the largest allowed."""
         multiples = -(-steps // self.every_n_steps)
         return self.every_n_steps * min(max(multiples, 1), _MOST_MULTIPLES)
 
     def is_due(self, step: int) -> bool:
-        """Whether the steps since the last observed one have paid for it.
+        """Return whether the steps since the last observed one have paid for it.
 
-        Always before the first, and at steps before the last observed one: counting began anew.
+        True before the first observed step, and at steps before the last observed one: there the
+        count of steps began anew.
         """
         last = self._last_observed_step
         return last == _NEVER or step < last or step >= last + self.interval
 
     def observed(self, step: int) -> None:
-        """Notes that this step, counted from 0, was observed."""
+        """Note that this step, counted from 0, was observed."""
         self._last_observed_step = step
 
     def state_dict(self) -> dict[str, int]:
-        """What a run needs to go on; a last_observed_step of -1 says that there is none."""
+        """Return the interval and the last observed step; -1 if no step was observed."""
         return {"interval": self.interval, "last_observed_step": self._last_observed_step}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes on from what `state_dict` returned.
+        """Restore what `state_dict` returned.
 
         Under another every_n_steps, the interval becomes the next larger one that is allowed.
 
@@ -164,13 +177,14 @@ class OverheadBudget:
 
 
 class Budgets:
-    """Those of all optimizers, in the order in which they are first asked for.
+    """A budget for each optimizer, in the order in which they are first asked for.
 
     Args:
-        share, every_n_steps: As in `OverheadBudget`.
+        share: The share of the whole time that observing may take.
+        every_n_steps: The smallest interval, in steps.
 
     Attributes:
-        share: As given.
+        share: The `share` argument.
     """
 
     def __init__(self, share: float, every_n_steps: int) -> None:
@@ -180,7 +194,7 @@ class Budgets:
         self._restored: list[Mapping[str, int]] = []
 
     def of(self, optimizer: Optimizer) -> OverheadBudget:
-        """That of one."""
+        """Return the budget of an optimizer, creating it on first use."""
         if optimizer not in self._of:
             budget = copy(self._unused)
             if self._restored:
@@ -189,10 +203,10 @@ class Budgets:
         return self._of[optimizer]
 
     def state_dict(self) -> list[Mapping[str, int]]:
-        """Of each, in their order."""
+        """Return the state of each budget, in their order."""
         return [*(budget.state_dict() for budget in self._of.values()), *self._restored]
 
     def load_state_dict(self, state: Sequence[Mapping[str, int]]) -> None:
-        """The reverse, for the optimizers that will be asked for from now on."""
+        """Restore budgets, for the optimizers that are asked for from now on."""
         self._of.clear()
         self._restored = [*state]

@@ -9,7 +9,7 @@ from altgrad._messages import check_int, check_type
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """Steps at a fixed distance, or ever further apart, as a function of their number alone.
+    """A schedule of steps at a fixed distance, or ever further apart.
 
     Steps count from 0. As in Lightning, every 10 steps are the steps 9, 19, 29, …
 
@@ -46,7 +46,7 @@ class StepSchedule:
             )
 
     def is_due(self, step: int) -> bool:
-        """Whether to observe this step, counted from 0."""
+        """Return whether to observe this step, counted from 0."""
         if (step + 1) % self.every_n_steps or step < self.from_step:
             return False
         if self.until_step is not None and step >= self.until_step:
@@ -59,12 +59,12 @@ class StepSchedule:
 
 
 def _round_up(number: int, multiple: int) -> int:
-    """The smallest multiple that is not below the number."""
+    """Return the smallest multiple that is not below the number."""
     return number + -number % multiple
 
 
 def _last_of_1_2_5(count: int) -> int:
-    """The largest of 1, 2, 5, 10, 20, 50, … that is not above count, which is at least 1."""
+    """Return the largest of 1, 2, 5, 10, 20, 50, … up to count, which is at least 1."""
     decade = 1
     while 10 * decade <= count:
         decade *= 10

@@ -7,55 +7,51 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from altgrad.distributed.layers import ShardedLayers
+from altgrad.distributed.peers import Peers
 from altgrad.measurement.histogram import Histogram
 from altgrad.monitor.elements import sample_elements
+from altgrad.observation.dtensor import local_of
 
 _FIRST, _BINS = -64, 96
 _MOST_ELEMENTS = 1024
 
 
 @torch.no_grad()
-def weight_octaves(
-    parameters: Mapping[str, Tensor], sharded: ShardedLayers | None = None
-) -> Histogram:
-    """How many weights lie in each octave of abs(w), estimated from up to 1,024 of each parameter.
+def weight_octaves(parameters: Mapping[str, Tensor], peers: Peers) -> Histogram:
+    """Return how many weights lie in each octave of abs(w), from up to 1,024 of each parameter.
 
     Zeros and what is not finite are in none; the first bin and the last one have no end. It takes
-    some operations for each parameter and one copy to the host.
+    some operations for each parameter and one copy to the host; of sharded parameters also one SUM
+    over all ranks.
 
     Args:
         parameters: By name, floating-point.
-        sharded: What knows where they are, if they are shards: then one SUM over all processes.
+        peers: The ranks that share them.
 
     Raises:
-        LostRankError: Not all processes that share them have called it.
+        LostRankError: Not all ranks that share them have called it.
         RuntimeError: Those have not met, as they do at `attach`.
     """
-    if sharded is not None:
-        counts = sharded.ranks.total(lambda: _counts(parameters, sharded), _BINS)
-    else:
-        counts = _counts(parameters, None)
+    counts = peers.total(lambda: _counts(parameters, peers), _BINS)
     return Histogram(_FIRST, counts.tolist())
 
 
-def _counts(parameters: Mapping[str, Tensor], sharded: ShardedLayers | None) -> Tensor:
-    of_each = [_of_one(name, parameter, sharded) for name, parameter in parameters.items()]
-    if not of_each:
+def _counts(parameters: Mapping[str, Tensor], peers: Peers) -> Tensor:
+    """Return the estimated counts of what lies here, float64 (bins) on the host."""
+    each = [_counts_of(name, p, peers) for name, p in peers.known(parameters).items()]
+    if not each:
         return torch.zeros(_BINS, dtype=torch.float64)
-    device = of_each[0].device
-    return torch.stack([each.to(device) for each in of_each]).sum(0).cpu()
+    device = each[0].device
+    return torch.stack([counts.to(device) for counts in each]).sum(0).cpu()
 
 
-def _of_one(name: str, parameter: Tensor, sharded: ShardedLayers | None) -> Tensor:
+def _counts_of(name: str, parameter: Tensor, peers: Peers) -> Tensor:
     indices = sample_elements(name, parameter.shape, _MOST_ELEMENTS)
     count = parameter.numel() if indices is None else len(indices)
     weight = parameter.numel() / max(count, 1)
-    flat = parameter.detach() if sharded is None else sharded.here(parameter)
-    flat = flat.reshape(-1)
-    if sharded is not None:
-        indices = sharded.part_of(name, indices).local
-    sample = flat if indices is None else flat[indices.to(flat.device)]
+    flat = local_of(parameter.detach()).reshape(-1)
+    here = peers.part(name, indices).local
+    sample = flat if here is None else flat[here.to(flat.device)]
     octave = torch.frexp(sample.double()).exponent - 1
     bins = octave.clamp(_FIRST, _FIRST + _BINS - 1) - _FIRST
     counted = ((sample != 0) & sample.isfinite()).double() * weight

@@ -1,14 +1,23 @@
-"""What an optimizer step did, as it happened.
+"""Observe the steps of a torch optimizer: weights before and after, and the gradients applied.
 
-`observer` puts together when a step begins and ends (`step_hooks`), what is copied of it
-(`snapshots`), what the parameters are called (`parameter_names`), what of a sharded one lies here
-(`dtensor`), which optimizers can be observed (`optimizers`) and what a GradScaler skips
-(`grad_scaler`), and shows each `step`. `rules` say which layers are observed, and how; `stored`
-knows which weights a recipe keeps on the grid of a format.
+Read the files in the order in which a step passes through them:
+
+1. `optimizers`: find the real optimizer under a wrapper, and refuse what cannot be observed.
+2. `step_hooks`: learn when a step begins, when its gradients are final, and when it ends.
+3. `parameter_names`: give each parameter the name that its user wrote.
+4. `dtensor`: find the local shard of a sharded parameter.
+5. `snapshots`: copy weights and gradients before the step, into memory that is reused.
+6. `step`: turn the copies into an `OptimizerStep`, and its end into a `StepOutcome`.
+7. `grad_scaler`: notice the steps that a GradScaler skips.
+8. `attachments`: keep all hooks of one observer, and remove them together.
+9. `observer`: put all of these together in `StepObserver`.
+
+Two files stand beside them: `rules` says which layers are observed, and how; `stored` records which
+weights a recipe keeps in a low-precision format.
 """
 
 from altgrad.observation.dtensor import is_sharded_module
-from altgrad.observation.observer import SkipReason, StepObserver
-from altgrad.observation.step import OptimizerStep
+from altgrad.observation.observer import StepObserver
+from altgrad.observation.step import OptimizerStep, SkipReason, StepOutcome
 
-__all__ = ["OptimizerStep", "SkipReason", "StepObserver", "is_sharded_module"]
+__all__ = ["OptimizerStep", "SkipReason", "StepObserver", "StepOutcome", "is_sharded_module"]

@@ -1,84 +1,154 @@
-"""What of a tensor lies in this process: all of it, or the shard of a DTensor.
+"""Find the local shard of a tensor: a plain tensor itself, or what a DTensor holds on this rank.
 
-fully_shard (FSDP2) has two sets of parameters: the shards that are stepped, and the whole ones of a
-forward.
+All that the room knows of DTensor and of fully_shard (FSDP2) is in this file. It never imports
+torch.distributed, so that a run on one device does not load it.
+
+fully_shard keeps two sets of parameters. The optimizer steps the DTensors that hold the shards; a
+forward pass replaces them by whole parameters, which are freed afterwards.
+
+`parameter_names` comes next: it calls `register_shards` before it reads names.
+
+References:
+    https://docs.pytorch.org/docs/stable/distributed.tensor.html
+    https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter)
+"""The types of whole tensors; comparing types is faster than asking for attributes."""
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether it is a DTensor, told without an import of torch.distributed."""
+    """Return True for a DTensor, without importing torch.distributed."""
     return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
 
 
 def local_of(tensor: Any) -> Tensor:
-    """The part that lies here, in the memory of the tensor; call it without gradient recording."""
+    """Return the local shard of a tensor, sharing its memory.
+
+    Call this under `torch.no_grad`: `DTensor.to_local` is recorded by autograd otherwise.
+
+    Args:
+        tensor: A plain tensor or a DTensor.
+
+    Returns:
+        The local shard, with the dtype of the tensor; a plain tensor is returned itself.
+    """
     if not is_sharded(tensor):
         return tensor  # type: ignore[no-any-return]
     local: Any = tensor.to_local()
+    # to_local may return an AsyncCollectiveTensor, whose data arrive with wait():
+    # https://docs.pytorch.org/docs/stable/distributed.tensor.html (DTensor.to_local)
     return local.wait() if hasattr(local, "wait") else local  # type: ignore[no-any-return]
 
 
-def local_gradient_of(parameter: Any, gradient: Any) -> Tensor:
-    """The part of a gradient that belongs to what lies here; of a whole one it is cut out.
+def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the local shards of many tensors, in their order."""
+    return [each if type(each) in _PLAIN else local_of(each) for each in tensors]
 
-    Of one that `is_unreduced` no part does.
+
+def get_local_gradients(parameters: Iterable[Any]) -> list[Tensor]:
+    """Return the gradient of each parameter's local shard, as a dense tensor.
+
+    A gradient that every rank holds whole is cut to the local shard.
+
+    Args:
+        parameters: Parameters that have a gradient; the gradient must not be one that
+            `find_unreduced` reports.
+
+    Returns:
+        One tensor for each parameter, with the dtype of the gradient and the shape of the shard.
     """
+    return [
+        each.grad
+        if type(each.grad) in _PLAIN and each.grad.layout == torch.strided
+        else _get_local_gradient(each, each.grad)
+        for each in parameters
+    ]
+
+
+def _get_local_gradient(parameter: Any, gradient: Any) -> Tensor:
     if is_sharded(parameter) and gradient.placements != parameter.placements:
+        # Only from Replicate to Shard, which cuts and sends nothing.
         gradient = gradient.redistribute(placements=parameter.placements)
-    return local_of(gradient)
+    local = local_of(gradient)
+    return local if local.layout == torch.strided else local.to_dense()
 
 
-def is_unreduced(parameter: Any) -> bool:
-    """Whether it has a gradient that is neither whole nor placed as itself, so that no part of it
-    belongs to what lies here: sums over processes are still to be made in the optimizer.
+def find_unreduced(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters whose gradient does not yet match their local shard.
+
+    Such a gradient is neither whole on every rank nor placed like its parameter. The optimizer
+    still has to sum it over ranks inside its step.
+
+    Args:
+        parameters: Parameters by name; a gradient may be missing.
+
+    Returns:
+        The parameters with an unreduced gradient, by name.
     """
+    return {
+        name: each
+        for name, each in parameters.items()
+        if type(each) not in _PLAIN and _is_unreduced(each)
+    }
+
+
+def _is_unreduced(parameter: Any) -> bool:
     gradient = parameter.grad
     if gradient is None or not is_sharded(parameter):
         return False
     if not is_sharded(gradient) or gradient.device_mesh != parameter.device_mesh:
         return True
     pairs = zip(gradient.placements, parameter.placements, strict=True)
-    return any(own != other and not own.is_replicate() for own, other in pairs)
+    return any(one != other and not one.is_replicate() for one, other in pairs)
 
 
-def unreduced_message(name: str, parameter: Any) -> str:
-    """What there is to say of such a gradient."""
+def describe_unreduced(name: str, parameter: Any) -> str:
+    """Return why an unreduced gradient cannot be observed, and what to do about it.
+
+    Args:
+        name: The name of the parameter.
+        parameter: A DTensor whose gradient `find_unreduced` has reported.
+    """
     return (
         f"the gradient of {name} is placed as {getattr(parameter.grad, 'placements', None)} and "
-        f"the parameter as {parameter.placements}: what the step applies is made inside of the "
-        "optimizer and cannot be seen. Redistribute such gradients to their parameters' "
-        "placements before the step"
+        f"the parameter as {parameter.placements}: the optimizer sums it over ranks inside its "
+        "step, where the result cannot be observed. Redistribute such gradients to their "
+        "parameters' placements before the step"
     )
 
 
-def fully_sharded(module: nn.Module) -> list[Any]:
-    """The modules in it to which fully_shard was applied, told without importing it."""
+def find_fully_sharded(module: nn.Module) -> list[Any]:
+    """Return the modules inside a module to which fully_shard was applied."""
+    # A module can only be one if the program has imported torch.distributed.fsdp already.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(fsdp, "FSDPModule", ())
     return [each for each in module.modules() if isinstance(each, kind)]
 
 
 def register_shards(module: nn.Module) -> None:
-    """Have it name the parameters that its optimizer steps.
+    """Make a module return its shards from `named_parameters`, as its optimizer knows them.
 
-    After a forward without a backward, as in an evaluation, fully_shard leaves the outermost module
-    with whole parameters in their places, which no optimizer knows and the next step frees. This
-    frees them now; the next forward gathers them again.
+    A forward pass without a backward pass, as in an evaluation, leaves the outermost module of
+    fully_shard with whole parameters. No optimizer knows these, and the next step frees them.
+    `FSDPModule.reshard` frees them now, and the next forward pass gathers them again.
     """
-    for each in fully_sharded(module):
+    for each in find_fully_sharded(module):
         each.reshard()
 
 
 def is_sharded_module(module: nn.Module) -> bool:
-    """Whether a module has DTensors for parameters, or will have for its next step.
+    """Return True if a module has DTensors as parameters, or will have them at its next step.
 
-    Those of FSDP2 are none between an evaluation and the next step.
+    Between an evaluation and the next step a module of fully_shard has whole parameters.
     """
-    return bool(fully_sharded(module)) or any(map(is_sharded, module.parameters()))
+    return bool(find_fully_sharded(module)) or any(map(is_sharded, module.parameters()))

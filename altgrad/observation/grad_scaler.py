@@ -1,4 +1,14 @@
-"""Steps that a GradScaler skips without a word to the optimizer."""
+"""Notice the optimizer steps that a GradScaler skips.
+
+`torch.amp.GradScaler.step` does not call the optimizer if a gradient is infinite or NaN. No hook of
+the optimizer is called then, and the scaler has no hooks. `SkipNotifier` therefore replaces the
+method `step` of one scaler object and tells its listeners of each skipped step.
+
+Read `step_hooks` first; `attachments` comes next.
+
+References:
+    https://docs.pytorch.org/docs/stable/amp.html#torch.amp.GradScaler.step
+"""
 
 from __future__ import annotations
 
@@ -9,18 +19,19 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from altgrad.observation.optimizers import unwrap
-from altgrad.observation.step_hooks import weakly
+from altgrad.observation.step_hooks import bind_weakly
 
 Listener: TypeAlias = Callable[[Optimizer], None]
 
 
-class SkipTeller:
-    """Calls its listeners after each ``scaler.step(optimizer)`` that did not step the optimizer.
+class SkipNotifier:
+    """A replacement for the `step` of one GradScaler that reports skipped steps to its listeners.
 
-    A GradScaler that finds gradients that are not finite does not call the optimizer, so that no
-    hook fires, and it has no hooks of its own: its `step` is replaced, on this one object, by an
-    object that calls it, one for all listeners. The objects that they are methods of are held
-    weakly.
+    One notifier serves all listeners of a scaler. Objects whose methods listen are held weakly. The
+    scaler gets its own `step` back when the last listener has gone.
+
+    Args:
+        scaler: The GradScaler whose `step` is replaced.
     """
 
     def __init__(self, scaler: GradScaler) -> None:
@@ -31,14 +42,22 @@ class SkipTeller:
         scaler.step = self  # type: ignore[method-assign]
 
     @classmethod
-    def of(cls, scaler: GradScaler) -> SkipTeller:
-        """The one that the scaler has, or a new one."""
+    def get_or_create(cls, scaler: GradScaler) -> SkipNotifier:
+        """Return the notifier of a scaler, creating it on first use."""
         step = vars(scaler).get("step")
         return step if isinstance(step, cls) else cls(scaler)
 
     def listen(self, listener: Listener) -> Callable[[], None]:
-        """Call this bound method, too; returns what ends it, and the last restores `step`."""
-        weak = weakly(listener)
+        """Call a listener with the optimizer after each skipped step.
+
+        Args:
+            listener: A bound method; its object is held weakly.
+
+        Returns:
+            A function that ends the listening. Once no listener is left, it also restores the
+            scaler's own `step`.
+        """
+        weak = bind_weakly(listener)
         self._listeners.append(weak)
 
         def stop() -> None:
@@ -50,7 +69,8 @@ class SkipTeller:
         return stop
 
     def _restore(self) -> None:
-        # Unless someone replaced it again: it is theirs now, and this one only passes through.
+        # Other code may have replaced `step` later and call this object from there. Its
+        # replacement stays, and this object only passes calls on.
         if vars(self._scaler).get("step") is self:
             del self._scaler.step
             if self._was_replaced:
@@ -59,7 +79,7 @@ class SkipTeller:
     def __call__(self, optimizer: Any, *args: Any, **kwargs: Any) -> float | None:
         try:
             inner = unwrap(optimizer)
-        except Exception:  # noqa: BLE001 - a scaler is content with less than an optimizer
+        except Exception:  # noqa: BLE001 - a scaler accepts objects that `unwrap` refuses
             return self._step(optimizer, *args, **kwargs)
         called: list[Optimizer] = []
         handle = inner.register_step_pre_hook(lambda optimizer, *_: called.append(optimizer))
@@ -68,10 +88,13 @@ class SkipTeller:
         finally:
             handle.remove()
         if not called:
-            for tell in [*self._listeners]:
-                tell(inner)
+            for notify in [*self._listeners]:
+                notify(inner)
         return result
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """Copies and pickles of the scaler have a `step` of their own in this place."""
+        """Return how to copy this object: as the `step` of the copied scaler.
+
+        Without this, a copy of the scaler would step the original scaler.
+        """
         return getattr, (self._scaler, "step")

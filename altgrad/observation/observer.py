@@ -1,64 +1,76 @@
-"""`StepObserver`: weights and gradients around each step of a torch optimizer, as they were."""
+"""Observe each step of a torch optimizer: `StepObserver` puts the other files of the room together.
+
+A step passes through the methods in this order: `_is_due` asks whether to observe it, `_capture`
+copies weights and gradients, and `_finish` delivers the `StepOutcome` to the callback.
+
+This is the last file to read here; `altgrad.monitor.monitor` comes next and measures each step.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 import traceback
-import warnings
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from altgrad.observation.dtensor import is_unreduced, register_shards, unreduced_message
-from altgrad.observation.grad_scaler import SkipTeller
+from altgrad._messages import Notices
+from altgrad.observation.attachments import Attachments, find_scalers
+from altgrad.observation.dtensor import describe_unreduced, find_unreduced
 from altgrad.observation.optimizers import (
-    check_none_in_backward,
     check_not_captured,
+    check_not_in_backward,
     check_observable,
     check_scaler,
     check_unsharded,
     unwrap,
 )
-from altgrad.observation.parameter_names import parameter_names
+from altgrad.observation.parameter_names import ParameterRegistry
 from altgrad.observation.snapshots import Chosen, Elements, Memory, Snapshot, Snapshots
-from altgrad.observation.step import OptimizerStep, step_of
+from altgrad.observation.step import OptimizerStep, SkipReason, StepOutcome, make_step
 from altgrad.observation.step_hooks import StepHooks
 
-SkipReason: TypeAlias = Literal["inf", "no gradients", "learning rate 0"]
-"""Why a step was none: see `StepObserver.skipped`."""
 
-Look: TypeAlias = Callable[[], "OptimizerStep | SkipReason"]
-"""Shows the step, or says why it was none; raises what has failed."""
+class _Captured(NamedTuple):
+    snapshots: list[Snapshot]
+    error: Exception | None
+    seconds: float  # time that copying took
 
-_Hooks: TypeAlias = StepHooks["list[Snapshot] | Exception"]
+
+_Hooks: TypeAlias = StepHooks[_Captured]
+
+
+class RankError(RuntimeError):
+    """An error that all ranks raise with the same message.
+
+    `describe_error` returns its message alone, without the place where it was raised.
+    """
+
 
 _logger = logging.getLogger("altgrad")
 
 
-class FaultElsewhereError(RuntimeError):
-    """Another process has failed to observe, and says so; here it is only to be heeded."""
-
-
 class StepObserver:
-    """Show each step of a torch optimizer to a callback: weights before and after, and gradients.
+    """An observer that shows each step of a torch optimizer to a callback.
 
-    The gradients are those that the step applies, whoever changed them since the backward pass,
-    and the weights are bit for bit those that the step found and left. Training is not touched:
-    nothing is changed but the copies, no random number is drawn, and what fails in here or in the
-    callback is warned of once and ends the observation, not the training.
+    A step is shown as weights before, weights after, and the gradients that were applied. The
+    gradients include every change since the backward pass, such as clipping. All copies are exact,
+    bit for bit.
 
-    A step that is not observed costs a call of `should_observe` and a comparison of its result.
+    Training is not affected: the observer writes to its copies only and draws no random number. An
+    error in the observer or in the callback ends the observation with one warning, and training
+    goes on. A step that is not observed costs one call of `should_observe`.
 
-    Hooks of other code that change gradients are seen if they were registered earlier: attach last.
-    It observes as long as you hold it: without a reference it is collected, and its hooks go.
+    Attach the observer last: changes of gradients by other hooks are included only if those hooks
+    were registered earlier. Keep a reference to the observer: without one it is garbage-collected,
+    and its hooks are removed.
 
     Examples:
         >>> import torch
@@ -74,200 +86,204 @@ class StepObserver:
         0 ('weight',) -0.5
 
     Args:
-        module: The module whose parameters to observe, or their names and themselves, as
-            `named_parameters` gives them.
-        on_step: Called after each observed step, without gradient recording, before the
-            optimizer's `step` returns.
-        should_observe: Called before each step with what will be `OptimizerStep.index`; whether
-            to observe it. None observes all.
-        elements: Called once for each parameter of more than 2,048 elements with its name and
-            itself; flat indices of the elements to observe, or None for all of them, which up to
-            some ten thousand is faster. Without it, and of small parameters, all are observed.
-        should_copy: Called at each observed step with the name of each parameter and the step's
-            index; whether the parameter is part of it. None takes all.
-        memory: Called once for each optimizer with it; what it returns is asked where the copies
-            of each parameter are to be: see `altgrad.observation.snapshots.Memory`. By default
-            each has memory of its own.
-        read_found_inf: Whether to find out at once if a fused optimizer under a GradScaler
-            skipped the step, for which the host waits for the device. False shows such steps too,
-            with `OptimizerStep.found_inf`, for the callback to read with its results.
-        strict: Whether what fails in here or in the callback is raised into the training.
+        module: The module whose parameters to observe, or pairs of name and parameter as
+            `named_parameters` returns them.
+        on_step: Callback with each observed `OptimizerStep`, called without gradient recording
+            before the optimizer's `step` returns. Optional with `on_outcome`.
+        should_observe: Function from the index of the next step to True if the step is to be
+            observed. If None, every step is observed.
+        on_outcome: Callback with the `StepOutcome` of each observed step, called instead of
+            `on_step`, for skipped and failed steps, too. It must count skipped steps itself, and
+            raise the error of a failed step if the observation is to end.
+        elements: Function from name and parameter to the flat indices of the elements to observe,
+            int64, or None for every element. It is called once for each parameter. Observing every
+            element is faster for up to about ten thousand elements. If None, every element is
+            observed.
+        should_copy: Function from the name of a parameter and the index of a step to True if the
+            step shows the parameter. If None, each step shows all parameters.
+        leave_out: Optional callback `(names, reason)` for parameters whose gradients cannot be
+            observed. If None, an error is raised.
+        memory: Function from an optimizer to an `altgrad.observation.snapshots.Memory`, which
+            provides the memory for the copies. If None, each parameter has memory of its own.
+        read_found_inf: If True, find out at once whether a fused optimizer under a GradScaler
+            skipped the step; the host waits for the device then. If False, skipped steps are
+            shown, too, and the callback reads `OptimizerStep.found_inf`.
+        strict: If True, re-raise an error of the observer or the callback in the training loop;
+            otherwise warn once and stop observing.
+        tell: Callback with the text that ends the observation, called instead of a warning.
 
     Attributes:
-        agree: None, or what is called instead of `on_step` with the optimizer, the step's index and
-            a function that shows the step: also where it was none, or something failed, so that
-            other processes that observe it can be told. Set before `attach`; `elements` is then
-            asked about small parameters, too.
-        leave_out: None, or what is called with the names of parameters of which no gradients can
-            be shown, and why; None makes that a fault.
-        skipped: How many steps should have been observed and were none, by reason: ``"inf"``, not
-            finite gradients under a GradScaler; ``"no gradients"`` of any observed parameter;
-            ``"learning rate 0"`` of all that have one, with nothing moved (where only some have
-            it, the step is shown without those).
+        registry: The observed parameters by name.
+        skipped: Number of observed steps that moved no weight, by reason. ``"inf"``: gradients were
+            infinite or NaN under a GradScaler. ``"no gradients"``: no observed parameter had one.
+            ``"learning rate 0"``: it was 0 for all parameters, and none moved. Where the rate is 0
+            for some parameters only, the step is shown without these.
 
     Raises:
-        TypeError: `module` is neither a module nor pairs of name and parameter.
-        ValueError: There is no parameter.
+        TypeError: `module` is neither a module nor pairs of name and parameter, or both callbacks
+            are None.
+        ValueError: `module` has no parameter.
     """
 
     def __init__(
         self,
         module: nn.Module | Iterable[tuple[str, Tensor]],
-        on_step: Callable[[OptimizerStep], object],
+        on_step: Callable[[OptimizerStep], object] | None = None,
         should_observe: Callable[[int], bool] | None = None,
         *,
+        on_outcome: Callable[[StepOutcome], object] | None = None,
         elements: Elements | None = None,
-        memory: Callable[[Optimizer], Memory] | None = None,
         should_copy: Callable[[str, int], bool] | None = None,
+        leave_out: Callable[[Sequence[str], str], object] | None = None,
+        memory: Callable[[Optimizer], Memory] | None = None,
         read_found_inf: bool = True,
         strict: bool = False,
+        tell: Callable[[str], object] | None = None,
     ) -> None:
+        if on_step is None and on_outcome is None:
+            raise TypeError("on_step=None: expected a callable, or one as on_outcome")
+        self.registry = ParameterRegistry(module)
         self.skipped: Counter[SkipReason] = Counter()
-        self.agree: Callable[[Optimizer, int, Look], object] | None = None
-        self.leave_out: Callable[[list[str], str], object] | None = None
-        self._module = module if isinstance(module, nn.Module) else None
-        if self._module is not None:
-            register_shards(self._module)
-        self._names = parameter_names(module)
-        if not self._names:
-            raise ValueError("there is no parameter to observe, neither in a module nor as pairs")
-        self._nameless: set[Tensor] = set()  # parameters of optimizers, not of the module
         self._on_step = on_step
+        self._on_outcome = on_outcome
         self._should_observe = should_observe
+        self._elements = elements
+        self._should_copy = should_copy
+        self._leave_out = leave_out
+        self._memory = memory
         self._read_found_inf = read_found_inf
         self._strict = strict
+        self._notices = Notices(type(self).__name__, tell)
         self._stopped = False
-        self._elements = elements
-        self._memory = memory
-        self._should_copy = should_copy
-        self._copy_seconds = 0.0
-        self._chosen: Chosen = {}
         self._peak_bytes = 0
-        self._snapshots: dict[_Hooks, Snapshots] = {}
-        self._hooks: list[_Hooks] = []
+        self._attached = Attachments(self)
+        self._snapshots: WeakKeyDictionary[_Hooks, Snapshots] = WeakKeyDictionary()
+        # A plain dict: torch cannot swap parameters that have weak references, as `Module.to` does
+        # with those of fully_shard: torch/utils/__init__.py, swap_tensors.
+        self._chosen: Chosen = {}
+        self._chosen_names = self.registry.names  # the names when `_chosen` was last tidied
         self._asking: _Hooks | None = None
-        self._scalers: dict[GradScaler, Callable[[], None]] = {}  # and what ends listening to each
-        # Nothing that could refer to the observer: it would never be collected.
-        weakref.finalize(self, _collected, self._hooks, self._scalers).atexit = False
+        self._failed: dict[_Hooks, Exception] = {}  # errors of should_observe, until the step ends
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the parameters, unique and without what wrappers add to them."""
-        return tuple(self._names.values())
+        """The unique names of the parameters, without the names that wrappers add."""
+        return tuple(self.registry.names.values())
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """The parameters by their names, as far as steps have shown them."""
-        return {name: parameter for parameter, name in self._names.items()}
+        """The parameters by name, as of the last time that the module was read."""
+        return self.registry.parameters
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """Those that are attached."""
-        return [each for hooks in self._hooks if (each := hooks.optimizer) is not None]
+        """The attached optimizers that still exist."""
+        return self._attached.optimizers
 
     @property
     def is_observing(self) -> bool:
-        """Whether it is attached and nothing has failed."""
-        return bool(self._hooks) and not self._stopped
+        """True while the observer is attached and no error has ended the observation."""
+        return bool(self._attached.hooks) and not self._stopped
 
     @property
     def is_replica(self) -> bool:
-        """Whether it is of a DistributedDataParallel in another process than the first."""
-        modules = () if self._module is None else self._module.modules()
+        """True for a module in DistributedDataParallel on any rank other than 0."""
+        modules = () if self.registry.module is None else self.registry.module.modules()
         if not any(isinstance(each, nn.parallel.DistributedDataParallel) for each in modules):
             return False
         return torch.distributed.get_rank() > 0
 
     @property
     def asking(self) -> Optimizer:
-        """The optimizer whose step `should_observe` is being asked about.
+        """The optimizer for whose step `should_observe` is being called.
 
         Raises:
-            RuntimeError: It is not being asked.
+            RuntimeError: `should_observe` is not being called.
         """
         optimizer = None if self._asking is None else self._asking.optimizer
         if optimizer is None:
-            raise RuntimeError("asking is for should_observe, while it is being asked")
+            raise RuntimeError(
+                "asking: expected a call of should_observe to be running; read it inside of "
+                "should_observe only"
+            )
         return optimizer
 
     @property
-    def copy_seconds(self) -> float:
-        """What the host took to copy for the last step that was copied, in seconds."""
-        return self._copy_seconds
-
-    @property
     def peak_bytes(self) -> int:
-        """The most memory that copies have taken so far, in bytes.
+        """The largest amount of memory that copies have taken so far, in bytes.
 
-        Logged once, when it detaches, by the logger ``altgrad`` at INFO.
+        The logger ``altgrad`` logs it at level INFO when the observer is detached.
         """
         return self._peak_bytes
 
     def attach(self, *optimizers: Any, scaler: GradScaler | None = None) -> StepObserver:
-        """Observe the steps of these optimizers from now on.
+        """Observe the steps of optimizers from now on.
 
-        Those attached before stay so, unless a fault has ended the observation: then it begins
-        anew, with these.
+        Optimizers that were attached earlier stay attached. If an error has ended the observation,
+        they are removed and the observation begins again with the new ones.
 
         Args:
-            optimizers: Optimizers of torch, or the wrappers of Lightning, Fabric or accelerate
-                around them.
-            scaler: The GradScaler that calls their `step`, if there is one: it skips steps
-                without a word to the optimizer, and they are counted only if it is known. That
-                of accelerate's wrapper is known.
+            optimizers: Torch optimizers, or wrappers of Lightning, Fabric or accelerate.
+            scaler: The GradScaler that steps the optimizers, if any. Steps that it skips are
+                counted only if it is passed here, or belongs to a wrapper of accelerate.
 
         Returns:
             The observer, for ``with StepObserver(…).attach(…):``.
 
         Raises:
-            TypeError: Something that neither is nor wraps an optimizer, or is no GradScaler.
-            ValueError: An optimizer whose steps cannot be observed: it steps none of the
-                parameters, or the module has parameters that other optimizers
-                step inside of the backward pass.
-            RuntimeError: A step of the optimizer is under way.
+            TypeError: An argument is not an optimizer or a wrapper of one, or `scaler` is not a
+                GradScaler.
+            ValueError: An optimizer cannot be observed, for example because it steps none of the
+                observed parameters.
+            RuntimeError: A step of one of the optimizers is running.
         """
-        new = self.check(*optimizers, scaler=scaler)
-        for optimizer in new:
-            hooks = StepHooks(optimizer, self._is_due, self._take, self._finish)
-            self._hooks.append(hooks)
+        for optimizer in self.check(*optimizers, scaler=scaler):
+            hooks = StepHooks(optimizer, self._is_due, self._capture, self._finish)
+            self._attached.hooks.append(hooks)
             memory = self._memory and self._memory(optimizer)
-            self._snapshots[hooks] = Snapshots(
-                self._elements, self._chosen, memory, asks_of_all=self.agree is not None
-            )
-        for each in _scalers_of(optimizers, scaler):
-            if each not in self._scalers:
-                self._scalers[each] = SkipTeller.of(each).listen(self._count_skip_by_scaler)
+            self._snapshots[hooks] = Snapshots(self._elements, self._chosen, memory)
+        for each in find_scalers(optimizers, scaler):
+            self._attached.listen(each, self._count_skip_by_scaler)
         self._stopped = False
         return self
 
     def check(self, *optimizers: Any, scaler: GradScaler | None = None) -> list[Optimizer]:
-        """Raise what `attach` would raise; returns those that it would attach."""
+        """Raise the errors that `attach` would raise, without attaching.
+
+        Args:
+            optimizers: Torch optimizers, or wrappers of Lightning, Fabric or accelerate.
+            scaler: The GradScaler that steps the optimizers, or None.
+
+        Returns:
+            The optimizers that `attach` would add, without wrappers.
+        """
         if self._stopped:
-            self._take_off()
-        self._hooks[:] = [hooks for hooks in self._hooks if hooks.optimizer is not None]
-        self._snapshots = {hooks: self._snapshots[hooks] for hooks in self._hooks}
+            self._attached.remove_all()
+        self._attached.forget_collected()
         check_scaler(scaler)
-        if self._module is not None:
-            check_unsharded(self._module)
+        if self.registry.module is not None:
+            check_unsharded(self.registry.module)
         attached = {*self.optimizers}
         new = [each for each in dict.fromkeys(map(unwrap, optimizers)) if each not in attached]
-        is_scaled = bool(_scalers_of(optimizers, scaler))
+        is_scaled = bool(find_scalers(optimizers, scaler))
         for optimizer in new:
-            own = {name: parameter for name, parameter, _ in self._parameters_of(optimizer)}
-            check_observable(optimizer, own, scaled=is_scaled)
-        check_none_in_backward(self._names, {*attached, *new})
+            stepped = {
+                name: parameter for name, parameter, _ in self.registry.stepped_by(optimizer)
+            }
+            check_observable(optimizer, stepped, scaled=is_scaled)
+        check_not_in_backward(self.registry.names, {*attached, *new})
         return new
 
     def detach(self) -> None:
-        """Observe no more, and let go of every copy; harmless when nothing is attached.
+        """Stop observing, and release all copies.
 
-        Within `on_step` torch cannot let its hooks go: until the next `detach`, or until the
-        observer is collected, they stay and do nothing.
+        Hooks of a step that is running cannot be removed. They stay without effect until the next
+        `detach`, or until the observer is garbage-collected.
         """
-        if self._hooks and self._peak_bytes:
+        if self._attached.hooks and self._peak_bytes:
             _logger.info("the copies of observed steps took up to %d bytes", self._peak_bytes)
         self._stop()
-        self._take_off()
+        self._attached.remove_all()
 
     def __enter__(self) -> StepObserver:  # noqa: PYI034 - typing has Self only from Python 3.11 on
         return self
@@ -275,166 +291,149 @@ class StepObserver:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
+    # --- during a step
+
     def _is_due(self, hooks: _Hooks) -> bool:
         if self._stopped or self._should_observe is None:
             return not self._stopped
         self._asking = hooks
-        try:  # not _guard, which would take longer than all the rest of a step not observed
-            return bool(self._should_observe(hooks.index))
-        except Exception as fault:  # noqa: BLE001 - whatever it is, it is not the training's
-            self._stop_after(fault)
-            return False
+        try:  # a step that is not observed must cost little more than this call
+            return bool(self._should_observe(hooks.index)) and not self._stopped
+        except Exception as error:  # noqa: BLE001 - no error of the user's function ends training
+            self._failed[hooks] = error  # delivered with the outcome when the step ends
+            return True
+        finally:
+            self._asking = None
 
-    def _take(self, hooks: _Hooks, optimizer: Optimizer) -> list[Snapshot] | Exception:
-        if self.agree is None:
-            with self._guard():
-                return self._copy(hooks, optimizer)
-            return []
+    def _capture(self, hooks: _Hooks, optimizer: Optimizer) -> _Captured:
+        if hooks in self._failed:
+            return _Captured([], None, 0.0)
+        start = time.perf_counter()
         try:
-            return self._copy(hooks, optimizer)
-        except Exception as fault:  # noqa: BLE001 - as above
-            return fault
+            snapshots = self._copy(hooks, optimizer)
+        except Exception as error:  # noqa: BLE001 - no error of copying ends training
+            return _Captured([], error, time.perf_counter() - start)
+        return _Captured(snapshots, None, time.perf_counter() - start)
 
     def _copy(self, hooks: _Hooks, optimizer: Optimizer) -> list[Snapshot]:
-        start = time.perf_counter()
         check_not_captured()
-        parameters = self._parameters_of(optimizer)
-        if self._should_copy is not None:
-            wanted = self._should_copy
-            parameters = [each for each in parameters if wanted(each[0], hooks.index)]
-        if self.leave_out is not None:
-            unseen = {name: each for name, each, _ in parameters if is_unreduced(each)}
-            if unseen:
-                self.leave_out([*unseen], unreduced_message(*next(iter(unseen.items()))))
-            parameters = [each for each in parameters if each[0] not in unseen]
+        parameters = self._find_parameters(optimizer)
+        left_out = self._find_left_out(parameters, hooks.index)
         grad_scale = getattr(optimizer, "grad_scale", None)
-        snapshots = self._snapshots[hooks].take(parameters, grad_scale)
+        snapshots = self._snapshots[hooks].take(parameters, grad_scale, left_out)
         nbytes = sum(each.peak_bytes for each in self._snapshots.values())
         self._peak_bytes = max(self._peak_bytes, nbytes)
-        self._copy_seconds = time.perf_counter() - start
         return snapshots
 
-    def _finish(
-        self, hooks: _Hooks, optimizer: Optimizer, taken: list[Snapshot] | Exception | None
-    ) -> None:
-        with self._guard(), torch.no_grad():
+    def _find_parameters(self, optimizer: Optimizer) -> list[tuple[str, Tensor, bool]]:
+        """Return the parameters that an optimizer steps, as the registry does.
 
-            def look() -> OptimizerStep | SkipReason:
-                return self._look(hooks, optimizer, taken)
+        Also forget the chosen elements of parameters that the module no longer has.
+        """
+        parameters = self.registry.stepped_by(optimizer)
+        names = self.registry.names
+        if names is not self._chosen_names:  # the registry has read the module again
+            self._chosen_names = names
+            for gone in self._chosen.keys() - names.keys():
+                del self._chosen[gone]
+        return parameters
 
-            if self.agree is not None:
-                self.agree(optimizer, hooks.index, look)
-            elif isinstance(seen := look(), OptimizerStep):
-                self._on_step(seen)
-            else:
-                self.skipped[seen] += 1
+    def _find_left_out(self, parameters: list[tuple[str, Tensor, bool]], index: int) -> set[str]:
+        """Return the names of parameters not due, or whose gradients cannot be observed.
 
-    def _look(
-        self, hooks: _Hooks, optimizer: Optimizer, taken: list[Snapshot] | Exception | None
-    ) -> OptimizerStep | SkipReason:
-        """What `on_step` is called with, unless the step was none."""
-        if taken is None:
-            raise RuntimeError(hooks.unseen)
-        if isinstance(taken, Exception):
-            raise taken
+        Raises:
+            ValueError: A gradient cannot be observed, and there is no `leave_out` callback.
+        """
+        due, left_out = parameters, set()
+        if self._should_copy is not None:
+            due = [each for each in parameters if self._should_copy(each[0], index)]
+            left_out = {name for name, _, _ in parameters} - {name for name, _, _ in due}
+        unreduced = find_unreduced({name: parameter for name, parameter, _ in due})
+        if not unreduced:
+            return left_out
+        name, parameter = next(iter(unreduced.items()))
+        reason = describe_unreduced(name, parameter)
+        if self._leave_out is None:
+            raise ValueError(f"{reason}, or leave {name} out of what is observed")
+        self._leave_out([*unreduced], reason)
+        return left_out | {*unreduced}
+
+    def _finish(self, hooks: _Hooks, optimizer: Optimizer, captured: _Captured | None) -> None:
+        try:
+            with torch.no_grad():
+                self._deliver(self._make_outcome(hooks, optimizer, captured))
+        except Exception as error:
+            self._stop()
+            if self._strict:
+                raise
+            self._notices.give(
+                f"stops observing after an error: {describe_error(error)}. Training goes on; "
+                "strict=True would raise it"
+            )
+            # Frames refer to the error and the error to its frames, which would keep copies alive
+            # until the garbage collector runs.
+            traceback.clear_frames(error.__traceback__)
+
+    def _make_outcome(
+        self, hooks: _Hooks, optimizer: Optimizer, captured: _Captured | None
+    ) -> StepOutcome:
         start = time.perf_counter()
-        step = step_of(taken, optimizer, hooks.index, show_resting=self.agree is not None)
-        self._copy_seconds += time.perf_counter() - start
-        if not taken:
+        step, skipped, error = None, None, self._failed.pop(hooks, None)
+        seconds = 0.0
+        if captured is None:
+            error = error or RuntimeError(hooks.unseen)
+        else:
+            seconds, error = captured.seconds, error or captured.error
+        if captured is not None and error is None:
+            try:
+                step = make_step(captured.snapshots, optimizer, hooks.index)
+                skipped = self._find_skip_reason(step)
+            except Exception as caught:  # noqa: BLE001 - delivered with the outcome
+                error = caught
+        seconds += time.perf_counter() - start
+        return StepOutcome(optimizer, hooks.index, step, skipped, error, seconds)
+
+    def _find_skip_reason(self, step: OptimizerStep) -> SkipReason | None:
+        if not step.names:
             return "no gradients"
         if self._read_found_inf and step.found_inf is not None and step.found_inf.item():
             return "inf"
-        return step if step.names else "learning rate 0"
+        return "learning rate 0" if len(step.resting) == len(step.names) else None
+
+    def _deliver(self, outcome: StepOutcome) -> None:
+        if self._on_outcome is not None:
+            self._on_outcome(outcome)
+        elif outcome.error is not None:
+            raise outcome.error
+        elif outcome.skipped is not None:
+            self.skipped[outcome.skipped] += 1
+        elif self._on_step is not None and outcome.step is not None:
+            self._on_step(outcome.step.without_resting())
 
     def _count_skip_by_scaler(self, optimizer: Optimizer) -> None:
-        for hooks in [*self._hooks]:
-            if hooks.optimizer is optimizer and self._is_due(hooks):
+        for hooks in [*self._attached.hooks]:
+            if hooks.optimizer is not optimizer or not self._is_due(hooks):
+                continue
+            if hooks in self._failed:  # the optimizer is not called, so that no step would end
+                self._finish(hooks, optimizer, None)
+            else:
                 self.skipped["inf"] += 1
 
-    def _parameters_of(self, optimizer: Optimizer) -> list[tuple[str, Tensor, bool]]:
-        """Name and parameter of those that have a name, and whether their learning rate is 0."""
-        own = [
-            (parameter, rests)
-            for group, rests in [(g, bool(g.get("lr") == 0)) for g in optimizer.param_groups]
-            for parameter in group["params"]
-        ]
-        if any(p not in self._names and p not in self._nameless for p, _ in own):
-            self._look_again([parameter for parameter, _ in own])
-        return [(self._names[p], p, rests) for p, rests in own if p in self._names]
-
-    def names_of(self, optimizer: Optimizer) -> list[str]:
-        """Names of the observed parameters that an optimizer steps."""
-        return [name for name, _, _ in self._parameters_of(optimizer)]
-
-    def read_names(self) -> None:
-        """The module may have got new parameters, and let go of others."""
-        if self._module is not None:
-            register_shards(self._module)
-            before, self._names = self._names, parameter_names(self._module)
-            for choice in [p for p in self._chosen if self._names.get(p) != before.get(p)]:
-                del self._chosen[choice]
-
-    def _look_again(self, parameters: list[Tensor]) -> None:
-        self.read_names()
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        known = {*parameters, *(parameter for group in groups for parameter in group["params"])}
-        self._nameless = known - self._names.keys()
+    # --- ending the observation
 
     def _stop(self) -> None:
         self._stopped = True
-        for hooks in self._hooks:
+        for hooks in self._attached.hooks:
             hooks.forget()
         for snapshots in self._snapshots.values():
             snapshots.clear()
-        self._nameless.clear()
-
-    def _take_off(self) -> None:
-        _take_off(self._hooks, self._scalers)
-        self._snapshots = {hooks: self._snapshots[hooks] for hooks in self._hooks}
-
-    @contextmanager
-    def _guard(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as fault:  # noqa: BLE001 - as above
-            self._stop_after(fault)
-
-    def _stop_after(self, fault: Exception) -> None:
-        """End the observation, not the training, where something fails in here."""
-        self._stop()
-        if self._strict:
-            raise fault
-        if isinstance(fault, FaultElsewhereError):
-            return
-        place = traceback.extract_tb(fault.__traceback__)[-1]
-        warnings.warn(
-            f"StepObserver stops observing after a fault: {fault!r} in {place.name}, "
-            f"{place.filename}:{place.lineno}. Training goes on; strict=True would raise it",
-            stacklevel=2,
-        )
+        self.registry.forget_optimizers()
+        self._failed.clear()
 
 
-def _scalers_of(optimizers: Iterable[Any], scaler: GradScaler | None) -> list[GradScaler]:
-    """The one that is given, and those of wrappers around the optimizers."""
-    candidates = (scaler, *(getattr(optimizer, "scaler", None) for optimizer in optimizers))
-    return [each for each in candidates if isinstance(each, GradScaler)]
-
-
-def _take_off(hooks: list[_Hooks], scalers: dict[GradScaler, Callable[[], None]]) -> None:
-    """Leave nothing on optimizers and scalers; hooks that torch is calling now stay in the list."""
-    hooks[:] = [each for each in hooks if not each.remove()]
-    for stop_listening in scalers.values():
-        stop_listening()
-    scalers.clear()
-
-
-def _collected(hooks: list[_Hooks], scalers: dict[GradScaler, Callable[[], None]]) -> None:
-    alive = [each for each in hooks if each.optimizer is not None]
-    unused = bool(alive) and all(each.index == 0 for each in alive)
-    _take_off(hooks, scalers)
-    if unused:
-        warnings.warn(
-            "a StepObserver was collected before its first step: hold it in a variable, or use "
-            "it in a `with` statement, as long as it is to observe",
-            stacklevel=2,
-        )
+def describe_error(error: Exception) -> str:
+    """Return the text of an error, with the function and line that raised it."""
+    if isinstance(error, RankError):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{error!r} in {place.name}, {place.filename}:{place.lineno}"

@@ -1,4 +1,10 @@
-"""Which optimizers can be observed: the real one under a wrapper, and what must be refused."""
+"""Find the real optimizer under the wrapper of a trainer, and refuse what cannot be observed.
+
+`unwrap` finds the optimizer. Each ``check_…`` raises an error for one thing that would be shown
+wrongly or not at all, and says what to do instead. `StepObserver.attach` calls the checks.
+
+This is the first file to read; `step_hooks` comes next.
+"""
 
 from __future__ import annotations
 
@@ -15,89 +21,116 @@ from torch.optim import Optimizer
 from altgrad._messages import few
 from altgrad.observation.step_hooks import step_depth
 
-_DEPTH = 8  # wrappers around wrappers; some objects have an `.optimizer` without end
+_MAX_WRAPPERS = 8  # a limit, because some objects are their own `.optimizer`
 
 
 def unwrap(optimizer: Any) -> Optimizer:
-    """The optimizer whose `step` calls its hooks, under the wrappers of a trainer.
+    """Return the torch optimizer whose `step` calls hooks, under the wrappers of a trainer.
 
-    Lightning and Fabric hand out wrappers that are no optimizers, accelerate one that is an
-    Optimizer by type alone; all keep the real one as ``optimizer``.
+    The wrappers of Lightning and Fabric take the class of the real optimizer; the wrapper of
+    accelerate inherits from Optimizer without calling its constructor. All of them keep the real
+    optimizer as ``optimizer``.
+
+    Args:
+        optimizer: A torch optimizer, or a wrapper of one.
+
+    Returns:
+        The torch optimizer.
 
     Raises:
-        TypeError: There is no torch optimizer inside, or one whose `step` calls no hooks.
+        TypeError: The argument contains no torch optimizer, or one whose `step` calls no hooks.
+
+    References:
+        ``lightning/pytorch/core/optimizer.py`` (LightningOptimizer)
+        ``lightning/fabric/wrappers.py`` (_FabricOptimizer)
+        ``accelerate/optimizer.py`` (AcceleratedOptimizer)
     """
     inner = optimizer
-    for _ in range(_DEPTH):
+    for _ in range(_MAX_WRAPPERS):
         if _calls_hooks(inner):
             return inner  # type: ignore[no-any-return]
-        if isinstance(inner, Optimizer) and not _is_trainers(inner):
+        if isinstance(inner, Optimizer) and not _is_trainer_wrapper(inner):
+            kind = type(inner).__name__
             raise TypeError(
-                f"the step() of {type(inner).__name__} calls no hooks (does its class call "
-                "Optimizer.__init__?) and cannot be observed; if it wraps an optimizer whose steps "
-                "you want to see, attach that"
+                f"optimizer={kind}: expected an optimizer whose step() calls hooks; the step() of "
+                f"{kind} calls no hooks, so that it cannot be observed. Call Optimizer.__init__ in "
+                "its class; if it wraps an optimizer whose steps you want to observe, attach that"
             )
         inner = getattr(inner, "optimizer", None)
     raise TypeError(
-        f"{type(optimizer).__name__} is no torch.optim.Optimizer and has none as `.optimizer`: "
-        "attach the optimizer whose step() changes the parameters"
+        f"optimizer={type(optimizer).__name__}: expected a torch.optim.Optimizer, or a wrapper "
+        "that has one as `.optimizer`; attach the optimizer whose step() changes the parameters"
     )
 
 
 def _calls_hooks(optimizer: object) -> bool:
-    """Whether Optimizer.__init__ made its `step` call hooks, and the dictionary of them."""
+    """Return True if the constructor of Optimizer has run, so that `step` calls hooks."""
+    # Private names of torch/optim/optimizer.py, which has no public test for either.
+    # _patch_step_function wraps `step` of the class and marks the wrapper with `hooked`.
+    # The constructor makes the dictionary of the object's hooks.
     step = getattr(type(optimizer), "step", None)
     has_hooks = "_optimizer_step_pre_hooks" in getattr(optimizer, "__dict__", ())
     return has_hooks and getattr(step, "hooked", False)
 
 
-def _is_trainers(optimizer: Optimizer) -> bool:
-    """Whether it is the wrapper of a trainer, whose `step` does nothing but that of the real one.
+def _is_trainer_wrapper(optimizer: Optimizer) -> bool:
+    """Return True for a trainer's wrapper, whose `step` only calls that of the real optimizer.
 
-    Others, such as Lookahead, add something of their own: the inner steps are not the whole.
+    Other wrappers, such as Lookahead, move weights on their own. The steps of the optimizer inside
+    are only part of theirs.
     """
     packages = {base.__module__.split(".")[0] for base in type(optimizer).__mro__}
     return bool(packages & {"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"})
 
 
 def check_observable(
-    optimizer: Optimizer, own: Mapping[str, Tensor], *, scaled: bool = False
+    optimizer: Optimizer, stepped: Mapping[str, Tensor], *, scaled: bool = False
 ) -> None:
-    """Refuse an optimizer whose steps would be shown wrongly or not at all.
+    """Raise an error for an optimizer whose steps would be shown wrongly or not at all.
 
     Args:
-        optimizer: The optimizer.
-        own: Those of the observed parameters that it steps, by name.
-        scaled: Whether a GradScaler calls its `step`.
+        optimizer: A torch optimizer.
+        stepped: The observed parameters that the optimizer steps, by name.
+        scaled: True if a GradScaler calls the optimizer's `step`.
 
     Raises:
-        ValueError: It steps none of them, or unscales gradients by itself.
-        RuntimeError: A step of it is under way.
+        ValueError: The optimizer steps none of the observed parameters, or divides gradients by the
+            loss scale inside its `step`.
+        RuntimeError: A step of the optimizer is running.
     """
     kind = type(optimizer).__name__
     if step_depth(optimizer):
         raise RuntimeError(f"a step of {kind} is under way: attach before or after it")
-    if not own:
+    if not stepped:
         raise ValueError(
-            f"{kind} steps none of the observed parameters: it was made for others, or it keeps "
-            "copies of its own, as those of DeepSpeed ZeRO, FSDP1 with flat parameters and apex "
-            "do, which cannot be observed; of fully_shard give the module, not its "
-            "named_parameters(), which are others after an evaluation"
+            f"{kind} steps none of the observed parameters: expected an optimizer of the observed "
+            "module. Optimizers that keep copies of the parameters cannot be observed, as those of "
+            "DeepSpeed ZeRO, FSDP1 with flat parameters and apex do. With fully_shard, pass the "
+            "module and not its named_parameters(), which change after an evaluation"
         )
+    # A protocol that torch deprecates for the attribute `grad_scale`:
+    # torch/amp/grad_scaler.py, GradScaler.step, `has_grad_scaler_kwarg`.
     if scaled and "grad_scaler" in inspect.signature(type(optimizer).step).parameters:
         raise ValueError(
             f"{kind}.step unscales its gradients with the GradScaler that it is handed, so that "
-            "what it applies cannot be seen; torch has deprecated that for `grad_scale`"
+            "the gradients it applies cannot be observed; use its attribute `grad_scale`, for "
+            "which torch has deprecated the argument"
         )
 
 
 def check_unsharded(module: nn.Module) -> None:
-    """Refuse a module in FSDP1, whose parameters are, or are views of, shards.
+    """Raise an error for a module in FullyShardedDataParallel (FSDP1).
+
+    The parameters of FSDP1 are flat shards, or views of them, without a layer to name.
+
+    Args:
+        module: The module that is to be observed.
 
     Raises:
-        ValueError: It contains FullyShardedDataParallel.
+        ValueError: The module contains a FullyShardedDataParallel.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported, not used
+    # Not imported here: a program that has not imported it has no such module.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
     wrapper = getattr(fsdp, "FullyShardedDataParallel", ())
     if any(isinstance(each, wrapper) for each in module.modules()):
         raise ValueError(
@@ -106,48 +139,64 @@ def check_unsharded(module: nn.Module) -> None:
         )
 
 
-def check_none_in_backward(
+def check_not_in_backward(
     names: Mapping[Tensor, str], observed: Collection[Optimizer | None]
 ) -> None:
-    """Refuse parameters that optimizers of their own step inside of the backward pass, unseen.
+    """Raise an error for parameters that optimizers step inside the backward pass, unobserved.
+
+    Args:
+        names: The name of each observed parameter.
+        observed: The optimizers that are attached.
 
     Raises:
-        ValueError: There are some, put there by ``_apply_optimizer_in_backward`` of torch.
+        ValueError: Some parameters have such an optimizer.
+
+    References:
+        ``torch/distributed/optim/apply_optimizer_in_backward.py``
     """
-    unseen = [
+    # The attribute in which _apply_optimizer_in_backward of torch keeps the optimizers of a
+    # parameter; it offers no public way to them.
+    unobserved = [
         name
         for parameter, name in names.items()
         if not set(getattr(parameter, "_in_backward_optimizers", ())) <= set(observed)
     ]
-    if unseen:
+    if unobserved:
         raise ValueError(
-            f"optimizer in backward: {few(unseen)} are stepped inside of the backward pass by "
-            "optimizers of their own; attach these too, they are in each parameter's "
+            f"optimizer in backward: {few(unobserved)} are stepped inside the backward pass by "
+            "optimizers that are not attached; attach these too, they are in each parameter's "
             "_in_backward_optimizers"
         )
 
 
 def check_scaler(scaler: object) -> None:
-    """Refuse what is given as the GradScaler and is none.
+    """Raise an error unless the argument is a GradScaler or None.
+
+    Args:
+        scaler: The `scaler` argument of `StepObserver.attach`.
 
     Raises:
-        TypeError: It is neither a GradScaler nor None.
+        TypeError: The argument has another type.
     """
     if not (scaler is None or isinstance(scaler, GradScaler)):
         raise TypeError(f"scaler={scaler!r}: expected a torch.amp.GradScaler or None")
 
 
 def check_not_captured() -> None:
-    """Refuse a step that is being captured in a CUDA graph.
+    """Raise an error for a step that is being captured in a CUDA graph.
 
-    Copies would become a part of the graph, and its replays call no hook.
+    Copies would become part of the graph, and a replay of the graph calls no hook.
 
     Raises:
-        RuntimeError: It is.
+        RuntimeError: The current CUDA stream is being captured.
+
+    References:
+        https://docs.pytorch.org/docs/stable/generated/torch.cuda.is_current_stream_capturing.html
     """
+    # Asked first: is_current_stream_capturing would initialise CUDA.
     started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     if started and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "this optimizer step is being captured in a CUDA graph, whose replays call no hook "
-            "and cannot be observed: observe a run that does not capture its optimizer"
+            "and cannot be observed; observe a run that does not capture its optimizer"
         )

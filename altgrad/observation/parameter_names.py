@@ -1,38 +1,123 @@
-"""Names of parameters as their user wrote them: without wrappers, each one unique."""
+"""Name parameters as their user wrote them: without the names of wrappers, each name unique.
+
+`parameter_names` reads the names once. `ParameterRegistry` keeps them, and reads them again when an
+optimizer steps a parameter that it does not know.
+
+Read `dtensor` first; `snapshots` comes next.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-# Attributes under which wrappers keep the module that they wrap.
+from altgrad.observation.dtensor import register_shards
+
+# Attributes under which wrappers keep the module that they wrap, and so part of its names. They are
+# private names of torch, which no user gives to a module.
 _WRAPPED = {
-    "_orig_mod",  # torch.compile
-    "_fsdp_wrapped_module",  # FullyShardedDataParallel
-    "_fpw_module",  # FullyShardedDataParallel of older versions
-    "_checkpoint_wrapped_module",  # activation checkpointing
+    "_orig_mod",  # torch.compile: torch/_dynamo/eval_frame.py, OptimizedModule
+    "_fsdp_wrapped_module",  # FSDP1: torch/distributed/fsdp/_common_utils.py, FSDP_WRAPPED_MODULE
+    "_fpw_module",  # FSDP1 of older versions of torch
+    # Activation checkpointing: torch/distributed/algorithms/_checkpoint/checkpoint_wrapper.py
+    "_checkpoint_wrapped_module",
 }
-# These keep it under `module`, which is also a name that users give.
+# These wrappers keep the module as `module`, which users also give as a name. Such a part is
+# removed only where one of these wrappers stands before it.
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
-def parameter_names(source: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[Tensor, str]:
-    """The name of each parameter: clean, unique, in the order of `named_parameters`.
-
-    The names that wrappers add are removed (``_orig_mod.`` of `torch.compile`, ``module.`` of
-    DistributedDataParallel, …). A parameter that occurs several times, as tied weights do, has the
-    first of its names. Where two parameters would share a name, the later one ends in ``-2``.
+class ParameterRegistry:
+    """The parameters of a module by name, read again when an optimizer steps an unknown one.
 
     Args:
-        source: A module, or names and parameters as `named_parameters` gives them.
+        source: A module, or pairs of name and parameter as `named_parameters` returns them.
+
+    Attributes:
+        module: The module; None if pairs were given.
 
     Raises:
-        TypeError: Something else.
+        TypeError: `source` is neither a module nor pairs.
+        ValueError: `source` has no parameter.
+    """
+
+    def __init__(self, source: nn.Module | Iterable[tuple[str, Tensor]]) -> None:
+        self.module = source if isinstance(source, nn.Module) else None
+        if self.module is not None:
+            register_shards(self.module)
+        self._names = parameter_names(source)
+        if not self._names:
+            raise ValueError("there is no parameter to observe, neither in a module nor as pairs")
+        # By optimizer, the parameters that it steps and the module does not have. Remembered, or
+        # each step would read all names again in search of theirs.
+        self._nameless: WeakKeyDictionary[Optimizer, set[Tensor]] = WeakKeyDictionary()
+
+    @property
+    def names(self) -> dict[Tensor, str]:
+        """The name of each parameter, in the order of the module."""
+        return self._names
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters by name, in the order of the module."""
+        return {name: parameter for parameter, name in self._names.items()}
+
+    def read(self) -> None:
+        """Read the names of the module again, since its parameters may have changed."""
+        if self.module is not None:
+            register_shards(self.module)
+            self._names = parameter_names(self.module)
+
+    def stepped_by(self, optimizer: Optimizer) -> list[tuple[str, Tensor, bool]]:
+        """Return the parameters that an optimizer steps, in its order.
+
+        Parameters that the module does not have are left out.
+
+        Args:
+            optimizer: A torch optimizer.
+
+        Returns:
+            Name, parameter, and True if the parameter's learning rate is 0.
+        """
+        # The rate is compared once for each group: a rate on a device makes the host wait.
+        stepped = [
+            (parameter, rests)
+            for group, rests in [(g, bool(g.get("lr") == 0)) for g in optimizer.param_groups]
+            for parameter in group["params"]
+        ]
+        nameless = self._nameless.get(optimizer, ())
+        if any(p not in self._names and p not in nameless for p, _ in stepped):
+            self.read()
+            self._nameless[optimizer] = {p for p, _ in stepped} - self._names.keys()
+        return [(self._names[p], p, rests) for p, rests in stepped if p in self._names]
+
+    def forget_optimizers(self) -> None:
+        """Release the parameters that optimizers step and the module does not have."""
+        self._nameless.clear()
+
+
+def parameter_names(source: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[Tensor, str]:
+    """Return the name of each parameter, without wrappers and unique.
+
+    Names that wrappers add are removed, such as ``_orig_mod.`` of `torch.compile` and ``module.``
+    of DistributedDataParallel. A parameter with several names, as tied weights have, gets the first
+    of them. If two parameters would have the same name, the later one ends in ``-2``.
+
+    Args:
+        source: A module, or pairs of name and parameter as `named_parameters` returns them.
+
+    Returns:
+        The name of each parameter, in the order of `named_parameters`.
+
+    Raises:
+        TypeError: `source` is neither a module nor pairs.
     """
     if isinstance(source, nn.Module):
         named: Iterable[tuple[str, Tensor]] = source.named_parameters()
-        added = _names_added_by_wrappers(source)
+        added = _find_added_paths(source)
     else:
         named, added = source, set()
     names: dict[Tensor, str] = {}
@@ -40,12 +125,12 @@ def parameter_names(source: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[Te
     for entry in named:
         if not _is_pair(entry):
             raise TypeError(
-                "expected a module or pairs of name and parameter, as named_parameters() gives "
-                f"them, not {type(entry).__name__}"
+                "module: expected a torch.nn.Module or pairs of name and parameter, as "
+                f"named_parameters() returns them, got {type(entry).__name__}"
             )
         name, parameter = entry
         if parameter not in names:
-            names[parameter] = _unique(_without_wrappers(name, added), taken)
+            names[parameter] = _make_unique(_strip_wrappers(name, added), taken)
             taken.add(names[parameter])
     return names
 
@@ -59,8 +144,8 @@ def _is_pair(entry: object) -> bool:
     )
 
 
-def _names_added_by_wrappers(module: nn.Module) -> set[str]:
-    """Full paths whose last part is not the user's."""
+def _find_added_paths(module: nn.Module) -> set[str]:
+    """Return the paths whose last part, ``module``, was added by a wrapper."""
     return {
         f"{path}.module" if path else "module"
         for path, wrapper in module.named_modules()
@@ -68,7 +153,7 @@ def _names_added_by_wrappers(module: nn.Module) -> set[str]:
     }
 
 
-def _without_wrappers(name: str, added: set[str]) -> str:
+def _strip_wrappers(name: str, added: set[str]) -> str:
     parts = name.split(".")
     return ".".join(
         part
@@ -77,7 +162,7 @@ def _without_wrappers(name: str, added: set[str]) -> str:
     )
 
 
-def _unique(name: str, taken: set[str]) -> str:
+def _make_unique(name: str, taken: set[str]) -> str:
     candidate, count = name, 1
     while candidate in taken:
         count += 1

@@ -1,4 +1,10 @@
-"""Which layers are observed, and how: ordered rules, the first that matches a name wins."""
+"""Decide which layers are observed, and how, by an ordered list of rules.
+
+A `SamplingRule` has a pattern for names of layers, and settings. `resolve_layers` gives each layer
+the settings of the first rule that matches its name, as a `LayerSampling`.
+
+This file stands alone. `altgrad.monitor.layer_settings` uses it, and `altgrad.recipes.storage`.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +16,31 @@ from typing import Literal
 
 from altgrad._messages import check_int, check_type
 
-_NEAR = 0.6  # difflib's own cutoff for a close match
+# The default cutoff of difflib.get_close_matches:
+# https://docs.python.org/3/library/difflib.html#difflib.get_close_matches
+_NEAR_CUTOFF = 0.6
 _MOST_SUGGESTED = 3
 
 
 @dataclass(frozen=True)
 class SamplingRule:
-    """How the layers whose names match a pattern are observed; None is the monitor's own setting.
+    """A rule for observing the layers whose names match a pattern.
+
+    A setting that is None is taken from the monitor.
 
     Args:
-        layers: A glob pattern for whole names of layers, upper and lower case apart: ``*`` is any
-            run of characters, dots included, ``?`` one character, ``[ab]`` one of these.
-        enabled: False leaves the layers out.
-        every_n_steps: Optimizer steps from one observed step to the next, at least 1.
-        max_elements: How many elements of a layer are observed at most, at least 1; ``"all"``
-            for every element.
-        formats: Names of the formats that the layers are judged for, kept as a tuple; a string
-            is one name, and an empty sequence judges for none.
+        layers: A glob pattern for the whole name of a layer, case-sensitive. ``*`` matches any
+            characters including dots, ``?`` one character, and ``[ab]`` one of those listed.
+        enabled: If False, do not observe the layers.
+        every_n_steps: Interval between observed steps, in optimizer steps, at least 1.
+        max_elements: Maximum number of elements observed in each layer, at least 1; ``"all"`` for
+            every element.
+        formats: Names of the formats that the layers are judged for, kept as a tuple. A string is
+            one name; an empty sequence is no format.
 
     Raises:
         TypeError: A field has the wrong type.
-        ValueError: A field has a value that cannot be meant.
+        ValueError: A field has an invalid value.
 
     Examples:
         >>> SamplingRule("*.bias", enabled=False)
@@ -44,7 +54,8 @@ formats=None)
     enabled: bool = True
     every_n_steps: int | None = None
     max_elements: int | Literal["all"] | None = None
-    # A string is a sequence of strings, but readers of configuration files do not think so.
+    # A string is a sequence of strings for Python, but not for parsers of configuration files such
+    # as jsonargparse, so that both types are named.
     formats: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
@@ -60,23 +71,24 @@ formats=None)
         elif self.max_elements is not None:
             check_int("max_elements", self.max_elements, 1)
         if self.formats is not None:
-            object.__setattr__(self, "formats", _checked_formats(self.formats))
+            # The dataclass is frozen: https://docs.python.org/3/library/dataclasses.html
+            object.__setattr__(self, "formats", _check_formats(self.formats))
 
     def matches(self, name: str) -> bool:
-        """Whether the pattern matches the whole name of a layer."""
+        """Return True if the pattern matches the whole name of a layer."""
         return fnmatchcase(name, self.layers)
 
 
 @dataclass(frozen=True)
 class LayerSampling:
-    """How one layer is observed.
+    """The settings by which one layer is observed.
 
     Attributes:
         name: The layer's name.
-        rule: The rule that decided; None where none matched and the monitor's settings hold.
-        enabled: Whether the layer is observed at all.
-        every_n_steps: Optimizer steps from one observed step to the next.
-        max_elements: How many elements are observed at most; None for every element.
+        rule: The first rule that matched the name; None if no rule matched.
+        enabled: True if the layer is observed.
+        every_n_steps: Interval between observed steps, in optimizer steps.
+        max_elements: Maximum number of elements observed; None for every element.
         formats: Names of the formats that the layer is judged for.
     """
 
@@ -96,20 +108,23 @@ def resolve_layers(
     max_elements: int | None,
     formats: tuple[str, ...],
 ) -> dict[str, LayerSampling]:
-    """The settings of each layer: of the first rule that matches its name, else the monitor's.
+    """Return the settings of each layer, from the first rule that matches its name.
 
-    A rule that matches names, but none that earlier rules left, is no error: `describe_layers`
-    says so.
+    Settings that a rule leaves open are those of the monitor, as are all settings of a layer that
+    no rule matches. A rule may be without effect because earlier rules match all of its layers;
+    `describe_layers` reports such a rule.
 
     Args:
         names: Names of all layers.
-        rules: In order of precedence.
-        every_n_steps: The monitor's own setting, in optimizer steps, at least 1.
-        max_elements: The monitor's own, at least 1; None for every element.
-        formats: The monitor's own.
+        rules: Rules in order of precedence.
+        every_n_steps: The monitor's interval between observed steps, in optimizer steps, at least
+            1.
+        max_elements: The monitor's maximum number of elements observed in each layer, at least 1;
+            None for every element.
+        formats: Names of the monitor's formats.
 
     Returns:
-        An entry for each name, in the order of names.
+        The settings by name of the layer, in the order of `names`.
 
     Raises:
         TypeError: A rule is not a `SamplingRule`, or a setting has the wrong type.
@@ -120,10 +135,12 @@ def resolve_layers(
         check_int("max_elements", max_elements, 1)
     _check_rules(names, rules)
     default = LayerSampling("", None, True, every_n_steps, max_elements, formats)
-    return {name: _layer(name, rules, default) for name in names}
+    return {name: _resolve_layer(name, rules, default) for name in names}
 
 
-def _layer(name: str, rules: Sequence[SamplingRule], default: LayerSampling) -> LayerSampling:
+def _resolve_layer(
+    name: str, rules: Sequence[SamplingRule], default: LayerSampling
+) -> LayerSampling:
     rule = next((rule for rule in rules if rule.matches(name)), None)
     if rule is None:
         return replace(default, name=name)
@@ -140,7 +157,7 @@ def _layer(name: str, rules: Sequence[SamplingRule], default: LayerSampling) -> 
     )
 
 
-def _checked_formats(formats: object) -> tuple[str, ...]:
+def _check_formats(formats: object) -> tuple[str, ...]:
     if isinstance(formats, str):
         formats = (formats,)
     if not isinstance(formats, Sequence):
@@ -166,43 +183,52 @@ def _check_rules(names: Sequence[str], rules: Sequence[SamplingRule]) -> None:
                 f"got {rule!r}"
             )
         if not any(map(rule.matches, names)):
-            raise ValueError(_no_match(rule.layers, names))
+            raise ValueError(_describe_no_match(rule.layers, names))
 
 
-def _no_match(pattern: str, names: Sequence[str]) -> str:
-    near = _near_matches(pattern, names)
+def _describe_no_match(pattern: str, names: Sequence[str]) -> str:
+    near = _find_near_matches(pattern, names)
     if near:
         known = "near matches are " + ", ".join(map(repr, near))
     elif names:
-        known = "none is like it; they begin with " + ", ".join(map(repr, names[:_MOST_SUGGESTED]))
+        known = "no name is similar; the first are " + ", ".join(map(repr, names[:_MOST_SUGGESTED]))
     else:
-        known = "there are none"
+        known = "the model has no layers"
     return (
         f"layers={pattern!r} matches none of {len(names)} layers: {known}. Expected a pattern for "
-        "whole names, such as 'encoder.*' or '*.weight', in which '*' also stands for dots: "
+        "whole names, such as 'encoder.*' or '*.weight', in which '*' also matches dots; "
         "correct it or remove the rule"
     )
 
 
-def _near_matches(pattern: str, names: Sequence[str]) -> list[str]:
-    """The names most like the pattern, the most like first."""
-    parts = [part.strip("*?") for part in _parts(pattern)]
+def _find_near_matches(pattern: str, names: Sequence[str]) -> list[str]:
+    """Return up to three names similar to a pattern, the most similar first."""
+    parts = [part.strip("*?") for part in _split_name(pattern)]
     parts = [part for part in parts if part]
-    scores = {name: _likeness(parts, name) for name in names}
-    near = [name for name in names if scores[name] >= _NEAR]
+    scores = {name: _score_similarity(parts, name) for name in names}
+    near = [name for name in names if scores[name] >= _NEAR_CUTOFF]
     return sorted(near, key=lambda name: -scores[name])[:_MOST_SUGGESTED]
 
 
-def _parts(name: str) -> list[str]:
-    """What is between dots and underscores: ``atn`` is to suggest ``self_attn``."""
+def _split_name(name: str) -> list[str]:
+    """Return the parts of a name between dots and underscores, in lower case.
+
+    Underscores separate too, so that the pattern ``atn`` is similar to ``self_attn``.
+    """
     return name.casefold().replace("_", ".").split(".")
 
 
-def _likeness(parts: Sequence[str], name: str) -> float:
-    """From 0 to 1: how like the name's own parts, or all of it, those of a pattern are."""
+def _score_similarity(parts: Sequence[str], name: str) -> float:
+    """Return the similarity of a pattern to a name, from 0 to 1.
+
+    The larger of two numbers is returned. The one compares each part of the pattern with the most
+    similar part of the name; the other compares the pattern and the name as a whole.
+    """
     if not parts:
         return 0.0
-    own = _parts(name)
-    each = [max(SequenceMatcher(None, part, other).ratio() for other in own) for part in parts]
-    whole = SequenceMatcher(None, ".".join(parts), ".".join(own)).ratio()
+    name_parts = _split_name(name)
+    each = [
+        max(SequenceMatcher(None, part, other).ratio() for other in name_parts) for part in parts
+    ]
+    whole = SequenceMatcher(None, ".".join(parts), ".".join(name_parts)).ratio()
     return max(whole, sum(each) / len(each))

@@ -1,105 +1,168 @@
-"""Copies of weights and gradients around an optimizer step, in memory that is used again."""
+"""Copy weights and gradients just before an optimizer step, into memory that is reused.
+
+A `Snapshot` holds the copies of one parameter. `Snapshots` makes them for all parameters of one
+optimizer: it chooses elements once, assigns memory when parameters change, and copies at each
+observed step. `read_weights_after` reads the weights when the step has ended.
+
+Read `dtensor` first, which finds the local shard of each tensor; `step` comes next.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from altgrad.observation.dtensor import (
-    is_unreduced,
-    local_gradient_of,
-    local_of,
-    unreduced_message,
-)
+from altgrad.observation.dtensor import get_local_gradients, local_of, local_tensors
 
 Elements: TypeAlias = Callable[[str, Tensor], Tensor | None]
-"""From a parameter's name and the parameter to the flat indices to copy, into what lies here of a
-sharded one; None copies all."""
+"""A function from name and parameter to the flat indices to copy, int64 (indices).
 
-Chosen: TypeAlias = dict[Tensor, tuple[torch.Size, Tensor | None]]
-"""What an `Elements` returned for each parameter of that shape, for all who show the same."""
+The indices count elements of the local shard. None means every element."""
+
+Chosen: TypeAlias = MutableMapping[Tensor, tuple[str, torch.Size, Tensor | None]]
+"""The result of an `Elements` by parameter, with the name and shape for which it is valid."""
 
 
 class Copies(NamedTuple):
-    """Memory for what is copied of one parameter: of its shape, or one place for each index."""
+    """The memory for the copies of one parameter.
+
+    Each tensor has the shape of the local shard, or one element for each index that is copied.
+
+    Attributes:
+        before: The weights before the step, with the dtype of the parameter.
+        gradient: The gradient, with its own dtype.
+        after: The weights after the step, with the dtype of the parameter.
+    """
 
     before: Tensor
     gradient: Tensor
     after: Tensor
 
 
-Memory: TypeAlias = Callable[[str, Tensor, Tensor, Tensor | None], Copies | None]
-"""From a parameter's name, itself, its gradient and the indices to copy, to where they are copied;
-None leaves it to the snapshots. Asked again when the parameter has changed its shape."""
+class Request(NamedTuple):
+    """A request for the memory of one parameter.
 
-WHOLE_UP_TO = 2048
-"""Up to this size a parameter is copied whole: to choose elements would take longer."""
-# Up to this size copies may stay on an accelerator: those of a thousand parameters are 128 MiB.
-_SMALL = 2**14
+    Attributes:
+        name: The name of the parameter.
+        parameter: The parameter, which may be a DTensor.
+        gradient_dtype: The dtype of the gradient.
+        indices: Flat indices of the elements to copy, int64; None for every element.
+    """
+
+    name: str
+    parameter: Tensor
+    gradient_dtype: torch.dtype
+    indices: Tensor | None
+
+
+Memory: TypeAlias = Callable[[Sequence[Request]], Sequence[Copies | None]]
+"""A function from the requests of all parameters to the memory of each.
+
+None leaves the memory of a parameter to `Snapshots`. The function is called again, for all
+parameters, when a parameter is new or has changed its shape or dtype. Memory that it returned
+earlier is no longer used after that."""
+
+SMALL = 2**14
+"""Largest number of elements of a parameter whose copies may stay on an accelerator.
+
+The two copies of a thousand such parameters in float32 take 128 MiB."""
 
 
 @dataclass(eq=False, slots=True)
 class Snapshot:
-    """One parameter just before it is stepped: itself, and what was copied of it."""
+    """A parameter just before its step, with copies of its weights and gradient.
+
+    Attributes:
+        name: The name of the parameter.
+        parameter: The parameter.
+        rests: True if its learning rate is 0.
+        indices: Flat indices of the copied elements, int64; None for every element.
+        shape: Shape of the parameter when its memory was assigned.
+        before: The weights before the step, with the dtype of the parameter.
+        gradient: The gradient, with its own dtype.
+        after: Memory for the weights after the step; None if the parameter itself is shown.
+        is_lent: True if a `Memory` function returned the memory.
+        is_temporary: True if the memory is allocated at each step, and empty between steps.
+    """
 
     name: str
     parameter: Tensor
-    rests: bool  # its learning rate is 0
+    rests: bool
     indices: Tensor | None
-    shape: torch.Size  # of the parameter
+    shape: torch.Size
     before: Tensor
     gradient: Tensor
-    after: Tensor | None  # None where the parameter's own memory is shown
+    after: Tensor | None
+    is_lent: bool = False
+    is_temporary: bool = False
 
-    def fits(self, gradient: Tensor) -> bool:
-        """Whether the parameter and its gradient can still be copied into it."""
+    def fits(self, name: str, gradient: Tensor) -> bool:
+        """Return True if the memory still fits the parameter and its gradient.
+
+        Args:
+            name: The name of the parameter now.
+            gradient: The gradient of the local shard now.
+        """
         parameter = self.parameter
         return (
-            self.shape == parameter.shape
+            self.name == name
+            and self.shape == parameter.shape
             and self.before.dtype == parameter.dtype
             and self.before.device == parameter.device
             and self.gradient.dtype == gradient.dtype
         )
 
     def nbytes(self) -> int:
-        """The memory that observing this parameter takes while it is stepped."""
+        """Return the size of the copies during a step, in bytes."""
         after = 0 if self.after is None else self.after.nbytes
         return self.before.nbytes + self.gradient.nbytes + after
 
 
-def weights_after(snapshots: Sequence[Snapshot]) -> list[Tensor]:
-    """The weights of each as they are now: in its memory, or the parameter's own."""
+def read_weights_after(snapshots: Sequence[Snapshot]) -> list[Tensor]:
+    """Return the current weights of each parameter.
+
+    Args:
+        snapshots: The copies from before the step.
+
+    Returns:
+        The tensor `after` of each snapshot, filled with the current weights. Where `after` is None,
+        a tensor that shares memory with the parameter.
+    """
+    current = local_tensors(each.parameter for each in snapshots)
     copies: list[Tensor] = []
     sources: list[Tensor] = []
-    for each in snapshots:
+    for each, local in zip(snapshots, current, strict=True):
         if each.indices is not None:
-            torch.take(local_of(each.parameter), each.indices, out=each.after)
+            torch.take(local, each.indices, out=each.after)
         elif each.after is not None:
             copies.append(each.after)
-            sources.append(local_of(each.parameter))
+            sources.append(local)
     _copy_all(copies, sources)
     return [
-        local_of(each.parameter).detach() if each.after is None else each.after
-        for each in snapshots
+        local.detach() if each.after is None else each.after
+        for each, local in zip(snapshots, current, strict=True)
     ]
 
 
 class Snapshots:
-    """Takes them; keeps their memory, and which elements of which parameter to copy.
+    """The snapshots of all parameters of one optimizer, with their memory and chosen elements.
 
-    On a CPU all memory is used again: to touch new memory takes longer than to copy into it. On an
-    accelerator only that of small and of sampled parameters is; that of whole large ones is
-    allocated for each step, after its backward pass, so as not to be there with the activations.
+    On a CPU all memory is reused, because touching new memory takes longer than copying into it. On
+    an accelerator only the memory of small and of sampled parameters is reused. Memory for whole
+    large parameters is allocated at each step, after the backward pass. So it does not add to the
+    peak, which the activations make.
 
     Args:
-        elements: Which elements of each large parameter to copy; None copies all of all.
-        chosen: What `elements` has returned.
-        memory: Where to copy them.
-        asks_of_all: Whether `elements` is asked about small parameters, too.
+        elements: Function that chooses the elements of each parameter; None copies every element.
+        chosen: Mapping that keeps the results of `elements`; None makes a new one.
+        memory: Function that provides memory for the copies; None leaves all memory to this object.
+
+    Attributes:
+        peak_bytes: Largest amount of memory that the copies have taken, in bytes.
     """
 
     def __init__(
@@ -107,10 +170,7 @@ class Snapshots:
         elements: Elements | None,
         chosen: Chosen | None = None,
         memory: Memory | None = None,
-        *,
-        asks_of_all: bool = False,
     ) -> None:
-        self._asks_of_all = asks_of_all
         self.peak_bytes = 0
         self._memory = memory
         self._elements = elements
@@ -118,136 +178,184 @@ class Snapshots:
         self._kept: dict[Tensor, Snapshot] = {}
         self._kept_bytes = 0
 
-    @torch.inference_mode(mode=False)  # what is made in that mode could not be written to later
+    # Memory allocated in inference mode could not be written to outside of it:
+    # https://docs.pytorch.org/docs/stable/notes/autograd.html#inference-mode
+    @torch.inference_mode(mode=False)
     @torch.no_grad()
     def take(
         self,
         parameters: Sequence[tuple[str, Tensor, bool]],
         grad_scale: Tensor | None = None,
+        left_out: Collection[str] = (),
     ) -> list[Snapshot]:
-        """Copy those that have a gradient, and the gradients, dense and divided by `grad_scale`.
+        """Copy the parameters that have a gradient, and their gradients divided by `grad_scale`.
 
         Args:
-            parameters: Name and parameter of each, and whether its learning rate is 0.
-            grad_scale: What the gradients are still multiplied by; None if they are not.
+            parameters: Name and parameter of each, and True if its learning rate is 0. No gradient
+                may be one that `altgrad.observation.dtensor.find_unreduced` reports.
+            grad_scale: Loss scale by which the gradients are still multiplied, one element; None if
+                they are unscaled.
+            left_out: Names of parameters that are not copied this time, but keep their memory.
+
+        Returns:
+            A snapshot for each parameter that was copied, in the order of `parameters`.
         """
+        present = [p for p in parameters if p[1].grad is not None and p[0] not in left_out]
+        weights = local_tensors(parameter for _, parameter, _ in present)
+        gradients = get_local_gradients(parameter for _, parameter, _ in present)
+        if not self._has_memory_for(parameters, present, gradients):
+            self._assign_memory(parameters, present, gradients)
         snapshots: list[Snapshot] = []
         copies: list[Tensor] = []
         sources: list[Tensor] = []
-        for name, parameter, rests in parameters:
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            if is_unreduced(parameter):
-                raise ValueError(
-                    f"{unreduced_message(name, parameter)}, or leave {name} out of what is observed"
-                )
-            gradient = local_gradient_of(parameter, gradient)
-            if gradient.layout != torch.strided:
-                gradient = gradient.to_dense()
-            here = local_of(parameter)
-            snapshot = self._memory_for(name, parameter, gradient)
+        temporary_bytes = 0
+        for (_, parameter, rests), local, gradient in zip(present, weights, gradients, strict=True):
+            snapshot = self._kept[parameter]
+            if snapshot.is_temporary:
+                memory = _allocate(local, gradient, None)
+                snapshot = replace(snapshot, before=memory.before, gradient=memory.gradient)
+                temporary_bytes += snapshot.nbytes()
             snapshot.rests = rests
             snapshots.append(snapshot)
             if snapshot.indices is None:
                 copies += (snapshot.before, snapshot.gradient)
-                sources += (here, gradient)
+                sources += (local, gradient)
             else:
-                torch.take(here, snapshot.indices, out=snapshot.before)
+                torch.take(local, snapshot.indices, out=snapshot.before)
                 torch.take(gradient, snapshot.indices, out=snapshot.gradient)
         _copy_all(copies, sources)
         if grad_scale is not None:
             for snapshot in snapshots:
-                # A division, as in the fused optimizers: a product with 1/scale rounds twice.
+                # Divide, as the fused optimizers do; multiplying by 1/scale would round twice:
+                # aten/src/ATen/native/cuda/fused_adam_utils.cuh
                 snapshot.gradient.div_(local_of(grad_scale).to(snapshot.gradient.device))
-        self._forget_all_but(parameters)
-        passing = sum(each.nbytes() for each in snapshots if each.parameter not in self._kept)
-        self.peak_bytes = max(self.peak_bytes, self._kept_bytes + passing)
+        self.peak_bytes = max(self.peak_bytes, self._kept_bytes + temporary_bytes)
         return snapshots
 
     def clear(self) -> None:
-        """Let go of the memory; the choice of elements stays."""
+        """Release the memory, and keep the choice of elements."""
         self._kept.clear()
         self._kept_bytes = 0
 
-    def _forget_all_but(self, parameters: Sequence[tuple[str, Tensor, bool]]) -> None:
-        """Parameters may be replaced, again and again."""
-        if len(self._kept) > len(parameters):
-            current = {parameter for _, parameter, _ in parameters}
-            for parameter in [each for each in self._kept if each not in current]:
-                self._kept_bytes -= self._kept.pop(parameter).nbytes()
-
-    def _memory_for(self, name: str, parameter: Tensor, gradient: Tensor) -> Snapshot:
-        kept = self._kept.get(parameter)
-        if kept is not None:
-            if kept.name == name and kept.fits(gradient):
-                return kept
-            self._kept_bytes -= kept.nbytes()
-            del self._kept[parameter]
-        indices = self._indices_of(name, parameter)
-        given = self._memory and self._memory(name, parameter, gradient, indices)
-        here = local_of(parameter)
-        own = given or Copies(
-            before=_empty_like(here, indices),
-            gradient=_empty_like(gradient, indices),
-            after=parameter if indices is None else _empty_like(here, indices),
+    def _has_memory_for(
+        self,
+        parameters: Sequence[tuple[str, Tensor, bool]],
+        present: Sequence[tuple[str, Tensor, bool]],
+        gradients: Sequence[Tensor],
+    ) -> bool:
+        kept = self._kept
+        if len(kept) > len(parameters):  # some were replaced, and would be kept alive for ever
+            return False
+        each = zip(present, gradients, strict=True)
+        return all(
+            parameter in kept and kept[parameter].fits(name, gradient)
+            for (name, parameter, _), gradient in each
         )
-        snapshot = Snapshot(
-            name=name,
-            parameter=parameter,
-            rests=False,
-            indices=indices,
-            shape=parameter.shape,
-            before=own.before,
-            gradient=own.gradient,
-            after=None if own.after is parameter else own.after,
-        )
-        on_cpu = parameter.device.type == "cpu"
-        if given or on_cpu or indices is not None or parameter.numel() <= _SMALL:
-            self._kept[parameter] = snapshot
-            self._kept_bytes += snapshot.nbytes()
-        return snapshot
 
-    def _indices_of(self, name: str, parameter: Tensor) -> Tensor | None:
-        """Chosen once, so that every step shows the same elements."""
+    def _assign_memory(
+        self,
+        parameters: Sequence[tuple[str, Tensor, bool]],
+        present: Sequence[tuple[str, Tensor, bool]],
+        gradients: Sequence[Tensor],
+    ) -> None:
+        """Assign memory to the parameters that are copied now, and to unchanged earlier ones.
+
+        All are requested at once, so that a `Memory` function can place them side by side.
+        """
+        names = {parameter: name for name, parameter, _ in parameters}
+        earlier = {**self._kept}
+        # By parameter, a gradient of the right dtype: an earlier copy, or the gradient itself.
+        likes = {
+            parameter: each.gradient
+            for parameter, each in earlier.items()
+            if parameter in names and each.fits(names[parameter], each.gradient)
+        }
+        likes |= {p: gradient for (_, p, _), gradient in zip(present, gradients, strict=True)}
+        requests = [  # in the order of the parameters, which is that of records
+            Request(name, p, likes[p].dtype, self._choose_indices(name, p))
+            for p, name in names.items()
+            if p in likes
+        ]
+        lent = self._memory(requests) if self._memory else [None] * len(requests)
+        self._kept.clear()
+        for request, copies in zip(requests, lent, strict=True):
+            parameter, gradient = request.parameter, likes[request.parameter]
+            old = earlier.get(parameter)
+            is_own = copies is None and old is not None and not old.is_lent
+            if old is not None and is_own and old.fits(request.name, gradient):
+                self._kept[parameter] = old
+            else:
+                self._kept[parameter] = _make_snapshot(request, copies, gradient)
+        self._kept_bytes = sum(each.nbytes() for each in self._kept.values())
+
+    def _choose_indices(self, name: str, parameter: Tensor) -> Tensor | None:
+        """Return the indices to copy; chosen once, so that every step shows the same elements."""
         if self._elements is None:
             return None
-        if parameter.numel() <= WHOLE_UP_TO and not self._asks_of_all:
-            return None
-        shape, indices = self._chosen.get(parameter, (None, None))
-        if shape != parameter.shape:
+        chosen = self._chosen.get(parameter)
+        if chosen is None or chosen[:2] != (name, parameter.shape):
             indices = self._elements(name, parameter)
             if indices is not None:
                 _check_indices(indices, name, parameter)
-                indices = indices.to(parameter.device)
-            self._chosen[parameter] = parameter.shape, indices
-        return indices
+            self._chosen[parameter] = chosen = name, parameter.shape, indices
+        return None if chosen[2] is None else chosen[2].to(parameter.device)
 
 
-def _empty_like(tensor: Tensor, indices: Tensor | None) -> Tensor:
-    """Memory for a copy of it: with its strides, or with one place for each index."""
-    return torch.empty_like(tensor) if indices is None else tensor.new_empty(indices.shape)
+def _make_snapshot(request: Request, copies: Copies | None, gradient: Tensor) -> Snapshot:
+    """Return a snapshot in the given memory, or in new memory if `copies` is None."""
+    name, parameter, _, indices = request
+    local = local_of(parameter)
+    is_temporary = copies is None and indices is None and _is_large_on_accelerator(parameter)
+    if is_temporary:
+        memory = Copies(local.new_empty(0), gradient.new_empty(0), local)
+    else:
+        memory = copies or _allocate(local, gradient, indices)
+    return Snapshot(
+        name=name,
+        parameter=parameter,
+        rests=False,
+        indices=indices,
+        shape=parameter.shape,
+        before=memory.before,
+        gradient=memory.gradient,
+        after=None if memory.after is local else memory.after,
+        is_lent=copies is not None,
+        is_temporary=is_temporary,
+    )
+
+
+def _is_large_on_accelerator(parameter: Tensor) -> bool:
+    return parameter.device.type != "cpu" and parameter.numel() > SMALL
+
+
+def _allocate(local: Tensor, gradient: Tensor, indices: Tensor | None) -> Copies:
+    """Return memory with the strides of the tensors, or with one element for each index."""
+    if indices is None:
+        return Copies(torch.empty_like(local), torch.empty_like(gradient), local)
+    before, after = local.new_empty((2, *indices.shape)).unbind()
+    return Copies(before, gradient.new_empty(indices.shape), after)
 
 
 def _copy_all(copies: list[Tensor], sources: list[Tensor]) -> None:
-    """`copy_`, in one call: a loop takes twice the time for a thousand small tensors.
+    """Copy each source into its copy, in one call.
 
-    torch has no public name for it.
+    A loop of `copy_` takes twice as long for a thousand small tensors.
     """
     if copies:
+        # torch has no public name for it. Its own optimizers call it, too: torch/optim/asgd.py.
         torch._foreach_copy_(copies, sources)
 
 
 def _check_indices(indices: Tensor, name: str, parameter: Tensor) -> None:
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
         raise TypeError(
-            f"elements of {name}: expected a one-dimensional int64 tensor of flat indices or "
-            f"None, not {indices!r}"
+            f"elements({name!r})={indices!r}: expected a one-dimensional int64 tensor of flat "
+            "indices or None"
         )
-    elements = local_of(parameter.detach()).numel()
-    inside = (indices >= 0) & (indices < elements)
-    if not inside.all():
+    count = local_of(parameter.detach()).numel()
+    valid = (indices >= 0) & (indices < count)
+    if not valid.all():
         raise ValueError(
-            f"elements of {name}: {indices[~inside][0].item()} is no flat index of its "
-            f"{elements} elements"
+            f"elements({name!r}): the index {indices[~valid][0].item()} is out of range; expected "
+            f"0 <= index < {count}, the number of elements"
         )

@@ -1,37 +1,51 @@
-"""`OptimizerStep`: one step of an optimizer, as it happened."""
+"""Describe a finished step: `OptimizerStep` has its tensors, `StepOutcome` says what came of it.
+
+Every observed step that ends has one `StepOutcome`. It contains an `OptimizerStep`, the reason why
+no weight moved, or an error.
+
+Read `snapshots` first; `grad_scaler` comes next.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from altgrad.observation.snapshots import Snapshot, weights_after
+from altgrad.observation.snapshots import Snapshot, read_weights_after
+
+SkipReason: TypeAlias = Literal["inf", "no gradients", "learning rate 0"]
+"""The reason why a step moved no weight, explained at `StepObserver.skipped`."""
 
 
 @dataclass(frozen=True, eq=False)
 class OptimizerStep:
-    """One step of an optimizer, as it happened: parallel sequences, an entry per parameter.
+    """A step of an optimizer, as parallel tuples with one entry for each parameter.
 
-    The tensors are valid until `StepObserver`'s `on_step` returns: their memory is used again, and
-    `after` is the parameters' own. Clone what you keep, and change none.
+    The tensors are valid until the callback of `StepObserver` returns. Their memory is reused
+    afterwards, and the tensors in `after` share memory with the parameters. Clone what you keep,
+    and change nothing in place.
+
+    Each tensor has the dtype and shape of its parameter's local shard. If only some elements of a
+    parameter are observed, its tensors are one-dimensional and hold those elements.
 
     Attributes:
-        names: Names of the parameters that had a gradient, as `StepObserver.names` has them.
-        before: Their weights just before the step; of a parameter of which only some elements are
-            observed, those, in one dimension.
-        gradients: Their gradients as the optimizer applied them: accumulated, clipped, divided by
-            the loss scale, and dense.
-        after: Their weights just after the step.
-        optimizer: The optimizer.
-        index: How many steps of this optimizer came before it since it was attached.
-        found_inf: Of a fused optimizer under a GradScaler: one element, not 0 if the optimizer
-            skipped the step. None otherwise.
-        resting: Names of those that a learning rate of 0 kept where they were, as far as can be
-            seen here: shown where other processes see the rest of them, and never else.
+        names: Names of the parameters that had a gradient, a part of `StepObserver.names`.
+        before: The weights just before the step.
+        gradients: The gradients that the optimizer applied: accumulated, clipped, divided by the
+            loss scale, and dense.
+        after: The weights just after the step.
+        optimizer: The torch optimizer that made the step.
+        index: Number of steps of this optimizer since it was attached, before this one.
+        found_inf: One element, other than 0 if a fused optimizer under a GradScaler skipped the
+            step; None for other optimizers.
+        resting: Names of parameters that did not move, because their learning rate is 0. The step
+            that `on_step` receives leaves these out. Another rank may hold elements of them that
+            moved.
     """
 
     names: tuple[str, ...]
@@ -43,27 +57,66 @@ class OptimizerStep:
     found_inf: Tensor | None = None
     resting: frozenset[str] = frozenset()
 
+    def without_resting(self) -> OptimizerStep:
+        """Return the step without the parameters in `resting`."""
+        if not self.resting:
+            return self
+        kept = [k for k, name in enumerate(self.names) if name not in self.resting]
+        return replace(
+            self,
+            names=tuple(self.names[k] for k in kept),
+            before=tuple(self.before[k] for k in kept),
+            gradients=tuple(self.gradients[k] for k in kept),
+            after=tuple(self.after[k] for k in kept),
+            resting=frozenset(),
+        )
 
-def step_of(
-    snapshots: Sequence[Snapshot], optimizer: Optimizer, index: int, *, show_resting: bool = False
-) -> OptimizerStep:
-    """The step that has just ended, without what a learning rate of 0 kept where it was."""
-    both = [*zip(snapshots, weights_after(snapshots), strict=True)]
-    resting = frozenset(snapshot.name for snapshot, after in both if _rests(snapshot, after))
-    if not show_resting:
-        both = [(snapshot, after) for snapshot, after in both if snapshot.name not in resting]
+
+@dataclass(frozen=True, eq=False)
+class StepOutcome:
+    """The outcome of an observed step: shown, skipped or failed.
+
+    Attributes:
+        optimizer: The torch optimizer that made the step.
+        index: Number of steps of this optimizer since it was attached, before this one.
+        step: The step; None if it could not be observed. It is present for ``"learning rate 0"``,
+            too, since another rank may hold elements that moved.
+        skipped: The reason why no weight on this rank moved; None if any did.
+        error: The error that was raised while the step was observed; None if there was no error.
+        copy_seconds: Time that the host took to copy weights and gradients, in seconds.
+    """
+
+    optimizer: Optimizer
+    index: int
+    step: OptimizerStep | None = None
+    skipped: SkipReason | None = None
+    error: Exception | None = None
+    copy_seconds: float = 0.0
+
+
+def make_step(snapshots: Sequence[Snapshot], optimizer: Optimizer, index: int) -> OptimizerStep:
+    """Return the step that has just ended.
+
+    Args:
+        snapshots: The copy of each parameter from before the step.
+        optimizer: The torch optimizer that made the step.
+        index: Number of steps of this optimizer since it was attached, before this one.
+    """
+    after = read_weights_after(snapshots)
     return OptimizerStep(
-        names=tuple(snapshot.name for snapshot, _ in both),
-        before=tuple(snapshot.before for snapshot, _ in both),
-        gradients=tuple(snapshot.gradient for snapshot, _ in both),
-        after=tuple(after for _, after in both),
+        names=tuple(each.name for each in snapshots),
+        before=tuple(each.before for each in snapshots),
+        gradients=tuple(each.gradient for each in snapshots),
+        after=tuple(after),
         optimizer=optimizer,
         index=index,
+        # GradScaler sets this attribute on fused optimizers: torch/amp/grad_scaler.py, step.
         found_inf=getattr(optimizer, "found_inf", None),
-        resting=resting if show_resting else frozenset(),
+        resting=frozenset(
+            each.name
+            for each, weights in zip(snapshots, after, strict=True)
+            # Some optimizers move weights although the rate is 0; that is a step like any other.
+            # torch.equal would not do: NaN differs from itself.
+            if each.rests and torch.allclose(each.before, weights, rtol=0, atol=0, equal_nan=True)
+        ),
     )
-
-
-def _rests(snapshot: Snapshot, after: Tensor) -> bool:
-    """Some optimizers move weights in spite of the rate: that is a step like any other."""
-    return snapshot.rests and torch.allclose(snapshot.before, after, rtol=0, atol=0, equal_nan=True)

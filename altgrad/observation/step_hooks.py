@@ -1,4 +1,18 @@
-"""When a step of a torch optimizer begins, when its gradients are final, and when it ends."""
+"""Learn when a step of a torch optimizer begins, when its gradients are final, and when it ends.
+
+`StepHooks` registers a hook before and a hook after each step, and calls its owner back. Three
+cases make this longer than two hooks:
+
+- A closure computes the gradients inside the step, so that the call of the closure is wrapped.
+- A subclass may call ``super().step()``, which calls the hooks twice in one step.
+- A step that raises an error calls no hook at its end.
+
+Read `optimizers` first; `snapshots` comes next, which copies when the gradients are final.
+
+References:
+    https://docs.pytorch.org/docs/stable/generated/torch.optim.Optimizer.register_step_pre_hook.html
+    https://docs.pytorch.org/docs/stable/generated/torch.optim.Optimizer.register_step_post_hook.html
+"""
 
 from __future__ import annotations
 
@@ -24,29 +38,36 @@ _HOOKS = weakref.WeakKeyDictionary()
 
 
 def is_hooked(optimizer: Optimizer) -> bool:
-    """Whether any `StepHooks` are around the steps of an optimizer."""
+    """Return True if any `StepHooks` observe the steps of an optimizer."""
     return bool(_HOOKS.get(optimizer))
 
 
 class StepHooks(Generic[Captured]):
-    """Three calls around each step of one optimizer, however it is stepped.
+    """The hooks of one owner on one optimizer: three calls around each step.
 
-    ``is_due(hooks)`` at its beginning; unless that is false, ``capture(hooks, optimizer)`` when the
-    gradients are those that will be applied and no weight has changed, and
-    ``finish(hooks, optimizer, captured)`` at its end, with what `capture` returned, or None if
-    there was a closure and the optimizer did not call it. A step that raises is not finished. A
-    subclass that calls ``super().step()`` makes one step.
+    ``is_due(hooks)`` is called when the step begins. If it returns False, nothing more is called.
 
-    The optimizer and the object that the three are methods of are held weakly; without it, they
-    are not called.
+    ``capture(hooks, optimizer)`` is called when the gradients are final and no weight has moved.
 
-    Where the step would be shown wrongly, `capture` is not called, and `unseen` says why: the
-    optimizer moves weights before it calls its closure, as SAM does (told by autograd's count of
-    writes, which those through ``.data`` escape), or is handed a GradScaler to unscale with.
+    ``finish(hooks, optimizer, captured)`` is called when the step ends, with the result of
+    `capture`. If `capture` was not called, `captured` is None and `unseen` says why:
+
+    - The optimizer does not call its closure.
+    - The optimizer moves weights before it calls its closure, as SAM does.
+    - The optimizer takes a GradScaler and unscales gradients itself.
+
+    A step that raises an error is not finished. A subclass that calls ``super().step()`` makes one
+    step. The optimizer and the owner are held weakly; without the owner, nothing is called.
+
+    Args:
+        optimizer: A torch optimizer, as `altgrad.observation.optimizers.unwrap` returns it.
+        is_due: A bound method of the owner that decides whether to observe the step.
+        capture: A bound method of the owner that copies weights and gradients.
+        finish: A bound method of the owner that receives the copies.
 
     Attributes:
-        index: How many steps were finished before this one.
-        unseen: Why this step cannot be shown, though it was made; empty if it can.
+        index: Number of steps finished before this one.
+        unseen: The reason why `capture` was not called for the running step.
     """
 
     def __init__(
@@ -58,33 +79,39 @@ class StepHooks(Generic[Captured]):
     ) -> None:
         self.index = 0
         self.unseen = ""
-        self._closure_position = _closure_position(optimizer)
+        self._closure_position = _find_closure_position(optimizer)
         self._optimizer = weakref.ref(optimizer)
-        self._is_due = weakly(is_due)
-        self._capture = _outside_of_graphs(weakly(capture))
-        self._finish = weakly(finish)
-        # Of the step that is under way, or that raised:
+        self._is_due = bind_weakly(is_due)
+        self._capture = _exclude_from_graphs(bind_weakly(capture))
+        self._finish = bind_weakly(finish)
+        # State of the step that is running, or of the last one if that raised an error:
         self._running = False
         self._nested = False
         self._observed = False
         self._captured: Captured | None = None
         self._handles = (
-            optimizer.register_step_pre_hook(_outside_of_graphs(self._before)),
-            optimizer.register_step_post_hook(_outside_of_graphs(self._after)),
+            optimizer.register_step_pre_hook(_exclude_from_graphs(self._before)),
+            optimizer.register_step_post_hook(_exclude_from_graphs(self._after)),
         )
         _HOOKS.setdefault(optimizer, weakref.WeakSet()).add(self)
 
     @property
     def optimizer(self) -> Optimizer | None:
-        """The optimizer, as long as it lives."""
+        """The optimizer; None once it has been garbage-collected."""
         return self._optimizer()
 
     def forget(self) -> None:
-        """Let go of what was captured, and do not finish the step that is under way."""
+        """Release what `capture` returned, and do not finish the running step."""
         self._observed, self._captured = False, None
 
     def remove(self) -> bool:
-        """Take the hooks off; false within a step, where torch iterates over them."""
+        """Remove the hooks from the optimizer.
+
+        During a step nothing is removed, because torch is iterating over the hooks.
+
+        Returns:
+            True if the hooks were removed.
+        """
         optimizer = self._optimizer()
         if optimizer is not None and step_depth(optimizer):
             return False
@@ -97,6 +124,7 @@ class StepHooks(Generic[Captured]):
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> _Arguments | None:
+        # Running at depth 1 means that the last step raised an error, and this is a new step.
         if self._running and step_depth(optimizer) > 1:
             self._nested = True
             return None
@@ -104,26 +132,28 @@ class StepHooks(Generic[Captured]):
         self._observed = self._is_due(self)
         if not self._observed:
             return None
-        closure = self._closure_of(args, kwargs)
+        closure = self._find_closure(args, kwargs)
         kind = type(optimizer).__name__
         self.unseen = f"{kind} does not call the closure that it is given, and shows no gradients"
+        # A deprecated protocol of GradScaler: torch/amp/grad_scaler.py, GradScaler.step.
         if kwargs.get("grad_scaler") is not None:
             self.unseen = f"{kind} unscales its gradients with a GradScaler that it is handed"
             return None
         if closure is None:
             self._capture_now(optimizer)
             return None
-        at_the_beginning = _writes(optimizer)
+        counts_at_start = _count_writes(optimizer)
 
+        # The gradients are final when the closure first returns: trainers clip them inside it.
+        # `wraps` keeps the attributes of the closure, which its optimizer may read.
         @functools.wraps(closure)
         def closure_then_capture(*inputs: Any, **options: Any) -> Any:
-            """Only the closure computes the gradients; trainers clip them in it, too."""
             first = self._captured is None
-            if first and _differ(_writes(optimizer), at_the_beginning):
+            if first and _differ(_count_writes(optimizer), counts_at_start):
                 first = False
                 self.unseen = (
-                    f"{kind} moves weights before it calls its closure, so that those before the "
-                    "step are gone; if it wraps an optimizer, as SAM does, attach that"
+                    f"{kind} moves weights before it calls its closure, so that the weights from "
+                    "before the step are lost; if it wraps an optimizer, as SAM does, attach that"
                 )
             loss = closure(*inputs, **options)
             if first:
@@ -135,12 +165,13 @@ class StepHooks(Generic[Captured]):
         position = self._closure_position
         return (*args[:position], closure_then_capture, *args[position + 1 :]), kwargs
 
-    def _closure_of(
+    def _find_closure(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[..., Any] | None:
         closure = kwargs.get("closure")
         if closure is None and self._closure_position < len(args):
             closure = args[self._closure_position]
+        # A module is callable, too: some optimizers take the model as an argument of `step`.
         return closure if callable(closure) and not isinstance(closure, nn.Module) else None
 
     def _capture_now(self, optimizer: Optimizer) -> None:
@@ -157,18 +188,25 @@ class StepHooks(Generic[Captured]):
         self.index += 1
 
 
-def _outside_of_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """The hook, as it is also where `torch.compile` compiles the call of `step`."""
+def _exclude_from_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the hook in a form that `torch.compile` calls but does not compile.
+
+    Compiled code may round differently, so that copies would not be exact.
+    """
     untraced: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-    # From torch 2.7 on, `disable` has an argument for this.
+    # From torch 2.7 on this is the argument `reason` of torch.compiler.disable, which is kept under
+    # this private name: torch/_dynamo/decorators.py. Older versions ignore it.
     untraced.__dict__["_torchdynamo_disable_msg"] = (
         "AltGrad cannot observe an optimizer step that is compiled with fullgraph=True"
     )
     return untraced
 
 
-def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The bound method, without keeping its object alive: once that is gone it returns None."""
+def bind_weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls a bound method without keeping its object alive.
+
+    Once the object has been garbage-collected, the function does nothing and returns None.
+    """
     reference, function = weakref.ref(method.__self__), method.__func__  # type: ignore[attr-defined]
 
     def call(*args: Any) -> Any:
@@ -178,25 +216,30 @@ def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _closure_position(optimizer: Optimizer) -> int:
-    """Where `step` takes its closure among the positional arguments."""
+def _find_closure_position(optimizer: Optimizer) -> int:
+    """Return the position of the closure among the arguments of `step`, counting ``self``."""
     try:
         return [*inspect.signature(type(optimizer).step).parameters].index("closure")
-    except (TypeError, ValueError):  # it has another name, or there is no signature
+    except (TypeError, ValueError):  # the argument has another name, or there is no signature
         return 1
 
 
-def _writes(optimizer: Optimizer) -> list[tuple[int, int] | None]:
-    """What changes with every write to a parameter, and with its memory; None if not to be told."""
+def _count_writes(optimizer: Optimizer) -> list[tuple[int, int] | None]:
+    """Return for each parameter a pair that changes when the parameter is written or moved.
+
+    The pair is None for a parameter that has no such count.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return [_writes_to(parameter) for parameter in parameters]
+    return [_count_writes_to(parameter) for parameter in parameters]
 
 
-def _writes_to(parameter: Tensor) -> tuple[int, int] | None:
+def _count_writes_to(parameter: Tensor) -> tuple[int, int] | None:
     try:
-        # torch has no public name for the count of writes that autograd relies on.
+        # Autograd counts in-place writes in `_version`, which has no public name; writes through
+        # `.data` are not counted:
+        # https://docs.pytorch.org/docs/stable/notes/autograd.html#in-place-correctness-checks
         return parameter._version, parameter.data_ptr()  # noqa: SLF001
-    except (RuntimeError, ValueError):  # not initialised yet, sparse, made in inference mode …
+    except (RuntimeError, ValueError):  # uninitialised, sparse, or made in inference mode
         return None
 
 
@@ -205,16 +248,18 @@ def _differ(now: list[tuple[int, int] | None], then: list[tuple[int, int] | None
 
 
 def step_depth(optimizer: Optimizer) -> int:
-    """How many calls of `optimizer.step` this thread is in: 0 outside, 1 in a hook of a step.
+    """Return how many calls of an optimizer's `step` are running in this thread.
 
-    2 means that a subclass called ``super().step()``, which calls the hooks once more. Counting
-    in the hooks would not do: a step that raises calls no hook on its way out.
+    The result is 0 outside of a step, and 1 in a hook of a step. It is 2 if a subclass has called
+    ``super().step()``, which calls the hooks once more.
     """
+    # Counting in the hooks would fail: a step that raises an error calls no hook at its end.
     depth = 0
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - the documented way to the stack
     while frame is not None:
         code = frame.f_code
-        # What torch puts around every `step`: Optimizer.profile_hook_step.
+        # The function that torch wraps around every `step`, which has no public name:
+        # torch/optim/optimizer.py, Optimizer.profile_hook_step.
         if code.co_name == "wrapper" and code.co_filename == torch_optimizer.__file__:
             depth += frame.f_locals.get("self") is optimizer
         frame = frame.f_back

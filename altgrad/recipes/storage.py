@@ -70,6 +70,9 @@ class WeightStorage:
             ``enabled=False`` to leave layers as they are. How they are sampled plays no role here.
         seed: Of the stochastic rounding, which draws nothing from torch's own generators.
 
+    Attributes:
+        scaling: The `scaling` argument.
+
     Raises:
         TypeError, ValueError: An argument that cannot be meant.
 
@@ -103,7 +106,7 @@ class WeightStorage:
         for rule in layers:
             if rule.formats:
                 _one_format(rule.formats)
-        self._scaling = scaling
+        self.scaling = scaling
         self._rounding: StorageRounding = rounding
         self._compensation = compensation
         self._rules = tuple(layers)
@@ -231,7 +234,7 @@ class WeightStorage:
     def _layer(self, name: str, parameter: Tensor, format: NumberFormat) -> _Layer:
         """As it was, if it is known; nothing is stored yet."""
         _check_can_be_stored(name, parameter, format)
-        layer = _Layer(name, parameter, format, self._scaling, self._compensation)
+        layer = _Layer(name, parameter, format, self.scaling, self._compensation)
         known = self._layers.get(parameter)
         state = self._loaded.get(name) if known is None else known.state_dict()
         if state is not None:

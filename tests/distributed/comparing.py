@@ -1,80 +1,106 @@
-"""That two records are of the same elements: counts, bins and extrema exactly, sums nearly."""
+"""Two records of the same elements: counts, bins and extrema are equal, sums of floats nearly."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Set as AbstractSet
+from collections.abc import Iterator, Set as AbstractSet
 from dataclasses import replace
 
-import torch
+from altgrad import StepRecord, model_figures
+from altgrad.measurement.figures import Figures
 
-from altgrad import Figures, StepRecord, model_figures
-from altgrad.measurement.columns import (
-    FORMAT_MAXIMA,
-    FORMAT_SUMS,
-    MAXIMA,
-    ROW_SQUARES,
-    SUMS,
-    sum_count,
-)
+_NEARLY = 1e-12
+"""Relative, of a sum in float64, whatever the order of its terms."""
 
-# Σ of what is no whole number; of all others the sum of absolute terms is the sum itself.
-_FLOATS = {
-    *("ulps", "gradients_abs", "paired_gradient_abs", *ROW_SQUARES),
-    *("stiffness", "stiffness_gradient", "gradient_per_stiffness", "grid_error"),
-    *("kept", "kept_update_cubed", "stochastic_move", "stochastic_variance"),
-    *("stiffness_sq", "grid_error_sq", "kept_sq", "lost_sq", "judged_sq", "judged_4th"),
+# What follows from sums of floats that are all positive, and no other.
+_OF_SUMS = {
+    *("update_rms", "weight_rms", "gradient_rms", "update_weight_ratio", "ulp_mean"),
+    *("energy_concentration", "update_error", "stochastic_move_frac", "stochastic_noise_ratio"),
+    *("stiffness_mean", "grid_error_mean", "grad_stiff_ratio_mean"),
 }
 
 
 def differences(record: StepRecord, expected: StepRecord) -> list[str]:
-    """What is not the same, in words."""
+    """Return what is not the same, in words."""
     if record.layers.keys() != expected.layers.keys():
         return [f"layers {sorted(record.layers.keys() ^ expected.layers.keys())}"]
     found = []
     for name, figures in record.layers.items():
-        other = expected.layers[name]
-        if figures.formats != other.formats or figures.population != other.population:
-            found.append(f"{name}: {figures.formats} of {figures.population}")
-        found += [f"{name}: {each}" for each in _of_layer(figures, other, record.model.formats)]
+        found += [f"{name}: {each}" for each in _of_layer(figures, expected.layers[name])]
     for key, value in record.model.items():
         truth = expected.model[key]
-        if math.isnan(value) != math.isnan(truth) or abs(value - truth) > 1e-9 * abs(truth):
+        if not _is_near(value, truth, 1e-9 * abs(truth)):
             found.append(f"model {key}: {value} for {truth}")
     return found
 
 
 def without(record: StepRecord, left_out: AbstractSet[str]) -> StepRecord:
-    """As if these layers had not been observed."""
+    """Return the record as if these layers had not been observed."""
     if not left_out:
         return record
     layers = {name: each for name, each in record.layers.items() if name not in left_out}
     return replace(record, layers=layers, model=model_figures([*layers.values()]))
 
 
-def _of_layer(figures: Figures, expected: Figures, formats: Sequence[str]) -> list[str]:
-    ((own, _),), ((true, _),) = (each.layer_vectors(formats) for each in (figures, expected))
-    names = [(name, None) for name in SUMS]
-    names += [(name, f) for f in formats for name in FORMAT_SUMS]
-    found = []
-    middle = sum_count(len(formats))
-    by_name = dict(zip(names, true[:middle].tolist(), strict=True))
-    for (name, format), value in zip(names, own[:middle].tolist(), strict=True):
-        truth = by_name[name, format]
-        tolerance = 1e-12 * _of_absolute_terms(name, format, by_name) if name in _FLOATS else 0
-        if abs(value - truth) > tolerance or math.isnan(value):
-            found.append(f"{name} {format or ''}: {value} for {truth}")
-    maxima = [*MAXIMA, *(f"{n} {f}" for f in formats for n in FORMAT_MAXIMA)]
-    for name, value, truth in zip(maxima, own[middle:], true[middle:], strict=True):
-        if not torch.equal(value, truth):
-            found.append(f"largest {name}: {value} for {truth}")
-    return found
+def plain(record: StepRecord) -> str:
+    """Return all figures and bins of a record, equal only if they are equal in each bit."""
+    each = [record.model, *record.layers.values()]
+    return repr([([*f.items()], f.population, f.elements, [*_histograms(f)]) for f in each])
 
 
-def _of_absolute_terms(name: str, format: str | None, sums: dict) -> float:
-    """Or more, by Cauchy and Schwarz."""
-    if name == "kept":
-        return math.sqrt(sums["elements", None] * sums["kept_sq", format])
-    if name == "kept_update_cubed":
-        return math.sqrt(sums["kept_sq", format] * sums["judged_4th", format])
-    return abs(sums[name, format])
+def _of_layer(figures: Figures, expected: Figures) -> Iterator[str]:
+    for kind in ("formats", "population", "elements"):
+        value, truth = getattr(figures, kind), getattr(expected, kind)
+        if value != truth:
+            yield f"{kind} {value} for {truth}"
+    for own, other in zip(_histograms(figures), _histograms(expected), strict=True):
+        if own != other:
+            yield f"bins {own} for {other}"
+    for key, truth in expected.items():
+        if not _is_near(figures[key], truth, _tolerance(key, expected)):
+            yield f"{key}: {figures[key]} for {truth}"
+        value, error = figures.standard_error(key), expected.standard_error(key)
+        if not _is_near(value**2, error**2, _tolerance_of_error(key, expected)):
+            yield f"standard error of {key}: {value} for {error}"
+
+
+def _histograms(figures: Figures) -> Iterator[tuple[str, int, list[float]]]:
+    for key in ("ulps", *(f"steps/{name}" for name in figures.formats)):
+        histogram = figures.histogram(key)
+        yield key, histogram.first, [*histogram.counts]
+
+
+def _is_near(value: float, truth: float, tolerance: float) -> bool:
+    if math.isnan(value) or math.isnan(truth):
+        return math.isnan(value) and math.isnan(truth)
+    return value == truth or abs(value - truth) <= tolerance
+
+
+def _tolerance(key: str, figures: Figures) -> float:
+    """Return how far a figure of a layer may be off: 0 unless it follows from sums of floats."""
+    name, _, format = key.partition("/")
+    if name in _OF_SUMS:
+        return _NEARLY * abs(figures[key])
+    if name == "kept_update_ratio":  # Σ |effective · update| ≤ (1 + error) Σ update²
+        return _NEARLY * (1 + figures[f"update_error/{format}"])
+    if name == "grid_error_std":  # a difference: its square, beside that of the mean
+        mean, std = figures[f"grid_error_mean/{format}"], figures[key]
+        return _NEARLY * (std + 2 * mean**2 / std) if std > 0 else 0.0
+    if name == "sqnr_db":  # a logarithm
+        return 10 * _NEARLY
+    # A quotient of differences that no figure shows.
+    return 1e-9 if name == "grad_stiff_correlation" else 0.0
+
+
+def _tolerance_of_error(key: str, figures: Figures) -> float:
+    """Return how far the square of a standard error may be off.
+
+    Those of shares follow from counts; that of the kept_update_ratio is a difference of sums of
+    fourth powers of updates, which energy_concentration has.
+    """
+    name, _, _ = key.partition("/")
+    error = figures.standard_error(key)
+    if name != "kept_update_ratio" or not error > 0:
+        return 0.0
+    fourth = figures["energy_concentration"] / figures.elements
+    return 8 * _NEARLY * (error**2 + (1 + figures[key] ** 2) * fourth)

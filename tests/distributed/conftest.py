@@ -1,4 +1,4 @@
-"""Processes that stay for all tests of a file, to be called with what each is to do."""
+"""Ranks that stay for all tests of a file, to be called with what each is to do."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""`Listening`: every collective that processes make, and how much each says in it."""
+"""`Listening`: every collective that ranks make, and how much each says in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLLECTIVES = (
 """Of a group with gloo."""
 
 Said = list[tuple[str, int]]
-"""Of each collective its name and how many bytes each process gives to it."""
+"""Of each collective its name and how many bytes each rank gives to it."""
 
 
 class Listening(TorchDispatchMode):
@@ -57,5 +57,6 @@ class Listening(TorchDispatchMode):
         return call
 
     def _note(self, name, args):
+        # torch has no public name for it
         tensors = [x for x in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(x)]
         self.said.append((name, sum(x.nbytes for x in tensors)))

@@ -1,4 +1,4 @@
-"""Models that several processes share, and the whole tensors of each of their steps."""
+"""Models that several ranks share, and the whole tensors of each of their steps."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def hsdp(size: int) -> nn.Module:
 
 
 def tensor_parallel(size: int) -> nn.Module:
-    """Only two layers are; of the others every process has all."""
+    """Only two layers are; of the others every rank has all."""
     return parallelize_module(Net(), init_device_mesh("cpu", (size,)), _PLAN)
 
 
@@ -83,7 +83,7 @@ _PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 
 
 def strategies(size: int) -> list[Callable[[int], nn.Module]]:
-    """Those that so many processes can have."""
+    """Return those that so many ranks can have."""
     each = [fsdp]
     if size in (2, 4):
         each += [fsdp_by_columns, hsdp, tensor_parallel]

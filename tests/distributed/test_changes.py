@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from altgrad import StepRecord, UpdateMonitor
 from tests.distributed.comparing import differences
-from tests.distributed.sharded import Net, WholeSteps, fsdp, hsdp, replayed
+from tests.distributed.sharded import Net, WholeSteps, fsdp, hsdp, replayed, whole
 from tests.distributed.training import LIMIT, sgd, train, warned
 from tests.distributed.watched import Watched
 from tests.processes import run
@@ -139,8 +139,42 @@ def test_layers_may_appear_and_be_replaced(two) -> None:
         assert all("never_moved_frac" in told for told in each["told"])
 
 
+def grow_another(rank: int) -> dict[str, Any]:
+    """A layer that one of two optimizers is given, before the other one steps with all scales due.
+
+    Its gradient is set by hand at the step that has it.
+    """
+    mesh = init_device_mesh("cpu", (SIZE,))
+    net = fully_shard(Net(), mesh=mesh)
+    small = {*net.five.parameters()}
+    first = sgd(net.five)
+    second = torch.optim.SGD([p for p in net.parameters() if p not in small], lr=1e-2)
+    records: list[StepRecord] = []
+    monitor = UpdateMonitor(net, records.append, strict=True).attach(first, second)
+    net.extra = fully_shard(nn.Linear(64, 3), mesh=mesh)
+    second.add_param_group({"params": [*net.extra.parameters()]})
+    net(torch.arange(6)).backward()
+    for parameter in net.extra.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    first.step()
+    second.step()
+    scales = monitor.state_dict()["scales"]["amax"]
+    return {
+        "layers": [[*record.layers] for record in records],
+        "amax": float(scales["extra.weight"][1]) - float(whole(net.extra.weight).abs().max()),
+    }
+
+
+def test_a_layer_of_another_optimizer_is_unknown_until_that_one_steps(two) -> None:
+    for each in two(grow_another):
+        first, second = each["layers"]
+        assert first == ["five.weight", "five.bias"]
+        assert {"extra.weight", "extra.bias", "up.weight"} <= {*second}
+        assert abs(each["amax"]) < 0.02  # as it was before the step
+
+
 def grow_alone(rank: int) -> dict[str, Any]:
-    """An optimizer that is given one more layer in one process only."""
+    """An optimizer that is given one more layer on one rank only."""
     net = fsdp(SIZE)
     parameters = dict(net.named_parameters())
     last = parameters.pop("head.bias")
@@ -152,8 +186,9 @@ def grow_alone(rank: int) -> dict[str, Any]:
     return {"told": told, "observing": monitor.is_observing}
 
 
-def test_a_layer_that_one_process_alone_steps_ends_the_observation_in_time() -> None:
+def test_a_layer_that_one_rank_alone_steps_ends_the_observation_in_time() -> None:
     for each in run(grow_alone, SIZE, collective=LIMIT):
         assert not each["observing"]
         assert len(each["told"]) == 1
+        assert each["told"][0].startswith("UpdateMonitor stops observing after an error: rank ")
         assert "did not hear from every other one" in each["told"][0]

@@ -1,4 +1,4 @@
-"""Whatever processes do, each as it likes: none of them is killed, and none waits for ever."""
+"""Whatever ranks do, each as it likes: none of them is killed, and none waits for ever."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ LIMIT = 2.0  # seconds, of the process group
 
 
 def act(rank: int, seed: int) -> float:
-    """Two monitors of two optimizers, and actions of which many are this process's alone.
+    """Two monitors of two optimizers, and actions of which many are this rank's alone.
 
-    Gradients are set by hand: training would wait for the other process.
+    Gradients are set by hand: training would wait for the other rank.
     """
     own, shared = random.Random(seed * 10 + rank), random.Random(seed)
     net = fsdp(SIZE)
@@ -72,6 +72,6 @@ def act_quietly(rank: int, seed: int) -> float:
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))]
 )
-def test_no_process_is_killed_by_what_others_do(seed: int) -> None:
+def test_no_rank_is_killed_by_what_others_do(seed: int) -> None:
     for seconds in run(act_quietly, SIZE, seed, collective=LIMIT):
         assert seconds < ACTIONS * LIMIT

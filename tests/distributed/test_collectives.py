@@ -1,6 +1,9 @@
-"""How often processes speak with each other, and how much they say: whatever the model's size."""
+"""How often ranks speak with each other, and how much they say: whatever the model's size."""
 
 from __future__ import annotations
+
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -9,23 +12,30 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from altgrad import UpdateMonitor
+from altgrad.distributed.host_group import HostGroup
 from altgrad.measurement.columns import max_count, sum_count
 from altgrad.monitor.scale_state import STEPS_PER_SCALE
 from tests.distributed.listening import Listening, Said
+from tests.distributed.training import refused
 
 SIZE = 2
 FLOAT64 = 8  # bytes
 FORMATS = {"one": ["bf16"], "four": ["fp16", "bf16", "e4m3fn", "e5m2"]}
 
 
-def listen(rank: int, layers: int, formats: list[str]) -> dict[str, Said]:
+def sharded(layers: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Layers of 16 elements, with gradients, and an optimizer of them."""
     net = fully_shard(
         nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(layers))),
         mesh=init_device_mesh("cpu", (SIZE,)),
     )
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
     for p in net.parameters():
         p.grad = torch.ones_like(p)
+    return net, torch.optim.SGD(net.parameters(), lr=1e-2)
+
+
+def listen(rank: int, layers: int, formats: list[str]) -> dict[str, Said]:
+    net, optimizer = sharded(layers)
     said: dict[str, Said] = {}
 
     def during(name: str, call) -> None:
@@ -51,7 +61,9 @@ def listen(rank: int, layers: int, formats: list[str]) -> dict[str, Said]:
 
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("layers", [10, 1000])
-def test_an_observed_step_is_one_sum_and_one_max(two, layers: int, formats: list[str]) -> None:
+def test_an_observed_step_is_one_sum_and_one_max_and_all_else_is_none(
+    two, layers: int, formats: list[str]
+) -> None:
     first, second = two(listen, layers, formats)
     assert first == second
     kinds = len(formats)
@@ -65,9 +77,48 @@ def test_an_observed_step_is_one_sum_and_one_max(two, layers: int, formats: list
     assert first["not observed"] == []
     if layers == 10:
         assert first["refresh"] == scales + step
-    # Who is there, and a bit for whether each of 16 elements ever moved and one for each format.
-    header = ("allgather", 16)
-    assert first["checkpoint"] == [header, ("allreduce", layers * (1 + kinds) * 16 // 8)]
-    (begin, (kind, size)) = first["attach"]  # a digest of what is to be alike
-    assert begin == header
-    assert (kind, size < 100) == ("allgather", True)
+    assert first["attach"] == first["checkpoint"] == []
+
+
+def texts(rank: int) -> dict[str, Any]:
+    """What is exchanged beside numbers, of 1,000 layers; in the third step rank 1 fails."""
+    net, optimizer = sharded(1000)
+    exchange, said = HostGroup.exchange, {}
+
+    def on_record(record: Any) -> None:
+        if rank == 1 and record.index == 1:
+            raise ArithmeticError
+
+    def during(name: str, call: Any) -> None:
+        said[name] = []
+
+        def note(group: HostGroup, channel: str, text: str) -> list[str]:
+            said[name].append((channel, len(text)))
+            return exchange(group, channel, text)
+
+        with mock.patch.object(HostGroup, "exchange", note):
+            call()
+
+    monitor = UpdateMonitor(net, on_record, formats=["fp16", "bf16"], strict=True)
+    during("attach", lambda: monitor.attach(optimizer))
+    for name in ("first", "second"):
+        during(name, optimizer.step)
+    during("checkpoint", monitor.state_dict)
+    during("octaves", monitor.weight_octaves)
+    with Listening() as numbers:
+        during("failed", lambda: refused(optimizer.step))
+    return said | {"numbers": [name for name, _ in numbers.said]}
+
+
+def test_texts_are_exchanged_once_at_calls_beside_steps_and_after_an_error(two) -> None:
+    for rank, said in enumerate(two(texts)):
+        assert said["first"] == said["second"] == []
+        ((channel, length),) = said["attach"]  # a digest of what is to be alike
+        assert (channel, length < 100) == ("calls", True)
+        # A bit for whether each of 16 elements ever moved, and one for each format.
+        ((channel, length),) = said["checkpoint"]
+        assert (channel, length < 1000 * 3 * 16 // 8) == ("calls", True)
+        assert [channel for channel, _ in said["octaves"]] == ["calls"]
+        assert said["numbers"] == ["allreduce", "allreduce"]
+        ((channel, length),) = said["failed"]
+        assert (channel, length > len("null")) == ("errors", rank == 1)

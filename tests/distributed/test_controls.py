@@ -1,4 +1,4 @@
-"""That the comparison with one process can fail: with the errors that others have made."""
+"""The comparison with one process can fail: with the errors that others have made."""
 
 from __future__ import annotations
 
@@ -7,25 +7,39 @@ from unittest import mock
 import torch
 
 from altgrad import UpdateMonitor
-from altgrad.distributed.ranks import Ranks
+from altgrad.distributed.host_group import HostGroup
+from altgrad.distributed.layers import ShardedLayers
 from altgrad.distributed.shards import Shard
+from altgrad.measurement.chunks import Sample
+from altgrad.measurement.columns import FORMAT_MAXIMA, FORMAT_SUMS, MAXIMA, SUMS
+from altgrad.measurement.kernel import EverMoved
+from altgrad.measurement.measurer import Measurer
+from altgrad.measurement.step_record import step_record
+from altgrad.quantization.block_formats import get_formats
+from altgrad.quantization.format_set import FormatSet
 from tests.distributed.comparing import differences
 from tests.distributed.sharded import WholeSteps, fsdp, hsdp, replayed
 from tests.distributed.training import train, warned
 
-_shard_of, _reduce = Shard.of, Ranks._reduce
+shard_of, reduce, expected_of = Shard.of, HostGroup.reduce, ShardedLayers.expected
 
 
 def every_replica_counts(*arguments) -> Shard:
-    return _shard_of(*arguments)._replace(counts=True)
+    return shard_of(*arguments)._replace(counts=True)
 
 
-def average_for_max(ranks: Ranks, numbers: torch.Tensor, how: str) -> None:
+def twice_as_many(layers: ShardedLayers, names):
+    """Return what is expected of layers, as if all elements were to be counted twice."""
+    expected = expected_of(layers, names)
+    return {n: each._replace(elements=2 * each.elements) for n, each in expected.items()}
+
+
+def average_for_max(group: HostGroup, numbers: torch.Tensor, how: str) -> None:
     if how != "MAX":
-        return _reduce(ranks, numbers, how)
+        return reduce(group, numbers, how)
     finite = torch.where(numbers.isfinite(), numbers, 0)
-    _reduce(ranks, finite, "SUM")
-    numbers.copy_(torch.where(numbers.isfinite(), finite / ranks.size, numbers))
+    reduce(group, finite, "SUM")
+    numbers.copy_(torch.where(numbers.isfinite(), finite / group.size, numbers))
     return None
 
 
@@ -41,11 +55,11 @@ def observe(rank: int, make, size: int) -> list[str]:
 
 
 def control(rank: int) -> dict[str, list[str]]:
-    no_check = mock.patch.object(Ranks, "_check_counts", return_value=None)
     twice = mock.patch.object(Shard, "of", staticmethod(every_replica_counts))
-    average = mock.patch.object(Ranks, "_reduce", average_for_max)
+    unnoticed = mock.patch.object(ShardedLayers, "expected", twice_as_many)
+    average = mock.patch.object(HostGroup, "reduce", average_for_max)
     found = {"sound": observe(rank, hsdp, 2)}
-    with twice, no_check:
+    with twice, unnoticed:
         found["replicas twice"] = observe(rank, hsdp, 2)
     with twice:
         net = hsdp(2)
@@ -61,11 +75,58 @@ def test_errors_that_others_have_made_are_found(two) -> None:
     first, second = two(control)
     assert first["sound"] == second["sound"] == []
     twice = first["replicas twice"]
-    assert any("up.weight: elements : 600.0 for 300.0" in each for each in twice), twice
-    assert any("model" in each for each in twice)
+    assert any("up.weight: elements 600 for 300" in each for each in twice), twice
     (told,) = first["replicas twice, as told"]
     assert "was measured in" in told
     assert "replicas and shards are not what the placements say" in told
+    assert second["replicas twice, as told"] == [told]
     averaged = first["averaged maxima"]
     assert averaged
-    assert any("largest" in each for each in averaged)
+    assert any(each.startswith("up.weight: ulp_max") for each in averaged)
+    assert any(each.startswith("model ulp_max") for each in averaged)
+
+
+# Each column
+
+
+def row_of_a_sample(formats: FormatSet) -> torch.Tensor:
+    """Return what is measured of 300 elements of a larger layer."""
+    torch.manual_seed(0)
+    before, update, gradient = torch.randn(3, 300).float()
+    ever = EverMoved(torch.zeros(1, 1, 300).bool(), torch.zeros(1, len(formats), 300).bool())
+    sample = Sample(torch.Size([1000]), torch.arange(0, 900, 3))
+    after = before + 0.01 * update
+    return Measurer(formats).measure_tensor(before, after, gradient, None, ever, sample)
+
+
+UNSEEN = {
+    "ever_moved",  # figures follow from that of each format
+    # They decide one thing: whether all elements have the same gradient or error.
+    *("largest paired_gradient_abs", "largest minus_paired_gradient_abs"),
+    *("largest minus_grid_error bf16", "largest minus_grid_error e4m3fn"),
+}
+DIFFERENCES = {"paired_gradient_sq", "stiffness_sq", "grid_error_sq"}
+"""Sums of squares that are seen in the little that is left of them."""
+
+
+def test_one_element_more_or_the_last_digits_of_a_sum_are_found_in_each_column() -> None:
+    formats = FormatSet(get_formats(["bf16", "e4m3fn"]), "tensor")
+    names = formats.names
+    row = row_of_a_sample(formats)
+    columns = [*SUMS, *(f"{sum} {f}" for f in names for sum in FORMAT_SUMS)]
+    columns += [f"largest {each}" for each in MAXIMA]
+    columns += [f"largest {each} {f}" for f in names for each in FORMAT_MAXIMA]
+
+    def record(vector: torch.Tensor):
+        return step_record(names, {"it": names}, vector.unsqueeze(0), 0, (0.0, 0.0))
+
+    unseen = set()
+    for place, column in enumerate(columns):
+        changed = row.clone()
+        is_whole = float(row[place]).is_integer() and not column.startswith("largest")
+        share = 1e-6 if column.split()[0] in DIFFERENCES else 1e-8
+        changed[place] += 1 if is_whole else share * row[place]
+        if not differences(record(changed), record(row)):
+            unseen.add(column)
+    assert unseen == UNSEEN
+    assert differences(record(row), record(row)) == []

@@ -1,4 +1,4 @@
-"""Processes that share a model come to the figures of one that has all of it."""
+"""Ranks that share a model come to the figures of one process that has all of it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from altgrad import SamplingRule, UpdateMonitor
-from tests.distributed.comparing import differences, without
+from tests.distributed.comparing import differences, plain, without
 from tests.distributed.sharded import Net, WholeSteps, replayed, strategies
 from tests.distributed.training import sgd, train
 from tests.distributed.watched import Watched
 from tests.processes import run
 
-# Every strategy, in one to four processes
+# Every strategy, on one to four ranks
 
 STEPS = 4
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def observe_one(make: Any, size: int) -> dict[str, Any]:
-    """Differences, by setting, from what one process says, and what this one says."""
+    """Return the differences from one process, the figures, and what this rank tells."""
     net = make(size)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     truth = WholeSteps(net, optimizer)
@@ -64,9 +64,8 @@ def observe_one(make: Any, size: int) -> dict[str, Any]:
             same = bits[layer][0] == true_bits[layer][0]
             if not same or not torch.equal(bits[layer][1], true_bits[layer][1]):
                 problems.append(f"{name}: ever_moved of {layer}")
-    models = [record.model for name in SETTINGS for record in records[name]]
-    vectors = [vector for model in models for vector, _ in model.layer_vectors(model.formats)]
-    return {"problems": problems, "vectors": vectors, "told": told}
+    figures = [plain(record) for name in SETTINGS for record in records[name]]
+    return {"problems": problems, "figures": figures, "told": told}
 
 
 def observe(rank: int, size: int) -> dict[str, Any]:
@@ -81,19 +80,19 @@ def observed(request) -> tuple[int, list[dict[str, Any]]]:
     return request.param, run(observe, request.param, request.param)
 
 
-def test_all_processes_come_to_the_figures_of_one(observed) -> None:
+def test_all_ranks_come_to_the_figures_of_one_process(observed) -> None:
     size, ranks = observed
     assert ranks[0].keys() == {each.__name__ for each in strategies(size)}
     for strategy, seen in ranks[0].items():
         assert seen["problems"] == [], (strategy, seen["told"])
 
 
-def test_all_processes_say_the_same(observed) -> None:
+def test_all_ranks_have_the_same_figures_in_each_bit(observed) -> None:
     _, ranks = observed
     for other in ranks[1:]:
         for strategy, seen in ranks[0].items():
-            pairs = zip(seen["vectors"], other[strategy]["vectors"], strict=True)
-            assert all(torch.equal(a, b) for a, b in pairs)
+            assert seen["figures"] == other[strategy]["figures"]
+            assert seen["figures"]
             assert other[strategy]["told"] == []
 
 

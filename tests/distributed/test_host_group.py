@@ -1,4 +1,4 @@
-"""`HostGroup`: what is said is heard by all, and of who is not heard, once, in time."""
+"""`HostGroup`: numbers and texts reach all ranks; one that is not heard is told of in time."""
 
 from __future__ import annotations
 
@@ -14,64 +14,91 @@ from tests.processes import run
 
 SIZE = 3
 
+
+def default_store() -> Any:
+    return dist.distributed_c10d._get_default_store()  # torch has no public name for it
+
+
 # What is said together
 
 
 def say(rank: int) -> dict[str, Any]:
-    group, other = meet(["one", "other"])
+    group = meet()
     numbers = {
         "SUM": torch.tensor([rank, 0.5, -1.0], dtype=torch.float64),
         "MAX": torch.tensor([rank, -rank, -torch.inf], dtype=torch.float64),
-        "BOR": torch.tensor([1 << rank, 6, 0], dtype=torch.uint8),
     }
     for how, each in numbers.items():
         group.reduce(each, how)
-    gathered = other.gather(torch.tensor([rank, 10 * rank]))
     return {how: each.tolist() for how, each in numbers.items()} | {
-        "gathered": [each.tolist() for each in gathered],
-        "places": [(each.rank, each.size, each.is_lost) for each in (group, other)],
+        "texts": group.exchange("calls", f"of {rank}" + "é" * rank * 100_000),
+        "again": group.exchange("calls", f"again {rank}"),
+        "errors": group.exchange("errors", f"error {rank}"),
+        "place": (group.rank, group.size),
     }
 
 
-def test_all_hear_the_sum_the_largest_the_bits_and_each(three) -> None:
+def test_all_hear_the_sum_the_largest_and_each_text_whatever_its_length(three) -> None:
     for rank, each in enumerate(three(say)):
         assert each["SUM"] == [0 + 1 + 2, 1.5, -3.0]
         assert each["MAX"] == [2, 0, -torch.inf]
-        assert each["BOR"] == [0b111, 6, 0]
-        assert each["gathered"] == [[0, 0], [1, 10], [2, 20]]
-        assert each["places"] == [(rank, SIZE, False)] * 2
+        assert each["texts"] == ["of 0", "of 1" + "é" * 100_000, "of 2" + "é" * 200_000]
+        assert each["again"] == ["again 0", "again 1", "again 2"]
+        assert each["errors"] == ["error 0", "error 1", "error 2"]
+        assert each["place"] == (rank, SIZE)
 
 
 def meet_twice(rank: int) -> dict[str, Any]:
-    """Groups of the same names, of which the first are still there."""
-    (first,) = meet(["it"])
-    first.gather(torch.tensor(rank))  # all have met
-    (second,) = meet(["it"])
+    """Two groups, of which the first is still there."""
+    first = meet()
+    first.exchange("calls", "met")  # as each attach() does, before there can be another one
+    second = meet()
     numbers = torch.tensor([1.0 + rank]), torch.tensor([10.0 + rank])
     second.reduce(numbers[1], "SUM")
     first.reduce(numbers[0], "SUM")
-    store = dist.distributed_c10d._get_default_store()
+    texts = [second.exchange("calls", "second"), first.exchange("calls", "first")]
     dist.barrier()
-    left = [key for key in range(SIZE) if store.check([f"altgrad/{key}"])]
+    left = [key for key in range(SIZE) if default_store().check([f"altgrad/{key}"])]
     group = dist.new_group()
-    name = dist.distributed_c10d._world.pg_names[group]
-    return {"said": [float(each) for each in numbers], "left": left, "name": name}
+    name = dist.distributed_c10d._world.pg_names[group]  # torch has no public one
+    said = [float(each) for each in numbers]
+    return {"said": said, "texts": texts, "left": left, "name": name}
 
 
-def test_each_meeting_makes_groups_of_its_own_and_leaves_nothing_behind(three) -> None:
+def test_each_meeting_makes_a_group_of_its_own_and_leaves_nothing_behind(three) -> None:
     seen = three(meet_twice)
     for each in seen:
         assert each["said"] == [1 + 2 + 3, 10 + 11 + 12]
+        assert each["texts"] == [["second"] * SIZE, ["first"] * SIZE]
         assert each["left"] == []
         assert each["name"] == seen[0]["name"]
+
+
+def exchange_often(rank: int) -> list[int]:
+    """Count the keys of the store after some exchanges, and after many."""
+    group, counted = meet(), []
+    for times in (3, 20):
+        for number in range(times):
+            group.exchange("calls", str(number))
+        dist.barrier()
+        counted.append(default_store().num_keys())
+        dist.barrier()
+    return counted
+
+
+def test_texts_that_all_have_read_are_deleted(three) -> None:
+    for few, many in three(exchange_often):
+        assert few == many
 
 
 # Who is not heard
 
 
 def silence(rank: int) -> dict[str, Any]:
-    """Rank 0 says something alone in one of two groups."""
-    group, other = meet(["one", "other"])
+    """Rank 0 says numbers alone in one of two groups."""
+    group = meet()
+    group.exchange("calls", "met")
+    other = meet()
     found: dict[str, Any] = {}
     if rank == 0:
         start = time.monotonic()
@@ -79,13 +106,13 @@ def silence(rank: int) -> dict[str, Any]:
         found["seconds"] = time.monotonic() - start
         found["again"] = [
             refused(lambda: group.reduce(torch.zeros(1), "SUM")),
-            refused(lambda: group.gather(torch.zeros(1))),
+            refused(lambda: group.exchange("calls", "it")),
         ]
         found["seconds again"] = time.monotonic() - start - found["seconds"]
     dist.barrier()
     numbers = torch.ones(1)
     other.reduce(numbers, "SUM")
-    return found | {"other": float(numbers), "lost": [group.is_lost, other.is_lost]}
+    return found | {"other": float(numbers)}
 
 
 def test_who_was_not_heard_in_half_the_limit_is_not_spoken_to_again() -> None:
@@ -94,27 +121,65 @@ def test_who_was_not_heard_in_half_the_limit_is_not_spoken_to_again() -> None:
     assert LIMIT / 2 - 0.1 <= first["seconds"] < LIMIT
     assert all(each.endswith("(which was found before)") for each in first["again"])
     assert first["seconds again"] < 0.1
-    assert first["lost"] == [True, False]
-    assert second["lost"] == [False, False]
     assert first["other"] == second["other"] == 2
+
+
+def call_alone(rank: int) -> dict[str, Any]:
+    """Rank 0 exchanges a text alone in one of two channels; later rank 1 does."""
+    group = meet()
+    start = time.monotonic()
+    alone = [refused(lambda: group.exchange("calls", "alone"))] if rank == 0 else []
+    seconds = time.monotonic() - start
+    dist.barrier()
+    again = [refused(lambda: group.exchange("calls", f"again {rank}"))]
+    dist.barrier()
+    numbers = torch.ones(1)
+    group.reduce(numbers, "SUM")
+    texts = group.exchange("errors", f"of {rank}")
+    return {
+        "calls": alone + again,
+        "seconds": seconds,
+        "numbers": float(numbers),
+        "texts": texts,
+    }
+
+
+def test_a_channel_in_which_one_rank_was_alone_is_lost_and_no_other() -> None:
+    first, second = run(call_alone, 2, collective=LIMIT)
+    assert LIMIT / 2 - 0.1 <= first["seconds"] < LIMIT
+    alone, again = first["calls"]
+    assert alone.startswith("LostRankError: rank 0 of 2 did not hear from every other one in time")
+    assert again.endswith("(which was found before)")
+    assert second["calls"][0].startswith("LostRankError: rank 1 of 2 did not hear from every other")
+    for each in (first, second):
+        assert each["numbers"] == 2
+        assert each["texts"] == ["of 0", "of 1"]
+
+
+def lose(rank: int) -> tuple[str, list[str]]:
+    group = meet()
+    group.lose("calls")
+    return refused(lambda: group.exchange("calls", "it")), group.exchange("errors", str(rank))
+
+
+def test_in_a_channel_that_is_lost_nothing_is_said_any_more(three) -> None:
+    for lost, other in three(lose):
+        assert lost.startswith("LostRankError: ")
+        assert lost.endswith("(which was found before)")
+        assert other == ["0", "1", "2"]
 
 
 def come_alone(rank: int) -> dict[str, Any]:
     """Rank 0 comes alone first; then both meet."""
     start = time.monotonic()
-    alone = refused(lambda: meet(["it"])) if rank == 0 else ""
+    alone = refused(meet) if rank == 0 else ""
     seconds = time.monotonic() - start
     dist.barrier()
-    (group,) = meet(["it"])
-    return {
-        "alone": alone,
-        "seconds": seconds,
-        "said": [*map(int, group.gather(torch.tensor(rank)))],
-    }
+    return {"alone": alone, "seconds": seconds, "said": meet().exchange("calls", str(rank))}
 
 
 def test_who_came_alone_gives_up_in_half_the_limit_and_is_met_later() -> None:
     first, second = run(come_alone, 2, collective=LIMIT)
     assert first["alone"].startswith("LostRankError: rank 0 of 2 did not hear from every other one")
     assert LIMIT / 2 - 0.1 <= first["seconds"] < LIMIT
-    assert first["said"] == second["said"] == [0, 1]
+    assert first["said"] == second["said"] == ["0", "1"]

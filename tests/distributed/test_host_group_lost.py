@@ -1,4 +1,4 @@
-"""A process that is not there, or comes and goes: told in time, and the training goes on."""
+"""A rank that is not there, or comes and goes: told in time, and the training goes on."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ from tests.distributed.training import LIMIT, all_warnings, refused, sgd, train,
 from tests.processes import run
 
 SIZE = 2
+LOST = (
+    "UpdateMonitor stops observing after an error: rank 0 failed in step 1 of SGD: rank 0 of 2 did "
+    "not hear from every other one in time; "
+)
+"""Told by every rank after a call in which rank 0 was alone."""
 
 # One that is not there
 
@@ -54,7 +59,7 @@ def die(rank: int) -> dict[str, Any]:
     return {"told": told, "seconds": seconds, "observing": monitor.is_observing}
 
 
-def test_a_process_that_is_killed_ends_the_observation_of_the_other() -> None:
+def test_a_rank_that_is_killed_ends_the_observation_of_the_other() -> None:
     first, second = run(die, SIZE, collective=LIMIT, may_die=(1,))
     assert second is None
     assert "did not hear from every other one in time" in first["told"][0]
@@ -68,7 +73,7 @@ def attach_alone(rank: int) -> str:
     return "" if rank else refused(lambda: UpdateMonitor(net).attach(sgd(net)))
 
 
-def test_a_process_that_does_not_attach_is_said_to_be_missing() -> None:
+def test_a_rank_that_does_not_attach_is_said_to_be_missing() -> None:
     first, _ = run(attach_alone, SIZE, collective=LIMIT)
     assert "rank 0 of 2 did not hear from every other one in time" in first
     assert "every process has to attach" in first
@@ -88,12 +93,15 @@ def checkpoint_alone(rank: int) -> dict[str, Any]:
     return {"told": told, "state": state, "seconds": seconds, "observing": monitor.is_observing}
 
 
-def test_a_checkpoint_of_one_process_alone_is_told_and_ends_neither() -> None:
+def test_a_checkpoint_of_one_rank_alone_is_told_by_every_rank_and_ends_neither() -> None:
     first, second = run(checkpoint_alone, SIZE, collective=LIMIT)
     assert "state_dict() was not called in every process" in first["told"][0]
     assert first["state"]["ever_moved"] == {}
     assert first["state"]["scales"]
+    assert first["told"][1] == second["told"][0]
+    assert [len(each["told"]) for each in (first, second)] == [2, 1]
     for each in (first, second):
+        assert each["told"][-1].startswith(LOST)
         assert each["seconds"] < 0.9 * LIMIT  # rank 0 is not waited for twice
         assert not each["observing"]
 
@@ -119,19 +127,20 @@ def octaves_alone(rank: int) -> dict[str, Any]:
     }
 
 
-def test_weight_octaves_in_one_process_alone_ends_neither() -> None:
+def test_weight_octaves_on_one_rank_alone_are_told_by_every_rank_and_end_neither() -> None:
     first, second = run(octaves_alone, SIZE, collective=LIMIT)
     assert first["together"] == second["together"] > 0
     assert "attach() in each first" in first["before"]
     assert first["alone"].startswith("LostRankError: rank 0 of 2 did not hear")
     assert second["alone"] == ""
     for each in (first, second):
+        assert [told[: len(LOST)] for told in each["told"]] == [LOST]
         assert not each["observing"]
         assert each["seconds"] < 0.9 * LIMIT
 
 
 def two_monitors(rank: int) -> dict[str, Any]:
-    """Each process observes by one of them only."""
+    """Each rank observes by one of them only."""
     net = fsdp(SIZE)
     optimizer = sgd(net)
     monitors = [
@@ -174,12 +183,12 @@ def lost_and_found(rank: int) -> dict[str, Any]:
         found.attach(optimizer)
         train(net, optimizer, 2)
     groups = torch.distributed.new_group()
-    names = torch.distributed.distributed_c10d._world.pg_names[groups]
+    names = torch.distributed.distributed_c10d._world.pg_names[groups]  # torch has no public name
     torch.distributed.barrier()  # one that ended now would break the group that others still make
     return {"alone": alone, "told": told, "records": records, "name": names}
 
 
-def test_after_a_lost_process_another_monitor_can_be_attached() -> None:
+def test_after_a_lost_rank_another_monitor_can_be_attached() -> None:
     first, second = run(lost_and_found, SIZE, collective=LIMIT)
     assert first["alone"].startswith("LostRankError: rank 0 of 2 did not hear")
     for each in (first, second):

@@ -1,7 +1,8 @@
-"""`Ranks`: what processes say to each other, and that all of them are told what went wrong."""
+"""`Ranks`: what ranks say to each other, and how all of them are told what went wrong."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from unittest import mock
 
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor
 
 from altgrad.distributed.host_group import LostRankError
+from altgrad.distributed.peers import StepSums
 from altgrad.distributed.ranks import Expected, Ranks
-from altgrad.distributed.step_message import Own, StepMessage, Together
+from altgrad.distributed.step_message import StepMessage
 from altgrad.measurement.columns import ELEMENTS, POPULATION, max_count, sum_count
-from altgrad.observation.observer import FaultElsewhereError
+from altgrad.observation.observer import RankError
 from tests.distributed.training import refused
 
 WIDTH = sum_count(1) + max_count(1)
+STEP = "step 7 of SGD"
 
 
 def met() -> Ranks:
@@ -25,17 +28,20 @@ def met() -> Ranks:
     return ranks
 
 
-def own(elements: dict[str, int], seconds: float = 0.0) -> Own:
+def local(elements: dict[str, int], seconds: float = 0.0) -> StepSums:
     """So many elements of each layer, and as much of all that is summed or compared."""
     vectors = torch.tensor([*elements.values()], dtype=torch.float64)[:, None].repeat(1, WIDTH)
-    rows = {name: row for row, name in enumerate(elements)}
-    return Own(rows, vectors, [*elements], (seconds, seconds), False, -1)
+    return StepSums((seconds, seconds), vectors, [*elements], [*elements])
 
 
-def merged(ranks: Ranks, said: Own, expected: dict[str, int], index: int = 0) -> Together:
+def merged(ranks: Ranks, said: StepSums, expected: dict[str, int], index: int = 7) -> StepSums:
     layers = {name: Expected(10 * count, count) for name, count in expected.items()}
-    message = StepMessage(1, len(layers), (index, (*layers,)))
-    return ranks.merge(message, layers, said, index)
+    message = StepMessage(1, len(layers), index, (*layers,))
+    return ranks.merge(message, layers, said, f"step {index} of SGD")
+
+
+def without_places(told: str) -> str:
+    return re.sub(r" in (\w+), \S+\.py:\d+", r" in \1", told)
 
 
 def test_without_a_process_group_there_are_none() -> None:
@@ -52,10 +58,10 @@ def test_without_a_process_group_there_are_none() -> None:
 
 
 def step(rank: int) -> dict[str, Any]:
-    """A layer of which each has some, one that lies in the last process, one that none stepped."""
+    """A layer of which each has some, one that lies on the last rank, one that none stepped."""
     here = {"some": 1 + rank} | ({"last": 4} if rank == 2 else {})
-    together = merged(met(), own(here, seconds=float(rank)), {"some": 6, "none": 9, "last": 4})
-    return together._asdict()
+    together = merged(met(), local(here, float(rank)), {"some": 6, "none": 9, "last": 4})
+    return {name: getattr(together, name) for name in ("names", "vectors", "seconds")}
 
 
 def test_a_step_is_the_sum_and_the_largest_of_all_with_the_population_of_the_whole(three) -> None:
@@ -71,65 +77,97 @@ def test_a_step_is_the_sum_and_the_largest_of_all_with_the_population_of_the_who
 def miscount(rank: int) -> list[str]:
     ranks = met()
 
-    def merge(expected: int) -> Together:
-        return merged(ranks, own({"it": 2}), {"it": expected})
+    def merge(expected: int) -> StepSums:
+        return merged(ranks, local({"it": 2}), {"it": expected})
 
     return [refused(lambda expected=expected: merge(expected)) for expected in (5, 7, 6)]
 
 
-def test_elements_that_are_left_out_or_counted_twice_are_told_by_the_first_process(three) -> None:
-    kinds = ["RuntimeError", "FaultElsewhereError", "FaultElsewhereError"]
-    for kind, each in zip(kinds, three(miscount), strict=True):
-        for told, expected in zip(each[:2], (5, 7), strict=True):
-            assert told.startswith(f"{kind}: it was measured in 6 elements by all processes toget")
-            assert f"has {expected} to be measured" in told
-        assert each[2] == ""
+def test_elements_that_are_left_out_or_counted_twice_are_told_by_every_rank(three) -> None:
+    for *each, sound in three(miscount):
+        for told, expected in zip(each, (5, 7), strict=True):
+            assert told.startswith(
+                "RankError: it was measured in 6 elements by all processes together in step 7 of "
+                f"SGD, and has {expected} to be measured"
+            )
+        assert sound == ""
 
 
 def other_step(rank: int) -> str:
-    return refused(lambda: merged(met(), own({"it": 2}), {"it": 6}, index=rank // 2))
+    return refused(lambda: merged(met(), local({"it": 2}), {"it": 6}, index=7 + rank // 2))
 
 
-def test_another_step_of_one_is_told_by_the_first_process(three) -> None:
-    first, *others = three(other_step)
-    assert first.startswith("RuntimeError: processes observe different steps or layers, this one s")
-    assert all(each.startswith("FaultElsewhereError: ") for each in others)
+def test_another_step_of_one_is_told_by_every_rank_with_its_own(three) -> None:
+    for rank, told in enumerate(three(other_step)):
+        assert told.startswith(
+            f"RankError: processes observe different steps or layers, rank {rank} step "
+            f"{7 + rank // 2} of SGD with 1 layers: "
+        )
 
 
-# Faults of one
+# Errors
 
 
 def fail(rank: int) -> dict[str, Any]:
-    """Two of three fail; then a step of which none does."""
+    """Two of three fail, the last one twice; then a step in which none does."""
     ranks = met()
-    with ranks.keeping_faults():
+    with ranks.hold_errors():
         if rank > 0:
             raise ArithmeticError(f"of {rank}")
-    if rank > 0:
-        ranks.keep(KeyError("a later one"))
+    said = local({"it": 2})
+    if rank == 2:
+        said = said._replace(error=KeyError("a later one"))
     found: dict[str, Any] = {}
     try:
-        merged(ranks, own({"it": 2}), {"it": 6})
-    except (ArithmeticError, FaultElsewhereError) as fault:
-        found |= {"raised": repr(fault), "cause": repr(fault.__cause__)}
-    found["left"] = ranks.take_fault()
-    return found | {"next": merged(ranks, own({"it": 2}), {"it": 6}).names}
+        merged(ranks, said, {"it": 6})
+    except RankError as error:
+        found |= {"told": without_places(str(error)), "cause": repr(error.__cause__)}
+    found["left"] = ranks.take_error()
+    return found | {"next": merged(ranks, local({"it": 2}), {"it": 6}).names}
 
 
-def test_the_first_that_failed_says_how_and_the_others_whom_to_ask(three) -> None:
-    innocent, first, second = three(fail)
-    elsewhere = "FaultElsewhereError('rank 1 has failed to observe this step, and says how')"
-    assert first["raised"] == "ArithmeticError('of 1')"
-    assert innocent["raised"] == second["raised"] == elsewhere
-    assert innocent["cause"] == "None"
-    assert second["cause"] == "ArithmeticError('of 2')"
-    for each in (innocent, first, second):
+def test_every_rank_tells_which_ranks_failed_and_how(three) -> None:
+    causes = ["None", "ArithmeticError('of 1')", "ArithmeticError('of 2')"]
+    for cause, each in zip(causes, three(fail), strict=True):
+        assert each["told"] == (
+            f"rank 1 failed in {STEP}: ArithmeticError('of 1') in fail; "
+            f"rank 2 failed in {STEP}: ArithmeticError('of 2') in fail"
+        )
+        assert each["cause"] == cause
         assert each["left"] is None
         assert each["next"] == ["it"]
 
 
+def fail_to_measure(rank: int) -> str:
+    said = local({"it": 2})
+    try:
+        torch.zeros(1).view(2)
+    except RuntimeError as error:
+        said = said._replace(error=error) if rank == 1 else said
+    return without_places(refused(lambda: merged(met(), said, {"it": 6})))
+
+
+def test_an_error_of_the_step_itself_is_told_by_every_rank(three) -> None:
+    error = """RuntimeError("shape '[2]' is invalid for input of size 1") in fail_to_measure"""
+    assert three(fail_to_measure) == [f"RankError: rank 1 failed in {STEP}: {error}"] * 3
+
+
+def all_fail(rank: int) -> str:
+    ranks = met()
+    with ranks.hold_errors():
+        raise ArithmeticError(f"of {rank}")
+    return refused(lambda: merged(ranks, local({}), {"it": 6}))
+
+
+def test_three_of_many_errors_are_told(four) -> None:
+    for told in four(all_fail):
+        each = [text in told for text in ("('of 0')", "('of 1')", "('of 2')", "('of 3')")]
+        assert each == [True, True, True, False]
+        assert told.endswith(" and 1 more")
+
+
 def fail_to_take(rank: int) -> dict[str, Any]:
-    """One has no numbers to say, of three kinds."""
+    """One has no numbers to say, of two kinds."""
     ranks = met()
 
     def take() -> Tensor:
@@ -138,87 +176,95 @@ def fail_to_take(rank: int) -> dict[str, Any]:
         return torch.tensor([rank - 5.0, 1.0], dtype=torch.float64)
 
     found: dict[str, Any] = {}
-    for say in (ranks.largest, ranks.largest_beside, ranks.total):
+    for say in (ranks.maximum, ranks.total):
         found[say.__name__] = say(take, 2).tolist()
-        found[f"{say.__name__}, told"] = refused(lambda: merged(ranks, own({"a": 1}), {"a": 3}))
+        told = refused(lambda: merged(ranks, local({"a": 1}), {"a": 3}))
+        found[f"{say.__name__}, told"] = without_places(told)
     return found
 
 
 def test_numbers_of_one_that_failed_do_not_count_and_the_next_step_tells_it(three) -> None:
-    for rank, each in enumerate(three(fail_to_take)):
-        assert each["largest"] == each["largest_beside"] == [-3.0, 1.0]
+    told = f"RankError: rank 1 failed in {STEP}: ArithmeticError('of numbers') in take"
+    for each in three(fail_to_take):
+        assert each["maximum"] == [-3.0, 1.0]
         assert each["total"] == [-8.0, 2.0]
-        told = {each[f"{name}, told"] for name in ("largest", "largest_beside", "total")}
-        elsewhere = "FaultElsewhereError: rank 1 has failed to observe this step, and says how"
-        assert told == {"ArithmeticError: of numbers" if rank == 1 else elsewhere}
+        assert each["maximum, told"] == each["total, told"] == told
 
 
 def lose(rank: int) -> str:
     ranks = Ranks()
 
     def work() -> None:
-        with ranks.keeping_faults():
+        with ranks.hold_errors():
             raise LostRankError("gone")
 
     told = refused(work)
-    assert ranks.take_fault() is None
+    assert ranks.take_error() is None
     return told
 
 
-def test_of_a_process_that_is_lost_nothing_is_kept_for_later(two) -> None:
+def test_of_a_rank_that_is_lost_nothing_is_kept_for_later(two) -> None:
     assert two(lose) == ["LostRankError: gone", "LostRankError: gone"]
 
 
 # Beside steps
 
 
-def say_bits(rank: int) -> list[int]:
-    return met().joined(torch.tensor([1 << rank, 0, 8], dtype=torch.uint8)).tolist()
+def call(rank: int) -> list[Any]:
+    return met().call("state_dict()", [rank, "x" * 10 * rank, None])
 
 
-def test_bits_that_are_set_in_any_process_are_set_in_all(three) -> None:
-    assert three(say_bits) == [[0b111, 0, 8]] * 3
+def test_in_a_call_each_rank_hears_what_all_say(three) -> None:
+    for each in three(call):
+        assert each == [[0, "", None], [1, "x" * 10, None], [2, "x" * 20, None]]
 
 
-def say_other_numbers(rank: int) -> list[str]:
-    """One has more of them; then all have as many."""
+def make_other_calls(rank: int) -> list[str]:
+    """Rank 1 is in another call; then all are in the same one; then there is a step."""
     ranks = met()
-
-    def total(count: int) -> Tensor:
-        return ranks.total(lambda: torch.ones(count, dtype=torch.float64), count)
-
-    said = [refused(lambda count=count: total(count)) for count in (2 + rank // 2, 2)]
-    return [*said, refused(lambda: merged(ranks, own({"it": 2}), {"it": 6}))]
+    calls = [ranks.call] * 2
+    names = ["state_dict()" if rank == 1 else "weight_octaves()", "state_dict()"]
+    told = [refused(lambda c=c, n=n: c(n, 1)) for c, n in zip(calls, names, strict=True)]
+    return [*told, refused(lambda: merged(ranks, local({"it": 2}), {"it": 6}))]
 
 
-def test_lengths_that_differ_are_told_before_they_meet_and_again_with_the_next_step(three) -> None:
-    why = "LostRankError: processes say [2, 2, 3] numbers to each other in weight_octaves()"
-    elsewhere = "FaultElsewhereError: rank 0 has failed to observe this step, and says how"
-    for rank, (at_once, afterwards, in_the_step) in enumerate(three(say_other_numbers)):
-        assert at_once == why
+def test_different_calls_are_named_where_they_meet_and_by_every_rank_in_the_next_step(
+    three,
+) -> None:
+    met_others = [
+        "rank 1 is in state_dict() while rank 0 is in weight_octaves()",
+        "rank 0 is in weight_octaves() while rank 1 is in state_dict()",
+        "rank 1 is in state_dict() while rank 2 is in weight_octaves()",
+    ]
+    named = [f"{it}: all processes have to call both, in the same order" for it in met_others]
+    in_the_step = "; ".join(f"rank {k} failed in {STEP}: {text}" for k, text in enumerate(named))
+    for own, (at_once, afterwards, next_step) in zip(named, three(make_other_calls), strict=True):
+        assert at_once == f"LostRankError: {own}"
         assert afterwards.startswith("LostRankError: ")
         assert afterwards.endswith("(which was found before)")
-        assert in_the_step == (elsewhere if rank else why)
+        assert next_step == f"RankError: {in_the_step}"
 
 
-def make_other_calls(rank: int) -> str:
+def meet_again(rank: int) -> tuple[str, list[str]]:
+    """After different calls."""
     ranks = met()
-    numbers = torch.zeros(1, dtype=torch.uint8)
-    return refused(lambda: ranks.joined(numbers) if rank == 1 else ranks.total(lambda: numbers, 1))
+    lost = refused(lambda: ranks.call("state_dict()" if rank == 1 else "weight_octaves()", 1))
+    ranks.meet()
+    return lost, merged(ranks, local({"it": 2}), {"it": 6}).names
 
 
-def test_different_calls_are_named_where_they_meet(three) -> None:
-    first, second, third = three(make_other_calls)
-    assert first.startswith("LostRankError: rank 1 is in state_dict() while rank 0 is in weight_oc")
-    assert second.startswith("LostRankError: rank 0 is in weight_octaves() while rank 1 is in stat")
-    assert third.startswith("LostRankError: rank 1 is in state_dict() while rank 2 is in weight_oc")
+def test_who_meet_again_have_forgotten_whom_they_lost(three) -> None:
+    for lost, names in three(meet_again):
+        assert lost.startswith("LostRankError: ")
+        assert names == ["it"]
 
 
 def speak_too_soon(rank: int) -> tuple[bool, str, bool]:
     ranks = Ranks()
     before = ranks.have_met
-    told = refused(lambda: ranks.joined(torch.zeros(1, dtype=torch.uint8)))
+    told = refused(lambda: ranks.total(lambda: torch.zeros(1), 1))
     ranks.meet()
+    torch.distributed.barrier()  # one that ended now would break what others still make
     return before, told, ranks.have_met
 
 
@@ -245,15 +291,17 @@ def compare(rank: int) -> dict[str, str]:
     }
 
 
-def test_the_first_process_that_differs_is_named_with_what_differs_first(three) -> None:
-    for rank, each in enumerate(three(compare)):
+def test_the_first_rank_that_differs_is_named_with_what_differs_first(three) -> None:
+    for each in three(compare):
         assert each["alike"] == ""
         assert each["order"] == (
-            "ValueError: the processes have the same settings in different orders: make them alike"
+            "DisagreementError: the processes have the same settings in different orders: make "
+            "them alike"
         )
         assert each["kinds"].startswith(
-            "ValueError: rank 1 has other layers than rank 0: layer 1; layer 2; layer 3 and 2 more "
-            "of its 6, where rank 0 has none of its 1; processes with different layers"
+            "DisagreementError: rank 1 has other layers than rank 0: layer 1; layer 2; layer 3 and "
+            "2 more of its 6, where rank 0 has none of its 1; processes with different layers"
         )
-        elsewhere = "ValueError: rank 1 cannot observe this run: KeyError('no')"
-        assert each["problem"] == ("KeyError: 'no'" if rank == 1 else elsewhere)
+        assert each["problem"] == (
+            "DisagreementError: rank 1 cannot observe this run: KeyError('no')"
+        )

@@ -24,7 +24,7 @@ from tests.strategies import thorough
 
 # As torch lays them out
 
-SHAPES = [(), (1,), (5,), (8,), (7, 5), (2, 9), (8, 0), (3, 4, 5)]  # also fewer than processes
+SHAPES = [(), (1,), (5,), (8,), (7, 5), (2, 9), (8, 0), (3, 4, 5)]  # also fewer than ranks
 
 
 def each_layout(shape: Sequence[int], dimensions: int) -> list[tuple[Placement, ...]]:
@@ -168,7 +168,7 @@ def test_a_sample_is_found_where_its_elements_lie_each_once(layout, data) -> Non
 
 @thorough
 @given(layouts(), st.integers(1, 10))
-def test_a_block_is_torn_where_one_process_has_some_of_its_columns_and_not_all(
+def test_a_block_is_torn_where_one_rank_has_some_of_its_columns_and_not_all(
     layout, block: int
 ) -> None:
     shape, mesh, placements = layout
@@ -186,7 +186,7 @@ def test_a_block_is_torn_where_one_process_has_some_of_its_columns_and_not_all(
     assert tears == {is_torn}
 
 
-def test_of_what_is_no_dtensor_the_first_process_counts_all() -> None:
+def test_of_what_is_no_dtensor_the_first_rank_counts_all() -> None:
     first, second = (Shard.of("it", torch.zeros(2, 3), rank) for rank in (0, 1))
     assert first.part == second.part == (0, 1)
     assert first.part_of(None).indices.tolist() == [*range(6)]
@@ -195,7 +195,7 @@ def test_of_what_is_no_dtensor_the_first_process_counts_all() -> None:
         assert [*map(len, part)] == [0, 0, 0]
 
 
-def test_a_mesh_without_the_first_process_is_a_replica_of_the_one_that_has_it() -> None:
+def test_a_mesh_without_the_first_rank_is_a_replica_of_the_one_that_has_it() -> None:
     laid = Laid([4], [2], [Cut(0)], [1])
     laid.device_mesh.mesh += 2
     shard = Shard.of("it", laid, 3)
@@ -217,7 +217,7 @@ def test_placements_that_are_neither_shards_nor_replicas_are_refused_by_name(pla
         Shard.of("up.weight", laid, 0)
 
 
-def test_a_mesh_that_leaves_out_a_process_is_refused_there() -> None:
+def test_a_mesh_that_leaves_out_a_rank_is_refused_there() -> None:
     laid = Laid([4], [2], [Cut(0)], [0])
     laid.device_mesh.get_coordinate = lambda: None
     with pytest.raises(ValueError, match=r"^up.weight lies in ranks \[0, 1\] alone, .* rank 2: "):
@@ -238,7 +238,7 @@ def partial(rank: int) -> str:
     return refused(lambda: UpdateMonitor([("bias", parameter)]).attach(optimizer))
 
 
-def test_a_monitor_refuses_partial_tensors_in_all_processes(two) -> None:
+def test_a_monitor_refuses_partial_tensors_on_all_ranks(two) -> None:
     for each in two(partial):
         assert each.startswith("ValueError: bias is placed as (Partial(sum),)")
         assert "redistribute it" in each

@@ -51,7 +51,7 @@ def sequence_parallel(rank: int) -> dict[str, Any]:
         optimizer.zero_grad()
         net(torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1))).backward()
         placements.append(str(net.norm.weight.grad.placements))
-        # As data parallelism would: every process has the same.
+        # As data parallelism would: every rank has the same.
         for parameter in net.head.parameters():
             torch.distributed.all_reduce(parameter.grad)
         optimizer.step()
@@ -68,7 +68,7 @@ def test_gradients_that_the_optimizer_sums_are_left_out_by_name(two) -> None:
 
 
 def row_wise(rank: int) -> dict[str, Any]:
-    """The gradient of a table that is shared by rows is whole in every process."""
+    """The gradient of a table that is shared by rows is whole on every rank."""
     plan = {"rows": RowwiseParallel(input_layouts=Replicate())}
     net = parallelize_module(Net(), init_device_mesh("cpu", (SIZE,)), plan)
     with UpdateMonitor(net, strict=True).attach(optimizer := sgd(net)):
@@ -90,7 +90,7 @@ def row_wise(rank: int) -> dict[str, Any]:
 def test_of_gradients_that_are_whole_the_part_here_is_measured(two) -> None:
     for each in two(row_wise):
         assert each["placements"] == ["(Shard(dim=0),)", "(Replicate(),)"]
-        assert each["heard"] == {"allgather", "allreduce"}  # none in the groups that train
+        assert each["heard"] == {"allreduce"}  # none in the groups that train
         assert each["problems"] == []
         assert each["told"] == []
 

@@ -10,40 +10,43 @@ import torch
 from hypothesis import given, strategies as st
 from torch import Tensor
 
-from altgrad.distributed.step_message import Own, StepMessage
+from altgrad.distributed.peers import StepSums
+from altgrad.distributed.step_message import StepMessage
 from altgrad.measurement.columns import max_count, sum_count
+from altgrad.observation.step import SkipReason
 from tests.strategies import thorough
 
 FORMATS, ROWS = 2, 5
 SUMS, MAXIMA = sum_count(FORMATS), max_count(FORMATS)
 STEP = 3, ("a", "b", "c")
+REASONS: list[SkipReason | None] = [None, "no gradients", "learning rate 0", "inf"]
+"""From the one that is told if no other is, to the one that is told in any case."""
 
 
-def own(
+def local(
     figures: Mapping[str, Tensor] | None = None,
     present: Sequence[str] = (),
     seconds: tuple[float, float] = (math.nan, math.nan),
     found_inf: bool = False,
-    reason: int = -1,
-) -> Own:
-    """Of layers in other rows than theirs, with one between that is nobody's."""
-    figures = figures or {}
-    rows = {name: 2 * row for row, name in enumerate(figures)}
-    vectors = torch.full((2 * len(rows), SUMS + MAXIMA), torch.nan, dtype=torch.float64)
-    for name, row in rows.items():
-        vectors[row] = figures[name]
-    return Own(rows, vectors, present, seconds, found_inf, reason)
+    skipped: SkipReason | None = None,
+) -> StepSums:
+    rows = [*(figures or {}).values()]
+    vectors = torch.stack(rows) if rows else torch.zeros(0, SUMS + MAXIMA, dtype=torch.float64)
+    return StepSums(seconds, vectors, [*(figures or {})], present, found_inf, skipped)
 
 
-def message_of(said: Own, failed: int = 0, step: tuple[int, tuple[str, ...]] = STEP) -> StepMessage:
-    message = StepMessage(FORMATS, ROWS, step)
-    message.fill(said)
-    message.close(said, failed)
+def message_of(
+    said: StepSums,
+    error: Exception | None = None,
+    step: tuple[int, tuple[str, ...]] = STEP,
+) -> StepMessage:
+    message = StepMessage(FORMATS, ROWS, *step)
+    assert message.pack(said, error) is error
     return message
 
 
 def reduced(messages: Sequence[StepMessage]) -> StepMessage:
-    """The first one, as the collectives leave it in every process."""
+    """Return the first one, as the collectives leave it on every rank."""
     first = messages[0]
     first.sums.copy_(torch.stack([each.sums for each in messages]).sum(0))
     first.maxima.copy_(torch.stack([each.maxima for each in messages]).amax(0))
@@ -51,27 +54,30 @@ def reduced(messages: Sequence[StepMessage]) -> StepMessage:
 
 
 @st.composite
-def owns(draw: st.DrawFn) -> Own:
+def locals_of_ranks(draw: st.DrawFn) -> StepSums:
+    """Of any of the layers, in any order; also of some that were measured and not stepped."""
     present = draw(st.lists(st.sampled_from(STEP[1]), unique=True))
-    with_elements = draw(st.lists(st.sampled_from(present), unique=True)) if present else []
+    names = draw(st.lists(st.sampled_from(STEP[1]), unique=True))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
     whole = (SUMS + MAXIMA,)
-    return own(
-        {name: torch.randint(-9, 9, whole, generator=generator).double() for name in with_elements},
+    return local(
+        {name: torch.randint(-9, 9, whole, generator=generator).double() for name in names},
         present,
         (draw(st.sampled_from([math.nan, 0.0, 1.5])), draw(st.sampled_from([math.nan, 0.0, 2.5]))),
         draw(st.booleans()),
-        draw(st.integers(-1, 4)),
+        draw(st.sampled_from(REASONS)),
     )
 
 
 @thorough
-@given(st.lists(owns(), min_size=1, max_size=4))
-def test_all_come_to_the_sum_and_the_largest_of_what_each_says(each: list[Own]) -> None:
-    together = reduced([message_of(said) for said in each]).together()
-    assert together.names == [n for n in STEP[1] if any(n in said.present for said in each)]
-    for name, vector in zip(together.names, together.vectors, strict=True):
-        parts = [said.vectors[said.rows[name]] for said in each if name in said.rows]
+@given(st.lists(locals_of_ranks(), min_size=1, max_size=4))
+def test_all_come_to_the_sum_and_the_largest_of_what_each_says(each: list[StepSums]) -> None:
+    step = reduced([message_of(said) for said in each]).unpack()
+    assert step.names == [n for n in STEP[1] if any(n in said.present for said in each)]
+    assert step.present == step.names
+    assert step.error is None
+    for name, vector in zip(step.names, step.vectors, strict=True):
+        parts = [said.vectors[said.names.index(name)] for said in each if name in said.names]
         sums = sum((part[:SUMS] for part in parts), torch.zeros(SUMS).double())
         maxima = [
             max((float(p[SUMS + k]) for p in parts), default=-math.inf) for k in range(MAXIMA)
@@ -79,22 +85,25 @@ def test_all_come_to_the_sum_and_the_largest_of_what_each_says(each: list[Own]) 
         assert vector.tolist() == [*sums.tolist(), *maxima]
     for place in (0, 1):
         known = [said.seconds[place] for said in each if not math.isnan(said.seconds[place])]
-        assert repr(together.seconds[place]) == repr(max(known, default=math.nan))
-    assert together.found_inf == any(said.found_inf for said in each)
-    assert together.reason == max(said.reason for said in each)
+        assert repr(step.seconds[place]) == repr(max(known, default=math.nan))
+    assert step.found_inf == any(said.found_inf for said in each)
+    assert step.skipped == max((said.skipped for said in each), key=REASONS.index)
 
 
-def test_all_hear_of_the_first_one_that_has_failed() -> None:
-    assert reduced([message_of(own(), failed) for failed in (0, 0, 0)]).failed == 0
-    assert reduced([message_of(own(), failed) for failed in (0, 2, 1)]).failed == 2
+def test_all_hear_whether_any_of_them_has_failed() -> None:
+    error = ArithmeticError()
+    assert not reduced([message_of(local()) for _ in range(3)]).is_failed
+    assert reduced([message_of(local(), each) for each in (None, error, None)]).is_failed
+    assert reduced([message_of(local(), each) for each in (error, error)]).is_failed
 
 
-def test_one_that_failed_before_it_could_say_anything_is_heard_all_the_same() -> None:
-    empty = StepMessage(FORMATS, ROWS, STEP)
-    empty.close(own(present=["a"]), 1)
-    together = reduced([empty, message_of(own(present=["b"]))])
-    assert together.failed == 1
-    assert together.together().names == ["b"]
+def test_one_that_failed_says_no_figures_and_the_others_are_heard_all_the_same() -> None:
+    ones = torch.ones(SUMS + MAXIMA).double()
+    failed = message_of(local({"a": ones}, ["a"]), ArithmeticError())
+    together = reduced([failed, message_of(local({"b": ones}, ["b"]))])
+    assert together.is_failed
+    assert together.unpack().names == ["b"]
+    assert together.unpack().vectors.tolist() == [ones.tolist()]
 
 
 @pytest.mark.parametrize(
@@ -108,14 +117,27 @@ def test_one_that_failed_before_it_could_say_anything_is_heard_all_the_same() ->
     ids=["same", "index", "layers", "order"],
 )
 def test_messages_of_different_steps_can_meet_and_it_is_noticed(step, is_one: bool) -> None:
-    first, second = message_of(own()), message_of(own(), step=step)
+    first, second = message_of(local()), message_of(local(), step=step)
     assert (first.sums.shape, first.maxima.shape) == (second.sums.shape, second.maxima.shape)
     assert first.is_of_one_step
     assert second.is_of_one_step
     assert reduced([first, second]).is_of_one_step == is_one
-    assert reduced([second, message_of(own())]).is_of_one_step == is_one
+    assert reduced([second, message_of(local())]).is_of_one_step == is_one
 
 
-def test_layers_that_were_not_agreed_upon_are_refused_by_name() -> None:
-    with pytest.raises(RuntimeError, match=r"^d, e are stepped and were not agreed upon$"):
-        message_of(own(present=["a", "d", "e"]))
+@pytest.mark.parametrize("kind", ["stepped", "measured"])
+def test_layers_that_were_not_agreed_upon_are_an_error_that_all_hear_of(kind: str) -> None:
+    names = ["a", "d", "e"]
+    figures = {name: torch.ones(SUMS + MAXIMA).double() for name in names}
+    said = local(present=names) if kind == "stepped" else local(figures)
+    message = StepMessage(FORMATS, ROWS, *STEP)
+    error = message.pack(said, None)
+    assert isinstance(error, RuntimeError)
+    assert str(error) == "d, e are stepped and were not agreed upon"
+    assert message.is_failed
+    assert message.unpack().names == []
+
+
+def test_an_error_from_before_is_the_one_that_is_told() -> None:
+    before = ArithmeticError()
+    assert StepMessage(FORMATS, ROWS, *STEP).pack(local(present=["d"]), before) is before

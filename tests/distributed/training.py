@@ -1,4 +1,4 @@
-"""A few steps of a model that processes share, what is warned of in them, and what is refused."""
+"""A few steps of a model that ranks share, what is warned of in them, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 LIMIT = 6.0
-"""Seconds, of a group that trains, where a process is waited for: who observes waits half of it."""
+"""Seconds, of a group that trains, where a rank is waited for: who observes waits half of it."""
 
 
 def sgd(net: nn.Module) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""`Watched`: a model that processes share, beside one process that sees the same steps of all."""
+"""`Watched`: a model that ranks share, beside one process that sees the same steps of all."""
 
 from __future__ import annotations
 

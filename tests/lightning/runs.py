@@ -103,6 +103,7 @@ def fit(folder: Path, monitor: PrecisionMonitor, steps: int = 6, **options: Any)
 def hooks_of(run: pl.Trainer) -> int:
     # Attributes of torch: it has no public name for the hooks that an optimizer has.
     optimizer = run.optimizers[0]
+    # torch has no public name for them
     return len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
 
 

@@ -39,9 +39,9 @@ def test_an_error_of_its_own_warns_once_and_training_goes_on(
     "place",
     [
         "altgrad.measurement.measurer.Measurer.measure_batch",
-        "altgrad.monitor.step_measuring.StepMeasuring.scales_changed",
+        "altgrad.monitor.engine.Engine.scales_changed",
         "altgrad.observation.snapshots.Snapshots.take",
-        "altgrad.measurement.step_record.StepVectors.record",
+        "altgrad.monitor.monitor.step_record",
         "altgrad_lightning.charts.Charts.add",
     ],
 )
@@ -181,6 +181,7 @@ def test_a_strategy_that_cannot_be_observed_is_told() -> None:
     "ignore:.torch.jit.(script|interface). is deprecated"
 )  # torch's own, at import
 def test_optimizers_in_backward_are_told_by_name_and_training_goes_on(tmp_path: Path) -> None:
+    # torch has no public name for it
     from torch.distributed.optim import _apply_optimizer_in_backward
 
     class InBackward(Net):

@@ -1,7 +1,12 @@
 """The catalogue: what it says of each metric is so."""
 
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,3 +88,49 @@ def test_keys_are_those_of_the_catalogue() -> None:
         *LAYER_METRICS,
         *(f"{metric}/{name}" for name in ("bf16", "e5m2") for metric in FORMAT_METRICS),
     ]
+
+
+# A metric more
+
+ROOT = Path(__file__).parents[2]
+MEASURED = """
+import torch
+from altgrad import UpdateMonitor, measure
+
+model = torch.nn.Linear(4, 4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+with UpdateMonitor(model, formats="bf16", strict=True).attach(optimizer) as monitor:
+    model(torch.tensor([[1.0, 0.0, 0.0, 2.0]])).sum().backward()
+    optimizer.step()
+record = monitor.latest
+name = "nonzero_gradient_frac"
+print(record.layers["weight"][name], record.layers["bias"][name], record.model[name])
+print(record.layers["weight"].standard_error(name))
+print(measure(torch.ones(2), torch.ones(2), torch.tensor([0.0, 1.0]))[name])
+"""
+
+
+def test_a_metric_is_two_lines_as_the_page_on_architecture_shows(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    blocks = re.findall(r'^```python title="(\S+), .*"\n(.*)\n```$', page, re.MULTILINE)
+    after = {
+        "measurement/catalogue.py": '"few elements carry the update"),\n',
+        "measurement/metrics.py": '"energy_concentration": _energy_concentration,\n',
+    }
+    assert [file for file, _ in blocks] == [*after]
+    shutil.copytree(ROOT / "altgrad", tmp_path / "altgrad")
+    for file, line in blocks:
+        module = tmp_path / "altgrad" / file
+        text, place = module.read_text(), after[file]
+        assert text.count(place) == 1
+        module.write_text(text.replace(place, f"{place}    {line.strip('{}')},\n"))
+    ran = subprocess.run(
+        [sys.executable, "-c", MEASURED],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # Of 16 weights those of two inputs have a gradient; so have all four biases.
+    assert ran.stdout.split() == ["0.5", "1.0", "0.6", "0.0", "0.5"], ran.stderr

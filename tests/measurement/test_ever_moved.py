@@ -118,7 +118,7 @@ def test_packed_bits_are_those_of_numpy_and_come_back(kinds: int, elements: int,
     assert packed.dtype is torch.uint8
     assert packed.tolist() == packed_by_numpy(ever)
     other = EverMovedOfLayers(silent)
-    other.load_state_dict(state)
+    other.load_state_dict(state, {})
     assert torch.equal(other.take("w", kinds, elements), ever)
     assert torch.equal(other.take("v", 1, 3), bits(1, 3))
 
@@ -136,7 +136,7 @@ def test_what_lies_elsewhere_is_packed_too_and_does_not_move_in() -> None:
 
 def test_loading_forgets_what_was_there() -> None:
     kept = holding(old=bits(2, 5))
-    kept.load_state_dict(holding(new=bits(2, 6)).state_dict(()))
+    kept.load_state_dict(holding(new=bits(2, 6)).state_dict(()), {})
     assert kept.take("old", 2, 5) is None
     assert torch.equal(kept.take("new", 2, 6), bits(2, 6))
 
@@ -145,9 +145,9 @@ def test_loading_forgets_what_was_there() -> None:
 
 
 def test_of_what_was_loaded_the_part_that_lies_here_is_kept() -> None:
-    kept = holding(w=bits(2, 7), whole=bits(2, 3))
+    kept, state = holding(), holding(w=bits(2, 7), whole=bits(2, 3)).state_dict(())
     positions = torch.tensor([1, 2, 6])
-    kept.keep_parts({"w": (7, positions), "unknown": (4, torch.tensor([0]))})
+    kept.load_state_dict(state, {"w": (7, positions), "unknown": (4, torch.tensor([0]))})
     assert torch.equal(kept.take("w", 2, 3), bits(2, 7)[:, positions])
     assert torch.equal(kept.take("whole", 2, 3), bits(2, 3))
     assert kept.take("unknown", 2, 1) is None
@@ -156,8 +156,8 @@ def test_of_what_was_loaded_the_part_that_lies_here_is_kept() -> None:
 def test_a_part_of_another_number_of_elements_begins_anew() -> None:
     told: list[str] = []
     kept = EverMovedOfLayers(told.append)
-    kept.leave("w", bits(2, 7))
-    kept.keep_parts({"w": (8, torch.tensor([1]))})
+    state = holding(w=bits(2, 7)).state_dict(())
+    kept.load_state_dict(state, {"w": (8, torch.tensor([1]))})
     assert kept.take("w", 2, 1) is None
     assert told == ["has never_moved_frac of w begin anew: it has 8 watched elements, and had 7"]
 

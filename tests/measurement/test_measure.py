@@ -24,9 +24,9 @@ def nearest(value: Fraction, grid: list[Fraction]) -> Fraction:
 def unbounded_grid(name: str, scale: float) -> list[Fraction]:
     """The non-negative values by code, continued by two binades beyond the top."""
     format = get_format(name)
-    values, codes = [], 2 ** (format.exponent_bits + format.mantissa_bits)
-    codes -= format.num_high_nans + format.has_inf
-    for code in range(codes + 2 * 2**format.mantissa_bits):
+    values = []
+    finite = int((format.values() >= 0).sum())
+    for code in range(finite + 2 * 2**format.mantissa_bits):
         field, mantissa = divmod(code, 2**format.mantissa_bits)
         significand = mantissa + (2**format.mantissa_bits if field else 0)
         exponent = max(field, 1) - format.bias - format.mantissa_bits

@@ -1,44 +1,70 @@
-"""`StepVectors`: from rows on their devices to a record, with one host copy."""
+"""`step_record`: from the sums and maxima of the layers of a step to its figures."""
 
-import contextlib
-from unittest import mock
+import math
 
+import pytest
 import torch
 from torch import Tensor
 
-from altgrad.measurement.figures import tensor_figures
+from altgrad.measurement.figures import model_figures, tensor_figures
 from altgrad.measurement.measurer import Measurer
-from altgrad.measurement.step_record import StepVectors
+from altgrad.measurement.step_record import step_record
 from altgrad.quantization.format_set import FormatSet
+from tests.counting import host_copies
 from tests.measurement.definitions import a_step
 
-NAMES = ("bf16", "e4m3fn")
+FORMATS = ("bf16", "e4m3fn")
+SECONDS = (0.25, 4.0)
 
 
-def test_the_rows_of_a_step_are_copied_to_the_host_once() -> None:
-    rows = [Measurer(FormatSet(NAMES)).measure_tensor(*a_step(seed=seed)) for seed in range(20)]
-    vectors = StepVectors(NAMES, lambda _: NAMES)
-    for k in range(0, 20, 5):
-        vectors.add([f"layer {k + j}" for j in range(5)], torch.stack(rows[k : k + 5]))
-    copies = 0
+def rows(count: int) -> Tensor:
+    """Sums and maxima of so many layers."""
+    measurer = Measurer(FormatSet(FORMATS))
+    return torch.stack([measurer.measure_tensor(*a_step(seed=seed)) for seed in range(count)])
 
-    def counted(name: str) -> mock._patch:
-        original = getattr(Tensor, name)
 
-        def method(self: Tensor, *arguments: object, **options: object) -> object:
-            nonlocal copies
-            copies += 1
-            return original(self, *arguments, **options)
-
-        return mock.patch.object(Tensor, name, method)
-
-    readers = "tolist", "item", "cpu", "numpy", "__float__", "__int__", "__bool__", "__iter__"
-    with contextlib.ExitStack() as stack:
-        for name in readers:
-            stack.enter_context(counted(name))
-        record, skipped = vectors.record(7, (0.0, 0.0), None)
-    assert copies == 1
-    assert record is not None
-    assert not skipped
+def test_each_layer_has_the_figures_of_its_row() -> None:
+    vectors, names = rows(20), [f"layer {k}" for k in range(20)]
+    record = step_record(FORMATS, dict.fromkeys(names, FORMATS), vectors, 7, SECONDS)
     assert record.index == 7
-    assert [*record.layers.values()] == [tensor_figures(NAMES, row) for row in rows]
+    assert (record.own_seconds, record.training_seconds) == SECONDS
+    assert [*record.layers] == names
+    assert [*record.layers.values()] == [tensor_figures(FORMATS, row) for row in vectors]
+    assert len({figures["update_rms"] for figures in record.layers.values()}) == 20
+
+
+def test_the_model_is_all_layers_together() -> None:
+    record = step_record(FORMATS, {"a": FORMATS, "b": FORMATS}, rows(2), 0, SECONDS)
+    together = model_figures([*record.layers.values()])
+    assert dict(record.model) == dict(together)
+    assert record.model.population == sum(each.population for each in record.layers.values())
+    assert record.model["update_rms"] not in {f["update_rms"] for f in record.layers.values()}
+
+
+def test_formats_that_a_layer_is_not_judged_for_are_not_in_its_figures() -> None:
+    """In whichever order they are named; the model has those of the layers that are judged."""
+    vectors = rows(3)
+    judged = {"both": ("e4m3fn", "bf16"), "one": ("e4m3fn",), "none": ()}
+    record = step_record(FORMATS, judged, vectors, 0, SECONDS)
+    found = {
+        name: {key.split("/")[1] for key in each if "/" in key}
+        for name, each in record.layers.items()
+    }
+    assert found == {"both": {*FORMATS}, "one": {"e4m3fn"}, "none": set()}
+    whole = [tensor_figures(FORMATS, row) for row in vectors]
+    assert dict(record.layers["both"]) == dict(whole[0])
+    assert all(whole[1][key] == value for key, value in record.layers["one"].items())
+    assert record.layers["one"]["update_rms"] != record.layers["both"]["update_rms"]
+    assert record.model["stall_frac/bf16"] == whole[0]["stall_frac/bf16"]
+    of_two = model_figures(whole[:2])["stall_frac/e4m3fn"]
+    assert record.model["stall_frac/e4m3fn"] == pytest.approx(of_two, rel=1e-12)
+    assert not math.isnan(of_two)
+
+
+def test_a_record_reads_what_is_on_the_host_and_copies_nothing() -> None:
+    vectors = rows(3)
+    with host_copies() as copies:
+        on_host = vectors.cpu()
+        record = step_record(FORMATS, dict.fromkeys("abc", FORMATS), on_host, 0, SECONDS)
+        assert record.layers["b"]["update_rms"] > 0
+    assert copies == ["cpu"]

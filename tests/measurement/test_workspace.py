@@ -15,6 +15,11 @@ def all_of(buffers: Buffers) -> list[Tensor]:
     return [*buffers.per_format, *buffers.shared, *buffers.stacked]
 
 
+def memory_of(buffers: Buffers) -> int:
+    """The bytes of the memory in which they lie."""
+    return buffers.values.untyped_storage().nbytes()
+
+
 def ends_of(buffers: Buffers) -> tuple[int, int]:
     """The addresses from which to which they lie."""
     pointers = [each.data_ptr() for each in all_of(buffers) if each.numel()]
@@ -90,12 +95,12 @@ def test_each_device_has_memory_of_its_own() -> None:
 
 def test_of_ever_new_shapes_only_a_few_are_kept() -> None:
     workspace = Workspace()
-    workspace.buffers(1, 1, 1000, CPU)
-    values: list[weakref.ref[Tensor]] = []
-    for columns in range(1, 100):
-        values.append(weakref.ref(workspace.buffers(1, 1, columns, CPU).values))
-        assert sum(each() is not None for each in values) <= 8
-    assert workspace.nbytes == 18 * 1000 * 8
+    kept = []
+    for columns in (1000, *range(1, 100)):
+        buffers = workspace.buffers(1, 1, columns, CPU)
+        kept.append(weakref.ref(buffers.values))
+        assert sum(each() is not None for each in kept) <= 8
+        assert memory_of(buffers) == 8 * 18 * 1000  # that of the largest serves all
 
 
 def test_what_was_made_in_inference_mode_can_be_written_to_outside_of_it() -> None:
@@ -115,8 +120,8 @@ def test_as_many_columns_as_fit_take_the_memory_that_is_allowed(
 ) -> None:
     columns = columns_that_fit(formats, scale_per_element=scale_per_element)
     workspace = Workspace()
-    workspace.buffers(1, formats, columns, META)
-    taken = workspace.nbytes + columns  # and a mask of a byte each
+    taken = memory_of(workspace.buffers(1, formats, columns, META))
+    taken += columns  # and a mask of a byte each
     if scale_per_element:
         taken += 8 * columns * (formats + 16)
     assert 0.99 * TEMPORARY_BYTES < taken < TEMPORARY_BYTES

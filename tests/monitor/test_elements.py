@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from scipy import stats
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode  # torch has no public name for it
 
 from altgrad.monitor.elements import sample_elements
 from tests.strategies import thorough

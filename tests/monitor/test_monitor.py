@@ -172,12 +172,14 @@ def test_training_is_untouched(options: dict[str, Any]) -> None:
     assert torch.equal(state, expected_state)
 
 
-def test_a_fault_warns_once_and_training_goes_on() -> None:
+def test_an_error_warns_once_and_training_goes_on() -> None:
     model = net()
     optimizer, monitor, records = watched(model, strict=False)
     with (
         mock.patch.object(Measurer, "measure_batch", side_effect=RuntimeError("broken")),
-        pytest.warns(UserWarning, match="stops observing after a fault.*broken") as warned,
+        pytest.warns(
+            UserWarning, match="^UpdateMonitor stops observing after an error: .*broken"
+        ) as warned,
     ):
         train(model, optimizer, 3)
     assert len(warned) == 1

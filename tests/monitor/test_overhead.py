@@ -14,6 +14,8 @@ from hypothesis import given, strategies as st
 from torch import Tensor, nn
 
 from altgrad import StepRecord, UpdateMonitor
+from altgrad.distributed.peers import Alone
+from altgrad.measurement.measurer import Measurer
 from altgrad.monitor.overhead import Budgets, Clock, OverheadBudget
 from altgrad.monitor.schedule import StepSchedule
 from tests.strategies import thorough
@@ -393,15 +395,14 @@ def test_the_overhead_budget_holds_back_observation(monkeypatch: pytest.MonkeyPa
     def on_record(record: StepRecord) -> None:
         indices.append(record.index)
 
-    monitor = UpdateMonitor(model, on_record, overhead_budget=0.2, strict=True)
-    kernel = monitor._measuring._measurer.measure_batch
+    kernel = Measurer.measure_batch
 
-    def slow(batch: Any) -> Tensor:
+    def slow(measurer: Measurer, batch: Any) -> Tensor:
         now[0] += 1.0  # a second for each observation
-        return kernel(batch)
+        return kernel(measurer, batch)
 
-    monkeypatch.setattr(monitor._measuring._measurer, "measure_batch", slow)
-    monitor.attach(optimizer)
+    monkeypatch.setattr(Measurer, "measure_batch", slow)
+    monitor = UpdateMonitor(model, on_record, overhead_budget=0.2, strict=True).attach(optimizer)
     for _ in range(500):
         now[0] += 0.125  # an eighth for each step
         model(torch.ones(1, 4)).sum().backward()
@@ -421,25 +422,48 @@ def test_the_overhead_budget_holds_for_two_optimizers_of_different_paces(
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     one, two = (torch.optim.SGD(part.parameters(), lr=0.1) for part in model)
-    spent = {one: 0, two: 0}
-    monitor = UpdateMonitor(model, overhead_budget=0.2, strict=True)
-    kernel = monitor._measuring._measurer.measure_batch
+    spent: list[torch.optim.Optimizer] = []
+    kernel = Measurer.measure_batch
 
-    def slow(batch: Any) -> Tensor:
+    def slow(measurer: Measurer, batch: Any) -> Tensor:
         now[0] += 1.0
-        spent[monitor._observer.asking] += 1
-        return kernel(batch)
+        spent.append(stepping)
+        return kernel(measurer, batch)
 
-    monkeypatch.setattr(monitor._measuring._measurer, "measure_batch", slow)
-    monitor.attach(one, two)
+    monkeypatch.setattr(Measurer, "measure_batch", slow)
+    monitor = UpdateMonitor(model, overhead_budget=0.2, strict=True).attach(one, two)
     for step in range(2000):
         now[0] += 0.1
         model(torch.ones(1, 4)).sum().backward()
-        one.step()
-        if step % 5 == 4:
-            two.step()
-    share = sum(spent.values()) / now[0]
+        for stepping in (one, two) if step % 5 == 4 else (one,):
+            stepping.step()
+    share = len(spent) / now[0]
     assert 0.1 < share < 0.22
-    assert min(spent.values()) > 5
+    assert min(spent.count(each) for each in (one, two)) > 5
     states = monitor.state_dict()["budgets"]
     assert [state["interval"] > 1 for state in states] == [True, True]
+
+
+def test_what_is_done_to_take_scales_is_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither before a step nor after it, as where weights are still zero."""
+    now, amax = [0.0], Alone.amax
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def slow(peers: Alone, *arguments: Any) -> Any:
+        now[0] += 16.0
+        return amax(peers, *arguments)
+
+    monkeypatch.setattr(Alone, "amax", slow)
+    model = nn.Linear(4, 4)
+    nn.init.zeros_(model.bias)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    records: list[StepRecord] = []
+    with UpdateMonitor(model, records.append, strict=True).attach(optimizer):
+        for step in range(5):
+            now[0] += 0.125
+            with torch.no_grad():
+                model.weight.mul_(1000.0 if step == 2 else 1.0)  # its scale is taken before step 3
+            model.weight.grad, model.bias.grad = torch.full((4, 4), 1e-3), torch.zeros(4)
+            optimizer.step()
+    assert [record.training_seconds for record in records[1:]] == [0.125] * 4
+    assert [record.own_seconds for record in records[2:]] == [16.0] * 3

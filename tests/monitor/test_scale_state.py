@@ -1,14 +1,17 @@
 """`ScaleState`: what scales follow from, how long they hold, and when they are taken again."""
 
+import copy
 import math
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from altgrad import UpdateMonitor, measure
+from altgrad.distributed.peers import Alone, Peers
 from altgrad.measurement.figures import tensor_figures
 from altgrad.measurement.measurer import Measurer
 from altgrad.monitor.elements import sample_elements
@@ -26,9 +29,33 @@ from tests.monitor.watching import (
     watched,
 )
 
+ALONE = Alone()
+
 
 def state_of(formats: Any = "e4m3fn", scaling: Any = "tensor") -> ScaleState:
     return ScaleState(FormatSet(formats, scaling))
+
+
+def take(state: ScaleState, peers: Peers = ALONE, /, **weights: Tensor) -> bool:
+    """Take what is due before a step of these; whether anything was."""
+    return state.prepare(lambda: weights, peers)
+
+
+def is_due(state: ScaleState) -> bool:
+    """Whether any amax is to be taken before the next step; nothing is changed by the question."""
+    return copy.deepcopy(state).prepare(dict, ALONE)
+
+
+def settle(state: ScaleState, /, **weights: Tensor) -> bool:
+    return state.settle(lambda: weights, ALONE)
+
+
+def look_at(state: ScaleState, peers: Peers = ALONE, /, **weights: Tensor) -> None:
+    state.look_at(weights, peers)
+
+
+def zero(state: ScaleState) -> list[str]:
+    return state.state_dict()["zero"]
 
 
 def observed(state: ScaleState, steps: int = 1, **saturated: dict[str, float]) -> None:
@@ -45,25 +72,25 @@ def observed(state: ScaleState, steps: int = 1, **saturated: dict[str, float]) -
 
 def test_an_amax_holds_until_its_layer_has_another_shape() -> None:
     state, weight = state_of(), torch.tensor([1.0, -3.0, math.inf, math.nan])
-    state.look_at("w", weight)
+    look_at(state, w=weight)
     assert state.amax("w").tolist() == [3.0]  # the largest finite one
     weight *= 10
-    state.look_at("w", weight)
+    look_at(state, w=weight)
     assert state.amax("w").tolist() == [3.0]
-    state.look_at("w", weight.view(2, 2))
+    look_at(state, w=weight.view(2, 2))
     assert state.amax("w").tolist() == [30.0]
 
 
 def test_an_amax_follows_its_layer_to_another_device_and_is_not_taken_again() -> None:
     state, weight = state_of(), torch.ones(2)
-    state.look_at("w", weight)
-    state.look_at("w", weight.to("meta"))  # of which nothing could be taken
+    look_at(state, w=weight)
+    look_at(state, w=weight.to("meta"))  # of which nothing could be taken
     assert state.amax("w").device.type == "meta"
 
 
 def test_channels_have_an_amax_each() -> None:
     state = state_of(scaling="channel")
-    state.look_at("w", torch.tensor([[1.0, -3.0], [0.5, 0.25]]))
+    look_at(state, w=torch.tensor([[1.0, -3.0], [0.5, 0.25]]))
     assert state.amax("w").tolist() == [3.0, 0.5]
 
 
@@ -79,92 +106,93 @@ def test_an_amax_is_taken_where_a_scale_of_the_whole_needs_it(
     formats: Any, scaling: Any, is_needed: bool
 ) -> None:
     state = state_of(formats, scaling)
-    state.look_at("w", torch.ones(4))
-    assert state.is_due is is_needed
+    look_at(state, w=torch.ones(4))
     assert list(state.state_dict()["amax"]) == ["w"] * is_needed
+    assert is_due(state) is is_needed
+    assert take(state, w=torch.ones(4)) is is_needed
 
 
 def test_all_are_due_at_first_and_after_every_hundred_observed_steps() -> None:
     state, weights = state_of(), {"a": torch.ones(2), "b": torch.ones(3)}
     for size in (2.0, 4.0, 8.0):
-        assert state.is_due
+        assert is_due(state)
         weights = {name: torch.full_like(each, size) for name, each in weights.items()}
-        state.refresh(weights)
+        take(state, **weights)
         assert [state.amax(name).item() for name in weights] == [size, size]
         for _ in range(100):
-            assert not state.is_due
+            assert not is_due(state)
             observed(state)
 
 
 def test_the_amax_that_a_weight_exceeded_is_taken_again_and_no_other() -> None:
     state = state_of()
-    state.refresh({"a": torch.ones(2), "b": torch.ones(3)})
+    take(state, a=torch.ones(2), b=torch.ones(3))
     observed(state, 10, a={"e4m3fn": 0.0}, b={"e4m3fn": 0.0})
-    assert not state.is_due
+    assert not is_due(state)
     observed(state, a={"e4m3fn": 0.5}, b={"e4m3fn": 0.0})
-    assert state.is_due
-    state.refresh({"a": torch.full((2,), 4.0), "b": torch.full((3,), 4.0)})
+    assert is_due(state)
+    take(state, a=torch.full((2,), 4.0), b=torch.full((3,), 4.0))
     assert [state.amax(name).item() for name in "ab"] == [4.0, 1.0]
     observed(state, 88)
-    assert not state.is_due
+    assert not is_due(state)
     observed(state)  # the hundredth since all were taken
-    assert state.is_due
+    assert is_due(state)
 
 
 @pytest.mark.parametrize("format", ["bf16", "mxfp4"])
 def test_what_exceeds_a_format_without_such_a_scale_changes_nothing(format: str) -> None:
     state = state_of(("e4m3fn", "bf16", "mxfp4"))
-    state.refresh({"w": torch.ones(2)})
+    take(state, w=torch.ones(2))
     observed(state, w={format: 1.0})
-    assert not state.is_due
+    assert not is_due(state)
 
 
 def test_an_amax_of_zeros_is_taken_from_what_the_step_made_of_them() -> None:
     state = state_of(scaling="channel")
     before = {"w": torch.tensor([[0.0, 0.0], [1.0, 0.0]]), "b": torch.ones(1)}
-    state.refresh(before)
-    assert state.has_zero
+    take(state, **before)
+    assert zero(state) == ["w"]
     after = {"w": torch.tensor([[0.5, 0.0], [4.0, 0.0]]), "b": torch.full((1,), 4.0)}
-    assert state.settle(after)
+    assert settle(state, **after)
     assert state.amax("w").tolist() == [0.5, 1.0]  # that of the second channel holds
     assert state.amax("b").tolist() == [1.0]
 
 
 def test_what_has_settled_is_looked_at_no_more() -> None:
     state = state_of()
-    state.refresh({"w": torch.zeros(3), "empty": torch.zeros(0)})
-    assert state.settle({"w": torch.ones(3), "empty": torch.zeros(0)})
-    assert not state.has_zero
-    assert not state.settle({"w": torch.full((3,), 2.0), "empty": torch.zeros(0)})
+    take(state, w=torch.zeros(3), empty=torch.zeros(0))
+    assert settle(state, w=torch.ones(3), empty=torch.zeros(0))
+    assert zero(state) == []
+    assert not settle(state, w=torch.full((3,), 2.0), empty=torch.zeros(0))
     assert state.amax("w").tolist() == [1.0]
 
 
 def test_a_resumed_state_goes_on_with_its_scales_and_its_count() -> None:
     state, resumed = state_of(), state_of()
     weights = {"a": torch.ones(2, 2), "zero": torch.zeros(3)}
-    state.refresh(weights)
+    take(state, **weights)
     observed(state, 60)
     resumed.load_state_dict(state.state_dict())
-    resumed.look_at("a", torch.full((2, 2), 9.0))
+    look_at(resumed, a=torch.full((2, 2), 9.0))
     assert resumed.amax("a").tolist() == [1.0]
-    assert resumed.has_zero
+    assert zero(resumed) == ["zero"]
     observed(resumed, 39)
-    assert not resumed.is_due
+    assert not is_due(resumed)
     observed(resumed)
-    assert resumed.is_due
+    assert is_due(resumed)
     observed(state, a={"e4m3fn": 1.0})
     resumed.load_state_dict(state.state_dict())
-    assert resumed.is_due
+    assert is_due(resumed)
     assert resumed.description() == state.description()
 
 
 def test_a_state_of_another_scaling_leaves_nothing_of_what_was_before() -> None:
     state, other = state_of(), state_of(scaling="channel")
     for each in (state, other):
-        each.refresh({"w": torch.zeros(2, 2)})
+        take(each, w=torch.zeros(2, 2))
     other.load_state_dict(state.state_dict())
-    assert other.is_due
-    assert not other.has_zero
+    assert is_due(other)
+    assert zero(other) == []
     assert other.state_dict()["amax"] == {}
 
 
@@ -176,44 +204,58 @@ def test_a_run_without_scales_leaves_them_due_to_the_next() -> None:
     for steps_left in (0, -5):
         state, parameters = state_of(), {"w": torch.ones(2)}
         state.load_state_dict(unscaled.state_dict() | {"steps_left": steps_left})
-        assert state.is_due
-        state.refresh(parameters)
-        assert not state.is_due
+        assert is_due(state)
+        take(state, **parameters)
+        assert not is_due(state)
         observed(state, steps=100)
-        assert state.is_due
+        assert is_due(state)
 
 
 def test_descriptions_are_alike_where_every_amax_is() -> None:
     def description(*weights: float) -> dict[str, Any]:
         state = state_of(scaling="channel")
-        state.refresh({"w": torch.tensor(weights).view(2, 1)})
+        take(state, w=torch.tensor(weights).view(2, 1))
         return state.description()
 
     assert description(1.0, 2.0) == description(-1.0, 2.0)
     assert description(1.0, 2.0) != description(2.0, 1.0)
 
 
-def test_what_processes_share_they_take_together_and_between_steps() -> None:
-    asked: list[list[str]] = []
+class Sharing(Alone):
+    """Peers with an amax of 8 of everything; written down is what was asked of them."""
 
-    def take(parameters: dict[str, Tensor]) -> tuple[list[Tensor], list[bool]]:
-        asked.append([*parameters])
+    size = 2
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+
+    def amax(self, parameters: dict[str, Tensor], scaling: Any) -> tuple[list[Tensor], list[bool]]:
+        self.asked.append([*parameters])
         return [torch.tensor([8.0])] * len(parameters), [False] * len(parameters)
 
-    state, weights = state_of(), {"a": torch.ones(2), "b": torch.ones(2)}
-    state.share(take)
-    state.refresh(weights)
+
+def test_what_ranks_share_they_take_together_and_between_steps() -> None:
+    state, peers, weights = state_of(), Sharing(), {"a": torch.ones(2), "b": torch.ones(2)}
+    take(state, peers, **weights)
     assert state.amax("b").tolist() == [8.0]
-    state.look_for(weights)
-    assert not state.is_due
+    assert not state.prepare(lambda: weights, peers)
     weights |= {"a": torch.ones(3), "new": torch.ones(1)}
-    with pytest.raises(RuntimeError, match="a has got another shape since the step began"):
-        state.look_at("a", weights["a"])
-    state.look_for(weights)
-    assert state.is_due
-    state.refresh(weights)
-    assert [sorted(names) for names in asked] == [["a", "b"], ["a", "new"]]
-    state.look_at("a", weights["a"])
+    with pytest.raises(RuntimeError, match="a, new changed their shape since the step began"):
+        look_at(state, peers, **weights)
+    assert peers.asked == [["a", "b"]]  # the others do not know
+    assert state.prepare(lambda: weights, peers, are_new=True)
+    assert peers.asked == [["a", "b"], ["a", "new"]]
+    look_at(state, peers, **weights)
+    assert state.prepare(lambda: weights, peers, are_new=True)
+    assert peers.asked[2:] == []  # all are known
+
+
+def test_alone_a_new_layer_is_taken_when_it_is_looked_at() -> None:
+    state = state_of()
+    take(state, a=torch.ones(2))
+    assert not state.prepare(pytest.fail, ALONE)  # no parameter is looked for without need
+    look_at(state, a=torch.full((2,), 4.0), new=torch.full((3,), 2.0))
+    assert [state.amax(name).item() for name in ("a", "new")] == [1.0, 2.0]
 
 
 # --- in a monitor
@@ -271,7 +313,7 @@ def test_scales_hold_for_a_hundred_steps_unless_a_weight_exceeds_them() -> None:
             model.weight.fill_(value)
         model.weight.grad.fill_(0.1)
         optimizer.step()
-        return compute_scale(monitor._scale_state.amax("weight"), "e4m3fn").item()
+        return compute_scale(monitor.state_dict()["scales"]["amax"]["weight"][1], "e4m3fn").item()
 
     assert step(1.0) == 2.0**-8
     assert step(0.25) == 2.0**-8  # a smaller one changes nothing …
@@ -317,15 +359,18 @@ def test_zeros_beside_a_nan_are_scaled_by_what_their_first_step_makes_of_them() 
 def test_layers_that_stay_zero_are_looked_at_ever_less_often() -> None:
     model = nn.Linear(4, 4)
     nn.init.zeros_(model.bias)
-    optimizer, monitor, _ = watched(model, formats="e4m3fn")
+    optimizer, _monitor, _ = watched(model, formats="e4m3fn")
     looked: list[int] = []
-    take = monitor._scale_state._take
-    monitor._scale_state._take = lambda layers, **how: (
-        looked.append(len(optimizer.steps)) or take(layers, **how)
-    )
-    for _ in range(100):
-        model.weight.grad, model.bias.grad = torch.full((4, 4), 1e-6), torch.zeros(4)
-        optimizer.step()
+    amax = Alone.amax
+
+    def looking(peers: Peers, layers: Any, scaling: Any) -> Any:
+        looked.append(len(optimizer.steps))
+        return amax(peers, layers, scaling)
+
+    with mock.patch.object(Alone, "amax", looking):
+        for _ in range(100):
+            model.weight.grad, model.bias.grad = torch.full((4, 4), 1e-6), torch.zeros(4)
+            optimizer.step()
     # Before the first step, and after it and as many more as a power of two says.
     assert [*dict.fromkeys(looked)] == [0, 1, *(1 + 2**k for k in range(7))]
 

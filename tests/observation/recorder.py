@@ -1,4 +1,6 @@
-"""What `StepHooks` call, written down, and optimizers whose steps nest or raise."""
+"""Helpers that record the calls of `StepHooks`, and optimizers whose steps nest or raise."""
+
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +12,12 @@ RATE = 0.5
 
 
 class Recorder:
-    """What the hooks call, in order, with the weights and gradients that they find."""
+    """A record of the calls that hooks make, with weights and gradients at each call."""
 
     def __init__(self, optimizer: Optimizer, due: bool = True) -> None:
         self.due = due
         self.calls: list[str] = []
+        self.copies: list[weakref.ref[Tensor]] = []  # of all captured tensors
         self.steps: list[tuple[int, Tensor | None, Tensor | None, Tensor]] = []
         self.hooks = StepHooks(optimizer, self.is_due, self.capture, self.finish)
 
@@ -26,7 +29,9 @@ class Recorder:
     def capture(self, hooks: StepHooks, optimizer: Optimizer) -> tuple[Tensor, Tensor]:
         self.calls.append("capture")
         (p,) = optimizer.param_groups[0]["params"]
-        return p.detach().clone(), p.grad.clone()
+        captured = p.detach().clone(), p.grad.clone()
+        self.copies += map(weakref.ref, captured)
+        return captured
 
     def finish(self, hooks: StepHooks, optimizer: Optimizer, captured) -> None:
         assert hooks is self.hooks
@@ -59,7 +64,11 @@ def assert_next_step_is_exact(
 
 
 def nested(parent_patched: bool, depth: int) -> type[Optimizer]:
-    """Classes of their own each time: torch patches `step` of a class at its first instance."""
+    """Return a class whose `step` calls ``super().step()`` `depth` times.
+
+    The classes are new each time, because torch patches `step` of a class at its first instance:
+    torch/optim/optimizer.py, Optimizer._patch_step_function.
+    """
 
     class Parent(Optimizer):
         def __init__(self, params, **options) -> None:
@@ -75,7 +84,7 @@ def nested(parent_patched: bool, depth: int) -> type[Optimizer]:
                 p.sub_(RATE * p.grad)
             return loss
 
-    def child_of(parent: type[Optimizer]) -> type[Optimizer]:
+    def make_child(parent: type[Optimizer]) -> type[Optimizer]:
         class Child(parent):
             def step(self, closure=None):
                 return super().step(closure)
@@ -87,12 +96,12 @@ def nested(parent_patched: bool, depth: int) -> type[Optimizer]:
 
     kind = Parent
     for _ in range(depth):
-        kind = child_of(kind)
+        kind = make_child(kind)
     return kind
 
 
 class Failing(SGD):
-    """Raises what it is told to, before or after the weights have changed."""
+    """An optimizer that raises a given error before or after the weights change."""
 
     early: BaseException | None = None
     late: BaseException | None = None

@@ -1,4 +1,4 @@
-"""`SkipTeller`: steps that a GradScaler skips are told, and the scaler works as it did."""
+"""`SkipNotifier` reports the steps that a GradScaler skips, and leaves the scaler as it was."""
 
 import copy
 import pickle
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from altgrad.observation.grad_scaler import SkipTeller
+from altgrad.observation.grad_scaler import SkipNotifier
+from tests.observation.watching import hook_count
 
 RATE = 0.5
 
@@ -25,7 +26,7 @@ class Skips(list):
 
 def scaled_step(scaler: torch.amp.GradScaler, optimizer: Optimizer, gradient: float) -> object:
     (p,) = optimizer.param_groups[0]["params"]
-    scaler.scale(p.sum())  # the scale is made on first use
+    scaler.scale(p.sum())  # GradScaler makes its scale on first use
     p.grad = torch.full_like(p, gradient)
     result = scaler.step(optimizer)
     scaler.update()
@@ -37,10 +38,10 @@ def scaler_and_optimizer(**options) -> tuple[torch.amp.GradScaler, SGD, nn.Param
     return torch.amp.GradScaler("cpu", init_scale=4.0, **options), SGD([p], lr=RATE), p
 
 
-def test_steps_that_the_scaler_skips_are_told_and_others_are_not() -> None:
+def test_listeners_are_called_for_skipped_steps_only() -> None:
     scaler, optimizer, p = scaler_and_optimizer()
     skips = Skips()
-    SkipTeller.of(scaler).listen(skips.tell)
+    SkipNotifier.get_or_create(scaler).listen(skips.tell)
     scaled_step(scaler, optimizer, 4.0)
     assert p.tolist() == [0.5, 1.5]
     assert skips == []
@@ -50,10 +51,10 @@ def test_steps_that_the_scaler_skips_are_told_and_others_are_not() -> None:
     scaled_step(scaler, optimizer, 2.0)
     assert p.tolist() == [0, 1]
     assert skips == [optimizer]
-    assert not optimizer._optimizer_step_pre_hooks
+    assert hook_count(optimizer) == 0
 
 
-def test_the_result_and_the_errors_of_the_step_are_those_of_the_scaler() -> None:
+def test_results_and_errors_of_the_step_pass_through() -> None:
     class Returning(SGD):
         def step(self, closure=None, extra=None):
             if extra is None:
@@ -62,19 +63,19 @@ def test_the_result_and_the_errors_of_the_step_are_those_of_the_scaler() -> None
 
     scaler, _, p = scaler_and_optimizer(enabled=False)
     optimizer, skips = Returning([p], lr=RATE), Skips()
-    SkipTeller.of(scaler).listen(skips.tell)
+    SkipNotifier.get_or_create(scaler).listen(skips.tell)
     assert scaler.step(optimizer, extra=7) == 7
     assert scaler.step(optimizer, None, 8) == 8
     with pytest.raises(ValueError, match="no extra"):
         scaler.step(optimizer)
-    assert not optimizer._optimizer_step_pre_hooks
+    assert hook_count(optimizer) == 0
     assert skips == []
 
 
-def test_a_restored_scaler_is_as_it_was() -> None:
+def test_a_restored_scaler_has_its_own_step_again() -> None:
     scaler, optimizer, _ = scaler_and_optimizer()
     before, skips = dict(vars(scaler)), Skips()
-    restore = SkipTeller.of(scaler).listen(skips.tell)
+    restore = SkipNotifier.get_or_create(scaler).listen(skips.tell)
     assert "step" in vars(scaler)
     restore()
     assert vars(scaler) == before
@@ -85,10 +86,10 @@ def test_a_restored_scaler_is_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first_first", "last_first"])
-def test_two_may_listen_to_one_scaler(order: tuple[int, int]) -> None:
+def test_one_scaler_serves_two_listeners(order: tuple[int, int]) -> None:
     scaler, optimizer, _ = scaler_and_optimizer()
     both = [Skips(), Skips()]
-    restores = [SkipTeller.of(scaler).listen(skips.tell) for skips in both]
+    restores = [SkipNotifier.get_or_create(scaler).listen(skips.tell) for skips in both]
     scaled_step(scaler, optimizer, float("inf"))
     assert [len(skips) for skips in both] == [1, 1]
     restores[order[1]]()
@@ -99,13 +100,13 @@ def test_two_may_listen_to_one_scaler(order: tuple[int, int]) -> None:
     assert "step" not in vars(scaler)
 
 
-def test_a_thousand_who_come_and_go_leave_nothing() -> None:
-    """Each came while the one before was there: a chain of them would be too deep to call."""
+def test_a_thousand_listeners_that_come_and_go_leave_nothing() -> None:
+    """A chain of a thousand replaced `step` methods would exceed the recursion limit."""
     scaler, optimizer, _ = scaler_and_optimizer()
     skips = Skips()
-    stop = SkipTeller.of(scaler).listen(skips.tell)
+    stop = SkipNotifier.get_or_create(scaler).listen(skips.tell)
     for _ in range(1000):
-        stop_next = SkipTeller.of(scaler).listen(skips.tell)
+        stop_next = SkipNotifier.get_or_create(scaler).listen(skips.tell)
         stop()
         stop = stop_next
     scaled_step(scaler, optimizer, float("inf"))
@@ -114,30 +115,30 @@ def test_a_thousand_who_come_and_go_leave_nothing() -> None:
     assert "step" not in vars(scaler)
 
 
-def test_the_last_to_listen_is_restored_to_the_one_before() -> None:
+def test_a_listener_stays_when_a_later_one_stops() -> None:
     scaler, optimizer, _ = scaler_and_optimizer()
     first, second = Skips(), Skips()
-    restore_first = SkipTeller.of(scaler).listen(first.tell)
-    SkipTeller.of(scaler).listen(second.tell)()
+    restore_first = SkipNotifier.get_or_create(scaler).listen(first.tell)
+    SkipNotifier.get_or_create(scaler).listen(second.tell)()
     scaled_step(scaler, optimizer, float("inf"))
     assert (len(first), len(second)) == (1, 0)
     restore_first()
     assert "step" not in vars(scaler)
 
 
-def test_a_step_that_someone_replaced_later_stays_theirs() -> None:
+def test_a_step_that_other_code_replaces_later_is_kept() -> None:
     scaler, _, _ = scaler_and_optimizer()
     skips = Skips()
-    restore = SkipTeller.of(scaler).listen(skips.tell)
+    restore = SkipNotifier.get_or_create(scaler).listen(skips.tell)
     scaler.step = theirs = lambda optimizer: "theirs"
     restore()
     assert scaler.step is theirs
 
 
-def test_a_scaler_whose_listener_is_gone_works() -> None:
+def test_a_scaler_works_after_its_listener_is_collected() -> None:
     scaler, optimizer, p = scaler_and_optimizer()
     skips = Skips()
-    SkipTeller.of(scaler).listen(skips.tell)
+    SkipNotifier.get_or_create(scaler).listen(skips.tell)
     gone = weakref.ref(skips)
     del skips
     assert gone() is None
@@ -147,10 +148,10 @@ def test_a_scaler_whose_listener_is_gone_works() -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
-def test_a_scaler_that_is_listened_to_can_be_copied_as_before(copied) -> None:
+def test_a_scaler_with_a_listener_can_be_copied(copied) -> None:
     scaler, optimizer, p = scaler_and_optimizer()
     skips = Skips()
-    SkipTeller.of(scaler).listen(skips.tell)
+    SkipNotifier.get_or_create(scaler).listen(skips.tell)
     twin = copied(scaler)
     scaled_step(twin, optimizer, float("inf"))
     scaled_step(twin, optimizer, 1.0)
@@ -159,8 +160,8 @@ def test_a_scaler_that_is_listened_to_can_be_copied_as_before(copied) -> None:
     assert skips == []
 
 
-def test_a_scaler_that_is_listened_to_steps_what_it_stepped_before() -> None:
-    """It asks for `param_groups` and `step` only, as accelerate's wrapper has them."""
+def test_a_scaler_with_a_listener_still_steps_unknown_wrappers() -> None:
+    """GradScaler needs only `param_groups` and `step`, which accelerate's wrapper has."""
 
     class Wrapper(Optimizer):
         def __init__(self, optimizer: Optimizer) -> None:
@@ -175,6 +176,6 @@ def test_a_scaler_that_is_listened_to_steps_what_it_stepped_before() -> None:
     scaled_step(scaler, wrapped, 4.0)
     assert p.tolist() == [0.5, 1.5]
     skips = Skips()
-    SkipTeller.of(scaler).listen(skips.tell)
+    SkipNotifier.get_or_create(scaler).listen(skips.tell)
     scaled_step(scaler, wrapped, 4.0)
     assert p.tolist() == [0, 1]

@@ -1,41 +1,37 @@
-"""`StepObserver` in plain torch: what it shows, and which steps it shows and counts."""
+"""`StepObserver` in plain torch: the content of a step, and the steps that are shown or counted."""
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from altgrad import OptimizerStep, StepObserver
-from altgrad.observation.parameter_names import parameter_names
 from tests.observation.watching import (
     NAMES,
     RATE,
     Kept,
     assert_exact,
+    clone_gradients,
+    clone_weights,
     counted_operations,
     equal,
-    gradients_of,
     make_model,
     raises,
     set_gradients,
     training,
-    weights_of,
 )
 
-pytestmark = pytest.mark.usefixtures("choose_of_small_parameters_too")
+# The content of a step
 
 
-# What is shown
-
-
-def test_each_step_is_shown_as_it_was() -> None:
+def test_each_step_is_shown_exactly() -> None:
     model, optimizer = training()
     steps = Kept()
     with StepObserver(model, steps).attach(optimizer) as observer:
         assert observer.names == NAMES
         for index in range(3):
-            before = weights_of(model)
+            before = clone_weights(model)
             set_gradients(model, seed=index)
             optimizer.step()
             assert equal(steps[-1].before, before)
@@ -44,7 +40,7 @@ def test_each_step_is_shown_as_it_was() -> None:
     assert not observer.skipped
 
 
-def test_the_weights_after_the_step_are_the_parameters_themselves() -> None:
+def test_the_weights_after_the_step_share_memory_with_the_parameters() -> None:
     model, optimizer = training()
     pointers, flags = [], []
 
@@ -66,7 +62,7 @@ def test_gradients_of_a_closure_are_shown() -> None:
     with StepObserver(model, steps).attach(optimizer):
         optimizer.step(lambda: set_gradients(model, seed=5))
     assert_exact(steps[0], model, optimizer, 0, seed=5)
-    assert equal(steps[0].before, weights_of(make_model()))
+    assert equal(steps[0].before, clone_weights(make_model()))
 
 
 def test_gradients_that_the_optimizer_overwrites_are_shown_as_applied() -> None:
@@ -77,7 +73,7 @@ def test_gradients_that_the_optimizer_overwrites_are_shown_as_applied() -> None:
             set_gradients(model, seed)
             optimizer.step()
             assert_exact(steps[-1], model, optimizer, seed, seed)
-            assert not equal(steps[-1].gradients, gradients_of(model))
+            assert not equal(steps[-1].gradients, clone_gradients(model))
 
 
 def test_gradients_that_earlier_hooks_change_are_shown_changed() -> None:
@@ -98,7 +94,7 @@ def test_parameters_without_a_gradient_are_left_out() -> None:
         model[0].weight.grad = None
         optimizer.step()
     assert steps[0].names == NAMES[1:]
-    assert equal(steps[0].after, weights_of(model)[1:])
+    assert equal(steps[0].after, clone_weights(model)[1:])
 
 
 def test_chosen_elements_are_shown_in_one_dimension() -> None:
@@ -106,7 +102,7 @@ def test_chosen_elements_are_shown_in_one_dimension() -> None:
     steps, chosen = Kept(), torch.tensor([7, 0])
     elements = {"0.weight": chosen}
     with StepObserver(model, steps, elements=lambda name, p: elements.get(name)).attach(optimizer):
-        before = weights_of(model)
+        before = clone_weights(model)
         set_gradients(model)
         optimizer.step()
     (step,) = steps
@@ -114,7 +110,23 @@ def test_chosen_elements_are_shown_in_one_dimension() -> None:
     shown = (step.before[0], step.gradients[0], step.after[0])
     assert equal(shown, [t.flatten()[chosen] for t in whole])
     assert equal(step.before[1:], before[1:])
-    assert equal(step.after[1:], weights_of(model)[1:])
+    assert equal(step.after[1:], clone_weights(model)[1:])
+
+
+def test_elements_is_called_for_every_parameter_however_small() -> None:
+    model, optimizer = training()
+    asked, steps = {}, Kept()
+
+    def elements(name: str, parameter: Tensor) -> Tensor:
+        asked[name] = parameter
+        return torch.tensor([parameter.numel() - 1])
+
+    with StepObserver(model, steps, elements=elements).attach(optimizer):
+        set_gradients(model)
+        optimizer.step()
+    assert tuple(asked) == NAMES
+    assert all(asked[name] is p for name, p in model.named_parameters())
+    assert equal(steps[0].after, [p.detach().flatten()[-1:] for p in model.parameters()])
 
 
 def test_each_optimizer_has_its_own_index_and_its_own_parameters() -> None:
@@ -134,7 +146,7 @@ def test_each_optimizer_has_its_own_index_and_its_own_parameters() -> None:
     ]
 
 
-def test_an_optimizer_around_another_is_shown_with_the_weights_that_it_found() -> None:
+def test_an_optimizer_that_steps_another_is_shown_with_the_weights_before_both() -> None:
     class Twice(SGD):
         def step(self, closure=None):
             inner.step()
@@ -142,7 +154,7 @@ def test_an_optimizer_around_another_is_shown_with_the_weights_that_it_found() -
 
     model, inner = training()
     outer = Twice(model.parameters(), lr=RATE)
-    steps, before = Kept(), weights_of(model)
+    steps, before = Kept(), clone_weights(model)
     with StepObserver(model, steps).attach(outer, inner):
         set_gradients(model)
         outer.step()
@@ -151,7 +163,7 @@ def test_an_optimizer_around_another_is_shown_with_the_weights_that_it_found() -
     assert equal(steps[2].before, before)
 
 
-def test_parameters_that_came_in_mid_run_are_shown_and_foreign_ones_are_not() -> None:
+def test_parameters_added_during_a_run_are_shown_and_foreign_ones_are_not() -> None:
     model, optimizer = training()
     steps = Kept()
     with StepObserver(model, steps).attach(optimizer) as observer:
@@ -166,33 +178,33 @@ def test_parameters_that_came_in_mid_run_are_shown_and_foreign_ones_are_not() ->
         optimizer.add_param_group({"params": model[2].parameters()})
         for module in (model, foreign):
             set_gradients(module)
-        before = weights_of(model)
+        before = clone_weights(model)
         optimizer.step()
     assert [step.names for step in steps] == [NAMES, NAMES, (*NAMES, "2.weight")]
     assert observer.names == (*NAMES, "2.weight")
     assert equal(steps[2].before, before)
-    assert equal(steps[2].after, weights_of(model))
+    assert equal(steps[2].after, clone_weights(model))
 
 
-def test_the_names_are_read_again_only_where_there_is_something_new(monkeypatch) -> None:
-    model = make_model()
-    foreign = nn.Linear(2, 1)
+def test_names_are_read_again_only_for_unknown_parameters() -> None:
+    class Counting(nn.Linear):
+        reads = 0
+
+        def named_parameters(self, *arguments, **options):
+            self.reads += 1
+            return super().named_parameters(*arguments, **options)
+
+    model, foreign = Counting(2, 1), nn.Linear(2, 1)
     optimizer = SGD([*model.parameters(), *foreign.parameters()], lr=RATE)
-    reads = []
-
-    def read(module: nn.Module) -> dict[Tensor, str]:
-        reads.append(module)
-        return parameter_names(module)
-
-    monkeypatch.setattr("altgrad.observation.observer.parameter_names", read)
+    set_gradients(model)
+    model.reads = 0
     with StepObserver(model, lambda step: None).attach(optimizer):
         for _ in range(3):
-            set_gradients(model)
             optimizer.step()
-    assert len(reads) == 2  # at first, and for the foreign ones
+    assert model.reads == 2  # once at first, and once for the foreign parameters
 
 
-def test_pairs_of_name_and_parameter_will_do() -> None:
+def test_pairs_of_name_and_parameter_can_replace_a_module() -> None:
     model, optimizer = training()
     steps = Kept()
     pairs = ((f"mine.{name}", p) for name, p in model[1].named_parameters())
@@ -201,18 +213,18 @@ def test_pairs_of_name_and_parameter_will_do() -> None:
         optimizer.step()
         optimizer.step()
     assert observer.names == steps[1].names == ("mine.weight", "mine.bias")
-    assert equal(steps[1].after, weights_of(model[1]))
+    assert equal(steps[1].after, clone_weights(model[1]))
 
 
 @pytest.mark.parametrize("nothing", [nn.ReLU(), []], ids=["module", "pairs"])
-def test_without_parameters_there_is_nothing_to_observe(nothing) -> None:
+def test_a_module_or_pairs_without_parameters_are_refused(nothing) -> None:
     with pytest.raises(
         ValueError, match="no parameter to observe, neither in a module nor as pair"
     ):
         StepObserver(nothing, print)
 
 
-# Which steps
+# Steps that are due
 
 
 def test_a_step_that_is_not_due_costs_one_call_and_no_operation() -> None:
@@ -231,7 +243,7 @@ def test_a_step_that_is_not_due_costs_one_call_and_no_operation() -> None:
     assert not observer.skipped
 
 
-def test_the_policy_is_asked_once_for_each_step_with_its_index() -> None:
+def test_should_observe_is_called_once_for_each_step_with_its_index() -> None:
     model, optimizer = training()
     steps, asked = Kept(), []
 
@@ -254,6 +266,8 @@ def test_a_learning_rate_on_the_device_is_read_once_for_each_group() -> None:
         count = 0
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            # The operator behind `Tensor.item` has no public name:
+            # aten/src/ATen/native/native_functions.yaml, _local_scalar_dense.
             self.count += function is torch.ops.aten._local_scalar_dense.default
             return function(*args, **(kwargs or {}))
 
@@ -271,7 +285,7 @@ def test_a_learning_rate_on_the_device_is_read_once_for_each_group() -> None:
         assert reads() - alone == len(optimizer.param_groups) == 1
 
 
-# Steps that are none
+# Skipped steps
 
 
 def test_a_step_without_gradients_is_counted_and_not_shown() -> None:
@@ -282,7 +296,7 @@ def test_a_step_without_gradients_is_counted_and_not_shown() -> None:
     assert observer.skipped == {"no gradients": 2}
 
 
-def test_a_closure_that_is_not_called_ends_the_observation_by_name() -> None:
+def test_a_closure_that_is_not_called_ends_the_observation_with_a_warning() -> None:
     class Deaf(SGD):
         def step(self, closure=None):
             return None
@@ -311,7 +325,7 @@ def test_a_step_with_learning_rate_0_is_counted_and_not_shown(rate) -> None:
     assert observer.skipped == {"learning rate 0": 1}
 
 
-def test_of_two_groups_the_one_with_learning_rate_0_is_left_out() -> None:
+def test_a_group_with_learning_rate_0_is_left_out_of_the_step() -> None:
     model = make_model()
     still, moving = ({"params": layer.parameters()} for layer in model)
     optimizer, steps = SGD([still | {"lr": 0.0}, moving], lr=RATE), Kept()
@@ -319,8 +333,8 @@ def test_of_two_groups_the_one_with_learning_rate_0_is_left_out() -> None:
         set_gradients(model)
         optimizer.step()
     assert steps[0].names == NAMES[2:]
-    assert equal(steps[0].gradients, gradients_of(model)[2:])
-    assert equal(steps[0].after, weights_of(model)[2:])
+    assert equal(steps[0].gradients, clone_gradients(model)[2:])
+    assert equal(steps[0].after, clone_weights(model)[2:])
     assert not observer.skipped
 
 
@@ -331,7 +345,7 @@ def test_weights_that_move_at_learning_rate_0_are_shown() -> None:
                 model[1].bias.add_(1)
 
     model, optimizer = training(Stubborn, lr=0.0)
-    steps, before = Kept(), weights_of(model)
+    steps, before = Kept(), clone_weights(model)
     with StepObserver(model, steps).attach(optimizer) as observer:
         set_gradients(model)
         optimizer.step()
@@ -340,8 +354,8 @@ def test_weights_that_move_at_learning_rate_0_are_shown() -> None:
     assert not observer.skipped
 
 
-def test_weights_that_do_not_move_at_another_rate_are_a_step() -> None:
-    """A stall is a result; it is not left out."""
+def test_a_step_that_stalls_at_another_learning_rate_is_shown() -> None:
+    """A stalled update is a result, so that the step is not counted as skipped."""
     model, optimizer = training(lr=1e-30)
     steps = Kept()
     with StepObserver(model, steps).attach(optimizer) as observer:
@@ -353,14 +367,19 @@ def test_weights_that_do_not_move_at_another_rate_are_a_step() -> None:
 
 
 def test_an_optimizer_without_a_learning_rate_is_observed() -> None:
-    model, optimizer = training()
-    del optimizer.param_groups[0]["lr"]
-    optimizer.step = lambda: None
+    class Signs(Optimizer):
+        def __init__(self, parameters, lr):
+            super().__init__(parameters, {})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                p.sub_(p.grad.sign())
+
+    model, optimizer = training(Signs)
+    assert "lr" not in optimizer.param_groups[0]
     steps = Kept()
-    observer = StepObserver(model, steps).attach(optimizer)
-    set_gradients(model)
-    (hooks,) = observer._hooks
-    hooks._before(optimizer, (optimizer,), {})
-    hooks._after(optimizer)
-    assert steps[0].names == NAMES
-    observer.detach()
+    with StepObserver(model, steps).attach(optimizer):
+        set_gradients(model)
+        optimizer.step()
+    assert_exact(steps[0], model, optimizer, 0, seed=1)

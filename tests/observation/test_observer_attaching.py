@@ -1,4 +1,4 @@
-"""`StepObserver`: attaching and detaching, once, twice, again and within a step."""
+"""`StepObserver`: attach and detach, once, twice, again and during a step."""
 
 import sys
 import types
@@ -16,13 +16,14 @@ from tests.observation.watching import (
     assert_exact,
     hook_count,
     make_model,
+    raises,
     scaled_step,
     set_gradients,
     training,
 )
 
 
-def test_attaching_twice_does_not_double() -> None:
+def test_attaching_twice_shows_each_step_once() -> None:
     model, optimizer = training()
     steps = Kept()
     observer = StepObserver(model, steps)
@@ -39,7 +40,7 @@ def test_attaching_twice_does_not_double() -> None:
     observer.detach()
 
 
-def test_an_optimizer_attached_later_leaves_those_before() -> None:
+def test_attaching_another_optimizer_keeps_the_earlier_ones() -> None:
     model = make_model()
     optimizers = [SGD(layer.parameters(), lr=RATE) for layer in model]
     steps = Kept()
@@ -70,17 +71,17 @@ def test_a_detached_observer_can_be_attached_again() -> None:
     assert len(steps) == 2
 
 
-def test_what_cannot_be_observed_leaves_nothing_attached() -> None:
+def test_an_error_of_attach_leaves_nothing_attached() -> None:
     model, optimizer = training()
     observer = StepObserver(model, print)
     with pytest.raises(ValueError, match="steps none of the observed parameters"):
         observer.attach(optimizer, SGD(nn.Linear(1, 1).parameters(), lr=RATE))
-    with pytest.raises(TypeError, match="Linear is no"):
+    with pytest.raises(TypeError, match="optimizer=Linear: expected"):
         observer.attach(optimizer, model[0])
     assert hook_count(optimizer) == 0
 
 
-def test_a_scaler_that_is_none_is_named_and_leaves_nothing_attached() -> None:
+def test_a_scaler_of_another_type_is_refused_and_leaves_nothing_attached() -> None:
     model, optimizer = training()
     observer = StepObserver(model, print)
     with pytest.raises(TypeError, match="scaler"):
@@ -108,8 +109,35 @@ def test_detaching_within_on_step_ends_the_observation() -> None:
     assert hook_count(optimizer) == 0
 
 
+def test_detaching_within_should_observe_ends_the_observation_before_this_step() -> None:
+    def should_observe(index: int) -> bool:
+        observer.detach()
+        return True
+
+    model, optimizer = training()
+    observer = StepObserver(model, raises, should_observe).attach(optimizer)
+    set_gradients(model)
+    optimizer.step()
+    assert observer.peak_bytes == 0
+    observer.detach()
+    assert hook_count(optimizer) == 0
+
+
+def test_asking_is_the_optimizer_only_while_should_observe_is_called() -> None:
+    model = make_model()
+    optimizers = [SGD(layer.parameters(), lr=RATE) for layer in model]
+    asked = []
+    observer = StepObserver(model, print, lambda index: bool(asked.append(observer.asking)))
+    with observer.attach(*optimizers):
+        for optimizer in reversed(optimizers):
+            optimizer.step()
+            with pytest.raises(RuntimeError, match="asking: expected a call of should_observe"):
+                _ = observer.asking
+    assert asked == optimizers[::-1]
+
+
 @pytest.mark.parametrize("how", ["collected", "attached"])
-def test_hooks_left_by_detaching_within_on_step_go_later(how: str) -> None:
+def test_hooks_left_by_detaching_within_on_step_are_removed_later(how: str) -> None:
     model, optimizer = training()
     observers = [StepObserver(model, lambda step: observers[0].detach())]
     observers[0].attach(optimizer)
@@ -142,7 +170,7 @@ def test_detaching_between_the_backward_pass_and_the_update_forgets_the_step() -
     assert hook_count(optimizer) == 0
 
 
-def test_attaching_within_on_step() -> None:
+def test_attaching_within_on_step_works_except_for_the_optimizer_that_is_stepping() -> None:
     model, optimizer = training()
     other = SGD(model.parameters(), lr=RATE)
     steps, errors = Kept(), []
@@ -168,7 +196,7 @@ def test_attaching_within_on_step() -> None:
     late.detach()
 
 
-def test_detaching_and_attaching_within_on_step_goes_on() -> None:
+def test_detaching_and_attaching_within_on_step_continues_the_observation() -> None:
     model, optimizer = training()
     indices = []
 
@@ -194,7 +222,7 @@ def test_an_exception_in_the_with_block_passes_and_detaches(kind: type) -> None:
     assert hook_count(optimizer) == 0
 
 
-def test_a_scaler_is_told_of_again_after_a_detach() -> None:
+def test_a_scaler_can_be_attached_again_after_a_detach() -> None:
     model, optimizer = training()
     scaler = GradScaler("cpu", init_scale=4.0)
     observer = StepObserver(model, print)

@@ -1,4 +1,4 @@
-"""`StepObserver`: closures that are not where one expects them."""
+"""`StepObserver`: closures in unusual places, and optimizers that move weights before them."""
 
 import pytest
 import torch
@@ -9,16 +9,19 @@ from altgrad import StepObserver
 from tests.observation.watching import (
     RATE,
     Kept,
+    clone_weights,
     equal,
     raises,
     set_gradients,
     training,
-    weights_of,
 )
 
 
 class Sam(SGD):
-    """Sharpness-aware: it goes to a worse place, asks for gradients there, and steps from here."""
+    """A sharpness-aware optimizer: it moves the weights, calls the closure, and moves them back.
+
+    https://arxiv.org/abs/2010.01412
+    """
 
     def step(self, closure):
         parameters = self.param_groups[0]["params"]
@@ -44,7 +47,7 @@ class DecaysFirst(SGD):
 
 @pytest.mark.parametrize("kind", [Sam, DecaysFirst])
 def test_an_optimizer_that_moves_weights_before_its_closure_is_named_and_not_shown(kind) -> None:
-    SGD([torch.ones(1)], lr=1)  # from now on torch calls hooks around SGD's own step
+    SGD([torch.ones(1)], lr=1)  # torch patches SGD.step at the first instance
     model, optimizer = training(kind)
     observer = StepObserver(model, raises).attach(optimizer)
     with pytest.warns(UserWarning, match=f"{kind.__name__} moves weights before it calls its clos"):
@@ -68,7 +71,7 @@ def test_a_closure_is_found_where_the_step_takes_it(call) -> None:
             return super().step(closure)
 
     model, optimizer = training(Extra)
-    steps, before = Kept(), weights_of(model)
+    steps, before = Kept(), clone_weights(model)
     with StepObserver(model, steps).attach(optimizer):
         call(optimizer, lambda: set_gradients(model))
     (step,) = steps
@@ -83,7 +86,7 @@ def test_a_closure_of_another_name_is_found(name: str) -> None:
         f"class Other(SGD):\n def step(self, {name}=None):\n  return SGD.step(self, {name})", scope
     )
     model, optimizer = training(scope["Other"])
-    set_gradients(model, seed=5)  # of the last step: these are not applied
+    set_gradients(model, seed=5)  # gradients of an earlier step, which are not applied
     steps = Kept()
     with StepObserver(model, steps).attach(optimizer):
         optimizer.step(lambda: set_gradients(model))
@@ -91,7 +94,7 @@ def test_a_closure_of_another_name_is_found(name: str) -> None:
 
 
 def test_a_closure_may_initialise_the_parameters() -> None:
-    """As lazy modules do in their first forward pass."""
+    """Lazy modules initialise their parameters in the first forward pass."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 1))
     optimizer = SGD(model.parameters(), lr=RATE)
@@ -110,7 +113,7 @@ def test_a_closure_may_initialise_the_parameters() -> None:
     assert equal(steps[1].before, steps[0].after)
 
 
-def test_a_callable_that_is_no_closure_arrives_as_it_is() -> None:
+def test_a_module_as_an_argument_is_not_taken_for_a_closure() -> None:
     class Takes(SGD):
         def step(self, model, closure=None):
             assert isinstance(model, nn.Module)

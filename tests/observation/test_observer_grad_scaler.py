@@ -1,4 +1,4 @@
-"""`StepObserver` under a GradScaler: gradients as applied, and steps that it skips."""
+"""`StepObserver` under a GradScaler: unscaled gradients, and skipped steps."""
 
 import pytest
 import torch
@@ -10,13 +10,13 @@ from tests.observation.watching import (
     INF,
     RATE,
     Kept,
+    clone_gradients,
+    clone_weights,
     equal,
-    gradients_of,
     raises,
     scaled_step,
     set_gradients,
     training,
-    weights_of,
 )
 
 
@@ -28,16 +28,16 @@ def test_gradients_under_a_scaler_are_shown_as_applied(fused: bool, unscaled: bo
     with StepObserver(model, steps).attach(optimizer, scaler=scaler) as observer:
         scaler.scale(torch.ones(()))
         set_gradients(model)
-        scaled = gradients_of(model)
+        scaled = clone_gradients(model)
         if unscaled:
             scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
     divided = [g / 3 for g in scaled]
-    # Where the optimizer does not divide, the scaler did, in place.
-    assert equal(steps[0].gradients, divided if fused and not unscaled else gradients_of(model))
+    # The scaler divides in place, unless the optimizer is fused and divides itself.
+    assert equal(steps[0].gradients, divided if fused and not unscaled else clone_gradients(model))
     assert all(map(torch.allclose, steps[0].gradients, divided))
-    assert equal(steps[0].after, weights_of(model))
+    assert equal(steps[0].after, clone_weights(model))
     assert not observer.skipped
 
 
@@ -45,10 +45,10 @@ def test_gradients_under_a_scaler_are_shown_as_applied(fused: bool, unscaled: bo
 def test_steps_that_a_scaler_skips_are_counted_and_not_shown(fused: bool) -> None:
     model, optimizer = training(AdamW, fused=fused)
     scaler, steps = GradScaler("cpu", init_scale=4.0), Kept()
-    start = weights_of(model)
+    start = clone_weights(model)
     with StepObserver(model, steps).attach(optimizer, scaler=scaler) as observer:
         scaled_step(scaler, model, optimizer, INF)
-        assert equal(weights_of(model), start)
+        assert equal(clone_weights(model), start)
         assert observer.skipped == {"inf": 1}
         scaled_step(scaler, model, optimizer, 1.0)
         scaled_step(scaler, model, optimizer, INF)
@@ -98,7 +98,7 @@ def test_skips_of_steps_that_are_not_due_and_of_other_optimizers_are_not_counted
     assert not observer.skipped
 
 
-def test_the_scaler_of_a_wrapper_is_known() -> None:
+def test_skips_by_the_scaler_of_a_wrapper_are_counted() -> None:
     class Wrapper:
         def __init__(self, optimizer: Optimizer, scaler: GradScaler | None) -> None:
             self.optimizer, self.scaler = optimizer, scaler
@@ -111,7 +111,7 @@ def test_the_scaler_of_a_wrapper_is_known() -> None:
     StepObserver(model, print).attach(Wrapper(optimizer, None)).detach()
 
 
-def test_found_inf_is_left_to_the_callback_on_demand() -> None:
+def test_skipped_steps_are_shown_with_found_inf_if_the_observer_does_not_read_it() -> None:
     model, optimizer = training(AdamW, fused=True)
     scaler, steps = GradScaler("cpu", init_scale=4.0), Kept()
     observer = StepObserver(model, steps, read_found_inf=False)
@@ -124,14 +124,14 @@ def test_found_inf_is_left_to_the_callback_on_demand() -> None:
     assert not observer.skipped
 
 
-def test_a_policy_may_detach_on_a_step_that_the_scaler_skips() -> None:
+def test_should_observe_can_detach_at_a_skipped_step() -> None:
     model, optimizer = training()
     scaler = GradScaler("cpu", init_scale=4.0)
 
-    def policy(index):
+    def should_observe(index):
         observer.detach()
         return True
 
-    observer = StepObserver(model, raises, policy).attach(optimizer, scaler=scaler)
+    observer = StepObserver(model, raises, should_observe).attach(optimizer, scaler=scaler)
     scaled_step(scaler, model, optimizer, float("inf"))
     assert "step" not in vars(scaler)

@@ -1,4 +1,4 @@
-"""`StepObserver` holds nothing longer than it must, and says how much it held."""
+"""`StepObserver` releases objects as early as possible, and reports its memory."""
 
 import gc
 import logging
@@ -6,16 +6,23 @@ import subprocess
 import sys
 import warnings
 import weakref
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.amp import GradScaler
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD
 
 from altgrad import OptimizerStep, StepObserver
+from altgrad.observation import StepOutcome
+from altgrad.observation.snapshots import Snapshots
 from tests.observation.watching import (
     RATE,
+    Held,
     Kept,
     assert_exact,
     hook_count,
@@ -25,13 +32,18 @@ from tests.observation.watching import (
     training,
 )
 
-pytestmark = pytest.mark.usefixtures("choose_of_small_parameters_too")
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
 
 
-# Nothing is held
+# References
 
 
-def test_a_dropped_observer_takes_its_hooks_along() -> None:
+def test_hooks_are_removed_when_the_observer_is_collected() -> None:
     model, optimizer = training()
     scaler = GradScaler("cpu")
     observer = StepObserver(model, lambda step: None).attach(optimizer, scaler=scaler)
@@ -44,14 +56,14 @@ def test_a_dropped_observer_takes_its_hooks_along() -> None:
     assert "step" not in vars(scaler)
 
 
-def test_an_observer_that_is_not_held_is_warned_of() -> None:
+def test_an_observer_without_a_reference_causes_a_warning() -> None:
     model, optimizer = training()
     with pytest.warns(UserWarning, match="was collected before its first step: hold it in a vari"):
         StepObserver(model, print).attach(optimizer)
     assert hook_count(optimizer) == 0
 
 
-def test_an_observer_that_is_not_held_leaves_no_hooks_where_warnings_are_errors(
+def test_an_observer_without_a_reference_leaves_no_hooks_if_warnings_are_errors(
     monkeypatch,
 ) -> None:
     model, optimizer = training()
@@ -64,7 +76,7 @@ def test_an_observer_that_is_not_held_leaves_no_hooks_where_warnings_are_errors(
     assert hook_count(optimizer) == 0
 
 
-def test_a_program_that_ends_before_the_first_step_ends_without_a_word() -> None:
+def test_a_program_that_ends_before_the_first_step_gives_no_warning() -> None:
     script = """
 import torch, altgrad
 model = torch.nn.Linear(1, 1)
@@ -78,7 +90,7 @@ observer = altgrad.StepObserver(model, print).attach(optimizer)
 
 
 @pytest.mark.parametrize("end", ["never attached", "detached", "optimizer gone"])
-def test_an_observer_that_could_not_have_observed_is_not_warned_of(end: str) -> None:
+def test_an_observer_without_attached_optimizers_causes_no_warning(end: str) -> None:
     model, optimizer = training()
     observer = StepObserver(model, print)
     if end != "never attached":
@@ -90,13 +102,14 @@ def test_an_observer_that_could_not_have_observed_is_not_warned_of(end: str) -> 
     del observer
 
 
-def test_an_observer_holds_no_optimizer_and_a_dropped_one_no_model() -> None:
+def test_an_observer_keeps_its_model_alive_but_no_optimizer() -> None:
     model, optimizer = training()
-    observer = StepObserver(model, Kept()).attach(optimizer)
+    steps = Kept()
+    observer = StepObserver(model, steps).attach(optimizer)
     set_gradients(model)
     optimizer.step()
     parts = [weakref.ref(part) for part in (optimizer, model, model[0].weight)]
-    observer._on_step.clear()
+    steps.clear()
     del optimizer
     gc.collect()
     assert parts[0]() is None
@@ -106,7 +119,7 @@ def test_an_observer_holds_no_optimizer_and_a_dropped_one_no_model() -> None:
     assert all(part() is None for part in parts)
 
 
-def test_a_detached_observer_holds_no_parameter_of_another_module() -> None:
+def test_a_detached_observer_keeps_no_parameter_of_another_module_alive() -> None:
     model = make_model()
     foreign = nn.Parameter(torch.ones(2))
     optimizer = SGD([*model.parameters(), foreign], lr=RATE)
@@ -133,26 +146,8 @@ def test_model_optimizer_and_observer_in_a_cycle_are_collected() -> None:
     assert all(part() is None for part in parts)
 
 
-class Held:
-    """The memory of the copies, after every reference that a test could have is gone."""
-
-    def __init__(self) -> None:
-        self._references: list[weakref.ref] = []
-
-    def note(self, step: OptimizerStep) -> None:
-        self._references += [weakref.ref(t) for t in (*step.before, *step.gradients)]
-
-    def note_taken(self, observer: StepObserver) -> None:
-        for each in observer._hooks[0]._captured:
-            self._references += [weakref.ref(each.before), weakref.ref(each.gradient)]
-
-    def count(self) -> int:
-        assert self._references
-        return sum(reference() is not None for reference in self._references)
-
-
 @pytest.mark.parametrize("elements", [None, lambda name, p: torch.tensor([0])])
-def test_detaching_lets_go_of_every_copy(elements) -> None:
+def test_detaching_releases_every_copy(elements) -> None:
     model, optimizer = training()
     held = Held()
     observer = StepObserver(model, held.note, elements=elements).attach(optimizer)
@@ -163,23 +158,31 @@ def test_detaching_lets_go_of_every_copy(elements) -> None:
     assert held.count() == 0
 
 
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Held:
+    """Yield all copies that are made, also those of steps that raise an error."""
+    held, take = Held(), Snapshots.take
+    monkeypatch.setattr(Snapshots, "take", lambda *inputs: held.note_taken(take(*inputs)))
+    return held
+
+
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
-def test_a_step_that_raises_leaves_no_copy_and_the_next_observation_is_exact(kind: type) -> None:
+def test_the_step_after_one_that_raised_is_exact_and_detaching_releases_every_copy(
+    kind: type, taken: Held
+) -> None:
     model, optimizer = training()
-    held, steps = Held(), Kept()
+    steps = Kept()
 
     def fail(*_: object) -> None:
-        held.note_taken(observer)
         raise kind
 
-    observer = StepObserver(model, steps)
-    with observer.attach(optimizer):
+    with StepObserver(model, steps).attach(optimizer):
         handle = optimizer.register_step_pre_hook(fail)
         set_gradients(model)
         with pytest.raises(kind):
             optimizer.step()
         handle.remove()
-        assert observer._hooks[0]._captured is not None
+        assert taken.count() == 8
         set_gradients(model, seed=3)
         optimizer.step()
         assert_exact(steps[-1], model, optimizer, 0, seed=3)
@@ -187,13 +190,13 @@ def test_a_step_that_raises_leaves_no_copy_and_the_next_observation_is_exact(kin
         with pytest.raises(kind):
             optimizer.step()
         handle.remove()
-    assert held.count() == 0
+    assert taken.count() == 0
     assert hook_count(optimizer) == 0
     assert len(steps) == 1
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_fault_lets_go_of_every_copy(strict: bool) -> None:
+def test_an_error_in_on_step_releases_every_copy(strict: bool) -> None:
     model, optimizer = training()
     held = Held()
 
@@ -214,7 +217,59 @@ def test_a_fault_lets_go_of_every_copy(strict: bool) -> None:
     assert hook_count(optimizer) == 0
 
 
-def test_a_keyboard_interrupt_in_on_step_passes_and_leaves_nothing() -> None:
+@pytest.fixture
+def collected_by_counting_alone() -> Iterator[None]:
+    """Disable the garbage collector, so that objects in a cycle stay alive."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("collected_by_counting_alone")
+@pytest.mark.parametrize("raised_by", ["the observer", "the callback"])
+def test_an_error_while_copying_releases_every_copy(raised_by: str) -> None:
+    model, optimizer = training()
+    held, asked = Held(), []
+
+    def elements(name: str, parameter: object) -> None:
+        asked.append(name)
+        if name == "2.weight":
+            raises()
+
+    def on_outcome(outcome: StepOutcome) -> None:
+        if outcome.error is not None:
+            raise outcome.error
+        held.note(outcome.step)
+
+    callback = {"on_outcome": on_outcome} if raised_by == "the callback" else {"on_step": held.note}
+    observer = StepObserver(model, elements=elements, **callback).attach(optimizer)
+    set_gradients(model)
+    optimizer.step()
+    assert held.count() == 8
+    model.append(nn.Linear(2, 2))
+    optimizer.add_param_group({"params": model[2].parameters()})
+    set_gradients(model)
+    with pytest.warns(UserWarning, match="ArithmeticError.* in raises,"):
+        optimizer.step()
+    assert held.count() == 0
+    assert not observer.is_observing
+
+
+@pytest.mark.usefixtures("collected_by_counting_alone")
+def test_an_error_after_the_step_releases_every_copy(taken: Held) -> None:
+    model, optimizer = training()
+    unreadable = SimpleNamespace(item=raises)
+    optimizer.register_step_post_hook(lambda *_: setattr(optimizer, "found_inf", unreadable))
+    observer = StepObserver(model, print).attach(optimizer)
+    set_gradients(model)
+    with pytest.warns(UserWarning, match="ArithmeticError.* in raises,"):
+        optimizer.step()
+    assert taken.count() == 0
+    assert not observer.is_observing
+
+
+def test_a_keyboard_interrupt_in_on_step_passes_through_and_releases_every_copy() -> None:
     model, optimizer = training()
     held = Held()
 
@@ -230,7 +285,7 @@ def test_a_keyboard_interrupt_in_on_step_passes_and_leaves_nothing() -> None:
     assert hook_count(optimizer) == 0
 
 
-def test_a_keyboard_interrupt_in_the_policy_passes() -> None:
+def test_a_keyboard_interrupt_in_should_observe_passes_through() -> None:
     def interrupted(index: int) -> bool:
         raise KeyboardInterrupt
 
@@ -242,7 +297,7 @@ def test_a_keyboard_interrupt_in_the_policy_passes() -> None:
     assert hook_count(optimizer) == 0
 
 
-def test_an_observer_that_its_own_arguments_refer_to_is_collected() -> None:
+def test_an_observer_in_a_cycle_with_its_callbacks_is_collected() -> None:
     class Owner:
         def __init__(self, model, optimizer):
             self.observer = StepObserver(model, self.show, self.due, elements=self.choose)
@@ -268,25 +323,68 @@ def test_an_observer_that_its_own_arguments_refer_to_is_collected() -> None:
     assert hook_count(optimizer) == 0
 
 
-def test_optimizers_that_are_gone_leave_no_copies() -> None:
+@pytest.mark.parametrize("should_observe", [None, lambda index: True])
+def test_collected_optimizers_leave_no_copies(should_observe) -> None:
     model, _ = training()
-    observer = StepObserver(model, lambda step: None)
+    held = Held()
+    observer = StepObserver(model, held.note, should_observe)
     for _ in range(5):
         optimizer = SGD(model.parameters(), lr=RATE)
         observer.attach(optimizer)
         set_gradients(model)
         optimizer.step()
+        assert held.count() == 8  # the copies of this optimizer alone
         del optimizer
         gc.collect()
-    observer.attach(SGD(model.parameters(), lr=RATE))
-    assert len(observer._hooks) == len(observer._snapshots) == 1
-    assert observer.peak_bytes <= 2 * 2 * 4 * sum(p.numel() for p in model.parameters())
+    last = SGD(model.parameters(), lr=RATE)
+    observer.attach(last)
+    assert observer.optimizers == [last]
+    assert held.count() == 0
+    assert observer.peak_bytes == 2 * 4 * sum(p.numel() for p in model.parameters())
+    observer.detach()
+
+
+def test_a_parameter_removed_from_the_module_is_released() -> None:
+    """Its chosen elements are released, too."""
+    model, optimizer = training()
+    steps, gone = [], []
+    observer = StepObserver(model, steps.append, elements=lambda name, p: torch.tensor([0]))
+    with observer.attach(optimizer):
+        for _ in range(3):
+            set_gradients(model)
+            optimizer.step()
+            steps.clear()
+            gone.append(weakref.ref(model[0].weight))
+            model[0].weight = nn.Parameter(torch.ones(4, 3))
+            optimizer.param_groups[0]["params"][0] = model[0].weight
+            optimizer.state.clear()
+        set_gradients(model)
+        optimizer.step()
+        gc.collect()
+        assert [reference() for reference in gone] == [None] * 3
+
+
+@pytest.mark.usefixtures("process_group")
+def test_parameters_of_fsdp2_can_be_moved_while_their_elements_are_observed() -> None:
+    """torch moves them with `swap_tensors`, which refuses tensors with weak references."""
+    model = fully_shard(nn.Linear(4, 2), mesh=init_device_mesh("cpu", (1,)))
+    optimizer = SGD(model.parameters(), lr=RATE)
+    steps = Kept()
+    observer = StepObserver(model, steps, elements=lambda name, p: torch.tensor([1]), strict=True)
+    with observer.attach(optimizer):
+        for _ in range(2):
+            model.cpu()
+            optimizer.zero_grad()
+            model(torch.ones(1, 4)).sum().backward()
+            optimizer.step()
+    assert [step.index for step in steps] == [0, 1]
+    assert steps[1].after[0] == steps[1].before[0] - RATE
 
 
 # Memory
 
 
-def test_the_peak_of_the_memory_is_logged_once_in_the_end(caplog) -> None:
+def test_peak_bytes_is_logged_once_when_the_observer_detaches(caplog) -> None:
     model, optimizer = training()
     observer = StepObserver(model, lambda step: None, lambda index: index > 0)
     with caplog.at_level(logging.INFO, logger="altgrad"):

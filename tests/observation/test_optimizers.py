@@ -1,4 +1,4 @@
-"""Which optimizers are found under wrappers, and which are refused, by what words."""
+"""`unwrap` and the checks: optimizers found under wrappers, and optimizers refused."""
 
 import warnings
 from collections.abc import Iterator
@@ -11,11 +11,12 @@ from torch.optim import SGD, Optimizer
 
 from altgrad import OptimizerStep, StepObserver
 from altgrad.observation.optimizers import (
-    check_none_in_backward,
     check_not_captured,
+    check_not_in_backward,
     check_observable,
     unwrap,
 )
+from tests.observation.watching import hook_count
 
 RATE = 0.5
 
@@ -25,18 +26,20 @@ def sgd(model: nn.Module | None = None) -> SGD:
 
 
 def in_backward(model: nn.Module) -> list[Optimizer]:
-    """The optimizers that torch made, one for each parameter."""
+    """Return the optimizers in backward that torch makes, one for each parameter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # its package uses TorchScript
+        # torch has no public name for it: torch/distributed/optim/apply_optimizer_in_backward.py
         from torch.distributed.optim import _apply_optimizer_in_backward
 
     once = {p: len(getattr(p, "_in_backward_optimizers", ())) for p in model.parameters()}
     _apply_optimizer_in_backward(SGD, model.parameters(), {"lr": RATE})
+    # torch keeps the optimizers in this attribute, and has no public way to them.
     return [each for p, old in once.items() for each in p._in_backward_optimizers[old:]]
 
 
 class Uninitialised(Optimizer):
-    """As some Lookaheads: an Optimizer by type alone, around a real one."""
+    """An Optimizer whose constructor has not run, around a real one, as in some Lookaheads."""
 
     def __init__(self, optimizer: object) -> None:
         self.optimizer = optimizer
@@ -52,13 +55,13 @@ def process_group() -> Iterator[None]:
 # unwrap
 
 
-def test_an_optimizer_is_itself() -> None:
+def test_a_plain_optimizer_is_returned_itself() -> None:
     optimizer = sgd()
     assert unwrap(optimizer) is optimizer
 
 
-def test_an_optimizer_that_holds_another_is_itself_where_it_has_hooks() -> None:
-    """As Lookahead and SAM: their own step changes the parameters."""
+def test_an_optimizer_with_hooks_is_returned_itself_although_it_holds_another() -> None:
+    """Lookahead and SAM are such optimizers: their own `step` changes the parameters."""
     optimizer = sgd()
     optimizer.optimizer = sgd()
     assert unwrap(optimizer) is optimizer
@@ -77,6 +80,7 @@ def test_the_optimizer_of_lightning_is_unwrapped(package: str) -> None:
 def test_the_optimizer_of_fabric_is_unwrapped(package: str) -> None:
     wrappers = pytest.importorskip(f"{package}.wrappers")
     optimizer = sgd()
+    # Fabric makes the wrapper in `setup`, and has no public name for it.
     wrapped = wrappers._FabricOptimizer(optimizer, SimpleNamespace())
     assert isinstance(wrapped, Optimizer)
     assert unwrap(wrapped) is optimizer
@@ -102,13 +106,16 @@ def test_wrappers_around_wrappers_are_unwrapped() -> None:
 
 @pytest.mark.parametrize("wrap", [lambda each: each, lambda each: SimpleNamespace(optimizer=each)])
 def test_an_optimizer_whose_step_calls_no_hooks_is_refused(wrap) -> None:
-    """Its inner steps are not its steps: it may add something of its own."""
+    """The steps of the optimizer inside are only part of its own step."""
     with pytest.raises(TypeError, match=r"the step\(\) of Uninitialised calls no hooks"):
         unwrap(wrap(Uninitialised(sgd())))
 
 
 class Legacy(SGD):
-    """Of the protocol that torch has deprecated: it is handed the GradScaler."""
+    """An optimizer that takes the GradScaler as an argument, which torch has deprecated.
+
+    torch/amp/grad_scaler.py, GradScaler.step, `has_grad_scaler_kwarg`
+    """
 
     _step_supports_amp_scaling = True
 
@@ -118,7 +125,7 @@ class Legacy(SGD):
         return super().step(closure)
 
 
-def test_an_optimizer_that_is_handed_the_scaler_is_refused_with_one() -> None:
+def test_an_optimizer_that_takes_the_scaler_is_refused_if_a_scaler_is_given() -> None:
     model = nn.Linear(2, 1)
     optimizer = Legacy(model.parameters(), lr=0.1)
     observer = StepObserver(model, print)
@@ -130,7 +137,7 @@ def test_an_optimizer_that_is_handed_the_scaler_is_refused_with_one() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:GradScaler is going to stop passing itself:FutureWarning")
-def test_an_optimizer_that_is_handed_a_scaler_nobody_told_of_is_not_shown() -> None:
+def test_an_optimizer_that_takes_an_unknown_scaler_ends_the_observation() -> None:
     model, shown = nn.Linear(2, 1), []
     optimizer = Legacy(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu")
@@ -142,10 +149,10 @@ def test_an_optimizer_that_is_handed_a_scaler_nobody_told_of_is_not_shown() -> N
     assert not observer.is_observing
 
 
-def test_wrappers_without_end_are_given_up() -> None:
+def test_a_wrapper_of_itself_is_refused() -> None:
     endless = SimpleNamespace()
     endless.optimizer = endless
-    with pytest.raises(TypeError, match=r"SimpleNamespace is no torch\.optim\.Optimizer"):
+    with pytest.raises(TypeError, match=r"optimizer=SimpleNamespace: expected"):
         unwrap(endless)
 
 
@@ -159,11 +166,11 @@ def test_wrappers_without_end_are_given_up() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_has_no_optimizer_inside_is_named(wrong: object, kind: str) -> None:
+def test_an_object_without_an_optimizer_is_refused_by_its_type(wrong: object, kind: str) -> None:
     with pytest.raises(
         TypeError,
-        match=rf"^{kind} is no torch\.optim\.Optimizer and has none as `\.optimizer`: attach the "
-        r"optimizer whose step\(\) changes the parameters$",
+        match=rf"^optimizer={kind}: expected a torch\.optim\.Optimizer, or a wrapper that has one "
+        r"as `\.optimizer`; attach the optimizer whose step\(\) changes the parameters$",
     ):
         unwrap(wrong)
 
@@ -174,11 +181,11 @@ def test_what_has_no_optimizer_inside_is_named(wrong: object, kind: str) -> None
 def test_an_optimizer_of_other_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^SGD steps none of the observed parameters: .* ZeRO"):
         StepObserver(nn.Linear(2, 1), print).attach(sgd())
-    check_observable(sgd(), {"one": torch.ones(1)})  # one will do
+    check_observable(sgd(), {"one": torch.ones(1)})  # one observed parameter is enough
 
 
 @pytest.mark.usefixtures("process_group")
-def test_of_the_parameters_of_fsdp2_the_part_that_is_here_is_shown() -> None:
+def test_the_local_shards_of_fsdp2_are_shown() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -199,7 +206,7 @@ def test_of_the_parameters_of_fsdp2_the_part_that_is_here_is_shown() -> None:
         assert not torch.equal(before, after)
 
 
-def test_within_a_step_an_optimizer_is_refused() -> None:
+def test_an_optimizer_is_refused_during_its_step() -> None:
     model = nn.Linear(2, 1)
     optimizer = sgd(model)
     own = dict(model.named_parameters())
@@ -220,10 +227,10 @@ def test_parameters_that_are_stepped_in_the_backward_pass_are_named_and_refused(
         ValueError, match=r"^optimizer in backward: 1\.weight, 1\.bias are .* _in_backward_optim"
     ):
         StepObserver(model, print).attach(optimizer)
-    assert not optimizer._optimizer_step_pre_hooks
+    assert hook_count(optimizer) == 0
 
 
-def test_one_of_two_optimizers_of_a_parameter_in_backward_is_not_enough() -> None:
+def test_all_optimizers_in_backward_of_a_parameter_must_be_attached() -> None:
     model = nn.Linear(2, 1, bias=False)
     both = in_backward(model) + in_backward(model)
     assert len(both) == 2
@@ -232,10 +239,10 @@ def test_one_of_two_optimizers_of_a_parameter_in_backward_is_not_enough() -> Non
     observer = StepObserver(model, print)
     observer.attach(*both)
     observer.detach()
-    check_none_in_backward({model.weight: "weight"}, both)
+    check_not_in_backward({model.weight: "weight"}, both)
 
 
-def test_the_optimizers_in_backward_themselves_can_be_observed() -> None:
+def test_optimizers_in_backward_can_be_observed() -> None:
     model, steps = nn.Linear(2, 1), {}
     optimizers = in_backward(model)
 
@@ -268,7 +275,7 @@ def test_optimizers_in_backward_may_be_attached_before_the_others() -> None:
 # CUDA graphs
 
 
-def test_a_step_that_is_captured_in_a_cuda_graph_is_named_once_and_goes_on(monkeypatch) -> None:
+def test_a_step_captured_in_a_cuda_graph_gives_one_warning_and_goes_on(monkeypatch) -> None:
     model, steps = nn.Linear(2, 1, bias=False), []
     optimizer = sgd(model)
     model(torch.ones(1, 2)).sum().backward()

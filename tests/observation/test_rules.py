@@ -1,4 +1,4 @@
-"""`SamplingRule` and `resolve_layers`: which layers are observed, and how."""
+"""`SamplingRule` and `resolve_layers`: the settings by which layers are observed."""
 
 from dataclasses import FrozenInstanceError
 from fnmatch import fnmatchcase
@@ -30,7 +30,7 @@ def resolved(*rules: SamplingRule, names: list[str] = NAMES) -> dict[str, LayerS
 # Rules
 
 
-def test_a_rule_says_nothing_that_it_is_not_told() -> None:
+def test_a_rule_with_a_pattern_alone_sets_nothing_else() -> None:
     rule = SamplingRule("*")
     assert rule.enabled
     assert (rule.every_n_steps, rule.max_elements, rule.formats) == (None, None, None)
@@ -45,7 +45,7 @@ def test_formats_are_kept_as_a_tuple(given: object, kept: tuple[str, ...]) -> No
     assert SamplingRule("*", formats=given).formats == kept
 
 
-def test_a_rule_is_a_value() -> None:
+def test_rules_are_compared_by_value_and_cannot_be_changed() -> None:
     rule = SamplingRule("*", formats=["a"])
     assert rule == SamplingRule("*", formats=("a",))
     assert len({rule, SamplingRule("*", formats=("a",))}) == 1
@@ -76,7 +76,7 @@ def test_wrong_fields_are_named(arguments, error, message) -> None:
         SamplingRule(**{"layers": "*", **arguments})
 
 
-# Which rule a layer gets
+# Layers and their rules
 
 
 def test_without_rules_all_layers_have_the_settings_of_the_monitor() -> None:
@@ -123,7 +123,7 @@ def test_the_first_rule_that_matches_wins() -> None:
     assert {layer.every_n_steps for layer in resolved(wide, narrow).values()} == {4}
 
 
-def test_patterns_are_for_whole_names_and_know_upper_case() -> None:
+def test_patterns_match_whole_names_and_are_case_sensitive() -> None:
     rule = SamplingRule("[eh]*.weigh?")
     layers = resolved(rule)
     assert [name for name in NAMES if layers[name].rule] == ["embed.weight", "head.weight"]
@@ -151,14 +151,16 @@ PATTERNS = [
 
 @thorough
 @given(st.lists(st.sampled_from(PATTERNS)), st.integers(0, 8))
-def test_the_rules_of_a_list_are_those_of_its_parts(patterns: list[str], cut: int) -> None:
+def test_a_list_of_rules_equals_its_first_part_followed_by_the_second(
+    patterns: list[str], cut: int
+) -> None:
     rules = [SamplingRule(pattern, every_n_steps=i) for i, pattern in enumerate(patterns, 1)]
     whole, first, second = resolved(*rules), resolved(*rules[:cut]), resolved(*rules[cut:])
     for name in NAMES:
         assert whole[name] == (second[name] if first[name].rule is None else first[name])
 
 
-# Rules that match nothing
+# Rules without a match
 
 
 @pytest.mark.parametrize(
@@ -181,7 +183,7 @@ def test_near_matches_are_listed_the_nearest_first(pattern: str, near: str) -> N
         resolved(SamplingRule("*"), SamplingRule(pattern))
 
 
-def test_a_part_between_underscores_is_near_too() -> None:
+def test_a_part_between_underscores_is_compared_too() -> None:
     names = ["model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"]
     with pytest.raises(ValueError, match=f"near matches are '{names[1]}'\\. Expected"):
         resolved(SamplingRule("*.atn.*"), names=names)
@@ -194,38 +196,38 @@ def test_at_most_three_near_matches_are_listed() -> None:
 
 @pytest.mark.parametrize("pattern", ["*.conv.*", "zzz", "*.?.x", "?"])
 def test_without_near_matches_the_first_names_are_shown(pattern: str) -> None:
-    message = r"none is like it; they begin with 'embed.weight', 'blocks.0.*', 'blocks.0[^,]*"
+    message = r"no name is similar; the first are 'embed.weight', 'blocks.0.*', 'blocks.0[^,]*"
     with pytest.raises(ValueError, match=message):
         resolved(SamplingRule(pattern))
 
 
-def test_a_model_without_layers_has_none_to_match() -> None:
+def test_a_rule_for_a_model_without_layers_is_an_error() -> None:
     assert resolved(names=[]) == {}
-    with pytest.raises(ValueError, match=r"layers='\*' matches none of 0 layers: there are none"):
+    with pytest.raises(ValueError, match=r"layers='\*' matches none of 0 layers: the model has"):
         resolved(SamplingRule("*"), names=[])
 
 
 @thorough
 @given(st.text("abcdehlmopstw.*?[]", min_size=1, max_size=12))
-def test_whatever_matches_nothing_is_an_error_that_names_it(pattern: str) -> None:
+def test_a_pattern_without_a_match_is_an_error_that_names_it(pattern: str) -> None:
     assume(not any(fnmatchcase(name, pattern) for name in NAMES))
     with pytest.raises(ValueError, match="matches none of 8 layers") as raised:
         resolved(SamplingRule(pattern))
     assert repr(pattern) in str(raised.value)
 
 
-def test_an_earlier_rule_that_took_every_layer_is_no_error() -> None:
+def test_a_rule_whose_layers_all_match_an_earlier_rule_is_allowed() -> None:
     taken = SamplingRule("*.bias")
     assert all(layer.rule != taken for layer in resolved(SamplingRule("*"), taken).values())
 
 
 @pytest.mark.parametrize("rules", [SamplingRule("*"), {"layers": "*"}, None], ids=repr)
-def test_rules_are_a_list(rules: object) -> None:
+def test_rules_that_are_not_a_list_are_refused(rules: object) -> None:
     with pytest.raises(TypeError, match=r"rules=.*: expected a list of SamplingRule such as"):
         resolve_layers(NAMES, rules, every_n_steps=1, max_elements=None, formats=())
 
 
-def test_what_is_no_rule_is_named() -> None:
+def test_an_entry_that_is_not_a_rule_is_named() -> None:
     with pytest.raises(TypeError, match=r"expected a SamplingRule such as .*, got '\*\.bias'"):
         resolved("*.bias")
 

@@ -1,4 +1,4 @@
-"""`Snapshots`: copies bit for bit, in memory that is used again, counted to the byte."""
+"""`Snapshots`: exact copies, in memory that is reused and counted to the byte."""
 
 import weakref
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from altgrad.observation.snapshots import _SMALL, Snapshot, Snapshots, weights_after
+from altgrad.observation.snapshots import SMALL, Snapshots
+from tests.observation.copying import changed, fixed, pointers, read_after, take, with_gradient
 
 EVERY_SHAPE = {
     "matrix": lambda: torch.randn(3, 4),
@@ -22,47 +23,15 @@ EVERY_SHAPE = {
 
 
 @pytest.fixture(autouse=True)
-def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
+def _seed() -> None:
     torch.manual_seed(0)
-    # Elements are chosen of the smallest parameters here, too.
-    monkeypatch.setattr("altgrad.observation.snapshots.WHOLE_UP_TO", -1)
-
-
-def with_gradient(tensor: Tensor, gradient: Tensor | None = None) -> Tensor:
-    parameter = tensor.requires_grad_()
-    parameter.grad = torch.randn_like(tensor).detach() if gradient is None else gradient
-    return parameter
-
-
-def take(snapshots: Snapshots, *parameters: Tensor, grad_scale=None) -> list[Snapshot]:
-    named = [(f"p{number}", p, True) for number, p in enumerate(parameters)]
-    return snapshots.take(named, grad_scale)
-
-
-@torch.no_grad()
-def after_of(taken: Snapshot) -> Tensor:
-    return weights_after([taken])[0]
-
-
-def pointers(*taken: Snapshot) -> list[int]:
-    return [tensor.data_ptr() for each in taken for tensor in (each.before, each.gradient)]
-
-
-def fixed(indices: Tensor | None):
-    return lambda name, parameter: indices
-
-
-def changed(parameter: Tensor) -> None:
-    with torch.no_grad():
-        parameter.mul_(2).add_(1)
-        parameter.grad.mul_(3)
 
 
 # Copies
 
 
 @pytest.mark.parametrize("shape", EVERY_SHAPE)
-def test_whole_copies_are_what_the_weights_and_gradients_were(shape: str) -> None:
+def test_whole_copies_equal_the_weights_and_gradients(shape: str) -> None:
     parameter = with_gradient(EVERY_SHAPE[shape]())
     weights, gradient = parameter.detach().clone(), parameter.grad.clone()
     (taken,) = take(Snapshots(None), parameter)
@@ -70,9 +39,9 @@ def test_whole_copies_are_what_the_weights_and_gradients_were(shape: str) -> Non
     assert torch.equal(taken.before, weights)
     assert torch.equal(taken.gradient, gradient)
     assert taken.before.dtype == taken.gradient.dtype == weights.dtype
-    assert torch.equal(after_of(taken), parameter)
-    assert after_of(taken).data_ptr() == parameter.data_ptr()
-    assert not any(t.requires_grad for t in (taken.before, taken.gradient, after_of(taken)))
+    assert torch.equal(read_after(taken), parameter)
+    assert read_after(taken).data_ptr() == parameter.data_ptr()
+    assert not any(t.requires_grad for t in (taken.before, taken.gradient, read_after(taken)))
 
 
 @pytest.mark.parametrize("shape", [name for name in EVERY_SHAPE if name != "empty"])
@@ -84,18 +53,18 @@ def test_chosen_elements_are_those_of_the_flattened_weights(shape: str) -> None:
     changed(parameter)
     assert torch.equal(taken.before, weights.reshape(-1)[indices])
     assert torch.equal(taken.gradient, gradient.reshape(-1)[indices])
-    assert torch.equal(after_of(taken), parameter.detach().reshape(-1)[indices])
-    assert not any(t.requires_grad for t in (taken.before, taken.gradient, after_of(taken)))
+    assert torch.equal(read_after(taken), parameter.detach().reshape(-1)[indices])
+    assert not any(t.requires_grad for t in (taken.before, taken.gradient, read_after(taken)))
 
 
 @pytest.mark.parametrize("shape", ["matrix", "empty"])
-def test_no_elements_may_be_chosen(shape: str) -> None:
+def test_an_empty_choice_of_elements_is_allowed(shape: str) -> None:
     parameter = with_gradient(EVERY_SHAPE[shape]())
     (taken,) = take(Snapshots(fixed(torch.empty(0, dtype=torch.int64))), parameter)
-    assert taken.before.shape == taken.gradient.shape == after_of(taken).shape == (0,)
+    assert taken.before.shape == taken.gradient.shape == read_after(taken).shape == (0,)
 
 
-def test_whole_and_chosen_copies_stand_in_the_order_of_the_parameters() -> None:
+def test_whole_and_chosen_copies_come_in_the_order_of_the_parameters() -> None:
     parameters = [with_gradient(torch.randn(4)) for _ in range(4)]
     parameters[2].grad = None
     chosen = torch.tensor([3, 0])
@@ -127,7 +96,7 @@ def test_a_mixture_of_dtypes_and_shapes_is_copied() -> None:
         assert torch.equal(each.gradient, parameter.grad)
 
 
-def test_copies_of_gradients_with_a_graph_have_none() -> None:
+def test_copies_of_gradients_with_a_graph_have_no_graph() -> None:
     parameter = torch.randn(3).requires_grad_()
     with pytest.warns(UserWarning, match="create_graph=True"):
         (parameter**3).sum().backward(create_graph=True)
@@ -135,11 +104,11 @@ def test_copies_of_gradients_with_a_graph_have_none() -> None:
     (taken,) = take(Snapshots(None), parameter)
     assert torch.equal(taken.gradient, parameter.grad)
     assert not taken.gradient.requires_grad
-    parameter.grad = None  # or the two hold each other
+    parameter.grad = None  # parameter and gradient refer to each other
 
 
 @pytest.mark.parametrize("chosen", [None, torch.tensor([5, 1, 0])], ids=["whole", "chosen"])
-def test_sparse_gradients_are_dense_with_repeated_entries_summed(chosen: Tensor | None) -> None:
+def test_sparse_gradients_become_dense_with_repeated_entries_summed(chosen: Tensor | None) -> None:
     gradient = torch.sparse_coo_tensor(
         [[1, 0, 1]], [[1.0, 2], [3, 4], [10, 20]], (3, 2), check_invariants=True
     )
@@ -165,7 +134,7 @@ def test_gradients_are_divided_by_the_scale_and_not_multiplied_by_its_inverse(ch
     assert torch.equal(taken.before, parameter if chosen is None else parameter[chosen])
 
 
-def test_without_gradients_there_is_nothing() -> None:
+def test_parameters_without_gradients_are_not_copied() -> None:
     parameter = torch.randn(2).requires_grad_()
     snapshots = Snapshots(None)
     assert take(snapshots, parameter) == take(snapshots) == []
@@ -176,8 +145,8 @@ def test_without_gradients_there_is_nothing() -> None:
 
 
 @pytest.mark.parametrize("elements", [None, fixed(torch.tensor([1, 2]))], ids=["whole", "chosen"])
-@pytest.mark.parametrize("count", [3, _SMALL + 1])
-def test_on_a_cpu_every_buffer_is_used_again(elements, count: int) -> None:
+@pytest.mark.parametrize("count", [3, SMALL + 1])
+def test_every_buffer_is_reused_on_a_cpu(elements, count: int) -> None:
     parameter, snapshots = with_gradient(torch.randn(count)), Snapshots(elements)
     (taken,) = take(snapshots, parameter)
     first = (taken.before, taken.gradient)
@@ -225,19 +194,18 @@ def test_a_parameter_that_moved_to_another_device_gets_buffers_there() -> None:
 
 @pytest.mark.parametrize(
     ("count", "chosen", "kept"),
-    [(_SMALL, None, True), (_SMALL + 1, None, False), (_SMALL + 1, _SMALL + 1, True)],
+    [(SMALL, None, True), (SMALL + 1, None, False), (SMALL + 1, SMALL + 1, True)],
     ids=["small", "large", "chosen"],
 )
-def test_on_an_accelerator_whole_buffers_of_large_parameters_are_not_kept(
+def test_whole_buffers_of_large_parameters_are_not_kept_on_an_accelerator(
     count: int, chosen: int | None, kept: bool
 ) -> None:
-    """The meta device stands for one: it is not the CPU."""
+    """The meta device stands for an accelerator, because it is not the CPU."""
     parameter = with_gradient(torch.empty(count, device="meta"))
     indices = None if chosen is None else torch.empty(chosen, dtype=torch.int64, device="meta")
-    snapshots = Snapshots(None)
-    if indices is not None:
-        snapshots._chosen[parameter] = parameter.shape, indices
-        snapshots._elements = fixed(indices)
+    # Chosen already, because tensors on the meta device have no values to check.
+    chosen_before = {parameter: ("p0", parameter.shape, indices)}
+    snapshots = Snapshots(fixed(indices), chosen_before)
     (first,) = take(snapshots, parameter)
     (second,) = take(snapshots, parameter)
     assert (second.before is first.before) is kept
@@ -249,7 +217,7 @@ def test_on_an_accelerator_whole_buffers_of_large_parameters_are_not_kept(
     assert peak == 2 * 4 * count + (0 if chosen is None else 4 * chosen)
 
 
-def test_cleared_buffers_are_gone_and_the_next_ones_are_right() -> None:
+def test_clear_releases_the_buffers_and_keeps_the_chosen_elements() -> None:
     chosen = []
 
     def elements(name: str, parameter: Tensor) -> Tensor:
@@ -277,16 +245,16 @@ def test_peak_bytes_are_those_of_all_copies() -> None:
     snapshots = Snapshots(lambda name, _: indices if name == "p2" else None)
     take(snapshots, whole)
     assert snapshots.peak_bytes == 2 * 10 * 4
-    # Before, gradient and, of chosen elements, the weights after the step.
+    # Two copies of each parameter, and three of chosen elements: also the weights after the step.
     take(snapshots, whole, half, chosen)
     assert snapshots.peak_bytes == 2 * 10 * 4 + 2 * 10 * 2 + 3 * 3 * 8
-    # Buffers that are kept count, and the peak does not sink.
+    # Kept buffers count, and the peak does not fall.
     half.grad = chosen.grad = None
     take(snapshots, whole)
     assert snapshots.peak_bytes == 2 * 10 * 4 + 2 * 10 * 2 + 3 * 3 * 8
 
 
-def test_buffers_that_are_kept_count_beside_those_of_this_step() -> None:
+def test_peak_bytes_includes_buffers_that_this_step_does_not_use() -> None:
     both, snapshots = [with_gradient(torch.randn(10)) for _ in range(2)], Snapshots(None)
     for without_gradient in both:
         gradient, without_gradient.grad = without_gradient.grad, None
@@ -295,7 +263,7 @@ def test_buffers_that_are_kept_count_beside_those_of_this_step() -> None:
     assert snapshots.peak_bytes == 2 * 2 * 10 * 4
 
 
-def test_copies_that_are_gone_do_not_count_and_the_peak_does_not_sink() -> None:
+def test_peak_bytes_excludes_released_copies_and_never_falls() -> None:
     parameter, snapshots = with_gradient(torch.randn(10)), Snapshots(None)
     take(snapshots, parameter)
     parameter.grad, parameter.data = None, torch.randn(15)
@@ -305,11 +273,11 @@ def test_copies_that_are_gone_do_not_count_and_the_peak_does_not_sink() -> None:
     for count in (14, 13):
         snapshots.clear()
         take(snapshots, with_gradient(torch.randn(count)))
-    take(snapshots, with_gradient(torch.randn(8)))  # in place of the last
+    take(snapshots, with_gradient(torch.randn(8)))  # replaces the parameter of the last call
     assert snapshots.peak_bytes == 2 * 15 * 4
 
 
-# Which elements
+# Chosen elements
 
 
 def test_elements_are_chosen_once_for_each_parameter_with_its_name_and_itself() -> None:
@@ -332,7 +300,7 @@ def test_elements_are_chosen_once_for_each_parameter_with_its_name_and_itself() 
     ]
 
 
-def test_elements_are_chosen_again_where_the_shape_has_changed() -> None:
+def test_elements_are_chosen_again_when_the_shape_changes() -> None:
     parameter = with_gradient(torch.randn(10))
     snapshots = Snapshots(lambda name, p: torch.tensor([p.numel() - 1]))
     take(snapshots, parameter)
@@ -350,51 +318,76 @@ def test_elements_are_chosen_again_where_the_shape_has_changed() -> None:
     ],
     ids=repr,
 )
-def test_elements_that_are_no_flat_indices_are_named(wrong: object) -> None:
+def test_elements_that_are_not_flat_indices_are_refused(wrong: object) -> None:
     with pytest.raises(
-        TypeError, match=r"elements of p0: expected a one-dimensional int64 tensor .*, not "
+        TypeError, match=r"elements\('p0'\)=.*: expected a one-dimensional int64 tensor of flat"
     ):
         take(Snapshots(fixed(wrong)), with_gradient(torch.randn(3)))
 
 
 @pytest.mark.parametrize(("indices", "named"), [([0, 6, 7], 6), ([-1, 0], -1), ([5, -7, 9], -7)])
-def test_indices_outside_are_named(indices: list[int], named: int) -> None:
+def test_the_first_index_out_of_range_is_named(indices: list[int], named: int) -> None:
     with pytest.raises(
-        ValueError, match=f"elements of p0: {named} is no flat index of its 6 elements$"
+        ValueError,
+        match=rf"elements\('p0'\): the index {named} is out of range; expected 0 <= index < 6,",
     ):
         take(Snapshots(fixed(torch.tensor(indices))), with_gradient(torch.randn(2, 3)))
 
 
-def test_the_first_and_the_last_element_are_inside() -> None:
+def test_the_first_and_the_last_element_are_in_range() -> None:
     parameter = with_gradient(torch.randn(2, 3))
     (taken,) = take(Snapshots(fixed(torch.tensor([0, 5]))), parameter)
     assert torch.equal(taken.before, parameter.detach().flatten()[[0, 5]])
 
 
-@pytest.mark.parametrize(("size", "whole"), [(2048, True), (2049, False)])
-def test_small_parameters_are_copied_whole(
-    size: int, whole: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.undo()
-    parameter = with_gradient(torch.randn(size))
-    (taken,) = take(Snapshots(fixed(torch.tensor([0, 5]))), parameter)
-    assert taken.before.shape == ((size,) if whole else (2,))
+def test_indices_follow_a_parameter_to_another_device() -> None:
+    """They are not checked again, which is impossible on the meta device."""
+    parameter, calls = with_gradient(torch.randn(5)), []
+
+    def elements(name: str, _: Tensor) -> Tensor:
+        calls.append(name)
+        return torch.tensor([3, 1])
+
+    snapshots = Snapshots(elements)
+    take(snapshots, parameter)
+    torch.utils.swap_tensors(parameter, with_gradient(torch.empty(5, device="meta")))
+    (taken,) = take(snapshots, parameter)
+    assert (taken.before.device.type, taken.indices.device.type) == ("meta", "meta")
+    assert taken.before.shape == (2,)
+    assert calls == ["p0"]
 
 
-def test_replaced_parameters_are_let_go() -> None:
+# Parameters that are left out
+
+
+def test_a_parameter_that_is_left_out_is_not_copied_and_keeps_its_memory() -> None:
+    parameters = [with_gradient(torch.randn(3)) for _ in range(3)]
+    snapshots = Snapshots(None)
+    first = take(snapshots, *parameters)
+    expected = first[1].before.clone()
+    for each in parameters:
+        changed(each)
+    taken = take(snapshots, *parameters, left_out={"p1"})
+    assert [each.name for each in taken] == ["p0", "p2"]
+    assert torch.equal(first[1].before, expected)
+    assert pointers(*take(snapshots, *parameters)) == pointers(*first)
+    assert torch.equal(first[1].before, parameters[1])
+
+
+def test_replaced_parameters_are_released() -> None:
     snapshots = Snapshots(None)
     gone = []
     for _ in range(5):
         parameter = with_gradient(torch.randn(3))
-        take(snapshots, parameter, with_gradient(torch.randn(2)))
-        gone.append(weakref.ref(parameter))
-        del parameter
-    assert len(snapshots._kept) == 2
-    assert [reference() is None for reference in gone] == [True] * 4 + [False]
-    assert snapshots._kept_bytes == 2 * 4 * (3 + 2)
+        taken = take(snapshots, parameter, with_gradient(torch.randn(2)))
+        gone.append((weakref.ref(parameter), weakref.ref(taken[0].before)))
+        del parameter, taken
+    for each in zip(*gone, strict=True):
+        assert [reference() is None for reference in each] == [True] * 4 + [False]
+    assert snapshots.peak_bytes == 2 * 4 * (3 + 2)
 
 
-def test_memory_made_in_inference_mode_serves_outside_of_it() -> None:
+def test_memory_made_in_inference_mode_can_be_written_outside_of_it() -> None:
     snapshots, parameter = Snapshots(None), with_gradient(torch.randn(3))
     with torch.inference_mode():
         take(snapshots, parameter)

@@ -1,4 +1,4 @@
-"""`OptimizerStep`, and which snapshots become part of one."""
+"""`OptimizerStep`, `StepOutcome`, and `make_step`, which makes a step from snapshots."""
 
 import dataclasses
 import math
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from altgrad import StepObserver
+from altgrad import OptimizerStep, StepObserver
 from altgrad.observation.snapshots import Snapshot
-from altgrad.observation.step import step_of
+from altgrad.observation.step import StepOutcome, make_step
 from tests.observation.watching import Kept, set_gradients, training
 
 NAN, INF = math.nan, math.inf
@@ -25,7 +25,7 @@ def snapshot(
     rests: bool = False,
     indices: list[int] | None = None,
 ) -> Snapshot:
-    """Of a parameter that was copied whole, or where there are indices, at these."""
+    """Return the snapshot of a parameter, copied whole or at the given indices."""
     parameter = torch.tensor(now, requires_grad=True)
     copied = torch.tensor(before)
     return Snapshot(
@@ -40,19 +40,19 @@ def snapshot(
     )
 
 
-def optimizer_of(*snapshots: Snapshot) -> SGD:
+def make_optimizer(*snapshots: Snapshot) -> SGD:
     return SGD([each.parameter for each in snapshots], lr=0.5)
 
 
 @torch.no_grad()  # as an observer calls it
-def show(*snapshots: Snapshot, **options: bool):
-    return step_of(snapshots, optimizer_of(*snapshots), 3, **options)
+def show(*snapshots: Snapshot) -> OptimizerStep:
+    return make_step(snapshots, make_optimizer(*snapshots), 3)
 
 
-def test_a_step_is_the_snapshots_side_by_side_in_their_order() -> None:
+def test_a_step_has_the_tensors_of_the_snapshots_in_their_order() -> None:
     both = snapshot("b", [1.0, 2.0], [1.5, 2.0]), snapshot("a", [3.0], [4.0])
-    optimizer = optimizer_of(*both)
-    step = step_of(both, optimizer, 7)
+    optimizer = make_optimizer(*both)
+    step = make_step(both, optimizer, 7)
     assert step.names == ("b", "a")
     for number, each in enumerate(both):
         assert step.before[number] is each.before
@@ -65,71 +65,112 @@ def test_a_step_is_the_snapshots_side_by_side_in_their_order() -> None:
     assert step.resting == frozenset()
 
 
-def test_of_chosen_elements_those_after_the_step_are_copied_now() -> None:
+def test_the_weights_after_the_step_are_copied_for_chosen_elements() -> None:
     chosen = snapshot("w", [20.0, 10.0], [5.0, 6.0, 7.0], indices=[2, 0])
     step = show(chosen)
     assert step.after[0] is chosen.after
     assert step.after[0].tolist() == [7.0, 5.0]
 
 
+# Learning rate 0
+
+
 @pytest.mark.parametrize(
     "values", [[1.0, 2.0], [NAN, 1.0], [INF, -INF], []], ids=["finite", "NaN", "inf", "empty"]
 )
-def test_what_a_learning_rate_of_0_kept_where_it_was_is_left_out(values: list[float]) -> None:
+def test_parameters_that_rest_are_named_and_can_be_left_out(
+    values: list[float],
+) -> None:
     resting = snapshot("still", values, values, rests=True)
     moving = snapshot("moving", [1.0], [2.0])
     step = show(resting, moving)
-    assert step.names == ("moving",)
-    assert [len(each) for each in (step.before, step.gradients, step.after)] == [1, 1, 1]
-    assert step.resting == frozenset()
-    assert show(resting).names == ()
+    assert step.names == ("still", "moving")
+    assert step.resting == {"still"}
+    rest = step.without_resting()
+    assert rest.names == ("moving",)
+    assert [each[0] for each in (rest.before, rest.gradients, rest.after)] == [
+        step.before[1],
+        step.gradients[1],
+        step.after[1],
+    ]
+    assert [len(each) for each in (rest.before, rest.gradients, rest.after)] == [1, 1, 1]
+    assert rest.resting == frozenset()
+    assert show(resting).without_resting().names == ()
 
 
-@pytest.mark.parametrize("show_resting", [False, True])
 @pytest.mark.parametrize(
     ("before", "now"),
     [([1.0, 1.0], [1.0, ONE_ULP]), ([NAN, 1.0], [1.0, 1.0]), ([INF], [-INF]), ([1e-45], [0.0])],
     ids=["one ULP", "no longer NaN", "inf", "subnormal"],
 )
-def test_what_moves_at_a_learning_rate_of_0_is_a_step(
-    before: list[float], now: list[float], show_resting: bool
+def test_a_parameter_that_moves_at_learning_rate_0_does_not_rest(
+    before: list[float], now: list[float]
 ) -> None:
-    step = show(snapshot("w", before, now, rests=True), show_resting=show_resting)
+    step = show(snapshot("w", before, now, rests=True))
     assert step.names == ("w",)
     assert step.resting == frozenset()
 
 
-@pytest.mark.parametrize("show_resting", [False, True])
-def test_what_stalls_at_another_rate_does_not_rest(show_resting: bool) -> None:
-    step = show(snapshot("w", [1.0], [1.0]), show_resting=show_resting)
+def test_a_parameter_that_stalls_at_another_learning_rate_does_not_rest() -> None:
+    step = show(snapshot("w", [1.0], [1.0]))
     assert step.names == ("w",)
     assert step.resting == frozenset()
 
 
-def test_on_demand_what_rests_is_shown_and_named() -> None:
+def test_a_step_shows_resting_parameters_beside_moving_ones() -> None:
     several = (
         snapshot("still", [1.0], [1.0], rests=True),
         snapshot("moved", [1.0], [2.0], rests=True),
         snapshot("stalled", [1.0], [1.0]),
     )
-    step = show(*several, show_resting=True)
+    step = show(*several)
     assert step.names == ("still", "moved", "stalled")
     assert [each.item() for each in step.after] == [1.0, 2.0, 1.0]
     assert step.resting == {"still"}
+    assert step.without_resting().names == ("moved", "stalled")
+
+
+def test_without_resting_returns_the_same_step_if_no_parameter_rests() -> None:
+    step = show(snapshot("w", [1.0], [1.0]), snapshot("v", [1.0], [2.0], rests=True))
+    assert step.without_resting() is step
+
+
+def test_without_resting_keeps_the_optimizer_the_index_and_found_inf() -> None:
+    several = snapshot("still", [1.0], [1.0], rests=True), snapshot("w", [1.0], [2.0])
+    optimizer = make_optimizer(*several)
+    optimizer.found_inf = torch.zeros(1)
+    with torch.no_grad():
+        step = make_step(several, optimizer, 5)
+    rest = step.without_resting()
+    assert (rest.optimizer, rest.index) == (optimizer, 5)
+    assert rest.found_inf is optimizer.found_inf
+    assert step.names == ("still", "w")  # the step itself is not changed
 
 
 @pytest.mark.parametrize("found_inf", [torch.zeros(1), torch.ones(1)], ids=["stepped", "skipped"])
-def test_whether_a_fused_optimizer_skipped_the_step_is_passed_on_unread(found_inf: Tensor) -> None:
+def test_found_inf_is_passed_on_without_being_read(found_inf: Tensor) -> None:
     moved = snapshot("w", [1.0], [2.0])
-    optimizer = optimizer_of(moved)
+    optimizer = make_optimizer(moved)
     optimizer.found_inf = found_inf
-    assert step_of([moved], optimizer, 0).found_inf is found_inf
+    assert make_step([moved], optimizer, 0).found_inf is found_inf
 
 
 def test_a_step_cannot_be_changed() -> None:
     step = show(snapshot("w", [1.0], [2.0]))
     with pytest.raises(dataclasses.FrozenInstanceError):
         step.index = 0
+
+
+def test_an_outcome_is_empty_by_default_and_cannot_be_changed() -> None:
+    optimizer = SGD([torch.ones(1)], lr=0.5)
+    outcome = StepOutcome(optimizer, 4)
+    assert (outcome.optimizer, outcome.index) == (optimizer, 4)
+    assert (outcome.step, outcome.skipped, outcome.error) == (None, None, None)
+    assert outcome.copy_seconds == 0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        outcome.error = ValueError()
+    assert outcome != StepOutcome(optimizer, 4)
+    assert len({outcome, StepOutcome(optimizer, 4)}) == 2
 
 
 def test_steps_are_compared_by_identity() -> None:

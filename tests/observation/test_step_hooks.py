@@ -1,4 +1,4 @@
-"""`StepHooks`: when they call, on steps that take closures or nest."""
+"""`StepHooks`: the calls around steps with and without closures, and around nested steps."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from tests.observation.recorder import (
 # Without and with a closure
 
 
-def test_the_calls_and_the_index_of_steps_without_a_closure() -> None:
+def test_a_step_without_a_closure_makes_three_calls_and_counts() -> None:
     p = weights()
     optimizer = SGD([p], lr=RATE)
     recorder = Recorder(optimizer)
@@ -59,7 +59,7 @@ def test_a_closure_computes_the_gradients_that_are_captured(keyword: bool) -> No
     assert after.tolist() == [-1, -0.5]
 
 
-def test_a_closure_that_is_none_is_no_closure() -> None:
+def test_a_closure_of_none_is_treated_like_no_closure() -> None:
     p = weights()
     optimizer = SGD([p], lr=RATE)
     recorder = Recorder(optimizer)
@@ -68,7 +68,7 @@ def test_a_closure_that_is_none_is_no_closure() -> None:
     assert recorder.calls == ["due", "capture", "finish"] * 2
 
 
-def test_of_many_calls_of_a_closure_the_first_is_captured() -> None:
+def test_the_first_of_many_calls_of_a_closure_is_captured() -> None:
     p = weights(gradient=None)
     optimizer = LBFGS([p], lr=1e-2, max_iter=4)
     recorder = Recorder(optimizer)
@@ -90,7 +90,7 @@ def test_of_many_calls_of_a_closure_the_first_is_captured() -> None:
     assert torch.equal(after, p)
 
 
-def test_an_optimizer_that_does_not_call_its_closure_has_nothing_captured() -> None:
+def test_nothing_is_captured_if_the_optimizer_does_not_call_its_closure() -> None:
     class Deaf(SGD):
         def step(self, closure=None):
             return None
@@ -125,7 +125,7 @@ def test_other_arguments_of_a_step_and_of_its_closure_pass_through() -> None:
     assert len(recorder.steps) == 2
 
 
-def test_a_first_argument_that_is_no_closure_reaches_the_step_as_it_is() -> None:
+def test_a_first_argument_that_is_not_a_closure_reaches_the_step_unchanged() -> None:
     got = []
 
     class Informed(SGD):
@@ -142,7 +142,7 @@ def test_a_first_argument_that_is_no_closure_reaches_the_step_as_it_is() -> None
 
 
 @pytest.mark.parametrize("why", ["not due", "gone"])
-def test_where_no_step_is_observed_the_closure_is_not_wrapped(why: str) -> None:
+def test_the_closure_is_not_wrapped_if_the_step_is_not_observed(why: str) -> None:
     got = []
 
     class Listening(SGD):
@@ -150,7 +150,7 @@ def test_where_no_step_is_observed_the_closure_is_not_wrapped(why: str) -> None:
             got.append(closure)
 
     def closure() -> None:
-        """Never called."""
+        """Return None; never called."""
 
     optimizer = Listening([weights()], lr=RATE)
     recorder = Recorder(optimizer, due=False)
@@ -160,7 +160,7 @@ def test_where_no_step_is_observed_the_closure_is_not_wrapped(why: str) -> None:
     assert got == [closure]
 
 
-def test_hooks_that_were_put_on_within_a_step_do_not_count_that_step() -> None:
+def test_hooks_registered_during_a_step_do_not_count_that_step() -> None:
     p = weights()
     optimizer = SGD([p], lr=RATE)
     recorders = []
@@ -175,7 +175,7 @@ def test_hooks_that_were_put_on_within_a_step_do_not_count_that_step() -> None:
 @pytest.mark.parametrize("call", ["none", "positional", "keyword"])
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("parent_patched", [True, False], ids=["patched", "not_patched"])
-def test_a_step_that_calls_that_of_its_parent_is_one_step(
+def test_a_step_that_calls_the_step_of_its_parent_is_one_step(
     parent_patched: bool, depth: int, call: str
 ) -> None:
     p = weights(gradient=None if call != "none" else 6.0)
@@ -208,7 +208,7 @@ def test_a_step_that_calls_that_of_its_parent_is_one_step(
     assert recorder.hooks.index == 2
 
 
-def test_what_a_subclass_does_after_that_of_its_parent_is_part_of_the_step() -> None:
+def test_changes_by_a_subclass_after_the_step_of_its_parent_belong_to_the_step() -> None:
     class Shrinking(SGD):
         def step(self, closure=None):
             super().step()
@@ -223,7 +223,7 @@ def test_what_a_subclass_does_after_that_of_its_parent_is_part_of_the_step() -> 
     assert recorder.steps[0][3].tolist() == [0.25, 0.75]
 
 
-def test_an_unobserved_step_that_nests_is_asked_for_once() -> None:
+def test_is_due_is_called_once_for_a_nested_step() -> None:
     optimizer = nested(parent_patched=True, depth=1)([weights()], lr=RATE)
     recorder = Recorder(optimizer, due=False)
     optimizer.step()
@@ -242,7 +242,7 @@ def test_torch_puts_a_function_named_wrapper_with_a_local_self_around_each_step(
     assert "self" in code.co_varnames
 
 
-def test_the_depth_is_that_of_this_optimizer() -> None:
+def test_the_depth_counts_steps_of_this_optimizer_only() -> None:
     depths = []
     inner, outer = (
         nested(parent_patched=True, depth=depth)([weights()], lr=RATE) for depth in (0, 1)
@@ -257,11 +257,11 @@ def test_the_depth_is_that_of_this_optimizer() -> None:
     assert depths == [(1, 1), (1, 2), (0, 2), (0, 1)]
 
 
-def test_other_functions_with_a_local_self_are_no_steps() -> None:
+def test_other_functions_with_a_local_self_are_not_counted() -> None:
     optimizer = SGD([weights()], lr=RATE)
     depths = []
     optimizer.register_state_dict_pre_hook(lambda _: depths.append(step_depth(optimizer)))
-    optimizer.state_dict()  # in the file of torch's wrapper
+    optimizer.state_dict()  # defined in the same file as torch's wrapper of `step`
 
     def wrapper(self: Optimizer) -> None:
         depths.append(step_depth(self))

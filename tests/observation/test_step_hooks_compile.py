@@ -1,4 +1,4 @@
-"""`StepHooks` around steps that torch.compile compiles."""
+"""`StepHooks` around steps that `torch.compile` compiles."""
 
 import inspect
 
@@ -15,12 +15,15 @@ from tests.observation.recorder import (
 )
 
 
-def test_torch_compiler_disable_sets_the_attributes_that_the_hooks_bear() -> None:
+def test_torch_compiler_disable_sets_the_attributes_that_the_hooks_have() -> None:
     optimizer = SGD([weights()], lr=RATE)
     recorder = Recorder(optimizer)
+    # torch has no public names for its hooks: torch/optim/optimizer.py.
     (hook,) = optimizer._optimizer_step_pre_hooks.values()
+    # As above.
     (post_hook,) = optimizer._optimizer_step_post_hooks.values()
     disabled = torch.compiler.disable(lambda: None)
+    # The marks of torch.compiler.disable on a function: torch/_dynamo/decorators.py.
     assert disabled._torchdynamo_disable is hook._torchdynamo_disable is True
     assert post_hook._torchdynamo_disable is True
     assert recorder.hooks.remove()
@@ -28,11 +31,11 @@ def test_torch_compiler_disable_sets_the_attributes_that_the_hooks_bear() -> Non
 
 @pytest.mark.skipif(
     "reason" not in inspect.signature(torch.compiler.disable).parameters,
-    reason="this torch gives no reasons",
+    reason="torch.compiler.disable has no argument `reason` here",
 )
-def test_torch_compiler_disable_keeps_its_reason_where_the_hooks_do() -> None:
+def test_torch_compiler_disable_keeps_its_reason_under_the_name_that_the_hooks_use() -> None:
     disabled = torch.compiler.disable(lambda: None, reason="why")
-    assert disabled._torchdynamo_disable_msg == "why"
+    assert disabled._torchdynamo_disable_msg == "why"  # torch/_dynamo/decorators.py
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam", "nested"])
@@ -54,8 +57,8 @@ def test_a_compiled_step_is_observed_exactly(kind: str) -> None:
     assert recorder.calls == ["due", "capture", "finish"] * 3
 
 
-def test_what_is_called_around_a_compiled_step_is_not_compiled() -> None:
-    """Compiled code computes other bits, and a callback is not the user's model."""
+def test_the_calls_around_a_compiled_step_are_not_compiled() -> None:
+    """Compiled code may round differently, so that copies would not be exact."""
     torch.compiler.reset()
     traced, graphs = [], []
 
@@ -78,15 +81,15 @@ def test_what_is_called_around_a_compiled_step_is_not_compiled() -> None:
     assert len(recorder.steps) == 1
     assert traced == [False, False]
     (graph,) = graphs
-    assert graph[-1] == "add_"  # SGD's own; torch 2.6 multiplies by the rate first
+    assert graph[-1] == "add_"  # the update of SGD; torch 2.6 multiplies by the rate first
 
 
-def test_a_step_that_is_compiled_as_one_graph_says_that_it_cannot_be_observed() -> None:
+def test_a_step_compiled_with_fullgraph_raises_an_error_that_says_why() -> None:
     torch.compiler.reset()
     optimizer = SGD([weights()], lr=RATE)
     recorder = Recorder(optimizer)
-    # Up to torch 2.6 its error names only our hook.
-    said = r"AltGrad cannot observe .* with fullgraph=True|function <function StepHooks\._before"
+    # Up to torch 2.6 the error of torch only names the hook.
+    said = r"AltGrad cannot observe .* with fullgraph=True|function <function StepHooks\."
     with pytest.raises(Exception, match=said):
         torch.compile(optimizer.step, backend="eager", fullgraph=True)()
     assert recorder.calls == []

@@ -1,4 +1,4 @@
-"""`StepHooks`: forget, remove, and who holds whom."""
+"""`StepHooks`: `forget`, `remove`, and the objects that they keep alive."""
 
 import copy
 import gc
@@ -16,9 +16,10 @@ from tests.observation.recorder import (
     assert_next_step_is_exact,
     weights,
 )
+from tests.observation.watching import hook_count
 
 
-def test_what_is_forgotten_within_a_step_is_not_finished() -> None:
+def test_forget_keeps_the_running_step_from_being_finished() -> None:
     p = weights()
     optimizer = SGD([p], lr=RATE)
     recorder = Recorder(optimizer)
@@ -32,19 +33,18 @@ def test_what_is_forgotten_within_a_step_is_not_finished() -> None:
     assert_next_step_is_exact(recorder, optimizer, p, index=1)
 
 
-def test_what_is_forgotten_is_freed() -> None:
+def test_forget_releases_what_was_captured() -> None:
     optimizer = Failing([weights()], lr=RATE)
     recorder = Recorder(optimizer)
     optimizer.late = ValueError("late")
     with pytest.raises(ValueError, match="late"):
         optimizer.step()
-    held = [weakref.ref(tensor) for tensor in recorder.hooks._captured]
-    assert all(each() is not None for each in held)
+    assert [each() is None for each in recorder.copies] == [False, False]
     recorder.hooks.forget()
-    assert all(each() is None for each in held)
+    assert [each() is None for each in recorder.copies] == [True, True]
 
 
-def test_a_finished_step_is_not_held() -> None:
+def test_a_finished_step_is_released() -> None:
     optimizer = SGD([weights()], lr=RATE)
     recorder = Recorder(optimizer)
     optimizer.step()
@@ -52,19 +52,18 @@ def test_a_finished_step_is_not_held() -> None:
     assert all(each() is None for each in held)
 
 
-def test_removed_hooks_call_no_more() -> None:
+def test_removed_hooks_make_no_calls() -> None:
     optimizer = SGD([weights()], lr=RATE)
     recorder = Recorder(optimizer)
     assert recorder.hooks.remove()
-    assert not optimizer._optimizer_step_pre_hooks
-    assert not optimizer._optimizer_step_post_hooks
+    assert hook_count(optimizer) == 0
     optimizer.step()
     assert recorder.calls == []
     assert recorder.hooks.remove()  # harmless
 
 
 @pytest.mark.parametrize("register", ["register_step_pre_hook", "register_step_post_hook"])
-def test_within_a_step_hooks_are_not_removed(register: str) -> None:
+def test_hooks_are_not_removed_during_a_step(register: str) -> None:
     optimizer = SGD([weights()], lr=RATE)
     recorder = Recorder(optimizer)
     removed = []
@@ -79,7 +78,7 @@ def test_within_a_step_hooks_are_not_removed(register: str) -> None:
     assert recorder.hooks.remove()
 
 
-def test_hooks_of_an_optimizer_that_is_gone_are_removed() -> None:
+def test_hooks_of_a_collected_optimizer_are_removed() -> None:
     optimizer = SGD([weights()], lr=RATE)
     recorder = Recorder(optimizer)
     assert recorder.hooks.optimizer is optimizer
@@ -89,7 +88,7 @@ def test_hooks_of_an_optimizer_that_is_gone_are_removed() -> None:
     assert recorder.hooks.remove()
 
 
-def test_without_the_object_that_is_called_a_step_is_a_plain_one() -> None:
+def test_a_collected_owner_is_not_called_and_the_step_is_made() -> None:
     p = weights()
     optimizer = SGD([p], lr=RATE)
     recorder = Recorder(optimizer)
@@ -101,7 +100,7 @@ def test_without_the_object_that_is_called_a_step_is_a_plain_one() -> None:
     assert p.tolist() == [0.5, 1.5]
 
 
-def test_an_object_that_goes_in_mid_step_is_not_called_again() -> None:
+def test_an_owner_collected_during_a_step_is_not_called_again() -> None:
     optimizer = SGD([weights()], lr=RATE)
     recorders = [Recorder(optimizer)]
     calls = recorders[0].calls

@@ -1,4 +1,4 @@
-"""`StepHooks`: a step that raises is not finished, and the next one is exact."""
+"""`StepHooks`: a step that raises an error is not finished, and the next one is exact."""
 
 import pytest
 import torch
@@ -65,9 +65,10 @@ def test_an_unobserved_step_after_one_that_raised_is_not_finished_with_its_copie
         optimizer.step()
     optimizer.late, recorder.due = None, False
     recorder.calls.clear()
+    assert [each() is None for each in recorder.copies] == [False, False]
     optimizer.step()
     assert recorder.calls == ["due"]
-    assert recorder.hooks._captured is None
+    assert [each() is None for each in recorder.copies] == [True, True]
 
 
 def test_an_inner_step_that_raised_may_be_called_again() -> None:
@@ -99,7 +100,7 @@ def test_an_inner_step_that_raised_may_be_called_again() -> None:
 
 
 def test_a_plain_step_after_a_nested_one_that_raised_is_finished() -> None:
-    """The nesting of the step that raised must not hide the end of the next one."""
+    """The hooks must forget the nesting of the step that raised an error."""
 
     class Parent(SGD):
         def step(self, closure=None):

@@ -1,4 +1,4 @@
-"""Which parameters are stored in a format, and that monitors then do not judge it."""
+"""The record of stored parameters, and monitors that do not judge their formats."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.recipes.storing import net, train
 
 
 class Storage:
-    """Stands for one."""
+    """A stand-in for a recipe that stores weights."""
 
 
 def sgd(*parameters: nn.Parameter) -> torch.optim.Optimizer:
@@ -25,7 +25,7 @@ def sgd(*parameters: nn.Parameter) -> torch.optim.Optimizer:
 E4M3FN, BF16 = get_format("e4m3fn"), get_format("bf16")
 
 
-def test_what_is_stored_is_known_of_the_optimizers_that_are_asked_about() -> None:
+def test_stored_parameters_are_returned_for_the_given_optimizers() -> None:
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     one, two, other = sgd(a), sgd(b), sgd()
     storage = Storage()
@@ -38,7 +38,7 @@ def test_what_is_stored_is_known_of_the_optimizers_that_are_asked_about() -> Non
     assert stored_formats([one, two]) == {}
 
 
-def test_the_optimizer_under_a_wrapper_is_the_one_that_is_asked_about() -> None:
+def test_stored_parameters_are_found_under_a_wrapper() -> None:
     class Wrapper:
         def __init__(self, optimizer: object) -> None:
             self.optimizer = optimizer
@@ -49,7 +49,7 @@ def test_the_optimizer_under_a_wrapper_is_the_one_that_is_asked_about() -> None:
     assert stored_formats([Wrapper(Wrapper(optimizer))]) == {a: E4M3FN}
 
 
-def test_what_one_storage_forgets_another_still_knows() -> None:
+def test_forgetting_one_storage_keeps_the_parameters_of_another() -> None:
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer, one, two = sgd(a, b), Storage(), Storage()
     register_stored(optimizer, one, {a: E4M3FN})
@@ -57,7 +57,7 @@ def test_what_one_storage_forgets_another_still_knows() -> None:
     assert stored_formats([optimizer]) == {a: E4M3FN, b: BF16}
     forget_stored(one)
     assert stored_formats([optimizer]) == {b: BF16}
-    register_stored(optimizer, two, {a: BF16})  # anew, instead of what it said before
+    register_stored(optimizer, two, {a: BF16})  # replaces the earlier call
     assert stored_formats([optimizer]) == {a: BF16}
     forget_stored(Storage())
     assert stored_formats([optimizer]) == {a: BF16}
@@ -84,8 +84,10 @@ def test_an_optimizer_whose_weights_are_stored_is_not_kept_alive() -> None:
         ("mxfp8_e5m2", {"fp16", "bf16", "e4m3fn", "mxfp8_e4m3", "e5m2"}),
     ],
 )
-def test_a_monitor_does_not_judge_what_is_stored_no_finer(stored: str, hidden: set[str]) -> None:
-    """All that it sees then lies on that grid: it would call frozen layers fine."""
+def test_a_monitor_does_not_judge_formats_that_are_as_fine_as_the_stored_one(
+    stored: str, hidden: set[str]
+) -> None:
+    """All weights lie on the stored grid, so that a judgement would call frozen layers fine."""
     model = net()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     storage = WeightStorage(stored, layers=[SamplingRule("2.*", enabled=False)])
@@ -99,7 +101,7 @@ def test_a_monitor_does_not_judge_what_is_stored_no_finer(stored: str, hidden: s
         judged = {key.split("/")[1] for key in figures if key.startswith("stall_frac/")}
         assert judged == {*formats} - ({*hidden} if name[0] != "2" else set()), name
     assert monitor.layers["0.weight"].formats == tuple(f for f in formats if f not in hidden)
-    assert monitor.latest.model["stall_frac/bf16"] > 0  # of the layer that is not stored
+    assert monitor.latest.model["stall_frac/bf16"] > 0  # from the layer that is not stored
     monitor.detach()
     storage.detach()
     again = UpdateMonitor(model, formats=formats, strict=True).attach(optimizer)  # no warning

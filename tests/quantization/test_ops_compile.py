@@ -32,9 +32,9 @@ KINDS = {format.name: format for format in (E0M7, E4M3, E5M2, E7M0, E4M3FNUZ, BF
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    torch._dynamo.reset()
+    torch.compiler.reset()
     yield
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def compiled(function, backend="aot_eager"):

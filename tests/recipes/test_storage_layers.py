@@ -99,7 +99,7 @@ def test_a_rule_that_matches_nothing_is_an_error_and_nothing_is_stored() -> None
     with pytest.raises(ValueError, match="matches none of 6 layers"):
         WeightStorage("bf16", layers=[SamplingRule("heads.*")]).attach(optimizer, module=model)
     assert all(map(torch.equal, before, model.parameters()))
-    assert not optimizer._optimizer_step_post_hooks
+    assert not optimizer._optimizer_step_post_hooks  # torch has no public name for them
 
 
 def test_an_observer_sees_what_is_stored_and_must_come_later() -> None:

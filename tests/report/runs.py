@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from altgrad import UpdateMonitor
-from altgrad.monitor.weight_octaves import weight_octaves
 from altgrad.quantization import get_formats
 from altgrad.report import FormatInfo, LayerInfo, Row, Run, RunFile
 
@@ -36,7 +35,7 @@ def written_run(
                 size = 1e-3 if name in frozen else 0.25
                 parameter.grad = torch.full((8,), size if step % 2 else -size)
             optimizer.step()
-            weights = weight_octaves(parameters)
+            weights = monitor.weight_octaves()
             file.append(10 * step, monitor.latest, skipped={"inf": step}, weights=weights)
     return file.path
 

@@ -142,7 +142,7 @@ def test_the_scaling_is_that_of_the_run(scaling) -> None:
     found: dict = {}
     head = lines[: lines.index("storage.attach")]
     exec(compile(head, "lines", "exec"), found)
-    assert found["storage"]._scaling == scaling
+    assert found["storage"].scaling == scaling
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from unittest.mock import patch
 
-import pytest
 import pytorch_lightning as pl
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from altgrad import OptimizerStep, StepObserver
+from altgrad.observation import StepOutcome
 from altgrad_lightning import PrecisionMonitor
 from tests.step_truth.recording import Entry, Step
 
@@ -20,11 +21,7 @@ class Design:
 
     def __init__(self) -> None:
         self.seen: list[Step] = []
-
-    @property
-    def skipped(self) -> Counter[str]:
-        """The number of skipped steps of the last run, by reason."""
-        return Counter()
+        self.skipped: Counter[str] = Counter()
 
     def watch(self, module: nn.Module, *optimizers: Any, **options: Any) -> Any:
         raise NotImplementedError
@@ -34,14 +31,6 @@ class Design:
 
 
 class AltGrad(Design):
-    def __init__(self) -> None:
-        super().__init__()
-        self.observes: StepObserver | PrecisionMonitor | None = None
-
-    @property
-    def skipped(self) -> Counter[str]:
-        return Counter() if self.observes is None else self.observes.skipped
-
     def record(self, step: OptimizerStep) -> None:
         copies = zip(
             *(
@@ -55,46 +44,46 @@ class AltGrad(Design):
 
     @contextmanager
     def watch(self, module: nn.Module, *optimizers: Any, **options: Any) -> Iterator[None]:
-        self.observes = observer = StepObserver(module, self.record, strict=True)
+        observer = StepObserver(module, self.record, strict=True)
+        self.skipped = observer.skipped
         with observer.attach(*optimizers, **options):
             yield
 
     def callback(self) -> pl.Callback:
         """The monitor itself; what it measures is recorded on the way."""
-        design = self
+        design, observer = self, recording_observer(self)
 
         class Recording(PrecisionMonitor):
-            """Its monitors get observers that record; both hooks make monitors."""
-
             def on_train_start(self, *arguments: Any) -> None:
-                with design.recording():
+                with patch("altgrad.monitor.monitor.StepObserver", observer):
                     super().on_train_start(*arguments)
+                design.skipped = self.skipped
 
             def on_train_batch_start(self, *arguments: Any) -> None:
-                with design.recording():
+                with patch("altgrad.monitor.monitor.StepObserver", observer):
                     super().on_train_batch_start(*arguments)
+                design.skipped = self.skipped
 
-        self.observes = Recording("e4m3fn", every_n_steps=1, scaling=None, strict=True)
-        return self.observes
+        monitor = Recording("e4m3fn", every_n_steps=1, scaling=None, strict=True)
+        self.skipped = monitor.skipped
+        return monitor
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Let each `UpdateMonitor` that is made meanwhile have an observer that records."""
-        design = self
 
-        class RecordingObserver(StepObserver):
-            def __init__(self, module: Any, on_step: Any, *others: Any, **options: Any) -> None:
-                def measure_and_record(step: OptimizerStep) -> None:
-                    inf = self.skipped["inf"]
-                    on_step(step)
-                    if self.skipped["inf"] == inf:
-                        design.record(step)
+def recording_observer(design: AltGrad) -> type[StepObserver]:
+    """One for a monitor: what that takes for a step is recorded when it has measured it."""
 
-                super().__init__(module, measure_and_record, *others, **options)
+    class Recording(StepObserver):
+        def __init__(self, *arguments: Any, on_outcome: Any, **options: Any) -> None:
+            def measure_and_record(outcome: StepOutcome) -> None:
+                inf = self.skipped["inf"]
+                on_outcome(outcome)
+                is_step = outcome.skipped is None and self.skipped["inf"] == inf
+                if is_step and outcome.step is not None:
+                    design.record(outcome.step.without_resting())
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("altgrad.monitor.monitor.StepObserver", RecordingObserver)
-            yield
+            super().__init__(*arguments, on_outcome=measure_and_record, **options)
+
+    return Recording
 
 
 class GradientsAfterTheStep(Design):

@@ -56,26 +56,43 @@ while True:
     assert len((tmp_path / "altgrad.jsonl").read_bytes().splitlines()) - 1 - rows <= 1
 
 
-def test_a_disk_that_is_full_leaves_whole_lines(tmp_path, records, header) -> None:
-    file = RunFile.create(tmp_path, header)
+class Disk:
+    """A file on a disk that has room for so many bytes; None is enough for all."""
+
+    room: int | None = None
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def write(self, data: memoryview) -> int:
+        if self.room is None:
+            return self.file.write(data)
+        if self.file.tell() > self.room:
+            raise OSError(28, "No space left on device")
+        return self.file.write(data[:3000])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def test_a_disk_that_is_full_leaves_whole_lines(tmp_path, records, header, monkeypatch) -> None:
+    open_file, disks = Path.open, []
+
+    def open_on_disk(*arguments, **options) -> Disk:
+        disks.append(Disk(open_file(*arguments, **options)))
+        return disks[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_on_disk)
+        file = RunFile.create(tmp_path, header)
+    (disk,) = disks
     file.append(0, records[0], skipped={})
     size = file.path.stat().st_size
-    real = file._file
-
-    class Full:
-        def write(self, data: memoryview) -> int:
-            if real.tell() - size > 5000:
-                raise OSError(28, "No space left on device")
-            return real.write(data[:3000])
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(real, name)
-
-    file._file = Full()
+    disk.room = size + 5000
     with pytest.raises(OSError, match="No space left"):
         file.append(1, records[1], skipped={})
     assert file.path.stat().st_size == size
-    file._file = real
+    disk.room = None
     file.append(2, records[2], skipped={})
     file.close()
     assert (read(file.path).steps, read(file.path).notes) == ((0, 2), [])

@@ -1,5 +1,6 @@
-"""What observing costs, counted: on the GPT of 10.1 M parameters, four formats, defaults."""
+"""What observing costs, in operations and memory: on the GPT of 10.1 M parameters, four formats."""
 
+import copy
 import gc
 from collections.abc import Callable
 
@@ -28,8 +29,10 @@ def watched(model: Gpt):
     """The optimizer, and the monitor after two observed steps: all is in its place."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train(model, optimizer)
+    optimizer.param_groups[0]["lr"] = 1e-9  # so that no weight exceeds its scale
     with UpdateMonitor(model, formats=FORMATS, strict=True).attach(optimizer) as monitor:
         train(model, optimizer, 2)
+        assert monitor.state_dict()["scales"]["exceeded"] == []
         yield optimizer, monitor
 
 
@@ -44,7 +47,6 @@ def test_the_model_is_the_one_of_the_budget(model: Gpt) -> None:
 
 def test_an_observed_step_makes_at_most_250_operations_and_one_host_copy(model, watched) -> None:
     optimizer, monitor = watched
-    monitor._scale_state._exceeded.clear()  # scales taken again have a line of their own
     with host_copies() as copies:
         observed, on_host = operations_here_and_there(steps(model, optimizer))
     index = monitor.latest.index
@@ -79,14 +81,20 @@ def test_a_step_that_is_not_observed_makes_none(model: Gpt) -> None:
 def test_scales_are_read_again_after_a_hundred_steps(model, watched) -> None:
     """Their own line in the budget: one operation for each parameter and some for all."""
     optimizer, monitor = watched
-    monitor._scale_state._exceeded.clear()
+    state = copy.deepcopy(monitor.state_dict())
+    assert state["scales"]["steps_left"] == 98
+    state["scales"]["steps_left"] = 2
+    monitor.detach()
+    monitor.load_state_dict(state)
+    monitor.attach(optimizer)
+    train(model, optimizer)  # all is in its place again
     usual = operations(steps(model, optimizer)).total()
-    monitor._scale_state._exceeded.clear()
-    monitor._scale_state._steps_left = 0
+    assert monitor.state_dict()["scales"]["steps_left"] == 0
     with host_copies() as copies:
         refreshing = operations(steps(model, optimizer))
     assert refreshing["aten.aminmax.default"] == 100
     assert refreshing.total() - usual <= 500
+    assert monitor.state_dict()["scales"]["steps_left"] == 99
     # The figures, and whether any amax is 0 or not finite.
     assert (copies.count("cpu"), copies.count("tolist")) == (1, 1)
 
@@ -110,6 +118,7 @@ def test_memory_does_not_grow_from_step_to_step(model, watched) -> None:
         gc.collect()
         tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]
         dense = [each for each in tensors if each.layout == torch.strided]  # others have no storage
+        # torch has no public name for the identity of a storage, which views share.
         return len({each.untyped_storage()._cdata for each in dense})
 
     train(model, optimizer)

@@ -1,0 +1,42 @@
+"""`Parameters`: what a rank is about to observe, without a monitor; and the ranks that share it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from altgrad.distributed.together import Together
+from altgrad.quantization.block_formats import get_formats
+from altgrad.quantization.format_set import FormatSet
+
+
+class Parameters:
+    """A `Watched` of parameters that one optimizer steps."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], indices: Any = lambda *_: None) -> None:
+        self.parameters = parameters
+        self.indices = indices
+        self.formats = FormatSet(get_formats("bf16"), "tensor")
+        self.left_out: list[str] = []
+
+    def measured_by(self, optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+        return (*self.parameters,)
+
+    def describe(self) -> dict[str, dict[str, object]]:
+        return {"settings": {}, "state": {}, "layers": dict.fromkeys(self.parameters, "")}
+
+    def is_enabled(self, name: str) -> bool:
+        return True
+
+    def leave_out(self, names: Sequence[str], why: str) -> None:
+        self.left_out += names
+
+
+def attached(parameters: Mapping[str, Tensor], indices: Any = lambda *_: None) -> Together:
+    """Return the ranks that share these parameters, once they have met and agreed."""
+    ranks = Together(Parameters(parameters, indices))
+    ranks.attach(list)
+    return ranks
