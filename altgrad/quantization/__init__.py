@@ -1,11 +1,19 @@
-"""What a number format does to a tensor: formats, exact rounding, scales and diagnostics.
+"""Number formats: their values, exact rounding to them, scales, and the effect of one update.
 
-`float_format` says which numbers a format holds, `number_format` what all formats have in common,
-`formats` and `block_formats` name them, and `format_set` has those of a run; `kernel` rounds, `ops`
-is its door (`quantize`, `spacing`), `grids` rounds to many formats at once; `scaling` and
-`scale_groups` find scales. `diagnostics` asks what becomes of one update,
-`advanced_diagnostics` holds the contract of DIAG-01 to 04: stiffness, grid alignment, ULP distance
-and the correlation of gradient and stiffness.
+Read the files in this order:
+
+- `float_format`: `FloatFormat`, the fields, limits and values of one floating-point format.
+- `formats`: the named formats (``e4m3fn``, ``bf16``, …), `get_format`, and the type `Scaling`.
+- `number_format`, `block_formats`: the interface of all formats, and the formats whose blocks
+  share a scale (``mxfp4``, ``nvfp4``).
+- `kernel`: rounding and spacing of one tensor on one grid, with exact arithmetic.
+- `ops`: `quantize` and `spacing`, the public functions around the kernel. `arguments` checks what
+  callers pass to them.
+- `scaling`: amax scales of one tensor.
+- `format_set`, `scale_groups`, `grids`: several formats at once, as `UpdateMonitor` needs them.
+- `diagnostics`: the effect of one update on a grid, element by element.
+- `advanced_diagnostics`: DIAG-01 to DIAG-04 (stiffness, grid alignment, ULP distance, correlation
+  of gradient and stiffness), whose names and result keys are a fixed contract.
 """
 
 from typing import TYPE_CHECKING

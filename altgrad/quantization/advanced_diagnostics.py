@@ -1,7 +1,8 @@
-"""DIAG-01 to 04: stiffness, grid alignment, ULP distance, gradient against stiffness.
+"""DIAG-01 to DIAG-04: stiffness, grid alignment, ULP distance, and gradient against stiffness.
 
-Descriptive figures of one tensor. Whether an update survives is told by `diagnostics`: the figures
-here that use the gradient ignore the optimizer and the learning rate.
+These functions describe one tensor. Names, parameters and result keys are a fixed contract. DIAG-04
+uses gradients and ignores the optimizer and the learning rate; `diagnostics` computes whether an
+update survives. Read `ops` first.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor
 
 from altgrad._messages import check_type
-from altgrad.quantization.arguments import check_input, check_pair, full_dtype
+from altgrad.quantization.arguments import check_input, check_pair, get_full_dtype
 from altgrad.quantization.float_format import FloatFormat
-from altgrad.quantization.kernel import exact_exp2
+from altgrad.quantization.kernel import compute_exp2
 from altgrad.quantization.ops import quantize, spacing
 
-_E0M7_STIFFNESS = 1 / 128
+_E0M7_STIFFNESS = 1 / 128  # the spacing 2**-7 of a fixed-point grid in (−1, 1)
 
 
 @torch.no_grad()
@@ -26,55 +27,68 @@ def compute_stiffness_field(
     format: str | torch.dtype | FloatFormat | None = None,
     scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """DIAG-01, the distance between representable numbers at each weight.
+    """Return the stiffness, the distance between representable numbers at each weight (DIAG-01).
 
-    With `mantissa_bits`, ``S = 2**(floor(log2(abs(w))) − M)``, for a format whose exponent has no
-    end; 7 means the fixed-point grid E0M7 and gives 1/128 for every weight. With `format`, the
-    true `spacing` of that format: its subnormals, its top and its scale; bf16, which also has
-    M = 7, is right there.
+    With `mantissa_bits`, the stiffness is ``S = 2**(floor(log2(abs(w))) − M)``, for a format with
+    an unlimited exponent range. ``mantissa_bits=7`` means the fixed-point grid E0M7 and gives
+    1/128 for every weight. With `format`, the stiffness is the `spacing` of this format, including
+    its subnormals, its largest value and its scale. For bf16, which also has M = 7, pass `format`.
 
-    Zero, NaN and infinite weights give NaN. The sign does not matter.
+    The sign of a weight does not matter. Zero, NaN and infinite weights give NaN.
 
     Args:
         weights: float16, bfloat16, float32 or float64, any shape.
-        mantissa_bits: M, 0 to 256.
-        format: A `FloatFormat` or the name of one, instead of `mantissa_bits`.
-        scale: As in `quantize`; with `format` only.
+        mantissa_bits: M, 0 to 256; 7 means E0M7. Give either `mantissa_bits` or `format`.
+        format: A `FloatFormat`, or a name or dtype that `get_format` accepts.
+        scale: A positive number, or a tensor of positive numbers that broadcasts to the shape of
+            `weights`. Only allowed with `format`.
 
     Returns:
-        A tensor of the same shape, float32, or float64 for float64 weights. A stiffness below
-        the dtype's smallest number becomes 0.
+        A tensor with the shape of `weights`, in units of the weights: float32, or float64 for
+        float64 weights. A stiffness below the smallest positive number of the dtype becomes 0.
 
     Raises:
-        TypeError: Both or neither of `mantissa_bits` and `format`, a scale without a format, or
-            weights of another dtype.
-        ValueError: `mantissa_bits` out of range, an unknown format or a wrong scale.
+        TypeError: Both or neither of `mantissa_bits` and `format` are given, a scale is given
+            without a format, or the weights have another dtype.
+        ValueError: `mantissa_bits` is out of range, the format is unknown or exceeds float64, or
+            the scale is not positive and finite, or does not broadcast.
+
+    Examples:
+        >>> import torch
+        >>> from altgrad.quantization import compute_stiffness_field
+        >>> compute_stiffness_field(torch.tensor([0.3, 1.0, 5.0]), mantissa_bits=3).tolist()
+        [0.03125, 0.125, 0.5]
     """
-    return _stiffness(weights, mantissa_bits, format, scale).to(full_dtype(weights))
+    return _stiffness(weights, mantissa_bits, format, scale).to(get_full_dtype(weights))
 
 
 @torch.no_grad()
 def grid_alignment_error(
     weights: Tensor, format: str | torch.dtype | FloatFormat, scale: float | Tensor = 1.0
 ) -> Tensor:
-    """DIAG-02, the distance of each weight from its grid: ``abs(w − quantize(w))``.
+    """Return the distance of each weight from the grid, ``abs(w − quantize(w))`` (DIAG-02).
 
-    0 exactly for a weight on the grid. A weight beyond the top has its distance from ±max: inf
-    for ±inf. NaN gives NaN.
+    A weight on the grid gives exactly 0. A weight beyond ±max gives its distance from ±max, which
+    is inf for ±inf. NaN gives NaN.
 
     Args:
         weights: float16, bfloat16, float32 or float64, any shape.
-        format: A `FloatFormat` or the name of one.
-        scale: As in `quantize`.
+        format: A `FloatFormat`, or a name or dtype that `get_format` accepts.
+        scale: A positive number, or a tensor of positive numbers that broadcasts to the shape of
+            `weights`.
 
     Returns:
-        A tensor of the same shape, float32, or float64 for float64 weights.
+        A tensor with the shape of `weights`, in units of the weights: float32, or float64 for
+        float64 weights.
 
     Raises:
-        TypeError, ValueError: As `quantize`.
+        TypeError: The weights have another dtype or are sparse, or the scale is neither a number
+            nor a floating-point tensor.
+        ValueError: The format is unknown or exceeds float64, or the scale is not positive and
+            finite, or does not broadcast.
     """
     check_input(weights, "weights")
-    wide = weights.to(full_dtype(weights))
+    wide = weights.to(get_full_dtype(weights))
     return (wide - quantize(wide, format, scale)).abs_()
 
 
@@ -82,21 +96,28 @@ def grid_alignment_error(
 def grid_alignment_statistics(
     weights: Tensor, format: str | torch.dtype | FloatFormat, scale: float | Tensor = 1.0
 ) -> dict[str, float]:
-    """DIAG-02 in four figures, over the finite weights.
+    """Return statistics of `grid_alignment_error` over the finite weights (DIAG-02).
 
     Args:
         weights: float16, bfloat16, float32 or float64, any shape.
-        format: A `FloatFormat` or the name of one.
-        scale: As in `quantize`.
+        format: A `FloatFormat`, or a name or dtype that `get_format` accepts.
+        scale: A positive number, or a tensor of positive numbers that broadcasts to the shape of
+            `weights`.
 
     Returns:
-        ``grid_error_mean``, ``grid_error_max`` and ``grid_error_std`` (with n − 1) of
-        `grid_alignment_error`, in the weights' unit, and ``on_grid_frac``, the share of weights
-        that equal a grid point: equal, not near. NaN where there is none to average: no finite
-        weight, for the standard deviation fewer than two.
+        A dict of floats. Without finite weights all are NaN.
+
+        - ``grid_error_mean``: The mean error, in units of the weights.
+        - ``grid_error_max``: The largest error, in units of the weights.
+        - ``grid_error_std``: The standard deviation of the error, with denominator n − 1, in units
+          of the weights; NaN for fewer than two finite weights.
+        - ``on_grid_frac``: The share of weights that are exactly on the grid, 0 to 1.
 
     Raises:
-        TypeError, ValueError: As `quantize`.
+        TypeError: The weights have another dtype or are sparse, or the scale is neither a number
+            nor a floating-point tensor.
+        ValueError: The format is unknown or exceeds float64, or the scale is not positive and
+            finite, or does not broadcast.
     """
     error = grid_alignment_error(weights, format, scale)[weights.isfinite()].double()
     n = error.numel()
@@ -110,54 +131,62 @@ def grid_alignment_statistics(
 
 @torch.no_grad()
 def compute_ulp_distance(before: Tensor, after: Tensor) -> Tensor:
-    """DIAG-03, how many units in the last place of their own dtype the weights moved.
+    """Return how far weights moved, in units in the last place (ULPs) of their dtype (DIAG-03).
 
-    ``abs(after − before) / gap``, where gap is the distance from whichever of the two has the
-    larger magnitude to its neighbour towards zero. Two neighbouring numbers are exactly 1 apart,
-    also across a power of two; a weight that leaves zero gets a finite distance; the sign does not
-    matter. 0 for an unmoved weight (−0 and 0 are equal), NaN where either is NaN or infinite.
+    The distance is ``abs(after − before) / ulp``. Here ulp is the distance from the weight with the
+    larger magnitude, before or after, to the next number toward zero.
+
+    - Two neighbouring numbers are exactly 1 apart, also across a power of two.
+    - A weight that leaves zero has a finite distance.
+    - A weight that did not move gives 0; −0 and 0 are equal.
+    - NaN or ±inf, before or after, gives NaN.
 
     Args:
-        before: float16, bfloat16, float32 or float64, any shape.
-        after: The same dtype and shape.
+        before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
+        after: The weights after the step, with the dtype and shape of `before`.
 
     Returns:
-        A tensor of that shape in ULPs, float32, or float64 for float64 weights.
+        A tensor with the shape of `before`, in ULPs: float32, or float64 for float64 weights.
 
     Raises:
-        TypeError: Different dtypes, or not one of those.
-        ValueError: Different shapes.
+        TypeError: The dtypes differ, or the weights have another dtype.
+        ValueError: The shapes differ.
     """
     check_pair("before", before, "after", after)
     if before.dtype != after.dtype:
         raise TypeError(
-            f"before has dtype {before.dtype} and after {after.dtype}; expected the same, since a "
-            "ULP is a unit of their own dtype"
+            f"before has dtype {before.dtype} and after {after.dtype}; expected the same dtype, "
+            "because a ULP is a unit of that dtype"
         )
     larger = torch.maximum(before.abs(), after.abs())
-    gap = larger.double() - _towards_zero(larger).double()
-    # The gap is a power of two, so that dividing first is exact; a difference could overflow.
-    distance = (after.double() / gap - before.double() / gap).abs_()
+    ulp = larger.double() - _towards_zero(larger).double()
+    # The ULP is a power of two, so that dividing first is exact; a difference could overflow.
+    distance = (after.double() / ulp - before.double() / ulp).abs_()
     distance = torch.where(before == after, 0.0, distance)
     finite = before.isfinite() & after.isfinite()
-    return torch.where(finite, distance, torch.nan).to(full_dtype(before))
+    return torch.where(finite, distance, torch.nan).to(get_full_dtype(before))
 
 
 @torch.no_grad()
 def ulp_statistics(before: Tensor, after: Tensor) -> dict[str, float]:
-    """DIAG-03 in four figures, over the weights that are finite before and after.
+    """Return statistics of `compute_ulp_distance` over the finite weights (DIAG-03).
 
     Args:
-        before: float16, bfloat16, float32 or float64, any shape.
-        after: The same dtype and shape.
+        before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
+        after: The weights after the step, with the dtype and shape of `before`.
 
     Returns:
-        ``ulp_mean``, ``ulp_median`` and ``ulp_max`` of `compute_ulp_distance`, in ULPs, and
-        ``ulp_zero_frac``, the share of weights that did not move. NaN where there is no such
-        weight. The median of an even number is the mean of the middle two.
+        A dict of floats. Without weights that are finite before and after, all are NaN.
+
+        - ``ulp_mean``: The mean distance in ULPs.
+        - ``ulp_median``: The median distance in ULPs; for an even number of weights the mean of the
+          middle two.
+        - ``ulp_max``: The largest distance in ULPs.
+        - ``ulp_zero_frac``: The share of weights that did not move, 0 to 1.
 
     Raises:
-        TypeError, ValueError: As `compute_ulp_distance`.
+        TypeError: The dtypes differ, or the weights have another dtype.
+        ValueError: The shapes differ.
     """
     distance = compute_ulp_distance(before, after)
     distance = distance[distance.isfinite()].double().sort().values
@@ -179,27 +208,35 @@ def gradient_stiffness_correlation(
     format: str | torch.dtype | FloatFormat | None = None,
     scale: float | Tensor = 1.0,
 ) -> dict[str, float]:
-    """DIAG-04, how gradients relate to the distance they would have to cross.
+    """Return how the magnitudes of gradients relate to the stiffness of weights (DIAG-04).
 
-    Descriptive only: a gradient is not an update. Taken over the weights that are finite and not
-    zero (nor so small that their stiffness underflows) and whose gradient is finite. Nothing is
-    added to a denominator, so that the correlation does not change with the size of the gradients.
+    The figures only describe, because a gradient is not an update. A weight is valid if it is
+    finite, its stiffness is greater than 0, and its gradient is finite; zero weights are therefore
+    invalid. No epsilon is added to a denominator, so that scaling the gradients does not change the
+    correlation.
 
     Args:
         weights: float16, bfloat16, float32 or float64, any shape.
-        gradients: Of those dtypes too, of the same shape.
-        mantissa_bits: M, or instead
-        format: a `FloatFormat` or the name of one; both as in `compute_stiffness_field`.
-        scale: As in `quantize`; with `format` only.
+        gradients: One of the same dtypes, the shape of `weights`.
+        mantissa_bits: M, 0 to 256; 7 means E0M7. Give either `mantissa_bits` or `format`.
+        format: A `FloatFormat`, or a name or dtype that `get_format` accepts.
+        scale: A positive number, or a tensor of positive numbers that broadcasts to the shape of
+            `weights`. Only allowed with `format`.
 
     Returns:
-        ``grad_stiff_correlation``, the Pearson correlation of abs(gradient) and stiffness, in
-        [−1, 1], NaN where one of them is constant; ``grad_stiff_ratio_mean``, the mean of
-        abs(gradient) / stiffness; ``grad_below_stiffness_frac``, the share of gradients smaller
-        than the stiffness. All three are 0.0 where no weight is valid.
+        A dict of floats over the valid weights. Without valid weights all are 0.0.
+
+        - ``grad_stiff_correlation``: The Pearson correlation of abs(gradient) and stiffness, −1 to
+          1; NaN if one of them is constant.
+        - ``grad_stiff_ratio_mean``: The mean of abs(gradient) / stiffness.
+        - ``grad_below_stiffness_frac``: The share of gradients whose magnitude is below the
+          stiffness, 0 to 1.
 
     Raises:
-        TypeError, ValueError: As `compute_stiffness_field`, and for shapes that differ.
+        TypeError: Both or neither of `mantissa_bits` and `format` are given, a scale is given
+            without a format, or a tensor has another dtype.
+        ValueError: The shapes differ, `mantissa_bits` is out of range, the format is unknown or
+            exceeds float64, or the scale is not positive and finite, or does not broadcast.
     """
     check_pair("weights", weights, "gradients", gradients)
     stiffness = _stiffness(weights, mantissa_bits, format, scale)
@@ -224,47 +261,54 @@ def _stiffness(
     format: str | torch.dtype | FloatFormat | None,
     scale: float | Tensor,
 ) -> Tensor:
-    """The stiffness field in float64, which holds that of every narrower weight."""
+    """Return the stiffness field in float64, which holds the stiffness of narrower dtypes."""
     check_input(weights, "weights")
     if (mantissa_bits is None) == (format is None):
         raise TypeError(
-            f"mantissa_bits={mantissa_bits!r} and format={format!r}: expected exactly one of them"
+            f"mantissa_bits={mantissa_bits!r} and format={format!r}: expected exactly one"
         )
     defined = weights.isfinite() & (weights != 0)
     if format is not None:
         return torch.where(defined, spacing(weights.double(), format, scale), torch.nan)
     if isinstance(scale, Tensor) or scale != 1:
-        raise TypeError("scale is for format=; mantissa_bits alone describes an unscaled grid")
+        raise TypeError(
+            "scale is for format=; expected no scale with mantissa_bits: pass format= instead"
+        )
     check_type("mantissa_bits", mantissa_bits, int)
     assert isinstance(mantissa_bits, int)
     if not 0 <= mantissa_bits <= 256:
         raise ValueError(f"mantissa_bits={mantissa_bits}: expected 0 to 256")
-    if mantissa_bits == 7:  # the contract of DIAG-01; nothing else may ask this, bf16 has M = 7
+    if mantissa_bits == 7:  # required by the contract of DIAG-01, although bf16 has M = 7, too
         return torch.where(defined, _E0M7_STIFFNESS, torch.nan).double()
     exponent = torch.frexp(torch.where(defined, weights.double(), 1.0)).exponent
     return torch.where(defined, _exp2(exponent - 1 - mantissa_bits), torch.nan)
 
 
 def _exp2(exponent: Tensor) -> Tensor:
-    """2**exponent in float64, also where that is subnormal: there one factor is not enough."""
+    """Return ``2**exponent`` in float64, including subnormal results.
+
+    `compute_exp2` needs a normal result. Thus a subnormal power is the product of two normal
+    powers.
+    """
     normal = exponent.clamp(-1022, 1023)
     rest = (exponent - normal).clamp(-1022, 0)
-    return exact_exp2(normal, torch.float64) * exact_exp2(rest, torch.float64)
+    return compute_exp2(normal, torch.float64) * compute_exp2(rest, torch.float64)
 
 
 def _towards_zero(magnitude: Tensor) -> Tensor:
-    """The neighbour of each non-negative number on the side of zero; zero for zero."""
+    """Return the next number toward zero for each non-negative number; zero for zero."""
     try:
         return torch.nextafter(magnitude, torch.zeros_like(magnitude))
     except RuntimeError:
-        # Not every torch and device has it for 16 bits: there, take one off the code instead.
+        # Some torch versions and devices have no nextafter for 16 bits. The codes of non-negative
+        # floats are ordered like integers, so that the code minus 1 is the next number toward zero.
         if magnitude.element_size() != 2:
             raise
         return (magnitude.view(torch.int16) - 1).clamp_(min=0).view(magnitude.dtype)
 
 
 def _pearson(a: Tensor, b: Tensor) -> float:
-    """Pearson correlation of two float64 vectors; NaN where one is constant."""
+    """Return the Pearson correlation of two float64 vectors; NaN if one is constant."""
     if a.min() == a.max() or b.min() == b.max():
         return torch.nan
     a, b = _normalised_deviation(a), _normalised_deviation(b)
@@ -273,7 +317,10 @@ def _pearson(a: Tensor, b: Tensor) -> float:
 
 
 def _normalised_deviation(values: Tensor) -> Tensor:
-    """Deviation from the mean, over its maximum: squares of 1e-200 would underflow."""
+    """Return the deviation from the mean, divided by its largest magnitude.
+
+    Without this division the squares of deviations such as 1e-200 would underflow.
+    """
     values = values / values.abs().max()
     deviation = values - values.mean()
     return deviation / deviation.abs().max()

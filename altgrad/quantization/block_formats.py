@@ -1,7 +1,8 @@
-"""Block formats: numbers of few bits that share a scale, itself a number of few bits.
+"""Block formats: elements of 4 to 8 bits, with a shared scale of 8 bits for each block.
 
-They bring their own scaling, so they are judged as they are: `get_formats` knows them, `quantize`,
-which takes the scale as an argument, does not.
+A block format defines its own scaling. Therefore `get_formats` accepts the names of block formats,
+whereas `quantize` takes an element format and a scale. Read `float_format`, `formats` and
+`number_format` first; `scaling` computes the scales, and `format_set` is the next file.
 """
 
 from __future__ import annotations
@@ -21,20 +22,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Formats: TypeAlias = "str | torch.dtype | NumberFormat | Iterable[str | torch.dtype | NumberFormat]"
-"""Formats or their names, one or several: what `get_formats` takes."""
+"""One or several formats or names of formats, as `get_formats` accepts."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockFormat:
-    """A format for the elements, and a scale for each block of neighbours in the last dimension.
+    """A number format with one scale for each block of neighbours in the last dimension.
+
+    The format of the scales is one of two:
+
+    - ``"e8m0"``, from OCP: a power of two. It is rounded down, so that the largest elements of a
+      block may be clipped.
+    - ``"e4m3"``, from NVIDIA: an E4M3 number times one float32 scale for the whole tensor. The
+      scale of the tensor is amax / (448 · 6).
 
     Attributes:
-        name: How it is called in log keys.
-        element: The format of the numbers.
-        block_size: How many share a scale; a last block may be shorter.
-        scale: ``"e8m0"``, a power of two by OCP's rule, which rounds it down so that the largest of
-            a block may be clipped; or ``"e4m3"``, NVIDIA's: an E4M3 number times one float32 for
-            the whole tensor, amax / (448 · 6).
+        name: The name in log keys and tables.
+        element: The floating-point format of a single element, before scaling.
+        block_size: The number of elements that share a scale. The last block may be shorter.
+        scale: The format of the block scales, ``"e8m0"`` or ``"e4m3"``.
 
     References:
         OCP Microscaling Formats (MX) Specification 1.0, sections 5 and 6.3; NVIDIA, "Pretraining
@@ -51,62 +57,94 @@ class BlockFormat:
 
     @property
     def power_of_two(self) -> bool:
-        """Whether every scale is a power of two."""
+        """True if every scale is a power of two."""
         return self.scale == "e8m0"
 
     @property
     def has_tensor_scale(self) -> bool:
-        """Whether the scales of blocks are relative to one of the whole tensor."""
+        """True if block scales are multiplied by a second scale for the whole tensor."""
         return self.scale == "e4m3"
 
     def is_coarser_than(self, other: torch.dtype | FloatFormat) -> bool:
-        """Return whether numbers of a dtype or format lie closer together within a block.
+        """Return whether elements have a larger relative spacing than a dtype or format.
 
-        See `FloatFormat.is_coarser_than`.
+        Only then can weights stored in `other` show updates that this format would lose.
+
+        Args:
+            other: The dtype or format in which weights are stored now.
         """
         return self.element.is_coarser_than(other)
 
     def scales(self, amax: Tensor, tensor_amax: Tensor | None) -> Tensor:
-        """Return the scale of blocks, float64; 1 for a block of zeros.
+        """Return the scale of each block.
 
-        An E4M3 scale that would round to 0, in a block far below the tensor's amax, is the smallest
-        one, 2**-9: a format whose weights are all 0 has no grid to move on.
+        If an E4M3 scale would round to 0, in a block far below the amax of the tensor, the smallest
+        positive E4M3 number, 2**-9, replaces the 0. Otherwise all weights of the block would be 0
+        and could not move.
 
         Args:
-            amax: The largest magnitude in each block.
-            tensor_amax: The largest magnitude in the whole tensor of each block, of a shape that
-                broadcasts; for formats that have a tensor scale.
-        """
-        from altgrad.quantization.scaling import format_scales
+            amax: The largest finite magnitude in each block: float32 or float64, any shape.
+            tensor_amax: The largest finite magnitude in the tensor that contains each block:
+                float32 or float64, a shape that broadcasts to that of `amax`. Formats without a
+                tensor scale ignore it. If None, the scales follow the rule of ``"e8m0"``.
 
-        return format_scales(amax, self, tensor_amax)
+        Returns:
+            float64, the shape of `amax`: positive factors from stored numbers to values. The scale
+            of a block of zeros is 1.
+
+        Examples:
+            >>> import torch
+            >>> from altgrad.quantization import BLOCK_FORMATS
+            >>> BLOCK_FORMATS["mxfp4"].scales(torch.tensor([6.0, 0.75, 0.0]), None)
+            tensor([1.0000, 0.1250, 1.0000], dtype=torch.float64)
+        """
+        # `scaling` loads torch, which reports do without.
+        from altgrad.quantization.scaling import compute_format_scales
+
+        return compute_format_scales(amax, self, tensor_amax)
 
 
 BLOCK_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
     {
         format.name: format
         for format in (
+            # OCP MX 1.0, table 1: blocks of 32 elements, E8M0 scales.
             BlockFormat("mxfp8_e4m3", E4M3, 32, "e8m0"),
             BlockFormat("mxfp8_e5m2", E5M2, 32, "e8m0"),
             BlockFormat("mxfp6_e2m3", E2M3, 32, "e8m0"),
             BlockFormat("mxfp6_e3m2", E3M2, 32, "e8m0"),
             BlockFormat("mxfp4", E2M1, 32, "e8m0"),
+            # arXiv 2509.25149, section 2: blocks of 16 elements, E4M3 scales.
             BlockFormat("nvfp4", E2M1, 16, "e4m3"),
         )
     }
 )
-"""The named block formats. OCP prefers ``mxfp8_e4m3``, which is also meant by ``mxfp8``."""
+"""The named block formats by name. ``mxfp8`` is accepted for ``mxfp8_e4m3``, OCP's first choice."""
 
 _BY_SPELLING: Mapping[str, BlockFormat] = {**BLOCK_FORMATS, "mxfp8": BLOCK_FORMATS["mxfp8_e4m3"]}
 
 
 def get_formats(formats: Formats) -> tuple[NumberFormat, ...]:
-    """Return the formats of these names, each once, in their order; a single one as a tuple of one.
+    """Return the number formats with these names.
+
+    Args:
+        formats: A name, a torch dtype, a `FloatFormat`, a `BlockFormat`, or an iterable of these.
+            Names are those in `BLOCK_FORMATS` and those that `get_format` accepts, in upper or
+            lower case.
+
+    Returns:
+        The formats as a tuple, in the order given, without repetitions. A single format gives a
+        tuple with one item.
 
     Raises:
-        ValueError: An unknown name, or two different formats of one name, whose figures would
-            have the same key.
-        TypeError: Neither names nor formats.
+        ValueError: A name is unknown, or two different formats have the same name and would have
+            the same log keys.
+        TypeError: An item is neither a name nor a dtype nor a format.
+
+    Examples:
+        >>> from altgrad.quantization import get_formats
+        >>> [format.name for format in get_formats(["e4m3", "mxfp4", "E4M3"])]
+        ['e4m3fn', 'mxfp4']
     """
     if isinstance(formats, (str, NumberFormat)) or is_torch_dtype(formats):
         formats = (formats,)
@@ -115,18 +153,20 @@ def get_formats(formats: Formats) -> tuple[NumberFormat, ...]:
         if found.setdefault(format.name, format) != format:
             raise ValueError(
                 f"two different formats are named {format.name!r}: {found[format.name]!r} and "
-                f"{format!r}; give one of them another name"
+                f"{format!r}; expected unique names: rename one of the formats"
             )
     return tuple(found.values())
 
 
 def _get(format: str | torch.dtype | NumberFormat) -> NumberFormat:
+    """Return the format with this name, or a format itself."""
     if isinstance(format, NumberFormat):
         return format
     if isinstance(format, str):
         name = format.lower()
         if name in _BY_SPELLING:
             return _BY_SPELLING[name]
+        # A misspelt block format would otherwise be compared with names of other formats only.
         if name.startswith(("mx", "nv")):
             near = difflib.get_close_matches(name, _BY_SPELLING, n=3) or list(BLOCK_FORMATS)
             raise ValueError(f"unknown format {format!r}; nearest: {', '.join(near)}")

@@ -1,15 +1,17 @@
-"""One update on a grid, element by element: what is kept of it, whether it stalls, who sees it.
+"""The effect of one update on a grid, element by element.
 
-The weights themselves are stored on the grid, and one scale serves both sides of the step. With Q
-for rounding to the scaled grid, to nearest:
+The weights are stored on the grid, and one scale applies before and after the step. Q rounds to the
+nearest point of the scaled grid:
 
     effective update = Q(Q(before) + update) − Q(before)
     stalled          = update ≠ 0 and effective update = 0
     visible          = Q(before) ≠ Q(after)
 
-Under an amax scale the rounding of Q(before) + update is not clamped at the top: a real run would
-raise its scale there, and the clamp would count false stalls. At scale 1, the number, there is no
-scale to raise, and it is clamped.
+With an amax scale the rounding of Q(before) + update is not clamped at the largest value. A real
+run would raise the scale there, and clamping would count stalls that do not occur. If the scale is
+the number 1, the format is used without a scale, and Q clamps.
+
+Read `ops` first. `altgrad.measurement.kernel` computes the same for whole layers and many formats.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from altgrad.quantization.arguments import check_pair, full_dtype
+from altgrad.quantization.arguments import check_pair, get_full_dtype
 from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.formats import get_format
 from altgrad.quantization.ops import quantize, quantize_unbounded
@@ -30,34 +32,49 @@ def effective_update(
     format: str | torch.dtype | FloatFormat,
     scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """What the grid keeps of an update: ``Q(Q(before) + update) − Q(before)``.
+    """Return the part of an update that the grid keeps: ``Q(Q(before) + update) − Q(before)``.
 
-    The sum is rounded to float64 first, which could only matter where it needs more than 53 bits.
-    Where before or update is NaN or infinite, the result is NaN.
+    Q rounds to the nearest point of the scaled grid. The sum is rounded to float64 first, which
+    matters only if it needs more than 53 bits. The result is NaN where `before` or `update` is NaN
+    or infinite.
 
     Args:
         before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
-        update: What the optimizer adds to them, of the same shape.
-        format: A `FloatFormat` or the name of one.
-        scale: As in `quantize`. The number 1 means a format without scaling and is clamped at
-            ±max; everything else, a tensor of ones too, counts as an amax scale.
+        update: The update that the optimizer adds to the weights: one of the same dtypes, the shape
+            of `before`.
+        format: A `FloatFormat`, or a name or dtype that `get_format` accepts.
+        scale: A positive number, or a tensor of positive numbers that broadcasts to the shape of
+            `before`. The number 1 means a format without scaling, which clamps at ±max. Any other
+            scale, including a tensor of ones, is an amax scale, which does not clamp.
 
     Returns:
-        A tensor of before's shape, float32, or float64 where before or update is; no gradient.
+        A tensor with the shape of `before` in units of the weights, without gradient: float32, or
+        float64 if `before` or `update` is float64.
 
     Raises:
-        TypeError, ValueError: Shapes that differ, or as `quantize`.
+        TypeError: A tensor has another dtype or is sparse, or the scale is neither a number nor a
+            floating-point tensor.
+        ValueError: The shapes differ, the format is unknown or exceeds float64, or the scale is not
+            positive and finite, or does not broadcast.
+
+    Examples:
+        >>> import torch
+        >>> from altgrad.quantization import effective_update
+        >>> update = torch.tensor([0.01, 0.1])
+        >>> effective_update(torch.tensor([1.0, 1.0]), update, "e4m3fn")
+        tensor([0.0000, 0.1250])
 
     References:
-        The ratio of this to the update is behind the effective descent quality of Collage (Yu et
-        al., ICML 2024).
+        Collage (Yu et al., ICML 2024) derives its effective descent quality from the ratio of the
+        effective update to the update.
     """
     format = get_format(format)
     check_pair("before", before, "update", update)
+    # In float64 the sum below is exact unless it needs more than 53 bits.
     stored = quantize(before.double(), format, scale)
     effective = _round(stored + update.double(), format, scale).sub_(stored)
     finite = before.isfinite() & update.isfinite()
-    dtype = torch.promote_types(full_dtype(before), full_dtype(update))
+    dtype = torch.promote_types(get_full_dtype(before), get_full_dtype(update))
     return torch.where(finite, effective, torch.nan).to(dtype)
 
 
@@ -68,11 +85,36 @@ def stall_mask(
     format: str | torch.dtype | FloatFormat,
     scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """Which weights were to move and do not: update ≠ 0 and effective update = 0.
+    """Return which weights stall: their update is not 0, but the effective update is 0.
 
-    Zero updates and NaN or infinite elements do not stall. Arguments and errors as in
-    `effective_update`; returns a bool tensor of before's shape.
+    Weights with an update of 0 do not stall. Weights that are NaN or infinite, or whose update is,
+    do not stall either.
+
+    Args:
+        before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
+        update: The update that the optimizer adds to the weights: one of the same dtypes, the shape
+            of `before`.
+        format: A `FloatFormat`, or a name or dtype that `get_format` accepts.
+        scale: A positive number, or a tensor of positive numbers that broadcasts to the shape of
+            `before`. The number 1 means a format without scaling, which clamps at ±max. Any other
+            scale, including a tensor of ones, is an amax scale, which does not clamp.
+
+    Returns:
+        A bool tensor with the shape of `before`.
+
+    Raises:
+        TypeError: A tensor has another dtype or is sparse, or the scale is neither a number nor a
+            floating-point tensor.
+        ValueError: The shapes differ, the format is unknown or exceeds float64, or the scale is not
+            positive and finite, or does not broadcast.
+
+    Examples:
+        >>> import torch
+        >>> from altgrad.quantization import stall_mask
+        >>> stall_mask(torch.tensor([1.0, 1.0]), torch.tensor([0.01, 0.1]), "e4m3fn")
+        tensor([ True, False])
     """
+    # The effective update of a NaN or infinite element is NaN, which is not equal to 0.
     return (effective_update(before, update, format, scale) == 0) & (update != 0)
 
 
@@ -83,22 +125,28 @@ def visible_mask(
     format: str | torch.dtype | FloatFormat,
     scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """Which weights a forward pass in this format sees move: Q(before) ≠ Q(after).
+    """Return which weights change in a forward pass in a format: ``Q(before) ≠ Q(after)``.
 
-    For training that keeps fp32 master weights and casts them for the forward pass. Under an amax
-    scale neither side is clamped at the top. NaN and infinite elements are not visible.
+    Q rounds to the nearest point of the scaled grid. The mask is for training with fp32 master
+    weights, which are cast to the format for the forward pass. Weights that are NaN or infinite
+    before or after the step are not visible.
 
     Args:
         before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
-        after: The weights after it, of the same shape.
-        format: A `FloatFormat` or the name of one.
-        scale: As in `effective_update`.
+        after: The weights after the step: one of the same dtypes, the shape of `before`.
+        format: A `FloatFormat`, or a name or dtype that `get_format` accepts.
+        scale: A positive number, or a tensor of positive numbers that broadcasts to the shape of
+            `before`. The number 1 means a format without scaling, which clamps at ±max. Any other
+            scale, including a tensor of ones, is an amax scale, which does not clamp.
 
     Returns:
-        A bool tensor of before's shape.
+        A bool tensor with the shape of `before`.
 
     Raises:
-        TypeError, ValueError: Shapes that differ, or as `quantize`.
+        TypeError: A tensor has another dtype or is sparse, or the scale is neither a number nor a
+            floating-point tensor.
+        ValueError: The shapes differ, the format is unknown or exceeds float64, or the scale is not
+            positive and finite, or does not broadcast.
     """
     format = get_format(format)
     check_pair("before", before, "after", after)
@@ -107,6 +155,6 @@ def visible_mask(
 
 
 def _round(x: Tensor, format: FloatFormat, scale: float | Tensor) -> Tensor:
-    """To nearest; clamped at ±max only where no scale could be raised."""
+    """Round to the nearest grid point, clamped at ±max only for a format without scaling."""
     is_amax_scale = isinstance(scale, Tensor) or scale != 1
     return quantize_unbounded(x, format, scale) if is_amax_scale else quantize(x, format, scale)

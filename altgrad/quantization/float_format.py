@@ -1,4 +1,8 @@
-"""Which numbers a format can hold: `FloatFormat`."""
+"""`FloatFormat`: the fields, limits and values of a binary floating-point format.
+
+Read this file first. The module loads without torch, so that ``altgrad report`` starts quickly.
+The next file is `formats`, which defines the named formats.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,14 @@ if TYPE_CHECKING:  # formats are described without torch, so that reports do not
     from torch import Tensor
     from typing_extensions import TypeIs
 
-_MAX_LISTED_BITS = 24  # values() of a wider format would not fit into memory
+# values() of 24 bits takes 128 MiB as float64, and several times as much as Python floats.
+_MAX_LISTED_BITS = 24
 _MAX_FIELD_BITS = {"exponent_bits": 32, "mantissa_bits": 256}  # well past binary256 (E19 M236)
 
-# By what decides what each code means: the fields but the name, as `FloatFormat.key` writes them.
+# From the fields after the name, as `FloatFormat.key` writes them, to the torch dtype with the same
+# codes: E, M, bias, num_high_nans, has_inf, has_negative_zero, has_subnormals. The suffixes of
+# torch mean: f finite (no inf), n NaN in a special code, uz unsigned zero (no −0).
+# https://docs.pytorch.org/docs/stable/tensor_attributes.html
 _TORCH_DTYPES: Mapping[str, str] = MappingProxyType(
     {
         "4 3 7 1 False True True": "float8_e4m3fn",
@@ -35,37 +43,51 @@ _TORCH_DTYPES: Mapping[str, str] = MappingProxyType(
 class FloatFormat:
     """A binary floating-point format: one sign bit, E exponent bits, M mantissa bits.
 
-    A code without its sign bit counts 0, 1, 2, … through the non-negative values in order. With
-    exponent field e and mantissa field m it stands for
+    A code consists of the sign, the exponent field e and the mantissa field m. Without the sign,
+    codes 0, 1, 2, … are the non-negative values in ascending order. The value of a code is
 
-    - ``m · 2**(emin - M)`` where e = 0: zero and the subnormals, at a constant distance;
-    - ``(2**M + m) · 2**(e - bias - M)`` elsewhere: the normal numbers,
+    - ``m · 2**(emin - M)`` where e = 0: zero and the subnormals, at a constant spacing;
+    - ``(2**M + m) · 2**(e - bias - M)`` where e > 0: the normal numbers.
 
-    with ``emin = 1 - bias``. The codes at the top may be given to NaN and infinity. E = 0 is a
-    fixed-point grid: every value is subnormal. Scale formats (unsigned, without a zero, such as
-    e8m0fnu) are not `FloatFormat`s.
+    Here ``emin = 1 - bias``. Codes at the top may be NaN and infinity. For example, in ``e4m3fn``
+    (E = 4, M = 3, bias = 7, one NaN)::
 
-    Two formats are equal when all their fields are, the name included. Instances are immutable
-    and hashable.
+        sign | exponent | mantissa | value
+        0    | 0000     | 001      | 1 · 2**(-6 - 3) = 2**-9, the smallest subnormal
+        0    | 0111     | 000      | (8 + 0) · 2**(7 - 7 - 3) = 1
+        0    | 1111     | 110      | (8 + 6) · 2**(15 - 7 - 3) = 448, the largest value
+        0    | 1111     | 111      | NaN
+
+    E = 0 is a fixed-point grid, where every value is subnormal. Scale formats such as e8m0fnu,
+    which are unsigned and have no zero, are not supported. Two formats are equal if all their
+    fields are equal, including the name. Instances are immutable and hashable.
 
     Args:
-        name: How the format is called in log keys and tables; not empty, no ``/``, no space.
+        name: The name in log keys and tables: not empty, without ``/`` and white space.
         exponent_bits: E, 0 to 32.
-        mantissa_bits: M, 0 to 256, without the implicit leading bit; E + M at least 1.
-        bias: What is subtracted from the exponent field; any integer. IEEE 754 uses
+        mantissa_bits: M, 0 to 256, without the implicit leading bit. E + M is at least 1.
+        bias: The integer that is subtracted from the exponent field. IEEE 754 uses
             ``2**(E - 1) - 1``.
-        num_high_nans: How many codes at the top, for each sign, are NaN.
-        has_inf: Whether the code below those is infinity.
-        has_negative_zero: Whether the code with only the sign bit set is −0; else it is NaN
-            (the formats ending in ``fnuz``).
-        has_subnormals: Whether exponent field 0 holds the subnormals; else all of it is zero.
+        num_high_nans: The number of NaN codes at the top, for each sign.
+        has_inf: If True, the code below the NaNs is infinity.
+        has_negative_zero: If True, the code with only the sign bit set is −0. If False, this code
+            is NaN, as in the formats ending in ``fnuz``.
+        has_subnormals: If True, codes with exponent field 0 are the subnormals. If False, these
+            codes are all zero.
 
     Raises:
         TypeError: A field has the wrong type.
-        ValueError: The fields leave no positive value, or the name cannot be part of a log key.
+        ValueError: A field is out of range, the fields leave no positive value, or the name
+            cannot be part of a log key.
+
+    Examples:
+        >>> from altgrad.quantization import FloatFormat
+        >>> e4m3 = FloatFormat("e4m3fn", 4, 3, 7, num_high_nans=1)
+        >>> e4m3.max, e4m3.smallest_normal, e4m3.smallest_subnormal
+        (448.0, 0.015625, 0.001953125)
 
     References:
-        IEEE 754-2019, section 3; OCP 8-bit Floating Point Specification (OFP8) 1.0; the words
+        IEEE 754-2019, section 3; OCP 8-bit Floating Point Specification (OFP8) 1.0; the terms
         follow ``numpy.finfo`` and gfloat's ``FormatInfo``.
     """
 
@@ -79,17 +101,18 @@ class FloatFormat:
     has_negative_zero: bool = True
     has_subnormals: bool = True
     key: str = field(init=False, repr=False, compare=False)
-    """All fields as one string, from which `from_key` makes the same format.
+    """All fields as one string; `from_key` returns the same format.
 
-    For torch.compile: on every version it takes a string for a constant, on most no object.
+    Functions that torch.compile traces take this string: every supported torch version treats a
+    string argument as a constant, but few treat an object of this class as one.
     """
 
     def __post_init__(self) -> None:
         _check_types(self)
         if not self.name or "/" in self.name or any(c.isspace() for c in self.name):
             raise ValueError(
-                f"name={self.name!r}: expected a non-empty name without '/' or white space, since "
-                "it becomes part of log keys such as stall_frac/e4m3fn"
+                f"name={self.name!r}: expected a non-empty name without '/' or white space, "
+                "because log keys such as stall_frac/e4m3fn contain the name"
             )
         for bits, most in _MAX_FIELD_BITS.items():
             if not 0 <= getattr(self, bits) <= most:
@@ -101,16 +124,17 @@ class FloatFormat:
             raise ValueError(
                 f"{self.name} has no positive value: exponent_bits={self.exponent_bits}, "
                 f"mantissa_bits={self.mantissa_bits}, num_high_nans={self.num_high_nans}, "
-                f"has_inf={self.has_inf} and has_subnormals={self.has_subnormals} leave codes up "
-                f"to {self._max_code}, and the first positive one is {lowest}; give it more "
-                "exponent or mantissa bits or fewer special codes"
+                f"has_inf={self.has_inf} and has_subnormals={self.has_subnormals} leave finite "
+                f"codes up to {self._max_code}; expected at least {lowest}, the first positive "
+                "code: add exponent or mantissa bits, or lower num_high_nans"
             )
         values = (getattr(self, field.name) for field in fields(self) if field.init)
+        # A frozen dataclass sets a derived field through object.__setattr__.
         object.__setattr__(self, "key", " ".join(str(value) for value in values))
 
     @classmethod
     def from_key(cls, key: str) -> FloatFormat:
-        """The format with this `key`."""
+        """Return the format with this `key`."""
         name, *values = key.split(" ")
         e, m, bias, num_high_nans = map(int, values[:4])
         has_inf, has_negative_zero, has_subnormals = (value == "True" for value in values[4:])
@@ -130,21 +154,22 @@ class FloatFormat:
 
     @property
     def _max_code(self) -> int:
-        """The code of `max`."""
+        """The code of the largest finite value."""
+        # From the top: the NaNs, infinity, the largest finite value.
         codes = 1 << (self.exponent_bits + self.mantissa_bits)
         return codes - 1 - self.num_high_nans - self.has_inf
 
     def _value(self, code: int) -> float:
-        """The value of a code without its sign bit."""
+        """Return the value of a code, given without its sign bit."""
         field, mantissa = divmod(code, 1 << self.mantissa_bits)
         if field > 0:
-            mantissa += 1 << self.mantissa_bits
+            mantissa += 1 << self.mantissa_bits  # the implicit leading bit of a normal number
         elif not self.has_subnormals:
             mantissa = 0
         return self._float64(mantissa, max(field, 1) - self.bias - self.mantissa_bits)
 
     def _float64(self, significand: int, exponent: int) -> float:
-        """``significand · 2**exponent``, or an error where float64 cannot hold it."""
+        """Return ``significand · 2**exponent``, or raise ValueError if float64 cannot hold it."""
         try:
             value = math.ldexp(significand, exponent)
             exact = math.ldexp(value, -exponent) == significand
@@ -152,79 +177,85 @@ class FloatFormat:
             exact = False
         if not exact:
             raise ValueError(
-                f"{self.name}: {significand} · 2**{exponent} exceeds float64, in which AltGrad "
-                "computes; use at most E11 M52 with a bias near 1023"
+                f"{self.name}: the value {significand} · 2**{exponent} exceeds float64, the "
+                "widest dtype AltGrad computes in; use at most 11 exponent bits and 52 mantissa "
+                "bits, with a bias near 1023"
             )
         return value
 
     @property
     def element(self) -> FloatFormat:
-        """Return the format itself: its numbers are stored without a scale of their own."""
+        """The format itself, which is its own element format."""
         return self
 
     @property
     def block_size(self) -> int | None:
-        """Return None: the format prescribes no blocks that share a scale."""
+        """The number of elements per block: None, because the format defines no blocks."""
         return None
 
     @property
     def has_tensor_scale(self) -> bool:
-        """Return False: the format prescribes no scale of the whole tensor beside others."""
+        """False, because the format defines no scale for the whole tensor."""
         return False
 
     @property
     def power_of_two(self) -> bool:
-        """Return True: weights in the format are judged under scales that are powers of two."""
+        """True, because AltGrad scales weights in the format by powers of two."""
         return True
 
     @property
     def bits(self) -> int:
-        """Width of one number, its sign included."""
+        """The width of one number in bits, including the sign."""
         return 1 + self.exponent_bits + self.mantissa_bits
 
     @property
     def precision(self) -> int:
-        """Bits of the significand, the implicit one included: M + 1."""
+        """The width of the significand in bits, including the implicit bit: M + 1."""
         return self.mantissa_bits + 1
 
     @property
     def emin(self) -> int:
-        """Exponent of the smallest normal number: ``1 - bias``."""
+        """The exponent of the smallest normal number: ``1 - bias``."""
         return 1 - self.bias
 
     @property
     def emax(self) -> int:
-        """Exponent of the binade that holds `max`; never below `emin`, also where E = 0."""
+        """The exponent of the binade with the largest value; at least `emin`, also for E = 0."""
         return max(self._max_code >> self.mantissa_bits, 1) - self.bias
 
     @property
     def max(self) -> float:
-        """Largest finite value. ValueError where float64 cannot hold it."""
+        """The largest finite value.
+
+        Raises:
+            ValueError: The value exceeds float64.
+        """
         return self._value(self._max_code)
 
     @property
     def smallest_normal(self) -> float:
-        """``2**emin``; with E = 0 no value is this large, and all are subnormal."""
+        """The smallest normal number, ``2**emin``; for E = 0 all values are smaller than this."""
         return self._float64(1, self.emin)
 
     @property
     def smallest_subnormal(self) -> float:
-        """Smallest positive value: ``2**(emin - M)``, or `smallest_normal` without subnormals."""
+        """The smallest positive value: ``2**(emin - M)``, or ``2**emin`` without subnormals."""
+        # has_subnormals is 0 or 1 as a factor.
         return self._float64(1, self.emin - self.mantissa_bits * self.has_subnormals)
 
     @property
     def eps(self) -> float:
-        """``2**-M``: the distance from 1 to the next value where 1 is normal, as in finfo."""
+        """The spacing at 1 if 1 is a normal number: ``2**-M``, as in ``torch.finfo``."""
         return self._float64(1, -self.mantissa_bits)
 
     @property
     def has_nan(self) -> bool:
-        """Whether some code is NaN."""
+        """True if at least one code is NaN."""
         return self.num_high_nans > 0 or not self.has_negative_zero
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """The torch dtype with exactly these codes, or None."""
+        """The torch dtype with exactly the same codes; None if torch has no such dtype."""
         name = _TORCH_DTYPES.get(self.key.partition(" ")[2])
         if name is None:
             return None
@@ -234,9 +265,12 @@ class FloatFormat:
         return dtype
 
     def is_coarser_than(self, other: torch.dtype | FloatFormat) -> bool:
-        """Whether numbers of this dtype or format lie closer together than those of the format.
+        """Return whether the format has a larger relative spacing (`eps`) than a dtype or format.
 
-        Only then can weights stored in it show updates that the format would lose.
+        Only then can weights stored in `other` show updates that this format would lose.
+
+        Args:
+            other: The dtype or format in which weights are stored now.
         """
         if isinstance(other, FloatFormat):
             return self.eps > other.eps
@@ -245,16 +279,26 @@ class FloatFormat:
         return self.eps > torch.finfo(other).eps
 
     def values(self) -> Tensor:
-        """Every finite value once, in ascending order, as a float64 tensor on the CPU.
+        """Return every finite value once, in ascending order.
 
-        −0 and 0 are one value. ValueError for a format of more than 24 bits.
+        Returns:
+            float64 (values,) on the CPU, from −`max` to `max`. −0 and 0 are one value, so that the
+            number of values is odd.
+
+        Raises:
+            ValueError: The format has more than 24 bits, or a value exceeds float64.
+
+        Examples:
+            >>> from altgrad.quantization import E2M1
+            >>> E2M1.values()[7:].tolist()
+            [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
         """
         import torch
 
         if self.bits > _MAX_LISTED_BITS:
             raise ValueError(
-                f"{self.name} has {self.bits} bits and so too many values to list; expected at "
-                f"most {_MAX_LISTED_BITS}"
+                f"{self.name} has {self.bits} bits, too many values to list; expected at most "
+                f"{_MAX_LISTED_BITS} bits: use a narrower format"
             )
         first = 1 if self.has_subnormals else 1 << self.mantissa_bits
         positive = [self._value(code) for code in range(first, self._max_code + 1)]
@@ -264,12 +308,13 @@ class FloatFormat:
 
 
 def is_torch_dtype(value: object) -> TypeIs[torch.dtype]:
-    """Whether a value is a `torch.dtype`, told without an import of torch."""
+    """Return whether a value is a `torch.dtype`, without importing torch."""
     kind = type(value)
     return (kind.__module__, kind.__qualname__) == ("torch", "dtype")
 
 
 def _check_types(format: FloatFormat) -> None:
+    """Raise TypeError unless every field has the annotated type."""
     check_type("name", format.name, str)
     for name in ("exponent_bits", "mantissa_bits", "bias", "num_high_nans"):
         check_type(name, getattr(format, name), int)

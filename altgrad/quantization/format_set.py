@@ -1,4 +1,8 @@
-"""`FormatSet`: the formats of a run with their scaling, and what both ask of a measurement."""
+"""`FormatSet`: the formats of a run, their scaling, and what a measurement needs for both.
+
+Read `number_format` and `block_formats` first; the next file is `scale_groups`, which computes the
+scales of a `FormatSet`.
+"""
 
 from __future__ import annotations
 
@@ -17,29 +21,32 @@ if TYPE_CHECKING:
 
 
 class FormatSet:
-    """The formats that a run judges, with the scaling that it judges them under; immutable.
+    """The formats of a run and their scaling; immutable.
 
     Args:
-        formats: Formats or their names, one or several, as `get_formats` takes them.
-        scaling: Which weights share an amax scale in formats of fewer than 16 bits; None for no
-            scale. Block formats bring their own.
+        formats: One or several formats or names, as `get_formats` accepts.
+        scaling: The weights that share an amax scale in formats of fewer than 16 bits:
+            ``"tensor"``, ``"channel"`` or ``("block", size)``. None for no scale. Block formats
+            ignore it.
 
     Attributes:
-        formats: The formats, each once, in their order.
+        formats: The formats in the order given, without repetitions.
         scaling: The `scaling` argument.
-        names: Names of the formats.
-        applied: Which weights share a scale in each format; None where they are not scaled.
-        block_sizes: Sizes of all blocks that share a scale, in ascending order.
-        block: Number of neighbours along the last dimension, counted from a multiple of it, that
-            have to be measured together: the least common multiple of `block_sizes`.
-        needs_tensor_amax: Whether a scale needs the amax of a whole tensor beside those of blocks.
-        needs_amax: Whether a scale needs the amax of layers or of their channels.
-        is_single: Whether every format has one scale, or none, for a whole layer.
-        fitted: Names of the formats whose amax scale is to fit all weights of a layer or channel.
+        names: The names of the formats.
+        applied: For each format the `Scaling` that applies; None for a format without scales.
+        block_sizes: The sizes in elements of all blocks that share a scale, in ascending order.
+        block: The number of neighbours in the last dimension that must be measured together: the
+            least common multiple of `block_sizes`. Such a group begins at a multiple of `block`.
+        needs_tensor_amax: Whether a format needs the amax of the whole tensor in addition to the
+            amaxes of blocks.
+        needs_amax: Whether a format needs the amax of layers or of their channels.
+        is_single: Whether every format has at most one scale for a whole layer.
+        fitted: The names of formats with one amax scale for each layer or channel.
 
     Raises:
-        ValueError: An unknown name, two different formats of one name, or a wrong scaling.
-        TypeError: Neither names nor formats.
+        ValueError: A name is unknown, two different formats have the same name, or the scaling is
+            invalid.
+        TypeError: An item of `formats` is neither a name nor a dtype nor a format.
     """
 
     def __init__(self, formats: Formats, scaling: Scaling | None = "tensor") -> None:
@@ -68,12 +75,14 @@ class FormatSet:
         return f"FormatSet({self.names!r}, scaling={self.scaling!r})"
 
     def judged(self, dtype: torch.dtype | FloatFormat) -> list[bool]:
-        """Return for each format whether weights stored in a dtype show what it would lose.
+        """Return for each format whether it is coarser than the dtype of stored weights.
+
+        Only then do updates of these weights show what the format would lose.
 
         Args:
             dtype: The dtype or format in which the weights are stored now.
 
         Returns:
-            One bool for each format, in their order: True where the format is coarser.
+            One bool for each format, in the order of `formats`.
         """
         return [format.is_coarser_than(dtype) for format in self.formats]

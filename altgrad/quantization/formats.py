@@ -1,4 +1,8 @@
-"""The named formats and `get_format`."""
+"""The named floating-point formats, `get_format`, and the type `Scaling`.
+
+Read `float_format` first; it explains the arguments that define each format here. Formats with a
+scale per block, such as ``mxfp4``, follow in `block_formats`.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +17,17 @@ if TYPE_CHECKING:
     import torch
 
 Scaling: TypeAlias = Literal["tensor", "channel"] | tuple[Literal["block"], int]
-"""What shares one scale: the whole tensor, each index of dimension 0, or each run of that many
-elements along the last dimension."""
+"""The elements that share one scale: all elements of a tensor (``"tensor"``), those at one index
+of dimension 0 (``"channel"``), or each `size` neighbours in the last dimension
+(``("block", size)``)."""
 
-# The only alias: what the first users of such formats called them.
+# The former name of the class, kept because user code imports it.
 FP8Format: TypeAlias = FloatFormat
 
-# The eight-bit family E + M = 7. E5M2, E4M3 and E3M4 are those of OCP and ml_dtypes, with their
-# special codes; the others are finite throughout, so that E alone tells them apart. E1M6 is exactly
-# 4 · E0M7: under power-of-two amax scales the two are one format.
+# The eight-bit formats, E + M = 7. E5M2 and E4M3 have the special codes of OCP OFP8, E3M4 those of
+# ml_dtypes (https://github.com/jax-ml/ml_dtypes). The other formats have neither inf nor NaN and
+# differ in E only. The values of E1M6 are those of E0M7 times 4, so that the two formats are equal
+# under power-of-two amax scales.
 E0M7 = FloatFormat("e0m7", 0, 7, 1)
 E1M6 = FloatFormat("e1m6", 1, 6, 0)
 E2M5 = FloatFormat("e2m5", 2, 5, 1)
@@ -31,18 +37,21 @@ E5M2 = FloatFormat("e5m2", 5, 2, 15, num_high_nans=3, has_inf=True)
 E6M1 = FloatFormat("e6m1", 6, 1, 31)
 E7M0 = FloatFormat("e7m0", 7, 0, 63)
 
-# Other readings of eight bits: IEEE 754's rules for E4M3, and the formats without −0.
+# Variants: E4M3 with the special codes of IEEE 754 (max 240), and formats without −0, in which the
+# code with only the sign bit set is NaN ("fnuz": finite, NaN, unsigned zero).
+# https://arxiv.org/abs/2206.02915 introduces fnuz with a bias one higher than that of IEEE 754.
 E4M3_IEEE = FloatFormat("e4m3_ieee", 4, 3, 7, num_high_nans=7, has_inf=True)
 E4M3FNUZ = FloatFormat("e4m3fnuz", 4, 3, 8, has_negative_zero=False)
 E4M3B11FNUZ = FloatFormat("e4m3b11fnuz", 4, 3, 11, has_negative_zero=False)
 E5M2FNUZ = FloatFormat("e5m2fnuz", 5, 2, 16, has_negative_zero=False)
 
-# OCP's element formats of four and six bits (Microscaling Formats specification 1.0).
+# Element formats of four and six bits, without inf and NaN, of OCP Microscaling Formats 1.0:
+# https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
 E2M1 = FloatFormat("e2m1", 2, 1, 1)
 E2M3 = FloatFormat("e2m3", 2, 3, 1)
 E3M2 = FloatFormat("e3m2", 3, 2, 3)
 
-# Sixteen bits.
+# Sixteen bits: IEEE 754 binary16, and the upper half of binary32.
 FP16 = FloatFormat("fp16", 5, 10, 15, num_high_nans=1023, has_inf=True)
 BF16 = FloatFormat("bf16", 8, 7, 127, num_high_nans=127, has_inf=True)
 
@@ -57,9 +66,10 @@ FORMATS: Mapping[str, FloatFormat] = MappingProxyType({
     )
 })
 # fmt: on
-"""The named formats by their names, which are those of log keys."""
+"""The named formats by name, as in log keys."""
 
-# How ml_dtypes, torch and papers spell them. Note that float8_e4m3 is the IEEE-like one.
+# Spellings of ml_dtypes, torch and papers. In ml_dtypes float8_e4m3 is the IEEE-like format with
+# inf and max 240, not OCP's E4M3 (float8_e4m3fn), which papers call e4m3.
 _BY_SPELLING: dict[str, FloatFormat] = {
     **FORMATS,
     "e4m3": E4M3,
@@ -85,7 +95,7 @@ _BY_SPELLING: dict[str, FloatFormat] = {
 
 
 def check_scaling(scaling: Scaling) -> None:
-    """Raise ValueError unless the value is a `Scaling`."""
+    """Raise ValueError unless `scaling` is a `Scaling`."""
     if isinstance(scaling, str):
         if scaling in ("tensor", "channel"):
             return
@@ -94,32 +104,42 @@ def check_scaling(scaling: Scaling) -> None:
         if isinstance(size, int) and not isinstance(size, bool) and size > 0:
             return
     raise ValueError(
-        f"scaling={scaling!r}: expected 'tensor', 'channel' or ('block', size) with a positive "
-        "size, such as ('block', 32)"
+        f"scaling={scaling!r}: expected 'tensor', 'channel' or ('block', size) with a positive int "
+        "as size, such as ('block', 32)"
     )
 
 
 def get_format(name_or_format: str | torch.dtype | FloatFormat) -> FloatFormat:
-    """The format of that name.
+    """Return the floating-point format with this name.
+
+    Names are those in `FORMATS` and those of torch and ml_dtypes, in upper or lower case:
+    ``"e4m3fn"``, ``"E4M3"``, ``"float8_e4m3fn"``, ``"bfloat16"``. The name ``e4m3`` means OCP's
+    format (max 448). The name ``float8_e4m3`` means the IEEE-like format (max 240), as in
+    ml_dtypes.
 
     Args:
-        name_or_format: A name in `FORMATS` or as torch and ml_dtypes spell it, upper or lower
-            case (``"e4m3fn"``, ``"E4M3"``, ``"float8_e4m3fn"``, ``"bfloat16"``), a torch dtype,
-            or a `FloatFormat`, which is returned as it is. ``e4m3`` is OCP's (max 448);
-            ``float8_e4m3`` is, as in ml_dtypes, the IEEE-like one (max 240).
+        name_or_format: A name, a torch dtype, or a `FloatFormat`, which is returned unchanged.
+
+    Returns:
+        The format.
 
     Raises:
-        ValueError: No format has this name; the nearest names are listed.
-        TypeError: Neither a name nor a format.
+        ValueError: No format has this name. The message lists the nearest names.
+        TypeError: The argument is neither a name nor a dtype nor a `FloatFormat`.
+
+    Examples:
+        >>> from altgrad.quantization import get_format
+        >>> get_format("float8_e5m2").max
+        57344.0
     """
     if isinstance(name_or_format, FloatFormat):
         return name_or_format
     if not (isinstance(name_or_format, str) or is_torch_dtype(name_or_format)):
         raise TypeError(
-            f"expected a format's name or a FloatFormat, got {name_or_format!r} "
-            f"({type(name_or_format).__name__})"
+            f"format={name_or_format!r}: expected a format's name, a torch dtype or a FloatFormat, "
+            f"got {type(name_or_format).__name__}"
         )
-    # str() of a string enum's member would be the member's name, not its value.
+    # str() of a member of a string enum is the name of the member; the member itself is its value.
     name = name_or_format if isinstance(name_or_format, str) else str(name_or_format)
     name = name.lower().removeprefix("torch.")
     if name in _BY_SPELLING:
@@ -127,5 +147,5 @@ def get_format(name_or_format: str | torch.dtype | FloatFormat) -> FloatFormat:
     near = difflib.get_close_matches(name, _BY_SPELLING, n=3) or list(FORMATS)
     raise ValueError(
         f"unknown format {str(name_or_format)!r}; nearest: {', '.join(near)}. "
-        "For a format of your own, pass a FloatFormat"
+        "For a custom format, pass a FloatFormat"
     )

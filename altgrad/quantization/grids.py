@@ -1,8 +1,11 @@
-"""Several formats at once, in float64: their constants side by side, one kernel over all.
+"""Rounding to several formats at once, in float64.
 
-`kernel` rounds one tensor to one grid; here one operation serves every format, which is what makes
-many of them cheap. Both write a value as a multiple of the power-of-two gap at it and round that
-multiple; a test holds them against each other bit for bit, over every named format.
+`kernel` rounds one tensor to one grid. Here the constants of all formats lie side by side in one
+tensor, (rows, formats, 1), so that one torch operation serves all formats. This makes many formats
+cheap. Both files round a value to a multiple of the power-of-two spacing at the value. A test
+compares their results bit for bit, for every named format.
+
+Read `kernel` and `scale_groups` first. `altgrad.measurement.kernel` uses this file.
 """
 
 from __future__ import annotations
@@ -14,50 +17,84 @@ import torch
 from torch import Tensor
 
 from altgrad.quantization.float_format import FloatFormat
-from altgrad.quantization.kernel import arithmetic_dtype, grid_of
+from altgrad.quantization.kernel import get_arithmetic_dtype, get_grid
 
 LARGEST = 2.0**960
-"""Beyond it the sums that round a value would leave float64. No narrower dtype gets near it."""
+"""The largest magnitude to round: above it, the sums in `round_to_grids` would overflow float64.
+float32 ends at 2**128."""
 
+# The 11 exponent bits of binary64: s eeeeeeeeeee m…m (52 mantissa bits).
 _EXPONENT_MASK = 0x7FF0_0000_0000_0000
-# x + _ROUNDER · gap has gap for its unit in the last place, so that the addition rounds x to a
-# multiple of gap, ties to the even one (Dekker 1971). Products with gap, a power of two, are exact.
+# The sum x + _ROUNDER · spacing has a unit in the last place of spacing. Thus the addition rounds x
+# to a multiple of spacing, with ties to even, and subtracting _ROUNDER · spacing gives that
+# multiple exactly. Spacing is a power of two, so the products are exact. The factor 1.5 keeps the
+# sum in one binade for negative x, too. T. J. Dekker, "A floating-point technique for extending the
+# available precision", Numerische Mathematik 18 (1971).
 _ROUNDER = 1.5 * 2.0**52
 JUST_BELOW_ONE = 1 - 2.0**-53
+"""The largest float64 below 1. Multiplied by it, a power of two falls into the binade below."""
 
 
 class Grids(NamedTuple):
-    """Constants of several grids, float64, of shape (1 or rows, formats, 1).
+    """The constants of several grids: float64 tensors, (1 or rows, formats, 1).
 
-    With a scale that is a power of two for each row and format they are those of the scaled grid.
-    Another scale, or a format that needs more than its constants, is kept apart: values are then
-    divided by it first, and `scale` is not None.
+    If the scales are powers of two, one for each row and format, the constants contain the scale.
+    For any other scale, and for a format without subnormals or mantissa bits, `scale` is not None.
+    Then callers divide values by the scale first (`into`) and multiply results by it (`back`,
+    `true`).
+
+    Attributes:
+        eps: Spacing relative to the binade, ``2**-M``.
+        first_spacing: Spacing from 0 to the smallest normal number.
+        last_gap: Spacing at the largest value.
+        top: Largest finite value.
+        bottom: −`top`.
+        ceiling: Upper limit of an updated weight: `top`, or inf if the format has an amax scale.
+        floor: −`ceiling`.
+        smallest_normal: Smallest normal number.
+        scale: float64, (1 or rows, formats, 1 or columns); None if the constants contain the scale.
+        without_subnormals: Position and smallest normal number of formats without subnormals.
+        without_mantissa: Position and bias of formats with M = 0, whose ties go to the even code.
     """
 
     eps: Tensor
-    first_gap: Tensor  # between 0 and the smallest normal number
-    last_gap: Tensor  # at the top
+    first_spacing: Tensor
+    last_gap: Tensor
     top: Tensor
-    bottom: Tensor  # −top
-    ceiling: Tensor  # where the rounding of an updated weight ends: top, inf under an amax scale
-    floor: Tensor  # −ceiling
+    bottom: Tensor
+    ceiling: Tensor
+    floor: Tensor
     smallest_normal: Tensor
     scale: Tensor | None
-    # Position and first normal number of formats without subnormals; position and bias of those
-    # without mantissa bits, whose ties go to the even code.
     without_subnormals: tuple[tuple[int, float], ...]
     without_mantissa: tuple[tuple[int, int], ...]
 
     def into(self, x: Tensor, out: Tensor) -> Tensor:
-        """Values as the constants count them."""
+        """Divide values by the scale, unless the constants contain the scale.
+
+        Args:
+            x: Values, float64, (rows, 1 or formats, columns).
+            out: Buffer, float64, (rows, formats, columns); overwritten if there is a scale.
+
+        Returns:
+            `out`, or x itself if the constants contain the scale.
+        """
         return x if self.scale is None else torch.div(x, self.scale, out=out)
 
     def back(self, x: Tensor) -> Tensor:
-        """The reverse, in place."""
+        """Multiply values by the scale in place, unless the constants contain the scale."""
         return x if self.scale is None else x.mul_(self.scale)
 
     def true(self, x: Tensor, out: Tensor) -> Tensor:
-        """The reverse; x stays as it is."""
+        """Multiply values by the scale without changing x, unless the constants contain the scale.
+
+        Args:
+            x: Values on the unscaled grid, float64, (rows, formats, columns).
+            out: Buffer like x; overwritten if there is a scale.
+
+        Returns:
+            `out`, or x itself if the constants contain the scale.
+        """
         return x if self.scale is None else torch.mul(x, self.scale, out=out)
 
 
@@ -69,25 +106,30 @@ def grids_of(
     power_of_two: bool = True,
     device: torch.device | None = None,
 ) -> Grids:
-    """The grids of these formats.
+    """Return the constants of several formats under their scales.
 
     Args:
         formats: One or more formats.
-        is_scaled: Whether each is under an amax scale, which a real run would raise.
-        scale: float64, of shape (1 or rows, formats, 1 or columns), positive; None for 1.
-        power_of_two: Whether all its values are powers of two.
-        device: Where the constants are to be.
+        is_scaled: For each format, whether it has an amax scale. A real run would raise such a
+            scale, so that updated weights are not limited to the largest value.
+        scale: Positive scales, float64, (1 or rows, formats, 1 or columns); None for 1.
+        power_of_two: Whether all scales are powers of two.
+        device: The device of the constants.
+
+    Returns:
+        The constants of the grids.
 
     Raises:
-        ValueError: A format that float64 does not hold.
+        ValueError: A format exceeds float64.
     """
     for format in formats:
-        arithmetic_dtype(torch.float64, format.key, True)
-    each = [grid_of(format.key) for format in formats]
-    without_mantissa = tuple((i, g.bias) for i, g in enumerate(each) if g.steps == 1)
+        get_arithmetic_dtype(torch.float64, format.key, True)
+    each = [get_grid(format.key) for format in formats]
+    without_mantissa = tuple((i, g.bias) for i, g in enumerate(each) if g.points_per_binade == 1)
     without_subnormals = tuple(
         (i, g.first_binade) for i, g in enumerate(each) if not g.has_subnormals
     )
+    # The special cases of `round_to_grids` compare with unscaled constants.
     special = bool(without_mantissa or without_subnormals)
     folds = scale is None or (power_of_two and scale.shape[-1] == 1 and not special)
 
@@ -98,9 +140,9 @@ def grids_of(
     top = constants([g.max for g in each])
     ceiling = constants([torch.inf if s else g.max for s, g in zip(is_scaled, each, strict=True)])
     return Grids(
-        eps=constants([1 / g.steps for g in each], scaled=False),
-        first_gap=constants([g.first_binade / g.steps for g in each]),
-        last_gap=constants([g.last_binade / g.steps for g in each]),
+        eps=constants([1 / g.points_per_binade for g in each], scaled=False),
+        first_spacing=constants([g.first_binade / g.points_per_binade for g in each]),
+        last_gap=constants([g.last_binade / g.points_per_binade for g in each]),
         top=top,
         bottom=-top,
         ceiling=ceiling,
@@ -113,45 +155,64 @@ def grids_of(
 
 
 def binade_of(x: Tensor, out: Tensor) -> Tensor:
-    """The power of two below abs(x), up to `LARGEST`; 0 for 0 and for subnormals of float64."""
+    """Compute the largest power of two up to ``abs(x)``.
+
+    Args:
+        x: float64, any shape, magnitudes up to `LARGEST`.
+        out: Buffer like x; may be x.
+
+    Returns:
+        `out`. 0 and subnormal numbers of float64 give 0.
+    """
     torch.bitwise_and(bits_of(x), _EXPONENT_MASK, out=bits_of(out))
     return out
 
 
 def bits_of(x: Tensor) -> Tensor:
-    """The same memory as integers; made once for a buffer, which keeps it as `bits`."""
+    """Return the bits of a float64 tensor as an int64 view of its memory.
+
+    A buffer keeps its view in an attribute `bits`, to save creating the view in each step.
+
+    Args:
+        x: float64, any shape.
+
+    Returns:
+        int64, the shape of x, in the memory of x.
+    """
     bits: Tensor | None = getattr(x, "bits", None)
     return x.view(torch.int64) if bits is None else bits
 
 
 def round_to_grids(
-    x: Tensor, grids: Grids, narrow: Tensor, gap: Tensor, out: Tensor
+    x: Tensor, grids: Grids, narrow: Tensor, spacing: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Round to the grids of all formats, going on above their tops.
+    """Round values to the grids of all formats, which continue above their largest values.
 
-    A value is rounded to the nearest multiple of the gap at it; ties go to the even multiple, or to
-    the even code where M = 0.
+    A value is rounded to the nearest multiple of the spacing at the value. Ties go to the even
+    multiple, or to the even code if M = 0.
 
     Args:
-        x: Values as the constants count them, float64, (rows, 1 or formats, columns).
-        grids: The grids.
-        narrow: Buffer of (rows, 1, columns); overwritten.
-        gap: Buffer of (rows, formats, columns).
-        out: Buffer like `gap`.
+        x: Values as `Grids.into` returns them, float64, (rows, 1 or formats, columns).
+        grids: The constants of the formats.
+        narrow: Buffer, float64, (rows, 1, columns); overwritten.
+        spacing: Buffer, float64, (rows, formats, columns); overwritten.
+        out: Buffer like `spacing`; overwritten.
 
     Returns:
-        The distance between the grid points around x, and x rounded, in the two buffers.
+        The spacing at each value in `spacing`, and the rounded values in `out`.
     """
-    binade = binade_of(x, narrow if x.shape[1] == 1 else gap)
-    torch.maximum(torch.mul(binade, grids.eps, out=gap), grids.first_gap, out=gap)
+    binade = binade_of(x, narrow if x.shape[1] == 1 else spacing)
+    torch.maximum(torch.mul(binade, grids.eps, out=spacing), grids.first_spacing, out=spacing)
     for position, smallest_normal in grids.without_subnormals:
         below = (x if x.shape[1] == 1 else x[:, position : position + 1]).abs() < smallest_normal
-        gap[:, position : position + 1].masked_fill_(below, smallest_normal)
-    torch.add(x, gap, alpha=_ROUNDER, out=out).sub_(gap, alpha=_ROUNDER)
+        spacing[:, position : position + 1].masked_fill_(below, smallest_normal)
+    torch.add(x, spacing, alpha=_ROUNDER, out=out).sub_(spacing, alpha=_ROUNDER)
     for position, bias in grids.without_mantissa:
+        # For M = 0 the even multiple is not the even code: a tie lies at 1.5 times the spacing, and
+        # the last bit of the code is that of the exponent field.
         part = slice(position, position + 1)
-        of_format, step = (x if x.shape[1] == 1 else x[:, part]), gap[:, part]
+        value, step = (x if x.shape[1] == 1 else x[:, part]), spacing[:, part]
         code_is_even = (torch.frexp(step).exponent - 1 + bias) % 2 == 0
-        tie_to_below = (of_format.abs() == 1.5 * step) & code_is_even
-        out[:, part].copy_(torch.where(tie_to_below, step.copysign(of_format), out[:, part]))
-    return gap, out
+        tie_to_below = (value.abs() == 1.5 * step) & code_is_even
+        out[:, part].copy_(torch.where(tie_to_below, step.copysign(value), out[:, part]))
+    return spacing, out

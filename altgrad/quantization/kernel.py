@@ -1,9 +1,19 @@
-"""The one rounding kernel, exact in float32 or float64, and the constants it needs of a format.
+"""The rounding kernel: one tensor, one grid, exact in float32 or float64.
 
-Write the scaled input as y = t · p / 2**M, where p is the power of two below abs(y), never under
-2**emin. The grid points around y are then the integers around t, and p / 2**M is the distance
-between them. p comes from the exponent bits of y, so nothing here takes a logarithm, and every
-step but the rounding of t itself is exact.
+The scaled input is written as ``y = t · p / 2**M``. Here p is the largest power of two up to
+``abs(y)``, and at least ``2**emin``. The grid points around y then correspond to the integers
+around t, at a spacing of ``p / 2**M``. Rounding t to an integer therefore rounds y to the grid.
+Every other operation is exact, because it multiplies or divides by a power of two.
+
+The exponent bits of y give p without a logarithm, whose error could exceed one binade::
+
+    float32 | s eeeeeeee mmmmmmmmmmmmmmmmmmmmmmm
+    mask    | 0 11111111 00000000000000000000000   0x7F80_0000
+    y = 5.5 | 0 10000001 01100000000000000000000   1.375 · 2**2
+    p = 4   | 0 10000001 00000000000000000000000   2**2
+
+`ops` contains the public functions around this kernel, and `grids` rounds to several formats at
+once with the same idea.
 """
 
 from __future__ import annotations
@@ -19,12 +29,14 @@ from torch import Tensor
 from altgrad.quantization.float_format import FloatFormat
 
 Rounding: TypeAlias = Literal["nearest_even", "toward_zero", "up", "down", "stochastic"]
-"""How a value between two grid points is decided; the names are IEEE 754's, up being toward +∞."""
+"""The direction in which a value between two grid points is rounded. The names follow IEEE 754:
+``"up"`` is toward +∞, ``"down"`` toward −∞."""
 
+# The 8 exponent bits of binary32 and the 11 of binary64 (IEEE 754-2019, section 3.4).
 _EXPONENT_MASK = {torch.float32: 0x7F80_0000, torch.float64: 0x7FF0_0000_0000_0000}
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 _MANTISSA_BITS_AND_BIAS = {torch.float32: (23, 127), torch.float64: (52, 1023)}
-# dtype, M, emin, emax
+# dtype, M, emin, emax; narrowest first
 _ARITHMETIC = ((torch.float32, 23, -126, 127), (torch.float64, 52, -1022, 1023))
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -38,26 +50,42 @@ _ROUND_IN_PLACE: dict[Rounding, Callable[[Tensor], Tensor]] = {
 
 
 class Grid(NamedTuple):
-    """A format as the Python constants that the kernel needs, so that a compiler folds them."""
+    """A format as plain Python constants, which a compiler folds into the kernel.
+
+    Attributes:
+        max: Largest finite value.
+        first_binade: Smallest normal number, ``2**emin``.
+        last_binade: Power of two below `max`, ``2**emax``.
+        smallest: Smallest positive value.
+        points_per_binade: Number of grid points in each binade, ``2**M``.
+        bias: Bias of the exponent field.
+        overflow: Result of an overflow: inf or NaN; None if the format has neither.
+        has_negative_zero: Whether −0 is a value.
+        has_subnormals: Whether the format has subnormals.
+    """
 
     max: float
-    first_binade: float  # 2**emin
-    last_binade: float  # 2**emax
-    smallest: float  # the smallest positive value
-    steps: float  # grid points per binade, 2**M
+    first_binade: float
+    last_binade: float
+    smallest: float
+    points_per_binade: float
     bias: int
-    overflow: float | None  # what overflow becomes; None where only ±max can stand for it
+    overflow: float | None
     has_negative_zero: bool
     has_subnormals: bool
 
 
-def _constant_of_the_trace(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Cache a function of format keys and dtypes; torch.compile takes its result as constant.
+def _cache_as_constant(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Cache a function and mark its result as a constant for torch.compile.
 
-    With dynamic shapes a format's integers would otherwise turn into arguments of the compiled
-    kernel, which makes it several times slower. The mark is the one that
-    `torch.compiler.assume_constant_result` sets; calling that would import the whole compiler,
-    1.4 seconds, with AltGrad.
+    Without the mark and with dynamic shapes, torch.compile turns the integers of a format into
+    arguments of the compiled kernel, which is then several times slower.
+
+    Args:
+        function: A function of format keys and dtypes, which are hashable.
+
+    Returns:
+        The function with a cache and the mark.
     """
     cached = functools.lru_cache(maxsize=256)(function)
 
@@ -65,20 +93,23 @@ def _constant_of_the_trace(function: Callable[_P, _T]) -> Callable[_P, _T]:
     def constant(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         return cached(*args, **kwargs)  # type: ignore[arg-type]
 
+    # `torch.compiler.assume_constant_result` sets this private attribute, but calling it imports
+    # the whole compiler with AltGrad, 1.4 seconds. A test checks that torch still uses the name.
+    # https://docs.pytorch.org/docs/stable/generated/torch.compiler.assume_constant_result.html
     constant._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
     return constant
 
 
-@_constant_of_the_trace
-def grid_of(format_key: str) -> Grid:
-    """The kernel's constants for the format with this key."""
+@_cache_as_constant
+def get_grid(format_key: str) -> Grid:
+    """Return the kernel's constants for the format with this `FloatFormat.key`."""
     format = FloatFormat.from_key(format_key)
     return Grid(
         max=format.max,
         first_binade=format.smallest_normal,
         last_binade=math.ldexp(1.0, format.emax),
         smallest=format.smallest_subnormal,
-        steps=math.ldexp(1.0, format.mantissa_bits),
+        points_per_binade=math.ldexp(1.0, format.mantissa_bits),
         bias=format.bias,
         overflow=math.inf if format.has_inf else math.nan if format.has_nan else None,
         has_negative_zero=format.has_negative_zero,
@@ -86,12 +117,24 @@ def grid_of(format_key: str) -> Grid:
     )
 
 
-@_constant_of_the_trace
-def arithmetic_dtype(dtype: torch.dtype, format_key: str, scaled: bool) -> torch.dtype:
-    """The narrowest dtype, float32 or float64, at least `dtype`, in which the kernel is exact.
+@_cache_as_constant
+def get_arithmetic_dtype(dtype: torch.dtype, format_key: str, scaled: bool) -> torch.dtype:
+    """Return the narrowest dtype in which the kernel is exact.
 
-    It is where p and t fit. Under a scale x / scale may underflow as well: that does no harm below
-    half the smallest value, so this half must not be subnormal.
+    The dtype must hold every p and t. Under a scale the quotient x / scale may underflow. An
+    underflow is harmless below half the smallest value of the format, so this half must be a
+    normal number of the dtype.
+
+    Args:
+        dtype: The dtype of the input, which the result is at least as wide as.
+        format_key: The `FloatFormat.key` of the format.
+        scaled: Whether the input is divided by a scale.
+
+    Returns:
+        float32 or float64.
+
+    Raises:
+        ValueError: The format exceeds float64.
     """
     format = FloatFormat.from_key(format_key)
     for candidate, mantissa_bits, emin, emax in _ARITHMETIC:
@@ -99,72 +142,111 @@ def arithmetic_dtype(dtype: torch.dtype, format_key: str, scaled: bool) -> torch
         fits = format.mantissa_bits <= mantissa_bits and format.emax <= emax and emin <= lowest
         if fits and torch.promote_types(dtype, candidate) == candidate:
             return candidate
-    scale_limit = " - M - 1 (under a scale)" if scaled else ""
+    scale_limit = " - M - 1 (with a scale)" if scaled else ""
     raise ValueError(
         f"{format} (M {format.mantissa_bits}, emin {format.emin}, emax {format.emax}) exceeds "
-        f"float64, the widest dtype that values are rounded in; expected M <= 52, emax <= 1023 and "
-        f"emin{scale_limit} >= -1022"
+        f"float64, the widest dtype AltGrad rounds in; expected M <= 52, emax <= 1023 and "
+        f"emin{scale_limit} >= -1022: use a narrower format"
     )
 
 
 def round_in_place(
     y: Tensor, grid: Grid, rounding: Rounding, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Round y, float32 or float64, to the grid continued beyond its top; ±inf becomes NaN.
+    """Round y in place to a grid that continues beyond its largest value.
 
-    ±inf needs no value here: `quantize` clamps first, the diagnostics leave it out. The division
-    by p / 2**M is made in two steps, as is its reverse: p / 2**M may be subnormal (bf16), and
-    where a CPU or GPU flushes subnormals to zero the kernel would then divide by zero.
+    ±inf becomes NaN: `quantize` clamps y before, and the diagnostics exclude ±inf.
+
+    Args:
+        y: float32 or float64, any shape, already divided by the scale; overwritten.
+        grid: The constants of the format.
+        rounding: The rounding direction.
+        generator: The random number generator for ``"stochastic"``, on the device of y.
+
+    Returns:
+        A tensor with the dtype and shape of y. It uses the memory of y unless ties are resolved
+        for M = 0 or `rounding` is ``"stochastic"``.
     """
+    # Two divisions, and two multiplications below, instead of one by p / 2**M: this quotient is
+    # subnormal in the lowest binades of bf16, and zero where the hardware flushes subnormals.
     binade = _power_of_two_below(y).clamp_(min=grid.first_binade)
-    steps: float | Tensor = grid.steps
-    if not grid.has_subnormals:  # then nothing lies between 0 and 2**emin
-        steps = torch.full_like(y, grid.steps).masked_fill_(y.abs() < grid.first_binade, 1.0)
-    t = y.div_(binade).mul_(steps)
+    points_per_binade: float | Tensor = grid.points_per_binade
+    if not grid.has_subnormals:  # 0 and 2**emin are neighbours: one point per binade below 2**emin
+        points_per_binade = torch.full_like(y, grid.points_per_binade)
+        points_per_binade = points_per_binade.masked_fill_(y.abs() < grid.first_binade, 1.0)
+    t = y.div_(binade).mul_(points_per_binade)
     if rounding == "stochastic":
         t = _round_stochastically(t, generator)
-    elif rounding == "nearest_even" and grid.steps == 1:
+    elif rounding == "nearest_even" and grid.points_per_binade == 1:
         t = _round_to_even_code(t, binade, grid.bias)
     else:
         t = _ROUND_IN_PLACE[rounding](t)
-    return t.mul_(1 / steps).mul_(binade)
+    return t.mul_(1 / points_per_binade).mul_(binade)
 
 
-def spacing_at(y: Tensor, grid: Grid) -> Tensor:
-    """Distance between the neighbouring grid points at y, float32 or float64; NaN at NaN."""
+def compute_spacing(y: Tensor, grid: Grid) -> Tensor:
+    """Return the distance between the neighbouring grid points at each value of y.
+
+    Args:
+        y: float32 or float64, any shape, already divided by the scale.
+        grid: The constants of the format.
+
+    Returns:
+        A tensor with the dtype and shape of y, in units of y. The spacing at ±inf is that at the
+        largest value, and the spacing at NaN is NaN.
+    """
     magnitude = y.abs().clamp_(grid.first_binade, grid.last_binade)
-    gap = _power_of_two_below(magnitude).mul_(1 / grid.steps)
+    spacing = _power_of_two_below(magnitude).mul_(1 / grid.points_per_binade)
     if not grid.has_subnormals:
-        gap = torch.where(y.abs() < grid.first_binade, grid.first_binade, gap)
-    # NaN has become inf; what is added is 0, and NaN to NaN, at a third of the cost of a where.
-    return gap.add_(magnitude.sub_(magnitude))
+        spacing = torch.where(y.abs() < grid.first_binade, grid.first_binade, spacing)
+    # The mask has turned NaN into inf. magnitude − magnitude is NaN for NaN and 0 otherwise, so
+    # that the sum restores NaN; this takes a third of the time of torch.where.
+    return spacing.add_(magnitude.sub_(magnitude))
 
 
 def _power_of_two_below(y: Tensor) -> Tensor:
-    """The largest power of two up to abs(y); 0 for 0 and subnormal y, inf for inf and NaN."""
+    """Return the largest power of two up to ``abs(y)``.
+
+    The mask clears the sign and the mantissa. Thus 0 and subnormal y give 0, and inf and NaN give
+    inf.
+    """
     exponent_bits = y.view(_INTEGER[y.dtype]).bitwise_and(_EXPONENT_MASK[y.dtype])
     return exponent_bits.view(y.dtype)
 
 
-def exact_exp2(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """2**exponent in float32 or float64, exactly; exponents that are normal there."""
+def compute_exp2(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``2**exponent`` exactly.
+
+    The biased exponent is shifted into the exponent bits, because `torch.exp2` does not guarantee
+    an exact result.
+
+    Args:
+        exponent: int32 or int64, any shape. ``2**exponent`` must be a normal number of `dtype`.
+        dtype: float32 or float64.
+
+    Returns:
+        A tensor of `dtype` with the shape of `exponent`.
+    """
     mantissa_bits, bias = _MANTISSA_BITS_AND_BIAS[dtype]
     return ((exponent.to(_INTEGER[dtype]) + bias) << mantissa_bits).view(dtype)
 
 
 def _round_stochastically(t: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Away from zero with probability abs(t) − floor(abs(t)), which is 0 for a whole number.
-
-    The draw has 53 bits: one of 24 would move a tiny remainder with probability 2**-24 at least.
-    """
+    """Round away from zero with probability ``abs(t) − floor(abs(t))``, else toward zero."""
     magnitude = t.abs()
     whole = magnitude.floor()
+    # 53 random bits: among the 24 bits of float32 a draw of 0 alone has probability 2**-24, so that
+    # every remainder, however small, would be rounded up at least so often.
     draw = torch.rand(t.shape, dtype=torch.float64, device=t.device, generator=generator)
     return whole.add_(draw < magnitude.sub_(whole)).copysign_(t)
 
 
 def _round_to_even_code(t: Tensor, binade: Tensor, bias: int) -> Tensor:
-    """Nearest, for M = 0: a tie is at abs(t) = 1.5, and the code's last bit is the exponent's."""
+    """Round t to the nearest integer for M = 0, with ties to the even code.
+
+    Without mantissa bits the last bit of a code is the last bit of its exponent field. The only
+    ties of normal numbers are at ``abs(t) = 1.5``, between codes of neighbouring powers of two.
+    """
     mantissa_bits, dtype_bias = _MANTISSA_BITS_AND_BIAS[t.dtype]
     exponent = (binade.view(_INTEGER[t.dtype]) >> mantissa_bits) - dtype_bias
     code_is_even = (exponent + bias) % 2 == 0

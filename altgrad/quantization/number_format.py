@@ -1,4 +1,8 @@
-"""`NumberFormat`: what all formats of weights have in common, and which weights share a scale."""
+"""`NumberFormat`: the interface of all number formats.
+
+`FloatFormat` (`float_format`) and `BlockFormat` (`block_formats`, the next file) implement the
+protocol. `applied_scaling` decides which weights share a scale in a format.
+"""
 
 from __future__ import annotations
 
@@ -10,52 +14,60 @@ from altgrad.quantization.formats import Scaling
 if TYPE_CHECKING:
     import torch
 
+# From 16 bits on the exponent range of fp16 and bf16 suffices, and frameworks apply no scale.
 _UNSCALED_BITS = 16
 
 
-@runtime_checkable  # `get_formats` tells formats from their names
+@runtime_checkable  # `get_formats` distinguishes formats from names by isinstance
 class NumberFormat(Protocol):
-    """A format that weights can be judged for: a `FloatFormat` or a `BlockFormat`."""
+    """A number format for weights: a `FloatFormat` or a `BlockFormat`."""
 
     @property
     def name(self) -> str:
-        """Return how the format is called in log keys and tables."""
+        """The name in log keys and tables."""
 
     @property
     def element(self) -> FloatFormat:
-        """Return the format of the numbers, without the scales that they share."""
+        """The floating-point format of a single element, before scaling."""
 
     @property
     def block_size(self) -> int | None:
-        """Return how many neighbours share a scale by definition of the format, or None.
+        """The number of neighbours that share a scale by definition; None without blocks.
 
-        A format with blocks of its own is scaled by them, whatever the scaling of a run.
+        A format with a block size uses its own blocks and ignores the `scaling` argument of a run.
         """
 
     @property
     def has_tensor_scale(self) -> bool:
-        """Return whether the scales of blocks are relative to one of the whole tensor."""
+        """True if block scales are multiplied by a second scale for the whole tensor."""
 
     @property
     def power_of_two(self) -> bool:
-        """Return whether every scale is a power of two."""
+        """True if every scale is a power of two."""
 
     def is_coarser_than(self, other: torch.dtype | FloatFormat) -> bool:
-        """Return whether numbers of this dtype or format lie closer together than the format's."""
+        """Return whether the format has a larger relative spacing than a dtype or format.
+
+        Only then can weights stored in `other` show updates that this format would lose.
+
+        Args:
+            other: The dtype or format in which weights are stored now.
+        """
 
 
 def applied_scaling(format: NumberFormat, scaling: Scaling | None) -> Scaling | None:
-    """Return which weights share a scale in a format, under the scaling of a run.
+    """Return which weights share a scale in a format.
 
-    A format with blocks of its own keeps them. Formats of 16 bits have the exponents to do without
-    a scale, and are used so.
+    A format with a block size always uses its own blocks. Formats of 16 bits or more are not
+    scaled, because their exponent range covers that of weights.
 
     Args:
         format: The format.
-        scaling: What shares a scale in formats that prescribe none; None for no scale.
+        scaling: The scaling of formats without blocks: ``"tensor"``, ``"channel"`` or
+            ``("block", size)``. None for no scale.
 
     Returns:
-        A `Scaling`, or None where weights in the format are not scaled.
+        A `Scaling`, or None if weights in the format are not scaled.
     """
     if format.block_size is not None:
         return ("block", format.block_size)

@@ -1,4 +1,9 @@
-"""What a number format does to a tensor: `quantize` and, from the same kernel, `spacing`."""
+"""`quantize` and `spacing`: the public functions around the rounding kernel.
+
+Both functions check their arguments (`arguments`), choose a dtype in which the kernel is exact,
+divide by the scale, call `kernel`, and multiply by the scale again. Read `kernel` first; `scaling`,
+which computes scales, comes next.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +14,16 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from altgrad.quantization.arguments import check_input, check_out, checked_scale, full_dtype
+from altgrad.quantization.arguments import check_input, check_out, get_full_dtype, prepare_scale
 from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.formats import get_format
 from altgrad.quantization.kernel import (
     Grid,
     Rounding,
-    arithmetic_dtype,
-    grid_of,
+    compute_spacing,
+    get_arithmetic_dtype,
+    get_grid,
     round_in_place,
-    spacing_at,
 )
 
 _ROUNDINGS = get_args(Rounding)
@@ -36,80 +41,91 @@ def quantize(
 ) -> Tensor:
     """Round to the scaled grid of a format: ``scale · RN(x / scale)``.
 
-    For a power-of-two scale every value is rounded exactly once, whatever the format; grid values
-    never move. Another scale divides first, which may itself round.
+    RN rounds to the format. With a power-of-two scale every value is rounded exactly once, and
+    values on the grid do not change. With any other scale the division may round as well.
 
-    - Zero stays zero, −0 stays −0 where the format has it, else it becomes 0.
+    - 0 stays 0. −0 stays −0 if the format has −0; otherwise it becomes 0.
     - NaN stays NaN.
-    - ±inf and overflow become ±max (times scale) when saturating, else inf or NaN as the format
-      has them. As in IEEE 754 a finite value overflows only if its rounding goes away from zero,
-      so ``toward_zero`` never does. A format with neither inf nor NaN always saturates.
-    - A tie goes to the even code, also where M = 0. Without subnormals, one between 0 and the
+    - If `saturate` is True, ±inf and overflow become ±max (times the scale). If False, they become
+      inf or NaN, according to the format. A format with neither inf nor NaN always saturates.
+    - As in IEEE 754, a finite value overflows only if its rounding goes away from zero. Thus
+      ``"toward_zero"`` never overflows.
+    - A tie goes to the even code, also if M = 0. Without subnormals, a tie between 0 and the
       smallest normal number goes to 0.
-    - The gradient is passed straight through: ones everywhere, also where x saturates. The scale
-      gets none.
+    - The gradient is passed straight through: it is 1 everywhere, also where x saturates. The
+      scale has no gradient.
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape, any device.
-        format: A `FloatFormat` or the name of one.
+        format: A `FloatFormat`, or a name or dtype that `get_format` accepts.
         scale: A positive number, or a tensor of positive numbers that broadcasts to x's shape.
-            A tensor's values are not checked, which would cost a synchronisation. Under
-            torch.compile, pass a scale that changes as a tensor: each new number may recompile.
-        rounding: ``nearest_even``, ``toward_zero``, ``up``, ``down`` or ``stochastic``, which
-            moves up with the probability that makes the mean x, and never moves a grid value.
-        saturate: Whether ±inf and overflow become ±max.
-        generator: The source of randomness, on x's device; needed by stochastic rounding alone.
-        out: Where to write the result, of its shape and dtype. It may be x, but must not share
-            memory with scale.
+            The values of a tensor are not checked, to avoid a synchronisation. Under torch.compile,
+            pass a scale that changes as a tensor, because each new number may recompile.
+        rounding: ``"nearest_even"``, ``"toward_zero"``, ``"up"``, ``"down"`` or ``"stochastic"``.
+            Stochastic rounding has the mean x and does not change values on the grid.
+        saturate: If True, ±inf and overflow become ±max.
+        generator: The random number generator, on x's device. Only ``"stochastic"`` needs one.
+        out: The tensor to write to, with the shape and dtype of the result. It may be x, but must
+            not share memory with the scale.
 
     Returns:
-        A tensor of x's shape on x's device. Its dtype is x's where that holds every value of the
-        scaled grid, else float32 (float64 for float64). So that this never depends on a tensor's
-        values, half-precision x with a tensor scale gives float32. In float32, a value of a
-        format that exceeds it becomes ±inf.
+        A tensor of x's shape on x's device. Its dtype is that of x if every value of the scaled
+        grid fits, otherwise float32 (float64 for float64 x). For float16 or bfloat16 x with a
+        tensor scale it is float32, because it must not depend on values of a tensor. In float32, a
+        value of the format that exceeds float32 becomes ±inf.
 
     Raises:
-        TypeError: x is not a floating-point tensor of those dtypes, or out has another dtype.
-        ValueError: Unknown format or rounding, a format that exceeds float64, a scale that is not
-            positive and finite or does not broadcast to x, stochastic rounding without a
-            generator, out of another shape or that is the scale, or out where a gradient is
-            recorded.
+        TypeError: x is not a tensor of these dtypes, the scale is neither a number nor a
+            floating-point tensor, or `out` has another dtype.
+        ValueError: The format or rounding is unknown, or the format exceeds float64. The scale is
+            not positive and finite, or does not broadcast to x. Stochastic rounding has no
+            generator. `out` has another shape, is the scale, or a gradient would be recorded.
+
+    Examples:
+        >>> import torch
+        >>> from altgrad.quantization import quantize
+        >>> quantize(torch.tensor([0.3, 1.05, 1000.0]), "e4m3fn").tolist()
+        [0.3125, 1.0, 448.0]
 
     References:
-        Rounding and overflow as in IEEE 754-2019, section 4.3 and 7.4, and gfloat's `round_float`;
-        ties with M = 0 as in the latter.
+        Rounding and overflow follow IEEE 754-2019, sections 4.3 and 7.4, and gfloat's
+        ``round_float``. The latter also defines ties for M = 0.
     """
     key = get_format(format).key
     check_input(x)
-    scale = checked_scale(scale, x)
+    scale = prepare_scale(scale, x)
     if rounding not in _ROUNDINGS:
         raise ValueError(f"rounding={rounding!r}: expected one of {', '.join(_ROUNDINGS)}")
     if rounding == "stochastic" and generator is None:
         raise ValueError(
-            "stochastic rounding needs generator=torch.Generator(device=x.device): AltGrad never "
-            "draws from the global generator"
+            "rounding='stochastic': expected a generator, because AltGrad does not use the global "
+            "one; pass generator=torch.Generator(device=x.device)"
         )
     if out is not None:
-        check_out(out, x, scale, result_dtype(x, key, scale))
+        check_out(out, x, scale, get_result_dtype(x, key, scale))
     elif _is_differentiated(x):
         return _StraightThrough.apply(x, key, scale, rounding, saturate, generator)  # type: ignore[no-any-return, no-untyped-call]
     return _quantize(x, key, scale, rounding, saturate, generator, out)
 
 
 def _is_differentiated(x: Tensor) -> bool:
-    """Whether a derivative by x is recorded, backward or forward; the latter not when compiled."""
+    """Return whether a derivative with respect to x is recorded.
+
+    Forward-mode derivatives are not detected under torch.compile, which cannot trace `unpack_dual`.
+    """
     if torch.is_grad_enabled() and x.requires_grad:
         return True
     return not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 class _StraightThrough(torch.autograd.Function):
-    """`quantize` whose gradient is that of the identity.
+    """A `quantize` with the gradient of the identity.
 
-    ``x + (q - x).detach()`` would not do: where x is far above max it gives 0, not max.
+    The usual ``x + (q - x).detach()`` is wrong for saturated x: in floating-point arithmetic it
+    gives 0 instead of max if x is far above max.
     """
 
-    generate_vmap_rule = True
+    generate_vmap_rule = True  # torch.func.vmap then works on `forward` as it stands
 
     @staticmethod
     def forward(
@@ -124,10 +140,11 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
-        ctx.input_dtype = inputs[0].dtype
+        ctx.input_dtype = inputs[0].dtype  # the result may be wider than x
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # One gradient per argument of `forward`; only x has one.
         return gradient.to(ctx.input_dtype), None, None, None, None, None
 
 
@@ -140,10 +157,11 @@ def _quantize(
     generator: torch.Generator | None,
     out: Tensor | None,
 ) -> Tensor:
+    """Return `quantize` of checked arguments, without a gradient."""
     wide, divisor = _widen(x, format_key, scale)
-    grid = grid_of(format_key)
-    saturate = saturate or grid.overflow is None
-    # `out` may be x, so whatever is asked of x is asked before y is written.
+    grid = get_grid(format_key)
+    saturate = saturate or grid.overflow is None  # ±max is the only possible result
+    # `out` may be x, so masks of x are computed before y is written.
     infinite = None if saturate else wide.isinf()
     nonzero = wide != 0 if rounding in ("up", "down") else None
 
@@ -152,26 +170,40 @@ def _quantize(
     low, high = _clamp_limits(grid, rounding, saturate, wide.dtype)
     y = torch.clamp(y, low, high, out=buffer if divisor is None else y)
     if nonzero is not None:
-        # Below half the smallest step only the sign matters here; y itself may have underflowed.
+        # x ≠ 0 must round up or down even if x / scale has underflowed to 0. All y below half the
+        # smallest value round alike, so half the smallest value, with its sign, replaces y.
         tiny = torch.full_like(y, grid.smallest / 2).copysign_(y)
         y = torch.where(nonzero & (y.abs() < grid.smallest / 2), tiny, y)
     y = round_in_place(y, grid, rounding, generator)
     if infinite is not None and grid.overflow is not None:
         beyond = torch.full_like(y, grid.overflow).copysign_(y)
         y = torch.where(infinite | (y.abs() > grid.max), beyond, y)
-    if not grid.has_negative_zero:
+    if not grid.has_negative_zero:  # −0 == 0, so that this replaces −0
         y = torch.where(y == 0, 0.0, y)
     if divisor is not None:
         y = y.mul_(divisor)
     if out is None:
-        return y.to(result_dtype(x, format_key, scale))
+        return y.to(get_result_dtype(x, format_key, scale))
     return out if y is out else out.copy_(y)
 
 
 def _clamp_limits(
     grid: Grid, rounding: Rounding, saturate: bool, dtype: torch.dtype
 ) -> tuple[float, float]:
-    """Where to clamp before rounding: to ±max where overflow ends there, else to finite numbers."""
+    """Return the limits to clamp y to before rounding.
+
+    A limit is ±max where overflow becomes ±max: if saturating, or if the direction of rounding is
+    toward zero on that side. Elsewhere it is the largest finite number of the dtype.
+
+    Args:
+        grid: The constants of the format.
+        rounding: The rounding direction.
+        saturate: Whether overflow becomes ±max.
+        dtype: The dtype of y.
+
+    Returns:
+        The lower and the upper limit.
+    """
     beyond = torch.finfo(dtype).max
     low = grid.max if saturate or rounding in ("toward_zero", "up") else beyond
     high = grid.max if saturate or rounding in ("toward_zero", "down") else beyond
@@ -180,13 +212,25 @@ def _clamp_limits(
 
 @torch.no_grad()
 def quantize_unbounded(x: Tensor, format: FloatFormat, scale: float | Tensor = 1.0) -> Tensor:
-    """`quantize` to nearest on the grid continued beyond its top, as if the exponent had no end.
+    """Round to the nearest point of a grid that continues beyond the largest value of the format.
 
-    ±inf and NaN give NaN. Arguments as in `quantize`; returns the dtype that was computed in.
+    This is `quantize` for a format with an unlimited exponent range at the top.
+
+    Args:
+        x: float16, bfloat16, float32 or float64, any shape, any device.
+        format: The format.
+        scale: A positive number, or a tensor of positive numbers that broadcasts to x's shape.
+
+    Returns:
+        A tensor of x's shape, float32 or float64: the dtype in which the kernel is exact. ±inf and
+        NaN give NaN.
+
+    Raises:
+        ValueError: The format exceeds float64.
     """
     wide, divisor = _widen(x, format.key, scale)
     y = wide.clone() if divisor is None else wide / divisor
-    y = round_in_place(y, grid_of(format.key), "nearest_even")
+    y = round_in_place(y, get_grid(format.key), "nearest_even")
     return y if divisor is None else y.mul_(divisor)
 
 
@@ -194,64 +238,95 @@ def quantize_unbounded(x: Tensor, format: FloatFormat, scale: float | Tensor = 1
 def spacing(
     x: Tensor, format: str | torch.dtype | FloatFormat, scale: float | Tensor = 1.0
 ) -> Tensor:
-    """Distance between the neighbouring points of the scaled grid at x: the stiffness S.
+    """Return the distance between neighbouring points of the scaled grid at each value of x.
 
-    ``scale · 2**(clamp(floor(log2(abs(x) / scale)), emin, emax) − M)``: constant below the
-    smallest normal number and, beyond the top, that of the top. At 0 it is the smallest
-    subnormal; ±inf counts as the top; NaN gives NaN. Without subnormals the only neighbours
-    below the smallest normal number are that number and 0.
+    The spacing, also called stiffness S, is
+    ``scale · 2**(clamp(floor(log2(abs(x) / scale)), emin, emax) − M)``.
+
+    - Below the smallest normal number the spacing is constant: the smallest subnormal, also at 0.
+    - Above the largest value, and at ±inf, the spacing is that at the largest value.
+    - Without subnormals, the spacing below the smallest normal number is that number.
+    - NaN gives NaN.
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape, any device.
-        format: A `FloatFormat` or the name of one.
-        scale: As in `quantize`.
+        format: A `FloatFormat`, or a name or dtype that `get_format` accepts.
+        scale: A positive number, or a tensor of positive numbers that broadcasts to x's shape.
 
     Returns:
-        A tensor of x's shape, float32, or float64 for float64 x; no gradient.
+        A tensor of x's shape in units of x, without gradient: float32, or float64 for float64 x.
 
     Raises:
-        TypeError, ValueError: As `quantize`.
+        TypeError: x is not a tensor of these dtypes, or the scale is neither a number nor a
+            floating-point tensor.
+        ValueError: The format is unknown or exceeds float64, or the scale is not positive and
+            finite, or does not broadcast to x.
+
+    Examples:
+        >>> import torch
+        >>> from altgrad.quantization import spacing
+        >>> spacing(torch.tensor([0.0, 1.0, 448.0]), "e4m3fn").tolist()
+        [0.001953125, 0.125, 32.0]
     """
     key = get_format(format).key
     check_input(x)
-    scale = checked_scale(scale, x)
+    scale = prepare_scale(scale, x)
     wide, divisor = _widen(x, key, scale)
-    gap = spacing_at(wide if divisor is None else wide / divisor, grid_of(key))
-    return (gap if divisor is None else gap.mul_(divisor)).to(full_dtype(x))
+    distance = compute_spacing(wide if divisor is None else wide / divisor, get_grid(key))
+    return (distance if divisor is None else distance.mul_(divisor)).to(get_full_dtype(x))
 
 
-def result_dtype(x: Tensor, format_key: str, scale: float | Tensor) -> torch.dtype:
-    """The dtype of x where that surely holds every value of the scaled grid, else the full one.
+def get_result_dtype(x: Tensor, format_key: str, scale: float | Tensor) -> torch.dtype:
+    """Return the dtype of `quantize`'s result.
 
-    It does, if the significand fits, the largest value does, and all are multiples of the dtype's
-    smallest. A scale that is no power of two widens the significand.
+    It is the dtype of x if that dtype holds every value of the scaled grid, otherwise the full
+    dtype. A dtype holds the grid under four conditions: the scale is a power of two, the
+    significand fits, the largest value fits, and the smallest value is at least the smallest
+    subnormal of the dtype.
+
+    Args:
+        x: The tensor to round.
+        format_key: The `FloatFormat.key` of the format.
+        scale: The scale as `prepare_scale` returns it.
+
+    Returns:
+        The dtype of x, float32 or float64.
     """
-    full = full_dtype(x)
+    full = get_full_dtype(x)
     if x.dtype == full or isinstance(scale, Tensor):
         return full
-    grid, info = grid_of(format_key), torch.finfo(x.dtype)
+    grid, info = get_grid(format_key), torch.finfo(x.dtype)
     holds = (
-        math.frexp(scale)[0] == 0.5
-        and grid.steps * info.eps <= 1
+        math.frexp(scale)[0] == 0.5  # a power of two has the significand 0.5
+        and grid.points_per_binade * info.eps <= 1
         and grid.max * scale <= info.max
-        and grid.smallest * scale >= info.tiny * info.eps
+        and grid.smallest * scale >= info.tiny * info.eps  # the smallest subnormal
     )
     return x.dtype if holds else full
 
 
 def _widen(x: Tensor, format_key: str, scale: float | Tensor) -> tuple[Tensor, Tensor | None]:
-    """Bring x to the dtype in which the kernel is exact, and make the scale a tensor; None for 1.
+    """Convert x to the dtype in which the kernel is exact, and the scale to a tensor.
 
-    A number becomes a tensor on x's device because CUDA divides by a number in another way: it
-    multiplies by the reciprocal, which gives other values and overflows for scales below 2**-127.
+    A number becomes a tensor on x's device, because torch on CUDA divides by a Python number in
+    another way: it multiplies by the reciprocal. This rounds differently, and overflows for scales
+    below ``2**-127``.
+
+    Args:
+        x: The tensor to round.
+        format_key: The `FloatFormat.key` of the format.
+        scale: The scale as `prepare_scale` returns it.
+
+    Returns:
+        x in float32 or float64, and the scale as a tensor of the same dtype; None for the number 1.
     """
     if isinstance(scale, Tensor):
         at_least = torch.promote_types(x.dtype, scale.dtype)
-        dtype = arithmetic_dtype(at_least, format_key, scaled=True)
+        dtype = get_arithmetic_dtype(at_least, format_key, scaled=True)
         return x.to(dtype), scale.to(x.device, dtype)
     if scale == 1:
-        return x.to(arithmetic_dtype(x.dtype, format_key, scaled=False)), None
+        return x.to(get_arithmetic_dtype(x.dtype, format_key, scaled=False)), None
     float32 = torch.finfo(torch.float32)
     at_least = x.dtype if float32.tiny <= scale <= float32.max else torch.float64
-    dtype = arithmetic_dtype(at_least, format_key, scaled=True)
+    dtype = get_arithmetic_dtype(at_least, format_key, scaled=True)
     return x.to(dtype), torch.full((), scale, dtype=dtype, device=x.device)

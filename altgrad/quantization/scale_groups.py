@@ -1,7 +1,11 @@
-"""From the largest magnitude of a layer, channel or block to the scale of each element and format.
+"""Scales of many layers and several formats: which elements share a scale, and its value.
 
-Of layers and channels that magnitude is state: see `altgrad.monitor.scale_state`. Of blocks it is
-that of the elements at hand, which are whole blocks, in every step.
+`Sharing` maps each element to its group (its layer, or a channel of the layer) and to its block.
+`element_scales` turns amaxes into the scale of each element and format. The amaxes of layers and
+channels are kept between steps, in `altgrad.monitor.scale_state`. The amaxes of blocks are computed
+in every step from the elements at hand, which are always whole blocks.
+
+Read `scaling` and `format_set` first; the next file is `grids`, which rounds under these scales.
 """
 
 from __future__ import annotations
@@ -15,11 +19,19 @@ from torch import Tensor
 
 from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.formats import Scaling
-from altgrad.quantization.scaling import amax_of, format_scales
+from altgrad.quantization.scaling import amax_of, compute_format_scales
 
 
 def layer_amax(x: Tensor, scaling: Scaling | None) -> Tensor:
-    """(1), or (channels) where those have scales of their own: the largest finite magnitudes."""
+    """Return the amax of a layer, or of each of its channels.
+
+    Args:
+        x: The weights: float16, bfloat16, float32 or float64, any shape.
+        scaling: The scaling of the run. Only ``"channel"`` asks for amaxes of channels.
+
+    Returns:
+        float32 (float64 for float64 x): (channels,) for ``"channel"``, otherwise (1,).
+    """
     return amax_of(x, "channel" if scaling == "channel" else "tensor").view(-1)
 
 
@@ -27,14 +39,23 @@ def layer_amax(x: Tensor, scaling: Scaling | None) -> Tensor:
 def layer_amax_of_each(
     parameters: Sequence[Tensor], scaling: Scaling | None
 ) -> tuple[list[Tensor], list[bool]]:
-    """`layer_amax` of many, and whether any that it holds is 0, which is read on the host.
+    """Return the amaxes of many layers, and which of them contain a 0.
 
-    For whole tensors that is an operation for each and some for all.
+    Layers of one kind (float64 or not, and the device) share operations: whole tensors need one
+    operation each and a few for all. The amaxes are read on the host once for each kind.
+
+    Args:
+        parameters: The layers: float16, bfloat16, float32 or float64, any shape.
+        scaling: The scaling of the run. Only ``"channel"`` asks for amaxes of channels.
+
+    Returns:
+        For each layer its amaxes as `layer_amax` returns them, and True if an amax is 0.
     """
     amax: dict[int, Tensor] = {}
     has_zero: dict[int, bool] = {}
+    # Tensors of different devices or result dtypes cannot be stacked.
     kinds = [(each.dtype == torch.float64, each.device) for each in parameters]
-    take = _amax_of_channels if scaling == "channel" else _amax_of_tensors
+    take = _compute_channel_amaxes if scaling == "channel" else _compute_tensor_amaxes
     for kind in dict.fromkeys(kinds):
         alike = [position for position, each in enumerate(kinds) if each == kind]
         found, least = take([parameters[position] for position in alike])
@@ -45,96 +66,143 @@ def layer_amax_of_each(
 
 
 def tensor_amax_of(before: Tensor, amax: Tensor, sharing: Sharing | None = None) -> Tensor:
-    """(layers): the amax of each when last looked at, or what is seen of it now, if that is more.
+    """Return the amax of each layer, raised to that of its measured elements if this is larger.
 
     Args:
-        before: Elements of one layer, or those that `sharing` says.
-        amax: Of the groups of all these layers.
-        sharing: Which element and which group is of which layer.
+        before: Weights before the step: elements of one layer, or of the layers in `sharing`.
+        amax: The kept amaxes of all groups of these layers, (groups,).
+        sharing: The groups and layers of the elements; None if all elements are in one layer.
+
+    Returns:
+        A tensor (layers,) with the dtype of `amax`.
     """
     if sharing is None:
         return torch.maximum(amax.amax(), amax_of(before, "tensor")).view(1)
+    # scatter_reduce_ starts from 0, the amax of a layer without finite elements.
     largest = amax.new_zeros(sharing.layers)
-    largest.scatter_reduce_(0, sharing.layer_of_group, amax, "amax")
-    layer = sharing.layer_of_group[sharing.group]
+    largest.scatter_reduce_(0, sharing.group_layer, amax, "amax")
+    layer = sharing.group_layer[sharing.group]
     return largest.scatter_reduce_(0, layer, _finite_magnitude(before), "amax")
 
 
 def single_scales(amax: Tensor, formats: FormatSet) -> Tensor:
-    """Return the scales of layers that have a single one in every format.
+    """Return the scales of layers that have one scale, or none, in every format.
 
     Args:
-        amax: Largest magnitude of each layer, (layers).
+        amax: The amax of each layer, float32 or float64, (layers,).
         formats: The formats.
 
     Returns:
-        float64, (layers, formats); 1 for a format that is not scaled by layers.
+        float64 (layers, formats); 1 for a format without scales.
     """
     one = torch.ones(len(amax), dtype=torch.float64, device=amax.device)
     columns = [
-        format_scales(amax, format) if isinstance(applied, str) else one
+        compute_format_scales(amax, format) if isinstance(applied, str) else one
         for format, applied in zip(formats, formats.applied, strict=True)
     ]
     return torch.stack(columns, dim=1) if columns else one.view(-1, 1)[:, :0]
 
 
 class _Blocks(NamedTuple):
-    of_element: Tensor
-    layer: Tensor  # of each block
+    """The blocks of one size.
+
+    Attributes:
+        element_block: The number of the block of each element, int64 (elements,).
+        layer: The number of the layer of each block, int64 (blocks,).
+    """
+
+    element_block: Tensor
+    layer: Tensor
 
 
 class Sharing(NamedTuple):
-    """Which elements, side by side, share a scale; int64, on one device.
+    """A map from elements to the groups and blocks whose elements share a scale.
+
+    The elements of several layers lie one after the other. A group is a layer, or a channel if
+    channels have scales. Groups, blocks and layers are numbered from 0. All tensors are on one
+    device. For two layers of 2 and 4 elements, with scaling by tensor and blocks of 2::
+
+        element       | 0 1 2 3 4 5
+        group         | 0 0 1 1 1 1
+        element_block | 0 0 1 1 2 2
+        layer         | 0   1   1    (of each block)
 
     Attributes:
-        layers: How many layers they are of.
-        group: Of each element, the layer or channel that has an amax, numbered through.
-        layer_of_group: The layer of each of these.
-        blocks: By their size, to which block each element belongs, and to which layer that.
+        layers: The number of layers.
+        group: The number of the group of each element, int64 (elements,).
+        group_layer: The number of the layer of each group, int64 (groups,).
+        blocks: For each block size in elements, the block of each element and the layer of each
+            block.
     """
 
     layers: int
     group: Tensor
-    layer_of_group: Tensor
+    group_layer: Tensor
     blocks: dict[int, _Blocks]
 
     @classmethod
     def of(
         cls, shape: torch.Size, indices: Tensor, sizes: Sequence[int], scaling: Scaling | None
     ) -> Sharing:
-        """Of elements of one layer, with ascending indices in row-major order, on the CPU."""
+        """Return the sharing of some elements of one layer.
+
+        Args:
+            shape: The shape of the layer.
+            indices: Ascending flat indices of the elements, row-major: int64 (elements,), CPU.
+            sizes: The block sizes in elements.
+            scaling: The scaling of the run. With ``"channel"`` each channel is a group.
+
+        Returns:
+            The sharing, on the CPU.
+        """
         length = shape[-1] if shape else 1
         channels = shape[0] if shape and scaling == "channel" else 1
         group = indices // max(shape.numel() // max(channels, 1), 1)
         row, column = indices // max(length, 1), indices % max(length, 1)
         blocks = {}
         for size in sizes:
+            # Blocks are numbered row by row; -(-length // size) is the number of blocks in a row.
             number = row * -(-length // size) + column // size
-            different, of_element = torch.unique_consecutive(number, return_inverse=True)
-            blocks[size] = _Blocks(of_element, torch.zeros_like(different))
+            # Indices ascend, so that elements of a block are consecutive.
+            different, element_block = torch.unique_consecutive(number, return_inverse=True)
+            blocks[size] = _Blocks(element_block, torch.zeros_like(different))
         return cls(1, group, torch.zeros(1, dtype=torch.int64).expand(channels), blocks)
 
     def of_its_groups(self) -> tuple[Sharing, slice]:
-        """Of elements of one layer, with no group before or after theirs, and which those are."""
+        """Drop the groups before the first and after the last group that has an element.
+
+        Only valid for the elements of one layer.
+
+        Returns:
+            The sharing with groups numbered from 0 again, and the slice of the kept groups.
+        """
         if not len(self.group):
             return self, slice(None)
         groups = slice(int(self.group[0]), int(self.group[-1]) + 1)
-        group, layer_of_group = self.group - groups.start, self.layer_of_group[groups]
-        return self._replace(group=group, layer_of_group=layer_of_group), groups
+        group, group_layer = self.group - groups.start, self.group_layer[groups]
+        return self._replace(group=group, group_layer=group_layer), groups
 
     def padded(self, count: int) -> Sharing:
-        """With as many elements, the new ones anywhere."""
+        """Return the sharing with elements appended, which belong to group 0 and block 0.
+
+        Args:
+            count: The number of elements of the result, at least as many as now.
+        """
         more = count - len(self.group)
         group = torch.nn.functional.pad(self.group, (0, more))
         blocks = {
-            size: _Blocks(torch.nn.functional.pad(each.of_element, (0, more)), each.layer)
+            size: _Blocks(torch.nn.functional.pad(each.element_block, (0, more)), each.layer)
             for size, each in self.blocks.items()
         }
         return self._replace(group=group, blocks=blocks)
 
     @classmethod
     def joined(cls, layers: Sequence[Sharing]) -> Sharing:
-        """Of several layers, one after the other."""
+        """Join the sharings of several layers into one, in order.
+
+        Args:
+            layers: Sharings of one layer each, with equal block sizes, on one device.
+        """
         numbered = [*enumerate(layers)]
         blocks = {
             size: _Blocks(
@@ -145,18 +213,18 @@ class Sharing(NamedTuple):
         }
         return cls(
             len(layers),
-            _joined([(each.group, each.layer_of_group) for each in layers]),
-            torch.cat([each.layer_of_group + number for number, each in numbered]),
+            _joined([(each.group, each.group_layer) for each in layers]),
+            torch.cat([each.group_layer + number for number, each in numbered]),
             blocks,
         )
 
     def to(self, device: torch.device) -> Sharing:
-        """On another device."""
+        """Return the sharing on a device."""
         blocks = {
             size: _Blocks(*(part.to(device) for part in each)) for size, each in self.blocks.items()
         }
-        group, layer_of_group = self.group.to(device), self.layer_of_group.to(device)
-        return Sharing(self.layers, group, layer_of_group, blocks)
+        group, group_layer = self.group.to(device), self.group_layer.to(device)
+        return Sharing(self.layers, group, group_layer, blocks)
 
 
 def element_scales(
@@ -167,20 +235,24 @@ def element_scales(
     sharing: Sharing,
     formats: FormatSet,
 ) -> Tensor:
-    """Return the scale of each element in every format: float64, (formats, elements).
+    """Return the scale of each element in every format.
 
     Args:
-        before: The elements before the step, in one dimension; what is not finite is left out.
-        after: The elements after it: of a block of zeros, which sets no scale, these do.
-        amax: Largest magnitude of each group; None where no scale of groups is needed.
-        tensor_amax: Largest magnitude of each layer; None where no format needs that beside the
-            amax of its blocks.
-        sharing: Which elements share what.
+        before: The elements before the step, any floating-point dtype, (elements,). NaN and ±inf do
+            not count.
+        after: The elements after the step, (elements,). They set the scale of a block whose
+            elements before the step are all 0.
+        amax: The amax of each group, (groups,); None if no format needs it.
+        tensor_amax: The amax of each layer, (layers,); None if no format has a tensor scale.
+        sharing: The group and the blocks of each element.
         formats: The formats.
+
+    Returns:
+        float64 (formats, elements); 1 for a format without scales.
     """
-    sizes = _finite_magnitude(before), _finite_magnitude(after)
+    magnitudes = _finite_magnitude(before), _finite_magnitude(after)
     block_amax = {
-        size: _largest_of_each(blocks.of_element, len(blocks.layer), *sizes)
+        size: _compute_block_amaxes(blocks.element_block, len(blocks.layer), *magnitudes)
         for size, blocks in sharing.blocks.items()
     }
     scales = torch.ones(len(formats), len(before), dtype=torch.float64, device=before.device)
@@ -189,18 +261,25 @@ def element_scales(
             continue
         if isinstance(applied, str):
             assert amax is not None
-            scale.copy_(format_scales(amax, format)[sharing.group])
+            scale.copy_(compute_format_scales(amax, format)[sharing.group])
             continue
         blocks, largest = sharing.blocks[applied[1]], block_amax[applied[1]]
-        of_tensor = None
+        tensor_amaxes = None
         if format.has_tensor_scale and tensor_amax is not None:
-            of_tensor = tensor_amax[blocks.layer]
-        scale.copy_(format_scales(largest, format, of_tensor)[blocks.of_element])
+            tensor_amaxes = tensor_amax[blocks.layer]
+        scale.copy_(compute_format_scales(largest, format, tensor_amaxes)[blocks.element_block])
     return scales
 
 
 def _joined(each: Sequence[tuple[Tensor, Tensor] | _Blocks]) -> Tensor:
-    """Numbers into a table of each layer, as numbers into all these tables together."""
+    """Concatenate numbers of items, shifted so that items of all layers are numbered through.
+
+    Args:
+        each: For each layer the numbers, int64 (elements,), and a tensor with one entry per item.
+
+    Returns:
+        int64, the numbers of all layers, one layer after the other.
+    """
     joined, start = [], 0
     for numbers, table in each:
         joined.append(numbers + start)
@@ -209,37 +288,68 @@ def _joined(each: Sequence[tuple[Tensor, Tensor] | _Blocks]) -> Tensor:
 
 
 def _finite_magnitude(x: Tensor) -> Tensor:
+    """Return ``abs(x)`` in float32 or float64, with 0 for NaN and ±inf."""
     wide = x.abs().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     return wide.nan_to_num_(0.0, 0.0, 0.0)
 
 
-def _largest_of_each(of_element: Tensor, count: int, before: Tensor, after: Tensor) -> Tensor:
-    """Of each block before the step, and where that is 0 after it."""
+def _compute_block_amaxes(
+    element_block: Tensor, count: int, before: Tensor, after: Tensor
+) -> Tensor:
+    """Return the amax of each block before the step, or after it if the former is 0.
+
+    Args:
+        element_block: The number of the block of each element, int64 (elements,).
+        count: The number of blocks.
+        before: Finite magnitudes before the step, (elements,).
+        after: Finite magnitudes after the step, (elements,).
+
+    Returns:
+        A tensor (blocks,) with the dtype of the magnitudes.
+    """
     first, second = (
-        size.new_zeros(count).scatter_reduce_(0, of_element, size, "amax")
+        size.new_zeros(count).scatter_reduce_(0, element_block, size, "amax")
         for size in (before, after)
     )
+    # A block of zeros has no scale yet; that after the step shows whether an update is kept.
     return torch.where(first == 0, second, first)
 
 
-def _amax_of_tensors(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[float]]:
-    """Of those of one kind, each as (1), and the same on the host; float32 or float64."""
+def _compute_tensor_amaxes(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[float]]:
+    """Return the amax of each tensor, on the device and on the host.
+
+    Args:
+        parameters: Tensors on one device, all float64 or none.
+
+    Returns:
+        For each tensor a float32 or float64 tensor (1,), and the same amax as a float.
+    """
     wide = torch.float64 if parameters[0].dtype == torch.float64 else torch.float32
     zero = torch.zeros((), dtype=wide, device=parameters[0].device)
+    # aminmax reads each tensor once and creates no temporary, unlike abs().amax().
     ends = [torch.aminmax(each) if each.numel() else (zero, zero) for each in parameters]
     least, most = (torch.stack([end[side].to(wide) for end in ends]) for side in (0, 1))
     amax = torch.maximum(-least, most)
-    numbers = amax.tolist()
+    numbers = amax.tolist()  # one synchronisation for all tensors
     found = [*amax.view(-1, 1).unbind()]
     for position, number in enumerate(numbers):
+        # aminmax passes NaN and inf on. Such tensors are rare, so only they pay for a second look.
         if not math.isfinite(number):
-            found[position] = layer_amax(parameters[position], "tensor")  # the largest finite one
+            found[position] = layer_amax(parameters[position], "tensor")
             numbers[position] = found[position].item()
     return found, numbers
 
 
-def _amax_of_channels(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[float]]:
-    """Likewise, with the least of each on the host."""
+def _compute_channel_amaxes(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[float]]:
+    """Return the amaxes of the channels of each tensor, and the smallest of them on the host.
+
+    Args:
+        parameters: Tensors on one device, all float64 or none.
+
+    Returns:
+        For each tensor a float32 or float64 tensor (channels,), and its minimum as a float; 1 if
+        the tensor has no channels.
+    """
     found = [layer_amax(each, "channel") for each in parameters]
     one = found[0].new_ones(())
     return found, torch.stack([each.amin() if len(each) else one for each in found]).tolist()

@@ -1,4 +1,9 @@
-"""From the largest magnitude of a tensor, channel or block to the scale that fits a format."""
+"""Amax scales: from the largest finite magnitude to the scale that fits a format.
+
+`compute_scale` is the public function. `amax_of` finds the largest magnitude of a tensor, its
+channels or its blocks, and `compute_format_scales` turns them into the scales of any number format.
+Read `ops` first. `scale_groups`, after `format_set`, extends this to many layers and formats.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from altgrad.quantization.arguments import check_input, full_dtype
+from altgrad.quantization.arguments import check_input, get_full_dtype
 from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.formats import E4M3, Scaling, check_scaling, get_format
-from altgrad.quantization.kernel import exact_exp2
+from altgrad.quantization.kernel import compute_exp2
 from altgrad.quantization.number_format import NumberFormat
 from altgrad.quantization.ops import quantize
 
-# Elements of which the magnitude is taken at once: 4 MiB of float32.
+# Number of elements whose magnitude is computed at once: a temporary of 4 MiB in float32.
 _PIECE = 2**20
-# Exponents of the normal powers of two: no scale becomes 0, subnormal or infinite.
+# Exponents of the normal powers of two. Scales stay between them: 0 and inf are useless as scales,
+# and hardware may flush subnormal numbers to 0.
 _EXPONENTS = {torch.float32: (-126, 127), torch.float64: (-1022, 1023)}
 
 
@@ -30,33 +36,39 @@ def compute_scale(
     scaling: Scaling = "tensor",
     power_of_two: bool | Literal["floor"] = True,
 ) -> Tensor:
-    """The amax scale: with it, the largest magnitude of x comes to lie at the format's top.
+    """Return the amax scale, which maps the largest magnitude of x to the top of the format.
 
-    - An amax of zero, or none at all in an empty tensor, gives a scale of 1.
-    - NaN and ±inf are left out of the amax.
-    - A scale stays within 2**-126 … 2**127 (2**-1022 … 2**1023 for float64 x). For a format
-      whose max is far from 1, or a tensor at the very end of its dtype, amax / max may lie beyond,
-      and values then clip or vanish: give such tensors as float64.
+    The amax is the largest finite magnitude; NaN and ±inf are ignored. If it is 0, or x is empty,
+    the scale is 1. A scale stays within ``2**-126`` to ``2**127`` (``2**-1022`` to ``2**1023`` for
+    float64 x). If amax / max lies outside this range, values clip or become 0. This can occur at
+    the ends of the range of a dtype, or with a format whose largest value is far from 1; pass x as
+    float64 then.
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape.
-        format: A `FloatFormat` or the name of one.
+        format: A `FloatFormat`, or a name or dtype that `get_format` accepts.
         scaling: ``"tensor"``; ``"channel"``, one scale per index of dimension 0; or
-            ``("block", size)``, one per `size` neighbours along the last dimension, the tail
-            padded with zeros. A tensor without dimensions is one channel and one block.
-        power_of_two: ``True`` rounds up to ``2**ceil(log2(amax / max))``, so that nothing clips.
-            ``"floor"`` is the rule of OCP's MX formats, ``2**(floor(log2(amax)) -
-            floor(log2(max)))``, under which the top of a block may clip. ``False`` is
-            ``amax / max``: not a power of two, so that quantize divides inexactly.
+            ``("block", size)``, one scale per `size` neighbours along the last dimension. The last
+            block may be shorter. A tensor without dimensions is one channel and one block.
+        power_of_two: The rule. True rounds up to ``2**ceil(log2(amax / max))``, so that no value
+            clips. The value ``"floor"`` is the rule of OCP's MX formats,
+            ``2**(floor(log2(amax)) - floor(log2(max)))``, with which the top of a block may clip.
+            False is ``amax / max``, with which `quantize` divides inexactly.
 
     Returns:
-        float32 (float64 for float64 x) on x's device, without a gradient: no dimensions for
-        ``"tensor"``; shape ``(channels, 1, …)`` for ``"channel"``; x's shape for blocks. Nothing
-        is read back to the host.
+        float32 (float64 for float64 x) on x's device, without gradient. The shape is ``()`` for
+        ``"tensor"``, ``(channels, 1, …)`` for ``"channel"``, and x's shape for blocks. No value is
+        read on the host.
 
     Raises:
-        TypeError: x is not a floating-point tensor of those dtypes.
-        ValueError: Unknown format, scaling or power_of_two.
+        TypeError: x is not a tensor of these dtypes, or `format` is neither a name nor a format.
+        ValueError: The format, scaling or `power_of_two` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from altgrad.quantization import compute_scale
+        >>> compute_scale(torch.tensor([1000.0, -0.5]), "e4m3fn")
+        tensor(4.)
 
     References:
         OCP Microscaling Formats (MX) Specification 1.0, section 6.3 for ``"floor"``.
@@ -66,16 +78,25 @@ def compute_scale(
     if not isinstance(power_of_two, bool) and power_of_two != "floor":
         raise ValueError(f"power_of_two={power_of_two!r}: expected True, False or 'floor'")
     check_scaling(scaling)
-    scale = scale_from_amax(amax_of(x, scaling), format, power_of_two=power_of_two)
+    scale = compute_scale_from_amax(amax_of(x, scaling), format, power_of_two=power_of_two)
     if isinstance(scaling, str) or x.dim() == 0:
         return scale
     return scale.repeat_interleave(_block_size(scaling, x), dim=-1)[..., : x.shape[-1]]
 
 
-def scale_from_amax(
+def compute_scale_from_amax(
     amax: Tensor, format: FloatFormat, *, power_of_two: bool | Literal["floor"] = True
 ) -> Tensor:
-    """The scale for each largest magnitude, of the same shape and dtype; 1 for 0."""
+    """Return the scale for each amax.
+
+    Args:
+        amax: Largest finite magnitudes, float32 or float64, any shape.
+        format: The format.
+        power_of_two: The rule, as in `compute_scale`.
+
+    Returns:
+        A tensor with the dtype and shape of `amax`; 1 where `amax` is 0.
+    """
     if power_of_two is False:
         smallest, largest = _EXPONENTS[amax.dtype]
         scale = (amax / format.max).clamp_(2.0**smallest, 2.0**largest)
@@ -84,29 +105,35 @@ def scale_from_amax(
     return torch.where(amax == 0, 1.0, scale)
 
 
-def format_scales(amax: Tensor, format: NumberFormat, tensor_amax: Tensor | None = None) -> Tensor:
-    """Return the scale that weights in a format are judged and stored under.
+def compute_format_scales(
+    amax: Tensor, format: NumberFormat, tensor_amax: Tensor | None = None
+) -> Tensor:
+    """Return the scales of weights in a number format.
 
-    An E4M3 scale that would round to 0, in a block far below the amax of its tensor, is the
-    smallest one, 2**-9: a format in which all weights are 0 has no grid to move on.
+    If an E4M3 scale would round to 0, in a block far below the amax of the tensor, the smallest
+    positive E4M3 number, ``2**-9``, replaces the 0. Otherwise all weights of the block would be 0
+    and could not move.
 
     Args:
-        amax: Largest magnitude of the weights that share each scale, float32 or float64.
+        amax: The largest finite magnitude of the weights that share each scale: float32 or float64,
+            any shape.
         format: The format.
-        tensor_amax: Largest magnitude in the tensor of each block, of a shape that broadcasts; for
-            formats that have a tensor scale.
+        tensor_amax: The largest finite magnitude in the tensor that contains each block: float32 or
+            float64, a shape that broadcasts to that of `amax`. Formats without a tensor scale
+            ignore it.
 
     Returns:
-        float64 of the shape of `amax`; 1 where that is 0.
+        float64, the shape of `amax`; 1 where `amax` is 0.
     """
     if format.block_size is None:
-        return scale_from_amax(amax, format.element).double()
+        return compute_scale_from_amax(amax, format.element).double()
     amax = amax.double()
     if tensor_amax is None or not format.has_tensor_scale:
-        scale = scale_from_amax(amax, format.element, power_of_two="floor")
-        return scale.clamp_(2.0**-127, 2.0**127)  # the range of e8m0
+        scale = compute_scale_from_amax(amax, format.element, power_of_two="floor")
+        return scale.clamp_(2.0**-127, 2.0**127)  # the range of e8m0: 8 bits, bias 127
+    # 448 · 6 for NVFP4: the largest scale is then E4M3.max. arXiv 2509.25149, appendix C.
     tensor_scale = tensor_amax.double() / (E4M3.max * format.element.max)
-    # As float32, which it is stored in, neither 0 nor inf.
+    # NVFP4 stores the tensor scale as float32; clamped, it is neither 0 nor inf.
     float32 = torch.finfo(torch.float32)
     tensor_scale = tensor_scale.clamp(float32.smallest_normal, float32.max).float().double()
     scale = quantize(amax / format.element.max / tensor_scale, E4M3)
@@ -116,13 +143,18 @@ def format_scales(amax: Tensor, format: NumberFormat, tensor_amax: Tensor | None
 
 @torch.no_grad()
 def amax_of(x: Tensor, scaling: Scaling) -> Tensor:
-    """The largest finite magnitude of the tensor, or of each channel or block; 0 without one.
+    """Return the largest finite magnitude of a tensor, of each channel, or of each block.
 
-    In pieces along dimension 0, so that no second tensor of the size of x is made.
+    A large tensor is processed in pieces along dimension 0, to avoid a temporary of the size of x.
+
+    Args:
+        x: float16, bfloat16, float32 or float64, any shape.
+        scaling: ``"tensor"``, ``"channel"`` or ``("block", size)``.
 
     Returns:
-        float32 (float64 for float64 x): no dimensions for the tensor; ``(channels, 1, …)``; or, for
-        blocks, x's shape with the number of blocks for its last dimension.
+        float32 (float64 for float64 x). The shape is ``()`` for ``"tensor"``, ``(channels, 1, …)``
+        for ``"channel"``, and for blocks the shape of x with the number of blocks as last
+        dimension. A tensor, channel or block without finite elements gives 0.
     """
     length = max(_PIECE * max(x.shape[0], 1) // x.numel(), 1) if x.dim() and x.numel() else 1
     if x.dim() == 0 or length >= x.shape[0]:
@@ -133,12 +165,13 @@ def amax_of(x: Tensor, scaling: Scaling) -> Tensor:
 
 
 def _finite_magnitude(x: Tensor) -> Tensor:
-    magnitude = x.detach().abs().to(full_dtype(x))
+    """Return ``abs(x)`` in float32 or float64, with 0 for NaN and ±inf."""
+    magnitude = x.detach().abs().to(get_full_dtype(x))
     return magnitude.masked_fill_(~magnitude.isfinite(), 0.0)
 
 
 def _amax(magnitude: Tensor, scaling: Scaling) -> Tensor:
-    """The maximum of each tensor, channel or block; 0 for an empty one."""
+    """Return the maximum of a tensor, of each channel, or of each block; 0 if empty."""
     if isinstance(scaling, str) and scaling == "tensor":
         return _max_or_zero(magnitude.flatten())
     if magnitude.dim() == 0:
@@ -154,19 +187,24 @@ def _amax(magnitude: Tensor, scaling: Scaling) -> Tensor:
 
 
 def _block_size(scaling: tuple[Literal["block"], int], x: Tensor) -> int:
-    """A block is never longer than the last dimension."""
+    """Return the block size in elements, limited to the last dimension to save padding."""
     return max(min(scaling[1], x.shape[-1]), 1)
 
 
 def _max_or_zero(rows: Tensor) -> Tensor:
+    """Return the maximum along the last dimension; 0 if this dimension is empty."""
     return rows.amax(dim=-1) if rows.shape[-1] else rows.new_zeros(rows.shape[:-1])
 
 
 def _power_of_two_scale(amax: Tensor, format: FloatFormat, *, round_up: bool) -> Tensor:
-    """By exponents alone: a quotient amax / max could round to a power of two and hide the rest."""
-    significand, exponent = torch.frexp(amax)  # amax = significand · 2**exponent, from [0.5, 1)
+    """Return the scale ``2**ceil(log2(amax / max))``, or by OCP's floor rule.
+
+    Exponents and significands are compared separately, without computing amax / max. The quotient
+    could round down to a power of two, and a scale derived from it would let amax clip.
+    """
+    significand, exponent = torch.frexp(amax)  # significand in [0.5, 1)
     top_significand, top_exponent = math.frexp(format.max)
     exponent = exponent - top_exponent
     if round_up:
         exponent += (significand > top_significand).int()
-    return exact_exp2(exponent.clamp_(*_EXPONENTS[amax.dtype]), amax.dtype)
+    return compute_exp2(exponent.clamp_(*_EXPONENTS[amax.dtype]), amax.dtype)

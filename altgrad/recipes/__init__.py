@@ -1,1 +1,5 @@
-"""How weights and optimizer states are stored: `storage` keeps weights on the grid of a format."""
+"""Recipes: ways to store weights, as opposed to predictions about a way.
+
+`storage` is the only file: `WeightStorage` stores the weights of an optimizer in a number format.
+Read `altgrad.quantization` first.
+"""

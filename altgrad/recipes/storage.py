@@ -1,8 +1,11 @@
-"""`WeightStorage`: weights that really live on the grid of a number format.
+"""`WeightStorage`: training with weights stored in a number format.
 
-It does what `UpdateMonitor` predicts: no fp32 copy of the weights is kept, so that what an update
-loses in rounding is lost. It is a simulation, to find out what a run would come to: the weights
-stay in tensors of their dtype, with values that the format has, and all arithmetic is done in it.
+`UpdateMonitor` predicts how such a training would go; `WeightStorage` runs it, without an fp32 copy
+of the weights. It simulates the storage: the tensors keep their dtype and hold only values of the
+format, and torch computes in that dtype.
+
+`WeightStorage` selects layers, reacts to steps, and saves state; each `_Layer` scales and rounds
+the weights of one layer. Read `altgrad.quantization.ops` and `altgrad.quantization.scaling` first.
 """
 
 from __future__ import annotations
@@ -28,21 +31,25 @@ from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.block_formats import get_formats
 from altgrad.quantization.formats import Scaling, check_scaling
 from altgrad.quantization.number_format import NumberFormat, applied_scaling
-from altgrad.quantization.scaling import amax_of, format_scales
+from altgrad.quantization.scaling import amax_of, compute_format_scales
 
 StorageRounding = Literal["nearest_even", "stochastic"]
+"""The ways to round stored weights."""
 Compensation = Literal["kahan"]
+"""The ways to compensate for rounding errors."""
 
 
 class WeightStorage:
-    """Keeps the weights that an optimizer steps in a number format.
+    """A storage that keeps the weights of optimizers in a number format.
 
-    From `attach` on, and after each step of the optimizer, every weight is a number of the format
-    (times the scale that it shares). Scales are powers of two and only ever grow, when a weight
-    would exceed them; one of zeros is taken once they have moved. These are the scales of
-    `UpdateMonitor` but that it takes them anew after 100 observed steps, and those of blocks of
-    elements at each step, which may lower them. A weight beyond the top is stored as the top; NaN
-    and ±inf stay what they are, so that a run that diverges looks like one.
+    `attach` rounds the weights to the format, and so does each following step of an optimizer.
+    Every weight is then a value of the format times its scale. A weight beyond the largest value is
+    stored as the largest value. NaN and ±inf stay, so that a diverging run remains recognisable.
+
+    Scales are powers of two. They grow when a weight would exceed the largest value, and they never
+    shrink. A layer, channel or block of zeros gets its scale when its weights first move.
+    The scales of `UpdateMonitor` differ in one respect. The monitor recomputes scales after 100
+    observed steps, and scales of blocks in every observed step, so that its scales may shrink.
 
     Examples:
         >>> import torch
@@ -53,28 +60,33 @@ class WeightStorage:
         ...     for _ in range(100):
         ...         gain.grad = torch.ones(4)
         ...         optimizer.step()
-        >>> gain.tolist()  # each step was less than half of what bf16 can tell apart here
+        >>> gain.tolist()  # each update is less than half the spacing of bf16 below 1
         [1.0, 1.0, 1.0, 1.0]
 
     Args:
-        format: As in `altgrad.measure`, one; not nvfp4.
-        scaling: As in `altgrad.measure`: what shares a scale, in formats below 16 bits.
-        rounding: ``"nearest_even"``, or ``"stochastic"``: up or down at random, so that the mean
-            is exact and small updates arrive in the long run. What is stored first is rounded to
-            nearest in any case.
-        compensation: ``"kahan"`` keeps what rounding to nearest lost of each weight in bf16, and
-            adds it before the next rounding: 16 bits more for each weight. They lose in turn what
-            is less than about 2**-(M + 10) of the weight, for a format of M mantissa bits: 8e-6 of
-            it in bf16, 1e-4 in e4m3fn, where only stochastic rounding helps below.
-        layers: Rules for single layers, the first that matches a name holds: `formats`, one, or
-            ``enabled=False`` to leave layers as they are. How they are sampled plays no role here.
-        seed: Of the stochastic rounding, which draws nothing from torch's own generators.
+        format: A `FloatFormat`, a `BlockFormat`, or a name or dtype that
+            `altgrad.quantization.get_formats` accepts. ``nvfp4`` is not supported, because its
+            scales are not powers of two.
+        scaling: The weights that share a scale in formats of fewer than 16 bits: ``"tensor"``,
+            ``"channel"`` or ``("block", size)``. None for no scale. Block formats ignore it.
+        rounding: ``"nearest_even"`` or ``"stochastic"``. Stochastic rounding has the exact value as
+            its mean, so that small updates take effect in the long run. `attach` always rounds to
+            nearest.
+        compensation: ``"kahan"`` keeps the rounding error of each weight in bf16 and adds it before
+            the next rounding. This takes 16 bits per weight. Only with ``"nearest_even"``. Updates
+            below about ``2**-(M + 10)`` of the weight, for M mantissa bits, are still lost: 8e-6 of
+            the weight in bf16, 1e-4 in e4m3fn. For these only stochastic rounding helps.
+        layers: Rules for single layers. The first rule that matches the name of a layer applies.
+            Its `formats`, exactly one, replaces `format`; ``enabled=False`` leaves layers as they
+            are. Rules about sampling are ignored.
+        seed: The seed of stochastic rounding, which does not use the global generators of torch.
 
     Attributes:
         scaling: The `scaling` argument.
 
     Raises:
-        TypeError, ValueError: An argument that cannot be meant.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is invalid, or two arguments contradict each other.
 
     References:
         Zamirai et al., "Revisiting BFloat16 Training", arXiv 2010.06192, for stochastic rounding
@@ -99,8 +111,9 @@ class WeightStorage:
             raise ValueError(f"compensation={compensation!r}: expected None or 'kahan'")
         if compensation is not None and rounding == "stochastic":
             raise ValueError(
-                "rounding='stochastic' with compensation='kahan': expected one of them; what is "
-                "kept and rounded at random again would move weights that have no step"
+                "rounding='stochastic' and compensation='kahan': expected only one of them, "
+                "because rounding a kept error at random would move weights that have no update; "
+                "use compensation=None or rounding='nearest_even'"
             )
         self._format = _one_format((format,))
         for rule in layers:
@@ -113,41 +126,46 @@ class WeightStorage:
         self._seed = seed
         self._generators: dict[str, torch.Generator] = {}
         self._layers: dict[Tensor, _Layer] = {}
-        self._seen: set[Tensor] = set()  # at attach, and those that were told of
+        self._seen: set[Tensor] = set()  # known at attach, or warned about
         self._handles: list[RemovableHandle] = []
         self._loaded: dict[str, Mapping[str, Any]] = {}
 
     @property
     def formats(self) -> dict[str, str]:
-        """By layer the name of the format that it is stored in."""
+        """The name of the format of each stored layer, by the name of the layer."""
         return {layer.name: layer.format.name for layer in self._layers.values()}
 
     def attach(self, *optimizers: Any, module: nn.Module | None = None) -> WeightStorage:
-        """Store the weights that these optimizers step, now and after each of their steps.
+        """Round the weights of optimizers to the format, now and after each step.
 
-        Attach it before a monitor or observer, which then sees the weights as they are stored.
+        Attach the storage before a monitor or observer, so that these see the stored weights.
 
         Args:
-            optimizers: As in `StepObserver.attach`.
-            module: Says the names of the layers. Without it they are those that the optimizers
-                know, if they were made from ``named_parameters()``.
+            optimizers: One or several optimizers, or wrappers of optimizers that
+                `StepObserver.attach` accepts.
+            module: The module with the names of the layers. Without a module, names are those in
+                the optimizers, which know names if created from ``named_parameters()``.
+
+        Returns:
+            The storage itself, as a context manager that detaches on exit.
 
         Raises:
-            TypeError: No optimizer.
-            ValueError: A weight that cannot be stored so, by name; a rule that matches no layer;
-                rules, and no names that they could match.
-            RuntimeError: The optimizer is observed already, or this storage is attached.
+            TypeError: An argument is not an optimizer.
+            ValueError: A weight cannot be stored in its format, a rule matches no layer, or there
+                are rules but layers have no names.
+            RuntimeError: The storage is attached, or an optimizer is observed already.
         """
         if self._handles:
             raise RuntimeError(
-                "the storage is attached: give all optimizers to one attach(), or detach() first"
+                "the storage is attached already: give all optimizers to one attach(), or call "
+                "detach() first"
             )
         unwrapped = [unwrap(optimizer) for optimizer in optimizers]
         for optimizer in unwrapped:
             if is_hooked(optimizer):
                 raise RuntimeError(
-                    f"this {type(optimizer).__name__} is observed already, and its observer would "
-                    "see weights before they are stored: attach the storage first"
+                    f"this {type(optimizer).__name__} is observed already, so that its observer "
+                    "would see weights before they are rounded: attach the storage first"
                 )
         names = self._names(unwrapped, module)
         found = resolve_layers(
@@ -161,12 +179,13 @@ class WeightStorage:
         for parameter, name in names.items():
             layer = found[name]
             if layer.enabled and layer.formats:
-                of_rule = layer.rule is not None and layer.rule.formats is not None
-                format = _one_format(layer.formats) if of_rule else self._format
+                has_rule_format = layer.rule is not None and layer.rule.formats is not None
+                format = _one_format(layer.formats) if has_rule_format else self._format
                 layers[parameter] = self._layer(name, parameter, format)
-        self._tell_of_unknown({layer.name for layer in layers.values()})
+        self._warn_about_unknown({layer.name for layer in layers.values()})
         self._layers, self._loaded = layers, {}
         self._seen = {*names}
+        # All checks have passed, so that an error leaves every weight unchanged.
         for each in layers.values():
             each.store_first()
         for optimizer in unwrapped:
@@ -176,7 +195,7 @@ class WeightStorage:
         return self
 
     def detach(self) -> None:
-        """Store no more; the weights stay where they are. Attached again, it goes on."""
+        """Stop rounding. Weights, scales and rounding errors stay for another `attach`."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -189,24 +208,49 @@ class WeightStorage:
         self.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on exactly: scales, what was lost, random numbers."""
+        """Return the state that a resumed run needs to continue exactly.
+
+        Returns:
+            A dict with two keys.
+
+            - ``"layers"``: A dict with the state of each stored layer, by name of the layer.
+            - ``"generators"``: A dict with the state of each generator for stochastic rounding, a
+              uint8 tensor on the CPU, by name of the device.
+
+            The state of a layer is a dict with four keys.
+
+            - ``"format"``: The name of the format.
+            - ``"scaling"``: The `Scaling` of the layer; None without scales.
+            - ``"scales"``: The scales, float64; 0 where all weights have been 0; None without
+              scales. The shape is ``()`` for ``"tensor"`` and ``(channels, 1, …)`` for
+              ``"channel"``. For blocks it is that of the layer with the number of blocks as last
+              dimension.
+            - ``"lost"``: The rounding errors, bfloat16, the shape of the layer; None without
+              compensation.
+        """
         return {
             "layers": {layer.name: layer.state_dict() for layer in self._layers.values()},
             "generators": {name: each.get_state() for name, each in self._generators.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`, before `attach`, but for layers stored in another way now.
+        """Restore a `state_dict`; `attach` then applies it.
+
+        Layers whose format has changed start without scales and rounding errors. Layers whose
+        scaling has changed start without scales.
+
+        Args:
+            state: A dict from `state_dict`.
 
         Raises:
-            RuntimeError: It is attached.
-            ValueError: It is none.
+            RuntimeError: The storage is attached.
+            ValueError: `state` lacks a key of `state_dict`.
         """
         if self._handles:
-            raise RuntimeError("the storage is attached: load_state_dict() before attach()")
+            raise RuntimeError("the storage is attached: call load_state_dict() before attach()")
         if not {"layers", "generators"} <= {*state}:
             raise ValueError(
-                f"state has the keys {[*state]}: expected what WeightStorage.state_dict() gives"
+                f"state has the keys {[*state]}: expected the result of WeightStorage.state_dict()"
             )
         self._layers = {}
         self._loaded = dict(state["layers"])
@@ -218,13 +262,18 @@ class WeightStorage:
     def _names(
         self, optimizers: Sequence[Optimizer], module: nn.Module | None
     ) -> dict[Tensor, str]:
+        """Return the name of each parameter of the optimizers.
+
+        Raises:
+            ValueError: There are rules, but a parameter has no name.
+        """
         stepped = [_named_parameters(optimizer) for optimizer in optimizers]
         known = {} if module is None else parameter_names(module)
         pairs = [(known.get(p, name), p) for each in stepped for name, p in each]
         if self._rules and any(name is None for name, _ in pairs):
             raise ValueError(
-                "layers= are rules for names, and not all parameters have one: "
-                "attach(optimizer, module=model), or make the optimizer from "
+                "layers= has rules for names, but not all parameters have a name: call "
+                "attach(optimizer, module=model), or create the optimizer from "
                 "model.named_parameters()"
             )
         return parameter_names(
@@ -232,7 +281,10 @@ class WeightStorage:
         )
 
     def _layer(self, name: str, parameter: Tensor, format: NumberFormat) -> _Layer:
-        """As it was, if it is known; nothing is stored yet."""
+        """Return the `_Layer` of a parameter, with its former state if it has one.
+
+        The weights are not rounded yet.
+        """
         _check_can_be_stored(name, parameter, format)
         layer = _Layer(name, parameter, format, self.scaling, self._compensation)
         known = self._layers.get(parameter)
@@ -241,23 +293,26 @@ class WeightStorage:
             layer.load_state_dict(state)
         return layer
 
-    def _tell_of_unknown(self, names: set[str]) -> None:
+    def _warn_about_unknown(self, names: set[str]) -> None:
+        """Warn about layers of a loaded state that are not among the stored layers."""
         if unknown := [name for name in self._loaded if name not in names]:
             warnings.warn(
-                f"the state that was loaded has {len(unknown)} layers that are not stored now, "
-                f"among them {few(unknown)}: their scales and what was lost of them are "
-                "dropped; layers have other names with module= than without: attach() as before",
+                f"the loaded state has {len(unknown)} layers that are not stored now, among them "
+                f"{few(unknown)}: the scales and rounding errors of these layers are dropped. "
+                "Names differ with and without module=; call attach() as in the saved run",
                 stacklevel=3,
             )
 
     def _generator(self, device: torch.device) -> torch.Generator:
+        """Return the generator of a device, creating it on first use."""
         if str(device) not in self._generators:
             self._generators[str(device)] = torch.Generator(device).manual_seed(self._seed)
         return self._generators[str(device)]
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Round the weights after a step of an optimizer, as its hook."""
         if step_depth(optimizer) > 1:
-            return  # super().step() of one that is not over
+            return  # a super().step() within a step, which may still change the weights
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter in self._layers:
@@ -266,19 +321,20 @@ class WeightStorage:
                         generator = self._generator(parameter.device)
                     self._layers[parameter].store(self._rounding, generator)
                 elif parameter not in self._seen:
-                    self._tell_of(parameter)
+                    self._warn_about_late(parameter)
 
-    def _tell_of(self, parameter: Tensor) -> None:
+    def _warn_about_late(self, parameter: Tensor) -> None:
+        """Warn once about a parameter that was added after `attach`."""
         self._seen.add(parameter)
         warnings.warn(
             f"a parameter of shape {tuple(parameter.shape)} was added to the optimizer after "
-            "attach(), and is not stored in a format: attach the storage when all are there",
+            "attach(), and is not stored in a format: call attach() when all parameters exist",
             stacklevel=2,
         )
 
 
 class _Layer:
-    """The weights of one layer, the scales they share, and what was lost of each."""
+    """The weights of one layer, their scales, and their rounding errors."""
 
     def __init__(
         self,
@@ -293,35 +349,43 @@ class _Layer:
         self._parameter = parameter
         self.element = format.element
         self._scaling = applied_scaling(format, scaling)
-        self._scales: Tensor | None = None  # 0 where all weights have been 0 so far
+        self._scales: Tensor | None = None  # 0 where all weights have been 0
         self._lost: Tensor | None = None
         if compensation is not None:
+            # bf16 has the exponent range of float32, so that small errors do not become 0.
             self._lost = torch.zeros_like(parameter, dtype=torch.bfloat16, requires_grad=False)
 
     @torch.no_grad()
     def store_first(self) -> None:
-        """Put the weights on the grid; those that are there already, as of a resumed run, stay."""
+        """Round the weights to nearest. Weights on the grid, as in a resumed run, do not change."""
         weights = self._parameter.detach()
-        stored = self._rounded(weights, self._scale_of_each(weights), "nearest_even", None)
+        stored = self._rounded(weights, self._update_scales(weights), "nearest_even", None)
         if self._lost is not None:
-            self._lost += (weights - stored).nan_to_num(0.0)  # of what is not finite
+            self._lost += (weights - stored).nan_to_num(0.0)  # inf − inf is NaN
         self._parameter.copy_(stored)
 
     @torch.no_grad()
     def store(self, rounding: StorageRounding, generator: torch.Generator | None) -> None:
-        """Round what a step has made of the weights."""
+        """Round the weights after a step, including kept rounding errors.
+
+        Args:
+            rounding: The way to round.
+            generator: The random number generator for ``"stochastic"``, on the device of the layer.
+        """
         wanted = self._parameter.detach()
         if self._lost is not None:
             wanted = wanted + self._lost.to(wanted.dtype)
-        scale = self._scale_of_each(wanted)
+        scale = self._update_scales(wanted)
         stored = self._rounded(wanted, scale, rounding, generator)
         if self._lost is not None:
-            # Beyond the top no more than rounding can lose.
+            # Rounding loses at most one spacing. Clamping loses more beyond the largest value, and
+            # keeping all of it would hold a weight there long after its updates have turned back.
             most = spacing(stored, self.element, scale)
             self._lost.copy_(torch.clamp(wanted - stored, -most, most).nan_to_num(0.0))
         self._parameter.copy_(stored)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state of the layer, as described in `WeightStorage.state_dict`."""
         return {
             "format": self.format.name,
             "scaling": self._scaling,
@@ -330,30 +394,42 @@ class _Layer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What was stored in another format begins anew, as do scales that were shared otherwise.
+        """Restore the state of the layer.
+
+        A state of another format is ignored, and so are scales of another scaling.
+
+        Args:
+            state: A dict from `state_dict`.
 
         Raises:
-            ValueError: It is none of this layer.
+            ValueError: The state lacks a key, or a tensor has another shape than this layer needs.
         """
         if not {"format", "scaling", "scales", "lost"} <= {*state}:
             raise ValueError(
-                f"the state of {self.name} has the keys {[*state]}: expected what "
-                "WeightStorage.state_dict() gives"
+                f"the state of {self.name} has the keys {[*state]}: expected the result of "
+                "WeightStorage.state_dict()"
             )
         if state["format"] != self.format.name:
             return
         scaling, scales = self._scaling, state["scales"]
         if scaling is not None and scaling == state["scaling"] and scales is not None:
             needed = self._needed_scales(self._parameter.detach(), scaling)
-            self._scales = self._of_shape(scales, needed.shape, "scales")
+            self._scales = self._check_shape(scales, needed.shape, "scales")
         if state["lost"] is not None and self._lost is not None:
-            self._lost.copy_(self._of_shape(state["lost"], self._lost.shape, "what was lost"))
+            self._lost.copy_(self._check_shape(state["lost"], self._lost.shape, "rounding errors"))
 
-    def _of_shape(self, loaded: Tensor, shape: torch.Size, what: str) -> Tensor:
+    def _check_shape(self, loaded: Tensor, shape: torch.Size, what: str) -> Tensor:
+        """Return a loaded tensor on the device of the layer, or raise ValueError for its shape.
+
+        Args:
+            loaded: The tensor from the state.
+            shape: The shape that the layer needs.
+            what: The contents of the tensor in plural, for the error.
+        """
         if loaded.shape != shape:
             raise ValueError(
                 f"the state of {self.name} has {what} of shape {tuple(loaded.shape)}: expected "
-                f"{tuple(shape)}, as of a parameter of shape {tuple(self._parameter.shape)}"
+                f"{tuple(shape)} for a parameter of shape {tuple(self._parameter.shape)}"
             )
         return loaded.to(self._parameter.device)
 
@@ -364,15 +440,21 @@ class _Layer:
         rounding: StorageRounding,
         generator: torch.Generator | None,
     ) -> Tensor:
+        """Return the finite weights rounded to the format; NaN and ±inf stay."""
         rounded = quantize(weights, self.element, scale, rounding=rounding, generator=generator)
         return torch.where(weights.isfinite(), rounded, weights)
 
-    def _scale_of_each(self, weights: Tensor) -> float | Tensor:
-        """Grown, where that is needed for these weights."""
+    def _update_scales(self, weights: Tensor) -> float | Tensor:
+        """Raise the kept scales as far as weights need it, and return the scale of each weight.
+
+        Returns:
+            1.0 without scaling, otherwise a tensor that broadcasts to the shape of the weights.
+        """
         if self._scaling is None:
             return 1.0
         needed = self._needed_scales(weights, self._scaling)
-        # Powers of two all of them, so that what was on the grid stays on it or is a tie.
+        # All scales are powers of two, so that a weight on the grid stays on the grid or is a tie
+        # after its scale has grown.
         self._scales = needed if self._scales is None else torch.maximum(self._scales, needed)
         scales = torch.where(self._scales == 0, 1.0, self._scales)
         if isinstance(self._scaling, str) or not weights.dim():
@@ -381,27 +463,36 @@ class _Layer:
         return scales.repeat_interleave(size, dim=-1)[..., : weights.shape[-1]]
 
     def _needed_scales(self, weights: Tensor, scaling: Scaling) -> Tensor:
+        """Return the smallest scales that fit the weights, float64; 0 where all weights are 0."""
         amax = amax_of(weights, scaling)
-        return torch.where(amax == 0, 0.0, format_scales(amax, self.format))
+        return torch.where(amax == 0, 0.0, compute_format_scales(amax, self.format))
 
 
 def _one_format(formats: Any) -> NumberFormat:
+    """Return the only format among `formats`, or raise ValueError.
+
+    The scales of the format must be powers of two.
+    """
     found = get_formats(formats)
     if len(found) != 1:
         raise ValueError(
-            f"formats={tuple(map(str, found))}: expected one, weights are stored in one format"
+            f"formats={tuple(map(str, found))}: expected exactly one format to store weights in"
         )
     if not found[0].power_of_two:
         raise ValueError(
-            f"format={found[0].name!r} has scales that are no powers of two, so that each change "
-            "of them would round all weights anew: expected 'mxfp4', or a format such as 'e2m1' "
-            "with scaling=('block', 16)"
+            f"format={found[0].name!r} has scales that are not powers of two, so that each change "
+            "of a scale would round all weights again: expected 'mxfp4', or a format such as "
+            "'e2m1' with scaling=('block', 16)"
         )
     return found[0]
 
 
 def _named_parameters(optimizer: Optimizer) -> list[tuple[str | None, Tensor]]:
-    """Torch keeps the names, if the optimizer was made from ``named_parameters()``."""
+    """Return the parameters of an optimizer with their names, or with None for a name.
+
+    An optimizer created from ``named_parameters()`` keeps the names as ``"param_names"`` in its
+    groups: https://docs.pytorch.org/docs/stable/optim.html
+    """
     return [
         pair
         for group in optimizer.param_groups
@@ -412,17 +503,20 @@ def _named_parameters(optimizer: Optimizer) -> list[tuple[str | None, Tensor]]:
 
 
 def _check_can_be_stored(name: str, parameter: Tensor, format: NumberFormat) -> None:
-    leave_out = f"leave it out: SamplingRule({name!r}, enabled=False)"
+    """Raise ValueError if a parameter cannot be stored in a format."""
+    leave_out = f"exclude the layer with SamplingRule({name!r}, enabled=False)"
     if is_sharded(parameter):
         raise ValueError(
-            f"{name} is sharded: scales would be those of its shards and not of it; {leave_out}"
+            f"{name} is sharded, and scales of a local shard differ from those of the layer: "
+            f"expected a parameter that is not sharded; {leave_out}"
         )
     if parameter.dtype not in INPUT_DTYPES:
         raise ValueError(
-            f"{name} has dtype {parameter.dtype}, which cannot be rounded; {leave_out}"
+            f"{name} has dtype {parameter.dtype}; expected float16, bfloat16, float32 or float64: "
+            f"{leave_out}"
         )
     if not format.is_coarser_than(parameter.dtype):
         raise ValueError(
-            f"{name} has dtype {parameter.dtype}, which is no finer than {format.name}: expected "
-            f"weights in float32, as those that are to be stored in fewer bits; or {leave_out}"
+            f"{name} has dtype {parameter.dtype}, which is not finer than {format.name}: expected "
+            f"float32; convert the weights, or {leave_out}"
         )

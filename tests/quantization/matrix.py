@@ -1,4 +1,4 @@
-"""Every named format as a parameter of a test, those that say most in the quick suite."""
+"""Every named format as a test parameter; the quick suite uses the most informative ones."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from altgrad.quantization import FORMATS
 from tests import oracles
 
 QUICK = {"bf16", "fp16", "e4m3fn", "e5m2", "e2m1", "e0m7", "e7m0"}
-"""16, 8 and 4 bits, with and without inf and NaN, and both ends of the family E + M = 7."""
+"""Formats of 16, 8 and 4 bits, with and without inf and NaN, and the ends of E + M = 7."""
 
 EVERY_FORMAT = [
     pytest.param(format, id=name, marks=() if name in QUICK else pytest.mark.slow)

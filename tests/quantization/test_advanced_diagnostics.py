@@ -1,4 +1,4 @@
-"""DIAG-01 to 04: the twenty behaviours of the contract, each test named for its own.
+"""DIAG-01 to 04: the twenty behaviours of the contract, one test each.
 
 What holds bit for bit is in test_advanced_diagnostics_exact.py, errors and odd inputs in
 test_advanced_diagnostics_inputs.py.
@@ -71,7 +71,7 @@ def test_weight_on_the_grid_has_zero_error():
 
 
 def test_midpoint_has_positive_error():
-    """Half the spacing, also for the negative one and the one under the first subnormal."""
+    """The error is half the spacing, also for negative and subnormal midpoints."""
     error = grid_alignment_error(torch.tensor([1.0625, -1.0625, 2.0**-10]), "e4m3fn")
     assert error.tolist() == [0.0625, 0.0625, 2.0**-10]
 
@@ -141,7 +141,7 @@ def test_ulp_distance_uses_nextafter(monkeypatch, dtype):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_correlation_lies_between_minus_one_and_one(seed):
-    """Also where it is perfect and rounding would carry it to 1 + 2**-52."""
+    """A perfect correlation must not round to 1 + 2**-52."""
     weights = random_normal(200, seed=seed)
     stiffness = compute_stiffness_field(weights, 3)
     for gradients in (random_normal(200, seed=seed + 9), stiffness * 0.3, 2 - stiffness * 0.3):
@@ -153,7 +153,7 @@ def test_correlation_lies_between_minus_one_and_one(seed):
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
 def test_correlation_is_positive_when_aligned(sign):
-    """Aligned in magnitude: the gradients' sign does not matter."""
+    """The magnitudes are aligned; the sign of gradients does not matter."""
     weights = torch.tensor([0.1, 0.5, 1.0, 2.0, 8.0])
     gradients = sign * torch.tensor([0.01, 0.05, 0.1, 0.2, 0.8])
     correlation = gradient_stiffness_correlation(weights, gradients, 2)["grad_stiff_correlation"]

@@ -25,7 +25,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def _finite_codes(dtype):
-    """Every finite value from 0 up, in order."""
+    """Return every finite value from 0 up, in ascending order."""
     infinity = torch.tensor(math.inf, dtype=dtype).view(torch.int16).item()
     return torch.arange(infinity, dtype=torch.int16).view(dtype)
 
@@ -34,7 +34,7 @@ def _finite_codes(dtype):
 
 
 def _stiffness_by_frexp(weights, mantissa_bits):
-    """2**(floor(log2(abs(w))) − M) from the exponent that math.frexp reads."""
+    """Return 2**(floor(log2(abs(w))) − M), with the exponent from math.frexp."""
 
     def one(weight):
         if weight == 0 or not math.isfinite(weight):
@@ -100,7 +100,7 @@ def test_seven_mantissa_bits_are_not_bf16():
 @pytest.mark.parametrize("scale", [1.0, 2.0**-12, torch.tensor(2.0**5)], ids=str)
 @pytest.mark.parametrize("format", FORMATS)
 def test_stiffness_of_a_format_is_the_distance_of_its_neighbours(format, scale):
-    """At every midpoint and every value, subnormals included; beyond the top as at the top."""
+    """Check every value and midpoint; above the top the last spacing applies."""
     format = get_format(format)
     values = format.values()[format.values() >= 0]
     gaps = values.diff()
@@ -116,7 +116,7 @@ def test_stiffness_of_a_format_is_the_distance_of_its_neighbours(format, scale):
     assert torch.equal(result, torch.ones(3, dtype=torch.float64) * last)
 
 
-def test_stiffness_of_a_format_knows_the_subnormals_the_formula_ignores():
+def test_stiffness_of_a_format_is_constant_among_subnormals_unlike_the_formula():
     weights = torch.tensor([2.0**-9, 2.0**-7, 2.0**-6, 2.0**-5])
     formula = [2.0**-12, 2.0**-10, 2.0**-9, 2.0**-8]
     assert compute_stiffness_field(weights, 3).tolist() == formula
@@ -148,7 +148,7 @@ def test_grid_error_of_every_16_bit_value_is_not_rounded_to_16_bits(dtype):
 
 
 def test_on_grid_means_equal_not_near():
-    """Off the bf16 grid by about 1e-12: `error < 1e-10` would call all of these on it."""
+    """All weights are about 1e-12 off the bf16 grid; `error < 1e-10` would count them as on it."""
     weights = random_normal(4096) * 1e-9
     off_grid = weights[weights.bfloat16().float() != weights]
     assert off_grid.numel() > 4000
@@ -169,7 +169,7 @@ def test_grid_statistics_equal_those_of_fractions():
     assert result["grid_error_max"] == float(max(errors))
 
 
-def test_grid_error_std_of_one_weight_has_no_value():
+def test_grid_error_std_of_one_weight_is_nan():
     result = grid_alignment_statistics(torch.tensor([1.03]), "e4m3fn")
     assert math.isnan(result["grid_error_std"])
     assert result["grid_error_mean"] == result["grid_error_max"] > 0
@@ -214,7 +214,7 @@ def test_minus_one_and_one_are_symmetric(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_ulp_distance_itself_is_not_rounded_to_16_bits(dtype):
-    """Across zero the count takes a bit more than the dtype's own significand has."""
+    """A count across zero needs one bit more than the significand of the dtype has."""
     eps = torch.finfo(dtype).eps
     before, after = torch.tensor([-1.0], dtype=dtype), torch.tensor([1.0 + eps], dtype=dtype)
     distance = compute_ulp_distance(before, after)
@@ -224,7 +224,7 @@ def test_ulp_distance_itself_is_not_rounded_to_16_bits(dtype):
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
-def test_weight_that_leaves_zero_moves_a_finite_distance(sign):
+def test_a_weight_that_leaves_zero_moves_a_finite_distance(sign):
     after = torch.tensor([1e-3]) * sign
     expected = after.abs().double() * 2.0**33  # 1e-3 lies in [2**-10, 2**-9)
     for pair in ((torch.zeros(1), after), (after, -torch.zeros(1))):
@@ -234,7 +234,7 @@ def test_weight_that_leaves_zero_moves_a_finite_distance(sign):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_max_finite_has_a_neighbour(dtype):
+def test_the_largest_finite_weight_has_a_neighbour(dtype):
     top = torch.tensor([torch.finfo(dtype).max], dtype=dtype)
     below = torch.nextafter(top, torch.zeros_like(top))
     assert compute_ulp_distance(top, below).tolist() == [1.0]
@@ -252,7 +252,7 @@ def test_max_finite_has_a_neighbour(dtype):
     ],
     ids=dtype_id,
 )
-def test_from_one_end_to_the_other_is_finite(dtype):
+def test_the_distance_from_the_lowest_to_the_largest_weight_is_finite(dtype):
     top = torch.tensor([torch.finfo(dtype).max], dtype=dtype)
     expected = 2 * (2 / torch.finfo(dtype).eps - 1)
     assert compute_ulp_distance(-top, top).item() == expected
@@ -269,7 +269,7 @@ def test_zeros_of_both_signs_are_equal_and_subnormals_count(dtype):
 
 @pytest.mark.parametrize("error", [RuntimeError, NotImplementedError])
 @pytest.mark.parametrize("dtype", HALVES, ids=dtype_id)
-def test_the_same_where_nextafter_lacks_the_dtype(monkeypatch, dtype, error):
+def test_the_distance_is_the_same_if_nextafter_lacks_the_dtype(monkeypatch, dtype, error):
     values = _finite_codes(dtype)
     before = torch.cat([values, -values])
     after = before[torch.randperm(len(before), generator=torch.Generator().manual_seed(0))]
@@ -287,8 +287,8 @@ def test_the_same_where_nextafter_lacks_the_dtype(monkeypatch, dtype, error):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
-def test_another_error_of_nextafter_is_not_taken_for_a_missing_dtype(monkeypatch, dtype):
-    """Out of memory is a RuntimeError too, and the fallback knows 16 bits only."""
+def test_another_error_of_nextafter_is_raised(monkeypatch, dtype):
+    """Out of memory is a RuntimeError, too, and the fallback is for 16 bits only."""
 
     def failing(start, end):
         raise RuntimeError("out of memory")
@@ -299,7 +299,7 @@ def test_another_error_of_nextafter_is_not_taken_for_a_missing_dtype(monkeypatch
 
 
 def test_ulp_statistics_of_known_distances():
-    """An even count: the median is the mean of the middle two, which torch.median is not."""
+    """The median of an even count is the mean of the middle two, unlike that of torch.median."""
     eps = torch.finfo(torch.float32).eps
     ulps = torch.tensor([10.0, 0.0, 3.0, 1.0])
     result = ulp_statistics(torch.ones(4), 1 + ulps * eps)
@@ -332,7 +332,7 @@ def test_correlation_does_not_depend_on_the_size_of_the_gradients(dtype, factor)
 
 
 @pytest.mark.parametrize("factors", [(1, -900), (1, 900), (-900, 1), (900, 1)], ids=str)
-def test_correlation_where_squares_leave_float64(factors):
+def test_correlation_is_right_where_squares_exceed_float64(factors):
     weights = random_normal(1000, dtype=torch.float64)
     gradients = weights * (1 + 0.5 * random_normal(1000, seed=1, dtype=torch.float64))
     scaled = [x * 2.0**factor for x, factor in zip((weights, gradients), factors, strict=True)]
@@ -342,8 +342,8 @@ def test_correlation_where_squares_leave_float64(factors):
 
 @pytest.mark.parametrize("mean", [1e4, 1e6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
-def test_correlation_where_the_mean_is_far_above_the_deviation(dtype, mean):
-    """Deviations from the mean lose mean / deviation; sums of squares would lose its square."""
+def test_correlation_is_right_where_the_mean_is_far_above_the_deviation(dtype, mean):
+    """Deviations from the mean lose mean / deviation in precision, sums of squares its square."""
     weights = 1 + random_normal(5000, dtype=dtype).abs()
     gradients = mean + weights + 0.5 * random_normal(5000, seed=1, dtype=dtype)
     result = gradient_stiffness_correlation(weights, gradients, 3)["grad_stiff_correlation"]

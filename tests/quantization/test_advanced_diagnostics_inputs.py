@@ -1,4 +1,4 @@
-"""DIAG-01 to 04 on odd inputs: nothing to measure, no numbers, wrong shapes and dtypes."""
+"""DIAG-01 to 04 on unusual inputs: empty tensors, NaN and inf, wrong shapes and dtypes."""
 
 import math
 
@@ -20,7 +20,7 @@ from tests.contract import CORRELATION_KEYS, DTYPES, GRID_KEYS, ULP_KEYS, dtype_
 # Nothing to measure
 
 
-def test_empty_tensors():
+def test_empty_tensors_give_nan_or_zero():
     empty = torch.zeros(0, 3)
     assert compute_stiffness_field(empty, 3).shape == (0, 3)
     assert compute_stiffness_field(empty, format="bf16").shape == (0, 3)
@@ -39,7 +39,7 @@ def test_empty_tensors():
     ids=["zero weights", "weights not finite", "gradients not finite"],
 )
 @pytest.mark.parametrize("grid", [{"mantissa_bits": 2}, {"mantissa_bits": 7}, {"format": "bf16"}])
-def test_no_valid_weight_gives_zero_for_all_three(weights, gradients, grid):
+def test_without_valid_weights_all_three_figures_are_zero(weights, gradients, grid):
     result = gradient_stiffness_correlation(torch.tensor(weights), torch.tensor(gradients), **grid)
     assert result == dict.fromkeys(CORRELATION_KEYS, 0.0)
 
@@ -49,7 +49,7 @@ def test_no_valid_weight_gives_zero_for_all_three(weights, gradients, grid):
     [([1.0, 1.5, -1.2], [0.1, 0.2, 0.3]), ([1.0, 4.0, 8.0], [0.1, -0.1, 0.1]), ([1.0], [0.1])],
     ids=["stiffness", "gradient", "one weight"],
 )
-def test_constant_side_has_no_correlation(weights, gradients):
+def test_the_correlation_with_a_constant_is_nan(weights, gradients):
     result = gradient_stiffness_correlation(torch.tensor(weights), torch.tensor(gradients), 3)
     assert math.isnan(result["grad_stiff_correlation"])
     assert result["grad_stiff_ratio_mean"] > 0
@@ -57,7 +57,7 @@ def test_constant_side_has_no_correlation(weights, gradients):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_nan_and_inf_elementwise(dtype):
+def test_nan_and_inf_give_nan_or_inf_at_their_own_element(dtype):
     odd = torch.tensor([math.nan, math.inf, -math.inf, 1.0], dtype=dtype)
     one = torch.ones(4, dtype=dtype)
     defined = [False, False, False, True]
@@ -87,7 +87,7 @@ def test_nan_and_inf_are_left_out_of_statistics():
 
 
 @pytest.mark.parametrize("function", [compute_stiffness_field, gradient_stiffness_correlation])
-def test_exactly_one_of_mantissa_bits_and_format(function):
+def test_exactly_one_of_mantissa_bits_and_format_is_required(function):
     tensors = (torch.ones(3),) * (2 if function is gradient_stiffness_correlation else 1)
     with pytest.raises(TypeError, match=r"mantissa_bits=None and format=None.*exactly one"):
         function(*tensors)
@@ -106,7 +106,7 @@ def test_scale_without_format_is_an_error(function, scale):
 
 
 @pytest.mark.parametrize(("bits", "error"), [(-1, ValueError), (2.0, TypeError), (True, TypeError)])
-def test_mantissa_bits_is_a_count(bits, error):
+def test_mantissa_bits_is_an_int_from_0_to_256(bits, error):
     with pytest.raises(error, match=f"mantissa_bits={bits}"):
         compute_stiffness_field(torch.ones(3), bits)
 
@@ -134,7 +134,7 @@ TWO_TENSORS = {
 
 
 @pytest.mark.parametrize("function", TWO_TENSORS)
-def test_shape_mismatch_names_both(function):
+def test_the_error_for_different_shapes_names_both(function):
     function, first, second = TWO_TENSORS[function]
     with pytest.raises(ValueError, match=rf"{first} has shape \(2, 3\) and {second} \(3,\)"):
         function(torch.ones(2, 3), torch.ones(3))
@@ -156,7 +156,7 @@ def test_other_dtypes_are_errors_that_name_argument_and_dtype(function, dtype):
 
 
 @pytest.mark.parametrize("function", [compute_ulp_distance, ulp_statistics])
-def test_different_dtypes_have_no_common_ulp(function):
+def test_different_dtypes_are_refused_for_ulps(function):
     message = r"before has dtype torch\.bfloat16 and after torch\.float32"
     with pytest.raises(TypeError, match=message):
         function(torch.ones(3, dtype=torch.bfloat16), torch.ones(3))
@@ -167,7 +167,7 @@ def test_different_dtypes_have_no_common_ulp(function):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("function", [*ONE_TENSOR, *TWO_TENSORS])
-def test_inputs_stay_as_they_are_and_no_gradient_is_recorded(function, dtype):
+def test_inputs_do_not_change_and_no_gradient_is_recorded(function, dtype):
     before = torch.tensor([1.05, -700.0, -0.0, 3.0, math.inf], dtype=dtype, requires_grad=True)
     after = torch.tensor([1.25, -7.0, -0.3, 0.1, 1.0], dtype=dtype, requires_grad=True)
     inputs = (before,) if function in ONE_TENSOR else (before, after)
@@ -183,7 +183,7 @@ def test_inputs_stay_as_they_are_and_no_gradient_is_recorded(function, dtype):
 
 
 @pytest.mark.parametrize("scaling", ["tensor", "channel", ("block", 4)], ids=str)
-def test_amax_scales_of_every_kind_are_taken(scaling):
+def test_amax_scales_of_every_kind_are_accepted(scaling):
     weights, gradients = random_normal(6, 10) * 1e-4, random_normal(6, 10, seed=1)
     scale = compute_scale(weights, "e4m3fn", scaling=scaling)
     wide = scale.expand(weights.shape).double()

@@ -29,7 +29,7 @@ INFOS = {
 
 
 def oracle_scales(x: np.ndarray, name: str) -> np.ndarray:
-    """Of each block."""
+    """Return the scale of each block by the definitions."""
     info, size = INFOS[name], BLOCK_FORMATS[name].block_size
     blocks = [x[:, start : start + size] for start in range(0, x.shape[1], size)]
     amax = np.stack([np.abs(block).max(axis=1) for block in blocks], axis=1)
@@ -52,7 +52,7 @@ def weights() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
-def test_scales_are_those_of_the_specifications(name: str, weights: torch.Tensor) -> None:
+def test_scales_equal_those_of_the_specifications(name: str, weights: torch.Tensor) -> None:
     amax = amax_of(weights, ("block", BLOCK_FORMATS[name].block_size))
     scales = BLOCK_FORMATS[name].scales(amax, amax_of(weights, "tensor")).numpy()
     assert np.array_equal(scales, oracle_scales(weights.double().numpy(), name))
@@ -63,7 +63,7 @@ def test_scales_are_those_of_the_specifications(name: str, weights: torch.Tensor
 
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
-def test_figures_are_those_of_rounding_by_blocks(name: str, weights: torch.Tensor) -> None:
+def test_figures_equal_those_of_rounding_each_block(name: str, weights: torch.Tensor) -> None:
     updates = weights * torch.randn_like(weights) * 0.3
     after = weights + updates
     figures = measure(weights, after, formats=name)
@@ -88,13 +88,15 @@ def test_figures_are_those_of_rounding_by_blocks(name: str, weights: torch.Tenso
     assert 0 < figures[f"stall_frac/{name}"] < 1
 
 
-def test_ocp_rounds_the_scale_down_so_that_some_clip(weights: torch.Tensor) -> None:
+def test_the_rule_of_ocp_rounds_the_scale_down_so_that_some_weights_clip(
+    weights: torch.Tensor,
+) -> None:
     figures = measure(weights, weights * 1.01, formats=["mxfp8_e4m3", "e4m3fn"])
     assert figures["saturated_frac/mxfp8_e4m3"] > 0
     assert figures["saturated_frac/e4m3fn"] == 0
 
 
-def test_names_and_lists() -> None:
+def test_names_are_found_in_any_case_and_in_lists() -> None:
     assert get_formats(["MXFP8", "nvfp4", "bf16"])[0] is BLOCK_FORMATS["mxfp8_e4m3"]
     own = BlockFormat("mine", E4M3, 8, "e8m0")
     assert get_formats(own) == (own,)

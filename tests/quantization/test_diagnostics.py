@@ -1,7 +1,7 @@
-"""One update on a grid: against exact fractions, at the top of the grid, and on what is no number.
+"""One update on a grid: against exact fractions, at the top of the grid, and with NaN and inf.
 
-The oracle writes the values of a format out by their codes and finds the nearest by comparing
-fractions, so that nothing in it rounds.
+The oracle lists the values of a format by their codes and finds the nearest value by comparing
+fractions, so that the oracle does not round.
 """
 
 import bisect
@@ -45,14 +45,14 @@ def _value(format, code):
 
 @functools.cache
 def _values(format, clamped):
-    """The values from 0 up, by code; where nothing is clamped, 32 binades more."""
+    """Return the values from 0 up, by code, and 32 more binades if nothing is clamped."""
     top = len(format.values()) // 2
     last = top if clamped else top + 32 * 2**format.mantissa_bits
     return [_value(format, code) for code in range(last + 1)]
 
 
 def _nearest(x, format, clamped):
-    """The nearest value to a fraction; of two, the one with the even code."""
+    """Return the nearest value to a fraction; of two, that with the even code."""
     values, magnitude = _values(format, clamped), abs(x)
     upper = bisect.bisect_left(values, magnitude)
     if upper == len(values):
@@ -66,14 +66,14 @@ def _nearest(x, format, clamped):
 
 
 def _exact_effective(before, update, format, scale, clamped):
-    """The definition, for one element, in fractions."""
+    """Return the effective update of one element by the definition, in fractions."""
     before, update, scale = Fraction(before), Fraction(update), Fraction(scale)
     stored = scale * _nearest(before / scale, format, clamped=True)
     return scale * _nearest((stored + update) / scale, format, clamped) - stored
 
 
 def _steps(format, dtype):
-    """Weights of all magnitudes and updates around the threshold, ties and tops among them."""
+    """Return weights of all magnitudes and updates around the threshold, with ties and tops."""
     generator = torch.Generator().manual_seed(5)
 
     def random(low, high):
@@ -132,7 +132,7 @@ def test_update_and_stall_equal_exact_fractions(format, dtype, scale):
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=_ids)
 @pytest.mark.parametrize("format", FORMATS)
-def test_visible_equals_exact_fractions(format, dtype, scale):
+def test_visible_mask_equals_exact_fractions(format, dtype, scale):
     clamped, format = scale in {"1", "1.0"}, get_format(format)
     weights, updates = _steps(format, dtype)
     scale = SCALES[scale](weights, format)
@@ -149,7 +149,7 @@ def test_visible_equals_exact_fractions(format, dtype, scale):
     assert 0 < result.sum() < result.numel()
 
 
-def test_half_precision_step_may_be_judged_with_a_wider_update():
+def test_half_precision_weights_may_have_a_wider_update():
     weights = torch.tensor([1.0, 1.0], dtype=torch.bfloat16)
     updates = torch.tensor([2**-4 * (1 + 2**-20), 2**-4])
     for wider in (updates, updates.double()):
@@ -162,7 +162,7 @@ def test_half_precision_step_may_be_judged_with_a_wider_update():
 
 
 def test_weight_is_rounded_before_the_update_is_added():
-    """1.05 is stored as 1: what is kept of 0.05 is counted from there, not from 1.05."""
+    """1.05 is stored as 1, and the effective update is counted from 1."""
     before, update = torch.tensor([1.05]), torch.tensor([0.05])
     assert quantize(before + update, "e4m3fn").item() == 1.125  # 1.1 alone would reach it
     assert effective_update(before, update, "e4m3fn").item() == 0.0
@@ -174,7 +174,7 @@ def test_effective_update_may_overshoot():
 
 @pytest.mark.parametrize("scale", [2.0**-3, 0.1], ids=["power of two", "0.1"])
 def test_scale_recomputed_each_step_is_no_evidence_of_movement(scale):
-    """With an amax scale per side nearly all values differ, while their codes do not."""
+    """With separate amax scales before and after, nearly all values differ, but not their codes."""
     generator = torch.Generator().manual_seed(0)
     before = torch.randn(4096, generator=generator) * scale
     after = before * (1 + 1e-3 * torch.randn(4096, generator=generator))
@@ -195,9 +195,9 @@ def test_scale_recomputed_each_step_is_no_evidence_of_movement(scale):
 @pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
 @pytest.mark.parametrize("format", ["e4m3fn", "e5m2", "bf16", "e2m1", "e0m7"])
 def test_weight_on_the_grid_stalls_below_half_a_spacing(format, sign, direction):
-    """Inside a binade, for both parities of the code; a tie goes to the even code."""
+    """Check weights inside a binade with even and odd codes; a tie goes to the even code."""
     format = get_format(format)
-    # E0M7 has but one binade with codes 0 to 127; the others begin at 1 with an even code.
+    # E0M7 has only one binade, with codes 0 to 127; the others begin at 1 with an even code.
     first = 0.0 if format.exponent_bits == 0 else 1.0
     step = spacing(torch.tensor(1.0), format).item()
     inside = first + step * torch.arange(1, 2**format.mantissa_bits - (first == 0))
@@ -241,7 +241,7 @@ def test_the_number_one_clamps_at_the_top(one):
 @pytest.mark.parametrize("shape", [(), (1,), (3,)], ids=["0-d", "one", "block"])
 @pytest.mark.parametrize("factor", [1.0, 2.0**-10], ids=["one", "2**-10"])
 def test_an_amax_scale_does_not_clamp(factor, shape):
-    """A tensor equal to 1 is an amax scale too: the binade beyond max goes on from 448 to 480."""
+    """A tensor equal to 1 is an amax scale, too: the grid continues from 448 to 480."""
     before = torch.tensor([448.0, -448.0, 416.0]) * factor
     update = torch.tensor([32.0, -1000.0, 100.0]) * factor
     scale = torch.full(shape, factor)
@@ -257,14 +257,14 @@ def test_a_number_other_than_one_is_an_amax_scale():
 
 
 def test_the_update_counts_from_the_clamped_weight():
-    """A weight beyond the top is stored as max; only what is added to it goes on from there."""
+    """A weight beyond the top is stored as max, and the update is added to max."""
     before, update = torch.tensor([1000.0]), torch.tensor([32.0])
     assert effective_update(before, update, "e4m3fn", AMAX_ONE).item() == 32.0
 
 
 @pytest.mark.parametrize("format", ["e4m3fn", "e2m1"])
 def test_clamping_makes_false_stalls(format):
-    """A full spacing outwards moves every weight; with a clamp the top of each block stalls."""
+    """An update of one spacing moves every weight; with a clamp the largest of a block stalls."""
     weights = torch.randn(256, 1024, generator=torch.Generator().manual_seed(1))
     false_stalls = {}
     for power_of_two in (False, "floor", True):
@@ -280,12 +280,12 @@ def test_clamping_makes_false_stalls(format):
 
 @pytest.mark.parametrize("scale", [AMAX_ONE, 0.5], ids=["tensor", "number"])
 def test_an_unmoved_weight_beyond_the_top_is_not_visible(scale):
-    """OCP's floor rule clips, and so does a scale kept while the weights grow."""
+    """OCP's floor rule clips weights, and so does a scale that is kept while weights grow."""
     weights = torch.tensor([500.0, -1e6, 448.0])
     assert not visible_mask(weights, weights, "e4m3fn", scale).any()
 
 
-# What is no step, no number, no tensor of the kind
+# Zero updates, NaN and inf, wrong tensors
 
 
 @pytest.mark.parametrize("scale", [1.0, AMAX_ONE], ids=["number", "amax"])
@@ -299,7 +299,7 @@ def test_zero_update_does_not_stall(zero, scale):
 
 @pytest.mark.parametrize("scale", [1.0, AMAX_ONE], ids=["number", "amax"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=_ids)
-def test_nan_and_inf_neither_stall_nor_show(dtype, scale):
+def test_nan_and_inf_are_neither_stalled_nor_visible(dtype, scale):
     nan, inf = math.nan, math.inf
     before = torch.tensor([nan, inf, -inf, 1.0, 1.0, 1.0, inf, 1.0], dtype=dtype)
     update = torch.tensor([1.0, 1.0, 1.0, nan, inf, -inf, -inf, 1.0], dtype=dtype)
@@ -330,7 +330,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_shape_mismatch_names_both(function):
+def test_the_error_for_different_shapes_names_both(function):
     function, second = FUNCTIONS[function]
     with pytest.raises(ValueError, match=rf"before has shape \(2, 3\) and {second} \(3,\)"):
         function(torch.ones(2, 3), torch.ones(3), "e4m3fn")
@@ -350,7 +350,7 @@ def test_other_dtypes_are_errors_that_name_argument_and_dtype(function, dtype):
 @pytest.mark.parametrize("scale", [1.0, AMAX_ONE], ids=["number", "amax"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=_ids)
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_inputs_stay_as_they_are_and_no_gradient_is_recorded(function, dtype, scale):
+def test_inputs_do_not_change_and_no_gradient_is_recorded(function, dtype, scale):
     function, _ = FUNCTIONS[function]
     before = torch.tensor([1.05, -700.0, -0.0, 3.0], dtype=dtype, requires_grad=True)
     second = torch.tensor([0.05, -7.0, 0.3, 1e-3], dtype=dtype, requires_grad=True)

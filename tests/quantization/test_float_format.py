@@ -1,4 +1,4 @@
-"""A format as an object: what can be built, what it equals, and what it says of itself."""
+"""`FloatFormat` as an object: valid fields, equality and properties."""
 
 import copy
 import dataclasses
@@ -26,13 +26,13 @@ BINARY128 = FloatFormat("binary128", 15, 112, 16383, num_high_nans=2**112 - 1, h
 # --- a value object ------------------------------------------------------------------------------
 
 
-def test_frozen_with_slots():
+def test_a_format_is_frozen_and_has_slots():
     with pytest.raises(dataclasses.FrozenInstanceError):
         E4M3.bias = 8
     assert not hasattr(E4M3, "__dict__")
 
 
-def test_equal_and_hashable_by_all_fields():
+def test_formats_are_equal_and_hashed_by_all_fields():
     twin = FloatFormat("e4m3fn", 4, 3, 7, num_high_nans=1)
     assert twin == E4M3
     assert hash(twin) == hash(E4M3)
@@ -40,7 +40,7 @@ def test_equal_and_hashable_by_all_fields():
     assert len({E4M3, dataclasses.replace(E4M3, has_subnormals=False)}) == 2
 
 
-def test_survives_pickle_and_copy():
+def test_a_format_survives_pickle_and_copy():
     assert pickle.loads(pickle.dumps(E5M2)) == E5M2
     assert copy.deepcopy(E5M2) == E5M2
 
@@ -64,12 +64,12 @@ def test_str_is_the_name():
     ],
     ids=["finite", "high", "negative zero", "inf"],
 )
-def test_has_nan(fields, expected):
+def test_has_nan_is_true_for_high_nans_or_no_negative_zero(fields, expected):
     assert FloatFormat("mine", 4, 3, 7, **fields).has_nan is expected
 
 
 @pytest.mark.parametrize("format", [*FORMATS.values(), FloatFormat("mine", 3, 2, -9)], ids=str)
-def test_key_says_all_of_a_format(format):
+def test_from_key_restores_every_field(format):
     assert FloatFormat.from_key(format.key) == format
     assert dataclasses.replace(format, name="other").key != format.key
 
@@ -90,11 +90,11 @@ def test_formats_with_different_fields_have_different_keys():
     ],
     ids=str,
 )
-def test_is_coarser_than(name, dtype, coarser):
+def test_is_coarser_than_compares_eps(name, dtype, coarser):
     assert FORMATS[name].is_coarser_than(dtype) is coarser
 
 
-def test_torch_dtype():
+def test_torch_dtype_has_the_same_codes():
     expected = {
         E4M3: torch.float8_e4m3fn,
         E5M2: torch.float8_e5m2,
@@ -106,7 +106,7 @@ def test_torch_dtype():
     assert {f: f.torch_dtype for f in FORMATS.values() if f.torch_dtype} == expected
 
 
-def test_torch_dtype_looks_at_the_codes_and_not_at_the_name():
+def test_torch_dtype_depends_on_the_codes_and_not_on_the_name():
     assert dataclasses.replace(BF16, name="mine").torch_dtype is torch.bfloat16
     assert dataclasses.replace(BF16, has_inf=False).torch_dtype is None
     assert dataclasses.replace(E4M3, bias=8).torch_dtype is None
@@ -128,12 +128,12 @@ def test_torch_dtype_looks_at_the_codes_and_not_at_the_name():
         ({"num_high_nans": -1}, "num_high_nans=-1: expected 0 or more"),
         ({"num_high_nans": 127}, "no positive value.*codes up to 0"),
         ({"num_high_nans": 126, "has_inf": True}, "no positive value"),
-        ({"exponent_bits": 0, "mantissa_bits": 0}, "more exponent or mantissa bits"),
-        ({"exponent_bits": 0, "has_subnormals": False}, "first positive one is 8"),
+        ({"exponent_bits": 0, "mantissa_bits": 0}, "add exponent or mantissa bits"),
+        ({"exponent_bits": 0, "has_subnormals": False}, "expected at least 8"),
         ({"exponent_bits": 1, "num_high_nans": 8, "has_subnormals": False}, "no positive value"),
     ],
 )
-def test_nonsense_is_a_value_error_that_says_what_is_allowed(fields, said):
+def test_invalid_fields_are_a_value_error_that_lists_what_is_allowed(fields, said):
     fields = {"name": "mine", "exponent_bits": 4, "mantissa_bits": 3, "bias": 7} | fields
     with pytest.raises(ValueError, match=said):
         FloatFormat(**fields)
@@ -169,7 +169,7 @@ def test_the_smallest_and_strangest_formats_are_allowed(fields):
     assert quantize(torch.tensor([math.inf]).double(), format).item() == format.max
 
 
-def test_one_value_is_enough():
+def test_a_format_may_have_a_single_positive_value():
     format = FloatFormat("ternary", 1, 0, 1)
     assert format.values().tolist() == [-1, 0, 1]
 
@@ -193,6 +193,6 @@ def test_a_format_beyond_float64_can_be_built_but_not_used():
         pytest.param(FloatFormat("small", 5, 2, 1100), id="emin too small"),
     ],
 )
-def test_each_way_to_exceed_float64(format):
+def test_a_format_may_exceed_float64_in_each_of_three_ways(format):
     with pytest.raises(ValueError, match=f"{format}.*exceeds float64"):
         quantize(torch.ones(3), format)

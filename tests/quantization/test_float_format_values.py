@@ -1,4 +1,4 @@
-"""What a format derives from its fields: its range and all its values."""
+"""Properties derived from the fields of a format: its range and its values."""
 
 import math
 
@@ -75,7 +75,7 @@ def test_values_are_all_codes_decoded_by_gfloat(format):
 
 @thorough
 @given(format=formats(max_bits=11))
-def test_values_of_any_format(format):
+def test_values_of_any_format_equal_the_definition(format):
     values = format.values()
     positive = [float(value) for _, value in oracles.exact_magnitudes(format)[1:-1]]
     assert values.tolist() == [-value for value in reversed(positive)] + [0.0, *positive]
@@ -92,7 +92,7 @@ def test_values_are_a_fresh_tensor():
     assert E2M1.values().tolist()[-3:] == [3, 4, 6]
 
 
-def test_values_without_subnormals():
+def test_values_without_subnormals_skip_exponent_field_zero():
     format = FloatFormat("ftz", 2, 2, 1, has_subnormals=False)
     positive = [1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 7]
     assert format.values()[12:].tolist() == [0, *positive]
@@ -100,5 +100,5 @@ def test_values_without_subnormals():
 
 def test_values_of_a_wide_format_is_an_error():
     fp32 = FloatFormat("fp32", 8, 23, 127, num_high_nans=2**23 - 1, has_inf=True)
-    with pytest.raises(ValueError, match=r"fp32 has 32 bits .* at most 24"):
+    with pytest.raises(ValueError, match=r"fp32 has 32 bits.* at most 24 bits"):
         fp32.values()

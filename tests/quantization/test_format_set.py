@@ -1,4 +1,4 @@
-"""`FormatSet`: what formats and a scaling ask of a measurement, by loops over elements."""
+"""`FormatSet` against loops over elements: what formats and a scaling need of a measurement."""
 
 import math
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ SETS = [*chain.from_iterable(combinations(NAMES, count) for count in range(len(N
 every_scaling = pytest.mark.parametrize("scaling", SCALINGS, ids=str)
 
 BLOCKS_OF = {"mxfp4": 32, "nvfp4": 16}
-"""Formats that prescribe blocks, and their size (OCP MX 1.0, table 1; arXiv 2509.25149)."""
+"""Block formats and their block sizes (OCP MX 1.0, table 1; arXiv 2509.25149)."""
 
 
 def sharing(name: str, scaling: Any) -> list[int] | None:
-    """Which scale each element of a (CHANNELS, LENGTH) matrix has, numbered; None without one."""
+    """Number the scale of each element of a (CHANNELS, LENGTH) matrix; None without scales."""
     if name in BLOCKS_OF:
         kind, size = "block", BLOCKS_OF[name]
     elif scaling is None or name == "bf16":
@@ -38,7 +38,7 @@ def sharing(name: str, scaling: Any) -> list[int] | None:
 
 
 def runs(groups: Sequence[int]) -> set[int]:
-    """Lengths of the runs of equal numbers along the last dimension."""
+    """Return the lengths of runs of equal numbers along the last dimension."""
     found = set()
     for row in range(CHANNELS):
         part = groups[row * LENGTH : (row + 1) * LENGTH]
@@ -49,7 +49,7 @@ def runs(groups: Sequence[int]) -> set[int]:
 
 @every_scaling
 @pytest.mark.parametrize("names", SETS, ids="+".join)
-def test_what_a_set_asks_is_what_any_of_its_formats_asks(names: Any, scaling: Any) -> None:
+def test_a_set_needs_what_any_of_its_formats_needs(names: Any, scaling: Any) -> None:
     found = FormatSet(names, scaling)
     groups = [each for name in names if (each := sharing(name, scaling)) is not None]
     in_blocks = [each for each in groups if runs(each) != {LENGTH}]
@@ -96,7 +96,7 @@ def gap_above_one(dtype: Any) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_format_is_judged_where_weights_are_stored_finer(dtype: torch.dtype) -> None:
+def test_a_format_is_judged_if_weights_are_stored_finer(dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     stored = gap_above_one(getattr(ml_dtypes if dtype == torch.bfloat16 else np, name))
     gaps = {"bf16": 2**-7, "fp16": 2**-10, "e4m3fn": 2**-3, "mxfp4": 0.5}
@@ -119,6 +119,6 @@ def test_two_formats_of_one_name_are_refused() -> None:
         FormatSet(["nvfp4", FloatFormat("nvfp4", 2, 1, 1)])
 
 
-def test_it_says_what_it_is() -> None:
+def test_repr_shows_names_and_scaling() -> None:
     assert repr(FormatSet("bf16", None)) == "FormatSet(('bf16',), scaling=None)"
     assert math.lcm() == FormatSet([]).block == 1

@@ -1,4 +1,4 @@
-"""Many formats at once equal each alone, bit for bit: there is one way to round."""
+"""Rounding to many formats at once equals rounding to each alone, bit for bit."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ PLAIN = tuple(f for f in EVERY if f.mantissa_bits and f.has_subnormals)
 
 
 def values() -> Tensor:
-    """Every grid point and tie of the narrow formats, both neighbours of each, and all binades."""
+    """Return all grid points and ties of narrow formats, with neighbours, and all binades."""
     points = torch.cat([f.values() for f in EVERY if f.bits <= 8])
     points = torch.cat([points, (points[1:] + points[:-1]) / 2]).unique()
     up, down = (points.nextafter(torch.tensor(end)) for end in (torch.inf, -torch.inf))
@@ -30,20 +30,20 @@ def values() -> Tensor:
 
 
 def rounded(x: Tensor, grids: Grids) -> tuple[Tensor, Tensor]:
-    """Value and gap of (elements,) on each grid: (formats, elements)."""
+    """Return values and spacings of (elements,) on each grid, (formats, elements)."""
     x = x.view(1, 1, -1)
     shape = 1, grids.eps.shape[1], x.shape[-1]
     a, b, c = (torch.empty(shape, dtype=torch.float64) for _ in range(3))
     inner = grids.into(x, a)
-    gap, value = round_to_grids(inner, grids, torch.empty_like(x), b, c)
-    assert gap is b
+    spacing, value = round_to_grids(inner, grids, torch.empty_like(x), b, c)
+    assert spacing is b
     assert value is c
-    return grids.back(value)[0], grids.back(gap)[0]
+    return grids.back(value)[0], grids.back(spacing)[0]
 
 
 @pytest.mark.parametrize("formats", [PLAIN, EVERY], ids=["plain", "every"])
 @pytest.mark.parametrize("scale", [None, 1.0, 2.0**-7, 2.0**20, 0.3])
-def test_each_format_is_rounded_as_alone(
+def test_rounding_to_several_formats_equals_rounding_to_each(
     formats: tuple[FloatFormat, ...], scale: float | None
 ) -> None:
     x = values()
@@ -52,23 +52,23 @@ def test_each_format_is_rounded_as_alone(
         factors = torch.full((1, len(formats), 1), scale, dtype=torch.float64)
     grids = grids_of(formats, [True] * len(formats), factors, power_of_two=scale != 0.3)
     assert (grids.scale is None) is (formats is PLAIN and scale != 0.3) or scale is None
-    value, gap = rounded(x, grids)
+    value, spacing = rounded(x, grids)
     for position, format in enumerate(formats):
         number = torch.tensor(scale or 1.0, dtype=torch.float64)
         expected = quantize_unbounded(x, format, number)
         wrong = value[position] != expected
         assert not wrong.any(), (format, x[wrong][:3], value[position][wrong][:3])
-        assert torch.equal(gap[position], unbounded_gap(x, format, number)), format
+        assert torch.equal(spacing[position], unbounded_spacing(x, format, number)), format
 
 
-def unbounded_gap(x: Tensor, format: FloatFormat, scale: Tensor) -> Tensor:
-    """``scale · 2**(max(floor(log2(abs(x) / scale)), emin) − M)``: it goes on above the top."""
+def unbounded_spacing(x: Tensor, format: FloatFormat, scale: Tensor) -> Tensor:
+    """Return ``scale · 2**(max(floor(log2(abs(x) / scale)), emin) − M)``, also above the top."""
     y = (x / scale).abs().numpy()
     exponents = np.where(y == 0, format.emin, np.frexp(y)[1] - 1).clip(format.emin)
-    gap = np.ldexp(1.0, exponents - format.mantissa_bits)
+    spacing = np.ldexp(1.0, exponents - format.mantissa_bits)
     if not format.has_subnormals:  # the only neighbours below the first number are it and 0
-        gap = np.where(y < format.smallest_normal, format.smallest_normal, gap)
-    return torch.from_numpy(gap) * scale
+        spacing = np.where(y < format.smallest_normal, format.smallest_normal, spacing)
+    return torch.from_numpy(spacing) * scale
 
 
 def test_a_row_may_have_a_scale_of_its_own() -> None:

@@ -1,4 +1,4 @@
-"""The constants of the rounding kernel, and what it does that `quantize` hides."""
+"""The constants of the rounding kernel, and its behaviour above the largest value."""
 
 import math
 
@@ -7,11 +7,11 @@ import torch
 
 from altgrad.quantization import BF16, E4M3, E7M0, FORMATS, FP16, FloatFormat
 from altgrad.quantization.kernel import (
-    arithmetic_dtype,
-    exact_exp2,
-    grid_of,
+    compute_exp2,
+    compute_spacing,
+    get_arithmetic_dtype,
+    get_grid,
     round_in_place,
-    spacing_at,
 )
 from tests import oracles
 from tests.quantization.matrix import EVERY_FORMAT
@@ -21,14 +21,14 @@ FTZ = FloatFormat("ftz", 3, 2, 3, has_subnormals=False)
 
 
 @pytest.mark.parametrize("format", [*EVERY_FORMAT, pytest.param(FTZ, id="ftz")])
-def test_constants_are_those_of_the_values_of_the_format(format):
+def test_constants_equal_those_derived_from_the_values(format):
     magnitudes = [value for _, value in oracles.exact_magnitudes(format)[:-1]]
-    grid = grid_of(format.key)
+    grid = get_grid(format.key)
     assert grid.max == magnitudes[-1]
     assert grid.smallest == magnitudes[1]
     assert grid.first_binade == 2.0 ** (1 - format.bias)
     assert grid.last_binade == max(2.0 ** oracles.floor_log2(magnitudes[-1]), grid.first_binade)
-    step = grid.last_binade / grid.steps
+    step = grid.last_binade / grid.points_per_binade
     assert step == oracles.exact_spacing(grid.max, format)
     assert all(value % step == 0 for value in magnitudes if value >= grid.last_binade)
 
@@ -43,8 +43,8 @@ def test_constants_are_those_of_the_values_of_the_format(format):
     ],
     ids=str,
 )
-def test_overflow_becomes_what_the_format_has_for_it(format, overflow, has_negative_zero):
-    grid = grid_of(format.key)
+def test_overflow_is_inf_or_nan_as_the_format_has_them(format, overflow, has_negative_zero):
+    grid = get_grid(format.key)
     assert repr(grid.overflow) == repr(overflow)
     assert grid.has_negative_zero is has_negative_zero
 
@@ -65,9 +65,9 @@ def test_overflow_becomes_what_the_format_has_for_it(format, overflow, has_negat
     ],
     ids=str,
 )
-def test_the_arithmetic_is_the_narrowest_that_is_exact(format, dtype, plain, scaled):
-    assert arithmetic_dtype(dtype, format.key, False) is plain
-    assert arithmetic_dtype(dtype, format.key, True) is scaled
+def test_the_arithmetic_dtype_is_the_narrowest_exact_one(format, dtype, plain, scaled):
+    assert get_arithmetic_dtype(dtype, format.key, False) is plain
+    assert get_arithmetic_dtype(dtype, format.key, True) is scaled
 
 
 @pytest.mark.parametrize(
@@ -76,35 +76,35 @@ def test_the_arithmetic_is_the_narrowest_that_is_exact(format, dtype, plain, sca
     ids=str,
 )
 def test_every_normal_power_of_two_is_exact(dtype, exponents):
-    powers = exact_exp2(torch.tensor(exponents), dtype)
+    powers = compute_exp2(torch.tensor(exponents), dtype)
     assert powers.dtype is dtype
     assert powers.tolist() == [math.ldexp(1.0, exponent) for exponent in exponents]
 
 
-def test_rounding_goes_on_above_the_top_and_knows_no_infinity():
+def test_rounding_continues_above_the_top_and_turns_infinity_into_nan():
     y = torch.tensor([447.0, 500.0, -1000.0, 3e38, math.inf, -math.inf, math.nan])
-    rounded = round_in_place(y, grid_of(E4M3.key), "nearest_even")
+    rounded = round_in_place(y, get_grid(E4M3.key), "nearest_even")
     assert rounded.data_ptr() == y.data_ptr()
     assert rounded[:3].tolist() == [448.0, 512.0, -1024.0]
     assert rounded[3] == 14 * 2.0**124  # of 8 … 15 in the last binade of float32
     assert rounded[4:].isnan().all()
 
 
-def test_the_spacing_ends_at_the_top_and_leaves_its_argument():
+def test_the_spacing_is_constant_above_the_top_and_y_does_not_change():
     y = torch.tensor([0.0, 2.0**-9, 2.0**-6, 1.0, 1.9, -2.0, 448.0, 1e30, math.inf, math.nan])
     before = y.clone()
-    gap = spacing_at(y, grid_of(E4M3.key))
+    gap = compute_spacing(y, get_grid(E4M3.key))
     expected = [2.0**-9, 2.0**-9, 2.0**-9, 2.0**-3, 2.0**-3, 2.0**-2, 32, 32, 32, math.nan]
     oracles.assert_same_values(gap, torch.tensor(expected), y)
     oracles.assert_same_values(y, before)
 
 
-def test_torch_marks_a_constant_result_as_we_do():
-    """`torch.compiler.assume_constant_result` imports the compiler; we set its mark ourselves."""
+def test_torch_marks_constant_results_with_the_same_attribute():
+    """The kernel sets the attribute itself, because calling torch would import the compiler."""
 
     def function():
         return 1
 
     torch.compiler.assume_constant_result(function)
     assert vars(function) == {"_dynamo_marked_constant": True}
-    assert vars(grid_of)["_dynamo_marked_constant"] is True
+    assert vars(get_grid)["_dynamo_marked_constant"] is True

@@ -1,4 +1,4 @@
-"""What holds for any format and any power-of-two scale."""
+"""Properties of rounding for any format and any power-of-two scale."""
 
 import math
 from fractions import Fraction
@@ -16,7 +16,7 @@ ROUNDINGS = [*oracles.DETERMINISTIC, "stochastic"]
 
 @st.composite
 def cases(draw, **options):
-    """A format, a power-of-two scale and numbers that matter to both."""
+    """Draw a format, a power-of-two scale, and numbers within the range of both."""
     format = draw(strategies.formats(**options))
     scale = draw(strategies.power_of_two_scales())
     return draw(strategies.tensors(format, scale)), format, scale
@@ -25,7 +25,7 @@ def cases(draw, **options):
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @strategies.thorough
 @given(case=cases(), saturate=st.booleans())
-def test_idempotent(rounding, case, saturate):
+def test_rounding_is_idempotent(rounding, case, saturate):
     x, format, scale = case
 
     def rounded(x, seed):
@@ -39,7 +39,7 @@ def test_idempotent(rounding, case, saturate):
 @pytest.mark.parametrize("rounding", oracles.DETERMINISTIC)
 @strategies.thorough
 @given(case=cases())
-def test_monotone(rounding, case):
+def test_rounding_is_monotone(rounding, case):
     x, format, scale = case
     rounded = quantize(x.sort().values, format, scale, rounding=rounding)
     assert (rounded.diff() >= 0).all()
@@ -48,7 +48,7 @@ def test_monotone(rounding, case):
 @pytest.mark.parametrize("rounding", ["nearest_even", "toward_zero"])
 @strategies.thorough
 @given(case=cases(), saturate=st.booleans())
-def test_odd(rounding, case, saturate):
+def test_rounding_is_odd(rounding, case, saturate):
     x, format, scale = case
     positive = quantize(x, format, scale, rounding=rounding, saturate=saturate)
     negative = quantize(-x, format, scale, rounding=rounding, saturate=saturate)
@@ -93,7 +93,7 @@ def test_nearest_errs_by_half_a_spacing_at_most(case):
 
 @strategies.thorough
 @given(case=cases())
-def test_a_power_of_two_scale_only_moves_the_grid(case):
+def test_a_power_of_two_scale_multiplies_every_grid_point(case):
     x, format, scale = case
     x = x[(x.abs() < 2.0**900) & ((x == 0) | (x.abs() > 2.0**-900))]
     assert_same_values(quantize(x, format, scale), quantize(x / scale, format) * scale, x)
@@ -101,7 +101,7 @@ def test_a_power_of_two_scale_only_moves_the_grid(case):
 
 @strategies.thorough
 @given(case=cases(max_bits=8, subnormals=st.just(False)), data=st.data())
-def test_formats_without_subnormals_as_brute_force(case, data):
+def test_formats_without_subnormals_equal_brute_force(case, data):
     x, format, scale = case
     rounding = data.draw(st.sampled_from(oracles.DETERMINISTIC))
     expected = [
@@ -117,8 +117,8 @@ def test_formats_without_subnormals_as_brute_force(case, data):
     x=st.lists(st.floats(width=32), min_size=1, max_size=20),
     exponent=st.integers(-149, 127),
 )
-def test_any_float32_and_any_scale_of_float32(data, x, exponent):
-    """Also where x / scale leaves float32."""
+def test_any_float32_under_any_float32_scale_equals_the_definition(data, x, exponent):
+    """x / scale may exceed float32."""
     format = data.draw(strategies.formats(max_bits=8))
     rounding = data.draw(st.sampled_from(oracles.DETERMINISTIC))
     scale, x = math.ldexp(1.0, exponent), torch.tensor(x)

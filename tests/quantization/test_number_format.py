@@ -1,4 +1,4 @@
-"""`NumberFormat`: one set of questions for both kinds of format."""
+"""`NumberFormat`: one interface for both kinds of format."""
 
 from typing import Any
 
@@ -18,13 +18,13 @@ def test_both_kinds_of_format_are_number_formats(format: NumberFormat) -> None:
 
 
 @pytest.mark.parametrize("other", ["bf16", None, 8, object()])
-def test_nothing_else_is_one(other: object) -> None:
+def test_other_objects_are_not_number_formats(other: object) -> None:
     assert not isinstance(other, NumberFormat)
 
 
 @pytest.mark.parametrize("scaling", [None, "tensor", "channel", ("block", 8)])
 @pytest.mark.parametrize("format", [*FORMATS.values(), *BLOCK_FORMATS.values()], ids=str)
-def test_blocks_of_a_format_and_16_bits_go_before_the_scaling_of_a_run(
+def test_block_formats_and_formats_of_16_bits_ignore_the_scaling_of_a_run(
     format: NumberFormat, scaling: Any
 ) -> None:
     own = {"nvfp4": ("block", 16), "bf16": None, "fp16": None}

@@ -1,4 +1,4 @@
-"""What quantize accepts, refuses, returns and leaves alone; rounding itself is tested elsewhere."""
+"""Arguments, errors, dtypes and gradients of `quantize`; other files test the rounding."""
 
 import math
 
@@ -59,7 +59,7 @@ def test_half_precision_with_a_scale_that_is_no_power_of_two_gives_float32(dtype
 
 
 @every_dtype
-def test_the_values_do_not_decide_the_dtype(dtype):
+def test_the_dtype_does_not_depend_on_values(dtype):
     kept = quantize(torch.zeros(3, dtype=dtype), E6M1).dtype
     for x in (torch.ones(3), torch.full((3,), 6e4), torch.empty(0)):
         assert quantize(x.to(dtype), E6M1).dtype is kept
@@ -77,7 +77,7 @@ def test_dtypes_of_scales_change_no_value(dtype, scale_dtype):
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (4,), (3, 1), (1, 4), (3, 4), (2, 1, 1), (2, 3, 4)])
-def test_any_scale_that_broadcasts(shape):
+def test_any_scale_that_broadcasts_is_accepted(shape):
     x = torch.randn(2, 3, 4, generator=seeded())
     scale = 2.0 ** torch.randint(-4, 4, shape, generator=seeded())
     expected = torch.tensor(
@@ -90,7 +90,7 @@ def test_any_scale_that_broadcasts(shape):
 
 
 @pytest.mark.parametrize("scale", [2, 2.0, torch.tensor(2.0), torch.tensor([2.0])], ids=repr)
-def test_the_ways_to_write_a_scale(scale):
+def test_a_scale_has_the_same_effect_in_every_type(scale):
     x = some_numbers()
     assert_same_values(quantize(x, E4M3, scale), quantize(x / 2, E4M3) * 2, x)
 
@@ -136,7 +136,7 @@ def test_a_scale_tensor_must_be_floating_point(dtype):
     [torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2],
     ids=str,
 )
-def test_other_dtypes_are_a_type_error_with_a_remedy(dtype):
+def test_other_dtypes_are_a_type_error_that_names_a_remedy(dtype):
     with pytest.raises(TypeError, match=rf"x has dtype {dtype}; expected float16.*x\.float\(\)"):
         quantize(torch.zeros(3, dtype=dtype), E4M3)
 
@@ -147,7 +147,7 @@ def test_x_must_be_a_tensor(x):
         quantize(x, E4M3)
 
 
-def test_unknown_formats_and_roundings():
+def test_unknown_formats_and_roundings_are_refused():
     with pytest.raises(ValueError, match="unknown format 'e4m9'"):
         quantize(torch.ones(3), "e4m9")
     with pytest.raises(ValueError, match="rounding='nearest': expected one of nearest_even, "):
@@ -155,7 +155,7 @@ def test_unknown_formats_and_roundings():
 
 
 @pytest.mark.parametrize("format", [E4M3, "E4M3", torch.float8_e4m3fn], ids=repr)
-def test_formats_by_name_and_dtype(format):
+def test_formats_are_found_by_name_and_dtype(format):
     assert quantize(torch.tensor(1e4), format) == 448
 
 
@@ -179,7 +179,7 @@ def test_the_layout_of_x_does_not_matter(scale, rounding, dtype):
 @every_dtype
 @every_rounding
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,)], ids=str)
-def test_scalars_and_empty_tensors(shape, rounding, dtype):
+def test_scalars_and_empty_tensors_keep_their_shape(shape, rounding, dtype):
     x = torch.full(shape, 1e4, dtype=dtype)
     for scale in (1.0, torch.tensor(1.0)):
         q = quantize(x, E4M3, scale, rounding=rounding, generator=seeded())
@@ -189,7 +189,7 @@ def test_scalars_and_empty_tensors(shape, rounding, dtype):
 @every_dtype
 @every_rounding
 @pytest.mark.parametrize("saturate", [True, False])
-def test_inputs_are_never_changed(saturate, rounding, dtype):
+def test_inputs_do_not_change(saturate, rounding, dtype):
     x, scale = some_numbers(dtype), torch.tensor([0.5], dtype=dtype)
     before = x.clone(), scale.clone()
     for format in (E4M3, E5M2, "bf16", "e7m0", "e4m3fnuz"):
@@ -203,7 +203,7 @@ def test_inputs_are_never_changed(saturate, rounding, dtype):
 
 
 @every_rounding
-def test_the_global_generator_is_left_alone(rounding):
+def test_the_global_generator_does_not_advance(rounding):
     before = torch.get_rng_state()
     quantize(some_numbers(), E4M3, rounding=rounding, generator=seeded())
     assert torch.equal(torch.get_rng_state(), before)
@@ -215,7 +215,7 @@ def test_the_global_generator_is_left_alone(rounding):
 @every_dtype
 @every_rounding
 @pytest.mark.parametrize("saturate", [True, False])
-def test_out_new_or_in_place_gives_the_same(saturate, rounding, dtype):
+def test_out_gives_the_same_values_new_or_in_place(saturate, rounding, dtype):
     given = some_numbers(dtype, 50)
     options = {"rounding": rounding, "saturate": saturate}
     without_subnormals = FloatFormat("ftz", 3, 2, 3, has_subnormals=False)
@@ -243,11 +243,11 @@ def test_out_may_be_strided():
 
 
 def test_out_of_another_dtype_or_shape_is_an_error():
-    with pytest.raises(TypeError, match=r"out has dtype torch.float64; the result has torch.floa"):
+    with pytest.raises(TypeError, match=r"out has dtype torch.float64; expected torch.floa"):
         quantize(torch.ones(3), E4M3, out=torch.ones(3).double())
-    with pytest.raises(TypeError, match=r"out has dtype torch.bfloat16; the result has torch.flo"):
+    with pytest.raises(TypeError, match=r"out has dtype torch.bfloat16; expected torch.flo"):
         quantize(torch.ones(3).bfloat16(), E4M3, torch.ones(()), out=torch.ones(3).bfloat16())
-    with pytest.raises(ValueError, match=r"out has shape \(4,\); the result has \(3,\)"):
+    with pytest.raises(ValueError, match=r"out has shape \(4,\); expected \(3,\)"):
         quantize(torch.ones(3), E4M3, out=torch.ones(4))
 
 
@@ -287,7 +287,7 @@ def test_the_gradient_is_exactly_one_everywhere(saturate, rounding, dtype):
             assert_same_values(x.grad, torch.ones_like(x))
 
 
-def test_the_gradient_is_the_one_that_arrives():
+def test_the_incoming_gradient_is_passed_on():
     x = torch.tensor([1.03, 1e6, 0.0], requires_grad=True)
     arriving = torch.tensor([0.1, -3.0, 1e-20])
     quantize(x, E4M3).backward(arriving)
@@ -326,25 +326,25 @@ def test_no_grad_records_nothing():
 @pytest.mark.parametrize(
     "scale", [2, 2**70, np.float32(0.5), np.float64(0.5), np.int64(4)], ids=repr
 )
-def test_scale_of_any_kind_of_number(scale):
+def test_a_scale_may_be_any_type_of_number(scale):
     x = torch.tensor([3.3, -0.1])
     assert_same_values(quantize(x, E4M3, scale), quantize(x, E4M3, float(scale)))
 
 
-def test_scale_beyond_float64_is_a_clear_error():
+def test_a_scale_beyond_float64_is_refused():
     with pytest.raises(ValueError, match="expected a number within float64's range"):
         quantize(torch.ones(1), E4M3, 2**2000)
 
 
 @pytest.mark.parametrize("scale", ["0.5", True, None, [1.0]], ids=repr)
-def test_scale_that_is_no_number(scale):
+def test_a_scale_that_is_not_a_number_is_refused(scale):
     with pytest.raises(TypeError, match="expected a number or a tensor"):
         quantize(torch.ones(1), E4M3, scale)
 
 
 def test_out_must_not_be_the_scale():
     scale = torch.tensor(0.5)
-    with pytest.raises(ValueError, match="out is the scale"):
+    with pytest.raises(ValueError, match="out is the same tensor as scale"):
         quantize(torch.tensor(3.3), E4M3, scale, out=scale)
 
 
@@ -361,7 +361,7 @@ def test_torch_func_jvp_is_an_error_and_not_silently_zero():
 
 
 def vmap_can_view() -> bool:
-    """Older torch (2.6) cannot map the view of a float's bits over rows."""
+    """Return whether vmap supports views of another dtype, which torch 2.6 does not."""
     try:
         torch.func.vmap(lambda row: row.view(torch.int32))(torch.ones(2, 2))
     except RuntimeError:
@@ -371,12 +371,12 @@ def vmap_can_view() -> bool:
 
 @pytest.mark.skipif(not vmap_can_view(), reason="this torch has no batching rule for view.dtype")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of clamp_, in torch
-def test_torch_func_vmap_is_the_same_row_by_row():
+def test_torch_func_vmap_equals_rounding_row_by_row():
     x = oracles.random_bit_patterns(60).view(6, 10)
     assert_same_values(torch.func.vmap(lambda row: quantize(row, E4M3))(x), quantize(x, E4M3))
 
 
-def test_default_dtype_plays_no_part():
+def test_the_default_dtype_has_no_effect():
     """`torch.where(mask, 1.0, 2.0**20)` takes the default dtype, and float16 has no 2**20."""
     format = FloatFormat("mine", 3, 20, 3, has_subnormals=False)
     x = torch.tensor([1.3, 0.01, -7.77], dtype=torch.float64)
@@ -388,12 +388,12 @@ def test_default_dtype_plays_no_part():
         torch.set_default_dtype(torch.float32)
 
 
-def test_scale_kept_in_eight_bits():
+def test_a_scale_in_eight_bits_is_accepted():
     scale = torch.tensor(2.0**-3).to(torch.float8_e5m2)
     x = torch.tensor([3.3, -0.01])
     assert_same_values(quantize(x, E4M3, scale), quantize(x, E4M3, 2.0**-3))
 
 
-def test_sparse_input_is_a_clear_error():
+def test_sparse_input_is_refused():
     with pytest.raises(TypeError, match=r"layout torch\.sparse_coo; expected a dense tensor"):
         quantize(torch.eye(3).to_sparse(), E4M3)

@@ -1,4 +1,7 @@
-"""Compiled equals eager, bit for bit. A graph of all formats compiles slowly, so there is one."""
+"""Compiled `quantize` equals eager `quantize`, bit for bit.
+
+A graph of all formats compiles slowly, so there is only one.
+"""
 
 import shutil
 
@@ -61,7 +64,7 @@ def assert_same_results(actual, expected, x):
 
 
 def inputs():
-    """Of several lengths, since the graph is dynamic: every bfloat16, random, critical."""
+    """Yield inputs of several lengths, because the graph is dynamic."""
     yield oracles.every_value_of(torch.bfloat16).float()
     yield oracles.random_bit_patterns(100_001)
     for format in (E4M3, E5M2, E7M0):
@@ -70,7 +73,7 @@ def inputs():
 
 @pytest.mark.slow
 @needs_a_compiler
-def test_every_format_with_inductor():
+def test_every_format_compiles_with_inductor():
     function = compiled(every_format_at_once, "inductor")
     for x in inputs():
         scale = torch.tensor(2.0**-3)
@@ -92,7 +95,7 @@ def cast_and_gradient(x, half):
 
 @needs_a_compiler
 def test_inductor_rounds_to_bf16_and_passes_gradients():
-    """x.to(bfloat16).float() is elided there: nothing is rounded."""
+    """Inductor would remove x.to(bfloat16).float(), so that nothing is rounded."""
     function = compiled(cast_and_gradient, "inductor")
     x = oracles.random_bit_patterns(50_000)
     half = oracles.every_value_of(torch.bfloat16)
@@ -119,7 +122,7 @@ def slow(value: object) -> object:
     ],
     ids=str,
 )
-def test_every_kind_of_format_and_dtype(dtype):
+def test_every_kind_of_format_and_dtype_equals_eager(dtype):
     def function(x, scale):
         return every_format_at_once(x, scale, KINDS)
 
@@ -136,7 +139,7 @@ def test_every_kind_of_format_and_dtype(dtype):
         *(pytest.param(r, marks=pytest.mark.slow) for r in ("nearest_even", "up", "down")),
     ],
 )
-def test_every_kind_of_format_and_rounding(rounding):
+def test_every_kind_of_format_and_rounding_equals_eager(rounding):
     def rounded(x):
         return {
             f"{name} {saturate}": quantize(x, format, scale, rounding=rounding, saturate=saturate)
@@ -148,7 +151,7 @@ def test_every_kind_of_format_and_rounding(rounding):
     assert_same_results(compiled(rounded)(x), rounded(x), x)
 
 
-def test_names_of_formats():
+def test_names_of_formats_compile():
     def rounded(x):
         return {name: quantize(x, name) for name in ("bf16", "E4M3", "float8_e5m2")}
 
@@ -156,7 +159,7 @@ def test_names_of_formats():
     assert_same_results(compiled(rounded)(x), rounded(x), x)
 
 
-def test_out_in_place():
+def test_out_in_place_equals_eager():
     def rounded(x):
         return {"out": quantize(x, E4M3, 0.5, out=x)}
 
@@ -176,7 +179,7 @@ def test_gradients_are_ones(dtype):
     assert (x.grad.tolist(), x.grad.dtype) == ([1, 1, 1, 1], dtype)
 
 
-def test_stochastic_rounding_may_break_the_graph_but_stays_the_same():
+def test_stochastic_rounding_may_break_the_graph_and_equals_eager():
     def rounded(x, generator):
         return quantize(x, E4M3, rounding="stochastic", generator=generator)
 
@@ -187,7 +190,7 @@ def test_stochastic_rounding_may_break_the_graph_but_stays_the_same():
 
 
 @pytest.mark.parametrize("scaling", ["tensor", "channel", ("block", 32)], ids=str)
-def test_scales(scaling):
+def test_compute_scale_equals_eager(scaling):
     def scaled(x):
         return {
             str(power_of_two): compute_scale(x, E4M3, scaling=scaling, power_of_two=power_of_two)

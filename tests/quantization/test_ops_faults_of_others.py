@@ -1,4 +1,4 @@
-"""Faults seen in public implementations of rounding to small formats: one test for each."""
+"""Errors seen in public implementations of rounding to small formats, one test each."""
 
 import math
 
@@ -32,7 +32,7 @@ def float64(*values):
 # --- spacing -------------------------------------------------------------------------------------
 
 
-def test_floor_log2_trap_just_below_powers_of_two():
+def test_spacing_is_right_just_below_powers_of_two():
     """floor(log2(x)) in float32 is one too high for up to 44 neighbours of a power of two."""
     powers = torch.tensor([2.0**exponent for exponent in range(-125, 128)])
     below = powers
@@ -42,7 +42,7 @@ def test_floor_log2_trap_just_below_powers_of_two():
     assert_same_values(spacing(powers, BF16), powers / 128, powers)
 
 
-def test_floor_log2_trap_on_bfloat16_tensors():
+def test_spacing_of_bfloat16_tensors_is_right():
     """log2 of a bfloat16 tensor rounds to bfloat16: wrong for a fifth of all normal numbers."""
     x = oracles.every_value_of(torch.bfloat16)
     x = x[x.isfinite() & (x.abs() >= 2.0**-126)]
@@ -55,12 +55,12 @@ def test_spacing_does_not_shrink_below_the_smallest_normal():
     assert spacing(x, E4M3).tolist() == [2**-9] * 5
 
 
-def test_spacing_knows_the_scale():
+def test_spacing_is_multiplied_by_the_scale():
     assert spacing(torch.tensor([1.0, 100.0]), E4M3, 64.0).tolist() == [2**-3, 8]
 
 
-def test_bf16_is_not_e0m7():
-    """Both have 7 mantissa bits: `mantissa_bits == 7` catches the wrong one."""
+def test_bf16_differs_from_e0m7():
+    """Both have 7 mantissa bits, so that `mantissa_bits == 7` does not distinguish them."""
     x = torch.tensor([100.0, 0.3])
     assert spacing(x, BF16).tolist() == [0.5, 2**-9]
     assert spacing(x, E0M7).tolist() == [2**-7, 2**-7]
@@ -103,12 +103,12 @@ def test_overflow_does_not_depend_on_the_torch_version(exponent):
     assert quantize(x, E5M2, saturate=False).tolist() == [math.inf, math.inf]
 
 
-def test_subnormal_to_normal_carry():
+def test_the_largest_subnormal_carries_into_the_normal_numbers():
     """0.01465 lies just above the last midpoint of the subnormals of e4m3."""
     assert quantize(float64(0.01465, -0.01465), E4M3).tolist() == [0.015625, -0.015625]
 
 
-def test_every_carry_into_the_next_binade():
+def test_rounding_carries_into_every_next_binade():
     for format in (E4M3, E5M2, BF16, FP16):
         lowest, highest = max(format.emin, -100), min(format.emax, 100)
         powers = float64(*(2.0**exponent for exponent in range(lowest, highest)))
@@ -117,7 +117,7 @@ def test_every_carry_into_the_next_binade():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_just_below_and_at_half_the_smallest_subnormal(dtype):
+def test_half_the_smallest_subnormal_is_the_last_value_to_round_to_zero(dtype):
     half = torch.tensor([2.0**-10], dtype=dtype)
     zero = torch.zeros(1, dtype=dtype)
     one = torch.ones(1, dtype=dtype)
@@ -139,8 +139,8 @@ def test_ties_with_m0_go_to_the_even_code():
 
 @pytest.mark.parametrize("format", EVERY_FORMAT)
 @pytest.mark.parametrize("scale", [1.0, 2.0**-20], ids=["1", "2^-20"])
-def test_negative_zero_kept(scale, format):
-    """Also where a small negative number becomes it; the fnuz formats have only 0."""
+def test_negative_zero_is_kept(scale, format):
+    """A small negative number becomes −0, too; the fnuz formats have only 0."""
     tiny = format.smallest_subnormal * scale / 4
     for dtype in (torch.float32, torch.float64):
         x = torch.tensor([-0.0, -tiny, 0.0, tiny], dtype=dtype)
@@ -169,8 +169,8 @@ def test_float64_is_not_rounded_twice():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_bf16_subnormals(dtype):
-    """They overflow Python arithmetic elsewhere, and p / 2**M underflows where it is folded."""
+def test_bf16_subnormals_are_rounded_right(dtype):
+    """Other implementations overflow in Python arithmetic, or let p / 2**M underflow."""
     x = torch.arange(0, 2**7 * 3, dtype=torch.int16).view(torch.bfloat16).to(dtype)
     assert_same_values(quantize(x, BF16), x, x)
     assert (spacing(x, BF16).double() == 2.0**-133)[: 2**7 * 2].all()
@@ -200,7 +200,7 @@ def test_half_precision_inputs_keep_all_their_elements(dtype):
     ],
     ids=["FP16", "E6M1", "BF16", "E7M0", "FP16 subnormal"],
 )
-def test_result_dtype_never_leaves_the_grid(dtype, format, x, expected):
+def test_the_dtype_of_the_result_holds_the_grid(dtype, format, x, expected):
     q = quantize(torch.tensor([x], dtype=dtype), format)
     assert q.dtype is torch.float32
     assert q.item() == expected
@@ -233,8 +233,8 @@ def test_formats_wider_than_float32_are_computed_in_float64():
 # --- scales and gradients ------------------------------------------------------------------------
 
 
-def test_the_convention_is_to_divide_by_the_scale_and_not_to_multiply_by_its_reciprocal():
-    """Q(x) = s · RN(x / s): the other conventions give other values where s is no power of two."""
+def test_x_is_divided_by_the_scale_and_not_multiplied_by_its_reciprocal():
+    """Q(x) = s · RN(x / s); other conventions differ if s is not a power of two."""
     scale = torch.tensor(0.3)
     x = torch.arange(1.0, 4000.0) * scale / 32
     x = torch.cat([x, x.nextafter(torch.tensor(math.inf)), x.nextafter(torch.tensor(0.0))])
@@ -253,7 +253,7 @@ def test_grid_values_never_move_under_a_power_of_two_scale(scale, format):
         assert_same_values(quantize(grid, format, scale, rounding=rounding), grid)
 
 
-def test_straight_through_is_exact_when_saturating():
+def test_straight_through_gives_max_when_saturating():
     """x + (q − x).detach() gives 0 for 1e30."""
     x = torch.tensor([1e30, -1e30, math.inf, 3.3], requires_grad=True)
     q = quantize(x, E4M3)
@@ -267,7 +267,7 @@ def test_straight_through_is_exact_when_saturating():
 
 @pytest.fixture
 def flush_denormal():
-    """Subnormal operands and results count as zero, as after torch.set_flush_denormal(True)."""
+    """Flush subnormal operands and results to zero with torch.set_flush_denormal(True)."""
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormal numbers to zero")
     yield
@@ -277,7 +277,7 @@ def flush_denormal():
 @pytest.mark.usefixtures("flush_denormal")
 @pytest.mark.parametrize("rounding", oracles.DETERMINISTIC)
 def test_flushing_subnormals_to_zero_leaves_normal_numbers_right(rounding):
-    # Few enough to stay in this thread: the setting is one of the thread.
+    # Few elements, so that torch stays in this thread: the setting applies to one thread.
     for start in range(0, 2**16, 2**13):
         x = oracles.every_value_of(torch.bfloat16)[start : start + 2**13].float()
         x = x[x.isfinite() & (x.abs() >= 2.0**-126)]
@@ -300,5 +300,5 @@ def test_flushing_subnormals_to_zero_makes_no_nan_or_infinity():
     assert_same_values(quantize(normal, BF16), nearest, normal)
 
 
-def test_flush_denormal_was_restored():
+def test_flush_denormal_is_restored():
     assert torch.tensor([2.0**-149]).mul(1.0).item() > 0

@@ -1,4 +1,4 @@
-"""Exhaustive: quantize against gfloat, ml_dtypes and a search in exact fractions."""
+"""`quantize` against gfloat, ml_dtypes and a search in exact fractions, exhaustively."""
 
 import math
 
@@ -17,7 +17,7 @@ rounding_modes = pytest.mark.parametrize("rounding", oracles.DETERMINISTIC)
 
 
 def check_against_gfloat(x, format, rounding, *scales):
-    """The scales are different ways to write one."""
+    """Check one scale in several types against an oracle."""
     scales = scales or (1.0,)
     for saturate in (True, False):
         expected = oracles.round_with_gfloat(
@@ -25,7 +25,7 @@ def check_against_gfloat(x, format, rounding, *scales):
         )
         for scale in scales:
             actual = quantize(x, format, scale, rounding=rounding, saturate=saturate)
-            # float32 cannot hold the ends of every scaled grid; there its own rounding counts.
+            # float32 does not hold the ends of every scaled grid; round the oracle, too.
             assert_same_values(actual, expected.to(actual.dtype), x)
 
 
@@ -39,19 +39,19 @@ def both_ways(scale):
 @rounding_modes
 @pytest.mark.parametrize("format", EVERY_FORMAT)
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
-def test_every_half_precision_value_as_gfloat(dtype, format, rounding):
+def test_every_half_precision_value_equals_gfloat(dtype, format, rounding):
     check_against_gfloat(oracles.every_value_of(dtype), format, rounding)
 
 
 @rounding_modes
 @pytest.mark.parametrize("format", EVERY_FORMAT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_every_value_midpoint_and_the_floats_beside_them_as_gfloat(dtype, format, rounding):
+def test_every_value_midpoint_and_neighbouring_float_equals_gfloat(dtype, format, rounding):
     check_against_gfloat(oracles.critical_inputs(format, dtype), format, rounding)
 
 
 @pytest.mark.parametrize("format", EVERY_FORMAT)
-def test_a_million_random_float32_as_gfloat(format):
+def test_a_million_random_float32_equal_gfloat(format):
     check_against_gfloat(RANDOM, format, "nearest_even")
     for rounding in ("toward_zero", "up", "down"):
         check_against_gfloat(RANDOM[:100_000], format, rounding)
@@ -59,9 +59,9 @@ def test_a_million_random_float32_as_gfloat(format):
 
 @rounding_modes
 @pytest.mark.parametrize("format", EVERY_FORMAT)
-def test_random_float64_as_gfloat(format, rounding):
+def test_random_float64_equal_gfloat(format, rounding):
     x = oracles.random_bit_patterns(50_000, torch.float64)
-    # Uniform bit patterns rarely meet a format's range, so bring as many into it.
+    # Uniform bit patterns rarely lie in the range of a format, so scale as many into it.
     near = torch.ldexp(torch.frexp(x).mantissa, torch.randint_like(x, -160, 140))
     check_against_gfloat(torch.cat([x, near]), format, rounding)
 
@@ -72,7 +72,7 @@ SCALES = [2.0**exponent for exponent in (-140, -120, -20, -1, 1, 20, 100, 120)]
 @rounding_modes
 @pytest.mark.parametrize("format", EVERY_FORMAT)
 @pytest.mark.parametrize("scale", SCALES, ids=lambda scale: f"2^{math.frexp(scale)[1] - 1}")
-def test_power_of_two_scales_as_gfloat(scale, format, rounding):
+def test_power_of_two_scales_equal_gfloat(scale, format, rounding):
     near = oracles.critical_inputs(format) if format.bits <= 8 else torch.empty(0).double()
     x = torch.cat([(near * scale).float(), RANDOM[:20_000]])
     check_against_gfloat(x, format, rounding, *both_ways(scale))
@@ -89,7 +89,7 @@ def test_quotients_too_small_for_float32_are_not_rounded_first(rounding, exponen
 
 @pytest.mark.parametrize("exponent", [-1074, -200, -150, 128, 200, 1000])
 @pytest.mark.parametrize("rounding", oracles.DETERMINISTIC)
-def test_scales_beyond_float32(rounding, exponent):
+def test_scales_beyond_float32_equal_brute_force(rounding, exponent):
     scale = 2.0**exponent
     near = torch.ldexp(oracles.critical_inputs(E4M3), torch.tensor(exponent))
     for x in (near, near.float(), RANDOM[:2000], RANDOM[:2000].double()):
@@ -105,7 +105,7 @@ def test_scales_beyond_float32(rounding, exponent):
 
 @pytest.mark.parametrize("format", WITH_ML_DTYPE)
 @pytest.mark.parametrize("inputs", ["float16", "bfloat16", "critical", "random"])
-def test_as_ml_dtypes(inputs, format):
+def test_every_format_equals_ml_dtypes(inputs, format):
     x = {
         "float16": lambda: oracles.every_value_of(torch.float16),
         "bfloat16": lambda: oracles.every_value_of(torch.bfloat16),
@@ -123,7 +123,7 @@ def test_as_ml_dtypes(inputs, format):
 
 @strategies.thorough
 @given(st.data(), strategies.formats(max_bits=9), strategies.power_of_two_scales())
-def test_any_small_format_as_brute_force(data, format, scale):
+def test_any_small_format_equals_brute_force(data, format, scale):
     x = data.draw(strategies.tensors(format, scale))
     rounding = data.draw(st.sampled_from(oracles.DETERMINISTIC))
     saturate = data.draw(st.booleans())
@@ -148,7 +148,7 @@ def test_any_small_format_as_brute_force(data, format, scale):
         ),
     ],
 )
-def test_without_subnormals_as_brute_force(format, dtype, saturate, rounding):
+def test_formats_without_subnormals_equal_brute_force(format, dtype, saturate, rounding):
     x = oracles.critical_inputs(format, dtype)
     expected = [
         oracles.round_by_brute_force(value, format, rounding, saturate=saturate)
@@ -173,7 +173,7 @@ def test_the_oracles_agree_with_each_other(format):
             assert_same_values(torch.tensor(brute_force, dtype=torch.float64), expected, x)
 
 
-# --- single values worth knowing -----------------------------------------------------------------
+# --- single values -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_the_oracles_agree_with_each_other(format):
         ("bf16", 2.0**128 - 2.0**120, math.inf),
     ],
 )
-def test_infinities(format, saturated, otherwise):
+def test_infinities_saturate_or_become_inf_or_nan(format, saturated, otherwise):
     x = torch.tensor([math.inf, -math.inf])
     for rounding in oracles.DETERMINISTIC:
         actual = quantize(x, format, rounding=rounding)
@@ -220,7 +220,7 @@ def test_overflow_happens_only_when_rounding_away_from_zero():
 @pytest.mark.parametrize(
     "format", [pytest.param(f, id=n) for n, f in FORMATS.items() if not (f.has_nan or f.has_inf)]
 )
-def test_all_finite_formats_saturate_whatever_is_asked(format):
+def test_formats_without_inf_and_nan_always_saturate(format):
     x = torch.tensor([1e30, -1e30, math.inf, -math.inf])
     expected = torch.tensor([1, -1, 1, -1]) * format.max
     for rounding in oracles.DETERMINISTIC:
@@ -243,7 +243,7 @@ def test_m0_ties_depend_on_the_bias(bias):
 @pytest.mark.parametrize("x", [5e-324, -5e-324, 1e-310, 1e300, -1.7976931348623157e308])
 @rounding_modes
 @pytest.mark.parametrize("format", EVERY_FORMAT)
-def test_float64_far_out_of_range(format, rounding, x):
+def test_float64_far_out_of_range_equals_brute_force(format, rounding, x):
     tensor = torch.tensor(x, dtype=torch.float64)
     for scale in (1.0, 2.0**-100, 2.0**100):
         actual = quantize(tensor, format, scale, rounding=rounding).item()
@@ -251,7 +251,7 @@ def test_float64_far_out_of_range(format, rounding, x):
         assert (actual, math.copysign(1, actual)) == (expected, math.copysign(1, expected))
 
 
-def test_formats_as_wide_as_the_arithmetic_change_nothing():
+def test_formats_as_wide_as_the_arithmetic_do_not_change_x():
     fp32 = FloatFormat("fp32", 8, 23, 127, num_high_nans=2**23 - 1, has_inf=True)
     fp64 = FloatFormat("fp64", 11, 52, 1023, num_high_nans=2**52 - 1, has_inf=True)
     for rounding in oracles.DETERMINISTIC:

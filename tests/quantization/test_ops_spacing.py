@@ -15,7 +15,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 def spacing_by_frexp(x, format, scale=1.0):
-    """The definition in float64: frexp is exact, and so are powers of two."""
+    """Return the spacing by its definition in float64, where frexp and powers of two are exact."""
     y = (x.double() / scale).abs()
     exponent = torch.frexp(y).exponent - 1
     exponent = torch.where(y == 0, format.emin, exponent)
@@ -26,13 +26,13 @@ def spacing_by_frexp(x, format, scale=1.0):
 
 @pytest.mark.parametrize("format", EVERY_FORMAT)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_half_precision_value(dtype, format):
+def test_every_half_precision_value_equals_the_definition(dtype, format):
     x = oracles.every_value_of(dtype)
     assert_same_values(spacing(x, format), spacing_by_frexp(x, format), x)
 
 
 @pytest.mark.parametrize("format", EVERY_FORMAT)
-def test_random_and_critical_inputs(format):
+def test_random_and_critical_inputs_equal_the_definition(format):
     x = torch.cat([oracles.critical_inputs(format), oracles.random_bit_patterns(100_000).double()])
     assert_same_values(spacing(x, format), spacing_by_frexp(x, format), x)
     x = x.float()
@@ -41,7 +41,7 @@ def test_random_and_critical_inputs(format):
 
 @pytest.mark.parametrize("format", EVERY_FORMAT)
 @pytest.mark.parametrize("exponent", [-140, -120, -20, 20, 100, 120])
-def test_power_of_two_scales(exponent, format):
+def test_power_of_two_scales_multiply_the_spacing(exponent, format):
     scale = 2.0**exponent
     near = oracles.critical_inputs(format) if format.bits <= 8 else torch.empty(0).double()
     x = torch.cat([(near * scale).float(), oracles.random_bit_patterns(20_000)])
@@ -51,7 +51,7 @@ def test_power_of_two_scales(exponent, format):
 
 
 @pytest.mark.parametrize("format", SMALL_FORMATS)
-def test_the_differences_of_neighbouring_values(format):
+def test_spacing_equals_the_difference_of_neighbouring_values(format):
     values = format.values()
     positive = values[values >= 0]
     gaps = positive.diff()
@@ -65,7 +65,7 @@ def test_the_differences_of_neighbouring_values(format):
 
 @strategies.thorough
 @given(st.data(), strategies.formats(), strategies.power_of_two_scales())
-def test_any_format_as_the_definition_in_exact_fractions(data, format, scale):
+def test_any_format_equals_the_definition_in_exact_fractions(data, format, scale):
     x = data.draw(strategies.tensors(format, scale))
     actual = spacing(x, format, scale)
     expected = [float(oracles.exact_spacing(value, format, scale)) for value in x.tolist()]
@@ -74,8 +74,8 @@ def test_any_format_as_the_definition_in_exact_fractions(data, format, scale):
 
 @strategies.thorough
 @given(st.data(), strategies.formats(max_bits=9), strategies.power_of_two_scales())
-def test_any_small_format_as_the_distance_of_its_neighbours(data, format, scale):
-    """Inside a binade; a power of two belongs to the binade above it."""
+def test_any_small_format_equals_the_distance_of_neighbours(data, format, scale):
+    """Check values inside a binade; a power of two belongs to the binade above it."""
     top = format.max * scale
     x = data.draw(strategies.tensors(format, scale)).abs()
     x = x[x < top]
@@ -86,7 +86,7 @@ def test_any_small_format_as_the_distance_of_its_neighbours(data, format, scale)
         assert Fraction(gap) == high - low
 
 
-def test_zero_infinity_and_nan():
+def test_zero_infinity_and_nan_give_first_and_last_spacing_and_nan():
     x = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])
     assert_same_values(spacing(x, E4M3), torch.tensor([2**-9, 2**-9, 32, 32, math.nan]))
     assert_same_values(spacing(x, E4M3, 4.0), torch.tensor([2**-7, 2**-7, 128, 128, math.nan]), x)
@@ -97,7 +97,7 @@ def test_at_zero_it_is_the_smallest_subnormal(format):
     assert spacing(torch.zeros(1).double(), format).item() == format.smallest_subnormal
 
 
-def test_without_subnormals_the_hole_around_zero_is_one_step():
+def test_without_subnormals_the_spacing_around_zero_is_the_smallest_normal():
     format = FloatFormat("ftz", 3, 2, 3, has_subnormals=False)
     x = torch.tensor([0.0, 1e-30, 0.24, -0.24, 0.25, 0.3, 0.5])
     assert spacing(x, format).tolist() == [0.25, 0.25, 0.25, 0.25, 2**-4, 2**-4, 2**-3]
@@ -118,7 +118,7 @@ def test_result_is_float32_or_float64_for_float64(format, scale, dtype):
     assert spacing(torch.ones(3, dtype=dtype), format, scale).dtype is expected
 
 
-def test_a_scale_that_is_no_power_of_two():
+def test_a_scale_that_is_not_a_power_of_two_multiplies_the_spacing():
     x = torch.tensor([0.3, 0.31, 100.0])
     expected = spacing(x / 0.3, E4M3) * torch.tensor(0.3)
     assert_same_values(spacing(x, E4M3, 0.3), expected, x)
@@ -138,7 +138,7 @@ def test_scales_broadcast(shape):
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0)], ids=str)
-def test_scalars_and_empty_tensors(shape):
+def test_scalars_and_empty_tensors_keep_their_shape(shape):
     assert_same_values(spacing(torch.ones(shape), E4M3), torch.full(shape, 0.125))
 
 

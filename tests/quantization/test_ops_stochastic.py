@@ -1,4 +1,4 @@
-"""Stochastic rounding: unbiased, still on the grid, and never from the global generator."""
+"""Stochastic rounding is unbiased, stays on the grid, and does not use the global generator."""
 
 import math
 from fractions import Fraction
@@ -21,18 +21,18 @@ def round_stochastically(x, format, scale=1.0, seed=0, **options):
     return quantize(x, format, scale, rounding="stochastic", generator=seeded(seed), **options)
 
 
-def test_without_a_generator_it_is_an_error():
+def test_a_missing_generator_is_refused():
     with pytest.raises(ValueError, match=r"generator=torch\.Generator\(device=x\.device\)"):
         quantize(torch.ones(3), E4M3, rounding="stochastic")
 
 
-def test_reproducible_from_the_seed():
+def test_the_seed_determines_the_result():
     x = torch.randn(1000, generator=seeded())
     assert_same_values(round_stochastically(x, E4M3), round_stochastically(x, E4M3))
     assert not torch.equal(round_stochastically(x, E4M3), round_stochastically(x, E4M3, seed=1))
 
 
-def test_a_generator_goes_on_from_call_to_call():
+def test_a_generator_advances_with_each_call():
     x, generator = torch.randn(1000, generator=seeded()), seeded()
     first, second = (
         quantize(x, E4M3, rounding="stochastic", generator=generator) for _ in range(2)
@@ -40,7 +40,7 @@ def test_a_generator_goes_on_from_call_to_call():
     assert not torch.equal(first, second)
 
 
-def test_the_global_generator_is_neither_used_nor_moved():
+def test_the_global_generator_is_neither_used_nor_advanced():
     x = torch.randn(1000, generator=seeded())
     torch.manual_seed(1)
     first, state = round_stochastically(x, E4M3), torch.get_rng_state()
@@ -59,8 +59,8 @@ UNBIASED_AT = [0.25, 0.5, 1 + 2**-10, -1.75, 2.999, 8.1, 15.9, -17.0, 1000.3, 2e
     [(torch.float16, 1.0), (torch.float32, 1.0), (torch.float32, 2.0**-30), (torch.float64, 1.0)],
     ids=str,
 )
-def test_unbiased(dtype, scale):
-    """The mean lies within 5 standard errors, both of them from exact fractions."""
+def test_the_mean_is_unbiased(dtype, scale):
+    """The mean lies within 5 standard errors; mean and error are computed from exact fractions."""
     draws = 40_000
     x = (torch.tensor(UNBIASED_AT, dtype=torch.float64) * 2.0**-9 * scale).to(dtype)
     rounded = round_stochastically(x[:, None].expand(-1, draws), E4M3, scale).double()
@@ -74,7 +74,7 @@ def test_unbiased(dtype, scale):
 
 
 def test_the_direction_is_right_for_every_share():
-    """1 + k/256 of the way: the shares that move up grow by 1/256 each."""
+    """At k/256 of the way to the next value, a share of k/256 moves up."""
     share = torch.arange(0, 256, dtype=torch.float64) / 256
     x = 1 + share / 8
     moved_up = round_stochastically(x[:, None].expand(-1, 10_000), E4M3) == 1.125
@@ -84,8 +84,8 @@ def test_the_direction_is_right_for_every_share():
 
 @pytest.mark.parametrize("format", EVERY_FORMAT)
 @pytest.mark.parametrize("scale", [1.0, 2.0**-20, 2.0**20], ids=["1", "2^-20", "2^20"])
-def test_grid_values_never_move(scale, format):
-    """floor(t + rand) would move some: the sum rounds up to the next integer."""
+def test_grid_values_do_not_move(scale, format):
+    """floor(t + rand) would move some values, because the sum may round up to the next integer."""
     grid = format.values() * scale
     draws = max(8, 500_000 // len(grid))
     x = grid.expand(draws, -1)
@@ -113,7 +113,7 @@ def test_the_sign_of_zero_is_kept():
 
 
 @pytest.mark.parametrize("saturate", [True, False])
-def test_beyond_the_top(saturate):
+def test_values_beyond_the_top_saturate_or_overflow(saturate):
     x = torch.tensor([math.inf, -math.inf, 1e30, -1e30, math.nan])
     top = torch.tensor(E5M2.max if saturate else math.inf)
     expected = torch.stack([top, -top, top, -top, torch.tensor(math.nan)])
@@ -129,8 +129,8 @@ def test_overflow_just_beyond_max_is_as_likely_as_the_next_value_would_be():
     assert share == pytest.approx(0.25, abs=5 * math.sqrt(0.25 * 0.75 / 40_000), rel=0)
 
 
-def test_bf16_from_float32_keeps_tiny_shares():
-    """2**-16 of a step: nearest would lose it, stochastic rounding keeps its mean."""
+def test_bf16_keeps_the_mean_of_tiny_remainders():
+    """Rounding to nearest loses 2**-16 of a spacing; stochastic rounding keeps its mean."""
     draws = 2**22
     x = torch.full((draws,), 1 + 2.0**-23)
     moved = (round_stochastically(x, BF16) > 1).sum().item()

@@ -1,4 +1,4 @@
-"""Which elements share a scale and what it is, against loops over all elements."""
+"""Shared scales and their values, against loops over all elements."""
 
 import math
 from fractions import Fraction
@@ -29,7 +29,7 @@ NAN, INF = math.nan, math.inf
 BLOCK_OF_4 = BlockFormat("mine", FORMATS["e4m3fn"], 4, "e8m0")
 
 
-# --- the slow truth ------------------------------------------------------------------------------
+# --- the oracle -----------------------------------------------------------------------------------
 
 
 def largest(values: list[float]) -> float:
@@ -37,7 +37,7 @@ def largest(values: list[float]) -> float:
 
 
 def exact_scale(amax: float, format: FloatFormat, *, up: bool = True) -> float:
-    """The smallest power of two with which nothing clips, or OCP's; 1 for 0."""
+    """Return the smallest power of two that does not clip, or OCP's scale; 1 for 0."""
     if amax == 0:
         return 1.0
     top = Fraction(format.max)
@@ -47,15 +47,15 @@ def exact_scale(amax: float, format: FloatFormat, *, up: bool = True) -> float:
 
 
 def nvfp4_scale(amax: float, tensor_amax: float) -> float:
-    """An E4M3 number, as ml_dtypes has it, times a float32."""
+    """Return an E4M3 number, as ml_dtypes rounds it, times a float32."""
     if amax == 0:
         return 1.0
-    of_tensor = float(np.float32(tensor_amax / (448 * 6)))
-    return max(float(ml_dtypes.float8_e4m3fn(amax / 6 / of_tensor)), 2.0**-9) * of_tensor
+    tensor_scale = float(np.float32(tensor_amax / (448 * 6)))
+    return max(float(ml_dtypes.float8_e4m3fn(amax / 6 / tensor_scale)), 2.0**-9) * tensor_scale
 
 
 def places(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Of each element in row-major order."""
+    """Return the scale of each element in row-major order."""
     return [*np.ndindex(shape)]
 
 
@@ -75,7 +75,7 @@ def weights(*shape: int, seed: int = 0) -> Tensor:
 
 @st.composite
 def samples(draw: st.DrawFn) -> tuple[tuple[int, ...], list[int], int, object]:
-    """A shape, ascending indices into it, the size of a block and a scaling."""
+    """Draw a shape, ascending indices into it, a block size and a scaling."""
     shape = tuple(draw(st.lists(st.integers(1, 6), max_size=3)))
     count = math.prod(shape)
     chosen = sorted(draw(st.sets(st.integers(0, count - 1))))
@@ -106,7 +106,7 @@ def layers() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("scaling", ["tensor", "channel"])
-def test_the_amax_of_many_layers_is_that_of_each_and_says_which_has_a_zero(scaling: str) -> None:
+def test_amaxes_of_many_layers_equal_those_of_each_and_zeros_are_reported(scaling: str) -> None:
     each, has_zero = layer_amax_of_each([*layers().values()], scaling)
     for (name, x), amax, is_zero in zip(layers().items(), each, has_zero, strict=True):
         parts = [*x] if scaling == "channel" and x.dim() else [x]
@@ -123,13 +123,13 @@ def test_layers_have_one_amax_unless_channels_have_scales(scaling: object) -> No
     assert layer_amax(weights(3, 2, 4), scaling).shape == (count,)
 
 
-def test_the_amax_of_a_tensor_grows_with_what_is_seen_of_it() -> None:
+def test_the_amax_of_a_tensor_grows_with_its_measured_elements() -> None:
     x = torch.tensor([0.5, -3.0, NAN, INF])
     assert tensor_amax_of(x, torch.tensor([1.0, 2.0])).tolist() == [3.0]
     assert tensor_amax_of(x, torch.tensor([1.0, 7.0])).tolist() == [7.0]
 
 
-def test_the_amax_of_each_of_several_tensors_is_that_of_its_own_elements_and_groups() -> None:
+def test_the_amax_of_each_of_several_tensors_depends_on_its_elements_and_groups_only() -> None:
     parts = [
         Sharing.of(torch.Size(shape), torch.arange(math.prod(shape)), (), "channel")
         for shape in ((2, 2), (1, 3), (3,))
@@ -151,7 +151,7 @@ def test_single_scales_are_the_smallest_powers_of_two_that_do_not_clip(scaling: 
     assert single_scales(amax, FormatSet([], scaling)).shape == (7, 0)
 
 
-# --- which elements share one --------------------------------------------------------------------
+# --- shared scales ------------------------------------------------------------------------------
 
 
 @thorough
@@ -165,41 +165,41 @@ def test_elements_share_a_block_or_channel_as_in_a_loop_over_all(
     of_chosen = [places(shape)[index] for index in chosen]
     assert sharing.group.tolist() == [channel_of(place, scaling) for place in of_chosen]
     channels = shape[0] if scaling == "channel" and shape else 1
-    assert sharing.layer_of_group.tolist() == [0] * channels
+    assert sharing.group_layer.tolist() == [0] * channels
     blocks = [block_of(place, size) for place in of_chosen]
     numbers = {block: number for number, block in enumerate(dict.fromkeys(blocks))}
-    assert sharing.blocks[size].of_element.tolist() == [numbers[block] for block in blocks]
+    assert sharing.blocks[size].element_block.tolist() == [numbers[block] for block in blocks]
     assert sharing.blocks[size].layer.tolist() == [0] * len(numbers)
 
 
 @pytest.mark.parametrize("scaling", ["tensor", "channel"])
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3)], ids=str)
-def test_an_empty_layer_has_groups_and_no_element(shape: tuple[int, ...], scaling: str) -> None:
+def test_an_empty_layer_has_groups_without_elements(shape: tuple[int, ...], scaling: str) -> None:
     sharing = Sharing.of(torch.Size(shape), torch.zeros(0, dtype=torch.int64), (4,), scaling)
     assert not len(sharing.group)
-    assert len(sharing.layer_of_group) == (shape[0] if scaling == "channel" else 1)
+    assert len(sharing.group_layer) == (shape[0] if scaling == "channel" else 1)
     assert sharing.of_its_groups() == (sharing, slice(None))
 
 
 @thorough
 @given(samples())
-def test_without_the_groups_of_others_each_element_has_the_same_amax(
+def test_dropping_groups_without_elements_keeps_the_amax_of_each_element(
     sample: tuple[tuple[int, ...], list[int], int, object],
 ) -> None:
     shape, chosen, size, _ = sample
     indices = torch.tensor(chosen, dtype=torch.int64)
     sharing = Sharing.of(torch.Size(shape), indices, (size,), "channel")
-    amax = torch.arange(100, 100 + len(sharing.layer_of_group))
+    amax = torch.arange(100, 100 + len(sharing.group_layer))
     alone, groups = sharing.of_its_groups()
     assert amax[groups][alone.group].tolist() == amax[sharing.group].tolist()
     assert alone.blocks is sharing.blocks
     if chosen:
-        assert {0, len(alone.layer_of_group) - 1} <= {*alone.group.tolist()}
+        assert {0, len(alone.group_layer) - 1} <= {*alone.group.tolist()}
 
 
 @thorough
 @given(st.lists(samples(), min_size=1, max_size=4))
-def test_several_layers_side_by_side_share_nothing(
+def test_joined_layers_share_no_group_and_no_block(
     several: list[tuple[tuple[int, ...], list[int], int, object]],
 ) -> None:
     parts = [
@@ -209,28 +209,28 @@ def test_several_layers_side_by_side_share_nothing(
     joined = Sharing.joined(parts)
     layer = [k for k, part in enumerate(parts) for _ in part.group]
     assert joined.layers == len(parts)
-    tables = [torch.arange(len(part.layer_of_group)) + 1000 * k for k, part in enumerate(parts)]
+    tables = [torch.arange(len(part.group_layer)) + 1000 * k for k, part in enumerate(parts)]
     of_each = [table[part.group] for table, part in zip(tables, parts, strict=True)]
     assert torch.equal(torch.cat(tables)[joined.group], torch.cat(of_each))
-    assert joined.layer_of_group[joined.group].tolist() == layer
+    assert joined.group_layer[joined.group].tolist() == layer
     for size in (2, 3):
-        own = [part.blocks[size].of_element.tolist() for part in parts]
+        own = [part.blocks[size].element_block.tolist() for part in parts]
         pairs = [(k, block) for k, blocks in enumerate(own) for block in blocks]
         numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
         blocks = joined.blocks[size]
-        assert blocks.of_element.tolist() == [numbers[pair] for pair in pairs]
-        assert blocks.layer[blocks.of_element].tolist() == layer
+        assert blocks.element_block.tolist() == [numbers[pair] for pair in pairs]
+        assert blocks.layer[blocks.element_block].tolist() == layer
 
 
-def test_padding_adds_elements_and_changes_none() -> None:
+def test_padding_appends_elements_and_does_not_change_others() -> None:
     sharing = Sharing.of(torch.Size((3, 4)), torch.tensor([5, 6, 11]), (2,), "channel")
     padded = sharing.padded(5)
     assert padded.group[:3].tolist() == sharing.group.tolist() == [1, 1, 2]
-    assert padded.blocks[2].of_element[:3].tolist() == [0, 1, 2]
+    assert padded.blocks[2].element_block[:3].tolist() == [0, 1, 2]
     assert padded.blocks[2].layer is sharing.blocks[2].layer
-    assert len(padded.group) == len(padded.blocks[2].of_element) == 5
-    assert padded.group.max() < len(padded.layer_of_group)
-    assert padded.blocks[2].of_element.max() < len(padded.blocks[2].layer)
+    assert len(padded.group) == len(padded.blocks[2].element_block) == 5
+    assert padded.group.max() < len(padded.group_layer)
+    assert padded.blocks[2].element_block.max() < len(padded.blocks[2].layer)
 
 
 # --- the scale of each element -------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_padding_adds_elements_and_changes_none() -> None:
 
 @pytest.mark.parametrize("chosen", ["all", "sample"])
 @every_scaling
-def test_each_element_has_the_scale_of_what_it_shares_it_with(scaling: object, chosen: str) -> None:
+def test_each_element_has_the_scale_of_its_group_or_block(scaling: object, chosen: str) -> None:
     formats = FormatSet(["bf16", "e4m3fn", "e2m1", "mxfp4", "nvfp4", BLOCK_OF_4], scaling)
     before, after = weights(5, 40), weights(5, 40, seed=1)
     before[1], before[3, 8:12] = 0.0, 0.0  # these set no scale: the weights after do
@@ -255,7 +255,7 @@ def test_each_element_has_the_scale_of_what_it_shares_it_with(scaling: object, c
     assert scales.dtype is torch.float64
 
     of_chosen = [places((5, 40))[index] for index in indices.tolist()]
-    of_tensor = largest(before.flatten().tolist())
+    tensor_amaxes = largest(before.flatten().tolist())
 
     def amax_of(members: list[int]) -> float:
         return largest(w[members].tolist()) or largest(v[members].tolist())
@@ -266,7 +266,7 @@ def test_each_element_has_the_scale_of_what_it_shares_it_with(scaling: object, c
 
     def amax_of_groups() -> list[float]:
         if scaling == "tensor":
-            return [of_tensor] * len(of_chosen)
+            return [tensor_amaxes] * len(of_chosen)
         rows = zip(before.tolist(), after.tolist(), strict=True)
         of_channels = [largest(row) or largest(other) for row, other in rows]
         return [of_channels[channel_of(place, scaling)] for place in of_chosen]
@@ -283,10 +283,10 @@ def test_each_element_has_the_scale_of_what_it_shares_it_with(scaling: object, c
         element = FORMATS["e2m1" if name == "mxfp4" else "e4m3fn"]
         expected = [exact_scale(each, element, up=False) for each in amax_of_blocks(size)]
         assert found[name] == expected
-    assert found["nvfp4"] == [nvfp4_scale(each, of_tensor) for each in amax_of_blocks(16)]
+    assert found["nvfp4"] == [nvfp4_scale(each, tensor_amaxes) for each in amax_of_blocks(16)]
 
 
-def test_layers_side_by_side_have_the_scales_that_each_has_alone() -> None:
+def test_joined_layers_have_the_same_scales_as_single_layers() -> None:
     formats, scaling = FormatSet(["e4m3fn", "nvfp4", "mxfp4"], "channel"), "channel"
     several = [(weights(3, 20, seed=k) * 10.0**k, weights(3, 20, seed=9)) for k in range(3)]
     parts = [

@@ -15,9 +15,10 @@ SCALINGS = ["tensor", "channel", ("block", 4)]
 
 
 def exact_exponent(amax, format, power_of_two=True, limits=(-126, 127)):
-    """k of the scale 2**k: the smallest with amax <= max · 2**k, or OCP's rule; within the limits.
+    """Return k of the scale 2**k, within the limits.
 
-    OCP's rule speaks of the exponent of the largest number.
+    k is the smallest exponent with amax <= max · 2**k. By OCP's rule it is the difference of the
+    exponents of amax and max.
     """
     amax, largest = Fraction(amax), Fraction(format.max)
     if power_of_two == "floor":
@@ -36,7 +37,7 @@ def random_numbers(*shape, seed=0):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("format", EVERY_FORMAT)
-def test_nothing_clips_and_half_the_scale_would(format, dtype):
+def test_amax_does_not_clip_and_clips_under_half_the_scale(format, dtype):
     x = oracles.every_value_of(dtype)
     x = x[x.isfinite() & (x != 0)]
     scale = compute_scale(x[:, None], format, scaling="channel").double()[:, 0]
@@ -50,7 +51,7 @@ def test_nothing_clips_and_half_the_scale_would(format, dtype):
 @pytest.mark.parametrize("exponent", [-120, -30, -1, 0, 1, 17, 100])
 @pytest.mark.parametrize("format", EVERY_FORMAT)
 def test_amax_one_float_above_the_top_rounds_up(format, exponent):
-    """There amax / max is 1 after rounding, and the excess is lost."""
+    """amax / max would round to 1 and lose the excess."""
     exponent = min(exponent, 126 - format.emax)
     exponent = max(exponent, -125 - format.emax, -125)
     for dtype in (torch.float32, torch.float64):
@@ -64,7 +65,7 @@ def test_amax_one_float_above_the_top_rounds_up(format, exponent):
 
 @pytest.mark.parametrize("power_of_two", [True, "floor"], ids=str)
 @pytest.mark.parametrize("format", EVERY_FORMAT)
-def test_powers_of_two_as_exact_fractions(format, power_of_two):
+def test_powers_of_two_equal_exact_fractions(format, power_of_two):
     x = oracles.random_bit_patterns(2000).abs()
     powers = torch.tensor([2.0**exponent for exponent in range(-149, 128)])
     x = torch.cat([x[x.isfinite() & (x > 0)], powers, torch.tensor([torch.finfo().max])])
@@ -74,7 +75,7 @@ def test_powers_of_two_as_exact_fractions(format, power_of_two):
 
 
 @pytest.mark.parametrize("format", EVERY_FORMAT)
-def test_without_power_of_two_it_is_the_quotient(format):
+def test_power_of_two_false_gives_the_quotient(format):
     x = random_numbers(500).exp() * 1024  # bf16's quotients would else end at 2**-126
     actual = compute_scale(x[:, None], format, scaling="channel", power_of_two=False)[:, 0]
     quotient = [Fraction(amax) / Fraction(format.max) for amax in x.tolist()]
@@ -88,7 +89,7 @@ def test_without_power_of_two_it_is_the_quotient(format):
     amax=st.floats(min_value=1e-300, max_value=1e300),
     format=strategies.formats(max_bits=12),
 )
-def test_any_format_and_any_float64(amax, format):
+def test_any_format_and_any_float64_equal_exact_fractions(amax, format):
     scale = compute_scale(torch.tensor(amax, dtype=torch.float64), format)
     assert scale.dtype is torch.float64
     assert scale.item() == 2.0 ** exact_exponent(amax, format, limits=(-1022, 1023))
@@ -118,7 +119,7 @@ def test_floor_is_the_rule_of_ocp_and_may_clip():
 @pytest.mark.parametrize(
     ("format", "emax"), [("e4m3fn", 8), ("e5m2", 15), ("e2m3", 2), ("e3m2", 4), ("e2m1", 2)]
 )
-def test_floor_takes_the_exponents_of_the_mx_specification(format, emax):
+def test_floor_uses_the_exponents_of_the_mx_specification(format, emax):
     assert compute_scale(torch.tensor(1.5), format, power_of_two="floor") == 2.0**-emax
 
 
@@ -189,7 +190,7 @@ def test_the_layout_of_x_does_not_matter(scaling):
 
 @every_rule
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)
-def test_zeros_give_one(scaling, power_of_two):
+def test_zeros_give_a_scale_of_one(scaling, power_of_two):
     x = torch.zeros(3, 8)
     scale = compute_scale(x, E4M3, scaling=scaling, power_of_two=power_of_two)
     assert (scale == 1).all()
@@ -215,14 +216,14 @@ def test_zeros_give_one(scaling, power_of_two):
     ],
     ids=str,
 )
-def test_empty_tensors(shape, scaling, expected, power_of_two):
+def test_empty_tensors_give_a_scale_of_one(shape, scaling, expected, power_of_two):
     scale = compute_scale(torch.empty(shape), E4M3, scaling=scaling, power_of_two=power_of_two)
     assert_same_values(scale, torch.ones(expected))
 
 
 @every_rule
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)
-def test_a_tensor_without_dimensions(scaling, power_of_two):
+def test_a_tensor_without_dimensions_is_one_channel_and_one_block(scaling, power_of_two):
     x = torch.tensor(-3.0)
     scale = compute_scale(x, E4M3, scaling=scaling, power_of_two=power_of_two)
     assert_same_values(scale, compute_scale(x[None], E4M3, power_of_two=power_of_two))
@@ -230,7 +231,7 @@ def test_a_tensor_without_dimensions(scaling, power_of_two):
 
 @every_rule
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)
-def test_nan_and_infinity_are_left_out(scaling, power_of_two):
+def test_nan_and_infinity_are_ignored(scaling, power_of_two):
     x = random_numbers(3, 8)
     broken = x.clone()
     broken[:, 2], x[:, 2] = math.nan, 0
@@ -288,19 +289,19 @@ def test_x_is_not_changed_and_gets_no_gradient(scaling, power_of_two):
     ],
     ids=str,
 )
-def test_unknown_scaling_is_an_error_that_shows_what_is_allowed(scaling):
+def test_the_error_for_an_unknown_scaling_lists_what_is_allowed(scaling):
     for shape in ((), (4, 8), (0,)):
         with pytest.raises(ValueError, match=r"scaling=.*'tensor', 'channel' or \('block', size\)"):
             compute_scale(torch.ones(shape), E4M3, scaling=scaling)
 
 
 @pytest.mark.parametrize("power_of_two", ["ceil", "Floor", None, 0, 1, 1.0, 2], ids=repr)
-def test_unknown_power_of_two(power_of_two):
+def test_an_unknown_power_of_two_is_refused(power_of_two):
     with pytest.raises(ValueError, match=r"power_of_two=.*expected True, False or 'floor'"):
         compute_scale(torch.ones(3), E4M3, power_of_two=power_of_two)
 
 
-def test_other_errors():
+def test_wrong_x_and_format_are_refused():
     with pytest.raises(TypeError, match=r"x has dtype torch\.int64"):
         compute_scale(torch.ones(3).long(), E4M3)
     with pytest.raises(TypeError, match=r"x: expected a torch\.Tensor"):
@@ -309,7 +310,7 @@ def test_other_errors():
         compute_scale(torch.ones(3), "e4m9")
 
 
-def test_the_range_of_float64_is_used_for_float64():
+def test_scales_of_float64_use_the_range_of_float64():
     """1e300 would clip at 7.6e40 under a scale that float32 can hold."""
     x = torch.tensor([1e300, -1e-300], dtype=torch.float64)
     scale = compute_scale(x[:, None], E4M3, scaling="channel")[:, 0]
@@ -317,7 +318,7 @@ def test_the_range_of_float64_is_used_for_float64():
     assert (quantize(x, E4M3, scale) / x).sub(1).abs().max() <= 2**-4
 
 
-def test_a_block_longer_than_the_dimension_costs_no_memory():
+def test_a_block_longer_than_the_dimension_needs_no_padding():
     x = random_numbers(2, 5)
     huge = compute_scale(x, E4M3, scaling=("block", 10**12))
     assert_same_values(huge, compute_scale(x, E4M3, scaling=("block", 5)))

@@ -1,4 +1,4 @@
-"""Optimizers whose updates a test says, a small model, and the scale of a layer."""
+"""Optimizers with prescribed updates, a small model, and the scale of a layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from altgrad import WeightStorage, get_format
 
 
 class Given(torch.optim.Optimizer):
-    """Applies the updates that the test says."""
+    """An optimizer that applies prescribed updates."""
 
     def __init__(self, parameters, update=None) -> None:
         super().__init__(parameters, {})
@@ -39,7 +39,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: 
 
 
 def scale_for(amax: float, format: str) -> float:
-    """The smallest power of two with which the format reaches amax."""
+    """Return the smallest power of two with which the format reaches amax."""
     scale = 2.0 ** math.floor(math.log2(amax / get_format(format).max) - 1)
     while scale * get_format(format).max < amax:
         scale *= 2

@@ -1,4 +1,4 @@
-"""`WeightStorage`: weights on a format's grid, their scales, and what arrives of updates."""
+"""`WeightStorage`: weights on the grid of a format, their scales, and the effect of updates."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def rounded(x: np.ndarray, format: str, scale: float = 1.0) -> np.ndarray:
     return (x / np.float32(scale)).astype(ML[format]).astype(np.float32) * np.float32(scale)
 
 
-# What is stored
+# Stored weights
 
 
 @pytest.mark.parametrize("format", ML)
-def test_each_step_is_rounded_as_ml_dtypes_does(format: str) -> None:
+def test_each_step_rounds_like_ml_dtypes(format: str) -> None:
     weight = nn.Parameter(torch.randn(64, generator=torch.Generator().manual_seed(0)))
     optimizer = torch.optim.SGD([weight], lr=0.125)
     expected = weight.detach().numpy().copy()
@@ -56,7 +56,7 @@ def test_scales_grow_by_powers_of_two_and_never_shrink() -> None:
     assert weight[0] == 6.5
 
 
-def test_a_layer_of_zeros_is_scaled_by_its_first_weights() -> None:
+def test_a_layer_of_zeros_gets_its_scale_when_weights_first_move() -> None:
     weight = nn.Parameter(torch.zeros(3))
     optimizer = Given([weight], torch.tensor([1e-3, 2e-3, 0.0]))
     storage = WeightStorage("e4m3fn").attach(optimizer)
@@ -73,11 +73,13 @@ def test_a_layer_of_zeros_is_scaled_by_its_first_weights() -> None:
         *(("mxfp8_e4m3", "tensor"), ("mxfp4", "tensor"), ("e4m3fn", None)),
     ],
 )
-def test_what_stalls_is_what_the_monitor_predicts_from_the_fp32_step(format, scaling) -> None:
-    """On the same grid, so that it is the same elements, not about as many."""
+def test_the_stalled_weights_are_those_the_monitor_predicts_from_the_fp32_step(
+    format, scaling
+) -> None:
+    """The grid is the same, so that the same elements stall, not only as many."""
     fp32, stored = net(), net()
     generator = torch.Generator().manual_seed(1)
-    # Towards 0, so that no scale has to grow.
+    # Toward 0, so that no scale grows.
     updates = [
         -1e-2 * p.sign() * torch.rand(p.shape, generator=generator) for p in net().parameters()
     ]
@@ -107,10 +109,10 @@ def get_format_name(format: str) -> str:
     return format if format.startswith("mx") else get_format(format).name
 
 
-# What arrives
+# Effects of updates
 
 
-def test_small_updates_are_lost_to_nearest_and_arrive_by_either_remedy() -> None:
+def test_small_updates_are_lost_by_nearest_and_kept_by_stochastic_or_kahan() -> None:
     ends = {}
     for name, remedy in {
         "nearest": {},
@@ -129,7 +131,7 @@ def test_small_updates_are_lost_to_nearest_and_arrive_by_either_remedy() -> None
     assert ends["kahan"].unique().tolist() == [pytest.approx(1.1, abs=2**-8)]
 
 
-def test_kahan_keeps_what_was_lost_and_no_more_beyond_the_top() -> None:
+def test_kahan_keeps_at_most_one_spacing_beyond_the_top() -> None:
     weight = nn.Parameter(torch.tensor([1.0, 400.0]))
     optimizer = Given([weight], torch.tensor([0.01, 100.0]))
     storage = WeightStorage("e4m3fn", None, compensation="kahan").attach(optimizer)
@@ -144,7 +146,7 @@ def test_kahan_keeps_what_was_lost_and_no_more_beyond_the_top() -> None:
     assert weight[1] == 384
 
 
-def test_kahan_keeps_what_the_first_rounding_lost() -> None:
+def test_kahan_keeps_the_error_of_the_first_rounding() -> None:
     weight = nn.Parameter(torch.tensor([1.05]))
     storage = WeightStorage("e4m3fn", None, compensation="kahan").attach(Given([weight]))
     (layer,) = storage.state_dict()["layers"].values()
@@ -153,8 +155,8 @@ def test_kahan_keeps_what_the_first_rounding_lost() -> None:
 
 
 @pytest.mark.parametrize(("format", "digits"), [("bf16", 7), ("e4m3fn", 3), ("fp16", 10)])
-def test_kahan_loses_in_turn_what_is_below_2_to_the_m_plus_10(format: str, digits: int) -> None:
-    """As the docstring says: a remainder in bf16 has digits of its own."""
+def test_kahan_loses_updates_below_2_to_the_minus_m_minus_10(format: str, digits: int) -> None:
+    """The rounding error is kept in bf16, which rounds it again."""
     ends = []
     for update in (0.75 * 2.0 ** -(digits + 10), 1.25 * 2.0 ** -(digits + 10)):
         weight = nn.Parameter(torch.ones(1))
@@ -167,7 +169,7 @@ def test_kahan_loses_in_turn_what_is_below_2_to_the_m_plus_10(format: str, digit
     assert ends[1] > 1
 
 
-def test_stochastic_rounding_depends_on_its_seed_alone_and_touches_no_other() -> None:
+def test_stochastic_rounding_depends_on_its_seed_only_and_uses_no_global_generator() -> None:
     def run(seed: int, noise: int) -> list[torch.Tensor]:
         model = net()
         torch.manual_seed(noise)
@@ -183,10 +185,10 @@ def test_stochastic_rounding_depends_on_its_seed_alone_and_touches_no_other() ->
     assert not all(map(torch.equal, first, other))
 
 
-# Odd weights and steps
+# Unusual weights and steps
 
 
-def test_odd_weights() -> None:
+def test_scalar_empty_nonfinite_and_float64_weights_keep_their_shape_and_dtype() -> None:
     odd = {
         "empty": torch.zeros(0, 3),
         "scalar": torch.tensor(0.3),
@@ -208,7 +210,7 @@ def test_odd_weights() -> None:
 
 @pytest.mark.parametrize("remedy", [{}, {"rounding": "stochastic"}, {"compensation": "kahan"}])
 @pytest.mark.parametrize("format", ["bf16", "fp16", "e4m3fn", "mxfp4"])
-def test_what_is_not_finite_stays_and_is_forgotten_once_it_is_mended(format: str, remedy) -> None:
+def test_nan_and_inf_stay_and_have_no_effect_after_they_are_repaired(format: str, remedy) -> None:
     weight = nn.Parameter(torch.tensor([1.0, 0.5, 0.25]))
     optimizer = Given([weight], torch.tensor([math.inf, math.nan, 0.0]))
     WeightStorage(format, **remedy).attach(optimizer)
@@ -222,7 +224,7 @@ def test_what_is_not_finite_stays_and_is_forgotten_once_it_is_mended(format: str
     assert weight.tolist() == [1.0, 0.5, 0.25]
 
 
-def test_a_step_that_calls_its_super_is_stored_once() -> None:
+def test_a_step_that_calls_super_is_rounded_once() -> None:
     class Twice(Given):
         def step(self, closure=None) -> None:
             super().step()

@@ -1,4 +1,4 @@
-"""`WeightStorage`: which layers it stores in what, and what it refuses."""
+"""`WeightStorage`: the format of each layer, and refused arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from altgrad import SamplingRule, StepObserver, WeightStorage
 from tests.recipes.storing import Given, net, train
 
 
-def test_rules_say_what_each_layer_is_stored_in() -> None:
+def test_rules_select_the_format_of_each_layer() -> None:
     model = net()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rules = [
@@ -29,7 +29,7 @@ def test_rules_say_what_each_layer_is_stored_in() -> None:
     assert after["2.weight"].unique().numel() <= 15 * 8
 
 
-def test_an_optimizer_that_knows_names_needs_no_module() -> None:
+def test_an_optimizer_with_names_needs_no_module() -> None:
     model = net()
     rules = [SamplingRule("0.*", enabled=False)]
     storage = WeightStorage("bf16", layers=rules)
@@ -41,7 +41,7 @@ def test_an_optimizer_that_knows_names_needs_no_module() -> None:
     assert [*nameless.formats][:2] == ["parameter 0", "parameter 1"]
 
 
-def test_a_parameter_that_is_added_later_is_told_of_once_and_left_alone() -> None:
+def test_a_parameter_added_after_attach_is_warned_about_once_and_not_rounded() -> None:
     first, later = nn.Parameter(torch.ones(2)), nn.Parameter(torch.full((2,), 1.001))
     optimizer = Given([first], update=1e-3)
     storage = WeightStorage("bf16").attach(optimizer)
@@ -54,10 +54,10 @@ def test_a_parameter_that_is_added_later_is_told_of_once_and_left_alone() -> Non
     assert len(storage.formats) == 1
 
 
-def test_weights_that_cannot_be_stored_are_named() -> None:
+def test_the_error_names_weights_that_cannot_be_stored() -> None:
     half = Given([("head", nn.Parameter(torch.ones(2, dtype=torch.bfloat16)))])
     with pytest.raises(
-        ValueError, match=r"head has dtype torch\.bfloat16, which is no finer than bf16"
+        ValueError, match=r"head has dtype torch\.bfloat16, which is not finer than bf16"
     ):
         WeightStorage("bf16").attach(half)
     first = nn.Parameter(torch.full((2,), 1.001))
@@ -75,24 +75,28 @@ def test_weights_that_cannot_be_stored_are_named() -> None:
     ("arguments", "settings", "message"),
     [
         (("bf17",), {}, "bf17"),
-        (("nvfp4",), {}, "no powers of two"),
+        (("nvfp4",), {}, "not powers of two"),
         (("bf16", "row"), {}, "scaling='row'"),
         (("bf16",), {"rounding": "up"}, "rounding='up': expected 'nearest_even' or 'stochastic'"),
         (("bf16",), {"compensation": True}, "compensation=True: expected None or 'kahan'"),
         (
             ("bf16",),
             {"rounding": "stochastic", "compensation": "kahan"},
-            "expected one of them; what is kept and rounded at random again would move weights",
+            "expected only one of them",
         ),
-        (("bf16",), {"layers": [SamplingRule("*", formats=["bf16", "e5m2"])]}, "expected one"),
+        (
+            ("bf16",),
+            {"layers": [SamplingRule("*", formats=["bf16", "e5m2"])]},
+            "expected exactly one format",
+        ),
     ],
 )
-def test_arguments_that_cannot_be_meant(arguments, settings, message: str) -> None:
+def test_invalid_arguments_are_refused(arguments, settings, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WeightStorage(*arguments, **settings)
 
 
-def test_a_rule_that_matches_nothing_is_an_error_and_nothing_is_stored() -> None:
+def test_a_rule_without_a_matching_layer_is_refused_and_no_weight_is_rounded() -> None:
     model = net()
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -102,7 +106,7 @@ def test_a_rule_that_matches_nothing_is_an_error_and_nothing_is_stored() -> None
     assert not optimizer._optimizer_step_post_hooks  # torch has no public name for them
 
 
-def test_an_observer_sees_what_is_stored_and_must_come_later() -> None:
+def test_an_observer_sees_stored_weights_and_must_be_attached_later() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     seen = []

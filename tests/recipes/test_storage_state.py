@@ -1,4 +1,4 @@
-"""`WeightStorage` in time: resumed, attached again, and detached."""
+"""The state of `WeightStorage`: resumed, attached again, and detached."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.recipes.storing import Given, net, scale_for, scale_of, train
 
 @pytest.mark.parametrize("remedy", [{}, {"rounding": "stochastic"}, {"compensation": "kahan"}])
 @pytest.mark.parametrize("format", ["bf16", "e4m3fn", "mxfp8_e4m3"])
-def test_a_resumed_run_goes_on_exactly(format: str, remedy) -> None:
+def test_a_resumed_run_continues_exactly(format: str, remedy) -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     storage = WeightStorage(format, **remedy).attach(optimizer)
@@ -33,7 +33,7 @@ def test_a_resumed_run_goes_on_exactly(format: str, remedy) -> None:
         storage.load_state_dict(state)
 
 
-def test_attached_again_it_goes_on_with_its_scales_and_what_was_lost() -> None:
+def test_a_second_attach_continues_with_scales_and_rounding_errors() -> None:
     weight = nn.Parameter(torch.tensor([64.0, 1.0]))
     optimizer = Given([weight], torch.tensor([-63.0, 0.01]))
     storage = WeightStorage("e4m3fn", compensation="kahan").attach(optimizer)
@@ -60,7 +60,7 @@ def test_attached_again_it_goes_on_with_its_scales_and_what_was_lost() -> None:
     assert torch.equal(loaded.state_dict()["layers"]["parameter 0"]["lost"], now["lost"])
 
 
-def test_states_of_other_storages_are_refused_or_told_of() -> None:
+def test_states_of_other_storages_are_refused_or_warned_about() -> None:
     def stored(scaling="tensor", shape=(2, 3), name: str = "weight") -> tuple:
         optimizer = Given([(name, nn.Parameter(torch.ones(shape)))], 0.01)
         return WeightStorage("e4m3fn", scaling, compensation="kahan"), optimizer
@@ -70,13 +70,15 @@ def test_states_of_other_storages_are_refused_or_told_of() -> None:
         return storage.attach(optimizer).state_dict()
 
     storage, optimizer = stored()
-    with pytest.raises(ValueError, match=r"keys \['weights'\]: expected what WeightStorage"):
+    with pytest.raises(
+        ValueError, match=r"keys \['weights'\]: expected the result of WeightStorage"
+    ):
         storage.load_state_dict({"weights": {}})
     storage.load_state_dict({"layers": {"weight": {"format": "bf16"}}, "generators": {}})
-    with pytest.raises(ValueError, match=r"weight has the keys \['format'\]: expected what"):
+    with pytest.raises(ValueError, match=r"weight has the keys \['format'\]: expected the result"):
         storage.attach(optimizer)
     storage.load_state_dict(state_of(shape=(3, 3)))
-    with pytest.raises(ValueError, match=r"weight has what was lost of shape \(3, 3\): expected"):
+    with pytest.raises(ValueError, match=r"weight has rounding errors of shape \(3, 3\): expected"):
         storage.attach(optimizer)
     storage.load_state_dict(state_of(name="head.weight"))
     with pytest.warns(UserWarning, match=r"1 layers .* not stored now, among them head.weight:"):
@@ -97,7 +99,7 @@ def clone(state):
     return state.clone() if isinstance(state, torch.Tensor) else state
 
 
-def test_after_detach_weights_are_free() -> None:
+def test_weights_are_not_rounded_after_detach() -> None:
     weight = nn.Parameter(torch.ones(1))
     optimizer = Given([weight], 1e-4)
     with WeightStorage("bf16").attach(optimizer):
