@@ -1,9 +1,17 @@
 """AltGrad: if I kept my weights in this number format, would they still move?
 
-Names are imported when they are first used: `import altgrad` alone loads nothing, not even torch.
+AltGrad observes the steps of a PyTorch optimizer, rounds their updates to number formats, and
+reports how much of each update a format keeps. The packages build on each other:
 
-`altgrad.quantization` rounds to formats, `altgrad.observation` shows optimizer steps,
-`altgrad.measurement` knows the metrics, `altgrad.report` reads run files and judges them.
+1. `altgrad.quantization` defines number formats and rounds to them.
+2. `altgrad.observation` copies weights and gradients around an optimizer step.
+3. `altgrad.measurement` computes the metrics of a step.
+4. `altgrad.monitor` observes and measures a training run; `altgrad.distributed` combines the sums
+   of several ranks.
+5. `altgrad.report` writes and reads run files, and judges them.
+
+`altgrad.recipes` keeps the weights of a training run in a format. A name is imported on first use,
+so `import altgrad` alone loads no other package, not even torch.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""`python -m altgrad` is the command `altgrad`."""
+"""Run the command `altgrad` by `python -m altgrad`."""
 
 from altgrad.cli import main
 

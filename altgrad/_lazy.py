@@ -1,7 +1,7 @@
-"""Names of a package that are imported when they are first used (PEP 562).
+"""Import the names of a package on first use (PEP 562: https://peps.python.org/pep-0562/).
 
-A package lists them as ordinary imports under TYPE_CHECKING, for editors and mypy, in `__all__`,
-and in a call of `attach`, for Python. A test holds the three together.
+A package lists its names three times: as imports under TYPE_CHECKING, for editors and mypy; in
+`__all__`; and in a call of `attach`, for Python. tests/test_imports.py checks that the lists agree.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from typing import Any
 def attach(
     package: str, names: Mapping[str, str], submodules: str = ""
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` of a package that imports its names on first use.
+    """Make the functions `__getattr__` and `__dir__` of a package that imports names on first use.
 
     Args:
-        package: Its `__name__`.
-        names: By module, relative to the package, the names that it provides, with spaces between.
-        submodules: Modules of the package that are attributes without an import statement.
+        package: `__name__` of the package.
+        names: Names separated by spaces, by the module that provides them, relative to the
+            package.
+        submodules: Names of modules, separated by spaces, that become attributes of the package.
+
+    Returns:
+        `__getattr__` and `__dir__`, which the package assigns at module level.
     """
     modules = {name: module for module, provided in names.items() for name in provided.split()}
     modules |= dict.fromkeys(submodules.split(), "")
@@ -29,9 +33,9 @@ def attach(
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         if not modules[name]:
-            return import_module(f"{package}.{name}")  # which binds it to the package
+            return import_module(f"{package}.{name}")  # the import binds the module to the package
         value = getattr(import_module(f"{package}.{modules[name]}"), name)
-        setattr(sys.modules[package], name, value)  # so that this is called once for each name
+        setattr(sys.modules[package], name, value)  # Python then finds it without __getattr__
         return value
 
     def list_names() -> list[str]:

@@ -1,4 +1,8 @@
-"""The command line: `altgrad formats`, and commands that other packages add by name."""
+"""The command line: `altgrad formats`, and commands that entry points add.
+
+`main` builds the application. `altgrad report` and `altgrad compare` are in
+`altgrad.report.commands`, and `altgrad demo` is in `altgrad_lightning.demo`.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +14,17 @@ if TYPE_CHECKING:
     import typer
 
 COMMANDS = "altgrad.commands"
-"""The entry-point group of further commands, `altgrad demo` among them."""
+"""Entry-point group of further commands, such as `altgrad demo`; see pyproject.toml."""
 
 _REMEDY = "pip install 'altgrad[demo]'"
 
 
 def main() -> None:
-    """Run the command line; without its libraries, say in one line how to get them."""
+    """Run the command line; if a library is missing, exit with the command that installs it."""
     try:
         import typer
     except ImportError:
-        sys.exit(f"altgrad's command line needs typer and rich: {_REMEDY}")
+        sys.exit(f"altgrad: expected the packages typer and rich; run {_REMEDY}")
     app = typer.Typer(
         help="If I kept my weights in this number format, would they still move?",
         no_args_is_help=True,
@@ -29,29 +33,31 @@ def main() -> None:
     )
     app.command()(formats)
     for command in entry_points(group=COMMANDS):
-        # Only the one that is called is imported; the help shows them all.
+        # Imports take seconds, so only the called command is imported; the help needs all.
         if sys.argv[1:2] in ([], ["--help"], [command.name]):
             _add(app, command)
-    app.callback()(lambda: None)  # so that a single command keeps its name
+    # Without a callback, typer runs a single command without its name:
+    # https://typer.tiangolo.com/tutorial/commands/one-or-multiple/
+    app.callback()(lambda: None)
     app()
 
 
 def _add(app: typer.Typer, command: EntryPoint) -> None:
     try:
         app.command(command.name)(command.load())
-    except Exception as fault:  # noqa: BLE001 - a broken package must not take the others along
-        message = f"altgrad {command.name} cannot be loaded ({fault!r}): {_REMEDY}"
+    except Exception as error:  # noqa: BLE001 - a broken command must not stop the others
+        message = f"altgrad {command.name}: command cannot be loaded ({error!r}); run {_REMEDY}"
 
-        def unavailable() -> None:
+        def exit_with_error() -> None:
             sys.exit(message)
 
         any_arguments = {"ignore_unknown_options": True, "allow_extra_args": True}
-        about = f"Not available here: {_REMEDY}."
-        app.command(command.name, help=about, context_settings=any_arguments)(unavailable)
+        help_text = f"Not available here; run {_REMEDY}."
+        app.command(command.name, help=help_text, context_settings=any_arguments)(exit_with_error)
 
 
 def formats() -> None:
-    """Print the named number formats and their range and precision."""
+    """Print the named number formats with their range and precision."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -60,7 +66,7 @@ def formats() -> None:
 
     table = Table(
         title="Formats",
-        caption="E, M: exponent and mantissa bits; eps: the step above 1; 2^n: powers of two",
+        caption="E, M: exponent and mantissa bits; eps: spacing above 1; 2^n: powers of two",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
@@ -79,7 +85,7 @@ def formats() -> None:
             str(format.mantissa_bits),
             str(format.bias),
             f"{format.max:.5g}",
-            # With E = 0 nothing is normal: a number there would mislead.
+            # A format with E = 0 has subnormal numbers only.
             f"2^{format.emin}" if format.exponent_bits else "none",
             f"2^{format.emin - format.mantissa_bits}",
             f"2^{-format.mantissa_bits}",

@@ -24,7 +24,7 @@ from altgrad import StepRecord, UpdateMonitor
 from altgrad.measurement.step_record import step_record
 from altgrad.quantization import get_formats
 from altgrad.report import FormatInfo, Header, LayerInfo, RunFile, read
-from altgrad.report.records.lines import lines_of
+from altgrad.report.records.lines import format_lines
 from benchmarks.gpt import Gpt, train
 from benchmarks.paired import (
     Target,
@@ -70,7 +70,7 @@ def a_step() -> Callable[[], StepRecord]:
 
 def header_from(record: StepRecord) -> Header:
     return Header(
-        {each.name: FormatInfo.of(each, "tensor") for each in get_formats(FORMATS)},
+        {each.name: FormatInfo.from_format(each, "tensor") for each in get_formats(FORMATS)},
         {
             name: LayerInfo((figures.population,), "float32", figures.elements, figures.formats)
             for name, figures in record.layers.items()
@@ -127,7 +127,7 @@ def main() -> None:
         variants = {
             RECORD: record,
             FIGURES: lambda: read_figures(record()),
-            LINES: lambda: lines_of(0, record(), {}, None),
+            LINES: lambda: format_lines(0, record(), {}, None),
             APPEND: lambda: file.append(0, record(), skipped={}),
             DUMPS: lambda: dumped(other, record()),
         }

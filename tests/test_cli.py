@@ -1,4 +1,4 @@
-"""The command line: formats, the demo's entry point, and what it says without its libraries."""
+"""The command line: formats, help texts, and errors if libraries are missing."""
 
 import subprocess
 import sys
@@ -45,14 +45,14 @@ def test_no_argument_shows_the_help() -> None:
 
 
 @pytest.mark.parametrize("arguments", [("formats",), ("demo",)])
-def test_without_typer_one_line_names_the_remedy(arguments: tuple[str, ...]) -> None:
+def test_without_typer_the_error_is_one_line_with_the_remedy(arguments: tuple[str, ...]) -> None:
     result = run(*arguments, setup="import sys; sys.modules['typer'] = None")
     assert result.returncode == 1
     assert result.stderr.strip().endswith("pip install 'altgrad[demo]'")
     assert "Traceback" not in result.stderr
 
 
-def test_without_lightning_only_the_demo_is_unavailable() -> None:
+def test_without_lightning_every_command_but_the_demo_works() -> None:
     setup = "import sys; sys.modules.update(pytorch_lightning=None, lightning=None)"
     demo = run("demo", "--steps", "20", setup=setup)
     assert demo.returncode == 1
@@ -60,7 +60,7 @@ def test_without_lightning_only_the_demo_is_unavailable() -> None:
     assert run("formats", setup=setup).returncode == 0
 
 
-def test_formats_does_not_import_the_demo() -> None:
+def test_formats_works_without_the_package_of_the_demo() -> None:
     setup = "import sys; sys.modules['altgrad_lightning'] = None"
     assert run("formats", setup=setup).returncode == 0
     assert "Not available here" in run("--help", setup=setup).stdout
@@ -69,7 +69,7 @@ def test_formats_does_not_import_the_demo() -> None:
 @pytest.mark.parametrize(
     "command", [(), ("report",), ("compare",), ("formats",), ("demo",)], ids=str
 )
-def test_every_help_fits_80_columns_and_is_whole(command: tuple[str, ...]) -> None:
+def test_every_help_text_fits_80_columns_and_is_complete(command: tuple[str, ...]) -> None:
     shown = altgrad(*command, "--help")
     assert shown.returncode == 0, shown.stderr
     assert max(map(len, shown.stdout.splitlines())) <= 80

@@ -1,8 +1,13 @@
-"""Reports of a run: its file, verdicts, tables, pictures and pages, made of plain numbers.
+"""Reports of a run: its run file, verdicts, tables, pictures and pages.
 
-Nothing here sees a model, and nothing loads torch. `records` writes and reads the run file;
-`verdicts` judges a run, by the thresholds of `calibration`; `run_report` is what there is to say,
-`terminal`, `web_page` and `exports` say it, `drawings` draw it, `applying` writes lines of Python.
+The package works on plain numbers, without a model and without torch. Read it in this order:
+
+1. `records` writes and reads the run file.
+2. `calibration` holds the thresholds, and `verdicts` judges a run by them.
+3. `run_report` combines a run with its verdicts. `drawings`, on figures of `canvas`, draws its
+   pictures, and `applying` writes Python code that applies its suggestions.
+4. `terminal`, `web_page` and `exports` show the report; `cells` and `names` hold shared texts.
+5. `comparison` compares two runs, and `commands` is the command line.
 """
 
 from typing import TYPE_CHECKING

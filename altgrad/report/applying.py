@@ -1,4 +1,9 @@
-"""The lines of Python that would store each layer in the smallest format that stores it fine."""
+"""Write lines of Python that store each layer in the smallest format that stores it fine.
+
+`write_code` is the entry. `_choose_formats` picks a format for each layer, and `_write_rules`
+merges layers with similar names into one `altgrad.SamplingRule`. `terminal`, `web_page` and
+`exports` show the code.
+"""
 
 from __future__ import annotations
 
@@ -11,120 +16,128 @@ from collections.abc import Iterable, Mapping
 from altgrad.quantization.block_formats import get_formats
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import FormatInfo
-from altgrad.report.verdicts import Advice, Assessment, Verdict, smallest
+from altgrad.report.verdicts import Advice, Assessment, Verdict, find_smallest
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a name
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a number between dots, as 11 in blocks.11.mlp
 
 
-def applying(run: Run, assessment: Assessment) -> str:
-    """Python that applies the suggestions with `altgrad.WeightStorage`; empty where there are none.
+def write_code(run: Run, assessment: Assessment) -> str:
+    """Return Python code that applies the suggestions with `altgrad.WeightStorage`.
 
-    Layers whose names differ in numbers alone share a rule where they share a format. A layer that
-    no judged format stores fine is left as it is, and the lines name what would help.
+    Layers whose names differ only in numbers share a rule if they share a format. Layers that no
+    judged format stores fine stay unchanged, and a comment in the code names a remedy.
+
+    Args:
+        run: The run, for its formats, layers and scaling.
+        assessment: Verdicts on the run.
+
+    Returns:
+        The code; empty if there is nothing to apply.
     """
-    chosen = _chosen(run, assessment)
+    chosen = _choose_formats(run, assessment)
     stored = Counter(format for format in chosen.values() if format is not None)
     scaling = ""
     if run.scaling != "tensor":
         scaling = f", scaling={run.scaling!r}".replace("'", '"')
     if not stored:
-        return _with_remedy(run, assessment, scaling)
+        return _write_remedy(run, assessment, scaling)
     ((most, count),) = stored.most_common(1)
-    settings = _quoted(most) + scaling
+    settings = _quote(most) + scaling
     if count == len(chosen):
-        return _lines(
+        return _join_lines(
             "from altgrad import WeightStorage\n",
-            "# Stores layers that were not watched, too.",
+            "# Stores layers that were not observed, too.",
             f"storage = WeightStorage({settings})",
         )
     lines = [
         "from altgrad import SamplingRule, WeightStorage\n",
-        "# A rule stores all layers that it matches, those that were not watched, too.",
+        "# A rule stores all layers that it matches, also layers that were not observed.",
         f"storage = WeightStorage(\n    {settings},\n    layers=[",
-        *(f"        {rule}," for rule in _rules(chosen, most)),
+        *(f"        {rule}," for rule in _write_rules(chosen, most)),
         '        SamplingRule("*", enabled=False),\n    ],\n)',
     ]
-    if left := [name for name, format in chosen.items() if format is None]:
+    if unchanged := [name for name, format in chosen.items() if format is None]:
         lines.append(
-            f"# {len(left):,} of {len(chosen):,} layers stay as they are: no judged format that\n"
-            "# weights can be stored in is known to store them fine."
+            f"# {len(unchanged):,} of {len(chosen):,} layers stay unchanged: no judged format\n"
+            "# that WeightStorage supports is known to store them fine."
         )
-        if any(_is_mended(advice) for name in left for advice in _advice(assessment, name)):
+        if any(_loses_updates(a) for name in unchanged for a in _list_advice(assessment, name)):
             lines.append(
-                '# What helps where updates are lost is rounding="stochastic", or\n'
-                '# compensation="kahan", in a storage of their own.'
+                "# If these layers lose updates, store them with another WeightStorage that has\n"
+                '# rounding="stochastic" or compensation="kahan".'
             )
-    return _lines(*lines)
+    return _join_lines(*lines)
 
 
-def _with_remedy(run: Run, assessment: Assessment, scaling: str) -> str:
-    """No layer is stored fine: the largest of the formats that lose updates, and the remedy."""
-    lossy = dict.fromkeys(each.format for each in assessment.advice if _is_mended(each))
+def _write_remedy(run: Run, assessment: Assessment, scaling: str) -> str:
+    """Return code with the largest format that loses updates, rounded stochastically."""
+    lossy = dict.fromkeys(each.format for each in assessment.advice if _loses_updates(each))
     judged = [format for format in lossy if _can_store(run, format)]
     if not judged:
         return ""
     largest = max(judged, key=lambda format: run.formats[format].bits)
-    return _lines(
+    return _join_lines(
         "from altgrad import WeightStorage\n",
-        "# Rounded to nearest, no judged format that weights can be stored in is\n"
-        "# known to store a layer fine.",
-        f'storage = WeightStorage({_quoted(largest)}{scaling}, rounding="stochastic")',
+        "# Rounded to nearest, no judged format that WeightStorage supports is known to\n"
+        "# store a layer fine.",
+        f'storage = WeightStorage({_quote(largest)}{scaling}, rounding="stochastic")',
     )
 
 
-def _advice(assessment: Assessment, layer: str) -> Iterable[Advice]:
+def _list_advice(assessment: Assessment, layer: str) -> Iterable[Advice]:
     return assessment.by_layer.get(layer, {}).values()
 
 
-def _is_mended(advice: Advice) -> bool:
-    """Whether what is wrong is what stochastic rounding and Kahan summation mend."""
+def _loses_updates(advice: Advice) -> bool:
+    """Return True if updates are lost, which stochastic rounding or Kahan summation remedies."""
     return advice.verdict in (Verdict.WATCH, Verdict.NEEDS_REMEDY, Verdict.FROZEN)
 
 
-def _lines(*lines: str) -> str:
+def _join_lines(*lines: str) -> str:
     return "\n".join([*lines, "storage.attach(optimizer, module=model)  # before the monitor"])
 
 
-def _chosen(run: Run, assessment: Assessment) -> dict[str, str | None]:
-    """For each layer the smallest format that stores it fine and that weights can be stored in."""
+def _choose_formats(run: Run, assessment: Assessment) -> dict[str, str | None]:
+    """Return by layer the smallest format that stores it fine and that WeightStorage supports."""
     chosen: dict[str, str | None] = {}
     for layer in run.layers:
         advice = assessment.by_layer.get(layer, {})
         fine = [f for f, each in advice.items() if each.verdict is Verdict.STORES_FINE]
         storable = [format for format in fine if _can_store(run, format)]
-        chosen[layer] = smallest(storable, run.formats)
+        chosen[layer] = find_smallest(storable, run.formats)
     return chosen
 
 
 def _can_store(run: Run, format: str) -> bool:
-    """Not those of the user's own, which no name stands for, nor nvfp4."""
+    """Return True if WeightStorage accepts this name, which excludes user formats and nvfp4."""
     try:
         (found,) = get_formats(format)
     except ValueError:
         return False
-    if FormatInfo.of(found, run.scaling) != run.formats[format]:
-        return False  # one of the user's own, of the same name
-    return found.power_of_two
+    if FormatInfo.from_format(found, run.scaling) != run.formats[format]:
+        return False  # a user's format with the name of a built-in one
+    return found.power_of_two  # WeightStorage supports power-of-two scales only
 
 
-def _rules(chosen: Mapping[str, str | None], default: str) -> list[str]:
-    """Source of the rules, for the layers that are stored."""
+def _write_rules(chosen: Mapping[str, str | None], default: str) -> list[str]:
+    """Return the source code of a rule for each group of layers that are stored."""
     rules: list[str] = []
     covered: set[str] = set()
     for name, format in chosen.items():
         if format is None or name in covered:
             continue
-        pattern, alike = _widest(name, chosen)
-        covered |= alike
-        more = "" if format == default else f", formats={_quoted(format)}"
-        rules.append(f"SamplingRule({_quoted(pattern)}{more})")
+        pattern, matched = _widen_pattern(name, chosen)
+        covered |= matched
+        more = "" if format == default else f", formats={_quote(format)}"
+        rules.append(f"SamplingRule({_quote(pattern)}{more})")
     return rules
 
 
-def _widest(name: str, chosen: Mapping[str, str | None]) -> tuple[str, set[str]]:
-    """A pattern for a layer and those that differ in numbers, and share its format; and all these.
+def _widen_pattern(name: str, chosen: Mapping[str, str | None]) -> tuple[str, set[str]]:
+    """Return a pattern for a layer, and the names of all layers it matches.
 
-    Numbers are left open all of them, or else one of them.
+    The pattern has ``*`` for every number in the name, or else for one number, if all matched
+    layers have the same format. Otherwise it matches this layer alone.
     """
     whole = glob.escape(name)
     numbers = [*_NUMBER.finditer(whole)]
@@ -137,6 +150,6 @@ def _widest(name: str, chosen: Mapping[str, str | None]) -> tuple[str, set[str]]
     return whole, {name}
 
 
-def _quoted(text: str) -> str:
-    """As source, in double quotes where that is possible."""
+def _quote(text: str) -> str:
+    """Return a string literal of Python, in double quotes if possible."""
     return f'"{text}"' if text.isprintable() and not {*text} & {'"', "\\"} else repr(text)

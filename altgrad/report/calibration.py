@@ -1,6 +1,7 @@
-"""What verdicts rest on: thresholds, and what became of runs that were really done.
+"""The thresholds of the verdicts, and the outcomes of real runs they were calibrated on.
 
-All of it is in calibration.json, which benchmarks/calibration in the repository regenerates.
+`calibration` reads calibration.json, which benchmarks/calibration in the repository regenerates.
+`verdicts` uses the thresholds and quotes the outcomes; that module comes next.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-_FEW = 3
-"""So many formats, and fewer, are named: what came to be in no others says nothing of these."""
+_MOST_NAMED_FORMATS = 3
+"""Evidence from at most this many formats names them, because it says nothing of other formats."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where one verdict ends and another begins.
+    """The figures at which one verdict ends and another begins; all are between 0 and 1.
 
     Attributes:
-        stores_fine: kept_update_ratio from which on a format stores a layer fine.
-        needs_remedy: kept_update_ratio below which rounding to nearest loses too much.
-        frozen: never_moved_frac from which on a layer is frozen.
-        underflow, saturated: Shares of weights, stored as 0 and beyond the top, from which on the
-            range is at fault.
+        stores_fine: Least kept_update_ratio of a format that stores a layer fine.
+        needs_remedy: Least kept_update_ratio with which a layer needs no remedy.
+        frozen: Least never_moved_frac of a frozen layer.
+        underflow: Least share of weights stored as 0 for the verdict “range”.
+        saturated: Least share of weights beyond the largest value for the verdict “range”.
     """
 
     stores_fine: float
@@ -37,14 +38,14 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the file says.
+    """The content of calibration.json: thresholds, and the outcomes of real runs.
 
     Attributes:
-        thresholds: Of the verdicts.
-        rules: How each of them was found, in words.
-        outcomes: By the name of a verdict, of how many runs it would have been said if a model
-            had but one, in which formats, and what became of them.
-        held_out: The same, of models and optimizers that had no say in the thresholds.
+        thresholds: Thresholds of the verdicts.
+        rules: Rule by which each threshold was found, in words, by threshold.
+        outcomes: Outcomes of the runs that set the thresholds, by name of the verdict: number of
+            runs and layers with this verdict, their formats, and how many lost progress.
+        held_out: Outcomes in the same form, for tasks and optimizers that set no threshold.
     """
 
     thresholds: Thresholds
@@ -53,40 +54,43 @@ class Calibration:
     held_out: Mapping[str, Mapping[str, Any]]
 
     def evidence(self, verdict: str) -> str:
-        """In one sentence what became of those that the verdict would have been said of.
+        """Return the outcome of real runs with a verdict, in one sentence.
 
         Args:
-            verdict: Its name, such as ``"WATCH"``.
+            verdict: Name of the verdict, such as ``"WATCH"``.
 
         Returns:
-            Nothing for a verdict that claims nothing.
+            The sentence; empty for ``"UNCERTAIN"`` and ``"NOT_JUDGED"``.
         """
         counts = self.outcomes.get(verdict)
         if counts is None:
             return ""
-        if verdict == "FROZEN":
+        if verdict == "FROZEN":  # this evidence counts layers; all other counts whole runs
             return (
                 f"{counts['frozen']} of {counts['layers']} layers like this were frozen when the "
                 "run was really done"
             )
         formats = counts["formats"]
-        in_which = f" ({', '.join(formats)})" if len(formats) <= _FEW else ""
-        of_runs = (
+        in_which = f" ({', '.join(formats)})" if len(formats) <= _MOST_NAMED_FORMATS else ""
+        lost = (
             f"{counts['lost_10_percent']} of {counts['runs']} runs like this{in_which} lost over "
             "10 % of their progress"
         )
         if verdict != "RANGE":
-            return of_runs
+            return lost
         mended = f"{counts['mended_by_a_scale']} of {counts['without_a_scale']}"
-        return f"{of_runs}, and a scale halved that, where there was none, in {mended}"
+        return f"{lost}; a scale halved the loss in {mended} that had none"
 
 
 @functools.cache
 def calibration() -> Calibration:
-    """The one that this version of AltGrad comes with."""
-    said = json.loads(
+    """Return the calibration of this version of AltGrad; the file is read once."""
+    content = json.loads(
         files("altgrad.report").joinpath("calibration.json").read_text(encoding="utf-8")
     )
     return Calibration(
-        Thresholds(**said["thresholds"]), said["rules"], said["calibration"], said["held_out"]
+        Thresholds(**content["thresholds"]),
+        content["rules"],
+        content["calibration"],
+        content["held_out"],
     )

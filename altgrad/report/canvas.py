@@ -1,6 +1,8 @@
-"""What pictures are drawn on, and how they become PNG and SVG: without pyplot or any global state.
+"""Make matplotlib figures, and convert them to PNG and SVG.
 
-All are drawn in matplotlib's default style, whatever style users have set for plots of their own.
+Figures are made without pyplot, which keeps global state and may open windows. All of them have
+matplotlib's default style, even if the user has set another one. Read `new_figure`,
+`finish_figure`, `png` and `svg`; `drawings` comes next and draws on these figures.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from altgrad.report.names import printable
+from altgrad.report.names import replace_unprintable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,25 +25,34 @@ _R = TypeVar("_R")
 
 
 def in_default_style(draw: Callable[_P, _R]) -> Callable[_P, _R]:
-    """In the default style; the user's own holds again afterwards."""
+    """Decorate a function to run in matplotlib's default style; the user's style is restored."""
 
     @functools.wraps(draw)
-    def drawn(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def draw_in_style(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         from matplotlib import style
 
         with style.context("default"), warnings.catch_warnings():
-            # A name in a script that the font lacks is boxes in a PNG, and whole in an SVG.
+            # The default font lacks some scripts: a PNG shows boxes, an SVG has the text.
             warnings.filterwarnings("ignore", message=r"(?s).*Glyph .* missing from")
             warnings.filterwarnings("ignore", message="Matplotlib currently does not support")
             return draw(*args, **kwargs)
 
-    return drawn
+    return draw_in_style
 
 
 def new_figure(
     width: float, height: float, heights: Sequence[float] = (1,)
 ) -> tuple[Figure, list[Axes]]:
-    """A Figure of so many inches, and its axes, one for each of the heights, with one x axis."""
+    """Make a figure with one column of axes that share an x axis.
+
+    Args:
+        width: Width of the figure in inches.
+        height: Height of the figure in inches.
+        heights: Relative heights of the axes, from top to bottom.
+
+    Returns:
+        The figure, and its axes from top to bottom.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -51,28 +62,41 @@ def new_figure(
     return figure, [*axes[:, 0]]
 
 
-def finished(figure: Figure) -> Figure:
-    """No text in it is a formula: names stay as they are, but for what cannot be printed."""
+def finish_figure(figure: Figure) -> Figure:
+    """Show all texts of a figure literally: `$` starts no formula, unprintable characters are �."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         text.set_parse_math(False)
-        text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
+        text.set_text("\n".join(map(replace_unprintable, text.get_text().split("\n"))))
     return figure
 
 
-def finished_empty(figure: Figure, why: str) -> Figure:
-    """A sentence in place of a picture of nothing."""
+def finish_empty_figure(figure: Figure, reason: str) -> Figure:
+    """Show a sentence in place of a picture without data.
+
+    Args:
+        figure: The figure; its axes are hidden.
+        reason: The sentence.
+
+    Returns:
+        The same figure.
+    """
     for axes in figure.axes:
         axes.set_axis_off()
-    figure.text(0.5, 0.4, why, ha="center", va="center", size=9, color="#555555")
-    return finished(figure)
+    figure.text(0.5, 0.4, reason, ha="center", va="center", size=9, color="#555555")
+    return finish_figure(figure)
 
 
 @in_default_style
 def png(figure: Figure, dpi: int = 110) -> bytes:
-    """The picture as a PNG file."""
+    """Return a figure as the content of a PNG file.
+
+    Args:
+        figure: The figure.
+        dpi: Pixels per inch.
+    """
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=dpi)
     return file.getvalue()
@@ -80,30 +104,34 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
 
 @in_default_style
 def svg(figure: Figure, prefix: str) -> str:
-    """The picture as an SVG element to be put into a page: the same for the same picture.
+    """Return a figure as an SVG element that can be inserted in a page.
 
-    Text stays text, to be searched and read aloud.
+    Equal figures give equal elements. Text stays text, which users can search and screen readers
+    can read.
 
     Args:
-        figure: The picture.
-        prefix: What its ids begin with: another one for each picture of a page.
+        figure: The figure.
+        prefix: Start of all ids in the element. Each figure of a page needs its own prefix.
 
     Raises:
-        ValueError: The prefix cannot begin an id.
+        ValueError: The prefix has other characters than letters, digits, ``-`` and ``_``, or
+            starts with another character than a letter.
     """
     from matplotlib import rc_context
 
     if not re.fullmatch(r"[A-Za-z][\w-]*", prefix, re.ASCII):
         raise ValueError(f"prefix={prefix!r}: expected a letter, then letters, digits, '-' or '_'")
     file = io.StringIO()
+    # fonttype "none" keeps text as text; hashsalt makes ids repeatable, which are random without
+    # it: https://matplotlib.org/stable/users/explain/customizing.html (svg.*)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "altgrad"}):
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(file, format="svg", metadata=nothing)
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", metadata=no_metadata)
     text = file.getvalue()
-    # Tags only: a layer's name may look like an attribute, but its < and > are escaped.
-    return re.sub("<[^>]*>", lambda tag: _with_prefix(tag[0], prefix), text[text.index("<svg") :])
+    # Only tags are changed: text may look like an attribute, but its < and > are escaped.
+    return re.sub("<[^>]*>", lambda tag: _add_prefix(tag[0], prefix), text[text.index("<svg") :])
 
 
-def _with_prefix(tag: str, prefix: str) -> str:
-    """Each id and each reference to one."""
+def _add_prefix(tag: str, prefix: str) -> str:
+    """Add a prefix to each id in a tag, and to each reference to an id."""
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", tag)

@@ -1,4 +1,4 @@
-"""How a verdict is written in a cell, wherever there is a table of layers by formats."""
+"""Texts and colours of a verdict in a table, shared by the terminal, the page and the loggers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLOURS = {
     Verdict.UNCERTAIN: "cyan",
     Verdict.NOT_JUDGED: "dim",
 }
-"""As rich names them."""
+"""Colour of each verdict, as a style of rich."""
 
 MEANINGS = {
     Verdict.STORES_FINE: f"at least {_LIMITS.stores_fine:g} of the update is kept",
@@ -32,13 +32,13 @@ MEANINGS = {
     Verdict.UNCERTAIN: "the sample is too small to tell: raise max_elements",
     Verdict.NOT_JUDGED: "no update that the format could lose",
 }
-"""What each verdict says, for legends."""
+"""Meaning of each verdict, for legends."""
 EVIDENCE = {verdict: calibration().evidence(verdict.name) for verdict in Verdict}
-"""What became of runs of which it would have been said; empty for those that claim nothing."""
+"""Outcome of real runs with each verdict; empty for UNCERTAIN and NOT_JUDGED."""
 
 
-def kept_text(kept: float) -> str:
-    """Four characters, rounded, but never across a threshold of the verdicts, 0 or 1."""
+def format_kept(kept: float) -> str:
+    """Return a kept_update_ratio in four characters, never rounded across a threshold, 0 or 1."""
     if math.isnan(kept):
         return ""
     rounded = round(kept, 2)
@@ -48,12 +48,12 @@ def kept_text(kept: float) -> str:
         return "<.01"
     limits = (_LIMITS.stores_fine, _LIMITS.needs_remedy)
     if any(kept < limit <= rounded for limit in limits):
-        return f"{math.floor(1000 * kept) / 1000:.3f}"[1:]
+        return f"{math.floor(1000 * kept) / 1000:.3f}"[1:]  # ".989": without its 0
     return f"{kept:.2f}"
 
 
 def cell_text(advice: Advice | None) -> str:
-    """The verdict in a word, and the share that is kept."""
+    """Return the verdict in one word and the kept_update_ratio; empty without advice."""
     if advice is None:
         return ""
-    return f"{advice.verdict.short} {kept_text(advice.kept)}".rstrip()
+    return f"{advice.verdict.short} {format_kept(advice.kept)}".rstrip()

@@ -1,4 +1,8 @@
-"""`altgrad report` and `altgrad compare`."""
+"""The commands `altgrad report` and `altgrad compare`.
+
+`altgrad.cli` finds both functions through the entry points in pyproject.toml. Their docstrings and
+the texts of their arguments are what ``--help`` prints.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +23,17 @@ from altgrad.report.run_report import RunReport
 from altgrad.report.terminal import print_comparison, print_report
 from altgrad.report.web_page import page
 
-_TERMINAL = Path("-")
+_TERMINAL = Path("-")  # the usual name for standard output
 _RUN = "A run's log directory, or its altgrad.jsonl."
 _Run = Annotated[Path, typer.Argument(metavar="RUN", help=_RUN, show_default=False)]
 _Layers = Annotated[
-    int, typer.Option("--layers", min=0, help="Show at most so many; 0 shows all.", metavar="N")
+    int, typer.Option("--layers", min=0, help="Show at most N layers; 0 shows all.", metavar="N")
 ]
 
 
 def report(
     run: _Run,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page here.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML page.")] = None,
     as_json_: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the verdicts as JSON.")
     ] = None,
@@ -38,10 +42,18 @@ def report(
     ] = None,
     layers: _Layers = 40,
 ) -> None:
-    """Say what each number format would do to each layer of a run.
+    """Report how each number format would store each layer of a run.
 
-    The page needs no network. With - as FILE the terminal shows that alone.
-    """
+    The page works without a network. With - as FILE, only that output is shown.
+
+    \f
+    Args:
+        run: Log directory of a run, or its run file.
+        html: File for the HTML page.
+        as_json_: File for the verdicts as JSON.
+        as_csv_: File for the verdicts as CSV.
+        layers: Maximum number of layers in the table; 0 shows all.
+    """  # noqa: D301 - typer's help ends at the form feed; the options have their own help
     found = _read(run)
     outputs: list[tuple[Path | None, Callable[[], str]]] = [
         (html, lambda: page(found)),
@@ -56,13 +68,20 @@ def report(
 
 
 def compare(a: _Run, b: _Run, layers: _Layers = 40) -> None:
-    """Set two runs beside each other: where would their layers fare otherwise?"""
+    """Compare two runs and list the layers whose verdicts differ.
+
+    \f
+    Args:
+        a: Log directory of the first run, or its run file.
+        b: Log directory of the second run, or its run file.
+        layers: Maximum number of rows in the table; 0 shows all.
+    """  # noqa: D301 - typer's help ends at the form feed; the options have their own help
     print_comparison(Comparison((_read(a), _read(b))), Console(), layers or None)
 
 
 def _read(path: Path) -> RunReport:
     try:
-        return RunReport.of(read(path))
+        return RunReport.from_run(read(path))
     except RunFileError as error:
         _fail(str(error))
 
@@ -74,10 +93,10 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        _fail(f"{path}: it cannot be written ({error.strerror})")
+        _fail(f"{path}: file cannot be written ({error.strerror})")
     Console().print(f"Written: {path}", soft_wrap=True, highlight=False)
 
 
 def _fail(message: str) -> NoReturn:
     sys.stderr.write(message + "\n")
-    raise typer.Exit(2)
+    raise typer.Exit(2)  # the exit code of click for wrong arguments

@@ -1,4 +1,7 @@
-"""`Comparison`: what differs between two runs, of the model and of each layer and format."""
+"""`Comparison`: the differences between two runs, for the model and for each layer and format.
+
+`altgrad compare` shows it through `terminal.print_comparison`, which comes next.
+"""
 
 from __future__ import annotations
 
@@ -11,58 +14,56 @@ from altgrad._messages import few
 from altgrad.report.run_report import RunReport
 from altgrad.report.verdicts import Advice
 
-_OF_MODEL = ("kept_update_ratio", "stall_frac", "never_moved_frac", "visible_frac")
-_OF_MODEL_ALONE = ("update_weight_ratio", "ulp_zero_frac")
+_PER_FORMAT = ("kept_update_ratio", "stall_frac", "never_moved_frac", "visible_frac")
+_PER_MODEL = ("update_weight_ratio", "ulp_zero_frac")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs beside each other.
+    """A comparison of two runs, called A and B.
 
     Attributes:
-        runs: Both, in the order in which they were named.
+        runs: Reports of A and B.
     """
 
     runs: tuple[RunReport, RunReport]
 
     @property
     def formats(self) -> list[str]:
-        """Judged in both, in the order of the first."""
+        """Names of the formats judged in both runs, in the order of A."""
         return [name for name in self.runs[0].formats if name in self.runs[1].run.formats]
 
     @cached_property
-    def of_model(self) -> list[tuple[str, float, float]]:
-        """Key, and the means over the observed steps of each run, where both have one."""
-        keys = [*_OF_MODEL_ALONE]
-        keys += [f"{metric}/{format}" for format in self.formats for metric in _OF_MODEL]
+    def model_means(self) -> list[tuple[str, float, float]]:
+        """Figures of the model: key, mean over the steps of A, and mean over the steps of B."""
+        keys = [*_PER_MODEL]
+        keys += [f"{metric}/{format}" for format in self.formats for metric in _PER_FORMAT]
         means = ((key, _mean(self.runs[0], key), _mean(self.runs[1], key)) for key in keys)
         return [row for row in means if not any(map(math.isnan, row[1:]))]
 
     @cached_property
     def changes(self) -> list[tuple[Advice, Advice]]:
-        """Of each layer and format in both, the advice in each; those that differ most first."""
-        pairs = [*self._pairs()]
-        return sorted(pairs, key=lambda pair: (pair[0].verdict is pair[1].verdict, -_change(*pair)))
-
-    @property
-    def summary(self) -> str:
-        """In one sentence."""
-        pairs = zip("AB", self.runs, strict=True)
-        if empty := [letter for letter, each in pairs if not each.run.rows]:
-            return f"There is no observed step in {' and '.join(empty)}: nothing to compare."
-        if not self.changes:
-            return "They have no layer and format in common, so there is nothing to compare."
-        other = sum(a.verdict is not b.verdict for a, b in self.changes)
-        of = f"{len(self.changes):,} layers and formats"
-        return (
-            f"The verdict is the same for all {of}."
-            if not other
-            else (f"The verdict is another one for {other:,} of {of}.")
+        """Advice in A and in B on each layer and format of both, the largest difference first."""
+        pairs = [*self._pair_advice()]
+        # Differing verdicts are first (False < True), then the largest changes.
+        return sorted(
+            pairs, key=lambda pair: (pair[0].verdict is pair[1].verdict, -_measure_change(*pair))
         )
 
     @property
+    def summary(self) -> str:
+        """Number of differing verdicts, in one sentence."""
+        pairs = zip("AB", self.runs, strict=True)
+        if empty := [letter for letter, each in pairs if not each.run.rows]:
+            return f"No observed step in {' and '.join(empty)}: nothing to compare."
+        if not self.changes:
+            return "No layer and format in common: nothing to compare."
+        differing = sum(a.verdict is not b.verdict for a, b in self.changes)
+        return f"{differing:,} of {len(self.changes):,} verdicts differ."
+
+    @property
     def notes(self) -> list[str]:
-        """What is only in one of them, and what was noted when they were read."""
+        """Notes from reading both runs, and sentences on what only one of them has."""
         notes = [note for report in self.runs for note in report.run.notes]
         for letter, mine, others in (("A", *self.runs), ("B", *self.runs[::-1])):
             for what in ("formats", "layers"):
@@ -71,10 +72,10 @@ class Comparison:
                     notes.append(f"{what} only in {letter}: {len(alone):,} ({few(alone)})")
         a, b = (report.run.scaling for report in self.runs)
         if a != b:
-            notes.append(f"scaling is {a!r} in A and {b!r} in B, so that their grids differ")
+            notes.append(f"grids differ: scaling is {a!r} in A and {b!r} in B")
         return notes
 
-    def _pairs(self) -> Iterator[tuple[Advice, Advice]]:
+    def _pair_advice(self) -> Iterator[tuple[Advice, Advice]]:
         first, second = (report.assessment.by_layer for report in self.runs)
         for layer, by_format in first.items():
             for format, advice in by_format.items():
@@ -87,8 +88,8 @@ def _mean(report: RunReport, key: str) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def _change(a: Advice, b: Advice) -> float:
-    """Of what is kept; from or to nothing that is known, the largest."""
+def _measure_change(a: Advice, b: Advice) -> float:
+    """Return abs(B − A) of kept_update_ratio; inf if one has no value, 0 if neither has."""
     if math.isnan(a.kept) and math.isnan(b.kept):
         return 0
     change = abs(b.kept - a.kept)

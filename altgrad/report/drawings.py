@@ -1,7 +1,8 @@
-"""The pictures: matplotlib Figures for loggers (PNG) and for the page (SVG).
+"""Draw the pictures of a report as matplotlib Figures, for loggers (PNG) and for the page (SVG).
 
-Each works for one layer and for thousands, of which it shows the worst and says so. The
-colour-blind can tell the colours apart; what has no value is grey and hatched.
+There are four: `heat_map`, `kept_map`, `steps_histogram` and `ranges`. Each works for one layer and
+for thousands; of many layers it shows the worst and says so in its title. The colours are distinct
+for colour-blind readers, and a cell without a value is grey and hatched.
 """
 
 from __future__ import annotations
@@ -12,9 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from altgrad._messages import percent
 from altgrad.measurement.histogram import Histogram
-from altgrad.report.canvas import finished, finished_empty, in_default_style, new_figure, png, svg
-from altgrad.report.cells import kept_text
-from altgrad.report.names import short_names
+from altgrad.report.canvas import (
+    finish_empty_figure,
+    finish_figure,
+    in_default_style,
+    new_figure,
+    png,
+    svg,
+)
+from altgrad.report.cells import format_kept
+from altgrad.report.names import shorten_names
 from altgrad.report.records.schema import FormatInfo
 
 if TYPE_CHECKING:
@@ -24,18 +32,19 @@ if TYPE_CHECKING:
 __all__ = ["heat_map", "kept_map", "png", "ranges", "steps_histogram", "svg"]
 
 MOST_ROWS = 60
-"""Layers in a picture; of more, the worst are shown."""
-_MOST_COLUMNS = 240  # steps in a heat map; of more, neighbours are averaged
-_ROW = 0.17  # inches
+"""Maximum number of layers in a picture; of more layers the worst are shown."""
+_MOST_COLUMNS = 240  # columns of a heat map; neighbouring steps are averaged to fit
+_ROW = 0.17  # height of a row in inches
 _HIGH_IS_GOOD = frozenset({"kept_update_ratio", "visible_frac", "on_grid_frac"})
 _MEANINGS = {
     "kept_update_ratio": "share of the update that is kept",
     "stall_frac": "share of the updates that vanish",
     "never_moved_frac": "share of the weights that never moved",
 }
-_LOST, _KEPT, _PALE, _GREY = "#d55e00", "#0072b2", "#cfe3f3", "#999999"  # Okabe and Ito's
-_TOO_FEW_TO_SEE = 1e-3  # a share of the elements
-_THRESHOLD = -1  # log2 of half a grid spacing: a smaller update rounds away
+# Orange and blue of Okabe and Ito: https://jfly.uni-koeln.de/color/
+_LOST, _KEPT, _PALE, _GREY = "#d55e00", "#0072b2", "#cfe3f3", "#999999"
+_TOO_FEW_TO_SEE = 1e-3  # share of the elements below which an octave is left out at the ends
+_THRESHOLD = -1  # log2 of half a grid spacing: a smaller update of a weight on the grid stalls
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -43,27 +52,31 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def heat_map(
     values: Mapping[str, Mapping[int, float]], *, title: str, label: str = "stall_frac"
 ) -> Figure:
-    """Layers by steps, a share in each field: dark is bad.
+    """Draw a metric as a map of layers by steps, with dark colours for bad figures.
 
     Args:
-        values: By layer, the metric's value by step. A layer that is observed less often than
-            others shows its last value in between.
-        title: What it is of, such as the format.
-        label: The metric; its values lie in 0 … 1, and one beyond is drawn as the end it passed.
+        values: The figure by step, by layer. A layer that is observed less often than others
+            keeps its last figure in between.
+        title: Heading, such as the name of the format.
+        label: Name of the metric. Figures are between 0 and 1; others are drawn as 0 or 1.
+
+    Returns:
+        The figure.
     """
     good = label in _HIGH_IS_GOOD
-    shown = _worst({name: _mean(of.values()) for name, of in values.items()}, low_is_bad=good)
-    steps = sorted({step for of in values.values() for step in of})
+    means = {name: _mean(by_step.values()) for name, by_step in values.items()}
+    shown = _choose_worst(means, low_is_bad=good)
+    steps = sorted({step for by_step in values.values() for step in by_step})
     width = max(1, math.ceil(len(steps) / _MOST_COLUMNS))
     groups = [steps[i : i + width] for i in range(0, len(steps), width)]
     figure, [axes] = new_figure(8, _ROW * max(len(shown), 4) + 1.3)
-    figure.suptitle(_title(title, len(shown), len(values)), size=9)
+    figure.suptitle(_make_title(title, len(shown), len(values)), size=9)
     if not groups:
-        return finished_empty(figure, "no step has been observed yet")
-    shares = [_columns(values[name], groups) for name in shown]
+        return finish_empty_figure(figure, "no step has been observed yet")
+    shares = [_average_columns(values[name], groups) for name in shown]
     _draw_shares(axes, shares, "YlOrRd_r" if good else "YlOrRd")
     _name_rows(axes, shown)
-    ticks = _spread(len(groups), 10)
+    ticks = _spread_ticks(len(groups), 10)
     axes.set_xticks(ticks, [str(groups[tick][0]) for tick in ticks], size=7)
     mean = f", a column is the mean of {width}" if width > 1 else ""
     hatched = "; grey: no value" if any(math.isnan(x) for row in shares for x in row) else ""
@@ -72,7 +85,7 @@ def heat_map(
     bar = figure.colorbar(axes.images[0], ax=axes, aspect=30, pad=0.015)
     ends = ("0: all lost", "1: all kept") if good else ("0: none", "1: all")
     bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=[ends[0], "0.25", "0.5", "0.75", ends[1]], size=7)
-    return finished(figure)
+    return finish_figure(figure)
 
 
 @in_default_style
@@ -82,73 +95,84 @@ def kept_map(
     *,
     title: str,
 ) -> Figure:
-    """Layers by formats: how much of the update each format would keep.
+    """Draw the kept_update_ratio as a map of layers by formats.
 
     Args:
-        kept: By layer and format, the kept_update_ratio; a layer may lack a format.
-        frozen: By layer and format, whether the layer would not move at all.
-        title: What it is of.
+        kept: The kept_update_ratio by layer and format; a layer may lack a format.
+        frozen: True for frozen layers, by layer and format; a missing entry is False.
+        title: Heading.
+
+    Returns:
+        The figure.
     """
-    shown = _worst({name: _mean(of.values()) for name, of in kept.items()}, low_is_bad=True)
-    formats = list(dict.fromkeys(format for of in kept.values() for format in of))
+    means = {name: _mean(by_format.values()) for name, by_format in kept.items()}
+    shown = _choose_worst(means, low_is_bad=True)
+    formats = list(dict.fromkeys(format for by_format in kept.values() for format in by_format))
     figure, [axes] = new_figure(max(5.5, 3 + 0.9 * len(formats)), _ROW * max(len(shown), 3) + 1)
-    figure.suptitle(_title(title, len(shown), len(kept)), size=9)
+    figure.suptitle(_make_title(title, len(shown), len(kept)), size=9)
     if not formats:
-        return finished_empty(figure, "no step has been observed yet")
+        return finish_empty_figure(figure, "no step has been observed yet")
     shares = [[kept[name].get(format, math.nan) for format in formats] for name in shown]
     _draw_shares(axes, shares, "RdYlBu")
     for row, name in enumerate(shown):
         for column, format in enumerate(formats):
             is_frozen = frozen.get(name, {}).get(format, False)
             _write_share(axes, column, row, shares[row][column], is_frozen)
-    axes.set_xticks(range(len(formats)), short_names(formats, 14), size=8)
+    axes.set_xticks(range(len(formats)), shorten_names(formats, 14), size=8)
     axes.tick_params(axis="x", top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     _name_rows(axes, shown)
     axes.set_xlabel("kept_update_ratio: 1 all, 0 nothing; frozen: never moves", size=8)
-    return finished(figure)
+    return finish_figure(figure)
 
 
 @in_default_style
 def steps_histogram(histograms: Mapping[str, Histogram]) -> Figure:
-    """By format, where the updates lie against the threshold below which they round away.
+    """Draw the size of the updates in units of the grid spacing, one row for each format.
 
     Args:
-        histograms: By format, of log2(abs(update) / stiffness).
+        histograms: Histogram of log2(abs(update) / stiffness), by format. Bins below −1 are
+            coloured as lost: their updates of a weight on the grid stall.
+
+    Returns:
+        The figure.
     """
     figure, each = new_figure(7, 0.85 * len(histograms) + 1.2, [1] * max(len(histograms), 1))
     figure.suptitle("Size of the updates, against the grid of each format", size=9)
-    spans = [span for each in histograms.values() if (span := _span(each, _TOO_FEW_TO_SEE))]
+    spans = [span for each in histograms.values() if (span := _find_span(each, _TOO_FEW_TO_SEE))]
     if not spans:
-        return finished_empty(figure, "no update has been observed yet")
+        return finish_empty_figure(figure, "no update has been observed yet")
     first = min(*(start for start, _ in spans), _THRESHOLD - 3)
     end = max(*(stop for _, stop in spans), _THRESHOLD + 4)
     for axes, (format, histogram) in zip(each, histograms.items(), strict=True):
         _draw_bins(axes, histogram, lambda octave: _LOST if octave < _THRESHOLD else _KEPT)
         axes.axvline(_THRESHOLD, color="black", lw=1.2)
-        axes.set_ylabel(short_names([format], 28)[0], size=9, rotation=0, ha="right", va="center")
+        axes.set_ylabel(shorten_names([format], 28)[0], size=9, rotation=0, ha="right", va="center")
         _write_lost_and_kept(axes, histogram)
     each[-1].set_xlim(first - 0.2, end + 0.2)
-    each[-1].set_xticks(*_powers(first, end), size=7)
+    each[-1].set_xticks(*_make_ticks(first, end), size=7)
     each[-1].set_xlabel("update ÷ grid spacing at its weight; the line is at a half", size=8)
-    return finished(figure)
+    return finish_figure(figure)
 
 
 @in_default_style
 def ranges(weights: Histogram, formats: Sequence[FormatInfo]) -> Figure:
-    """The range of each format, drawn under the distribution of the weights.
+    """Draw the distribution of the weights, and below it the range of each format.
 
     Args:
-        weights: Of log2(abs(weight)); weights of 0 are not in it.
-        formats: Whose ranges are drawn. One with an amax scale is put where the largest weight
-            would put it, with its top in that weight's octave; under the scales of other layers or
-            blocks it lies further left.
+        weights: Histogram of log2(abs(weight)), without weights of 0.
+        formats: Formats whose ranges are drawn. A scaled format is drawn under the scale of the
+            largest weight, with its largest value in that weight's octave. Under the scales of
+            other layers or blocks its range lies further left.
+
+    Returns:
+        The figure.
     """
     height = 0.26 * max(len(formats), 1)
     figure, [top, below] = new_figure(8, height + 2.6, (1.5, height + 0.1))
     figure.suptitle("The weights, and the range of each format", size=9)
-    span = _span(weights)
+    span = _find_span(weights)
     if span is None:
-        return finished_empty(figure, "no weight other than 0 has been observed yet")
+        return finish_empty_figure(figure, "no weight other than 0 has been observed yet")
     first, end = span[0] - 12, span[1] + 6
     _draw_bins(top, weights, lambda _: _GREY)
     for x, side, text in ((span[0], "right", "smallest "), (span[1], "left", " largest")):
@@ -167,7 +191,7 @@ def ranges(weights: Histogram, formats: Sequence[FormatInfo]) -> Figure:
     below.set_yticks(range(len(formats)), names, size=8)
     below.tick_params(axis="y", length=0)
     below.set_xlim(first, end)
-    below.set_xticks(*_powers(first, end), size=7)
+    below.set_xticks(*_make_ticks(first, end), size=7)
     where = "\n* under a scale, drawn for the layer or block of the largest weight"
     scaled = where if any(format.scaled for format in formats) else ""
     below.set_xlabel(
@@ -175,20 +199,20 @@ def ranges(weights: Histogram, formats: Sequence[FormatInfo]) -> Figure:
         f"becomes 0{scaled}",
         size=8,
     )
-    return finished(figure)
+    return finish_figure(figure)
 
 
 # --- maps of shares
 
 
-def _worst(scores: Mapping[str, float], *, low_is_bad: bool) -> list[str]:
-    """Names in their order, of more than fit those that score worst; without a score: never."""
-    worst_first = sorted(scores, key=lambda name: _badness(scores[name], low_is_bad))
+def _choose_worst(scores: Mapping[str, float], *, low_is_bad: bool) -> list[str]:
+    """Return the names with the worst scores, in their given order; NaN is better than any."""
+    worst_first = sorted(scores, key=lambda name: _rank_score(scores[name], low_is_bad))
     chosen = {*worst_first[:MOST_ROWS]}
     return [name for name in scores if name in chosen]
 
 
-def _badness(score: float, low_is_bad: bool) -> float:
+def _rank_score(score: float, low_is_bad: bool) -> float:
     if math.isnan(score):
         return math.inf
     return score if low_is_bad else -score
@@ -199,12 +223,12 @@ def _mean(values: Iterable[float]) -> float:
     return math.fsum(finite) / len(finite) if finite else math.nan
 
 
-def _title(title: str, shown: int, all: int) -> str:
+def _make_title(title: str, shown: int, all: int) -> str:
     return title if shown == all else f"{title}\nthe worst {shown} of {all:,} layers"
 
 
-def _columns(values: Mapping[int, float], groups: Sequence[Sequence[int]]) -> list[float]:
-    """The mean of each group of steps; between two observations the earlier one holds."""
+def _average_columns(values: Mapping[int, float], groups: Sequence[Sequence[int]]) -> list[float]:
+    """Return the mean over each group of steps; a step without a figure has the one before."""
     last, held, columns = max(values, default=-1), math.nan, []
     for group in groups:
         seen = []
@@ -216,11 +240,11 @@ def _columns(values: Mapping[int, float], groups: Sequence[Sequence[int]]) -> li
 
 
 def _draw_shares(axes: Axes, shares: Sequence[Sequence[float]], colours: str) -> None:
-    """Rows by columns of shares; those that are NaN let a hatched grey show through."""
+    """Draw shares as coloured cells; a NaN is transparent and shows the hatched grey behind."""
     from matplotlib.patches import Rectangle
 
     axes.imshow(shares, vmin=0, vmax=1, cmap=colours, aspect="auto", interpolation="nearest")
-    axes.images[0].set_zorder(2)
+    axes.images[0].set_zorder(2)  # above the hatched rectangle, which NaN leaves visible
     behind: dict[str, Any] = {
         "facecolor": "#e4e4e4",
         "edgecolor": _GREY,
@@ -233,26 +257,26 @@ def _draw_shares(axes: Axes, shares: Sequence[Sequence[float]], colours: str) ->
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), short_names(names), size=7)
+    axes.set_yticks(range(len(names)), shorten_names(names), size=7)
     axes.tick_params(axis="y", length=0)
 
 
 def _write_share(axes: Axes, column: int, row: int, share: float, is_frozen: bool) -> None:
-    text = "frozen" if is_frozen else kept_text(share) or "–"
+    text = "frozen" if is_frozen else format_kept(share) or "–"
     colour = "white" if share <= 0.15 or share >= 0.85 else "black"
     axes.text(column, row, text, ha="center", va="center_baseline", size=7, color=colour, zorder=3)
 
 
-def _spread(count: int, most: int) -> list[int]:
-    """Some of 0 … count − 1, evenly spread."""
+def _spread_ticks(count: int, most: int) -> list[int]:
+    """Return at most `most` evenly spaced numbers from 0 to count − 1."""
     return [*range(0, count, math.ceil(count / most))]
 
 
 # --- octaves
 
 
-def _span(histogram: Histogram, least: float = 0) -> tuple[int, int] | None:
-    """The first octave with more than a share of the elements, and the one after the last."""
+def _find_span(histogram: Histogram, least: float = 0) -> tuple[int, int] | None:
+    """Return the first octave with more than this share of the elements, and the last one + 1."""
     few = least * math.fsum(histogram.counts)
     full = [histogram.first + k for k, count in enumerate(histogram.counts) if count > few]
     return (full[0], full[-1] + 1) if full else None
@@ -263,7 +287,7 @@ def _draw_bins(axes: Axes, histogram: Histogram, colour: Callable[[int], str]) -
     colours = [colour(octave) for octave in octaves]
     white: dict[str, Any] = {"edgecolor": "white", "lw": 0.5}
     axes.bar(octaves, histogram.counts, width=1, align="edge", color=colours, **white)
-    axes.set_ylim(0, 1.25 * max(*histogram.counts, 1e-300))
+    axes.set_ylim(0, 1.25 * max(*histogram.counts, 1e-300))  # limits must differ
     axes.set_yticks([])
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="x", labelsize=7)
@@ -285,7 +309,7 @@ def _write_lost_and_kept(axes: Axes, histogram: Histogram) -> None:
 def _draw_range(
     axes: Axes, row: int, format: FormatInfo, shift: int, view: tuple[int, int]
 ) -> None:
-    """A bar from a format's smallest number to its largest, the normal ones set off."""
+    """Draw a bar from the format's smallest number to its largest; subnormal ones are hatched."""
     low, high = math.log2(format.smallest) + shift, math.log2(format.max) + shift
     normal = min(math.log2(format.smallest_normal) + shift, high)
     pale: dict[str, Any] = {"color": _PALE, "hatch": "/////", "edgecolor": _KEPT, "lw": 0}
@@ -294,17 +318,17 @@ def _draw_range(
     text: dict[str, Any] = {"va": "center_baseline", "size": 7, "color": "black"}
     text["bbox"] = {"facecolor": "white", "lw": 0, "pad": 1}
     if low < view[0]:
-        axes.text(view[0] + 0.2, row, f"← {_power(math.floor(low))}", **text)
+        axes.text(view[0] + 0.2, row, f"← {_write_power(math.floor(low))}", **text)
     if high > view[1]:
-        axes.text(view[1] - 0.2, row, f"{_power(math.ceil(high))} →", ha="right", **text)
+        axes.text(view[1] - 0.2, row, f"{_write_power(math.ceil(high))} →", ha="right", **text)
 
 
-def _powers(first: int, end: int) -> tuple[list[int], list[str]]:
-    """Ticks at round exponents."""
+def _make_ticks(first: int, end: int) -> tuple[list[int], list[str]]:
+    """Return at most 17 ticks at multiples of a power of two, and their labels."""
     every = next(n for n in (1, 2, 4, 8, 16, 32, 64) if (end - first) / n <= 16 or n == 64)
     ticks = [tick for tick in range(first, end + 1) if tick % every == 0]
-    return ticks, [_power(tick) for tick in ticks]
+    return ticks, [_write_power(tick) for tick in ticks]
 
 
-def _power(exponent: int) -> str:
+def _write_power(exponent: int) -> str:
     return f"2{str(exponent).translate(_SUPERSCRIPTS)}"

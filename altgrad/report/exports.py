@@ -1,4 +1,4 @@
-"""The verdicts for other programs: as JSON and as CSV."""
+"""The verdicts for other programs, as JSON (`as_json`) and as CSV (`as_csv`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ _FIGURES = (
 
 
 def as_json(report: RunReport) -> dict[str, Any]:
-    """All that the report says, as values that JSON has: NaN is None, inf a word."""
+    """Return the whole report as JSON values: NaN as None, inf as ``"inf"``.
+
+    Args:
+        report: The report of a run.
+
+    Returns:
+        The run, its summary and notes, and by layer and format the verdict with its figures.
+    """
     by_layer, suggestions = report.assessment.by_layer, report.assessment.suggestions
     return {
         "path": str(report.run.path),
@@ -35,7 +42,7 @@ def as_json(report: RunReport) -> dict[str, Any]:
         "layers": {
             layer: {
                 "smallest_that_stores_fine": suggestions.get(layer),
-                "formats": {format: _of_advice(each) for format, each in advice.items()},
+                "formats": {format: _convert_advice(each) for format, each in advice.items()},
             }
             for layer, advice in by_layer.items()
         },
@@ -45,28 +52,28 @@ def as_json(report: RunReport) -> dict[str, Any]:
 
 
 def as_csv(report: RunReport) -> str:
-    """A line for each layer and format; a number without a value is an empty cell."""
+    """Return the verdicts as CSV, one line for each layer and format; NaN is an empty cell."""
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
+    writer = csv.writer(file, lineterminator="\n")  # the default is "\r\n"
     errors = [f"{metric}_error" for metric in RESTS_ON]
     writer.writerow(["layer", "format", "verdict", *_FIGURES, *errors, "reason", "evidence"])
     for advice in report.assessment.advice:
         figures = [number_as_json(advice.figures[metric]) for metric in _FIGURES]
-        of_errors = [number_as_json(advice.errors[metric]) for metric in RESTS_ON]
+        standard_errors = [number_as_json(advice.errors[metric]) for metric in RESTS_ON]
         where = [advice.layer, advice.format, str(advice.verdict)]
-        writer.writerow([*where, *figures, *of_errors, advice.reason, advice.evidence])
+        writer.writerow([*where, *figures, *standard_errors, advice.reason, advice.evidence])
     return file.getvalue()
 
 
-def _of_advice(advice: Advice) -> dict[str, Any]:
+def _convert_advice(advice: Advice) -> dict[str, Any]:
     return {
         "verdict": str(advice.verdict),
-        "figures": _numbers(advice.figures),
-        "errors": _numbers(advice.errors),
+        "figures": _convert_numbers(advice.figures),
+        "errors": _convert_numbers(advice.errors),
         "reason": advice.reason,
         "evidence": advice.evidence,
     }
 
 
-def _numbers(values: Mapping[str, float]) -> dict[str, Any]:
+def _convert_numbers(values: Mapping[str, float]) -> dict[str, Any]:
     return {key: number_as_json(value) for key, value in values.items()}

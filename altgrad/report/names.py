@@ -1,26 +1,33 @@
-"""Names of layers as a picture can show them: short, printable and still told apart."""
+"""Names of layers for pictures and tables: short, printable and still distinct."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-_WIDTH = 44
+_WIDTH = 44  # characters; leaves most of a picture 8 inches wide to its data
 
 
-def short_names(names: Sequence[str], width: int = _WIDTH) -> list[str]:
-    """Names of at most `width` characters, longer ones cut in the middle.
+def shorten_names(names: Sequence[str], width: int = _WIDTH) -> list[str]:
+    """Shorten names to a width; longer names are cut in the middle.
 
-    They are cut where as many as possible stay apart: what tells layers apart is at the end of some
-    names (`…query.weight`) and in the middle of others (`encoder.layer.11.…`).
+    All names are cut at the same place: the one that leaves most names distinct. Some layers differ
+    at the end of their names (`…query.weight`), others in the middle (`encoder.layer.11.…`).
+
+    Args:
+        names: Names of layers or formats.
+        width: Maximum number of characters, 8 or more.
+
+    Returns:
+        The short names, in the same order.
     """
-    whole = [printable(name) for name in names]
+    whole = [replace_unprintable(name) for name in names]
     cuts = (width // 3, *range(width // 2, width - 6, 3), width // 6)
     each = ([_cut(name, head, width) for name in whole] for head in cuts)
     return max(each, key=lambda shortened: len(set(shortened)))
 
 
-def printable(text: str) -> str:
-    """With � for each character that cannot be printed, such as the end of a line."""
+def replace_unprintable(text: str) -> str:
+    """Replace each unprintable character, such as a line feed, by �."""
     return "".join(c if c.isprintable() else "�" for c in text)
 
 

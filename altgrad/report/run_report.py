@@ -1,4 +1,8 @@
-"""`RunReport`: what there is to say of a run, whichever way it is shown."""
+"""`RunReport`: a judged run, as the terminal, the page and the exports show it.
+
+A report has the texts, shares and pictures of a run; the modules `terminal`, `web_page` and
+`exports` come next and arrange them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from altgrad.measurement.histogram import Histogram
-from altgrad.report.applying import applying
+from altgrad.report.applying import write_code
 from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
 from altgrad.report.records.run import Row, Run
 from altgrad.report.verdicts import Assessment, Verdict, judge_run
@@ -20,29 +24,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunReport:
-    """A run, judged.
+    """A run together with its verdicts.
 
     Attributes:
-        run: As it was read.
-        assessment: The verdicts.
+        run: The run, as `altgrad.report.read` returns it.
+        assessment: Verdicts on the run.
     """
 
     run: Run
     assessment: Assessment
 
     @classmethod
-    def of(cls, run: Run) -> RunReport:
-        """Judge a run."""
+    def from_run(cls, run: Run) -> RunReport:
+        """Judge a run and return its report."""
         return cls(run, judge_run(run))
+
+    of = from_run
 
     @property
     def formats(self) -> list[str]:
-        """Names, in the order of the run."""
+        """Names of the judged formats, in the order of the run."""
         return [*self.run.formats]
 
     @property
     def steps(self) -> str:
-        """Which were observed, in words."""
+        """Number and range of the observed steps, in words."""
         steps = self.run.steps
         if not steps:
             return "no step observed"
@@ -52,30 +58,29 @@ class RunReport:
 
     @property
     def measured(self) -> str:
-        """How many elements, in words."""
+        """Number of measured elements, in words."""
         layers = self.run.layers.values()
         elements = sum(layer.elements for layer in layers)
         population = sum(math.prod(layer.shape) for layer in layers)
-        of = "all" if elements == population else f"{elements:,} of"
-        return f"{of} {population:,} elements in {len(layers):,} layers"
+        measured = "all" if elements == population else f"{elements:,} of"
+        return f"{measured} {population:,} elements in {len(layers):,} layers"
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """How many steps were none, by reason."""
-        return max((row.skipped for row in self._of_model()), key=_total, default={})
+        """Number of skipped steps, by reason."""
+        # Counts only grow, so the row with the largest total is the latest.
+        return max((row.skipped for row in self._list_model_rows()), key=_sum_counts, default={})
 
     @property
     def to_apply(self) -> str:
         """Lines of Python that store each layer in the smallest format that stores it fine."""
-        return applying(self.run, self.assessment)
+        return write_code(self.run, self.assessment)
 
     @property
     def own_share(self) -> float:
-        """Of all time, what observing took; NaN where it is not known.
-
-        The time of training is that from one observed step to the next.
-        """
-        rows = self._of_model()
+        """Share of the run's time that observing took; NaN if the time is unknown."""
+        rows = self._list_model_rows()
+        # A resumed run or a second optimizer repeats steps; these intervals are left out.
         own = math.fsum(row.own_seconds for row in rows if math.isfinite(row.own_seconds))
         training = math.fsum(
             row.training_seconds * (row.step - before.step)
@@ -85,22 +90,27 @@ class RunReport:
         return own / (own + training) if training > 0 else math.nan
 
     def pictures(self) -> dict[str, Figure]:
-        """Those that there are figures for, by name; the one that says most is first."""
-        of_layers = self.assessment.by_layer
+        """Draw the pictures for which the run has figures.
+
+        Returns:
+            Figures by name, the most informative first: ``kept``, ``steps``, ``ranges``, and
+            ``stalls-0``, ``stalls-1``, … for each format.
+        """
+        by_layer = self.assessment.by_layer
         pictures: dict[str, Figure] = {}
-        if any(of_layers.values()):
-            names = [name for name in self.run.layers if name in of_layers]
+        if any(by_layer.values()):
+            names = [name for name in self.run.layers if name in by_layer]
             pictures["kept"] = kept_map(
-                {n: {f: a.kept for f, a in of_layers[n].items()} for n in names},
+                {n: {f: a.kept for f, a in by_layer[n].items()} for n in names},
                 {
-                    n: {f: a.verdict is Verdict.FROZEN for f, a in of_layers[n].items()}
+                    n: {f: a.verdict is Verdict.FROZEN for f, a in by_layer[n].items()}
                     for n in names
                 },
                 title="What would be left of the weight updates, stored in …",
             )
-        if steps := self._histograms("steps/"):
+        if steps := self._find_histograms("steps/"):
             pictures["steps"] = steps_histogram(steps)
-        if weights := self._histograms("weights"):
+        if weights := self._find_histograms("weights"):
             pictures["ranges"] = ranges(weights[""], [*self.run.formats.values()])
         for k, format in enumerate(self.formats if self.run.steps else ()):
             key = f"stall_frac/{format}"
@@ -109,18 +119,18 @@ class RunReport:
             pictures[f"stalls-{k}"] = heat_map(values, title=f"stall_frac in {format}")
         return pictures
 
-    def _of_model(self) -> list[Row]:
+    def _list_model_rows(self) -> list[Row]:
         return [row for row in self.run.rows if row.layer is None]
 
-    def _histograms(self, prefix: str) -> dict[str, Histogram]:
-        """The last ones, by what follows the prefix."""
+    def _find_histograms(self, prefix: str) -> dict[str, Histogram]:
+        """Return the last histogram for each key with the prefix, by the rest of the key."""
         found: dict[str, Histogram] = {}
-        for row in self._of_model():
+        for row in self._list_model_rows():
             for key, histogram in row.histograms.items():
                 if key.startswith(prefix):
                     found[key.removeprefix(prefix)] = histogram
         return found
 
 
-def _total(counts: Mapping[str, int]) -> int:
+def _sum_counts(counts: Mapping[str, int]) -> int:
     return sum(counts.values())

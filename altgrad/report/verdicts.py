@@ -1,7 +1,9 @@
-"""What to do, per layer and format: a verdict, the figures it rests on, its reason, its evidence.
+"""Judge each layer in each format: a verdict, its figures, its reason and its evidence.
 
-Thresholds and evidence are those of `altgrad.report.calibration`: of runs that really stored their
-weights in a format, with rounding to nearest.
+`Judge` collects the figures of a run, step by step, and returns an `Assessment`: one `Advice` for
+each layer and format. `_judge` holds the rules; docs/how-it-works.md explains them. Thresholds
+and evidence come from `altgrad.report.calibration`, which rests on runs that really stored their
+weights in a format, rounded to nearest. The module `run_report` comes next.
 """
 
 from __future__ import annotations
@@ -22,15 +24,15 @@ from altgrad.report.records.schema import FormatInfo, LayerInfo
 _LIMITS = calibration().thresholds
 
 _KEPT, _STALL, _NEVER_MOVED = "kept_update_ratio", "stall_frac", "never_moved_frac"
-_OF_RANGE = ("underflow_frac", "saturated_frac")
-_MEANS = (_KEPT, _STALL, *_OF_RANGE)
+_RANGE = ("underflow_frac", "saturated_frac")
+_MEANS = (_KEPT, _STALL, *_RANGE)
 RESTS_ON = (_KEPT, _STALL, _NEVER_MOVED)
-"""Metrics whose standard errors count."""
-_WIDTH = 2  # standard errors to either side
+"""Metrics whose standard errors a verdict takes into account."""
+_WIDTH = 2  # standard errors to either side: about 95 % of a normal distribution
 
 
 class Verdict(str, Enum):
-    """What a format would do to a layer."""
+    """A judgement of how a format would store a layer; the value is a sentence for users."""
 
     STORES_FINE = "stores fine"
     WATCH = "watch: prefer stochastic rounding or Kahan"
@@ -45,7 +47,7 @@ class Verdict(str, Enum):
 
     @property
     def short(self) -> str:
-        """One or two words, for tables."""
+        """Name of the verdict in one word, for tables."""
         return _SHORT[self]
 
 
@@ -61,17 +63,17 @@ _SHORT = {
 
 
 class Advice(NamedTuple):
-    """A verdict on one layer in one format.
+    """A verdict on one layer in one format, with its reason.
 
     Attributes:
-        layer: Its name.
-        format: The format's name.
-        verdict: What the format would do.
-        figures: What it rests on: metrics by name, NaN where one has no value.
-        errors: Standard errors of these, where there are any.
-        reason: In one sentence.
-        evidence: In one sentence, what became of runs of which this was said; empty where the
-            verdict claims nothing.
+        layer: Name of the layer.
+        format: Name of the format.
+        verdict: The verdict.
+        figures: Figures the verdict rests on, by metric; NaN if a metric has no value.
+        errors: Standard errors of these figures, by metric; NaN if an error cannot be trusted.
+        reason: Why the verdict was given, in one sentence.
+        evidence: Outcome of real runs with this verdict, in one sentence. Empty for
+            `Verdict.UNCERTAIN` and `Verdict.NOT_JUDGED`.
     """
 
     layer: str
@@ -84,18 +86,19 @@ class Advice(NamedTuple):
 
     @property
     def kept(self) -> float:
-        """kept_update_ratio; NaN where it has no value."""
+        """The kept_update_ratio of the layer in the format; NaN if it has no value."""
         return self.figures.get(_KEPT, math.nan)
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """What to do about a model.
+    """The verdicts on all layers of a model.
 
     Attributes:
-        advice: Of each layer and each format that it was judged for, as they were recorded.
-        suggestions: For each layer the smallest format that stores it fine; None where none does.
-        summary: One paragraph.
+        advice: Advice on each layer in each of its formats, in the order of the records.
+        suggestions: Name of the smallest format that stores a layer fine, by layer; None if no
+            judged format does.
+        summary: The result in one paragraph.
     """
 
     advice: Sequence[Advice]
@@ -104,16 +107,16 @@ class Assessment:
 
     @functools.cached_property
     def by_layer(self) -> dict[str, dict[str, Advice]]:
-        """By layer and format, the layers that keep least of their update first."""
+        """Advice by layer and format; the layer with the least kept_update_ratio is first."""
         by_layer: dict[str, dict[str, Advice]] = {}
         for advice in self.advice:
             by_layer.setdefault(advice.layer, {})[advice.format] = advice
-        return dict(sorted(by_layer.items(), key=lambda item: _least_kept(item[1].values())))
+        return dict(sorted(by_layer.items(), key=lambda item: _find_least_kept(item[1].values())))
 
 
 @dataclass
 class _Tally:
-    """Of one layer and format: sums over its observed steps, and what was seen last."""
+    """The sums of one layer in one format over its steps, and its last never_moved_frac."""
 
     sums: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
@@ -132,15 +135,15 @@ class _Tally:
 
     def _add(self, key: str, value: float) -> None:
         if math.isfinite(value):
-            self.sums[key] += value  # type: ignore[assignment]
+            self.sums[key] += value  # type: ignore[assignment] # typeshed's Counter holds int only
             self.counts[key] += 1
 
     def mean(self, key: str) -> float:
-        """NaN without a value."""
+        """Return the mean over the steps with a value; NaN if there are none."""
         return self.sums[key] / self.counts[key] if self.counts[key] else math.nan
 
     def error(self, metric: str) -> float:
-        """NaN where in most steps none could be trusted."""
+        """Return the mean standard error; NaN unless it can be trusted in most steps."""
         if metric == _NEVER_MOVED:
             return self.never_moved_error
         trusted = self.counts[f"error of {metric}"] * 2 > self.counts[metric]
@@ -148,16 +151,17 @@ class _Tally:
 
 
 class Judge:
-    """Gathers the figures of a run, step by step, and judges them.
+    """A collector of figures that judges the layers of a run.
 
-    `kept_update_ratio`, `stall_frac` and what concerns the range are means over the observed steps
-    in which they have a value, each step counting alike; their standard errors are means, too,
-    since the same elements are observed throughout. Of `never_moved_frac` the last value counts.
+    Verdicts rest on means over the observed steps in which a figure has a value; each step has the
+    same weight. Standard errors are averaged as well, because every step measures the same
+    elements and their errors do not average out. `never_moved_frac` covers the whole run, so its
+    last value counts.
 
     Args:
-        formats: Those that were judged, by name.
-        layers: Those that were watched, by name: of one that is not here, the shares of weights
-            that are out of range are taken as exact.
+        formats: Judged formats, by name.
+        layers: Observed layers, by name. The shares of weights out of range are taken as exact for
+            a layer that is missing here.
     """
 
     def __init__(
@@ -168,14 +172,14 @@ class Judge:
         self._tallies: dict[str, dict[str, _Tally]] = {}
 
     def add(self, layer: str, figures: Mapping[str, float], errors: Mapping[str, float]) -> None:
-        """The figures of one layer in one observed step.
+        """Add the figures of one layer in one observed step.
 
         Args:
-            layer: Its name.
-            figures: By ``metric/format``, of the formats that it is judged for; one of which
-                figures are missing is not.
-            errors: Standard errors likewise: none for a layer that is measured whole, NaN where
-                one cannot be trusted.
+            layer: Name of the layer.
+            figures: Figures by ``metric/format``. The layer is judged for the formats with all
+                figures that a verdict rests on.
+            errors: Standard errors by ``metric/format``. A missing error is 0, for a layer whose
+                elements are all measured; NaN is an error that cannot be trusted.
         """
         tallies = self._tallies.setdefault(layer, {})
         for format in self._formats:
@@ -188,9 +192,9 @@ class Judge:
                 )
 
     def assessment(self) -> Assessment:
-        """The verdicts as they stand now."""
+        """Return the verdicts on all layers, judged by the steps so far."""
         advice = [
-            _advice(layer, format, tally, self._layers.get(layer))
+            _advise(layer, format, tally, self._layers.get(layer))
             for layer, tallies in self._tallies.items()
             for format, tally in tallies.items()
         ]
@@ -198,11 +202,18 @@ class Judge:
         for each in advice:
             if each.verdict is Verdict.STORES_FINE:
                 fine[each.layer].append(each.format)
-        suggestions = {layer: smallest(formats, self._formats) for layer, formats in fine.items()}
-        return Assessment(advice, suggestions, _summary(advice))
+        suggestions = {
+            layer: find_smallest(formats, self._formats) for layer, formats in fine.items()
+        }
+        return Assessment(advice, suggestions, _summarize(advice))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on."""
+        """Return the collected sums, for a checkpoint.
+
+        Returns:
+            By layer and format: ``sums`` and ``counts`` of the steps by metric, and the last
+            ``never_moved`` with its ``never_moved_error``. All values are plain numbers.
+        """
         return {
             layer: {
                 format: {**vars(tally), "sums": dict(tally.sums), "counts": dict(tally.counts)}
@@ -212,7 +223,7 @@ class Judge:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore the collected sums that `state_dict` returned."""
         self._tallies = {
             layer: {
                 format: _Tally(
@@ -224,13 +235,28 @@ class Judge:
         }
 
 
-def smallest(names: Iterable[str], formats: Mapping[str, FormatInfo]) -> str | None:
-    """Return the format of the fewest bits, of equally small ones the first; None of none."""
+def find_smallest(names: Iterable[str], formats: Mapping[str, FormatInfo]) -> str | None:
+    """Return the name of the format with the fewest bits.
+
+    Args:
+        names: Names of the candidates. The first of equally small formats is chosen.
+        formats: Formats by name.
+
+    Returns:
+        The name; None if there is no candidate.
+    """
     return min(names, key=lambda name: formats[name].bits, default=None)
 
 
 def judge_run(run: Run) -> Assessment:
-    """The assessment of a run that has been read."""
+    """Judge a run that was read from its file.
+
+    Args:
+        run: The run, as `altgrad.report.read` returns it.
+
+    Returns:
+        The verdicts on all layers in all formats they were judged for.
+    """
     judge = Judge(run.formats, run.layers)
     for row in run.rows:
         if row.layer is not None:
@@ -238,34 +264,36 @@ def judge_run(run: Run) -> Assessment:
     return judge.assessment()
 
 
-def _least_kept(advice: Iterable[Advice]) -> float:
-    """In any format; inf where none has a value."""
+def _find_least_kept(advice: Iterable[Advice]) -> float:
+    """Return the least kept_update_ratio over the formats; inf if it has no value in any."""
     return min((a.kept for a in advice if not math.isnan(a.kept)), default=math.inf)
 
 
-def _advice(layer: str, format: str, tally: _Tally, info: LayerInfo | None) -> Advice:
+def _advise(layer: str, format: str, tally: _Tally, info: LayerInfo | None) -> Advice:
     figures = {metric: tally.mean(metric) for metric in _MEANS}
     figures[_NEVER_MOVED] = tally.never_moved
     errors = {metric: tally.error(metric) for metric in RESTS_ON}
-    of_range = {metric: _error_of_share(figures[metric], info) for metric in _OF_RANGE}
-    verdict, reason = _judged(figures, errors | of_range)
+    range_errors = {metric: _estimate_share_error(figures[metric], info) for metric in _RANGE}
+    verdict, reason = _judge(figures, errors | range_errors)
     evidence = calibration().evidence(verdict.name)
     return Advice(layer, format, verdict, figures, errors, reason, evidence)
 
 
-def _judged(figures: Mapping[str, float], errors: Mapping[str, float]) -> tuple[Verdict, str]:
-    """The verdict, and why."""
+def _judge(figures: Mapping[str, float], errors: Mapping[str, float]) -> tuple[Verdict, str]:
+    """Return the verdict and its reason; the first rule that applies decides."""
     kept, never_moved = figures[_KEPT], figures[_NEVER_MOVED]
     error, width = errors[_KEPT], _WIDTH * errors[_NEVER_MOVED]
     if math.isnan(kept):
         return Verdict.NOT_JUDGED, (
-            "no observed step had an update that the format could lose: nothing moved, or the "
-            "weights are stored no finer than that (then read unmoved_frac)"
+            "no observed step had an update that the format could lose: no weight moved, or the "
+            "weights are stored no finer than the format (then read unmoved_frac)"
         )
+    # The interval of two standard errors to either side contains the threshold.
     spans = never_moved + width >= _LIMITS.frozen > never_moved - width
     if spans or (never_moved >= _LIMITS.frozen and math.isnan(width)):
+        share = _write_figure(never_moved, errors[_NEVER_MOVED])
         return Verdict.UNCERTAIN, (
-            f"{_share(never_moved, errors[_NEVER_MOVED])} of the weights that had updates would "
+            f"{share} of the weights that had updates would "
             "never have moved, which could be “frozen” or not"
         )
     if never_moved >= _LIMITS.frozen:
@@ -273,67 +301,70 @@ def _judged(figures: Mapping[str, float], errors: Mapping[str, float]) -> tuple[
             f"{percent(never_moved)} of the weights that had updates would never have moved"
         )
     if kept < _LIMITS.stores_fine and (verdict := _range_verdict(figures, errors)):
-        shares = (_share_in_percent(figures[metric], errors[metric]) for metric in _OF_RANGE)
+        shares = (_write_percent(figures[metric], errors[metric]) for metric in _RANGE)
         stored_as_0, beyond = shares
         return verdict, (
             f"{stored_as_0} of the weights are stored as 0 and {beyond} lie beyond the top, and "
-            f"{_share(kept, error)} of the update is kept"
+            f"{_write_figure(kept, error)} of the update is kept"
         )
-    return _by_kept(kept, error, figures[_STALL])
+    return _judge_by_kept(kept, error, figures[_STALL])
 
 
 def _range_verdict(figures: Mapping[str, float], errors: Mapping[str, float]) -> Verdict | None:
-    """Whether the range is at fault, or whether that is uncertain; None if it is not."""
+    """Return RANGE if a share out of range exceeds its limit for sure, UNCERTAIN if perhaps."""
     limits = (_LIMITS.underflow, _LIMITS.saturated)
-    is_so, may_be_so = (
+    is_certain, is_possible = (
         any(
             figures[metric] + side * _WIDTH * errors[metric] >= threshold
-            for metric, threshold in zip(_OF_RANGE, limits, strict=True)
+            for metric, threshold in zip(_RANGE, limits, strict=True)
         )
         for side in (-1, 1)
     )
-    return Verdict.RANGE if is_so else Verdict.UNCERTAIN if may_be_so else None
+    return Verdict.RANGE if is_certain else Verdict.UNCERTAIN if is_possible else None
 
 
-def _error_of_share(share: float, layer: LayerInfo | None) -> float:
-    """The standard error of a share of a layer's elements, drawn without replacement."""
+def _estimate_share_error(share: float, layer: LayerInfo | None) -> float:
+    """Return the standard error of a share of a layer's elements, sampled without replacement."""
     population = math.prod(layer.shape) if layer is not None else 0
     if layer is None or layer.elements >= population or not 0 < share < 1:
         return 0.0
+    # The last factor is the finite population correction: 0 if every element is in the sample.
     return math.sqrt(share * (1 - share) / layer.elements * (1 - layer.elements / population))
 
 
-def _by_kept(kept: float, error: float, stall: float) -> tuple[Verdict, str]:
+def _judge_by_kept(kept: float, error: float, stall: float) -> tuple[Verdict, str]:
     if math.isnan(error):
         return Verdict.UNCERTAIN, (
-            f"the sample keeps {kept:.3g} of the update, but too few of its elements carry that to "
-            "say how far it is off"
+            f"the sample keeps {kept:.3g} of the update, but too few of its elements carry the "
+            "update to estimate the error"
         )
-    low, high = _class_of(kept - _WIDTH * error), _class_of(kept + _WIDTH * error)
-    share = f"{_share(kept, error)} of the update is kept and {percent(stall)} of updates vanish"
+    low, high = (_classify(kept + side * _WIDTH * error) for side in (-1, 1))
+    share = (
+        f"{_write_figure(kept, error)} of the update is kept and {percent(stall)} of updates vanish"
+    )
     if low is not high:
         return Verdict.UNCERTAIN, f"{share}, which could be “{low.short}” or “{high.short}”"
     return low, f"{share} on average"
 
 
-def _class_of(kept: float) -> Verdict:
+def _classify(kept: float) -> Verdict:
     if kept >= _LIMITS.stores_fine:
         return Verdict.STORES_FINE
     return Verdict.WATCH if kept >= _LIMITS.needs_remedy else Verdict.NEEDS_REMEDY
 
 
-def _summary(advice: Sequence[Advice]) -> str:
-    """A sentence or two for each format, and what is uncertain."""
+def _summarize(advice: Sequence[Advice]) -> str:
+    """Return one sentence for each format."""
     if not advice:
-        return "No step was observed, so there is nothing to say."
+        return "No step was observed: there are no verdicts."
     formats = dict.fromkeys(each.format for each in advice)
     return " ".join(
-        _summary_of(format, [each for each in advice if each.format == format])
+        _summarize_format(format, [each for each in advice if each.format == format])
         for format in formats
     )
 
 
-def _summary_of(format: str, advice: Sequence[Advice]) -> str:
+def _summarize_format(format: str, advice: Sequence[Advice]) -> str:
     counts = Counter(each.verdict for each in advice)
     judged = len(advice) - counts[Verdict.NOT_JUDGED]
     if not judged:
@@ -362,10 +393,11 @@ _SUMMARY_WORDS = {
 }
 
 
-def _share_in_percent(share: float, error: float) -> str:
+def _write_percent(share: float, error: float) -> str:
+    # 200 is two standard errors in percent.
     return f"{percent(share)} ± {200 * error:.1g}" if error > 0 else percent(share)
 
 
-def _share(value: float, error: float) -> str:
-    """With two standard errors, where it was sampled."""
+def _write_figure(value: float, error: float) -> str:
+    """Return the figure as text, with two standard errors if it was sampled."""
     return f"{value:.3g} ± {_WIDTH * error:.1g}" if error > 0 else f"{value:.3g}"

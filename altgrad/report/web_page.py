@@ -1,4 +1,7 @@
-"""The report as one page of HTML that needs no network, and no script to be read."""
+"""The report as one HTML page, which works without a network and is readable without scripts.
+
+page.html is the template; style, script and pictures are part of the page.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,32 @@ from importlib.resources import files
 
 from altgrad._version import __version__
 from altgrad.report.canvas import svg
-from altgrad.report.cells import EVIDENCE, MEANINGS, cell_text, kept_text
+from altgrad.report.cells import EVIDENCE, MEANINGS, cell_text, format_kept
 from altgrad.report.run_report import RunReport
 
 _CAPTIONS = {
-    "kept": "Per layer and format, the mean share of the update's energy that is left.",
-    "steps": "How large the updates of the last observed step were, in steps of the grid. Below a "
-    "half, a weight that lies on the grid does not move.",
-    "ranges": "Where the weights lie, and which of them each format can represent.",
+    "kept": "Mean kept_update_ratio by layer and format: the share of the update's energy that is "
+    "kept.",
+    "steps": "Size of the updates in the last observed step, in units of the grid spacing. Below "
+    "0.5, a weight on the grid does not move.",
+    "ranges": "Distribution of the weights, and the range of each format.",
 }
-_STALLS = "Per layer, over the run, the share of the updates that vanish. Dark rows never move."
+_STALLS = "Share of the updates that vanish, by layer and step. Dark rows never move."
 
 
 def page(report: RunReport) -> str:
-    """The page. Names of layers are escaped; searching and sorting work where scripts run.
+    """Return the report of a run as an HTML page.
+
+    Names of layers are escaped. Tables can be searched and sorted if the browser runs scripts.
 
     Raises:
-        ImportError: jinja2 or matplotlib is not installed.
+        ImportError: jinja2 or matplotlib is missing.
     """
     from jinja2 import Environment
 
+    # Names of layers may hold markup; autoescape renders it as text.
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"cell": cell_text, "kept": kept_text, "isnan": math.isnan}
+    environment.filters |= {"cell": cell_text, "kept": format_kept, "isnan": math.isnan}
     template = environment.from_string(
         files("altgrad.report").joinpath("page.html").read_text(encoding="utf-8")
     )

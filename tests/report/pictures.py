@@ -1,4 +1,4 @@
-"""One picture of each kind, and what can be seen in a picture."""
+"""Draw one picture of each kind, and read the texts and read_pixels of a picture."""
 
 import io
 
@@ -13,11 +13,13 @@ from altgrad.report import FormatInfo, heat_map, kept_map, png, ranges, steps_hi
 
 STEPS = {"bf16": Histogram(-3, [1, 3, 2, 2]), "e4m3fn": Histogram(-3, [0, 8, 0, 0])}
 
-FORMATS = [FormatInfo.of(f, "tensor") for f in get_formats(["bf16", "e4m3fn", "e0m7", "mxfp4"])]
+FORMATS = [
+    FormatInfo.from_format(f, "tensor") for f in get_formats(["bf16", "e4m3fn", "e0m7", "mxfp4"])
+]
 
 
-def every_picture(names: list[str]) -> dict[str, Figure]:
-    title = f"of {names[0]}"
+def draw_all(names: list[str]) -> dict[str, Figure]:
+    title = f"title {names[0]}"
     return {
         "heat": heat_map({n: {0: 0.25, 10: 0.5} for n in names}, title=title),
         "kept": kept_map({n: {"bf16": 0.25} for n in names}, {}, title=title),
@@ -26,10 +28,10 @@ def every_picture(names: list[str]) -> dict[str, Figure]:
     }
 
 
-def texts(figure: Figure) -> list[str]:
-    png(figure)  # which draws it
+def read_texts(figure: Figure) -> list[str]:
+    png(figure)  # texts of ticks are set when the figure is drawn
     return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
 
 
-def pixels(figure: Figure) -> np.ndarray:
+def read_pixels(figure: Figure) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png(figure))).convert("RGB")).astype(int)

@@ -1,4 +1,4 @@
-"""The lines that apply suggestions: they run, and each layer is stored in what was suggested."""
+"""The code that applies suggestions runs, and stores each layer in the suggested format."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from torch import nn
 from altgrad import FloatFormat, WeightStorage
 from altgrad.quantization.block_formats import get_formats
 from altgrad.report import Advice, Assessment, FormatInfo, LayerInfo, Run, Verdict
-from altgrad.report.applying import applying
+from altgrad.report.applying import write_code
 
 FINE, WATCH = Verdict.STORES_FINE, Verdict.WATCH
 OWN = {"mine": FloatFormat("mine", exponent_bits=3, mantissa_bits=2, bias=3)}
 
 
-def lines_for(verdicts: dict[str, dict[str, Verdict]], scaling="tensor", own=OWN) -> str:
-    """Of a run with these verdicts by layer and format."""
-    names = dict.fromkeys(f for of_layer in verdicts.values() for f in of_layer)
-    formats = {f: FormatInfo.of(own.get(f) or get_formats(f)[0], scaling) for f in names}
-    layers = {n: LayerInfo((4, 4), "float32", 16, tuple(of)) for n, of in verdicts.items()}
+def write_lines(verdicts: dict[str, dict[str, Verdict]], scaling="tensor", own=OWN) -> str:
+    """Write the code for a run with these verdicts by layer and format."""
+    names = dict.fromkeys(f for by_format in verdicts.values() for f in by_format)
+    formats = {f: FormatInfo.from_format(own.get(f) or get_formats(f)[0], scaling) for f in names}
+    layers = {n: LayerInfo((4, 4), "float32", 16, tuple(fs)) for n, fs in verdicts.items()}
     advice = [
         Advice(layer, format, verdict, {}, {}, "")
-        for layer, of_layer in verdicts.items()
-        for format, verdict in of_layer.items()
+        for layer, by_format in verdicts.items()
+        for format, verdict in by_format.items()
     ]
     run = Run(Path("run"), formats, scaling, layers, [], [], [], {}, "")
-    return applying(run, Assessment(advice, {}, ""))
+    return write_code(run, Assessment(advice, {}, ""))
 
 
-def stored(lines: str, names: list[str]) -> dict[str, str]:
-    """What the lines store each layer of a model in."""
+def run_lines(lines: str, names: list[str]) -> dict[str, str]:
+    """Run the code on a model with layers of these names and return their formats."""
     parameters = [(name, nn.Parameter(torch.randn(4, 4))) for name in names]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
 
@@ -55,89 +55,89 @@ def test_each_layer_is_stored_in_the_smallest_format_that_stores_it_fine() -> No
         **{f"blocks.{k}.mlp.{k}.weight": {"bf16": FINE, "e4m3fn": WATCH} for k in range(12)},
         "head.weight": {"bf16": FINE},
     }
-    lines = lines_for(verdicts)
-    assert stored(lines, [*verdicts]) == {
+    lines = write_lines(verdicts)
+    assert run_lines(lines, [*verdicts]) == {
         "embed.weight": "e4m3fn",
         **{f"blocks.{k}.mlp.{k}.weight": "bf16" for k in range(12)},
         "head.weight": "bf16",
     }
     assert lines.count("SamplingRule(") == 4
     assert 'SamplingRule("blocks.*.mlp.*.weight"),' in lines
-    assert "2 of 16 layers stay as they are" in lines
+    assert "2 of 16 layers stay unchanged" in lines
 
 
-def test_layers_that_differ_in_a_number_and_in_their_format_have_rules_of_their_own() -> None:
+def test_layers_with_similar_names_and_different_formats_have_separate_rules() -> None:
     verdicts = {
         "a.0.weight": {"bf16": FINE},
         "a.1.weight": {"bf16": FINE, "e5m2": FINE},
         "a.2.weight": {"bf16": WATCH},
     }
     expected = {"a.0.weight": "bf16", "a.1.weight": "e5m2"}
-    assert stored(lines_for(verdicts), [*verdicts]) == expected
+    assert run_lines(write_lines(verdicts), [*verdicts]) == expected
 
 
-def test_layers_share_a_rule_where_one_of_their_numbers_tells_formats_apart() -> None:
+def test_layers_share_a_rule_if_one_number_in_their_names_decides_the_format() -> None:
     verdicts = {
         **{f"blocks.{k}.mlp.0.weight": {"bf16": WATCH} for k in range(3)},
         **{f"blocks.{k}.mlp.2.weight": {"bf16": FINE} for k in range(3)},
     }
-    lines = lines_for(verdicts)
+    lines = write_lines(verdicts)
     assert 'SamplingRule("blocks.*.mlp.2.weight"),' in lines
     assert lines.count("SamplingRule(") == 2
-    assert stored(lines, [*verdicts]) == {f"blocks.{k}.mlp.2.weight": "bf16" for k in range(3)}
+    assert run_lines(lines, [*verdicts]) == {f"blocks.{k}.mlp.2.weight": "bf16" for k in range(3)}
 
 
-def test_one_format_for_all_needs_no_rule() -> None:
+def test_one_format_for_all_layers_needs_no_rule() -> None:
     verdicts = {name: {"bf16": FINE} for name in ("a", "b")}
-    lines = lines_for(verdicts)
+    lines = write_lines(verdicts)
     assert 'WeightStorage("bf16")' in lines
     assert "SamplingRule" not in lines
-    assert stored(lines, ["a", "b", "not watched"]) == dict.fromkeys(
-        ["a", "b", "not watched"], "bf16"
+    assert run_lines(lines, ["a", "b", "not observed"]) == dict.fromkeys(
+        ["a", "b", "not observed"], "bf16"
     )
 
 
-def test_where_nothing_is_fine_the_remedy_is_named() -> None:
-    lines = lines_for({"a": {"e5m2": Verdict.NEEDS_REMEDY, "bf16": Verdict.FROZEN}})
+def test_without_a_fine_format_the_code_rounds_stochastically() -> None:
+    lines = write_lines({"a": {"e5m2": Verdict.NEEDS_REMEDY, "bf16": Verdict.FROZEN}})
     assert 'WeightStorage("bf16", rounding="stochastic")' in lines
-    assert stored(lines, ["a"]) == {"a": "bf16"}
+    assert run_lines(lines, ["a"]) == {"a": "bf16"}
 
 
-def test_what_nobody_knows_is_not_called_lost_and_has_no_remedy() -> None:
+def test_unknown_verdicts_get_no_remedy() -> None:
     unsure, unjudged, out = Verdict.UNCERTAIN, Verdict.NOT_JUDGED, Verdict.RANGE
-    assert lines_for({"a": {"bf16": unsure}, "b": {"bf16": unjudged}, "c": {"e5m2": out}}) == ""
-    lines = lines_for({"a": {"bf16": FINE}, "b": {"bf16": unsure}, "c": {"bf16": out}})
-    assert "2 of 3 layers stay as they are" in lines
-    assert "What helps" not in lines
-    lines = lines_for({"a": {"e5m2": WATCH, "bf16": unsure}})
+    assert write_lines({"a": {"bf16": unsure}, "b": {"bf16": unjudged}, "c": {"e5m2": out}}) == ""
+    lines = write_lines({"a": {"bf16": FINE}, "b": {"bf16": unsure}, "c": {"bf16": out}})
+    assert "2 of 3 layers stay unchanged" in lines
+    assert "lose updates" not in lines
+    lines = write_lines({"a": {"e5m2": WATCH, "bf16": unsure}})
     assert 'WeightStorage("e5m2", rounding="stochastic")' in lines
 
 
-def test_a_rule_says_that_it_stores_what_was_not_watched() -> None:
-    lines = lines_for({"0.weight": {"bf16": FINE}, "0.bias": {"bf16": WATCH}})
+def test_a_comment_says_that_a_rule_also_stores_layers_that_were_not_observed() -> None:
+    lines = write_lines({"0.weight": {"bf16": FINE}, "0.bias": {"bf16": WATCH}})
     assert 'SamplingRule("*.weight")' in lines
-    assert "not watched" in lines
+    assert "not observed" in lines
 
 
-def test_a_format_of_ones_own_by_the_name_of_another_is_not_suggested() -> None:
+def test_a_user_format_with_the_name_of_a_built_in_one_is_not_suggested() -> None:
     own = {"e4m3fn": FloatFormat("e4m3fn", exponent_bits=5, mantissa_bits=10, bias=15)}
-    assert lines_for({"a": {"e4m3fn": FINE}}, own=own) == ""
-    assert 'WeightStorage("e4m3fn")' in lines_for({"a": {"e4m3fn": FINE}})
+    assert write_lines({"a": {"e4m3fn": FINE}}, own=own) == ""
+    assert 'WeightStorage("e4m3fn")' in write_lines({"a": {"e4m3fn": FINE}})
 
 
-def test_no_verdict_no_lines() -> None:
-    assert lines_for({}) == ""
+def test_without_verdicts_there_is_no_code() -> None:
+    assert write_lines({}) == ""
 
 
-def test_formats_that_weights_cannot_be_stored_in_are_not_suggested() -> None:
-    assert lines_for({"a": {"mine": FINE}}) == ""
+def test_formats_that_weight_storage_does_not_support_are_not_suggested() -> None:
+    assert write_lines({"a": {"mine": FINE}}) == ""
     verdicts = {"a": {"mine": FINE, "nvfp4": FINE, "bf16": FINE}, "b": {"nvfp4": FINE}}
-    assert stored(lines_for(verdicts), [*verdicts]) == {"a": "bf16"}
+    assert run_lines(write_lines(verdicts), [*verdicts]) == {"a": "bf16"}
 
 
 @pytest.mark.parametrize("scaling", [None, "channel", ("block", 2)])
-def test_the_scaling_is_that_of_the_run(scaling) -> None:
-    lines = lines_for({"a": {"e4m3fn": FINE}, "b": {"e4m3fn": WATCH}}, scaling)
+def test_the_code_has_the_scaling_of_the_run(scaling) -> None:
+    lines = write_lines({"a": {"e4m3fn": FINE}, "b": {"e4m3fn": WATCH}}, scaling)
     assert "scaling=" in lines
     found: dict = {}
     head = lines[: lines.index("storage.attach")]
@@ -148,9 +148,9 @@ def test_the_scaling_is_that_of_the_run(scaling) -> None:
 @pytest.mark.parametrize(
     "name", ['a"b', "a'b\"", "a\nimport os", "w[0]", "a*b", "\\", "é.0.ü", "7"]
 )
-def test_names_are_quoted(name: str) -> None:
+def test_names_are_quoted_as_python_strings(name: str) -> None:
     verdicts = {name: {"bf16": FINE}, "other": {"bf16": WATCH}, "a.b": {"bf16": WATCH}}
-    lines = lines_for(verdicts)
+    lines = write_lines(verdicts)
     parameter = nn.Parameter(torch.ones(4))
     found = {
         "optimizer": torch.optim.SGD([(name, parameter), ("other", nn.Parameter(torch.ones(2)))])

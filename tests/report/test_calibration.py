@@ -1,4 +1,4 @@
-"""The thresholds and the evidence of verdicts are what the committed rows of real runs say."""
+"""Thresholds and evidence of the verdicts follow from the committed rows of real runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIG = ["logistic", "sgd", 0.1]
 
 @pytest.fixture(scope="module")
 def real_runs() -> pd.DataFrame:
-    """Those that round to nearest, read and counted by other means than the script's."""
+    """Read the runs that round to nearest, with pandas instead of the code under test."""
     frame = pd.read_csv(FOLDER / "runs.csv", keep_default_na=False, na_values=["nan"])
     frame = frame[frame.way == "nearest"].copy()
     frame["lost"] = (frame.loss - frame.fp32) / (frame.initial - frame.fp32)
@@ -32,39 +32,39 @@ def real_runs() -> pd.DataFrame:
     return frame
 
 
-def test_the_file_is_what_the_rows_give() -> None:
+def test_calibration_json_is_what_the_rows_give() -> None:
     written = files("altgrad.report").joinpath("calibration.json").read_text(encoding="utf-8")
     found = calibrate(read(FOLDER / "runs.csv"), read(FOLDER / "layers.csv"))
     assert as_text(found) == written
     assert json.loads(written)["thresholds"] == vars(calibration().thresholds)
 
 
-def test_the_rows_are_of_several_tasks_optimizers_and_learning_rates(real_runs) -> None:
+def test_the_rows_cover_several_tasks_optimizers_and_learning_rates(real_runs) -> None:
     seen, unseen = real_runs[~real_runs.held_out], real_runs[real_runs.held_out]
     assert (len(seen), len(unseen)) == (324, 144)
     for key, count in (("task", 3), ("optimizer", 3), ("lr", 8)):
         assert seen[key].nunique() == count
     assert not {*seen.optimizer} & {*unseen.optimizer}
     assert not {*seen.task} & {*unseen.task}
-    assert (seen.fp32 < 0.9 * seen.initial).all()  # there is progress to be lost
+    assert (seen.fp32 < 0.9 * seen.initial).all()  # a run without progress can lose none
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_the_counts_of_each_verdict(real_runs, held_out: bool) -> None:
+def test_the_counts_of_each_verdict_are_those_of_the_rows(real_runs, held_out: bool) -> None:
     limits = calibration().thresholds
     counts = calibration().held_out if held_out else calibration().outcomes
     mine = real_runs[real_runs.held_out == held_out]
-    said = mine.apply(said_by_the_judge, axis=1)
-    assert {*said} == {*counts}
+    verdicts = mine.apply(judge_row, axis=1)
+    assert {*verdicts} == {*counts}
     for verdict, found in counts.items():
-        same = mine[said == verdict]
+        same = mine[verdicts == verdict]
         assert found["runs"] == len(same)
         assert found["lost_1_percent"] == (same.lost > 0.01).sum()
         assert found["lost_10_percent"] == (same.lost > 0.1).sum()
         scaled = {*same.format[same.scaling == "tensor"]}
         without = {*same.format} - scaled
         assert {*found["formats"]} == scaled | {f"{name} without a scale" for name in without}
-    out = mine[(said == "RANGE") & (mine.scaling == "none")]
+    out = mine[(verdicts == "RANGE") & (mine.scaling == "none")]
     keys = ["task", "optimizer", "lr", "format"]
     both = out.merge(mine[mine.scaling == "tensor"], on=keys, suffixes=("", "_with_one"))
     mended = (both.lost > 0.01) & (both.lost_with_one < both.lost / 2)
@@ -72,23 +72,23 @@ def test_the_counts_of_each_verdict(real_runs, held_out: bool) -> None:
     assert counts["RANGE"]["mended_by_a_scale"] == mended.sum()
     layers = pd.read_csv(FOLDER / "layers.csv", keep_default_na=False, na_values=["nan"])
     layers = layers[(layers.scaling == "tensor") & (layers.task.isin(HELD_OUT) == held_out)]
-    said, are = layers.never_moved >= limits.frozen, layers.true_never_moved >= 0.99
-    assert counts["FROZEN"]["layers"] == said.sum()
-    assert counts["FROZEN"]["frozen"] == (said & are).sum()
-    assert counts["FROZEN"]["missed"] == (~said & are).sum()
+    predicted, frozen = layers.never_moved >= limits.frozen, layers.true_never_moved >= 0.99
+    assert counts["FROZEN"]["layers"] == predicted.sum()
+    assert counts["FROZEN"]["frozen"] == (predicted & frozen).sum()
+    assert counts["FROZEN"]["missed"] == (~predicted & frozen).sum()
 
 
-def said_by_the_judge(row: pd.Series) -> str:
-    """The verdict on a layer with the figures of a run."""
-    judge = Judge({"of run": FormatInfo.of(get_formats("bf16")[0], None)})
+def judge_row(row: pd.Series) -> str:
+    """Return the name of the verdict on a layer with the figures of a run."""
+    judge = Judge({"format": FormatInfo.from_format(get_formats("bf16")[0], None)})
     metrics = {metric: row[key] for key, metric in runs.METRICS.items()}
-    judge.add("model", {f"{metric}/of run": value for metric, value in metrics.items()}, {})
+    judge.add("model", {f"{metric}/format": value for metric, value in metrics.items()}, {})
     (advice,) = judge.assessment().advice
     return advice.verdict.name
 
 
-def test_the_verdicts_keep_their_order_on_what_had_no_say() -> None:
-    """What would be said of another run is worth something only if this holds."""
+def test_worse_verdicts_lose_more_on_held_out_runs_too() -> None:
+    """Verdicts on runs of users are worth something only if this holds."""
     for counts in (calibration().outcomes, calibration().held_out):
         shares = [
             counts[verdict.name]["lost_10_percent"] / counts[verdict.name]["runs"]
@@ -101,17 +101,17 @@ def test_the_verdicts_keep_their_order_on_what_had_no_say() -> None:
 
 
 @pytest.mark.parametrize("verdict", Verdict)
-def test_every_verdict_that_claims_something_carries_its_evidence(verdict: Verdict) -> None:
+def test_every_verdict_except_uncertain_and_not_judged_has_evidence(verdict: Verdict) -> None:
     evidence = calibration().evidence(verdict.name)
     assert bool(evidence) == (verdict not in (Verdict.UNCERTAIN, Verdict.NOT_JUDGED))
     if evidence:
         assert re.match(r"\d+ of \d+ (runs|layers) like this ", evidence)
     if verdict is Verdict.STORES_FINE:
-        assert "(fp16, bf16)" in evidence  # it was seen in no others
+        assert "(fp16, bf16)" in evidence  # no run in another format has this verdict
 
 
-def test_advice_carries_the_evidence_of_its_verdict() -> None:
-    judge = Judge({"bf16": FormatInfo.of(get_formats("bf16")[0], None)})
+def test_advice_has_the_evidence_of_its_verdict() -> None:
+    judge = Judge({"bf16": FormatInfo.from_format(get_formats("bf16")[0], None)})
     names = ("kept_update_ratio", "stall_frac", "underflow_frac", "saturated_frac")
     figures = dict.fromkeys((f"{name}/bf16" for name in (*names, "never_moved_frac")), 0.0)
     judge.add("layer", figures | {"kept_update_ratio/bf16": 0.3}, {})
@@ -122,18 +122,20 @@ def test_advice_carries_the_evidence_of_its_verdict() -> None:
     )
 
 
-def test_a_run_that_has_diverged_has_lost_everything() -> None:
+def test_a_diverged_run_has_lost_all_progress() -> None:
     assert lost({"initial": 2.0, "fp32": 1.0, "loss": math.nan}) == math.inf
     assert lost({"initial": 2.0, "fp32": 1.0, "loss": 1.25}) == 0.25
 
 
-def test_the_runs_are_really_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A short one: its rows are those of the committed files, and say what they should."""
+def test_a_short_run_gives_rows_like_the_committed_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows have the keys and the order of the committed ones, and plausible figures."""
     monkeypatch.setitem(
         tasks.TASKS, "logistic", lambda: tasks.logistic()._replace(batches=digits(0, 30).batches)
     )
-    of_runs, of_layers = runs.rows_of(tasks.Config(*CONFIG))
-    for name, rows in (("runs", of_runs), ("layers", of_layers)):
+    run_rows, layer_rows = runs.rows_of(tasks.Config(*CONFIG))
+    for name, rows in (("runs", run_rows), ("layers", layer_rows)):
         runs.write(tmp_path / f"{name}.csv", rows)
         again = read(tmp_path / f"{name}.csv")
         committed = read(FOLDER / f"{name}.csv")
@@ -141,11 +143,11 @@ def test_the_runs_are_really_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         same = [r for r in committed if [r["task"], r["optimizer"], r["lr"]] == CONFIG]
         keys = ("format", "scaling", "way")
         assert [[r[k] for k in keys] for r in again] == [[r[k] for k in keys] for r in same]
-    by_format = {(r["format"], r["scaling"], r["way"]): r for r in of_runs}
+    by_format = {(r["format"], r["scaling"], r["way"]): r for r in run_rows}
     fp16, e5m2 = by_format["fp16", "tensor", "nearest"], by_format["e5m2", "tensor", "nearest"]
     assert fp16["loss"] == pytest.approx(fp16["fp32"], rel=1e-3)
     assert e5m2["loss"] > 1.05 * e5m2["fp32"]
     assert by_format["e5m2", "tensor", "kahan"]["loss"] == pytest.approx(e5m2["fp32"], rel=0.02)
-    for row in of_runs:
+    for row in run_rows:
         if row["way"] == "nearest":
             assert row["stall"] == pytest.approx(row["true_stall"], abs=0.05)

@@ -1,4 +1,4 @@
-"""What a cell says, wherever there is a table of layers by formats."""
+"""Texts and colours of verdicts in tables."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 from rich.style import Style
 
 from altgrad.report import Advice, Verdict
-from altgrad.report.cells import COLOURS, EVIDENCE, MEANINGS, cell_text, kept_text
+from altgrad.report.cells import COLOURS, EVIDENCE, MEANINGS, cell_text, format_kept
 
 
 @pytest.mark.parametrize(
@@ -17,13 +17,13 @@ from altgrad.report.cells import COLOURS, EVIDENCE, MEANINGS, cell_text, kept_te
         *((0.001, "<.01"), (0.0, "0.00"), (-0.3, "-0.30"), (1.44, "1.44"), (math.nan, "")),
     ],
 )
-def test_a_share_is_never_rounded_across_a_threshold(kept: float, text: str) -> None:
-    assert kept_text(kept) == text
+def test_a_kept_update_ratio_is_never_rounded_across_a_threshold(kept: float, text: str) -> None:
+    assert format_kept(kept) == text
 
 
-def test_a_share_has_four_characters_that_are_near_it_and_on_its_side_of_each_threshold() -> None:
+def test_four_characters_are_near_the_ratio_and_on_its_side_of_each_threshold() -> None:
     for kept in (k / 4000 for k in range(4001)):
-        text = kept_text(kept)
+        text = format_kept(kept)
         assert len(text) == 4
         shown = float(text.lstrip("<>"))
         assert abs(shown - kept) <= 0.01
@@ -31,7 +31,7 @@ def test_a_share_has_four_characters_that_are_near_it_and_on_its_side_of_each_th
         assert (text == "1.00", text == "0.00") == (kept == 1, kept == 0), text
 
 
-def test_a_cell_says_the_verdict_in_a_word_and_the_share() -> None:
+def test_a_cell_has_the_verdict_in_one_word_and_the_ratio() -> None:
     def cell(verdict: Verdict, kept: float) -> str:
         return cell_text(Advice("a", "bf16", verdict, {"kept_update_ratio": kept}, {}, ""))
 
@@ -41,7 +41,7 @@ def test_a_cell_says_the_verdict_in_a_word_and_the_share() -> None:
     assert cell_text(None) == ""
 
 
-def test_every_verdict_has_a_meaning_and_a_colour_of_its_own() -> None:
+def test_every_verdict_has_a_distinct_meaning_and_colour() -> None:
     for table in (MEANINGS, COLOURS):
         assert {*table} == {*Verdict}
         assert len({*table.values()}) == len(Verdict)

@@ -1,4 +1,4 @@
-"""`altgrad report` and `altgrad compare`: where they write to, and how they fail."""
+"""`altgrad report` and `altgrad compare`: their outputs and their errors."""
 
 from pathlib import Path
 
@@ -6,21 +6,21 @@ import pytest
 
 from altgrad.report import RunReport, page, read
 from tests.command_line import altgrad
-from tests.report.runs import written_run
+from tests.report.runs import write_run
 
 
 @pytest.mark.parametrize("command", ["report", "compare"])
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "there is no such file or folder"),
-        ("", "it is empty"),
-        ('{"loss": 1}\n', "it is no run file of AltGrad"),
-        ('{"altgrad": 1, "form', "it is damaged"),
-        ('{"altgrad": 99}\n', "a newer AltGrad wrote it"),
+        (None, "file or folder is missing"),
+        ("", "empty"),
+        ('{"loss": 1}\n', "expected a run file of AltGrad"),
+        ('{"altgrad": 1, "form', "damaged"),
+        ('{"altgrad": 99}\n', "newer AltGrad"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_one_sentence(
+def test_an_unreadable_file_gives_one_line_on_stderr(
     tmp_path: Path, command: str, content: str | None, message: str
 ) -> None:
     path = tmp_path / "run.jsonl"
@@ -34,15 +34,15 @@ def test_a_file_that_cannot_be_read_is_one_sentence(
     assert failed.stderr.count("\n") == 1
 
 
-def test_a_place_that_cannot_be_written_is_one_sentence(run: Path, tmp_path: Path) -> None:
+def test_an_unwritable_output_gives_one_line_on_stderr(run: Path, tmp_path: Path) -> None:
     failed = altgrad("report", run, "--html", tmp_path / "missing" / "page.html")
     assert failed.returncode == 2
     assert failed.stderr.strip().endswith(
-        "page.html: it cannot be written (No such file or directory)"
+        "page.html: file cannot be written (No such file or directory)"
     )
 
 
-def test_files_are_written_beside_what_is_shown_and_named_in_a_line_each(
+def test_files_are_written_in_addition_to_the_terminal_and_each_is_named(
     run: Path, tmp_path: Path
 ) -> None:
     html, csv = (tmp_path / f"a.name.of.some.length.{kind}" for kind in ("html", "csv"))
@@ -50,12 +50,12 @@ def test_files_are_written_beside_what_is_shown_and_named_in_a_line_each(
     assert shown.returncode == 0, shown.stderr
     assert "If the weights were stored in" in shown.stdout
     assert shown.stdout.splitlines()[-2:] == [f"Written: {html}", f"Written: {csv}"]
-    assert html.read_text() == page(RunReport.of(read(run)))
+    assert html.read_text() == page(RunReport.from_run(read(run)))
     assert csv.read_text() == altgrad("report", run, "--csv", "-").stdout
 
 
-def test_no_more_layers_are_shown_than_asked_for(run: Path, tmp_path: Path) -> None:
-    other = written_run(tmp_path, ["matrix"], ["gain"])
+def test_layers_limits_the_rows_of_a_table(run: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path, ["matrix"], ["gain"])
 
     def shown(*arguments: object) -> str:
         return " ".join(altgrad(*arguments).stdout.split())

@@ -1,4 +1,4 @@
-"""The pictures: what they show, in numbers; for any name, and any size."""
+"""The pictures show the right numbers, for any name and any number of layers."""
 
 import math
 import xml.etree.ElementTree as ET
@@ -11,7 +11,7 @@ from matplotlib.text import Text
 
 from altgrad import Histogram
 from altgrad.report import heat_map, kept_map, png, ranges, steps_histogram, svg
-from tests.report.pictures import FORMATS, STEPS, every_picture, pixels, texts
+from tests.report.pictures import FORMATS, STEPS, draw_all, read_pixels, read_texts
 
 NAN = math.nan
 
@@ -31,45 +31,45 @@ def test_a_heat_map_has_a_row_per_layer_and_a_column_per_step() -> None:
     figure = heat_map({"b": {9: 0.5, 4: 0.25}, "a": {4: 1.0, 9: 0.0}}, title="in bf16")
     np.testing.assert_array_equal(shown(figure), [[0.25, 0.5], [1.0, 0.0]])
     assert rows(figure) == ["b", "a"]
-    assert {"in bf16", "4", "9"} <= {*texts(figure)}
+    assert {"in bf16", "4", "9"} <= {*read_texts(figure)}
 
 
-def test_a_layer_that_is_observed_less_often_shows_its_last_value_until_the_next() -> None:
+def test_a_layer_that_is_observed_less_often_keeps_its_last_value_in_between() -> None:
     values = {"often": dict.fromkeys(range(5), 1.0), "rarely": {1: 0.5, 3: 0.25}}
     np.testing.assert_array_equal(shown(heat_map(values, title=""))[1], [NAN, 0.5, 0.5, 0.25, NAN])
 
 
-def test_a_value_that_is_nan_is_not_replaced_by_the_one_before() -> None:
+def test_a_nan_is_not_replaced_by_the_value_before_it() -> None:
     figure = heat_map({"a": {0: 0.5, 1: NAN, 2: 0.5}}, title="")
     np.testing.assert_array_equal(shown(figure), [[0.5, NAN, 0.5]])
-    assert any("grey: no value" in text for text in texts(figure))
-    assert not any("grey" in text for text in texts(heat_map({"a": {0: 0.5}}, title="")))
+    assert any("grey: no value" in text for text in read_texts(figure))
+    assert not any("grey" in text for text in read_texts(heat_map({"a": {0: 0.5}}, title="")))
 
 
-def test_no_value_is_grey_in_the_pixels() -> None:
-    image = pixels(heat_map({"a": {0: NAN, 1: 1.0}}, title=""))
+def test_a_nan_is_grey_in_the_pixels() -> None:
+    image = read_pixels(heat_map({"a": {0: NAN, 1: 1.0}}, title=""))
     left, right = (image[len(image) // 3, image.shape[1] * k // 10] for k in (2, 7))
     assert left[0] == left[1] == left[2]
     assert right[0] > 2 * right[1]  # dark red
 
 
-def test_more_steps_than_columns_are_averaged() -> None:
+def test_neighbouring_steps_are_averaged_if_there_are_more_than_columns() -> None:
     figure = heat_map({"a": {step: step / 1000 for step in range(1000)}}, title="")
     (row,) = shown(figure)
     assert len(row) == 200
     np.testing.assert_allclose(row, (np.arange(0, 1000, 5) + 2) / 1000)
-    assert any("a column is the mean of 5" in text for text in texts(figure))
+    assert any("a column is the mean of 5" in text for text in read_texts(figure))
 
 
 @pytest.mark.parametrize(("label", "worst"), [("stall_frac", 1.0), ("kept_update_ratio", 0.0)])
-def test_the_worst_of_2000_layers_in_their_order(label: str, worst: float) -> None:
+def test_of_2000_layers_the_worst_60_are_shown_in_their_order(label: str, worst: float) -> None:
     chosen = [*range(7, 2000, 34)]  # 59
     values = {f"layer.{k}": {0: worst if k in chosen else 0.5} for k in range(2000)}
     values["nothing"] = {0: NAN}
     values["layer.100"] = {0: abs(worst - 0.25)}
     figure = heat_map(values, title="in bf16", label=label)
     assert rows(figure) == [f"layer.{k}" for k in sorted([*chosen, 100])]
-    assert "in bf16\nthe worst 60 of 2,001 layers" in texts(figure)
+    assert "in bf16\nthe worst 60 of 2,001 layers" in read_texts(figure)
 
 
 @pytest.mark.parametrize("label", ["stall_frac", "kept_update_ratio"])
@@ -83,7 +83,7 @@ def test_dark_is_bad(label: str) -> None:
 # --- kept map
 
 
-def test_the_kept_map_shows_each_share_and_who_is_frozen() -> None:
+def test_the_kept_map_shows_each_ratio_and_frozen_layers() -> None:
     kept = {"norm": {"bf16": 0.0, "e5m2": 0.128}, "head": {"bf16": 0.5}}
     figure = kept_map(kept, {"norm": {"bf16": True, "e5m2": False}}, title="step 3")
     np.testing.assert_array_equal(shown(figure), [[0.0, 0.128], [0.5, NAN]])
@@ -91,10 +91,10 @@ def test_the_kept_map_shows_each_share_and_who_is_frozen() -> None:
     assert cells == {(0, 0): "frozen", (1, 0): "0.13", (0, 1): "0.50", (1, 1): "–"}
 
 
-def test_the_kept_map_of_2000_layers_shows_those_that_keep_least() -> None:
+def test_the_kept_map_of_2000_layers_shows_the_60_with_the_least_ratio() -> None:
     figure = kept_map({f"l{k}": {"bf16": 1 - k / 2000} for k in range(2000)}, {}, title="t")
     assert rows(figure) == [f"l{k}" for k in range(1940, 2000)]
-    assert "t\nthe worst 60 of 2,000 layers" in texts(figure)
+    assert "t\nthe worst 60 of 2,000 layers" in read_texts(figure)
 
 
 # --- distributions
@@ -111,24 +111,24 @@ def test_updates_below_half_a_spacing_are_counted_and_coloured() -> None:
         "50 % large enough",
     ]
     assert figure.axes[1].texts[0].get_text().startswith("100 %")
-    assert {"bf16", "e4m3fn"} <= {*texts(figure)}
+    assert {"bf16", "e4m3fn"} <= {*read_texts(figure)}
     assert [line.get_xdata()[0] for line in figure.axes[0].lines] == [-1]
 
 
 @pytest.mark.parametrize(("count", "text"), [(1e6, ">99 %"), (1e-6, "<1 %")])
-def test_all_and_nothing_are_said_only_if_they_are_true(count: float, text: str) -> None:
+def test_100_and_0_percent_are_shown_only_if_exact(count: float, text: str) -> None:
     figure = steps_histogram({"bf16": Histogram(-2, [count, 1])})
     assert figure.axes[0].texts[0].get_text().startswith(text)
 
 
-def test_octaves_of_hardly_any_updates_do_not_squeeze_the_rest() -> None:
+def test_octaves_with_hardly_any_updates_are_left_out_at_the_ends() -> None:
     figure = steps_histogram({"bf16": Histogram(-32, [1] + [0] * 30 + [1e6] * 2 + [0] * 31)})
     low, high = figure.axes[-1].get_xlim()
     assert -5 < low < -4
     assert 3 < high < 4
 
 
-def test_ranges_of_formats_lie_where_their_numbers_are() -> None:
+def test_the_bar_of_a_format_spans_its_numbers() -> None:
     figure = ranges(Histogram(-6, [1, 2, 1]), FORMATS)  # the largest weight is in octave -4
     bars = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in figure.axes[1].patches]
     bf16, e4m3fn, e0m7, mxfp4 = (bars[2 * k : 2 * k + 2] for k in range(4))
@@ -138,11 +138,11 @@ def test_ranges_of_formats_lie_where_their_numbers_are() -> None:
     assert e4m3fn[0] == pytest.approx((-21, -18))
     assert e4m3fn[1] == pytest.approx((-18, -4 + math.log2(1.75)))
     assert e0m7[0] == pytest.approx((-10, -3), abs=0.02)
-    assert e0m7[1][0] == pytest.approx(e0m7[1][1])  # nothing in it is normal
+    assert e0m7[1][0] == pytest.approx(e0m7[1][1])  # e0m7 has subnormal numbers only
     assert mxfp4[1] == pytest.approx((-6, -4 + math.log2(1.5)))
     labels = [label.get_text() for label in figure.axes[1].get_yticklabels()]
     assert labels == ["bf16", "e4m3fn *", "e0m7 *", "mxfp4 *"]
-    assert {"← 2⁻¹³³", "2¹²⁸ →"} <= {*texts(figure)}
+    assert {"← 2⁻¹³³", "2¹²⁸ →"} <= {*read_texts(figure)}
 
 
 # --- any name and any size
@@ -152,11 +152,11 @@ def test_ranges_of_formats_lie_where_their_numbers_are() -> None:
     "name",
     ["a_$x_b$_{c}", "<script>alert(1)</script>", "$", r"\frac{1}{2}", 'x id="y"', "层", "a\nb\x00"],
 )
-def test_names_stay_as_they_are(name: str) -> None:
+def test_names_are_shown_literally(name: str) -> None:
     printable = name.replace("\n", "�").replace("\x00", "�")
-    for key, figure in every_picture([name]).items():
+    for key, figure in draw_all([name]).items():
         if key != "ranges":
-            assert printable in texts(figure), key
+            assert printable in read_texts(figure), key
             read = [text for text in figure.findobj(Text) if text.get_text() == printable]
             assert not any(text.get_parse_math() for text in read)
             element = ET.fromstring(svg(figure, "p"))
@@ -164,14 +164,14 @@ def test_names_stay_as_they_are(name: str) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 60, 61, 2000])
-def test_any_number_of_layers(count: int) -> None:
-    for figure in every_picture([f"layer.{k}" for k in range(count)]).values():
-        image = pixels(figure)
+def test_pictures_of_any_number_of_layers_have_a_bounded_size(count: int) -> None:
+    for figure in draw_all([f"layer.{k}" for k in range(count)]).values():
+        image = read_pixels(figure)
         assert 100 < image.shape[0] < 1500
         assert 500 < image.shape[1] < 1300
 
 
-def test_nothing_gives_a_picture_that_says_so() -> None:
+def test_a_picture_without_data_shows_a_sentence() -> None:
     nothing = [
         heat_map({}, title=""),
         heat_map({"a": {}}, title=""),
@@ -182,9 +182,9 @@ def test_nothing_gives_a_picture_that_says_so() -> None:
         ranges(Histogram(-3, []), []),
     ]
     for figure in nothing:
-        assert any("observed yet" in text for text in texts(figure))
+        assert any("observed yet" in text for text in read_texts(figure))
 
 
-def test_nan_everywhere_gives_a_picture() -> None:
+def test_a_picture_of_nan_alone_is_drawn() -> None:
     png(heat_map({"a": {0: NAN}, "b": {0: NAN}}, title=""))
     png(kept_map({"a": {"bf16": NAN}}, {}, title=""))

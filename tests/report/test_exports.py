@@ -11,7 +11,7 @@ import pytest
 from altgrad.report import Row, RunReport
 from altgrad.report.exports import as_csv, as_json
 from tests.command_line import altgrad
-from tests.report.runs import FORMATS, MARKUP, SCRIPT, figures, run_of
+from tests.report.runs import FORMATS, MARKUP, SCRIPT, figures, make_run
 
 NAN = math.nan
 
@@ -33,7 +33,7 @@ def test_json_is_valid_and_holds_the_verdicts(run: Path, tmp_path: Path) -> None
 def test_csv_has_a_line_for_each_layer_and_format(run: Path) -> None:
     shown = altgrad("report", run, "--csv", "-")
     assert shown.returncode == 0, shown.stderr
-    rows = [*csv.DictReader(io.StringIO(shown.stdout))]  # and nothing else is shown
+    rows = [*csv.DictReader(io.StringIO(shown.stdout))]  # the terminal shows nothing else
     assert [(row["layer"], row["format"]) for row in rows] == [
         (layer, format) for layer in ("gain", SCRIPT, "matrix", MARKUP) for format in FORMATS
     ]
@@ -41,18 +41,18 @@ def test_csv_has_a_line_for_each_layer_and_format(run: Path) -> None:
     assert [float(row["kept_update_ratio"]) for row in rows] == [0.0] * 4 + [1.0] * 4
 
 
-def odd_report() -> RunReport:
-    """Of a layer with any name, of which nothing is known."""
+def make_odd_report() -> RunReport:
+    """Make a report of a layer with an odd name, whose figures are NaN."""
     unknown = figures(kept_update_ratio=NAN, stall_frac=NAN, never_moved_frac=NAN)
     rows = [
         Row(0, 'a,"b"\nc', unknown | {"saturated_frac/bf16": math.inf}, {}),
         Row(0, None, {}, {}, skipped={"inf": 2}),
     ]
-    return RunReport.of(run_of(rows, ["bf16"], notes=["torn"], versions={"altgrad": "0.1"}))
+    return RunReport.from_run(make_run(rows, ["bf16"], notes=["torn"], versions={"altgrad": "0.1"}))
 
 
 def test_numbers_without_a_value_are_none_in_json_and_empty_in_csv() -> None:
-    value = as_json(odd_report())
+    value = as_json(make_odd_report())
     json.dumps(value, allow_nan=False)
     assert value["own_share"] is None
     advice = value["layers"]['a,"b"\nc']["formats"]["bf16"]
@@ -63,14 +63,14 @@ def test_numbers_without_a_value_are_none_in_json_and_empty_in_csv() -> None:
         "underflow_frac": 0.0,
         "saturated_frac": None,
     }
-    (row,) = csv.DictReader(io.StringIO(as_csv(odd_report()), newline=""))
+    (row,) = csv.DictReader(io.StringIO(as_csv(make_odd_report()), newline=""))
     assert row["layer"] == 'a,"b"\nc'
     assert (row["kept_update_ratio"], row["underflow_frac"]) == ("", "0.0")
     assert row["kept_update_ratio_error"] == ""
 
 
-def test_json_holds_what_is_known_of_the_run_and_of_its_reading() -> None:
-    value = as_json(odd_report())
+def test_json_has_steps_skipped_steps_notes_and_versions() -> None:
+    value = as_json(make_odd_report())
     about = {key: value[key] for key in ("steps", "skipped", "notes", "versions", "to_apply")}
     assert about == {
         "steps": [0],

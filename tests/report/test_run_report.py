@@ -1,4 +1,4 @@
-"""What there is to say of a run, in plain numbers."""
+"""Texts, shares and pictures of runs that are made of plain numbers."""
 
 import math
 from typing import Any
@@ -7,18 +7,18 @@ import pytest
 
 from altgrad import Histogram
 from altgrad.report import LayerInfo, Row, RunReport
-from tests.report.pictures import texts
-from tests.report.runs import rows_of, run_of
+from tests.report.pictures import read_texts
+from tests.report.runs import make_rows, make_run
 
 NAN = math.nan
 
 
-def of_model(step: int, **more: Any) -> Row:
+def model_row(step: int, **more: Any) -> Row:
     return Row(step, None, {}, {}, **more)
 
 
 def report(*rows: Row, **more: Any) -> RunReport:
-    return RunReport.of(run_of(rows, **more))
+    return RunReport.from_run(make_run(rows, **more))
 
 
 @pytest.mark.parametrize(
@@ -30,11 +30,11 @@ def report(*rows: Row, **more: Any) -> RunReport:
         (range(0, 12_000, 10), "1,200 steps observed, 0 to 11,990"),
     ],
 )
-def test_which_steps_were_observed_in_words(steps: Any, words: str) -> None:
-    assert report(*map(of_model, steps)).steps == words
+def test_the_observed_steps_are_put_into_words(steps: Any, words: str) -> None:
+    assert report(*map(model_row, steps)).steps == words
 
 
-def test_how_many_elements_are_measured_in_words() -> None:
+def test_the_number_of_measured_elements_is_put_into_words() -> None:
     layers = {
         "whole": LayerInfo((4, 10), "float32", 40, ("bf16",)),
         "sampled": LayerInfo((40, 50), "float32", 256, ("bf16",)),
@@ -44,45 +44,45 @@ def test_how_many_elements_are_measured_in_words() -> None:
     assert report(layers=layers).measured == "all 40 elements in 1 layers"
 
 
-def test_skipped_steps_are_those_of_the_row_with_most() -> None:
-    """Of a run with two optimizers each row counts those of the whole run until then."""
+def test_skipped_steps_are_those_of_the_row_with_the_highest_count() -> None:
+    """With two optimizers, the row of either counts the skipped steps of the whole run so far."""
     counts = [{"inf": 1}, {"inf": 2, "no gradients": 1}, {"inf": 2}]
-    assert report(*(of_model(k, skipped=c) for k, c in enumerate(counts))).skipped == counts[1]
+    assert report(*(model_row(k, skipped=c) for k, c in enumerate(counts))).skipped == counts[1]
     assert report().skipped == {}
 
 
-def test_the_own_share_counts_each_step_between_observed_ones() -> None:
-    """0.5 s and 0.25 s of its own, beside 10 steps of 0.1 s and 10 of 0.125 s."""
-    first = of_model(0)
+def test_the_own_share_counts_every_step_between_observed_steps() -> None:
+    """Observing takes 0.5 s and 0.25 s, beside 10 training steps of 0.1 s and 10 of 0.125 s."""
+    first = model_row(0)
     later = [
-        of_model(10, own_seconds=0.5, training_seconds=0.1),
-        of_model(20, own_seconds=0.25, training_seconds=0.125),
+        model_row(10, own_seconds=0.5, training_seconds=0.1),
+        model_row(20, own_seconds=0.25, training_seconds=0.125),
     ]
     assert report(first, *later).own_share == pytest.approx(0.75 / (0.75 + 1 + 1.25))
-    twice = of_model(20, own_seconds=0.75, training_seconds=0.125)  # of another optimizer
+    twice = model_row(20, own_seconds=0.75, training_seconds=0.125)  # by another optimizer
     assert report(first, *later, twice).own_share == pytest.approx(1.5 / (1.5 + 1 + 1.25))
-    again = of_model(5, own_seconds=0.75, training_seconds=0.125)  # by a run that was resumed
+    again = model_row(5, own_seconds=0.75, training_seconds=0.125)  # by a resumed run
     assert report(first, *later, again).own_share == pytest.approx(1.5 / (1.5 + 1 + 1.25))
     assert math.isnan(report(first).own_share)
     assert math.isnan(report().own_share)
 
 
-def test_there_are_pictures_of_what_there_are_figures_for() -> None:
+def test_pictures_are_drawn_if_the_run_has_their_figures() -> None:
     steps = {f"steps/{format}": Histogram(-3, [1, 2]) for format in ("bf16", "e5m2")}
     weights = {"weights": Histogram(-6, [1, 2, 1])}
-    kept = rows_of({"a": {"bf16": 0.25, "e5m2": 0.0}})
+    kept = make_rows({"a": {"bf16": 0.25, "e5m2": 0.0}})
     assert report().pictures() == {}
     stalls = ["stalls-0", "stalls-1"]
     assert [*report(*kept).pictures()] == ["kept", *stalls]
-    assert [*report(of_model(0, histograms=steps)).pictures()] == ["steps", *stalls]
-    whole = report(*kept, of_model(0, histograms=steps | weights))
+    assert [*report(model_row(0, histograms=steps)).pictures()] == ["steps", *stalls]
+    whole = report(*kept, model_row(0, histograms=steps | weights))
     assert [*whole.pictures()] == ["kept", "steps", "ranges", *stalls]
 
 
-def test_the_last_histogram_of_each_kind_is_drawn() -> None:
+def test_the_last_histogram_of_each_key_is_drawn() -> None:
     early = {"steps/bf16": Histogram(-3, [5, 7]), "weights": Histogram(-6, [1, 4])}
     late = {"steps/bf16": Histogram(-3, [2, 3])}
-    pictures = report(of_model(0, histograms=early), of_model(1, histograms=late)).pictures()
+    pictures = report(model_row(0, histograms=early), model_row(1, histograms=late)).pictures()
     heights = {
         name: [bar.get_height() for bar in pictures[name].axes[0].patches]
         for name in ("steps", "ranges")
@@ -90,13 +90,15 @@ def test_the_last_histogram_of_each_kind_is_drawn() -> None:
     assert heights == {"steps": [2, 3], "ranges": [1, 4]}
 
 
-def test_a_heat_map_shows_the_layers_that_were_judged_for_its_format() -> None:
+def test_a_heat_map_shows_the_layers_judged_for_its_format() -> None:
     layers = {
         "both": LayerInfo((8,), "float32", 8, ("bf16", "e5m2")),
         "one": LayerInfo((8,), "float32", 8, ("e5m2",)),
     }
-    rows = rows_of({"both": {"bf16": 1.0, "e5m2": 1.0}, "one": {"e5m2": 1.0}})
+    rows = make_rows({"both": {"bf16": 1.0, "e5m2": 1.0}, "one": {"e5m2": 1.0}})
     pictures = report(*rows, layers=layers).pictures()
-    shown = {name: {"both", "one"} & {*texts(pictures[name])} for name in ("stalls-0", "stalls-1")}
+    shown = {
+        name: {"both", "one"} & {*read_texts(pictures[name])} for name in ("stalls-0", "stalls-1")
+    }
     assert shown == {"stalls-0": {"both"}, "stalls-1": {"both", "one"}}
-    assert "stall_frac in bf16" in texts(pictures["stalls-0"])
+    assert "stall_frac in bf16" in read_texts(pictures["stalls-0"])

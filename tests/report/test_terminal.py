@@ -1,4 +1,4 @@
-"""What a terminal shows of a run, and of two beside each other."""
+"""The text that a terminal shows for a run, and for the comparison of two runs."""
 
 import json
 import re
@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import altgrad
-from tests.report.runs import FORMATS, MARKUP, SCRIPT, empty_run, written_run
+from tests.report.runs import FORMATS, MARKUP, SCRIPT, write_empty_run, write_run
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_the_table_says_what_each_format_would_do(run: Path, columns: int) -> None:
+def test_the_table_shows_the_verdict_on_each_layer_and_format(run: Path, columns: int) -> None:
     shown = altgrad("report", run, columns=columns)
     assert shown.returncode == 0, shown.stderr
     lines = [line.rstrip() for line in shown.stdout.splitlines()]
@@ -30,10 +30,10 @@ def test_the_table_says_what_each_format_would_do(run: Path, columns: int) -> No
     assert "\x1b" not in shown.stdout
 
 
-def test_of_many_layers_the_worst_are_shown_and_all_on_demand(tmp_path: Path) -> None:
+def test_of_many_layers_the_worst_40_are_shown_and_all_on_demand(tmp_path: Path) -> None:
     long = "encoder.blocks.{}.attention.query_key_value.projection.weight"
     fine = [long.format(k) for k in range(2000)]
-    path = written_run(tmp_path, ["the.frozen.one"], fine, steps=1)
+    path = write_run(tmp_path, ["the.frozen.one"], fine, steps=1)
     lines = altgrad("report", path).stdout.splitlines()
     assert len(lines) < 80
     assert "The 40 of 2,001 layers that keep least:" in lines
@@ -50,12 +50,12 @@ def test_of_many_layers_the_worst_are_shown_and_all_on_demand(tmp_path: Path) ->
     assert all(row[1:] == ["fine", "1.00", "fine", "1.00", "e5m2"] for row in rows)
 
 
-def test_formats_that_do_not_fit_are_in_a_table_of_their_own(tmp_path: Path) -> None:
+def test_formats_that_do_not_fit_are_shown_in_another_table(tmp_path: Path) -> None:
     formats = ["bf16", "fp16", "e4m3fn", "e5m2", "e3m4", "mxfp8_e4m3", "mxfp4", "nvfp4"]
-    path = written_run(tmp_path, formats=formats)
+    path = write_run(tmp_path, formats=formats)
     shown = altgrad("report", path).stdout
     assert max(map(len, shown.splitlines())) <= 80
-    assert not re.search(r"\S…(\s|$)", shown)  # nothing is cut at its end
+    assert not re.search(r"\S…(\s|$)", shown)  # no text is cut at its end
     assert shown.count("If the weights were stored in") > 1
     wide = altgrad("report", path, columns=200).stdout
     assert wide.count("If the weights were stored in") == 1
@@ -64,29 +64,29 @@ def test_formats_that_do_not_fit_are_in_a_table_of_their_own(tmp_path: Path) -> 
         assert [word for words in headings for word in words] == formats
 
 
-def test_lines_to_be_copied_are_whole_or_not_there(run: Path, tmp_path: Path) -> None:
+def test_code_to_copy_is_shown_completely_or_not_at_all(run: Path, tmp_path: Path) -> None:
     shown = altgrad("report", run, columns=40).stdout
     assert json.loads(altgrad("report", run, "--json", "-").stdout)["to_apply"] + "\n" in shown
     names = [f"layer{k}.gain" for k in range(120)]
-    many = altgrad("report", written_run(tmp_path, names[::2], names[1::2])).stdout
-    assert "lines that apply the suggestions: --html, --json." in many
+    many = altgrad("report", write_run(tmp_path, names[::2], names[1::2])).stdout
+    assert "lines that apply the suggestions are in --html and --json." in many
     assert "SamplingRule" not in many
 
 
-def test_a_run_without_a_step_says_so(tmp_path: Path) -> None:
-    path = empty_run(tmp_path)
+def test_a_run_without_an_observed_step_is_reported_as_such(tmp_path: Path) -> None:
+    path = write_empty_run(tmp_path)
     shown = altgrad("report", path, "--html", tmp_path / "page.html")
     assert shown.returncode == 0, shown.stderr
     assert "no step observed" in " ".join(shown.stdout.split())
-    assert "No step was observed, so there is nothing to say." in shown.stdout
+    assert "No step was observed: there are no verdicts." in shown.stdout
     assert "No step was observed" in (tmp_path / "page.html").read_text()
     assert altgrad("compare", path, path).returncode == 0
-    compared = altgrad("compare", written_run(tmp_path / "other"), path).stdout
-    assert "There is no observed step in B: nothing to compare." in compared
+    compared = altgrad("compare", write_run(tmp_path / "other"), path).stdout
+    assert "No observed step in B: nothing to compare." in compared
 
 
-def test_comparing_shows_what_differs_first(run: Path, tmp_path: Path) -> None:
-    other = written_run(tmp_path, ["matrix", SCRIPT], ["gain", "more"])
+def test_a_comparison_shows_differing_verdicts_first(run: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path, ["matrix", SCRIPT], ["gain", "more"])
     shown = altgrad("compare", run, other)
     assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()
@@ -102,8 +102,8 @@ def test_comparing_shows_what_differs_first(run: Path, tmp_path: Path) -> None:
         *([SCRIPT, format, "frozen", "0.00", "frozen", "0.00"] for format in FORMATS),
     ]
     text = " ".join(shown.stdout.split())
-    assert "The verdict is another one for 4 of 6 layers and formats." in text
+    assert "4 of 6 verdicts differ." in text
     assert f"layers only in A: 1 ({MARKUP})" in text
     assert "layers only in B: 1 (more)" in text
     assert re.search(r"kept_update_ratio/bf16 1 1 \+0", text)
-    assert "The verdict is the same for all 8" in altgrad("compare", run, run).stdout
+    assert "0 of 8 verdicts differ." in altgrad("compare", run, run).stdout

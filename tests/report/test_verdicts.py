@@ -1,4 +1,4 @@
-"""Verdicts: each one, at each threshold, and what they say."""
+"""Each verdict at each threshold, its reason, and the summary."""
 
 import math
 from collections.abc import Mapping
@@ -10,12 +10,13 @@ from altgrad.report import Advice, FormatInfo, Judge, LayerInfo, Verdict
 from tests.report.runs import figures
 
 FORMATS = {
-    format.name: FormatInfo.of(format, "tensor") for format in get_formats(["fp16", "bf16", "e5m2"])
+    format.name: FormatInfo.from_format(format, "tensor")
+    for format in get_formats(["fp16", "bf16", "e5m2"])
 }
 NAN = math.nan
 
 
-def advice_on(
+def advise(
     *steps: Mapping[str, float], errors: Mapping[str, float] | None = None, format: str = "bf16"
 ) -> Advice:
     judge = Judge(FORMATS)
@@ -48,7 +49,7 @@ def advice_on(
     ids=str,
 )
 def test_each_verdict_begins_at_its_threshold(values: dict[str, float], verdict: Verdict) -> None:
-    assert advice_on(figures(**values)).verdict is verdict
+    assert advise(figures(**values)).verdict is verdict
 
 
 @pytest.mark.parametrize(
@@ -62,11 +63,11 @@ def test_each_verdict_begins_at_its_threshold(values: dict[str, float], verdict:
         (0.999, NAN, Verdict.UNCERTAIN),  # few elements carry the update
     ],
 )
-def test_an_interval_across_a_threshold_is_uncertain(
+def test_an_interval_that_contains_a_threshold_is_uncertain(
     kept: float, error: float, verdict: Verdict
 ) -> None:
     errors = {"kept_update_ratio/bf16": error, "stall_frac/bf16": 0.01}
-    advice = advice_on(figures(kept_update_ratio=kept), errors=errors)
+    advice = advise(figures(kept_update_ratio=kept), errors=errors)
     assert advice.verdict is verdict
     if error > 0:
         assert f"± {2 * error:.1g}" in advice.reason
@@ -79,7 +80,7 @@ def test_an_interval_across_a_threshold_is_uncertain(
         (0.995, 0.004, Verdict.UNCERTAIN),
         (0.999, 0.004, Verdict.FROZEN),
         (0.98, 0.004, Verdict.NEEDS_REMEDY),
-        (1.0, 0.0, Verdict.FROZEN),  # of the sample none ever moved
+        (1.0, 0.0, Verdict.FROZEN),  # no sampled element ever moved
         (1.0, NAN, Verdict.UNCERTAIN),
         (0.5, NAN, Verdict.NEEDS_REMEDY),
     ],
@@ -87,11 +88,11 @@ def test_an_interval_across_a_threshold_is_uncertain(
 def test_frozen_takes_the_error_of_a_sample_into_account(
     never_moved: float, error: float, verdict: Verdict
 ) -> None:
-    """The last one counts, as of what it belongs to."""
+    """The last never_moved_frac counts, together with its error."""
     steps = [figures(kept_update_ratio=0.1, never_moved_frac=x) for x in (1.0, never_moved)]
     judge = Judge(FORMATS)
-    for step, of_step in zip(steps, (0.5, error), strict=True):
-        judge.add("layer", step, {"never_moved_frac/bf16": of_step})
+    for step, step_error in zip(steps, (0.5, error), strict=True):
+        judge.add("layer", step, {"never_moved_frac/bf16": step_error})
     (advice,) = judge.assessment().advice
     assert advice.verdict is verdict
     if verdict is Verdict.UNCERTAIN and not math.isnan(error):
@@ -101,7 +102,7 @@ def test_frozen_takes_the_error_of_a_sample_into_account(
 @pytest.mark.parametrize(
     ("share", "elements", "verdict"),
     [
-        ("underflow_frac", 10_000, Verdict.RANGE),  # all are measured
+        ("underflow_frac", 10_000, Verdict.RANGE),  # every element is measured
         ("underflow_frac", 100, Verdict.UNCERTAIN),  # 0.035 ± 0.037
         ("saturated_frac", 10_000, Verdict.RANGE),
         ("saturated_frac", 100, Verdict.UNCERTAIN),
@@ -120,8 +121,8 @@ def test_range_takes_the_error_of_a_sample_into_account(
         assert ("±" in advice.reason) == (elements == 100 and value > 0)
 
 
-def test_steps_count_alike_and_of_what_never_moved_the_last() -> None:
-    advice = advice_on(
+def test_figures_are_means_over_the_steps_except_the_last_never_moved_frac() -> None:
+    advice = advise(
         figures(kept_update_ratio=1.0, stall_frac=0.0, never_moved_frac=1.0),
         figures(kept_update_ratio=NAN, stall_frac=NAN, never_moved_frac=NAN),
         figures(kept_update_ratio=0.5, stall_frac=0.5, never_moved_frac=0.25),
@@ -132,14 +133,14 @@ def test_steps_count_alike_and_of_what_never_moved_the_last() -> None:
     assert advice.verdict is Verdict.WATCH
 
 
-def test_errors_do_not_average_out() -> None:
+def test_errors_stay_the_same_over_many_steps() -> None:
     errors = {"kept_update_ratio/bf16": 0.02, "stall_frac/bf16": 0.01}
-    advice = advice_on(*[figures(kept_update_ratio=0.8)] * 100, errors=errors)
+    advice = advise(*[figures(kept_update_ratio=0.8)] * 100, errors=errors)
     assert advice.errors["kept_update_ratio"] == pytest.approx(0.02)
     assert advice.errors["stall_frac"] == pytest.approx(0.01)
 
 
-def test_an_error_that_can_mostly_not_be_trusted_is_none() -> None:
+def test_an_error_that_is_nan_in_most_steps_makes_the_verdict_uncertain() -> None:
     judge = Judge(FORMATS)
     for error in (NAN, NAN, 0.001):
         judge.add("layer", figures(), {"kept_update_ratio/bf16": error})
@@ -159,20 +160,20 @@ def test_the_suggestion_is_the_smallest_format_that_stores_fine() -> None:
     assert judge.assessment().by_layer["one"]["bf16"].verdict is Verdict.STORES_FINE
 
 
-def test_the_summary_says_it_of_each_format() -> None:
+def test_the_summary_has_a_sentence_for_each_format() -> None:
     judge = Judge(FORMATS)
     gone = {"kept_update_ratio": 0.0, "stall_frac": 1.0, "never_moved_frac": 1.0}
     for number in range(2000):
-        of_bf16 = figures(**gone) if number < 5 else figures()
-        of_e5m2 = figures("e5m2", kept_update_ratio=0.3)
-        judge.add(f"layers.{number}", figures("fp16") | of_bf16 | of_e5m2, {})
+        bf16 = figures(**gone) if number < 5 else figures()
+        e5m2 = figures("e5m2", kept_update_ratio=0.3)
+        judge.add(f"layers.{number}", figures("fp16") | bf16 | e5m2, {})
     assert judge.assessment().summary == (
         "fp16 would store every layer fine. bf16, of 2,000 layers: 1,995 fine, 5 frozen; frozen: "
         "layers.0, layers.1, layers.2 and 2 more. e5m2, of 2,000 layers: 2,000 need a remedy."
     )
 
 
-def test_without_a_step_it_says_so() -> None:
+def test_the_summary_says_that_no_step_was_observed_or_judged() -> None:
     assert "No step was observed" in Judge(FORMATS).assessment().summary
     judge = Judge(FORMATS)
     judge.add("layer", figures(kept_update_ratio=NAN), {})
@@ -180,7 +181,7 @@ def test_without_a_step_it_says_so() -> None:
 
 
 @pytest.mark.parametrize("missing", figures())
-def test_a_format_of_which_figures_are_missing_is_not_judged(missing: str) -> None:
+def test_a_format_with_a_missing_figure_is_not_judged(missing: str) -> None:
     judge = Judge(FORMATS)
     rest = figures() | figures("e5m2")
     del rest[missing]
@@ -188,14 +189,14 @@ def test_a_format_of_which_figures_are_missing_is_not_judged(missing: str) -> No
     assert [each.format for each in judge.assessment().advice] == ["e5m2"]
 
 
-def test_reasons_are_sentences_with_their_figures() -> None:
-    frozen = advice_on(figures(kept_update_ratio=0.0, never_moved_frac=0.996))
+def test_a_reason_has_the_figures_it_rests_on() -> None:
+    frozen = advise(figures(kept_update_ratio=0.0, never_moved_frac=0.996))
     assert frozen.reason.startswith(">99 % of the weights")
-    watched = advice_on(figures(kept_update_ratio=0.876, stall_frac=0.004))
+    watched = advise(figures(kept_update_ratio=0.876, stall_frac=0.004))
     assert watched.reason == "0.876 of the update is kept and <1 % of updates vanish on average"
 
 
-def test_the_state_goes_on_where_it_was() -> None:
+def test_a_restored_judge_continues_with_the_saved_sums() -> None:
     first, second, whole = Judge(FORMATS), Judge(FORMATS), Judge(FORMATS)
     steps = [figures(kept_update_ratio=0.9), figures(kept_update_ratio=0.3, never_moved_frac=0.5)]
     errors = {"kept_update_ratio/bf16": 0.02, "stall_frac/bf16": 0.01}

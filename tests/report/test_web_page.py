@@ -1,4 +1,4 @@
-"""The page: read without a network, in a real browser, and whatever layers are called."""
+"""The page works without a network, in a real browser, and with any names of layers."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import pytest
 
 from altgrad.report import RunReport, page, read
 from tests.chromium import chromium, needs_chromium
-from tests.report.runs import MARKUP, SCRIPT, written_run
+from tests.report.runs import MARKUP, SCRIPT, write_run
 
 ACT = """
 <script>
@@ -43,13 +43,13 @@ document.getElementById("result").textContent = JSON.stringify(result);
 
 @pytest.fixture(scope="module")
 def html(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return page(RunReport.of(read(written_run(tmp_path_factory.mktemp("run")))))
+    return page(RunReport.from_run(read(write_run(tmp_path_factory.mktemp("run")))))
 
 
-def test_the_page_asks_no_network_for_anything(html: str) -> None:
+def test_the_page_loads_nothing_from_a_network(html: str) -> None:
     found = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]*)|url\(([^)]*)\)""", html)
     addresses = {"".join(address) for address in found}
-    assert {"data:,", *re.findall(r"#kept-\w+", html)} <= addresses  # they are found at all
+    assert {"data:,", *re.findall(r"#kept-\w+", html)} <= addresses  # the pattern finds addresses
     for address in addresses:
         assert address.startswith(("#", "data:")), address
     assert "@import" not in html
@@ -63,7 +63,7 @@ def test_names_are_escaped_everywhere(html: str) -> None:
     assert html.count(MARKUP) >= 3
 
 
-def test_the_pictures_are_svg_with_text_in_it(html: str) -> None:
+def test_the_pictures_are_svg_with_text(html: str) -> None:
     pictures = [ET.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL)]
     assert len(pictures) == 5
     texts = " ".join(text for picture in pictures for text in picture.itertext())
@@ -75,19 +75,19 @@ def test_the_pictures_are_svg_with_text_in_it(html: str) -> None:
 
 
 def test_the_page_is_the_same_each_time(tmp_path: Path) -> None:
-    report = RunReport.of(read(written_run(tmp_path)))
+    report = RunReport.from_run(read(write_run(tmp_path)))
     assert page(report) == page(report)
 
 
-def test_verdicts_and_reasons_are_there_without_a_script(html: str) -> None:
+def test_verdicts_and_reasons_are_readable_without_scripts(html: str) -> None:
     without = re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL)
     assert without.count('class="FROZEN"') >= 8
     assert "of the weights that had updates would never have moved" in without
 
 
 @needs_chromium
-def test_search_and_sort_work_and_nothing_fails_in_a_browser(html: str, tmp_path: Path) -> None:
-    result = acted(html.replace("</body>", f"{ACT}</body>"), tmp_path)
+def test_search_and_sort_work_in_a_browser_without_errors(html: str, tmp_path: Path) -> None:
+    result = act(html.replace("</body>", f"{ACT}</body>"), tmp_path)
     assert result["visible"] == [
         *("summary", "verdicts", "picture-kept", "picture-steps", "picture-ranges"),
         "picture-stalls-0",
@@ -101,13 +101,13 @@ def test_search_and_sort_work_and_nothing_fails_in_a_browser(html: str, tmp_path
 
 
 @needs_chromium
-def test_a_script_error_would_be_seen(tmp_path: Path) -> None:
+def test_a_script_error_on_the_page_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="on purpose"):
-        acted("<body><script>throw new Error('on purpose')</script></body>", tmp_path)
+        act("<body><script>throw new Error('on purpose')</script></body>", tmp_path)
 
 
-def acted(html: str, folder: Path) -> dict[str, Any]:
-    """What the script that was added to a page found."""
+def act(html: str, folder: Path) -> dict[str, Any]:
+    """Open a page in a browser and return the result of the script that was added to it."""
     path = folder / "page.html"
     path.write_text(html, encoding="utf-8")
     dom, errors = chromium(folder, path.as_uri(), "--dump-dom")

@@ -1,5 +1,6 @@
-"""The run file: every figure of every observed step, a line of JSON each; written and read.
+"""The run file: one JSON line for each layer in each observed step; written, read, and held.
 
-docs/run-file.md describes it. `schema` says what a header holds, `lines` and `writing` write,
-`reading` reads into the `Run` of `run`. `altgrad.report` exports the public names.
+docs/run-file.md describes the file. Read the modules in this order: `schema` (the header),
+`lines` and `writing` (from a record to the disk), `run` and `reading` (from the disk to a `Run`).
+`altgrad.report` exports the public names.
 """

@@ -1,4 +1,9 @@
-"""From a `StepRecord` to its lines: templates hold the keys, and numbers are written at once."""
+"""Format a `StepRecord` as lines of a run file.
+
+A run file repeats the same keys in every line. Cached templates hold the keys, and one formatting
+operation inserts all numbers of a line. Read `format_lines` first; `schema` describes the header,
+and `writing` writes the lines to disk.
+"""
 
 from __future__ import annotations
 
@@ -17,73 +22,86 @@ if TYPE_CHECKING:
 
 WITH_ERRORS = ("kept_update_ratio", "stall_frac", "never_moved_frac")
 """Metrics of a format whose standard errors are written."""
-_NUMBER = "%.8g"
+_NUMBER = "%.8g"  # 8 significant digits halve the size of a file with all 17 of a float64
 
 
-def lines_of(
+def format_lines(
     step: int,
     record: StepRecord,
     skipped: Mapping[str, int],
     weights: Histogram | None,
 ) -> str:
-    """A line for each layer and then one for the model, in JSON."""
-    lines = [(_text(name), _of_figures(figures)) for name, figures in record.layers.items()]
-    lines.append(("null", _of_figures(record.model) + _of_model(record, skipped, weights)))
+    """Return the JSON lines of one observed step: a line per layer, then the line of the model.
+
+    Args:
+        step: Number of the step, as the reader of the file sees it.
+        record: Figures of the step.
+        skipped: Number of skipped steps so far, by reason.
+        weights: Histogram of log2(abs(weight)) over the model. None leaves it out.
+
+    Returns:
+        The lines; a line feed ends each of them.
+    """
+    lines = [(_quote(name), _format_figures(figures)) for name, figures in record.layers.items()]
+    model_fields = _format_model_fields(record, skipped, weights)
+    lines.append(("null", _format_figures(record.model) + model_fields))
     return "".join(f'{{"step":{step},"layer":{layer},{line}}}\n' for layer, line in lines)
 
 
-def written_numbers(numbers: Sequence[float]) -> list[str]:
-    """Each as valid JSON, to 8 significant digits."""
+def format_numbers(numbers: Sequence[float]) -> list[str]:
+    """Return each number as valid JSON with 8 significant digits; NaN becomes ``null``."""
     text = (_NUMBER + " ") * len(numbers) % tuple(numbers)
-    if "n" in text:  # NaN or inf
+    if "n" in text:  # NaN or inf; no finite number has an "n"
         text = text.replace("nan", "null").replace("inf", '"inf"').replace('-"inf"', '"-inf"')
     return text.split()
 
 
-def _of_figures(figures: Figures) -> str:
+def _format_figures(figures: Figures) -> str:
     numbers, is_sampled = figures.in_order(), figures.elements < figures.population
     if is_sampled:
         numbers = [*numbers, *figures.errors_in_order(WITH_ERRORS)]
-    if math.isfinite(sum(numbers)):  # twice as fast, and nearly always
-        return _template(figures.formats, _NUMBER, with_errors=is_sampled) % tuple(numbers)
-    template = _template(figures.formats, "%s", with_errors=is_sampled)
-    return template % tuple(written_numbers(numbers))
+    if math.isfinite(sum(numbers)):  # the usual case takes half the time of the general one
+        return _make_template(figures.formats, _NUMBER, with_errors=is_sampled) % tuple(numbers)
+    template = _make_template(figures.formats, "%s", with_errors=is_sampled)
+    return template % tuple(format_numbers(numbers))
 
 
-def _of_model(record: StepRecord, skipped: Mapping[str, int], weights: Histogram | None) -> str:
+def _format_model_fields(
+    record: StepRecord, skipped: Mapping[str, int], weights: Histogram | None
+) -> str:
     model = record.model
     keys = ("ulps", *(f"steps/{format}" for format in model.formats))
     histograms = {key: model.histogram(key) for key in keys}
     if weights is not None:
         histograms["weights"] = weights
-    own, training = written_numbers((record.own_seconds, record.training_seconds))
+    own, training = format_numbers((record.own_seconds, record.training_seconds))
     counts = {str(reason): int(count) for reason, count in skipped.items()}
     return (
         f',"elements":{model.elements},"own_seconds":{own},"training_seconds":{training},'
         f'"skipped":{json.dumps(counts)},'
-        f'"histograms":{{{",".join(_of_histogram(*each) for each in histograms.items())}}}'
+        f'"histograms":{{{",".join(_format_histogram(*each) for each in histograms.items())}}}'
     )
 
 
-def _of_histogram(key: str, histogram: Histogram) -> str:
-    counts = ",".join(written_numbers(histogram.counts))
-    return f'{_text(key)}:{{"first":{histogram.first},"counts":[{counts}]}}'
+def _format_histogram(key: str, histogram: Histogram) -> str:
+    counts = ",".join(format_numbers(histogram.counts))
+    return f'{_quote(key)}:{{"first":{histogram.first},"counts":[{counts}]}}'
 
 
 @functools.lru_cache(maxsize=256)
-def _template(formats: tuple[str, ...], place: str, *, with_errors: bool) -> str:
-    template = f'"figures":{{{_pairs(figure_keys(formats), place)}}}'
+def _make_template(formats: tuple[str, ...], placeholder: str, *, with_errors: bool) -> str:
+    template = f'"figures":{{{_format_pairs(figure_keys(formats), placeholder)}}}'
     if with_errors:
         keys = [f"{metric}/{format}" for format in formats for metric in WITH_ERRORS]
-        template += f',"errors":{{{_pairs(keys, place)}}}'
+        template += f',"errors":{{{_format_pairs(keys, placeholder)}}}'
     return template
 
 
-@functools.lru_cache(maxsize=8192)
-def _text(name: str) -> str:
+@functools.lru_cache(maxsize=8192)  # names of layers recur in every step
+def _quote(name: str) -> str:
     return json.dumps(name, ensure_ascii=False)
 
 
-def _pairs(keys: Iterable[str], place: str) -> str:
-    """With a place for each number; ``%%`` makes a ``%``."""
-    return ",".join(f"{_text(key).replace('%', '%%')}:{place}" for key in keys)
+def _format_pairs(keys: Iterable[str], placeholder: str) -> str:
+    """Return JSON pairs with a placeholder per number; a ``%`` in a key is doubled."""
+    return ",".join(f"{_quote(key).replace('%', '%%')}:{placeholder}" for key in keys)

@@ -1,4 +1,8 @@
-"""`read`: from a run file, and those of the runs before it, to a `Run`."""
+"""Read a run file, and the files of the runs it continues, into a `Run`.
+
+`read` is the entry. `_read_file` parses one file, and `_read_predecessors` follows the names of
+earlier files. The module `run` comes next: it holds the result.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +28,13 @@ from altgrad.report.records.schema import (
 
 _NAME = re.compile(r"altgrad(?:-(\d+))?\.jsonl")
 _RENAMED_METRICS = {"zero_update_frac": "ulp_zero_frac"}
-"""Names in older run files, and the names of today: a key of both has one value."""
-_OTHER_KIND = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
+"""Metric names in older run files, with the names of today; a file with both has equal figures."""
+_PARSE_ERRORS = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
 
 
 @dataclass
 class _File:
-    """One file, read."""
+    """A parsed run file."""
 
     path: Path
     header: Header
@@ -39,27 +43,34 @@ class _File:
 
 
 def read(path: str | os.PathLike[str]) -> Run:
-    """What a run file says, with what those say that it goes on from.
+    """Read a run file and its predecessors.
 
-    A torn last line is skipped. Rows that a resumed run superseded are left out. Where a file that
-    it goes on from is missing or damaged, what there is stands without it. `Run.notes` tells.
+    An incomplete last line is skipped, and rows that a resumed run superseded are left out. A
+    missing or damaged predecessor is left out, too. `Run.notes` has a sentence about each.
 
     Args:
-        path: A run file, or a folder that holds one or more: the one made last is read.
+        path: A run file, or a folder. In a folder with several run files the newest one is read.
+
+    Returns:
+        The run.
 
     Raises:
-        RunFileError: It is missing, empty, none at all, damaged, or written by a newer AltGrad.
+        RunFileError: The file is missing, empty, damaged, of another kind, or written by a newer
+            AltGrad.
     """
     path = Path(path)
     others: list[Path] = []
     if path.is_dir():
-        *others, path = _files_in(path)
+        *others, path = _list_run_files(path)
     last = _read_file(path)
     files = [last]
     if others:
         names = ", ".join(other.name for other in others)
-        last.notes.insert(0, f"{path.name} is read, of several runs in its folder ({names})")
-    _follow(files)
+        last.notes.insert(
+            0, f"{path.name} is read, the newest run file in its folder (the others: {names})"
+        )
+    _read_predecessors(files)
+    # Of formats and layers with the same name, that of the latest file counts.
     formats: dict[str, FormatInfo] = {}
     layers: dict[str, LayerInfo] = {}
     for each in files:
@@ -79,33 +90,33 @@ def read(path: str | os.PathLike[str]) -> Run:
 
 
 def read_header(path: Path) -> Header:
-    """The first line.
+    """Read the first line of a run file.
 
     Raises:
-        RunFileError: As `read`.
+        RunFileError: The file is missing, empty, of another kind, or written by a newer AltGrad.
     """
-    return _header(path, next(_lines(path), (1, b""))[1])
+    return _parse_header(path, next(_read_lines(path), (1, b""))[1])
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """At least one, the one made last at the end."""
+def _list_run_files(folder: Path) -> list[Path]:
+    """Return the run files in a folder, the newest one last; there is at least one."""
     found = {path: match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
     if not found:
         below = sorted(folder.glob("*/altgrad.jsonl"))
-        hint = f"; {below[-1].parent} has one" if below else ""
-        raise RunFileError(f"{folder}: there is no altgrad.jsonl in this folder{hint}")
+        remedy = f"; read {below[-1].parent}, which has one" if below else ""
+        raise RunFileError(f"{folder}: expected altgrad.jsonl in this folder{remedy}")
     return sorted(found, key=lambda path: int(found[path][1] or 1))
 
 
-def _follow(files: list[_File]) -> None:
-    """Add the files of the runs before, the last one first."""
+def _read_predecessors(files: list[_File]) -> None:
+    """Append the files of earlier runs to `files`, the latest run first."""
     last, before_step = files[0], None
     while last.header.predecessor is not None:
         path = last.path.parent / last.header.predecessor.path
         step = last.header.predecessor.before_step
         before_step = step if before_step is None else min(step, before_step)
         if any(path.resolve() == each.path.resolve() for each in files):
-            files[0].notes.append(f"{last.path} names {path} as its predecessor, in a circle")
+            files[0].notes.append(f"predecessors form a circle: {last.path} names {path}")
             return
         try:
             last = _read_file(path)
@@ -117,74 +128,73 @@ def _follow(files: list[_File]) -> None:
 
 
 def _read_file(path: Path) -> _File:
-    lines = _lines(path)
-    file = _File(path, _header(path, next(lines, (1, b""))[1]))
-    keys: dict[tuple[str, ...], dict[str, int]] = {}
+    lines = _read_lines(path)
+    file = _File(path, _parse_header(path, next(lines, (1, b""))[1]))
+    positions_by_keys: dict[tuple[str, ...], dict[str, int]] = {}
     torn: int | None = None
     for number, line in lines:
-        if torn is not None:
-            raise _damaged(path, torn)
+        if torn is not None:  # only the last line can be torn by a killed process
+            raise _make_damage_error(path, torn)
         try:
             value = json.loads(line)
-        except ValueError:  # which one of Unicode is, too
+        except ValueError:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
             torn = number
             continue
         try:
             if "resumed" in value:
-                _supersede(file, int(value["resumed"]["before_step"]))
+                _drop_superseded_rows(file, int(value["resumed"]["before_step"]))
             else:
-                file.rows.append(_row(value, keys))
-        except _OTHER_KIND:
-            raise _damaged(path, number) from None
+                file.rows.append(_parse_row(value, positions_by_keys))
+        except _PARSE_ERRORS:
+            raise _make_damage_error(path, number) from None
     if torn is not None:
-        file.notes.append(f"{path.name}: line {torn}, the last, is torn and skipped")
+        file.notes.append(f"{path.name}: line {torn}, the last, is incomplete and was skipped")
     return file
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """With their numbers from 1."""
+def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file with their numbers, which begin at 1."""
     try:
         with path.open("rb") as file:
             yield from enumerate(file, start=1)
     except FileNotFoundError:
-        raise RunFileError(f"{path}: there is no such file or folder") from None
+        raise RunFileError(
+            f"{path}: file or folder is missing; expected a run file of AltGrad"
+        ) from None
     except OSError as error:
-        raise RunFileError(f"{path}: it cannot be read ({error.strerror})") from None
+        raise RunFileError(f"{path}: file cannot be read ({error.strerror})") from None
 
 
-def _header(path: Path, line: bytes) -> Header:
+def _parse_header(path: Path, line: bytes) -> Header:
     if not line.strip():
-        raise RunFileError(f"{path}: it is empty")
+        raise RunFileError(f"{path}: file is empty; expected a run file of AltGrad")
     try:
         value = json.loads(line)
         schema = value["altgrad"]
-    except _OTHER_KIND:
+    except _PARSE_ERRORS:
         if line.startswith(b'{"altgrad"'):
-            raise RunFileError(f"{path}: it is damaged, its first line is torn") from None
-        raise RunFileError(f"{path}: it is no run file of AltGrad") from None
+            raise RunFileError(f"{path}: file is damaged, line 1 is incomplete") from None
+        raise RunFileError(f"{path}: expected a run file of AltGrad, got another file") from None
     if isinstance(schema, int) and schema > SCHEMA:
         raise RunFileError(
-            f"{path}: a newer AltGrad wrote it (schema {schema}, this one reads up to {SCHEMA}); "
-            "pip install --upgrade altgrad"
+            f"{path}: file of a newer AltGrad, schema {schema}; expected schema {SCHEMA}; "
+            "run pip install --upgrade altgrad"
         )
     try:
         return Header.from_json(value)
     except KeyError as error:
-        raise RunFileError(f"{path}: it is damaged, its first line lacks {error}") from None
-    except _OTHER_KIND as error:
-        raise RunFileError(
-            f"{path}: it is damaged, its first line is none that AltGrad writes ({error})"
-        ) from None
+        raise RunFileError(f"{path}: file is damaged, line 1 lacks {error}") from None
+    except _PARSE_ERRORS as error:
+        raise RunFileError(f"{path}: file is damaged, line 1 is invalid ({error})") from None
 
 
-def _damaged(path: Path, line: int) -> RunFileError:
+def _make_damage_error(path: Path, line: int) -> RunFileError:
     return RunFileError(
-        f"{path}: it is damaged, line {line} is none that AltGrad writes; without that line the "
-        "rest can be read"
+        f"{path}: file is damaged, line {line} is invalid; delete that line to read the rest"
     )
 
 
-def _supersede(file: _File, before_step: int) -> None:
+def _drop_superseded_rows(file: _File, before_step: int) -> None:
     kept = [row for row in file.rows if row.step < before_step]
     if dropped := len(file.rows) - len(kept):
         file.notes.append(
@@ -193,22 +203,25 @@ def _supersede(file: _File, before_step: int) -> None:
     file.rows = kept
 
 
-def _row(value: Mapping[str, Any], keys: dict[tuple[str, ...], dict[str, int]]) -> Row:
+def _parse_row(
+    value: Mapping[str, Any], positions_by_keys: dict[tuple[str, ...], dict[str, int]]
+) -> Row:
+    """Return the row of one line; rows with equal keys share a table in `positions_by_keys`."""
     layer = value["layer"]
     if not (layer is None or isinstance(layer, str)):
         raise TypeError(layer)
 
-    def by_key(numbers: Mapping[str, object]) -> FloatsByKey:
-        names = tuple(numbers)
-        if names not in keys:
-            keys[names] = {_RENAMED_METRICS.get(n, n): place for place, n in enumerate(names)}
-        positions = keys[names]
-        return FloatsByKey(positions, numbers_from_json([*numbers.values()]))
+    def parse_floats(numbers: Mapping[str, object]) -> FloatsByKey:
+        keys = tuple(numbers)
+        if keys not in positions_by_keys:
+            renamed = [_RENAMED_METRICS.get(key, key) for key in keys]
+            positions_by_keys[keys] = {key: position for position, key in enumerate(renamed)}
+        return FloatsByKey(positions_by_keys[keys], numbers_from_json([*numbers.values()]))
 
-    step, figures = int(value["step"]), by_key(value["figures"])
-    errors = by_key(value.get("errors", {}))
+    step, figures = int(value["step"]), parse_floats(value["figures"])
+    errors = parse_floats(value.get("errors", {}))
     if "elements" not in value:
-        return Row(step, layer, figures, errors)
+        return Row(step, layer, figures, errors)  # only the model's line has more keys
     return Row(
         step,
         layer,

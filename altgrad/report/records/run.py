@@ -1,4 +1,8 @@
-"""`Run` and `Row`: what a run file says, to be looked at."""
+"""`Run` and `Row`: the content of a run file in memory.
+
+Begin with `Run`; `Run.series` and `Run.to_pandas` are what most users need. `reading` makes a
+`Run`, and `altgrad.report.verdicts` judges it.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +21,18 @@ from altgrad.report.records.schema import FormatInfo, LayerInfo
 
 
 class FloatsByKey(Mapping[str, float]):
-    """Numbers by key, in little memory: rows share the table of their keys.
+    """A read-only mapping from keys to floats, which shares its table of keys with other rows.
 
     Args:
-        positions: From a key to where its number is.
-        numbers: In that order.
+        positions: Index into `numbers`, by key. Rows with equal keys share this mapping.
+        numbers: The values; they are stored as 8-byte floats.
     """
 
     __slots__ = ("_numbers", "_positions")
 
     def __init__(self, positions: Mapping[str, int], numbers: Sequence[float]) -> None:
         self._positions = positions
-        self._numbers = array("d", numbers)
+        self._numbers = array("d", numbers)  # a quarter of the memory of a list of floats
 
     def __getitem__(self, key: str) -> float:
         return self._numbers[self._positions[key]]
@@ -45,17 +49,22 @@ class FloatsByKey(Mapping[str, float]):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Row:
-    """One layer, or the model, in one observed step.
+    """A line of a run file: the figures of one layer, or of the model, in one observed step.
 
     Attributes:
-        step: Its number.
-        layer: Name; None for the model.
-        figures: As in `altgrad.Figures`.
-        errors: Standard errors of some figures, where elements were sampled.
-        elements: How many were measured; None in the row of a layer (see `LayerInfo`).
-        own_seconds, training_seconds: As in `altgrad.StepRecord`; NaN in the row of a layer.
-        skipped: How many steps were none so far, by reason; empty in the row of a layer.
-        histograms: Of the model, by key; empty in the row of a layer.
+        step: Number of the step.
+        layer: Name of the layer; None for the model.
+        figures: Figures by key, ``metric`` or ``metric/format``, as in `altgrad.Figures`.
+        errors: Standard errors of some figures, by the same keys. Empty if every element was
+            measured.
+        elements: Number of measured elements of the model. None in the row of a layer, whose
+            number is in `LayerInfo`.
+        own_seconds: Host time in seconds to observe the previous observed step, as in
+            `altgrad.StepRecord`. NaN in the row of a layer.
+        training_seconds: Mean time in seconds of a training step without the observation, as in
+            `altgrad.StepRecord`. NaN in the row of a layer.
+        skipped: Number of skipped steps so far, by reason. Empty in the row of a layer.
+        histograms: Histograms of the model, by key. Empty in the row of a layer.
     """
 
     step: int
@@ -71,18 +80,18 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run, with those that it goes on from.
+    """A run that was read from its file, including the earlier runs it continues.
 
     Attributes:
-        path: Of its file.
-        formats: Those that were judged, by name.
-        scaling: As in `altgrad.measure`.
-        layers: Those that were watched, by name.
-        rows: In the order in which they were written; superseded ones are not among them.
-        notes: What a reader is to know, a sentence each: a torn line, a file that is missing.
-        predecessors: Files of the runs before it that were read, the last one first.
-        versions: Of what wrote the file.
-        created: When.
+        path: Path of the run file.
+        formats: Judged formats, by name.
+        scaling: Scaling of the formats, as in `altgrad.measure`.
+        layers: Observed layers, by name.
+        rows: Rows in the order in which they were written, without superseded ones.
+        notes: Sentences for the reader, such as a skipped line or a missing file.
+        predecessors: Paths of the files of earlier runs that were read, the latest run first.
+        versions: Versions of the packages that wrote the file, by name.
+        created: Time at which the file was created, in ISO 8601.
     """
 
     path: Path
@@ -97,37 +106,47 @@ class Run:
 
     @functools.cached_property
     def steps(self) -> tuple[int, ...]:
-        """All that were observed, in ascending order."""
+        """Numbers of the observed steps, in ascending order."""
         return tuple(sorted({row.step for row in self.rows}))
 
     def series(self, key: str, layer: str | None = None) -> dict[int, float]:
-        """One figure by step, where there is one; of the model, if no layer is named.
+        """Return one figure by step.
 
-        Where several rows are of one step (several optimizers), the last counts.
+        If a step has several rows, as with several optimizers, the last row counts.
+
+        Args:
+            key: Key of the figure, such as ``"update_rms"`` or ``"stall_frac/bf16"``.
+            layer: Name of a layer. None returns the figure of the model.
+
+        Returns:
+            The figure by step number. Steps without this figure are left out.
 
         Raises:
-            KeyError: No such layer.
+            KeyError: The run has no layer of this name.
         """
-        if layer is not None and layer not in self.layers and layer not in self._rows_of:
-            raise KeyError(f"{layer!r}: expected a layer of the run, such as {[*self.layers][:3]}")
-        rows = self._rows_of.get(layer, [])
+        if layer is not None and layer not in self.layers and layer not in self._rows_by_layer:
+            known = [*self.layers][:3]
+            raise KeyError(f"layer={layer!r}: expected a layer of the run, such as {known}")
+        rows = self._rows_by_layer.get(layer, [])
         return {row.step: row.figures[key] for row in rows if key in row.figures}
 
     def to_pandas(self) -> Any:
-        """A DataFrame: a line for each row, its figures in columns.
+        """Return the rows as a pandas DataFrame, with one line for each row.
 
-        Columns are ``step``, ``layer`` (None for the model), the keys of the figures, and of the
-        standard errors with ``_error`` after the name of the metric.
+        Returns:
+            A DataFrame with the columns ``step`` and ``layer`` (None for the model), one column
+            for each figure, and one for each standard error. The column of an error has
+            ``_error`` after the name of the metric, as ``stall_frac_error/bf16``.
 
         Raises:
-            ImportError: pandas is not installed.
+            ImportError: pandas is missing.
         """
         try:
             pandas = importlib.import_module("pandas")
         except ImportError as error:
-            raise ImportError("to_pandas() needs pandas: pip install pandas") from error
+            raise ImportError("to_pandas(): expected pandas; run pip install pandas") from error
         keys = dict.fromkeys(key for row in self.rows for key in row.figures)
-        of_errors = dict.fromkeys(key for row in self.rows for key in row.errors)
+        error_keys = dict.fromkeys(key for row in self.rows for key in row.errors)
         columns: dict[str, list[Any]] = {
             "step": [row.step for row in self.rows],
             "layer": [row.layer for row in self.rows],
@@ -135,12 +154,12 @@ class Run:
         columns |= {key: [row.figures.get(key, math.nan) for row in self.rows] for key in keys}
         columns |= {
             key.replace("/", "_error/", 1): [row.errors.get(key, math.nan) for row in self.rows]
-            for key in of_errors
+            for key in error_keys
         }
         return pandas.DataFrame(columns)
 
     @functools.cached_property
-    def _rows_of(self) -> dict[str | None, list[Row]]:
+    def _rows_by_layer(self) -> dict[str | None, list[Row]]:
         rows: dict[str | None, list[Row]] = {}
         for row in self.rows:
             rows.setdefault(row.layer, []).append(row)

@@ -1,4 +1,9 @@
-"""What the lines of a run file hold: its header, and numbers as valid JSON."""
+"""The header of a run file, and numbers as valid JSON.
+
+`Header` is the first line of a run file. It holds a `FormatInfo` for each format and a `LayerInfo`
+for each layer. JSON has no NaN and no inf, so `number_as_json` and `number_from_json` convert
+them. The modules `lines` and `writing` come next.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +20,21 @@ if TYPE_CHECKING:
     from altgrad.quantization import NumberFormat
 
 SCHEMA = 1
-"""Version of the format, which is the value of ``"altgrad"`` in the header."""
+"""Version of the run file's schema: the value of ``"altgrad"`` in the header."""
 
 _WORDS: Mapping[object, float] = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class RunFileError(ValueError):
-    """A run file that cannot be read or continued; the message is one sentence that says why."""
+    """An error of a run file that cannot be read or resumed; its message is one sentence."""
 
 
 class Predecessor(NamedTuple):
-    """The run file that a run goes on from.
+    """A reference from a run file to the file of the run it continues.
 
     Attributes:
-        path: Of the file; relative to the folder of the one that names it, or absolute.
-        before_step: Its steps from this one on are superseded.
+        path: Path of the earlier file, absolute or relative to the folder of the later one.
+        before_step: Number of the first superseded step; only earlier steps of that file count.
     """
 
     path: str | Path
@@ -38,16 +43,16 @@ class Predecessor(NamedTuple):
 
 @dataclass(frozen=True)
 class FormatInfo:
-    """A format that was judged.
+    """A judged format: its name and range, as the header of a run file holds them.
 
     Attributes:
-        name: As in keys.
-        bits: Of one number, without what it shares with others.
+        name: Name of the format, as in the keys of figures.
+        bits: Bits of one stored number, without the bits of a shared scale.
         max: Largest finite value.
         smallest: Smallest positive value.
-        smallest_normal: Smallest value with all digits.
-        eps: From 1 to the next value.
-        scaled: Whether weights in it are stored under a scale.
+        smallest_normal: Smallest positive value with full precision.
+        eps: Distance from 1 to the next larger value.
+        scaled: If True, weights in this format are stored under a scale.
     """
 
     name: str
@@ -59,21 +64,29 @@ class FormatInfo:
     scaled: bool
 
     @classmethod
-    def of(cls, format: NumberFormat, scaling: Scaling | None) -> FormatInfo:
-        """Describe a format, under the scaling of a run."""
+    def from_format(cls, format: NumberFormat, scaling: Scaling | None) -> FormatInfo:
+        """Describe a format under a scaling.
+
+        Args:
+            format: The number format.
+            scaling: Scaling of the run, as in `altgrad.measure`.
+
+        Returns:
+            Its name and range.
+        """
         return cls(format.name, **describe_format(format, scaling))
 
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """A layer that was watched.
+    """An observed layer, as the header of a run file describes it.
 
     Attributes:
-        shape: Of the parameter.
-        dtype: In which it is stored, as ``"float32"``.
-        elements: How many are measured at most.
-        formats: Names of those that it is judged for.
-        every_n_steps: Optimizer steps from one observed step to the next.
+        shape: Shape of the parameter.
+        dtype: Name of the parameter's dtype, such as ``"float32"``.
+        elements: Maximum number of measured elements.
+        formats: Names of the formats the layer is judged for.
+        every_n_steps: Number of optimizer steps from one observed step to the next.
     """
 
     shape: tuple[int, ...]
@@ -85,15 +98,15 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What holds for a whole run.
+    """The first line of a run file: the settings of the whole run.
 
     Attributes:
-        formats: Those that were judged, by name.
-        layers: Those that were watched, by name.
-        scaling: As in `altgrad.measure`.
-        versions: Of what wrote the file, by name.
-        created: When that was, in ISO 8601.
-        predecessor: The file of the run that this one goes on from.
+        formats: Judged formats, by name.
+        layers: Observed layers, by name.
+        scaling: Scaling of the formats, as in `altgrad.measure`.
+        versions: Versions of the packages that wrote the file, by name.
+        created: Time at which the file was created, in ISO 8601.
+        predecessor: File of the run that this run continues; None for a new run.
     """
 
     formats: Mapping[str, FormatInfo]
@@ -104,12 +117,12 @@ class Header:
     predecessor: Predecessor | None = None
 
     def is_like(self, other: Header) -> bool:
-        """Whether figures under one may stand below the other."""
+        """Return True if formats, scaling and layers are equal, so that figures mean the same."""
         mine, others = self.as_json(), other.as_json()
         return all(mine[key] == others[key] for key in ("formats", "scaling", "layers"))
 
     def as_json(self) -> dict[str, Any]:
-        """As it stands in the first line."""
+        """Return the header as JSON values, in the order of the file's first line."""
         before = self.predecessor
         return {
             "altgrad": SCHEMA,
@@ -126,11 +139,13 @@ class Header:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Header:
-        """The reverse.
+        """Restore a header from the JSON values that `as_json` returns.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError: Something is missing or of another
-                kind.
+            KeyError: A required key is missing.
+            TypeError: A value has another type.
+            ValueError: A value is invalid.
+            AttributeError: A value that should be a mapping has another type.
         """
         scaling, before = value["scaling"], value.get("predecessor")
         return cls(
@@ -146,25 +161,30 @@ class Header:
 
 
 def number_as_json(value: float) -> float | str | None:
-    """None for NaN; inf and −inf by name."""
+    """Return a number as a JSON value: NaN as None, inf as ``"inf"``, −inf as ``"-inf"``."""
     if math.isfinite(value):
         return value
     return None if math.isnan(value) else str(value)
 
 
 def number_from_json(value: object) -> float:
-    """The reverse; TypeError for what is no number."""
+    """Return the number that a JSON value stands for, as `number_as_json` writes it.
+
+    Raises:
+        TypeError: The value stands for no number.
+    """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if value is None or isinstance(value, str):
         number = _WORDS.get(value)
         if number is not None:
             return number
-    raise TypeError(f"{value!r} is no number")
+    raise TypeError(f"value={value!r}: expected a number, None, 'inf' or '-inf'")
 
 
 def numbers_from_json(values: Sequence[object]) -> list[float]:
-    """`number_from_json` of each."""
+    """Return the numbers that JSON values stand for; see `number_from_json`."""
+    # Most values are floats already, and need no call.
     return [value if type(value) is float else number_from_json(value) for value in values]
 
 

@@ -1,4 +1,9 @@
-"""`RunFile`: write a run file, step by step, so that what is written stays readable."""
+"""`RunFile`: write a run file, one observed step after another.
+
+A run file stays readable if the process is killed or the disk is full: whole lines are appended
+without a buffer, and a failed write is undone. Read `RunFile.create`, `RunFile.append`, then
+`RunFile.resume`. The module `reading` comes next.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +18,24 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from altgrad._version import __version__
 from altgrad.measurement.histogram import Histogram
-from altgrad.report.records.lines import lines_of
+from altgrad.report.records.lines import format_lines
 from altgrad.report.records.reading import read_header
 from altgrad.report.records.schema import Header, Predecessor
 
 if TYPE_CHECKING:
     from altgrad.measurement.step_record import StepRecord
 
-_CHUNK = 2**16
+_CHUNK = 2**16  # bytes that are searched at once for the end of the last whole line
 
 
 class RunFile:
-    """A run file that is open to be written, made by `create` or `resume`.
+    """A run file that is open for writing; `create` and `resume` return one.
 
-    What is appended is handed to the operating system before `append` returns: a process that is
-    killed loses at most the line that it was writing.
+    `append` hands its lines to the operating system before it returns. A killed process loses at
+    most the line that was being written.
 
     Attributes:
-        path: Of the file.
+        path: Path of the file.
     """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
@@ -45,32 +50,38 @@ class RunFile:
         *,
         predecessor: Predecessor | tuple[str | os.PathLike[str], int] | None = None,
     ) -> RunFile:
-        """A new file in a folder, which is made if need be; one that is there is left alone.
+        """Create a run file with a header.
+
+        The name is ``altgrad.jsonl``, or the first free one of ``altgrad-2.jsonl``,
+        ``altgrad-3.jsonl`` and so on. Existing files are never changed.
 
         Args:
-            folder: Where: ``altgrad.jsonl``, or the first of ``altgrad-2.jsonl``, … that is free.
-            header: Formats, layers and scaling, as `UpdateMonitor.run_header` returns them; the
-                rest is added.
-            predecessor: The file of the run that this one goes on from, and the step from which
-                on it does.
+            folder: Folder of the file; it is created if it is missing.
+            header: Formats, layers and scaling, as `UpdateMonitor.run_header` returns them.
+                Versions, time and predecessor are added.
+            predecessor: File of the run that this run continues, and number of the first step
+                that this run supersedes. None for a new run.
+
+        Returns:
+            The open file.
 
         Raises:
-            TypeError: The header is not what `UpdateMonitor.run_header` returns.
-            OSError: It cannot be made.
+            TypeError: The header differs from the return value of `UpdateMonitor.run_header`.
+            OSError: The file cannot be created or written; then no file is left.
         """
         folder = Path(folder)
         if predecessor is not None:
-            predecessor = Predecessor(_relative(Path(predecessor[0]), folder), predecessor[1])
-        header = _parsed(header)
+            predecessor = Predecessor(_make_relative(Path(predecessor[0]), folder), predecessor[1])
+        header = _parse_header(header)
         header = replace(
             header,
             versions={"altgrad": __version__, **header.versions},
             created=header.created or datetime.now(timezone.utc).isoformat(timespec="seconds"),
             predecessor=predecessor,
         )
-        line = _line(header.as_json())  # before there is a file, or an empty one would be left
+        line = _format_line(header.as_json())  # an error here must leave no empty file
         folder.mkdir(parents=True, exist_ok=True)
-        file = cls(*_first_free(folder))
+        file = cls(*_open_first_free(folder))
         try:
             file._write(line)
         except OSError:
@@ -83,23 +94,31 @@ class RunFile:
     def resume(
         cls, path: str | os.PathLike[str], before_step: int, header: Header | Mapping[str, Any]
     ) -> RunFile:
-        """Go on with a file: what it says of steps from `before_step` on is superseded.
+        """Open a run file to continue it; its lines from `before_step` on become superseded.
 
-        Where the run is another one now (formats, scaling or layers differ), the file is left alone
-        and a new one beside it names it as its predecessor.
+        If formats, scaling or layers differ from those of the file, the file is left unchanged. A
+        new file is then created in the same folder, with `path` as its predecessor.
+
+        Args:
+            path: Run file of the run that is resumed.
+            before_step: Number of the first step that the resumed run will write.
+            header: Formats, layers and scaling, as `UpdateMonitor.run_header` returns them.
+
+        Returns:
+            The open file: `path`, or the new file.
 
         Raises:
-            TypeError: As `create`.
-            RunFileError: It is none.
-            OSError: It cannot be written.
+            TypeError: The header differs from the return value of `UpdateMonitor.run_header`.
+            RunFileError: `path` is missing, damaged, or a file of another kind.
+            OSError: The file cannot be written.
         """
-        path, header = Path(path), _parsed(header)
+        path, header = Path(path), _parse_header(header)
         if not read_header(path).is_like(header):
             return cls.create(path.parent, header, predecessor=(path, before_step))
         file = cls(path, path.open("r+b", buffering=0))
         try:
             file._drop_torn_line()
-            file._write(_line({"resumed": {"before_step": before_step}}))
+            file._write(_format_line({"resumed": {"before_step": before_step}}))
         except OSError:
             file.close()
             raise
@@ -116,19 +135,19 @@ class RunFile:
         """Write the lines of one observed step.
 
         Args:
-            step: Under which number.
-            record: What was observed.
-            skipped: How many steps were none so far, by reason.
-            weights: How many weights of the model lie in each octave, where that was counted.
+            step: Number of the step.
+            record: Figures of the step.
+            skipped: Number of skipped steps so far, by reason.
+            weights: Histogram of log2(abs(weight)) over the model. None leaves it out.
 
         Raises:
-            OSError: It cannot be written; nothing of the step is then in the file.
+            OSError: The lines cannot be written; then the file has no line of this step.
             ValueError: The file is closed.
         """
-        self._write(lines_of(step, record, skipped, weights))
+        self._write(format_lines(step, record, skipped, weights))
 
     def close(self) -> None:
-        """Write no more."""
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> RunFile:  # noqa: PYI034 - typing has Self only from Python 3.11 on
@@ -138,7 +157,7 @@ class RunFile:
         self.close()
 
     def _drop_torn_line(self) -> None:
-        """So that what follows begins on a line of its own."""
+        """Cut off an incomplete last line and move to the end of the file."""
         end = self._file.seek(0, os.SEEK_END)
         while end:
             start = max(end - _CHUNK, 0)
@@ -151,47 +170,50 @@ class RunFile:
         self._file.seek(end)
 
     def _write(self, text: str) -> None:
-        # A lone surrogate, which a name may hold, is then what JSON calls it.
+        # UTF-8 has no lone surrogates. A name may hold one, and backslashreplace writes it as
+        # \udXXX, the escape of JSON.
         rest = memoryview(text.encode("utf-8", "backslashreplace"))
         start = self._file.tell()
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError:
-            self._file.truncate(start)  # a full disk has room for that
+            self._file.truncate(start)  # a full disk can shrink a file
             self._file.seek(start)
             raise
 
 
-def _parsed(header: Header | Mapping[str, Any]) -> Header:
+def _parse_header(header: Header | Mapping[str, Any]) -> Header:
     if isinstance(header, Header):
         return header
     try:
         return Header.from_json(header)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TypeError(
-            f"header={str(header)[:60]}: expected what UpdateMonitor.run_header() returns, with "
-            f"formats, scaling and layers; {type(error).__name__}: {error}"
+            f"header={str(header)[:60]}: expected the return value of UpdateMonitor.run_header(), "
+            f"with formats, scaling and layers; got {type(error).__name__}: {error}"
         ) from error
 
 
-def _first_free(folder: Path) -> tuple[Path, BinaryIO]:
+def _open_first_free(folder: Path) -> tuple[Path, BinaryIO]:
+    """Create the first run file of the folder whose name is free."""
     for number in itertools.count(1):
         path = folder / ("altgrad.jsonl" if number == 1 else f"altgrad-{number}.jsonl")
         try:
+            # Mode x fails if another process has just created the file.
             return path, path.open("xb", buffering=0)
         except FileExistsError:
             continue
     raise AssertionError
 
 
-def _relative(path: Path, folder: Path) -> Path:
-    """So that both can be moved together."""
+def _make_relative(path: Path, folder: Path) -> Path:
+    """Return `path` relative to `folder`, so that both can be moved together."""
     try:
         return Path(os.path.relpath(path.resolve(), folder.resolve()))
-    except ValueError:  # on another drive
+    except ValueError:  # Windows: the paths are on different drives
         return path.resolve()
 
 
-def _line(value: Mapping[str, object]) -> str:
+def _format_line(value: Mapping[str, object]) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,15 +1,15 @@
-"""Three records of a model of which one layer is sampled, and their header."""
+"""Three records of a model with one sampled layer, and their header."""
 
 import pytest
 
 from altgrad import StepRecord
 from altgrad.report import Header
-from tests.report.records.recording import header_from, records_of
+from tests.report.records.recording import header_from, make_records
 
 
 @pytest.fixture(scope="module")
 def records() -> list[StepRecord]:
-    return records_of(max_elements=1000)
+    return make_records(max_elements=1000)
 
 
 @pytest.fixture(scope="module")

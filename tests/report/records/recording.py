@@ -1,4 +1,4 @@
-"""Records of a small model, the run files that hold them, and what is in such a file."""
+"""Record a small model, write run files with the records, and read the lines of a file."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(60, 50), nn.LayerNorm(50), nn.Linear(50, 3))
 
 
-def records_of(
+def make_records(
     named: Any = None, steps: int = 3, formats: Any = FORMATS, **options: Any
 ) -> list[StepRecord]:
     parameters = dict(net().named_parameters() if named is None else named)
@@ -38,7 +38,7 @@ def records_of(
 
 def header_from(record: StepRecord, formats: Any = FORMATS) -> Header:
     return Header(
-        {each.name: FormatInfo.of(each, "tensor") for each in get_formats(formats)},
+        {each.name: FormatInfo.from_format(each, "tensor") for each in get_formats(formats)},
         {
             name: LayerInfo((figures.population,), "float32", figures.elements, figures.formats)
             for name, figures in record.layers.items()
@@ -60,8 +60,8 @@ def assert_same(actual: float, expected: float) -> None:
     assert actual == pytest.approx(expected, rel=1e-7, abs=0, nan_ok=True)
 
 
-def strict_lines(path: Path) -> list[Any]:
-    """JSON as the standard has it: no NaN, no Infinity."""
+def read_strict_lines(path: Path) -> list[Any]:
+    """Read the lines of a file as standard JSON, without NaN and Infinity."""
 
     def fail(constant: str) -> None:
         raise AssertionError(constant)

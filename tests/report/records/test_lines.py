@@ -1,4 +1,4 @@
-"""The lines of a record: what was observed is what is read, whatever the numbers and the names."""
+"""The figures that are read are those that were written, for any numbers and names."""
 
 import json
 import math
@@ -9,14 +9,14 @@ import torch
 from altgrad import FloatFormat, Histogram
 from altgrad.measurement import LAYER_METRICS
 from altgrad.report import RunFile, read
-from altgrad.report.records.lines import WITH_ERRORS, written_numbers
+from altgrad.report.records.lines import WITH_ERRORS, format_numbers
 from altgrad.report.records.schema import number_as_json, number_from_json
 from tests.report.records.recording import (
     FORMATS,
     assert_same,
     header_from,
-    records_of,
-    strict_lines,
+    make_records,
+    read_strict_lines,
     written,
 )
 
@@ -29,7 +29,7 @@ ODD_NAMES = (
 )
 
 
-def test_sampled_layers_have_standard_errors_and_no_others(tmp_path, records, header) -> None:
+def test_only_sampled_layers_have_standard_errors(tmp_path, records, header) -> None:
     run = read(written(tmp_path, header, records))
     keys = {f"{metric}/{format}" for metric in WITH_ERRORS for format in FORMATS}
     sampled = {"0.weight", None}
@@ -41,7 +41,7 @@ def test_sampled_layers_have_standard_errors_and_no_others(tmp_path, records, he
     assert any(row.errors["stall_frac/bf16"] > 0 for row in run.rows if row.layer in sampled)
 
 
-def test_the_row_of_the_model_says_more(tmp_path, records, header) -> None:
+def test_the_row_of_the_model_has_counts_times_and_histograms(tmp_path, records, header) -> None:
     weights = Histogram(-20, (1.0, 0.5, 1e9))
     with RunFile.create(tmp_path, header) as file:
         for step, record in enumerate(records):
@@ -64,15 +64,15 @@ def test_the_row_of_the_model_says_more(tmp_path, records, header) -> None:
     assert (layer.elements, layer.skipped, layer.histograms) == (None, {}, {})
 
 
-def test_numbers_without_a_value_and_without_an_end(tmp_path) -> None:
+def test_nan_and_inf_are_written_and_read(tmp_path) -> None:
     parameters = {
         "still": torch.zeros(40),
         "exact": torch.ones(40),
         "nan": torch.full((4,), math.nan),
     }
-    records = records_of(parameters, steps=1)
+    records = make_records(parameters, steps=1)
     path = written(tmp_path, header_from(records[0]), records)
-    lines = {line["layer"]: line for line in strict_lines(path)[1:]}
+    lines = {line["layer"]: line for line in read_strict_lines(path)[1:]}
     assert lines["nan"]["figures"]["stall_frac/bf16"] is None
     assert records[0].layers["exact"]["sqnr_db/bf16"] == math.inf
     assert lines["exact"]["figures"]["sqnr_db/bf16"] == "inf"
@@ -89,27 +89,27 @@ def test_numbers_without_a_value_and_without_an_end(tmp_path) -> None:
         *((math.nan, "null"), (math.inf, '"inf"'), (-math.inf, '"-inf"')),
     ],
 )
-def test_how_a_number_is_written(number: float, text: str) -> None:
-    assert written_numbers([1.5, number, 2.5]) == ["1.5", text, "2.5"]
+def test_a_number_is_written_with_8_significant_digits(number: float, text: str) -> None:
+    assert format_numbers([1.5, number, 2.5]) == ["1.5", text, "2.5"]
     assert number_from_json(json.loads(text)) == pytest.approx(number, rel=5e-8, nan_ok=True)
     assert number_from_json(json.loads(json.dumps(number_as_json(number)))) == pytest.approx(
         number, rel=0, nan_ok=True
     )
 
 
-def test_layers_of_any_name(tmp_path) -> None:
-    records = records_of({name: torch.ones(5) for name in ODD_NAMES})
+def test_layers_may_have_any_name(tmp_path) -> None:
+    records = make_records({name: torch.ones(5) for name in ODD_NAMES})
     path = written(tmp_path, header_from(records[0]), records)
-    assert len(strict_lines(path)) == 1 + 3 * 6
+    assert len(read_strict_lines(path)) == 1 + 3 * 6
     run = read(path)
     assert [*run.layers] == [row.layer for row in run.rows[:5]] == [*ODD_NAMES]
     assert run.notes == []
 
 
-def test_a_format_of_any_name(tmp_path) -> None:
+def test_a_format_may_have_any_name(tmp_path) -> None:
     name = '%s"nan"inf<b>'
     formats = [FloatFormat(name, exponent_bits=3, mantissa_bits=2, bias=3)]
-    records = records_of({"w": torch.ones(3000)}, formats=formats, max_elements=100)
+    records = make_records({"w": torch.ones(3000)}, formats=formats, max_elements=100)
     run = read(written(tmp_path, header_from(records[0], formats), records))
     assert [*run.formats] == [name]
     for row in run.rows:
@@ -119,8 +119,8 @@ def test_a_format_of_any_name(tmp_path) -> None:
         assert f"stall_frac/{name}" in row.errors
 
 
-def test_without_formats(tmp_path) -> None:
-    records = records_of({"w": torch.ones(3000)}, formats=[], max_elements=100)
+def test_a_record_without_formats_is_written_and_read(tmp_path) -> None:
+    records = make_records({"w": torch.ones(3000)}, formats=[], max_elements=100)
     run = read(written(tmp_path, header_from(records[0], []), records))
     assert {*run.rows[0].figures} == {*LAYER_METRICS}
     assert [*run.rows[1].histograms] == ["ulps"]

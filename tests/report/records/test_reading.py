@@ -1,4 +1,4 @@
-"""`read`: what a run file says, with those that it goes on from; and why it cannot be read."""
+"""Reading run files, with their predecessors, and the errors of unreadable files."""
 
 import os
 
@@ -6,10 +6,10 @@ import pytest
 
 from altgrad import __version__
 from altgrad.report import RunFile, RunFileError, read
-from tests.report.records.recording import assert_same, strict_lines, written
+from tests.report.records.recording import assert_same, read_strict_lines, written
 
 
-def test_everything_that_was_observed_is_read(tmp_path, records, header) -> None:
+def test_all_figures_of_all_steps_are_read(tmp_path, records, header) -> None:
     run = read(written(tmp_path, header, records))
     assert run.path == tmp_path / "altgrad.jsonl"
     assert (run.formats, run.layers, run.scaling) == (header.formats, header.layers, "tensor")
@@ -28,29 +28,31 @@ def test_everything_that_was_observed_is_read(tmp_path, records, header) -> None
 
 
 @pytest.mark.parametrize("left", [1, 10, 300])
-def test_a_torn_last_line_is_skipped_with_a_note(tmp_path, records, header, left: int) -> None:
+def test_an_incomplete_last_line_is_skipped_with_a_note(
+    tmp_path, records, header, left: int
+) -> None:
     path = written(tmp_path, header, records)
     content = path.read_bytes()
     last = content[:-1].rfind(b"\n") + 1
     path.write_bytes(content[: last + left])
     run = read(path)
-    assert run.notes == ["altgrad.jsonl: line 22, the last, is torn and skipped"]
+    assert run.notes == ["altgrad.jsonl: line 22, the last, is incomplete and was skipped"]
     assert len(run.rows) == 20
     RunFile.resume(path, 2, header).close()
     assert read(path).steps == (0, 1)
-    assert len(read(path).notes) == 1  # that there is something superseded
-    strict_lines(path)
+    assert len(read(path).notes) == 1  # a note on the superseded lines
+    read_strict_lines(path)
 
 
-def test_keys_that_a_later_version_adds_are_no_damage(tmp_path, records, header) -> None:
+def test_unknown_keys_are_ignored(tmp_path, records, header) -> None:
     path = written(tmp_path, header, records)
     path.write_text(path.read_text().replace('{"step":', '{"mood":"good","step":'))
     assert read(path).steps == (0, 1, 2)
 
 
-def test_metrics_of_older_files_have_the_names_of_today(tmp_path, records, header) -> None:
+def test_metrics_in_older_files_get_their_new_names(tmp_path, records, header) -> None:
     path = written(tmp_path, header, records)
-    today = [repr(row.figures) for row in read(path).rows]  # in which NaN equals NaN
+    today = [repr(row.figures) for row in read(path).rows]  # in a repr, NaN equals NaN
     path.write_text(path.read_text().replace('"ulp_zero_frac":', '"zero_update_frac":'))
     assert "zero_update_frac" in path.read_text()
     assert [repr(row.figures) for row in read(path).rows] == today
@@ -60,7 +62,7 @@ def test_metrics_of_older_files_have_the_names_of_today(tmp_path, records, heade
 
 
 def test_a_run_resumed_elsewhere_names_its_predecessor(tmp_path, records, header) -> None:
-    first = written(tmp_path / "version_0", header, records)  # 0, 1, 2
+    first = written(tmp_path / "version_0", header, records)  # steps 0, 1, 2
     second = written(tmp_path / "version_1", header, records, [2, 3, 4], predecessor=(first, 2))
     third = written(tmp_path / "version_2", header, records, [1, 5], predecessor=(second, 4))
     run = read(third)
@@ -71,14 +73,14 @@ def test_a_run_resumed_elsewhere_names_its_predecessor(tmp_path, records, header
     assert [path.resolve() for path in run.predecessors] == [second, first]
     assert run.notes == []
     fourth = written(tmp_path / "version_3", header, records, [1, 2], predecessor=(third, 1))
-    assert read(fourth).steps == (0, 1, 2)  # of the first, no more than the step before
+    assert read(fourth).steps == (0, 1, 2)  # only step 0 of the first file
     (tmp_path / "version_0").parent.rename(tmp_path.parent / (tmp_path.name + "moved"))
     moved = tmp_path.parent / (tmp_path.name + "moved") / "version_3"
     assert read(moved).steps == (0, 1, 2)
 
 
 @pytest.mark.parametrize("fate", ["missing", "damaged", "foreign"])
-def test_without_its_predecessor_a_run_is_read_with_a_note(
+def test_a_run_without_its_predecessor_is_read_with_a_note(
     tmp_path, records, header, fate: str
 ) -> None:
     first = written(tmp_path / "one", header, records)
@@ -94,7 +96,7 @@ def test_without_its_predecessor_a_run_is_read_with_a_note(
     assert "one/altgrad.jsonl" in note
 
 
-def test_predecessors_in_a_circle(tmp_path, records, header) -> None:
+def test_predecessors_in_a_circle_end_with_a_note(tmp_path, records, header) -> None:
     path = tmp_path / "altgrad.jsonl"
     written(tmp_path, header, records, predecessor=(path, 2))
     other = written(tmp_path / "other", header, records, [3], predecessor=(path, 3))
@@ -102,32 +104,37 @@ def test_predecessors_in_a_circle(tmp_path, records, header) -> None:
         run = read(start)
         assert run.steps == steps
         assert [each.resolve() for each in run.predecessors] == before
-        assert "as its predecessor, in a circle" in run.notes[0]
+        assert "predecessors form a circle" in run.notes[0]
 
 
-# --- what is no run file
+# --- unreadable files
 
 
-def test_what_cannot_be_read_says_why_in_one_sentence(tmp_path, records, header) -> None:
+def test_an_unreadable_file_is_an_error_with_a_reason_in_one_sentence(
+    tmp_path, records, header
+) -> None:
     good = written(tmp_path / "good", header, records).read_bytes()
     first, second, rest = good.split(b"\n", 2)
     (tmp_path / "folder").mkdir()
     cases = {
-        "missing": (None, "there is no such file or folder"),
-        "empty": (b"", "it is empty"),
-        "foreign": (b'{"loss": 1}\n', "it is no run file of AltGrad"),
-        "list": (b"[1]\n", "it is no run file of AltGrad"),
-        "text": (b"epoch,loss\n1,2\n", "it is no run file of AltGrad"),
-        "binary": (b"\x89PNG\r\n\x1a\n\xff\x00", "it is no run file of AltGrad"),
-        "torn at once": (first[:200], "it is damaged, its first line is torn"),
-        "bare": (b'{"altgrad": 1}\n', "it is damaged, its first line lacks"),
-        "number": (b'{"altgrad": 1, "scaling": null, "formats": 5}\n', "it is damaged, its first"),
-        "hole": (first + b"\n" + second[:99] + b"\n" + rest, "it is damaged, line 2 is none that"),
-        "binary hole": (first + b"\n\xff\xfe\n" + rest, "it is damaged, line 2 is none that"),
-        "other line": (first + b'\n{"step": 3}\n' + rest, "it is damaged, line 2 is none that"),
-        "number line": (first + b"\n3\n" + rest, "it is damaged, line 2 is none that"),
-        "word": (good.replace(b"null", b'"none"', 1), "it is damaged, "),
-        "newer": (good.replace(b'"altgrad": 1', b'"altgrad": 2'), "a newer AltGrad wrote it"),
+        "missing": (None, "file or folder is missing"),
+        "empty": (b"", "file is empty"),
+        "foreign": (b'{"loss": 1}\n', "expected a run file of AltGrad"),
+        "list": (b"[1]\n", "expected a run file of AltGrad"),
+        "text": (b"epoch,loss\n1,2\n", "expected a run file of AltGrad"),
+        "binary": (b"\x89PNG\r\n\x1a\n\xff\x00", "expected a run file of AltGrad"),
+        "torn at once": (first[:200], "file is damaged, line 1 is incomplete"),
+        "bare": (b'{"altgrad": 1}\n', "file is damaged, line 1 lacks"),
+        "number": (
+            b'{"altgrad": 1, "scaling": null, "formats": 5}\n',
+            "file is damaged, line 1 is invalid",
+        ),
+        "hole": (first + b"\n" + second[:99] + b"\n" + rest, "file is damaged, line 2 is invalid"),
+        "binary hole": (first + b"\n\xff\xfe\n" + rest, "file is damaged, line 2 is invalid"),
+        "other line": (first + b'\n{"step": 3}\n' + rest, "file is damaged, line 2 is invalid"),
+        "number line": (first + b"\n3\n" + rest, "file is damaged, line 2 is invalid"),
+        "word": (good.replace(b"null", b'"none"', 1), "file is damaged, "),
+        "newer": (good.replace(b'"altgrad": 1', b'"altgrad": 2'), "file of a newer AltGrad"),
     }
     for name, (content, reason) in cases.items():
         path = tmp_path / name
@@ -138,17 +145,19 @@ def test_what_cannot_be_read_says_why_in_one_sentence(tmp_path, records, header)
         message = str(caught.value)
         assert message.startswith(f"{path}: {reason}"), message
         assert "\n" not in message
-    with pytest.raises(RunFileError, match=r"schema 2, this one reads up to 1.*--upgrade"):
+    with pytest.raises(RunFileError, match=r"schema 2; expected schema 1; .*--upgrade"):
         read(tmp_path / "newer")
-    with pytest.raises(RunFileError, match=r"no altgrad\.jsonl in this folder$"):
+    with pytest.raises(RunFileError, match=r"expected altgrad\.jsonl in this folder$"):
         read(tmp_path / "folder")
-    with pytest.raises(RunFileError, match=r"no altgrad\.jsonl in this folder; .*good has one"):
+    with pytest.raises(
+        RunFileError, match=r"expected altgrad\.jsonl in this folder; read .*good, which"
+    ):
         read(tmp_path)
     assert isinstance(caught.value, ValueError)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all")
-def test_a_file_that_may_not_be_read(tmp_path, records, header) -> None:
+def test_a_file_without_read_permission_is_an_error(tmp_path, records, header) -> None:
     path = written(tmp_path, header, records)
     path.chmod(0)
     with pytest.raises(RunFileError, match="cannot be read"):

@@ -1,4 +1,4 @@
-"""`Run` and `Row`: series, tables, and rows that are mappings of their own."""
+"""`Run` and `Row`: series, tables, and figures as mappings."""
 
 import sys
 from unittest import mock
@@ -9,28 +9,30 @@ from altgrad.report import Row, read
 from tests.report.records.recording import assert_same, written
 
 
-def test_a_series_of_one_figure(tmp_path, records, header) -> None:
+def test_a_series_has_one_figure_by_step(tmp_path, records, header) -> None:
     run = read(written(tmp_path, header, records, steps=[9, 19, 29]))
-    of_model = run.series("stall_frac/bf16")
-    assert list(of_model) == [9, 19, 29]
-    assert_same(of_model[19], records[1].model["stall_frac/bf16"])
+    by_step = run.series("stall_frac/bf16")
+    assert list(by_step) == [9, 19, 29]
+    assert_same(by_step[19], records[1].model["stall_frac/bf16"])
     assert_same(run.series("update_rms", "1.bias")[29], records[2].layers["1.bias"]["update_rms"])
     assert run.series("stall_frac/e5m2") == {}
-    with pytest.raises(KeyError, match=r"'head': expected a layer of the run, such as .*0\.weight"):
+    with pytest.raises(
+        KeyError, match=r"layer='head': expected a layer of the run, such as .*0\.weight"
+    ):
         run.series("update_rms", "head")
 
 
-def test_to_pandas(tmp_path, records, header) -> None:
+def test_a_data_frame_has_a_line_for_each_row(tmp_path, records, header) -> None:
     frame = read(written(tmp_path, header, records)).to_pandas()
     assert len(frame) == 3 * 7
-    of_model = frame[frame.layer.isna()].set_index("step")
-    assert_same(of_model["stall_frac/bf16"][2], records[2].model["stall_frac/bf16"])
+    model_rows = frame[frame.layer.isna()].set_index("step")
+    assert_same(model_rows["stall_frac/bf16"][2], records[2].model["stall_frac/bf16"])
     error = frame[frame.layer == "0.weight"]["stall_frac_error/bf16"].iloc[0]
     assert_same(error, records[0].layers["0.weight"].standard_error("stall_frac/bf16"))
     assert frame[frame.layer == "0.bias"]["stall_frac_error/bf16"].isna().all()
 
 
-def test_without_pandas_the_remedy_is_named(tmp_path, records, header) -> None:
+def test_without_pandas_the_error_names_the_remedy(tmp_path, records, header) -> None:
     run = read(written(tmp_path, header, records))
     with (
         mock.patch.dict(sys.modules, {"pandas": None}),
@@ -39,7 +41,7 @@ def test_without_pandas_the_remedy_is_named(tmp_path, records, header) -> None:
         run.to_pandas()
 
 
-def test_a_row_is_a_mapping_of_its_own(tmp_path, records, header) -> None:
+def test_the_figures_of_a_row_are_a_mapping(tmp_path, records, header) -> None:
     row: Row = read(written(tmp_path, header, records)).rows[0]
     assert dict(row.figures).keys() == records[0].layers["0.weight"].keys()
     assert "update_rms" in row.figures

@@ -13,10 +13,10 @@ from altgrad.report.records.schema import number_as_json, number_from_json, numb
 from tests.report.records.recording import written
 
 
-def test_what_the_header_says_of_formats_and_scalings(tmp_path, records) -> None:
+def test_a_header_has_the_formats_under_each_scaling(tmp_path, records) -> None:
     formats = get_formats(["bf16", "e4m3fn", "e0m7", "nvfp4"])
     for scaling in (None, "channel", ("block", 32)):
-        infos = {each.name: FormatInfo.of(each, scaling) for each in formats}
+        infos = {each.name: FormatInfo.from_format(each, scaling) for each in formats}
         path = written(tmp_path, Header(infos, {}, scaling), [])
         assert (read(path).formats, read(path).scaling) == (infos, scaling)
     assert infos["e4m3fn"] == FormatInfo("e4m3fn", 8, 448.0, 2.0**-9, 2.0**-6, 0.125, scaled=True)
@@ -40,11 +40,11 @@ HEADER = Header(
 )
 
 
-def test_a_header_stays_the_same_by_way_of_json() -> None:
+def test_a_header_survives_json() -> None:
     line = json.dumps(HEADER.as_json(), allow_nan=False)
     assert Header.from_json(json.loads(line)) == HEADER
     assert json.loads(line)["altgrad"] == SCHEMA
-    bare = {"formats": {}, "scaling": None, "layers": {}}  # what the first versions wrote
+    bare = {"formats": {}, "scaling": None, "layers": {}}  # as the first versions wrote it
     assert Header.from_json(bare) == Header({}, {}, None)
 
 
@@ -59,11 +59,13 @@ def test_a_header_stays_the_same_by_way_of_json() -> None:
         ({"versions": {}, "created": "", "predecessor": None}, True),
     ],
 )
-def test_runs_are_alike_where_their_figures_mean_the_same(change: Any, is_like: bool) -> None:
+def test_headers_are_alike_if_formats_scaling_and_layers_are_equal(
+    change: Any, is_like: bool
+) -> None:
     assert HEADER.is_like(replace(HEADER, **change)) is is_like
 
 
-def test_numbers_are_json_and_come_back() -> None:
+def test_numbers_survive_json() -> None:
     numbers = [0.5, -3.0, 0.0, math.inf, -math.inf, math.nan]
     as_json = [number_as_json(each) for each in numbers]
     assert as_json == [0.5, -3.0, 0.0, "inf", "-inf", None]
@@ -73,8 +75,8 @@ def test_numbers_are_json_and_come_back() -> None:
 
 
 @pytest.mark.parametrize("value", [True, "nan", "Infinity", "1", "", [1.0], {}], ids=repr)
-def test_what_is_no_number_is_a_type_error(value: Any) -> None:
-    with pytest.raises(TypeError, match="is no number"):
+def test_a_value_that_is_not_a_number_is_a_type_error(value: Any) -> None:
+    with pytest.raises(TypeError, match="expected a number"):
         number_from_json(value)
     with pytest.raises(TypeError):
         numbers_from_json([1.0, value])

@@ -1,4 +1,4 @@
-"""`RunFile`: what is written stays readable, whatever becomes of the process and the disk."""
+"""`RunFile`: written lines stay readable if the process is killed or the disk is full."""
 
 import signal
 import subprocess
@@ -13,10 +13,10 @@ import pytest
 from altgrad.report import RunFile, RunFileError, read
 from tests.report.records.recording import assert_same, header_from, written
 
-# --- what becomes of files
+# --- files
 
 
-def test_two_runs_in_one_folder_do_not_meet(tmp_path, records, header) -> None:
+def test_each_run_in_a_folder_has_its_own_file(tmp_path, records, header) -> None:
     first = written(tmp_path, header, records[:1])
     content = first.read_bytes()
     for number in range(2, 12):
@@ -25,7 +25,9 @@ def test_two_runs_in_one_folder_do_not_meet(tmp_path, records, header) -> None:
     run = read(tmp_path)
     assert run.path.name == "altgrad-11.jsonl"
     (note,) = run.notes
-    assert "altgrad-11.jsonl is read, of several runs in its folder (altgrad.jsonl, altg" in note
+    assert (
+        "altgrad-11.jsonl is read, the newest run file in its folder (the others: altgrad.j" in note
+    )
     assert read(first).steps == (0,)
 
 
@@ -33,8 +35,8 @@ def test_a_killed_process_loses_at_most_the_last_line(tmp_path, records) -> None
     script = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 from altgrad.report import RunFile
-from tests.report.records.recording import header_from, records_of
-records = records_of(max_elements=1000)
+from tests.report.records.recording import header_from, make_records
+records = make_records(max_elements=1000)
 file = RunFile.create({str(tmp_path)!r}, header_from(records[0]))
 step = 0
 while True:
@@ -109,7 +111,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_empty_file(tmp_path, heade
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_closed_file_takes_nothing_more(tmp_path, records, header) -> None:
+def test_appending_to_a_closed_file_is_an_error(tmp_path, records, header) -> None:
     file = RunFile.create(tmp_path, header)
     file.close()
     with pytest.raises(ValueError, match="closed"):
@@ -119,7 +121,7 @@ def test_a_closed_file_takes_nothing_more(tmp_path, records, header) -> None:
 # --- resumed
 
 
-def test_a_resumed_run_has_no_gap_and_nothing_twice(tmp_path, records, header) -> None:
+def test_a_resumed_run_has_every_step_once(tmp_path, records, header) -> None:
     path = written(tmp_path, header, records)
     with RunFile.resume(path, 2, header) as file:
         assert file.path == path
@@ -130,11 +132,11 @@ def test_a_resumed_run_has_no_gap_and_nothing_twice(tmp_path, records, header) -
     assert len(run.rows) == 4 * 7
     assert_same(run.series("update_rms")[2], records[0].model["update_rms"])
     assert run.notes == ["altgrad.jsonl: resumed before step 2, 7 lines are superseded"]
-    RunFile.resume(path, 1, header).close()  # once more, from earlier on
+    RunFile.resume(path, 1, header).close()  # resume again, from an earlier step
     assert read(path).steps == (0,)
 
 
-def test_a_run_that_is_another_one_is_not_written_below(tmp_path, records, header) -> None:
+def test_a_resumed_run_with_other_formats_writes_a_new_file(tmp_path, records, header) -> None:
     path = written(tmp_path, header, records)
     content = path.read_bytes()
     other = header_from(records[0], ("bf16", "e5m2"))
@@ -147,10 +149,10 @@ def test_a_run_that_is_another_one_is_not_written_below(tmp_path, records, heade
     assert [*run.formats] == ["bf16", "e5m2", "e4m3fn"]
 
 
-def test_what_is_no_run_file_is_not_resumed(tmp_path, header) -> None:
+def test_a_file_of_another_kind_is_not_resumed(tmp_path, header) -> None:
     path = tmp_path / "altgrad.jsonl"
     path.write_text("mine\n")
-    with pytest.raises(RunFileError, match="no run file of AltGrad"):
+    with pytest.raises(RunFileError, match="expected a run file of AltGrad"):
         RunFile.resume(path, 3, header)
     assert path.read_text() == "mine\n"
 
@@ -165,10 +167,10 @@ def test_what_is_no_run_file_is_not_resumed(tmp_path, header) -> None:
     ],
     ids=str,
 )
-def test_a_header_of_another_kind_is_refused_and_leaves_nothing(
+def test_an_invalid_header_is_an_error_and_leaves_no_file(
     tmp_path: Path, header: Any, message: str
 ) -> None:
-    expected = rf"header=.*: expected what UpdateMonitor.run_header\(\) returns, .*; {message}"
+    expected = rf"header=.*: expected the return value of UpdateMonitor.run_header.*; got {message}"
     with pytest.raises(TypeError, match=expected):
         RunFile.create(tmp_path / "new", header)
     with pytest.raises(TypeError, match=expected):
@@ -176,7 +178,7 @@ def test_a_header_of_another_kind_is_refused_and_leaves_nothing(
     assert not [*tmp_path.iterdir()]
 
 
-def test_what_json_cannot_hold_leaves_no_file(tmp_path: Path) -> None:
+def test_a_header_that_json_cannot_hold_leaves_no_file(tmp_path: Path) -> None:
     header = {"formats": {}, "scaling": None, "layers": {}, "versions": {"x": object()}}
     with pytest.raises(TypeError, match="not JSON serializable"):
         RunFile.create(tmp_path, header)
