@@ -1,4 +1,15 @@
-"""AltGrad for Lightning: add `PrecisionMonitor` to the Trainer's callbacks."""
+"""AltGrad for Lightning: add `PrecisionMonitor` to the Trainer's callbacks.
+
+Read the files in the order of the data:
+
+1. `callback`: `PrecisionMonitor`, its arguments and the hooks of Lightning. `settings` checks the
+   arguments; `packages` finds Lightning.
+2. `session`: one training under observation. `strategies` decides who observes, `result` holds the
+   findings, and `notices` warns the user.
+3. `output`: the run file and the loggers, with `charts`, `history` and `loggers`.
+
+`pickles` converts callbacks of earlier versions. `demo` and `demo_model` are ``altgrad demo``.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -7,10 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = ["PrecisionMonitor"]
 
-if not TYPE_CHECKING:  # or mypy would take every name for Any
+if not TYPE_CHECKING:  # a module with __getattr__ has any name for mypy, of type Any
 
     def __getattr__(name: str) -> object:
-        """Import `PrecisionMonitor` when it is first used, and Lightning with it (PEP 562)."""
+        """Import `PrecisionMonitor`, and Lightning with it, at its first use (PEP 562)."""
         if name != "PrecisionMonitor":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from altgrad_lightning.callback import PrecisionMonitor

@@ -1,4 +1,9 @@
-"""`PrecisionMonitor`: watch a Trainer's optimizer steps and log what each format would keep."""
+"""`PrecisionMonitor`: observe the optimizer steps of a Trainer and log what each format keeps.
+
+The hooks of the callback do little themselves. They start a `Session` when training starts, pass
+batches to it, and end it. Start reading here. The next file is `session`, and `settings` checks the
+arguments.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +26,8 @@ from altgrad_lightning.session import Session
 from altgrad_lightning.settings import (
     Settings,
     apply_preset,
-    checked_formats,
-    checked_layer_charts,
+    check_formats,
+    check_layer_charts,
 )
 from altgrad_lightning.strategies import is_idle
 
@@ -31,65 +36,73 @@ if TYPE_CHECKING:
 
 
 class PrecisionMonitor(Callback):
-    """Judge number formats from an ordinary run, step by step, in every logger of the Trainer.
+    """A Lightning callback that judges number formats from the steps of an ordinary run.
 
-    An `altgrad.UpdateMonitor` as a Lightning callback: it measures the update of each observed
-    optimizer step on the grid of every format. Training is not touched: no weight, gradient or
-    random number changes. It is a callback of `lightning` and of `pytorch_lightning`, whichever
-    are installed.
+    `PrecisionMonitor` is an `altgrad.UpdateMonitor` for a Trainer of `lightning` or
+    `pytorch_lightning`. It measures the update of each observed optimizer step on the grid of every
+    format. Training stays bit-identical: weights, gradients and random numbers are only read.
 
-    It observes automatic and manual optimization, any number of optimizers, accumulation, clipping,
-    every precision of the Trainer and compiled modules. Under DDP the first process observes; under
-    ModelParallelStrategy all processes observe, and the first one writes. Skipped steps (a
-    GradScaler found inf, there was no gradient, the learning rate is 0) are counted apart. Where a
-    layer is stepped several times in a batch, the last step counts. Steps of tuners (learning rate
-    finder, batch size scaler) are not observed. It warns once of what it cannot observe: FSDP1 and
-    DeepSpeed, optimizers that step inside the backward pass or on copies of the parameters, and
-    parameters that are not floating-point.
+    Automatic and manual optimization are observed, with any number of optimizers, accumulation,
+    clipping, every precision of the Trainer and compiled modules. Under DDP the first rank
+    observes. Under ModelParallelStrategy all ranks observe, and the first rank writes. If a layer
+    is stepped several times in a batch, the last step counts.
 
-    Logged keys are ``altgrad/{metric}`` and ``altgrad/{metric}/{format}`` for the model, and these
-    followed by ``/{layer}`` for a layer, at the step at which Lightning logs what the module logs.
-    ``altgrad/monitor/…`` holds the share of the time that observing takes, the number of elements
-    measured and the number of skipped steps. TensorBoard and wandb also get pictures and verdicts,
-    at the 1st, 4th, 16th, … observed step and at the end. The figures of all layers go to the run
-    file, which ``altgrad report`` reads. A logger, a picture or a file that fails is left out from
-    then on, with one warning, and training goes on.
+    Skipped steps are counted by reason: a GradScaler found inf, no gradients, learning rate 0.
+    Steps of Lightning's tuners (learning rate finder, batch size scaler) are left out.
 
-    Checkpoints hold its state: a resumed run still knows which weights have never moved.
+    The callback warns once of each thing that cannot be observed: FSDP1 and DeepSpeed, optimizers
+    that step inside the backward pass or on copies of the parameters, and parameters that are not
+    floating-point.
+
+    Logged keys:
+
+    - ``altgrad/{metric}`` and ``altgrad/{metric}/{format}``: figures of the model.
+    - ``altgrad/{metric}/{layer}`` and ``altgrad/{metric}/{format}/{layer}``: figures of a charted
+      layer.
+    - ``altgrad/monitor/…``: the share of the time that observing takes, the number of measured
+      elements and the number of skipped steps.
+
+    Figures are logged at the same step as the values that the module logs. TensorBoard and wandb
+    also get pictures and verdicts, at the 1st, 4th, 16th, … observed step and at the end. The
+    figures of all layers go to the run file, which ``altgrad report`` reads. After an error, a
+    logger, picture or file is left out with one warning, and training goes on.
+
+    Checkpoints hold the state of the callback, so that a resumed run still knows which weights have
+    never moved.
 
     Args:
-        formats: Formats to judge, as in `altgrad.measure`; bf16 and the two FP8 formats in use by
-            default.
-        every_n_steps: Observe the optimizer step of each n-th batch that steps (in manual
-            optimization, of each n-th batch). None follows the Trainer's ``log_every_n_steps``,
-            so that the charts have the points of the loss.
-        scaling: Which elements share an amax scale, as in `altgrad.measure`; per tensor by default,
-            as FP8 training does. None judges the formats unscaled.
-        preset: ``"economy"`` (256 elements of a parameter, 4 charted layers, at most 1 % of the
-            time), ``"standard"`` (the defaults) or ``"full"`` (all elements, 16 charted layers,
-            histograms). An argument that is given another value than its default wins.
-        layer_charts: The number of layers that are charted, or patterns of their names, such as
+        formats: Formats to judge, as in `altgrad.measure`; by default bf16 and the FP8 formats
+            e4m3fn and e5m2.
+        every_n_steps: Interval between observed steps, in batches that step an optimizer (in manual
+            optimization, in batches). None follows the Trainer's ``log_every_n_steps``, so that
+            figures and loss are logged at the same steps.
+        scaling: The elements that share an amax scale, as in `altgrad.measure`. The default
+            ``"tensor"`` is customary in FP8 training. None judges the formats unscaled.
+        preset: ``"economy"`` (256 elements of a layer, 4 charted layers, at most 1 % of the time),
+            ``"standard"`` (the defaults) or ``"full"`` (all elements, 16 charted layers,
+            histograms). An argument with another value than its default takes precedence.
+        layer_charts: The number of charted layers, or patterns of the names of layers, such as
             ``["*.norm.weight"]``. A number charts the layers that keep least of their update at the
-            first observed step that has figures; these stay charted. With the default of 8 and
-            three formats there are fewer than 300 charts. All layers are in `latest` and in the run
-            file.
-        histograms: If True, TensorBoard and wandb get histograms of abs(update) / stiffness at each
-            observed step, of the model and of the charted layers. They weigh more than all charts.
-        run_file: If True, the figures of all layers are written to ``altgrad.jsonl`` in the run's
-            log directory (Trainer.log_dir), about 3.5 kB for each layer and observed step with
-            four formats. Nothing is written with ``fast_dev_run``.
-        max_elements: Maximum number of elements sampled from each parameter, as in `UpdateMonitor`.
-            More of them make the error of a sample smaller.
+            first observed step with figures; this choice is final. The default of 8 makes fewer
+            than 300 charts with three formats. All layers are in `latest` and in the run file.
+        histograms: If True, log histograms of abs(update) / stiffness to TensorBoard and wandb at
+            each observed step, for the model and the charted layers. The histograms take more disk
+            space than all charts.
+        run_file: If True, write the figures of all layers to ``altgrad.jsonl`` in the log directory
+            of the run (Trainer.log_dir). The file takes about 3.5 kB for each layer and observed
+            step with four formats. With ``fast_dev_run`` nothing is written.
+        max_elements: Maximum number of elements sampled from each layer, as in `UpdateMonitor`.
+            A larger sample has a smaller error.
         sampling: Rules for single layers, as in `UpdateMonitor`.
-        overhead_budget: The share of all time that observing may take, as in `UpdateMonitor`;
-            loggers, pictures and files are not included.
-        seed: The seed of the choice of elements.
-        strict: If True, re-raise errors of the callback and of loggers in the training; otherwise
-            warn once.
+        overhead_budget: The share of all time that observing may take, as in `UpdateMonitor`. The
+            time of loggers, pictures and files is not included.
+        seed: Seed of the samples.
+        strict: If True, re-raise errors of the callback and of loggers in the training loop;
+            otherwise warn once.
 
     Raises:
-        ValueError: Formats are missing, unknown or equally named; `scaling` is unknown; a number is
-            out of range; or, when training starts, a rule matches no layer.
+        ValueError: Formats are missing or unknown, or two have the same name; `scaling` is unknown;
+            a number is out of range; or, when training starts, a rule matches no layer.
         TypeError: An argument has the wrong type.
     """
 
@@ -118,10 +131,10 @@ class PrecisionMonitor(Callback):
             overhead_budget=overhead_budget,
         )
         self._settings = Settings(
-            formats=checked_formats(formats),
+            formats=check_formats(formats),
             every_n_steps=every_n_steps,
             scaling=scaling,
-            layer_charts=checked_layer_charts(chosen["layer_charts"]),
+            layer_charts=check_layer_charts(chosen["layer_charts"]),
             histograms=chosen["histograms"],
             run_file=run_file,
             max_elements=chosen["max_elements"],
@@ -131,15 +144,15 @@ class PrecisionMonitor(Callback):
             strict=strict,
         )
         self._notices = Notices()
-        self._result = Result()  # of the current training, or of the last one
-        self._loaded: dict[str, Any] = {}  # from a checkpoint, for the training that starts next
-        self._session: Session | None = None  # while it observes
+        self._result = Result()  # of the current training, else of the last one
+        self._loaded: dict[str, Any] = {}  # from a checkpoint, for the next training
+        self._session: Session | None = None  # while a training is observed
 
-    # --- what a user reads
+    # --- arguments and findings
 
     @property
     def formats(self) -> tuple[NumberFormat, ...]:
-        """The formats that are judged."""
+        """The judged formats."""
         return self._settings.formats
 
     @property
@@ -149,7 +162,7 @@ class PrecisionMonitor(Callback):
 
     @property
     def latest(self) -> Mapping[str, Figures]:
-        """The figures of every layer at the last observed step; empty before the first."""
+        """The figures of every layer at the last observed step, by name; empty before the first."""
         return self._result.latest
 
     @property
@@ -159,7 +172,7 @@ class PrecisionMonitor(Callback):
 
     @property
     def latest_step(self) -> int | None:
-        """The step that the latest figures were logged at; None before the first."""
+        """The step at which the latest figures were logged; None before the first observed step."""
         return self._result.latest_step
 
     @property
@@ -169,32 +182,34 @@ class PrecisionMonitor(Callback):
 
     @property
     def path(self) -> Path | None:
-        """The run file; None before training starts, and without one."""
+        """The path of the run file; None before training starts, and if no run file is written."""
         return self._result.path
 
     @property
     def assessment(self) -> Assessment | None:
-        """The verdicts of every layer as they stand; None before training starts."""
+        """The verdicts of every layer so far; None before training starts."""
         return self._result.assessment if self._session is None else self._session.assessment
 
     # --- Lightning's hooks, in the order in which a Trainer calls them
 
     @property
     def state_key(self) -> str:
-        """The key of its state in a checkpoint, which keeps apart callbacks with other formats."""
+        """The key of the state in a checkpoint, different for callbacks with other formats."""
         names = [format.name for format in self.formats]
         key: str = self._generate_state_key(formats=names, scaling=self._settings.scaling)
         return key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a checkpoint's state for `on_train_start`, as optimizers may not exist yet."""
+        """Keep a checkpoint's state for `on_train_start`, when the optimizers exist."""
         self._loaded = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a session, now that weights and optimizers are restored and on their device."""
+        """Start a session, now that weights and optimizers are restored and on their device."""
         loaded = self._loaded
         self._end()
-        self._result = Result(state=loaded)  # without a checkpoint a training is one of its own
+        self._result = Result(
+            state=loaded
+        )  # without a checkpoint, nothing is taken from an earlier training
         folder = self._run_folder(trainer)
         if is_idle(trainer, pl_module):
             return
@@ -205,26 +220,28 @@ class PrecisionMonitor(Callback):
             self._end()
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Attach to optimizers that another callback has replaced, before the new ones step."""
+        """Attach to new optimizers, if another callback or the module replaced the old ones."""
         session = self._session
         if session is None or not session.has_other_optimizers:
             return
         try:
             observes = session.attach()
-        except ValueError as error:  # layers were replaced too, and a rule matches none any more
+        except (
+            ValueError
+        ) as error:  # the layers were replaced, too, and a rule matches none of them
             self._stop(session, f"stops observing: {error}")
         else:
             if not observes:
                 self._end()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Log the figures of the batch, after all of its optimizers have stepped."""
+        """Log the figures of the batch, in which all optimizers have stepped by now."""
         if self._session is not None:
             with self._stopping_after_an_error(self._session):
                 self._session.finish_batch()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds: the monitor's state, verdicts and the run file's path."""
+        """Return the monitor's state, the verdicts and the run file's path, for a checkpoint."""
         if self._session is not None:
             return self._session.state_dict()
         return self._loaded or self._result.state
@@ -232,36 +249,42 @@ class PrecisionMonitor(Callback):
     def on_train_end(self, *_: Any) -> None:
         """Log the last pictures and end the session, while weights are still on their device."""
         if self._session is not None:
-            if why := self._session.why_no_step():
-                self._session.say(f"observed no step: {why}")
+            if reason := self._session.explain_no_step():
+                self._session.warn(f"observed no step: {reason}")
             with self._stopping_after_an_error(self._session):
                 self._session.finish()
         self._end()
 
     def on_exception(self, *_: Any) -> None:
-        """Log what has waited and end the session, alone, as other ranks may not have failed."""
+        """Log waiting rows, and end the session without waiting for other ranks."""
         if self._session is not None:
             self._session.flush()
         self._end(alone=True)
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """End a session that a tuner cut short, and forget a state that no training took up."""
+        """End a session that a tuner interrupted, and drop a loaded state that no training used."""
         self._end(alone=True)
 
     # --- copies and pickles
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the session: a module with this callback as hyperparameter is saved with it."""
+        """Return the attributes without the session, which holds the Trainer and the module.
+
+        A module that has the callback as a hyperparameter is saved with a pickle of the callback.
+        """
         return {**self.__dict__, "_session": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a pickle, also one of version 0.1.0."""
+        """Restore the attributes, also those that version 0.1.0 pickled."""
         self.__dict__.update(convert_attributes(state))
 
     # --- the session
 
     def _run_folder(self, trainer: Trainer) -> Path | None:
-        """Return where the run file goes; every rank has to ask, since `log_dir` is broadcast."""
+        """Return the folder for the run file, or None if no run file is written.
+
+        All ranks must call this method: `Trainer.log_dir` broadcasts the folder of the first rank.
+        """
         if not self._settings.run_file or getattr(trainer, "fast_dev_run", False):
             return None
         return Path(trainer.log_dir or trainer.default_root_dir)
@@ -275,15 +298,15 @@ class PrecisionMonitor(Callback):
                 raise
             self._stop(session, f"stops observing after an error: {error!r}")
 
-    def _stop(self, session: Session, why: str) -> None:
-        session.say(why)
+    def _stop(self, session: Session, notice: str) -> None:
+        session.warn(notice)
         if session.is_shared:
-            session.stop_writing()  # and observe on, since the other ranks wait for this one
+            session.stop_writing()  # but observe on: the other ranks wait for this one at each step
         else:
             self._end()
 
     def _end(self, *, alone: bool = False) -> None:
-        """End the session, and forget a checkpoint's state that no training has taken up."""
+        """End the session, and drop a loaded state that no training used."""
         if self._session is not None:
             self._session.end(alone=alone)
         self._session = None

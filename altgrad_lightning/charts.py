@@ -1,4 +1,9 @@
-"""`Charts`: what is charted of a run, under keys that stay the same from first row to last."""
+"""`Charts`: turn the figures of observed steps into rows of numbers for loggers.
+
+A logger with columns, such as CSVLogger, needs the same keys in every row. `Charts` therefore fixes
+the charted layers once, and fills missing figures with NaN. Read this file after `output`, which
+logs the rows. The next file is `history`, which keeps figures for pictures.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +16,25 @@ from altgrad import Figures
 from altgrad.measurement import FORMAT_METRICS, LAYER_METRICS
 
 PER_LAYER = ("update_rms", "update_weight_ratio", "unmoved_frac", "ulp_mean", "ulp_zero_frac")
-"""What a charted layer shows, …"""
+"""Metrics that are charted once for each charted layer."""
 PER_LAYER_AND_FORMAT = (
     *("kept_update_ratio", "stall_frac"),
     *("stiffness_mean", "grad_stiff_correlation", "grad_below_stiffness_frac"),
 )
-"""… and for each format."""
-_LONGEST_WAIT = 20  # rows: where nothing has a figure until then, nothing will have one soon
-_NONE: Mapping[str, float] = {}
+"""Metrics that are charted for each charted layer and each format of the layer."""
+# If no layer has a kept_update_ratio in 20 rows, the layers are chosen without one.
+_MAX_WAITING_ROWS = 20
+_NO_FIGURES: Mapping[str, float] = {}
 
 
 class Row(NamedTuple):
-    """What is charted at one step: keys and values of the model, and of all else."""
+    """The charted numbers of one step.
+
+    Attributes:
+        step: The step to log at.
+        model: Figures of the model, by logged key.
+        others: Figures of charted layers and of the monitor itself, by logged key.
+    """
 
     step: int
     model: dict[str, float]
@@ -30,17 +42,19 @@ class Row(NamedTuple):
 
 
 class Charts:
-    """Turns the figures of observed steps into rows of numbers with the same keys.
+    """A converter from the figures of observed steps to rows with the same keys.
 
-    Which layers are charted is known at the first step in which one of them has a
-    kept_update_ratio; the rows before it wait until then.
+    The charted layers are chosen at the first step in which a layer has a kept_update_ratio. Rows
+    of earlier steps wait until then, for at most 20 rows.
 
     Args:
-        formats: Names of those that are judged.
-        layers: How many layers are charted, those that keep least; or patterns of their names.
+        formats: Names of the judged formats.
+        layers: The number of layers to chart, those that keep least of their update first; or
+            patterns of the names of layers.
 
     Attributes:
-        charted: The layers, each with its formats; None before they are known.
+        charted: Names of the charted layers, each with the names of its formats; None before the
+            layers are chosen.
     """
 
     def __init__(self, formats: Sequence[str], layers: int | Sequence[str]) -> None:
@@ -56,64 +70,65 @@ class Charts:
         layers: Mapping[str, Figures],
         monitor: Mapping[str, float],
     ) -> list[Row]:
-        """The rows that can be logged now: none, this one, or also those that have waited.
+        """Add the figures of a step, and return the rows that can be logged now.
 
         Args:
-            step: The one to log at.
+            step: The step to log at.
             model: Figures of the model.
-            layers: Those of each layer.
-            monitor: What is to be known of the observation itself, under ``altgrad/monitor/…``.
-        """
-        of_model = {
-            f"altgrad/{key}": model.get(key, math.nan)
-            for key in _keys([*LAYER_METRICS], [*FORMAT_METRICS], self._formats)
-        }
-        of_itself = {f"altgrad/monitor/{key}": value for key, value in monitor.items()}
-        self._waiting.append((Row(step, of_model, of_itself), layers))
-        if self.charted is None:
-            known = any(_lowest_kept(figures) < math.inf for figures in layers.values())
-            if not known and len(self._waiting) < _LONGEST_WAIT:
-                return []
-            self.charted = {name: layers[name].formats for name in self._chosen(layers)}
-        return self.rest()
+            layers: Figures of each layer, by name.
+            monitor: Numbers about the monitor itself, for keys ``altgrad/monitor/…``.
 
-    def rest(self) -> list[Row]:
-        """The rows that have waited."""
+        Returns:
+            No row while the charted layers are unknown; then all waiting rows and the new one.
+        """
+        model_keys = _join_keys([*LAYER_METRICS], [*FORMAT_METRICS], self._formats)
+        model_row = {f"altgrad/{key}": model.get(key, math.nan) for key in model_keys}
+        monitor_row = {f"altgrad/monitor/{key}": value for key, value in monitor.items()}
+        self._waiting.append((Row(step, model_row, monitor_row), layers))
+        if self.charted is None:
+            known = any(_find_lowest_kept(figures) < math.inf for figures in layers.values())
+            if not known and len(self._waiting) < _MAX_WAITING_ROWS:
+                return []
+            self.charted = {name: layers[name].formats for name in self._choose(layers)}
+        return self.take_waiting()
+
+    def take_waiting(self) -> list[Row]:
+        """Return the waiting rows, with the charted layers added, and forget them."""
         waiting, self._waiting = self._waiting, []
         return [
-            row._replace(others=row.others | self._of_layers(layers)) for row, layers in waiting
+            row._replace(others=row.others | self._layer_row(layers)) for row, layers in waiting
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Which layers are charted."""
+        """Return the charted layers, for a checkpoint."""
         return {"charted": self.charted}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the same."""
+        """Chart the layers that a `state_dict` names."""
         self.charted = state["charted"]
 
-    def _chosen(self, layers: Mapping[str, Figures]) -> list[str]:
+    def _choose(self, layers: Mapping[str, Figures]) -> list[str]:
         if isinstance(self._layers, int):
-            return sorted(layers, key=lambda name: _lowest_kept(layers[name]))[: self._layers]
+            return sorted(layers, key=lambda name: _find_lowest_kept(layers[name]))[: self._layers]
         patterns = self._layers
         return [name for name in layers if any(fnmatchcase(name, each) for each in patterns)]
 
-    def _of_layers(self, layers: Mapping[str, Figures]) -> dict[str, float]:
+    def _layer_row(self, layers: Mapping[str, Figures]) -> dict[str, float]:
         return {
-            f"altgrad/{key}/{name}": layers.get(name, _NONE).get(key, math.nan)
+            f"altgrad/{key}/{name}": layers.get(name, _NO_FIGURES).get(key, math.nan)
             for name, formats in (self.charted or {}).items()
-            for key in _keys(PER_LAYER, PER_LAYER_AND_FORMAT, formats)
+            for key in _join_keys(PER_LAYER, PER_LAYER_AND_FORMAT, formats)
         }
 
 
-def _keys(
+def _join_keys(
     metrics: Sequence[str], format_metrics: Sequence[str], formats: Sequence[str]
 ) -> list[str]:
-    of_formats = [f"{metric}/{format}" for metric in format_metrics for format in formats]
-    return [*metrics, *of_formats]
+    format_keys = [f"{metric}/{format}" for metric in format_metrics for format in formats]
+    return [*metrics, *format_keys]
 
 
-def _lowest_kept(figures: Figures) -> float:
-    """The kept_update_ratio in the worst format; inf where none has one."""
+def _find_lowest_kept(figures: Figures) -> float:
+    """Return the kept_update_ratio of the worst format; inf if all of them are NaN."""
     kept = (figures[f"kept_update_ratio/{format}"] for format in figures.formats)
     return min((value for value in kept if not math.isnan(value)), default=math.inf)

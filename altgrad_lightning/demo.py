@@ -1,4 +1,8 @@
-"""`altgrad demo`: train a small language model and see which formats its weights could live in."""
+"""`altgrad demo`: train a small language model and report which formats suit its weights.
+
+`demo` trains the model of `demo_model` under a `PrecisionMonitor`, then prints the report and
+writes pictures. Read `demo_model` next.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
     from altgrad_lightning import PrecisionMonitor
 
 BATCH_SIZE = 16
-"""The number of windows of text in a batch."""
+"""Number of windows of text in a batch."""
 
 
 def demo(
@@ -29,9 +33,14 @@ def demo(
 ) -> None:
     """Train a character transformer on Python's own source and judge three formats.
 
-    About a minute on a laptop's CPU. Shows what each format would do to each layer, and writes a
-    page with pictures and TensorBoard logs.
-    """
+    The demo takes about a minute on a laptop's CPU. It prints a verdict for each
+    layer and format, and writes a page with pictures and TensorBoard logs.
+    \f
+    Args:
+        steps: Number of optimizer steps, at least 10.
+        folder: Folder for logs and the report.
+        seed: Seed of the weights and the batches, from 0 to 2**32 - 1.
+    """  # noqa: D301 - typer's help ends at the form feed
     if not 0 <= seed < 2**32:
         sys.exit(f"--seed {seed}: expected a number from 0 to 2**32 - 1")
     try:
@@ -46,7 +55,7 @@ def demo(
 
 
 def _train(steps: int, folder: Path, seed: int) -> PrecisionMonitor:
-    """Train the model under a monitor, with logs in the folder."""
+    """Train the model under a monitor, with logs in `folder`, and return the monitor."""
     from torch.utils.data import DataLoader
 
     from altgrad_lightning.callback import PrecisionMonitor
@@ -64,8 +73,12 @@ def _train(steps: int, folder: Path, seed: int) -> PrecisionMonitor:
     logger = lightning.loggers.TensorBoardLogger(
         save_dir=folder, name=None, default_hp_metric=False
     )
-    monitor = PrecisionMonitor(max_elements=None)  # of so small a model all: no figure is a guess
-    logging.getLogger(lightning.__name__).setLevel(logging.WARNING)  # no advertisements
+    monitor = PrecisionMonitor(
+        max_elements=None
+    )  # all elements of a small model: figures are exact
+    logging.getLogger(lightning.__name__).setLevel(
+        logging.WARNING
+    )  # or Lightning prints tips on its products
     trainer = lightning.Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -77,17 +90,17 @@ def _train(steps: int, folder: Path, seed: int) -> PrecisionMonitor:
         enable_model_summary=False,
     )
     with warnings.catch_warnings():
-        # The batches are cut out of memory: workers would only slow this down.
+        # Batches are slices of memory, which worker processes would only slow down.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        # Lightning's own business with a newer torch.
+        # Lightning 2.6 calls a function that torch 2.13 deprecates.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
         trainer.fit(model, DataLoader(Windows(text, steps * BATCH_SIZE), batch_size=BATCH_SIZE))
     return monitor
 
 
 def _report(monitor: PrecisionMonitor, folder: Path) -> None:
-    """Print the report of the run, and write its page and picture beside its logs."""
-    assert monitor.path is not None  # the folder can be written to
+    """Print the report of the run, and write a page and a picture to the folder of the run file."""
+    assert monitor.path is not None  # `demo` made the folder, so the run file exists
     console = Console()
     report = RunReport.of(read(monitor.path))
     print_report(report, console)

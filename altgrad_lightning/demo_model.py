@@ -1,4 +1,8 @@
-"""What `altgrad demo` trains: a small language model on the source of Python itself."""
+"""`CharacterTransformer`: the small language model of `altgrad demo`, and the text it learns.
+
+The model is ordinary Lightning code without AltGrad. The text is the source of Python's standard
+library, so that the demo needs no download. `demo` trains the model.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,12 @@ from torch.utils.data import Dataset
 
 from altgrad_lightning.packages import lightning
 
-_CONTEXT = 128
-_CHARACTERS = 128  # ASCII
+_CONTEXT = 128  # characters
+_CHARACTERS = 128  # all of ASCII
 
 
 def standard_library_text(max_bytes: int = 2_000_000) -> bytes:
-    """ASCII source of the running Python's standard library, always in the same order."""
+    """Return ASCII source of the running Python's standard library, in a fixed order."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     text = b""
     for path in sorted(folder.glob("*.py")):
@@ -30,7 +34,14 @@ def standard_library_text(max_bytes: int = 2_000_000) -> bytes:
 
 
 class Windows(Dataset[Tensor]):
-    """Random windows of a text, one character longer than the context."""
+    """A dataset of random windows of a text, each one character longer than the context.
+
+    An item is int64 (129,).
+
+    Args:
+        text: ASCII text of at least 129 characters.
+        count: Number of windows.
+    """
 
     def __init__(self, text: bytes, count: int) -> None:
         self.text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -45,7 +56,12 @@ class Windows(Dataset[Tensor]):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block with causal attention."""
+    """A pre-norm transformer block with causal attention.
+
+    Args:
+        width: Number of features.
+        heads: Number of attention heads; `width` is a multiple of it.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -59,6 +75,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output, float32 like the input (batch, length, width)."""
         batch, length, width = x.shape
         split = self.query_key_value(self.attention_norm(x)).view(
             batch, length, 3, self.heads, width // self.heads
@@ -71,7 +88,13 @@ class Block(nn.Module):
 
 
 class CharacterTransformer(lightning.LightningModule):
-    """A small character-level language model; nothing in it knows of AltGrad."""
+    """A small character-level language model.
+
+    Args:
+        width: Number of features.
+        heads: Number of attention heads in a block.
+        depth: Number of blocks.
+    """
 
     def __init__(self, width: int = 128, heads: int = 4, depth: int = 3) -> None:
         super().__init__()
@@ -84,15 +107,18 @@ class CharacterTransformer(lightning.LightningModule):
             nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, context: Tensor) -> Tensor:
+        """Return logits, float32 (batch, 128, 128), for characters int64 (batch, 128)."""
         x = self.characters(context) + self.positions.weight
         logits: Tensor = self.head(self.norm(self.blocks(x)))
         return logits
 
     def training_step(self, batch: Tensor, _batch_index: int) -> Tensor:
+        """Return the cross-entropy in nats per character, for a batch int64 (batch, 129)."""
         context, following = batch[:, :-1], batch[:, 1:]
         loss = functional.cross_entropy(self(context).flatten(0, 1), following.flatten())
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW for all parameters."""
         return torch.optim.AdamW(self.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)

@@ -1,4 +1,9 @@
-"""`History`: a metric by format, layer and step, in bounded memory: what a heat map shows."""
+"""`History`: keep one metric by format, layer and step in bounded memory, for heat maps.
+
+A long run has more observed steps than a picture has columns. `History` merges neighbouring columns
+whenever the picture is full, so that a column is the mean of 1, 2, 4, … observed steps. Read this
+file after `charts`. The next file is `loggers`, which shows the heat maps.
+"""
 
 from __future__ import annotations
 
@@ -14,54 +19,72 @@ if TYPE_CHECKING:
 
 
 class History:
-    """The values of a run, averaged over more and more observed steps as it gets longer.
+    """The figures of one metric over a run, in a bounded number of columns.
 
     2,000 layers under 4 formats take 13 MB at most.
 
     Args:
-        metric: A share, of a format.
-        most_columns: When there would be more columns, each two of them become one.
+        metric: Name of a metric that has a figure for each format.
+        most_columns: Maximum number of columns; beyond it, pairs of columns are merged.
 
     Attributes:
-        per_column: How many observed steps a column is the mean of.
+        metric: Name of the metric.
+        per_column: Number of observed steps in a column.
     """
 
     def __init__(self, metric: str = "stall_frac", most_columns: int = 200) -> None:
         self.metric = metric
         self.per_column = 1
-        self._most = most_columns
+        self._most_columns = most_columns
         self._columns: list[_Column] = []
         self._positions: dict[str, dict[str, int]] = {}  # by format and layer
 
     def add(self, step: int, layers: Mapping[str, Mapping[str, float]]) -> None:
-        """The figures of an observed step: by layer those by ``metric/format``."""
-        if self._is_full and len(self._columns) == self._most:
-            self._halve()
+        """Add the figures of an observed step.
+
+        Args:
+            step: The step that the figures are logged at.
+            layers: By the name of a layer, figures by ``{metric}/{format}``.
+        """
+        if self._is_full and len(self._columns) == self._most_columns:
+            self._merge_pairs()
         if self._is_full:
             self._columns.append(_Column(step))
         column = self._columns[-1]
         column.steps += 1
         for layer, figures in layers.items():
-            for format, key in self._keys(figures):
-                column.add(self._position(format, layer), figures[key])
+            for format, key in self._find_keys(figures):
+                column.add(self._find_position(format, layer), figures[key])
 
-    def values(self, format: str) -> dict[str, dict[int, float]]:
-        """By layer and the first step of each column, where the layer was observed in it."""
+    def get_means(self, format: str) -> dict[str, dict[int, float]]:
+        """Return the mean figures under a format.
+
+        Args:
+            format: Name of the format.
+
+        Returns:
+            By the name of a layer, and then by the first step of a column, the mean in the column.
+            Columns in which the layer was not observed are left out.
+        """
         return {
             layer: {
-                column.step: mean
+                column.first_step: mean
                 for column in self._columns
-                if (mean := column.mean(position)) is not None
+                if (mean := column.get_mean(position)) is not None
             }
             for layer, position in self._positions.get(format, {}).items()
         }
 
-    def heat_maps(self) -> dict[str, Figure]:
-        """By ``{metric}_map/{format}``, a heat map of layers by steps."""
+    def draw_heat_maps(self) -> dict[str, Figure]:
+        """Draw a heat map of layers by steps for each format.
+
+        Returns:
+            The pictures, by ``{metric}_map/{format}``.
+        """
         mean = f", means of {self.per_column} observed steps" if self.per_column > 1 else ""
         return {
             f"{self.metric}_map/{format}": heat_map(
-                self.values(format), title=f"{self.metric} in {format}{mean}", label=self.metric
+                self.get_means(format), title=f"{self.metric} in {format}{mean}", label=self.metric
             )
             for format in self._positions
         }
@@ -70,37 +93,40 @@ class History:
     def _is_full(self) -> bool:
         return not self._columns or self._columns[-1].steps == self.per_column
 
-    def _keys(self, figures: Mapping[str, float]) -> list[tuple[str, str]]:
+    def _find_keys(self, figures: Mapping[str, float]) -> list[tuple[str, str]]:
         formats = getattr(figures, "formats", None)
         if formats is None:
             prefix = f"{self.metric}/"
             formats = [key[len(prefix) :] for key in figures if key.startswith(prefix)]
         return [(format, f"{self.metric}/{format}") for format in formats]
 
-    def _position(self, format: str, layer: str) -> int:
-        of_format = self._positions.setdefault(format, {})
-        if layer not in of_format:
-            of_format[layer] = sum(map(len, self._positions.values()))
-        return of_format[layer]
+    def _find_position(self, format: str, layer: str) -> int:
+        positions = self._positions.setdefault(format, {})
+        if layer not in positions:
+            positions[layer] = sum(map(len, self._positions.values()))
+        return positions[layer]
 
-    def _halve(self) -> None:
+    def _merge_pairs(self) -> None:
         self.per_column *= 2
         pairs = zip(self._columns[::2], self._columns[1::2], strict=False)
-        odd = self._columns[len(self._columns) // 2 * 2 :]
-        self._columns = [first.merged(second) for first, second in pairs] + odd
+        unpaired = self._columns[len(self._columns) // 2 * 2 :]
+        self._columns = [first.merge(second) for first, second in pairs] + unpaired
 
 
 class _Column:
-    """Means over some observed steps, by position."""
+    """A column of means over some observed steps, by position.
 
-    def __init__(self, step: int) -> None:
-        self.step = step  # the first
+    Arrays of float32 keep an entry at 4 bytes, where a Python float takes 24.
+    """
+
+    def __init__(self, first_step: int) -> None:
+        self.first_step = first_step
         self.steps = 0
         self.sums = array("f")
-        self.counts = array("f")  # NaN: not observed
+        self.counts = array("f")  # NaN marks a layer that was not observed
 
     def add(self, position: int, value: float, count: float = 1) -> None:
-        """So many values of that mean; NaN is none, and says that it was observed."""
+        """Add `count` figures with mean `value`; NaN only marks the layer as observed."""
         missing = position + 1 - len(self.sums)
         if missing > 0:
             self.sums.extend([0.0] * missing)
@@ -111,15 +137,15 @@ class _Column:
             self.sums[position] += count * value
             self.counts[position] += count
 
-    def mean(self, position: int) -> float | None:
-        """None: not observed; NaN: observed, without a value."""
+    def get_mean(self, position: int) -> float | None:
+        """Return the mean; None for a layer that was not observed, NaN if it had no figure."""
         if position >= len(self.counts) or math.isnan(self.counts[position]):
             return None
         count = self.counts[position]
         return self.sums[position] / count if count else math.nan
 
-    def merged(self, later: _Column) -> _Column:
-        """This one and the next as one."""
+    def merge(self, later: _Column) -> _Column:
+        """Add the figures of the next column to this column, and return this column."""
         self.steps += later.steps
         for position, count in enumerate(later.counts):
             if not math.isnan(count):

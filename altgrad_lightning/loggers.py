@@ -1,7 +1,11 @@
-"""What loggers are given: numbers all of them, pictures those that can show them.
+"""Log numbers, pictures, histograms and verdicts with the loggers of a Trainer.
 
-Tags are `altgrad/` and what is shown: histograms `steps/{format}` and `steps/{format}/{layer}`,
-pictures and the `verdict`. What a logger raises is raised.
+Numbers go to every logger. TensorBoard and wandb also get pictures, histograms and verdicts. Each
+function has one branch per logger, and raises what the logger raises: `output`, which calls these
+functions, handles errors.
+
+Tags are ``altgrad/{key}``, with keys such as ``steps/{format}`` and ``steps/{format}/{layer}`` for
+histograms and ``verdict`` for the table of verdicts.
 """
 
 from __future__ import annotations
@@ -23,80 +27,90 @@ if TYPE_CHECKING:
 
     from altgrad.report import Advice, Assessment
 
-_LEADING = (
+_LEADING_METRICS = (
     *("kept_update_ratio", "stall_frac", "never_moved_frac"),
     *("update_error", "visible_frac", "steps_median_log2"),
 )
-_OF_LAYERS = ("kept_update_ratio", "stall_frac")
+_LAYER_METRICS = ("kept_update_ratio", "stall_frac")
 _COLUMNS = ("layer", "format", "verdict", "kept_update_ratio", "stall_frac", "reason")
-_MOST_ROWS = 100  # of the verdict's text; all layers are in the run file
+# As many as one reads; the run file has all layers.
+_MAX_VERDICT_ROWS = 100
 
 
 def can_show(loggers: Iterable[Any]) -> bool:
-    """Whether any of them shows pictures, so that they are worth making."""
+    """Return True if at least one logger shows pictures."""
     return any(_is_tensorboard(logger) or _is_wandb(logger) for logger in loggers)
 
 
-def scalars(
-    logger: Any, step: int, of_model: Mapping[str, float], others: Mapping[str, float]
+def log_scalars(
+    logger: Any, step: int, model: Mapping[str, float], others: Mapping[str, float]
 ) -> None:
-    """Numbers, in one call.
-
-    MLflow keeps a key as a file, and ``altgrad/stall_frac/bf16`` cannot be one and the folder of
-    the layers' as well: there the keys of the model end in ``/model``.
+    """Log the numbers of a step in one call.
 
     Args:
-        logger: One of the Trainer's.
+        logger: A logger of the Trainer.
         step: The step to log at.
-        of_model: By key, those of the model.
-        others: By key, all others.
+        model: Figures of the model, by key. For MLflow these keys end in ``/model``.
+        others: All other numbers, by key.
     """
-    if "MLFlowLogger" in _classes(logger):
-        of_model = {f"{key}/model": value for key, value in of_model.items()}
-    logger.log_metrics({**of_model, **others}, step=step)
+    if "MLFlowLogger" in _class_names(logger):
+        # MLflow's FileStore keeps a metric as a file at the path of its key. The keys of layers
+        # make a folder of altgrad/stall_frac/bf16, which therefore cannot be a file, too.
+        # https://github.com/mlflow/mlflow/blob/master/mlflow/store/tracking/file_store.py
+        model = {f"{key}/model": value for key, value in model.items()}
+    logger.log_metrics({**model, **others}, step=step)
 
 
-def layout(loggers: Iterable[Any], formats: Sequence[str], *, layers: bool = True) -> None:
-    """The page "Custom Scalars" of TensorBoard: charts of several lines, those that say most first.
+def log_layout(loggers: Iterable[Any], formats: Sequence[str], *, layers: bool = True) -> None:
+    """Arrange charts of several lines on the page "Custom Scalars" of TensorBoard.
 
-    Of the model a chart per metric with a line per format; of the charted layers, two charts per
-    format with a line per layer. Once per run: it replaces the layout that the run has had.
+    The model has a chart for each metric, with a line for each format. The charted layers have two
+    charts for each format, with a line for each layer. A later call replaces the arrangement.
 
     Args:
-        loggers: Those of the Trainer.
-        formats: Names of the formats, each of which gets charts of its layers.
-        layers: Whether any layer is charted.
+        loggers: Loggers of the Trainer; only TensorBoard has such a page.
+        formats: Names of the formats.
+        layers: If True, add the charts of layers.
     """
     for logger in loggers:
         if _is_tensorboard(logger):
-            logger.experiment.add_custom_scalars(_layout(formats, layers=layers))
+            logger.experiment.add_custom_scalars(_make_layout(formats, layers=layers))
 
 
-def histograms(loggers: Iterable[Any], step: int, histograms: Mapping[str, Histogram]) -> None:
-    """Histograms of log2(abs(update) / stiffness), each octave a bin.
+def log_histograms(loggers: Iterable[Any], step: int, histograms: Mapping[str, Histogram]) -> None:
+    """Log histograms of log2(abs(update) / stiffness), with one bin per octave.
 
     Args:
-        loggers: Those of the Trainer.
+        loggers: Loggers of the Trainer.
         step: The step to log at.
-        histograms: By ``steps/{format}`` of the model, and ``steps/{format}/{layer}``. One without
-            an element is left out.
+        histograms: Histograms by key: ``steps/{format}`` for the model, ``steps/{format}/{layer}``
+            for a layer. Empty histograms are left out.
     """
-    some = {f"altgrad/{key}": each for key, each in histograms.items() if any(each.counts)}
-    for logger in loggers if some else ():
+    filled = {f"altgrad/{key}": each for key, each in histograms.items() if any(each.counts)}
+    for logger in loggers if filled else ():
         if _is_tensorboard(logger):
-            for tag, each in some.items():
-                logger.experiment.add_histogram_raw(tag, **_raw(each), global_step=step)
+            for tag, each in filled.items():
+                raw = _convert_for_tensorboard(each)
+                logger.experiment.add_histogram_raw(tag, **raw, global_step=step)
         elif _is_wandb(logger):
             from wandb import Histogram as Chart
 
-            charts = {tag: Chart(np_histogram=_with_edges(each)) for tag, each in some.items()}
+            charts = {
+                tag: Chart(np_histogram=_convert_for_numpy(each)) for tag, each in filled.items()
+            }
             logger.log_metrics(charts, step)
 
 
-def pictures(loggers: Iterable[Any], step: int, figures: Mapping[str, Figure]) -> None:
-    """Drawings, each under ``altgrad/{key}``."""
+def log_pictures(loggers: Iterable[Any], step: int, figures: Mapping[str, Figure]) -> None:
+    """Log matplotlib figures as images.
+
+    Args:
+        loggers: Loggers of the Trainer.
+        step: The step to log at.
+        figures: Figures by key; each tag is ``altgrad/{key}``.
+    """
     able = [logger for logger in loggers if can_show([logger])]
-    images = {f"altgrad/{key}": _image(figure) for key, figure in figures.items()} if able else {}
+    images = {f"altgrad/{key}": _render(figure) for key, figure in figures.items()} if able else {}
     for logger in able if images else ():
         if _is_tensorboard(logger):
             import numpy as np
@@ -110,87 +124,102 @@ def pictures(loggers: Iterable[Any], step: int, figures: Mapping[str, Figure]) -
             logger.log_metrics({tag: Picture(image) for tag, image in images.items()}, step)
 
 
-def verdict(loggers: Iterable[Any], step: int, assessment: Assessment) -> None:
-    """What to do, layer by layer: a text in TensorBoard, a table in wandb."""
+def log_verdict(loggers: Iterable[Any], step: int, assessment: Assessment) -> None:
+    """Log the verdicts of all layers, as text in TensorBoard and as a table in wandb.
+
+    Args:
+        loggers: Loggers of the Trainer.
+        step: The step to log at.
+        assessment: The verdicts.
+    """
     for logger in loggers:
         if _is_tensorboard(logger):
-            logger.experiment.add_text("altgrad/verdict", verdict_markdown(assessment), step)
+            logger.experiment.add_text("altgrad/verdict", format_verdict(assessment), step)
         elif _is_wandb(logger):
             from wandb import Table
 
-            rows = [_row(advice) for advice in assessment.advice]
+            rows = [_make_row(advice) for advice in assessment.advice]
             table = Table(columns=[*_COLUMNS], data=rows)
             logger.log_metrics({"altgrad/verdict": table}, step)
 
 
-def verdict_markdown(assessment: Assessment) -> str:
-    """The verdict as Markdown: the summary, and a table of layers by formats, the worst first."""
+def format_verdict(assessment: Assessment) -> str:
+    """Return the summary and a table of layers by formats as Markdown, the worst layers first."""
     by_layer = assessment.by_layer
     formats = list(dict.fromkeys(advice.format for advice in assessment.advice))
-    lines = [_escaped(assessment.summary), ""]
-    if len(by_layer) > _MOST_ROWS:
-        lines += [f"The worst {_MOST_ROWS} of {len(by_layer):,} layers:", ""]
-    lines += [_table_row(["layer", *map(_escaped, formats), "smallest that stores it"])]
-    lines += [_table_row(["---"] * (len(formats) + 2))]
-    for layer in [*by_layer][:_MOST_ROWS]:
-        cells = [_escaped(cell_text(by_layer[layer].get(format)) or "–") for format in formats]
+    lines = [_escape(assessment.summary), ""]
+    if len(by_layer) > _MAX_VERDICT_ROWS:
+        lines += [f"The worst {_MAX_VERDICT_ROWS} of {len(by_layer):,} layers:", ""]
+    lines += [_join_cells(["layer", *map(_escape, formats), "smallest that stores it"])]
+    lines += [_join_cells(["---"] * (len(formats) + 2))]
+    for layer in [*by_layer][:_MAX_VERDICT_ROWS]:
+        cells = [_escape(cell_text(by_layer[layer].get(format)) or "–") for format in formats]
         suggestion = assessment.suggestions.get(layer)
-        lines += [_table_row([_escaped(layer), *cells, _escaped(suggestion or "none: fp32")])]
+        lines += [_join_cells([_escape(layer), *cells, _escape(suggestion or "none: fp32")])]
     lines += ["", "The number is kept_update_ratio, the share of the update that the format keeps."]
     seen = {advice.verdict for advice in assessment.advice}
-    lines += ["", *(f"- {each.short}: {_escaped(each.value)}" for each in Verdict if each in seen)]
+    lines += ["", *(f"- {each.short}: {_escape(each.value)}" for each in Verdict if each in seen)]
     return "\n".join(lines)
 
 
-# --- the loggers, by name: each Lightning has its own classes, and an import of wandb is slow
+# --- the kinds of loggers
+#
+# Loggers are known by the names of their classes: `lightning` and `pytorch_lightning` define each
+# logger twice, and an import of wandb is slow.
 
 
 def _is_tensorboard(logger: Any) -> bool:
-    return "TensorBoardLogger" in _classes(logger)
+    return "TensorBoardLogger" in _class_names(logger)
 
 
 def _is_wandb(logger: Any) -> bool:
-    return "WandbLogger" in _classes(logger)
+    return "WandbLogger" in _class_names(logger)
 
 
-def _classes(logger: Any) -> Iterator[str]:
+def _class_names(logger: Any) -> Iterator[str]:
     return (each.__name__ for each in type(logger).__mro__)
 
 
 # --- layout
 
 
-def _layout(formats: Sequence[str], *, layers: bool) -> dict[str, dict[str, list[Any]]]:
-    """Categories of charts; a chart's lines are those whose tags match a regular expression."""
-    leading = {metric: _lines(f"altgrad/{metric}/", "[^/]+") for metric in _LEADING}
-    others = [metric for metric in FORMAT_METRICS if metric not in _LEADING]
+def _make_layout(formats: Sequence[str], *, layers: bool) -> dict[str, dict[str, list[Any]]]:
+    """Return categories of charts for ``SummaryWriter.add_custom_scalars``."""
+    leading = {metric: _match_tags(f"altgrad/{metric}/", "[^/]+") for metric in _LEADING_METRICS}
+    others = [metric for metric in FORMAT_METRICS if metric not in _LEADING_METRICS]
     categories = {"AltGrad: model": leading}
     if layers:
         categories["AltGrad: layers that keep least"] = {
-            f"{metric}, {format}": _lines(f"altgrad/{metric}/{format}/", ".+")
+            f"{metric}, {format}": _match_tags(f"altgrad/{metric}/{format}/", ".+")
             for format in formats
-            for metric in _OF_LAYERS
+            for metric in _LAYER_METRICS
         }
-    more = {metric: _lines(f"altgrad/{metric}/", "[^/]+") for metric in others}
+    more = {metric: _match_tags(f"altgrad/{metric}/", "[^/]+") for metric in others}
     return categories | {"AltGrad: model, more": more}
 
 
-def _lines(prefix: str, rest: str) -> list[Any]:
+def _match_tags(prefix: str, rest: str) -> list[Any]:
+    # TensorBoard draws a line for each tag that matches a regular expression:
+    # https://github.com/tensorflow/tensorboard/tree/master/tensorboard/plugins/custom_scalar
     return ["Multiline", [f"^{re.escape(prefix)}{rest}$"]]
 
 
 # --- histograms and images
 
 
-def _raw(histogram: Histogram) -> dict[str, Any]:
-    """What TensorBoard knows of a histogram; sums as if all elements lay in the middle of a bin."""
+def _convert_for_tensorboard(histogram: Histogram) -> dict[str, Any]:
+    """Return the arguments of ``SummaryWriter.add_histogram_raw``.
+
+    The sums take each element for the middle of its bin.
+    """
     first, counts = histogram
-    full = [k for k, count in enumerate(counts) if count]
+    filled = [k for k, count in enumerate(counts) if count]
     middles = [first + k + 0.5 for k in range(len(counts))]
     return {
-        # It draws the first bin that is not empty from `min` on, and the last one up to `max`.
-        "min": first + full[0],
-        "max": first + full[-1] + 1,
+        # TensorBoard draws the first filled bin from `min` on, and the last one up to `max`:
+        # https://github.com/tensorflow/tensorboard/blob/master/tensorboard/plugins/histogram/README.md
+        "min": first + filled[0],
+        "max": first + filled[-1] + 1,
         "num": math.fsum(counts),
         "sum": math.fsum(x * n for x, n in zip(middles, counts, strict=True)),
         "sum_squares": math.fsum(x * x * n for x, n in zip(middles, counts, strict=True)),
@@ -199,15 +228,15 @@ def _raw(histogram: Histogram) -> dict[str, Any]:
     }
 
 
-def _with_edges(histogram: Histogram) -> tuple[np.ndarray, np.ndarray]:
-    """As numpy has it."""
+def _convert_for_numpy(histogram: Histogram) -> tuple[np.ndarray, np.ndarray]:
+    """Return counts (bins) and edges (bins + 1), as ``numpy.histogram`` does."""
     import numpy as np
 
     first, counts = histogram
     return np.array(counts), first + np.arange(len(counts) + 1)
 
 
-def _image(figure: Figure) -> Image:
+def _render(figure: Figure) -> Image:
     from PIL import Image
 
     return Image.open(io.BytesIO(png(figure))).convert("RGB")
@@ -216,15 +245,15 @@ def _image(figure: Figure) -> Image:
 # --- the verdict
 
 
-def _row(advice: Advice) -> list[Any]:
+def _make_row(advice: Advice) -> list[Any]:
     figures = [advice.figures.get(name, math.nan) for name in ("kept_update_ratio", "stall_frac")]
     return [advice.layer, advice.format, str(advice.verdict), *figures, advice.reason]
 
 
-def _table_row(cells: Iterable[str]) -> str:
+def _join_cells(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _escaped(text: str) -> str:
-    """For Markdown, which reads nothing into the number of a character."""
+def _escape(text: str) -> str:
+    """Replace characters that Markdown might read as markup by HTML references."""
     return "".join(c if c.isalnum() or c in " .,:;%" else f"&#{ord(c)};" for c in text)

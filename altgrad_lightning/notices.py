@@ -1,4 +1,7 @@
-"""`Notices`: what the callback warns of, each message once."""
+"""`Notices`: warn the user of the callback, once for each notice.
+
+This file stands alone. `session` and `callback` give the notices.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,16 @@ import warnings
 
 
 class Notices:
-    """Warnings of `PrecisionMonitor`; a message that was said before is not repeated.
+    """The notices of a `PrecisionMonitor` to its user.
 
-    A copy or pickle remembers what was said.
+    A copy or pickle remembers the notices given before, and does not repeat them.
     """
 
     def __init__(self) -> None:
-        self._said: set[str] = set()
+        self._given: set[str] = set()
 
-    def say(self, message: str) -> None:
-        """Warn ``PrecisionMonitor {message}``, unless that was said before."""
-        if message not in self._said:
-            self._said.add(message)
-            warnings.warn(f"PrecisionMonitor {message}", stacklevel=2)
+    def warn(self, notice: str) -> None:
+        """Warn ``PrecisionMonitor {notice}``, unless the same notice was given before."""
+        if notice not in self._given:
+            self._given.add(notice)
+            warnings.warn(f"PrecisionMonitor {notice}", stacklevel=2)

@@ -1,4 +1,9 @@
-"""`Output`: where the figures of a run go. A place that fails is left out and named once."""
+"""`Output`: write the figures of a run to the run file and to the loggers.
+
+A destination that raises an error is left out from then on, with one notice. Read `session` first,
+which hands each record to `Output.write`. The next file is `charts`, which makes the rows of
+numbers; `history` follows, and `loggers`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class OutputSettings(NamedTuple):
-    """The arguments of `PrecisionMonitor` that say what is written."""
+    """The arguments of `PrecisionMonitor` that concern output."""
 
     layer_charts: int | Sequence[str]
     histograms: bool
@@ -29,16 +34,16 @@ class OutputSettings(NamedTuple):
 
 
 class Output:
-    """Charts, pictures, verdicts and run file of one run.
+    """A writer of the charts, pictures, verdicts and the run file of one run.
 
     Args:
         loggers: The Trainer's loggers.
-        folder: Where the run file is created; None for no run file.
-        header: The formats and layers that are judged.
-        settings: What is written.
-        state: The `state_dict` of the run that this one resumes; None if it resumes none.
-        first_step: The step at which the next charts will be.
-        say: Called with each message for the user.
+        folder: The folder in which to create the run file; None for no run file.
+        header: The judged formats and layers.
+        settings: The arguments of `PrecisionMonitor` that concern output.
+        state: The `state_dict` of the run to resume; None for a new run.
+        first_step: The step of the next charts.
+        warn: Callback with each notice for the user.
     """
 
     def __init__(
@@ -49,17 +54,17 @@ class Output:
         settings: OutputSettings,
         state: Mapping[str, Any] | None,
         first_step: int,
-        say: Callable[[str], object],
+        warn: Callable[[str], object],
     ) -> None:
         self._settings = settings
-        self._say = say
+        self._warn = warn
         self._header = header
         self._loggers = [*loggers]
         self._charts = Charts([*self._header.formats], settings.layer_charts)
         self._judge = Judge(self._header.formats, self._header.layers)
         self._history = History()
         self._has_layout = False
-        self._spent = 0.0  # seconds in the last `write`
+        self._write_seconds = 0.0  # of the last `write`
         self._last_step = first_step - 1
         self._file: RunFile | None = None
         if state is not None:
@@ -71,11 +76,11 @@ class Output:
 
     @property
     def path(self) -> Path | None:
-        """The run file; None without one."""
+        """The path of the run file; None if no run file is written."""
         return None if self._file is None else self._file.path
 
-    def assessment(self) -> Assessment:
-        """The verdicts as they stand."""
+    def assess(self) -> Assessment:
+        """Return the verdicts of all layers so far."""
         return self._judge.assessment()
 
     def write(
@@ -85,12 +90,12 @@ class Output:
         weights: Histogram | None,
         skipped: Mapping[SkipReason, int],
     ) -> None:
-        """Write one observed step to every place.
+        """Write one observed step to the run file and to every logger.
 
         Args:
             step: The step to log at.
-            record: What was observed.
-            weights: The weights by octave, where pictures are to be drawn; None for no pictures.
+            record: The figures of the step.
+            weights: The histogram of weights by octave, for pictures; None draws no pictures.
             skipped: The number of steps skipped so far, by reason.
         """
         began = time.perf_counter()
@@ -98,22 +103,25 @@ class Output:
             self._judge.add(name, figures, _standard_errors(figures))
         self._history.add(step, record.layers)
         self._append(step, record, weights, skipped)
-        of_itself = self._overhead(step, record, sum(skipped.values()))
-        self._chart(self._charts.add(step, record.model, record.layers, of_itself))
+        monitor = self._measure_overhead(step, record, sum(skipped.values()))
+        self._chart(self._charts.add(step, record.model, record.layers, monitor))
         self._last_step = step
         if self._settings.histograms:
             histograms = self._step_histograms(record)
-            self._try_loggers(lambda logger: boards.histograms([logger], step, histograms))
+            self._try_loggers(lambda logger: boards.log_histograms([logger], step, histograms))
         if weights is not None:
             self._draw(step, weights)
-        self._spent = time.perf_counter() - began
+        self._write_seconds = time.perf_counter() - began
 
     def flush(self) -> None:
-        """Log the rows that have waited."""
-        self._chart(self._charts.rest())
+        """Log the rows that wait for the choice of charted layers."""
+        self._chart(self._charts.take_waiting())
 
     def finish(self, weights: Histogram | None) -> None:
-        """Log the rows that have waited, draw the last pictures, and write no more."""
+        """Log waiting rows, draw the last pictures, and close the run file.
+
+        `weights` is the histogram of weights by octave; with None no pictures are drawn.
+        """
         self.flush()
         if weights is not None:
             self._draw(self._last_step, weights)
@@ -126,7 +134,7 @@ class Output:
             file.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds: charted layers, verdicts and the path of the run file."""
+        """Return charted layers, verdicts and the path of the run file, for a checkpoint."""
         return {
             "charts": self._charts.state_dict(),
             "verdicts": self._judge.state_dict(),
@@ -161,26 +169,26 @@ class Output:
     # --- the loggers
 
     def _chart(self, rows: Sequence[Row]) -> None:
-        for step, of_model, others in rows:
-            log = partial(boards.scalars, step=step, of_model=of_model, others=others)
+        for step, model, others in rows:
+            log = partial(boards.log_scalars, step=step, model=model, others=others)
             self._try_loggers(log)
 
     def _draw(self, step: int, weights: Histogram) -> None:
         if not boards.can_show(self._loggers):
             return
-        formats, assessment = [*self._header.formats], self.assessment()
+        formats, assessment = [*self._header.formats], self.assess()
         if not self._has_layout:
             self._has_layout = True
             layers = bool(self._charts.charted)
-            self._try_loggers(lambda logger: boards.layout([logger], formats, layers=layers))
+            self._try_loggers(lambda logger: boards.log_layout([logger], formats, layers=layers))
         pictures: dict[str, Figure] = {}
         self._try("pictures", lambda: pictures.update(self._pictures(weights)))
-        self._try_loggers(lambda logger: boards.pictures([logger], step, pictures))
-        self._try_loggers(lambda logger: boards.verdict([logger], step, assessment))
+        self._try_loggers(lambda logger: boards.log_pictures([logger], step, pictures))
+        self._try_loggers(lambda logger: boards.log_verdict([logger], step, assessment))
 
     def _pictures(self, weights: Histogram) -> dict[str, Figure]:
         formats = [*self._header.formats.values()]
-        return {"ranges": ranges(weights, formats), **self._history.heat_maps()}
+        return {"ranges": ranges(weights, formats), **self._history.draw_heat_maps()}
 
     def _step_histograms(self, record: StepRecord) -> dict[str, Histogram]:
         """Return the histograms of the model and of the charted layers."""
@@ -193,11 +201,11 @@ class Output:
             for format in figures.formats
         }
 
-    def _overhead(self, step: int, record: StepRecord, skipped: int) -> dict[str, float]:
-        """Return what observing takes, output included, and how much it sees."""
+    def _measure_overhead(self, step: int, record: StepRecord, skipped: int) -> dict[str, float]:
+        """Return the time share of observing and output, and counts of elements and skips."""
         total = record.own_seconds + record.training_seconds * max(step - self._last_step, 1)
         return {
-            "own_share": (record.own_seconds + self._spent) / total,
+            "own_share": (record.own_seconds + self._write_seconds) / total,
             "elements": float(record.model.elements),
             "skipped_steps": float(skipped),
         }
@@ -205,25 +213,25 @@ class Output:
     # --- errors
 
     def _try_loggers(self, log: Callable[[Any], object]) -> None:
-        """Log with each logger; one that fails gets nothing more."""
+        """Call `log` with each logger, and drop loggers that raise an error."""
         for logger in [*self._loggers]:
             if not self._try(type(logger).__name__, partial(log, logger)):
                 self._loggers.remove(logger)
 
-    def _try(self, what: str, do: Callable[[], object]) -> bool:
-        """Call `do`; return False, and say so, if it fails."""
+    def _try(self, destination: str, write: Callable[[], object]) -> bool:
+        """Call `write`; after an error, name the destination in a notice and return False."""
         try:
-            do()
+            write()
         except Exception as error:
             if self._settings.strict:
                 raise
-            self._say(f"goes on without {what}, which failed: {error!r}")
+            self._warn(f"goes on without {destination}, which failed: {error!r}")
             return False
         return True
 
 
 def _standard_errors(figures: Figures) -> dict[str, float]:
-    """Return standard errors of what verdicts rest on; empty if every element was measured."""
+    """Return the standard errors that verdicts need; empty if every element was measured."""
     if figures.elements >= figures.population:
         return {}
     keys = (f"{metric}/{f}" for f in figures.formats for metric in RESTS_ON)

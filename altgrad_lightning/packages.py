@@ -1,6 +1,8 @@
-"""The Lightning packages that are installed: `pytorch_lightning`, `lightning`, or both.
+"""`Callback` and `lightning`: import whichever Lightning packages are installed.
 
-They hold the same code under two names, and each Trainer knows only the classes of its own.
+Lightning is published under two names, `pytorch_lightning` and `lightning`, with the same code. A
+Trainer accepts only callbacks of its own package. `Callback` is therefore a subclass of the
+Callback of each installed package. This file stands alone; `callback` uses it.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ from typing import TYPE_CHECKING
 _NAMES = ("pytorch_lightning", "lightning.pytorch")
 
 
-def _installed() -> list[ModuleType]:
-    already = any(name in sys.modules for name in _NAMES)
+def _import_installed() -> list[ModuleType]:
+    is_one_imported = any(name in sys.modules for name in _NAMES)
     rank_zero = sys.modules.get("lightning_utilities.core.rank_zero")
     log = getattr(rank_zero, "log", None)
-    packages = [_imported(name) for name in _NAMES]
-    if already and log is not None:
-        # The package that is imported last takes over the messages of the other.
+    packages = [_import_if_installed(name) for name in _NAMES]
+    if is_one_imported and log is not None:
+        # Importing a package sets the logger that both packages share (`rank_zero_module.log` in
+        # lightning/pytorch/utilities/rank_zero.py). Keep the logger of the user's package.
         vars(rank_zero)["log"] = log
     found = [package for package in packages if package is not None]
     if not found:
@@ -30,21 +33,20 @@ def _installed() -> list[ModuleType]:
     return found
 
 
-def _imported(name: str) -> ModuleType | None:
+def _import_if_installed(name: str) -> ModuleType | None:
     try:
         return import_module(name)
     except ModuleNotFoundError as missing:
         if missing.name is not None and name.startswith(missing.name):
             return None
-        raise  # it is installed, and something that it needs is not
+        raise  # the package is installed, and one of its dependencies is missing
 
 
 if TYPE_CHECKING:
     import pytorch_lightning as lightning
     from pytorch_lightning import Callback
 else:
-    *_, lightning = _found = _installed()
-    # A callback for every Trainer: a subclass of the Callback of each package.
+    *_, lightning = _found = _import_installed()
     Callback = type("Callback", tuple(package.Callback for package in _found), {})
 
 __all__ = ["Callback", "lightning"]

@@ -1,4 +1,8 @@
-"""`convert_attributes`: what a pickled `PrecisionMonitor` of an earlier version has today."""
+"""`convert_attributes`: unpickle a `PrecisionMonitor` that an earlier version pickled.
+
+A module may hold the callback as a hyperparameter, so that checkpoints hold its pickle for years.
+Read `callback` and `settings` first, which define the attributes of today.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +14,30 @@ from altgrad_lightning.settings import Settings
 
 
 def convert_attributes(state: dict[str, Any]) -> dict[str, Any]:
-    """Convert the attributes that version 0.1.0 pickled; return others as they are.
+    """Convert the pickled attributes of version 0.1.0 to those of today.
 
-    0.1.0 had an attribute for each thing, and an argument `compile`, which is gone.
+    Version 0.1.0 kept each argument and each finding in its own attribute, and had an argument
+    `compile`, which is dropped.
+
+    Args:
+        state: The ``__dict__`` of a pickled `PrecisionMonitor`.
+
+    Returns:
+        The attributes of today; `state` itself if it has them already.
     """
     if "_result" in state:
         return state
     arguments = state["_output_settings"]._asdict() | state["_settings"]
     arguments.pop("compile", None)
     monitor, output = state["_state"], state["_output_state"]
-    shown = ("latest", "latest_model", "latest_step", "skipped", "path")
+    findings = ("latest", "latest_model", "latest_step", "skipped", "path")
     return {
         "_settings": Settings(
             every_n_steps=state["every_n_steps"], sampling=state["_sampling"], **arguments
         ),
         "_notices": Notices(),
         "_result": Result(
-            **{name: state[name] for name in shown},
+            **{name: state[name] for name in findings},
             assessment=state["_assessment"],
             state={} if monitor is None else {"monitor": monitor, "output": output},
         ),

@@ -1,4 +1,8 @@
-"""`Result`: what `PrecisionMonitor` shows of a training, during it and afterwards."""
+"""`Result`: hold the findings of a training, during the training and afterwards.
+
+This file stands alone. `session` fills a `Result`, and the properties of `PrecisionMonitor` read
+it. A `Result` is plain data: it can be pickled, and keeps no module or optimizer alive.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +19,17 @@ from altgrad.report import Assessment
 
 @dataclass
 class Result:
-    """What a training has shown so far: plain data that outlives it.
+    """The findings of a training so far.
 
     Attributes:
         latest: The figures of every layer at the last observed step; empty before the first.
-        latest_model: The figures of the model at that step; None before the first.
-        latest_step: The step that these were logged at; None before the first.
+        latest_model: The figures of the model at the last observed step; None before the first.
+        latest_step: The step at which the latest figures were logged; None before the first.
         skipped: The number of steps that were due and skipped, by reason.
-        path: The run file; None without one.
-        assessment: The verdicts as they stood when writing ended; None before.
-        state: The state for checkpoints: before the training the one that it resumes from, after it
-            the one that it came to; empty where there is none.
+        path: The run file; None if no run file is written.
+        assessment: The verdicts when writing ended; None until then.
+        state: The state for checkpoints: before the training the state to resume from, after the
+            training the final state. Empty if there is no state.
     """
 
     latest: Mapping[str, Figures] = field(default_factory=dict)
@@ -37,10 +41,10 @@ class Result:
     state: dict[str, Any] = field(default_factory=dict)
 
     def note(self, step: int, record: StepRecord) -> None:
-        """Take the figures of a record as the latest.
+        """Replace the latest figures by the figures of a record.
 
         Args:
-            step: The step that it is logged at.
-            record: The record of the batch.
+            step: The step at which the record is logged.
+            record: The record of a batch.
         """
         self.latest, self.latest_model, self.latest_step = record.layers, record.model, step

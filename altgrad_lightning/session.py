@@ -1,8 +1,9 @@
-"""`Session`: what `PrecisionMonitor` holds from the start of a training to its end.
+"""`Session`: observe one training, from its start to its end.
 
-The data flow one way: the Trainer steps its optimizers, an `UpdateMonitor` turns each observed step
-into a `StepRecord`, and at the end of the batch the session notes it in its `Result` and writes it
-to its `Output`.
+The data flow one way. The Trainer steps its optimizers, and an `UpdateMonitor` turns each observed
+step into a `StepRecord`. At the end of the batch the session merges the records of the batch, notes
+them in a `Result` and writes them to an `Output`. Read `callback` first, whose hooks call the
+session. The next file is `output`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from altgrad_lightning.output import Output
 from altgrad_lightning.packages import Callback
 from altgrad_lightning.result import Result
 from altgrad_lightning.settings import Settings
-from altgrad_lightning.strategies import refused_strategy
+from altgrad_lightning.strategies import explain_refusal
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -32,11 +33,11 @@ class Session:
 
     Args:
         trainer: The Trainer that trains.
-        module: The module that it trains.
+        module: The module to train.
         callback: The callback that observes.
         settings: The arguments of the callback.
-        notices: Where warnings go.
-        result: Where findings go; its `state` is what the training resumes from.
+        notices: The notices of the callback.
+        result: The findings, to fill. The session resumes from `result.state`.
     """
 
     def __init__(
@@ -61,16 +62,16 @@ class Session:
         self._monitor_state: dict[str, Any] | None = result.state.get("monitor")
         self._output: Output | None = None
         self._output_state: dict[str, Any] | None = result.state.get("output")
-        self._records: list[StepRecord] = []  # of the batch
-        self._observed = 0  # batches
+        self._records: list[StepRecord] = []  # of the current batch
+        self._observed_batches = 0
 
     # --- from the first batch to the last
 
     def start(self, folder: Path | None) -> bool:
-        """Attach to the optimizers, and in the first process open what figures are written to.
+        """Attach to the optimizers, and open the output on the first rank.
 
         Args:
-            folder: Where the run file is created; None for no run file.
+            folder: The folder in which to create the run file; None for no run file.
 
         Returns:
             True if at least one optimizer is observed.
@@ -83,48 +84,48 @@ class Session:
                 self._trainer.loggers,
                 folder,
                 Header.from_json(self._monitor.run_header()),
-                self._settings.for_output(),
+                self._settings.get_output_settings(),
                 self._output_state,
                 _logged_step(self._trainer),
-                self.say,
+                self.warn,
             )
             self._result.path = self._output.path
         return True
 
     @property
     def has_other_optimizers(self) -> bool:
-        """Return True if the Trainer's optimizers were replaced since `attach`."""
+        """True if the Trainer's optimizers were replaced since `attach`."""
         return self._trainer.optimizers != self._optimizers
 
     def attach(self) -> bool:
-        """Observe the Trainer's optimizers, and no longer those before.
+        """Detach from all optimizers, and attach to those that the Trainer has now.
 
         Returns:
-            True if at least one of them is observed.
+            True if at least one of the Trainer's optimizers is observed.
 
         Raises:
             ValueError: A rule matches no layer.
         """
         self._release_monitor()
-        # Only now: what the monitor knew of the optimizers before goes with the last reference.
+        # Set after the release: the monitor's state must be read while the old optimizers live.
         self._optimizers = [*self._trainer.optimizers]
-        if refused := self._refused():
-            reasons: list[str | None] = [refused]
+        if refusal := self._find_refusal():
+            reasons: list[str | None] = [refusal]
         else:
             self._monitor = monitor = self._make_monitor()
             try:
                 reasons = [self._attach_to(monitor, each) for each in self._optimizers]
             except LostRankError as error:
-                # No second attempt, which would wait again: the other ranks are training.
-                self.say(f"does not observe this run: {error}")
+                # A second attempt would wait for the timeout again, as the other ranks train.
+                self.warn(f"does not observe this run: {error}")
                 self.end(alone=True)
                 return False
         for reason in filter(None, reasons):
-            self.say(f"does not observe this run, or a part of it: {reason}")
+            self.warn(f"does not observe this run, or a part of it: {reason}")
         return None in reasons
 
     def finish_batch(self) -> None:
-        """Note and write what was observed of the batch, if anything was."""
+        """Note and write the records of the batch, if a step was observed."""
         if not self._records:
             return
         assert self._monitor is not None
@@ -132,14 +133,14 @@ class Session:
         self._records.clear()
         step = _logged_step(self._trainer)
         self._result.note(step, record)
-        self._observed += 1
-        # Pictures take a second or two, so they are drawn ever less often.
-        weights = self._monitor.weight_octaves() if _is_power_of_4(self._observed) else None
+        self._observed_batches += 1
+        # Pictures take a second or two, so they are drawn at the 1st, 4th, 16th, … batch only.
+        weights = self._monitor.weight_octaves() if _is_even_power(self._observed_batches) else None
         if self._output is not None:
             self._output.write(step, record, weights, self._monitor.skipped)
 
-    def why_no_step(self) -> str | None:
-        """Return why no step of the whole training was observed; None if one was."""
+    def explain_no_step(self) -> str | None:
+        """Return the reason why no step was observed; None if a step was observed."""
         observes = self._monitor is not None and self._monitor.is_observing
         if not observes or not self._trainer.global_step or self._result.latest_step is not None:
             return None
@@ -150,25 +151,25 @@ class Session:
         return f"none fell on an observed batch (every {self._every})"
 
     def finish(self) -> None:
-        """Log the rows that have waited, and the pictures as they are in the end."""
-        weights = self._weights_at_the_end()
+        """Log waiting rows, and draw the last pictures."""
+        weights = self._measure_last_weights()
         if self._output is not None:
             self._output.finish(weights)
 
-    # --- what it has come to
+    # --- findings
 
     @property
     def assessment(self) -> Assessment | None:
-        """The verdicts as they stand."""
-        return self._result.assessment if self._output is None else self._output.assessment()
+        """The verdicts so far; None on ranks that write nothing."""
+        return self._result.assessment if self._output is None else self._output.assess()
 
     @property
     def is_shared(self) -> bool:
-        """Return True if all ranks observe the same steps, and wait for each other."""
+        """True if all ranks observe the same steps, and wait for each other."""
         return self._monitor is not None and self._monitor.is_shared
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the monitor and of the output; empty if the monitor's is lost."""
+        """Return the states of the monitor and of the output; empty without a monitor state."""
         monitor, output = self._monitor_state, self._output_state
         if self._monitor is not None:
             monitor = self._read_state(self._monitor)
@@ -176,39 +177,39 @@ class Session:
             output = self._output.state_dict()
         return {} if monitor is None else {"monitor": monitor, "output": output}
 
-    def say(self, message: str) -> None:
-        """Warn the user, in the first process, which speaks for all."""
+    def warn(self, notice: str) -> None:
+        """Give a notice on the first rank, which stands for all ranks."""
         if self._trainer.is_global_zero:
-            self._notices.say(message)
+            self._notices.warn(notice)
 
-    # --- its end
+    # --- the end
 
     def flush(self) -> None:
-        """Log the rows that have waited, where the training has failed."""
+        """Log waiting rows after an error in the training."""
         if self._output is not None:
-            with suppress(Exception):  # the user is to see the error that ended the training
+            with suppress(Exception):  # or it would hide the error that ended the training
                 self._output.flush()
 
     def stop_writing(self) -> None:
-        """Close the run file and log no more."""
+        """Close the run file, and stop logging."""
         output, self._output = self._output, None
         if output is not None:
             self._output_state = output.state_dict()
-            self._result.assessment = output.assessment()
+            self._result.assessment = output.assess()
             output.close()
 
     def end(self, *, alone: bool = False) -> None:
-        """Observe and write no more, and leave the state in the result.
+        """Stop observing and writing, and leave the state in the result.
 
         Args:
-            alone: Whether other ranks may not do the same now, so that none can be waited for.
+            alone: If True, do not wait for other ranks, which may still train.
         """
         self._release_monitor(alone=alone)
         self.stop_writing()
         self._result.state = self.state_dict()
 
     def _release_monitor(self, *, alone: bool = False) -> None:
-        """Detach the monitor and keep its state, unless other ranks would have to be asked."""
+        """Detach the monitor and keep its state, unless that needs ranks that may still train."""
         monitor, self._monitor = self._monitor, None
         if monitor is not None:
             monitor.detach()
@@ -216,11 +217,11 @@ class Session:
 
     # --- the monitor
 
-    def _refused(self) -> str | None:
-        if refused := refused_strategy(self._trainer):
-            return refused
+    def _find_refusal(self) -> str | None:
+        if refusal := explain_refusal(self._trainer):
+            return refusal
         if next(self._module.parameters(), None) is None:
-            return "there is no parameter to observe in the module"
+            return "the module has no parameter to observe"
         return None
 
     def _make_monitor(self) -> UpdateMonitor:
@@ -228,8 +229,8 @@ class Session:
             self._module,
             self._records.append,
             every_n_steps=self._is_due,
-            tell=self._notices.say,  # on every rank: it knows which of them are to hear a message
-            **self._settings.for_monitor(),
+            tell=self._notices.warn,  # on every rank: the monitor chooses the ranks of a notice
+            **self._settings.get_monitor_arguments(),
         )
         if self._monitor_state is not None:
             monitor.load_state_dict(self._monitor_state)
@@ -237,7 +238,7 @@ class Session:
         return monitor
 
     def _attach_to(self, monitor: UpdateMonitor, optimizer: torch.optim.Optimizer) -> str | None:
-        """Attach the monitor; return why the optimizer cannot be observed, or None."""
+        """Attach the monitor; return the reason if the optimizer cannot be observed, else None."""
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         try:
             monitor.attach(optimizer, scaler=scaler)
@@ -246,7 +247,8 @@ class Session:
         return None
 
     def _is_due(self, _index: int) -> bool:
-        # Tuners step the same optimizers, with callbacks of their own in place of the Trainer's.
+        # Lightning's tuners step the same optimizers, but replace `trainer.callbacks` meanwhile:
+        # lightning/pytorch/tuner/lr_finder.py and batch_size_scaling.py.
         callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
         if self._every == 0 or self._callback not in callbacks:
             return False
@@ -255,27 +257,28 @@ class Session:
     def _read_state(self, monitor: UpdateMonitor) -> dict[str, Any] | None:
         try:
             return monitor.state_dict()
-        except Exception as error:  # noqa: BLE001 - an accelerator that failed; its error counts
-            self.say(f"could not save its state: {error!r}")
+        except Exception as error:  # noqa: BLE001 - such as of a failed device
+            self.warn(f"could not save its state: {error!r}")
             return None
 
-    def _weights_at_the_end(self) -> Histogram | None:
-        """Return the weights for the last pictures; None if these are drawn already."""
+    def _measure_last_weights(self) -> Histogram | None:
+        """Return the histogram of weights for the last pictures; None if they are drawn already."""
         monitor = self._monitor
-        if monitor is None or not self._observed or _is_power_of_4(self._observed):
+        if monitor is None or not self._observed_batches or _is_even_power(self._observed_batches):
             return None
-        # After an error on this rank the others may not join in.
+        # After an error on this rank, the other ranks may not join the all-reduce.
         return monitor.weight_octaves() if monitor.is_observing or not monitor.is_shared else None
 
 
 def _logged_step(trainer: Trainer) -> int:
     """Return the step at which Lightning logs the current batch."""
-    # There is no public name for it; Lightning's own monitors use this one.
+    # Lightning has no public name for this step. Its LearningRateMonitor reads the same attribute:
+    # lightning/pytorch/callbacks/lr_monitor.py.
     return trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
 
 
 def _merge(records: Sequence[StepRecord]) -> StepRecord:
-    """Merge the records of a batch, in which several optimizers may have stepped, or one twice."""
+    """Merge the records of a batch; of a layer in several records, the last one counts."""
     last = records[-1]
     if len(records) == 1:
         return last
@@ -289,5 +292,7 @@ def _merge(records: Sequence[StepRecord]) -> StepRecord:
     )
 
 
-def _is_power_of_4(number: int) -> bool:
+def _is_even_power(number: int) -> bool:
+    """Return True for 1, 4, 16, 64, …: the even powers of 2."""
+    # Binary 1, 100, 10000, …: a single bit, and an odd number of digits.
     return number.bit_count() == 1 and number.bit_length() % 2 == 1

@@ -1,4 +1,8 @@
-"""`Settings`: the arguments of `PrecisionMonitor`, checked before a training starts."""
+"""`Settings`: check the arguments of `PrecisionMonitor` before a training starts.
+
+`apply_preset`, `check_formats` and `check_layer_charts` prepare the arguments, and `Settings` holds
+them. Read `callback` first, which documents each argument. The next file is `session`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from altgrad import SamplingRule, StepSchedule, UpdateMonitor
 from altgrad.quantization import NumberFormat, Scaling, get_formats
 from altgrad_lightning.output import OutputSettings
 
+# docs/sampling.md has the cost and the precision of each preset.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "economy": {"max_elements": 256, "layer_charts": 4, "overhead_budget": 0.01},
     "standard": {},
@@ -23,7 +28,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The arguments of `PrecisionMonitor`, which documents them, with the preset applied.
+    """The arguments of `PrecisionMonitor` after the preset is applied.
+
+    `PrecisionMonitor` documents each argument.
 
     Raises:
         ValueError: A number is out of range, or `scaling` is unknown.
@@ -43,14 +50,14 @@ class Settings:
     strict: bool
 
     def __post_init__(self) -> None:
-        """Raise here, and not in the middle of a training, what is wrong whatever the module is."""
+        """Raise an error for arguments that are invalid for any module."""
         if self.every_n_steps is not None:
             StepSchedule(self.every_n_steps)
-        # Rules are checked when training starts: they name layers of the module.
-        UpdateMonitor([("", torch.zeros(1))], **self.for_monitor() | {"sampling": ()})
+        # UpdateMonitor checks the other arguments. Rules name layers, so they need the module.
+        UpdateMonitor([("", torch.zeros(1))], **self.get_monitor_arguments() | {"sampling": ()})
 
-    def for_monitor(self) -> dict[str, Any]:
-        """Return the arguments of `UpdateMonitor` among these."""
+    def get_monitor_arguments(self) -> dict[str, Any]:
+        """Return the settings that are arguments of `UpdateMonitor`, by name."""
         return {
             "formats": self.formats,
             "scaling": self.scaling,
@@ -61,18 +68,24 @@ class Settings:
             "strict": self.strict,
         }
 
-    def for_output(self) -> OutputSettings:
-        """Return those that say where figures go."""
+    def get_output_settings(self) -> OutputSettings:
+        """Return the settings that `Output` needs."""
         return OutputSettings(self.layer_charts, self.histograms, self.run_file, self.strict)
 
 
-def checked_formats(
+def check_formats(
     formats: str | NumberFormat | Sequence[str | NumberFormat],
 ) -> tuple[NumberFormat, ...]:
-    """Look up formats that may be given by name.
+    """Look up formats by name, and check that there is at least one.
+
+    Args:
+        formats: One or more formats, or names of formats.
+
+    Returns:
+        The formats, in the order given.
 
     Raises:
-        ValueError: There is no format, an unknown name, or two formats have one name.
+        ValueError: No format is given, a name is unknown, or two formats have the same name.
     """
     found = get_formats(formats)
     if not found:
@@ -80,35 +93,42 @@ def checked_formats(
     return found
 
 
-def checked_layer_charts(layer_charts: int | Sequence[str]) -> int | tuple[str, ...]:
-    """Check the argument `layer_charts`, and copy a list of patterns.
+def check_layer_charts(layer_charts: int | Sequence[str]) -> int | tuple[str, ...]:
+    """Check the argument `layer_charts`.
+
+    Args:
+        layer_charts: A number of layers, or a list of patterns.
+
+    Returns:
+        The number, or a copy of the patterns.
 
     Raises:
         ValueError: The number is negative.
-        TypeError: It is neither a number nor a list of strings.
+        TypeError: The argument is neither a number nor a list of strings.
     """
-    expected = "expected how many layers, or a list of patterns"
+    expected = "expected the number of layers, or a list of patterns"
     if isinstance(layer_charts, int):
         if isinstance(layer_charts, bool):
             raise TypeError(f"layer_charts={layer_charts!r}: {expected}")
         if layer_charts < 0:
             raise ValueError(f"layer_charts={layer_charts}: expected 0 or more")
         return layer_charts
+    # A string is itself a sequence of strings, whose characters would be taken for patterns.
     if isinstance(layer_charts, str) or not all(isinstance(each, str) for each in layer_charts):
         raise TypeError(f"layer_charts={layer_charts!r}: {expected}")
     return tuple(layer_charts)
 
 
 def apply_preset(preset: str | None, defaults: Signature, **arguments: Any) -> dict[str, Any]:
-    """Replace arguments that were left at their default by those of a preset.
+    """Replace arguments that have their default value by those of a preset.
 
     Args:
         preset: A name in `PRESETS`; None changes nothing.
-        defaults: The signature that the arguments belong to.
+        defaults: The signature with the default values.
         **arguments: All arguments that a preset may set.
 
     Returns:
-        The arguments that hold.
+        The arguments after the preset is applied.
 
     Raises:
         ValueError: The preset is unknown.

@@ -1,4 +1,10 @@
-"""Which processes of a Trainer observe, and which strategies cannot be observed at all."""
+"""Decide which ranks of a Trainer observe, and which strategies cannot be observed.
+
+- `is_idle` names the ranks that leave observing to the first one.
+- `explain_refusal` gives the reason against a strategy.
+
+This file stands alone. `callback` asks `is_idle`, and `session` asks `explain_refusal`.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +20,30 @@ if TYPE_CHECKING:
 REFUSED = {
     "DeepSpeedStrategy": "DeepSpeed steps flat copies of the parameters, which have no layers",
     "FSDPStrategy": "FSDP1 keeps the parameters as flat shards, which have no layers",
-    "XLAStrategy": "it steps on devices of XLA, which have no hooks around the step",
+    "XLAStrategy": "XLA devices have no hooks around the optimizer step",
 }
-"""Why the steps of a strategy cannot be observed, by the name of its class."""
+"""Reasons against strategies, by the name of the strategy's class."""
 REPLICATING = "DDPStrategy"
-"""The strategy whose processes each have all of the parameters."""
+"""Name of the strategy with a replica of all parameters on each rank."""
 
 
 def is_idle(trainer: Trainer, module: nn.Module) -> bool:
-    """Return True if another process observes, which has all of the parameters as this one has."""
+    """Return True if this rank leaves observing to the first rank, which has a replica.
+
+    Args:
+        trainer: The Trainer that trains.
+        module: The module that is trained.
+    """
     several, first = trainer.world_size > 1, trainer.is_global_zero
     return several and not first and not is_sharded_module(module)
 
 
-def refused_strategy(trainer: Trainer) -> str | None:
-    """Return why the steps of the Trainer's strategy cannot be observed; None if they can."""
+def explain_refusal(trainer: Trainer) -> str | None:
+    """Return the reason why steps of the Trainer's strategy cannot be observed; None if they can.
+
+    A strategy is known by the names of its classes, because `lightning` and `pytorch_lightning`
+    define each strategy twice.
+    """
     kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
     for kind in kinds:
         if kind in REFUSED:

@@ -1,4 +1,4 @@
-"""A monitor in mid-training, and references to all that callbacks make."""
+"""Fixtures: a monitor in mid-training, and references to the monitors of callbacks."""
 
 import weakref
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ import pytorch_lightning as pl
 
 from altgrad import UpdateMonitor
 from altgrad_lightning import PrecisionMonitor
-from tests.lightning.runs import Attached, Net, batches, hooks_of, trainer
+from tests.lightning.runs import Attached, Net, batches, count_hooks, trainer
 
 
 @pytest.fixture
 def attached(tmp_path: Path) -> Iterator[Attached]:
-    """Makes what there is in mid-training."""
+    """Return a function that makes a monitor in mid-training, its Trainer and its module."""
     started: list[PrecisionMonitor] = []
 
     def start(module: Net | None = None) -> tuple[PrecisionMonitor, pl.Trainer, Net]:
@@ -23,7 +23,7 @@ def attached(tmp_path: Path) -> Iterator[Attached]:
         run = trainer(tmp_path, monitor)
         run.fit(module, batches(1))
         monitor.on_train_start(run, module)
-        assert hooks_of(run) == 2
+        assert count_hooks(run) == 2
         started.append(monitor)
         return monitor, run, module
 
@@ -34,7 +34,7 @@ def attached(tmp_path: Path) -> Iterator[Attached]:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[UpdateMonitor]]:
-    """References to the monitors that callbacks make while they train."""
+    """Return references to each `UpdateMonitor` that a callback makes in training."""
     references: list[weakref.ref[UpdateMonitor]] = []
 
     class Referenced(UpdateMonitor):

@@ -1,4 +1,4 @@
-"""Small runs of a Trainer, and what they logged."""
+"""Small runs of a Trainer, readers of their logs, and the true figures of a last step."""
 
 import gc
 import weakref
@@ -23,13 +23,13 @@ from altgrad.quantization.format_set import FormatSet
 from altgrad_lightning import PrecisionMonitor
 
 Step = list[tuple[Tensor, Tensor, Tensor]]
-"""Before, after and gradient of each parameter."""
+"""The weights before, the weights after and the gradient of each layer."""
 Attached = Callable[..., tuple[PrecisionMonitor, pl.Trainer, "Net"]]
-"""What makes a monitor that observes, with its Trainer and its module."""
+"""A function that makes an observing monitor, its Trainer and its module."""
 
 
 class RecordingAdamW(torch.optim.AdamW):
-    """The truth: what each step found and left, seen from inside the optimizer."""
+    """An AdamW that records weights and gradients of each step, as the truth for tests."""
 
     steps: list[Step]
 
@@ -100,15 +100,15 @@ def fit(folder: Path, monitor: PrecisionMonitor, steps: int = 6, **options: Any)
     return run
 
 
-def hooks_of(run: pl.Trainer) -> int:
-    # Attributes of torch: it has no public name for the hooks that an optimizer has.
+def count_hooks(run: pl.Trainer) -> int:
+    # Private, as torch.optim.Optimizer has no public name for its hooks (torch/optim/optimizer.py).
     optimizer = run.optimizers[0]
     # torch has no public name for them
     return len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
 
 
 def step_once(monitor: PrecisionMonitor, run: pl.Trainer, module: Net) -> None:
-    """Make a step as a batch of the Trainer does."""
+    """Step the first optimizer once, and end the batch as the Trainer does."""
     module.zero_grad()
     module.layers(torch.randn(4, 8)).square().sum().backward()
     run.optimizers[0].step()
@@ -116,29 +116,29 @@ def step_once(monitor: PrecisionMonitor, run: pl.Trainer, module: Net) -> None:
 
 
 def are_gone(references: Iterable[weakref.ref[Any]]) -> bool:
-    """Return True if there were such objects, and none of them is alive."""
+    """Return True if there is at least one reference, and no referenced object is alive."""
     gc.collect()
     alive = [reference() is not None for reference in references]
     return bool(alive) and not any(alive)
 
 
-# What the figures of a run's last step are
+# The true figures of a run's last step
 
 
-def assert_are_of_last_step(figures: Figures, steps: Sequence[tuple[Tensor, ...]]) -> None:
-    """Those of one parameter, of which all steps are given; all were observed.
+def assert_last_step(figures: Figures, steps: Sequence[tuple[Tensor, ...]]) -> None:
+    """Compare the figures of one layer with all its steps, each of which was observed.
 
-    Where the scale is the one that the last weights set, the figures are what `measure` says.
+    If the scale follows from the last weights alone, the figures equal those of `measure`.
     """
     measurer = Measurer(FormatSet(DEFAULT_FORMATS))
-    amax = amax_of_steps(steps)
+    amax = replay_amax(steps)
     row = measurer.measure_tensor(*steps[-1], amax=amax[-1])
     assert_same(figures, tensor_figures(measurer.formats.names, row))
-    if torch.equal(amax[-1], amax_of_steps(steps[-1:])[0]):
+    if torch.equal(amax[-1], replay_amax(steps[-1:])[0]):
         assert_same(figures, measure(*steps[-1]))
     for format in measurer.formats:
-        of_format = [compute_scale(each, format) for each in amax]
-        expected = never_moved_frac(format.name, of_format, steps)
+        scales = [compute_scale(each, format) for each in amax]
+        expected = share_never_moved(format.name, scales, steps)
         if not format.is_coarser_than(steps[0][0].dtype):
             expected = torch.nan
         assert figures[f"never_moved_frac/{format}"] == pytest.approx(
@@ -146,9 +146,12 @@ def assert_are_of_last_step(figures: Figures, steps: Sequence[tuple[Tensor, ...]
         )
 
 
-def amax_of_steps(steps: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Taken at the first step, of the weights after it if they are all 0 before it, and again after
-    one whose weights exceeded it."""
+def replay_amax(steps: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Return the amax of each step.
+
+    It is taken at the first step, and again after a step in which a weight exceeded it. If all
+    weights before the step are 0, the weights after the step count.
+    """
     amax: list[Tensor] = []
     outgrown = True
     for before, after, _ in steps:
@@ -164,7 +167,7 @@ def amax_of_steps(steps: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
 
 
 def assert_same(figures: Figures, expected: Any) -> None:
-    """Counts, shares and extrema are equal; sums may be rounded otherwise."""
+    """Compare counts, shares and extrema exactly, and sums up to rounding."""
     keys = [key for key in figures if not key.startswith("never_moved_frac")]
     assert keys == [key for key in expected if not key.startswith("never_moved_frac")]
     for key in keys:
@@ -174,10 +177,10 @@ def assert_same(figures: Figures, expected: Any) -> None:
         assert figures[key] == pytest.approx(expected[key], rel=tolerance, abs=0, nan_ok=True), key
 
 
-def never_moved_frac(
+def share_never_moved(
     format: str, scales: Sequence[Tensor], steps: Sequence[tuple[Tensor, ...]]
 ) -> float:
-    """Of the elements that moved, those of which the format kept no update, at any step."""
+    """Return the share of elements that moved, but of which the format kept no update."""
     unscaled = get_format(format).bits >= 16
     moved = torch.zeros_like(steps[0][0], dtype=torch.bool)
     kept = moved.clone()

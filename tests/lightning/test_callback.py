@@ -1,4 +1,4 @@
-"""`PrecisionMonitor`: what it logs, that it is true, and that training does not notice it."""
+"""`PrecisionMonitor`: it logs true figures, and training stays bit-identical."""
 
 import math
 from functools import partial
@@ -18,7 +18,7 @@ from tests.lightning.runs import (
     Attached,
     Net,
     RecordingAdamW,
-    assert_are_of_last_step,
+    assert_last_step,
     batches,
     fit,
     logged,
@@ -32,10 +32,10 @@ PER_FORMAT = (
 
 PER_LAYER = ("update_rms", "update_weight_ratio", "unmoved_frac", "ulp_mean", "ulp_zero_frac")
 
-OF_ITSELF = ("own_share", "elements", "skipped_steps")
+PER_MONITOR = ("own_share", "elements", "skipped_steps")
 
 
-def test_the_event_file_holds_the_metrics_under_the_designed_keys(tmp_path: Path) -> None:
+def test_the_event_file_has_the_documented_keys(tmp_path: Path) -> None:
     monitor = PrecisionMonitor()
     run = fit(tmp_path, monitor)
     scalars = logged(run.logger.log_dir)
@@ -48,7 +48,7 @@ def test_the_event_file_holds_the_metrics_under_the_designed_keys(tmp_path: Path
         for format in formats
         for layer in layers
     }
-    expected |= {f"altgrad/monitor/{key}" for key in OF_ITSELF}
+    expected |= {f"altgrad/monitor/{key}" for key in PER_MONITOR}
     expected |= {f"altgrad/{metric}" for metric in LAYER_METRICS}
     expected |= {f"altgrad/{metric}/{format}" for metric in FORMAT_METRICS for format in formats}
     assert {tag for tag in scalars if tag.startswith("altgrad/")} == expected
@@ -59,7 +59,7 @@ def test_the_event_file_holds_the_metrics_under_the_designed_keys(tmp_path: Path
     assert kept == pytest.approx(monitor.latest["layers.0.weight"]["kept_update_ratio/e4m3fn"])
 
 
-def test_steps_are_those_at_which_lightning_logs_the_loss(tmp_path: Path) -> None:
+def test_figures_are_logged_at_the_steps_of_the_loss(tmp_path: Path) -> None:
     run = fit(tmp_path, PrecisionMonitor())
     scalars = logged(run.logger.log_dir)
     steps = [step for step, _ in scalars["loss"]]
@@ -67,7 +67,7 @@ def test_steps_are_those_at_which_lightning_logs_the_loss(tmp_path: Path) -> Non
     assert [step for step, _ in scalars["altgrad/stall_frac/bf16/layers.0.weight"]] == steps
 
 
-def test_steps_are_those_of_the_loss_with_accumulation_too(tmp_path: Path) -> None:
+def test_figures_are_logged_at_the_steps_of_the_loss_with_accumulation(tmp_path: Path) -> None:
     run = fit(tmp_path, PrecisionMonitor(), accumulate_grad_batches=2, log_every_n_steps=1)
     scalars = logged(run.logger.log_dir)
     loss_steps = [step for step, _ in scalars["loss"]]
@@ -95,8 +95,8 @@ def test_every_n_steps_is_independent_of_the_trainer(tmp_path: Path) -> None:
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:PrecisionMonitor cannot judge")  # bf16-true judged for bf16
-def test_figures_are_those_of_the_step_that_happened(tmp_path: Path, options: Any) -> None:
-    """Weights and gradients, clipped and accumulated, as the optimizer itself recorded them."""
+def test_figures_equal_those_of_the_recorded_step(tmp_path: Path, options: Any) -> None:
+    """The optimizer itself records weights and gradients, after accumulation and clipping."""
     torch.manual_seed(0)
     monitor = PrecisionMonitor(every_n_steps=1)
     run = trainer(tmp_path, monitor, **options)
@@ -105,10 +105,10 @@ def test_figures_are_those_of_the_step_that_happened(tmp_path: Path, options: An
     names = [name for name, _ in module.named_parameters()]
     assert list(monitor.latest) == names
     for name, *steps in zip(names, *run.optimizers[0].steps, strict=True):
-        assert_are_of_last_step(monitor.latest[name], steps)
+        assert_last_step(monitor.latest[name], steps)
 
 
-def test_training_is_bit_identical_with_and_without(tmp_path: Path) -> None:
+def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path) -> None:
     final = []
     for callbacks in ([], [PrecisionMonitor(every_n_steps=1)]):
         torch.manual_seed(0)
@@ -119,23 +119,25 @@ def test_training_is_bit_identical_with_and_without(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*final, strict=True))
 
 
-def test_at_most_layer_charts_layers_the_worst_and_fixed(tmp_path: Path) -> None:
+def test_layer_charts_selects_the_layers_that_keep_least(tmp_path: Path) -> None:
     torch.manual_seed(0)
     monitor = PrecisionMonitor(layer_charts=2, formats=["bf16"])
     run = trainer(tmp_path, monitor)
     run.fit(Net(depth=4), batches(6))
     tags = [tag for tag in logged(run.logger.log_dir) if tag.startswith("altgrad/stall_frac/bf16/")]
     assert len(tags) == 2
-    assert "altgrad/stall_frac/bf16/layers.4.weight" in tags  # the frozen gain keeps nothing
+    assert (
+        "altgrad/stall_frac/bf16/layers.4.weight" in tags
+    )  # the LayerNorm gain keeps nothing of its update
     assert len(monitor.latest) == 10
 
 
-def test_default_board_stays_small_for_a_deep_model(tmp_path: Path) -> None:
+def test_a_deep_model_has_at_most_300_charts_by_default(tmp_path: Path) -> None:
     run = trainer(tmp_path, PrecisionMonitor())
     run.fit(Net(depth=60), batches(2))
     own = [tag for tag in logged(run.logger.log_dir) if tag.startswith("altgrad/")]
-    of_model = len(OF_ITSELF) + len(LAYER_METRICS) + 3 * len(FORMAT_METRICS)
-    assert len(own) == 8 * (len(PER_LAYER) + 3 * len(PER_FORMAT)) + of_model
+    model_charts = len(PER_MONITOR) + len(LAYER_METRICS) + 3 * len(FORMAT_METRICS)
+    assert len(own) == 8 * (len(PER_LAYER) + 3 * len(PER_FORMAT)) + model_charts
     assert len(own) <= 300
 
 
@@ -153,7 +155,7 @@ def test_a_step_that_is_not_due_copies_nothing(tmp_path: Path, monkeypatch: Any)
 
 
 @pytest.mark.parametrize("logger", [False, "csv"])
-def test_other_loggers_and_none(tmp_path: Path, logger: Any) -> None:
+def test_figures_are_the_same_with_csv_and_without_a_logger(tmp_path: Path, logger: Any) -> None:
     if logger == "csv":
         logger = CSVLogger(tmp_path)
     monitor = PrecisionMonitor()
@@ -164,7 +166,7 @@ def test_other_loggers_and_none(tmp_path: Path, logger: Any) -> None:
         assert "altgrad/stall_frac/bf16/layers.0.weight" in text.splitlines()[0]
 
 
-# --- which steps and parameters there are
+# --- kinds of steps and parameters
 
 
 def test_parameters_that_are_unfrozen_later_are_observed(tmp_path: Path) -> None:
@@ -184,7 +186,7 @@ def test_parameters_that_are_unfrozen_later_are_observed(tmp_path: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
-def test_a_step_without_gradients_is_not_a_stall(tmp_path: Path) -> None:
+def test_a_step_without_gradients_has_no_figures(tmp_path: Path) -> None:
     class Silent(Net):
         def training_step(self, batch: list[Tensor], batch_index: int) -> Any:
             return None if batch_index == 3 else super().training_step(batch, batch_index)
@@ -195,7 +197,7 @@ def test_a_step_without_gradients_is_not_a_stall(tmp_path: Path) -> None:
     assert [step for step, _ in stalls] == [0, 1, 2, 4, 5]
 
 
-def test_frozen_unused_and_integer_parameters(tmp_path: Path) -> None:
+def test_frozen_unused_integer_and_complex_parameters_have_no_figures(tmp_path: Path) -> None:
     class Odd(Net):
         def __init__(self) -> None:
             super().__init__()
@@ -213,7 +215,7 @@ def test_frozen_unused_and_integer_parameters(tmp_path: Path) -> None:
     ]
 
 
-def test_manual_optimization_without_and_with_closure(tmp_path: Path) -> None:
+def test_manual_optimization_is_observed_with_and_without_a_closure(tmp_path: Path) -> None:
     class Manual(Net):
         def __init__(self) -> None:
             super().__init__(optimizer=RecordingAdamW)
@@ -238,13 +240,13 @@ def test_manual_optimization_without_and_with_closure(tmp_path: Path) -> None:
         monitor = PrecisionMonitor(every_n_steps=1)
         run = trainer(tmp_path, monitor)
         run.fit(Manual(), batches(steps))
-        of_first = [step[0] for step in run.optimizers[0].steps]
-        assert len(of_first) == steps
-        assert_are_of_last_step(monitor.latest["layers.0.weight"], of_first)
+        first_layer = [step[0] for step in run.optimizers[0].steps]
+        assert len(first_layer) == steps
+        assert_last_step(monitor.latest["layers.0.weight"], first_layer)
 
 
 class Unaware(torch.optim.SGD):
-    """Moves weights whatever a GradScaler found."""
+    """An SGD that ignores found_inf, and moves weights."""
 
     def step(self, closure: Any = None) -> Any:
         found_inf = self.__dict__.pop("found_inf", None)
@@ -262,10 +264,10 @@ class Unaware(torch.optim.SGD):
         (Unaware, 0.1, 1.0, True, False),
     ],
 )
-def test_found_inf_comes_with_the_figures_and_counts_where_nothing_moved(
+def test_found_inf_counts_as_a_skip_if_no_weight_moved(
     attached: Attached, optimizer: Any, lr: float, found: float, moves: bool, is_skipped: bool
 ) -> None:
-    """A fused optimizer is told in a tensor whether to skip the step: nobody else reads it."""
+    """A fused optimizer reads found_inf on the device, so it is copied along with the figures."""
 
     class Told(Net):
         def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -274,10 +276,10 @@ def test_found_inf_comes_with_the_figures_and_counts_where_nothing_moved(
     module = Told()
     nn.init.ones_(module.layers[2].bias)  # 0 would move by as little as 1e-30
     monitor, run, _ = attached(module)
-    for told in (0.0, found):  # scales and elements are chosen at the first step
+    for found_inf in (0.0, found):  # scales and samples are chosen at the first step
         module.zero_grad()
         module.layers(torch.randn(4, 8)).square().sum().backward()
-        run.optimizers[0].found_inf = torch.tensor(told)
+        run.optimizers[0].found_inf = torch.tensor(found_inf)
         before = [p.detach().clone() for p in module.parameters()]
         with host_copies() as copies:
             run.optimizers[0].step()

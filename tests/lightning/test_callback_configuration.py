@@ -1,4 +1,4 @@
-"""`PrecisionMonitor`: its arguments and presets, and what is wrong with them at construction."""
+"""`PrecisionMonitor`: arguments, presets, and the errors of invalid arguments."""
 
 import math
 from pathlib import Path
@@ -25,7 +25,7 @@ from tests.lightning.runs import Net, batches, fit, logged, trainer
     ],
     ids=str,
 )
-def test_wrong_configuration_fails_at_construction(arguments: Any, message: str) -> None:
+def test_an_invalid_argument_raises_an_error_at_construction(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PrecisionMonitor(**arguments)
 
@@ -34,23 +34,23 @@ def test_wrong_configuration_fails_at_construction(arguments: Any, message: str)
     ("arguments", "message"),
     [
         ({"every_n_steps": 2.5}, "every_n_steps=2.5: expected int"),
-        ({"layer_charts": True}, "layer_charts=True: expected how many layers"),
+        ({"layer_charts": True}, "layer_charts=True: expected the number of layers"),
     ],
     ids=str,
 )
-def test_a_count_that_is_no_int(arguments: Any, message: str) -> None:
+def test_a_number_with_a_wrong_type_raises_an_error(arguments: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         PrecisionMonitor(**arguments)
 
 
-def test_a_format_of_ones_own_and_unscaled(tmp_path: Path) -> None:
+def test_a_custom_format_is_judged_unscaled(tmp_path: Path) -> None:
     monitor = PrecisionMonitor([FloatFormat("mine", 3, 2, 3)], scaling=None)
     fit(tmp_path, monitor)
     assert not math.isnan(monitor.latest["layers.0.weight"]["stall_frac/mine"])
 
 
 class Wide(Net):
-    """One of its layers, `layers.0.weight`, has more elements than are measured by default."""
+    """A net whose `layers.0.weight` has more elements than a sample has by default."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,12 +65,12 @@ class Wide(Net):
         ({"preset": "standard"}, 4096, 8, False),
         ({"preset": "economy"}, 256, 4, False),
         ({"preset": "economy", "max_elements": 300}, 300, 4, False),
-        ({"preset": "full"}, 6400, 8, True),  # 16 layers, of which there are 8
+        ({"preset": "full"}, 6400, 8, True),  # at most 16 layers, and the net has 8
         ({"preset": "full", "layer_charts": 3}, 6400, 3, True),
     ],
     ids=str,
 )
-def test_a_preset_sets_what_is_not_set_otherwise(
+def test_a_preset_replaces_arguments_at_their_defaults(
     tmp_path: Path, arguments: Any, elements: int, charted: int, histograms: bool
 ) -> None:
     monitor = PrecisionMonitor(every_n_steps=1, **arguments)
@@ -84,7 +84,7 @@ def test_a_preset_sets_what_is_not_set_otherwise(
 
 
 @pytest.mark.parametrize(("arguments", "budget"), [({}, None), ({"preset": "economy"}, 0.01)])
-def test_the_budget_of_a_preset(
+def test_the_economy_preset_limits_the_overhead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: Any, budget: float | None
 ) -> None:
     budgets: list[float | None] = []
@@ -99,15 +99,15 @@ def test_the_budget_of_a_preset(
     assert budgets == [budget]
 
 
-def test_an_unknown_preset() -> None:
+def test_an_unknown_preset_raises_an_error() -> None:
     with pytest.raises(ValueError, match="preset='fast': expected one of 'economy', 'standard'"):
         PrecisionMonitor(preset="fast")
 
 
-def test_layers_to_chart_by_name(tmp_path: Path) -> None:
+def test_layers_are_charted_by_pattern(tmp_path: Path) -> None:
     run = fit(tmp_path, PrecisionMonitor(layer_charts=["layers.0.*"]))
     layers = {tag.rsplit("/")[-1] for tag in logged(run.logger.log_dir) if tag.count("/") == 3}
     assert layers == {"layers.0.weight", "layers.0.bias"}
     for wrong in ("layers.0.*", [1]):
-        with pytest.raises(TypeError, match="expected how many layers, or a list of patterns"):
+        with pytest.raises(TypeError, match="expected the number of layers, or a list of patterns"):
             PrecisionMonitor(layer_charts=wrong)

@@ -1,4 +1,4 @@
-"""`PrecisionMonitor` from run to run: how it starts, ends, is copied, and leaves nothing behind."""
+"""`PrecisionMonitor` from run to run: start, end, copies, and no hooks or references left."""
 
 import copy
 import pickle
@@ -16,15 +16,17 @@ from tests.lightning.runs import (
     Net,
     are_gone,
     batches,
+    count_hooks,
     fit,
-    hooks_of,
     logged,
     step_once,
     trainer,
 )
 
 
-def test_nothing_is_left_behind_after_a_run_or_an_exception(tmp_path: Path, made: Any) -> None:
+def test_no_hook_or_reference_is_left_after_a_run_or_an_exception(
+    tmp_path: Path, made: Any
+) -> None:
     class Failing(Net):
         def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
             if batch_index == 3:
@@ -38,11 +40,11 @@ def test_nothing_is_left_behind_after_a_run_or_an_exception(tmp_path: Path, made
             run.fit(module, batches(6))
         except KeyError:
             assert isinstance(module, Failing)
-        assert hooks_of(run) == 0
+        assert count_hooks(run) == 0
         assert are_gone(made)
         optimizer = weakref.ref(run.optimizers[0])
         del run
-        module.trainer = None  # or the next module's Trainer would not be gone either
+        module.trainer = None  # a module keeps its Trainer alive
         assert are_gone([optimizer])
         assert monitor.latest_step == (2 if isinstance(module, Failing) else 5)
 
@@ -50,21 +52,21 @@ def test_nothing_is_left_behind_after_a_run_or_an_exception(tmp_path: Path, made
 @pytest.mark.parametrize("hook", ["teardown", "on_exception", "on_train_end"])
 def test_each_end_of_a_run_detaches(made: Any, attached: Attached, hook: str) -> None:
     monitor, run, module = attached()
-    step_once(monitor, run, module)  # or it would say that it observed none
+    step_once(monitor, run, module)  # or it would warn that no step was observed
     assert not are_gone(made)
     getattr(monitor, hook)(run, module)
-    assert hooks_of(run) == 0
+    assert count_hooks(run) == 0
     assert are_gone(made)
 
 
-def test_starting_twice_does_not_double_the_hooks(attached: Attached) -> None:
+def test_a_second_start_keeps_one_pair_of_hooks(attached: Attached) -> None:
     monitor, run, module = attached()
     monitor.on_train_start(run, module)
-    assert hooks_of(run) == 2
+    assert count_hooks(run) == 2
 
 
-def test_the_steps_of_a_tuner_are_not_due(attached: Attached) -> None:
-    """Tuners put callbacks of their own in the place of all others."""
+def test_the_steps_of_a_tuner_are_ignored(attached: Attached) -> None:
+    """Lightning's tuners replace all callbacks of the Trainer while they run."""
     monitor, run, module = attached()
     for callbacks, is_due in (([monitor], True), ([], False), ([monitor], True)):
         latest, run.callbacks = monitor.latest, callbacks
@@ -72,7 +74,7 @@ def test_the_steps_of_a_tuner_are_not_due(attached: Attached) -> None:
         assert (monitor.latest is not latest) == is_due
 
 
-def test_fast_dev_run(tmp_path: Path) -> None:
+def test_fast_dev_run_trains_with_the_callback(tmp_path: Path) -> None:
     run = fit(tmp_path, PrecisionMonitor(every_n_steps=1), fast_dev_run=2)
     assert run.global_step == 2
 
@@ -80,15 +82,15 @@ def test_fast_dev_run(tmp_path: Path) -> None:
 # --- several runs
 
 
-def test_fitting_twice_observes_both_times_without_doubling(tmp_path: Path) -> None:
+def test_a_second_fit_is_observed_and_leaves_no_hooks(tmp_path: Path) -> None:
     monitor = PrecisionMonitor()
     for _ in range(2):
         run = fit(tmp_path, monitor)
         assert monitor.latest_step == 5
-        assert hooks_of(run) == 0
+        assert count_hooks(run) == 0
 
 
-def test_a_second_run_of_another_module_is_charted_afresh(tmp_path: Path) -> None:
+def test_a_second_run_chooses_its_charted_layers_anew(tmp_path: Path) -> None:
     monitor = PrecisionMonitor("bf16", layer_charts=1)
     fit(tmp_path, monitor)
     run = trainer(tmp_path, monitor)
@@ -99,7 +101,7 @@ def test_a_second_run_of_another_module_is_charted_afresh(tmp_path: Path) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
-def test_skipped_steps_are_those_of_the_last_fit(tmp_path: Path) -> None:
+def test_skipped_steps_are_counted_anew_in_each_fit(tmp_path: Path) -> None:
     class Silent(Net):
         def training_step(self, batch: list[Tensor], batch_index: int) -> Any:
             return None if batch_index == 3 else super().training_step(batch, batch_index)
@@ -113,7 +115,7 @@ def test_skipped_steps_are_those_of_the_last_fit(tmp_path: Path) -> None:
 # --- copies
 
 
-def test_it_can_be_pickled_before_and_after_a_run(tmp_path: Path) -> None:
+def test_a_callback_can_be_pickled_before_and_after_a_run(tmp_path: Path) -> None:
     monitor = PrecisionMonitor()
     assert pickle.loads(pickle.dumps(monitor)).formats == monitor.formats
     fit(tmp_path, monitor)
@@ -126,7 +128,7 @@ def test_it_can_be_pickled_before_and_after_a_run(tmp_path: Path) -> None:
 def test_a_copy_made_in_mid_run_is_detached(
     attached: Attached, copied: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A module that has it as a hyperparameter is saved with it."""
+    """A module with the callback as a hyperparameter is saved with a copy of the callback."""
 
     def is_copied(_: pl.Trainer, __: Any) -> Any:
         raise AssertionError("the Trainer is copied with the callback")
@@ -137,10 +139,10 @@ def test_a_copy_made_in_mid_run_is_detached(
     twin = copied(monitor)
     assert twin.latest.keys() == monitor.latest.keys() != set()
     assert monitor.state_dict()["monitor"]["last_seen"]
-    assert twin.state_dict() == {}  # what is learnt is the monitor's, which the copy does not have
+    assert twin.state_dict() == {}  # the state is the monitor's, and the copy has no monitor
     latest = twin.latest
     twin.teardown()
-    assert hooks_of(run) == 2
+    assert count_hooks(run) == 2
     step_once(monitor, run, module)
     assert monitor.latest_model != twin.latest_model
     assert twin.latest is latest

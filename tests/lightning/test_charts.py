@@ -1,4 +1,4 @@
-"""`Charts`: the same keys from the first row to the last, whatever is known when."""
+"""`Charts`: all rows have the same keys, also rows from before the layers are chosen."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ FORMATS = ("bf16", "e5m2")
 
 
 class Figures(dict[str, float]):
-    """As `altgrad.Figures`, of some values."""
+    """A stand-in for `altgrad.Figures` with chosen values."""
 
     formats = FORMATS
 
@@ -20,24 +20,24 @@ class Figures(dict[str, float]):
 def figures(kept: float = math.nan, formats: tuple[str, ...] = FORMATS) -> Figures:
     values = dict.fromkeys(PER_LAYER, 1.0)
     values |= {f"{metric}/{format}": 0.5 for metric in PER_LAYER_AND_FORMAT for format in formats}
-    of = Figures(values | {f"kept_update_ratio/{format}": kept for format in formats})
-    of.formats = formats
-    return of
+    made = Figures(values | {f"kept_update_ratio/{format}": kept for format in formats})
+    made.formats = formats
+    return made
 
 
 def rows(charts: Charts, *steps: Mapping[str, Figures]) -> list[tuple[int, dict[str, float]]]:
     found = [
         charts.add(k, figures(0.5), layers, {"own_share": 0.1}) for k, layers in enumerate(steps)
     ]
-    return [(row.step, all_of(row)) for each in [*found, charts.rest()] for row in each]
+    return [(row.step, merge_row(row)) for each in [*found, charts.take_waiting()] for row in each]
 
 
-def all_of(row: Row) -> dict[str, float]:
+def merge_row(row: Row) -> dict[str, float]:
     assert not row.model.keys() & row.others.keys()
     return row.model | row.others
 
 
-def test_rows_wait_until_it_is_known_which_layers_keep_least() -> None:
+def test_rows_wait_until_the_charted_layers_are_chosen() -> None:
     charts = Charts(FORMATS, 2)
     unknown = {name: figures() for name in "abc"}
     assert charts.add(0, figures(), unknown, {}) == []
@@ -45,10 +45,10 @@ def test_rows_wait_until_it_is_known_which_layers_keep_least() -> None:
     first, second = charts.add(1, figures(), known, {})
     assert (first.step, second.step) == (0, 1)
     assert [*charts.charted] == ["b", "c"]
-    assert all_of(first).keys() == all_of(second).keys()
-    assert math.isnan(all_of(first)["altgrad/kept_update_ratio/bf16/b"])
-    assert all_of(second)["altgrad/kept_update_ratio/bf16/b"] == 0.1
-    assert not any(key.endswith("/a") for key in all_of(second))
+    assert merge_row(first).keys() == merge_row(second).keys()
+    assert math.isnan(merge_row(first)["altgrad/kept_update_ratio/bf16/b"])
+    assert merge_row(second)["altgrad/kept_update_ratio/bf16/b"] == 0.1
+    assert not any(key.endswith("/a") for key in merge_row(second))
 
 
 def test_keys_stay_where_layers_and_figures_are_missing() -> None:
@@ -64,7 +64,7 @@ def test_keys_stay_where_layers_and_figures_are_missing() -> None:
     assert "altgrad/monitor/own_share" in keys
 
 
-def test_layers_by_pattern_and_none() -> None:
+def test_layers_are_charted_by_pattern_or_not_at_all() -> None:
     layers = {"a.weight": figures(0.9), "b.weight": figures(0.1), "b.bias": figures(0.0)}
     charts = Charts(FORMATS, ["*.weight", "missing"])
     rows(charts, layers)
@@ -81,7 +81,7 @@ def test_a_layer_is_charted_for_its_own_formats() -> None:
     assert "altgrad/stall_frac/e5m2/b" in row
 
 
-def test_nothing_waits_for_ever() -> None:
+def test_rows_wait_for_at_most_20_steps() -> None:
     charts = Charts(FORMATS, 1)
     waited = [len(charts.add(k, figures(), {"a": figures()}, {})) for k in range(22)]
     assert sum(waited) == 22

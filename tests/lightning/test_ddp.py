@@ -1,4 +1,4 @@
-"""`PrecisionMonitor` where each process has all of the parameters: the first one observes."""
+"""`PrecisionMonitor` under DDP: the first rank observes, and the other ranks are idle."""
 
 import math
 import warnings
@@ -15,9 +15,9 @@ from altgrad_lightning import PrecisionMonitor
 from tests.lightning.runs import (
     Net,
     RecordingAdamW,
-    assert_are_of_last_step,
+    assert_last_step,
     batches,
-    hooks_of,
+    count_hooks,
     trainer,
 )
 from tests.processes import run
@@ -26,8 +26,7 @@ ACCUMULATED, CLIPPED = 2, 0.1
 
 
 def fit_ddp(rank: int, folder: Path) -> dict[str, Any]:
-    """Two epochs with accumulation and clipping, the second one from the checkpoint of the first;
-    and what each rank knows then."""
+    """Train an epoch, resume for a second one, and return the findings of this rank."""
     warnings.filterwarnings("error", message=".*(PrecisionMonitor|UpdateMonitor|StepObserver)")
     torch.manual_seed(0)
     monitor = PrecisionMonitor(every_n_steps=1, overhead_budget=0.9)
@@ -42,7 +41,7 @@ def fit_ddp(rank: int, folder: Path) -> dict[str, Any]:
     first = trainer(folder, monitor, saving, **options)
     first.fit(Net(optimizer=RecordingAdamW), loader())
     seen = {
-        "hooks": hooks_of(first),
+        "hooks": count_hooks(first),
         "latest_step": monitor.latest_step,
         "steps": first.optimizers[0].steps,
         "latest": dict(monitor.latest.get("layers.0.weight", {})),
@@ -66,33 +65,33 @@ def ddp(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run(fit_ddp, 2, tmp_path_factory.mktemp("ddp"))
 
 
-def test_the_first_process_sees_the_step_as_it_was(ddp) -> None:
+def test_the_first_rank_has_the_figures_of_the_recorded_step(ddp) -> None:
     first = ddp[0]
     assert len(first["steps"]) == 2
     assert first["latest_step"] == 1
     steps = [step[0] for step in first["steps"]]
     norm = math.sqrt(sum(g.square().sum().item() for _, _, g in first["steps"][-1]))
     assert norm == pytest.approx(CLIPPED, rel=1e-4)
-    assert_are_of_last_step(first["latest"], steps)
+    assert_last_step(first["latest"], steps)
 
 
-def test_the_others_do_nothing_at_all(ddp) -> None:
+def test_the_other_ranks_observe_and_write_nothing(ddp) -> None:
     assert ddp[1]["latest_step"] is None
     assert ddp[1]["latest"] == {}
     assert ddp[1]["path"] == ddp[1]["resumed_path"] == "None"
-    # and what the first one sees is what they have
+    # All ranks made the same steps.
     for mine, other in zip(ddp[0]["steps"], ddp[1]["steps"], strict=True):
         for one, two in zip(mine, other, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_it_goes_on_from_a_checkpoint(ddp) -> None:
+def test_a_resumed_run_goes_on_from_the_checkpoint(ddp) -> None:
     assert ddp[0]["resumed_step"] == 3
     assert [*read(ddp[0]["path"]).steps] == [0, 1]
     assert [*read(ddp[0]["resumed_path"]).steps] == [0, 1, 2, 3]
 
 
-def test_processes_that_are_spawned_get_a_copy(tmp_path: Path) -> None:
+def test_spawned_ranks_get_a_copy_of_the_callback(tmp_path: Path) -> None:
     monitor = PrecisionMonitor(every_n_steps=1)
     run = trainer(tmp_path, monitor, strategy="ddp_spawn", devices=2)
     run.fit(Net(), batches(4))

@@ -1,4 +1,4 @@
-"""`altgrad demo`: a short run of it, its table, its picture and its event file."""
+"""`altgrad demo`: the table, the picture and the event file of a short run."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ FORMATS = ("bf16", "e4m3fn", "e5m2")
 
 
 @pytest.fixture(scope="module")
-def run_of_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "120")
@@ -23,12 +23,12 @@ def run_of_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_event_file_holds_the_metrics_of_at_most_eight_layers(run_of_the_demo: Path) -> None:
-    (events,) = run_of_the_demo.glob("version_0/events.*")
+def test_the_event_file_has_the_metrics_of_eight_layers(demo_folder: Path) -> None:
+    (events,) = demo_folder.glob("version_0/events.*")
     accumulator = EventAccumulator(str(events)).Reload()
     tags = accumulator.Tags()["scalars"]
     per_format = (
-        *("stall_frac", "kept_update_ratio"),  # what the tool is about
+        *("stall_frac", "kept_update_ratio"),  # the two main metrics
         "stiffness_mean",  # DIAG-01
         *("grad_stiff_correlation", "grad_below_stiffness_frac"),  # DIAG-04
     )
@@ -45,16 +45,16 @@ def test_the_event_file_holds_the_metrics_of_at_most_eight_layers(run_of_the_dem
     assert [(e.step, e.value) for e in stalls] == [(9, 1.0), (19, 1.0)]
 
 
-def test_there_is_a_picture_and_a_report(run_of_the_demo: Path) -> None:
-    (picture,) = run_of_the_demo.glob("version_0/formats.png")
+def test_the_demo_writes_a_picture_and_a_report(demo_folder: Path) -> None:
+    (picture,) = demo_folder.glob("version_0/formats.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
-    (page,) = run_of_the_demo.glob("version_0/report.html")
+    (page,) = demo_folder.glob("version_0/report.html")
     text = page.read_text()
     assert text.count('<td class="FROZEN"') >= 2 * 3 * 7  # gains, in both tables
     assert "norm.weight" in text
 
 
-def test_the_terminal_shows_every_layer_and_how_to_go_on(
+def test_the_terminal_shows_every_layer_and_the_next_commands(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -71,7 +71,7 @@ def test_the_terminal_shows_every_layer_and_how_to_go_on(
     assert re.search(r"bf16, of 41 layers:.*?7\s+frozen", shown, flags=re.DOTALL)
 
 
-def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
+def test_an_invalid_folder_or_seed_exits_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match=r"cannot write to folder .*file"):
         demo(steps=10, folder=tmp_path / "file" / "sub", seed=0)

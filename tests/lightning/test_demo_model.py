@@ -1,4 +1,4 @@
-"""The model of `altgrad demo` and the text that it reads."""
+"""The model of `altgrad demo` and its text."""
 
 import pytest
 import torch
@@ -7,13 +7,13 @@ from torch.nn.functional import one_hot
 from altgrad_lightning.demo_model import CharacterTransformer, Windows, standard_library_text
 
 
-def test_the_model_has_the_size_and_the_layernorms_it_is_to_show() -> None:
+def test_the_model_is_small_and_has_seven_layernorms() -> None:
     model = CharacterTransformer()
     assert 500_000 <= sum(p.numel() for p in model.parameters()) <= 1_000_000
     assert sum(isinstance(m, torch.nn.LayerNorm) for m in model.modules()) == 7
 
 
-def test_the_model_cannot_see_the_characters_that_it_predicts() -> None:
+def test_the_model_does_not_see_later_characters() -> None:
     torch.manual_seed(0)
     model = CharacterTransformer().eval()
     text = torch.randint(128, (1, 128))
@@ -36,7 +36,7 @@ def test_the_text_is_source_in_ascii_and_always_the_same() -> None:
 
 
 def test_windows_begin_anywhere_and_are_one_longer_than_the_context() -> None:
-    text = bytes(range(128)) + b"ab"  # in which there are two windows of 129
+    text = bytes(range(128)) + b"ab"  # two windows of 129 fit
     torch.manual_seed(0)
     windows = Windows(text, 50)
     assert len(windows) == 50
@@ -45,7 +45,7 @@ def test_windows_begin_anywhere_and_are_one_longer_than_the_context() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to .self.log")
-def test_the_loss_is_that_of_the_character_that_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_compares_logits_with_the_next_character(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, batch = CharacterTransformer(depth=1), torch.randint(128, (2, 129))
     logits = {"right": one_hot(batch[:, 1:], 128), "same": one_hot(batch[:, :-1], 128)}
@@ -54,4 +54,4 @@ def test_the_loss_is_that_of_the_character_that_follows(monkeypatch: pytest.Monk
         monkeypatch.setattr(model, "forward", lambda context, each=each: 100.0 * each)
         loss[name] = model.training_step(batch, 0).item()
     assert loss["right"] < 1e-6
-    assert loss["same"] > 90  # of 256 characters hardly one follows itself
+    assert loss["same"] > 90  # among 256 random characters, hardly one equals the next

@@ -1,4 +1,4 @@
-"""`History` against a plain record of everything that it was told."""
+"""`History` against a plain record of all added figures."""
 
 import math
 
@@ -8,47 +8,47 @@ from matplotlib.text import Text
 from altgrad_lightning.history import History
 
 
-def test_few_steps_are_kept_as_they_are() -> None:
+def test_a_short_run_keeps_the_figures_of_every_step() -> None:
     history = History("kept_update_ratio")
     history.add(9, {"a": {"kept_update_ratio/bf16": 0.5, "stall_frac/bf16": 0.25}})
     history.add(19, {"a": {"kept_update_ratio/bf16": 1.5}, "b": {"kept_update_ratio/e5m2": 0.75}})
     history.add(29, {"b": {"kept_update_ratio/e5m2": math.nan}})
-    assert history.values("bf16") == {"a": {9: 0.5, 19: 1.5}}
-    of_b = history.values("e5m2")["b"]
-    assert of_b.pop(29) != of_b.get(29)
-    assert of_b == {19: 0.75}
-    assert history.values("fp16") == {}
+    assert history.get_means("bf16") == {"a": {9: 0.5, 19: 1.5}}
+    means = history.get_means("e5m2")["b"]
+    assert means.pop(29) != means.get(29)
+    assert means == {19: 0.75}
+    assert history.get_means("fp16") == {}
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 8])
 @pytest.mark.parametrize("steps", [1, 7, 8, 9, 16, 17, 100])
-def test_a_long_run_is_averaged_over_equal_columns(most: int, steps: int) -> None:
+def test_a_long_run_has_means_over_columns_of_equal_width(most: int, steps: int) -> None:
     history = History(most_columns=most)
-    told: dict[str, dict[int, float]] = {"always": {}, "rarely": {}, "never": {}}
+    added: dict[str, dict[int, float]] = {"always": {}, "rarely": {}, "never": {}}
     for step in range(steps):
-        told["always"][step] = step / 128
+        added["always"][step] = step / 128
         if step % 5 == 0:
-            told["rarely"][step] = 1 - step / 128
-        told["never"][step] = math.nan
-        now = {layer: of[step] for layer, of in told.items() if step in of}
+            added["rarely"][step] = 1 - step / 128
+        added["never"][step] = math.nan
+        now = {layer: figures[step] for layer, figures in added.items() if step in figures}
         history.add(step, {layer: {"stall_frac/bf16": value} for layer, value in now.items()})
     width = history.per_column
     assert width == next(2**k for k in range(10) if most * 2**k >= steps)
-    values = history.values("bf16")
-    for layer, of_layer in told.items():
+    values = history.get_means("bf16")
+    for layer, figures in added.items():
         columns: dict[int, list[float]] = {}
-        for step, value in of_layer.items():
+        for step, value in figures.items():
             columns.setdefault(step // width * width, []).append(value)
         expected = {first: sum(each) / len(each) for first, each in columns.items()}
         assert values[layer] == pytest.approx(expected, nan_ok=True, rel=1e-6)
     assert len(values["always"]) <= most
 
 
-def test_heat_maps_say_what_a_column_is() -> None:
+def test_the_title_of_a_heat_map_gives_the_steps_per_column() -> None:
     history = History(most_columns=2)
     for step in range(4):
         history.add(step, {"a": {"stall_frac/bf16": 0.5}})
-    figures = history.heat_maps()
+    figures = history.draw_heat_maps()
     assert list(figures) == ["stall_frac_map/bf16"]
     texts = [text.get_text() for text in figures["stall_frac_map/bf16"].findobj(Text)]
     assert "stall_frac in bf16, means of 2 observed steps" in texts

@@ -1,4 +1,4 @@
-"""Pictures in loggers, read back by TensorBoard's own readers and its server, and from wandb."""
+"""Output of loggers, read back from TensorBoard's files, its server, and wandb's files."""
 
 import io
 import json
@@ -28,7 +28,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from altgrad import Histogram
 from altgrad.measurement.catalogue import FORMAT_METRICS
 from altgrad.report import Advice, Assessment, Verdict, kept_map
-from altgrad_lightning import loggers as pictures_of
+from altgrad_lightning import loggers
 from altgrad_lightning.history import History
 from tests.chromium import chromium, needs_chromium
 
@@ -41,19 +41,19 @@ STEPS = Histogram(-32, COUNTS)
 
 def assessment(layers: tuple[str, ...] = LAYERS) -> Assessment:
     advice = [
-        advice_of(layer, format, {"kept_update_ratio": k / len(layers), "stall_frac": 1.0})
+        make_advice(layer, format, {"kept_update_ratio": k / len(layers), "stall_frac": 1.0})
         for k, layer in enumerate(layers)
         for format in FORMATS
     ]
     return Assessment(advice, {layers[0]: "bf16"}, "2 of 3 layers would freeze in *bf16*.")
 
 
-def advice_of(layer: str, format: str, figures: Mapping[str, float]) -> Advice:
+def make_advice(layer: str, format: str, figures: Mapping[str, float]) -> Advice:
     return Advice(layer, format, Verdict.FROZEN, figures, {}, "as the figures say")
 
 
 def log_everything(logger: Any) -> None:
-    """As a run would, at steps 9 and 19."""
+    """Log figures, pictures and verdicts as a run does, at steps 9 and 19."""
     history = History()
     for step in (9, 19):
         scalars = {
@@ -63,13 +63,13 @@ def log_everything(logger: Any) -> None:
             for layer in ("", *(f"/{name}" for name in LAYERS))
         }
         logger.log_metrics(scalars, step=step)
-        of_layers = {f"stall_frac/{format}": step / 20 for format in FORMATS}
-        history.add(step, dict.fromkeys(LAYERS, of_layers))
+        stalled = {f"stall_frac/{format}": step / 20 for format in FORMATS}
+        history.add(step, dict.fromkeys(LAYERS, stalled))
         keys = ("steps/bf16", f"steps/bf16/{LAYERS[0]}")
-        pictures_of.histograms([logger], step, dict.fromkeys(keys, STEPS))
-        pictures_of.pictures([logger], step, history.heat_maps())
-    pictures_of.layout([logger], FORMATS)
-    pictures_of.verdict([logger], 19, assessment())
+        loggers.log_histograms([logger], step, dict.fromkeys(keys, STEPS))
+        loggers.log_pictures([logger], step, history.draw_heat_maps())
+    loggers.log_layout([logger], FORMATS)
+    loggers.log_verdict([logger], 19, assessment())
     logger.save()
 
 
@@ -90,7 +90,7 @@ def events(folder: str) -> EventAccumulator:
 # --- TensorBoard
 
 
-def test_histograms_have_the_octaves_as_buckets(events: EventAccumulator) -> None:
+def test_histograms_have_a_bucket_per_octave(events: EventAccumulator) -> None:
     assert events.Tags()["histograms"] == ["altgrad/steps/bf16", f"altgrad/steps/bf16/{LAYERS[0]}"]
     for tag in events.Tags()["histograms"]:
         assert [event.step for event in events.Histograms(tag)] == [9, 19]
@@ -105,7 +105,7 @@ def test_histograms_have_the_octaves_as_buckets(events: EventAccumulator) -> Non
             assert value.sum_squares == 3 * 1.5**2 + 1.5 * 0.5**2 + 4 * 3.5**2
 
 
-def test_heat_maps_are_images_of_a_sensible_size(events: EventAccumulator) -> None:
+def test_heat_maps_are_images_with_a_readable_size(events: EventAccumulator) -> None:
     tags = [f"altgrad/stall_frac_map/{format}" for format in FORMATS]
     assert events.Tags()["images"] == tags
     for tag in tags:
@@ -119,7 +119,7 @@ def test_heat_maps_are_images_of_a_sensible_size(events: EventAccumulator) -> No
             assert len(image.getcolors(100_000) or ()) > 20  # it is not blank
 
 
-def layout_of(events: EventAccumulator) -> dict[str, dict[str, list[str]]]:
+def read_layout(events: EventAccumulator) -> dict[str, dict[str, list[str]]]:
     (event,) = events.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     return {
@@ -128,36 +128,38 @@ def layout_of(events: EventAccumulator) -> dict[str, dict[str, list[str]]]:
     }
 
 
-def test_the_layout_has_a_chart_per_metric_and_charts_of_layers(events: EventAccumulator) -> None:
-    layout = layout_of(events)
-    of_model = {**layout["AltGrad: model"], **layout["AltGrad: model, more"]}
-    assert set(of_model) == set(FORMAT_METRICS)
-    assert list(of_model)[:2] == ["kept_update_ratio", "stall_frac"]
+def test_the_layout_has_charts_of_the_model_and_of_layers(
+    events: EventAccumulator,
+) -> None:
+    layout = read_layout(events)
+    model_charts = {**layout["AltGrad: model"], **layout["AltGrad: model, more"]}
+    assert set(model_charts) == set(FORMAT_METRICS)
+    assert list(model_charts)[:2] == ["kept_update_ratio", "stall_frac"]
     tags = events.Tags()["scalars"]
-    for metric, [pattern] in of_model.items():
+    for metric, [pattern] in model_charts.items():
         lines = [tag for tag in tags if re.match(pattern, tag)]
         assert lines == [f"altgrad/{metric}/{format}" for format in FORMATS]
-    of_layers = layout["AltGrad: layers that keep least"]
-    assert len(of_layers) == 2 * len(FORMATS)
+    layer_charts = layout["AltGrad: layers that keep least"]
+    assert len(layer_charts) == 2 * len(FORMATS)
     for metric in ("kept_update_ratio", "stall_frac"):
         for format in FORMATS:
-            [pattern] = of_layers[f"{metric}, {format}"]
+            [pattern] = layer_charts[f"{metric}, {format}"]
             lines = [tag for tag in tags if re.match(pattern, tag)]
             assert lines == [f"altgrad/{metric}/{format}/{layer}" for layer in LAYERS]
 
 
-def test_the_layout_without_charted_layers(tmp_path: Path) -> None:
+def test_the_layout_has_only_the_model_without_charted_layers(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
-    pictures_of.layout([logger], FORMATS, layers=False)
+    loggers.log_layout([logger], FORMATS, layers=False)
     logger.finalize("success")
-    layout = layout_of(EventAccumulator(logger.log_dir).Reload())
+    layout = read_layout(EventAccumulator(logger.log_dir).Reload())
     assert list(layout) == ["AltGrad: model", "AltGrad: model, more"]
 
 
-def rendered(markdown: str) -> str:
-    """As TensorBoard's page shows it."""
+def render(markdown: str) -> str:
+    """Return the HTML that TensorBoard makes of Markdown."""
     with warnings.catch_warnings():
-        # Its own copy of a deprecated html5lib.
+        # TensorBoard has a copy of html5lib, which uses deprecated functions.
         warnings.simplefilter("ignore", DeprecationWarning)
         from tensorboard.plugins.text.text_plugin import text_array_to_html
     html: str = text_array_to_html(np.array(markdown), enable_markdown=True)
@@ -172,7 +174,7 @@ def test_the_verdict_is_a_table_in_which_names_are_escaped(events: EventAccumula
     (event,) = events.Tensors("altgrad/verdict/text_summary")
     assert event.step == 19
     markdown = event.tensor_proto.string_val[0].decode()
-    html = rendered(markdown)
+    html = render(markdown)
     assert "*bf16*" in html.replace("&#42;", "*")
     assert cells(html)[:4] == ["layer", "bf16", "e4m3fn", "smallest that stores it"]
     assert cells(html)[4:8] == [LAYERS[0], "frozen 0.00", "frozen 0.00", "bf16"]
@@ -203,37 +205,37 @@ def as_text(html: str) -> str:
         "a$b$",
     ],
 )
-def test_any_name_is_a_cell_of_its_own(name: str) -> None:
-    markdown = pictures_of.verdict_markdown(assessment((name,)))
-    html = rendered(markdown)
+def test_any_layer_name_is_shown_verbatim_in_one_cell(name: str) -> None:
+    markdown = loggers.format_verdict(assessment((name,)))
+    html = render(markdown)
     assert as_text(cells(html)[4]) == name
     assert not {"<strong>", "<em>", "<code>", "<a", "<img", "<script"} & {
         *re.findall("<[a-z]+>?", html)
     }
 
 
-def test_the_verdict_of_many_layers_shows_the_worst() -> None:
+def test_the_verdict_shows_the_worst_100_layers() -> None:
     layers = tuple(f"layer.{k}" for k in range(2000))
-    markdown = pictures_of.verdict_markdown(assessment(layers))
+    markdown = loggers.format_verdict(assessment(layers))
     assert "The worst 100 of 2,000 layers" in markdown
     assert markdown.count("| layer.") == 100
     assert "| layer.99 |" in markdown
 
 
-def test_the_verdict_without_figures() -> None:
-    advice = advice_of("a", "bf16", {"kept_update_ratio": math.nan, "stall_frac": math.nan})
+def test_the_verdict_shows_a_dash_for_missing_figures() -> None:
+    advice = make_advice("a", "bf16", {"kept_update_ratio": math.nan, "stall_frac": math.nan})
     unknown = Assessment([advice._replace(verdict=Verdict.NOT_JUDGED)], {}, "")
-    html = rendered(pictures_of.verdict_markdown(unknown))
+    html = render(loggers.format_verdict(unknown))
     assert cells(html)[3:] == ["a", "&#8211;", "none: fp32"]
     assert "–: not judged" in " ".join(html.split())
-    assert pictures_of.verdict_markdown(Assessment([], {}, ""))
+    assert loggers.format_verdict(Assessment([], {}, ""))
 
 
-def test_a_histogram_of_nothing_is_left_out(tmp_path: Path) -> None:
+def test_an_empty_histogram_is_left_out(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
-    pictures_of.histograms([logger], 0, {"steps/bf16": Histogram(-32, [0.0] * 64)})
-    pictures_of.histograms([logger], 0, {})
-    pictures_of.pictures([logger], 0, {})
+    loggers.log_histograms([logger], 0, {"steps/bf16": Histogram(-32, [0.0] * 64)})
+    loggers.log_histograms([logger], 0, {})
+    loggers.log_pictures([logger], 0, {})
     logger.finalize("success")
     assert EventAccumulator(str(tmp_path)).Reload().Tags()["histograms"] == []
 
@@ -241,15 +243,15 @@ def test_a_histogram_of_nothing_is_left_out(tmp_path: Path) -> None:
 # --- other loggers
 
 
-def test_other_loggers_are_left_alone(tmp_path: Path) -> None:
+def test_other_loggers_get_no_pictures(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     each = (logger, object())
-    assert not pictures_of.can_show(each)
-    assert pictures_of.can_show([logger, TensorBoardLogger(tmp_path)])
-    pictures_of.layout(each, FORMATS)
-    pictures_of.histograms(each, 0, {"steps/bf16": STEPS})
-    pictures_of.pictures(each, 0, {"a": None})  # type: ignore[dict-item]  # not even drawn
-    pictures_of.verdict(each, 0, assessment())
+    assert not loggers.can_show(each)
+    assert loggers.can_show([logger, TensorBoardLogger(tmp_path)])
+    loggers.log_layout(each, FORMATS)
+    loggers.log_histograms(each, 0, {"steps/bf16": STEPS})
+    loggers.log_pictures(each, 0, {"a": None})  # type: ignore[dict-item]  # None is never drawn
+    loggers.log_verdict(each, 0, assessment())
     assert [*tmp_path.iterdir()] == []
 
 
@@ -259,13 +261,13 @@ class Broken(TensorBoardLogger):
         raise OSError("no space left")
 
 
-def test_what_a_logger_raises_is_raised(tmp_path: Path) -> None:
+def test_an_error_of_a_logger_is_raised(tmp_path: Path) -> None:
     broken = [Broken(tmp_path)]
     for call in (
-        lambda: pictures_of.layout(broken, FORMATS),
-        lambda: pictures_of.histograms(broken, 0, {"steps/bf16": STEPS}),
-        lambda: pictures_of.pictures(broken, 0, {"a": kept_map({}, {}, title="")}),
-        lambda: pictures_of.verdict(broken, 0, assessment()),
+        lambda: loggers.log_layout(broken, FORMATS),
+        lambda: loggers.log_histograms(broken, 0, {"steps/bf16": STEPS}),
+        lambda: loggers.log_pictures(broken, 0, {"a": kept_map({}, {}, title="")}),
+        lambda: loggers.log_verdict(broken, 0, assessment()),
     ):
         with pytest.raises(OSError, match="no space left"):
             call()
@@ -276,7 +278,7 @@ def test_what_a_logger_raises_is_raised(tmp_path: Path) -> None:
 
 @contextmanager
 def tensorboard(folder: str) -> Iterator[str]:
-    """Its address, while it runs."""
+    """Run TensorBoard, and yield its address."""
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--port", "0"]
     command += ["--host", "127.0.0.1", "--samples_per_plugin", "images=100"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
@@ -294,14 +296,14 @@ def tensorboard(folder: str) -> Iterator[str]:
             server.terminate()
 
 
-def fetched(address: str, path: str, **query: str) -> Any:
+def fetch(address: str, path: str, **query: str) -> Any:
     with urlopen(f"{address}data/plugin/{path}?{urlencode(query)}", timeout=30) as answer:
         body = answer.read()
     return json.loads(body) if "json" in answer.headers["Content-Type"] else body
 
 
 def wait_for(found: Any) -> Any:
-    """TensorBoard loads event files in the background."""
+    """Wait for a true result, as TensorBoard loads event files in the background."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
         if value := found():
@@ -310,37 +312,37 @@ def wait_for(found: Any) -> Any:
     return pytest.fail("TensorBoard loaded nothing in a minute")
 
 
-def test_a_real_tensorboard_shows_them_all(folder: str) -> None:
+def test_a_running_tensorboard_serves_everything_logged(folder: str) -> None:
     with tensorboard(folder) as address:
         # The verdict is logged last.
-        texts = wait_for(lambda: fetched(address, "text/tags").get("."))
+        texts = wait_for(lambda: fetch(address, "text/tags").get("."))
         assert [*texts] == ["altgrad/verdict/text_summary"]
-        (text,) = fetched(address, "text/text", run=".", tag="altgrad/verdict/text_summary")
+        (text,) = fetch(address, "text/text", run=".", tag="altgrad/verdict/text_summary")
         assert text["step"] == 19
         assert "<b>" not in text["text"]
         assert as_text(LAYERS[2]) in as_text(text["text"])
 
-        layout = fetched(address, "custom_scalars/layout")
+        layout = fetch(address, "custom_scalars/layout")
         charts = {c["title"]: c for category in layout["category"] for c in category["chart"]}
         [pattern] = charts["stall_frac"]["multiline"]["tag"]
-        lines = fetched(address, "custom_scalars/scalars", run=".", tag=pattern)
+        lines = fetch(address, "custom_scalars/scalars", run=".", tag=pattern)
         assert lines["regex_valid"]
         assert set(lines["tag_to_events"]) == {f"altgrad/stall_frac/{f}" for f in FORMATS}
         [pattern] = charts["kept_update_ratio, bf16"]["multiline"]["tag"]
-        lines = fetched(address, "custom_scalars/scalars", run=".", tag=pattern)
+        lines = fetch(address, "custom_scalars/scalars", run=".", tag=pattern)
         tags = {f"altgrad/kept_update_ratio/bf16/{layer}" for layer in LAYERS}
         assert set(lines["tag_to_events"]) == tags
 
         tag = "altgrad/stall_frac_map/bf16"
-        assert tag in fetched(address, "images/tags")["."]
-        images = fetched(address, "images/images", run=".", tag=tag, sample="0")
+        assert tag in fetch(address, "images/tags")["."]
+        images = fetch(address, "images/images", run=".", tag=tag, sample="0")
         assert [image["step"] for image in images] == [9, 19]
         with urlopen(f"{address}data/plugin/images/individualImage?{images[-1]['query']}") as png:
             assert Image.open(io.BytesIO(png.read())).width > 600
 
-        histograms = fetched(address, "histograms/histograms", run=".", tag="altgrad/steps/bf16")
+        histograms = fetch(address, "histograms/histograms", run=".", tag="altgrad/steps/bf16")
         assert [step for _, step, _ in histograms] == [9, 19]
-        # Rebinned for the page; where there are elements stays where it was.
+        # TensorBoard rebins for its page, but keeps the range of filled buckets.
         buckets = [bucket for bucket in histograms[-1][2] if bucket[2]]
         assert sum(count for _, _, count in buckets) == pytest.approx(8.5)
         assert buckets[0][0] == -2
@@ -348,14 +350,14 @@ def test_a_real_tensorboard_shows_them_all(folder: str) -> None:
 
 
 @needs_chromium
-def test_its_page_of_images_shows_the_heat_maps(folder: str, tmp_path: Path) -> None:
+def test_the_image_page_of_tensorboard_shows_the_heat_maps(folder: str, tmp_path: Path) -> None:
     with tensorboard(folder) as address:
-        wait_for(lambda: fetched(address, "text/tags").get("."))
+        wait_for(lambda: fetch(address, "text/tags").get("."))
         picture = f"--screenshot={tmp_path / 'page.png'}"
         _, errors = chromium(tmp_path, f"{address}#images", picture, milliseconds=20_000)
     assert not errors
     pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
-    colour = np.array(colormaps["YlOrRd"](9 / 20, bytes=True)[:3])  # of the first step
+    colour = np.array(colormaps["YlOrRd"](9 / 20, bytes=True)[:3])  # the color at the first step
     assert (abs(pixels - colour).max(-1) <= 8).sum() > 3000
 
 
@@ -363,7 +365,7 @@ def test_its_page_of_images_shows_the_heat_maps(folder: str, tmp_path: Path) -> 
 
 
 def wandb_rows(folder: Path) -> list[dict[str, Any]]:
-    """What an offline run has logged, from the file that would be synced."""
+    """Return the rows that an offline run logged, from the file for syncing."""
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     rows = []
     for record in finished_wandb_records(file):
@@ -381,7 +383,10 @@ def wandb_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def finished_wandb_records(file: Path) -> list[Any]:
-    """All of them: the process that writes them may do so after `wandb.finish` has returned."""
+    """Return all records, once wandb's process has written the last one.
+
+    That process may still write after `wandb.finish` has returned.
+    """
     from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
@@ -396,7 +401,11 @@ def finished_wandb_records(file: Path) -> list[Any]:
 
 
 def wandb_records(data: bytes) -> Iterator[bytes]:
-    """Those of a log of LevelDB, after 7 bytes of wandb's own: in parts within blocks of 32 KiB."""
+    """Yield the records of a wandb file: a header of 7 bytes, and then a log of LevelDB.
+
+    A record is split into parts at blocks of 32 KiB:
+    https://github.com/google/leveldb/blob/main/doc/log_format.md
+    """
     at, parts = 7, b""
     while at + 7 <= len(data):
         left = 32768 - at % 32768
@@ -406,7 +415,7 @@ def wandb_records(data: bytes) -> Iterator[bytes]:
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # FULL or LAST: the record is complete
             yield parts
             parts = b""
 
@@ -420,7 +429,7 @@ def wandb_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_wandb_gets_its_own_types(wandb_folder: Path) -> None:
+def test_wandb_gets_histograms_images_and_a_table(wandb_folder: Path) -> None:
     import wandb
 
     logger = WandbLogger(save_dir=wandb_folder, offline=True)

@@ -1,4 +1,4 @@
-"""`PrecisionMonitor`: the figures of the whole model, and rules for single layers."""
+"""`PrecisionMonitor`: figures of the whole model, and rules for single layers."""
 
 import math
 from pathlib import Path
@@ -17,16 +17,16 @@ from tests.lightning.runs import (
     Net,
     RecordingAdamW,
     Step,
-    amax_of_steps,
     batches,
     fit,
     logged,
+    replay_amax,
     trainer,
 )
 
 
 class Large(Net):
-    """Its first layer is sampled, unless all elements are asked for."""
+    """A net whose large layers are sampled by default."""
 
     def __init__(self) -> None:
         super().__init__(optimizer=RecordingAdamW)
@@ -61,13 +61,13 @@ def fit_module(
     return run
 
 
-def model_truth(steps: list[Step]) -> dict[str, float]:
-    """Figures over all elements of all layers, which took all these steps."""
+def compute_truth(steps: list[Step]) -> dict[str, float]:
+    """Return the true figures of the model at the last of its steps."""
     counts: dict[str, float] = dict.fromkeys(["moved", "elements", "squares"], 0.0)
-    of_formats = {f: dict.fromkeys(["stalled", "kept"], 0.0) for f in DEFAULT_FORMATS}
-    for of_layer in zip(*steps, strict=True):
-        amax = amax_of_steps(of_layer)[-1]
-        before, after, _ = (each.double() for each in of_layer[-1])
+    by_format = {f: dict.fromkeys(["stalled", "kept"], 0.0) for f in DEFAULT_FORMATS}
+    for layer_steps in zip(*steps, strict=True):
+        amax = replay_amax(layer_steps)[-1]
+        before, after, _ = (each.double() for each in layer_steps[-1])
         update = after - before
         counts["moved"] += update.count_nonzero().item()
         counts["elements"] += update.numel()
@@ -76,27 +76,27 @@ def model_truth(steps: list[Step]) -> dict[str, float]:
             scale = 1.0 if get_format(name).bits >= 16 else compute_scale(amax, name)
             stalled = stall_mask(before, update, name, scale).sum().item()
             kept = (effective_update(before, update, name, scale) * update).sum().item()
-            of_formats[name]["stalled"] += stalled
-            of_formats[name]["kept"] += kept
+            by_format[name]["stalled"] += stalled
+            by_format[name]["kept"] += kept
     truth = {
         "ulp_zero_frac": 1 - counts["moved"] / counts["elements"],
         "update_rms": math.sqrt(counts["squares"] / counts["elements"]),
     }
-    for name, sums in of_formats.items():
+    for name, sums in by_format.items():
         truth[f"stall_frac/{name}"] = sums["stalled"] / counts["moved"]
         truth[f"kept_update_ratio/{name}"] = sums["kept"] / counts["squares"]
     return truth
 
 
 def assert_is_truth(figures: Any, steps: list[Step]) -> None:
-    for key, expected in model_truth(steps).items():
+    for key, expected in compute_truth(steps).items():
         tolerance = (
             0 if "_frac" in key else 1e-12
         )  # counts are exact, sums may be rounded otherwise
         assert figures[key] == pytest.approx(expected, rel=tolerance, abs=0), key
 
 
-def test_the_figures_of_the_model_are_those_of_all_its_elements(tmp_path: Path) -> None:
+def test_figures_of_the_model_cover_all_elements_of_all_layers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     monitor = PrecisionMonitor(every_n_steps=1, max_elements=None)
     run = fit_module(tmp_path, Large(), monitor)
@@ -121,7 +121,7 @@ def test_the_figures_of_the_model_are_logged(tmp_path: Path) -> None:
         assert steps[-1][1] == pytest.approx(value, rel=1e-6, nan_ok=True)
 
 
-def test_of_two_optimizers_in_a_batch_the_model_is_both(tmp_path: Path) -> None:
+def test_figures_of_the_model_cover_both_optimizers_of_a_batch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     monitor, module = PrecisionMonitor(every_n_steps=1, max_elements=None), TwoOptimizers()
     run = fit_module(tmp_path, module, monitor)
@@ -135,7 +135,7 @@ def test_of_two_optimizers_in_a_batch_the_model_is_both(tmp_path: Path) -> None:
     assert stalls[-1][1] == pytest.approx(monitor.latest_model["stall_frac/bf16"], rel=1e-6)
 
 
-def test_max_elements_and_rules_reach_the_layers(tmp_path: Path) -> None:
+def test_max_elements_and_rules_apply_to_the_layers(tmp_path: Path) -> None:
     monitor = PrecisionMonitor(
         every_n_steps=1,
         max_elements=100,
@@ -156,8 +156,10 @@ def test_max_elements_and_rules_reach_the_layers(tmp_path: Path) -> None:
     assert monitor.latest["layers.2.weight"].formats == ("e2m1",)
     assert monitor.latest_model.population == 6408
     tags = logged(run.logger.log_dir).keys()
-    of_last = [tag for tag in tags if tag.startswith("altgrad/stall_frac/") and "layers.2." in tag]
-    assert of_last == ["altgrad/stall_frac/e2m1/layers.2.weight"]
+    tags_in_last = [
+        tag for tag in tags if tag.startswith("altgrad/stall_frac/") and "layers.2." in tag
+    ]
+    assert tags_in_last == ["altgrad/stall_frac/e2m1/layers.2.weight"]
     assert not [tag for tag in tags if "bias" in tag]
 
 
@@ -176,7 +178,7 @@ def test_a_rule_may_observe_a_layer_less_often(tmp_path: Path) -> None:
     assert [not math.isnan(value) for _, value in charted] == present
 
 
-def test_a_rule_that_matches_no_layer_is_an_error_when_training_starts(tmp_path: Path) -> None:
+def test_a_rule_without_a_layer_raises_an_error_when_training_starts(tmp_path: Path) -> None:
     monitor = PrecisionMonitor(sampling=[SamplingRule("layer.0.weigt", enabled=False)])
     module = Net()
     weights = [p.detach().clone() for p in module.parameters()]
@@ -185,7 +187,7 @@ def test_a_rule_that_matches_no_layer_is_an_error_when_training_starts(tmp_path:
     assert all(map(torch.equal, weights, module.parameters()))
 
 
-def test_a_rule_of_layers_that_are_replaced_ends_the_observation_only(tmp_path: Path) -> None:
+def test_observation_ends_if_the_layers_of_a_rule_are_replaced(tmp_path: Path) -> None:
     class Replacing(Net):
         def on_train_batch_start(self, _batch: Any, batch_index: int) -> None:
             if batch_index == 2:

@@ -1,4 +1,4 @@
-"""`PrecisionMonitor` where processes share the parameters: fully_shard by ModelParallelStrategy."""
+"""`PrecisionMonitor` with sharded parameters: fully_shard under ModelParallelStrategy."""
 
 import warnings
 from pathlib import Path
@@ -18,19 +18,19 @@ from altgrad.report import read
 from altgrad_lightning import PrecisionMonitor
 from tests.distributed.comparing import differences
 from tests.distributed.sharded import WholeSteps, replayed
-from tests.lightning.runs import batches, hooks_of, trainer
+from tests.lightning.runs import batches, count_hooks, trainer
 from tests.processes import run
 
 SETTINGS = {"max_elements": 100}
 
 
 class Recording(torch.optim.SGD):
-    """The truth, seen from inside the step: Lightning's closure makes the gradients."""
+    """An SGD that records the truth inside the step, where Lightning's closure makes gradients."""
 
     truth: WholeSteps
 
     def step(self, closure: Any = None) -> Any:
-        if closure is None:  # what torch does to restore the optimizer's state
+        if closure is None:  # torch steps without a closure when it restores the state
             return super().step()
         loss = closure()
         self.truth.before()
@@ -40,8 +40,10 @@ class Recording(torch.optim.SGD):
 
 
 class Net(pl.LightningModule):
-    """One large layer and small ones, shared if the strategy has a mesh for it: each by itself, or
-    all at once.
+    """A net with one large layer and small layers, sharded if the strategy has a mesh.
+
+    Args:
+        at_once: If True, shard all layers in one group; otherwise the first layer apart.
     """
 
     def __init__(self, *, at_once: bool = False) -> None:
@@ -61,7 +63,7 @@ class Net(pl.LightningModule):
         return (self.layers(batch[0]) - 1).square().mean()
 
     def validation_step(self, batch: list[Tensor], batch_index: int) -> None:
-        """Before the first step, too: a forward without a backward."""
+        """Run a forward without a backward, as Lightning does before the first step."""
         self.log("val", self.layers(batch[0]).square().mean(), sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -71,7 +73,7 @@ class Net(pl.LightningModule):
 
 
 class InTurn(Net):
-    """Two optimizers."""
+    """A net with two optimizers, one for each linear layer."""
 
     automatic_optimization = False
 
@@ -94,7 +96,7 @@ def fit(
     saving: bool = False,
     at_once: bool = False,
 ) -> dict[str, Any]:
-    """What a process knows after it, and whether it is what the truth says."""
+    """Train, and return the findings of this rank with the recorded truth."""
     warnings.filterwarnings("error", message=".*(PrecisionMonitor|UpdateMonitor|StepObserver)")
     monitor = PrecisionMonitor(every_n_steps=1, strict=True, **SETTINGS)
     strategy: Any = "auto"
@@ -108,7 +110,7 @@ def fit(
     loader = DataLoader(batches(6).dataset, batch_size=4 // size, shuffle=False)
     fitted.fit(net, loader, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
     return {
-        "hooks": hooks_of(fitted),
+        "hooks": count_hooks(fitted),
         "step": monitor.latest_step,
         "path": None if monitor.path is None else str(monitor.path),
         "steps": net.truth.steps,
@@ -126,8 +128,8 @@ def fit_at_once(rank: int, folder: Path, size: int) -> dict[str, Any]:
 
 
 def fit_alone(rank: int, folder: Path, size: int) -> dict[str, Any]:
-    """The second process has no monitor. For it the first waits once, not for each optimizer."""
-    # With a run file it would ask Lightning for its folder, for which all have to ask.
+    """Train with a monitor on rank 0 only, which waits once for rank 1."""
+    # A run file needs Trainer.log_dir, a broadcast in which rank 1 takes no part.
     monitors = [PrecisionMonitor(every_n_steps=1, run_file=False)] if rank == 0 else []
     strategy = ModelParallelStrategy(size, 1)
     fitted = trainer(folder, *monitors, strategy=strategy, devices=size)
@@ -135,8 +137,8 @@ def fit_alone(rank: int, folder: Path, size: int) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fitted.fit(net, DataLoader(batches(6).dataset, batch_size=2))
-    told = [str(each.message) for each in caught if "PrecisionMonitor" in str(each.message)]
-    return {"told": told, "steps": fitted.global_step}
+    notices = [str(each.message) for each in caught if "PrecisionMonitor" in str(each.message)]
+    return {"notices": notices, "steps": fitted.global_step}
 
 
 def fit_more(rank: int, folder: Path, size: int, checkpoint: Path) -> dict[str, Any]:
@@ -145,7 +147,7 @@ def fit_more(rank: int, folder: Path, size: int, checkpoint: Path) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """One epoch by two processes, and another one by as many and by three."""
+    """Return the findings of one epoch on 2 ranks, and of a second epoch on 1, 2 and 3 ranks."""
     folder = tmp_path_factory.mktemp("parallel")
     seen = {"first": run(fit_first, 2, folder, 2)}
     checkpoint = folder / "saved" / "last.ckpt"
@@ -154,31 +156,31 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str,
     }
 
 
-def reference(steps: Any, state: Any = None) -> Any:
+def replay_truth(steps: Any, state: Any = None) -> Any:
     parameters = {name: nn.Parameter(before.clone()) for name, (before, _, _) in steps[0].items()}
     return replayed(steps, state, parameters=parameters, **SETTINGS)
 
 
-def test_two_processes_come_to_the_figures_of_one(fitted) -> None:
+def test_two_ranks_get_the_figures_of_one(fitted) -> None:
     first = fitted["first"]
-    expected = reference(first[0]["steps"])
+    expected = replay_truth(first[0]["steps"])
     assert len(expected.records) == 3
     for seen in first:
         assert seen["step"] == 2
         assert differences(seen["record"], expected.records[-1]) == []
 
 
-def test_a_model_that_is_shared_at_once_is_observed_after_the_sanity_check(tmp_path) -> None:
+def test_a_model_sharded_in_one_group_is_observed(tmp_path) -> None:
     for seen in run(fit_at_once, 2, tmp_path, 2):
-        assert differences(seen["record"], reference(seen["steps"]).records[-1]) == []
+        assert differences(seen["record"], replay_truth(seen["steps"]).records[-1]) == []
 
 
-def test_a_monitor_in_one_process_alone_is_told_and_training_goes_on(tmp_path) -> None:
+def test_a_monitor_on_one_rank_only_gives_a_warning(tmp_path) -> None:
     first, second = run(fit_alone, 2, tmp_path, 2, collective=6.0)
     assert first["steps"] == second["steps"] == 12
-    assert len(first["told"]) == 1
-    assert "does not observe this run: rank 0 of 2" in first["told"][0]
-    assert "every process has to attach" in first["told"][0]
+    assert len(first["notices"]) == 1
+    assert "does not observe this run: rank 0 of 2" in first["notices"][0]
+    assert "every process has to attach" in first["notices"][0]
 
 
 def test_the_gradients_are_accumulated_and_clipped(fitted) -> None:
@@ -187,15 +189,15 @@ def test_the_gradients_are_accumulated_and_clipped(fitted) -> None:
     assert norm == pytest.approx(0.5, rel=1e-4)
 
 
-def test_the_first_one_alone_writes(fitted) -> None:
+def test_only_the_first_rank_writes(fitted) -> None:
     assert [*read(fitted["first"][0]["path"]).steps] == [0, 1, 2]
     assert fitted["first"][1]["path"] is None
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_any_number_of_processes_goes_on_from_the_checkpoint(fitted, size: int) -> None:
-    before = reference(fitted["first"][0]["steps"])
-    expected = reference(fitted[size][0]["steps"], before.final_state)
+def test_any_number_of_ranks_resumes_from_the_checkpoint(fitted, size: int) -> None:
+    before = replay_truth(fitted["first"][0]["steps"])
+    expected = replay_truth(fitted[size][0]["steps"], before.final_state)
     assert expected.records
     for seen in fitted[size]:
         assert differences(seen["record"], expected.records[-1]) == []
@@ -206,5 +208,5 @@ def test_any_number_of_processes_goes_on_from_the_checkpoint(fitted, size: int) 
             assert torch.equal(bits[name][1], packed)
 
 
-def test_nothing_is_left_behind(fitted) -> None:
+def test_no_hook_is_left(fitted) -> None:
     assert [seen["hooks"] for seen in fitted["first"]] == [0, 0]

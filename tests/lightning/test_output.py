@@ -1,4 +1,4 @@
-"""Where the figures of a run go: run file, verdicts, pictures, several loggers; and resuming."""
+"""`Output`: run file, verdicts, pictures, several loggers, and resumed runs."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ def assert_row_is(row: Any, figures: Figures) -> None:
         assert row.figures[key] == pytest.approx(value, rel=1e-7, nan_ok=True), key
 
 
-def test_the_run_file_holds_every_layer_at_the_steps_of_the_loss(tmp_path: Path) -> None:
+def test_the_run_file_has_every_layer_at_the_steps_of_the_loss(tmp_path: Path) -> None:
     monitor = PrecisionMonitor(layer_charts=1)
     run = fit(tmp_path, monitor)
     assert monitor.path == Path(run.logger.log_dir) / "altgrad.jsonl"
@@ -43,18 +43,18 @@ def test_the_run_file_holds_every_layer_at_the_steps_of_the_loss(tmp_path: Path)
     assert with_weights == [1]  # the first observed step, and then the fourth
 
 
-def test_the_verdicts_are_those_of_the_run_file(tmp_path: Path) -> None:
+def test_the_verdicts_equal_those_of_the_run_file(tmp_path: Path) -> None:
     monitor = PrecisionMonitor(every_n_steps=1)
     assert monitor.assessment is None
     fit(tmp_path, monitor)
-    of_file = judge_run(read(monitor.path))
-    assert monitor.assessment.summary == of_file.summary
-    assert monitor.assessment.suggestions == of_file.suggestions
+    expected = judge_run(read(monitor.path))
+    assert monitor.assessment.summary == expected.summary
+    assert monitor.assessment.suggestions == expected.suggestions
     assert len(monitor.assessment.advice) == 6 * 3
     assert monitor.assessment.by_layer["layers.2.weight"]["bf16"].verdict is Verdict.FROZEN
 
 
-def test_pictures_are_drawn_ever_less_often_and_at_the_end(tmp_path: Path) -> None:
+def test_pictures_are_drawn_at_powers_of_four_and_at_the_end(tmp_path: Path) -> None:
     run = fit(tmp_path, PrecisionMonitor(every_n_steps=1, histograms=True), steps=7)
     events = EventAccumulator(run.logger.log_dir, size_guidance=ALL).Reload()
     tags = events.Tags()
@@ -85,7 +85,7 @@ def test_own_share_elements_and_skipped_steps_are_charted(tmp_path: Path) -> Non
 
 
 class TwoOptimizers(Net):
-    """Each stepped in each second batch, and both logged."""
+    """A net with two optimizers, which step in turn."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class TwoOptimizers(Net):
         (TwoOptimizers, {}),
     ],
 )
-def test_figures_have_the_steps_of_the_loss(
+def test_figures_and_loss_have_the_same_steps(
     tmp_path: Path, module: type[Net], options: dict[str, Any], every: int
 ) -> None:
     monitor = PrecisionMonitor()
@@ -131,7 +131,7 @@ def test_figures_have_the_steps_of_the_loss(
 # --- loggers
 
 
-def test_several_loggers_get_the_same_and_columns_of_csv_are_stable(tmp_path: Path) -> None:
+def test_several_loggers_get_equal_figures_in_stable_columns(tmp_path: Path) -> None:
     first, second = CSVLogger(tmp_path, "a"), CSVLogger(tmp_path, "b")
     board = TensorBoardLogger(tmp_path)
     fit(tmp_path, PrecisionMonitor(every_n_steps=1), logger=[first, board, second])
@@ -143,12 +143,14 @@ def test_several_loggers_get_the_same_and_columns_of_csv_are_stable(tmp_path: Pa
     assert {f"altgrad/{key}" for key in ("monitor/own_share", "stall_frac/e5m2/layers.0.bias")} <= {
         *own
     }
-    assert all(row[key] for row in rows for key in own)  # nan where there is none, never nothing
+    assert all(
+        row[key] for row in rows for key in own
+    )  # a missing figure is nan, not an empty cell
     scalars = logged(board.log_dir)
     assert {tag for tag in scalars if tag.startswith("altgrad/")} == {*own}
 
 
-def test_mlflow_gets_the_figures_in_a_local_store(tmp_path: Path, monkeypatch: Any) -> None:
+def test_mlflow_stores_the_figures_in_a_local_folder(tmp_path: Path, monkeypatch: Any) -> None:
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     logger = MLFlowLogger("test", tracking_uri=f"file:{tmp_path / 'store'}")
@@ -161,8 +163,8 @@ def test_mlflow_gets_the_figures_in_a_local_store(tmp_path: Path, monkeypatch: A
     assert (found.parent / "layers.0.weight").is_file()
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # wandb's own
-def test_wandb_offline_beside_tensorboard(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # wandb leaves files open
+def test_wandb_offline_logs_beside_tensorboard(tmp_path: Path, monkeypatch: Any) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(save_dir=tmp_path, offline=True)
@@ -185,7 +187,7 @@ def test_without_a_logger_the_run_file_is_in_the_root_directory(tmp_path: Path) 
     assert read(tmp_path).steps == (1, 3, 5)
 
 
-def test_fast_dev_run_and_run_file_false_write_none(tmp_path: Path) -> None:
+def test_no_run_file_is_written_with_fast_dev_run_or_run_file_false(tmp_path: Path) -> None:
     monitor = PrecisionMonitor(every_n_steps=1)
     fit(tmp_path, monitor, fast_dev_run=2)
     assert monitor.latest
@@ -193,7 +195,7 @@ def test_fast_dev_run_and_run_file_false_write_none(tmp_path: Path) -> None:
     assert not [*tmp_path.rglob("altgrad*.jsonl")]
 
 
-def test_two_runs_in_one_directory_do_not_meet(tmp_path: Path) -> None:
+def test_two_runs_in_one_directory_have_two_run_files(tmp_path: Path) -> None:
     for name in ("altgrad.jsonl", "altgrad-2.jsonl"):
         monitor = PrecisionMonitor()
         fit(tmp_path, monitor, logger=TensorBoardLogger(tmp_path, "", version=""))
@@ -226,7 +228,7 @@ def test_a_resumed_run_goes_on_without_gaps_or_duplicates(tmp_path: Path, elsewh
         made.fit(Net(), batches(4), **options)
         return monitor
 
-    # Killed after step 5, of which the last checkpoint knows nothing.
+    # The run ends after step 5, and the checkpoint is from step 4.
     checkpoint = ModelCheckpoint(tmp_path / "kept", filename="{step}", save_top_k=-1)
     first = run(tmp_path / "run", 2, checkpoint, max_steps=6)
     assert read(first.path).steps == (*range(6),)
@@ -235,10 +237,12 @@ def test_a_resumed_run_goes_on_without_gaps_or_duplicates(tmp_path: Path, elsewh
     assert (resumed.path == first.path) is not elsewhere
     found, whole = read(resumed.path), read(run(tmp_path / "whole", 2).path)
     assert found.steps == whole.steps == (*range(8),)
-    of_found = [(row.step, row.layer) for row in found.rows]
-    assert of_found == [(row.step, row.layer) for row in whole.rows]
+    found_rows = [(row.step, row.layer) for row in found.rows]
+    assert found_rows == [(row.step, row.layer) for row in whole.rows]
     assert [path.name for path in found.predecessors] == (["altgrad.jsonl"] if elsewhere else [])
-    for row, expected in zip(found.rows, whole.rows, strict=True):  # never moved, too: of all steps
+    for row, expected in zip(
+        found.rows, whole.rows, strict=True
+    ):  # never_moved_frac, too, which counts all steps
         assert [*row.figures.values()] == pytest.approx([*expected.figures.values()], nan_ok=True)
     assert resumed.assessment.summary == judge_run(whole).summary
 

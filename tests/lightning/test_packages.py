@@ -17,7 +17,7 @@ from altgrad_lightning import PrecisionMonitor
 PACKAGES = [pytorch_lightning, lightning.pytorch]
 
 
-def net_of(package: ModuleType) -> Any:
+def make_net(package: ModuleType) -> Any:
     class Net(package.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -34,7 +34,9 @@ def net_of(package: ModuleType) -> Any:
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
 @pytest.mark.parametrize("wrap", [list, lambda callbacks: callbacks[0]], ids=["list", "bare"])
-def test_it_observes_in_either_trainer(package: ModuleType, wrap: Any, tmp_path: Any) -> None:
+def test_the_trainer_of_either_package_accepts_the_callback(
+    package: ModuleType, wrap: Any, tmp_path: Any
+) -> None:
     monitor = PrecisionMonitor("bf16", every_n_steps=1)
     trainer = package.Trainer(
         max_epochs=1,
@@ -46,13 +48,13 @@ def test_it_observes_in_either_trainer(package: ModuleType, wrap: Any, tmp_path:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(net_of(package), torch.utils.data.DataLoader(torch.ones(3, 4)))
+    trainer.fit(make_net(package), torch.utils.data.DataLoader(torch.ones(3, 4)))
     assert monitor.latest_step == 2
     assert list(monitor.latest) == ["layer.weight", "layer.bias"]
 
 
 def test_the_two_packages_have_two_callback_classes() -> None:
-    """The fact that makes all this necessary."""
+    """A Trainer checks for the Callback of its own package, so both are base classes."""
     assert lightning.pytorch.Callback is not pytorch_lightning.Callback
     assert issubclass(PrecisionMonitor, lightning.pytorch.Callback)
     assert issubclass(PrecisionMonitor, pytorch_lightning.Callback)
@@ -71,7 +73,7 @@ def run(script: str, *blocked: str) -> subprocess.CompletedProcess[str]:
         pytest.param("lightning.pytorch", "pytorch_lightning", marks=pytest.mark.slow),
     ],
 )
-def test_one_of_them_is_enough(installed: str, missing: str) -> None:
+def test_one_installed_package_is_enough(installed: str, missing: str) -> None:
     result = run(
         f"""
         from altgrad_lightning import PrecisionMonitor
@@ -83,16 +85,18 @@ def test_one_of_them_is_enough(installed: str, missing: str) -> None:
         """,
         missing,
     )
-    assert result.stdout.split() == [installed, "True"], result.stderr  # blocked, as None
+    assert result.stdout.split() == [installed, "True"], (
+        result.stderr
+    )  # sys.modules has None, which blocks the import
 
 
-def test_without_either_the_error_says_what_to_install() -> None:
+def test_without_a_package_the_error_names_the_command_to_install_one() -> None:
     result = run("from altgrad_lightning import PrecisionMonitor", "lightning", "pytorch_lightning")
     assert result.returncode != 0
     assert "pip install 'altgrad[lightning]'" in result.stderr.splitlines()[-1]
 
 
-def test_a_broken_installation_is_not_taken_for_a_missing_one() -> None:
+def test_a_missing_dependency_is_named_in_the_error() -> None:
     result = run("from altgrad_lightning import PrecisionMonitor", "torchmetrics")
     assert "torchmetrics" in result.stderr.splitlines()[-1]
 
@@ -101,7 +105,7 @@ def test_a_broken_installation_is_not_taken_for_a_missing_one() -> None:
     "package",
     ["lightning.pytorch", pytest.param("pytorch_lightning", marks=pytest.mark.slow)],
 )
-def test_the_messages_of_the_package_in_use_stay_its_own(package: str) -> None:
+def test_the_package_in_use_keeps_its_logger(package: str) -> None:
     result = run(
         f"""
         import {package}

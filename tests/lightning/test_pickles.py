@@ -1,4 +1,4 @@
-"""A callback that an earlier version has pickled."""
+"""`convert_attributes`: a callback pickled by an earlier version trains."""
 
 import pickle
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 from tests.lightning.runs import fit
 
 
-def test_a_pickle_of_0_1_0_trains(tmp_path: Path) -> None:
-    """`PrecisionMonitor("bf16", every_n_steps=1)`, pickled by 0.1.0, which had `compile`."""
+def test_a_callback_pickled_by_0_1_0_trains(tmp_path: Path) -> None:
+    """The file is `PrecisionMonitor("bf16", every_n_steps=1)` of 0.1.0, which had `compile`."""
     pickled = (Path(__file__).parent / "data" / "callback-0.1.0.pickle").read_bytes()
     assert b"compile" in pickled
     old = pickle.loads(pickled)

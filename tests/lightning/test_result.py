@@ -1,4 +1,4 @@
-"""`Result`: empty at first, then the figures of the last record."""
+"""`Result`: empty at first, and then with the figures of the last record."""
 
 import pickle
 
@@ -32,7 +32,7 @@ def test_the_latest_figures_are_those_of_the_last_record() -> None:
     assert copied.latest_step == 7
 
 
-def test_results_share_nothing() -> None:
+def test_two_results_are_independent() -> None:
     first, second = Result(), Result()
     first.skipped["inf"] += 1
     first.state["monitor"] = {}

@@ -1,4 +1,4 @@
-"""`PrecisionMonitor`: what it knows of the past, from checkpoint to checkpoint and run to run."""
+"""`PrecisionMonitor`: its state in checkpoints, and from run to run."""
 
 import gc
 from pathlib import Path
@@ -18,7 +18,7 @@ KEYS = [f"never_moved_frac/{format}" for format in DEFAULT_FORMATS]
 
 
 class Wide(Net):
-    """Of one layer only some elements are watched: the same ones after a resume."""
+    """A net with one sampled layer: the same elements are measured after a resume."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -28,9 +28,9 @@ class Wide(Net):
 
 
 class Plain(Wide):
-    """Its optimizer has no state, so that a new one goes on as the old one would have.
+    """A net whose optimizer has no state, so that a new optimizer replaces it exactly.
 
-    Many weights that the first epoch moves, the second one does not.
+    Many weights move in the first epoch, and rest in the second.
     """
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -42,13 +42,13 @@ class Plain(Wide):
 
 
 class Fast(Wide):
-    """All of its weights move in every format."""
+    """A net whose weights all move in every format."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1.0)
 
 
-def never_moved(monitor: PrecisionMonitor) -> dict[str, float]:
+def collect_never_moved(monitor: PrecisionMonitor) -> dict[str, float]:
     found = {f"{name}/{k}": each[k] for name, each in monitor.latest.items() for k in KEYS}
     return found | {key: monitor.latest_model[key] for key in KEYS}
 
@@ -64,10 +64,10 @@ def train(
     options = {"max_epochs": epochs, "enable_checkpointing": bool(callbacks)}
     run = trainer(folder, monitor, *callbacks, **options)
     run.fit(module(), batches(4), ckpt_path=ckpt_path)
-    return never_moved(monitor)
+    return collect_never_moved(monitor)
 
 
-def keeping(folder: Path) -> ModelCheckpoint:
+def make_checkpoint(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(
         dirpath=folder / "kept", filename="first", every_n_epochs=1, save_top_k=1
     )
@@ -75,16 +75,15 @@ def keeping(folder: Path) -> ModelCheckpoint:
 
 @pytest.mark.filterwarnings(
     r"ignore:.*add the following callbacks. \[.ModelCheckpoint[^\]]*\]\.$"
-)  # the resumed run keeps none
+)  # the resumed run saves no checkpoint
 def test_a_resumed_run_knows_which_weights_never_moved(tmp_path: Path) -> None:
     whole = train(tmp_path, PrecisionMonitor(every_n_steps=1))
-    train(tmp_path, PrecisionMonitor(every_n_steps=1), keeping(tmp_path), epochs=1)
+    train(tmp_path, PrecisionMonitor(every_n_steps=1), make_checkpoint(tmp_path), epochs=1)
     resumed = PrecisionMonitor(every_n_steps=1)
     figures = train(tmp_path, resumed, ckpt_path=tmp_path / "kept" / "first.ckpt")
     assert figures == whole
     assert resumed.latest_step == 7
-    # It is the state that makes them equal: a monitor that the checkpoint does not know begins
-    # anew.
+    # Only the state makes the figures equal: a callback without a saved state has others.
     other = PrecisionMonitor([*DEFAULT_FORMATS, "fp16"], every_n_steps=1)
     with pytest.warns(UserWarning, match="add the following callbacks.*PrecisionMonitor"):
         anew = train(tmp_path, other, ckpt_path=tmp_path / "kept" / "first.ckpt")
@@ -95,14 +94,14 @@ def test_a_resumed_run_knows_which_weights_never_moved(tmp_path: Path) -> None:
     )
 
 
-def test_the_state_is_plain_enough_for_torch_to_load_it_as_weights(tmp_path: Path) -> None:
-    train(tmp_path, PrecisionMonitor(every_n_steps=1), keeping(tmp_path), epochs=1)
+def test_torch_loads_the_state_with_weights_only(tmp_path: Path) -> None:
+    train(tmp_path, PrecisionMonitor(every_n_steps=1), make_checkpoint(tmp_path), epochs=1)
     held = torch.load(tmp_path / "kept" / "first.ckpt", weights_only=True)["callbacks"]
     (state,) = (state for key, state in held.items() if key.startswith("PrecisionMonitor"))
     assert "layers.0.weight" in state["monitor"]["ever_moved"]
 
 
-def test_a_checkpoint_after_the_run_and_before_it_has_what_is_known(tmp_path: Path) -> None:
+def test_the_state_is_saved_before_and_after_a_run(tmp_path: Path) -> None:
     monitor = PrecisionMonitor(every_n_steps=1)
     assert monitor.state_dict() == {}
     train(tmp_path, monitor)
@@ -110,18 +109,18 @@ def test_a_checkpoint_after_the_run_and_before_it_has_what_is_known(tmp_path: Pa
     assert "layers.0.weight" in state["monitor"]["ever_moved"]
     twin = PrecisionMonitor(every_n_steps=1)
     twin.load_state_dict(state)
-    assert twin.state_dict() == state  # as tuners save and restore before training starts
+    assert twin.state_dict() == state  # tuners save and restore states before training starts
 
 
 @pytest.mark.slow
-def test_a_second_run_is_one_of_its_own(tmp_path: Path) -> None:
+def test_a_second_run_takes_no_state_from_the_first(tmp_path: Path) -> None:
     monitor = PrecisionMonitor(every_n_steps=1)
     first = train(tmp_path, monitor)
     assert set(train(tmp_path, monitor, module=Fast).values()) == {0.0}
     assert train(tmp_path, monitor) == first
 
 
-def test_two_monitors_of_one_run_keep_their_states_apart(tmp_path: Path) -> None:
+def test_several_callbacks_of_a_run_have_separate_states(tmp_path: Path) -> None:
     options: dict[str, Any] = {"every_n_steps": 1}
     run = trainer(
         tmp_path,
@@ -136,9 +135,7 @@ def test_two_monitors_of_one_run_keep_their_states_apart(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_what_is_known_outlives_optimizers_that_are_replaced(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_the_state_is_kept_when_optimizers_are_replaced(tmp_path: Path, monkeypatch: Any) -> None:
     class Replacing(Plain):
         def on_train_epoch_start(self) -> None:
             if self.current_epoch == 1:
@@ -146,7 +143,7 @@ def test_what_is_known_outlives_optimizers_that_are_replaced(
             super().on_train_epoch_start()
 
     def detach_and_collect(monitor: UpdateMonitor) -> None:
-        """The garbage may be collected at any time."""
+        """Collect garbage at once, which Python may do at any time."""
         detach(monitor)
         gc.collect()
 
@@ -157,10 +154,10 @@ def test_what_is_known_outlives_optimizers_that_are_replaced(
     assert train(tmp_path, PrecisionMonitor(every_n_steps=8), module=Plain) != whole
 
 
-def test_a_state_that_is_loaded_in_mid_training_is_not_what_checkpoints_hold(
+def test_a_state_loaded_in_mid_training_does_not_replace_the_state(
     attached: Attached,
 ) -> None:
-    """A learning rate finder in mid-training saves and loads all states."""
+    """Lightning's learning rate finder saves and loads all states in mid-training."""
     monitor, run, module = attached()
     monitor.load_state_dict(monitor.state_dict())
     assert monitor.state_dict()["monitor"]["last_seen"] == {}

@@ -1,4 +1,4 @@
-"""What goes wrong beside the training: it goes on, and the user is told once."""
+"""Full disks, failing loggers and odd layers: training goes on, with one warning."""
 
 import math
 import subprocess
@@ -20,7 +20,7 @@ from tests.lightning.runs import Net, batches, fit, logged, trainer
 
 
 class Silent(Logger):
-    """As many home-made ones: it keeps what it gets, and has no directory."""
+    """A logger that keeps its rows in memory and has no directory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,8 +35,8 @@ class Silent(Logger):
         pass
 
 
-class In(Silent):
-    """With a directory that it does not write to."""
+class WithFolder(Silent):
+    """A logger with a directory, to which only the run file is written."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -47,8 +47,8 @@ class In(Silent):
         return str(self.folder)
 
 
-def told(folder: Path, monitor: PrecisionMonitor, **options: Any) -> list[str]:
-    """What a whole run was told."""
+def collect_notices(folder: Path, monitor: PrecisionMonitor, **options: Any) -> list[str]:
+    """Return the notices of a whole run."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run = fit(folder, monitor, **options)
@@ -59,7 +59,7 @@ def told(folder: Path, monitor: PrecisionMonitor, **options: Any) -> list[str]:
 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB, of which 8 kB are free."""
+    """Return the folder of a file system of 1 MiB, with 8 KiB free."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
@@ -74,41 +74,45 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk(tmp_path: Path, full_disk: Path) -> None:
-    logger = In(full_disk)
+def test_the_loggers_go_on_when_the_disk_is_full(tmp_path: Path, full_disk: Path) -> None:
+    logger = WithFolder(full_disk)
     monitor = PrecisionMonitor(every_n_steps=1)
-    (message,) = told(tmp_path, monitor, logger=logger)
+    (message,) = collect_notices(tmp_path, monitor, logger=logger)
     assert "goes on without the run file" in message
     assert "No space left on device" in message
     assert len([row for _, row in logger.rows if "altgrad/stall_frac/bf16" in row]) == 6
-    assert read(full_disk).notes == []  # what is there is whole
+    assert read(full_disk).notes == []  # every line is complete
     with pytest.raises(OSError, match="No space left"):
-        fit(tmp_path, PrecisionMonitor(every_n_steps=1, strict=True), logger=In(full_disk))
+        fit(tmp_path, PrecisionMonitor(every_n_steps=1, strict=True), logger=WithFolder(full_disk))
 
 
-def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
+def test_the_loggers_go_on_without_a_writable_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    logger = In(tmp_path / "file" / "folder")
+    logger = WithFolder(tmp_path / "file" / "folder")
     monitor = PrecisionMonitor(every_n_steps=1)
-    (message,) = told(tmp_path, monitor, logger=logger)
+    (message,) = collect_notices(tmp_path, monitor, logger=logger)
     assert "goes on without a run file in" in message
     assert monitor.path is None
     assert len(logger.rows) >= 6
     with pytest.raises(OSError, match="file"):
-        fit(tmp_path, PrecisionMonitor(strict=True), logger=In(tmp_path / "file" / "folder"))
+        fit(
+            tmp_path, PrecisionMonitor(strict=True), logger=WithFolder(tmp_path / "file" / "folder")
+        )
 
 
-def test_a_logger_without_a_directory(tmp_path: Path) -> None:
+def test_the_run_file_goes_to_the_root_if_the_logger_has_no_directory(tmp_path: Path) -> None:
     logger = Silent()
     monitor = PrecisionMonitor()
-    assert told(tmp_path, monitor, logger=logger) == []
+    assert collect_notices(tmp_path, monitor, logger=logger) == []
     assert monitor.path == tmp_path / "altgrad.jsonl"
     steps = [step for step, row in logger.rows if "altgrad/stall_frac/bf16" in row]
     assert steps == [1, 3, 5]
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_pictures_that_cannot_be_drawn(tmp_path: Path, monkeypatch: Any, strict: bool) -> None:
+def test_the_run_file_goes_on_if_pictures_cannot_be_drawn(
+    tmp_path: Path, monkeypatch: Any, strict: bool
+) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no font")
 
@@ -118,13 +122,13 @@ def test_pictures_that_cannot_be_drawn(tmp_path: Path, monkeypatch: Any, strict:
         with pytest.raises(RuntimeError, match="no font"):
             fit(tmp_path, monitor)
         return
-    (message,) = told(tmp_path, monitor)
+    (message,) = collect_notices(tmp_path, monitor)
     assert "goes on without pictures, which failed: RuntimeError('no font')" in message
     assert read(monitor.path).steps == (*range(6),)
 
 
 class Named(pl.LightningModule):
-    """Layers of any name."""
+    """A module with layers of given names."""
 
     def __init__(self, names: list[str], size: int = 4) -> None:
         super().__init__()
@@ -140,7 +144,7 @@ class Named(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
-def test_a_layer_of_any_name(tmp_path: Path) -> None:
+def test_layers_may_have_any_name(tmp_path: Path) -> None:
     names = ["<script>alert(1)</script>", "a/b", "ü [red]", "line\nbreak", "%s {x} |"]
     monitor = PrecisionMonitor(every_n_steps=1)
     run = trainer(tmp_path, monitor)
@@ -154,7 +158,7 @@ def test_a_layer_of_any_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_thousand_layers(tmp_path: Path) -> None:
+def test_two_thousand_layers_make_at_most_300_charts(tmp_path: Path) -> None:
     names = [f"blocks_{k}_attention_query_key_value_weight" for k in range(2000)]
     monitor = PrecisionMonitor(every_n_steps=1)
     run = trainer(tmp_path, monitor)
@@ -168,7 +172,7 @@ def test_two_thousand_layers(tmp_path: Path) -> None:
     assert len(page(RunReport.of(read(monitor.path)))) < 5_000_000
 
 
-def test_nan_everywhere(tmp_path: Path) -> None:
+def test_nan_in_all_weights_is_logged_without_a_warning(tmp_path: Path) -> None:
     class Broken(Net):
         def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
             return super().training_step(batch, batch_index) * torch.nan
@@ -183,20 +187,22 @@ def test_nan_everywhere(tmp_path: Path) -> None:
     assert page(RunReport.of(read(monitor.path)))
 
 
-def test_a_logger_that_fails_at_its_pictures_only(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_logger_is_dropped_after_an_error_in_its_pictures(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise OSError("no pictures here")
 
     board, other = TensorBoardLogger(tmp_path), Silent()
     monkeypatch.setattr(type(board.experiment), "add_image", broken)
-    messages = told(tmp_path, PrecisionMonitor(every_n_steps=1), logger=[board, other])
+    messages = collect_notices(tmp_path, PrecisionMonitor(every_n_steps=1), logger=[board, other])
     assert len(messages) == 1
     assert "goes on without TensorBoardLogger, which failed: OSError" in messages[0]
     assert len([row for _, row in other.rows if "altgrad/stall_frac/bf16" in row]) == 6
 
 
-def test_rows_that_wait_are_logged_where_the_training_raises(tmp_path: Path) -> None:
-    """Nothing moves, so that it is not known which layers to chart."""
+def test_waiting_rows_are_logged_when_the_training_raises(tmp_path: Path) -> None:
+    """No weight moves, so that the charted layers are not chosen before the error."""
 
     class Still(Net):
         def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
@@ -216,7 +222,9 @@ def test_rows_that_wait_are_logged_where_the_training_raises(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_an_error_at_the_end(tmp_path: Path, monkeypatch: Any, strict: bool) -> None:
+def test_the_run_file_is_closed_after_an_error_at_the_end(
+    tmp_path: Path, monkeypatch: Any, strict: bool
+) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("device lost")
 
@@ -229,7 +237,7 @@ def test_an_error_at_the_end(tmp_path: Path, monkeypatch: Any, strict: bool) -> 
         with pytest.raises(RuntimeError, match="device lost"):
             fit(tmp_path, monitor)
     else:
-        (message,) = told(tmp_path, monitor)
+        (message,) = collect_notices(tmp_path, monitor)
         assert "device lost" in message
     (file,) = closed
     assert file.path == monitor.path

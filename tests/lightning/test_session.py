@@ -1,4 +1,4 @@
-"""`Session`: who is warned, what is merged, and what is left when it ends."""
+"""`Session`: notices, merged records, and the state after the end."""
 
 import warnings
 from pathlib import Path
@@ -14,23 +14,23 @@ from altgrad_lightning.notices import Notices
 from altgrad_lightning.result import Result
 from altgrad_lightning.session import Session
 from altgrad_lightning.settings import Settings
-from tests.lightning.runs import Net, hooks_of
+from tests.lightning.runs import Net, count_hooks
 
 MONITOR = "altgrad_lightning.session.UpdateMonitor"
 
 
 def settings(**others: Any) -> Settings:
-    """Those of `PrecisionMonitor("bf16", every_n_steps=1)`, but for the others."""
+    """Return the settings of `PrecisionMonitor("bf16", every_n_steps=1)`, with some replaced."""
     chosen = {"formats": PrecisionMonitor("bf16").formats, "every_n_steps": 1, "scaling": "tensor"}
     chosen |= {"layer_charts": 8, "histograms": False, "run_file": False, "max_elements": 4096}
     chosen |= {"sampling": (), "overhead_budget": None, "seed": 0, "strict": False}
     return Settings(**chosen | others)
 
 
-def session_of(
+def make_session(
     *, is_first: bool = True, state: dict[str, Any] | None = None
 ) -> tuple[Session, SimpleNamespace, Net, Result]:
-    """A session of a module with two optimizers, of which each has one layer."""
+    """Make a session for a module with two optimizers, each for one linear layer."""
     module, callback = Net(), PrecisionMonitor()
     run = SimpleNamespace(
         strategy=None,
@@ -42,7 +42,7 @@ def session_of(
         loggers=[],
         precision_plugin=None,
         global_step=1,
-        # Lightning's own name: there is no public one for the step that it logs at.
+        # Private in Lightning, like the attribute that `Session` reads for the logged step.
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0)),
     )
     result = Result(state=state or {})
@@ -64,14 +64,16 @@ def warned(do: Any) -> list[str]:
     return [str(each.message) for each in caught]
 
 
-@pytest.mark.parametrize(("is_first", "own"), [(True, ["PrecisionMonitor says"]), (False, [])])
-def test_its_own_messages_are_those_of_the_first_process(is_first: bool, own: list[str]) -> None:
-    session, *_ = session_of(is_first=is_first)
-    assert warned(lambda: session.say("says")) == own
+@pytest.mark.parametrize(("is_first", "own"), [(True, ["PrecisionMonitor warns"]), (False, [])])
+def test_notices_of_the_session_are_given_on_the_first_rank_only(
+    is_first: bool, own: list[str]
+) -> None:
+    session, *_ = make_session(is_first=is_first)
+    assert warned(lambda: session.warn("warns")) == own
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_the_monitors_messages_are_passed_on_in_every_process_once(
+def test_notices_of_the_monitor_are_given_once_on_every_rank(
     monkeypatch: pytest.MonkeyPatch, is_first: bool
 ) -> None:
     class Talking(UpdateMonitor):
@@ -81,7 +83,7 @@ def test_the_monitors_messages_are_passed_on_in_every_process_once(
                 tell("lost rank 1")
 
     monkeypatch.setattr(MONITOR, Talking)
-    session, run, *_ = session_of(is_first=is_first)
+    session, run, *_ = make_session(is_first=is_first)
     assert warned(session.attach) == ["PrecisionMonitor lost rank 1"]
     run.optimizers = run.optimizers[:1]
     assert warned(session.attach) == []
@@ -97,23 +99,23 @@ def test_a_lost_rank_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None
             raise LostRankError("rank 0 of 2 is alone")
 
     monkeypatch.setattr(MONITOR, Lonely)
-    session, run, *_ = session_of()
+    session, run, *_ = make_session()
     messages = warned(lambda: attempts.append(session.start(None)))
     assert messages == ["PrecisionMonitor does not observe this run: rank 0 of 2 is alone"]
     assert attempts == [1, False]
-    assert hooks_of(run) == 0
+    assert count_hooks(run) == 0
 
 
-def test_the_records_of_a_batch_are_one(tmp_path: Path) -> None:
-    session, run, module, result = session_of()
+def test_the_records_of_a_batch_are_merged(tmp_path: Path) -> None:
+    session, run, module, result = make_session()
     assert session.start(tmp_path)
     session.finish_batch()
     assert result.latest_step is None  # no step yet
     step(run, module, 0, 1, 0)
     session.finish_batch()
     assert [*result.latest] == [f"layers.{k}.{name}" for k in (0, 1) for name in ("weight", "bias")]
-    of_model = model_figures([*result.latest.values()])
-    assert result.latest_model == pytest.approx(of_model, rel=0, abs=0, nan_ok=True)
+    merged = model_figures([*result.latest.values()])
+    assert result.latest_model == pytest.approx(merged, rel=0, abs=0, nan_ok=True)
     assert result.latest_step == 0
     first = result.latest
     step(run, module, 1)
@@ -123,8 +125,8 @@ def test_the_records_of_a_batch_are_one(tmp_path: Path) -> None:
     session.end()
 
 
-def test_other_optimizers_are_observed_with_the_state_of_those_before(tmp_path: Path) -> None:
-    session, run, module, _ = session_of()
+def test_replaced_optimizers_are_observed_with_the_state_so_far(tmp_path: Path) -> None:
+    session, run, module, _ = make_session()
     assert session.start(tmp_path)
     assert not session.has_other_optimizers
     step(run, module, 0)
@@ -135,14 +137,14 @@ def test_other_optimizers_are_observed_with_the_state_of_those_before(tmp_path: 
     after = session.state_dict()["monitor"]
     assert after["last_seen"] == before["last_seen"] != {}
     assert after["ever_moved"].keys() == before["ever_moved"].keys() != set()
-    assert hooks_of(SimpleNamespace(optimizers=old)) == 0
-    assert hooks_of(run) == 2
+    assert count_hooks(SimpleNamespace(optimizers=old)) == 0
+    assert count_hooks(run) == 2
     session.end()
-    assert hooks_of(run) == 0
+    assert count_hooks(run) == 0
 
 
-def test_the_end_leaves_the_state_and_the_verdicts(tmp_path: Path) -> None:
-    session, run, module, result = session_of()
+def test_the_result_has_the_state_and_the_verdicts_after_the_end(tmp_path: Path) -> None:
+    session, run, module, result = make_session()
     session.start(tmp_path)
     step(run, module, 0)
     session.finish_batch()
@@ -153,24 +155,24 @@ def test_the_end_leaves_the_state_and_the_verdicts(tmp_path: Path) -> None:
     assert result.state["monitor"]["last_seen"] == state["monitor"]["last_seen"] != {}
     assert result.state["output"] == state["output"] != {}
     assert result.assessment.summary == assessment.summary
-    twin = session_of(state=result.state)[0]
+    twin = make_session(state=result.state)[0]
     assert twin.state_dict() == result.state
 
 
 @pytest.mark.parametrize(("alone", "is_shared"), [(True, True), (False, True), (True, False)])
-def test_the_state_is_lost_where_others_would_have_to_be_asked(
+def test_the_state_is_dropped_if_other_ranks_would_be_needed(
     monkeypatch: pytest.MonkeyPatch, alone: bool, is_shared: bool
 ) -> None:
     monkeypatch.setattr(UpdateMonitor, "is_shared", property(lambda _: is_shared))
-    session, run, module, result = session_of()
+    session, run, module, result = make_session()
     session.start(None)
     step(run, module, 0)
     session.end(alone=alone)
     assert (result.state == {}) == (alone and is_shared)
 
 
-def test_another_process_than_the_first_writes_nothing(tmp_path: Path) -> None:
-    session, run, module, result = session_of(is_first=False)
+def test_ranks_after_the_first_write_nothing(tmp_path: Path) -> None:
+    session, run, module, result = make_session(is_first=False)
     assert session.start(tmp_path)
     step(run, module, 0)
     session.finish_batch()

@@ -1,4 +1,4 @@
-"""`Settings`: what is wrong is an error before training, and what a preset changes."""
+"""`Settings`: invalid arguments raise an error, and presets replace defaults."""
 
 import inspect
 from typing import Any
@@ -11,8 +11,8 @@ from altgrad_lightning.settings import (
     PRESETS,
     Settings,
     apply_preset,
-    checked_formats,
-    checked_layer_charts,
+    check_formats,
+    check_layer_charts,
 )
 
 SIGNATURE = inspect.signature(PrecisionMonitor)
@@ -21,7 +21,7 @@ SIGNATURE = inspect.signature(PrecisionMonitor)
 def settings(**others: Any) -> Settings:
     names = inspect.signature(Settings).parameters
     chosen = {name: SIGNATURE.parameters[name].default for name in names}
-    return Settings(**chosen | {"formats": checked_formats("bf16")} | others)
+    return Settings(**chosen | {"formats": check_formats("bf16")} | others)
 
 
 @pytest.mark.parametrize(
@@ -34,33 +34,33 @@ def settings(**others: Any) -> Settings:
     ],
     ids=str,
 )
-def test_a_wrong_number_is_an_error_before_training(others: Any, message: str) -> None:
+def test_an_invalid_value_raises_an_error(others: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings(**others)
 
 
-def test_a_rule_is_checked_when_there_is_a_module() -> None:
+def test_rules_are_accepted_unchecked_before_there_is_a_module() -> None:
     rules = (SamplingRule("no.such.layer", max_elements=10),)
-    assert settings(sampling=rules).for_monitor()["sampling"] == rules
+    assert settings(sampling=rules).get_monitor_arguments()["sampling"] == rules
 
 
-def test_no_format_is_an_error() -> None:
-    assert [format.name for format in checked_formats(["fp16", "bf16"])] == ["fp16", "bf16"]
+def test_an_empty_list_of_formats_raises_an_error() -> None:
+    assert [format.name for format in check_formats(["fp16", "bf16"])] == ["fp16", "bf16"]
     with pytest.raises(ValueError, match=r"formats=\[\]: expected one or more formats"):
-        checked_formats([])
+        check_formats([])
 
 
 def test_patterns_are_copied() -> None:
     patterns = ["*.weight"]
-    checked = checked_layer_charts(patterns)
+    checked = check_layer_charts(patterns)
     patterns.clear()
     assert checked == ("*.weight",)
 
 
 @pytest.mark.parametrize("wrong", ["*.weight", [1], True, 2.5])
-def test_layer_charts_of_another_type(wrong: Any) -> None:
+def test_layer_charts_with_a_wrong_type_raises_an_error(wrong: Any) -> None:
     with pytest.raises(TypeError):
-        checked_layer_charts(wrong)
+        check_layer_charts(wrong)
 
 
 def defaults() -> dict[str, Any]:
@@ -69,11 +69,11 @@ def defaults() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("preset", [None, *PRESETS])
-def test_a_preset_replaces_defaults(preset: str | None) -> None:
+def test_a_preset_replaces_default_values(preset: str | None) -> None:
     changed = {} if preset is None else PRESETS[preset]
     assert apply_preset(preset, SIGNATURE, **defaults()) == defaults() | changed
 
 
-def test_an_argument_wins_over_a_preset() -> None:
+def test_an_argument_takes_precedence_over_a_preset() -> None:
     chosen = apply_preset("full", SIGNATURE, **defaults() | {"layer_charts": 3})
     assert chosen == defaults() | PRESETS["full"] | {"layer_charts": 3}

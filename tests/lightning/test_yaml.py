@@ -1,4 +1,4 @@
-"""From LightningCLI's YAML to a run, with nested rules; what is wrong is named with its path."""
+"""`PrecisionMonitor` in LightningCLI's YAML, with nested rules, and errors that name the key."""
 
 import subprocess
 import sys
@@ -90,7 +90,9 @@ def slow(*values: object) -> object:
     ],
     ids=str,
 )
-def test_what_is_wrong_is_named(tmp_path: Path, right: str, wrong: str, parts: list[str]) -> None:
+def test_an_error_names_the_invalid_key_or_value(
+    tmp_path: Path, right: str, wrong: str, parts: list[str]
+) -> None:
     assert right in CONFIG
     failed = run_cli(tmp_path, CONFIG.replace(right, wrong, 1))
     assert failed.returncode != 0

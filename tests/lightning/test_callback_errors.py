@@ -1,4 +1,4 @@
-"""`PrecisionMonitor`: what fails or cannot be observed is warned of once; training goes on."""
+"""`PrecisionMonitor`: an error or an unsupported run gives one warning, and training goes on."""
 
 import pickle
 import weakref
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from altgrad import UpdateMonitor
 from altgrad.report import read
 from altgrad_lightning import PrecisionMonitor
-from tests.lightning.runs import Net, are_gone, batches, fit, hooks_of, trainer
+from tests.lightning.runs import Net, are_gone, batches, count_hooks, fit, trainer
 
-# --- errors of its own, of loggers and of users
+# --- errors in the callback, in loggers and in the user's module
 
 
-def test_an_error_of_its_own_warns_once_and_training_goes_on(
+def test_an_internal_error_warns_once_and_training_goes_on(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     def broken(*_: Any) -> dict[str, float]:
@@ -32,7 +32,7 @@ def test_an_error_of_its_own_warns_once_and_training_goes_on(
         run = fit(tmp_path, monitor)
     assert len([w for w in warnings if "stops observing" in str(w.message)]) == 1
     assert run.global_step == 6
-    assert hooks_of(run) == 0
+    assert count_hooks(run) == 0
 
 
 @pytest.mark.parametrize(
@@ -45,26 +45,24 @@ def test_an_error_of_its_own_warns_once_and_training_goes_on(
         "altgrad_lightning.charts.Charts.add",
     ],
 )
-def test_an_error_does_not_end_the_training_whoever_else_has_hooks(
+def test_training_goes_on_after_an_error_with_two_callbacks(
     tmp_path: Path, monkeypatch: Any, place: str
 ) -> None:
-    """torch iterates over the hooks while they run, so that none may be removed there."""
+    """torch iterates over the hooks while they run, so that removing one there is an error."""
 
     def out_of_memory(*_: Any) -> Any:
         raise RuntimeError("out of memory, on purpose")
 
-    faulty, other = PrecisionMonitor(every_n_steps=1), PrecisionMonitor("e5m2", every_n_steps=1)
+    failing, other = PrecisionMonitor(every_n_steps=1), PrecisionMonitor("e5m2", every_n_steps=1)
     monkeypatch.setattr(place, out_of_memory)
-    run = trainer(tmp_path, faulty, other)
+    run = trainer(tmp_path, failing, other)
     with pytest.warns(UserWarning, match="stops observing after .*out of memory"):
         run.fit(Net(), batches(6))
     assert run.global_step == 6
-    assert hooks_of(run) == 0
+    assert count_hooks(run) == 0
 
 
-def test_an_error_at_the_end_of_a_batch_is_called_an_error(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_the_notice_of_an_error_has_its_type_and_message(tmp_path: Path, monkeypatch: Any) -> None:
     def broken(*_: Any) -> Any:
         raise ArithmeticError("broken on purpose")
 
@@ -78,7 +76,7 @@ def test_an_error_at_the_end_of_a_batch_is_called_an_error(
     "place",
     ["altgrad.measurement.measurer.Measurer.measure_batch", "altgrad_lightning.charts.Charts.add"],
 )
-def test_strict_raises_an_error_into_the_training(
+def test_strict_re_raises_an_error_in_the_training(
     tmp_path: Path, monkeypatch: Any, place: str
 ) -> None:
     def broken(*_: Any) -> Any:
@@ -88,13 +86,13 @@ def test_strict_raises_an_error_into_the_training(
     run = trainer(tmp_path, PrecisionMonitor(every_n_steps=1, strict=True))
     with pytest.raises(ArithmeticError, match="broken on purpose"):
         run.fit(Net(), batches(3))
-    assert hooks_of(run) == 0
+    assert count_hooks(run) == 0
 
 
-def test_an_error_of_the_user_is_raised_although_the_state_cannot_be_had(
+def test_the_error_of_the_user_is_raised_if_the_state_cannot_be_read(
     tmp_path: Path, monkeypatch: Any, made: Any
 ) -> None:
-    """As after an error of an accelerator, from which nothing can be copied any more."""
+    """After an error of an accelerator, tensors on it cannot be copied."""
 
     class Failing(Net):
         def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
@@ -111,13 +109,13 @@ def test_an_error_of_the_user_is_raised_although_the_state_cannot_be_had(
         pytest.raises(KeyError, match="the user's own error"),
     ):
         run.fit(Failing(), batches(3))
-    assert hooks_of(run) == 0
+    assert count_hooks(run) == 0
     assert are_gone(made)
     assert monitor.state_dict() == {}
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_logger_that_fails_gets_no_more_and_the_others_go_on(
+def test_a_logger_is_dropped_after_an_error_and_the_others_go_on(
     tmp_path: Path, strict: bool
 ) -> None:
     class Full(TensorBoardLogger):
@@ -132,10 +130,10 @@ def test_a_logger_that_fails_gets_no_more_and_the_others_go_on(
         with pytest.raises(OSError, match="no space left"):
             run.fit(Net(), batches(3))
         return
-    with pytest.warns(UserWarning, match="goes on without Full, which failed: OSError") as told:
+    with pytest.warns(UserWarning, match="goes on without Full, which failed: OSError") as caught:
         run.fit(Net(), batches(3))
     assert run.global_step == 3
-    assert len([each for each in told if "without Full" in str(each.message)]) == 1
+    assert len([each for each in caught if "without Full" in str(each.message)]) == 1
     assert len(Path(other.log_dir, "metrics.csv").read_text().splitlines()) > 3
     assert read(monitor.path).steps == (0, 1, 2)
 
@@ -148,15 +146,15 @@ def test_a_warning_is_given_once_in_the_life_of_a_callback(tmp_path: Path) -> No
     fit(tmp_path, pickle.loads(pickle.dumps(monitor)))
 
 
-# --- what cannot be observed
+# --- runs that cannot be observed
 
 
-def test_weights_no_finer_than_the_format_are_told_once(tmp_path: Path) -> None:
+def test_weights_no_finer_than_the_format_give_one_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"cannot judge bf16 for weights.*torch\.bfloat16"):
         fit(tmp_path, PrecisionMonitor(), precision="bf16-true")
 
 
-def test_a_strategy_that_cannot_be_observed_is_told() -> None:
+def test_a_refused_strategy_gives_a_warning() -> None:
     monitor, module = PrecisionMonitor(run_file=False), Net()
     optimizer = module.configure_optimizers()
     run = SimpleNamespace(
@@ -170,7 +168,7 @@ def test_a_strategy_that_cannot_be_observed_is_told() -> None:
     )
     with pytest.warns(UserWarning, match="does not observe this run.*: Other has 2 processes"):
         monitor.on_train_start(run, module)
-    assert hooks_of(run) == 0
+    assert count_hooks(run) == 0
     monitor.on_train_batch_end(run, module)
     references = [weakref.ref(run.strategy), weakref.ref(module), weakref.ref(optimizer)]
     del run, module, optimizer
@@ -179,9 +177,9 @@ def test_a_strategy_that_cannot_be_observed_is_told() -> None:
 
 @pytest.mark.filterwarnings(
     "ignore:.torch.jit.(script|interface). is deprecated"
-)  # torch's own, at import
-def test_optimizers_in_backward_are_told_by_name_and_training_goes_on(tmp_path: Path) -> None:
-    # torch has no public name for it
+)  # torch deprecates what it imports itself
+def test_a_warning_names_the_layers_of_optimizers_in_backward(tmp_path: Path) -> None:
+    # Private: torch has no public function to step optimizers inside the backward pass.
     from torch.distributed.optim import _apply_optimizer_in_backward
 
     class InBackward(Net):
@@ -194,11 +192,11 @@ def test_optimizers_in_backward_are_told_by_name_and_training_goes_on(tmp_path: 
     with pytest.warns(UserWarning, match=r"optimizer in backward: layers\.0\.weight, layers\.0\.b"):
         run.fit(InBackward(), batches(3))
     assert run.global_step == 3
-    assert hooks_of(run) == 0
+    assert count_hooks(run) == 0
 
 
-def test_an_optimizer_of_copies_is_told_and_training_goes_on(tmp_path: Path) -> None:
-    """As DeepSpeed ZeRO does it: the optimizer steps flat copies, the parameters follow."""
+def test_an_optimizer_with_copied_parameters_gives_a_warning(tmp_path: Path) -> None:
+    """In DeepSpeed ZeRO, the optimizer steps flat copies of the parameters."""
 
     class Copies(Net):
         def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -211,8 +209,8 @@ def test_an_optimizer_of_copies_is_told_and_training_goes_on(tmp_path: Path) -> 
     assert run.global_step == 3
 
 
-def test_one_optimizer_of_other_parameters_does_not_hide_the_rest(tmp_path: Path) -> None:
-    """As the temperature of soft actor-critic, a tensor that is no parameter of the module."""
+def test_the_other_optimizers_are_observed_if_one_cannot_be(tmp_path: Path) -> None:
+    """The temperature of soft actor-critic is a tensor outside the module."""
 
     class Two(Net):
         def __init__(self) -> None:
@@ -237,7 +235,7 @@ def test_one_optimizer_of_other_parameters_does_not_hide_the_rest(tmp_path: Path
     assert "layers.0.weight" in monitor.latest
 
 
-def test_a_module_without_parameters_is_told_and_trains_on(tmp_path: Path) -> None:
+def test_a_module_without_parameters_gives_a_warning_and_trains(tmp_path: Path) -> None:
     class Outside(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -255,16 +253,16 @@ def test_a_module_without_parameters_is_told_and_trains_on(tmp_path: Path) -> No
     assert run.global_step == 2
 
 
-# --- no step
+# --- runs without an observed step
 
 
-def test_a_run_without_an_observed_step_says_so(tmp_path: Path) -> None:
+def test_a_run_without_an_observed_step_gives_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="observed no step"):
         fit(tmp_path, PrecisionMonitor(every_n_steps=100))
 
 
 @pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
-def test_why_no_step_was_observed(tmp_path: Path) -> None:
+def test_the_warning_counts_the_skipped_steps_by_reason(tmp_path: Path) -> None:
     class Nothing(Net):
         def training_step(self, batch: list[Tensor], batch_index: int) -> None:
             return None
@@ -274,7 +272,7 @@ def test_why_no_step_was_observed(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to .self.log")
-def test_barebones_says_what_to_pass(tmp_path: Path) -> None:
+def test_the_warning_of_a_barebones_trainer_names_the_argument_to_pass(tmp_path: Path) -> None:
     run = pl.Trainer(
         barebones=True,
         max_epochs=1,
