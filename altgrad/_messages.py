@@ -1,4 +1,4 @@
-"""Word numbers, lists, notices and errors in the same way in all rooms.
+"""Format numbers and lists, give notices, and raise errors of arguments, alike in all rooms.
 
 - `percent` and `few` format a share and a list of names.
 - `check_type` and `check_int` raise the errors of wrong arguments: argument=value, then the type or
@@ -45,8 +45,8 @@ class Notices:
             self.give(notice)
 
 
-def percent(share: float) -> str:
-    """Return a share from 0 to 1 as whole percent, where 100 % means all and 0 % means none.
+def format_percent(share: float) -> str:
+    """Return a share from 0 to 1 in whole %, where 100 % means all and 0 % means nothing.
 
     A share just below 1 is ``>99 %``, and one just above 0 is ``<1 %``.
     """

@@ -102,7 +102,7 @@ def _report(monitor: PrecisionMonitor, folder: Path) -> None:
     """Print the report of the run, and write a page and a picture to the folder of the run file."""
     assert monitor.path is not None  # `demo` made the folder, so the run file exists
     console = Console()
-    report = RunReport.of(read(monitor.path))
+    report = RunReport.from_run(read(monitor.path))
     print_report(report, console)
     log_dir = monitor.path.parent
     (log_dir / "report.html").write_text(page(report), encoding="utf-8")

@@ -124,7 +124,7 @@ def add_gathers(parameters: list[nn.Parameter], elements: int) -> Callable[[SGD]
     return add
 
 
-def row_of(size: int, elements: int, rounds: int) -> Row:
+def get_row(size: int, elements: int, rounds: int) -> Row:
     parameters = parameters_of(size)
     monitor = UpdateMonitor(
         nn.ParameterList(parameters), formats=FORMATS, max_elements=elements, strict=True
@@ -214,8 +214,8 @@ def main() -> None:
     torch.manual_seed(0)
     sizes = sorted(int(s) for s in arguments.sizes if not arguments.quick or s <= QUICK_LIMIT)
     rounds = 10 if arguments.quick else arguments.rounds
-    row_of(sizes[0], arguments.elements, 3)  # what torch makes once is not of the first size
-    rows = [row_of(size, arguments.elements, rounds) for size in sizes]
+    get_row(sizes[0], arguments.elements, 3)  # what torch makes once is not of the first size
+    rows = [get_row(size, arguments.elements, rounds) for size in sizes]
     print_rows(rows, arguments.elements)
     print_verdict(rows)
     write_json(arguments.json, {"rows": [row._asdict() for row in rows]})

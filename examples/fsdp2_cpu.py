@@ -56,7 +56,7 @@ class Model(pl.LightningModule):
     """A module that Lightning's ModelParallelStrategy shares."""
 
     def configure_model(self) -> None:
-        """Called by Lightning in each process."""
+        """Shard the model; Lightning calls this in each process."""
         assert self.device_mesh is not None
         self.net = shared_model(self.device_mesh["data_parallel"])
 

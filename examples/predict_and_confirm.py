@@ -57,7 +57,7 @@ class Task(NamedTuple):
 
 
 def digits(seed: int, steps: int) -> Task:
-    """A multi-layer perceptron on the 8x8 digits that scikit-learn ships."""
+    """Return a multi-layer perceptron on the 8x8 digits that scikit-learn ships."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -87,7 +87,7 @@ def digits(seed: int, steps: int) -> Task:
 
 
 def transformer(seed: int, steps: int) -> Task:
-    """The character transformer of `altgrad demo`, on the source of Python's standard library."""
+    """Return the character transformer of `altgrad demo`, on Python's standard library."""
     from altgrad_lightning.demo_model import CharacterTransformer, Windows, standard_library_text
 
     text = standard_library_text()
@@ -152,7 +152,7 @@ class Updates:
         optimizer.register_step_post_hook(self._after_storing)
 
     def stall(self, layer: str | None = None) -> float:
-        """The share of updates that vanished, of a layer or of all: the mean over the steps."""
+        """Return the mean share of updates that stalled, for a layer or for all."""
         return statistics.fmean(
             sum(gone for gone, _ in counts) / max(sum(of for _, of in counts), 1)
             for counts in (
@@ -208,13 +208,13 @@ class Stored(pl.Callback):
         self.storage = storage
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The optimizers are there, and no step has been made."""
+        """Attach; the optimizers are there, and no step has been made."""
         self.updates = Updates(pl_module)
         self.updates.attach(trainer.optimizers[0], self.storage)
 
 
 def train(task: Task, folder: Path, callback: pl.Callback) -> Outcome:
-    """A run from the same start on the same batches, whatever the callback makes of it."""
+    """Run from the same start on the same batches, whatever the callback makes of it."""
     module = Training(task.model())
     trainer = pl.Trainer(
         max_epochs=1,
@@ -282,7 +282,7 @@ def gains(experiment: Experiment) -> list[str]:
 
 
 def table(experiments: Sequence[Experiment], formats: Sequence[str]) -> Table:
-    """A row for each format: means over the seeds, and losses from the lowest to the highest."""
+    """Return a row for each format: means over the seeds, and losses in ascending order."""
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for title in (
         "format",
@@ -317,7 +317,7 @@ def table(experiments: Sequence[Experiment], formats: Sequence[str]) -> Table:
 
 
 def about_gains(experiments: Sequence[Experiment]) -> str:
-    """What became of them in bf16, as far as it is so."""
+    """Print what became of these layers in bf16, as far as it is so."""
     pairs = [(e, name) for e in experiments for name in gains(e)]
     said = [e.prediction.verdicts[name]["bf16"].verdict.short == "frozen" for e, name in pairs]
     stored = [e.stored["bf16", "nearest"].weights[name] for e, name in pairs]

@@ -135,7 +135,7 @@ class Processes:
 
 
 def _heard_on(connection: Any) -> tuple[Any, str | None] | None:
-    """A value and a fault; None from a process that has ended."""
+    """A value and an error; None from a process that has ended."""
     try:
         return pickle.loads(connection.recv_bytes())
     except (EOFError, ConnectionError):
@@ -146,8 +146,8 @@ def _value(rank: int, answer: tuple[Any, str | None] | None, may_die: bool) -> A
     if answer is None:
         assert may_die, f"rank {rank} died"
         return None
-    value, fault = answer
-    assert fault is None, f"rank {rank}: {fault}"
+    value, error = answer
+    assert error is None, f"rank {rank}: {error}"
     return value
 
 
@@ -168,13 +168,13 @@ def _serve(connection: Connection, rank: int, size: int, folder: str, seconds: f
 
 
 def _answer(rank: int, asked: bytes) -> bytes:
-    value = fault = None
+    value = error = None
     try:
         work, arguments = pickle.loads(asked)
         value = work(rank, *arguments)
     except BaseException:  # noqa: BLE001 - all of it is the test's
-        fault = traceback.format_exc()
-    return pickle.dumps((value, fault))
+        error = traceback.format_exc()
+    return pickle.dumps((value, error))
 
 
 def _as_torchrun(rank: int, size: int) -> None:

@@ -284,6 +284,6 @@ print("loaded:", *sys.modules)
 
 def test_a_page_loads_no_torch(tmp_path: Path) -> None:
     """Pictures and all."""
-    page = f"RunReport.of(read({RUN!r}))"
+    page = f"RunReport.from_run(read({RUN!r}))"
     statement = f"from altgrad.report import RunReport, page, read; page({page})"
     assert not NO_TORCH & modules_after(statement)

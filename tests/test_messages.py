@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from altgrad._messages import Notices, check_int, check_type, few, percent
+from altgrad._messages import Notices, check_int, check_type, few, format_percent
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from altgrad._messages import Notices, check_int, check_type, few, percent
     ],
 )
 def test_100_percent_means_all_and_0_percent_none(share: float, text: str) -> None:
-    assert percent(share) == text
+    assert format_percent(share) == text
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_many_names_are_counted_with_separators() -> None:
     assert few(["a b, c"] * 2003, "; ") == "a b, c; a b, c; a b, c and 2,000 more"
 
 
-def warned_of(give: Callable[[str], None], *notices: str) -> list[str]:
+def collect_warnings(give: Callable[[str], None], *notices: str) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for notice in notices:
@@ -48,40 +48,40 @@ def warned_of(give: Callable[[str], None], *notices: str) -> list[str]:
 
 def test_a_notice_is_a_warning_that_begins_with_its_owner() -> None:
     give = Notices("Owner").give
-    assert warned_of(give, "sees a", "sees b") == ["Owner sees a", "Owner sees b"]
-    assert warned_of(give, "sees a") == ["Owner sees a"]  # again
+    assert collect_warnings(give, "sees a", "sees b") == ["Owner sees a", "Owner sees b"]
+    assert collect_warnings(give, "sees a") == ["Owner sees a"]  # again
 
 
 def test_a_notice_that_is_given_once_is_not_given_again() -> None:
     notices = Notices("Owner")
-    given = warned_of(notices.give_once, "sees a", "sees b", "sees a")
+    given = collect_warnings(notices.give_once, "sees a", "sees b", "sees a")
     assert given == ["Owner sees a", "Owner sees b"]
-    assert warned_of(notices.give, "sees c") == ["Owner sees c"]
-    assert warned_of(notices.give_once, "sees b", "sees c", "sees d") == ["Owner sees d"]
+    assert collect_warnings(notices.give, "sees c") == ["Owner sees c"]
+    assert collect_warnings(notices.give_once, "sees b", "sees c", "sees d") == ["Owner sees d"]
 
 
 def test_notices_of_one_object_do_not_silence_another() -> None:
-    said = [warned_of(Notices("Owner").give_once, "sees a") for _ in range(2)]
+    said = [collect_warnings(Notices("Owner").give_once, "sees a") for _ in range(2)]
     assert said == [["Owner sees a"]] * 2
 
 
 def test_notices_go_to_tell_without_the_owner_instead_of_warnings() -> None:
     told: list[str] = []
     notices = Notices("Owner", told.append)
-    assert warned_of(notices.give_once, "sees a", "sees b", "sees a") == []
-    assert warned_of(notices.give, "sees a") == []
+    assert collect_warnings(notices.give_once, "sees a", "sees b", "sees a") == []
+    assert collect_warnings(notices.give, "sees a") == []
     assert told == ["sees a", "sees b", "sees a"]
 
 
 def test_a_warning_is_placed_where_the_method_that_gives_it_was_called() -> None:
     notices = Notices("Owner")
 
-    def method_of_the_owner() -> None:
+    def call_from_owner() -> None:
         notices.give("sees a")
 
     line = inspect.currentframe().f_lineno + 2
     with pytest.warns(UserWarning, match="^Owner sees a$") as caught:
-        method_of_the_owner()
+        call_from_owner()
     assert [(each.filename, each.lineno) for each in caught] == [(__file__, line)]
 
 

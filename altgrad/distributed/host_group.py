@@ -71,7 +71,7 @@ class HostGroup:
 
         Raises:
             LostRankError: Not all ranks were heard within the limit.
-        """
+        """  # noqa: DOC501 - RuntimeError is raised inside alone
         number = self._exchanges[channel]
         self._exchanges[channel] += 1
         keys = [f"{channel} {number} of {rank}" for rank in range(self.size)]
@@ -80,7 +80,7 @@ class HostGroup:
             try:
                 self._store.wait(keys, self._limit)
                 texts = [each.decode() for each in self._store.multi_get(keys)]
-            except RuntimeError:
+            except RuntimeError:  # which `_answering` makes a LostRankError
                 with suppress(RuntimeError):  # who came alone is not to be met later
                     self._store.delete_key(keys[self.rank])
                 raise
@@ -95,12 +95,12 @@ class HostGroup:
     @contextmanager
     def _answering(self, channel: str) -> Iterator[None]:
         if {channel, "numbers"} & self._lost:
-            raise _lost(self.rank, self.size, "which was found before")
+            raise LostRankError(_describe_lost(self.rank, self.size, "which was found before"))
         try:
             yield
         except RuntimeError as error:
             self.lose(channel)
-            raise _lost(self.rank, self.size, str(error)) from error
+            raise LostRankError(_describe_lost(self.rank, self.size, str(error))) from error
 
 
 def meet() -> HostGroup:
@@ -108,8 +108,10 @@ def meet() -> HostGroup:
 
     The ranks find each other by what each has drawn for this meeting: a rank that came alone and
     went is not met again. The group is in no table of torch.distributed, which names the groups of
-    a training by their number. A wait is limited to half of the limit of the training's group, so
-    that a training which waits for this rank does not exceed its own.
+    a training by their number. Exchange a text after each meeting: a second meeting that begins
+    before all ranks have ended the first would read the keys of the first. A wait is limited to
+    half of the limit of the training's group: a training that waits for this rank then stays
+    within its own limit.
 
     Raises:
         LostRankError: Not all came within the limit.
@@ -117,8 +119,9 @@ def meet() -> HostGroup:
     from torch import distributed
 
     rank, size = distributed.get_rank(), distributed.get_world_size()
-    limit = _limit_of(distributed.group.WORLD) / 2
-    # torch has no public name for the store through which its own groups find each other.
+    limit = _find_limit(distributed.group.WORLD) / 2
+    # torch has no public name for the store through which its own groups find each other: see
+    # torch/distributed/distributed_c10d.py, `_get_default_store`.
     c10d: Any = distributed.distributed_c10d
     store = c10d._get_default_store()  # noqa: SLF001
     keys = [f"altgrad/{each}" for each in range(size)]
@@ -127,23 +130,23 @@ def meet() -> HostGroup:
         try:
             store.wait(keys, limit)
             meeting = sha256(b"".join(store.multi_get(keys))).hexdigest()
-            store_of_meeting = c10d.PrefixStore(f"altgrad/{meeting}", store)
-            return HostGroup(store_of_meeting, rank, size, limit)
+            meeting_store = c10d.PrefixStore(f"altgrad/{meeting}", store)
+            return HostGroup(meeting_store, rank, size, limit)
         finally:
             store.delete_key(keys[rank])
     except RuntimeError as error:
-        raise _lost(rank, size, str(error)) from error
+        raise LostRankError(_describe_lost(rank, size, str(error))) from error
 
 
-def _lost(rank: int, size: int, why: str) -> LostRankError:
-    return LostRankError(
+def _describe_lost(rank: int, size: int, why: str) -> str:
+    return (
         f"rank {rank} of {size} did not hear from every other one in time; one has ended, is "
         "late, or does not observe what the others observe: every process has to attach, to the "
         f"same steps ({why})"
     )
 
 
-def _limit_of(world: Any) -> timedelta:
+def _find_limit(world: Any) -> timedelta:
     """Return how long a group waits, for which torch has no public name."""
     devices: list[torch.device] = world._device_types  # noqa: SLF001
     device = next((each for each in devices if each.type != "cpu"), devices[0])

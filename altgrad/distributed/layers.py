@@ -16,13 +16,15 @@ class ShardedLayers:
     """The shards of all layers of a model, as their placements say; it asks no other rank.
 
     Args:
-        indices_of: From a name and a shape to the elements that all ranks together measure, as
+        choose_indices: From a name and a shape to the elements that all ranks together measure, as
             int64 flat indices on the CPU; None for all elements.
         rank: The number of this rank.
     """
 
-    def __init__(self, indices_of: Callable[[str, torch.Size], Tensor | None], rank: int) -> None:
-        self._indices_of = indices_of
+    def __init__(
+        self, choose_indices: Callable[[str, torch.Size], Tensor | None], rank: int
+    ) -> None:
+        self._choose_indices = choose_indices
         self._rank = rank
         self._shards: dict[str, Shard] = {}
         self._placed: dict[str, tuple[Any, ...]] = {}  # as each was when its shard was read
@@ -39,12 +41,12 @@ class ShardedLayers:
         """Read the shards of parameters that are new, or are placed otherwise now.
 
         Raises:
-            ValueError: A parameter whose placements do not say what lies here: see `Shard.of`.
+            ValueError: A parameter whose placements do not say what lies here: see `Shard.read`.
         """
         for name, parameter in parameters.items():
             placed = _placed(parameter)
             if self._placed.get(name) != placed:
-                shard = Shard.of(name, parameter, self._rank)
+                shard = Shard.read(name, parameter, self._rank)
                 self._shards[name], self._placed[name] = shard, placed
                 self._expected.pop(name, None)
 
@@ -64,18 +66,18 @@ class ShardedLayers:
             name: Name of the layer.
             indices: int64, flat indices of the elements; None for all.
         """
-        return self._shards[name].part_of(indices) if name in self else empty_part()
+        return self._shards[name].find_part(indices) if name in self else empty_part()
 
     def measured_part(self, name: str) -> Part:
         """Return the elements of a layer that are measured here."""
-        return self.part(name, self._indices_of(name, self._shards[name].shape))
+        return self.part(name, self._choose_indices(name, self._shards[name].shape))
 
     def expected(self, names: Iterable[str]) -> dict[str, Expected]:
         """Return how many elements of each layer all ranks together measure, and of how many."""
         for name in names:
             if name not in self._expected:
                 shape = self._shards[name].shape
-                indices = self._indices_of(name, shape)
+                indices = self._choose_indices(name, shape)
                 elements = shape.numel() if indices is None else len(indices)
                 self._expected[name] = Expected(shape.numel(), elements)
         return {name: self._expected[name] for name in names}

@@ -17,7 +17,7 @@ from altgrad.distributed.shards import Part
 from altgrad.measurement.ever_moved import PackedBits
 from altgrad.observation.step import SkipReason
 from altgrad.quantization.formats import Scaling
-from altgrad.quantization.scale_groups import layer_amax_of_each
+from altgrad.quantization.scale_groups import compute_layer_amaxes
 
 
 class StepSums(NamedTuple):
@@ -81,6 +81,16 @@ class Peers(Protocol):
 
     def known(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the parameters of which all ranks know where their elements lie."""
+
+    def agreed(self, stepped: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the parameters that all ranks step, by name, in the same order on every rank.
+
+        Args:
+            stepped: Returns those that the optimizers of this rank step now.
+
+        Returns:
+            The parameters by name.
+        """
 
     def amax(
         self, parameters: Mapping[str, Tensor], scaling: Scaling | None
@@ -181,6 +191,10 @@ class Alone:
         """Return all of the parameters."""
         return dict(parameters)
 
+    def agreed(self, stepped: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return what `stepped` returns."""
+        return stepped()
+
     def amax(
         self, parameters: Mapping[str, Tensor], scaling: Scaling | None
     ) -> tuple[Sequence[Tensor], Sequence[bool]]:
@@ -193,7 +207,7 @@ class Alone:
         Returns:
             float32 (float64 for float64) (1) or (channels) for each; and whether any is 0.
         """
-        return layer_amax_of_each([*parameters.values()], scaling)
+        return compute_layer_amaxes([*parameters.values()], scaling)
 
     def hold_errors(self) -> AbstractContextManager[None]:
         """Raise errors at once: nobody waits."""

@@ -140,15 +140,17 @@ class Ranks:
             RankError: A rank has failed, or ranks do not observe the same.
             LostRankError: One does not answer.
         """
-        error = message.pack(local, self.take_error() or local.error)
+        held = self.take_error()
+        error = message.pack(local, held or local.error)
         self.group.reduce(message.sums, "SUM")
         self.group.reduce(message.maxima, "MAX")
         if message.is_failed:
-            texts = self.group.exchange("errors", json.dumps(error and describe_error(error)))
-            each = enumerate(map(json.loads, texts))
-            failed = [f"rank {rank} failed in {what}: {text}" for rank, text in each if text]
+            when = "before" if held else "in"
+            text = error and f"failed {when} {what}: {describe_error(error)}"
+            texts = map(json.loads, self.group.exchange("errors", json.dumps(text)))
+            failed = [f"rank {rank} {each}" for rank, each in enumerate(texts) if each]
             raise RankError(few(failed, "; ")) from error
-        if not message.is_of_one_step:
+        if not message.agrees_on_step:
             raise RankError(
                 f"processes observe different steps or layers, rank {self.rank} {what} with "
                 f"{len(layers)} layers: every_n_steps and sampling must not depend on the rank"
@@ -252,9 +254,10 @@ class Ranks:
 
 
 def _check_counts(merged: StepSums, layers: Mapping[str, Expected], what: str) -> None:
-    """Raise RankError unless each element was measured once.
+    """Check that each element was measured once: sums that lack some look like any other.
 
-    Sums in which elements are missing, or are counted twice, look like any other.
+    Raises:
+        RankError: Elements of a layer are missing, or were counted twice.
     """
     counted = merged.vectors[:, ELEMENTS].tolist()
     for name, elements in zip(merged.names, counted, strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from altgrad.distributed.ranks import Ranks
 from altgrad.distributed.shards import Shard
-from altgrad.observation.dtensor import local_tensors
+from altgrad.observation.dtensor import to_local_tensors
 
 _SAMPLED = 16
 _TOLERANCE = 0.01
@@ -52,7 +52,7 @@ def different_replicas(
 
 def _sampled(parameters: Mapping[str, Tensor]) -> list[Tensor]:
     """Return some elements of what lies here of each, float64 on the host, and a 0."""
-    flat = [each.detach().reshape(-1) for each in local_tensors(parameters.values())]
+    flat = [each.detach().reshape(-1) for each in to_local_tensors(parameters.values())]
     some = [each[:: max(1, -(-len(each) // _SAMPLED))].double() for each in flat]
     on_host = torch.cat([each.to(some[0].device) for each in some]).cpu()
     finite = on_host.nan_to_num(0.0, 0.0, 0.0)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from altgrad.observation.dtensor import is_sharded, local_of
+from altgrad.observation.dtensor import is_sharded, to_local_tensor
 
 Held = range | Tensor
 """Ascending indices along one dimension."""
@@ -64,17 +64,20 @@ class Shard(NamedTuple):
     part: tuple[int, int] = (0, 1)
 
     @classmethod
-    def of(cls, name: str, parameter: Any, rank: int) -> Shard:
+    def read(cls, name: str, parameter: Any, rank: int) -> Shard:
         """Read the shard of a parameter; a parameter that is no DTensor is whole on every rank.
 
         Args:
-            name: What to call it.
-            parameter: The parameter.
-            rank: Of this process.
+            name: Name of the layer, for errors.
+            parameter: The parameter, a DTensor or a plain tensor.
+            rank: The number of this rank.
+
+        Returns:
+            The shard.
 
         Raises:
-            ValueError: Its mesh leaves this process out, or its placements are not those of shards
-                and replicas, or do not say what lies here.
+            ValueError: The mesh leaves this rank out; or the placements are not those of shards and
+                replicas, or do not say which elements this rank holds.
         """
         shape = parameter.shape
         if not is_sharded(parameter):
@@ -97,11 +100,11 @@ class Shard(NamedTuple):
             return cls(shape, tuple(range(length) for length in shape), rank == 0)
         cuts = _cuts(shape, placements, mesh.shape, coordinate)
         held = tuple(_held(size, own) for size, own in zip(shape, cuts, strict=True))
-        if tuple(map(len, held)) != tuple(local_of(parameter.detach()).shape):
+        if tuple(map(len, held)) != tuple(to_local_tensor(parameter.detach()).shape):
             raise ValueError(
                 f"{name} is placed as {placements} on a mesh of {tuple(mesh.shape)}: expected a "
                 f"shard of {tuple(map(len, held))} of its {tuple(shape)} here, and there is one of "
-                f"{tuple(local_of(parameter.detach()).shape)}; it cannot be observed"
+                f"{tuple(to_local_tensor(parameter.detach()).shape)}; it cannot be observed"
             )
         first = all(c == 0 for c, p in zip(coordinate, placements, strict=True) if p.is_replicate())
         # A mesh of its own that has not the first process is a replica of the one that has.
@@ -113,7 +116,7 @@ class Shard(NamedTuple):
                 part = part[0] * parts + own, part[1] * parts
         return cls(shape, held, counts, cuts[-1] if cuts else (), part)
 
-    def part_of(self, indices: Tensor | None) -> Part:
+    def find_part(self, indices: Tensor | None) -> Part:
         """Return which of some elements this rank contributes.
 
         Args:

@@ -49,10 +49,10 @@ class StepMessage:
     def __init__(self, formats: int, rows: int, index: int, layers: tuple[str, ...]) -> None:
         columns = max_count(formats) + 1  # the last says whether the layer was stepped
         self._layers = layers
-        self._step = _number_of(index, layers)
+        self._step = _number_step(index, layers)
         self.sums = torch.zeros(rows, sum_count(formats), dtype=torch.float64)
         self.maxima = torch.full((rows * columns + len(_Header._fields),), -math.inf).double()
-        self._of_layers = self.maxima[: rows * columns].view(rows, columns)
+        self._layer_maxima = self.maxima[: rows * columns].view(rows, columns)
 
     def pack(self, local: StepSums, error: Exception | None) -> Exception | None:
         """Put in what this rank measured, unless it failed; return the error.
@@ -64,16 +64,16 @@ class StepMessage:
         Returns:
             The error, or that of a layer which was not agreed on.
         """
-        row_of = {name: row for row, name in enumerate(self._layers)}
+        rows_by_name = {name: row for row, name in enumerate(self._layers)}
         stepped = dict.fromkeys((*local.present, *local.names))
-        if error is None and (unknown := [name for name in stepped if name not in row_of]):
+        if error is None and (unknown := [name for name in stepped if name not in rows_by_name]):
             error = RuntimeError(f"{few(unknown)} are stepped and were not agreed upon")
         if error is None:
-            self._of_layers[[row_of[name] for name in local.present], -1] = 1.0
-            rows, middle = [row_of[name] for name in local.names], self.sums.shape[1]
+            self._layer_maxima[[rows_by_name[name] for name in local.present], -1] = 1.0
+            rows, middle = [rows_by_name[name] for name in local.names], self.sums.shape[1]
             if rows:
                 self.sums[rows] = local.vectors[:, :middle]
-                self._of_layers[rows, :-1] = local.vectors[:, middle:]
+                self._layer_maxima[rows, :-1] = local.vectors[:, middle:]
         seconds, training = (-math.inf if math.isnan(each) else each for each in local.seconds)
         skipped = -1 if local.skipped is None else _REASONS.index(local.skipped)
         failed, found_inf = error is not None, local.found_inf
@@ -87,13 +87,13 @@ class StepMessage:
         return bool(self._header.failed)
 
     @property
-    def is_of_one_step(self) -> bool:
+    def agrees_on_step(self) -> bool:
         """True if all ranks were in the same step, with the same layers."""
         return self._header.step == -self._header.minus_step
 
     def unpack(self) -> StepSums:
         """Return what all ranks came to, with the layers in their order."""
-        said, is_present = self._header, self._of_layers[: len(self._layers), -1] > 0
+        said, is_present = self._header, self._layer_maxima[: len(self._layers), -1] > 0
         rows = is_present.nonzero().flatten()
         names = [self._layers[row] for row in rows.tolist()]
         own, training = (
@@ -103,7 +103,7 @@ class StepMessage:
         return StepSums(
             seconds=(own, training),
             names=names,
-            vectors=torch.cat((self.sums[rows], self._of_layers[rows, :-1]), dim=1),
+            vectors=torch.cat((self.sums[rows], self._layer_maxima[rows, :-1]), dim=1),
             present=names,
             found_inf=bool(said.found_inf),
             skipped=None if said.skipped < 0 else _REASONS[int(said.skipped)],
@@ -114,7 +114,7 @@ class StepMessage:
         return _Header(*self.maxima[-len(_Header._fields) :].tolist())
 
 
-def _number_of(index: int, layers: tuple[str, ...]) -> int:
+def _number_step(index: int, layers: tuple[str, ...]) -> int:
     """Return a number below 2**52 that no other step has."""
     digest = sha256(f"{index} {layers}".encode()).digest()
     return int.from_bytes(digest[:6], "big") + 1

@@ -20,12 +20,12 @@ from altgrad.distributed.ranks import Call, Description, DisagreementError, Rank
 from altgrad.distributed.replicas import different_replicas
 from altgrad.distributed.shards import Part
 from altgrad.distributed.step_message import StepMessage
-from altgrad.measurement.ever_moved import PackedBits, whole_of
-from altgrad.observation.dtensor import local_of
+from altgrad.measurement.ever_moved import PackedBits, scatter_packed_bits
+from altgrad.observation.dtensor import to_local_tensor
 from altgrad.observation.observer import RankError
 from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.formats import Scaling
-from altgrad.quantization.scale_groups import layer_amax_of_each
+from altgrad.quantization.scale_groups import compute_layer_amaxes
 
 
 class Watched(Protocol):
@@ -150,13 +150,13 @@ class Together(Ranks):
             kind: [f"{name}={value!r}" for name, value in described[kind].items()]
             for kind in ("settings", "state")
         }
-        of_model = [
+        layers_in_words = [
             f"{name} {tuple(parameter.shape)} {parameter.dtype} {self._layers.describe(name)} "
             f"{described['layers'][name]}"
             for name, parameter in self._watched.parameters.items()
         ]
         optimizers = [f"of {', '.join(names)}" for names in layers]
-        return alike | {"layers": of_model, "optimizers": optimizers}
+        return alike | {"layers": layers_in_words, "optimizers": optimizers}
 
     def _leave_out_torn_layers(self) -> None:
         sizes = self._watched.formats.block_sizes
@@ -173,8 +173,7 @@ class Together(Ranks):
         if self._are_replicas_known:
             return
         self._are_replicas_known = True
-        names = {name for names in self._agreed for name in names}
-        parameters = {n: p for n, p in self._watched.parameters.items() if n in names}
+        parameters = self.agreed(dict)
         if different := different_replicas(parameters, self._layers.shard, self):
             self._watched.leave_out(
                 different,
@@ -216,6 +215,20 @@ class Together(Ranks):
     def known(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the parameters of which all ranks know where their elements lie."""
         return self._layers.known(parameters)
+
+    def agreed(self, stepped: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:  # noqa: ARG002
+        """Return the parameters of all layers that were agreed on, in the order of the model.
+
+        Layers that this rank alone has got, or has changed, must not make its messages longer.
+
+        Args:
+            stepped: Not called: what this rank steps now may differ from other ranks.
+
+        Returns:
+            The parameters by name.
+        """
+        names = {name for names in self._agreed for name in names}
+        return {n: p for n, p in self._watched.parameters.items() if n in names}
 
     # --- an observed step
 
@@ -270,19 +283,19 @@ class Together(Ranks):
         self, parameters: Mapping[str, Tensor], groups: list[int], scaling: Scaling | None
     ) -> Tensor:
         """Return the amax of what lies here, float64 (all groups) on the host; 0 for nothing."""
-        here = {name: local_of(parameter.detach()) for name, parameter in parameters.items()}
+        here = {name: to_local_tensor(parameter.detach()) for name, parameter in parameters.items()}
         filled = {name: each for name, each in here.items() if each.numel()}
         numbers = torch.zeros(sum(groups), dtype=torch.float64)
         if not filled:
             return numbers
-        each, _ = layer_amax_of_each([*filled.values()], scaling)
+        each, _ = compute_layer_amaxes([*filled.values()], scaling)
         on_host = torch.cat([amax.double().to(each[0].device) for amax in each]).cpu()
-        of_layer = dict(zip(filled, torch.split(on_host, [*map(len, each)]), strict=True))
+        amax_by_layer = dict(zip(filled, torch.split(on_host, [*map(len, each)]), strict=True))
         for name, own in zip(parameters, torch.split(numbers, groups), strict=True):
-            if name in of_layer:
-                own[slice(None) if len(own) == 1 else self._layers.channels_here(name)] = of_layer[
-                    name
-                ]
+            if name in amax_by_layer:
+                own[slice(None) if len(own) == 1 else self._layers.channels_here(name)] = (
+                    amax_by_layer[name]
+                )
         return numbers
 
     # --- beside steps
@@ -311,7 +324,8 @@ class Together(Ranks):
             return {}
         shapes = {name: (kinds, each.elements) for name, each in expected.items()}
         bits = [
-            whole_of(here.get(name), shape, self._positions(name)) for name, shape in shapes.items()
+            scatter_packed_bits(here.get(name), shape, self._positions(name))
+            for name, shape in shapes.items()
         ]
         joined = self._joined(torch.cat(bits))
         pairs = zip(shapes.items(), torch.split(joined, [*map(len, bits)]), strict=True)

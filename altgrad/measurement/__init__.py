@@ -1,10 +1,17 @@
 """From the tensors of a step to sums, from sums to metrics, from metrics to figures.
 
-In the order of the data: `kernel` sums rows of elements for every format at once, `totals` adds
-rows up to layers, `step_table` adds layers up to a model, `metrics` has a formula for each metric
-of `catalogue`, `standard_errors` says how well a sample knows it, and `figures` reads them.
-`columns` names the sums. `measurer` does this for tensors of any size and for batches of small
-ones; `measure` for one tensor.
+Read the files in the order of the data:
+
+- `columns` names the sums. `workspace` holds the memory in which `kernel` sums rows of elements for
+  every format at once.
+- `totals` adds rows up to layers. `chunks` cuts large tensors. `measurer` combines these four, for
+  one tensor of any size and for batches of small ones. `ever_moved` keeps flags between steps.
+- `catalogue` lists the metrics, `metrics` has a formula for each, `standard_errors` computes how
+  well a sample knows them.
+- `step_table` adds layers up to a model, `figures` reads one layer or model, `histogram` holds
+  counts.
+- `measure` judges one tensor; `step_record` is the result of one observed step. The room
+  `altgrad.monitor` comes next.
 """
 
 from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, Metric, get_metric

@@ -1,10 +1,10 @@
-"""The catalogue of metrics: what each is called, its unit, its range and what a high value means.
+"""The catalogue of metrics: the name, unit and range of each, and what a high value means.
 
-An element that is not finite before, after or in the gradient is counted in `nonfinite_frac` and
-left out of every other metric. A metric that has no value is NaN.
+An element that is not finite before the step, after it or in the gradient is counted in
+`nonfinite_frac` and left out of every other metric. A figure is NaN if it has no value.
 
-The formulas stand in `altgrad.measurement.metrics`: a new metric is a row here and a formula there.
-Nothing here needs torch, so that reports of a run do not load it.
+`altgrad.measurement.metrics` comes next and has the formulas: a new metric is a row of this file
+and a formula of that one. This file does not import torch, so that reports start fast.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import NamedTuple
 
 
 class Metric(NamedTuple):
-    """One row of the catalogue.
+    """A row of the catalogue.
 
     Attributes:
-        name: As in log keys.
-        unit: Unit of the value.
-        range: Values it can take.
-        high: What a high value means.
+        name: Name of the metric, as in the keys of figures and in log keys.
+        unit: Unit of its figures.
+        range: Range of its figures.
+        high: Meaning of a high figure.
     """
 
     name: str
@@ -38,38 +38,40 @@ def _by_name(*metrics: Metric) -> Mapping[str, Metric]:
 _SHARE = ("share", "0 … 1")
 
 LAYER_METRICS = _by_name(
-    Metric("update_rms", "weight", "≥ 0", "large steps"),
+    Metric("update_rms", "weight", "≥ 0", "large updates"),
     Metric("weight_rms", "weight", "≥ 0", "large weights"),
     Metric("gradient_rms", "gradient", "≥ 0", "large gradients"),
-    Metric("update_weight_ratio", "1", "≥ 0", "the step changes much; about 1e-3 is usual"),
+    Metric(
+        "update_weight_ratio", "1", "≥ 0", "large updates beside the weights; about 1e-3 is usual"
+    ),
     Metric("zero_gradient_frac", *_SHARE, "gradients that are 0"),
     Metric("nonfinite_frac", *_SHARE, "NaN or inf"),
-    Metric("unmoved_frac", *_SHARE, "stalled already, in the weights' own dtype"),
-    Metric("ulp_mean", "ULP", "≥ 0", "far from stalling where stored now"),
+    Metric("unmoved_frac", *_SHARE, "updates stalled already, in the dtype of the weights"),
+    Metric("ulp_mean", "ULP", "≥ 0", "updates far from stalling in the dtype of the weights"),
     Metric("ulp_max", "ULP", "≥ 0", "one weight moved far"),
     Metric("ulp_zero_frac", *_SHARE, "weights that did not move"),
-    Metric("ulp_median_log2", "log2 ULP", "≥ 0.5", "those that moved did so by many ULPs"),
+    Metric("ulp_median_log2", "log2 ULP", "≥ 0.5", "moved weights moved by many ULPs"),
     Metric("energy_concentration", "1", "1 … n", "few elements carry the update"),
 )
-"""Metrics of a parameter, by name."""
+"""Metrics of a layer, by name."""
 
 FORMAT_METRICS = _by_name(
     Metric("kept_update_ratio", "1", "real", "the update is kept; 1 is all"),
-    Metric("stall_frac", *_SHARE, "updates vanish"),
+    Metric("stall_frac", *_SHARE, "updates stall"),
     Metric("update_error", "1", "≥ 0", "the update is distorted"),
     Metric("visible_frac", *_SHARE, "a cast shows the updates"),
-    Metric("never_moved_frac", *_SHARE, "frozen since the run began"),
+    Metric("never_moved_frac", *_SHARE, "weights that no observed step moved"),
     Metric("stochastic_move_frac", *_SHARE, "stochastic rounding would move weights"),
-    Metric("stochastic_noise_ratio", "1", "≥ 0", "the noise that it would add"),
+    Metric("stochastic_noise_ratio", "1", "≥ 0", "stochastic rounding would add much noise"),
     Metric(
         *("steps_median_log2", "log2 stiffness", "−31.5 … 31.5"), "far above the threshold of −1"
     ),
     Metric("stiffness_mean", "weight", "> 0", "a coarse grid"),
     Metric("stiffness_min", "weight", "> 0", "coarse everywhere"),
     Metric("stiffness_max", "weight", "> 0", "coarse somewhere"),
-    Metric("grid_error_mean", "weight", "≥ 0", "off the grid"),
-    Metric("grid_error_max", "weight", "≥ 0", "one far off the grid"),
-    Metric("grid_error_std", "weight", "≥ 0", "errors differ"),
+    Metric("grid_error_mean", "weight", "≥ 0", "weights off the grid"),
+    Metric("grid_error_max", "weight", "≥ 0", "one weight far off the grid"),
+    Metric("grid_error_std", "weight", "≥ 0", "grid errors differ"),
     Metric("on_grid_frac", *_SHARE, "weights are grid points"),
     Metric("sqnr_db", "dB", "real or inf", "rounding is a small noise"),
     Metric("underflow_frac", *_SHARE, "weights become 0"),
@@ -77,11 +79,12 @@ FORMAT_METRICS = _by_name(
     Metric("subnormal_frac", *_SHARE, "few digits are left"),
     Metric("grad_stiff_correlation", "1", "−1 … 1", "descriptive: large gradients where coarse"),
     Metric(
-        *("grad_stiff_ratio_mean", "gradient / weight", "≥ 0"), "descriptive: gradients exceed gaps"
+        *("grad_stiff_ratio_mean", "gradient / weight", "≥ 0"),
+        "descriptive: gradients exceed spacings",
     ),
-    Metric("grad_below_stiffness_frac", *_SHARE, "descriptive: gradients below gaps"),
+    Metric("grad_below_stiffness_frac", *_SHARE, "descriptive: gradients below spacings"),
 )
-"""Metrics of a parameter and a format, by name."""
+"""Metrics of a layer and a format, by name."""
 
 NEED_GRADIENT = frozenset(
     {
@@ -89,17 +92,17 @@ NEED_GRADIENT = frozenset(
         *("grad_stiff_correlation", "grad_stiff_ratio_mean", "grad_below_stiffness_frac"),
     }
 )
-"""Metrics that have a value only where the gradient was measured, too."""
+"""Names of metrics that are NaN unless the gradient was measured, too."""
 
 NEED_TRACKING = frozenset({"never_moved_frac"})
-"""Metrics of more than one step: they have a value where the same elements are tracked."""
+"""Names of metrics over all observed steps, which are NaN unless elements are tracked."""
 
 
 def get_metric(name: str) -> Metric:
-    """Return the metric of that name, of a parameter or of a format.
+    """Return the metric with a name, of a layer or of a format.
 
     Raises:
-        ValueError: There is none; the nearest names are listed.
+        ValueError: The name is unknown; the message lists the nearest names.
     """
     metric = LAYER_METRICS.get(name) or FORMAT_METRICS.get(name)
     if metric is not None:
@@ -109,19 +112,27 @@ def get_metric(name: str) -> Metric:
     raise ValueError(f"unknown metric {name!r}; nearest: {', '.join(near)}")
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)  # a run uses few sets of formats, and asks at every step
 def figure_keys(formats: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the keys of all figures in their order: ``metric``, then ``metric/format``."""
-    of_formats = (f"{metric}/{format}" for format in formats for metric in FORMAT_METRICS)
-    return (*LAYER_METRICS, *of_formats)
+    """Return the keys of all figures in their order: ``metric``, then ``metric/format``.
+
+    Args:
+        formats: Names of the formats.
+
+    Returns:
+        Keys of the layer's metrics, then those of each format in turn.
+    """
+    format_keys = (f"{metric}/{format}" for format in formats for metric in FORMAT_METRICS)
+    return (*LAYER_METRICS, *format_keys)
 
 
 def as_markdown() -> str:
     """Return the catalogue as the tables of docs/metrics.md."""
     tables = {
-        "Of a layer: `altgrad/{metric}/{layer}`": LAYER_METRICS,
-        "Of a layer and a format: `altgrad/{metric}/{format}/{layer}`": FORMAT_METRICS,
+        "Metrics of a layer: `altgrad/{metric}/{layer}`": LAYER_METRICS,
+        "Metrics of a layer and a format: `altgrad/{metric}/{format}/{layer}`": FORMAT_METRICS,
     }
+    # The second paragraph of this file: what holds for every metric.
     about = (__doc__ or "").strip().split("\n\n")[1]
     lines = ["# Metrics", "", *about.splitlines()]
     for title, metrics in tables.items():

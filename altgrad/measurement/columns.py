@@ -1,36 +1,42 @@
 """The columns of a measurement: names of the sums and maxima from which all metrics follow.
 
-A row of a measurement is float64: the SUMS of a parameter, the FORMAT_SUMS of each format, then its
-MAXIMA and the FORMAT_MAXIMA of each format. Rows of two parts of a parameter, of two layers, ranks
-or steps add up to that of the whole, maxima by the larger one, so that every metric can be taken of
-any of them. Counts below 2**53 and maxima are exact; a maximum without an element is −inf.
+A layer's measurement is one float64 vector::
+
+    SUMS | FORMAT_SUMS of format 0 | FORMAT_SUMS of format 1 | … | MAXIMA | FORMAT_MAXIMA of 0 | …
+
+Vectors of two shards of a layer, of two layers or of two ranks combine to the vector of the whole:
+sums are added, and the larger maximum is kept. Every metric can therefore be computed at every
+level. Counts are exact below 2**53, maxima always; a maximum over no element is −inf.
+
+This is the first file to read of this room; `kernel` comes next and computes the columns.
 """
 
 from __future__ import annotations
 
 OCTAVES = 64
-"""Bins of a histogram of powers of two, the first and the last without an end."""
+"""Number of bins of a histogram by powers of two; the first and the last bin are open."""
 FIRST_STEPS_OCTAVE = -32
-"""Exponent of the first bin of abs(update) / stiffness; that of ULPs begins at 0."""
+"""Exponent of the first bin of abs(update) / stiffness; the histogram of ULPs begins at 0."""
 
 
 def _octaves(name: str) -> tuple[str, ...]:
-    """All but the first, which holds the rest of those that moved."""
+    """Name the bins but the first, whose count is the moved elements in no other bin."""
     return tuple(f"{name}[{bin}]" for bin in range(1, OCTAVES))
 
 
-# What the row kernel sums, in its order: first plain sums, then sums of squares. An element that is
-# not finite in one of the three tensors is in none of them.
+# The sums of a row in the kernel's order: plain sums, then sums of squares. Squares come last
+# because the kernel computes them as norms, and squares all norms at once.
+# An element is left out of all sums if its weight before, weight after or gradient is not finite.
 ROW_SUMS = (
     "finite",
     "nonzero_weights",
     "moved",  # update ≠ 0
-    "ever_moved",  # in this observed step or one before it, where the elements are tracked
+    "ever_moved",  # update ≠ 0 in this or an earlier observed step, if elements are tracked
     "ulps",
-    "gradients",  # elements that have one
+    "gradients",  # elements with a gradient, which may be 0
     "nonzero_gradients",
-    "moved_with_gradient",  # of those with a gradient ≠ 0
-    "paired_gradient_abs",  # over weights ≠ 0, for the correlation with the stiffness
+    "moved_with_gradient",  # update ≠ 0 and gradient ≠ 0
+    "paired_gradient_abs",  # Σ |gradient| over weights ≠ 0, for the correlation with stiffness
 )
 ROW_SQUARES = ("weight_sq", "update_sq", "update_4th", "gradient_sq", "paired_gradient_sq")
 ROW_MAXIMA = ("ulps", "paired_gradient_abs")
@@ -48,51 +54,55 @@ FORMAT_ROW_SUMS = (
     "stored_nonzero",
     "stored_normal",
     "saturated",
-    # What-if, over updates ≠ 0 of weights that are stored finer than the format:
+    # What-if, over updates ≠ 0, if weights are stored finer than the format:
     "visible",
     "effective",  # effective update ≠ 0
     "ever_effective",
     "kept",  # Σ effective · update
-    "kept_update_cubed",  # Σ effective · update³; this and the next are for the standard error
+    "kept_update_cubed",  # Σ effective · update³, for the standard error
     "stochastic_move",
     "stochastic_variance",
 )
 FORMAT_ROW_SQUARES = (
     "stiffness_sq",
     "grid_error_sq",
-    "kept_sq",  # Σ (effective · update)²
+    "kept_sq",  # Σ (effective · update)², for the standard error
     "lost_sq",  # Σ (effective − update)²
 )
 FORMAT_ROW_MAXIMA = ("grid_error", "stiffness")
 FORMAT_ROW_MINIMA = FORMAT_ROW_MAXIMA
 WHAT_IF = (*FORMAT_ROW_SUMS[FORMAT_ROW_SUMS.index("visible") :], "kept_sq", "lost_sq")
-"""Nothing where updates that stalled could not be seen."""
+"""Names of what-if sums, which are 0 if weights are stored no finer than the format.
+
+Updates that stalled are then lost before they can be measured.
+"""
 JUDGED = {
     "judged": "moved",
     "ever_judged": "ever_moved",
     "judged_sq": "update_sq",
     "judged_4th": "update_4th",
 }
-"""Sums of the parameter over the updates of which a format was judged, by name."""
+"""Names of sums by the format that are copies of a layer's sum, if the format is judged."""
 
 SUMS = (
-    "population",  # elements that those measured stand for: all of the parameter's
-    "elements",  # that were measured
+    "population",  # elements of the layer, for which those measured stand
+    "elements",  # elements that were measured
     *(*ROW_SUMS, *ROW_SQUARES),
-    *_octaves("ulps"),  # of those that moved
+    *_octaves("ulps"),  # elements with an update ≠ 0, by its size
 )
 POPULATION, ELEMENTS = 0, 1
-"""Positions in SUMS."""
+"""Positions of these two in SUMS."""
 FORMAT_SUMS = (*FORMAT_ROW_SUMS, *FORMAT_ROW_SQUARES, *JUDGED, *_octaves("steps"))
+# A minimum is kept as the maximum of the negated quantity, so that one operation combines both.
 MAXIMA = (*ROW_MAXIMA, *(f"minus_{name}" for name in ROW_MINIMA))
 FORMAT_MAXIMA = (*FORMAT_ROW_MAXIMA, *(f"minus_{name}" for name in FORMAT_ROW_MINIMA))
 
 
 def sum_count(formats: int) -> int:
-    """Length of the vector of sums for so many formats."""
+    """Return the number of sums in a vector for a number of formats."""
     return len(SUMS) + formats * len(FORMAT_SUMS)
 
 
 def max_count(formats: int) -> int:
-    """Length of the vector of maxima for so many formats."""
+    """Return the number of maxima in a vector for a number of formats."""
     return len(MAXIMA) + formats * len(FORMAT_MAXIMA)

@@ -2,7 +2,7 @@
 
 The metric `never_moved_frac` needs two kinds of flags for each element, over all observed steps:
 whether it has had an update, and whether an update was effective in each format. Layers that a
-monitor measures together keep their flags in `altgrad.monitor.arena`. `EverMovedOfLayers` keeps all
+monitor measures together keep their flags in `altgrad.monitor.arena`. `EverMovedStore` keeps all
 other flags: of layers too large for an arena, of layers whose arena was freed, and restored ones.
 
 Flags are bool (1 + formats, elements): row 0 for updates, then a row for each format. A state holds
@@ -28,7 +28,7 @@ PackedBits = tuple[tuple[int, ...], Tensor]
 """The shape of flags, and the flags as uint8 (bytes) on the CPU, eight to a byte."""
 
 
-class EverMovedOfLayers:
+class EverMovedStore:
     """The flags of layers by name: bool (1 + formats, elements).
 
     Args:
@@ -78,7 +78,7 @@ class EverMovedOfLayers:
     # Tensors made in inference mode could not be updated outside of it:
     # https://docs.pytorch.org/docs/stable/notes/autograd.html#inference-mode
     @torch.inference_mode(mode=False)
-    def row_of(self, name: str, kinds: int, elements: int, device: torch.device) -> EverMoved:
+    def get_row(self, name: str, kinds: int, elements: int, device: torch.device) -> EverMoved:
         """Return the flags of a layer as one row, for the kernel to update in place.
 
         The flags stay here. They begin at False if no flags are kept or their shape differs.
@@ -107,7 +107,7 @@ class EverMovedOfLayers:
         Returns:
             The packed flags by name of the layer.
         """
-        together = EverMovedOfLayers(self._tell)
+        together = EverMovedStore(self._tell)
         together._flags = dict(self._flags)
         for name, ever in elsewhere:
             together.leave(name, ever)
@@ -131,7 +131,9 @@ class EverMovedOfLayers:
                 self._flags[name] = ever[:, positions]
 
 
-def whole_of(packed: PackedBits | None, shape: tuple[int, int], positions: Tensor) -> Tensor:
+def scatter_packed_bits(
+    packed: PackedBits | None, shape: tuple[int, int], positions: Tensor
+) -> Tensor:
     """Return the bits of a whole layer, of which a rank knows some elements.
 
     Args:

@@ -1,4 +1,8 @@
-"""`Figures`: the metrics of a layer or a model as plain numbers, computed when they are read."""
+"""`Figures`: the metrics of a layer or a model as plain numbers, computed when they are read.
+
+Read `step_table` first, which computes the figures of all layers at once. `step_record` comes next:
+it holds the figures of each layer, and of the model.
+"""
 
 from __future__ import annotations
 
@@ -11,47 +15,52 @@ from torch import Tensor
 from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, figure_keys, get_metric
 from altgrad.measurement.columns import FIRST_STEPS_OCTAVE
 from altgrad.measurement.histogram import Histogram
-from altgrad.measurement.step_table import RowsOfFormats, StepTable, error_columns
+from altgrad.measurement.step_table import FormatRows, StepTable, error_columns
 
 
 class Figures(Mapping[str, float]):
-    """Metrics by key: ``metric`` and ``metric/format``; NaN where one has no value.
+    """A mapping of figures by key: ``metric`` for the layer, ``metric/format`` for each format.
+
+    A figure is NaN if it has no value. `altgrad.measurement.catalogue` lists all metrics.
 
     Args:
         table: The table of a step.
-        rows: The rows of the table that the figures are read from.
+        rows: The row of the table for each format, and for the layer or model itself under None.
     """
 
-    def __init__(self, table: StepTable, rows: RowsOfFormats) -> None:
+    def __init__(self, table: StepTable, rows: FormatRows) -> None:
         self._table = table
         self._rows = rows
         self._formats = tuple(name for name in rows if name is not None)
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """Return the names of the formats."""
+        """The names of the formats."""
         return self._formats
 
     @property
     def population(self) -> int:
-        """Return how many elements the figures stand for."""
+        """The number of elements that the figures stand for."""
         return self._table.counted[self._rows[None]][0]
 
     @property
     def elements(self) -> int:
-        """Return how many elements were measured."""
+        """The number of elements that were measured."""
         return self._table.counted[self._rows[None]][1]
 
     def __getitem__(self, key: str) -> float:
-        """Return the value of a metric.
+        """Return one figure.
+
+        Args:
+            key: ``metric`` or ``metric/format``.
 
         Raises:
-            KeyError: No metric of this name, or no such format here; says which there are.
+            KeyError: The metric or the format is unknown; the message lists those that are known.
         """
-        return self._table.figure(key, self._row_of(key))
+        return self._table.figure(key, self._find_row(key))
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the keys, those of the parameter first."""
+        """Iterate over the keys: those of the layer first, then those of each format."""
         return iter(figure_keys(self.formats))
 
     def __len__(self) -> int:
@@ -59,24 +68,31 @@ class Figures(Mapping[str, float]):
         return len(LAYER_METRICS) + len(self.formats) * len(FORMAT_METRICS)
 
     def standard_error(self, key: str) -> float:
-        """Return the standard error of a share or kept_update_ratio that a sample estimates.
+        """Return the standard error of a figure that a sample estimates.
 
-        0 where all elements were measured. NaN for other metrics, and where it cannot be trusted:
-        fewer than 30 elements were measured, or the energy of the update is carried by fewer than
-        30 of them (elements / energy_concentration). Even so a sample cannot see an outlier outside
-        of it.
+        Shares and kept_update_ratio have a standard error. It is 0 if all elements were measured.
+        A sample cannot see an outlier outside of the sample; neither can its standard error.
+
+        Args:
+            key: ``metric`` or ``metric/format``.
+
+        Returns:
+            The standard error, in the unit of the figure. NaN for other metrics, and if fewer than
+            30 elements were measured or carry the energy of the update (elements /
+            energy_concentration).
+
+        Raises:
+            KeyError: The metric or the format is unknown.
 
         References:
             Cochran, Sampling Techniques (1977), chapters 2 and 6: a ratio estimated from a
             (stratified) sample without replacement.
-
-        Raises:
-            KeyError: No metric of this name, or no such format here.
         """
-        return self._table.error(key, self._row_of(key))
+        return self._table.error(key, self._find_row(key))
 
     def in_order(self) -> Sequence[float]:
-        """Return all values in the order of the keys; faster than one by one."""
+        """Return all figures in the order of the keys, faster than one by one."""
+        # Usually, a row of the table has the same formats, and is the result as it stands.
         figures, rows = self._table.figures, self._rows
         if self._formats == self._table.formats and len({*rows.values()}) == 1:
             return figures[rows[None]]
@@ -87,25 +103,29 @@ class Figures(Mapping[str, float]):
         return numbers
 
     def errors_in_order(self, metrics: tuple[str, ...]) -> Sequence[float]:
-        """Return the standard errors of some shares, for one format after the other.
+        """Return the standard errors of some metrics, for one format after the other.
 
         Args:
             metrics: Names of metrics of a format that have a standard error.
+
+        Returns:
+            For each format the standard error of each metric.
         """
         errors, rows = self._table.errors, self._rows
         places = _error_places(self._table.formats, self._formats, metrics)
         return [errors[rows[format]][column] for format, column in places]
 
     def histogram(self, key: str) -> Histogram:
-        """Return how far the elements moved, in octaves; those that did not move are not counted.
+        """Return the histogram of abs(update), over the elements that moved.
 
         Args:
-            key: ``"ulps"``, by how many units in the last place of the weights' own dtype, or
-                ``"steps/{format}"``, by which multiple of the format's stiffness; an update of less
-                than half of that, an octave below −1, stalls on a weight that is on the grid.
+            key: ``"ulps"`` for updates in units in the last place of the weights' dtype.
+                ``"steps/{format}"`` for updates as multiples of the format's stiffness. A weight on
+                the grid stalls if its update is below half of the stiffness: an octave below −1.
 
         Raises:
-            KeyError: No such histogram, or no such format here; says which there are.
+            KeyError: The histogram or the format is unknown; the message lists those that are
+                known.
         """
         name, _, format = key.partition("/")
         if key != "ulps" and (name != "steps" or format not in self.formats):
@@ -116,27 +136,28 @@ class Figures(Mapping[str, float]):
         return Histogram(first, tuple(self._table.counts(format or None, row)))
 
     def layer_vectors(self, formats: Sequence[str]) -> list[tuple[Tensor, tuple[str, ...]]]:
-        """Return the sums that the figures follow from, of each layer that they are of.
+        """Return the sums and maxima of each layer, from which the figures are computed.
 
         Args:
-            formats: Names of the formats that the vectors are to have.
+            formats: Names of the formats that the vectors shall have.
 
         Returns:
-            For each layer its vector, float64, as `altgrad.measurement.columns` describes it, and
-            for which formats it is judged.
+            For each layer its vector, float64 (columns) in the order of
+            `altgrad.measurement.columns`, and the names of the formats that it is judged for.
         """
         members, rows = self._table.members, self._rows
         return [
             (
-                self._table.row_for(formats, row),
+                self._table.convert_row(formats, row),
                 tuple(f for f in self.formats if row in members.get(rows[f], (rows[f],))),
             )
             for row in members.get(rows[None], (rows[None],))
         ]
 
-    def _row_of(self, key: str) -> int:
-        """Return the row of the table in which the figure of a key is, or raise KeyError."""
+    def _find_row(self, key: str) -> int:
+        """Find the row of the table that holds the figure of a key, or raise KeyError."""
         name, _, format = key.partition("/")
+        # The catalogue is asked for the message of an error alone: a run reads many figures.
         row = self._rows.get(format or None)
         if row is not None and key in self._table.columns:
             return row
@@ -148,28 +169,51 @@ class Figures(Mapping[str, float]):
         raise KeyError(f"{key!r}: expected {expected}, with a format of {self.formats}")
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)  # one entry for each set of formats that a layer is judged for
 def _error_places(
     known: tuple[str, ...], formats: tuple[str, ...], metrics: tuple[str, ...]
 ) -> tuple[tuple[str, int], ...]:
-    """Return the formats, and for each metric of a format its column in a row of errors."""
+    """Find the standard error of each metric and format in a table.
+
+    Args:
+        known: Names of the formats of the table.
+        formats: Names of the formats to find.
+        metrics: Names of the metrics to find.
+
+    Returns:
+        Pairs of a format and a column of the table's errors.
+    """
     columns = error_columns(known)
     return tuple((each, columns[f"{name}/{each}"]) for each in formats for name in metrics)
 
 
 def layer_figures(table: StepTable, row: int, formats: Iterable[str]) -> Figures:
-    """Return the figures of one layer, for some of the formats of the table."""
+    """Return the figures of one layer.
+
+    Args:
+        table: The table of a step.
+        row: Row of the layer in the table.
+        formats: Names of formats of the table, those that the layer is judged for.
+    """
     return Figures(table, dict.fromkeys((None, *formats), row))
 
 
 def model_figures(layers: Sequence[Figures]) -> Figures:
-    """Return the figures of layers together, each with the weight of all its elements.
+    """Combine figures of layers to those of the model that the layers form.
+
+    Each layer is weighted by its number of elements, also if only a sample was measured.
+
+    Args:
+        layers: Figures of one or more layers or models, of one step or of several.
+
+    Returns:
+        The figures, for each format that one of the layers is judged for.
 
     Raises:
-        ValueError: There is no layer.
+        ValueError: `layers` is empty.
     """
     if not layers:
-        raise ValueError("layers=[]: expected the figures of one or more layers")
+        raise ValueError("layers=[]: expected Figures of one or more layers")
     formats = tuple(dict.fromkeys(format for layer in layers for format in layer.formats))
     each = [pair for figures in layers for pair in figures.layer_vectors(formats)]
     vectors, judged = zip(*each, strict=True)
@@ -177,5 +221,10 @@ def model_figures(layers: Sequence[Figures]) -> Figures:
 
 
 def tensor_figures(formats: Sequence[str], row: Tensor) -> Figures:
-    """Return the figures of one tensor from its row of sums and maxima, copied to the host."""
+    """Return the figures of one tensor.
+
+    Args:
+        formats: Names of the formats.
+        row: Sums and maxima of the tensor, float64 (columns) on any device; copied to the host.
+    """
     return layer_figures(StepTable(formats, row.cpu().unsqueeze(0)), 0, formats)

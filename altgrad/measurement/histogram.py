@@ -1,4 +1,7 @@
-"""`Histogram`: counts by powers of two, as plain numbers."""
+"""`Histogram`: counts by powers of two, as plain numbers.
+
+This file does not import torch, so that reports start fast. `figures` reads histograms.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ from typing import NamedTuple
 
 
 class Histogram(NamedTuple):
-    """How many elements lie in each octave; the first bin and the last have no end.
+    """A number of elements for each octave; the first and the last bin are open.
 
     Attributes:
-        first: log2 of where the first bin begins; bin k is from 2**(first + k) to twice that.
-        counts: Of each bin; of a model estimated from samples, and no whole numbers.
+        first: Exponent of the first bin. Bin k holds magnitudes from 2**(first + k) up to twice
+            that, the end excluded.
+        counts: Number of elements in each bin. Counts that are estimated from samples are not
+            whole numbers.
     """
 
     first: int

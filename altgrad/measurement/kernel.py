@@ -1,10 +1,18 @@
-"""The numeric kernel: rows of one step's weights and gradients to sums, for every format at once.
+"""The numeric kernel: sum one step's weights and gradients by rows, for every format at once.
 
-All is computed in float64, elementwise quantities in buffers that are written over and over, so
-that one operation serves all rows and formats.
+Notation: w and v are the weights before and after the step, d = v − w is the update, Q rounds to
+the grid of a format, and the stiffness is the spacing of the grid at w.
 
-w and v are the weights before and after the step, d = v − w is the update, Q rounds to a grid; the
-stiffness is the spacing of the grid at w.
+All arithmetic is float64. One operation serves all rows and all formats by broadcasting::
+
+    shared      (rows, 1, columns)         weights, gradient, update, and what follows from them
+    per_format  (rows, formats, columns)   rounded weights, stiffness, errors
+    sums        (rows, 1 or formats)       each the sum over the columns of a row
+
+Nothing is allocated for elements: every operation writes into a buffer of `workspace` (``out=``),
+and buffers are reused as soon as their quantity is summed. Comments mark what each one holds.
+
+Read `columns` first, which names the sums; `totals` comes next and adds rows up to layers.
 """
 
 from __future__ import annotations
@@ -32,15 +40,17 @@ from altgrad.quantization.grids import (
     JUST_BELOW_ONE,
     LARGEST,
     Grids,
-    binade_of,
-    bits_of,
+    extract_binades,
     round_to_grids,
+    view_bits,
 )
 
-_MANTISSA_BITS, _BIAS = 52, 1023  # of float64
+# A float64 is  sign (1 bit) | exponent + 1023 (11 bits) | mantissa (52 bits):
+# https://en.wikipedia.org/wiki/Double-precision_floating-point_format
+_MANTISSA_BITS, _BIAS = 52, 1023
 
-# The order of the columns, of a layer and then of all its formats. What stands for a sum of squares
-# is a norm until it is in its column.
+# The columns of the result in their order: the layer's, then each of these for all formats. Sums of
+# squares are computed as norms, which torch does in one pass, and squared together at the end.
 _SUMS = (*ROW_SUMS, *FORMAT_ROW_SUMS, *ROW_SQUARES, *FORMAT_ROW_SQUARES)
 _EXTREMA = (
     *(f"max {name}" for name in (*ROW_MAXIMA, *FORMAT_ROW_MAXIMA)),
@@ -49,10 +59,14 @@ _EXTREMA = (
 
 
 class Rows(NamedTuple):
-    """Elements to measure, (rows, 1, columns); NaN in `before` stands for no element at all.
+    """The elements to measure, in any floating-point dtype.
 
     Attributes:
-        together: All three as one tensor, (rows, 3, columns), where they lie side by side.
+        before: Weights before the step, (rows, 1, columns); NaN where the row has no element.
+        after: Weights after the step, (rows, 1, columns).
+        gradient: The gradient as the optimizer applied it, (rows, 1, columns); None without one.
+        together: The three as one tensor, (rows, 3, columns), if they share memory and dtype; they
+            are then copied by one operation instead of three.
     """
 
     before: Tensor
@@ -62,21 +76,28 @@ class Rows(NamedTuple):
 
 
 class EverMoved(NamedTuple):
-    """The past of each tracked element: bool, (rows, 1 or formats, columns)."""
+    """The flags of each tracked element, over this and all earlier observed steps.
+
+    Attributes:
+        moved: True where the element has had an update other than 0, bool (rows, 1, columns).
+        effective: True where a format has kept part of one, bool (rows, formats, columns).
+    """
 
     moved: Tensor
     effective: Tensor
 
 
 class Histograms(NamedTuple):
-    """Counts of octaves, and where in them the bins of each row begin.
+    """The counts of octaves, and where the bins of each row begin.
+
+    The bin of an element is ``offset + biased exponent``: an addition finds it, without a table.
 
     Attributes:
-        counts: float64, one dimension: the bins of all layers, of each those of ULPs and then those
-            of the steps of each format.
-        ulps_at: int64, (rows, 1, 1): the first bin, less the exponent that it counts.
-        steps_at: int64, (rows, formats, 1): the first bin of steps, less its exponent.
-        ones: float64: what is added to the counts, at least as many as there are elements.
+        counts: The bins of all layers, float64 (layers · (1 + formats) · 64). A layer has the bins
+            of its ULPs, then those of the steps of each format.
+        ulps_at: Offset of the bins of ULPs of each row, int64 (rows, 1, 1).
+        steps_at: Offset of the bins of steps of each row and format, int64 (rows, formats, 1).
+        ones: Increments of the counts, float64, at least as many as there are elements.
     """
 
     counts: Tensor
@@ -88,30 +109,28 @@ class Histograms(NamedTuple):
 def row_sums(
     rows: Rows,
     grids: Grids | None,
-    own_grid: tuple[float, float],
+    dtype_grid: tuple[float, float],
     buffers: Buffers,
     histograms: Histograms,
     ever: EverMoved | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Measure rows on every grid.
 
-    What is true of an element is 1.0 in a float64 buffer: a bool tensor takes five times as long to
-    sum.
-
     Args:
-        rows: The elements, which are not changed.
-        grids: The formats, with the scale of each row; None without formats.
-        own_grid: 2**-M and the smallest positive number of the dtype that weights are stored in.
-        buffers: Memory for as many rows, formats and columns; overwritten.
-        histograms: Where octaves are counted.
-        ever: What to update, where the elements are tracked.
+        rows: The elements; they are not changed.
+        grids: The grids of the formats, with the scale of each row. None without formats.
+        dtype_grid: 2**-M for M mantissa bits, and the smallest positive number, of the dtype in
+            which the weights are stored.
+        buffers: Memory for the same number of rows, formats and columns; overwritten.
+        histograms: Counts of octaves; updated in place.
+        ever: Flags of tracked elements; updated in place. None if elements are not tracked.
 
     Returns:
-        Two float64 tensors with a row for each of `rows`. Columns of the first are ROW_SUMS and
-        FORMAT_ROW_SUMS (each of these for all formats), then ROW_SQUARES and FORMAT_ROW_SQUARES.
-        Columns of the second are the maxima in the same order, then the minima, negated.
+        Sums and extrema, float64 (rows, columns) each. Columns of sums are ROW_SUMS,
+        FORMAT_ROW_SUMS (each for all formats), ROW_SQUARES and FORMAT_ROW_SQUARES. Columns of
+        extrema are the maxima in this order, then the negated minima.
     """
-    found = _layer_sums(rows, own_grid, buffers, histograms, ever)
+    found = _layer_sums(rows, dtype_grid, buffers, histograms, ever)
     formats = 0
     if grids is not None:
         formats = grids.eps.shape[1]
@@ -125,47 +144,57 @@ def row_sums(
 
 def _layer_sums(
     rows: Rows,
-    own_grid: tuple[float, float],
+    dtype_grid: tuple[float, float],
     buffers: Buffers,
     histograms: Histograms,
     ever: EverMoved | None,
 ) -> dict[str, Tensor]:
-    """Fill the shared buffers, all zero where one of the three is not finite, and sum them.
+    """Fill the shared buffers, and sum what does not depend on a format.
+
+    All three values of an element become 0 if one of them is not finite.
 
     Returns:
-        Sums, norms and extrema by name, (rows, 1).
+        Sums, norms and extrema by name, float64 (rows, 1).
     """
+    # w, v, gradient: the values. size, s, t: buffers for |w|, |v|, |gradient| and what follows.
+    # no_value, no_weight: inf where an element is invalid or w = 0, else 0; added to a quantity or
+    # compared with it, they keep such elements out of its minimum.
     w, v, t, size, s, gradient, update, no_value, no_weight, pair_least = buffers.shared
     has_weight, pair, d, d_cubed = buffers.stacked
 
+    # A condition is stored as 1.0 or 0.0 in a float64 buffer: a bool tensor takes five times as
+    # long to sum.
     _copy_values(rows, buffers)
     sizes = torch.abs(buffers.values, out=buffers.sizes)
-    # The largest magnitude of the three is NaN where one of them is.
+    # NaN < LARGEST is False, and amax is NaN if one of the three is: one comparison finds both.
     valid = torch.amax(sizes, 1, keepdim=True, out=update).lt_(LARGEST)
     finite = valid.sum(-1)
-    torch.reciprocal(valid, out=no_value).sub_(1)  # inf where there is none, else 0
+    torch.reciprocal(valid, out=no_value).sub_(1)  # 1/1 − 1 = 0 if valid, 1/0 − 1 = inf if not
     torch.abs(buffers.values.masked_fill_(torch.ne(valid, 1), 0), out=sizes)
 
     torch.sub(v, w, out=d)
     torch.abs(d, out=update)
-    larger = torch.maximum(size, s, out=s)
-    # The gap below the larger of the two; a power of two has the smaller one of its neighbours.
-    eps, smallest = own_grid
-    gap = binade_of(larger.mul_(JUST_BELOW_ONE), t).mul_(eps).clamp_(min=smallest)
-    ulps = torch.div(update, gap, out=t)
+    larger = torch.maximum(size, s, out=s)  # of |w| and |v|
+    # The unit in the last place below the larger of the two. Just below a power of two, spacings
+    # are half of those above: the factor moves a power of two into the binade below.
+    eps, smallest = dtype_grid
+    gap = extract_binades(larger.mul_(JUST_BELOW_ONE), t).mul_(eps).clamp_(min=smallest)
+    ulps = torch.div(update, gap, out=t)  # overwrites the spacing, elementwise
     ulps_sum, ulps_max = ulps.sum(-1), ulps.amax(-1)
     _count_octaves(ulps, 0, no_weight, histograms, "ulps_at")
 
-    moved = torch.ne(update, 0, out=s)
+    moved = torch.ne(update, 0, out=s)  # s: |v| is no longer needed
     moved_sum = moved.sum(-1)
     ever_moved = moved_sum if ever is None else ever.moved.logical_or_(moved).sum(-1)
     has_gradient = torch.ne(gradient, 0, out=t)
     gradient_sum = has_gradient.sum(-1)
+    # In place: t holds "has a gradient and moved" from here on.
     both_sum = has_gradient.mul_(moved).sum(-1)
     torch.ne(size, 0, out=has_weight)
-    torch.mul(gradient, has_weight, out=pair)
+    # Pairs of gradient and stiffness, over weights other than 0.
+    torch.mul(gradient, has_weight, out=pair)  # |gradient|, and 0 where w = 0, for sums and maxima
     torch.reciprocal(has_weight, out=no_weight).sub_(1)
-    torch.add(gradient, no_weight, out=pair_least)
+    torch.add(gradient, no_weight, out=pair_least)  # and inf where w = 0, for minima
     d_squared = torch.mul(d, d, out=s)
     torch.mul(d_squared, d, out=d_cubed)
     return {
@@ -192,43 +221,52 @@ def _layer_sums(
 def _format_sums(
     grids: Grids, buffers: Buffers, histograms: Histograms, ever: EverMoved | None
 ) -> dict[str, Tensor]:
-    """Sum each format from the shared buffers, as `_layer_sums` left them.
+    """Sum each format from the shared buffers that `_layer_sums` has filled.
 
     Returns:
-        Sums, norms and extrema by name, (rows, formats).
+        Sums, norms and extrema by name, float64 (rows, formats).
     """
+    # t is the one shared buffer that is free. Of the four per format:
+    #   a  short-lived: a quantity is computed into it, summed, and overwritten by the next
+    #   b  stiffness, then |d| / stiffness, then spacings
+    #   c  Q(w), from its rounding to the end
+    #   e  Q(v), then Q(Q(w) + d), then the effective update
+    # "Scaled" values are divided by the scale, as `grids.into` does; `grids.back` multiplies.
     w, v, t, size, _, _, update, no_value, no_weight, pair_least = buffers.shared
     has_weight, pair, d, _ = buffers.stacked
     a, b, c, e = buffers.per_format
     first, second = buffers.pairs
     found: dict[str, Tensor] = {}
 
-    # Stiffness, and the gradient and the update beside it.
-    gap, stored = round_to_grids(grids.into(w, a), grids, t, b, c)
-    stiffness = grids.back(torch.minimum(gap, grids.last_gap, out=b))
+    # Stiffness, and the gradient and the update relative to it.
+    gap, stored = round_to_grids(grids.divide_by_scale(w, a), grids, t, b, c)  # gap in b, Q(w) in c
+    stiffness = grids.multiply_by_scale_(torch.minimum(gap, grids.last_spacing, out=b))
     weight_size = size if grids.scale is None else a.abs_()
     found["saturated"] = torch.gt(weight_size, grids.top, out=a).sum(-1)
+    # One matrix product for two sums: (formats, columns) @ (columns, 2), where `first` holds
+    # has_weight and pair side by side.
     found["stiffness"], found["stiffness_gradient"] = torch.bmm(stiffness, first).unbind(-1)
-    of_weights = torch.mul(stiffness, has_weight, out=a)
-    found["stiffness_sq"] = vector_norm(of_weights, dim=-1)
-    found["max stiffness"] = of_weights.amax(-1)
+    weight_stiffness = torch.mul(stiffness, has_weight, out=a)
+    found["stiffness_sq"] = vector_norm(weight_stiffness, dim=-1)
+    found["max stiffness"] = weight_stiffness.amax(-1)
     found["min stiffness"] = torch.maximum(stiffness, no_weight, out=a).amin(-1)
     found["gradient_below_stiffness"] = torch.lt(pair_least, stiffness, out=a).sum(-1)
     per_stiffness = torch.reciprocal(stiffness, out=b)
     found["gradient_per_stiffness"] = torch.mul(pair, per_stiffness, out=a).sum(-1)
     steps = torch.mul(update, per_stiffness, out=b)
+    # Stochastic rounding moves a weight with probability |d| / stiffness, at most 1.
     found["stochastic_move"] = torch.clamp(steps, max=1, out=a).sum(-1)
     _count_octaves(steps, FIRST_STEPS_OCTAVE, a, histograms, "steps_at")
 
-    # What a cast shows: Q(w) beside Q(v).
-    _, shown = round_to_grids(grids.into(v, a), grids, t, b, e)
+    # What a cast shows: is Q(v) another number than Q(w)?
+    _, shown = round_to_grids(grids.divide_by_scale(v, a), grids, t, b, e)
     shown = _clamp(shown, grids.floor, grids.ceiling)
     stored = _clamp(stored, grids.floor, grids.ceiling)
     found["visible"] = torch.ne(shown, stored, out=e).sum(-1)
 
-    # The error of storing the weights.
+    # The grid error |w − Q(w)|. Rounding may pass the top under an amax scale; storing may not.
     stored = _clamp(stored, grids.bottom, grids.top)
-    error = torch.sub(w, grids.true(stored, a), out=a).abs_()
+    error = torch.sub(w, grids.multiply_by_scale(stored, a), out=a).abs_()
     found["grid_error"], found["grid_error_sq"] = error.sum(-1), vector_norm(error, dim=-1)
     found["max grid_error"] = error.amax(-1)
     found["min grid_error"] = torch.maximum(error, no_value, out=b).amin(-1)
@@ -237,19 +275,23 @@ def _format_sums(
     found["stored_normal"] = torch.ge(stored_size, grids.smallest_normal, out=b).sum(-1)
     found["stored_nonzero"] = torch.ne(stored_size, 0, out=a).sum(-1)
 
-    # What is kept of the update: Q(Q(w) + d) − Q(w).
-    target = grids.into(torch.add(grids.true(stored, a), d, out=a), a)
+    # The effective update Q(Q(w) + d) − Q(w): what is kept of d by weights on the grid.
+    target = grids.divide_by_scale(torch.add(grids.multiply_by_scale(stored, a), d, out=a), a)
     target = _clamp(target, grids.floor, grids.ceiling)
     gap, updated = round_to_grids(target, grids, t, b, e)
-    distance = grids.back(torch.sub(target, updated, out=a).abs_())
-    # Stochastic rounding goes to this neighbour or to the other; nothing is left to draw at a top.
-    found["stochastic_variance"] = grids.back(gap).sub_(distance).mul_(distance).sum(-1)
-    effective = grids.back(torch.sub(updated, stored, out=e))
+    distance = grids.multiply_by_scale_(torch.sub(target, updated, out=a).abs_())
+    # Stochastic rounding goes to this neighbour or to the one at gap − distance; its variance is
+    # distance · (gap − distance). At a top that clamps, distance is 0.
+    found["stochastic_variance"] = (
+        grids.multiply_by_scale_(gap).sub_(distance).mul_(distance).sum(-1)
+    )
+    effective = grids.multiply_by_scale_(torch.sub(updated, stored, out=e))
     is_effective = torch.ne(effective, 0, out=a)
     found["effective"] = is_effective.sum(-1)
     found["ever_effective"] = found["effective"]
     if ever is not None:
         found["ever_effective"] = ever.effective.logical_or_(is_effective).sum(-1)
+    # `second` holds d and d³ side by side.
     found["kept"], found["kept_update_cubed"] = torch.bmm(effective, second).unbind(-1)
     found["kept_sq"] = vector_norm(torch.mul(effective, d, out=a), dim=-1)
     found["lost_sq"] = vector_norm(effective.sub_(d), dim=-1)
@@ -257,7 +299,7 @@ def _format_sums(
 
 
 def _copy_values(rows: Rows, buffers: Buffers) -> None:
-    """Copy the rows to float64, in one operation where they lie together."""
+    """Copy the rows to float64, by one operation if they lie together."""
     if rows.together is not None:
         buffers.values.copy_(rows.together)
         return
@@ -269,15 +311,24 @@ def _copy_values(rows: Rows, buffers: Buffers) -> None:
 
 
 def _clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Clamp in place; `torch.clamp` between tensors takes twice as long."""
+    """Clamp `x` in place; `torch.clamp` between tensors takes twice as long."""
     return torch.minimum(torch.maximum(x, low, out=x), high, out=x)
 
 
 def _count_octaves(
     values: Tensor, first: int, out: Tensor, histograms: Histograms, at: str
 ) -> None:
-    """Count in which octave each value lies; 0 is in the first."""
+    """Count the octave of each value of at least 0; the first bin takes 0 as well.
+
+    Args:
+        values: Magnitudes, float64 (rows, 1 or formats, columns).
+        first: Exponent of the first bin.
+        out: Buffer of the same shape; overwritten.
+        histograms: Counts, and offsets of the bins.
+        at: Name of the offsets to use, ``"ulps_at"`` or ``"steps_at"``.
+    """
+    # The bits of a number of at least 0, shifted right by its mantissa, are its biased exponent.
     lowest = first + _BIAS
-    exponent = torch.bitwise_right_shift(bits_of(values), _MANTISSA_BITS, out=bits_of(out))
+    exponent = torch.bitwise_right_shift(view_bits(values), _MANTISSA_BITS, out=view_bits(out))
     bins = exponent.clamp_(lowest, lowest + OCTAVES - 1).add_(getattr(histograms, at)).flatten()
     histograms.counts.scatter_add_(0, bins, histograms.ones)

@@ -1,4 +1,8 @@
-"""`measure`: what one optimizer step did to one tensor."""
+"""`measure`: judge formats by one optimizer step of one tensor.
+
+This is the door of the room for one tensor. Read `measurer` next, which does the work;
+`altgrad.monitor` judges a whole model, step by step.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.formats import Scaling
 
 DEFAULT_FORMATS = ("bf16", "e4m3fn", "e5m2")
-"""What is judged where nothing else is asked: bf16 and the two FP8 formats in use."""
+"""The formats that are judged by default: bf16 and the two FP8 formats in use."""
 
 
 @torch.no_grad()
@@ -24,40 +28,42 @@ def measure(
     formats: Formats = DEFAULT_FORMATS,
     scaling: Scaling | None = "tensor",
 ) -> dict[str, float]:
-    """What one optimizer step did to one tensor, and what each format would have kept of it.
+    """Measure one optimizer step of one tensor, and what each format would have kept of it.
 
-    Everything is computed in float64 over the elements that are finite before, after and in the
-    gradient; the others are counted in ``nonfinite_frac`` alone. (So are float64 numbers from 1e289
-    on.) A figure that has no value is NaN: nothing moved, no gradient, no element. Values whose
-    squares or quotients leave float64 give inf, 0 or NaN. Where the weights are already stored at
-    or below a format's precision (bf16 weights judged for bf16), updates that stalled can no longer
-    be seen, and the what-if figures of that format are NaN; ``unmoved_frac`` is the one to read.
+    - All figures are computed in float64, over the elements that are finite before the step, after
+      it and in the gradient. ``nonfinite_frac`` counts the other elements, and float64 numbers of
+      1e289 or more.
+    - A figure is NaN if it has no value: nothing moved, or the tensor is empty. It is inf, 0 or NaN
+      if squares or quotients leave the range of float64.
+    - What-if figures of a format are NaN if the weights are stored no finer than the format, such
+      as bfloat16 weights judged for bf16. Stalled updates are then lost before they can be
+      measured; read ``unmoved_frac`` instead.
 
     Args:
-        before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
-        after: The same weights after it, of the same dtype.
-        gradient: The gradient as the optimizer applied it: unscaled and clipped. Without it the
-            figures that need it are left out.
-        formats: Formats or their names, one or several; block formats (``"mxfp8_e4m3"``,
-            ``"nvfp4"``, …) with the scales of their own.
+        before: Weights before the step, float16, bfloat16, float32 or float64, any shape.
+        after: The same weights after the step, with the dtype and shape of `before`.
+        gradient: The gradient as the optimizer applied it, unscaled and clipped, with the shape of
+            `before`. If None, figures that need it are left out.
+        formats: One or several formats, or their names. Block formats (``"mxfp8_e4m3"``,
+            ``"nvfp4"``, …) use their own scales.
         scaling: Which elements share an amax scale in formats of fewer than 16 bits, as in
-            `compute_scale`, taken from `before` and kept for both sides of the step (where all
-            that share it are 0 and set none, from `after`); None judges them unscaled, as those of
+            `compute_scale`. The amax is taken from `before` and kept for both sides of the step;
+            it is taken from `after` if `before` is all 0. None judges formats unscaled; formats of
             16 bits always are.
 
     Returns:
-        Figures by key: ``metric`` for the tensor, ``metric/format`` for each format, under the
-        format's own name: ``stall_frac/e4m3fn`` also where it was asked for as ``"e4m3"``.
+        Figures by key: ``metric`` for the tensor, ``metric/format`` for each format. The key has
+        the canonical name of a format, such as ``stall_frac/e4m3fn`` for ``"e4m3"``.
 
-        `altgrad.measurement.catalogue` has their units, ranges and meanings. First come
-        ``kept_update_ratio`` (⟨effective update, update⟩ over ⟨update, update⟩: 1 is all, 0 is
-        nothing) and ``stall_frac`` (share of non-zero updates that vanish); what compares the
-        gradient is descriptive.
+        Read ``kept_update_ratio`` and ``stall_frac`` first. The former is ⟨effective update,
+        update⟩ over ⟨update, update⟩: 1 is all, 0 is nothing. The latter is the share of non-zero
+        updates of which the grid keeps nothing. `altgrad.measurement.catalogue` lists the unit,
+        range and meaning of all. Metrics that compare the gradient are descriptive.
 
     Raises:
-        TypeError: Not floating-point tensors, or before and after of different dtypes.
-        ValueError: Shapes that differ, an unknown format, two formats of one name, or a wrong
-            scaling.
+        TypeError: A tensor is not floating-point, or `before` and `after` differ in dtype.
+        ValueError: Shapes differ, a format is unknown, two formats have one name, or `scaling` is
+            invalid.
 
     Examples:
         >>> import torch
@@ -71,5 +77,6 @@ def measure(
     judged = FormatSet(formats, scaling)
     row = Measurer(judged).measure_tensor(before, after, gradient)
     figures = tensor_figures(judged.names, row)
+    # One step has no history, and never_moved_frac is over all steps.
     left_out = NEED_TRACKING if gradient is not None else NEED_TRACKING | NEED_GRADIENT
     return {key: figures[key] for key in figures if key.split("/")[0] not in left_out}

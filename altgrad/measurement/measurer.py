@@ -1,4 +1,9 @@
-"""`Measurer`: from the tensors of a step to rows of sums and maxima, on their device."""
+"""`Measurer`: measure the tensors of a step on their device, by rows of sums and maxima.
+
+Large tensors are measured one by one in chunks (`measure_tensor`), small ones together in one call
+of the kernel (`measure_batch`). Read `kernel`, `totals` and `chunks` first; `step_table` comes next
+and turns the results into figures.
+"""
 
 from __future__ import annotations
 
@@ -7,56 +12,56 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from altgrad.measurement.chunks import Sample, chunks_of, part_of, row_of
+from altgrad.measurement.chunks import Sample, as_row, slice_flags, split_chunks
 from altgrad.measurement.kernel import EverMoved, Rows, row_sums
 from altgrad.measurement.totals import Layers
 from altgrad.measurement.workspace import Workspace, columns_that_fit
 from altgrad.quantization.arguments import check_pair
 from altgrad.quantization.format_set import FormatSet
-from altgrad.quantization.grids import Grids, grids_of
+from altgrad.quantization.grids import Grids, make_grids
 from altgrad.quantization.scale_groups import (
     Sharing,
-    element_scales,
-    layer_amax,
-    single_scales,
-    tensor_amax_of,
+    compute_element_scales,
+    compute_layer_amax,
+    compute_single_scales,
+    update_tensor_amaxes,
 )
 
 
 class Batch(NamedTuple):
-    """Rows of several layers that are stored in one dtype, and what does not change with a step.
+    """The rows of several layers that are stored in one dtype, prepared for many steps.
 
     Attributes:
         rows: The elements.
-        layers: The layers that they belong to.
-        own_grid: 2**-M and the smallest positive number of the dtype.
-        grids: The formats, with the scale of each row; None where `sharing` says which elements
-            share a scale.
-        sharing: Which elements of all rows, one after the other, share a scale, with the amax of
-            its groups.
-        ever: What the elements have done so far; updated. None if they are not tracked.
+        layers: The layers that the rows belong to.
+        dtype_grid: 2**-M for M mantissa bits, and the smallest positive number, of the dtype.
+        grids: The grids of the formats, with the scale of each row. None without formats, or if
+            `sharing` is set.
+        sharing: Which elements of all rows, flattened, share a scale, and the amax of the groups,
+            (groups). None if each row has one scale per format.
+        ever: Flags of the elements, updated at each step. None if elements are not tracked.
     """
 
     rows: Rows
     layers: Layers
-    own_grid: tuple[float, float]
+    dtype_grid: tuple[float, float]
     grids: Grids | None
     sharing: tuple[Sharing, Tensor | None] | None
     ever: EverMoved | None
 
 
 class Measurer:
-    """A meter of steps on the same formats again and again, in memory that it keeps.
+    """A measurer of steps for a set of formats, with working memory that is reused.
 
     Args:
         formats: The formats with their scaling.
 
     Attributes:
         formats: The `formats` argument.
-        capacity: How many elements one call of the kernel may measure, in the memory it may take.
+        capacity: Maximum number of elements that one call of the kernel measures.
 
     Raises:
-        ValueError: Blocks that share a scale are larger than the capacity.
+        ValueError: A block that shares a scale has more elements than `capacity`.
     """
 
     def __init__(self, formats: FormatSet) -> None:
@@ -65,24 +70,24 @@ class Measurer:
         if formats.block > self.capacity:
             raise ValueError(
                 f"scaling={formats.scaling!r}: blocks of {formats.block} elements, with those of "
-                f"all formats, are more than the {self.capacity} that are measured at once; use "
-                "'tensor' or 'channel'"
+                f"all formats; expected at most {self.capacity}, as many as are measured at once; "
+                "use 'tensor' or 'channel'"
             )
         self._workspace = Workspace()
 
-    def grids(self, scale: Tensor | None, device: torch.device) -> Grids | None:
-        """Return the grids of the formats.
+    def make_grids(self, scale: Tensor | None, device: torch.device) -> Grids | None:
+        """Make the grids of the formats.
 
         Args:
-            scale: float64, (1 or rows, formats, 1 or columns); None for 1.
-            device: Where the grids are to be.
+            scale: Scales, float64 (1 or rows, formats, 1 or columns). None for a scale of 1.
+            device: Device of the grids.
 
         Returns:
             The grids; None without formats.
         """
         if not self.formats:
             return None
-        return grids_of(
+        return make_grids(
             [format.element for format in self.formats],
             [applied is not None for applied in self.formats.applied],
             scale,
@@ -90,11 +95,20 @@ class Measurer:
             device=device,
         )
 
-    def amax_of(self, before: Tensor, after: Tensor) -> Tensor:
-        """Return the amax of the weights, or of each channel; that of `after` where it is 0."""
-        amax = layer_amax(before, self.formats.scaling)
+    def take_amax(self, before: Tensor, after: Tensor) -> Tensor:
+        """Take the amax of the weights, or of each channel.
+
+        Args:
+            before: Weights before the step, any floating-point dtype and shape.
+            after: Weights after the step, used where the amax of `before` is 0.
+
+        Returns:
+            The amax, float32 or float64 (1) or (channels).
+        """
+        amax = compute_layer_amax(before, self.formats.scaling)
+        # bool() waits for the device; a monitor keeps each amax instead, see `scale_state`.
         if bool((amax == 0).any()):
-            amax = torch.where(amax == 0, layer_amax(after, self.formats.scaling), amax)
+            amax = torch.where(amax == 0, compute_layer_amax(after, self.formats.scaling), amax)
         return amax
 
     @torch.no_grad()
@@ -107,61 +121,70 @@ class Measurer:
         ever: EverMoved | None = None,
         sample: Sample | None = None,
     ) -> Tensor:
-        """Measure one tensor's step, whatever its size: a row of sums and maxima, on its device.
+        """Measure one step of one tensor of any size.
 
         Args:
-            before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
-            after: The same weights after it, of the same dtype.
-            gradient: The gradient as the optimizer applied it.
-            amax: The largest magnitude of the weights, or of each channel, where it is kept from
-                step to step. None takes that of `before`, for which the host waits.
-            ever: What the elements have done so far, as one row; updated.
-            sample: Which elements of a parameter these are; None takes them for all.
+            before: Weights before the step, float16, bfloat16, float32 or float64, any shape.
+            after: The same weights after the step, with the dtype and shape of `before`.
+            gradient: The gradient as the optimizer applied it, with the shape of `before`.
+            amax: The amax of the weights, or of each channel, if it is kept from step to step,
+                (1) or (channels). None takes it from `before`; the host then waits for the device.
+            ever: Flags of the elements as one row, bool (1, 1 or formats, elements); updated.
+            sample: The elements of a layer that the tensors hold. None if they hold all.
 
         Returns:
-            float64, (columns), as `altgrad.measurement.columns` describes them.
+            Sums and maxima on the device, float64 (columns), in the order of
+            `altgrad.measurement.columns`.
 
         Raises:
-            TypeError: Not floating-point tensors, or before and after of different dtypes.
-            ValueError: Shapes that differ.
+            TypeError: A tensor is not floating-point, or `before` and `after` differ in dtype.
+            ValueError: Shapes differ.
         """
         check_step(before, after, gradient)
         if amax is None and self.formats.needs_amax:
-            amax = self.amax_of(before, after)
+            amax = self.take_amax(before, after)
         device, shape = before.device, before.shape if sample is None else sample.shape
         grids = tensor_amax = found = None
         if self.formats.is_single:
-            grids = self.grids(self.single_scales(amax, 1, device), device)
+            grids = self.make_grids(self.compute_scales(amax, 1, device), device)
         elif amax is not None and self.formats.needs_tensor_amax:
-            tensor_amax = tensor_amax_of(before, amax)
-        layers, own_grid = self._one_layer(before, shape.numel()), _own_grid(before.dtype)
+            tensor_amax = update_tensor_amaxes(before, amax)
+        layers = self._describe_layer(before, shape.numel())
+        dtype_grid = _get_dtype_grid(before.dtype)
         tensors = (before, after) if gradient is None else (before, after, gradient)
-        start, size, block = 0, self._chunk(tensors), self.formats.block
-        for flat in chunks_of(tensors, size, block=block, sample=sample):
+        # Position of the chunk, maximum number of elements in it, and elements that stay together.
+        start, size, block = 0, self._chunk_size(tensors), self.formats.block
+        for flat in split_chunks(tensors, size, block=block, sample=sample):
             count = len(flat[0])
             if not self.formats.is_single:
-                scales = self._scales_of_chunk(flat, (amax, tensor_amax), start, shape, sample)
-                grids = self.grids(scales.unsqueeze(0), device)
+                scales = self._compute_element_scales(
+                    flat, (amax, tensor_amax), start, shape, sample
+                )
+                grids = self.make_grids(scales.unsqueeze(0), device)
             buffers = self._workspace.buffers(1, len(self.formats), count, device)
-            part = None if ever is None else part_of(ever, start, count)
-            chunk = row_sums(row_of(flat), grids, own_grid, buffers, layers.histograms, part)
-            found = chunk if found is None else _added(found, chunk)
+            # Histograms of `layers` add up over chunks by themselves; sums and extrema do here.
+            part = None if ever is None else slice_flags(ever, start, count)
+            chunk = row_sums(as_row(flat), grids, dtype_grid, buffers, layers.histograms, part)
+            found = chunk if found is None else _add_chunks(found, chunk)
             start += count
-        return layers.vectors(*(found or layers.nothing()))[0]
+        return layers.add_up(*(found or layers.make_empty_row()))[0]
 
-    def _one_layer(self, before: Tensor, population: int) -> Layers:
-        """Describe a layer that is measured alone, of which these elements are given."""
+    def _describe_layer(self, before: Tensor, population: int) -> Layers:
+        """Describe a layer that is measured alone, as a single row."""
         row = torch.zeros(1, dtype=torch.int64, device=before.device)
         counted = torch.tensor([[population, before.numel()]], dtype=torch.float64)
-        return Layers.of(row, counted.to(before.device), self.formats.judged(before.dtype))
+        return Layers.create(row, counted.to(before.device), self.formats.judged(before.dtype))
 
-    def _chunk(self, tensors: tuple[Tensor, ...]) -> int:
+    def _chunk_size(self, tensors: tuple[Tensor, ...]) -> int:
+        """Return the maximum number of elements in a chunk."""
         size = self.capacity
         if not all(each.is_contiguous() for each in tensors):
-            size -= size // 6  # chunks are copied
+            # Chunks are copied. Copies take up to 3 · 8 bytes for each element, a sixth of the 144
+            # bytes that buffers take with one format.
+            size -= size // 6
         return size
 
-    def _scales_of_chunk(
+    def _compute_element_scales(
         self,
         flat: tuple[Tensor, ...],
         amax: tuple[Tensor | None, Tensor | None],
@@ -169,88 +192,138 @@ class Measurer:
         shape: torch.Size,
         sample: Sample | None,
     ) -> Tensor:
-        """Return the scale of each element of a chunk: float64, (formats, elements)."""
+        """Compute the scale of each element of a chunk.
+
+        Args:
+            flat: The chunk's weights before and after, (elements) each.
+            amax: Amax of the layer or its channels, and of the whole tensor, or None.
+            start: Position of the chunk's first element among those measured.
+            shape: Shape of the whole layer.
+            sample: The elements that are measured; None for all.
+
+        Returns:
+            Scales, float64 (formats, elements).
+        """
         stop = start + len(flat[0])
         indices = torch.arange(start, stop) if sample is None else sample.indices[start:stop].cpu()
-        sharing, of_groups = self.sharing_of(shape, indices), amax[0]
-        if of_groups is not None:
-            sharing, groups = sharing.of_its_groups()
-            of_groups = of_groups[groups]
+        sharing, group_amax = self.find_sharing(shape, indices), amax[0]
+        if group_amax is not None:
+            # A chunk has few of the layer's channels: number those, and take their amax.
+            sharing, groups = sharing.trim_groups()
+            group_amax = group_amax[groups]
         sharing = sharing.to(flat[0].device)
-        return element_scales(flat[0], flat[1], of_groups, amax[1], sharing, self.formats)
+        return compute_element_scales(flat[0], flat[1], group_amax, amax[1], sharing, self.formats)
 
-    def sharing_of(self, shape: torch.Size, indices: Tensor) -> Sharing:
-        """Return which of a parameter's elements share a scale; see `Sharing.of`."""
-        return Sharing.of(shape, indices, self.formats.block_sizes, self.formats.scaling)
+    def find_sharing(self, shape: torch.Size, indices: Tensor) -> Sharing:
+        """Find which elements of a layer share a scale.
 
-    def single_scales(self, amax: Tensor | None, layers: int, device: torch.device) -> Tensor:
-        """Return scales that follow from the amax of layers: float64, (layers, formats, 1)."""
+        Args:
+            shape: Shape of the whole layer.
+            indices: Flat indices of the elements, int64 (elements) on the CPU, ascending.
+
+        Returns:
+            For each element its groups and blocks, int64 on the CPU.
+        """
+        return Sharing.from_indices(shape, indices, self.formats.block_sizes, self.formats.scaling)
+
+    def compute_scales(self, amax: Tensor | None, layers: int, device: torch.device) -> Tensor:
+        """Compute the scales of layers that have one scale for each format.
+
+        Args:
+            amax: Amax of each layer, (layers). None if no format needs one.
+            layers: Number of layers.
+            device: Device of the layers.
+
+        Returns:
+            Scales, float64 (layers, formats, 1).
+        """
         if amax is None:
-            amax = torch.zeros(layers, device=device)  # it serves no format
-        return single_scales(amax, self.formats).unsqueeze(-1)
+            amax = torch.zeros(layers, device=device)  # only the shape matters: no format uses it
+        return compute_single_scales(amax, self.formats).unsqueeze(-1)
 
-    def batch(
+    def prepare_batch(
         self,
         rows: Rows,
-        layer_of_row: Tensor,
+        row_layers: Tensor,
         counted: Tensor,
         scales: Tensor | tuple[Sharing, Tensor | None],
         ever: EverMoved | None,
     ) -> Batch:
-        """Prepare what `measure_batch` measures step after step.
+        """Prepare a batch that `measure_batch` measures at each step.
 
         Args:
             rows: The elements, in memory that each step is copied to.
-            layer_of_row: int64, (rows): the layer of each row.
-            counted: float64, (layers, 2): how many elements the parameter has and the rows hold.
-            scales: Scales, or what shares them, as `with_scales` takes them.
-            ever: What the elements have done so far; None where they are not tracked.
+            row_layers: Index of the layer of each row, int64 (rows).
+            counted: Number of elements of each whole layer, and of those in the rows, float64
+                (layers, 2).
+            scales: Scales, or which elements share them; see `with_scales`.
+            ever: Flags of the elements, updated at each step. None if they are not tracked.
 
         Returns:
-            The batch.
+            The batch, on the device of the rows.
         """
         judged = self.formats.judged(rows.before.dtype)
-        layers = Layers.of(layer_of_row, counted, judged)
-        batch = Batch(rows, layers, _own_grid(rows.before.dtype), None, None, ever)
+        layers = Layers.create(row_layers, counted, judged)
+        batch = Batch(rows, layers, _get_dtype_grid(rows.before.dtype), None, None, ever)
         return self.with_scales(batch, scales)
 
     def with_scales(self, batch: Batch, scales: Tensor | tuple[Sharing, Tensor | None]) -> Batch:
-        """Return the batch under other scales.
+        """Return a batch with other scales.
 
         Args:
-            batch: The batch.
-            scales: float64, (1 or rows, formats, 1); or which elements share a scale, with the
-                amax of their groups.
+            batch: The batch; it is not changed.
+            scales: Scales, float64 (1 or rows, formats, 1). Otherwise, which elements share a
+                scale, and the amax of their groups, (groups).
         """
         if isinstance(scales, tuple):
             return batch._replace(sharing=scales)
-        return batch._replace(grids=self.grids(scales, batch.rows.before.device))
+        return batch._replace(grids=self.make_grids(scales, batch.rows.before.device))
 
     @torch.no_grad()
     def measure_batch(self, batch: Batch) -> Tensor:
-        """Measure many small layers at once: float64, (layers, columns); see `measure_tensor`."""
-        grids = batch.grids if batch.sharing is None else self._grids_of_elements(batch)
+        """Measure one step of many small layers at once.
+
+        Args:
+            batch: The batch, whose memory holds the step.
+
+        Returns:
+            Sums and maxima on the device, float64 (layers, columns), in the order of
+            `altgrad.measurement.columns`.
+        """
+        grids = batch.grids if batch.sharing is None else self._make_element_grids(batch)
         (rows, _, columns), device = batch.rows.before.shape, batch.rows.before.device
         buffers = self._workspace.buffers(rows, len(self.formats.names), columns, device)
         histograms = batch.layers.histograms
-        histograms.counts.zero_()
-        found = row_sums(batch.rows, grids, batch.own_grid, buffers, histograms, batch.ever)
-        return batch.layers.vectors(*found)
+        histograms.counts.zero_()  # they hold the counts of the step before
+        found = row_sums(batch.rows, grids, batch.dtype_grid, buffers, histograms, batch.ever)
+        return batch.layers.add_up(*found)
 
-    def _grids_of_elements(self, batch: Batch) -> Grids | None:
+    def _make_element_grids(self, batch: Batch) -> Grids | None:
+        """Make grids with a scale for each element, from the weights of this step."""
         assert batch.sharing is not None
         (sharing, amax), before = batch.sharing, batch.rows.before
+        # All rows end to end, as `sharing` numbers the elements.
         flat = before.reshape(-1), batch.rows.after.reshape(-1)
         tensor_amax = None
         if amax is not None and self.formats.needs_tensor_amax:
-            tensor_amax = tensor_amax_of(flat[0], amax, sharing)
-        scales = element_scales(*flat, amax, tensor_amax, sharing, self.formats)
+            tensor_amax = update_tensor_amaxes(flat[0], amax, sharing)
+        scales = compute_element_scales(*flat, amax, tensor_amax, sharing, self.formats)
         by_row = scales.view(-1, before.shape[0], before.shape[2]).transpose(0, 1)
-        return self.grids(by_row, before.device)
+        return self.make_grids(by_row, before.device)
 
 
 def check_step(before: Tensor, after: Tensor, gradient: Tensor | None) -> None:
-    """Raise TypeError or ValueError unless the tensors of a step can be measured."""
+    """Check that the tensors of a step can be measured.
+
+    Args:
+        before: Weights before the step.
+        after: Weights after the step.
+        gradient: The gradient, or None.
+
+    Raises:
+        TypeError: A tensor is not floating-point, or `before` and `after` differ in dtype.
+        ValueError: Shapes differ.
+    """
     check_pair("before", before, "after", after)
     if before.dtype != after.dtype:
         raise TypeError(
@@ -260,12 +333,14 @@ def check_step(before: Tensor, after: Tensor, gradient: Tensor | None) -> None:
         check_pair("before", before, "gradient", gradient)
 
 
-def _added(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Add up the sums of two chunks, and take the larger of their extrema."""
+def _add_chunks(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Combine two chunks: add their sums, and take the larger of their extrema."""
     return one[0] + other[0], torch.maximum(one[1], other[1])
 
 
-def _own_grid(dtype: torch.dtype) -> tuple[float, float]:
-    """Return 2**-M of a dtype, and its smallest positive number that is not flushed to zero."""
+def _get_dtype_grid(dtype: torch.dtype) -> tuple[float, float]:
+    """Return 2**-M of a dtype, and its smallest positive number."""
     info = torch.finfo(dtype)
+    # tiny · eps is the smallest subnormal. That of float64 becomes 0 if the CPU flushes subnormals
+    # (torch.set_flush_denormal), and a spacing of 0 would divide by 0: take tiny there.
     return info.eps, max(info.tiny * info.eps, torch.finfo(torch.float64).tiny)

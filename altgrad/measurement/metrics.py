@@ -1,6 +1,10 @@
-"""How each metric of the catalogue follows from sums, extrema and histograms.
+"""Compute each metric of the catalogue from sums, extrema and histograms.
 
-A formula takes the sums of any rows, on the host, and returns a value for each of them.
+A formula takes the sums of any number of rows, on the host, and returns a figure for each row.
+`FORMULAS` at the end lists them all; a new metric is a line there and a line of `catalogue`. An
+`Estimate` is a formula that also has a standard error.
+
+Read `columns` first, which describes the sums; `standard_errors` comes next.
 """
 
 from __future__ import annotations
@@ -17,123 +21,182 @@ from altgrad.measurement.columns import FIRST_STEPS_OCTAVE, OCTAVES
 
 
 class Sums(Protocol):
-    """Sums, extrema and histograms of some rows by name: float64 on the host.
+    """A source of sums, extrema and histograms by name, float64 on the host.
 
-    What belongs to a parameter is (rows, 1), what belongs to formats (rows, formats).
+    Columns of a layer have shape (rows, 1), columns of formats (rows, formats).
     """
 
     def sum(self, name: str) -> Tensor:
-        """Return a column of SUMS or FORMAT_SUMS."""
+        """Return the column of SUMS or FORMAT_SUMS with a name."""
 
     def max(self, name: str) -> Tensor:
-        """Return a column of MAXIMA or FORMAT_MAXIMA."""
+        """Return the column of MAXIMA or FORMAT_MAXIMA with a name."""
 
     def histogram(self, name: str) -> Tensor:
-        """Return how many elements moved by each octave: (64, 1 or formats, rows).
+        """Return the number of elements that moved by each octave.
 
         Args:
             name: ``"ulps"`` or ``"steps"``.
+
+        Returns:
+            Counts, float64 (64, 1 or formats, rows).
         """
 
 
 Formula = Callable[[Sums], Tensor]
+"""A function from sums to the figures of a metric, float64 (rows, 1 or formats)."""
 
 
 class Estimate(ABC):
-    """A ratio Σ a / Σ b over elements, which has a standard error where these are a sample."""
+    """A ratio Σ a / Σ b over elements, with a standard error if the elements are a sample."""
 
     @abstractmethod
     def sums(self, n: Sums) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return Σ a, Σ b, Σ a², Σ a · b and Σ b²."""
+        """Return Σ a, Σ b, Σ a², Σ a · b and Σ b², float64 (rows, 1 or formats) each."""
 
     @abstractmethod
     def carrying(self, n: Sums) -> Tensor:
-        """Return how many elements carry the ratio."""
+        """Return the number of elements that carry the ratio, float64 (rows, 1 or formats)."""
 
     def __call__(self, n: Sums) -> Tensor:
-        """Return the ratio; NaN where Σ b is 0."""
+        """Compute the ratio; NaN where Σ b is 0."""
         a, b, *_ = self.sums(n)
         return _ratio(a, b)
 
 
 @dataclass(frozen=True)
 class Share(Estimate):
-    """A count over another: (plus − minus) / total. What is counted is part of the total."""
+    """A share of elements, (plus − minus) / total.
+
+    Attributes:
+        plus: Name of a count.
+        total: Name of the count of all elements considered, those of `plus` included.
+        minus: Name of a count to subtract, of elements that `plus` includes.
+    """
 
     plus: str
     total: str
     minus: str | None = None
 
     def sums(self, n: Sums) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return the two counts: a and b are 0 or 1, and b is 1 where a is."""
+        """Return the sums of an estimate from two counts.
+
+        Each a and b is 0 or 1, and b is 1 where a is; all sums of products are counts, too.
+
+        Args:
+            n: The sums of some rows.
+
+        Returns:
+            Σ a, Σ b, Σ a², Σ a · b and Σ b², float64 (rows, 1 or formats) each.
+        """
         count, total = n.sum(self.plus), n.sum(self.total)
         if self.minus:
             count = count - n.sum(self.minus)
         return count, total, count, count, total
 
     def carrying(self, n: Sums) -> Tensor:
-        """Return the number of all elements."""
+        """Return the number of all measured elements, float64 (rows, 1)."""
         return n.sum("elements")
 
 
 @dataclass(frozen=True)
 class KeptShare(Estimate):
-    """⟨effective update, update⟩ / ⟨update, update⟩; its squares are fourth powers."""
+    """The ratio ⟨effective update, update⟩ / ⟨update, update⟩.
+
+    With a = effective · update and b = update², the sums of a² and b² are sums of fourth powers.
+    """
 
     def sums(self, n: Sums) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return the sums of a = effective · update and b = update²."""
+        """Return the sums of a = effective · update and b = update².
+
+        Args:
+            n: The sums of some rows.
+
+        Returns:
+            Σ a, Σ b, Σ a², Σ a · b and Σ b², float64 (rows, formats) each.
+        """
         a, b = n.sum("kept"), n.sum("judged_sq")
         return a, b, n.sum("kept_sq"), n.sum("kept_update_cubed"), n.sum("judged_4th")
 
     def carrying(self, n: Sums) -> Tensor:
-        """Return elements / energy_concentration: as many equal updates have that energy."""
+        """Return the number of equal updates with the same energy.
+
+        Args:
+            n: The sums of some rows.
+
+        Returns:
+            elements / energy_concentration, float64 (rows, formats); 0 if nothing moved.
+        """
         energy, fourth = n.sum("judged_sq"), n.sum("judged_4th")
         return (energy * energy / fourth).masked_fill(fourth == 0, 0.0)
 
 
+# Makers of formulas. A quotient is NaN, and neither inf nor an error, if its denominator is 0: no
+# element is counted, or nothing moved.
+
+
 def _paired(n: Sums) -> Tensor:
-    """Return how many weights are not 0 and have a gradient: none, unless all have one."""
+    """Count weights other than 0 that have a gradient; 0 unless all elements have one."""
     return n.sum("nonzero_weights") * (n.sum("gradients") == n.sum("finite"))
 
 
 def _unless(is_none: Tensor, value: Tensor) -> Tensor:
-    """Return the value, and NaN where there is none, whatever was computed there."""
+    """Return the value, and NaN where `is_none` is True."""
     return value.masked_fill(is_none, math.nan)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Divide; NaN where the denominator is 0: no element is counted, or nothing moved."""
     return (numerator / denominator).masked_fill(denominator == 0, math.nan)
 
 
+# Functions that make formulas: they take the names of columns.
+
+
 def _per(count: str, total: str) -> Formula:
+    """Return a formula: a sum over a count."""
     return lambda n: _ratio(n.sum(count), n.sum(total))
 
 
 def _per_pair(count: str) -> Formula:
+    """Return a formula: a sum over the number of weights other than 0 that have a gradient."""
     return lambda n: _ratio(n.sum(count), _paired(n))
 
 
 def _rms(squares: str, total: str) -> Formula:
+    """Return a formula: the root of a mean of squares."""
     return lambda n: _ratio(n.sum(squares), n.sum(total)).sqrt()
 
 
 def _norm_ratio(squares: str, over: str) -> Formula:
+    """Return a formula: a norm over another norm."""
+    # Roots first: the quotient of the squares may leave the range of float64.
     return lambda n: _ratio(n.sum(squares).sqrt(), n.sum(over).sqrt())
 
 
 def _largest(name: str, among: str) -> Formula:
+    """Return a formula: a maximum; NaN where the count `among` is 0."""
     return lambda n: _unless(n.sum(among) == 0, n.max(name))
 
 
 def _smallest(name: str, among: str) -> Formula:
+    """Return a formula: a minimum; NaN where the count `among` is 0."""
+    # A minimum is kept as the maximum of the negated quantity.
     return lambda n: _unless(n.sum(among) == 0, -n.max(f"minus_{name}"))
 
 
 def _median_octave(name: str, total: str, first: int) -> Formula:
-    """Return the middle, on a logarithmic scale, of the octave that holds the (lower) median."""
+    """Return a formula: the middle of the octave that holds the lower median, as log2.
+
+    Args:
+        name: Name of the histogram.
+        total: Name of the count of its elements.
+        first: Exponent of its first bin.
+    """
 
     def formula(n: Sums) -> Tensor:
         half = n.sum(total) / 2
+        # The first octave up to which at least half of the elements lie.
         below = n.histogram(name).cumsum(0).transpose(1, 2)
         octave = (below < half).sum(0).clamp(max=OCTAVES - 1)
         is_none = (half == 0) | half.isnan() | below[-1].isnan()
@@ -143,12 +206,22 @@ def _median_octave(name: str, total: str, first: int) -> Formula:
 
 
 def _deviation(n: Sums, name: str, squares: str, count: Tensor) -> Tensor:
-    """Return the sum of squared deviations from the mean: 0 where the smallest is the largest.
+    """Return the sum of squared deviations from the mean.
 
-    It is NaN where it is lost in the rounding of the sums, which is where the standard deviation is
-    below 1e-5 of the mean.
+    It is 0 if all values are equal. It is NaN if the rounding of the sums exceeds it, that is if
+    the standard deviation is below 1e-5 of the mean.
+
+    Args:
+        n: The sums of some rows.
+        name: Name of the sum of the quantity.
+        squares: Name of the sum of its squares.
+        count: Number of elements in the sums, float64 (rows, 1).
+
+    Returns:
+        float64 (rows, 1 or formats).
     """
     deviation = n.sum(squares) - n.sum(name) * (n.sum(name) / count)
+    # Rounding is of the order of n · 2**-53 of the sum of squares; 1e-10 leaves room for large n.
     deviation = _unless(deviation <= 1e-10 * n.sum(squares), deviation)
     return deviation.masked_fill(n.max(name) == -n.max(f"minus_{name}"), 0.0)
 
@@ -156,16 +229,19 @@ def _deviation(n: Sums, name: str, squares: str, count: Tensor) -> Tensor:
 def _grid_error_std(n: Sums) -> Tensor:
     count = n.sum("finite")
     deviation = _deviation(n, "grid_error", "grid_error_sq", count)
+    # The unbiased estimate, over count − 1.
     return _unless(count < 2, (deviation / (count - 1)).sqrt())
 
 
 def _sqnr(n: Sums) -> Tensor:
+    # 10 · log10 of a ratio of powers; inf if every weight is on the grid.
     signal, noise = n.sum("weight_sq"), n.sum("grid_error_sq")
     decibels = 10 * (signal / noise).log10()
     return _unless(signal == 0, decibels.masked_fill(noise == 0, math.inf))
 
 
 def _correlation(n: Sums) -> Tensor:
+    # Pearson's correlation of |gradient| and stiffness, from sums: cov / sqrt(var · var).
     count = _paired(n)
     gradient = _deviation(n, "paired_gradient_abs", "paired_gradient_sq", count)
     stiffness = _deviation(n, "stiffness", "stiffness_sq", count)
@@ -176,6 +252,7 @@ def _correlation(n: Sums) -> Tensor:
 
 
 def _energy_concentration(n: Sums) -> Tensor:
+    # n · Σ d⁴ / (Σ d²)²: 1 if all updates are equal, n if a single element has the whole update.
     squares = n.sum("update_sq")
     return _ratio(n.sum("finite") * n.sum("update_4th"), squares * squares)
 
@@ -193,7 +270,7 @@ FORMULAS: Mapping[str, Formula] = {
     "ulp_zero_frac": Share("finite", "finite", "moved"),
     "ulp_median_log2": _median_octave("ulps", "moved", 0),
     "energy_concentration": _energy_concentration,
-    # Of a format:
+    # Metrics of a format:
     "kept_update_ratio": KeptShare(),
     "stall_frac": Share("judged", "judged", "effective"),
     "update_error": _norm_ratio("lost_sq", "judged_sq"),
@@ -217,4 +294,4 @@ FORMULAS: Mapping[str, Formula] = {
     "grad_stiff_ratio_mean": _per_pair("gradient_per_stiffness"),
     "grad_below_stiffness_frac": _per_pair("gradient_below_stiffness"),
 }
-"""By the name of the metric; those of the catalogue, in its order."""
+"""The formula of each metric, by name, in the order of the catalogue."""

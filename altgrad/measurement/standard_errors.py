@@ -1,8 +1,13 @@
 """Standard errors of ratios that are estimated from a sample of the elements.
 
-A ratio Σ a / Σ b over the elements of a layer is known from a sample of them without replacement;
-that of a model from such samples of its layers, which are strata. The variance follows from the
-residuals a − ratio · b, squared and added up, for which three sums of squares are kept.
+A ratio Σ a / Σ b over the elements of a layer is estimated from a sample without replacement. The
+ratio of a model is estimated from the samples of its layers, which are strata. The variance follows
+from the residuals a − ratio · b of the sample::
+
+    Σ (a − ratio · b)²  =  Σ a²  −  2 · ratio · Σ a · b  +  ratio² · Σ b²
+
+so that three sums of squares are enough. Read `metrics` first, which defines the ratios;
+`step_table` comes next and computes all errors of a step.
 
 References:
     Cochran, Sampling Techniques (1977), chapters 2 and 6.
@@ -17,20 +22,20 @@ from torch import Tensor
 
 from altgrad.measurement.metrics import Estimate, Formula, Sums
 
-_FEWEST = 30  # with fewer elements that matter, their spread is not known
+_FEWEST = 30  # elements; the spread of fewer is not known well enough
 
 
 def estimate_sums(formula: Formula, n: Sums, width: int) -> list[Tensor]:
-    """Return what the standard error of an estimate follows from.
+    """Return the sums from which the standard error of an estimate is computed.
 
     Args:
         formula: The estimate.
         n: The sums of some rows.
-        width: 1 for a metric of the parameter, else the number of formats.
+        width: Number of columns: 1 for a metric of the layer, else the number of formats.
 
     Returns:
-        Σ a, Σ b, Σ a², Σ a · b, Σ b² and how many elements carry the ratio: float64, (rows, width)
-        each.
+        Σ a, Σ b, Σ a², Σ a · b, Σ b² and the number of elements that carry the ratio, float64
+        (rows, width) each.
     """
     assert isinstance(formula, Estimate)
     sums = (*formula.sums(n), formula.carrying(n))
@@ -43,29 +48,32 @@ def standard_errors(
     """Return the standard errors of ratios.
 
     Args:
-        sums: What `estimate_sums` returns, of all estimates side by side: (rows, keys) each.
-        counted: The elements that each row stands for, and how many were measured, (rows, 2).
-        members: For rows that stand for several layers: which rows these are.
+        sums: Results of `estimate_sums` for all estimates side by side, (rows, keys) each.
+        counted: Number of elements that each row stands for, and number measured, float64
+            (rows, 2).
+        members: Rows of the layers that a model's row stands for, by the model's row.
 
     Returns:
-        float64, (rows, keys): 0 where all elements were measured; NaN where the ratio has no value
-        or fewer than 30 elements carry it.
+        Standard errors, float64 (rows, keys). They are 0 if all elements were measured. They are
+        NaN if the ratio has no value or fewer than 30 elements carry it.
     """
     a, b, a_squared, a_b, b_squared, carrying = sums
     population, elements = counted[:, :1], counted[:, 1:]
+    # Cochran's (1 − f) · n / (n − 1), with f the share that was measured.
     per_residual = (1 - elements / population) * elements / (elements - 1)
     is_known = (elements >= population) | (b == 0)
 
     def variances(ratios: Tensor) -> Tensor:
-        """Return the variance of Σ residuals over the sample of each row."""
+        """Return the variance of Σ residuals of each row, with the share sampled accounted for."""
         residuals = a_squared - 2 * ratios * a_b + ratios * ratios * b_squared
         found = residuals.clamp(min=0) * per_residual
         return found.masked_fill(carrying < _FEWEST, math.nan).masked_fill(is_known, 0.0)
 
     ratios = a / b
     variance = variances(ratios)
-    weights_sq = (population / elements.clamp(min=1)).square()  # elements that each stands for
+    weights_sq = (population / elements.clamp(min=1)).square()  # each stands for so many
     for row, layers in members.items():
-        of_layers = variances(ratios[row]) * weights_sq
-        variance[row] = of_layers.t()[:, [*layers]].sum(1)
+        # Strata are independent: the variances of the layers add up, about the model's own ratio.
+        layer_variances = variances(ratios[row]) * weights_sq
+        variance[row] = layer_variances.t()[:, [*layers]].sum(1)
     return (variance.sqrt() / b).masked_fill(b == 0, math.nan)

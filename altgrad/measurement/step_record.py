@@ -22,9 +22,9 @@ class StepRecord:
 
     Attributes:
         index: Number of steps of this optimizer since it was attached, before this one.
-        layers: Figures of each layer that had a gradient, by name. If a layer was sampled, they
-            estimate the figures of all its elements. Only maxima and minima are those of the
-            sample, so that maxima are too low and minima too high.
+        layers: Figures of each layer that had a gradient, by name. Figures of a sampled layer are
+            estimates for all its elements. Only maxima and minima are those of the sample, so that
+            maxima are too low and minima too high.
         model: Figures of all these layers together, each layer weighted by its number of elements.
         own_seconds: Time that the host took to observe the previous observed step, in seconds; NaN
             for the first.

@@ -1,4 +1,11 @@
-"""`StepTable`: what layers did in one step, a row for each, and all figures as one matrix."""
+"""`StepTable`: the sums of all layers in one step, a row for each, and all figures as one matrix.
+
+A model is a row more: the sum of its layers, each weighted by its number of elements. If layers are
+judged for different formats, a model has a row for each set of layers.
+
+Read `metrics` and `standard_errors` first, which are applied to all rows at once; `figures` comes
+next and reads single rows.
+"""
 
 from __future__ import annotations
 
@@ -24,28 +31,31 @@ from altgrad.measurement.columns import (
 from altgrad.measurement.metrics import FORMULAS, Estimate
 from altgrad.measurement.standard_errors import estimate_sums, standard_errors
 
-RowsOfFormats = Mapping[str | None, int]
-"""The row in which a layer or model has the sums of each format, and under None its own."""
+FormatRows = Mapping[str | None, int]
+"""The row of a table for each format, and for the layer or model itself under None."""
 
 LAYER_ESTIMATES, FORMAT_ESTIMATES = (
     tuple(name for name in metrics if isinstance(FORMULAS[name], Estimate))
     for metrics in (LAYER_METRICS, FORMAT_METRICS)
 )
-"""Metrics that have a standard error."""
+"""Names of the metrics that have a standard error."""
 
 
 class StepTable:
-    """Rows of sums and maxima, and everything that follows from them.
+    """A table of sums and maxima, with the figures, errors and histograms that follow from them.
 
-    Figures, errors and histograms are matrices, computed for all rows when one is first read.
+    Each of these three is a matrix, computed for all rows when one entry is first read.
 
     Args:
         formats: Names of the formats, in the order of their sums.
-        vectors: float64 on the host, (rows, columns): the sums of each row, then its maxima.
-        members: For rows that stand for several layers: which rows these are.
+        vectors: Sums and maxima of each row, float64 (rows, columns) on the host.
+        members: Rows of the layers that a model's row stands for, by the model's row.
 
     Attributes:
-        columns: The place of each key in the rows of `figures`.
+        formats: The `formats` argument.
+        vectors: The `vectors` argument.
+        members: The `members` argument; empty by default.
+        columns: Position of each key in the rows of `figures`.
     """
 
     def __init__(
@@ -59,24 +69,27 @@ class StepTable:
         self.members = members or {}
         self.columns = _figure_columns(self.formats)
         self._places = _places(len(self.formats))
+        # The only metric read so far, and its figures of all rows; see `figure`.
         self._first: tuple[str, list[list[float]]] | None = None
         self._figures: list[list[float]] | None = None
 
     @classmethod
     def with_model(
         cls, formats: Sequence[str], vectors: Tensor, judged: Sequence[Collection[str]]
-    ) -> tuple[StepTable, RowsOfFormats]:
+    ) -> tuple[StepTable, FormatRows]:
         """Make the table of layers and of the model that they form.
+
+        A model's figures of a format are over the layers that are judged for the format.
 
         Args:
             formats: Names of the formats, in the order of their sums.
-            vectors: The vectors of the layers.
-            judged: For which formats each of them is judged. A model's figures of a format are
-                those of the layers that are judged for it.
+            vectors: Sums and maxima of the layers, float64 (layers, columns) on the host.
+            judged: Names of the formats that each layer is judged for.
 
         Returns:
             The table, and the rows of the model in it.
         """
+        # One row for each distinct set of layers; most models have a single one.
         rows: dict[str | None, int] = {}
         members: dict[tuple[int, ...], int] = {}
         for format in (None, *formats):
@@ -88,33 +101,47 @@ class StepTable:
         return cls(formats, torch.cat((vectors, *merged)), by_row), rows
 
     def sum(self, name: str) -> Tensor:
-        """Return a column of sums: (rows, 1), or (rows, formats) for one of formats."""
+        """Return the column of SUMS or FORMAT_SUMS of a name, float64 (rows, 1 or formats)."""
         return self.vectors[:, self._places[name]]
 
     def max(self, name: str) -> Tensor:
-        """Return a column of maxima, shaped as in `sum`."""
+        """Return the column of MAXIMA or FORMAT_MAXIMA of a name, float64 (rows, 1 or formats)."""
         return self.vectors[:, self._places[f"max {name}"]]
 
     def histogram(self, name: str) -> Tensor:
-        """Return how many elements moved by each octave: (64, 1 or formats, rows).
+        """Return the number of elements that moved by each octave.
 
         Args:
-            name: ``"ulps"``, or ``"steps"``, of the elements that a format is judged by.
+            name: ``"ulps"``; or ``"steps"``, over the elements that a format is judged by.
+
+        Returns:
+            Counts, float64 (64, 1 or formats, rows).
         """
         return self._octaves[:, :1] if name == "ulps" else self._octaves[:, 1:]
 
     def counts(self, format: str | None, row: int) -> list[float]:
-        """Return the histogram of a row: of ULPs, or of steps of a format."""
+        """Return the counts of a histogram of one row.
+
+        Args:
+            format: Name of the format whose steps are counted; None for ULPs.
+            row: Row of the layer or model.
+        """
         place = 0 if format is None else 1 + self.formats.index(format)
         counts: list[float] = self._octaves[:, place, row].tolist()
         return counts
 
     def figure(self, key: str, row: int) -> float:
-        """Return one figure of a row, NaN where it has no value.
+        """Return one figure of a row; NaN if it has no value.
 
-        A step itself reads no metric but one, which is evaluated alone, in a tenth of the time
-        that the matrix takes; as soon as another one is read, all are.
+        The first metric that is read is computed alone. As soon as a second metric is read, all are
+        computed.
+
+        Args:
+            key: ``metric`` or ``metric/format``.
+            row: Row of the layer or model.
         """
+        # A monitor reads one metric at each step (was there an update?). That takes a tenth of the
+        # time of the whole matrix, which is left to those who read figures.
         metric, _, format = key.partition("/")
         if self._figures is None and self._first is None:
             self._first = metric, FORMULAS[metric](self).tolist()
@@ -122,20 +149,22 @@ class StepTable:
             value = self._first[1][row][self.formats.index(format) if format else 0]
         else:
             value = self.figures[row][self.columns[key]]
-        return math.nan if math.isnan(value) else value  # the one NaN that equals itself in a list
+        # math.nan itself: lists and tuples compare by identity first, so that equal figures compare
+        # as equal also if they are NaN.
+        return math.nan if math.isnan(value) else value
 
     @property
     def figures(self) -> list[list[float]]:
-        """Return the figures of each row, in the order of `catalogue.figure_keys`."""
+        """The figures of each row, in the order of `catalogue.figure_keys`."""
         if self._figures is None:
-            of_layer = [FORMULAS[name](self) for name in LAYER_METRICS]
-            of_formats = [FORMULAS[name](self) for name in FORMAT_METRICS]
-            self._figures = _by_key(of_layer, of_formats).tolist()
+            layer_values = [FORMULAS[name](self) for name in LAYER_METRICS]
+            format_values = [FORMULAS[name](self) for name in FORMAT_METRICS]
+            self._figures = _by_key(layer_values, format_values).tolist()
         return self._figures
 
     @functools.cached_property
     def errors(self) -> list[list[float]]:
-        """Return the standard errors of each row, in the order of `error_columns`."""
+        """The standard errors of each row, in the order of `error_columns`."""
         each = [estimate_sums(FORMULAS[name], self, 1) for name in LAYER_ESTIMATES]
         each += [estimate_sums(FORMULAS[n], self, len(self.formats)) for n in FORMAT_ESTIMATES]
         sums = [torch.cat(part, dim=1) for part in zip(*each, strict=True)]
@@ -144,21 +173,35 @@ class StepTable:
         return errors
 
     def error(self, key: str, row: int) -> float:
-        """Return the standard error of a figure; NaN where its metric has none."""
+        """Return the standard error of a figure; NaN if its metric has none.
+
+        Args:
+            key: ``metric`` or ``metric/format``.
+            row: Row of the layer or model.
+        """
         column = error_columns(self.formats).get(key)
         return math.nan if column is None else self.errors[row][column]
 
     @functools.cached_property
     def counted(self) -> list[list[int]]:
-        """Return how many elements each row stands for, and how many were measured for it."""
+        """The number of elements that each row stands for, and the number measured for it."""
         pairs = self.vectors[:, [POPULATION, ELEMENTS]].tolist()
         counted = [[round(population), round(elements)] for population, elements in pairs]
+        # A model's vector stands for all elements of its layers, and says so in both columns.
         for row, layers in self.members.items():
             counted[row][1] = sum(counted[layer][1] for layer in layers)
         return counted
 
-    def row_for(self, formats: Sequence[str], row: int) -> Tensor:
-        """Return the vector of a row as one of other formats, empty for those it does not have."""
+    def convert_row(self, formats: Sequence[str], row: int) -> Tensor:
+        """Convert the vector of a row to other formats.
+
+        Args:
+            formats: Names of the formats that the vector shall have.
+            row: Row of the layer or model.
+
+        Returns:
+            The vector, float64 (columns): sums of 0 and maxima of −inf for unknown formats.
+        """
         if self.formats == tuple(formats):
             return self.vectors[row]
         vector, middle = self.vectors[row], sum_count(len(self.formats))
@@ -177,36 +220,38 @@ class StepTable:
 
     @functools.cached_property
     def _octaves(self) -> Tensor:
-        """Return all histograms, (64, 1 + formats, rows): of ULPs, then of the steps of formats.
+        """The histograms of all rows, float64 (64, 1 + formats, rows): ULPs, then steps by format.
 
-        Vectors have 63 octaves of those that moved; the first one is what is in no other.
+        A vector has 63 of the 64 octaves; the first one is the number that moved less the others.
         """
         formats, stop = len(self.formats), sum_count(len(self.formats))
         ulps = self.vectors[:, len(SUMS) + 1 - OCTAVES : len(SUMS)].unsqueeze(1)
         steps = self.vectors[:, len(SUMS) : stop].reshape(len(ulps), formats, len(FORMAT_SUMS))
         octaves = torch.cat((ulps, steps[:, :, 1 - OCTAVES :]), dim=1).permute(2, 1, 0).contiguous()
         moved = torch.cat((self.sum("moved"), self.sum("judged")), dim=1).t()
-        # Of layers with weights the rounding of the sums may leave a little less than nothing.
+        # Weighted counts are not whole numbers, and their rounding may leave a little less than 0.
         first = (moved - octaves.sum(0)).clamp(min=0)
         return torch.cat((first.unsqueeze(0), octaves))
 
 
-def _by_key(of_layer: Sequence[Tensor], of_formats: Sequence[Tensor]) -> Tensor:
-    """Put values of metrics side by side: those of the layer, then those of each format.
+def _by_key(layer_values: Sequence[Tensor], format_values: Sequence[Tensor]) -> Tensor:
+    """Put figures side by side: those of the layer, then those of each format in turn.
 
     Args:
-        of_layer: (rows, 1) of each metric.
-        of_formats: (rows, formats) of each metric.
+        layer_values: Figures of each metric of a layer, float64 (rows, 1) each.
+        format_values: Figures of each metric of a format, float64 (rows, formats) each.
 
     Returns:
-        (rows, keys).
+        Figures, float64 (rows, keys).
     """
-    return torch.cat((*of_layer, torch.stack([*of_formats], dim=2).flatten(1)), dim=1)
+    return torch.cat((*layer_values, torch.stack([*format_values], dim=2).flatten(1)), dim=1)
 
 
 @functools.cache
 def _places(formats: int) -> Mapping[str, slice]:
     """Return where each sum, and under ``"max …"`` each maximum, lies in vectors."""
+    # Formats follow each other, so that a column of formats is a slice with a step:
+    #   sums of the layer | a b c (format 0) | a b c (format 1)   ->   b is at [first + 1 :: 3]
     middle = sum_count(formats)
     places: dict[str, slice] = {}
     for prefix, start, stop, names, format_names in (
@@ -221,29 +266,39 @@ def _places(formats: int) -> Mapping[str, slice]:
 
 @functools.lru_cache(maxsize=64)
 def _figure_columns(formats: tuple[str, ...]) -> Mapping[str, int]:
-    """Return where each key is in a row of figures."""
+    """Return the position of each key in a row of figures."""
     return {key: column for column, key in enumerate(figure_keys(formats))}
 
 
 @functools.lru_cache(maxsize=64)
 def error_columns(formats: tuple[str, ...]) -> Mapping[str, int]:
-    """Return where each key is in a row of errors: each estimate of all formats in turn."""
-    of_formats = (f"{name}/{format}" for name in FORMAT_ESTIMATES for format in formats)
-    return {key: column for column, key in enumerate((*LAYER_ESTIMATES, *of_formats))}
+    """Return the position of each key in a row of errors.
+
+    Args:
+        formats: Names of the formats.
+
+    Returns:
+        Positions by key: estimates of the layer first, then each estimate for all formats.
+    """
+    keys = (f"{name}/{format}" for name in FORMAT_ESTIMATES for format in formats)
+    return {key: column for column, key in enumerate((*LAYER_ESTIMATES, *keys))}
 
 
 def _merged(vectors: Tensor, layers: Sequence[int], middle: int) -> Tensor:
-    """Return the vector of layers together, (1, columns), each with the weight of all its elements.
+    """Merge the vectors of layers, each weighted by its number of elements.
 
     Args:
-        vectors: (layers, columns).
-        layers: Which of them.
-        middle: How many columns are sums.
+        vectors: Sums and maxima of all layers, float64 (layers, columns).
+        layers: Rows of the layers to merge.
+        middle: Number of columns that are sums.
+
+    Returns:
+        The merged vector, float64 (1, columns).
     """
     chosen = vectors if len(layers) == len(vectors) else vectors[[*layers]]
     weights = chosen[:, POPULATION] / chosen[:, ELEMENTS].clamp(min=1)
-    # Not a matrix product: some processors add up its columns in different orders, and a share of
-    # nothing, the difference of two equal columns, would be 3e-16 and not 0.
+    # A product and a sum, and no matrix product: on some processors that adds columns up in
+    # different orders, and the difference of two equal columns would be 3e-16 instead of 0.
     sums = (weights.unsqueeze(1) * chosen[:, :middle]).sum(0)
-    sums[POPULATION] = sums[ELEMENTS]  # which have been weighted to it
+    sums[POPULATION] = sums[ELEMENTS]  # weighted by population / elements
     return torch.cat((sums, chosen[:, middle:].amax(0))).unsqueeze(0)

@@ -1,4 +1,9 @@
-"""`Workspace`: the memory that the row kernel computes in, used again from call to call."""
+"""`Workspace`: the memory in which the kernel computes, reused from call to call.
+
+Temporary tensors would be allocated dozens of times in a step, each as large as the elements times
+the formats. The kernel writes to these buffers instead, and takes 16 MiB for a model of any size.
+`kernel` comes next and says what each buffer holds.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +13,29 @@ import torch
 from torch import Tensor
 
 TEMPORARY_BYTES = 2**24
-"""Memory that one call of the row kernel may take beside its arguments, whatever these are."""
+"""Maximum memory of one call of the kernel beside its arguments, in bytes."""
 
-_PER_FORMAT, _SHARED, _STACKED = 4, 10, 4  # float64 numbers for each element
-_SHARING = 16  # float64 numbers for each element, to find its scale
-_KEPT_SHAPES = 8
+# Buffers of each kind, that is float64 numbers for each element (and, of the first, each format):
+_PER_FORMAT, _SHARED, _STACKED = 4, 10, 4
+_SHARING = 16  # float64 numbers for each element that finding its scale takes beside
+_KEPT_SHAPES = 8  # a model has few shapes of batches and chunks; other shapes are not kept for long
 
 
 class Buffers(NamedTuple):
-    """Uninitialised float64 tensors; what lies side by side serves an operation as one.
+    """A set of uninitialised float64 tensors, some of which are views of others::
+
+        shared    w  v  t | size  s  gradient | update  no_value  no_weight  pair_least
+                  values  |      sizes        |
+        stacked   has_weight  pair | d  d_cubed
+                     pairs[0]      |  pairs[1]
 
     Attributes:
-        per_format: Four of (rows, formats, columns).
-        shared: Ten of (rows, 1, columns).
-        values: The first three of `shared`, (rows, 3, columns).
-        sizes: The three of `shared` that follow, (rows, 3, columns).
-        stacked: Four more of (rows, 1, columns).
-        pairs: The first two and the last two of `stacked`, (rows, columns, 2).
+        per_format: Four buffers (rows, formats, columns).
+        shared: Ten buffers (rows, 1, columns).
+        values: The first three of `shared` as one tensor, (rows, 3, columns).
+        sizes: The next three of `shared` as one tensor, (rows, 3, columns).
+        stacked: Four more buffers (rows, 1, columns).
+        pairs: The first two and the last two of `stacked`, (rows, columns, 2) each.
     """
 
     per_format: tuple[Tensor, ...]
@@ -36,15 +47,21 @@ class Buffers(NamedTuple):
 
 
 def columns_that_fit(formats: int, *, scale_per_element: bool = False) -> int:
-    """Return how many elements one call of the kernel may measure within `TEMPORARY_BYTES`."""
+    """Return the number of elements that one call of the kernel measures in `TEMPORARY_BYTES`.
+
+    Args:
+        formats: Number of formats.
+        scale_per_element: True if elements of a row have different scales, which takes more memory.
+    """
     numbers = _PER_FORMAT * formats + _SHARED + _STACKED
     if scale_per_element:
         numbers += formats + _SHARING
-    return max((TEMPORARY_BYTES - 2**16) // (8 * numbers + 1), 1)  # and a mask of one byte each
+    # 2**16 bytes for results; one byte more for each element, for the mask of invalid ones.
+    return max((TEMPORARY_BYTES - 2**16) // (8 * numbers + 1), 1)
 
 
 class Workspace:
-    """A store of buffers of any shape: views of memory that only grows when more is needed."""
+    """A store of buffers of any shape, as views of one block of memory for each device."""
 
     def __init__(self) -> None:
         self._memory: dict[torch.device, Tensor] = {}
@@ -52,12 +69,21 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
-        """Return how many bytes of memory are kept, on all devices."""
+        """The size of the memory that is kept on all devices, in bytes."""
         return sum(memory.nbytes for memory in self._memory.values())
 
-    @torch.inference_mode(mode=False)  # what is made in that mode could not be written to later
+    # Tensors made in inference mode could not be written to outside of it:
+    # https://docs.pytorch.org/docs/stable/notes/autograd.html#inference-mode
+    @torch.inference_mode(mode=False)
     def buffers(self, rows: int, formats: int, columns: int, device: torch.device) -> Buffers:
-        """Return buffers, which are valid until the next call."""
+        """Return buffers, which are valid until the next call.
+
+        Args:
+            rows: Number of rows.
+            formats: Number of formats.
+            columns: Number of elements in a row.
+            device: Device of the buffers.
+        """
         key = rows, formats, columns, device
         if key not in self._buffers:
             if len(self._buffers) == _KEPT_SHAPES:
@@ -66,10 +92,12 @@ class Workspace:
         return self._buffers[key]
 
     def _cut(self, rows: int, formats: int, columns: int, device: torch.device) -> Buffers:
+        """Cut buffers from the memory of a device, which grows if it is too small."""
         size = rows * columns
         needed = size * (_PER_FORMAT * formats + _SHARED + _STACKED)
         memory = self._memory.get(device)
         if memory is None or memory.numel() < needed:
+            # Views of the old memory would keep it alive.
             self._buffers = {key: kept for key, kept in self._buffers.items() if key[3] != device}
             memory = torch.empty(needed, dtype=torch.float64, device=device)
             self._memory[device] = memory
@@ -97,6 +125,8 @@ class Workspace:
             stacked=torch.split(stacked, 1, dim=1),
             pairs=(stacked[:, :2].transpose(1, 2), stacked[:, 2:].transpose(1, 2)),
         )
+        # The same memory as int64, made once: `quantization.grids.view_bits` reads this attribute,
+        # as a view for each of its many calls would take longer than the operation.
         for each in (*buffers.per_format, *buffers.shared):
             each.bits = each.view(torch.int64)  # type: ignore[attr-defined]
         return buffers

@@ -1,8 +1,12 @@
-"""Which steps, layers and elements are observed, and what is kept from step to step.
+"""Decide which steps, layers and elements are observed, and keep what lasts from step to step.
 
-`monitor` is the door: `UpdateMonitor`. It asks `policy`, which goes by `schedule` and `overhead`,
-which steps are due, and `layer_settings` and `elements` what to copy of each layer; `engine`
-measures what lies in an `arena`, under the scales of `scale_state`. `watch` is what other ranks
-have to know of it. `unjudged` leaves out what cannot be judged, `describe` prints a dry run,
-`header` hands plain data to the run file, and `weight_octaves` counts where the weights lie.
+Read `monitor` first: `UpdateMonitor` connects the other files.
+
+- Which steps: `policy` decides, by the `schedule` and by the cost that `overhead` bounds.
+- Which layers and elements: `layer_settings` resolves the rules, `elements` draws samples,
+  `unjudged` leaves out what cannot be judged.
+- The measurement: `engine` measures a step, most layers together in an `arena`, under the scales
+  that `scale_state` keeps.
+- For other rooms: `watch` is what ranks compare, `describe` prints a dry run, `header` describes a
+  run as plain data, and `weight_octaves` counts weights by magnitude.
 """

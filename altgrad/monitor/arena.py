@@ -1,4 +1,16 @@
-"""`Arena`: where copies of many parameters lie side by side, to be measured together."""
+"""`Arena`: memory in which copies of many layers lie side by side, to be measured together.
+
+Hundreds of small layers measured one by one would cost hundreds of kernel calls at each step. An
+arena cuts each layer into rows of 64 elements, and one call measures all rows of a segment::
+
+    segment   row 0   layer "a", elements   0 …  63
+              row 1   layer "a", elements  64 …  99, then NaN: no element
+              row 2   layer "b", elements   0 …   9, then NaN
+
+A segment holds layers with one dtype of weights, one of gradients and one device. Memory is laid
+out once, and the copies around each step are written to it. `engine` comes next: it owns an arena
+for each optimizer.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +22,29 @@ import torch
 from torch import Tensor
 
 from altgrad.measurement.chunks import Sample
-from altgrad.measurement.ever_moved import EverMovedOfLayers
+from altgrad.measurement.ever_moved import EverMovedStore
 from altgrad.measurement.kernel import EverMoved, Rows
 from altgrad.measurement.measurer import Batch, Measurer
 from altgrad.monitor.scale_state import ScaleState
-from altgrad.observation.dtensor import local_of
+from altgrad.observation.dtensor import to_local_tensor
 from altgrad.observation.snapshots import Copies, Request
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.scale_groups import Sharing
 
-_COLUMNS = 64  # few elements are wasted on the last row of a small parameter, and sums stay fast
+# Elements in a row. Fewer would make sums over rows slow; more would waste memory on the last row
+# of each small layer.
+_COLUMNS = 64
 
 
 class Place(NamedTuple):
-    """The place of one parameter in a segment.
+    """The place of one layer in a segment.
 
     Attributes:
         name: Name of the layer.
-        shape: Shape of the whole parameter.
-        indices: Which of its elements are here, flat; None for all.
-        elements: How many are here.
-        rows: The rows that they take, the last of which may have room left.
+        shape: Shape of the whole layer.
+        indices: Flat indices of its elements in the segment, int64 (elements). None for all.
+        elements: Number of its elements in the segment.
+        rows: Rows that hold them; the last one may be filled in part.
     """
 
     name: str
@@ -42,13 +56,15 @@ class Place(NamedTuple):
 
 @dataclass(eq=False)
 class Segment:
-    """A run of rows for parameters stored alike, which one call of the kernel measures.
+    """A block of rows for layers stored alike, which one call of the kernel measures.
 
     Attributes:
-        before, after, gradient: (rows, columns); NaN in `before` where no element is.
-        ever: What the elements have done so far.
-        places: The parameters, in the order of their rows.
-        batch: What is measured.
+        before: Weights before the step, (rows, 64); NaN where there is no element.
+        after: Weights after the step, (rows, 64).
+        gradient: Gradients, (rows, 64).
+        ever: Flags of the elements: which have moved, and by which format's effective update.
+        places: Places of the layers, in the order of their rows.
+        batch: The same memory, prepared for `Measurer.measure_batch`.
     """
 
     before: Tensor
@@ -59,9 +75,15 @@ class Segment:
     batch: Batch
 
     def names_with(self, present: set[str]) -> list[str | None]:
-        """Return the name of each layer, and None for each that is not present.
+        """Return the names of the layers, and empty the rows of layers that are not in this step.
 
-        The copies of layers that are not present are old: they are made to hold no element.
+        Rows of such layers hold copies of an earlier step; NaN marks them as without elements.
+
+        Args:
+            present: Names of the layers of this step.
+
+        Returns:
+            For each place its name, or None if the layer is not present.
         """
         absent = [place.rows for place in self.places if place.name not in present]
         if absent:
@@ -70,11 +92,11 @@ class Segment:
         return [place.name if place.name in present else None for place in self.places]
 
     def copies(self, place: Place, shape: torch.Size) -> Copies:
-        """Return the memory of one parameter.
+        """Return the memory for the copies of one layer.
 
         Args:
-            place: The place of the parameter.
-            shape: Shape of what is copied.
+            place: Place of the layer.
+            shape: Shape of the copies.
         """
         start = place.rows.start * _COLUMNS
         return Copies(
@@ -84,46 +106,47 @@ class Segment:
             )
         )
 
-    def history(self, place: Place) -> Tensor:
-        """Return what the elements of a parameter have done: bool (1 + formats, elements)."""
+    def read_flags(self, place: Place) -> Tensor:
+        """Return the flags of one layer's elements, bool (1 + formats, elements)."""
         both = torch.cat((self.ever.moved[place.rows], self.ever.effective[place.rows]), dim=1)
         return both.transpose(0, 1).flatten(1)[:, : place.elements]
 
-    def restore(self, place: Place, history: Tensor) -> None:
-        """Set what the elements of a parameter have done.
+    def write_flags(self, place: Place, flags: Tensor) -> None:
+        """Set the flags of one layer's elements.
 
         Args:
-            place: The place of the parameter.
-            history: bool (1 + formats, elements), as `history` returned it.
+            place: Place of the layer.
+            flags: Flags from `read_flags`, bool (1 + formats, elements).
         """
         count = (place.rows.stop - place.rows.start) * _COLUMNS
-        padded = torch.zeros(len(history), count, dtype=torch.bool, device=self.before.device)
-        padded[:, : place.elements] = history
-        by_row = padded.view(len(history), -1, _COLUMNS).transpose(0, 1)
+        # (kinds, elements) -> pad to whole rows -> (kinds, rows, 64) -> (rows, kinds, 64)
+        padded = torch.zeros(len(flags), count, dtype=torch.bool, device=self.before.device)
+        padded[:, : place.elements] = flags
+        by_row = padded.view(len(flags), -1, _COLUMNS).transpose(0, 1)
         self.ever.moved[place.rows].copy_(by_row[:, :1])
         self.ever.effective[place.rows].copy_(by_row[:, 1:])
 
 
 class Arena:
-    """The copies of one optimizer's parameters, laid out once, and again when they change.
+    """A memory for the copies of one optimizer's layers, laid out again whenever they change.
 
-    Larger parameters are left to others.
+    Layers with more elements than a segment holds are not part of an arena.
 
     Args:
-        measurer: What measures them.
-        scale_state: What the scales follow from; it knows all layers that are laid out.
-        ever_moved: Where what elements have done is, while they lie nowhere.
-        samples: Which elements are copied of parameters of which not all are.
+        measurer: The measurer of the segments.
+        scale_state: The amax of each layer.
+        ever_moved: The flags of layers that are in no arena.
+        samples: Elements that are copied, by name of the layer; other layers are copied whole.
 
     Attributes:
-        segments: What is measured.
+        segments: The segments to measure.
     """
 
     def __init__(
         self,
         measurer: Measurer,
         scale_state: ScaleState,
-        ever_moved: EverMovedOfLayers,
+        ever_moved: EverMovedStore,
         samples: Mapping[str, Sample],
     ) -> None:
         self.segments: list[Segment] = []
@@ -131,19 +154,23 @@ class Arena:
         self._measurer = measurer
         self._scale_state = scale_state
         self._ever_moved = ever_moved
-        self._rows = measurer.capacity // _COLUMNS  # of one segment at most
+        self._rows = measurer.capacity // _COLUMNS  # maximum of one segment
 
-    @torch.inference_mode(mode=False)  # what is made in that mode could not be written to later
+    # Tensors made in inference mode could not be written to outside of it:
+    # https://docs.pytorch.org/docs/stable/notes/autograd.html#inference-mode
+    @torch.inference_mode(mode=False)
     @torch.no_grad()
     def lay_out(self, requests: Sequence[Request]) -> list[Copies | None]:
-        """Give memory to parameters, side by side where they are stored alike.
+        """Assign memory to layers, side by side if they are stored alike.
+
+        The memory of earlier calls is freed.
 
         Args:
-            requests: All parameters of the optimizer; those before are forgotten.
+            requests: All layers of the optimizer.
 
         Returns:
-            Memory for each; None if it has too many elements, none at all, or a dtype that is not
-            measured.
+            Memory for the copies of each layer. None if the layer is too large, has no elements on
+            this rank, or has a dtype that is not measured.
         """
         self.leave()
         copies: dict[str, Copies] = {}
@@ -151,40 +178,45 @@ class Arena:
             segment = self._segment(group)
             for place, request in zip(segment.places, group, strict=True):
                 kinds = 1 + len(self._measurer.formats)
-                history = self._ever_moved.take(place.name, kinds, place.elements)
-                if history is not None:
-                    segment.restore(place, history)
-                copies[place.name] = segment.copies(place, _shape_of_copies(request))
+                flags = self._ever_moved.take(place.name, kinds, place.elements)
+                if flags is not None:
+                    segment.write_flags(place, flags)
+                copies[place.name] = segment.copies(place, _copied_shape(request))
             self.segments.append(segment)
         return [copies.get(request.name) for request in requests]
 
     def leave(self) -> None:
-        """Let go of all memory; what elements have done so far is kept elsewhere."""
-        for name, history in self.histories():
-            self._ever_moved.leave(name, history)
+        """Free all memory, and hand the flags of its layers to `ever_moved`."""
+        for name, flags in self.flags():
+            self._ever_moved.leave(name, flags)
         self.segments.clear()
 
-    def histories(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield what the elements of each layer have done, by name."""
+    def flags(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name of each layer and its flags, bool (1 + formats, elements).
+
+        Returns:
+            An iterator over pairs of a name and flags.
+        """
         for segment in self.segments:
             for place in segment.places:
-                yield place.name, segment.history(place)
+                yield place.name, segment.read_flags(place)
 
     def scales_changed(self) -> None:
-        """Measure under the scales of amax that have been taken again."""
+        """Compute the scales of all segments again, after an amax has changed."""
         for segment in self.segments:
-            layer_of_row = segment.batch.layers.of_row
-            scales = self._scales(segment.places, layer_of_row)
+            row_layers = segment.batch.layers.row_layers
+            scales = self._scales(segment.places, row_layers)
             segment.batch = self._measurer.with_scales(segment.batch, scales)
 
     def _grouped(self, requests: Sequence[Request]) -> list[list[Request]]:
-        """Return the parameters of each segment: stored alike, and no more than it holds."""
+        """Group layers to segments: stored alike, and as many as fit, first fit first."""
         groups: list[list[Request]] = []
         kinds: list[tuple[object, ...]] = []
-        free: list[int] = []  # rows of each group
+        free: list[int] = []  # number of free rows of each group
         for request in requests:
-            rows = -(-_elements(request) // _COLUMNS)
+            rows = -(-_count_copied(request) // _COLUMNS)  # rounded up
             dtypes = request.parameter.dtype, request.gradient_dtype
+            # All sampled elements of the layer are on other ranks.
             is_elsewhere = not rows and request.name in self._samples
             if {*dtypes} - {*INPUT_DTYPES} or rows > self._rows or is_elsewhere:
                 continue
@@ -200,9 +232,10 @@ class Arena:
         return groups
 
     def _segment(self, group: Sequence[Request]) -> Segment:
+        """Make the memory and the batch of a segment."""
         places, stop = [], 0
         for request in group:
-            elements, start = _elements(request), stop
+            elements, start = _count_copied(request), stop
             stop += -(-elements // _COLUMNS)
             shape, indices = self._samples.get(request.name) or (request.parameter.shape, None)
             places.append(Place(request.name, shape, indices, elements, slice(start, stop)))
@@ -212,62 +245,70 @@ class Arena:
             for middle in (1, len(self._measurer.formats))
         )
         ever = EverMoved(moved, effective)
+        # (rows, 64) -> (rows, 1, 64): the middle dimension is that of formats in the kernel.
         rows = Rows(before.unsqueeze(1), after.unsqueeze(1), gradient.unsqueeze(1), together)
         return Segment(before, after, gradient, ever, places, self._batch(rows, ever, places))
 
     def _batch(self, rows: Rows, ever: EverMoved, places: Sequence[Place]) -> Batch:
         device = rows.before.device
+        # Lengths 2, 1, 3 become layers 0 0 1 2 2 2.
         lengths = torch.tensor([place.rows.stop - place.rows.start for place in places])
-        layer_of_row = torch.repeat_interleave(lengths).to(device)
+        row_layers = torch.repeat_interleave(lengths).to(device)
         counted = [[place.shape.numel(), place.elements] for place in places]
-        return self._measurer.batch(
+        return self._measurer.prepare_batch(
             rows,
-            layer_of_row,
+            row_layers,
             torch.tensor(counted, dtype=torch.float64).to(device),
-            self._scales(places, layer_of_row),
+            self._scales(places, row_layers),
             ever,
         )
 
     def _scales(
-        self, places: Sequence[Place], layer_of_row: Tensor
+        self, places: Sequence[Place], row_layers: Tensor
     ) -> Tensor | tuple[Sharing, Tensor | None]:
-        """Return what `Measurer.with_scales` takes."""
-        device, measurer = layer_of_row.device, self._measurer
+        """Compute scales, or which elements share them, as `Measurer.with_scales` takes them."""
+        device, measurer = row_layers.device, self._measurer
         amax = None
         if measurer.formats.needs_amax:
             amax = torch.cat([self._scale_state.amax(place.name) for place in places])
         if measurer.formats.is_single:
-            return measurer.single_scales(amax, len(places), device)[layer_of_row]
-        sharing = Sharing.joined([self._sharing(place) for place in places])
+            return measurer.compute_scales(amax, len(places), device)[row_layers]
+        sharing = Sharing.join([self._sharing(place) for place in places])
         return sharing.to(device), amax
 
     def _sharing(self, place: Place) -> Sharing:
+        """Find which elements of a place share a scale, filled up to whole rows."""
         indices = place.indices
         indices = torch.arange(place.elements) if indices is None else indices.cpu()
         count = (place.rows.stop - place.rows.start) * _COLUMNS
-        return self._measurer.sharing_of(place.shape, indices).padded(count)
+        return self._measurer.find_sharing(place.shape, indices).pad(count)
 
 
-def _elements(request: Request) -> int:
-    """Return how many elements of a parameter are copied."""
-    return _shape_of_copies(request).numel()
+def _count_copied(request: Request) -> int:
+    """Return the number of elements that are copied of a layer."""
+    return _copied_shape(request).numel()
 
 
-def _shape_of_copies(request: Request) -> torch.Size:
+def _copied_shape(request: Request) -> torch.Size:
+    """Return the shape of the copies: (elements) of a sample, or that of the local shard."""
     if request.indices is not None:
         return request.indices.shape
-    return local_of(request.parameter.detach()).shape
+    return to_local_tensor(request.parameter.detach()).shape
 
 
 def _memory(first: Request, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return memory without elements for so many rows of parameters stored as the first one.
+    """Allocate rows without elements, for layers stored like the first one.
+
+    Args:
+        first: Request of one of the layers.
+        count: Number of rows.
 
     Returns:
-        Weights before, after and gradients (rows, columns); and all in one (rows, 3, columns), if
-        they are of one dtype.
+        Weights before, weights after and gradients, (rows, 64) each. If they have one dtype, also
+        the same memory as one tensor, (rows, 3, 64); None otherwise.
     """
     shape, together = (count, _COLUMNS), None
-    weights = local_of(first.parameter.detach())
+    weights = to_local_tensor(first.parameter.detach())
     if weights.dtype == first.gradient_dtype:
         together = weights.new_zeros((3, *shape))
         before, after, gradient = together.unbind()

@@ -1,4 +1,7 @@
-"""The dry run: what the rules mean for the layers, as text."""
+"""Print a dry run: a table of the layers and how each is observed.
+
+`UpdateMonitor.describe` returns this text. Read `layer_settings` first, which resolves the rules.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from altgrad.observation.rules import LayerSampling, SamplingRule
 
 _HEADER = ("layer", "rule", "observed", "elements", "formats")
 _GAP = "  "
-# Columns whose cells may be shortened, and down to which width: names go last.
+# Positions of columns whose cells may be shortened, and their minimum width in characters. Rules
+# and formats are shortened first, names last.
 _SHRINKING = (((1, 4), 12), ((0, 1, 4), 8))
 
 
@@ -17,16 +21,17 @@ def describe_layers(
 ) -> str:
     """Return a table of the layers and how each is observed, then the rules without a layer.
 
-    Names, patterns and formats that do not fit lose their middle to ``…``.
+    If names, patterns or formats do not fit, ``…`` replaces their middle.
 
     Args:
-        resolved: As `resolve_layers` returned it.
-        rules: The rules that it was given.
-        width: Characters in a line; fewer than the headings need are exceeded.
+        resolved: Settings of each layer by name, from `resolve_layers`.
+        rules: The rules that were passed to `resolve_layers`.
+        width: Maximum number of characters in a line. Lines are longer if it is below the width of
+            the headings.
 
     Returns:
-        A line for the headings, one for each layer, and one for each rule whose every match went
-        to an earlier rule; no newline at the end.
+        A line of headings, a line for each layer, and a line for each rule whose layers all match
+        an earlier rule. The last line has no newline.
     """
     cells = [_HEADER, *map(_row, resolved.values())]
     widths = _widths(cells, width)
@@ -43,6 +48,7 @@ def describe_layers(
 
 
 def _row(layer: LayerSampling) -> tuple[str, ...]:
+    """Format the cells of a layer."""
     rule = "(default)" if layer.rule is None else layer.rule.layers
     if not layer.enabled:
         return layer.name, rule, "no", "-", "-"
@@ -52,7 +58,7 @@ def _row(layer: LayerSampling) -> tuple[str, ...]:
 
 
 def _widths(rows: Sequence[Sequence[str]], width: int) -> list[int]:
-    """Return the width of each column; in a line that is too long the widest shrinks first."""
+    """Return the width of each column in characters; the widest column shrinks first."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     excess = sum(widths) + len(_GAP) * (len(widths) - 1) - width
     for columns, least in _SHRINKING:
@@ -63,7 +69,7 @@ def _widths(rows: Sequence[Sequence[str]], width: int) -> list[int]:
 
 
 def _shorten(text: str, size: int) -> str:
-    """Replace the middle of a text by one … if it is longer than size, which is at least 1."""
+    """Replace the middle of a text by … if the text is longer than `size`, which is at least 1."""
     if len(text) <= size:
         return text
     tail = (size - 1) // 2
@@ -71,5 +77,6 @@ def _shorten(text: str, size: int) -> str:
 
 
 def _without_layers(rule: SamplingRule, number: int, width: int) -> str:
+    """Return the line for a rule that gets no layer."""
     begin, end = f"rule {number} (", ") gets no layer: earlier rules match first"
     return begin + _shorten(rule.layers, max(width - len(begin + end), 1)) + end

@@ -1,4 +1,8 @@
-"""Which elements of a layer are observed: a uniform sample that is the same everywhere."""
+"""Draw the elements of a layer that are observed: a uniform sample, equal on all ranks.
+
+Standard errors assume a uniform sample without replacement. Ranks do not communicate about samples,
+so that each has to draw the same one. Read `layer_settings` next, which decides the size.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from torch import Tensor
 
 from altgrad._messages import check_int, check_type
 
-_CPU = torch.device("cpu")  # whatever the default device is
+_CPU = torch.device("cpu")  # named because the user may have set another default device
 
 
 def sample_elements(
@@ -24,29 +28,28 @@ def sample_elements(
 ) -> Tensor | None:
     """Draw elements of a layer uniformly, without replacement.
 
-    - The same for equal arguments on every rank, machine, device and run. torch's global random
-      numbers are neither used nor moved.
-    - Time and memory grow with max_elements (or block, if larger) and not with the shape.
-    - Each element is drawn with equal probability, to within ``numel / 2**63``; with blocks,
-      elements of one block are drawn together.
-    - None where every element is taken: also for empty shapes and for those with one element.
+    - Equal arguments give equal samples on every rank, machine, device and run. The state of
+      torch's global random generators is neither read nor changed.
+    - Time and memory grow with `max_elements` (or `block`, if larger), regardless of the shape.
+    - Each element is drawn with equal probability, to within ``numel / 2**63``. The elements of one
+      block are drawn together.
 
     Args:
-        name: The layer's name: layers of one shape get different elements.
-        shape: The layer's shape.
-        max_elements: How many elements to draw, at least 1; None for every element.
-        seed: For another sample.
-        block: How many neighbours along the last dimension are drawn together, at least 1. What
-            is left at the end of a row is a shorter block, and no block is longer than a row. As
-            many are drawn as cannot exceed max_elements, but at least one.
+        name: Name of the layer. Layers of one shape with different names get different samples.
+        shape: Shape of the layer.
+        max_elements: Maximum number of elements to draw, at least 1. None for every element.
+        seed: Seed of the sample, any int.
+        block: Number of neighbours along the last dimension that are drawn together, at least 1.
+            The last block of a row may be shorter; no block is longer than a row. At least one
+            block is drawn, also if it exceeds `max_elements`.
 
     Returns:
-        int64 indices into the flattened (row-major) layer, on the CPU and in ascending order; None
-        for all of them.
+        Indices into the flattened (row-major) layer, int64 (elements) on the CPU, ascending. None
+        if every element is taken.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: max_elements or block is below 1, or a size below 0.
+        ValueError: `max_elements` or `block` is below 1, or a size is below 0.
 
     Examples:
         >>> sample_elements("head.weight", (1000, 300), 4)
@@ -67,6 +70,7 @@ def sample_elements(
     elements = math.prod(shape)
     if elements <= max_elements:
         return None
+    # Blocks are numbered row by row; drawing a block is drawing its number.
     row = shape[-1]
     block = min(block, row)
     blocks_in_row = -(-row // block)
@@ -75,20 +79,31 @@ def sample_elements(
     if count >= blocks:
         return None
     drawn = _draw(blocks, count, _generator(name, seed))
-    return drawn if block == 1 else _elements_of(drawn, row, block, blocks_in_row)
+    return drawn if block == 1 else _list_elements(drawn, row, block, blocks_in_row)
 
 
 def _generator(name: str, seed: int) -> torch.Generator:
+    """Make a generator whose seed is a hash of a name and a seed."""
+    # Not Python's `hash`: that of a str differs from process to process.
     digest = sha256(f"{seed} {name}".encode()).digest()
-    # torch's generator for the CPU takes no more than 32 bits of a seed.
+    # torch's generator on the CPU is Mersenne Twister, which takes 32 bits of a seed.
     return torch.Generator(_CPU).manual_seed(int.from_bytes(digest[:4], "big"))
 
 
 def _draw(population: int, count: int, generator: torch.Generator) -> Tensor:
-    """Draw distinct numbers below population, ascending; every set is equally likely."""
+    """Draw distinct numbers below a bound; every set is equally likely.
+
+    Args:
+        population: The bound.
+        count: How many numbers to draw, at most `population`.
+        generator: The source of random numbers.
+
+    Returns:
+        The numbers, int64 (count) on the CPU, ascending.
+    """
     if count <= population // 2:
         return _first_distinct(population, count, generator)
-    # Most numbers would come up again and again: draw those to leave out.
+    # Above a half, most draws would repeat earlier ones: draw the numbers to leave out instead.
     left_out = _first_distinct(population, population - count, generator)
     kept = torch.ones(population, dtype=torch.bool, device=_CPU)
     kept[left_out] = False
@@ -96,22 +111,32 @@ def _draw(population: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _first_distinct(population: int, count: int, generator: torch.Generator) -> Tensor:
-    """Return the first distinct numbers of a stream of independent uniform ones, ascending.
+    """Return the first distinct numbers of a stream of independent uniform numbers, ascending.
 
-    Each round draws no more than are missing, so that none is drawn in vain.
+    Each round draws as many numbers as are missing, so that no draw is wasted.
     """
     distinct = torch.empty(0, dtype=torch.int64, device=_CPU)
     while len(distinct) < count:
         more = torch.empty(count - len(distinct), dtype=torch.int64, device=_CPU)
-        # 63 bits and the remainder: torch.randint takes the remainder of 32 where it can, and
-        # would favour some elements of a large layer by 7 % and more.
+        # random_ draws 63 bits. torch.randint takes the remainder of 32 bits for bounds below
+        # 2**32, and would favour some elements of a large layer by 7 % and more.
         more.random_(generator=generator).remainder_(population)
         distinct = torch.unique_consecutive(torch.cat([distinct, more]).sort().values)
     return distinct
 
 
-def _elements_of(blocks: Tensor, row: int, block: int, blocks_in_row: int) -> Tensor:
-    """Return the elements of these blocks, which are counted row by row."""
+def _list_elements(blocks: Tensor, row: int, block: int, blocks_in_row: int) -> Tensor:
+    """List the elements of blocks.
+
+    Args:
+        blocks: Numbers of the blocks, counted row by row, int64 (blocks).
+        row: Length of a row.
+        block: Length of a block.
+        blocks_in_row: Number of blocks in a row.
+
+    Returns:
+        Flat indices, int64 (elements).
+    """
     columns = blocks.remainder(blocks_in_row)[:, None] * block + torch.arange(block, device=_CPU)
     rows = blocks.div(blocks_in_row, rounding_mode="floor")[:, None]
-    return (rows * row + columns)[columns < row]
+    return (rows * row + columns)[columns < row]  # the last block of a row may be shorter

@@ -1,4 +1,9 @@
-"""`Engine`: what an optimizer step did to all layers, measured on their devices."""
+"""`Engine`: measure one optimizer step of all layers on their devices.
+
+Before a step, the engine chooses elements and assigns memory; after it, it measures the copies and
+brings all results to the host in one transfer. Read `arena` first, which measures most layers
+together; `monitor` comes next and calls the engine.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +17,25 @@ from torch.optim import Optimizer
 from altgrad.distributed.peers import Peers, StepSums
 from altgrad.distributed.shards import empty_part
 from altgrad.measurement.chunks import Sample
-from altgrad.measurement.ever_moved import EverMovedOfLayers
+from altgrad.measurement.ever_moved import EverMovedStore
 from altgrad.measurement.measurer import Measurer
 from altgrad.monitor.arena import Arena
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.monitor.scale_state import ScaleState
 from altgrad.observation import OptimizerStep, StepOutcome
-from altgrad.observation.dtensor import local_of
+from altgrad.observation.dtensor import to_local_tensor
 from altgrad.observation.snapshots import Copies, Request
 from altgrad.quantization.arguments import INPUT_DTYPES
 
 
 class Engine:
-    """Measures most layers side by side in an arena, and alone those of too many elements for it.
+    """An engine that measures steps: small layers together in an arena, large ones alone.
 
     Args:
-        measurer: What measures.
-        settings: How each layer is observed.
-        scale_state: What the scales follow from.
-        ever_moved: What elements have done so far.
+        measurer: The measurer of both.
+        settings: Settings of each layer.
+        scale_state: The amax of each layer.
+        ever_moved: The flags of layers that are in no arena.
     """
 
     def __init__(
@@ -38,33 +43,34 @@ class Engine:
         measurer: Measurer,
         settings: LayerSettings,
         scale_state: ScaleState,
-        ever_moved: EverMovedOfLayers,
+        ever_moved: EverMovedStore,
     ) -> None:
         self._measurer = measurer
         self._settings = settings
         self._scale_state = scale_state
         self._ever_moved = ever_moved
+        # Weak keys: an arena, and its memory, go when the optimizer goes.
         self._arenas: WeakKeyDictionary[Optimizer, Arena] = WeakKeyDictionary()
         self._samples: dict[str, Sample] = {}
 
     # --- before a step
 
-    def choose(self, name: str, parameter: Tensor, peers: Peers) -> Tensor | None:
-        """Return which elements of the local shard of a parameter are copied.
+    def choose_elements(self, name: str, parameter: Tensor, peers: Peers) -> Tensor | None:
+        """Choose the elements of a local shard that are copied.
 
         Args:
             name: Name of the layer.
-            parameter: The parameter.
+            parameter: The layer's parameter.
             peers: The ranks that share the parameters.
 
         Returns:
-            int64, flat indices into the local shard; None for all.
+            Flat indices into the local shard, int64 (elements). None for all.
         """
         self._samples.pop(name, None)
         if parameter.dtype not in INPUT_DTYPES:
             return None
         part = empty_part()
-        if self._settings.of(name).enabled:
+        if self._settings.get(name).enabled:
             part = peers.part(name, self._settings.measured_indices(name, parameter.shape))
         if part.indices is not None:
             self._samples[name] = Sample(parameter.shape, part.indices)
@@ -73,39 +79,47 @@ class Engine:
     def lay_out(
         self, optimizer: Optimizer, requests: Sequence[Request], peers: Peers
     ) -> Sequence[Copies | None]:
-        """Return where the copies of an optimizer's parameters go; see `Arena.lay_out`.
+        """Assign memory for the copies of an optimizer's layers.
 
         Args:
             optimizer: The optimizer.
-            requests: All of its parameters that have a gradient, or had one.
+            requests: All of its layers that have or had a gradient.
             peers: The ranks that share the parameters.
+
+        Returns:
+            Memory for each layer; None for layers that `Arena.lay_out` leaves out.
         """
         measured = {
             each.name: each.parameter
             for each in requests
             if self._settings.is_measured(each.name, each.parameter)
         }
-        self._scale_state.look_at(measured, peers)
+        self._scale_state.ensure_amax(measured, peers)
         if optimizer not in self._arenas:
             arena = Arena(self._measurer, self._scale_state, self._ever_moved, self._samples)
             self._arenas[optimizer] = arena
         return self._arenas[optimizer].lay_out(requests)
 
     def scales_changed(self) -> None:
-        """Measure under the scales of amax that have been taken again."""
+        """Compute the scales of all arenas again, after an amax has changed."""
         for arena in self._arenas.values():
             arena.scales_changed()
 
     # --- after a step
 
     def measure(self, outcome: StepOutcome, seconds: tuple[float, float]) -> StepSums:
-        """Return what a step came to on this rank, with one copy to the host.
+        """Measure a step on this rank, with one copy to the host.
 
-        An error, of the step or of measuring it, is part of what is returned.
+        Errors of the step or of the measurement are returned. They are raised when the results of
+        all ranks are combined.
 
         Args:
-            outcome: What the observer saw of the step.
-            seconds: What observing took, and what training takes, in seconds.
+            outcome: The outcome of the step, from the observer.
+            seconds: Time to observe the last observed step and mean time of a training step, in
+                seconds.
+
+        Returns:
+            Sums and maxima of the layers, with the outcome of the step.
         """
         nothing = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
         sums = StepSums(seconds, nothing, skipped=outcome.skipped, error=outcome.error)
@@ -113,16 +127,18 @@ class Engine:
             return sums
         try:
             return self._measured(outcome.step, sums)
-        except Exception as error:  # noqa: BLE001 - whoever combines the ranks raises it
+        except Exception as error:  # noqa: BLE001 - raised when ranks are combined
             return sums._replace(error=error)
 
     def _measured(self, step: OptimizerStep, sums: StepSums) -> StepSums:
+        """Return `sums` with the rows of the layers of a step."""
         names, parts = self._measure_together(step)
         for name, row in self._measure_alone(step, {*step.names}.difference(names)):
             names.append(name)
             parts.append(row.unsqueeze(0))
-        if not parts:  # no layer of this step has elements here
+        if not parts:  # no layer of this step has elements on this rank
             return sums._replace(present=self._present(step), found_inf=_is_set(step.found_inf))
+        # Rows of a segment include layers that are absent from this step (name None): drop those.
         vectors, found_inf = _on_host(parts, step.found_inf)
         rows = [row for row, name in enumerate(names) if name is not None]
         if len(rows) < len(names):
@@ -135,12 +151,21 @@ class Engine:
         )
 
     def _present(self, step: OptimizerStep) -> list[str]:
+        """Return the names of the layers of a step that all ranks together measure."""
         each = zip(step.names, step.before, strict=True)
         measured = [name for name, before in each if before.dtype in INPUT_DTYPES]
         return [name for name in self._settings.enabled(measured) if name not in step.resting]
 
     def _measure_together(self, step: OptimizerStep) -> tuple[list[str | None], list[Tensor]]:
-        """Measure the layers that lie in the arena; return names for the rows of all parts."""
+        """Measure the layers in the optimizer's arena.
+
+        Args:
+            step: The step.
+
+        Returns:
+            The name of each row, None for rows without a layer of this step; and the rows, float64
+            (layers, columns) for each segment.
+        """
         arena, present = self._arenas.get(step.optimizer), {*step.names}
         names: list[str | None] = []
         parts: list[Tensor] = []
@@ -150,7 +175,15 @@ class Engine:
         return names, parts
 
     def _measure_alone(self, step: OptimizerStep, names: set[str]) -> Iterator[tuple[str, Tensor]]:
-        """Measure layers of too many elements for the arena, unless their dtype is not measured."""
+        """Measure layers with too many elements for the arena, one by one.
+
+        Args:
+            step: The step.
+            names: Names of the layers. Those with a dtype that is not measured are skipped.
+
+        Returns:
+            An iterator over pairs of a name and a row, float64 (columns).
+        """
         if not names:
             return
         formats = self._measurer.formats
@@ -160,42 +193,55 @@ class Engine:
                 continue
             sample, elements = self._samples.get(name), before.numel()
             if sample is not None and not elements:
-                continue  # other ranks have all that is measured of it
+                continue  # all sampled elements are on other ranks
+            # A sample that holds every element is a whole layer, which is split faster.
             if sample is not None and elements == sample.shape.numel():
                 sample = None
             amax = self._scale_state.amax(name) if formats.needs_amax else None
-            ever = self._ever_moved.row_of(name, 1 + len(formats), elements, before.device)
+            ever = self._ever_moved.get_row(name, 1 + len(formats), elements, before.device)
             row = self._measurer.measure_tensor(before, after, gradient, amax, ever, sample)
             yield name, row
 
-    # --- what elements have done so far
+    # --- flags
 
-    def histories(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield what the elements of the layers in arenas have done, by name."""
+    def flags(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and the flags of each layer in an arena.
+
+        Returns:
+            An iterator over pairs of a name and flags, bool (1 + formats, elements).
+        """
         for arena in self._arenas.values():
-            yield from arena.histories()
+            yield from arena.flags()
 
     def leave_arenas(self) -> None:
-        """Keep what elements have done so far, also if the optimizers do not live on."""
+        """Free all arenas, and keep the flags of their layers beyond the optimizers' lives."""
         for arena in self._arenas.values():
             arena.leave()
 
 
-@torch.inference_mode(mode=False)  # what is made in that mode could not be copied later
+# Tensors made in inference mode could not be copied later, as `copy.deepcopy` does:
+# https://docs.pytorch.org/docs/stable/notes/autograd.html#inference-mode
+@torch.inference_mode(mode=False)
 def _on_host(parts: Sequence[Tensor], found_inf: Tensor | None) -> tuple[Tensor, bool]:
-    """Copy all rows to the host at once, with whether the optimizer skipped the step.
+    """Copy all rows to the host at once, and the flag of a skipped step with them.
 
     Args:
-        parts: float64 (rows, columns) each, one or more.
-        found_inf: One element, not 0 if the step was skipped; None if that is not known.
+        parts: One or more tensors of rows, float64 (rows, columns) each.
+        found_inf: Flag of a GradScaler, any dtype (1): not 0 if the step was skipped. None without
+            a GradScaler.
+
+    Returns:
+        All rows, float64 (rows, columns) on the host, and True if the step was skipped.
     """
     together = [each.to(parts[0].device) for each in parts]
-    if found_inf is not None:  # it rides along
+    # Each copy to the host waits for the device. The flag is one more row, so that one copy does.
+    if found_inf is not None:
         together.append(together[0].new_zeros(1, together[0].shape[1]))
-        together[-1][0, 0] = local_of(found_inf)
+        together[-1][0, 0] = to_local_tensor(found_inf)
     rows = torch.cat(together).cpu()
     return (rows, False) if found_inf is None else (rows[:-1], bool(rows[-1, 0]))
 
 
 def _is_set(found_inf: Tensor | None) -> bool:
-    return found_inf is not None and bool(local_of(found_inf).item())
+    """Read the flag of a skipped step from its device."""
+    return found_inf is not None and bool(to_local_tensor(found_inf).item())

@@ -1,6 +1,7 @@
-"""What holds for a whole run as plain data, of which the header of its run file is made.
+"""Describe a run as plain data, for the header of its run file.
 
-Nothing here needs torch, so that a report can compare formats with those of a run.
+This file does not import torch, so that a report can compare formats with those of a run. The room
+`altgrad.report` comes next and writes the header.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from altgrad.quantization.number_format import NumberFormat, applied_scaling
+from altgrad.quantization.number_format import NumberFormat, get_applied_scaling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,15 +21,15 @@ if TYPE_CHECKING:
 def describe_run(
     formats: Iterable[NumberFormat], scaling: Scaling | None, layers: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return formats, scaling and layers as the header of a run file has them.
+    """Describe formats, scaling and layers for the header of a run file.
 
     Args:
         formats: Formats that are judged.
-        scaling: Which elements share a scale.
-        layers: What `describe_layer` returns, by name of the layer.
+        scaling: Which elements share an amax scale.
+        layers: Results of `describe_layer`, by name of the layer.
 
     Returns:
-        A dict with the keys ``formats``, ``scaling`` and ``layers``, which JSON can write.
+        A dict with the keys ``formats``, ``scaling`` and ``layers`` that JSON can hold.
     """
     return {
         "formats": {format.name: describe_format(format, scaling) for format in formats},
@@ -38,14 +39,14 @@ def describe_run(
 
 
 def describe_format(format: NumberFormat, scaling: Scaling | None) -> dict[str, Any]:
-    """Return range and precision of a format; for a block format those of its elements.
+    """Describe range and precision of a format; of its elements for a block format.
 
     Args:
         format: The format.
-        scaling: Which elements share a scale, in formats that prescribe none.
+        scaling: Which elements share an amax scale, in formats that prescribe no scaling.
 
     Returns:
-        A dict of plain numbers, and whether the format is scaled.
+        A dict of plain numbers, and under ``scaled`` True if the format is scaled.
     """
     element = format.element
     return {
@@ -54,20 +55,20 @@ def describe_format(format: NumberFormat, scaling: Scaling | None) -> dict[str, 
         "smallest": element.smallest_subnormal,
         "smallest_normal": element.smallest_normal,
         "eps": element.eps,
-        "scaled": applied_scaling(format, scaling) is not None,
+        "scaled": get_applied_scaling(format, scaling) is not None,
     }
 
 
 def describe_layer(parameter: Tensor, sampling: LayerSampling, elements: int) -> dict[str, Any]:
-    """Return the shape and dtype of a layer, and how it is sampled.
+    """Describe the shape, dtype and sampling of a layer.
 
     Args:
-        parameter: The parameter.
-        sampling: How it is observed.
+        parameter: The layer's parameter.
+        sampling: The layer's settings.
         elements: Number of elements that are measured in a step.
 
     Returns:
-        A dict that JSON can write.
+        A dict that JSON can hold.
     """
     return {
         "shape": tuple(parameter.shape),

@@ -1,4 +1,8 @@
-"""`LayerSettings`: how each layer is observed, and which of its elements are measured."""
+"""`LayerSettings`: how each layer is observed, and which of its elements are measured.
+
+Read `altgrad.observation.rules` first, which resolves rules, and `elements`, which draws samples.
+`watch` comes next and shows the settings to other ranks.
+"""
 
 from __future__ import annotations
 
@@ -18,26 +22,28 @@ from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.number_format import NumberFormat
 
 WHOLE_UP_TO = 2048
-"""Up to this size a layer is measured whole: to choose elements would take longer."""
+"""Maximum number of elements of a layer that is measured whole; sampling it would take longer."""
 
 
 class LayerSettings:
-    """The settings of each layer, from the rules and the monitor's own arguments.
+    """The settings of each layer, from the rules and the arguments of a monitor.
 
     Args:
-        names: Of the layers.
-        rules: The first that matches a name holds.
-        formats: All formats, also those that only rules name.
-        own_formats: The monitor's own.
-        every_n_steps, max_elements: Likewise.
-        seed: Of the choice of elements.
+        names: Names of the layers.
+        rules: Rules for single layers; the first that matches a layer's name holds.
+        formats: All formats, those that only rules name included.
+        own_formats: The `formats` argument of the monitor, for layers without a rule.
+        every_n_steps: Interval in steps, for layers without a rule.
+        max_elements: Maximum number of elements of a sample, for layers without a rule. None for
+            all elements.
+        seed: Seed of the samples.
 
     Attributes:
-        by_name: Of each layer.
-        seed: As given.
+        by_name: Settings of each layer, by name.
+        seed: The `seed` argument.
 
     Raises:
-        ValueError: A rule that matches no layer.
+        ValueError: A rule matches no layer.
     """
 
     def __init__(
@@ -54,58 +60,67 @@ class LayerSettings:
         self._rules = tuple(rules)
         self._formats = formats
         self.seed = seed
-        self._own: dict[str, Any] = {
+        self._defaults: dict[str, Any] = {
             "every_n_steps": every_n_steps,
             "max_elements": max_elements,
             "formats": tuple(format.name for format in own_formats),
         }
         self.by_name = self._resolved(names, self._rules)
 
-    def of(self, name: str) -> LayerSampling:
-        """Return the settings of a layer, also of one that the module has got since."""
+    def get(self, name: str) -> LayerSampling:
+        """Return the settings of a layer, which may have been added to the module since."""
         if name not in self.by_name:
+            # `resolve_layers` raises for rules that match no layer, as most do with a single layer.
             matching = [rule for rule in self._rules if rule.matches(name)]
             self.by_name |= self._resolved([name], matching)
         return self.by_name[name]
 
     def leave_out(self, names: Sequence[str]) -> None:
-        """Observe these layers no more."""
+        """Stop observing some layers."""
         for name in names:
             self.by_name[name] = replace(self.by_name[name], enabled=False)
 
     def leave_out_formats(self, name: str, formats: Sequence[str]) -> None:
-        """Judge a layer no more for some formats.
+        """Stop judging a layer for some formats.
 
         Args:
             name: Name of the layer.
             formats: Names of the formats.
         """
-        layer = self.of(name)
+        layer = self.get(name)
         kept = tuple(format for format in layer.formats if format not in formats)
         self.by_name[name] = replace(layer, formats=kept)
 
     def is_measured(self, name: str, parameter: Tensor) -> bool:
-        """Return whether a layer is enabled, and its parameter has a dtype that is measured.
+        """Return True if a layer is enabled and its parameter has a dtype that is measured.
 
         Args:
             name: Name of the layer.
-            parameter: The parameter.
+            parameter: The layer's parameter.
         """
+        # A lazy parameter (torch.nn.LazyLinear) has no shape before the first forward pass.
         if is_lazy(parameter) or parameter.dtype not in INPUT_DTYPES:
             return False
-        return self.of(name).enabled
+        return self.get(name).enabled
 
     def measured_names(self, names: Sequence[str], parameters: Mapping[str, Tensor]) -> list[str]:
-        """Return the names among these whose layers are measured.
+        """Return the names of the layers that are measured, among some layers.
 
         Args:
-            names: Names of layers.
-            parameters: The parameters by name.
+            names: Names of the layers.
+            parameters: Parameters of these layers, by name.
         """
         return [name for name in names if self.is_measured(name, parameters[name])]
 
     def measured(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the parameters among these that are measured and trained, by name."""
+        """Return the parameters that are measured and require a gradient, among some parameters.
+
+        Args:
+            parameters: The parameters by name.
+
+        Returns:
+            Those measured, by name.
+        """
         return {
             name: parameter
             for name, parameter in parameters.items()
@@ -113,24 +128,33 @@ class LayerSettings:
         }
 
     def enabled(self, names: Sequence[str]) -> list[str]:
-        """Return the layers among these that are observed at all."""
-        known = self.by_name
-        return [n for n in names if (known[n] if n in known else self.of(n)).enabled]
+        """Return the names of the layers that are enabled, among some layers."""
+        known = self.by_name  # a step asks for all layers, and calling `get` for each takes longer
+        return [n for n in names if (known[n] if n in known else self.get(n)).enabled]
 
     def judged(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Return the names of the formats that each of these layers is judged for."""
+        """Return the names of the formats that layers are judged for.
+
+        Args:
+            names: Names of the layers.
+
+        Returns:
+            Names of formats, by name of the layer.
+        """
         known = self.by_name
-        return {n: (known[n] if n in known else self.of(n)).formats for n in names}
+        return {n: (known[n] if n in known else self.get(n)).formats for n in names}
 
     def is_due(self, name: str, index: int, last: int) -> bool:
-        """Return whether a layer is part of an observed step.
+        """Return True if a layer is part of an observed step, by its own interval.
 
         Args:
             name: Name of the layer.
             index: Index of the step.
-            last: Index of the last observed step that the layer was part of; `index` if none.
+            last: Index of the last observed step that the layer was part of; `index` if there was
+                no such step.
         """
-        layer = self.of(name)
+        layer = self.get(name)
+        # last >= index: never observed so far, or steps are counted from 0 again.
         return layer.enabled and (last >= index or index - last >= layer.every_n_steps)
 
     def indices(self, name: str, shape: torch.Size) -> Tensor | None:
@@ -138,35 +162,35 @@ class LayerSettings:
 
         Args:
             name: Name of the layer.
-            shape: Shape of the whole parameter.
+            shape: Shape of the whole layer.
 
         Returns:
-            int64, flat indices on the CPU; None for all.
+            Flat indices, int64 (elements) on the CPU. None for all elements.
         """
-        most, block = self.of(name).max_elements, self._formats.block
+        most, block = self.get(name).max_elements, self._formats.block
         return sample_elements(name, shape, most, seed=self.seed, block=block)
 
     def measured_indices(self, name: str, shape: torch.Size) -> Tensor | None:
-        """Return the elements of a layer that are measured; of up to 2,048 elements all.
+        """Return the elements of a layer that are measured: all up to 2,048, else the sample.
 
         Args:
             name: Name of the layer.
-            shape: Shape of the whole parameter.
+            shape: Shape of the whole layer.
 
         Returns:
-            int64, flat indices on the CPU; None for all.
+            Flat indices, int64 (elements) on the CPU. None for all elements.
         """
         return None if shape.numel() <= WHOLE_UP_TO else self.indices(name, shape)
 
     def _resolved(
         self, names: Sequence[str], rules: Sequence[SamplingRule]
     ) -> dict[str, LayerSampling]:
-        """Apply the rules, and replace spellings of formats by the formats' own names."""
+        """Apply the rules, and replace spellings of formats by their canonical names."""
         known = self._formats.names
         return {
             name: replace(
                 layer,
                 formats=tuple(f if f in known else get_formats(f)[0].name for f in layer.formats),
             )
-            for name, layer in resolve_layers(names, rules, **self._own).items()
+            for name, layer in resolve_layers(names, rules, **self._defaults).items()
         }

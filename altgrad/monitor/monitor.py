@@ -1,4 +1,14 @@
-"""`UpdateMonitor`: judge formats step by step, in any training loop."""
+"""`UpdateMonitor`: judge formats step by step, in any training loop.
+
+This is the first file to read of this room. A monitor has no logic beyond the order of calls. At
+each step of an optimizer, a `StepObserver` calls these methods:
+
+1. `_is_due`, before the step: ask `policy`, and take each amax that is due (`scale_state`).
+2. `_should_copy`, `_elements` and `_memory`: which layers, which elements, and where to (`engine`).
+3. `_finish`, after the step: measure (`engine`), combine ranks (`peers`), and make the record.
+
+Read `policy` next, for the first, then `engine` and `arena`, for the second and third.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +26,7 @@ from altgrad._messages import Notices, few
 from altgrad.distributed.host_group import LostRankError
 from altgrad.distributed.peers import Alone, Peers, StepSums
 from altgrad.distributed.together import Together
-from altgrad.measurement.ever_moved import EverMovedOfLayers, PackedBits
+from altgrad.measurement.ever_moved import EverMovedStore, PackedBits
 from altgrad.measurement.histogram import Histogram
 from altgrad.measurement.measure import DEFAULT_FORMATS
 from altgrad.measurement.measurer import Measurer
@@ -35,22 +45,25 @@ from altgrad.observation import SkipReason, StepObserver, StepOutcome
 from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.rules import LayerSampling, SamplingRule
 from altgrad.observation.snapshots import Memory
-from altgrad.observation.stored import stored_formats
+from altgrad.observation.stored import get_stored_formats
 from altgrad.quantization.block_formats import Formats, get_formats
 from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import NumberFormat
 
 DEFAULT_MAX_ELEMENTS = 1024
-"""A share is then known to 0.016 at worst (one standard error); see benchmarks/README.md."""
+"""Default size of a sample, with which a share has a standard error of at most 0.016.
+
+That is sqrt(0.5 · 0.5 / 1024); benchmarks/README.md has measurements.
+"""
 
 
 class UpdateMonitor:
-    """A monitor of optimizer steps that judges number formats by each of them.
+    """A monitor of optimizer steps that judges number formats by the updates of each step.
 
-    A `StepObserver` shows it the steps. Training is not touched: an error in the monitor ends the
-    observation with one warning. Small parameters are measured whole. Of large ones a sample is
-    drawn once, so that the same elements are measured at every step.
+    The training itself is unchanged. An error in the monitor ends the observation with one warning.
+    Small layers are measured in full. Large layers are sampled: a sample is drawn once, so that the
+    same elements are measured at every step.
 
     Examples:
         >>> import torch
@@ -66,32 +79,32 @@ class UpdateMonitor:
 
     Args:
         module: The module whose parameters to observe, or pairs of name and parameter.
-        on_record: Called with the `StepRecord` of each observed step.
-        formats: Formats to judge, as in `altgrad.measure`.
-        every_n_steps: Interval in steps of an optimizer, a `StepSchedule`, or a function of the
-            step's index that returns whether to observe it.
+        on_record: Callback with the `StepRecord` of each observed step.
+        formats: One or several formats to judge, or their names, as in `altgrad.measure`.
+        every_n_steps: Interval in steps of an optimizer, a `StepSchedule`, or a function of a
+            step's index that returns True if the step is to be observed.
         max_elements: Maximum number of elements sampled from each parameter with more than 2,048
             elements; smaller ones are measured in full. None measures all elements, and copies
             all weights and gradients.
         sampling: Rules for single layers; the first that matches a layer's name holds.
-        scaling: Which elements share a scale, as in `altgrad.measure`. The amax of whole
-            parameters is taken at the first observed step, after every 100 of them, and after a
+        scaling: Which elements share an amax scale, as in `altgrad.measure`. The amax of a whole
+            layer is taken at the first observed step, after every 100 observed steps, and after a
             step in which a weight exceeded its scale.
-        overhead_budget: The share of all time that observing may take, such as 0.01: steps are then
-            observed less often than `every_n_steps` says, as needed. None sets no limit. On an
-            accelerator the time of the host counts, which includes waiting for results.
+        overhead_budget: Maximum share of the whole time that observing may take, such as 0.01.
+            Steps are then observed less often than `every_n_steps` demands. None sets no limit. On
+            an accelerator, the time of the host counts, which includes waiting for results.
         seed: Seed of the samples.
-        tell: Called, instead of a warning, with each notice for the user.
+        tell: Callback with a notice for the user. None makes each notice a warning.
         strict: If True, re-raise internal errors in the training loop; otherwise warn once and stop
             observing.
 
     Attributes:
-        latest: The last record; None before the first.
-        skipped: Number of steps that were to be observed and moved no weight, by reason.
+        latest: The record of the last observed step; None before the first.
+        skipped: Number of skipped steps among those that were to be observed, by reason.
 
     Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: An argument out of range, or a rule that matches no layer.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range, or a rule matches no layer.
     """
 
     def __init__(
@@ -114,8 +127,8 @@ class UpdateMonitor:
         self._is_strict = strict
         self._notices = Notices(type(self).__name__, tell)
         own_formats = get_formats(formats)
-        of_rules = [format for rule in sampling for format in get_formats(rule.formats or ())]
-        self._formats = FormatSet([*own_formats, *of_rules], scaling)
+        rule_formats = [format for rule in sampling for format in get_formats(rule.formats or ())]
+        self._formats = FormatSet([*own_formats, *rule_formats], scaling)
         self._policy = StepPolicy(every_n_steps, overhead_budget)
         self._observer = StepObserver(
             module,
@@ -142,23 +155,23 @@ class UpdateMonitor:
         registry = self._observer.registry
         self._watch = Watch(registry, self._settings, self._formats, self._decides, self._tell)
         self._scale_state = ScaleState(self._formats)
-        self._ever_moved = EverMovedOfLayers(self._tell)
+        self._ever_moved = EverMovedStore(self._tell)
         self._engine = Engine(
             Measurer(self._formats), self._settings, self._scale_state, self._ever_moved
         )
         self._peers: Peers = Alone()
-        self._loaded: Mapping[str, PackedBits] | None = None  # until it is known what lies here
+        self._loaded: Mapping[str, PackedBits] | None = None  # until ranks know their local shards
         self._last_seen: dict[str, int] = {}  # by layer, the index of its last observed step
         self._lock = threading.RLock()  # two threads may step two optimizers
 
     @property
     def formats(self) -> tuple[NumberFormat, ...]:
-        """The formats that are judged, those that only rules name included."""
+        """The formats that are judged, including those that only rules name."""
         return self._formats.formats
 
     @property
     def scaling(self) -> Scaling | None:
-        """Return the `scaling` argument the monitor was created with."""
+        """The `scaling` argument the monitor was created with."""
         return self._formats.scaling
 
     @property
@@ -173,7 +186,7 @@ class UpdateMonitor:
 
     @property
     def skipped(self) -> Counter[SkipReason]:
-        """The number of steps that were to be observed and moved no weight, by reason."""
+        """The number of skipped steps among those that were to be observed, by reason."""
         return self._observer.skipped
 
     @property
@@ -187,59 +200,67 @@ class UpdateMonitor:
         return self._peers.size > 1
 
     def weight_octaves(self) -> Histogram:
-        """Return how many weights lie in each octave of magnitude, estimated.
+        """Estimate the number of weights in each octave of magnitude.
 
-        Where parameters are sharded all ranks have to call it, and wait for each other.
+        If parameters are sharded, all ranks have to call this method, and wait for each other.
+
+        Returns:
+            The histogram, with estimated counts.
 
         Raises:
-            LostRankError: Not all of them have; the observation ends then.
-            RuntimeError: They have not met, as they do at `attach`.
+            LostRankError: A rank has not called this method; the observation ends.
+            RuntimeError: The ranks have not met, as they do at `attach`.
         """
         return weight_octaves(self.parameters, self._find_peers())
 
     def run_header(self) -> dict[str, Any]:
-        """Return formats, scaling and layers as plain data, for `altgrad.report.RunFile`."""
+        """Describe formats, scaling and layers as plain data, for `altgrad.report.RunFile`.
+
+        Returns:
+            A dict that JSON can hold.
+        """
         layers = {
-            name: describe_layer(parameter, self.layers[name], self.elements_of(name))
+            name: describe_layer(parameter, self.layers[name], self.count_elements(name))
             for name, parameter in self.parameters.items()
         }
         return describe_run(self.formats, self.scaling, layers) | {
             "versions": {"torch": torch.__version__}
         }
 
-    def elements_of(self, name: str) -> int:
-        """Return how many elements of a layer are measured in a step."""
+    def count_elements(self, name: str) -> int:
+        """Return the number of elements of a layer that are measured in a step."""
         shape = self._observer.parameters[name].shape
         indices = self._settings.measured_indices(name, shape)
         return shape.numel() if indices is None else len(indices)
 
     def describe(self) -> str:
-        """Return a dry run: a table of the layers, and which rule each of them got."""
+        """Return a dry run: a table of the layers, with the rule and the settings of each."""
         return describe_layers(self.layers, self._sampling)
 
     # --- from the first step to the last
 
     def attach(self, *optimizers: Any, scaler: GradScaler | None = None) -> UpdateMonitor:
-        """Observe the steps of these optimizers from now on.
+        """Start observing the steps of some optimizers.
 
-        Where parameters are sharded, all ranks have to call it, and wait for each other. Under
-        DistributedDataParallel, where each rank holds all of them, only the first rank observes.
+        If parameters are sharded, all ranks have to call this method, and wait for each other.
+        Under DistributedDataParallel, each rank holds all parameters, and the first rank observes.
 
         Args:
-            optimizers: Optimizers of torch, or wrappers of trainers around them.
-            scaler: The GradScaler that calls their `step`, if there is one.
+            optimizers: Optimizers of torch, or wrappers of trainers around optimizers.
+            scaler: The GradScaler that calls `step` of the optimizers, if there is one.
 
         Returns:
             The monitor, for ``with UpdateMonitor(…).attach(…):``.
 
         Raises:
-            TypeError: Something that neither is nor wraps an optimizer, or is no GradScaler.
-            ValueError: An optimizer whose steps cannot be observed; or the ranks have different
-                layers, settings or states.
-            RuntimeError: A step of the optimizer is under way.
-            LostRankError: Not all ranks have called it.
+            TypeError: An optimizer neither is nor wraps a torch optimizer, or `scaler` is not a
+                GradScaler.
+            ValueError: The steps of an optimizer cannot be observed, or ranks differ in layers,
+                settings or states.
+            RuntimeError: A step of an optimizer is in progress.
+            LostRankError: A rank has not called this method.
         """
-        self._observer.registry.read()  # it may have been sharded since it was made
+        self._observer.registry.read()  # the module may have been sharded since __init__
         peers = self._find_peers()
         if not self._is_sharded and self._observer.is_replica:
             return self
@@ -249,20 +270,22 @@ class UpdateMonitor:
             self._ever_moved.load_state_dict(self._loaded, parts)
             self._loaded = None
         self._observer.attach(*optimizers, scaler=scaler)
-        for notice in leave_out_unjudged(self._watch, self._settings, stored_formats(optimizers)):
+        for notice in leave_out_unjudged(
+            self._watch, self._settings, get_stored_formats(optimizers)
+        ):
             self._tell(notice)
         return self
 
     def detach(self) -> None:
-        """Observe no more; which elements have moved is kept, also if the optimizers are gone.
+        """Stop observing, and keep which elements have moved.
 
         Raises:
-            Exception: With `strict`, an error of this rank that no later step could report.
+            Exception: If `strict`, the error of the last step, which no later step could raise.
         """
         self._observer.detach()
         self._engine.leave_arenas()
         error = self._peers.take_error()
-        if error is None or isinstance(error, LostRankError):  # which was raised where it was met
+        if error is None or isinstance(error, LostRankError):  # raised already
             return
         if self._is_strict:
             raise error
@@ -275,24 +298,24 @@ class UpdateMonitor:
         try:
             self.detach()
         except Exception:
-            if kind is None:  # otherwise what ended the training is what counts
+            if kind is None:  # do not hide the exception that ended the training
                 raise
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "an UpdateMonitor watches its module in place and cannot be copied or pickled: make "
-            "another one for the copy, and load_state_dict() what state_dict() gives"
+            "an UpdateMonitor observes its module in place and cannot be copied or pickled; make "
+            "another monitor for the copy, and pass state_dict() to its load_state_dict()"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: which elements have moved so far, scales, interval.
+        """Return the state that a resumed run needs: which elements have moved, scales, intervals.
 
-        Where parameters are sharded all ranks have to call it, and wait for each other. A rank
-        that calls it alone is warned, and observes no more.
+        If parameters are sharded, all ranks have to call this method, and wait for each other. A
+        rank that calls it alone warns and stops observing.
 
         Returns:
-            A dict of plain data and tensors, equal on all ranks; any number of ranks can go on from
-            it. Without the other ranks ``ever_moved`` is empty.
+            A dict of plain data and tensors, equal on all ranks. Any number of ranks can restore
+            it. Its ``ever_moved`` is empty if other ranks have not called this method.
         """
         return {
             "formats": self._formats.names,
@@ -306,21 +329,24 @@ class UpdateMonitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a `state_dict`, before `attach`.
 
-        Which elements have moved is left out, with a warning, if it was kept for other formats or
-        for another number of elements. Scales are taken anew under another `scaling`.
+        If formats or numbers of elements differ, which elements have moved is not restored, and a
+        notice is given. If `scaling` differs, each amax is taken again.
+
+        Args:
+            state: A result of `state_dict`.
 
         Raises:
             RuntimeError: The monitor is attached.
         """
         if self.is_observing:
-            raise RuntimeError("the monitor is attached: load_state_dict() before attach()")
+            raise RuntimeError("the monitor is attached; call load_state_dict() before attach()")
         self._engine.leave_arenas()
         is_alike = tuple(state["formats"]) == self._formats.names
         self._loaded = dict(state["ever_moved"]) if is_alike else {}
         if not is_alike:
             self._tell(
-                f"goes on with formats {self._formats.names} from a run with "
-                f"{tuple(state['formats'])}: never_moved_frac begins anew"
+                f"restores a run with formats {tuple(state['formats'])}, and judges "
+                f"{self._formats.names}: never_moved_frac begins anew"
             )
         self._scale_state.load_state_dict(state["scales"])
         self._last_seen = dict(state["last_seen"])
@@ -331,12 +357,15 @@ class UpdateMonitor:
     # --- one step
 
     def _is_due(self, index: int) -> bool:
-        wanted = True  # a schedule that fails is told of with the step that it was asked about
+        """Return True if a step is to be observed; if so, prepare for it."""
+        # If the schedule raises, observe the step: its end is where errors of ranks are combined.
+        wanted = True
         with self._peers.hold_errors():
             wanted = self._policy.is_wanted(index)
         if not wanted:
             return False
-        optimizer = self._observer.asking
+        optimizer = self._observer.asking  # whose step this is; the callback has the index alone
+        # Only steps that are paid for involve the ranks; all ranks decide this alike.
         if not self._policy.is_paid_for(optimizer, index):
             return False
         with self._lock, self._policy.observing():
@@ -346,19 +375,26 @@ class UpdateMonitor:
         return True
 
     def _should_copy(self, name: str, index: int) -> bool:
+        """Return True if a layer is part of an observed step, by its own interval."""
         return self._settings.is_due(name, index, self._last_seen.get(name, index))
 
     def _elements(self, name: str, parameter: Tensor) -> Tensor | None:
-        return self._engine.choose(name, parameter, self._peers)
+        """Choose the elements of a layer that are copied, int64 (elements); None for all."""
+        return self._engine.choose_elements(name, parameter, self._peers)
 
     def _memory(self, optimizer: Optimizer) -> Memory:
+        """Return a function that assigns memory for the copies of an optimizer's layers."""
         return lambda requests: self._engine.lay_out(optimizer, requests, self._peers)
 
     def _finish(self, outcome: StepOutcome) -> None:
-        """End a step: the only way, whatever it came to and whoever the peers are."""
+        """Measure a step, combine it with other ranks, and hand out its record.
+
+        Every observed step ends here: measured or skipped, with an error or without, on one rank or
+        many.
+        """
         optimizer, index = outcome.optimizer, outcome.index
         with self._lock, self._policy.observing(outcome.copy_seconds):
-            seconds = self._policy.seconds(optimizer, index)  # before observing goes on
+            seconds = self._policy.seconds(optimizer, index)  # before this step adds to them
             if self._scale_state.settle(self._stepped, self._peers):
                 self._engine.scales_changed()
             local = self._engine.measure(outcome, seconds)
@@ -372,20 +408,21 @@ class UpdateMonitor:
         self._policy.ended(optimizer, index)
 
     def _record(self, index: int, step: StepSums) -> StepRecord | None:
-        """Return the figures of a step; None if it moved no weight, which is counted."""
+        """Make the record of a step; count a skipped step and return None."""
         if not step.names:
             if step.skipped is not None:
                 self.skipped[step.skipped] += 1
             return None
         judged = self._settings.judged(step.names)
         record = step_record(self._formats.names, judged, step.vectors, index, step.seconds)
+        # A fused optimizer reads found_inf on its device, and skips the step without the host.
         if step.found_inf and not record.model["update_rms"] > 0:
             self.skipped["inf"] += 1
             return None
         return record
 
     def _note(self, optimizer: Optimizer, record: StepRecord) -> None:
-        """Keep what follows from a record for the steps to come."""
+        """Update scales, budgets and intervals by a record."""
         self._last_seen |= dict.fromkeys(record.layers, record.index)
         self._scale_state.step_observed(record)
         seconds = record.own_seconds, record.training_seconds
@@ -399,20 +436,17 @@ class UpdateMonitor:
         return any(map(is_sharded, self._observer.parameters.values()))
 
     def _find_peers(self) -> Peers:
-        """Return the ranks that share the parameters, as soon as these are sharded."""
+        """Return the ranks that share the parameters, which may have been sharded just now."""
         if isinstance(self._peers, Alone) and self._is_sharded:
             self._peers = Together(self._watch)
         return self._peers
 
     def _stepped(self) -> dict[str, Tensor]:
-        """Return the layers whose scales are kept: all that are stepped, trained or not.
-
-        A layer that another optimizer has got is unknown to the ranks until that one steps.
-        """
-        return self._peers.known(self._watch.stepped_by(self._observer.optimizers))
+        """Return the layers whose amax is kept, all that are stepped, by name."""
+        return self._peers.agreed(lambda: self._watch.find_stepped(self._observer.optimizers))
 
     def _decides(self) -> dict[str, dict[str, object]]:
-        """Return what ranks must have alike to decide and to measure alike, beside layers."""
+        """Return arguments and state that have to be equal on all ranks, for equal decisions."""
         return {
             "settings": {
                 "formats": self._formats.formats,
@@ -428,8 +462,8 @@ class UpdateMonitor:
         }
 
     def _history(self) -> Mapping[str, PackedBits]:
-        """Return what elements have done so far, on whichever rank."""
-        here = self._ever_moved.state_dict(self._engine.histories())
+        """Return the flags of all layers, of all ranks together."""
+        here = self._ever_moved.state_dict(self._engine.flags())
         names = self._settings.measured_names(self._observer.names, self._observer.parameters)
         try:
             return self._peers.whole_history(here, names, 1 + len(self._formats))
@@ -437,17 +471,19 @@ class UpdateMonitor:
             if self._is_strict:
                 raise
             self._notices.give_once(
-                "state_dict() was not called in every process, so that never_moved_frac will "
-                f"begin anew: {error}"
+                "state_dict() was not called on every rank, so that never_moved_frac will begin "
+                f"anew: {error}"
             )
             return {}
 
-    # --- what is said to the user
+    # --- notices
 
     def _leave_out_unseen(self, names: Sequence[str], why: str) -> None:
+        """Give the notice that some layers cannot be observed."""
         self._tell(f"leaves out {few(names)}: {why}")
 
     def _tell(self, message: str) -> None:
-        """Say it once, for all ranks."""
+        """Give a notice once, on the first rank."""
+        # Every rank gets here with an equal notice.
         if self._peers.rank == 0:
             self._notices.give_once(message)

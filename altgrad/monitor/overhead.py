@@ -1,4 +1,8 @@
-"""What observing costs beside training, and how a share of the time bounds it."""
+"""Time observing and training, and bound the share of the time that observing takes.
+
+`Clock` measures, `OverheadBudget` computes intervals from the numbers, and `Budgets` holds a budget
+for each optimizer. `policy` comes next and connects the three.
+"""
 
 from __future__ import annotations
 
@@ -15,33 +19,40 @@ from torch.optim import Optimizer
 
 from altgrad._messages import check_int
 
-_MOST_MULTIPLES = 1_000_000
-_NEVER = -1
+_MOST_MULTIPLES = 1_000_000  # of the smallest interval: no interval is longer
+_NEVER = -1  # the last observed step, before the first
 
 
 class _Mark(NamedTuple):
-    """The end of an observed step of one optimizer."""
+    """The end of an observed step of one optimizer.
+
+    Attributes:
+        step: Index of the step.
+        end: Time of `time.perf_counter`, in seconds.
+        own: Time spent on observing until then, in seconds.
+        step_own: Part of `own` since the mark before, in seconds; NaN for the first mark.
+    """
 
     step: int
     end: float
-    own: float  # all that was spent on observing until then
-    own_of_step: float  # of that, since the mark before
+    own: float
+    step_own: float
 
 
 class Clock:
-    """A clock of the host: seconds spent on observing, and seconds of training between."""
+    """A clock of the host that separates the time to observe from the time to train."""
 
     def __init__(self) -> None:
         self._own = 0.0
         self._marks: WeakKeyDictionary[Optimizer, _Mark] = WeakKeyDictionary()
 
     def add(self, seconds: float) -> None:
-        """Add seconds that were spent on observing."""
+        """Add seconds to the time spent on observing."""
         self._own += seconds
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """Count what is done within."""
+        """Count the time within a ``with`` block as observing."""
         start = time.perf_counter()
         try:
             yield
@@ -49,21 +60,22 @@ class Clock:
             self._own += time.perf_counter() - start
 
     def seconds(self, optimizer: Optimizer, index: int) -> tuple[float, float]:
-        """Return what the last observed step cost, and how long a step of training takes.
+        """Return the time to observe the last observed step, and the mean time of a training step.
 
         Args:
             optimizer: The optimizer.
             index: Index of the step that is being observed.
 
         Returns:
-            Seconds of observing, of all optimizers, up to the last observed step of this one; and
-            the mean seconds of a step of training since then. NaN where they are not known.
+            Time to observe, between the last two observed steps of `optimizer`, steps of other
+            optimizers included; and the mean time of a training step since the last observed step.
+            Both in seconds; NaN if unknown.
         """
         mark = self._marks.get(optimizer)
-        if mark is None or index <= mark.step:  # counted anew
+        if mark is None or index <= mark.step:  # steps are counted from 0 again
             return math.nan, math.nan
         training = time.perf_counter() - mark.end - (self._own - mark.own)
-        return mark.own_of_step, max(training, 0.0) / (index - mark.step)
+        return mark.step_own, max(training, 0.0) / (index - mark.step)
 
     def tick(self, optimizer: Optimizer, index: int) -> None:
         """Note the end of an observed step.
@@ -73,25 +85,26 @@ class Clock:
             index: Index of the step.
         """
         mark = self._marks.get(optimizer)
-        # The first does what no other has to do: it tells nothing.
-        own_of_step = math.nan if mark is None else self._own - mark.own
-        self._marks[optimizer] = _Mark(index, time.perf_counter(), self._own, own_of_step)
+        # The first observed step also sets up memory, which no later step does: leave out its time.
+        step_own = math.nan if mark is None else self._own - mark.own
+        self._marks[optimizer] = _Mark(index, time.perf_counter(), self._own, step_own)
 
 
 class OverheadBudget:
-    """A limit on the time that observing costs, kept by observing less often.
+    """A limit on the share of the time that observing takes, kept by observing less often.
 
-    Each observed step is followed by as many steps as pay for it. All decisions follow from the
-    numbers passed in and nothing else: ranks that pass equal numbers decide equally.
+    Each observed step is followed by as many steps as pay for its cost. Decisions depend only on
+    the numbers passed in, so that ranks that pass equal numbers decide equally.
 
     Args:
-        share: The share of the whole time, training and observing, that observing may take;
+        share: Maximum share of the whole time, training and observing, that observing may take;
             between 0 and 1, both excluded.
-        every_n_steps: The smallest interval, of which every interval is a multiple, in steps; at
-            least 1.
+        every_n_steps: Smallest interval in steps, at least 1. Every interval is a multiple of it.
 
     Attributes:
-        interval: Steps from the last observed step to the next.
+        share: The `share` argument.
+        every_n_steps: The `every_n_steps` argument.
+        interval: Number of steps from the last observed step to the next.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -115,14 +128,14 @@ class OverheadBudget:
     def update(self, own_seconds: float, training_seconds: float) -> None:
         """Set the smallest interval with ``own / (own + interval · training) <= share``.
 
-        - It is a multiple of every_n_steps, at least that itself, at most 1,000,000 times that.
-        - An own_seconds of 0 or below, within the noise of the clock, is no cost.
-        - Where a number is NaN or infinite, or training_seconds is 0 or below, nothing is known,
-          and the interval stays as it is.
+        - The interval is a multiple of `every_n_steps`, from 1 to 1,000,000 times.
+        - An `own_seconds` of 0 or below, within the noise of the clock, counts as no cost.
+        - The interval is left unchanged if a number is NaN or infinite, or if `training_seconds`
+          is 0 or below.
 
         Args:
-            own_seconds: What the last observed step cost beside training, in seconds.
-            training_seconds: The mean time of a training step without that, in seconds.
+            own_seconds: Time to observe the last observed step, in seconds.
+            training_seconds: Mean time of a training step without observing, in seconds.
         """
         if not (math.isfinite(own_seconds) and math.isfinite(training_seconds)):
             return
@@ -134,31 +147,36 @@ class OverheadBudget:
         self.interval = self._allowed(math.ceil(needed))
 
     def _allowed(self, steps: int) -> int:
-        """Return the smallest allowed interval of at least these steps, or the largest allowed."""
+        """Return the smallest allowed interval of at least `steps`, or the largest allowed."""
         multiples = -(-steps // self.every_n_steps)
         return self.every_n_steps * min(max(multiples, 1), _MOST_MULTIPLES)
 
     def is_due(self, step: int) -> bool:
-        """Return whether the steps since the last observed one have paid for it.
+        """Return True if the steps since the last observed step have paid for its cost.
 
-        True before the first observed step, and at steps before the last observed one: there the
-        count of steps began anew.
+        Before the first observed step, every step is due. So is a step with a number below that of
+        the last observed step: steps are then counted from 0 again.
         """
         last = self._last_observed_step
         return last == _NEVER or step < last or step >= last + self.interval
 
     def observed(self, step: int) -> None:
-        """Note that this step, counted from 0, was observed."""
+        """Note that a step, counted from 0, was observed."""
         self._last_observed_step = step
 
     def state_dict(self) -> dict[str, int]:
-        """Return the interval and the last observed step; -1 if no step was observed."""
+        """Return the interval and the last observed step.
+
+        Returns:
+            A dict with the keys ``interval``, in steps, and ``last_observed_step``, an index; -1 if
+            no step was observed.
+        """
         return {"interval": self.interval, "last_observed_step": self._last_observed_step}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Restore what `state_dict` returned.
+        """Restore a `state_dict`.
 
-        Under another every_n_steps, the interval becomes the next larger one that is allowed.
+        If `every_n_steps` differs, the interval is rounded up to the next one that is allowed.
 
         Raises:
             TypeError: An entry is not an int.
@@ -177,11 +195,11 @@ class OverheadBudget:
 
 
 class Budgets:
-    """A budget for each optimizer, in the order in which they are first asked for.
+    """A collection of budgets, one for each optimizer, in the order of their first use.
 
     Args:
-        share: The share of the whole time that observing may take.
-        every_n_steps: The smallest interval, in steps.
+        share: Maximum share of the whole time that observing may take.
+        every_n_steps: Smallest interval, in steps.
 
     Attributes:
         share: The `share` argument.
@@ -190,23 +208,24 @@ class Budgets:
     def __init__(self, share: float, every_n_steps: int) -> None:
         self.share = share
         self._unused = OverheadBudget(share, every_n_steps)
-        self._of: WeakKeyDictionary[Optimizer, OverheadBudget] = WeakKeyDictionary()
+        # Weak keys: a budget goes when its optimizer goes.
+        self._by_optimizer: WeakKeyDictionary[Optimizer, OverheadBudget] = WeakKeyDictionary()
         self._restored: list[Mapping[str, int]] = []
 
-    def of(self, optimizer: Optimizer) -> OverheadBudget:
+    def get(self, optimizer: Optimizer) -> OverheadBudget:
         """Return the budget of an optimizer, creating it on first use."""
-        if optimizer not in self._of:
+        if optimizer not in self._by_optimizer:
             budget = copy(self._unused)
             if self._restored:
                 budget.load_state_dict(self._restored.pop(0))
-            self._of[optimizer] = budget
-        return self._of[optimizer]
+            self._by_optimizer[optimizer] = budget
+        return self._by_optimizer[optimizer]
 
     def state_dict(self) -> list[Mapping[str, int]]:
-        """Return the state of each budget, in their order."""
-        return [*(budget.state_dict() for budget in self._of.values()), *self._restored]
+        """Return the states of all budgets, in their order."""
+        return [*(budget.state_dict() for budget in self._by_optimizer.values()), *self._restored]
 
     def load_state_dict(self, state: Sequence[Mapping[str, int]]) -> None:
-        """Restore budgets, for the optimizers that are asked for from now on."""
-        self._of.clear()
+        """Restore budgets, for optimizers in the order of their first use from now on."""
+        self._by_optimizer.clear()
         self._restored = [*state]

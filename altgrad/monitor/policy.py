@@ -1,4 +1,7 @@
-"""`StepPolicy`: which steps are observed, as far as their number and their cost decide."""
+"""`StepPolicy`: decide by their number and their cost which steps are observed.
+
+Read `schedule` and `overhead` first, which this file connects; `monitor` comes next and asks.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,20 @@ if TYPE_CHECKING:
 
 
 class StepPolicy:
-    """The schedule of a monitor, its budget of time, and the clock that both go by.
+    """A schedule of observed steps, with a budget of time and a clock.
 
     Args:
         every_n_steps: Interval in steps, a `StepSchedule`, or a function of a step's index that
             returns whether to observe it.
-        overhead_budget: The share of all time that observing may take; None sets no limit.
+        overhead_budget: Maximum share of the whole time that observing may take. None sets no
+            limit.
 
     Attributes:
-        every_n_steps: The least distance between observed steps that is known beforehand.
+        every_n_steps: Smallest interval between observed steps that is known in advance.
 
     Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: A number out of range.
+        TypeError: An argument has the wrong type.
+        ValueError: A number is out of range.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class StepPolicy:
             self._is_wanted: Callable[[int], bool] = every_n_steps.is_due
             self.every_n_steps = every_n_steps.every_n_steps
         else:
+            # The steps that a function selects are not known in advance: assume every step.
             self._is_wanted = every_n_steps
             self.every_n_steps = 1
         self._clock = Clock()
@@ -49,66 +54,66 @@ class StepPolicy:
 
     @property
     def overhead_budget(self) -> float | None:
-        """Return the share of all time that observing may take; None if there is no limit."""
+        """The maximum share of the whole time that observing may take; None without a limit."""
         return None if self._budgets is None else self._budgets.share
 
     def is_wanted(self, index: int) -> bool:
-        """Return whether the schedule has this step."""
+        """Return True if the schedule includes a step."""
         return self._is_wanted(index)
 
     def is_paid_for(self, optimizer: Optimizer, index: int) -> bool:
-        """Return whether the steps since the last observed one have paid for it.
+        """Return True if the steps since the last observed step have paid for its cost.
 
         Args:
             optimizer: The optimizer.
-            index: Index of the step that may be observed.
+            index: Index of the step to decide about.
         """
-        return self._budgets is None or self._budgets.of(optimizer).is_due(index)
+        return self._budgets is None or self._budgets.get(optimizer).is_due(index)
 
     def observing(self, seconds: float = 0.0) -> AbstractContextManager[None]:
-        """Count what is done within as observing, and these seconds with it."""
+        """Count the time within a ``with`` block, and some seconds more, as observing."""
         self._clock.add(seconds)
         return self._clock.observing()
 
     def seconds(self, optimizer: Optimizer, index: int) -> tuple[float, float]:
-        """Return what the last observed step cost, and how long a step of training takes.
+        """Return the time to observe the last observed step, and the mean time of a training step.
 
         Args:
             optimizer: The optimizer.
             index: Index of the step that is being observed.
 
         Returns:
-            Both in seconds; NaN where they are not known.
+            Both in seconds; NaN if unknown.
         """
         return self._clock.seconds(optimizer, index)
 
     def observed(self, optimizer: Optimizer, index: int, seconds: tuple[float, float]) -> None:
-        """Charge the budget of an optimizer for a step that was observed.
+        """Charge the budget of an optimizer for an observed step.
 
         Args:
             optimizer: The optimizer.
             index: Index of the step.
-            seconds: What `seconds` returned; of several ranks the largest.
+            seconds: Result of the method `seconds`, or the maximum over ranks.
         """
         if self._budgets is not None:
-            budget = self._budgets.of(optimizer)
+            budget = self._budgets.get(optimizer)
             budget.update(*seconds)
             budget.observed(index)
 
     def ended(self, optimizer: Optimizer, index: int) -> None:
-        """Start the clock of the next observed step.
+        """Mark the end of an observed step, from which the time of the next one counts.
 
         Args:
             optimizer: The optimizer.
-            index: Index of the step that has been observed.
+            index: Index of the observed step.
         """
         self._clock.tick(optimizer, index)
 
     def state_dict(self) -> list[Mapping[str, int]] | None:
-        """Return the interval and the last observed step of each budget; None without one."""
+        """Return the state of each budget, as its `state_dict` does; None without a limit."""
         return None if self._budgets is None else self._budgets.state_dict()
 
     def load_state_dict(self, state: Sequence[Mapping[str, int]] | None) -> None:
-        """Go on with the budgets of a `state_dict`, if both runs have one."""
+        """Restore the budgets of a `state_dict`, if both runs have a limit."""
         if self._budgets is not None and state is not None:
             self._budgets.load_state_dict(state)

@@ -1,4 +1,10 @@
-"""`ScaleState`: the largest magnitudes that scales follow from, and when they are taken again."""
+"""`ScaleState`: keep the amax of each layer, and decide when it is taken again.
+
+Scales follow from the amax. If a scale followed the weights at every step, it would hide whether
+the weights moved on the grid. An amax is therefore kept for 100 observed steps. It is taken again
+earlier if a weight exceeds it, or if it was 0 and set no scale. `engine` comes next and measures
+under the scales.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +21,11 @@ from altgrad.measurement.step_record import StepRecord
 from altgrad.quantization.format_set import FormatSet
 
 STEPS_PER_SCALE = 100
-"""Observed steps for which an amax holds, unless a weight is seen to exceed it."""
+"""Number of observed steps for which an amax is kept, unless a weight exceeds it."""
 
 
 class ScaleState:
-    """The amax of each whole parameter, kept from step to step.
-
-    A scale that followed the weights in every step would hide whether they moved on the grid.
+    """The amax of each whole layer, kept from step to step.
 
     Args:
         formats: The formats with their scaling.
@@ -32,20 +36,23 @@ class ScaleState:
         self._amax: dict[str, tuple[torch.Size, Tensor]] = {}
         self._steps_left = 0
         self._exceeded: set[str] = set()
-        self._zero: set[str] = set()  # those that were 0 throughout, and set no scale
+        self._zero: set[str] = set()  # layers with an amax of 0, which sets no scale
 
     def prepare(
         self, stepped: Callable[[], Mapping[str, Tensor]], peers: Peers, *, are_new: bool = False
     ) -> bool:
-        """Take the amax that are due before an observed step; return whether any was.
+        """Take each amax that is due, before an observed step.
 
-        Due are all of them after 100 observed steps, and otherwise those of layers in which a
-        weight exceeded its scale. All ranks that share the parameters call it at once.
+        After 100 observed steps, the amax of every layer is due. Otherwise, it is due for layers in
+        which a weight exceeded its scale. All ranks that share the parameters call this together.
 
         Args:
-            stepped: Returns all layers that are measured, as they are before the step.
-            peers: The ranks that share them.
-            are_new: Whether to look for layers that are new or have another shape, too.
+            stepped: Callback that returns all measured layers by name, before the step.
+            peers: The ranks that share the parameters.
+            are_new: True if layers that are new, or have a new shape, are to be looked for.
+
+        Returns:
+            True if an amax was taken.
         """
         is_due = not self._steps_left or self._exceeded or are_new
         if not self._formats.needs_amax or not is_due:
@@ -59,16 +66,16 @@ class ScaleState:
         self._exceeded.clear()
         return True
 
-    def look_at(self, parameters: Mapping[str, Tensor], peers: Peers) -> None:
-        """Bring the amax of layers that are about to be measured to their devices.
+    def ensure_amax(self, parameters: Mapping[str, Tensor], peers: Peers) -> None:
+        """Make sure that layers have an amax on their device, before they are measured.
 
         Args:
-            parameters: The layers by name.
-            peers: The ranks that share them.
+            parameters: Parameters of the layers, by name.
+            peers: The ranks that share the parameters.
 
         Raises:
-            RuntimeError: One has changed its shape since `prepare`; its amax would have to be taken
-                together with other ranks, who do not know.
+            RuntimeError: A sharded layer has changed its shape since `prepare`. Its amax would have
+                to be taken together with the other ranks, which do not wait for it.
         """
         if not self._formats.needs_amax:
             return
@@ -82,35 +89,36 @@ class ScaleState:
                 self._amax[name] = parameter.shape, amax.to(parameter.device)
 
     def amax(self, name: str) -> Tensor:
-        """Return the amax of a layer: float32 or float64 (1), or (channels)."""
+        """Return the amax of a layer, float32 or float64 (1) or (channels)."""
         return self._amax[name][1]
 
     def settle(self, stepped: Callable[[], Mapping[str, Tensor]], peers: Peers) -> bool:
         """Recompute the amax of all-zero layers from their weights after a step.
 
-        Weights that stay 0 are looked at ever less often: after 1, 2, 4, 8, … observed steps.
+        Layers that stay 0 are read less and less often: after 1, 2, 4, 8, … observed steps.
 
         Args:
-            stepped: Returns all layers that are measured, as they are after the step.
-            peers: The ranks that share them.
+            stepped: Callback that returns all measured layers by name, after the step.
+            peers: The ranks that share the parameters.
 
         Returns:
-            Whether any was due.
+            True if a layer was due.
         """
         steps = STEPS_PER_SCALE - self._steps_left
-        if not self._zero or steps & (steps - 1):
+        if not self._zero or steps & (steps - 1):  # 0 for powers of two: 0b1000 & 0b0111
             return False
-        # In the order of the parameters, which is that of all ranks; sets have one of their own.
+        # In the order of the parameters, which is equal on all ranks. The order of a set is not.
         layers = {name: each for name, each in stepped().items() if name in self._zero}
         self._take(layers, peers, keep=True)
         return bool(layers)
 
     def step_observed(self, record: StepRecord) -> None:
-        """Count it, and note the layers in which a weight exceeded its scale."""
+        """Count an observed step, and note the layers in which a weight exceeded its scale."""
         if not self._formats.needs_amax:
             return
         self._steps_left -= 1
         keys = [f"saturated_frac/{name}" for name in self._formats.fitted]
+        # The model's figure first: reading the figures of each layer takes longer.
         if any(record.model.get(key, 0) > 0 for key in keys):
             layers = record.layers
             self._exceeded |= {
@@ -118,7 +126,11 @@ class ScaleState:
             }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to go on with the same scales."""
+        """Return the state that a resumed run needs to keep its scales.
+
+        Returns:
+            A dict of plain data and tensors.
+        """
         return {
             "scaling": self._formats.scaling,
             "amax": {name: (tuple(shape), amax) for name, (shape, amax) in self._amax.items()},
@@ -128,29 +140,33 @@ class ScaleState:
         }
 
     def description(self) -> dict[str, Any]:
-        """Return `state_dict` with digests for tensors, which ranks can compare."""
-        amax = {name: [*shape, _digest_of(each)] for name, (shape, each) in self._amax.items()}
+        """Return `state_dict` with hashes in place of tensors, for ranks to compare.
+
+        Returns:
+            A dict of plain data.
+        """
+        amax = {name: [*shape, _hash_numbers(each)] for name, (shape, each) in self._amax.items()}
         return self.state_dict() | {"amax": amax}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`; under another scaling all amax are taken anew."""
+        """Restore a `state_dict`; if its scaling differs, each amax is taken again."""
         self.__dict__ |= {"_amax": {}, "_steps_left": 0, "_exceeded": set(), "_zero": set()}
         if state["scaling"] != self._formats.scaling:
             return
         self._amax = {
             name: (torch.Size(shape), amax) for name, (shape, amax) in state["amax"].items()
         }
-        # 0.1.0 counted below 0 in runs without a scale: then all are due.
+        # Version 0.1.0 counted below 0 in runs without a scale: each amax is due then.
         self._steps_left = max(state["steps_left"], 0)
         self._exceeded, self._zero = set(state["exceeded"]), set(state["zero"])
 
     def _unknown(self, parameters: Mapping[str, Tensor]) -> list[str]:
-        """Return the layers of which no amax is known, or that of another shape, in their order."""
+        """Return the names of layers without an amax, or with that of another shape, in order."""
         nothing = None, None
         return [n for n, p in parameters.items() if self._amax.get(n, nothing)[0] != p.shape]
 
     def _take(self, parameters: Mapping[str, Tensor], peers: Peers, *, keep: bool = False) -> None:
-        """Take the amax of these layers; with `keep` only those that are 0."""
+        """Take the amax of some layers; with `keep`, replace an amax only where it is 0."""
         if not parameters:
             return
         each, has_zero = peers.amax(parameters, self._formats.scaling)
@@ -164,5 +180,6 @@ class ScaleState:
         self._zero = self._zero - parameters.keys() | zero
 
 
-def _digest_of(numbers: Tensor) -> str:
+def _hash_numbers(numbers: Tensor) -> str:
+    """Hash the numbers of a tensor; equal numbers give equal hashes on every rank."""
     return sha256(repr(numbers.tolist()).encode()).hexdigest()[:16]

@@ -1,4 +1,7 @@
-"""`StepSchedule`: which steps are observed, by their number alone."""
+"""`StepSchedule`: decide by its number alone whether a step is observed.
+
+`policy` comes next, which adds the cost of observing.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,21 @@ from altgrad._messages import check_int, check_type
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """A schedule of steps at a fixed distance, or ever further apart.
+    """A schedule of steps at equal intervals, or at intervals that grow.
 
-    Steps count from 0. As in Lightning, every 10 steps are the steps 9, 19, 29, …
+    Steps count from 0. An interval of 10 means the steps 9, 19, 29, …, as in Lightning.
 
     Args:
-        every_n_steps: The step is due where ``(step + 1) % every_n_steps == 0``; at least 1.
-        from_step: The first step that may be due.
-        until_step: The first step that may not be due any more; None for no end.
-        log_spaced: Of those steps, only the 1st, 2nd, 5th, 10th, 20th, 50th, … counted from
-            from_step, each put off to the next that is due by every_n_steps.
+        every_n_steps: Interval in steps, at least 1: a step is due if
+            ``(step + 1) % every_n_steps == 0``.
+        from_step: First step that may be due.
+        until_step: End of the schedule; steps from this one on are not due. None for no end.
+        log_spaced: If True, only the 1st, 2nd, 5th, 10th, 20th, 50th, … step from `from_step` on
+            is due, each moved to the next step that `every_n_steps` allows.
 
     Raises:
         TypeError: A field has the wrong type.
-        ValueError: A number is out of range, or no step would be due before until_step.
+        ValueError: A number is out of range, or no step would be due before `until_step`.
     """
 
     every_n_steps: int = 1
@@ -46,7 +50,7 @@ class StepSchedule:
             )
 
     def is_due(self, step: int) -> bool:
-        """Return whether to observe this step, counted from 0."""
+        """Return True if a step, counted from 0, is to be observed."""
         if (step + 1) % self.every_n_steps or step < self.from_step:
             return False
         if self.until_step is not None and step >= self.until_step:
@@ -54,17 +58,18 @@ class StepSchedule:
         if not self.log_spaced:
             return True
         count = step - self.from_step + 1
-        # The last one wished for was not yet due every_n_steps ago.
-        return _last_of_1_2_5(count) > count - self.every_n_steps
+        # Each of 1, 2, 5, 10, … is due at the next multiple of every_n_steps, which is this step if
+        # the largest of them so far was not yet reached every_n_steps ago.
+        return _largest_1_2_5(count) > count - self.every_n_steps
 
 
 def _round_up(number: int, multiple: int) -> int:
-    """Return the smallest multiple that is not below the number."""
+    """Return the smallest multiple of `multiple` that is at least `number`."""
     return number + -number % multiple
 
 
-def _last_of_1_2_5(count: int) -> int:
-    """Return the largest of 1, 2, 5, 10, 20, 50, … up to count, which is at least 1."""
+def _largest_1_2_5(count: int) -> int:
+    """Return the largest of 1, 2, 5, 10, 20, 50, … that is at most `count`, which is at least 1."""
     decade = 1
     while 10 * decade <= count:
         decade *= 10

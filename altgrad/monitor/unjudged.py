@@ -1,4 +1,8 @@
-"""Layers and formats that cannot be judged, and what the user is told of them."""
+"""Leave out layers and formats that cannot be judged, and write the notices about them.
+
+Updates can be judged for a format only if the weights are stored finer than the format. Otherwise
+the updates that the format would lose are lost already. `monitor` calls this file at `attach`.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +21,20 @@ from altgrad.quantization.format_set import FormatSet
 def leave_out_unjudged(
     watch: Watch, settings: LayerSettings, stored: Mapping[Tensor, FloatFormat]
 ) -> Iterator[str]:
-    """Leave out formats of stored layers, and yield notices of all that cannot be judged.
-
-    Where weights are stored no finer than a format, updates that stalled are no longer there to
-    see: the figures of what that format would keep have no value.
+    """Leave out the formats of stored layers, and yield a notice for each kind of omission.
 
     Args:
         watch: The parameters and formats.
-        settings: How each layer is observed; changed.
-        stored: The format in which a `WeightStorage` stores each of its parameters.
+        settings: Settings of each layer; formats are removed from them.
+        stored: The format in which a `WeightStorage` stores a parameter, by parameter.
+
+    Returns:
+        An iterator over notices for the user.
     """
     for name, parameter in watch.parameters.items():
         if (element := stored.get(parameter)) is not None:
             yield from _leave_out_formats(name, element, watch.formats, settings)
+    # Frozen parameters, such as buffers of integers, need no notice.
     trained = {name: p.dtype for name, p in watch.parameters.items() if p.requires_grad}
     if others := [name for name, dtype in trained.items() if dtype not in INPUT_DTYPES]:
         yield f"leaves out parameters of other dtypes: {others}"
@@ -40,22 +45,24 @@ def leave_out_unjudged(
 def _leave_out_formats(
     name: str, element: FloatFormat, formats: FormatSet, settings: LayerSettings
 ) -> Iterator[str]:
-    judged = settings.of(name).formats
+    """Leave out the formats of a layer that are no coarser than its storage, with a notice."""
+    judged = settings.get(name).formats
     hidden = [f.name for f in formats if f.name in judged and not f.is_coarser_than(element)]
     if hidden:
         settings.leave_out_formats(name, hidden)
         yield (
             f"cannot judge {', '.join(hidden)} for weights that a WeightStorage stores in "
-            f"{element.name}: updates that stalled are no longer there to see, and it "
-            "leaves these out for such layers. Read unmoved_frac"
+            f"{element.name}: stalled updates are lost before they can be measured. These formats "
+            "are left out for such layers; read unmoved_frac"
         )
 
 
 def _hidden_in(dtype: torch.dtype, formats: FormatSet) -> Iterator[str]:
+    """Yield a notice of the formats that weights of a dtype cannot be judged for."""
     judges = zip(formats.names, formats.judged(dtype), strict=True)
     if coarse := [name for name, judged in judges if not judged]:
         yield (
             f"cannot judge {', '.join(coarse)} for weights already stored in {dtype}: "
-            "updates that stalled are no longer there to see, and those figures are NaN. "
-            "Read unmoved_frac"
+            "stalled updates are lost before they can be measured, and these figures are NaN; "
+            "read unmoved_frac"
         )

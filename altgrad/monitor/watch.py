@@ -1,4 +1,8 @@
-"""`Watch`: what a monitor is about to observe, as the other ranks have to know it."""
+"""`Watch`: describe what a monitor observes, for the other ranks to compare.
+
+Ranks that share parameters exchange sums at each observed step, and have to agree on layers,
+elements and settings. `altgrad.distributed.together` reads a `Watch` on each rank.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +18,18 @@ from altgrad.quantization.format_set import FormatSet
 
 
 class Watch:
-    """The parameters of a monitor, how each is observed, and what it decides by.
+    """A view of a monitor: its layers, how each is observed, and all that its decisions depend on.
 
     Args:
         registry: The parameters by name.
-        settings: How each layer is observed.
+        settings: Settings of each layer.
         formats: The formats that are judged.
-        decides: Returns the arguments under ``"settings"`` and, under ``"state"``, what a loaded
-            state brings, by name: ranks decide alike if these are alike.
-        tell: Called with what a user is to know.
+        decides: Callback that returns all that decisions depend on: the monitor's arguments under
+            ``"settings"`` and its loaded state under ``"state"``, each by name.
+        tell: Callback with a notice for the user.
+
+    Attributes:
+        formats: The `formats` argument.
     """
 
     def __init__(
@@ -45,41 +52,56 @@ class Watch:
         return self._registry.parameters
 
     def measured_by(self, optimizer: Optimizer) -> tuple[str, ...]:
-        """Return the layers of an optimizer that are measured."""
-        stepped = {name: parameter for name, parameter, _ in self._registry.stepped_by(optimizer)}
+        """Return the names of the layers that an optimizer steps and that are measured.
+
+        Args:
+            optimizer: The optimizer.
+
+        Returns:
+            The names, in the order of the optimizer's parameters.
+        """
+        stepped = {name: parameter for name, parameter, _ in self._registry.find_stepped(optimizer)}
         return tuple(self._settings.measured_names([*stepped], stepped))
 
-    def stepped_by(self, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-        """Return all parameters that any of these steps and that are measured, by name."""
+    def find_stepped(self, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+        """Return the parameters that optimizers step and that are measured.
+
+        Args:
+            optimizers: The optimizers.
+
+        Returns:
+            The parameters by name, in the order of the model.
+        """
         names = {name for optimizer in optimizers for name in self.measured_by(optimizer)}
         return {n: p for n, p in self.parameters.items() if n in names}
 
     def indices(self, name: str, shape: torch.Size) -> Tensor | None:
-        """Return which elements of a layer all ranks together measure.
+        """Return the elements of a layer that all ranks together measure.
 
         Args:
             name: Name of the layer.
-            shape: Shape of the whole parameter.
+            shape: Shape of the whole layer.
 
         Returns:
-            int64, flat indices on the CPU; None for all.
+            Flat indices, int64 (elements) on the CPU. None for all elements.
         """
         return self._settings.measured_indices(name, shape)
 
     def describe(self) -> Mapping[str, Mapping[str, object]]:
-        """Return settings, state and sampling of the layers, which must be alike on all ranks."""
-        layers = {name: self._settings.of(name) for name in self.parameters}
+        """Return settings, state and layers, each of which has to be equal on all ranks."""
+        # By name: ranks that differ are then told which layer or setting differs.
+        layers = {name: self._settings.get(name) for name in self.parameters}
         return {**self._decides(), "layers": layers}
 
     def is_enabled(self, name: str) -> bool:
-        """Return whether a layer is observed at all."""
-        return self._settings.of(name).enabled
+        """Return True if a layer is enabled."""
+        return self._settings.get(name).enabled
 
     def leave_out(self, names: Sequence[str], why: str) -> None:
-        """Observe these layers no more, and tell the user why.
+        """Stop observing some layers, and give a notice.
 
         Args:
-            names: The layers.
+            names: Names of the layers.
             why: The notice.
         """
         self._settings.leave_out(names)

@@ -100,6 +100,6 @@ def _clean_up(hooks: _Hooks, listening: _Listening) -> None:
     if unused:
         warnings.warn(
             "a StepObserver was collected before its first step: hold it in a variable, or use "
-            "it in a `with` statement, as long as it is to observe",
+            "it in a `with` statement, as long as it observes",
             stacklevel=2,
         )

@@ -31,7 +31,7 @@ def is_sharded(tensor: object) -> bool:
     return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
 
 
-def local_of(tensor: Any) -> Tensor:
+def to_local_tensor(tensor: Any) -> Tensor:
     """Return the local shard of a tensor, sharing its memory.
 
     Call this under `torch.no_grad`: `DTensor.to_local` is recorded by autograd otherwise.
@@ -50,9 +50,9 @@ def local_of(tensor: Any) -> Tensor:
     return local.wait() if hasattr(local, "wait") else local  # type: ignore[no-any-return]
 
 
-def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
+def to_local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return the local shards of many tensors, in their order."""
-    return [each if type(each) in _PLAIN else local_of(each) for each in tensors]
+    return [each if type(each) in _PLAIN else to_local_tensor(each) for each in tensors]
 
 
 def get_local_gradients(parameters: Iterable[Any]) -> list[Tensor]:
@@ -79,7 +79,7 @@ def _get_local_gradient(parameter: Any, gradient: Any) -> Tensor:
     if is_sharded(parameter) and gradient.placements != parameter.placements:
         # Only from Replicate to Shard, which cuts and sends nothing.
         gradient = gradient.redistribute(placements=parameter.placements)
-    local = local_of(gradient)
+    local = to_local_tensor(gradient)
     return local if local.layout == torch.strided else local.to_dense()
 
 
@@ -87,7 +87,7 @@ def find_unreduced(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters whose gradient does not yet match their local shard.
 
     Such a gradient is neither whole on every rank nor placed like its parameter. The optimizer
-    still has to sum it over ranks inside its step.
+    still has to reduce or redistribute it inside its step.
 
     Args:
         parameters: Parameters by name; a gradient may be missing.
@@ -108,6 +108,7 @@ def _is_unreduced(parameter: Any) -> bool:
         return False
     if not is_sharded(gradient) or gradient.device_mesh != parameter.device_mesh:
         return True
+    # By dimension of the mesh: a whole gradient can be cut, and an equal placement needs no change.
     pairs = zip(gradient.placements, parameter.placements, strict=True)
     return any(one != other and not one.is_replicate() for one, other in pairs)
 
@@ -121,8 +122,8 @@ def describe_unreduced(name: str, parameter: Any) -> str:
     """
     return (
         f"the gradient of {name} is placed as {getattr(parameter.grad, 'placements', None)} and "
-        f"the parameter as {parameter.placements}: the optimizer sums it over ranks inside its "
-        "step, where the result cannot be observed. Redistribute such gradients to their "
+        f"the parameter as {parameter.placements}: the gradient that the step applies is computed "
+        "inside the optimizer, where it cannot be observed. Redistribute such gradients to their "
         "parameters' placements before the step"
     )
 

@@ -2,7 +2,7 @@
 
 `torch.amp.GradScaler.step` does not call the optimizer if a gradient is infinite or NaN. No hook of
 the optimizer is called then, and the scaler has no hooks. `SkipNotifier` therefore replaces the
-method `step` of one scaler object and tells its listeners of each skipped step.
+method `step` of one scaler object, and calls its listeners after each skipped step.
 
 Read `step_hooks` first; `attachments` comes next.
 
@@ -37,6 +37,7 @@ class SkipNotifier:
     def __init__(self, scaler: GradScaler) -> None:
         self._scaler = scaler
         self._listeners: list[Callable[..., Any]] = []
+        # A method is found on the class; on the object it is one that other code has put there.
         self._was_replaced = "step" in vars(scaler)
         self._step = scaler.step
         scaler.step = self  # type: ignore[method-assign]
@@ -54,8 +55,8 @@ class SkipNotifier:
             listener: A bound method; its object is held weakly.
 
         Returns:
-            A function that ends the listening. Once no listener is left, it also restores the
-            scaler's own `step`.
+            A function that ends the listening. Once no listener is left, this function also
+            restores the scaler's own `step`.
         """
         weak = bind_weakly(listener)
         self._listeners.append(weak)
@@ -81,6 +82,7 @@ class SkipNotifier:
             inner = unwrap(optimizer)
         except Exception:  # noqa: BLE001 - a scaler accepts objects that `unwrap` refuses
             return self._step(optimizer, *args, **kwargs)
+        # A hook for this call only, which shows whether the scaler calls the optimizer.
         called: list[Optimizer] = []
         handle = inner.register_step_pre_hook(lambda optimizer, *_: called.append(optimizer))
         try:
@@ -88,6 +90,7 @@ class SkipNotifier:
         finally:
             handle.remove()
         if not called:
+            # A copy, because a listener may stop listening while it is called.
             for notify in [*self._listeners]:
                 notify(inner)
         return result

@@ -90,21 +90,22 @@ class StepObserver:
             `named_parameters` returns them.
         on_step: Callback with each observed `OptimizerStep`, called without gradient recording
             before the optimizer's `step` returns. Optional with `on_outcome`.
-        should_observe: Function from the index of the next step to True if the step is to be
-            observed. If None, every step is observed.
+        should_observe: Function that takes the index of the next step, and returns True if the
+            step is to be observed. If None, every step is observed.
         on_outcome: Callback with the `StepOutcome` of each observed step, called instead of
-            `on_step`, for skipped and failed steps, too. It must count skipped steps itself, and
-            raise the error of a failed step if the observation is to end.
-        elements: Function from name and parameter to the flat indices of the elements to observe,
-            int64, or None for every element. It is called once for each parameter. Observing every
-            element is faster for up to about ten thousand elements. If None, every element is
-            observed.
-        should_copy: Function from the name of a parameter and the index of a step to True if the
-            step shows the parameter. If None, each step shows all parameters.
+            `on_step`, for skipped and failed steps, too. The callback must count skipped steps
+            itself, and raise the error of a failed step if the observation is to end.
+        elements: Function that takes name and parameter, and returns flat indices of the elements
+            to observe, int64, or None for every element. The function is called once for each
+            parameter. Observing every element is faster for up to about ten thousand elements. If
+            None, every element is observed.
+        should_copy: Function that takes the name of a parameter and the index of a step, and
+            returns True if the step shows the parameter. If None, each step shows all parameters.
         leave_out: Optional callback `(names, reason)` for parameters whose gradients cannot be
             observed. If None, an error is raised.
-        memory: Function from an optimizer to an `altgrad.observation.snapshots.Memory`, which
-            provides the memory for the copies. If None, each parameter has memory of its own.
+        memory: Function that takes an optimizer, and returns an
+            `altgrad.observation.snapshots.Memory` that provides the memory for its copies. If None,
+            each parameter has memory of its own.
         read_found_inf: If True, find out at once whether a fused optimizer under a GradScaler
             skipped the step; the host waits for the device then. If False, skipped steps are
             shown, too, and the callback reads `OptimizerStep.found_inf`.
@@ -116,8 +117,8 @@ class StepObserver:
         registry: The observed parameters by name.
         skipped: Number of observed steps that moved no weight, by reason. ``"inf"``: gradients were
             infinite or NaN under a GradScaler. ``"no gradients"``: no observed parameter had one.
-            ``"learning rate 0"``: it was 0 for all parameters, and none moved. Where the rate is 0
-            for some parameters only, the step is shown without these.
+            ``"learning rate 0"``: the rate was 0 for all parameters, and none moved. Where the rate
+            is 0 for some parameters only, the step is shown without these.
 
     Raises:
         TypeError: `module` is neither a module nor pairs of name and parameter, or both callbacks
@@ -191,7 +192,7 @@ class StepObserver:
         modules = () if self.registry.module is None else self.registry.module.modules()
         if not any(isinstance(each, nn.parallel.DistributedDataParallel) for each in modules):
             return False
-        return torch.distributed.get_rank() > 0
+        return torch.distributed.get_rank() > 0  # DistributedDataParallel needs a process group
 
     @property
     def asking(self) -> Optimizer:
@@ -212,7 +213,7 @@ class StepObserver:
     def peak_bytes(self) -> int:
         """The largest amount of memory that copies have taken so far, in bytes.
 
-        The logger ``altgrad`` logs it at level INFO when the observer is detached.
+        The logger ``altgrad`` logs this size at level INFO when the observer is detached.
         """
         return self._peak_bytes
 
@@ -220,7 +221,7 @@ class StepObserver:
         """Observe the steps of optimizers from now on.
 
         Optimizers that were attached earlier stay attached. If an error has ended the observation,
-        they are removed and the observation begins again with the new ones.
+        the earlier optimizers are removed, and the observation begins again with the new ones.
 
         Args:
             optimizers: Torch optimizers, or wrappers of Lightning, Fabric or accelerate.
@@ -264,11 +265,12 @@ class StepObserver:
         if self.registry.module is not None:
             check_unsharded(self.registry.module)
         attached = {*self.optimizers}
+        # dict.fromkeys removes duplicates and keeps the order.
         new = [each for each in dict.fromkeys(map(unwrap, optimizers)) if each not in attached]
         is_scaled = bool(find_scalers(optimizers, scaler))
         for optimizer in new:
             stepped = {
-                name: parameter for name, parameter, _ in self.registry.stepped_by(optimizer)
+                name: parameter for name, parameter, _ in self.registry.find_stepped(optimizer)
             }
             check_observable(optimizer, stepped, scaled=is_scaled)
         check_not_in_backward(self.registry.names, {*attached, *new})
@@ -330,7 +332,7 @@ class StepObserver:
 
         Also forget the chosen elements of parameters that the module no longer has.
         """
-        parameters = self.registry.stepped_by(optimizer)
+        parameters = self.registry.find_stepped(optimizer)
         names = self.registry.names
         if names is not self._chosen_names:  # the registry has read the module again
             self._chosen_names = names
@@ -411,7 +413,7 @@ class StepObserver:
             self._on_step(outcome.step.without_resting())
 
     def _count_skip_by_scaler(self, optimizer: Optimizer) -> None:
-        for hooks in [*self._attached.hooks]:
+        for hooks in [*self._attached.hooks]:  # a copy: should_observe may detach
             if hooks.optimizer is not optimizer or not self._is_due(hooks):
                 continue
             if hooks in self._failed:  # the optimizer is not called, so that no step would end

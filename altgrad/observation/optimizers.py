@@ -19,7 +19,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from altgrad._messages import few
-from altgrad.observation.step_hooks import step_depth
+from altgrad.observation.step_hooks import count_step_calls
 
 _MAX_WRAPPERS = 8  # a limit, because some objects are their own `.optimizer`
 
@@ -28,8 +28,8 @@ def unwrap(optimizer: Any) -> Optimizer:
     """Return the torch optimizer whose `step` calls hooks, under the wrappers of a trainer.
 
     The wrappers of Lightning and Fabric take the class of the real optimizer; the wrapper of
-    accelerate inherits from Optimizer without calling its constructor. All of them keep the real
-    optimizer as ``optimizer``.
+    accelerate inherits from Optimizer without calling its constructor. All these wrappers keep the
+    real optimizer as ``optimizer``.
 
     Args:
         optimizer: A torch optimizer, or a wrapper of one.
@@ -99,7 +99,7 @@ def check_observable(
         RuntimeError: A step of the optimizer is running.
     """
     kind = type(optimizer).__name__
-    if step_depth(optimizer):
+    if count_step_calls(optimizer):
         raise RuntimeError(f"a step of {kind} is under way: attach before or after it")
     if not stepped:
         raise ValueError(
@@ -112,9 +112,9 @@ def check_observable(
     # torch/amp/grad_scaler.py, GradScaler.step, `has_grad_scaler_kwarg`.
     if scaled and "grad_scaler" in inspect.signature(type(optimizer).step).parameters:
         raise ValueError(
-            f"{kind}.step unscales its gradients with the GradScaler that it is handed, so that "
-            "the gradients it applies cannot be observed; use its attribute `grad_scale`, for "
-            "which torch has deprecated the argument"
+            f"{kind}.step unscales its gradients with the GradScaler that is passed to it, so that "
+            "the gradients it applies cannot be observed; read the attribute `grad_scale` in its "
+            "step() instead, for which torch has deprecated the argument `grad_scaler`"
         )
 
 

@@ -71,7 +71,7 @@ class ParameterRegistry:
             register_shards(self.module)
             self._names = parameter_names(self.module)
 
-    def stepped_by(self, optimizer: Optimizer) -> list[tuple[str, Tensor, bool]]:
+    def find_stepped(self, optimizer: Optimizer) -> list[tuple[str, Tensor, bool]]:
         """Return the parameters that an optimizer steps, in its order.
 
         Parameters that the module does not have are left out.

@@ -203,6 +203,7 @@ def _describe_no_match(pattern: str, names: Sequence[str]) -> str:
 
 def _find_near_matches(pattern: str, names: Sequence[str]) -> list[str]:
     """Return up to three names similar to a pattern, the most similar first."""
+    # Wildcards at the ends of a part would lower its similarity to every name.
     parts = [part.strip("*?") for part in _split_name(pattern)]
     parts = [part for part in parts if part]
     scores = {name: _score_similarity(parts, name) for name in names}

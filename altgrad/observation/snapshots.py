@@ -16,12 +16,12 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from altgrad.observation.dtensor import get_local_gradients, local_of, local_tensors
+from altgrad.observation.dtensor import get_local_gradients, to_local_tensor, to_local_tensors
 
 Elements: TypeAlias = Callable[[str, Tensor], Tensor | None]
-"""A function from name and parameter to the flat indices to copy, int64 (indices).
+"""A function that takes name and parameter, and returns the flat indices to copy.
 
-The indices count elements of the local shard. None means every element."""
+The indices are int64 (indices) and count elements of the local shard. None means every element."""
 
 Chosen: TypeAlias = MutableMapping[Tensor, tuple[str, torch.Size, Tensor | None]]
 """The result of an `Elements` by parameter, with the name and shape for which it is valid."""
@@ -60,11 +60,11 @@ class Request(NamedTuple):
 
 
 Memory: TypeAlias = Callable[[Sequence[Request]], Sequence[Copies | None]]
-"""A function from the requests of all parameters to the memory of each.
+"""A function that takes the requests of all parameters, and returns the memory of each.
 
 None leaves the memory of a parameter to `Snapshots`. The function is called again, for all
-parameters, when a parameter is new or has changed its shape or dtype. Memory that it returned
-earlier is no longer used after that."""
+parameters, when a parameter is new or has changed its shape or dtype. Memory that the
+function returned earlier is no longer used after that."""
 
 SMALL = 2**14
 """Largest number of elements of a parameter whose copies may stay on an accelerator.
@@ -107,6 +107,7 @@ class Snapshot:
             name: The name of the parameter now.
             gradient: The gradient of the local shard now.
         """
+        # Each of these may change in place: `Module.to` moves and converts parameters by `.data`.
         parameter = self.parameter
         return (
             self.name == name
@@ -132,7 +133,7 @@ def read_weights_after(snapshots: Sequence[Snapshot]) -> list[Tensor]:
         The tensor `after` of each snapshot, filled with the current weights. Where `after` is None,
         a tensor that shares memory with the parameter.
     """
-    current = local_tensors(each.parameter for each in snapshots)
+    current = to_local_tensors(each.parameter for each in snapshots)
     copies: list[Tensor] = []
     sources: list[Tensor] = []
     for each, local in zip(snapshots, current, strict=True):
@@ -153,8 +154,8 @@ class Snapshots:
 
     On a CPU all memory is reused, because touching new memory takes longer than copying into it. On
     an accelerator only the memory of small and of sampled parameters is reused. Memory for whole
-    large parameters is allocated at each step, after the backward pass. So it does not add to the
-    peak, which the activations make.
+    large parameters is allocated at each step, after the backward pass. Allocated earlier, such
+    memory would add to the peak that activations cause.
 
     Args:
         elements: Function that chooses the elements of each parameter; None copies every element.
@@ -201,7 +202,7 @@ class Snapshots:
             A snapshot for each parameter that was copied, in the order of `parameters`.
         """
         present = [p for p in parameters if p[1].grad is not None and p[0] not in left_out]
-        weights = local_tensors(parameter for _, parameter, _ in present)
+        weights = to_local_tensors(parameter for _, parameter, _ in present)
         gradients = get_local_gradients(parameter for _, parameter, _ in present)
         if not self._has_memory_for(parameters, present, gradients):
             self._assign_memory(parameters, present, gradients)
@@ -221,6 +222,8 @@ class Snapshots:
                 copies += (snapshot.before, snapshot.gradient)
                 sources += (local, gradient)
             else:
+                # `take` reads flat indices for any strides, without a flattened copy:
+                # https://docs.pytorch.org/docs/stable/generated/torch.take.html
                 torch.take(local, snapshot.indices, out=snapshot.before)
                 torch.take(gradient, snapshot.indices, out=snapshot.gradient)
         _copy_all(copies, sources)
@@ -228,7 +231,7 @@ class Snapshots:
             for snapshot in snapshots:
                 # Divide, as the fused optimizers do; multiplying by 1/scale would round twice:
                 # aten/src/ATen/native/cuda/fused_adam_utils.cuh
-                snapshot.gradient.div_(local_of(grad_scale).to(snapshot.gradient.device))
+                snapshot.gradient.div_(to_local_tensor(grad_scale).to(snapshot.gradient.device))
         self.peak_bytes = max(self.peak_bytes, self._kept_bytes + temporary_bytes)
         return snapshots
 
@@ -304,9 +307,9 @@ class Snapshots:
 def _make_snapshot(request: Request, copies: Copies | None, gradient: Tensor) -> Snapshot:
     """Return a snapshot in the given memory, or in new memory if `copies` is None."""
     name, parameter, _, indices = request
-    local = local_of(parameter)
+    local = to_local_tensor(parameter)
     is_temporary = copies is None and indices is None and _is_large_on_accelerator(parameter)
-    if is_temporary:
+    if is_temporary:  # empty until `Snapshots.take` allocates the memory of a step
         memory = Copies(local.new_empty(0), gradient.new_empty(0), local)
     else:
         memory = copies or _allocate(local, gradient, indices)
@@ -330,7 +333,7 @@ def _is_large_on_accelerator(parameter: Tensor) -> bool:
 
 def _allocate(local: Tensor, gradient: Tensor, indices: Tensor | None) -> Copies:
     """Return memory with the strides of the tensors, or with one element for each index."""
-    if indices is None:
+    if indices is None:  # equal strides, so that a copy is one pass over contiguous memory
         return Copies(torch.empty_like(local), torch.empty_like(gradient), local)
     before, after = local.new_empty((2, *indices.shape)).unbind()
     return Copies(before, gradient.new_empty(indices.shape), after)
@@ -342,7 +345,7 @@ def _copy_all(copies: list[Tensor], sources: list[Tensor]) -> None:
     A loop of `copy_` takes twice as long for a thousand small tensors.
     """
     if copies:
-        # torch has no public name for it. Its own optimizers call it, too: torch/optim/asgd.py.
+        # torch has no public name for this operation; its optimizers call it: torch/optim/asgd.py.
         torch._foreach_copy_(copies, sources)
 
 
@@ -352,7 +355,7 @@ def _check_indices(indices: Tensor, name: str, parameter: Tensor) -> None:
             f"elements({name!r})={indices!r}: expected a one-dimensional int64 tensor of flat "
             "indices or None"
         )
-    count = local_of(parameter.detach()).numel()
+    count = to_local_tensor(parameter.detach()).numel()
     valid = (indices >= 0) & (indices < count)
     if not valid.all():
         raise ValueError(

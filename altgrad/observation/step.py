@@ -1,4 +1,4 @@
-"""Describe a finished step: `OptimizerStep` has its tensors, `StepOutcome` says what came of it.
+"""Describe a finished step: `OptimizerStep` has its tensors, and `StepOutcome` its result.
 
 Every observed step that ends has one `StepOutcome`. It contains an `OptimizerStep`, the reason why
 no weight moved, or an error.
@@ -44,8 +44,8 @@ class OptimizerStep:
         found_inf: One element, other than 0 if a fused optimizer under a GradScaler skipped the
             step; None for other optimizers.
         resting: Names of parameters that did not move, because their learning rate is 0. The step
-            that `on_step` receives leaves these out. Another rank may hold elements of them that
-            moved.
+            that `on_step` receives leaves such parameters out. Another rank may hold elements of
+            such a parameter that moved.
     """
 
     names: tuple[str, ...]
@@ -79,8 +79,8 @@ class StepOutcome:
     Attributes:
         optimizer: The torch optimizer that made the step.
         index: Number of steps of this optimizer since it was attached, before this one.
-        step: The step; None if it could not be observed. It is present for ``"learning rate 0"``,
-            too, since another rank may hold elements that moved.
+        step: The step; None if it could not be observed. The step is present for
+            ``"learning rate 0"``, too, since another rank may hold elements that moved.
         skipped: The reason why no weight on this rank moved; None if any did.
         error: The error that was raised while the step was observed; None if there was no error.
         copy_seconds: Time that the host took to copy weights and gradients, in seconds.

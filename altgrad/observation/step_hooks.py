@@ -45,7 +45,8 @@ def is_hooked(optimizer: Optimizer) -> bool:
 class StepHooks(Generic[Captured]):
     """The hooks of one owner on one optimizer: three calls around each step.
 
-    ``is_due(hooks)`` is called when the step begins. If it returns False, nothing more is called.
+    ``is_due(hooks)`` is called when the step begins. If `is_due` returns False, nothing more is
+    called.
 
     ``capture(hooks, optimizer)`` is called when the gradients are final and no weight has moved.
 
@@ -113,7 +114,7 @@ class StepHooks(Generic[Captured]):
             True if the hooks were removed.
         """
         optimizer = self._optimizer()
-        if optimizer is not None and step_depth(optimizer):
+        if optimizer is not None and count_step_calls(optimizer):
             return False
         for handle in self._handles:
             handle.remove()
@@ -125,7 +126,7 @@ class StepHooks(Generic[Captured]):
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> _Arguments | None:
         # Running at depth 1 means that the last step raised an error, and this is a new step.
-        if self._running and step_depth(optimizer) > 1:
+        if self._running and count_step_calls(optimizer) > 1:
             self._nested = True
             return None
         self._running, self._nested, self._captured = True, False, None
@@ -137,7 +138,7 @@ class StepHooks(Generic[Captured]):
         self.unseen = f"{kind} does not call the closure that it is given, and shows no gradients"
         # A deprecated protocol of GradScaler: torch/amp/grad_scaler.py, GradScaler.step.
         if kwargs.get("grad_scaler") is not None:
-            self.unseen = f"{kind} unscales its gradients with a GradScaler that it is handed"
+            self.unseen = f"{kind} unscales its gradients with a GradScaler that is passed to it"
             return None
         if closure is None:
             self._capture_now(optimizer)
@@ -179,7 +180,7 @@ class StepHooks(Generic[Captured]):
             self._captured = self._capture(self, optimizer)
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
-        if not self._running or (self._nested and step_depth(optimizer) > 1):
+        if not self._running or (self._nested and count_step_calls(optimizer) > 1):
             return
         self._running = False
         if self._observed:
@@ -247,7 +248,7 @@ def _differ(now: list[tuple[int, int] | None], then: list[tuple[int, int] | None
     return any(a != b for a, b in zip(now, then, strict=False) if a is not None and b is not None)
 
 
-def step_depth(optimizer: Optimizer) -> int:
+def count_step_calls(optimizer: Optimizer) -> int:
     """Return how many calls of an optimizer's `step` are running in this thread.
 
     The result is 0 outside of a step, and 1 in a hook of a step. It is 2 if a subclass has called

@@ -45,7 +45,7 @@ def forget_stored(storage: object) -> None:
         by_storage.pop(storage, None)
 
 
-def stored_formats(optimizers: Iterable[Any]) -> dict[Tensor, FloatFormat]:
+def get_stored_formats(optimizers: Iterable[Any]) -> dict[Tensor, FloatFormat]:
     """Return the stored parameters of optimizers, with their formats.
 
     Args:

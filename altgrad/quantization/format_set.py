@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from altgrad.quantization.block_formats import Formats, get_formats
 from altgrad.quantization.formats import Scaling, check_scaling
-from altgrad.quantization.number_format import NumberFormat, applied_scaling
+from altgrad.quantization.number_format import NumberFormat, get_applied_scaling
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ class FormatSet:
         self.formats = get_formats(formats)
         self.scaling = scaling
         self.names = tuple(format.name for format in self.formats)
-        self.applied = tuple(applied_scaling(format, scaling) for format in self.formats)
+        self.applied = tuple(get_applied_scaling(format, scaling) for format in self.formats)
         blocks = (each for each in self.applied if each is not None and not isinstance(each, str))
         self.block_sizes = tuple(sorted({size for _, size in blocks}))
         self.block = math.lcm(*self.block_sizes)

@@ -40,13 +40,13 @@ class Grids(NamedTuple):
 
     If the scales are powers of two, one for each row and format, the constants contain the scale.
     For any other scale, and for a format without subnormals or mantissa bits, `scale` is not None.
-    Then callers divide values by the scale first (`into`) and multiply results by it (`back`,
-    `true`).
+    Then callers divide values by the scale first (`divide_by_scale`) and multiply results by it
+    (`multiply_by_scale_`, `multiply_by_scale`).
 
     Attributes:
         eps: Spacing relative to the binade, ``2**-M``.
         first_spacing: Spacing from 0 to the smallest normal number.
-        last_gap: Spacing at the largest value.
+        last_spacing: Spacing at the largest value.
         top: Largest finite value.
         bottom: −`top`.
         ceiling: Upper limit of an updated weight: `top`, or inf if the format has an amax scale.
@@ -59,7 +59,7 @@ class Grids(NamedTuple):
 
     eps: Tensor
     first_spacing: Tensor
-    last_gap: Tensor
+    last_spacing: Tensor
     top: Tensor
     bottom: Tensor
     ceiling: Tensor
@@ -69,7 +69,7 @@ class Grids(NamedTuple):
     without_subnormals: tuple[tuple[int, float], ...]
     without_mantissa: tuple[tuple[int, int], ...]
 
-    def into(self, x: Tensor, out: Tensor) -> Tensor:
+    def divide_by_scale(self, x: Tensor, out: Tensor) -> Tensor:
         """Divide values by the scale, unless the constants contain the scale.
 
         Args:
@@ -81,11 +81,11 @@ class Grids(NamedTuple):
         """
         return x if self.scale is None else torch.div(x, self.scale, out=out)
 
-    def back(self, x: Tensor) -> Tensor:
+    def multiply_by_scale_(self, x: Tensor) -> Tensor:
         """Multiply values by the scale in place, unless the constants contain the scale."""
         return x if self.scale is None else x.mul_(self.scale)
 
-    def true(self, x: Tensor, out: Tensor) -> Tensor:
+    def multiply_by_scale(self, x: Tensor, out: Tensor) -> Tensor:
         """Multiply values by the scale without changing x, unless the constants contain the scale.
 
         Args:
@@ -98,7 +98,7 @@ class Grids(NamedTuple):
         return x if self.scale is None else torch.mul(x, self.scale, out=out)
 
 
-def grids_of(
+def make_grids(
     formats: Sequence[FloatFormat],
     is_scaled: Sequence[bool],
     scale: Tensor | None,
@@ -142,7 +142,7 @@ def grids_of(
     return Grids(
         eps=constants([1 / g.points_per_binade for g in each], scaled=False),
         first_spacing=constants([g.first_binade / g.points_per_binade for g in each]),
-        last_gap=constants([g.last_binade / g.points_per_binade for g in each]),
+        last_spacing=constants([g.last_binade / g.points_per_binade for g in each]),
         top=top,
         bottom=-top,
         ceiling=ceiling,
@@ -154,7 +154,7 @@ def grids_of(
     )
 
 
-def binade_of(x: Tensor, out: Tensor) -> Tensor:
+def extract_binades(x: Tensor, out: Tensor) -> Tensor:
     """Compute the largest power of two up to ``abs(x)``.
 
     Args:
@@ -164,11 +164,11 @@ def binade_of(x: Tensor, out: Tensor) -> Tensor:
     Returns:
         `out`. 0 and subnormal numbers of float64 give 0.
     """
-    torch.bitwise_and(bits_of(x), _EXPONENT_MASK, out=bits_of(out))
+    torch.bitwise_and(view_bits(x), _EXPONENT_MASK, out=view_bits(out))
     return out
 
 
-def bits_of(x: Tensor) -> Tensor:
+def view_bits(x: Tensor) -> Tensor:
     """Return the bits of a float64 tensor as an int64 view of its memory.
 
     A buffer keeps its view in an attribute `bits`, to save creating the view in each step.
@@ -192,7 +192,7 @@ def round_to_grids(
     multiple, or to the even code if M = 0.
 
     Args:
-        x: Values as `Grids.into` returns them, float64, (rows, 1 or formats, columns).
+        x: Values as `Grids.divide_by_scale` returns them, float64, (rows, 1 or formats, columns).
         grids: The constants of the formats.
         narrow: Buffer, float64, (rows, 1, columns); overwritten.
         spacing: Buffer, float64, (rows, formats, columns); overwritten.
@@ -201,7 +201,7 @@ def round_to_grids(
     Returns:
         The spacing at each value in `spacing`, and the rounded values in `out`.
     """
-    binade = binade_of(x, narrow if x.shape[1] == 1 else spacing)
+    binade = extract_binades(x, narrow if x.shape[1] == 1 else spacing)
     torch.maximum(torch.mul(binade, grids.eps, out=spacing), grids.first_spacing, out=spacing)
     for position, smallest_normal in grids.without_subnormals:
         below = (x if x.shape[1] == 1 else x[:, position : position + 1]).abs() < smallest_normal

@@ -246,6 +246,9 @@ def _round_to_even_code(t: Tensor, binade: Tensor, bias: int) -> Tensor:
 
     Without mantissa bits the last bit of a code is the last bit of its exponent field. The only
     ties of normal numbers are at ``abs(t) = 1.5``, between codes of neighbouring powers of two.
+
+    Returns:
+        A tensor of t's dtype and shape.
     """
     mantissa_bits, dtype_bias = _MANTISSA_BITS_AND_BIAS[t.dtype]
     exponent = (binade.view(_INTEGER[t.dtype]) >> mantissa_bits) - dtype_bias

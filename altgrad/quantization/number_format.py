@@ -1,7 +1,7 @@
 """`NumberFormat`: the interface of all number formats.
 
 `FloatFormat` (`float_format`) and `BlockFormat` (`block_formats`, the next file) implement the
-protocol. `applied_scaling` decides which weights share a scale in a format.
+protocol. `get_applied_scaling` decides which weights share a scale in a format.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class NumberFormat(Protocol):
         """
 
 
-def applied_scaling(format: NumberFormat, scaling: Scaling | None) -> Scaling | None:
+def get_applied_scaling(format: NumberFormat, scaling: Scaling | None) -> Scaling | None:
     """Return which weights share a scale in a format.
 
     A format with a block size always uses its own blocks. Formats of 16 bits or more are not

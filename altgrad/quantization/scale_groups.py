@@ -1,9 +1,9 @@
 """Scales of many layers and several formats: which elements share a scale, and its value.
 
 `Sharing` maps each element to its group (its layer, or a channel of the layer) and to its block.
-`element_scales` turns amaxes into the scale of each element and format. The amaxes of layers and
-channels are kept between steps, in `altgrad.monitor.scale_state`. The amaxes of blocks are computed
-in every step from the elements at hand, which are always whole blocks.
+`compute_element_scales` turns amaxes into the scale of each element and format. The amaxes of
+layers and channels are kept between steps, in `altgrad.monitor.scale_state`. The amaxes of blocks
+are computed in every step from the elements at hand, which are always whole blocks.
 
 Read `scaling` and `format_set` first; the next file is `grids`, which rounds under these scales.
 """
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.formats import Scaling
-from altgrad.quantization.scaling import amax_of, compute_format_scales
+from altgrad.quantization.scaling import compute_amax, compute_format_scales
 
 
-def layer_amax(x: Tensor, scaling: Scaling | None) -> Tensor:
+def compute_layer_amax(x: Tensor, scaling: Scaling | None) -> Tensor:
     """Return the amax of a layer, or of each of its channels.
 
     Args:
@@ -32,11 +32,11 @@ def layer_amax(x: Tensor, scaling: Scaling | None) -> Tensor:
     Returns:
         float32 (float64 for float64 x): (channels,) for ``"channel"``, otherwise (1,).
     """
-    return amax_of(x, "channel" if scaling == "channel" else "tensor").view(-1)
+    return compute_amax(x, "channel" if scaling == "channel" else "tensor").view(-1)
 
 
 @torch.no_grad()
-def layer_amax_of_each(
+def compute_layer_amaxes(
     parameters: Sequence[Tensor], scaling: Scaling | None
 ) -> tuple[list[Tensor], list[bool]]:
     """Return the amaxes of many layers, and which of them contain a 0.
@@ -49,7 +49,7 @@ def layer_amax_of_each(
         scaling: The scaling of the run. Only ``"channel"`` asks for amaxes of channels.
 
     Returns:
-        For each layer its amaxes as `layer_amax` returns them, and True if an amax is 0.
+        For each layer its amaxes as `compute_layer_amax` returns them, and True if an amax is 0.
     """
     amax: dict[int, Tensor] = {}
     has_zero: dict[int, bool] = {}
@@ -65,7 +65,7 @@ def layer_amax_of_each(
     return [amax[position] for position in positions], [has_zero[each] for each in positions]
 
 
-def tensor_amax_of(before: Tensor, amax: Tensor, sharing: Sharing | None = None) -> Tensor:
+def update_tensor_amaxes(before: Tensor, amax: Tensor, sharing: Sharing | None = None) -> Tensor:
     """Return the amax of each layer, raised to that of its measured elements if this is larger.
 
     Args:
@@ -77,7 +77,7 @@ def tensor_amax_of(before: Tensor, amax: Tensor, sharing: Sharing | None = None)
         A tensor (layers,) with the dtype of `amax`.
     """
     if sharing is None:
-        return torch.maximum(amax.amax(), amax_of(before, "tensor")).view(1)
+        return torch.maximum(amax.amax(), compute_amax(before, "tensor")).view(1)
     # scatter_reduce_ starts from 0, the amax of a layer without finite elements.
     largest = amax.new_zeros(sharing.layers)
     largest.scatter_reduce_(0, sharing.group_layer, amax, "amax")
@@ -85,7 +85,7 @@ def tensor_amax_of(before: Tensor, amax: Tensor, sharing: Sharing | None = None)
     return largest.scatter_reduce_(0, layer, _finite_magnitude(before), "amax")
 
 
-def single_scales(amax: Tensor, formats: FormatSet) -> Tensor:
+def compute_single_scales(amax: Tensor, formats: FormatSet) -> Tensor:
     """Return the scales of layers that have one scale, or none, in every format.
 
     Args:
@@ -141,7 +141,7 @@ class Sharing(NamedTuple):
     blocks: dict[int, _Blocks]
 
     @classmethod
-    def of(
+    def from_indices(
         cls, shape: torch.Size, indices: Tensor, sizes: Sequence[int], scaling: Scaling | None
     ) -> Sharing:
         """Return the sharing of some elements of one layer.
@@ -168,7 +168,7 @@ class Sharing(NamedTuple):
             blocks[size] = _Blocks(element_block, torch.zeros_like(different))
         return cls(1, group, torch.zeros(1, dtype=torch.int64).expand(channels), blocks)
 
-    def of_its_groups(self) -> tuple[Sharing, slice]:
+    def trim_groups(self) -> tuple[Sharing, slice]:
         """Drop the groups before the first and after the last group that has an element.
 
         Only valid for the elements of one layer.
@@ -182,7 +182,7 @@ class Sharing(NamedTuple):
         group, group_layer = self.group - groups.start, self.group_layer[groups]
         return self._replace(group=group, group_layer=group_layer), groups
 
-    def padded(self, count: int) -> Sharing:
+    def pad(self, count: int) -> Sharing:
         """Return the sharing with elements appended, which belong to group 0 and block 0.
 
         Args:
@@ -197,11 +197,14 @@ class Sharing(NamedTuple):
         return self._replace(group=group, blocks=blocks)
 
     @classmethod
-    def joined(cls, layers: Sequence[Sharing]) -> Sharing:
+    def join(cls, layers: Sequence[Sharing]) -> Sharing:
         """Join the sharings of several layers into one, in order.
 
         Args:
             layers: Sharings of one layer each, with equal block sizes, on one device.
+
+        Returns:
+            One sharing, whose groups and blocks are numbered through.
         """
         numbered = [*enumerate(layers)]
         blocks = {
@@ -227,7 +230,7 @@ class Sharing(NamedTuple):
         return Sharing(self.layers, group, group_layer, blocks)
 
 
-def element_scales(
+def compute_element_scales(
     before: Tensor,
     after: Tensor,
     amax: Tensor | None,
@@ -335,7 +338,7 @@ def _compute_tensor_amaxes(parameters: Sequence[Tensor]) -> tuple[Sequence[Tenso
     for position, number in enumerate(numbers):
         # aminmax passes NaN and inf on. Such tensors are rare, so only they pay for a second look.
         if not math.isfinite(number):
-            found[position] = layer_amax(parameters[position], "tensor")
+            found[position] = compute_layer_amax(parameters[position], "tensor")
             numbers[position] = found[position].item()
     return found, numbers
 
@@ -350,6 +353,6 @@ def _compute_channel_amaxes(parameters: Sequence[Tensor]) -> tuple[Sequence[Tens
         For each tensor a float32 or float64 tensor (channels,), and its minimum as a float; 1 if
         the tensor has no channels.
     """
-    found = [layer_amax(each, "channel") for each in parameters]
+    found = [compute_layer_amax(each, "channel") for each in parameters]
     one = found[0].new_ones(())
     return found, torch.stack([each.amin() if len(each) else one for each in found]).tolist()

@@ -1,6 +1,6 @@
 """Amax scales: from the largest finite magnitude to the scale that fits a format.
 
-`compute_scale` is the public function. `amax_of` finds the largest magnitude of a tensor, its
+`compute_scale` is the public function. `compute_amax` finds the largest magnitude of a tensor, its
 channels or its blocks, and `compute_format_scales` turns them into the scales of any number format.
 Read `ops` first. `scale_groups`, after `format_set`, extends this to many layers and formats.
 """
@@ -78,7 +78,7 @@ def compute_scale(
     if not isinstance(power_of_two, bool) and power_of_two != "floor":
         raise ValueError(f"power_of_two={power_of_two!r}: expected True, False or 'floor'")
     check_scaling(scaling)
-    scale = compute_scale_from_amax(amax_of(x, scaling), format, power_of_two=power_of_two)
+    scale = compute_scale_from_amax(compute_amax(x, scaling), format, power_of_two=power_of_two)
     if isinstance(scaling, str) or x.dim() == 0:
         return scale
     return scale.repeat_interleave(_block_size(scaling, x), dim=-1)[..., : x.shape[-1]]
@@ -142,7 +142,7 @@ def compute_format_scales(
 
 
 @torch.no_grad()
-def amax_of(x: Tensor, scaling: Scaling) -> Tensor:
+def compute_amax(x: Tensor, scaling: Scaling) -> Tensor:
     """Return the largest finite magnitude of a tensor, of each channel, or of each block.
 
     A large tensor is processed in pieces along dimension 0, to avoid a temporary of the size of x.

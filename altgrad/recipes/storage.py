@@ -24,14 +24,14 @@ from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.optimizers import unwrap
 from altgrad.observation.parameter_names import parameter_names
 from altgrad.observation.rules import SamplingRule, resolve_layers
-from altgrad.observation.step_hooks import is_hooked, step_depth
+from altgrad.observation.step_hooks import count_step_calls, is_hooked
 from altgrad.observation.stored import forget_stored, register_stored
 from altgrad.quantization import quantize, spacing
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.block_formats import get_formats
 from altgrad.quantization.formats import Scaling, check_scaling
-from altgrad.quantization.number_format import NumberFormat, applied_scaling
-from altgrad.quantization.scaling import amax_of, compute_format_scales
+from altgrad.quantization.number_format import NumberFormat, get_applied_scaling
+from altgrad.quantization.scaling import compute_amax, compute_format_scales
 
 StorageRounding = Literal["nearest_even", "stochastic"]
 """The ways to round stored weights."""
@@ -311,7 +311,7 @@ class WeightStorage:
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Round the weights after a step of an optimizer, as its hook."""
-        if step_depth(optimizer) > 1:
+        if count_step_calls(optimizer) > 1:
             return  # a super().step() within a step, which may still change the weights
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -348,7 +348,7 @@ class _Layer:
         self.format = format
         self._parameter = parameter
         self.element = format.element
-        self._scaling = applied_scaling(format, scaling)
+        self._scaling = get_applied_scaling(format, scaling)
         self._scales: Tensor | None = None  # 0 where all weights have been 0
         self._lost: Tensor | None = None
         if compensation is not None:
@@ -419,12 +419,18 @@ class _Layer:
             self._lost.copy_(self._check_shape(state["lost"], self._lost.shape, "rounding errors"))
 
     def _check_shape(self, loaded: Tensor, shape: torch.Size, what: str) -> Tensor:
-        """Return a loaded tensor on the device of the layer, or raise ValueError for its shape.
+        """Return a loaded tensor on the device of the layer.
 
         Args:
             loaded: The tensor from the state.
             shape: The shape that the layer needs.
             what: The contents of the tensor in plural, for the error.
+
+        Returns:
+            The tensor, of that shape.
+
+        Raises:
+            ValueError: The tensor has another shape.
         """
         if loaded.shape != shape:
             raise ValueError(
@@ -464,14 +470,15 @@ class _Layer:
 
     def _needed_scales(self, weights: Tensor, scaling: Scaling) -> Tensor:
         """Return the smallest scales that fit the weights, float64; 0 where all weights are 0."""
-        amax = amax_of(weights, scaling)
+        amax = compute_amax(weights, scaling)
         return torch.where(amax == 0, 0.0, compute_format_scales(amax, self.format))
 
 
 def _one_format(formats: Any) -> NumberFormat:
-    """Return the only format among `formats`, or raise ValueError.
+    """Return the only format among `formats`, whose scales must be powers of two.
 
-    The scales of the format must be powers of two.
+    Raises:
+        ValueError: There is not exactly one format, or its scales are not powers of two.
     """
     found = get_formats(formats)
     if len(found) != 1:

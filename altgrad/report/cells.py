@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from altgrad._messages import percent
+from altgrad._messages import format_percent
 from altgrad.report.calibration import calibration
 from altgrad.report.verdicts import Advice, Verdict
 
@@ -27,7 +27,7 @@ MEANINGS = {
     "rounding or Kahan (WeightStorage)",
     Verdict.NEEDS_REMEDY: f"below {_LIMITS.needs_remedy:g}: stochastic rounding, Kahan, or fp32 "
     "master weights",
-    Verdict.FROZEN: f"{percent(_LIMITS.frozen)} or more of the weights never moved",
+    Verdict.FROZEN: f"{format_percent(_LIMITS.frozen)} or more of the weights never moved",
     Verdict.RANGE: "weights fall out of the format's range: a finer scale",
     Verdict.UNCERTAIN: "the sample is too small to tell: raise max_elements",
     Verdict.NOT_JUDGED: "no update that the format could lose",

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from altgrad._messages import percent
+from altgrad._messages import format_percent
 from altgrad.measurement.histogram import Histogram
 from altgrad.report.canvas import (
     finish_empty_figure,
@@ -301,8 +301,10 @@ def _write_lost_and_kept(axes: Axes, histogram: Histogram) -> None:
     if not total:
         axes.text(0.01, 1, "no update", color=_GREY, **place)
         return
-    axes.text(0.01, 1, f"{percent(lost / total)} too small to move a weight", color=_LOST, **place)
-    kept = percent(1 - lost / total)
+    axes.text(
+        0.01, 1, f"{format_percent(lost / total)} too small to move a weight", color=_LOST, **place
+    )
+    kept = format_percent(1 - lost / total)
     axes.text(0.99, 1, f"{kept} large enough", color=_KEPT, ha="right", **place)
 
 

@@ -39,8 +39,6 @@ class RunReport:
         """Judge a run and return its report."""
         return cls(run, judge_run(run))
 
-    of = from_run
-
     @property
     def formats(self) -> list[str]:
         """Names of the judged formats, in the order of the run."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
-from altgrad._messages import few, percent
+from altgrad._messages import few, format_percent
 from altgrad.report.calibration import calibration
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import FormatInfo, LayerInfo
@@ -298,7 +298,7 @@ def _judge(figures: Mapping[str, float], errors: Mapping[str, float]) -> tuple[V
         )
     if never_moved >= _LIMITS.frozen:
         return Verdict.FROZEN, (
-            f"{percent(never_moved)} of the weights that had updates would never have moved"
+            f"{format_percent(never_moved)} of the weights that had updates would never have moved"
         )
     if kept < _LIMITS.stores_fine and (verdict := _range_verdict(figures, errors)):
         shares = (_write_percent(figures[metric], errors[metric]) for metric in _RANGE)
@@ -339,9 +339,8 @@ def _judge_by_kept(kept: float, error: float, stall: float) -> tuple[Verdict, st
             "update to estimate the error"
         )
     low, high = (_classify(kept + side * _WIDTH * error) for side in (-1, 1))
-    share = (
-        f"{_write_figure(kept, error)} of the update is kept and {percent(stall)} of updates vanish"
-    )
+    stalled = format_percent(stall)
+    share = f"{_write_figure(kept, error)} of the update is kept and {stalled} of updates vanish"
     if low is not high:
         return Verdict.UNCERTAIN, f"{share}, which could be “{low.short}” or “{high.short}”"
     return low, f"{share} on average"
@@ -395,7 +394,7 @@ _SUMMARY_WORDS = {
 
 def _write_percent(share: float, error: float) -> str:
     # 200 is two standard errors in percent.
-    return f"{percent(share)} ± {200 * error:.1g}" if error > 0 else percent(share)
+    return f"{format_percent(share)} ± {200 * error:.1g}" if error > 0 else format_percent(share)
 
 
 def _write_figure(value: float, error: float) -> str:

@@ -21,7 +21,7 @@ from tests.distributed.comparing import differences
 from tests.distributed.sharded import WholeSteps, fsdp, hsdp, replayed
 from tests.distributed.training import train, warned
 
-shard_of, reduce, expected_of = Shard.of, HostGroup.reduce, ShardedLayers.expected
+shard_of, reduce, expected_of = Shard.read, HostGroup.reduce, ShardedLayers.expected
 
 
 def every_replica_counts(*arguments) -> Shard:
@@ -55,7 +55,7 @@ def observe(rank: int, make, size: int) -> list[str]:
 
 
 def control(rank: int) -> dict[str, list[str]]:
-    twice = mock.patch.object(Shard, "of", staticmethod(every_replica_counts))
+    twice = mock.patch.object(Shard, "read", staticmethod(every_replica_counts))
     unnoticed = mock.patch.object(ShardedLayers, "expected", twice_as_many)
     average = mock.patch.object(HostGroup, "reduce", average_for_max)
     found = {"sound": observe(rank, hsdp, 2)}

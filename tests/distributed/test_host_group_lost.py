@@ -18,8 +18,8 @@ from tests.processes import run
 
 SIZE = 2
 LOST = (
-    "UpdateMonitor stops observing after an error: rank 0 failed in step 1 of SGD: rank 0 of 2 did "
-    "not hear from every other one in time; "
+    "UpdateMonitor stops observing after an error: rank 0 failed before step 1 of SGD: rank 0 of 2 "
+    "did not hear from every other one in time; "
 )
 """Told by every rank after a call in which rank 0 was alone."""
 
@@ -95,7 +95,7 @@ def checkpoint_alone(rank: int) -> dict[str, Any]:
 
 def test_a_checkpoint_of_one_rank_alone_is_told_by_every_rank_and_ends_neither() -> None:
     first, second = run(checkpoint_alone, SIZE, collective=LIMIT)
-    assert "state_dict() was not called in every process" in first["told"][0]
+    assert "state_dict() was not called on every rank" in first["told"][0]
     assert first["state"]["ever_moved"] == {}
     assert first["state"]["scales"]
     assert first["told"][1] == second["told"][0]

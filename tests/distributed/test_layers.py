@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from altgrad.distributed.layers import ShardedLayers
-from altgrad.observation.dtensor import local_of
+from altgrad.observation.dtensor import to_local_tensor
 from tests.distributed.listening import Listening
 from tests.distributed.sharded import (
     fsdp,
@@ -46,7 +46,7 @@ def measure(rank: int) -> dict[str, dict[str, Any]]:
         layers = layers_of(rank, parameters)
         for name, parameter in parameters.items():
             part = layers.measured_part(name)
-            here = local_of(parameter.detach()).flatten()
+            here = to_local_tensor(parameter.detach()).flatten()
             found[f"{make.__name__} {name}"] = {
                 "positions": part.positions,
                 "values": here if part.local is None else here[part.local],

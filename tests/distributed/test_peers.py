@@ -10,7 +10,7 @@ from torch import nn
 
 from altgrad import StepRecord, UpdateMonitor
 from altgrad.distributed.peers import Alone, StepSums
-from altgrad.quantization.scale_groups import layer_amax_of_each
+from altgrad.quantization.scale_groups import compute_layer_amaxes
 from tests.distributed.comparing import plain
 from tests.distributed.listening import Listening
 from tests.distributed.sharded import Net, fsdp
@@ -96,7 +96,7 @@ def test_all_elements_of_all_layers_are_here() -> None:
 def test_the_amax_and_totals_of_one_rank_are_those_of_all(scaling) -> None:
     parameters = {"a": torch.tensor([[1.0, -3.0], [0.0, 0.0]]), "b": torch.zeros(2, 2)}
     amax, has_zero = Alone().amax(parameters, scaling)
-    expected, expected_zero = layer_amax_of_each([*parameters.values()], scaling)
+    expected, expected_zero = compute_layer_amaxes([*parameters.values()], scaling)
     assert [each.tolist() for each in amax] == [each.tolist() for each in expected]
     assert [*has_zero] == [*expected_zero]
     numbers = torch.tensor([1.0, 2.0])

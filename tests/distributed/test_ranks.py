@@ -130,8 +130,8 @@ def test_every_rank_tells_which_ranks_failed_and_how(three) -> None:
     causes = ["None", "ArithmeticError('of 1')", "ArithmeticError('of 2')"]
     for cause, each in zip(causes, three(fail), strict=True):
         assert each["told"] == (
-            f"rank 1 failed in {STEP}: ArithmeticError('of 1') in fail; "
-            f"rank 2 failed in {STEP}: ArithmeticError('of 2') in fail"
+            f"rank 1 failed before {STEP}: ArithmeticError('of 1') in fail; "
+            f"rank 2 failed before {STEP}: ArithmeticError('of 2') in fail"
         )
         assert each["cause"] == cause
         assert each["left"] is None
@@ -184,7 +184,7 @@ def fail_to_take(rank: int) -> dict[str, Any]:
 
 
 def test_numbers_of_one_that_failed_do_not_count_and_the_next_step_tells_it(three) -> None:
-    told = f"RankError: rank 1 failed in {STEP}: ArithmeticError('of numbers') in take"
+    told = f"RankError: rank 1 failed before {STEP}: ArithmeticError('of numbers') in take"
     for each in three(fail_to_take):
         assert each["maximum"] == [-3.0, 1.0]
         assert each["total"] == [-8.0, 2.0]
@@ -237,7 +237,8 @@ def test_different_calls_are_named_where_they_meet_and_by_every_rank_in_the_next
         "rank 1 is in state_dict() while rank 2 is in weight_octaves()",
     ]
     named = [f"{it}: all processes have to call both, in the same order" for it in met_others]
-    in_the_step = "; ".join(f"rank {k} failed in {STEP}: {text}" for k, text in enumerate(named))
+    each = (f"rank {rank} failed before {STEP}: {text}" for rank, text in enumerate(named))
+    in_the_step = "; ".join(each)
     for own, (at_once, afterwards, next_step) in zip(named, three(make_other_calls), strict=True):
         assert at_once == f"LostRankError: {own}"
         assert afterwards.startswith("LostRankError: ")

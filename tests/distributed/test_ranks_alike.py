@@ -175,6 +175,6 @@ def test_ranks_in_different_calls_name_both() -> None:
     assert "rank 0 is in weight_octaves() while rank 1 is in state_dict()" in second["told"]
     assert first["next"] == second["next"]
     assert first["next"].startswith(
-        "RankError: rank 0 failed in step 1 of SGD: rank 1 is in state_dict() while rank 0 is in "
+        "RankError: rank 0 failed before step 1 of SGD: rank 1 is in state_dict() while rank 0 is "
     )
-    assert "; rank 1 failed in step 1 of SGD: rank 0 is in weight_octaves() w" in first["next"]
+    assert "; rank 1 failed before step 1 of SGD: rank 0 is in weight_octaves() w" in first["next"]

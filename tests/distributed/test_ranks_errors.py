@@ -46,7 +46,7 @@ def before(owner: object, name: str, fails: Callable[[], object]) -> AbstractCon
 PLACES = {
     "measuring": (Measurer, "measure_batch"),
     "copying": (Snapshots, "take"),
-    "scales": (together, "layer_amax_of_each"),
+    "scales": (together, "compute_layer_amaxes"),
 }
 
 
@@ -95,7 +95,8 @@ def test_an_error_of_one_ends_the_observation_of_all_and_each_tells_whose_it_was
     two, place: str
 ) -> None:
     step = 2 if place == "on_record" else 1  # which had ended for the others, who learn of it later
-    told = f"rank 1 failed in step {step} of SGD: ArithmeticError('{place} of 1') in fails"
+    when = "in" if place in ("measuring", "copying") else "before"
+    told = f"rank 1 failed {when} step {step} of SGD: ArithmeticError('{place} of 1') in fails"
     first, second = two(fail_in, place, (1,))
     assert first["seen"] == ([0, 1] if place == "on_record" else [0])
     assert second["seen"] == [0]
@@ -132,7 +133,7 @@ def test_each_rank_tells_the_class_that_its_user_made(two) -> None:
     for told in two(owner):
         assert len(told) == 1
         assert told[0].startswith(
-            "Watching stops observing after an error: rank 0 failed in step 1 of SGD: "
+            "Watching stops observing after an error: rank 0 failed before step 1 of SGD: "
             "ZeroDivisionError("
         )
 
@@ -160,7 +161,7 @@ def test_strict_raises_on_every_rank_from_the_error_where_it_was(two) -> None:
     causes = ["None", "ArithmeticError('of one')"]
     for cause, each in zip(causes, two(strict), strict=True):
         assert each == {
-            "raised": "rank 1 failed in step 1 of SGD: ArithmeticError('of one') in fails",
+            "raised": "rank 1 failed before step 1 of SGD: ArithmeticError('of one') in fails",
             "cause": cause,
             "index": 0,
             "told": [],

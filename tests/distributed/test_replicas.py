@@ -22,7 +22,7 @@ SIZE = 2
 
 
 def found_different(rank: int, parameters: dict[str, Tensor]) -> list[str]:
-    shards = {name: Shard.of(name, each, rank) for name, each in parameters.items()}
+    shards = {name: Shard.read(name, each, rank) for name, each in parameters.items()}
     ranks = Ranks()
     ranks.meet()
     return different_replicas(parameters, shards.__getitem__, ranks)

@@ -41,7 +41,7 @@ def laid_by_torch(rank: int) -> dict[str, tuple[Tensor, Shard]]:
             whole = torch.arange(math.prod(shape)).view(shape)
             for placements in each_layout(shape, len(size)):
                 laid = distribute_tensor(whole, mesh, placements)
-                shard = Shard.of("it", laid, rank)
+                shard = Shard.read("it", laid, rank)
                 found[f"{shape} {size} {placements}"] = laid.to_local().flatten(), shard
     return found
 
@@ -51,7 +51,7 @@ def assert_each_element_counts_once(ranks: list[dict[str, tuple[Tensor, Shard]]]
         held, shards = zip(*(each[layout] for each in ranks), strict=True)
         numel = math.prod(shards[0].shape)
         for elements in (None, torch.arange(0, numel, 2)):
-            parts = [shard.part_of(elements) for shard in shards]
+            parts = [shard.find_part(elements) for shard in shards]
             for local, shard, part in zip(held, shards, parts, strict=True):
                 own = local if shard.counts else local[:0]
                 own = own if elements is None else own[own % 2 == 0]
@@ -90,7 +90,7 @@ def fully_shard_after_tensor_parallel(rank: int) -> dict[str, tuple[Tensor, Shar
             copies = distribute_tensor(whole, mesh, [Replicate()] * 2)
             parameter.data.copy_(copies.redistribute(placements=placements))
             local = parameter.to_local().detach().flatten().long()
-            found[f"{name} {placements}"] = local, Shard.of(name, parameter, rank)
+            found[f"{name} {placements}"] = local, Shard.read(name, parameter, rank)
     return found
 
 
@@ -158,8 +158,8 @@ def test_a_sample_is_found_where_its_elements_lie_each_once(layout, data) -> Non
     sample = torch.tensor(sorted(data.draw(st.sets(st.integers(0, numel - 1)))), dtype=torch.int64)
     found = []
     for laid in everywhere(*layout):
-        shard = Shard.of("it", laid, laid.rank)
-        part = shard.part_of(sample)
+        shard = Shard.read("it", laid, laid.rank)
+        part = shard.find_part(sample)
         assert torch.equal(part.indices, sample[part.positions])
         assert torch.equal(laid.local.flatten()[part.local], part.indices)
         found.append(part.positions)
@@ -182,25 +182,25 @@ def test_a_block_is_torn_where_one_rank_has_some_of_its_columns_and_not_all(
         for whole in columns.split(block):
             here = int(torch.isin(whole, held).sum())
             is_torn |= 0 < here < len(whole)
-    tears = {Shard.of("it", each, each.rank).tears(block) for each in everywhere(*layout)}
+    tears = {Shard.read("it", each, each.rank).tears(block) for each in everywhere(*layout)}
     assert tears == {is_torn}
 
 
 def test_of_what_is_no_dtensor_the_first_rank_counts_all() -> None:
-    first, second = (Shard.of("it", torch.zeros(2, 3), rank) for rank in (0, 1))
+    first, second = (Shard.read("it", torch.zeros(2, 3), rank) for rank in (0, 1))
     assert first.part == second.part == (0, 1)
-    assert first.part_of(None).indices.tolist() == [*range(6)]
-    assert first.part_of(None).local is None
-    for part in (second.part_of(None), second.part_of(torch.tensor([1])), empty_part()):
+    assert first.find_part(None).indices.tolist() == [*range(6)]
+    assert first.find_part(None).local is None
+    for part in (second.find_part(None), second.find_part(torch.tensor([1])), empty_part()):
         assert [*map(len, part)] == [0, 0, 0]
 
 
 def test_a_mesh_without_the_first_rank_is_a_replica_of_the_one_that_has_it() -> None:
     laid = Laid([4], [2], [Cut(0)], [1])
     laid.device_mesh.mesh += 2
-    shard = Shard.of("it", laid, 3)
+    shard = Shard.read("it", laid, 3)
     assert shard.part == (1, 2)
-    assert [*map(len, shard.part_of(None))] == [0, 0, 0]
+    assert [*map(len, shard.find_part(None))] == [0, 0, 0]
 
 
 # What is refused
@@ -214,21 +214,21 @@ class Ragged(Placement):
 def test_placements_that_are_neither_shards_nor_replicas_are_refused_by_name(placement) -> None:
     laid = Laid([4, 4], [2, 2], [Cut(0), placement], [0, 0])
     with pytest.raises(ValueError, match=r"^up.weight is placed as .*; redistribute it"):
-        Shard.of("up.weight", laid, 0)
+        Shard.read("up.weight", laid, 0)
 
 
 def test_a_mesh_that_leaves_out_a_rank_is_refused_there() -> None:
     laid = Laid([4], [2], [Cut(0)], [0])
     laid.device_mesh.get_coordinate = lambda: None
     with pytest.raises(ValueError, match=r"^up.weight lies in ranks \[0, 1\] alone, .* rank 2: "):
-        Shard.of("up.weight", laid, 2)
+        Shard.read("up.weight", laid, 2)
 
 
 def test_a_shard_of_another_shape_than_its_placements_say_is_refused() -> None:
     laid = Laid([6, 4], [3], [Cut(0)], [1])
     laid.local = torch.zeros(3, 4)
     with pytest.raises(ValueError, match=r"shard of \(2, 4\) of its \(6, 4\) here, .* \(3, 4\); "):
-        Shard.of("up.weight", laid, 1)
+        Shard.read("up.weight", laid, 1)
 
 
 def partial(rank: int) -> str:

@@ -119,10 +119,10 @@ def test_one_that_failed_says_no_figures_and_the_others_are_heard_all_the_same()
 def test_messages_of_different_steps_can_meet_and_it_is_noticed(step, is_one: bool) -> None:
     first, second = message_of(local()), message_of(local(), step=step)
     assert (first.sums.shape, first.maxima.shape) == (second.sums.shape, second.maxima.shape)
-    assert first.is_of_one_step
-    assert second.is_of_one_step
-    assert reduced([first, second]).is_of_one_step == is_one
-    assert reduced([second, message_of(local())]).is_of_one_step == is_one
+    assert first.agrees_on_step
+    assert second.agrees_on_step
+    assert reduced([first, second]).agrees_on_step == is_one
+    assert reduced([second, message_of(local())]).agrees_on_step == is_one
 
 
 @pytest.mark.parametrize("kind", ["stepped", "measured"])

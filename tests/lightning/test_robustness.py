@@ -151,7 +151,7 @@ def test_layers_may_have_any_name(tmp_path: Path) -> None:
     run.fit(Named(names), batches(3))
     assert [*monitor.latest] == names
     assert [*read(monitor.path).layers] == names
-    html = page(RunReport.of(read(monitor.path)))
+    html = page(RunReport.from_run(read(monitor.path)))
     assert "<script>alert(1)" not in html
     tags = logged(run.logger.log_dir)
     assert all(f"altgrad/stall_frac/bf16/{name}" in tags for name in names)
@@ -169,7 +169,7 @@ def test_two_thousand_layers_make_at_most_300_charts(tmp_path: Path) -> None:
     own = [tag for tag in events.Tags()["scalars"] if tag.startswith("altgrad/")]
     assert len(own) <= 300
     assert len(events.Images("altgrad/stall_frac_map/bf16")[0].encoded_image_string) < 1_000_000
-    assert len(page(RunReport.of(read(monitor.path)))) < 5_000_000
+    assert len(page(RunReport.from_run(read(monitor.path)))) < 5_000_000
 
 
 def test_nan_in_all_weights_is_logged_without_a_warning(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_nan_in_all_weights_is_logged_without_a_warning(tmp_path: Path) -> None:
     assert [step for step, _ in stalls] == [0, 1, 2]
     assert all(math.isnan(value) for _, value in stalls[1:])
     assert monitor.latest_model["nonfinite_frac"] == 1
-    assert page(RunReport.of(read(monitor.path)))
+    assert page(RunReport.from_run(read(monitor.path)))
 
 
 def test_a_logger_is_dropped_after_an_error_in_its_pictures(

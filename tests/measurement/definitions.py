@@ -1,4 +1,4 @@
-"""Every metric by its definition, in numpy and gfloat: none of AltGrad's own functions."""
+"""Every metric by its definition, in numpy and gfloat, without functions of AltGrad."""
 
 import functools
 import math
@@ -31,14 +31,14 @@ INFOS = {
     "e2m1": format_info_ocp_e2m1,
 }
 UNSCALED = {"bf16", "fp16"}
-"""Their scale is 1 in every scaling."""
+"""Names of formats whose scale is 1 under every scaling."""
 DTYPES = {
     torch.float32: (-126, 23),
     torch.float64: (-1022, 52),
     torch.bfloat16: (-126, 7),
     torch.float16: (-14, 10),
 }
-"""emin and mantissa bits of what weights are stored in."""
+"""Smallest exponent and mantissa bits of the dtypes in which weights are stored."""
 SCALINGS = (None, "tensor", "channel", ("block", 32))
 EXACT = {
     *(name for name in (*LAYER_METRICS, *FORMAT_METRICS) if name.endswith("_frac")),
@@ -49,7 +49,7 @@ EXACT = {
 
 @functools.cache
 def extended(name: str) -> gfloat.FormatInfo:
-    """The same grid, going on above the top."""
+    """Return the same grid without a top."""
     info = INFOS[name]
     return gfloat.FormatInfo(
         f"{name} extended",
@@ -83,7 +83,7 @@ def rounded(
 def scales(
     w: np.ndarray, v: np.ndarray, name: str, scaling: object, dtype: torch.dtype
 ) -> np.ndarray:
-    """The smallest power of two with which nothing clips, for each element; v where w is 0."""
+    """Return for each element the smallest power of two that clips nothing; from v if w is 0."""
     if scaling is None or name in UNSCALED:
         return np.ones_like(w)
     sizes = [np.where(np.isfinite(each), np.abs(each), 0) for each in (w, v)]
@@ -119,7 +119,7 @@ def ratio(a: float, b: float) -> float:
     return float(a) / float(b) if b else math.nan
 
 
-def oracle_of_layer(w0: Tensor, w1: Tensor, gradient: Tensor) -> dict[str, float]:
+def layer_oracle(w0: Tensor, w1: Tensor, gradient: Tensor) -> dict[str, float]:
     dtype = w0.dtype
     w, v, g = (each.detach().double().numpy().reshape(-1) for each in (w0, w1, gradient))
     finite = np.isfinite(w) & np.isfinite(v) & np.isfinite(g)
@@ -148,7 +148,7 @@ def oracle_of_layer(w0: Tensor, w1: Tensor, gradient: Tensor) -> dict[str, float
     }
 
 
-def oracle_of_format(
+def format_oracle(
     w0: Tensor, w1: Tensor, gradient: Tensor, name: str, scaling: object
 ) -> dict[str, float]:
     dtype, info = w0.dtype, INFOS[name]
@@ -177,9 +177,11 @@ def oracle_of_format(
         rounded(goal, name, s, mode, clamped=False)
         for mode in (gfloat.RoundMode.TowardNegative, gfloat.RoundMode.TowardPositive)
     )
-    variance = (goal - low) * (high - goal)  # of a draw that is high with (goal−low)/(high−low)
+    variance = (goal - low) * (
+        high - goal
+    )  # of a draw that is high with probability (goal − low) / (high − low)
 
-    # The gradient beside the stiffness
+    # The gradient relative to the stiffness
     paired = w != 0
     size, gap = np.abs(g[paired]), stiffness[paired]
     defined = paired.any() and np.ptp(size) > 0 and np.ptp(gap) > 0
@@ -213,14 +215,14 @@ def oracle_of_format(
 
 
 def assert_figures(step: tuple[Tensor, Tensor, Tensor], names: list[str], scaling: object) -> None:
-    """All figures of `measure` equal the definitions: counts, bins and extrema exactly."""
+    """Assert that figures of `measure` equal the definitions: counts, bins and extrema exactly."""
     figures = measure(*step, names, scaling)
-    expected = oracle_of_layer(*step)
+    expected = layer_oracle(*step)
     assert set(expected) == set(LAYER_METRICS)
     for name in names:
-        of_format = oracle_of_format(*step, name, scaling)
-        assert set(of_format) == set(FORMAT_METRICS) - NEED_TRACKING
-        expected |= {f"{metric}/{name}": value for metric, value in of_format.items()}
+        format_figures = format_oracle(*step, name, scaling)
+        assert set(format_figures) == set(FORMAT_METRICS) - NEED_TRACKING
+        expected |= {f"{metric}/{name}": value for metric, value in format_figures.items()}
     assert set(figures) == set(expected)
     wrong = {}
     for key, value in expected.items():
@@ -231,15 +233,15 @@ def assert_figures(step: tuple[Tensor, Tensor, Tensor], names: list[str], scalin
 
 
 def a_step(dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights over many binades, zeros, some beyond the top of e2m1, updates over many more."""
+    """Make weights over many binades, some 0 or beyond the top of e2m1; updates over many more."""
     generator = np.random.default_rng(seed)
-    shape = 6, 80  # blocks of 32 leave a tail
+    shape = 6, 80  # the last block of 32 in a row is shorter
     w = generator.normal(size=shape) * 2.0 ** generator.integers(-12, 1, size=shape)
     w.flat[::37] = 0
     w.flat[1::101] *= 12 / np.abs(w.flat[1::101])
     d = generator.normal(size=shape) * np.abs(w) * 10.0 ** generator.uniform(-6, -0.5, shape)
-    d = np.where(np.abs(w) > 0.5, -np.abs(d) * np.sign(w), d)  # away from the top
-    d.flat[::111] = 1e-3  # of zeros too
+    d = np.where(np.abs(w) > 0.5, -np.abs(d) * np.sign(w), d)  # large weights shrink
+    d.flat[::111] = 1e-3  # some weights of 0 move, too
     d.flat[3::7] = 0
     g = generator.normal(size=shape) * 10.0 ** generator.uniform(-4, 0, shape)
     g.flat[2::9] = 0
@@ -248,7 +250,7 @@ def a_step(dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, T
     return before, after, torch.from_numpy(g).to(dtype)
 
 
-def key_of(parameter: object) -> str:
+def make_key(parameter: object) -> str:
     return "-".join(map(str, parameter)) if isinstance(parameter, tuple) else str(parameter)
 
 

@@ -1,4 +1,4 @@
-"""The catalogue: what it says of each metric is so."""
+"""The catalogue: names, ranges and tables of metrics."""
 
 import math
 import os
@@ -16,13 +16,13 @@ from altgrad.measurement.figures import tensor_figures
 from altgrad.measurement.measure import measure
 from altgrad.measurement.measurer import Measurer
 from altgrad.quantization.format_set import FormatSet
-from tests.measurement.definitions import DTYPES, INFOS, SCALINGS, SPECIAL, a_step, key_of
+from tests.measurement.definitions import DTYPES, INFOS, SCALINGS, SPECIAL, a_step, make_key
 
 CATALOGUE = {**LAYER_METRICS, **FORMAT_METRICS}
 
 
 def lies_in(value: float, text: str, n: int) -> bool:
-    """Whether a range as the catalogue writes it has the value; NaN is in every one."""
+    """Return True if a range of the catalogue includes a value; NaN is in every range."""
     if math.isnan(value) or text == "real or inf":
         return True
     if text == "real":
@@ -48,32 +48,30 @@ def lies_in(value: float, text: str, n: int) -> bool:
         ("real", [-3.0], [math.inf]),
     ],
 )
-def test_ranges_are_read_as_they_are_meant(
-    text: str, inside: list[float], outside: list[float]
-) -> None:
+def test_lies_in_reads_ranges(text: str, inside: list[float], outside: list[float]) -> None:
     assert all(lies_in(value, text, 7) for value in (*inside, math.nan))
     assert not any(lies_in(value, text, 7) for value in outside)
 
 
 @pytest.mark.parametrize("metric", CATALOGUE.values(), ids=list(CATALOGUE))
-def test_every_entry_says_what_it_is(metric: Metric) -> None:
+def test_every_metric_has_a_readable_range_and_is_in_the_docs_table(metric: Metric) -> None:
     assert CATALOGUE[metric.name] is metric
     assert re.fullmatch(r"[a-z][a-z0-9_]*", metric.name)
     assert metric.unit
     assert metric.high
     assert lies_in(math.nan, metric.range, 1)
-    assert lies_in(1.0, metric.range, 2)  # a range that can be read
+    assert lies_in(1.0, metric.range, 2)  # the range has a known form
     assert f"| {metric.name} | {metric.unit} | {metric.range} | {metric.high} |" in as_markdown()
     assert metric.unit != "share" or metric.range == "0 … 1"
 
 
-def test_no_name_is_twice_in_the_catalogue() -> None:
+def test_names_in_the_catalogue_are_unique() -> None:
     assert len(CATALOGUE) == len(LAYER_METRICS) + len(FORMAT_METRICS)
 
 
-@pytest.mark.parametrize("scaling", SCALINGS, ids=key_of)
+@pytest.mark.parametrize("scaling", SCALINGS, ids=make_key)
 @pytest.mark.parametrize("seed", range(5))
-def test_every_value_lies_in_the_stated_range(seed: int, scaling: object) -> None:
+def test_figures_lie_in_the_stated_range(seed: int, scaling: object) -> None:
     steps = [a_step(dtype, seed) for dtype in DTYPES] + list(SPECIAL.values()) * (seed == 0)
     for step in steps:
         for key, value in measure(*step, list(INFOS), scaling).items():
@@ -81,7 +79,7 @@ def test_every_value_lies_in_the_stated_range(seed: int, scaling: object) -> Non
             assert lies_in(value, metric.range, step[0].numel()), (key, value)
 
 
-def test_keys_are_those_of_the_catalogue() -> None:
+def test_figures_have_a_key_for_each_metric_of_the_catalogue() -> None:
     names = ["bf16", "e5m2"]
     figures = tensor_figures(names, Measurer(FormatSet(names)).measure_tensor(*torch.zeros(2, 0)))
     assert list(figures) == [
@@ -90,7 +88,7 @@ def test_keys_are_those_of_the_catalogue() -> None:
     ]
 
 
-# A metric more
+# Adding a metric
 
 ROOT = Path(__file__).parents[2]
 MEASURED = """
@@ -110,7 +108,7 @@ print(measure(torch.ones(2), torch.ones(2), torch.tensor([0.0, 1.0]))[name])
 """
 
 
-def test_a_metric_is_two_lines_as_the_page_on_architecture_shows(tmp_path: Path) -> None:
+def test_the_two_lines_in_docs_architecture_add_a_metric(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
     blocks = re.findall(r'^```python title="(\S+), .*"\n(.*)\n```$', page, re.MULTILINE)
     after = {
@@ -132,5 +130,5 @@ def test_a_metric_is_two_lines_as_the_page_on_architecture_shows(tmp_path: Path)
         text=True,
         check=False,
     )
-    # Of 16 weights those of two inputs have a gradient; so have all four biases.
+    # Two of four inputs are not 0: 8 of 16 weights, and all 4 biases, have a gradient.
     assert ran.stdout.split() == ["0.5", "1.0", "0.6", "0.0", "0.5"], ran.stderr

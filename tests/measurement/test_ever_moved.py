@@ -1,4 +1,4 @@
-"""`EverMovedOfLayers`: bits that are kept, put together, packed, and begun anew."""
+"""`EverMovedStore`: bits that are kept, put together, packed, and begun anew."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch import Tensor
 
-from altgrad.measurement.ever_moved import EverMovedOfLayers, PackedBits, whole_of
+from altgrad.measurement.ever_moved import EverMovedStore, PackedBits, scatter_packed_bits
 from tests.strategies import thorough
 
 CPU = torch.device("cpu")
@@ -25,8 +25,8 @@ def packed_by_numpy(ever: Tensor) -> list[int]:
     return np.packbits(ever.flatten().numpy(), bitorder="little").tolist()
 
 
-def holding(**layers: Tensor) -> EverMovedOfLayers:
-    kept = EverMovedOfLayers(silent)
+def holding(**layers: Tensor) -> EverMovedStore:
+    kept = EverMovedStore(silent)
     for name, ever in layers.items():
         kept.leave(name, ever)
     return kept
@@ -57,15 +57,15 @@ def test_of_another_number_of_elements_only_the_later_is_kept() -> None:
     assert torch.equal(kept.take("w", 2, 4), bits(2, 4))
 
 
-@pytest.mark.parametrize("how", ["take", "row_of"])
+@pytest.mark.parametrize("how", ["take", "get_row"])
 def test_a_layer_of_another_number_of_elements_begins_anew_and_says_so(how: str) -> None:
     told: list[str] = []
-    kept = EverMovedOfLayers(told.append)
+    kept = EverMovedStore(told.append)
     kept.leave("w", torch.ones(2, 9, dtype=torch.bool))
     if how == "take":
         assert kept.take("w", 2, 4) is None
     else:
-        row = kept.row_of("w", 2, 4, CPU)
+        row = kept.get_row("w", 2, 4, CPU)
         assert not row.moved.any()
         assert not row.effective.any()
     assert told == ["has never_moved_frac of w begin anew: it has 4 watched elements, and had 9"]
@@ -77,8 +77,8 @@ def test_a_layer_of_another_number_of_elements_begins_anew_and_says_so(how: str)
 
 
 def test_the_row_of_a_layer_is_what_is_kept_of_it() -> None:
-    kept = EverMovedOfLayers(silent)
-    row = kept.row_of("w", 3, 5, CPU)
+    kept = EverMovedStore(silent)
+    row = kept.get_row("w", 3, 5, CPU)
     assert (row.moved.shape, row.effective.shape) == ((1, 1, 5), (1, 2, 5))
     assert row.moved.dtype is row.effective.dtype is torch.bool
     assert not row.moved.any()
@@ -86,21 +86,21 @@ def test_the_row_of_a_layer_is_what_is_kept_of_it() -> None:
     row.moved[0, 0, 1] = row.effective[0, 1, 4] = True
     expected = torch.zeros(3, 5, dtype=torch.bool)
     expected[0, 1] = expected[2, 4] = True
-    again = kept.row_of("w", 3, 5, CPU)
+    again = kept.get_row("w", 3, 5, CPU)
     assert torch.equal(torch.cat((again.moved, again.effective), dim=1)[0], expected)
     assert torch.equal(kept.take("w", 3, 5), expected)
 
 
 def test_a_row_goes_on_with_what_was_left() -> None:
-    row = holding(w=bits(2, 6)).row_of("w", 2, 6, CPU)
+    row = holding(w=bits(2, 6)).get_row("w", 2, 6, CPU)
     assert torch.equal(row.moved[0, 0], bits(2, 6)[0])
     assert torch.equal(row.effective[0, 0], bits(2, 6)[1])
 
 
 def test_a_row_made_in_inference_mode_can_be_updated_outside_of_it() -> None:
-    kept = EverMovedOfLayers(silent)
+    kept = EverMovedStore(silent)
     with torch.inference_mode():
-        row = kept.row_of("w", 2, 3, CPU)
+        row = kept.get_row("w", 2, 3, CPU)
     row.moved.logical_or_(torch.tensor([True, False, True]))
     assert kept.take("w", 2, 3).tolist() == [[True, False, True], [False] * 3]
 
@@ -117,7 +117,7 @@ def test_packed_bits_are_those_of_numpy_and_come_back(kinds: int, elements: int,
     assert shape == (kinds, elements)
     assert packed.dtype is torch.uint8
     assert packed.tolist() == packed_by_numpy(ever)
-    other = EverMovedOfLayers(silent)
+    other = EverMovedStore(silent)
     other.load_state_dict(state, {})
     assert torch.equal(other.take("w", kinds, elements), ever)
     assert torch.equal(other.take("v", 1, 3), bits(1, 3))
@@ -155,7 +155,7 @@ def test_of_what_was_loaded_the_part_that_lies_here_is_kept() -> None:
 
 def test_a_part_of_another_number_of_elements_begins_anew() -> None:
     told: list[str] = []
-    kept = EverMovedOfLayers(told.append)
+    kept = EverMovedStore(told.append)
     state = holding(w=bits(2, 7)).state_dict(())
     kept.load_state_dict(state, {"w": (8, torch.tensor([1]))})
     assert kept.take("w", 2, 1) is None
@@ -167,7 +167,7 @@ def test_bits_of_a_part_are_put_where_they_belong_in_the_whole() -> None:
     packed: PackedBits = holding(w=part).state_dict(())["w"]
     expected = np.zeros((2, 9), dtype=bool)
     expected[:, [6, 0, 4]] = part.numpy()
-    whole = whole_of(packed, (2, 9), positions)
+    whole = scatter_packed_bits(packed, (2, 9), positions)
     assert whole.tolist() == packed_by_numpy(torch.from_numpy(expected))
     assert part.any()
 
@@ -175,4 +175,4 @@ def test_bits_of_a_part_are_put_where_they_belong_in_the_whole() -> None:
 @pytest.mark.parametrize("known", [None, bits(2, 4), bits(3, 3)], ids=["nothing", "more", "kinds"])
 def test_where_nothing_is_known_of_a_part_the_whole_is_0(known: Tensor | None) -> None:
     packed = None if known is None else holding(w=known).state_dict(())["w"]
-    assert whole_of(packed, (2, 9), torch.tensor([6, 0, 4])).tolist() == [0, 0, 0]
+    assert scatter_packed_bits(packed, (2, 9), torch.tensor([6, 0, 4])).tolist() == [0, 0, 0]

@@ -1,4 +1,4 @@
-"""`Figures` of the rows of one table: whichever way they are read, and of models of models."""
+"""`Figures`: reading them in several ways, and models of models."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ RULES = [SamplingRule("p1", formats=["bf16"]), SamplingRule("p2", formats=["e2m1
 
 
 def a_record(seed: int = 0, sampling: object = ()) -> StepRecord:
-    """Of samples, none of which stands for a power of two as many elements."""
+    """Make a record of samples, none of which is weighted by a power of two."""
     torch.manual_seed(seed)
     parameters = {f"p{i}": torch.randn(3000 + 137 * i) for i in range(7)}
     parameters["small"] = torch.ones(40)
@@ -33,13 +33,13 @@ def a_record(seed: int = 0, sampling: object = ()) -> StepRecord:
     return monitor.latest
 
 
-def all_of(record: StepRecord) -> list[Figures]:
+def list_figures(record: StepRecord) -> list[Figures]:
     return [*record.layers.values(), record.model, model_figures([*record.layers.values()])]
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_the_medians_of_a_model_of_samples_have_a_value(seed: int) -> None:
-    """The first octave is what is not in the others, which rounding may make less than nothing."""
+def test_medians_of_a_sampled_model_are_not_nan(seed: int) -> None:
+    """The first octave is a difference, which rounding may make negative."""
     model = a_record(seed).model
     assert model["ulp_median_log2"] > 0
     assert all(abs(model[f"steps_median_log2/{name}"]) < 32 for name in FORMATS)
@@ -50,8 +50,8 @@ def test_the_medians_of_a_model_of_samples_have_a_value(seed: int) -> None:
 
 
 @pytest.mark.parametrize("sampling", [(), RULES], ids=["all", "rules"])
-def test_values_in_their_order_are_those_of_the_keys(sampling: object) -> None:
-    for figures in all_of(a_record(sampling=sampling)):
+def test_in_order_returns_figures_in_the_order_of_keys(sampling: object) -> None:
+    for figures in list_figures(a_record(sampling=sampling)):
         assert [*figures] == [*figure_keys(figures.formats)]
         assert list(figures.in_order()) == pytest.approx([*figures.values()], rel=0, nan_ok=True)
         expected = [
@@ -62,7 +62,7 @@ def test_values_in_their_order_are_those_of_the_keys(sampling: object) -> None:
         assert list(figures.errors_in_order(ERRORS)) == pytest.approx(expected, rel=0, nan_ok=True)
 
 
-def test_a_model_of_models_is_that_of_all_their_layers() -> None:
+def test_a_model_of_models_equals_the_model_of_all_layers() -> None:
     record = a_record(sampling=RULES)
     layers = [*record.layers.values()]
     parts = model_figures([model_figures(layers[:3]), *layers[3:5], model_figures(layers[5:])])
@@ -76,8 +76,8 @@ def test_a_model_of_models_is_that_of_all_their_layers() -> None:
 
 
 @pytest.mark.parametrize("sampling", [(), RULES], ids=["all", "rules"])
-def test_the_standard_error_of_a_model_is_that_of_strata(sampling: object) -> None:
-    """Cochran: Σ w² (1 − f) n / (n − 1) Σ residual², over the layers judged; by hand."""
+def test_the_standard_error_of_a_model_equals_that_of_strata(sampling: object) -> None:
+    """The expected value is Cochran's Σ w² (1 − f) n / (n − 1) Σ residual² over judged layers."""
     torch.manual_seed(0)
     measurer, several = Measurer(FormatSet(("bf16",), None)), []
     for population, size in ((5000, 1000), (12_345, 777), (300, 300)):
@@ -86,7 +86,7 @@ def test_the_standard_error_of_a_model_is_that_of_strata(sampling: object) -> No
         row[POPULATION] = population
         several.append(row)
     figures = [tensor_figures(measurer.formats.names, row) for row in several]
-    if sampling:  # and one that is not judged, and counts for nothing
+    if sampling:  # a layer that is not judged does not count
         row = Measurer(FormatSet([])).measure_tensor(*torch.zeros(2, 0))
         row[POPULATION], row[ELEMENTS] = 999.0, 100.0
         figures.append(tensor_figures([], row))
@@ -107,15 +107,15 @@ def test_the_standard_error_of_a_model_is_that_of_strata(sampling: object) -> No
     )
 
 
-def test_figures_are_copied_and_pickled() -> None:
+def test_figures_survive_copy_and_pickle() -> None:
     record = a_record()
-    for figures in all_of(record):
+    for figures in list_figures(record):
         for other in (copy.deepcopy(figures), pickle.loads(pickle.dumps(figures))):
             assert other == figures
             assert other.formats == figures.formats
 
 
-def test_a_record_holds_nothing_that_the_next_step_writes_to() -> None:
+def test_the_next_step_does_not_change_an_earlier_record() -> None:
     parameter = torch.ones(40)
     optimizer = torch.optim.SGD([parameter], lr=1e-3)
     records: list[StepRecord] = []
@@ -128,7 +128,7 @@ def test_a_record_holds_nothing_that_the_next_step_writes_to() -> None:
 
 
 @pytest.mark.parametrize("sampling", [(), RULES], ids=["all", "rules"])
-def test_figures_of_the_layers_vectors_are_those_of_the_layers(sampling: object) -> None:
+def test_layer_vectors_give_the_figures_of_the_layers(sampling: object) -> None:
     record = a_record(sampling=sampling)
     found = record.model.layer_vectors(record.model.formats)
     assert len(found) == len(record.layers)
@@ -143,7 +143,7 @@ def test_figures_of_the_layers_vectors_are_those_of_the_layers(sampling: object)
 
 
 @pytest.mark.parametrize("key", ["steps", "steps/e5m2", "ulps/bf16", "ulp", "stall_frac/bf16"])
-def test_there_are_no_other_histograms(key: str) -> None:
+def test_unknown_histograms_raise_key_error(key: str) -> None:
     row = Measurer(FormatSet("bf16")).measure_tensor(*torch.zeros(2, 0))
     figures = tensor_figures(["bf16"], row)
     with pytest.raises(KeyError, match=r"expected one of .*ulps.*steps/bf16"):

@@ -1,4 +1,4 @@
-"""The row kernel on nine elements of which every sum is known by hand."""
+"""The kernel on nine elements, with every sum computed by hand."""
 
 import math
 
@@ -21,25 +21,25 @@ from altgrad.measurement.kernel import EverMoved, Rows, row_sums
 from altgrad.measurement.totals import Layers
 from altgrad.measurement.workspace import Workspace
 from altgrad.quantization import E2M1
-from altgrad.quantization.grids import LARGEST, Grids, grids_of
+from altgrad.quantization.grids import LARGEST, Grids, make_grids
 
 NAN = math.nan
 Found = tuple[Tensor, Tensor]
-"""Sums and extrema."""
+"""Sums and extrema of one call of the kernel."""
 CPU = torch.device("cpu")
 FLOAT32 = 2.0**-23, 2.0**-149
 TINY = 2.0**-23
 ELEMENTS = (
     # before, after, gradient
     (1.0, 1.25, -2.0),  # stalls in both formats: 1.25 is a tie, or nearer to 1
-    (3.0, -1.0, 0.25),  # kept whole
-    (0.0, 0.75, 8.0),  # from 0, to 1 in both
+    (3.0, -1.0, 0.25),  # fully kept
+    (0.0, 0.75, 8.0),  # from 0; becomes 1 in both formats
     (9.0, 9.0, 1.0),  # above the top of E2M1; no update
     (NAN, 1.0, 1.0),  # no element
     (2.0, 2.0 - TINY, 0.5),  # one float32 down, where they lie closer than above 2
     (0.125, 0.125, 0.5),  # stored as 0
     (-0.5, -0.5, 0.125),  # subnormal in E2M1, stored as 0 at twice its size
-    (6.0, 15.0, 4.0),  # past the top of both
+    (6.0, 15.0, 4.0),  # moves past the top of both formats
 )
 LAYER = {
     "finite": 8,
@@ -87,38 +87,38 @@ FORMATS = {
     "min grid_error": (0.0, 0.0),
     "min stiffness": (0.5, 1.0),
 }
-ULPS = {0: 5, 21: 1, 23: 2, 24: 1}  # octaves of updates in float32's own steps; the rest is in 0
+ULPS = {0: 5, 21: 1, 23: 2, 24: 1}  # counts by octave of updates in ULPs of float32
 STEPS = ({0: 4, 9: 1, 31: 1, 32: 1, 34: 2}, {0: 4, 9: 1, 30: 1, 31: 1, 34: 2})
 
 
 def tensors(*elements: tuple[float, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Before, after and gradient, each of one row."""
+    """Return before, after and gradient, one row each."""
     columns = zip(*elements, strict=True)
     return [torch.tensor(column, dtype=dtype).view(1, 1, -1) for column in columns]
 
 
 def two_formats(scale: float = 2.0) -> Grids:
-    """The first unscaled, the second under this scale, with a top that would be raised."""
+    """Return grids of an unscaled format and of a scaled one, whose ceiling is inf."""
     scales = torch.tensor([1.0, scale], dtype=torch.float64).view(1, 2, 1)
-    return grids_of([E2M1, E2M1], [False, True], scales)
+    return make_grids([E2M1, E2M1], [False, True], scales)
 
 
 def measured(
     rows: Rows, grids: Grids | None, ever: EverMoved | None = None
 ) -> tuple[Found, Tensor]:
-    """The sums and maxima, and the histogram of each row."""
+    """Return sums and maxima, and the histogram of each row."""
     count, formats = len(rows.before), 0 if grids is None else grids.eps.shape[1]
     counted = torch.ones(count, 2, dtype=torch.float64)
-    histograms = Layers.of(torch.arange(count), counted, [True] * formats).histograms
+    histograms = Layers.create(torch.arange(count), counted, [True] * formats).histograms
     buffers = Workspace().buffers(count, formats, rows.before.shape[-1], CPU)
     for each in (*buffers.per_format, *buffers.shared, *buffers.stacked):
-        each.fill_(NAN)  # nothing is to be read of what was there
+        each.fill_(NAN)  # the kernel does not read old contents
     found = row_sums(rows, grids, FLOAT32, buffers, histograms, ever)
     return found, histograms.counts.view(count, 1 + formats, OCTAVES)
 
 
 def named(found: Found, formats: int) -> dict[str, list[float]]:
-    """Of the first row by name: of the parameter one number, of formats one each."""
+    """Return the sums of the first row by name: one number of the layer, or one for each format."""
     groups = [
         *((ROW_SUMS, 1, "{}"), (FORMAT_ROW_SUMS, formats, "{}")),
         *((ROW_SQUARES, 1, "{}"), (FORMAT_ROW_SQUARES, formats, "{}")),
@@ -136,14 +136,14 @@ def histogram(counts: Tensor) -> dict[int, int]:
     return {bin: int(count) for bin, count in enumerate(counts.tolist()) if count}
 
 
-def test_sums_are_those_of_the_elements_one_by_one() -> None:
+def test_sums_equal_those_computed_by_hand() -> None:
     found, counts = measured(Rows(*tensors(*ELEMENTS)), two_formats())
     expected = {name: [value] for name, value in LAYER.items()}
     expected |= {name: [*values] for name, values in FORMATS.items()}
     actual = named(found, 2)
     assert actual.keys() == expected.keys()
     for name, values in expected.items():
-        exact = not name.endswith(("_sq", "_4th"))  # these come of a square root
+        exact = not name.endswith(("_sq", "_4th"))  # computed as norms
         tolerance = 0 if exact else 1e-15
         assert actual[name] == pytest.approx(values, rel=tolerance, abs=0), name
     assert histogram(counts[0, 0]) == ULPS
@@ -151,14 +151,14 @@ def test_sums_are_those_of_the_elements_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.25, 2.0, 3.0])
-def test_the_size_of_the_numbers_does_not_matter_where_the_scale_grows_with_it(
+def test_sums_scale_with_weights_and_scale(
     scale: float,
 ) -> None:
-    """3 is a scale that is kept apart; weights times it are on the grid where they were."""
+    """Scales other than powers of two, such as 3, are not folded into the grid's constants."""
     before, after, gradient = tensors(*ELEMENTS)
     rows = Rows(before.double() * scale, after.double() * scale, gradient)
     scales = torch.tensor([scale, 2 * scale], dtype=torch.float64).view(1, 2, 1)
-    grids = grids_of([E2M1, E2M1], [True, True], scales, power_of_two=scale != 3)
+    grids = make_grids([E2M1, E2M1], [True, True], scales, power_of_two=scale != 3)
     assert (grids.scale is None) is (scale != 3)
     actual = named(measured(rows, grids)[0], 2)
     counts = ("off_grid", "stored_nonzero", "stored_normal", "saturated")
@@ -171,21 +171,21 @@ def test_the_size_of_the_numbers_does_not_matter_where_the_scale_grows_with_it(
         assert actual[name][1] == pytest.approx(expected, rel=1e-14), name
 
 
-def test_each_row_is_measured_alone_and_under_its_own_scale() -> None:
+def test_rows_are_independent_and_have_separate_scales() -> None:
     before, after, gradient = (each.view(3, 1, 3) for each in tensors(*ELEMENTS))
     scales = torch.tensor([[1.0, 2.0], [4.0, 0.5], [8.0, 1.0]], dtype=torch.float64)[..., None]
-    grids = grids_of([E2M1, E2M1], [False, True], scales)
+    grids = make_grids([E2M1, E2M1], [False, True], scales)
     found, counts = measured(Rows(before, after, gradient), grids)
     for row in range(3):
-        of_row = grids_of([E2M1, E2M1], [False, True], scales[row : row + 1])
+        row_grids = make_grids([E2M1, E2M1], [False, True], scales[row : row + 1])
         rows = Rows(*(each[row : row + 1] for each in (before, after, gradient)))
-        alone, own = measured(rows, of_row)
+        alone, own = measured(rows, row_grids)
         assert torch.allclose(found[0][row], alone[0][0], rtol=1e-15, atol=0)
         assert torch.equal(found[1][row], alone[1][0])
         assert torch.equal(counts[row], own[0])
 
 
-def test_rows_are_left_as_they_are_and_may_lie_together() -> None:
+def test_rows_are_not_changed_and_may_share_memory() -> None:
     apart = tensors(*ELEMENTS)
     together = torch.cat(apart, dim=1)
     copies = [each.clone() for each in (*apart, together)]
@@ -198,7 +198,7 @@ def test_rows_are_left_as_they_are_and_may_lie_together() -> None:
 
 @pytest.mark.parametrize("wild", [NAN, math.inf, -math.inf, LARGEST, -LARGEST])
 @pytest.mark.parametrize("place", [0, 1, 2], ids=["before", "after", "gradient"])
-def test_what_is_not_finite_in_one_of_the_three_is_in_no_sum(place: int, wild: float) -> None:
+def test_elements_with_a_non_finite_value_are_in_no_sum(place: int, wild: float) -> None:
     three = [4.0, 5.0, 6.0]
     three[place] = wild
     clean, _ = measured(Rows(*tensors(*ELEMENTS, dtype=torch.float64)), two_formats())
@@ -206,10 +206,10 @@ def test_what_is_not_finite_in_one_of_the_three_is_in_no_sum(place: int, wild: f
     found, counts = measured(rows, two_formats())
     assert torch.equal(found[0], clean[0])
     assert torch.equal(found[1], clean[1])
-    assert counts.sum(-1).tolist() == [[10.0] * 3]  # with the updates that are none
+    assert counts.sum(-1).tolist() == [[10.0] * 3]  # updates of 0 included
 
 
-def test_without_an_element_all_is_nothing() -> None:
+def test_rows_without_elements_have_sums_of_0() -> None:
     found, _ = measured(Rows(*tensors((NAN, 1.0, 1.0), (NAN, 2.0, 2.0))), two_formats())
     assert not found[0].any()
     by_name = named(found, 2)
@@ -217,7 +217,7 @@ def test_without_an_element_all_is_nothing() -> None:
     assert {v for k, vs in by_name.items() if k.startswith("min") for v in vs} == {math.inf}
 
 
-def test_without_a_gradient_only_its_own_sums_are_nothing() -> None:
+def test_without_a_gradient_only_gradient_sums_are_0() -> None:
     before, after, gradient = tensors(*ELEMENTS)
     whole = named(measured(Rows(before, after, gradient), two_formats())[0], 2)
     without = named(measured(Rows(before, after, None), two_formats())[0], 2)
@@ -230,7 +230,7 @@ def test_without_a_gradient_only_its_own_sums_are_nothing() -> None:
     assert without[below] == [7, 7]  # 0 is less than any stiffness
 
 
-def test_without_formats_the_sums_of_the_layer_are_the_same() -> None:
+def test_layer_sums_are_the_same_without_formats() -> None:
     rows = Rows(*tensors(*ELEMENTS))
     alone, counts = measured(rows, None)
     whole = named(measured(rows, two_formats())[0], 2)
@@ -240,7 +240,7 @@ def test_without_formats_the_sums_of_the_layer_are_the_same() -> None:
     assert histogram(counts[0, 0]) == ULPS
 
 
-def test_what_elements_did_before_is_remembered_and_counted() -> None:
+def test_flags_of_earlier_steps_are_kept_and_counted() -> None:
     ever = EverMoved(torch.zeros(1, 1, 9, dtype=torch.bool), torch.zeros(1, 2, 9, dtype=torch.bool))
     ever.moved[0, 0, [3, 4]] = True
     ever.effective[0, 1, [0, 8]] = True

@@ -1,4 +1,4 @@
-"""`measure` against the definitions, written out with exact fractions and numpy."""
+"""`measure` against definitions in exact fractions and in numpy."""
 
 import math
 from fractions import Fraction
@@ -13,7 +13,7 @@ from altgrad.quantization import FORMATS, compute_scale, get_format
 
 
 def nearest(value: Fraction, grid: list[Fraction]) -> Fraction:
-    """Nearest grid point, ties to the even code; the grid is that of codes 0, 1, 2, …"""
+    """Return the nearest point of a grid by codes 0, 1, 2, …; ties go to the even code."""
     magnitude = abs(value)
     code = min(
         range(len(grid)), key=lambda c: (abs(grid[c] - magnitude), c % 2)
@@ -22,7 +22,7 @@ def nearest(value: Fraction, grid: list[Fraction]) -> Fraction:
 
 
 def unbounded_grid(name: str, scale: float) -> list[Fraction]:
-    """The non-negative values by code, continued by two binades beyond the top."""
+    """Return the non-negative values by code, and two binades beyond the top."""
     format = get_format(name)
     values = []
     finite = int((format.values() >= 0).sum())
@@ -101,15 +101,15 @@ def test_keys_are_metric_and_metric_slash_canonical_format_name() -> None:
     assert per_format == set(FORMAT_METRICS) - NEED_TRACKING
 
 
-def test_a_layernorm_gain_is_frozen_in_bf16() -> None:
-    """The finding that the tool exists for: 1.0 ± 1e-3 is less than half a bf16 step."""
+def test_updates_of_a_layernorm_gain_stall_in_bf16() -> None:
+    """An update of 1e-3 at 1.0 is less than half of the spacing of bf16."""
     before = torch.ones(64)
     figures = measure(before, before - 1e-3)
     assert figures["stall_frac/bf16"] == 1.0
     assert figures["kept_update_ratio/bf16"] == 0.0
 
 
-def test_without_a_gradient_its_figures_are_left_out() -> None:
+def test_without_a_gradient_figures_that_need_it_are_left_out() -> None:
     before, after, gradient = a_step()
     without, with_gradient = measure(before, after), measure(before, after, gradient)
     missing = {key.split("/")[0] for key in set(with_gradient) - set(without)}
@@ -131,15 +131,15 @@ def test_non_finite_elements_are_counted_and_left_out_of_everything_else() -> No
     )
     assert dirty.pop("nonfinite_frac") == 3 / 303
     assert clean.pop("nonfinite_frac") == 0
-    # The amax that sets the scale is that of all finite weights: the 1.0s moved it.
+    # The amax is over all finite weights, those of excluded elements included.
     unscaled = {key for key in clean if "/" not in key}
     assert {k: dirty[k] for k in unscaled} == {k: clean[k] for k in unscaled}
     for key in clean:
         assert not math.isinf(dirty[key]), key
 
 
-def test_no_update_is_nan_and_never_a_stall() -> None:
-    """A step at learning rate 0 moves nothing; that is no stall."""
+def test_a_step_without_updates_gives_nan_and_no_stalls() -> None:
+    """A step at learning rate 0 has no updates, so that no update stalls."""
     before, _, gradient = a_step()
     figures = measure(before, before, gradient)
     for metric in ("kept_update_ratio", "stall_frac", "update_error", "visible_frac"):
@@ -177,7 +177,7 @@ def test_zero_initialised_weights_have_figures() -> None:
     ],
     ids=str,
 )
-def test_what_if_needs_weights_finer_than_the_format(
+def test_what_if_figures_are_nan_unless_weights_are_finer_than_the_format(
     dtype: torch.dtype, judged: str, possible: bool
 ) -> None:
     before, after, gradient = (t.to(dtype) for t in a_step())
@@ -204,16 +204,16 @@ def test_every_format_and_scaling_gives_figures_in_range(name: str, scaling: obj
         assert 0 <= figures[f"{metric}/{name}"] <= 1, metric
 
 
-def test_e1m6_and_e0m7_are_one_format_under_amax_scales() -> None:
+def test_e1m6_and_e0m7_give_equal_figures_under_amax_scales() -> None:
     step = a_step()
     e1m6, e0m7 = measure(*step, ["e1m6"]), measure(*step, ["e0m7"])
     for key, value in e0m7.items():
         if key.startswith("subnormal_frac"):
-            continue  # the same numbers: all those of E0M7 count as subnormal, few of E1M6
+            continue  # all numbers of E0M7 are subnormal, and few of E1M6
         assert e1m6[key.replace("e0m7", "e1m6")] == pytest.approx(value, nan_ok=True), key
 
 
-def test_wrong_input_is_named() -> None:
+def test_errors_name_the_wrong_argument() -> None:
     before, after, gradient = a_step()
     with pytest.raises(ValueError, match=r"before has shape \(300,\) and after \(299,\)"):
         measure(before, after[1:])
@@ -229,7 +229,7 @@ def test_wrong_input_is_named() -> None:
         measure(before, after, scaling="row")
 
 
-def test_training_is_untouched() -> None:
+def test_inputs_are_not_changed() -> None:
     before, after, gradient = a_step()
     copies = [t.clone() for t in (before, after, gradient)]
     state = torch.get_rng_state()
@@ -241,7 +241,7 @@ def test_training_is_untouched() -> None:
     assert parameter.grad is None
 
 
-def test_a_single_format_and_a_repeated_one() -> None:
+def test_a_single_format_and_a_repeated_format_are_accepted() -> None:
     before, after, gradient = a_step()
     expected = measure(before, after, gradient, ["bf16"])
     assert measure(before, after, gradient, "bf16") == expected
@@ -249,14 +249,14 @@ def test_a_single_format_and_a_repeated_one() -> None:
     assert measure(before, after, gradient, ["bf16", "bfloat16"]) == expected
 
 
-def test_two_formats_of_one_name_are_refused() -> None:
-    """Their figures would overwrite each other."""
+def test_two_formats_with_one_name_are_an_error() -> None:
+    """Figures of two formats with one name would overwrite each other."""
     before, after, _ = a_step()
     with pytest.raises(ValueError, match="two different formats are named 'bf16'"):
         measure(before, after, formats=["bf16", FloatFormat("bf16", 2, 1, 1)])
 
 
-def test_flushing_subnormals_to_zero_makes_no_nan_of_float64() -> None:
+def test_float64_figures_are_not_nan_if_subnormals_are_flushed() -> None:
     tiny = torch.finfo(torch.float64).tiny
     before = torch.tensor([0.0, 0.0, 1.0, tiny], dtype=torch.float64)
     after = torch.tensor([0.0, tiny, 1.0, 4 * tiny], dtype=torch.float64)

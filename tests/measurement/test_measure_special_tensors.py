@@ -1,4 +1,4 @@
-"""Zeros, constants, NaN, ends of the range, empty and strided tensors: figures are as defined."""
+"""Figures of zeros, constants, NaN, extreme numbers, empty and strided tensors."""
 
 import math
 
@@ -10,21 +10,21 @@ from altgrad.measurement.figures import tensor_figures
 from altgrad.measurement.measure import DEFAULT_FORMATS, measure
 from altgrad.measurement.measurer import Measurer
 from altgrad.quantization.format_set import FormatSet
-from tests.measurement.definitions import SCALINGS, SPECIAL, G, V, W, assert_figures, key_of
+from tests.measurement.definitions import SCALINGS, SPECIAL, G, V, W, assert_figures, make_key
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
-@pytest.mark.parametrize("scaling", SCALINGS, ids=key_of)
+@pytest.mark.parametrize("scaling", SCALINGS, ids=make_key)
 @pytest.mark.parametrize("case", SPECIAL)
-def test_special_tensors_have_the_figures_of_the_definition(case: str, scaling: object) -> None:
+def test_figures_of_special_tensors_equal_their_definitions(case: str, scaling: object) -> None:
     step = SPECIAL[case]
     assert_figures(step, ["bf16", "e4m3fn", "e5m2"], scaling)
     for key, value in measure(*step, scaling=scaling).items():
         assert not math.isinf(value) or key.startswith("sqnr_db"), key
 
 
-def test_no_value_is_nan_and_never_a_made_up_zero() -> None:
-    def nan_of(case: str) -> set[str]:
+def test_figures_without_a_value_are_nan() -> None:
+    def nan_keys(case: str) -> set[str]:
         figures = measure(*SPECIAL[case], formats="bf16")
         return {key.split("/")[0] for key, value in figures.items() if math.isnan(value)}
 
@@ -37,19 +37,19 @@ def test_no_value_is_nan_and_never_a_made_up_zero() -> None:
     }
     unmoved = what_if | {"ulp_median_log2", "energy_concentration"}
     everything = {*LAYER_METRICS, *FORMAT_METRICS} - NEED_TRACKING
-    of_zeros = paired | {"update_weight_ratio", "sqnr_db"}
-    assert nan_of("empty") == nan_of("empty rows") == nan_of("no rows") == everything
-    assert nan_of("NaN alone") == everything - {"nonfinite_frac"}
-    assert nan_of("zero-initialised") == of_zeros
-    assert nan_of("zero throughout") == of_zeros | unmoved | {"unmoved_frac"}
-    assert nan_of("unmoved") == unmoved
-    assert nan_of("constant") == {"grad_stiff_correlation"}
-    assert nan_of("one element") == {"grad_stiff_correlation", "grid_error_std"}
+    zero_figures = paired | {"update_weight_ratio", "sqnr_db"}
+    assert nan_keys("empty") == nan_keys("empty rows") == nan_keys("no rows") == everything
+    assert nan_keys("NaN alone") == everything - {"nonfinite_frac"}
+    assert nan_keys("zero-initialised") == zero_figures
+    assert nan_keys("zero throughout") == zero_figures | unmoved | {"unmoved_frac"}
+    assert nan_keys("unmoved") == unmoved
+    assert nan_keys("constant") == {"grad_stiff_correlation"}
+    assert nan_keys("one element") == {"grad_stiff_correlation", "grid_error_std"}
 
 
 @pytest.mark.parametrize("size", [1e-300, 1e-160, 1e-80, 1e80, 1e160, 1e280])
-def test_float64_far_from_one_gives_no_exception(size: float) -> None:
-    """Squares and fourth powers leave float64: such figures are inf, 0 or NaN."""
+def test_extreme_float64_numbers_raise_no_exception(size: float) -> None:
+    """Figures are inf, 0 or NaN if squares or fourth powers leave the range of float64."""
     step = tuple((each.double() * size) for each in (W, V, G))
     for gradient in (step[2], step[2] / size, None):
         for scaling in SCALINGS:
@@ -57,8 +57,8 @@ def test_float64_far_from_one_gives_no_exception(size: float) -> None:
             assert 0 < figures["unmoved_frac" if gradient is not None else "ulp_zero_frac"] < 1
 
 
-def test_float64_numbers_near_its_end_count_as_not_finite() -> None:
-    """Rounding them would leave float64."""
+def test_float64_numbers_near_the_end_of_the_range_count_as_not_finite() -> None:
+    """Rounding such numbers would leave the range of float64."""
     step = tuple(each.double().clone() for each in (W, V, G))
     expected = measure(*step)
     wild = torch.cat([step[0].flatten(), torch.tensor([1e290, 1.0, 1.0], dtype=torch.float64)])
@@ -72,8 +72,8 @@ def test_float64_numbers_near_its_end_count_as_not_finite() -> None:
         assert figures[key] == pytest.approx(expected[key], rel=1e-12, nan_ok=True), key
 
 
-def test_a_correlation_whose_sums_overflow_is_no_perfect_one() -> None:
-    """NaN, and not the 1 that ``min(1.0, nan)`` gives."""
+def test_a_correlation_with_overflowing_sums_is_nan() -> None:
+    """The result is NaN; ``min(1.0, nan)`` would give 1."""
     before, after, gradient = (each.double() for each in (W, V, G))
     for size in (1e160, 1e280):
         figures = measure(before, after, gradient * size, "bf16")

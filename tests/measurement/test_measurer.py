@@ -1,4 +1,4 @@
-"""`Measurer`: a tensor in chunks, or in parts that the rows of a table merge, is the whole."""
+"""`Measurer`: chunks and merged parts give the figures of the whole tensor."""
 
 import contextlib
 import math
@@ -42,7 +42,7 @@ EXACT = torch.tensor([name in WHOLE_NUMBERS for name in SUM_NAMES])
 
 
 def assert_same_row(actual: Tensor, expected: Tensor) -> None:
-    """Whole numbers and maxima exactly, other sums to 1e-12: no term of a sum is negative."""
+    """Assert that whole numbers and maxima are equal, and other sums to 1e-12 (terms are ≥ 0)."""
     middle = sum_count(len(FORMATS))
     assert torch.equal(actual[middle:], expected[middle:])
     assert actual.dtype == torch.float64
@@ -55,26 +55,26 @@ def assert_same_row(actual: Tensor, expected: Tensor) -> None:
 
 
 def merged(rows: Sequence[Tensor], names: Sequence[str] = NAMES) -> Tensor:
-    """The row of the model that these layers make."""
-    table, of_model = StepTable.with_model(names, torch.stack([*rows]), [names] * len(rows))
-    return table.vectors[of_model[None]]
+    """Return the row of the model that some layers form."""
+    table, model_figures = StepTable.with_model(names, torch.stack([*rows]), [names] * len(rows))
+    return table.vectors[model_figures[None]]
 
 
 def all_at_once(step: tuple[Tensor, ...]) -> Tensor:
-    """In one chunk."""
+    """Measure a step in one chunk."""
     assert step[0].numel() <= UNSCALED.capacity
     return UNSCALED.measure_tensor(*step)
 
 
 @contextlib.contextmanager
-def chunks_of(elements: int) -> Iterator[None]:
+def chunk_size(elements: int) -> Iterator[None]:
     with mock.patch.object(UNSCALED, "capacity", elements):
         yield
 
 
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[Tensor, ...]:
-    """Before, after and perhaps a gradient: zeros, subnormals, huge ones, NaN and infinities."""
+    """Draw before, after and perhaps a gradient: 0, subnormal, huge, NaN and inf included."""
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     value = st.one_of(
         st.floats(width=32),
@@ -92,7 +92,7 @@ def steps(draw: st.DrawFn) -> tuple[Tensor, ...]:
 
 @st.composite
 def splits(draw: st.DrawFn) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """A step and the positions of its elements in disjoint parts, some of them empty."""
+    """Draw a step, and positions of its elements in disjoint parts, some of them empty."""
     step = draw(steps())
     n = step[0].numel()
     order = torch.tensor(draw(st.permutations(range(n))), dtype=torch.long)
@@ -106,8 +106,8 @@ def test_any_split_in_any_order_merges_to_the_whole(
     split: tuple[tuple[Tensor, ...], list[Tensor]],
 ) -> None:
     step, parts = split
-    of_parts = [all_at_once(tuple(each[part] for each in step)) for part in parts]
-    assert_same_row(merged(of_parts), all_at_once(step))
+    part_figures = [all_at_once(tuple(each[part] for each in step)) for part in parts]
+    assert_same_row(merged(part_figures), all_at_once(step))
 
 
 @thorough
@@ -116,7 +116,7 @@ def test_chunks_equal_the_whole(step: tuple[Tensor, ...], chunk: int, scaling: o
     step = tuple(each[: each.numel() // 2 * 2].view(2, -1) for each in step)
     measurer = Measurer(FormatSet(FORMATS, scaling))
     whole = measurer.measure_tensor(*step)
-    with chunks_of(chunk):
+    with chunk_size(chunk):
         assert_same_row(measurer.measure_tensor(*step), whole)
         apart = [torch.stack((each, each), -1)[..., 0] for each in step]  # not contiguous
         assert_same_row(measurer.measure_tensor(*apart), whole)
@@ -128,15 +128,15 @@ def a_step(n: int = 200, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return before, before + 1e-2 * noise, gradient
 
 
-def test_the_real_chunk_equals_smaller_ones() -> None:
+def test_chunks_of_the_full_capacity_equal_smaller_chunks() -> None:
     step = a_step(UNSCALED.capacity + 1000)
     in_two = UNSCALED.measure_tensor(*step)
-    with chunks_of(10_007):
+    with chunk_size(10_007):
         assert_same_row(UNSCALED.measure_tensor(*step), in_two)
 
 
-def test_two_layers_merge_to_what_they_are_together() -> None:
-    """Also a sum of averages would pass for parts of one size: these differ."""
+def test_two_layers_merge_to_the_whole() -> None:
+    """The layers differ in size: with equal sizes, a mean of averages would pass, too."""
     one, two = a_step(50, seed=1), tuple(10 * each for each in a_step(150, seed=2))
     both = merged([all_at_once(one), all_at_once(two)])
     together = tuple(torch.cat(pair) for pair in zip(one, two, strict=True))
@@ -147,7 +147,7 @@ def test_two_layers_merge_to_what_they_are_together() -> None:
     )
 
 
-def test_an_empty_tensor_is_neutral() -> None:
+def test_merging_an_empty_tensor_changes_nothing() -> None:
     some, none = all_at_once(a_step()), all_at_once(tuple(torch.zeros(3, 0)))
     middle = sum_count(len(FORMATS))
     assert not none[:middle].any()
@@ -158,7 +158,7 @@ def test_an_empty_tensor_is_neutral() -> None:
     assert torch.equal(merged([none]), none)
 
 
-def test_merging_changes_no_operand() -> None:
+def test_merging_does_not_change_its_operands() -> None:
     rows = [standing_for(all_at_once(a_step(seed=seed)), 3) for seed in (1, 2)]
     copies = [each.clone() for each in rows]
     merged(rows)
@@ -167,14 +167,14 @@ def test_merging_changes_no_operand() -> None:
 
 
 def standing_for(sample: Tensor, factor: float) -> Tensor:
-    """The same row, drawn from a parameter of so many times as many elements."""
+    """Return the row as that of a sample from a layer with `factor` times as many elements."""
     row = sample.clone()
     row[POPULATION] *= factor
     return row
 
 
 @pytest.mark.parametrize("factor", [1, 3, 2.5])
-def test_a_sample_counts_as_so_many_copies_of_each_element(factor: float) -> None:
+def test_a_sample_is_weighted_to_its_population(factor: float) -> None:
     sample = all_at_once(a_step())
     weighted, middle = merged([standing_for(sample, factor)]), sum_count(len(FORMATS))
     assert torch.equal(weighted[:middle], sample[:middle] * factor)
@@ -183,15 +183,15 @@ def test_a_sample_counts_as_so_many_copies_of_each_element(factor: float) -> Non
         assert_same_row(weighted, all_at_once(tuple(each.repeat(3) for each in a_step())))
     scaled = tensor_figures(NAMES, weighted)
     for key, value in tensor_figures(NAMES, sample).items():
-        if "grid_error_std" not in key:  # has n − 1
+        if "grid_error_std" not in key:  # divides by n − 1
             assert scaled[key] == pytest.approx(value, rel=1e-12, nan_ok=True), key
 
 
-# --- what raw sums could lose --------------------------------------------------------------------
+# --- precision of raw sums -----------------------------------------------------------------------
 
 
 def in_parts(step: tuple[Tensor, ...], format: str) -> dict[str, float]:
-    """The metrics after a merge of many small parts, without a scale."""
+    """Return the figures after a merge of many small parts, without a scale."""
     measurer = Measurer(FormatSet(format, None))
     parts = zip(*(each.split(37) for each in step), strict=True)
     row = merged([measurer.measure_tensor(*part) for part in parts], [format])
@@ -208,15 +208,17 @@ def test_correlation_survives_small_gradients_and_large_means(size: float, mean:
     stiffness = 2.0 ** (np.frexp(before.double().abs().numpy())[1] - 1 - 7)
     expected = scipy.stats.pearsonr(gradient.abs().double().numpy(), stiffness).statistic
     figure = in_parts((before, after, gradient), "bf16")["grad_stiff_correlation/bf16"]
-    # eps · (mean / deviation)² is what raw sums may lose.
+    # Raw sums may lose eps · (mean / deviation)².
     assert figure == pytest.approx(expected, abs=1e-6 if mean else 1e-12)
     assert 0.5 < expected < 0.99
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0])
 @pytest.mark.parametrize("mean", [0.0, 1e4])
-def test_deviation_of_the_grid_error_survives(size: float, mean: float) -> None:
-    """Weights below half the smallest subnormal: each is its own error."""
+def test_deviation_of_the_grid_error_survives_small_errors_and_large_means(
+    size: float, mean: float
+) -> None:
+    """Weights below half of the smallest subnormal round to 0: each equals its grid error."""
     before, after, _ = a_step(2000)
     limit = 2.0**-10 * size / (mean + 5)
     weights = (limit * (mean + before.double())).double()
@@ -228,8 +230,8 @@ def test_deviation_of_the_grid_error_survives(size: float, mean: float) -> None:
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1e-3, 1e-30, 1e30])
-def test_what_is_constant_deviates_by_exactly_nothing(value: float) -> None:
-    """By its smallest and largest value: sums of 0.1 · 0.1 alone would leave a rounding error."""
+def test_constant_grid_errors_deviate_by_exactly_0(value: float) -> None:
+    """The smallest and largest value decide: sums of 0.1 · 0.1 leave a rounding error."""
     before, after, gradient = a_step(1001)
     constant = torch.full_like(before, value)
     figures = in_parts((before, after, constant), "bf16")
@@ -239,7 +241,7 @@ def test_what_is_constant_deviates_by_exactly_nothing(value: float) -> None:
     assert figures["grid_error_std/bf16"] == 0
 
 
-def test_parts_that_are_constant_alone_are_not_constant_together() -> None:
+def test_merged_parts_with_different_constants_deviate() -> None:
     ones, small = torch.ones(10), torch.full((10,), 2.0**-5)
     one, other = (all_at_once((w, w * 1.5, w)) for w in (ones, small))
     key = "grad_stiff_correlation/bf16"

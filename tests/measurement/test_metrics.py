@@ -20,52 +20,52 @@ from tests.measurement.definitions import (
     SCALINGS,
     a_step,
     assert_figures,
-    key_of,
+    make_key,
     rounded,
     scales,
 )
 
 
-@pytest.mark.parametrize("scaling", SCALINGS, ids=key_of)
+@pytest.mark.parametrize("scaling", SCALINGS, ids=make_key)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_metric_equals_its_definition(dtype: torch.dtype, scaling: object) -> None:
     step = a_step(dtype)
     assert_figures(step, list(INFOS), scaling)
-    figures = measure(*step, "e2m1", scaling)  # the data shows what it is to show
+    figures = measure(*step, "e2m1", scaling)  # the data has elements of both kinds
     for metric in ("stall_frac", "visible_frac", "on_grid_frac", "unmoved_frac", "underflow_frac"):
         assert 0 < figures.get(f"{metric}/e2m1", figures.get(metric)) < 1, metric
     assert (figures["saturated_frac/e2m1"] > 0) is (scaling is None)
     assert figures["subnormal_frac/e2m1"] > 0
 
 
-@pytest.mark.parametrize("scaling", SCALINGS, ids=key_of)
-def test_updates_that_pass_the_top(scaling: object) -> None:
-    """Scaled, the grid goes on in ever wider steps; unscaled, it ends, and nothing is random."""
+@pytest.mark.parametrize("scaling", SCALINGS, ids=make_key)
+def test_updates_past_the_top_equal_the_definition(scaling: object) -> None:
+    """Above the top, a scaled grid goes on with wider spacings, and an unscaled grid ends."""
     before = torch.linspace(-6, 6, 64).view(2, 32)
     after = before + before.sign() * torch.linspace(0.1, 9, 64).view(2, 32)
     assert_figures((before, after, torch.ones_like(before)), ["e2m1"], scaling)
 
 
-def test_stochastic_noise_of_an_update_past_the_wider_step_above_the_top() -> None:
-    """From 6 by 3 to 9, which stochastic rounding makes 8 or, in one of four cases, 12."""
+def test_stochastic_noise_above_the_top_uses_the_wider_spacing() -> None:
+    """The weight moves from 6 to 9, which rounds to 12 with probability 1/4, else to 8."""
     before, after = torch.tensor([6.0]), torch.tensor([9.0])
     figure = measure(before, after, formats="e2m1")["stochastic_noise_ratio/e2m1"]
     assert figure == pytest.approx(math.sqrt(3) / 3, rel=1e-12)
 
 
-def test_stochastic_noise_at_a_top_that_clamps_is_nothing() -> None:
-    """From 6 to 7, which is clamped to 6 whatever is drawn."""
+def test_stochastic_noise_is_0_at_a_top_that_clamps() -> None:
+    """The weight moves from 6 to 7, which is always clamped to 6."""
     before, after = torch.tensor([6.0]), torch.tensor([7.0])
     figures = measure(before, after, formats="e2m1", scaling=None)
     assert figures["stall_frac/e2m1"] == 1
     assert figures["stochastic_noise_ratio/e2m1"] == 0
 
 
-def test_stochastic_noise_equals_that_of_draws() -> None:
-    """The two neighbours, against `quantize(rounding="stochastic")` itself."""
+def test_stochastic_noise_equals_the_variance_of_draws() -> None:
+    """The expected variance is that of draws of `quantize(rounding="stochastic")`."""
     before, after = torch.tensor([1.0]), torch.tensor([1.03])
     generator = torch.Generator().manual_seed(0)
-    goals = after.double().expand(200_000)  # 1 is on the grid: 1 + update is after
+    goals = after.double().expand(200_000)  # 1 is on the grid, so that Q(1) + update is after
     draws = quantize(goals, "e4m3fn", rounding="stochastic", generator=generator)
     figures = measure(before, after, formats="e4m3fn", scaling=None)
     update = (after.double() - 1).item()
@@ -77,7 +77,7 @@ def test_stochastic_noise_equals_that_of_draws() -> None:
     )
 
 
-@pytest.mark.parametrize("scaling", SCALINGS, ids=key_of)
+@pytest.mark.parametrize("scaling", SCALINGS, ids=make_key)
 @pytest.mark.parametrize("name", ["bf16", "e4m3fn", "e2m1"])
 def test_histograms_count_octaves(name: str, scaling: object) -> None:
     before, after, gradient = a_step()
@@ -102,13 +102,15 @@ def test_histograms_count_octaves(name: str, scaling: object) -> None:
 
 def test_the_histogram_of_ulps_begins_at_one() -> None:
     before = torch.tensor([1.0, 1.0, 1.0, 1.0, 2.0])
-    after = before + torch.tensor([0.0, 1, 2, 3, 8]) * 2**-23  # 8 are 4 units where they are two
+    after = (
+        before + torch.tensor([0.0, 1, 2, 3, 8]) * 2**-23
+    )  # above 2 an ULP is twice as large: 8 are 4
     figures = tensor_figures(["bf16"], Measurer(FormatSet("bf16")).measure_tensor(before, after))
     first, counts = figures.histogram("ulps")
     assert (first, counts[:4], sum(counts)) == (0, (1, 2, 1, 0), 4)
 
 
-@pytest.mark.parametrize("scaling", SCALINGS, ids=key_of)
+@pytest.mark.parametrize("scaling", SCALINGS, ids=make_key)
 def test_sums_for_the_standard_error_of_the_kept_update(scaling: object) -> None:
     before, after, gradient = a_step()
     row = Measurer(FormatSet("e4m3fn", scaling)).measure_tensor(before, after, gradient)
@@ -122,7 +124,7 @@ def test_sums_for_the_standard_error_of_the_kept_update(scaling: object) -> None
     assert sums["judged_4th"] == pytest.approx((d**4).sum(), rel=1e-12)
 
 
-def test_the_ends_of_the_histogram_of_steps_are_open() -> None:
+def test_the_first_and_last_bin_of_steps_are_open() -> None:
     before = torch.tensor([1.0, 0.0], dtype=torch.float64)
     for update, median in ((2.0**-52, -31.5), (2.0**40, 31.5)):
         figures = measure(before, before + update, formats="e2m1", scaling=None)
@@ -135,13 +137,13 @@ def test_an_update_of_more_steps_than_float64_holds_is_in_the_last_bin() -> None
     assert figures["steps_median_log2/e4m3fn"] == 31.5
 
 
-def test_a_deviation_that_the_sums_have_lost_is_nan_and_not_made_up() -> None:
-    """The gradients lie one unit in the last place of float32 apart, around 1."""
+def test_a_deviation_lost_in_rounding_is_nan() -> None:
+    """Gradients differ from 1 by one ULP of float32."""
     before = torch.tensor([1.0, 2.0, 4.0, 8.0])
     gradient = torch.tensor([1.0, 1.0 + 2**-23, 1.0, 1.0])
     figures = measure(before, before * 1.01, gradient, ["bf16"])
     assert math.isnan(figures["grad_stiff_correlation/bf16"])
 
 
-def test_every_metric_of_the_catalogue_has_a_formula_and_no_other_has() -> None:
+def test_formulas_and_catalogue_have_the_same_names() -> None:
     assert [*FORMULAS] == [*LAYER_METRICS, *FORMAT_METRICS]

@@ -1,4 +1,4 @@
-"""Standard errors of ratios, against loops over the elements of samples and strata."""
+"""Standard errors of ratios against loops over samples and strata."""
 
 import math
 from itertools import combinations
@@ -12,11 +12,11 @@ from altgrad.measurement.metrics import FORMULAS
 from altgrad.measurement.standard_errors import estimate_sums, standard_errors
 
 Elements = tuple[np.ndarray, np.ndarray]
-"""The a and b of each element of a sample."""
+"""a and b of each element of a sample."""
 
 
-def sums_of(*samples: Elements, carrying: float = 1e6) -> Tensor:
-    """What errors follow from, one after the other: (6, rows, 1)."""
+def stack_sums(*samples: Elements, carrying: float = 1e6) -> Tensor:
+    """Stack the six sums of `estimate_sums`, (6, rows, 1)."""
     columns = [
         [a.sum(), b.sum(), (a * a).sum(), (a * b).sum(), (b * b).sum(), carrying]
         for a, b in samples
@@ -34,8 +34,8 @@ def counted(*pairs: tuple[int, int]) -> Tensor:
     return torch.tensor(pairs, dtype=torch.float64)
 
 
-def test_it_is_the_spread_of_the_residuals_over_all_samples_that_could_be_drawn() -> None:
-    """Of every sample: the mean of the estimated variances of Σ residuals is their variance."""
+def test_the_variance_is_unbiased_over_all_possible_samples() -> None:
+    """Over all samples, the mean of the estimated variances equals the variance of Σ residuals."""
     a, b = a_sample(9, 0)
     ratio, size = a.sum() / b.sum(), 4
     residuals = a - ratio * b
@@ -43,9 +43,9 @@ def test_it_is_the_spread_of_the_residuals_over_all_samples_that_could_be_drawn(
     truth = np.var([residuals[each].sum() for each in drawn])
     estimates = []
     for each in drawn:
-        # The same residuals, about a ratio of 0: what is estimated is the variance of their sum.
+        # Residuals about a ratio of 0 are the elements: the variance of their sum is estimated.
         about = residuals[each] - residuals[each].mean()
-        sums = sums_of((about, np.ones(size)))
+        sums = stack_sums((about, np.ones(size)))
         sums[0] = 0.0
         error = standard_errors(sums, counted((9, size)), {}).item()
         estimates.append((error * size) ** 2)
@@ -57,11 +57,11 @@ def test_the_error_of_a_layer_follows_from_its_residuals(population: int) -> Non
     a, b = a_sample(50, 1)
     residuals = a - a.sum() / b.sum() * b
     variance = (1 - 50 / population) * 50 / 49 * (residuals**2).sum()
-    error = standard_errors(sums_of((a, b)), counted((population, 50)), {}).item()
+    error = standard_errors(stack_sums((a, b)), counted((population, 50)), {}).item()
     assert error == pytest.approx(math.sqrt(variance) / b.sum(), rel=1e-9)
 
 
-def test_the_error_of_a_model_is_that_of_strata_about_the_ratio_of_all() -> None:
+def test_the_error_of_a_model_uses_residuals_about_the_models_ratio() -> None:
     sizes, populations = (40, 60, 31), (400, 66, 31)
     samples = [a_sample(size, seed) for seed, size in enumerate(sizes)]
     weights = [n / size for n, size in zip(populations, sizes, strict=True)]
@@ -72,31 +72,31 @@ def test_the_error_of_a_model_is_that_of_strata_about_the_ratio_of_all() -> None
     for weight, size, (own_a, own_b) in zip(weights, sizes, samples, strict=True):
         residuals = own_a - a / b * own_b
         variance += weight**2 * (1 - 1 / weight) * size / (size - 1) * (residuals**2).sum()
-    sums = torch.cat((sums_of(*samples), torch.full((6, 1, 1), 1e6, dtype=torch.float64)), dim=1)
+    sums = torch.cat((stack_sums(*samples), torch.full((6, 1, 1), 1e6, dtype=torch.float64)), dim=1)
     sums[0, 3], sums[1, 3] = a, b
     pairs = counted(*zip(populations, sizes, strict=True), (sum(populations), sum(populations)))
     errors = standard_errors(sums, pairs, {3: (0, 1, 2)}).flatten().tolist()
-    assert errors[2] == 0  # all of it was measured
+    assert errors[2] == 0  # all elements were measured
     assert errors[3] == pytest.approx(math.sqrt(variance) / b, rel=1e-12)
 
 
 @pytest.mark.parametrize(("carrying", "is_nan"), [(29.9, True), (30.0, False)])
-def test_it_is_not_known_where_few_elements_carry_the_ratio(carrying: float, is_nan: bool) -> None:
-    sums = sums_of(a_sample(50, 2), carrying=carrying)
+def test_the_error_is_nan_if_few_elements_carry_the_ratio(carrying: float, is_nan: bool) -> None:
+    sums = stack_sums(a_sample(50, 2), carrying=carrying)
     assert math.isnan(standard_errors(sums, counted((99, 50)), {}).item()) is is_nan
     assert standard_errors(sums, counted((50, 50)), {}).item() == 0
 
 
-def test_a_ratio_of_nothing_has_none() -> None:
+def test_the_error_is_nan_if_the_ratio_has_no_value() -> None:
     nothing = (np.zeros(50), np.zeros(50))
-    assert standard_errors(sums_of(nothing), counted((99, 50)), {}).isnan().all()
-    assert standard_errors(sums_of(nothing), counted((50, 50)), {}).isnan().all()
+    assert standard_errors(stack_sums(nothing), counted((99, 50)), {}).isnan().all()
+    assert standard_errors(stack_sums(nothing), counted((50, 50)), {}).isnan().all()
 
 
-def test_a_layer_that_has_nothing_of_a_ratio_adds_nothing_to_the_error_of_a_model() -> None:
+def test_layers_without_a_ratio_do_not_change_the_error_of_a_model() -> None:
     sample, nothing = a_sample(50, 3), (np.zeros(40), np.zeros(40))
-    sums = sums_of(sample, nothing, sample, carrying=50.0)
-    sums[5, 1] = 0.0  # no element carries it
+    sums = stack_sums(sample, nothing, sample, carrying=50.0)
+    sums[5, 1] = 0.0  # no element carries the ratio
     pairs = counted((99, 50), (400, 40), (499, 499))
     with_it, without = (
         standard_errors(sums, pairs, {2: layers})[2].item() for layers in ((0, 1), (0,))
@@ -105,7 +105,7 @@ def test_a_layer_that_has_nothing_of_a_ratio_adds_nothing_to_the_error_of_a_mode
 
 
 class Columns:
-    """`Sums` of two rows and three formats, by name."""
+    """A `Sums` of two rows and three formats."""
 
     def __init__(self, **columns: Tensor) -> None:
         self._columns = columns
@@ -114,13 +114,13 @@ class Columns:
         return self._columns[name]
 
 
-def test_a_share_is_a_ratio_of_ones() -> None:
+def test_a_share_equals_a_ratio_of_zeros_and_ones() -> None:
     judged = torch.tensor([[5.0, 0.0, 9.0], [7.0, 7.0, 1.0]])
     effective = torch.tensor([[2.0, 0.0, 9.0], [0.0, 7.0, 1.0]])
     n = Columns(judged=judged, effective=effective, elements=torch.tensor([[10.0], [20.0]]))
-    for row, (all_of, kept) in enumerate(zip(judged.tolist(), effective.tolist(), strict=True)):
+    for row, (stack_all, kept) in enumerate(zip(judged.tolist(), effective.tolist(), strict=True)):
         for place in range(3):
-            b = np.ones(int(all_of[place]))
+            b = np.ones(int(stack_all[place]))
             a = np.arange(len(b)) >= kept[place]
             sums = estimate_sums(FORMULAS["stall_frac"], n, 3)
             assert {each.shape for each in sums} == {(2, 3)}
@@ -129,7 +129,7 @@ def test_a_share_is_a_ratio_of_ones() -> None:
             assert found[5] == [10.0, 20.0][row]
 
 
-def test_the_kept_update_is_carried_by_as_many_as_have_its_energy() -> None:
+def test_kept_share_is_carried_by_elements_over_energy_concentration() -> None:
     effective = torch.tensor([0.5, 0.0, -2.0, 1.0], dtype=torch.float64)
     update = torch.tensor([0.4, 0.3, -2.5, 1.0], dtype=torch.float64)
     a, b = effective * update, update**2

@@ -1,4 +1,4 @@
-"""`StepTable`: rows of layers, the rows of the model that they make, and figures as a matrix."""
+"""`StepTable`: rows of layers and of the model, and all figures as a matrix."""
 
 import math
 from collections import Counter
@@ -18,7 +18,7 @@ from tests.counting import Operations
 @pytest.mark.parametrize("layers", [2, 3, 7, 8, 64, 101])
 @pytest.mark.parametrize("formats", [1, 4])
 def test_equal_sums_of_layers_stay_equal_in_the_model(layers: int, formats: int) -> None:
-    """A share of nothing is 0 and not −3e-16, whatever each sampled element stands for."""
+    """A share of 0 is exactly 0, and not −3e-16, whatever the weights of the layers are."""
     generator = torch.Generator().manual_seed(layers)
     counts = torch.randint(1, 1000, (layers, 1), generator=generator).double()
     sums = counts.expand(layers, sum_count(formats)).clone()
@@ -29,11 +29,11 @@ def test_equal_sums_of_layers_stay_equal_in_the_model(layers: int, formats: int)
         table, rows = StepTable.with_model(
             names, torch.cat((sums, maxima), dim=1), [names] * layers
         )
-    # Some processors add up the columns of a matrix product in different orders.
+    # A matrix product would add columns up in different orders on some processors.
     assert not {"aten.mv.default", "aten.mm.default", "aten.bmm.default"} & {*operations.counts}
-    of_model = table.vectors[rows[None], : sum_count(formats)]
-    assert of_model[POPULATION] == of_model[ELEMENTS]
-    assert of_model.unique().numel() == 1
+    model_sums = table.vectors[rows[None], : sum_count(formats)]
+    assert model_sums[POPULATION] == model_sums[ELEMENTS]
+    assert model_sums.unique().numel() == 1
     assert [table.figure("unmoved_frac", row) for row in range(layers + 1)] == [0.0] * (layers + 1)
     assert (SUMS[POPULATION], SUMS[ELEMENTS]) == ("population", "elements")
 
@@ -43,7 +43,7 @@ JUDGED = [NAMES, ("bf16",), ("e2m1", "e4m3fn"), NAMES]
 
 
 def a_table() -> StepTable:
-    """Four sampled layers of different size, not all of them judged for all formats."""
+    """Make four sampled layers of different sizes, not all judged for all formats."""
     measurer, rows = Measurer(FormatSet(NAMES)), []
     for seed, judged in enumerate(JUDGED):
         generator = torch.Generator().manual_seed(seed)
@@ -54,7 +54,7 @@ def a_table() -> StepTable:
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each formula has been evaluated from now on."""
+    """Count the evaluations of each formula from now on."""
     calls: Counter[str] = Counter()
 
     def counting(name: str) -> None:
@@ -71,7 +71,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return calls
 
 
-def test_a_row_of_figures_has_the_metrics_of_each_format_in_turn() -> None:
+def test_figures_of_a_row_are_ordered_by_format() -> None:
     table = a_table()
     assert [*table.columns] == [*figure_keys(NAMES)]
     for metric, formula in FORMULAS.items():
@@ -86,7 +86,7 @@ def test_a_row_of_figures_has_the_metrics_of_each_format_in_turn() -> None:
 
 
 @pytest.mark.parametrize("first", ["saturated_frac/e2m1", "update_rms", None])
-def test_a_figure_is_the_same_in_whichever_order_it_is_read(first: str | None) -> None:
+def test_figures_do_not_depend_on_the_order_of_reading(first: str | None) -> None:
     table, expected = a_table(), a_table().figures
     for key in [first] if first else figure_keys(NAMES):
         for row, figures in enumerate(expected):
@@ -95,7 +95,7 @@ def test_a_figure_is_the_same_in_whichever_order_it_is_read(first: str | None) -
     assert len(expected) == len(table.vectors) == 4 + 3
 
 
-def test_one_metric_is_evaluated_alone_and_a_second_one_with_all(
+def test_the_first_metric_is_computed_alone_and_the_second_with_all_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     table, calls = a_table(), counted(monkeypatch)
@@ -109,7 +109,7 @@ def test_one_metric_is_evaluated_alone_and_a_second_one_with_all(
     assert calls == dict.fromkeys(FORMULAS, 1) | {"saturated_frac": 2}
 
 
-def test_errors_are_those_of_estimates_and_nan_for_all_other_metrics() -> None:
+def test_only_estimates_have_standard_errors() -> None:
     table = a_table()
     for key in figure_keys(NAMES):
         errors = [table.error(key, row) for row in range(len(table.vectors))]
@@ -119,7 +119,7 @@ def test_errors_are_those_of_estimates_and_nan_for_all_other_metrics() -> None:
             assert all(map(math.isnan, errors)), key
 
 
-def test_histograms_count_all_that_moved() -> None:
+def test_histograms_count_all_moved_elements() -> None:
     table = a_table()
     for row in range(len(table.vectors)):
         moved = table.sum("moved")[row].item()
@@ -132,7 +132,7 @@ def test_histograms_count_all_that_moved() -> None:
         assert table.counts(None, row) == table.histogram("ulps")[:, 0, row].tolist()
 
 
-def test_without_formats_there_are_the_figures_of_the_parameter() -> None:
+def test_without_formats_there_are_the_figures_of_the_layer() -> None:
     row = Measurer(FormatSet([])).measure_tensor(torch.ones(5), torch.full((5,), 1.5))
     table = StepTable([], row.unsqueeze(0))
     assert [*table.columns] == [*LAYER_METRICS]
@@ -142,13 +142,13 @@ def test_without_formats_there_are_the_figures_of_the_parameter() -> None:
     assert sum(table.counts(None, 0)) == 5
 
 
-def test_a_row_of_other_formats_has_nothing_of_those_that_it_does_not_know() -> None:
+def test_converted_rows_are_empty_for_unknown_formats() -> None:
     table = a_table()
     wanted = ("e2m1", "fp16", "bf16")
-    other = StepTable(wanted, table.row_for(wanted, 0).unsqueeze(0))
+    other = StepTable(wanted, table.convert_row(wanted, 0).unsqueeze(0))
     for key in figure_keys(("e2m1", "bf16")):
         value = table.figure(key, 0)
         assert other.figure(key, 0) == value or math.isnan(value)
     assert not other.vectors[0, sum_count(1) : sum_count(2)].any()
     assert other.max("stiffness")[0].tolist()[1] == -math.inf
-    assert torch.equal(table.row_for(NAMES, 2), table.vectors[2])
+    assert torch.equal(table.convert_row(NAMES, 2), table.vectors[2])

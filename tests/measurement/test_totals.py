@@ -1,4 +1,4 @@
-"""`Layers`: rows of any order are what numpy sums for each layer, and in which column."""
+"""`Layers`: rows in any order add up to layers, in the right columns."""
 
 import math
 
@@ -26,16 +26,18 @@ from altgrad.measurement.totals import Layers
 from tests.strategies import thorough
 
 Found = tuple[Tensor, Tensor]
-"""Sums of each row, and its extrema."""
+"""Sums and extrema of rows."""
 Column = tuple[str, int | None]
-"""The name of a sum or maximum, and the format that it is of."""
+"""Name of a sum or maximum, and the index of its format."""
 
 
-def columns_of_rows(formats: int) -> tuple[list[Column], list[Column]]:
-    """As the kernel has them: of each name that of the layer, or those of all formats."""
+def list_row_columns(formats: int) -> tuple[list[Column], list[Column]]:
+    """List the columns of the kernel, in which all formats of a name follow each other."""
 
-    def columns(of_layer: tuple[str, ...], of_formats: tuple[str, ...]) -> list[Column]:
-        return [(n, None) for n in of_layer] + [(n, f) for n in of_formats for f in range(formats)]
+    def columns(layer_names: tuple[str, ...], format_names: tuple[str, ...]) -> list[Column]:
+        return [(n, None) for n in layer_names] + [
+            (n, f) for n in format_names for f in range(formats)
+        ]
 
     sums = columns(ROW_SUMS, FORMAT_ROW_SUMS) + columns(ROW_SQUARES, FORMAT_ROW_SQUARES)
     minima = columns(ROW_MINIMA, FORMAT_ROW_MINIMA)
@@ -43,17 +45,17 @@ def columns_of_rows(formats: int) -> tuple[list[Column], list[Column]]:
     return sums, maxima + [(f"minus_{name}", format) for name, format in minima]
 
 
-def columns_of_vectors(formats: int) -> tuple[list[Column], list[Column]]:
-    """As a measurement has them: of each format all names."""
+def list_vector_columns(formats: int) -> tuple[list[Column], list[Column]]:
+    """List the columns of a vector, in which all names of a format follow each other."""
     sums = [(n, None) for n in SUMS] + [(n, f) for f in range(formats) for n in FORMAT_SUMS]
     maxima = [(n, None) for n in MAXIMA] + [(n, f) for f in range(formats) for n in FORMAT_MAXIMA]
     return sums, maxima
 
 
 def some_rows(rows: int, formats: int, seed: int) -> Found:
-    """Whole numbers, which add up exactly in any order."""
+    """Make rows of whole numbers, whose sums are exact in any order."""
     generator = torch.Generator().manual_seed(seed)
-    sums, maxima = columns_of_rows(formats)
+    sums, maxima = list_row_columns(formats)
     return (
         torch.randint(0, 1000, (rows, len(sums)), generator=generator).double(),
         torch.randint(-1000, 1000, (rows, len(maxima)), generator=generator).double(),
@@ -61,9 +63,9 @@ def some_rows(rows: int, formats: int, seed: int) -> Found:
 
 
 def by_numpy(rows: Found, layer: list[int], layers: int, formats: int) -> list[dict]:
-    """Of each layer every sum and maximum by its column."""
+    """Compute every sum and maximum of each layer by numpy, by column."""
     sums, maxima = (each.numpy() for each in rows)
-    names, max_names = columns_of_rows(formats)
+    names, max_names = list_row_columns(formats)
     result = []
     for number in range(layers):
         own = np.array(layer) == number
@@ -75,24 +77,24 @@ def by_numpy(rows: Found, layer: list[int], layers: int, formats: int) -> list[d
 
 
 def named(vector: Tensor, formats: int) -> dict[Column, float]:
-    sums, maxima = columns_of_vectors(formats)
+    sums, maxima = list_vector_columns(formats)
     names = sums + [(f"max {name}", format) for name, format in maxima]
     return dict(zip(names, vector.tolist(), strict=True))
 
 
-def layers_of(layer: list[int], counted: Tensor, judged: list[bool]) -> Layers:
-    return Layers.of(torch.tensor(layer, dtype=torch.int64), counted, judged)
+def make_layers(layer: list[int], counted: Tensor, judged: list[bool]) -> Layers:
+    return Layers.create(torch.tensor(layer, dtype=torch.int64), counted, judged)
 
 
 @thorough
 @given(st.data(), st.integers(0, 3), st.integers(1, 4), st.integers(1, 12))
-def test_rows_in_any_order_are_the_sums_of_their_layers(
+def test_rows_in_any_order_add_up_to_their_layers(
     data: st.DataObject, formats: int, layers: int, count: int
 ) -> None:
     rows = some_rows(count, formats, data.draw(st.integers(0, 99)))
     layer = data.draw(st.lists(st.integers(0, layers - 1), min_size=count, max_size=count))
     counted = torch.arange(2.0 * layers, dtype=torch.float64).view(layers, 2)
-    vectors = layers_of(layer, counted, [True] * formats).vectors(*rows)
+    vectors = make_layers(layer, counted, [True] * formats).add_up(*rows)
     assert vectors.dtype is torch.float64
     for number, expected in enumerate(by_numpy(rows, layer, layers, formats)):
         actual = named(vectors[number], formats)
@@ -108,22 +110,22 @@ def test_rows_in_any_order_are_the_sums_of_their_layers(
 
 
 @pytest.mark.parametrize("formats", [0, 2])
-def test_the_row_of_a_layer_alone_is_that_of_the_layer(formats: int) -> None:
+def test_a_single_row_is_the_vector_of_its_layer(formats: int) -> None:
     rows, counted = some_rows(1, formats, 0), torch.ones(1, 2, dtype=torch.float64)
-    alone = layers_of([0], counted, [True] * formats).vectors(*rows)
-    none = layers_of([0, 0], counted, [True] * formats)
-    both = [torch.cat(pair) for pair in zip(rows, none.nothing(), strict=True)]
-    assert torch.equal(none.vectors(*both), alone)
+    alone = make_layers([0], counted, [True] * formats).add_up(*rows)
+    none = make_layers([0, 0], counted, [True] * formats)
+    both = [torch.cat(pair) for pair in zip(rows, none.make_empty_row(), strict=True)]
+    assert torch.equal(none.add_up(*both), alone)
     assert alone[0].isfinite().all()
 
 
 @pytest.mark.parametrize("formats", [0, 2])
-def test_without_a_row_sums_are_0_and_maxima_minus_infinity(formats: int) -> None:
+def test_layers_without_rows_have_sums_of_0_and_maxima_of_minus_infinity(formats: int) -> None:
     counted = torch.zeros(3, 2, dtype=torch.float64)
-    none = layers_of([], counted, [True] * formats)
-    alone = layers_of([0], counted[:1], [True] * formats)
-    rows = [each[:0] for each in none.nothing()]
-    for vector in (*none.vectors(*rows), *alone.vectors(*alone.nothing())):
+    none = make_layers([], counted, [True] * formats)
+    alone = make_layers([0], counted[:1], [True] * formats)
+    rows = [each[:0] for each in none.make_empty_row()]
+    for vector in (*none.add_up(*rows), *alone.add_up(*alone.make_empty_row())):
         values = named(vector, formats)
         assert {v for (name, _), v in values.items() if not name.startswith("max ")} == {0.0}
         assert {v for (name, _), v in values.items() if name.startswith("max ")} == {-math.inf}
@@ -131,11 +133,11 @@ def test_without_a_row_sums_are_0_and_maxima_minus_infinity(formats: int) -> Non
 
 @pytest.mark.parametrize("formats", [0, 1, 3])
 def test_octaves_are_counted_by_layer_then_by_format(formats: int) -> None:
-    layers = layers_of([0, 1], torch.zeros(2, 2, dtype=torch.float64), [True] * formats)
+    layers = make_layers([0, 1], torch.zeros(2, 2, dtype=torch.float64), [True] * formats)
     counts = layers.histograms.counts
     assert counts.tolist() == [0.0] * (2 * (1 + formats) * 64)
     counts.copy_(torch.arange(len(counts)))
-    vectors = layers.vectors(*some_rows(2, formats, 0))
+    vectors = layers.add_up(*some_rows(2, formats, 0))
     for layer in range(2):
         values, start = named(vectors[layer], formats), layer * (1 + formats) * 64
         for bin in range(1, 64):
@@ -144,10 +146,10 @@ def test_octaves_are_counted_by_layer_then_by_format(formats: int) -> None:
                 assert values[f"steps[{bin}]", format] == start + 64 * (1 + format) + bin
 
 
-def test_the_bins_of_a_row_begin_where_its_layer_has_them() -> None:
-    """The kernel adds to them the exponent of a float64, of which 2**0 has 1023."""
+def test_bins_of_a_row_begin_at_those_of_its_layer() -> None:
+    """The kernel adds the biased exponent of a float64, which is 1023 for 2**0."""
     layer, counted = [2, 0, 2], torch.zeros(3, 2, dtype=torch.float64)
-    _, ulps_at, steps_at, ones = layers_of(layer, counted, [True] * 3).histograms
+    _, ulps_at, steps_at, ones = make_layers(layer, counted, [True] * 3).histograms
     assert (ulps_at.shape, steps_at.shape) == ((3, 1, 1), (3, 3, 1))
     for row, number in enumerate(layer):
         first = number * 4 * 64
@@ -168,27 +170,27 @@ WHAT_IF = {
 
 
 @pytest.mark.parametrize("judged", [[], [True], [False], [True, False, True], [False, False]])
-def test_of_a_format_that_is_not_judged_exactly_the_what_if_columns_are_0(
+def test_exactly_the_what_if_columns_of_unjudged_formats_are_0(
     judged: list[bool],
 ) -> None:
     formats, layer = len(judged), [0, 0, 0]
     rows, counted = some_rows(3, formats, 1), torch.full((1, 2), 5.0, dtype=torch.float64)
-    rows[0].add_(1)  # none is 0
-    every, some = (layers_of(layer, counted, each) for each in ([True] * formats, judged))
+    rows[0].add_(1)  # so that no sum is 0
+    every, some = (make_layers(layer, counted, each) for each in ([True] * formats, judged))
     for each in (every, some):
         each.histograms.counts.fill_(7)
-    whole, meant = (named(each.vectors(*rows)[0], formats) for each in (every, some))
+    whole, meant = (named(each.add_up(*rows)[0], formats) for each in (every, some))
     assert all(value for (name, _), value in whole.items() if not name.startswith("max "))
     unseen = {(name, format) for format in range(formats) if not judged[format] for name in WHAT_IF}
     assert unseen < whole.keys()
     assert meant == {column: 0.0 if column in unseen else whole[column] for column in whole}
 
 
-def test_a_sum_that_is_not_meant_is_0_also_where_it_is_not_finite() -> None:
+def test_what_if_columns_of_unjudged_formats_are_0_even_if_not_finite() -> None:
     rows = some_rows(1, 1, 0)
-    names, _ = columns_of_rows(1)
+    names, _ = list_row_columns(1)
     rows[0][0, names.index(("stochastic_variance", 0))] = math.nan
     rows[0][0, names.index(("kept_sq", 0))] = math.inf
-    vectors = layers_of([0], torch.ones(1, 2, dtype=torch.float64), [False]).vectors(*rows)
+    vectors = make_layers([0], torch.ones(1, 2, dtype=torch.float64), [False]).add_up(*rows)
     values = named(vectors[0], 1)
     assert values["stochastic_variance", 0] == values["kept_sq", 0] == 0

@@ -1,4 +1,4 @@
-"""`Workspace`: buffers apart from each other, in memory that is used again and only grows."""
+"""`Workspace`: buffers that do not overlap, in memory that is reused and grows."""
 
 import weakref
 
@@ -11,37 +11,37 @@ from altgrad.measurement.workspace import TEMPORARY_BYTES, Buffers, Workspace, c
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-def all_of(buffers: Buffers) -> list[Tensor]:
+def list_buffers(buffers: Buffers) -> list[Tensor]:
     return [*buffers.per_format, *buffers.shared, *buffers.stacked]
 
 
-def memory_of(buffers: Buffers) -> int:
-    """The bytes of the memory in which they lie."""
+def memory_size(buffers: Buffers) -> int:
+    """Return the size of the memory behind buffers, in bytes."""
     return buffers.values.untyped_storage().nbytes()
 
 
-def ends_of(buffers: Buffers) -> tuple[int, int]:
-    """The addresses from which to which they lie."""
-    pointers = [each.data_ptr() for each in all_of(buffers) if each.numel()]
+def address_range(buffers: Buffers) -> tuple[int, int]:
+    """Return the first and the last address at which a buffer begins."""
+    pointers = [each.data_ptr() for each in list_buffers(buffers) if each.numel()]
     return min(pointers), max(pointers)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 5), (2, 0, 4), (1, 4, 100)], ids=str)
-def test_buffers_of_one_call_are_apart(shape: tuple[int, int, int]) -> None:
+def test_buffers_of_one_call_do_not_overlap(shape: tuple[int, int, int]) -> None:
     rows, formats, columns = shape
     buffers = Workspace().buffers(rows, formats, columns, CPU)
     counts = [len(each) for each in (buffers.per_format, buffers.shared, buffers.stacked)]
     assert counts == [4, 10, 4]
     assert {each.shape for each in buffers.per_format} == {(rows, formats, columns)}
     assert {each.shape for each in (*buffers.shared, *buffers.stacked)} == {(rows, 1, columns)}
-    assert {each.dtype for each in all_of(buffers)} == {torch.float64}
-    for number, each in enumerate(all_of(buffers)):
+    assert {each.dtype for each in list_buffers(buffers)} == {torch.float64}
+    for number, each in enumerate(list_buffers(buffers)):
         each.fill_(number)
-    for number, each in enumerate(all_of(buffers)):
+    for number, each in enumerate(list_buffers(buffers)):
         assert (each == number).all(), number
 
 
-def test_what_lies_side_by_side_serves_as_one() -> None:
+def test_adjacent_buffers_are_views_of_one_tensor() -> None:
     buffers = Workspace().buffers(3, 2, 5, CPU)
     for number, each in enumerate((*buffers.shared, *buffers.stacked)):
         each.copy_(torch.arange(15.0).view(3, 1, 5) + 100 * number)
@@ -54,7 +54,7 @@ def test_what_lies_side_by_side_serves_as_one() -> None:
         assert torch.equal(found, pair.transpose(1, 2))
 
 
-def test_buffers_know_their_memory_as_integers() -> None:
+def test_buffers_have_a_view_as_integers() -> None:
     buffers = Workspace().buffers(2, 1, 3, CPU)
     for each in (*buffers.per_format, *buffers.shared):
         each.fill_(1.0)
@@ -62,70 +62,68 @@ def test_buffers_know_their_memory_as_integers() -> None:
         assert (each.bits == 1023 << 52).all()
 
 
-def test_a_shape_that_was_asked_for_before_has_the_same_buffers() -> None:
+def test_a_known_shape_returns_the_same_buffers() -> None:
     workspace = Workspace()
     large = workspace.buffers(2, 3, 40, CPU)
     small = workspace.buffers(1, 3, 10, CPU)
     assert workspace.buffers(2, 3, 40, CPU) is large
     assert workspace.buffers(1, 3, 10, CPU) is small
-    assert ends_of(small)[0] == ends_of(large)[0]
-    assert ends_of(small)[1] < ends_of(large)[1]
+    assert address_range(small)[0] == address_range(large)[0]
+    assert address_range(small)[1] < address_range(large)[1]
 
 
-def test_a_larger_shape_has_new_memory_for_all() -> None:
+def test_a_larger_shape_allocates_new_memory_for_all_shapes() -> None:
     workspace = Workspace()
     small = workspace.buffers(1, 1, 3, CPU)
     large = workspace.buffers(4, 2, 50, CPU)
     again = workspace.buffers(1, 1, 3, CPU)
     assert again is not small
-    low, high = ends_of(large)
-    assert low <= ends_of(again)[0] <= ends_of(again)[1] <= high
+    low, high = address_range(large)
+    assert low <= address_range(again)[0] <= address_range(again)[1] <= high
     assert workspace.buffers(4, 2, 50, CPU) is large
 
 
-def test_each_device_has_memory_of_its_own() -> None:
+def test_each_device_has_separate_memory() -> None:
     workspace = Workspace()
     here, there = workspace.buffers(1, 1, 3, CPU), workspace.buffers(1, 1, 3, META)
-    assert {each.device for each in all_of(here)} == {CPU}
-    assert {each.device for each in all_of(there)} == {META}
+    assert {each.device for each in list_buffers(here)} == {CPU}
+    assert {each.device for each in list_buffers(there)} == {META}
     workspace.buffers(1, 1, 300, META)
     assert workspace.buffers(1, 1, 3, CPU) is here
     assert workspace.buffers(1, 1, 3, META) is not there
 
 
-def test_of_ever_new_shapes_only_a_few_are_kept() -> None:
+def test_only_a_few_shapes_are_kept() -> None:
     workspace = Workspace()
     kept = []
     for columns in (1000, *range(1, 100)):
         buffers = workspace.buffers(1, 1, columns, CPU)
         kept.append(weakref.ref(buffers.values))
         assert sum(each() is not None for each in kept) <= 8
-        assert memory_of(buffers) == 8 * 18 * 1000  # that of the largest serves all
+        assert memory_size(buffers) == 8 * 18 * 1000  # the memory of the largest shape
 
 
-def test_what_was_made_in_inference_mode_can_be_written_to_outside_of_it() -> None:
+def test_buffers_from_inference_mode_are_writable_outside() -> None:
     workspace = Workspace()
     with torch.inference_mode():
         workspace.buffers(1, 1, 3, CPU)
         buffers = workspace.buffers(1, 2, 4, CPU)
-    for each in (*all_of(buffers), buffers.values, buffers.sizes, *buffers.pairs):
+    for each in (*list_buffers(buffers), buffers.values, buffers.sizes, *buffers.pairs):
         each.zero_()
         assert not each.is_inference()
 
 
 @pytest.mark.parametrize("scale_per_element", [False, True])
 @pytest.mark.parametrize("formats", [0, 1, 4, 17, 40])
-def test_as_many_columns_as_fit_take_the_memory_that_is_allowed(
-    formats: int, scale_per_element: bool
-) -> None:
+def test_columns_that_fit_fill_the_allowed_memory(formats: int, scale_per_element: bool) -> None:
     columns = columns_that_fit(formats, scale_per_element=scale_per_element)
     workspace = Workspace()
-    taken = memory_of(workspace.buffers(1, formats, columns, META))
-    taken += columns  # and a mask of a byte each
+    taken = memory_size(workspace.buffers(1, formats, columns, META))
+    taken += columns  # the mask takes one byte for each element
     if scale_per_element:
         taken += 8 * columns * (formats + 16)
     assert 0.99 * TEMPORARY_BYTES < taken < TEMPORARY_BYTES
 
 
-def test_one_column_is_measured_whatever_it_takes() -> None:
+def test_at_least_one_column_fits() -> None:
     assert columns_that_fit(10**7) == 1

@@ -1,4 +1,4 @@
-"""`Arena`: copies side by side, and layers measured together as if each were alone."""
+"""`Arena`: copies lie side by side, and layers measured together equal layers measured alone."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from altgrad import UpdateMonitor, measure
 from altgrad.distributed.peers import Alone
 from altgrad.measurement.chunks import Sample
-from altgrad.measurement.ever_moved import EverMovedOfLayers
+from altgrad.measurement.ever_moved import EverMovedStore
 from altgrad.measurement.figures import tensor_figures
 from altgrad.measurement.measurer import Measurer
 from altgrad.monitor.arena import Arena
@@ -32,7 +32,7 @@ KINDS = 1 + len(FORMATS)
 
 
 class Lying:
-    """An arena with what it asks."""
+    """An arena with its measurer, scales and flags."""
 
     def __init__(self, scaling: Any = "tensor", elements: int = 100_000) -> None:
         with sharing_out(elements):
@@ -40,17 +40,17 @@ class Lying:
         self.scale_state = ScaleState(self.measurer.formats)
         self.samples: dict[str, Sample] = {}
         self.told: list[str] = []
-        self.ever_moved = EverMovedOfLayers(self.told.append)
+        self.ever_moved = EverMovedStore(self.told.append)
         self.arena = Arena(self.measurer, self.scale_state, self.ever_moved, self.samples)
 
     def lay_out(self, *requests: Request) -> dict[str, Copies | None]:
         measured = {r.name: r.parameter for r in requests if r.parameter.dtype in INPUT_DTYPES}
-        self.scale_state.look_at(measured, Alone())
+        self.scale_state.ensure_amax(measured, Alone())
         given = self.arena.lay_out(requests)
         return {request.name: each for request, each in zip(requests, given, strict=True)}
 
     def take_scales(self, parameters: dict[str, Tensor]) -> None:
-        """Take them now, whenever they were due."""
+        """Take each amax now, due or not."""
         self.scale_state.load_state_dict(self.scale_state.state_dict() | {"steps_left": 0})
         assert self.scale_state.prepare(lambda: parameters, Alone())
         self.arena.scales_changed()
@@ -60,14 +60,14 @@ class Lying:
         return [[place.name for place in segment.places] for segment in self.arena.segments]
 
     @property
-    def histories(self) -> dict[str, Tensor]:
-        return dict(self.arena.histories())
+    def flags(self) -> dict[str, Tensor]:
+        return dict(self.arena.flags())
 
     def restore(self, **histories: Tensor) -> None:
         for segment in self.arena.segments:
             for place in segment.places:
                 if place.name in histories:
-                    segment.restore(place, histories[place.name])
+                    segment.write_flags(place, histories[place.name])
 
 
 def asked(
@@ -85,7 +85,7 @@ def bits(elements: int, seed: int = 0) -> Tensor:
 
 
 def a_step(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Before, after and gradient."""
+    """Make before, after and gradient of a step."""
     generator = torch.Generator().manual_seed(seed)
     before, update, gradient = torch.randn(3, *shape, generator=generator)
     return before, before + update * 1e-2, gradient
@@ -97,7 +97,7 @@ def fill(copies: Copies, step: tuple[Tensor, Tensor, Tensor]) -> None:
         memory.copy_(part)
 
 
-def test_parameters_lie_side_by_side_each_in_memory_of_its_own() -> None:
+def test_layers_lie_side_by_side_in_separate_memory() -> None:
     lying, shapes = Lying(), {"matrix": (5, 7), "vector": (100,), "scalar": (), "none": (0, 3)}
     copies = lying.lay_out(*(asked(name, torch.ones(shape)) for name, shape in shapes.items()))
     assert [*copies] == [*shapes]
@@ -110,11 +110,11 @@ def test_parameters_lie_side_by_side_each_in_memory_of_its_own() -> None:
             assert (memory == 10 * number + offset).all()
     (segment,) = lying.arena.segments
     assert lying.names == [[*shapes]]
-    assert len(segment.before) == 1 + 2 + 1 + 0  # rows of 64 elements, and none to spare
-    assert segment.before.isfinite().sum() == 35 + 100 + 1  # elsewhere there is no element
+    assert len(segment.before) == 1 + 2 + 1 + 0  # as few rows of 64 elements as possible
+    assert segment.before.isfinite().sum() == 35 + 100 + 1  # all other positions have no element
 
 
-def test_what_cannot_be_measured_together_does_not_lie_there() -> None:
+def test_layers_that_cannot_be_measured_together_get_no_memory() -> None:
     lying = Lying(elements=190)  # two rows, of 64 elements each
     nothing = torch.zeros(0, dtype=torch.int64)
     lying.samples["no sample"] = Sample(torch.Size((300,)), nothing)
@@ -133,7 +133,7 @@ def test_what_cannot_be_measured_together_does_not_lie_there() -> None:
     assert lying.names == []
 
 
-def test_what_is_stored_otherwise_or_finds_no_room_begins_a_segment() -> None:
+def test_another_dtype_or_a_full_segment_begins_a_new_segment() -> None:
     lying = Lying(elements=128)
     stored = {
         "a": (torch.float32, torch.float32),
@@ -150,19 +150,19 @@ def test_what_is_stored_otherwise_or_finds_no_room_begins_a_segment() -> None:
     assert lying.names == [["a", "d"], ["b"], ["c"], ["e"]]
 
 
-def test_what_elements_have_done_is_given_back_as_it_was_restored() -> None:
+def test_flags_are_returned_as_they_were_written() -> None:
     lying, sizes = Lying(), {"a": 200, "b": 64, "c": 1}
     lying.lay_out(*(asked(name, torch.ones(elements)) for name, elements in sizes.items()))
     histories = {name: bits(elements, seed=elements) for name, elements in sizes.items()}
     lying.restore(**histories)
-    assert lying.histories.keys() == histories.keys()
-    assert all(torch.equal(lying.histories[name], each) for name, each in histories.items())
+    assert lying.flags.keys() == histories.keys()
+    assert all(torch.equal(lying.flags[name], each) for name, each in histories.items())
 
 
-# --- laid out again
+# --- a new layout
 
 
-def test_what_is_laid_out_again_goes_on_and_the_others_are_forgotten() -> None:
+def test_flags_survive_a_new_layout_unless_the_layer_changed() -> None:
     lying = Lying()
     before = lying.lay_out(*(asked(name, torch.ones(10)) for name in ("gone", "w", "shorter")))
     before["w"].before.fill_(1.0)
@@ -174,35 +174,35 @@ def test_what_is_laid_out_again_goes_on_and_the_others_are_forgotten() -> None:
     )
     assert lying.names == [["new", "shorter"], ["w"]]
     assert after["w"].before.isnan().all()  # nothing has been copied to it
-    assert torch.equal(lying.histories["w"], bits(10, 2))
-    assert not lying.histories["new"].any()
-    assert not lying.histories["shorter"].any()
+    assert torch.equal(lying.flags["w"], bits(10, 2))
+    assert not lying.flags["new"].any()
+    assert not lying.flags["shorter"].any()
     assert lying.told == [
         "has never_moved_frac of shorter begin anew: it has 9 watched elements, and had 10"
     ]
     assert torch.equal(lying.ever_moved.take("gone", KINDS, 10), bits(10, 1))
 
 
-def test_what_comes_back_goes_on() -> None:
+def test_flags_are_restored_if_a_layer_comes_back() -> None:
     lying = Lying()
     lying.lay_out(asked("w", torch.ones(10)), asked("b", torch.ones(3)))
     lying.restore(w=bits(10))
     lying.lay_out(asked("b", torch.ones(3)))
     lying.lay_out(asked("b", torch.ones(3)), asked("w", torch.ones(10)))
-    assert torch.equal(lying.histories["w"], bits(10))
+    assert torch.equal(lying.flags["w"], bits(10))
 
 
-def test_left_it_has_no_memory_and_what_elements_have_done_is_kept() -> None:
+def test_leave_frees_memory_and_keeps_flags() -> None:
     lying = Lying()
     lying.lay_out(asked("w", torch.ones(10)))
     lying.restore(w=bits(10))
     lying.arena.leave()
-    assert (lying.arena.segments, lying.histories) == ([], {})
+    assert (lying.arena.segments, lying.flags) == ([], {})
     assert torch.equal(lying.ever_moved.take("w", KINDS, 10), bits(10))
 
 
-def test_laid_out_again_it_is_measured_under_the_scales_that_hold() -> None:
-    """The amax of a layer that has not changed is not taken again; that of another shape is."""
+def test_a_new_layout_keeps_the_scales() -> None:
+    """The amax of a layer is taken again only if its shape has changed."""
     lying, (before, after, gradient) = Lying(), a_step(9, 20)
     lying.lay_out(asked("same", before), asked("reshaped", before))
     steps = {"same": (16 * before, 16 * after, gradient)}
@@ -219,11 +219,11 @@ def test_laid_out_again_it_is_measured_under_the_scales_that_hold() -> None:
     assert not torch.equal(rows[0], rows[1])
 
 
-# --- as a batch
+# --- batches
 
 
 @pytest.mark.parametrize("scaling", [None, "tensor", "channel", ("block", 8)], ids=str)
-def test_a_batch_is_each_layer_alone_under_the_scales_that_now_hold(scaling: Any) -> None:
+def test_a_batch_equals_each_layer_measured_alone(scaling: Any) -> None:
     lying = Lying(scaling)
     steps = {"a": a_step(9, 20), "b": a_step(70, seed=1), "c": a_step(3, 5, seed=2)}
     copies = lying.lay_out(*(asked(name, step[0]) for name, step in steps.items()))
@@ -243,7 +243,7 @@ def test_a_batch_is_each_layer_alone_under_the_scales_that_now_hold(scaling: Any
             assert_equal_figures(tensor_figures(FORMATS, row), expected, ("never_moved_frac",))
 
 
-def test_layers_that_are_not_present_hold_no_element() -> None:
+def test_absent_layers_hold_no_elements() -> None:
     lying, steps = Lying(), {"a": a_step(70), "b": a_step(5, seed=1), "c": a_step(64, seed=2)}
     copies = lying.lay_out(*(asked(name, step[0]) for name, step in steps.items()))
     for name, step in steps.items():
@@ -252,7 +252,7 @@ def test_layers_that_are_not_present_hold_no_element() -> None:
     whole = lying.measurer.measure_batch(segment.batch)
     assert segment.names_with({*steps}) == ["a", "b", "c"]
     assert torch.equal(lying.measurer.measure_batch(segment.batch), whole)
-    done = copy.deepcopy(lying.histories)
+    done = copy.deepcopy(lying.flags)
     assert segment.names_with({"b", "another"}) == [None, "b", None]
     assert torch.equal(copies["b"].before, steps["b"][0])
     assert copies["a"].before.isnan().all()
@@ -260,10 +260,10 @@ def test_layers_that_are_not_present_hold_no_element() -> None:
     rows = lying.measurer.measure_batch(segment.batch)
     assert torch.equal(rows[1], whole[1])
     assert tensor_figures(FORMATS, rows[1]).elements == 5
-    assert all(torch.equal(lying.histories[name], each) for name, each in done.items())
+    assert all(torch.equal(lying.flags[name], each) for name, each in done.items())
 
 
-def test_a_sample_lies_in_one_dimension_and_stands_for_the_whole() -> None:
+def test_a_sample_is_flat_and_stands_for_the_whole_layer() -> None:
     lying, (before, after, gradient) = Lying("channel"), a_step(30, 20)
     indices = torch.tensor([3, 70, 71, 599])
     lying.samples["w"] = Sample(before.shape, indices)
@@ -275,7 +275,7 @@ def test_a_sample_lies_in_one_dimension_and_stands_for_the_whole() -> None:
     (row,) = lying.measurer.measure_batch(segment.batch)
     figures = tensor_figures(FORMATS, row)
     assert (figures.elements, figures.population) == (4, 600)
-    # Each element under the scale of its own channel: rows 0, 3, 3 and 29.
+    # Each element has the scale of its channel: rows 0, 3, 3 and 29.
     rows = [part[[0, 3, 29]] for part in (before, after, gradient)]
     amax = rows[0].abs().amax(1)
     padded = [torch.full((3, 2), math.nan) for _ in rows]
@@ -293,7 +293,9 @@ def test_a_sample_lies_in_one_dimension_and_stands_for_the_whole() -> None:
 
 @pytest.mark.parametrize("scaling", ["tensor", "channel"])
 @pytest.mark.parametrize("capacity", [64, 640, 10_000])
-def test_it_does_not_matter_which_layers_are_measured_together(capacity: int, scaling: str) -> None:
+def test_figures_do_not_depend_on_which_layers_are_measured_together(
+    capacity: int, scaling: str
+) -> None:
     model = net()
     with sharing_out(capacity):
         optimizer, _, records = watched(model, scaling=scaling)
@@ -308,7 +310,7 @@ def test_it_does_not_matter_which_layers_are_measured_together(capacity: int, sc
         assert_equal_figures(record.model, dict(same.model))
 
 
-def test_two_thousand_layers() -> None:
+def test_two_thousand_layers_are_measured() -> None:
     model = nn.ParameterList([nn.Parameter(torch.randn(3)) for _ in range(2000)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with UpdateMonitor(model, formats="bf16", strict=True).attach(optimizer) as monitor:
@@ -319,7 +321,7 @@ def test_two_thousand_layers() -> None:
     assert monitor.latest.model.population == 6000
 
 
-def test_a_parameter_that_is_replaced_finds_a_new_place() -> None:
+def test_a_replaced_parameter_gets_a_new_place() -> None:
     model = net()
     optimizer, _, records = watched(model, tell=(said := []).append)
     train(model, optimizer)
@@ -341,13 +343,15 @@ def test_a_parameter_that_is_replaced_finds_a_new_place() -> None:
     ]
 
 
-def test_names_that_change_places_take_their_figures_along() -> None:
+def test_layers_that_swap_names_swap_figures() -> None:
     model = nn.ParameterDict({"a": torch.randn(70), "b": torch.randn(70)})
     optimizer, _, records = watched(model)
     for gradient in (0.0, 1.0):
         if gradient:
             model["a"], model["b"] = model["b"], model["a"]
-            model["c"] = nn.Parameter(torch.randn(3))  # which makes the observer look again
+            model["c"] = nn.Parameter(
+                torch.randn(3)
+            )  # a new name makes the observer read all names again
             optimizer.param_groups[0]["params"] = [*model.parameters()]
             optimizer.named = dict(model.named_parameters())
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""`Arena` in a monitor: laid out once, and again when something changes, with nothing lost."""
+"""`Arena` in a monitor: laid out once, and again after changes, without loss of flags."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ from tests.monitor.watching import (
 
 @contextlib.contextmanager
 def laying_out() -> Iterator[list[tuple[Arena, list[str]]]]:
-    """Each time that an arena is laid out: which one, and the names of all parameters."""
+    """Record each layout: the arena, and the names of all parameters."""
     calls: list[tuple[Arena, list[str]]] = []
     lay_out = Arena.lay_out
 
@@ -35,7 +35,7 @@ def laying_out() -> Iterator[list[tuple[Arena, list[str]]]]:
         yield calls
 
 
-def test_it_is_laid_out_once_and_not_again_while_nothing_changes() -> None:
+def test_an_arena_is_laid_out_once_while_nothing_changes() -> None:
     model = net()
     optimizer, _, records = watched(model)
     with laying_out() as calls:
@@ -49,7 +49,7 @@ def test_it_is_laid_out_once_and_not_again_while_nothing_changes() -> None:
     assert [names for _, names in calls] == [[name for name, _ in model.named_parameters()]]
 
 
-def test_it_is_not_laid_out_again_when_scales_are_taken_again() -> None:
+def test_new_scales_do_not_lay_out_an_arena_again() -> None:
     model = nn.Linear(4, 4)
     optimizer, monitor, records = watched(model, formats="e4m3fn")
     with laying_out() as calls:
@@ -62,7 +62,7 @@ def test_it_is_not_laid_out_again_when_scales_are_taken_again() -> None:
     assert len(calls) == 1
     (_, first), (_, last) = monitor.state_dict()["scales"]["amax"].values()
     largest = optimizer.steps[100]["weight"][0].abs().max()
-    assert first.item() == largest  # and not that of the first step
+    assert first.item() == largest  # not only that of the first step
     assert last.item() == optimizer.steps[0]["bias"][0].abs().max()
     assert len(records) == 102
 
@@ -81,7 +81,7 @@ def store_in_float64(model: nn.ParameterDict) -> None:
 
 @pytest.mark.parametrize("change", [give_gradient, reshape, store_in_float64])
 @pytest.mark.parametrize("max_elements", [None, 50])
-def test_laid_out_again_what_elements_have_done_is_kept(
+def test_a_new_layout_keeps_flags(
     change: Callable[[nn.ParameterDict], None], max_elements: int | None
 ) -> None:
     torch.manual_seed(0)
@@ -99,7 +99,7 @@ def test_laid_out_again_what_elements_have_done_is_kept(
 
     with laying_out() as calls:
         done = step(1.0, "a", "b")
-        assert step(0.0, "a", "b") == done  # where nothing moves nothing is added
+        assert step(0.0, "a", "b") == done  # a step without updates sets no flags
         assert len(calls) == 1
         change(model)
         again = step(0.0, "a", "b")
@@ -119,7 +119,7 @@ def test_laid_out_again_what_elements_have_done_is_kept(
         assert figures.population == each[0].numel()
 
 
-def test_layers_without_a_gradient_in_a_step_hold_no_element() -> None:
+def test_layers_without_a_gradient_in_a_step_hold_no_elements() -> None:
     model = net()
     optimizer, monitor, records = watched(model)
     with laying_out() as calls:
@@ -156,11 +156,13 @@ def test_a_parameter_may_change_its_shape_and_dtype_again_and_again(scaling: Any
             model.weight.grad = torch.randn_like(model.weight)
             optimizer.step()
             expected = measure(*optimizer.steps[-1]["weight"], FORMATS, scaling)
-            assert_equal_figures(records[-1].layers["weight"], expected)  # begun anew each time
+            assert_equal_figures(
+                records[-1].layers["weight"], expected
+            )  # flags begin anew each time
     assert len(calls) == 40
     (arena,) = {arena for arena, _ in calls}
     assert [len(segment.before) for segment in arena.segments] == [2]  # rows, of 64 elements
-    assert said == [  # each once
+    assert said == [  # each notice once
         "has never_moved_frac of weight begin anew: it has 96 watched elements, and had 64",
         "has never_moved_frac of weight begin anew: it has 64 watched elements, and had 96",
     ]

@@ -1,4 +1,4 @@
-"""`describe_layers`: what the rules mean for the layers, as text that fits a terminal."""
+"""`describe_layers`: a table of the layers that fits a terminal."""
 
 from hypothesis import given, strategies as st
 
@@ -24,7 +24,7 @@ def resolved(*rules: SamplingRule, names: list[str] = NAMES) -> dict[str, LayerS
     )
 
 
-def test_the_table_says_what_each_layer_gets() -> None:
+def test_the_table_lists_the_settings_of_each_layer() -> None:
     rules = [
         SamplingRule("*.bias", enabled=False),
         SamplingRule("*.mlp.*", every_n_steps=1, max_elements="all", formats=()),
@@ -45,7 +45,7 @@ def test_the_table_says_what_each_layer_gets() -> None:
     ]
 
 
-def test_long_names_lose_their_middle() -> None:
+def test_the_middle_of_long_names_is_shortened() -> None:
     names = ["model.language_model.layers.10.self_attn.q_proj.base_layer.weight", "head.weight"]
     rules = [SamplingRule("*.self_attn.*.base_layer.*", formats=["bf16", "e4m3fn", "e5m2"])]
     layers = resolved(*rules, names=names)
@@ -56,7 +56,7 @@ def test_long_names_lose_their_middle() -> None:
     ]
 
 
-def test_nothing_is_shortened_where_there_is_room() -> None:
+def test_cells_that_fit_are_not_shortened() -> None:
     rules = [SamplingRule("*.qkv.*"), SamplingRule("*.attn.*")]
     text = describe_layers(resolved(*rules), rules, width=200)
     assert "…" not in text
@@ -64,14 +64,14 @@ def test_nothing_is_shortened_where_there_is_room() -> None:
     assert text.endswith("rule 2 (*.attn.*) gets no layer: earlier rules match first")
 
 
-def test_a_rule_that_is_there_twice_gets_no_layer_the_second_time() -> None:
+def test_a_repeated_rule_gets_no_layer() -> None:
     rule = SamplingRule("*")
     for twice in ([rule, rule], [rule, SamplingRule("*")]):
         last = describe_layers(resolved(*twice), twice).splitlines()[len(NAMES) + 1 :]
         assert last == ["rule 2 (*) gets no layer: earlier rules match first"]
 
 
-def test_without_layers_the_table_is_its_headings() -> None:
+def test_a_table_without_layers_has_only_headings() -> None:
     assert describe_layers({}, []) == "layer  rule  observed  elements  formats"
 
 
@@ -80,7 +80,7 @@ long_names = st.lists(st.text("ab.", min_size=1, max_size=150), min_size=1, uniq
 
 @thorough
 @given(long_names, st.lists(st.text("f", min_size=1, max_size=40)), st.integers(70, 200))
-def test_lines_fit_into_the_width_and_keep_both_ends(names, formats, width) -> None:
+def test_lines_fit_the_width_and_names_keep_both_ends(names, formats, width) -> None:
     rules = [SamplingRule("*" * 90, max_elements=10**6), SamplingRule("*" * 99)]
     layers = resolve_layers(
         names, rules, every_n_steps=10**6, max_elements=None, formats=tuple(formats)

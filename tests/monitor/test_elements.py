@@ -1,4 +1,4 @@
-"""`sample_elements`: uniform, without repeats, the same everywhere, and never large."""
+"""`sample_elements`: uniform, distinct, equal on all machines, and small in memory."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # torch has no publi
 from altgrad.monitor.elements import sample_elements
 from tests.strategies import thorough
 
-# Seeds are fixed: a test below this level fails always or never.
+# Seeds are fixed, so that a test at this level fails always or never.
 UNLIKELY = 1e-4
 
 
@@ -28,8 +28,8 @@ def drawn(name: str, shape: tuple[int, ...], max_elements: int, **kwargs: int) -
     return indices.tolist()
 
 
-def blocks_of(shape: tuple[int, ...], block: int) -> list[list[int]]:
-    """Every block of a layer, by brute force."""
+def list_blocks(shape: tuple[int, ...], block: int) -> list[list[int]]:
+    """List all blocks of a layer by brute force."""
     rows = np.arange(prod(shape)).reshape(-1, shape[-1])
     return [
         row[start : start + block].tolist() for row in rows for start in range(0, shape[-1], block)
@@ -41,7 +41,9 @@ shapes = st.lists(st.integers(1, 12), min_size=1, max_size=3).map(tuple)
 
 @thorough
 @given(shapes, st.integers(1, 200), st.integers(0, 5))
-def test_indices_are_distinct_ascending_and_as_many_as_asked_for(shape, max_elements, seed) -> None:
+def test_indices_are_distinct_and_ascending_in_the_requested_number(
+    shape, max_elements, seed
+) -> None:
     elements = prod(shape)
     if elements <= max_elements:
         assert sample_elements("w", shape, max_elements, seed=seed) is None
@@ -55,9 +57,9 @@ def test_indices_are_distinct_ascending_and_as_many_as_asked_for(shape, max_elem
 
 @thorough
 @given(shapes, st.integers(1, 200), st.integers(1, 15), st.integers(0, 5))
-def test_blocks_are_whole_and_as_many_as_fit(shape, max_elements, block, seed) -> None:
+def test_drawn_blocks_are_whole_and_as_many_as_fit(shape, max_elements, block, seed) -> None:
     indices = sample_elements("w", shape, max_elements, seed=seed, block=block)
-    blocks = blocks_of(shape, block)
+    blocks = list_blocks(shape, block)
     count = max(max_elements // min(block, shape[-1]), 1)
     if prod(shape) <= max_elements or count >= len(blocks):
         assert indices is None
@@ -71,28 +73,28 @@ def test_blocks_are_whole_and_as_many_as_fit(shape, max_elements, block, seed) -
     assert len(taken) <= max(max_elements, min(block, shape[-1]))
 
 
-def test_the_tail_of_a_row_is_a_block_of_its_own() -> None:
+def test_the_end_of_a_row_is_a_shorter_block() -> None:
     seen = {tuple(drawn("w", (2, 5), 3, block=3, seed=seed)) for seed in range(60)}
     assert seen == {(0, 1, 2), (3, 4), (5, 6, 7), (8, 9)}
 
 
-def test_a_block_larger_than_the_sample_is_drawn_alone() -> None:
-    assert drawn("w", (3, 32), 5, block=32) in blocks_of((3, 32), 32)
+def test_a_block_larger_than_the_sample_is_drawn_whole() -> None:
+    assert drawn("w", (3, 32), 5, block=32) in list_blocks((3, 32), 32)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 0), (0, 3), (1, 1, 1)], ids=repr)
 @pytest.mark.parametrize("block", [1, 32])
-def test_none_of_or_only_one_element_is_all_of_them(shape: tuple[int, ...], block: int) -> None:
+def test_layers_of_0_or_1_elements_are_taken_whole(shape: tuple[int, ...], block: int) -> None:
     assert sample_elements("w", shape, 1, block=block) is None
 
 
-def test_without_a_limit_or_at_it_all_elements_are_taken() -> None:
+def test_all_elements_are_taken_up_to_the_limit() -> None:
     assert sample_elements("w", torch.Size([10**6]), None) is None
     assert sample_elements("w", (10, 10), 100) is None
     assert len(drawn("w", (10, 10), 99)) == 99
 
 
-def test_one_block_that_holds_everything_is_everything() -> None:
+def test_one_block_that_holds_the_whole_layer_is_the_whole_layer() -> None:
     assert sample_elements("w", (10,), 5, block=32) is None
 
 
@@ -115,11 +117,11 @@ def test_every_element_is_drawn_equally_often(shape, max_elements, block) -> Non
     counts = np.zeros(prod(shape))
     for seed in range(draws):
         counts[drawn("w", shape, max_elements, seed=seed, block=block)] += 1
-    blocks = blocks_of(shape, block)
+    blocks = list_blocks(shape, block)
     probability = max_elements // block / len(blocks)
     deviation = sqrt(draws * probability * (1 - probability))
     assert np.abs(counts - draws * probability).max() < 4.5 * deviation
-    # One entry per block; drawn without replacement, their sum is fixed: one degree less.
+    # One entry per block. Without replacement, their sum is fixed: one degree of freedom less.
     per_block = np.array([counts[each[0]] for each in blocks])
     squares = ((per_block - draws * probability) ** 2).sum() / deviation**2
     squares *= (len(blocks) - 1) / len(blocks)
@@ -135,14 +137,16 @@ def test_every_part_of_a_large_layer_is_drawn_equally_often(elements: int) -> No
     assert UNLIKELY < stats.chisquare(counts).pvalue < 1 - UNLIKELY
 
 
-# The same everywhere
+# Equality on all machines
 
 
 @pytest.mark.parametrize(("elements", "count"), [(300_000_000, 100), (1000, 400), (2**40, 50)])
-def test_it_is_the_first_distinct_numbers_of_mersenne_twister(elements: int, count: int) -> None:
-    """By numpy's generator: so no version, machine or device of torch draws others."""
+def test_a_sample_is_the_first_distinct_numbers_of_mersenne_twister(
+    elements: int, count: int
+) -> None:
+    """numpy's generator is the reference, independent of version, machine and device of torch."""
     seed = int.from_bytes(sha256(b"7 head.weight").digest()[:4], "big")
-    words = np.random.RandomState(seed)  # seeded as torch's is
+    words = np.random.RandomState(seed)  # with the seed of torch's generator
 
     def stream() -> Iterator[int]:
         while True:
@@ -157,11 +161,11 @@ def test_it_is_the_first_distinct_numbers_of_mersenne_twister(elements: int, cou
     assert drawn("head.weight", (elements,), count, seed=7) == sorted(expected)
 
 
-def test_what_is_left_out_of_a_large_share_is_such_a_sample_too() -> None:
+def test_samples_above_a_half_are_drawn_by_what_they_leave_out() -> None:
     assert set(range(10)) - set(drawn("w", (10,), 7)) == set(drawn("w", (10,), 3))
 
 
-def test_equal_arguments_draw_equal_elements_and_others_do_not() -> None:
+def test_only_equal_arguments_draw_equal_samples() -> None:
     first = drawn("a.weight", (1000, 100), 64)
     assert drawn("a.weight", (1000, 100), 64) == first
     assert drawn("a.weight", torch.Size([1000, 100]), 64, seed=0, block=1) == first
@@ -175,7 +179,7 @@ def test_names_need_not_be_ascii() -> None:
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_neither_defaults_nor_global_random_numbers_matter(device: str) -> None:
+def test_torch_defaults_and_global_generators_do_not_matter(device: str) -> None:
     expected = {block: drawn("w", (50, 10), 300, block=block) for block in (1, 4)}
     state = torch.get_rng_state()
     with torch.device(device), torch.inference_mode():
@@ -186,11 +190,11 @@ def test_neither_defaults_nor_global_random_numbers_matter(device: str) -> None:
     assert drawn("w", (50, 10), 300) == expected[1]
 
 
-# Never large
+# Memory
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that any tensor had that an operation returned."""
+    """A recorder of the largest number of elements that an operation returned."""
 
     elements = 0
     operations = 0
@@ -240,13 +244,13 @@ def test_operations_do_not_grow_with_the_layer() -> None:
         ((b"w", (4, 4), 2), TypeError, "name=b'w': expected str, got bytes"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, error, message) -> None:
+def test_errors_name_the_wrong_argument(arguments, error, message) -> None:
     with pytest.raises(error, match=message):
         sample_elements(*arguments)
 
 
 @pytest.mark.parametrize("max_elements", [2, None])
-def test_wrong_blocks_and_seeds_are_named(max_elements: int | None) -> None:
+def test_errors_name_wrong_blocks_and_seeds(max_elements: int | None) -> None:
     with pytest.raises(ValueError, match="block=0: expected 1 or more"):
         sample_elements("w", (4, 4), max_elements, block=0)
     with pytest.raises(TypeError, match=r"seed=0\.5: expected int, got float"):

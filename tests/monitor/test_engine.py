@@ -1,4 +1,4 @@
-"""`Engine`: which layers are measured together, which alone and which not at all."""
+"""`Engine`: layers are measured together, alone or not at all."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from altgrad import StepRecord, measure
 from altgrad.distributed.peers import Alone, StepSums
 from altgrad.distributed.shards import Part
 from altgrad.measurement.chunks import Sample
-from altgrad.measurement.ever_moved import EverMovedOfLayers
+from altgrad.measurement.ever_moved import EverMovedStore
 from altgrad.measurement.figures import tensor_figures
 from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.step_record import step_record
@@ -37,11 +37,11 @@ from tests.monitor.watching import (
 ALONE = Alone()
 SECONDS = (1.0, 2.0)
 Step = tuple[Tensor, Tensor, Tensor]
-"""Before, after and gradient of one parameter."""
+"""Before, after and gradient of one layer."""
 
 
 class Run:
-    """Steps that a test makes up, copied and measured as in a run."""
+    """An engine with artificial steps, which are copied and measured as in a run."""
 
     def __init__(
         self,
@@ -62,19 +62,19 @@ class Run:
             seed=0,
         )
         self.scale_state = ScaleState(measurer.formats)
-        self.ever_moved = EverMovedOfLayers(pytest.fail)
+        self.ever_moved = EverMovedStore(pytest.fail)
         self.engine = Engine(measurer, self.settings, self.scale_state, self.ever_moved)
-        self.alone: list[int] = []  # elements of those that were measured alone
-        self.together: list[int] = []  # layers that were measured at once
+        self.alone: list[int] = []  # number of elements of each layer measured alone
+        self.together: list[int] = []  # number of layers of each call
         self._laid_out: dict[Optimizer, dict[str, tuple[Request, Copies | None]]] = {}
 
     def optimizer(self) -> Optimizer:
         return torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
 
     def lay_out(self, optimizer: Optimizer, **parts: Step) -> dict[str, Copies | None]:
-        """Ask for memory for all parameters of an optimizer, as snapshots do."""
+        """Request memory for all layers of an optimizer, as snapshots do."""
         requests = [
-            Request(name, before, gradient.dtype, self.engine.choose(name, before, ALONE))
+            Request(name, before, gradient.dtype, self.engine.choose_elements(name, before, ALONE))
             for name, (before, _, gradient) in parts.items()
         ]
         given = self.engine.lay_out(optimizer, requests, ALONE)
@@ -85,7 +85,7 @@ class Run:
     def sums(
         self, optimizer: Optimizer, *, resting: Sequence[str] = (), inf: Any = None, **parts: Step
     ) -> StepSums:
-        """Copy what is chosen of each part to its memory, and measure."""
+        """Copy the chosen elements of each layer to its memory, and measure."""
         if not {*parts} <= {*self._laid_out.get(optimizer, ())}:
             self.lay_out(optimizer, **parts)
         copied: list[list[Tensor]] = []
@@ -113,15 +113,15 @@ class Run:
         return step_record(FORMATS, judged, sums.vectors, 0, sums.seconds)
 
     def take_scales(self, **parts: Step) -> None:
-        """Take all of them now, whenever they were due."""
+        """Take each amax now, due or not."""
         self.scale_state.load_state_dict(self.scale_state.state_dict() | {"steps_left": 0})
         before = {name: each[0] for name, each in parts.items()}
         assert self.scale_state.prepare(lambda: before, ALONE)
         self.engine.scales_changed()
 
     @property
-    def histories(self) -> dict[str, Tensor]:
-        return dict(self.engine.histories())
+    def flags(self) -> dict[str, Tensor]:
+        return dict(self.engine.flags())
 
     def counting(self) -> Any:
         tensor, batch = Measurer.measure_tensor, Measurer.measure_batch
@@ -141,14 +141,14 @@ class Run:
 
 
 def part(*shape: int, seed: int = 0) -> Step:
-    """Of updates of all sizes: some are lost and some arrive in any format."""
+    """Make updates of all sizes, of which any format keeps some and loses some."""
     generator = torch.Generator().manual_seed(seed)
     before, direction, gradient = torch.randn(3, *shape, generator=generator)
     size = 2.0 ** torch.randint(-12, 1, shape, generator=generator)
     return before, before + size * direction, gradient
 
 
-def test_layers_are_measured_together_if_they_fit_and_alone_if_they_do_not() -> None:
+def test_small_layers_are_measured_together_and_large_layers_alone() -> None:
     run = Run("a", "b", "fits", "large")
     parts = {
         "a": part(20),
@@ -157,14 +157,14 @@ def test_layers_are_measured_together_if_they_fit_and_alone_if_they_do_not() -> 
         "large": part(641, seed=2),
     }
     record = run.step(run.optimizer(), **parts)
-    assert run.together == [2, 1]  # one after the other, where there is no room for all
+    assert run.together == [2, 1]  # a second call for the layer that does not fit
     assert run.alone == [641]
     assert set(record.layers) == set(parts)
     for name, each in parts.items():
         assert_equal_figures(record.layers[name], measure(*each, FORMATS))
 
 
-def test_layers_of_a_dtype_that_is_not_measured_are_left_out() -> None:
+def test_layers_with_a_dtype_that_is_not_measured_are_left_out() -> None:
     run, before = Run("w", "waves", "odd", "large", max_elements=1000), torch.ones(3)
     waves = torch.ones(3, dtype=torch.complex64)
     parts = {
@@ -176,11 +176,11 @@ def test_layers_of_a_dtype_that_is_not_measured_are_left_out() -> None:
     record = run.step(run.optimizer(), **parts)
     assert set(record.layers) == {"w"}
     assert (run.together, run.alone) == ([1], [])
-    assert run.engine.choose("large", parts["large"][0], ALONE) is None
+    assert run.engine.choose_elements("large", parts["large"][0], ALONE) is None
     assert run.step(run.optimizer(), waves=parts["waves"]) is None
 
 
-def test_a_layer_that_took_no_part_in_a_step_is_not_in_it() -> None:
+def test_absent_layers_are_not_in_the_result() -> None:
     run = Run("a", "b", "large")
     optimizer, parts = run.optimizer(), {"a": part(20), "b": part(30, seed=1), "large": part(700)}
     run.step(optimizer, **parts)
@@ -192,18 +192,18 @@ def test_a_layer_that_took_no_part_in_a_step_is_not_in_it() -> None:
     assert_equal_figures(again.layers["a"], measure(*parts["a"], FORMATS), ("never_moved_frac",))
 
 
-def test_a_layer_that_took_no_part_in_a_step_has_done_nothing_in_it() -> None:
-    """Also where its last update, which still lies there, would have arrived under a new scale."""
+def test_a_step_does_not_change_flags_of_absent_layers() -> None:
+    """Flags stay also if a new scale would have kept the last update, which is still in memory."""
     run = Run("a", "b")
     optimizer, parts = run.optimizer(), {"a": part(60), "b": part(60, seed=1)}
     run.take_scales(a=[1024 * each for each in parts["a"]], b=parts["b"])
     run.step(optimizer, **parts)
-    expected = run.histories["a"].clone()
+    expected = run.flags["a"].clone()
     run.take_scales(**parts)
     run.step(optimizer, b=parts["b"])
-    assert torch.equal(run.histories["a"], expected)
+    assert torch.equal(run.flags["a"], expected)
     run.step(optimizer, **parts)
-    assert not torch.equal(run.histories["a"], expected)
+    assert not torch.equal(run.flags["a"], expected)
 
 
 def test_a_sample_that_is_measured_alone_stands_for_the_whole() -> None:
@@ -224,7 +224,7 @@ def test_a_sample_that_is_measured_alone_stands_for_the_whole() -> None:
     assert_equal_figures(figures, expected)
 
 
-def test_scales_are_those_that_were_taken_and_not_those_of_each_step() -> None:
+def test_scales_are_kept_from_step_to_step() -> None:
     run = Run("small", "large")
     optimizer, parts = run.optimizer(), {"small": part(50), "large": part(700)}
     run.step(optimizer, **parts)
@@ -244,15 +244,15 @@ def test_scales_are_those_that_were_taken_and_not_those_of_each_step() -> None:
         assert_equal_figures(record.layers[name], expected(name, 4 * size), ("never_moved_frac",))
 
 
-def test_what_elements_have_done_is_known_after_their_optimizers() -> None:
-    """Both of layers that lie side by side and of those that are measured alone."""
+def test_flags_outlive_the_optimizers() -> None:
+    """Flags of layers measured together and of layers measured alone are kept."""
     run = Run("small", "large")
     parts = {"small": part(50), "large": part(700)}
     one, two, three = run.optimizer(), run.optimizer(), run.optimizer()
     first = run.step(one, **parts)
-    assert [*run.histories] == ["small"]
+    assert [*run.flags] == ["small"]
     run.engine.leave_arenas()
-    assert run.histories == {}
+    assert run.flags == {}
     still = {name: (step[1], step[1], step[2]) for name, step in parts.items()}
     record = run.step(two, **still)
     for name in parts:
@@ -264,22 +264,22 @@ def test_what_elements_have_done_is_known_after_their_optimizers() -> None:
     assert math.isnan(run.step(three, small=still["small"]).model[key])
 
 
-def test_each_optimizer_has_memory_of_its_own() -> None:
+def test_each_optimizer_has_separate_memory() -> None:
     run, one, two = Run("w"), *(Run("w").optimizer() for _ in range(2))
     first, other = (run.lay_out(each, w=part(20))["w"] for each in (one, two))
     first.before.fill_(1.0)
     other.before.fill_(2.0)
     assert (first.before == 1.0).all()
-    assert [*dict(run.engine.histories())] == ["w"]
+    assert [*dict(run.engine.flags())] == ["w"]
     again = run.lay_out(one, w=part(20))["w"]
-    assert (other.before == 2.0).all()  # untouched by what another optimizer asks for
+    assert (other.before == 2.0).all()  # not changed by the layout of another optimizer
     assert again.before.isnan().all()
 
 
-# --- what a step came to
+# --- the result of a step
 
 
-def test_errors_and_skips_come_to_sums_of_no_layer() -> None:
+def test_errors_and_skipped_steps_give_sums_without_layers() -> None:
     run = Run("w")
     optimizer = run.optimizer()
     error = ZeroDivisionError("before it was copied")
@@ -295,7 +295,7 @@ def test_errors_and_skips_come_to_sums_of_no_layer() -> None:
         assert sums.seconds == SECONDS
 
 
-def test_an_error_of_measuring_is_part_of_what_is_returned() -> None:
+def test_an_error_of_the_measurement_is_returned() -> None:
     run = Run("small", "large")
     parts = {"small": part(20), "large": part(700)}
     for name in ("measure_batch", "measure_tensor"):
@@ -308,10 +308,12 @@ def test_an_error_of_measuring_is_part_of_what_is_returned() -> None:
         assert (sums.names, sums.present) == ((), ())
         with pytest.raises(MemoryError, match=name):
             ALONE.combine(optimizer, 0, sums)
-        assert {*run.step(optimizer, **parts).layers} == {*parts}  # the next is not touched by it
+        assert {*run.step(optimizer, **parts).layers} == {
+            *parts
+        }  # an error does not affect the next step
 
 
-def test_the_layers_of_a_step_are_its_rows_in_their_order() -> None:
+def test_each_row_belongs_to_the_layer_at_its_position() -> None:
     run = Run("large", "a", "b", "left out")
     run.settings.leave_out(["left out"])
     parts = {"large": part(700), "a": part(20), "b": part(30), "left out": part(9)}
@@ -324,13 +326,13 @@ def test_the_layers_of_a_step_are_its_rows_in_their_order() -> None:
         assert_equal_figures(tensor_figures(FORMATS, row), measure(*parts[name], FORMATS))
 
 
-def test_a_layer_that_rests_is_not_present_and_has_no_row_when_combined() -> None:
-    """Also beside a layer that is stepped and cannot be measured: as many, but not the same."""
+def test_resting_layers_are_not_present_and_are_not_combined() -> None:
+    """A second layer is stepped and cannot be measured: numbers are equal, names are not."""
     run = Run("w", "still", "waves")
     waves = torch.ones(3, dtype=torch.complex64)
     parts = {"w": part(20), "still": part(30), "waves": (waves, waves, waves)}
     sums = run.sums(run.optimizer(), resting=["still"], **parts)
-    assert [*sums.present] == ["w"]  # those that ranks agree on are measured ones
+    assert [*sums.present] == ["w"]  # measured layers only
     combined = ALONE.combine(run.optimizer(), 0, sums)
     assert [*combined.names] == ["w"]
     assert len(combined.vectors) == 1
@@ -339,7 +341,7 @@ def test_a_layer_that_rests_is_not_present_and_has_no_row_when_combined() -> Non
 @pytest.mark.parametrize("inf", [None, 0.0, 1.0])
 @pytest.mark.parametrize("names", [["small"], ["large"], ["small", "large", "b"]])
 def test_all_rows_are_copied_to_the_host_at_once(inf: float | None, names: list[str]) -> None:
-    """With whether a fused optimizer found gradients that are not finite."""
+    """The flag of a fused optimizer's inf gradients is part of the same copy."""
     run = Run("small", "large", "b")
     parts = {"small": part(20), "large": part(700), "b": part(64, seed=1)}
     parts = {name: parts[name] for name in names}
@@ -356,7 +358,7 @@ def test_all_rows_are_copied_to_the_host_at_once(inf: float | None, names: list[
 
 
 @pytest.mark.parametrize("inf", [0.0, 1.0])
-def test_without_a_row_it_is_known_too_whether_gradients_were_not_finite(inf: float) -> None:
+def test_found_inf_is_read_without_rows(inf: float) -> None:
     run, waves = Run("waves"), torch.ones(3, dtype=torch.complex64)
     sums = run.sums(run.optimizer(), inf=torch.tensor(inf), waves=(waves, waves, waves))
     assert sums.error is None
@@ -364,31 +366,31 @@ def test_without_a_row_it_is_known_too_whether_gradients_were_not_finite(inf: fl
     assert sums.vectors.numel() == 0
 
 
-# --- which elements are copied
+# --- copied elements
 
 
-def test_small_layers_are_copied_whole_and_of_large_ones_the_sample() -> None:
+def test_small_layers_are_copied_whole_and_large_layers_are_sampled() -> None:
     run = Run("small", "large", max_elements=100)
-    assert run.engine.choose("small", torch.ones(2048), ALONE) is None
-    chosen = run.engine.choose("large", torch.ones(2049), ALONE)
+    assert run.engine.choose_elements("small", torch.ones(2048), ALONE) is None
+    chosen = run.engine.choose_elements("large", torch.ones(2049), ALONE)
     assert torch.equal(chosen, sample_elements("large", (2049,), 100))
     assert len(chosen) == 100
 
 
-def test_of_a_layer_that_is_not_observed_no_element_is_copied() -> None:
+def test_disabled_layers_are_not_copied() -> None:
     run = Run("a", "b", max_elements=100)
     run.settings.leave_out(["a"])
-    assert run.engine.choose("a", torch.ones(9), ALONE).tolist() == []
+    assert run.engine.choose_elements("a", torch.ones(9), ALONE).tolist() == []
     assert run.lay_out(run.optimizer(), a=part(9))["a"] is None
 
 
-def test_a_layer_of_which_peers_measure_a_part_is_that_sample_of_the_whole() -> None:
+def test_a_sharded_layer_is_a_sample_of_the_whole_layer() -> None:
     class Shared(Alone):
         def part(self, name: str, indices: Tensor | None) -> Part:
             return Part(torch.tensor([4, 6, 7]), torch.tensor([0, 2, 3]), torch.tensor([1, 2, 3]))
 
     run, step, optimizer = Run("w", scaling="channel"), part(3, 3), Run("w").optimizer()
-    chosen = run.engine.choose("w", step[0], Shared())
+    chosen = run.engine.choose_elements("w", step[0], Shared())
     assert chosen.tolist() == [0, 2, 3]
     requests = [Request("w", step[0], step[2].dtype, chosen)]
     (copies,) = run.engine.lay_out(optimizer, requests, Shared())
@@ -403,14 +405,16 @@ def test_a_layer_of_which_peers_measure_a_part_is_that_sample_of_the_whole() -> 
     assert (figures.elements, figures.population) == (3, 9)
     sample, amax = Sample(step[0].shape, torch.tensor([4, 6, 7])), step[0].abs().amax(1)
     measurer = Measurer(FormatSet(FORMATS, "channel"))
-    row = measurer.measure_tensor(*here, amax, sample=sample)  # each under its channel's scale
+    row = measurer.measure_tensor(
+        *here, amax, sample=sample
+    )  # each element has the scale of its channel
     assert_equal_figures(figures, dict(tensor_figures(FORMATS, row)), ("never_moved_frac",))
 
 
 # --- in a monitor
 
 
-def test_a_sample_may_be_larger_than_what_is_measured_at_once() -> None:
+def test_a_sample_may_exceed_the_capacity_of_one_call() -> None:
     """It is measured in pieces, none of which tears a block apart, and stands for the whole.
 
     Each sampled element stands for 8 or 32, a power of two, and rows hold whole blocks: then no

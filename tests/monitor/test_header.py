@@ -1,4 +1,4 @@
-"""What a run file's header says of a monitor: its formats, scaling and layers."""
+"""The header of a run file: formats, scaling and layers of a monitor."""
 
 import ml_dtypes
 import pytest
@@ -24,7 +24,7 @@ from altgrad.report import Header
         ("mxfp8_e5m2", ml_dtypes.float8_e5m2),
     ],
 )
-def test_a_format_is_described_as_ml_dtypes_describes_its_elements(name: str, same) -> None:
+def test_descriptions_of_formats_equal_those_of_ml_dtypes(name: str, same) -> None:
     (format,), info = get_formats(name), ml_dtypes.finfo(same)
     described = describe_format(format, "tensor")
     assert described == {
@@ -37,12 +37,12 @@ def test_a_format_is_described_as_ml_dtypes_describes_its_elements(name: str, sa
     }
 
 
-def test_without_scaling_formats_in_blocks_alone_are_scaled() -> None:
+def test_without_scaling_only_block_formats_are_scaled() -> None:
     formats = get_formats(["e4m3fn", "mxfp4", "nvfp4"])
     assert [describe_format(format, None)["scaled"] for format in formats] == [False, True, True]
 
 
-def test_a_layer_is_described_by_its_parameter_and_how_it_is_sampled() -> None:
+def test_a_layer_is_described_by_its_parameter_and_its_sampling() -> None:
     parameter = nn.Parameter(torch.ones(3, 4, dtype=torch.float64))
     sampling = LayerSampling("w", None, True, 5, 100, ("bf16", "e4m3fn"))
     assert describe_layer(parameter, sampling, 7) == {
@@ -64,7 +64,7 @@ def test_a_run_is_described_by_formats_scaling_and_layers_in_their_order() -> No
     assert described["layers"] is not layers
 
 
-def test_the_header_says_what_is_measured_of_each_layer() -> None:
+def test_the_header_describes_each_layer() -> None:
     parameters = {
         "large": nn.Parameter(torch.ones(100, 50)),
         "whole": nn.Parameter(torch.ones(7, dtype=torch.bfloat16)),
@@ -94,7 +94,7 @@ def test_the_header_says_what_is_measured_of_each_layer() -> None:
     large, whole, rare = header.layers.values()
     assert (large.shape, large.dtype, large.formats) == ((100, 50), "float32", ("bf16", "mxfp4"))
     assert 64 <= large.elements <= 100  # whole blocks
-    assert large.elements == monitor.elements_of("large")
+    assert large.elements == monitor.count_elements("large")
     assert (whole.shape, whole.dtype, whole.elements) == ((7,), "bfloat16", 7)
     assert (rare.shape, rare.elements, rare.every_n_steps, rare.formats) == ((), 1, 5, ("fp16",))
 

@@ -1,4 +1,4 @@
-"""`LayerSettings`: what the rules and a monitor's own settings come to, layer by layer."""
+"""`LayerSettings`: rules and arguments of a monitor give the settings of each layer."""
 
 import math
 from typing import Any
@@ -24,48 +24,48 @@ def settings(
     *rules: SamplingRule, names: Any = ("a.weight", "a.bias"), **own: Any
 ) -> LayerSettings:
     formats = get_formats(own.pop("formats", ("bf16", "e4m3fn")))
-    of_rules = [format for rule in rules for format in get_formats(rule.formats or ())]
+    rule_settings = [format for rule in rules for format in get_formats(rule.formats or ())]
     options = {"every_n_steps": 1, "max_elements": 100, "seed": 0} | own
-    return LayerSettings(names, rules, FormatSet([*formats, *of_rules]), formats, **options)
+    return LayerSettings(names, rules, FormatSet([*formats, *rule_settings]), formats, **options)
 
 
-def test_formats_have_their_own_names_however_they_are_spelled() -> None:
+def test_spellings_of_formats_become_canonical_names() -> None:
     rule = SamplingRule("*.bias", formats=["half", "mxfp8", "e4m3fn"])
     found = settings(rule, formats=["bfloat16", torch.float8_e4m3fn]).by_name
     assert found["a.weight"].formats == ("bf16", "e4m3fn")
     assert found["a.bias"].formats == ("fp16", "mxfp8_e4m3", "e4m3fn")
 
 
-def test_a_layer_that_comes_later_has_the_first_rule_that_matches() -> None:
+def test_layers_added_later_get_the_first_matching_rule() -> None:
     first, second = SamplingRule("*.bias", every_n_steps=3), SamplingRule("*", max_elements="all")
     found = settings(first, second)
-    assert found.of("late.bias").every_n_steps == 3
-    assert found.of("late.weight").max_elements is None
+    assert found.get("late.bias").every_n_steps == 3
+    assert found.get("late.weight").max_elements is None
     assert [*found.by_name] == ["a.weight", "a.bias", "late.bias", "late.weight"]
-    assert settings().of("late").rule is None
+    assert settings().get("late").rule is None
 
 
-def test_a_layer_that_is_left_out_is_measured_no_more() -> None:
+def test_a_layer_left_out_is_no_longer_measured() -> None:
     found, weight = settings(), torch.ones(3)
     assert found.is_measured("a.bias", weight)
     found.leave_out(["a.bias"])
     assert not found.is_measured("a.bias", weight)
     assert not found.is_due("a.bias", 1, 1)
     assert found.is_measured("a.weight", weight)
-    assert found.of("a.bias").formats == ("bf16", "e4m3fn")  # nothing else has changed
+    assert found.get("a.bias").formats == ("bf16", "e4m3fn")  # nothing else has changed
 
 
-def test_formats_that_are_left_out_of_one_layer_stay_in_the_others() -> None:
+def test_formats_left_out_of_one_layer_stay_in_others() -> None:
     found = settings(formats=("bf16", "e4m3fn", "e5m2"))
     found.leave_out_formats("a.weight", ["e4m3fn", "fp16"])
     found.leave_out_formats("late", ["bf16", "e4m3fn", "e5m2"])
-    assert found.of("a.weight").formats == ("bf16", "e5m2")
-    assert found.of("a.bias").formats == ("bf16", "e4m3fn", "e5m2")
-    assert found.of("late").formats == ()
-    assert found.of("late").enabled
+    assert found.get("a.weight").formats == ("bf16", "e5m2")
+    assert found.get("a.bias").formats == ("bf16", "e4m3fn", "e5m2")
+    assert found.get("late").formats == ()
+    assert found.get("late").enabled
 
 
-def test_measured_is_what_is_wanted_and_has_numbers_that_can_be_rounded() -> None:
+def test_enabled_layers_with_a_measured_dtype_are_measured() -> None:
     parameters = {
         "weight": nn.Parameter(torch.ones(3)),
         "half": nn.Parameter(torch.ones(3).half()),
@@ -78,24 +78,24 @@ def test_measured_is_what_is_wanted_and_has_numbers_that_can_be_rounded() -> Non
     found = settings(SamplingRule("off", enabled=False), names=[*parameters])
     assert [*found.measured(parameters)] == ["weight", "half"]
     assert found.measured(parameters)["half"] is parameters["half"]
-    # Some optimizers step what needs no gradient.
+    # Some optimizers step parameters that require no gradient.
     assert found.measured_names([*parameters], parameters) == ["weight", "half", "frozen"]
     assert found.measured_names(["frozen", "off"], parameters) == ["frozen"]
 
 
-def test_a_layer_is_due_so_many_steps_after_it_last_was() -> None:
+def test_a_layer_is_due_an_interval_after_it_was_last_observed() -> None:
     rules = [SamplingRule("rare", every_n_steps=3), SamplingRule("off", enabled=False)]
     found = settings(*rules, names=["rare", "off", "usual"], every_n_steps=2)
 
     def due(name: str, last: int) -> list[int]:
         return [index for index in range(10) if found.is_due(name, index, last)]
 
-    assert due("rare", 4) == [0, 1, 2, 3, 4, 7, 8, 9]  # up to 4 steps have been counted anew
+    assert due("rare", 4) == [0, 1, 2, 3, 4, 7, 8, 9]  # below 4, steps were counted from 0 again
     assert due("usual", 4) == [0, 1, 2, 3, 4, 6, 7, 8, 9]
     assert due("off", 4) == []
 
 
-def test_the_elements_of_a_layer_are_those_that_its_name_and_the_seed_draw() -> None:
+def test_samples_depend_on_the_name_and_the_seed() -> None:
     shape = torch.Size((100, 40))
     rule = SamplingRule("all", max_elements="all")
     found = settings(rule, names=["all", "w"], formats=("bf16", "mxfp4"), seed=7)
@@ -113,7 +113,7 @@ def test_small_layers_are_measured_whole() -> None:
     assert len(found.measured_indices("w", torch.Size((2049,)))) == 100
 
 
-def test_a_rule_for_no_layer_is_refused() -> None:
+def test_a_rule_that_matches_no_layer_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"layers='b\.\*' matches none of 2 layers"):
         settings(SamplingRule("b.*"))
 
@@ -121,7 +121,7 @@ def test_a_rule_for_no_layer_is_refused() -> None:
 # --- in a monitor
 
 
-def test_rules_say_which_layers_are_observed_when_and_for_what() -> None:
+def test_rules_set_formats_and_intervals_and_disable_layers() -> None:
     model = net()
     rules = [
         SamplingRule("0.*", enabled=False),
@@ -140,13 +140,13 @@ def test_rules_say_which_layers_are_observed_when_and_for_what() -> None:
     assert "stall_frac/bf16" not in set(layers["2.bias"])
     with pytest.raises(KeyError, match=r"stall_frac/bf16.*expected .*e5m2"):
         layers["2.bias"]["stall_frac/bf16"]
-    # The model's figures of a format are those of the layers that are judged for it.
+    # The model's figures of a format are over the layers judged for the format.
     step = optimizer.steps[0]
-    of_biases = [
+    bias_rows = [
         torch.cat([each.flatten() for each in part])
         for part in zip(*(step[f"{n}.bias"] for n in (2, 3, 4)), strict=True)
     ]
-    expected = measure(*of_biases, "e5m2", None)
+    expected = measure(*bias_rows, "e5m2", None)
     for metric in ("stall_frac", "kept_update_ratio", "grid_error_mean", "sqnr_db"):
         key = f"{metric}/e5m2"
         assert records[0].model[key] == pytest.approx(expected[key], rel=1e-12), key
@@ -160,7 +160,7 @@ def test_a_rule_that_matches_nothing_is_an_error_with_near_matches() -> None:
         UpdateMonitor(net(), sampling=[SamplingRule("3.wieght")])
 
 
-def test_a_module_may_grow() -> None:
+def test_layers_added_to_the_module_are_observed() -> None:
     model = net()
     rules = [SamplingRule("*.bias", enabled=False), SamplingRule("5.*", formats="e5m2")]
     model.append(nn.Linear(10, 2))

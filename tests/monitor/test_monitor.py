@@ -1,4 +1,4 @@
-"""`UpdateMonitor`: its records against the definitions, from optimizers that record themselves."""
+"""`UpdateMonitor`: records equal the definitions, with optimizers that record their steps."""
 
 import copy
 import math
@@ -34,7 +34,9 @@ from tests.monitor.watching import (
 
 @pytest.mark.parametrize("scaling", [None, "tensor", "channel", ("block", 32)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_figures_are_those_of_each_tensor_alone(dtype: torch.dtype, scaling: object) -> None:
+def test_figures_equal_those_of_each_tensor_measured_alone(
+    dtype: torch.dtype, scaling: object
+) -> None:
     model = net().to(dtype)
     formats = ("e4m3fn", "e2m1")
     optimizer, _, records = watched(model, scaling=scaling, formats=formats)
@@ -47,7 +49,7 @@ def test_figures_are_those_of_each_tensor_alone(dtype: torch.dtype, scaling: obj
         assert record.layers[name].elements == record.layers[name].population == before.numel()
 
 
-def test_the_model_is_all_its_elements_together() -> None:
+def test_the_models_figures_equal_those_of_all_elements_together() -> None:
     model = net()
     optimizer, _, records = watched(model, scaling=None)
     train(model, optimizer)
@@ -69,7 +71,7 @@ def test_block_formats_are_judged_with_their_own_scales() -> None:
         assert_equal_figures(records[0].layers[name], measure(*step, ("bf16", *BLOCK_FORMATS)))
 
 
-def test_weights_of_several_dtypes_at_once() -> None:
+def test_one_monitor_observes_weights_of_several_dtypes() -> None:
     model = nn.Module()
     model.a = nn.Parameter(torch.randn(50))
     model.b = nn.Parameter(torch.randn(50).bfloat16())
@@ -81,12 +83,12 @@ def test_weights_of_several_dtypes_at_once() -> None:
     for name, step in optimizer.steps[0].items():
         assert_equal_figures(records[0].layers[name], measure(*step, FORMATS))
     assert math.isnan(records[0].layers["b"]["stall_frac/bf16"])
-    assert records[0].model["stall_frac/bf16"] > 0  # of the two others
+    assert records[0].model["stall_frac/bf16"] > 0  # of the two other layers
     assert len(said) == 1
     assert "cannot judge bf16 for weights already stored in torch.bfloat16" in said[0]
 
 
-def test_parameters_without_a_gradient_take_no_part() -> None:
+def test_parameters_without_a_gradient_are_not_in_the_record() -> None:
     model = net()
     optimizer, _, records = watched(model)
     train(model, optimizer)
@@ -102,7 +104,7 @@ def test_parameters_without_a_gradient_take_no_part() -> None:
     )
 
 
-def test_empty_scalar_and_oddly_named_parameters() -> None:
+def test_empty_scalar_and_oddly_named_parameters_are_observed() -> None:
     model = nn.Module()
     model.register_parameter("<script>/%", nn.Parameter(torch.tensor(1.0)))
     model.empty = nn.Parameter(torch.zeros(0, 3))
@@ -118,7 +120,7 @@ def test_empty_scalar_and_oddly_named_parameters() -> None:
     assert records[0].model["stall_frac/bf16"] == 1
 
 
-def test_two_optimizers_are_apart() -> None:
+def test_two_optimizers_have_separate_records() -> None:
     model = net()
     one = RecordingSGD([(n, p) for n, p in model.named_parameters() if n < "3"], lr=0.05)
     two = RecordingSGD([(n, p) for n, p in model.named_parameters() if n >= "3"], lr=0.01)
@@ -140,7 +142,7 @@ def test_without_formats_there_are_the_figures_of_the_update() -> None:
     )
 
 
-def test_formats_of_ones_own_and_all_keys() -> None:
+def test_custom_formats_have_all_keys() -> None:
     mine = FloatFormat("mine", 4, 1, 7)
     model = net()
     optimizer, _, records = watched(model, formats=[mine, "bf16"])
@@ -151,11 +153,11 @@ def test_formats_of_ones_own_and_all_keys() -> None:
         records[0].model["stal_frac/bf16"]
 
 
-# --- what must not happen
+# --- training and errors
 
 
 @pytest.mark.parametrize("options", [{}, {"max_elements": 100}, {"overhead_budget": 0.5}])
-def test_training_is_untouched(options: dict[str, Any]) -> None:
+def test_training_is_unchanged(options: dict[str, Any]) -> None:
     def run(observe: bool) -> tuple[list[Tensor], Tensor]:
         model = net()
         model.insert(2, nn.Dropout(0.1))
@@ -187,7 +189,7 @@ def test_an_error_warns_once_and_training_goes_on() -> None:
 
 
 @pytest.mark.parametrize(("inf", "gradient", "shown"), [(0, 1, True), (0, 0, True), (1, 1, False)])
-def test_a_step_that_a_scaler_skipped_is_counted_and_not_shown(
+def test_a_step_skipped_by_a_grad_scaler_is_counted_without_a_record(
     inf: float, gradient: float, shown: bool
 ) -> None:
     model = net()
@@ -234,7 +236,7 @@ def test_two_threads_may_step_two_optimizers() -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
-def test_a_monitor_is_not_copied(copied: Callable[[Any], Any]) -> None:
+def test_copying_a_monitor_is_an_error(copied: Callable[[Any], Any]) -> None:
     _, monitor, _ = watched(net())
-    with pytest.raises(TypeError, match="make another one for the copy"):
+    with pytest.raises(TypeError, match="make another monitor for the copy"):
         copied(monitor)

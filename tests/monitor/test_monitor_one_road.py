@@ -1,4 +1,4 @@
-"""`UpdateMonitor`: every step that was to be observed ends on one road, whatever it came to."""
+"""`UpdateMonitor`: every observed step passes the same calls, with or without an error."""
 
 import contextlib
 import re
@@ -23,12 +23,12 @@ STOPS = r"stops observing after an error: BrokenError\(\)"
 
 
 class BrokenError(Exception):
-    """What a test makes fail."""
+    """The error of a test."""
 
 
 @dataclass
 class Road:
-    """What passed through each place of the road, in order."""
+    """Record the arguments and results of each call, in order."""
 
     outcomes: list[StepOutcome] = field(default_factory=list)
     sums: list[StepSums] = field(default_factory=list)
@@ -60,7 +60,7 @@ def broken(*_: object, **__: object) -> Any:
 
 @dataclass
 class Case:
-    """A step: what is done to it, and what it is to come to."""
+    """A step: how it is disturbed, and the expected result."""
 
     gradient: float | None = 0.5
     lr: float = 0.1
@@ -83,7 +83,7 @@ CASES = {
     "inf": Case(found_inf=1.0, skipped="inf"),
     "not inf": Case(found_inf=0.0, records=1),
     "schedule": Case(options={"every_n_steps": broken}, fails=True),
-    "choice of elements": Case(breaking=breaking(Engine, "choose"), fails=True),
+    "choice of elements": Case(breaking=breaking(Engine, "choose_elements"), fails=True),
     "memory": Case(breaking=breaking(Engine, "lay_out"), fails=True),
     "together": Case(breaking=breaking(Measurer, "measure_batch"), fails=True),
     "alone": Case(breaking=breaking(Measurer, "measure_tensor"), fails=True),
@@ -91,8 +91,8 @@ CASES = {
 }
 
 
-def model_of(seed: int = 0) -> nn.Module:
-    """One layer that is measured with others and one that is measured alone."""
+def make_model(seed: int = 0) -> nn.Module:
+    """Make a model with a layer that is measured in an arena and one that is measured alone."""
     torch.manual_seed(seed)
     return nn.ParameterDict({"small": torch.randn(30), "large": torch.randn(500, 500)})
 
@@ -106,12 +106,12 @@ def make_step(model: nn.Module, optimizer: torch.optim.Optimizer, case: Case) ->
     optimizer.step()
 
 
-def optimizer_of(model: nn.Module, case: Case) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, case: Case) -> torch.optim.Optimizer:
     is_fused = case.found_inf is not None
     return torch.optim.SGD(model.parameters(), lr=case.lr, fused=is_fused)
 
 
-def monitor_of(model: nn.Module, case: Case, records: list[StepRecord], **more: Any):
+def make_monitor(model: nn.Module, case: Case, records: list[StepRecord], **more: Any):
     def on_record(record: StepRecord) -> None:
         records.append(record)
         case.options.get("on_record", lambda _: None)(record)
@@ -122,23 +122,23 @@ def monitor_of(model: nn.Module, case: Case, records: list[StepRecord], **more: 
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=[*CASES])
-def test_every_step_is_measured_and_combined_once_whatever_it_came_to(case: Case) -> None:
-    model, records, said = model_of(), [], []
-    optimizer = optimizer_of(model, case)
+def test_every_observed_step_is_measured_and_combined_once(case: Case) -> None:
+    model, records, said = make_model(), [], []
+    optimizer = make_optimizer(model, case)
     weights: list[list[Tensor]] = []
 
     def tell(message: str) -> None:
         said.append(message)
         weights.append([p.detach().clone() for p in model.parameters()])
 
-    monitor = monitor_of(model, case, records, tell=tell)
+    monitor = make_monitor(model, case, records, tell=tell)
     with monitor.attach(optimizer), watching_the_road() as road, case.breaking():
         make_step(model, optimizer, case)
         assert (len(road.outcomes), len(road.sums)) == (1, 1)
         is_observing = monitor.is_observing
     ((outcome,), (sums,)) = road.outcomes, road.sums
     assert (outcome.optimizer, outcome.index) == (optimizer, 0)
-    # The public results: a record, a count of skipped steps, or one notice and no more observing.
+    # Public results: a record, a count of skipped steps, or one notice and the end of observing.
     assert len(records) == case.records
     assert monitor.latest is (records[0] if records else None)
     assert dict(monitor.skipped) == ({case.skipped: 1} if case.skipped else {})
@@ -149,19 +149,19 @@ def test_every_step_is_measured_and_combined_once_whatever_it_came_to(case: Case
     (message,) = said
     assert re.match(STOPS, message)
     assert message.endswith("Training goes on; strict=True would raise it")
-    assert case.records == (sums.error is None)  # that of a callback comes after it
-    # It is told at the end of the step, with which training goes on.
-    twin, plain = model_of(), Case(gradient=case.gradient, lr=case.lr)
-    make_step(twin, optimizer_of(twin, plain), plain)
+    assert case.records == (sums.error is None)  # an error of the callback comes after the record
+    # The error is reported at the end of the step, and training goes on.
+    twin, plain = make_model(), Case(gradient=case.gradient, lr=case.lr)
+    make_step(twin, make_optimizer(twin, plain), plain)
     assert all(map(torch.equal, weights[0], [p.detach() for p in twin.parameters()]))
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.fails])
-def test_a_strict_monitor_raises_the_error_itself_at_the_end_of_the_step(name: str) -> None:
-    case, model = CASES[name], model_of()
+def test_a_strict_monitor_raises_the_error_at_the_end_of_the_step(name: str) -> None:
+    case, model = CASES[name], make_model()
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = optimizer_of(model, case)
-    monitor = monitor_of(model, case, [], strict=True).attach(optimizer)
+    optimizer = make_optimizer(model, case)
+    monitor = make_monitor(model, case, [], strict=True).attach(optimizer)
     with case.breaking(), pytest.raises(BrokenError):
         make_step(model, optimizer, case)
     assert not monitor.is_observing
@@ -169,22 +169,22 @@ def test_a_strict_monitor_raises_the_error_itself_at_the_end_of_the_step(name: s
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.fails])
-def test_by_default_an_error_is_a_warning_of_the_class_that_the_user_made(name: str) -> None:
-    case, model = CASES[name], model_of()
-    optimizer = optimizer_of(model, case)
-    monitor = monitor_of(model, case, [])
+def test_by_default_an_error_is_one_warning_that_names_the_monitor(name: str) -> None:
+    case, model = CASES[name], make_model()
+    optimizer = make_optimizer(model, case)
+    monitor = make_monitor(model, case, [])
     with monitor.attach(optimizer), case.breaking():
         with pytest.warns(UserWarning, match=f"^UpdateMonitor {STOPS} in ") as warned:
             make_step(model, optimizer, case)
-        make_step(model, optimizer, case)  # says nothing more
+        make_step(model, optimizer, case)  # without a second warning
     assert len(warned) == 1
 
 
-def test_steps_that_are_not_to_be_observed_do_not_enter_it() -> None:
-    model = model_of()
+def test_steps_that_are_not_due_are_not_measured() -> None:
+    model = make_model()
     case = Case(options={"every_n_steps": 2})
-    optimizer, records = optimizer_of(model, case), []
-    monitor = monitor_of(model, case, records, strict=True)
+    optimizer, records = make_optimizer(model, case), []
+    monitor = make_monitor(model, case, records, strict=True)
     with monitor.attach(optimizer), watching_the_road() as road:
         for _ in range(4):
             make_step(model, optimizer, case)
@@ -192,9 +192,9 @@ def test_steps_that_are_not_to_be_observed_do_not_enter_it() -> None:
     assert [record.index for record in records] == [1, 3]
 
 
-def test_a_step_that_a_scaler_skips_is_counted_and_one_after_it_is_observed() -> None:
-    """No step ends then: the optimizer's `step` is not called, and nothing was measured."""
-    model = model_of()
+def test_the_step_after_a_step_skipped_by_a_grad_scaler_is_observed() -> None:
+    """A skipped step calls no `step` of the optimizer, so that nothing is measured."""
+    model = make_model()
     optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), GradScaler("cpu")
     records: list[StepRecord] = []
     monitor = UpdateMonitor(model, records.append, formats=FORMATS, strict=True)

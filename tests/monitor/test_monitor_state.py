@@ -1,4 +1,4 @@
-"""What a monitor learns over time of its elements, and how that outlives a run."""
+"""State of a monitor: flags of elements over all steps, and their restoration in another run."""
 
 import copy
 import gc
@@ -21,7 +21,7 @@ from tests.monitor.watching import (
 )
 
 
-def test_never_moved_is_what_never_moved_in_any_observed_step() -> None:
+def test_never_moved_frac_is_over_all_observed_steps() -> None:
     model = net()
     optimizer, _, records = watched(model, every_n_steps=2, scaling=None)
     train(model, optimizer, 8)
@@ -51,12 +51,12 @@ def test_one_parameter_of_two_optimizers_is_tracked_in_both() -> None:
         optimizers[1].step()
         optimizers[0].step()
         _, bits = monitor.state_dict()["ever_moved"]["weight"]
-    assert bits.tolist() == [0b11111111] * 4  # all had an update, and all an effective one
+    assert bits.tolist() == [0b11111111] * 4  # each element had an update, and an effective one
     assert monitor.state_dict()["ever_moved"]["weight"][1].tolist() == bits.tolist()
 
 
 @pytest.mark.parametrize("capacity", [640, 100_000])
-def test_a_resumed_run_knows_what_has_never_moved(capacity: int) -> None:
+def test_a_resumed_run_restores_flags(capacity: int) -> None:
     with sharing_out(capacity):
         whole, resumed = net(), net()
         optimizer, _, expected = watched(whole, max_elements=300)
@@ -85,13 +85,13 @@ def test_a_resumed_run_knows_what_has_never_moved(capacity: int) -> None:
             assert records[-1].layers[name][key] == pytest.approx(
                 expected[-1].layers[name][key], nan_ok=True, abs=0
             )
-    # One bit for each element and format, and one for whether it was to move.
+    # One bit for each element and format, and one bit for an update other than 0.
     bits = sum(packed.numel() * 8 for _, packed in state["ever_moved"].values())
     elements = sum(figures.elements for figures in records[-1].layers.values())
     assert bits <= elements * (1 + len(FORMATS)) + 8 * len(records[-1].layers)
 
 
-def test_what_was_learnt_outlives_the_optimizer() -> None:
+def test_flags_outlive_the_optimizer() -> None:
     model = net()
     optimizer, monitor, _ = watched(model)
     train(model, optimizer)
@@ -104,7 +104,7 @@ def test_what_was_learnt_outlives_the_optimizer() -> None:
     assert all(torch.equal(kept[name][1], bits) for name, (_, bits) in expected.items())
 
 
-def test_a_monitor_that_is_attached_again_goes_on() -> None:
+def test_a_monitor_attached_again_keeps_flags() -> None:
     model, twin = net(), net()
     optimizer, monitor, records = watched(model)
     train(model, optimizer, 2)
@@ -120,7 +120,7 @@ def test_a_monitor_that_is_attached_again_goes_on() -> None:
             assert records[-1].layers[name][key] == expected[-1].layers[name][key]
 
 
-def test_a_state_of_other_formats_is_told_and_not_mixed_up() -> None:
+def test_a_state_with_other_formats_warns_and_is_not_restored() -> None:
     model = net()
     optimizer, monitor, _ = watched(model)
     train(model, optimizer)
@@ -133,7 +133,7 @@ def test_a_state_of_other_formats_is_told_and_not_mixed_up() -> None:
     assert other.latest is not None
 
 
-def test_a_state_of_another_number_of_elements_is_told() -> None:
+def test_a_state_with_another_number_of_elements_gives_a_notice_and_is_not_restored() -> None:
     model = net()
     optimizer, monitor, _ = watched(model)
     train(model, optimizer)
@@ -149,14 +149,14 @@ def test_a_state_of_another_number_of_elements_is_told() -> None:
     ]
 
 
-def test_a_state_is_not_loaded_into_an_attached_monitor() -> None:
+def test_loading_a_state_into_an_attached_monitor_is_an_error() -> None:
     model = net()
     _, monitor, _ = watched(model)
     with pytest.raises(RuntimeError, match=r"load_state_dict\(\) before attach\(\)"):
         monitor.load_state_dict(monitor.state_dict())
 
 
-def test_a_loaded_state_replaces_what_was_learnt_before() -> None:
+def test_loading_a_state_replaces_flags() -> None:
     model = net()
     optimizer, monitor, _ = watched(model)
     state = copy.deepcopy(monitor.state_dict())

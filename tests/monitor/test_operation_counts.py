@@ -1,4 +1,4 @@
-"""What observing costs, in operations and memory: on the GPT of 10.1 M parameters, four formats."""
+"""Cost of observing in operations and memory, for a GPT of 10.1 M parameters and four formats."""
 
 import copy
 import gc
@@ -26,7 +26,7 @@ def model() -> Gpt:
 
 @pytest.fixture
 def watched(model: Gpt):
-    """The optimizer, and the monitor after two observed steps: all is in its place."""
+    """Return the optimizer, and the monitor after two observed steps: all memory is laid out."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train(model, optimizer)
     optimizer.param_groups[0]["lr"] = 1e-9  # so that no weight exceeds its scale
@@ -40,7 +40,7 @@ def steps(model: Gpt, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     return lambda: train(model, optimizer)
 
 
-def test_the_model_is_the_one_of_the_budget(model: Gpt) -> None:
+def test_the_model_has_the_size_that_the_budget_assumes(model: Gpt) -> None:
     assert len([*model.parameters()]) == 100
     assert 10.0e6 < sum(parameter.numel() for parameter in model.parameters()) < 10.2e6
 
@@ -51,18 +51,20 @@ def test_an_observed_step_makes_at_most_250_operations_and_one_host_copy(model, 
         observed, on_host = operations_here_and_there(steps(model, optimizer))
     index = monitor.latest.index
     monitor.detach()
-    with host_copies() as copies_of_training:
+    with host_copies() as training_copies:
         alone = operations(steps(model, optimizer))
     assert monitor.latest.index == index == 2
     assert observed.total() - alone.total() <= 250
-    assert (len(copies) - len(copies_of_training), copies.count("cpu")) == (1, 1)
-    assert 0 < on_host.total() <= 40  # whether a weight exceeded its scale; the rest when read
-    # One for each large parameter and quantity; the small ones are copied together.
+    assert (len(copies) - len(training_copies), copies.count("cpu")) == (1, 1)
+    assert (
+        0 < on_host.total() <= 40
+    )  # the figures read at each step: did a weight exceed its scale?
+    # One for each large layer and quantity; small layers are copied together.
     assert (observed - alone)["aten.take.out"] == 3 * 34
     assert (observed - alone)["aten._foreach_copy_.default"] == 2
 
 
-def test_a_step_that_is_not_observed_makes_none(model: Gpt) -> None:
+def test_a_step_that_is_not_observed_makes_no_operations(model: Gpt) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train(model, optimizer)
     alone = operations(steps(model, optimizer))
@@ -78,8 +80,8 @@ def test_a_step_that_is_not_observed_makes_none(model: Gpt) -> None:
     assert asked == [0]
 
 
-def test_scales_are_read_again_after_a_hundred_steps(model, watched) -> None:
-    """Their own line in the budget: one operation for each parameter and some for all."""
+def test_scales_are_taken_again_after_a_hundred_steps(model, watched) -> None:
+    """Taking scales costs one operation for each layer, and some for all."""
     optimizer, monitor = watched
     state = copy.deepcopy(monitor.state_dict())
     assert state["scales"]["steps_left"] == 98
@@ -87,7 +89,7 @@ def test_scales_are_read_again_after_a_hundred_steps(model, watched) -> None:
     monitor.detach()
     monitor.load_state_dict(state)
     monitor.attach(optimizer)
-    train(model, optimizer)  # all is in its place again
+    train(model, optimizer)  # all scales are taken
     usual = operations(steps(model, optimizer)).total()
     assert monitor.state_dict()["scales"]["steps_left"] == 0
     with host_copies() as copies:
@@ -95,7 +97,7 @@ def test_scales_are_read_again_after_a_hundred_steps(model, watched) -> None:
     assert refreshing["aten.aminmax.default"] == 100
     assert refreshing.total() - usual <= 500
     assert monitor.state_dict()["scales"]["steps_left"] == 99
-    # The figures, and whether any amax is 0 or not finite.
+    # Two copies: the figures, and whether an amax is 0 or not finite.
     assert (copies.count("cpu"), copies.count("tolist")) == (1, 1)
 
 
@@ -117,8 +119,10 @@ def test_memory_does_not_grow_from_step_to_step(model, watched) -> None:
     def alive() -> int:
         gc.collect()
         tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]
-        dense = [each for each in tensors if each.layout == torch.strided]  # others have no storage
-        # torch has no public name for the identity of a storage, which views share.
+        dense = [
+            each for each in tensors if each.layout == torch.strided
+        ]  # other layouts have no storage
+        # Views share a storage; torch has no public name for the identity of a storage.
         return len({each.untyped_storage()._cdata for each in dense})
 
     train(model, optimizer)
@@ -141,12 +145,12 @@ def test_measuring_takes_at_most_16_mib_whatever_the_size(
 @pytest.mark.parametrize("scaling", ["tensor", "channel", ("block", 32)])
 @pytest.mark.parametrize("formats", [["mxfp8_e4m3", "nvfp4"], ["nvfp4", *FORMATS]])
 @pytest.mark.parametrize("shape", [(1_000_000,), (1_000_000, 2), (100, 20_000)])
-def test_so_does_measuring_with_scales_of_blocks(
+def test_measuring_with_block_scales_takes_at_most_16_mib(
     formats: list[str], scaling: Scaling, shape: tuple[int, ...]
 ) -> None:
     step = [torch.randn(shape) for _ in range(3)]
     measurer = Measurer(FormatSet(formats, scaling))
-    amax = measurer.amax_of(*step[:2])
+    amax = measurer.take_amax(*step[:2])
     assert memory_for(measurer, [*step, amax]) <= TEMPORARY_BYTES
 
 

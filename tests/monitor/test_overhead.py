@@ -1,4 +1,4 @@
-"""What observing costs: the clock, and the budget that keeps it to a share of the time."""
+"""Cost of observing: the clock, and the budget that limits the share of the time."""
 
 import gc
 import itertools
@@ -61,7 +61,7 @@ NUMBERS = st.floats() | st.sampled_from([0.0, -0.0, 5e-324, -1.0, math.inf, -mat
 
 @thorough
 @given(st.lists(st.tuples(NUMBERS, NUMBERS)), st.floats(0, 1, exclude_min=True, exclude_max=True))
-def test_no_numbers_break_it_and_equal_numbers_decide_equally(updates, share) -> None:
+def test_any_numbers_are_accepted_and_equal_numbers_decide_equally(updates, share) -> None:
     ranks = [OverheadBudget(share, 5), OverheadBudget(share, 5)]
     for step, (own, training) in enumerate(updates):
         for rank in ranks:
@@ -92,7 +92,7 @@ def test_no_numbers_break_it_and_equal_numbers_decide_equally(updates, share) ->
         (1.0, -1.0),
     ],
 )
-def test_where_nothing_is_known_the_interval_stays(own: float, training: float) -> None:
+def test_unknown_times_leave_the_interval_unchanged(own: float, training: float) -> None:
     budget = OverheadBudget(0.01, 10)
     budget.update(1.0, 1.0)
     budget.update(own, training)
@@ -100,7 +100,7 @@ def test_where_nothing_is_known_the_interval_stays(own: float, training: float) 
 
 
 @pytest.mark.parametrize("own", [0.0, -0.0, -1.0, -1e300])
-def test_a_step_that_cost_nothing_is_paid_at_once(own: float) -> None:
+def test_a_step_without_cost_is_paid_at_once(own: float) -> None:
     budget = OverheadBudget(0.01, 10)
     budget.update(1.0, 1.0)
     budget.update(own, 1.0)
@@ -112,7 +112,7 @@ def test_no_interval_exceeds_a_million_times_the_smallest(own: float) -> None:
     assert interval_after(own, 5e-324, every=3) == 3_000_000
 
 
-def test_the_first_step_is_due_and_then_those_an_interval_later() -> None:
+def test_the_first_step_is_due_and_then_one_per_interval() -> None:
     budget = OverheadBudget(0.5, 10)
     assert budget.is_due(3)
     budget.observed(9)
@@ -124,7 +124,7 @@ def test_the_first_step_is_due_and_then_those_an_interval_later() -> None:
     assert budget.is_due(39)
 
 
-def test_before_the_last_observed_step_counting_began_anew() -> None:
+def test_a_step_before_the_last_observed_step_is_due() -> None:
     budget = OverheadBudget(0.5, 10)
     budget.observed(10_000)
     assert budget.is_due(9)
@@ -132,7 +132,7 @@ def test_before_the_last_observed_step_counting_began_anew() -> None:
     assert not budget.is_due(18)
 
 
-def test_a_run_goes_on_where_it_was() -> None:
+def test_a_restored_budget_goes_on_where_it_was() -> None:
     budget, resumed = OverheadBudget(0.01, 10), OverheadBudget(0.01, 10)
     assert budget.state_dict() == {"interval": 10, "last_observed_step": -1}
     resumed.load_state_dict(budget.state_dict())
@@ -145,7 +145,7 @@ def test_a_run_goes_on_where_it_was() -> None:
     assert due_steps(resumed, 400) == due_steps(budget, 400)
 
 
-def test_a_run_that_goes_on_with_another_distance_keeps_to_its_multiples() -> None:
+def test_a_restored_interval_is_rounded_up_to_a_multiple() -> None:
     budget = OverheadBudget(0.01, 7)
     budget.load_state_dict({"interval": 300, "last_observed_step": 29})
     assert budget.interval == 301
@@ -163,7 +163,7 @@ def test_a_run_that_goes_on_with_another_distance_keeps_to_its_multiples() -> No
         ({"interval": 1, "last_observed_step": -2}, ValueError, "last_observed_step=-2: expected"),
     ],
 )
-def test_a_wrong_state_is_refused_and_changes_nothing(state, error, message) -> None:
+def test_an_invalid_state_is_an_error_and_changes_nothing(state, error, message) -> None:
     budget = OverheadBudget(0.01, 10)
     before = budget.state_dict()
     with pytest.raises(error, match=message):
@@ -172,12 +172,12 @@ def test_a_wrong_state_is_refused_and_changes_nothing(state, error, message) -> 
 
 
 @pytest.mark.parametrize("share", [0, 1, 0.0, 1.0, -0.1, math.nan, math.inf])
-def test_a_share_lies_between_0_and_1(share: float) -> None:
+def test_a_share_outside_0_to_1_is_an_error(share: float) -> None:
     with pytest.raises(ValueError, match=f"share={share}: expected a number between 0 and 1"):
         OverheadBudget(share, 10)
 
 
-def test_wrong_arguments_are_named() -> None:
+def test_errors_name_the_wrong_argument() -> None:
     with pytest.raises(TypeError, match=r"share='1%': expected float, got str"):
         OverheadBudget("1%", 10)
     with pytest.raises(TypeError, match="share=True: expected float, got bool"):
@@ -190,13 +190,13 @@ def test_wrong_arguments_are_named() -> None:
 
 
 def simulate(
-    share: float, every: int, seconds_of: list[tuple[float, float]]
+    share: float, every: int, clock_seconds: list[tuple[float, float]]
 ) -> list[tuple[int, float]]:
-    """Each observed step and the share until just before it; seconds (own, training) by step."""
+    """Return each observed step and the share just before it; costs are seconds (own, training)."""
     budget, schedule = OverheadBudget(share, every), StepSchedule(every)
     own_total = training_total = 0.0
     seen = []
-    for step, (own, training) in enumerate(seconds_of):
+    for step, (own, training) in enumerate(clock_seconds):
         if schedule.is_due(step) and budget.is_due(step):
             so_far = own_total + training_total
             seen.append((step, own_total / so_far if so_far else 0.0))
@@ -207,7 +207,7 @@ def simulate(
     return seen
 
 
-ROUNDING = 1 + 1e-9  # of sums of 400,000 seconds
+ROUNDING = 1 + 1e-9  # error of sums of 400,000 seconds
 
 
 @pytest.mark.parametrize("every", [1, 50])
@@ -218,7 +218,7 @@ def test_the_share_holds_whenever_a_step_is_observed(share, every, costs) -> Non
     seen = simulate(share, every, [(own, 0.01) for own in costs for _ in range(half)])
     assert max(so_far for _, so_far in seen) <= share * ROUNDING
     assert len({step for step, _ in seen}) > 100
-    # Nor is it observed less than the share allows, where the smallest interval is not enough.
+    # The share is also used up, if the smallest interval would exceed it.
     for own, start in zip(costs, (0, half), strict=True):
         wanted = own * (1 - share) / (share * 0.01)
         steps = [step for step, _ in seen if start + half // 2 <= step < start + half]
@@ -230,7 +230,7 @@ def test_the_share_holds_whenever_a_step_is_observed(share, every, costs) -> Non
 
 
 def test_without_a_budget_the_same_clock_exceeds_the_share() -> None:
-    """A negative control: the share above holds because of the budget."""
+    """A negative control: the share in the test above is kept by the budget."""
     observed = len(due_steps(StepSchedule(50), 1000))
     assert observed * 0.5 / (observed * 0.5 + 1000 * 0.01) > 0.2
 
@@ -238,10 +238,10 @@ def test_without_a_budget_the_same_clock_exceeds_the_share() -> None:
 # The budgets of several optimizers
 
 
-def test_each_optimizer_has_a_budget_of_its_own() -> None:
+def test_each_optimizer_has_a_separate_budget() -> None:
     budgets, one, two = Budgets(0.01, 10), sgd(), sgd()
-    budgets.of(one).update(1.0, 1.0)
-    budgets.of(two).observed(7)
+    budgets.get(one).update(1.0, 1.0)
+    budgets.get(two).observed(7)
     assert budgets.state_dict() == [
         {"interval": 100, "last_observed_step": -1},
         {"interval": 10, "last_observed_step": 7},
@@ -249,23 +249,23 @@ def test_each_optimizer_has_a_budget_of_its_own() -> None:
     assert budgets.share == 0.01
 
 
-def test_budgets_are_restored_in_the_order_in_which_optimizers_are_asked_about() -> None:
+def test_budgets_are_restored_in_the_order_of_their_use() -> None:
     budgets, (one, two, three) = Budgets(0.01, 10), (sgd() for _ in range(3))
-    budgets.of(one).update(5.0, 1.0)
+    budgets.get(one).update(5.0, 1.0)
     states = [
         {"interval": 100, "last_observed_step": 5},
         {"interval": 20, "last_observed_step": 7},
     ]
     budgets.load_state_dict(states)
-    assert budgets.state_dict() == states  # of optimizers that are still to come
-    assert budgets.of(two).state_dict() == states[0]
+    assert budgets.state_dict() == states  # of optimizers that have no budget yet
+    assert budgets.get(two).state_dict() == states[0]
     assert budgets.state_dict() == states
-    assert budgets.of(one).state_dict() == states[1]
-    assert budgets.of(three).state_dict() == {"interval": 10, "last_observed_step": -1}
+    assert budgets.get(one).state_dict() == states[1]
+    assert budgets.get(three).state_dict() == {"interval": 10, "last_observed_step": -1}
     assert budgets.state_dict()[:2] == states
 
 
-def test_budgets_refuse_what_one_refuses_before_any_optimizer_is_there() -> None:
+def test_budgets_check_arguments_before_their_first_use() -> None:
     with pytest.raises(ValueError, match=r"share=1\.5: expected a number between 0 and 1"):
         Budgets(1.5, 10)
 
@@ -274,7 +274,7 @@ def test_budgets_refuse_what_one_refuses_before_any_optimizer_is_there() -> None
 
 
 class Time:
-    """Of the host, as far as the test says that it passes."""
+    """A fake clock of the host, which a test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -299,34 +299,34 @@ def sgd() -> torch.optim.Optimizer:
     return torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
 
 
-def test_the_clock_tells_observing_from_training(host: Time) -> None:
+def test_the_clock_separates_observing_from_training(host: Time) -> None:
     clock, optimizer = Clock(), sgd()
     assert all(map(math.isnan, clock.seconds(optimizer, 0)))
     host.observes(clock, optimizer, 0, 64.0)
     host.passes(12.0)
     own, training = clock.seconds(optimizer, 4)
-    assert math.isnan(own)  # the first does what no other has to do
+    assert math.isnan(own)  # the first step also sets up memory
     assert training == 12.0 / 4
     host.observes(clock, optimizer, 4, 2.0)
     host.passes(5.0)
     assert clock.seconds(optimizer, 5) == (2.0, 5.0)
 
 
-def test_what_is_observed_before_and_within_a_step_is_no_training(host: Time) -> None:
+def test_observing_before_and_within_a_step_is_not_training_time(host: Time) -> None:
     clock, optimizer = Clock(), sgd()
     host.observes(clock, optimizer, 0, 1.0)
     host.passes(3.0)
     with clock.observing():  # before the step
         host.passes(4.0)
     host.passes(0.5)
-    clock.add(0.5)  # copies, which others have timed
+    clock.add(0.5)  # time of copies, measured elsewhere
     assert clock.seconds(optimizer, 1)[1] == 3.0
     host.observes(clock, optimizer, 1, 1.0)
     host.passes(1.0)
     assert clock.seconds(optimizer, 2) == (4.0 + 0.5 + 1.0, 1.0)
 
 
-def test_observing_another_optimizer_is_no_training_of_the_first(host: Time) -> None:
+def test_observing_another_optimizer_is_not_training_time(host: Time) -> None:
     clock, one, two = Clock(), sgd(), sgd()
     host.observes(clock, one, 0, 1.0)
     host.observes(clock, two, 0, 16.0)
@@ -339,7 +339,7 @@ def test_observing_another_optimizer_is_no_training_of_the_first(host: Time) -> 
     assert clock.seconds(two, 2) == (2.0 + 8.0, 5.0)
 
 
-def test_observing_that_fails_is_counted_too(host: Time) -> None:
+def test_time_of_failed_observing_is_counted(host: Time) -> None:
     clock, optimizer = Clock(), sgd()
     host.observes(clock, optimizer, 0, 1.0)
 
@@ -354,7 +354,7 @@ def test_observing_that_fails_is_counted_too(host: Time) -> None:
     assert clock.seconds(optimizer, 1)[1] == 2.0
 
 
-def test_a_step_that_is_not_after_the_last_one_was_counted_anew(host: Time) -> None:
+def test_seconds_are_nan_if_steps_are_counted_from_0_again(host: Time) -> None:
     clock, optimizer = Clock(), sgd()
     host.observes(clock, optimizer, 8, 1.0)
     host.observes(clock, optimizer, 9, 1.0)
@@ -364,7 +364,7 @@ def test_a_step_that_is_not_after_the_last_one_was_counted_anew(host: Time) -> N
     assert clock.seconds(optimizer, 11) == (1.0, 3.0)
 
 
-def test_training_never_takes_less_than_no_time(host: Time) -> None:
+def test_training_time_is_never_negative(host: Time) -> None:
     clock, optimizer = Clock(), sgd()
     host.observes(clock, optimizer, 0, 1.0)
     clock.add(100.0)
@@ -374,7 +374,7 @@ def test_training_never_takes_less_than_no_time(host: Time) -> None:
 def test_neither_clock_nor_budgets_keep_an_optimizer_alive(host: Time) -> None:
     clock, budgets, optimizer = Clock(), Budgets(0.5, 1), sgd()
     host.observes(clock, optimizer, 0, 1.0)
-    budgets.of(optimizer).observed(0)
+    budgets.get(optimizer).observed(0)
     known = weakref.ref(optimizer)
     del optimizer
     gc.collect()
@@ -398,17 +398,17 @@ def test_the_overhead_budget_holds_back_observation(monkeypatch: pytest.MonkeyPa
     kernel = Measurer.measure_batch
 
     def slow(measurer: Measurer, batch: Any) -> Tensor:
-        now[0] += 1.0  # a second for each observation
+        now[0] += 1.0  # each observation takes 1 s
         return kernel(measurer, batch)
 
     monkeypatch.setattr(Measurer, "measure_batch", slow)
     monitor = UpdateMonitor(model, on_record, overhead_budget=0.2, strict=True).attach(optimizer)
     for _ in range(500):
-        now[0] += 0.125  # an eighth for each step
+        now[0] += 0.125  # each step takes 1/8 s
         model(torch.ones(1, 4)).sum().backward()
         optimizer.step()
     gaps = [b - a for a, b in itertools.pairwise(indices)]
-    assert gaps[:2] == [1, 1]  # the cost of the first is not taken for that of all
+    assert gaps[:2] == [1, 1]  # the first observed step does not set the interval
     assert set(gaps[3:]) == {32}  # 1 s in 1 + 32 / 8 s
     assert monitor.state_dict()["budgets"][0]["interval"] == 32
     assert monitor.latest.own_seconds == pytest.approx(1.0)
@@ -444,8 +444,8 @@ def test_the_overhead_budget_holds_for_two_optimizers_of_different_paces(
     assert [state["interval"] > 1 for state in states] == [True, True]
 
 
-def test_what_is_done_to_take_scales_is_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither before a step nor after it, as where weights are still zero."""
+def test_taking_scales_is_not_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales are taken before a step, and after it if weights were 0."""
     now, amax = [0.0], Alone.amax
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
 
@@ -462,7 +462,9 @@ def test_what_is_done_to_take_scales_is_no_training(monkeypatch: pytest.MonkeyPa
         for step in range(5):
             now[0] += 0.125
             with torch.no_grad():
-                model.weight.mul_(1000.0 if step == 2 else 1.0)  # its scale is taken before step 3
+                model.weight.mul_(
+                    1000.0 if step == 2 else 1.0
+                )  # exceeds its scale, which is taken again before step 3
             model.weight.grad, model.bias.grad = torch.full((4, 4), 1e-3), torch.zeros(4)
             optimizer.step()
     assert [record.training_seconds for record in records[1:]] == [0.125] * 4

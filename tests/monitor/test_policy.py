@@ -1,4 +1,4 @@
-"""`StepPolicy`: the schedule, the budget of each optimizer, and the clock that both go by."""
+"""`StepPolicy`: the schedule, the budget of each optimizer, and the clock."""
 
 import math
 
@@ -12,7 +12,7 @@ from altgrad.monitor.schedule import StepSchedule
 
 
 class Time:
-    """Of the host, as far as the test says that it passes."""
+    """A fake clock of the host, which a test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -21,7 +21,7 @@ class Time:
         self.now += seconds
 
     def observes(self, policy: StepPolicy, optimizer: Optimizer, index: int, own: float) -> None:
-        """An observed step that takes so long, from its schedule to the clock of the next one."""
+        """Observe a step that takes some seconds, from the schedule to the end of the step."""
         with policy.observing():
             seconds = policy.seconds(optimizer, index)
             self.passes(own)
@@ -62,13 +62,13 @@ def paid_for(policy: StepPolicy, optimizer: Optimizer, until: int = 40) -> list[
     ],
     ids=["every", "every fifth", "schedule", "log spaced", "function"],
 )
-def test_the_steps_of_a_schedule_are_wanted(every_n_steps, expected, distance) -> None:
+def test_the_policy_follows_the_schedule(every_n_steps, expected, distance) -> None:
     policy = StepPolicy(every_n_steps, None)
     assert wanted(policy) == expected
     assert policy.every_n_steps == distance
 
 
-def test_an_error_of_a_function_is_raised_where_it_is_asked() -> None:
+def test_an_error_of_a_schedule_function_is_raised() -> None:
     policy = StepPolicy(lambda index: 1 / index > 0, None)
     assert policy.is_wanted(1)
     with pytest.raises(ZeroDivisionError):
@@ -84,7 +84,7 @@ def test_an_error_of_a_function_is_raised_where_it_is_asked() -> None:
         ((1, "1%"), TypeError, "share='1%': expected float, got str"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, error, message) -> None:
+def test_errors_name_the_wrong_argument(arguments, error, message) -> None:
     with pytest.raises(error, match=message):
         StepPolicy(*arguments)
 
@@ -92,7 +92,7 @@ def test_wrong_arguments_are_named(arguments, error, message) -> None:
 # --- the budget
 
 
-def test_without_a_budget_every_step_is_paid_for(host: Time) -> None:
+def test_every_step_is_paid_for_without_a_budget(host: Time) -> None:
     policy, optimizer = StepPolicy(1, None), sgd()
     assert policy.overhead_budget is None
     assert policy.state_dict() is None
@@ -100,12 +100,14 @@ def test_without_a_budget_every_step_is_paid_for(host: Time) -> None:
         host.passes(1e-3)
         host.observes(policy, optimizer, index, 1000.0)
     assert paid_for(policy, optimizer) == [*range(40)]
-    policy.load_state_dict([{"interval": 8, "last_observed_step": 2}])  # of a run with one
+    policy.load_state_dict(
+        [{"interval": 8, "last_observed_step": 2}]
+    )  # a state of a run with a budget
     assert policy.state_dict() is None
     assert paid_for(policy, optimizer) == [*range(40)]
 
 
-def test_with_a_budget_the_steps_that_follow_pay_for_an_observed_one(host: Time) -> None:
+def test_later_steps_pay_for_an_observed_step(host: Time) -> None:
     policy, optimizer = StepPolicy(2, 0.2), sgd()
     assert policy.overhead_budget == 0.2
     assert policy.is_paid_for(optimizer, 1)
@@ -146,14 +148,14 @@ def test_a_resumed_run_goes_on_with_its_budgets() -> None:
     others = sgd(), sgd()
     assert paid_for(resumed, others[0]) == paid_for(policy, one)
     assert paid_for(resumed, others[1]) == paid_for(policy, two)
-    resumed.load_state_dict(None)  # of a run without one: nothing is to go on with
+    resumed.load_state_dict(None)  # the state of a run without a budget restores nothing
     assert resumed.state_dict() == policy.state_dict()
 
 
 # --- the clock
 
 
-def test_seconds_are_those_of_observing_and_of_a_training_step(host: Time) -> None:
+def test_seconds_are_the_times_to_observe_and_to_train(host: Time) -> None:
     policy, optimizer = StepPolicy(1, None), sgd()
     assert all(map(math.isnan, policy.seconds(optimizer, 0)))
     host.observes(policy, optimizer, 0, 64.0)
@@ -163,10 +165,10 @@ def test_seconds_are_those_of_observing_and_of_a_training_step(host: Time) -> No
     assert policy.seconds(optimizer, 3) == (2.0, 5.0)
 
 
-def test_what_others_have_timed_is_observing_too(host: Time) -> None:
+def test_seconds_passed_in_count_as_observing(host: Time) -> None:
     policy, optimizer = StepPolicy(1, None), sgd()
     host.observes(policy, optimizer, 0, 1.0)
-    host.passes(0.5)  # copies, which are timed where they are made
+    host.passes(0.5)  # time of copies, measured elsewhere
     host.passes(4.0)
     with policy.observing(0.5):
         host.passes(2.0)

@@ -1,4 +1,4 @@
-"""Figures of samples: of which elements, and how far they are from those of all."""
+"""Figures of samples: the elements, and the distance from figures of all elements."""
 
 import math
 
@@ -20,7 +20,7 @@ from tests.monitor.watching import (
 )
 
 
-def test_sampled_figures_are_those_of_the_elements_that_the_seed_draws() -> None:
+def test_sampled_figures_are_over_the_elements_that_the_seed_draws() -> None:
     model = net()
     optimizer, _, records = watched(model, max_elements=500, seed=3, scaling=None)
     train(model, optimizer, 2)
@@ -30,7 +30,7 @@ def test_sampled_figures_are_those_of_the_elements_that_the_seed_draws() -> None
         assert_equal_figures(record.layers["3.weight"], measure(*part, FORMATS, None))
         assert record.layers["3.weight"].elements == 500
         assert record.layers["3.weight"].population == 32 * 720
-        small = measure(*step["2.weight"], FORMATS, None)  # all 720
+        small = measure(*step["2.weight"], FORMATS, None)  # all 720 elements
         assert_equal_figures(record.layers["2.weight"], small)
 
 
@@ -40,7 +40,7 @@ def test_block_formats_sample_whole_blocks() -> None:
     train(model, optimizer)
     indices = sample_elements("3.weight", (32, 720), 512, block=32)
     step = optimizer.steps[0]["3.weight"]
-    blocks = [each.flatten()[indices].view(1, -1) for each in step]  # whole ones, side by side
+    blocks = [each.flatten()[indices].view(1, -1) for each in step]  # whole blocks, side by side
     expected = measure(*blocks, ("mxfp4",))
     assert_equal_figures(
         {k: v for k, v in records[0].layers["3.weight"].items() if not k.endswith("nvfp4")},
@@ -48,10 +48,10 @@ def test_block_formats_sample_whole_blocks() -> None:
     )
 
 
-def test_the_model_figure_of_samples_is_near_that_of_all_elements() -> None:
-    """Each layer counts with all its elements: without weights the small ones would dominate."""
+def test_the_models_sampled_figure_is_near_that_of_all_elements() -> None:
+    """Layers are weighted by their number of elements; otherwise small layers would dominate."""
     model = net()
-    with torch.no_grad():  # what is large stalls, what is small does not
+    with torch.no_grad():  # updates of large layers stall, those of small layers do not
         model[3].weight.add_(0.5)
     optimizer, _, records = watched(model, max_elements=500, scaling=None)
     train(model, optimizer)
@@ -72,7 +72,7 @@ def test_the_model_figure_of_samples_is_near_that_of_all_elements() -> None:
 @pytest.mark.parametrize(
     "key", ["stall_frac/e4m3fn", "kept_update_ratio/e4m3fn", "on_grid_frac/bf16"]
 )
-def test_standard_errors_are_those_that_two_hundred_draws_show(key: str) -> None:
+def test_standard_errors_equal_the_spread_of_two_hundred_draws(key: str) -> None:
     torch.manual_seed(0)
     before = torch.randn(20_000) * 0.05
     after = before + torch.randn(20_000) * 2e-3

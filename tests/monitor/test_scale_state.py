@@ -1,4 +1,4 @@
-"""`ScaleState`: what scales follow from, how long they hold, and when they are taken again."""
+"""`ScaleState`: each amax is kept for some steps, and taken again when it is due."""
 
 import copy
 import math
@@ -32,17 +32,17 @@ from tests.monitor.watching import (
 ALONE = Alone()
 
 
-def state_of(formats: Any = "e4m3fn", scaling: Any = "tensor") -> ScaleState:
+def make_state(formats: Any = "e4m3fn", scaling: Any = "tensor") -> ScaleState:
     return ScaleState(FormatSet(formats, scaling))
 
 
 def take(state: ScaleState, peers: Peers = ALONE, /, **weights: Tensor) -> bool:
-    """Take what is due before a step of these; whether anything was."""
+    """Take each amax that is due before a step of some layers; return True if one was."""
     return state.prepare(lambda: weights, peers)
 
 
 def is_due(state: ScaleState) -> bool:
-    """Whether any amax is to be taken before the next step; nothing is changed by the question."""
+    """Return True if every amax is due before the next step, without changing the state."""
     return copy.deepcopy(state).prepare(dict, ALONE)
 
 
@@ -50,8 +50,8 @@ def settle(state: ScaleState, /, **weights: Tensor) -> bool:
     return state.settle(lambda: weights, ALONE)
 
 
-def look_at(state: ScaleState, peers: Peers = ALONE, /, **weights: Tensor) -> None:
-    state.look_at(weights, peers)
+def ensure_amax(state: ScaleState, peers: Peers = ALONE, /, **weights: Tensor) -> None:
+    state.ensure_amax(weights, peers)
 
 
 def zero(state: ScaleState) -> list[str]:
@@ -59,7 +59,7 @@ def zero(state: ScaleState) -> list[str]:
 
 
 def observed(state: ScaleState, steps: int = 1, **saturated: dict[str, float]) -> None:
-    """Steps in which this share of a layer's weights exceeded its scale, by layer and format."""
+    """Count a step in which a share of weights exceeded the scale, by layer and format."""
     layers = {
         name: {f"saturated_frac/{format}": share for format, share in each.items()}
         for name, each in saturated.items()
@@ -70,27 +70,27 @@ def observed(state: ScaleState, steps: int = 1, **saturated: dict[str, float]) -
         state.step_observed(SimpleNamespace(model=model, layers=layers))
 
 
-def test_an_amax_holds_until_its_layer_has_another_shape() -> None:
-    state, weight = state_of(), torch.tensor([1.0, -3.0, math.inf, math.nan])
-    look_at(state, w=weight)
-    assert state.amax("w").tolist() == [3.0]  # the largest finite one
+def test_an_amax_is_kept_until_the_shape_changes() -> None:
+    state, weight = make_state(), torch.tensor([1.0, -3.0, math.inf, math.nan])
+    ensure_amax(state, w=weight)
+    assert state.amax("w").tolist() == [3.0]  # the largest finite magnitude
     weight *= 10
-    look_at(state, w=weight)
+    ensure_amax(state, w=weight)
     assert state.amax("w").tolist() == [3.0]
-    look_at(state, w=weight.view(2, 2))
+    ensure_amax(state, w=weight.view(2, 2))
     assert state.amax("w").tolist() == [30.0]
 
 
-def test_an_amax_follows_its_layer_to_another_device_and_is_not_taken_again() -> None:
-    state, weight = state_of(), torch.ones(2)
-    look_at(state, w=weight)
-    look_at(state, w=weight.to("meta"))  # of which nothing could be taken
+def test_an_amax_moves_with_its_layer_to_another_device() -> None:
+    state, weight = make_state(), torch.ones(2)
+    ensure_amax(state, w=weight)
+    ensure_amax(state, w=weight.to("meta"))  # a meta tensor has no values to take an amax from
     assert state.amax("w").device.type == "meta"
 
 
-def test_channels_have_an_amax_each() -> None:
-    state = state_of(scaling="channel")
-    look_at(state, w=torch.tensor([[1.0, -3.0], [0.5, 0.25]]))
+def test_each_channel_has_an_amax() -> None:
+    state = make_state(scaling="channel")
+    ensure_amax(state, w=torch.tensor([[1.0, -3.0], [0.5, 0.25]]))
     assert state.amax("w").tolist() == [3.0, 0.5]
 
 
@@ -102,18 +102,18 @@ def test_channels_have_an_amax_each() -> None:
         *((("bf16", "e5m2"), "tensor", True), ("e4m3fn", "channel", True)),
     ],
 )
-def test_an_amax_is_taken_where_a_scale_of_the_whole_needs_it(
+def test_an_amax_is_taken_only_if_a_format_needs_it(
     formats: Any, scaling: Any, is_needed: bool
 ) -> None:
-    state = state_of(formats, scaling)
-    look_at(state, w=torch.ones(4))
+    state = make_state(formats, scaling)
+    ensure_amax(state, w=torch.ones(4))
     assert list(state.state_dict()["amax"]) == ["w"] * is_needed
     assert is_due(state) is is_needed
     assert take(state, w=torch.ones(4)) is is_needed
 
 
-def test_all_are_due_at_first_and_after_every_hundred_observed_steps() -> None:
-    state, weights = state_of(), {"a": torch.ones(2), "b": torch.ones(3)}
+def test_every_amax_is_due_at_first_and_after_a_hundred_observed_steps() -> None:
+    state, weights = make_state(), {"a": torch.ones(2), "b": torch.ones(3)}
     for size in (2.0, 4.0, 8.0):
         assert is_due(state)
         weights = {name: torch.full_like(each, size) for name, each in weights.items()}
@@ -124,8 +124,8 @@ def test_all_are_due_at_first_and_after_every_hundred_observed_steps() -> None:
             observed(state)
 
 
-def test_the_amax_that_a_weight_exceeded_is_taken_again_and_no_other() -> None:
-    state = state_of()
+def test_only_an_exceeded_amax_is_taken_again() -> None:
+    state = make_state()
     take(state, a=torch.ones(2), b=torch.ones(3))
     observed(state, 10, a={"e4m3fn": 0.0}, b={"e4m3fn": 0.0})
     assert not is_due(state)
@@ -135,31 +135,31 @@ def test_the_amax_that_a_weight_exceeded_is_taken_again_and_no_other() -> None:
     assert [state.amax(name).item() for name in "ab"] == [4.0, 1.0]
     observed(state, 88)
     assert not is_due(state)
-    observed(state)  # the hundredth since all were taken
+    observed(state)  # the hundredth step
     assert is_due(state)
 
 
 @pytest.mark.parametrize("format", ["bf16", "mxfp4"])
-def test_what_exceeds_a_format_without_such_a_scale_changes_nothing(format: str) -> None:
-    state = state_of(("e4m3fn", "bf16", "mxfp4"))
+def test_saturation_of_a_format_without_an_amax_scale_changes_nothing(format: str) -> None:
+    state = make_state(("e4m3fn", "bf16", "mxfp4"))
     take(state, w=torch.ones(2))
     observed(state, w={format: 1.0})
     assert not is_due(state)
 
 
-def test_an_amax_of_zeros_is_taken_from_what_the_step_made_of_them() -> None:
-    state = state_of(scaling="channel")
+def test_an_amax_of_0_is_taken_again_after_the_step() -> None:
+    state = make_state(scaling="channel")
     before = {"w": torch.tensor([[0.0, 0.0], [1.0, 0.0]]), "b": torch.ones(1)}
     take(state, **before)
     assert zero(state) == ["w"]
     after = {"w": torch.tensor([[0.5, 0.0], [4.0, 0.0]]), "b": torch.full((1,), 4.0)}
     assert settle(state, **after)
-    assert state.amax("w").tolist() == [0.5, 1.0]  # that of the second channel holds
+    assert state.amax("w").tolist() == [0.5, 1.0]  # the amax of the second channel is kept
     assert state.amax("b").tolist() == [1.0]
 
 
-def test_what_has_settled_is_looked_at_no_more() -> None:
-    state = state_of()
+def test_layers_with_an_amax_are_not_read_after_a_step() -> None:
+    state = make_state()
     take(state, w=torch.zeros(3), empty=torch.zeros(0))
     assert settle(state, w=torch.ones(3), empty=torch.zeros(0))
     assert zero(state) == []
@@ -167,13 +167,13 @@ def test_what_has_settled_is_looked_at_no_more() -> None:
     assert state.amax("w").tolist() == [1.0]
 
 
-def test_a_resumed_state_goes_on_with_its_scales_and_its_count() -> None:
-    state, resumed = state_of(), state_of()
+def test_a_restored_state_keeps_scales_and_their_age() -> None:
+    state, resumed = make_state(), make_state()
     weights = {"a": torch.ones(2, 2), "zero": torch.zeros(3)}
     take(state, **weights)
     observed(state, 60)
     resumed.load_state_dict(state.state_dict())
-    look_at(resumed, a=torch.full((2, 2), 9.0))
+    ensure_amax(resumed, a=torch.full((2, 2), 9.0))
     assert resumed.amax("a").tolist() == [1.0]
     assert zero(resumed) == ["zero"]
     observed(resumed, 39)
@@ -186,8 +186,8 @@ def test_a_resumed_state_goes_on_with_its_scales_and_its_count() -> None:
     assert resumed.description() == state.description()
 
 
-def test_a_state_of_another_scaling_leaves_nothing_of_what_was_before() -> None:
-    state, other = state_of(), state_of(scaling="channel")
+def test_restoring_a_state_of_another_scaling_forgets_every_amax() -> None:
+    state, other = make_state(), make_state(scaling="channel")
     for each in (state, other):
         take(each, w=torch.zeros(2, 2))
     other.load_state_dict(state.state_dict())
@@ -196,13 +196,13 @@ def test_a_state_of_another_scaling_leaves_nothing_of_what_was_before() -> None:
     assert other.state_dict()["amax"] == {}
 
 
-def test_a_run_without_scales_leaves_them_due_to_the_next() -> None:
-    """Formats of 16 bits have none; 0.1.0 counted steps below 0 for them."""
-    unscaled = state_of("bf16")
+def test_after_a_run_without_scales_every_amax_is_due() -> None:
+    """Formats of 16 bits have no scale; version 0.1.0 counted their steps below 0."""
+    unscaled = make_state("bf16")
     observed(unscaled, steps=5)
     assert unscaled.state_dict()["steps_left"] == 0
     for steps_left in (0, -5):
-        state, parameters = state_of(), {"w": torch.ones(2)}
+        state, parameters = make_state(), {"w": torch.ones(2)}
         state.load_state_dict(unscaled.state_dict() | {"steps_left": steps_left})
         assert is_due(state)
         take(state, **parameters)
@@ -211,9 +211,9 @@ def test_a_run_without_scales_leaves_them_due_to_the_next() -> None:
         assert is_due(state)
 
 
-def test_descriptions_are_alike_where_every_amax_is() -> None:
+def test_descriptions_are_equal_if_every_amax_is_equal() -> None:
     def description(*weights: float) -> dict[str, Any]:
-        state = state_of(scaling="channel")
+        state = make_state(scaling="channel")
         take(state, w=torch.tensor(weights).view(2, 1))
         return state.description()
 
@@ -222,7 +222,7 @@ def test_descriptions_are_alike_where_every_amax_is() -> None:
 
 
 class Sharing(Alone):
-    """Peers with an amax of 8 of everything; written down is what was asked of them."""
+    """Peers whose every amax is 8, with a record of requests."""
 
     size = 2
 
@@ -234,34 +234,34 @@ class Sharing(Alone):
         return [torch.tensor([8.0])] * len(parameters), [False] * len(parameters)
 
 
-def test_what_ranks_share_they_take_together_and_between_steps() -> None:
-    state, peers, weights = state_of(), Sharing(), {"a": torch.ones(2), "b": torch.ones(2)}
+def test_ranks_take_the_amax_of_shared_layers_together() -> None:
+    state, peers, weights = make_state(), Sharing(), {"a": torch.ones(2), "b": torch.ones(2)}
     take(state, peers, **weights)
     assert state.amax("b").tolist() == [8.0]
     assert not state.prepare(lambda: weights, peers)
     weights |= {"a": torch.ones(3), "new": torch.ones(1)}
     with pytest.raises(RuntimeError, match="a, new changed their shape since the step began"):
-        look_at(state, peers, **weights)
-    assert peers.asked == [["a", "b"]]  # the others do not know
+        ensure_amax(state, peers, **weights)
+    assert peers.asked == [["a", "b"]]  # other ranks do not know yet
     assert state.prepare(lambda: weights, peers, are_new=True)
     assert peers.asked == [["a", "b"], ["a", "new"]]
-    look_at(state, peers, **weights)
+    ensure_amax(state, peers, **weights)
     assert state.prepare(lambda: weights, peers, are_new=True)
-    assert peers.asked[2:] == []  # all are known
+    assert peers.asked[2:] == []  # every amax is known
 
 
-def test_alone_a_new_layer_is_taken_when_it_is_looked_at() -> None:
-    state = state_of()
+def test_a_single_rank_takes_the_amax_of_a_new_layer_on_demand() -> None:
+    state = make_state()
     take(state, a=torch.ones(2))
-    assert not state.prepare(pytest.fail, ALONE)  # no parameter is looked for without need
-    look_at(state, a=torch.full((2,), 4.0), new=torch.full((3,), 2.0))
+    assert not state.prepare(pytest.fail, ALONE)  # parameters are listed only if needed
+    ensure_amax(state, a=torch.full((2,), 4.0), new=torch.full((3,), 2.0))
     assert [state.amax(name).item() for name in ("a", "new")] == [1.0, 2.0]
 
 
 # --- in a monitor
 
 
-def test_the_scale_of_a_sampled_layer_is_that_of_the_whole() -> None:
+def test_a_sampled_layer_has_the_scale_of_the_whole_layer() -> None:
     model = net()
     with torch.no_grad():
         model[3].weight[0, 0] = 100.0
@@ -277,8 +277,8 @@ def test_the_scale_of_a_sampled_layer_is_that_of_the_whole() -> None:
 
 @pytest.mark.parametrize("formats", [("mxfp8_e4m3",), ("nvfp4",), ("nvfp4", "e4m3fn")])
 @pytest.mark.parametrize("capacity", [100, 100_000])
-def test_blocks_have_the_scale_of_each_step(formats: tuple[str, ...], capacity: int) -> None:
-    """Also those that begin at zero, in a layer where nothing else does, and those that grow."""
+def test_block_scales_are_computed_at_each_step(formats: tuple[str, ...], capacity: int) -> None:
+    """Blocks that begin at 0 and blocks that grow are included."""
     model = net()
     with torch.no_grad():
         model[3].weight[:, :360] = 0
@@ -292,16 +292,16 @@ def test_blocks_have_the_scale_of_each_step(formats: tuple[str, ...], capacity: 
     for record, step in zip(records, optimizer.steps, strict=True):
         for name in ("3.weight", "4.bias", "4.weight"):
             figures = dict(record.layers[name])
-            first = optimizer.steps[0][name]  # of which the amax of the whole tensor is
+            first = optimizer.steps[0][name]  # sets the amax of the whole tensor
             amax = (first[0] if first[0].any() else first[1]).abs().max().view(1)
             row = Measurer(FormatSet(formats)).measure_tensor(*step[name], amax)
             expected = tensor_figures(formats, row)
-            of_blocks = {k: v for k, v in expected.items() if not k.endswith("e4m3fn")}
-            assert_equal_figures(figures, of_blocks, ("never_moved_frac",))
+            block_figures = {k: v for k, v in expected.items() if not k.endswith("e4m3fn")}
+            assert_equal_figures(figures, block_figures, ("never_moved_frac",))
     assert records[0].layers["3.weight"][f"stall_frac/{formats[0]}"] < 0.9
 
 
-def test_scales_hold_for_a_hundred_steps_unless_a_weight_exceeds_them() -> None:
+def test_scales_are_kept_for_a_hundred_steps_unless_exceeded() -> None:
     model = nn.Linear(4, 4, bias=False)
     optimizer, monitor, records = watched(model, formats="e4m3fn")
     with torch.no_grad():
@@ -316,9 +316,9 @@ def test_scales_hold_for_a_hundred_steps_unless_a_weight_exceeds_them() -> None:
         return compute_scale(monitor.state_dict()["scales"]["amax"]["weight"][1], "e4m3fn").item()
 
     assert step(1.0) == 2.0**-8
-    assert step(0.25) == 2.0**-8  # a smaller one changes nothing …
+    assert step(0.25) == 2.0**-8  # a smaller weight changes nothing …
     assert step(1.74) == 2.0**-8
-    assert step(1.76) == 2.0**-8  # … nor does a larger one at once: it is clipped and seen
+    assert step(1.76) == 2.0**-8  # … nor does a larger one at once: it is clipped and noted
     assert records[-1].model["saturated_frac/e4m3fn"] == 1
     assert step(1.76) == 2.0**-7
     assert records[-1].model["saturated_frac/e4m3fn"] == 0
@@ -326,11 +326,11 @@ def test_scales_hold_for_a_hundred_steps_unless_a_weight_exceeds_them() -> None:
         assert step(0.2) == 2.0**-7
     assert len(records) == 99
     assert step(0.2) == 2.0**-7
-    assert step(0.2) == 2.0**-11  # the hundred-and-first
+    assert step(0.2) == 2.0**-11  # step 101
 
 
-def test_weights_that_begin_at_zero_have_the_scale_of_what_their_first_step_makes_of_them() -> None:
-    """A bias of zeros sets no scale; under that of 1 it would seem frozen."""
+def test_zero_weights_are_scaled_by_their_values_after_the_first_step() -> None:
+    """A bias of zeros sets no scale; under a scale of 1, its updates would all stall."""
     model = nn.Linear(4, 4)
     nn.init.zeros_(model.bias)
     optimizer, _, records = watched(model, formats="e2m1")
@@ -342,8 +342,8 @@ def test_weights_that_begin_at_zero_have_the_scale_of_what_their_first_step_make
     assert stalls == [0, 0, 0]
 
 
-def test_zeros_beside_a_nan_are_scaled_by_what_their_first_step_makes_of_them() -> None:
-    """As `measure` does it; the NaN is counted in nonfinite_frac alone."""
+def test_zero_weights_beside_a_nan_are_scaled_by_their_values_after_the_first_step() -> None:
+    """Figures equal those of `measure`; nonfinite_frac alone counts the NaN."""
     weight = nn.Parameter(torch.tensor([math.nan, 0.0, 0.0, 0.0]))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     before = weight.detach().clone()
@@ -356,7 +356,7 @@ def test_zeros_beside_a_nan_are_scaled_by_what_their_first_step_makes_of_them() 
     assert figures["nonfinite_frac"] == 0.25
 
 
-def test_layers_that_stay_zero_are_looked_at_ever_less_often() -> None:
+def test_layers_that_stay_zero_are_read_less_and_less_often() -> None:
     model = nn.Linear(4, 4)
     nn.init.zeros_(model.bias)
     optimizer, _monitor, _ = watched(model, formats="e4m3fn")
@@ -371,11 +371,11 @@ def test_layers_that_stay_zero_are_looked_at_ever_less_often() -> None:
         for _ in range(100):
             model.weight.grad, model.bias.grad = torch.full((4, 4), 1e-6), torch.zeros(4)
             optimizer.step()
-    # Before the first step, and after it and as many more as a power of two says.
+    # Before the first step, and after 1, 2, 4, 8, … steps.
     assert [*dict.fromkeys(looked)] == [0, 1, *(1 + 2**k for k in range(7))]
 
 
-def test_scales_of_another_scaling_are_taken_anew() -> None:
+def test_scales_of_a_state_with_another_scaling_are_taken_again() -> None:
     model = net()
     optimizer, monitor, _ = watched(model, scaling="channel")
     train(model, optimizer)

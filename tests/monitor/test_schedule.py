@@ -1,4 +1,4 @@
-"""`StepSchedule`: which steps are observed, by their number alone."""
+"""`StepSchedule`: steps are due by their number alone."""
 
 import math
 from dataclasses import FrozenInstanceError
@@ -27,7 +27,7 @@ def test_every_ten_steps_are_those_at_which_lightning_logs() -> None:
     assert due_steps(StepSchedule(10), 40) == [9, 19, 29, 39]
 
 
-def test_the_first_step_of_a_window_belongs_to_it_and_its_end_does_not() -> None:
+def test_a_window_includes_its_first_step_and_excludes_its_end() -> None:
     assert due_steps(StepSchedule(10, from_step=19, until_step=39), 100) == [19, 29]
     assert due_steps(StepSchedule(10, from_step=20, until_step=40), 100) == [29, 39]
 
@@ -37,19 +37,21 @@ def test_log_spaced_steps_are_1_2_5_per_decade() -> None:
     assert counts == [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
 
 
-def test_log_spaced_steps_wait_for_the_next_that_is_due() -> None:
+def test_log_spaced_steps_move_to_the_next_due_step() -> None:
     counts = [step + 1 for step in due_steps(StepSchedule(30, log_spaced=True), 6000)]
     assert counts == [30, 60, 120, 210, 510, 1020, 2010, 5010]
 
 
-def test_log_spaced_steps_are_counted_from_the_first_of_the_window() -> None:
+def test_log_spaced_steps_count_from_the_start_of_the_window() -> None:
     schedule = StepSchedule(from_step=1000, until_step=1050, log_spaced=True)
     assert due_steps(schedule, 9999) == [1000, 1001, 1004, 1009, 1019, 1049]
 
 
 @thorough
 @given(st.integers(1, 40), st.integers(0, 100), st.integers(1, 500) | st.none())
-def test_log_spaced_steps_by_brute_force(every: int, start: int, window: int | None) -> None:
+def test_log_spaced_steps_equal_a_brute_force_search(
+    every: int, start: int, window: int | None
+) -> None:
     first = math.ceil((start + 1) / every) * every - 1
     end = None if window is None else first + window
     schedule = StepSchedule(every, start, end, log_spaced=True)
@@ -61,14 +63,14 @@ def test_log_spaced_steps_by_brute_force(every: int, start: int, window: int | N
     assert set(due) <= set(due_steps(StepSchedule(every, start, end), 3000))
 
 
-def test_steps_far_away_are_decided_as_fast() -> None:
+def test_late_steps_are_decided_as_fast_as_early_steps() -> None:
     schedule = StepSchedule(7, log_spaced=True)
     due = 10**300 + -(10**300) % 7 - 1
     assert schedule.is_due(due)
     assert not schedule.is_due(due + 7)
 
 
-def test_a_schedule_is_a_value() -> None:
+def test_equal_schedules_compare_as_equal() -> None:
     assert StepSchedule(10) == StepSchedule(every_n_steps=10)
     assert len({StepSchedule(10), StepSchedule(10)}) == 1
     with pytest.raises(FrozenInstanceError):
@@ -87,14 +89,14 @@ def test_a_schedule_is_a_value() -> None:
         ({"log_spaced": 1}, TypeError, "log_spaced=1: expected bool, got int"),
     ],
 )
-def test_wrong_fields_are_named(arguments, error, message) -> None:
+def test_errors_name_the_wrong_field(arguments, error, message) -> None:
     with pytest.raises(error, match=message):
         StepSchedule(**arguments)
 
 
 @thorough
 @given(st.integers(1, 20), st.integers(0, 50), st.integers(0, 80), st.booleans())
-def test_a_window_without_a_step_is_an_error(every, start, end, log_spaced) -> None:
+def test_a_window_without_a_due_step_is_an_error(every, start, end, log_spaced) -> None:
     if due_steps(StepSchedule(every, start, log_spaced=log_spaced), end):
         assert due_steps(StepSchedule(every, start, end, log_spaced), 100)
         return
@@ -105,7 +107,7 @@ def test_a_window_without_a_step_is_an_error(every, start, end, log_spaced) -> N
 # In a monitor
 
 
-def test_a_schedule_says_which_steps() -> None:
+def test_a_monitor_observes_the_steps_of_its_schedule() -> None:
     model = net()
     optimizer, _, records = watched(model, every_n_steps=StepSchedule(2, from_step=3, until_step=8))
     train(model, optimizer, 10)

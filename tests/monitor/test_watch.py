@@ -1,4 +1,4 @@
-"""`Watch`: what a monitor is about to observe, as the other ranks have to know it."""
+"""`Watch`: layers, elements and settings that ranks compare."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ FORMATS = FormatSet(("bf16", "e4m3fn"))
 
 
 class Model(nn.Module):
-    """Parameters that are measured, one of another dtype, one that is left out, one untrained."""
+    """A model with measured, complex, disabled and frozen parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Model(nn.Module):
         self.last = nn.Parameter(torch.ones(6))
 
 
-def watch_of(model: nn.Module, **options: Any) -> tuple[Watch, list[str]]:
+def make_watch(model: nn.Module, **options: Any) -> tuple[Watch, list[str]]:
     registry, said = ParameterRegistry(model), []
     rules = options.pop("rules", [SamplingRule("quiet", enabled=False)])
     own = {"every_n_steps": 1, "max_elements": 100, "seed": 0} | options
@@ -48,42 +48,42 @@ def sgd(*parameters: nn.Parameter) -> torch.optim.Optimizer:
 
 def test_parameters_are_in_the_order_of_the_model() -> None:
     model = Model()
-    watch, _ = watch_of(model)
+    watch, _ = make_watch(model)
     assert [*watch.parameters] == ["first", "waves", "quiet", "frozen", "last"]
     assert all(watch.parameters[name] is each for name, each in model.named_parameters())
     assert watch.formats is FORMATS
 
 
-def test_measured_are_the_layers_of_an_optimizer_that_can_and_should_be() -> None:
+def test_measured_by_lists_enabled_layers_with_a_measured_dtype() -> None:
     model = Model()
-    watch, _ = watch_of(model)
+    watch, _ = make_watch(model)
     stranger = nn.Parameter(torch.ones(1))
     assert watch.measured_by(sgd(*model.parameters(), stranger)) == ("first", "frozen", "last")
     assert watch.measured_by(sgd(model.last, model.first)) == ("last", "first")
     assert watch.measured_by(sgd(model.waves, model.quiet)) == ()
 
 
-def test_what_optimizers_step_together_is_in_the_order_of_the_model() -> None:
+def test_stepped_by_is_in_the_order_of_the_model() -> None:
     model = Model()
-    watch, _ = watch_of(model)
+    watch, _ = make_watch(model)
     one, two = sgd(model.last, model.waves), sgd(model.frozen, model.quiet, model.first)
-    assert [*watch.stepped_by([one, two])] == ["first", "frozen", "last"]
-    assert [*watch.stepped_by([one])] == ["last"]
-    assert watch.stepped_by([one])["last"] is model.last
-    assert watch.stepped_by([]) == {}
+    assert [*watch.find_stepped([one, two])] == ["first", "frozen", "last"]
+    assert [*watch.find_stepped([one])] == ["last"]
+    assert watch.find_stepped([one])["last"] is model.last
+    assert watch.find_stepped([]) == {}
 
 
-def test_layers_that_the_module_got_since_are_found_when_they_are_stepped() -> None:
+def test_layers_added_to_the_module_are_found_when_stepped() -> None:
     model = Model()
-    watch, _ = watch_of(model)
+    watch, _ = make_watch(model)
     model.late = nn.Parameter(torch.ones(2))
     assert watch.measured_by(sgd(model.first, model.late)) == ("first", "late")
     assert "late" in watch.parameters
     assert watch.describe()["layers"]["late"].formats == ("bf16", "e4m3fn")
 
 
-def test_indices_are_the_sample_of_a_large_layer_and_none_of_a_small_one() -> None:
-    watch, _ = watch_of(Model(), seed=3)
+def test_indices_are_a_sample_for_large_layers_and_none_for_small_layers() -> None:
+    watch, _ = make_watch(Model(), seed=3)
     shape = torch.Size((50, 60))
     expected = sample_elements("first", shape, 100, seed=3)
     assert torch.equal(watch.indices("first", shape), expected)
@@ -100,16 +100,16 @@ def test_indices_are_the_sample_of_a_large_layer_and_none_of_a_small_one() -> No
     ],
     ids=str,
 )
-def test_descriptions_are_alike_where_all_layers_are_observed_alike(option, is_alike) -> None:
-    described = watch_of(Model())[0].describe()
+def test_descriptions_are_equal_if_layers_and_settings_are_equal(option, is_alike) -> None:
+    described = make_watch(Model())[0].describe()
     assert {key: described[key] for key in ("settings", "state")} == decides()
     assert [*described["layers"]] == ["first", "waves", "quiet", "frozen", "last"]
-    assert (watch_of(Model(), **option)[0].describe() == described) is is_alike
+    assert (make_watch(Model(), **option)[0].describe() == described) is is_alike
 
 
-def test_layers_that_are_left_out_are_measured_no_more_and_it_is_said_why() -> None:
+def test_layers_left_out_are_no_longer_measured_with_a_notice() -> None:
     model = Model()
-    watch, said = watch_of(model)
+    watch, said = make_watch(model)
     optimizer, before = sgd(*model.parameters()), watch.describe()
     enabled = [name for name in watch.parameters if watch.is_enabled(name)]
     assert (enabled, said) == (["first", "waves", "frozen", "last"], [])
@@ -117,5 +117,5 @@ def test_layers_that_are_left_out_are_measured_no_more_and_it_is_said_why() -> N
     assert said == ["leaves out first and frozen: not here"]
     assert [watch.is_enabled(name) for name in ("first", "frozen", "last")] == [False, False, True]
     assert watch.measured_by(optimizer) == ("last",)
-    assert [*watch.stepped_by([optimizer])] == ["last"]
+    assert [*watch.find_stepped([optimizer])] == ["last"]
     assert watch.describe() != before

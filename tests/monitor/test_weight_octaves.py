@@ -1,4 +1,4 @@
-"""Where weights lie by magnitude: octaves against numpy's histogram."""
+"""`weight_octaves` against numpy's histogram."""
 
 import math
 
@@ -12,7 +12,7 @@ from altgrad.monitor.weight_octaves import weight_octaves
 ALONE = Alone()
 
 
-def test_octaves_of_weights_are_those_of_numpy() -> None:
+def test_octaves_equal_those_of_numpy() -> None:
     torch.manual_seed(0)
     weights = torch.randn(900) * 2.0 ** torch.randint(-8, 4, (900,))
     weights[:5] = torch.tensor([0.0, torch.nan, torch.inf, 1.0, -0.5])
@@ -23,7 +23,7 @@ def test_octaves_of_weights_are_those_of_numpy() -> None:
     assert sum(histogram.counts) == 899
 
 
-def test_octaves_of_a_sample_stand_for_all() -> None:
+def test_octaves_of_a_sample_are_weighted_to_all_elements() -> None:
     torch.manual_seed(0)
     large = torch.full((30, 1000), 0.75)
     large[:10] = 3.0
@@ -32,7 +32,7 @@ def test_octaves_of_a_sample_stand_for_all() -> None:
     assert counts[64 + 1] == pytest.approx(10_000, rel=0.2)  # 2 to 4
 
 
-def test_octaves_beyond_the_ends_are_in_the_last_bins() -> None:
+def test_octaves_beyond_the_ends_are_in_the_outer_bins() -> None:
     tiny = torch.tensor([2.0**-149, 2.0**127])
     histogram = weight_octaves({"w": tiny}, ALONE)
     assert histogram.counts[0] == histogram.counts[-1] == 1

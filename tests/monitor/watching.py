@@ -1,4 +1,4 @@
-"""A monitor on a small model, and an optimizer that records its own steps."""
+"""Helpers: a monitor on a small model, and an optimizer that records its steps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ Step = dict[str, tuple[Tensor, Tensor, Tensor]]
 
 
 class RecordingSGD(torch.optim.SGD):
-    """The truth: before, after and gradient of each step, by name."""
+    """An optimizer that records before, after and gradient of each step, by name."""
 
     def __init__(self, named: Any, **options: Any) -> None:
         self.named = dict(named)
@@ -64,7 +64,7 @@ def watched(
 
 
 def sharing_out(elements: int) -> Any:
-    """As if one call of the kernel measured only so many elements: small segments, large layers."""
+    """Limit the elements of one call of the kernel: segments are small, and layers large."""
     return mock.patch("altgrad.measurement.measurer.columns_that_fit", return_value=elements)
 
 

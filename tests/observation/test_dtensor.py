@@ -20,9 +20,9 @@ from altgrad.observation.dtensor import (
     get_local_gradients,
     is_sharded,
     is_sharded_module,
-    local_of,
-    local_tensors,
     register_shards,
+    to_local_tensor,
+    to_local_tensors,
 )
 
 RANK, SIZE = 1, 4
@@ -76,7 +76,7 @@ def test_is_sharded_is_true_for_dtensors_only(mesh: DeviceMesh) -> None:
 
 def test_the_local_shard_of_a_plain_tensor_is_itself() -> None:
     for tensor in (numbers(3), nn.Parameter(numbers(3))):
-        assert local_of(tensor) is tensor
+        assert to_local_tensor(tensor) is tensor
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_the_local_shard_of_a_dtensor_shares_its_memory(
 ) -> None:
     shard = placed(mesh, numbers(*shape), Shard(dimension))
     with torch.no_grad():
-        local = local_of(shard)
+        local = to_local_tensor(shard)
         assert torch.equal(local, own_part(numbers(*shape), dimension))
         local.fill_(-1.0)
         assert (shard.to_local() == -1).all()
@@ -98,14 +98,14 @@ def test_the_local_shard_of_a_dtensor_shares_its_memory(
 def test_a_local_shard_that_is_still_in_flight_is_waited_for() -> None:
     arrived = numbers(2)
     on_its_way = SimpleNamespace(wait=lambda: arrived)
-    assert local_of(SimpleNamespace(to_local=lambda: on_its_way, placements=())) is arrived
+    assert to_local_tensor(SimpleNamespace(to_local=lambda: on_its_way, placements=())) is arrived
 
 
 def test_the_local_shards_of_many_tensors_keep_their_order(mesh: DeviceMesh) -> None:
     plain, weights = numbers(3), nn.Parameter(numbers(4))
     shard = placed(mesh, numbers(8, 2), Shard(0))
     with torch.no_grad():
-        local = local_tensors(iter([shard, weights, plain]))
+        local = to_local_tensors(iter([shard, weights, plain]))
     assert torch.equal(local[0], own_part(numbers(8, 2), 0))
     assert [each is whole for each, whole in zip(local[1:], (weights, plain), strict=True)] == [
         True,
@@ -268,11 +268,11 @@ def test_a_plain_model_causes_no_import_of_torch_distributed() -> None:
     script = """
 import sys
 import torch
-from altgrad.observation.dtensor import is_sharded_module, local_of, register_shards
+from altgrad.observation.dtensor import is_sharded_module, to_local_tensor, register_shards
 model = torch.nn.Linear(1, 1)
 register_shards(model)
 assert not is_sharded_module(model)
-assert local_of(model.weight) is model.weight
+assert to_local_tensor(model.weight) is model.weight
 print([name for name in ("torch.distributed.tensor", "torch.distributed.fsdp")
        if name in sys.modules])
 """

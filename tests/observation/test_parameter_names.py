@@ -187,7 +187,7 @@ class Counting(nn.Sequential):
 
 
 def read_stepped_names(registry: ParameterRegistry, optimizer: SGD) -> list[str]:
-    return [name for name, _, _ in registry.stepped_by(optimizer)]
+    return [name for name, _, _ in registry.find_stepped(optimizer)]
 
 
 def test_a_registry_knows_the_parameters_by_name_and_the_names_by_parameter() -> None:
@@ -217,7 +217,7 @@ def test_stepped_parameters_come_in_the_order_of_the_optimizer_and_say_if_their_
     module = nn.Sequential(linear(), linear())
     groups = [{"params": module[1].parameters(), "lr": zero}, {"params": [module[0].weight]}]
     optimizer = SGD(groups, lr=0.1)
-    stepped = ParameterRegistry(module).stepped_by(optimizer)
+    stepped = ParameterRegistry(module).find_stepped(optimizer)
     assert [(name, rests) for name, _, rests in stepped] == [
         ("1.weight", True),
         ("1.bias", True),
@@ -230,7 +230,7 @@ def test_a_group_without_a_learning_rate_does_not_rest() -> None:
     module = linear()
     optimizer = SGD(module.parameters(), lr=0.0)
     del optimizer.param_groups[0]["lr"]
-    assert [rests for _, _, rests in ParameterRegistry(module).stepped_by(optimizer)] == [
+    assert [rests for _, _, rests in ParameterRegistry(module).find_stepped(optimizer)] == [
         False,
         False,
     ]
@@ -265,7 +265,7 @@ def test_a_parameter_that_the_module_takes_over_from_another_gets_a_name() -> No
     module, foreign = nn.Sequential(linear()), linear()
     optimizer = SGD([*module.parameters(), *foreign.parameters()], lr=0.1)
     registry = ParameterRegistry(module)
-    assert len(registry.stepped_by(optimizer)) == 2
+    assert len(registry.find_stepped(optimizer)) == 2
     module.append(foreign)
     registry.read()
     assert read_stepped_names(registry, optimizer)[2:] == ["1.weight", "1.bias"]
@@ -307,7 +307,7 @@ def test_foreign_parameters_are_released_when_they_are_no_longer_stepped(how: st
     module, foreign = linear(), nn.Parameter(torch.ones(2))
     optimizer = SGD([*module.parameters(), foreign], lr=0.1)
     registry = ParameterRegistry(module)
-    registry.stepped_by(optimizer)
+    registry.find_stepped(optimizer)
     replaced, module.weight = module.weight, nn.Parameter(torch.ones(1, 2))
     gone = [weakref.ref(foreign), weakref.ref(replaced)]
     optimizer.param_groups[0]["params"] = [module.bias, module.weight, foreign]
@@ -323,6 +323,6 @@ def test_foreign_parameters_are_released_when_they_are_no_longer_stepped(how: st
     else:
         module.extra = nn.Parameter(torch.ones(1))
         optimizer.param_groups[0]["params"].append(module.extra)
-        registry.stepped_by(optimizer)
+        registry.find_stepped(optimizer)
     gc.collect()
     assert [reference() is None for reference in gone] == [True, True]

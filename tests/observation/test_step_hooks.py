@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer, optimizer as torch_optimizer
 
-from altgrad.observation.step_hooks import step_depth
+from altgrad.observation.step_hooks import count_step_calls
 from tests.observation.recorder import (
     RATE,
     Recorder,
@@ -231,7 +231,7 @@ def test_is_due_is_called_once_for_a_nested_step() -> None:
     assert recorder.hooks.index == 1
 
 
-# step_depth
+# count_step_calls
 
 
 def test_torch_puts_a_function_named_wrapper_with_a_local_self_around_each_step() -> None:
@@ -250,9 +250,9 @@ def test_the_depth_counts_steps_of_this_optimizer_only() -> None:
     outer.register_step_pre_hook(lambda *_: inner.step())
     for optimizer in (inner, outer):
         optimizer.register_step_post_hook(
-            lambda *_: depths.append((step_depth(inner), step_depth(outer)))
+            lambda *_: depths.append((count_step_calls(inner), count_step_calls(outer)))
         )
-    assert (step_depth(inner), step_depth(outer)) == (0, 0)
+    assert (count_step_calls(inner), count_step_calls(outer)) == (0, 0)
     outer.step()
     assert depths == [(1, 1), (1, 2), (0, 2), (0, 1)]
 
@@ -260,11 +260,11 @@ def test_the_depth_counts_steps_of_this_optimizer_only() -> None:
 def test_other_functions_with_a_local_self_are_not_counted() -> None:
     optimizer = SGD([weights()], lr=RATE)
     depths = []
-    optimizer.register_state_dict_pre_hook(lambda _: depths.append(step_depth(optimizer)))
+    optimizer.register_state_dict_pre_hook(lambda _: depths.append(count_step_calls(optimizer)))
     optimizer.state_dict()  # defined in the same file as torch's wrapper of `step`
 
     def wrapper(self: Optimizer) -> None:
-        depths.append(step_depth(self))
+        depths.append(count_step_calls(self))
 
     wrapper(optimizer)
     assert depths == [0, 0]

@@ -20,7 +20,7 @@ def test_torch_compiler_disable_sets_the_attributes_that_the_hooks_have() -> Non
     recorder = Recorder(optimizer)
     # torch has no public names for its hooks: torch/optim/optimizer.py.
     (hook,) = optimizer._optimizer_step_pre_hooks.values()
-    # As above.
+    # Private like the hooks before a step: torch/optim/optimizer.py.
     (post_hook,) = optimizer._optimizer_step_post_hooks.values()
     disabled = torch.compiler.disable(lambda: None)
     # The marks of torch.compiler.disable on a function: torch/_dynamo/decorators.py.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from altgrad.observation.step_hooks import step_depth
+from altgrad.observation.step_hooks import count_step_calls
 from tests.observation.recorder import (
     RATE,
     Failing,
@@ -33,11 +33,11 @@ def test_after_a_step_that_raised_the_next_one_is_exact(place: str, kind: type) 
         optimizer.step(closure if place == "closure" else None)
     optimizer.early = optimizer.late = None
     assert "finish" not in recorder.calls
-    assert step_depth(optimizer) == 0
+    assert count_step_calls(optimizer) == 0
     assert_next_step_is_exact(recorder, optimizer, p, index=1)
 
 
-def test_a_step_with_a_closure_after_one_that_raised_captures_anew() -> None:
+def test_a_step_with_a_closure_after_one_that_raised_captures_again() -> None:
     p = weights()
     optimizer = Failing([p], lr=RATE)
     recorder = Recorder(optimizer)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from altgrad import SamplingRule, UpdateMonitor, WeightStorage, get_format
-from altgrad.observation.stored import forget_stored, register_stored, stored_formats
+from altgrad.observation.stored import forget_stored, get_stored_formats, register_stored
 from tests.recipes.storing import net, train
 
 
@@ -31,11 +31,11 @@ def test_stored_parameters_are_returned_for_the_given_optimizers() -> None:
     storage = Storage()
     register_stored(one, storage, {a: E4M3FN})
     register_stored(two, storage, {b: BF16})
-    assert stored_formats([one]) == {a: E4M3FN}
-    assert stored_formats([one, two]) == {a: E4M3FN, b: BF16}
-    assert stored_formats([other]) == stored_formats([]) == {}
+    assert get_stored_formats([one]) == {a: E4M3FN}
+    assert get_stored_formats([one, two]) == {a: E4M3FN, b: BF16}
+    assert get_stored_formats([other]) == get_stored_formats([]) == {}
     forget_stored(storage)
-    assert stored_formats([one, two]) == {}
+    assert get_stored_formats([one, two]) == {}
 
 
 def test_stored_parameters_are_found_under_a_wrapper() -> None:
@@ -46,7 +46,7 @@ def test_stored_parameters_are_found_under_a_wrapper() -> None:
     a = nn.Parameter(torch.ones(2))
     optimizer, storage = sgd(a), Storage()
     register_stored(optimizer, storage, {a: E4M3FN})
-    assert stored_formats([Wrapper(Wrapper(optimizer))]) == {a: E4M3FN}
+    assert get_stored_formats([Wrapper(Wrapper(optimizer))]) == {a: E4M3FN}
 
 
 def test_forgetting_one_storage_keeps_the_parameters_of_another() -> None:
@@ -54,13 +54,13 @@ def test_forgetting_one_storage_keeps_the_parameters_of_another() -> None:
     optimizer, one, two = sgd(a, b), Storage(), Storage()
     register_stored(optimizer, one, {a: E4M3FN})
     register_stored(optimizer, two, {b: BF16})
-    assert stored_formats([optimizer]) == {a: E4M3FN, b: BF16}
+    assert get_stored_formats([optimizer]) == {a: E4M3FN, b: BF16}
     forget_stored(one)
-    assert stored_formats([optimizer]) == {b: BF16}
+    assert get_stored_formats([optimizer]) == {b: BF16}
     register_stored(optimizer, two, {a: BF16})  # replaces the earlier call
-    assert stored_formats([optimizer]) == {a: BF16}
+    assert get_stored_formats([optimizer]) == {a: BF16}
     forget_stored(Storage())
-    assert stored_formats([optimizer]) == {a: BF16}
+    assert get_stored_formats([optimizer]) == {a: BF16}
 
 
 def test_an_optimizer_whose_weights_are_stored_is_not_kept_alive() -> None:

@@ -16,7 +16,7 @@ from gfloat.formats import (
 
 from altgrad import measure
 from altgrad.quantization import BLOCK_FORMATS, E4M3, BlockFormat, FloatFormat, get_formats
-from altgrad.quantization.scaling import amax_of
+from altgrad.quantization.scaling import compute_amax
 
 INFOS = {
     "mxfp8_e4m3": format_info_ocp_e4m3,
@@ -53,8 +53,8 @@ def weights() -> torch.Tensor:
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
 def test_scales_equal_those_of_the_specifications(name: str, weights: torch.Tensor) -> None:
-    amax = amax_of(weights, ("block", BLOCK_FORMATS[name].block_size))
-    scales = BLOCK_FORMATS[name].scales(amax, amax_of(weights, "tensor")).numpy()
+    amax = compute_amax(weights, ("block", BLOCK_FORMATS[name].block_size))
+    scales = BLOCK_FORMATS[name].scales(amax, compute_amax(weights, "tensor")).numpy()
     assert np.array_equal(scales, oracle_scales(weights.double().numpy(), name))
     assert (scales > 0).all()
     if name == "nvfp4":

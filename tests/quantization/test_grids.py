@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from altgrad.quantization import FORMATS, FloatFormat
-from altgrad.quantization.grids import LARGEST, Grids, grids_of, round_to_grids
+from altgrad.quantization.grids import LARGEST, Grids, make_grids, round_to_grids
 from altgrad.quantization.ops import quantize_unbounded
 
 FTZ = FloatFormat("ftz", 3, 2, 3, has_subnormals=False)
@@ -34,11 +34,11 @@ def rounded(x: Tensor, grids: Grids) -> tuple[Tensor, Tensor]:
     x = x.view(1, 1, -1)
     shape = 1, grids.eps.shape[1], x.shape[-1]
     a, b, c = (torch.empty(shape, dtype=torch.float64) for _ in range(3))
-    inner = grids.into(x, a)
+    inner = grids.divide_by_scale(x, a)
     spacing, value = round_to_grids(inner, grids, torch.empty_like(x), b, c)
     assert spacing is b
     assert value is c
-    return grids.back(value)[0], grids.back(spacing)[0]
+    return grids.multiply_by_scale_(value)[0], grids.multiply_by_scale_(spacing)[0]
 
 
 @pytest.mark.parametrize("formats", [PLAIN, EVERY], ids=["plain", "every"])
@@ -50,7 +50,7 @@ def test_rounding_to_several_formats_equals_rounding_to_each(
     factors = None
     if scale is not None:
         factors = torch.full((1, len(formats), 1), scale, dtype=torch.float64)
-    grids = grids_of(formats, [True] * len(formats), factors, power_of_two=scale != 0.3)
+    grids = make_grids(formats, [True] * len(formats), factors, power_of_two=scale != 0.3)
     assert (grids.scale is None) is (formats is PLAIN and scale != 0.3) or scale is None
     value, spacing = rounded(x, grids)
     for position, format in enumerate(formats):
@@ -75,7 +75,7 @@ def test_a_row_may_have_a_scale_of_its_own() -> None:
     x = torch.randn(3, 1, 50, dtype=torch.float64)
     scale = torch.tensor([[1.0, 0.25], [8.0, 2.0], [0.5, 64.0]], dtype=torch.float64)[..., None]
     formats = PLAIN[:2]
-    grids = grids_of(formats, [True, True], scale)
+    grids = make_grids(formats, [True, True], scale)
     out, tmp = torch.empty(3, 2, 50).double(), torch.empty(3, 1, 50).double()
     _, value = round_to_grids(x, grids, tmp, torch.empty_like(out), out)
     for position, format in enumerate(formats):
@@ -85,4 +85,4 @@ def test_a_row_may_have_a_scale_of_its_own() -> None:
 
 def test_a_format_beyond_float64_is_refused() -> None:
     with pytest.raises(ValueError, match="exceeds float64"):
-        grids_of([FloatFormat("wide", 12, 3, 2047)], [False], None)
+        make_grids([FloatFormat("wide", 12, 3, 2047)], [False], None)

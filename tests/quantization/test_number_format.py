@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from altgrad.quantization import BLOCK_FORMATS, FORMATS, FloatFormat, NumberFormat
-from altgrad.quantization.number_format import applied_scaling
+from altgrad.quantization.number_format import get_applied_scaling
 
 
 @pytest.mark.parametrize("format", [*FORMATS.values(), *BLOCK_FORMATS.values()], ids=str)
@@ -29,4 +29,4 @@ def test_block_formats_and_formats_of_16_bits_ignore_the_scaling_of_a_run(
 ) -> None:
     own = {"nvfp4": ("block", 16), "bf16": None, "fp16": None}
     of_blocks = ("block", 32) if format.name.startswith("mx") else scaling
-    assert applied_scaling(format, scaling) == own.get(format.name, of_blocks)
+    assert get_applied_scaling(format, scaling) == own.get(format.name, of_blocks)

@@ -14,11 +14,11 @@ from altgrad.quantization import FORMATS, BlockFormat, FloatFormat
 from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.scale_groups import (
     Sharing,
-    element_scales,
-    layer_amax,
-    layer_amax_of_each,
-    single_scales,
-    tensor_amax_of,
+    compute_element_scales,
+    compute_layer_amax,
+    compute_layer_amaxes,
+    compute_single_scales,
+    update_tensor_amaxes,
 )
 from tests.oracles import floor_log2
 from tests.strategies import thorough
@@ -107,11 +107,11 @@ def layers() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("scaling", ["tensor", "channel"])
 def test_amaxes_of_many_layers_equal_those_of_each_and_zeros_are_reported(scaling: str) -> None:
-    each, has_zero = layer_amax_of_each([*layers().values()], scaling)
+    each, has_zero = compute_layer_amaxes([*layers().values()], scaling)
     for (name, x), amax, is_zero in zip(layers().items(), each, has_zero, strict=True):
         parts = [*x] if scaling == "channel" and x.dim() else [x]
         expected = [largest(part.double().flatten().tolist()) for part in parts]
-        assert amax.tolist() == layer_amax(x, scaling).tolist() == expected, name
+        assert amax.tolist() == compute_layer_amax(x, scaling).tolist() == expected, name
         assert amax.dtype is (torch.float64 if x.dtype == torch.float64 else torch.float32)
         assert is_zero is (0.0 in expected), name
     assert {*has_zero} == {True, False}
@@ -120,35 +120,35 @@ def test_amaxes_of_many_layers_equal_those_of_each_and_zeros_are_reported(scalin
 @every_scaling
 def test_layers_have_one_amax_unless_channels_have_scales(scaling: object) -> None:
     count = 3 if scaling == "channel" else 1
-    assert layer_amax(weights(3, 2, 4), scaling).shape == (count,)
+    assert compute_layer_amax(weights(3, 2, 4), scaling).shape == (count,)
 
 
 def test_the_amax_of_a_tensor_grows_with_its_measured_elements() -> None:
     x = torch.tensor([0.5, -3.0, NAN, INF])
-    assert tensor_amax_of(x, torch.tensor([1.0, 2.0])).tolist() == [3.0]
-    assert tensor_amax_of(x, torch.tensor([1.0, 7.0])).tolist() == [7.0]
+    assert update_tensor_amaxes(x, torch.tensor([1.0, 2.0])).tolist() == [3.0]
+    assert update_tensor_amaxes(x, torch.tensor([1.0, 7.0])).tolist() == [7.0]
 
 
 def test_the_amax_of_each_of_several_tensors_depends_on_its_elements_and_groups_only() -> None:
     parts = [
-        Sharing.of(torch.Size(shape), torch.arange(math.prod(shape)), (), "channel")
+        Sharing.from_indices(torch.Size(shape), torch.arange(math.prod(shape)), (), "channel")
         for shape in ((2, 2), (1, 3), (3,))
     ]
     x = torch.tensor([1.0, -2, 3, NAN, 0.5, INF, 0.25, 5.0, -9.0, 6.0])
     amax = torch.tensor([8.0, 1.0, 0.125, 1.0, 1.0, 7.0])
-    assert tensor_amax_of(x, amax, Sharing.joined(parts)).tolist() == [8.0, 0.5, 9.0]
+    assert update_tensor_amaxes(x, amax, Sharing.join(parts)).tolist() == [8.0, 0.5, 9.0]
 
 
 @every_scaling
 def test_single_scales_are_the_smallest_powers_of_two_that_do_not_clip(scaling: object) -> None:
     formats = FormatSet(["bf16", "e4m3fn", "mxfp4", "e2m1", "e0m7"], scaling)
     amax = torch.tensor([0.0, 1.0, 448.0, 448.5, 6.0, 1e-20, 3e20])
-    scales = single_scales(amax, formats)
+    scales = compute_single_scales(amax, formats)
     assert (scales.dtype, scales.shape) == (torch.float64, (7, 5))
     for column, format in zip(scales.t().tolist(), formats, strict=True):
         is_scaled = isinstance(scaling, str) and format.name not in ("bf16", "mxfp4")
         assert column == [exact_scale(a, format) if is_scaled else 1.0 for a in amax.tolist()]
-    assert single_scales(amax, FormatSet([], scaling)).shape == (7, 0)
+    assert compute_single_scales(amax, FormatSet([], scaling)).shape == (7, 0)
 
 
 # --- shared scales ------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_elements_share_a_block_or_channel_as_in_a_loop_over_all(
 ) -> None:
     shape, chosen, size, scaling = sample
     indices = torch.tensor(chosen, dtype=torch.int64)
-    sharing = Sharing.of(torch.Size(shape), indices, (size,), scaling)
+    sharing = Sharing.from_indices(torch.Size(shape), indices, (size,), scaling)
     of_chosen = [places(shape)[index] for index in chosen]
     assert sharing.group.tolist() == [channel_of(place, scaling) for place in of_chosen]
     channels = shape[0] if scaling == "channel" and shape else 1
@@ -175,10 +175,12 @@ def test_elements_share_a_block_or_channel_as_in_a_loop_over_all(
 @pytest.mark.parametrize("scaling", ["tensor", "channel"])
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3)], ids=str)
 def test_an_empty_layer_has_groups_without_elements(shape: tuple[int, ...], scaling: str) -> None:
-    sharing = Sharing.of(torch.Size(shape), torch.zeros(0, dtype=torch.int64), (4,), scaling)
+    sharing = Sharing.from_indices(
+        torch.Size(shape), torch.zeros(0, dtype=torch.int64), (4,), scaling
+    )
     assert not len(sharing.group)
     assert len(sharing.group_layer) == (shape[0] if scaling == "channel" else 1)
-    assert sharing.of_its_groups() == (sharing, slice(None))
+    assert sharing.trim_groups() == (sharing, slice(None))
 
 
 @thorough
@@ -188,9 +190,9 @@ def test_dropping_groups_without_elements_keeps_the_amax_of_each_element(
 ) -> None:
     shape, chosen, size, _ = sample
     indices = torch.tensor(chosen, dtype=torch.int64)
-    sharing = Sharing.of(torch.Size(shape), indices, (size,), "channel")
+    sharing = Sharing.from_indices(torch.Size(shape), indices, (size,), "channel")
     amax = torch.arange(100, 100 + len(sharing.group_layer))
-    alone, groups = sharing.of_its_groups()
+    alone, groups = sharing.trim_groups()
     assert amax[groups][alone.group].tolist() == amax[sharing.group].tolist()
     assert alone.blocks is sharing.blocks
     if chosen:
@@ -203,10 +205,12 @@ def test_joined_layers_share_no_group_and_no_block(
     several: list[tuple[tuple[int, ...], list[int], int, object]],
 ) -> None:
     parts = [
-        Sharing.of(torch.Size(shape), torch.tensor(chosen, dtype=torch.int64), (2, 3), "channel")
+        Sharing.from_indices(
+            torch.Size(shape), torch.tensor(chosen, dtype=torch.int64), (2, 3), "channel"
+        )
         for shape, chosen, _, _ in several
     ]
-    joined = Sharing.joined(parts)
+    joined = Sharing.join(parts)
     layer = [k for k, part in enumerate(parts) for _ in part.group]
     assert joined.layers == len(parts)
     tables = [torch.arange(len(part.group_layer)) + 1000 * k for k, part in enumerate(parts)]
@@ -223,8 +227,8 @@ def test_joined_layers_share_no_group_and_no_block(
 
 
 def test_padding_appends_elements_and_does_not_change_others() -> None:
-    sharing = Sharing.of(torch.Size((3, 4)), torch.tensor([5, 6, 11]), (2,), "channel")
-    padded = sharing.padded(5)
+    sharing = Sharing.from_indices(torch.Size((3, 4)), torch.tensor([5, 6, 11]), (2,), "channel")
+    padded = sharing.pad(5)
     assert padded.group[:3].tolist() == sharing.group.tolist() == [1, 1, 2]
     assert padded.blocks[2].element_block[:3].tolist() == [0, 1, 2]
     assert padded.blocks[2].layer is sharing.blocks[2].layer
@@ -246,23 +250,23 @@ def test_each_element_has_the_scale_of_its_group_or_block(scaling: object, chose
     indices = torch.arange(200)
     if chosen == "sample":
         indices = torch.cat([torch.arange(3, 50), torch.arange(60, 200, 3)])
-    sharing = Sharing.of(before.shape, indices, formats.block_sizes, scaling)
+    sharing = Sharing.from_indices(before.shape, indices, formats.block_sizes, scaling)
     w, v = before.flatten()[indices], after.flatten()[indices]
-    amax = layer_amax(before, scaling)
-    amax = torch.where(amax == 0, layer_amax(after, scaling), amax)
-    tensor_amax = tensor_amax_of(w, amax)
-    scales = element_scales(w, v, amax, tensor_amax, sharing, formats)
+    amax = compute_layer_amax(before, scaling)
+    amax = torch.where(amax == 0, compute_layer_amax(after, scaling), amax)
+    tensor_amax = update_tensor_amaxes(w, amax)
+    scales = compute_element_scales(w, v, amax, tensor_amax, sharing, formats)
     assert scales.dtype is torch.float64
 
     of_chosen = [places((5, 40))[index] for index in indices.tolist()]
     tensor_amaxes = largest(before.flatten().tolist())
 
-    def amax_of(members: list[int]) -> float:
+    def compute_amax(members: list[int]) -> float:
         return largest(w[members].tolist()) or largest(v[members].tolist())
 
     def amax_of_blocks(size: int) -> list[float]:
         blocks = [block_of(place, size) for place in of_chosen]
-        return [amax_of([k for k, b in enumerate(blocks) if b == own]) for own in blocks]
+        return [compute_amax([k for k, b in enumerate(blocks) if b == own]) for own in blocks]
 
     def amax_of_groups() -> list[float]:
         if scaling == "tensor":
@@ -290,15 +294,18 @@ def test_joined_layers_have_the_same_scales_as_single_layers() -> None:
     formats, scaling = FormatSet(["e4m3fn", "nvfp4", "mxfp4"], "channel"), "channel"
     several = [(weights(3, 20, seed=k) * 10.0**k, weights(3, 20, seed=9)) for k in range(3)]
     parts = [
-        Sharing.of(w.shape, torch.arange(60), formats.block_sizes, scaling) for w, _ in several
+        Sharing.from_indices(w.shape, torch.arange(60), formats.block_sizes, scaling)
+        for w, _ in several
     ]
-    amax = [layer_amax(w, scaling) for w, _ in several]
+    amax = [compute_layer_amax(w, scaling) for w, _ in several]
     alone = [
-        element_scales(w.flatten(), v.flatten(), own, tensor_amax_of(w, own), part, formats)
+        compute_element_scales(
+            w.flatten(), v.flatten(), own, update_tensor_amaxes(w, own), part, formats
+        )
         for (w, v), own, part in zip(several, amax, parts, strict=True)
     ]
-    joined = Sharing.joined(parts)
+    joined = Sharing.join(parts)
     before, after = (torch.cat([each[k].flatten() for each in several]) for k in (0, 1))
-    of_tensors = tensor_amax_of(before, torch.cat(amax), joined)
-    together = element_scales(before, after, torch.cat(amax), of_tensors, joined, formats)
+    of_tensors = update_tensor_amaxes(before, torch.cat(amax), joined)
+    together = compute_element_scales(before, after, torch.cat(amax), of_tensors, joined, formats)
     assert torch.equal(together, torch.cat(alone, dim=1))

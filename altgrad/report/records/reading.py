@@ -92,6 +92,9 @@ def read(path: str | os.PathLike[str]) -> Run:
 def read_header(path: Path) -> Header:
     """Read the first line of a run file.
 
+    Returns:
+        The header.
+
     Raises:
         RunFileError: The file is missing, empty, of another kind, or written by a newer AltGrad.
     """

@@ -141,6 +141,9 @@ class Header:
     def from_json(cls, value: Mapping[str, Any]) -> Header:
         """Restore a header from the JSON values that `as_json` returns.
 
+        Returns:
+            The header.
+
         Raises:
             KeyError: A required key is missing.
             TypeError: A value has another type.
