@@ -15,13 +15,13 @@ needs_chromium = pytest.mark.skipif(
 def chromium(
     folder: Path, address: str, *options: str, milliseconds: int = 5000
 ) -> tuple[str, str]:
-    """Open a page; what it writes, and what went wrong in it.
+    """Open a page, and return its output and its errors.
 
     Args:
-        folder: For the browser's own files.
-        address: Of the page.
-        options: Such as ``--dump-dom``.
-        milliseconds: Of the page's own time, which runs faster than ours where nothing happens.
+        folder: Folder for the browser's own files.
+        address: Address of the page.
+        options: Options of the browser, such as ``--dump-dom``.
+        milliseconds: Time limit on the page's own clock, which runs ahead while the page is idle.
     """
     command = [
         *(CHROMIUM or "", "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),

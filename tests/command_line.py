@@ -1,4 +1,4 @@
-"""`altgrad` as users call it: in a process of its own, in a terminal of so many columns."""
+"""Run `altgrad` like a user: in a new process, in a terminal with a number of columns."""
 
 import subprocess
 import sys

@@ -1,6 +1,6 @@
-"""What holds for every test."""
+"""Settings for every test."""
 
 import torch
 
-# Small tensors on many threads, beside other work on the machine, wait more than they compute.
+# Small tensors on many threads of a busy machine wait more than they compute.
 torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The words of the DIAG contract, and small helpers of the tests that hold it."""
+"""The words of the DIAG contract, and small helpers for its tests."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What an operation costs on every machine alike: operations, host copies, memory."""
+"""Count costs that are equal on every machine: operations, host copies, memory."""
 
 import collections
 import contextlib
@@ -16,17 +16,17 @@ HOST_COPIES = ("tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int
 
 
 class Operations(TorchDispatchMode):
-    """Counts all that reaches the dispatcher, views included.
+    """A counter of all operations that reach the dispatcher, views included.
 
-    What `cpu` returned, and what is made of such tensors alone, is on the host: on a machine with
-    an accelerator that costs it nothing. Here, where all is on the host, it is told apart.
+    Tensors that `cpu` returned, and results of such tensors alone, count as on the host. On a
+    machine with an accelerator they cost the device nothing; here every tensor is on the host.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: collections.Counter[str] = collections.Counter()
         self.on_host: collections.Counter[str] = collections.Counter()
-        self._host: dict[int, Tensor] = {}  # by storage, kept so that none recurs
+        self._host: dict[int, Tensor] = {}  # by storage; kept alive so that no identity recurs
         self._is_copying = False
 
     def __torch_dispatch__(
@@ -49,7 +49,7 @@ class Operations(TorchDispatchMode):
     def copy(
         self, copy: Callable[..., Tensor], tensor: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """What `cpu` does where a tensor is elsewhere."""
+        """Copy a tensor as `cpu` does for a tensor on a device."""
         self._is_copying = True
         try:
             copied = copy(tensor, *args, **kwargs).clone()
@@ -76,7 +76,7 @@ def operations(run: Callable[[], object]) -> collections.Counter[str]:
 def operations_here_and_there(
     run: Callable[[], object],
 ) -> tuple[collections.Counter[str], collections.Counter[str]]:
-    """Those that an accelerator would make, and those that its host would."""
+    """Count the operations that an accelerator would make, and those that its host would make."""
     counted = Operations()
     with counted.counting():
         run()
@@ -85,7 +85,7 @@ def operations_here_and_there(
 
 @contextlib.contextmanager
 def host_copies() -> Iterator[list[str]]:
-    """Every call by which a tensor's values get to the host, those that are there already apart."""
+    """Yield the calls that copy a tensor's values to the host, except for tensors already there."""
     seen: list[str] = []
     operations = Operations()
 
@@ -110,7 +110,7 @@ def host_copies() -> Iterator[list[str]]:
 
 
 class Memory(TorchDispatchMode):
-    """The most memory that is alive at once of what operations allocate, in bytes."""
+    """The peak of the memory that operations allocate, in bytes."""
 
     def __init__(self) -> None:
         super().__init__()

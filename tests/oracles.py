@@ -1,6 +1,6 @@
-"""The slow truths that the fast code is compared with.
+"""Slow references for the fast code.
 
-Three of them, independent of each other and of altgrad's kernel: gfloat in float64, the dtypes of
+They are independent of each other and of altgrad's kernel: gfloat in float64, the dtypes of
 ml_dtypes (and numpy's float16), and a search through all values of a format in exact fractions.
 """
 
@@ -46,7 +46,7 @@ _GFLOAT_ROUNDING = {
 
 
 def assert_same_values(actual: Tensor, expected: Tensor, inputs: Tensor | None = None) -> None:
-    """Equal as numbers, of whatever dtype: NaN equals NaN, 0 and −0 differ."""
+    """Assert equal numbers in any dtypes: NaN equals NaN, 0 and −0 differ."""
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
     actual, expected = actual.detach().double().flatten(), expected.detach().double().flatten()
     same = (actual == expected) & (actual.signbit() == expected.signbit())
@@ -67,7 +67,7 @@ def assert_same_values(actual: Tensor, expected: Tensor, inputs: Tensor | None =
 
 @functools.cache
 def gfloat_info(format: FloatFormat) -> gfloat.FormatInfo:
-    """The format as gfloat describes it. Without subnormals gfloat means something else."""
+    """Return a format in gfloat's terms. Formats without subnormals differ in gfloat."""
     assert format.has_subnormals
     return gfloat.FormatInfo(
         format.name,
@@ -91,12 +91,12 @@ def round_with_gfloat(
     saturate: bool = True,
     scale: float = 1.0,
 ) -> Tensor:
-    """``scale · RN(x / scale)`` in float64; exact for a power of two that keeps to its range."""
+    """Return ``scale · RN(x / scale)`` in float64; exact for a power-of-two scale within range."""
     info = gfloat_info(format)
     # With neither inf nor NaN to go to, overflow can only saturate.
     saturate = saturate or not (format.has_inf or info.num_nans)
     chunks = (x.detach().double().flatten() / scale).split(65_536)  # small enough for the cache
-    with np.errstate(over="ignore"):  # the step above float64's largest value
+    with np.errstate(over="ignore"):  # the spacing above float64's largest value
         rounded = [
             torch.from_numpy(
                 gfloat.round_ndarray(info, chunk.numpy(), _GFLOAT_ROUNDING[rounding], saturate)
@@ -116,21 +116,21 @@ def decode_with_gfloat(format: FloatFormat) -> list[float]:
 
 
 def ml_dtypes_of(format: FloatFormat) -> type | None:
-    """The numpy scalar type with these codes, or None for AltGrad's own formats."""
+    """Return the numpy scalar type with these codes, or None for AltGrad's own formats."""
     return _ML_DTYPES.get(format.name)
 
 
 def round_with_ml_dtypes(x: Tensor, format: FloatFormat, *, saturate: bool = True) -> Tensor:
-    """To nearest even, in float64, from at most float32: ml_dtypes rounds float64 twice.
+    """Round to nearest even and return float64; x has at most float32.
 
-    The all-finite dtypes know no NaN: leave it out of x.
+    ml_dtypes would round float64 twice. The all-finite dtypes have no NaN: x must not contain it.
     """
     assert x.dtype != torch.float64
     array = (x.float() if x.dtype == torch.bfloat16 else x).detach().numpy()
     with np.errstate(all="ignore"):
         rounded = array.astype(ml_dtypes_of(format)).astype(np.float64)
     result = torch.from_numpy(rounded)
-    if saturate:  # ml_dtypes itself has no such choice
+    if saturate:  # ml_dtypes has no saturating mode
         overflow = ~result.isfinite() & ~x.isnan()
         result = torch.where(overflow, torch.full_like(result, format.max).copysign(x), result)
     return result
@@ -148,7 +148,7 @@ def decode_with_ml_dtypes(format: FloatFormat) -> list[float]:
 
 
 def exact_value(format: FloatFormat, code: int) -> Fraction:
-    """What a code without its sign bit stands for; beyond the last one, the grid goes on."""
+    """Return the value of a code without its sign bit; beyond the last code, the grid goes on."""
     field, mantissa = code >> format.mantissa_bits, code % (1 << format.mantissa_bits)
     if field == 0:
         field, hidden = 1, 0
@@ -159,21 +159,21 @@ def exact_value(format: FloatFormat, code: int) -> Fraction:
 
 
 def largest_code(format: FloatFormat) -> int:
-    """The code of the largest finite value."""
+    """Return the code of the largest finite value."""
     codes = 1 << (format.exponent_bits + format.mantissa_bits)
     return codes - 1 - format.num_high_nans - int(format.has_inf)
 
 
 @functools.lru_cache(maxsize=64)
 def exact_magnitudes(format: FloatFormat) -> tuple[tuple[int, Fraction], ...]:
-    """(code, value) of 0, of all positive values and of the first one beyond the top."""
+    """Return (code, value) for 0, all positive values and the first value beyond the top."""
     first = 1 if format.has_subnormals else 1 << format.mantissa_bits
     codes = [0, *range(first, largest_code(format) + 2)]
     return tuple((code, exact_value(format, code)) for code in codes)
 
 
 def neighbours(x: float, format: FloatFormat, scale: float = 1.0) -> tuple[Fraction, Fraction]:
-    """The scaled grid values just below and above x, equal where x is one; x within ±max."""
+    """Return the scaled grid values just below and above x, both x if x is one; x within ±max."""
     y = Fraction(x) / Fraction(scale)
     positive = [value for _, value in exact_magnitudes(format)[:-1]]
     grid = [-value for value in reversed(positive[1:])] + positive
@@ -190,7 +190,7 @@ def round_by_brute_force(
     saturate: bool = True,
     scale: float = 1.0,
 ) -> float:
-    """``scale · RN(x / scale)``, by looking at every value of the format."""
+    """Return ``scale · RN(x / scale)`` by comparing with every value of the format."""
     if math.isnan(x):
         return math.nan
     sign = math.copysign(1.0, x)
@@ -215,9 +215,9 @@ def round_by_brute_force(
 def _rounded_code(
     magnitude: Fraction, table: tuple[tuple[int, Fraction], ...], away: bool | None
 ) -> int:
-    """Away from zero, toward it, or (None) to the nearest with ties to the even code.
+    """Return the code away from zero, toward it, or (None) nearest with ties to the even code.
 
-    Both sides of the hole around 0 that a format without subnormals has are even: then 0.
+    Without subnormals, 0 and the smallest value both have even codes: a tie goes to 0.
     """
     for (code, value), (next_code, next_value) in itertools.pairwise(table):
         if magnitude == value:
@@ -231,14 +231,14 @@ def _rounded_code(
 
 
 def nearest_by_brute_force(x: float, format: FloatFormat) -> float:
-    """To nearest, ties to the even code, saturating."""
+    """Round to nearest, ties to the even code, saturating."""
     return round_by_brute_force(x, format)
 
 
 def exact_spacing(x: float, format: FloatFormat, scale: float = 1.0) -> Fraction:
-    """``scale · 2**(clamp(floor(log2(abs(x) / scale)), emin, emax) − M)``; x is no NaN.
+    """Return ``scale · 2**(clamp(floor(log2(abs(x) / scale)), emin, emax) − M)``; x is no NaN.
 
-    Where a format has no subnormals, nothing lies between 0 and ``2**emin``.
+    A format without subnormals has no value between 0 and ``2**emin``.
     """
     emin = 1 - format.bias
     emax = max(largest_code(format) >> format.mantissa_bits, 1) - format.bias
@@ -255,7 +255,7 @@ def exact_spacing(x: float, format: FloatFormat, scale: float = 1.0) -> Fraction
 
 
 def floor_log2(x: Fraction) -> int:
-    """The exponent of the largest power of two up to x > 0."""
+    """Return the exponent of the largest power of two up to x > 0."""
     guess = x.numerator.bit_length() - x.denominator.bit_length()
     return guess if Fraction(2) ** guess <= x else guess - 1
 
@@ -264,12 +264,12 @@ def floor_log2(x: Fraction) -> int:
 
 
 def every_value_of(dtype: torch.dtype) -> Tensor:
-    """All 65,536 bit patterns of float16 or bfloat16."""
+    """Return all 65,536 bit patterns of float16 or bfloat16."""
     return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
 
 
 def random_bit_patterns(count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Uniform over the bit patterns: every magnitude, subnormals, infinities and NaNs."""
+    """Draw uniform bit patterns: every magnitude, subnormals, infinities and NaNs."""
     generator = torch.Generator().manual_seed(seed)
     integer = {torch.float32: torch.int32, torch.float64: torch.int64}[dtype]
     info = torch.iinfo(integer)
@@ -279,15 +279,15 @@ def random_bit_patterns(count: int, dtype: torch.dtype = torch.float32, seed: in
 
 
 def critical_inputs(format: FloatFormat, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Every value, every midpoint, where overflow begins, one float to each side; ±inf, ±0, NaN.
+    """Return every value, every midpoint, the overflow threshold, their neighbours; ±inf, ±0, NaN.
 
-    Values that the dtype cannot hold are rounded to it, which only makes them less critical.
+    Values that the dtype cannot hold are rounded to it, and are less critical then.
     """
     magnitudes = torch.tensor(
         [float(value) for _, value in exact_magnitudes(format)], dtype=torch.float64
     )
     points = torch.cat([magnitudes, (magnitudes[1:] + magnitudes[:-1]) / 2]).to(dtype)
-    # nextafter in float16 and bfloat16 would skip points; the step above them is tested as such.
+    # In float16 and bfloat16, nextafter would skip points between values.
     infinity = torch.tensor(math.inf, dtype=dtype)
     points = torch.cat([points, points.nextafter(infinity), points.nextafter(-infinity)])
     special = torch.tensor([math.inf, math.nan, torch.finfo(dtype).max], dtype=dtype)

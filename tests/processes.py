@@ -1,4 +1,4 @@
-"""Ranks as real processes on one machine, that reach each other through a file and end in time."""
+"""Ranks as real processes on one machine, which meet through a file and end in time."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def run(
     may_die: tuple[int, ...] = (),
     hash_seeds: Sequence[int] = (),
 ) -> list[Any]:
-    """What a function of a module returns in each of these processes; of a dead one, None.
+    """Run a function in new processes and return each result; None for a dead process.
 
     Args:
         work: Called with the rank and the arguments.
-        size: How many processes, each of which ends as soon as it has returned.
-        arguments: The rest.
-        limit: Seconds for all of it, after which every process is killed and the test fails.
+        size: Number of processes, each of which ends as soon as it has returned.
+        arguments: Further arguments of `work`.
+        limit: Seconds for the whole run, after which every process is killed and the test fails.
         collective: Time limit of the process group, in seconds.
         may_die: Ranks that need not return.
-        hash_seeds: PYTHONHASHSEED of each rank; without it all have the same.
+        hash_seeds: PYTHONHASHSEED of each rank; by default all ranks have the same.
     """
     with Processes(size, collective, hash_seeds) as processes:
         processes.ask(work, *arguments)
@@ -52,14 +52,14 @@ def run(
 
 
 class Processes:
-    """Some that stay, and do what they are called for: a start of seconds serves many tests.
+    """A pool of processes that run many functions, so that many tests share one slow start.
 
-    They are started by the first call, and anew by the next one after a call that failed.
+    The first call starts the processes; the next call after a failed one starts new processes.
 
     Args:
-        size: How many.
+        size: Number of processes.
         collective: Time limit of their process group, in seconds.
-        hash_seeds: PYTHONHASHSEED of each; without it all have the same. They start more slowly.
+        hash_seeds: PYTHONHASHSEED of each rank, by default the same. Seeds make the start slower.
     """
 
     def __init__(self, size: int, collective: float = 20.0, hash_seeds: Sequence[int] = ()) -> None:
@@ -68,7 +68,7 @@ class Processes:
         self._connections: list[Connection] = []
 
     def __call__(self, work: Callable[..., Any], *arguments: Any, limit: float = 60.0) -> list[Any]:
-        """As `run` in new ones."""
+        """Run a function in each process and return each result."""
         try:
             self.ask(work, *arguments)
             return self.answers(limit)
@@ -83,7 +83,7 @@ class Processes:
         self._stop()
 
     def ask(self, work: Callable[..., Any], *arguments: Any) -> None:
-        """Have each begin."""
+        """Send the function to each process."""
         if not self._processes:
             self._start()
         asked = pickle.dumps((work, arguments))
@@ -91,12 +91,12 @@ class Processes:
             connection.send_bytes(asked)
 
     def ask_no_more(self) -> None:
-        """Have each end when it is done."""
+        """Have each process end after its current function."""
         for connection in self._connections:
             connection.send_bytes(_NO_MORE)
 
     def answers(self, limit: float, may_die: tuple[int, ...] = ()) -> list[Any]:
-        """What each returned."""
+        """Return the result of each process."""
         end = time.monotonic() + START + limit
         said: dict[int, Any] = {}
         waited_for = {connection: rank for rank, connection in enumerate(self._connections)}
@@ -111,7 +111,7 @@ class Processes:
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
         for rank in range(self._size):
-            # Forks of one server have its seed; a new interpreter reads its own.
+            # Forks of one server share its hash seed; a new interpreter reads its own.
             context: Any = _SPAWN if self._hash_seeds else _CONTEXT
             seed = {"PYTHONHASHSEED": str(self._hash_seeds[rank])} if self._hash_seeds else {}
             here, there = context.Pipe()
@@ -135,7 +135,7 @@ class Processes:
 
 
 def _heard_on(connection: Any) -> tuple[Any, str | None] | None:
-    """A value and an error; None from a process that has ended."""
+    """Receive a value and an error; None from a process that has ended."""
     try:
         return pickle.loads(connection.recv_bytes())
     except (EOFError, ConnectionError):
@@ -161,10 +161,10 @@ def _serve(connection: Connection, rank: int, size: int, folder: str, seconds: f
         world_size=size,
         timeout=timedelta(seconds=seconds),
     )
-    with suppress(EOFError):  # who asks is gone
+    with suppress(EOFError):  # the parent process is gone
         while (asked := connection.recv_bytes()) != _NO_MORE:
             connection.send_bytes(_answer(rank, asked))
-    os._exit(0)  # a thread of gloo that waits for a rank that is gone would hold it up
+    os._exit(0)  # a gloo thread that waits for a lost rank would block a normal exit
 
 
 def _answer(rank: int, asked: bytes) -> bytes:
@@ -172,13 +172,13 @@ def _answer(rank: int, asked: bytes) -> bytes:
     try:
         work, arguments = pickle.loads(asked)
         value = work(rank, *arguments)
-    except BaseException:  # noqa: BLE001 - all of it is the test's
+    except BaseException:  # noqa: BLE001 - the test gets every error
         error = traceback.format_exc()
     return pickle.dumps((value, error))
 
 
 def _as_torchrun(rank: int, size: int) -> None:
-    """What torchrun sets, for those who look for it."""
+    """Set the environment variables that torchrun sets."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

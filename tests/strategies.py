@@ -9,7 +9,7 @@ from torch import Tensor
 from altgrad.quantization import FloatFormat
 from tests.oracles import exact_value, largest_code
 
-# The first example of a process pays for imports and caches: a deadline would only be flaky.
+# No deadline: the first example of a process pays for imports and caches.
 thorough = settings(max_examples=200, deadline=None)
 
 
@@ -17,7 +17,7 @@ thorough = settings(max_examples=200, deadline=None)
 def formats(
     draw: st.DrawFn, *, max_bits: int = 19, subnormals: st.SearchStrategy[bool] | None = None
 ) -> FloatFormat:
-    """E 0 to 8, M 0 to 10, any bias around IEEE 754's, any special codes.
+    """Draw a format: E 0 to 8, M 0 to 10, any bias around IEEE 754's, any special codes.
 
     All values, and their products with `power_of_two_scales`, are exact in float64.
     """
@@ -26,7 +26,7 @@ def formats(
     mantissa_bits = draw(st.integers(0 if exponent_bits else 1, max(min(10, room), 1)))
     has_subnormals = draw(st.booleans() if subnormals is None else subnormals)
     if exponent_bits == 0:
-        has_subnormals = True  # else nothing but zero is left
+        has_subnormals = True  # otherwise zero would be the only value
     has_inf = draw(st.booleans())
     lowest = 1 if has_subnormals else 1 << mantissa_bits
     spare = (1 << (exponent_bits + mantissa_bits)) - 1 - has_inf - lowest
@@ -46,13 +46,13 @@ def formats(
 
 
 def power_of_two_scales(limit: int = 100) -> st.SearchStrategy[float]:
-    """From ``2**-limit`` to ``2**limit``."""
+    """Return a strategy for scales from ``2**-limit`` to ``2**limit``."""
     return st.integers(-limit, limit).map(lambda exponent: math.ldexp(1.0, exponent))
 
 
 @st.composite
 def numbers(draw: st.DrawFn, format: FloatFormat, scale: float = 1.0) -> float:
-    """A finite float64: any at all, or one at or beside a value or midpoint of the scaled grid."""
+    """Draw a finite float64: any, or one at or next to a value or midpoint of the scaled grid."""
     if draw(st.integers(0, 3)) == 0:
         return draw(st.floats(allow_nan=False, allow_infinity=False))
     code = draw(st.integers(0, largest_code(format) + 1))
@@ -65,6 +65,6 @@ def numbers(draw: st.DrawFn, format: FloatFormat, scale: float = 1.0) -> float:
 
 @st.composite
 def tensors(draw: st.DrawFn, format: FloatFormat, scale: float = 1.0) -> Tensor:
-    """One to 20 such numbers."""
+    """Draw a tensor of one to 20 `numbers`."""
     drawn = draw(st.lists(numbers(format, scale), min_size=1, max_size=20))
     return torch.tensor(drawn, dtype=torch.float64)

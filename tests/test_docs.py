@@ -1,4 +1,4 @@
-"""The pages under docs/: their code runs, and what they say of constants is true."""
+"""The pages under docs/: their code runs, and their constants match the code."""
 
 import doctest
 import re
@@ -24,7 +24,7 @@ PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
 
 
 class Model(nn.Module):
-    """With layers of the names that the pages use."""
+    """A model whose layers have the names on the pages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Model(nn.Module):
 
 
 def setting() -> dict[str, Any]:
-    """What the reader of a page has already."""
+    """Return the names that the code on a page expects."""
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
@@ -84,7 +84,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_code_of_a_page_runs(
+def test_the_code_on_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = [block for block in blocks(page, "python") if ">>>" not in block]
@@ -100,18 +100,18 @@ def test_the_code_of_a_page_runs(
         assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
-def test_there_is_code_on_the_pages() -> None:
+def test_the_pages_contain_code() -> None:
     assert sum(len(blocks(page, "python")) for page in PAGES) >= 25
 
 
-def test_what_pages_show_of_code_is_what_it_gives() -> None:
+def test_code_on_the_pages_gives_the_output_it_shows() -> None:
     result = doctest.testfile(str(ROOT / "docs" / "how-it-works.md"), module_relative=False)
     assert result.attempted >= 5
     assert result.failed == 0
 
 
 @pytest.mark.parametrize("page", ["docs/sampling.md", "README.md"])
-def test_the_yaml_makes_the_callback(page: str) -> None:
+def test_the_yaml_creates_the_callback(page: str) -> None:
     (text,) = blocks(ROOT / page, "yaml")
     (callback,) = yaml.safe_load(text)["trainer"]["callbacks"]
     assert callback["class_path"] == "altgrad_lightning.PrecisionMonitor"
@@ -122,20 +122,20 @@ def test_the_yaml_makes_the_callback(page: str) -> None:
     PrecisionMonitor(**arguments, sampling=rules)
 
 
-def test_all_public_names_are_in_the_reference() -> None:
+def test_the_reference_lists_all_public_names() -> None:
     reference = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
     named = {name.rpartition(".")[2] for name in reference}
     assert {*altgrad.__all__} - named == {"DEFAULT_FORMATS", "__version__"}
 
 
-def test_all_pages_are_in_the_navigation() -> None:
+def test_the_navigation_lists_all_pages() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name in navigation
 
 
-def test_ci_counts_the_warnings_of_the_site() -> None:
-    """With -q mkdocs ends well whatever is broken."""
+def test_ci_builds_the_site_strictly_and_with_warnings_shown() -> None:
+    """Check the command of CI: with -q, mkdocs succeeds in spite of broken links."""
     (line,) = re.findall(r"^.*mkdocs build.*$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     assert "--strict" in line
     assert not re.search(r" (-q|--quiet)\b", line)
@@ -148,12 +148,12 @@ def test_pictures_are_small_and_each_is_shown() -> None:
         assert picture.stat().st_size < 300_000
 
 
-def test_the_presets_are_those_of_the_code() -> None:
+def test_the_presets_on_the_pages_match_the_code() -> None:
     assert PRESETS == {
         "economy": {"max_elements": 256, "layer_charts": 4, "overhead_budget": 0.01},
         "standard": {},
         "full": {"max_elements": None, "layer_charts": 16, "histograms": True},
-    }  # as docs/sampling.md has them
+    }  # the presets in docs/sampling.md
     text = (ROOT / "docs" / "sampling.md").read_text()
     assert "| 256 elements of a layer, 4 charted layers, at most 1 % of the time |" in text
     assert "| all elements, 16 charted layers, histograms |" in text
@@ -162,7 +162,7 @@ def test_the_presets_are_those_of_the_code() -> None:
 @pytest.mark.parametrize(
     ("layers", "kilobytes"), [(10, (34, 1.7)), (100, (342, 16)), (1000, (3400, 160))]
 )
-def test_the_bytes_that_processes_say_are_those_of_the_code(layers, kilobytes) -> None:
+def test_the_bytes_of_all_reduces_on_the_pages_match_the_code(layers, kilobytes) -> None:
     sums, maxima = layers * sum_count(4) * 8, (layers * (max_count(4) + 1) + 7) * 8
     assert (sums / 1000, maxima / 1000) == pytest.approx(kilobytes, rel=0.03)
     said = " | ".join(f"{x / 1000} MB" if x > 1000 else f"{x} kB" for x in kilobytes)
@@ -170,7 +170,7 @@ def test_the_bytes_that_processes_say_are_those_of_the_code(layers, kilobytes) -
     assert f"| {layers:,} | 4 | {said} |" in text
 
 
-def test_the_thresholds_are_those_of_the_code() -> None:
+def test_the_thresholds_on_the_pages_match_the_code() -> None:
     assert calibration().thresholds == Thresholds(0.99, 0.5, 0.99, underflow=0.03, saturated=0.01)
     text = (ROOT / "docs" / "how-it-works.md").read_text()
     for words in (
@@ -185,7 +185,7 @@ def test_the_thresholds_are_those_of_the_code() -> None:
         assert str(verdict).replace("max_elements", "`max_elements`") in text
 
 
-def test_the_pages_say_of_real_runs_what_the_calibration_holds() -> None:
+def test_the_results_of_real_runs_on_the_pages_match_the_calibration() -> None:
     text = (ROOT / "docs" / "does-it-predict.md").read_text()
     seen, unseen = calibration().outcomes, calibration().held_out
     keys = ("runs", "lost_1_percent", "lost_10_percent")

@@ -1,4 +1,4 @@
-"""The examples in docstrings give what they show."""
+"""Examples in docstrings give the output that they show."""
 
 import doctest
 import importlib
@@ -18,10 +18,10 @@ MODULES = [
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_of(name: str) -> None:
+def test_examples_in_docstrings_give_the_output_they_show(name: str) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
-def test_there_are_some() -> None:
+def test_docstrings_contain_examples() -> None:
     found = (doctest.DocTestFinder().find(importlib.import_module(name)) for name in MODULES)
     assert sum(len(test.examples) for tests in found for test in tests) >= 5

@@ -1,4 +1,4 @@
-"""The examples of `StepObserver`: what they print, and that the steps they see are true."""
+"""The examples of `StepObserver`: their output, and the steps that they observe."""
 
 import re
 import runpy
@@ -21,7 +21,7 @@ from tests.observation.watching import hook_count
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
-# What huggingface_trainer.py has under its guard is not run: only its callback is taken.
+# Code under the guard of huggingface_trainer.py is not run: the tests use only its callback.
 ObserveSteps = runpy.run_path(str(EXAMPLES / "huggingface_trainer.py"))["ObserveSteps"]
 
 # 23 batches of 4, the last one of 2, in windows of 4: the sixth window has 3.
@@ -32,7 +32,7 @@ MAX_NORM = 0.1
 
 @pytest.fixture(autouse=True)
 def _no_traces(monkeypatch):
-    """Trainers seed the global generator; nothing here may use the network."""
+    """Restore the global generator, which Trainers seed, and refuse network connections."""
 
     def connect(*_):
         raise AssertionError("an example used the network")
@@ -42,11 +42,11 @@ def _no_traces(monkeypatch):
         yield
 
 
-# What the examples print
+# Output of the examples
 
 
-def table_of(name, capsys):
-    """Run an example; its rows as percentages for bf16 and e4m3fn, and the names it ends with."""
+def run_example(name, capsys):
+    """Run an example; return its percentages for bf16 and e4m3fn, and the names at its end."""
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     out, err = capsys.readouterr()
     assert err == ""
@@ -65,25 +65,25 @@ def check_gains_alone_are_frozen(shares, frozen, gains):
         assert e4m3fn > 50, name
 
 
-def test_plain_pytorch_names_the_gain_as_frozen(capsys):
-    shares, frozen = table_of("plain_pytorch.py", capsys)
+def test_the_plain_pytorch_example_names_the_gain_as_frozen(capsys):
+    shares, frozen = run_example("plain_pytorch.py", capsys)
     assert list(shares) == [f"{layer}.{kind}" for layer in (0, 1, 3) for kind in ("weight", "bias")]
     check_gains_alone_are_frozen(shares, frozen, ["1.weight"])
 
 
-def test_huggingface_trainer_names_the_gains_as_frozen(capsys):
-    shares, frozen = table_of("huggingface_trainer.py", capsys)
+def test_the_huggingface_example_names_the_gains_as_frozen(capsys):
+    shares, frozen = run_example("huggingface_trainer.py", capsys)
     assert list(shares) == [name for name, _ in tiny_model().named_parameters()]
     gains = [name for name in shares if "norm" in name]
     assert len(gains) == 5
     check_gains_alone_are_frozen(shares, frozen, gains)
 
 
-# What an observer sees of a Trainer's steps
+# A Trainer's steps under an observer
 
 
 def tiny_model():
-    """With dropout, so that a random number drawn by others would show."""
+    """Return a model with dropout, so that a random number drawn by an observer would show."""
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     return LlamaForCausalLM(
         LlamaConfig(vocab_size=64, num_attention_heads=2, attention_dropout=0.1, **shape)
@@ -91,7 +91,7 @@ def tiny_model():
 
 
 class RecordingAdamW(torch.optim.AdamW):
-    """Clones, without any hook, what its own step finds and leaves."""
+    """An AdamW that clones weights and gradients around its step, without hooks."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -110,7 +110,7 @@ class RecordingAdamW(torch.optim.AdamW):
 
 
 class Unclipped(TrainerCallback):
-    """The negative control: gradients as a hook of the backward pass sees them, step by step."""
+    """A negative control: the gradients of each step before clipping, from backward hooks."""
 
     def __init__(self, model):
         self.steps, self.backwards_of_steps = [], []
@@ -135,7 +135,7 @@ class RaiseAfterThree(TrainerCallback):
             raise ArithmeticError("training fails")
 
 
-def trainer_of(model, folder, *callbacks, optimizer=None):
+def make_trainer(model, folder, *callbacks, optimizer=None):
     torch.manual_seed(0)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -166,7 +166,7 @@ def norm(tensors):
 
 @pytest.fixture
 def watched(tmp_path):
-    """A whole training, watched by an observer, by the optimizer itself and before clipping."""
+    """Record a training by an observer, by the optimizer itself, and before clipping."""
     model = tiny_model()
     optimizer = RecordingAdamW(model.parameters(), lr=1e-2)
     unclipped = Unclipped(model)
@@ -185,7 +185,7 @@ def watched(tmp_path):
         )
 
     observer = StepObserver(model, on_step, strict=True)
-    trainer = trainer_of(model, tmp_path, ObserveSteps(observer), unclipped, optimizer=optimizer)
+    trainer = make_trainer(model, tmp_path, ObserveSteps(observer), unclipped, optimizer=optimizer)
     with observer:
         trainer.train()
     return SimpleNamespace(
@@ -198,7 +198,7 @@ def watched(tmp_path):
     )
 
 
-def test_the_trainers_steps_are_seen_bit_for_bit(watched):
+def test_steps_of_the_trainer_are_observed_bit_for_bit(watched):
     assert watched.trainer.state.global_step == len(BACKWARDS_OF_STEPS)
     assert watched.unclipped.backwards_of_steps == BACKWARDS_OF_STEPS
     assert [step.index for step in watched.seen] == list(range(len(BACKWARDS_OF_STEPS)))
@@ -209,11 +209,11 @@ def test_the_trainers_steps_are_seen_bit_for_bit(watched):
         for kind in ("before", "gradients", "after"):
             pairs = zip(getattr(seen, kind), getattr(recorded, kind), strict=True)
             assert all(torch.equal(*pair) for pair in pairs), kind
-        # Equality would say little if nothing moved.
+        # Equality would prove little if no weight moved.
         assert not any(map(torch.equal, seen.before, seen.after))
 
 
-def test_the_trainers_gradients_are_seen_accumulated_and_clipped(watched):
+def test_gradients_of_the_trainer_are_observed_accumulated_and_clipped(watched):
     for seen, unclipped in zip(watched.seen, watched.unclipped.steps, strict=True):
         assert norm(unclipped) > 2 * MAX_NORM
         assert norm(seen.gradients) == pytest.approx(MAX_NORM, rel=1e-4)
@@ -225,13 +225,13 @@ def test_the_trainers_gradients_are_seen_accumulated_and_clipped(watched):
 
 
 @pytest.mark.parametrize("under_with", [True, False])
-def test_a_training_that_raises_leaves_nothing_behind_under_with(tmp_path, under_with):
-    """Without it the hooks stay: the Trainer calls no `on_train_end`."""
+def test_a_failed_training_leaves_no_hooks_under_with(tmp_path, under_with):
+    """Check that hooks stay without `with`: the Trainer does not call `on_train_end`."""
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     indices = []
     observer = StepObserver(model, lambda step: indices.append(step.index), strict=True)
-    trainer = trainer_of(
+    trainer = make_trainer(
         model, tmp_path, ObserveSteps(observer), RaiseAfterThree(), optimizer=optimizer
     )
     if under_with:
@@ -244,21 +244,20 @@ def test_a_training_that_raises_leaves_nothing_behind_under_with(tmp_path, under
     assert hook_count(optimizer) == (0 if under_with else 2)
 
 
-def test_the_trainers_end_detaches(tmp_path):
-    """Of an observer that outlives it."""
+def test_the_observer_detaches_at_the_end_of_the_training(tmp_path):
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     observer = StepObserver(model, lambda step: None, strict=True)
-    trainer_of(model, tmp_path, ObserveSteps(observer), optimizer=optimizer).train()
+    make_trainer(model, tmp_path, ObserveSteps(observer), optimizer=optimizer).train()
     assert hook_count(optimizer) == 0
 
 
-def test_observing_changes_no_bit_of_a_training(tmp_path):
+def test_observing_changes_no_bit_of_the_trained_weights(tmp_path):
     trained = []
     for observing in (False, True):
         torch.manual_seed(1)
         model = tiny_model()
         observer = StepObserver(model, lambda step: None, strict=True)
-        trainer_of(model, tmp_path, *([ObserveSteps(observer)] if observing else [])).train()
+        make_trainer(model, tmp_path, *([ObserveSteps(observer)] if observing else [])).train()
         trained.append([p.detach().clone() for p in model.parameters()])
     assert all(map(torch.equal, *trained))

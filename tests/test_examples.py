@@ -12,10 +12,10 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 QUICK = {"lightning_callback.py", "one_step.py", "plain_pytorch.py", "update_monitor.py"}
 SHORTER = {"predict_and_confirm.py": ["--seeds", "1", "--steps", "30"]}
-"""What its own test runs in full."""
+"""Shorter arguments for examples that another test runs in full."""
 
 
-def output_of(*command: str, cwd: Path) -> str:
+def run_script(*command: str, cwd: Path) -> str:
     result = subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
@@ -35,17 +35,17 @@ def output_of(*command: str, cwd: Path) -> str:
         for path in sorted(EXAMPLES.glob("*.py"))
     ],
 )
-def test_example_runs(example: Path, tmp_path: Path) -> None:
-    assert output_of(str(example), *SHORTER.get(example.name, ()), cwd=tmp_path)
+def test_an_example_runs(example: Path, tmp_path: Path) -> None:
+    assert run_script(str(example), *SHORTER.get(example.name, ()), cwd=tmp_path)
 
 
-def test_processes_of_torchrun_say_once_what_becomes_of_the_whole_model(tmp_path: Path) -> None:
+def test_the_torchrun_example_prints_the_whole_model_once(tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    output = output_of(*torchrun, str(EXAMPLES / "fsdp2_cpu.py"), cwd=tmp_path)
+    output = run_script(*torchrun, str(EXAMPLES / "fsdp2_cpu.py"), cwd=tmp_path)
     title, *lines = output.splitlines()
     assert title == "2 processes, without Lightning"
     assert len(lines) == 6
-    assert "1,024 of  8,192 elements" in lines[0]  # not those of a shard
+    assert "1,024 of  8,192 elements" in lines[0]  # the layer, not its local shard
 
 
 def test_there_are_examples() -> None:

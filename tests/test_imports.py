@@ -1,4 +1,4 @@
-"""What importing costs, and that imports run one way: from room to room downwards."""
+"""Imports run one way, from room to room downwards, and load little."""
 
 import ast
 import importlib
@@ -22,10 +22,10 @@ ROOMS = (
     "observation",
     "quantization",
 )
-"""From the top floor to the ground floor: each imports only from itself and from rows below."""
+"""Rooms from the top floor to the ground floor; each imports only from itself and rows below."""
 
 CELLAR = {"_lazy", "_messages", "_version"}
-"""Imported by any, and importing nothing of the project."""
+"""Modules that every room may import, and that import no module of the project."""
 
 ROOF = {"", "__main__", "cli"}
 """Above the rooms: the package itself and the command line; no room imports them."""
@@ -43,8 +43,8 @@ def project_modules() -> dict[str, Path]:
 MODULES = project_modules()
 
 
-def imports_of(file: Path) -> set[str]:
-    """Modules of the project that a file imports, in functions and for types, too."""
+def find_imports(file: Path) -> set[str]:
+    """Return the project's modules that a file imports, also in functions and for types."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -62,12 +62,12 @@ def imports_of(file: Path) -> set[str]:
 
 
 def place(module: str) -> str:
-    """The room, or the module on the roof or in the cellar."""
+    """Return the room, or the module on the roof or in the cellar."""
     return module.partition(".")[2].partition(".")[0]
 
 
 def floor(module: str) -> int:
-    """0 for the cellar, then the rooms, then the roof, then the Lightning package."""
+    """Return 0 for the cellar, then the rooms, then the roof, then the Lightning package."""
     if module.startswith("altgrad_lightning"):
         return len(ROOMS) + 2
     if place(module) in CELLAR:
@@ -77,7 +77,7 @@ def floor(module: str) -> int:
     return len(ROOMS) - ROOMS.index(place(module))
 
 
-def test_the_ground_plan_shows_the_rooms_from_top_to_bottom() -> None:
+def test_the_ground_plan_lists_the_rooms_from_top_to_bottom() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     rows = re.findall(r"(?m)^\| `altgrad/(\w+)/` \|.*\| (.*) \|$", text)
     assert tuple(room for room, _ in rows) == ROOMS
@@ -86,23 +86,23 @@ def test_the_ground_plan_shows_the_rooms_from_top_to_bottom() -> None:
             assert f"altgrad.{room}.{name}" in MODULES
 
 
-def test_every_module_has_its_place() -> None:
+def test_every_module_has_a_place_in_the_plan() -> None:
     places = {place(name) for name in MODULES if name.split(".")[0] == "altgrad"}
     assert places == {*ROOMS} | CELLAR | ROOF
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_no_import_runs_up(module: str) -> None:
-    for imported in imports_of(MODULES[module]):
+def test_imports_run_downwards(module: str) -> None:
+    for imported in find_imports(MODULES[module]):
         assert floor(imported) <= floor(module), f"{module} imports {imported}"
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
-    graph = {name: imports_of(file) & MODULES.keys() for name, file in MODULES.items()}
+def test_imports_have_no_cycles() -> None:
+    graph = {name: find_imports(file) & MODULES.keys() for name, file in MODULES.items()}
     TopologicalSorter(graph).prepare()
 
 
-def test_the_lightning_package_imports_public_names_alone() -> None:
+def test_the_lightning_package_imports_only_public_names() -> None:
     for module, file in MODULES.items():
         if not module.startswith("altgrad_lightning"):
             continue
@@ -119,7 +119,7 @@ LAZY = ("altgrad", "altgrad.quantization", "altgrad.report")
 
 
 def typed_names(package: str) -> dict[str, str]:
-    """From each name that editors and mypy see to the module that it is imported from."""
+    """Map each name that editors and mypy see to the module that defines it."""
     for node in ast.parse(MODULES[package].read_text()).body:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             imports = [each for each in node.body if isinstance(each, ast.ImportFrom)]
@@ -127,13 +127,13 @@ def typed_names(package: str) -> dict[str, str]:
                 alias.name: str(each.module)
                 for each in imports
                 for alias in each.names
-                if alias.asname is None  # those with one are rooms
+                if alias.asname is None  # names with an alias are rooms
             }
     raise AssertionError(f"{package} has no TYPE_CHECKING block")
 
 
 @pytest.mark.parametrize("package", LAZY)
-def test_what_editors_see_is_what_python_finds(package: str) -> None:
+def test_editors_see_the_names_that_python_finds(package: str) -> None:
     module, typed = importlib.import_module(package), typed_names(package)
     assert {*module.__all__} - {"__version__"} == {*typed}
     for name, source in typed.items():
@@ -156,8 +156,8 @@ def test_an_unknown_name_is_an_attribute_error(package: str) -> None:
 
 
 @pytest.mark.slow
-def test_mypy_finds_names_that_are_not_there(tmp_path: Path) -> None:
-    """A `__getattr__` that it sees would make every name Any."""
+def test_mypy_reports_missing_names(tmp_path: Path) -> None:
+    """Check with a missing name: a `__getattr__` visible to mypy would make every name Any."""
     lines = [
         "import altgrad",
         "from altgrad import UpdateMonitr",
@@ -181,8 +181,8 @@ def test_rooms_are_attributes_of_the_package() -> None:
 
 
 @pytest.mark.parametrize("first_use", ["altgrad.UpdateMonitor", "from altgrad import *"])
-def test_names_may_be_first_used_under_another_default_device(first_use: str) -> None:
-    """What modules hold is on the CPU all the same."""
+def test_names_can_be_first_used_under_another_default_device(first_use: str) -> None:
+    """Check that tensors in modules are on the CPU under any default device."""
     script = f"""
 import torch, altgrad
 with torch.device("meta"):
@@ -215,7 +215,7 @@ def test_the_callback_is_listed_before_it_is_used() -> None:
     assert "PrecisionMonitor" in dir(importlib.import_module("altgrad_lightning"))
 
 
-# --- what importing costs
+# --- modules that an import loads
 
 
 def modules_after(statement: str) -> set[str]:
@@ -225,20 +225,20 @@ def modules_after(statement: str) -> set[str]:
 
 
 def heavy_modules_after(statement: str) -> set[str]:
-    """Those that are neither altgrad's nor the standard library's."""
+    """Return the modules outside altgrad and the standard library."""
     tops = {name.partition(".")[0] for name in modules_after(statement)}
     return tops - sys.stdlib_module_names - STARTED
 
 
 STARTED = {name.partition(".")[0] for name in modules_after("pass")} | {"altgrad"}
-"""What a fresh interpreter has before anything is imported."""
+"""Modules that a fresh interpreter holds before any import."""
 
 
-def test_importing_altgrad_loads_nothing() -> None:
+def test_importing_altgrad_loads_no_heavy_module() -> None:
     assert heavy_modules_after("import altgrad") == set()
 
 
-def test_measuring_loads_torch_and_nothing_more() -> None:
+def test_measuring_loads_only_torch() -> None:
     with_torch = {name.partition(".")[0] for name in modules_after("import torch")}
     assert "torch" in with_torch
     statement = "from altgrad import *; import altgrad.monitor.monitor"
@@ -258,7 +258,7 @@ NO_TORCH = {"torch", "pytorch_lightning", "lightning", "altgrad_lightning.callba
         "import altgrad.cli",
     ],
 )
-def test_it_loads_no_torch(statement: str) -> None:
+def test_a_statement_without_tensors_loads_no_torch(statement: str) -> None:
     assert not NO_TORCH & modules_after(statement)
 
 
@@ -283,7 +283,6 @@ print("loaded:", *sys.modules)
 
 
 def test_a_page_loads_no_torch(tmp_path: Path) -> None:
-    """Pictures and all."""
     page = f"RunReport.from_run(read({RUN!r}))"
     statement = f"from altgrad.report import RunReport, page, read; page({page})"
     assert not NO_TORCH & modules_after(statement)

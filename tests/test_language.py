@@ -123,7 +123,7 @@ TERMS = {"power_of_two"}
 """Terms of the field that have `of` in them."""
 
 
-def test_no_name_has_of_in_it() -> None:
+def test_no_name_contains_of() -> None:
     found = []
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -198,14 +198,14 @@ def missing_sections(node: Definition, text: str) -> list[str]:
     if len(arguments(node)) >= 2 and "Args:" not in text:
         missing.append("Args")
     returns = "" if node.returns is None else ast.unparse(node.returns)
-    is_one_line = "\n" not in text  # which says what it returns, or it would not be one
+    is_one_line = "\n" not in text  # one line already says what is returned
     has_section = "Returns:" in text or "Yields:" in text
     if re.search(r"\b(?:Tensor|tuple|dict)\b", returns) and not has_section and not is_one_line:
         missing.append("Returns")
     return missing
 
 
-def test_public_callables_say_what_they_take_and_return() -> None:
+def test_public_callables_document_arguments_and_results() -> None:
     found = []
     for path in FILES:
         for name, node, is_public in definitions(path):
@@ -218,7 +218,7 @@ def test_public_callables_say_what_they_take_and_return() -> None:
     assert not found, f"{len(found)}:\n" + "\n".join(found)
 
 
-# That these can fail
+# Controls
 
 BAD = """
 class Thing:
@@ -240,7 +240,7 @@ def long() -> None:
 """
 
 
-def test_each_rule_finds_what_breaks_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_rule_finds_a_violation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = tmp_path / "bad.py"
     bad.write_text(BAD.format(words="word " * 40))
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
@@ -248,9 +248,9 @@ def test_each_rule_finds_what_breaks_it(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(globals(), "ALL", [*docstrings(bad)])
     for rule, expected in (
         (test_docstrings_begin_with_a_verb_or_an_article, ["Thing:", "Thing.size:", "sum_of:"]),
-        (test_no_name_has_of_in_it, ["sum_of"]),
+        (test_no_name_contains_of, ["sum_of"]),
         (test_no_sentence_is_too_long, ["long: 41 words"]),
-        (test_public_callables_say_what_they_take_and_return, ["sum_of: Args, Returns"]),
+        (test_public_callables_document_arguments_and_results, ["sum_of: Args, Returns"]),
     ):
         with pytest.raises(AssertionError) as raised:
             rule()

@@ -1,4 +1,4 @@
-"""Tests follow the rooms: a module with behaviour of its own has a test file of its name."""
+"""Tests follow the rooms: a module with behaviour has a test file of its name."""
 
 import ast
 import re
@@ -16,11 +16,11 @@ ELSEWHERE = {
     "altgrad/_version.py": "a name",
     "altgrad/measurement/histogram.py": "a tuple",
 }
-"""Modules without a file of their name, and where they are tested, or what they are."""
+"""Modules without a test file of their name, and the file that tests them or the reason."""
 
 
 def find_tests(module: Path) -> list[Path]:
-    """Those of a module's name, such as test_scaling.py and test_scaling_channels.py."""
+    """Return the test files of a module, such as test_scaling.py and test_scaling_channels.py."""
     package, *rooms = module.relative_to(ROOT).parent.parts
     room = ROOT.joinpath("tests", *(rooms if package == "altgrad" else ["lightning"]))
     stem = module.stem.lstrip("_")
@@ -44,7 +44,7 @@ def test_a_module_has_a_test_file_of_its_name(module: Path) -> None:
         assert (ROOT / where).exists()
 
 
-def test_no_test_file_is_longer_than_can_be_read() -> None:
+def test_no_test_file_is_too_long() -> None:
     lengths = {
         str(path.relative_to(ROOT)): len(path.read_text().splitlines())
         for path in (ROOT / "tests").rglob("*.py")
@@ -59,14 +59,14 @@ def test_no_test_module_is_imported_by_another() -> None:
 
 
 NO_ATTRIBUTES = {"_replace", "_asdict", "_fields", "_exit"}
-"""Public, for all that they begin so: of named tuples, and of the module os."""
+"""Public names with an underscore: methods of named tuples, and functions of the module os."""
 
 
 def private_reads(path: Path) -> list[str]:
-    """Private attributes of other objects that a file reads or patches, without a comment why.
+    """Return private attributes of other objects that a file uses without a comment why.
 
-    The comment stands in the line itself or above it; a file that reads one of torch several times
-    says it once, where the name occurs first.
+    The comment stands in the line itself or above it. For a private name of torch, one comment at
+    its first use is enough.
     """
     source = path.read_text()
     lines = source.splitlines()

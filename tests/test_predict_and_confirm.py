@@ -1,4 +1,4 @@
-"""The proof: what one fp32 run predicts is what becomes of runs whose weights really are stored."""
+"""One fp32 run predicts the results of runs whose weights really are stored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def check(found: Experiment, formats: tuple[str, ...]) -> None:
-    """The bounds, of a run and of each matrix; the order; the remedy; the gains."""
+    """Check bounds for a run and each matrix, the order of formats, the remedy and the gains."""
     for format in formats:
         nearest = found.stored[format, "nearest"]
         assert found.prediction("stall_frac", format) == pytest.approx(
@@ -40,7 +40,7 @@ def check(found: Experiment, formats: tuple[str, ...]) -> None:
     by_loss = sorted(formats, key=lambda f: found.stored[f, "nearest"].loss)
     assert by_kept == by_loss
     coarsest = found.stored[formats[-1], "nearest"].loss
-    assert coarsest > 3 * found.fp32.loss  # there is something to be predicted
+    assert coarsest > 3 * found.fp32.loss  # otherwise there is no damage to predict
     check_gains(found)
 
 
@@ -56,8 +56,8 @@ def check_gains(found: Experiment) -> None:
         assert (found.stored["bf16", "stochastic"].weights[name] != 1.0).any()
 
 
-def test_one_run_predicts_others(tmp_path) -> None:
-    """The fast version: 60 steps and two formats of one seed."""
+def test_one_run_predicts_other_runs(tmp_path) -> None:
+    """Check the fast version: 60 steps and two formats with one seed."""
     formats = ("bf16", "e4m3fn")
     found = experiment(digits(0, 60), tmp_path, formats, ["nearest", "stochastic"])
     check(found, formats)
@@ -69,12 +69,12 @@ def test_one_run_predicts_others(tmp_path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_one_run_predicts_others_in_full(seed: int, tmp_path) -> None:
+def test_one_run_predicts_other_runs_at_full_length(seed: int, tmp_path) -> None:
     check(experiment(digits(seed, 300), tmp_path, FORMATS, ["nearest", "stochastic"]), FORMATS)
 
 
-def test_what_is_counted_is_what_happens_to_each_weight() -> None:
-    """Two weights at 1 and one at 2^-6, each to be moved by 0.001 and then by 0.01 in bf16."""
+def test_stalled_updates_are_counted_for_each_weight() -> None:
+    """Move two weights at 1 and one at 2^-6 by 0.001, then by 0.01, in bf16."""
     net = torch.nn.Linear(3, 1, bias=False)
     with torch.no_grad():
         net.weight.copy_(torch.tensor([[1.0, 1.0, 2**-6]]))

@@ -1,4 +1,4 @@
-"""The README's commands and code, and what must agree with them."""
+"""The README's commands and code agree with CI, the docs and the code."""
 
 import doctest
 import re
@@ -18,7 +18,7 @@ def command_lines() -> list[str]:
     return re.findall(r"^python3 -m venv .*$", README, flags=re.MULTILINE)
 
 
-def test_two_lines_each_with_its_own_environment_and_the_constraints() -> None:
+def test_both_command_lines_create_an_environment_with_the_constraints() -> None:
     demo, test = command_lines()
     assert demo.endswith("/altgrad demo")
     assert test.endswith("-m pytest")
@@ -38,24 +38,24 @@ def test_ci_runs_exactly_the_readmes_test_line() -> None:
     assert "<!-- test line -->" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_the_readmes_code_gives_what_it_shows() -> None:
+def test_code_in_the_readme_gives_the_output_it_shows() -> None:
     result = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
     assert result.attempted >= 9
     assert result.failed == 0
 
 
-def test_the_readme_counts_the_rows_of_the_table() -> None:
+def test_the_readme_gives_the_number_of_ways_to_train() -> None:
     text = " ".join(README.split())
     plain, lightning = len(PLAIN_MODES), len(LIGHTNING_MODES)
     assert f"in {plain} ways of plain PyTorch and {lightning} of Lightning's Trainer" in text
 
 
-def test_the_table_of_metrics_is_that_of_the_code() -> None:
-    """Made anew by writing what `as_markdown` returns."""
+def test_the_page_of_metrics_matches_the_code() -> None:
+    """Compare the page with `as_markdown`, whose text renews it."""
     assert (ROOT / "docs" / "metrics.md").read_text() == as_markdown()
 
 
-def test_the_readmes_files_exist() -> None:
+def test_files_that_the_readme_links_to_exist() -> None:
     targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert "docs/demo.png" in targets
     for target in targets:
@@ -67,6 +67,6 @@ def test_the_tested_torch_is_the_pinned_one() -> None:
     bound = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()).group(1)
     assert pinned is not None
     assert f"| torch | {bound} |" in (ROOT / "CONTRIBUTING.md").read_text()
-    # Under the lower bound, by hand, this one test is the one that may differ.
+    # A run by hand under the lower bound of torch passes, too.
     running = torch.__version__.split("+")[0]
     assert running == pinned.group(1) or running.startswith(bound)

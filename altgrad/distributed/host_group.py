@@ -108,10 +108,8 @@ def meet() -> HostGroup:
 
     The ranks find each other by what each has drawn for this meeting: a rank that came alone and
     went is not met again. The group is in no table of torch.distributed, which names the groups of
-    a training by their number. Exchange a text after each meeting: a second meeting that begins
-    before all ranks have ended the first would read the keys of the first. A wait is limited to
-    half of the limit of the training's group: a training that waits for this rank then stays
-    within its own limit.
+    a training by their number. A wait is limited to half of the limit of the training's group: a
+    training that waits for this rank then stays within its own limit.
 
     Raises:
         LostRankError: Not all came within the limit.
@@ -131,7 +129,10 @@ def meet() -> HostGroup:
             store.wait(keys, limit)
             meeting = sha256(b"".join(store.multi_get(keys))).hexdigest()
             meeting_store = c10d.PrefixStore(f"altgrad/{meeting}", store)
-            return HostGroup(meeting_store, rank, size, limit)
+            group = HostGroup(meeting_store, rank, size, limit)
+            # All have connected: a rank that ends, or meets again, breaks none that still connects.
+            group.exchange("calls", "met")
+            return group
         finally:
             store.delete_key(keys[rank])
     except RuntimeError as error:
@@ -141,7 +142,7 @@ def meet() -> HostGroup:
 def _describe_lost(rank: int, size: int, why: str) -> str:
     return (
         f"rank {rank} of {size} did not hear from every other one in time; one has ended, is "
-        "late, or does not observe what the others observe: every process has to attach, to the "
+        "late, or does not observe what the others observe: every rank has to attach, to the "
         f"same steps ({why})"
     )
 

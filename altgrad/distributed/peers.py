@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from altgrad.distributed.shards import Part
 from altgrad.measurement.ever_moved import PackedBits
+from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.step import SkipReason
 from altgrad.quantization.formats import Scaling
 from altgrad.quantization.scale_groups import compute_layer_amaxes
@@ -188,8 +189,8 @@ class Alone:
         return Part(indices, indices, None)
 
     def known(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return all of the parameters."""
-        return dict(parameters)
+        """Return the parameters that are whole; the rest was sharded after `attach`."""
+        return {name: each for name, each in parameters.items() if not is_sharded(each)}
 
     def agreed(self, stepped: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return what `stepped` returns."""

@@ -35,7 +35,7 @@ Call = Literal["attach()", "optimizer.step()", "state_dict()", "weight_octaves()
 
 _REMEDIES = {
     "settings": "give each the same arguments",
-    "layers": "processes with different layers, as the stages of a pipeline, cannot be observed",
+    "layers": "ranks with different layers, as the stages of a pipeline, cannot be observed",
     "optimizers": "each has to attach to the same optimizers, of the same parameters",
     "state": "load the same state_dict() in each, or begin anew in all",
 }
@@ -70,8 +70,8 @@ class Ranks:
 
         if not (distributed.is_available() and distributed.is_initialized()):
             raise RuntimeError(
-                "there are sharded parameters and no process group: observe them in the processes "
-                "that share them, after torch.distributed.init_process_group"
+                "there are sharded parameters and no process group: observe them on the ranks that "
+                "share them, after torch.distributed.init_process_group"
             )
         self.rank = distributed.get_rank()
         self.size = distributed.get_world_size()
@@ -97,7 +97,7 @@ class Ranks:
         """
         if self._group is None:
             raise RuntimeError(
-                "the processes that share the parameters have not met yet: attach() in each first"
+                "the ranks that share the parameters have not met yet: attach() on each first"
             )
         return self._group
 
@@ -142,17 +142,18 @@ class Ranks:
         """
         held = self.take_error()
         error = message.pack(local, held or local.error)
+        when = "before" if held else "in"
+        # Now, since after the all-reduces the other ranks wait for this text.
+        text = error and f"failed {when} {what}: {describe_error(error)}"
         self.group.reduce(message.sums, "SUM")
         self.group.reduce(message.maxima, "MAX")
         if message.is_failed:
-            when = "before" if held else "in"
-            text = error and f"failed {when} {what}: {describe_error(error)}"
             texts = map(json.loads, self.group.exchange("errors", json.dumps(text)))
             failed = [f"rank {rank} {each}" for rank, each in enumerate(texts) if each]
             raise RankError(few(failed, "; ")) from error
         if not message.agrees_on_step:
             raise RankError(
-                f"processes observe different steps or layers, rank {self.rank} {what} with "
+                f"ranks observe different steps or layers, rank {self.rank} {what} with "
                 f"{len(layers)} layers: every_n_steps and sampling must not depend on the rank"
             )
         merged = message.unpack()
@@ -206,7 +207,7 @@ class Ranks:
                 self.group.lose("calls")
                 raise LostRankError(
                     f"rank {rank} is in {other} while rank {self.rank} is in {name}: all "
-                    "processes have to call both, in the same order"
+                    "ranks have to call both, in the same order"
                 )
 
     def total(self, take: Callable[[], Tensor], count: int) -> Tensor:
@@ -263,7 +264,7 @@ def _check_counts(merged: StepSums, layers: Mapping[str, Expected], what: str) -
     for name, elements in zip(merged.names, counted, strict=True):
         if layers[name].elements != elements:
             raise RankError(
-                f"{name} was measured in {elements:.0f} elements by all processes together in "
+                f"{name} was measured in {elements:.0f} elements by all ranks together in "
                 f"{what}, and has {layers[name].elements} to be measured: its gradient is missing "
                 "in some of them, or replicas and shards are not what the placements say"
             )
@@ -279,7 +280,7 @@ def _refuse_different(each: Sequence[Description]) -> NoReturn:
     fewer, more = ([x for x in a if x not in b] for a, b in ((first, second), (second, first)))
     if not (more or fewer):
         raise DisagreementError(
-            f"the processes have the same {kind} in different orders: make them alike"
+            f"the ranks have the same {kind} in different orders: make them alike"
         )
     here, there = few(more, "; ") or "none", few(fewer, "; ") or "none"
     raise DisagreementError(

@@ -1,7 +1,8 @@
-"""`Shard`: which elements of a parameter lie in this process, read from a DTensor's placements.
+"""`Shard`: the elements of a parameter that one rank holds, read from a DTensor's placements.
 
-Shards are described by flat indices into the whole parameter, in row-major order, as samples are:
-so that every process can watch its part of the elements that a single one would watch.
+Shards are described by flat indices into the whole parameter, in row-major order, as samples are.
+Each rank then measures its part of the sample that a single process would measure. Read
+`Shard.read` first; `layers` comes next, which keeps the shards of a whole model.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ Held = range | Tensor
 
 
 class Part(NamedTuple):
-    """The elements that this rank measures, of some elements of a parameter.
+    """The part of some elements of a parameter that one rank measures.
 
     Attributes:
-        indices: Flat, into the whole parameter; None for all of it.
-        local: Flat, into what lies here; None for all of it.
-        positions: Which of the elements these are; None for all of them.
+        indices: int64, flat indices into the whole parameter; None for all of it.
+        local: int64, flat indices of the same elements into the local shard; None for all of it.
+        positions: int64, positions of these among the elements asked for; None for all of them.
     """
 
     indices: Tensor | None
@@ -50,11 +51,11 @@ class Shard(NamedTuple):
     """A local shard: the elements of a parameter that one rank holds.
 
     Attributes:
-        shape: Of the whole parameter.
-        held: Along each of its dimensions, what is here.
-        counts: Whether it is this process that contributes it, of those that have the same.
-        last_cuts: How its last dimension is divided.
-        part: Which of how many parts it is; all who have the same one should have copies of it.
+        shape: Shape of the whole parameter.
+        held: Indices that this rank holds along each dimension.
+        counts: True if this rank contributes the shard, and not another one with a replica.
+        last_cuts: Divisions of the last dimension.
+        part: Number of the shard and number of all shards; ranks with the same one hold replicas.
     """
 
     shape: torch.Size
@@ -88,7 +89,7 @@ class Shard(NamedTuple):
         if coordinate is None:
             raise ValueError(
                 f"{name} lies in ranks {mesh.mesh.flatten().tolist()} alone, and not in rank "
-                f"{rank}: a mesh that leaves out processes cannot be observed"
+                f"{rank}: a mesh that leaves out ranks cannot be observed"
             )
         if not known:
             raise ValueError(
@@ -107,7 +108,7 @@ class Shard(NamedTuple):
                 f"{tuple(to_local_tensor(parameter.detach()).shape)}; it cannot be observed"
             )
         first = all(c == 0 for c, p in zip(coordinate, placements, strict=True) if p.is_replicate())
-        # A mesh of its own that has not the first process is a replica of the one that has.
+        # Where each mesh has its own ranks, a mesh without rank 0 holds a replica.
         counts = first and bool((mesh.mesh == 0).any())
         along = zip(mesh.shape, coordinate, placements, strict=True)
         part = 0, 1

@@ -165,7 +165,7 @@ class Together(Ranks):
             self._watched.leave_out(
                 torn,
                 f"leaves out {few(torn)}, of which blocks of {sizes} elements that share a scale "
-                "lie in several processes",
+                "lie on several ranks",
             )
 
     def _leave_out_different_replicas(self) -> None:
@@ -177,7 +177,7 @@ class Together(Ranks):
         if different := different_replicas(parameters, self._layers.shard, self):
             self._watched.leave_out(
                 different,
-                f"leaves out {few(different)}: not all processes have the same values of what "
+                f"leaves out {few(different)}: not all ranks have the same values of what "
                 "should be copies, so that they are different experts or models, or were not "
                 "initialised alike",
             )

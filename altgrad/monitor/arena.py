@@ -270,11 +270,21 @@ class Arena:
         device, measurer = row_layers.device, self._measurer
         amax = None
         if measurer.formats.needs_amax:
-            amax = torch.cat([self._scale_state.amax(place.name) for place in places])
+            amax = torch.cat([self._amax(place, device) for place in places])
         if measurer.formats.is_single:
             return measurer.compute_scales(amax, len(places), device)[row_layers]
         sharing = Sharing.join([self._sharing(place) for place in places])
         return sharing.to(device), amax
+
+    def _amax(self, place: Place, device: torch.device) -> Tensor:
+        """Return the amax of a layer, (groups); ones for a layer that has another shape by now.
+
+        Such a layer has no elements here until it has a gradient, and the arena is laid out again.
+        """
+        is_by_channel = self._measurer.formats.scaling == "channel" and len(place.shape) > 0
+        groups = place.shape[0] if is_by_channel else 1
+        amax = self._scale_state.amax(place.name)
+        return amax if len(amax) == groups else torch.ones(groups, device=device)
 
     def _sharing(self, place: Place) -> Sharing:
         """Find which elements of a place share a scale, filled up to whole rows."""

@@ -65,12 +65,20 @@ class Engine:
 
         Returns:
             Flat indices into the local shard, int64 (elements). None for all.
+
+        Raises:
+            RuntimeError: The parameter was sharded, or placed anew, after `attach`.
         """
         self._samples.pop(name, None)
         if parameter.dtype not in INPUT_DTYPES:
             return None
         part = empty_part()
         if self._settings.get(name).enabled:
+            if name not in peers.known({name: parameter}):
+                raise RuntimeError(
+                    f"{name} was sharded, or placed anew, since the monitor was attached: expected "
+                    "it to lie where it did; call attach() after sharding a module"
+                )
             part = peers.part(name, self._settings.measured_indices(name, parameter.shape))
         if part.indices is not None:
             self._samples[name] = Sample(parameter.shape, part.indices)

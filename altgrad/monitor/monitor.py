@@ -13,6 +13,7 @@ Read `policy` next, for the first, then `engine` and `arena`, for the second and
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -44,7 +45,7 @@ from altgrad.monitor.weight_octaves import weight_octaves
 from altgrad.observation import SkipReason, StepObserver, StepOutcome
 from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.rules import LayerSampling, SamplingRule
-from altgrad.observation.snapshots import Memory
+from altgrad.observation.snapshots import Copies, Memory, Request
 from altgrad.observation.stored import get_stored_formats
 from altgrad.quantization.block_formats import Formats, get_formats
 from altgrad.quantization.format_set import FormatSet
@@ -266,7 +267,8 @@ class UpdateMonitor:
             return self
         peers.attach(lambda: self._observer.check(*optimizers, scaler=scaler))
         if self._loaded is not None:
-            parts = peers.parts([*self.parameters])
+            names = self._settings.measured_names(self._observer.names, self._observer.parameters)
+            parts = peers.parts(names)
             self._ever_moved.load_state_dict(self._loaded, parts)
             self._loaded = None
         self._observer.attach(*optimizers, scaler=scaler)
@@ -384,7 +386,14 @@ class UpdateMonitor:
 
     def _memory(self, optimizer: Optimizer) -> Memory:
         """Return a function that assigns memory for the copies of an optimizer's layers."""
-        return lambda requests: self._engine.lay_out(optimizer, requests, self._peers)
+        reference = weakref.ref(optimizer)  # the observer holds this function, and no optimizer
+
+        def assign(requests: Sequence[Request]) -> Sequence[Copies | None]:
+            alive = reference()
+            assert alive is not None, "it is being stepped"
+            return self._engine.lay_out(alive, requests, self._peers)
+
+        return assign
 
     def _finish(self, outcome: StepOutcome) -> None:
         """Measure a step, combine it with other ranks, and hand out its record.

@@ -59,7 +59,7 @@ class ScaleState:
             return False
         due = parameters = stepped()
         if self._steps_left:
-            wanted = self._exceeded.union(self._unknown(parameters))
+            wanted = self._exceeded.union(self._unknown(parameters) if are_new else ())
             due = {name: each for name, each in parameters.items() if name in wanted}
         self._take(due, peers)
         self._steps_left = self._steps_left or STEPS_PER_SCALE

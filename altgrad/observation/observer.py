@@ -9,8 +9,10 @@ This is the last file to read here; `altgrad.monitor.monitor` comes next and mea
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -163,7 +165,7 @@ class StepObserver:
         # with those of fully_shard: torch/utils/__init__.py, swap_tensors.
         self._chosen: Chosen = {}
         self._chosen_names = self.registry.names  # the names when `_chosen` was last tidied
-        self._asking: _Hooks | None = None
+        self._asking = threading.local()  # two threads may step two optimizers
         self._failed: dict[_Hooks, Exception] = {}  # errors of should_observe, until the step ends
 
     @property
@@ -201,7 +203,8 @@ class StepObserver:
         Raises:
             RuntimeError: `should_observe` is not being called.
         """
-        optimizer = None if self._asking is None else self._asking.optimizer
+        hooks: _Hooks | None = getattr(self._asking, "hooks", None)
+        optimizer = None if hooks is None else hooks.optimizer
         if optimizer is None:
             raise RuntimeError(
                 "asking: expected a call of should_observe to be running; read it inside of "
@@ -298,14 +301,14 @@ class StepObserver:
     def _is_due(self, hooks: _Hooks) -> bool:
         if self._stopped or self._should_observe is None:
             return not self._stopped
-        self._asking = hooks
+        self._asking.hooks = hooks
         try:  # a step that is not observed must cost little more than this call
             return bool(self._should_observe(hooks.index)) and not self._stopped
         except Exception as error:  # noqa: BLE001 - no error of the user's function ends training
             self._failed[hooks] = error  # delivered with the outcome when the step ends
             return True
         finally:
-            self._asking = None
+            self._asking.hooks = None
 
     def _capture(self, hooks: _Hooks, optimizer: Optimizer) -> _Captured:
         if hooks in self._failed:
@@ -368,13 +371,22 @@ class StepObserver:
             self._stop()
             if self._strict:
                 raise
-            self._notices.give(
+            self._report(
                 f"stops observing after an error: {describe_error(error)}. Training goes on; "
                 "strict=True would raise it"
             )
             # Frames refer to the error and the error to its frames, which would keep copies alive
             # until the garbage collector runs.
             traceback.clear_frames(error.__traceback__)
+
+    def _report(self, notice: str) -> None:
+        """Give a notice in a way that cannot end the training."""
+        try:
+            self._notices.give(notice)
+        except Warning:  # the user made warnings errors
+            raise
+        except Exception as failed:  # noqa: BLE001 - no error of the user's function ends training
+            warnings.warn(f"{type(self).__name__} {notice}; tell= failed: {failed!r}", stacklevel=3)
 
     def _make_outcome(
         self, hooks: _Hooks, optimizer: Optimizer, captured: _Captured | None
@@ -434,8 +446,16 @@ class StepObserver:
 
 
 def describe_error(error: Exception) -> str:
-    """Return the text of an error, with the function and line that raised it."""
+    """Return the text of an error, with the function and line that raised it, if any did."""
     if isinstance(error, RankError):
         return str(error)
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{error!r} in {place.name}, {place.filename}:{place.lineno}"
+    try:
+        text = repr(error)
+    except Exception:  # noqa: BLE001 - a class of the user may fail to write itself
+        text = type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    return (
+        f"{text} in {frames[-1].name}, {frames[-1].filename}:{frames[-1].lineno}"
+        if frames
+        else text
+    )

@@ -1,4 +1,4 @@
-"""Two records of the same elements: counts, bins and extrema are equal, sums of floats nearly."""
+"""Compare records of the same elements: counts, bins and extrema exactly, sums of floats nearly."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from altgrad import StepRecord, model_figures
 from altgrad.measurement.figures import Figures
 
 _NEARLY = 1e-12
-"""Relative, of a sum in float64, whatever the order of its terms."""
+"""Relative tolerance of a float64 sum whose terms are added in any order."""
 
-# What follows from sums of floats that are all positive, and no other.
+# Metrics that follow from sums of positive floats alone.
 _OF_SUMS = {
     *("update_rms", "weight_rms", "gradient_rms", "update_weight_ratio", "ulp_mean"),
     *("energy_concentration", "update_error", "stochastic_move_frac", "stochastic_noise_ratio"),
@@ -21,12 +21,12 @@ _OF_SUMS = {
 
 
 def differences(record: StepRecord, expected: StepRecord) -> list[str]:
-    """Return what is not the same, in words."""
+    """Describe each difference between two records."""
     if record.layers.keys() != expected.layers.keys():
         return [f"layers {sorted(record.layers.keys() ^ expected.layers.keys())}"]
     found = []
     for name, figures in record.layers.items():
-        found += [f"{name}: {each}" for each in _of_layer(figures, expected.layers[name])]
+        found += [f"{name}: {each}" for each in _compare_layer(figures, expected.layers[name])]
     for key, value in record.model.items():
         truth = expected.model[key]
         if not _is_near(value, truth, 1e-9 * abs(truth)):
@@ -35,7 +35,7 @@ def differences(record: StepRecord, expected: StepRecord) -> list[str]:
 
 
 def without(record: StepRecord, left_out: AbstractSet[str]) -> StepRecord:
-    """Return the record as if these layers had not been observed."""
+    """Return the record without some layers."""
     if not left_out:
         return record
     layers = {name: each for name, each in record.layers.items() if name not in left_out}
@@ -43,12 +43,12 @@ def without(record: StepRecord, left_out: AbstractSet[str]) -> StepRecord:
 
 
 def plain(record: StepRecord) -> str:
-    """Return all figures and bins of a record, equal only if they are equal in each bit."""
+    """Return all figures and bins as a text that is equal only if every bit is equal."""
     each = [record.model, *record.layers.values()]
     return repr([([*f.items()], f.population, f.elements, [*_histograms(f)]) for f in each])
 
 
-def _of_layer(figures: Figures, expected: Figures) -> Iterator[str]:
+def _compare_layer(figures: Figures, expected: Figures) -> Iterator[str]:
     for kind in ("formats", "population", "elements"):
         value, truth = getattr(figures, kind), getattr(expected, kind)
         if value != truth:
@@ -60,7 +60,7 @@ def _of_layer(figures: Figures, expected: Figures) -> Iterator[str]:
         if not _is_near(figures[key], truth, _tolerance(key, expected)):
             yield f"{key}: {figures[key]} for {truth}"
         value, error = figures.standard_error(key), expected.standard_error(key)
-        if not _is_near(value**2, error**2, _tolerance_of_error(key, expected)):
+        if not _is_near(value**2, error**2, _standard_error_tolerance(key, expected)):
             yield f"standard error of {key}: {value} for {error}"
 
 
@@ -77,26 +77,26 @@ def _is_near(value: float, truth: float, tolerance: float) -> bool:
 
 
 def _tolerance(key: str, figures: Figures) -> float:
-    """Return how far a figure of a layer may be off: 0 unless it follows from sums of floats."""
+    """Return the tolerance of a figure: 0 unless it follows from sums of floats."""
     name, _, format = key.partition("/")
     if name in _OF_SUMS:
         return _NEARLY * abs(figures[key])
     if name == "kept_update_ratio":  # Σ |effective · update| ≤ (1 + error) Σ update²
         return _NEARLY * (1 + figures[f"update_error/{format}"])
-    if name == "grid_error_std":  # a difference: its square, beside that of the mean
+    if name == "grid_error_std":  # a difference: its square, relative to the square of the mean
         mean, std = figures[f"grid_error_mean/{format}"], figures[key]
         return _NEARLY * (std + 2 * mean**2 / std) if std > 0 else 0.0
     if name == "sqnr_db":  # a logarithm
         return 10 * _NEARLY
-    # A quotient of differences that no figure shows.
+    # A quotient of two differences, which are no figures themselves.
     return 1e-9 if name == "grad_stiff_correlation" else 0.0
 
 
-def _tolerance_of_error(key: str, figures: Figures) -> float:
-    """Return how far the square of a standard error may be off.
+def _standard_error_tolerance(key: str, figures: Figures) -> float:
+    """Return the tolerance of the square of a standard error.
 
-    Those of shares follow from counts; that of the kept_update_ratio is a difference of sums of
-    fourth powers of updates, which energy_concentration has.
+    The errors of shares follow from counts. The error of the kept_update_ratio is a difference of
+    sums of fourth powers of updates; energy_concentration shows the same sums.
     """
     name, _, _ = key.partition("/")
     error = figures.standard_error(key)

@@ -1,4 +1,4 @@
-"""Ranks that stay for all tests of a file, to be called with what each is to do."""
+"""Fixtures: ranks that live for all tests in a file, and are called with a function to run."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""`Listening`: every collective that ranks make, and how much each says in it."""
+"""`Listening` records every collective of a rank, and its bytes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ COLLECTIVES = (
     *("alltoall", "alltoall_base", "barrier", "broadcast", "gather", "monitored_barrier", "recv"),
     *("reduce", "reduce_scatter", "_reduce_scatter_base", "scatter", "send"),
 )
-"""Of a group with gloo."""
+"""Names of the methods of a gloo group that are collectives."""
 
 Said = list[tuple[str, int]]
-"""Of each collective its name and how many bytes each rank gives to it."""
+"""The name of each collective, and the bytes that each rank gives to it."""
 
 
 class Listening(TorchDispatchMode):
-    """Notes every collective that torch makes within, of whichever function and group."""
+    """A context that records every collective by torch, for any function and group."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,11 +46,11 @@ class Listening(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def _noting(self, name):
-        """A method of a group that is called past torch's own functions."""
+        """Return a recording version of a group's method, for calls past torch's functions."""
         method = getattr(dist.ProcessGroupGloo, name)
 
         def call(group, *args, **kwargs):
-            # Of (outputs, inputs) the inputs are given.
+            # The arguments are (outputs, inputs): count the inputs.
             self._note(name, args[-1:] if name == "allgather" else args)
             return method(group, *args, **kwargs)
 

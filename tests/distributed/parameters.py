@@ -1,4 +1,4 @@
-"""`Parameters`: what a rank is about to observe, without a monitor; and the ranks that share it."""
+"""`Parameters` stands in for a monitor, and `attached` makes ranks that observe them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from altgrad.quantization.format_set import FormatSet
 
 
 class Parameters:
-    """A `Watched` of parameters that one optimizer steps."""
+    """A `Watched` whose parameters are stepped by one optimizer."""
 
     def __init__(self, parameters: Mapping[str, Tensor], indices: Any = lambda *_: None) -> None:
         self.parameters = parameters
@@ -36,7 +36,7 @@ class Parameters:
 
 
 def attached(parameters: Mapping[str, Tensor], indices: Any = lambda *_: None) -> Together:
-    """Return the ranks that share these parameters, once they have met and agreed."""
+    """Return ranks that shard the parameters, and have met and agreed."""
     ranks = Together(Parameters(parameters, indices))
     ranks.attach(list)
     return ranks

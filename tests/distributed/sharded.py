@@ -1,4 +1,4 @@
-"""Models that several ranks share, and the whole tensors of each of their steps."""
+"""Models that several ranks shard, and the whole tensors of each of their steps."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from torch.distributed.tensor.parallel import (
 from altgrad import StepRecord, UpdateMonitor
 
 WholeStep = dict[str, tuple[Tensor, Tensor, Tensor]]
-"""Before, after and gradient of each layer."""
+"""The weights before and after the step, and the gradient, of each layer."""
 
 
 class Net(nn.Module):
-    """Large and small layers, a bias of five, one of a single element, weights that are no numbers
-    in a row that is never used, and a layer that is never used at all."""
+    """A model with odd layers.
+
+    It has large and small layers, a bias with 5 elements and one with a single element, NaN and inf
+    in a row that is never used, and a layer that is never used.
+    """
 
     def __init__(self, width: int = 48) -> None:
         super().__init__()
@@ -69,7 +72,7 @@ def hsdp(size: int) -> nn.Module:
 
 
 def tensor_parallel(size: int) -> nn.Module:
-    """Only two layers are; of the others every rank has all."""
+    """Return a model with two sharded layers; every rank holds replicas of the others."""
     return parallelize_module(Net(), init_device_mesh("cpu", (size,)), _PLAN)
 
 
@@ -83,7 +86,7 @@ _PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 
 
 def strategies(size: int) -> list[Callable[[int], nn.Module]]:
-    """Return those that so many ranks can have."""
+    """Return the strategies that this number of ranks allows."""
     each = [fsdp]
     if size in (2, 4):
         each += [fsdp_by_columns, hsdp, tensor_parallel]
@@ -100,9 +103,9 @@ def whole(tensor: Any) -> Tensor:
 
 
 class WholeSteps:
-    """Keeps the whole tensors of each step of an optimizer.
+    """A recorder of the whole tensors in each step of an optimizer.
 
-    Of one that calls ``super().step()`` torch may call the hooks once more: it is one step.
+    If a step calls ``super().step()``, torch may call the hooks twice: it counts as one step.
     """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -133,7 +136,7 @@ class WholeSteps:
 
 
 class Replay(torch.optim.Optimizer):
-    """Makes the steps that were made elsewhere."""
+    """An optimizer that repeats recorded steps."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], steps: list[WholeStep]) -> None:
         super().__init__(parameters.values(), {})
@@ -159,7 +162,7 @@ def replayed(
     parameters: dict[str, nn.Parameter] | None = None,
     **settings: Any,
 ) -> UpdateMonitor:
-    """A monitor that has seen these steps in one process."""
+    """Return a monitor that has observed the recorded steps in one process."""
     records: list[StepRecord] = []
     parameters = parameters or dict(Net().named_parameters())
     optimizer = Replay(parameters, steps)

@@ -1,4 +1,4 @@
-"""Models that do not stay as they were: whole for a while, sharded later, with new layers."""
+"""Models that change: unsharded for a while, sharded later, or with new layers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.processes import run
 
 SIZE = 2
 
-# Whole for a while
+# Unsharded for a while
 
 
 def evaluate(net: nn.Module) -> None:
-    """After which fully_shard leaves the outermost parameters whole."""
+    """Run an evaluation, after which fully_shard leaves the outermost parameters unsharded."""
     with torch.no_grad():
         net(torch.arange(6))
 
@@ -61,8 +61,8 @@ def test_fully_shard_is_observed_after_an_evaluation(two, wrapping: str) -> None
         assert each["told"] == []
 
 
-def test_torch_leaves_whole_parameters_after_an_evaluation(two) -> None:
-    """What all this is for: should it end, `register_shards` can go."""
+def test_torch_leaves_unsharded_parameters_after_an_evaluation(two) -> None:
+    """Check the behaviour of torch that makes `register_shards` necessary."""
     some, root, children = (
         two(after_evaluation, wrapping)[0]["whole"] for wrapping in ("some", "root", "children")
     )
@@ -89,7 +89,7 @@ def test_a_monitor_may_be_made_before_the_model_is_sharded(two) -> None:
         assert each["problems"] == []
 
 
-# With other layers
+# New layers
 
 
 class Grown(Net):
@@ -101,7 +101,7 @@ class Grown(Net):
 
 
 def grow(rank: int) -> dict[str, Any]:
-    """A layer that comes after some steps; one that another takes the place of, of another size."""
+    """Add a layer after some steps, and replace a layer by one with another size."""
     mesh = init_device_mesh("cpu", (SIZE,))
     net = fully_shard(Grown(), mesh=mesh)
     optimizer = sgd(net)
@@ -130,7 +130,7 @@ def grow(rank: int) -> dict[str, Any]:
     }
 
 
-def test_layers_may_appear_and_be_replaced(two) -> None:
+def test_layers_can_be_added_and_replaced(two) -> None:
     for each in two(grow):
         assert each["problems"] == []
         assert each["population"] == 7 * 64
@@ -140,9 +140,9 @@ def test_layers_may_appear_and_be_replaced(two) -> None:
 
 
 def grow_another(rank: int) -> dict[str, Any]:
-    """A layer that one of two optimizers is given, before the other one steps with all scales due.
+    """Add a layer to one of two optimizers, before the other one steps with all scales due.
 
-    Its gradient is set by hand at the step that has it.
+    The gradient of the layer is set by hand at its first step.
     """
     mesh = init_device_mesh("cpu", (SIZE,))
     net = fully_shard(Net(), mesh=mesh)
@@ -165,16 +165,16 @@ def grow_another(rank: int) -> dict[str, Any]:
     }
 
 
-def test_a_layer_of_another_optimizer_is_unknown_until_that_one_steps(two) -> None:
+def test_a_new_layer_is_unknown_until_its_optimizer_steps(two) -> None:
     for each in two(grow_another):
         first, second = each["layers"]
         assert first == ["five.weight", "five.bias"]
         assert {"extra.weight", "extra.bias", "up.weight"} <= {*second}
-        assert abs(each["amax"]) < 0.02  # as it was before the step
+        assert abs(each["amax"]) < 0.02  # the amax before the step
 
 
 def grow_alone(rank: int) -> dict[str, Any]:
-    """An optimizer that is given one more layer on one rank only."""
+    """Add a layer to the optimizer on one rank only."""
     net = fsdp(SIZE)
     parameters = dict(net.named_parameters())
     last = parameters.pop("head.bias")
@@ -186,9 +186,62 @@ def grow_alone(rank: int) -> dict[str, Any]:
     return {"told": told, "observing": monitor.is_observing}
 
 
-def test_a_layer_that_one_rank_alone_steps_ends_the_observation_in_time() -> None:
+def test_a_layer_that_only_one_rank_steps_ends_the_observation_in_time() -> None:
     for each in run(grow_alone, SIZE, collective=LIMIT):
         assert not each["observing"]
         assert len(each["told"]) == 1
         assert each["told"][0].startswith("UpdateMonitor stops observing after an error: rank ")
         assert "did not hear from every other one" in each["told"][0]
+
+
+# After a checkpoint, or without an agreement
+
+
+def freeze_after_checkpoint(rank: int) -> dict[str, Any]:
+    """Resume with a frozen layer, take a checkpoint, and train the layer again."""
+    net = fsdp(SIZE)
+    optimizer = sgd(net)
+    with UpdateMonitor(net, strict=True).attach(optimizer) as monitor:
+        train(net, optimizer, 2)
+        state = monitor.state_dict()
+    net.up.weight.requires_grad_(False)
+    told: list[str] = []
+    again = UpdateMonitor(net, tell=told.append, strict=True)
+    again.load_state_dict(state)
+    with again.attach(optimizer):
+        kept = again.state_dict()["ever_moved"]
+        net.up.weight.requires_grad_(True)
+        train(net, optimizer, 1)
+    names = [name for name in state["ever_moved"] if name not in kept]
+    equal = all(torch.equal(kept[name][1], bits) for name, (_, bits) in state["ever_moved"].items())
+    return {"missing": names, "equal": equal, "told": told, "layers": len(state["ever_moved"])}
+
+
+def test_a_layer_frozen_at_a_resume_keeps_which_elements_have_moved(two) -> None:
+    for each in two(freeze_after_checkpoint):
+        assert each["layers"] > 5
+        assert each == {"missing": [], "equal": True, "told": [], "layers": each["layers"]}
+
+
+def shard_after_attach(rank: int) -> dict[str, Any]:
+    """Shard a model in place between two steps, without a new attach."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    records: list[StepRecord] = []
+    told: list[str] = []
+    monitor = UpdateMonitor(net, records.append, tell=told.append).attach(optimizer)
+    for sharded in (False, True):
+        if sharded:
+            fully_shard(net, mesh=init_device_mesh("cpu", (SIZE,)))
+            optimizer.param_groups[0]["params"] = [*net.parameters()]
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    return {"records": len(records), "told": told, "observing": monitor.is_observing}
+
+
+def test_a_model_sharded_after_attach_ends_the_observation_by_name(two) -> None:
+    for each in two(shard_after_attach):
+        assert each["records"] == 1
+        assert not each["observing"]
+        assert "0.weight was sharded" in each["told"][-1]

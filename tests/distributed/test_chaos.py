@@ -1,4 +1,4 @@
-"""Whatever ranks do, each as it likes: none of them is killed, and none waits for ever."""
+"""Random actions on each rank kill no rank, and make no rank wait for ever."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.distributed.sharded import fsdp
 from tests.processes import run
 
 SIZE, ACTIONS = 2, 16
-LIMIT = 2.0  # seconds, of the process group
+LIMIT = 2.0  # seconds, the time limit of the process group
 
 
 def act(rank: int, seed: int) -> float:
-    """Two monitors of two optimizers, and actions of which many are this rank's alone.
+    """Use two monitors of two optimizers at random; many actions are made by this rank alone.
 
     Gradients are set by hand: training would wait for the other rank.
     """
@@ -58,7 +58,7 @@ def act(rank: int, seed: int) -> float:
         ]
         chance = own if own.random() < 0.4 else shared
         (action,) = chance.choices([each for _, each in actions], [weight for weight, _ in actions])
-        with suppress(RuntimeError, ValueError):  # of what is meant to be told
+        with suppress(RuntimeError, ValueError):  # errors that the monitor means to raise
             action()
     return time.monotonic() - start
 
@@ -72,6 +72,6 @@ def act_quietly(rank: int, seed: int) -> float:
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))]
 )
-def test_no_rank_is_killed_by_what_others_do(seed: int) -> None:
+def test_no_rank_is_killed_by_actions_of_other_ranks(seed: int) -> None:
     for seconds in run(act_quietly, SIZE, seed, collective=LIMIT):
         assert seconds < ACTIONS * LIMIT

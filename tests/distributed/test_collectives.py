@@ -1,4 +1,4 @@
-"""How often ranks speak with each other, and how much they say: whatever the model's size."""
+"""The number of collectives in a step, and their bytes, for models of different sizes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMATS = {"one": ["bf16"], "four": ["fp16", "bf16", "e4m3fn", "e5m2"]}
 
 
 def sharded(layers: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Layers of 16 elements, with gradients, and an optimizer of them."""
+    """Return a sharded model whose layers have 16 elements and gradients, and its optimizer."""
     net = fully_shard(
         nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(layers))),
         mesh=init_device_mesh("cpu", (SIZE,)),
@@ -43,7 +43,7 @@ def listen(rank: int, layers: int, formats: list[str]) -> dict[str, Said]:
             call()
         said[name] = each.said
 
-    # The last is every step that is not observed.
+    # The last step is not observed.
     schedule = (lambda index: index < STEPS_PER_SCALE + 1) if layers == 10 else (lambda i: i < 2)
     monitor = UpdateMonitor(net, formats=formats, every_n_steps=schedule, strict=True)
     during("attach", lambda: monitor.attach(optimizer))
@@ -61,7 +61,7 @@ def listen(rank: int, layers: int, formats: list[str]) -> dict[str, Said]:
 
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("layers", [10, 1000])
-def test_an_observed_step_is_one_sum_and_one_max_and_all_else_is_none(
+def test_an_observed_step_makes_two_all_reduces_and_other_steps_make_none(
     two, layers: int, formats: list[str]
 ) -> None:
     first, second = two(listen, layers, formats)
@@ -81,7 +81,7 @@ def test_an_observed_step_is_one_sum_and_one_max_and_all_else_is_none(
 
 
 def texts(rank: int) -> dict[str, Any]:
-    """What is exchanged beside numbers, of 1,000 layers; in the third step rank 1 fails."""
+    """Record the texts that 1,000 layers exchange; rank 1 fails in the third step."""
     net, optimizer = sharded(1000)
     exchange, said = HostGroup.exchange, {}
 
@@ -110,12 +110,14 @@ def texts(rank: int) -> dict[str, Any]:
     return said | {"numbers": [name for name, _ in numbers.said]}
 
 
-def test_texts_are_exchanged_once_at_calls_beside_steps_and_after_an_error(two) -> None:
+def test_texts_are_exchanged_only_by_calls_between_steps_and_after_an_error(two) -> None:
     for rank, said in enumerate(two(texts)):
         assert said["first"] == said["second"] == []
-        ((channel, length),) = said["attach"]  # a digest of what is to be alike
-        assert (channel, length < 100) == ("calls", True)
-        # A bit for whether each of 16 elements ever moved, and one for each format.
+        # That all have met, and a digest of all settings that must be alike.
+        assert [(channel, length < 100) for channel, length in said["attach"]] == [
+            ("calls", True)
+        ] * 2
+        # For each of 16 elements a bit for "ever moved", and one for each format.
         ((channel, length),) = said["checkpoint"]
         assert (channel, length < 1000 * 3 * 16 // 8) == ("calls", True)
         assert [channel for channel, _ in said["octaves"]] == ["calls"]

@@ -1,4 +1,4 @@
-"""The comparison with one process can fail: with the errors that others have made."""
+"""The comparison with one process finds known errors of distributed code."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from tests.distributed.comparing import differences
 from tests.distributed.sharded import WholeSteps, fsdp, hsdp, replayed
 from tests.distributed.training import train, warned
 
-shard_of, reduce, expected_of = Shard.read, HostGroup.reduce, ShardedLayers.expected
+read_shard, reduce, find_expected = Shard.read, HostGroup.reduce, ShardedLayers.expected
 
 
 def every_replica_counts(*arguments) -> Shard:
-    return shard_of(*arguments)._replace(counts=True)
+    return read_shard(*arguments)._replace(counts=True)
 
 
 def twice_as_many(layers: ShardedLayers, names):
-    """Return what is expected of layers, as if all elements were to be counted twice."""
-    expected = expected_of(layers, names)
+    """Return twice the expected number of elements."""
+    expected = find_expected(layers, names)
     return {n: each._replace(elements=2 * each.elements) for n, each in expected.items()}
 
 
@@ -71,7 +71,7 @@ def control(rank: int) -> dict[str, list[str]]:
     return found
 
 
-def test_errors_that_others_have_made_are_found(two) -> None:
+def test_replicas_counted_twice_and_averaged_maxima_are_found(two) -> None:
     first, second = two(control)
     assert first["sound"] == second["sound"] == []
     twice = first["replicas twice"]
@@ -89,8 +89,8 @@ def test_errors_that_others_have_made_are_found(two) -> None:
 # Each column
 
 
-def row_of_a_sample(formats: FormatSet) -> torch.Tensor:
-    """Return what is measured of 300 elements of a larger layer."""
+def measure_sample(formats: FormatSet) -> torch.Tensor:
+    """Return the sums and maxima of a sample: 300 elements of a layer with 1,000."""
     torch.manual_seed(0)
     before, update, gradient = torch.randn(3, 300).float()
     ever = EverMoved(torch.zeros(1, 1, 300).bool(), torch.zeros(1, len(formats), 300).bool())
@@ -100,19 +100,19 @@ def row_of_a_sample(formats: FormatSet) -> torch.Tensor:
 
 
 UNSEEN = {
-    "ever_moved",  # figures follow from that of each format
-    # They decide one thing: whether all elements have the same gradient or error.
+    "ever_moved",  # figures follow from the columns of the formats
+    # These only decide whether all elements have the same gradient or error.
     *("largest paired_gradient_abs", "largest minus_paired_gradient_abs"),
     *("largest minus_grid_error bf16", "largest minus_grid_error e4m3fn"),
 }
 DIFFERENCES = {"paired_gradient_sq", "stiffness_sq", "grid_error_sq"}
-"""Sums of squares that are seen in the little that is left of them."""
+"""Sums of squares that figures show only as a difference, so that most digits cancel."""
 
 
-def test_one_element_more_or_the_last_digits_of_a_sum_are_found_in_each_column() -> None:
+def test_a_small_change_in_any_column_is_found() -> None:
     formats = FormatSet(get_formats(["bf16", "e4m3fn"]), "tensor")
     names = formats.names
-    row = row_of_a_sample(formats)
+    row = measure_sample(formats)
     columns = [*SUMS, *(f"{sum} {f}" for f in names for sum in FORMAT_SUMS)]
     columns += [f"largest {each}" for each in MAXIMA]
     columns += [f"largest {each} {f}" for f in names for each in FORMAT_MAXIMA]

@@ -1,4 +1,4 @@
-"""Ranks that share a model come to the figures of one process that has all of it."""
+"""Ranks that shard a model give the figures of one process that holds the whole model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def observe_one(make: Any, size: int) -> dict[str, Any]:
-    """Return the differences from one process, the figures, and what this rank tells."""
+    """Return the differences from one process, the figures, and the notices of this rank."""
     net = make(size)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     truth = WholeSteps(net, optimizer)
@@ -80,14 +80,14 @@ def observed(request) -> tuple[int, list[dict[str, Any]]]:
     return request.param, run(observe, request.param, request.param)
 
 
-def test_all_ranks_come_to_the_figures_of_one_process(observed) -> None:
+def test_every_rank_gives_the_figures_of_one_process(observed) -> None:
     size, ranks = observed
     assert ranks[0].keys() == {each.__name__ for each in strategies(size)}
     for strategy, seen in ranks[0].items():
         assert seen["problems"] == [], (strategy, seen["told"])
 
 
-def test_all_ranks_have_the_same_figures_in_each_bit(observed) -> None:
+def test_all_ranks_give_the_same_figures_bit_for_bit(observed) -> None:
     _, ranks = observed
     for other in ranks[1:]:
         for strategy, seen in ranks[0].items():
@@ -109,7 +109,7 @@ class Empty(nn.Module):
 
     def forward(self, rows):
         odd = self.odd_names["\udc80"]
-        return (self.weight * odd).square().sum()  # FSDP2 cannot reduce what is empty
+        return (self.weight * odd).square().sum()  # FSDP2 cannot reduce an empty tensor
 
 
 def empty(rank: int) -> dict[str, Any]:

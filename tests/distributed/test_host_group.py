@@ -1,4 +1,4 @@
-"""`HostGroup`: numbers and texts reach all ranks; one that is not heard is told of in time."""
+"""`HostGroup` brings numbers and texts to all ranks, and reports a missing rank in time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def default_store() -> Any:
     return dist.distributed_c10d._get_default_store()  # torch has no public name for it
 
 
-# What is said together
+# Collectives and exchanges
 
 
 def say(rank: int) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def say(rank: int) -> dict[str, Any]:
     }
 
 
-def test_all_hear_the_sum_the_largest_and_each_text_whatever_its_length(three) -> None:
+def test_every_rank_gets_the_sum_the_maximum_and_texts_of_any_length(three) -> None:
     for rank, each in enumerate(three(say)):
         assert each["SUM"] == [0 + 1 + 2, 1.5, -3.0]
         assert each["MAX"] == [2, 0, -torch.inf]
@@ -49,9 +49,9 @@ def test_all_hear_the_sum_the_largest_and_each_text_whatever_its_length(three) -
 
 
 def meet_twice(rank: int) -> dict[str, Any]:
-    """Two groups, of which the first is still there."""
+    """Use two groups at once."""
     first = meet()
-    first.exchange("calls", "met")  # as each attach() does, before there can be another one
+    first.exchange("calls", "met")  # each attach() does so, before there can be another group
     second = meet()
     numbers = torch.tensor([1.0 + rank]), torch.tensor([10.0 + rank])
     second.reduce(numbers[1], "SUM")
@@ -65,7 +65,7 @@ def meet_twice(rank: int) -> dict[str, Any]:
     return {"said": said, "texts": texts, "left": left, "name": name}
 
 
-def test_each_meeting_makes_a_group_of_its_own_and_leaves_nothing_behind(three) -> None:
+def test_each_meeting_creates_a_separate_group_and_leaves_no_keys_in_the_store(three) -> None:
     seen = three(meet_twice)
     for each in seen:
         assert each["said"] == [1 + 2 + 3, 10 + 11 + 12]
@@ -75,7 +75,7 @@ def test_each_meeting_makes_a_group_of_its_own_and_leaves_nothing_behind(three) 
 
 
 def exchange_often(rank: int) -> list[int]:
-    """Count the keys of the store after some exchanges, and after many."""
+    """Count the keys in the store after few exchanges, and after many."""
     group, counted = meet(), []
     for times in (3, 20):
         for number in range(times):
@@ -86,16 +86,16 @@ def exchange_often(rank: int) -> list[int]:
     return counted
 
 
-def test_texts_that_all_have_read_are_deleted(three) -> None:
+def test_texts_are_deleted_once_every_rank_has_read_them(three) -> None:
     for few, many in three(exchange_often):
         assert few == many
 
 
-# Who is not heard
+# Missing ranks
 
 
 def silence(rank: int) -> dict[str, Any]:
-    """Rank 0 says numbers alone in one of two groups."""
+    """Reduce numbers on rank 0 alone in one of two groups."""
     group = meet()
     group.exchange("calls", "met")
     other = meet()
@@ -115,7 +115,7 @@ def silence(rank: int) -> dict[str, Any]:
     return found | {"other": float(numbers)}
 
 
-def test_who_was_not_heard_in_half_the_limit_is_not_spoken_to_again() -> None:
+def test_a_group_is_lost_after_half_the_limit_and_fails_at_once_afterwards() -> None:
     first, second = run(silence, 2, collective=LIMIT)
     assert first["first"].startswith("LostRankError: rank 0 of 2 did not hear from every other one")
     assert LIMIT / 2 - 0.1 <= first["seconds"] < LIMIT
@@ -125,7 +125,7 @@ def test_who_was_not_heard_in_half_the_limit_is_not_spoken_to_again() -> None:
 
 
 def call_alone(rank: int) -> dict[str, Any]:
-    """Rank 0 exchanges a text alone in one of two channels; later rank 1 does."""
+    """Exchange a text on rank 0 alone in one of two channels, then on both ranks."""
     group = meet()
     start = time.monotonic()
     alone = [refused(lambda: group.exchange("calls", "alone"))] if rank == 0 else []
@@ -144,7 +144,7 @@ def call_alone(rank: int) -> dict[str, Any]:
     }
 
 
-def test_a_channel_in_which_one_rank_was_alone_is_lost_and_no_other() -> None:
+def test_only_the_channel_in_which_a_rank_was_alone_is_lost() -> None:
     first, second = run(call_alone, 2, collective=LIMIT)
     assert LIMIT / 2 - 0.1 <= first["seconds"] < LIMIT
     alone, again = first["calls"]
@@ -162,7 +162,7 @@ def lose(rank: int) -> tuple[str, list[str]]:
     return refused(lambda: group.exchange("calls", "it")), group.exchange("errors", str(rank))
 
 
-def test_in_a_channel_that_is_lost_nothing_is_said_any_more(three) -> None:
+def test_a_lost_channel_refuses_every_exchange(three) -> None:
     for lost, other in three(lose):
         assert lost.startswith("LostRankError: ")
         assert lost.endswith("(which was found before)")
@@ -170,7 +170,7 @@ def test_in_a_channel_that_is_lost_nothing_is_said_any_more(three) -> None:
 
 
 def come_alone(rank: int) -> dict[str, Any]:
-    """Rank 0 comes alone first; then both meet."""
+    """Meet on rank 0 alone, then on both ranks."""
     start = time.monotonic()
     alone = refused(meet) if rank == 0 else ""
     seconds = time.monotonic() - start
@@ -178,7 +178,7 @@ def come_alone(rank: int) -> dict[str, Any]:
     return {"alone": alone, "seconds": seconds, "said": meet().exchange("calls", str(rank))}
 
 
-def test_who_came_alone_gives_up_in_half_the_limit_and_is_met_later() -> None:
+def test_a_rank_that_meets_alone_gives_up_after_half_the_limit_and_can_meet_later() -> None:
     first, second = run(come_alone, 2, collective=LIMIT)
     assert first["alone"].startswith("LostRankError: rank 0 of 2 did not hear from every other one")
     assert LIMIT / 2 - 0.1 <= first["seconds"] < LIMIT

@@ -1,4 +1,4 @@
-"""A rank that is not there, or comes and goes: told in time, and the training goes on."""
+"""A rank that is missing for a while or for good is reported in time, and training goes on."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LOST = (
     "UpdateMonitor stops observing after an error: rank 0 failed before step 1 of SGD: rank 0 of 2 "
     "did not hear from every other one in time; "
 )
-"""Told by every rank after a call in which rank 0 was alone."""
+"""The warning of every rank after a call in which rank 0 was alone."""
 
-# One that is not there
+# Missing ranks
 
 
 def observe_alone(rank: int) -> dict[str, Any]:
-    """A schedule that depends on the rank."""
+    """Observe by a schedule that depends on the rank."""
     net = fsdp(SIZE)
     optimizer = sgd(net)
     start = time.monotonic()
@@ -36,7 +36,7 @@ def observe_alone(rank: int) -> dict[str, Any]:
     return {"told": told, "seconds": time.monotonic() - start, "trained": True}
 
 
-def test_a_schedule_that_depends_on_the_rank_is_caught_by_the_limit_and_training_goes_on() -> None:
+def test_training_goes_on_after_a_schedule_that_depends_on_the_rank() -> None:
     first, second = run(observe_alone, SIZE, collective=LIMIT)
     assert "did not hear from every other one in time" in first["told"][0]
     assert LIMIT / 2 <= first["seconds"] < LIMIT
@@ -59,7 +59,7 @@ def die(rank: int) -> dict[str, Any]:
     return {"told": told, "seconds": seconds, "observing": monitor.is_observing}
 
 
-def test_a_rank_that_is_killed_ends_the_observation_of_the_other() -> None:
+def test_the_other_rank_stops_observing_if_a_rank_is_killed() -> None:
     first, second = run(die, SIZE, collective=LIMIT, may_die=(1,))
     assert second is None
     assert "did not hear from every other one in time" in first["told"][0]
@@ -68,19 +68,19 @@ def test_a_rank_that_is_killed_ends_the_observation_of_the_other() -> None:
 
 
 def attach_alone(rank: int) -> str:
-    """Rank 1 does not attach, as one whose part of the mesh has no parameters."""
+    """Attach on rank 0 alone; a rank without local parameters might not attach."""
     net = fsdp(SIZE)
     return "" if rank else refused(lambda: UpdateMonitor(net).attach(sgd(net)))
 
 
-def test_a_rank_that_does_not_attach_is_said_to_be_missing() -> None:
+def test_a_rank_that_does_not_attach_is_reported_as_missing() -> None:
     first, _ = run(attach_alone, SIZE, collective=LIMIT)
     assert "rank 0 of 2 did not hear from every other one in time" in first
-    assert "every process has to attach" in first
+    assert "every rank has to attach" in first
 
 
 def checkpoint_alone(rank: int) -> dict[str, Any]:
-    """Rank 0 alone takes the state, as a script does that saves in rank 0."""
+    """Take the state on rank 0 alone, like a script that saves on rank 0."""
     net = fsdp(SIZE)
     optimizer = sgd(net)
     monitor = UpdateMonitor(net).attach(optimizer)
@@ -93,7 +93,7 @@ def checkpoint_alone(rank: int) -> dict[str, Any]:
     return {"told": told, "state": state, "seconds": seconds, "observing": monitor.is_observing}
 
 
-def test_a_checkpoint_of_one_rank_alone_is_told_by_every_rank_and_ends_neither() -> None:
+def test_every_rank_warns_about_a_checkpoint_on_one_rank_and_training_goes_on() -> None:
     first, second = run(checkpoint_alone, SIZE, collective=LIMIT)
     assert "state_dict() was not called on every rank" in first["told"][0]
     assert first["state"]["ever_moved"] == {}
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_one_rank_alone_is_told_by_every_rank_and_ends_neither()
     assert [len(each["told"]) for each in (first, second)] == [2, 1]
     for each in (first, second):
         assert each["told"][-1].startswith(LOST)
-        assert each["seconds"] < 0.9 * LIMIT  # rank 0 is not waited for twice
+        assert each["seconds"] < 0.9 * LIMIT  # no rank waits for rank 0 twice
         assert not each["observing"]
 
 
@@ -127,10 +127,10 @@ def octaves_alone(rank: int) -> dict[str, Any]:
     }
 
 
-def test_weight_octaves_on_one_rank_alone_are_told_by_every_rank_and_end_neither() -> None:
+def test_every_rank_warns_about_weight_octaves_on_one_rank_and_training_goes_on() -> None:
     first, second = run(octaves_alone, SIZE, collective=LIMIT)
     assert first["together"] == second["together"] > 0
-    assert "attach() in each first" in first["before"]
+    assert "attach() on each first" in first["before"]
     assert first["alone"].startswith("LostRankError: rank 0 of 2 did not hear")
     assert second["alone"] == ""
     for each in (first, second):
@@ -140,7 +140,7 @@ def test_weight_octaves_on_one_rank_alone_are_told_by_every_rank_and_end_neither
 
 
 def two_monitors(rank: int) -> dict[str, Any]:
-    """Each rank observes by one of them only."""
+    """Attach two monitors, of which each rank uses a different one."""
     net = fsdp(SIZE)
     optimizer = sgd(net)
     monitors = [
@@ -157,7 +157,7 @@ def two_monitors(rank: int) -> dict[str, Any]:
     return {"told": told, "observing": [each.is_observing for each in monitors]}
 
 
-def test_monitors_do_not_hear_each_other() -> None:
+def test_monitors_do_not_share_collectives() -> None:
     first, second = run(two_monitors, SIZE, collective=LIMIT)
     assert first["observing"] == [True, False]
     assert second["observing"] == [False, True]
@@ -166,11 +166,11 @@ def test_monitors_do_not_hear_each_other() -> None:
         assert "did not hear from every other one" in each["told"][0]
 
 
-# One that comes again
+# Ranks that return
 
 
 def lost_and_found(rank: int) -> dict[str, Any]:
-    """A monitor that was lost by a schedule, and one after it; one that waited alone before."""
+    """Attach on rank 0 alone, then lose a monitor by its schedule, then use another monitor."""
     net = fsdp(SIZE)
     optimizer = sgd(net)
     alone = refused(lambda: UpdateMonitor(net).attach(optimizer)) if rank == 0 else ""
@@ -184,7 +184,7 @@ def lost_and_found(rank: int) -> dict[str, Any]:
         train(net, optimizer, 2)
     groups = torch.distributed.new_group()
     names = torch.distributed.distributed_c10d._world.pg_names[groups]  # torch has no public name
-    torch.distributed.barrier()  # one that ended now would break the group that others still make
+    torch.distributed.barrier()  # no rank may end while others create a group
     return {"alone": alone, "told": told, "records": records, "name": names}
 
 
@@ -194,11 +194,11 @@ def test_after_a_lost_rank_another_monitor_can_be_attached() -> None:
     for each in (first, second):
         assert any("did not hear from every other one" in told for told in each["told"])
         assert each["records"] == [0, 1]
-    assert first["name"] == second["name"]  # groups of the training are counted as without it
+    assert first["name"] == second["name"]  # the monitor changes no group names of the training
 
 
 def in_two_groups(rank: int, folder: str) -> list[dict[str, float]]:
-    """A process group is taken down, and another one made, each with a monitor of its own."""
+    """Destroy the process group and create another one, each with a new monitor."""
     seen = []
     for number in range(2):
         net = fsdp(SIZE)
@@ -213,11 +213,11 @@ def in_two_groups(rank: int, folder: str) -> list[dict[str, float]]:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/{number}", rank=rank, world_size=SIZE
         )
-        torch.distributed.barrier()  # one that ended now would break what others still make
+        torch.distributed.barrier()  # no rank may end while others create a group
     return seen
 
 
-def test_a_second_process_group_is_another_one(tmp_path) -> None:
+def test_a_monitor_works_after_the_process_group_is_replaced(tmp_path) -> None:
     first, second = run(in_two_groups, SIZE, str(tmp_path))
     assert first == second
     assert first[0] == first[1]
@@ -225,7 +225,7 @@ def test_a_second_process_group_is_another_one(tmp_path) -> None:
 
 
 def many(rank: int) -> list[int]:
-    """Open files after each of some monitors in turn."""
+    """Count the open files after each of four monitors in turn."""
     net = fsdp(SIZE)
     optimizer = sgd(net)
     left = []
@@ -239,6 +239,6 @@ def many(rank: int) -> list[int]:
     return left
 
 
-def test_monitors_that_are_gone_leave_no_sockets() -> None:
+def test_deleted_monitors_leave_no_open_sockets() -> None:
     for left in run(many, SIZE):
         assert left[1:] == left[:1] * 3

@@ -1,4 +1,4 @@
-"""`ShardedLayers`: what lies on each rank, put together, is each element of the model once."""
+"""`ShardedLayers` splits a model between ranks so that each element is measured once."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ STRATEGIES = (fsdp, fsdp_by_columns, hsdp, tensor_parallel, fsdp_and_tensor_para
 
 
 def every_third(name: str, shape: torch.Size) -> Tensor | None:
-    """Of weights; all of biases."""
+    """Return the indices of every third element of a weight, or None for a bias."""
     return None if name.endswith("bias") else torch.arange(1, shape.numel(), 3)
 
 
-def layers_of(rank: int, parameters: dict[str, Any], indices_of: Any = every_third):
-    layers = ShardedLayers(indices_of, rank)
+def read_layers(rank: int, parameters: dict[str, Any], find_indices: Any = every_third):
+    layers = ShardedLayers(find_indices, rank)
     with Listening() as heard:
         layers.read(parameters)
     assert heard.said == []
@@ -39,11 +39,11 @@ def layers_of(rank: int, parameters: dict[str, Any], indices_of: Any = every_thi
 
 
 def measure(rank: int) -> dict[str, dict[str, Any]]:
-    """Which elements are measured here, and what they are."""
+    """Return positions and values of the elements that this rank measures."""
     found = {}
     for make in STRATEGIES:
         parameters = dict(make(4).named_parameters())
-        layers = layers_of(rank, parameters)
+        layers = read_layers(rank, parameters)
         for name, parameter in parameters.items():
             part = layers.measured_part(name)
             here = to_local_tensor(parameter.detach()).flatten()
@@ -56,7 +56,7 @@ def measure(rank: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def test_each_measured_element_is_measured_on_one_rank(four) -> None:
+def test_each_sampled_element_is_measured_on_one_rank(four) -> None:
     ranks = four(measure)
     for layer in ranks[0]:
         each = [seen[layer] for seen in ranks]
@@ -72,11 +72,11 @@ def test_each_measured_element_is_measured_on_one_rank(four) -> None:
 
 
 def move(rank: int) -> dict[str, Any]:
-    """One of two layers is placed otherwise than it was; a third one is new."""
+    """Return the known layers before and after one layer moves and another is added."""
     mesh = init_device_mesh("cpu", (SIZE,))
     full = torch.arange(8.0).view(4, 2)
     rows, columns = (distribute_tensor(full, mesh, [Shard(dimension)]) for dimension in (0, 1))
-    layers = layers_of(rank, {"stays": rows, "goes": rows}, lambda *_: None)
+    layers = read_layers(rank, {"stays": rows, "goes": rows}, lambda *_: None)
     moved = {"stays": rows, "goes": columns, "new": rows}
     found = {
         "at first": [*layers.known({"stays": rows, "goes": rows})],
@@ -93,7 +93,7 @@ def move(rank: int) -> dict[str, Any]:
     }
 
 
-def test_a_layer_that_is_placed_otherwise_is_not_known_until_it_is_read(two) -> None:
+def test_a_layer_with_new_placements_is_unknown_until_it_is_read(two) -> None:
     for rank, each in enumerate(two(move)):
         assert each["at first"] == ["stays", "goes"]
         assert each["moved"] == ["stays"]
@@ -103,14 +103,14 @@ def test_a_layer_that_is_placed_otherwise_is_not_known_until_it_is_read(two) -> 
         assert each["words"] == "(Shard(dim=1),)"
 
 
-def test_of_a_layer_that_was_not_read_no_element_lies_here(two) -> None:
+def test_a_layer_that_was_not_read_has_no_local_elements(two) -> None:
     for each in two(move):
         assert each["contained"] == [True, True, False]
         assert each["of the new one"] == [0, 0, 0]
 
 
 def replace(rank: int) -> list[tuple[int, int]]:
-    """How many elements are expected of a layer, and of one of its name and another shape."""
+    """Count the expected elements before and after a layer changes its shape."""
     mesh = init_device_mesh("cpu", (SIZE,))
     layers, expected = ShardedLayers(every_third, rank), []
     for rows in (4, 6):
@@ -119,14 +119,14 @@ def replace(rank: int) -> list[tuple[int, int]]:
     return expected
 
 
-def test_a_layer_of_another_shape_is_expected_to_have_other_elements(two) -> None:
+def test_expected_elements_follow_a_layer_that_changes_shape(two) -> None:
     assert two(replace) == [[(12, 4), (18, 6)]] * 2
 
 
 def channels(rank: int) -> dict[str, list[int]]:
-    """Rows of 5 and 6 that lie here: of shards, of shards of shards, of what is whole here."""
+    """Return the local channels of shards, nested shards and unsharded layers."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    layers = layers_of(rank, dict(fsdp_and_tensor_parallel(4).named_parameters()))
+    layers = read_layers(rank, dict(fsdp_and_tensor_parallel(4).named_parameters()))
     five, six = torch.zeros(5, 2), torch.zeros(6, 2)
     layers.read(
         {
@@ -140,7 +140,7 @@ def channels(rank: int) -> dict[str, list[int]]:
     return {name: torch.arange(n)[layers.channels_here(name)].tolist() for name, n in rows.items()}
 
 
-def test_channels_are_found_where_they_lie(four) -> None:
+def test_each_rank_finds_its_local_channels(four) -> None:
     ranks = four(channels)
     assert [each["five"] for each in ranks] == [[0, 1, 2]] * 2 + [[3, 4]] * 2
     assert [each["six"] for each in ranks] == [[0, 1, 2], [3, 4, 5]] * 2
@@ -149,13 +149,13 @@ def test_channels_are_found_where_they_lie(four) -> None:
 
 
 def tear(rank: int) -> dict[str, list[str]]:
-    """Of 48 and 64 columns each rank has 12 and 16; of 48 and 64 elements too."""
+    """Return the torn layers for several block sizes; shards have 12 or 16 columns or elements."""
     names = ["up.weight", "down.weight", "up.bias", "down.bias", "norm.weight", "rows.weight"]
-    layers = layers_of(rank, dict(fsdp_by_columns(4).named_parameters()))
+    layers = read_layers(rank, dict(fsdp_by_columns(4).named_parameters()))
     return {str(sizes): layers.torn(names, sizes) for sizes in ([4], [8], [16], [32], [4, 16], [])}
 
 
-def test_layers_of_which_ranks_share_a_block_are_named_alike_on_all(four) -> None:
+def test_every_rank_names_the_same_layers_with_torn_blocks(four) -> None:
     for each in four(tear):
         assert each["[4]"] == each["[]"] == []
         assert each["[8]"] == each["[16]"] == each["[4, 16]"] == ["down.weight", "up.bias"]

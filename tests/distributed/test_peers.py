@@ -1,4 +1,4 @@
-"""`Alone`: a rank without others has the same road, and nothing to wait for."""
+"""`Alone` is the identity: a rank without others takes the same road and waits for nothing."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def sums(present: tuple[str, ...], **others: Any) -> StepSums:
     return StepSums(seconds=(1.0, 2.0), names=NAMES, vectors=vectors, present=present, **others)
 
 
-def test_a_rank_alone_is_the_first_of_one() -> None:
+def test_a_rank_alone_is_rank_0_of_1() -> None:
     assert (Alone().rank, Alone().size) == (0, 1)
 
 
 # A step
 
 
-def test_the_step_of_one_rank_is_what_it_measured(optimizer) -> None:
+def test_combining_returns_the_local_step(optimizer) -> None:
     local = sums(NAMES, found_inf=True, skipped="inf")
     step = Alone().combine(optimizer, 3, local)
     assert step == local
@@ -45,7 +45,7 @@ def test_the_step_of_one_rank_is_what_it_measured(optimizer) -> None:
 
 
 @pytest.mark.parametrize("present", [("a", "c"), ("c", "a"), ("b",), ()])
-def test_rows_of_layers_that_were_not_stepped_are_dropped(optimizer, present) -> None:
+def test_layers_that_were_not_stepped_are_dropped(optimizer, present) -> None:
     step = Alone().combine(optimizer, 3, sums(present))
     rows = [row for row, name in enumerate(NAMES) if name in present]
     assert [*step.names] == [NAMES[row] for row in rows]
@@ -53,14 +53,14 @@ def test_rows_of_layers_that_were_not_stepped_are_dropped(optimizer, present) ->
     assert step.seconds == (1.0, 2.0)
 
 
-def test_an_error_of_the_step_is_raised_as_it_is(optimizer) -> None:
+def test_an_error_in_the_step_is_raised_unchanged(optimizer) -> None:
     error = ArithmeticError("it")
     with pytest.raises(ArithmeticError) as raised:
         Alone().combine(optimizer, 3, sums((), error=error))
     assert raised.value is error
 
 
-def test_other_errors_are_raised_where_they_are_and_none_is_kept() -> None:
+def test_other_errors_are_raised_at_once_and_not_held() -> None:
     alone = Alone()
     with pytest.raises(ArithmeticError), alone.hold_errors():
         raise ArithmeticError
@@ -70,7 +70,7 @@ def test_other_errors_are_raised_where_they_are_and_none_is_kept() -> None:
 # Beside steps
 
 
-def test_attaching_raises_what_the_check_raises() -> None:
+def test_attaching_raises_the_error_of_the_check() -> None:
     def check() -> list[torch.optim.Optimizer]:
         raise ValueError("no")
 
@@ -78,7 +78,7 @@ def test_attaching_raises_what_the_check_raises() -> None:
         Alone().attach(check)
 
 
-def test_all_elements_of_all_layers_are_here() -> None:
+def test_all_elements_of_all_layers_are_local() -> None:
     alone, parameters = Alone(), {"a": torch.tensor([1.0, -3.0]), "b": torch.zeros(2, 2)}
     some = torch.tensor([1])
     assert alone.part("a", None) == (None, None, None)
@@ -93,7 +93,7 @@ def test_all_elements_of_all_layers_are_here() -> None:
 
 
 @pytest.mark.parametrize("scaling", ["tensor", "channel"])
-def test_the_amax_and_totals_of_one_rank_are_those_of_all(scaling) -> None:
+def test_the_local_amax_and_total_are_returned_unchanged(scaling) -> None:
     parameters = {"a": torch.tensor([[1.0, -3.0], [0.0, 0.0]]), "b": torch.zeros(2, 2)}
     amax, has_zero = Alone().amax(parameters, scaling)
     expected, expected_zero = compute_layer_amaxes([*parameters.values()], scaling)
@@ -103,7 +103,7 @@ def test_the_amax_and_totals_of_one_rank_are_those_of_all(scaling) -> None:
     assert torch.equal(Alone().total(lambda: numbers, 2), numbers)
 
 
-# Beside a rank that is together with no other
+# Compared with a process group of one rank
 
 
 def observe(net: nn.Module) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def observe_both(rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return observe(Net()), observe(fsdp(1))
 
 
-def test_a_rank_alone_and_one_that_is_together_with_no_other_come_to_the_same() -> None:
+def test_a_rank_alone_gives_the_results_of_a_process_group_of_one() -> None:
     ((alone, together),) = run(observe_both, 1)
     assert (alone.pop("speaks"), together.pop("speaks")) == (False, True)
     assert len(alone["records"]) == 4

@@ -1,4 +1,4 @@
-"""`Ranks`: what ranks say to each other, and how all of them are told what went wrong."""
+"""`Ranks` merges the steps of all ranks, and reports errors on every rank."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def met() -> Ranks:
 
 
 def local(elements: dict[str, int], seconds: float = 0.0) -> StepSums:
-    """So many elements of each layer, and as much of all that is summed or compared."""
+    """Return sums in which every column has the number of elements as its value."""
     vectors = torch.tensor([*elements.values()], dtype=torch.float64)[:, None].repeat(1, WIDTH)
     return StepSums((seconds, seconds), vectors, [*elements], [*elements])
 
@@ -44,7 +44,7 @@ def without_places(told: str) -> str:
     return re.sub(r" in (\w+), \S+\.py:\d+", r" in \1", told)
 
 
-def test_without_a_process_group_there_are_none() -> None:
+def test_ranks_need_a_process_group() -> None:
     with (
         mock.patch("torch.distributed.is_initialized", return_value=False),
         pytest.raises(
@@ -58,13 +58,13 @@ def test_without_a_process_group_there_are_none() -> None:
 
 
 def step(rank: int) -> dict[str, Any]:
-    """A layer of which each has some, one that lies on the last rank, one that none stepped."""
+    """Merge a layer on all ranks, one on the last rank, and one that no rank stepped."""
     here = {"some": 1 + rank} | ({"last": 4} if rank == 2 else {})
     together = merged(met(), local(here, float(rank)), {"some": 6, "none": 9, "last": 4})
     return {name: getattr(together, name) for name in ("names", "vectors", "seconds")}
 
 
-def test_a_step_is_the_sum_and_the_largest_of_all_with_the_population_of_the_whole(three) -> None:
+def test_a_merged_step_has_the_sums_maxima_and_populations_over_all_ranks(three) -> None:
     for each in three(step):
         assert each["names"] == ["some", "last"]
         assert each["vectors"][:, ELEMENTS].tolist() == [1 + 2 + 3, 4]
@@ -83,11 +83,11 @@ def miscount(rank: int) -> list[str]:
     return [refused(lambda expected=expected: merge(expected)) for expected in (5, 7, 6)]
 
 
-def test_elements_that_are_left_out_or_counted_twice_are_told_by_every_rank(three) -> None:
+def test_every_rank_reports_elements_that_are_missing_or_counted_twice(three) -> None:
     for *each, sound in three(miscount):
         for told, expected in zip(each, (5, 7), strict=True):
             assert told.startswith(
-                "RankError: it was measured in 6 elements by all processes together in step 7 of "
+                "RankError: it was measured in 6 elements by all ranks together in step 7 of "
                 f"SGD, and has {expected} to be measured"
             )
         assert sound == ""
@@ -97,10 +97,10 @@ def other_step(rank: int) -> str:
     return refused(lambda: merged(met(), local({"it": 2}), {"it": 6}, index=7 + rank // 2))
 
 
-def test_another_step_of_one_is_told_by_every_rank_with_its_own(three) -> None:
+def test_every_rank_reports_its_step_if_one_rank_is_in_another_step(three) -> None:
     for rank, told in enumerate(three(other_step)):
         assert told.startswith(
-            f"RankError: processes observe different steps or layers, rank {rank} step "
+            f"RankError: ranks observe different steps or layers, rank {rank} step "
             f"{7 + rank // 2} of SGD with 1 layers: "
         )
 
@@ -109,7 +109,7 @@ def test_another_step_of_one_is_told_by_every_rank_with_its_own(three) -> None:
 
 
 def fail(rank: int) -> dict[str, Any]:
-    """Two of three fail, the last one twice; then a step in which none does."""
+    """Merge a step with errors on two of three ranks (two on the last), then one without errors."""
     ranks = met()
     with ranks.hold_errors():
         if rank > 0:
@@ -126,7 +126,7 @@ def fail(rank: int) -> dict[str, Any]:
     return found | {"next": merged(ranks, local({"it": 2}), {"it": 6}).names}
 
 
-def test_every_rank_tells_which_ranks_failed_and_how(three) -> None:
+def test_every_rank_reports_which_ranks_failed_and_why(three) -> None:
     causes = ["None", "ArithmeticError('of 1')", "ArithmeticError('of 2')"]
     for cause, each in zip(causes, three(fail), strict=True):
         assert each["told"] == (
@@ -147,7 +147,7 @@ def fail_to_measure(rank: int) -> str:
     return without_places(refused(lambda: merged(met(), said, {"it": 6})))
 
 
-def test_an_error_of_the_step_itself_is_told_by_every_rank(three) -> None:
+def test_every_rank_reports_an_error_in_the_step(three) -> None:
     error = """RuntimeError("shape '[2]' is invalid for input of size 1") in fail_to_measure"""
     assert three(fail_to_measure) == [f"RankError: rank 1 failed in {STEP}: {error}"] * 3
 
@@ -159,7 +159,7 @@ def all_fail(rank: int) -> str:
     return refused(lambda: merged(ranks, local({}), {"it": 6}))
 
 
-def test_three_of_many_errors_are_told(four) -> None:
+def test_the_first_three_errors_are_reported(four) -> None:
     for told in four(all_fail):
         each = [text in told for text in ("('of 0')", "('of 1')", "('of 2')", "('of 3')")]
         assert each == [True, True, True, False]
@@ -167,7 +167,7 @@ def test_three_of_many_errors_are_told(four) -> None:
 
 
 def fail_to_take(rank: int) -> dict[str, Any]:
-    """One has no numbers to say, of two kinds."""
+    """Fail on rank 1 to compute the numbers for a maximum, and for a total."""
     ranks = met()
 
     def take() -> Tensor:
@@ -183,7 +183,7 @@ def fail_to_take(rank: int) -> dict[str, Any]:
     return found
 
 
-def test_numbers_of_one_that_failed_do_not_count_and_the_next_step_tells_it(three) -> None:
+def test_a_failed_rank_adds_no_numbers_and_the_next_step_reports_it(three) -> None:
     told = f"RankError: rank 1 failed before {STEP}: ArithmeticError('of numbers') in take"
     for each in three(fail_to_take):
         assert each["maximum"] == [-3.0, 1.0]
@@ -203,7 +203,7 @@ def lose(rank: int) -> str:
     return told
 
 
-def test_of_a_rank_that_is_lost_nothing_is_kept_for_later(two) -> None:
+def test_the_error_of_a_lost_rank_is_raised_and_not_held(two) -> None:
     assert two(lose) == ["LostRankError: gone", "LostRankError: gone"]
 
 
@@ -214,13 +214,13 @@ def call(rank: int) -> list[Any]:
     return met().call("state_dict()", [rank, "x" * 10 * rank, None])
 
 
-def test_in_a_call_each_rank_hears_what_all_say(three) -> None:
+def test_a_call_returns_the_values_of_every_rank(three) -> None:
     for each in three(call):
         assert each == [[0, "", None], [1, "x" * 10, None], [2, "x" * 20, None]]
 
 
 def make_other_calls(rank: int) -> list[str]:
-    """Rank 1 is in another call; then all are in the same one; then there is a step."""
+    """Make another call on rank 1, then the same call on every rank, then a step."""
     ranks = met()
     calls = [ranks.call] * 2
     names = ["state_dict()" if rank == 1 else "weight_octaves()", "state_dict()"]
@@ -228,7 +228,7 @@ def make_other_calls(rank: int) -> list[str]:
     return [*told, refused(lambda: merged(ranks, local({"it": 2}), {"it": 6}))]
 
 
-def test_different_calls_are_named_where_they_meet_and_by_every_rank_in_the_next_step(
+def test_different_calls_are_named_at_once_and_by_every_rank_in_the_next_step(
     three,
 ) -> None:
     met_others = [
@@ -236,7 +236,7 @@ def test_different_calls_are_named_where_they_meet_and_by_every_rank_in_the_next
         "rank 0 is in weight_octaves() while rank 1 is in state_dict()",
         "rank 1 is in state_dict() while rank 2 is in weight_octaves()",
     ]
-    named = [f"{it}: all processes have to call both, in the same order" for it in met_others]
+    named = [f"{it}: all ranks have to call both, in the same order" for it in met_others]
     each = (f"rank {rank} failed before {STEP}: {text}" for rank, text in enumerate(named))
     in_the_step = "; ".join(each)
     for own, (at_once, afterwards, next_step) in zip(named, three(make_other_calls), strict=True):
@@ -247,14 +247,14 @@ def test_different_calls_are_named_where_they_meet_and_by_every_rank_in_the_next
 
 
 def meet_again(rank: int) -> tuple[str, list[str]]:
-    """After different calls."""
+    """Make different calls, then meet again."""
     ranks = met()
     lost = refused(lambda: ranks.call("state_dict()" if rank == 1 else "weight_octaves()", 1))
     ranks.meet()
     return lost, merged(ranks, local({"it": 2}), {"it": 6}).names
 
 
-def test_who_meet_again_have_forgotten_whom_they_lost(three) -> None:
+def test_ranks_that_meet_again_are_no_longer_lost(three) -> None:
     for lost, names in three(meet_again):
         assert lost.startswith("LostRankError: ")
         assert names == ["it"]
@@ -265,14 +265,14 @@ def speak_too_soon(rank: int) -> tuple[bool, str, bool]:
     before = ranks.have_met
     told = refused(lambda: ranks.total(lambda: torch.zeros(1), 1))
     ranks.meet()
-    torch.distributed.barrier()  # one that ended now would break what others still make
+    torch.distributed.barrier()  # no rank may end while others create a group
     return before, told, ranks.have_met
 
 
-def test_before_they_meet_nothing_is_said(two) -> None:
+def test_ranks_cannot_reduce_before_they_have_met(two) -> None:
     for before, told, after in two(speak_too_soon):
         assert (before, after) == (False, True)
-        assert told.endswith("have not met yet: attach() in each first")
+        assert told.endswith("have not met yet: attach() on each first")
 
 
 # Before the first step
@@ -292,16 +292,16 @@ def compare(rank: int) -> dict[str, str]:
     }
 
 
-def test_the_first_rank_that_differs_is_named_with_what_differs_first(three) -> None:
+def test_the_first_rank_that_differs_is_named_with_its_first_difference(three) -> None:
     for each in three(compare):
         assert each["alike"] == ""
         assert each["order"] == (
-            "DisagreementError: the processes have the same settings in different orders: make "
+            "DisagreementError: the ranks have the same settings in different orders: make "
             "them alike"
         )
         assert each["kinds"].startswith(
             "DisagreementError: rank 1 has other layers than rank 0: layer 1; layer 2; layer 3 and "
-            "2 more of its 6, where rank 0 has none of its 1; processes with different layers"
+            "2 more of its 6, where rank 0 has none of its 1; ranks with different layers"
         )
         assert each["problem"] == (
             "DisagreementError: rank 1 cannot observe this run: KeyError('no')"

@@ -1,4 +1,4 @@
-"""Ranks whose monitors are not alike are told by name, at attach() or in the step."""
+"""Ranks whose monitors differ are named, at attach() or in the step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.processes import run
 
 SIZE = 2
 
-# Of other settings, optimizers, states
+# Different settings, optimizers, states
 
 
 def with_settings(**settings: Any) -> str:
@@ -24,14 +24,14 @@ def with_settings(**settings: Any) -> str:
 
 
 def different_optimizers(rank: int) -> str:
-    """Only parameters of which something lies here, as some codebases choose them."""
+    """Attach an optimizer that steps only parameters with local elements, as in some codebases."""
     net = fsdp(SIZE)
     filled = [p for p in net.parameters() if p.to_local().numel()]
     return refused(lambda: UpdateMonitor(net).attach(torch.optim.SGD(filled, lr=0.1)))
 
 
 def different_states(rank: int) -> str:
-    """Rank 0 alone loads a checkpoint."""
+    """Restore a checkpoint on rank 0 alone."""
     net = fsdp(SIZE)
     optimizer = sgd(net)
     with UpdateMonitor(net).attach(optimizer) as monitor:
@@ -70,21 +70,23 @@ def different(rank: int, what: str) -> str:
         ("state", "state", "scales"),
     ],
 )
-def test_what_is_not_alike_is_refused_by_name(two, what: str, kind: str, named: str) -> None:
+def test_differences_between_ranks_are_refused_by_name(
+    two, what: str, kind: str, named: str
+) -> None:
     for told in two(different, what):
         assert told.startswith(f"DisagreementError: rank 1 has other {kind} than rank 0")
         assert named in told
 
 
 def different_layers(rank: int) -> str:
-    """As stages of a pipeline have them."""
+    """Attach different layers on each rank, like the stages of a pipeline."""
     net = fsdp(SIZE)
     stage = [(n, p) for n, p in net.named_parameters() if n.startswith(("up", "down")[rank])]
     optimizer = torch.optim.SGD([p for _, p in stage], lr=0.1)
     return refused(lambda: UpdateMonitor(stage).attach(optimizer))
 
 
-def test_ranks_with_other_layers_are_refused_by_name(two) -> None:
+def test_ranks_with_different_layers_are_refused_by_name(two) -> None:
     for told in two(different_layers):
         assert told.startswith("DisagreementError: rank 1 has other layers than rank 0: down.weig")
         assert "down.weight (64, 48)" in told
@@ -92,25 +94,25 @@ def test_ranks_with_other_layers_are_refused_by_name(two) -> None:
         assert "stages of a pipeline" in told
 
 
-def problem_of_one(rank: int) -> str:
-    """The other would wait for it."""
+def fail_on_one_rank(rank: int) -> str:
+    """Attach an optimizer that rank 1 cannot observe; rank 0 must not wait for it."""
     net = fsdp(SIZE)
     other = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
     return refused(lambda: UpdateMonitor(net).attach(other if rank else sgd(net)))
 
 
-def test_where_one_cannot_observe_none_does(two) -> None:
-    first, second = two(problem_of_one)
+def test_no_rank_observes_if_one_rank_cannot(two) -> None:
+    first, second = two(fail_on_one_rank)
     assert second.startswith("ValueError: SGD steps none of the observed parameters")
     told = "DisagreementError: rank 1 cannot observe this run: ValueError('SGD steps none"
     assert first.startswith(told)
 
 
-# In other steps
+# Different steps
 
 
 def other_steps(rank: int) -> list[str]:
-    """Schedules that make the ranks meet at different steps, where training does not wait."""
+    """Observe by schedules that make the ranks meet at different steps; training does not wait."""
     net = fsdp(SIZE)
     optimizer = sgd(net)
     net(torch.arange(6)).backward()
@@ -121,17 +123,17 @@ def other_steps(rank: int) -> list[str]:
     return told
 
 
-def test_ranks_that_meet_at_different_steps_tell_their_own() -> None:
+def test_ranks_that_meet_at_different_steps_report_their_own_step() -> None:
     for rank, told in enumerate(run(other_steps, SIZE)):
         assert len(told) == 1
         assert told[0].startswith(
-            "UpdateMonitor stops observing after an error: processes observe different steps or "
+            "UpdateMonitor stops observing after an error: ranks observe different steps or "
             f"layers, rank {rank} step {rank} of SGD with "
         )
 
 
 def in_turn(rank: int) -> dict[str, Any]:
-    """Two optimizers in turn, and a schedule that lets each rank see another one."""
+    """Step two optimizers in turn; the schedule lets each rank observe a different one."""
     net = fsdp(SIZE)
     large = torch.optim.SGD(net.up.parameters(), lr=1e-2)
     small = torch.optim.SGD([*net.five.parameters(), *net.norm.parameters()], lr=1e-2)
@@ -150,8 +152,8 @@ def in_turn(rank: int) -> dict[str, Any]:
     return {"told": told, "observing": monitor.is_observing}
 
 
-def test_ranks_in_steps_of_different_optimizers_tell_how_many_layers_each_has() -> None:
-    layers = [4, 2]  # rank 1 observes the first of both optimizers, of large layers
+def test_ranks_in_steps_by_different_optimizers_report_how_many_layers_they_have() -> None:
+    layers = [4, 2]  # rank 1 observes the second optimizer
     for each, count in zip(run(in_turn, SIZE, collective=LIMIT), layers, strict=True):
         assert len(each["told"]) == 1
         assert "observe different steps or layers" in each["told"][0]
@@ -160,7 +162,7 @@ def test_ranks_in_steps_of_different_optimizers_tell_how_many_layers_each_has() 
 
 
 def other_calls(rank: int) -> dict[str, Any]:
-    """One asks for the weights while the other takes a checkpoint."""
+    """Call weight_octaves() on rank 0 while rank 1 takes a checkpoint."""
     net = fsdp(SIZE)
     optimizer = sgd(net)
     monitor = UpdateMonitor(net, strict=True).attach(optimizer)
@@ -169,7 +171,7 @@ def other_calls(rank: int) -> dict[str, Any]:
     return {"told": refused(call), "next": refused(lambda: train(net, optimizer, 1))}
 
 
-def test_ranks_in_different_calls_name_both() -> None:
+def test_ranks_in_different_calls_name_both_calls() -> None:
     first, second = run(other_calls, SIZE, collective=LIMIT)
     assert "rank 1 is in state_dict() while rank 0 is in weight_octaves()" in first["told"]
     assert "rank 0 is in weight_octaves() while rank 1 is in state_dict()" in second["told"]

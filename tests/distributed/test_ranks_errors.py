@@ -1,14 +1,16 @@
-"""An error of one rank in a monitor ends the observation of all, and each tells whose it was."""
+"""An error on one rank ends the observation on every rank, and every rank names the failed one."""
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from altgrad import StepRecord, UpdateMonitor
 from altgrad.distributed import together
@@ -16,7 +18,8 @@ from altgrad.measurement.measurer import Measurer
 from altgrad.observation.observer import RankError
 from altgrad.observation.snapshots import Snapshots
 from tests.distributed.sharded import fsdp
-from tests.distributed.training import all_warnings, refused, sgd, train, warned
+from tests.distributed.training import LIMIT, all_warnings, refused, sgd, train, warned
+from tests.processes import run
 
 SIZE = 2
 STOPS = "UpdateMonitor stops observing after an error: "
@@ -25,15 +28,15 @@ PLACE = re.compile(r" in (\w+), \S+test_ranks_errors\.py:\d+")
 
 
 def plain(told: str) -> str:
-    """Return what is told without the file and line of the error."""
+    """Return a warning without the file and line of the error."""
     return PLACE.sub(r" in \1", told)
 
 
-# Of a step
+# During a step
 
 
 def before(owner: object, name: str, fails: Callable[[], object]) -> AbstractContextManager[Any]:
-    """Replace a function by one that may fail before it does what it did."""
+    """Replace a function by one that first calls `fails`."""
     function = getattr(owner, name)
 
     def call(*arguments: Any, **named: Any) -> Any:
@@ -51,7 +54,7 @@ PLACES = {
 
 
 def due_for_scales(monitor: UpdateMonitor) -> None:
-    """Have all scales be taken anew at the second step that it observes."""
+    """Restore a state by which all scales are renewed at the second observed step."""
     net = fsdp(SIZE)
     optimizer = sgd(net)
     with UpdateMonitor(net, strict=True).attach(optimizer) as another:
@@ -62,7 +65,7 @@ def due_for_scales(monitor: UpdateMonitor) -> None:
 
 
 def fail_in(rank: int, place: str, failing: tuple[int, ...]) -> dict[str, Any]:
-    """Where some ranks fail at the second step, what each says of it and how far it got."""
+    """Fail on some ranks at the second step; return observed steps and warnings."""
     net = fsdp(SIZE)
     optimizer = sgd(net)
     seen: list[int] = []
@@ -91,10 +94,10 @@ def fail_in(rank: int, place: str, failing: tuple[int, ...]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("place", ["measuring", "copying", "every_n_steps", "scales", "on_record"])
-def test_an_error_of_one_ends_the_observation_of_all_and_each_tells_whose_it_was(
-    two, place: str
-) -> None:
-    step = 2 if place == "on_record" else 1  # which had ended for the others, who learn of it later
+def test_an_error_on_one_rank_ends_the_observation_and_every_rank_names_it(two, place: str) -> None:
+    step = (
+        2 if place == "on_record" else 1
+    )  # step 1 is complete on other ranks: they learn of the error in step 2
     when = "in" if place in ("measuring", "copying") else "before"
     told = f"rank 1 failed {when} step {step} of SGD: ArithmeticError('{place} of 1') in fails"
     first, second = two(fail_in, place, (1,))
@@ -106,7 +109,7 @@ def test_an_error_of_one_ends_the_observation_of_all_and_each_tells_whose_it_was
         assert not each["observing"]
 
 
-def test_of_errors_of_two_in_one_step_each_rank_tells_both(two) -> None:
+def test_every_rank_reports_the_errors_of_both_ranks(two) -> None:
     errors = (
         f"rank {rank} failed in step 1 of SGD: ArithmeticError('measuring of {rank}') in fails"
         for rank in range(SIZE)
@@ -119,7 +122,7 @@ def test_of_errors_of_two_in_one_step_each_rank_tells_both(two) -> None:
 
 
 class Watching(UpdateMonitor):
-    """Of a user."""
+    """A monitor class that a user defines."""
 
 
 def owner(rank: int) -> list[str]:
@@ -129,7 +132,7 @@ def owner(rank: int) -> list[str]:
     return warned(net, optimizer, 3)
 
 
-def test_each_rank_tells_the_class_that_its_user_made(two) -> None:
+def test_every_rank_warns_with_the_name_of_the_users_class(two) -> None:
     for told in two(owner):
         assert len(told) == 1
         assert told[0].startswith(
@@ -157,7 +160,7 @@ def strict(rank: int) -> dict[str, Any]:
     return found | {"index": monitor.latest.index, "told": told}
 
 
-def test_strict_raises_on_every_rank_from_the_error_where_it_was(two) -> None:
+def test_strict_raises_on_every_rank_with_the_cause_on_the_failed_one(two) -> None:
     causes = ["None", "ArithmeticError('of one')"]
     for cause, each in zip(causes, two(strict), strict=True):
         assert each == {
@@ -169,7 +172,7 @@ def test_strict_raises_on_every_rank_from_the_error_where_it_was(two) -> None:
 
 
 def missing_gradient(rank: int) -> list[str]:
-    """Of a layer on one rank only."""
+    """Delete the gradient of a layer on one rank only."""
     net = fsdp(SIZE)
     optimizer = sgd(net)
     if rank == 1:
@@ -178,11 +181,11 @@ def missing_gradient(rank: int) -> list[str]:
         return warned(net, optimizer, 2)
 
 
-def test_elements_that_nobody_measures_are_told_by_every_rank(two) -> None:
+def test_every_rank_reports_elements_that_no_rank_measures(two) -> None:
     for told in two(missing_gradient):
         assert len(told) == 1
         assert told[0].startswith(
-            f"{STOPS}norm.weight was measured in 32 elements by all processes together in step 0 "
+            f"{STOPS}norm.weight was measured in 32 elements by all ranks together in step 0 "
             "of SGD, and has 64 to be measured"
         )
 
@@ -191,7 +194,7 @@ def test_elements_that_nobody_measures_are_told_by_every_rank(two) -> None:
 
 
 def error_at_the_end(rank: int, *, strict: bool) -> dict[str, Any]:
-    """Of on_record, at the last observed step."""
+    """Fail on rank 1 in on_record, at the last observed step."""
     net = fsdp(SIZE)
     optimizer = sgd(net)
 
@@ -210,7 +213,7 @@ def error_at_the_end_in_both_ways(rank: int) -> list[dict[str, Any]]:
     return [error_at_the_end(rank, strict=strict) for strict in (False, True)]
 
 
-def test_an_error_at_the_last_step_is_told_by_the_rank_that_had_it(two) -> None:
+def test_only_the_failed_rank_reports_an_error_at_the_last_step(two) -> None:
     first, second = two(error_at_the_end_in_both_ways)
     assert first == [{"raised": "", "told": []}] * 2
     told = "had an error in the last step that it observed: ArithmeticError('at the end')"
@@ -218,3 +221,35 @@ def test_an_error_at_the_last_step_is_told_by_the_rank_that_had_it(two) -> None:
         {"raised": "", "told": [f"UpdateMonitor {told}"]},
         {"raised": "ArithmeticError: at the end", "told": []},
     ]
+
+
+class WithoutClosure(torch.optim.SGD):
+    """An optimizer that does not call its closure."""
+
+    def step(self, closure: Any = None) -> None:
+        return super().step(None if unseen() else closure)
+
+
+def unseen() -> bool:
+    return torch.distributed.get_rank() == 1
+
+
+def step_unseen_on_one(rank: int) -> dict[str, Any]:
+    """Step with a closure that rank 1 never calls: an error that is made and not raised."""
+    net = fsdp(SIZE)
+    optimizer = WithoutClosure(net.parameters(), lr=1e-2)
+    UpdateMonitor(net).attach(optimizer)
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    start = time.monotonic()
+    with all_warnings() as told:
+        optimizer.step(lambda: None)
+    return {"told": told, "seconds": time.monotonic() - start}
+
+
+def test_an_error_that_was_never_raised_is_reported_by_every_rank_at_once() -> None:
+    for each in run(step_unseen_on_one, SIZE, collective=LIMIT):
+        (told,) = each["told"]
+        assert "rank 1 failed in step 0 of WithoutClosure: RuntimeError(" in told
+        assert "does not call the closure" in told
+        assert each["seconds"] < LIMIT / 2

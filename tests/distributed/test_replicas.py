@@ -1,4 +1,4 @@
-"""Replicas that differ are experts, or models of their own: found, named, and left out."""
+"""Replicas that differ, such as experts or separate models, are found, named and left out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def found_different(rank: int, parameters: dict[str, Tensor]) -> list[str]:
 
 
 def compare(rank: int) -> list[str]:
-    """Replicas of all kinds: in no mesh, in half of the ranks, whole in a mesh."""
+    """Compare replicas outside a mesh, on half of the ranks, and whole in a mesh."""
     shards = init_device_mesh("cpu", (2, 2))
     odd = torch.tensor([torch.nan, torch.inf, 1.0])
     parameters: dict[str, Tensor] = {
@@ -47,7 +47,7 @@ def compare(rank: int) -> list[str]:
     return found_different(rank, parameters)
 
 
-def test_replicas_may_drift_and_not_differ(four) -> None:
+def test_replicas_may_drift_but_not_differ(four) -> None:
     assert four(compare) == [["other", "other in one", "minus", "other half"]] * 4
 
 
@@ -59,12 +59,12 @@ def without_replicas(rank: int) -> tuple[list[str], list[Any]]:
     return found, heard.said
 
 
-def test_where_there_are_no_replicas_nothing_is_said(two) -> None:
+def test_layers_without_replicas_need_no_collective(two) -> None:
     assert two(without_replicas) == [([], [])] * 2
 
 
 class Expert(nn.Module):
-    """A layer that is shared, and one of which each rank has its own."""
+    """A model with a sharded layer, and a layer with different weights on each rank."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def experts(rank: int) -> dict[str, Any]:
     return {"told": told, "layers": sorted(monitor.latest.layers)}
 
 
-def test_layers_of_which_each_rank_has_its_own_are_left_out_by_name(two) -> None:
+def test_layers_with_different_weights_on_each_rank_are_left_out_by_name(two) -> None:
     first, second = two(experts)
     assert first["layers"] == second["layers"] == ["scale", "shared.bias", "shared.weight"]
     assert first["told"] == [each for each in first["told"] if "leaves out expert.weight" in each]
@@ -100,7 +100,7 @@ def test_layers_of_which_each_rank_has_its_own_are_left_out_by_name(two) -> None
 
 
 def halves(rank: int, *, alike: bool) -> dict[str, Any]:
-    """Four ranks, of which each half shares a model by itself."""
+    """Observe four ranks, of which each half shards a separate model."""
     meshes = [DeviceMesh("cpu", [first, first + 1]) for first in (0, 2)]
     net = Net()
     with torch.no_grad():
@@ -120,10 +120,10 @@ def both_halves(rank: int) -> dict[str, Any]:
     return {"alike": halves(rank, alike=True), "different": halves(rank, alike=False)}
 
 
-def test_another_model_on_the_other_half_is_not_taken_for_a_replica(four) -> None:
+def test_a_different_model_on_the_other_half_is_not_taken_for_a_replica(four) -> None:
     seen = four(both_halves)
     for each in seen:
         assert "up.weight" in each["alike"]["layers"]
         assert "up.weight" not in each["different"]["layers"]
     assert seen[0]["alike"]["told"] == []
-    assert "not all processes have the same values" in seen[0]["different"]["told"][0]
+    assert "not all ranks have the same values" in seen[0]["different"]["told"][0]

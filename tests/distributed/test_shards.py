@@ -1,4 +1,4 @@
-"""`Shard`: what it reads from placements is what torch puts there, each element once."""
+"""`Shard` finds the elements that torch places on each rank, and counts each element once."""
 
 from __future__ import annotations
 
@@ -22,9 +22,18 @@ from tests.distributed.sharded import fsdp_and_tensor_parallel
 from tests.distributed.training import refused
 from tests.strategies import thorough
 
-# As torch lays them out
+# Layouts made by torch
 
-SHAPES = [(), (1,), (5,), (8,), (7, 5), (2, 9), (8, 0), (3, 4, 5)]  # also fewer than ranks
+SHAPES = [
+    (),
+    (1,),
+    (5,),
+    (8,),
+    (7, 5),
+    (2, 9),
+    (8, 0),
+    (3, 4, 5),
+]  # some have fewer elements than ranks
 
 
 def each_layout(shape: Sequence[int], dimensions: int) -> list[tuple[Placement, ...]]:
@@ -33,7 +42,7 @@ def each_layout(shape: Sequence[int], dimensions: int) -> list[tuple[Placement, 
 
 
 def laid_by_torch(rank: int) -> dict[str, tuple[Tensor, Shard]]:
-    """Of tensors whose elements are their own flat indices, what lies here."""
+    """Return local elements and shard for each layout; elements are their own flat indices."""
     found = {}
     for size in [(4,), (2, 2)]:
         mesh = init_device_mesh("cpu", size)
@@ -63,13 +72,13 @@ def assert_each_element_counts_once(ranks: list[dict[str, tuple[Tensor, Shard]]]
             assert len(positions) == (numel if elements is None else len(elements)), layout
 
 
-def test_all_shards_are_those_of_torch_and_count_each_element_once(four) -> None:
+def test_shards_match_torch_and_count_each_element_once(four) -> None:
     ranks = four(laid_by_torch)
     assert len(ranks[0]) == 76
     assert_each_element_counts_once(ranks)
 
 
-def test_replicas_are_the_same_part_and_shards_are_others(four) -> None:
+def test_only_replicas_have_the_same_part(four) -> None:
     ranks = four(laid_by_torch)
     for layout in ranks[0]:
         pairs = itertools.combinations([each[layout] for each in ranks], 2)
@@ -81,7 +90,7 @@ def test_replicas_are_the_same_part_and_shards_are_others(four) -> None:
 
 
 def fully_shard_after_tensor_parallel(rank: int) -> dict[str, tuple[Tensor, Shard]]:
-    """Likewise, of a model: pieces of one division are divided again."""
+    """Return the local elements and the shard of each parameter that is sharded twice."""
     found = {}
     for name, parameter in fsdp_and_tensor_parallel(4).named_parameters():
         if parameter.device_mesh.ndim == 2:
@@ -94,7 +103,7 @@ def fully_shard_after_tensor_parallel(rank: int) -> dict[str, tuple[Tensor, Shar
     return found
 
 
-def test_shards_of_shards_are_those_of_torch_and_count_each_element_once(four) -> None:
+def test_nested_shards_match_torch_and_count_each_element_once(four) -> None:
     ranks = four(fully_shard_after_tensor_parallel)
     assert any("_StridedShard" in layout for layout in ranks[0])
     assert_each_element_counts_once(ranks)
@@ -104,7 +113,7 @@ def test_shards_of_shards_are_those_of_torch_and_count_each_element_once(four) -
 
 
 class Laid:
-    """As a DTensor at one place of a mesh; each element is its own flat index."""
+    """A stand-in for a DTensor on one rank of a mesh; each element is its own flat index."""
 
     def __init__(
         self,
@@ -132,14 +141,14 @@ class Laid:
 
 
 def chunk(tensor: Tensor, parts: int, own: int, dimension: int = 0) -> Tensor:
-    """That one of torch.chunk, which gives fewer of what is too short."""
+    """Return one chunk of `torch.chunk`; it is empty if torch returns fewer chunks than `parts`."""
     chunks = torch.chunk(tensor, parts, dimension)
     return chunks[own] if own < len(chunks) else tensor.narrow(dimension, 0, 0)
 
 
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[list[int], list[int], list[Placement]]:
-    """Shape, mesh and placements: of what is uneven, or too short for all to have some of it."""
+    """Draw shape, mesh and placements; some shards are uneven, some are empty."""
     shape = draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
     mesh = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
     placement = st.just(Replicate()) | st.integers(0, len(shape) - 1).map(Cut)
@@ -153,7 +162,7 @@ def everywhere(shape, mesh, placements) -> list[Laid]:
 
 @thorough
 @given(layouts(), st.data())
-def test_a_sample_is_found_where_its_elements_lie_each_once(layout, data) -> None:
+def test_each_element_in_a_sample_is_found_on_the_rank_that_holds_it(layout, data) -> None:
     numel = math.prod(layout[0])
     sample = torch.tensor(sorted(data.draw(st.sets(st.integers(0, numel - 1)))), dtype=torch.int64)
     found = []
@@ -168,9 +177,7 @@ def test_a_sample_is_found_where_its_elements_lie_each_once(layout, data) -> Non
 
 @thorough
 @given(layouts(), st.integers(1, 10))
-def test_a_block_is_torn_where_one_rank_has_some_of_its_columns_and_not_all(
-    layout, block: int
-) -> None:
+def test_a_block_is_torn_if_a_rank_holds_only_some_columns(layout, block: int) -> None:
     shape, mesh, placements = layout
     columns = torch.arange(shape[-1])
     along = [isinstance(p, Cut) and p.dim == len(shape) - 1 for p in placements]
@@ -186,7 +193,7 @@ def test_a_block_is_torn_where_one_rank_has_some_of_its_columns_and_not_all(
     assert tears == {is_torn}
 
 
-def test_of_what_is_no_dtensor_the_first_rank_counts_all() -> None:
+def test_the_first_rank_counts_all_elements_if_a_tensor_is_not_a_dtensor() -> None:
     first, second = (Shard.read("it", torch.zeros(2, 3), rank) for rank in (0, 1))
     assert first.part == second.part == (0, 1)
     assert first.find_part(None).indices.tolist() == [*range(6)]
@@ -195,7 +202,7 @@ def test_of_what_is_no_dtensor_the_first_rank_counts_all() -> None:
         assert [*map(len, part)] == [0, 0, 0]
 
 
-def test_a_mesh_without_the_first_rank_is_a_replica_of_the_one_that_has_it() -> None:
+def test_a_mesh_without_the_first_rank_holds_replicas() -> None:
     laid = Laid([4], [2], [Cut(0)], [1])
     laid.device_mesh.mesh += 2
     shard = Shard.read("it", laid, 3)
@@ -203,28 +210,28 @@ def test_a_mesh_without_the_first_rank_is_a_replica_of_the_one_that_has_it() -> 
     assert [*map(len, shard.find_part(None))] == [0, 0, 0]
 
 
-# What is refused
+# Refused placements
 
 
 class Ragged(Placement):
-    """Of another library."""
+    """A placement that another library defines."""
 
 
 @pytest.mark.parametrize("placement", [Partial(), Ragged()], ids=["partial", "unknown"])
-def test_placements_that_are_neither_shards_nor_replicas_are_refused_by_name(placement) -> None:
+def test_placements_other_than_shards_and_replicas_are_refused_by_name(placement) -> None:
     laid = Laid([4, 4], [2, 2], [Cut(0), placement], [0, 0])
     with pytest.raises(ValueError, match=r"^up.weight is placed as .*; redistribute it"):
         Shard.read("up.weight", laid, 0)
 
 
-def test_a_mesh_that_leaves_out_a_rank_is_refused_there() -> None:
+def test_a_rank_outside_the_mesh_refuses_the_tensor() -> None:
     laid = Laid([4], [2], [Cut(0)], [0])
     laid.device_mesh.get_coordinate = lambda: None
     with pytest.raises(ValueError, match=r"^up.weight lies in ranks \[0, 1\] alone, .* rank 2: "):
         Shard.read("up.weight", laid, 2)
 
 
-def test_a_shard_of_another_shape_than_its_placements_say_is_refused() -> None:
+def test_a_shard_whose_shape_contradicts_its_placements_is_refused() -> None:
     laid = Laid([6, 4], [3], [Cut(0)], [1])
     laid.local = torch.zeros(3, 4)
     with pytest.raises(ValueError, match=r"shard of \(2, 4\) of its \(6, 4\) here, .* \(3, 4\); "):
@@ -238,7 +245,7 @@ def partial(rank: int) -> str:
     return refused(lambda: UpdateMonitor([("bias", parameter)]).attach(optimizer))
 
 
-def test_a_monitor_refuses_partial_tensors_on_all_ranks(two) -> None:
+def test_a_monitor_refuses_partial_tensors_on_every_rank(two) -> None:
     for each in two(partial):
         assert each.startswith("ValueError: bias is placed as (Partial(sum),)")
         assert "redistribute it" in each

@@ -1,4 +1,4 @@
-"""Gradients that do not lie as their parameters do, do not count, or are set by hand."""
+"""Gradients whose placements differ from those of their parameters, or that are set by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.distributed.watched import Watched
 
 SIZE = 2
 
-# Placed otherwise than their parameters
+# Different placements
 
 
 class Tokens(nn.Module):
@@ -37,7 +37,7 @@ class Tokens(nn.Module):
 
 
 def sequence_parallel(rank: int) -> dict[str, Any]:
-    """Gradients of the norm are Partial: the optimizer sums them."""
+    """Train with sequence parallelism; the gradients of the norm are Partial until the step."""
     net = parallelize_module(
         Tokens(),
         init_device_mesh("cpu", (SIZE,)),
@@ -51,7 +51,7 @@ def sequence_parallel(rank: int) -> dict[str, Any]:
         optimizer.zero_grad()
         net(torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1))).backward()
         placements.append(str(net.norm.weight.grad.placements))
-        # As data parallelism would: every rank has the same.
+        # Data parallelism would give every rank the same gradients.
         for parameter in net.head.parameters():
             torch.distributed.all_reduce(parameter.grad)
         optimizer.step()
@@ -68,7 +68,7 @@ def test_gradients_that_the_optimizer_sums_are_left_out_by_name(two) -> None:
 
 
 def row_wise(rank: int) -> dict[str, Any]:
-    """The gradient of a table that is shared by rows is whole on every rank."""
+    """Train an embedding that is sharded by rows; its gradient is whole on every rank."""
     plan = {"rows": RowwiseParallel(input_layouts=Replicate())}
     net = parallelize_module(Net(), init_device_mesh("cpu", (SIZE,)), plan)
     with UpdateMonitor(net, strict=True).attach(optimizer := sgd(net)):
@@ -87,19 +87,19 @@ def row_wise(rank: int) -> dict[str, Any]:
     }
 
 
-def test_of_gradients_that_are_whole_the_part_here_is_measured(two) -> None:
+def test_each_rank_measures_its_local_shard_if_gradients_are_whole(two) -> None:
     for each in two(row_wise):
         assert each["placements"] == ["(Shard(dim=0),)", "(Replicate(),)"]
-        assert each["heard"] == {"allreduce"}  # none in the groups that train
+        assert each["heard"] == {"allreduce"}  # none in the process groups of the training
         assert each["problems"] == []
         assert each["told"] == []
 
 
-# That the step does not need, or nobody computed
+# Unneeded gradients, and gradients set by hand
 
 
 class Nudging(torch.optim.SGD):
-    """Moves one element of a weight whatever the learning rate."""
+    """An SGD that moves one element of a weight at any learning rate."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -111,7 +111,7 @@ class Nudging(torch.optim.SGD):
 
 
 def at_rate_0(rank: int) -> dict[str, Any]:
-    """Weights move in one shard only, in spite of a learning rate of 0."""
+    """Observe weights that move in one shard only, at a learning rate of 0."""
     net = fsdp(SIZE)
     optimizer = Nudging(net.parameters(), lr=0.0)
     watched = Watched(net, optimizer)
@@ -122,14 +122,14 @@ def at_rate_0(rank: int) -> dict[str, Any]:
     }
 
 
-def test_weights_that_move_in_one_shard_at_rate_0_are_seen(two) -> None:
+def test_weights_that_move_in_one_shard_at_learning_rate_0_are_observed(two) -> None:
     for each in two(at_rate_0):
         assert each["layers"] == [["rows.weight"]] * 2
         assert each["problems"] == []
 
 
 def without_requires_grad(rank: int, make: Any) -> dict[str, Any]:
-    """Gradients that are set by hand, as of methods without backward passes."""
+    """Observe gradients that are set by hand, as by methods without a backward pass."""
     net = make(SIZE)
     optimizer = sgd(net)
     net.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""`StepMessage`: what several ranks say of a step, reduced by hand, is what all came to."""
+"""`StepMessage` carries the sums and maxima over ranks; here messages are reduced by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMATS, ROWS = 2, 5
 SUMS, MAXIMA = sum_count(FORMATS), max_count(FORMATS)
 STEP = 3, ("a", "b", "c")
 REASONS: list[SkipReason | None] = [None, "no gradients", "learning rate 0", "inf"]
-"""From the one that is told if no other is, to the one that is told in any case."""
+"""Reasons by priority, lowest first: the reason of a step is the highest of any rank."""
 
 
 def local(
@@ -35,7 +35,7 @@ def local(
     return StepSums(seconds, vectors, [*(figures or {})], present, found_inf, skipped)
 
 
-def message_of(
+def pack_message(
     said: StepSums,
     error: Exception | None = None,
     step: tuple[int, tuple[str, ...]] = STEP,
@@ -46,7 +46,7 @@ def message_of(
 
 
 def reduced(messages: Sequence[StepMessage]) -> StepMessage:
-    """Return the first one, as the collectives leave it on every rank."""
+    """Return the first message as the collectives leave it on every rank."""
     first = messages[0]
     first.sums.copy_(torch.stack([each.sums for each in messages]).sum(0))
     first.maxima.copy_(torch.stack([each.maxima for each in messages]).amax(0))
@@ -54,8 +54,8 @@ def reduced(messages: Sequence[StepMessage]) -> StepMessage:
 
 
 @st.composite
-def locals_of_ranks(draw: st.DrawFn) -> StepSums:
-    """Of any of the layers, in any order; also of some that were measured and not stepped."""
+def draw_local_sums(draw: st.DrawFn) -> StepSums:
+    """Draw sums for any layers in any order; some layers are measured but not stepped."""
     present = draw(st.lists(st.sampled_from(STEP[1]), unique=True))
     names = draw(st.lists(st.sampled_from(STEP[1]), unique=True))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
@@ -70,9 +70,9 @@ def locals_of_ranks(draw: st.DrawFn) -> StepSums:
 
 
 @thorough
-@given(st.lists(locals_of_ranks(), min_size=1, max_size=4))
-def test_all_come_to_the_sum_and_the_largest_of_what_each_says(each: list[StepSums]) -> None:
-    step = reduced([message_of(said) for said in each]).unpack()
+@given(st.lists(draw_local_sums(), min_size=1, max_size=4))
+def test_a_reduced_message_has_the_sums_and_maxima_over_ranks(each: list[StepSums]) -> None:
+    step = reduced([pack_message(said) for said in each]).unpack()
     assert step.names == [n for n in STEP[1] if any(n in said.present for said in each)]
     assert step.present == step.names
     assert step.error is None
@@ -90,17 +90,17 @@ def test_all_come_to_the_sum_and_the_largest_of_what_each_says(each: list[StepSu
     assert step.skipped == max((said.skipped for said in each), key=REASONS.index)
 
 
-def test_all_hear_whether_any_of_them_has_failed() -> None:
+def test_a_reduced_message_shows_whether_any_rank_failed() -> None:
     error = ArithmeticError()
-    assert not reduced([message_of(local()) for _ in range(3)]).is_failed
-    assert reduced([message_of(local(), each) for each in (None, error, None)]).is_failed
-    assert reduced([message_of(local(), each) for each in (error, error)]).is_failed
+    assert not reduced([pack_message(local()) for _ in range(3)]).is_failed
+    assert reduced([pack_message(local(), each) for each in (None, error, None)]).is_failed
+    assert reduced([pack_message(local(), each) for each in (error, error)]).is_failed
 
 
-def test_one_that_failed_says_no_figures_and_the_others_are_heard_all_the_same() -> None:
+def test_a_failed_rank_adds_no_sums_and_other_ranks_still_count() -> None:
     ones = torch.ones(SUMS + MAXIMA).double()
-    failed = message_of(local({"a": ones}, ["a"]), ArithmeticError())
-    together = reduced([failed, message_of(local({"b": ones}, ["b"]))])
+    failed = pack_message(local({"a": ones}, ["a"]), ArithmeticError())
+    together = reduced([failed, pack_message(local({"b": ones}, ["b"]))])
     assert together.is_failed
     assert together.unpack().names == ["b"]
     assert together.unpack().vectors.tolist() == [ones.tolist()]
@@ -116,17 +116,17 @@ def test_one_that_failed_says_no_figures_and_the_others_are_heard_all_the_same()
     ],
     ids=["same", "index", "layers", "order"],
 )
-def test_messages_of_different_steps_can_meet_and_it_is_noticed(step, is_one: bool) -> None:
-    first, second = message_of(local()), message_of(local(), step=step)
+def test_messages_for_different_steps_disagree_after_they_are_reduced(step, is_one: bool) -> None:
+    first, second = pack_message(local()), pack_message(local(), step=step)
     assert (first.sums.shape, first.maxima.shape) == (second.sums.shape, second.maxima.shape)
     assert first.agrees_on_step
     assert second.agrees_on_step
     assert reduced([first, second]).agrees_on_step == is_one
-    assert reduced([second, message_of(local())]).agrees_on_step == is_one
+    assert reduced([second, pack_message(local())]).agrees_on_step == is_one
 
 
 @pytest.mark.parametrize("kind", ["stepped", "measured"])
-def test_layers_that_were_not_agreed_upon_are_an_error_that_all_hear_of(kind: str) -> None:
+def test_unknown_layers_are_an_error_that_reaches_every_rank(kind: str) -> None:
     names = ["a", "d", "e"]
     figures = {name: torch.ones(SUMS + MAXIMA).double() for name in names}
     said = local(present=names) if kind == "stepped" else local(figures)
@@ -138,6 +138,6 @@ def test_layers_that_were_not_agreed_upon_are_an_error_that_all_hear_of(kind: st
     assert message.unpack().names == []
 
 
-def test_an_error_from_before_is_the_one_that_is_told() -> None:
+def test_an_earlier_error_is_reported_instead_of_a_later_one() -> None:
     before = ArithmeticError()
     assert StepMessage(FORMATS, ROWS, *STEP).pack(local(present=["d"]), before) is before

@@ -1,4 +1,4 @@
-"""`Together`: what ranks know and decide together is the same on all of them."""
+"""`Together` gives every rank the same knowledge and the same decisions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SIZE = 2
 
 
 def budget(rank: int) -> dict[str, Any]:
-    """One rank is slow at observing; both observe the same steps."""
+    """Observe with a budget while one rank measures slowly."""
     net = fsdp(SIZE)
     optimizer = sgd(net)
     records: list[StepRecord] = []
@@ -60,7 +60,7 @@ def budget(rank: int) -> dict[str, Any]:
     }
 
 
-def test_the_budget_is_of_the_slowest_and_the_same_for_all(two) -> None:
+def test_all_ranks_share_the_budget_of_the_slowest_rank(two) -> None:
     first, second = two(budget)
     assert 1 < len(first["steps"]) < 20
     assert repr(first) == repr(second)
@@ -68,7 +68,7 @@ def test_the_budget_is_of_the_slowest_and_the_same_for_all(two) -> None:
 
 
 def skipped(rank: int) -> dict[str, int]:
-    """Steps that were none: without gradients, and with a learning rate of 0."""
+    """Count skipped steps: one without gradients, and two with a learning rate of 0."""
     net = fsdp(SIZE)
     optimizer = sgd(net)
     with UpdateMonitor(net, strict=True).attach(optimizer) as monitor:
@@ -79,32 +79,32 @@ def skipped(rank: int) -> dict[str, int]:
         return dict(monitor.skipped)
 
 
-def test_steps_that_were_none_are_counted_alike(two) -> None:
+def test_every_rank_counts_the_same_skipped_steps(two) -> None:
     for each in two(skipped):
         assert each == {"no gradients": 1, "learning rate 0": 2}
 
 
 def replica(rank: int) -> dict[str, Any]:
-    """Under DistributedDataParallel."""
+    """Observe one step under DistributedDataParallel."""
     net = nn.parallel.DistributedDataParallel(nn.Linear(4, 4))
     optimizer = sgd(net)
     monitor = UpdateMonitor(net, strict=True).attach(optimizer)
     net(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     names = None if monitor.latest is None else [*monitor.latest.layers]
-    # torch does not say publicly how many hooks an optimizer has.
+    # torch has no public name for the hooks of an optimizer.
     hooks = len(optimizer._optimizer_step_pre_hooks)
     return {"hooks": hooks, "observing": monitor.is_observing, "names": names}
 
 
-def test_of_replicas_the_first_rank_observes(two) -> None:
+def test_the_first_rank_observes_replicas(two) -> None:
     first, second = two(replica)
     assert first == {"hooks": 1, "observing": True, "names": ["weight", "bias"]}
     assert second == {"hooks": 0, "observing": False, "names": None}
 
 
 def second_optimizer(rank: int) -> dict[str, Any]:
-    """Its refusal leaves the first one be."""
+    """Attach an optimizer that is refused, then step the one that was attached before."""
     net = fsdp(SIZE)
     optimizer = sgd(net)
     other = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
@@ -114,19 +114,19 @@ def second_optimizer(rank: int) -> dict[str, Any]:
     return {"why": why, "layers": len(monitor.latest.layers)}
 
 
-def test_an_optimizer_that_is_refused_leaves_the_first_attached(two) -> None:
+def test_the_first_optimizer_stays_attached_if_another_is_refused(two) -> None:
     for each in two(second_optimizer):
         assert "steps none of the observed parameters" in each["why"]
         assert each["layers"] > 5
 
 
-def scales_of_blocks(rank: int) -> str:
+def attach_block_format(rank: int) -> str:
     net = fsdp(SIZE)
     return refused(lambda: UpdateMonitor(net, formats="nvfp4").attach(sgd(net)))
 
 
-def test_scales_of_whole_tensors_are_refused(two) -> None:
-    for each in two(scales_of_blocks):
+def test_formats_with_a_tensor_scale_and_block_scales_are_refused(two) -> None:
+    for each in two(attach_block_format):
         assert "leave out 'nvfp4'" in each
 
 
@@ -134,7 +134,7 @@ def test_scales_of_whole_tensors_are_refused(two) -> None:
 
 
 def largest(rank: int, scaling: Scaling) -> list[tuple[str, bool]]:
-    """Whether what each comes to is the truth, in whichever strategy."""
+    """Compare the amax of each layer with that of the whole tensor, for every strategy."""
     found = []
     for make in (fsdp, fsdp_by_columns, hsdp, tensor_parallel, fsdp_and_tensor_parallel):
         parameters = dict(make(4).named_parameters())
@@ -151,7 +151,7 @@ def largest(rank: int, scaling: Scaling) -> list[tuple[str, bool]]:
 
 
 @pytest.mark.parametrize("scaling", ["tensor", "channel"])
-def test_the_amax_of_shards_is_that_of_the_whole(four, scaling: Scaling) -> None:
+def test_the_amax_over_shards_equals_the_amax_of_the_whole_tensor(four, scaling: Scaling) -> None:
     ranks = four(largest, scaling)
     assert len(ranks[0]) > 60
     for each in ranks:
@@ -162,7 +162,7 @@ LAYERS = 6
 
 
 def begin_at_zero(rank: int) -> dict[str, Any]:
-    """Layers of which no weight sets a scale until the first step gives each another amax."""
+    """Observe layers that are zero until the first step gives each a different amax."""
     layers = [nn.Linear(4, 4, bias=False) for _ in range(LAYERS)]
     net = fully_shard(nn.Sequential(*layers), mesh=init_device_mesh("cpu", (SIZE,)))
     for k, p in enumerate(net.parameters()):
@@ -176,7 +176,7 @@ def begin_at_zero(rank: int) -> dict[str, Any]:
     return {"amax": amax, "zero": scales["zero"], "order": [*{*amax}]}
 
 
-def test_layers_that_begin_at_zero_get_their_own_scales_whatever_the_order_of_sets() -> None:
+def test_all_zero_layers_get_the_right_scales_for_any_hash_seed() -> None:
     first, second = run(begin_at_zero, SIZE, hash_seeds=(1, 2))
     assert first["order"] != second["order"]
     for each in (first, second):
@@ -184,7 +184,7 @@ def test_layers_that_begin_at_zero_get_their_own_scales_whatever_the_order_of_se
         assert each["zero"] == []
 
 
-# What elements have done
+# Histories of elements
 
 
 def packed(bits: torch.Tensor) -> torch.Tensor:
@@ -193,8 +193,10 @@ def packed(bits: torch.Tensor) -> torch.Tensor:
 
 
 def remember(rank: int) -> list[dict[str, tuple[tuple[int, int], list[int]]]]:
-    """Of 19 elements in two kinds of bits; a layer of which nothing is known, and one that is not
-    there. First what is known before the ranks have met."""
+    """Return the whole history of 19 elements, before and after the ranks have met.
+
+    One other layer has no history, and one name is no layer.
+    """
     mesh = init_device_mesh("cpu", (SIZE,))
     parameters = {n: distribute_tensor(torch.zeros(19), mesh, [Shard(0)]) for n in ("a", "quiet")}
     bits = torch.zeros(2, 10 - rank, dtype=torch.uint8)  # elements 0 to 9, 10 to 18
@@ -209,7 +211,7 @@ def remember(rank: int) -> list[dict[str, tuple[tuple[int, int], list[int]]]]:
     ]
 
 
-def test_what_elements_have_done_on_any_rank_is_known_on_all(two) -> None:
+def test_every_rank_knows_the_history_of_all_elements(two) -> None:
     true = torch.zeros(2, 19, dtype=torch.uint8)
     true[0, [3, 13]] = true[1, 18] = 1
     for rank, (before, state) in enumerate(two(remember)):
@@ -218,19 +220,19 @@ def test_what_elements_have_done_on_any_rank_is_known_on_all(two) -> None:
 
 
 def remember_otherwise(rank: int) -> str:
-    """Rank 1 knows nothing of one of two layers."""
+    """Ask for a history of two layers on rank 0, and of only one on rank 1."""
     mesh = init_device_mesh("cpu", (SIZE,))
     parameters = {n: distribute_tensor(torch.zeros(19), mesh, [Shard(0)]) for n in ("a", "b")}
     return refused(lambda: attached(parameters).whole_history({}, ["a", "b"][rank:], 2))
 
 
-def test_histories_of_different_layers_are_told_by_every_rank(two) -> None:
+def test_every_rank_refuses_histories_of_different_layers(two) -> None:
     told = "LostRankError: ranks have different layers, and keep different histories"
     assert two(remember_otherwise) == [told] * SIZE
 
 
 def states(rank: int) -> list[Any]:
-    """What a monitor has seen, as it says when attached, detached, attached again, and loaded."""
+    """Return the history in each state: attached, detached, attached again, and restored."""
     net = fsdp(SIZE)
     optimizer = sgd(net)
     monitor = UpdateMonitor(net, strict=True)
@@ -251,7 +253,7 @@ def states(rank: int) -> list[Any]:
     ]
 
 
-def test_a_state_is_the_same_whenever_it_is_asked_for(two) -> None:
+def test_the_state_is_the_same_attached_detached_and_restored(two) -> None:
     first, second = two(states)
     assert first == second
     nothing, *each = first

@@ -1,4 +1,4 @@
-"""A few steps of a model that ranks share, what is warned of in them, and what is refused."""
+"""Train a sharded model for a few steps, and collect its warnings and errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 LIMIT = 6.0
-"""Seconds, of a group that trains, where a rank is waited for: who observes waits half of it."""
+"""Time limit of the training's process group in seconds; a monitor waits half of it for a rank."""
 
 
 def sgd(net: nn.Module) -> torch.optim.Optimizer:
@@ -28,7 +28,7 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
 
 
 def warned(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[str]:
-    """What AltGrad warns of in so many steps."""
+    """Train for some steps and return the warnings of AltGrad."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train(net, optimizer, steps)
@@ -38,7 +38,7 @@ def warned(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list
 
 @contextmanager
 def all_warnings() -> Iterator[list[str]]:
-    """A list, which holds what was warned of within, of whomever, once that is done."""
+    """Yield a list that holds all warnings once the context ends."""
     told: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -47,9 +47,9 @@ def all_warnings() -> Iterator[list[str]]:
 
 
 def refused(call: Callable[[], Any]) -> str:
-    """The kind of error and what it says; nothing if there was none."""
+    """Return the type and message of the error that `call` raises, or an empty text."""
     try:
         call()
-    except Exception as error:  # noqa: BLE001 - whichever it is
+    except Exception as error:  # noqa: BLE001 - any error is wanted
         return f"{type(error).__name__}: {error}"
     return ""

@@ -1,4 +1,4 @@
-"""`Watched`: a model that ranks share, beside one process that sees the same steps of all."""
+"""`Watched` compares a monitor of a sharded model with one process that sees the same steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.distributed.sharded import WholeSteps, replayed
 
 
 class Watched:
-    """A monitor of a model that is shared, and what one process says of the same steps."""
+    """A monitor of a sharded model, and the same steps in one process."""
 
     def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.records: list[StepRecord] = []
@@ -23,7 +23,7 @@ class Watched:
         self.monitor.attach(optimizer)
 
     def problems(self, left_out: AbstractSet[str] = frozenset()) -> list[str]:
-        """Where they differ, of other layers than these."""
+        """Describe the differences from one process, except in layers that are left out."""
         parameters: dict[str, nn.Parameter] = {}
         for step in self.truth.steps:
             for name, (before, _, _) in step.items():

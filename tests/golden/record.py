@@ -1,6 +1,6 @@
 """Record the golden run, or after an intended change the figures of some metrics anew.
 
-    python -m tests.golden.record stall_frac …  # these metrics alone, from the recorded steps
+    python -m tests.golden.record stall_frac …  # only these metrics, from the recorded steps
     python -m tests.golden.record --everything  # done once, by 0.1.0: files and checkpoints are its
 
 A metric whose figures change is listed with its reason in CHANGED of test_golden.py.
@@ -44,7 +44,7 @@ SUMS_OF_REALS = {
 
 
 class RecordedNet(nn.Module):
-    """A convolution, a norm with gains at 1, a matrix that is sampled, zeros, and bf16 weights."""
+    """A net with a convolution, gains at 1, a matrix that is sampled, zeros, and bf16 weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def train_and_record() -> RecordedRun:
 
 
 def perturbed_records(seed: int) -> list[StepRecord]:
-    """The records with each sum changed by up to 1e-12 of itself."""
+    """Return the records with each sum changed by up to 1e-12 of itself."""
     generator = torch.Generator().manual_seed(seed)
     with_model = StepTable.with_model
 
@@ -129,7 +129,7 @@ def tolerances(
         largest = max(changes, default=0.0)
         rounding = ROUNDED_OPERATIONS * abs(value) if math.isfinite(value) else 0.0
         is_exact = largest == 0.0 and exact
-        # Twenty draws do not meet the worst case: twice the largest does.
+        # Twenty draws miss the worst case; twice their largest change covers it.
         found.append(0.0 if is_exact else float(f"{2 * largest + rounding:.2g}"))
     return found
 

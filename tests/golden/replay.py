@@ -1,8 +1,8 @@
-"""A small run whose every step is stored, played again under a monitor.
+"""Replay a small run, whose every step is stored, under a monitor.
 
 Training differs from processor to processor; the weights and gradients of this run do not. So the
 figures of each step are the same everywhere, and in every version: `tests/golden/test_golden.py`
-holds them against those that version 0.1.0 recorded.
+compares them with the figures that version 0.1.0 recorded.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ CHECKPOINT_STEP = 2
 
 
 class RecordedStep(NamedTuple):
-    """Gradients and weights after one step, by parameter; those without a gradient are missing."""
+    """The gradients and weights after one step; parameters without a gradient are missing."""
 
     gradients: dict[str, Tensor]
     after: dict[str, Tensor]
 
 
 class RecordedRun(NamedTuple):
-    """The weights that a run begins with, and its steps."""
+    """The initial weights of a run, and its steps."""
 
     start: dict[str, Tensor]
     steps: list[RecordedStep]
@@ -54,7 +54,7 @@ def load_run() -> RecordedRun:
 
 
 class Replay(torch.optim.Optimizer):
-    """Sets weights to what the recorded steps made of them."""
+    """An optimizer that sets the weights to those after each recorded step."""
 
     def __init__(self, module: nn.Module, steps: list[RecordedStep], first_step: int = 0) -> None:
         self.parameters = dict(module.named_parameters())
@@ -73,7 +73,7 @@ class Replay(torch.optim.Optimizer):
 
 
 class ReplayedModule(pl.LightningModule):
-    """Parameters with the recorded names, and a loss whose gradients are the recorded ones."""
+    """A module with the recorded names, whose loss has the recorded gradients."""
 
     def __init__(self, run: RecordedRun) -> None:
         super().__init__()
@@ -86,20 +86,20 @@ class ReplayedModule(pl.LightningModule):
                 attribute, nn.Parameter(weights.detach().clone())
             )
 
-    def loss_of_step(self, index: int) -> Tensor:
-        """The derivative of Σ p · g by p is g, exactly."""
+    def compute_step_loss(self, index: int) -> Tensor:
+        """Return Σ p · g, whose derivative by p is g, exactly."""
         named = dict(self.named_parameters())
         gradients = self.run.steps[index].gradients
         return torch.stack([(named[name] * g).float().sum() for name, g in gradients.items()]).sum()
 
     def training_step(self, *_: Any) -> Tensor:
-        return self.loss_of_step(self.trainer.global_step)
+        return self.compute_step_loss(self.trainer.global_step)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return Replay(self, self.run.steps)
 
     def on_train_start(self) -> None:
-        """After a resume the optimizer goes on with the step that the run has reached."""
+        """Have the optimizer go on from the step that a resumed run has reached."""
         (optimizer,) = self.trainer.optimizers
         optimizer.remaining = iter(self.run.steps[self.trainer.global_step :])
 
@@ -107,7 +107,7 @@ class ReplayedModule(pl.LightningModule):
 def replay(
     first_step: int = 0, last_step: int | None = None, state: dict[str, Any] | None = None
 ) -> tuple[list[StepRecord], UpdateMonitor]:
-    """The records of some steps; `state` is that of a monitor that saw the steps before."""
+    """Return the records of some steps; `state` comes from a monitor that saw the steps before."""
     run = load_run()
     module = ReplayedModule(run)
     optimizer = Replay(module, run.steps, first_step)
@@ -129,17 +129,18 @@ def replay(
     with monitor.attach(optimizer):
         for index in range(first_step, len(run.steps) if last_step is None else last_step):
             optimizer.zero_grad()
-            module.loss_of_step(index).backward()
+            module.compute_step_loss(index).backward()
             optimizer.step()
     return records, monitor
 
 
 def fit(folder: Path, *callbacks: pl.Callback, **options: Any) -> PrecisionMonitor:
-    """The same in a Trainer, which writes the run file to the folder."""
+    """Replay the run in a Trainer, which writes the run file to the folder."""
     run = load_run()
     monitor = PrecisionMonitor(FORMATS, every_n_steps=1, max_elements=MAX_ELEMENTS, strict=True)
     trainer = pl.Trainer(
-        max_epochs=len(run.steps) // CHECKPOINT_STEP,  # the checkpoint is that of an epoch's end
+        max_epochs=len(run.steps)
+        // CHECKPOINT_STEP,  # the checkpoint was saved at the end of an epoch
         accelerator="cpu",
         default_root_dir=folder,
         logger=False,
@@ -157,7 +158,7 @@ def fit(folder: Path, *callbacks: pl.Callback, **options: Any) -> PrecisionMonit
 
 
 def rows_of(records: list[StepRecord]) -> Iterator[tuple[int, str, Figures]]:
-    """Step, layer ("" for the model) and figures, in the order of the records."""
+    """Yield step, layer ("" for the model) and figures, in the order of the records."""
     for step, record in enumerate(records):
         for name, figures in record.layers.items():
             yield step, name, figures

@@ -50,7 +50,7 @@ def close(value: float, expected: float, tolerance: float) -> bool:
 
 
 def differences(figures: Figures, row: dict[str, Any]) -> list[str]:
-    """What is not as recorded, in words."""
+    """Describe each figure that differs from the recorded one."""
     found = []
     for key, expected in row["figures"].items():
         if not close(figures[key], expected, row["tolerances"][key]):
@@ -85,12 +85,12 @@ pytestmark = [
 ]
 
 
-def test_every_figure_is_as_recorded() -> None:
+def test_every_figure_equals_the_recorded_one() -> None:
     records, _ = replay.replay()
     assert_as_recorded(records, golden_rows(), 0)
 
 
-def test_a_monitor_goes_on_from_the_recorded_state() -> None:
+def test_a_monitor_is_restored_from_the_recorded_state() -> None:
     first = replay.CHECKPOINT_STEP
     state = torch.load(replay.STATE_FILE, weights_only=True)
     records, _ = replay.replay(first, state=state)
@@ -100,7 +100,7 @@ def test_a_monitor_goes_on_from_the_recorded_state() -> None:
     assert anew[-1].model[key] > records[-1].model[key], "the state counts"
 
 
-def test_the_recorded_run_file_is_read() -> None:
+def test_the_recorded_run_file_can_be_read() -> None:
     run = read(replay.RUN_FILE)
     assert not run.notes
     assert [*run.formats] == [*replay.FORMATS]
@@ -122,7 +122,7 @@ def test_a_trainer_writes_the_recorded_rows(tmp_path: Path) -> None:
 def test_a_trainer_resumes_from_the_recorded_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Into the recorded run file, of which the steps after the checkpoint are superseded."""
+    """Resume into the recorded run file; its steps after the checkpoint are superseded."""
     monkeypatch.chdir(tmp_path)  # the checkpoint names the run file relative to it
     shutil.copy(replay.RUN_FILE, tmp_path)
     monitor = replay.fit(tmp_path, ckpt_path=replay.CHECKPOINT_FILE)

@@ -180,7 +180,7 @@ def test_a_monitor_on_one_rank_only_gives_a_warning(tmp_path) -> None:
     assert first["steps"] == second["steps"] == 12
     assert len(first["notices"]) == 1
     assert "does not observe this run: rank 0 of 2" in first["notices"][0]
-    assert "every process has to attach" in first["notices"][0]
+    assert "every rank has to attach" in first["notices"][0]
 
 
 def test_the_gradients_are_accumulated_and_clipped(fitted) -> None:

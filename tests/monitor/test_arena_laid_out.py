@@ -166,3 +166,27 @@ def test_a_parameter_may_change_its_shape_and_dtype_again_and_again(scaling: Any
         "has never_moved_frac of weight begin anew: it has 96 watched elements, and had 64",
         "has never_moved_frac of weight begin anew: it has 64 watched elements, and had 96",
     ]
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (3, 5)], ids=str)
+def test_a_layer_reshaped_without_a_gradient_changes_no_other_layer(shape: tuple[int, int]) -> None:
+    def figures(*, reshape: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = nn.ModuleList(nn.Linear(5, 9) for _ in range(3))
+        optimizer, monitor, _ = watched(model, formats=["e4m3fn", "bf16"], scaling="channel")
+        for step in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, 1e-3)
+            if step == 1:
+                if reshape:
+                    model[0].weight.data = torch.randn(shape)
+                model[0].weight.grad = None
+                with torch.no_grad():
+                    model[1].weight.mul_(100.0)  # beyond its scale, which is then taken again
+            elif step == 2:
+                model[0].weight.grad = None
+            optimizer.step()
+        names = ("1.weight", "2.weight")
+        return [value for name in names for value in monitor.latest.layers[name].values()]
+
+    assert str(figures(reshape=True)) == str(figures(reshape=False))

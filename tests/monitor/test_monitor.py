@@ -1,10 +1,15 @@
 """`UpdateMonitor`: records equal the definitions, with optimizers that record their steps."""
 
 import copy
+import gc
 import math
 import pickle
 import threading
+import time
+import weakref
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -240,3 +245,51 @@ def test_copying_a_monitor_is_an_error(copied: Callable[[Any], Any]) -> None:
     _, monitor, _ = watched(net())
     with pytest.raises(TypeError, match="make another monitor for the copy"):
         copied(monitor)
+
+
+# Optimizers that come and go, and threads
+
+
+def step_with_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def test_an_optimizer_that_is_gone_is_not_held() -> None:
+    model = nn.Linear(4, 4)
+    first, other = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    with UpdateMonitor(model, strict=True).attach(first, other) as monitor:
+        step_with_gradients(model, first)
+        step_with_gradients(model, other)
+        gone = weakref.ref(first)
+        del first
+        gc.collect()
+        assert gone() is None
+        step_with_gradients(model, other)
+        assert monitor.latest.index == 1
+
+
+def test_two_threads_step_two_optimizers_under_a_schedule_that_waits() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in model]
+    seen: Counter[int] = Counter()
+
+    def schedule(_: int) -> bool:
+        time.sleep(0.001)  # so that the other thread asks meanwhile
+        return True
+
+    def on_record(record: StepRecord) -> None:
+        seen["0.weight" in record.layers] += 1
+
+    def train(number: int) -> None:
+        for _ in range(20):
+            step_with_gradients(model[number], optimizers[number])
+
+    monitor = UpdateMonitor(
+        model, on_record, every_n_steps=schedule, overhead_budget=0.99, strict=True
+    )
+    with monitor.attach(*optimizers), ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(train, number) for number in range(2)]:
+            done.result()
+    assert min(seen[True], seen[False]) >= 2

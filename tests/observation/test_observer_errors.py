@@ -9,7 +9,7 @@ from torch.amp import GradScaler
 from torch.optim import AdamW, Optimizer
 
 from altgrad import OptimizerStep, StepObserver
-from altgrad.observation.observer import RankError
+from altgrad.observation.observer import RankError, describe_error
 from tests.observation.watching import (
     INF,
     Held,
@@ -200,4 +200,31 @@ def test_a_rank_error_is_reported_with_its_message_alone() -> None:
     with StepObserver(model, on_step).attach(optimizer):
         set_gradients(model)
         with pytest.warns(UserWarning, match=r"after an error: rank 1 of 2: it failed\. Training"):
+            optimizer.step()
+
+
+class UnprintableError(Exception):
+    """An error that cannot write itself."""
+
+    def __repr__(self) -> str:
+        raise ValueError("no text")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [(ArithmeticError("it"), "ArithmeticError('it')"), (UnprintableError(), "UnprintableError")],
+    ids=["never raised", "unprintable"],
+)
+def test_every_error_can_be_described(error: Exception, text: str) -> None:
+    assert describe_error(error) == text
+
+
+def test_a_tell_that_fails_does_not_reach_the_training() -> None:
+    def tell(_: str) -> None:
+        raise OSError("disk full")
+
+    model, optimizer = training()
+    with StepObserver(model, raises, tell=tell).attach(optimizer):
+        set_gradients(model)
+        with pytest.warns(UserWarning, match=r"ArithmeticError.*; tell= failed: OSError"):
             optimizer.step()

@@ -1,4 +1,4 @@
-"""What is put to the proof: AltGrad, and two plausible designs that are wrong."""
+"""The designs under test: AltGrad, and two plausible designs that are wrong."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from tests.step_truth.recording import Entry, Step
 
 
 class Design:
-    """Observes plain loops by `watch`, Lightning's by `callback`, and keeps what it saw."""
+    """An observer that keeps each step: of plain loops by `watch`, of Lightning by `callback`."""
 
     def __init__(self) -> None:
         self.seen: list[Step] = []
@@ -50,7 +50,7 @@ class AltGrad(Design):
             yield
 
     def callback(self) -> pl.Callback:
-        """The monitor itself; what it measures is recorded on the way."""
+        """Return a PrecisionMonitor whose measured steps are recorded."""
         design, observer = self, recording_observer(self)
 
         class Recording(PrecisionMonitor):
@@ -70,7 +70,7 @@ class AltGrad(Design):
 
 
 def recording_observer(design: AltGrad) -> type[StepObserver]:
-    """One for a monitor: what that takes for a step is recorded when it has measured it."""
+    """Return an observer class that records each step once the monitor has measured it."""
 
     class Recording(StepObserver):
         def __init__(self, *arguments: Any, on_outcome: Any, **options: Any) -> None:
@@ -87,7 +87,7 @@ def recording_observer(design: AltGrad) -> type[StepObserver]:
 
 
 class GradientsAfterTheStep(Design):
-    """Wrong: weights in the optimizer's pre-hook, gradients in its post-hook."""
+    """A wrong design: it reads weights in the pre-hook and gradients in the post-hook."""
 
     def attach(self, module: nn.Module, *optimizers: Any, **_: Any) -> list[Any]:
         before: dict[Tensor, Tensor] = {}
@@ -136,7 +136,7 @@ class GradientsAfterTheStep(Design):
 
 
 class LightningHooks(Design):
-    """Wrong: weights and gradients in on_before_optimizer_step, weights in on_train_batch_end."""
+    """A wrong design: it reads in on_before_optimizer_step, and in on_train_batch_end."""
 
     def watch(self, *_: Any, **__: Any) -> AbstractContextManager[None]:
         raise NotImplementedError("only in Lightning")

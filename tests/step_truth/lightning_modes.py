@@ -1,4 +1,4 @@
-"""Lightning's Trainer, with PrecisionMonitor as the observer."""
+"""Ways to train with Lightning's Trainer, observed by PrecisionMonitor."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,14 +20,14 @@ from tests.step_truth.recording import Journal
 
 
 class Net(pl.LightningModule):
-    """Automatic optimization with one recording optimizer."""
+    """A module with automatic optimization and one recording optimizer."""
 
     def __init__(self, kind: type[Optimizer] = AdamW, **options: Any) -> None:
         super().__init__()
         self.net = network()
         self.journal = Journal(self)
         self.make = partial(self.journal.optimizer, kind, **({"lr": 0.01} | options))
-        self.lr = 0.01  # what the tuners set
+        self.lr = 0.01  # the tuners set this attribute
         self.batch_size = 1
 
     def loss(self, batch: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer
 
 
 def fit(make: Callable[[], Net] = Net, *others: Callable[[], pl.Callback], **options: Any) -> Run:
-    """One `fit`; `others` are callbacks before the one that observes."""
+    """Return a run of one `fit`; `others` are callbacks before the one that observes."""
 
     def run(design: Design, folder: Path) -> Journal:
         module = make()
@@ -100,7 +100,7 @@ class NoneAt2(Net):
 
 
 class Manual(Net):
-    """Two optimizers, stepped in turn, one of them twice in a batch."""
+    """A module that steps two optimizers in turn, one of them twice in a batch."""
 
     def __init__(self, *, raw: bool = False) -> None:
         super().__init__(SGD, momentum=0.9)
@@ -134,7 +134,7 @@ class ManualClosures(Manual):
 
 
 class ManualEdits(Net):
-    """Clips in the hook that Lightning calls last, in manual optimization without a closure."""
+    """A module with manual optimization that clips in the last hook of Lightning."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class ManualEdits(Net):
 
 
 class ManualScaler(Net):
-    """A GradScaler of the module's own, which the Trainer does not know."""
+    """A module with a GradScaler that the Trainer does not know."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class Compiled(Net):
 
 
 class WarmUp(Net):
-    """The scheduler's first learning rate is 0."""
+    """A module whose scheduler begins with a learning rate of 0."""
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make(self.parameters())
@@ -184,7 +184,7 @@ class WarmUp(Net):
 
 
 class ClampsWeights(pl.Callback):
-    """Changes weights after the step: what on_train_batch_end finds is not what it left."""
+    """A callback that changes weights after the step, before on_train_batch_end of others."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         with torch.no_grad():
@@ -199,7 +199,7 @@ class ReplacesOptimizer(pl.Callback):
 
 
 class RaisesAt(Net):
-    """Fails in the fourth batch."""
+    """A module that fails in the fourth batch."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class RaisesAt(Net):
             self.fail()
         loss = self.loss(batch)
         if index == 3 and self.where == "backward":
-            self.net[0].weight.register_hook(self.fail)  # the last of the gradients
+            self.net[0].weight.register_hook(self.fail)  # the gradient that is computed last
         return loss
 
     def on_after_backward(self) -> None:
@@ -255,7 +255,7 @@ def resumed(design: Design, folder: Path) -> Journal:
 
 
 def tuned_before(tune: Callable[[Tuner, Net], object]) -> Run:
-    """The tuner's own steps are no training."""
+    """Return a run after a tuner, whose own steps do not belong to the training."""
 
     def run(design: Design, folder: Path) -> Journal:
         module = Net()
@@ -269,7 +269,7 @@ def tuned_before(tune: Callable[[Tuner, Net], object]) -> Run:
 
 
 def tuned_inside(tuner: Callable[[], pl.Callback], *trained: slice) -> Run:
-    """A tuner that runs within `fit`; the steps of the training are those in the slices."""
+    """Return a run with a tuner inside `fit`; the slices select the steps of the training."""
 
     def run(design: Design, folder: Path) -> Journal:
         module = Net()
@@ -282,7 +282,7 @@ def tuned_inside(tuner: Callable[[], pl.Callback], *trained: slice) -> Run:
 
 
 class LearningRateFinderAtEpoch1(pl.callbacks.LearningRateFinder):
-    """As Lightning's documentation has it: look for the rate again in mid-training."""
+    """A finder that looks for the rate again in mid-training, as in Lightning's documentation."""
 
     def on_fit_start(self, *_: Any) -> None:
         pass

@@ -1,4 +1,4 @@
-"""One row of the table: a way to train, how many steps it makes, and who gets it wrong."""
+"""A row of the table: a way to train, its number of steps, and the designs that fail it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ class Mode:
     run: Run = field(repr=False)
     steps: int
     skipped: Mapping[str, int] = field(default_factory=dict)
-    wrong: tuple[type[Design], ...] = ()  # the designs that must be seen to fail
+    wrong: tuple[type[Design], ...] = ()  # the designs that must fail
 
     def __str__(self) -> str:
         return self.name

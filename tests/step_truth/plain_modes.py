@@ -1,4 +1,4 @@
-"""Plain PyTorch loops."""
+"""Ways to train with plain PyTorch loops."""
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -26,15 +26,15 @@ def batches(count: int = BATCHES) -> list[Tensor]:
     return list(torch.randn(count, 8, 4, generator=torch.Generator().manual_seed(1)))
 
 
-def loss_of(module: nn.Module, batch: Tensor) -> Tensor:
+def compute_loss(module: nn.Module, batch: Tensor) -> Tensor:
     return module(batch).square().mean() + module(batch).sum()
 
 
 def train(design: Design, module: nn.Module, optimizer: Optimizer) -> None:
-    """The plainest of loops, observed."""
+    """Train in the plainest loop, observed by the design."""
     with design.watch(module, optimizer):
         for batch in batches():
-            loss_of(module, batch).backward()
+            compute_loss(module, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -53,7 +53,7 @@ def loop(
 
 
 def closure(kind: type[Optimizer], *, keyword: bool = False, **options: Any) -> Run:
-    """The optimizer computes the gradients by calling a closure, which also clips them."""
+    """Return a run whose optimizer calls a closure, which computes and clips the gradients."""
 
     def run(design: Design, _: Path) -> Journal:
         module = network()
@@ -62,7 +62,7 @@ def closure(kind: type[Optimizer], *, keyword: bool = False, **options: Any) -> 
 
         def evaluate(batch: Tensor) -> Tensor:
             optimizer.zero_grad()
-            loss = loss_of(module, batch)
+            loss = compute_loss(module, batch)
             loss.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 0.1)
             return loss
@@ -77,7 +77,7 @@ def closure(kind: type[Optimizer], *, keyword: bool = False, **options: Any) -> 
 
 
 def scaler(*, fused: bool = False, inf_at: int | None = None, clip: bool = False) -> Run:
-    """A GradScaler used by hand, whose scale is no power of two."""
+    """Return a run with a GradScaler used by hand; its scale is not a power of two."""
 
     def run(design: Design, _: Path) -> Journal:
         module = network()
@@ -86,7 +86,7 @@ def scaler(*, fused: bool = False, inf_at: int | None = None, clip: bool = False
         scaler = torch.amp.GradScaler("cpu", init_scale=1000.0)
         with design.watch(module, optimizer, scaler=scaler):
             for number, batch in enumerate(batches()):
-                scaler.scale(loss_of(module, batch)).backward()
+                scaler.scale(compute_loss(module, batch)).backward()
                 if number == inf_at:
                     module[0].weight.grad[0, 0] = torch.inf
                 if clip:
@@ -107,7 +107,7 @@ def no_set_to_none(design: Design, _: Path) -> Journal:
     with design.watch(module, optimizer):
         for number, batch in enumerate(batches()):
             if number != 2:  # here the gradients are zeros, and the momentum moves the weights
-                loss_of(module, batch).backward()
+                compute_loss(module, batch).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
     return journal
@@ -144,7 +144,7 @@ class FrozenAndUnused(nn.Module):
 
 
 def compiled(design: Design, _: Path) -> Journal:
-    """The module is compiled: its names gain a prefix that nobody wants to read."""
+    """Train a compiled module, whose parameter names gain a prefix."""
     module = network()
     journal = Journal(module)
     graph = torch.compile(module, backend="eager")
@@ -160,30 +160,30 @@ def compiled_step(design: Design, _: Path) -> Journal:
     step = torch.compile(optimizer.step, backend="eager")
     with design.watch(module, optimizer):
         for batch in batches(3):
-            loss_of(module, batch).backward()
+            compute_loss(module, batch).backward()
             step()
             optimizer.zero_grad()
     return journal
 
 
 class Twice(AdamW):
-    """Its step calls that of its base class, whose hooks are called, too."""
+    """An AdamW whose step calls the step of its base class, with its hooks."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         with torch.no_grad():
             for group in self.param_groups:
                 for p in group["params"]:
-                    p.mul_(0.999)  # before, and so a part of this step
+                    p.mul_(0.999)  # before the inner step, and so a part of this step
         loss = super().step(closure)
         with torch.no_grad():
             for group in self.param_groups:
                 for p in group["params"]:
-                    p.clamp_(-0.5, 0.5)  # after, and so a part of this step
+                    p.clamp_(-0.5, 0.5)  # after the inner step, and so a part of this step
         return loss
 
 
 class ClosureToTheBase(AdamW):
-    """Hands its closure on to its base class, and is done only after that."""
+    """An AdamW that passes its closure to its base class, and changes weights afterwards."""
 
     needs_closure = True
 
@@ -197,12 +197,12 @@ class ClosureToTheBase(AdamW):
 
 
 def nested_closure(design: Design, folder: Path) -> Journal:
-    AdamW([torch.ones(1)])  # as below
+    AdamW([torch.ones(1)])  # from now on torch calls hooks around AdamW's own step, too
     return closure(ClosureToTheBase)(design, folder)
 
 
 def sharpness_aware(design: Design, _: Path) -> Journal:
-    """SAM goes elsewhere for its gradients; the optimizer that it wraps makes the step."""
+    """Train with SAM, which computes gradients at other weights; the wrapped optimizer steps."""
     module = network()
     journal = Journal(module)
     base = journal.optimizer(SGD, module.parameters(), lr=0.01)
@@ -213,7 +213,7 @@ def sharpness_aware(design: Design, _: Path) -> Journal:
                 for p in module.parameters():
                     p.add_(0.01)
             base.zero_grad()
-            loss_of(module, batch).backward()
+            compute_loss(module, batch).backward()
             with torch.no_grad():
                 for p, old in zip(module.parameters(), found, strict=True):
                     p.copy_(old)
@@ -227,7 +227,7 @@ def nested(design: Design, folder: Path) -> Journal:
 
 
 class FailsOnce(SGD):
-    """Fails in its third step, after it has moved a part of the weights."""
+    """An SGD that fails in its third step, after it has moved some of the weights."""
 
     calls = 0
 
@@ -247,7 +247,7 @@ def exception_in_step(design: Design, _: Path) -> Journal:
     optimizer = journal.optimizer(FailsOnce, module.parameters(), lr=0.01)
     with design.watch(module, optimizer):
         for batch in batches():
-            loss_of(module, batch).backward()
+            compute_loss(module, batch).backward()
             with suppress(MemoryError):
                 optimizer.step()
             optimizer.zero_grad()
@@ -261,7 +261,7 @@ def exception_in_closure(design: Design, _: Path) -> Journal:
 
     def evaluate(batch: Tensor, number: int) -> Tensor:
         optimizer.zero_grad()
-        loss = loss_of(module, batch)
+        loss = compute_loss(module, batch)
         loss.backward()
         if number == 2:
             raise ValueError
@@ -282,7 +282,7 @@ def warm_up(rates: Iterable[float], *, tensor: bool = False) -> Run:
         with design.watch(module, optimizer):
             for rate, batch in zip(rates, batches(), strict=True):
                 optimizer.param_groups[0]["lr"] = torch.tensor(rate) if tensor else rate
-                loss_of(module, batch).backward()
+                compute_loss(module, batch).backward()
                 optimizer.step()
                 optimizer.zero_grad()
         return journal
@@ -303,14 +303,14 @@ def two_rates(design: Design, _: Path) -> Journal:
 
 
 def shared_by_two(design: Design, _: Path) -> Journal:
-    """Two optimizers step the same parameters in turn."""
+    """Step the same parameters by two optimizers in turn."""
     module = network()
     journal = Journal(module)
     first = journal.optimizer(SGD, module.parameters(), lr=0.01)
     second = journal.optimizer(AdamW, module.parameters(), lr=0.01)
     with design.watch(module, first, second):
         for batch in batches():
-            loss_of(module, batch).backward()
+            compute_loss(module, batch).backward()
             first.step()
             second.step()
             first.zero_grad()
@@ -318,7 +318,7 @@ def shared_by_two(design: Design, _: Path) -> Journal:
 
 
 def closure_moves_weights(design: Design, _: Path) -> Journal:
-    """Weight normalisation in the closure: the step begins where the closure ends."""
+    """Normalise weights in the closure: the step begins where the closure ends."""
     module = network()
     journal = Journal(module)
     optimizer = journal.optimizer(AdamW, module.parameters(), lr=0.01)
@@ -327,7 +327,7 @@ def closure_moves_weights(design: Design, _: Path) -> Journal:
         optimizer.zero_grad()
         with torch.no_grad():
             module[0].weight.div_(module[0].weight.norm())
-        loss = loss_of(module, batch)
+        loss = compute_loss(module, batch)
         loss.backward()
         return loss
 
@@ -338,7 +338,7 @@ def closure_moves_weights(design: Design, _: Path) -> Journal:
 
 
 def edited_by_a_hook(design: Design, _: Path) -> Journal:
-    """Somebody else's pre-hook changes the gradients."""
+    """Clip the gradients in another pre-hook."""
     module = network()
     journal = Journal(module)
     optimizer = journal.optimizer(AdamW, module.parameters(), lr=0.01)
@@ -352,7 +352,7 @@ def edited_by_a_hook(design: Design, _: Path) -> Journal:
 
 
 def in_backward(design: Design, _: Path) -> Journal:
-    """Each parameter has an optimizer, called as soon as its gradient is there."""
+    """Step one optimizer for each parameter as soon as its gradient is computed."""
     module = network()
     journal = Journal(module)
     optimizers = {p: journal.optimizer(SGD, [p], lr=0.01) for p in module.parameters()}
@@ -365,12 +365,12 @@ def in_backward(design: Design, _: Path) -> Journal:
         parameter.register_post_accumulate_grad_hook(step)
     with design.watch(module, *optimizers.values()):
         for batch in batches():
-            loss_of(module, batch).backward()
+            compute_loss(module, batch).backward()
     return journal
 
 
 def grown(design: Design, _: Path) -> Journal:
-    """A layer and its parameters join the module and the optimizer in mid-run."""
+    """Add a layer to the module and the optimizer in mid-run."""
     module = network()
     new = nn.Linear(2, 2)
     journal = Journal(nn.Sequential(*module, new))
@@ -380,7 +380,7 @@ def grown(design: Design, _: Path) -> Journal:
             if number == 3:
                 module.append(new)
                 optimizer.add_param_group({"params": new.parameters()})
-            loss_of(module, batch).backward()
+            compute_loss(module, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
     return journal
@@ -397,7 +397,7 @@ def accelerated(design: Design, _: Path) -> Journal:
     with design.watch(module, optimizer):
         for batch in batches(8):
             with accelerator.accumulate(module):
-                accelerator.backward(loss_of(module, batch))
+                accelerator.backward(compute_loss(module, batch))
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(module.parameters(), 0.1)
                 optimizer.step()
@@ -406,7 +406,7 @@ def accelerated(design: Design, _: Path) -> Journal:
 
 
 def accelerated_scaler(design: Design, _: Path) -> Journal:
-    """What accelerate makes of fp16: its wrapper knows the scaler, nobody has to name it."""
+    """Train with accelerate in fp16: its wrapper knows the scaler, so no argument names it."""
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
 
@@ -418,7 +418,7 @@ def accelerated_scaler(design: Design, _: Path) -> Journal:
     optimizer = AcceleratedOptimizer(raw, scaler=scaler)
     with design.watch(module, optimizer):
         for number, batch in enumerate(batches()):
-            scaler.scale(loss_of(module, batch)).backward()
+            scaler.scale(compute_loss(module, batch)).backward()
             if number == 2:
                 module[0].weight.grad[0, 0] = torch.inf
             optimizer.step()
@@ -436,7 +436,7 @@ def fabric(design: Design, _: Path) -> Journal:
     module, optimizer = runner.setup(module, raw)
     with design.watch(module.module, optimizer):
         for batch in batches():
-            runner.backward(loss_of(module, batch))
+            runner.backward(compute_loss(module, batch))
             runner.clip_gradients(module, optimizer, max_norm=0.1)
             optimizer.step()
             optimizer.zero_grad()

@@ -22,15 +22,15 @@ Step = dict[str, Entry]
 
 
 class Journal:
-    """All steps of all recording optimizers of a run, in their order in time."""
+    """A journal of all steps in a run by recording optimizers, in their order in time."""
 
     def __init__(self, module: nn.Module) -> None:
-        # The names before anything wraps the module.
+        # The names are read before a wrapper can change them.
         self.names = {parameter: name for name, parameter in module.named_parameters()}
         self.steps: list[Step] = []
 
     def optimizer(self, kind: type[torch.optim.Optimizer], *args: Any, **kwargs: Any) -> Any:
-        """A recording optimizer of this kind."""
+        """Return a recording optimizer of this kind."""
         recorder = _recording(kind)(*args, **kwargs)
         recorder.journal = self
         return recorder
@@ -84,12 +84,12 @@ def _recording(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]
             step = {
                 name: Entry(found[name][0], unscaled[name][1], left[name][0])
                 for name in found
-                if self.rate_of(name) != 0
+                if self.get_learning_rate(name) != 0
             }
             if step:
                 self.journal.steps.append(step)
 
-        def rate_of(self, name: str) -> Any:
+        def get_learning_rate(self, name: str) -> Any:
             return next(
                 group.get("lr")
                 for group in self.param_groups
@@ -101,7 +101,7 @@ def _recording(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]
 
 
 def difference(seen: list[Step], true: list[Step]) -> str | None:
-    """The first difference, in words; None if all is equal, bit for bit."""
+    """Describe the first difference; None if all steps are equal, bit for bit."""
     for number, (mine, theirs) in enumerate(zip(seen, true, strict=False)):
         if set(mine) != set(theirs):
             return f"step {number}: {sorted(mine)} instead of {sorted(theirs)}"

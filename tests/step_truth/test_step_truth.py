@@ -1,8 +1,8 @@
-"""What AltGrad shows is the step that happened, in every way of training (one row each).
+"""AltGrad shows the step that happened, in every way of training (one row each).
 
-The tables are in plain_modes.py and lightning_modes.py. The truth is what an optimizer that records
-itself found, applied and left; all comparisons are exact. Two wrong designs run through the same
-rows and must be seen to fail exactly in those that name them.
+The tables are in plain_modes.py and lightning_modes.py. The truth comes from optimizers that record
+what they found, applied and left; all comparisons are exact. Two wrong designs run through the same
+rows, and must fail exactly in the rows that name them.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ ALL_MODES = [param(mode, "plain: ") for mode in PLAIN_MODES] + [
 
 
 @pytest.mark.parametrize("mode", ALL_MODES)
-def test_every_step_is_shown_as_it_was(mode: Mode, tmp_path: Path) -> None:
+def test_every_step_is_shown_bit_for_bit(mode: Mode, tmp_path: Path) -> None:
     design = AltGrad()
     journal = mode.run(design, tmp_path)
     assert len(journal.steps) == mode.steps
@@ -47,12 +47,16 @@ def is_wrong(design: Design, mode: Mode, folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("mode", ALL_MODES)
-def test_gradients_after_the_step_are_wrong_where_named(mode: Mode, tmp_path: Path) -> None:
+def test_reading_gradients_after_the_step_fails_in_the_rows_that_name_it(
+    mode: Mode, tmp_path: Path
+) -> None:
     wrong = is_wrong(GradientsAfterTheStep(), mode, tmp_path)
     assert wrong == (GradientsAfterTheStep in mode.wrong)
 
 
 @pytest.mark.parametrize("mode", [*map(param, LIGHTNING_MODES)])
-def test_lightnings_own_hooks_are_wrong_where_named(mode: Mode, tmp_path: Path) -> None:
+def test_reading_in_lightning_hooks_fails_in_the_rows_that_name_it(
+    mode: Mode, tmp_path: Path
+) -> None:
     wrong = is_wrong(LightningHooks(), mode, tmp_path)
     assert wrong == (LightningHooks in mode.wrong)

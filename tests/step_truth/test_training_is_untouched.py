@@ -18,7 +18,7 @@ from tests.step_truth.lightning_modes import Compiled, InfAt2, Manual, Net, scal
 
 
 def with_dropout(make: Callable[[], Net]) -> Net:
-    """So that a random number drawn by the monitor would show in the weights."""
+    """Return a module with dropout, so that a random number drawn by the monitor would show."""
     module = make()
     module.dropout = nn.Dropout(0.5)
     loss = module.loss
@@ -26,7 +26,7 @@ def with_dropout(make: Callable[[], Net]) -> Net:
     return module
 
 
-def end_of_training(
+def train_to_the_end(
     make: Callable[[], Net], folder: Path, callbacks: list[pl.Callback], options: dict[str, Any]
 ) -> Any:
     pl.seed_everything(7, verbose=False)
@@ -70,32 +70,32 @@ def same(a: Any, b: Any) -> bool:
         pytest.param(Compiled, {"gradient_clip_val": 0.1}, id="compiled, clipped"),
     ],
 )
-def test_the_run_ends_bit_for_bit_as_without_it(
+def test_a_monitored_run_ends_bit_for_bit_like_one_without_a_monitor(
     make: Callable[[], Net], options: dict[str, Any], tmp_path: Path
 ) -> None:
     monitor = PrecisionMonitor(every_n_steps=1)
-    without = end_of_training(make, tmp_path, [], options)
-    watched = end_of_training(make, tmp_path, [monitor], options)
-    assert monitor.latest  # it did observe
+    without = train_to_the_end(make, tmp_path, [], options)
+    watched = train_to_the_end(make, tmp_path, [monitor], options)
+    assert monitor.latest  # at least one step was observed
     pairs = list(zip(leaves(without), leaves(watched), strict=True))
     assert len(pairs) > 20
     assert all(same(a, b) for a, b in pairs)
 
 
-def test_a_drawn_random_number_would_be_seen(tmp_path: Path) -> None:
+def test_the_comparison_finds_a_drawn_random_number(tmp_path: Path) -> None:
     class Draws(pl.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
             torch.rand(1)
 
-    without = end_of_training(Net, tmp_path, [], {})
-    drawn = end_of_training(Net, tmp_path, [Draws()], {})
+    without = train_to_the_end(Net, tmp_path, [], {})
+    drawn = train_to_the_end(Net, tmp_path, [Draws()], {})
     assert not same(without["torch"], drawn["torch"])
     pairs = zip(without["weights"], drawn["weights"], strict=True)
     assert not all(same(a, b) for a, b in pairs)
 
 
 class Watching(PrecisionMonitor):
-    """Keeps what it measured, by the step at which it is logged."""
+    """A monitor that keeps its figures by the step at which they are logged."""
 
     def __init__(self) -> None:
         super().__init__("e4m3fn", every_n_steps=4)
@@ -107,7 +107,7 @@ class Watching(PrecisionMonitor):
             self.kept[self.latest_step] = self.latest
 
 
-def test_a_resumed_run_observes_the_same_steps_as_an_uninterrupted_one(tmp_path: Path) -> None:
+def test_a_resumed_run_observes_the_steps_of_an_uninterrupted_one(tmp_path: Path) -> None:
     whole, first, second = Watching(), Watching(), Watching()
     trainer(tmp_path, whole, max_epochs=2).fit(Net())
     run = trainer(tmp_path, first, max_epochs=1)
@@ -120,8 +120,7 @@ def test_a_resumed_run_observes_the_same_steps_as_an_uninterrupted_one(tmp_path:
             assert figures[layer] == pytest.approx(values, nan_ok=True, rel=0, abs=0)
 
 
-def test_the_recording_optimizer_is_an_ordinary_one(tmp_path: Path) -> None:
-    """What the truth is taken from trains as its base class does."""
+def test_a_recording_optimizer_trains_like_its_base_class(tmp_path: Path) -> None:
     modules = [Net(), Net()]
     modules[1].make = partial(torch.optim.AdamW, lr=0.01)
     for module in modules:

@@ -1,4 +1,4 @@
-"""After a failure in mid-training nothing is left behind, and the next run is right."""
+"""An error in mid-training leaves no hooks and no copies, and the next run is right."""
 
 import gc
 import weakref
@@ -17,16 +17,16 @@ from altgrad.observation.snapshots import SMALL, Snapshots
 from altgrad_lightning import PrecisionMonitor
 from tests.step_truth.designs import AltGrad
 from tests.step_truth.lightning_modes import Net, RaisesAt, trainer
-from tests.step_truth.plain_modes import batches, loss_of, network
+from tests.step_truth.plain_modes import batches, compute_loss, network
 from tests.step_truth.recording import difference
 
 
 class OwnInterrupt(BaseException):
-    """Not an Exception, as KeyboardInterrupt is not, but nobody's but ours."""
+    """An error that is no Exception, like KeyboardInterrupt, but raised only by these tests."""
 
 
 class FailsInStep(SGD):
-    """Fails in its third step, between two of its parameters."""
+    """An SGD that fails in its third step, between two of its parameters."""
 
     error: type[BaseException] = MemoryError
     calls = 0
@@ -48,7 +48,7 @@ class Interrupted(FailsInStep):
 
 @pytest.fixture
 def snapshots(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Tensor]]:
-    """References to all copies that are ever taken; they must be dead in the end."""
+    """Return references to all copies that are taken; all must be dead in the end."""
     references: list[weakref.ref[Tensor]] = []
     take = Snapshots.take
 
@@ -64,7 +64,7 @@ def snapshots(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Tensor]]:
 
 def nothing_is_left(optimizer: Optimizer, snapshots: list[weakref.ref[Tensor]]) -> bool:
     gc.collect()
-    # torch has no public name for what is registered.
+    # torch has no public name for the registered hooks.
     hooks = [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks]
     return bool(snapshots) and not hooks and not alive(snapshots)
 
@@ -74,7 +74,7 @@ def alive(references: list[weakref.ref[Tensor]]) -> list[Tensor]:
 
 
 def plain(kind: type[Optimizer]) -> Net:
-    """A module whose optimizer does not record: its own class may fail anywhere."""
+    """Return a module whose optimizer does not record, so that its step can fail anywhere."""
     module = Net()
     module.make = partial(kind, lr=0.01)
     return module
@@ -89,7 +89,7 @@ def plain(kind: type[Optimizer]) -> Net:
         pytest.param(partial(plain, Interrupted), SystemExit, id="interrupted in the optimizer"),
     ],
 )
-def test_an_error_in_a_fit(
+def test_an_error_in_a_fit_leaves_nothing_behind(
     make: Callable[[], Net], error: type[BaseException], tmp_path: Path, snapshots: Any
 ) -> None:
     design = AltGrad()
@@ -107,7 +107,7 @@ def test_an_error_in_a_fit(
     assert len(design.seen) == 6
 
 
-def test_an_error_in_the_monitors_own_callback(
+def test_training_goes_on_after_an_error_in_the_monitor(
     tmp_path: Path, snapshots: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monitor = PrecisionMonitor("bf16", every_n_steps=1)
@@ -124,7 +124,9 @@ def test_an_error_in_the_monitors_own_callback(
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OwnInterrupt])
-def test_an_error_in_the_users_on_step(error: type[BaseException], snapshots: Any) -> None:
+def test_an_error_in_on_step_leaves_nothing_behind(
+    error: type[BaseException], snapshots: Any
+) -> None:
     module = network()
     optimizer = SGD(module.parameters(), lr=0.01)
 
@@ -135,7 +137,7 @@ def test_an_error_in_the_users_on_step(error: type[BaseException], snapshots: An
     def train() -> None:
         with StepObserver(module, on_step, strict=True).attach(optimizer):
             for batch in batches():
-                loss_of(module, batch).backward()
+                compute_loss(module, batch).backward()
                 optimizer.step()
 
     with pytest.raises(error):
@@ -143,12 +145,12 @@ def test_an_error_in_the_users_on_step(error: type[BaseException], snapshots: An
     assert nothing_is_left(optimizer, snapshots)
 
 
-def test_the_check_itself_can_fail(snapshots: Any) -> None:
+def test_the_check_finds_an_attached_observer_and_a_kept_step(snapshots: Any) -> None:
     module = network()
     optimizer = SGD(module.parameters(), lr=0.01)
     kept: list[Any] = []
     observer = StepObserver(module, kept.append).attach(optimizer)
-    loss_of(module, batches()[0]).backward()
+    compute_loss(module, batches()[0]).backward()
     optimizer.step()
     assert not nothing_is_left(optimizer, snapshots)  # attached
     observer.detach()
@@ -157,10 +159,10 @@ def test_the_check_itself_can_fail(snapshots: Any) -> None:
     assert nothing_is_left(optimizer, snapshots)
 
 
-def test_a_copy_that_is_left_is_dropped_before_the_next_step(snapshots: Any) -> None:
-    """Also where the loop goes on with the observer attached, and observes no more.
+def test_copies_from_a_failed_step_are_dropped_before_the_next_step(snapshots: Any) -> None:
+    """Check that copies are dropped although the observer stays attached and the step is not due.
 
-    The meta device stands for an accelerator, where copies of large parameters are of one step.
+    The meta device stands for an accelerator, where copies of large parameters live for one step.
     """
     parameters = [nn.Parameter(torch.empty(SMALL + 1, device="meta")) for _ in range(2)]
     for each in parameters:
