@@ -105,13 +105,13 @@ class EverMovedStore:
             elsewhere: Name and flags of layers that are kept in an arena, to be included.
 
         Returns:
-            The packed flags by name of the layer.
+            The packed flags by name of the layer. Layers without a flag that is set are left out.
         """
         together = EverMovedStore(self._tell)
         together._flags = dict(self._flags)
         for name, ever in elsewhere:
             together.leave(name, ever)
-        return {name: _pack(ever) for name, ever in together._flags.items()}
+        return {name: _pack(ever) for name, ever in together._flags.items() if ever.any()}
 
     def load_state_dict(self, state: Mapping[str, PackedBits], parts: Mapping[str, Part]) -> None:
         """Restore the flags of all layers from a `state_dict`.

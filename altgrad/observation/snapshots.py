@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from altgrad.observation.dtensor import get_local_gradients, to_local_tensor, to_local_tensors
 
@@ -263,7 +264,9 @@ class Snapshots:
     ) -> None:
         """Assign memory to the parameters that are copied now, and to unchanged earlier ones.
 
-        All are requested at once, so that a `Memory` function can place them side by side.
+        All are requested at once, so that a `Memory` function can place them side by side. With
+        them go the parameters that may get a gradient later, as experts do one by one: each would
+        otherwise have all memory assigned again.
         """
         names = {parameter: name for name, parameter, _ in parameters}
         earlier = {**self._kept}
@@ -274,6 +277,9 @@ class Snapshots:
             if parameter in names and each.fits(names[parameter], each.gradient)
         }
         likes |= {p: gradient for (_, p, _), gradient in zip(present, gradients, strict=True)}
+        if self._memory is not None:
+            likes |= {p: to_local_tensor(p) for p in names if p not in likes and _may_step(p)}
+        needed = {*earlier, *(parameter for _, parameter, _ in present)}
         requests = [  # in the order of the parameters, which is that of records
             Request(name, p, likes[p].dtype, self._choose_indices(name, p))
             for p, name in names.items()
@@ -284,6 +290,8 @@ class Snapshots:
         for request, copies in zip(requests, lent, strict=True):
             parameter, gradient = request.parameter, likes[request.parameter]
             old = earlier.get(parameter)
+            if copies is None and parameter not in needed:
+                continue
             is_own = copies is None and old is not None and not old.is_lent
             if old is not None and is_own and old.fits(request.name, gradient):
                 self._kept[parameter] = old
@@ -325,6 +333,10 @@ def _make_snapshot(request: Request, copies: Copies | None, gradient: Tensor) ->
         is_lent=copies is not None,
         is_temporary=is_temporary,
     )
+
+
+def _may_step(parameter: Tensor) -> bool:
+    return parameter.requires_grad and not is_lazy(parameter)
 
 
 def _is_large_on_accelerator(parameter: Tensor) -> bool:

@@ -67,7 +67,8 @@ def test_new_scales_do_not_lay_out_an_arena_again() -> None:
     assert len(records) == 102
 
 
-def give_gradient(model: nn.ParameterDict) -> None:
+def unfreeze(model: nn.ParameterDict) -> None:
+    model["late"].requires_grad_(True)
     model["late"].grad = torch.zeros(70)
 
 
@@ -79,7 +80,7 @@ def store_in_float64(model: nn.ParameterDict) -> None:
     model["a"].grad, model["a"].data = None, model["a"].data.double()
 
 
-@pytest.mark.parametrize("change", [give_gradient, reshape, store_in_float64])
+@pytest.mark.parametrize("change", [unfreeze, reshape, store_in_float64])
 @pytest.mark.parametrize("max_elements", [None, 50])
 def test_a_new_layout_keeps_flags(
     change: Callable[[nn.ParameterDict], None], max_elements: int | None
@@ -88,6 +89,7 @@ def test_a_new_layout_keeps_flags(
     model = nn.ParameterDict(
         {"a": torch.randn(6, 20), "b": torch.randn(30, 80), "late": torch.randn(70)}
     )
+    model["late"].requires_grad_(False)
     optimizer, monitor, records = watched(model, max_elements=max_elements)
 
     def step(gradient: float, *names: str) -> dict[str, list[int]]:
@@ -108,7 +110,7 @@ def test_a_new_layout_keeps_flags(
         assert len(calls) == 2
     assert {name: again[name] for name in ("a", "b")} == done
     assert all(any(packed) for packed in done.values())
-    is_late = change is give_gradient
+    is_late = change is unfreeze
     assert sorted(calls[1][1]) == ["a", "b", *["late"] * is_late]
     assert not any(again.get("late", []))
     assert set(records[-1].layers) == {*calls[1][1]}
@@ -190,3 +192,22 @@ def test_a_layer_reshaped_without_a_gradient_changes_no_other_layer(shape: tuple
         return [value for name in names for value in monitor.latest.layers[name].values()]
 
     assert str(figures(reshape=True)) == str(figures(reshape=False))
+
+
+def test_experts_that_get_their_first_gradients_one_by_one_are_laid_out_once() -> None:
+    model = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
+    optimizer, monitor, records = watched(model)
+    with laying_out() as calls:
+        for number in range(5):
+            optimizer.zero_grad()
+            model[number](torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+            assert set(records[-1].layers) == {f"{number}.weight", f"{number}.bias"}
+            assert_equal_figures(
+                records[-1].layers[f"{number}.weight"],
+                measure(*optimizer.steps[-1][f"{number}.weight"], FORMATS),
+                ("never_moved_frac",),
+            )
+            moved = monitor.state_dict()["ever_moved"]
+            assert len(moved) == 2 * (number + 1)
+    assert len(calls) == 1

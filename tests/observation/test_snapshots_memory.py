@@ -70,11 +70,12 @@ def test_memory_is_requested_for_all_parameters_at_once_and_only_once() -> None:
     for _ in range(3):
         taken = take(snapshots, *parameters, without)
         assert_shown(lender, taken, parameters)
-    assert lender.names() == [["p0", "p1", "p2"]]
+    assert lender.names() == [["p0", "p1", "p2", "p3"]]  # one without a gradient may get it later
     (requests,) = lender.asked
-    assert all(r.parameter is p for r, p in zip(requests, parameters, strict=True))
-    assert [r.gradient_dtype for r in requests] == [torch.float32, torch.bfloat16, torch.float32]
-    assert [r.indices for r in requests] == [None, None, chosen]
+    assert all(r.parameter is p for r, p in zip(requests, [*parameters, without], strict=True))
+    dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float32]
+    assert [r.gradient_dtype for r in requests] == dtypes
+    assert [r.indices for r in requests] == [None, None, chosen, None]
 
 
 def test_memory_is_requested_again_for_all_when_a_parameter_is_new() -> None:
