@@ -114,7 +114,7 @@ class Output:
         self._write_seconds = time.perf_counter() - began
 
     def flush(self) -> None:
-        """Log the rows that wait for the choice of charted layers."""
+        """Log the rows held back until the layers to chart are chosen."""
         self._chart(self._charts.take_waiting())
 
     def finish(self, weights: Histogram | None) -> None:

@@ -31,7 +31,7 @@ def test_formats_prints_every_format_in_80_columns() -> None:
     assert max(map(len, lines)) <= 80
 
 
-def test_python_m_altgrad_is_the_same_command() -> None:
+def test_python_m_altgrad_runs_the_altgrad_command() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "altgrad", "--help"], capture_output=True, text=True, check=True
     )

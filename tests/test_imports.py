@@ -282,7 +282,7 @@ print("loaded:", *sys.modules)
     assert not NO_TORCH & {*loaded.split()}
 
 
-def test_a_page_loads_no_torch(tmp_path: Path) -> None:
+def test_making_a_page_does_not_import_torch(tmp_path: Path) -> None:
     page = f"RunReport.from_run(read({RUN!r}))"
     statement = f"from altgrad.report import RunReport, page, read; page({page})"
     assert not NO_TORCH & modules_after(statement)

@@ -95,7 +95,8 @@ class HostGroup:
     @contextmanager
     def _answering(self, channel: str) -> Iterator[None]:
         if {channel, "numbers"} & self._lost:
-            raise LostRankError(_describe_lost(self.rank, self.size, "which was found before"))
+            why = "an earlier call has timed out"
+            raise LostRankError(_describe_lost(self.rank, self.size, why))
         try:
             yield
         except RuntimeError as error:
@@ -141,9 +142,9 @@ def meet() -> HostGroup:
 
 def _describe_lost(rank: int, size: int, why: str) -> str:
     return (
-        f"rank {rank} of {size} did not hear from every other one in time; one has ended, is "
-        "late, or does not observe what the others observe: every rank has to attach, to the "
-        f"same steps ({why})"
+        f"rank {rank} of {size} had no answer from at least one other rank within the time limit: "
+        "check whether a rank has ended, is late, or observes other steps; every rank has to "
+        f"attach, to the same steps ({why})"
     )
 
 

@@ -60,11 +60,15 @@ class ShardedLayers:
         return str(self._placed[name][2])
 
     def part(self, name: str, indices: Tensor | None) -> Part:
-        """Return which of some elements of a layer this rank contributes.
+        """Return the elements among `indices` that this rank measures.
 
         Args:
             name: Name of the layer.
-            indices: int64, flat indices of the elements; None for all.
+            indices: int64, flat indices of the elements that all ranks measure; None for all.
+
+        Returns:
+            Flat indices in the layer and in the local shard, and positions in `indices`; empty for
+            a layer that has not been read.
         """
         return self._shards[name].find_part(indices) if name in self else empty_part()
 
@@ -92,7 +96,11 @@ class ShardedLayers:
         return [n for n in names if any(self._shards[n].tears(size) for size in block_sizes)]
 
     def channels_here(self, name: str) -> slice | Tensor:
-        """Return which indices of a layer's first dimension lie here."""
+        """Return the indices along a layer's first dimension that this rank holds.
+
+        Returns:
+            A slice, or int64 (indices).
+        """
         held = self._shards[name].held
         if not held:
             return slice(None)

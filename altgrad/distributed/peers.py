@@ -22,7 +22,7 @@ from altgrad.quantization.scale_groups import compute_layer_amaxes
 
 
 class StepSums(NamedTuple):
-    """The sums of an observed step: of one rank, and after `Peers.combine` of all ranks.
+    """The sums of an observed step on one rank; after `Peers.combine` those of all ranks.
 
     Attributes:
         seconds: What observing took since the observed step before, and what a step of training
@@ -73,7 +73,7 @@ class Peers(Protocol):
         """
 
     def part(self, name: str, indices: Tensor | None) -> Part:
-        """Return which of some elements of a layer this rank measures.
+        """Return the elements among `indices` that this rank measures.
 
         Args:
             name: Name of the layer.
@@ -81,7 +81,7 @@ class Peers(Protocol):
         """
 
     def known(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the parameters of which all ranks know where their elements lie."""
+        """Return the parameters whose placement on the ranks is known, by name."""
 
     def agreed(self, stepped: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return the parameters that all ranks step, by name, in the same order on every rank.
@@ -189,7 +189,7 @@ class Alone:
         return Part(indices, indices, None)
 
     def known(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the parameters that are whole; the rest was sharded after `attach`."""
+        """Return the parameters that are not sharded; others were sharded after `attach`."""
         return {name: each for name, each in parameters.items() if not is_sharded(each)}
 
     def agreed(self, stepped: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -268,5 +268,5 @@ class Alone:
         return here
 
     def parts(self, names: Sequence[str]) -> dict[str, tuple[int, Tensor]]:  # noqa: ARG002
-        """Return nothing: no layer is sharded."""
+        """Return an empty dict: no layer is sharded."""
         return {}

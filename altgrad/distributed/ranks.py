@@ -70,8 +70,8 @@ class Ranks:
 
         if not (distributed.is_available() and distributed.is_initialized()):
             raise RuntimeError(
-                "there are sharded parameters and no process group: observe them on the ranks that "
-                "share them, after torch.distributed.init_process_group"
+                "parameters are sharded, and torch.distributed has no process group: call "
+                "torch.distributed.init_process_group() on every rank before attach()"
             )
         self.rank = distributed.get_rank()
         self.size = distributed.get_world_size()
@@ -79,7 +79,7 @@ class Ranks:
         self._group: HostGroup | None = None
 
     def meet(self) -> None:
-        """Wait for all ranks, and speak in a new group from now on.
+        """Wait for all ranks, and use a new group from now on.
 
         Raises:
             LostRankError: One does not come.
@@ -190,7 +190,7 @@ class Ranks:
             value: What JSON can write.
 
         Raises:
-            LostRankError: Not all ranks are in it. The next step tells all of them.
+            LostRankError: Not all ranks are in it. The next step reports it on every rank.
         """
         try:
             texts = self.group.exchange("calls", json.dumps([name, value]))
@@ -206,8 +206,8 @@ class Ranks:
             if other != name:
                 self.group.lose("calls")
                 raise LostRankError(
-                    f"rank {rank} is in {other} while rank {self.rank} is in {name}: all "
-                    "ranks have to call both, in the same order"
+                    f"rank {rank} called {other} while rank {self.rank} called {name}: call both "
+                    "on all ranks, in the same order"
                 )
 
     def total(self, take: Callable[[], Tensor], count: int) -> Tensor:
@@ -222,7 +222,7 @@ class Ranks:
             float64 (count) on the host.
 
         Raises:
-            LostRankError: Not all ranks have called it. The next step tells all of them.
+            LostRankError: Not all ranks have called it. The next step reports it on every rank.
         """
         numbers = torch.zeros(count, dtype=torch.float64)
         with self.hold_errors():
@@ -255,7 +255,7 @@ class Ranks:
 
 
 def _check_counts(merged: StepSums, layers: Mapping[str, Expected], what: str) -> None:
-    """Check that each element was measured once: sums that lack some look like any other.
+    """Check that every element was measured exactly once, which sums alone do not show.
 
     Raises:
         RankError: Elements of a layer are missing, or were counted twice.
@@ -264,9 +264,9 @@ def _check_counts(merged: StepSums, layers: Mapping[str, Expected], what: str) -
     for name, elements in zip(merged.names, counted, strict=True):
         if layers[name].elements != elements:
             raise RankError(
-                f"{name} was measured in {elements:.0f} elements by all ranks together in "
-                f"{what}, and has {layers[name].elements} to be measured: its gradient is missing "
-                "in some of them, or replicas and shards are not what the placements say"
+                f"{name}, {what}: expected {layers[name].elements} measured elements on all ranks "
+                f"together, got {elements:.0f}: check that its gradient is present on every rank, "
+                "and that shards and replicas are as the placements say"
             )
     populations = [layers[name].population for name in merged.names]
     merged.vectors[:, POPULATION] = torch.tensor(populations, dtype=torch.float64)

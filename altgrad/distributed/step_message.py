@@ -92,7 +92,7 @@ class StepMessage:
         return self._header.step == -self._header.minus_step
 
     def unpack(self) -> StepSums:
-        """Return what all ranks came to, with the layers in their order."""
+        """Return the sums of all ranks, for the layers that any rank stepped."""
         said, is_present = self._header, self._layer_maxima[: len(self._layers), -1] > 0
         rows = is_present.nonzero().flatten()
         names = [self._layers[row] for row in rows.tolist()]

@@ -185,7 +185,7 @@ class Together(Ranks):
     # --- what lies here
 
     def part(self, name: str, indices: Tensor | None) -> Part:
-        """Return which of some elements of a layer this rank measures.
+        """Return the elements among `indices` that this rank measures.
 
         Args:
             name: Name of the layer.
@@ -213,7 +213,7 @@ class Together(Ranks):
         return positions
 
     def known(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the parameters of which all ranks know where their elements lie."""
+        """Return the parameters whose placement on the ranks is known, by name."""
         return self._layers.known(parameters)
 
     def agreed(self, stepped: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:  # noqa: ARG002
@@ -337,7 +337,10 @@ class Together(Ranks):
         for each in self.call("state_dict()", packed):
             said = torch.frombuffer(bytearray(zlib.decompress(b64decode(each))), dtype=torch.uint8)
             if len(said) != len(bits):
-                raise LostRankError("ranks have different layers, and keep different histories")
+                raise LostRankError(
+                    f"state_dict(): ranks have flags of {len(said)} and {len(bits)} bytes: give "
+                    "every rank the same layers and sampling"
+                )
             bits = bits | said
         return bits
 

@@ -175,8 +175,8 @@ def _layer_sums(
     torch.sub(v, w, out=d)
     torch.abs(d, out=update)
     larger = torch.maximum(size, s, out=s)  # of |w| and |v|
-    # The unit in the last place below the larger of the two. Just below a power of two, spacings
-    # are half of those above: the factor moves a power of two into the binade below.
+    # The unit in the last place is the spacing just below max(|w|, |v|). Below a power of two the
+    # spacing is half of that above: the factor moves a power of two into the binade below.
     eps, smallest = dtype_grid
     gap = extract_binades(larger.mul_(JUST_BELOW_ONE), t).mul_(eps).clamp_(min=smallest)
     ulps = torch.div(update, gap, out=t)  # overwrites the spacing, elementwise
@@ -231,7 +231,8 @@ def _format_sums(
     #   b  stiffness, then |d| / stiffness, then spacings
     #   c  Q(w), from its rounding to the end
     #   e  Q(v), then Q(Q(w) + d), then the effective update
-    # "Scaled" values are divided by the scale, as `grids.into` does; `grids.back` multiplies.
+    # "Scaled" values are divided by the scale, as `grids.divide_by_scale` does;
+    # `grids.multiply_by_scale` goes back.
     w, v, t, size, _, _, update, no_value, no_weight, pair_least = buffers.shared
     has_weight, pair, d, _ = buffers.stacked
     a, b, c, e = buffers.per_format
@@ -258,13 +259,14 @@ def _format_sums(
     found["stochastic_move"] = torch.clamp(steps, max=1, out=a).sum(-1)
     _count_octaves(steps, FIRST_STEPS_OCTAVE, a, histograms, "steps_at")
 
-    # What a cast shows: is Q(v) another number than Q(w)?
+    # An update is visible if a cast to the format tells the weights apart: Q(v) ≠ Q(w).
     _, shown = round_to_grids(grids.divide_by_scale(v, a), grids, t, b, e)
     shown = _clamp(shown, grids.floor, grids.ceiling)
     stored = _clamp(stored, grids.floor, grids.ceiling)
     found["visible"] = torch.ne(shown, stored, out=e).sum(-1)
 
-    # The grid error |w − Q(w)|. Rounding may pass the top under an amax scale; storing may not.
+    # The grid error |w − Q(w)|. Rounding continues the grid beyond the largest value; a stored
+    # weight is clamped to that value.
     stored = _clamp(stored, grids.bottom, grids.top)
     error = torch.sub(w, grids.multiply_by_scale(stored, a), out=a).abs_()
     found["grid_error"], found["grid_error_sq"] = error.sum(-1), vector_norm(error, dim=-1)

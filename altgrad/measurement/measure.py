@@ -48,8 +48,8 @@ def measure(
             ``"nvfp4"``, …) use their own scales.
         scaling: Which elements share an amax scale in formats of fewer than 16 bits, as in
             `compute_scale`. The amax is taken from `before` and kept for both sides of the step;
-            it is taken from `after` if `before` is all 0. None judges formats unscaled; formats of
-            16 bits always are.
+            it is taken from `after` if `before` is all 0. With None all formats are judged with
+            scale 1. Formats of 16 bits always are.
 
     Returns:
         Figures by key: ``metric`` for the tensor, ``metric/format`` for each format. The key has

@@ -59,7 +59,7 @@ class Estimate(ABC):
         """Return the number of elements that carry the ratio, float64 (rows, 1 or formats)."""
 
     def __call__(self, n: Sums) -> Tensor:
-        """Compute the ratio; NaN where Σ b is 0."""
+        """Compute Σ a / Σ b from the sums; NaN where Σ b is 0."""
         a, b, *_ = self.sums(n)
         return _ratio(a, b)
 

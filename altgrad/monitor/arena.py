@@ -74,7 +74,7 @@ class Segment:
     places: Sequence[Place]
     batch: Batch
 
-    def names_with(self, present: set[str]) -> list[str | None]:
+    def empty_absent(self, present: set[str]) -> list[str | None]:
         """Return the names of the layers, and empty the rows of layers that are not in this step.
 
         Rows of such layers hold copies of an earlier step; NaN marks them as without elements.
@@ -130,7 +130,8 @@ class Segment:
 class Arena:
     """A memory for the copies of one optimizer's layers, laid out again whenever they change.
 
-    Layers with more elements than a segment holds are not part of an arena.
+    An arena consists of segments: blocks of rows that one call of the kernel measures. A layer with
+    more elements than a segment holds is not part of it, and is measured alone.
 
     Args:
         measurer: The measurer of the segments.

@@ -76,8 +76,8 @@ class Engine:
         if self._settings.get(name).enabled:
             if name not in peers.known({name: parameter}):
                 raise RuntimeError(
-                    f"{name} was sharded, or placed anew, since the monitor was attached: expected "
-                    "it to lie where it did; call attach() after sharding a module"
+                    f"{name} was sharded or redistributed after attach(): shard the module first, "
+                    "then call attach()"
                 )
             part = peers.part(name, self._settings.measured_indices(name, parameter.shape))
         if part.indices is not None:
@@ -178,7 +178,7 @@ class Engine:
         names: list[str | None] = []
         parts: list[Tensor] = []
         for segment in () if arena is None else arena.segments:
-            names += segment.names_with(present)
+            names += segment.empty_absent(present)
             parts.append(self._measurer.measure_batch(segment.batch))
         return names, parts
 

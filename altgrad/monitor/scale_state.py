@@ -81,7 +81,10 @@ class ScaleState:
             return
         if unknown := self._unknown(parameters):
             if peers.size > 1:
-                raise RuntimeError(f"{few(unknown)} changed their shape since the step began")
+                raise RuntimeError(
+                    f"{few(unknown)} changed their shape during the step: reshape sharded "
+                    "parameters between steps"
+                )
             self._take({name: parameters[name] for name in unknown}, peers)
         for name, parameter in parameters.items():
             amax = self._amax[name][1]

@@ -95,7 +95,7 @@ class ParameterRegistry:
         return [(self._names[p], p, rests) for p, rests in stepped if p in self._names]
 
     def forget_optimizers(self) -> None:
-        """Release the parameters that optimizers step and the module does not have."""
+        """Drop the cache of parameters that optimizers step and the module does not name."""
         self._nameless.clear()
 
 

@@ -159,7 +159,7 @@ def get_formats(formats: Formats) -> tuple[NumberFormat, ...]:
 
 
 def _get(format: str | torch.dtype | NumberFormat) -> NumberFormat:
-    """Return the format with this name, or a format itself."""
+    """Return the format with this name, or dtype; a `NumberFormat` is returned unchanged."""
     if isinstance(format, NumberFormat):
         return format
     if isinstance(format, str):

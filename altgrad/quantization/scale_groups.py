@@ -144,7 +144,7 @@ class Sharing(NamedTuple):
     def from_indices(
         cls, shape: torch.Size, indices: Tensor, sizes: Sequence[int], scaling: Scaling | None
     ) -> Sharing:
-        """Return the sharing of some elements of one layer.
+        """Return the map from elements of one layer to the groups and blocks that share a scale.
 
         Args:
             shape: The shape of the layer.

@@ -38,7 +38,10 @@ EVIDENCE = {verdict: calibration().evidence(verdict.name) for verdict in Verdict
 
 
 def format_kept(kept: float) -> str:
-    """Return a kept_update_ratio in four characters, never rounded across a threshold, 0 or 1."""
+    """Return a kept_update_ratio in four characters, such as ``.99``.
+
+    Rounding moves it neither to 0 nor to 1, nor across a threshold of a verdict.
+    """
     if math.isnan(kept):
         return ""
     rounded = round(kept, 2)

@@ -30,7 +30,7 @@ class Comparison:
 
     @property
     def formats(self) -> list[str]:
-        """Names of the formats judged in both runs, in the order of A."""
+        """Names of the formats judged in both runs, in the order of the first run."""
         return [name for name in self.runs[0].formats if name in self.runs[1].run.formats]
 
     @cached_property

@@ -77,8 +77,8 @@ def test_replicas_counted_twice_and_averaged_maxima_are_found(two) -> None:
     twice = first["replicas twice"]
     assert any("up.weight: elements 600 for 300" in each for each in twice), twice
     (told,) = first["replicas twice, as told"]
-    assert "was measured in" in told
-    assert "replicas and shards are not what the placements say" in told
+    assert "measured elements on all ranks together, got" in told
+    assert "shards and replicas are as the placements say" in told
     assert second["replicas twice, as told"] == [told]
     averaged = first["averaged maxima"]
     assert averaged

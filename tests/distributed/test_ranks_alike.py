@@ -173,10 +173,10 @@ def other_calls(rank: int) -> dict[str, Any]:
 
 def test_ranks_in_different_calls_name_both_calls() -> None:
     first, second = run(other_calls, SIZE, collective=LIMIT)
-    assert "rank 1 is in state_dict() while rank 0 is in weight_octaves()" in first["told"]
-    assert "rank 0 is in weight_octaves() while rank 1 is in state_dict()" in second["told"]
+    assert "rank 1 called state_dict() while rank 0 called weight_octaves()" in first["told"]
+    assert "rank 0 called weight_octaves() while rank 1 called state_dict()" in second["told"]
     assert first["next"] == second["next"]
     assert first["next"].startswith(
-        "RankError: rank 0 failed before step 1 of SGD: rank 1 is in state_dict() while rank 0 is "
+        "RankError: rank 0 failed before step 1 of SGD: rank 1 called state_dict() while rank 0 "
     )
-    assert "; rank 1 failed before step 1 of SGD: rank 0 is in weight_octaves() w" in first["next"]
+    assert "; rank 1 failed before step 1 of SGD: rank 0 called weight_octaves() w" in first["next"]

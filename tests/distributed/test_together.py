@@ -227,8 +227,9 @@ def remember_otherwise(rank: int) -> str:
 
 
 def test_every_rank_refuses_histories_of_different_layers(two) -> None:
-    told = "LostRankError: ranks have different layers, and keep different histories"
-    assert two(remember_otherwise) == [told] * SIZE
+    for told in two(remember_otherwise):
+        assert told.startswith("LostRankError: state_dict(): ranks have flags of")
+        assert told.endswith("give every rank the same layers and sampling")
 
 
 def states(rank: int) -> list[Any]:

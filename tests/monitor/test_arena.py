@@ -250,10 +250,10 @@ def test_absent_layers_hold_no_elements() -> None:
         fill(copies[name], step)
     (segment,) = lying.arena.segments
     whole = lying.measurer.measure_batch(segment.batch)
-    assert segment.names_with({*steps}) == ["a", "b", "c"]
+    assert segment.empty_absent({*steps}) == ["a", "b", "c"]
     assert torch.equal(lying.measurer.measure_batch(segment.batch), whole)
     done = copy.deepcopy(lying.flags)
-    assert segment.names_with({"b", "another"}) == [None, "b", None]
+    assert segment.empty_absent({"b", "another"}) == [None, "b", None]
     assert torch.equal(copies["b"].before, steps["b"][0])
     assert copies["a"].before.isnan().all()
     assert copies["c"].before.isnan().all()

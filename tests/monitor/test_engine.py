@@ -326,7 +326,7 @@ def test_each_row_belongs_to_the_layer_at_its_position() -> None:
         assert_equal_figures(tensor_figures(FORMATS, row), measure(*parts[name], FORMATS))
 
 
-def test_resting_layers_are_not_present_and_are_not_combined() -> None:
+def test_layers_with_learning_rate_0_are_left_out_of_the_sums() -> None:
     """A second layer is stepped and cannot be measured: numbers are equal, names are not."""
     run = Run("w", "still", "waves")
     waves = torch.ones(3, dtype=torch.complex64)
@@ -358,7 +358,7 @@ def test_all_rows_are_copied_to_the_host_at_once(inf: float | None, names: list[
 
 
 @pytest.mark.parametrize("inf", [0.0, 1.0])
-def test_found_inf_is_read_without_rows(inf: float) -> None:
+def test_found_inf_is_reported_when_no_layer_can_be_measured(inf: float) -> None:
     run, waves = Run("waves"), torch.ones(3, dtype=torch.complex64)
     sums = run.sums(run.optimizer(), inf=torch.tensor(inf), waves=(waves, waves, waves))
     assert sums.error is None

@@ -23,7 +23,7 @@ def test_every_step_is_due_by_default() -> None:
     assert due_steps(StepSchedule(), 5) == [0, 1, 2, 3, 4]
 
 
-def test_every_ten_steps_are_those_at_which_lightning_logs() -> None:
+def test_every_n_steps_10_observes_steps_9_19_29_as_lightning_logs() -> None:
     assert due_steps(StepSchedule(10), 40) == [9, 19, 29, 39]
 
 

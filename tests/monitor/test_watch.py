@@ -63,7 +63,7 @@ def test_measured_by_lists_enabled_layers_with_a_measured_dtype() -> None:
     assert watch.measured_by(sgd(model.waves, model.quiet)) == ()
 
 
-def test_stepped_by_is_in_the_order_of_the_model() -> None:
+def test_find_stepped_returns_layers_in_the_order_of_the_model() -> None:
     model = Model()
     watch, _ = make_watch(model)
     one, two = sgd(model.last, model.waves), sgd(model.frozen, model.quiet, model.first)

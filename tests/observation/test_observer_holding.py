@@ -402,7 +402,7 @@ def test_peak_bytes_is_logged_once_when_the_observer_detaches(caplog) -> None:
     assert observer.peak_bytes == count
 
 
-def test_elements_are_chosen_once_also_when_attached_again() -> None:
+def test_a_second_attach_does_not_choose_the_elements_again() -> None:
     model, optimizer = training()
     names = []
     observer = StepObserver(

@@ -111,7 +111,7 @@ def test_the_step_of_an_outcome_includes_parameters_with_learning_rate_0() -> No
 
 
 @pytest.mark.parametrize("read", [True, False])
-def test_a_step_skipped_by_a_fused_optimizer_is_recognised_unless_found_inf_is_not_read(
+def test_a_step_skipped_by_a_fused_optimizer_is_recognised_only_if_found_inf_is_read(
     read: bool,
 ) -> None:
     model, optimizer = training(AdamW, fused=True)

@@ -111,7 +111,7 @@ def test_a_parameter_that_moves_at_learning_rate_0_does_not_rest(
     assert step.resting == frozenset()
 
 
-def test_a_parameter_that_stalls_at_another_learning_rate_does_not_rest() -> None:
+def test_a_parameter_stalled_at_a_nonzero_learning_rate_is_not_resting() -> None:
     step = show(snapshot("w", [1.0], [1.0]))
     assert step.names == ("w",)
     assert step.resting == frozenset()

@@ -32,7 +32,7 @@ def broadcasts(shape, to):
 # --- tensors -------------------------------------------------------------------------------------
 
 
-def test_the_full_dtype_is_float64_for_float64_alone():
+def test_the_full_dtype_is_float64_for_float64_and_float32_for_narrower_inputs():
     full = {dtype: get_full_dtype(torch.ones(1, dtype=dtype)) for dtype in INPUT_DTYPES}
     float32 = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float32)
     assert full == {**float32, torch.float64: torch.float64}

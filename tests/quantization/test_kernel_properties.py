@@ -69,7 +69,7 @@ def test_up_and_down_mirror_each_other(case, saturate):
 
 @strategies.thorough
 @given(case=cases())
-def test_up_and_down_enclose_x_in_at_most_one_step(case):
+def test_rounding_up_and_down_brackets_x_within_one_spacing(case):
     x, format, scale = case
     x = x.clamp(-format.max * scale, format.max * scale)
     up = quantize(x, format, scale, rounding="up")

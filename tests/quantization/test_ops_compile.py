@@ -190,7 +190,7 @@ def test_stochastic_rounding_may_break_the_graph_and_equals_eager():
 
 
 @pytest.mark.parametrize("scaling", ["tensor", "channel", ("block", 32)], ids=str)
-def test_compute_scale_equals_eager(scaling):
+def test_compiled_compute_scale_equals_eager(scaling):
     def scaled(x):
         return {
             str(power_of_two): compute_scale(x, E4M3, scaling=scaling, power_of_two=power_of_two)

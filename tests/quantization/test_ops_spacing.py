@@ -65,7 +65,7 @@ def test_spacing_equals_the_difference_of_neighbouring_values(format):
 
 @strategies.thorough
 @given(st.data(), strategies.formats(), strategies.power_of_two_scales())
-def test_any_format_equals_the_definition_in_exact_fractions(data, format, scale):
+def test_spacing_equals_its_definition_in_exact_fractions_for_any_format(data, format, scale):
     x = data.draw(strategies.tensors(format, scale))
     actual = spacing(x, format, scale)
     expected = [float(oracles.exact_spacing(value, format, scale)) for value in x.tolist()]

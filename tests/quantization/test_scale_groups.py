@@ -201,7 +201,7 @@ def test_dropping_groups_without_elements_keeps_the_amax_of_each_element(
 
 @thorough
 @given(st.lists(samples(), min_size=1, max_size=4))
-def test_joined_layers_share_no_group_and_no_block(
+def test_joining_keeps_groups_and_blocks_of_layers_separate(
     several: list[tuple[tuple[int, ...], list[int], int, object]],
 ) -> None:
     parts = [

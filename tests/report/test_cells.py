@@ -51,7 +51,7 @@ def test_every_verdict_has_a_distinct_meaning_and_colour() -> None:
     assert EVIDENCE[Verdict.FROZEN].endswith("frozen when the run was really done")
 
 
-def test_meanings_name_the_thresholds() -> None:
+def test_the_meaning_of_each_verdict_states_its_thresholds() -> None:
     assert "0.99 " in MEANINGS[Verdict.STORES_FINE]
     assert MEANINGS[Verdict.WATCH].startswith("0.5 to 0.99 ")
     assert MEANINGS[Verdict.NEEDS_REMEDY].startswith("below 0.5:")

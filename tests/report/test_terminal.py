@@ -30,7 +30,7 @@ def test_the_table_shows_the_verdict_on_each_layer_and_format(run: Path, columns
     assert "\x1b" not in shown.stdout
 
 
-def test_of_many_layers_the_worst_40_are_shown_and_all_on_demand(tmp_path: Path) -> None:
+def test_a_report_of_many_layers_shows_the_worst_40_and_all_on_demand(tmp_path: Path) -> None:
     long = "encoder.blocks.{}.attention.query_key_value.projection.weight"
     fine = [long.format(k) for k in range(2000)]
     path = write_run(tmp_path, ["the.frozen.one"], fine, steps=1)

@@ -82,7 +82,7 @@ def test_a_monitored_run_ends_bit_for_bit_like_one_without_a_monitor(
     assert all(same(a, b) for a, b in pairs)
 
 
-def test_the_comparison_finds_a_drawn_random_number(tmp_path: Path) -> None:
+def test_a_callback_that_draws_a_random_number_makes_two_runs_differ(tmp_path: Path) -> None:
     class Draws(pl.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
             torch.rand(1)

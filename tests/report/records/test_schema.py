@@ -59,7 +59,7 @@ def test_a_header_survives_json() -> None:
         ({"versions": {}, "created": "", "predecessor": None}, True),
     ],
 )
-def test_headers_are_alike_if_formats_scaling_and_layers_are_equal(
+def test_headers_are_alike_only_if_formats_scaling_and_layers_are_equal(
     change: Any, is_like: bool
 ) -> None:
     assert HEADER.is_like(replace(HEADER, **change)) is is_like
