@@ -238,12 +238,13 @@ def step_unseen_on_one(rank: int) -> dict[str, Any]:
     """Step with a closure that rank 1 never calls: an error that is made and not raised."""
     net = fsdp(SIZE)
     optimizer = WithoutClosure(net.parameters(), lr=1e-2)
-    UpdateMonitor(net).attach(optimizer)
+    monitor = UpdateMonitor(net).attach(optimizer)
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
     start = time.monotonic()
     with all_warnings() as told:
         optimizer.step(lambda: None)
+    assert not monitor.is_observing
     return {"told": told, "seconds": time.monotonic() - start}
 
 

@@ -240,7 +240,7 @@ def test_ranks_take_the_amax_of_shared_layers_together() -> None:
     assert state.amax("b").tolist() == [8.0]
     assert not state.prepare(lambda: weights, peers)
     weights |= {"a": torch.ones(3), "new": torch.ones(1)}
-    with pytest.raises(RuntimeError, match="a, new changed their shape since the step began"):
+    with pytest.raises(RuntimeError, match="a, new changed their shape during the step"):
         ensure_amax(state, peers, **weights)
     assert peers.asked == [["a", "b"]]  # other ranks do not know yet
     assert state.prepare(lambda: weights, peers, are_new=True)
