@@ -110,7 +110,7 @@ def grid_alignment_statistics(
         - ``grid_error_mean``: The mean error, in units of the weights.
         - ``grid_error_max``: The largest error, in units of the weights.
         - ``grid_error_std``: The standard deviation of the error, with denominator n − 1, in units
-          of the weights; NaN for fewer than two finite weights.
+            of the weights; NaN for fewer than two finite weights.
         - ``on_grid_frac``: The share of weights that are exactly on the grid, 0 to 1.
 
     Raises:
@@ -180,7 +180,7 @@ def ulp_statistics(before: Tensor, after: Tensor) -> dict[str, float]:
 
         - ``ulp_mean``: The mean distance in ULPs.
         - ``ulp_median``: The median distance in ULPs; for an even number of weights the mean of the
-          middle two.
+            middle two.
         - ``ulp_max``: The largest distance in ULPs.
         - ``ulp_zero_frac``: The share of weights that did not move, 0 to 1.
 
@@ -227,10 +227,10 @@ def gradient_stiffness_correlation(
         A dict of floats over the valid weights. Without valid weights all are 0.0.
 
         - ``grad_stiff_correlation``: The Pearson correlation of abs(gradient) and stiffness, −1 to
-          1; NaN if one of them is constant.
+            1; NaN if one of them is constant.
         - ``grad_stiff_ratio_mean``: The mean of abs(gradient) / stiffness.
         - ``grad_below_stiffness_frac``: The share of gradients whose magnitude is below the
-          stiffness, 0 to 1.
+            stiffness, 0 to 1.
 
     Raises:
         TypeError: Both or neither of `mantissa_bits` and `format` are given, a scale is given

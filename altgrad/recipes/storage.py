@@ -215,18 +215,18 @@ class WeightStorage:
 
             - ``"layers"``: A dict with the state of each stored layer, by name of the layer.
             - ``"generators"``: A dict with the state of each generator for stochastic rounding, a
-              uint8 tensor on the CPU, by name of the device.
+                uint8 tensor on the CPU, by name of the device.
 
             The state of a layer is a dict with four keys.
 
             - ``"format"``: The name of the format.
             - ``"scaling"``: The `Scaling` of the layer; None without scales.
             - ``"scales"``: The scales, float64; 0 where all weights have been 0; None without
-              scales. The shape is ``()`` for ``"tensor"`` and ``(channels, 1, …)`` for
-              ``"channel"``. For blocks it is that of the layer with the number of blocks as last
-              dimension.
+                scales. The shape is ``()`` for ``"tensor"`` and ``(channels, 1, …)`` for
+                ``"channel"``. For blocks it is that of the layer with the number of blocks as last
+                dimension.
             - ``"lost"``: The rounding errors, bfloat16, the shape of the layer; None without
-              compensation.
+                compensation.
         """
         return {
             "layers": {layer.name: layer.state_dict() for layer in self._layers.values()},
