@@ -46,26 +46,41 @@ class Operations(TorchDispatchMode):
     def is_on_host(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._host
 
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        self._is_copying = True
+        try:
+            yield
+        finally:
+            self._is_copying = False
+
     def copy(
         self, copy: Callable[..., Tensor], tensor: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Copy a tensor as `cpu` does for a tensor on a device."""
-        self._is_copying = True
-        try:
+        with self.uncounted():
             copied = copy(tensor, *args, **kwargs).clone()
-        finally:
-            self._is_copying = False
         self._host[copied.untyped_storage()._cdata] = copied
         return copied
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
-        original = Tensor.cpu
+        original, view = Tensor.cpu, Tensor.numpy
 
         def cpu(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return self.copy(original, tensor, *args, **kwargs)
 
-        with mock.patch.object(Tensor, "cpu", cpu), self:
+        def numpy(tensor: Tensor) -> Any:
+            if not self.is_on_host(tensor):
+                return view(tensor)
+            with self.uncounted():  # torch detaches, and shares the memory: part of the copy
+                return view(tensor)
+
+        with (
+            mock.patch.object(Tensor, "cpu", cpu),
+            mock.patch.object(Tensor, "numpy", numpy),
+            self,
+        ):
             yield
 
 

@@ -238,11 +238,11 @@ def test_importing_altgrad_loads_no_heavy_module() -> None:
     assert heavy_modules_after("import altgrad") == set()
 
 
-def test_measuring_loads_only_torch() -> None:
-    with_torch = {name.partition(".")[0] for name in modules_after("import torch")}
-    assert "torch" in with_torch
+def test_measuring_loads_only_torch_and_numpy() -> None:
+    both = {name.partition(".")[0] for name in modules_after("import torch, numpy")}
+    assert {"torch", "numpy"} <= both
     statement = "from altgrad import *; import altgrad.monitor.monitor"
-    assert heavy_modules_after(statement) <= with_torch
+    assert heavy_modules_after(statement) <= both
 
 
 NO_TORCH = {"torch", "pytorch_lightning", "lightning", "altgrad_lightning.callback"}
@@ -258,14 +258,14 @@ NO_TORCH = {"torch", "pytorch_lightning", "lightning", "altgrad_lightning.callba
         "import altgrad.cli",
     ],
 )
-def test_a_statement_without_tensors_loads_no_torch(statement: str) -> None:
-    assert not NO_TORCH & modules_after(statement)
+def test_a_statement_without_tensors_loads_neither_torch_nor_numpy(statement: str) -> None:
+    assert not {*NO_TORCH, "numpy"} & modules_after(statement)
 
 
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["report", RUN], ["compare", RUN, RUN], ["formats"]]
 )
-def test_commands_load_no_torch(arguments: list[str]) -> None:
+def test_commands_load_neither_torch_nor_numpy(arguments: list[str]) -> None:
     script = f"""
 import sys
 sys.argv = ["altgrad", *{arguments!r}]
@@ -279,7 +279,7 @@ print("loaded:", *sys.modules)
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     output, _, loaded = run.stdout.rpartition("loaded:")
     assert output
-    assert not NO_TORCH & {*loaded.split()}
+    assert not {*NO_TORCH, "numpy"} & {*loaded.split()}
 
 
 def test_making_a_page_does_not_import_torch(tmp_path: Path) -> None:

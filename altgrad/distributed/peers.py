@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from altgrad.distributed.shards import Part
+from altgrad.measurement.columns import Numbers
 from altgrad.measurement.ever_moved import PackedBits
 from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.step import SkipReason
@@ -36,7 +37,7 @@ class StepSums(NamedTuple):
     """
 
     seconds: tuple[float, float]
-    vectors: Tensor
+    vectors: Numbers
     names: Sequence[str] = ()
     present: Sequence[str] = ()
     found_inf: bool = False

@@ -145,8 +145,8 @@ class Ranks:
         when = "before" if held else "in"
         # Now, since after the all-reduces the other ranks wait for this text.
         text = error and f"failed {when} {what}: {describe_error(error)}"
-        self.group.reduce(message.sums, "SUM")
-        self.group.reduce(message.maxima, "MAX")
+        self.group.reduce(torch.from_numpy(message.sums), "SUM")  # shares its memory
+        self.group.reduce(torch.from_numpy(message.maxima), "MAX")
         if message.is_failed:
             texts = map(json.loads, self.group.exchange("errors", json.dumps(text)))
             failed = [f"rank {rank} {each}" for rank, each in enumerate(texts) if each]
@@ -268,8 +268,7 @@ def _check_counts(merged: StepSums, layers: Mapping[str, Expected], what: str) -
                 f"together, got {elements:.0f}: check that its gradient is present on every rank, "
                 "and that shards and replicas are as the placements say"
             )
-    populations = [layers[name].population for name in merged.names]
-    merged.vectors[:, POPULATION] = torch.tensor(populations, dtype=torch.float64)
+    merged.vectors[:, POPULATION] = [layers[name].population for name in merged.names]
 
 
 def _refuse_different(each: Sequence[Description]) -> NoReturn:

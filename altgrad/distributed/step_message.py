@@ -6,7 +6,7 @@ import math
 from hashlib import sha256
 from typing import NamedTuple
 
-import torch
+import numpy as np
 
 from altgrad._messages import few
 from altgrad.distributed.peers import StepSums
@@ -50,9 +50,9 @@ class StepMessage:
         columns = max_count(formats) + 1  # the last says whether the layer was stepped
         self._layers = layers
         self._step = _number_step(index, layers)
-        self.sums = torch.zeros(rows, sum_count(formats), dtype=torch.float64)
-        self.maxima = torch.full((rows * columns + len(_Header._fields),), -math.inf).double()
-        self._layer_maxima = self.maxima[: rows * columns].view(rows, columns)
+        self.sums = np.zeros((rows, sum_count(formats)))
+        self.maxima = np.full(rows * columns + len(_Header._fields), -np.inf)
+        self._layer_maxima = self.maxima[: rows * columns].reshape(rows, columns)  # a view
 
     def pack(self, local: StepSums, error: Exception | None) -> Exception | None:
         """Put in what this rank measured, unless it failed; return the error.
@@ -78,7 +78,7 @@ class StepMessage:
         skipped = -1 if local.skipped is None else _REASONS.index(local.skipped)
         failed, found_inf = error is not None, local.found_inf
         header = _Header(failed, skipped, found_inf, seconds, training, self._step, -self._step)
-        self.maxima[-len(header) :] = torch.tensor(header, dtype=torch.float64)
+        self.maxima[-len(header) :] = header
         return error
 
     @property
@@ -94,7 +94,7 @@ class StepMessage:
     def unpack(self) -> StepSums:
         """Return the sums of all ranks, for the layers that any rank stepped."""
         said, is_present = self._header, self._layer_maxima[: len(self._layers), -1] > 0
-        rows = is_present.nonzero().flatten()
+        (rows,) = is_present.nonzero()
         names = [self._layers[row] for row in rows.tolist()]
         own, training = (
             math.nan if each == -math.inf else each
@@ -103,7 +103,7 @@ class StepMessage:
         return StepSums(
             seconds=(own, training),
             names=names,
-            vectors=torch.cat((self.sums[rows], self._layer_maxima[rows, :-1]), dim=1),
+            vectors=np.concatenate((self.sums[rows], self._layer_maxima[rows, :-1]), axis=1),
             present=names,
             found_inf=bool(said.found_inf),
             skipped=None if said.skipped < 0 else _REASONS[int(said.skipped)],

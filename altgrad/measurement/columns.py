@@ -13,6 +13,12 @@ This is the first file to read of this room; `kernel` comes next and computes th
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
+Numbers = npt.NDArray[np.float64]
+"""Sums, maxima or figures on the host. What is a tensor on a device is NumPy after the copy."""
+
 OCTAVES = 64
 """Number of bins of a histogram by powers of two; the first and the last bin are open."""
 FIRST_STEPS_OCTAVE = -32

@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, figure_keys, get_metric
-from altgrad.measurement.columns import FIRST_STEPS_OCTAVE
+from altgrad.measurement.columns import FIRST_STEPS_OCTAVE, Numbers
 from altgrad.measurement.histogram import Histogram
 from altgrad.measurement.step_table import FormatRows, StepTable, error_columns
 
@@ -135,7 +135,7 @@ class Figures(Mapping[str, float]):
         row = self._rows[format or None]
         return Histogram(first, tuple(self._table.counts(format or None, row)))
 
-    def layer_vectors(self, formats: Sequence[str]) -> list[tuple[Tensor, tuple[str, ...]]]:
+    def layer_vectors(self, formats: Sequence[str]) -> list[tuple[Numbers, tuple[str, ...]]]:
         """Return the sums and maxima of each layer, from which the figures are computed.
 
         Args:
@@ -217,7 +217,7 @@ def model_figures(layers: Sequence[Figures]) -> Figures:
     formats = tuple(dict.fromkeys(format for layer in layers for format in layer.formats))
     each = [pair for figures in layers for pair in figures.layer_vectors(formats)]
     vectors, judged = zip(*each, strict=True)
-    return Figures(*StepTable.with_model(formats, torch.stack(vectors), judged))
+    return Figures(*StepTable.with_model(formats, np.stack(vectors), judged))
 
 
 def tensor_figures(formats: Sequence[str], row: Tensor) -> Figures:
@@ -227,4 +227,14 @@ def tensor_figures(formats: Sequence[str], row: Tensor) -> Figures:
         formats: Names of the formats.
         row: Sums and maxima of the tensor, float64 (columns) on any device; copied to the host.
     """
-    return layer_figures(StepTable(formats, row.cpu().unsqueeze(0)), 0, formats)
+    return vector_figures(formats, row.cpu().numpy())
+
+
+def vector_figures(formats: Sequence[str], vector: Numbers) -> Figures:
+    """Return the figures of one vector.
+
+    Args:
+        formats: Names of the formats.
+        vector: Sums and maxima, float64 (columns).
+    """
+    return layer_figures(StepTable(formats, vector[None]), 0, formats)

@@ -9,15 +9,16 @@ Read `columns` first, which describes the sums; `standard_errors` comes next.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
-from altgrad.measurement.columns import FIRST_STEPS_OCTAVE, OCTAVES
+from altgrad.measurement.columns import FIRST_STEPS_OCTAVE, OCTAVES, Numbers
 
 
 class Sums(Protocol):
@@ -26,13 +27,13 @@ class Sums(Protocol):
     Columns of a layer have shape (rows, 1), columns of formats (rows, formats).
     """
 
-    def sum(self, name: str) -> Tensor:
+    def sum(self, name: str) -> Numbers:
         """Return the column of SUMS or FORMAT_SUMS with a name."""
 
-    def max(self, name: str) -> Tensor:
+    def max(self, name: str) -> Numbers:
         """Return the column of MAXIMA or FORMAT_MAXIMA with a name."""
 
-    def histogram(self, name: str) -> Tensor:
+    def histogram(self, name: str) -> Numbers:
         """Return the number of elements that moved by each octave.
 
         Args:
@@ -43,22 +44,29 @@ class Sums(Protocol):
         """
 
 
-Formula = Callable[[Sums], Tensor]
+Formula = Callable[[Sums], Numbers]
 """A function from sums to the figures of a metric, float64 (rows, 1 or formats)."""
+
+Flags = npt.NDArray[np.bool_]
+
+
+def quiet() -> AbstractContextManager[object]:
+    """Return a context in which NumPy gives NaN or inf, such as for 0 / 0, without a warning."""
+    return np.errstate(all="ignore")
 
 
 class Estimate(ABC):
     """A ratio Σ a / Σ b over elements, with a standard error if the elements are a sample."""
 
     @abstractmethod
-    def sums(self, n: Sums) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def sums(self, n: Sums) -> tuple[Numbers, Numbers, Numbers, Numbers, Numbers]:
         """Return Σ a, Σ b, Σ a², Σ a · b and Σ b², float64 (rows, 1 or formats) each."""
 
     @abstractmethod
-    def carrying(self, n: Sums) -> Tensor:
+    def carrying(self, n: Sums) -> Numbers:
         """Return the number of elements that carry the ratio, float64 (rows, 1 or formats)."""
 
-    def __call__(self, n: Sums) -> Tensor:
+    def __call__(self, n: Sums) -> Numbers:
         """Compute Σ a / Σ b from the sums; NaN where Σ b is 0."""
         a, b, *_ = self.sums(n)
         return _ratio(a, b)
@@ -78,7 +86,7 @@ class Share(Estimate):
     total: str
     minus: str | None = None
 
-    def sums(self, n: Sums) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def sums(self, n: Sums) -> tuple[Numbers, Numbers, Numbers, Numbers, Numbers]:
         """Return the sums of an estimate from two counts.
 
         Each a and b is 0 or 1, and b is 1 where a is; all sums of products are counts, too.
@@ -94,7 +102,7 @@ class Share(Estimate):
             count = count - n.sum(self.minus)
         return count, total, count, count, total
 
-    def carrying(self, n: Sums) -> Tensor:
+    def carrying(self, n: Sums) -> Numbers:
         """Return the number of all measured elements, float64 (rows, 1)."""
         return n.sum("elements")
 
@@ -106,7 +114,7 @@ class KeptShare(Estimate):
     With a = effective · update and b = update², the sums of a² and b² are sums of fourth powers.
     """
 
-    def sums(self, n: Sums) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def sums(self, n: Sums) -> tuple[Numbers, Numbers, Numbers, Numbers, Numbers]:
         """Return the sums of a = effective · update and b = update².
 
         Args:
@@ -118,7 +126,7 @@ class KeptShare(Estimate):
         a, b = n.sum("kept"), n.sum("judged_sq")
         return a, b, n.sum("kept_sq"), n.sum("kept_update_cubed"), n.sum("judged_4th")
 
-    def carrying(self, n: Sums) -> Tensor:
+    def carrying(self, n: Sums) -> Numbers:
         """Return the number of equal updates with the same energy.
 
         Args:
@@ -128,26 +136,26 @@ class KeptShare(Estimate):
             elements / energy_concentration, float64 (rows, formats); 0 if nothing moved.
         """
         energy, fourth = n.sum("judged_sq"), n.sum("judged_4th")
-        return (energy * energy / fourth).masked_fill(fourth == 0, 0.0)
+        return np.where(fourth == 0, 0.0, energy * energy / fourth)
 
 
 # Makers of formulas. A quotient is NaN, and neither inf nor an error, if its denominator is 0: no
 # element is counted, or nothing moved.
 
 
-def _paired(n: Sums) -> Tensor:
+def _paired(n: Sums) -> Numbers:
     """Count weights other than 0 that have a gradient; 0 unless all elements have one."""
-    return n.sum("nonzero_weights") * (n.sum("gradients") == n.sum("finite"))
+    return np.where(n.sum("gradients") == n.sum("finite"), n.sum("nonzero_weights"), 0.0)
 
 
-def _unless(is_none: Tensor, value: Tensor) -> Tensor:
+def _unless(is_none: Flags, value: Numbers) -> Numbers:
     """Return the value, and NaN where `is_none` is True."""
-    return value.masked_fill(is_none, math.nan)
+    return np.where(is_none, np.nan, value)
 
 
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+def _ratio(numerator: Numbers, denominator: Numbers) -> Numbers:
     """Divide; NaN where the denominator is 0: no element is counted, or nothing moved."""
-    return (numerator / denominator).masked_fill(denominator == 0, math.nan)
+    return np.where(denominator == 0, np.nan, numerator / denominator)
 
 
 # Functions that make formulas: they take the names of columns.
@@ -165,13 +173,13 @@ def _per_pair(count: str) -> Formula:
 
 def _rms(squares: str, total: str) -> Formula:
     """Return a formula: the root of a mean of squares."""
-    return lambda n: _ratio(n.sum(squares), n.sum(total)).sqrt()
+    return lambda n: np.sqrt(_ratio(n.sum(squares), n.sum(total)))
 
 
 def _norm_ratio(squares: str, over: str) -> Formula:
     """Return a formula: a norm over another norm."""
     # Roots first: the quotient of the squares may leave the range of float64.
-    return lambda n: _ratio(n.sum(squares).sqrt(), n.sum(over).sqrt())
+    return lambda n: _ratio(np.sqrt(n.sum(squares)), np.sqrt(n.sum(over)))
 
 
 def _largest(name: str, among: str) -> Formula:
@@ -194,18 +202,18 @@ def _median_octave(name: str, total: str, first: int) -> Formula:
         first: Exponent of its first bin.
     """
 
-    def formula(n: Sums) -> Tensor:
+    def formula(n: Sums) -> Numbers:
         half = n.sum(total) / 2
         # The first octave up to which at least half of the elements lie.
-        below = n.histogram(name).cumsum(0).transpose(1, 2)
-        octave = (below < half).sum(0).clamp(max=OCTAVES - 1)
-        is_none = (half == 0) | half.isnan() | below[-1].isnan()
-        return _unless(is_none, octave.double() + (first + 0.5))
+        below = n.histogram(name).cumsum(0).swapaxes(1, 2)
+        octave = np.minimum((below < half).sum(0), OCTAVES - 1)
+        is_none = (half == 0) | np.isnan(half) | np.isnan(below[-1])
+        return _unless(is_none, octave + (first + 0.5))
 
     return formula
 
 
-def _deviation(n: Sums, name: str, squares: str, count: Tensor) -> Tensor:
+def _deviation(n: Sums, name: str, squares: str, count: Numbers) -> Numbers:
     """Return the sum of squared deviations from the mean.
 
     It is 0 if all values are equal. It is NaN if the rounding of the sums exceeds it, that is if
@@ -223,35 +231,35 @@ def _deviation(n: Sums, name: str, squares: str, count: Tensor) -> Tensor:
     deviation = n.sum(squares) - n.sum(name) * (n.sum(name) / count)
     # Rounding is of the order of n · 2**-53 of the sum of squares; 1e-10 leaves room for large n.
     deviation = _unless(deviation <= 1e-10 * n.sum(squares), deviation)
-    return deviation.masked_fill(n.max(name) == -n.max(f"minus_{name}"), 0.0)
+    return np.where(n.max(name) == -n.max(f"minus_{name}"), 0.0, deviation)
 
 
-def _grid_error_std(n: Sums) -> Tensor:
+def _grid_error_std(n: Sums) -> Numbers:
     count = n.sum("finite")
     deviation = _deviation(n, "grid_error", "grid_error_sq", count)
     # The unbiased estimate, over count − 1.
-    return _unless(count < 2, (deviation / (count - 1)).sqrt())
+    return _unless(count < 2, np.sqrt(deviation / (count - 1)))
 
 
-def _sqnr(n: Sums) -> Tensor:
+def _sqnr(n: Sums) -> Numbers:
     # 10 · log10 of a ratio of powers; inf if every weight is on the grid.
     signal, noise = n.sum("weight_sq"), n.sum("grid_error_sq")
-    decibels = 10 * (signal / noise).log10()
-    return _unless(signal == 0, decibels.masked_fill(noise == 0, math.inf))
+    decibels = 10 * np.log10(signal / noise)
+    return _unless(signal == 0, np.where(noise == 0, np.inf, decibels))
 
 
-def _correlation(n: Sums) -> Tensor:
+def _correlation(n: Sums) -> Numbers:
     # Pearson's correlation of |gradient| and stiffness, from sums: cov / sqrt(var · var).
     count = _paired(n)
     gradient = _deviation(n, "paired_gradient_abs", "paired_gradient_sq", count)
     stiffness = _deviation(n, "stiffness", "stiffness_sq", count)
     product = n.sum("paired_gradient_abs") * (n.sum("stiffness") / count)
     common = n.sum("stiffness_gradient") - product
-    correlation = (common / (gradient.sqrt() * stiffness.sqrt())).clamp(-1, 1)
+    correlation = np.clip(common / (np.sqrt(gradient) * np.sqrt(stiffness)), -1, 1)
     return _unless((count == 0) | (gradient == 0) | (stiffness == 0), correlation)
 
 
-def _energy_concentration(n: Sums) -> Tensor:
+def _energy_concentration(n: Sums) -> Numbers:
     # n · Σ d⁴ / (Σ d²)²: 1 if all updates are equal, n if a single element has the whole update.
     squares = n.sum("update_sq")
     return _ratio(n.sum("finite") * n.sum("update_4th"), squares * squares)

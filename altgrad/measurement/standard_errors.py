@@ -15,17 +15,17 @@ References:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+import numpy as np
 
-from altgrad.measurement.metrics import Estimate, Formula, Sums
+from altgrad.measurement.columns import Numbers
+from altgrad.measurement.metrics import Estimate, Formula, Sums, quiet
 
 _FEWEST = 30  # elements; the spread of fewer is not known well enough
 
 
-def estimate_sums(formula: Formula, n: Sums, width: int) -> list[Tensor]:
+def estimate_sums(formula: Formula, n: Sums, width: int) -> list[Numbers]:
     """Return the sums from which the standard error of an estimate is computed.
 
     Args:
@@ -38,13 +38,14 @@ def estimate_sums(formula: Formula, n: Sums, width: int) -> list[Tensor]:
         (rows, width) each.
     """
     assert isinstance(formula, Estimate)
-    sums = (*formula.sums(n), formula.carrying(n))
-    return [each if each.shape[1] == width else each.expand(-1, width) for each in sums]
+    with quiet():
+        sums = (*formula.sums(n), formula.carrying(n))
+    return [np.broadcast_to(each, (len(each), width)) for each in sums]
 
 
 def standard_errors(
-    sums: Sequence[Tensor], counted: Tensor, members: Mapping[int, Sequence[int]]
-) -> Tensor:
+    sums: Sequence[Numbers], counted: Numbers, members: Mapping[int, Sequence[int]]
+) -> Numbers:
     """Return the standard errors of ratios.
 
     Args:
@@ -57,23 +58,30 @@ def standard_errors(
         Standard errors, float64 (rows, keys). They are 0 if all elements were measured. They are
         NaN if the ratio has no value or fewer than 30 elements carry it.
     """
+    with quiet():
+        return _standard_errors(sums, counted, members)
+
+
+def _standard_errors(
+    sums: Sequence[Numbers], counted: Numbers, members: Mapping[int, Sequence[int]]
+) -> Numbers:
     a, b, a_squared, a_b, b_squared, carrying = sums
     population, elements = counted[:, :1], counted[:, 1:]
     # Cochran's (1 − f) · n / (n − 1), with f the share that was measured.
     per_residual = (1 - elements / population) * elements / (elements - 1)
     is_known = (elements >= population) | (b == 0)
 
-    def variances(ratios: Tensor) -> Tensor:
+    def variances(ratios: Numbers) -> Numbers:
         """Return the variance of Σ residuals of each row, with the share sampled accounted for."""
         residuals = a_squared - 2 * ratios * a_b + ratios * ratios * b_squared
-        found = residuals.clamp(min=0) * per_residual
-        return found.masked_fill(carrying < _FEWEST, math.nan).masked_fill(is_known, 0.0)
+        found = np.where(carrying < _FEWEST, np.nan, np.maximum(residuals, 0) * per_residual)
+        return np.where(is_known, 0.0, found)
 
     ratios = a / b
     variance = variances(ratios)
-    weights_sq = (population / elements.clamp(min=1)).square()  # each stands for so many
+    weights = population / np.maximum(elements, 1)  # each stands for so many
     for row, layers in members.items():
         # Strata are independent: the variances of the layers add up, about the model's own ratio.
-        layer_variances = variances(ratios[row]) * weights_sq
-        variance[row] = layer_variances.t()[:, [*layers]].sum(1)
-    return (variance.sqrt() / b).masked_fill(b == 0, math.nan)
+        layer_variances = variances(ratios[row]) * np.square(weights)
+        variance[row] = layer_variances[[*layers]].sum(0)
+    return np.where(b == 0, np.nan, np.sqrt(variance) / b)

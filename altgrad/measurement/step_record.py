@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from altgrad.measurement.columns import Numbers
 from altgrad.measurement.figures import Figures, layer_figures
 from altgrad.measurement.step_table import StepTable
 
@@ -39,13 +37,10 @@ class StepRecord:
     training_seconds: float
 
 
-# Tensors made in inference mode could not be copied later, as `copy.deepcopy` does:
-# https://docs.pytorch.org/docs/stable/notes/autograd.html#inference-mode
-@torch.inference_mode(mode=False)
 def step_record(
     formats: Sequence[str],
     judged: Mapping[str, Sequence[str]],
-    vectors: Tensor,
+    vectors: Numbers,
     index: int,
     seconds: tuple[float, float],
 ) -> StepRecord:

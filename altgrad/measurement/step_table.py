@@ -13,8 +13,7 @@ import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, figure_keys
 from altgrad.measurement.columns import (
@@ -25,10 +24,11 @@ from altgrad.measurement.columns import (
     OCTAVES,
     POPULATION,
     SUMS,
+    Numbers,
     max_count,
     sum_count,
 )
-from altgrad.measurement.metrics import FORMULAS, Estimate
+from altgrad.measurement.metrics import FORMULAS, Estimate, quiet
 from altgrad.measurement.standard_errors import estimate_sums, standard_errors
 
 FormatRows = Mapping[str | None, int]
@@ -61,7 +61,7 @@ class StepTable:
     def __init__(
         self,
         formats: Sequence[str],
-        vectors: Tensor,
+        vectors: Numbers,
         members: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         self.formats = tuple(formats)
@@ -75,7 +75,7 @@ class StepTable:
 
     @classmethod
     def with_model(
-        cls, formats: Sequence[str], vectors: Tensor, judged: Sequence[Collection[str]]
+        cls, formats: Sequence[str], vectors: Numbers, judged: Sequence[Collection[str]]
     ) -> tuple[StepTable, FormatRows]:
         """Make the table of layers and of the model that they form.
 
@@ -98,17 +98,17 @@ class StepTable:
                 rows[format] = members.setdefault(layers, len(vectors) + len(members))
         merged = [_merged(vectors, layers, sum_count(len(formats))) for layers in members]
         by_row = {row: layers for layers, row in members.items()}
-        return cls(formats, torch.cat((vectors, *merged)), by_row), rows
+        return cls(formats, np.concatenate((vectors, *merged)), by_row), rows
 
-    def sum(self, name: str) -> Tensor:
+    def sum(self, name: str) -> Numbers:
         """Return the column of SUMS or FORMAT_SUMS of a name, float64 (rows, 1 or formats)."""
         return self.vectors[:, self._places[name]]
 
-    def max(self, name: str) -> Tensor:
+    def max(self, name: str) -> Numbers:
         """Return the column of MAXIMA or FORMAT_MAXIMA of a name, float64 (rows, 1 or formats)."""
         return self.vectors[:, self._places[f"max {name}"]]
 
-    def histogram(self, name: str) -> Tensor:
+    def histogram(self, name: str) -> Numbers:
         """Return the number of elements that moved by each octave.
 
         Args:
@@ -144,7 +144,7 @@ class StepTable:
         # time of the whole matrix, which is left to those who read figures.
         metric, _, format = key.partition("/")
         if self._figures is None and self._first is None:
-            self._first = metric, FORMULAS[metric](self).tolist()
+            self._first = metric, self._evaluate(metric).tolist()
         if self._figures is None and self._first is not None and self._first[0] == metric:
             value = self._first[1][row][self.formats.index(format) if format else 0]
         else:
@@ -153,12 +153,17 @@ class StepTable:
         # as equal also if they are NaN.
         return math.nan if math.isnan(value) else value
 
+    def _evaluate(self, metric: str) -> Numbers:
+        """Compute a metric for all rows, float64 (rows, 1 or formats)."""
+        with quiet():
+            return FORMULAS[metric](self)
+
     @property
     def figures(self) -> list[list[float]]:
         """The figures of each row, in the order of `catalogue.figure_keys`."""
         if self._figures is None:
-            layer_values = [FORMULAS[name](self) for name in LAYER_METRICS]
-            format_values = [FORMULAS[name](self) for name in FORMAT_METRICS]
+            layer_values = [self._evaluate(name) for name in LAYER_METRICS]
+            format_values = [self._evaluate(name) for name in FORMAT_METRICS]
             self._figures = _by_key(layer_values, format_values).tolist()
         return self._figures
 
@@ -167,7 +172,7 @@ class StepTable:
         """The standard errors of each row, in the order of `error_columns`."""
         each = [estimate_sums(FORMULAS[name], self, 1) for name in LAYER_ESTIMATES]
         each += [estimate_sums(FORMULAS[n], self, len(self.formats)) for n in FORMAT_ESTIMATES]
-        sums = [torch.cat(part, dim=1) for part in zip(*each, strict=True)]
+        sums = [np.concatenate(part, axis=1) for part in zip(*each, strict=True)]
         counted = self.vectors[:, [POPULATION, ELEMENTS]]
         errors: list[list[float]] = standard_errors(sums, counted, self.members).tolist()
         return errors
@@ -192,7 +197,7 @@ class StepTable:
             counted[row][1] = sum(counted[layer][1] for layer in layers)
         return counted
 
-    def convert_row(self, formats: Sequence[str], row: int) -> Tensor:
+    def convert_row(self, formats: Sequence[str], row: int) -> Numbers:
         """Convert the vector of a row to other formats.
 
         Args:
@@ -202,9 +207,10 @@ class StepTable:
         Returns:
             The vector, float64 (columns): sums of 0 and maxima of −inf for unknown formats.
         """
+        vector: Numbers = self.vectors[row]
         if self.formats == tuple(formats):
-            return self.vectors[row]
-        vector, middle = self.vectors[row], sum_count(len(self.formats))
+            return vector
+        middle = sum_count(len(self.formats))
         parts = [vector[: len(SUMS)], vector[middle : middle + len(MAXIMA)]]
         sums, maxima = parts[:1], parts[1:]
         for format in formats:
@@ -214,27 +220,27 @@ class StepTable:
                 first, stop = max_count(position), max_count(position + 1)
                 maxima.append(vector[middle + first : middle + stop])
             else:
-                sums.append(vector.new_zeros(len(FORMAT_SUMS)))
-                maxima.append(vector.new_full((len(FORMAT_MAXIMA),), -torch.inf))
-        return torch.cat((*sums, *maxima))
+                sums.append(np.zeros(len(FORMAT_SUMS)))
+                maxima.append(np.full(len(FORMAT_MAXIMA), -np.inf))
+        return np.concatenate((*sums, *maxima))
 
     @functools.cached_property
-    def _octaves(self) -> Tensor:
+    def _octaves(self) -> Numbers:
         """The histograms of all rows, float64 (64, 1 + formats, rows): ULPs, then steps by format.
 
         A vector has 63 of the 64 octaves; the first one is the number that moved less the others.
         """
         formats, stop = len(self.formats), sum_count(len(self.formats))
-        ulps = self.vectors[:, len(SUMS) + 1 - OCTAVES : len(SUMS)].unsqueeze(1)
+        ulps = self.vectors[:, None, len(SUMS) + 1 - OCTAVES : len(SUMS)]
         steps = self.vectors[:, len(SUMS) : stop].reshape(len(ulps), formats, len(FORMAT_SUMS))
-        octaves = torch.cat((ulps, steps[:, :, 1 - OCTAVES :]), dim=1).permute(2, 1, 0).contiguous()
-        moved = torch.cat((self.sum("moved"), self.sum("judged")), dim=1).t()
+        octaves = np.concatenate((ulps, steps[:, :, 1 - OCTAVES :]), axis=1).transpose(2, 1, 0)
+        moved = np.concatenate((self.sum("moved"), self.sum("judged")), axis=1).T
         # Weighted counts are not whole numbers, and their rounding may leave a little less than 0.
-        first = (moved - octaves.sum(0)).clamp(min=0)
-        return torch.cat((first.unsqueeze(0), octaves))
+        first = np.maximum(moved - octaves.sum(0), 0)
+        return np.concatenate((first[None], octaves))
 
 
-def _by_key(layer_values: Sequence[Tensor], format_values: Sequence[Tensor]) -> Tensor:
+def _by_key(layer_values: Sequence[Numbers], format_values: Sequence[Numbers]) -> Numbers:
     """Put figures side by side: those of the layer, then those of each format in turn.
 
     Args:
@@ -244,7 +250,9 @@ def _by_key(layer_values: Sequence[Tensor], format_values: Sequence[Tensor]) -> 
     Returns:
         Figures, float64 (rows, keys).
     """
-    return torch.cat((*layer_values, torch.stack([*format_values], dim=2).flatten(1)), dim=1)
+    rows, formats = format_values[0].shape
+    by_format = np.stack(format_values, axis=2).reshape(rows, formats * len(format_values))
+    return np.concatenate((*layer_values, by_format), axis=1)
 
 
 @functools.cache
@@ -284,7 +292,7 @@ def error_columns(formats: tuple[str, ...]) -> Mapping[str, int]:
     return {key: column for column, key in enumerate((*LAYER_ESTIMATES, *keys))}
 
 
-def _merged(vectors: Tensor, layers: Sequence[int], middle: int) -> Tensor:
+def _merged(vectors: Numbers, layers: Sequence[int], middle: int) -> Numbers:
     """Merge the vectors of layers, each weighted by its number of elements.
 
     Args:
@@ -296,9 +304,9 @@ def _merged(vectors: Tensor, layers: Sequence[int], middle: int) -> Tensor:
         The merged vector, float64 (1, columns).
     """
     chosen = vectors if len(layers) == len(vectors) else vectors[[*layers]]
-    weights = chosen[:, POPULATION] / chosen[:, ELEMENTS].clamp(min=1)
+    weights = chosen[:, POPULATION] / np.maximum(chosen[:, ELEMENTS], 1)
     # A product and a sum, and no matrix product: on some processors that adds columns up in
     # different orders, and the difference of two equal columns would be 3e-16 instead of 0.
-    sums = (weights.unsqueeze(1) * chosen[:, :middle]).sum(0)
+    sums = (weights[:, None] * chosen[:, :middle]).sum(0)
     sums[POPULATION] = sums[ELEMENTS]  # weighted by population / elements
-    return torch.cat((sums, chosen[:, middle:].amax(0))).unsqueeze(0)
+    return np.concatenate((sums, chosen[:, middle:].max(0)))[None]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from altgrad.distributed.peers import Peers, StepSums
 from altgrad.distributed.shards import empty_part
 from altgrad.measurement.chunks import Sample
+from altgrad.measurement.columns import Numbers
 from altgrad.measurement.ever_moved import EverMovedStore
 from altgrad.measurement.measurer import Measurer
 from altgrad.monitor.arena import Arena
@@ -129,8 +131,7 @@ class Engine:
         Returns:
             Sums and maxima of the layers, with the outcome of the step.
         """
-        nothing = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
-        sums = StepSums(seconds, nothing, skipped=outcome.skipped, error=outcome.error)
+        sums = StepSums(seconds, np.zeros((0, 0)), skipped=outcome.skipped, error=outcome.error)
         if outcome.step is None:
             return sums
         try:
@@ -227,10 +228,7 @@ class Engine:
             arena.leave()
 
 
-# Tensors made in inference mode could not be copied later, as `copy.deepcopy` does:
-# https://docs.pytorch.org/docs/stable/notes/autograd.html#inference-mode
-@torch.inference_mode(mode=False)
-def _on_host(parts: Sequence[Tensor], found_inf: Tensor | None) -> tuple[Tensor, bool]:
+def _on_host(parts: Sequence[Tensor], found_inf: Tensor | None) -> tuple[Numbers, bool]:
     """Copy all rows to the host at once, and the flag of a skipped step with them.
 
     Args:
@@ -246,7 +244,7 @@ def _on_host(parts: Sequence[Tensor], found_inf: Tensor | None) -> tuple[Tensor,
     if found_inf is not None:
         together.append(together[0].new_zeros(1, together[0].shape[1]))
         together[-1][0, 0] = to_local_tensor(found_inf)
-    rows = torch.cat(together).cpu()
+    rows = torch.cat(together).cpu().numpy()
     return (rows, False) if found_inf is None else (rows[:-1], bool(rows[-1, 0]))
 
 

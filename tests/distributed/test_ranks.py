@@ -6,6 +6,7 @@ import re
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def met() -> Ranks:
 
 def local(elements: dict[str, int], seconds: float = 0.0) -> StepSums:
     """Return sums in which every column has the number of elements as its value."""
-    vectors = torch.tensor([*elements.values()], dtype=torch.float64)[:, None].repeat(1, WIDTH)
+    vectors = np.array([*elements.values()], dtype=np.float64)[:, None].repeat(WIDTH, 1)
     return StepSums((seconds, seconds), vectors, [*elements], [*elements])
 
 

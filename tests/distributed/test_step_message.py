@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given, strategies as st
-from torch import Tensor
 
 from altgrad.distributed.peers import StepSums
 from altgrad.distributed.step_message import StepMessage
-from altgrad.measurement.columns import max_count, sum_count
+from altgrad.measurement.columns import Numbers, max_count, sum_count
 from altgrad.observation.step import SkipReason
 from tests.strategies import thorough
 
@@ -24,14 +23,14 @@ REASONS: list[SkipReason | None] = [None, "no gradients", "learning rate 0", "in
 
 
 def local(
-    figures: Mapping[str, Tensor] | None = None,
+    figures: Mapping[str, Numbers] | None = None,
     present: Sequence[str] = (),
     seconds: tuple[float, float] = (math.nan, math.nan),
     found_inf: bool = False,
     skipped: SkipReason | None = None,
 ) -> StepSums:
     rows = [*(figures or {}).values()]
-    vectors = torch.stack(rows) if rows else torch.zeros(0, SUMS + MAXIMA, dtype=torch.float64)
+    vectors = np.stack(rows) if rows else np.zeros((0, SUMS + MAXIMA))
     return StepSums(seconds, vectors, [*(figures or {})], present, found_inf, skipped)
 
 
@@ -48,8 +47,8 @@ def pack_message(
 def reduced(messages: Sequence[StepMessage]) -> StepMessage:
     """Return the first message as the collectives leave it on every rank."""
     first = messages[0]
-    first.sums.copy_(torch.stack([each.sums for each in messages]).sum(0))
-    first.maxima.copy_(torch.stack([each.maxima for each in messages]).amax(0))
+    first.sums[:] = np.sum([each.sums for each in messages], axis=0)
+    first.maxima[:] = np.max([each.maxima for each in messages], axis=0)
     return first
 
 
@@ -58,10 +57,9 @@ def draw_local_sums(draw: st.DrawFn) -> StepSums:
     """Draw sums for any layers in any order; some layers are measured but not stepped."""
     present = draw(st.lists(st.sampled_from(STEP[1]), unique=True))
     names = draw(st.lists(st.sampled_from(STEP[1]), unique=True))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
-    whole = (SUMS + MAXIMA,)
+    generator = np.random.default_rng(draw(st.integers(0, 9)))
     return local(
-        {name: torch.randint(-9, 9, whole, generator=generator).double() for name in names},
+        {name: generator.integers(-9, 9, SUMS + MAXIMA).astype(np.float64) for name in names},
         present,
         (draw(st.sampled_from([math.nan, 0.0, 1.5])), draw(st.sampled_from([math.nan, 0.0, 2.5]))),
         draw(st.booleans()),
@@ -78,7 +76,7 @@ def test_a_reduced_message_has_the_sums_and_maxima_over_ranks(each: list[StepSum
     assert step.error is None
     for name, vector in zip(step.names, step.vectors, strict=True):
         parts = [said.vectors[said.names.index(name)] for said in each if name in said.names]
-        sums = sum((part[:SUMS] for part in parts), torch.zeros(SUMS).double())
+        sums = sum((part[:SUMS] for part in parts), np.zeros(SUMS))
         maxima = [
             max((float(p[SUMS + k]) for p in parts), default=-math.inf) for k in range(MAXIMA)
         ]
@@ -98,7 +96,7 @@ def test_a_reduced_message_shows_whether_any_rank_failed() -> None:
 
 
 def test_a_failed_rank_adds_no_sums_and_other_ranks_still_count() -> None:
-    ones = torch.ones(SUMS + MAXIMA).double()
+    ones = np.ones(SUMS + MAXIMA)
     failed = pack_message(local({"a": ones}, ["a"]), ArithmeticError())
     together = reduced([failed, pack_message(local({"b": ones}, ["b"]))])
     assert together.is_failed
@@ -128,7 +126,7 @@ def test_messages_for_different_steps_disagree_after_they_are_reduced(step, is_o
 @pytest.mark.parametrize("kind", ["stepped", "measured"])
 def test_unknown_layers_are_an_error_that_reaches_every_rank(kind: str) -> None:
     names = ["a", "d", "e"]
-    figures = {name: torch.ones(SUMS + MAXIMA).double() for name in names}
+    figures = {name: np.ones(SUMS + MAXIMA) for name in names}
     said = local(present=names) if kind == "stepped" else local(figures)
     message = StepMessage(FORMATS, ROWS, *STEP)
     error = message.pack(said, None)

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from altgrad import StepRecord
 from altgrad.measurement import get_metric
-from altgrad.measurement.columns import FORMAT_SUMS, SUMS
+from altgrad.measurement.columns import FORMAT_SUMS, SUMS, Numbers
 from altgrad.measurement.step_table import StepTable
 from tests.golden import replay
 from tests.golden.replay import RecordedRun, RecordedStep
@@ -85,11 +86,11 @@ def perturbed_records(seed: int) -> list[StepRecord]:
     generator = torch.Generator().manual_seed(seed)
     with_model = StepTable.with_model
 
-    def with_perturbed_sums(formats: Any, vectors: Tensor, judged: Any) -> Any:
+    def with_perturbed_sums(formats: Any, vectors: Numbers, judged: Any) -> Any:
         names = [*SUMS, *FORMAT_SUMS * len(formats)]
         names += [""] * (vectors.shape[1] - len(names))
-        is_real = torch.tensor([name in SUMS_OF_REALS for name in names])
-        noise = torch.rand(vectors.shape, dtype=torch.float64, generator=generator) * 2 - 1
+        is_real = np.array([name in SUMS_OF_REALS for name in names])
+        noise = torch.rand(vectors.shape, dtype=torch.float64, generator=generator).numpy() * 2 - 1
         return with_model(formats, vectors * (1 + RELATIVE_ERROR * noise * is_real), judged)
 
     with mock.patch.object(StepTable, "with_model", with_perturbed_sums):

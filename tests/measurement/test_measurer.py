@@ -56,8 +56,9 @@ def assert_same_row(actual: Tensor, expected: Tensor) -> None:
 
 def merged(rows: Sequence[Tensor], names: Sequence[str] = NAMES) -> Tensor:
     """Return the row of the model that some layers form."""
-    table, model_figures = StepTable.with_model(names, torch.stack([*rows]), [names] * len(rows))
-    return table.vectors[model_figures[None]]
+    vectors = torch.stack([*rows]).numpy()
+    table, model_rows = StepTable.with_model(names, vectors, [names] * len(rows))
+    return torch.from_numpy(table.vectors[model_rows[None]])
 
 
 def all_at_once(step: tuple[Tensor, ...]) -> Tensor:

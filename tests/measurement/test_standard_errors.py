@@ -5,9 +5,8 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
+from altgrad.measurement.columns import Numbers
 from altgrad.measurement.metrics import FORMULAS
 from altgrad.measurement.standard_errors import estimate_sums, standard_errors
 
@@ -15,13 +14,13 @@ Elements = tuple[np.ndarray, np.ndarray]
 """a and b of each element of a sample."""
 
 
-def stack_sums(*samples: Elements, carrying: float = 1e6) -> Tensor:
+def stack_sums(*samples: Elements, carrying: float = 1e6) -> Numbers:
     """Stack the six sums of `estimate_sums`, (6, rows, 1)."""
     columns = [
         [a.sum(), b.sum(), (a * a).sum(), (a * b).sum(), (b * b).sum(), carrying]
         for a, b in samples
     ]
-    return torch.tensor(np.array(columns)).t().unsqueeze(-1)
+    return np.array(columns).T[:, :, None]
 
 
 def a_sample(count: int, seed: int) -> Elements:
@@ -30,8 +29,8 @@ def a_sample(count: int, seed: int) -> Elements:
     return b * generator.random(count), b
 
 
-def counted(*pairs: tuple[int, int]) -> Tensor:
-    return torch.tensor(pairs, dtype=torch.float64)
+def counted(*pairs: tuple[int, int]) -> Numbers:
+    return np.array(pairs, dtype=np.float64)
 
 
 def test_the_variance_is_unbiased_over_all_possible_samples() -> None:
@@ -72,7 +71,7 @@ def test_the_error_of_a_model_uses_residuals_about_the_models_ratio() -> None:
     for weight, size, (own_a, own_b) in zip(weights, sizes, samples, strict=True):
         residuals = own_a - a / b * own_b
         variance += weight**2 * (1 - 1 / weight) * size / (size - 1) * (residuals**2).sum()
-    sums = torch.cat((stack_sums(*samples), torch.full((6, 1, 1), 1e6, dtype=torch.float64)), dim=1)
+    sums = np.concatenate((stack_sums(*samples), np.full((6, 1, 1), 1e6)), axis=1)
     sums[0, 3], sums[1, 3] = a, b
     pairs = counted(*zip(populations, sizes, strict=True), (sum(populations), sum(populations)))
     errors = standard_errors(sums, pairs, {3: (0, 1, 2)}).flatten().tolist()
@@ -89,8 +88,8 @@ def test_the_error_is_nan_if_few_elements_carry_the_ratio(carrying: float, is_na
 
 def test_the_error_is_nan_if_the_ratio_has_no_value() -> None:
     nothing = (np.zeros(50), np.zeros(50))
-    assert standard_errors(stack_sums(nothing), counted((99, 50)), {}).isnan().all()
-    assert standard_errors(stack_sums(nothing), counted((50, 50)), {}).isnan().all()
+    for pair in ((99, 50), (50, 50)):
+        assert np.isnan(standard_errors(stack_sums(nothing), counted(pair), {})).all()
 
 
 def test_layers_without_a_ratio_do_not_change_the_error_of_a_model() -> None:
@@ -107,17 +106,17 @@ def test_layers_without_a_ratio_do_not_change_the_error_of_a_model() -> None:
 class Columns:
     """A `Sums` of two rows and three formats."""
 
-    def __init__(self, **columns: Tensor) -> None:
+    def __init__(self, **columns: Numbers) -> None:
         self._columns = columns
 
-    def sum(self, name: str) -> Tensor:
+    def sum(self, name: str) -> Numbers:
         return self._columns[name]
 
 
 def test_a_share_equals_a_ratio_of_zeros_and_ones() -> None:
-    judged = torch.tensor([[5.0, 0.0, 9.0], [7.0, 7.0, 1.0]])
-    effective = torch.tensor([[2.0, 0.0, 9.0], [0.0, 7.0, 1.0]])
-    n = Columns(judged=judged, effective=effective, elements=torch.tensor([[10.0], [20.0]]))
+    judged = np.array([[5.0, 0.0, 9.0], [7.0, 7.0, 1.0]])
+    effective = np.array([[2.0, 0.0, 9.0], [0.0, 7.0, 1.0]])
+    n = Columns(judged=judged, effective=effective, elements=np.array([[10.0], [20.0]]))
     for row, (stack_all, kept) in enumerate(zip(judged.tolist(), effective.tolist(), strict=True)):
         for place in range(3):
             b = np.ones(int(stack_all[place]))
@@ -130,14 +129,14 @@ def test_a_share_equals_a_ratio_of_zeros_and_ones() -> None:
 
 
 def test_kept_share_is_carried_by_elements_over_energy_concentration() -> None:
-    effective = torch.tensor([0.5, 0.0, -2.0, 1.0], dtype=torch.float64)
-    update = torch.tensor([0.4, 0.3, -2.5, 1.0], dtype=torch.float64)
+    effective = np.array([0.5, 0.0, -2.0, 1.0])
+    update = np.array([0.4, 0.3, -2.5, 1.0])
     a, b = effective * update, update**2
     names = ("kept", "judged_sq", "kept_sq", "kept_update_cubed", "judged_4th")
-    values = [each.sum().view(1, 1) for each in (a, b, a * a, a * b, b * b)]
+    values = [each.sum().reshape(1, 1) for each in (a, b, a * a, a * b, b * b)]
     n = Columns(**dict(zip(names, values, strict=True)))
     found = [each.item() for each in estimate_sums(FORMULAS["kept_update_ratio"], n, 1)]
     assert found[:5] == [each.item() for each in values]
     assert found[5] == pytest.approx(b.sum().item() ** 2 / (b * b).sum().item(), rel=1e-15)
-    nothing = Columns(**dict.fromkeys(names, torch.zeros(1, 1)))
+    nothing = Columns(**dict.fromkeys(names, np.zeros((1, 1))))
     assert not any(estimate_sums(FORMULAS["kept_update_ratio"], nothing, 1))

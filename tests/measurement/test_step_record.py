@@ -4,23 +4,24 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
-from altgrad.measurement.figures import model_figures, tensor_figures
+from altgrad.measurement.columns import Numbers
+from altgrad.measurement.figures import model_figures, vector_figures
 from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.step_record import step_record
 from altgrad.quantization.format_set import FormatSet
-from tests.counting import host_copies
+from tests.counting import Operations, host_copies
 from tests.measurement.definitions import a_step
 
 FORMATS = ("bf16", "e4m3fn")
 SECONDS = (0.25, 4.0)
 
 
-def rows(count: int) -> Tensor:
+def rows(count: int) -> Numbers:
     """Sums and maxima of so many layers."""
     measurer = Measurer(FormatSet(FORMATS))
-    return torch.stack([measurer.measure_tensor(*a_step(seed=seed)) for seed in range(count)])
+    each = [measurer.measure_tensor(*a_step(seed=seed)) for seed in range(count)]
+    return torch.stack(each).numpy()
 
 
 def test_each_layer_has_the_figures_of_its_row() -> None:
@@ -29,7 +30,7 @@ def test_each_layer_has_the_figures_of_its_row() -> None:
     assert record.index == 7
     assert (record.own_seconds, record.training_seconds) == SECONDS
     assert [*record.layers] == names
-    assert [*record.layers.values()] == [tensor_figures(FORMATS, row) for row in vectors]
+    assert [*record.layers.values()] == [vector_figures(FORMATS, row) for row in vectors]
     assert len({figures["update_rms"] for figures in record.layers.values()}) == 20
 
 
@@ -51,7 +52,7 @@ def test_formats_that_a_layer_is_not_judged_for_are_not_in_its_figures() -> None
         for name, each in record.layers.items()
     }
     assert found == {"both": {*FORMATS}, "one": {"e4m3fn"}, "none": set()}
-    whole = [tensor_figures(FORMATS, row) for row in vectors]
+    whole = [vector_figures(FORMATS, row) for row in vectors]
     assert dict(record.layers["both"]) == dict(whole[0])
     assert all(whole[1][key] == value for key, value in record.layers["one"].items())
     assert record.layers["one"]["update_rms"] != record.layers["both"]["update_rms"]
@@ -61,10 +62,14 @@ def test_formats_that_a_layer_is_not_judged_for_are_not_in_its_figures() -> None
     assert not math.isnan(of_two)
 
 
-def test_a_record_reads_what_is_on_the_host_and_copies_nothing() -> None:
-    vectors = rows(3)
-    with host_copies() as copies:
-        on_host = vectors.cpu()
-        record = step_record(FORMATS, dict.fromkeys("abc", FORMATS), on_host, 0, SECONDS)
-        assert record.layers["b"]["update_rms"] > 0
-    assert copies == ["cpu"]
+def test_figures_are_read_without_tensors() -> None:
+    vectors, judged = rows(3), {"a": FORMATS, "b": FORMATS, "c": FORMATS[:1]}
+    with Operations() as operations, host_copies() as copies:
+        record = step_record(FORMATS, judged, vectors, 0, SECONDS)
+        for figures in (*record.layers.values(), record.model):
+            assert len(dict(figures)) == len(figures.in_order())
+            assert figures.standard_error("stall_frac/bf16") == 0
+            assert sum(figures.histogram("steps/bf16").counts) > 0
+        assert model_figures([*record.layers.values()])["update_rms"] > 0
+    assert not operations.counts + operations.on_host
+    assert copies == []

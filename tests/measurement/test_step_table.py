@@ -3,16 +3,16 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
 from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, figure_keys
-from altgrad.measurement.columns import ELEMENTS, POPULATION, SUMS, max_count, sum_count
+from altgrad.measurement.columns import ELEMENTS, POPULATION, SUMS, Numbers, max_count, sum_count
 from altgrad.measurement.measurer import Measurer
-from altgrad.measurement.metrics import FORMULAS, Estimate, Sums
+from altgrad.measurement.metrics import FORMULAS, Estimate, Sums, quiet
 from altgrad.measurement.step_table import StepTable
 from altgrad.quantization.format_set import FormatSet
-from tests.counting import Operations
 
 
 @pytest.mark.parametrize("layers", [2, 3, 7, 8, 64, 101])
@@ -25,15 +25,11 @@ def test_equal_sums_of_layers_stay_equal_in_the_model(layers: int, formats: int)
     sums[:, POPULATION] = 1000.0 + torch.arange(layers) * 7
     maxima = torch.zeros(layers, max_count(formats), dtype=torch.float64)
     names = [f"f{k}" for k in range(formats)]
-    with Operations() as operations:
-        table, rows = StepTable.with_model(
-            names, torch.cat((sums, maxima), dim=1), [names] * layers
-        )
-    # A matrix product would add columns up in different orders on some processors.
-    assert not {"aten.mv.default", "aten.mm.default", "aten.bmm.default"} & {*operations.counts}
+    vectors = torch.cat((sums, maxima), dim=1).numpy()
+    table, rows = StepTable.with_model(names, vectors, [names] * layers)
     model_sums = table.vectors[rows[None], : sum_count(formats)]
     assert model_sums[POPULATION] == model_sums[ELEMENTS]
-    assert model_sums.unique().numel() == 1
+    assert len({*model_sums.tolist()}) == 1
     assert [table.figure("unmoved_frac", row) for row in range(layers + 1)] == [0.0] * (layers + 1)
     assert (SUMS[POPULATION], SUMS[ELEMENTS]) == ("population", "elements")
 
@@ -50,7 +46,7 @@ def a_table() -> StepTable:
         before, noise, gradient = torch.randn(3, 300 + 10 * seed, generator=generator)
         rows.append(measurer.measure_tensor(before, before + noise * 1e-2, gradient))
         rows[-1][POPULATION] = 1000.0 + 37 * seed + len(judged)
-    return StepTable.with_model(NAMES, torch.stack(rows), JUDGED)[0]
+    return StepTable.with_model(NAMES, torch.stack(rows).numpy(), JUDGED)[0]
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
@@ -60,7 +56,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     def counting(name: str) -> None:
         formula = FORMULAS[name]
 
-        def call(n: Sums) -> torch.Tensor:
+        def call(n: Sums) -> Numbers:
             calls[name] += 1
             return formula(n)
 
@@ -75,7 +71,8 @@ def test_figures_of_a_row_are_ordered_by_format() -> None:
     table = a_table()
     assert [*table.columns] == [*figure_keys(NAMES)]
     for metric, formula in FORMULAS.items():
-        values = formula(table)
+        with quiet():
+            values = formula(table)
         formats = [None] if metric in LAYER_METRICS else NAMES
         assert values.shape == (len(table.vectors), len(formats))
         for place, format in enumerate(formats):
@@ -134,7 +131,7 @@ def test_histograms_count_all_moved_elements() -> None:
 
 def test_without_formats_there_are_the_figures_of_the_layer() -> None:
     row = Measurer(FormatSet([])).measure_tensor(torch.ones(5), torch.full((5,), 1.5))
-    table = StepTable([], row.unsqueeze(0))
+    table = StepTable([], row.unsqueeze(0).numpy())
     assert [*table.columns] == [*LAYER_METRICS]
     assert table.figure("update_rms", 0) == 0.5
     assert len(table.figures[0]) == len(LAYER_METRICS)
@@ -145,10 +142,10 @@ def test_without_formats_there_are_the_figures_of_the_layer() -> None:
 def test_converted_rows_are_empty_for_unknown_formats() -> None:
     table = a_table()
     wanted = ("e2m1", "fp16", "bf16")
-    other = StepTable(wanted, table.convert_row(wanted, 0).unsqueeze(0))
+    other = StepTable(wanted, table.convert_row(wanted, 0)[None])
     for key in figure_keys(("e2m1", "bf16")):
         value = table.figure(key, 0)
         assert other.figure(key, 0) == value or math.isnan(value)
     assert not other.vectors[0, sum_count(1) : sum_count(2)].any()
     assert other.max("stiffness")[0].tolist()[1] == -math.inf
-    assert torch.equal(table.convert_row(NAMES, 2), table.vectors[2])
+    assert np.array_equal(table.convert_row(NAMES, 2), table.vectors[2])

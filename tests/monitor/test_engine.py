@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from altgrad.distributed.peers import Alone, StepSums
 from altgrad.distributed.shards import Part
 from altgrad.measurement.chunks import Sample
 from altgrad.measurement.ever_moved import EverMovedStore
-from altgrad.measurement.figures import tensor_figures
+from altgrad.measurement.figures import tensor_figures, vector_figures
 from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.step_record import step_record
 from altgrad.monitor.elements import sample_elements
@@ -291,7 +292,7 @@ def test_errors_and_skipped_steps_give_sums_without_layers() -> None:
         sums = run.engine.measure(outcome, SECONDS)
         assert (sums.skipped, sums.error) == (outcome.skipped, outcome.error)
         assert (sums.names, sums.present, sums.found_inf) == ((), (), False)
-        assert sums.vectors.numel() == 0
+        assert sums.vectors.size == 0
         assert sums.seconds == SECONDS
 
 
@@ -320,10 +321,10 @@ def test_each_row_belongs_to_the_layer_at_its_position() -> None:
     sums = run.sums(run.optimizer(), **parts)
     assert [*sums.present] == ["large", "a", "b"]
     assert {*sums.names} == {"large", "a", "b"}
-    assert (len(sums.vectors), sums.vectors.dtype) == (len(sums.names), torch.float64)
+    assert (len(sums.vectors), sums.vectors.dtype) == (len(sums.names), np.float64)
     assert (sums.seconds, sums.error, sums.skipped) == (SECONDS, None, None)
     for name, row in zip(sums.names, sums.vectors, strict=True):
-        assert_equal_figures(tensor_figures(FORMATS, row), measure(*parts[name], FORMATS))
+        assert_equal_figures(vector_figures(FORMATS, row), measure(*parts[name], FORMATS))
 
 
 def test_layers_with_learning_rate_0_are_left_out_of_the_sums() -> None:
@@ -353,7 +354,7 @@ def test_all_rows_are_copied_to_the_host_at_once(inf: float | None, names: list[
     assert sums.found_inf is bool(inf)
     assert [*sums.names] == sorted(names, key=lambda name: name == "large")
     for name, row in zip(sums.names, sums.vectors, strict=True):
-        figures = tensor_figures(FORMATS, row)
+        figures = vector_figures(FORMATS, row)
         assert_equal_figures(figures, measure(*parts[name], FORMATS), ("never_moved_frac",))
 
 
@@ -363,7 +364,7 @@ def test_found_inf_is_reported_when_no_layer_can_be_measured(inf: float) -> None
     sums = run.sums(run.optimizer(), inf=torch.tensor(inf), waves=(waves, waves, waves))
     assert sums.error is None
     assert ([*sums.names], sums.found_inf) == ([], bool(inf))
-    assert sums.vectors.numel() == 0
+    assert sums.vectors.size == 0
 
 
 # --- copied elements
@@ -401,7 +402,7 @@ def test_a_sharded_layer_is_a_sample_of_the_whole_layer() -> None:
         ("w",), (copies.before,), (copies.gradient,), (copies.after,), optimizer, 0
     )
     sums = run.engine.measure(StepOutcome(optimizer, 0, made), SECONDS)
-    figures = tensor_figures(FORMATS, sums.vectors[0])
+    figures = vector_figures(FORMATS, sums.vectors[0])
     assert (figures.elements, figures.population) == (3, 9)
     sample, amax = Sample(step[0].shape, torch.tensor([4, 6, 7])), step[0].abs().amax(1)
     measurer = Measurer(FormatSet(FORMATS, "channel"))

@@ -56,9 +56,7 @@ def test_an_observed_step_makes_at_most_250_operations_and_one_host_copy(model, 
     assert monitor.latest.index == index == 2
     assert observed.total() - alone.total() <= 250
     assert (len(copies) - len(training_copies), copies.count("cpu")) == (1, 1)
-    assert (
-        0 < on_host.total() <= 40
-    )  # the figures read at each step: did a weight exceed its scale?
+    assert not on_host  # figures are read with NumPy
     # One for each large layer and quantity; small layers are copied together.
     assert (observed - alone)["aten.take.out"] == 3 * 34
     assert (observed - alone)["aten._foreach_copy_.default"] == 2
