@@ -20,14 +20,21 @@ class Operations(TorchDispatchMode):
 
     Tensors that `cpu` returned, and results of such tensors alone, count as on the host. On a
     machine with an accelerator they cost the device nothing; here every tensor is on the host.
+
+    Attributes:
+        counts: Operations on a device.
+        on_host: Operations on the host.
+        after_copy: Operations after the first `cpu`, on a device or on the host.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: collections.Counter[str] = collections.Counter()
         self.on_host: collections.Counter[str] = collections.Counter()
+        self.after_copy: collections.Counter[str] = collections.Counter()
         self._host: dict[int, Tensor] = {}  # by storage; kept alive so that no identity recurs
         self._is_copying = False
+        self._has_copied = False
 
     def __torch_dispatch__(
         self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
@@ -35,8 +42,11 @@ class Operations(TorchDispatchMode):
         inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         is_on_host = bool(inputs) and all(map(self.is_on_host, inputs))
         result = function(*args, **(kwargs or {}))
-        if not self._is_copying:
+        # Marks of a profiler compute nothing.
+        if not self._is_copying and not str(function).startswith("profiler."):
             (self.on_host if is_on_host else self.counts)[str(function)] += 1
+            if self._has_copied:
+                self.after_copy[str(function)] += 1
         if is_on_host:
             outputs = (x for x in pytree.tree_leaves(result) if isinstance(x, Tensor))
             # torch has no public name for the identity of a storage
@@ -58,6 +68,7 @@ class Operations(TorchDispatchMode):
         self, copy: Callable[..., Tensor], tensor: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Copy a tensor as `cpu` does for a tensor on a device."""
+        self._has_copied = True
         with self.uncounted():
             copied = copy(tensor, *args, **kwargs).clone()
         self._host[copied.untyped_storage()._cdata] = copied

@@ -15,7 +15,7 @@ from torch import Tensor
 from altgrad.measurement.chunks import Sample, as_row, slice_flags, split_chunks
 from altgrad.measurement.kernel import EverMoved, Rows, row_sums
 from altgrad.measurement.totals import Layers
-from altgrad.measurement.workspace import Workspace, columns_that_fit
+from altgrad.measurement.workspace import BATCH_BYTES, CHUNK_BYTES, Workspace, columns_that_fit
 from altgrad.quantization.arguments import check_pair
 from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.grids import Grids, make_grids
@@ -58,7 +58,8 @@ class Measurer:
 
     Attributes:
         formats: The `formats` argument.
-        capacity: Maximum number of elements that one call of the kernel measures.
+        capacity: Maximum number of elements of a tensor that one call of the kernel measures.
+        batch_capacity: Maximum number of elements of small layers that one call measures together.
 
     Raises:
         ValueError: A block that shares a scale has more elements than `capacity`.
@@ -66,7 +67,10 @@ class Measurer:
 
     def __init__(self, formats: FormatSet) -> None:
         self.formats = formats
-        self.capacity = columns_that_fit(len(formats), scale_per_element=not formats.is_single)
+        self.capacity, self.batch_capacity = (
+            columns_that_fit(memory, len(formats), scale_per_element=not formats.is_single)
+            for memory in (CHUNK_BYTES, BATCH_BYTES)
+        )
         if formats.block > self.capacity:
             raise ValueError(
                 f"scaling={formats.scaling!r}: blocks of {formats.block} elements, with those of "

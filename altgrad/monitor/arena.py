@@ -131,7 +131,7 @@ class Arena:
     """A memory for the copies of one optimizer's layers, laid out again whenever they change.
 
     An arena consists of segments: blocks of rows that one call of the kernel measures. A layer with
-    more elements than a segment holds is not part of it, and is measured alone.
+    more elements than `Measurer.capacity` is not part of it, and is measured alone.
 
     Args:
         measurer: The measurer of the segments.
@@ -155,7 +155,9 @@ class Arena:
         self._measurer = measurer
         self._scale_state = scale_state
         self._ever_moved = ever_moved
-        self._rows = measurer.capacity // _COLUMNS  # maximum of one segment
+        # Maximum number of rows of one layer, and of one segment.
+        self._layer_rows = measurer.capacity // _COLUMNS
+        self._rows = measurer.batch_capacity // _COLUMNS
 
     # Tensors made in inference mode could not be written to outside of it:
     # https://docs.pytorch.org/docs/stable/notes/autograd.html#inference-mode
@@ -219,7 +221,7 @@ class Arena:
             dtypes = request.parameter.dtype, request.gradient_dtype
             # All sampled elements of the layer are on other ranks.
             is_elsewhere = not rows and request.name in self._samples
-            if {*dtypes} - {*INPUT_DTYPES} or rows > self._rows or is_elsewhere:
+            if {*dtypes} - {*INPUT_DTYPES} or rows > self._layer_rows or is_elsewhere:
                 continue
             kind = (*dtypes, request.parameter.device)
             fitting = (k for k, rest in enumerate(free) if kinds[k] == kind and rows <= rest)

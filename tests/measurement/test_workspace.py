@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from altgrad.measurement.workspace import TEMPORARY_BYTES, Buffers, Workspace, columns_that_fit
+from altgrad.measurement.workspace import (
+    BATCH_BYTES,
+    CHUNK_BYTES,
+    Buffers,
+    Workspace,
+    columns_that_fit,
+)
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -113,17 +119,20 @@ def test_buffers_from_inference_mode_are_writable_outside() -> None:
         assert not each.is_inference()
 
 
+@pytest.mark.parametrize("memory", [CHUNK_BYTES, BATCH_BYTES])
 @pytest.mark.parametrize("scale_per_element", [False, True])
 @pytest.mark.parametrize("formats", [0, 1, 4, 17, 40])
-def test_columns_that_fit_fill_the_allowed_memory(formats: int, scale_per_element: bool) -> None:
-    columns = columns_that_fit(formats, scale_per_element=scale_per_element)
+def test_columns_that_fit_fill_the_allowed_memory(
+    formats: int, scale_per_element: bool, memory: int
+) -> None:
+    columns = columns_that_fit(memory, formats, scale_per_element=scale_per_element)
     workspace = Workspace()
     taken = memory_size(workspace.buffers(1, formats, columns, META))
     taken += columns  # the mask takes one byte for each element
     if scale_per_element:
         taken += 8 * columns * (formats + 16)
-    assert 0.99 * TEMPORARY_BYTES < taken < TEMPORARY_BYTES
+    assert 0.99 * memory < taken < memory
 
 
 def test_at_least_one_column_fits() -> None:
-    assert columns_that_fit(10**7) == 1
+    assert columns_that_fit(CHUNK_BYTES, 10**7) == 1
