@@ -66,7 +66,7 @@ class BlockFormat:
         return self.scale == "e4m3"
 
     def is_coarser_than(self, other: torch.dtype | FloatFormat) -> bool:
-        """Return whether elements have a larger relative spacing than a dtype or format.
+        """Return whether elements have fewer significant bits than a dtype or format.
 
         Only then can weights stored in `other` show updates that this format would lose.
 

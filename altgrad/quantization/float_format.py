@@ -214,6 +214,16 @@ class FloatFormat:
         return self.mantissa_bits + 1
 
     @property
+    def significant_bits(self) -> int:
+        """The largest number of significant bits of a value.
+
+        This is `precision` if the format has a normal number. In e0m7, where every value is
+        subnormal, it is 7: the largest value is 127 / 128.
+        """
+        # Codes are integers with an implicit bit on top, so that codes 1, 2, 3 have 1, 1, 2 bits.
+        return min(self.precision, max((self._max_code - 1).bit_length(), 1))
+
+    @property
     def emin(self) -> int:
         """The exponent of the smallest normal number: ``1 - bias``."""
         return 1 - self.bias
@@ -265,18 +275,20 @@ class FloatFormat:
         return dtype
 
     def is_coarser_than(self, other: torch.dtype | FloatFormat) -> bool:
-        """Return whether the format has a larger relative spacing (`eps`) than a dtype or format.
+        """Return whether the format has fewer significant bits than a dtype or format.
 
-        Only then can weights stored in `other` show updates that this format would lose.
+        Only then can weights stored in `other` show updates that this format would lose. The name
+        and `mantissa_bits` do not decide: e0m7 and e1m6 are one grid, up to a factor of 4.
 
         Args:
             other: The dtype or format in which weights are stored now.
         """
         if isinstance(other, FloatFormat):
-            return self.eps > other.eps
+            return self.significant_bits < other.significant_bits
         import torch
 
-        return self.eps > torch.finfo(other).eps
+        # The significand of eps = 2**-m is 0.5, its exponent 1 − m; a dtype has m + 1 bits.
+        return self.significant_bits < 2 - math.frexp(torch.finfo(other).eps)[1]
 
     def values(self) -> Tensor:
         """Return every finite value once, in ascending order.

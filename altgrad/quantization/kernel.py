@@ -58,6 +58,7 @@ class Grid(NamedTuple):
         last_binade: Power of two below `max`, ``2**emax``.
         smallest: Smallest positive value.
         points_per_binade: Number of grid points in each binade, ``2**M``.
+        significant_bits: Largest number of significant bits of a value.
         bias: Bias of the exponent field.
         overflow: Result of an overflow: inf or NaN; None if the format has neither.
         has_negative_zero: Whether −0 is a value.
@@ -69,6 +70,7 @@ class Grid(NamedTuple):
     last_binade: float
     smallest: float
     points_per_binade: float
+    significant_bits: int
     bias: int
     overflow: float | None
     has_negative_zero: bool
@@ -110,6 +112,7 @@ def get_grid(format_key: str) -> Grid:
         last_binade=math.ldexp(1.0, format.emax),
         smallest=format.smallest_subnormal,
         points_per_binade=math.ldexp(1.0, format.mantissa_bits),
+        significant_bits=format.significant_bits,
         bias=format.bias,
         overflow=math.inf if format.has_inf else math.nan if format.has_nan else None,
         has_negative_zero=format.has_negative_zero,

@@ -46,7 +46,7 @@ class NumberFormat(Protocol):
         """True if every scale is a power of two."""
 
     def is_coarser_than(self, other: torch.dtype | FloatFormat) -> bool:
-        """Return whether the format has a larger relative spacing than a dtype or format.
+        """Return whether the format has fewer significant bits than a dtype or format.
 
         Only then can weights stored in `other` show updates that this format would lose.
 

@@ -69,10 +69,11 @@ def quantize(
             not share memory with the scale.
 
     Returns:
-        A tensor of x's shape on x's device. Its dtype is that of x if every value of the scaled
-        grid fits, otherwise float32 (float64 for float64 x). For float16 or bfloat16 x with a
-        tensor scale it is float32, because it must not depend on values of a tensor. In float32, a
-        value of the format that exceeds float32 becomes ±inf.
+        A tensor of x's shape on x's device. Float32 and float64 x keep their dtype; in float32, a
+        value of the format that exceeds float32 becomes ±inf. Float16 and bfloat16 x keep theirs
+        under two conditions: the scale is a number that is a power of two, and their dtype holds
+        every value of the scaled grid. Otherwise the result is float32. Thus it is float32 under
+        any other number, such as 0.75, and under a tensor, whose values are not read.
 
     Raises:
         TypeError: x is not a tensor of these dtypes, the scale is neither a number nor a
@@ -279,9 +280,9 @@ def spacing(
 def get_result_dtype(x: Tensor, format_key: str, scale: float | Tensor) -> torch.dtype:
     """Return the dtype of `quantize`'s result.
 
-    It is the dtype of x if that dtype holds every value of the scaled grid, otherwise the full
-    dtype. A dtype holds the grid under four conditions: the scale is a power of two, the
-    significand fits, the largest value fits, and the smallest value is at least the smallest
+    It is the dtype of x if the scale is a power of two and that dtype holds every value of the
+    scaled grid, otherwise the full dtype. A dtype holds the grid under three conditions: the
+    significand fits, the largest value fits, and every value is a multiple of the smallest
     subnormal of the dtype.
 
     Args:
@@ -296,11 +297,13 @@ def get_result_dtype(x: Tensor, format_key: str, scale: float | Tensor) -> torch
     if x.dtype == full or isinstance(scale, Tensor):
         return full
     grid, info = get_grid(format_key), torch.finfo(x.dtype)
+    # Every value is a multiple of the spacing above the smallest normal number.
+    spacing = grid.first_binade / grid.points_per_binade
     holds = (
         math.frexp(scale)[0] == 0.5  # a power of two has the significand 0.5
-        and grid.points_per_binade * info.eps <= 1
+        and math.ldexp(info.eps, grid.significant_bits - 1) <= 1
         and grid.max * scale <= info.max
-        and grid.smallest * scale >= info.tiny * info.eps  # the smallest subnormal
+        and spacing * scale >= info.tiny * info.eps  # the smallest subnormal
     )
     return x.dtype if holds else full
 

@@ -204,8 +204,11 @@ def test_every_format_and_scaling_gives_figures_in_range(name: str, scaling: obj
         assert 0 <= figures[f"{metric}/{name}"] <= 1, metric
 
 
-def test_e1m6_and_e0m7_give_equal_figures_under_amax_scales() -> None:
-    step = a_step()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_e1m6_and_e0m7_give_equal_figures_under_amax_scales(dtype: torch.dtype) -> None:
+    """The mantissa of bf16 has 7 bits, as that of e0m7, but one more with the implicit bit."""
+    step = [each.to(dtype) for each in a_step()]
+    assert 0 < measure(*step, ["e0m7"])["stall_frac/e0m7"] < 1
     e1m6, e0m7 = measure(*step, ["e1m6"]), measure(*step, ["e0m7"])
     for key, value in e0m7.items():
         if key.startswith("subnormal_frac"):

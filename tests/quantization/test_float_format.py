@@ -19,6 +19,7 @@ from altgrad.quantization import (
     FloatFormat,
     quantize,
 )
+from tests import oracles
 
 BINARY128 = FloatFormat("binary128", 15, 112, 16383, num_high_nans=2**112 - 1, has_inf=True)
 
@@ -90,8 +91,39 @@ def test_formats_with_different_fields_have_different_keys():
     ],
     ids=str,
 )
-def test_is_coarser_than_compares_eps(name, dtype, coarser):
+def test_a_format_is_coarser_than_a_dtype_with_more_significant_bits(name, dtype, coarser):
     assert FORMATS[name].is_coarser_than(dtype) is coarser
+
+
+def test_formats_with_equal_grids_up_to_a_factor_are_judged_alike():
+    """Every number of e0m7 is subnormal: with M = 7 it has a bit less than bf16, as e1m6 has."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert FORMATS["e0m7"].is_coarser_than(dtype) is FORMATS["e1m6"].is_coarser_than(dtype)
+        assert FORMATS["e0m7"].is_coarser_than(dtype)
+    assert not FORMATS["e1m6"].is_coarser_than(FORMATS["e0m7"])
+    assert not FORMATS["e0m7"].is_coarser_than(FORMATS["e1m6"])
+
+
+def count_significant_bits(format):
+    """Count the bits of each value between its first and its last 1, by exact fractions."""
+    # Denominators are powers of two. Code 0 is the number 0.
+    codes = range(1, oracles.largest_code(format) + 1)
+    numerators = [oracles.exact_value(format, code).numerator for code in codes]
+    return max((n // (n & -n)).bit_length() for n in numerators)
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        *FORMATS.values(),
+        *(FloatFormat(f"fixed-point-{m}", 0, m, 1) for m in (1, 2, 8)),
+        FloatFormat("few-codes", 0, 7, 1, num_high_nans=64),
+        FloatFormat("one-normal-number", 1, 6, 0, num_high_nans=63),
+    ],
+    ids=str,
+)
+def test_significant_bits_are_those_of_the_longest_value(format):
+    assert format.significant_bits == count_significant_bits(format)
 
 
 def test_torch_dtype_has_the_same_codes():

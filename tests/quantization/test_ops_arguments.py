@@ -1,6 +1,7 @@
 """Arguments, errors, dtypes and gradients of `quantize`; other files test the rounding."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -37,6 +38,40 @@ def test_half_precision_is_kept_exactly_where_it_holds_the_scaled_grid(format, d
     holds = torch.equal(grid.to(dtype).double(), grid)
     expected = dtype if holds else torch.float32
     assert quantize(torch.ones(3, dtype=dtype), format, scale).dtype is expected
+
+
+def fits_exactly(format, scale, dtype):
+    """Return whether all values times the scale are numbers of a dtype, by exact fractions."""
+    codes = range(oracles.largest_code(format) + 1)
+    exact = [oracles.exact_value(format, code) * Fraction(scale) for code in codes]
+    rounded = torch.tensor([float(value) for value in exact], dtype=torch.float64).to(dtype)
+    finite = rounded.isfinite().all()
+    return bool(finite) and [Fraction(each) for each in rounded.tolist()] == exact
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-17, 2.0**9, 0.75, 1.5, 3.0, 0.3, 5 * 2.0**-7])
+@pytest.mark.parametrize("format", ["e4m3fn", "e5m2", "e2m1", "e0m7"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_dtype_is_that_of_half_precision_only_under_a_power_of_two(dtype, format, scale):
+    is_power_of_two = math.frexp(scale)[0] == 0.5
+    keeps = is_power_of_two and fits_exactly(FORMATS[format], scale, dtype)
+    result = quantize(torch.ones(3, dtype=dtype), format, scale)
+    assert result.dtype is (dtype if keeps else torch.float32)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-4, 2.0**-16, 2.0**-125], ids=repr)
+@pytest.mark.parametrize(
+    "format",
+    [
+        *(FloatFormat(f"e0m{m}", 0, m, 1) for m in (8, 9, 11, 12)),  # one bit less than e1m8, …
+        *(FloatFormat(f"e4m{m}-ftz", 4, m, 8, has_subnormals=False) for m in (1, 3, 5)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_dtype_of_formats_of_ones_own_holds_every_value(dtype, format, scale):
+    result = quantize(torch.ones(3, dtype=dtype), format, scale)
+    assert result.dtype is (dtype if fits_exactly(format, scale, dtype) else torch.float32)
 
 
 @pytest.mark.parametrize("format", EVERY_FORMAT)
