@@ -131,6 +131,10 @@ def visible_mask(
     weights, which are cast to the format for the forward pass. Weights that are NaN or infinite
     before or after the step are not visible.
 
+    Under an amax scale, neither Q(before) nor Q(after) is clamped: weights that grew past the top
+    are compared as if the scale had been raised. A cast under the old scale would clip both to
+    ±max, and show no change.
+
     Args:
         before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
         after: The weights after the step: one of the same dtypes, the shape of `before`.
@@ -147,6 +151,15 @@ def visible_mask(
             floating-point tensor.
         ValueError: The shapes differ, the format is unknown or exceeds float64, or the scale is not
             positive and finite, or does not broadcast.
+
+    Examples:
+        >>> import torch
+        >>> from altgrad.quantization import visible_mask
+        >>> before, after = torch.tensor([1.0, 448.0]), torch.tensor([1.01, 500.0])
+        >>> visible_mask(before, after, "e4m3fn")
+        tensor([False, False])
+        >>> visible_mask(before, after, "e4m3fn", torch.tensor(1.0))  # an amax scale
+        tensor([False,  True])
     """
     format = get_format(format)
     check_pair("before", before, "after", after)
