@@ -119,8 +119,8 @@ def row_sums(
     Args:
         rows: The elements; they are not changed.
         grids: The grids of the formats, with the scale of each row. None without formats.
-        dtype_grid: 2**-M for M mantissa bits, and the smallest positive number, of the dtype in
-            which the weights are stored.
+        dtype_grid: 2**-M for M mantissa bits, and the smallest normal number, of the dtype in which
+            the weights are stored.
         buffers: Memory for the same number of rows, formats and columns; overwritten.
         histograms: Counts of octaves; updated in place.
         ever: Flags of tracked elements; updated in place. None if elements are not tracked.
@@ -177,9 +177,11 @@ def _layer_sums(
     larger = torch.maximum(size, s, out=s)  # of |w| and |v|
     # The unit in the last place is the spacing just below max(|w|, |v|). Below a power of two the
     # spacing is half of that above: the factor moves a power of two into the binade below.
-    eps, smallest = dtype_grid
-    gap = extract_binades(larger.mul_(JUST_BELOW_ONE), t).mul_(eps).clamp_(min=smallest)
-    ulps = torch.div(update, gap, out=t)  # overwrites the spacing, elementwise
+    # Division by the binade, and then by eps: their product may be subnormal in float64, and a
+    # processor may flush subnormal numbers to 0.
+    eps, smallest_normal = dtype_grid
+    binade = extract_binades(larger.mul_(JUST_BELOW_ONE), t).clamp_(min=smallest_normal)
+    ulps = torch.div(update, binade, out=t).mul_(1 / eps)  # overwrites the binade, elementwise
     ulps_sum, ulps_max = ulps.sum(-1), ulps.amax(-1)
     _count_octaves(ulps, 0, no_weight, histograms, "ulps_at")
 

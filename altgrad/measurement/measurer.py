@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     Attributes:
         rows: The elements.
         layers: The layers that the rows belong to.
-        dtype_grid: 2**-M for M mantissa bits, and the smallest positive number, of the dtype.
+        dtype_grid: 2**-M for M mantissa bits, and the smallest normal number, of the dtype.
         grids: The grids of the formats, with the scale of each row. None without formats, or if
             `sharing` is set.
         sharing: Which elements of all rows, flattened, share a scale, and the amax of the groups,
@@ -343,8 +343,6 @@ def _add_chunks(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tup
 
 
 def _get_dtype_grid(dtype: torch.dtype) -> tuple[float, float]:
-    """Return 2**-M of a dtype, and its smallest positive number."""
+    """Return 2**-M of a dtype, and its smallest normal number."""
     info = torch.finfo(dtype)
-    # tiny · eps is the smallest subnormal. That of float64 becomes 0 if the CPU flushes subnormals
-    # (torch.set_flush_denormal), and a spacing of 0 would divide by 0: take tiny there.
-    return info.eps, max(info.tiny * info.eps, torch.finfo(torch.float64).tiny)
+    return info.eps, info.tiny

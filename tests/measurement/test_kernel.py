@@ -27,7 +27,7 @@ NAN = math.nan
 Found = tuple[Tensor, Tensor]
 """Sums and extrema of one call of the kernel."""
 CPU = torch.device("cpu")
-FLOAT32 = 2.0**-23, 2.0**-149
+FLOAT32 = 2.0**-23, 2.0**-126
 TINY = 2.0**-23
 ELEMENTS = (
     # before, after, gradient

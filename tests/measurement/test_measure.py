@@ -270,5 +270,39 @@ def test_float64_figures_are_not_nan_if_subnormals_are_flushed() -> None:
         flushed = measure(before, after)
     finally:
         torch.set_flush_denormal(False)
-    assert flushed["ulp_mean"] == figures["ulp_mean"] == 1.0
-    assert flushed["ulp_max"] == figures["ulp_max"] == 3.0
+    assert flushed["ulp_max"] == figures["ulp_max"] == 3 * 2.0**51  # tiny has 2**52 ULPs
+    assert flushed["ulp_mean"] == figures["ulp_mean"] == (2.0**52 + 3 * 2.0**51) / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", ["subnormal", "smallest normal", "small", "large"])
+def test_ulps_equal_exact_fractions_at_every_magnitude(dtype: torch.dtype, scale: str) -> None:
+    info = torch.finfo(dtype)
+    exponent = {
+        "subnormal": math.log2(info.tiny * info.eps) + 5,
+        "smallest normal": math.log2(info.tiny),
+        "small": math.log2(info.tiny) + 40 if dtype != torch.float16 else -3,
+        "large": min(math.log2(info.max) - 4, 900),
+    }[scale]
+    before, after = ((part.double() * 2.0**exponent).to(dtype) for part in a_step()[:2])
+    before[:3] = 2.0**exponent
+    pairs = zip(before.double().tolist(), after.double().tolist(), strict=True)
+    ulps = [exact_ulps(w, v, dtype) for w, v in pairs]
+    figures = measure(before, after)
+    assert figures["ulp_max"] == max(ulps)
+    assert figures["ulp_mean"] == pytest.approx(float(sum(ulps) / len(ulps)), rel=1e-15)
+    assert figures["ulp_zero_frac"] == sum(ulp == 0 for ulp in ulps) / len(ulps)
+
+
+def exact_ulps(before: float, after: float, dtype: torch.dtype) -> Fraction:
+    """Divide the way of a weight by the distance from the larger magnitude toward 0."""
+    if before == after:
+        return Fraction(0)
+    larger = torch.tensor(max(abs(before), abs(after)), dtype=dtype)
+    if dtype in (torch.float64, torch.float32):
+        below = larger.nextafter(torch.zeros_like(larger))
+    else:
+        below = (larger.view(torch.int16) - 1).view(dtype)
+    return abs(Fraction(after) - Fraction(before)) / (
+        Fraction(larger.item()) - Fraction(below.item())
+    )
