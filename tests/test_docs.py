@@ -93,10 +93,12 @@ def test_the_code_on_a_page_runs(
     if page.name == "report.md":
         advice = SimpleNamespace(verdict=Verdict.FROZEN, layer="a")
         names["monitor"] = SimpleNamespace(assessment=SimpleNamespace(advice=[advice]))
+        (tmp_path / "verdicts.csv").write_text("layer\n'=a\n''b\nNA\n")
     for block in code:
         exec(compile(block, page.name, "exec"), names)
     if page.name == "report.md":
         assert names["frozen"] == ["a"]
+        assert [*names["table"]["layer"]] == ["=a", "'b", "NA"]
         assert (tmp_path / "report.html").stat().st_size > 10_000
 
 

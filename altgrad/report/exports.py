@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from altgrad.report.records.schema import number_as_json
@@ -18,6 +18,10 @@ _FIGURES = (
     "underflow_frac",
     "saturated_frac",
 )
+
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+"""Beginnings of what a spreadsheet reads as a formula, with the full-width signs of Excel."""
 
 
 def as_json(report: RunReport) -> dict[str, Any]:
@@ -52,17 +56,35 @@ def as_json(report: RunReport) -> dict[str, Any]:
 
 
 def as_csv(report: RunReport) -> str:
-    """Return the verdicts as CSV, one line for each layer and format; NaN is an empty cell."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")  # the default is "\r\n"
+    """Return the verdicts as CSV, one line for each layer and format; NaN is an empty cell.
+
+    A text that a spreadsheet would read as a formula, such as a layer named ``=cmd|…``, has an
+    apostrophe before it. A text that begins with an apostrophe has a second one, so that
+    ``text.removeprefix("'")`` gives every text back.
+    """
     errors = [f"{metric}_error" for metric in RESTS_ON]
-    writer.writerow(["layer", "format", "verdict", *_FIGURES, *errors, "reason", "evidence"])
+    rows: list[list[Any]] = [
+        ["layer", "format", "verdict", *_FIGURES, *errors, "reason", "evidence"]
+    ]
     for advice in report.assessment.advice:
         figures = [number_as_json(advice.figures[metric]) for metric in _FIGURES]
         standard_errors = [number_as_json(advice.errors[metric]) for metric in RESTS_ON]
-        where = [advice.layer, advice.format, str(advice.verdict)]
-        writer.writerow([*where, *figures, *standard_errors, advice.reason, advice.evidence])
-    return file.getvalue()
+        where = [_disarm(advice.layer), _disarm(advice.format), str(advice.verdict)]
+        why = [_disarm(advice.reason), _disarm(advice.evidence)]
+        rows.append([*where, *figures, *standard_errors, *why])
+    return "".join(map(_format_line, rows))
+
+
+def _format_line(cells: Iterable[object]) -> str:
+    line = io.StringIO(newline="")
+    # The writer quotes only those ends of lines that it writes itself, until Python 3.12.
+    csv.writer(line, lineterminator="\r\n").writerow(cells)
+    return line.getvalue().removesuffix("\r\n") + "\n"
+
+
+def _disarm(text: str) -> str:
+    """Return a text as a cell that no spreadsheet reads as a formula."""
+    return "'" + text if text.startswith((*_FORMULA, "'")) else text
 
 
 def _convert_advice(advice: Advice) -> dict[str, Any]:

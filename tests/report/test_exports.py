@@ -4,14 +4,16 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from altgrad.report import Row, RunReport
+from altgrad.report import LayerInfo, Row, RunReport
 from altgrad.report.exports import as_csv, as_json
 from tests.command_line import altgrad
-from tests.report.runs import FORMATS, MARKUP, SCRIPT, figures, make_run
+from tests.report.runs import FORMATS, MARKUP, SCRIPT, figures, make_run, write_run
 
 NAN = math.nan
 
@@ -79,3 +81,60 @@ def test_json_has_steps_skipped_steps_notes_and_versions() -> None:
         "versions": {"altgrad": "0.1"},
         "to_apply": "",
     }
+
+
+FORMULAS = ["=cmd|' /C calc'!A0", "+1", "-x", "@SUM(A1)", "\tx", "\rx", "\nx", "＝x", "－x"]
+NAMES = [
+    *FORMULAS,
+    "'q",
+    "''q",
+    "'=x",
+    "a=b",
+    "a-b",
+    "a\rb",
+    "a\r\nb",
+    'a"b',
+    "a,b",
+    "NA",
+    "1",
+    " x ",
+]
+
+
+def report_layers(names: list[str], format: str = "bf16") -> RunReport:
+    return RunReport.from_run(make_run([Row(0, name, figures(), {}) for name in names], [format]))
+
+
+def test_no_cell_of_csv_begins_as_a_formula(tmp_path: Path) -> None:
+    # What a spreadsheet takes for the beginning of a formula:
+    # https://owasp.org/www-community/attacks/CSV_Injection
+    dangerous = tuple("=+-@\t\r\n＝＋－＠")
+    for row in csv.reader(io.StringIO(as_csv(report_layers(NAMES)), newline="")):
+        for cell in row:
+            assert not cell.startswith(dangerous), row
+
+
+def test_a_format_is_no_formula_either() -> None:
+    run = report_layers(["w"]).run
+    formats = {"=f": replace(run.formats["bf16"], name="=f")}
+    layers = {"w": LayerInfo((8,), "float32", 8, ("=f",))}
+    rows = [Row(0, "w", figures("=f"), {})]
+    report = RunReport.from_run(replace(run, formats=formats, layers=layers, rows=rows))
+    (row,) = csv.DictReader(io.StringIO(as_csv(report)))
+    assert row["format"] == "'=f"
+
+
+def test_pandas_gives_every_name_back(tmp_path: Path) -> None:
+    path = tmp_path / "verdicts.csv"
+    path.write_text(as_csv(report_layers(NAMES)), encoding="utf-8", newline="")
+    table = pd.read_csv(path, dtype={"layer": str}, keep_default_na=False, na_values=[""])
+    assert sorted(table["layer"].str.removeprefix("'")) == sorted(NAMES)
+    assert table["kept_update_ratio"].tolist() == [1.0] * len(NAMES)
+
+
+def test_a_name_with_the_end_of_a_line_is_written_as_it_is(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [], ["a\r\nb", "c\rd"])
+    path = tmp_path / "verdicts.csv"
+    assert altgrad("report", run, "--csv", path).returncode == 0
+    with path.open(newline="", encoding="utf-8") as file:
+        assert {row["layer"] for row in csv.DictReader(file)} == {"a\r\nb", "c\rd"}
