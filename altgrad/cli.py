@@ -1,7 +1,8 @@
-"""The command line: `altgrad formats`, and commands that entry points add.
+"""The command line: `altgrad formats`, `report` and `compare`, and commands of entry points.
 
 `main` builds the application. `altgrad report` and `altgrad compare` are in
-`altgrad.report.commands`, and `altgrad demo` is in `altgrad_lightning.demo`.
+`altgrad.report.commands`. Other packages add commands by entry points, such as `altgrad demo` of
+`altgrad_lightning.demo`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
 
 COMMANDS = "altgrad.commands"
 """Entry-point group of further commands, such as `altgrad demo`; see pyproject.toml."""
+
+# A checkout that is not installed has no entry points.
+_OWN = {
+    name: EntryPoint(name, f"altgrad.report.commands:{name}", COMMANDS)
+    for name in ("report", "compare")
+}
 
 _REMEDY = "pip install 'altgrad[demo]'"
 
@@ -32,7 +39,7 @@ def main() -> None:
         pretty_exceptions_enable=False,
     )
     app.command()(formats)
-    for command in entry_points(group=COMMANDS):
+    for command in _list_commands():
         # Imports take seconds, so only the called command is imported; the help needs all.
         if sys.argv[1:2] in ([], ["--help"], [command.name]):
             _add(app, command)
@@ -42,9 +49,17 @@ def main() -> None:
     app()
 
 
+def _list_commands() -> list[EntryPoint]:
+    """List the commands of this package, then those that entry points add."""
+    added = {each.name: each for each in entry_points(group=COMMANDS) if each.name not in _OWN}
+    return [*_OWN.values(), *added.values()]
+
+
 def _add(app: typer.Typer, command: EntryPoint) -> None:
+    from altgrad.report.options import OptionalValueCommand
+
     try:
-        app.command(command.name)(command.load())
+        app.command(command.name, cls=OptionalValueCommand)(command.load())
     except Exception as error:  # noqa: BLE001 - a broken command must not stop the others
         message = f"altgrad {command.name}: command cannot be loaded ({error!r}); run {_REMEDY}"
 

@@ -39,6 +39,25 @@ def test_python_m_altgrad_runs_the_altgrad_command() -> None:
     assert "demo" in result.stdout
 
 
+NOT_INSTALLED = "import importlib.metadata as it; it.entry_points = lambda **_: ()"
+
+
+def test_a_checkout_that_is_not_installed_has_the_commands_of_its_package() -> None:
+    shown = run("--help", setup=NOT_INSTALLED).stdout
+    assert all(command in shown for command in ("formats", "report", "compare"))
+    for command in ("report", "compare"):
+        result = run(command, "--help", setup=NOT_INSTALLED)
+        assert (result.returncode, "Usage" in result.stdout) == (0, True), result.stderr
+
+
+def test_an_entry_point_does_not_replace_a_command_of_the_package() -> None:
+    other = "it.EntryPoint('report', 'math:no_such_name', 'altgrad.commands')"
+    setup = f"import importlib.metadata as it; it.entry_points = lambda **_: [{other}] * 2"
+    shown = run("--help", setup=setup).stdout
+    assert shown.count("report ") == 1
+    assert "Not available here" not in shown
+
+
 def test_no_argument_shows_the_help() -> None:
     result = run()
     assert "formats" in result.stdout + result.stderr

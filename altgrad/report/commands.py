@@ -1,7 +1,7 @@
 """The commands `altgrad report` and `altgrad compare`.
 
-`altgrad.cli` finds both functions through the entry points in pyproject.toml. Their docstrings and
-the texts of their arguments are what ``--help`` prints.
+`altgrad.cli` names both functions. Their docstrings and the texts of their arguments are what
+``--help`` prints.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ def report(
     run: _Run,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML page.")] = None,
     as_json_: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the verdicts as JSON.")
+        Path | None, typer.Option("--json", metavar="[FILE]", help="Write the verdicts as JSON.")
     ] = None,
     as_csv_: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="Write the verdicts as CSV.")
+        Path | None, typer.Option("--csv", metavar="[FILE]", help="Write the verdicts as CSV.")
     ] = None,
     layers: _Layers = 40,
 ) -> None:
     """Report how each number format would store each layer of a run.
 
-    The page works without a network. With - as FILE, only that output is shown.
+    The page works without a network. With - as FILE, only that output is shown;
+    --json and --csv behind RUN need no FILE for this.
 
     \f
     Args:

@@ -1,0 +1,60 @@
+"""`OptionalValueCommand`: a command whose options may stand without their value.
+
+`altgrad.cli` makes every command of this class; `commands` has the commands.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from typer.core import TyperCommand
+
+DEFAULT = "-"
+"""The value of an option that stands without one: the usual name of standard output."""
+
+
+class OptionalValueCommand(TyperCommand):
+    """A command whose options with a metavar in brackets, as ``[FILE]``, may lack their value.
+
+    A value is missing at the end of the line and before another option.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse arguments, after a missing value was replaced by ``-``.
+
+        Args:
+            ctx: The context of the call, as click passes it.
+            args: The arguments of the call.
+
+        Returns:
+            The arguments that are left, as click expects them.
+        """
+        optional = {
+            name
+            for each in self.params
+            if (each.metavar or "").startswith("[")
+            for name in each.opts
+        }
+        return super().parse_args(ctx, fill_values(args, optional))
+
+
+def fill_values(args: Sequence[str], optional: Collection[str]) -> list[str]:
+    """Insert ``-`` after each option that lacks its value.
+
+    Args:
+        args: The arguments of a call.
+        optional: Names of the options that may lack their value.
+
+    Returns:
+        The arguments with all values. Arguments after ``--`` are no options and stay unchanged.
+    """
+    end = args.index("--") if "--" in args else len(args)
+    filled: list[str] = []
+    for name, value in itertools.zip_longest(args[:end], args[1 : end + 1]):
+        if name is not None:
+            filled.append(name)
+        if name in optional and (value is None or (value != DEFAULT and value.startswith("-"))):
+            filled.append(DEFAULT)
+    return [*filled, *args[end:]]
