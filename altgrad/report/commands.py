@@ -17,6 +17,7 @@ from rich.console import Console
 
 from altgrad.report.comparison import Comparison
 from altgrad.report.exports import as_csv, as_json
+from altgrad.report.outputs import find_refusal
 from altgrad.report.records.reading import read
 from altgrad.report.records.schema import RunFileError
 from altgrad.report.run_report import RunReport
@@ -41,6 +42,9 @@ def report(
         Path | None, typer.Option("--csv", metavar="[FILE]", help="Write the verdicts as CSV.")
     ] = None,
     layers: _Layers = 40,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace files that are no reports, too.")
+    ] = False,
 ) -> None:
     """Report how each number format would store each layer of a run.
 
@@ -54,6 +58,7 @@ def report(
         as_json_: File for the verdicts as JSON.
         as_csv_: File for the verdicts as CSV.
         layers: Maximum number of layers in the table; 0 shows all.
+        force: If True, replace files of any kind.
     """  # noqa: D301 - typer's help ends at the form feed; the options have their own help
     found = _read(run)
     outputs: list[tuple[Path | None, Callable[[], str]]] = [
@@ -61,11 +66,17 @@ def report(
         (as_json_, lambda: json.dumps(as_json(found), ensure_ascii=False, indent=1) + "\n"),
         (as_csv_, lambda: as_csv(found)),
     ]
-    if _TERMINAL not in (html, as_json_, as_csv_):
+    chosen = [(path, make_text) for path, make_text in outputs if path is not None]
+    files = [path for path, _ in chosen if path != _TERMINAL]
+    if not force and (refusal := find_refusal(files, (found.run.path, *found.run.predecessors))):
+        _fail(f"{refusal}; choose another file, or pass --force")
+    shows_report = len(files) == len(chosen)  # or the terminal shows another output alone
+    if shows_report:
         print_report(found, Console(), layers or None)
-    for path, text in outputs:
-        if path is not None:
-            _write(path, text())
+    for path, make_text in chosen:
+        _write(path, make_text())
+        if shows_report:
+            Console().print(f"Written: {path}", soft_wrap=True, highlight=False)
 
 
 def compare(a: _Run, b: _Run, layers: _Layers = 40) -> None:
@@ -92,10 +103,9 @@ def _write(path: Path, text: str) -> None:
         sys.stdout.write(text)
         return
     try:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", newline="")  # as "-" shows it
     except OSError as error:
         _fail(f"{path}: file cannot be written ({error.strerror})")
-    Console().print(f"Written: {path}", soft_wrap=True, highlight=False)
 
 
 def _fail(message: str) -> NoReturn:

@@ -101,6 +101,11 @@ def read_header(path: Path) -> Header:
     return _parse_header(path, next(_read_lines(path), (1, b""))[1])
 
 
+def is_run_file_name(name: str) -> bool:
+    """Return True for ``altgrad.jsonl``, ``altgrad-2.jsonl`` and so on."""
+    return _NAME.fullmatch(name) is not None
+
+
 def _list_run_files(folder: Path) -> list[Path]:
     """Return the run files in a folder, the newest one last; there is at least one."""
     found = {path: match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
