@@ -105,11 +105,13 @@ def _report(monitor: PrecisionMonitor, folder: Path) -> None:
     report = RunReport.from_run(read(monitor.path))
     print_report(report, console)
     log_dir = monitor.path.parent
-    (log_dir / "report.html").write_text(page(report), encoding="utf-8")
-    (log_dir / "formats.png").write_bytes(png(report.pictures()["kept"], dpi=150))
+    number = monitor.path.stem.removeprefix("altgrad")  # "-2" for the second run of a folder
+    html, picture = log_dir / f"report{number}.html", log_dir / f"formats{number}.png"
+    html.write_text(page(report), encoding="utf-8")
+    picture.write_bytes(png(report.pictures()["kept"], dpi=150))
     shown = {
-        "Report": log_dir / "report.html",
-        "Picture": log_dir / "formats.png",
+        "Report": html,
+        "Picture": picture,
         "Run file": f"{monitor.path} (altgrad report {shlex.quote(str(log_dir))})",
         "TensorBoard": f"tensorboard --logdir {shlex.quote(str(folder))} (Custom Scalars, Images)",
     }

@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from altgrad_lightning import demo as demo_module
 from altgrad_lightning.demo import demo
 from altgrad_lightning.demo_model import CharacterTransformer
+from altgrad_lightning.packages import lightning
 
 FORMATS = ("bf16", "e4m3fn", "e5m2")
 
@@ -69,6 +70,21 @@ def test_the_terminal_shows_every_layer_and_the_next_commands(
     assert f"tensorboard --logdir {tmp_path}" in shown
     assert f"{tmp_path}/version_0/report.html" in shown
     assert re.search(r"bf16, of 41 layers:.*?7\s+frozen", shown, flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_folder_have_their_own_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_module, "BATCH_SIZE", 2)
+    logger = lightning.loggers.TensorBoardLogger
+    # What two demos find that begin at the same time; the logger has no public name for it.
+    monkeypatch.setattr(logger, "_get_next_version", lambda _: 0)
+    for seed in range(2):
+        demo(steps=10, folder=tmp_path, seed=seed)
+    kinds = {"altgrad": "jsonl", "report": "html", "formats": "png"}
+    expected = {f"{name}{n}.{kind}" for name, kind in kinds.items() for n in ("", "-2")}
+    assert expected <= {path.name for path in tmp_path.glob("version_0/*")}
 
 
 def test_an_invalid_folder_or_seed_exits_with_one_line(tmp_path: Path) -> None:
