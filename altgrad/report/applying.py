@@ -1,8 +1,8 @@
 """Write lines of Python that store each layer in the smallest format that stores it fine.
 
 `write_code` is the entry. `_choose_formats` picks a format for each layer, and `_write_rules`
-merges layers with similar names into one `altgrad.SamplingRule`. `terminal`, `web_page` and
-`exports` show the code.
+merges layers with similar names into one `altgrad.SamplingRule`, with a pattern of `_Patterns`.
+`terminal`, `web_page` and `exports` show the code.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ import fnmatch
 import glob
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from altgrad.quantization.block_formats import get_formats
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import FormatInfo
 from altgrad.report.verdicts import Advice, Assessment, Verdict, find_smallest
-
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a number between dots, as 11 in blocks.11.mlp
 
 
 def write_code(run: Run, assessment: Assessment) -> str:
@@ -123,31 +121,63 @@ def _write_rules(chosen: Mapping[str, str | None], default: str) -> list[str]:
     """Return the source code of a rule for each group of layers that are stored."""
     rules: list[str] = []
     covered: set[str] = set()
+    patterns = _Patterns(chosen)
     for name, format in chosen.items():
         if format is None or name in covered:
             continue
-        pattern, matched = _widen_pattern(name, chosen)
+        pattern, matched = patterns.widen(name)
         covered |= matched
         more = "" if format == default else f", formats={_quote(format)}"
         rules.append(f"SamplingRule({_quote(pattern)}{more})")
     return rules
 
 
-def _widen_pattern(name: str, chosen: Mapping[str, str | None]) -> tuple[str, set[str]]:
-    """Return a pattern for a layer, and the names of all layers it matches.
+class _Patterns:
+    """Patterns for names of layers, each of which matches layers of one format alone.
 
-    The pattern has ``*`` for every number in the name, or else for one number, if all matched
-    layers have the same format. Otherwise it matches this layer alone.
+    A name consists of parts between dots. A name that a pattern matches has every part of the
+    pattern, so that only the names with its rarest part are compared with it. A scan of all names
+    for each name would take a minute for 10,000 layers.
+
+    Args:
+        chosen: Format by layer; None for a layer that stays unchanged.
     """
-    whole = glob.escape(name)
-    numbers = [*_NUMBER.finditer(whole)]
-    patterns = [_NUMBER.sub("*", whole)]
-    patterns += [f"{whole[: each.start()]}*{whole[each.end() :]}" for each in numbers]
-    for pattern in patterns:
+
+    def __init__(self, chosen: Mapping[str, str | None]) -> None:
+        self._chosen = chosen
+        self._names_by_part: dict[str, list[str]] = {}
+        for name in chosen:
+            for part in {*name.split(".")}:
+                self._names_by_part.setdefault(part, []).append(name)
+        self._matches: dict[str, set[str]] = {}  # empty for a pattern of several formats
+
+    def widen(self, name: str) -> tuple[str, set[str]]:
+        """Return a pattern for a layer, and the names of all layers it matches.
+
+        The pattern has ``*`` for every number in the name, or else for one number, if all matched
+        layers have the same format. Otherwise it matches this layer alone.
+        """
+        parts = name.split(".")
+        numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
+        groups = [numbers, *([number] for number in numbers)] if numbers else []
+        for wild in groups:
+            fixed = [part for index, part in enumerate(parts) if index not in wild]
+            pattern = ".".join(
+                "*" if index in wild else glob.escape(part) for index, part in enumerate(parts)
+            )
+            if pattern not in self._matches:
+                self._matches[pattern] = self._match(pattern, fixed)
+            if matched := self._matches[pattern]:
+                return pattern, matched
+        return glob.escape(name), {name}
+
+    def _match(self, pattern: str, fixed: Iterable[str]) -> set[str]:
+        """Return the names that a pattern matches; empty if their formats differ."""
+        names_by_part: Iterable[Collection[str]] = (self._names_by_part[part] for part in fixed)
+        candidates = min(names_by_part, key=len, default=self._chosen)
         matches = re.compile(fnmatch.translate(pattern)).match
-        if all(format == chosen[name] for each, format in chosen.items() if matches(each)):
-            return pattern, {each for each in chosen if matches(each)}
-    return whole, {name}
+        matched = {name for name in candidates if matches(name)}
+        return matched if len({self._chosen[name] for name in matched}) == 1 else set()
 
 
 def _quote(text: str) -> str:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, strategies as st
 from torch import nn
 
 from altgrad import FloatFormat, WeightStorage
@@ -85,6 +90,78 @@ def test_layers_share_a_rule_if_one_number_in_their_names_decides_the_format() -
     assert 'SamplingRule("blocks.*.mlp.2.weight"),' in lines
     assert lines.count("SamplingRule(") == 2
     assert run_lines(lines, [*verdicts]) == {f"blocks.{k}.mlp.2.weight": "bf16" for k in range(3)}
+
+
+PARTS = st.sampled_from(["a", "b", "0", "1", "12", "a*", "w[0]", "", "x1"])
+NAMES = st.lists(PARTS, min_size=1, max_size=4).map(".".join)
+
+
+@given(
+    st.dictionaries(NAMES, st.sampled_from([(FINE, FINE), (FINE, WATCH), (WATCH, WATCH)])),
+)
+def test_the_rules_store_each_layer_in_its_format_whatever_its_name(
+    verdicts: dict[str, tuple[Verdict, Verdict]],
+) -> None:
+    smallest = {(FINE, FINE): "e5m2", (FINE, WATCH): "bf16"}
+    lines = write_lines(
+        {name: dict(zip(("bf16", "e5m2"), each, strict=True)) for name, each in verdicts.items()}
+    )
+    if any(each[0] is FINE for each in verdicts.values()):
+        expected = {name: smallest[each] for name, each in verdicts.items() if each[0] is FINE}
+        assert apply_rules(lines, [*verdicts]) == expected
+
+
+def apply_rules(lines: str, names: list[str]) -> dict[str, str]:
+    """Return the format of each stored layer, by the first rule that matches its name."""
+    arguments: dict = {}
+
+    def note(formats: str, *, layers: tuple = ({"layers": "*"},), **_: object) -> None:
+        arguments.update(formats=formats, layers=layers)
+
+    def rule(layers: str, **settings: object) -> dict:
+        return {"layers": layers, **settings}
+
+    code = lines[lines.index("storage =") : lines.index("storage.attach")]
+    exec(compile(code, "lines", "exec"), {"WeightStorage": note, "SamplingRule": rule})
+    found = {}
+    for name in names:
+        first = next(r for r in arguments["layers"] if fnmatchcase(name, r["layers"]))
+        if first.get("enabled", True):
+            found[name] = first.get("formats", arguments["formats"])
+    return found
+
+
+def count_calls(call: Callable[[], object]) -> int:
+    """Count the calls of functions, those written in C included."""
+    count = 0
+
+    def note(_frame: object, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event in {"call", "c_call"}
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["layer{0}.weight", "blocks.{0}.weight", "block{0}.0.weight", "a.{1}.b.{2}.weight"],
+)
+@pytest.mark.parametrize("verdicts", [[FINE], [FINE, WATCH]], ids=["all", "every second"])
+def test_twice_as_many_layers_take_twice_the_work(template: str, verdicts: list[Verdict]) -> None:
+    def write(count: int) -> str:
+        names = [template.format(k, k % 20, k // 20) for k in range(count)]
+        formats = itertools.cycle(verdicts)
+        layers = {name: {"bf16": each} for name, each in zip(names, formats, strict=False)}
+        return write_lines(layers | {"other": {"bf16": WATCH}})
+
+    write(2)  # imports, and caches of regular expressions
+    few, many = (count_calls(lambda count=count: write(count)) for count in (400, 800))
+    assert many < 2.3 * few
 
 
 def test_one_format_for_all_layers_needs_no_rule() -> None:
