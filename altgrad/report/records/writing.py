@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import numbers
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from altgrad.measurement.step_record import StepRecord
 
 _CHUNK = 2**16  # bytes that are searched at once for the end of the last whole line
+_MOST = 2**63 - 1  # int64, in which pandas and other readers keep whole numbers
 
 
 class RunFile:
@@ -66,12 +69,15 @@ class RunFile:
             The open file.
 
         Raises:
-            TypeError: The header differs from the return value of `UpdateMonitor.run_header`.
+            TypeError: The header differs from the return value of `UpdateMonitor.run_header`, or
+                the step of the predecessor is no whole number.
+            ValueError: The step of the predecessor is out of range.
             OSError: The file cannot be created or written; then no file is left.
         """
         folder = Path(folder)
         if predecessor is not None:
-            predecessor = Predecessor(_make_relative(Path(predecessor[0]), folder), predecessor[1])
+            before_step = _check_whole("predecessor[1]", predecessor[1])
+            predecessor = Predecessor(_make_relative(Path(predecessor[0]), folder), before_step)
         header = _parse_header(header)
         header = replace(
             header,
@@ -108,11 +114,14 @@ class RunFile:
             The open file: `path`, or the new file.
 
         Raises:
-            TypeError: The header differs from the return value of `UpdateMonitor.run_header`.
+            TypeError: The header differs from the return value of `UpdateMonitor.run_header`, or
+                `before_step` is no whole number.
+            ValueError: `before_step` is out of range.
             RunFileError: `path` is missing, damaged, or a file of another kind.
             OSError: The file cannot be written.
         """
         path, header = Path(path), _parse_header(header)
+        before_step = _check_whole("before_step", before_step)
         if not read_header(path).is_like(header):
             return cls.create(path.parent, header, predecessor=(path, before_step))
         file = cls(path, path.open("r+b", buffering=0))
@@ -142,8 +151,16 @@ class RunFile:
 
         Raises:
             OSError: The lines cannot be written; then the file has no line of this step.
-            ValueError: The file is closed.
+            TypeError: The step or a number of skipped steps is no whole number.
+            ValueError: The file is closed, or a number is out of range.
         """
+        step = _check_whole("step", step)
+        skipped = {
+            reason: _check_whole(f"skipped[{str(reason)!r}]", count)
+            for reason, count in skipped.items()
+        }
+        if weights is not None:
+            _check_counts("weights", weights)
         self._write(format_lines(step, record, skipped, weights))
 
     def close(self) -> None:
@@ -193,6 +210,29 @@ def _parse_header(header: Header | Mapping[str, Any]) -> Header:
             f"header={str(header)[:60]}: expected the return value of UpdateMonitor.run_header(), "
             f"with formats, scaling and layers; got {type(error).__name__}: {error}"
         ) from error
+
+
+def _check_whole(name: str, value: object) -> int:
+    """Return a number as an int; raise an error unless it is whole and within 0 and 2**63 - 1."""
+    # NumPy's integers are Integral, too; tensors are not.
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(
+            f"{name}={str(value)[:60]}: expected a whole number, got {type(value).__name__}; "
+            "pass an int"
+        )
+    number = int(value)
+    if not 0 <= number <= _MOST:
+        # Python refuses to write numbers of more than 4,300 digits.
+        shown = number if abs(number) < 10**60 else "…"
+        raise ValueError(f"{name}={shown}: expected a number from 0 to 2**63 - 1")
+    return number
+
+
+def _check_counts(name: str, histogram: Histogram) -> None:
+    """Raise an error if a histogram has a count that is negative, infinite or NaN."""
+    for count in histogram.counts:
+        if not 0 <= count < math.inf:
+            raise ValueError(f"{name}: expected finite counts of 0 or more, got {count!r}")
 
 
 def _open_first_free(folder: Path) -> tuple[Path, BinaryIO]:
