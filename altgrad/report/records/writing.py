@@ -1,8 +1,9 @@
 """`RunFile`: write a run file, one observed step after another.
 
 A run file stays readable if the process is killed or the disk is full: whole lines are appended
-without a buffer, and a failed write is undone. Read `RunFile.create`, `RunFile.append`, then
-`RunFile.resume`. The module `reading` comes next.
+without a buffer, and a failed write is undone. It has one writer at a time, by a lock of the module
+`locks`. Read `RunFile.create`, `RunFile.append`, then `RunFile.resume`. The module `reading` comes
+next.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import json
 import math
 import numbers
 import os
+import uuid
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -21,6 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from altgrad._version import __version__
 from altgrad.measurement.histogram import Histogram
 from altgrad.report.records.lines import format_lines
+from altgrad.report.records.locks import WriterLock, take_lock
 from altgrad.report.records.reading import read_header
 from altgrad.report.records.schema import Header, Predecessor
 
@@ -35,15 +39,21 @@ class RunFile:
     """A run file that is open for writing; `create` and `resume` return one.
 
     `append` hands its lines to the operating system before it returns. A killed process loses at
-    most the line that was being written.
+    most the line that was being written. Until `close`, no other writer gets the file.
 
     Attributes:
         path: Path of the file.
     """
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, lock: WriterLock) -> None:
         self.path = path
-        self._file = file
+        self._lock = lock
+        try:
+            # Mode a (O_APPEND): even a writer without the lock could not overwrite lines.
+            self._file: BinaryIO = path.open("a+b", buffering=0)
+        except BaseException:
+            lock.release()
+            raise
 
     @classmethod
     def create(
@@ -87,14 +97,7 @@ class RunFile:
         )
         line = _format_line(header.as_json())  # an error here must leave no empty file
         folder.mkdir(parents=True, exist_ok=True)
-        file = cls(*_open_first_free(folder))
-        try:
-            file._write(line)
-        except OSError:
-            file.close()
-            file.path.unlink()
-            raise
-        return file
+        return cls(*_claim_first_free(folder, _encode(line)))
 
     @classmethod
     def resume(
@@ -103,7 +106,8 @@ class RunFile:
         """Open a run file to continue it; its lines from `before_step` on become superseded.
 
         If formats, scaling or layers differ from those of the file, the file is left unchanged. A
-        new file is then created in the same folder, with `path` as its predecessor.
+        new file is then created in the same folder, with `path` as its predecessor. The same is
+        done, with a warning, if another writer has the file open.
 
         Args:
             path: Run file of the run that is resumed.
@@ -124,7 +128,15 @@ class RunFile:
         before_step = _check_whole("before_step", before_step)
         if not read_header(path).is_like(header):
             return cls.create(path.parent, header, predecessor=(path, before_step))
-        file = cls(path, path.open("r+b", buffering=0))
+        lock = take_lock(path)
+        if lock is None:
+            warnings.warn(
+                f"RunFile: {path} is being written by another run, or by a RunFile of this process "
+                "that is not closed. This run goes on in a new file of the same folder.",
+                stacklevel=2,
+            )
+            return cls.create(path.parent, header, predecessor=(path, before_step))
+        file = cls(path, lock)
         try:
             file._drop_torn_line()
             file._write(_format_line({"resumed": {"before_step": before_step}}))
@@ -164,8 +176,10 @@ class RunFile:
         self._write(format_lines(step, record, skipped, weights))
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file, and let other writers have it."""
+        if not self._file.closed:
+            self._file.close()
+            self._lock.release()
 
     def __enter__(self) -> RunFile:  # noqa: PYI034 - typing has Self only from Python 3.11 on
         return self
@@ -184,19 +198,16 @@ class RunFile:
             if newline >= 0:
                 break
         self._file.truncate(end)
-        self._file.seek(end)
 
     def _write(self, text: str) -> None:
-        # UTF-8 has no lone surrogates. A name may hold one, and backslashreplace writes it as
-        # \udXXX, the escape of JSON.
-        rest = memoryview(text.encode("utf-8", "backslashreplace"))
-        start = self._file.tell()
+        start = self._file.seek(0, os.SEEK_END)
         try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        except OSError:
-            self._file.truncate(start)  # a full disk can shrink a file
-            self._file.seek(start)
+            _write_all(self._file, _encode(text))
+        except BaseException:  # also Ctrl-C: no line may follow a torn one
+            try:
+                self._file.truncate(start)  # a full disk can shrink a file
+            except OSError:
+                self.close()
             raise
 
 
@@ -235,16 +246,72 @@ def _check_counts(name: str, histogram: Histogram) -> None:
             raise ValueError(f"{name}: expected finite counts of 0 or more, got {count!r}")
 
 
-def _open_first_free(folder: Path) -> tuple[Path, BinaryIO]:
-    """Create the first run file of the folder whose name is free."""
+def _claim_first_free(folder: Path, content: memoryview) -> tuple[Path, WriterLock]:
+    """Lock and create the first run file of the folder whose name is free."""
     for number in itertools.count(1):
         path = folder / ("altgrad.jsonl" if number == 1 else f"altgrad-{number}.jsonl")
-        try:
-            # Mode x fails if another process has just created the file.
-            return path, path.open("xb", buffering=0)
-        except FileExistsError:
+        if os.path.lexists(path) or (lock := take_lock(path)) is None:
             continue
+        try:
+            is_new = _create_file(path, content)
+        except BaseException:
+            lock.release()
+            raise
+        if is_new:
+            return path, lock
+        lock.release()
     raise AssertionError
+
+
+def _create_file(path: Path, content: memoryview) -> bool:
+    """Create a file that has its content as soon as it has its name.
+
+    A reader therefore sees no run file without a header.
+
+    Returns:
+        False if the path exists, because another process has just created the file.
+    """
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    _write_new_file(draft, content)
+    try:
+        os.link(draft, path)  # fails if the path exists, as renaming does not
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        return _write_new_file(path, content)
+    finally:
+        draft.unlink()
+    return True
+
+
+def _write_new_file(path: Path, content: memoryview) -> bool:
+    """Create a file with a content; after an error there is none.
+
+    Returns:
+        False if the path exists.
+    """
+    try:
+        file = path.open("xb", buffering=0)
+    except FileExistsError:
+        return False
+    try:
+        with file:
+            _write_all(file, content)
+    except BaseException:
+        path.unlink()
+        raise
+    return True
+
+
+def _write_all(file: BinaryIO, content: memoryview) -> None:
+    while content:
+        content = content[file.write(content) :]
+
+
+def _encode(text: str) -> memoryview:
+    # UTF-8 has no lone surrogates. A name may hold one, and backslashreplace writes it as
+    # \udXXX, the escape of JSON.
+    return memoryview(text.encode("utf-8", "backslashreplace"))
 
 
 def _make_relative(path: Path, folder: Path) -> Path:

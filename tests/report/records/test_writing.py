@@ -1,16 +1,17 @@
 """`RunFile`: written lines stay readable if the process is killed or the disk is full."""
 
+import itertools
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
 from altgrad.report import RunFile, RunFileError, read
+from altgrad.report.records.reading import read_header
 from tests.report.records.recording import assert_same, header_from, written
 
 # --- files
@@ -56,6 +57,10 @@ while True:
     rows = len(run.rows)
     assert rows >= 51 * 7
     assert len((tmp_path / "altgrad.jsonl").read_bytes().splitlines()) - 1 - rows <= 1
+    # Nor does a killed process keep the lock.
+    with RunFile.resume(run.path, 40, read_header(run.path)) as file:
+        assert file.path == run.path
+    assert read(tmp_path).steps == (*range(40),)
 
 
 class Disk:
@@ -76,18 +81,32 @@ class Disk:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
 
+    def __enter__(self) -> Any:
+        return self
 
-def test_a_disk_that_is_full_leaves_whole_lines(tmp_path, records, header, monkeypatch) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+@pytest.fixture
+def disks(monkeypatch: pytest.MonkeyPatch) -> list[Disk]:
+    """Return the files that are opened during a test, the latest one last."""
     open_file, disks = Path.open, []
 
-    def open_on_disk(*arguments, **options) -> Disk:
-        disks.append(Disk(open_file(*arguments, **options)))
+    def open_on_disk(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        file = open_file(path, mode, *arguments, **options)
+        if mode == "rb":
+            return file
+        disks.append(Disk(file))
         return disks[-1]
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", open_on_disk)
-        file = RunFile.create(tmp_path, header)
-    (disk,) = disks
+    monkeypatch.setattr(Path, "open", open_on_disk)
+    return disks
+
+
+def test_a_disk_that_is_full_leaves_whole_lines(tmp_path, records, header, disks) -> None:
+    file = RunFile.create(tmp_path, header)
+    disk = disks[-1]
     file.append(0, records[0], skipped={})
     size = file.path.stat().st_size
     disk.room = size + 5000
@@ -100,15 +119,88 @@ def test_a_disk_that_is_full_leaves_whole_lines(tmp_path, records, header, monke
     assert (read(file.path).steps, read(file.path).notes) == ((0, 2), [])
 
 
-def test_a_disk_that_is_full_from_the_start_leaves_no_empty_file(tmp_path, header) -> None:
-    with (
-        mock.patch(
-            "altgrad.report.records.writing.RunFile._write", side_effect=OSError(28, "full")
-        ),
-        pytest.raises(OSError, match="full"),
-    ):
+def test_a_disk_that_is_full_from_the_start_leaves_no_file(
+    tmp_path, header, disks, monkeypatch
+) -> None:
+    monkeypatch.setattr(Disk, "room", -1)
+    with pytest.raises(OSError, match="No space left"):
         RunFile.create(tmp_path, header)
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    written(tmp_path, header, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["altgrad.jsonl"]
+
+
+def test_an_interrupted_write_leaves_whole_lines(tmp_path, records, header, disks) -> None:
+    file = RunFile.create(tmp_path, header)
+    file.append(0, records[0], skipped={})
+    write, disks[-1].write = disks[-1].write, lambda data: press_control_c(write, data)
+    with pytest.raises(KeyboardInterrupt):
+        file.append(1, records[1], skipped={})
+    del disks[-1].write
+    file.append(2, records[2], skipped={})
+    file.close()
+    assert (read(file.path).steps, read(file.path).notes) == ((0, 2), [])
+
+
+def press_control_c(write: Any, data: memoryview) -> None:
+    write(data[:100])
+    raise KeyboardInterrupt
+
+
+def test_no_line_follows_a_torn_one_that_cannot_be_cut_off(
+    tmp_path, records, header, disks
+) -> None:
+    file = RunFile.create(tmp_path, header)
+    file.append(0, records[0], skipped={})
+    disk = disks[-1]
+    disk.room = file.path.stat().st_size + 2000
+    disk.truncate = lambda _: press_control_c(lambda _: fail_to_truncate(), b"")
+    with pytest.raises(OSError, match="No space left"):
+        file.append(1, records[1], skipped={})
+    disk.room = None
+    with pytest.raises(ValueError, match="closed"):
+        file.append(2, records[2], skipped={})
+    assert read(file.path).steps[0] == 0
+
+
+def fail_to_truncate() -> None:
+    raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1000])
+def test_a_reader_beside_a_writer_never_calls_a_file_damaged(
+    tmp_path, records, header, disks, monkeypatch, piece: int
+) -> None:
+    seen: set[tuple[int, ...]] = set()
+    pieces = itertools.count()
+
+    def write_piece(disk: Disk, data: memoryview) -> int:
+        count = disk.file.write(data[: max(piece, len(data) // 50)])
+        if next(pieces) % 7 == 0:
+            for path in tmp_path.glob("altgrad*.jsonl"):
+                seen.add(read(path).steps)
+        return count
+
+    monkeypatch.setattr(Disk, "write", write_piece)
+    with RunFile.create(tmp_path, header) as file:
+        for step, record in enumerate(records):
+            file.append(step, record, skipped={})
+    RunFile.resume(file.path, 1, header).close()
+    assert seen >= {(0,), (0, 1), (0, 1, 2)}
+
+
+def test_a_file_system_without_hard_links_has_run_files(
+    tmp_path, records, header, monkeypatch
+) -> None:
+    monkeypatch.setattr("os.link", lambda *_: fail_to_link())
+    for number in range(2):
+        assert read(written(tmp_path, header, records[: number + 1])).steps == (0, 1)[: number + 1]
+    assert {path.name for path in tmp_path.iterdir()} == {"altgrad.jsonl", "altgrad-2.jsonl"}
+
+
+def fail_to_link() -> None:
+    raise OSError(1, "Operation not permitted")
 
 
 def test_appending_to_a_closed_file_is_an_error(tmp_path, records, header) -> None:

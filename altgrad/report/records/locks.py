@@ -1,0 +1,79 @@
+"""`take_lock`: a run file has one writer at a time.
+
+The lock is a file beside the run file, which is gone when the writer closes. A process that dies
+keeps no lock. The module `writing` comes next.
+"""
+
+from __future__ import annotations
+
+import errno
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
+_NO_LOCKS = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""Errors of file systems without locks, such as some that are shared over a network."""
+
+
+class WriterLock:
+    """The right to write a run file, until `release`.
+
+    Args:
+        lock: The lock, which is held.
+    """
+
+    def __init__(self, lock: BaseFileLock) -> None:
+        self._lock = lock
+
+    def release(self) -> None:
+        """Give the run file to the next writer, and delete the lock's file."""
+        if not isinstance(self._lock, SoftFileLock):  # which deletes its file itself
+            # Deleted while the lock is held: a writer that has opened the file meanwhile sees that
+            # the file has no name any more, and makes a new one. Windows refuses.
+            with suppress(OSError):
+                Path(self._lock.lock_file).unlink()
+        self._lock.release()
+
+
+def take_lock(path: Path) -> WriterLock | None:
+    """Lock a run file for one writer.
+
+    In a file system without locks, the lock's file holds the number of the writing process and the
+    name of its host. A process of the same host that has ended does not keep the file.
+
+    Args:
+        path: Path of the run file, which may be missing.
+
+    Returns:
+        The lock; None if another writer has it, in this process or in another one.
+
+    Raises:
+        OSError: The lock's file cannot be created.
+    """
+    lock: BaseFileLock = FileLock(f"{path}.lock", thread_local=False)
+    try:
+        with warnings.catch_warnings():
+            # FileLock would go on as a SoftFileLock, on a file that others then delete.
+            warnings.filterwarnings("error", ".*falling back to SoftFileLock")
+            return WriterLock(lock) if _try_to_acquire(lock) else None
+    except UserWarning:
+        pass
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    with suppress(OSError):
+        Path(lock.lock_file).unlink()
+    lock = SoftFileLock(f"{path}.pid", thread_local=False)
+    # The first attempt may do no more than delete the file of a process that has ended.
+    is_held = _try_to_acquire(lock) or _try_to_acquire(lock)
+    return WriterLock(lock) if is_held else None
+
+
+def _try_to_acquire(lock: BaseFileLock) -> bool:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True

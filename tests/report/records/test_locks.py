@@ -1,0 +1,161 @@
+"""One writer at a time: locks of run files, in file systems with and without locks."""
+
+import errno
+import multiprocessing
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from altgrad import StepRecord
+from altgrad.report import Header, RunFile, read
+from altgrad.report.records.locks import take_lock
+from tests.report.records.recording import header_from, make_records, written
+
+fcntl = pytest.importorskip("fcntl")
+
+ROOT = str(Path(__file__).parents[3])
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+TAKEN = "RunFile: .*altgrad.jsonl is being written by another run, or by a RunFile of this process"
+
+
+@pytest.fixture(params=[None, *NO_LOCKS], ids=lambda code: errno.errorcode.get(code, "locks"))
+def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
+    """Return the error of a file system without locks; None with locks."""
+    if request.param is not None:
+        monkeypatch.setattr(fcntl, "flock", lambda *_: fail(request.param))
+    return request.param
+
+
+def fail(code: int) -> None:
+    raise OSError(code, os.strerror(code))
+
+
+def test_a_lock_is_held_once_and_leaves_nothing(tmp_path: Path, locks: int | None) -> None:
+    path = tmp_path / "altgrad.jsonl"
+    for _ in range(2):
+        lock = take_lock(path)
+        assert lock is not None
+        assert take_lock(path) is None
+        lock.release()
+        assert not [*tmp_path.iterdir()]
+
+
+def test_a_process_that_died_keeps_no_lock(tmp_path: Path, locks: int | None) -> None:
+    path = tmp_path / "altgrad.jsonl"
+    script = f"""
+import fcntl, sys; sys.path.insert(0, {ROOT!r})
+from pathlib import Path
+from altgrad.report.records.locks import take_lock
+def flock(*_): raise OSError({locks}, "no locks")
+if {locks}: fcntl.flock = flock
+lock = take_lock(Path({str(path)!r}))
+print(type(lock).__name__, flush=True)
+input()
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"WriterLock\n"
+        assert take_lock(path) is None
+        process.kill()
+    lock = take_lock(path)
+    assert lock is not None
+    lock.release()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_other_errors_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: fail(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        take_lock(tmp_path / "altgrad.jsonl")
+
+
+def test_a_run_that_is_resumed_while_it_is_written_gets_a_file_of_its_own(
+    tmp_path: Path, records: list[StepRecord], header: Header, locks: int | None
+) -> None:
+    with RunFile.create(tmp_path, header) as first:
+        for step in range(3):
+            first.append(step, records[step], skipped={})
+        with pytest.warns(UserWarning, match=TAKEN) as caught:
+            second = RunFile.resume(first.path, 2, header)
+        assert [each.filename for each in caught] == [__file__]
+        for step in range(2, 5):
+            second.append(step, records[0], skipped={})
+            first.append(step + 1, records[1], skipped={})
+        second.close()
+    assert (first.path.name, second.path.name) == ("altgrad.jsonl", "altgrad-2.jsonl")
+    assert read(first.path).steps == (0, 1, 2, 3, 4, 5)
+    run = read(tmp_path)
+    assert (run.path, run.steps, run.predecessors) == (second.path, (*range(5),), [first.path])
+    with RunFile.resume(first.path, 2, header) as third:
+        assert third.path == first.path
+    assert {path.name for path in tmp_path.iterdir()} == {"altgrad.jsonl", "altgrad-2.jsonl"}
+
+
+def test_a_file_that_was_closed_can_be_resumed(
+    tmp_path: Path, records: list[StepRecord], header: Header
+) -> None:
+    path = written(tmp_path, header, records)
+    for step in (2, 1):
+        file = RunFile.resume(path, step, header)
+        file.close()
+        file.close()  # again
+        assert file.path == path
+    assert read(path).steps == (0,)
+
+
+def test_no_line_is_lost_if_a_writer_ignores_the_lock(
+    tmp_path: Path, records: list[StepRecord], header: Header
+) -> None:
+    with RunFile.create(tmp_path, header) as file:
+        file.append(0, records[0], skipped={})
+        other = tmp_path / "other"
+        content = written(other, header, records, steps=(5, 6, 7)).read_bytes()
+        with file.path.open("ab") as stranger:
+            stranger.write(content.partition(b"\n")[2])
+        file.append(1, records[1], skipped={})
+    assert read(file.path).steps == (0, 1, 5, 6, 7)
+
+
+def resume_and_append(path: Path, number: int, barrier: Any, done: Any) -> None:
+    records = make_records(max_elements=1000)
+    barrier.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        file = RunFile.resume(path, 1, header_from(records[0]))
+    for step in range(20):
+        file.append(100 * number + step, records[step % 3], skipped={})
+    barrier.wait()
+    file.close()
+    done.put((number, str(file.path)))
+
+
+@pytest.mark.slow
+def test_many_processes_that_resume_one_file_lose_no_row(
+    tmp_path: Path, records: list[StepRecord], header: Header
+) -> None:
+    path = written(tmp_path, header, records[:1])
+    context = multiprocessing.get_context("spawn")
+    barrier, done = context.Barrier(4), context.Queue()
+    numbers = range(1, 5)
+    processes = [
+        context.Process(target=resume_and_append, args=(path, number, barrier, done))
+        for number in numbers
+    ]
+    for process in processes:
+        process.start()
+    paths = dict(done.get(timeout=300) for _ in numbers)
+    for process in processes:
+        process.join()
+    assert len({*paths.values()}) == 4
+    assert str(path) in paths.values()
+    for number, each in paths.items():
+        expected = (0, *range(100 * number, 100 * number + 20))
+        assert read(each).steps == (expected if each == str(path) else read(each).steps)
+        assert {*expected} <= {*read(each).steps}
+    assert len([*tmp_path.iterdir()]) == 4
