@@ -75,7 +75,7 @@ FORMAT_METRICS = _by_name(
     Metric("on_grid_frac", *_SHARE, "weights are grid points"),
     Metric("sqnr_db", "dB", "real or inf", "rounding is a small noise"),
     Metric("underflow_frac", *_SHARE, "weights become 0"),
-    Metric("saturated_frac", *_SHARE, "weights beyond the top"),
+    Metric("saturated_frac", *_SHARE, "weights that round beyond the top"),
     Metric("subnormal_frac", *_SHARE, "few digits are left"),
     Metric("grad_stiff_correlation", "1", "−1 … 1", "descriptive: large gradients where coarse"),
     Metric(

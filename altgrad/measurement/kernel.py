@@ -40,6 +40,7 @@ from altgrad.quantization.grids import (
     JUST_BELOW_ONE,
     LARGEST,
     Grids,
+    compute_gaps,
     extract_binades,
     round_to_grids,
     view_bits,
@@ -231,11 +232,11 @@ def _format_sums(
     # t is the one shared buffer that is free. Of the four per format:
     #   a  short-lived: a quantity is computed into it, summed, and overwritten by the next
     #   b  stiffness, then |d| / stiffness, then spacings
-    #   c  Q(w), from its rounding to the end
-    #   e  Q(v), then Q(Q(w) + d), then the effective update
+    #   c  Q(w), from its rounding on, then the gap between Q(w) and its neighbour
+    #   e  |Q(w)|, then Q(v), then Q(Q(w) + d), then the effective update
     # "Scaled" values are divided by the scale, as `grids.divide_by_scale` does;
     # `grids.multiply_by_scale` goes back.
-    w, v, t, size, _, _, update, no_value, no_weight, pair_least = buffers.shared
+    w, v, t, _, _, _, update, no_value, no_weight, pair_least = buffers.shared
     has_weight, pair, d, _ = buffers.stacked
     a, b, c, e = buffers.per_format
     first, second = buffers.pairs
@@ -244,8 +245,11 @@ def _format_sums(
     # Stiffness, and the gradient and the update relative to it.
     gap, stored = round_to_grids(grids.divide_by_scale(w, a), grids, t, b, c)  # gap in b, Q(w) in c
     stiffness = grids.multiply_by_scale_(torch.minimum(gap, grids.last_spacing, out=b))
-    weight_size = size if grids.scale is None else a.abs_()
-    found["saturated"] = torch.gt(weight_size, grids.top, out=a).sum(-1)
+    # Rounding continues the grid beyond the largest value: what it takes there, a clamp changes.
+    stored_size = torch.abs(stored, out=e)
+    found["saturated"] = torch.gt(stored_size, grids.top, out=a).sum(-1)
+    found["stored_normal"] = torch.ge(stored_size, grids.smallest_normal, out=a).sum(-1)
+    found["stored_nonzero"] = torch.ne(stored_size, 0, out=a).sum(-1)
     # One matrix product for two sums: (formats, columns) @ (columns, 2), where `first` holds
     # has_weight and pair side by side.
     found["stiffness"], found["stiffness_gradient"] = torch.bmm(stiffness, first).unbind(-1)
@@ -257,8 +261,6 @@ def _format_sums(
     per_stiffness = torch.reciprocal(stiffness, out=b)
     found["gradient_per_stiffness"] = torch.mul(pair, per_stiffness, out=a).sum(-1)
     steps = torch.mul(update, per_stiffness, out=b)
-    # Stochastic rounding moves a weight with probability |d| / stiffness, at most 1.
-    found["stochastic_move"] = torch.clamp(steps, max=1, out=a).sum(-1)
     _count_octaves(steps, FIRST_STEPS_OCTAVE, a, histograms, "steps_at")
 
     # An update is visible if a cast to the format tells the weights apart: Q(v) ≠ Q(w).
@@ -267,29 +269,22 @@ def _format_sums(
     stored = _clamp(stored, grids.floor, grids.ceiling)
     found["visible"] = torch.ne(shown, stored, out=e).sum(-1)
 
-    # The grid error |w − Q(w)|. Rounding continues the grid beyond the largest value; a stored
-    # weight is clamped to that value.
+    # The grid error |w − Q(w)|. A stored weight is clamped to the largest value.
     stored = _clamp(stored, grids.bottom, grids.top)
     error = torch.sub(w, grids.multiply_by_scale(stored, a), out=a).abs_()
     found["grid_error"], found["grid_error_sq"] = error.sum(-1), vector_norm(error, dim=-1)
     found["max grid_error"] = error.amax(-1)
     found["min grid_error"] = torch.maximum(error, no_value, out=b).amin(-1)
     found["off_grid"] = torch.ne(error, 0, out=a).sum(-1)
-    stored_size = torch.abs(stored, out=a)
-    found["stored_normal"] = torch.ge(stored_size, grids.smallest_normal, out=b).sum(-1)
-    found["stored_nonzero"] = torch.ne(stored_size, 0, out=a).sum(-1)
 
     # The effective update Q(Q(w) + d) − Q(w): what is kept of d by weights on the grid.
     target = grids.divide_by_scale(torch.add(grids.multiply_by_scale(stored, a), d, out=a), a)
     target = _clamp(target, grids.floor, grids.ceiling)
     gap, updated = round_to_grids(target, grids, t, b, e)
-    distance = grids.multiply_by_scale_(torch.sub(target, updated, out=a).abs_())
-    # Stochastic rounding goes to this neighbour or to the one at gap − distance; its variance is
-    # distance · (gap − distance). At a top that clamps, distance is 0.
-    found["stochastic_variance"] = (
-        grids.multiply_by_scale_(gap).sub_(distance).mul_(distance).sum(-1)
-    )
-    effective = grids.multiply_by_scale_(torch.sub(updated, stored, out=e))
+    rest = torch.sub(target, updated, out=a)
+    effective = torch.sub(updated, stored, out=e)  # both in units of the scale
+    found |= _stochastic_sums(grids, rest, gap, stored, effective)
+    effective = grids.multiply_by_scale_(effective)
     is_effective = torch.ne(effective, 0, out=a)
     found["effective"] = is_effective.sum(-1)
     found["ever_effective"] = found["effective"]
@@ -300,6 +295,33 @@ def _format_sums(
     found["kept_sq"] = vector_norm(torch.mul(effective, d, out=a), dim=-1)
     found["lost_sq"] = vector_norm(effective.sub_(d), dim=-1)
     return found
+
+
+def _stochastic_sums(
+    grids: Grids, rest: Tensor, gap: Tensor, stored: Tensor, effective: Tensor
+) -> dict[str, Tensor]:
+    """Sum what stochastic rounding of a target would do.
+
+    It goes to the nearest point or to the neighbour beyond the target, at the distances abs(rest)
+    and gap − abs(rest); its variance is their product. A weight moves with the probability
+    abs(target − stored) / (gap on this side of stored), at most 1. Both are 0 at a top that clamps.
+
+    Args:
+        grids: The grids of the formats.
+        rest: Target minus the nearest point, in units of the scale, float64 (rows, formats,
+            columns).
+        gap: Spacing at the target, in units of the scale; overwritten.
+        stored: The weight on the grid, in units of the scale; overwritten.
+        effective: Nearest point minus the weight on the grid, in units of the scale.
+
+    Returns:
+        The two sums by name, float64 (rows, formats).
+    """
+    move_gap = compute_gaps(stored, gap, grids)
+    variance = grids.multiply_by_scale_(gap.mul_(rest).abs_().addcmul_(rest, rest, value=-1))
+    variance_sum = grids.multiply_by_scale_(variance).sum(-1)
+    move = torch.add(rest, effective, out=gap).abs_().div_(move_gap).clamp_(max=1)
+    return {"stochastic_variance": variance_sum, "stochastic_move": move.sum(-1)}
 
 
 def _copy_values(rows: Rows, buffers: Buffers) -> None:

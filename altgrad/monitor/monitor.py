@@ -90,7 +90,7 @@ class UpdateMonitor:
         sampling: Rules for single layers; the first that matches a layer's name holds.
         scaling: Which elements share an amax scale, as in `altgrad.measure`. The amax of a whole
             layer is taken at the first observed step, after every 100 observed steps, and after a
-            step in which a weight exceeded its scale.
+            step in which a weight rounded beyond the top of its scale.
         overhead_budget: Maximum share of the whole time that observing may take, such as 0.01.
             Steps are then observed less often than `every_n_steps` demands. None sets no limit. On
             an accelerator, the time of the host counts, which includes waiting for results.

@@ -2,8 +2,8 @@
 
 Scales follow from the amax. If a scale followed the weights at every step, it would hide whether
 the weights moved on the grid. An amax is therefore kept for 100 observed steps. It is taken again
-earlier if a weight exceeds it, or if it was 0 and set no scale. `engine` comes next and measures
-under the scales.
+earlier if a weight rounds beyond the top of its scale, or if it was 0 and set no scale. `engine`
+comes next and measures under the scales.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from altgrad.measurement.step_record import StepRecord
 from altgrad.quantization.format_set import FormatSet
 
 STEPS_PER_SCALE = 100
-"""Number of observed steps for which an amax is kept, unless a weight exceeds it."""
+"""Number of observed steps for which an amax is kept, unless a weight outgrows its scale."""
 
 
 class ScaleState:
@@ -44,7 +44,7 @@ class ScaleState:
         """Take each amax that is due, before an observed step.
 
         After 100 observed steps, the amax of every layer is due. Otherwise, it is due for layers in
-        which a weight exceeded its scale. All ranks that share the parameters call this together.
+        which a weight outgrew its scale. All ranks that share the parameters call this together.
 
         Args:
             stepped: Callback that returns all measured layers by name, before the step.
@@ -116,7 +116,7 @@ class ScaleState:
         return bool(layers)
 
     def step_observed(self, record: StepRecord) -> None:
-        """Count an observed step, and note the layers in which a weight exceeded its scale."""
+        """Count an observed step, and note the layers in which a weight outgrew its scale."""
         if not self._formats.needs_amax:
             return
         self._steps_left -= 1

@@ -51,7 +51,7 @@ class Grids(NamedTuple):
         bottom: −`top`.
         ceiling: Upper limit of an updated weight: `top`, or inf if the format has an amax scale.
         floor: −`ceiling`.
-        smallest_normal: Smallest normal number.
+        smallest_normal: Smallest normal number; inf if every value is subnormal.
         scale: float64, (1 or rows, formats, 1 or columns); None if the constants contain the scale.
         without_subnormals: Position and smallest normal number of formats without subnormals.
         without_mantissa: Position and bias of formats with M = 0, whose ties go to the even code.
@@ -147,7 +147,9 @@ def make_grids(
         bottom=-top,
         ceiling=ceiling,
         floor=-ceiling,
-        smallest_normal=constants([g.first_binade for g in each]),
+        smallest_normal=constants(
+            [g.first_binade if g.first_binade <= g.max else torch.inf for g in each]
+        ),
         scale=None if folds else scale,
         without_subnormals=without_subnormals,
         without_mantissa=without_mantissa,
@@ -216,3 +218,30 @@ def round_to_grids(
         tie_to_below = (value.abs() == 1.5 * step) & code_is_even
         out[:, part].copy_(torch.where(tie_to_below, step.copysign(value), out[:, part]))
     return spacing, out
+
+
+def compute_gaps(stored: Tensor, target_gap: Tensor, grids: Grids) -> Tensor:
+    """Compute the distance of stored values from their neighbours on the side of a target.
+
+    Away from zero it is the spacing at the stored value. Below a power of two it is half of that,
+    which is the spacing at the target. Where a target lies beyond the neighbour, the result is at
+    most the distance of the target.
+
+    Args:
+        stored: Grid points in units of the scale, float64, (rows, formats, columns); overwritten.
+        target_gap: The spacing at each target, from `round_to_grids`.
+        grids: The constants of the formats.
+
+    Returns:
+        The distances in `stored`.
+    """
+    # Without subnormals the neighbour below the smallest normal number is 0, which is farther.
+    farther = [
+        (stored[:, at].abs() <= smallest_normal) & (target_gap[:, at] >= smallest_normal)
+        for at, smallest_normal in grids.without_subnormals
+    ]
+    spacing = extract_binades(stored, stored).mul_(grids.eps)
+    gaps = torch.clamp(spacing, min=grids.first_spacing, max=target_gap, out=spacing)
+    for (at, smallest_normal), mask in zip(grids.without_subnormals, farther, strict=True):
+        gaps[:, at].masked_fill_(mask, smallest_normal)
+    return gaps

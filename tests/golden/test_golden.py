@@ -20,7 +20,10 @@ RENAMES = {"zero_update_frac": "ulp_zero_frac"}
 ADDED: frozenset[str] = frozenset()
 """Metrics that 0.1.0 did not have."""
 
-CHANGED: dict[str, str] = {}
+CHANGED: dict[str, str] = {
+    "stochastic_move_frac": "the gap is that on the side of the update, from the stored weight on",
+    "saturated_frac": "weights that round to the top without the clamp do not count",
+}
 """Metrics whose figures were recorded anew, and why: files of 0.1.0 hold the former ones."""
 
 WRITTEN = 1e-7

@@ -161,6 +161,7 @@ def format_oracle(
     exponents = (np.frexp(w / s)[1] - 1).clip(emin, math.frexp(info.max)[1] - 1)
     stiffness = np.where(w == 0, 2.0**emin, np.ldexp(1.0, exponents)) * 2.0**-mantissa * s
     stored = rounded(w, name, s, clamped=True)
+    clips = rounded(w, name, s, clamped=False) != stored
     error = np.abs(w - stored)
 
     # What-if
@@ -177,9 +178,10 @@ def format_oracle(
         rounded(goal, name, s, mode, clamped=False)
         for mode in (gfloat.RoundMode.TowardNegative, gfloat.RoundMode.TowardPositive)
     )
-    variance = (goal - low) * (
-        high - goal
-    )  # of a draw that is high with probability (goal − low) / (high − low)
+    # A draw is `high` with this probability, and `low` otherwise.
+    chance = np.divide(goal - low, high - low, out=np.zeros_like(goal), where=high > low)
+    variance = (goal - low) * (high - goal)
+    moves = chance * (high != stored) + (1 - chance) * (low != stored)
 
     # The gradient relative to the stiffness
     paired = w != 0
@@ -194,7 +196,7 @@ def format_oracle(
         "stall_frac": ratio((judged & (effective == 0)).sum(), judged.sum()),
         "update_error": ratio(np.linalg.norm(effective - d), np.linalg.norm(d)),
         "visible_frac": ratio((judged & visible).sum(), judged.sum()),
-        "stochastic_move_frac": ratio(np.minimum(quotient, 1).sum(), judged.sum()),
+        "stochastic_move_frac": ratio(moves[judged].sum(), judged.sum()),
         "stochastic_noise_ratio": ratio(math.sqrt(variance[judged].sum()), math.sqrt(energy)),
         "steps_median_log2": octave_median(quotient[judged], -32),
         "stiffness_mean": gap.mean() if gap.size else math.nan,
@@ -206,7 +208,7 @@ def format_oracle(
         "on_grid_frac": ratio((error == 0).sum(), n),
         "sqnr_db": sqnr,
         "underflow_frac": ratio((paired & (stored == 0)).sum(), n),
-        "saturated_frac": ratio((np.abs(w) > s * info.max).sum(), n),
+        "saturated_frac": ratio(clips.sum(), n),
         "subnormal_frac": ratio(((stored != 0) & (np.abs(stored) < s * 2.0**emin)).sum(), n),
         "grad_stiff_correlation": np.corrcoef(size, gap)[0, 1] if defined else math.nan,
         "grad_stiff_ratio_mean": (size / gap).mean() if gap.size else math.nan,

@@ -2,9 +2,11 @@
 
 import math
 
+import gfloat
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
 from altgrad.measurement.columns import FORMAT_SUMS, SUMS
@@ -12,12 +14,13 @@ from altgrad.measurement.figures import tensor_figures
 from altgrad.measurement.measure import measure
 from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.metrics import FORMULAS
-from altgrad.quantization import quantize
+from altgrad.quantization import FloatFormat, get_format, quantize
 from altgrad.quantization.format_set import FormatSet
 from tests.measurement.definitions import (
     DTYPES,
     INFOS,
     SCALINGS,
+    UNSCALED,
     a_step,
     assert_figures,
     make_key,
@@ -75,6 +78,97 @@ def test_stochastic_noise_equals_the_variance_of_draws() -> None:
     assert figures["stochastic_move_frac/e4m3fn"] == pytest.approx(
         (draws != 1).double().mean().item(), rel=1e-2
     )
+
+
+def draw_moved_share(
+    before: Tensor, after: Tensor, name: str, scaling: object, draws: int = 4000
+) -> float:
+    """Draw stochastically rounded weights, and count those that left their grid point."""
+    w, v = before.double().numpy(), after.double().numpy()
+    s = scales(w, v, name, scaling, before.dtype)
+    stored = rounded(w, name, s, clamped=True)
+    goal = stored + v - w
+    if scaling is None or name in UNSCALED:  # a top that clamps
+        goal = goal.clip(-INFOS[name].max, INFOS[name].max)
+    ends = (gfloat.RoundMode.TowardNegative, gfloat.RoundMode.TowardPositive)
+    low, high = (rounded(goal, name, s, mode, clamped=False) for mode in ends)
+    uniform = np.random.default_rng(0).random((draws, len(w)))
+    drawn = np.where(uniform * (high - low) < goal - low, high, low)
+    return (drawn != stored).mean()
+
+
+def weights_at_edges(name: str) -> Tensor:
+    """Return powers of two, weights that round to one, 0, the top, and their negatives."""
+    top = INFOS[name].max
+    powers = torch.tensor([1.0, 2.0**-3, 2.0**-5, 4.0])
+    near = torch.cat([powers * (1 - 2.0**-12), powers * (1 + 2.0**-12)])
+    some = torch.cat([powers, near, torch.tensor([0.0, top, top * 0.75])])
+    return torch.cat([some, -some])
+
+
+@pytest.mark.parametrize("scaling", [None, "tensor"], ids=str)
+@pytest.mark.parametrize("side", [-1, 1], ids=["down", "up"])
+@pytest.mark.parametrize("name", ["fp16", "e4m3fn", "e5m2", "e2m1"])
+def test_stochastic_moves_equal_those_of_draws(name: str, side: int, scaling: object) -> None:
+    before = weights_at_edges(name)
+    generator = torch.Generator().manual_seed(1)
+    size = torch.rand(len(before), generator=generator) * before.abs().clamp(2.0**-12)
+    after = before + side * size * 2.0 ** -INFOS[name].precision
+    figures = measure(before, after, formats=name, scaling=scaling)
+    assert figures[f"stochastic_move_frac/{name}"] == pytest.approx(
+        draw_moved_share(before, after, name, scaling), abs=0.01
+    )
+
+
+def test_gains_at_1_that_shrink_move_twice_as_often_as_those_that_grow() -> None:
+    """The gap below a power of two is half of the gap above it."""
+    before = torch.ones(64)
+    generator = torch.Generator().manual_seed(0)
+    update = torch.randint(0, 2**14, (64,), generator=generator) * 2.0**-23  # exact on both sides
+    shares = {}
+    for side in (-1, 1):
+        after = before + side * update
+        shares[side] = measure(before, after, formats="bf16")["stochastic_move_frac/bf16"]
+        drawn = draw_moved_share(before, after, "bf16", "tensor")
+        assert shares[side] == pytest.approx(drawn, abs=0.01)
+    assert shares[-1] == 2 * shares[1]
+
+
+@pytest.mark.parametrize("name", ["ftz", "ftz_m0", "e7m0"])
+def test_stochastic_moves_of_grids_with_a_hole_at_0_equal_those_of_draws(name: str) -> None:
+    """Without subnormals, the gap below the smallest normal number is wider than that above it."""
+    format = {
+        "ftz": FloatFormat("ftz", 3, 2, 3, has_subnormals=False),
+        "ftz_m0": FloatFormat("ftz_m0", 4, 0, 7, has_subnormals=False),
+        "e7m0": get_format("e7m0"),
+    }[name]
+    points = format.values()[len(format.values()) // 2 :][:12]
+    before = points.repeat_interleave(40)
+    span = points[3] * 1.5
+    generator = torch.Generator().manual_seed(2)
+    after = before + span * (2 * torch.rand(len(before), generator=generator).double() - 1)
+    figures = measure(before, after, formats=format, scaling=None)
+    goals = after.expand(2000, -1)  # all weights are on the grid
+    drawn = quantize(goals, format, rounding="stochastic", generator=generator)
+    assert figures[f"stochastic_move_frac/{name}"] == pytest.approx(
+        (drawn != before).double().mean().item(), abs=0.005
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "clips"),
+    [
+        *(("e2m1", 6.9, False), ("e2m1", 7.1, True), ("e2m1", -6.9, False), ("e2m1", 9.0, True)),
+        *(("e4m3fn", 463.0, False), ("e4m3fn", 465.0, True)),
+        *(("e0m7", 0.995, False), ("e0m7", 1.0, True)),
+    ],
+)
+def test_a_weight_is_saturated_if_the_clamp_changes_its_rounding(
+    name: str, weight: float, clips: bool
+) -> None:
+    before = torch.tensor([weight, 0.25])
+    figures = measure(before, before * 0.9, formats=name, scaling=None)
+    assert figures[f"saturated_frac/{name}"] == clips / 2
 
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=make_key)

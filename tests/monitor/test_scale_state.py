@@ -317,10 +317,11 @@ def test_scales_are_kept_for_a_hundred_steps_unless_exceeded() -> None:
 
     assert step(1.0) == 2.0**-8
     assert step(0.25) == 2.0**-8  # a smaller weight changes nothing …
-    assert step(1.74) == 2.0**-8
-    assert step(1.76) == 2.0**-8  # … nor does a larger one at once: it is clipped and noted
+    assert step(1.76) == 2.0**-8  # … nor does one that rounds to the top, 1.75 …
+    assert records[-1].model["saturated_frac/e4m3fn"] == 0
+    assert step(1.82) == 2.0**-8  # … nor a larger one at once: it is clipped and noted
     assert records[-1].model["saturated_frac/e4m3fn"] == 1
-    assert step(1.76) == 2.0**-7
+    assert step(1.82) == 2.0**-7
     assert records[-1].model["saturated_frac/e4m3fn"] == 0
     for _ in range(94):
         assert step(0.2) == 2.0**-7
