@@ -242,6 +242,8 @@ class PrecisionMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the monitor's state, the verdicts and the run file's path, for a checkpoint."""
+        # A checkpoint may be saved before the end of the batch, by a callback that comes first.
+        self.on_train_batch_end()
         if self._session is not None:
             return self._session.state_dict()
         return self._loaded or self._result.state
@@ -256,13 +258,15 @@ class PrecisionMonitor(Callback):
         self._end()
 
     def on_exception(self, *_: Any) -> None:
-        """Log waiting rows, and end the session without waiting for other ranks."""
+        """Log the last figures, pictures and verdicts, without waiting for other ranks."""
         if self._session is not None:
-            self._session.flush()
+            self._session.finish_after_error()
         self._end(alone=True)
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """End a session that a tuner interrupted, and drop a loaded state that no training used."""
+        """End a session that a tuner interrupted, and keep a loaded state for checkpoints alone."""
+        if self._session is None and self._loaded:
+            self._result.state = self._loaded
         self._end(alone=True)
 
     # --- copies and pickles

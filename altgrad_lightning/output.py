@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import altgrad_lightning.loggers as boards
 from altgrad import Figures, Histogram, StepRecord
 from altgrad.observation import SkipReason
-from altgrad.report import RESTS_ON, Assessment, Header, Judge, RunFile, ranges
+from altgrad.report import RESTS_ON, Assessment, Header, Judge, RunFile, RunFileError, ranges
 from altgrad_lightning.charts import Charts, Row
 from altgrad_lightning.history import History
 
@@ -42,8 +42,11 @@ class Output:
         header: The judged formats and layers.
         settings: The arguments of `PrecisionMonitor` that concern output.
         state: The `state_dict` of the run to resume; None for a new run.
-        first_step: The step of the next charts.
+        first_step: The step of the next charts, if `state` names no step.
         warn: Callback with each notice for the user.
+
+    Attributes:
+        path: The path of the run file, also after it was closed; None if no run file is written.
     """
 
     def __init__(
@@ -67,17 +70,16 @@ class Output:
         self._write_seconds = 0.0  # of the last `write`
         self._last_step = first_step - 1
         self._file: RunFile | None = None
+        self.path: Path | None = None
         if state is not None:
             self._charts.load_state_dict(state["charts"])
             self._judge.load_state_dict(state["verdicts"])
+            # Version 0.1.0 saved no step.
+            self._last_step = state.get("last_step", self._last_step)
         if folder is not None:
             before = None if state is None else state["run_file"]
-            self._try(f"a run file in {folder}", lambda: self._open(folder, before, first_step))
-
-    @property
-    def path(self) -> Path | None:
-        """The path of the run file; None if no run file is written."""
-        return None if self._file is None else self._file.path
+            self._try(f"a run file in {folder}", lambda: self._open(folder, before))
+        self._drawn_step = self._last_step
 
     def assess(self) -> Assessment:
         """Return the verdicts of all layers so far."""
@@ -113,17 +115,13 @@ class Output:
             self._draw(step, weights)
         self._write_seconds = time.perf_counter() - began
 
-    def flush(self) -> None:
-        """Log the rows held back until the layers to chart are chosen."""
-        self._chart(self._charts.take_waiting())
-
     def finish(self, weights: Histogram | None) -> None:
-        """Log waiting rows, draw the last pictures, and close the run file.
+        """Log waiting rows, draw the pictures of the last step if it has none, and close the file.
 
-        `weights` is the histogram of weights by octave; with None no pictures are drawn.
+        `weights` is the histogram of weights by octave; with None the pictures leave it out.
         """
-        self.flush()
-        if weights is not None:
+        self._chart(self._charts.take_waiting())
+        if self._drawn_step != self._last_step:
             self._draw(self._last_step, weights)
         self.close()
 
@@ -134,23 +132,37 @@ class Output:
             file.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return charted layers, verdicts and the path of the run file, for a checkpoint."""
+        """Return charted layers, verdicts, last step and path of the run file, for a checkpoint."""
         return {
             "charts": self._charts.state_dict(),
             "verdicts": self._judge.state_dict(),
+            "last_step": self._last_step,
             "run_file": None if self.path is None else str(self.path.absolute()),
         }
 
     # --- the run file
 
-    def _open(self, folder: Path, before: str | None, first_step: int) -> None:
-        if before is None or not Path(before).exists():
+    def _open(self, folder: Path, before: str | None) -> None:
+        """Open a run file in a folder, which continues the file `before` if that is a path."""
+        # The verdicts so far count the steps up to the last one, so those lines are kept, and no
+        # other. The Trainer's own count is not yet restored when training starts.
+        first_step = self._last_step + 1
+        if before is None:
             self._file = RunFile.create(folder, self._header)
         elif Path(before).parent.resolve() == folder.resolve():
-            self._file = RunFile.resume(before, first_step, self._header)
+            self._file = self._resume(folder, before, first_step)
         else:
+            # If the earlier file is missing, the report says so.
             predecessor = before, first_step
             self._file = RunFile.create(folder, self._header, predecessor=predecessor)
+        self.path = self._file.path
+
+    def _resume(self, folder: Path, before: str, first_step: int) -> RunFile:
+        try:
+            return RunFile.resume(before, first_step, self._header)
+        except RunFileError as error:
+            self._warn(f"begins a new run file in {folder}: {error}")
+            return RunFile.create(folder, self._header)
 
     def _append(
         self,
@@ -173,7 +185,8 @@ class Output:
             log = partial(boards.log_scalars, step=step, model=model, others=others)
             self._try_loggers(log)
 
-    def _draw(self, step: int, weights: Histogram) -> None:
+    def _draw(self, step: int, weights: Histogram | None) -> None:
+        self._drawn_step = step
         if not boards.can_show(self._loggers):
             return
         formats, assessment = [*self._header.formats], self.assess()
@@ -186,9 +199,10 @@ class Output:
         self._try_loggers(lambda logger: boards.log_pictures([logger], step, pictures))
         self._try_loggers(lambda logger: boards.log_verdict([logger], step, assessment))
 
-    def _pictures(self, weights: Histogram) -> dict[str, Figure]:
+    def _pictures(self, weights: Histogram | None) -> dict[str, Figure]:
         formats = [*self._header.formats.values()]
-        return {"ranges": ranges(weights, formats), **self._history.draw_heat_maps()}
+        drawn = {} if weights is None else {"ranges": ranges(weights, formats)}
+        return drawn | self._history.draw_heat_maps()
 
     def _step_histograms(self, record: StepRecord) -> dict[str, Histogram]:
         """Return the histograms of the model and of the charted layers."""

@@ -9,7 +9,7 @@ session. The next file is `output`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +124,12 @@ class Session:
             self.warn(f"does not observe this run, or a part of it: {reason}")
         return None in reasons
 
-    def finish_batch(self) -> None:
-        """Note and write the records of the batch, if a step was observed."""
+    def finish_batch(self, *, alone: bool = False) -> None:
+        """Note and write the records of the batch, if a step was observed.
+
+        Args:
+            alone: If True, do not wait for other ranks, which may still train.
+        """
         if not self._records:
             return
         assert self._monitor is not None
@@ -135,7 +139,8 @@ class Session:
         self._result.note(step, record)
         self._observed_batches += 1
         # Pictures take a second or two, so they are drawn at the 1st, 4th, 16th, … batch only.
-        weights = self._monitor.weight_octaves() if _is_even_power(self._observed_batches) else None
+        draws = _is_even_power(self._observed_batches)
+        weights = self._measure_weights(alone=alone) if draws else None
         if self._output is not None:
             self._output.write(step, record, weights, self._monitor.skipped)
 
@@ -150,11 +155,22 @@ class Session:
             return f"all were skipped, {dict(self._result.skipped)}"
         return f"none fell on an observed batch (every {self._every})"
 
-    def finish(self) -> None:
-        """Log waiting rows, and draw the last pictures."""
-        weights = self._measure_last_weights()
+    def finish(self, *, alone: bool = False) -> None:
+        """Log waiting rows, draw the last pictures, and close the run file.
+
+        Args:
+            alone: If True, do not wait for other ranks, which may still train.
+        """
+        is_drawn = not self._observed_batches or _is_even_power(self._observed_batches)
+        weights = None if is_drawn else self._measure_weights(alone=alone)
         if self._output is not None:
             self._output.finish(weights)
+
+    def finish_after_error(self) -> None:
+        """Write what was observed before an error or Ctrl-C, without waiting for other ranks."""
+        for write in (self.finish_batch, self.finish):
+            with suppress(Exception):  # or it would hide the error that ended the training
+                write(alone=True)
 
     # --- findings
 
@@ -183,12 +199,6 @@ class Session:
             self._notices.warn(notice)
 
     # --- the end
-
-    def flush(self) -> None:
-        """Log waiting rows after an error in the training."""
-        if self._output is not None:
-            with suppress(Exception):  # or it would hide the error that ended the training
-                self._output.flush()
 
     def stop_writing(self) -> None:
         """Close the run file, and stop logging."""
@@ -261,13 +271,15 @@ class Session:
             self.warn(f"could not save its state: {error!r}")
             return None
 
-    def _measure_last_weights(self) -> Histogram | None:
-        """Return the histogram of weights for the last pictures; None if they are drawn already."""
+    def _measure_weights(self, *, alone: bool) -> Histogram | None:
+        """Return the histogram of weights for pictures; None if it needs ranks that may be gone."""
         monitor = self._monitor
-        if monitor is None or not self._observed_batches or _is_even_power(self._observed_batches):
-            return None
         # After an error on this rank, the other ranks may not join the all-reduce.
-        return monitor.weight_octaves() if monitor.is_observing or not monitor.is_shared else None
+        if monitor is None or (monitor.is_shared and (alone or not monitor.is_observing)):
+            return None
+        with suppress(Exception) if alone else nullcontext():  # the device may have failed
+            return monitor.weight_octaves()
+        return None
 
 
 def _logged_step(trainer: Trainer) -> int:

@@ -1,6 +1,7 @@
 """`PrecisionMonitor` from run to run: start, end, copies, and no hooks or references left."""
 
 import copy
+import html
 import pickle
 import weakref
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from altgrad.report import read
 from altgrad_lightning import PrecisionMonitor
 from tests.lightning.runs import (
     Attached,
@@ -77,6 +80,44 @@ def test_the_steps_of_a_tuner_are_ignored(attached: Attached) -> None:
 def test_fast_dev_run_trains_with_the_callback(tmp_path: Path) -> None:
     run = fit(tmp_path, PrecisionMonitor(every_n_steps=1), fast_dev_run=2)
     assert run.global_step == 2
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_run_that_ends_early_logs_the_last_pictures_and_verdicts(
+    tmp_path: Path, error: type[BaseException], monkeypatch: Any
+) -> None:
+    class Ending(Net):
+        def on_train_batch_end(self, *_: Any) -> None:
+            if self.trainer.global_step == 6:
+                raise error
+
+    # Lightning turns SIGINT off for the shutdown.
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monitor = PrecisionMonitor(every_n_steps=1)
+    run = trainer(tmp_path, monitor)
+    with pytest.raises((SystemExit, error)):
+        run.fit(Ending(), batches(8))
+    tags = EventAccumulator(run.logger.log_dir, size_guidance={"images": 0, "tensors": 0}).Reload()
+    assert [event.step for event in tags.Images("altgrad/ranges")] == [0, 3, 5]
+    texts = tags.Tensors("altgrad/verdict/text_summary")
+    assert [event.step for event in texts] == [0, 3, 5]
+    assert monitor.assessment.summary in html.unescape(
+        texts[-1].tensor_proto.string_val[0].decode()
+    )
+
+
+def test_the_step_of_a_batch_that_ctrl_c_ended_is_written(tmp_path: Path, monkeypatch: Any) -> None:
+    class Ending(pl.Callback):
+        def on_train_batch_end(self, run: pl.Trainer, *_: Any) -> None:
+            if run.global_step == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monitor = PrecisionMonitor(every_n_steps=1)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        trainer(tmp_path, Ending(), monitor, logger=False).fit(Net(), batches(4))
+    assert read(monitor.path).steps == (0, 1, 2)
+    assert monitor.latest_step == 2
 
 
 # --- several runs

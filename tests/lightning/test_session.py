@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from altgrad import LostRankError, UpdateMonitor, model_figures
+from altgrad.report import read
 from altgrad_lightning import PrecisionMonitor
 from altgrad_lightning.notices import Notices
 from altgrad_lightning.result import Result
@@ -169,6 +170,23 @@ def test_the_state_is_dropped_if_other_ranks_would_be_needed(
     step(run, module, 0)
     session.end(alone=alone)
     assert (result.state == {}) == (alone and is_shared)
+
+
+def test_other_ranks_are_not_waited_for_after_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(_: UpdateMonitor) -> Any:
+        raise AssertionError("it waits")
+
+    session, run, module, result = make_session()
+    session.start(tmp_path)
+    step(run, module, 0)
+    monkeypatch.setattr(UpdateMonitor, "is_shared", property(lambda _: True))
+    monkeypatch.setattr(UpdateMonitor, "weight_octaves", wait)
+    session.finish_after_error()
+    assert result.latest_step == 0
+    assert read(result.path).steps == (0,)
+    session.end(alone=True)
 
 
 def test_ranks_after_the_first_write_nothing(tmp_path: Path) -> None:
