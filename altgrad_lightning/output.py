@@ -63,22 +63,18 @@ class Output:
         self._warn = warn
         self._header = header
         self._loggers = [*loggers]
-        self._charts = Charts([*self._header.formats], settings.layer_charts)
-        self._judge = Judge(self._header.formats, self._header.layers)
         self._history = History()
         self._has_layout = False
         self._write_seconds = 0.0  # of the last `write`
         self._last_step = first_step - 1
         self._file: RunFile | None = None
         self.path: Path | None = None
+        self._charts, self._judge = self._make_collectors()
+        self._before: Path | None = None  # the run file to continue
         if state is not None:
-            self._charts.load_state_dict(state["charts"])
-            self._judge.load_state_dict(state["verdicts"])
-            # Version 0.1.0 saved no step.
-            self._last_step = state.get("last_step", self._last_step)
+            self._try("the verdicts and the run file of its checkpoint", lambda: self._load(state))
         if folder is not None:
-            before = None if state is None else state["run_file"]
-            self._try(f"a run file in {folder}", lambda: self._open(folder, before))
+            self._try(f"a run file in {folder}", lambda: self._open(folder))
         self._drawn_step = self._last_step
 
     def assess(self) -> Assessment:
@@ -140,29 +136,43 @@ class Output:
             "run_file": None if self.path is None else str(self.path.absolute()),
         }
 
+    def _make_collectors(self) -> tuple[Charts, Judge]:
+        charts = Charts([*self._header.formats], self._settings.layer_charts)
+        return charts, Judge(self._header.formats, self._header.layers)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`; after an error nothing is restored."""
+        charts, judge = self._make_collectors()
+        charts.load_state_dict(state["charts"])
+        judge.load_state_dict(state["verdicts"])
+        # Version 0.1.0 saved no step.
+        last_step = int(state.get("last_step", self._last_step))
+        self._before = None if state["run_file"] is None else Path(state["run_file"])
+        self._charts, self._judge, self._last_step = charts, judge, last_step
+
     # --- the run file
 
-    def _open(self, folder: Path, before: str | None) -> None:
-        """Open a run file in a folder, which continues the file `before` if that is a path."""
+    def _open(self, folder: Path) -> None:
+        """Open a run file in a folder, which continues the file of the state if it names one."""
         # The verdicts so far count the steps up to the last one, so those lines are kept, and no
         # other. The Trainer's own count is not yet restored when training starts.
         first_step = self._last_step + 1
-        if before is None:
+        if self._before is None:
             self._file = RunFile.create(folder, self._header)
-        elif Path(before).parent.resolve() == folder.resolve():
-            self._file = self._resume(folder, before, first_step)
+        elif self._before.parent.resolve() == folder.resolve():
+            self._file = self._resume(self._before, first_step)
         else:
             # If the earlier file is missing, the report says so.
-            predecessor = before, first_step
+            predecessor = self._before, first_step
             self._file = RunFile.create(folder, self._header, predecessor=predecessor)
         self.path = self._file.path
 
-    def _resume(self, folder: Path, before: str, first_step: int) -> RunFile:
+    def _resume(self, before: Path, first_step: int) -> RunFile:
         try:
             return RunFile.resume(before, first_step, self._header)
         except RunFileError as error:
-            self._warn(f"begins a new run file in {folder}: {error}")
-            return RunFile.create(folder, self._header)
+            self._warn(f"begins a new run file in {before.parent}: {error}")
+            return RunFile.create(before.parent, self._header)
 
     def _append(
         self,

@@ -235,6 +235,7 @@ class Session:
         return None
 
     def _make_monitor(self) -> UpdateMonitor:
+        """Make a monitor with the state so far, or without it if it cannot be restored."""
         monitor = UpdateMonitor(
             self._module,
             self._records.append,
@@ -242,8 +243,15 @@ class Session:
             tell=self._notices.warn,  # on every rank: the monitor chooses the ranks of a notice
             **self._settings.get_monitor_arguments(),
         )
-        if self._monitor_state is not None:
-            monitor.load_state_dict(self._monitor_state)
+        try:
+            if self._monitor_state is not None:
+                monitor.load_state_dict(self._monitor_state)
+        except Exception as error:
+            if self._settings.strict:
+                raise
+            self.warn(f"begins anew, because its state cannot be restored: {error!r}")
+            self._monitor_state = None
+            return self._make_monitor()
         self._result.skipped = monitor.skipped
         return monitor
 

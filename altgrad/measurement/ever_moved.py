@@ -131,6 +131,28 @@ class EverMovedStore:
                 self._flags[name] = ever[:, positions]
 
 
+def check_packed_bits(state: Mapping[str, PackedBits]) -> None:
+    """Raise an error if the packed flags of a layer are damaged.
+
+    Args:
+        state: The packed flags by name of the layer, as `EverMovedStore.state_dict` returns them.
+
+    Raises:
+        ValueError: The flags of a layer are not a shape and as many bits.
+    """
+    for name, packed in state.items():
+        try:
+            shape, bits = packed
+            is_whole = bits.dtype == torch.uint8 and bits.shape == (-(-math.prod(shape) // 8),)
+        except (AttributeError, TypeError, ValueError):
+            is_whole = False
+        if not is_whole:
+            raise ValueError(
+                f"ever_moved of {name} is {str(packed)[:60]}: expected a shape and its bits, uint8 "
+                "(bytes); leave out load_state_dict() to begin anew"
+            )
+
+
 def scatter_packed_bits(
     packed: PackedBits | None, shape: tuple[int, int], positions: Tensor
 ) -> Tensor:

@@ -27,7 +27,7 @@ from altgrad._messages import Notices, few
 from altgrad.distributed.host_group import LostRankError
 from altgrad.distributed.peers import Alone, Peers, StepSums
 from altgrad.distributed.together import Together
-from altgrad.measurement.ever_moved import EverMovedStore, PackedBits
+from altgrad.measurement.ever_moved import EverMovedStore, PackedBits, check_packed_bits
 from altgrad.measurement.histogram import Histogram
 from altgrad.measurement.measure import DEFAULT_FORMATS
 from altgrad.measurement.measurer import Measurer
@@ -57,6 +57,9 @@ DEFAULT_MAX_ELEMENTS = 1024
 
 That is sqrt(0.5 · 0.5 / 1024); benchmarks/README.md has measurements.
 """
+
+_STATE = ("formats", "ever_moved", "scales", "last_seen", "skipped", "budgets")
+"""Entries of `UpdateMonitor.state_dict` that each version of AltGrad has written."""
 
 
 class UpdateMonitor:
@@ -339,9 +342,12 @@ class UpdateMonitor:
 
         Raises:
             RuntimeError: The monitor is attached.
+            ValueError: An entry of the state is missing or damaged. The monitor may then have
+                restored a part of it; make another one.
         """
         if self.is_observing:
             raise RuntimeError("the monitor is attached; call load_state_dict() before attach()")
+        _check_state(state)
         self._engine.leave_arenas()
         is_alike = tuple(state["formats"]) == self._formats.names
         self._loaded = dict(state["ever_moved"]) if is_alike else {}
@@ -496,3 +502,13 @@ class UpdateMonitor:
         # Every rank gets here with an equal notice.
         if self._peers.rank == 0:
             self._notices.give_once(message)
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Raise an error if entries of a monitor's state are missing."""
+    if missing := [name for name in _STATE if name not in state]:
+        raise ValueError(
+            f"state={sorted(state)}: expected the entries of UpdateMonitor.state_dict(), of which "
+            f"{missing} are missing; leave out load_state_dict() to begin anew"
+        )
+    check_packed_bits(state["ever_moved"])

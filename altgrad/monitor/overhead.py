@@ -226,6 +226,13 @@ class Budgets:
         return [*(budget.state_dict() for budget in self._by_optimizer.values()), *self._restored]
 
     def load_state_dict(self, state: Sequence[Mapping[str, int]]) -> None:
-        """Restore budgets, for optimizers in the order of their first use from now on."""
+        """Restore budgets, for optimizers in the order of their first use from now on.
+
+        Raises:
+            TypeError: An entry of a budget is not an int.
+            ValueError: An entry of a budget is missing or out of range.
+        """
+        for each in state:
+            copy(self._unused).load_state_dict(each)  # the error belongs here, not to a later step
         self._by_optimizer.clear()
         self._restored = [*state]

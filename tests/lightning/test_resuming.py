@@ -1,6 +1,7 @@
 """`PrecisionMonitor`: its state in checkpoints, and from run to run."""
 
 import gc
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +164,64 @@ def test_a_state_loaded_in_mid_training_does_not_replace_the_state(
     assert monitor.state_dict()["monitor"]["last_seen"] == {}
     step_once(monitor, run, module)
     assert "layers.0.weight" in monitor.state_dict()["monitor"]["last_seen"]
+
+
+# --- damaged states
+
+
+def keys_of_states(state: dict[str, Any], *path: str) -> list[tuple[str, ...]]:
+    """Return the path of each key that a version of AltGrad writes into the state."""
+    own = [(*path, key) for key in state]
+    for key, value in state.items():
+        if isinstance(value, dict) and key in ("monitor", "output", "scales", "charts"):
+            own += keys_of_states(value, *path, key)
+    return own
+
+
+def test_a_checkpoint_without_one_of_the_keys_is_resumed(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"every_n_steps": 1}
+    run = trainer(tmp_path, monitor := PrecisionMonitor("bf16", **options), logger=False)
+    run.fit(Net(), batches(1))
+    run.save_checkpoint(tmp_path / "whole.ckpt")
+    paths = keys_of_states(monitor.state_dict())
+    assert {("monitor", "budgets"), ("output", "verdicts"), ("monitor", "scales", "amax")} < {
+        *paths
+    }
+    for path in paths:
+        checkpoint = torch.load(tmp_path / "whole.ckpt", weights_only=True)
+        (state,) = checkpoint["callbacks"].values()
+        for key in path[:-1]:
+            state = state[key]
+        del state[path[-1]]
+        torch.save(checkpoint, tmp_path / "damaged.ckpt")
+        resumed = PrecisionMonitor("bf16", **options)
+        again = trainer(tmp_path, resumed, max_epochs=2, logger=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            again.fit(Net(), batches(1), ckpt_path=tmp_path / "damaged.ckpt")
+        assert resumed.latest_step == 1, path
+        notices = [str(each.message) for each in caught if "PrecisionMonitor" in str(each.message)]
+        may_lack = ("monitor",), ("output",), ("output", "last_step")
+        assert len(notices) == (path not in may_lack), (path, notices)
+        assert all(path[-1] in notice for notice in notices), notices
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"budgets": [{"interval": 1}]},
+        {"ever_moved": {"layers.0.weight": ((2, 8), torch.zeros(1, dtype=torch.uint8))}},
+        {"ever_moved": {"layers.0.weight": None}},
+        {"last_seen": 3},
+    ],
+    ids=lambda each: next(iter(each)),
+)
+def test_a_damaged_state_begins_anew(tmp_path: Path, damage: dict[str, Any]) -> None:
+    monitor = PrecisionMonitor("bf16", every_n_steps=1, overhead_budget=0.9)
+    run = trainer(tmp_path, monitor, logger=False)
+    run.fit(Net(), batches(1))
+    monitor.state_dict()["monitor"].update(damage)
+    monitor.load_state_dict(monitor.state_dict())
+    with pytest.warns(UserWarning, match="begins anew, because its state cannot be restored"):
+        trainer(tmp_path, monitor, logger=False).fit(Net(), batches(1))
+    assert monitor.latest_step == 0

@@ -169,3 +169,23 @@ def test_loading_a_state_replaces_flags() -> None:
     train(model, optimizer)
     one = monitor.latest.layers["3.weight"]
     assert one["never_moved_frac/e4m3fn"] == pytest.approx(one["stall_frac/e4m3fn"])
+
+
+def test_a_state_without_an_entry_is_an_error_that_names_it() -> None:
+    model = net()
+    optimizer, monitor, _ = watched(model)
+    train(model, optimizer)
+    state = monitor.state_dict()
+    for name in state:
+        rest = {other: value for other, value in state.items() if other != name}
+        with pytest.raises(ValueError, match=rf"'{name}'\] are missing; leave out load_state_dict"):
+            UpdateMonitor(net(), formats=FORMATS).load_state_dict(rest)
+
+
+@pytest.mark.parametrize("packed", [None, ((2, 8), torch.zeros(1, dtype=torch.uint8)), ((2, 8),)])
+def test_damaged_flags_are_an_error_that_names_their_layer(packed: object) -> None:
+    state = UpdateMonitor(net(), formats=FORMATS).state_dict() | {"ever_moved": {"0.bias": packed}}
+    with pytest.raises(
+        ValueError, match=r"ever_moved of 0\.bias is .*: expected a shape and its bit"
+    ):
+        UpdateMonitor(net(), formats=FORMATS).load_state_dict(state)
