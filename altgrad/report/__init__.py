@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from altgrad.report.cells import cell_text
     from altgrad.report.comparison import Comparison
     from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
+    from altgrad.report.records.fields import SCHEMA
     from altgrad.report.records.reading import read
     from altgrad.report.records.run import Row, Run
     from altgrad.report.records.schema import (
-        SCHEMA,
         FormatInfo,
         Header,
         LayerInfo,
@@ -75,9 +75,10 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "cells": "cell_text",
             "comparison": "Comparison",
             "drawings": "heat_map kept_map ranges steps_histogram",
+            "records.fields": "SCHEMA",
             "records.reading": "read",
             "records.run": "Row Run",
-            "records.schema": "FormatInfo Header LayerInfo Predecessor RunFileError SCHEMA",
+            "records.schema": "FormatInfo Header LayerInfo Predecessor RunFileError",
             "records.writing": "RunFile",
             "run_report": "RunReport",
             "terminal": "print_comparison print_report print_verdicts",

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from altgrad.report.records.schema import number_as_json
+from altgrad.report.records.kinds import number_as_json
 from altgrad.report.run_report import RunReport
 from altgrad.report.verdicts import RESTS_ON, Advice
 

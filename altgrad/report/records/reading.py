@@ -1,7 +1,8 @@
 """Read a run file, and the files of the runs it continues, into a `Run`.
 
-`read` is the entry. `_read_file` parses one file, and `_read_predecessors` follows the names of
-earlier files. The module `run` comes next: it holds the result.
+`read` is the entry. `_parse_file` parses one file by the kinds that `fields` declares, and
+`_read_predecessors` follows the names of earlier files. The module `run` comes next: it holds the
+result.
 """
 
 from __future__ import annotations
@@ -9,27 +10,28 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from altgrad.measurement.histogram import Histogram
-from altgrad.report.records.run import FloatsByKey, Row, Run
-from altgrad.report.records.schema import (
+from altgrad.report.records.fields import (
+    LAYER_LINE,
+    MODEL_LINE,
+    RESUMED_LINE,
     SCHEMA,
-    FormatInfo,
-    Header,
-    LayerInfo,
-    RunFileError,
-    number_from_json,
-    numbers_from_json,
+    VERSION,
 )
+from altgrad.report.records.kinds import FieldError, check_object, parse_below
+from altgrad.report.records.raw_lines import read_raw_lines
+from altgrad.report.records.run import Row, Run
+from altgrad.report.records.schema import FormatInfo, Header, LayerInfo, RunFileError
 
 _NAME = re.compile(r"altgrad(?:-(\d+))?\.jsonl")
-_RENAMED_METRICS = {"zero_update_frac": "ulp_zero_frac"}
-"""Metric names in older run files, with the names of today; a file with both has equal figures."""
-_PARSE_ERRORS = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
+_MOST_TRIES = 3
+_NOT_JSON = (ValueError, RecursionError)
+"""Errors of `json.loads`: JSONDecodeError and UnicodeDecodeError are ValueErrors."""
 
 
 @dataclass
@@ -60,7 +62,7 @@ def read(path: str | os.PathLike[str]) -> Run:
     """
     path = Path(path)
     others: list[Path] = []
-    if path.is_dir():
+    if _is_folder(path):
         *others, path = _list_run_files(path)
     last = _read_file(path)
     files = [last]
@@ -98,7 +100,14 @@ def read_header(path: Path) -> Header:
     Raises:
         RunFileError: The file is missing, empty, of another kind, or written by a newer AltGrad.
     """
-    return _parse_header(path, next(_read_lines(path), (1, b""))[1])
+    return _parse_header(path, next(read_raw_lines(path), (1, b""))[1])
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # reading the path as a file says why
+        return False
 
 
 def is_run_file_name(name: str) -> bool:
@@ -108,7 +117,11 @@ def is_run_file_name(name: str) -> bool:
 
 def _list_run_files(folder: Path) -> list[Path]:
     """Return the run files in a folder, the newest one last; there is at least one."""
-    found = {path: match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
+    try:
+        paths = [*folder.iterdir()]
+    except OSError as error:
+        raise RunFileError(f"{folder}: folder cannot be read ({error.strerror})") from None
+    found = {path: match for path in paths if (match := _NAME.fullmatch(path.name))}
     if not found:
         below = sorted(folder.glob("*/altgrad.jsonl"))
         remedy = f"; read {below[-1].parent}, which has one" if below else ""
@@ -119,58 +132,73 @@ def _list_run_files(folder: Path) -> list[Path]:
 def _read_predecessors(files: list[_File]) -> None:
     """Append the files of earlier runs to `files`, the latest run first."""
     last, before_step = files[0], None
+    known = {_find_identity(last.path)}
     while last.header.predecessor is not None:
         path = last.path.parent / last.header.predecessor.path
         step = last.header.predecessor.before_step
         before_step = step if before_step is None else min(step, before_step)
-        if any(path.resolve() == each.path.resolve() for each in files):
-            files[0].notes.append(f"predecessors form a circle: {last.path} names {path}")
-            return
         try:
+            if (identity := _find_identity(path)) in known:
+                files[0].notes.append(f"predecessors form a circle: {last.path} names {path}")
+                return
             last = _read_file(path)
         except RunFileError as error:
             files[0].notes.append(f"steps before {step} are missing: {error}")
             return
+        known.add(identity)
         last.rows = [row for row in last.rows if row.step < before_step]
         files.append(last)
 
 
+def _find_identity(path: Path) -> tuple[int, int] | None:
+    """Return what is the same for all paths of a file; None if the file cannot be found."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _find_version(path: Path) -> tuple[int, int] | None:
+    """Return what changes if a file is written; None if the file cannot be found."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
 def _read_file(path: Path) -> _File:
-    lines = _read_lines(path)
+    """Read a file, and again if it is damaged but was changed meanwhile by the run that writes."""
+    for _ in range(_MOST_TRIES - 1):
+        before = _find_version(path)
+        try:
+            return _parse_file(path)
+        except RunFileError:
+            if _find_version(path) == before:
+                raise
+    return _parse_file(path)
+
+
+def _parse_file(path: Path) -> _File:
+    lines = read_raw_lines(path)
     file = _File(path, _parse_header(path, next(lines, (1, b""))[1]))
-    positions_by_keys: dict[tuple[str, ...], dict[str, int]] = {}
     torn: int | None = None
     for number, line in lines:
         if torn is not None:  # only the last line can be torn by a killed process
-            raise _make_damage_error(path, torn)
+            raise _make_damage_error(path, torn, "expected JSON")
         try:
             value = json.loads(line)
-        except ValueError:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        except _NOT_JSON:
             torn = number
             continue
         try:
-            if "resumed" in value:
-                _drop_superseded_rows(file, int(value["resumed"]["before_step"]))
-            else:
-                file.rows.append(_parse_row(value, positions_by_keys))
-        except _PARSE_ERRORS:
-            raise _make_damage_error(path, number) from None
+            _add_line(file, check_object(value))
+        except FieldError as error:
+            raise _make_damage_error(path, number, str(error)) from None
     if torn is not None:
         file.notes.append(f"{path.name}: line {torn}, the last, is incomplete and was skipped")
     return file
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file with their numbers, which begin at 1."""
-    try:
-        with path.open("rb") as file:
-            yield from enumerate(file, start=1)
-    except FileNotFoundError:
-        raise RunFileError(
-            f"{path}: file or folder is missing; expected a run file of AltGrad"
-        ) from None
-    except OSError as error:
-        raise RunFileError(f"{path}: file cannot be read ({error.strerror})") from None
 
 
 def _parse_header(path: Path, line: bytes) -> Header:
@@ -179,7 +207,7 @@ def _parse_header(path: Path, line: bytes) -> Header:
     try:
         value = json.loads(line)
         schema = value["altgrad"]
-    except _PARSE_ERRORS:
+    except (*_NOT_JSON, KeyError, TypeError):
         if line.startswith(b'{"altgrad"'):
             raise RunFileError(f"{path}: file is damaged, line 1 is incomplete") from None
         raise RunFileError(f"{path}: expected a run file of AltGrad, got another file") from None
@@ -189,17 +217,27 @@ def _parse_header(path: Path, line: bytes) -> Header:
             "run pip install --upgrade altgrad"
         )
     try:
+        parse_below("altgrad", VERSION, schema)
         return Header.from_json(value)
-    except KeyError as error:
-        raise RunFileError(f"{path}: file is damaged, line 1 lacks {error}") from None
-    except _PARSE_ERRORS as error:
+    except FieldError as error:
         raise RunFileError(f"{path}: file is damaged, line 1 is invalid ({error})") from None
 
 
-def _make_damage_error(path: Path, line: int) -> RunFileError:
+def _make_damage_error(path: Path, line: int, problem: str) -> RunFileError:
     return RunFileError(
-        f"{path}: file is damaged, line {line} is invalid; delete that line to read the rest"
+        f"{path}: file is damaged, line {line} is invalid ({problem}); delete that line to read "
+        "the rest"
     )
+
+
+def _add_line(file: _File, value: Mapping[str, Any]) -> None:
+    """Add a row to the file, or drop the rows that a resumed run superseded."""
+    if "resumed" in value:
+        _drop_superseded_rows(file, RESUMED_LINE.parse(value)["resumed"]["before_step"])
+    elif "elements" in value:  # only the model's line has more keys
+        file.rows.append(_make_model_row(MODEL_LINE.parse(value)))
+    else:
+        file.rows.append(Row(**LAYER_LINE.parse(value)))
 
 
 def _drop_superseded_rows(file: _File, before_step: int) -> None:
@@ -211,36 +249,6 @@ def _drop_superseded_rows(file: _File, before_step: int) -> None:
     file.rows = kept
 
 
-def _parse_row(
-    value: Mapping[str, Any], positions_by_keys: dict[tuple[str, ...], dict[str, int]]
-) -> Row:
-    """Return the row of one line; rows with equal keys share a table in `positions_by_keys`."""
-    layer = value["layer"]
-    if not (layer is None or isinstance(layer, str)):
-        raise TypeError(layer)
-
-    def parse_floats(numbers: Mapping[str, object]) -> FloatsByKey:
-        keys = tuple(numbers)
-        if keys not in positions_by_keys:
-            renamed = [_RENAMED_METRICS.get(key, key) for key in keys]
-            positions_by_keys[keys] = {key: position for position, key in enumerate(renamed)}
-        return FloatsByKey(positions_by_keys[keys], numbers_from_json([*numbers.values()]))
-
-    step, figures = int(value["step"]), parse_floats(value["figures"])
-    errors = parse_floats(value.get("errors", {}))
-    if "elements" not in value:
-        return Row(step, layer, figures, errors)  # only the model's line has more keys
-    return Row(
-        step,
-        layer,
-        figures,
-        errors,
-        elements=int(value["elements"]),
-        own_seconds=number_from_json(value["own_seconds"]),
-        training_seconds=number_from_json(value["training_seconds"]),
-        skipped={str(reason): int(count) for reason, count in value["skipped"].items()},
-        histograms={
-            str(key): Histogram(int(each["first"]), tuple(numbers_from_json(each["counts"])))
-            for key, each in value["histograms"].items()
-        },
-    )
+def _make_model_row(fields: Mapping[str, Any]) -> Row:
+    histograms = {key: Histogram(**each) for key, each in fields["histograms"].items()}
+    return Row(**{**fields, "histograms": histograms})

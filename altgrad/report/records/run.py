@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,33 +17,6 @@ from typing import Any
 from altgrad.measurement.histogram import Histogram
 from altgrad.quantization.formats import Scaling
 from altgrad.report.records.schema import FormatInfo, LayerInfo
-
-
-class FloatsByKey(Mapping[str, float]):
-    """A read-only mapping from keys to floats, which shares its table of keys with other rows.
-
-    Args:
-        positions: Index into `numbers`, by key. Rows with equal keys share this mapping.
-        numbers: The values; they are stored as 8-byte floats.
-    """
-
-    __slots__ = ("_numbers", "_positions")
-
-    def __init__(self, positions: Mapping[str, int], numbers: Sequence[float]) -> None:
-        self._positions = positions
-        self._numbers = array("d", numbers)  # a quarter of the memory of a list of floats
-
-    def __getitem__(self, key: str) -> float:
-        return self._numbers[self._positions[key]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._positions)
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -1,32 +1,36 @@
-"""The header of a run file, and numbers as valid JSON.
+"""The header of a run file: its formats, layers and settings.
 
 `Header` is the first line of a run file. It holds a `FormatInfo` for each format and a `LayerInfo`
-for each layer. JSON has no NaN and no inf, so `number_as_json` and `number_from_json` convert
-them. The modules `lines` and `writing` come next.
+for each layer. `fields` declares the bounds of each value. The modules `lines` and `writing` come
+next.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from altgrad.monitor.header import describe_format
 from altgrad.quantization.formats import Scaling
+from altgrad.report.names import replace_unprintable
+from altgrad.report.records.fields import HEADER, SCHEMA
+from altgrad.report.records.kinds import number_as_json
 
 if TYPE_CHECKING:
     from altgrad.quantization import NumberFormat
 
-SCHEMA = 1
-"""Version of the run file's schema: the value of ``"altgrad"`` in the header."""
-
-_WORDS: Mapping[object, float] = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
-
 
 class RunFileError(ValueError):
-    """An error of a run file that cannot be read or resumed; its message is one sentence."""
+    """An error of a run file that cannot be read or resumed; its message is one sentence.
+
+    Args:
+        message: The sentence. Unprintable characters, as in paths, become �.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(replace_unprintable(message))
 
 
 class Predecessor(NamedTuple):
@@ -145,50 +149,20 @@ class Header:
             The header.
 
         Raises:
-            KeyError: A required key is missing.
-            TypeError: A value has another type.
-            ValueError: A value is invalid.
-            AttributeError: A value that should be a mapping has another type.
+            FieldError: A required key is missing, or a value is invalid.
         """
-        scaling, before = value["scaling"], value.get("predecessor")
+        known = HEADER.parse(value)
+        before = known["predecessor"]
         return cls(
-            formats={
-                name: _format_from_json(name, each) for name, each in value["formats"].items()
-            },
-            layers={name: _layer_from_json(each) for name, each in value["layers"].items()},
-            scaling=tuple(scaling) if isinstance(scaling, list) else scaling,
-            versions=dict(value.get("versions", {})),
-            created=str(value.get("created", "")),
-            predecessor=before and Predecessor(str(before["path"]), int(before["before_step"])),
+            **known
+            | {
+                "formats": {
+                    name: FormatInfo(name, **each) for name, each in known["formats"].items()
+                },
+                "layers": {name: LayerInfo(**each) for name, each in known["layers"].items()},
+                "predecessor": before and Predecessor(**before),
+            }
         )
-
-
-def number_as_json(value: float) -> float | str | None:
-    """Return a number as a JSON value: NaN as None, inf as ``"inf"``, −inf as ``"-inf"``."""
-    if math.isfinite(value):
-        return value
-    return None if math.isnan(value) else str(value)
-
-
-def number_from_json(value: object) -> float:
-    """Return the number that a JSON value stands for, as `number_as_json` writes it.
-
-    Raises:
-        TypeError: The value stands for no number.
-    """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if value is None or isinstance(value, str):
-        number = _WORDS.get(value)
-        if number is not None:
-            return number
-    raise TypeError(f"value={value!r}: expected a number, None, 'inf' or '-inf'")
-
-
-def numbers_from_json(values: Sequence[object]) -> list[float]:
-    """Return the numbers that JSON values stand for; see `number_from_json`."""
-    # Most values are floats already, and need no call.
-    return [value if type(value) is float else number_from_json(value) for value in values]
 
 
 def _format_as_json(format: FormatInfo) -> dict[str, Any]:
@@ -197,20 +171,3 @@ def _format_as_json(format: FormatInfo) -> dict[str, Any]:
         name: number_as_json(value) if isinstance(value, float) else value
         for name, value in fields.items()
     }
-
-
-def _format_from_json(name: str, value: Mapping[str, Any]) -> FormatInfo:
-    numbers = {
-        key: number_from_json(value[key]) for key in ("max", "smallest", "smallest_normal", "eps")
-    }
-    return FormatInfo(name, int(value["bits"]), **numbers, scaled=bool(value["scaled"]))
-
-
-def _layer_from_json(value: Mapping[str, Any]) -> LayerInfo:
-    return LayerInfo(
-        shape=tuple(map(int, value["shape"])),
-        dtype=str(value["dtype"]),
-        elements=int(value["elements"]),
-        formats=tuple(map(str, value["formats"])),
-        every_n_steps=int(value["every_n_steps"]),
-    )

@@ -212,14 +212,13 @@ class RunFile:
 
 
 def _parse_header(header: Header | Mapping[str, Any]) -> Header:
-    if isinstance(header, Header):
-        return header
+    """Return the header if a reader would take it."""
     try:
-        return Header.from_json(header)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return Header.from_json(header.as_json() if isinstance(header, Header) else header)
+    except ValueError as error:
         raise TypeError(
             f"header={str(header)[:60]}: expected the return value of UpdateMonitor.run_header(), "
-            f"with formats, scaling and layers; got {type(error).__name__}: {error}"
+            f"with formats, scaling and layers; {error}"
         ) from error
 
 

@@ -9,8 +9,8 @@ import torch
 from altgrad import FloatFormat, Histogram
 from altgrad.measurement import LAYER_METRICS
 from altgrad.report import RunFile, read
+from altgrad.report.records.kinds import Figure, number_as_json
 from altgrad.report.records.lines import WITH_ERRORS, format_numbers
-from altgrad.report.records.schema import number_as_json, number_from_json
 from tests.report.records.recording import (
     FORMATS,
     assert_same,
@@ -91,8 +91,8 @@ def test_nan_and_inf_are_written_and_read(tmp_path) -> None:
 )
 def test_a_number_is_written_with_8_significant_digits(number: float, text: str) -> None:
     assert format_numbers([1.5, number, 2.5]) == ["1.5", text, "2.5"]
-    assert number_from_json(json.loads(text)) == pytest.approx(number, rel=5e-8, nan_ok=True)
-    assert number_from_json(json.loads(json.dumps(number_as_json(number)))) == pytest.approx(
+    assert Figure().parse(json.loads(text)) == pytest.approx(number, rel=5e-8, nan_ok=True)
+    assert Figure().parse(json.loads(json.dumps(number_as_json(number)))) == pytest.approx(
         number, rel=0, nan_ok=True
     )
 

@@ -1,11 +1,15 @@
 """Reading run files, with their predecessors, and the errors of unreadable files."""
 
+import json
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from altgrad import __version__
 from altgrad.report import RunFile, RunFileError, read
+from altgrad.report.records import reading
 from tests.report.records.recording import assert_same, read_strict_lines, written
 
 
@@ -79,21 +83,42 @@ def test_a_run_resumed_elsewhere_names_its_predecessor(tmp_path, records, header
     assert read(moved).steps == (0, 1, 2)
 
 
-@pytest.mark.parametrize("fate", ["missing", "damaged", "foreign"])
+@pytest.mark.parametrize("fate", ["missing", "damaged", "foreign", "folder", "pipe", "loop"])
 def test_a_run_without_its_predecessor_is_read_with_a_note(
     tmp_path, records, header, fate: str
 ) -> None:
     first = written(tmp_path / "one", header, records)
     second = written(tmp_path / "two", header, records, [2, 3], predecessor=(first, 2))
-    if fate == "missing":
-        first.unlink()
-    else:
+    if fate in ("damaged", "foreign"):
         first.write_text("{}\n" if fate == "foreign" else first.read_text().replace("step", "stop"))
+    else:
+        first.unlink()
+    if fate == "folder":
+        first.mkdir()
+    elif fate == "pipe":
+        os.mkfifo(first)
+    elif fate == "loop":
+        first.symlink_to(first)
     run = read(second)
     assert (run.steps, run.predecessors) == ((2, 3), [])
     (note,) = run.notes
     assert note.startswith("steps before 2 are missing: ")
     assert "one/altgrad.jsonl" in note
+
+
+@pytest.mark.parametrize(
+    "path", ["a\0b", "\ud800", "/dev/zero", "x" * 5000, "", ".", "\x1b[31m\n", "/proc/self/mem"]
+)
+def test_any_path_of_a_predecessor_gives_one_note(tmp_path, records, header, path: str) -> None:
+    good = written(tmp_path, header, records)
+    first, rest = good.read_bytes().split(b"\n", 1)
+    line = json.loads(first) | {"predecessor": {"path": path, "before_step": 2}}
+    good.write_bytes(json.dumps(line).encode() + b"\n" + rest)
+    run = read(good)
+    assert run.steps == (0, 1, 2)
+    (note,) = run.notes
+    assert note.startswith("steps before 2 are missing: ")
+    assert note.isprintable()
 
 
 def test_predecessors_in_a_circle_end_with_a_note(tmp_path, records, header) -> None:
@@ -124,7 +149,10 @@ def test_an_unreadable_file_is_an_error_with_a_reason_in_one_sentence(
         "text": (b"epoch,loss\n1,2\n", "expected a run file of AltGrad"),
         "binary": (b"\x89PNG\r\n\x1a\n\xff\x00", "expected a run file of AltGrad"),
         "torn at once": (first[:200], "file is damaged, line 1 is incomplete"),
-        "bare": (b'{"altgrad": 1}\n', "file is damaged, line 1 lacks"),
+        "bare": (
+            b'{"altgrad": 1}\n',
+            "file is damaged, line 1 is invalid (expected",
+        ),
         "number": (
             b'{"altgrad": 1, "scaling": null, "formats": 5}\n',
             "file is damaged, line 1 is invalid",
@@ -134,6 +162,15 @@ def test_an_unreadable_file_is_an_error_with_a_reason_in_one_sentence(
         "other line": (first + b'\n{"step": 3}\n' + rest, "file is damaged, line 2 is invalid"),
         "number line": (first + b"\n3\n" + rest, "file is damaged, line 2 is invalid"),
         "word": (good.replace(b"null", b'"none"', 1), "file is damaged, "),
+        "deep header": (b'{"altgrad":' + b"[" * 10**5, "file is damaged, line 1 is incomplete"),
+        "deep line": (
+            first + b"\n" + b'{"a":' * 10**5 + b"\n" + rest,
+            "file is damaged, line 2 is invalid",
+        ),
+        "long number": (
+            first + b'\n{"step": ' + b"9" * 5000 + b"}\n" + rest,
+            "file is damaged, line 2 is invalid",
+        ),
         "newer": (good.replace(b'"altgrad": 1', b'"altgrad": 2'), "file of a newer AltGrad"),
     }
     for name, (content, reason) in cases.items():
@@ -162,3 +199,64 @@ def test_a_file_without_read_permission_is_an_error(tmp_path, records, header) -
     path.chmod(0)
     with pytest.raises(RunFileError, match="cannot be read"):
         read(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all")
+@pytest.mark.parametrize("mode", [0o000, 0o100, 0o400])
+def test_a_folder_without_permission_is_an_error(tmp_path, records, header, mode: int) -> None:
+    folder = tmp_path / "run"
+    path = written(folder, header, records)
+    folder.chmod(mode)
+    try:
+        if mode == 0o100:  # its files can be read, but not listed
+            assert read(path).steps == (0, 1, 2)
+        else:
+            with pytest.raises(RunFileError, match="cannot be read"):
+                read(path)
+        with pytest.raises(RunFileError, match="cannot be read"):
+            read(folder)
+    finally:
+        folder.chmod(0o700)
+
+
+# --- beside the run that writes
+
+
+def test_a_file_that_grows_while_it_is_read_is_not_damaged(
+    tmp_path, records, header, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, header, records)
+    content = path.read_bytes()
+    cut = len(content) - 300  # in the middle of the last line
+    path.write_bytes(content[:cut])
+    parse = json.loads
+
+    def write_on(line: bytes) -> Any:
+        with path.open("ab") as file:
+            file.write(content[cut : cut + 10])
+        return parse(line)
+
+    monkeypatch.setattr(reading.json, "loads", write_on)
+    run = read(path)
+    assert len(run.rows) == 20
+    assert run.notes == ["altgrad.jsonl: line 22, the last, is incomplete and was skipped"]
+
+
+def test_a_file_that_is_damaged_for_a_moment_is_read_again(
+    tmp_path, records, header, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, header, records)
+    content = path.read_bytes()
+    first = content.index(b"\n") + 1
+    path.write_bytes(content[:first] + b"{torn" + content[first:])  # a reader mixes two moments
+    tries: list[Path] = []
+    parse = json.loads
+
+    def mend(line: bytes) -> Any:
+        if line.startswith(b"{torn"):
+            tries.append(path)
+            path.write_bytes(content)
+        return parse(line)
+
+    monkeypatch.setattr(reading.json, "loads", mend)
+    assert (read(path).steps, tries) == ((0, 1, 2), [path])

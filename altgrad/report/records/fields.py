@@ -1,0 +1,144 @@
+"""The fields of a run file: the type and the bounds of each, in one place.
+
+`HEADER` is the first line. `LAYER_LINE` and `MODEL_LINE` hold the figures of a step, and
+`RESUMED_LINE` supersedes steps. Readers check every line once, by these kinds, so that nothing
+behind `reading` meets a value that it cannot show. `schema` comes next and holds the header.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
+from altgrad.report.records.floats import FloatsByKey, FloatTable
+from altgrad.report.records.kinds import (
+    Checked,
+    Fields,
+    Figure,
+    Flag,
+    GridScaling,
+    Items,
+    Kind,
+    Nullable,
+    Real,
+    Table,
+    Text,
+    Whole,
+    parse_below,
+)
+
+SCHEMA = 1
+"""Version of the run file's schema: the value of ``"altgrad"`` in the header."""
+
+_MOST = 2**63 - 1  # int64, in which pandas and other readers keep whole numbers
+_MOST_DIMENSIONS = 64  # of a tensor, as in torch and NumPy
+_MOST_FORMATS = 128  # a page has a picture for each
+_MOST_KEYS = 1024  # of objects that have a few
+_MOST_LAYERS = 2**32
+_OCTAVES = 2200  # float64 numbers and their quotients have binary exponents within ± 2,200
+_MOST_BINS = 512
+_MOST_COUNT = 1e30  # estimated number of elements
+_MOST_SECONDS = 1e12  # 30,000 years
+_SMALLEST, _LARGEST = 5e-324, 1.7976931348623157e308  # of float64
+
+_RENAMED_METRICS = {"zero_update_frac": "ulp_zero_frac"}
+"""Metric names in older run files, with the names of today; a file with both has equal figures."""
+
+
+def _find_kind(key: str) -> Figure:
+    """Return the kind of a figure: a share is within 0 and 1."""
+    name = key.partition("/")[0]
+    metric = FORMAT_METRICS.get(name) or LAYER_METRICS.get(_RENAMED_METRICS.get(name, name))
+    return Figure(0, 1) if metric is not None and metric.unit == "share" else Figure()
+
+
+def _check_range(format: Mapping[str, float]) -> None:
+    """Raise FieldError if the smallest value of a format exceeds the largest."""
+    parse_below("smallest", Real(0, format["max"]), format["smallest"])
+
+
+def _check_elements(layer: Mapping[str, Any]) -> None:
+    """Raise FieldError unless a layer measures at least one and at most all of its elements."""
+    population = math.prod(layer["shape"])
+    parse_below("shape", Whole(0, _MOST), population)
+    parse_below("elements", Whole(min(1, population), population), layer["elements"])
+
+
+_STEP = Whole(0, _MOST)
+_POSITIVE = Real(_SMALLEST, _LARGEST)
+_SECONDS = Figure(-_MOST_SECONDS, _MOST_SECONDS)  # the noise of a clock can be negative
+
+VERSION = Whole(1, SCHEMA)
+
+FORMAT = Checked(
+    Fields(
+        {
+            "bits": Whole(1, 64),
+            "max": _POSITIVE,
+            "smallest": _POSITIVE,
+            "smallest_normal": _POSITIVE,
+            "eps": _POSITIVE,
+            "scaled": Flag(),
+        }
+    ),
+    _check_range,
+)
+
+LAYER = Checked(
+    Fields(
+        {
+            "shape": Items(Whole(0, _MOST), 0, _MOST_DIMENSIONS),
+            "dtype": Text(),
+            "elements": Whole(0, _MOST),
+            "formats": Items(Text(), 0, _MOST_KEYS),
+            "every_n_steps": Whole(1, _MOST),
+        }
+    ),
+    _check_elements,
+)
+
+HEADER = Fields(
+    {
+        "formats": Table(FORMAT, _MOST_FORMATS),
+        "scaling": GridScaling(),
+        "layers": Table(LAYER, _MOST_LAYERS),
+    },
+    {
+        "versions": (Table(Text(), _MOST_KEYS), {}),
+        "created": (Text(), ""),
+        "predecessor": (Nullable(Fields({"path": Text(), "before_step": _STEP})), None),
+    },
+)
+
+_LINE: dict[str, Kind[Any]] = {
+    "step": _STEP,
+    "layer": Nullable(Text()),
+    "figures": FloatTable(_find_kind, _RENAMED_METRICS),
+}
+_ERRORS = {"errors": (FloatTable(lambda _: Figure(least=0)), FloatsByKey({}, ()))}
+
+LAYER_LINE = Fields(_LINE, _ERRORS)
+
+MODEL_LINE = Fields(
+    {
+        **_LINE,
+        "elements": Whole(0, _MOST),
+        "own_seconds": _SECONDS,
+        "training_seconds": _SECONDS,
+        "skipped": Table(Whole(0, _MOST), _MOST_KEYS),
+        "histograms": Table(
+            Fields(
+                {
+                    "first": Whole(-_OCTAVES, _OCTAVES),
+                    "counts": Items(Real(0, _MOST_COUNT), 1, _MOST_BINS),
+                }
+            ),
+            _MOST_KEYS,
+        ),
+    },
+    _ERRORS,
+)
+
+RESUMED_LINE = Fields({"resumed": Fields({"before_step": _STEP})})

@@ -1,0 +1,92 @@
+"""`FloatsByKey`: the figures of a row, which shares its table of keys with other rows.
+
+`FloatTable` is their kind in a run file, with bounds for each key. `fields` comes next.
+"""
+
+from __future__ import annotations
+
+import functools
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from altgrad.report.records.kinds import Figure, check_object, parse_below
+
+_MOST_LAYOUTS = 256  # layouts that are remembered; a run has a few
+
+
+class FloatsByKey(Mapping[str, float]):
+    """A read-only mapping from keys to floats, which shares its table of keys with other rows.
+
+    Args:
+        positions: Index into `numbers`, by key. Rows with equal keys share this mapping.
+        numbers: The values; they are stored as 8-byte floats.
+    """
+
+    __slots__ = ("_numbers", "_positions")
+
+    def __init__(self, positions: Mapping[str, int], numbers: Sequence[float]) -> None:
+        self._positions = positions
+        self._numbers = array("d", numbers)  # a quarter of the memory of a list of floats
+
+    def __getitem__(self, key: str) -> float:
+        return self._numbers[self._positions[key]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._positions)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class _Layout(NamedTuple):
+    """A table of keys that rows share, and the bounds of their numbers."""
+
+    positions: Mapping[str, int]
+    bounded: Sequence[tuple[int, Figure]]  # positions of numbers that have bounds
+
+
+class FloatTable:
+    """The kind of an object whose values are figures.
+
+    Args:
+        find_kind: Callback with each key, which returns the kind of its figure.
+        renamed: Names of today for metric names in older files. Of two keys that get the same
+            name, the later one counts.
+    """
+
+    def __init__(
+        self, find_kind: Callable[[str], Figure], renamed: Mapping[str, str] | None = None
+    ) -> None:
+        self._find_kind = find_kind
+        self._renamed = renamed or {}
+        # Keys repeat from row to row. The cache belongs to the object, as the callback does.
+        self._find_layout = functools.lru_cache(_MOST_LAYOUTS)(self._make_layout)
+
+    def parse(self, value: object) -> FloatsByKey:
+        """Return the checked figures, by key.
+
+        Raises:
+            FieldError: The value is no object, or a figure is invalid.
+        """
+        numbers = check_object(value)
+        layout = self._find_layout(tuple(numbers))
+        # Most values are floats already, and need no call.
+        floats = [
+            each if type(each) is float else parse_below(key, self._find_kind(key), each)
+            for key, each in numbers.items()
+        ]
+        for position, kind in layout.bounded:
+            if not (kind.least <= floats[position] <= kind.most):  # out of bounds, or NaN
+                parse_below([*numbers][position], kind, floats[position])
+        return FloatsByKey(layout.positions, floats)
+
+    def _make_layout(self, keys: tuple[str, ...]) -> _Layout:
+        kinds = map(self._find_kind, keys)
+        return _Layout(
+            {self._renamed.get(key, key): position for position, key in enumerate(keys)},
+            [(position, kind) for position, kind in enumerate(kinds) if kind != Figure()],
+        )

@@ -1,0 +1,334 @@
+"""Kinds of JSON values, each with its bounds: whole numbers, figures, texts, lists and tables.
+
+Each kind has the method `parse`, which returns the checked value or raises `FieldError`. The module
+`fields` comes next: it declares the kind of each field of a run file.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from altgrad.quantization.formats import Scaling
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60  # characters of a value or a key in an error
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+_WORDS: Mapping[object, float] = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class FieldError(ValueError):
+    """An error of one value, which says where the value is and what was expected.
+
+    Args:
+        expected: The values that are allowed.
+        got: The value.
+        path: Keys that lead to the value, from the outermost to the innermost.
+    """
+
+    def __init__(self, expected: str, got: object, path: Sequence[object] = ()) -> None:
+        where = "".join(f"[{_SHORT.repr(key)}]" for key in path)
+        problem = f"expected {expected}, got {_SHORT.repr(got)}"
+        super().__init__(f"{where}: {problem}" if where else problem)
+        self._expected = expected
+        self._got = got
+        self._path = path
+
+    def move_below(self, key: object) -> FieldError:
+        """Return the same error of a value that is below a key."""
+        return FieldError(self._expected, self._got, (key, *self._path))
+
+
+class Kind(Protocol[T_co]):
+    """A kind of JSON values."""
+
+    def parse(self, value: object) -> T_co:
+        """Return the checked value, or raise FieldError."""
+
+
+class Whole(NamedTuple):
+    """A whole number.
+
+    Attributes:
+        least: Smallest number that is allowed.
+        most: Largest number that is allowed.
+    """
+
+    least: int
+    most: int
+
+    def parse(self, value: object) -> int:
+        """Return the checked number.
+
+        Raises:
+            FieldError: The value is no whole number, or out of bounds.
+        """
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if is_whole and self.least <= value <= self.most:  # type: ignore[operator]
+            return value  # type: ignore[return-value]
+        raise FieldError(f"a whole number from {self.least} to {self.most}", value)
+
+
+class Real(NamedTuple):
+    """A finite number.
+
+    Attributes:
+        least: Smallest number that is allowed.
+        most: Largest number that is allowed.
+    """
+
+    least: float
+    most: float
+
+    def parse(self, value: object) -> float:
+        """Return the checked number.
+
+        Raises:
+            FieldError: The value is no number, not finite, or out of bounds.
+        """
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and self.least <= value <= self.most:  # type: ignore[operator]
+            return float(value)  # type: ignore[arg-type]
+        raise FieldError(f"a number from {self.least:g} to {self.most:g}", value)
+
+
+class Figure(NamedTuple):
+    """A number as `number_as_json` writes it: NaN is None, inf is ``"inf"``, −inf is ``"-inf"``.
+
+    Attributes:
+        least: Smallest number that is allowed; NaN is always allowed.
+        most: Largest number that is allowed.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+
+    def parse(self, value: object) -> float:
+        """Return the checked number.
+
+        Raises:
+            FieldError: The value stands for no number, or is out of bounds.
+        """
+        number = value if type(value) is float else _find_number(value)
+        if number < self.least or number > self.most:  # NaN is neither
+            raise FieldError(f"a number from {self.least:g} to {self.most:g}, or null", value)
+        return number
+
+
+class Text(NamedTuple):
+    """A text."""
+
+    def parse(self, value: object) -> str:
+        """Return the text.
+
+        Raises:
+            FieldError: The value is no text.
+        """
+        if isinstance(value, str):
+            return str(value)
+        raise FieldError("a text", value)
+
+
+class Flag(NamedTuple):
+    """A truth value."""
+
+    def parse(self, value: object) -> bool:
+        """Return the truth value.
+
+        Raises:
+            FieldError: The value is neither true nor false.
+        """
+        if isinstance(value, bool):
+            return value
+        raise FieldError("true or false", value)
+
+
+class Nullable(NamedTuple, Generic[T]):
+    """A value that may be null.
+
+    Attributes:
+        kind: Kind of the other values.
+    """
+
+    kind: Kind[T]
+
+    def parse(self, value: object) -> T | None:
+        """Return the checked value, or None."""
+        return None if value is None else self.kind.parse(value)
+
+
+class Checked(NamedTuple, Generic[T]):
+    """A value whose parts must fit each other.
+
+    Attributes:
+        kind: Kind of the value.
+        check: Callback with the parsed value; it raises FieldError if the parts do not fit.
+    """
+
+    kind: Kind[T]
+    check: Callable[[T], object]
+
+    def parse(self, value: object) -> T:
+        """Return the checked value."""
+        parsed = self.kind.parse(value)
+        self.check(parsed)
+        return parsed
+
+
+class Items(NamedTuple, Generic[T]):
+    """A list whose items are of one kind.
+
+    Attributes:
+        kind: Kind of the items.
+        least: Smallest number of items.
+        most: Largest number of items.
+    """
+
+    kind: Kind[T]
+    least: int
+    most: int
+
+    def parse(self, value: object) -> tuple[T, ...]:
+        """Check a list.
+
+        Returns:
+            The checked items.
+
+        Raises:
+            FieldError: The value is no list, too short or too long, or an item is invalid.
+        """
+        if not isinstance(value, (list, tuple)) or not self.least <= len(value) <= self.most:
+            raise FieldError(f"a list with {self.least} to {self.most} items", value)
+        return tuple(parse_below(place, self.kind, each) for place, each in enumerate(value))
+
+
+class Table(NamedTuple, Generic[T]):
+    """An object with any keys, whose values are of one kind.
+
+    Attributes:
+        kind: Kind of the values.
+        most: Largest number of keys.
+    """
+
+    kind: Kind[T]
+    most: int
+
+    def parse(self, value: object) -> dict[str, T]:
+        """Check an object.
+
+        Returns:
+            The checked values, by key.
+
+        Raises:
+            FieldError: The value is no object, has too many keys, or a value is invalid.
+        """
+        values = check_object(value)
+        if len(values) > self.most:
+            raise FieldError(f"at most {self.most} keys", value)
+        return {key: parse_below(key, self.kind, each) for key, each in values.items()}
+
+
+class Fields(NamedTuple):
+    """An object with known keys; further keys are ignored.
+
+    Attributes:
+        required: Kinds of the values that must be there, by key.
+        optional: Kinds of the values that may be missing, and the value that stands for a missing
+            one, by key.
+    """
+
+    required: Mapping[str, Kind[Any]]
+    optional: Mapping[str, tuple[Kind[Any], Any]] = {}
+
+    def parse(self, value: object) -> dict[str, Any]:
+        """Check an object.
+
+        Returns:
+            The checked values, by key.
+
+        Raises:
+            FieldError: The value is no object, lacks a key, or a value is invalid.
+        """
+        values = check_object(value)
+        if missing := [key for key in self.required if key not in values]:
+            raise FieldError(f"the key {missing[0]!r}", value)
+        parsed = {key: parse_below(key, kind, values[key]) for key, kind in self.required.items()}
+        for key, (kind, default) in self.optional.items():
+            parsed[key] = parse_below(key, kind, values[key]) if key in values else default
+        return parsed
+
+
+class GridScaling(NamedTuple):
+    """A scaling of the formats, as in `altgrad.measure`."""
+
+    def parse(self, value: object) -> Scaling | None:
+        """Return the scaling; a pair is a tuple.
+
+        Raises:
+            FieldError: The value is no scaling.
+        """
+        if value in (None, "tensor", "channel"):
+            return value
+        if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == "block":
+            return "block", parse_below(1, Whole(1, 2**63 - 1), value[1])
+        raise FieldError('null, "tensor", "channel" or ["block", size]', value)
+
+
+def check_object(value: object) -> Mapping[str, object]:
+    """Return a JSON object, whose keys are texts.
+
+    Raises:
+        FieldError: The value is no mapping, or a key is no text.
+    """
+    if not isinstance(value, Mapping):
+        raise FieldError("an object", value)
+    for key in value:
+        if not isinstance(key, str):
+            raise FieldError("a text as key", key)
+    return value
+
+
+def number_as_json(value: float) -> float | str | None:
+    """Return a number as a JSON value: NaN as None, inf as ``"inf"``, −inf as ``"-inf"``."""
+    if math.isfinite(value):
+        return value
+    return None if math.isnan(value) else str(value)
+
+
+def _find_number(value: object) -> float:
+    """Return the number that a JSON value stands for, as `number_as_json` writes it."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise FieldError("a number that float64 can hold", value) from None
+    if value is None or isinstance(value, str):
+        number = _WORDS.get(value)
+        if number is not None:
+            return number
+    raise FieldError("a number, null, 'inf' or '-inf'", value)
+
+
+def parse_below(key: object, kind: Kind[T], value: object) -> T:
+    """Parse a value that is below a key.
+
+    Args:
+        key: Key of the value, which an error names.
+        kind: Kind of the value.
+        value: The value.
+
+    Returns:
+        The checked value.
+
+    Raises:
+        FieldError: The value is invalid.
+    """
+    try:
+        return kind.parse(value)
+    except FieldError as error:
+        raise error.move_below(key) from None
