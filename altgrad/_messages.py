@@ -10,6 +10,7 @@ This file imports nothing of the package; every room may import it.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -48,8 +49,10 @@ class Notices:
 def format_percent(share: float) -> str:
     """Return a share from 0 to 1 in whole %, where 100 % means all and 0 % means nothing.
 
-    A share just below 1 is ``>99 %``, and one just above 0 is ``<1 %``.
+    A share just below 1 is ``>99 %``, and one just above 0 is ``<1 %``. NaN is in words.
     """
+    if math.isnan(share):
+        return "an unknown share"
     whole = round(100 * share)
     if whole == 100 and share < 1:
         return ">99 %"

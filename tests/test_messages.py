@@ -19,6 +19,7 @@ from altgrad._messages import Notices, check_int, check_type, few, format_percen
         (0.001, "<1 %"),
         (0.994, "99 %"),
         (0.0051, "1 %"),
+        (float("nan"), "an unknown share"),
     ],
 )
 def test_100_percent_means_all_and_0_percent_none(share: float, text: str) -> None:

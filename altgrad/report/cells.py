@@ -9,6 +9,7 @@ from altgrad.report.calibration import calibration
 from altgrad.report.verdicts import Advice, Verdict
 
 _LIMITS = calibration().thresholds
+_MANY = 1000  # of which two decimals would say nothing
 
 COLOURS = {
     Verdict.STORES_FINE: "green",
@@ -40,10 +41,13 @@ EVIDENCE = {verdict: calibration().evidence(verdict.name) for verdict in Verdict
 def format_kept(kept: float) -> str:
     """Return a kept_update_ratio in four characters, such as ``.99``.
 
-    Rounding moves it neither to 0 nor to 1, nor across a threshold of a verdict.
+    Rounding moves it neither to 0 nor to 1, nor across a threshold of a verdict. A ratio of
+    thousands takes more characters, as ``5e+03``.
     """
     if math.isnan(kept):
         return ""
+    if abs(kept) >= _MANY:
+        return f"{kept:.0e}"
     rounded = round(kept, 2)
     if kept < 1 <= rounded:
         return ">.99"

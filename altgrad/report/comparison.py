@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from altgrad._messages import few
+from altgrad.report.means import average_finite
 from altgrad.report.run_report import RunReport
 from altgrad.report.verdicts import Advice
 
@@ -84,8 +85,7 @@ class Comparison:
 
 
 def _mean(report: RunReport, key: str) -> float:
-    values = [value for value in report.run.series(key).values() if math.isfinite(value)]
-    return math.fsum(values) / len(values) if values else math.nan
+    return average_finite(report.run.series(key).values())
 
 
 def _measure_change(a: Advice, b: Advice) -> float:

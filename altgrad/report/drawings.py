@@ -8,7 +8,7 @@ for colour-blind readers, and a cell without a value is grey and hatched.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from altgrad._messages import format_percent
@@ -22,6 +22,7 @@ from altgrad.report.canvas import (
     svg,
 )
 from altgrad.report.cells import format_kept
+from altgrad.report.means import average_finite
 from altgrad.report.names import shorten_names
 from altgrad.report.records.schema import FormatInfo
 
@@ -64,7 +65,7 @@ def heat_map(
         The figure.
     """
     good = label in _HIGH_IS_GOOD
-    means = {name: _mean(by_step.values()) for name, by_step in values.items()}
+    means = {name: average_finite(by_step.values()) for name, by_step in values.items()}
     shown = _choose_worst(means, low_is_bad=good)
     steps = sorted({step for by_step in values.values() for step in by_step})
     width = max(1, math.ceil(len(steps) / _MOST_COLUMNS))
@@ -105,7 +106,7 @@ def kept_map(
     Returns:
         The figure.
     """
-    means = {name: _mean(by_format.values()) for name, by_format in kept.items()}
+    means = {name: average_finite(by_format.values()) for name, by_format in kept.items()}
     shown = _choose_worst(means, low_is_bad=True)
     formats = list(dict.fromkeys(format for by_format in kept.values() for format in by_format))
     figure, [axes] = new_figure(max(5.5, 3 + 0.9 * len(formats)), _ROW * max(len(shown), 3) + 1)
@@ -187,7 +188,11 @@ def ranges(weights: Histogram, formats: Sequence[FormatInfo]) -> Figure:
             axes.axvline(edge, color=_GREY, lw=0.8, ls=":", zorder=0)
         axes.spines[["top", "right", "left"]].set_visible(False)
     below.set_ylim(len(formats) - 0.4, -0.6)
-    names = [f"{format.name} *" if format.scaled else format.name for format in formats]
+    shortened = shorten_names([format.name for format in formats])
+    names = [
+        f"{name} *" if format.scaled else name
+        for name, format in zip(shortened, formats, strict=True)
+    ]
     below.set_yticks(range(len(formats)), names, size=8)
     below.tick_params(axis="y", length=0)
     below.set_xlim(first, end)
@@ -218,11 +223,6 @@ def _rank_score(score: float, low_is_bad: bool) -> float:
     return score if low_is_bad else -score
 
 
-def _mean(values: Iterable[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return math.fsum(finite) / len(finite) if finite else math.nan
-
-
 def _make_title(title: str, shown: int, all: int) -> str:
     return title if shown == all else f"{title}\nthe worst {shown} of {all:,} layers"
 
@@ -235,7 +235,7 @@ def _average_columns(values: Mapping[int, float], groups: Sequence[Sequence[int]
         for step in group:
             held = values.get(step, held) if step <= last else math.nan
             seen.append(held)
-        columns.append(_mean(seen))
+        columns.append(average_finite(seen))
     return columns
 
 
@@ -243,7 +243,9 @@ def _draw_shares(axes: Axes, shares: Sequence[Sequence[float]], colours: str) ->
     """Draw shares as coloured cells; a NaN is transparent and shows the hatched grey behind."""
     from matplotlib.patches import Rectangle
 
-    axes.imshow(shares, vmin=0, vmax=1, cmap=colours, aspect="auto", interpolation="nearest")
+    # A kept_update_ratio can lie far outside of 0 and 1, where matplotlib's arithmetic overflows.
+    clamped = [[min(max(share, 0), 1) for share in row] for row in shares]
+    axes.imshow(clamped, vmin=0, vmax=1, cmap=colours, aspect="auto", interpolation="nearest")
     axes.images[0].set_zorder(2)  # above the hatched rectangle, which NaN leaves visible
     behind: dict[str, Any] = {
         "facecolor": "#e4e4e4",

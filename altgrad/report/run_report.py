@@ -106,10 +106,12 @@ class RunReport:
                 },
                 title="What would be left of the weight updates, stored in …",
             )
-        if steps := self._find_histograms("steps/"):
-            pictures["steps"] = steps_histogram(steps)
-        if weights := self._find_histograms("weights"):
-            pictures["ranges"] = ranges(weights[""], [*self.run.formats.values()])
+        histograms = self._find_last_histograms()
+        steps = {format: histograms.get(f"steps/{format}") for format in self.formats}
+        if known := {format: each for format, each in steps.items() if each is not None}:
+            pictures["steps"] = steps_histogram(known)
+        if "weights" in histograms:
+            pictures["ranges"] = ranges(histograms["weights"], [*self.run.formats.values()])
         for k, format in enumerate(self.formats if self.run.steps else ()):
             key = f"stall_frac/{format}"
             judged = [name for name, layer in self.run.layers.items() if format in layer.formats]
@@ -120,13 +122,11 @@ class RunReport:
     def _list_model_rows(self) -> list[Row]:
         return [row for row in self.run.rows if row.layer is None]
 
-    def _find_histograms(self, prefix: str) -> dict[str, Histogram]:
-        """Return the last histogram for each key with the prefix, by the rest of the key."""
+    def _find_last_histograms(self) -> dict[str, Histogram]:
+        """Return the last histogram for each key."""
         found: dict[str, Histogram] = {}
         for row in self._list_model_rows():
-            for key, histogram in row.histograms.items():
-                if key.startswith(prefix):
-                    found[key.removeprefix(prefix)] = histogram
+            found |= row.histograms
         return found
 
 

@@ -15,6 +15,7 @@ from altgrad.report.cells import COLOURS, EVIDENCE, MEANINGS, cell_text, format_
         *((1.0, "1.00"), (0.9999, ">.99"), (0.996, ">.99"), (0.99, "0.99"), (0.9899, ".989")),
         *((0.986, ".986"), (0.984, "0.98"), (0.5, "0.50"), (0.4999, ".499"), (0.494, "0.49")),
         *((0.001, "<.01"), (0.0, "0.00"), (-0.3, "-0.30"), (1.44, "1.44"), (math.nan, "")),
+        *((-999.0, "-999.00"), (5432.1, "5e+03"), (-1e300, "-1e+300"), (math.inf, "inf")),
     ],
 )
 def test_a_kept_update_ratio_is_never_rounded_across_a_threshold(kept: float, text: str) -> None:

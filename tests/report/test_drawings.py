@@ -2,6 +2,7 @@
 
 import math
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -188,3 +189,19 @@ def test_a_picture_without_data_shows_a_sentence() -> None:
 def test_a_picture_of_nan_alone_is_drawn() -> None:
     png(heat_map({"a": {0: NAN}, "b": {0: NAN}}, title=""))
     png(kept_map({"a": {"bf16": NAN}}, {}, title=""))
+
+
+# --- figures far out of range
+
+
+def test_a_kept_update_ratio_out_of_range_is_drawn_as_0_or_1() -> None:
+    kept = {"a": {"bf16": 1e308, "e5m2": 1e308}, "b": {"bf16": -1e308, "e5m2": math.inf}}
+    figure = kept_map(kept, {}, title="")
+    np.testing.assert_array_equal(shown(figure), [[1, 1], [0, 1]])
+    png(figure)
+
+
+def test_a_long_name_of_a_format_is_shortened_beside_its_range() -> None:
+    long = replace(FORMATS[0], name="f" * 5000)
+    texts = read_texts(ranges(Histogram(-6, [1, 2, 1]), [long]))
+    assert max(map(len, texts)) < 200

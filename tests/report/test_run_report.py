@@ -102,3 +102,9 @@ def test_a_heat_map_shows_the_layers_judged_for_its_format() -> None:
     }
     assert shown == {"stalls-0": {"both"}, "stalls-1": {"both", "one"}}
     assert "stall_frac in bf16" in read_texts(pictures["stalls-0"])
+
+
+def test_histograms_of_other_keys_are_not_drawn() -> None:
+    others = {"weights/x": Histogram(-6, [1, 2]), "steps/fp16": Histogram(-3, [1, 2])}
+    found = report(model_row(0, histograms=others)).pictures()
+    assert not {"steps", "ranges"} & {*found}

@@ -206,3 +206,21 @@ def test_a_restored_judge_continues_with_the_saved_sums() -> None:
     for step in steps:
         whole.add("layer", step, errors)
     assert second.assessment() == whole.assessment()
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"kept_update_ratio": 0.7, "stall_frac": math.nan}, "an unknown share of updates vanish"),
+        (
+            {"kept_update_ratio": 0.7, "underflow_frac": math.nan, "saturated_frac": 0.9},
+            "an unknown share of the weights are stored as 0 and 90 % lie beyond the top",
+        ),
+    ],
+)
+def test_a_share_without_a_value_is_unknown_in_the_reason(
+    values: dict[str, float], reason: str
+) -> None:
+    judge = Judge({"bf16": FORMATS["bf16"]})
+    judge.add("a", figures(**values), {})
+    assert reason in judge.assessment().by_layer["a"]["bf16"].reason
