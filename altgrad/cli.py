@@ -7,8 +7,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
+from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -46,7 +50,33 @@ def main() -> None:
     # Without a callback, typer runs a single command without its name:
     # https://typer.tiangolo.com/tutorial/commands/one-or-multiple/
     app.callback()(lambda: None)
-    app()
+    with _survive_output():
+        app()
+
+
+@contextmanager
+def _survive_output() -> Iterator[None]:
+    """Print a ? for what the encoding of stdout lacks, and exit with one sentence if it is full."""
+    stdout = sys.stdout
+    if not isinstance(stdout, TextIOWrapper):  # None if it is closed
+        yield
+        return
+    stdout.reconfigure(errors="replace")
+    try:
+        try:
+            yield
+        finally:
+            stdout.flush()  # here an error can still be caught
+    except OSError as error:
+        if error.filename is not None:  # of a file, not of stdout
+            raise
+        # Else Python writes what is left in the buffer when it exits, and fails once more:
+        # https://docs.python.org/3/library/signal.html#note-on-sigpipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader has seen enough, as with `| head`
+            sys.exit(1)
+        sys.stderr.write(f"altgrad: output cannot be written ({error.strerror})\n")
+        sys.exit(2)
 
 
 def _list_commands() -> list[EntryPoint]:

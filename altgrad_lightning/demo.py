@@ -116,4 +116,5 @@ def _report(monitor: PrecisionMonitor, folder: Path) -> None:
         "TensorBoard": f"tensorboard --logdir {shlex.quote(str(folder))} (Custom Scalars, Images)",
     }
     for name, where in shown.items():
-        console.print(f"{name + ':':13}{where}", soft_wrap=True, highlight=False)
+        # A path is no markup.
+        console.print(f"{name + ':':13}{where}", soft_wrap=True, highlight=False, markup=False)

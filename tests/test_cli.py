@@ -1,12 +1,17 @@
 """The command line: formats, help texts, and errors if libraries are missing."""
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from altgrad.quantization import FORMATS
 from tests.command_line import altgrad
+from tests.report.runs import write_run
 
 
 def run(*arguments: str, setup: str = "") -> subprocess.CompletedProcess[str]:
@@ -94,3 +99,67 @@ def test_every_help_text_fits_80_columns_and_is_complete(command: tuple[str, ...
     assert max(map(len, shown.stdout.splitlines())) <= 80
     assert "…" not in shown.stdout
     assert "..." not in shown.stdout.replace("COMMAND [ARGS]...", "")
+
+
+# --- any output
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("run"), ["名前"], ["b\ud800"])
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252", "utf-8"])
+def test_a_report_is_printed_in_any_encoding(run_file: Path, encoding: str) -> None:
+    result = write_to(subprocess.PIPE, "report", run_file, encoding=encoding)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert ("名前" in result.stdout.decode(encoding)) is (encoding == "utf-8")
+
+
+@pytest.mark.parametrize("command", [["compare"], ["formats"], ["--help"], ["report", "--help"]])
+def test_every_command_prints_in_ascii(run_file: Path, command: list[str]) -> None:
+    paths = [run_file, run_file] if command == ["compare"] else []
+    result = write_to(subprocess.PIPE, *command, *paths, encoding="ascii")
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert result.stdout.isascii()
+
+
+def test_json_on_stdout_is_utf_8_in_any_encoding(run_file: Path) -> None:
+    result = write_to(subprocess.PIPE, "report", run_file, "--json=-", encoding="ascii")
+    assert {*json.loads(result.stdout)["layers"]} == {"名前", "b\ud800"}
+    assert "名前" in result.stdout.decode("utf-8")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device")
+@pytest.mark.parametrize("option", ["--layers=0", "--json=-", "--help"])
+def test_a_full_disk_behind_stdout_is_one_sentence(run_file: Path, option: str) -> None:
+    with Path("/dev/full").open("wb") as full:
+        result = write_to(full, "report", run_file, option)
+    assert result.returncode == 2
+    assert result.stderr == b"altgrad: output cannot be written (No space left on device)\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a pipe of POSIX")
+def test_a_reader_that_has_seen_enough_ends_the_command_silently(run_file: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed:
+        result = write_to(closed, "report", run_file)
+    assert (result.returncode, result.stderr) == (1, b"")
+
+
+def test_a_closed_stdout_is_no_error(run_file: Path) -> None:
+    setup = "import sys; sys.stdout = None"
+    assert run("report", str(run_file), setup=setup).returncode == 0
+
+
+def write_to(
+    stdout: Any, *arguments: object, encoding: str = "utf-8"
+) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "altgrad", *map(str, arguments)],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        env={"COLUMNS": "80", "PATH": "", "PYTHONIOENCODING": encoding},
+        check=False,
+    )

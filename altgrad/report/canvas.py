@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from altgrad.report.names import replace_unprintable
+from altgrad.report.names import replace_unprintable_in_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +69,7 @@ def finish_figure(figure: Figure) -> Figure:
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         text.set_parse_math(False)
-        text.set_text("\n".join(map(replace_unprintable, text.get_text().split("\n"))))
+        text.set_text(replace_unprintable_in_lines(text.get_text()))
     return figure
 
 

@@ -17,11 +17,12 @@ from rich.console import Console
 
 from altgrad.report.comparison import Comparison
 from altgrad.report.exports import as_csv, as_json
+from altgrad.report.names import replace_unprintable
 from altgrad.report.outputs import find_refusal
 from altgrad.report.records.reading import read
 from altgrad.report.records.schema import RunFileError
 from altgrad.report.run_report import RunReport
-from altgrad.report.terminal import print_comparison, print_report
+from altgrad.report.terminal import print_comparison, print_line, print_report
 from altgrad.report.web_page import page
 
 _TERMINAL = Path("-")  # the usual name for standard output
@@ -76,7 +77,7 @@ def report(
     for path, make_text in chosen:
         _write(path, make_text())
         if shows_report:
-            Console().print(f"Written: {path}", soft_wrap=True, highlight=False)
+            print_line(f"Written: {path}", Console())
 
 
 def compare(a: _Run, b: _Run, layers: _Layers = 40) -> None:
@@ -99,15 +100,17 @@ def _read(path: Path) -> RunReport:
 
 
 def _write(path: Path, text: str) -> None:
+    # A name may hold a lone surrogate, which UTF-8 cannot; \udXXX is the escape of JSON.
+    content = text.encode("utf-8", "backslashreplace")
     if path == _TERMINAL:
-        sys.stdout.write(text)
+        typer.echo(content, nl=False)  # the same bytes as in a file, in any locale
         return
     try:
-        path.write_text(text, encoding="utf-8", newline="")  # as "-" shows it
+        path.write_bytes(content)
     except OSError as error:
         _fail(f"{path}: file cannot be written ({error.strerror})")
 
 
 def _fail(message: str) -> NoReturn:
-    sys.stderr.write(message + "\n")
+    sys.stderr.write(replace_unprintable(message) + "\n")
     raise typer.Exit(2)  # the exit code of click for wrong arguments

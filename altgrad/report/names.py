@@ -31,6 +31,11 @@ def replace_unprintable(text: str) -> str:
     return "".join(c if c.isprintable() else "�" for c in text)
 
 
+def replace_unprintable_in_lines(text: str) -> str:
+    """Replace each unprintable character but line feeds by �."""
+    return "\n".join(map(replace_unprintable, text.split("\n")))
+
+
 def _cut(name: str, head: int, width: int) -> str:
     if len(name) <= width:
         return name

@@ -60,7 +60,17 @@ def _print_to_apply(report: RunReport, console: Console) -> None:
         _print(console, "To try it, in a simulation that keeps weights in these formats:")
         _print(console, "")
         for line in lines:
-            console.print(_style(replace_unprintable(line)), soft_wrap=True)
+            print_line(line, console)
+
+
+def print_line(text: str, console: Console) -> None:
+    """Print one line literally and unwrapped, so that it can be copied.
+
+    Args:
+        text: The line; unprintable characters become �.
+        console: Console to print on.
+    """
+    console.print(_style(text), soft_wrap=True)
 
 
 def print_verdicts(report: RunReport, console: Console, most_layers: int | None = None) -> None:
@@ -105,7 +115,7 @@ def print_comparison(comparison: Comparison, console: Console, most: int | None 
         _print(console, f"{letter}: {run.run.path}: {run.steps}")
     table = _make_table("The model: means over the steps", ["figure", "A", "B", "B − A"])
     for key, in_a, in_b in comparison.model_means:
-        table.add_row(key, f"{in_a:.4g}", f"{in_b:.4g}", f"{in_b - in_a:+.3g}")
+        table.add_row(_style(key), f"{in_a:.4g}", f"{in_b:.4g}", f"{in_b - in_a:+.3g}")
     console.print(table)
     if comparison.changes:
         console.print(_make_change_table(comparison, most, console.width))
@@ -128,7 +138,7 @@ def _make_change_table(comparison: Comparison, most: int | None, width: int) -> 
         styled = (
             _style(cell, COLOURS[each.verdict]) for cell, each in zip(cells, pair, strict=True)
         )
-        table.add_row(_style(name), format, *styled)
+        table.add_row(_style(name), _style(format), *styled)
     return table
 
 
@@ -160,8 +170,11 @@ def _measure_free_width(
 def _make_verdict_table(
     report: RunReport, layers: Sequence[str], formats: Sequence[str], width: int
 ) -> Table:
+    from rich.text import Text
+
     by_layer, suggestions = report.assessment.by_layer, report.assessment.suggestions
-    table = _make_table("If the weights were stored in …", ["layer", *formats, _SUGGESTION])
+    table = _make_table("If the weights were stored in …", ["layer", *formats])
+    _add_column(table, Text(_SUGGESTION))
     free = _measure_free_width(report, layers, formats, width)
     names = shorten_names(layers, max(free, _LEAST_WIDTH))
     for name, layer in zip(names, layers, strict=True):
@@ -175,20 +188,27 @@ def _make_verdict_table(
 def _make_table(title: str, headings: Sequence[str]) -> Table:
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.pad_edge = table.show_edge = False  # every character counts in 80 columns
     for heading in headings:
-        table.add_column(Text(heading), no_wrap=True, vertical="bottom")
+        _add_column(table, _style(heading))
     return table
 
 
+def _add_column(table: Table, heading: Text) -> None:
+    table.add_column(heading, no_wrap=True, vertical="bottom")
+
+
 def _style(text: str, style: str = "") -> Text:
-    """Return a Text, in which rich interprets no markup such as ``[red]``, unlike in a str."""
+    """Return a Text that shows one line literally, without markup and escape sequences.
+
+    Rich interprets ``[red]`` and ``:smile:`` in a str, and a terminal interprets what is not
+    printable.
+    """
     from rich.text import Text
 
-    return Text(text, style=style)
+    return Text(replace_unprintable(text), style=style)
 
 
 def _indent(text: Text, columns: int) -> Padding:
@@ -198,4 +218,4 @@ def _indent(text: Text, columns: int) -> Padding:
 
 
 def _print(console: Console, text: str, style: str = "") -> None:
-    console.print(_style(replace_unprintable(text), style))
+    console.print(_style(text, style))

@@ -11,6 +11,7 @@ from importlib.resources import files
 from altgrad._version import __version__
 from altgrad.report.canvas import svg
 from altgrad.report.cells import EVIDENCE, MEANINGS, cell_text, format_kept
+from altgrad.report.names import replace_unprintable_in_lines
 from altgrad.report.run_report import RunReport
 
 _CAPTIONS = {
@@ -26,7 +27,8 @@ _STALLS = "Share of the updates that vanish, by layer and step. Dark rows never 
 def page(report: RunReport) -> str:
     """Return the report of a run as an HTML page.
 
-    Names of layers are escaped. Tables can be searched and sorted if the browser runs scripts.
+    Names of layers are escaped, and unprintable characters are �, so that UTF-8 can hold the page.
+    Tables can be searched and sorted if the browser runs scripts.
 
     Raises:
         ImportError: jinja2 or matplotlib is missing.
@@ -34,7 +36,9 @@ def page(report: RunReport) -> str:
     from jinja2 import Environment
 
     # Names of layers may hold markup; autoescape renders it as text.
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, finalize=_replace_unprintable, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"cell": cell_text, "kept": format_kept, "isnan": math.isnan}
     template = environment.from_string(
         files("altgrad.report").joinpath("page.html").read_text(encoding="utf-8")
@@ -51,3 +55,9 @@ def page(report: RunReport) -> str:
         captions={name: _CAPTIONS.get(name, _STALLS) for name in pictures},
         version=__version__,
     )
+
+
+def _replace_unprintable(value: object) -> object:
+    """Return a value of the template as printable text; a picture, which is markup, stays as is."""
+    is_markup = hasattr(value, "__html__")
+    return value if is_markup else replace_unprintable_in_lines(str(value))

@@ -1,5 +1,8 @@
 """`altgrad report` and `altgrad compare`: their outputs and their errors."""
 
+import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,43 @@ def test_layers_limits_the_rows_of_a_table(run: Path, tmp_path: Path) -> None:
     assert "Verdicts and kept_update_ratio: all" in shown("compare", run, other, "--layers", 0)
     refused = altgrad("report", run, "--layers", -1)
     assert (refused.returncode, refused.stdout) == (2, "")
+
+
+def test_names_that_utf_8_cannot_hold_are_escaped_in_json_and_csv(tmp_path: Path) -> None:
+    run = write_run(tmp_path, ["a\ud800"], ["b\U0001f600"])
+    for option in ("--json", "--csv"):
+        path = tmp_path / "out"
+        written = altgrad("report", run, option, path)
+        assert written.returncode == 0, written.stderr
+        assert "a\\ud800" in path.read_text(encoding="utf-8")
+        assert "b\U0001f600" in path.read_text(encoding="utf-8")
+        path.unlink()
+    layers = json.loads(altgrad("report", run, "--json", "-").stdout)["layers"]
+    assert {*layers} == {"a\ud800", "b\U0001f600"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such a name")
+def test_a_folder_whose_name_is_not_utf_8_is_reported(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9 [red]\x1b[31m")
+    write_run(folder)
+    outputs = [f"--{kind}={folder / kind}" for kind in ("html", "json", "csv")]
+    shown = altgrad("report", folder, *outputs)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines()[-1] == f"Written: {tmp_path}/caf� [red]�[31m/csv"
+    assert (folder / "html").read_text(encoding="utf-8").count("caf� [red]�[31m") == 2
+    assert "caf\\udce9 [red]\\u001b" in (folder / "json").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has other kinds of files")
+def test_pipes_devices_and_odd_paths_give_one_line_on_stderr(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for pipe in (tmp_path / "pipe", tmp_path / "folder" / "altgrad.jsonl"):
+        os.mkfifo(pipe)
+    for command in (
+        *(["report", tmp_path / "pipe"], ["report", tmp_path / "folder"], ["report", "x" * 999]),
+        *(["compare", "/dev/zero", "/dev/zero"], ["report", tmp_path / "\x1b[31m\n"]),
+    ):
+        failed = altgrad(*command)
+        assert (failed.returncode, failed.stdout) == (2, ""), command
+        assert failed.stderr.endswith("\n")
+        assert failed.stderr[:-1].isprintable()

@@ -2,7 +2,11 @@
 
 import pytest
 
-from altgrad.report.names import replace_unprintable, shorten_names
+from altgrad.report.names import (
+    replace_unprintable,
+    replace_unprintable_in_lines,
+    shorten_names,
+)
 
 
 def test_long_names_are_cut_in_the_middle_and_stay_distinct() -> None:
@@ -38,3 +42,8 @@ def test_each_unprintable_character_is_replaced() -> None:
     assert replace_unprintable("größe 重み.[0]") == "größe 重み.[0]"
     assert replace_unprintable("a\nb\t\x1b[31mc\ud800") == "a�b��[31mc�"
     assert shorten_names(["a\nb"]) == ["a�b"]
+
+
+def test_unprintable_characters_are_replaced_within_lines() -> None:
+    text = "a\x1b[31m\nb\u202e\udcff c\r\n"
+    assert replace_unprintable_in_lines(text) == "a�[31m\nb�� c�\n"

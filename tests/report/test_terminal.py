@@ -1,13 +1,36 @@
 """The text that a terminal shows for a run, and for the comparison of two runs."""
 
+import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from altgrad.quantization import get_formats
+from altgrad.report import (
+    Comparison,
+    FormatInfo,
+    Row,
+    RunReport,
+    print_comparison,
+    print_report,
+)
 from tests.command_line import altgrad
-from tests.report.runs import FORMATS, MARKUP, SCRIPT, write_empty_run, write_run
+from tests.report.runs import (
+    FORMATS,
+    MARKUP,
+    SCRIPT,
+    figures,
+    make_rows,
+    make_run,
+    write_empty_run,
+    write_run,
+)
+
+MORE_FORMATS = ("fp16", "e4m3fn", "e3m4", "e3m2", "e2m3", "e2m1fn")
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -107,3 +130,32 @@ def test_a_comparison_shows_differing_verdicts_first(run: Path, tmp_path: Path) 
     assert "layers only in B: 1 (more)" in text
     assert re.search(r"kept_update_ratio/bf16 1 1 \+0", text)
     assert "0 of 8 verdicts differ." in altgrad("compare", run, run).stdout
+
+
+HOSTILE = ("f[bold]", "[/x]", ":smile:", "\x1b[31mred", "a\nb", "\u202egnp", "\ud800", "名前")
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_names_of_formats_are_shown_literally_and_cannot_control_the_terminal(width: int) -> None:
+    formats = dict(zip(HOSTILE, get_formats([*FORMATS, *MORE_FORMATS]), strict=True))
+    infos = {
+        name: replace(FormatInfo.from_format(each, None), name=name)
+        for name, each in formats.items()
+    }
+    rows = make_rows({name: dict.fromkeys(HOSTILE, 1.0) for name in ("first", *HOSTILE)})
+    model = Row(0, None, figures("f[bold]") | figures("\x1b[31mred"), {})
+    run = replace(make_run([*rows, model], formats=()), formats=infos)
+    report = RunReport.from_run(run)
+    for show in (
+        lambda console: print_report(report, console),
+        lambda console: print_comparison(Comparison((report, report)), console),
+    ):
+        file = io.StringIO()
+        show(Console(file=file, width=width))
+        shown = file.getvalue()
+        assert "\x1b" not in shown
+        assert all(line.isprintable() for line in shown.split("\n"))
+        for name in ("f[bold]", "[/x]", ":smile:", "�[31mred", "a�b", "�gnp"):
+            assert name in shown, name
+    assert "kept_update_ratio/f[bold]" in shown
+    assert "stall_frac/�[31mred" in shown

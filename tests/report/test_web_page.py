@@ -1,8 +1,10 @@
 """The page works without a network, in a real browser, and with any names of layers."""
 
 import json
+import os
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -115,3 +117,13 @@ def act(html: str, folder: Path) -> dict[str, Any]:
     found = re.search(r'<pre id="result">(.*?)</pre>', dom, re.DOTALL)
     assert found is not None, dom[-500:]
     return json.loads(unescape(found[1]))
+
+
+def test_any_page_can_be_written_as_utf_8(tmp_path: Path) -> None:
+    report = RunReport.from_run(read(write_run(tmp_path, ["a\ud800\x1b[31m"], ["b\udcffx"])))
+    path = Path(os.fsdecode(b"/caf\xe9/altgrad.jsonl"))  # a name that is no UTF-8
+    html = page(replace(report, run=replace(report.run, path=path, notes=[f"{path}: \x9b"])))
+    assert html.encode().decode() == html
+    assert all(line.isprintable() for line in html.split("\n"))
+    for text in ("caf�/altgrad.jsonl", "a��[31m", "b�x", "altgrad.jsonl: �"):
+        assert text in html
