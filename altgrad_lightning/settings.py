@@ -54,7 +54,9 @@ class Settings:
         if self.every_n_steps is not None:
             StepSchedule(self.every_n_steps)
         # UpdateMonitor checks the other arguments. Rules name layers, so they need the module.
-        UpdateMonitor([("", torch.zeros(1))], **self.get_monitor_arguments() | {"sampling": ()})
+        UpdateMonitor(
+            [("", torch.zeros(1, device="cpu"))], **self.get_monitor_arguments() | {"sampling": ()}
+        )
 
     def get_monitor_arguments(self) -> dict[str, Any]:
         """Return the settings that are arguments of `UpdateMonitor`, by name."""

@@ -37,7 +37,7 @@ def different_replicas(
     slots = sum(count for _, count in parts)
 
     def take() -> Tensor:
-        said = torch.full((3, slots), -torch.inf, dtype=torch.float64)
+        said = torch.full((3, slots), -torch.inf, dtype=torch.float64, device="cpu")
         first = 0
         for (own, count), values in zip(parts, _sampled(copied), strict=True):
             said[:, first + own] = torch.stack((values.sum(), -values.sum(), values.abs().max()))

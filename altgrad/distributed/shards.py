@@ -151,9 +151,13 @@ class Shard(NamedTuple):
         return any(edge % block for edge in edges - {self.shape[-1]}) if self.shape else False
 
     def _flat(self) -> Tensor:
-        flat = torch.zeros(1, dtype=torch.int64)
+        flat = torch.zeros(1, dtype=torch.int64, device="cpu")
         for size, held in zip(self.shape, self.held, strict=True):
-            along = torch.arange(held.start, held.stop) if isinstance(held, range) else held
+            along = (
+                torch.arange(held.start, held.stop, device="cpu")
+                if isinstance(held, range)
+                else held
+            )
             flat = (flat[:, None] * size + along).flatten()
         return flat
 
@@ -190,7 +194,9 @@ def _held(size: int, cuts: Sequence[_Cut]) -> Held:
             continue
         pieces = (_chunk(held, cut.pieces, piece) for piece in range(cut.pieces))
         chunks = (_chunk(piece, cut.parts, cut.own) for piece in pieces)
-        held = torch.tensor([*itertools.chain.from_iterable(map(list, chunks))], dtype=torch.int64)
+        held = torch.tensor(
+            [*itertools.chain.from_iterable(map(list, chunks))], dtype=torch.int64, device="cpu"
+        )
     if isinstance(held, Tensor) and len(held) and int(held[-1] - held[0]) == len(held) - 1:
         return range(int(held[0]), int(held[-1]) + 1)
     return held

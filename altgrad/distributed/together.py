@@ -285,7 +285,7 @@ class Together(Ranks):
         """Return the amax of what lies here, float64 (all groups) on the host; 0 for nothing."""
         here = {name: to_local_tensor(parameter.detach()) for name, parameter in parameters.items()}
         filled = {name: each for name, each in here.items() if each.numel()}
-        numbers = torch.zeros(sum(groups), dtype=torch.float64)
+        numbers = torch.zeros(sum(groups), dtype=torch.float64, device="cpu")
         if not filled:
             return numbers
         each, _ = compute_layer_amaxes([*filled.values()], scaling)

@@ -94,7 +94,7 @@ class EverMovedStore:
         """
         ever = self.take(name, kinds, elements)
         if ever is None:
-            ever = torch.zeros(kinds, elements, dtype=torch.bool)
+            ever = torch.zeros(kinds, elements, dtype=torch.bool, device="cpu")
         self._flags[name] = ever = ever.to(device)
         return EverMoved(ever[None, :1], ever[None, 1:])
 
@@ -167,7 +167,7 @@ def scatter_packed_bits(
         The packed flags, uint8 (bytes) on the CPU; bits of unknown elements are 0. They are 0 for
         all elements if `packed` has another number of rows or elements than expected.
     """
-    whole = torch.zeros(shape, dtype=torch.bool)
+    whole = torch.zeros(shape, dtype=torch.bool, device="cpu")
     if packed is not None and packed[0] == (shape[0], len(positions)):
         whole[:, positions] = _unpack(*packed)
     return _pack(whole)[1]

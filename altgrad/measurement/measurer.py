@@ -176,7 +176,7 @@ class Measurer:
     def _describe_layer(self, before: Tensor, population: int) -> Layers:
         """Describe a layer that is measured alone, as a single row."""
         row = torch.zeros(1, dtype=torch.int64, device=before.device)
-        counted = torch.tensor([[population, before.numel()]], dtype=torch.float64)
+        counted = torch.tensor([[population, before.numel()]], dtype=torch.float64, device="cpu")
         return Layers.create(row, counted.to(before.device), self.formats.judged(before.dtype))
 
     def _chunk_size(self, tensors: tuple[Tensor, ...]) -> int:
@@ -209,7 +209,11 @@ class Measurer:
             Scales, float64 (formats, elements).
         """
         stop = start + len(flat[0])
-        indices = torch.arange(start, stop) if sample is None else sample.indices[start:stop].cpu()
+        indices = (
+            torch.arange(start, stop, device="cpu")
+            if sample is None
+            else sample.indices[start:stop].cpu()
+        )
         sharing, group_amax = self.find_sharing(shape, indices), amax[0]
         if group_amax is not None:
             # A chunk has few of the layer's channels: number those, and take their amax.

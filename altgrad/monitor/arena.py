@@ -255,13 +255,15 @@ class Arena:
     def _batch(self, rows: Rows, ever: EverMoved, places: Sequence[Place]) -> Batch:
         device = rows.before.device
         # Lengths 2, 1, 3 become layers 0 0 1 2 2 2.
-        lengths = torch.tensor([place.rows.stop - place.rows.start for place in places])
+        lengths = torch.tensor(
+            [place.rows.stop - place.rows.start for place in places], device="cpu"
+        )
         row_layers = torch.repeat_interleave(lengths).to(device)
         counted = [[place.shape.numel(), place.elements] for place in places]
         return self._measurer.prepare_batch(
             rows,
             row_layers,
-            torch.tensor(counted, dtype=torch.float64).to(device),
+            torch.tensor(counted, dtype=torch.float64, device="cpu").to(device),
             self._scales(places, row_layers),
             ever,
         )
@@ -292,7 +294,7 @@ class Arena:
     def _sharing(self, place: Place) -> Sharing:
         """Find which elements of a place share a scale, filled up to whole rows."""
         indices = place.indices
-        indices = torch.arange(place.elements) if indices is None else indices.cpu()
+        indices = torch.arange(place.elements, device="cpu") if indices is None else indices.cpu()
         count = (place.rows.stop - place.rows.start) * _COLUMNS
         return self._measurer.find_sharing(place.shape, indices).pad(count)
 

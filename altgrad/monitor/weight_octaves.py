@@ -47,7 +47,7 @@ def _count_local(parameters: Mapping[str, Tensor], peers: Peers) -> Tensor:
     """Estimate the counts over the local shards, float64 (bins) on the host."""
     each = [_count_parameter(name, p, peers) for name, p in peers.known(parameters).items()]
     if not each:
-        return torch.zeros(_BINS, dtype=torch.float64)
+        return torch.zeros(_BINS, dtype=torch.float64, device="cpu")
     device = each[0].device
     return torch.stack([counts.to(device) for counts in each]).sum(0).cpu()
 

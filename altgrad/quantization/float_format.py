@@ -314,8 +314,8 @@ class FloatFormat:
             )
         first = 1 if self.has_subnormals else 1 << self.mantissa_bits
         positive = [self._value(code) for code in range(first, self._max_code + 1)]
-        positive_tensor = torch.tensor(positive, dtype=torch.float64)
-        zero = torch.zeros(1, dtype=torch.float64)
+        positive_tensor = torch.tensor(positive, dtype=torch.float64, device="cpu")
+        zero = torch.zeros(1, dtype=torch.float64, device="cpu")
         return torch.cat([-positive_tensor.flip(0), zero, positive_tensor])
 
 

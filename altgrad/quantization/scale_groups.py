@@ -166,7 +166,9 @@ class Sharing(NamedTuple):
             # Indices ascend, so that elements of a block are consecutive.
             different, element_block = torch.unique_consecutive(number, return_inverse=True)
             blocks[size] = _Blocks(element_block, torch.zeros_like(different))
-        return cls(1, group, torch.zeros(1, dtype=torch.int64).expand(channels), blocks)
+        return cls(
+            1, group, torch.zeros(1, dtype=torch.int64, device="cpu").expand(channels), blocks
+        )
 
     def trim_groups(self) -> tuple[Sharing, slice]:
         """Drop the groups before the first and after the last group that has an element.
