@@ -1,14 +1,17 @@
 """The language of the code: the rules of CONTRIBUTING, as far as a program can check them."""
 
 import ast
+import functools
+import inspect
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = PACKAGE_ROOT = Path(__file__).parents[1]
 PACKAGES = ("altgrad", "altgrad_lightning")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
@@ -205,15 +208,25 @@ def missing_sections(node: Definition, text: str) -> list[str]:
     return missing
 
 
+def inherited_docstring(path: Path, name: str) -> str:
+    """Return what `help` shows for a method without a docstring: that of its base class."""
+    if "." not in name or not path.is_relative_to(PACKAGE_ROOT):
+        return ""
+    module = import_module(".".join(path.relative_to(PACKAGE_ROOT).with_suffix("").parts))
+    return inspect.getdoc(functools.reduce(getattr, name.split("."), module)) or ""
+
+
 def test_public_callables_document_arguments_and_results() -> None:
     found = []
     for path in FILES:
         for name, node, is_public in definitions(path):
-            text = ast.get_docstring(node) or ""
+            if not is_public:
+                continue
+            text = ast.get_docstring(node) or inherited_docstring(path, name)
             is_hook = name.split(".")[-1].startswith("on_") or "overload" in map(
                 ast.unparse, getattr(node, "decorator_list", [])
             )
-            if is_public and not is_hook and (missing := missing_sections(node, text)):
+            if not is_hook and (missing := missing_sections(node, text)):
                 found.append(f"{path.relative_to(ROOT)}: {name}: {', '.join(missing)}")
     assert not found, f"{len(found)}:\n" + "\n".join(found)
 

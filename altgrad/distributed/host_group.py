@@ -1,8 +1,8 @@
-"""`HostGroup`: all ranks of a run on their hosts, beside all groups that train."""
+"""`HostGroup`: all ranks of a run on their hosts, beside the groups that train."""
 
 from __future__ import annotations
 
-from collections import Counter
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -17,36 +17,61 @@ from altgrad.observation.observer import RankError
 
 
 class LostRankError(RankError):
-    """A rank does not answer, or is in another call; nothing more can be agreed on."""
+    """A rank does not answer, or is in another call."""
 
 
 class HostGroup:
-    """A group of all ranks on their hosts, beside the groups that train.
+    """A group of all ranks on their hosts, which is empty until they `meet`.
 
-    Gloo reduces numbers, and the store in which the ranks met exchanges texts. Both work on the
-    host, so that an accelerator needs no more memory, and a wait that exceeds the limit raises an
-    error. Gloo aborts the process if ranks pass buffers of different sizes, so that every rank
-    must know what is reduced next; texts may have any length. After a rank was missed nothing
-    more is said: messages would meet the wrong ones.
-
-    Args:
-        store: The store in which the ranks met.
-        rank, size: As of torch.distributed.
-        limit: How long a rank is waited for.
+    Gloo reduces numbers; every rank must know their count, or gloo aborts the process. The store of
+    the ranks exchanges texts of any length. A wait ends at half of the time limit of the training's
+    group: a rank that waits for this one in the training then stays within its own limit.
 
     Attributes:
-        rank, size: As given.
+        rank, size: The number of this rank, and of all.
+        lost: Why texts are refused, such as a rank that did not answer; empty if nothing is wrong.
+
+    Raises:
+        RuntimeError: There is no process group.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, limit: timedelta) -> None:
+    def __init__(self) -> None:
+        from torch import distributed
+
+        if not (distributed.is_available() and distributed.is_initialized()):
+            raise RuntimeError(
+                "parameters are sharded, and torch.distributed has no process group: call "
+                "torch.distributed.init_process_group() on every rank before attach()"
+            )
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        self.lost = "the ranks that share the parameters have not met yet: attach() on each first"
+
+    def meet(self) -> None:
+        """Wait for all ranks, and begin anew.
+
+        Each rank draws a name, and the names of all become the address of what they exchange. A
+        rank that was alone and left is therefore not met later. The group is in no table of
+        torch.distributed, which numbers the groups of a training.
+
+        Raises:
+            LostRankError: A rank did not come.
+        """
         c10d: Any = torch.distributed.distributed_c10d
-        self._gloo = c10d.ProcessGroupGloo(store, rank, size, limit)
-        self._store = store
-        self._limit = limit
-        self._exchanges: Counter[str] = Counter()
-        self._lost: set[str] = set()  # "numbers", and channels of texts
-        self.rank = rank
-        self.size = size
+        self._limit = _find_limit(torch.distributed.group.WORLD) / 2
+        # torch has no public name for the store through which its own groups find each other: see
+        # torch/distributed/distributed_c10d.py, `_get_default_store`.
+        store = c10d._get_default_store()  # noqa: SLF001
+        with self._waiting():
+            try:
+                names = self._exchange(store, "altgrad", uuid4().hex)
+                prefix = f"altgrad/{sha256(b''.join(names)).hexdigest()}"
+                self._store = c10d.PrefixStore(prefix, store)
+                self._gloo = c10d.ProcessGroupGloo(self._store, self.rank, self.size, self._limit)
+                # All have connected: a rank that ends, or meets again, breaks none that connects.
+                self._exchange(self._store, "met", "")
+            finally:
+                store.delete_key(f"altgrad/{self.rank}")
+        self._place, self._last_key, self.lost = (0, 0), "", ""
 
     def reduce(self, numbers: Tensor, how: str) -> None:
         """Replace each number by its "SUM" or "MAX" over all ranks.
@@ -56,96 +81,67 @@ class HostGroup:
             how: Name of a `torch.distributed.ReduceOp`.
 
         Raises:
-            LostRankError: Not all ranks were heard within the limit.
+            LostRankError: A rank does not answer; no later all-reduce succeeds.
         """
         operation = getattr(torch.distributed.ReduceOp, how)
-        with self._answering("numbers"):
+        with self._waiting():
             self._gloo.allreduce([numbers], operation).wait()
+        # All ranks are at the same place again, even if one was alone in a call.
+        self._place = self._place[0] + 1, 0
 
-    def exchange(self, channel: str, text: str) -> list[str]:
-        """Return the text of every rank.
+    def gather(self, call: str, value: object) -> list[Any]:
+        """Return the value of every rank, once all are in the same call.
 
         Args:
-            channel: Texts of different channels do not meet; one may be lost and the others not.
-            text: Not empty.
+            call: The call that all ranks have to make.
+            value: Plain data, for JSON.
 
         Raises:
-            LostRankError: Not all ranks were heard within the limit.
-        """  # noqa: DOC501 - RuntimeError is raised inside alone
-        number = self._exchanges[channel]
-        self._exchanges[channel] += 1
-        keys = [f"{channel} {number} of {rank}" for rank in range(self.size)]
-        with self._answering(channel):
-            self._store.set(keys[self.rank], text)
-            try:
-                self._store.wait(keys, self._limit)
-                texts = [each.decode() for each in self._store.multi_get(keys)]
-            except RuntimeError:  # which `_answering` makes a LostRankError
-                with suppress(RuntimeError):  # who came alone is not to be met later
-                    self._store.delete_key(keys[self.rank])
-                raise
-            # All are here, so that all have read what was exchanged before.
-            self._store.delete_key(f"{channel} {number - 1} of {self.rank}")
+            LostRankError: A rank does not answer, is in another call, or was lost before.
+        """
+        if self.lost:
+            raise LostRankError(self.lost)
+        reduced, gathered = self._place
+        self._place, key = (reduced, gathered + 1), f"{reduced}/{gathered}"
+        with self._waiting():
+            texts = self._exchange(self._store, key, json.dumps([call, value]))
+            # All ranks are here, so that all have read what was exchanged before.
+            self._store.delete_key(self._last_key)
+        self._last_key = f"{key}/{self.rank}"
+        said = [json.loads(text) for text in texts]
+        for rank, (other, _) in enumerate(said):
+            if other != call:
+                self.lost = (
+                    f"rank {rank} called {other} while rank {self.rank} called {call}: call both "
+                    "on all ranks, in the same order"
+                )
+                raise LostRankError(self.lost)
+        return [each for _, each in said]
+
+    def _exchange(self, store: Any, key: str, text: str) -> list[bytes]:
+        """Return the texts of all ranks."""
+        keys = [f"{key}/{rank}" for rank in range(self.size)]
+        store.set(keys[self.rank], text)
+        try:
+            store.wait(keys, self._limit)
+            texts: list[bytes] = store.multi_get(keys)
+        except RuntimeError:
+            with suppress(RuntimeError):  # a rank that was alone is not to be met later
+                store.delete_key(keys[self.rank])
+            raise
         return texts
 
-    def lose(self, channel: str) -> None:
-        """Say nothing more in a channel: other ranks are somewhere else."""
-        self._lost.add(channel)
-
     @contextmanager
-    def _answering(self, channel: str) -> Iterator[None]:
-        if {channel, "numbers"} & self._lost:
-            why = "an earlier call has timed out"
-            raise LostRankError(_describe_lost(self.rank, self.size, why))
+    def _waiting(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:
-            self.lose(channel)
-            raise LostRankError(_describe_lost(self.rank, self.size, str(error))) from error
-
-
-def meet() -> HostGroup:
-    """Return a new group, once all ranks are here.
-
-    The ranks find each other by what each has drawn for this meeting: a rank that came alone and
-    went is not met again. The group is in no table of torch.distributed, which names the groups of
-    a training by their number. A wait is limited to half of the limit of the training's group: a
-    training that waits for this rank then stays within its own limit.
-
-    Raises:
-        LostRankError: Not all came within the limit.
-    """
-    from torch import distributed
-
-    rank, size = distributed.get_rank(), distributed.get_world_size()
-    limit = _find_limit(distributed.group.WORLD) / 2
-    # torch has no public name for the store through which its own groups find each other: see
-    # torch/distributed/distributed_c10d.py, `_get_default_store`.
-    c10d: Any = distributed.distributed_c10d
-    store = c10d._get_default_store()  # noqa: SLF001
-    keys = [f"altgrad/{each}" for each in range(size)]
-    try:
-        store.set(keys[rank], uuid4().hex)
-        try:
-            store.wait(keys, limit)
-            meeting = sha256(b"".join(store.multi_get(keys))).hexdigest()
-            meeting_store = c10d.PrefixStore(f"altgrad/{meeting}", store)
-            group = HostGroup(meeting_store, rank, size, limit)
-            # All have connected: a rank that ends, or meets again, breaks none that still connects.
-            group.exchange("calls", "met")
-            return group
-        finally:
-            store.delete_key(keys[rank])
-    except RuntimeError as error:
-        raise LostRankError(_describe_lost(rank, size, str(error))) from error
-
-
-def _describe_lost(rank: int, size: int, why: str) -> str:
-    return (
-        f"rank {rank} of {size} had no answer from at least one other rank within the time limit: "
-        "check whether a rank has ended, is late, or observes other steps; every rank has to "
-        f"attach, to the same steps ({why})"
-    )
+        except RuntimeError as error:  # of gloo, or of the store
+            self.lost = (
+                f"rank {self.rank} of {self.size} had no answer from at least one other rank "
+                "within the time limit: check whether a rank has ended, is late, or observes other "
+                f"steps; every rank has to attach, to the same steps ({error})"
+            )
+            raise LostRankError(self.lost) from error
 
 
 def _find_limit(world: Any) -> timedelta:

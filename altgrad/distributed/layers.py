@@ -1,4 +1,4 @@
-"""`ShardedLayers`: which elements of each layer of a model lie on this rank."""
+"""`ShardedLayers`: which elements of each layer of a model this rank holds."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from altgrad.distributed.ranks import Expected
 from altgrad.distributed.shards import Part, Shard, empty_part
+from altgrad.distributed.step_message import Expected
 
 
 class ShardedLayers:
@@ -34,14 +34,15 @@ class ShardedLayers:
         return name in self._shards
 
     def shard(self, name: str) -> Shard:
-        """Return what lies here of a layer."""
+        """Return the local shard of a layer."""
         return self._shards[name]
 
     def read(self, parameters: Mapping[str, Tensor]) -> None:
         """Read the shards of parameters that are new, or are placed otherwise now.
 
         Raises:
-            ValueError: A parameter whose placements do not say what lies here: see `Shard.read`.
+            ValueError: The placements of a parameter do not say which elements this rank holds: see
+                `Shard.read`.
         """
         for name, parameter in parameters.items():
             placed = _placed(parameter)
@@ -51,7 +52,7 @@ class ShardedLayers:
                 self._expected.pop(name, None)
 
     def known(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the parameters that lie as they did when they were read."""
+        """Return the parameters that are placed as they were when they were read."""
         placed = self._placed
         return {n: p for n, p in parameters.items() if placed.get(n) == _placed(p)}
 
@@ -87,7 +88,7 @@ class ShardedLayers:
         return {name: self._expected[name] for name in names}
 
     def torn(self, names: Iterable[str], block_sizes: Sequence[int]) -> list[str]:
-        """Return the layers of which a block that shares a scale lies on several ranks.
+        """Return the layers of which several ranks hold parts of a block that shares a scale.
 
         Args:
             names: The layers to ask for.
@@ -108,6 +109,6 @@ class ShardedLayers:
 
 
 def _placed(parameter: Any) -> tuple[Any, ...]:
-    """Return what decides which elements of a parameter lie here."""
+    """Return what decides which elements of a parameter this rank holds."""
     mesh = getattr(parameter, "device_mesh", None)
     return parameter.shape, parameter.dtype, getattr(parameter, "placements", None), mesh

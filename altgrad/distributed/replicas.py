@@ -1,4 +1,4 @@
-"""Whether replicas of a layer have the same values on all ranks that should have them."""
+"""Find layers of which ranks have different replicas: experts, or models of their own."""
 
 from __future__ import annotations
 
@@ -13,46 +13,44 @@ from altgrad.observation.dtensor import to_local_tensors
 
 _SAMPLED = 16
 _TOLERANCE = 0.01
-"""Of the largest: replicas that each rank steps by itself may drift in their last digits."""
+"""Share of the largest value: replicas that each rank steps by itself may drift a little."""
 
 
 @torch.no_grad()
-def different_replicas(
-    parameters: Mapping[str, Tensor], shards: Callable[[str], Shard], ranks: Ranks
+def find_different_replicas(
+    parameters: Mapping[str, Tensor], find_shard: Callable[[str], Shard], ranks: Ranks
 ) -> list[str]:
-    """Return the layers of which ranks have different replicas; equal on all ranks.
+    """Return the names of layers of which ranks have different replicas.
 
-    So are layers of which each rank has an expert or a model of its own, which nothing says. A few
-    values of each are compared, in one MAX, if there are any replicas.
+    Up to 16 values of each replica are compared, in one MAX. Without replicas there is none.
 
     Args:
-        parameters: By name, alike on all ranks.
-        shards: Returns what lies here of each, by name.
+        parameters: Parameters by name, alike on all ranks.
+        find_shard: Returns the local shard of a layer.
         ranks: The ranks.
     """
-    copied = {name: each for name, each in parameters.items() if shards(name).part[1] < ranks.size}
-    if not copied:
+    shards = {name: find_shard(name).part for name in parameters}
+    counts = {name: count for name, (_, count) in shards.items() if count < ranks.size}
+    if not counts:
         return []
-    parts = [shards(name).part for name in copied]
-    slots = sum(count for _, count in parts)
 
-    def take() -> Tensor:
-        said = torch.full((3, slots), -torch.inf, dtype=torch.float64, device="cpu")
-        first = 0
-        for (own, count), values in zip(parts, _sampled(copied), strict=True):
-            said[:, first + own] = torch.stack((values.sum(), -values.sum(), values.abs().max()))
-            first += count
-        return said.flatten()
+    def find() -> Tensor:
+        """Put this rank's numbers in the place of its shard, and −inf elsewhere."""
+        each = [torch.full((3, n), -torch.inf, device="cpu").double() for n in counts.values()]
+        local = _sample(to_local_tensors(parameters[name].detach() for name in counts))
+        for place, name, values in zip(each, counts, local, strict=True):
+            numbers = values.sum(), -values.sum(), values.abs().max()
+            place[:, shards[name][0]] = torch.stack(numbers)
+        return torch.cat(each, 1).flatten()
 
-    largest, minus_smallest, magnitude = ranks.maximum(take, 3 * slots).view(3, slots)
-    differ = largest + minus_smallest > _TOLERANCE * magnitude
-    by_name = torch.split(differ, [count for _, count in parts])
-    return [name for name, each in zip(copied, by_name, strict=True) if each.any()]
+    largest, minus_smallest, size = ranks.maximum(find, 3 * sum(counts.values())).view(3, -1)
+    differ = torch.split(largest + minus_smallest > _TOLERANCE * size, [*counts.values()])
+    return [name for name, each in zip(counts, differ, strict=True) if each.any()]
 
 
-def _sampled(parameters: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return some elements of what lies here of each, float64 on the host, and a 0."""
-    flat = [each.detach().reshape(-1) for each in to_local_tensors(parameters.values())]
+def _sample(shards: list[Tensor]) -> list[Tensor]:
+    """Return some elements of each local shard and a 0, float64 (elements) on the host."""
+    flat = [each.reshape(-1) for each in shards]
     some = [each[:: max(1, -(-len(each) // _SAMPLED))].double() for each in flat]
     on_host = torch.cat([each.to(some[0].device) for each in some]).cpu()
     finite = on_host.nan_to_num(0.0, 0.0, 0.0)

@@ -88,14 +88,15 @@ class Shard(NamedTuple):
         known = all(p.is_replicate() or _dimension(p) is not None for p in placements)
         if coordinate is None:
             raise ValueError(
-                f"{name} lies in ranks {mesh.mesh.flatten().tolist()} alone, and not in rank "
-                f"{rank}: a mesh that leaves out ranks cannot be observed"
+                f"{name}: expected a device_mesh with every rank, got ranks "
+                f"{mesh.mesh.flatten().tolist()} without rank {rank}; leave {name} out of the "
+                "optimizer, or extend the mesh"
             )
         if not known:
             raise ValueError(
-                f"{name} is placed as {placements}: only shards and replicas have elements that "
-                "can be observed, a Partial tensor has none before it is reduced; redistribute it, "
-                "or leave it out of the optimizer"
+                f"{name}.placements={placements}: expected shards and replicas, since a Partial "
+                "tensor has no elements before it is reduced; redistribute it, or leave it out of "
+                "the optimizer"
             )
         if not shape.numel():  # torch shards what is empty as it likes
             return cls(shape, tuple(range(length) for length in shape), rank == 0)
@@ -103,9 +104,10 @@ class Shard(NamedTuple):
         held = tuple(_held(size, own) for size, own in zip(shape, cuts, strict=True))
         if tuple(map(len, held)) != tuple(to_local_tensor(parameter.detach()).shape):
             raise ValueError(
-                f"{name} is placed as {placements} on a mesh of {tuple(mesh.shape)}: expected a "
-                f"shard of {tuple(map(len, held))} of its {tuple(shape)} here, and there is one of "
-                f"{tuple(to_local_tensor(parameter.detach()).shape)}; it cannot be observed"
+                f"{name}.placements={placements}: expected a local shard of shape "
+                f"{tuple(map(len, held))} from {tuple(shape)} on a mesh of {tuple(mesh.shape)}, "
+                f"got {tuple(to_local_tensor(parameter.detach()).shape)}; leave {name} out of the "
+                "optimizer"
             )
         first = all(c == 0 for c, p in zip(coordinate, placements, strict=True) if p.is_replicate())
         # Where each mesh has its own ranks, a mesh without rank 0 holds a replica.
@@ -139,7 +141,7 @@ class Shard(NamedTuple):
         return Part(indices[positions], local[positions], positions)
 
     def tears(self, block: int) -> bool:
-        """Return whether a block of neighbours along the last dimension lies on several ranks.
+        """Return whether several ranks hold parts of a block of neighbours in the last dimension.
 
         The answer is the same in all of them.
         """

@@ -1,120 +1,128 @@
-"""What ranks say to each other of an observed step: a SUM and a MAX, packed and unpacked."""
+"""`StepMessage`: an observed step in two tensors, of which the ranks take a sum and a maximum."""
 
 from __future__ import annotations
 
 import math
-from hashlib import sha256
+import zlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from altgrad._messages import few
 from altgrad.distributed.peers import StepSums
-from altgrad.measurement.columns import max_count, sum_count
+from altgrad.measurement.columns import ELEMENTS, POPULATION, max_count, sum_count
+from altgrad.observation.observer import RankError
 from altgrad.observation.step import SkipReason
 
 _REASONS: tuple[SkipReason, ...] = ("no gradients", "learning rate 0", "inf")
 """Why a step moved no weight, by numbers that ranks can compare; the largest counts."""
 
+_HEADER = 7
+"""Length of the header: failed, step, −step, two times in seconds, found_inf, reason."""
 
-class _Header(NamedTuple):
-    """The numbers beside those of layers; the largest of all ranks counts."""
 
-    failed: float
-    skipped: float  # a position in _REASONS; -1 if the step moved weights
-    found_inf: float
-    own_seconds: float  # -inf where it is not known
-    training_seconds: float
-    step: float
-    minus_step: float  # the largest of both agree if all ranks have the same one
+class Expected(NamedTuple):
+    """A count of the elements of a layer, and of those that all ranks together measure."""
+
+    population: int
+    elements: int
 
 
 class StepMessage:
-    """A message of one rank on a step; after both tensors are all-reduced, of all ranks.
+    """The sums of one rank in an observed step; those of all ranks after two all-reduces.
 
-    The length is that of `rows` layers, whether all are needed or not: messages of ranks in
-    different steps can meet, and the difference is found.
+    The length does not depend on the step, so that messages of ranks in different steps can meet,
+    and the difference is found. A message that is not packed says that its rank has failed.
 
     Args:
-        formats: Number of formats that are judged.
+        step: The step in words.
+        layers: What all ranks measure of each layer, in the same order on every rank.
         rows: Number of layers that any step may have.
-        index: Index of this step.
-        layers: All layers that the optimizer may step, in the same order on every rank.
+        formats: Number of formats.
 
     Attributes:
-        sums: float64, to be reduced by SUM.
-        maxima: float64, to be reduced by MAX: those of the layers, then the header.
+        step: The `step` argument.
+        sums: float64 (rows, columns), to be reduced by SUM.
+        maxima: float64 (numbers), to be reduced by MAX: of the layers, then the header.
     """
 
-    def __init__(self, formats: int, rows: int, index: int, layers: tuple[str, ...]) -> None:
+    def __init__(self, step: str, layers: Mapping[str, Expected], rows: int, formats: int) -> None:
         columns = max_count(formats) + 1  # the last says whether the layer was stepped
-        self._layers = layers
-        self._step = _number_step(index, layers)
+        self.step = step
         self.sums = np.zeros((rows, sum_count(formats)))
-        self.maxima = np.full(rows * columns + len(_Header._fields), -np.inf)
-        self._layer_maxima = self.maxima[: rows * columns].reshape(rows, columns)  # a view
+        self.maxima = np.full(rows * columns + _HEADER, -math.inf)
+        self._layers = layers
+        self._rows = {name: row for row, name in enumerate(layers)}
+        self._layer_maxima = self.maxima[:-_HEADER].reshape(rows, columns)  # views
+        self._header = self.maxima[-_HEADER:]
+        self._header[0] = True
 
-    def pack(self, local: StepSums, error: Exception | None) -> Exception | None:
-        """Put in what this rank measured, unless it failed; return the error.
+    def pack(self, local: StepSums) -> None:
+        """Put in what this rank measured.
 
-        Args:
-            local: What this rank measured.
-            error: What failed on this rank before.
-
-        Returns:
-            The error, or that of a layer which was not agreed on.
+        Raises:
+            Exception: The error of this rank, if it has failed.
+            RuntimeError: The ranks have not agreed on a layer.
         """
-        rows_by_name = {name: row for row, name in enumerate(self._layers)}
-        stepped = dict.fromkeys((*local.present, *local.names))
-        if error is None and (unknown := [name for name in stepped if name not in rows_by_name]):
-            error = RuntimeError(f"{few(unknown)} are stepped and were not agreed upon")
-        if error is None:
-            self._layer_maxima[[rows_by_name[name] for name in local.present], -1] = 1.0
-            rows, middle = [rows_by_name[name] for name in local.names], self.sums.shape[1]
-            if rows:
-                self.sums[rows] = local.vectors[:, :middle]
-                self._layer_maxima[rows, :-1] = local.vectors[:, middle:]
-        seconds, training = (-math.inf if math.isnan(each) else each for each in local.seconds)
-        skipped = -1 if local.skipped is None else _REASONS.index(local.skipped)
-        failed, found_inf = error is not None, local.found_inf
-        header = _Header(failed, skipped, found_inf, seconds, training, self._step, -self._step)
-        self.maxima[-len(header) :] = header
-        return error
+        if local.error is not None:
+            raise local.error
+        names = dict.fromkeys((*local.present, *local.names))
+        if unknown := [name for name in names if name not in self._rows]:
+            raise RuntimeError(
+                f"layers={few(unknown)}: expected layers that all ranks knew before the step; add "
+                "parameters to an optimizer between steps"
+            )
+        rows, middle = [self._rows[name] for name in local.names], self.sums.shape[1]
+        self._layer_maxima[[self._rows[name] for name in local.present], -1] = 1.0
+        if rows:
+            self.sums[rows] = local.vectors[:, :middle]
+            self._layer_maxima[rows, :-1] = local.vectors[:, middle:]
+        step = zlib.crc32(f"{self.step} {[*self._layers]}".encode())
+        skipped = math.nan if local.skipped is None else _REASONS.index(local.skipped)
+        header = [False, step, -step, *local.seconds, local.found_inf, skipped]
+        # The maximum of NaN is not defined: −inf stands for what is not known.
+        self._header[:] = [-math.inf if math.isnan(each) else each for each in header]
 
     @property
     def is_failed(self) -> bool:
         """True if any rank failed."""
-        return bool(self._header.failed)
+        return bool(self._header[0])
 
-    @property
-    def agrees_on_step(self) -> bool:
-        """True if all ranks were in the same step, with the same layers."""
-        return self._header.step == -self._header.minus_step
+    def unpack(self, rank: int) -> StepSums:
+        """Return the sums of all ranks, for the layers that any rank stepped.
 
-    def unpack(self) -> StepSums:
-        """Return the sums of all ranks, for the layers that any rank stepped."""
-        said, is_present = self._header, self._layer_maxima[: len(self._layers), -1] > 0
-        (rows,) = is_present.nonzero()
-        names = [self._layers[row] for row in rows.tolist()]
-        own, training = (
-            math.nan if each == -math.inf else each
-            for each in (said.own_seconds, said.training_seconds)
-        )
+        Args:
+            rank: The number of this rank, for errors.
+
+        Raises:
+            RankError: Ranks are in different steps, or elements were not measured exactly once.
+        """
+        header = [math.nan if each == -math.inf else each for each in self._header.tolist()]
+        _, step, minus_step, own_seconds, training_seconds, found_inf, skipped = header
+        if step != -minus_step:
+            raise RankError(
+                f"ranks observe different steps or layers, rank {rank} {self.step} with "
+                f"{len(self._layers)} layers: give every rank the same every_n_steps and sampling"
+            )
+        is_present = self._layer_maxima[:, -1] > 0
+        names = [name for name, row in self._rows.items() if is_present[row]]
+        vectors = np.hstack((self.sums, self._layer_maxima[:, :-1]))[is_present]
+        # Sums alone do not show whether every element was measured exactly once.
+        for name, measured in zip(names, vectors[:, ELEMENTS].tolist(), strict=True):
+            if measured != self._layers[name].elements:
+                raise RankError(
+                    f"{name}, {self.step}: expected {self._layers[name].elements} measured "
+                    f"elements on all ranks together, got {measured:.0f}: check that its gradient "
+                    "is present on every rank, and that shards and replicas are as the placements "
+                    "say"
+                )
+        vectors[:, POPULATION] = [self._layers[name].population for name in names]
         return StepSums(
-            seconds=(own, training),
+            seconds=(own_seconds, training_seconds),
+            vectors=vectors,
             names=names,
-            vectors=np.concatenate((self.sums[rows], self._layer_maxima[rows, :-1]), axis=1),
             present=names,
-            found_inf=bool(said.found_inf),
-            skipped=None if said.skipped < 0 else _REASONS[int(said.skipped)],
+            found_inf=found_inf > 0,
+            skipped=None if math.isnan(skipped) else _REASONS[int(skipped)],
         )
-
-    @property
-    def _header(self) -> _Header:
-        return _Header(*self.maxima[-len(_Header._fields) :].tolist())
-
-
-def _number_step(index: int, layers: tuple[str, ...]) -> int:
-    """Return a number below 2**52 that no other step has."""
-    digest = sha256(f"{index} {layers}".encode()).digest()
-    return int.from_bytes(digest[:6], "big") + 1

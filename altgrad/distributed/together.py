@@ -16,8 +16,8 @@ from altgrad._messages import few
 from altgrad.distributed.host_group import LostRankError
 from altgrad.distributed.layers import ShardedLayers
 from altgrad.distributed.peers import StepSums
-from altgrad.distributed.ranks import Call, Description, DisagreementError, Ranks
-from altgrad.distributed.replicas import different_replicas
+from altgrad.distributed.ranks import DisagreementError, Ranks
+from altgrad.distributed.replicas import find_different_replicas
 from altgrad.distributed.shards import Part
 from altgrad.distributed.step_message import StepMessage
 from altgrad.measurement.ever_moved import PackedBits, scatter_packed_bits
@@ -29,42 +29,45 @@ from altgrad.quantization.scale_groups import compute_layer_amaxes
 
 
 class Watched(Protocol):
-    """A description of what this rank is about to observe, for its peers."""
+    """A description of what this rank is about to observe, for its peers.
 
-    @property
-    def formats(self) -> FormatSet:
-        """The formats that are judged."""
+    Attributes:
+        formats: The formats that are judged.
+    """
+
+    formats: FormatSet
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
         """The parameters by name, in the order of the model."""
 
     def measured_by(self, optimizer: Optimizer) -> tuple[str, ...]:
-        """Return the layers of an optimizer that are measured."""
+        """Return the names of the layers that an optimizer steps and that are measured.
+
+        Returns:
+            The names, in the order of the optimizer's parameters.
+        """
 
     def indices(self, name: str, shape: torch.Size) -> Tensor | None:
-        """Return which elements of a layer all ranks together measure.
+        """Return the elements of a layer that all ranks together measure.
 
         Args:
             name: Name of the layer.
-            shape: Shape of the whole parameter.
+            shape: Shape of the whole layer.
 
         Returns:
-            int64, flat indices on the CPU; None for all.
+            Flat indices, int64 (elements) on the CPU. None for all elements.
         """
 
-    def describe(self) -> Mapping[str, Mapping[str, object]]:
-        """Return settings, state and sampling of the layers, which must be alike on all ranks."""
-
-    def is_enabled(self, name: str) -> bool:
-        """Return whether a layer is observed at all."""
+    def describe(self) -> list[str]:
+        """Return settings, sampling and state in words, which must be equal on all ranks."""
 
     def leave_out(self, names: Sequence[str], why: str) -> None:
-        """Observe these layers no more.
+        """Stop observing some layers, and give a notice.
 
         Args:
-            names: The layers.
-            why: The notice for the user.
+            names: Names of the layers.
+            why: The notice.
         """
 
 
@@ -85,123 +88,84 @@ class Together(Ranks):
         self._watched = watched
         self._layers = ShardedLayers(watched.indices, self.rank)
         self._agreed: set[tuple[str, ...]] = set()  # the layers of each optimizer
+        self._are_new = False  # until the first observed step after an agreement
         self._stepping: WeakKeyDictionary[Optimizer, tuple[str, ...]] = WeakKeyDictionary()
-        self._rows = 0  # layers that an optimizer has at most
-        self._are_replicas_known = False
 
     # --- before a step
 
     def attach(self, check: Callable[[], Sequence[Optimizer]]) -> None:
-        """Meet the other ranks, and make sure that all are about to observe the same.
-
-        Raises:
-            Exception: What `check` raises here.
-            ValueError: Another rank has a problem, or something else to observe.
-            LostRankError: One does not come.
-        """
-        self.meet()
+        self.group.meet()
         try:
             self._agree("attach()", check)
         except DisagreementError as error:
             raise error.__cause__ or error from None
 
     def before_step(self, optimizer: Optimizer) -> bool:
-        """Compare with the other ranks what has changed, before an observed step.
-
-        Returns:
-            Whether all ranks are to look for layers that are new.
-
-        Raises:
-            DisagreementError: It has not changed alike.
-            LostRankError: It has changed here alone.
-        """
-        self._leave_out_different_replicas()
         names = self._watched.measured_by(optimizer)
-        parameters = self._watched.parameters
+        parameters = self._watched.parameters  # read last, and therefore with new ones
         stepped = {name: parameters[name] for name in names}
-        has_changed = names not in self._agreed or len(self._layers.known(stepped)) < len(stepped)
-        if has_changed:
+        if names not in self._agreed or len(self._layers.known(stepped)) < len(stepped):
             self._agree("optimizer.step()", lambda: [optimizer])
+        are_new, self._are_new = self._are_new, False
+        if are_new:
+            self._leave_out_different_replicas()
             names = self._watched.measured_by(optimizer)
-        is_other = self._stepping.get(optimizer) != names
+            self._agreed.add(names)  # all ranks have left out the same
         self._stepping[optimizer] = names
-        return has_changed or is_other
+        return are_new
 
-    def _agree(self, during: Call, find: Callable[[], Sequence[Optimizer]]) -> None:
-        description: Description = {}
-        layers: list[tuple[str, ...]] = []
-        problem = None
-        try:
+    def _agree(self, call: str, find: Callable[[], Sequence[Optimizer]]) -> None:
+        """Compare with the other ranks all that steps of some optimizers depend on."""
+        stepped: list[tuple[str, ...]] = []
+
+        def describe() -> list[str]:
             optimizers = find()
             self._layers.read(self._watched.parameters)
             _check_formats(self._watched.formats)
-            self._leave_out_torn_layers()
-            layers = [self._watched.measured_by(each) for each in optimizers]
-            description = self._description(layers)
-        except Exception as error:  # noqa: BLE001 - the others are told, and then it is raised
-            problem = error
-        self.check_alike(description, problem, during)
-        self._agreed |= {*layers}
-        self._rows = max(map(len, self._agreed), default=0)
+            self._leave_out_torn_layers(optimizers)
+            stepped.extend(map(self._watched.measured_by, optimizers))
+            return self._describe(stepped)
 
-    def _description(self, layers: Sequence[Sequence[str]]) -> Description:
-        described = self._watched.describe()
-        alike = {
-            kind: [f"{name}={value!r}" for name, value in described[kind].items()]
-            for kind in ("settings", "state")
-        }
-        layers_in_words = [
-            f"{name} {tuple(parameter.shape)} {parameter.dtype} {self._layers.describe(name)} "
-            f"{described['layers'][name]}"
+        self.check_alike(call, describe)
+        self._agreed.update(stepped)
+        self._are_new = True
+
+    def _describe(self, stepped: Sequence[Sequence[str]]) -> list[str]:
+        layers = [
+            f"layer {name} {tuple(parameter.shape)} {parameter.dtype} {self._layers.describe(name)}"
             for name, parameter in self._watched.parameters.items()
         ]
-        optimizers = [f"of {', '.join(names)}" for names in layers]
-        return alike | {"layers": layers_in_words, "optimizers": optimizers}
+        optimizers = [
+            f"optimizer {k} steps {name}" for k, names in enumerate(stepped) for name in names
+        ]
+        return [*layers, *optimizers, *self._watched.describe()]
 
-    def _leave_out_torn_layers(self) -> None:
+    def _leave_out_torn_layers(self, optimizers: Sequence[Optimizer]) -> None:
         sizes = self._watched.formats.block_sizes
-        names = filter(self._watched.is_enabled, self._watched.parameters)
+        names = dict.fromkeys(n for each in optimizers for n in self._watched.measured_by(each))
         if torn := self._layers.torn(names, sizes):
             self._watched.leave_out(
                 torn,
-                f"leaves out {few(torn)}, of which blocks of {sizes} elements that share a scale "
-                "lie on several ranks",
+                f"leaves out {few(torn)}: several ranks hold parts of blocks of {sizes} elements "
+                "that share a scale",
             )
 
     def _leave_out_different_replicas(self) -> None:
-        """Before the first observed step, when weights are sure to be those that are trained."""
-        if self._are_replicas_known:
-            return
-        self._are_replicas_known = True
-        parameters = self.agreed(dict)
-        if different := different_replicas(parameters, self._layers.shard, self):
+        """Compare replicas when weights are sure to be those that are trained."""
+        if different := find_different_replicas(self.agreed(dict), self._layers.shard, self):
             self._watched.leave_out(
                 different,
-                f"leaves out {few(different)}: not all ranks have the same values of what "
-                "should be copies, so that they are different experts or models, or were not "
+                f"leaves out {few(different)}: not all ranks have the same values of what should "
+                "be replicas, so that they are different experts or models, or were not "
                 "initialised alike",
             )
 
-    # --- what lies here
+    # --- local shards
 
     def part(self, name: str, indices: Tensor | None) -> Part:
-        """Return the elements among `indices` that this rank measures.
-
-        Args:
-            name: Name of the layer.
-            indices: int64, flat indices of the elements that all ranks measure; None for all.
-        """
         return self._layers.part(name, indices)
 
     def parts(self, names: Sequence[str]) -> dict[str, tuple[int, Tensor]]:
-        """Return which of the measured elements of each layer lie on this rank.
-
-        Args:
-            names: The layers.
-
-        Returns:
-            By layer, how many elements all ranks measure, and int64 positions among these.
-        """
         return {
             name: (each.elements, self._positions(name))
             for name, each in self._layers.expected(names).items()
@@ -213,64 +177,29 @@ class Together(Ranks):
         return positions
 
     def known(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the parameters whose placement on the ranks is known, by name."""
         return self._layers.known(parameters)
 
     def agreed(self, stepped: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:  # noqa: ARG002
-        """Return the parameters of all layers that were agreed on, in the order of the model.
-
-        Layers that this rank alone has got, or has changed, must not make its messages longer.
-
-        Args:
-            stepped: Not called: what this rank steps now may differ from other ranks.
-
-        Returns:
-            The parameters by name.
-        """
+        # Layers that this rank alone has got, or has changed, must not make its messages longer.
         names = {name for names in self._agreed for name in names}
         return {n: p for n, p in self._watched.parameters.items() if n in names}
 
     # --- an observed step
 
     def combine(self, optimizer: Optimizer, index: int, local: StepSums) -> StepSums:
-        """Return the sums of all ranks; one SUM and one MAX.
-
-        Args:
-            optimizer: The optimizer that stepped.
-            index: Index of the step.
-            local: The sums of this rank.
-
-        Raises:
-            RankError: A rank has failed, or ranks do not observe the same.
-            LostRankError: One does not answer.
-        """
         if isinstance(local.error, RankError):  # which every rank has
             raise local.error
-        names = self._stepping.get(optimizer, ())
-        message = StepMessage(len(self._watched.formats), self._rows, index, names)
-        what = f"step {index} of {type(optimizer).__name__}"
-        return self.merge(message, self._layers.expected(names), local, what)
+        layers = self._layers.expected(self._stepping.get(optimizer, ()))
+        rows = max(map(len, self._agreed), default=0)
+        step = f"step {index} of {type(optimizer).__name__}"
+        return self.merge(StepMessage(step, layers, rows, len(self._watched.formats)), local)
 
     def amax(
         self, parameters: Mapping[str, Tensor], scaling: Scaling | None
     ) -> tuple[list[Tensor], list[bool]]:
-        """Return the amax of whole parameters; one MAX.
-
-        Args:
-            parameters: By name.
-            scaling: Which elements share a scale.
-
-        Returns:
-            float32 (float64 for float64) (1) or (channels) for each parameter, on its device; and
-            whether any of these is 0.
-        """
         shapes = [self._layers.shard(name).shape for name in parameters]
         groups = [shape[0] if shape and scaling == "channel" else 1 for shape in shapes]
-
-        def take() -> Tensor:
-            return self._amax_here(parameters, groups, scaling)
-
-        found = self.maximum(take, sum(groups))
+        found = self.maximum(lambda: self._local_amax(parameters, groups, scaling), sum(groups))
         on_device = {p.device: found.to(p.device) for p in parameters.values()}
         by_device = {device: torch.split(each, groups) for device, each in on_device.items()}
         amax = [
@@ -279,10 +208,10 @@ class Together(Ranks):
         ]
         return amax, [bool((each == 0).any()) for each in torch.split(found, groups)]
 
-    def _amax_here(
+    def _local_amax(
         self, parameters: Mapping[str, Tensor], groups: list[int], scaling: Scaling | None
     ) -> Tensor:
-        """Return the amax of what lies here, float64 (all groups) on the host; 0 for nothing."""
+        """Return the amax of each local shard, float64 (all groups) on the host; 0 if empty."""
         here = {name: to_local_tensor(parameter.detach()) for name, parameter in parameters.items()}
         filled = {name: each for name, each in here.items() if each.numel()}
         numbers = torch.zeros(sum(groups), dtype=torch.float64, device="cpu")
@@ -303,24 +232,8 @@ class Together(Ranks):
     def whole_history(
         self, here: dict[str, PackedBits], names: Sequence[str], kinds: int
     ) -> dict[str, PackedBits]:
-        """Return what the elements of each layer have done so far, on whichever rank.
-
-        Args:
-            here: What the elements on this rank have done, by layer. Before the ranks have met it
-                is returned.
-            names: The layers.
-            kinds: Number of bits of each element.
-
-        Returns:
-            Packed bits of shape (kinds, elements) by layer, equal on all ranks.
-
-        Raises:
-            LostRankError: Not all ranks have called it.
-        """
-        if not self.have_met:
-            return here
         expected = self._layers.expected([name for name in names if name in self._layers])
-        if not expected:
+        if not expected:  # as before attach()
             return {}
         shapes = {name: (kinds, each.elements) for name, each in expected.items()}
         bits = [
@@ -334,7 +247,7 @@ class Together(Ranks):
     def _joined(self, bits: Tensor) -> Tensor:
         """Return the bits, uint8, that are set on any rank; few are on each, which pack well."""
         packed = b64encode(zlib.compress(bytes(bits.tolist()), 1)).decode()
-        for each in self.call("state_dict()", packed):
+        for each in self.group.gather("state_dict()", packed):
             said = torch.frombuffer(bytearray(zlib.decompress(b64decode(each))), dtype=torch.uint8)
             if len(said) != len(bits):
                 raise LostRankError(
@@ -348,7 +261,7 @@ class Together(Ranks):
 def _check_formats(formats: FormatSet) -> None:
     if formats.needs_tensor_amax:
         raise ValueError(
-            f"formats={formats.names}: one of them scales blocks by the amax of the whole tensor "
-            "in each step, which is not known where parameters are sharded; leave out 'nvfp4', "
-            "or observe an unsharded run"
+            f"formats={formats.names}: expected none that scales by the amax of the whole tensor "
+            "in each step, which is unknown where parameters are sharded; leave out 'nvfp4', or "
+            "observe an unsharded run"
         )

@@ -290,7 +290,7 @@ class UpdateMonitor:
         self._observer.detach()
         self._engine.leave_arenas()
         error = self._peers.take_error()
-        if error is None or isinstance(error, LostRankError):  # raised already
+        if error is None:
             return
         if self._is_strict:
             raise error
@@ -463,7 +463,7 @@ class UpdateMonitor:
     def _decides(self) -> dict[str, dict[str, object]]:
         """Return arguments and state that have to be equal on all ranks, for equal decisions."""
         return {
-            "settings": {
+            "setting": {
                 "formats": self._formats.formats,
                 "scaling": self._formats.scaling,
                 "seed": self._settings.seed,

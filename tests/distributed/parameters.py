@@ -26,10 +26,7 @@ class Parameters:
         return (*self.parameters,)
 
     def describe(self) -> dict[str, dict[str, object]]:
-        return {"settings": {}, "state": {}, "layers": dict.fromkeys(self.parameters, "")}
-
-    def is_enabled(self, name: str) -> bool:
-        return True
+        return {"settings": {}, "state": {}}
 
     def leave_out(self, names: Sequence[str], why: str) -> None:
         self.left_out += names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 from unittest import mock
 
@@ -83,7 +84,7 @@ def test_an_observed_step_makes_two_all_reduces_and_other_steps_make_none(
 def texts(rank: int) -> dict[str, Any]:
     """Record the texts that 1,000 layers exchange; rank 1 fails in the third step."""
     net, optimizer = sharded(1000)
-    exchange, said = HostGroup.exchange, {}
+    gather, said = HostGroup.gather, {}
 
     def on_record(record: Any) -> None:
         if rank == 1 and record.index == 1:
@@ -92,11 +93,11 @@ def texts(rank: int) -> dict[str, Any]:
     def during(name: str, call: Any) -> None:
         said[name] = []
 
-        def note(group: HostGroup, channel: str, text: str) -> list[str]:
-            said[name].append((channel, len(text)))
-            return exchange(group, channel, text)
+        def note(group: HostGroup, call: str, value: Any) -> list[Any]:
+            said[name].append((call, len(json.dumps(value))))
+            return gather(group, call, value)
 
-        with mock.patch.object(HostGroup, "exchange", note):
+        with mock.patch.object(HostGroup, "gather", note):
             call()
 
     monitor = UpdateMonitor(net, on_record, formats=["fp16", "bf16"], strict=True)
@@ -113,14 +114,13 @@ def texts(rank: int) -> dict[str, Any]:
 def test_texts_are_exchanged_only_by_calls_between_steps_and_after_an_error(two) -> None:
     for rank, said in enumerate(two(texts)):
         assert said["first"] == said["second"] == []
-        # That all have met, and a digest of all settings that must be alike.
-        assert [(channel, length < 100) for channel, length in said["attach"]] == [
-            ("calls", True)
-        ] * 2
+        # A digest of all settings that must be alike.
+        ((call, length),) = said["attach"]
+        assert (call, length < 100) == ("attach()", True)
         # For each of 16 elements a bit for "ever moved", and one for each format.
-        ((channel, length),) = said["checkpoint"]
-        assert (channel, length < 1000 * 3 * 16 // 8) == ("calls", True)
-        assert [channel for channel, _ in said["octaves"]] == ["calls"]
+        ((call, length),) = said["checkpoint"]
+        assert (call, length < 1000 * 3 * 16 // 8) == ("state_dict()", True)
+        assert [call for call, _ in said["octaves"]] == ["weight_octaves()"]
         assert said["numbers"] == ["allreduce", "allreduce"]
-        ((channel, length),) = said["failed"]
-        assert (channel, length > len("null")) == ("errors", rank == 1)
+        ((call, length),) = said["failed"]
+        assert (call, length > len("null")) == ("optimizer.step()", rank == 1)

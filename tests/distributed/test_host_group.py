@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import time
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 from torch import distributed as dist
 
-from altgrad.distributed.host_group import meet
+from altgrad.distributed.host_group import HostGroup
 from tests.distributed.training import LIMIT, refused
 from tests.processes import run
 
 SIZE = 3
+
+
+def meet() -> HostGroup:
+    group = HostGroup()
+    group.meet()
+    return group
 
 
 def default_store() -> Any:
@@ -31,9 +39,8 @@ def say(rank: int) -> dict[str, Any]:
     for how, each in numbers.items():
         group.reduce(each, how)
     return {how: each.tolist() for how, each in numbers.items()} | {
-        "texts": group.exchange("calls", f"of {rank}" + "é" * rank * 100_000),
-        "again": group.exchange("calls", f"again {rank}"),
-        "errors": group.exchange("errors", f"error {rank}"),
+        "texts": group.gather("state_dict()", f"of {rank}" + "é" * rank * 100_000),
+        "again": group.gather("state_dict()", [rank, None]),
         "place": (group.rank, group.size),
     }
 
@@ -43,20 +50,19 @@ def test_every_rank_gets_the_sum_the_maximum_and_texts_of_any_length(three) -> N
         assert each["SUM"] == [0 + 1 + 2, 1.5, -3.0]
         assert each["MAX"] == [2, 0, -torch.inf]
         assert each["texts"] == ["of 0", "of 1" + "é" * 100_000, "of 2" + "é" * 200_000]
-        assert each["again"] == ["again 0", "again 1", "again 2"]
-        assert each["errors"] == ["error 0", "error 1", "error 2"]
+        assert each["again"] == [[0, None], [1, None], [2, None]]
         assert each["place"] == (rank, SIZE)
 
 
 def meet_twice(rank: int) -> dict[str, Any]:
     """Use two groups at once."""
     first = meet()
-    first.exchange("calls", "met")  # each attach() does so, before there can be another group
+    first.gather("attach()", "")  # each attach() does so, before there can be another group
     second = meet()
     numbers = torch.tensor([1.0 + rank]), torch.tensor([10.0 + rank])
     second.reduce(numbers[1], "SUM")
     first.reduce(numbers[0], "SUM")
-    texts = [second.exchange("calls", "second"), first.exchange("calls", "first")]
+    texts = [second.gather("state_dict()", "second"), first.gather("state_dict()", "first")]
     dist.barrier()
     left = [key for key in range(SIZE) if default_store().check([f"altgrad/{key}"])]
     group = dist.new_group()
@@ -79,7 +85,7 @@ def exchange_often(rank: int) -> list[int]:
     group, counted = meet(), []
     for times in (3, 20):
         for number in range(times):
-            group.exchange("calls", str(number))
+            group.gather("state_dict()", str(number))
         dist.barrier()
         counted.append(default_store().num_keys())
         dist.barrier()
@@ -97,7 +103,7 @@ def test_texts_are_deleted_once_every_rank_has_read_them(three) -> None:
 def silence(rank: int) -> dict[str, Any]:
     """Reduce numbers on rank 0 alone in one of two groups."""
     group = meet()
-    group.exchange("calls", "met")
+    group.gather("attach()", "")
     other = meet()
     found: dict[str, Any] = {}
     if rank == 0:
@@ -106,7 +112,7 @@ def silence(rank: int) -> dict[str, Any]:
         found["seconds"] = time.monotonic() - start
         found["again"] = [
             refused(lambda: group.reduce(torch.zeros(1), "SUM")),
-            refused(lambda: group.exchange("calls", "it")),
+            refused(lambda: group.gather("state_dict()", "it")),
         ]
         found["seconds again"] = time.monotonic() - start - found["seconds"]
     dist.barrier()
@@ -119,54 +125,100 @@ def test_a_group_is_lost_after_half_the_limit_and_fails_at_once_afterwards() -> 
     first, second = run(silence, 2, collective=LIMIT)
     assert first["first"].startswith("LostRankError: rank 0 of 2 had no answer from at least one")
     assert LIMIT / 2 - 0.1 <= first["seconds"] < LIMIT
-    assert all(each.endswith("(an earlier call has timed out)") for each in first["again"])
+    assert all(each.startswith("LostRankError: rank 0 of 2 had no") for each in first["again"])
     assert first["seconds again"] < 0.1
     assert first["other"] == second["other"] == 2
 
 
 def call_alone(rank: int) -> dict[str, Any]:
-    """Exchange a text on rank 0 alone in one of two channels, then on both ranks."""
+    """Make a call on rank 0 alone, then the same call on both ranks, then an all-reduce."""
     group = meet()
     start = time.monotonic()
-    alone = [refused(lambda: group.exchange("calls", "alone"))] if rank == 0 else []
+    alone = [refused(lambda: group.gather("state_dict()", "alone"))] if rank == 0 else []
     seconds = time.monotonic() - start
-    dist.barrier()
-    again = [refused(lambda: group.exchange("calls", f"again {rank}"))]
+    alone += [refused(lambda: group.gather("state_dict()", "again"))] if rank == 0 else []
+    seconds_again = time.monotonic() - start - seconds
     dist.barrier()
     numbers = torch.ones(1)
     group.reduce(numbers, "SUM")
-    texts = group.exchange("errors", f"of {rank}")
+    lost, group.lost = group.lost, ""
+    texts = group.gather("state_dict()", f"of {rank}")
     return {
-        "calls": alone + again,
-        "seconds": seconds,
+        "alone": alone,
+        "seconds": (seconds, seconds_again),
+        "lost": lost,
         "numbers": float(numbers),
         "texts": texts,
     }
 
 
-def test_only_the_channel_in_which_a_rank_was_alone_is_lost() -> None:
+def test_ranks_are_together_again_after_the_next_all_reduce() -> None:
     first, second = run(call_alone, 2, collective=LIMIT)
-    assert LIMIT / 2 - 0.1 <= first["seconds"] < LIMIT
-    alone, again = first["calls"]
+    seconds, seconds_again = first["seconds"]
+    assert LIMIT / 2 - 0.1 <= seconds < LIMIT
+    assert seconds_again < 0.1
+    alone, again = first["alone"]
     assert alone.startswith("LostRankError: rank 0 of 2 had no answer from at least one")
-    assert again.endswith("(an earlier call has timed out)")
-    assert second["calls"][0].startswith("LostRankError: rank 1 of 2 had no answer from at least")
+    assert again == alone == f"LostRankError: {first['lost']}"
+    assert second["lost"] == ""
     for each in (first, second):
         assert each["numbers"] == 2
         assert each["texts"] == ["of 0", "of 1"]
 
 
-def lose(rank: int) -> tuple[str, list[str]]:
+def make_other_calls(rank: int) -> list[str]:
     group = meet()
-    group.lose("calls")
-    return refused(lambda: group.exchange("calls", "it")), group.exchange("errors", str(rank))
+    call = "state_dict()" if rank == 1 else "weight_octaves()"
+    return [refused(lambda: group.gather(call, rank)) for _ in range(2)]
 
 
-def test_a_lost_channel_refuses_every_exchange(three) -> None:
-    for lost, other in three(lose):
-        assert lost.startswith("LostRankError: ")
-        assert lost.endswith("(an earlier call has timed out)")
-        assert other == ["0", "1", "2"]
+def test_different_calls_are_named_and_texts_are_refused_afterwards(three) -> None:
+    met_others = [
+        "rank 1 called state_dict() while rank 0 called weight_octaves()",
+        "rank 0 called weight_octaves() while rank 1 called state_dict()",
+        "rank 1 called state_dict() while rank 2 called weight_octaves()",
+    ]
+    for expected, (told, again) in zip(met_others, three(make_other_calls), strict=True):
+        assert told == f"LostRankError: {expected}: call both on all ranks, in the same order"
+        assert again == told
+
+
+def speak_too_soon(rank: int) -> list[str]:
+    group = HostGroup()
+    told = refused(lambda: group.gather("state_dict()", rank))
+    group.meet()
+    return [told, *group.gather("state_dict()", f"of {rank}")]
+
+
+def test_ranks_exchange_nothing_before_they_have_met(two) -> None:
+    for told, *texts in two(speak_too_soon):
+        assert told.endswith("have not met yet: attach() on each first")
+        assert texts == ["of 0", "of 1"]
+
+
+def test_a_group_needs_a_process_group() -> None:
+    with (
+        mock.patch("torch.distributed.is_initialized", return_value=False),
+        pytest.raises(RuntimeError, match=r"no process group: call torch\.distributed\.init_proc"),
+    ):
+        HostGroup()
+
+
+def meet_again_alone(rank: int) -> tuple[str, str, list[float]]:
+    """Meet once more on rank 0 alone; the group before goes on."""
+    group = meet()
+    group.gather("attach()", "")
+    alone = refused(group.meet) if rank == 0 else ""
+    dist.barrier()
+    numbers = torch.ones(1)
+    group.reduce(numbers, "SUM")
+    return alone, group.lost, numbers.tolist()
+
+
+def test_a_group_still_reduces_after_a_rank_has_met_alone() -> None:
+    (alone, lost, first), (_, _, second) = run(meet_again_alone, 2, collective=LIMIT)
+    assert alone == f"LostRankError: {lost}"
+    assert first == second == [2.0]
 
 
 def come_alone(rank: int) -> dict[str, Any]:
@@ -175,7 +227,7 @@ def come_alone(rank: int) -> dict[str, Any]:
     alone = refused(meet) if rank == 0 else ""
     seconds = time.monotonic() - start
     dist.barrier()
-    return {"alone": alone, "seconds": seconds, "said": meet().exchange("calls", str(rank))}
+    return {"alone": alone, "seconds": seconds, "said": meet().gather("state_dict()", str(rank))}
 
 
 def test_a_rank_that_meets_alone_gives_up_after_half_the_limit_and_can_meet_later() -> None:

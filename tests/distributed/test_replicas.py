@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard as Cut
 
 from altgrad import UpdateMonitor
 from altgrad.distributed.ranks import Ranks
-from altgrad.distributed.replicas import different_replicas
+from altgrad.distributed.replicas import find_different_replicas
 from altgrad.distributed.shards import Shard
 from tests.distributed.listening import Listening
 from tests.distributed.sharded import Net
@@ -24,8 +24,8 @@ SIZE = 2
 def found_different(rank: int, parameters: dict[str, Tensor]) -> list[str]:
     shards = {name: Shard.read(name, each, rank) for name, each in parameters.items()}
     ranks = Ranks()
-    ranks.meet()
-    return different_replicas(parameters, shards.__getitem__, ranks)
+    ranks.group.meet()
+    return find_different_replicas(parameters, shards.__getitem__, ranks)
 
 
 def compare(rank: int) -> list[str]:

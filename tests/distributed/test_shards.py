@@ -220,21 +220,25 @@ class Ragged(Placement):
 @pytest.mark.parametrize("placement", [Partial(), Ragged()], ids=["partial", "unknown"])
 def test_placements_other_than_shards_and_replicas_are_refused_by_name(placement) -> None:
     laid = Laid([4, 4], [2, 2], [Cut(0), placement], [0, 0])
-    with pytest.raises(ValueError, match=r"^up.weight is placed as .*; redistribute it"):
+    with pytest.raises(
+        ValueError, match=r"^up.weight.placements=.*: expected shards .*; redistribute it"
+    ):
         Shard.read("up.weight", laid, 0)
 
 
 def test_a_rank_outside_the_mesh_refuses_the_tensor() -> None:
     laid = Laid([4], [2], [Cut(0)], [0])
     laid.device_mesh.get_coordinate = lambda: None
-    with pytest.raises(ValueError, match=r"^up.weight lies in ranks \[0, 1\] alone, .* rank 2: "):
+    with pytest.raises(
+        ValueError, match=r"^up.weight: expected .* got ranks \[0, 1\] without rank 2; "
+    ):
         Shard.read("up.weight", laid, 2)
 
 
 def test_a_shard_whose_shape_contradicts_its_placements_is_refused() -> None:
     laid = Laid([6, 4], [3], [Cut(0)], [1])
     laid.local = torch.zeros(3, 4)
-    with pytest.raises(ValueError, match=r"shard of \(2, 4\) of its \(6, 4\) here, .* \(3, 4\); "):
+    with pytest.raises(ValueError, match=r"shape \(2, 4\) from \(6, 4\) .* got \(3, 4\); "):
         Shard.read("up.weight", laid, 1)
 
 
@@ -247,5 +251,5 @@ def partial(rank: int) -> str:
 
 def test_a_monitor_refuses_partial_tensors_on_every_rank(two) -> None:
     for each in two(partial):
-        assert each.startswith("ValueError: bias is placed as (Partial(sum),)")
+        assert each.startswith("ValueError: bias.placements=(Partial(sum),): expected shards")
         assert "redistribute it" in each

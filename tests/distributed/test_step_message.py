@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given, strategies as st
 
 from altgrad.distributed.peers import StepSums
-from altgrad.distributed.step_message import StepMessage
-from altgrad.measurement.columns import Numbers, max_count, sum_count
+from altgrad.distributed.step_message import Expected, StepMessage
+from altgrad.measurement.columns import ELEMENTS, POPULATION, Numbers, max_count, sum_count
+from altgrad.observation.observer import RankError
 from altgrad.observation.step import SkipReason
 from tests.strategies import thorough
 
 FORMATS, ROWS = 2, 5
 SUMS, MAXIMA = sum_count(FORMATS), max_count(FORMATS)
-STEP = 3, ("a", "b", "c")
+STEP, LAYERS = "step 3 of SGD", ("a", "b", "c")
 REASONS: list[SkipReason | None] = [None, "no gradients", "learning rate 0", "inf"]
 """Reasons by priority, lowest first: the reason of a step is the highest of any rank."""
 
@@ -34,14 +35,24 @@ def local(
     return StepSums(seconds, vectors, [*(figures or {})], present, found_inf, skipped)
 
 
-def pack_message(
-    said: StepSums,
-    error: Exception | None = None,
-    step: tuple[int, tuple[str, ...]] = STEP,
-) -> StepMessage:
-    message = StepMessage(FORMATS, ROWS, *step)
-    assert message.pack(said, error) is error
-    return message
+def pack_messages(
+    each: Sequence[StepSums], step: str = STEP, layers: Sequence[str] = LAYERS
+) -> list[StepMessage]:
+    """Return the message of each rank, which expects the elements that they have together."""
+    elements = {
+        name: sum(float(s.vectors[s.names.index(name), ELEMENTS]) for s in each if name in s.names)
+        for name in layers
+    }
+    expected = {name: Expected(1000, count) for name, count in elements.items()}
+    messages = [StepMessage(step, expected, ROWS, FORMATS) for _ in each]
+    for message, said in zip(messages, each, strict=True):
+        message.pack(said)
+    return messages
+
+
+def failed_message() -> StepMessage:
+    """Return the message of a rank that has failed, and therefore packs nothing."""
+    return StepMessage(STEP, dict.fromkeys(LAYERS, Expected(1000, 0)), ROWS, FORMATS)
 
 
 def reduced(messages: Sequence[StepMessage]) -> StepMessage:
@@ -55,8 +66,8 @@ def reduced(messages: Sequence[StepMessage]) -> StepMessage:
 @st.composite
 def draw_local_sums(draw: st.DrawFn) -> StepSums:
     """Draw sums for any layers in any order; some layers are measured but not stepped."""
-    present = draw(st.lists(st.sampled_from(STEP[1]), unique=True))
-    names = draw(st.lists(st.sampled_from(STEP[1]), unique=True))
+    present = draw(st.lists(st.sampled_from(LAYERS), unique=True))
+    names = draw(st.lists(st.sampled_from(LAYERS), unique=True))
     generator = np.random.default_rng(draw(st.integers(0, 9)))
     return local(
         {name: generator.integers(-9, 9, SUMS + MAXIMA).astype(np.float64) for name in names},
@@ -70,13 +81,14 @@ def draw_local_sums(draw: st.DrawFn) -> StepSums:
 @thorough
 @given(st.lists(draw_local_sums(), min_size=1, max_size=4))
 def test_a_reduced_message_has_the_sums_and_maxima_over_ranks(each: list[StepSums]) -> None:
-    step = reduced([pack_message(said) for said in each]).unpack()
-    assert step.names == [n for n in STEP[1] if any(n in said.present for said in each)]
+    step = reduced(pack_messages(each)).unpack(0)
+    assert step.names == [n for n in LAYERS if any(n in said.present for said in each)]
     assert step.present == step.names
     assert step.error is None
     for name, vector in zip(step.names, step.vectors, strict=True):
         parts = [said.vectors[said.names.index(name)] for said in each if name in said.names]
         sums = sum((part[:SUMS] for part in parts), np.zeros(SUMS))
+        sums[POPULATION] = 1000  # of the whole layer, whatever ranks have
         maxima = [
             max((float(p[SUMS + k]) for p in parts), default=-math.inf) for k in range(MAXIMA)
         ]
@@ -89,53 +101,59 @@ def test_a_reduced_message_has_the_sums_and_maxima_over_ranks(each: list[StepSum
 
 
 def test_a_reduced_message_shows_whether_any_rank_failed() -> None:
-    error = ArithmeticError()
-    assert not reduced([pack_message(local()) for _ in range(3)]).is_failed
-    assert reduced([pack_message(local(), each) for each in (None, error, None)]).is_failed
-    assert reduced([pack_message(local(), each) for each in (error, error)]).is_failed
-
-
-def test_a_failed_rank_adds_no_sums_and_other_ranks_still_count() -> None:
-    ones = np.ones(SUMS + MAXIMA)
-    failed = pack_message(local({"a": ones}, ["a"]), ArithmeticError())
-    together = reduced([failed, pack_message(local({"b": ones}, ["b"]))])
-    assert together.is_failed
-    assert together.unpack().names == ["b"]
-    assert together.unpack().vectors.tolist() == [ones.tolist()]
+    first, second, third = pack_messages([local()] * 3)
+    assert not reduced([first, second, third]).is_failed
+    assert reduced([first, failed_message(), third]).is_failed
+    assert reduced([failed_message(), failed_message()]).is_failed
 
 
 @pytest.mark.parametrize(
-    ("step", "is_one"),
+    ("step", "layers", "is_one"),
     [
-        ((3, ("a", "b", "c")), True),
-        ((4, ("a", "b", "c")), False),
-        ((3, ("a", "b")), False),
-        ((3, ("a", "c", "b")), False),
+        (STEP, "abc", True),
+        ("step 4 of SGD", "abc", False),
+        ("step 3 of Adam", "abc", False),
+        (STEP, "ab", False),
+        (STEP, "acb", False),
     ],
-    ids=["same", "index", "layers", "order"],
+    ids=["same", "index", "optimizer", "layers", "order"],
 )
-def test_messages_for_different_steps_disagree_after_they_are_reduced(step, is_one: bool) -> None:
-    first, second = pack_message(local()), pack_message(local(), step=step)
+def test_ranks_in_different_steps_are_an_error_on_each(step, layers, is_one: bool) -> None:
+    (first,), (second,) = pack_messages([local()]), pack_messages([local()], step, layers)
     assert (first.sums.shape, first.maxima.shape) == (second.sums.shape, second.maxima.shape)
-    assert first.agrees_on_step
-    assert second.agrees_on_step
-    assert reduced([first, second]).agrees_on_step == is_one
-    assert reduced([second, pack_message(local())]).agrees_on_step == is_one
+    for own, other in ((first, second), (second, pack_messages([local()])[0])):
+        assert own.unpack(1).names == []
+        together = reduced([own, other])
+        if is_one:
+            assert together.unpack(1).names == []
+            continue
+        expected = f"different steps or layers, rank 1 {own.step} with .* give every rank the same"
+        with pytest.raises(RankError, match=expected):
+            together.unpack(1)
+
+
+@pytest.mark.parametrize("elements", [4, 6])
+def test_elements_that_are_missing_or_counted_twice_are_an_error(elements: int) -> None:
+    message = StepMessage(STEP, {"a": Expected(1000, elements)}, ROWS, FORMATS)
+    message.pack(local({"a": np.full(SUMS + MAXIMA, 5.0)}, ["a"]))
+    expected = f"^a, {STEP}: expected {elements} measured elements on all ranks together, got 5: "
+    with pytest.raises(RankError, match=expected):
+        message.unpack(0)
 
 
 @pytest.mark.parametrize("kind", ["stepped", "measured"])
-def test_unknown_layers_are_an_error_that_reaches_every_rank(kind: str) -> None:
+def test_layers_that_ranks_have_not_agreed_on_are_an_error(kind: str) -> None:
     names = ["a", "d", "e"]
     figures = {name: np.ones(SUMS + MAXIMA) for name in names}
-    said = local(present=names) if kind == "stepped" else local(figures)
-    message = StepMessage(FORMATS, ROWS, *STEP)
-    error = message.pack(said, None)
-    assert isinstance(error, RuntimeError)
-    assert str(error) == "d, e are stepped and were not agreed upon"
+    message = failed_message()
+    with pytest.raises(RuntimeError, match=r"^layers=d, e: expected layers that all ranks knew"):
+        message.pack(local(present=names) if kind == "stepped" else local(figures))
     assert message.is_failed
-    assert message.unpack().names == []
 
 
-def test_an_earlier_error_is_reported_instead_of_a_later_one() -> None:
-    before = ArithmeticError()
-    assert StepMessage(FORMATS, ROWS, *STEP).pack(local(present=["d"]), before) is before
+def test_packing_raises_the_error_of_the_step() -> None:
+    message, error = failed_message(), ArithmeticError()
+    with pytest.raises(ArithmeticError) as raised:
+        message.pack(local()._replace(error=error))
+    assert raised.value is error
+    assert message.is_failed
