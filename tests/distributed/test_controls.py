@@ -118,7 +118,7 @@ def test_a_small_change_in_any_column_is_found() -> None:
     columns += [f"largest {each} {f}" for f in names for each in FORMAT_MAXIMA]
 
     def record(vector: torch.Tensor):
-        return step_record(names, {"it": names}, vector.unsqueeze(0), 0, (0.0, 0.0))
+        return step_record(names, {"it": names}, vector.unsqueeze(0).numpy(), 0, (0.0, 0.0))
 
     unseen = set()
     for place, column in enumerate(columns):

@@ -139,6 +139,29 @@ def test_every_rank_warns_about_weight_octaves_on_one_rank_and_training_goes_on(
         assert each["seconds"] < 0.9 * LIMIT
 
 
+def octaves_alone_in_a_callback(rank: int) -> dict[str, Any]:
+    """Call weight_octaves() in on_record, on rank 0 alone, at the first of three steps."""
+    net = fsdp(SIZE)
+    optimizer = sgd(net)
+
+    def on_record(record: Any) -> None:
+        if rank == 0 and record.index == 0:
+            monitor.weight_octaves()
+
+    monitor = UpdateMonitor(net, on_record).attach(optimizer)
+    start = time.monotonic()
+    told = warned(net, optimizer, 3)
+    seconds = time.monotonic() - start
+    return {"told": told, "seconds": seconds, "observing": monitor.is_observing}
+
+
+def test_every_rank_names_the_rank_that_called_alone_in_a_callback() -> None:
+    for each in run(octaves_alone_in_a_callback, SIZE, collective=LIMIT):
+        assert [told[: len(LOST)] for told in each["told"]] == [LOST]
+        assert not each["observing"]
+        assert each["seconds"] < 0.9 * LIMIT
+
+
 def two_monitors(rank: int) -> dict[str, Any]:
     """Attach two monitors, of which each rank uses a different one."""
     net = fsdp(SIZE)

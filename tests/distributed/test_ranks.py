@@ -292,6 +292,6 @@ def total_too_soon(rank: int) -> str:
     return refused(lambda: Ranks().total(lambda: torch.zeros(1), 1))
 
 
-def test_ranks_exchange_nothing_before_they_have_met(two) -> None:
+def test_a_total_is_refused_before_the_ranks_have_met(two) -> None:
     for told in two(total_too_soon):
         assert told.endswith("have not met yet: attach() on each first")

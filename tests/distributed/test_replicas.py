@@ -99,6 +99,33 @@ def test_layers_with_different_weights_on_each_rank_are_left_out_by_name(two) ->
     assert second["told"] == []
 
 
+def late_experts(rank: int) -> dict[str, Any]:
+    """Add layers after the first step: an expert, and a replica."""
+    net = fully_shard(nn.Linear(8, 8), mesh=init_device_mesh("cpu", (SIZE,)))
+    optimizer = sgd(net)
+    told: list[str] = []
+    monitor = UpdateMonitor(net, tell=told.append, strict=True).attach(optimizer)
+    layers = []
+    for step in range(3):
+        if step == 1:
+            net.expert = nn.Parameter(torch.full((8,), 1.0 + rank))
+            net.scale = nn.Parameter(torch.ones(8))
+            optimizer.add_param_group({"params": [net.expert, net.scale]})
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        layers.append(sorted(monitor.latest.layers))
+    return {"told": told, "layers": layers}
+
+
+def test_experts_that_appear_later_are_left_out_by_name(two) -> None:
+    first, second = two(late_experts)
+    before, after = ["bias", "weight"], ["bias", "scale", "weight"]
+    assert first["layers"] == second["layers"] == [before, after, after]
+    assert [each[:18] for each in first["told"]] == ["leaves out expert:"]
+    assert second["told"] == []
+
+
 def halves(rank: int, *, alike: bool) -> dict[str, Any]:
     """Observe four ranks, of which each half shards a separate model."""
     meshes = [DeviceMesh("cpu", [first, first + 1]) for first in (0, 2)]
