@@ -7,6 +7,7 @@ keeps no lock. The module `writing` comes next.
 from __future__ import annotations
 
 import errno
+import os
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -26,9 +27,12 @@ class WriterLock:
 
     def __init__(self, lock: BaseFileLock) -> None:
         self._lock = lock
+        self._process = os.getpid()
 
     def release(self) -> None:
         """Give the run file to the next writer, and delete the lock's file."""
+        if not self._lock.is_locked or os.getpid() != self._process:  # in a fork of the writer
+            return
         if not isinstance(self._lock, SoftFileLock):  # which deletes its file itself
             # Deleted while the lock is held: a writer that has opened the file meanwhile sees that
             # the file has no name any more, and makes a new one. Windows refuses.

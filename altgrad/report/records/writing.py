@@ -15,6 +15,7 @@ import numbers
 import os
 import uuid
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -48,6 +49,7 @@ class RunFile:
     def __init__(self, path: Path, lock: WriterLock) -> None:
         self.path = path
         self._lock = lock
+        weakref.finalize(self, lock.release)  # at the end of the process, if nobody closes
         try:
             # Mode a (O_APPEND): even a writer without the lock could not overwrite lines.
             self._file: BinaryIO = path.open("a+b", buffering=0)
@@ -177,9 +179,8 @@ class RunFile:
 
     def close(self) -> None:
         """Close the file, and let other writers have it."""
-        if not self._file.closed:
-            self._file.close()
-            self._lock.release()
+        self._file.close()
+        self._lock.release()
 
     def __enter__(self) -> RunFile:  # noqa: PYI034 - typing has Self only from Python 3.11 on
         return self

@@ -35,6 +35,19 @@ def fail(code: int) -> None:
     raise OSError(code, os.strerror(code))
 
 
+def write_script(path: Path, locks: int | None, *lines: str) -> str:
+    """Write a script that takes a lock, in a file system with or without locks."""
+    return f"""
+import fcntl, os, sys; sys.path.insert(0, {ROOT!r})
+from pathlib import Path
+from altgrad.report.records.locks import take_lock
+path = Path({str(path)!r})
+def flock(*_): raise OSError({locks}, "no locks")
+if {locks}: fcntl.flock = flock
+lock = take_lock(path)
+""" + "\n".join(lines)
+
+
 def test_a_lock_is_held_once_and_leaves_nothing(tmp_path: Path, locks: int | None) -> None:
     path = tmp_path / "altgrad.jsonl"
     for _ in range(2):
@@ -47,16 +60,7 @@ def test_a_lock_is_held_once_and_leaves_nothing(tmp_path: Path, locks: int | Non
 
 def test_a_process_that_died_keeps_no_lock(tmp_path: Path, locks: int | None) -> None:
     path = tmp_path / "altgrad.jsonl"
-    script = f"""
-import fcntl, sys; sys.path.insert(0, {ROOT!r})
-from pathlib import Path
-from altgrad.report.records.locks import take_lock
-def flock(*_): raise OSError({locks}, "no locks")
-if {locks}: fcntl.flock = flock
-lock = take_lock(Path({str(path)!r}))
-print(type(lock).__name__, flush=True)
-input()
-"""
+    script = write_script(path, locks, "print(type(lock).__name__, flush=True)", "input()")
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe) as process:
         assert process.stdout is not None
@@ -67,6 +71,30 @@ input()
     assert lock is not None
     lock.release()
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_fork_of_the_writer_does_not_release_its_lock(tmp_path: Path, locks: int | None) -> None:
+    lines = (
+        "if (child := os.fork()) == 0: lock.release(); os._exit(0)",
+        "os.waitpid(child, 0)",
+        "assert take_lock(path) is None",
+        "lock.release()",
+        "assert take_lock(path) is not None",
+    )
+    script = write_script(tmp_path / "altgrad.jsonl", locks, *lines)
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)
+
+
+def test_a_process_that_ends_without_closing_leaves_no_file_of_a_lock(tmp_path: Path) -> None:
+    lines = (
+        "lock.release()",
+        "from altgrad.report import Header, RunFile",
+        "file = RunFile.create(path.parent, Header({}, {}))",
+        "assert {each.name for each in path.parent.iterdir()} == {path.name, path.name + '.lock'}",
+    )
+    script = write_script(tmp_path / "altgrad.jsonl", None, *lines)
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert [each.name for each in tmp_path.iterdir()] == ["altgrad.jsonl"]
 
 
 def test_other_errors_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
