@@ -1,6 +1,6 @@
 """Format numbers and lists, give notices, and raise errors of arguments, alike in all rooms.
 
-- `percent` and `few` format a share and a list of names.
+- `format_percent`, `format_count` and `few` format a share, a number of things and a list of names.
 - `check_type` and `check_int` raise the errors of wrong arguments: argument=value, then the type or
   value expected.
 - `Notices` gives an object's notices to its user, each once if wished.
@@ -59,6 +59,16 @@ def format_percent(share: float) -> str:
     if whole == 0 and share > 0:
         return "<1 %"
     return f"{whole} %"
+
+
+def format_count(count: int, noun: str) -> str:
+    """Return a number of things in words, as ``1 layer`` and ``2,000 layers``.
+
+    Args:
+        count: The number, 0 or more.
+        noun: The thing, in the singular. Its plural ends in ``s``.
+    """
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def few(names: Sequence[str], separator: str = ", ") -> str:

@@ -1,12 +1,22 @@
 """Formatted numbers and lists, notices to the user, and errors of argument checks."""
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from altgrad._messages import Notices, check_int, check_type, few, format_percent
+import altgrad
+from altgrad._messages import (
+    Notices,
+    check_int,
+    check_type,
+    few,
+    format_count,
+    format_percent,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +42,20 @@ def test_100_percent_means_all_and_0_percent_none(share: float, text: str) -> No
 )
 def test_three_names_are_listed_and_others_counted(count: int, text: str) -> None:
     assert few([f"n{k}" for k in range(count)]) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 layers"), (1, "1 layer"), (2, "2 layers"), (2000, "2,000 layers")]
+)
+def test_a_number_of_things_has_the_plural_that_fits(count: int, text: str) -> None:
+    assert format_count(count, "layer") == text
+
+
+def test_no_message_counts_with_a_fixed_plural() -> None:
+    things = "layers|elements|steps|lines|files|formats|names|ranks|verdicts|parameters"
+    fixed = re.compile(rf"\{{[^{{}}]*(?:len\(|:,)[^{{}}]*\}} (?:{things})\b")
+    for path in Path(altgrad.__file__).parent.rglob("*.py"):
+        assert not (found := fixed.findall(path.read_text(encoding="utf-8"))), (path, found)
 
 
 def test_many_names_are_counted_with_separators() -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from altgrad._messages import few
+from altgrad._messages import few, format_count
 from altgrad.distributed.peers import StepSums
 from altgrad.measurement.columns import ELEMENTS, POPULATION, max_count, sum_count
 from altgrad.observation.observer import RankError
@@ -103,7 +103,8 @@ class StepMessage:
         if step != -minus_step:
             raise RankError(
                 f"ranks observe different steps or layers, rank {rank} {self.step} with "
-                f"{len(self._layers)} layers: give every rank the same every_n_steps and sampling"
+                f"{format_count(len(self._layers), 'layer')}: give every rank the same every_n_steps "
+                "and sampling"
             )
         is_present = self._layer_maxima[:, -1] > 0
         names = [name for name, row in self._rows.items() if is_present[row]]
@@ -111,9 +112,9 @@ class StepMessage:
         # Sums alone do not show whether every element was measured exactly once.
         for name, measured in zip(names, vectors[:, ELEMENTS].tolist(), strict=True):
             if measured != self._layers[name].elements:
+                expected = format_count(self._layers[name].elements, "measured element")
                 raise RankError(
-                    f"{name}, {self.step}: expected {self._layers[name].elements} measured "
-                    f"elements on all ranks together, got {measured:.0f}: check that its gradient "
+                    f"{name}, {self.step}: expected {expected} on all ranks together, got {measured:.0f}: check that its gradient "
                     "is present on every rank, and that shards and replicas are as the placements "
                     "say"
                 )

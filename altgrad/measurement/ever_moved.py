@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from altgrad._messages import format_count
 from altgrad.measurement.kernel import EverMoved
 
 Part = tuple[int, Tensor]
@@ -69,8 +70,8 @@ class EverMovedStore:
         ever = self._flags.pop(name, None)
         if ever is not None and ever.shape != (kinds, elements):
             self._tell(
-                f"has never_moved_frac of {name} begin anew: it has {elements} watched elements, "
-                f"and had {ever.shape[-1]}"
+                f"has never_moved_frac of {name} begin anew: it has "
+                f"{format_count(elements, 'watched element')}, and had {ever.shape[-1]}"
             )
             return None
         return ever

@@ -14,7 +14,7 @@ from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from altgrad._messages import check_int, check_type
+from altgrad._messages import check_int, check_type, format_count
 
 # The default cutoff of difflib.get_close_matches:
 # https://docs.python.org/3/library/difflib.html#difflib.get_close_matches
@@ -194,8 +194,9 @@ def _describe_no_match(pattern: str, names: Sequence[str]) -> str:
         known = "no name is similar; the first are " + ", ".join(map(repr, names[:_MOST_SUGGESTED]))
     else:
         known = "the model has no layers"
+    count = format_count(len(names), "layer")
     return (
-        f"layers={pattern!r} matches none of {len(names)} layers: {known}. Expected a pattern for "
+        f"layers={pattern!r} matches none of {count}: {known}. Expected a pattern for "
         "whole names, such as 'encoder.*' or '*.weight', in which '*' also matches dots; "
         "correct it or remove the rule"
     )

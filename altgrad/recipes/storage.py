@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from altgrad._messages import few
+from altgrad._messages import few, format_count
 from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.optimizers import unwrap
 from altgrad.observation.parameter_names import parameter_names
@@ -297,8 +297,8 @@ class WeightStorage:
         """Warn about layers of a loaded state that are not among the stored layers."""
         if unknown := [name for name in self._loaded if name not in names]:
             warnings.warn(
-                f"the loaded state has {len(unknown)} layers that are not stored now, among them "
-                f"{few(unknown)}: the scales and rounding errors of these layers are dropped. "
+                f"the loaded state has {format_count(len(unknown), 'layer')} not stored now, "
+                f"{few(unknown)}: their scales and rounding errors are dropped. "
                 "Names differ with and without module=; call attach() as in the saved run",
                 stacklevel=3,
             )

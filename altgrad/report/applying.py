@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
+from altgrad._messages import format_count
 from altgrad.quantization.block_formats import get_formats
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import FormatInfo
@@ -55,8 +56,9 @@ def write_code(run: Run, assessment: Assessment) -> str:
         '        SamplingRule("*", enabled=False),\n    ],\n)',
     ]
     if unchanged := [name for name, format in chosen.items() if format is None]:
+        layers = format_count(len(chosen), "layer")
         lines.append(
-            f"# {len(unchanged):,} of {len(chosen):,} layers stay unchanged: no judged format\n"
+            f"# {len(unchanged):,} of {layers} stay unchanged: no judged format\n"
             "# that WeightStorage supports is known to store them fine."
         )
         if any(_loses_updates(a) for name in unchanged for a in _list_advice(assessment, name)):

@@ -60,7 +60,7 @@ class Comparison:
         if not self.changes:
             return "No layer and format in common: nothing to compare."
         differing = sum(a.verdict is not b.verdict for a, b in self.changes)
-        return f"{differing:,} of {len(self.changes):,} verdicts differ."
+        return f"Differing verdicts: {differing:,} of {len(self.changes):,}."
 
     @property
     def notes(self) -> list[str]:

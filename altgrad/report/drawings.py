@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from altgrad._messages import format_percent
+from altgrad._messages import format_count, format_percent
 from altgrad.measurement.histogram import Histogram
 from altgrad.report.canvas import (
     finish_empty_figure,
@@ -224,7 +224,7 @@ def _rank_score(score: float, low_is_bad: bool) -> float:
 
 
 def _make_title(title: str, shown: int, all: int) -> str:
-    return title if shown == all else f"{title}\nthe worst {shown} of {all:,} layers"
+    return title if shown == all else f"{title}\nthe worst {shown} of {format_count(all, 'layer')}"
 
 
 def _average_columns(values: Mapping[int, float], groups: Sequence[Sequence[int]]) -> list[float]:

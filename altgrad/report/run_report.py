@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from altgrad._messages import format_count
 from altgrad.measurement.histogram import Histogram
 from altgrad.report.applying import write_code
 from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
@@ -50,9 +51,8 @@ class RunReport:
         steps = self.run.steps
         if not steps:
             return "no step observed"
-        if len(steps) == 1:
-            return f"1 step observed, {steps[0]}"
-        return f"{len(steps):,} steps observed, {steps[0]:,} to {steps[-1]:,}"
+        which = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
+        return f"{format_count(len(steps), 'step')} observed, {which}"
 
     @property
     def measured(self) -> str:
@@ -61,7 +61,10 @@ class RunReport:
         elements = sum(layer.elements for layer in layers)
         population = sum(math.prod(layer.shape) for layer in layers)
         measured = "all" if elements == population else f"{elements:,} of"
-        return f"{measured} {population:,} elements in {len(layers):,} layers"
+        return (
+            f"{measured} {format_count(population, 'element')} in "
+            f"{format_count(len(layers), 'layer')}"
+        )
 
     @property
     def skipped(self) -> Mapping[str, int]:

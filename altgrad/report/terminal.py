@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from altgrad._messages import format_count
 from altgrad.report.cells import COLOURS, EVIDENCE, MEANINGS, cell_text
 from altgrad.report.names import replace_unprintable, shorten_names
 
@@ -52,9 +53,8 @@ def _print_to_apply(report: RunReport, console: Console) -> None:
     """Print the code that applies the suggestions, unwrapped so that it can be copied."""
     lines = report.to_apply.splitlines()
     if len(lines) > _MOST_LINES:
-        _print(
-            console, f"The {len(lines)} lines that apply the suggestions are in --html and --json."
-        )
+        count = format_count(len(lines), "line")
+        _print(console, f"The {count} that apply the suggestions are in --html and --json.")
     elif lines:
         _print(console, "")
         _print(console, "To try it, in a simulation that keeps weights in these formats:")
@@ -87,7 +87,8 @@ def print_verdicts(report: RunReport, console: Console, most_layers: int | None 
         return
     shown = layers[:most_layers]
     if len(shown) < len(layers):
-        _print(console, f"The {len(shown)} of {len(layers):,} layers that keep least:")
+        count = format_count(len(layers), "layer")
+        _print(console, f"The {len(shown)} of {count} that keep least:")
     for formats in _group_formats(report, shown, console.width):
         console.print(_make_verdict_table(report, shown, formats, console.width))
     seen = {advice.verdict for advice in report.assessment.advice}

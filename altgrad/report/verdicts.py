@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
-from altgrad._messages import few, format_percent
+from altgrad._messages import few, format_count, format_percent
 from altgrad.report.calibration import calibration
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import FormatInfo, LayerInfo
@@ -375,7 +375,7 @@ def _summarize_format(format: str, advice: Sequence[Advice]) -> str:
         for verdict, words in _SUMMARY_WORDS.items()
         if counts[verdict]
     ]
-    text = f"{format}, of {len(advice):,} layers: {', '.join(parts)}"
+    text = f"{format}, of {format_count(len(advice), 'layer')}: {', '.join(parts)}"
     if frozen := [each.layer for each in advice if each.verdict is Verdict.FROZEN]:
         text += f"; frozen: {few(frozen)}"
     return f"{text}."
@@ -384,7 +384,7 @@ def _summarize_format(format: str, advice: Sequence[Advice]) -> str:
 _SUMMARY_WORDS = {
     Verdict.STORES_FINE: "fine",
     Verdict.WATCH: "to watch",
-    Verdict.NEEDS_REMEDY: "need a remedy",
+    Verdict.NEEDS_REMEDY: "in need of a remedy",
     Verdict.FROZEN: "frozen",
     Verdict.RANGE: "out of range",
     Verdict.UNCERTAIN: "uncertain (raise max_elements)",

@@ -82,7 +82,7 @@ def test_every_rank_reports_its_step_if_one_rank_is_in_another_step(three) -> No
     for rank, told in enumerate(three(other_step)):
         assert told.startswith(
             f"RankError: ranks observe different steps or layers, rank {rank} step "
-            f"{7 + rank // 2} of SGD with 1 layers: "
+            f"{7 + rank // 2} of SGD with 1 layer: "
         )
 
 

@@ -69,8 +69,8 @@ def test_the_summary_is_one_sentence() -> None:
     ]
     assert [Comparison((some, each)).summary for each in (other, some, changed)] == [
         "No layer and format in common: nothing to compare.",
-        "0 of 2 verdicts differ.",
-        "1 of 2 verdicts differ.",
+        "Differing verdicts: 0 of 2.",
+        "Differing verdicts: 1 of 2.",
     ]
 
 

@@ -41,7 +41,9 @@ def test_the_number_of_measured_elements_is_put_into_words() -> None:
     }
     assert report(layers=layers).measured == "296 of 2,040 elements in 2 layers"
     del layers["sampled"]
-    assert report(layers=layers).measured == "all 40 elements in 1 layers"
+    assert report(layers=layers).measured == "all 40 elements in 1 layer"
+    layers = {"scalar": LayerInfo((), "float32", 1, ("bf16",))}
+    assert report(layers=layers).measured == "all 1 element in 1 layer"
 
 
 def test_skipped_steps_are_those_of_the_row_with_the_highest_count() -> None:

@@ -125,11 +125,11 @@ def test_a_comparison_shows_differing_verdicts_first(run: Path, tmp_path: Path) 
         *([SCRIPT, format, "frozen", "0.00", "frozen", "0.00"] for format in FORMATS),
     ]
     text = " ".join(shown.stdout.split())
-    assert "4 of 6 verdicts differ." in text
+    assert "Differing verdicts: 4 of 6." in text
     assert f"layers only in A: 1 ({MARKUP})" in text
     assert "layers only in B: 1 (more)" in text
     assert re.search(r"kept_update_ratio/bf16 1 1 \+0", text)
-    assert "0 of 8 verdicts differ." in altgrad("compare", run, run).stdout
+    assert "Differing verdicts: 0 of 8." in altgrad("compare", run, run).stdout
 
 
 HOSTILE = ("f[bold]", "[/x]", ":smile:", "\x1b[31mred", "a\nb", "\u202egnp", "\ud800", "名前")

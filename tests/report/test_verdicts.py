@@ -169,7 +169,7 @@ def test_the_summary_has_a_sentence_for_each_format() -> None:
         judge.add(f"layers.{number}", figures("fp16") | bf16 | e5m2, {})
     assert judge.assessment().summary == (
         "fp16 would store every layer fine. bf16, of 2,000 layers: 1,995 fine, 5 frozen; frozen: "
-        "layers.0, layers.1, layers.2 and 2 more. e5m2, of 2,000 layers: 2,000 need a remedy."
+        "layers.0, layers.1, layers.2 and 2 more. e5m2, of 2,000 layers: 2,000 in need of a remedy."
     )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from altgrad._messages import format_count
 from altgrad.measurement.histogram import Histogram
 from altgrad.report.records.fields import (
     LAYER_LINE,
@@ -244,7 +245,8 @@ def _drop_superseded_rows(file: _File, before_step: int) -> None:
     kept = [row for row in file.rows if row.step < before_step]
     if dropped := len(file.rows) - len(kept):
         file.notes.append(
-            f"{file.path.name}: resumed before step {before_step}, {dropped} lines are superseded"
+            f"{file.path.name}: resumed before step {before_step}, which supersedes "
+            f"{format_count(dropped, 'line')}"
         )
     file.rows = kept
 

@@ -224,7 +224,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path, records, header) -> None:
     assert run.steps == (0, 1, 2, 3)
     assert len(run.rows) == 4 * 7
     assert_same(run.series("update_rms")[2], records[0].model["update_rms"])
-    assert run.notes == ["altgrad.jsonl: resumed before step 2, 7 lines are superseded"]
+    assert run.notes == ["altgrad.jsonl: resumed before step 2, which supersedes 7 lines"]
     RunFile.resume(path, 1, header).close()  # resume again, from an earlier step
     assert read(path).steps == (0,)
 
