@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from altgrad._messages import format_count
 from altgrad.quantization.block_formats import get_formats
+from altgrad.quantization.formats import Scaling
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import FormatInfo
 from altgrad.report.verdicts import Advice, Assessment, Verdict, find_smallest
@@ -37,7 +38,7 @@ def write_code(run: Run, assessment: Assessment) -> str:
     stored = Counter(format for format in chosen.values() if format is not None)
     scaling = ""
     if run.scaling != "tensor":
-        scaling = f", scaling={run.scaling!r}".replace("'", '"')
+        scaling = f", scaling={_write_scaling(run.scaling)}"
     if not stored:
         return _write_remedy(run, assessment, scaling)
     ((most, count),) = stored.most_common(1)
@@ -185,3 +186,12 @@ class _Patterns:
 def _quote(text: str) -> str:
     """Return a string literal of Python, in double quotes if possible."""
     return f'"{text}"' if text.isprintable() and not {*text} & {'"', "\\"} else repr(text)
+
+
+def _write_scaling(scaling: Scaling | None) -> str:
+    """Return a scaling as a literal of Python."""
+    if scaling is None:
+        return "None"
+    if isinstance(scaling, tuple):
+        return f"({_quote(scaling[0])}, {scaling[1]!r})"
+    return _quote(scaling)

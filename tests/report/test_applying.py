@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import sys
 from collections.abc import Callable
@@ -234,3 +235,16 @@ def test_names_are_quoted_as_python_strings(name: str) -> None:
     }
     exec(compile(lines.replace(", module=model", ""), "lines", "exec"), found)
     assert found["storage"].formats == {name: "bf16"}
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    ['x"), __import__("os").system("id"), ("', ('block", 1), exit(), ("', 2), ("block", "2), f(")],
+)
+def test_no_scaling_is_read_as_code(scaling) -> None:
+    """Files are checked when they are read; a `Run` made in Python is not."""
+    lines = write_lines({"a": {"bf16": FINE}, "b": {"bf16": WATCH}}, scaling)
+    calls = [n for n in ast.walk(ast.parse(lines)) if isinstance(n, ast.Call)]
+    assert {ast.unparse(call.func) for call in calls} == {
+        *("SamplingRule", "WeightStorage", "storage.attach")
+    }
