@@ -32,7 +32,9 @@ from altgrad.report.records.kinds import (
 SCHEMA = 1
 """Version of the run file's schema: the value of ``"altgrad"`` in the header."""
 
-_MOST = 2**63 - 1  # int64, in which pandas and other readers keep whole numbers
+LARGEST = 2**63 - 1
+"""Largest whole number: that of int64, in which pandas and other readers keep them."""
+
 _MOST_DIMENSIONS = 64  # of a tensor, as in torch and NumPy
 _MOST_FORMATS = 128  # a page has a picture for each
 _MOST_KEYS = 1024  # of objects that have a few
@@ -41,7 +43,7 @@ _OCTAVES = 2200  # float64 numbers and their quotients have binary exponents wit
 _MOST_BINS = 512
 _MOST_COUNT = 1e30  # estimated number of elements
 _MOST_SECONDS = 1e12  # 30,000 years
-_SMALLEST, _LARGEST = 5e-324, 1.7976931348623157e308  # of float64
+_SMALLEST_FLOAT, _LARGEST_FLOAT = 5e-324, 1.7976931348623157e308  # of float64
 
 _RENAMED_METRICS = {"zero_update_frac": "ulp_zero_frac"}
 """Metric names in older run files, with the names of today; a file with both has equal figures."""
@@ -62,12 +64,12 @@ def _check_range(format: Mapping[str, float]) -> None:
 def _check_elements(layer: Mapping[str, Any]) -> None:
     """Raise FieldError unless a layer measures at least one and at most all of its elements."""
     population = math.prod(layer["shape"])
-    parse_below("shape", Whole(0, _MOST), population)
+    parse_below("shape", Whole(0, LARGEST), population)
     parse_below("elements", Whole(min(1, population), population), layer["elements"])
 
 
-_STEP = Whole(0, _MOST)
-_POSITIVE = Real(_SMALLEST, _LARGEST)
+_STEP = Whole(0, LARGEST)
+_POSITIVE = Real(_SMALLEST_FLOAT, _LARGEST_FLOAT)
 _SECONDS = Figure(-_MOST_SECONDS, _MOST_SECONDS)  # the noise of a clock can be negative
 
 VERSION = Whole(1, SCHEMA)
@@ -89,11 +91,11 @@ FORMAT = Checked(
 LAYER = Checked(
     Fields(
         {
-            "shape": Items(Whole(0, _MOST), 0, _MOST_DIMENSIONS),
+            "shape": Items(Whole(0, LARGEST), 0, _MOST_DIMENSIONS),
             "dtype": Text(),
-            "elements": Whole(0, _MOST),
+            "elements": Whole(0, LARGEST),
             "formats": Items(Text(), 0, _MOST_KEYS),
-            "every_n_steps": Whole(1, _MOST),
+            "every_n_steps": Whole(1, LARGEST),
         }
     ),
     _check_elements,
@@ -121,22 +123,21 @@ _ERRORS = {"errors": (FloatTable(lambda _: Figure(least=0)), FloatsByKey({}, ())
 
 LAYER_LINE = Fields(_LINE, _ERRORS)
 
+HISTOGRAM = Fields(
+    {
+        "first": Whole(-_OCTAVES, _OCTAVES),
+        "counts": Items(Real(0, _MOST_COUNT), 1, _MOST_BINS),
+    }
+)
+
 MODEL_LINE = Fields(
     {
         **_LINE,
-        "elements": Whole(0, _MOST),
+        "elements": Whole(0, LARGEST),
         "own_seconds": _SECONDS,
         "training_seconds": _SECONDS,
-        "skipped": Table(Whole(0, _MOST), _MOST_KEYS),
-        "histograms": Table(
-            Fields(
-                {
-                    "first": Whole(-_OCTAVES, _OCTAVES),
-                    "counts": Items(Real(0, _MOST_COUNT), 1, _MOST_BINS),
-                }
-            ),
-            _MOST_KEYS,
-        ),
+        "skipped": Table(Whole(0, LARGEST), _MOST_KEYS),
+        "histograms": Table(HISTOGRAM, _MOST_KEYS),
     },
     _ERRORS,
 )

@@ -13,8 +13,9 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from altgrad.quantization.formats import Scaling
 
+_MOST_SHOWN = 80  # characters of a value or a key in an error
 _SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 60  # characters of a value or a key in an error
+_SHORT.maxstring = _SHORT.maxother = 60
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -32,8 +33,8 @@ class FieldError(ValueError):
     """
 
     def __init__(self, expected: str, got: object, path: Sequence[object] = ()) -> None:
-        where = "".join(f"[{_SHORT.repr(key)}]" for key in path)
-        problem = f"expected {expected}, got {_SHORT.repr(got)}"
+        where = "".join(f"[{shorten(key)}]" for key in path)
+        problem = f"expected {expected}, got {shorten(got)}"
         super().__init__(f"{where}: {problem}" if where else problem)
         self._expected = expected
         self._got = got
@@ -121,17 +122,23 @@ class Figure(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A text."""
+    """A text.
+
+    Attributes:
+        most: Largest number of characters.
+    """
+
+    most: int = 10_000
 
     def parse(self, value: object) -> str:
         """Return the text.
 
         Raises:
-            FieldError: The value is no text.
+            FieldError: The value is no text, or too long.
         """
-        if isinstance(value, str):
+        if isinstance(value, str) and len(value) <= self.most:
             return str(value)
-        raise FieldError("a text", value)
+        raise FieldError(f"a text of at most {self.most} characters", value)
 
 
 class Flag(NamedTuple):
@@ -230,7 +237,11 @@ class Table(NamedTuple, Generic[T]):
         values = check_object(value)
         if len(values) > self.most:
             raise FieldError(f"at most {self.most} keys", value)
-        return {key: parse_below(key, self.kind, each) for key, each in values.items()}
+        text = Text()
+        return {
+            parse_below(key, text, key): parse_below(key, self.kind, each)
+            for key, each in values.items()
+        }
 
 
 class Fields(NamedTuple):
@@ -291,6 +302,12 @@ def check_object(value: object) -> Mapping[str, object]:
         if not isinstance(key, str):
             raise FieldError("a text as key", key)
     return value
+
+
+def shorten(value: object) -> str:
+    """Return the repr of a value, cut to what fits in a sentence."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
 
 
 def number_as_json(value: float) -> float | str | None:

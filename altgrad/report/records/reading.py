@@ -24,7 +24,7 @@ from altgrad.report.records.fields import (
     SCHEMA,
     VERSION,
 )
-from altgrad.report.records.kinds import FieldError, check_object, parse_below
+from altgrad.report.records.kinds import FieldError, check_object, parse_below, shorten
 from altgrad.report.records.raw_lines import read_raw_lines
 from altgrad.report.records.run import Row, Run
 from altgrad.report.records.schema import FormatInfo, Header, LayerInfo, RunFileError
@@ -214,7 +214,7 @@ def _parse_header(path: Path, line: bytes) -> Header:
         raise RunFileError(f"{path}: expected a run file of AltGrad, got another file") from None
     if isinstance(schema, int) and schema > SCHEMA:
         raise RunFileError(
-            f"{path}: file of a newer AltGrad, schema {schema}; expected schema {SCHEMA}; "
+            f"{path}: file of a newer AltGrad, schema {shorten(schema)}; expected schema {SCHEMA}; "
             "run pip install --upgrade altgrad"
         )
     try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import numbers
 import os
 import uuid
@@ -24,6 +23,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from altgrad._version import __version__
 from altgrad.measurement.histogram import Histogram
+from altgrad.report.records.fields import HISTOGRAM, LARGEST
+from altgrad.report.records.kinds import FieldError
 from altgrad.report.records.lines import format_lines
 from altgrad.report.records.locks import WriterLock, take_lock
 from altgrad.report.records.reading import read_header
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from altgrad.measurement.step_record import StepRecord
 
 _CHUNK = 2**16  # bytes that are searched at once for the end of the last whole line
-_MOST = 2**63 - 1  # int64, in which pandas and other readers keep whole numbers
 
 
 class RunFile:
@@ -174,7 +174,7 @@ class RunFile:
             for reason, count in skipped.items()
         }
         if weights is not None:
-            _check_counts("weights", weights)
+            _check_histogram("weights", weights)
         self._write(format_lines(step, record, skipped, weights))
 
     def close(self) -> None:
@@ -232,18 +232,19 @@ def _check_whole(name: str, value: object) -> int:
             "pass an int"
         )
     number = int(value)
-    if not 0 <= number <= _MOST:
+    if not 0 <= number <= LARGEST:
         # Python refuses to write numbers of more than 4,300 digits.
         shown = number if abs(number) < 10**60 else "…"
         raise ValueError(f"{name}={shown}: expected a number from 0 to 2**63 - 1")
     return number
 
 
-def _check_counts(name: str, histogram: Histogram) -> None:
-    """Raise an error if a histogram has a count that is negative, infinite or NaN."""
-    for count in histogram.counts:
-        if not 0 <= count < math.inf:
-            raise ValueError(f"{name}: expected finite counts of 0 or more, got {count!r}")
+def _check_histogram(name: str, histogram: Histogram) -> None:
+    """Raise ValueError unless a reader would take the histogram."""
+    try:
+        HISTOGRAM.parse({"first": histogram.first, "counts": [*histogram.counts]})
+    except FieldError as error:
+        raise ValueError(f"{name}{error}") from None
 
 
 def _claim_first_free(folder: Path, content: memoryview) -> tuple[Path, WriterLock]:

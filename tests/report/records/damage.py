@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from altgrad import cli
+from altgrad.monitor.header import describe_format
+from altgrad.quantization import get_formats
 from altgrad.report import (
     Comparison,
     Run,
@@ -28,7 +30,7 @@ from altgrad.report import (
 from altgrad.report.exports import as_csv
 
 FORMATS = ("bf16", "e4m3fn")
-LAYERS = ("a.weight", "b.0.weight")
+KEPT_IN_BF16 = {"a.weight": 1.0, "b.0.weight": 0.25}  # one is stored fine, one is not
 PER_FORMAT = {
     "kept_update_ratio": 0.75,
     "stall_frac": 0.5,
@@ -40,14 +42,15 @@ PER_FORMAT = {
 
 def make_lines() -> list[Any]:
     """Return the JSON values of a run that was resumed: 3 steps, 2 layers and formats."""
-    numbers = {"max": 448.0, "smallest": 2**-9, "smallest_normal": 2**-6, "eps": 0.125}
     shapes = {"shape": [30, 4], "dtype": "float32", "elements": 60, "formats": FORMATS}
     lines: list[Any] = [
         {
             "altgrad": 1,
-            "formats": {name: {"bits": 8, **numbers, "scaled": True} for name in FORMATS},
+            "formats": {
+                each.name: describe_format(each, ("block", 32)) for each in get_formats(FORMATS)
+            },
             "scaling": ["block", 32],
-            "layers": {name: shapes | {"every_n_steps": 1} for name in LAYERS},
+            "layers": {name: shapes | {"every_n_steps": 1} for name in KEPT_IN_BF16},
             "versions": {"altgrad": "0.2.0"},
             "created": "2026-01-02T03:04:05+00:00",
             "predecessor": {"path": "../earlier/altgrad.jsonl", "before_step": 0},
@@ -58,9 +61,10 @@ def make_lines() -> list[Any]:
             lines.append({"resumed": {"before_step": 5}})
         by_key = {f"{key}/{f}": value for f in FORMATS for key, value in PER_FORMAT.items()}
         figures = {"update_weight_ratio": 1e-3, "ulp_zero_frac": 0.125, **by_key}
-        errors = {key: 0.01 for key in by_key if "kept" in key or "_frac" in key[:16]}
-        line = {"step": step, "figures": figures, "errors": errors}
-        lines += [line | {"layer": layer} for layer in LAYERS]
+        errors = {key: 0.001 for key in by_key if "kept" in key or "_frac" in key[:16]}
+        for layer, kept in KEPT_IN_BF16.items():
+            own = figures | {"kept_update_ratio/bf16": kept}
+            lines.append({"step": step, "layer": layer, "figures": own, "errors": errors})
         octaves = {"first": -3, "counts": [1.0, 2.5, 7.0]}
         model = {
             "elements": 120,
@@ -200,9 +204,7 @@ def rename_key(container: Any, key: Any, _: Any, name: str) -> None:
 def multiply_items(container: Any, key: Any, value: Any, _: str) -> None:
     """Put thousands of values in place of one."""
     container[key] = (
-        {f"{k}": value for k in range(2000)}
-        if isinstance(container[key], dict)
-        else [value] * 10**5
+        {f"{k}": value for k in range(2000)} if isinstance(container[key], dict) else [value] * 2000
     )
 
 

@@ -32,7 +32,7 @@ from altgrad.report.records.kinds import (
         (Whole(1, 5), [1, 5], [0, 6, True, 2.0, 1.5, "1", None, [1], 10**400, -(10**400)]),
         (Real(0.0, 1e30), [0.0, 0, 7, 1e30], [-1e-9, 1e31, math.nan, math.inf, True, "inf", None]),
         (Figure(0, 1), [0.0, 0.5, 1.0], [-1e-9, 1.1, math.inf, "inf", True, [], 10**400]),
-        (Text(), ["", "a\x00\ud800"], [None, 1, b"a", ["a"]]),
+        (Text(), ["", "a\x00\ud800", "a" * 10_000], [None, 1, b"a", ["a"], "a" * 10_001]),
         (Flag(), [True, False], [0, 1, None, "true"]),
         (Nullable(Text()), [None, "a"], [0, False]),
         (GridScaling(), [None, "tensor", "channel"], ["block", "", 0, False, [], {}, ["block", 1]]),
@@ -115,4 +115,9 @@ def test_an_error_says_where_the_value_is_in_a_short_printable_line() -> None:
     with pytest.raises(FieldError) as caught:
         kind.parse({"layers": {"a" * 10**6: "\n" * 10**6}})
     assert len(str(caught.value)) < 200
+    with pytest.raises(FieldError) as caught:
+        kind.parse({"layers": [{"a" * 99: [[["b" * 99] * 9] * 9] * 9}] * 9})
+    assert len(str(caught.value)) < 200
+    with pytest.raises(FieldError) as caught:
+        Table(Text(), 9).parse({"a" * 10**6: ""})
     assert str(caught.value).isprintable()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from altgrad.report import Row, Run
+from altgrad.report import Row, Run, RunReport
 from tests.report.records.damage import (
     FLOATS,
     HOSTILE,
@@ -68,8 +68,8 @@ def test_the_whole_file_is_read_and_shown(path: Path) -> None:
         "altgrad.jsonl",  # lines are superseded
         "steps before 0 are missing",
     ]
+    assert "SamplingRule" in RunReport.from_run(run).to_apply
     show(run)
-    show_page(run)
 
 
 ENDS = [*itertools.accumulate(map(len, CONTENT.splitlines(keepends=True)))]
@@ -119,32 +119,36 @@ def describe(row: Row) -> str:
     return repr((row.step, row.layer, row.figures, row.errors))
 
 
-def check_flipped(path: Path, place: int, mask: int, rows: set[str]) -> None:
+def check_flipped(path: Path, place: int, mask: int, rows: set[str]) -> Run | None:
+    """Read a file with a damaged byte; at most one row may differ from those of the whole file."""
     flipped = bytearray(CONTENT)
     flipped[place] ^= mask
     path.write_bytes(flipped)
     run = read_or_sentence(path)
-    if isinstance(run, Run):
-        # Without check sums a digit can change unseen, but in its own line only.
-        assert sum(describe(row) not in rows for row in run.rows) <= 1
-        assert len(run.rows) <= len(rows)
-        show(run)
+    if isinstance(run, str):
+        return None
+    # Without check sums a digit can change unseen, but in its own line only.
+    assert sum(describe(row) not in rows for row in run.rows) <= 1
+    assert len(run.rows) < CONTENT.count(b"\n")
+    return run
 
 
 def test_a_flipped_bit_changes_one_line_or_is_one_sentence(path: Path, rows: set[str]) -> None:
     generator = random.Random(0)
-    for _ in range(200):
+    for _ in range(100):
         place, bit = generator.randrange(len(CONTENT)), generator.randrange(8)
-        check_flipped(path, place, 1 << bit, rows)
+        if run := check_flipped(path, place, 1 << bit, rows):
+            show(run)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bit", range(8))
-def test_every_flipped_bit_changes_one_line_or_is_one_sentence(
-    path: Path, rows: set[str], bit: int
-) -> None:
+def test_any_flipped_byte_changes_one_line_or_is_one_sentence(path: Path, rows: set[str]) -> None:
+    generator = random.Random(1)
     for place in range(len(CONTENT)):
-        check_flipped(path, place, 1 << bit, rows)
+        for mask in (1 << generator.randrange(8), generator.randrange(1, 256)):
+            run = check_flipped(path, place, mask, rows)
+            if run and generator.random() < 0.1:
+                show(run)
 
 
 def check_mutated(path: Path, lines: list[Any]) -> None:

@@ -70,13 +70,19 @@ def test_a_number_of_skipped_steps_is_whole(
     assert (model.step, model.skipped) == (1, {"inf": 2})
 
 
-@pytest.mark.parametrize("count", [math.nan, math.inf, -1.0])
-def test_a_histogram_has_finite_counts(
-    tmp_path: Path, records: list[StepRecord], header: Header, count: float
+@pytest.mark.parametrize(
+    "weights",
+    [
+        *(Histogram(0, (1.0, count)) for count in (math.nan, math.inf, -1.0, 1e31)),
+        *(Histogram(0, ()), Histogram(0, (1.0,) * 10**4), Histogram(10**6, (1.0,))),
+    ],
+    ids=lambda weights: str(weights)[:40],
+)
+def test_a_histogram_that_no_reader_would_take_is_an_error(
+    tmp_path: Path, records: list[StepRecord], header: Header, weights: Histogram
 ) -> None:
     with RunFile.create(tmp_path, header) as file:
-        weights = Histogram(0, (1.0, count))
-        with pytest.raises(ValueError, match=r"^weights: expected finite counts of 0 or more, got"):
+        with pytest.raises(ValueError, match=r"^weights\['(counts|first)'\].*: expected a"):
             file.append(0, records[0], skipped={}, weights=weights)
         file.append(1, records[1], skipped={}, weights=Histogram(0, (1.0, 0.0)))
     assert read(file.path).steps == (1,)
