@@ -11,9 +11,10 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
-from altgrad.quantization.float_format import FloatFormat, is_torch_dtype
+from altgrad._messages import check_int, check_type
+from altgrad.quantization.float_format import FloatFormat, check_format_name, is_torch_dtype
 from altgrad.quantization.formats import E2M1, E2M3, E3M2, E4M3, E5M2, get_format
 from altgrad.quantization.number_format import NumberFormat
 
@@ -24,23 +25,46 @@ if TYPE_CHECKING:
 Formats: TypeAlias = "str | torch.dtype | NumberFormat | Iterable[str | torch.dtype | NumberFormat]"
 """One or several formats or names of formats, as `get_formats` accepts."""
 
+BlockScaleRule: TypeAlias = Literal["e8m0", "e8m0_ceil", "e4m3"]
+"""The rule by which a block format computes the scales of its blocks; see `BlockFormat`."""
+
 
 @dataclass(frozen=True, slots=True)
 class BlockFormat:
     """A number format with one scale for each block of neighbours in the last dimension.
 
-    The format of the scales is one of two:
+    The scales follow one of three rules:
 
-    - ``"e8m0"``, from OCP: a power of two. It is rounded down, so that the largest elements of a
-      block may be clipped.
+    - ``"e8m0"``, from OCP: a power of two, rounded down as in `compute_scale` with
+      ``power_of_two="floor"``. The largest elements of a block may be clipped.
+    - ``"e8m0_ceil"``: a power of two, rounded up to ``2**ceil(log2(amax / max))``. No element is
+      clipped, but the grid of the blocks that would be clipped is twice as coarse. This is
+      torchao's rule RCEIL; TransformerEngine, cuBLAS and MLX round up, too. Named formats with this
+      rule end in ``_ceil``.
     - ``"e4m3"``, from NVIDIA: an E4M3 number times one float32 scale for the whole tensor. The
       scale of the tensor is amax / (448 · 6).
 
-    Attributes:
-        name: The name in log keys and tables.
+    Args:
+        name: The name in log keys and tables: not empty, without ``/`` and white space.
         element: The floating-point format of a single element, before scaling.
-        block_size: The number of elements that share a scale. The last block may be shorter.
-        scale: The format of the block scales, ``"e8m0"`` or ``"e4m3"``.
+        block_size: The number of elements that share a scale, 1 or more. The last block may be
+            shorter.
+        scale: The rule of the block scales: ``"e8m0"``, ``"e8m0_ceil"`` or ``"e4m3"``.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: The block size is not positive, the rule is unknown, or the name cannot be part
+            of a log key.
+
+    Examples:
+        >>> import torch
+        >>> from altgrad import measure
+        >>> from altgrad.quantization import E2M1, BlockFormat
+        >>> up = BlockFormat("mine", E2M1, block_size=32, scale="e8m0_ceil")
+        >>> before = torch.full((32,), 7.5)
+        >>> figures = measure(before, before * 0.9, formats=[up, "mxfp4"])
+        >>> figures["saturated_frac/mine"], figures["saturated_frac/mxfp4"]
+        (0.0, 1.0)
 
     References:
         OCP Microscaling Formats (MX) Specification 1.0, sections 5 and 6.3; NVIDIA, "Pretraining
@@ -50,7 +74,15 @@ class BlockFormat:
     name: str
     element: FloatFormat
     block_size: int
-    scale: Literal["e8m0", "e4m3"]
+    scale: BlockScaleRule
+
+    def __post_init__(self) -> None:
+        check_format_name(self.name)
+        check_type("element", self.element, FloatFormat)
+        check_int("block_size", self.block_size, 1)
+        if self.scale not in get_args(BlockScaleRule):
+            expected = ", ".join(map(repr, get_args(BlockScaleRule)))
+            raise ValueError(f"scale={self.scale!r}: expected one of {expected}")
 
     def __str__(self) -> str:
         return self.name
@@ -58,7 +90,7 @@ class BlockFormat:
     @property
     def power_of_two(self) -> bool:
         """True if every scale is a power of two."""
-        return self.scale == "e8m0"
+        return self.scale in ("e8m0", "e8m0_ceil")
 
     @property
     def has_tensor_scale(self) -> bool:
@@ -75,7 +107,7 @@ class BlockFormat:
         """
         return self.element.is_coarser_than(other)
 
-    def scales(self, amax: Tensor, tensor_amax: Tensor | None) -> Tensor:
+    def scales(self, amax: Tensor, tensor_amax: Tensor | None = None) -> Tensor:
         """Return the scale of each block.
 
         If an E4M3 scale would round to 0, in a block far below the amax of the tensor, the smallest
@@ -95,8 +127,10 @@ class BlockFormat:
         Examples:
             >>> import torch
             >>> from altgrad.quantization import BLOCK_FORMATS
-            >>> BLOCK_FORMATS["mxfp4"].scales(torch.tensor([6.0, 0.75, 0.0]), None)
+            >>> BLOCK_FORMATS["mxfp4"].scales(torch.tensor([7.0, 0.75, 0.0]))
             tensor([1.0000, 0.1250, 1.0000], dtype=torch.float64)
+            >>> BLOCK_FORMATS["mxfp4_ceil"].scales(torch.tensor([7.0, 0.75, 0.0]))
+            tensor([2.0000, 0.1250, 1.0000], dtype=torch.float64)
         """
         # `scaling` loads torch, which reports do without.
         from altgrad.quantization.scaling import compute_format_scales
@@ -114,14 +148,28 @@ BLOCK_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
             BlockFormat("mxfp6_e2m3", E2M3, 32, "e8m0"),
             BlockFormat("mxfp6_e3m2", E3M2, 32, "e8m0"),
             BlockFormat("mxfp4", E2M1, 32, "e8m0"),
+            # The same with scales that are rounded up, as most libraries compute them.
+            BlockFormat("mxfp8_e4m3_ceil", E4M3, 32, "e8m0_ceil"),
+            BlockFormat("mxfp8_e5m2_ceil", E5M2, 32, "e8m0_ceil"),
+            BlockFormat("mxfp6_e2m3_ceil", E2M3, 32, "e8m0_ceil"),
+            BlockFormat("mxfp6_e3m2_ceil", E3M2, 32, "e8m0_ceil"),
+            BlockFormat("mxfp4_ceil", E2M1, 32, "e8m0_ceil"),
             # arXiv 2509.25149, section 2: blocks of 16 elements, E4M3 scales.
             BlockFormat("nvfp4", E2M1, 16, "e4m3"),
         )
     }
 )
-"""The named block formats by name. ``mxfp8`` is accepted for ``mxfp8_e4m3``, OCP's first choice."""
+"""The named block formats by name.
 
-_BY_SPELLING: Mapping[str, BlockFormat] = {**BLOCK_FORMATS, "mxfp8": BLOCK_FORMATS["mxfp8_e4m3"]}
+``mxfp8`` is accepted for ``mxfp8_e4m3``, OCP's first choice, and ``mxfp8_ceil`` for
+``mxfp8_e4m3_ceil``.
+"""
+
+_BY_SPELLING: Mapping[str, BlockFormat] = {
+    **BLOCK_FORMATS,
+    "mxfp8": BLOCK_FORMATS["mxfp8_e4m3"],
+    "mxfp8_ceil": BLOCK_FORMATS["mxfp8_e4m3_ceil"],
+}
 
 
 def get_formats(formats: Formats) -> tuple[NumberFormat, ...]:

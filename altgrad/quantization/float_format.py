@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from altgrad._messages import check_type
 
@@ -108,12 +108,8 @@ class FloatFormat:
     """
 
     def __post_init__(self) -> None:
+        check_format_name(self.name)
         _check_types(self)
-        if not self.name or "/" in self.name or any(c.isspace() for c in self.name):
-            raise ValueError(
-                f"name={self.name!r}: expected a non-empty name without '/' or white space, "
-                "because log keys such as stall_frac/e4m3fn contain the name"
-            )
         for bits, most in _MAX_FIELD_BITS.items():
             if not 0 <= getattr(self, bits) <= most:
                 raise ValueError(f"{bits}={getattr(self, bits)}: expected 0 to {most}")
@@ -192,6 +188,11 @@ class FloatFormat:
     def block_size(self) -> int | None:
         """The number of elements per block: None, because the format defines no blocks."""
         return None
+
+    @property
+    def scale(self) -> Literal["amax"]:
+        """The rule of the scales, ``"amax"``: a power of two, rounded up so that nothing clips."""
+        return "amax"
 
     @property
     def has_tensor_scale(self) -> bool:
@@ -325,9 +326,19 @@ def is_torch_dtype(value: object) -> TypeIs[torch.dtype]:
     return (kind.__module__, kind.__qualname__) == ("torch", "dtype")
 
 
+def check_format_name(name: object) -> None:
+    """Raise TypeError or ValueError unless a value can be the name of a format, in log keys."""
+    check_type("name", name, str)
+    assert isinstance(name, str)
+    if not name or "/" in name or any(c.isspace() for c in name):
+        raise ValueError(
+            f"name={name!r}: expected a non-empty name without '/' or white space, because log "
+            "keys such as stall_frac/e4m3fn contain the name"
+        )
+
+
 def _check_types(format: FloatFormat) -> None:
     """Raise TypeError unless every field has the annotated type."""
-    check_type("name", format.name, str)
     for name in ("exponent_bits", "mantissa_bits", "bias", "num_high_nans"):
         check_type(name, getattr(format, name), int)
     for name in ("has_inf", "has_negative_zero", "has_subnormals"):

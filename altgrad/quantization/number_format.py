@@ -6,7 +6,7 @@ protocol. `get_applied_scaling` decides which weights share a scale in a format.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
 
 from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.formats import Scaling
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 # From 16 bits on the exponent range of fp16 and bf16 suffices, and frameworks apply no scale.
 _UNSCALED_BITS = 16
+
+ScaleRule: TypeAlias = Literal["amax", "e8m0", "e8m0_ceil", "e4m3"]
+"""The rule by which scales follow from amaxes; see `FloatFormat.scale` and `BlockFormat`."""
 
 
 @runtime_checkable  # `get_formats` distinguishes formats from names by isinstance
@@ -36,6 +39,10 @@ class NumberFormat(Protocol):
 
         A format with a block size uses its own blocks and ignores the `scaling` argument of a run.
         """
+
+    @property
+    def scale(self) -> ScaleRule:
+        """The rule by which the scales follow from the amaxes of the weights that share them."""
 
     @property
     def has_tensor_scale(self) -> bool:

@@ -125,11 +125,12 @@ def compute_format_scales(
     Returns:
         float64, the shape of `amax`; 1 where `amax` is 0.
     """
-    if format.block_size is None:
+    if format.scale == "amax":
         return compute_scale_from_amax(amax, format.element).double()
     amax = amax.double()
     if tensor_amax is None or not format.has_tensor_scale:
-        scale = compute_scale_from_amax(amax, format.element, power_of_two="floor")
+        rule: Literal[True, "floor"] = True if format.scale == "e8m0_ceil" else "floor"
+        scale = compute_scale_from_amax(amax, format.element, power_of_two=rule)
         return scale.clamp_(2.0**-127, 2.0**127)  # the range of e8m0: 8 bits, bias 127
     # 448 · 6 for NVFP4: the largest scale is then E4M3.max. arXiv 2509.25149, appendix C.
     tensor_scale = tensor_amax.double() / (E4M3.max * format.element.max)
