@@ -9,13 +9,13 @@ session. The next file is `output`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from altgrad import Histogram, LostRankError, StepRecord, UpdateMonitor, model_figures
+from altgrad import Figures, Histogram, LostRankError, StepRecord, UpdateMonitor, model_figures
 from altgrad.report import Assessment, Header
 from altgrad_lightning.notices import Notices
 from altgrad_lightning.output import Output
@@ -63,6 +63,7 @@ class Session:
         self._output: Output | None = None
         self._output_state: dict[str, Any] | None = result.state.get("output")
         self._records: list[StepRecord] = []  # of the current batch
+        self._latest: dict[str, Figures] = {}  # of each layer, from its last observed step
         self._observed_batches = 0
 
     # --- from the first batch to the last
@@ -124,12 +125,8 @@ class Session:
             self.warn(f"does not observe this run, or a part of it: {reason}")
         return None in reasons
 
-    def finish_batch(self, *, alone: bool = False) -> None:
-        """Note and write the records of the batch, if a step was observed.
-
-        Args:
-            alone: If True, do not wait for other ranks, which may still train.
-        """
+    def finish_batch(self) -> None:
+        """Note and write the records of the batch, if a step was observed."""
         if not self._records:
             return
         assert self._monitor is not None
@@ -137,11 +134,12 @@ class Session:
         self._records.clear()
         step = _logged_step(self._trainer)
         self._result.note(step, record)
+        self._latest |= record.layers
         self._observed_batches += 1
-        # Pictures take a second or two, so they are drawn at the 1st, 4th, 16th, … batch only.
-        draws = _is_even_power(self._observed_batches)
-        weights = self._measure_weights(alone=alone) if draws else None
         if self._output is not None:
+            # Pictures take a second or two, so they are drawn at the 1st, 4th, 16th, … batch only.
+            is_drawn = _is_even_power(self._observed_batches)
+            weights = self._count_weights() if is_drawn else None
             self._output.write(step, record, weights, self._monitor.skipped)
 
     def explain_no_step(self) -> str | None:
@@ -155,22 +153,16 @@ class Session:
             return f"all were skipped, {dict(self._result.skipped)}"
         return f"none fell on an observed batch (every {self._every})"
 
-    def finish(self, *, alone: bool = False) -> None:
-        """Log waiting rows, draw the last pictures, and close the run file.
-
-        Args:
-            alone: If True, do not wait for other ranks, which may still train.
-        """
-        is_drawn = not self._observed_batches or _is_even_power(self._observed_batches)
-        weights = None if is_drawn else self._measure_weights(alone=alone)
+    def finish(self) -> None:
+        """Log waiting rows, draw the last pictures, and close the run file."""
         if self._output is not None:
-            self._output.finish(weights)
+            self._output.finish(self._count_weights() if self._latest else None)
 
     def finish_after_error(self) -> None:
         """Write what was observed before an error or Ctrl-C, without waiting for other ranks."""
         for write in (self.finish_batch, self.finish):
             with suppress(Exception):  # or it would hide the error that ended the training
-                write(alone=True)
+                write()
 
     # --- findings
 
@@ -279,15 +271,9 @@ class Session:
             self.warn(f"could not save its state: {error!r}")
             return None
 
-    def _measure_weights(self, *, alone: bool) -> Histogram | None:
-        """Return the histogram of weights for pictures; None if it needs ranks that may be gone."""
-        monitor = self._monitor
-        # After an error on this rank, the other ranks may not join the all-reduce.
-        if monitor is None or (monitor.is_shared and (alone or not monitor.is_observing)):
-            return None
-        with suppress(Exception) if alone else nullcontext():  # the device may have failed
-            return monitor.weight_octaves()
-        return None
+    def _count_weights(self) -> Histogram:
+        """Return the histogram of the weights of all layers observed so far, for pictures."""
+        return model_figures([*self._latest.values()]).histogram("weights")
 
 
 def _logged_step(trainer: Trainer) -> int:

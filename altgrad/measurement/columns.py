@@ -23,10 +23,12 @@ OCTAVES = 64
 """Number of bins of a histogram by powers of two; the first and the last bin are open."""
 FIRST_STEPS_OCTAVE = -32
 """Exponent of the first bin of abs(update) / stiffness; the histogram of ULPs begins at 0."""
+FIRST_WEIGHTS_OCTAVE = -48
+"""Exponent of the first bin of abs(weight): 2**-48 to 2**16 holds the ranges of narrow formats."""
 
 
 def _octaves(name: str) -> tuple[str, ...]:
-    """Name the bins but the first, whose count is the moved elements in no other bin."""
+    """Name the bins but the first, whose count is the other elements that are counted."""
     return tuple(f"{name}[{bin}]" for bin in range(1, OCTAVES))
 
 
@@ -95,6 +97,7 @@ SUMS = (
     "elements",  # elements that were measured
     *(*ROW_SUMS, *ROW_SQUARES),
     *_octaves("ulps"),  # elements with an update ≠ 0, by its size
+    *_octaves("weights"),  # weights ≠ 0, by their size
 )
 POPULATION, ELEMENTS = 0, 1
 """Positions of these two in SUMS."""

@@ -13,9 +13,11 @@ import numpy as np
 from torch import Tensor
 
 from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, figure_keys, get_metric
-from altgrad.measurement.columns import FIRST_STEPS_OCTAVE, Numbers
+from altgrad.measurement.columns import FIRST_STEPS_OCTAVE, FIRST_WEIGHTS_OCTAVE, Numbers
 from altgrad.measurement.histogram import Histogram
 from altgrad.measurement.step_table import FormatRows, StepTable, error_columns
+
+_FIRST_OCTAVES = {"weights": FIRST_WEIGHTS_OCTAVE, "ulps": 0, "steps": FIRST_STEPS_OCTAVE}
 
 
 class Figures(Mapping[str, float]):
@@ -116,24 +118,25 @@ class Figures(Mapping[str, float]):
         return [errors[rows[format]][column] for format, column in places]
 
     def histogram(self, key: str) -> Histogram:
-        """Return the histogram of abs(update), over the elements that moved.
+        """Return a histogram by octaves.
 
         Args:
-            key: ``"ulps"`` for updates in units in the last place of the weights' dtype.
-                ``"steps/{format}"`` for updates as multiples of the format's stiffness. A weight on
-                the grid stalls if its update is below half of the stiffness: an octave below −1.
+            key: ``"weights"``, ``"ulps"`` or ``"steps/{format}"``. The first is of abs(weight)
+                before the step, over the weights other than 0. The others are of abs(update), over
+                the elements that moved. Its unit is the last place of the weights' dtype, or the
+                format's stiffness. A weight on the grid stalls if its update is below half of the
+                stiffness: an octave below −1.
 
         Raises:
             KeyError: The histogram or the format is unknown; the message lists those that are
                 known.
         """
         name, _, format = key.partition("/")
-        if key != "ulps" and (name != "steps" or format not in self.formats):
-            expected = ("ulps", *(f"steps/{each}" for each in self.formats))
+        expected = ("weights", "ulps", *(f"steps/{each}" for each in self.formats))
+        if key not in expected:
             raise KeyError(f"{key!r}: expected one of {expected}")
-        first = 0 if key == "ulps" else FIRST_STEPS_OCTAVE
         row = self._rows[format or None]
-        return Histogram(first, tuple(self._table.counts(format or None, row)))
+        return Histogram(_FIRST_OCTAVES[name], tuple(self._table.counts(key, row)))
 
     def layer_vectors(self, formats: Sequence[str]) -> list[tuple[Numbers, tuple[str, ...]]]:
         """Return the sums and maxima of each layer, from which the figures are computed.

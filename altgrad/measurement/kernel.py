@@ -25,6 +25,7 @@ from torch.linalg import vector_norm
 
 from altgrad.measurement.columns import (
     FIRST_STEPS_OCTAVE,
+    FIRST_WEIGHTS_OCTAVE,
     FORMAT_ROW_MAXIMA,
     FORMAT_ROW_MINIMA,
     FORMAT_ROW_SQUARES,
@@ -94,15 +95,17 @@ class Histograms(NamedTuple):
     The bin of an element is ``offset + biased exponent``: an addition finds it, without a table.
 
     Attributes:
-        counts: The bins of all layers, float64 (layers · (1 + formats) · 64). A layer has the bins
-            of its ULPs, then those of the steps of each format.
+        counts: The bins of all layers, float64 (layers · (2 + formats) · 64). A layer has the bins
+            of its ULPs, those of its weights, then those of the steps of each format.
         ulps_at: Offset of the bins of ULPs of each row, int64 (rows, 1, 1).
+        weights_at: Offset of the bins of weights of each row, int64 (rows, 1, 1).
         steps_at: Offset of the bins of steps of each row and format, int64 (rows, formats, 1).
         ones: Increments of the counts, float64, at least as many as there are elements.
     """
 
     counts: Tensor
     ulps_at: Tensor
+    weights_at: Tensor
     steps_at: Tensor
     ones: Tensor
 
@@ -172,6 +175,7 @@ def _layer_sums(
     finite = valid.sum(-1)
     torch.reciprocal(valid, out=no_value).sub_(1)  # 1/1 − 1 = 0 if valid, 1/0 − 1 = inf if not
     torch.abs(buffers.values.masked_fill_(torch.ne(valid, 1), 0), out=sizes)
+    _count_octaves(size, FIRST_WEIGHTS_OCTAVE, update, histograms, "weights_at")
 
     torch.sub(v, w, out=d)
     torch.abs(d, out=update)
@@ -351,7 +355,7 @@ def _count_octaves(
         first: Exponent of the first bin.
         out: Buffer of the same shape; overwritten.
         histograms: Counts, and offsets of the bins.
-        at: Name of the offsets to use, ``"ulps_at"`` or ``"steps_at"``.
+        at: Name of the offsets to use, such as ``"steps_at"``.
     """
     # The bits of a number of at least 0, shifted right by its mantissa, are its biased exponent.
     lowest = first + _BIAS

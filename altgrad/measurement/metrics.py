@@ -34,10 +34,10 @@ class Sums(Protocol):
         """Return the column of MAXIMA or FORMAT_MAXIMA with a name."""
 
     def histogram(self, name: str) -> Numbers:
-        """Return the number of elements that moved by each octave.
+        """Return the number of elements in each octave.
 
         Args:
-            name: ``"ulps"`` or ``"steps"``.
+            name: ``"ulps"``, ``"weights"`` or ``"steps"``.
 
         Returns:
             Counts, float64 (64, 1 or formats, rows).

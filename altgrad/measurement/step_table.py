@@ -40,6 +40,9 @@ LAYER_ESTIMATES, FORMAT_ESTIMATES = (
 )
 """Names of the metrics that have a standard error."""
 
+_HISTOGRAMS = {"ulps": slice(0, 1), "weights": slice(1, 2), "steps": slice(2, None)}
+"""The place of each histogram among those of a row, the steps of all formats side by side."""
+
 
 class StepTable:
     """A table of sums and maxima, with the figures, errors and histograms that follow from them.
@@ -109,25 +112,27 @@ class StepTable:
         return self.vectors[:, self._places[f"max {name}"]]
 
     def histogram(self, name: str) -> Numbers:
-        """Return the number of elements that moved by each octave.
+        """Return the number of elements in each octave.
 
         Args:
-            name: ``"ulps"``; or ``"steps"``, over the elements that a format is judged by.
+            name: ``"ulps"``, over the elements that moved; ``"weights"``, over the weights other
+                than 0; or ``"steps"``, over the elements that a format is judged by.
 
         Returns:
             Counts, float64 (64, 1 or formats, rows).
         """
-        return self._octaves[:, :1] if name == "ulps" else self._octaves[:, 1:]
+        return self._octaves[:, _HISTOGRAMS[name]]
 
-    def counts(self, format: str | None, row: int) -> list[float]:
+    def counts(self, key: str, row: int) -> list[float]:
         """Return the counts of a histogram of one row.
 
         Args:
-            format: Name of the format whose steps are counted; None for ULPs.
+            key: ``"ulps"``, ``"weights"`` or ``"steps/{format}"``.
             row: Row of the layer or model.
         """
-        place = 0 if format is None else 1 + self.formats.index(format)
-        counts: list[float] = self._octaves[:, place, row].tolist()
+        name, _, format = key.partition("/")
+        place = self.formats.index(format) if format else 0
+        counts: list[float] = self.histogram(name)[:, place, row].tolist()
         return counts
 
     def figure(self, key: str, row: int) -> float:
@@ -226,17 +231,19 @@ class StepTable:
 
     @functools.cached_property
     def _octaves(self) -> Numbers:
-        """The histograms of all rows, float64 (64, 1 + formats, rows): ULPs, then steps by format.
+        """The histograms of all rows, float64 (64, 2 + formats, rows): see _HISTOGRAMS.
 
-        A vector has 63 of the 64 octaves; the first one is the number that moved less the others.
+        A vector has 63 of the 64 octaves; the first one is the number that is counted less the
+        others.
         """
-        formats, stop = len(self.formats), sum_count(len(self.formats))
-        ulps = self.vectors[:, None, len(SUMS) + 1 - OCTAVES : len(SUMS)]
-        steps = self.vectors[:, len(SUMS) : stop].reshape(len(ulps), formats, len(FORMAT_SUMS))
-        octaves = np.concatenate((ulps, steps[:, :, 1 - OCTAVES :]), axis=1).transpose(2, 1, 0)
-        moved = np.concatenate((self.sum("moved"), self.sum("judged")), axis=1).T
+        formats, stop, rows = len(self.formats), sum_count(len(self.formats)), len(self.vectors)
+        layers = self.vectors[:, len(SUMS) - 2 * (OCTAVES - 1) : len(SUMS)]
+        layers = layers.reshape(rows, 2, OCTAVES - 1)
+        steps = self.vectors[:, len(SUMS) : stop].reshape(rows, formats, len(FORMAT_SUMS))
+        octaves = np.concatenate((layers, steps[:, :, 1 - OCTAVES :]), axis=1).transpose(2, 1, 0)
+        counted = [self.sum(name) for name in ("moved", "nonzero_weights", "judged")]
         # Weighted counts are not whole numbers, and their rounding may leave a little less than 0.
-        first = np.maximum(moved - octaves.sum(0), 0)
+        first = np.maximum(np.concatenate(counted, axis=1).T - octaves.sum(0), 0)
         return np.concatenate((first[None], octaves))
 
 

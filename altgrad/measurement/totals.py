@@ -18,6 +18,7 @@ from torch import Tensor
 
 from altgrad.measurement.columns import (
     FIRST_STEPS_OCTAVE,
+    FIRST_WEIGHTS_OCTAVE,
     FORMAT_MAXIMA,
     FORMAT_ROW_MAXIMA,
     FORMAT_ROW_MINIMA,
@@ -126,7 +127,7 @@ def _make_histograms(row_layers: Tensor, layers: int, formats: int) -> Histogram
 
     The bins of one layer, each part of 64 float64::
 
-        | ULPs | steps of format 0 | steps of format 1 | …
+        | ULPs | weights | steps of format 0 | steps of format 1 | …
 
     Args:
         row_layers: Index of the layer of each row, int64 (rows).
@@ -137,11 +138,12 @@ def _make_histograms(row_layers: Tensor, layers: int, formats: int) -> Histogram
         The histograms, on the device of `row_layers`.
     """
     device = row_layers.device
-    start = row_layers[:, None, None] * ((1 + formats) * OCTAVES)
-    format_starts = torch.arange(1, 1 + formats, device=device)[:, None] * OCTAVES
+    start = row_layers[:, None, None] * ((2 + formats) * OCTAVES)
+    format_starts = torch.arange(2, 2 + formats, device=device)[:, None] * OCTAVES
     return Histograms(
-        torch.zeros(layers * (1 + formats) * OCTAVES, dtype=torch.float64, device=device),
+        torch.zeros(layers * (2 + formats) * OCTAVES, dtype=torch.float64, device=device),
         start - _FLOAT64_BIAS,
+        start + OCTAVES - (_FLOAT64_BIAS + FIRST_WEIGHTS_OCTAVE),
         start + format_starts - (_FLOAT64_BIAS + FIRST_STEPS_OCTAVE),
         # A single 1.0 in memory with stride 0, seen as more elements than any tensor has:
         # scatter_add_ needs an increment for each index.
@@ -177,8 +179,9 @@ def _source(formats: int) -> tuple[list[_Column], ...]:
         columns: list[_Column] = [(how.format(name), None) for name in names]
         return columns + [(how.format(name), f) for name in format_names for f in range(formats)]
 
-    octaves: list[_Column] = [(f"ulps[{bin}]", None) for bin in range(OCTAVES)]
-    octaves += [(f"steps[{bin}]", f) for f in range(formats) for bin in range(OCTAVES)]
+    bins = range(OCTAVES)
+    octaves: list[_Column] = [(f"{name}[{k}]", None) for name in ("ulps", "weights") for k in bins]
+    octaves += [(f"steps[{k}]", f) for f in range(formats) for k in bins]
     return (
         [("population", None), ("elements", None)],
         each(ROW_SUMS, FORMAT_ROW_SUMS, "{}") + each(ROW_SQUARES, FORMAT_ROW_SQUARES, "{}"),

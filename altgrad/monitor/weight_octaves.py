@@ -1,6 +1,7 @@
 """Count the weights of a model by magnitude, to compare them with the ranges of formats.
 
-`UpdateMonitor.weight_octaves` calls this file; charts show the result beside the formats.
+`UpdateMonitor.weight_octaves` calls this file, at any time. The figures of an observed step have a
+histogram of its weights already: ``figures.histogram("weights")``.
 """
 
 from __future__ import annotations

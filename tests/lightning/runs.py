@@ -1,5 +1,6 @@
 """Small runs of a Trainer, readers of their logs, and the true figures of a last step."""
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -85,6 +86,33 @@ def trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer
         "enable_model_summary": False,
     }
     return pl.Trainer(**(defaults | options))
+
+
+class _Around(pl.Callback):
+    """A callback that opens something at the start of each batch; its `end` closes it."""
+
+    def __init__(self, start: Callable[[contextlib.ExitStack], None]) -> None:
+        self.end = _End()
+        self._start = start
+
+    def on_train_batch_start(self, *_: object) -> None:
+        self._start(self.end.batch)
+
+
+class _End(pl.Callback):
+    def __init__(self) -> None:
+        self.batch = contextlib.ExitStack()
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.batch.close()
+
+
+def around(
+    callbacks: Sequence[pl.Callback], start: Callable[[contextlib.ExitStack], None]
+) -> list[pl.Callback]:
+    """Return the callbacks between two that hold a stack of contexts during each batch."""
+    first = _Around(start)
+    return [first, *callbacks, first.end]
 
 
 def logged(folder: str) -> dict[str, list[tuple[int, float]]]:

@@ -1,8 +1,11 @@
 """`PrecisionMonitor` with sharded parameters: fully_shard under ModelParallelStrategy."""
 
+import contextlib
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import pytorch_lightning as pl
@@ -14,11 +17,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from altgrad import StepRecord
+from altgrad.distributed.host_group import HostGroup
 from altgrad.report import read
 from altgrad_lightning import PrecisionMonitor
 from tests.distributed.comparing import differences
+from tests.distributed.listening import Listening
 from tests.distributed.sharded import WholeSteps, replayed
-from tests.lightning.runs import batches, count_hooks, trainer
+from tests.lightning.runs import around, batches, count_hooks, trainer
 from tests.processes import run
 
 SETTINGS = {"max_elements": 100}
@@ -141,6 +146,31 @@ def fit_alone(rank: int, folder: Path, size: int) -> dict[str, Any]:
     return {"notices": notices, "steps": fitted.global_step}
 
 
+def fit_listening(rank: int, folder: Path, size: int) -> list[Counter[str]]:
+    """Return what this rank says in each observed batch, less what it says without a monitor."""
+    found: list[list[Counter[str]]] = []
+
+    def listen(batch: contextlib.ExitStack) -> None:
+        said: Counter[str] = Counter()
+        exchange = HostGroup.exchange
+
+        def note(group: HostGroup, channel: str, text: str) -> list[str]:
+            said[f"text in {channel}"] += 1
+            return exchange(group, channel, text)
+
+        heard = batch.enter_context(Listening())
+        batch.enter_context(mock.patch.object(HostGroup, "exchange", note))
+        batch.callback(lambda: said.update(name for name, _ in heard.said))
+        found[-1].append(said)
+
+    for monitors in ([], [PrecisionMonitor(["bf16"], every_n_steps=1, strict=True)]):
+        found.append([])
+        callbacks = around(monitors, listen)
+        fitted = trainer(folder, *callbacks, strategy=ModelParallelStrategy(size, 1), devices=size)
+        fitted.fit(Net(), DataLoader(batches(5).dataset, batch_size=2))
+    return [watched - alone for alone, watched in zip(*found, strict=True)]
+
+
 def fit_more(rank: int, folder: Path, size: int, checkpoint: Path) -> dict[str, Any]:
     return fit(folder, size, 2, checkpoint)
 
@@ -181,6 +211,13 @@ def test_a_monitor_on_one_rank_only_gives_a_warning(tmp_path) -> None:
     assert len(first["notices"]) == 1
     assert "does not observe this run: rank 0 of 2" in first["notices"][0]
     assert "every rank has to attach" in first["notices"][0]
+
+
+@pytest.mark.slow
+def test_an_observed_batch_makes_two_all_reduces_also_when_pictures_are_drawn(tmp_path) -> None:
+    """Pictures are drawn at the first and at the fourth observed batch."""
+    for each in run(fit_listening, 2, tmp_path, 2):
+        assert each == [Counter({"allreduce": 2})] * 5
 
 
 def test_the_gradients_are_accumulated_and_clipped(fitted) -> None:

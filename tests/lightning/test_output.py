@@ -54,6 +54,30 @@ def test_the_verdicts_equal_those_of_the_run_file(tmp_path: Path) -> None:
     assert monitor.assessment.by_layer["layers.2.weight"]["bf16"].verdict is Verdict.FROZEN
 
 
+class InTurn(Net):
+    """A net with two optimizers, of which each batch steps one."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_index: int) -> None:
+        self.manual_backward(self.layers(batch[0]).square().mean())
+        self.optimizers()[batch_index % 2].step()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(each.parameters(), lr=1e-3) for each in self.layers[:2]]
+
+
+def test_ranges_show_the_weights_of_all_layers_observed_so_far(tmp_path: Path) -> None:
+    """The fourth observed batch steps one of two optimizers; its picture has the layers of both."""
+    monitor = PrecisionMonitor(every_n_steps=1)
+    trainer(tmp_path, monitor).fit(InTurn(), batches(4))
+    rows = {row.step: row for row in read(monitor.path).rows if "weights" in row.histograms}
+    of_one = 8 * 8 + 8
+    counts = [(rows[step].elements, sum(rows[step].histograms["weights"].counts)) for step in rows]
+    assert [*rows] == [0, 3]
+    assert counts == [(of_one, of_one), (of_one, 2 * of_one)]
+
+
 def test_pictures_are_drawn_at_powers_of_four_and_at_the_end(tmp_path: Path) -> None:
     run = fit(tmp_path, PrecisionMonitor(every_n_steps=1, histograms=True), steps=7)
     events = EventAccumulator(run.logger.log_dir, size_guidance=ALL).Reload()

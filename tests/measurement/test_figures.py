@@ -108,6 +108,25 @@ def test_the_standard_error_of_a_model_equals_that_of_strata(sampling: object) -
     )
 
 
+def test_the_histogram_of_weights_of_a_model_stands_for_all_elements() -> None:
+    """The expected counts are those of all weights; a sample of 1,000 knows a share to 0.05."""
+    torch.manual_seed(0)
+    large = torch.full((30, 1000), 0.75)
+    large[:10] = 3.0
+    parameters = {"large": large, "small": torch.tensor([0.5, 0.0, torch.nan, -0.25])}
+    optimizer = torch.optim.SGD(parameters.values(), lr=1e-6)
+    with UpdateMonitor([*parameters.items()], max_elements=1000).attach(optimizer) as monitor:
+        for each in parameters.values():
+            each.grad = torch.ones_like(each)
+        optimizer.step()
+    first, counts = monitor.latest.model.histogram("weights")
+    found = {first + k: count for k, count in enumerate(counts) if count}
+    assert found[1] == pytest.approx(10_000, rel=0.15)
+    assert found[-1] == pytest.approx(20_001, rel=0.15)
+    assert found[-2] == 1
+    assert sum(counts) == pytest.approx(30_002)
+
+
 def test_figures_survive_copy_and_pickle() -> None:
     record = a_record()
     for figures in list_figures(record):

@@ -88,6 +88,7 @@ FORMATS = {
     "min stiffness": (0.5, 1.0),
 }
 ULPS = {0: 5, 21: 1, 23: 2, 24: 1}  # counts by octave of updates in ULPs of float32
+WEIGHTS = {0: 2, 45: 1, 47: 1, 48: 1, 49: 2, 50: 1, 51: 1}  # 2**0 is in bin 48
 STEPS = ({0: 4, 9: 1, 31: 1, 32: 1, 34: 2}, {0: 4, 9: 1, 30: 1, 31: 1, 34: 2})
 
 
@@ -114,7 +115,7 @@ def measured(
     for each in (*buffers.per_format, *buffers.shared, *buffers.stacked):
         each.fill_(NAN)  # the kernel does not read old contents
     found = row_sums(rows, grids, FLOAT32, buffers, histograms, ever)
-    return found, histograms.counts.view(count, 1 + formats, OCTAVES)
+    return found, histograms.counts.view(count, 2 + formats, OCTAVES)
 
 
 def named(found: Found, formats: int) -> dict[str, list[float]]:
@@ -147,7 +148,8 @@ def test_sums_equal_those_computed_by_hand() -> None:
         tolerance = 0 if exact else 1e-15
         assert actual[name] == pytest.approx(values, rel=tolerance, abs=0), name
     assert histogram(counts[0, 0]) == ULPS
-    assert tuple(map(histogram, counts[0, 1:])) == STEPS
+    assert histogram(counts[0, 1]) == WEIGHTS
+    assert tuple(map(histogram, counts[0, 2:])) == STEPS
 
 
 @pytest.mark.parametrize("scale", [0.25, 2.0, 3.0])
@@ -206,7 +208,7 @@ def test_elements_with_a_non_finite_value_are_in_no_sum(place: int, wild: float)
     found, counts = measured(rows, two_formats())
     assert torch.equal(found[0], clean[0])
     assert torch.equal(found[1], clean[1])
-    assert counts.sum(-1).tolist() == [[10.0] * 3]  # updates of 0 included
+    assert counts.sum(-1).tolist() == [[10.0] * 4]  # updates and weights of 0 included
 
 
 def test_rows_without_elements_have_sums_of_0() -> None:

@@ -204,6 +204,22 @@ def test_the_histogram_of_ulps_begins_at_one() -> None:
     assert (first, counts[:4], sum(counts)) == (0, (1, 2, 1, 0), 4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_histogram_of_weights_equals_that_of_numpy(dtype: torch.dtype) -> None:
+    """Weights of 0 are left out, and those beyond the ends are in the outer bins."""
+    before, after, gradient = a_step(dtype)
+    ends = torch.tensor([2.0**-49, 2.0**-48, 2.0**15, 65535.0, 65536.0, 2.0**17, 0.0]).to(dtype)
+    before.view(-1)[: len(ends)] = ends
+    row = Measurer(FormatSet([])).measure_tensor(before, after, gradient)
+    first, counts = tensor_figures([], row).histogram("weights")
+    finite = before.isfinite() & after.isfinite() & gradient.isfinite()
+    sizes = np.abs(before[finite].double().numpy())
+    inside = sizes[sizes > 0].clip(2.0**-48, 2.0**16 * (1 - 2.0**-53))
+    edges = 2.0 ** np.arange(-48, 17)
+    assert first == -48
+    assert [*counts] == np.histogram(inside, edges)[0].tolist()
+
+
 @pytest.mark.parametrize("scaling", SCALINGS, ids=make_key)
 def test_sums_for_the_standard_error_of_the_kept_update(scaling: object) -> None:
     before, after, gradient = a_step()

@@ -120,13 +120,16 @@ def test_histograms_count_all_moved_elements() -> None:
     table = a_table()
     for row in range(len(table.vectors)):
         moved = table.sum("moved")[row].item()
-        assert sum(table.counts(None, row)) == pytest.approx(moved, rel=1e-12)
+        assert sum(table.counts("ulps", row)) == pytest.approx(moved, rel=1e-12)
+        weights = table.sum("nonzero_weights")[row].item()
+        assert sum(table.counts("weights", row)) == pytest.approx(weights, rel=1e-12)
         for place, format in enumerate(NAMES):
             judged = table.sum("judged")[row, place].item()
-            assert sum(table.counts(format, row)) == pytest.approx(judged, rel=1e-12)
+            assert sum(table.counts(f"steps/{format}", row)) == pytest.approx(judged, rel=1e-12)
             counts = table.histogram("steps")[:, place, row].tolist()
-            assert table.counts(format, row) == counts
-        assert table.counts(None, row) == table.histogram("ulps")[:, 0, row].tolist()
+            assert table.counts(f"steps/{format}", row) == counts
+        for key in ("ulps", "weights"):
+            assert table.counts(key, row) == table.histogram(key)[:, 0, row].tolist()
 
 
 def test_without_formats_there_are_the_figures_of_the_layer() -> None:
@@ -136,7 +139,7 @@ def test_without_formats_there_are_the_figures_of_the_layer() -> None:
     assert table.figure("update_rms", 0) == 0.5
     assert len(table.figures[0]) == len(LAYER_METRICS)
     assert table.error("ulp_zero_frac", 0) == 0.0
-    assert sum(table.counts(None, 0)) == 5
+    assert sum(table.counts("ulps", 0)) == sum(table.counts("weights", 0)) == 5
 
 
 def test_converted_rows_are_empty_for_unknown_formats() -> None:

@@ -135,27 +135,30 @@ def test_layers_without_rows_have_sums_of_0_and_maxima_of_minus_infinity(formats
 def test_octaves_are_counted_by_layer_then_by_format(formats: int) -> None:
     layers = make_layers([0, 1], torch.zeros(2, 2, dtype=torch.float64), [True] * formats)
     counts = layers.histograms.counts
-    assert counts.tolist() == [0.0] * (2 * (1 + formats) * 64)
+    assert counts.tolist() == [0.0] * (2 * (2 + formats) * 64)
     counts.copy_(torch.arange(len(counts)))
     vectors = layers.add_up(*some_rows(2, formats, 0))
     for layer in range(2):
-        values, start = named(vectors[layer], formats), layer * (1 + formats) * 64
+        values, start = named(vectors[layer], formats), layer * (2 + formats) * 64
         for bin in range(1, 64):
             assert values[f"ulps[{bin}]", None] == start + bin
+            assert values[f"weights[{bin}]", None] == start + 64 + bin
             for format in range(formats):
-                assert values[f"steps[{bin}]", format] == start + 64 * (1 + format) + bin
+                assert values[f"steps[{bin}]", format] == start + 64 * (2 + format) + bin
 
 
 def test_bins_of_a_row_begin_at_those_of_its_layer() -> None:
     """The kernel adds the biased exponent of a float64, which is 1023 for 2**0."""
     layer, counted = [2, 0, 2], torch.zeros(3, 2, dtype=torch.float64)
-    _, ulps_at, steps_at, ones = make_layers(layer, counted, [True] * 3).histograms
+    _, ulps_at, weights_at, steps_at, ones = make_layers(layer, counted, [True] * 3).histograms
     assert (ulps_at.shape, steps_at.shape) == ((3, 1, 1), (3, 3, 1))
+    assert weights_at.shape == ulps_at.shape
     for row, number in enumerate(layer):
-        first = number * 4 * 64
+        first = number * 5 * 64
         assert ulps_at[row, 0, 0] + 1023 == first  # ULPs begin at 2**0
+        assert weights_at[row, 0, 0] + 1023 - 48 == first + 64  # at 2**-48
         for format in range(3):
-            assert steps_at[row, format, 0] + 1023 - 32 == first + 64 * (1 + format)  # at 2**-32
+            assert steps_at[row, format, 0] + 1023 - 32 == first + 64 * (2 + format)  # at 2**-32
     assert ones[:5].tolist() == [1.0] * 5
     assert len(ones) >= 2**40
     assert ones.untyped_storage().nbytes() == 8
