@@ -3,7 +3,7 @@
 - `format_percent`, `format_count` and `few` format a share, a number of things and a list of names.
 - `check_type` and `check_int` raise the errors of wrong arguments: argument=value, then the type or
   value expected.
-- `Notices` gives an object's notices to its user, each once if wished.
+- `Notices` gives an object's notices to its user, each once if wished, with `warn_anew`.
 
 This file imports nothing of the package; every room may import it.
 """
@@ -11,6 +11,7 @@ This file imports nothing of the package; every room may import it.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -36,7 +37,7 @@ class Notices:
         self._given.add(notice)
         if self._tell is None:
             # 3: the caller of the owner's method, seen from here.
-            warnings.warn(f"{self._owner} {notice}", stacklevel=3)
+            warn_anew(f"{self._owner} {notice}", stacklevel=3)
         else:
             self._tell(notice)
 
@@ -44,6 +45,29 @@ class Notices:
         """Give a notice, unless the same one was given before."""
         if notice not in self._given:
             self.give(notice)
+
+
+def warn_anew(message: str, stacklevel: int) -> None:
+    """Warn, also if the same warning was given before, by an earlier run of this process.
+
+    `warnings.warn` shows equal warnings from one line once in a process.
+
+    Args:
+        message: The text of the warning.
+        stacklevel: The caller whose line the warning names, as in `warnings.warn`: 1 for the caller
+            of this function.
+    """
+    frame = sys._getframe(1)  # noqa: SLF001 - as in the source of warnings.warn
+    for _ in range(stacklevel - 1):
+        frame = frame.f_back or frame
+    warnings.warn_explicit(
+        message,
+        UserWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=frame.f_globals.get("__name__"),
+        registry={},  # the registry of the caller's module remembers earlier warnings
+    )
 
 
 def format_percent(share: float) -> str:

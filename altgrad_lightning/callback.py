@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch import nn
+
 from altgrad import DEFAULT_FORMATS, Figures, SamplingRule
 from altgrad.observation import SkipReason
 from altgrad.quantization import NumberFormat, Scaling
@@ -50,9 +52,9 @@ class PrecisionMonitor(Callback):
     Skipped steps are counted by reason: a GradScaler found inf, no gradients, learning rate 0.
     Steps of Lightning's tuners (learning rate finder, batch size scaler) are left out.
 
-    The callback warns once of each thing that cannot be observed: FSDP1 and DeepSpeed, optimizers
-    that step inside the backward pass or on copies of the parameters, and parameters that are not
-    floating-point.
+    In each training, the callback warns once of each thing that cannot be observed: FSDP1 and
+    DeepSpeed, optimizers that step inside the backward pass or on copies of the parameters, and
+    parameters that are not floating-point.
 
     Logged keys:
 
@@ -207,9 +209,8 @@ class PrecisionMonitor(Callback):
         """Start a session, now that weights and optimizers are restored and on their device."""
         loaded = self._loaded
         self._end()
-        self._result = Result(
-            state=loaded
-        )  # without a checkpoint, nothing is taken from an earlier training
+        # Without a checkpoint, nothing is taken from an earlier training.
+        self._result, self._notices = Result(state=loaded), Notices()
         folder = self._run_folder(trainer)
         if is_idle(trainer, pl_module):
             return
@@ -272,11 +273,14 @@ class PrecisionMonitor(Callback):
     # --- copies and pickles
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes without the session, which holds the Trainer and the module.
+        """Return the attributes without the session, the Trainer and the module.
 
         A module that has the callback as a hyperparameter is saved with a pickle of the callback.
         """
-        return {**self.__dict__, "_session": None}
+        # Lightning sets methods of the module, `log` and `log_dict`, as attributes of callbacks:
+        # lightning/pytorch/trainer/connectors/callback_connector.py.
+        own = {name: value for name, value in vars(self).items() if not _is_method_of_module(value)}
+        return {**own, "_session": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the attributes, also those that version 0.1.0 pickled."""
@@ -315,3 +319,7 @@ class PrecisionMonitor(Callback):
             self._session.end(alone=alone)
         self._session = None
         self._loaded = {}
+
+
+def _is_method_of_module(value: object) -> bool:
+    return isinstance(getattr(value, "__self__", None), nn.Module)

@@ -1,4 +1,4 @@
-"""`Notices`: warn the user of the callback, once for each notice.
+"""`Notices`: warn the user of the callback, in each training once for each notice.
 
 This file stands alone. `session` and `callback` give the notices.
 """
@@ -9,10 +9,7 @@ import warnings
 
 
 class Notices:
-    """The notices of a `PrecisionMonitor` to its user.
-
-    A copy or pickle remembers the notices given before, and does not repeat them.
-    """
+    """The notices of a `PrecisionMonitor` to its user in one training."""
 
     def __init__(self) -> None:
         self._given: set[str] = set()
@@ -21,4 +18,7 @@ class Notices:
         """Warn ``PrecisionMonitor {notice}``, unless the same notice was given before."""
         if notice not in self._given:
             self._given.add(notice)
-            warnings.warn(f"PrecisionMonitor {notice}", stacklevel=2)
+            # Python remembers in this variable which warnings it has shown, and would not show them
+            # again in a later training: https://docs.python.org/3/library/warnings.html
+            globals().get("__warningregistry__", {}).clear()
+            warnings.warn(f"PrecisionMonitor {notice}", stacklevel=1)

@@ -138,3 +138,13 @@ def test_a_number_below_the_least_is_refused() -> None:
     check_type("flag", value=True, expected=bool)
     with pytest.raises(ValueError, match="steps=0: expected 1 or more"):
         check_int("steps", 0, 1)
+
+
+def test_equal_warnings_of_two_objects_are_both_shown() -> None:
+    """By default, Python shows equal warnings of a line once in a process."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            Notices("Owner").give_once("sees a")
+    assert len(caught) == 2
+    assert {(each.filename == __file__ or "pytest" in each.filename) for each in caught} == {True}

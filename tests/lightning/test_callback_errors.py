@@ -1,6 +1,7 @@
 """`PrecisionMonitor`: an error or an unsupported run gives one warning, and training goes on."""
 
 import pickle
+import warnings
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,9 +29,9 @@ def test_an_internal_error_warns_once_and_training_goes_on(
 
     monitor = PrecisionMonitor(every_n_steps=1)
     monkeypatch.setattr("altgrad.measurement.measurer.Measurer.measure_batch", broken)
-    with pytest.warns(UserWarning, match="stops observing.*broken on purpose") as warnings:
+    with pytest.warns(UserWarning, match="stops observing.*broken on purpose") as caught:
         run = fit(tmp_path, monitor)
-    assert len([w for w in warnings if "stops observing" in str(w.message)]) == 1
+    assert len([w for w in caught if "stops observing" in str(w.message)]) == 1
     assert run.global_step == 6
     assert count_hooks(run) == 0
 
@@ -138,12 +139,15 @@ def test_a_logger_is_dropped_after_an_error_and_the_others_go_on(
     assert read(monitor.path).steps == (0, 1, 2)
 
 
-def test_a_warning_is_given_once_in_the_life_of_a_callback(tmp_path: Path) -> None:
+def test_a_warning_is_given_once_in_each_training(tmp_path: Path) -> None:
     monitor = PrecisionMonitor(every_n_steps=100)
-    with pytest.warns(UserWarning, match="PrecisionMonitor observed no step"):
-        fit(tmp_path, monitor)
-    fit(tmp_path, monitor)  # a warning would be an error here
-    fit(tmp_path, pickle.loads(pickle.dumps(monitor)))
+    for callback in (monitor, monitor, pickle.loads(pickle.dumps(monitor))):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            fit(tmp_path, callback)
+        notices = [str(each.message) for each in caught if "PrecisionMon" in str(each.message)]
+        assert len(notices) == 1
+        assert "observed no step" in notices[0]
 
 
 # --- runs that cannot be observed

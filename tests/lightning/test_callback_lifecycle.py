@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
+from torch import Tensor, nn
 
 from altgrad.report import read
 from altgrad_lightning import PrecisionMonitor
@@ -161,6 +161,26 @@ def test_a_callback_can_be_pickled_before_and_after_a_run(tmp_path: Path) -> Non
     assert pickle.loads(pickle.dumps(monitor)).formats == monitor.formats
     fit(tmp_path, monitor)
     assert pickle.loads(pickle.dumps(monitor)).latest_step == 5
+
+
+def test_a_copy_of_a_trained_callback_holds_no_module(tmp_path: Path) -> None:
+    class Large(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(1000, 100)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            raise AssertionError("the module is copied with the callback")
+
+    monitor = PrecisionMonitor()
+    trainer(tmp_path, monitor, logger=False).fit(module := Large(), batches(2))
+    assert monitor.log.__self__ is module  # Lightning sets it as an attribute of each callback
+    monitor.own = 7
+    for twin in (copy.copy(monitor), copy.deepcopy(monitor), pickle.loads(pickle.dumps(monitor))):
+        assert twin.latest_step == monitor.latest_step == 1
+        assert twin.own == 7
+        assert "log" not in vars(twin)
+        assert "log_dict" not in vars(twin)
 
 
 @pytest.mark.parametrize(
