@@ -30,6 +30,7 @@ from altgrad_lightning.settings import (
     apply_preset,
     check_formats,
     check_layer_charts,
+    check_name,
 )
 from altgrad_lightning.strategies import is_idle
 
@@ -52,8 +53,8 @@ class PrecisionMonitor(Callback):
     Skipped steps are counted by reason: a GradScaler found inf, no gradients, learning rate 0.
     Steps of Lightning's tuners (learning rate finder, batch size scaler) are left out.
 
-    In each training, the callback warns once of each thing that cannot be observed: FSDP1 and
-    DeepSpeed, optimizers that step inside the backward pass or on copies of the parameters, and
+    In each training, the callback warns once of each thing that it cannot observe: FSDP1 and
+    DeepSpeed, optimizers that step inside the backward pass or on copies of the parameters,
     parameters that are not floating-point.
 
     Logged keys:
@@ -101,6 +102,8 @@ class PrecisionMonitor(Callback):
         seed: Seed of the samples.
         strict: If True, re-raise errors of the callback and of loggers in the training loop;
             otherwise warn once.
+        name: Name of the callback's state in checkpoints. It is needed if a Trainer has several
+            callbacks with the same formats and scaling, for all but one of them.
 
     Raises:
         ValueError: Formats are missing or unknown, or two have the same name; `scaling` is unknown;
@@ -123,6 +126,7 @@ class PrecisionMonitor(Callback):
         overhead_budget: float | None = None,
         seed: int = 0,
         strict: bool = False,
+        name: str | None = None,
     ) -> None:
         chosen = apply_preset(
             preset,
@@ -144,6 +148,7 @@ class PrecisionMonitor(Callback):
             overhead_budget=chosen["overhead_budget"],
             seed=seed,
             strict=strict,
+            name=check_name(name),
         )
         self._notices = Notices()
         self._result = Result()  # of the current training, else of the last one
@@ -196,10 +201,27 @@ class PrecisionMonitor(Callback):
 
     @property
     def state_key(self) -> str:
-        """The key of the state in a checkpoint, different for callbacks with other formats."""
-        names = [format.name for format in self.formats]
-        key: str = self._generate_state_key(formats=names, scaling=self._settings.scaling)
+        """The key of the state in a checkpoint: formats, scaling and, if there is one, the name."""
+        arguments: dict[str, Any] = {"formats": [format.name for format in self.formats]}
+        arguments["scaling"] = self._settings.scaling
+        if self._settings.name is not None:
+            arguments["name"] = self._settings.name
+        key: str = self._generate_state_key(**arguments)
         return key
+
+    def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        """Raise an error if a checkpoint could not tell this state from that of another callback.
+
+        Raises:
+            ValueError: Another callback of the Trainer has the same `state_key`.
+        """
+        keys = [each.state_key for each in trainer.callbacks]  # type: ignore[attr-defined]
+        if keys.count(self.state_key) > 1:
+            raise ValueError(
+                f"name={self._settings.name!r}: expected another name for each PrecisionMonitor "
+                "with the same formats and scaling, whose states have the same key in a "
+                "checkpoint; pass name=… to all but one of them"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state for `on_train_start`, when the optimizers exist."""
@@ -249,6 +271,11 @@ class PrecisionMonitor(Callback):
             return self._session.state_dict()
         return self._loaded or self._result.state
 
+    # A Trainer refuses two callbacks with a state and the same key, and names no remedy. It takes a
+    # wrapper for what it wraps, here a method without a state, and leaves the error to `setup`:
+    # `is_overridden` in lightning/pytorch/utilities/model_helpers.py.
+    vars(state_dict)["__wrapped__"] = Callback.state_dict
+
     def on_train_end(self, *_: Any) -> None:
         """Log the last pictures and end the session, while weights are still on their device."""
         if self._session is not None:
@@ -279,7 +306,7 @@ class PrecisionMonitor(Callback):
         """
         # Lightning sets methods of the module, `log` and `log_dict`, as attributes of callbacks:
         # lightning/pytorch/trainer/connectors/callback_connector.py.
-        own = {name: value for name, value in vars(self).items() if not _is_method_of_module(value)}
+        own = {name: value for name, value in vars(self).items() if not _belongs_to_module(value)}
         return {**own, "_session": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -321,5 +348,5 @@ class PrecisionMonitor(Callback):
         self._loaded = {}
 
 
-def _is_method_of_module(value: object) -> bool:
+def _belongs_to_module(value: object) -> bool:
     return isinstance(getattr(value, "__self__", None), nn.Module)

@@ -1,7 +1,8 @@
 """`Settings`: check the arguments of `PrecisionMonitor` before a training starts.
 
-`apply_preset`, `check_formats` and `check_layer_charts` prepare the arguments, and `Settings` holds
-them. Read `callback` first, which documents each argument. The next file is `session`.
+`apply_preset`, `check_formats`, `check_layer_charts` and `check_name` prepare the arguments, and
+`Settings` holds them. Read `callback` first, which documents each argument. The next file is
+`session`.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Settings:
     overhead_budget: float | None
     seed: int
     strict: bool
+    name: str | None = None
 
     def __post_init__(self) -> None:
         """Raise an error for arguments that are invalid for any module."""
@@ -119,6 +121,23 @@ def check_layer_charts(layer_charts: int | Sequence[str]) -> int | tuple[str, ..
     if isinstance(layer_charts, str) or not all(isinstance(each, str) for each in layer_charts):
         raise TypeError(f"layer_charts={layer_charts!r}: {expected}")
     return tuple(layer_charts)
+
+
+def check_name(name: str | None) -> str | None:
+    """Check the argument `name`.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: The name is empty.
+        TypeError: The name is not a string.
+    """
+    if not isinstance(name, (str, type(None))):
+        raise TypeError(f"name={name!r}: expected a string, or None")
+    if name == "":
+        raise ValueError("name='': expected a name, or None")
+    return name
 
 
 def apply_preset(preset: str | None, defaults: Signature, **arguments: Any) -> dict[str, Any]:

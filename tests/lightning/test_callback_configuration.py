@@ -22,6 +22,7 @@ from tests.lightning.runs import Net, batches, fit, logged, trainer
         ({"every_n_steps": 0}, "every_n_steps=0: expected 1 or more"),
         ({"layer_charts": -1}, "layer_charts=-1: expected 0 or more"),
         ({"scaling": "row"}, "scaling='row': expected"),
+        ({"name": ""}, "name='': expected a name"),
     ],
     ids=str,
 )
@@ -35,10 +36,11 @@ def test_an_invalid_argument_raises_an_error_at_construction(arguments: Any, mes
     [
         ({"every_n_steps": 2.5}, "every_n_steps=2.5: expected int"),
         ({"layer_charts": True}, "layer_charts=True: expected the number of layers"),
+        ({"name": 3}, "name=3: expected a string"),
     ],
     ids=str,
 )
-def test_a_number_with_a_wrong_type_raises_an_error(arguments: Any, message: str) -> None:
+def test_an_argument_with_a_wrong_type_raises_an_error(arguments: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         PrecisionMonitor(**arguments)
 

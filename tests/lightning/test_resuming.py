@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
 from altgrad import DEFAULT_FORMATS, UpdateMonitor
+from altgrad.report import read
 from altgrad_lightning import PrecisionMonitor
 from tests.lightning.runs import Attached, Net, batches, step_once, trainer
 
@@ -164,6 +165,49 @@ def test_a_state_loaded_in_mid_training_does_not_replace_the_state(
     assert monitor.state_dict()["monitor"]["last_seen"] == {}
     step_once(monitor, run, module)
     assert "layers.0.weight" in monitor.state_dict()["monitor"]["last_seen"]
+
+
+# --- several callbacks with the same formats
+
+
+def test_callbacks_with_equal_formats_and_other_names_have_separate_states(tmp_path: Path) -> None:
+    def make() -> list[PrecisionMonitor]:
+        return [PrecisionMonitor("bf16", every_n_steps=k, name=name) for k, name in arguments]
+
+    arguments = [(1, None), (2, "seldom"), (4, "rarely")]
+    run = trainer(tmp_path, *make(), logger=False)
+    run.fit(Net(), batches(4))
+    run.save_checkpoint(tmp_path / "all.ckpt")
+    states = torch.load(tmp_path / "all.ckpt", weights_only=True)["callbacks"]
+    # The key of a callback without a name is that of version 0.1.0.
+    assert "PrecisionMonitor{'formats': ['bf16'], 'scaling': 'tensor'}" in states
+    last = [state["monitor"]["last_seen"]["layers.0.weight"] for state in states.values()]
+    assert len(states) == len(last) == 3
+    monitors = make()
+    resumed = trainer(tmp_path, *monitors, max_epochs=2, logger=False)
+    resumed.fit(Net(), batches(4), ckpt_path=tmp_path / "all.ckpt")
+    assert [read(each.path).steps for each in monitors] == [
+        (*range(8),),
+        (1, 3, 5, 7),
+        (3, 7),
+    ]
+
+
+@pytest.mark.parametrize("names", [(None, None), ("a", "a"), ("a", None, "a")])
+def test_an_error_says_that_callbacks_with_equal_formats_need_a_name(
+    tmp_path: Path, names: tuple[str | None, ...]
+) -> None:
+    run = trainer(
+        tmp_path, *(PrecisionMonitor(every_n_steps=k, name=n) for k, n in enumerate(names, 1))
+    )
+    with pytest.raises(
+        ValueError, match=r"name=.*expected another name.*pass name=… to all but one"
+    ):
+        run.fit(Net(), batches(1))
+
+
+def test_a_changed_interval_keeps_the_state(tmp_path: Path) -> None:
+    assert PrecisionMonitor(every_n_steps=7).state_key == PrecisionMonitor().state_key
 
 
 # --- damaged states
