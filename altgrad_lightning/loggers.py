@@ -11,9 +11,11 @@ histograms and ``verdict`` for the table of verdicts.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from altgrad import Histogram
@@ -42,6 +44,27 @@ def can_show(loggers: Iterable[Any]) -> bool:
     return any(_is_tensorboard(logger) or _is_wandb(logger) for logger in loggers)
 
 
+def describe_runs(loggers: Iterable[Any]) -> list[dict[str, str | None]]:
+    """Describe the run as each logger knows it, for the header of a run file.
+
+    Args:
+        loggers: Loggers of the Trainer.
+
+    Returns:
+        For each logger the name of its class under ``logger``, then ``name``, ``id`` and
+        ``version`` of the run; None if the logger has none.
+    """
+    return [
+        {
+            "logger": type(logger).__name__,
+            "name": _ask(_find_run_name, logger),
+            "id": _ask(_find_run_id, logger),
+            "version": _ask(_find_version, logger),
+        }
+        for logger in loggers
+    ]
+
+
 def log_scalars(
     logger: Any, step: int, model: Mapping[str, float], others: Mapping[str, float]
 ) -> None:
@@ -50,14 +73,16 @@ def log_scalars(
     Args:
         logger: A logger of the Trainer.
         step: The step to log at.
-        model: Figures of the model, by key. For MLflow these keys end in ``/model``.
+        model: Figures of the model, by key. For MLflow these keys end in ``/model``, and characters
+            that it does not allow become ``_``.
         others: All other numbers, by key.
     """
-    if "MLFlowLogger" in _class_names(logger):
+    if _is_mlflow(logger):
         # MLflow's FileStore keeps a metric as a file at the path of its key. The keys of layers
         # make a folder of altgrad/stall_frac/bf16, which therefore cannot be a file, too.
         # https://github.com/mlflow/mlflow/blob/master/mlflow/store/tracking/file_store.py
         model = {f"{key}/model": value for key, value in model.items()}
+        model, others = _clean_for_mlflow(model), _clean_for_mlflow(others)
     logger.log_metrics({**model, **others}, step=step)
 
 
@@ -176,8 +201,56 @@ def _is_wandb(logger: Any) -> bool:
     return "WandbLogger" in _class_names(logger)
 
 
+def _is_mlflow(logger: Any) -> bool:
+    return "MLFlowLogger" in _class_names(logger)
+
+
 def _class_names(logger: Any) -> Iterator[str]:
     return (each.__name__ for each in type(logger).__mro__)
+
+
+# --- the run
+
+
+def _find_run_name(logger: Any) -> object:
+    if _is_wandb(logger):  # the logger's own name is that of the project
+        return logger.experiment.name
+    if _is_mlflow(logger):  # the logger's own name is the id of the experiment
+        return logger.experiment.get_run(logger.run_id).info.run_name
+    return logger.name
+
+
+def _find_run_id(logger: Any) -> object:
+    if _is_wandb(logger):
+        return logger.experiment.id
+    return logger.run_id if _is_mlflow(logger) else None
+
+
+def _find_version(logger: Any) -> object:
+    return logger.version
+
+
+def _ask(question: Callable[[Any], object], logger: Any) -> str | None:
+    """Return an answer of a logger as a text; None if it has none, or raises an error."""
+    answer: object = None
+    with suppress(Exception):  # a run file is written without it
+        answer = question(logger)
+    return None if answer is None else str(answer)
+
+
+# --- names of metrics
+
+
+def _clean_for_mlflow(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Return numbers by keys without characters that MLflow does not allow."""
+    # Lightning removes these characters with a warning for each key, and then two layers may have
+    # one key: lightning/pytorch/loggers/mlflow.py. Here, equal keys get a number.
+    cleaned: dict[str, float] = {}
+    for key, value in numbers.items():
+        short = re.sub("[^a-zA-Z0-9_/. -]", "_", key)
+        names = itertools.chain([short], (f"{short}_{n}" for n in itertools.count(2)))
+        cleaned[next(name for name in names if name not in cleaned)] = value
+    return cleaned
 
 
 # --- layout

@@ -17,6 +17,7 @@ import torch
 
 from altgrad import Figures, Histogram, LostRankError, StepRecord, UpdateMonitor, model_figures
 from altgrad.report import Assessment, Header
+from altgrad_lightning.loggers import describe_runs
 from altgrad_lightning.notices import Notices
 from altgrad_lightning.output import Output
 from altgrad_lightning.packages import Callback
@@ -84,7 +85,7 @@ class Session:
             self._output = Output(
                 self._trainer.loggers,
                 folder,
-                Header.from_json(self._monitor.run_header()),
+                self._make_header(self._monitor),
                 self._settings.get_output_settings(),
                 self._output_state,
                 _logged_step(self._trainer),
@@ -255,6 +256,10 @@ class Session:
         except (TypeError, ValueError) as error:
             return str(error)
         return None
+
+    def _make_header(self, monitor: UpdateMonitor) -> Header:
+        runs = describe_runs(self._trainer.loggers)
+        return Header.from_json(monitor.run_header() | {"loggers": runs})
 
     def _is_due(self, _index: int) -> bool:
         # Lightning's tuners step the same optimizers, but replace `trainer.callbacks` meanwhile:

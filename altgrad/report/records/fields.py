@@ -101,6 +101,11 @@ LAYER = Checked(
     _check_elements,
 )
 
+LOGGER = Fields(
+    {"logger": Text()},
+    {key: (Nullable(Text()), None) for key in ("name", "id", "version")},
+)
+
 HEADER = Fields(
     {
         "formats": Table(FORMAT, _MOST_FORMATS),
@@ -111,6 +116,7 @@ HEADER = Fields(
         "versions": (Table(Text(), _MOST_KEYS), {}),
         "created": (Text(), ""),
         "predecessor": (Nullable(Fields({"path": Text(), "before_step": _STEP})), None),
+        "loggers": (Items(LOGGER, 0, _MOST_KEYS), ()),
     },
 )
 

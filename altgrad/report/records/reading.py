@@ -89,6 +89,7 @@ def read(path: str | os.PathLike[str]) -> Run:
         predecessors=[each.path for each in files[1:]],
         versions=last.header.versions,
         created=last.header.created,
+        loggers=last.header.loggers,
     )
 
 

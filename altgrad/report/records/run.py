@@ -64,6 +64,7 @@ class Run:
         predecessors: Paths of the files of earlier runs that were read, the latest run first.
         versions: Versions of the packages that wrote the file, by name.
         created: Time at which the file was created, in ISO 8601.
+        loggers: The run as each of its loggers knows it, as in `altgrad.report.Header`.
     """
 
     path: Path
@@ -75,6 +76,7 @@ class Run:
     predecessors: Sequence[Path]
     versions: Mapping[str, str]
     created: str
+    loggers: Sequence[Mapping[str, str | None]] = ()
 
     @functools.cached_property
     def steps(self) -> tuple[int, ...]:

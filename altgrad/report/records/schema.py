@@ -7,7 +7,7 @@ next.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -111,6 +111,8 @@ class Header:
         versions: Versions of the packages that wrote the file, by name.
         created: Time at which the file was created, in ISO 8601.
         predecessor: File of the run that this run continues; None for a new run.
+        loggers: The run as each of its loggers knows it: class of the logger under ``logger``, then
+            ``name``, ``id`` and ``version`` of the run, or None.
     """
 
     formats: Mapping[str, FormatInfo]
@@ -119,6 +121,7 @@ class Header:
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
     predecessor: Predecessor | None = None
+    loggers: Sequence[Mapping[str, str | None]] = ()
 
     def is_like(self, other: Header) -> bool:
         """Return True if formats, scaling and layers are equal, so that figures mean the same."""
@@ -139,6 +142,7 @@ class Header:
             "versions": dict(self.versions),
             "created": self.created,
             "predecessor": before and {"path": str(before.path), "before_step": before.before_step},
+            "loggers": [dict(each) for each in self.loggers],
         }
 
     @classmethod

@@ -23,6 +23,7 @@ def lines(records, header, tmp_path_factory) -> list[Any]:
     """Return the header, a layer's line and the model's line, as JSON values."""
     path = written(tmp_path_factory.mktemp("run"), header, records[:1])
     first, *rest = map(json.loads, path.read_text().splitlines())
+    first["loggers"] = [{"logger": "CSVLogger", "name": "a", "id": None, "version": "0"}]
     first["predecessor"] = {"path": "../other/altgrad.jsonl", "before_step": 0}
     return [first, rest[0], rest[-1]]
 
@@ -61,6 +62,8 @@ BAD: list[tuple[int, list[Any], list[Any]]] = [
     (0, ["predecessor"], [False, True, 0, "", [], {}, {"path": "a"}, {"before_step": 3}]),
     (0, ["predecessor", "path"], [None, False, 3, ["a"]]),
     (0, ["predecessor", "before_step"], [None, -1, 1.5, "1", HUGE]),
+    (0, ["loggers"], [None, {}, 3, "a", [{}], [None], [{"logger": 3}], [{"name": "a"}]]),
+    (0, ["loggers", 0, "id"], [3, True, []]),
     *((place, ["step"], [None, True, 1.5, -1, "1", HUGE, math.nan]) for place in (1, 2)),
     *((place, ["layer"], [0, True, [], {}]) for place in (1, 2)),
     *((place, ["figures"], [None, [], 3, "x"]) for place in (1, 2)),
@@ -102,6 +105,7 @@ GOOD: list[tuple[int, list[Any], list[Any]]] = [
     (0, ["scaling"], [None, "tensor", "channel", ["block", 1], ["block", 2**40]]),
     (0, [*LAYER, "shape"], [[3000], [2**31, 2**31], [1] * 60 + [3000]]),
     (0, ["predecessor"], [None]),
+    (0, ["loggers"], [[], [{"logger": "CSVLogger"}]]),
     (1, ["step"], [0, 2**63 - 1]),
     (1, ["figures", "stall_frac/bf16"], [0, 1, None, 0.5]),
     (1, ["figures", "kept_update_ratio/bf16"], [-3.5, 1e9, None, "inf", "-inf"]),

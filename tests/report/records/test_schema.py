@@ -35,6 +35,7 @@ HEADER = Header(
     {"torch": "2.6"},
     "2026-01-02",
     Predecessor("../version_0/altgrad.jsonl", 30),
+    ({"logger": "WandbLogger", "name": "wise-sun-3", "id": "a1b2", "version": None},),
 )
 
 
@@ -54,7 +55,7 @@ def test_a_header_survives_json() -> None:
         ({"scaling": None}, False),
         ({"layers": {"once": HEADER.layers["once"]}}, False),
         ({"layers": HEADER.layers | {"once": replace(HEADER.layers["once"], elements=4)}}, False),
-        ({"versions": {}, "created": "", "predecessor": None}, True),
+        ({"versions": {}, "created": "", "predecessor": None, "loggers": ()}, True),
     ],
 )
 def test_headers_are_alike_only_if_formats_scaling_and_layers_are_equal(
