@@ -103,8 +103,8 @@ class StepMessage:
         if step != -minus_step:
             raise RankError(
                 f"ranks observe different steps or layers, rank {rank} {self.step} with "
-                f"{format_count(len(self._layers), 'layer')}: give every rank the same every_n_steps "
-                "and sampling"
+                f"{format_count(len(self._layers), 'layer')}: give every rank the same "
+                "every_n_steps and sampling"
             )
         is_present = self._layer_maxima[:, -1] > 0
         names = [name for name, row in self._rows.items() if is_present[row]]
@@ -114,9 +114,9 @@ class StepMessage:
             if measured != self._layers[name].elements:
                 expected = format_count(self._layers[name].elements, "measured element")
                 raise RankError(
-                    f"{name}, {self.step}: expected {expected} on all ranks together, got {measured:.0f}: check that its gradient "
-                    "is present on every rank, and that shards and replicas are as the placements "
-                    "say"
+                    f"{name}, {self.step}: expected {expected} on all ranks together, got "
+                    f"{measured:.0f}: check that its gradient is present on every rank, and that "
+                    "shards and replicas are as the placements say"
                 )
         vectors[:, POPULATION] = [self._layers[name].population for name in names]
         return StepSums(
