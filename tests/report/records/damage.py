@@ -166,6 +166,63 @@ values = st.recursive(
 )
 
 
+shares = st.one_of(st.none(), st.sampled_from([0.0, 5e-324, 0.5, 0.99, 1.0]), st.floats(0, 1))
+figures = st.one_of(
+    st.sampled_from([None, "inf", "-inf", *FLOATS]),
+    st.floats(allow_nan=False, allow_infinity=False),
+)
+counts = st.lists(
+    st.one_of(st.sampled_from([0.0, 1e30, 5e-324]), st.floats(0, 1e30)), min_size=1, max_size=128
+)
+
+
+@st.composite
+def extreme_lines(draw: st.DrawFn) -> list[Any]:
+    """Draw a file that is valid, with any names and with values up to their bounds."""
+    lines = make_lines()
+    *new_formats, a, b = draw(st.lists(names, min_size=4, max_size=4, unique=True))
+    formats, layers = dict(zip(FORMATS, new_formats, strict=True)), {"a.weight": a, "b.0.weight": b}
+    steps = sorted(draw(st.sets(st.integers(0, 2**63 - 1), min_size=2, max_size=2)))
+    step_by_step = dict(zip((0, 5), steps, strict=True))
+    header = lines[0]
+    header["formats"] = {formats[name]: each for name, each in header["formats"].items()}
+    header["layers"] = {
+        layers[name]: each | {"formats": new_formats} for name, each in header["layers"].items()
+    }
+    for each in header["formats"].values():
+        low, high = sorted(draw(st.tuples(*[st.floats(5e-324, 1.79e308)] * 2)))
+        each |= {"smallest": low, "smallest_normal": high, "max": high, "eps": low}
+    for line in lines[1:]:
+        if "resumed" in line:
+            line["resumed"]["before_step"] = steps[1]
+            continue
+        line["step"] = step_by_step[line["step"]]
+        line["layer"] = layers.get(line["layer"])
+        for kind in ("figures", "errors"):
+            line[kind] = {
+                _rename(key, formats): draw(_find_values(key, kind)) for key in line.get(kind, ())
+            }
+        if "histograms" in line:
+            line["histograms"] = {
+                _rename(key, formats): {"first": draw(st.integers(-2200, 2200)), "counts": found}
+                for key in line["histograms"]
+                for found in [draw(counts)]
+            }
+            line["own_seconds"] = line["training_seconds"] = draw(st.floats(-1e12, 1e12))
+    return lines
+
+
+def _rename(key: str, formats: dict[str, str]) -> str:
+    metric, slash, format = key.partition("/")
+    return f"{metric}{slash}{formats.get(format, format)}"
+
+
+def _find_values(key: str, kind: str) -> st.SearchStrategy[Any]:
+    if kind == "errors":
+        return st.one_of(st.sampled_from([None, "inf", 0.0, 1e300]), st.floats(0, 1))
+    return shares if key.partition("/")[0].endswith("_frac") else figures
+
+
 def list_places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Yield the path of every value inside a value: of all fields, keys and items."""
     if isinstance(value, list):

@@ -22,6 +22,7 @@ from tests.report.records.damage import (
     MUTATIONS,
     PLACES,
     as_bytes,
+    extreme_lines,
     make_lines,
     multiply_items,
     mutate,
@@ -236,14 +237,26 @@ def test_every_field_takes_each_change_or_refuses_it_in_one_sentence(
     check_simple(path, SIMPLE[start::8])
 
 
-@pytest.mark.slow
-@settings(max_examples=100, deadline=None)
-@given(changes)
-def test_any_changed_file_that_is_read_has_a_page(path: Path, each: list[Any]) -> None:
-    lines = make_lines()
-    for place, change, value, name in each:
-        mutate(lines, place, change, value, name)
+# --- valid files with any names, and with values up to their bounds
+
+
+def read_valid(path: Path, lines: list[Any]) -> Run:
     path.write_bytes(as_bytes(lines))
     run = read_or_sentence(path)
-    if isinstance(run, Run):
-        show_page(run)
+    assert isinstance(run, Run), run
+    return run
+
+
+@quick
+@given(extreme_lines())
+def test_any_valid_file_is_shown(path: Path, lines: list[Any]) -> None:
+    show(read_valid(path, lines))
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(extreme_lines())
+def test_any_valid_file_has_a_page(path: Path, lines: list[Any]) -> None:
+    run = read_valid(path, lines)
+    show(run)
+    show_page(run)
