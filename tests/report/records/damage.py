@@ -53,6 +53,7 @@ def make_lines() -> list[Any]:
             "layers": {name: shapes | {"every_n_steps": 1} for name in KEPT_IN_BF16},
             "versions": {"altgrad": "0.2.0"},
             "created": "2026-01-02T03:04:05+00:00",
+            "loggers": [{"logger": "CSVLogger", "name": "a", "id": None, "version": "3"}],
             "predecessor": {"path": "../earlier/altgrad.jsonl", "before_step": 0},
         }
     ]

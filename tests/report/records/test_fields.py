@@ -59,6 +59,7 @@ BAD: list[tuple[int, list[Any], list[Any]]] = [
     (0, [*LAYER, "every_n_steps"], [0, -1, 1.5, None, True, HUGE]),
     (0, ["versions"], [None, [], {"torch": 2.6}, {"torch": None}]),
     (0, ["created"], [None, 3, []]),
+    (0, ["loggers"], [None, {}, [{}], [None], [{"logger": 3}], [{"logger": "a", "id": 3}]]),
     (0, ["predecessor"], [False, True, 0, "", [], {}, {"path": "a"}, {"before_step": 3}]),
     (0, ["predecessor", "path"], [None, False, 3, ["a"]]),
     (0, ["predecessor", "before_step"], [None, -1, 1.5, "1", HUGE]),
