@@ -45,7 +45,8 @@ def measure(
         gradient: The gradient as the optimizer applied it, unscaled and clipped, with the shape of
             `before`. If None, figures that need it are left out.
         formats: One or several formats, or their names. Block formats (``"mxfp8_e4m3"``,
-            ``"nvfp4"``, …) use their own scales.
+            ``"nvfp4"``, …) use their own scales. The scale of a whole tensor in nvfp4 follows from
+            `before`; `UpdateMonitor` keeps its amax from step to step, as it keeps every amax.
         scaling: Which elements share an amax scale in formats of fewer than 16 bits, as in
             `compute_scale`. The amax is taken from `before` and kept for both sides of the step;
             it is taken from `after` if `before` is all 0. With None all formats are judged with

@@ -20,6 +20,7 @@ from altgrad.quantization.arguments import check_pair
 from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.grids import Grids, make_grids
 from altgrad.quantization.scale_groups import (
+    Amaxes,
     Sharing,
     compute_element_scales,
     compute_layer_amax,
@@ -37,8 +38,8 @@ class Batch(NamedTuple):
         dtype_grid: 2**-M for M mantissa bits, and the smallest normal number, of the dtype.
         grids: The grids of the formats, with the scale of each row. None without formats, or if
             `sharing` is set.
-        sharing: Which elements of all rows, flattened, share a scale, and the amax of the groups,
-            (groups). None if each row has one scale per format.
+        sharing: Which elements of all rows, flattened, share a scale, and the amaxes. None if each
+            row has one scale per format.
         ever: Flags of the elements, updated at each step. None if elements are not tracked.
     """
 
@@ -46,7 +47,7 @@ class Batch(NamedTuple):
     layers: Layers
     dtype_grid: tuple[float, float]
     grids: Grids | None
-    sharing: tuple[Sharing, Tensor | None] | None
+    sharing: tuple[Sharing, Amaxes | None] | None
     ever: EverMoved | None
 
 
@@ -99,7 +100,7 @@ class Measurer:
             device=device,
         )
 
-    def take_amax(self, before: Tensor, after: Tensor) -> Tensor:
+    def take_amaxes(self, before: Tensor, after: Tensor) -> Amaxes:
         """Take the amax of the weights, or of each channel.
 
         Args:
@@ -107,13 +108,14 @@ class Measurer:
             after: Weights after the step, used where the amax of `before` is 0.
 
         Returns:
-            The amax, float32 or float64 (1) or (channels).
+            The amaxes of one layer, float32 or float64.
         """
-        amax = compute_layer_amax(before, self.formats.scaling)
+        amaxes = Amaxes.from_groups(compute_layer_amax(before, self.formats.scaling))
         # bool() waits for the device; a monitor keeps each amax instead, see `scale_state`.
-        if bool((amax == 0).any()):
-            amax = torch.where(amax == 0, compute_layer_amax(after, self.formats.scaling), amax)
-        return amax
+        if not bool((amaxes.groups == 0).any()):
+            return amaxes
+        later = compute_layer_amax(after, self.formats.scaling)
+        return amaxes.fill_zeros(Amaxes.from_groups(later))
 
     @torch.no_grad()
     def measure_tensor(
@@ -121,7 +123,7 @@ class Measurer:
         before: Tensor,
         after: Tensor,
         gradient: Tensor | None = None,
-        amax: Tensor | None = None,
+        amaxes: Amaxes | None = None,
         ever: EverMoved | None = None,
         sample: Sample | None = None,
     ) -> Tensor:
@@ -131,8 +133,8 @@ class Measurer:
             before: Weights before the step, float16, bfloat16, float32 or float64, any shape.
             after: The same weights after the step, with the dtype and shape of `before`.
             gradient: The gradient as the optimizer applied it, with the shape of `before`.
-            amax: The amax of the weights, or of each channel, if it is kept from step to step,
-                (1) or (channels). None takes it from `before`; the host then waits for the device.
+            amaxes: The amax of the weights, or of each channel, if it is kept from step to step.
+                None takes it from `before`; the host then waits for the device.
             ever: Flags of the elements as one row, bool (1, 1 or formats, elements); updated.
             sample: The elements of a layer that the tensors hold. None if they hold all.
 
@@ -145,14 +147,15 @@ class Measurer:
             ValueError: Shapes differ.
         """
         check_step(before, after, gradient)
-        if amax is None and self.formats.needs_amax:
-            amax = self.take_amax(before, after)
+        if amaxes is None and self.formats.needs_amax:
+            amaxes = self.take_amaxes(before, after)
         device, shape = before.device, before.shape if sample is None else sample.shape
-        grids = tensor_amax = found = None
+        grids = found = None
         if self.formats.is_single:
-            grids = self.make_grids(self.compute_scales(amax, 1, device), device)
-        elif amax is not None and self.formats.needs_tensor_amax:
-            tensor_amax = update_tensor_amaxes(before, amax)
+            groups = None if amaxes is None else amaxes.groups
+            grids = self.make_grids(self.compute_scales(groups, 1, device), device)
+        elif amaxes is not None and self.formats.needs_tensor_amax:
+            amaxes = amaxes._replace(layers=update_tensor_amaxes(before, amaxes.layers))
         layers = self._describe_layer(before, shape.numel())
         dtype_grid = _get_dtype_grid(before.dtype)
         tensors = (before, after) if gradient is None else (before, after, gradient)
@@ -161,9 +164,7 @@ class Measurer:
         for flat in split_chunks(tensors, size, block=block, sample=sample):
             count = len(flat[0])
             if not self.formats.is_single:
-                scales = self._compute_element_scales(
-                    flat, (amax, tensor_amax), start, shape, sample
-                )
+                scales = self._compute_element_scales(flat, amaxes, start, shape, sample)
                 grids = self.make_grids(scales.unsqueeze(0), device)
             buffers = self._workspace.buffers(1, len(self.formats), count, device)
             # Histograms of `layers` add up over chunks by themselves; sums and extrema do here.
@@ -191,7 +192,7 @@ class Measurer:
     def _compute_element_scales(
         self,
         flat: tuple[Tensor, ...],
-        amax: tuple[Tensor | None, Tensor | None],
+        amaxes: Amaxes | None,
         start: int,
         shape: torch.Size,
         sample: Sample | None,
@@ -200,7 +201,8 @@ class Measurer:
 
         Args:
             flat: The chunk's weights before and after, (elements) each.
-            amax: Amax of the layer or its channels, and of the whole tensor, or None.
+            amaxes: Amax of the layer or its channels, and of the whole tensor. None if no format
+                needs them.
             start: Position of the chunk's first element among those measured.
             shape: Shape of the whole layer.
             sample: The elements that are measured; None for all.
@@ -214,13 +216,13 @@ class Measurer:
             if sample is None
             else sample.indices[start:stop].cpu()
         )
-        sharing, group_amax = self.find_sharing(shape, indices), amax[0]
-        if group_amax is not None:
+        sharing = self.find_sharing(shape, indices)
+        if amaxes is not None:
             # A chunk has few of the layer's channels: number those, and take their amax.
             sharing, groups = sharing.trim_groups()
-            group_amax = group_amax[groups]
+            amaxes = amaxes._replace(groups=amaxes.groups[groups])
         sharing = sharing.to(flat[0].device)
-        return compute_element_scales(flat[0], flat[1], group_amax, amax[1], sharing, self.formats)
+        return compute_element_scales(flat[0], flat[1], amaxes, sharing, self.formats)
 
     def find_sharing(self, shape: torch.Size, indices: Tensor) -> Sharing:
         """Find which elements of a layer share a scale.
@@ -254,7 +256,7 @@ class Measurer:
         rows: Rows,
         row_layers: Tensor,
         counted: Tensor,
-        scales: Tensor | tuple[Sharing, Tensor | None],
+        scales: Tensor | tuple[Sharing, Amaxes | None],
         ever: EverMoved | None,
     ) -> Batch:
         """Prepare a batch that `measure_batch` measures at each step.
@@ -275,13 +277,13 @@ class Measurer:
         batch = Batch(rows, layers, _get_dtype_grid(rows.before.dtype), None, None, ever)
         return self.with_scales(batch, scales)
 
-    def with_scales(self, batch: Batch, scales: Tensor | tuple[Sharing, Tensor | None]) -> Batch:
+    def with_scales(self, batch: Batch, scales: Tensor | tuple[Sharing, Amaxes | None]) -> Batch:
         """Return a batch with other scales.
 
         Args:
             batch: The batch; it is not changed.
             scales: Scales, float64 (1 or rows, formats, 1). Otherwise, which elements share a
-                scale, and the amax of their groups, (groups).
+                scale, and the amaxes.
         """
         if isinstance(scales, tuple):
             return batch._replace(sharing=scales)
@@ -309,13 +311,13 @@ class Measurer:
     def _make_element_grids(self, batch: Batch) -> Grids | None:
         """Make grids with a scale for each element, from the weights of this step."""
         assert batch.sharing is not None
-        (sharing, amax), before = batch.sharing, batch.rows.before
+        (sharing, amaxes), before = batch.sharing, batch.rows.before
         # All rows end to end, as `sharing` numbers the elements.
         flat = before.reshape(-1), batch.rows.after.reshape(-1)
-        tensor_amax = None
-        if amax is not None and self.formats.needs_tensor_amax:
-            tensor_amax = update_tensor_amaxes(flat[0], amax, sharing)
-        scales = compute_element_scales(*flat, amax, tensor_amax, sharing, self.formats)
+        if amaxes is not None and self.formats.needs_tensor_amax:
+            raised = update_tensor_amaxes(flat[0], amaxes.layers, sharing)
+            amaxes = amaxes._replace(layers=raised)
+        scales = compute_element_scales(*flat, amaxes, sharing, self.formats)
         by_row = scales.view(-1, before.shape[0], before.shape[2]).transpose(0, 1)
         return self.make_grids(by_row, before.device)
 

@@ -29,7 +29,7 @@ from altgrad.monitor.scale_state import ScaleState
 from altgrad.observation.dtensor import to_local_tensor
 from altgrad.observation.snapshots import Copies, Request
 from altgrad.quantization.arguments import INPUT_DTYPES
-from altgrad.quantization.scale_groups import Sharing
+from altgrad.quantization.scale_groups import Amaxes, Sharing
 
 # Elements in a row. Fewer would make sums over rows slow; more would waste memory on the last row
 # of each small layer.
@@ -270,26 +270,30 @@ class Arena:
 
     def _scales(
         self, places: Sequence[Place], row_layers: Tensor
-    ) -> Tensor | tuple[Sharing, Tensor | None]:
+    ) -> Tensor | tuple[Sharing, Amaxes | None]:
         """Compute scales, or which elements share them, as `Measurer.with_scales` takes them."""
         device, measurer = row_layers.device, self._measurer
-        amax = None
+        amaxes = None
         if measurer.formats.needs_amax:
-            amax = torch.cat([self._amax(place, device) for place in places])
+            each = [self._amaxes(place, device) for place in places]
+            amaxes = Amaxes(*map(torch.cat, zip(*each, strict=True)))
         if measurer.formats.is_single:
-            return measurer.compute_scales(amax, len(places), device)[row_layers]
+            groups = None if amaxes is None else amaxes.groups
+            return measurer.compute_scales(groups, len(places), device)[row_layers]
         sharing = Sharing.join([self._sharing(place) for place in places])
-        return sharing.to(device), amax
+        return sharing.to(device), amaxes
 
-    def _amax(self, place: Place, device: torch.device) -> Tensor:
-        """Return the amax of a layer, (groups); ones for a layer that has another shape by now.
+    def _amaxes(self, place: Place, device: torch.device) -> Amaxes:
+        """Return the amaxes of a layer; ones for a layer that has another shape by now.
 
         Such a layer has no elements here until it has a gradient, and the arena is laid out again.
         """
         is_by_channel = self._measurer.formats.scaling == "channel" and len(place.shape) > 0
         groups = place.shape[0] if is_by_channel else 1
-        amax = self._scale_state.amax(place.name)
-        return amax if len(amax) == groups else torch.ones(groups, device=device)
+        amaxes = self._scale_state.amaxes(place.name)
+        if len(amaxes.groups) == groups:
+            return amaxes
+        return Amaxes.from_groups(torch.ones(groups, device=device))
 
     def _sharing(self, place: Place) -> Sharing:
         """Find which elements of a place share a scale, filled up to whole rows."""

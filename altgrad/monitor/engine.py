@@ -206,9 +206,9 @@ class Engine:
             # A sample that holds every element is a whole layer, which is split faster.
             if sample is not None and elements == sample.shape.numel():
                 sample = None
-            amax = self._scale_state.amax(name) if formats.needs_amax else None
+            amaxes = self._scale_state.amaxes(name) if formats.needs_amax else None
             ever = self._ever_moved.get_row(name, 1 + len(formats), elements, before.device)
-            row = self._measurer.measure_tensor(before, after, gradient, amax, ever, sample)
+            row = self._measurer.measure_tensor(before, after, gradient, amaxes, ever, sample)
             yield name, row
 
     # --- flags

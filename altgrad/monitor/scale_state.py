@@ -2,8 +2,9 @@
 
 Scales follow from the amax. If a scale followed the weights at every step, it would hide whether
 the weights moved on the grid. An amax is therefore kept for 100 observed steps. It is taken again
-earlier if a weight rounds beyond the top of its scale, or if it was 0 and set no scale. `engine`
-comes next and measures under the scales.
+earlier if a weight rounds beyond the top of its scale, or if it was 0 and set no scale. So is the
+amax of a whole tensor, from which a scale of nvfp4 follows; in a step in which a measured weight
+exceeds it, it is raised for that step. `engine` comes next and measures under the scales.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from altgrad._messages import few
 from altgrad.distributed.peers import Peers
 from altgrad.measurement.step_record import StepRecord
 from altgrad.quantization.format_set import FormatSet
+from altgrad.quantization.scale_groups import Amaxes
 
 STEPS_PER_SCALE = 100
 """Number of observed steps for which an amax is kept, unless a weight outgrows its scale."""
@@ -33,7 +35,7 @@ class ScaleState:
 
     def __init__(self, formats: FormatSet) -> None:
         self._formats = formats
-        self._amax: dict[str, tuple[torch.Size, Tensor]] = {}
+        self._amaxes: dict[str, tuple[torch.Size, Amaxes]] = {}
         self._steps_left = 0
         self._exceeded: set[str] = set()
         self._zero: set[str] = set()  # layers with an amax of 0, which sets no scale
@@ -87,13 +89,14 @@ class ScaleState:
                 )
             self._take({name: parameters[name] for name in unknown}, peers)
         for name, parameter in parameters.items():
-            amax = self._amax[name][1]
-            if amax.device != parameter.device:
-                self._amax[name] = parameter.shape, amax.to(parameter.device)
+            amaxes = self._amaxes[name][1]
+            if amaxes.groups.device != parameter.device:
+                moved = Amaxes(*(each.to(parameter.device) for each in amaxes))
+                self._amaxes[name] = parameter.shape, moved
 
-    def amax(self, name: str) -> Tensor:
-        """Return the amax of a layer, float32 or float64 (1) or (channels)."""
-        return self._amax[name][1]
+    def amaxes(self, name: str) -> Amaxes:
+        """Return the amaxes of a layer, float32 or float64."""
+        return self._amaxes[name][1]
 
     def settle(self, stepped: Callable[[], Mapping[str, Tensor]], peers: Peers) -> bool:
         """Recompute the amax of all-zero layers from their weights after a step.
@@ -134,9 +137,11 @@ class ScaleState:
         Returns:
             A dict of plain data and tensors.
         """
+        each = self._amaxes
         return {
             "scaling": self._formats.scaling,
-            "amax": {name: (tuple(shape), amax) for name, (shape, amax) in self._amax.items()},
+            "amax": {name: (tuple(s), amaxes.groups) for name, (s, amaxes) in each.items()},
+            "tensor_amax": {n: a.layers for n, (_, a) in each.items() if len(a.groups) != 1},
             "steps_left": self._steps_left,
             "exceeded": sorted(self._exceeded),
             "zero": sorted(self._zero),
@@ -148,17 +153,22 @@ class ScaleState:
         Returns:
             A dict of plain data.
         """
-        amax = {name: [*shape, _hash_numbers(each)] for name, (shape, each) in self._amax.items()}
-        return self.state_dict() | {"amax": amax}
+        state = self.state_dict()
+        amax = {name: [*s, _hash_numbers(each)] for name, (s, each) in state["amax"].items()}
+        layers = {name: _hash_numbers(each) for name, each in state["tensor_amax"].items()}
+        return state | {"amax": amax, "tensor_amax": layers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a `state_dict`; if its scaling differs, each amax is taken again."""
-        self.__dict__ |= {"_amax": {}, "_steps_left": 0, "_exceeded": set(), "_zero": set()}
+        self.__dict__ |= {"_amaxes": {}, "_steps_left": 0, "_exceeded": set(), "_zero": set()}
         if state["scaling"] != self._formats.scaling:
             return
-        self._amax = {
-            name: (torch.Size(shape), amax) for name, (shape, amax) in state["amax"].items()
-        }
+        # Only layers with channels have both. States of earlier versions have those of channels.
+        layers = state.get("tensor_amax", {})
+        for name, (shape, groups) in state["amax"].items():
+            amaxes = Amaxes.from_groups(groups)
+            amaxes = amaxes._replace(layers=layers.get(name, amaxes.layers))
+            self._amaxes[name] = torch.Size(shape), amaxes
         # Version 0.1.0 counted below 0 in runs without a scale: each amax is due then.
         self._steps_left = max(state["steps_left"], 0)
         self._exceeded, self._zero = set(state["exceeded"]), set(state["zero"])
@@ -166,18 +176,18 @@ class ScaleState:
     def _unknown(self, parameters: Mapping[str, Tensor]) -> list[str]:
         """Return the names of layers without an amax, or with that of another shape, in order."""
         nothing = None, None
-        return [n for n, p in parameters.items() if self._amax.get(n, nothing)[0] != p.shape]
+        return [n for n, p in parameters.items() if self._amaxes.get(n, nothing)[0] != p.shape]
 
     def _take(self, parameters: Mapping[str, Tensor], peers: Peers, *, keep: bool = False) -> None:
         """Take the amax of some layers; with `keep`, replace an amax only where it is 0."""
         if not parameters:
             return
         each, has_zero = peers.amax(parameters, self._formats.scaling)
-        for (name, parameter), new in zip(parameters.items(), each, strict=True):
-            shape, known = self._amax.get(name, (None, new))
+        for (name, parameter), groups in zip(parameters.items(), each, strict=True):
+            new = Amaxes.from_groups(groups)
+            shape, known = self._amaxes.get(name, (None, new))
             is_kept = keep and shape == parameter.shape
-            amax = torch.where(known == 0, new, known) if is_kept else new
-            self._amax[name] = parameter.shape, amax
+            self._amaxes[name] = parameter.shape, known.fill_zeros(new) if is_kept else new
         pairs = zip(parameters.items(), has_zero, strict=True)
         zero = {name for (name, each), is_zero in pairs if is_zero and each.numel()}
         self._zero = self._zero - parameters.keys() | zero

@@ -65,24 +65,59 @@ def compute_layer_amaxes(
     return [amax[position] for position in positions], [has_zero[each] for each in positions]
 
 
+class Amaxes(NamedTuple):
+    """The amaxes of one or several layers, from which scales follow.
+
+    The two differ if a channel is all 0 before a step: its own amax is then that after the step,
+    but the amax of the layer remains that of the weights before.
+
+    Attributes:
+        groups: The amax of each layer, or of each channel if channels have scales, (groups,).
+        layers: The amax of each whole layer, (layers,). Only scales of whole tensors use it.
+    """
+
+    groups: Tensor
+    layers: Tensor
+
+    @classmethod
+    def from_groups(cls, groups: Tensor) -> Amaxes:
+        """Return the amaxes of one layer, none of whose channels took its amax after a step.
+
+        Args:
+            groups: The amax of the layer, (1,), or of each channel, (channels,).
+
+        Returns:
+            The amaxes; 0 for a layer without channels.
+        """
+        if len(groups) == 1:
+            return cls(groups, groups)
+        return cls(groups, groups.amax().view(1) if len(groups) else groups.new_zeros(1))
+
+    def fill_zeros(self, other: Amaxes) -> Amaxes:
+        """Return the amaxes with those that are 0 replaced by those of the same layers later."""
+        pairs = zip(self, other, strict=True)
+        return Amaxes(*(torch.where(mine == 0, later, mine) for mine, later in pairs))
+
+
 def update_tensor_amaxes(before: Tensor, amax: Tensor, sharing: Sharing | None = None) -> Tensor:
     """Return the amax of each layer, raised to that of its measured elements if this is larger.
 
     Args:
         before: Weights before the step: elements of one layer, or of the layers in `sharing`.
-        amax: The kept amaxes of all groups of these layers, (groups,).
+        amax: The kept amax of each layer, (layers,). Its dtype may differ from that of `before`,
+            after a model was cast.
         sharing: The groups and layers of the elements; None if all elements are in one layer.
 
     Returns:
-        A tensor (layers,) with the dtype of `amax`.
+        A tensor (layers,), float64 if an argument is, otherwise float32.
     """
     if sharing is None:
-        return torch.maximum(amax.amax(), compute_amax(before, "tensor")).view(1)
-    # scatter_reduce_ starts from 0, the amax of a layer without finite elements.
-    largest = amax.new_zeros(sharing.layers)
-    largest.scatter_reduce_(0, sharing.group_layer, amax, "amax")
+        # Of one dimension: torch does not promote a dtype to that of a tensor without dimensions.
+        return torch.maximum(amax, compute_amax(before, "tensor").view(1))
+    magnitude = _finite_magnitude(before)
+    dtype = torch.promote_types(amax.dtype, magnitude.dtype)
     layer = sharing.group_layer[sharing.group]
-    return largest.scatter_reduce_(0, layer, _finite_magnitude(before), "amax")
+    return amax.to(dtype).scatter_reduce(0, layer, magnitude.to(dtype), "amax")
 
 
 def compute_single_scales(amax: Tensor, formats: FormatSet) -> Tensor:
@@ -235,8 +270,7 @@ class Sharing(NamedTuple):
 def compute_element_scales(
     before: Tensor,
     after: Tensor,
-    amax: Tensor | None,
-    tensor_amax: Tensor | None,
+    amaxes: Amaxes | None,
     sharing: Sharing,
     formats: FormatSet,
 ) -> Tensor:
@@ -247,8 +281,7 @@ def compute_element_scales(
             not count.
         after: The elements after the step, (elements,). They set the scale of a block whose
             elements before the step are all 0.
-        amax: The amax of each group, (groups,); None if no format needs it.
-        tensor_amax: The amax of each layer, (layers,); None if no format has a tensor scale.
+        amaxes: The amaxes of all groups and layers; None if no format needs them.
         sharing: The group and the blocks of each element.
         formats: The formats.
 
@@ -265,13 +298,13 @@ def compute_element_scales(
         if applied is None:
             continue
         if isinstance(applied, str):
-            assert amax is not None
-            scale.copy_(compute_format_scales(amax, format)[sharing.group])
+            assert amaxes is not None
+            scale.copy_(compute_format_scales(amaxes.groups, format)[sharing.group])
             continue
         blocks, largest = sharing.blocks[applied[1]], block_amax[applied[1]]
         tensor_amaxes = None
-        if format.has_tensor_scale and tensor_amax is not None:
-            tensor_amaxes = tensor_amax[blocks.layer]
+        if format.has_tensor_scale and amaxes is not None:
+            tensor_amaxes = amaxes.layers[blocks.layer]
         scale.copy_(compute_format_scales(largest, format, tensor_amaxes)[blocks.element_block])
     return scales
 

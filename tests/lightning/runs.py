@@ -21,6 +21,7 @@ from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.metrics import FORMULAS, Share
 from altgrad.quantization import compute_scale, effective_update, get_formats
 from altgrad.quantization.format_set import FormatSet
+from altgrad.quantization.scale_groups import Amaxes
 from altgrad_lightning import PrecisionMonitor
 
 Step = list[tuple[Tensor, Tensor, Tensor]]
@@ -160,7 +161,7 @@ def assert_last_step(figures: Figures, steps: Sequence[tuple[Tensor, ...]]) -> N
     """
     measurer = Measurer(FormatSet(DEFAULT_FORMATS))
     amax = replay_amax(steps)
-    row = measurer.measure_tensor(*steps[-1], amax=amax[-1])
+    row = measurer.measure_tensor(*steps[-1], Amaxes.from_groups(amax[-1]))
     assert_same(figures, tensor_figures(measurer.formats.names, row))
     if torch.equal(amax[-1], replay_amax(steps[-1:])[0]):
         assert_same(figures, measure(*steps[-1]))

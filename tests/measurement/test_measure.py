@@ -216,6 +216,19 @@ def test_e1m6_and_e0m7_give_equal_figures_under_amax_scales(dtype: torch.dtype) 
         assert e1m6[key.replace("e0m7", "e1m6")] == pytest.approx(value, nan_ok=True), key
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+def test_block_formats_ignore_the_scaling_also_where_a_channel_begins_at_0(name: str) -> None:
+    before = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    before[1] = 0
+    after = before * 0.9
+    after[1] = 50.0  # far beyond the amax of the tensor before the step
+    expected = measure(before, after, formats=name, scaling="tensor")
+    for scaling in ("channel", ("block", 16), None):
+        assert measure(before, after, formats=name, scaling=scaling) == pytest.approx(
+            expected, nan_ok=True, rel=1e-12
+        )
+
+
 def test_errors_name_the_wrong_argument() -> None:
     before, after, gradient = a_step()
     with pytest.raises(ValueError, match=r"before has shape \(300,\) and after \(299,\)"):

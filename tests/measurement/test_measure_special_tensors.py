@@ -10,6 +10,7 @@ from altgrad.measurement.figures import tensor_figures
 from altgrad.measurement.measure import DEFAULT_FORMATS, measure
 from altgrad.measurement.measurer import Measurer
 from altgrad.quantization.format_set import FormatSet
+from altgrad.quantization.scale_groups import Amaxes
 from tests.measurement.definitions import SCALINGS, SPECIAL, G, V, W, assert_figures, make_key
 
 
@@ -65,7 +66,9 @@ def test_float64_numbers_near_the_end_of_the_range_count_as_not_finite() -> None
     after = torch.cat([step[1].flatten(), torch.tensor([1.0, -1e300, 1.0], dtype=torch.float64)])
     gradient = torch.cat([step[2].flatten(), torch.tensor([1.0, 1.0, 1e305], dtype=torch.float64)])
     amax = step[0].abs().max().view(1)
-    row = Measurer(FormatSet(DEFAULT_FORMATS)).measure_tensor(wild, after, gradient, amax)
+    row = Measurer(FormatSet(DEFAULT_FORMATS)).measure_tensor(
+        wild, after, gradient, Amaxes.from_groups(amax)
+    )
     figures = tensor_figures(DEFAULT_FORMATS, row)
     assert figures["nonfinite_frac"] == 3 / 483
     for key in expected.keys() - {"nonfinite_frac"}:

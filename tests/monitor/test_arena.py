@@ -19,6 +19,7 @@ from altgrad.monitor.scale_state import ScaleState
 from altgrad.observation.snapshots import Copies, Request
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.format_set import FormatSet
+from altgrad.quantization.scale_groups import Amaxes
 from tests.monitor.watching import (
     FORMATS,
     assert_equal_figures,
@@ -214,7 +215,7 @@ def test_a_new_layout_keeps_the_scales() -> None:
     rows = lying.measurer.measure_batch(segment.batch)
     largest = before.abs().max().view(1)
     for row, step, amax in zip(rows, steps.values(), (largest, 16 * largest), strict=True):
-        alone = Measurer(FormatSet(FORMATS)).measure_tensor(*step, amax)
+        alone = Measurer(FormatSet(FORMATS)).measure_tensor(*step, Amaxes.from_groups(amax))
         assert_equal_figures(tensor_figures(FORMATS, row), dict(tensor_figures(FORMATS, alone)))
     assert not torch.equal(rows[0], rows[1])
 
@@ -238,7 +239,9 @@ def test_a_batch_equals_each_layer_measured_alone(scaling: Any) -> None:
             amax = (factor * step[0]).abs()
             amax = amax.flatten(1).amax(1) if scaling == "channel" and amax.dim() > 1 else amax
             amax = amax if scaling == "channel" else amax.amax().view(1)
-            alone = Measurer(FormatSet(FORMATS, scaling)).measure_tensor(*step, amax)
+            alone = Measurer(FormatSet(FORMATS, scaling)).measure_tensor(
+                *step, Amaxes.from_groups(amax)
+            )
             expected = dict(tensor_figures(FORMATS, alone))
             assert_equal_figures(tensor_figures(FORMATS, row), expected, ("never_moved_frac",))
 
@@ -282,7 +285,9 @@ def test_a_sample_is_flat_and_stands_for_the_whole_layer() -> None:
     for pad, part in zip(padded, (before, after, gradient), strict=True):
         chosen = part.flatten()[indices]
         pad[0, 0], pad[1], pad[2, 0] = chosen[0], chosen[1:3], chosen[3]
-    alone = Measurer(FormatSet(FORMATS, "channel")).measure_tensor(*padded, amax)
+    alone = Measurer(FormatSet(FORMATS, "channel")).measure_tensor(
+        *padded, Amaxes.from_groups(amax)
+    )
     expected = tensor_figures(FORMATS, alone)
     for key in ("stall_frac/e4m3fn", "stall_frac/e2m1", "grid_error_mean/e4m3fn"):
         assert figures[key] == pytest.approx(expected[key], rel=1e-12), key

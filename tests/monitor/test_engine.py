@@ -26,6 +26,7 @@ from altgrad.monitor.scale_state import ScaleState
 from altgrad.observation import OptimizerStep, StepOutcome
 from altgrad.observation.snapshots import Copies, Request
 from altgrad.quantization.format_set import FormatSet
+from altgrad.quantization.scale_groups import Amaxes
 from tests.counting import host_copies
 from tests.monitor.watching import (
     FORMATS,
@@ -215,7 +216,9 @@ def test_a_sample_that_is_measured_alone_stands_for_the_whole() -> None:
     assert (figures.elements, figures.population) == (1000, 5000)
     indices = sample_elements("w", (50, 100), 1000)
     chosen = [each.flatten()[indices] for each in whole]
-    row = Measurer(FormatSet(FORMATS)).measure_tensor(*chosen, whole[0].abs().max().view(1))
+    row = Measurer(FormatSet(FORMATS)).measure_tensor(
+        *chosen, Amaxes.from_groups(whole[0].abs().max().view(1))
+    )
     expected = {
         key: value
         for key, value in tensor_figures(FORMATS, row).items()
@@ -232,7 +235,9 @@ def test_scales_are_kept_from_step_to_step() -> None:
     grown = {name: tuple(4 * each for each in step) for name, step in parts.items()}
 
     def expected(name: str, amax: float) -> dict[str, float]:
-        row = Measurer(FormatSet(FORMATS)).measure_tensor(*grown[name], torch.tensor([amax]))
+        row = Measurer(FormatSet(FORMATS)).measure_tensor(
+            *grown[name], Amaxes.from_groups(torch.tensor([amax]))
+        )
         return dict(tensor_figures(FORMATS, row))
 
     amax = {name: step[0].abs().max().item() for name, step in parts.items()}
@@ -407,7 +412,7 @@ def test_a_sharded_layer_is_a_sample_of_the_whole_layer() -> None:
     sample, amax = Sample(step[0].shape, torch.tensor([4, 6, 7])), step[0].abs().amax(1)
     measurer = Measurer(FormatSet(FORMATS, "channel"))
     row = measurer.measure_tensor(
-        *here, amax, sample=sample
+        *here, Amaxes.from_groups(amax), sample=sample
     )  # each element has the scale of its channel
     assert_equal_figures(figures, dict(tensor_figures(FORMATS, row)), ("never_moved_frac",))
 

@@ -171,7 +171,7 @@ def test_measuring_with_block_scales_takes_at_most_16_mib(
 ) -> None:
     step = [torch.randn(shape) for _ in range(3)]
     measurer = Measurer(FormatSet(formats, scaling))
-    amax = measurer.take_amax(*step[:2])
+    amax = measurer.take_amaxes(*step[:2])
     assert memory_for(measurer, [*step, amax]) <= CHUNK_BYTES
 
 

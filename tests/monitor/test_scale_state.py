@@ -20,6 +20,7 @@ from altgrad.quantization import (
     compute_scale,
 )
 from altgrad.quantization.format_set import FormatSet
+from altgrad.quantization.scale_groups import Amaxes
 from tests.monitor.watching import (
     FORMATS,
     assert_equal_figures,
@@ -73,25 +74,25 @@ def observed(state: ScaleState, steps: int = 1, **saturated: dict[str, float]) -
 def test_an_amax_is_kept_until_the_shape_changes() -> None:
     state, weight = make_state(), torch.tensor([1.0, -3.0, math.inf, math.nan])
     ensure_amax(state, w=weight)
-    assert state.amax("w").tolist() == [3.0]  # the largest finite magnitude
+    assert state.amaxes("w").groups.tolist() == [3.0]  # the largest finite magnitude
     weight *= 10
     ensure_amax(state, w=weight)
-    assert state.amax("w").tolist() == [3.0]
+    assert state.amaxes("w").groups.tolist() == [3.0]
     ensure_amax(state, w=weight.view(2, 2))
-    assert state.amax("w").tolist() == [30.0]
+    assert state.amaxes("w").groups.tolist() == [30.0]
 
 
 def test_an_amax_moves_with_its_layer_to_another_device() -> None:
     state, weight = make_state(), torch.ones(2)
     ensure_amax(state, w=weight)
     ensure_amax(state, w=weight.to("meta"))  # a meta tensor has no values to take an amax from
-    assert state.amax("w").device.type == "meta"
+    assert state.amaxes("w").groups.device.type == "meta"
 
 
 def test_each_channel_has_an_amax() -> None:
     state = make_state(scaling="channel")
     ensure_amax(state, w=torch.tensor([[1.0, -3.0], [0.5, 0.25]]))
-    assert state.amax("w").tolist() == [3.0, 0.5]
+    assert state.amaxes("w").groups.tolist() == [3.0, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_every_amax_is_due_at_first_and_after_a_hundred_observed_steps() -> None
         assert is_due(state)
         weights = {name: torch.full_like(each, size) for name, each in weights.items()}
         take(state, **weights)
-        assert [state.amax(name).item() for name in weights] == [size, size]
+        assert [state.amaxes(name).groups.item() for name in weights] == [size, size]
         for _ in range(100):
             assert not is_due(state)
             observed(state)
@@ -132,7 +133,7 @@ def test_only_an_exceeded_amax_is_taken_again() -> None:
     observed(state, a={"e4m3fn": 0.5}, b={"e4m3fn": 0.0})
     assert is_due(state)
     take(state, a=torch.full((2,), 4.0), b=torch.full((3,), 4.0))
-    assert [state.amax(name).item() for name in "ab"] == [4.0, 1.0]
+    assert [state.amaxes(name).groups.item() for name in "ab"] == [4.0, 1.0]
     observed(state, 88)
     assert not is_due(state)
     observed(state)  # the hundredth step
@@ -154,8 +155,8 @@ def test_an_amax_of_0_is_taken_again_after_the_step() -> None:
     assert zero(state) == ["w"]
     after = {"w": torch.tensor([[0.5, 0.0], [4.0, 0.0]]), "b": torch.full((1,), 4.0)}
     assert settle(state, **after)
-    assert state.amax("w").tolist() == [0.5, 1.0]  # the amax of the second channel is kept
-    assert state.amax("b").tolist() == [1.0]
+    assert state.amaxes("w").groups.tolist() == [0.5, 1.0]  # the amax of the second channel is kept
+    assert state.amaxes("b").groups.tolist() == [1.0]
 
 
 def test_layers_with_an_amax_are_not_read_after_a_step() -> None:
@@ -164,7 +165,7 @@ def test_layers_with_an_amax_are_not_read_after_a_step() -> None:
     assert settle(state, w=torch.ones(3), empty=torch.zeros(0))
     assert zero(state) == []
     assert not settle(state, w=torch.full((3,), 2.0), empty=torch.zeros(0))
-    assert state.amax("w").tolist() == [1.0]
+    assert state.amaxes("w").groups.tolist() == [1.0]
 
 
 def test_a_restored_state_keeps_scales_and_their_age() -> None:
@@ -174,7 +175,7 @@ def test_a_restored_state_keeps_scales_and_their_age() -> None:
     observed(state, 60)
     resumed.load_state_dict(state.state_dict())
     ensure_amax(resumed, a=torch.full((2, 2), 9.0))
-    assert resumed.amax("a").tolist() == [1.0]
+    assert resumed.amaxes("a").groups.tolist() == [1.0]
     assert zero(resumed) == ["zero"]
     observed(resumed, 39)
     assert not is_due(resumed)
@@ -237,7 +238,7 @@ class Sharing(Alone):
 def test_ranks_take_the_amax_of_shared_layers_together() -> None:
     state, peers, weights = make_state(), Sharing(), {"a": torch.ones(2), "b": torch.ones(2)}
     take(state, peers, **weights)
-    assert state.amax("b").tolist() == [8.0]
+    assert state.amaxes("b").groups.tolist() == [8.0]
     assert not state.prepare(lambda: weights, peers)
     weights |= {"a": torch.ones(3), "new": torch.ones(1)}
     with pytest.raises(RuntimeError, match="a, new changed their shape during the step"):
@@ -255,7 +256,7 @@ def test_a_single_rank_takes_the_amax_of_a_new_layer_on_demand() -> None:
     take(state, a=torch.ones(2))
     assert not state.prepare(pytest.fail, ALONE)  # parameters are listed only if needed
     ensure_amax(state, a=torch.full((2,), 4.0), new=torch.full((3,), 2.0))
-    assert [state.amax(name).item() for name in ("a", "new")] == [1.0, 2.0]
+    assert [state.amaxes(name).groups.item() for name in ("a", "new")] == [1.0, 2.0]
 
 
 # --- in a monitor
@@ -270,7 +271,9 @@ def test_a_sampled_layer_has_the_scale_of_the_whole_layer() -> None:
     whole = optimizer.steps[0]["3.weight"][0].abs().max().view(1)
     indices = sample_elements("3.weight", (32, 720), 500)
     part = [each.flatten()[indices] for each in optimizer.steps[0]["3.weight"]]
-    expected = tensor_figures(FORMATS, Measurer(FormatSet(FORMATS)).measure_tensor(*part, whole))
+    expected = tensor_figures(
+        FORMATS, Measurer(FormatSet(FORMATS)).measure_tensor(*part, Amaxes.from_groups(whole))
+    )
     assert_equal_figures(records[0].layers["3.weight"], dict(expected))
     assert expected["stiffness_max/e2m1"] >= 8
 
@@ -294,11 +297,73 @@ def test_block_scales_are_computed_at_each_step(formats: tuple[str, ...], capaci
             figures = dict(record.layers[name])
             first = optimizer.steps[0][name]  # sets the amax of the whole tensor
             amax = (first[0] if first[0].any() else first[1]).abs().max().view(1)
-            row = Measurer(FormatSet(formats)).measure_tensor(*step[name], amax)
+            row = Measurer(FormatSet(formats)).measure_tensor(*step[name], Amaxes.from_groups(amax))
             expected = tensor_figures(formats, row)
             block_figures = {k: v for k, v in expected.items() if not k.endswith("e4m3fn")}
             assert_equal_figures(figures, block_figures, ("never_moved_frac",))
     assert records[0].layers["3.weight"][f"stall_frac/{formats[0]}"] < 0.9
+
+
+FOUR_BITS = ("nvfp4", "mxfp4")
+
+
+@pytest.mark.parametrize("capacity", [100, 100_000])
+def test_block_formats_have_the_same_figures_whatever_the_scaling_of_a_run(capacity: int) -> None:
+    """The amax of a whole tensor does not count weights after the step in channels of zeros."""
+    found = {}
+    for scaling in ("tensor", "channel"):
+        torch.manual_seed(0)
+        model = net()
+        with torch.no_grad():
+            model[3].weight[3:9] = 0
+        with sharing_out(capacity):
+            optimizer, monitor, records = watched(model, formats=FOUR_BITS, scaling=scaling)
+            optimizer.param_groups[0]["lr"] = 50.0  # weights of 0 exceed the others at once
+            train(model, optimizer)
+            optimizer.param_groups[0]["lr"] = 0.05
+            train(model, optimizer)
+        monitor.detach()
+        found[scaling] = records
+    for one, other in zip(*found.values(), strict=True):
+        assert_equal_figures(other.layers["3.weight"], dict(one.layers["3.weight"]))
+
+
+@pytest.mark.parametrize("capacity", [100, 100_000])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+@pytest.mark.parametrize("scaling", ["tensor", "channel"])
+def test_a_model_may_be_cast_in_mid_run(
+    scaling: Any, dtypes: tuple[torch.dtype, torch.dtype], capacity: int
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(16, 12).to(dtypes[0])
+    with sharing_out(capacity):
+        formats = (*FOUR_BITS, "e4m3fn")
+        optimizer, monitor, records = watched(model, formats=formats, scaling=scaling)
+        for dtype in dtypes:
+            model.to(dtype)
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, 0.1)
+            optimizer.step()
+    assert len(records) == 2
+    monitor.detach()
+    for format in formats:
+        assert all(0 < record.model[f"update_error/{format}"] < math.inf for record in records)
+
+
+def test_the_amax_of_a_whole_tensor_is_kept_beside_those_of_its_channels() -> None:
+    state = make_state("nvfp4", "channel")
+    take(state, w=torch.tensor([[0.0, 0.0], [0.5, 1.0]]))
+    observed(state)
+    settle(state, w=torch.tensor([[64.0, 3.0], [0.5, 2.0]]))
+    kept = state.amaxes("w")
+    assert (kept.groups.tolist(), kept.layers.tolist()) == ([64.0, 1.0], [1.0])
+    resumed = make_state("nvfp4", "channel")
+    resumed.load_state_dict(state.state_dict())
+    assert resumed.amaxes("w").layers.tolist() == [1.0]
+    earlier = state.state_dict()
+    del earlier["tensor_amax"]  # a state that an earlier version saved
+    resumed.load_state_dict(earlier)
+    assert resumed.amaxes("w").layers.tolist() == [64.0]
 
 
 def test_scales_are_kept_for_a_hundred_steps_unless_exceeded() -> None:

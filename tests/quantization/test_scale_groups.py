@@ -13,6 +13,7 @@ from torch import Tensor
 from altgrad.quantization import FORMATS, BlockFormat, FloatFormat
 from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.scale_groups import (
+    Amaxes,
     Sharing,
     compute_element_scales,
     compute_layer_amax,
@@ -125,17 +126,45 @@ def test_layers_have_one_amax_unless_channels_have_scales(scaling: object) -> No
 
 def test_the_amax_of_a_tensor_grows_with_its_measured_elements() -> None:
     x = torch.tensor([0.5, -3.0, NAN, INF])
-    assert update_tensor_amaxes(x, torch.tensor([1.0, 2.0])).tolist() == [3.0]
-    assert update_tensor_amaxes(x, torch.tensor([1.0, 7.0])).tolist() == [7.0]
+    assert update_tensor_amaxes(x, torch.tensor([2.0])).tolist() == [3.0]
+    assert update_tensor_amaxes(x, torch.tensor([7.0])).tolist() == [7.0]
 
 
-def test_the_amax_of_each_of_several_tensors_depends_on_its_elements_and_groups_only() -> None:
+@pytest.mark.parametrize("kept", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_a_kept_amax_may_have_another_dtype_than_the_weights(
+    kept: torch.dtype, dtype: torch.dtype
+) -> None:
+    """A model may be cast in mid-run."""
+    x, amax = torch.tensor([0.5, -3.0], dtype=dtype), torch.tensor([2.0], dtype=kept)
+    sharing = Sharing.from_indices(x.shape, torch.arange(2), (), "tensor")
+    for found in (update_tensor_amaxes(x, amax), update_tensor_amaxes(x, amax, sharing)):
+        assert found.tolist() == [3.0]
+        assert found.dtype is (torch.float64 if torch.float64 in (kept, dtype) else torch.float32)
+    assert amax.tolist() == [2.0]
+
+
+def test_the_amax_of_a_layer_is_that_before_the_step_unless_all_of_it_is_0() -> None:
+    before, after = torch.tensor([[0.0, 0.0], [0.5, 1.0]]), torch.tensor([[64.0, 3.0], [0.5, 1.0]])
+
+    def take(x: Tensor) -> Amaxes:
+        return Amaxes.from_groups(compute_layer_amax(x, "channel"))
+
+    filled = take(before).fill_zeros(take(after))
+    assert (filled.groups.tolist(), filled.layers.tolist()) == ([64.0, 1.0], [1.0])
+    filled = take(before * 0).fill_zeros(take(after))
+    assert (filled.groups.tolist(), filled.layers.tolist()) == ([64.0, 1.0], [64.0])
+    nothing = take(torch.zeros(0, 3))
+    assert (nothing.groups.tolist(), nothing.layers.tolist()) == ([], [0.0])
+
+
+def test_the_amax_of_each_of_several_tensors_depends_on_its_elements_only() -> None:
     parts = [
         Sharing.from_indices(torch.Size(shape), torch.arange(math.prod(shape)), (), "channel")
         for shape in ((2, 2), (1, 3), (3,))
     ]
     x = torch.tensor([1.0, -2, 3, NAN, 0.5, INF, 0.25, 5.0, -9.0, 6.0])
-    amax = torch.tensor([8.0, 1.0, 0.125, 1.0, 1.0, 7.0])
+    amax = torch.tensor([8.0, 0.125, 7.0])
     assert update_tensor_amaxes(x, amax, Sharing.join(parts)).tolist() == [8.0, 0.5, 9.0]
 
 
@@ -254,8 +283,9 @@ def test_each_element_has_the_scale_of_its_group_or_block(scaling: object, chose
     w, v = before.flatten()[indices], after.flatten()[indices]
     amax = compute_layer_amax(before, scaling)
     amax = torch.where(amax == 0, compute_layer_amax(after, scaling), amax)
-    tensor_amax = update_tensor_amaxes(w, amax)
-    scales = compute_element_scales(w, v, amax, tensor_amax, sharing, formats)
+    kept = Amaxes.from_groups(amax)
+    amaxes = kept._replace(layers=update_tensor_amaxes(w, kept.layers))
+    scales = compute_element_scales(w, v, amaxes, sharing, formats)
     assert scales.dtype is torch.float64
 
     of_chosen = [places((5, 40))[index] for index in indices.tolist()]
@@ -297,15 +327,13 @@ def test_joined_layers_have_the_same_scales_as_single_layers() -> None:
         Sharing.from_indices(w.shape, torch.arange(60), formats.block_sizes, scaling)
         for w, _ in several
     ]
-    amax = [compute_layer_amax(w, scaling) for w, _ in several]
+    amaxes = [Amaxes.from_groups(compute_layer_amax(w, scaling)) for w, _ in several]
     alone = [
-        compute_element_scales(
-            w.flatten(), v.flatten(), own, update_tensor_amaxes(w, own), part, formats
-        )
-        for (w, v), own, part in zip(several, amax, parts, strict=True)
+        compute_element_scales(w.flatten(), v.flatten(), own, part, formats)
+        for (w, v), own, part in zip(several, amaxes, parts, strict=True)
     ]
     joined = Sharing.join(parts)
     before, after = (torch.cat([each[k].flatten() for each in several]) for k in (0, 1))
-    of_tensors = update_tensor_amaxes(before, torch.cat(amax), joined)
-    together = compute_element_scales(before, after, torch.cat(amax), of_tensors, joined, formats)
-    assert torch.equal(together, torch.cat(alone, dim=1))
+    together = Amaxes(*map(torch.cat, zip(*amaxes, strict=True)))
+    found = compute_element_scales(before, after, together, joined, formats)
+    assert torch.equal(found, torch.cat(alone, dim=1))
