@@ -59,8 +59,16 @@ def format_kept(kept: float) -> str:
     return f"{kept:.2f}"
 
 
+NONFINITE, NONFINITE_MEANING = "NaN", "some elements are NaN or inf: the verdict is on the others"
+"""Mark in the cell of a layer with elements that are not finite, and its meaning, for legends."""
+
+
 def cell_text(advice: Advice | None) -> str:
-    """Return the verdict in one word and the kept_update_ratio; empty without advice."""
+    """Return the verdict in one word and the kept_update_ratio; empty without advice.
+
+    A mark follows if some elements of the layer are not finite.
+    """
     if advice is None:
         return ""
-    return f"{advice.verdict.short} {format_kept(advice.kept)}".rstrip()
+    mark = NONFINITE if advice.nonfinite else ""
+    return " ".join(filter(None, (advice.verdict.short, format_kept(advice.kept), mark)))

@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from altgrad._messages import format_count
-from altgrad.report.cells import COLOURS, EVIDENCE, MEANINGS, cell_text
+from altgrad.report.cells import (
+    COLOURS,
+    EVIDENCE,
+    MEANINGS,
+    NONFINITE,
+    NONFINITE_MEANING,
+    cell_text,
+)
 from altgrad.report.names import replace_unprintable, shorten_names
 
 if TYPE_CHECKING:
@@ -97,6 +104,8 @@ def print_verdicts(report: RunReport, console: Console, most_layers: int | None 
             console.print(f"  {verdict.short:6} {meaning}", style="dim", highlight=False)
             if evidence := EVIDENCE[verdict]:
                 console.print(_indent(_style(evidence, "dim italic"), 9))
+    if any(advice.nonfinite for advice in report.assessment.advice):
+        console.print(f"  {NONFINITE:6} {NONFINITE_MEANING}", style="dim", highlight=False)
     console.print("  The number is kept_update_ratio: 1 all of the update, 0 none.", style="dim")
     console.print(
         "  Runs like this: small runs that really stored their weights in a format.", style="dim"

@@ -25,6 +25,7 @@ _LIMITS = calibration().thresholds
 
 _KEPT, _STALL, _NEVER_MOVED = "kept_update_ratio", "stall_frac", "never_moved_frac"
 _RANGE = ("underflow_frac", "saturated_frac")
+_NONFINITE = "nonfinite_frac"
 _MEANS = (_KEPT, _STALL, *_RANGE)
 RESTS_ON = (_KEPT, _STALL, _NEVER_MOVED)
 """Metrics whose standard errors a verdict takes into account."""
@@ -74,6 +75,8 @@ class Advice(NamedTuple):
         reason: Why the verdict was given, in one sentence.
         evidence: Outcome of real runs with this verdict, in one sentence. Empty for
             `Verdict.UNCERTAIN` and `Verdict.NOT_JUDGED`.
+        nonfinite: Largest share of the layer's elements that were NaN or inf in an observed step.
+            No figure counts them, so that the verdict is on the rest.
     """
 
     layer: str
@@ -83,6 +86,7 @@ class Advice(NamedTuple):
     errors: Mapping[str, float]
     reason: str
     evidence: str = ""
+    nonfinite: float = 0.0
 
     @property
     def kept(self) -> float:
@@ -116,12 +120,13 @@ class Assessment:
 
 @dataclass
 class _Tally:
-    """The sums of one layer in one format over its steps, and its last never_moved_frac."""
+    """The sums of one layer in one format over its steps, and figures that are no means."""
 
     sums: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
     never_moved: float = math.nan
     never_moved_error: float = math.nan
+    nonfinite: float = 0.0  # the largest share in a step
 
     def add_step(self, figures: Mapping[str, float], errors: Mapping[str, float]) -> None:
         for metric in _MEANS:
@@ -176,8 +181,8 @@ class Judge:
 
         Args:
             layer: Name of the layer.
-            figures: Figures by ``metric/format``. The layer is judged for the formats with all
-                figures that a verdict rests on.
+            figures: Figures by ``metric/format``, and ``nonfinite_frac``. The layer is judged for
+                the formats with all figures that a verdict rests on.
             errors: Standard errors by ``metric/format``. A missing error is 0, for a layer whose
                 elements are all measured; NaN is an error that cannot be trusted.
         """
@@ -190,6 +195,7 @@ class Judge:
                     {metric: figures[key] for metric, key in keys.items()},
                     {metric: errors.get(keys[metric], 0.0) for metric in RESTS_ON},
                 )
+                tally.nonfinite = max(tally.nonfinite, figures.get(_NONFINITE, 0.0))
 
     def assessment(self) -> Assessment:
         """Return the verdicts on all layers, judged by the steps so far."""
@@ -211,8 +217,9 @@ class Judge:
         """Return the collected sums, for a checkpoint.
 
         Returns:
-            By layer and format: ``sums`` and ``counts`` of the steps by metric, and the last
-            ``never_moved`` with its ``never_moved_error``. All values are plain numbers.
+            By layer and format: ``sums`` and ``counts`` of the steps by metric, the last
+            ``never_moved`` with its ``never_moved_error``, and the largest share ``nonfinite``. All
+            values are plain numbers.
         """
         return {
             layer: {
@@ -275,8 +282,11 @@ def _advise(layer: str, format: str, tally: _Tally, info: LayerInfo | None) -> A
     errors = {metric: tally.error(metric) for metric in RESTS_ON}
     range_errors = {metric: _estimate_share_error(figures[metric], info) for metric in _RANGE}
     verdict, reason = _judge(figures, errors | range_errors)
+    if tally.nonfinite:
+        share = format_percent(tally.nonfinite)
+        reason = f"{share} of the elements are NaN or inf, and no figure counts them; {reason}"
     evidence = calibration().evidence(verdict.name)
-    return Advice(layer, format, verdict, figures, errors, reason, evidence)
+    return Advice(layer, format, verdict, figures, errors, reason, evidence, tally.nonfinite)
 
 
 def _judge(figures: Mapping[str, float], errors: Mapping[str, float]) -> tuple[Verdict, str]:
@@ -357,10 +367,20 @@ def _summarize(advice: Sequence[Advice]) -> str:
     if not advice:
         return "No step was observed: there are no verdicts."
     formats = dict.fromkeys(each.format for each in advice)
-    return " ".join(
+    sentences = [
         _summarize_format(format, [each for each in advice if each.format == format])
         for format in formats
-    )
+    ]
+    return " ".join([*sentences, *_mention_nonfinite(advice)])
+
+
+def _mention_nonfinite(advice: Sequence[Advice]) -> list[str]:
+    """Return a sentence on layers with elements that are not finite; nothing if there are none."""
+    shares = {each.layer: each.nonfinite for each in advice if each.nonfinite}
+    if not shares:
+        return []
+    layers = few([f"{layer} ({format_percent(share)})" for layer, share in shares.items()])
+    return [f"NaN or inf in some elements, which no figure counts: {layers}."]
 
 
 def _summarize_format(format: str, advice: Sequence[Advice]) -> str:

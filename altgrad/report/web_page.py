@@ -10,7 +10,14 @@ from importlib.resources import files
 
 from altgrad._version import __version__
 from altgrad.report.canvas import svg
-from altgrad.report.cells import EVIDENCE, MEANINGS, cell_text, format_kept
+from altgrad.report.cells import (
+    EVIDENCE,
+    MEANINGS,
+    NONFINITE,
+    NONFINITE_MEANING,
+    cell_text,
+    format_kept,
+)
 from altgrad.report.names import replace_unprintable_in_lines
 from altgrad.report.run_report import RunReport
 
@@ -44,6 +51,7 @@ def page(report: RunReport) -> str:
         files("altgrad.report").joinpath("page.html").read_text(encoding="utf-8")
     )
     pictures = {name: svg(figure, name) for name, figure in report.pictures().items()}
+    is_marked = any(advice.nonfinite for advice in report.assessment.advice)
     return template.render(
         report=report,
         assessment=report.assessment,
@@ -51,6 +59,7 @@ def page(report: RunReport) -> str:
         meanings=MEANINGS,
         evidence=EVIDENCE,
         seen={advice.verdict for advice in report.assessment.advice},
+        marks={NONFINITE: NONFINITE_MEANING} if is_marked else {},
         pictures=pictures,
         captions={name: _CAPTIONS.get(name, _STALLS) for name in pictures},
         version=__version__,

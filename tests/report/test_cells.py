@@ -42,6 +42,14 @@ def test_a_cell_has_the_verdict_in_one_word_and_the_ratio() -> None:
     assert cell_text(None) == ""
 
 
+def test_a_cell_is_marked_if_elements_are_not_finite() -> None:
+    figures = {"kept_update_ratio": 0.38}
+    advice = Advice("a", "bf16", Verdict.NEEDS_REMEDY, figures, {}, "")
+    assert cell_text(advice._replace(nonfinite=0.5)) == "remedy 0.38 NaN"
+    unjudged = advice._replace(verdict=Verdict.NOT_JUDGED, figures={}, nonfinite=1.0)
+    assert cell_text(unjudged) == "– NaN"
+
+
 def test_every_verdict_has_a_distinct_meaning_and_colour() -> None:
     for table in (MEANINGS, COLOURS):
         assert {*table} == {*Verdict}

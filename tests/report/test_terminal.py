@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
+from altgrad import UpdateMonitor
 from altgrad.quantization import get_formats
 from altgrad.report import (
     Comparison,
     FormatInfo,
     Row,
+    RunFile,
     RunReport,
     print_comparison,
     print_report,
@@ -159,3 +162,27 @@ def test_names_of_formats_are_shown_literally_and_cannot_control_the_terminal(wi
             assert name in shown, name
     assert "kept_update_ratio/f[bold]" in shown
     assert "stall_frac/�[31mred" in shown
+
+
+def test_layers_that_became_nan_are_marked_and_named(tmp_path: Path) -> None:
+    """Adam in fp16 divides by an eps of 0 where a gradient is 0."""
+    half = torch.nn.Parameter(torch.ones(20, dtype=torch.float16))
+    whole = torch.nn.Parameter(torch.ones(20))
+    optimizer = torch.optim.Adam([half, whole], lr=0.1, eps=1e-8)
+    layers = [("half", half), ("whole", whole)]
+    monitor = UpdateMonitor(layers, formats="e4m3fn", tell=print, strict=True)
+    with RunFile.create(tmp_path, monitor.run_header()) as file, monitor.attach(optimizer):
+        for step in range(2):
+            half.grad = (torch.arange(20) % 2).half()
+            whole.grad = torch.ones(20)
+            optimizer.step()
+            file.append(step, monitor.latest, skipped={})
+    assert int(half.isnan().sum()) == 10
+    shown = altgrad("report", file.path).stdout
+    text = " ".join(shown.split())
+    assert "NaN some elements are NaN or inf: the verdict is on the others" in text
+    assert "NaN or inf in some elements, which no figure counts: half (50 %)." in text
+    (row,) = (line for line in shown.splitlines() if line.strip().startswith("half "))
+    assert " NaN " in row
+    (row,) = (line for line in shown.splitlines() if line.strip().startswith("whole "))
+    assert "NaN" not in row

@@ -224,3 +224,40 @@ def test_a_share_without_a_value_is_unknown_in_the_reason(
     judge = Judge({"bf16": FORMATS["bf16"]})
     judge.add("a", figures(**values), {})
     assert reason in judge.assessment().by_layer["a"]["bf16"].reason
+
+
+def test_a_layer_with_elements_that_are_not_finite_is_marked_in_words() -> None:
+    judge = Judge({"bf16": FORMATS["bf16"]})
+    for share in (0.0, 0.5, 0.25, math.nan):
+        judge.add("broken", figures(kept_update_ratio=0.38) | {"nonfinite_frac": share}, {})
+    judge.add("whole", figures() | {"nonfinite_frac": 0.0}, {})
+    restored = Judge({"bf16": FORMATS["bf16"]})
+    restored.load_state_dict(judge.state_dict())
+    for assessment in (judge.assessment(), restored.assessment()):
+        broken, whole = (assessment.by_layer[name]["bf16"] for name in ("broken", "whole"))
+        assert (broken.nonfinite, whole.nonfinite) == (0.5, 0.0)
+        assert broken.verdict is Verdict.NEEDS_REMEDY  # the verdict is on the other half
+        assert broken.reason.startswith("50 % of the elements are NaN or inf, and no figure counts")
+        assert "NaN" not in whole.reason
+        assert assessment.summary.endswith(
+            "NaN or inf in some elements, which no figure counts: broken (50 %)."
+        )
+
+
+def test_a_layer_whose_elements_are_all_not_finite_is_marked_where_it_is_not_judged() -> None:
+    judge = Judge({"bf16": FORMATS["bf16"]})
+    nothing = figures(kept_update_ratio=NAN, stall_frac=NAN, never_moved_frac=NAN)
+    judge.add("a", nothing | {"nonfinite_frac": 1.0}, {})
+    (advice,) = judge.assessment().advice
+    assert advice.verdict is Verdict.NOT_JUDGED
+    assert advice.reason.startswith("100 % of the elements are NaN or inf")
+    assert "a (100 %)" in judge.assessment().summary
+
+
+def test_a_judge_reads_sums_that_were_saved_without_the_share_of_non_finite_elements() -> None:
+    judge = Judge({"bf16": FORMATS["bf16"]})
+    judge.add("a", figures(), {})
+    state = judge.state_dict()
+    del state["a"]["bf16"]["nonfinite"]
+    judge.load_state_dict(state)
+    assert judge.assessment().advice[0].nonfinite == 0

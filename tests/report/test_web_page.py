@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from altgrad.report import RunReport, page, read
+from altgrad.report import Row, RunReport, page, read
 from tests.chromium import chromium, needs_chromium
-from tests.report.runs import MARKUP, SCRIPT, write_run
+from tests.report.runs import MARKUP, SCRIPT, figures, make_run, write_run
 
 ACT = """
 <script>
@@ -85,6 +85,17 @@ def test_verdicts_and_reasons_are_readable_without_scripts(html: str) -> None:
     without = re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL)
     assert without.count('class="FROZEN"') >= 8
     assert "of the weights that had updates would never have moved" in without
+
+
+def test_layers_with_elements_that_are_not_finite_are_marked(html: str) -> None:
+    assert "NaN or inf" not in html
+    broken = figures(kept_update_ratio=0.38) | {"nonfinite_frac": 0.5}
+    run = make_run([Row(0, "broken", broken, {}), Row(0, "whole", figures(), {})], ["bf16"])
+    marked = page(RunReport.from_run(run))
+    assert "remedy 0.38 NaN</td>" in marked
+    assert "<b>NaN</b> some elements are NaN or inf: the verdict is on the others" in marked
+    assert "broken (50 %)" in marked
+    assert "50 % of the elements are NaN or inf, and no figure counts them" in marked
 
 
 @needs_chromium
