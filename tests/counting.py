@@ -2,6 +2,8 @@
 
 import collections
 import contextlib
+import os
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -133,6 +135,27 @@ def host_copies() -> Iterator[list[str]]:
             stack.enter_context(mock.patch.object(Tensor, name, counting(name)))
         stack.enter_context(operations)
         yield seen
+
+
+def instructions(run: Callable[[], object]) -> int:
+    """Count the instructions of Python that altgrad executes: a time that no machine changes."""
+    count = 0
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal count
+        if f"{os.sep}altgrad{os.sep}" not in frame.f_code.co_filename:
+            return None
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return count
 
 
 class Memory(TorchDispatchMode):

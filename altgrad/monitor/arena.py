@@ -212,10 +212,11 @@ class Arena:
             segment.batch = self._measurer.with_scales(segment.batch, scales)
 
     def _grouped(self, requests: Sequence[Request]) -> list[list[Request]]:
-        """Group layers to segments: stored alike, and as many as fit, first fit first."""
+        """Group layers to segments: stored alike, in their order, and as many as fit."""
+        # Only the last group of a kind is filled. A look at all would be quadratic in the layers,
+        # and gain little: a layer takes a quarter of a segment at most.
         groups: list[list[Request]] = []
-        kinds: list[tuple[object, ...]] = []
-        free: list[int] = []  # number of free rows of each group
+        last: dict[tuple[object, ...], tuple[list[Request], int]] = {}  # and its free rows, by kind
         for request in requests:
             rows = -(-_count_copied(request) // _COLUMNS)  # rounded up
             dtypes = request.parameter.dtype, request.gradient_dtype
@@ -224,14 +225,12 @@ class Arena:
             if {*dtypes} - {*INPUT_DTYPES} or rows > self._layer_rows or is_elsewhere:
                 continue
             kind = (*dtypes, request.parameter.device)
-            fitting = (k for k, rest in enumerate(free) if kinds[k] == kind and rows <= rest)
-            number = next(fitting, len(groups))
-            if number == len(groups):
-                groups.append([])
-                kinds.append(kind)
-                free.append(self._rows)
-            groups[number].append(request)
-            free[number] -= rows
+            group, free = last.get(kind, ([], 0))
+            if not group or rows > free:
+                group, free = [], self._rows
+                groups.append(group)
+            group.append(request)
+            last[kind] = group, free - rows
         return groups
 
     def _segment(self, group: Sequence[Request]) -> Segment:

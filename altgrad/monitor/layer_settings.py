@@ -182,6 +182,16 @@ class LayerSettings:
         """
         return None if shape.numel() <= WHOLE_UP_TO else self.indices(name, shape)
 
+    def count_measured(self, name: str, shape: torch.Size) -> int:
+        """Return the number of elements of a layer that are measured.
+
+        Args:
+            name: Name of the layer.
+            shape: Shape of the whole layer.
+        """
+        indices = self.measured_indices(name, shape)
+        return shape.numel() if indices is None else len(indices)
+
     def _resolved(
         self, names: Sequence[str], rules: Sequence[SamplingRule]
     ) -> dict[str, LayerSampling]:

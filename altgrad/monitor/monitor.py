@@ -224,7 +224,9 @@ class UpdateMonitor:
             A dict that JSON can hold.
         """
         layers = {
-            name: describe_layer(parameter, self.layers[name], self.count_elements(name))
+            name: describe_layer(
+                parameter, self.layers[name], self._settings.count_measured(name, parameter.shape)
+            )
             for name, parameter in self.parameters.items()
         }
         return describe_run(self.formats, self.scaling, layers) | {
@@ -233,9 +235,7 @@ class UpdateMonitor:
 
     def count_elements(self, name: str) -> int:
         """Return the number of elements of a layer that are measured in a step."""
-        shape = self._observer.parameters[name].shape
-        indices = self._settings.measured_indices(name, shape)
-        return shape.numel() if indices is None else len(indices)
+        return self._settings.count_measured(name, self._observer.parameters[name].shape)
 
     def describe(self) -> str:
         """Return a dry run: a table of the layers, with the rule and the settings of each."""

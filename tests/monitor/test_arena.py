@@ -20,6 +20,7 @@ from altgrad.observation.snapshots import Copies, Request
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.scale_groups import Amaxes
+from tests.counting import instructions
 from tests.monitor.watching import (
     FORMATS,
     assert_equal_figures,
@@ -149,6 +150,17 @@ def test_another_dtype_or_a_full_segment_begins_a_new_segment() -> None:
     for name, (own, gradient) in stored.items():
         assert [each.dtype for each in copies[name]] == [own, gradient, own]
     assert lying.names == [["a", "d"], ["b"], ["c"], ["e"]]
+
+
+def test_laying_out_is_linear_in_the_number_of_layers() -> None:
+    """Each layer has a segment of its own, which no other layer looks at."""
+
+    def lay_out(count: int) -> int:
+        lying = Lying(elements=64)
+        requests = [asked(f"p{k}", torch.ones(64)) for k in range(count)]
+        return instructions(lambda: lying.lay_out(*requests))
+
+    assert lay_out(200) < 4.1 * lay_out(50)
 
 
 def test_flags_are_returned_as_they_were_written() -> None:

@@ -10,6 +10,7 @@ from altgrad.monitor.header import describe_format, describe_layer, describe_run
 from altgrad.observation.rules import LayerSampling
 from altgrad.quantization.block_formats import get_formats
 from altgrad.report import Header
+from tests.counting import instructions
 
 
 @pytest.mark.parametrize(
@@ -107,3 +108,11 @@ def test_a_header_counts_what_a_step_measures() -> None:
         optimizer.step()
     layer = monitor.run_header()["layers"]["w"]
     assert layer["elements"] == monitor.latest.layers["w"].elements == 300
+
+
+def test_the_header_is_made_in_time_linear_in_the_number_of_layers() -> None:
+    def describe(count: int) -> int:
+        parameters = [(f"p{k}", nn.Parameter(torch.ones(4))) for k in range(count)]
+        return instructions(UpdateMonitor(parameters).run_header)
+
+    assert describe(200) < 4.1 * describe(50)
