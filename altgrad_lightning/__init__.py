@@ -5,7 +5,8 @@ Read the files in the order of the data:
 1. `callback`: `PrecisionMonitor`, its arguments and the hooks of Lightning. `settings` checks the
    arguments; `packages` finds Lightning.
 2. `session`: one training under observation. `strategies` decides who observes, `result` holds the
-   findings, and `notices` warns the user.
+   findings, and `notices` warns the user. `steps` says which batches are due, and
+   `callback_metrics` passes figures to other callbacks.
 3. `output`: the run file and the loggers, with `charts`, `history` and `loggers`.
 
 `pickles` converts callbacks of earlier versions. `demo` and `demo_model` are ``altgrad demo``.

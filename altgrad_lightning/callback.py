@@ -20,6 +20,7 @@ from altgrad import DEFAULT_FORMATS, Figures, SamplingRule
 from altgrad.observation import SkipReason
 from altgrad.quantization import NumberFormat, Scaling
 from altgrad.report import Assessment
+from altgrad_lightning.callback_metrics import CallbackMetrics
 from altgrad_lightning.notices import Notices
 from altgrad_lightning.packages import Callback
 from altgrad_lightning.pickles import convert_attributes
@@ -28,10 +29,12 @@ from altgrad_lightning.session import Session
 from altgrad_lightning.settings import (
     Settings,
     apply_preset,
+    check_callback_metrics,
     check_formats,
     check_layer_charts,
     check_name,
 )
+from altgrad_lightning.steps import find_interval
 from altgrad_lightning.strategies import is_idle
 
 if TYPE_CHECKING:
@@ -104,6 +107,10 @@ class PrecisionMonitor(Callback):
             otherwise warn once.
         name: Name of the callback's state in checkpoints. It is needed if a Trainer has several
             callbacks with the same formats and scaling, for all but one of them.
+        callback_metrics: Keys of figures of the model, such as ``"kept_update_ratio/bf16"``, for
+            EarlyStopping and ModelCheckpoint. They find them as ``altgrad/{key}``, on every rank,
+            from the first observed step on, which is then that of the first batch. If a later step
+            has no finite figure, the last one stays.
 
     Raises:
         ValueError: Formats are missing or unknown, or two have the same name; `scaling` is unknown;
@@ -127,6 +134,7 @@ class PrecisionMonitor(Callback):
         seed: int = 0,
         strict: bool = False,
         name: str | None = None,
+        callback_metrics: Sequence[str] = (),
     ) -> None:
         chosen = apply_preset(
             preset,
@@ -136,8 +144,9 @@ class PrecisionMonitor(Callback):
             histograms=histograms,
             overhead_budget=overhead_budget,
         )
+        checked = check_formats(formats)
         self._settings = Settings(
-            formats=check_formats(formats),
+            formats=checked,
             every_n_steps=every_n_steps,
             scaling=scaling,
             layer_charts=check_layer_charts(chosen["layer_charts"]),
@@ -149,11 +158,13 @@ class PrecisionMonitor(Callback):
             seed=seed,
             strict=strict,
             name=check_name(name),
+            callback_metrics=check_callback_metrics(callback_metrics, checked, sampling),
         )
         self._notices = Notices()
         self._result = Result()  # of the current training, else of the last one
         self._loaded: dict[str, Any] = {}  # from a checkpoint, for the next training
         self._session: Session | None = None  # while a training is observed
+        self._metrics: CallbackMetrics | None = None  # of the current training, on every rank
 
     # --- arguments and findings
 
@@ -233,6 +244,8 @@ class PrecisionMonitor(Callback):
         self._end()
         # Without a checkpoint, nothing is taken from an earlier training.
         self._result, self._notices = Result(state=loaded), Notices()
+        keys, every = self._settings.callback_metrics, find_interval(trainer, self.every_n_steps)
+        self._metrics = CallbackMetrics(keys, every, trainer) if keys else None
         folder = self._run_folder(trainer)
         if is_idle(trainer, pl_module):
             return
@@ -257,16 +270,17 @@ class PrecisionMonitor(Callback):
             if not observes:
                 self._end()
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Log the figures of the batch, in which all optimizers have stepped by now."""
-        if self._session is not None:
-            with self._stopping_after_an_error(self._session):
-                self._session.finish_batch()
+        self._finish_batch()
+        if self._metrics is not None:
+            waits = self._session is not None and self._session.waits
+            self._metrics.pass_on(trainer, self.latest_model, waits=waits)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the monitor's state, the verdicts and the run file's path, for a checkpoint."""
         # A checkpoint may be saved before the end of the batch, by a callback that comes first.
-        self.on_train_batch_end()
+        self._finish_batch()
         if self._session is not None:
             return self._session.state_dict()
         return self._loaded or self._result.state
@@ -323,6 +337,11 @@ class PrecisionMonitor(Callback):
         if not self._settings.run_file or getattr(trainer, "fast_dev_run", False):
             return None
         return Path(trainer.log_dir or trainer.default_root_dir)
+
+    def _finish_batch(self) -> None:
+        if self._session is not None:
+            with self._stopping_after_an_error(self._session):
+                self._session.finish_batch()
 
     @contextmanager
     def _stopping_after_an_error(self, session: Session) -> Iterator[None]:

@@ -43,4 +43,5 @@ def convert_attributes(state: dict[str, Any]) -> dict[str, Any]:
         ),
         "_loaded": state["_resumed_from"] or {},
         "_session": None,
+        "_metrics": None,
     }

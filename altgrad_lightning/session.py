@@ -23,6 +23,7 @@ from altgrad_lightning.output import Output
 from altgrad_lightning.packages import Callback
 from altgrad_lightning.result import Result
 from altgrad_lightning.settings import Settings
+from altgrad_lightning.steps import find_interval, is_due, logged_step
 from altgrad_lightning.strategies import explain_refusal
 
 if TYPE_CHECKING:
@@ -56,8 +57,7 @@ class Session:
         self._settings = settings
         self._notices = notices
         self._result = result
-        # A Trainer that logs at no step has 0 or None here.
-        self._every = settings.every_n_steps or getattr(trainer, "log_every_n_steps", None) or 0
+        self._every = find_interval(trainer, settings.every_n_steps)
         self._optimizers: list[torch.optim.Optimizer] = []
         self._monitor: UpdateMonitor | None = None
         self._monitor_state: dict[str, Any] | None = result.state.get("monitor")
@@ -88,7 +88,7 @@ class Session:
                 self._make_header(self._monitor),
                 self._settings.get_output_settings(),
                 self._output_state,
-                _logged_step(self._trainer),
+                logged_step(self._trainer),
                 self.warn,
             )
             self._result.path = self._output.path
@@ -133,7 +133,7 @@ class Session:
         assert self._monitor is not None
         record = _merge([*self._records])
         self._records.clear()
-        step = _logged_step(self._trainer)
+        step = logged_step(self._trainer)
         self._result.note(step, record)
         self._latest |= record.layers
         self._observed_batches += 1
@@ -145,8 +145,7 @@ class Session:
 
     def explain_no_step(self) -> str | None:
         """Return the reason why no step was observed; None if a step was observed."""
-        observes = self._monitor is not None and self._monitor.is_observing
-        if not observes or not self._trainer.global_step or self._result.latest_step is not None:
+        if not self.waits or not self._trainer.global_step:
             return None
         if self._every == 0:
             return "this Trainer logs at no step: pass every_n_steps"
@@ -171,6 +170,12 @@ class Session:
     def assessment(self) -> Assessment | None:
         """The verdicts so far; None on ranks that write nothing."""
         return self._result.assessment if self._output is None else self._output.assess()
+
+    @property
+    def waits(self) -> bool:
+        """True while it observes, before the first observed step."""
+        observes = self._monitor is not None and self._monitor.is_observing
+        return observes and self._result.latest_step is None
 
     @property
     def is_shared(self) -> bool:
@@ -265,9 +270,11 @@ class Session:
         # Lightning's tuners step the same optimizers, but replace `trainer.callbacks` meanwhile:
         # lightning/pytorch/tuner/lr_finder.py and batch_size_scaling.py.
         callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
-        if self._every == 0 or self._callback not in callbacks:
+        if self._callback not in callbacks:
             return False
-        return (_logged_step(self._trainer) + 1) % self._every == 0
+        # Other callbacks may need a figure before the first batch that is due.
+        wants_first = bool(self._settings.callback_metrics) and self.waits
+        return wants_first or is_due(self._trainer, self._every)
 
     def _read_state(self, monitor: UpdateMonitor) -> dict[str, Any] | None:
         try:
@@ -279,13 +286,6 @@ class Session:
     def _count_weights(self) -> Histogram:
         """Return the histogram of the weights of all layers observed so far, for pictures."""
         return model_figures([*self._latest.values()]).histogram("weights")
-
-
-def _logged_step(trainer: Trainer) -> int:
-    """Return the step at which Lightning logs the current batch."""
-    # Lightning has no public name for this step. Its LearningRateMonitor reads the same attribute:
-    # lightning/pytorch/callbacks/lr_monitor.py.
-    return trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
 
 
 def _merge(records: Sequence[StepRecord]) -> StepRecord:

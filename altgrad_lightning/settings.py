@@ -1,8 +1,7 @@
 """`Settings`: check the arguments of `PrecisionMonitor` before a training starts.
 
-`apply_preset`, `check_formats`, `check_layer_charts` and `check_name` prepare the arguments, and
-`Settings` holds them. Read `callback` first, which documents each argument. The next file is
-`session`.
+`apply_preset` and the functions `check_…` prepare the arguments, and `Settings` holds them. Read
+`callback` first, which documents each argument. The next file is `session`.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from altgrad import SamplingRule, StepSchedule, UpdateMonitor
+from altgrad.measurement import FORMAT_METRICS, LAYER_METRICS
 from altgrad.quantization import NumberFormat, Scaling, get_formats
 from altgrad_lightning.output import OutputSettings
 
@@ -50,6 +50,7 @@ class Settings:
     seed: int
     strict: bool
     name: str | None = None
+    callback_metrics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise an error for arguments that are invalid for any module."""
@@ -121,6 +122,36 @@ def check_layer_charts(layer_charts: int | Sequence[str]) -> int | tuple[str, ..
     if isinstance(layer_charts, str) or not all(isinstance(each, str) for each in layer_charts):
         raise TypeError(f"layer_charts={layer_charts!r}: {expected}")
     return tuple(layer_charts)
+
+
+def check_callback_metrics(
+    keys: Sequence[str], formats: Sequence[NumberFormat], sampling: Sequence[SamplingRule]
+) -> tuple[str, ...]:
+    """Check the argument `callback_metrics`.
+
+    Args:
+        keys: Keys of figures of the model.
+        formats: The judged formats.
+        sampling: Rules for single layers, which may add formats.
+
+    Returns:
+        A copy of the keys.
+
+    Raises:
+        ValueError: The model has no figure with one of the keys.
+        TypeError: The argument is no list of strings.
+    """
+    if isinstance(keys, str) or not all(isinstance(each, str) for each in keys):
+        raise TypeError(f"callback_metrics={keys!r}: expected a list of keys of figures")
+    ruled = [each for rule in sampling for each in get_formats(rule.formats or ())]
+    names = [format.name for format in (*formats, *ruled)]
+    known = {*LAYER_METRICS, *(f"{metric}/{name}" for metric in FORMAT_METRICS for name in names)}
+    if unknown := [key for key in keys if key not in known]:
+        raise ValueError(
+            f"callback_metrics={[*keys]}: expected keys of figures of the model, such as "
+            f"'update_rms' or 'kept_update_ratio/{names[0]}'; correct {unknown}"
+        )
+    return tuple(keys)
 
 
 def check_name(name: str | None) -> str | None:

@@ -70,6 +70,7 @@ def setting() -> dict[str, Any]:
         "after": before - 1e-3,
         "gradient": torch.ones(4),
         "Trainer": lambda *_, **__: trainer,
+        "EarlyStopping": lambda *_, **__: None,
         "ModelParallelStrategy": lambda: None,
         "fully_shard": lambda model: model,
         "distributed": SimpleNamespace(get_rank=lambda: 0),

@@ -171,6 +171,17 @@ def fit_listening(rank: int, folder: Path, size: int) -> list[Counter[str]]:
     return [watched - alone for alone, watched in zip(*found, strict=True)]
 
 
+def fit_passing(rank: int, folder: Path, size: int) -> list[float]:
+    """Train, and return the figure of callbacks on this rank, and its latest figure."""
+    monitor = PrecisionMonitor(every_n_steps=2, run_file=False, callback_metrics=["update_rms"])
+    fitted = trainer(folder, monitor, strategy=ModelParallelStrategy(size, 1), devices=size)
+    fitted.fit(Net(), DataLoader(batches(6).dataset, batch_size=2))
+    return [
+        fitted.callback_metrics["altgrad/update_rms"].item(),
+        monitor.latest_model["update_rms"],
+    ]
+
+
 def fit_more(rank: int, folder: Path, size: int, checkpoint: Path) -> dict[str, Any]:
     return fit(folder, size, 2, checkpoint)
 
@@ -218,6 +229,12 @@ def test_an_observed_batch_makes_two_all_reduces_also_when_pictures_are_drawn(tm
     """Pictures are drawn at the first and at the fourth observed batch."""
     for each in run(fit_listening, 2, tmp_path, 2):
         assert each == [Counter({"allreduce": 2})] * 5
+
+
+def test_callbacks_find_the_same_figure_on_every_rank(tmp_path) -> None:
+    first, second = run(fit_passing, 2, tmp_path, 2)
+    assert first == second
+    assert first[0] == pytest.approx(first[1], rel=1e-6)
 
 
 def test_the_gradients_are_accumulated_and_clipped(fitted) -> None:
