@@ -12,6 +12,7 @@ Read `policy` next, for the first, then `engine` and `arena`, for the second and
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections import Counter
@@ -32,6 +33,7 @@ from altgrad.measurement.histogram import Histogram
 from altgrad.measurement.measure import DEFAULT_FORMATS
 from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.step_record import StepRecord, step_record
+from altgrad.monitor.bypass import BypassDetector
 from altgrad.monitor.describe import describe_layers
 from altgrad.monitor.engine import Engine
 from altgrad.monitor.header import describe_layer, describe_run
@@ -51,6 +53,8 @@ from altgrad.quantization.block_formats import Formats, get_formats
 from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import NumberFormat
+
+_logger = logging.getLogger("altgrad")
 
 DEFAULT_MAX_ELEMENTS = 1024
 """Default size of a sample, with which a share has a standard error of at most 0.016.
@@ -158,6 +162,7 @@ class UpdateMonitor:
         )
         registry = self._observer.registry
         self._watch = Watch(registry, self._settings, self._formats, self._decides, self._tell)
+        self._bypasses = BypassDetector(self._watch.find_stepped, lambda: self.parameters)
         self._scale_state = ScaleState(self._formats)
         self._ever_moved = EverMovedStore(self._tell)
         self._engine = Engine(
@@ -199,6 +204,15 @@ class UpdateMonitor:
         return self._observer.is_observing
 
     @property
+    def asking(self) -> Optimizer:
+        """The optimizer for whose step a function `every_n_steps` is being called.
+
+        Raises:
+            RuntimeError: The function is not being called.
+        """
+        return self._observer.asking
+
+    @property
     def is_shared(self) -> bool:
         """True if parameters are sharded, so that several ranks observe each step together."""
         return self._peers.size > 1
@@ -223,11 +237,16 @@ class UpdateMonitor:
         Returns:
             A dict that JSON can hold.
         """
+        # A layer that was observed may be frozen at the moment, as in an alternating GAN.
+        described = {*self.parameters, *self._last_seen}
         layers = {
             name: describe_layer(
-                parameter, self.layers[name], self._settings.count_measured(name, parameter.shape)
+                parameter,
+                self._settings.get(name),
+                self._settings.count_measured(name, parameter.shape),
             )
-            for name, parameter in self.parameters.items()
+            for name, parameter in self._observer.parameters.items()
+            if name in described
         }
         return describe_run(self.formats, self.scaling, layers) | {
             "versions": {"torch": torch.__version__}
@@ -275,6 +294,7 @@ class UpdateMonitor:
             self._ever_moved.load_state_dict(self._loaded, parts)
             self._loaded = None
         self._observer.attach(*optimizers, scaler=scaler)
+        self._bypasses.begin(self._observer.hooks)
         for notice in leave_out_unjudged(
             self._watch, self._settings, get_stored_formats(optimizers)
         ):
@@ -287,14 +307,36 @@ class UpdateMonitor:
         Raises:
             Exception: If `strict`, the error of the last step, which no later step could raise.
         """
+        bypasses = self._describe_bypasses()
         self._observer.detach()
         self._engine.leave_arenas()
+        for notice in bypasses:  # last: where warnings are errors, the hooks must be gone
+            self._tell(notice)
         error = self._peers.take_error()
         if error is None:
             return
         if self._is_strict:
             raise error
         self._notices.give(f"had an error in the last step that it observed: {error!r}")
+
+    def warn_about_bypasses(self) -> None:
+        """Warn once of layers that have moved without a step that the monitor could see.
+
+        Weights are compared with those of the last call, or of `attach`. `detach` calls this
+        method, too. Ranks do not wait for each other.
+        """
+        for notice in self._describe_bypasses():
+            self._tell(notice)
+
+    def describe_unseen(self) -> list[str]:
+        """Describe layers that have moved since `attach`, and were part of no observed step.
+
+        Returns:
+            A notice for each optimizer with such layers, which says why.
+        """
+        hooks, parameters = self._observer.hooks, self._observer.parameters
+        unseen = self._bypasses.find_unseen(hooks, parameters, self._last_seen)
+        return [f"never observed {few(names)}: {reason}" for names, reason in unseen]
 
     def __enter__(self) -> UpdateMonitor:  # noqa: PYI034 - typing has Self only from Python 3.11 on
         return self
@@ -345,7 +387,7 @@ class UpdateMonitor:
             ValueError: An entry of the state is missing or damaged. The monitor may then have
                 restored a part of it; make another one.
         """
-        if self.is_observing:
+        if self._observer.hooks:
             raise RuntimeError("the monitor is attached; call load_state_dict() before attach()")
         _check_state(state)
         self._engine.leave_arenas()
@@ -492,6 +534,16 @@ class UpdateMonitor:
             return {}
 
     # --- notices
+
+    def _describe_bypasses(self) -> list[str]:
+        """Return a notice for each optimizer whose layers move without a step that was seen."""
+        try:
+            self._observer.registry.read()  # the module may have been sharded since `attach`
+            found = self._bypasses.find_bypasses(self._observer.hooks, self._observer.parameters)
+        except Exception as error:  # noqa: BLE001 - such as of a failed device
+            _logger.debug("weights could not be compared: %r", error)
+            return []
+        return [f"cannot see what moves {few(names)}: {reason}" for names, reason in found]
 
     def _leave_out_unseen(self, names: Sequence[str], why: str) -> None:
         """Give the notice that some layers cannot be observed."""

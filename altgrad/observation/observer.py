@@ -184,9 +184,17 @@ class StepObserver:
         return self._attached.optimizers
 
     @property
+    def hooks(self) -> tuple[StepHooks[Any], ...]:
+        """The hooks on each attached optimizer; empty after an error has ended the observation.
+
+        Hooks remain when their optimizer has been garbage-collected.
+        """
+        return () if self._stopped else tuple(self._attached.hooks)
+
+    @property
     def is_observing(self) -> bool:
-        """True while the observer is attached and no error has ended the observation."""
-        return bool(self._attached.hooks) and not self._stopped
+        """True while an attached optimizer exists and no error has ended the observation."""
+        return bool(self._attached.optimizers) and not self._stopped
 
     @property
     def is_replica(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,22 +45,38 @@ def unwrap(optimizer: Any) -> Optimizer:
         ``lightning/fabric/wrappers.py`` (_FabricOptimizer)
         ``accelerate/optimizer.py`` (AcceleratedOptimizer)
     """
-    inner = optimizer
-    for _ in range(_MAX_WRAPPERS):
+    for inner in find_wrapped(optimizer):
         if _calls_hooks(inner):
             return inner  # type: ignore[no-any-return]
-        if isinstance(inner, Optimizer) and not _is_trainer_wrapper(inner):
+        is_whole = _is_trainer_wrapper(inner) or _passes_step_on(inner)
+        if isinstance(inner, Optimizer) and not is_whole:
             kind = type(inner).__name__
             raise TypeError(
                 f"optimizer={kind}: expected an optimizer whose step() calls hooks; the step() of "
                 f"{kind} calls no hooks, so that it cannot be observed. Call Optimizer.__init__ in "
                 "its class; if it wraps an optimizer whose steps you want to observe, attach that"
             )
-        inner = getattr(inner, "optimizer", None)
     raise TypeError(
         f"optimizer={type(optimizer).__name__}: expected a torch.optim.Optimizer, or a wrapper "
         "that has one as `.optimizer`; attach the optimizer whose step() changes the parameters"
     )
+
+
+def find_wrapped(optimizer: Any) -> Iterator[Any]:
+    """Yield an optimizer, and those that it wraps as ``optimizer``, the outermost first.
+
+    Args:
+        optimizer: A torch optimizer, or a wrapper of one.
+
+    Returns:
+        An iterator over up to eight objects.
+    """
+    inner = optimizer
+    for _ in range(_MAX_WRAPPERS):
+        if inner is None:
+            return
+        yield inner
+        inner = getattr(inner, "optimizer", None)
 
 
 def _calls_hooks(optimizer: object) -> bool:
@@ -73,7 +89,13 @@ def _calls_hooks(optimizer: object) -> bool:
     return has_hooks and getattr(step, "hooked", False)
 
 
-def _is_trainer_wrapper(optimizer: Optimizer) -> bool:
+def _passes_step_on(optimizer: object) -> bool:
+    """Return True for a wrapper whose `step` is that of the optimizer inside."""
+    step = getattr(optimizer, "step", None)
+    return step is not None and step == getattr(getattr(optimizer, "optimizer", None), "step", None)
+
+
+def _is_trainer_wrapper(optimizer: object) -> bool:
     """Return True for a trainer's wrapper, whose `step` only calls that of the real optimizer.
 
     Other wrappers, such as Lookahead, move weights on their own. The steps of the optimizer inside

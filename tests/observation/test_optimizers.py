@@ -67,6 +67,27 @@ def test_an_optimizer_with_hooks_is_returned_itself_although_it_holds_another() 
     assert unwrap(optimizer) is optimizer
 
 
+@pytest.mark.parametrize("base", [object, Optimizer])
+def test_a_wrapper_that_passes_on_the_step_of_the_optimizer_inside_is_unwrapped(
+    base: type,
+) -> None:
+    class Passing(base):
+        def __init__(self, optimizer: Optimizer) -> None:
+            self.optimizer, self.step = optimizer, optimizer.step
+
+    optimizer = sgd()
+    assert unwrap(Passing(Passing(optimizer))) is optimizer
+
+
+def test_a_wrapper_with_a_step_of_its_own_is_refused() -> None:
+    class Lookahead(Uninitialised):
+        def step(self, closure: object = None) -> None:
+            self.optimizer.step()
+
+    with pytest.raises(TypeError, match=r"the step\(\) of Lookahead calls no hooks"):
+        unwrap(Lookahead(sgd()))
+
+
 @pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
 def test_the_optimizer_of_lightning_is_unwrapped(package: str) -> None:
     wrappers = pytest.importorskip(f"{package}.core.optimizer")

@@ -1,0 +1,227 @@
+"""`BypassDetector`: find layers that move although no step of their optimizer passes its hooks.
+
+A look compares a few weights of each layer with those of the look before. If the weights have
+changed and the optimizer has made no step in between, something else has moved them. A look costs
+no more than an observed step. `monitor` looks at `attach` and `detach`, and on request.
+
+Read `altgrad.observation.bypass_reason` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from altgrad.observation.bypass_reason import (
+    find_bypass_reason,
+    find_other_optimizers,
+    is_stepped_in_backward,
+)
+from altgrad.observation.dtensor import is_sharded
+from altgrad.observation.step_hooks import StepHooks
+from altgrad.observation.weight_sample import WeightSample
+
+_SHARDED = "they were sharded after attach(); shard the module first, then call attach()"
+
+
+class Bypass(NamedTuple):
+    """Layers that moved without a step that was seen.
+
+    Attributes:
+        names: Names of the layers.
+        reason: The likely reason, with the remedy.
+    """
+
+    names: Sequence[str]
+    reason: str
+
+
+@dataclass
+class _Look:
+    """A look at the layers of an optimizer: their weights, and the steps made so far.
+
+    Attributes:
+        kind: Name of the optimizer's class.
+        names: Names of its layers.
+        sharded: Names of those that were sharded.
+        counts: Number of steps of each attached optimizer so far, by its hooks.
+        sample: The weights.
+    """
+
+    kind: str
+    names: Sequence[str]
+    sharded: set[str]
+    counts: Mapping[StepHooks[Any], int]
+    sample: WeightSample
+
+
+class BypassDetector:
+    """A detector of steps that pass no hook.
+
+    Args:
+        find_stepped: Function that takes optimizers, and returns the layers that they step and that
+            are measured, by name.
+        find_measured: Function that returns all layers that are measured, by name.
+    """
+
+    def __init__(
+        self,
+        find_stepped: Callable[[Sequence[Optimizer]], Mapping[str, Tensor]],
+        find_measured: Callable[[], Mapping[str, Tensor]],
+    ) -> None:
+        self._find_stepped = find_stepped
+        self._find_measured = find_measured
+        self._all: WeightSample | None = None  # at the first look
+        self._first: WeakKeyDictionary[StepHooks[Any], _Look] = WeakKeyDictionary()
+        self._last: WeakKeyDictionary[StepHooks[Any], _Look] = WeakKeyDictionary()
+
+    def begin(self, attached: Sequence[StepHooks[Any]]) -> None:
+        """Take the first look at optimizers that are new.
+
+        Args:
+            attached: The hooks of all attached optimizers.
+        """
+        if self._all is None:
+            self._all = WeightSample(self._find_measured())
+        for hooks in attached:
+            optimizer = hooks.optimizer
+            if hooks not in self._first and optimizer is not None:
+                self._first[hooks] = self._last[hooks] = self._look(hooks, optimizer, attached)
+
+    def find_bypasses(
+        self, attached: Sequence[StepHooks[Any]], parameters: Mapping[str, Tensor]
+    ) -> list[Bypass]:
+        """Look at each optimizer, and return layers that have moved without a step since then.
+
+        Changes without a sign of their reason are not reported: these are edits and swaps of
+        weights, of which updates are no part.
+
+        Args:
+            attached: The hooks of all attached optimizers.
+            parameters: All parameters by name, as the module has them now.
+
+        Returns:
+            The layers of each optimizer that has any.
+        """
+        found: list[Bypass] = []
+        for hooks in attached:
+            optimizer, last = hooks.optimizer, self._last.get(hooks)
+            if last is None:
+                continue
+            has_stepped = hooks.index != last.counts[hooks]
+            if has_stepped and optimizer is not None:
+                self._last[hooks] = self._look(hooks, optimizer, attached)
+            else:
+                found += self._compare(hooks, last, attached, parameters)
+        return found + self._find_unattached(attached)
+
+    def _find_unattached(self, attached: Sequence[StepHooks[Any]]) -> list[Bypass]:
+        """Return layers that moved and that no attached optimizer has had, but others have."""
+        if self._all is None or not attached:
+            return []
+        stepped = {name for look in self._last.values() for name in look.names}
+        rest = {n: each for n, each in self._find_measured().items() if n not in stepped}
+        names = self._all.find_changed(rest)
+        if not names:
+            return []
+        optimizers = [each.optimizer for each in attached if each.optimizer is not None]
+        kinds = find_other_optimizers([rest[name] for name in names], optimizers)
+        by_kind: dict[str, list[str]] = {}
+        for position in sorted(kinds):
+            by_kind.setdefault(kinds[position], []).append(names[position])
+        return [
+            Bypass(layers, f"{kind} has these layers and is not attached; attach it")
+            for kind, layers in by_kind.items()
+        ]
+
+    def find_unseen(
+        self,
+        attached: Sequence[StepHooks[Any]],
+        parameters: Mapping[str, Tensor],
+        seen: Container[str],
+    ) -> list[Bypass]:
+        """Return layers that have moved since the first look and were part of no observed step.
+
+        Args:
+            attached: The hooks of all attached optimizers.
+            parameters: All parameters by name.
+            seen: Names of the layers that were part of an observed step.
+
+        Returns:
+            The layers of each optimizer that has any.
+        """
+        found = []
+        for hooks in attached:
+            if (first := self._first.get(hooks)) is None:
+                continue
+            known = {name: parameters[name] for name in first.names if name in parameters}
+            moved = first.sample.find_changed(known)
+            if unseen := [name for name in moved if name not in seen]:
+                layers = [known[name] for name in unseen]
+                # Other optimizers of layers that have been stepped may be idle.
+                is_bypass = not hooks.index or any(map(is_stepped_in_backward, layers))
+                reason = self._find_reason(hooks, first, layers, attached) if is_bypass else None
+                others_seen = any(name in seen for name in first.names)
+                found.append(Bypass(unseen, reason or _explain(hooks, first, others_seen)))
+        return found
+
+    def _look(
+        self, hooks: StepHooks[Any], optimizer: Optimizer, attached: Sequence[StepHooks[Any]]
+    ) -> _Look:
+        layers = self._find_stepped([optimizer])
+        counts = {each: each.index for each in {*attached, hooks}}
+        sharded = {name for name, each in layers.items() if is_sharded(each)}
+        kind = type(optimizer).__name__
+        return _Look(kind, [*layers], sharded, counts, WeightSample(layers))
+
+    def _compare(
+        self,
+        hooks: StepHooks[Any],
+        last: _Look,
+        attached: Sequence[StepHooks[Any]],
+        parameters: Mapping[str, Tensor],
+    ) -> list[Bypass]:
+        """Return the layers of an optimizer without steps that have moved since a look, if any."""
+        known = {name: parameters[name] for name in last.names if name in parameters}
+        torn = [n for n, each in known.items() if is_sharded(each) and n not in last.sharded]
+        if torn:
+            return [Bypass(torn, _SHARDED)]
+        stepping = [
+            each.optimizer
+            for each in attached
+            if each.optimizer is not None and each.index != last.counts.get(each, each.index)
+        ]
+        stepped = self._find_stepped(stepping) if stepping else {}
+        names = [name for name in last.sample.find_changed(known) if name not in stepped]
+        if not names:
+            return []
+        reason = self._find_reason(hooks, last, [known[name] for name in names], attached)
+        return [] if reason is None else [Bypass(names, reason)]
+
+    def _find_reason(
+        self,
+        hooks: StepHooks[Any],
+        look: _Look,
+        moved: Sequence[Tensor],
+        attached: Sequence[StepHooks[Any]],
+    ) -> str | None:
+        """Return the likely reason why layers of an optimizer moved unseen."""
+        optimizers = [each.optimizer for each in attached if each.optimizer is not None]
+        return find_bypass_reason(look.kind, hooks.optimizer, moved, optimizers)
+
+
+def _explain(hooks: StepHooks[Any], first: _Look, others_seen: bool) -> str:
+    """Explain layers that moved and were never observed, without a sign of a bypass."""
+    if not hooks.index:
+        return (
+            f"step() of {first.kind} was never called; other code changes these weights, such as a "
+            "step under another name, or a swap with averaged weights"
+        )
+    if others_seen:
+        return "they had no gradient in the observed steps; observe more steps"
+    return f"no step of {first.kind} was observed; observe more steps"

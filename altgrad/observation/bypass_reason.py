@@ -1,0 +1,108 @@
+"""Find the likely reason why weights moved although no attached optimizer has stepped them.
+
+Some steps call no hook of an attached optimizer: those of another optimizer, of code that replaces
+`step`, and of methods with other names. `find_bypass_reason` looks for signs of each.
+
+Read `optimizers` and `step_hooks` first. `altgrad.monitor.bypass` finds weights that moved.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Collection, Sequence
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from altgrad.observation.optimizers import find_wrapped
+
+
+def find_bypass_reason(
+    kind: str, optimizer: Optimizer | None, moved: Sequence[Tensor], attached: Collection[Optimizer]
+) -> str | None:
+    """Return the likely reason why no step of an optimizer was seen, with the remedy.
+
+    All objects of the process are searched for other optimizers. That takes up to a second.
+
+    Args:
+        kind: Name of the optimizer's class.
+        optimizer: The optimizer; None once it has been garbage-collected.
+        moved: The parameters that moved.
+        attached: The optimizers whose steps are seen.
+
+    Returns:
+        The reason; None without a sign of any, as for code that swaps or edits weights.
+    """
+    if optimizer is not None and hasattr(optimizer, "first_step"):
+        return (
+            f"{kind} steps by first_step() and second_step(), which call no hooks; attach the "
+            "optimizer that it wraps"
+        )
+    if any(map(is_stepped_in_backward, moved)):
+        return (
+            "their gradients have hooks inside the backward pass, where an optimizer steps that is "
+            "not attached; attach each optimizer that these hooks step"
+        )
+    if found := find_other_optimizers(moved, attached):
+        others = ", ".join(sorted({*found.values()}))
+        if optimizer is None:
+            return (
+                f"the {kind} that was attached no longer exists, and {others} has these layers; "
+                "attach each optimizer that is made anew"
+            )
+        return f"{others} has these layers, too, and is not attached; attach it"
+    if optimizer is not None and _is_step_replaced(optimizer):
+        return (
+            f"the step() of this {kind} object was replaced by a function that calls no hooks; "
+            "override step() in a class instead"
+        )
+    return None
+
+
+def find_other_optimizers(
+    parameters: Sequence[Tensor], attached: Collection[Optimizer]
+) -> dict[int, str]:
+    """Find optimizers in this process that have some parameters and are not attached.
+
+    Args:
+        parameters: The parameters.
+        attached: The optimizers whose steps are seen.
+
+    Returns:
+        By the position of a parameter that such an optimizer has, the name of the optimizer's
+        class. Other parameters are left out.
+    """
+    positions = {id(each): position for position, each in enumerate(parameters)}
+    seen = {id(each) for each in attached}
+    # `type` and not `isinstance`, which would run code of proxy objects.
+    optimizers = [each for each in gc.get_objects() if issubclass(type(each), Optimizer)]
+    return {
+        positions[identity]: type(each).__name__
+        for each in optimizers
+        if not {id(one) for one in find_wrapped(each)} & seen
+        for identity in positions.keys() & _read_parameters(each)
+    }
+
+
+def is_stepped_in_backward(parameter: Tensor) -> bool:
+    """Return True if a parameter has hooks that may step it inside the backward pass."""
+    # torch has no public name for the hooks of Tensor.register_post_accumulate_grad_hook, nor for
+    # the optimizers of torch/distributed/optim/apply_optimizer_in_backward.py.
+    names = ("_post_accumulate_grad_hooks", "_in_backward_optimizers")
+    return any(getattr(parameter, name, None) for name in names)
+
+
+def _is_step_replaced(optimizer: Optimizer) -> bool:
+    """Return True if an object has a `step` of its own, other than that of a torch scheduler."""
+    step = vars(optimizer).get("step")
+    # A scheduler's wrapper calls the class's `step`: torch/optim/lr_scheduler.py,
+    # patch_track_step_called.
+    return step is not None and not hasattr(step, "_wrapped_by_lr_sched")
+
+
+def _read_parameters(optimizer: Optimizer) -> set[int]:
+    """Return the identities of an optimizer's parameters."""
+    try:
+        return {id(each) for group in optimizer.param_groups for each in group["params"]}
+    except Exception:  # noqa: BLE001 - any object of the process, finished or not
+        return set()

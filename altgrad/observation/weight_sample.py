@@ -1,0 +1,78 @@
+"""`WeightSample`: copies of a few weights of each parameter, to find out later which have changed.
+
+Read `dtensor` first, which finds the local shard. `bypass_reason` comes next: it explains a change
+that no step has made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from altgrad.observation.dtensor import to_local_tensor
+
+# A step moves nearly all elements of most layers. More would find a few more steps of embeddings,
+# which move single rows.
+_MOST_ELEMENTS = 32
+
+
+class WeightSample:
+    """Copies of up to 32 evenly spaced weights of each parameter, on the host.
+
+    Args:
+        parameters: Floating-point parameters by name. Those without memory are left out.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._weights = _read(parameters)
+
+    def find_changed(self, parameters: Mapping[str, Tensor]) -> list[str]:
+        """Return the names of parameters whose sampled weights have changed.
+
+        Parameters that are new, or have another shape, are not compared.
+
+        Args:
+            parameters: The same parameters, by name.
+
+        Returns:
+            The names, in the order of `parameters`.
+        """
+        known = {name: each for name, each in parameters.items() if name in self._weights}
+        return [
+            name
+            for name, (shape, weights) in _read(known).items()
+            if self._weights[name][0] == shape
+            # torch.equal would not do: NaN differs from itself.
+            and not torch.allclose(self._weights[name][1], weights, 0, 0, equal_nan=True)
+        ]
+
+
+# Tensors made in inference mode could not be compared outside of it, if they were to be changed:
+# https://docs.pytorch.org/docs/stable/notes/autograd.html#inference-mode
+@torch.inference_mode(mode=False)
+@torch.no_grad()
+def _read(parameters: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, Tensor]]:
+    """Return the local shape and the sampled weights of each parameter, float64 on the host.
+
+    The host waits once for each device.
+    """
+    local = {name: to_local_tensor(each.detach()) for name, each in parameters.items()}
+    by_device: dict[torch.device, dict[str, Tensor]] = {}
+    for name, each in local.items():
+        if each.device.type != "meta":
+            by_device.setdefault(each.device, {})[name] = _take(each)
+    weights: dict[str, Tensor] = {}
+    for samples in by_device.values():
+        together = torch.cat([*samples.values()]).cpu()
+        weights |= zip(samples, torch.split(together, [*map(len, samples.values())]), strict=True)
+    return {name: (local[name].shape, each) for name, each in weights.items()}
+
+
+def _take(weights: Tensor) -> Tensor:
+    """Return the sampled weights of one tensor, float64 (elements) on its device."""
+    count = min(weights.numel(), _MOST_ELEMENTS)
+    # `take` reads flat indices for any strides, without a flattened copy.
+    indices = torch.arange(count, device=weights.device) * (weights.numel() // max(count, 1))
+    return torch.take(weights, indices).double()
