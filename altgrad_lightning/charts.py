@@ -1,8 +1,9 @@
 """`Charts`: turn the figures of observed steps into rows of numbers for loggers.
 
-A logger with columns, such as CSVLogger, needs the same keys in every row. `Charts` therefore fixes
-the charted layers once, and fills missing figures with NaN. Read this file after `output`, which
-logs the rows. The next file is `history`, which keeps figures for pictures.
+A logger with columns, such as CSVLogger, needs the same keys in every row. `Charts` therefore keeps
+the charted layers, adds some only when layers appear later, and fills missing figures with NaN.
+Read this file after `output`, which logs the rows. The next file is `history`, which keeps figures
+for pictures.
 """
 
 from __future__ import annotations
@@ -45,12 +46,14 @@ class Charts:
     """A converter from the figures of observed steps to rows with the same keys.
 
     The charted layers are chosen at the first step in which a layer has a kept_update_ratio. Rows
-    of earlier steps wait until then, for at most 20 rows.
+    of earlier steps wait until then, for at most 20 rows. Layers that appear later, such as
+    unfrozen ones, are chosen in the same way, and join the charted ones.
 
     Args:
         formats: Names of the judged formats.
-        layers: The number of layers to chart, those that keep least of their update first; or
-            patterns of the names of layers.
+        layers: The number of layers to chart, those that keep least of their update first; as
+            many more are charted of those that appear later. Otherwise, patterns of the names of
+            layers.
 
     Attributes:
         charted: Names of the charted layers, each with the names of its formats; None before the
@@ -61,6 +64,8 @@ class Charts:
         self._formats = formats
         self._layers = layers
         self.charted: dict[str, tuple[str, ...]] | None = None
+        self._considered: set[str] = set()  # layers that were or were not chosen
+        self._left = layers if isinstance(layers, int) else 0  # number of later layers to chart
         self._waiting: list[tuple[Row, Mapping[str, Figures]]] = []
 
     def add(
@@ -90,6 +95,9 @@ class Charts:
             if not known and len(self._waiting) < _MAX_WAITING_ROWS:
                 return []
             self.charted = {name: layers[name].formats for name in self._choose(layers)}
+            self._considered = {*layers}
+        elif not layers.keys() <= self._considered:
+            self._chart_later(layers)
         return self.take_waiting()
 
     def take_waiting(self) -> list[Row]:
@@ -100,12 +108,37 @@ class Charts:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the charted layers, for a checkpoint."""
-        return {"charted": self.charted}
+        """Return the charted layers, and those that were not chosen, for a checkpoint.
+
+        Returns:
+            A dict of plain data.
+        """
+        return {
+            "charted": self.charted,
+            "considered": sorted(self._considered),
+            "left": self._left,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Chart the layers that a `state_dict` names."""
         self.charted = state["charted"]
+        self._considered = {*state.get("considered", self.charted or ())}
+        self._left = state.get("left", 0)
+
+    def _chart_later(self, layers: Mapping[str, Figures]) -> None:
+        """Chart some of the layers that appear for the first time."""
+        assert self.charted is not None
+        later = {
+            name: figures
+            for name, figures in layers.items()
+            if name not in self._considered and _find_lowest_kept(figures) < math.inf
+        }
+        self._considered |= later.keys()
+        chosen = self._choose(later)
+        if isinstance(self._layers, int):
+            chosen = chosen[: self._left]
+            self._left -= len(chosen)
+        self.charted = self.charted | {name: later[name].formats for name in chosen}
 
     def _choose(self, layers: Mapping[str, Figures]) -> list[str]:
         if isinstance(self._layers, int):

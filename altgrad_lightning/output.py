@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import altgrad_lightning.loggers as boards
 from altgrad import Figures, Histogram, StepRecord
 from altgrad.observation import SkipReason
-from altgrad.report import RESTS_ON, Assessment, Header, Judge, RunFile, RunFileError, ranges
+from altgrad.report import (
+    RESTS_ON,
+    Assessment,
+    Header,
+    Judge,
+    LayerInfo,
+    RunFile,
+    RunFileError,
+    ranges,
+)
 from altgrad_lightning.charts import Charts, Row
 from altgrad_lightning.history import History
 
@@ -80,6 +89,14 @@ class Output:
     def assess(self) -> Assessment:
         """Return the verdicts of all layers so far."""
         return self._judge.assessment()
+
+    def add_layers(self, layers: Mapping[str, LayerInfo]) -> None:
+        """Describe layers that appear in mid-run to the verdicts and in the run file."""
+        self._judge.add_layers(layers)
+        if self._file is not None:
+            add = partial(self._file.add_layers, layers)
+            if not self._try(f"the run file {self._file.path}", add):
+                self.close()
 
     def write(
         self,

@@ -65,7 +65,7 @@ class Comparison:
     @property
     def notes(self) -> list[str]:
         """Notes from reading both runs, and sentences on what only one of them has."""
-        notes = [note for report in self.runs for note in report.run.notes]
+        notes = [note for report in self.runs for note in report.notes]
         for letter, mine, others in (("A", *self.runs), ("B", *self.runs[::-1])):
             for what in ("formats", "layers"):
                 alone = [n for n in getattr(mine.run, what) if n not in getattr(others.run, what)]

@@ -51,7 +51,7 @@ def as_json(report: RunReport) -> dict[str, Any]:
             for layer, advice in by_layer.items()
         },
         "to_apply": report.to_apply,
-        "notes": [*report.run.notes],
+        "notes": report.notes,
     }
 
 

@@ -6,13 +6,14 @@ A report has the texts, shares and pictures of a run; the modules `terminal`, `w
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from altgrad._messages import format_count
+from altgrad._messages import few, format_count
 from altgrad.measurement.histogram import Histogram
 from altgrad.report.applying import write_code
 from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
@@ -21,6 +22,8 @@ from altgrad.report.verdicts import Assessment, Verdict, judge_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_MOST_SETS = 3  # sets of layers whose sizes are named
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,61 @@ class RunReport:
 
     @property
     def measured(self) -> str:
-        """Number of measured elements, in words."""
-        layers = self.run.layers.values()
+        """Number of measured elements, in words: those of layers that have figures."""
+        if not self._seen:
+            return "no element measured"
+        layers = [layer for name, layer in self.run.layers.items() if name in self._seen]
         elements = sum(layer.elements for layer in layers)
         population = sum(math.prod(layer.shape) for layer in layers)
         measured = "all" if elements == population else f"{elements:,} of"
-        return (
+        words = (
             f"{measured} {format_count(population, 'element')} in "
             f"{format_count(len(layers), 'layer')}"
         )
+        # Files of version 0.1.0 do not describe layers that appeared in mid-run.
+        unknown = len(self._seen) - len(layers)
+        return (
+            f"{words}, and {format_count(unknown, 'layer')} of unknown size" if unknown else words
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences for the reader, about the file and about what the figures stand for."""
+        notes = [*self.run.notes]
+        unseen = [name for name in self.run.layers if name not in self._seen]
+        if unseen and self._seen:
+            notes.append(
+                f"without an observed step: {format_count(len(unseen), 'layer')} ({few(unseen)}), "
+                "which had no step, or none that was observed"
+            )
+        sets = {layers: None for layers in self._layer_sets if layers}
+        if len(sets) > 1:
+            sizes = ", ".join(str(len(layers)) for layers in [*sets][:_MOST_SETS])
+            more = ", …" if len(sets) > _MOST_SETS else ""
+            notes.append(
+                f"{len(sets):,} sets of layers ({sizes}{more}) were observed in different steps, "
+                "and the model's figures are those of the layers in each step: compare the figures "
+                "of single layers"
+            )
+        return notes
+
+    @functools.cached_property
+    def _seen(self) -> set[str]:
+        """Names of the layers that have figures."""
+        return {row.layer for row in self.run.rows if row.layer is not None}
+
+    @functools.cached_property
+    def _layer_sets(self) -> list[frozenset[str]]:
+        """The layers of each observed step, whose rows precede the row of the model."""
+        sets: list[frozenset[str]] = []
+        layers: set[str] = set()
+        for row in self.run.rows:
+            if row.layer is None:
+                sets.append(frozenset(layers))
+                layers = set()
+            else:
+                layers.add(row.layer)
+        return sets
 
     @property
     def skipped(self) -> Mapping[str, int]:

@@ -52,7 +52,7 @@ def print_report(report: RunReport, console: Console, most_layers: int | None = 
     print_verdicts(report, console, most_layers)
     _print(console, report.assessment.summary)
     _print_to_apply(report, console)
-    for note in report.run.notes:
+    for note in report.notes:
         _print(console, f"Note: {note}", style="yellow")
 
 

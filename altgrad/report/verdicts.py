@@ -173,8 +173,12 @@ class Judge:
         self, formats: Mapping[str, FormatInfo], layers: Mapping[str, LayerInfo] | None = None
     ) -> None:
         self._formats = formats
-        self._layers = layers or {}
+        self._layers = dict(layers or {})
         self._tallies: dict[str, dict[str, _Tally]] = {}
+
+    def add_layers(self, layers: Mapping[str, LayerInfo]) -> None:
+        """Take layers that appear in mid-run as observed layers, too."""
+        self._layers |= layers
 
     def add(self, layer: str, figures: Mapping[str, float], errors: Mapping[str, float]) -> None:
         """Add the figures of one layer in one observed step.

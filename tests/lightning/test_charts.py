@@ -52,7 +52,7 @@ def test_rows_wait_until_the_charted_layers_are_chosen() -> None:
 
 
 def test_keys_stay_where_layers_and_figures_are_missing() -> None:
-    steps = [{"a": figures(0.1)}, {}, {"a": figures(), "b": figures(0.0)}]
+    steps = [{"a": figures(0.1)}, {}, {"a": figures()}]
     found = rows(Charts(FORMATS, 1), *steps)
     assert [step for step, _ in found] == [0, 1, 2]
     assert len({tuple(charts) for _, charts in found}) == 1
@@ -62,6 +62,40 @@ def test_keys_stay_where_layers_and_figures_are_missing() -> None:
     assert {f"altgrad/{metric}" for metric in LAYER_METRICS} <= keys
     assert {f"altgrad/{metric}/{f}" for metric in FORMAT_METRICS for f in FORMATS} <= keys
     assert "altgrad/monitor/own_share" in keys
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        (1, {"a": "a", "c": "a c", "e": "a c"}),
+        (2, {"a": "a b", "c": "a b c d", "e": "a b c d"}),
+        (0, {"a": "", "c": "", "e": ""}),
+        (["a", "d", "e"], {"a": "a", "c": "a d", "e": "a d e"}),
+    ],
+    ids=str,
+)
+def test_layers_that_appear_later_join_the_charted_ones(
+    chosen: int | list[str], expected: dict[str, str]
+) -> None:
+    """A backbone is unfrozen, or a second network is stepped in other batches than the first."""
+    kept = {"a": {"a": 0.1, "b": 0.2}, "c": {"d": 0.4, "c": 0.3, "x": 0.9}, "e": {"e": 0.0}}
+    layers = {key: {name: figures(value) for name, value in kept[key].items()} for key in kept}
+    charts = Charts(FORMATS, chosen)
+    for key, names in expected.items():
+        for _ in range(2):  # the second time nothing is new
+            rows(charts, layers[key])
+            assert " ".join(charts.charted) == names
+        resumed = Charts(FORMATS, chosen)
+        resumed.load_state_dict(charts.state_dict())
+        charts = resumed
+
+
+def test_a_later_layer_is_charted_once_it_has_figures() -> None:
+    charts = Charts(FORMATS, 1)
+    rows(charts, {"a": figures(0.1)}, {"b": figures()})
+    assert [*charts.charted] == ["a"]
+    rows(charts, {"b": figures(0.5)})
+    assert [*charts.charted] == ["a", "b"]
 
 
 def test_layers_are_charted_by_pattern_or_not_at_all() -> None:

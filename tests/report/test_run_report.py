@@ -34,16 +34,47 @@ def test_the_observed_steps_are_put_into_words(steps: Any, words: str) -> None:
     assert report(*map(model_row, steps)).steps == words
 
 
-def test_the_number_of_measured_elements_is_put_into_words() -> None:
-    layers = {
-        "whole": LayerInfo((4, 10), "float32", 40, ("bf16",)),
-        "sampled": LayerInfo((40, 50), "float32", 256, ("bf16",)),
-    }
-    assert report(layers=layers).measured == "296 of 2,040 elements in 2 layers"
-    del layers["sampled"]
-    assert report(layers=layers).measured == "all 40 elements in 1 layer"
-    layers = {"scalar": LayerInfo((), "float32", 1, ("bf16",))}
-    assert report(layers=layers).measured == "all 1 element in 1 layer"
+LAYERS = {
+    "whole": LayerInfo((4, 10), "float32", 40, ("bf16",)),
+    "sampled": LayerInfo((40, 50), "float32", 256, ("bf16",)),
+    "scalar": LayerInfo((), "float32", 1, ("bf16",)),
+}
+
+
+def step_of(step: int, *layers: str) -> list[Row]:
+    """Return the rows of one observed step: those of its layers, then that of the model."""
+    return [*(Row(step, name, {}, {}) for name in layers), model_row(step)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        (("whole", "sampled"), "296 of 2,040 elements in 2 layers"),
+        (("whole",), "all 40 elements in 1 layer"),
+        (("scalar",), "all 1 element in 1 layer"),
+        (("sampled", "other"), "256 of 2,000 elements in 1 layer, and 1 layer of unknown size"),
+        ((), "no element measured"),
+    ],
+)
+def test_the_elements_of_layers_with_figures_are_put_into_words(
+    layers: tuple[str, ...], words: str
+) -> None:
+    assert report(*step_of(0, *layers), layers=LAYERS).measured == words
+
+
+def test_layers_without_figures_are_named() -> None:
+    (note,) = report(*step_of(0, "whole"), *step_of(1, "whole"), layers=LAYERS).notes
+    assert note.startswith("without an observed step: 2 layers (sampled, scalar), which had no")
+    assert report(layers=LAYERS).notes == []  # no step was observed, which is said elsewhere
+    assert report(*step_of(0, *LAYERS), layers=LAYERS).notes == []
+
+
+def test_a_model_whose_row_stands_for_different_layers_has_a_note() -> None:
+    rows = [*step_of(0, "whole"), *step_of(1, "sampled"), *step_of(2, "whole")]
+    note = report(*rows, layers=LAYERS).notes[-1]
+    assert note.startswith("2 sets of layers (1, 1) were observed in different steps")
+    rows += [*step_of(3, *LAYERS), *step_of(4, "sampled", "other"), *step_of(5)]
+    assert report(*rows, layers=LAYERS).notes[-1].startswith("4 sets of layers (1, 1, 2, …) were")
 
 
 def test_skipped_steps_are_those_of_the_row_with_the_highest_count() -> None:

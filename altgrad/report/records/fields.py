@@ -1,8 +1,9 @@
 """The fields of a run file: the type and the bounds of each, in one place.
 
-`HEADER` is the first line. `LAYER_LINE` and `MODEL_LINE` hold the figures of a step, and
-`RESUMED_LINE` supersedes steps. Readers check every line once, by these kinds, so that nothing
-behind `reading` meets a value that it cannot show. `schema` comes next and holds the header.
+`HEADER` is the first line. `LAYER_LINE` and `MODEL_LINE` hold the figures of a step, `LAYERS_LINE`
+describes layers that appear in mid-run, and `RESUMED_LINE` supersedes steps. Readers check every
+line once, by these kinds, so that nothing behind `reading` meets a value that it cannot show.
+`schema` comes next and holds the header.
 """
 
 from __future__ import annotations
@@ -147,5 +148,7 @@ MODEL_LINE = Fields(
     },
     _ERRORS,
 )
+
+LAYERS_LINE = Fields({"layers": Table(LAYER, _MOST_LAYERS)})
 
 RESUMED_LINE = Fields({"resumed": Fields({"before_step": _STEP})})

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from altgrad._messages import format_count
 from altgrad.measurement.histogram import Histogram
 from altgrad.report.records.fields import (
     LAYER_LINE,
+    LAYERS_LINE,
     MODEL_LINE,
     RESUMED_LINE,
     SCHEMA,
@@ -27,7 +28,7 @@ from altgrad.report.records.fields import (
 from altgrad.report.records.kinds import FieldError, check_object, parse_below, shorten
 from altgrad.report.records.raw_lines import read_raw_lines
 from altgrad.report.records.run import Row, Run
-from altgrad.report.records.schema import FormatInfo, Header, LayerInfo, RunFileError
+from altgrad.report.records.schema import FormatInfo, Header, LayerInfo, RunFileError, make_layers
 
 _NAME = re.compile(r"altgrad(?:-(\d+))?\.jsonl")
 _MOST_TRIES = 3
@@ -233,9 +234,12 @@ def _make_damage_error(path: Path, line: int, problem: str) -> RunFileError:
 
 
 def _add_line(file: _File, value: Mapping[str, Any]) -> None:
-    """Add a row to the file, or drop the rows that a resumed run superseded."""
+    """Add a row or layers to the file, or drop the rows that a resumed run superseded."""
     if "resumed" in value:
         _drop_superseded_rows(file, RESUMED_LINE.parse(value)["resumed"]["before_step"])
+    elif "layers" in value:  # those that appeared in mid-run
+        layers = make_layers(LAYERS_LINE.parse(value)["layers"])
+        file.header = replace(file.header, layers={**file.header.layers, **layers})
     elif "elements" in value:  # only the model's line has more keys
         file.rows.append(_make_model_row(MODEL_LINE.parse(value)))
     else:

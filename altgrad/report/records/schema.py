@@ -135,10 +135,7 @@ class Header:
             "altgrad": SCHEMA,
             "formats": {name: _format_as_json(each) for name, each in self.formats.items()},
             "scaling": list(self.scaling) if isinstance(self.scaling, tuple) else self.scaling,
-            "layers": {
-                name: asdict(each) | {"shape": [*each.shape], "formats": [*each.formats]}
-                for name, each in self.layers.items()
-            },
+            "layers": layers_as_json(self.layers),
             "versions": dict(self.versions),
             "created": self.created,
             "predecessor": before and {"path": str(before.path), "before_step": before.before_step},
@@ -163,10 +160,23 @@ class Header:
                 "formats": {
                     name: FormatInfo(name, **each) for name, each in known["formats"].items()
                 },
-                "layers": {name: LayerInfo(**each) for name, each in known["layers"].items()},
+                "layers": make_layers(known["layers"]),
                 "predecessor": before and Predecessor(**before),
             }
         )
+
+
+def make_layers(known: Mapping[str, Mapping[str, Any]]) -> dict[str, LayerInfo]:
+    """Return the descriptions of layers from fields that are checked, by name."""
+    return {name: LayerInfo(**each) for name, each in known.items()}
+
+
+def layers_as_json(layers: Mapping[str, LayerInfo]) -> dict[str, Any]:
+    """Return the descriptions of layers as JSON values, by name."""
+    return {
+        name: asdict(each) | {"shape": [*each.shape], "formats": [*each.formats]}
+        for name, each in layers.items()
+    }
 
 
 def _format_as_json(format: FormatInfo) -> dict[str, Any]:

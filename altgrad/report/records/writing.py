@@ -28,7 +28,7 @@ from altgrad.report.records.kinds import FieldError
 from altgrad.report.records.lines import format_lines
 from altgrad.report.records.locks import WriterLock, take_lock
 from altgrad.report.records.reading import read_header
-from altgrad.report.records.schema import Header, Predecessor
+from altgrad.report.records.schema import Header, LayerInfo, Predecessor, layers_as_json
 
 if TYPE_CHECKING:
     from altgrad.measurement.step_record import StepRecord
@@ -176,6 +176,18 @@ class RunFile:
         if weights is not None:
             _check_histogram("weights", weights)
         self._write(format_lines(step, record, skipped, weights))
+
+    def add_layers(self, layers: Mapping[str, LayerInfo]) -> None:
+        """Describe layers that are missing in the header, before their first figures.
+
+        Args:
+            layers: The layers by name.
+
+        Raises:
+            OSError: The line cannot be written; then the file lacks it.
+            ValueError: The file is closed.
+        """
+        self._write(_format_line({"layers": layers_as_json(layers)}))
 
     def close(self) -> None:
         """Close the file, and let other writers have it."""

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -286,3 +287,20 @@ def test_a_header_that_json_cannot_hold_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="expected a text"):
         RunFile.create(tmp_path, header)
     assert not [*tmp_path.iterdir()]
+
+
+def test_layers_that_appear_in_mid_run_are_described_like_others(tmp_path, records, header) -> None:
+    names = [*header.layers]
+    first = replace(header, layers={names[0]: header.layers[names[0]]})
+    later = {name: header.layers[name] for name in names[1:]}
+    with RunFile.create(tmp_path, first) as file:
+        file.append(0, records[0], skipped={})
+        file.add_layers(later)
+        file.append(1, records[1], skipped={})
+    run = read(file.path)
+    assert dict(run.layers) == dict(header.layers)
+    assert run.steps == (0, 1)
+    line = '{"layers":{"a":{"shape":3}}}\n'
+    file.path.write_text(file.path.read_text() + line + line)
+    with pytest.raises(RunFileError, match="damaged, line "):
+        read(file.path)
