@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -80,7 +80,8 @@ class PrecisionMonitor(Callback):
         formats: Formats to judge, as in `altgrad.measure`; by default bf16 and the FP8 formats
             e4m3fn and e5m2.
         every_n_steps: Interval between observed steps, in batches that step an optimizer (in manual
-            optimization, in batches). None follows the Trainer's ``log_every_n_steps``, so that
+            optimization, in batches). An optimizer that does not step in a due batch is observed
+            at its next step. None follows the Trainer's ``log_every_n_steps``, so that
             figures and loss are logged at the same steps.
         scaling: The elements that share an amax scale, as in `altgrad.measure`. The default
             ``"tensor"`` is customary in FP8 training. None judges the formats unscaled.
@@ -89,7 +90,8 @@ class PrecisionMonitor(Callback):
             histograms). An argument with another value than its default takes precedence.
         layer_charts: The number of charted layers, or patterns of the names of layers, such as
             ``["*.norm.weight"]``. A number charts the layers that keep least of their update at the
-            first observed step with figures; this choice is final. The default of 8 makes fewer
+            first observed step with figures; up to as many join them later, from layers that appear
+            later. The default of 8 makes fewer
             than 300 charts with three formats. All layers are in `latest` and in the run file.
         histograms: If True, log histograms of abs(update) / stiffness to TensorBoard and wandb at
             each observed step, for the model and the charted layers. The histograms take more disk
@@ -100,6 +102,10 @@ class PrecisionMonitor(Callback):
         max_elements: Maximum number of elements sampled from each layer, as in `UpdateMonitor`.
             A larger sample has a smaller error.
         sampling: Rules for single layers, as in `UpdateMonitor`.
+        inner_optimizers: Wrappers of optimizers that only pass their steps on, perhaps with another
+            learning rate: by the name of the wrapper's class, the attribute that has the optimizer
+            inside, such as ``{"NoamOptimizer": "optimizer"}``. The optimizer inside is observed, so
+            its step has to be all that the wrapper does to the weights.
         overhead_budget: The share of all time that observing may take, as in `UpdateMonitor`. The
             time of loggers, pictures and files is not included.
         seed: Seed of the samples.
@@ -130,6 +136,7 @@ class PrecisionMonitor(Callback):
         run_file: bool = True,
         max_elements: int | None = 4096,
         sampling: Sequence[SamplingRule] = (),
+        inner_optimizers: Mapping[str, str] | None = None,
         overhead_budget: float | None = None,
         seed: int = 0,
         strict: bool = False,
@@ -154,6 +161,7 @@ class PrecisionMonitor(Callback):
             run_file=run_file,
             max_elements=chosen["max_elements"],
             sampling=tuple(sampling),
+            inner_optimizers=dict(inner_optimizers or {}),
             overhead_budget=chosen["overhead_budget"],
             seed=seed,
             strict=strict,
@@ -293,16 +301,18 @@ class PrecisionMonitor(Callback):
     def on_train_end(self, *_: Any) -> None:
         """Log the last pictures and end the session, while weights are still on their device."""
         if self._session is not None:
-            if reason := self._session.explain_no_step():
-                self._session.warn(f"observed no step: {reason}")
+            self._session.warn_about_unseen()
             with self._stopping_after_an_error(self._session):
                 self._session.finish()
         self._end()
 
-    def on_exception(self, *_: Any) -> None:
+    def on_exception(self, *arguments: Any) -> None:
         """Log the last figures, pictures and verdicts, without waiting for other ranks."""
         if self._session is not None:
             self._session.finish_after_error()
+            if any(isinstance(each, KeyboardInterrupt) for each in arguments):
+                with suppress(Exception):  # or it would hide the interrupt
+                    self._session.warn_about_unseen()
         self._end(alone=True)
 
     def teardown(self, *_: Any, **__: Any) -> None:

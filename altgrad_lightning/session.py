@@ -17,6 +17,7 @@ import torch
 
 from altgrad import Figures, Histogram, LostRankError, StepRecord, UpdateMonitor, model_figures
 from altgrad.report import Assessment, Header
+from altgrad_lightning.due_batches import DueBatches
 from altgrad_lightning.loggers import describe_runs
 from altgrad_lightning.notices import Notices
 from altgrad_lightning.output import Output
@@ -57,7 +58,9 @@ class Session:
         self._settings = settings
         self._notices = notices
         self._result = result
-        self._every = find_interval(trainer, settings.every_n_steps)
+        self._due = DueBatches(find_interval(trainer, settings.every_n_steps))
+        self._callbacks = [*trainer.callbacks]  # type: ignore[attr-defined]
+        self._due.restore_last(trainer.optimizers, result.state.get("last_batches", []))
         self._optimizers: list[torch.optim.Optimizer] = []
         self._monitor: UpdateMonitor | None = None
         self._monitor_state: dict[str, Any] | None = result.state.get("monitor")
@@ -65,6 +68,7 @@ class Session:
         self._output_state: dict[str, Any] | None = result.state.get("output")
         self._records: list[StepRecord] = []  # of the current batch
         self._latest: dict[str, Figures] = {}  # of each layer, from its last observed step
+        self._described: set[str] = set()  # the layers that the output knows
         self._observed_batches = 0
 
     # --- from the first batch to the last
@@ -82,10 +86,12 @@ class Session:
             return False
         if self._trainer.is_global_zero:
             assert self._monitor is not None
+            header = self._make_header(self._monitor)
+            self._described = {*header.layers}
             self._output = Output(
                 self._trainer.loggers,
                 folder,
-                self._make_header(self._monitor),
+                header,
                 self._settings.get_output_settings(),
                 self._output_state,
                 logged_step(self._trainer),
@@ -128,9 +134,12 @@ class Session:
 
     def finish_batch(self) -> None:
         """Note and write the records of the batch, if a step was observed."""
-        if not self._records:
+        if self._monitor is None:
             return
-        assert self._monitor is not None
+        if not self._records:
+            if is_due(self._trainer, self._due.every):
+                self._monitor.warn_about_bypasses()
+            return
         record = _merge([*self._records])
         self._records.clear()
         step = logged_step(self._trainer)
@@ -138,20 +147,41 @@ class Session:
         self._latest |= record.layers
         self._observed_batches += 1
         if self._output is not None:
+            self._describe_new_layers(self._output, self._monitor, record)
             # Pictures take a second or two, so they are drawn at the 1st, 4th, 16th, … batch only.
             is_drawn = _is_even_power(self._observed_batches)
             weights = self._count_weights() if is_drawn else None
             self._output.write(step, record, weights, self._monitor.skipped)
 
-    def explain_no_step(self) -> str | None:
-        """Return the reason why no step was observed; None if a step was observed."""
-        if not self.waits or not self._trainer.global_step:
-            return None
-        if self._every == 0:
+    def _describe_new_layers(
+        self, output: Output, monitor: UpdateMonitor, record: StepRecord
+    ) -> None:
+        """Describe layers that are stepped for the first time, such as unfrozen ones."""
+        if record.layers.keys() <= self._described:
+            return
+        layers = Header.from_json(monitor.run_header()).layers
+        output.add_layers({n: layers[n] for n in record.layers if n not in self._described})
+        self._described.update(record.layers)
+
+    def warn_about_unseen(self) -> None:
+        """Warn if no step was observed, or if layers moved that no observed step has shown."""
+        monitor = self._monitor
+        if monitor is None or not monitor.is_observing:
+            return
+        if self._trainer.global_step and self._result.latest_step is None:
+            self.warn(f"observed no step: {self._explain_no_step()}")
+            if not self._result.skipped:
+                return  # the layers would be all
+        for notice in monitor.describe_unseen():
+            self.warn(notice)
+
+    def _explain_no_step(self) -> str:
+        """Return the reason why no step was observed."""
+        if self._due.every == 0:
             return "this Trainer logs at no step: pass every_n_steps"
         if self._result.skipped:
             return f"all were skipped, {dict(self._result.skipped)}"
-        return f"none fell on an observed batch (every {self._every})"
+        return f"none fell on an observed batch (every {self._due.every})"
 
     def finish(self) -> None:
         """Log waiting rows, draw the last pictures, and close the run file."""
@@ -189,7 +219,9 @@ class Session:
             monitor = self._read_state(self._monitor)
         if self._output is not None:
             output = self._output.state_dict()
-        return {} if monitor is None else {"monitor": monitor, "output": output}
+        last = self._due.get_last(self._optimizers)
+        batches = {"last_batches": last} if last else {}
+        return {} if monitor is None else {"monitor": monitor, "output": output} | batches
 
     def warn(self, notice: str) -> None:
         """Give a notice on the first rank, which stands for all ranks."""
@@ -257,8 +289,15 @@ class Session:
         """Attach the monitor; return the reason if the optimizer cannot be observed, else None."""
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         try:
-            monitor.attach(optimizer, scaler=scaler)
-        except (TypeError, ValueError) as error:
+            monitor.attach(self._settings.find_inner(optimizer), scaler=scaler)
+        except TypeError as error:
+            kind = type(optimizer).__name__
+            return (
+                f"{error}. A callback attaches the optimizer inside, whose step has to be all that "
+                f"{kind}.step() does to the weights, if you pass "
+                f"inner_optimizers={{{kind!r}: 'optimizer'}}, with the name of its attribute"
+            )
+        except ValueError as error:
             return str(error)
         return None
 
@@ -267,14 +306,24 @@ class Session:
         return Header.from_json(monitor.run_header() | {"loggers": runs})
 
     def _is_due(self, _index: int) -> bool:
-        # Lightning's tuners step the same optimizers, but replace `trainer.callbacks` meanwhile:
-        # lightning/pytorch/tuner/lr_finder.py and batch_size_scaling.py.
-        callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
-        if self._callback not in callbacks:
+        if self._monitor is None or self._is_tuning:
             return False
         # Other callbacks may need a figure before the first batch that is due.
         wants_first = bool(self._settings.callback_metrics) and self.waits
-        return wants_first or is_due(self._trainer, self._every)
+        return self._due.take_step(self._monitor.asking, logged_step(self._trainer)) or wants_first
+
+    @property
+    def _is_tuning(self) -> bool:
+        """True while a tuner of Lightning steps the optimizers.
+
+        Tuners replace all callbacks meanwhile: lightning/pytorch/tuner/lr_finder.py and
+        batch_size_scaling.py.
+        """
+        now = {id(each) for each in self._trainer.callbacks}  # type: ignore[attr-defined]
+        # Another callback may pass its hooks on to this one, which the Trainer does not know then.
+        is_known = any(each is self._callback for each in self._callbacks)
+        mine = [self._callback] if is_known else self._callbacks
+        return not any(id(each) in now for each in mine)
 
     def _read_state(self, monitor: UpdateMonitor) -> dict[str, Any] | None:
         try:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import Signature
 from typing import Any
 
@@ -46,6 +46,7 @@ class Settings:
     run_file: bool
     max_elements: int | None
     sampling: tuple[SamplingRule, ...]
+    inner_optimizers: Mapping[str, str] = field(default_factory=dict)
     overhead_budget: float | None
     seed: int
     strict: bool
@@ -72,6 +73,29 @@ class Settings:
             "seed": self.seed,
             "strict": self.strict,
         }
+
+    def find_inner(self, optimizer: Any) -> Any:
+        """Return the optimizer inside of a wrapper that `inner_optimizers` names.
+
+        Args:
+            optimizer: An optimizer of the Trainer.
+
+        Returns:
+            The optimizer inside; other optimizers are returned as they are.
+
+        Raises:
+            ValueError: The wrapper lacks the attribute.
+        """
+        kind = type(optimizer).__name__
+        if kind not in self.inner_optimizers:
+            return optimizer
+        attribute = self.inner_optimizers[kind]
+        if not hasattr(optimizer, attribute):
+            raise ValueError(
+                f"inner_optimizers={{{kind!r}: {attribute!r}}}: expected the name of the attribute "
+                f"of {kind} that has the optimizer inside; {kind} has no {attribute!r}"
+            )
+        return getattr(optimizer, attribute)
 
     def get_output_settings(self) -> OutputSettings:
         """Return the settings that `Output` needs."""

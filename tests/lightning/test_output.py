@@ -148,8 +148,12 @@ def test_figures_and_loss_have_the_same_steps(
     scalars = logged(run.logger.log_dir)
     steps = [step for step, _ in scalars["loss"]]
     assert steps
-    assert [step for step, _ in scalars["altgrad/stall_frac/bf16"]] == steps
-    assert read(monitor.path).steps == tuple(steps)
+    observed = [step for step, _ in scalars["altgrad/stall_frac/bf16"]]
+    assert read(monitor.path).steps == tuple(observed)
+    if module is Net:
+        assert observed == steps
+    else:  # the optimizer that does not step in a due batch is observed in the next one
+        assert {*steps} <= {*observed} <= {*steps} | {step + 1 for step in steps}
 
 
 # --- loggers

@@ -1,13 +1,15 @@
 """`BypassDetector`: layers that move although no step of an attached optimizer is seen."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.amp import GradScaler
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
@@ -143,6 +145,26 @@ def test_layers_of_an_optimizer_that_was_forgotten_give_one_warning(is_trained: 
             model["averaged"].weight.lerp_(model["d"].weight, 0.5)
     expected = "cannot see what moves g.weight, g.bias: SGD has these layers and is not attached"
     assert told == ([f"{expected}; attach it"] if is_trained else [])
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_layers_that_are_sharded_after_attach_give_one_warning() -> None:
+    model, told = nn.Linear(3, 2), []
+    monitor = UpdateMonitor(model, formats="bf16", tell=told.append)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    monitor.attach(optimizer)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    step_part(model, SGD(model.parameters(), lr=0.1))
+    monitor.detach()
+    (notice,) = told
+    assert notice.startswith("cannot see what moves weight, bias: they were sharded after attach()")
 
 
 # --- no bypass: neither of these is a step that was missed

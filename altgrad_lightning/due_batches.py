@@ -1,0 +1,77 @@
+"""`DueBatches`: decide which optimizer steps of a Trainer are observed.
+
+A step is observed in a due batch. An optimizer that does not step in a due batch is observed at its
+next step: otherwise one that steps in every fifth batch might never be seen. This file stands
+alone. `session` asks it before each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+from torch.optim import Optimizer
+
+
+class DueBatches:
+    """The due batches of a training, and the batch in which each optimizer was last observed.
+
+    Args:
+        every: Interval between due batches. With 0 no batch is due.
+
+    Attributes:
+        every: The `every` argument.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._last: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self._restored: list[int] = []
+        self._before_first: int | None = None  # the batch before the first one of this training
+
+    def take_step(self, optimizer: Optimizer, batch: int) -> bool:
+        """Return True if a step is to be observed, and note that it is.
+
+        All steps of one batch are observed alike, since the last of them counts.
+
+        Args:
+            optimizer: The optimizer that is about to step.
+            batch: Number of the batch, counted from 0.
+        """
+        if not self.every:
+            return False
+        # Read at the first step: Lightning corrects the number of a resumed batch that late.
+        if self._before_first is None:
+            self._before_first = batch - 1
+        latest_due = (batch + 1) // self.every * self.every - 1
+        if latest_due <= self._last.get(optimizer, self._before_first) < batch:
+            return False
+        self._last[optimizer] = batch
+        return True
+
+    def get_last(self, optimizers: Sequence[Optimizer]) -> list[int]:
+        """Return the batch in which each optimizer was last observed, for a checkpoint.
+
+        Args:
+            optimizers: The optimizers of the Trainer.
+
+        Returns:
+            The numbers of the batches, in the order of the optimizers; before the first step those
+            that were restored. For an optimizer that was not observed, the batch before the
+            training began.
+        """
+        if self._before_first is None:
+            return [*self._restored]
+        return [self._last.get(each, self._before_first) for each in optimizers]
+
+    def restore_last(self, optimizers: Sequence[Optimizer], last: object) -> None:
+        """Restore the result of `get_last`; anything else, as of a damaged checkpoint, is ignored.
+
+        Args:
+            optimizers: The optimizers of the Trainer, in the same order.
+            last: The numbers of the batches.
+        """
+        if not isinstance(last, list) or not all(isinstance(each, int) for each in last):
+            return
+        self._restored = [*last]
+        self._last.update(zip(optimizers, last, strict=False))
