@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from altgrad.distributed.shards import Part
-from altgrad.measurement.columns import Numbers
 from altgrad.measurement.ever_moved import PackedBits
+from altgrad.measurement.numbers import Numbers
 from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.step import SkipReason
 from altgrad.quantization.formats import Scaling

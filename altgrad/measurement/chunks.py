@@ -21,10 +21,12 @@ class Sample(NamedTuple):
     Attributes:
         shape: Shape of the whole layer.
         indices: Flat (row-major) indices into `shape`, int64 (elements), ascending.
+        block: Number of neighbours along the last dimension that were drawn together.
     """
 
     shape: torch.Size
     indices: Tensor
+    block: int = 1
 
 
 def split_chunks(

@@ -9,22 +9,14 @@ sums are added, and the larger maximum is kept. Every metric can therefore be co
 level. Counts are exact below 2**53, maxima always; a maximum over no element is −inf.
 
 This is the first file to read of this room; `kernel` comes next and computes the columns.
+`metrics` says which sums an estimate consists of.
 """
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
-
-Numbers = npt.NDArray[np.float64]
-"""Sums, maxima or figures on the host. What is a tensor on a device is NumPy after the copy."""
-
-OCTAVES = 64
-"""Number of bins of a histogram by powers of two; the first and the last bin are open."""
-FIRST_STEPS_OCTAVE = -32
-"""Exponent of the first bin of abs(update) / stiffness; the histogram of ULPs begins at 0."""
-FIRST_WEIGHTS_OCTAVE = -48
-"""Exponent of the first bin of abs(weight): 2**-48 to 2**16 holds the ranges of narrow formats."""
+from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
+from altgrad.measurement.histogram import OCTAVES
+from altgrad.measurement.metrics import FORMULAS, Estimate
 
 
 def _octaves(name: str) -> tuple[str, ...]:
@@ -92,16 +84,39 @@ JUDGED = {
 }
 """Names of sums by the format that are copies of a layer's sum, if the format is judged."""
 
+LAYER_ESTIMATES, FORMAT_ESTIMATES = (
+    tuple(name for name in metrics if isinstance(FORMULAS[name], Estimate))
+    for metrics in (LAYER_METRICS, FORMAT_METRICS)
+)
+"""Names of the metrics that have a standard error."""
+PRODUCTS = ("aa", "ab", "bb")
+"""Names of the sums over clusters that an estimate Σ a / Σ b has: Σ A², Σ A · B and Σ B².
+
+A cluster holds blocks that were drawn together; A and B are the sums of a and b over a cluster.
+"""
+
+
+def _products(metrics: tuple[str, ...]) -> tuple[str, ...]:
+    """Name the sums over clusters of some metrics."""
+    return tuple(f"{name} {product}" for name in metrics for product in PRODUCTS)
+
+
 SUMS = (
     "population",  # elements of the layer, for which those measured stand
     "elements",  # elements that were measured
+    "clusters",  # clusters that these are drawn in; 0 if elements are drawn one by one
     *(*ROW_SUMS, *ROW_SQUARES),
+    *_products(LAYER_ESTIMATES),  # 0 without clusters
     *_octaves("ulps"),  # elements with an update ≠ 0, by its size
     *_octaves("weights"),  # weights ≠ 0, by their size
 )
-POPULATION, ELEMENTS = 0, 1
-"""Positions of these two in SUMS."""
-FORMAT_SUMS = (*FORMAT_ROW_SUMS, *FORMAT_ROW_SQUARES, *JUDGED, *_octaves("steps"))
+POPULATION, ELEMENTS, CLUSTERS = 0, 1, 2
+"""Positions of these three in SUMS."""
+FORMAT_SUMS = (
+    *(*FORMAT_ROW_SUMS, *FORMAT_ROW_SQUARES, *JUDGED),
+    *_products(FORMAT_ESTIMATES),  # 0 without clusters
+    *_octaves("steps"),
+)
 # A minimum is kept as the maximum of the negated quantity, so that one operation combines both.
 MAXIMA = (*ROW_MAXIMA, *(f"minus_{name}" for name in ROW_MINIMA))
 FORMAT_MAXIMA = (*FORMAT_ROW_MAXIMA, *(f"minus_{name}" for name in FORMAT_ROW_MINIMA))

@@ -13,8 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, figure_keys, get_metric
-from altgrad.measurement.columns import FIRST_STEPS_OCTAVE, FIRST_WEIGHTS_OCTAVE, Numbers
-from altgrad.measurement.histogram import Histogram
+from altgrad.measurement.histogram import FIRST_STEPS_OCTAVE, FIRST_WEIGHTS_OCTAVE, Histogram
+from altgrad.measurement.intervals import find_interval
+from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.step_table import FormatRows, StepTable, error_columns
 
 _FIRST_OCTAVES = {"weights": FIRST_WEIGHTS_OCTAVE, "ulps": 0, "steps": FIRST_STEPS_OCTAVE}
@@ -72,25 +73,46 @@ class Figures(Mapping[str, float]):
     def standard_error(self, key: str) -> float:
         """Return the standard error of a figure that a sample estimates.
 
-        Shares and kept_update_ratio have a standard error. It is 0 if all elements were measured.
-        A sample cannot see an outlier outside of the sample; neither can its standard error.
+        Shares and kept_update_ratio have a standard error. It is half of the width of `interval`
+        over 1.96, and 0 if all elements were measured. A sample cannot see an outlier outside of
+        the sample; neither can its standard error.
 
         Args:
             key: ``metric`` or ``metric/format``.
 
         Returns:
-            The standard error, in the unit of the figure. NaN for other metrics, and if fewer than
-            30 elements were measured or carry the energy of the update (elements /
-            energy_concentration).
+            The standard error, in the unit of the figure. NaN for other metrics. NaN for
+            kept_update_ratio if fewer than 100 elements of the sample moved, or fewer than 30 carry
+            the energy of the update (elements / energy_concentration). If blocks were drawn, NaN
+            for shares of fewer than 5 clusters of blocks, and for kept_update_ratio of fewer
+            than 25.
 
         Raises:
             KeyError: The metric or the format is unknown.
 
         References:
-            Cochran, Sampling Techniques (1977), chapters 2 and 6: a ratio estimated from a
-            (stratified) sample without replacement.
+            Cochran, Sampling Techniques (1977), chapters 2, 5, 6 and 9: a ratio estimated from a
+            (stratified) sample of elements or clusters without replacement.
         """
         return self._table.error(key, self._find_row(key))
+
+    def interval(self, key: str) -> tuple[float, float]:
+        """Return the interval of 95 % around a figure that a sample estimates.
+
+        About 95 of 100 samples have an interval that contains the figure of all elements. That of
+        a share is Wilson's, and has a width at 0 and 1, too.
+
+        Args:
+            key: ``metric`` or ``metric/format``.
+
+        Returns:
+            The lower and the upper end. Both equal the figure if all elements were measured, and
+            are NaN where `standard_error` is.
+
+        Raises:
+            KeyError: The metric or the format is unknown.
+        """
+        return find_interval(key.partition("/")[0], self[key], self.standard_error(key))
 
     def in_order(self) -> Sequence[float]:
         """Return all figures in the order of the keys, faster than one by one."""

@@ -8,6 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+OCTAVES = 64
+"""Number of bins of a histogram by powers of two; the first and the last bin are open."""
+FIRST_STEPS_OCTAVE = -32
+"""Exponent of the first bin of abs(update) / stiffness; the histogram of ULPs begins at 0."""
+FIRST_WEIGHTS_OCTAVE = -48
+"""Exponent of the first bin of abs(weight): 2**-48 to 2**16 holds the ranges of narrow formats."""
+
 
 class Histogram(NamedTuple):
     """A number of elements for each octave; the first and the last bin are open.

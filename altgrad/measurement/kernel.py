@@ -24,17 +24,19 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from altgrad.measurement.columns import (
-    FIRST_STEPS_OCTAVE,
-    FIRST_WEIGHTS_OCTAVE,
     FORMAT_ROW_MAXIMA,
     FORMAT_ROW_MINIMA,
     FORMAT_ROW_SQUARES,
     FORMAT_ROW_SUMS,
-    OCTAVES,
     ROW_MAXIMA,
     ROW_MINIMA,
     ROW_SQUARES,
     ROW_SUMS,
+)
+from altgrad.measurement.histogram import (
+    FIRST_STEPS_OCTAVE,
+    FIRST_WEIGHTS_OCTAVE,
+    OCTAVES,
 )
 from altgrad.measurement.workspace import Buffers
 from altgrad.quantization.grids import (

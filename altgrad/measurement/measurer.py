@@ -14,7 +14,7 @@ from torch import Tensor
 
 from altgrad.measurement.chunks import Sample, as_row, slice_flags, split_chunks
 from altgrad.measurement.kernel import EverMoved, Rows, row_sums
-from altgrad.measurement.totals import Layers
+from altgrad.measurement.totals import Clusters, Layers
 from altgrad.measurement.workspace import BATCH_BYTES, CHUNK_BYTES, Workspace, columns_that_fit
 from altgrad.quantization.arguments import check_pair
 from altgrad.quantization.format_set import FormatSet
@@ -27,6 +27,9 @@ from altgrad.quantization.scale_groups import (
     compute_single_scales,
     update_tensor_amaxes,
 )
+
+# Chunks of a sample of blocks, at least. They are its clusters, from which standard errors follow.
+_FEWEST_CHUNKS = 32
 
 
 class Batch(NamedTuple):
@@ -161,6 +164,9 @@ class Measurer:
         tensors = (before, after) if gradient is None else (before, after, gradient)
         # Position of the chunk, maximum number of elements in it, and elements that stay together.
         start, size, block = 0, self._chunk_size(tensors), self.formats.block
+        has_blocks = sample is not None and sample.block > 1
+        if has_blocks:
+            size = max(min(size, before.numel() // _FEWEST_CHUNKS), block)
         for flat in split_chunks(tensors, size, block=block, sample=sample):
             count = len(flat[0])
             if not self.formats.is_single:
@@ -170,6 +176,8 @@ class Measurer:
             # Histograms of `layers` add up over chunks by themselves; sums and extrema do here.
             part = None if ever is None else slice_flags(ever, start, count)
             chunk = row_sums(as_row(flat), grids, dtype_grid, buffers, layers.histograms, part)
+            if has_blocks:
+                layers = layers.add_cluster(chunk[0], count)
             found = chunk if found is None else _add_chunks(found, chunk)
             start += count
         return layers.add_up(*(found or layers.make_empty_row()))[0]
@@ -177,7 +185,7 @@ class Measurer:
     def _describe_layer(self, before: Tensor, population: int) -> Layers:
         """Describe a layer that is measured alone, as a single row."""
         row = torch.zeros(1, dtype=torch.int64, device=before.device)
-        counted = torch.tensor([[population, before.numel()]], dtype=torch.float64, device="cpu")
+        counted = torch.tensor([[population, before.numel(), 0]], dtype=torch.float64, device="cpu")
         return Layers.create(row, counted.to(before.device), self.formats.judged(before.dtype))
 
     def _chunk_size(self, tensors: tuple[Tensor, ...]) -> int:
@@ -258,22 +266,29 @@ class Measurer:
         counted: Tensor,
         scales: Tensor | tuple[Sharing, Amaxes | None],
         ever: EverMoved | None,
+        clusters: tuple[Tensor, Tensor] | None = None,
     ) -> Batch:
         """Prepare a batch that `measure_batch` measures at each step.
 
         Args:
             rows: The elements, in memory that each step is copied to.
             row_layers: Index of the layer of each row, int64 (rows).
-            counted: Number of elements of each whole layer, and of those in the rows, float64
-                (layers, 2).
+            counted: Number of elements of each whole layer, of those in the rows, and of clusters
+                that these were drawn in, float64 (layers, 3).
             scales: Scales, or which elements share them; see `with_scales`.
             ever: Flags of the elements, updated at each step. None if they are not tracked.
+            clusters: The cluster of each row, int64 (rows), and the number of elements of each
+                row, float64 (rows), on any device. None if no elements were drawn in blocks.
 
         Returns:
             The batch, on the device of the rows.
         """
         judged = self.formats.judged(rows.before.dtype)
-        layers = Layers.create(row_layers, counted, judged)
+        described = None
+        if clusters is not None:
+            row_clusters, row_elements = (each.to(counted.device) for each in clusters)
+            described = Clusters.create(row_clusters, row_layers, row_elements, len(judged))
+        layers = Layers.create(row_layers, counted, judged, described)
         batch = Batch(rows, layers, _get_dtype_grid(rows.before.dtype), None, None, ever)
         return self.with_scales(batch, scales)
 

@@ -18,7 +18,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from altgrad.measurement.columns import FIRST_STEPS_OCTAVE, OCTAVES, Numbers
+from altgrad.measurement.histogram import FIRST_STEPS_OCTAVE, OCTAVES
+from altgrad.measurement.numbers import Numbers
 
 
 class Sums(Protocol):
@@ -56,20 +57,34 @@ def quiet() -> AbstractContextManager[object]:
 
 
 class Estimate(ABC):
-    """A ratio Σ a / Σ b over elements, with a standard error if the elements are a sample."""
+    """A ratio Σ a / Σ b over elements, with a standard error if the elements are a sample.
+
+    Attributes:
+        plus: Name of a sum.
+        total: Name of Σ b.
+        minus: Name of a sum to subtract from `plus`; Σ a is the difference. None if it is `plus`.
+    """
+
+    plus: str
+    total: str
+    minus: str | None
 
     @abstractmethod
-    def sums(self, n: Sums) -> tuple[Numbers, Numbers, Numbers, Numbers, Numbers]:
-        """Return Σ a, Σ b, Σ a², Σ a · b and Σ b², float64 (rows, 1 or formats) each."""
+    def squares(self, n: Sums) -> tuple[Numbers, Numbers, Numbers]:
+        """Return Σ a², Σ a · b and Σ b² over elements, float64 (rows, 1 or formats) each."""
 
     @abstractmethod
     def carrying(self, n: Sums) -> Numbers:
-        """Return the number of elements that carry the ratio, float64 (rows, 1 or formats)."""
+        """Return the number of elements with b other than 0, float64 (rows, 1 or formats)."""
+
+    def sums(self, n: Sums) -> tuple[Numbers, Numbers]:
+        """Return Σ a and Σ b, float64 (rows, 1 or formats) each."""
+        a = n.sum(self.plus)
+        return (a - n.sum(self.minus) if self.minus else a), n.sum(self.total)
 
     def __call__(self, n: Sums) -> Numbers:
         """Compute Σ a / Σ b from the sums; NaN where Σ b is 0."""
-        a, b, *_ = self.sums(n)
-        return _ratio(a, b)
+        return _ratio(*self.sums(n))
 
 
 @dataclass(frozen=True)
@@ -86,8 +101,8 @@ class Share(Estimate):
     total: str
     minus: str | None = None
 
-    def sums(self, n: Sums) -> tuple[Numbers, Numbers, Numbers, Numbers, Numbers]:
-        """Return the sums of an estimate from two counts.
+    def squares(self, n: Sums) -> tuple[Numbers, Numbers, Numbers]:
+        """Return sums of products from two counts.
 
         Each a and b is 0 or 1, and b is 1 where a is; all sums of products are counts, too.
 
@@ -95,16 +110,14 @@ class Share(Estimate):
             n: The sums of some rows.
 
         Returns:
-            Σ a, Σ b, Σ a², Σ a · b and Σ b², float64 (rows, 1 or formats) each.
+            Σ a², Σ a · b and Σ b², float64 (rows, 1 or formats) each.
         """
-        count, total = n.sum(self.plus), n.sum(self.total)
-        if self.minus:
-            count = count - n.sum(self.minus)
-        return count, total, count, count, total
+        count, total = self.sums(n)
+        return count, count, total
 
     def carrying(self, n: Sums) -> Numbers:
-        """Return the number of all measured elements, float64 (rows, 1)."""
-        return n.sum("elements")
+        """Return the number of the elements considered, float64 (rows, 1 or formats)."""
+        return n.sum(self.total)
 
 
 @dataclass(frozen=True)
@@ -112,31 +125,31 @@ class KeptShare(Estimate):
     """The ratio ⟨effective update, update⟩ / ⟨update, update⟩.
 
     With a = effective · update and b = update², the sums of a² and b² are sums of fourth powers.
+
+    Attributes:
+        plus: Name of Σ a.
+        total: Name of Σ b.
+        minus: None.
     """
 
-    def sums(self, n: Sums) -> tuple[Numbers, Numbers, Numbers, Numbers, Numbers]:
-        """Return the sums of a = effective · update and b = update².
+    plus: str = "kept"
+    total: str = "judged_sq"
+    minus: None = None
+
+    def squares(self, n: Sums) -> tuple[Numbers, Numbers, Numbers]:
+        """Return the sums of products of a = effective · update and b = update².
 
         Args:
             n: The sums of some rows.
 
         Returns:
-            Σ a, Σ b, Σ a², Σ a · b and Σ b², float64 (rows, formats) each.
+            Σ a², Σ a · b and Σ b², float64 (rows, formats) each.
         """
-        a, b = n.sum("kept"), n.sum("judged_sq")
-        return a, b, n.sum("kept_sq"), n.sum("kept_update_cubed"), n.sum("judged_4th")
+        return n.sum("kept_sq"), n.sum("kept_update_cubed"), n.sum("judged_4th")
 
     def carrying(self, n: Sums) -> Numbers:
-        """Return the number of equal updates with the same energy.
-
-        Args:
-            n: The sums of some rows.
-
-        Returns:
-            elements / energy_concentration, float64 (rows, formats); 0 if nothing moved.
-        """
-        energy, fourth = n.sum("judged_sq"), n.sum("judged_4th")
-        return np.where(fourth == 0, 0.0, energy * energy / fourth)
+        """Return the number of elements that moved, float64 (rows, formats)."""
+        return n.sum("judged")
 
 
 # Makers of formulas. A quotient is NaN, and neither inf nor an error, if its denominator is 0: no

@@ -1,87 +1,228 @@
 """Standard errors of ratios that are estimated from a sample of the elements.
 
-A ratio Σ a / Σ b over the elements of a layer is estimated from a sample without replacement. The
-ratio of a model is estimated from the samples of its layers, which are strata. The variance follows
-from the residuals a − ratio · b of the sample::
+A ratio Σ a / Σ b over the elements of a layer is estimated from units that are drawn without
+replacement: elements, or clusters of blocks if a format shares scales by blocks. The ratio of a
+model is estimated from the samples of its layers, which are strata. The variance follows from the
+residuals a − ratio · b of the units, less their mean in each layer::
 
     Σ (a − ratio · b)²  =  Σ a²  −  2 · ratio · Σ a · b  +  ratio² · Σ b²
 
-so that three sums of squares are enough. Read `metrics` first, which defines the ratios;
-`step_table` comes next and computes all errors of a step.
+so that three sums of squares are enough. A standard error is half of the width of an interval of
+95 % over 1.96: see `intervals`, which comes next. `step_table` computes all errors of a step.
 
 References:
-    Cochran, Sampling Techniques (1977), chapters 2 and 6.
+    Cochran, Sampling Techniques (1977), chapters 2, 5, 6 and 9. Korn, Graubard, Survey
+    Methodology 24 (1998), 193: intervals of shares from samples of clusters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from altgrad.measurement.columns import Numbers
-from altgrad.measurement.metrics import Estimate, Formula, Sums, quiet
+from altgrad.measurement.columns import PRODUCTS
+from altgrad.measurement.intervals import WIDTH
+from altgrad.measurement.metrics import FORMULAS, Estimate, Share, Sums, quiet
+from altgrad.measurement.numbers import Numbers
 
-_FEWEST = 30  # elements; the spread of fewer is not known well enough
+# Fewest units of equal weight that make the spread known: tests/measurement/test_coverage.py shows
+# what comes of it. kept_update_ratio, whose terms have long tails, needs more than a share.
+_FEWEST_CLUSTERS = 5
+_FEWEST_CLUSTERS_KEPT = 25
+_FEWEST_ELEMENTS_KEPT = 30
+_FEWEST_MOVED = 100  # elements with an update, for kept_update_ratio
+_LEAST_FREEDOM = 3.0
 
 
-def estimate_sums(formula: Formula, n: Sums, width: int) -> list[Numbers]:
-    """Return the sums from which the standard error of an estimate is computed.
+class EstimateSums(NamedTuple):
+    """The sums of some estimates Σ a / Σ b, float64 (rows, keys) each.
+
+    Attributes:
+        a: Σ a.
+        b: Σ b.
+        aa: Σ a² over units.
+        ab: Σ a · b over units.
+        bb: Σ b² over units.
+        carrying: Number of elements with b other than 0.
+        is_share: 1 for shares, and 0 for kept_update_ratio.
+    """
+
+    a: Numbers
+    b: Numbers
+    aa: Numbers
+    ab: Numbers
+    bb: Numbers
+    carrying: Numbers
+    is_share: Numbers
+
+
+def estimate_sums(name: str, n: Sums, width: int) -> EstimateSums:
+    """Return the sums from which the standard error of a metric is computed.
 
     Args:
-        formula: The estimate.
+        name: Name of the metric, which has an `Estimate` as its formula.
         n: The sums of some rows.
         width: Number of columns: 1 for a metric of the layer, else the number of formats.
 
     Returns:
-        Σ a, Σ b, Σ a², Σ a · b, Σ b² and the number of elements that carry the ratio, float64
-        (rows, width) each.
+        The sums, (rows, width). Units are clusters in rows that have clusters, and elements in
+        others.
     """
+    formula = FORMULAS[name]
     assert isinstance(formula, Estimate)
     with quiet():
-        sums = (*formula.sums(n), formula.carrying(n))
-    return [np.broadcast_to(each, (len(each), width)) for each in sums]
+        by_element = formula.squares(n)
+    by_cluster = (n.sum(f"{name} {product}") for product in PRODUCTS)
+    has_clusters = n.sum("clusters") > 0
+    squares = (np.where(has_clusters, *pair) for pair in zip(by_cluster, by_element, strict=True))
+    is_share = np.array([[float(isinstance(formula, Share))]])
+    sums = (*formula.sums(n), *squares, formula.carrying(n), is_share)
+    shape = len(has_clusters), width
+    return EstimateSums(*(np.broadcast_to(each, shape) for each in sums))
 
 
 def standard_errors(
-    sums: Sequence[Numbers], counted: Numbers, members: Mapping[int, Sequence[int]]
+    sums: EstimateSums, counted: Numbers, members: Mapping[int, Sequence[int]]
 ) -> Numbers:
     """Return the standard errors of ratios.
 
     Args:
         sums: Results of `estimate_sums` for all estimates side by side, (rows, keys) each.
-        counted: Number of elements that each row stands for, and number measured, float64
-            (rows, 2).
+        counted: Number of elements that each row stands for, number measured, and number of
+            clusters that these were drawn in, float64 (rows, 3).
         members: Rows of the layers that a model's row stands for, by the model's row.
 
     Returns:
         Standard errors, float64 (rows, keys). They are 0 if all elements were measured. They are
-        NaN if the ratio has no value or fewer than 30 elements carry it.
+        NaN if the ratio has no value, or if too few units carry it.
     """
     with quiet():
-        return _standard_errors(sums, counted, members)
+        strata = _Strata(sums, counted)
+        ratios = sums.a / sums.b
+        spreads = strata.spreads(ratios)
+        for row, layers in members.items():
+            # Strata are independent: their variances add up, about the model's own ratio.
+            own = strata.spreads(ratios[row])
+            for column, spread in zip(spreads, own, strict=True):
+                column[row] = spread[[*layers]].sum(0)
+        return _combine(sums, ratios, spreads, strata.weights)
 
 
-def _standard_errors(
-    sums: Sequence[Numbers], counted: Numbers, members: Mapping[int, Sequence[int]]
-) -> Numbers:
-    a, b, a_squared, a_b, b_squared, carrying = sums
-    population, elements = counted[:, :1], counted[:, 1:]
-    # Cochran's (1 − f) · n / (n − 1), with f the share that was measured.
-    per_residual = (1 - elements / population) * elements / (elements - 1)
-    is_known = (elements >= population) | (b == 0)
+class _Spreads(NamedTuple):
+    """Sums over strata of which a part was drawn, float64 (rows, keys) each.
 
-    def variances(ratios: Numbers) -> Numbers:
-        """Return the variance of Σ residuals of each row, with the share sampled accounted for."""
-        residuals = a_squared - 2 * ratios * a_b + ratios * ratios * b_squared
-        found = np.where(carrying < _FEWEST, np.nan, np.maximum(residuals, 0) * per_residual)
-        return np.where(is_known, 0.0, found)
+    Attributes:
+        variance: Variance of Σ (a − ratio · b).
+        b_variance: Σ b² over units, times the share that was not drawn.
+        aa: Σ a² over units.
+        rest: Σ (b − a)² over units.
+        bb: Σ b² over units.
+        carrying: Number of elements with b other than 0.
+        clusters: Not 0 if units are clusters.
+    """
 
-    ratios = a / b
-    variance = variances(ratios)
-    weights = population / np.maximum(elements, 1)  # each stands for so many
-    for row, layers in members.items():
-        # Strata are independent: the variances of the layers add up, about the model's own ratio.
-        layer_variances = variances(ratios[row]) * np.square(weights)
-        variance[row] = layer_variances[[*layers]].sum(0)
-    return np.where(b == 0, np.nan, np.sqrt(variance) / b)
+    variance: Numbers
+    b_variance: Numbers
+    aa: Numbers
+    rest: Numbers
+    bb: Numbers
+    carrying: Numbers
+    clusters: Numbers
+
+
+class _Strata:
+    """The layers, each a stratum; a model's row stands for all of its elements.
+
+    Args:
+        sums: The sums of the estimates.
+        counted: Elements that each row stands for, elements measured, and clusters, (rows, 3).
+
+    Attributes:
+        weights: Number of elements that each measured one stands for, float64 (rows, 1).
+    """
+
+    def __init__(self, sums: EstimateSums, counted: Numbers) -> None:
+        population, elements, self._clusters = counted[:, :1], counted[:, 1:2], counted[:, 2:]
+        self._sums = sums
+        self.weights = population / np.maximum(elements, 1)
+        self._units = np.where(self._clusters > 0, self._clusters, elements)
+        self._not_drawn = 1 - elements / population
+        self._is_drawn = (elements < population) & (sums.b != 0)
+
+    def spreads(self, ratios: Numbers) -> _Spreads:
+        """Return the spreads of each stratum about ratios, (rows, keys) or (keys)."""
+        a, b, aa, ab, bb, carrying, _ = self._sums
+        # Less the mean of the stratum: Σ (x − mean)² = Σ x² − (Σ x)² / units.
+        residuals = aa - 2 * ratios * ab + ratios * ratios * bb
+        residuals = residuals - np.square(a - ratios * b) / self._units
+        # If no unit or every unit has what is counted, the next one drawn could be the first that
+        # differs: at least the residual of one unit of the usual size.
+        is_uniform = (aa == 0) | ((aa == ab) & (ab == bb))
+        residuals = np.maximum(residuals, np.where(is_uniform, np.square(bb / b), 0))
+        # Cochran's n / (n − 1).
+        variance = residuals * self._units / np.maximum(self._units - 1, 1)
+        scale = np.where(self._is_drawn, np.square(self.weights), 0)
+        drawn = np.where(self._is_drawn, 1.0, 0.0)
+        return _Spreads(
+            *(
+                np.where(each > 0, each * value, 0.0)
+                for each, value in (
+                    (scale, variance * self._not_drawn),
+                    (scale, bb * self._not_drawn),
+                    (scale, aa),
+                    (scale, bb - 2 * ab + aa),
+                    (scale, bb),
+                    (drawn, carrying),
+                    (drawn, self._clusters),
+                )
+            )
+        )
+
+
+def _combine(sums: EstimateSums, ratios: Numbers, spreads: _Spreads, weights: Numbers) -> Numbers:
+    """Return the standard error of each ratio."""
+    a, b, is_share = weights * sums.a, weights * sums.b, sums.is_share > 0
+    has_clusters, units = spreads.clusters > 0, b * b / spreads.bb
+    # The spread of clusters is known as well as the fewest of them that carry Σ a, Σ (b − a) or
+    # Σ b make it known. That of zeros and ones follows from their share.
+    carriers = np.fmin(a * a / spreads.aa, np.square(b - a) / spreads.rest)
+    carriers = np.where(has_clusters, np.fmin(carriers, units), units)
+    freedom = np.maximum(carriers - 1, _LEAST_FREEDOM)
+    width = np.where(is_share & ~has_clusters, WIDTH, _student_quantile(freedom))
+    variance = spreads.variance / (b * b)
+    # A share has the variance share · (1 − share) / elements, which says of how many independent
+    # elements; Wilson's interval is that of so many. At 0 and 1 clusters count as elements.
+    product = ratios * (1 - ratios)
+    elements = np.where(product > 0, product / variance, b * b / spreads.b_variance)
+    u = width * width / elements
+    share_half = np.sqrt(u * np.maximum(product, 0) + u * u / 4) / (1 + u)
+    half = np.where(is_share, share_half, width * np.sqrt(variance))
+    few_units = np.where(
+        has_clusters,
+        np.where(is_share, _FEWEST_CLUSTERS, _FEWEST_CLUSTERS_KEPT),
+        np.where(is_share, 0, _FEWEST_ELEMENTS_KEPT),
+    )
+    is_unknown = (units < few_units) | (~is_share & (spreads.carrying < _FEWEST_MOVED))
+    errors = np.where(is_unknown, np.nan, half / WIDTH)
+    errors = np.where(spreads.bb == 0, 0.0, errors)  # all elements were measured
+    return np.where(sums.b == 0, np.nan, errors)
+
+
+def _student_quantile(freedom: Numbers) -> Numbers:
+    """Return the 97.5 % quantile of Student's distribution for 3 or more degrees of freedom.
+
+    Accurate to 1 %: Abramowitz, Stegun, Handbook of Mathematical Functions (1964), 26.7.5.
+    """
+    z = WIDTH
+    terms: tuple[float, ...] = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    quantile = np.full_like(freedom, z)
+    for power, term in enumerate(terms, 1):
+        quantile += term / freedom**power
+    return quantile

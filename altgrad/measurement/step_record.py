@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from altgrad.measurement.columns import Numbers
 from altgrad.measurement.figures import Figures, layer_figures
+from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.step_table import StepTable
 
 

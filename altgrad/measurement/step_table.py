@@ -17,28 +17,25 @@ import numpy as np
 
 from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, figure_keys
 from altgrad.measurement.columns import (
+    CLUSTERS,
     ELEMENTS,
+    FORMAT_ESTIMATES,
     FORMAT_MAXIMA,
     FORMAT_SUMS,
+    LAYER_ESTIMATES,
     MAXIMA,
-    OCTAVES,
     POPULATION,
     SUMS,
-    Numbers,
     max_count,
     sum_count,
 )
-from altgrad.measurement.metrics import FORMULAS, Estimate, quiet
-from altgrad.measurement.standard_errors import estimate_sums, standard_errors
+from altgrad.measurement.histogram import OCTAVES
+from altgrad.measurement.metrics import FORMULAS, quiet
+from altgrad.measurement.numbers import Numbers
+from altgrad.measurement.standard_errors import EstimateSums, estimate_sums, standard_errors
 
 FormatRows = Mapping[str | None, int]
 """The row of a table for each format, and for the layer or model itself under None."""
-
-LAYER_ESTIMATES, FORMAT_ESTIMATES = (
-    tuple(name for name in metrics if isinstance(FORMULAS[name], Estimate))
-    for metrics in (LAYER_METRICS, FORMAT_METRICS)
-)
-"""Names of the metrics that have a standard error."""
 
 _HISTOGRAMS = {"ulps": slice(0, 1), "weights": slice(1, 2), "steps": slice(2, None)}
 """The place of each histogram among those of a row, the steps of all formats side by side."""
@@ -175,10 +172,10 @@ class StepTable:
     @functools.cached_property
     def errors(self) -> list[list[float]]:
         """The standard errors of each row, in the order of `error_columns`."""
-        each = [estimate_sums(FORMULAS[name], self, 1) for name in LAYER_ESTIMATES]
-        each += [estimate_sums(FORMULAS[n], self, len(self.formats)) for n in FORMAT_ESTIMATES]
-        sums = [np.concatenate(part, axis=1) for part in zip(*each, strict=True)]
-        counted = self.vectors[:, [POPULATION, ELEMENTS]]
+        each = [estimate_sums(name, self, 1) for name in LAYER_ESTIMATES]
+        each += [estimate_sums(name, self, len(self.formats)) for name in FORMAT_ESTIMATES]
+        sums = EstimateSums(*(np.concatenate(part, axis=1) for part in zip(*each, strict=True)))
+        counted = self.vectors[:, [POPULATION, ELEMENTS, CLUSTERS]]
         errors: list[list[float]] = standard_errors(sums, counted, self.members).tolist()
         return errors
 

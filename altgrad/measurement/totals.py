@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from altgrad.measurement.columns import (
-    FIRST_STEPS_OCTAVE,
-    FIRST_WEIGHTS_OCTAVE,
+    FORMAT_ESTIMATES,
     FORMAT_MAXIMA,
     FORMAT_ROW_MAXIMA,
     FORMAT_ROW_MINIMA,
@@ -26,8 +25,9 @@ from altgrad.measurement.columns import (
     FORMAT_ROW_SUMS,
     FORMAT_SUMS,
     JUDGED,
+    LAYER_ESTIMATES,
     MAXIMA,
-    OCTAVES,
+    PRODUCTS,
     ROW_MAXIMA,
     ROW_MINIMA,
     ROW_SQUARES,
@@ -35,10 +35,78 @@ from altgrad.measurement.columns import (
     SUMS,
     WHAT_IF,
 )
+from altgrad.measurement.histogram import (
+    FIRST_STEPS_OCTAVE,
+    FIRST_WEIGHTS_OCTAVE,
+    OCTAVES,
+)
 from altgrad.measurement.kernel import Histograms
+from altgrad.measurement.metrics import FORMULAS, Estimate
 
 _FLOAT64_BIAS = 1023  # of the exponent; the kernel counts octaves by biased exponents
 _Column = tuple[str, int | None]  # name of a sum or maximum, and index of its format
+
+
+class Clusters(NamedTuple):
+    """The clusters that rows form, with constants that turn the sums of rows into products.
+
+    A cluster consists of blocks that were drawn together, so that their elements may be alike.
+    Standard errors then follow from the sums of whole clusters.
+
+    Attributes:
+        row_clusters: Index of the cluster of each row, int64 (rows).
+        cluster_layers: Index of the layer of each cluster, int64 (clusters).
+        counted: 0 and the number of elements of each row, float64 (rows, 2).
+        terms: Columns of `counted` and the sums of a row, side by side: those to add, the totals,
+            and those to subtract, of each estimate; int64 (3 · estimates).
+    """
+
+    row_clusters: Tensor
+    cluster_layers: Tensor
+    counted: Tensor
+    terms: Tensor
+
+    @classmethod
+    def create(
+        cls, row_clusters: Tensor, row_layers: Tensor, row_elements: Tensor, formats: int
+    ) -> Clusters:
+        """Describe the clusters of some rows.
+
+        Args:
+            row_clusters: Index of the cluster of each row, int64 (rows).
+            row_layers: Index of the layer of each row, int64 (rows).
+            row_elements: Number of elements of each row, float64 (rows).
+            formats: Number of formats.
+
+        Returns:
+            The clusters, on the device of the arguments.
+        """
+        layers = row_layers.new_zeros(int(row_clusters.max()) + 1)
+        return cls(
+            row_clusters,
+            layers.scatter_(0, row_clusters, row_layers),
+            torch.stack((torch.zeros_like(row_elements), row_elements), dim=1),
+            _find_terms(formats, row_layers.device),
+        )
+
+    def add_products(self, sums: Tensor, layers: int) -> Tensor:
+        """Add up the products of the sums of clusters.
+
+        Args:
+            sums: Sums of each row, float64 (rows, columns) in the order of `row_sums`.
+            layers: Number of layers.
+
+        Returns:
+            Σ A², Σ A · B and Σ B² of each estimate, float64 (layers, 3 · estimates).
+        """
+        terms = torch.cat((self.counted, sums), dim=1).index_select(1, self.terms)
+        by_cluster = sums.new_zeros(len(self.cluster_layers), terms.shape[1])
+        by_cluster.index_add_(0, self.row_clusters, terms)
+        plus, b, minus = by_cluster.chunk(3, dim=1)
+        a = plus - minus
+        products = torch.cat((a * a, a * b, b * b), dim=1)
+        added = sums.new_zeros(layers, products.shape[1])
+        return added.index_add_(0, self.cluster_layers, products)
 
 
 class Layers(NamedTuple):
@@ -47,13 +115,15 @@ class Layers(NamedTuple):
     A step changes the counts of the histograms and nothing else.
 
     Attributes:
-        counted: Number of elements of each whole layer, and of those in the rows, float64
-            (layers, 2).
+        counted: Number of elements of each whole layer, of those in the rows, and of clusters that
+            these were drawn in, float64 (layers, 3).
         row_layers: Index of the layer of each row, int64 (rows).
         extremum_layers: `row_layers` for each maximum and minimum, int64 (rows, extrema).
         histograms: Counts of octaves of all layers.
         order: Source of each column of a vector, int64 (columns).
         meant: True for columns that have a meaning, bool (columns). None if all have.
+        clusters: The clusters of the rows. None if no elements were drawn in blocks.
+        products: Products of clusters outside of the rows, float64 (layers, 3 · estimates).
     """
 
     counted: Tensor
@@ -62,17 +132,26 @@ class Layers(NamedTuple):
     histograms: Histograms
     order: Tensor
     meant: Tensor | None
+    clusters: Clusters | None
+    products: Tensor
 
     @classmethod
-    def create(cls, row_layers: Tensor, counted: Tensor, judged: Sequence[bool]) -> Layers:
+    def create(
+        cls,
+        row_layers: Tensor,
+        counted: Tensor,
+        judged: Sequence[bool],
+        clusters: Clusters | None = None,
+    ) -> Layers:
         """Describe the layers of some rows, with histograms of 0.
 
         Args:
             row_layers: Index of the layer of each row, int64 (rows).
-            counted: Number of elements of each whole layer, and of those in the rows, float64
-                (layers, 2).
+            counted: Number of elements of each whole layer, of those in the rows, and of clusters
+                that these were drawn in, float64 (layers, 3). Layers without clusters have 0.
             judged: For each format, True if the weights are stored finer than the format. Its
                 what-if columns are 0 otherwise.
+            clusters: The clusters of the rows. None if no elements were drawn in blocks.
 
         Returns:
             The layers, on the device of `counted`.
@@ -81,10 +160,12 @@ class Layers(NamedTuple):
         return cls(
             counted,
             row_layers,
-            row_layers.unsqueeze(1).expand(-1, len(_source(formats)[3])),
+            row_layers.unsqueeze(1).expand(-1, len(_source(formats)[4])),
             _make_histograms(row_layers, len(counted), formats),
             _order(formats, device),
             _meant(judged, device),
+            clusters,
+            counted.new_zeros(len(counted), len(_source(formats)[2])),
         )
 
     def make_empty_row(self) -> tuple[Tensor, Tensor]:
@@ -93,11 +174,26 @@ class Layers(NamedTuple):
         Returns:
             Sums of 0, float64 (1, columns), and extrema of −inf, float64 (1, columns).
         """
-        _, sums, _, extrema = _source(self.histograms.steps_at.shape[1])
+        _, sums, _, _, extrema = _source(self.histograms.steps_at.shape[1])
         return (
             self.counted.new_zeros(1, len(sums)),
             self.counted.new_full((1, len(extrema)), -torch.inf),
         )
+
+    def add_cluster(self, sums: Tensor, elements: int) -> Layers:
+        """Return a single layer with another cluster, which is no row of its own.
+
+        Args:
+            sums: Sums of the cluster, float64 (1, columns) in the order of `row_sums`.
+            elements: Number of elements of the cluster.
+        """
+        count = sums.new_full((1,), elements)
+        cluster = Clusters.create(
+            self.row_layers, self.row_layers, count, self.histograms.steps_at.shape[1]
+        )
+        one = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64, device=sums.device)
+        products = self.products + cluster.add_products(sums, 1)
+        return self._replace(counted=self.counted + one, products=products)
 
     def add_up(self, sums: Tensor, extrema: Tensor) -> Tensor:
         """Add rows up to layers.
@@ -110,14 +206,16 @@ class Layers(NamedTuple):
             Vectors, float64 (layers, columns): SUMS, FORMAT_SUMS of each format, MAXIMA,
             FORMAT_MAXIMA of each format.
         """
-        layers = len(self.counted)
+        layers, products = len(self.counted), self.products
+        if self.clusters is not None:
+            products = self.clusters.add_products(sums, layers)  # there are none outside
         if not layers == len(sums) == 1:  # a single row of a single layer needs no addition
             added = sums.new_zeros(layers, sums.shape[1])
             largest = extrema.new_full((layers, extrema.shape[1]), -torch.inf)
             sums = added.index_add_(0, self.row_layers, sums)
             extrema = largest.scatter_reduce_(0, self.extremum_layers, extrema, "amax")
         octaves = self.histograms.counts.view(layers, -1)
-        vectors = torch.cat((self.counted, sums, octaves, extrema), dim=1)
+        vectors = torch.cat((self.counted, sums, products, octaves, extrema), dim=1)
         vectors = vectors.index_select(1, self.order)
         return vectors if self.meant is None else torch.where(self.meant, vectors, 0.0)
 
@@ -156,6 +254,9 @@ def _meant(judged: Sequence[bool], device: torch.device) -> Tensor | None:
     if all(judged):
         return None
     what_if = {*WHAT_IF, *JUDGED, *(name for name in FORMAT_SUMS if name.startswith("steps["))}
+    for name, formula in _estimates(FORMAT_ESTIMATES):
+        if formula.total in JUDGED:
+            what_if |= {f"{name} {product}" for product in PRODUCTS}
     meant = [
         name not in what_if or format is None or judged[format]
         for name, format in _columns(len(judged))
@@ -173,7 +274,7 @@ def _columns(formats: int) -> list[_Column]:
 
 
 def _source(formats: int) -> tuple[list[_Column], ...]:
-    """List the columns of the parts of a vector: counted, sums, octaves, extrema."""
+    """List the columns of the parts of a vector: counted, sums, products, octaves, extrema."""
 
     def each(names: tuple[str, ...], format_names: tuple[str, ...], how: str) -> list[_Column]:
         columns: list[_Column] = [(how.format(name), None) for name in names]
@@ -182,9 +283,13 @@ def _source(formats: int) -> tuple[list[_Column], ...]:
     bins = range(OCTAVES)
     octaves: list[_Column] = [(f"{name}[{k}]", None) for name in ("ulps", "weights") for k in bins]
     octaves += [(f"steps[{k}]", f) for f in range(formats) for k in bins]
+    products: list[_Column] = []
+    for product in PRODUCTS:
+        products += each(LAYER_ESTIMATES, FORMAT_ESTIMATES, f"{{}} {product}")
     return (
-        [("population", None), ("elements", None)],
+        [("population", None), ("elements", None), ("clusters", None)],
         each(ROW_SUMS, FORMAT_ROW_SUMS, "{}") + each(ROW_SQUARES, FORMAT_ROW_SQUARES, "{}"),
+        products,
         octaves,
         each(ROW_MAXIMA, FORMAT_ROW_MAXIMA, "max {}")
         + each(ROW_MINIMA, FORMAT_ROW_MINIMA, "max minus_{}"),
@@ -204,3 +309,31 @@ def _order(formats: int, device: torch.device) -> Tensor:
         for name, format in _columns(formats)
     ]
     return torch.tensor(order, device=device)
+
+
+@functools.cache
+@torch.inference_mode(mode=False)
+def _find_terms(formats: int, device: torch.device) -> Tensor:
+    """Find the columns that each estimate adds, divides by, and subtracts: see `Clusters`."""
+    columns: list[_Column] = [("", None), ("elements", None), *_source(formats)[1]]
+    place = {column: position for position, column in enumerate(columns)}
+
+    def find(name: str | None, format: int | None) -> int:
+        name = JUDGED.get(name or "", name or "")
+        return place[(name, None) if (name, None) in place else (name, format)]
+
+    estimates: list[tuple[Estimate, int | None]]
+    estimates = [(formula, None) for _, formula in _estimates(LAYER_ESTIMATES)]
+    estimates += [(f, k) for _, f in _estimates(FORMAT_ESTIMATES) for k in range(formats)]
+    terms = [find(formula.plus, format) for formula, format in estimates]
+    terms += [find(formula.total, format) for formula, format in estimates]
+    terms += [find(formula.minus, format) for formula, format in estimates]
+    return torch.tensor(terms, device=device)
+
+
+def _estimates(names: tuple[str, ...]) -> Iterator[tuple[str, Estimate]]:
+    """Yield each name with its formula."""
+    for name in names:
+        formula = FORMULAS[name]
+        assert isinstance(formula, Estimate)
+        yield name, formula

@@ -1,7 +1,8 @@
 """`Arena`: memory in which copies of many layers lie side by side, to be measured together.
 
 Hundreds of small layers measured one by one would cost hundreds of kernel calls at each step. An
-arena cuts each layer into rows of 64 elements, and one call measures all rows of a segment::
+arena cuts each layer into rows of 64 elements, and one call measures all rows of a segment. Rows
+have 32 elements, as many as most blocks, where formats share scales by blocks::
 
     segment   row 0   layer "a", elements   0 …  63
               row 1   layer "a", elements  64 …  99, then NaN: no element
@@ -32,8 +33,9 @@ from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.scale_groups import Amaxes, Sharing
 
 # Elements in a row. Fewer would make sums over rows slow; more would waste memory on the last row
-# of each small layer.
-_COLUMNS = 64
+# of each small layer. Standard errors of samples of blocks follow from the sums of a few rows each:
+# shorter rows make them more exact.
+_COLUMNS, _SHORT_COLUMNS = 64, 32
 
 
 class Place(NamedTuple):
@@ -45,6 +47,7 @@ class Place(NamedTuple):
         indices: Flat indices of its elements in the segment, int64 (elements). None for all.
         elements: Number of its elements in the segment.
         rows: Rows that hold them; the last one may be filled in part.
+        block: Number of neighbours that were drawn together; 1 if all elements are in the segment.
     """
 
     name: str
@@ -52,6 +55,22 @@ class Place(NamedTuple):
     indices: Tensor | None
     elements: int
     rows: slice
+    block: int
+
+    def rows_in_cluster(self, columns: int) -> int:
+        """Return the number of rows that make a cluster; 0 if elements are drawn one by one.
+
+        Args:
+            columns: Number of elements in a row.
+        """
+        if self.block == 1:
+            return 0
+        length = self.shape[-1]
+        block = min(self.block, length)
+        # Clusters should end where blocks do, as these are drawn together. Where rows cut through
+        # blocks, two blocks to a cluster leave most of them whole.
+        is_cut = length % block or (block % columns and columns % block)
+        return -(-(2 * block if is_cut else block) // columns)
 
 
 @dataclass(eq=False)
@@ -59,9 +78,9 @@ class Segment:
     """A block of rows for layers stored alike, which one call of the kernel measures.
 
     Attributes:
-        before: Weights before the step, (rows, 64); NaN where there is no element.
-        after: Weights after the step, (rows, 64).
-        gradient: Gradients, (rows, 64).
+        before: Weights before the step, (rows, columns); NaN where there is no element.
+        after: Weights after the step, (rows, columns).
+        gradient: Gradients, (rows, columns).
         ever: Flags of the elements: which have moved, and by which format's effective update.
         places: Places of the layers, in the order of their rows.
         batch: The same memory, prepared for `Measurer.measure_batch`.
@@ -98,7 +117,7 @@ class Segment:
             place: Place of the layer.
             shape: Shape of the copies.
         """
-        start = place.rows.start * _COLUMNS
+        start = place.rows.start * self.before.shape[1]
         return Copies(
             *(
                 each.view(-1)[start : start + place.elements].view(shape)
@@ -118,11 +137,12 @@ class Segment:
             place: Place of the layer.
             flags: Flags from `read_flags`, bool (1 + formats, elements).
         """
-        count = (place.rows.stop - place.rows.start) * _COLUMNS
-        # (kinds, elements) -> pad to whole rows -> (kinds, rows, 64) -> (rows, kinds, 64)
+        columns = self.before.shape[1]
+        count = (place.rows.stop - place.rows.start) * columns
+        # (kinds, elements) -> pad to whole rows -> (kinds, rows, columns) -> (rows, kinds, columns)
         padded = torch.zeros(len(flags), count, dtype=torch.bool, device=self.before.device)
         padded[:, : place.elements] = flags
-        by_row = padded.view(len(flags), -1, _COLUMNS).transpose(0, 1)
+        by_row = padded.view(len(flags), -1, columns).transpose(0, 1)
         self.ever.moved[place.rows].copy_(by_row[:, :1])
         self.ever.effective[place.rows].copy_(by_row[:, 1:])
 
@@ -155,9 +175,10 @@ class Arena:
         self._measurer = measurer
         self._scale_state = scale_state
         self._ever_moved = ever_moved
+        self._columns = _COLUMNS if measurer.formats.block == 1 else _SHORT_COLUMNS
         # Maximum number of rows of one layer, and of one segment.
-        self._layer_rows = measurer.capacity // _COLUMNS
-        self._rows = measurer.batch_capacity // _COLUMNS
+        self._layer_rows = measurer.capacity // self._columns
+        self._rows = measurer.batch_capacity // self._columns
 
     # Tensors made in inference mode could not be written to outside of it:
     # https://docs.pytorch.org/docs/stable/notes/autograd.html#inference-mode
@@ -218,7 +239,7 @@ class Arena:
         groups: list[list[Request]] = []
         last: dict[tuple[object, ...], tuple[list[Request], int]] = {}  # and its free rows, by kind
         for request in requests:
-            rows = -(-_count_copied(request) // _COLUMNS)  # rounded up
+            rows = -(-_count_copied(request) // self._columns)  # rounded up
             dtypes = request.parameter.dtype, request.gradient_dtype
             # All sampled elements of the layer are on other ranks.
             is_elsewhere = not rows and request.name in self._samples
@@ -238,16 +259,18 @@ class Arena:
         places, stop = [], 0
         for request in group:
             elements, start = _count_copied(request), stop
-            stop += -(-elements // _COLUMNS)
-            shape, indices = self._samples.get(request.name) or (request.parameter.shape, None)
-            places.append(Place(request.name, shape, indices, elements, slice(start, stop)))
-        before, after, gradient, together = _memory(group[0], stop)
+            stop += -(-elements // self._columns)
+            shape, indices, block = self._samples.get(request.name) or (
+                *(request.parameter.shape, None, 1),
+            )
+            places.append(Place(request.name, shape, indices, elements, slice(start, stop), block))
+        before, after, gradient, together = _memory(group[0], (stop, self._columns))
         moved, effective = (
-            torch.zeros(stop, middle, _COLUMNS, dtype=torch.bool, device=before.device)
+            torch.zeros(stop, middle, self._columns, dtype=torch.bool, device=before.device)
             for middle in (1, len(self._measurer.formats))
         )
         ever = EverMoved(moved, effective)
-        # (rows, 64) -> (rows, 1, 64): the middle dimension is that of formats in the kernel.
+        # (rows, columns) -> (rows, 1, columns): formats are the middle dimension in the kernel.
         rows = Rows(before.unsqueeze(1), after.unsqueeze(1), gradient.unsqueeze(1), together)
         return Segment(before, after, gradient, ever, places, self._batch(rows, ever, places))
 
@@ -258,14 +281,47 @@ class Arena:
             [place.rows.stop - place.rows.start for place in places], device="cpu"
         )
         row_layers = torch.repeat_interleave(lengths).to(device)
-        counted = [[place.shape.numel(), place.elements] for place in places]
+        clusters, counts = self._clusters(places)
+        counted = [
+            [place.shape.numel(), place.elements, count]
+            for place, count in zip(places, counts, strict=True)
+        ]
         return self._measurer.prepare_batch(
             rows,
             row_layers,
             torch.tensor(counted, dtype=torch.float64, device="cpu").to(device),
             self._scales(places, row_layers),
             ever,
+            clusters,
         )
+
+    def _clusters(self, places: Sequence[Place]) -> tuple[tuple[Tensor, Tensor] | None, list[int]]:
+        """Find the clusters of blocks in which elements were drawn.
+
+        Args:
+            places: All places of a segment.
+
+        Returns:
+            The cluster of each row, int64 (rows), and the number of elements of each row, float64
+            (rows), on the CPU; None if no place has blocks. And the number of clusters of each
+            place, 0 if it has no blocks.
+        """
+        columns, clusters, counts = self._columns, 0, []
+        row_clusters: list[int] = []
+        row_elements: list[int] = []
+        for place in places:
+            rows, size = place.rows.stop - place.rows.start, place.rows_in_cluster(columns)
+            row_clusters += (clusters + row // (size or rows) for row in range(rows))
+            row_elements += (min(columns, place.elements - columns * row) for row in range(rows))
+            counts.append(-(-rows // size) if size else 0)
+            clusters = row_clusters[-1] + 1 if row_clusters else 0
+        if not any(counts):
+            return None, counts
+        found = (
+            torch.tensor(row_clusters, device="cpu"),
+            torch.tensor(row_elements, dtype=torch.float64, device="cpu"),
+        )
+        return found, counts
 
     def _scales(
         self, places: Sequence[Place], row_layers: Tensor
@@ -298,7 +354,7 @@ class Arena:
         """Find which elements of a place share a scale, filled up to whole rows."""
         indices = place.indices
         indices = torch.arange(place.elements, device="cpu") if indices is None else indices.cpu()
-        count = (place.rows.stop - place.rows.start) * _COLUMNS
+        count = (place.rows.stop - place.rows.start) * self._columns
         return self._measurer.find_sharing(place.shape, indices).pad(count)
 
 
@@ -314,18 +370,18 @@ def _copied_shape(request: Request) -> torch.Size:
     return to_local_tensor(request.parameter.detach()).shape
 
 
-def _memory(first: Request, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _memory(first: Request, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Allocate rows without elements, for layers stored like the first one.
 
     Args:
         first: Request of one of the layers.
-        count: Number of rows.
+        shape: Number of rows, and of elements in a row.
 
     Returns:
-        Weights before, weights after and gradients, (rows, 64) each. If they have one dtype, also
-        the same memory as one tensor, (rows, 3, 64); None otherwise.
+        Weights before, weights after and gradients, (rows, columns) each. If they have one dtype,
+        also the same memory as one tensor, (rows, 3, columns); None otherwise.
     """
-    shape, together = (count, _COLUMNS), None
+    together = None
     weights = to_local_tensor(first.parameter.detach())
     if weights.dtype == first.gradient_dtype:
         together = weights.new_zeros((3, *shape))

@@ -1,7 +1,8 @@
 """Draw the elements of a layer that are observed: a uniform sample, equal on all ranks.
 
-Standard errors assume a uniform sample without replacement. Ranks do not communicate about samples,
-so that each has to draw the same one. Read `layer_settings` next, which decides the size.
+Standard errors assume a uniform sample without replacement, of elements or of blocks. Ranks do not
+communicate about samples, so that each has to draw the same one. Read `layer_settings` next, which
+decides the size.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 from altgrad.distributed.peers import Peers, StepSums
 from altgrad.distributed.shards import empty_part
 from altgrad.measurement.chunks import Sample
-from altgrad.measurement.columns import Numbers
 from altgrad.measurement.ever_moved import EverMovedStore
 from altgrad.measurement.measurer import Measurer
+from altgrad.measurement.numbers import Numbers
 from altgrad.monitor.arena import Arena
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.monitor.scale_state import ScaleState
@@ -83,7 +83,8 @@ class Engine:
                 )
             part = peers.part(name, self._settings.measured_indices(name, parameter.shape))
         if part.indices is not None:
-            self._samples[name] = Sample(parameter.shape, part.indices)
+            block = self._settings.block(name)
+            self._samples[name] = Sample(parameter.shape, part.indices, block)
         return part.local
 
     def lay_out(

@@ -65,6 +65,7 @@ class LayerSettings:
             "max_elements": max_elements,
             "formats": tuple(format.name for format in own_formats),
         }
+        self._blocks: dict[str, int] = {}
         self.by_name = self._resolved(names, self._rules)
 
     def get(self, name: str) -> LayerSampling:
@@ -157,6 +158,11 @@ class LayerSettings:
         # last >= index: never observed so far, or steps are counted from 0 again.
         return layer.enabled and (last >= index or index - last >= layer.every_n_steps)
 
+    def block(self, name: str) -> int:
+        """Return how many neighbours of a layer are drawn together, for the formats of its rule."""
+        self.get(name)
+        return self._blocks[name]
+
     def indices(self, name: str, shape: torch.Size) -> Tensor | None:
         """Return the sample of a layer's elements.
 
@@ -167,8 +173,8 @@ class LayerSettings:
         Returns:
             Flat indices, int64 (elements) on the CPU. None for all elements.
         """
-        most, block = self.get(name).max_elements, self._formats.block
-        return sample_elements(name, shape, most, seed=self.seed, block=block)
+        most = self.get(name).max_elements
+        return sample_elements(name, shape, most, seed=self.seed, block=self.block(name))
 
     def measured_indices(self, name: str, shape: torch.Size) -> Tensor | None:
         """Return the elements of a layer that are measured: all up to 2,048, else the sample.
@@ -197,10 +203,14 @@ class LayerSettings:
     ) -> dict[str, LayerSampling]:
         """Apply the rules, and replace spellings of formats by their canonical names."""
         known = self._formats.names
-        return {
+        resolved = {
             name: replace(
                 layer,
                 formats=tuple(f if f in known else get_formats(f)[0].name for f in layer.formats),
             )
             for name, layer in resolve_layers(names, rules, **self._defaults).items()
         }
+        find_block = self._formats.find_block
+        # Formats that are left out later do not change the sample.
+        self._blocks |= {name: find_block(layer.formats) for name, layer in resolved.items()}
+        return resolved

@@ -7,7 +7,7 @@ scales of a `FormatSet`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from altgrad.quantization.block_formats import Formats, get_formats
@@ -56,14 +56,32 @@ class FormatSet:
         self.scaling = scaling
         self.names = tuple(format.name for format in self.formats)
         self.applied = tuple(get_applied_scaling(format, scaling) for format in self.formats)
-        blocks = (each for each in self.applied if each is not None and not isinstance(each, str))
-        self.block_sizes = tuple(sorted({size for _, size in blocks}))
+        self.block_sizes = tuple(sorted({*self._block_sizes.values()}))
         self.block = math.lcm(*self.block_sizes)
         pairs = zip(self.names, self.applied, strict=True)
         self.fitted = tuple(name for name, each in pairs if isinstance(each, str))
         self.needs_tensor_amax = any(format.has_tensor_scale for format in self.formats)
         self.needs_amax = bool(self.fitted) or self.needs_tensor_amax
         self.is_single = all(each in (None, "tensor") for each in self.applied)
+
+    @property
+    def _block_sizes(self) -> dict[str, int]:
+        """The sizes of the blocks that share a scale, by name of the format."""
+        pairs = zip(self.names, self.applied, strict=True)
+        return {
+            name: applied[1]
+            for name, applied in pairs
+            if applied is not None and not isinstance(applied, str)
+        }
+
+    def find_block(self, names: Collection[str]) -> int:
+        """Return the number of neighbours that must be measured together for some formats.
+
+        Args:
+            names: Names of the formats.
+        """
+        sizes = self._block_sizes
+        return math.lcm(*(sizes[name] for name in names if name in sizes))
 
     def __len__(self) -> int:
         return len(self.formats)

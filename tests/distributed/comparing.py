@@ -7,6 +7,7 @@ from collections.abc import Iterator, Set as AbstractSet
 from dataclasses import replace
 
 from altgrad import StepRecord, model_figures
+from altgrad.measurement.columns import CLUSTERS
 from altgrad.measurement.figures import Figures
 
 _NEARLY = 1e-12
@@ -96,10 +97,14 @@ def _standard_error_tolerance(key: str, figures: Figures) -> float:
     """Return the tolerance of the square of a standard error.
 
     The errors of shares follow from counts. The error of the kept_update_ratio is a difference of
-    sums of fourth powers of updates; energy_concentration shows the same sums.
+    sums of fourth powers of updates; energy_concentration shows the same sums. Each rank forms
+    clusters of the blocks that it holds: where rows cut through blocks, these differ from those of
+    one process, and so do errors.
     """
     name, _, _ = key.partition("/")
     error = figures.standard_error(key)
+    if figures.layer_vectors(figures.formats)[0][0][CLUSTERS]:
+        return error**2
     if name != "kept_update_ratio" or not error > 0:
         return 0.0
     fourth = figures["energy_concentration"] / figures.elements

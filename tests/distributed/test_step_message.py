@@ -11,7 +11,8 @@ from hypothesis import given, strategies as st
 
 from altgrad.distributed.peers import StepSums
 from altgrad.distributed.step_message import Expected, StepMessage
-from altgrad.measurement.columns import ELEMENTS, POPULATION, Numbers, max_count, sum_count
+from altgrad.measurement.columns import ELEMENTS, POPULATION, max_count, sum_count
+from altgrad.measurement.numbers import Numbers
 from altgrad.observation.observer import RankError
 from altgrad.observation.step import SkipReason
 from tests.strategies import thorough

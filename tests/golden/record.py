@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from altgrad import StepRecord
 from altgrad.measurement import get_metric
-from altgrad.measurement.columns import FORMAT_SUMS, SUMS, Numbers
+from altgrad.measurement.columns import FORMAT_SUMS, SUMS
+from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.step_table import StepTable
 from tests.golden import replay
 from tests.golden.replay import RecordedRun, RecordedStep

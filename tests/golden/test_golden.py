@@ -112,7 +112,12 @@ def test_the_recorded_run_file_can_be_read() -> None:
 
 def test_a_trainer_writes_the_recorded_rows(tmp_path: Path) -> None:
     replay.fit(tmp_path)
-    assert_rows_as_recorded(read(tmp_path).rows, golden_rows())
+    rows, expected = read(tmp_path).rows, golden_rows()
+    assert_rows_as_recorded(rows, expected)
+    # Those in the recorded run file are of 0.1.0, whose intervals had no width at 0 and 1.
+    for row, golden in zip(rows, expected, strict=True):
+        for key, error in row.errors.items():
+            assert close(error, golden["errors"][key], abs(golden["errors"][key]) * WRITTEN), key
     recorded, written = (
         json.loads(path.read_text(encoding="utf-8").splitlines()[0])
         for path in (replay.RUN_FILE, tmp_path / replay.RUN_FILE.name)
@@ -151,10 +156,6 @@ def assert_rows_as_recorded(
                 continue
             tolerance = abs(value) * WRITTEN + golden["tolerances"][key]
             assert close(figures[key], value, tolerance), key
-        for key, error in row.errors.items():
-            if key.split("/")[0] in but:
-                continue
-            assert close(error, golden["errors"][key], abs(golden["errors"][key]) * WRITTEN), key
         for key, (first, counts) in golden["histograms"].items():
             if row.layer is None:
                 assert row.histograms[key].first == first

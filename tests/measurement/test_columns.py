@@ -11,7 +11,6 @@ from altgrad.measurement.columns import (
     FORMAT_SUMS,
     JUDGED,
     MAXIMA,
-    OCTAVES,
     POPULATION,
     ROW_SQUARES,
     ROW_SUMS,
@@ -20,6 +19,7 @@ from altgrad.measurement.columns import (
     max_count,
     sum_count,
 )
+from altgrad.measurement.histogram import OCTAVES
 from altgrad.measurement.measurer import Measurer
 from altgrad.quantization.format_set import FormatSet
 

@@ -3,10 +3,12 @@
 import copy
 import math
 import pickle
+import statistics
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from altgrad import Figures, SamplingRule, StepRecord, UpdateMonitor
 from altgrad.measurement.catalogue import figure_keys
@@ -78,7 +80,7 @@ def test_a_model_of_models_equals_the_model_of_all_layers() -> None:
 
 @pytest.mark.parametrize("sampling", [(), RULES], ids=["all", "rules"])
 def test_the_standard_error_of_a_model_equals_that_of_strata(sampling: object) -> None:
-    """The expected value is Cochran's Σ w² (1 − f) n / (n − 1) Σ residual² over judged layers."""
+    """The expected value is Cochran's Σ w² (1 − f) n² / (n − 1) variance of the residuals."""
     torch.manual_seed(0)
     measurer, several = Measurer(FormatSet(("bf16",), None)), []
     for population, size in ((5000, 1000), (12_345, 777), (300, 300)):
@@ -95,13 +97,14 @@ def test_the_standard_error_of_a_model_equals_that_of_strata(sampling: object) -
     named = [dict(zip((*SUMS, *FORMAT_SUMS), row.tolist(), strict=False)) for row in several]
     share, variance, total = model["stall_frac/bf16"], 0.0, 0.0
     for sums in named:
-        n, weight = sums["elements"], sums["population"] / sums["elements"]
-        judged, stalled = sums["judged"], sums["judged"] - sums["effective"]
-        squares = stalled * (1 - share) ** 2 + (judged - stalled) * share**2
-        variance += weight**2 * (1 - 1 / weight) * n / (n - 1) * squares
+        n, weight = int(sums["elements"]), sums["population"] / sums["elements"]
+        judged, stalled = int(sums["judged"]), int(sums["judged"] - sums["effective"])
+        residuals = [1 - share] * stalled + [-share] * (judged - stalled) + [0.0] * (n - judged)
+        variance += weight**2 * (1 - 1 / weight) * n * statistics.variance(residuals)
         total += weight * judged
+    # Wilson's interval is a little wider than twice the standard deviation.
     assert model.standard_error("stall_frac/bf16") == pytest.approx(
-        math.sqrt(variance) / total, rel=1e-9
+        math.sqrt(variance) / total, rel=0.01
     )
     assert share == pytest.approx(
         sum(s["population"] / s["elements"] * (s["judged"] - s["effective"]) for s in named) / total
@@ -125,6 +128,25 @@ def test_the_histogram_of_weights_of_a_model_stands_for_all_elements() -> None:
     assert found[-1] == pytest.approx(20_001, rel=0.15)
     assert found[-2] == 1
     assert sum(counts) == pytest.approx(30_002)
+
+
+def test_the_interval_lies_around_the_figure_and_is_wilsons_for_a_share() -> None:
+    torch.manual_seed(0)
+    measurer, before = Measurer(FormatSet(("bf16",), None)), torch.randn(500)
+    row = measurer.measure_tensor(before, before + torch.randn(500) * 2e-3)
+    row[POPULATION] = 1e9
+    figures = tensor_figures(("bf16",), row)
+    stalled = round(500 * figures["stall_frac/bf16"])
+    wilson = stats.binomtest(stalled, 500).proportion_ci(0.95, method="wilson")
+    assert figures.interval("stall_frac/bf16") == pytest.approx((wilson.low, wilson.high), rel=0.01)
+    kept, error = (
+        read("kept_update_ratio/bf16") for read in (figures.__getitem__, figures.standard_error)
+    )
+    low, high = figures.interval("kept_update_ratio/bf16")
+    assert (low, high) == pytest.approx((kept - 1.96 * error, kept + 1.96 * error), rel=1e-4)
+    assert all(map(math.isnan, figures.interval("update_rms")))
+    with pytest.raises(KeyError, match="stall"):
+        figures.interval("stall")
 
 
 def test_figures_survive_copy_and_pickle() -> None:

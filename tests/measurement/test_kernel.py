@@ -109,7 +109,7 @@ def measured(
 ) -> tuple[Found, Tensor]:
     """Return sums and maxima, and the histogram of each row."""
     count, formats = len(rows.before), 0 if grids is None else grids.eps.shape[1]
-    counted = torch.ones(count, 2, dtype=torch.float64)
+    counted = torch.ones(count, 3, dtype=torch.float64)
     histograms = Layers.create(torch.arange(count), counted, [True] * formats).histograms
     buffers = Workspace().buffers(count, formats, rows.before.shape[-1], CPU)
     for each in (*buffers.per_format, *buffers.shared, *buffers.stacked):

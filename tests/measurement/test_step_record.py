@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from altgrad.measurement.columns import Numbers
 from altgrad.measurement.figures import model_figures, vector_figures
 from altgrad.measurement.measurer import Measurer
+from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.step_record import step_record
 from altgrad.quantization.format_set import FormatSet
 from tests.counting import Operations, host_copies

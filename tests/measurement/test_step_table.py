@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, figure_keys
-from altgrad.measurement.columns import ELEMENTS, POPULATION, SUMS, Numbers, max_count, sum_count
+from altgrad.measurement.columns import ELEMENTS, POPULATION, SUMS, max_count, sum_count
 from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.metrics import FORMULAS, Estimate, Sums, quiet
+from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.step_table import StepTable
 from altgrad.quantization.format_set import FormatSet
 

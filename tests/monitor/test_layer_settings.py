@@ -106,6 +106,16 @@ def test_samples_depend_on_the_name_and_the_seed() -> None:
     assert found.seed == 7
 
 
+def test_blocks_are_drawn_in_layers_that_a_block_format_judges() -> None:
+    rule = SamplingRule("*.bias", formats=["bf16"])
+    found = settings(rule, names=["a.bias", "w"], formats=("bf16", "mxfp4"))
+    shape = torch.Size((100, 40))
+    assert (found.block("a.bias"), found.block("w"), found.block("late.bias")) == (1, 32, 1)
+    assert torch.equal(found.indices("a.bias", shape), sample_elements("a.bias", shape, 100))
+    found.leave_out_formats("w", found.get("w").formats)  # as is found when the monitor is attached
+    assert found.block("w") == 32
+
+
 def test_small_layers_are_measured_whole() -> None:
     found = settings()
     assert found.measured_indices("w", torch.Size((2048,))) is None

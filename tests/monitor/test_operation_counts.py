@@ -183,7 +183,7 @@ def test_measuring_many_layers_together_takes_at_most_80_mib() -> None:
     batch = measurer.prepare_batch(
         rows,
         torch.arange(layers).repeat_interleave(64),
-        torch.full((layers, 2), 4096.0, dtype=torch.float64),
+        torch.tensor([[4096.0, 4096.0, 0.0]] * layers, dtype=torch.float64),
         torch.ones(1, len(FORMATS), 1, dtype=torch.float64),
         None,
     )

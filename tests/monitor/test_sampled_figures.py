@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from altgrad import measure
-from altgrad.measurement.columns import POPULATION
+from altgrad import Figures, SamplingRule, UpdateMonitor, measure
+from altgrad.measurement.columns import CLUSTERS, FORMAT_SUMS, POPULATION, SUMS
 from altgrad.measurement.figures import tensor_figures
 from altgrad.measurement.measurer import Measurer
 from altgrad.monitor.elements import sample_elements
@@ -15,6 +16,7 @@ from tests.monitor.watching import (
     FORMATS,
     assert_equal_figures,
     net,
+    sharing_out,
     train,
     watched,
 )
@@ -91,6 +93,98 @@ def test_standard_errors_equal_the_spread_of_two_hundred_draws(key: str) -> None
     assert observed == pytest.approx(sum(errors) / 200, rel=0.2)
     assert abs(sum(values) / 200 - truth[key]) < 4 * observed / math.sqrt(200)
     assert truth.standard_error(key) == 0
+
+
+def a_step_of_rows(columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make weights and a gradient of rows with different norms: elements of a block are alike."""
+    generator = torch.Generator().manual_seed(0)
+    weights, gradient = torch.randn(2, 400, columns, generator=generator)
+    weight_norms, norms = (torch.randn(2, 400, 1, generator=generator) * 0.7).exp()
+    return weights * 0.02 * weight_norms, gradient * 0.1 * norms
+
+
+def measure_sample(
+    step: tuple[torch.Tensor, torch.Tensor],
+    formats: tuple[str, ...],
+    max_elements: int | None,
+    capacity: int = 100_000,
+    **settings: object,
+) -> Figures:
+    parameter = nn.Parameter(step[0].clone())
+    optimizer = torch.optim.SGD([parameter], lr=0.01)
+    settings = {"formats": formats, "max_elements": max_elements, "strict": True} | settings
+    with (
+        sharing_out(capacity),
+        UpdateMonitor([("w", parameter)], **settings).attach(optimizer) as monitor,
+    ):
+        parameter.grad = step[1]
+        optimizer.step()
+    return monitor.latest.layers["w"]
+
+
+BLOCKS = ("bf16", "e4m3fn", "mxfp8", "nvfp4")
+
+
+@pytest.mark.parametrize("columns", [256, 250], ids=["whole blocks", "shorter last blocks"])
+def test_errors_of_samples_of_blocks_equal_the_spread_of_forty_draws(columns: int) -> None:
+    step = a_step_of_rows(columns)
+    draws = [measure_sample(step, BLOCKS, 2048, seed=seed) for seed in range(40)]
+    whole = measure_sample(step, BLOCKS, None)
+    for key in ("stall_frac/bf16", "stall_frac/e4m3fn", "stall_frac/mxfp8_e4m3"):
+        spread = math.sqrt(sum((each[key] - whole[key]) ** 2 for each in draws) / 40)
+        stated = sum(each.standard_error(key) for each in draws) / 40
+        assert spread / 1.35 < stated < spread * 1.35, key
+        intervals = [each.interval(key) for each in draws]
+        assert sum(low <= whole[key] <= high for low, high in intervals) >= 35
+
+
+def test_products_over_clusters_are_those_of_rows_of_a_block() -> None:
+    """A block of 32 is a row of the arena: NumPy adds up the elements of each drawn block."""
+    step = a_step_of_rows(256)
+    figures = measure_sample(step, ("bf16", "mxfp8"), 640)
+    indices = sample_elements("w", (400, 256), 640, block=32)
+    ((vector, _),) = figures.layer_vectors(figures.formats)
+    found = dict(zip(SUMS, vector.tolist(), strict=False))
+    format_sums = vector[len(SUMS) : len(SUMS) + len(FORMAT_SUMS)].tolist()
+    found |= dict(zip(FORMAT_SUMS, format_sums, strict=True))
+    before, gradient = (each.flatten()[indices].double() for each in step)
+    update = (step[0] - 0.01 * step[1]).flatten()[indices].double() - before
+    stored = before.float().bfloat16().double()
+    effective = (stored + update).float().bfloat16().double() - stored
+    stalled = ((update != 0) & (effective == 0)).double().view(20, 32).sum(1)
+    moved = (update != 0).double().view(20, 32).sum(1)
+    assert found["clusters"] == 20
+    assert found["stall_frac aa"] == stalled @ stalled
+    assert found["stall_frac ab"] == stalled @ moved
+    assert found["stall_frac bb"] == moved @ moved
+    kept, energy = ((each * update).view(20, 32).sum(1) for each in (effective, update))
+    assert found["kept_update_ratio ab"] == pytest.approx((kept @ energy).item(), rel=1e-9)
+    zero = (gradient == 0).double().view(20, 32).sum(1)
+    assert found["zero_gradient_frac aa"] == zero @ zero
+
+
+def test_a_sample_of_blocks_that_is_measured_alone_has_clusters_too() -> None:
+    step = a_step_of_rows(256)
+    together = measure_sample(step, BLOCKS, 4096)
+    alone = measure_sample(step, BLOCKS, 4096, capacity=1000)
+    key = "stall_frac/e4m3fn"
+    assert alone[key] == together[key]
+    assert alone.standard_error(key) == pytest.approx(together.standard_error(key), rel=0.6)
+    ((vector, _),) = alone.layer_vectors(alone.formats)
+    assert vector[CLUSTERS] >= 32
+
+
+def test_only_layers_that_are_judged_for_block_formats_draw_blocks() -> None:
+    rules = [SamplingRule("w", formats=["bf16", "e4m3fn"])]
+    ruled = measure_sample(a_step_of_rows(256), BLOCKS, 2048, sampling=rules)
+    alone = measure_sample(a_step_of_rows(256), ("bf16", "e4m3fn"), 2048)
+    for key in alone:
+        assert ruled[key] == pytest.approx(alone[key], rel=1e-12, nan_ok=True)
+        same = pytest.approx(alone.standard_error(key), rel=1e-9, nan_ok=True)
+        assert ruled.standard_error(key) == same
+    whole_blocks = measure_sample(a_step_of_rows(256), BLOCKS, 2048)
+    key = "stall_frac/e4m3fn"
+    assert whole_blocks.standard_error(key) > 2 * ruled.standard_error(key)
 
 
 def test_a_standard_error_that_cannot_be_trusted_is_nan() -> None:

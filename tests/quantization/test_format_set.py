@@ -122,3 +122,16 @@ def test_two_formats_of_one_name_are_refused() -> None:
 def test_repr_shows_names_and_scaling() -> None:
     assert repr(FormatSet("bf16", None)) == "FormatSet(('bf16',), scaling=None)"
     assert math.lcm() == FormatSet([]).block == 1
+
+
+def test_formats_need_the_blocks_of_their_own_scales_alone() -> None:
+    formats = FormatSet(("bf16", "e4m3fn", "mxfp8", "nvfp4"), ("block", 48))
+    expected = {
+        ("bf16",): 1,
+        ("e4m3fn",): 48,
+        ("nvfp4",): 16,
+        ("bf16", "mxfp8_e4m3"): 32,
+        ("e4m3fn", "mxfp8_e4m3", "nvfp4"): 96,
+        (): 1,
+    }
+    assert {names: formats.find_block(names) for names in expected} == expected
