@@ -16,6 +16,9 @@ from torch import Tensor
 
 from altgrad._messages import check_int, check_type
 
+SAMPLING_VERSION = 1
+"""Number of the way to draw; another one if equal arguments give other elements than before."""
+
 _CPU = torch.device("cpu")  # named because the user may have set another default device
 
 

@@ -6,7 +6,7 @@ Read `altgrad.observation.rules` first, which resolves rules, and `elements`, wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from altgrad.monitor.elements import sample_elements
+from altgrad.monitor.elements import SAMPLING_VERSION, sample_elements
 from altgrad.observation.rules import LayerSampling, SamplingRule, resolve_layers
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.block_formats import get_formats
@@ -162,6 +162,40 @@ class LayerSettings:
         """Return how many neighbours of a layer are drawn together, for the formats of its rule."""
         self.get(name)
         return self._blocks[name]
+
+    def describe_samples(self) -> dict[str, Any]:
+        """Return all that decides which elements are drawn, but for names and shapes of layers.
+
+        Returns:
+            ``version`` of the way to draw, ``seed``, and ``blocks``: by name of a layer how many
+            neighbours are drawn together, if these are more than one.
+        """
+        blocks = {name: block for name, block in self._blocks.items() if block > 1}
+        return {"version": SAMPLING_VERSION, "seed": self.seed, "blocks": blocks}
+
+    def find_other_samples(
+        self, names: Iterable[str], described: Mapping[str, Any] | None
+    ) -> list[str]:
+        """Return the layers of which other elements are drawn now than in an earlier run.
+
+        Args:
+            names: Names of layers.
+            described: The result of `describe_samples` in the earlier run. None for a run of
+                version 0.1.0, which drew blocks in all layers and did not state its seed.
+
+        Returns:
+            Those of the names whose samples differ.
+        """
+        now = self.describe_samples()
+        if described is None:
+            blocks = dict.fromkeys(self._blocks, self._formats.block)
+            described = {**now, "version": 1, "blocks": blocks}
+        if described.keys() != now.keys() or any(
+            described[key] != now[key] for key in ("version", "seed")
+        ):
+            return [*names]
+        before, after = (each["blocks"] for each in (described, now))
+        return [name for name in names if before.get(name, 1) != after.get(name, 1)]
 
     def indices(self, name: str, shape: torch.Size) -> Tensor | None:
         """Return the sample of a layer's elements.

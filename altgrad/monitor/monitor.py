@@ -256,6 +256,13 @@ class UpdateMonitor:
         """Return the number of elements of a layer that are measured in a step."""
         return self._settings.count_measured(name, self._observer.parameters[name].shape)
 
+    def _is_whole(self, name: str) -> bool:
+        """Return True if all elements of a layer are measured, whatever the sample."""
+        parameter = self._observer.parameters.get(name)
+        if parameter is None or not self._settings.is_measured(name, parameter):
+            return False
+        return self.count_elements(name) == parameter.shape.numel()
+
     def describe(self) -> str:
         """Return a dry run: a table of the layers, with the rule and the settings of each."""
         return describe_layers(self.layers, self._sampling)
@@ -367,6 +374,7 @@ class UpdateMonitor:
         return {
             "formats": self._formats.names,
             "ever_moved": self._history() if self._loaded is None else dict(self._loaded),
+            "samples": self._settings.describe_samples(),
             "scales": self._scale_state.state_dict(),
             "last_seen": dict(self._last_seen),
             "skipped": dict(self.skipped),
@@ -376,8 +384,8 @@ class UpdateMonitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a `state_dict`, before `attach`.
 
-        If formats or numbers of elements differ, which elements have moved is not restored, and a
-        notice is given. If `scaling` differs, each amax is taken again.
+        If formats, the elements drawn or their numbers differ, which elements have moved is not
+        restored, and a notice is given. If `scaling` differs, each amax is taken again.
 
         Args:
             state: A result of `state_dict`.
@@ -397,6 +405,13 @@ class UpdateMonitor:
             self._tell(
                 f"restores a run with formats {tuple(state['formats'])}, and judges "
                 f"{self._formats.names}: never_moved_frac begins anew"
+            )
+        others = self._settings.find_other_samples(self._loaded, state.get("samples"))
+        if others := [name for name in others if not self._is_whole(name)]:
+            self._loaded = {n: flags for n, flags in self._loaded.items() if n not in others}
+            self._tell(
+                f"has never_moved_frac of {few(others)} begin anew: the run before drew other "
+                "elements, by another seed, block size or version"
             )
         self._scale_state.load_state_dict(state["scales"])
         self._last_seen = dict(state["last_seen"])

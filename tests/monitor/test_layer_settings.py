@@ -114,6 +114,23 @@ def test_blocks_are_drawn_in_layers_that_a_block_format_judges() -> None:
     assert torch.equal(found.indices("a.bias", shape), sample_elements("a.bias", shape, 100))
     found.leave_out_formats("w", found.get("w").formats)  # as is found when the monitor is attached
     assert found.block("w") == 32
+    assert found.describe_samples() == {"version": 1, "seed": 0, "blocks": {"w": 32}}
+
+
+def test_layers_with_other_samples_are_found() -> None:
+    names = ["w", "v"]
+    rule = SamplingRule("v", formats=["bf16"])
+    one = settings(names=names, formats=("bf16", "mxfp4"))
+    other = settings(rule, names=names, formats=("bf16", "mxfp4"))
+    assert one.find_other_samples(names, one.describe_samples()) == []
+    assert one.find_other_samples(names, other.describe_samples()) == ["v"]
+    assert one.find_other_samples(["w"], other.describe_samples()) == []
+    assert one.find_other_samples(names, one.describe_samples() | {"seed": 1}) == names
+    assert one.find_other_samples(names, one.describe_samples() | {"version": 2}) == names
+    assert one.find_other_samples(names, {"version": 1}) == names
+    # Version 0.1.0 drew blocks in all layers, and stated nothing.
+    assert one.find_other_samples(names, None) == []
+    assert other.find_other_samples(names, None) == ["v"]
 
 
 def test_small_layers_are_measured_whole() -> None:

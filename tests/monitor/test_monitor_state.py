@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from altgrad import UpdateMonitor
+from altgrad import SamplingRule, UpdateMonitor
 from altgrad.quantization import (
     effective_update,
     get_format,
@@ -176,7 +176,7 @@ def test_a_state_without_an_entry_is_an_error_that_names_it() -> None:
     optimizer, monitor, _ = watched(model)
     train(model, optimizer)
     state = monitor.state_dict()
-    for name in state:
+    for name in {*state} - {"samples"}:  # which version 0.1.0 did not write
         rest = {other: value for other, value in state.items() if other != name}
         with pytest.raises(ValueError, match=rf"'{name}'\] are missing; leave out load_state_dict"):
             UpdateMonitor(net(), formats=FORMATS).load_state_dict(rest)
@@ -189,3 +189,58 @@ def test_damaged_flags_are_an_error_that_names_their_layer(packed: object) -> No
         ValueError, match=r"ever_moved of 0\.bias is .*: expected a shape and its bit"
     ):
         UpdateMonitor(net(), formats=FORMATS).load_state_dict(state)
+
+
+# --- other samples
+
+
+def resume(state: dict, **settings: object) -> tuple[list[str], list[str]]:
+    """Restore a state in a run with other settings: the layers with flags, and the notices."""
+    notices: list[str] = []
+    settings = {"formats": ("e4m3fn", "mxfp8"), "max_elements": 320} | settings
+    monitor = UpdateMonitor(net(), strict=True, tell=notices.append, **settings)
+    monitor.load_state_dict(state)
+    return sorted(monitor.state_dict()["ever_moved"]), notices
+
+
+@pytest.fixture
+def sampled_state() -> dict:
+    model = net()
+    optimizer, monitor, _ = watched(model, formats=("e4m3fn", "mxfp8"), max_elements=320)
+    train(model, optimizer)
+    return copy.deepcopy(monitor.state_dict())
+
+
+SAMPLED = "3.weight"  # the one layer of `net` with more than 2,048 elements
+
+
+def test_a_run_that_draws_the_same_elements_restores_all_flags(sampled_state) -> None:
+    assert SAMPLED in sampled_state["ever_moved"]
+    names, notices = resume(sampled_state)
+    assert (names, notices) == (sorted(sampled_state["ever_moved"]), [])
+    del sampled_state["samples"]  # as version 0.1.0 wrote it
+    assert resume(sampled_state)[0] == names
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"seed": 1},
+        {"sampling": [SamplingRule("3.*", formats=["e4m3fn"])]},  # needs no blocks
+        {"scaling": ("block", 64)},
+    ],
+    ids=["seed", "formats of a rule", "block size"],
+)
+def test_flags_of_other_elements_begin_anew_with_a_notice(sampled_state, settings) -> None:
+    names, notices = resume(sampled_state, **settings)
+    assert names == sorted({*sampled_state["ever_moved"]} - {SAMPLED})
+    (notice,) = notices
+    assert "never_moved_frac of 3.weight begin anew: the run before drew other elements" in notice
+
+
+def test_flags_of_another_version_of_sampling_begin_anew(sampled_state) -> None:
+    sampled_state["samples"]["version"] = 0
+    names, notices = resume(sampled_state)
+    assert SAMPLED not in names
+    assert len(names) == len(sampled_state["ever_moved"]) - 1
+    assert len(notices) == 1
