@@ -62,16 +62,20 @@ def as_csv(report: RunReport) -> str:
     apostrophe before it. A text that begins with an apostrophe has a second one, so that
     ``text.removeprefix("'")`` gives every text back.
     """
-    errors = [f"{metric}_error" for metric in RESTS_ON]
+    errors = [f"{metric}_{what}" for metric in RESTS_ON for what in ("error", "low", "high")]
     rows: list[list[Any]] = [
         ["layer", "format", "verdict", *_FIGURES, *errors, "reason", "evidence"]
     ]
     for advice in report.assessment.advice:
         figures = [number_as_json(advice.figures[metric]) for metric in _FIGURES]
-        standard_errors = [number_as_json(advice.errors[metric]) for metric in RESTS_ON]
+        ends = [
+            number_as_json(number)
+            for metric in RESTS_ON
+            for number in (advice.errors[metric], *advice.interval(metric))
+        ]
         where = [_disarm(advice.layer), _disarm(advice.format), str(advice.verdict)]
         why = [_disarm(advice.reason), _disarm(advice.evidence)]
-        rows.append([*where, *figures, *standard_errors, *why])
+        rows.append([*where, *figures, *ends, *why])
     return "".join(map(_format_line, rows))
 
 
@@ -92,6 +96,9 @@ def _convert_advice(advice: Advice) -> dict[str, Any]:
         "verdict": str(advice.verdict),
         "figures": _convert_numbers(advice.figures),
         "errors": _convert_numbers(advice.errors),
+        "intervals": {
+            metric: [*map(number_as_json, advice.interval(metric))] for metric in advice.errors
+        },
         "reason": advice.reason,
         "evidence": advice.evidence,
     }

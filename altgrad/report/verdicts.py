@@ -17,6 +17,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from altgrad._messages import few, format_count, format_percent
+from altgrad.measurement.intervals import find_interval, find_share_error
 from altgrad.report.calibration import calibration
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import FormatInfo, LayerInfo
@@ -27,9 +28,8 @@ _KEPT, _STALL, _NEVER_MOVED = "kept_update_ratio", "stall_frac", "never_moved_fr
 _RANGE = ("underflow_frac", "saturated_frac")
 _NONFINITE = "nonfinite_frac"
 _MEANS = (_KEPT, _STALL, *_RANGE)
-RESTS_ON = (_KEPT, _STALL, _NEVER_MOVED)
+RESTS_ON = (_KEPT, _STALL, _NEVER_MOVED, *_RANGE)
 """Metrics whose standard errors a verdict takes into account."""
-_WIDTH = 2  # standard errors to either side: about 95 % of a normal distribution
 
 
 class Verdict(str, Enum):
@@ -93,6 +93,18 @@ class Advice(NamedTuple):
         """The kept_update_ratio of the layer in the format; NaN if it has no value."""
         return self.figures.get(_KEPT, math.nan)
 
+    def interval(self, metric: str) -> tuple[float, float]:
+        """Return the interval of 95 % around a figure.
+
+        Args:
+            metric: Name of a metric of `figures`.
+
+        Returns:
+            The lower and the upper end. Both equal the figure if all elements were measured, and
+            are NaN if the error cannot be trusted.
+        """
+        return find_interval(metric, self.figures[metric], self.errors[metric])
+
 
 @dataclass(frozen=True)
 class Assessment:
@@ -131,9 +143,10 @@ class _Tally:
     def add_step(self, figures: Mapping[str, float], errors: Mapping[str, float]) -> None:
         for metric in _MEANS:
             self._add(metric, figures[metric])
-        for metric in (_KEPT, _STALL):
-            if math.isfinite(figures[metric]):
+        for metric in _MEANS:
+            if math.isfinite(figures[metric]) and metric in errors:
                 self._add(f"error of {metric}", errors[metric])
+                self.counts[f"stated {metric}"] += 1
         if math.isfinite(figures[_NEVER_MOVED]):
             self.never_moved = figures[_NEVER_MOVED]
             self.never_moved_error = errors[_NEVER_MOVED]
@@ -147,10 +160,12 @@ class _Tally:
         """Return the mean over the steps with a value; NaN if there are none."""
         return self.sums[key] / self.counts[key] if self.counts[key] else math.nan
 
-    def error(self, metric: str) -> float:
+    def error(self, metric: str, layer: LayerInfo | None) -> float:
         """Return the mean standard error; NaN unless it can be trusted in most steps."""
         if metric == _NEVER_MOVED:
             return self.never_moved_error
+        if metric in _RANGE and not self.counts[f"stated {metric}"]:
+            return _estimate_share_error(self.mean(metric), layer)
         trusted = self.counts[f"error of {metric}"] * 2 > self.counts[metric]
         return self.mean(f"error of {metric}") if trusted else math.nan
 
@@ -197,7 +212,11 @@ class Judge:
                 tally = tallies.setdefault(format, _Tally())
                 tally.add_step(
                     {metric: figures[key] for metric, key in keys.items()},
-                    {metric: errors.get(keys[metric], 0.0) for metric in RESTS_ON},
+                    {
+                        metric: errors.get(keys[metric], 0.0)
+                        for metric in RESTS_ON
+                        if metric not in _RANGE or keys[metric] in errors
+                    },
                 )
                 tally.nonfinite = max(tally.nonfinite, figures.get(_NONFINITE, 0.0))
 
@@ -283,9 +302,11 @@ def _find_least_kept(advice: Iterable[Advice]) -> float:
 def _advise(layer: str, format: str, tally: _Tally, info: LayerInfo | None) -> Advice:
     figures = {metric: tally.mean(metric) for metric in _MEANS}
     figures[_NEVER_MOVED] = tally.never_moved
-    errors = {metric: tally.error(metric) for metric in RESTS_ON}
-    range_errors = {metric: _estimate_share_error(figures[metric], info) for metric in _RANGE}
-    verdict, reason = _judge(figures, errors | range_errors)
+    errors = {metric: tally.error(metric, info) for metric in RESTS_ON}
+    intervals = {
+        metric: find_interval(metric, figures[metric], errors[metric]) for metric in errors
+    }
+    verdict, reason = _judge(figures, intervals)
     if tally.nonfinite:
         share = format_percent(tally.nonfinite)
         reason = f"{share} of the elements are NaN or inf, and no figure counts them; {reason}"
@@ -293,68 +314,73 @@ def _advise(layer: str, format: str, tally: _Tally, info: LayerInfo | None) -> A
     return Advice(layer, format, verdict, figures, errors, reason, evidence, tally.nonfinite)
 
 
-def _judge(figures: Mapping[str, float], errors: Mapping[str, float]) -> tuple[Verdict, str]:
+_Interval = tuple[float, float]
+
+
+def _judge(figures: Mapping[str, float], intervals: Mapping[str, _Interval]) -> tuple[Verdict, str]:
     """Return the verdict and its reason; the first rule that applies decides."""
     kept, never_moved = figures[_KEPT], figures[_NEVER_MOVED]
-    error, width = errors[_KEPT], _WIDTH * errors[_NEVER_MOVED]
     if math.isnan(kept):
         return Verdict.NOT_JUDGED, (
             "no observed step had an update that the format could lose: no weight moved, or the "
             "weights are stored no finer than the format (then read unmoved_frac)"
         )
-    # The interval of two standard errors to either side contains the threshold.
-    spans = never_moved + width >= _LIMITS.frozen > never_moved - width
-    if spans or (never_moved >= _LIMITS.frozen and math.isnan(width)):
-        share = _write_figure(never_moved, errors[_NEVER_MOVED])
+    low, high = intervals[_NEVER_MOVED]
+    # The interval contains the threshold.
+    spans = low < _LIMITS.frozen <= high
+    if spans or (never_moved >= _LIMITS.frozen and math.isnan(low)):
         return Verdict.UNCERTAIN, (
-            f"{share} of the weights that had updates would "
+            f"{_write_percent(never_moved, (low, high))} of the weights that had updates would "
             "never have moved, which could be “frozen” or not"
         )
     if never_moved >= _LIMITS.frozen:
         return Verdict.FROZEN, (
             f"{format_percent(never_moved)} of the weights that had updates would never have moved"
         )
-    if kept < _LIMITS.stores_fine and (verdict := _range_verdict(figures, errors)):
-        shares = (_write_percent(figures[metric], errors[metric]) for metric in _RANGE)
+    if kept < _LIMITS.stores_fine and (verdict := _range_verdict(figures, intervals)):
+        shares = (_write_percent(figures[metric], intervals[metric]) for metric in _RANGE)
         stored_as_0, beyond = shares
         return verdict, (
             f"{stored_as_0} of the weights are stored as 0 and {beyond} lie beyond the top, and "
-            f"{_write_figure(kept, error)} of the update is kept"
+            f"{_write_figure(kept, intervals[_KEPT])} of the update is kept"
         )
-    return _judge_by_kept(kept, error, figures[_STALL])
+    return _judge_by_kept(kept, intervals[_KEPT], figures[_STALL])
 
 
-def _range_verdict(figures: Mapping[str, float], errors: Mapping[str, float]) -> Verdict | None:
+def _range_verdict(
+    figures: Mapping[str, float], intervals: Mapping[str, _Interval]
+) -> Verdict | None:
     """Return RANGE if a share out of range exceeds its limit for sure, UNCERTAIN if perhaps."""
-    limits = (_LIMITS.underflow, _LIMITS.saturated)
-    is_certain, is_possible = (
-        any(
-            figures[metric] + side * _WIDTH * errors[metric] >= threshold
-            for metric, threshold in zip(_RANGE, limits, strict=True)
-        )
-        for side in (-1, 1)
-    )
-    return Verdict.RANGE if is_certain else Verdict.UNCERTAIN if is_possible else None
+    limits = zip(_RANGE, (_LIMITS.underflow, _LIMITS.saturated), strict=True)
+    found = None
+    for metric, limit in limits:
+        low, high = intervals[metric]
+        if low >= limit:
+            return Verdict.RANGE
+        # A sample without any such element is no reason to doubt, however small it is.
+        if figures[metric] > 0 and not high < limit:
+            found = Verdict.UNCERTAIN
+    return found
 
 
 def _estimate_share_error(share: float, layer: LayerInfo | None) -> float:
-    """Return the standard error of a share of a layer's elements, sampled without replacement."""
+    """Return the standard error of a share of a layer's elements, of which the file states none."""
     population = math.prod(layer.shape) if layer is not None else 0
-    if layer is None or layer.elements >= population or not 0 < share < 1:
+    if layer is None or layer.elements >= population:
         return 0.0
-    # The last factor is the finite population correction: 0 if every element is in the sample.
-    return math.sqrt(share * (1 - share) / layer.elements * (1 - layer.elements / population))
+    # So many elements of an infinite population say as much.
+    return find_share_error(share, layer.elements / (1 - layer.elements / population))
 
 
-def _judge_by_kept(kept: float, error: float, stall: float) -> tuple[Verdict, str]:
-    if math.isnan(error):
+def _judge_by_kept(kept: float, interval: _Interval, stall: float) -> tuple[Verdict, str]:
+    if math.isnan(interval[0]):
         return Verdict.UNCERTAIN, (
             f"the sample keeps {kept:.3g} of the update, but too few of its elements carry the "
             "update to estimate the error"
         )
-    low, high = (_classify(kept + side * _WIDTH * error) for side in (-1, 1))
+    low, high = map(_classify, interval)
     stalled = format_percent(stall)
-    share = f"{_write_figure(kept, error)} of the update is kept and {stalled} of updates vanish"
+    share = f"{_write_figure(kept, interval)} of the update is kept and {stalled} of updates vanish"
     if low is not high:
         return Verdict.UNCERTAIN, f"{share}, which could be “{low.short}” or “{high.short}”"
     return low, f"{share} on average"
@@ -416,11 +442,15 @@ _SUMMARY_WORDS = {
 }
 
 
-def _write_percent(share: float, error: float) -> str:
-    # 200 is two standard errors in percent.
-    return f"{format_percent(share)} ± {200 * error:.1g}" if error > 0 else format_percent(share)
+def _write_percent(share: float, interval: _Interval) -> str:
+    """Return the share as text, with its interval if it was sampled."""
+    if not interval[0] < interval[1]:
+        return format_percent(share)
+    low, high = (f"{100 * end:.3g}" for end in interval)
+    return f"{format_percent(share)} ({low} to {high} %)"
 
 
-def _write_figure(value: float, error: float) -> str:
-    """Return the figure as text, with two standard errors if it was sampled."""
-    return f"{value:.3g} ± {_WIDTH * error:.1g}" if error > 0 else f"{value:.3g}"
+def _write_figure(value: float, interval: _Interval) -> str:
+    """Return the figure as text, with half of its interval if it was sampled."""
+    half = (interval[1] - interval[0]) / 2
+    return f"{value:.3g} ± {half:.1g}" if half > 0 else f"{value:.3g}"

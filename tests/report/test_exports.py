@@ -43,6 +43,21 @@ def test_csv_has_a_line_for_each_layer_and_format(run: Path) -> None:
     assert [float(row["kept_update_ratio"]) for row in rows] == [0.0] * 4 + [1.0] * 4
 
 
+def test_figures_of_samples_have_errors_and_intervals() -> None:
+    errors = {"kept_update_ratio/bf16": 0.1, "never_moved_frac/bf16": 0.0002}
+    values = figures(kept_update_ratio=0.9, never_moved_frac=1.0)
+    report = RunReport.from_run(make_run([Row(0, "w", values, errors)], ["bf16"]))
+    advice = as_json(report)["layers"]["w"]["formats"]["bf16"]
+    assert advice["errors"]["kept_update_ratio"] == 0.1
+    assert advice["intervals"]["kept_update_ratio"] == pytest.approx([0.704, 1.096], abs=1e-4)
+    low, high = advice["intervals"]["never_moved_frac"]
+    assert 0.999 < low < high == 1
+    (row,) = csv.DictReader(io.StringIO(as_csv(report), newline=""))
+    assert float(row["kept_update_ratio_low"]) == advice["intervals"]["kept_update_ratio"][0]
+    assert float(row["never_moved_frac_low"]) == low
+    assert row["stall_frac_low"] == row["stall_frac_high"] == row["stall_frac"]
+
+
 def make_odd_report() -> RunReport:
     """Make a report of a layer with an odd name, whose figures are NaN."""
     unknown = figures(kept_update_ratio=NAN, stall_frac=NAN, never_moved_frac=NAN)
@@ -65,6 +80,7 @@ def test_numbers_without_a_value_are_none_in_json_and_empty_in_csv() -> None:
         "underflow_frac": 0.0,
         "saturated_frac": None,
     }
+    assert advice["intervals"]["kept_update_ratio"] == [None, None]
     (row,) = csv.DictReader(io.StringIO(as_csv(make_odd_report()), newline=""))
     assert row["layer"] == 'a,"b"\nc'
     assert (row["kept_update_ratio"], row["underflow_frac"]) == ("", "0.0")

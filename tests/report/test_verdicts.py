@@ -56,7 +56,7 @@ def test_each_verdict_begins_at_its_threshold(values: dict[str, float], verdict:
     ("kept", "error", "verdict"),
     [
         (0.75, 0.10, Verdict.WATCH),
-        (0.75, 0.126, Verdict.UNCERTAIN),  # 0.75 − 2 × 0.126 < 0.5
+        (0.75, 0.13, Verdict.UNCERTAIN),  # 0.75 − 1.96 × 0.13 < 0.5
         (0.97, 0.011, Verdict.UNCERTAIN),
         (0.30, 0.05, Verdict.NEEDS_REMEDY),
         (0.999, 0.001, Verdict.STORES_FINE),
@@ -70,7 +70,7 @@ def test_an_interval_that_contains_a_threshold_is_uncertain(
     advice = advise(figures(kept_update_ratio=kept), errors=errors)
     assert advice.verdict is verdict
     if error > 0:
-        assert f"± {2 * error:.1g}" in advice.reason
+        assert f"± {1.96 * error:.1g}" in advice.reason
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,12 @@ def test_an_interval_that_contains_a_threshold_is_uncertain(
     [
         (0.985, 0.004, Verdict.UNCERTAIN),
         (0.995, 0.004, Verdict.UNCERTAIN),
-        (0.999, 0.004, Verdict.FROZEN),
+        (0.999, 0.004, Verdict.UNCERTAIN),  # its interval begins at 0.984
+        (0.999, 0.001, Verdict.FROZEN),
         (0.98, 0.004, Verdict.NEEDS_REMEDY),
-        (1.0, 0.0, Verdict.FROZEN),  # no sampled element ever moved
+        (1.0, 0.0, Verdict.FROZEN),  # all elements are measured, and none ever moved
+        (1.0, 0.0002, Verdict.FROZEN),  # of 4,096 sampled elements none ever moved
+        (1.0, 0.168, Verdict.UNCERTAIN),  # of 2 sampled elements none ever moved
         (1.0, NAN, Verdict.UNCERTAIN),
         (0.5, NAN, Verdict.NEEDS_REMEDY),
     ],
@@ -97,13 +100,23 @@ def test_frozen_takes_the_error_of_a_sample_into_account(
     assert advice.verdict is verdict
     if verdict is Verdict.UNCERTAIN and not math.isnan(error):
         assert "never have moved, which could be “frozen” or not" in advice.reason
+        assert " to " in advice.reason
+
+
+def test_advice_has_the_interval_of_each_figure_it_rests_on() -> None:
+    errors = {"kept_update_ratio/bf16": 0.02, "never_moved_frac/bf16": 0.001}
+    advice = advise(figures(kept_update_ratio=0.8, never_moved_frac=0.0), errors=errors)
+    assert advice.interval("kept_update_ratio") == pytest.approx((0.7608, 0.8392), abs=1e-4)
+    low, high = advice.interval("never_moved_frac")
+    assert low == 0 < high < 0.005
+    assert advice.interval("stall_frac") == (0, 0)  # without an error, all elements are measured
 
 
 @pytest.mark.parametrize(
     ("share", "elements", "verdict"),
     [
         ("underflow_frac", 10_000, Verdict.RANGE),  # every element is measured
-        ("underflow_frac", 100, Verdict.UNCERTAIN),  # 0.035 ± 0.037
+        ("underflow_frac", 100, Verdict.UNCERTAIN),  # 0.013 to 0.091
         ("saturated_frac", 10_000, Verdict.RANGE),
         ("saturated_frac", 100, Verdict.UNCERTAIN),
     ],
@@ -111,6 +124,7 @@ def test_frozen_takes_the_error_of_a_sample_into_account(
 def test_range_takes_the_error_of_a_sample_into_account(
     share: str, elements: int, verdict: Verdict
 ) -> None:
+    """The sample is the only one known of a file of version 0.1.0, which states no error of it."""
     layers = {"layer": LayerInfo((100, 100), "float32", elements, ("bf16",))}
     near = 0.035 if share == "underflow_frac" else 0.011
     for value, expected in ((near, verdict), (0.9, Verdict.RANGE), (0.0, Verdict.WATCH)):
@@ -118,7 +132,31 @@ def test_range_takes_the_error_of_a_sample_into_account(
         judge.add("layer", figures(kept_update_ratio=0.9, **{share: value}), {})
         (advice,) = judge.assessment().advice
         assert advice.verdict is expected, value
-        assert ("±" in advice.reason) == (elements == 100 and value > 0)
+        if expected is not Verdict.WATCH:
+            assert (" to " in advice.reason) == (elements == 100)
+
+
+@pytest.mark.parametrize(
+    ("share", "error", "verdict"),
+    [
+        (0.02, 0.0, Verdict.RANGE),
+        (0.02, 0.002, Verdict.RANGE),
+        (0.02, 0.01, Verdict.UNCERTAIN),
+        (0.02, NAN, Verdict.UNCERTAIN),
+        (0.002, 0.0005, Verdict.WATCH),
+        (0.0, 0.01, Verdict.WATCH),  # no sampled element lies beyond the top
+    ],
+)
+def test_range_takes_the_stated_error_into_account(
+    share: float, error: float, verdict: Verdict
+) -> None:
+    """It counts clusters of blocks, which the number of elements does not."""
+    layers = {"layer": LayerInfo((1000, 1000), "float32", 4096, ("bf16",))}
+    judge = Judge(FORMATS, layers)
+    errors = {"underflow_frac/bf16": 0.0, "saturated_frac/bf16": error}
+    judge.add("layer", figures(kept_update_ratio=0.9, saturated_frac=share), errors)
+    (advice,) = judge.assessment().advice
+    assert advice.verdict is verdict
 
 
 def test_figures_are_means_over_the_steps_except_the_last_never_moved_frac() -> None:

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from altgrad.measurement.figures import Figures
     from altgrad.measurement.step_record import StepRecord
 
-WITH_ERRORS = ("kept_update_ratio", "stall_frac", "never_moved_frac")
+WITH_ERRORS = (
+    *("kept_update_ratio", "stall_frac", "never_moved_frac"),
+    *("underflow_frac", "saturated_frac"),
+)
 """Metrics of a format whose standard errors are written."""
 _NUMBER = "%.8g"  # 8 significant digits halve the size of a file with all 17 of a float64
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from altgrad.measurement.histogram import Histogram
+from altgrad.measurement.intervals import find_interval
 from altgrad.quantization.formats import Scaling
 from altgrad.report.records.schema import FormatInfo, LayerInfo
 
@@ -27,8 +28,8 @@ class Row:
         step: Number of the step.
         layer: Name of the layer; None for the model.
         figures: Figures by key, ``metric`` or ``metric/format``, as in `altgrad.Figures`.
-        errors: Standard errors of some figures, by the same keys. Empty if every element was
-            measured.
+        errors: Standard errors of some figures, by the same keys: half of the width of `interval`
+            over 1.96. Empty if every element was measured.
         elements: Number of measured elements of the model. None in the row of a layer, whose
             number is in `LayerInfo`.
         own_seconds: Host time in seconds to observe the previous observed step, as in
@@ -48,6 +49,22 @@ class Row:
     training_seconds: float = math.nan
     skipped: Mapping[str, int] = field(default_factory=dict)
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
+
+    def interval(self, key: str) -> tuple[float, float]:
+        """Return the interval of 95 % around a figure.
+
+        Args:
+            key: Key of the figure, such as ``"stall_frac/bf16"``.
+
+        Returns:
+            The lower and the upper end. Both equal the figure if all elements were measured, and
+            are NaN if the error of the figure is missing or cannot be trusted.
+
+        Raises:
+            KeyError: The row has no such figure.
+        """
+        error = self.errors.get(key, math.nan if self.errors else 0.0)
+        return find_interval(key.partition("/")[0], self.figures[key], error)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,6 @@
 """`Run` and `Row`: series, tables, and figures as mappings."""
 
+import math
 import sys
 from unittest import mock
 
@@ -47,3 +48,16 @@ def test_the_figures_of_a_row_are_a_mapping(tmp_path, records, header) -> None:
     assert "update_rms" in row.figures
     assert row.figures.get("nothing") is None
     assert repr(row.errors).startswith("{'kept_update_ratio/bf16': ")
+
+
+def test_a_row_has_the_interval_that_its_figure_had(tmp_path, records, header) -> None:
+    run = read(written(tmp_path, header, records))
+    rows = {row.layer: row for row in run.rows if row.step == run.steps[0]}
+    sampled, whole, key = rows["0.weight"], rows["0.bias"], "stall_frac/bf16"
+    expected = records[0].layers["0.weight"].interval(key)
+    assert sampled.interval(key) == pytest.approx(expected, rel=1e-6)
+    assert sampled.interval(key)[0] < sampled.figures[key] < sampled.interval(key)[1]
+    assert whole.interval(key) == (whole.figures[key], whole.figures[key])
+    assert all(map(math.isnan, sampled.interval("visible_frac/bf16")))  # no error is written
+    with pytest.raises(KeyError):
+        sampled.interval("visible_frac")
