@@ -66,7 +66,7 @@ def _compare_layer(figures: Figures, expected: Figures) -> Iterator[str]:
 
 
 def _histograms(figures: Figures) -> Iterator[tuple[str, int, list[float]]]:
-    for key in ("ulps", *(f"steps/{name}" for name in figures.formats)):
+    for key in ("ulps", "weights", *(f"steps/{name}" for name in figures.formats)):
         histogram = figures.histogram(key)
         yield key, histogram.first, [*histogram.counts]
 
