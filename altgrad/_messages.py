@@ -23,23 +23,23 @@ class Notices:
 
     Args:
         owner: Name of the object's class, with which each warning begins.
-        tell: Callback with each notice, without the owner's name; None warns instead.
+        warn: Callback with each notice, without the owner's name; None warns instead.
     """
 
-    def __init__(self, owner: str, tell: Callable[[str], object] | None = None) -> None:
+    def __init__(self, owner: str, warn: Callable[[str], object] | None = None) -> None:
         self._owner = owner
-        self._tell = tell
+        self._warn = warn
         self._given: set[str] = set()
 
     def give(self, notice: str) -> None:
-        """Pass a notice to `tell`, or warn with it."""
+        """Pass a notice to `warn`, or warn with it."""
         # Noted first: where warnings are errors, the notice counts as given all the same.
         self._given.add(notice)
-        if self._tell is None:
+        if self._warn is None:
             # 3: the caller of the owner's method, seen from here.
             warn_anew(f"{self._owner} {notice}", stacklevel=3)
         else:
-            self._tell(notice)
+            self._warn(notice)
 
     def give_once(self, notice: str) -> None:
         """Give a notice, unless the same one was given before."""

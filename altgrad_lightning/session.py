@@ -270,7 +270,7 @@ class Session:
             self._module,
             self._records.append,
             every_n_steps=self._is_due,
-            tell=self._notices.warn,  # on every rank: the monitor chooses the ranks of a notice
+            warn=self._notices.warn,  # on every rank: the monitor chooses the ranks of a notice
             **self._settings.get_monitor_arguments(),
         )
         try:

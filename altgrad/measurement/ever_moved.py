@@ -33,14 +33,14 @@ class EverMovedStore:
     """The flags of layers by name: bool (1 + formats, elements).
 
     Args:
-        tell: Callback with a notice for the user.
+        warn: Callback with a notice for the user.
     """
 
-    def __init__(self, tell: Callable[[str], object]) -> None:
-        self._tell = tell
+    def __init__(self, warn: Callable[[str], object]) -> None:
+        self._warn = warn
         self._flags: dict[str, Tensor] = {}
 
-    def leave(self, name: str, ever: Tensor) -> None:
+    def keep(self, name: str, ever: Tensor) -> None:
         """Keep the flags of a layer.
 
         If flags of the same shape are kept already, the two are combined by OR. That happens for a
@@ -69,7 +69,7 @@ class EverMovedStore:
         """
         ever = self._flags.pop(name, None)
         if ever is not None and ever.shape != (kinds, elements):
-            self._tell(
+            self._warn(
                 f"has never_moved_frac of {name} begin anew: it has "
                 f"{format_count(elements, 'watched element')}, and had {ever.shape[-1]}"
             )
@@ -108,10 +108,10 @@ class EverMovedStore:
         Returns:
             The packed flags by name of the layer. Layers without a flag that is set are left out.
         """
-        together = EverMovedStore(self._tell)
+        together = EverMovedStore(self._warn)
         together._flags = dict(self._flags)
         for name, ever in elsewhere:
-            together.leave(name, ever)
+            together.keep(name, ever)
         return {name: _pack(ever) for name, ever in together._flags.items() if ever.any()}
 
     def load_state_dict(self, state: Mapping[str, PackedBits], parts: Mapping[str, Part]) -> None:

@@ -196,7 +196,7 @@ class Arena:
             Memory for the copies of each layer. None if the layer is too large, has no elements on
             this rank, or has a dtype that is not measured.
         """
-        self.leave()
+        self.free()
         copies: dict[str, Copies] = {}
         for group in self._grouped(requests):
             segment = self._segment(group)
@@ -209,10 +209,10 @@ class Arena:
             self.segments.append(segment)
         return [copies.get(request.name) for request in requests]
 
-    def leave(self) -> None:
+    def free(self) -> None:
         """Free all memory, and hand the flags of its layers to `ever_moved`."""
         for name, flags in self.flags():
-            self._ever_moved.leave(name, flags)
+            self._ever_moved.keep(name, flags)
         self.segments.clear()
 
     def flags(self) -> Iterator[tuple[str, Tensor]]:

@@ -223,10 +223,10 @@ class Engine:
         for arena in self._arenas.values():
             yield from arena.flags()
 
-    def leave_arenas(self) -> None:
+    def free_arenas(self) -> None:
         """Free all arenas, and keep the flags of their layers beyond the optimizers' lives."""
         for arena in self._arenas.values():
-            arena.leave()
+            arena.free()
 
 
 def _on_host(parts: Sequence[Tensor], found_inf: Tensor | None) -> tuple[Numbers, bool]:

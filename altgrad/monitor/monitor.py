@@ -102,7 +102,7 @@ class UpdateMonitor:
             Steps are then observed less often than `every_n_steps` demands. None sets no limit. On
             an accelerator, the time of the host counts, which includes waiting for results.
         seed: Seed of the samples.
-        tell: Callback with a notice for the user. None makes each notice a warning.
+        warn: Callback with a notice for the user. None makes each notice a warning.
         strict: If True, re-raise internal errors in the training loop; otherwise warn once and stop
             observing.
 
@@ -127,13 +127,13 @@ class UpdateMonitor:
         scaling: Scaling | None = "tensor",
         overhead_budget: float | None = None,
         seed: int = 0,
-        tell: Callable[[str], object] | None = None,
+        warn: Callable[[str], object] | None = None,
         strict: bool = False,
     ) -> None:
         self.latest: StepRecord | None = None
         self._on_record = on_record
         self._is_strict = strict
-        self._notices = Notices(type(self).__name__, tell)
+        self._notices = Notices(type(self).__name__, warn)
         own_formats = get_formats(formats)
         rule_formats = [format for rule in sampling for format in get_formats(rule.formats or ())]
         self._formats = FormatSet([*own_formats, *rule_formats], scaling)
@@ -148,7 +148,7 @@ class UpdateMonitor:
             leave_out=self._leave_out_unseen,
             read_found_inf=False,
             strict=strict,
-            tell=self._notices.give,
+            warn=self._notices.give,
         )
         self._sampling = tuple(sampling)
         self._settings = LayerSettings(
@@ -161,10 +161,10 @@ class UpdateMonitor:
             seed=seed,
         )
         registry = self._observer.registry
-        self._watch = Watch(registry, self._settings, self._formats, self._decides, self._tell)
+        self._watch = Watch(registry, self._settings, self._formats, self._decides, self._warn)
         self._bypasses = BypassDetector(self._watch.find_stepped, lambda: self.parameters)
         self._scale_state = ScaleState(self._formats)
-        self._ever_moved = EverMovedStore(self._tell)
+        self._ever_moved = EverMovedStore(self._warn)
         self._engine = Engine(
             Measurer(self._formats), self._settings, self._scale_state, self._ever_moved
         )
@@ -305,7 +305,7 @@ class UpdateMonitor:
         for notice in leave_out_unjudged(
             self._watch, self._settings, get_stored_formats(optimizers)
         ):
-            self._tell(notice)
+            self._warn(notice)
         return self
 
     def detach(self) -> None:
@@ -316,9 +316,9 @@ class UpdateMonitor:
         """
         bypasses = self._describe_bypasses()
         self._observer.detach()
-        self._engine.leave_arenas()
+        self._engine.free_arenas()
         for notice in bypasses:  # last: where warnings are errors, the hooks must be gone
-            self._tell(notice)
+            self._warn(notice)
         error = self._peers.take_error()
         if error is None:
             return
@@ -333,7 +333,7 @@ class UpdateMonitor:
         method, too. Ranks do not wait for each other.
         """
         for notice in self._describe_bypasses():
-            self._tell(notice)
+            self._warn(notice)
 
     def describe_unseen(self) -> list[str]:
         """Describe layers that have moved since `attach`, and were part of no observed step.
@@ -398,18 +398,18 @@ class UpdateMonitor:
         if self._observer.hooks:
             raise RuntimeError("the monitor is attached; call load_state_dict() before attach()")
         _check_state(state)
-        self._engine.leave_arenas()
+        self._engine.free_arenas()
         is_alike = tuple(state["formats"]) == self._formats.names
         self._loaded = dict(state["ever_moved"]) if is_alike else {}
         if not is_alike:
-            self._tell(
+            self._warn(
                 f"restores a run with formats {tuple(state['formats'])}, and judges "
                 f"{self._formats.names}: never_moved_frac begins anew"
             )
         others = self._settings.find_other_samples(self._loaded, state.get("samples"))
         if others := [name for name in others if not self._is_whole(name)]:
             self._loaded = {n: flags for n, flags in self._loaded.items() if n not in others}
-            self._tell(
+            self._warn(
                 f"has never_moved_frac of {few(others)} begin anew: the run before drew other "
                 "elements, by another seed, block size or version"
             )
@@ -477,7 +477,7 @@ class UpdateMonitor:
             if self._on_record is not None:
                 with self._peers.hold_errors():
                     self._on_record(record)
-        self._policy.ended(optimizer, index)
+        self._policy.mark_end(optimizer, index)
 
     def _record(self, index: int, step: StepSums) -> StepRecord | None:
         """Make the record of a step; count a skipped step and return None."""
@@ -498,7 +498,7 @@ class UpdateMonitor:
         self._last_seen |= dict.fromkeys(record.layers, record.index)
         self._scale_state.step_observed(record)
         seconds = record.own_seconds, record.training_seconds
-        self._policy.observed(optimizer, record.index, seconds)
+        self._policy.charge(optimizer, record.index, seconds)
         self.latest = record
 
     # --- peers
@@ -562,9 +562,9 @@ class UpdateMonitor:
 
     def _leave_out_unseen(self, names: Sequence[str], why: str) -> None:
         """Give the notice that some layers cannot be observed."""
-        self._tell(f"leaves out {few(names)}: {why}")
+        self._warn(f"leaves out {few(names)}: {why}")
 
-    def _tell(self, message: str) -> None:
+    def _warn(self, message: str) -> None:
         """Give a notice once, on the first rank."""
         # Every rank gets here with an equal notice.
         if self._peers.rank == 0:

@@ -160,7 +160,7 @@ class OverheadBudget:
         last = self._last_observed_step
         return last == _NEVER or step < last or step >= last + self.interval
 
-    def observed(self, step: int) -> None:
+    def mark_observed(self, step: int) -> None:
         """Note that a step, counted from 0, was observed."""
         self._last_observed_step = step
 

@@ -87,7 +87,7 @@ class StepPolicy:
         """
         return self._clock.seconds(optimizer, index)
 
-    def observed(self, optimizer: Optimizer, index: int, seconds: tuple[float, float]) -> None:
+    def charge(self, optimizer: Optimizer, index: int, seconds: tuple[float, float]) -> None:
         """Charge the budget of an optimizer for an observed step.
 
         Args:
@@ -98,9 +98,9 @@ class StepPolicy:
         if self._budgets is not None:
             budget = self._budgets.get(optimizer)
             budget.update(*seconds)
-            budget.observed(index)
+            budget.mark_observed(index)
 
-    def ended(self, optimizer: Optimizer, index: int) -> None:
+    def mark_end(self, optimizer: Optimizer, index: int) -> None:
         """Mark the end of an observed step, from which the time of the next one counts.
 
         Args:

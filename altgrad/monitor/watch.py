@@ -28,7 +28,7 @@ class Watch(Watched):
         formats: The formats that are judged.
         decides: Callback that returns all that decisions depend on: the monitor's arguments under
             ``"setting"`` and its loaded state under ``"state"``, each by name.
-        tell: Callback with a notice for the user.
+        warn: Callback with a notice for the user.
 
     Attributes:
         formats: The `formats` argument.
@@ -40,13 +40,13 @@ class Watch(Watched):
         settings: LayerSettings,
         formats: FormatSet,
         decides: Callable[[], Mapping[str, Mapping[str, object]]],
-        tell: Callable[[str], object],
+        warn: Callable[[str], object],
     ) -> None:
         self.formats = formats
         self._registry = registry
         self._settings = settings
         self._decides = decides
-        self._tell = tell
+        self._warn = warn
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
@@ -82,4 +82,4 @@ class Watch(Watched):
 
     def leave_out(self, names: Sequence[str], why: str) -> None:
         self._settings.leave_out(names)
-        self._tell(why)
+        self._warn(why)

@@ -113,7 +113,7 @@ class StepObserver:
             shown, too, and the callback reads `OptimizerStep.found_inf`.
         strict: If True, re-raise an error of the observer or the callback in the training loop;
             otherwise warn once and stop observing.
-        tell: Callback with the text that ends the observation, called instead of a warning.
+        warn: Callback with the text that ends the observation, called instead of a warning.
 
     Attributes:
         registry: The observed parameters by name.
@@ -141,7 +141,7 @@ class StepObserver:
         memory: Callable[[Optimizer], Memory] | None = None,
         read_found_inf: bool = True,
         strict: bool = False,
-        tell: Callable[[str], object] | None = None,
+        warn: Callable[[str], object] | None = None,
     ) -> None:
         if on_step is None and on_outcome is None:
             raise TypeError("on_step=None: expected a callable, or one as on_outcome")
@@ -156,7 +156,7 @@ class StepObserver:
         self._memory = memory
         self._read_found_inf = read_found_inf
         self._strict = strict
-        self._notices = Notices(type(self).__name__, tell)
+        self._notices = Notices(type(self).__name__, warn)
         self._stopped = False
         self._peak_bytes = 0
         self._attached = Attachments(self)
@@ -394,7 +394,7 @@ class StepObserver:
         except Warning:  # the user made warnings errors
             raise
         except Exception as failed:  # noqa: BLE001 - no error of the user's function ends training
-            warnings.warn(f"{type(self).__name__} {notice}; tell= failed: {failed!r}", stacklevel=3)
+            warnings.warn(f"{type(self).__name__} {notice}; warn= failed: {failed!r}", stacklevel=3)
 
     def _make_outcome(
         self, hooks: _Hooks, optimizer: Optimizer, captured: _Captured | None

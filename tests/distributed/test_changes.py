@@ -206,7 +206,7 @@ def freeze_after_checkpoint(rank: int) -> dict[str, Any]:
         state = monitor.state_dict()
     net.up.weight.requires_grad_(False)
     told: list[str] = []
-    again = UpdateMonitor(net, tell=told.append, strict=True)
+    again = UpdateMonitor(net, warn=told.append, strict=True)
     again.load_state_dict(state)
     with again.attach(optimizer):
         kept = again.state_dict()["ever_moved"]
@@ -229,7 +229,7 @@ def shard_after_attach(rank: int) -> dict[str, Any]:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     records: list[StepRecord] = []
     told: list[str] = []
-    monitor = UpdateMonitor(net, records.append, tell=told.append).attach(optimizer)
+    monitor = UpdateMonitor(net, records.append, warn=told.append).attach(optimizer)
     for sharded in (False, True):
         if sharded:
             fully_shard(net, mesh=init_device_mesh("cpu", (SIZE,)))

@@ -39,7 +39,7 @@ def observe_one(make: Any, size: int) -> dict[str, Any]:
     records = {name: [] for name in SETTINGS}
     told: list[str] = []
     monitors = {
-        name: UpdateMonitor(net, records[name].append, tell=told.append, strict=True, **settings)
+        name: UpdateMonitor(net, records[name].append, warn=told.append, strict=True, **settings)
         for name, settings in SETTINGS.items()
     }
     for each in monitors.values():

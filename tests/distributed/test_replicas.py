@@ -83,7 +83,7 @@ def experts(rank: int) -> dict[str, Any]:
     fully_shard(net.shared, mesh=init_device_mesh("cpu", (SIZE,)))
     optimizer = sgd(net)
     told: list[str] = []
-    monitor = UpdateMonitor(net, tell=told.append, strict=True).attach(optimizer)
+    monitor = UpdateMonitor(net, warn=told.append, strict=True).attach(optimizer)
     for _ in range(2):
         optimizer.zero_grad()
         net(torch.randn(4, 8, generator=torch.Generator().manual_seed(1))).backward()
@@ -104,7 +104,7 @@ def late_experts(rank: int) -> dict[str, Any]:
     net = fully_shard(nn.Linear(8, 8), mesh=init_device_mesh("cpu", (SIZE,)))
     optimizer = sgd(net)
     told: list[str] = []
-    monitor = UpdateMonitor(net, tell=told.append, strict=True).attach(optimizer)
+    monitor = UpdateMonitor(net, warn=told.append, strict=True).attach(optimizer)
     layers = []
     for step in range(3):
         if step == 1:
@@ -137,7 +137,7 @@ def halves(rank: int, *, alike: bool) -> dict[str, Any]:
     net = fully_shard(net, mesh=meshes[rank // 2])
     optimizer = sgd(net)
     told: list[str] = []
-    monitor = UpdateMonitor(net, tell=told.append, strict=True).attach(optimizer)
+    monitor = UpdateMonitor(net, warn=told.append, strict=True).attach(optimizer)
     train(net, optimizer, 1)
     layers = [] if monitor.latest is None else sorted(monitor.latest.layers)
     return {"told": told, "layers": layers}

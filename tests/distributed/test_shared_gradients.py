@@ -45,7 +45,7 @@ def sequence_parallel(rank: int) -> dict[str, Any]:
     )
     optimizer = sgd(net)
     told: list[str] = []
-    monitor = UpdateMonitor(net, tell=told.append, strict=True).attach(optimizer)
+    monitor = UpdateMonitor(net, warn=told.append, strict=True).attach(optimizer)
     placements = []
     for _ in range(2):
         optimizer.zero_grad()

@@ -19,7 +19,7 @@ class Watched:
         self.records: list[StepRecord] = []
         self.told: list[str] = []
         self.truth = WholeSteps(net, optimizer)
-        self.monitor = UpdateMonitor(net, self.records.append, tell=self.told.append, strict=True)
+        self.monitor = UpdateMonitor(net, self.records.append, warn=self.told.append, strict=True)
         self.monitor.attach(optimizer)
 
     def problems(self, left_out: AbstractSet[str] = frozenset()) -> list[str]:

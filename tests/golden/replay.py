@@ -122,7 +122,7 @@ def replay(
         formats=FORMATS,
         max_elements=MAX_ELEMENTS,
         strict=True,
-        tell=lambda _: None,
+        warn=lambda _: None,
     )
     if state is not None:
         monitor.load_state_dict(state)

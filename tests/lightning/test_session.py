@@ -78,10 +78,10 @@ def test_notices_of_the_monitor_are_given_once_on_every_rank(
     monkeypatch: pytest.MonkeyPatch, is_first: bool
 ) -> None:
     class Talking(UpdateMonitor):
-        def __init__(self, *arguments: Any, tell: Any = None, **options: Any) -> None:
-            super().__init__(*arguments, tell=tell, **options)
-            if tell is not None:
-                tell("lost rank 1")
+        def __init__(self, *arguments: Any, warn: Any = None, **options: Any) -> None:
+            super().__init__(*arguments, warn=warn, **options)
+            if warn is not None:
+                warn("lost rank 1")
 
     monkeypatch.setattr(MONITOR, Talking)
     session, run, *_ = make_session(is_first=is_first)

@@ -28,7 +28,7 @@ def packed_by_numpy(ever: Tensor) -> list[int]:
 def holding(**layers: Tensor) -> EverMovedStore:
     kept = EverMovedStore(silent)
     for name, ever in layers.items():
-        kept.leave(name, ever)
+        kept.keep(name, ever)
     return kept
 
 
@@ -45,7 +45,7 @@ def test_what_was_left_is_taken_once() -> None:
 def test_what_two_optimizers_have_moved_is_put_together() -> None:
     one, other = bits(2, 9, seed=1), bits(2, 9, seed=2)
     kept = holding(w=one.clone())
-    kept.leave("w", other.clone())
+    kept.keep("w", other.clone())
     expected = np.logical_or(one.numpy(), other.numpy())
     assert np.array_equal(kept.take("w", 2, 9).numpy(), expected)
     assert not np.array_equal(expected, one)
@@ -53,7 +53,7 @@ def test_what_two_optimizers_have_moved_is_put_together() -> None:
 
 def test_of_another_number_of_elements_only_the_later_is_kept() -> None:
     kept = holding(w=torch.ones(2, 9, dtype=torch.bool))
-    kept.leave("w", bits(2, 4))
+    kept.keep("w", bits(2, 4))
     assert torch.equal(kept.take("w", 2, 4), bits(2, 4))
 
 
@@ -61,7 +61,7 @@ def test_of_another_number_of_elements_only_the_later_is_kept() -> None:
 def test_a_layer_of_another_number_of_elements_begins_anew_and_says_so(how: str) -> None:
     told: list[str] = []
     kept = EverMovedStore(told.append)
-    kept.leave("w", torch.ones(2, 9, dtype=torch.bool))
+    kept.keep("w", torch.ones(2, 9, dtype=torch.bool))
     if how == "take":
         assert kept.take("w", 2, 4) is None
     else:

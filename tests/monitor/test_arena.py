@@ -209,7 +209,7 @@ def test_leave_frees_memory_and_keeps_flags() -> None:
     lying = Lying()
     lying.lay_out(asked("w", torch.ones(10)))
     lying.restore(w=bits(10))
-    lying.arena.leave()
+    lying.arena.free()
     assert (lying.arena.segments, lying.flags) == ([], {})
     assert torch.equal(lying.ever_moved.take("w", KINDS, 10), bits(10))
 
@@ -340,7 +340,7 @@ def test_two_thousand_layers_are_measured() -> None:
 
 def test_a_replaced_parameter_gets_a_new_place() -> None:
     model = net()
-    optimizer, _, records = watched(model, tell=(said := []).append)
+    optimizer, _, records = watched(model, warn=(said := []).append)
     train(model, optimizer)
     model[4] = nn.Linear(32, 7)
     optimizer.named = dict(model.named_parameters())

@@ -150,7 +150,7 @@ def test_layers_without_a_gradient_in_a_step_hold_no_elements() -> None:
 @pytest.mark.parametrize("scaling", ["tensor", "channel", ("block", 8)])
 def test_a_parameter_may_change_its_shape_and_dtype_again_and_again(scaling: Any) -> None:
     model = nn.Linear(8, 8, bias=False)
-    optimizer, _, records = watched(model, scaling=scaling, tell=(said := []).append)
+    optimizer, _, records = watched(model, scaling=scaling, warn=(said := []).append)
     optimizer.named = dict(model.named_parameters())
     with laying_out() as calls:
         for shape, dtype in [((8, 8), torch.float32), ((4, 24), torch.float64)] * 20:

@@ -102,7 +102,7 @@ def test_steps_that_pass_no_hook_give_one_warning_with_the_reason(
     bypass, reason = BYPASSES[way]
     model, told = net(), []
     optimizer = Sam(model.parameters()) if way == "SAM" else SGD(model.parameters(), lr=0.1)
-    monitor = UpdateMonitor(model, formats="bf16", every_n_steps=every, tell=told.append)
+    monitor = UpdateMonitor(model, formats="bf16", every_n_steps=every, warn=told.append)
     with monitor.attach(optimizer):
         for _ in range(steps_before if way != "SAM" else 0):
             train(model, optimizer)
@@ -121,7 +121,7 @@ def test_steps_that_pass_no_hook_give_one_warning_with_the_reason(
 def test_an_optimizer_made_anew_in_a_loop_is_missed_at_the_end(kind: type[Optimizer]) -> None:
     model, told = net(), []
     optimizer = kind(model.parameters(), lr=0.1)
-    with UpdateMonitor(model, formats="bf16", tell=told.append).attach(optimizer) as monitor:
+    with UpdateMonitor(model, formats="bf16", warn=told.append).attach(optimizer) as monitor:
         train(model, optimizer, 2)
         assert monitor.is_observing
         optimizer = kind(model.parameters(), lr=0.1)
@@ -137,7 +137,7 @@ def test_layers_of_an_optimizer_that_was_forgotten_give_one_warning(is_trained: 
     model = nn.ModuleDict({name: nn.Linear(3, 2) for name in ("d", "g", "averaged")})
     d, g = (SGD(model[name].parameters(), lr=0.1) for name in ("d", "g"))
     told: list[str] = []
-    with UpdateMonitor(model, formats="bf16", tell=told.append).attach(d):
+    with UpdateMonitor(model, formats="bf16", warn=told.append).attach(d):
         step_part(model["d"], d)
         if is_trained:
             step_part(model["g"], g)
@@ -157,7 +157,7 @@ def process_group() -> Iterator[None]:
 @pytest.mark.usefixtures("process_group")
 def test_layers_that_are_sharded_after_attach_give_one_warning() -> None:
     model, told = nn.Linear(3, 2), []
-    monitor = UpdateMonitor(model, formats="bf16", tell=told.append)
+    monitor = UpdateMonitor(model, formats="bf16", warn=told.append)
     optimizer = SGD(model.parameters(), lr=0.1)
     monitor.attach(optimizer)
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
@@ -329,7 +329,7 @@ def test_weights_that_move_without_any_step_are_named_with_likely_reasons(pair: 
 def test_a_comparison_that_fails_breaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, told = net(), []
     optimizer = SGD(model.parameters(), lr=0.1)
-    with UpdateMonitor(model, formats="bf16", tell=told.append).attach(optimizer) as monitor:
+    with UpdateMonitor(model, formats="bf16", warn=told.append).attach(optimizer) as monitor:
         train(model, optimizer)
 
         def fails(*_: Any) -> None:

@@ -257,7 +257,7 @@ def test_flags_outlive_the_optimizers() -> None:
     one, two, three = run.optimizer(), run.optimizer(), run.optimizer()
     first = run.step(one, **parts)
     assert [*run.flags] == ["small"]
-    run.engine.leave_arenas()
+    run.engine.free_arenas()
     assert run.flags == {}
     still = {name: (step[1], step[1], step[2]) for name, step in parts.items()}
     record = run.step(two, **still)
@@ -265,7 +265,7 @@ def test_flags_outlive_the_optimizers() -> None:
         for format in FORMATS:
             key = f"never_moved_frac/{format}"
             assert 0 < record.layers[name][key] == first.layers[name][key] < 1
-    run.engine.leave_arenas()
+    run.engine.free_arenas()
     run.ever_moved.load_state_dict({}, {})
     assert math.isnan(run.step(three, small=still["small"]).model[key])
 

@@ -81,7 +81,7 @@ def test_one_monitor_observes_weights_of_several_dtypes() -> None:
     model.a = nn.Parameter(torch.randn(50))
     model.b = nn.Parameter(torch.randn(50).bfloat16())
     model.c = nn.Parameter(torch.randn(50).double())
-    optimizer, _, records = watched(model, tell=(said := []).append)
+    optimizer, _, records = watched(model, warn=(said := []).append)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()

@@ -127,11 +127,11 @@ def test_every_observed_step_is_measured_and_combined_once(case: Case) -> None:
     optimizer = make_optimizer(model, case)
     weights: list[list[Tensor]] = []
 
-    def tell(message: str) -> None:
+    def warn(message: str) -> None:
         said.append(message)
         weights.append([p.detach().clone() for p in model.parameters()])
 
-    monitor = make_monitor(model, case, records, tell=tell)
+    monitor = make_monitor(model, case, records, warn=warn)
     with monitor.attach(optimizer), watching_the_road() as road, case.breaking():
         make_step(model, optimizer, case)
         assert (len(road.outcomes), len(road.sums)) == (1, 1)

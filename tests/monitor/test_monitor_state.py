@@ -140,7 +140,7 @@ def test_a_state_with_another_number_of_elements_gives_a_notice_and_is_not_resto
     state = monitor.state_dict()
     monitor.detach()
     said: list[str] = []
-    other = UpdateMonitor(model, formats=FORMATS, max_elements=100, tell=said.append, strict=True)
+    other = UpdateMonitor(model, formats=FORMATS, max_elements=100, warn=said.append, strict=True)
     other.load_state_dict(state)
     other.attach(optimizer)
     train(model, optimizer)
@@ -198,7 +198,7 @@ def resume(state: dict, **settings: object) -> tuple[list[str], list[str]]:
     """Restore a state in a run with other settings: the layers with flags, and the notices."""
     notices: list[str] = []
     settings = {"formats": ("e4m3fn", "mxfp8"), "max_elements": 320} | settings
-    monitor = UpdateMonitor(net(), strict=True, tell=notices.append, **settings)
+    monitor = UpdateMonitor(net(), strict=True, warn=notices.append, **settings)
     monitor.load_state_dict(state)
     return sorted(monitor.state_dict()["ever_moved"]), notices
 

@@ -76,7 +76,7 @@ def test_any_numbers_are_accepted_and_equal_numbers_decide_equally(updates, shar
         assert due[0] == due[1]
         if due[0]:
             for rank in ranks:
-                rank.observed(step)
+                rank.mark_observed(step)
     assert ranks[0].state_dict() == ranks[1].state_dict()
 
 
@@ -115,7 +115,7 @@ def test_no_interval_exceeds_a_million_times_the_smallest(own: float) -> None:
 def test_the_first_step_is_due_and_then_one_per_interval() -> None:
     budget = OverheadBudget(0.5, 10)
     assert budget.is_due(3)
-    budget.observed(9)
+    budget.mark_observed(9)
     assert due_steps(budget, 22)[-3:] == [19, 20, 21]
     assert not any(budget.is_due(step) for step in range(9, 19))
     budget.update(3.0, 0.1)
@@ -126,9 +126,9 @@ def test_the_first_step_is_due_and_then_one_per_interval() -> None:
 
 def test_a_step_before_the_last_observed_step_is_due() -> None:
     budget = OverheadBudget(0.5, 10)
-    budget.observed(10_000)
+    budget.mark_observed(10_000)
     assert budget.is_due(9)
-    budget.observed(9)
+    budget.mark_observed(9)
     assert not budget.is_due(18)
 
 
@@ -137,7 +137,7 @@ def test_a_restored_budget_goes_on_where_it_was() -> None:
     assert budget.state_dict() == {"interval": 10, "last_observed_step": -1}
     resumed.load_state_dict(budget.state_dict())
     assert resumed.is_due(0)
-    budget.observed(29)
+    budget.mark_observed(29)
     budget.update(3.0, 1.0)
     assert budget.state_dict() == {"interval": 300, "last_observed_step": 29}
     resumed.load_state_dict(budget.state_dict())
@@ -201,7 +201,7 @@ def simulate(
             so_far = own_total + training_total
             seen.append((step, own_total / so_far if so_far else 0.0))
             own_total += own
-            budget.observed(step)
+            budget.mark_observed(step)
             budget.update(own, training)
         training_total += training
     return seen
@@ -241,7 +241,7 @@ def test_without_a_budget_the_same_clock_exceeds_the_share() -> None:
 def test_each_optimizer_has_a_separate_budget() -> None:
     budgets, one, two = Budgets(0.01, 10), sgd(), sgd()
     budgets.get(one).update(1.0, 1.0)
-    budgets.get(two).observed(7)
+    budgets.get(two).mark_observed(7)
     assert budgets.state_dict() == [
         {"interval": 100, "last_observed_step": -1},
         {"interval": 10, "last_observed_step": 7},
@@ -374,7 +374,7 @@ def test_training_time_is_never_negative(host: Time) -> None:
 def test_neither_clock_nor_budgets_keep_an_optimizer_alive(host: Time) -> None:
     clock, budgets, optimizer = Clock(), Budgets(0.5, 1), sgd()
     host.observes(clock, optimizer, 0, 1.0)
-    budgets.get(optimizer).observed(0)
+    budgets.get(optimizer).mark_observed(0)
     known = weakref.ref(optimizer)
     del optimizer
     gc.collect()

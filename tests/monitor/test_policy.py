@@ -25,8 +25,8 @@ class Time:
         with policy.observing():
             seconds = policy.seconds(optimizer, index)
             self.passes(own)
-            policy.observed(optimizer, index, seconds)
-        policy.ended(optimizer, index)
+            policy.charge(optimizer, index, seconds)
+        policy.mark_end(optimizer, index)
 
 
 @pytest.fixture
@@ -121,18 +121,18 @@ def test_later_steps_pay_for_an_observed_step(host: Time) -> None:
 
 def test_the_interval_is_a_multiple_of_that_of_the_schedule(host: Time) -> None:
     policy, optimizer = StepPolicy(StepSchedule(6), 0.5), sgd()
-    policy.observed(optimizer, 5, (7.0, 1.0))
+    policy.charge(optimizer, 5, (7.0, 1.0))
     assert policy.state_dict() == [{"interval": 12, "last_observed_step": 5}]
     function = StepPolicy(lambda _: True, 0.5)
-    function.observed(optimizer, 5, (7.0, 1.0))
+    function.charge(optimizer, 5, (7.0, 1.0))
     assert function.state_dict() == [{"interval": 7, "last_observed_step": 5}]
 
 
 def test_each_optimizer_pays_for_itself() -> None:
     policy, one, two = StepPolicy(1, 0.5), sgd(), sgd()
-    policy.observed(one, 0, (10.0, 1.0))
+    policy.charge(one, 0, (10.0, 1.0))
     assert [policy.is_paid_for(each, 1) for each in (one, two)] == [False, True]
-    policy.observed(two, 1, (3.0, 1.0))
+    policy.charge(two, 1, (3.0, 1.0))
     assert policy.state_dict() == [
         {"interval": 10, "last_observed_step": 0},
         {"interval": 3, "last_observed_step": 1},
@@ -141,8 +141,8 @@ def test_each_optimizer_pays_for_itself() -> None:
 
 def test_a_resumed_run_goes_on_with_its_budgets() -> None:
     policy, resumed, one, two = StepPolicy(1, 0.5), StepPolicy(1, 0.5), sgd(), sgd()
-    policy.observed(one, 3, (10.0, 1.0))
-    policy.observed(two, 4, (20.0, 1.0))
+    policy.charge(one, 3, (10.0, 1.0))
+    policy.charge(two, 4, (20.0, 1.0))
     resumed.load_state_dict(policy.state_dict())
     assert resumed.state_dict() == policy.state_dict()
     others = sgd(), sgd()
@@ -173,7 +173,7 @@ def test_seconds_passed_in_count_as_observing(host: Time) -> None:
     with policy.observing(0.5):
         host.passes(2.0)
     assert policy.seconds(optimizer, 1)[1] == 4.0
-    policy.ended(optimizer, 1)
+    policy.mark_end(optimizer, 1)
     host.passes(1.0)
     assert policy.seconds(optimizer, 2) == (2.5, 1.0)
 

@@ -12,7 +12,7 @@ def notices(model: nn.Module, *, stored: str | None = None, formats=("bf16", "e4
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     if stored is not None:
         WeightStorage(stored, scaling=None).attach(optimizer)
-    monitor = UpdateMonitor(model, formats=formats, tell=said.append, strict=True)
+    monitor = UpdateMonitor(model, formats=formats, warn=said.append, strict=True)
     with monitor.attach(optimizer):
         return said, {name: layer.formats for name, layer in monitor.layers.items()}
 

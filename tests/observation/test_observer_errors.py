@@ -173,7 +173,7 @@ def test_attach_begins_again_after_an_error_and_each_error_gives_a_warning() -> 
 def test_the_error_is_passed_to_tell_instead_of_a_warning() -> None:
     model, optimizer = training()
     told = []
-    with StepObserver(model, raises, tell=told.append).attach(optimizer) as observer:
+    with StepObserver(model, raises, warn=told.append).attach(optimizer) as observer:
         set_gradients(model)
         optimizer.step()
         assert not observer.is_observing
@@ -185,7 +185,7 @@ def test_an_error_in_should_observe_is_reported_when_the_step_ends() -> None:
     model, optimizer = training()
     told, told_within = [], []
     optimizer.register_step_post_hook(lambda *_: told_within.append([*told]))
-    with StepObserver(model, print, raises, tell=told.append).attach(optimizer):
+    with StepObserver(model, print, raises, warn=told.append).attach(optimizer):
         set_gradients(model)
         optimizer.step(lambda: told_within.append([*told]))
     assert told_within == [[], []]
@@ -220,11 +220,11 @@ def test_every_error_can_be_described(error: Exception, text: str) -> None:
 
 
 def test_a_tell_that_fails_does_not_reach_the_training() -> None:
-    def tell(_: str) -> None:
+    def warn(_: str) -> None:
         raise OSError("disk full")
 
     model, optimizer = training()
-    with StepObserver(model, raises, tell=tell).attach(optimizer):
+    with StepObserver(model, raises, warn=warn).attach(optimizer):
         set_gradients(model)
-        with pytest.warns(UserWarning, match=r"ArithmeticError.*; tell= failed: OSError"):
+        with pytest.warns(UserWarning, match=r"ArithmeticError.*; warn= failed: OSError"):
             optimizer.step()

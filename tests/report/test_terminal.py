@@ -170,7 +170,7 @@ def test_layers_that_became_nan_are_marked_and_named(tmp_path: Path) -> None:
     whole = torch.nn.Parameter(torch.ones(20))
     optimizer = torch.optim.Adam([half, whole], lr=0.1, eps=1e-8)
     layers = [("half", half), ("whole", whole)]
-    monitor = UpdateMonitor(layers, formats="e4m3fn", tell=print, strict=True)
+    monitor = UpdateMonitor(layers, formats="e4m3fn", warn=print, strict=True)
     with RunFile.create(tmp_path, monitor.run_header()) as file, monitor.attach(optimizer):
         for step in range(2):
             half.grad = (torch.arange(20) % 2).half()
