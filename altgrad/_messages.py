@@ -19,11 +19,12 @@ _MAX_NAMED = 3
 
 
 class Notices:
-    """The notices of one object to its user.
+    """A record of the notices that one object has given to its user.
 
     Args:
-        owner: Name of the object's class, with which each warning begins.
-        warn: Callback with each notice, without the owner's name; None warns instead.
+        owner: Name of the object's class. Each warning begins with this name.
+        warn: Function that is called with each notice, without the owner's name. None means
+            `warnings.warn`.
     """
 
     def __init__(self, owner: str, warn: Callable[[str], object] | None = None) -> None:
@@ -32,7 +33,7 @@ class Notices:
         self._given: set[str] = set()
 
     def give(self, notice: str) -> None:
-        """Pass a notice to `warn`, or warn with it."""
+        """Call the `warn` function with a notice, or warn if there is no such function."""
         # Noted first: where warnings are errors, the notice counts as given all the same.
         self._given.add(notice)
         if self._warn is None:
@@ -48,7 +49,7 @@ class Notices:
 
 
 def warn_anew(message: str, stacklevel: int) -> None:
-    """Warn, also if the same warning was given before, by an earlier run of this process.
+    """Warn, even if an earlier run of this process gave the same warning.
 
     `warnings.warn` shows equal warnings from one line once in a process.
 

@@ -229,7 +229,7 @@ class PrecisionMonitor(Callback):
         return key
 
     def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        """Raise an error if a checkpoint could not tell this state from that of another callback.
+        """Raise an error if another callback has the same `state_key` in checkpoints.
 
         Raises:
             ValueError: Another callback of the Trainer has the same `state_key`.
@@ -316,7 +316,7 @@ class PrecisionMonitor(Callback):
         self._end(alone=True)
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """End a session that a tuner interrupted, and keep a loaded state for checkpoints alone."""
+        """End a session that a tuner interrupted, and keep a loaded state for later checkpoints."""
         if self._session is None and self._loaded:
             self._result.state = self._loaded
         self._end(alone=True)
@@ -370,7 +370,7 @@ class PrecisionMonitor(Callback):
             self._end()
 
     def _end(self, *, alone: bool = False) -> None:
-        """End the session, and drop a loaded state that no training used."""
+        """End the session, and delete a loaded state that no training used."""
         if self._session is not None:
             self._session.end(alone=alone)
         self._session = None

@@ -101,7 +101,7 @@ class Charts:
         return self.take_waiting()
 
     def take_waiting(self) -> list[Row]:
-        """Return the waiting rows, with the charted layers added, and forget them."""
+        """Return the rows that were kept back, with the charted layers, and delete them here."""
         waiting, self._waiting = self._waiting, []
         return [
             row._replace(others=row.others | self._layer_row(layers)) for row, layers in waiting

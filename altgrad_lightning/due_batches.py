@@ -65,11 +65,11 @@ class DueBatches:
         return [self._last.get(each, self._before_first) for each in optimizers]
 
     def restore_last(self, optimizers: Sequence[Optimizer], last: object) -> None:
-        """Restore the result of `get_last`; anything else, as of a damaged checkpoint, is ignored.
+        """Restore a result of `get_last`. A value from a damaged checkpoint is ignored.
 
         Args:
             optimizers: The optimizers of the Trainer, in the same order.
-            last: The numbers of the batches.
+            last: Number of the batch in which each optimizer was last observed.
         """
         if not isinstance(last, list) or not all(isinstance(each, int) for each in last):
             return

@@ -114,9 +114,10 @@ class History:
 
 
 class _Column:
-    """A column of means over some observed steps, by position.
+    """The means over some observed steps, one for each layer and format: a column of a heat map.
 
-    Arrays of float32 keep an entry at 4 bytes, where a Python float takes 24.
+    A layer and format have a position in the column. The arrays are float32, because an entry then
+    takes 4 bytes and a Python float takes 24.
     """
 
     def __init__(self, first_step: int) -> None:
@@ -126,7 +127,7 @@ class _Column:
         self.counts = array("f")  # NaN marks a layer that was not observed
 
     def add(self, position: int, value: float, count: float = 1) -> None:
-        """Add `count` figures with mean `value`; NaN only marks the layer as observed."""
+        """Add `count` figures with mean `value`. NaN marks an observed layer without a figure."""
         missing = position + 1 - len(self.sums)
         if missing > 0:
             self.sums.extend([0.0] * missing)
@@ -145,7 +146,7 @@ class _Column:
         return self.sums[position] / count if count else math.nan
 
     def merge(self, later: _Column) -> _Column:
-        """Add the figures of the next column to this column, and return this column."""
+        """Add the figures of the following steps to this column, and return this column."""
         self.steps += later.steps
         for position, count in enumerate(later.counts):
             if not math.isnan(count):

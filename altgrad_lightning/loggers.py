@@ -302,7 +302,7 @@ def _convert_for_tensorboard(histogram: Histogram) -> dict[str, Any]:
 
 
 def _convert_for_numpy(histogram: Histogram) -> tuple[np.ndarray, np.ndarray]:
-    """Return counts (bins) and edges (bins + 1), as ``numpy.histogram`` does."""
+    """Return the counts (bins) and the edges (bins + 1) of the bins, in log2 of the magnitude."""
     import numpy as np
 
     first, counts = histogram

@@ -1,4 +1,4 @@
-"""`Notices`: warn the user of the callback, in each training once for each notice.
+"""`Notices`: warn the user of a `PrecisionMonitor`, once in a training for each notice.
 
 This file stands alone. `session` and `callback` give the notices.
 """
@@ -9,7 +9,7 @@ import warnings
 
 
 class Notices:
-    """The notices of a `PrecisionMonitor` to its user in one training."""
+    """A record of the notices that a `PrecisionMonitor` has given in one training."""
 
     def __init__(self) -> None:
         self._given: set[str] = set()

@@ -52,7 +52,7 @@ class Output:
         settings: The arguments of `PrecisionMonitor` that concern output.
         state: The `state_dict` of the run to resume; None for a new run.
         first_step: The step of the next charts, if `state` names no step.
-        warn: Callback with each notice for the user.
+        warn: Function that is called with each notice for the user.
 
     Attributes:
         path: The path of the run file, also after it was closed; None if no run file is written.
@@ -91,7 +91,7 @@ class Output:
         return self._judge.assessment()
 
     def add_layers(self, layers: Mapping[str, LayerInfo]) -> None:
-        """Describe layers that appear in mid-run to the verdicts and in the run file."""
+        """Add layers that appear in mid-run to the verdicts and to the run file."""
         self._judge.add_layers(layers)
         if self._file is not None:
             add = partial(self._file.add_layers, layers)
@@ -129,9 +129,9 @@ class Output:
         self._write_seconds = time.perf_counter() - began
 
     def finish(self, weights: Histogram | None) -> None:
-        """Log waiting rows, draw the pictures of the last step if it has none, and close the file.
+        """Log the rows that `Charts` kept back, draw the last step, and close the run file.
 
-        `weights` is the histogram of weights by octave; with None the pictures leave it out.
+        `weights` is the histogram of weights by octave; without it, its picture is left out.
         """
         self._chart(self._charts.take_waiting())
         if self._drawn_step != self._last_step:

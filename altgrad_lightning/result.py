@@ -19,7 +19,7 @@ from altgrad.report import Assessment
 
 @dataclass
 class Result:
-    """The findings of a training so far.
+    """The results of a training so far: latest figures, verdicts, run file and state.
 
     Attributes:
         latest: The figures of every layer at the last observed step; empty before the first.

@@ -37,10 +37,11 @@ class Session:
     Args:
         trainer: The Trainer that trains.
         module: The module to train.
-        callback: The callback that observes.
+        callback: The `PrecisionMonitor` among the Trainer's callbacks.
         settings: The arguments of the callback.
-        notices: The notices of the callback.
-        result: The findings, to fill. The session resumes from `result.state`.
+        notices: Warns the user, once for each notice.
+        result: Object in which the session keeps its latest figures, verdicts and state. The
+            session resumes from `result.state`.
     """
 
     def __init__(
@@ -184,7 +185,7 @@ class Session:
         return f"none fell on an observed batch (every {self._due.every})"
 
     def finish(self) -> None:
-        """Log waiting rows, draw the last pictures, and close the run file."""
+        """Log the rows that `Charts` kept back, draw the last pictures, and close the run file."""
         if self._output is not None:
             self._output.finish(self._count_weights() if self._latest else None)
 
@@ -224,7 +225,7 @@ class Session:
         return {} if monitor is None else {"monitor": monitor, "output": output} | batches
 
     def warn(self, notice: str) -> None:
-        """Give a notice on the first rank, which stands for all ranks."""
+        """Warn the user on the first rank; the other ranks have the same notice."""
         if self._trainer.is_global_zero:
             self._notices.warn(notice)
 
@@ -249,7 +250,7 @@ class Session:
         self._result.state = self.state_dict()
 
     def _release_monitor(self, *, alone: bool = False) -> None:
-        """Detach the monitor and keep its state, unless that needs ranks that may still train."""
+        """Detach the monitor, and read its state unless other ranks would have to take part."""
         monitor, self._monitor = self._monitor, None
         if monitor is not None:
             monitor.detach()
@@ -265,7 +266,7 @@ class Session:
         return None
 
     def _make_monitor(self) -> UpdateMonitor:
-        """Make a monitor with the state so far, or without it if it cannot be restored."""
+        """Make a monitor and restore its state; without a valid state, it begins anew."""
         monitor = UpdateMonitor(
             self._module,
             self._records.append,
@@ -338,7 +339,7 @@ class Session:
 
 
 def _merge(records: Sequence[StepRecord]) -> StepRecord:
-    """Merge the records of a batch; of a layer in several records, the last one counts."""
+    """Merge the records of a batch; a layer in several records has its figures in the last."""
     last = records[-1]
     if len(records) == 1:
         return last

@@ -1,4 +1,4 @@
-"""`HostGroup`: all ranks of a run on their hosts, beside the groups that train."""
+"""`HostGroup`: a gloo group of all ranks for AltGrad alone, on the CPU."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from altgrad.observation.observer import RankError
 
 
 class LostRankError(RankError):
-    """A rank does not answer, or is in another call."""
+    """An error of a rank that does not answer, or that makes another call."""
 
 
 class HostGroup:
-    """A group of all ranks on their hosts, which is empty until they `meet`.
+    """A gloo group of all ranks, separate from the groups that train. `meet` connects it.
 
-    Gloo reduces numbers; every rank must know their count, or gloo aborts the process. The store of
-    the ranks exchanges texts of any length. A wait ends at half of the time limit of the training's
-    group: a rank that waits for this one in the training then stays within its own limit.
+    Gloo reduces tensors on the CPU. Their length must be equal on all ranks, or gloo aborts the
+    process. Texts of any length go through the key-value store of torch.distributed. The time limit
+    is half of that of the training's group, so that a late rank fails here before it fails there.
 
     Attributes:
-        rank, size: The number of this rank, and of all.
-        lost: Why texts are refused, such as a rank that did not answer; empty if nothing is wrong.
+        rank: The number of this rank.
+        size: The number of ranks.
+        lost: Why the group cannot be used, such as a rank that did not answer; empty if it can.
 
     Raises:
         RuntimeError: There is no process group.
@@ -47,14 +48,14 @@ class HostGroup:
         self.lost = "the ranks that share the parameters have not met yet: attach() on each first"
 
     def meet(self) -> None:
-        """Wait for all ranks, and begin anew.
+        """Make the group anew, once all ranks have called this method.
 
-        Each rank draws a name, and the names of all become the address of what they exchange. A
-        rank that was alone and left is therefore not met later. The group is in no table of
-        torch.distributed, which numbers the groups of a training.
+        Each rank draws a random name, and the names of all ranks form the prefix of their keys in
+        the store. A rank that gave up earlier has another prefix, and cannot join by mistake. The
+        group is not registered with torch.distributed, whose numbering of groups stays the same.
 
         Raises:
-            LostRankError: A rank did not come.
+            LostRankError: A rank has not called this method in time.
         """
         c10d: Any = torch.distributed.distributed_c10d
         self._limit = _find_limit(torch.distributed.group.WORLD) / 2
@@ -74,7 +75,7 @@ class HostGroup:
         self._place, self._last_key, self.lost = (0, 0), "", ""
 
     def reduce(self, numbers: Tensor, how: str) -> None:
-        """Replace each number by its "SUM" or "MAX" over all ranks.
+        """Replace each number by its sum or maximum over all ranks.
 
         Args:
             numbers: On the CPU, of the same shape and dtype on every rank.
@@ -90,11 +91,11 @@ class HostGroup:
         self._place = self._place[0] + 1, 0
 
     def gather(self, call: str, value: object) -> list[Any]:
-        """Return the value of every rank, once all are in the same call.
+        """Return the values of all ranks, once all ranks make the same call.
 
         Args:
-            call: The call that all ranks have to make.
-            value: Plain data, for JSON.
+            call: Name of the call, such as ``state_dict()``, for errors.
+            value: Value of this rank, which `json.dumps` accepts.
 
         Raises:
             LostRankError: A rank does not answer, is in another call, or was lost before.
@@ -119,7 +120,7 @@ class HostGroup:
         return [each for _, each in said]
 
     def _exchange(self, store: Any, key: str, text: str) -> list[bytes]:
-        """Return the texts of all ranks."""
+        """Put the text of this rank in the store, and return the texts of all ranks."""
         keys = [f"{key}/{rank}" for rank in range(self.size)]
         store.set(keys[self.rank], text)
         try:
@@ -145,7 +146,7 @@ class HostGroup:
 
 
 def _find_limit(world: Any) -> timedelta:
-    """Return how long a group waits, for which torch has no public name."""
+    """Return the timeout of a process group, which torch keeps under a private name."""
     devices: list[torch.device] = world._device_types  # noqa: SLF001
     device = next((each for each in devices if each.type != "cpu"), devices[0])
     options = world._get_backend(device).options  # noqa: SLF001

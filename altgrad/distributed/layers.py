@@ -1,4 +1,4 @@
-"""`ShardedLayers`: which elements of each layer of a model this rank holds."""
+"""`ShardedLayers`: find which elements of each layer of a model this rank holds."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from altgrad.distributed.step_message import Expected
 
 
 class ShardedLayers:
-    """The shards of all layers of a model, as their placements say; it asks no other rank.
+    """The local shards of all layers of a model, found from DTensor placements.
+
+    Nothing here communicates with other ranks.
 
     Args:
-        choose_indices: From a name and a shape to the elements that all ranks together measure, as
-            int64 flat indices on the CPU; None for all elements.
+        choose_indices: Function of a layer's name and shape. It returns the elements that all ranks
+            together measure, as indices into the flattened layer, int64 (elements) on the CPU. None
+            for all elements.
         rank: The number of this rank.
     """
 
@@ -38,7 +41,7 @@ class ShardedLayers:
         return self._shards[name]
 
     def read(self, parameters: Mapping[str, Tensor]) -> None:
-        """Read the shards of parameters that are new, or are placed otherwise now.
+        """Read the shards of parameters that are new or have another placement than before.
 
         Raises:
             ValueError: The placements of a parameter do not say which elements this rank holds: see
@@ -52,12 +55,12 @@ class ShardedLayers:
                 self._expected.pop(name, None)
 
     def known(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the parameters that are placed as they were when they were read."""
+        """Return the parameters whose placement has not changed since `read`."""
         placed = self._placed
         return {n: p for n, p in parameters.items() if placed.get(n) == _placed(p)}
 
     def describe(self, name: str) -> str:
-        """Return how a layer is placed, in words."""
+        """Return the placements of a layer as a text."""
         return str(self._placed[name][2])
 
     def part(self, name: str, indices: Tensor | None) -> Part:
@@ -65,20 +68,21 @@ class ShardedLayers:
 
         Args:
             name: Name of the layer.
-            indices: int64, flat indices of the elements that all ranks measure; None for all.
+            indices: Elements that all ranks together measure, as indices into the flattened layer,
+                int64 (elements). None for all elements.
 
         Returns:
-            Flat indices in the layer and in the local shard, and positions in `indices`; empty for
-            a layer that has not been read.
+            For each element its index in the flattened layer, its index in the flattened local
+            shard, and its position in `indices`. Empty for a layer that has not been read.
         """
         return self._shards[name].find_part(indices) if name in self else empty_part()
 
     def measured_part(self, name: str) -> Part:
-        """Return the elements of a layer that are measured here."""
+        """Return the elements of a layer that this rank measures."""
         return self.part(name, self._choose_indices(name, self._shards[name].shape))
 
     def expected(self, names: Iterable[str]) -> dict[str, Expected]:
-        """Return how many elements of each layer all ranks together measure, and of how many."""
+        """Return the population of each layer, and how many of its elements are measured."""
         for name in names:
             if name not in self._expected:
                 shape = self._shards[name].shape
@@ -88,10 +92,10 @@ class ShardedLayers:
         return {name: self._expected[name] for name in names}
 
     def torn(self, names: Iterable[str], block_sizes: Sequence[int]) -> list[str]:
-        """Return the layers of which several ranks hold parts of a block that shares a scale.
+        """Return the layers in which a block that shares a scale lies on several ranks.
 
         Args:
-            names: The layers to ask for.
+            names: Names of the layers to check.
             block_sizes: Sizes of the blocks, in elements along the last dimension.
         """
         return [n for n in names if any(self._shards[n].tears(size) for size in block_sizes)]
@@ -109,6 +113,6 @@ class ShardedLayers:
 
 
 def _placed(parameter: Any) -> tuple[Any, ...]:
-    """Return what decides which elements of a parameter this rank holds."""
+    """Return shape, dtype, placements and mesh, which decide what this rank holds."""
     mesh = getattr(parameter, "device_mesh", None)
     return parameter.shape, parameter.dtype, getattr(parameter, "placements", None), mesh

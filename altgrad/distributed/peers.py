@@ -34,7 +34,7 @@ class StepSums(NamedTuple):
         present: The layers that the optimizer stepped.
         found_inf: Whether a fused optimizer under a GradScaler found gradients that are not finite.
         skipped: Why the step moved no weight; None if it did.
-        error: What failed on this rank.
+        error: The error of this rank; None if nothing failed.
     """
 
     seconds: tuple[float, float]
@@ -47,7 +47,7 @@ class StepSums(NamedTuple):
 
 
 class Peers(Protocol):
-    """The ranks that observe the same steps as this rank, and what they do together.
+    """The ranks that observe the same steps as this rank, with all that they exchange.
 
     Attributes:
         rank: The number of this rank.
@@ -58,26 +58,29 @@ class Peers(Protocol):
     size: int
 
     def attach(self, check: Callable[[], Sequence[Optimizer]]) -> None:
-        """Meet the other ranks, and make sure that all are about to observe the same.
+        """Wait for the other ranks, and check that all have the same layers, settings and states.
 
         Args:
-            check: Returns the optimizers that are to be attached, or raises why they cannot be.
+            check: Function that returns the optimizers to attach. It raises an error if they cannot
+                be observed.
 
         Raises:
-            Exception: What `check` raises on this rank.
-            ValueError: Another rank cannot attach, or is about to observe something else.
+            Exception: `check` raises this error on this rank.
+            ValueError: Another rank cannot attach, or has other layers, settings or states.
             LostRankError: A rank has not called this method.
         """
 
     def before_step(self, optimizer: Optimizer) -> bool:
-        """Compare with the other ranks what has changed, before an observed step.
+        """Check before an observed step that layers have changed on all ranks or on none.
+
+        Ranks communicate only if layers of this rank have changed.
 
         Returns:
-            Whether all ranks are to look for layers that are new.
+            True if there may be new layers, on all ranks.
 
         Raises:
-            DisagreementError: It has not changed alike.
-            LostRankError: It has changed on this rank alone.
+            DisagreementError: The layers of another rank have changed in another way.
+            LostRankError: Layers have changed on this rank alone.
         """
 
     def part(self, name: str, indices: Tensor | None) -> Part:
@@ -85,18 +88,19 @@ class Peers(Protocol):
 
         Args:
             name: Name of the layer.
-            indices: int64, flat indices of the elements that all ranks measure; None for all.
+            indices: Elements that all ranks together measure, as indices into the flattened layer,
+                int64 (elements). None for all elements.
         """
 
     def known(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the parameters by name that are placed on ranks as they were at `attach`."""
+        """Return, by name, the parameters whose placement has not changed since `attach`."""
 
     def agreed(self, stepped: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return the parameters that all ranks step, in the same order on every rank.
 
         Args:
-            stepped: Returns those that the optimizers of this rank step now. Not called if ranks
-                share the parameters, since they may differ in it.
+            stepped: Function that returns the parameters that optimizers of this rank step now. It
+                is not called if ranks share the parameters, because its results may differ.
 
         Returns:
             The parameters by name.
@@ -105,7 +109,7 @@ class Peers(Protocol):
     def amax(
         self, parameters: Mapping[str, Tensor], scaling: Scaling | None
     ) -> tuple[Sequence[Tensor], Sequence[bool]]:
-        """Return the amax of whole parameters; all ranks call it at once, for one MAX.
+        """Return the amax of whole parameters, by one MAX all-reduce; all ranks call this method.
 
         Args:
             parameters: Parameters by name.
@@ -117,16 +121,17 @@ class Peers(Protocol):
         """
 
     def hold_errors(self) -> AbstractContextManager[None]:
-        """Keep an error within a ``with`` block for the next `combine`, where other ranks wait.
+        """Keep an error of a ``with`` block until `combine`, which raises it on all ranks.
 
-        A rank alone raises it at once.
+        Otherwise, other ranks would wait in `combine` for this one. A rank that shares no
+        parameters raises the error at once.
         """
 
     def take_error(self) -> Exception | None:
-        """Return the error that is kept for the next `combine`, and forget it."""
+        """Return the error that `hold_errors` keeps, and delete it here; None without an error."""
 
     def combine(self, optimizer: Optimizer, index: int, local: StepSums) -> StepSums:
-        """Return the sums of all ranks, of the layers that were stepped; one SUM and one MAX.
+        """Combine the sums of all ranks in an observed step, by one SUM and one MAX all-reduce.
 
         Args:
             optimizer: The optimizer that stepped.
@@ -134,18 +139,19 @@ class Peers(Protocol):
             local: The sums of this rank.
 
         Raises:
-            Exception: What failed on a rank alone.
-            RankError: One of several ranks has failed, or they do not observe the same.
+            Exception: This rank has failed, and shares no parameters with others.
+            RankError: One of several ranks has failed, or ranks observe different steps or layers.
             LostRankError: A rank does not answer.
         """
 
     def total(self, find: Callable[[], Tensor], count: int) -> Tensor:
-        """Return the sum of each number over all ranks, in a call beside steps.
+        """Return the sum of each number over all ranks; call this method between steps.
 
         Args:
-            find: Returns the numbers of this rank, float64 (count) on the host. If it raises while
-                other ranks wait, they do not count, and the next step reports the error.
-            count: How many there are.
+            find: Function that returns the numbers of this rank, float64 (count) on the host. If it
+                fails while other ranks wait, these numbers are left out, and the next step reports
+                the error.
+            count: How many numbers each rank has.
 
         Returns:
             float64 (count) on the host.
@@ -158,12 +164,12 @@ class Peers(Protocol):
     def whole_history(
         self, here: dict[str, PackedBits], names: Sequence[str], kinds: int
     ) -> dict[str, PackedBits]:
-        """Return what the elements of each layer have done so far, on whichever rank.
+        """Return the ever-moved flags of whole layers, gathered from the shards of all ranks.
 
         Args:
-            here: What the elements of local shards have done, by layer.
-            names: The layers.
-            kinds: Number of bits of each element.
+            here: Flags of the elements on this rank, by layer.
+            names: Names of the layers.
+            kinds: Number of flags of each element, 1 + formats.
 
         Returns:
             Packed bits of shape (kinds, elements) by layer, equal on all ranks.
@@ -180,13 +186,13 @@ class Peers(Protocol):
             names: The layers.
 
         Returns:
-            By layer, how many elements all ranks measure, and int64 positions among these. Empty
-            if no layer is sharded.
+            For each layer the number of elements that all ranks together measure, and the positions
+            among these of those on this rank, int64. Empty if no layer is sharded.
         """
 
 
 class Alone(Peers):
-    """A rank that holds all of the parameters, and has nobody to agree with."""
+    """A rank that holds whole parameters, and communicates with no other rank."""
 
     rank = 0
     size = 1

@@ -22,14 +22,15 @@ from altgrad.observation.observer import RankError, describe_error
 
 
 class DisagreementError(RankError, ValueError):
-    """The ranks are not about to observe the same; every one of them raises it."""
+    """Ranks have different layers, settings or states; every rank raises this error."""
 
 
 class Ranks(Peers):
-    """A rank among others, and the errors that all of them report.
+    """A rank that shares parameters with others, and raises the same errors as they do.
 
     Attributes:
-        rank, size: The number of this rank, and of all.
+        rank: The number of this rank.
+        size: The number of ranks.
         group: The group of all ranks.
     """
 
@@ -57,12 +58,12 @@ class Ranks(Peers):
         return torch.tensor(each, dtype=torch.float64, device="cpu").sum(0)
 
     def maximum(self, find: Callable[[], Tensor], count: int) -> Tensor:
-        """Return the maximum of each number over all ranks; one MAX.
+        """Return the maximum of each number over all ranks, by one MAX all-reduce.
 
         Args:
-            find: Returns the numbers of this rank. If it raises, they do not count, and every rank
-                reports the error in the next step.
-            count: How many there are.
+            find: Function that returns the numbers of this rank. If it fails, this rank's numbers
+                are left out, and every rank reports the error in the next step.
+            count: How many numbers each rank has.
 
         Returns:
             float64 (count) on the host.
@@ -77,14 +78,14 @@ class Ranks(Peers):
         return numbers
 
     def merge(self, message: StepMessage, local: StepSums) -> StepSums:
-        """Return the sums of all ranks in a step; one SUM and one MAX.
+        """Return the sums of all ranks in a step, by one SUM and one MAX all-reduce.
 
         Args:
-            message: The message of this step, which is empty.
+            message: The message for this step, before `pack`.
             local: The sums of this rank, or its error.
 
         Raises:
-            RankError: A rank has failed, or ranks do not observe the same.
+            RankError: A rank has failed, or ranks observe different steps or layers.
             LostRankError: A rank does not answer.
         """
         lost = LostRankError(self.group.lost) if self.group.lost else None
@@ -106,15 +107,15 @@ class Ranks(Peers):
         return message.unpack(self.rank)
 
     def check_alike(self, call: str, describe: Callable[[], Sequence[str]]) -> None:
-        """Raise an error unless all ranks are about to observe the same.
+        """Raise an error unless all ranks have the same layers, settings and states.
 
         Args:
-            call: The call in which all ranks are.
-            describe: Returns all that has to be alike, each thing in words, or raises why this rank
-                cannot observe it.
+            call: Name of the call that all ranks make, such as ``attach()``, for errors.
+            describe: Function that returns a text for each layer, setting and state. It raises an
+                error if this rank cannot observe the run.
 
         Raises:
-            DisagreementError: A rank cannot observe it, or has another description.
+            DisagreementError: A rank cannot observe the run, or its texts differ from rank 0's.
             LostRankError: A rank does not answer.
         """
         description: Sequence[str] = ()
@@ -134,7 +135,7 @@ class Ranks(Peers):
 
 
 def _describe_difference(descriptions: Sequence[Sequence[str]]) -> str:
-    """Say what the first rank that differs has otherwise than rank 0."""
+    """Return an error message: what differs between rank 0 and the first rank unlike it."""
     first = descriptions[0]
     rank, other = next((rank, each) for rank, each in enumerate(descriptions) if each != first)
     missing = few([each for each in first if each not in other], "; ")

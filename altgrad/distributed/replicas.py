@@ -1,4 +1,4 @@
-"""Find layers of which ranks have different replicas: experts, or models of their own."""
+"""Find layers whose replicas differ between ranks, as in experts or separate models."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ _TOLERANCE = 0.01
 def find_different_replicas(
     parameters: Mapping[str, Tensor], find_shard: Callable[[str], Shard], ranks: Ranks
 ) -> list[str]:
-    """Return the names of layers of which ranks have different replicas.
+    """Return the names of layers whose replicas differ between ranks.
 
-    Up to 16 values of each replica are compared, in one MAX. Without replicas there is none.
+    Up to 16 values of each replica are compared, by one MAX all-reduce. Without replicas, ranks do
+    not communicate.
 
     Args:
-        parameters: Parameters by name, alike on all ranks.
-        find_shard: Returns the local shard of a layer.
-        ranks: The ranks.
+        parameters: Parameters by name, in the same order on all ranks.
+        find_shard: Function that returns the local shard of a layer, given its name.
+        ranks: The ranks that share the parameters.
     """
     shards = {name: find_shard(name).part for name in parameters}
     counts = {name: count for name, (_, count) in shards.items() if count < ranks.size}
@@ -35,7 +36,7 @@ def find_different_replicas(
         return []
 
     def find() -> Tensor:
-        """Put this rank's numbers in the place of its shard, and −inf elsewhere."""
+        """Return numbers for all shards: those of this rank's shard, and −inf for other shards."""
         each = [torch.full((3, n), -torch.inf, device="cpu").double() for n in counts.values()]
         local = _sample(to_local_tensors(parameters[name].detach() for name in counts))
         for place, name, values in zip(each, counts, local, strict=True):
@@ -49,7 +50,7 @@ def find_different_replicas(
 
 
 def _sample(shards: list[Tensor]) -> list[Tensor]:
-    """Return some elements of each local shard and a 0, float64 (elements) on the host."""
+    """Return a few elements of each local shard, then a 0; float64 (elements) on the host."""
     flat = [each.reshape(-1) for each in shards]
     some = [each[:: max(1, -(-len(each) // _SAMPLED))].double() for each in flat]
     on_host = torch.cat([each.to(some[0].device) for each in some]).cpu()

@@ -21,12 +21,15 @@ Held = range | Tensor
 
 
 class Part(NamedTuple):
-    """The part of some elements of a parameter that one rank measures.
+    """The measured elements of a parameter that one rank contributes.
 
     Attributes:
-        indices: int64, flat indices into the whole parameter; None for all of it.
-        local: int64, flat indices of the same elements into the local shard; None for all of it.
-        positions: int64, positions of these among the elements asked for; None for all of them.
+        indices: Index of each element in the flattened whole parameter, int64 (elements). None for
+            the whole parameter.
+        local: Index of each element in the flattened local shard, int64 (elements). None for the
+            whole shard.
+        positions: Position of each element in the argument of `Shard.find_part`, int64 (elements).
+            None for all positions.
     """
 
     indices: Tensor | None
@@ -35,16 +38,23 @@ class Part(NamedTuple):
 
 
 def empty_part() -> Part:
-    """Return the part that has no element; not a constant, which would be on the default device."""
+    """Return a part without elements, on the CPU."""
     return Part(*[torch.empty(0, dtype=torch.int64, device="cpu")] * 3)
 
 
 class _Cut(NamedTuple):
-    """A division of one dimension of a tensor by one dimension of a mesh."""
+    """A division of one dimension of a tensor by one dimension of a device mesh.
+
+    Attributes:
+        parts: Size of the mesh dimension: the number of parts.
+        own: Number of the part that this rank holds.
+        pieces: Number of pieces, each of which is divided into `parts`: the ``split_factor`` of a
+            ``_StridedShard`` of torch, else 1.
+    """
 
     parts: int
     own: int
-    pieces: int = 1  # each of so many is divided, where another dimension divides it later
+    pieces: int = 1
 
 
 class Shard(NamedTuple):
@@ -53,9 +63,10 @@ class Shard(NamedTuple):
     Attributes:
         shape: Shape of the whole parameter.
         held: Indices that this rank holds along each dimension.
-        counts: True if this rank contributes the shard, and not another one with a replica.
-        last_cuts: Divisions of the last dimension.
-        part: Number of the shard and number of all shards; ranks with the same one hold replicas.
+        counts: True if this rank measures the shard. Other ranks with a replica have False.
+        last_cuts: Divisions of the last dimension, in order.
+        part: Number of this shard, and number of all shards. Ranks with the same number hold
+            replicas.
     """
 
     shape: torch.Size
@@ -66,7 +77,7 @@ class Shard(NamedTuple):
 
     @classmethod
     def read(cls, name: str, parameter: Any, rank: int) -> Shard:
-        """Read the shard of a parameter; a parameter that is no DTensor is whole on every rank.
+        """Find which elements of a parameter this rank holds: all, unless it is a DTensor.
 
         Args:
             name: Name of the layer, for errors.
@@ -120,10 +131,11 @@ class Shard(NamedTuple):
         return cls(shape, held, counts, cuts[-1] if cuts else (), part)
 
     def find_part(self, indices: Tensor | None) -> Part:
-        """Return which of some elements this rank contributes.
+        """Return which of the given elements this rank measures.
 
         Args:
-            indices: Ascending flat indices of the whole parameter, on the CPU.
+            indices: Ascending indices into the flattened whole parameter, int64 (elements) on the
+                CPU. None for all elements.
         """
         if not self.counts:
             return empty_part()
@@ -141,9 +153,9 @@ class Shard(NamedTuple):
         return Part(indices[positions], local[positions], positions)
 
     def tears(self, block: int) -> bool:
-        """Return whether several ranks hold parts of a block of neighbours in the last dimension.
+        """Return whether a block of neighbours in the last dimension lies on several ranks.
 
-        The answer is the same in all of them.
+        All ranks return the same.
         """
         each = [[cut._replace(own=own) for own in range(cut.parts)] for cut in self.last_cuts]
         held = [_held(self.shape[-1], cuts) for cuts in itertools.product(*each)]
@@ -165,10 +177,10 @@ class Shard(NamedTuple):
 
 
 def _dimension(placement: Any) -> int | None:
-    """Return the dimension of the tensor that a mesh dimension with this placement divides.
+    """Return the tensor dimension that a placement divides; None for a replica.
 
-    One that divides each piece of another's division, as fully_shard does after tensor
-    parallelism, has a private class; all have a `dim`.
+    `fully_shard` after tensor parallelism uses a placement of a private class, so that the result
+    is read from the attribute `dim`, which all such classes have.
     """
     if placement.is_partial():
         return None
@@ -179,7 +191,7 @@ def _dimension(placement: Any) -> int | None:
 def _cuts(
     shape: torch.Size, placements: Sequence[Any], mesh: Sequence[int], coordinate: Sequence[int]
 ) -> list[tuple[_Cut, ...]]:
-    """Return the cuts of each dimension of a tensor, in the order in which they are made."""
+    """Return the divisions of each dimension of a tensor, in the order of the mesh."""
     cuts: list[list[_Cut]] = [[] for _ in shape]
     for placement, parts, own in zip(placements, mesh, coordinate, strict=True):
         dimension = _dimension(placement)
@@ -205,13 +217,13 @@ def _held(size: int, cuts: Sequence[_Cut]) -> Held:
 
 
 def _chunk(held: Held, parts: int, own: int) -> Held:
-    """Return one chunk as torch.chunk divides: all of one length, the last shorter or empty."""
+    """Return chunk number `own` of `parts`, with the lengths that torch.chunk gives."""
     length = -(-len(held) // parts)
     return held[min(own * length, len(held)) : min((own + 1) * length, len(held))]
 
 
 def _find(indices: Tensor, held: Held) -> tuple[Tensor, Tensor]:
-    """Return the position of each index among those that are held, and whether it is held."""
+    """Return the position of each index in `held`, and True for each index that is in `held`."""
     if isinstance(held, range):
         return indices - held.start, (indices >= held.start) & (indices < held.stop)
     if not len(held):

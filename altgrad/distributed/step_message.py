@@ -23,28 +23,29 @@ _HEADER = 7
 
 
 class Expected(NamedTuple):
-    """A count of the elements of a layer, and of those that all ranks together measure."""
+    """The population of a layer, and the number of elements that all ranks together measure."""
 
     population: int
     elements: int
 
 
 class StepMessage:
-    """The sums of one rank in an observed step; those of all ranks after two all-reduces.
+    """The numbers that a rank exchanges in an observed step: its sums, maxima and a header.
 
-    The length does not depend on the step, so that messages of ranks in different steps can meet,
-    and the difference is found. A message that is not packed says that its rank has failed.
+    Two all-reduces turn them into those of all ranks. The length is the same in every step, so that
+    ranks in different steps can reduce their messages, and see in the header that steps differ.
+    Until `pack` is called, the message says that its rank has failed.
 
     Args:
         step: The step in words.
-        layers: What all ranks measure of each layer, in the same order on every rank.
+        layers: For each layer the elements to expect, in the same order on every rank.
         rows: Number of layers that any step may have.
         formats: Number of formats.
 
     Attributes:
         step: The `step` argument.
         sums: float64 (rows, columns), to be reduced by SUM.
-        maxima: float64 (numbers), to be reduced by MAX: of the layers, then the header.
+        maxima: float64 (numbers), to be reduced by MAX: the maxima of the layers, then the header.
     """
 
     def __init__(self, step: str, layers: Mapping[str, Expected], rows: int, formats: int) -> None:
@@ -59,11 +60,11 @@ class StepMessage:
         self._header[0] = True
 
     def pack(self, local: StepSums) -> None:
-        """Put in what this rank measured.
+        """Write what this rank measured to the message.
 
         Raises:
             Exception: The error of this rank, if it has failed.
-            RuntimeError: The ranks have not agreed on a layer.
+            RuntimeError: A layer is unknown to the other ranks.
         """
         if local.error is not None:
             raise local.error

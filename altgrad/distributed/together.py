@@ -29,7 +29,7 @@ from altgrad.quantization.scale_groups import compute_layer_amaxes
 
 
 class Watched(Protocol):
-    """A description of what this rank is about to observe, for its peers.
+    """The layers and settings that this rank observes, as other ranks need to know them.
 
     Attributes:
         formats: The formats that are judged.
@@ -60,24 +60,24 @@ class Watched(Protocol):
         """
 
     def describe(self) -> list[str]:
-        """Return settings, sampling and state in words, which must be equal on all ranks."""
+        """Return settings, sampling and state as texts, which must be equal on all ranks."""
 
     def leave_out(self, names: Sequence[str], why: str) -> None:
-        """Stop observing some layers, and give a notice.
+        """Stop observing some layers, and warn the user.
 
         Args:
             names: Names of the layers.
-            why: The notice.
+            why: The text of the warning.
         """
 
 
 class Together(Ranks):
-    """The ranks of a run whose parameters are sharded, from `attach` on.
+    """The ranks of a run with sharded parameters, which observe each step together.
 
-    The ranks agree on the layers before they measure: otherwise messages would differ in length.
+    Ranks compare their layers before they measure, because all-reduces need equal lengths.
 
     Args:
-        watched: What this rank is about to observe.
+        watched: The layers and settings of this rank.
 
     Raises:
         RuntimeError: There is no process group.
@@ -115,7 +115,7 @@ class Together(Ranks):
         return are_new
 
     def _agree(self, call: str, find: Callable[[], Sequence[Optimizer]]) -> None:
-        """Compare with the other ranks all that steps of some optimizers depend on."""
+        """Check that all ranks have the same layers, optimizers and settings for the next steps."""
         stepped: list[tuple[str, ...]] = []
 
         def describe() -> list[str]:
@@ -151,7 +151,7 @@ class Together(Ranks):
             )
 
     def _leave_out_different_replicas(self) -> None:
-        """Compare replicas when weights are sure to be those that are trained."""
+        """Stop observing layers whose replicas differ between ranks, such as experts."""
         if different := find_different_replicas(self.agreed(dict), self._layers.shard, self):
             self._watched.leave_out(
                 different,
@@ -245,7 +245,7 @@ class Together(Ranks):
         return {name: (shape, each.clone()) for (name, shape), each in pairs if each.any()}
 
     def _joined(self, bits: Tensor) -> Tensor:
-        """Return the bits, uint8, that are set on any rank; few are on each, which pack well."""
+        """Combine the bits of all ranks by OR, uint8 (bytes); they travel compressed."""
         packed = b64encode(zlib.compress(bytes(bits.tolist()), 1)).decode()
         for each in self.group.gather("state_dict()", packed):
             said = torch.frombuffer(bytearray(zlib.decompress(b64decode(each))), dtype=torch.uint8)

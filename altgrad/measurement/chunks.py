@@ -73,10 +73,10 @@ def as_row(flat: tuple[Tensor, ...]) -> Rows:
 
 
 def slice_flags(ever: EverMoved, start: int, count: int) -> EverMoved:
-    """View the flags of a chunk; the kernel updates the flags of the whole layer through it.
+    """Return a view of a chunk's ever-moved flags, which the kernel updates in place.
 
     Args:
-        ever: Flags of one row, bool (1, 1 or formats, elements).
+        ever: Ever-moved flags of a layer as one row, bool (1, 1 or formats, elements).
         start: Position of the chunk's first element.
         count: Number of elements in the chunk.
 
@@ -107,7 +107,7 @@ def _number_blocks(sample: Sample, block: int) -> Tensor:
 
 
 def _lengths(blocks: Tensor, size: int) -> list[int]:
-    """Return lengths of up to `size` elements for chunks that end where a block ends."""
+    """Return the lengths of chunks of up to `size` elements that do not divide a block."""
     ends = [*((blocks[1:] != blocks[:-1]).nonzero().flatten() + 1).tolist(), len(blocks)]
     lengths, start, last = [], 0, 0  # `last`: where the latest block that fits ends
     for end in ends:

@@ -20,7 +20,7 @@ from altgrad.measurement.metrics import FORMULAS, Estimate
 
 
 def _octaves(name: str) -> tuple[str, ...]:
-    """Name the bins but the first, whose count is the other elements that are counted."""
+    """Return the names of all bins but the first; its count is the total minus the others."""
     return tuple(f"{name}[{bin}]" for bin in range(1, OCTAVES))
 
 
@@ -97,7 +97,7 @@ A cluster holds blocks that were drawn together; A and B are the sums of a and b
 
 
 def _products(metrics: tuple[str, ...]) -> tuple[str, ...]:
-    """Name the sums over clusters of some metrics."""
+    """Return the names of the sums over clusters of some metrics."""
     return tuple(f"{name} {product}" for name in metrics for product in PRODUCTS)
 
 

@@ -1,12 +1,12 @@
-"""Keep which elements of a layer have ever moved, for layers outside of an arena.
+"""`EverMovedStore`: remember which elements of each layer have moved in any observed step.
 
-The metric `never_moved_frac` needs two kinds of flags for each element, over all observed steps:
-whether it has had an update, and whether an update was effective in each format. Layers that a
-monitor measures together keep their flags in `altgrad.monitor.arena`. `EverMovedStore` keeps all
-other flags: of layers too large for an arena, of layers whose arena was freed, and restored ones.
+The metric `never_moved_frac` needs flags for each element: whether an update moved it, and for each
+format whether an effective update did. The flags of a layer are bool (1 + formats, elements), with
+row 0 for updates and a row for each format. A `state_dict` holds one bit for each flag.
 
-Flags are bool (1 + formats, elements): row 0 for updates, then a row for each format. A state holds
-them with one bit for each flag.
+Small layers, which a monitor measures together, have their flags in `altgrad.monitor.arena`, next
+to their copies. The store has all other flags: those of large layers, of layers whose arena was
+freed, and restored ones.
 
 Read `kernel` first, where the flags are updated; `altgrad.monitor.arena` comes next.
 """
@@ -30,10 +30,10 @@ PackedBits = tuple[tuple[int, ...], Tensor]
 
 
 class EverMovedStore:
-    """The flags of layers by name: bool (1 + formats, elements).
+    """A store of flags, bool (1 + formats, elements) for each layer: which elements ever moved.
 
     Args:
-        warn: Callback with a notice for the user.
+        warn: Function that is called with each notice for the user.
     """
 
     def __init__(self, warn: Callable[[str], object]) -> None:
@@ -56,12 +56,12 @@ class EverMovedStore:
         self._flags[name] = ever
 
     def take(self, name: str, kinds: int, elements: int) -> Tensor | None:
-        """Return the flags of a layer, and forget them here.
+        """Return the flags of a layer, and delete them from this store.
 
         Args:
             name: The layer's name.
-            kinds: Number of rows, 1 + formats.
-            elements: Number of elements that are measured.
+            kinds: Number of rows of the flags, 1 + formats.
+            elements: Number of measured elements of the layer.
 
         Returns:
             The flags, bool (kinds, elements). None if no flags are kept or their shape differs; in
@@ -82,12 +82,12 @@ class EverMovedStore:
     def get_row(self, name: str, kinds: int, elements: int, device: torch.device) -> EverMoved:
         """Return the flags of a layer as one row, for the kernel to update in place.
 
-        The flags stay here. They begin at False if no flags are kept or their shape differs.
+        The store keeps the flags. All flags are False if no flags are kept or their shape differs.
 
         Args:
             name: The layer's name.
-            kinds: Number of rows, 1 + formats.
-            elements: Number of elements that are measured.
+            kinds: Number of rows of the flags, 1 + formats.
+            elements: Number of measured elements of the layer.
             device: Device on which the layer is measured.
 
         Returns:
@@ -103,7 +103,8 @@ class EverMovedStore:
         """Return the flags of all layers, packed to bits.
 
         Args:
-            elsewhere: Name and flags of layers that are kept in an arena, to be included.
+            elsewhere: Name and flags of layers whose flags are in an `Arena` instead of this store.
+                The result includes these layers.
 
         Returns:
             The packed flags by name of the layer. Layers without a flag that is set are left out.
@@ -157,7 +158,7 @@ def check_packed_bits(state: Mapping[str, PackedBits]) -> None:
 def scatter_packed_bits(
     packed: PackedBits | None, shape: tuple[int, int], positions: Tensor
 ) -> Tensor:
-    """Return the bits of a whole layer, of which a rank knows some elements.
+    """Return the packed flags of a whole layer, from those of the elements on this rank.
 
     Args:
         packed: The packed flags of the known elements; None if there are none.

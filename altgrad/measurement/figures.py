@@ -43,12 +43,12 @@ class Figures(Mapping[str, float]):
 
     @property
     def population(self) -> int:
-        """The number of elements that the figures stand for."""
+        """The number of elements of the whole layer or model, measured or not."""
         return self._table.counted[self._rows[None]][0]
 
     @property
     def elements(self) -> int:
-        """The number of elements that were measured."""
+        """The number of elements that were measured: all, or the sample."""
         return self._table.counted[self._rows[None]][1]
 
     def __getitem__(self, key: str) -> float:
@@ -145,9 +145,9 @@ class Figures(Mapping[str, float]):
         Args:
             key: ``"weights"``, ``"ulps"`` or ``"steps/{format}"``. The first is of abs(weight)
                 before the step, over the weights other than 0. The others are of abs(update), over
-                the elements that moved. Its unit is the last place of the weights' dtype, or the
-                format's stiffness. A weight on the grid stalls if its update is below half of the
-                stiffness: an octave below −1.
+                the elements that moved, in units of a spacing: for ``"ulps"`` that of the weights'
+                dtype, for ``"steps/{format}"`` that of the format. A weight on the grid stalls if
+                its update is below half of the format's spacing: an octave below −1.
 
         Raises:
             KeyError: The histogram or the format is unknown; the message lists those that are
@@ -198,7 +198,7 @@ class Figures(Mapping[str, float]):
 def _error_places(
     known: tuple[str, ...], formats: tuple[str, ...], metrics: tuple[str, ...]
 ) -> tuple[tuple[str, int], ...]:
-    """Find the standard error of each metric and format in a table.
+    """Find the columns of a table that hold the standard error of each metric and format.
 
     Args:
         known: Names of the formats of the table.
@@ -206,7 +206,7 @@ def _error_places(
         metrics: Names of the metrics to find.
 
     Returns:
-        Pairs of a format and a column of the table's errors.
+        Pairs of a format and a column of the table's errors, for each format and metric.
     """
     columns = error_columns(known)
     return tuple((each, columns[f"{name}/{each}"]) for each in formats for name in metrics)

@@ -69,8 +69,8 @@ class Rows(NamedTuple):
         before: Weights before the step, (rows, 1, columns); NaN where the row has no element.
         after: Weights after the step, (rows, 1, columns).
         gradient: The gradient as the optimizer applied it, (rows, 1, columns); None without one.
-        together: The three as one tensor, (rows, 3, columns), if they share memory and dtype; they
-            are then copied by one operation instead of three.
+        together: `before`, `after` and `gradient` as one tensor, (rows, 3, columns), to copy them
+            by one operation. None unless they share memory and dtype.
     """
 
     before: Tensor
@@ -80,11 +80,11 @@ class Rows(NamedTuple):
 
 
 class EverMoved(NamedTuple):
-    """The flags of each tracked element, over this and all earlier observed steps.
+    """The ever-moved flags of each element, over this and all earlier observed steps.
 
     Attributes:
         moved: True where the element has had an update other than 0, bool (rows, 1, columns).
-        effective: True where a format has kept part of one, bool (rows, formats, columns).
+        effective: True where a format has kept a part of an update, bool (rows, formats, columns).
     """
 
     moved: Tensor
@@ -120,16 +120,17 @@ def row_sums(
     histograms: Histograms,
     ever: EverMoved | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Measure rows on every grid.
+    """Measure the elements of each row, and what the grid of each format would keep of them.
 
     Args:
-        rows: The elements; they are not changed.
+        rows: Weights and gradients of the elements; they are not changed.
         grids: The grids of the formats, with the scale of each row. None without formats.
         dtype_grid: 2**-M for M mantissa bits, and the smallest normal number, of the dtype in which
             the weights are stored.
         buffers: Memory for the same number of rows, formats and columns; overwritten.
         histograms: Counts of octaves; updated in place.
-        ever: Flags of tracked elements; updated in place. None if elements are not tracked.
+        ever: Ever-moved flags of the elements; updated in place. None if never_moved_frac is not
+            measured.
 
     Returns:
         Sums and extrema, float64 (rows, columns) each. Columns of sums are ROW_SUMS,
@@ -306,11 +307,12 @@ def _format_sums(
 def _stochastic_sums(
     grids: Grids, rest: Tensor, gap: Tensor, stored: Tensor, effective: Tensor
 ) -> dict[str, Tensor]:
-    """Sum what stochastic rounding of a target would do.
+    """Sum the variance, and the probability to move, of weights under stochastic rounding.
 
-    It goes to the nearest point or to the neighbour beyond the target, at the distances abs(rest)
-    and gap − abs(rest); its variance is their product. A weight moves with the probability
-    abs(target − stored) / (gap on this side of stored), at most 1. Both are 0 at a top that clamps.
+    Stochastic rounding takes the target (the weight after the step) to one of the two grid points
+    around it. Their distances from the target are abs(rest) and gap − abs(rest), and the variance
+    is the product of these. A weight moves with the probability abs(target − stored) / (gap on this
+    side of stored), at most 1. Both are 0 where values are clamped to the largest one.
 
     Args:
         grids: The grids of the formats.
@@ -331,7 +333,7 @@ def _stochastic_sums(
 
 
 def _copy_values(rows: Rows, buffers: Buffers) -> None:
-    """Copy the rows to float64, by one operation if they lie together."""
+    """Copy the rows to float64, by one operation if `rows.together` is given."""
     if rows.together is not None:
         buffers.values.copy_(rows.together)
         return

@@ -36,14 +36,16 @@ class Batch(NamedTuple):
     """The rows of several layers that are stored in one dtype, prepared for many steps.
 
     Attributes:
-        rows: The elements.
+        rows: Weights before and after the step, and gradients, of the measured elements.
         layers: The layers that the rows belong to.
-        dtype_grid: 2**-M for M mantissa bits, and the smallest normal number, of the dtype.
+        dtype_grid: For the dtype of the weights: 2**-M for M mantissa bits, and its smallest normal
+            number.
         grids: The grids of the formats, with the scale of each row. None without formats, or if
             `sharing` is set.
         sharing: Which elements of all rows, flattened, share a scale, and the amaxes. None if each
             row has one scale per format.
-        ever: Flags of the elements, updated at each step. None if elements are not tracked.
+        ever: For each element, whether it has moved in any step so far; updated at each step. None
+            if never_moved_frac is not measured.
     """
 
     rows: Rows
@@ -273,10 +275,11 @@ class Measurer:
         Args:
             rows: The elements, in memory that each step is copied to.
             row_layers: Index of the layer of each row, int64 (rows).
-            counted: Number of elements of each whole layer, of those in the rows, and of clusters
-                that these were drawn in, float64 (layers, 3).
+            counted: For each layer the number of all its elements, of those in the rows, and of the
+                clusters in which these were drawn, float64 (layers, 3).
             scales: Scales, or which elements share them; see `with_scales`.
-            ever: Flags of the elements, updated at each step. None if they are not tracked.
+            ever: For each element, whether it has moved in any step so far; updated at each step.
+                None if never_moved_frac is not measured.
             clusters: The cluster of each row, int64 (rows), and the number of elements of each
                 row, float64 (rows), on any device. None if no elements were drawn in blocks.
 
@@ -293,12 +296,12 @@ class Measurer:
         return self.with_scales(batch, scales)
 
     def with_scales(self, batch: Batch, scales: Tensor | tuple[Sharing, Amaxes | None]) -> Batch:
-        """Return a batch with other scales.
+        """Return a copy of a batch with other scales.
 
         Args:
             batch: The batch; it is not changed.
-            scales: Scales, float64 (1 or rows, formats, 1). Otherwise, which elements share a
-                scale, and the amaxes.
+            scales: One scale for each row and format, float64 (1 or rows, formats, 1). For scales
+                that differ within a row, a pair: which elements share a scale, and the amaxes.
         """
         if isinstance(scales, tuple):
             return batch._replace(sharing=scales)

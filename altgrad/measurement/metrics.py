@@ -29,10 +29,10 @@ class Sums(Protocol):
     """
 
     def sum(self, name: str) -> Numbers:
-        """Return the column of SUMS or FORMAT_SUMS with a name."""
+        """Return the sum with this name, one of SUMS or FORMAT_SUMS, for each row."""
 
     def max(self, name: str) -> Numbers:
-        """Return the column of MAXIMA or FORMAT_MAXIMA with a name."""
+        """Return the maximum with this name, one of MAXIMA or FORMAT_MAXIMA, for each row."""
 
     def histogram(self, name: str) -> Numbers:
         """Return the number of elements in each octave.
@@ -102,9 +102,9 @@ class Share(Estimate):
     minus: str | None = None
 
     def squares(self, n: Sums) -> tuple[Numbers, Numbers, Numbers]:
-        """Return sums of products from two counts.
+        """Return Σ a², Σ a · b and Σ b² of a share, from two counts.
 
-        Each a and b is 0 or 1, and b is 1 where a is; all sums of products are counts, too.
+        Each a and b is 0 or 1, and b is 1 where a is 1. The sums of products are therefore counts.
 
         Args:
             n: The sums of some rows.
@@ -157,12 +157,12 @@ class KeptShare(Estimate):
 
 
 def _paired(n: Sums) -> Numbers:
-    """Count weights other than 0 that have a gradient; 0 unless all elements have one."""
+    """Count the weights other than 0; return 0 for a row in which gradients are missing."""
     return np.where(n.sum("gradients") == n.sum("finite"), n.sum("nonzero_weights"), 0.0)
 
 
 def _unless(is_none: Flags, value: Numbers) -> Numbers:
-    """Return the value, and NaN where `is_none` is True."""
+    """Return `value`, replaced by NaN where `is_none` is True."""
     return np.where(is_none, np.nan, value)
 
 
@@ -175,39 +175,39 @@ def _ratio(numerator: Numbers, denominator: Numbers) -> Numbers:
 
 
 def _per(count: str, total: str) -> Formula:
-    """Return a formula: a sum over a count."""
+    """Return the formula of a mean: the sum named `count`, divided by the count named `total`."""
     return lambda n: _ratio(n.sum(count), n.sum(total))
 
 
 def _per_pair(count: str) -> Formula:
-    """Return a formula: a sum over the number of weights other than 0 that have a gradient."""
+    """Return the formula of a mean over the weights that `_paired` counts."""
     return lambda n: _ratio(n.sum(count), _paired(n))
 
 
 def _rms(squares: str, total: str) -> Formula:
-    """Return a formula: the root of a mean of squares."""
+    """Return the formula of an RMS, from the sum named `squares` and the count named `total`."""
     return lambda n: np.sqrt(_ratio(n.sum(squares), n.sum(total)))
 
 
 def _norm_ratio(squares: str, over: str) -> Formula:
-    """Return a formula: a norm over another norm."""
+    """Return the formula of a ratio of two norms, from the names of two sums of squares."""
     # Roots first: the quotient of the squares may leave the range of float64.
     return lambda n: _ratio(np.sqrt(n.sum(squares)), np.sqrt(n.sum(over)))
 
 
 def _largest(name: str, among: str) -> Formula:
-    """Return a formula: a maximum; NaN where the count `among` is 0."""
+    """Return the formula of the maximum `name`; NaN where the count named `among` is 0."""
     return lambda n: _unless(n.sum(among) == 0, n.max(name))
 
 
 def _smallest(name: str, among: str) -> Formula:
-    """Return a formula: a minimum; NaN where the count `among` is 0."""
+    """Return the formula of the minimum `name`; NaN where the count named `among` is 0."""
     # A minimum is kept as the maximum of the negated quantity.
     return lambda n: _unless(n.sum(among) == 0, -n.max(f"minus_{name}"))
 
 
 def _median_octave(name: str, total: str, first: int) -> Formula:
-    """Return a formula: the middle of the octave that holds the lower median, as log2.
+    """Return the formula of a median: log2 of the middle of the octave with the lower median.
 
     Args:
         name: Name of the histogram.

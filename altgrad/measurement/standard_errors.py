@@ -90,9 +90,9 @@ def standard_errors(
 
     Args:
         sums: Results of `estimate_sums` for all estimates side by side, (rows, keys) each.
-        counted: Number of elements that each row stands for, number measured, and number of
-            clusters that these were drawn in, float64 (rows, 3).
-        members: Rows of the layers that a model's row stands for, by the model's row.
+        counted: For each row its population, its number of measured elements, and the number of
+            clusters in which these were drawn, float64 (rows, 3).
+        members: For each row of a model, the rows of the layers that form the model.
 
     Returns:
         Standard errors, float64 (rows, keys). They are 0 if all elements were measured. They are
@@ -111,7 +111,7 @@ def standard_errors(
 
 
 class _Spreads(NamedTuple):
-    """Sums over strata of which a part was drawn, float64 (rows, keys) each.
+    """Sums over sampled strata, float64 (rows, keys) each; a unit is a cluster or an element.
 
     Attributes:
         variance: Variance of Σ (a − ratio · b).
@@ -133,14 +133,15 @@ class _Spreads(NamedTuple):
 
 
 class _Strata:
-    """The layers, each a stratum; a model's row stands for all of its elements.
+    """The layers of a model as strata, from each of which elements or clusters were drawn.
 
     Args:
         sums: The sums of the estimates.
-        counted: Elements that each row stands for, elements measured, and clusters, (rows, 3).
+        counted: For each row its population, its number of measured elements, and the number of
+            clusters in which these were drawn, float64 (rows, 3).
 
     Attributes:
-        weights: Number of elements that each measured one stands for, float64 (rows, 1).
+        weights: Population over measured elements, float64 (rows, 1).
     """
 
     def __init__(self, sums: EstimateSums, counted: Numbers) -> None:
@@ -152,7 +153,7 @@ class _Strata:
         self._is_drawn = (elements < population) & (sums.b != 0)
 
     def spreads(self, ratios: Numbers) -> _Spreads:
-        """Return the spreads of each stratum about ratios, (rows, keys) or (keys)."""
+        """Return the sums of each stratum, with residuals about ratios, (rows, keys) or (keys)."""
         a, b, aa, ab, bb, carrying, _ = self._sums
         # Less the mean of the stratum: Σ (x − mean)² = Σ x² − (Σ x)² / units.
         residuals = aa - 2 * ratios * ab + ratios * ratios * bb

@@ -44,12 +44,12 @@ _HISTOGRAMS = {"ulps": slice(0, 1), "weights": slice(1, 2), "steps": slice(2, No
 class StepTable:
     """A table of sums and maxima, with the figures, errors and histograms that follow from them.
 
-    Each of these three is a matrix, computed for all rows when one entry is first read.
+    Each of the latter is a matrix, which is computed when one of its entries is first read.
 
     Args:
         formats: Names of the formats, in the order of their sums.
         vectors: Sums and maxima of each row, float64 (rows, columns) on the host.
-        members: Rows of the layers that a model's row stands for, by the model's row.
+        members: For each row of a model, the rows of the layers that form the model.
 
     Attributes:
         formats: The `formats` argument.
@@ -191,7 +191,7 @@ class StepTable:
 
     @functools.cached_property
     def counted(self) -> list[list[int]]:
-        """The number of elements that each row stands for, and the number measured for it."""
+        """The population of each row, and its number of measured elements."""
         pairs = self.vectors[:, [POPULATION, ELEMENTS]].tolist()
         counted = [[round(population), round(elements)] for population, elements in pairs]
         # A model's vector stands for all elements of its layers, and says so in both columns.
@@ -203,7 +203,7 @@ class StepTable:
         """Convert the vector of a row to other formats.
 
         Args:
-            formats: Names of the formats that the vector shall have.
+            formats: Names of the formats of the converted vector.
             row: Row of the layer or model.
 
         Returns:
@@ -230,8 +230,8 @@ class StepTable:
     def _octaves(self) -> Numbers:
         """The histograms of all rows, float64 (64, 2 + formats, rows): see _HISTOGRAMS.
 
-        A vector has 63 of the 64 octaves; the first one is the number that is counted less the
-        others.
+        A vector has the counts of 63 octaves. The count of the first octave is the total minus the
+        sum of these.
         """
         formats, stop, rows = len(self.formats), sum_count(len(self.formats)), len(self.vectors)
         layers = self.vectors[:, len(SUMS) - 2 * (OCTAVES - 1) : len(SUMS)]
@@ -245,7 +245,7 @@ class StepTable:
 
 
 def _by_key(layer_values: Sequence[Numbers], format_values: Sequence[Numbers]) -> Numbers:
-    """Put figures side by side: those of the layer, then those of each format in turn.
+    """Join figures in the order of their keys: of the layer, then of each format in turn.
 
     Args:
         layer_values: Figures of each metric of a layer, float64 (rows, 1) each.
@@ -261,7 +261,7 @@ def _by_key(layer_values: Sequence[Numbers], format_values: Sequence[Numbers]) -
 
 @functools.cache
 def _places(formats: int) -> Mapping[str, slice]:
-    """Return where each sum, and under ``"max …"`` each maximum, lies in vectors."""
+    """Return the columns of each sum in a vector, and of each maximum as ``"max NAME"``."""
     # Formats follow each other, so that a column of formats is a slice with a step:
     #   sums of the layer | a b c (format 0) | a b c (format 1)   ->   b is at [first + 1 :: 3]
     middle = sum_count(formats)
@@ -297,7 +297,7 @@ def error_columns(formats: tuple[str, ...]) -> Mapping[str, int]:
 
 
 def _merged(vectors: Numbers, layers: Sequence[int], middle: int) -> Numbers:
-    """Merge the vectors of layers, each weighted by its number of elements.
+    """Merge the vectors of layers to that of a model; sampled sums count population / elements.
 
     Args:
         vectors: Sums and maxima of all layers, float64 (layers, columns).

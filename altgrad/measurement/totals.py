@@ -1,4 +1,4 @@
-"""`Layers`: add the sums of rows up to the vectors of layers.
+"""`Layers`: add up the sums of rows, for one vector of sums and maxima for each layer.
 
 The kernel returns columns grouped by kind, for all formats; a vector has all columns of a format
 side by side (see `columns`). One `index_select` along a precomputed order translates.
@@ -57,8 +57,8 @@ class Clusters(NamedTuple):
         row_clusters: Index of the cluster of each row, int64 (rows).
         cluster_layers: Index of the layer of each cluster, int64 (clusters).
         counted: 0 and the number of elements of each row, float64 (rows, 2).
-        terms: Columns of `counted` and the sums of a row, side by side: those to add, the totals,
-            and those to subtract, of each estimate; int64 (3 · estimates).
+        terms: For each estimate (plus − minus) / total, the positions of plus, total and minus
+            among the columns of `counted` and `row_sums`, int64 (3 · estimates): all plus first.
     """
 
     row_clusters: Tensor
@@ -110,20 +110,22 @@ class Clusters(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """The layers of some rows, with constants that turn the sums of rows into vectors.
+    """The layers that some rows belong to, with the constants for `add_up`.
 
     A step changes the counts of the histograms and nothing else.
 
     Attributes:
-        counted: Number of elements of each whole layer, of those in the rows, and of clusters that
-            these were drawn in, float64 (layers, 3).
+        counted: For each layer the number of all its elements, of those in the rows, and of the
+            clusters in which these were drawn, float64 (layers, 3).
         row_layers: Index of the layer of each row, int64 (rows).
         extremum_layers: `row_layers` for each maximum and minimum, int64 (rows, extrema).
         histograms: Counts of octaves of all layers.
         order: Source of each column of a vector, int64 (columns).
-        meant: True for columns that have a meaning, bool (columns). None if all have.
+        meant: False for the columns of formats that cannot be judged, bool (columns). None if all
+            formats are judged.
         clusters: The clusters of the rows. None if no elements were drawn in blocks.
-        products: Products of clusters outside of the rows, float64 (layers, 3 · estimates).
+        products: Σ A², Σ A · B and Σ B² of each estimate over clusters that have no rows here,
+            float64 (layers, 3 · estimates).
     """
 
     counted: Tensor
@@ -143,14 +145,15 @@ class Layers(NamedTuple):
         judged: Sequence[bool],
         clusters: Clusters | None = None,
     ) -> Layers:
-        """Describe the layers of some rows, with histograms of 0.
+        """Describe the layers of some rows, with histograms whose counts are 0.
 
         Args:
             row_layers: Index of the layer of each row, int64 (rows).
-            counted: Number of elements of each whole layer, of those in the rows, and of clusters
-                that these were drawn in, float64 (layers, 3). Layers without clusters have 0.
-            judged: For each format, True if the weights are stored finer than the format. Its
-                what-if columns are 0 otherwise.
+            counted: For each layer the number of all its elements, of those in the rows, and of the
+                clusters in which these were drawn, float64 (layers, 3). Layers without clusters
+                have 0.
+            judged: For each format, True if the dtype of the weights is finer than the format. If
+                not, columns about what the format would do to the update are 0.
             clusters: The clusters of the rows. None if no elements were drawn in blocks.
 
         Returns:
@@ -181,7 +184,7 @@ class Layers(NamedTuple):
         )
 
     def add_cluster(self, sums: Tensor, elements: int) -> Layers:
-        """Return a single layer with another cluster, which is no row of its own.
+        """Return a single layer with one more cluster, of which only the sums are known.
 
         Args:
             sums: Sums of the cluster, float64 (1, columns) in the order of `row_sums`.
@@ -196,7 +199,7 @@ class Layers(NamedTuple):
         return self._replace(counted=self.counted + one, products=products)
 
     def add_up(self, sums: Tensor, extrema: Tensor) -> Tensor:
-        """Add rows up to layers.
+        """Add up the rows of each layer.
 
         Args:
             sums: Sums of each row, float64 (rows, columns) in the order of `row_sums`.
@@ -221,9 +224,10 @@ class Layers(NamedTuple):
 
 
 def _make_histograms(row_layers: Tensor, layers: int, formats: int) -> Histograms:
-    """Make histograms of 0.
+    """Make histograms with counts of 0.
 
-    The bins of one layer, each part of 64 float64::
+    Each layer has these histograms in a row, each with 64 bins. The "steps" of a format are updates
+    in units of the format's spacing::
 
         | ULPs | weights | steps of format 0 | steps of format 1 | …
 
@@ -250,7 +254,7 @@ def _make_histograms(row_layers: Tensor, layers: int, formats: int) -> Histogram
 
 
 def _meant(judged: Sequence[bool], device: torch.device) -> Tensor | None:
-    """Mark the columns that have a meaning: all, but for what-if columns of unjudged formats."""
+    """Return False for the WHAT_IF columns of formats that are not judged, else True."""
     if all(judged):
         return None
     what_if = {*WHAT_IF, *JUDGED, *(name for name in FORMAT_SUMS if name.startswith("steps["))}

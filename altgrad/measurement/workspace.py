@@ -31,7 +31,10 @@ _KEPT_SHAPES = 8  # a model has few shapes of batches and chunks; other shapes a
 
 
 class Buffers(NamedTuple):
-    """A set of uninitialised float64 tensors, some of which are views of others::
+    """A set of uninitialised float64 tensors in which the kernel computes.
+
+    `values`, `sizes` and `pairs` are views of neighbouring buffers, for one operation on several.
+    The names in this drawing are those of local variables of `kernel`::
 
         shared    w  v  t | size  s  gradient | update  no_value  no_weight  pair_least
                   values  |      sizes        |
@@ -41,10 +44,11 @@ class Buffers(NamedTuple):
     Attributes:
         per_format: Four buffers (rows, formats, columns).
         shared: Ten buffers (rows, 1, columns).
-        values: The first three of `shared` as one tensor, (rows, 3, columns).
-        sizes: The next three of `shared` as one tensor, (rows, 3, columns).
+        values: View of the first three buffers of `shared`, (rows, 3, columns).
+        sizes: View of the next three buffers of `shared`, (rows, 3, columns).
         stacked: Four more buffers (rows, 1, columns).
-        pairs: The first two and the last two of `stacked`, (rows, columns, 2) each.
+        pairs: Views of the first two and of the last two buffers of `stacked`, (rows, columns, 2)
+            each.
     """
 
     per_format: tuple[Tensor, ...]
@@ -86,7 +90,7 @@ class Workspace:
     # https://docs.pytorch.org/docs/stable/notes/autograd.html#inference-mode
     @torch.inference_mode(mode=False)
     def buffers(self, rows: int, formats: int, columns: int, device: torch.device) -> Buffers:
-        """Return buffers, which are valid until the next call.
+        """Return buffers of a shape. The next call may reuse their memory.
 
         Args:
             rows: Number of rows.

@@ -44,9 +44,10 @@ class Place(NamedTuple):
     Attributes:
         name: Name of the layer.
         shape: Shape of the whole layer.
-        indices: Flat indices of its elements in the segment, int64 (elements). None for all.
-        elements: Number of its elements in the segment.
-        rows: Rows that hold them; the last one may be filled in part.
+        indices: The layer's elements that are in the segment, as indices into the flattened layer,
+            int64 (elements). None for all elements.
+        elements: Number of the layer's elements in the segment.
+        rows: Rows of the segment that hold these elements; the last row may be partly filled.
         block: Number of neighbours that were drawn together; 1 if all elements are in the segment.
     """
 
@@ -75,13 +76,13 @@ class Place(NamedTuple):
 
 @dataclass(eq=False)
 class Segment:
-    """A block of rows for layers stored alike, which one call of the kernel measures.
+    """A block of rows for layers with the same dtypes and device, measured by one kernel call.
 
     Attributes:
         before: Weights before the step, (rows, columns); NaN where there is no element.
         after: Weights after the step, (rows, columns).
         gradient: Gradients, (rows, columns).
-        ever: Flags of the elements: which have moved, and by which format's effective update.
+        ever: Ever-moved flags: whether each element has moved, and in which formats effectively.
         places: Places of the layers, in the order of their rows.
         batch: The same memory, prepared for `Measurer.measure_batch`.
     """
@@ -94,9 +95,9 @@ class Segment:
     batch: Batch
 
     def empty_absent(self, present: set[str]) -> list[str | None]:
-        """Return the names of the layers, and empty the rows of layers that are not in this step.
+        """Fill the rows of layers that are not in this step with NaN, and return all names.
 
-        Rows of such layers hold copies of an earlier step; NaN marks them as without elements.
+        Without NaN, such rows would be measured again with the copies of an earlier step.
 
         Args:
             present: Names of the layers of this step.
@@ -126,12 +127,12 @@ class Segment:
         )
 
     def read_flags(self, place: Place) -> Tensor:
-        """Return the flags of one layer's elements, bool (1 + formats, elements)."""
+        """Return the ever-moved flags of one layer, bool (1 + formats, elements)."""
         both = torch.cat((self.ever.moved[place.rows], self.ever.effective[place.rows]), dim=1)
         return both.transpose(0, 1).flatten(1)[:, : place.elements]
 
     def write_flags(self, place: Place, flags: Tensor) -> None:
-        """Set the flags of one layer's elements.
+        """Set the ever-moved flags of one layer.
 
         Args:
             place: Place of the layer.
@@ -148,15 +149,15 @@ class Segment:
 
 
 class Arena:
-    """A memory for the copies of one optimizer's layers, laid out again whenever they change.
+    """A memory for the copies of one optimizer's layers, laid out again when layers change.
 
     An arena consists of segments: blocks of rows that one call of the kernel measures. A layer with
-    more elements than `Measurer.capacity` is not part of it, and is measured alone.
+    more elements than `Measurer.capacity` is not in the arena, and is measured alone.
 
     Args:
         measurer: The measurer of the segments.
         scale_state: The amax of each layer.
-        ever_moved: The flags of layers that are in no arena.
+        ever_moved: The ever-moved flags of layers that are in no arena.
         samples: Elements that are copied, by name of the layer; other layers are copied whole.
 
     Attributes:
@@ -185,7 +186,7 @@ class Arena:
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def lay_out(self, requests: Sequence[Request]) -> list[Copies | None]:
-        """Assign memory to layers, side by side if they are stored alike.
+        """Assign memory to layers, side by side if they have the same dtypes and device.
 
         The memory of earlier calls is freed.
 
@@ -210,13 +211,13 @@ class Arena:
         return [copies.get(request.name) for request in requests]
 
     def free(self) -> None:
-        """Free all memory, and hand the flags of its layers to `ever_moved`."""
+        """Free all memory, and move the ever-moved flags of its layers to the `EverMovedStore`."""
         for name, flags in self.flags():
             self._ever_moved.keep(name, flags)
         self.segments.clear()
 
     def flags(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name of each layer and its flags, bool (1 + formats, elements).
+        """Yield the name and the ever-moved flags of each layer, bool (1 + formats, elements).
 
         Returns:
             An iterator over pairs of a name and flags.
@@ -233,7 +234,7 @@ class Arena:
             segment.batch = self._measurer.with_scales(segment.batch, scales)
 
     def _grouped(self, requests: Sequence[Request]) -> list[list[Request]]:
-        """Group layers to segments: stored alike, in their order, and as many as fit."""
+        """Divide layers into segments, in order: the same dtypes and device, as many as fit."""
         # Only the last group of a kind is filled. A look at all would be quadratic in the layers,
         # and gain little: a layer takes a quarter of a segment at most.
         groups: list[list[Request]] = []
@@ -339,9 +340,9 @@ class Arena:
         return sharing.to(device), amaxes
 
     def _amaxes(self, place: Place, device: torch.device) -> Amaxes:
-        """Return the amaxes of a layer; ones for a layer that has another shape by now.
+        """Return the amaxes of a layer; ones if the layer has changed its shape.
 
-        Such a layer has no elements here until it has a gradient, and the arena is laid out again.
+        A layer with a new shape is not measured before the arena is laid out again.
         """
         is_by_channel = self._measurer.formats.scaling == "channel" and len(place.shape) > 0
         groups = place.shape[0] if is_by_channel else 1
@@ -351,7 +352,7 @@ class Arena:
         return Amaxes.from_groups(torch.ones(groups, device=device))
 
     def _sharing(self, place: Place) -> Sharing:
-        """Find which elements of a place share a scale, filled up to whole rows."""
+        """Find which elements of a layer share a scale, padded to whole rows of the segment."""
         indices = place.indices
         indices = torch.arange(place.elements, device="cpu") if indices is None else indices.cpu()
         count = (place.rows.stop - place.rows.start) * self._columns
@@ -359,7 +360,7 @@ class Arena:
 
 
 def _count_copied(request: Request) -> int:
-    """Return the number of elements that are copied of a layer."""
+    """Return the number of elements of a layer that are copied."""
     return _copied_shape(request).numel()
 
 
@@ -371,7 +372,7 @@ def _copied_shape(request: Request) -> torch.Size:
 
 
 def _memory(first: Request, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Allocate rows without elements, for layers stored like the first one.
+    """Allocate rows for layers with the dtypes and the device of the first one.
 
     Args:
         first: Request of one of the layers.

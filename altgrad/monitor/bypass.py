@@ -30,7 +30,7 @@ _SHARDED = "they were sharded after attach(); shard the module first, then call 
 
 
 class Bypass(NamedTuple):
-    """Layers that moved without a step that was seen.
+    """Layers that moved although no hook of an optimizer was called.
 
     Attributes:
         names: Names of the layers.
@@ -43,14 +43,14 @@ class Bypass(NamedTuple):
 
 @dataclass
 class _Look:
-    """A look at the layers of an optimizer: their weights, and the steps made so far.
+    """A record of the weights of an optimizer's layers, and of the steps counted until then.
 
     Attributes:
         kind: Name of the optimizer's class.
-        names: Names of its layers.
-        sharded: Names of those that were sharded.
+        names: Names of the optimizer's layers.
+        sharded: Names of the layers that were sharded.
         counts: Number of steps of each attached optimizer so far, by its hooks.
-        sample: The weights.
+        sample: A few weights of each layer.
     """
 
     kind: str
@@ -61,12 +61,12 @@ class _Look:
 
 
 class BypassDetector:
-    """A detector of steps that pass no hook.
+    """A detector of steps that call none of the optimizer's hooks.
 
     Args:
-        find_stepped: Function that takes optimizers, and returns the layers that they step and that
-            are measured, by name.
-        find_measured: Function that returns all layers that are measured, by name.
+        find_stepped: Function that takes optimizers, and returns the measured layers that they
+            step, by name.
+        find_measured: Function that returns all measured layers, by name.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class BypassDetector:
         self._last: WeakKeyDictionary[StepHooks[Any], _Look] = WeakKeyDictionary()
 
     def begin(self, attached: Sequence[StepHooks[Any]]) -> None:
-        """Take the first look at optimizers that are new.
+        """Record the weights of new optimizers, to compare them later.
 
         Args:
             attached: The hooks of all attached optimizers.
@@ -96,17 +96,17 @@ class BypassDetector:
     def find_bypasses(
         self, attached: Sequence[StepHooks[Any]], parameters: Mapping[str, Tensor]
     ) -> list[Bypass]:
-        """Look at each optimizer, and return layers that have moved without a step since then.
+        """Return layers whose weights changed since the last record without a step of their hooks.
 
-        Changes without a sign of their reason are not reported: these are edits and swaps of
-        weights, of which updates are no part.
+        Only changes with a likely reason are reported. Others may be edits or swaps of weights,
+        which are no updates.
 
         Args:
             attached: The hooks of all attached optimizers.
             parameters: All parameters by name, as the module has them now.
 
         Returns:
-            The layers of each optimizer that has any.
+            The layers of each optimizer with such layers.
         """
         found: list[Bypass] = []
         for hooks in attached:
@@ -121,7 +121,7 @@ class BypassDetector:
         return found + self._find_unattached(attached)
 
     def _find_unattached(self, attached: Sequence[StepHooks[Any]]) -> list[Bypass]:
-        """Return layers that moved and that no attached optimizer has had, but others have."""
+        """Return layers that moved and belong to other optimizers than the attached ones."""
         if self._all is None or not attached:
             return []
         stepped = {name for look in self._last.values() for name in look.names}
@@ -145,7 +145,7 @@ class BypassDetector:
         parameters: Mapping[str, Tensor],
         seen: Container[str],
     ) -> list[Bypass]:
-        """Return layers that have moved since the first look and were part of no observed step.
+        """Return layers that have moved since the first record, without an observed step of theirs.
 
         Args:
             attached: The hooks of all attached optimizers.
@@ -153,7 +153,7 @@ class BypassDetector:
             seen: Names of the layers that were part of an observed step.
 
         Returns:
-            The layers of each optimizer that has any.
+            The layers of each optimizer with such layers.
         """
         found = []
         for hooks in attached:
@@ -186,7 +186,7 @@ class BypassDetector:
         attached: Sequence[StepHooks[Any]],
         parameters: Mapping[str, Tensor],
     ) -> list[Bypass]:
-        """Return the layers of an optimizer without steps that have moved since a look, if any."""
+        """Return the layers of an optimizer that moved since a record without one of its steps."""
         known = {name: parameters[name] for name in last.names if name in parameters}
         torn = [n for n, each in known.items() if is_sharded(each) and n not in last.sharded]
         if torn:
@@ -210,13 +210,13 @@ class BypassDetector:
         moved: Sequence[Tensor],
         attached: Sequence[StepHooks[Any]],
     ) -> str | None:
-        """Return the likely reason why layers of an optimizer moved unseen."""
+        """Return the likely reason why layers of an optimizer moved without calls of its hooks."""
         optimizers = [each.optimizer for each in attached if each.optimizer is not None]
         return find_bypass_reason(look.kind, hooks.optimizer, moved, optimizers)
 
 
 def _explain(hooks: StepHooks[Any], first: _Look, others_seen: bool) -> str:
-    """Explain layers that moved and were never observed, without a sign of a bypass."""
+    """Return reasons for layers that moved and were never observed, other than a bypass."""
     if not hooks.index:
         return (
             f"step() of {first.kind} was never called; other code changes these weights, such as a "

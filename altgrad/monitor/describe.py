@@ -48,7 +48,7 @@ def describe_layers(
 
 
 def _row(layer: LayerSampling) -> tuple[str, ...]:
-    """Format the cells of a layer."""
+    """Return the cells of a layer as texts."""
     rule = "(default)" if layer.rule is None else layer.rule.layers
     if not layer.enabled:
         return layer.name, rule, "no", "-", "-"
@@ -58,7 +58,7 @@ def _row(layer: LayerSampling) -> tuple[str, ...]:
 
 
 def _widths(rows: Sequence[Sequence[str]], width: int) -> list[int]:
-    """Return the width of each column in characters; the widest column shrinks first."""
+    """Return widths of columns, in characters, with which a table fits a total width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     excess = sum(widths) + len(_GAP) * (len(widths) - 1) - width
     for columns, least in _SHRINKING:
@@ -77,6 +77,6 @@ def _shorten(text: str, size: int) -> str:
 
 
 def _without_layers(rule: SamplingRule, number: int, width: int) -> str:
-    """Return the line for a rule that gets no layer."""
+    """Return a line that says that no layer uses a rule."""
     begin, end = f"rule {number} (", ") gets no layer: earlier rules match first"
     return begin + _shorten(rule.layers, max(width - len(begin + end), 1)) + end

@@ -95,10 +95,10 @@ def _generator(name: str, seed: int) -> torch.Generator:
 
 
 def _draw(population: int, count: int, generator: torch.Generator) -> Tensor:
-    """Draw distinct numbers below a bound; every set is equally likely.
+    """Draw distinct whole numbers from 0 up to a bound; every set is equally likely.
 
     Args:
-        population: The bound.
+        population: The bound, which is not drawn.
         count: How many numbers to draw, at most `population`.
         generator: The source of random numbers.
 
@@ -130,16 +130,18 @@ def _first_distinct(population: int, count: int, generator: torch.Generator) -> 
 
 
 def _list_elements(blocks: Tensor, row: int, block: int, blocks_in_row: int) -> Tensor:
-    """List the elements of blocks.
+    """Return the indices of all elements that lie in the given blocks.
+
+    A row of a layer runs along its last dimension, and is divided into blocks of neighbours.
 
     Args:
         blocks: Numbers of the blocks, counted row by row, int64 (blocks).
-        row: Length of a row.
-        block: Length of a block.
+        row: Number of elements in a row.
+        block: Number of elements in a block. The last block of a row may be shorter.
         blocks_in_row: Number of blocks in a row.
 
     Returns:
-        Flat indices, int64 (elements).
+        Indices into the flattened layer, int64 (elements).
     """
     columns = blocks.remainder(blocks_in_row)[:, None] * block + torch.arange(block, device=_CPU)
     rows = blocks.div(blocks_in_row, rounding_mode="floor")[:, None]

@@ -34,10 +34,10 @@ class Engine:
     """An engine that measures steps: small layers together in an arena, large ones alone.
 
     Args:
-        measurer: The measurer of both.
+        measurer: The measurer of small and large layers.
         settings: Settings of each layer.
         scale_state: The amax of each layer.
-        ever_moved: The flags of layers that are in no arena.
+        ever_moved: The ever-moved flags of layers that are in no arena.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class Engine:
             peers: The ranks that share the parameters.
 
         Returns:
-            Flat indices into the local shard, int64 (elements). None for all.
+            Indices into the flattened local shard, int64 (elements). None for all elements.
 
         Raises:
-            RuntimeError: The parameter was sharded, or placed anew, after `attach`.
+            RuntimeError: The parameter was sharded, or got other placements, after `attach`.
         """
         self._samples.pop(name, None)
         if parameter.dtype not in INPUT_DTYPES:
@@ -141,7 +141,7 @@ class Engine:
             return sums._replace(error=error)
 
     def _measured(self, step: OptimizerStep, sums: StepSums) -> StepSums:
-        """Return `sums` with the rows of the layers of a step."""
+        """Return `sums` completed by the sums and maxima of each layer of a step."""
         names, parts = self._measure_together(step)
         for name, row in self._measure_alone(step, {*step.names}.difference(names)):
             names.append(name)
@@ -215,16 +215,17 @@ class Engine:
     # --- flags
 
     def flags(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and the flags of each layer in an arena.
+        """Yield the name and the ever-moved flags of each layer in an arena.
 
         Returns:
-            An iterator over pairs of a name and flags, bool (1 + formats, elements).
+            An iterator over pairs of a name and flags, bool (1 + formats, elements). Row 0 says
+            which elements have moved, each other row which have moved effectively in a format.
         """
         for arena in self._arenas.values():
             yield from arena.flags()
 
     def free_arenas(self) -> None:
-        """Free all arenas, and keep the flags of their layers beyond the optimizers' lives."""
+        """Free all arenas, and move their ever-moved flags to the `EverMovedStore`."""
         for arena in self._arenas.values():
             arena.free()
 
@@ -250,5 +251,5 @@ def _on_host(parts: Sequence[Tensor], found_inf: Tensor | None) -> tuple[Numbers
 
 
 def _is_set(found_inf: Tensor | None) -> bool:
-    """Read the flag of a skipped step from its device."""
+    """Return True if a GradScaler skipped the step, read from the device; False without a flag."""
     return found_inf is not None and bool(to_local_tensor(found_inf).item())

@@ -30,8 +30,8 @@ class LayerSettings:
 
     Args:
         names: Names of the layers.
-        rules: Rules for single layers; the first that matches a layer's name holds.
-        formats: All formats, those that only rules name included.
+        rules: Rules for single layers; the first one that matches a layer's name applies to it.
+        formats: All formats, including those that only a rule names.
         own_formats: The `formats` argument of the monitor, for layers without a rule.
         every_n_steps: Interval in steps, for layers without a rule.
         max_elements: Maximum number of elements of a sample, for layers without a rule. None for
@@ -69,7 +69,7 @@ class LayerSettings:
         self.by_name = self._resolved(names, self._rules)
 
     def get(self, name: str) -> LayerSampling:
-        """Return the settings of a layer, which may have been added to the module since."""
+        """Return the settings of a layer, which may be new in the module."""
         if name not in self.by_name:
             # `resolve_layers` raises for rules that match no layer, as most do with a single layer.
             matching = [rule for rule in self._rules if rule.matches(name)]
@@ -105,7 +105,7 @@ class LayerSettings:
         return self.get(name).enabled
 
     def measured_names(self, names: Sequence[str], parameters: Mapping[str, Tensor]) -> list[str]:
-        """Return the names of the layers that are measured, among some layers.
+        """Return those of the given names whose layers are measured.
 
         Args:
             names: Names of the layers.
@@ -114,13 +114,13 @@ class LayerSettings:
         return [name for name in names if self.is_measured(name, parameters[name])]
 
     def measured(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the parameters that are measured and require a gradient, among some parameters.
+        """Return those of the given parameters that are measured and require a gradient.
 
         Args:
             parameters: The parameters by name.
 
         Returns:
-            Those measured, by name.
+            The selected parameters by name.
         """
         return {
             name: parameter
@@ -129,7 +129,7 @@ class LayerSettings:
         }
 
     def enabled(self, names: Sequence[str]) -> list[str]:
-        """Return the names of the layers that are enabled, among some layers."""
+        """Return those of the given names whose layers are enabled."""
         known = self.by_name  # a step asks for all layers, and calling `get` for each takes longer
         return [n for n in names if (known[n] if n in known else self.get(n)).enabled]
 
@@ -140,13 +140,13 @@ class LayerSettings:
             names: Names of the layers.
 
         Returns:
-            Names of formats, by name of the layer.
+            The names of the formats of each layer.
         """
         known = self.by_name
         return {n: (known[n] if n in known else self.get(n)).formats for n in names}
 
     def is_due(self, name: str, index: int, last: int) -> bool:
-        """Return True if a layer is part of an observed step, by its own interval.
+        """Return True if the interval of a layer has passed, so that the step measures it.
 
         Args:
             name: Name of the layer.
@@ -205,7 +205,7 @@ class LayerSettings:
             shape: Shape of the whole layer.
 
         Returns:
-            Flat indices, int64 (elements) on the CPU. None for all elements.
+            Indices into the flattened layer, int64 (elements) on the CPU. None for all elements.
         """
         most = self.get(name).max_elements
         return sample_elements(name, shape, most, seed=self.seed, block=self.block(name))
@@ -218,7 +218,7 @@ class LayerSettings:
             shape: Shape of the whole layer.
 
         Returns:
-            Flat indices, int64 (elements) on the CPU. None for all elements.
+            Indices into the flattened layer, int64 (elements) on the CPU. None for all elements.
         """
         return None if shape.numel() <= WHOLE_UP_TO else self.indices(name, shape)
 

@@ -102,7 +102,7 @@ class UpdateMonitor:
             Steps are then observed less often than `every_n_steps` demands. None sets no limit. On
             an accelerator, the time of the host counts, which includes waiting for results.
         seed: Seed of the samples.
-        warn: Callback with a notice for the user. None makes each notice a warning.
+        warn: Function that is called with each notice for the user, in place of `warnings.warn`.
         strict: If True, re-raise internal errors in the training loop; otherwise warn once and stop
             observing.
 
@@ -440,7 +440,7 @@ class UpdateMonitor:
         return True
 
     def _should_copy(self, name: str, index: int) -> bool:
-        """Return True if a layer is part of an observed step, by its own interval."""
+        """Return True if the interval of a layer has passed, so that the step measures it."""
         return self._settings.is_due(name, index, self._last_seen.get(name, index))
 
     def _elements(self, name: str, parameter: Tensor) -> Tensor | None:
@@ -514,11 +514,11 @@ class UpdateMonitor:
         return self._peers
 
     def _stepped(self) -> dict[str, Tensor]:
-        """Return the layers whose amax is kept, all that are stepped, by name."""
+        """Return the parameters that any attached optimizer steps, by name."""
         return self._peers.agreed(lambda: self._watch.find_stepped(self._observer.optimizers))
 
     def _decides(self) -> dict[str, dict[str, object]]:
-        """Return arguments and state that have to be equal on all ranks, for equal decisions."""
+        """Return all that decides what is observed next, which has to be equal on all ranks."""
         return {
             "setting": {
                 "formats": self._formats.formats,
@@ -534,7 +534,7 @@ class UpdateMonitor:
         }
 
     def _history(self) -> Mapping[str, PackedBits]:
-        """Return the flags of all layers, of all ranks together."""
+        """Return the ever-moved flags of all layers, with the elements of all ranks."""
         here = self._ever_moved.state_dict(self._engine.flags())
         names = self._settings.measured_names(self._observer.names, self._observer.parameters)
         try:
@@ -551,7 +551,7 @@ class UpdateMonitor:
     # --- notices
 
     def _describe_bypasses(self) -> list[str]:
-        """Return a notice for each optimizer whose layers move without a step that was seen."""
+        """Return a notice for each optimizer whose layers move without calls of its hooks."""
         try:
             self._observer.registry.read()  # the module may have been sharded since `attach`
             found = self._bypasses.find_bypasses(self._observer.hooks, self._observer.parameters)
@@ -561,11 +561,11 @@ class UpdateMonitor:
         return [f"cannot see what moves {few(names)}: {reason}" for names, reason in found]
 
     def _leave_out_unseen(self, names: Sequence[str], why: str) -> None:
-        """Give the notice that some layers cannot be observed."""
+        """Warn that some layers cannot be observed."""
         self._warn(f"leaves out {few(names)}: {why}")
 
     def _warn(self, message: str) -> None:
-        """Give a notice once, on the first rank."""
+        """Warn the user, once for each message and on the first rank alone."""
         # Every rank gets here with an equal notice.
         if self._peers.rank == 0:
             self._notices.give_once(message)

@@ -29,8 +29,9 @@ class _Mark(NamedTuple):
     Attributes:
         step: Index of the step.
         end: Time of `time.perf_counter`, in seconds.
-        own: Time spent on observing until then, in seconds.
-        step_own: Part of `own` since the mark before, in seconds; NaN for the first mark.
+        own: Total time spent on observing from the start to `end`, in seconds.
+        step_own: Time spent on observing since the previous mark, in seconds; NaN for the first
+            mark.
     """
 
     step: int
@@ -67,9 +68,9 @@ class Clock:
             index: Index of the step that is being observed.
 
         Returns:
-            Time to observe, between the last two observed steps of `optimizer`, steps of other
-            optimizers included; and the mean time of a training step since the last observed step.
-            Both in seconds; NaN if unknown.
+            The time spent on observing between the ends of the last two observed steps of
+            `optimizer`, other optimizers included; and the mean time of a training step since the
+            last observed step. Both in seconds; NaN if unknown.
         """
         mark = self._marks.get(optimizer)
         if mark is None or index <= mark.step:  # steps are counted from 0 again
@@ -78,7 +79,7 @@ class Clock:
         return mark.step_own, max(training, 0.0) / (index - mark.step)
 
     def tick(self, optimizer: Optimizer, index: int) -> None:
-        """Note the end of an observed step.
+        """Record the end of an observed step.
 
         Args:
             optimizer: The optimizer.
@@ -93,8 +94,8 @@ class Clock:
 class OverheadBudget:
     """A limit on the share of the time that observing takes, kept by observing less often.
 
-    Each observed step is followed by as many steps as pay for its cost. Decisions depend only on
-    the numbers passed in, so that ranks that pass equal numbers decide equally.
+    After an observed step, as many steps go unobserved as the share requires for its cost. The
+    result depends only on the numbers passed in, and is equal on ranks that pass equal numbers.
 
     Args:
         share: Maximum share of the whole time, training and observing, that observing may take;
@@ -152,7 +153,7 @@ class OverheadBudget:
         return self.every_n_steps * min(max(multiples, 1), _MOST_MULTIPLES)
 
     def is_due(self, step: int) -> bool:
-        """Return True if the steps since the last observed step have paid for its cost.
+        """Return True if the interval since the last observed step has passed.
 
         Before the first observed step, every step is due. So is a step with a number below that of
         the last observed step: steps are then counted from 0 again.
@@ -161,7 +162,7 @@ class OverheadBudget:
         return last == _NEVER or step < last or step >= last + self.interval
 
     def mark_observed(self, step: int) -> None:
-        """Note that a step, counted from 0, was observed."""
+        """Record that a step, counted from 0, was observed: its cost delays the next one."""
         self._last_observed_step = step
 
     def state_dict(self) -> dict[str, int]:
@@ -222,11 +223,11 @@ class Budgets:
         return self._by_optimizer[optimizer]
 
     def state_dict(self) -> list[Mapping[str, int]]:
-        """Return the states of all budgets, in their order."""
+        """Return the state of each budget, in the order in which optimizers were first used."""
         return [*(budget.state_dict() for budget in self._by_optimizer.values()), *self._restored]
 
     def load_state_dict(self, state: Sequence[Mapping[str, int]]) -> None:
-        """Restore budgets, for optimizers in the order of their first use from now on.
+        """Restore budgets. The first optimizer used from now on gets the first of them, and so on.
 
         Raises:
             TypeError: An entry of a budget is not an int.

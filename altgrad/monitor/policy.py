@@ -1,6 +1,6 @@
-"""`StepPolicy`: decide by their number and their cost which steps are observed.
+"""`StepPolicy`: decide which steps are observed, by their index and by what observing costs.
 
-Read `schedule` and `overhead` first, which this file connects; `monitor` comes next and asks.
+Read `schedule` and `overhead` first, which `StepPolicy` combines; `monitor` comes next and uses it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class StepPolicy:
         return self._is_wanted(index)
 
     def is_paid_for(self, optimizer: Optimizer, index: int) -> bool:
-        """Return True if the steps since the last observed step have paid for its cost.
+        """Return True if observing again would keep to the overhead budget.
 
         Args:
             optimizer: The optimizer.
@@ -88,7 +88,7 @@ class StepPolicy:
         return self._clock.seconds(optimizer, index)
 
     def charge(self, optimizer: Optimizer, index: int, seconds: tuple[float, float]) -> None:
-        """Charge the budget of an optimizer for an observed step.
+        """Count the cost of an observed step, which delays the next one if it exceeds the budget.
 
         Args:
             optimizer: The optimizer.
@@ -101,7 +101,7 @@ class StepPolicy:
             budget.mark_observed(index)
 
     def mark_end(self, optimizer: Optimizer, index: int) -> None:
-        """Mark the end of an observed step, from which the time of the next one counts.
+        """Mark the end of an observed step: from here on, the clock times the next one.
 
         Args:
             optimizer: The optimizer.
@@ -110,10 +110,10 @@ class StepPolicy:
         self._clock.tick(optimizer, index)
 
     def state_dict(self) -> list[Mapping[str, int]] | None:
-        """Return the state of each budget, as its `state_dict` does; None without a limit."""
+        """Return the `state_dict` of each budget; None without an overhead budget."""
         return None if self._budgets is None else self._budgets.state_dict()
 
     def load_state_dict(self, state: Sequence[Mapping[str, int]] | None) -> None:
-        """Restore the budgets of a `state_dict`, if both runs have a limit."""
+        """Restore the budgets of a `state_dict`, if both runs have an overhead budget."""
         if self._budgets is not None and state is not None:
             self._budgets.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""`ScaleState`: keep the amax of each layer, and decide when it is taken again.
+"""`ScaleState`: keep the amax of each layer, and decide when it is computed again.
 
 Scales follow from the amax. If a scale followed the weights at every step, it would hide whether
 the weights moved on the grid. An amax is therefore kept for 100 observed steps. It is taken again
@@ -23,7 +23,7 @@ from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.scale_groups import Amaxes
 
 STEPS_PER_SCALE = 100
-"""Number of observed steps for which an amax is kept, unless a weight outgrows its scale."""
+"""Number of observed steps for which an amax is kept, unless weights are clipped."""
 
 
 class ScaleState:
@@ -43,18 +43,20 @@ class ScaleState:
     def prepare(
         self, stepped: Callable[[], Mapping[str, Tensor]], peers: Peers, *, are_new: bool = False
     ) -> bool:
-        """Take each amax that is due, before an observed step.
+        """Recompute the amaxes that are due, before an observed step.
 
-        After 100 observed steps, the amax of every layer is due. Otherwise, it is due for layers in
-        which a weight outgrew its scale. All ranks that share the parameters call this together.
+        Every 100 observed steps, the amax of every layer is due. In between, it is due for layers
+        with a weight that was clipped, because the weight became larger than its scale allows. All
+        ranks that share the parameters call this method together.
 
         Args:
             stepped: Callback that returns all measured layers by name, before the step.
             peers: The ranks that share the parameters.
-            are_new: True if layers that are new, or have a new shape, are to be looked for.
+            are_new: True if there may be layers that are new or have a new shape. The amax of these
+                layers is then due, too.
 
         Returns:
-            True if an amax was taken.
+            True if an amax was computed.
         """
         is_due = not self._steps_left or self._exceeded or are_new
         if not self._formats.needs_amax or not is_due:
@@ -119,7 +121,7 @@ class ScaleState:
         return bool(layers)
 
     def step_observed(self, record: StepRecord) -> None:
-        """Count an observed step, and note the layers in which a weight outgrew its scale."""
+        """Count an observed step, and note the layers with clipped weights: their amax is due."""
         if not self._formats.needs_amax:
             return
         self._steps_left -= 1
@@ -159,7 +161,7 @@ class ScaleState:
         return state | {"amax": amax, "tensor_amax": layers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`; if its scaling differs, each amax is taken again."""
+        """Restore a `state_dict`; if its scaling differs, every amax is due again."""
         self.__dict__ |= {"_amaxes": {}, "_steps_left": 0, "_exceeded": set(), "_zero": set()}
         if state["scaling"] != self._formats.scaling:
             return
@@ -174,12 +176,12 @@ class ScaleState:
         self._exceeded, self._zero = set(state["exceeded"]), set(state["zero"])
 
     def _unknown(self, parameters: Mapping[str, Tensor]) -> list[str]:
-        """Return the names of layers without an amax, or with that of another shape, in order."""
+        """Return the names of layers without an amax, or with an amax from another shape."""
         nothing = None, None
         return [n for n, p in parameters.items() if self._amaxes.get(n, nothing)[0] != p.shape]
 
     def _take(self, parameters: Mapping[str, Tensor], peers: Peers, *, keep: bool = False) -> None:
-        """Take the amax of some layers; with `keep`, replace an amax only where it is 0."""
+        """Compute the amax of some layers; with `keep`, replace an amax only where it is 0."""
         if not parameters:
             return
         each, has_zero = peers.amax(parameters, self._formats.scaling)

@@ -1,7 +1,8 @@
 """Leave out layers and formats that cannot be judged, and write the notices about them.
 
 Updates can be judged for a format only if the weights are stored finer than the format. Otherwise
-the updates that the format would lose are lost already. `monitor` calls this file at `attach`.
+the updates that the format would lose are lost before they can be measured.
+`UpdateMonitor.attach` calls `leave_out_unjudged`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def leave_out_unjudged(
 def _leave_out_formats(
     name: str, element: FloatFormat, formats: FormatSet, settings: LayerSettings
 ) -> Iterator[str]:
-    """Leave out the formats of a layer that are no coarser than its storage, with a notice."""
+    """Leave out formats that are no coarser than the stored weights of a layer; yield a notice."""
     judged = settings.get(name).formats
     hidden = [f.name for f in formats if f.name in judged and not f.is_coarser_than(element)]
     if hidden:

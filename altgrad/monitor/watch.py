@@ -1,8 +1,8 @@
 """`Watch`: describe what a monitor observes, for the other ranks to compare.
 
-Ranks that share parameters exchange sums at each observed step, and have to agree on layers,
-elements and settings. `altgrad.distributed.together` reads a `Watch` on each rank, and says in
-`Watched` what each method does.
+Ranks that share parameters add up their sums at each observed step, and need equal layers, elements
+and settings for this. `altgrad.distributed.together` reads a `Watch` on each rank; its class
+`Watched` documents each method.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from altgrad.quantization.format_set import FormatSet
 
 
 class Watch(Watched):
-    """A view of a monitor: its layers, how each is observed, and all that its decisions depend on.
+    """A description of a monitor for other ranks: layers, their settings, and the monitor's state.
 
     Args:
         registry: The parameters by name.
         settings: Settings of each layer.
         formats: The formats that are judged.
-        decides: Callback that returns all that decisions depend on: the monitor's arguments under
-            ``"setting"`` and its loaded state under ``"state"``, each by name.
-        warn: Callback with a notice for the user.
+        decides: Function that returns all that decides what is observed: the monitor's arguments
+            under ``"setting"`` and its loaded state under ``"state"``, each by name.
+        warn: Function that is called with each notice for the user.
 
     Attributes:
         formats: The `formats` argument.
@@ -57,7 +57,7 @@ class Watch(Watched):
         return tuple(self._settings.measured_names([*stepped], stepped))
 
     def find_stepped(self, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-        """Return the parameters that optimizers step and that are measured.
+        """Return the measured parameters that any of these optimizers steps.
 
         Args:
             optimizers: The optimizers.

@@ -1,7 +1,7 @@
 """Count the weights of a model by magnitude, to compare them with the ranges of formats.
 
-`UpdateMonitor.weight_octaves` calls this file, at any time. The figures of an observed step have a
-histogram of its weights already: ``figures.histogram("weights")``.
+`UpdateMonitor.weight_octaves` calls `weight_octaves` and needs no observed step. After an observed
+step, ``figures.histogram("weights")`` has a histogram of the measured weights.
 """
 
 from __future__ import annotations

@@ -96,8 +96,9 @@ class SkipNotifier:
         return result
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """Return how to copy this object: as the `step` of the copied scaler.
+        """Return what copy and pickle call to copy this notifier: ``getattr(scaler, "step")``.
 
-        Without this, a copy of the scaler would step the original scaler.
+        The scaler in that call is the copied one. By default, the copied scaler would have a
+        notifier that calls `step` of the original scaler.
         """
         return getattr, (self._scaler, "step")

@@ -113,7 +113,7 @@ class StepObserver:
             shown, too, and the callback reads `OptimizerStep.found_inf`.
         strict: If True, re-raise an error of the observer or the callback in the training loop;
             otherwise warn once and stop observing.
-        warn: Callback with the text that ends the observation, called instead of a warning.
+        warn: Function that is called with the text of a warning, in place of `warnings.warn`.
 
     Attributes:
         registry: The observed parameters by name.
@@ -339,9 +339,9 @@ class StepObserver:
         return snapshots
 
     def _find_parameters(self, optimizer: Optimizer) -> list[tuple[str, Tensor, bool]]:
-        """Return the parameters that an optimizer steps, as the registry does.
+        """Return name, parameter, and True if its learning rate is 0, for all of an optimizer.
 
-        Also forget the chosen elements of parameters that the module no longer has.
+        Samples of parameters that the module no longer has are deleted.
         """
         parameters = self.registry.find_stepped(optimizer)
         names = self.registry.names

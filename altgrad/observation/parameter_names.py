@@ -31,7 +31,7 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 class ParameterRegistry:
-    """The parameters of a module by name, read again when an optimizer steps an unknown one.
+    """The parameters of a module by name. They are read again when an optimizer has a new one.
 
     Args:
         source: A module, or pairs of name and parameter as `named_parameters` returns them.
@@ -72,7 +72,7 @@ class ParameterRegistry:
             self._names = parameter_names(self.module)
 
     def find_stepped(self, optimizer: Optimizer) -> list[tuple[str, Tensor, bool]]:
-        """Return the parameters that an optimizer steps, in its order.
+        """Return the parameters that an optimizer steps, in the order of the optimizer.
 
         Parameters that the module does not have are left out.
 
@@ -80,7 +80,7 @@ class ParameterRegistry:
             optimizer: A torch optimizer.
 
         Returns:
-            Name, parameter, and True if the parameter's learning rate is 0.
+            For each parameter its name, the parameter itself, and True if its learning rate is 0.
         """
         # The rate is compared once for each group: a rate on a device makes the host wait.
         stepped = [
@@ -95,7 +95,7 @@ class ParameterRegistry:
         return [(self._names[p], p, rests) for p, rests in stepped if p in self._names]
 
     def forget_optimizers(self) -> None:
-        """Drop the cache of parameters that optimizers step and the module does not name."""
+        """Delete the cache of parameters that optimizers step and the module does not have."""
         self._nameless.clear()
 
 

@@ -223,8 +223,8 @@ def _split_name(name: str) -> list[str]:
 def _score_similarity(parts: Sequence[str], name: str) -> float:
     """Return the similarity of a pattern to a name, from 0 to 1.
 
-    The larger of two numbers is returned. The one compares each part of the pattern with the most
-    similar part of the name; the other compares the pattern and the name as a whole.
+    The result is the larger of two similarities: of each part of the pattern to the most similar
+    part of the name, and of the whole pattern to the whole name.
     """
     if not parts:
         return 0.0

@@ -51,7 +51,8 @@ class Request(NamedTuple):
         name: The name of the parameter.
         parameter: The parameter, which may be a DTensor.
         gradient_dtype: The dtype of the gradient.
-        indices: Flat indices of the elements to copy, int64; None for every element.
+        indices: Elements to copy, as indices into the flattened local shard, int64 (elements). None
+            for every element.
     """
 
     name: str
@@ -81,12 +82,13 @@ class Snapshot:
         name: The name of the parameter.
         parameter: The parameter.
         rests: True if its learning rate is 0.
-        indices: Flat indices of the copied elements, int64; None for every element.
+        indices: Copied elements, as indices into the flattened local shard, int64 (elements). None
+            for every element.
         shape: Shape of the parameter when its memory was assigned.
         before: The weights before the step, with the dtype of the parameter.
         gradient: The gradient, with its own dtype.
         after: Memory for the weights after the step; None if the parameter itself is shown.
-        is_lent: True if a `Memory` function returned the memory.
+        is_lent: True if the memory comes from the `Memory` function of the caller.
         is_temporary: True if the memory is allocated at each step, and empty between steps.
     """
 
@@ -151,7 +153,7 @@ def read_weights_after(snapshots: Sequence[Snapshot]) -> list[Tensor]:
 
 
 class Snapshots:
-    """The snapshots of all parameters of one optimizer, with their memory and chosen elements.
+    """A store of the copies of one optimizer's parameters, with the memory for these copies.
 
     On a CPU all memory is reused, because touching new memory takes longer than copying into it. On
     an accelerator only the memory of small and of sampled parameters is reused. Memory for whole
@@ -159,8 +161,8 @@ class Snapshots:
     memory would add to the peak that activations cause.
 
     Args:
-        elements: Function that chooses the elements of each parameter; None copies every element.
-        chosen: Mapping that keeps the results of `elements`; None makes a new one.
+        elements: Function that returns the sample of a parameter; None copies every element.
+        chosen: Mapping in which the results of `elements` are kept; None makes a new one.
         memory: Function that provides memory for the copies; None leaves all memory to this object.
 
     Attributes:
@@ -193,11 +195,13 @@ class Snapshots:
         """Copy the parameters that have a gradient, and their gradients divided by `grad_scale`.
 
         Args:
-            parameters: Name and parameter of each, and True if its learning rate is 0. No gradient
-                may be one that `altgrad.observation.dtensor.find_unreduced` reports.
+            parameters: For each parameter its name, the parameter itself, and True if its learning
+                rate is 0. Gradients that `altgrad.observation.dtensor.find_unreduced` reports are
+                not allowed.
             grad_scale: Loss scale by which the gradients are still multiplied, one element; None if
                 they are unscaled.
-            left_out: Names of parameters that are not copied this time, but keep their memory.
+            left_out: Names of parameters that are not copied in this step. The memory for their
+                copies is kept for later steps.
 
         Returns:
             A snapshot for each parameter that was copied, in the order of `parameters`.
@@ -237,7 +241,7 @@ class Snapshots:
         return snapshots
 
     def clear(self) -> None:
-        """Release the memory, and keep the choice of elements."""
+        """Free the memory of the copies; later copies have the same samples."""
         self._kept.clear()
         self._kept_bytes = 0
 
@@ -262,7 +266,7 @@ class Snapshots:
         present: Sequence[tuple[str, Tensor, bool]],
         gradients: Sequence[Tensor],
     ) -> None:
-        """Assign memory to the parameters that are copied now, and to unchanged earlier ones.
+        """Assign memory for the copies of this step, and keep that of unchanged parameters.
 
         All are requested at once, so that a `Memory` function can place them side by side. With
         them go the parameters that may get a gradient later, as experts do one by one: each would

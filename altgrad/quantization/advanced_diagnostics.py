@@ -1,8 +1,12 @@
-"""DIAG-01 to DIAG-04: stiffness, grid alignment, ULP distance, and gradient against stiffness.
+"""Describe one tensor on the grid of a format, by four diagnostics named DIAG-01 to DIAG-04.
 
-These functions describe one tensor. Names, parameters and result keys are a fixed contract. DIAG-04
-uses gradients and ignores the optimizer and the learning rate; `diagnostics` computes whether an
-update survives. Read `ops` first.
+- DIAG-01: stiffness, the distance between neighbouring grid points at each weight.
+- DIAG-02: distance of each weight from the grid.
+- DIAG-03: distance that each weight moved, in units in the last place (ULPs).
+- DIAG-04: correlation of gradients with stiffness, which ignores optimizer and learning rate.
+
+Names, parameters and result keys of these functions do not change between versions. `diagnostics`
+computes whether an update survives. Read `ops` first.
 """
 
 from __future__ import annotations

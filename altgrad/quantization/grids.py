@@ -221,11 +221,11 @@ def round_to_grids(
 
 
 def compute_gaps(stored: Tensor, target_gap: Tensor, grids: Grids) -> Tensor:
-    """Compute the distance of stored values from their neighbours on the side of a target.
+    """Compute how far each stored value is from the next grid point toward its target.
 
-    Away from zero it is the spacing at the stored value. Below a power of two it is half of that,
-    which is the spacing at the target. Where a target lies beyond the neighbour, the result is at
-    most the distance of the target.
+    For a target farther from zero, this is the spacing at the stored value. For a target just below
+    a stored power of two, it is the spacing at the target, half as large. If the target lies beyond
+    the next grid point, the result may be larger, but at most the distance of the target.
 
     Args:
         stored: Grid points in units of the scale, float64, (rows, formats, columns); overwritten.

@@ -81,7 +81,7 @@ class Amaxes(NamedTuple):
 
     @classmethod
     def from_groups(cls, groups: Tensor) -> Amaxes:
-        """Return the amaxes of one layer, none of whose channels took its amax after a step.
+        """Return the amaxes of one layer, computed from weights before a step alone.
 
         Args:
             groups: The amax of the layer, (1,), or of each channel, (channels,).
@@ -94,13 +94,13 @@ class Amaxes(NamedTuple):
         return cls(groups, groups.amax().view(1) if len(groups) else groups.new_zeros(1))
 
     def fill_zeros(self, other: Amaxes) -> Amaxes:
-        """Return the amaxes with those that are 0 replaced by those of the same layers later."""
+        """Return these amaxes, with each 0 replaced by the amax that `other` has for it."""
         pairs = zip(self, other, strict=True)
         return Amaxes(*(torch.where(mine == 0, later, mine) for mine, later in pairs))
 
 
 def update_tensor_amaxes(before: Tensor, amax: Tensor, sharing: Sharing | None = None) -> Tensor:
-    """Return the amax of each layer, raised to that of its measured elements if this is larger.
+    """Return the amax of each layer: the larger of the kept amax and that of its elements now.
 
     Args:
         before: Weights before the step: elements of one layer, or of the layers in `sharing`.
@@ -121,7 +121,7 @@ def update_tensor_amaxes(before: Tensor, amax: Tensor, sharing: Sharing | None =
 
 
 def compute_single_scales(amax: Tensor, formats: FormatSet) -> Tensor:
-    """Return the scales of layers that have one scale, or none, in every format.
+    """Return the scale of each layer in each format, where no layer has several scales.
 
     Args:
         amax: The amax of each layer, float32 or float64, (layers,).
@@ -151,10 +151,10 @@ class _Blocks(NamedTuple):
 
 
 class Sharing(NamedTuple):
-    """A map from elements to the groups and blocks whose elements share a scale.
+    """A map from each element to its group and block, whose elements share a scale.
 
-    The elements of several layers lie one after the other. A group is a layer, or a channel if
-    channels have scales. Groups, blocks and layers are numbered from 0. All tensors are on one
+    The elements of several layers follow each other. A group is a layer, or a channel if each
+    channel has a scale. Groups, blocks and layers are numbered from 0. All tensors are on one
     device. For two layers of 2 and 4 elements, with scaling by tensor and blocks of 2::
 
         element       | 0 1 2 3 4 5
@@ -183,7 +183,8 @@ class Sharing(NamedTuple):
 
         Args:
             shape: The shape of the layer.
-            indices: Ascending flat indices of the elements, row-major: int64 (elements,), CPU.
+            indices: Ascending indices of the elements into the flattened layer, int64 (elements,)
+                on the CPU.
             sizes: The block sizes in elements.
             scaling: The scaling of the run. With ``"channel"`` each channel is a group.
 
@@ -220,7 +221,7 @@ class Sharing(NamedTuple):
         return self._replace(group=group, group_layer=group_layer), groups
 
     def pad(self, count: int) -> Sharing:
-        """Return the sharing with elements appended, which belong to group 0 and block 0.
+        """Return the sharing with elements of group 0 and block 0 appended.
 
         Args:
             count: The number of elements of the result, at least as many as now.
@@ -241,7 +242,7 @@ class Sharing(NamedTuple):
             layers: Sharings of one layer each, with equal block sizes, on one device.
 
         Returns:
-            One sharing, whose groups and blocks are numbered through.
+            One sharing. The groups and blocks of all layers are numbered in one sequence.
         """
         numbered = [*enumerate(layers)]
         blocks = {
@@ -310,10 +311,11 @@ def compute_element_scales(
 
 
 def _joined(each: Sequence[tuple[Tensor, Tensor] | _Blocks]) -> Tensor:
-    """Concatenate numbers of items, shifted so that items of all layers are numbered through.
+    """Concatenate the numbers of groups or blocks, and number those of all layers in sequence.
 
     Args:
-        each: For each layer the numbers, int64 (elements,), and a tensor with one entry per item.
+        each: For each layer the number of each element's group or block, int64 (elements,), and a
+            tensor with one entry for each group or block.
 
     Returns:
         int64, the numbers of all layers, one layer after the other.

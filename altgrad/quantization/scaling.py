@@ -188,7 +188,7 @@ def _amax(magnitude: Tensor, scaling: Scaling) -> Tensor:
 
 
 def _block_size(scaling: tuple[Literal["block"], int], x: Tensor) -> int:
-    """Return the block size in elements, limited to the last dimension to save padding."""
+    """Return the block size, or the length of the last dimension if this is less, at least 1."""
     return max(min(scaling[1], x.shape[-1]), 1)
 
 

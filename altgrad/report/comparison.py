@@ -44,7 +44,7 @@ class Comparison:
 
     @cached_property
     def changes(self) -> list[tuple[Advice, Advice]]:
-        """Advice in A and in B on each layer and format of both, the largest difference first."""
+        """Advice from A and from B for each layer and format of both; largest differences first."""
         pairs = [*self._pair_advice()]
         # Differing verdicts are first (False < True), then the largest changes.
         return sorted(
@@ -64,7 +64,7 @@ class Comparison:
 
     @property
     def notes(self) -> list[str]:
-        """Notes from reading both runs, and sentences on what only one of them has."""
+        """Notes from reading both runs, and sentences on differing formats, layers and scalings."""
         notes = [note for report in self.runs for note in report.notes]
         for letter, mine, others in (("A", *self.runs), ("B", *self.runs[::-1])):
             for what in ("formats", "layers"):

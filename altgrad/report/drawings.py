@@ -100,7 +100,7 @@ def kept_map(
 
     Args:
         kept: The kept_update_ratio by layer and format; a layer may lack a format.
-        frozen: True for frozen layers, by layer and format; a missing entry is False.
+        frozen: True where the verdict is ``frozen``, by layer and format; a missing entry is False.
         title: Heading.
 
     Returns:
@@ -228,7 +228,7 @@ def _make_title(title: str, shown: int, all: int) -> str:
 
 
 def _average_columns(values: Mapping[int, float], groups: Sequence[Sequence[int]]) -> list[float]:
-    """Return the mean over each group of steps; a step without a figure has the one before."""
+    """Return the mean over each group of steps; a step without a figure repeats the last one."""
     last, held, columns = max(values, default=-1), math.nan, []
     for group in groups:
         seen = []

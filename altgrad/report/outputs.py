@@ -53,7 +53,7 @@ def find_refusal(paths: Sequence[Path], inputs: Iterable[Path]) -> str | None:
 
 
 def _describe_loss(path: Path, inputs: Iterable[Path]) -> str | None:
-    """Return what is lost if a file is written; None if nothing is."""
+    """Return in words what overwriting a file would destroy; None if nothing."""
     if any(_is_same_file(path, each) for each in inputs):
         return "the run file that is read"
     if is_run_file_name(path.name):
@@ -72,7 +72,7 @@ def _describe_loss(path: Path, inputs: Iterable[Path]) -> str | None:
 
 
 def _is_same_file(path: Path, other: Path) -> bool:
-    """Return True if both are one file, also through links and in other case."""
+    """Return True if both paths lead to one file, also through links or another letter case."""
     try:
         return path.samefile(other)
     except OSError:  # one of them is missing

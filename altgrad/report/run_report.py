@@ -175,7 +175,7 @@ class RunReport:
         return [row for row in self.run.rows if row.layer is None]
 
     def _find_last_histograms(self) -> dict[str, Histogram]:
-        """Return the last histogram for each key."""
+        """Return the last histogram of the model in the run, for each kind and format."""
         found: dict[str, Histogram] = {}
         for row in self._list_model_rows():
             found |= row.histograms

@@ -53,7 +53,7 @@ class FloatTable:
     """The kind of an object whose values are figures.
 
     Args:
-        find_kind: Callback with each key, which returns the kind of its figure.
+        find_kind: Function that takes a key, and returns the kind of its figure.
         renamed: Names of today for metric names in older files. Of two keys that get the same
             name, the later one counts.
     """

@@ -174,7 +174,7 @@ class Checked(NamedTuple, Generic[T]):
 
     Attributes:
         kind: Kind of the value.
-        check: Callback with the parsed value; it raises FieldError if the parts do not fit.
+        check: Function that takes the parsed value, and raises FieldError if its parts do not fit.
     """
 
     kind: Kind[T]

@@ -106,5 +106,5 @@ def _quote(name: str) -> str:
 
 
 def _format_pairs(keys: Iterable[str], placeholder: str) -> str:
-    """Return JSON pairs with a placeholder per number; a ``%`` in a key is doubled."""
+    """Return ``"key":placeholder`` pairs of JSON, as a template for Python's ``%`` operator."""
     return ",".join(f"{_quote(key).replace('%', '%%')}:{placeholder}" for key in keys)
