@@ -123,10 +123,22 @@ FORMAT_MAXIMA = (*FORMAT_ROW_MAXIMA, *(f"minus_{name}" for name in FORMAT_ROW_MI
 
 
 def sum_count(formats: int) -> int:
-    """Return the number of sums in a vector for a number of formats."""
+    """Return the number of sums in the vector that is a layer's measurement.
+
+    The vector begins with its sums: SUMS, then FORMAT_SUMS for each format.
+
+    Args:
+        formats: Number of formats that the layer is measured for.
+    """
     return len(SUMS) + formats * len(FORMAT_SUMS)
 
 
 def max_count(formats: int) -> int:
-    """Return the number of maxima in a vector for a number of formats."""
+    """Return the number of maxima in the vector that is a layer's measurement.
+
+    The vector ends with its maxima: MAXIMA, then FORMAT_MAXIMA for each format.
+
+    Args:
+        formats: Number of formats that the layer is measured for.
+    """
     return len(MAXIMA) + formats * len(FORMAT_MAXIMA)

@@ -156,9 +156,19 @@ def _layer_sums(
     histograms: Histograms,
     ever: EverMoved | None,
 ) -> dict[str, Tensor]:
-    """Fill the shared buffers, and sum what does not depend on a format.
+    """Sum over the elements of each row all that does not depend on a format.
 
-    All three values of an element become 0 if one of them is not finite.
+    What `_format_sums` needs stays in `buffers`. The weight before, the weight after and the
+    gradient of an element are 0 in `buffers` if one of the three is not finite.
+
+    Args:
+        rows: Weights and gradients of the elements; they are not changed.
+        dtype_grid: 2**-M for M mantissa bits, and the smallest normal number, of the dtype in which
+            the weights are stored.
+        buffers: Memory for the rows; overwritten.
+        histograms: Counts of octaves; updated in place.
+        ever: Ever-moved flags of the elements; updated in place. None if never_moved_frac is not
+            measured.
 
     Returns:
         Sums, norms and extrema by name, float64 (rows, 1).
@@ -231,7 +241,15 @@ def _layer_sums(
 def _format_sums(
     grids: Grids, buffers: Buffers, histograms: Histograms, ever: EverMoved | None
 ) -> dict[str, Tensor]:
-    """Sum each format from the shared buffers that `_layer_sums` has filled.
+    """Sum over the elements of each row all that depends on a format, for each format.
+
+    Args:
+        grids: The grids of the formats, with the scale of each row.
+        buffers: Memory that `_layer_sums` has filled with weights, updates and gradients;
+            overwritten.
+        histograms: Counts of octaves; updated in place.
+        ever: Ever-moved flags of the elements; updated in place. None if never_moved_frac is not
+            measured.
 
     Returns:
         Sums, norms and extrema by name, float64 (rows, formats).

@@ -39,6 +39,9 @@ _LEAST_FREEDOM = 3.0
 class EstimateSums(NamedTuple):
     """The sums of some estimates Σ a / Σ b, float64 (rows, keys) each.
 
+    A row is a layer or a model. A key is ``metric`` or ``metric/format``. A unit is a cluster or an
+    element.
+
     Attributes:
         a: Σ a.
         b: Σ b.
@@ -63,7 +66,7 @@ def estimate_sums(name: str, n: Sums, width: int) -> EstimateSums:
 
     Args:
         name: Name of the metric, which has an `Estimate` as its formula.
-        n: The sums of some rows.
+        n: The sums of some layers or models, a row for each.
         width: Number of columns: 1 for a metric of the layer, else the number of formats.
 
     Returns:
@@ -90,8 +93,8 @@ def standard_errors(
 
     Args:
         sums: Results of `estimate_sums` for all estimates side by side, (rows, keys) each.
-        counted: For each row its population, its number of measured elements, and the number of
-            clusters in which these were drawn, float64 (rows, 3).
+        counted: For each layer or model its population, its number of measured elements, and the
+            number of clusters in which these were drawn, float64 (rows, 3).
         members: For each row of a model, the rows of the layers that form the model.
 
     Returns:
@@ -136,9 +139,10 @@ class _Strata:
     """The layers of a model as strata, from each of which elements or clusters were drawn.
 
     Args:
-        sums: The sums of the estimates.
-        counted: For each row its population, its number of measured elements, and the number of
-            clusters in which these were drawn, float64 (rows, 3).
+        sums: Σ a, Σ b and the other sums of each estimate Σ a / Σ b, float64 (rows, keys) each. A
+            row is a layer or a model, and a key is ``metric`` or ``metric/format``.
+        counted: For each layer or model its population, its number of measured elements, and the
+            number of clusters in which these were drawn, float64 (rows, 3).
 
     Attributes:
         weights: Population over measured elements, float64 (rows, 1).
@@ -153,7 +157,15 @@ class _Strata:
         self._is_drawn = (elements < population) & (sums.b != 0)
 
     def spreads(self, ratios: Numbers) -> _Spreads:
-        """Return the sums of each stratum, with residuals about ratios, (rows, keys) or (keys)."""
+        """Return the sums of each stratum, from which a standard error follows.
+
+        Args:
+            ratios: The ratios Σ a / Σ b to which residuals a − ratio · b refer, float64 (rows,
+                keys), or (keys) for all rows.
+
+        Returns:
+            The sums; 0 for strata of which all elements were measured, and where Σ b is 0.
+        """
         a, b, aa, ab, bb, carrying, _ = self._sums
         # Less the mean of the stratum: Σ (x − mean)² = Σ x² − (Σ x)² / units.
         residuals = aa - 2 * ratios * ab + ratios * ratios * bb
@@ -183,7 +195,7 @@ class _Strata:
 
 
 def _combine(sums: EstimateSums, ratios: Numbers, spreads: _Spreads, weights: Numbers) -> Numbers:
-    """Return the standard error of each ratio."""
+    """Return the standard error of each ratio Σ a / Σ b, float64 (rows, keys)."""
     a, b, is_share = weights * sums.a, weights * sums.b, sums.is_share > 0
     has_clusters, units = spreads.clusters > 0, b * b / spreads.bb
     # The spread of clusters is known as well as the fewest of them that carry Σ a, Σ (b − a) or

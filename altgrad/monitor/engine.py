@@ -141,7 +141,15 @@ class Engine:
             return sums._replace(error=error)
 
     def _measured(self, step: OptimizerStep, sums: StepSums) -> StepSums:
-        """Return `sums` completed by the sums and maxima of each layer of a step."""
+        """Measure the layers of a step, and return the results added to `sums`.
+
+        Args:
+            step: The step, with the copies around it.
+            sums: The result so far, which has no layers yet.
+
+        Returns:
+            A copy of `sums` with the sums and maxima of each layer of the step.
+        """
         names, parts = self._measure_together(step)
         for name, row in self._measure_alone(step, {*step.names}.difference(names)):
             names.append(name)

@@ -235,7 +235,16 @@ class LayerSettings:
     def _resolved(
         self, names: Sequence[str], rules: Sequence[SamplingRule]
     ) -> dict[str, LayerSampling]:
-        """Apply the rules, and replace spellings of formats by their canonical names."""
+        """Return the settings of layers from the rules, and remember the layers' block sizes.
+
+        Args:
+            names: Names of the layers.
+            rules: Rules; the first one that matches a layer's name applies to the layer.
+
+        Returns:
+            Settings by name of the layer, with canonical names of formats, such as ``"e4m3fn"`` for
+            ``"e4m3"``.
+        """
         known = self._formats.names
         resolved = {
             name: replace(

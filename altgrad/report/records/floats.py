@@ -50,7 +50,7 @@ class _Layout(NamedTuple):
 
 
 class FloatTable:
-    """The kind of an object whose values are figures.
+    """A kind of JSON value, which `parse` checks: an object whose values are figures.
 
     Args:
         find_kind: Function that takes a key, and returns the kind of its figure.
@@ -67,10 +67,13 @@ class FloatTable:
         self._find_layout = functools.lru_cache(_MOST_LAYOUTS)(self._make_layout)
 
     def parse(self, value: object) -> FloatsByKey:
-        """Return the checked figures, by key.
+        """Check a JSON object whose values are figures, as a run file has it.
+
+        Returns:
+            The figures by key, with the metric names of today.
 
         Raises:
-            FieldError: The value is no object, or a figure is invalid.
+            FieldError: The value is no JSON object, or a figure is invalid.
         """
         numbers = check_object(value)
         layout = self._find_layout(tuple(numbers))

@@ -46,14 +46,14 @@ class FieldError(ValueError):
 
 
 class Kind(Protocol[T_co]):
-    """A kind of JSON values."""
+    """A kind of JSON value, such as a text or a list of numbers, which `parse` checks."""
 
     def parse(self, value: object) -> T_co:
-        """Return the checked value, or raise FieldError."""
+        """Return a value that was read from JSON, or raise FieldError if the value is invalid."""
 
 
 class Whole(NamedTuple):
-    """A whole number.
+    """A kind of JSON value, which `parse` checks: a whole number.
 
     Attributes:
         least: Smallest number that is allowed.
@@ -76,7 +76,7 @@ class Whole(NamedTuple):
 
 
 class Real(NamedTuple):
-    """A finite number.
+    """A kind of JSON value, which `parse` checks: a finite number.
 
     Attributes:
         least: Smallest number that is allowed.
@@ -99,7 +99,9 @@ class Real(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A number as `number_as_json` writes it: NaN is None, inf is ``"inf"``, −inf is ``"-inf"``.
+    """A kind of JSON value, which `parse` checks: a number as `number_as_json` writes it.
+
+    NaN is null, inf is ``"inf"`` and −inf is ``"-inf"``.
 
     Attributes:
         least: Smallest number that is allowed; NaN is always allowed.
@@ -122,7 +124,7 @@ class Figure(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A text.
+    """A kind of JSON value, which `parse` checks: a text.
 
     Attributes:
         most: Largest number of characters.
@@ -142,7 +144,7 @@ class Text(NamedTuple):
 
 
 class Flag(NamedTuple):
-    """A truth value."""
+    """A kind of JSON value, which `parse` checks: true or false."""
 
     def parse(self, value: object) -> bool:
         """Return the truth value.
@@ -156,10 +158,10 @@ class Flag(NamedTuple):
 
 
 class Nullable(NamedTuple, Generic[T]):
-    """A value that may be null.
+    """A kind of JSON value, which `parse` checks: null, or a value of another kind.
 
     Attributes:
-        kind: Kind of the other values.
+        kind: The other kind.
     """
 
     kind: Kind[T]
@@ -170,7 +172,7 @@ class Nullable(NamedTuple, Generic[T]):
 
 
 class Checked(NamedTuple, Generic[T]):
-    """A value whose parts must fit each other.
+    """A kind of JSON value, which `parse` checks: a value with parts that fit each other.
 
     Attributes:
         kind: Kind of the value.
@@ -188,7 +190,7 @@ class Checked(NamedTuple, Generic[T]):
 
 
 class Items(NamedTuple, Generic[T]):
-    """A list whose items are of one kind.
+    """A kind of JSON value, which `parse` checks: a list with items of one kind.
 
     Attributes:
         kind: Kind of the items.
@@ -201,7 +203,7 @@ class Items(NamedTuple, Generic[T]):
     most: int
 
     def parse(self, value: object) -> tuple[T, ...]:
-        """Check a list.
+        """Check a JSON list.
 
         Returns:
             The checked items.
@@ -215,7 +217,7 @@ class Items(NamedTuple, Generic[T]):
 
 
 class Table(NamedTuple, Generic[T]):
-    """An object with any keys, whose values are of one kind.
+    """A kind of JSON value, which `parse` checks: an object with any keys and values of one kind.
 
     Attributes:
         kind: Kind of the values.
@@ -226,13 +228,13 @@ class Table(NamedTuple, Generic[T]):
     most: int
 
     def parse(self, value: object) -> dict[str, T]:
-        """Check an object.
+        """Check a JSON object.
 
         Returns:
             The checked values, by key.
 
         Raises:
-            FieldError: The value is no object, has too many keys, or a value is invalid.
+            FieldError: The value is no JSON object, has too many keys, or a value is invalid.
         """
         values = check_object(value)
         if len(values) > self.most:
@@ -245,7 +247,9 @@ class Table(NamedTuple, Generic[T]):
 
 
 class Fields(NamedTuple):
-    """An object with known keys; further keys are ignored.
+    """A kind of JSON value, which `parse` checks: an object with known keys.
+
+    Further keys are ignored.
 
     Attributes:
         required: Kinds of the values that must be there, by key.
@@ -257,13 +261,13 @@ class Fields(NamedTuple):
     optional: Mapping[str, tuple[Kind[Any], Any]] = {}
 
     def parse(self, value: object) -> dict[str, Any]:
-        """Check an object.
+        """Check a JSON object.
 
         Returns:
             The checked values, by key.
 
         Raises:
-            FieldError: The value is no object, lacks a key, or a value is invalid.
+            FieldError: The value is no JSON object, lacks a key, or a value is invalid.
         """
         values = check_object(value)
         if missing := [key for key in self.required if key not in values]:
@@ -275,7 +279,7 @@ class Fields(NamedTuple):
 
 
 class GridScaling(NamedTuple):
-    """A scaling of the formats, as in `altgrad.measure`."""
+    """A kind of JSON value, which `parse` checks: a `scaling`, as in `altgrad.measure`."""
 
     def parse(self, value: object) -> Scaling | None:
         """Return the scaling; a pair is a tuple.
@@ -291,7 +295,7 @@ class GridScaling(NamedTuple):
 
 
 def check_object(value: object) -> Mapping[str, object]:
-    """Return a JSON object, whose keys are texts.
+    """Return a value that was read from JSON, if the value is an object.
 
     Raises:
         FieldError: The value is no mapping, or a key is no text.
