@@ -39,8 +39,9 @@ _LEAST_FREEDOM = 3.0
 class EstimateSums(NamedTuple):
     """The sums of some estimates Σ a / Σ b, float64 (rows, keys) each.
 
-    A row is a layer or a model. A key is ``metric`` or ``metric/format``. A unit is a cluster or an
-    element.
+    Each element adds its a and its b. For ``stall_frac``, a is 1 if the element's update stalled,
+    and b is 1 if the update is other than 0. A row is a layer or a model. A key is ``metric`` or
+    ``metric/format``. A unit is a cluster or an element.
 
     Attributes:
         a: Σ a.
@@ -195,7 +196,23 @@ class _Strata:
 
 
 def _combine(sums: EstimateSums, ratios: Numbers, spreads: _Spreads, weights: Numbers) -> Numbers:
-    """Return the standard error of each ratio Σ a / Σ b, float64 (rows, keys)."""
+    """Compute the standard errors of ratios, half of the width of their intervals over 1.96.
+
+    A ratio is the sum of one number a of each element over the sum of another number b. For
+    ``stall_frac``, a is 1 if the element's update stalled, and b is 1 if the update is
+    other than 0.
+
+    Args:
+        sums: Σ a, Σ b and the other sums over the measured elements, (rows, keys) each.
+        ratios: The ratios Σ a / Σ b, float64 (rows, keys).
+        spreads: For each ratio the sums of its layer, or of all layers of its model, that say how
+            far the ratio may be off.
+        weights: Population over measured elements, float64 (rows, 1).
+
+    Returns:
+        Standard errors, float64 (rows, keys). They are 0 if all elements were measured, and NaN if
+        the ratio has no value, or if too few units carry it.
+    """
     a, b, is_share = weights * sums.a, weights * sums.b, sums.is_share > 0
     has_clusters, units = spreads.clusters > 0, b * b / spreads.bb
     # The spread of clusters is known as well as the fewest of them that carry Σ a, Σ (b − a) or

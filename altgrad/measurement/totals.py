@@ -121,8 +121,8 @@ class Layers(NamedTuple):
         extremum_layers: `row_layers` for each maximum and minimum, int64 (rows, extrema).
         histograms: Counts of octaves of all layers.
         order: Source of each column of a vector, int64 (columns).
-        meant: False for the columns of formats that cannot be judged, bool (columns). None if all
-            formats are judged.
+        meant: False for the what-if columns of formats that are not judged, which `add_up` sets to
+            0, bool (columns). None if all formats are judged.
         clusters: The clusters of the rows. None if no elements were drawn in blocks.
         products: Σ A², Σ A · B and Σ B² of each estimate over clusters that have no rows here,
             float64 (layers, 3 · estimates).
@@ -254,7 +254,19 @@ def _make_histograms(row_layers: Tensor, layers: int, formats: int) -> Histogram
 
 
 def _meant(judged: Sequence[bool], device: torch.device) -> Tensor | None:
-    """Return False for the WHAT_IF columns of formats that are not judged, else True."""
+    """Return a mask of the columns that have a meaning for the dtype of the weights.
+
+    What-if columns say what a format would do to updates. They mean nothing for a format that is
+    not judged, since weights are stored no finer than that format.
+
+    Args:
+        judged: For each format, True if the dtype of the weights is finer than the format.
+        device: Device of the mask.
+
+    Returns:
+        bool (columns), False for the what-if columns of formats that are not judged. None if all
+        formats are judged.
+    """
     if all(judged):
         return None
     what_if = {*WHAT_IF, *JUDGED, *(name for name in FORMAT_SUMS if name.startswith("steps["))}
@@ -269,7 +281,7 @@ def _meant(judged: Sequence[bool], device: torch.device) -> Tensor | None:
 
 
 def _columns(formats: int) -> list[_Column]:
-    """List the columns of a vector in their order."""
+    """List the columns of the vector of a layer, in order, by name and index of the format."""
     columns: list[_Column] = [(name, None) for name in SUMS]
     columns += [(name, format) for format in range(formats) for name in FORMAT_SUMS]
     columns += [(f"max {name}", None) for name in MAXIMA]
@@ -278,7 +290,11 @@ def _columns(formats: int) -> list[_Column]:
 
 
 def _source(formats: int) -> tuple[list[_Column], ...]:
-    """List the columns of the parts of a vector: counted, sums, products, octaves, extrema."""
+    """List the columns of the parts that `Layers.add_up` concatenates, by name and format.
+
+    Returns:
+        The columns of counted, sums, products, octaves and extrema.
+    """
 
     def each(names: tuple[str, ...], format_names: tuple[str, ...], how: str) -> list[_Column]:
         columns: list[_Column] = [(how.format(name), None) for name in names]
@@ -305,7 +321,7 @@ def _source(formats: int) -> tuple[list[_Column], ...]:
 @functools.cache
 @torch.inference_mode(mode=False)
 def _order(formats: int, device: torch.device) -> Tensor:
-    """Return the source of each column of a vector in its concatenated parts, int64 (columns)."""
+    """Return where each column of a layer's vector is in its parts end to end, int64 (columns)."""
     columns = itertools.chain.from_iterable(_source(formats))
     source = {column: position for position, column in enumerate(columns)}
     order = [

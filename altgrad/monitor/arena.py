@@ -95,15 +95,16 @@ class Segment:
     batch: Batch
 
     def empty_absent(self, present: set[str]) -> list[str | None]:
-        """Fill the rows of layers that are not in this step with NaN, and return all names.
+        """Write NaN to the rows of layers that are not in this step, so that no sum counts them.
 
-        Without NaN, such rows would be measured again with the copies of an earlier step.
+        The rows of such a layer still hold the copies of an earlier step.
 
         Args:
             present: Names of the layers of this step.
 
         Returns:
-            For each place its name, or None if the layer is not present.
+            One entry for each layer of the segment, in the order of `places`: the layer's name, or
+            None if the layer is not in this step.
         """
         absent = [place.rows for place in self.places if place.name not in present]
         if absent:

@@ -205,10 +205,13 @@ class UpdateMonitor:
 
     @property
     def asking(self) -> Optimizer:
-        """The optimizer for whose step a function `every_n_steps` is being called.
+        """The optimizer that is about to step, for use inside of a function `every_n_steps`.
+
+        The function receives only the index of the step. With several optimizers, it finds here
+        which of them makes the step.
 
         Raises:
-            RuntimeError: The function is not being called.
+            RuntimeError: No such function is being called at the moment.
         """
         return self._observer.asking
 

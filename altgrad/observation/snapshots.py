@@ -241,7 +241,10 @@ class Snapshots:
         return snapshots
 
     def clear(self) -> None:
-        """Free the memory of the copies; later copies have the same samples."""
+        """Free the memory of the copies, but keep which elements of each parameter are sampled.
+
+        The next `take` assigns memory again, and copies the same elements as before.
+        """
         self._kept.clear()
         self._kept_bytes = 0
 

@@ -79,9 +79,10 @@ class StepOutcome:
     Attributes:
         optimizer: The torch optimizer that made the step.
         index: Number of steps of this optimizer since it was attached, before this one.
-        step: The step; None if it could not be observed. The step is present for
-            ``"learning rate 0"``, too, since another rank may hold elements that moved.
-        skipped: The reason why no weight on this rank moved; None if any did.
+        step: The step with its tensors; None if there was an error. A skipped step is given, too,
+            since another rank may hold elements that moved.
+        skipped: The reason why the step was skipped on this rank: ``"inf"``, ``"no gradients"`` or
+            ``"learning rate 0"``, as `StepObserver` explains them. None for any other step.
         error: The error that was raised while the step was observed; None if there was no error.
         copy_seconds: Time that the host took to copy weights and gradients, in seconds.
     """

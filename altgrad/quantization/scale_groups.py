@@ -189,7 +189,7 @@ class Sharing(NamedTuple):
             scaling: The scaling of the run. With ``"channel"`` each channel is a group.
 
         Returns:
-            The sharing, on the CPU.
+            The map, on the CPU.
         """
         length = shape[-1] if shape else 1
         channels = shape[0] if shape and scaling == "channel" else 1
@@ -209,10 +209,11 @@ class Sharing(NamedTuple):
     def trim_groups(self) -> tuple[Sharing, slice]:
         """Drop the groups before the first and after the last group that has an element.
 
-        Only valid for the elements of one layer.
+        Use it for some neighbouring elements of one layer, which lie in few of its channels.
 
         Returns:
-            The sharing with groups numbered from 0 again, and the slice of the kept groups.
+            The map with groups numbered from 0 again, and the slice of the kept groups, which
+            selects their amaxes.
         """
         if not len(self.group):
             return self, slice(None)
@@ -221,10 +222,12 @@ class Sharing(NamedTuple):
         return self._replace(group=group, group_layer=group_layer), groups
 
     def pad(self, count: int) -> Sharing:
-        """Return the sharing with elements of group 0 and block 0 appended.
+        """Return the map with entries appended for memory that holds no element.
+
+        The appended entries refer to group 0 and block 0.
 
         Args:
-            count: The number of elements of the result, at least as many as now.
+            count: The number of entries of the result, at least as many as now.
         """
         more = count - len(self.group)
         group = torch.nn.functional.pad(self.group, (0, more))
@@ -236,13 +239,16 @@ class Sharing(NamedTuple):
 
     @classmethod
     def join(cls, layers: Sequence[Sharing]) -> Sharing:
-        """Join the sharings of several layers into one, in order.
+        """Concatenate the maps of several layers, so that one call can scale all their elements.
+
+        A `Sharing` maps each element to the group and the block with which it shares a scale.
 
         Args:
-            layers: Sharings of one layer each, with equal block sizes, on one device.
+            layers: One map for each layer, with equal block sizes, on one device.
 
         Returns:
-            One sharing. The groups and blocks of all layers are numbered in one sequence.
+            One map for the elements of all layers, one layer after the other. Groups, blocks and
+            layers are numbered in one sequence.
         """
         numbered = [*enumerate(layers)]
         blocks = {
@@ -260,7 +266,7 @@ class Sharing(NamedTuple):
         )
 
     def to(self, device: torch.device) -> Sharing:
-        """Return the sharing on a device."""
+        """Return the map from elements to groups and blocks, with its tensors on a device."""
         blocks = {
             size: _Blocks(*(part.to(device) for part in each)) for size, each in self.blocks.items()
         }
