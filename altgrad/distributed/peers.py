@@ -144,23 +144,6 @@ class Peers(Protocol):
             LostRankError: A rank does not answer.
         """
 
-    def total(self, find: Callable[[], Tensor], count: int) -> Tensor:
-        """Return the sum of each number over all ranks; call this method between steps.
-
-        Args:
-            find: Function that returns the numbers of this rank, float64 (count) on the host. If it
-                fails while other ranks wait, these numbers are left out, and the next step reports
-                the error.
-            count: How many numbers each rank has.
-
-        Returns:
-            float64 (count) on the host.
-
-        Raises:
-            LostRankError: A rank has not called this method; every rank reports it in the next
-                step.
-        """
-
     def whole_history(
         self, here: dict[str, PackedBits], names: Sequence[str], kinds: int
     ) -> dict[str, PackedBits]:
@@ -232,9 +215,6 @@ class Alone(Peers):
             return local
         rows = [row for row, name in enumerate(local.names) if name in stepped]
         return local._replace(names=[local.names[k] for k in rows], vectors=local.vectors[rows])
-
-    def total(self, find: Callable[[], Tensor], count: int) -> Tensor:  # noqa: ARG002
-        return find()
 
     def whole_history(
         self,

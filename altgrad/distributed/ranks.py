@@ -50,13 +50,6 @@ class Ranks(Peers):
         error, self._error = self._error, None
         return error
 
-    def total(self, find: Callable[[], Tensor], count: int) -> Tensor:
-        numbers = torch.zeros(count, dtype=torch.float64, device="cpu")
-        with self.hold_errors():
-            numbers = find()
-        each = self.group.gather("weight_octaves()", numbers.tolist())
-        return torch.tensor(each, dtype=torch.float64, device="cpu").sum(0)
-
     def maximum(self, find: Callable[[], Tensor], count: int) -> Tensor:
         """Return the maximum of each number over all ranks, by one MAX all-reduce.
 

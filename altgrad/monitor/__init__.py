@@ -7,6 +7,6 @@ Read `monitor` first: `UpdateMonitor` connects the other files.
   `unjudged` leaves out what cannot be judged.
 - The measurement: `engine` measures a step, most layers together in an `arena`, under the scales
   that `scale_state` keeps.
-- For other rooms: `watch` is what ranks compare, `describe` prints a dry run, `header` describes a
-  run as plain data, and `weight_octaves` counts weights by magnitude.
+- For other rooms: `watch` is what ranks compare, `describe` prints a dry run, and `header`
+  describes a run as plain data.
 """

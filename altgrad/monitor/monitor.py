@@ -29,7 +29,6 @@ from altgrad.distributed.host_group import LostRankError
 from altgrad.distributed.peers import Alone, Peers, StepSums
 from altgrad.distributed.together import Together
 from altgrad.measurement.ever_moved import EverMovedStore, PackedBits, check_packed_bits
-from altgrad.measurement.histogram import Histogram
 from altgrad.measurement.measure import DEFAULT_FORMATS
 from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.step_record import StepRecord, step_record
@@ -43,7 +42,6 @@ from altgrad.monitor.scale_state import ScaleState
 from altgrad.monitor.schedule import StepSchedule
 from altgrad.monitor.unjudged import leave_out_unjudged
 from altgrad.monitor.watch import Watch
-from altgrad.monitor.weight_octaves import weight_octaves
 from altgrad.observation import SkipReason, StepObserver, StepOutcome
 from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.rules import LayerSampling, SamplingRule
@@ -219,20 +217,6 @@ class UpdateMonitor:
     def is_shared(self) -> bool:
         """True if parameters are sharded, so that several ranks observe each step together."""
         return self._peers.size > 1
-
-    def weight_octaves(self) -> Histogram:
-        """Estimate the number of weights in each octave of magnitude.
-
-        If parameters are sharded, all ranks have to call this method, and wait for each other.
-
-        Returns:
-            The histogram, with estimated counts.
-
-        Raises:
-            LostRankError: A rank has not called this method; the observation ends.
-            RuntimeError: The ranks have not met, as they do at `attach`.
-        """
-        return weight_octaves(self.parameters, self._find_peers())
 
     def run_header(self) -> dict[str, Any]:
         """Describe formats, scaling and layers as plain data, for `altgrad.report.RunFile`.

@@ -110,7 +110,6 @@ def grow(rank: int) -> dict[str, Any]:
     torch.manual_seed(5)
     net.extra = fully_shard(nn.Linear(64, 3), mesh=mesh)
     optimizer.add_param_group({"params": [*net.extra.parameters()]})
-    watched.monitor.weight_octaves()
     watched.monitor.state_dict()
     train(net, optimizer, 2)
     problems = watched.problems()

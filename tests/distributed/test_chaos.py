@@ -49,8 +49,7 @@ def act(rank: int, seed: int) -> float:
         watching = monitors[shared.randrange(2)]
         actions: list[tuple[int, Callable[[], Any]]] = [
             (10, functools.partial(watching.attach, first, second)),
-            (10, watching.state_dict),
-            (10, watching.weight_octaves),
+            (20, watching.state_dict),
             (5, watching.detach),
             (5, lambda: net.requires_grad_(own.random() < 0.5)),
             (30, first.step),

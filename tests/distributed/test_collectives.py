@@ -105,7 +105,6 @@ def texts(rank: int) -> dict[str, Any]:
     for name in ("first", "second"):
         during(name, optimizer.step)
     during("checkpoint", monitor.state_dict)
-    during("octaves", monitor.weight_octaves)
     with Listening() as numbers:
         during("failed", lambda: refused(optimizer.step))
     return said | {"numbers": [name for name, _ in numbers.said]}
@@ -120,7 +119,6 @@ def test_texts_are_exchanged_only_by_calls_between_steps_and_after_an_error(two)
         # For each of 16 elements a bit for "ever moved", and one for each format.
         ((call, length),) = said["checkpoint"]
         assert (call, length < 1000 * 3 * 16 // 8) == ("state_dict()", True)
-        assert [call for call, _ in said["octaves"]] == ["weight_octaves()"]
         assert said["numbers"] == ["allreduce", "allreduce"]
         ((call, length),) = said["failed"]
         assert (call, length > len("null")) == ("optimizer.step()", rank == 1)

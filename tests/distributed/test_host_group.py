@@ -168,15 +168,15 @@ def test_ranks_are_together_again_after_the_next_all_reduce() -> None:
 
 def make_other_calls(rank: int) -> list[str]:
     group = meet()
-    call = "state_dict()" if rank == 1 else "weight_octaves()"
+    call = "state_dict()" if rank == 1 else "optimizer.step()"
     return [refused(lambda: group.gather(call, rank)) for _ in range(2)]
 
 
 def test_different_calls_are_named_and_texts_are_refused_afterwards(three) -> None:
     met_others = [
-        "rank 1 called state_dict() while rank 0 called weight_octaves()",
-        "rank 0 called weight_octaves() while rank 1 called state_dict()",
-        "rank 1 called state_dict() while rank 2 called weight_octaves()",
+        "rank 1 called state_dict() while rank 0 called optimizer.step()",
+        "rank 0 called optimizer.step() while rank 1 called state_dict()",
+        "rank 1 called state_dict() while rank 2 called optimizer.step()",
     ]
     for expected, (told, again) in zip(met_others, three(make_other_calls), strict=True):
         assert told == f"LostRankError: {expected}: call both on all ranks, in the same order"

@@ -17,11 +17,12 @@ from tests.distributed.training import LIMIT, all_warnings, refused, sgd, train,
 from tests.processes import run
 
 SIZE = 2
+STOPS = "UpdateMonitor stops observing after an error: "
 LOST = (
-    "UpdateMonitor stops observing after an error: rank 0 failed before step 1 of SGD: rank 0 of 2 "
-    "had no answer from at least one other rank within the time limit: "
+    "rank 0 failed before step 1 of SGD: rank 0 of 2 had no answer from at least one other rank "
+    "within the time limit: "
 )
-"""The warning of every rank after a call in which rank 0 was alone."""
+"""The error of every rank in the step after a call in which rank 0 was alone."""
 
 # Missing ranks
 
@@ -101,63 +102,86 @@ def test_every_rank_warns_about_a_checkpoint_on_one_rank_and_training_goes_on() 
     assert first["told"][1] == second["told"][0]
     assert [len(each["told"]) for each in (first, second)] == [2, 1]
     for each in (first, second):
-        assert each["told"][-1].startswith(LOST)
+        assert each["told"][-1].startswith(STOPS + LOST)
         assert each["seconds"] < 0.9 * LIMIT  # no rank waits for rank 0 twice
         assert not each["observing"]
 
 
-def octaves_alone(rank: int) -> dict[str, Any]:
+def checkpoint_alone_if_strict(rank: int) -> dict[str, Any]:
+    """Take the state on rank 0 alone before attach(), on both ranks, and on rank 0 alone."""
     net = fsdp(SIZE)
     optimizer = sgd(net)
-    monitor = UpdateMonitor(net)
-    before = refused(monitor.weight_octaves)
+    monitor = UpdateMonitor(net, strict=True)
+    before = {} if rank else monitor.state_dict()["ever_moved"]
     monitor.attach(optimizer)
     train(net, optimizer, 1)
-    together = monitor.weight_octaves().counts
+    moved = monitor.state_dict()["ever_moved"]
+    together = {name: (shape, bits.tolist()) for name, (shape, bits) in moved.items()}
     start = time.monotonic()
-    alone = "" if rank else refused(monitor.weight_octaves)
-    told = warned(net, optimizer, 2)
+    alone = "" if rank else refused(monitor.state_dict)
+    step = refused(lambda: train(net, optimizer, 1))
+    seconds = time.monotonic() - start
     return {
         "before": before,
-        "together": sum(together),
+        "together": together,
         "alone": alone,
-        "told": told,
+        "step": step,
+        "after": refused(lambda: train(net, optimizer, 2)),
         "observing": monitor.is_observing,
-        "seconds": time.monotonic() - start,
+        "seconds": seconds,
     }
 
 
-def test_every_rank_warns_about_weight_octaves_on_one_rank_and_training_goes_on() -> None:
-    first, second = run(octaves_alone, SIZE, collective=LIMIT)
-    assert first["together"] == second["together"] > 0
-    assert "attach() on each first" in first["before"]
+def test_every_rank_raises_the_error_of_a_checkpoint_on_one_rank_if_strict() -> None:
+    first, second = run(checkpoint_alone_if_strict, SIZE, collective=LIMIT)
+    assert first["before"] == {}
+    assert first["together"] == second["together"] != {}
     assert first["alone"].startswith("LostRankError: rank 0 of 2 had no answer")
     assert second["alone"] == ""
     for each in (first, second):
-        assert [told[: len(LOST)] for told in each["told"]] == [LOST]
+        assert each["step"] == first["step"]
+        assert each["step"].startswith(f"RankError: {LOST}")
+        assert each["after"] == ""
         assert not each["observing"]
         assert each["seconds"] < 0.9 * LIMIT
 
 
-def octaves_alone_in_a_callback(rank: int) -> dict[str, Any]:
-    """Call weight_octaves() in on_record, on rank 0 alone, at the first of three steps."""
+def checkpoint_alone_in_a_callback(rank: int, strict: bool) -> dict[str, Any]:
+    """Take the state in on_record, on rank 0 alone, at the first of three steps."""
     net = fsdp(SIZE)
     optimizer = sgd(net)
 
     def on_record(record: Any) -> None:
         if rank == 0 and record.index == 0:
-            monitor.weight_octaves()
+            monitor.state_dict()
 
-    monitor = UpdateMonitor(net, on_record).attach(optimizer)
+    monitor = UpdateMonitor(net, on_record, strict=strict).attach(optimizer)
     start = time.monotonic()
-    told = warned(net, optimizer, 3)
+    with all_warnings() as told:
+        steps = [refused(lambda: train(net, optimizer, 1)) for _ in range(3)]
+    told = [each for each in told if "UpdateMonitor" in each]
     seconds = time.monotonic() - start
-    return {"told": told, "seconds": seconds, "observing": monitor.is_observing}
+    return {"told": told, "steps": steps, "seconds": seconds, "observing": monitor.is_observing}
 
 
 def test_every_rank_names_the_rank_that_called_alone_in_a_callback() -> None:
-    for each in run(octaves_alone_in_a_callback, SIZE, collective=LIMIT):
-        assert [told[: len(LOST)] for told in each["told"]] == [LOST]
+    first, second = run(checkpoint_alone_in_a_callback, SIZE, False, collective=LIMIT)
+    assert "state_dict() was not called on every rank" in first["told"][0]
+    assert [len(each["told"]) for each in (first, second)] == [2, 1]
+    for each in (first, second):
+        assert each["told"][-1].startswith(STOPS + LOST)
+        assert each["steps"] == [""] * 3
+        assert not each["observing"]
+        assert each["seconds"] < 0.9 * LIMIT
+
+
+def test_every_rank_raises_the_error_of_a_call_in_a_callback_of_one_rank_if_strict() -> None:
+    first, second = run(checkpoint_alone_in_a_callback, SIZE, True, collective=LIMIT)
+    lost = f"RankError: {LOST}"
+    for each in (first, second):
+        assert [told[: len(lost)] for told in each["steps"]] == ["", lost, ""]
+        assert each["steps"] == first["steps"]
+        assert each["told"] == []
         assert not each["observing"]
         assert each["seconds"] < 0.9 * LIMIT
 

@@ -16,6 +16,7 @@ from tests.processes import run
 SIZE = 2
 
 DIFFERS = "DisagreementError: rank 1 differs from rank 0: expected "
+STOPS = "UpdateMonitor stops observing after an error: "
 
 # Different settings, optimizers, states
 
@@ -164,22 +165,49 @@ def test_ranks_in_steps_by_different_optimizers_report_how_many_layers_they_have
         assert not each["observing"]
 
 
-def other_calls(rank: int) -> dict[str, Any]:
-    """Call weight_octaves() on rank 0 while rank 1 takes a checkpoint."""
+def other_calls(rank: int, strict: bool) -> dict[str, Any]:
+    """Take a checkpoint on rank 1 while rank 0 begins the first step of another layer."""
     net = fsdp(SIZE)
-    optimizer = sgd(net)
-    monitor = UpdateMonitor(net, strict=True).attach(optimizer)
+    late = [*net.five.parameters()]
+    first = [p for name, p in net.named_parameters() if not name.startswith("five")]
+    optimizer = torch.optim.SGD(first, lr=1e-2)
+    monitor = UpdateMonitor(net, strict=strict).attach(optimizer)
     train(net, optimizer, 1)
-    call = monitor.state_dict if rank else monitor.weight_octaves
-    return {"told": refused(call), "next": refused(lambda: train(net, optimizer, 1))}
+    optimizer.add_param_group({"params": late})  # ranks compare their layers in the next step
+    net(torch.arange(6)).backward()
+    with all_warnings() as told:
+        call = refused(monitor.state_dict) if rank else ""
+        step = refused(optimizer.step)
+        after = refused(lambda: train(net, optimizer, 1))
+    told = [each for each in told if "UpdateMonitor" in each]
+    raised = {"call": call, "step": step, "after": after}
+    return raised | {"told": told, "observing": monitor.is_observing}
 
 
-def test_ranks_in_different_calls_name_both_calls() -> None:
-    first, second = run(other_calls, SIZE, collective=LIMIT)
-    assert "rank 1 called state_dict() while rank 0 called weight_octaves()" in first["told"]
-    assert "rank 0 called weight_octaves() while rank 1 called state_dict()" in second["told"]
-    assert first["next"] == second["next"]
-    assert first["next"].startswith(
-        "RankError: rank 0 failed before step 1 of SGD: rank 1 called state_dict() while rank 0 "
-    )
-    assert "; rank 1 failed before step 1 of SGD: rank 0 called weight_octaves() w" in first["next"]
+MET_OTHERS = [
+    "rank 1 called state_dict() while rank 0 called optimizer.step()",
+    "rank 0 called optimizer.step() while rank 1 called state_dict()",
+]
+
+
+def test_ranks_in_different_calls_name_both_calls_and_training_goes_on() -> None:
+    first, second = run(other_calls, SIZE, False, collective=LIMIT)
+    for own, each in zip(MET_OTHERS, (first, second), strict=True):
+        assert f"{STOPS}{own}: call both on all ranks, in the same order" in each["told"][-1]
+        assert each["call"] == each["step"] == each["after"] == ""
+        assert not each["observing"]
+    assert [len(each["told"]) for each in (first, second)] == [1, 2]
+    assert second["told"][0].startswith("UpdateMonitor state_dict() was not called on every rank")
+    assert MET_OTHERS[1] in second["told"][0]
+
+
+def test_ranks_in_different_calls_raise_an_error_that_names_both_if_strict() -> None:
+    first, second = run(other_calls, SIZE, True, collective=LIMIT)
+    met_others = [f"LostRankError: {own}: call both on all ranks" for own in MET_OTHERS]
+    assert first["call"] == ""
+    assert second["call"].startswith(met_others[1])
+    for own, each in zip(met_others, (first, second), strict=True):
+        assert each["step"].startswith(own)
+        assert each["after"] == ""
+        assert each["told"] == []
+        assert not each["observing"]

@@ -182,7 +182,7 @@ def test_other_ranks_are_not_waited_for_after_an_error(
     session.start(tmp_path)
     step(run, module, 0)
     monkeypatch.setattr(UpdateMonitor, "is_shared", property(lambda _: True))
-    monkeypatch.setattr(UpdateMonitor, "weight_octaves", wait)
+    monkeypatch.setattr(UpdateMonitor, "state_dict", wait)
     session.finish_after_error()
     assert result.latest_step == 0
     assert read(result.path).steps == (0,)

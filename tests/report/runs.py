@@ -36,7 +36,7 @@ def write_run(
                 size = 1e-3 if name in frozen else 0.25
                 parameter.grad = torch.full((8,), size if step % 2 else -size)
             optimizer.step()
-            weights = monitor.weight_octaves()
+            weights = monitor.latest.model.histogram("weights")
             file.append(10 * step, monitor.latest, skipped={"inf": step}, weights=weights)
     return file.path
 
