@@ -68,16 +68,21 @@ def test_the_other_rank_stops_observing_if_a_rank_is_killed() -> None:
     assert not first["observing"]
 
 
-def attach_alone(rank: int) -> str:
+def attach_alone(rank: int) -> dict[str, Any]:
     """Attach on rank 0 alone; a rank without local parameters might not attach."""
     net = fsdp(SIZE)
-    return "" if rank else refused(lambda: UpdateMonitor(net).attach(sgd(net)))
+    monitor = UpdateMonitor(net, strict=True)
+    if rank:
+        return {}
+    told = refused(lambda: monitor.attach(sgd(net)))
+    return {"told": told, "moved": monitor.state_dict()["ever_moved"]}
 
 
 def test_a_rank_that_does_not_attach_is_reported_as_missing() -> None:
     first, _ = run(attach_alone, SIZE, collective=LIMIT)
-    assert "rank 0 of 2 had no answer from at least one other rank" in first
-    assert "every rank has to attach" in first
+    assert "rank 0 of 2 had no answer from at least one other rank" in first["told"]
+    assert "every rank has to attach" in first["told"]
+    assert first["moved"] == {}  # nobody is waited for
 
 
 def checkpoint_alone(rank: int) -> dict[str, Any]:
