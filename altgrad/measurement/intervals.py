@@ -63,6 +63,8 @@ def _find_share_interval(share: float, half: float) -> tuple[float, float]:
     """Return Wilson's interval of a share, from half of its width."""
     if half >= 0.5:  # of no element
         return 0.0, 1.0
+    if half * half == 0:  # the square, on which all below rests, underflows
+        return max(share - half, 0.0), min(share + half, 1.0)
     # Half of the width is sqrt(u · share · (1 − share) + u² / 4) / (1 + u) with u = z² / elements:
     # a quadratic equation for u with one positive root.
     linear = 2 * half * half - share * (1 - share)

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 from scipy import stats
 
 from altgrad.measurement.intervals import WIDTH, find_interval, find_share_error
@@ -67,6 +67,15 @@ def test_the_error_of_a_share_is_half_of_wilsons_interval(count: int, elements: 
 
 def test_a_share_of_no_element_can_be_anything() -> None:
     assert find_interval("stall_frac", 0.5, 1.0) == (0.0, 1.0)
+
+
+@given(share=st.floats(0, 1), error=st.floats(0, 1e300))
+@example(share=0.0, error=5e-324)
+def test_any_share_and_error_have_an_interval_from_0_to_1_around_the_share(
+    share: float, error: float
+) -> None:
+    low, high = find_interval("stall_frac", share, error)
+    assert 0 <= low <= share <= high <= 1
 
 
 def test_unknown_metrics_are_errors() -> None:
