@@ -50,7 +50,8 @@ class CallbackMetrics:
         """
         has_stepped = trainer.global_step != self._global_step
         self._global_step = trainer.global_step
-        numbers = [math.nan if figures is None else figures[key] for key in self._keys]
+        # A format that only a rule names has no figure in a step without the layers of the rule.
+        numbers = [(figures or {}).get(key, math.nan) for key in self._keys]
         if trainer.world_size > 1:
             # Every rank comes to the same answer here, or some would wait for others.
             if not has_stepped or not (self._waits or is_due(trainer, self._every)):
@@ -58,8 +59,8 @@ class CallbackMetrics:
             waits_first, *numbers = _share([float(waits), *numbers], trainer)
             self._waits = bool(waits_first)
         for key, number in zip(self._keys, numbers, strict=True):
-            if math.isfinite(number):
-                value = torch.tensor(number, dtype=torch.float32, device="cpu")
+            value = torch.tensor(number, dtype=torch.float32, device="cpu")
+            if value.isfinite():  # of float64 layers, a figure may exceed float32
                 trainer.callback_metrics[f"altgrad/{key}"] = value
 
 

@@ -68,6 +68,43 @@ def test_the_last_finite_value_stays(tmp_path: Path) -> None:
     assert see.values[2] == see.values[1] != see.values[3]
 
 
+def test_a_format_without_layers_in_a_step_has_no_value(tmp_path: Path) -> None:
+    class Alternating(Net):
+        """A net whose first layer has no gradient in every second batch."""
+
+        def on_after_backward(self) -> None:
+            if self.trainer.global_step % 2 == 0:
+                self.layers[0].zero_grad()
+
+    rule = SamplingRule("layers.0.*", formats=["e5m2"])
+    key = "kept_update_ratio/e5m2"
+    monitor = PrecisionMonitor(
+        "bf16", every_n_steps=1, sampling=[rule], callback_metrics=[key, "update_rms"], strict=True
+    )
+    see = See(monitor, "altgrad/update_rms")
+    run = trainer(tmp_path, monitor, see, logger=False)
+    run.fit(Alternating(), batches(3))
+    assert run.global_step == 3
+    assert see.values == pytest.approx(see.figures, rel=1e-6)
+    shown = read(monitor.path).series(key)
+    assert run.callback_metrics[f"altgrad/{key}"].item() == pytest.approx(shown[1], rel=1e-6)
+
+
+def test_a_figure_beyond_float32_is_left_out(tmp_path: Path) -> None:
+    class Exploding(Net):
+        """A net with a float64 layer whose update exceeds float32 at step 2."""
+
+        def on_before_zero_grad(self, optimizer: Any) -> None:
+            optimizer.param_groups[0]["lr"] = 1e60 if self.trainer.global_step == 2 else 1e-3
+
+    monitor = PrecisionMonitor("bf16", every_n_steps=1, callback_metrics=["update_rms"])
+    see = See(monitor, "altgrad/update_rms")
+    run = trainer(tmp_path, monitor, see, logger=False, precision="64-true")
+    run.fit(Exploding(), batches(3))
+    assert see.figures[2] > 1e50
+    assert see.values[2] == see.values[1]
+
+
 def test_a_first_batch_that_is_skipped_is_followed_by_the_next_one(tmp_path: Path) -> None:
     class Warm(Net):
         def on_before_zero_grad(self, optimizer: Any) -> None:
