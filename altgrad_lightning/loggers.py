@@ -37,6 +37,8 @@ _LAYER_METRICS = ("kept_update_ratio", "stall_frac")
 _COLUMNS = ("layer", "format", "verdict", "kept_update_ratio", "stall_frac", "reason")
 # As many as one reads; the run file has all layers.
 _MAX_VERDICT_ROWS = 100
+# Of a name: some put all hyperparameters into it. The header of a run file takes 10,000.
+_MOST_CHARACTERS = 1000
 
 
 def can_show(loggers: Iterable[Any]) -> bool:
@@ -52,7 +54,7 @@ def describe_runs(loggers: Iterable[Any]) -> list[dict[str, str | None]]:
 
     Returns:
         For each logger the name of its class under ``logger``, then ``name``, ``id`` and
-        ``version`` of the run; None if the logger has none.
+        ``version`` of the run, up to 1,000 characters of each; None if the logger has none.
     """
     return [
         {
@@ -232,10 +234,11 @@ def _find_version(logger: Any) -> object:
 
 def _ask(question: Callable[[Any], object], logger: Any) -> str | None:
     """Return an answer of a logger as a text; None if it has none, or raises an error."""
-    answer: object = None
+    text = None
     with suppress(Exception):  # a run file is written without it
         answer = question(logger)
-    return None if answer is None else str(answer)
+        text = None if answer is None else str(answer)[:_MOST_CHARACTERS]
+    return text
 
 
 # --- names of metrics

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import (
+    CSVLogger,
+    Logger,
+    MLFlowLogger,
+    TensorBoardLogger,
+    WandbLogger,
+)
 from torch import Tensor, nn
 
 from altgrad.report import read
@@ -33,6 +39,34 @@ def test_a_logger_that_raises_has_no_name() -> None:
 
     described = {"logger": "Offline", "name": None, "id": None, "version": "7"}
     assert describe_runs([Offline()]) == [described]
+
+
+def test_a_run_with_a_name_that_no_header_can_hold_is_trained_and_observed(tmp_path: Path) -> None:
+    class Unwritable:
+        """A version that cannot be written as a text."""
+
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    class Odd(Logger):
+        """A logger whose name has all hyperparameters, and whose version has no text."""
+
+        name = "width=8," * 5000
+        version = Unwritable()
+
+        def log_metrics(self, *_: Any, **__: Any) -> None:
+            """Log nothing."""
+
+        def log_hyperparams(self, *_: Any, **__: Any) -> None:
+            """Log nothing."""
+
+    monitor = PrecisionMonitor("bf16", every_n_steps=1, strict=True)
+    run = trainer(tmp_path, monitor, logger=Odd())
+    run.fit(Net(), batches(2))
+    assert run.global_step == 2
+    (described,) = read(monitor.path).loggers
+    assert (described["logger"], described["version"]) == ("Odd", None)
+    assert described["name"] == ("width=8," * 5000)[:1000]
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # wandb leaves files open
