@@ -28,6 +28,7 @@ class DueBatches:
         self._last: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._restored: list[int] = []
         self._before_first: int | None = None  # the batch before the first one of this training
+        self._last_step: int | None = None  # the batch of the last step of any optimizer
 
     def take_step(self, optimizer: Optimizer, batch: int) -> bool:
         """Return True if a step is to be observed, and note that it is.
@@ -38,6 +39,7 @@ class DueBatches:
             optimizer: The optimizer that is about to step.
             batch: Number of the batch, counted from 0.
         """
+        self._last_step = batch
         if not self.every:
             return False
         # Read at the first step: Lightning corrects the number of a resumed batch that late.
@@ -48,6 +50,19 @@ class DueBatches:
             return False
         self._last[optimizer] = batch
         return True
+
+    def misses_steps(self, batch: int) -> bool:
+        """Return True if a batch is due, and no step was made in it and in the batch before.
+
+        Where gradients accumulate, a number has several batches, of which only the last one steps.
+
+        Args:
+            batch: Number of the batch that ends.
+        """
+        if self._last_step is None:
+            self._last_step = batch - 1
+        is_due = self.every > 0 and (batch + 1) % self.every == 0
+        return is_due and batch - self._last_step > 1
 
     def get_last(self, optimizers: Sequence[Optimizer]) -> list[int]:
         """Return the batch in which each optimizer was last observed, for a checkpoint.

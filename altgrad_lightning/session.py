@@ -24,7 +24,7 @@ from altgrad_lightning.output import Output
 from altgrad_lightning.packages import Callback
 from altgrad_lightning.result import Result
 from altgrad_lightning.settings import Settings
-from altgrad_lightning.steps import find_interval, is_due, logged_step
+from altgrad_lightning.steps import find_interval, logged_step
 from altgrad_lightning.strategies import explain_refusal
 
 if TYPE_CHECKING:
@@ -138,7 +138,8 @@ class Session:
         if self._monitor is None:
             return
         if not self._records:
-            if is_due(self._trainer, self._due.every):
+            # Steps that passed the hooks need no look, such as those beyond the budget of time.
+            if self._due.misses_steps(logged_step(self._trainer)):
                 self._monitor.warn_about_bypasses()
             return
         record = _merge([*self._records])

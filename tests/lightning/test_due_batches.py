@@ -71,3 +71,33 @@ def test_before_the_first_step_there_is_nothing_to_restore() -> None:
     assert due.get_last([optimizer]) == []
     due.restore_last([optimizer], [])
     assert find_observed(due, optimizer, range(4)) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("steps", "missed"),
+    [
+        ({*range(12)}, []),  # each batch steps
+        (set(), [3, 7, 11]),  # none does
+        ({0, 1, 2, 3, 4}, [7, 11]),
+        ({6, 10}, [3]),  # the batch before counts
+    ],
+)
+def test_a_due_batch_misses_steps_if_neither_it_nor_the_one_before_steps(
+    steps: set[int], missed: list[int]
+) -> None:
+    due, optimizer, found = DueBatches(4), make_optimizer(), []
+    for batch in range(12):
+        if batch in steps:
+            due.take_step(optimizer, batch)
+        if due.misses_steps(batch):
+            found.append(batch)
+    assert found == missed
+
+
+def test_batches_that_accumulate_gradients_miss_no_steps() -> None:
+    due, optimizer = DueBatches(1), make_optimizer()
+    for step in range(3, 6):
+        assert not any(due.misses_steps(step) for _ in range(7))
+        due.take_step(optimizer, step)
+        assert not due.misses_steps(step)
+    assert not DueBatches(0).misses_steps(7)

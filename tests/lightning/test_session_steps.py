@@ -1,6 +1,7 @@
 """`Session`: which steps of a Trainer are observed, and what is said of those that are not."""
 
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from altgrad.monitor import bypass
+from altgrad.observation.weight_sample import WeightSample
 from altgrad.report import RunReport, read
 from altgrad_lightning import PrecisionMonitor
 from tests.lightning.runs import Net, batches, logged, trainer
@@ -210,6 +213,39 @@ def test_a_monitor_inside_another_callback_ignores_the_steps_of_a_tuner(tmp_path
         monitor.on_train_batch_end(run, module)
         assert (monitor.latest is not latest) == is_due
     monitor.teardown()
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ({"accumulate_grad_batches": 4}, {}),
+        ({}, {"overhead_budget": 1e-9}),  # pays for the first step alone
+        ({"gradient_clip_val": 1.0}, {"preset": "economy"}),
+    ],
+    ids=["accumulation", "budget", "economy"],
+)
+def test_weights_are_not_read_in_batches_that_are_not_observed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    arguments: dict[str, Any],
+) -> None:
+    batches_read: list[int] = []
+
+    class Counting(WeightSample):
+        def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+            batches_read.append(run.fit_loop.total_batch_idx)
+            super().__init__(parameters)
+
+        def find_changed(self, parameters: Mapping[str, Tensor]) -> list[str]:
+            batches_read.extend([run.fit_loop.total_batch_idx] if parameters else [])
+            return super().find_changed(parameters)
+
+    monkeypatch.setattr(bypass, "WeightSample", Counting)
+    monitor = PrecisionMonitor("bf16", every_n_steps=1, **arguments)
+    run = trainer(tmp_path, monitor, logger=False, **options)
+    run.fit(Net(), batches(12))
+    assert {*batches_read} <= {-1, 11}  # as training begins and ends
 
 
 @pytest.mark.parametrize("every", [1, 3])
