@@ -76,7 +76,7 @@ class BypassDetector:
     ) -> None:
         self._find_stepped = find_stepped
         self._find_measured = find_measured
-        self._all: WeightSample | None = None  # at the first look
+        self._all: WeightSample | None = None  # when the first of the attached was attached
         self._first: WeakKeyDictionary[StepHooks[Any], _Look] = WeakKeyDictionary()
         self._last: WeakKeyDictionary[StepHooks[Any], _Look] = WeakKeyDictionary()
 
@@ -86,7 +86,10 @@ class BypassDetector:
         Args:
             attached: The hooks of all attached optimizers.
         """
-        if self._all is None:
+        # Steps between `detach` and the next `attach` are nobody's business.
+        if not any(hooks in self._first for hooks in attached):
+            self._first.clear()
+            self._last.clear()
             self._all = WeightSample(self._find_measured())
         for hooks in attached:
             optimizer = hooks.optimizer

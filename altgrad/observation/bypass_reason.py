@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from altgrad.observation.optimizers import find_wrapped
+from altgrad.observation.step_hooks import was_hooked
 
 
 def find_bypass_reason(
@@ -62,7 +63,10 @@ def find_bypass_reason(
 def find_other_optimizers(
     parameters: Sequence[Tensor], attached: Collection[Optimizer]
 ) -> dict[int, str]:
-    """Find optimizers in this process that have some parameters and are not attached.
+    """Find optimizers in this process that have some parameters and were never attached.
+
+    An optimizer that another monitor observes, or that was attached earlier, was left out on
+    purpose.
 
     Args:
         parameters: The parameters.
@@ -79,7 +83,7 @@ def find_other_optimizers(
     return {
         positions[identity]: type(each).__name__
         for each in optimizers
-        if not {id(one) for one in find_wrapped(each)} & seen
+        if not any(id(one) in seen or was_hooked(one) for one in find_wrapped(each))
         for identity in positions.keys() & _read_parameters(each)
     }
 

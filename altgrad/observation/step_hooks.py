@@ -42,6 +42,11 @@ def is_hooked(optimizer: Optimizer) -> bool:
     return bool(_HOOKS.get(optimizer))
 
 
+def was_hooked(optimizer: Optimizer) -> bool:
+    """Return True if any `StepHooks` have ever observed steps of an optimizer."""
+    return optimizer in _HOOKS
+
+
 class StepHooks(Generic[Captured]):
     """The hooks of one owner on one optimizer: three calls around each step.
 

@@ -235,6 +235,36 @@ def test_a_layer_that_two_attached_optimizers_step_is_no_bypass() -> None:
         assert monitor.describe_unseen() == []
 
 
+def test_layers_that_another_monitor_observes_are_no_bypass() -> None:
+    model = net()
+    first, second = SGD(model[0].parameters(), lr=0.1), SGD(model[2].parameters(), lr=0.1)
+    with (
+        UpdateMonitor(model, formats="bf16", strict=True).attach(first) as one,
+        UpdateMonitor(model, formats="bf16", strict=True).attach(second) as other,
+    ):
+        for _ in range(2):
+            train(model, first)
+            train(model, second)
+            one.warn_about_bypasses()
+            other.warn_about_bypasses()
+
+
+def test_steps_between_detach_and_attach_are_no_bypass() -> None:
+    model = net()
+    optimizer = SGD(model[0].parameters(), lr=0.1)
+    monitor = UpdateMonitor(model, formats="bf16", strict=True)
+    warmup = SGD(model[2].parameters(), lr=0.1)
+    for _ in range(2):
+        with monitor.attach(optimizer):
+            train(model, optimizer)
+        train(model, warmup)
+    told: list[str] = []
+    monitor = UpdateMonitor(model, formats="bf16", tell=told.append)
+    with monitor.attach(optimizer):
+        train(model, warmup)  # while the monitor is attached
+    assert [each.partition(":")[0] for each in told] == ["cannot see what moves 2.weight, 2.bias"]
+
+
 def test_tied_weights_are_no_bypass() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight

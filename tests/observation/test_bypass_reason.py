@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
+from altgrad import UpdateMonitor
 from altgrad.observation.bypass_reason import find_bypass_reason
 
 
@@ -99,3 +100,12 @@ def test_steps_under_other_names_are_a_sign(layer: nn.Linear) -> None:
 
     optimizer = TwoSteps(layer.parameters(), lr=0.1)
     assert "by first_step() and second_step()" in explain(layer, optimizer, optimizer)
+
+
+def test_an_optimizer_that_was_attached_elsewhere_is_no_sign(layer: nn.Linear) -> None:
+    optimizer, other = (SGD(layer.parameters(), lr=0.1) for _ in range(2))
+    assert "is not attached" in explain(layer, optimizer, optimizer)
+    monitor = UpdateMonitor(layer).attach(other)
+    assert explain(layer, optimizer, optimizer) is None
+    monitor.detach()
+    assert explain(layer, optimizer, optimizer) is None
