@@ -6,6 +6,7 @@ that no step has made.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 
 import torch
@@ -27,11 +28,12 @@ class WeightSample:
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._weights = _read(parameters)
+        self._parameters = {name: weakref.ref(each) for name, each in parameters.items()}
 
     def find_changed(self, parameters: Mapping[str, Tensor]) -> list[str]:
         """Return the names of parameters whose sampled weights have changed.
 
-        Parameters that are new, or have another shape, are not compared.
+        Parameters that are new, were replaced by others, or have another shape, are not compared.
 
         Args:
             parameters: The same parameters, by name.
@@ -39,7 +41,11 @@ class WeightSample:
         Returns:
             The names, in the order of `parameters`.
         """
-        known = {name: each for name, each in parameters.items() if name in self._weights}
+        known = {
+            name: each
+            for name, each in parameters.items()
+            if name in self._weights and self._parameters[name]() is each
+        }
         return [
             name
             for name, (shape, weights) in _read(known).items()

@@ -259,7 +259,7 @@ def test_steps_between_detach_and_attach_are_no_bypass() -> None:
             train(model, optimizer)
         train(model, warmup)
     told: list[str] = []
-    monitor = UpdateMonitor(model, formats="bf16", tell=told.append)
+    monitor = UpdateMonitor(model, formats="bf16", warn=told.append)
     with monitor.attach(optimizer):
         train(model, warmup)  # while the monitor is attached
     assert [each.partition(":")[0] for each in told] == ["cannot see what moves 2.weight, 2.bias"]

@@ -36,6 +36,13 @@ def test_a_parameter_with_other_strides_is_the_same() -> None:
     assert sample.find_changed({"a": weights.to(memory_format=torch.channels_last)}) == []
 
 
+def test_a_parameter_that_another_one_replaces_is_not_compared() -> None:
+    sample = WeightSample(parameters := make(a=(4,)))
+    assert sample.find_changed(make(a=(4,))) == []
+    parameters["a"].add_(1)
+    assert sample.find_changed(parameters) == ["a"]
+
+
 def test_new_and_reshaped_parameters_are_not_compared() -> None:
     sample = WeightSample(make(a=(4,), gone=(2,)))
     assert sample.find_changed(make(a=(5,), new=(3,))) == []
