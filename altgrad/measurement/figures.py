@@ -85,7 +85,7 @@ class Figures(Mapping[str, float]):
             kept_update_ratio if fewer than 100 elements of the sample moved, or fewer than 30 carry
             the energy of the update (elements / energy_concentration). If blocks were drawn, NaN
             for shares of fewer than 5 clusters of blocks, and for kept_update_ratio of fewer
-            than 25.
+            than 8.
 
         Raises:
             KeyError: The metric or the format is unknown.

@@ -30,7 +30,7 @@ from altgrad.measurement.numbers import Numbers
 # Fewest units of equal weight that make the spread known: tests/measurement/test_coverage.py shows
 # what comes of it. kept_update_ratio, whose terms have long tails, needs more than a share.
 _FEWEST_CLUSTERS = 5
-_FEWEST_CLUSTERS_KEPT = 25
+_FEWEST_CLUSTERS_KEPT = 8
 _FEWEST_ELEMENTS_KEPT = 30
 _FEWEST_MOVED = 100  # elements with an update, for kept_update_ratio
 _LEAST_FREEDOM = 3.0
@@ -215,11 +215,12 @@ def _combine(sums: EstimateSums, ratios: Numbers, spreads: _Spreads, weights: Nu
     """
     a, b, is_share = weights * sums.a, weights * sums.b, sums.is_share > 0
     has_clusters, units = spreads.clusters > 0, b * b / spreads.bb
-    # The spread of clusters is known as well as the fewest of them that carry Σ a, Σ (b − a) or
-    # Σ b make it known. That of zeros and ones follows from their share.
-    carriers = np.fmin(a * a / spreads.aa, np.square(b - a) / spreads.rest)
-    carriers = np.where(has_clusters, np.fmin(carriers, units), units)
-    freedom = np.maximum(carriers - 1, _LEAST_FREEDOM)
+    # A spread is known as well as the fewest units that carry Σ a or Σ b make it known: a coarse
+    # format keeps the updates of a few elements alone. So with Σ (b − a) of clusters; of single
+    # elements, its terms have either sign. That of zeros and ones follows from their share.
+    carriers = np.fmin(units, a * a / spreads.aa)
+    by_cluster = np.fmin(carriers, np.square(b - a) / spreads.rest)
+    freedom = np.maximum(np.where(has_clusters, by_cluster, carriers) - 1, _LEAST_FREEDOM)
     width = np.where(is_share & ~has_clusters, WIDTH, _student_quantile(freedom))
     variance = spreads.variance / (b * b)
     # A share has the variance share · (1 − share) / elements, which says of how many independent
