@@ -27,6 +27,9 @@ _LIMITS = calibration().thresholds
 _KEPT, _STALL, _NEVER_MOVED = "kept_update_ratio", "stall_frac", "never_moved_frac"
 _RANGE = ("underflow_frac", "saturated_frac")
 _NONFINITE = "nonfinite_frac"
+# The interval of a share of 1 begins here for 35 elements, or 35 clusters of blocks. A sample of
+# less than 381 has an interval that begins below 0.99, also if no weight of it ever moved.
+_LEAST_UNANIMOUS = 0.9
 _MEANS = (_KEPT, _STALL, *_RANGE)
 RESTS_ON = (_KEPT, _STALL, _NEVER_MOVED, *_RANGE)
 """Metrics whose standard errors a verdict takes into account."""
@@ -326,8 +329,10 @@ def _judge(figures: Mapping[str, float], intervals: Mapping[str, _Interval]) -> 
             "weights are stored no finer than the format (then read unmoved_frac)"
         )
     low, high = intervals[_NEVER_MOVED]
-    # The interval contains the threshold.
-    spans = low < _LIMITS.frozen <= high
+    # The interval contains the threshold. A sample without any weight that ever moved is no reason
+    # to doubt, unless it is tiny.
+    is_unanimous = never_moved == 1 and low >= _LEAST_UNANIMOUS
+    spans = low < _LIMITS.frozen <= high and not is_unanimous
     if spans or (never_moved >= _LIMITS.frozen and math.isnan(low)):
         return Verdict.UNCERTAIN, (
             f"{_write_percent(never_moved, (low, high))} of the weights that had updates would "
@@ -335,7 +340,8 @@ def _judge(figures: Mapping[str, float], intervals: Mapping[str, _Interval]) -> 
         )
     if never_moved >= _LIMITS.frozen:
         return Verdict.FROZEN, (
-            f"{format_percent(never_moved)} of the weights that had updates would never have moved"
+            f"{_write_percent(never_moved, (low, high))} of the weights that had updates would "
+            "never have moved"
         )
     if kept < _LIMITS.stores_fine and (verdict := _range_verdict(figures, intervals)):
         shares = (_write_percent(figures[metric], intervals[metric]) for metric in _RANGE)

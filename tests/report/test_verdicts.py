@@ -83,6 +83,7 @@ def test_an_interval_that_contains_a_threshold_is_uncertain(
         (0.98, 0.004, Verdict.NEEDS_REMEDY),
         (1.0, 0.0, Verdict.FROZEN),  # all elements are measured, and none ever moved
         (1.0, 0.0002, Verdict.FROZEN),  # of 4,096 sampled elements none ever moved
+        (1.0, 0.0075, Verdict.FROZEN),  # of 128 sampled blocks none ever moved
         (1.0, 0.168, Verdict.UNCERTAIN),  # of 2 sampled elements none ever moved
         (1.0, NAN, Verdict.UNCERTAIN),
         (0.5, NAN, Verdict.NEEDS_REMEDY),
