@@ -20,7 +20,9 @@ from altgrad.measurement.catalogue import get_metric
 
 WIDTH = 1.959963984540054
 """The 97.5 % quantile of the normal distribution: standard errors to either side of a figure."""
-_FEWEST = 3  # elements of a kind; Wilson's interval is too narrow at this end if a sample has fewer
+# Wilson's interval is too narrow at the end of which a sample has fewer than 3 elements. Counts
+# follow from an error, and are rounded: this lies between 2 and 3.
+_FEWEST = 2.5
 
 
 def find_interval(metric: str, figure: float, error: float) -> tuple[float, float]:

@@ -24,6 +24,20 @@ def test_the_interval_of_a_share_is_wilsons(drawn: tuple[int, int]) -> None:
     assert found == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_an_interval_reaches_to_an_end_with_fewer_than_3_elements_whatever_is_rounded(
+    count: int,
+) -> None:
+    for elements in range(6, 400):
+        low, high = find_wilson(count, elements)
+        error = (high - low) / 2 / WIDTH
+        low, high = (low, high) if count == 3 else (0.0, high)
+        found = find_interval("stall_frac", count / elements, error)
+        assert found == pytest.approx((low, high), abs=1e-9)
+        mirrored = find_interval("stall_frac", 1 - count / elements, error)
+        assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-9)
+
+
 @pytest.mark.parametrize("elements", [1, 2, 5, 41, 256, 4096])
 def test_nine_of_ten_intervals_contain_the_share_whatever_it_is(elements: int) -> None:
     """The probability of each count is exact; the worst share is searched next to all ends."""
