@@ -152,14 +152,14 @@ def fit_listening(rank: int, folder: Path, size: int) -> list[Counter[str]]:
 
     def listen(batch: contextlib.ExitStack) -> None:
         said: Counter[str] = Counter()
-        exchange = HostGroup.exchange
+        gather = HostGroup.gather
 
-        def note(group: HostGroup, channel: str, text: str) -> list[str]:
-            said[f"text in {channel}"] += 1
-            return exchange(group, channel, text)
+        def note(group: HostGroup, call: str, value: object) -> list[Any]:
+            said[f"text in {call}"] += 1
+            return gather(group, call, value)
 
         heard = batch.enter_context(Listening())
-        batch.enter_context(mock.patch.object(HostGroup, "exchange", note))
+        batch.enter_context(mock.patch.object(HostGroup, "gather", note))
         batch.callback(lambda: said.update(name for name, _ in heard.said))
         found[-1].append(said)
 
