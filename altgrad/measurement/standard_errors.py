@@ -28,10 +28,10 @@ from altgrad.measurement.metrics import FORMULAS, Estimate, Share, Sums, quiet
 from altgrad.measurement.numbers import Numbers
 
 # Fewest units of equal weight that make the spread known: tests/measurement/test_coverage.py shows
-# what comes of it. kept_update_ratio, whose terms have long tails, needs more than a share.
+# what comes of it. Higher limits would leave out the samples with the widest intervals, and of the
+# others fewer hold.
 _FEWEST_CLUSTERS = 5
-_FEWEST_CLUSTERS_KEPT = 8
-_FEWEST_ELEMENTS_KEPT = 30
+_FEWEST_ELEMENTS_KEPT = 15  # of kept_update_ratio; that of a share has no limit
 _FEWEST_MOVED = 100  # elements with an update, for kept_update_ratio
 _LEAST_FREEDOM = 3.0
 
@@ -230,11 +230,8 @@ def _combine(sums: EstimateSums, ratios: Numbers, spreads: _Spreads, weights: Nu
     u = width * width / elements
     share_half = np.sqrt(u * np.maximum(product, 0) + u * u / 4) / (1 + u)
     half = np.where(is_share, share_half, width * np.sqrt(variance))
-    few_units = np.where(
-        has_clusters,
-        np.where(is_share, _FEWEST_CLUSTERS, _FEWEST_CLUSTERS_KEPT),
-        np.where(is_share, 0, _FEWEST_ELEMENTS_KEPT),
-    )
+    few_elements = np.where(is_share, 0, _FEWEST_ELEMENTS_KEPT)
+    few_units = np.where(has_clusters, _FEWEST_CLUSTERS, few_elements)
     is_unknown = (units < few_units) | (~is_share & (spreads.carrying < _FEWEST_MOVED))
     errors = np.where(is_unknown, np.nan, half / WIDTH)
     errors = np.where(spreads.bb == 0, 0.0, errors)  # all elements were measured
