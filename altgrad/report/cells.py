@@ -31,7 +31,7 @@ MEANINGS = {
     Verdict.FROZEN: f"{format_percent(_LIMITS.frozen)} or more of the weights never moved",
     Verdict.RANGE: "weights fall out of the format's range: a finer scale",
     Verdict.UNCERTAIN: "the sample is too small to tell: raise max_elements",
-    Verdict.NOT_JUDGED: "no update that the format could lose",
+    Verdict.NOT_JUDGED: "no finite update that the format could lose",
 }
 """Meaning of each verdict, for legends."""
 EVIDENCE = {verdict: calibration().evidence(verdict.name) for verdict in Verdict}

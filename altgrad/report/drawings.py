@@ -141,7 +141,8 @@ def steps_histogram(histograms: Mapping[str, Histogram]) -> Figure:
     figure.suptitle("Size of the updates, against the grid of each format", size=9)
     spans = [span for each in histograms.values() if (span := _find_span(each, _TOO_FEW_TO_SEE))]
     if not spans:
-        return finish_empty_figure(figure, "no update has been observed yet")
+        nothing = "no finite update in this step" if histograms else "no step has been observed yet"
+        return finish_empty_figure(figure, nothing)
     first = min(*(start for start, _ in spans), _THRESHOLD - 3)
     end = max(*(stop for _, stop in spans), _THRESHOLD + 4)
     for axes, (format, histogram) in zip(each, histograms.items(), strict=True):

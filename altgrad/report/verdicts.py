@@ -312,7 +312,9 @@ def _advise(layer: str, format: str, tally: _Tally, info: LayerInfo | None) -> A
     verdict, reason = _judge(figures, intervals)
     if tally.nonfinite:
         share = format_percent(tally.nonfinite)
-        reason = f"{share} of the elements are NaN or inf, and no figure counts them; {reason}"
+        broken = f"{share} of the elements are NaN or inf, and no figure counts them"
+        is_gone = verdict is Verdict.NOT_JUDGED and tally.nonfinite == 1
+        reason = broken if is_gone else f"{broken}; {reason}"
     evidence = calibration().evidence(verdict.name)
     return Advice(layer, format, verdict, figures, errors, reason, evidence, tally.nonfinite)
 

@@ -178,12 +178,16 @@ def test_a_picture_without_data_shows_a_sentence() -> None:
         heat_map({"a": {}}, title=""),
         kept_map({}, {}, title=""),
         steps_histogram({}),
-        steps_histogram({"bf16": Histogram(-3, [0, 0])}),
         ranges(Histogram(-3, [0, 0]), FORMATS),
         ranges(Histogram(-3, []), []),
     ]
     for figure in nothing:
         assert any("observed yet" in text for text in read_texts(figure))
+
+
+def test_a_step_without_a_finite_update_is_not_taken_for_no_step() -> None:
+    texts = read_texts(steps_histogram({"bf16": Histogram(-3, [0, 0])}))
+    assert "no finite update in this step" in texts
 
 
 def test_a_picture_of_nan_alone_is_drawn() -> None:

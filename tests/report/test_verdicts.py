@@ -289,7 +289,7 @@ def test_a_layer_whose_elements_are_all_not_finite_is_marked_where_it_is_not_jud
     judge.add("a", nothing | {"nonfinite_frac": 1.0}, {})
     (advice,) = judge.assessment().advice
     assert advice.verdict is Verdict.NOT_JUDGED
-    assert advice.reason.startswith("100 % of the elements are NaN or inf")
+    assert advice.reason == "100 % of the elements are NaN or inf, and no figure counts them"
     assert "a (100 %)" in judge.assessment().summary
 
 
