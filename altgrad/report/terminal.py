@@ -101,16 +101,27 @@ def print_verdicts(report: RunReport, console: Console, most_layers: int | None 
     seen = {advice.verdict for advice in report.assessment.advice}
     for verdict, meaning in MEANINGS.items():
         if verdict in seen:
-            console.print(f"  {verdict.short:6} {meaning}", style="dim", highlight=False)
+            _print_meaning(console, verdict.short, meaning)
             if evidence := EVIDENCE[verdict]:
                 console.print(_indent(_style(evidence, "dim italic"), 9))
     if any(advice.nonfinite for advice in report.assessment.advice):
-        console.print(f"  {NONFINITE:6} {NONFINITE_MEANING}", style="dim", highlight=False)
-    console.print("  The number is kept_update_ratio: 1 all of the update, 0 none.", style="dim")
-    console.print(
-        "  Runs like this: small runs that really stored their weights in a format.", style="dim"
-    )
+        _print_meaning(console, NONFINITE, NONFINITE_MEANING)
+    for note in (
+        "The number is kept_update_ratio: 1 all of the update, 0 none.",
+        "Runs like this: small runs that really stored their weights in a format.",
+    ):
+        console.print(_indent(_style(note, "dim"), 2))
     console.print()
+
+
+def _print_meaning(console: Console, word: str, meaning: str) -> None:
+    """Print a line of the legend; further lines begin below the meaning."""
+    from rich.table import Table
+
+    line = Table.grid(padding=(0, 1, 0, 0))
+    line.add_column(min_width=6, no_wrap=True)
+    line.add_row(_style(word, "dim"), _style(meaning, "dim"))
+    console.print(_indent(line, 2))
 
 
 def print_comparison(comparison: Comparison, console: Console, most: int | None = None) -> None:
@@ -126,7 +137,8 @@ def print_comparison(comparison: Comparison, console: Console, most: int | None 
     table = _make_table("The model: means over the steps", ["figure", "A", "B", "B − A"])
     for key, in_a, in_b in comparison.model_means:
         table.add_row(_style(key), f"{in_a:.4g}", f"{in_b:.4g}", f"{in_b - in_a:+.3g}")
-    console.print(table)
+    if comparison.model_means:
+        console.print(table)
     if comparison.changes:
         console.print(_make_change_table(comparison, most, console.width))
     _print(console, comparison.summary)
@@ -154,12 +166,12 @@ def _make_change_table(comparison: Comparison, most: int | None, width: int) -> 
 
 def _group_formats(report: RunReport, layers: Sequence[str], width: int) -> list[list[str]]:
     """Return the formats in groups; the columns of a group leave room for the layers' names."""
+    from rich.cells import cell_len
+
+    least = min(_LEAST_WIDTH, max(cell_len(replace_unprintable(layer)) for layer in layers))
     groups: list[list[str]] = []
     for format in report.formats:
-        if (
-            groups
-            and _measure_free_width(report, layers, [*groups[-1], format], width) >= _LEAST_WIDTH
-        ):
+        if groups and _measure_free_width(report, layers, [*groups[-1], format], width) >= least:
             groups[-1].append(format)
         else:
             groups.append([format])
@@ -221,7 +233,7 @@ def _style(text: str, style: str = "") -> Text:
     return Text(replace_unprintable(text), style=style)
 
 
-def _indent(text: Text, columns: int) -> Padding:
+def _indent(text: Text | Table, columns: int) -> Padding:
     from rich.padding import Padding
 
     return Padding(text, (0, 0, 0, columns))

@@ -109,6 +109,7 @@ def test_a_run_without_an_observed_step_is_reported_as_such(tmp_path: Path) -> N
     assert altgrad("compare", path, path).returncode == 0
     compared = altgrad("compare", write_run(tmp_path / "other"), path).stdout
     assert "No observed step in B: nothing to compare." in compared
+    assert "The model" not in compared  # a table without a line
 
 
 def test_a_comparison_shows_differing_verdicts_first(run: Path, tmp_path: Path) -> None:
@@ -133,6 +134,19 @@ def test_a_comparison_shows_differing_verdicts_first(run: Path, tmp_path: Path) 
     assert "layers only in B: 1 (more)" in text
     assert re.search(r"kept_update_ratio/bf16 1 1 \+0", text)
     assert "Differing verdicts: 0 of 8." in altgrad("compare", run, run).stdout
+
+
+def test_the_legend_keeps_its_columns_in_a_narrow_terminal(run: Path) -> None:
+    lines = altgrad("report", run, columns=50).stdout.splitlines()
+    first = next(k for k, line in enumerate(lines) if line.startswith("  fine "))
+    last = next(k for k, line in enumerate(lines) if line.startswith("  Runs like this"))
+    assert all(line.startswith("  ") for line in lines[first:last])
+    assert max(map(len, lines[first:last])) <= 50
+
+
+def test_short_names_leave_room_for_formats(tmp_path: Path) -> None:
+    path = write_run(tmp_path, ["a"], ["b"], formats=["bf16", "e4m3fn", "e5m2"])
+    assert altgrad("report", path, columns=60).stdout.count("If the weights were stored in") == 1
 
 
 HOSTILE = ("f[bold]", "[/x]", ":smile:", "\x1b[31mred", "a\nb", "\u202egnp", "\ud800", "名前")
