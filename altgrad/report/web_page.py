@@ -20,6 +20,7 @@ from altgrad.report.cells import (
 )
 from altgrad.report.names import replace_unprintable_in_lines
 from altgrad.report.run_report import RunReport
+from altgrad.report.verdicts import Verdict
 
 _CAPTIONS = {
     "kept": "Mean kept_update_ratio by layer and format: the share of the update's energy that is "
@@ -59,6 +60,11 @@ def page(report: RunReport) -> str:
         meanings=MEANINGS,
         evidence=EVIDENCE,
         seen={advice.verdict for advice in report.assessment.advice},
+        not_judged={
+            layer
+            for layer, advice in report.assessment.by_layer.items()
+            if all(each.verdict is Verdict.NOT_JUDGED for each in advice.values())
+        },
         marks={NONFINITE: NONFINITE_MEANING} if is_marked else {},
         pictures=pictures,
         captions={name: _CAPTIONS.get(name, _STALLS) for name in pictures},

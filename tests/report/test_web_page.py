@@ -15,6 +15,8 @@ from altgrad.report import Row, RunReport, page, read
 from tests.chromium import chromium, needs_chromium
 from tests.report.runs import MARKUP, SCRIPT, figures, make_run, write_run
 
+NAN = float("nan")
+
 ACT = """
 <script>
 const result = {};
@@ -111,6 +113,30 @@ def test_search_and_sort_work_in_a_browser_without_errors(html: str, tmp_path: P
     assert result["by_name"] == sorted(result["by_name"], key=result["by_name"].index)
     assert [n for n in result["by_name"] if n in ("gain", "matrix")] == ["gain", "matrix"]
     assert not result["wider"]
+
+
+@needs_chromium
+def test_verdicts_are_in_sight_beside_the_longest_name(tmp_path: Path) -> None:
+    rows = [Row(0, "encoder." * 25 + "weight", figures(), {})]
+    html = page(RunReport.from_run(make_run(rows, ["bf16"])))
+    look = """
+    <script>
+    const cell = document.querySelector("#verdicts td.STORES_FINE").getBoundingClientRect();
+    const box = document.querySelector(".scroll").getBoundingClientRect();
+    document.body.innerHTML = "<pre id=result></pre>";
+    const fits = cell.right < box.right;
+    document.getElementById("result").textContent = JSON.stringify({ fits });
+    </script>
+    """
+    assert act(html.replace("</body>", f"{look}</body>"), tmp_path) == {"fits": True}
+
+
+def test_a_layer_without_a_verdict_gets_no_advice() -> None:
+    nothing = figures(kept_update_ratio=NAN, stall_frac=NAN, never_moved_frac=NAN)
+    run = make_run([Row(0, "a", nothing | {"nonfinite_frac": 1.0}, {})], ["bf16"])
+    html = page(RunReport.from_run(run))
+    assert '<td class="suggestion">not judged</td>' in html
+    assert "keep it in fp32" not in html
 
 
 @needs_chromium
