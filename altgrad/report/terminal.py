@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from altgrad.report.comparison import Comparison
     from altgrad.report.run_report import RunReport
+    from altgrad.report.verdicts import Advice
 
 _LEAST_WIDTH = 22  # characters of a layer's name
 _MOST_LINES = 40  # lines of code that are printed; more push the verdicts out of sight
@@ -97,6 +98,7 @@ def print_verdicts(report: RunReport, console: Console, most_layers: int | None 
         count = format_count(len(layers), "layer")
         _print(console, f"The {len(shown)} of {count} that keep least:")
     for formats in _group_formats(report, shown, console.width):
+        _print(console, "If the weights were stored in …", style="italic")
         console.print(_make_verdict_table(report, shown, formats, console.width))
     seen = {advice.verdict for advice in report.assessment.advice}
     for verdict, meaning in MEANINGS.items():
@@ -134,25 +136,25 @@ def print_comparison(comparison: Comparison, console: Console, most: int | None 
     """
     for letter, run in zip("AB", comparison.runs, strict=True):
         _print(console, f"{letter}: {run.run.path}: {run.steps}")
-    table = _make_table("The model: means over the steps", ["figure", "A", "B", "B − A"])
+    table = _make_table(["figure", "A", "B", "B − A"])
     for key, in_a, in_b in comparison.model_means:
         table.add_row(_style(key), f"{in_a:.4g}", f"{in_b:.4g}", f"{in_b - in_a:+.3g}")
     if comparison.model_means:
+        _print(console, "The model: means over the steps", style="italic")
         console.print(table)
     if comparison.changes:
-        console.print(_make_change_table(comparison, most, console.width))
+        changes = comparison.changes[:most]
+        which = f"the {len(changes)} of {len(comparison.changes):,} that differ most"
+        which = "all" if len(changes) == len(comparison.changes) else which
+        _print(console, f"Verdicts and kept_update_ratio: {which}", style="italic")
+        console.print(_make_change_table(changes, console.width))
     _print(console, comparison.summary)
     for note in comparison.notes:
         _print(console, f"Note: {note}", style="yellow")
 
 
-def _make_change_table(comparison: Comparison, most: int | None, width: int) -> Table:
-    changes = comparison.changes[:most]
-    is_part = len(changes) < len(comparison.changes)
-    which = (
-        f"the {len(changes)} of {len(comparison.changes):,} that differ most" if is_part else "all"
-    )
-    table = _make_table(f"Verdicts and kept_update_ratio: {which}", ["layer", "format", "A", "B"])
+def _make_change_table(changes: Sequence[tuple[Advice, Advice]], width: int) -> Table:
+    table = _make_table(["layer", "format", "A", "B"])
     texts = [(a.format, cell_text(a), cell_text(b)) for a, b in changes]
     taken = _GAP + sum(max(map(len, column)) + _GAP for column in zip(*texts, strict=True))
     names = shorten_names([a.layer for a, _ in changes], max(width - taken, _LEAST_WIDTH))
@@ -195,7 +197,7 @@ def _make_verdict_table(
     from rich.text import Text
 
     by_layer, suggestions = report.assessment.by_layer, report.assessment.suggestions
-    table = _make_table("If the weights were stored in …", ["layer", *formats])
+    table = _make_table(["layer", *formats])
     _add_column(table, Text(_SUGGESTION))
     free = _measure_free_width(report, layers, formats, width)
     names = shorten_names(layers, max(free, _LEAST_WIDTH))
@@ -207,11 +209,11 @@ def _make_verdict_table(
     return table
 
 
-def _make_table(title: str, headings: Sequence[str]) -> Table:
+def _make_table(headings: Sequence[str]) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
     table.pad_edge = table.show_edge = False  # every character counts in 80 columns
     for heading in headings:
         _add_column(table, _style(heading))
