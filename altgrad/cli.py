@@ -56,7 +56,7 @@ def main() -> None:
 
 @contextmanager
 def _survive_output() -> Iterator[None]:
-    """Print a ? for what the encoding of stdout lacks, and exit with one sentence if it is full."""
+    """Print ? for what stdout cannot encode, and exit without a traceback if writing fails."""
     stdout = sys.stdout
     if not isinstance(stdout, TextIOWrapper):  # None if it is closed
         yield

@@ -52,9 +52,10 @@ class DueBatches:
         return True
 
     def misses_steps(self, batch: int) -> bool:
-        """Return True if a batch is due, and no step was made in it and in the batch before.
+        """Return True if a batch is due, and no optimizer stepped in it or in the batch before.
 
-        Where gradients accumulate, a number has several batches, of which only the last one steps.
+        Where gradients accumulate, several batches have the same number, and optimizers step in the
+        last of these alone. The number before counts for this reason.
 
         Args:
             batch: Number of the batch that ends.

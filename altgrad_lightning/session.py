@@ -205,7 +205,7 @@ class Session:
 
     @property
     def waits(self) -> bool:
-        """True while it observes, before the first observed step."""
+        """True while the session observes and no step has been observed yet."""
         observes = self._monitor is not None and self._monitor.is_observing
         return observes and self._result.latest_step is None
 

@@ -17,7 +17,7 @@ from altgrad.observation.observer import RankError
 
 
 class LostRankError(RankError):
-    """An error of a rank that does not answer, or that makes another call."""
+    """An error on this rank: another rank does not answer in time, or calls another method."""
 
 
 class HostGroup:

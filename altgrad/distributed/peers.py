@@ -1,8 +1,9 @@
-"""`Peers`: the ranks that observe the same steps; `Alone` is a rank without any others.
+"""`Peers`: the ranks that observe the same steps, as an interface with two implementations.
 
-A monitor has one road for a step: each rank measures its local shards, and `combine` gives all
-ranks the sums of the whole layers. A method of `Alone` or `Together` without a docstring does what
-`Peers` says.
+`Alone` is a rank without any others. `Together`, in the file `together`, is a rank of a run with
+sharded parameters. A monitor makes the same calls for both: each rank measures its local shards,
+and `combine` gives all ranks the sums of the whole layers. A method of `Alone` or `Together`
+without a docstring does what `Peers` says.
 """
 
 from __future__ import annotations

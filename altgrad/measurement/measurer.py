@@ -1,8 +1,9 @@
-"""`Measurer`: measure the tensors of a step on their device, by rows of sums and maxima.
+"""`Measurer`: compute the sums and maxima of each layer in a step, from which figures follow.
 
-Large tensors are measured one by one in chunks (`measure_tensor`), small ones together in one call
-of the kernel (`measure_batch`). Read `kernel`, `totals` and `chunks` first; `step_table` comes next
-and turns the results into figures.
+The weights before and after the step, and the gradients, are measured on their device. Large
+layers are measured one by one in chunks (`measure_tensor`), small ones together in one call of the
+kernel (`measure_batch`). Read `kernel`, `totals` and `chunks` first; `step_table` comes next and
+turns the sums and maxima into figures.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`Numbers`: the type of all that is on the host. What is a tensor on a device is NumPy there."""
+"""`Numbers`: the type of sums, maxima and figures on the host, a NumPy array of float64."""
 
 from __future__ import annotations
 

@@ -115,16 +115,21 @@ def standard_errors(
 
 
 class _Spreads(NamedTuple):
-    """Sums over sampled strata, float64 (rows, keys) each; a unit is a cluster or an element.
+    """The sums that say how far ratios Σ a / Σ b may be off, float64 (rows, keys) each.
+
+    Each element adds its a and its b. For ``stall_frac``, a is 1 if the element's update stalled,
+    and b is 1 if the update is other than 0. A unit is a cluster or an element. Sums over units are
+    multiplied by (population / measured elements)². All sums are 0 for a layer of which every
+    element was measured.
 
     Attributes:
         variance: Variance of Σ (a − ratio · b).
-        b_variance: Σ b² over units, times the share that was not drawn.
+        b_variance: Σ b² over units, times the share of the population that was not drawn.
         aa: Σ a² over units.
         rest: Σ (b − a)² over units.
         bb: Σ b² over units.
-        carrying: Number of elements with b other than 0.
-        clusters: Not 0 if units are clusters.
+        carrying: Number of measured elements with b other than 0.
+        clusters: Number of clusters; 0 if units are elements.
     """
 
     variance: Numbers

@@ -44,7 +44,8 @@ _HISTOGRAMS = {"ulps": slice(0, 1), "weights": slice(1, 2), "steps": slice(2, No
 class StepTable:
     """A table of sums and maxima, with the figures, errors and histograms that follow from them.
 
-    Each of the latter is a matrix, which is computed when one of its entries is first read.
+    The figures are a matrix, and so are the errors and the histograms. Each matrix is computed when
+    one of its entries is first read.
 
     Args:
         formats: Names of the formats, in the order of their sums.

@@ -99,7 +99,7 @@ class BypassDetector:
     def find_bypasses(
         self, attached: Sequence[StepHooks[Any]], parameters: Mapping[str, Tensor]
     ) -> list[Bypass]:
-        """Return layers whose weights changed since the last record without a step of their hooks.
+        """Return layers that changed since the last record, though no step called their hooks.
 
         Only changes with a likely reason are reported. Others may be edits or swaps of weights,
         which are no updates.

@@ -175,14 +175,14 @@ class Engine:
         return [name for name in self._settings.enabled(measured) if name not in step.resting]
 
     def _measure_together(self, step: OptimizerStep) -> tuple[list[str | None], list[Tensor]]:
-        """Measure the layers in the optimizer's arena.
+        """Measure the layers in the optimizer's arena, all layers of a segment in one call.
 
         Args:
             step: The step.
 
         Returns:
-            The name of each row, None for rows without a layer of this step; and the rows, float64
-            (layers, columns) for each segment.
+            The name of each layer in the arena, or None if the layer is not in this step; and for
+            each segment the sums and maxima of its layers, float64 (layers, columns).
         """
         arena, present = self._arenas.get(step.optimizer), {*step.names}
         names: list[str | None] = []

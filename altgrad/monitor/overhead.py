@@ -175,9 +175,10 @@ class OverheadBudget:
         return {"interval": self.interval, "last_observed_step": self._last_observed_step}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Restore a `state_dict`.
+        """Restore the interval and the last observed step from a result of `state_dict`.
 
-        If `every_n_steps` differs, the interval is rounded up to the next one that is allowed.
+        The saved run may have had another `every_n_steps`: the interval is rounded up to a multiple
+        of this budget's `every_n_steps`, at most 1,000,000 times.
 
         Raises:
             TypeError: An entry is not an int.

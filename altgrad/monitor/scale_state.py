@@ -1,10 +1,13 @@
 """`ScaleState`: keep the amax of each layer, and decide when it is computed again.
 
 Scales follow from the amax. If a scale followed the weights at every step, it would hide whether
-the weights moved on the grid. An amax is therefore kept for 100 observed steps. It is taken again
-earlier if a weight rounds beyond the top of its scale, or if it was 0 and set no scale. So is the
-amax of a whole tensor, from which a scale of nvfp4 follows; in a step in which a measured weight
-exceeds it, it is raised for that step. `engine` comes next and measures under the scales.
+the weights moved on the grid. An amax is therefore kept for 100 observed steps. An amax is computed
+again earlier if a weight rounds beyond the largest scaled value, or if the amax was 0 and set no
+scale.
+
+A scale of nvfp4 also follows from the amax of the whole tensor, which is kept in the same way. If a
+measured weight exceeds this amax, the amax is raised for that step alone. `engine` comes next and
+measures under the scales.
 """
 
 from __future__ import annotations

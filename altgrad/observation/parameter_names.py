@@ -31,7 +31,7 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 class ParameterRegistry:
-    """The parameters of a module by name. They are read again when an optimizer has a new one.
+    """The parameters of a module by name, read again if an optimizer steps an unknown parameter.
 
     Args:
         source: A module, or pairs of name and parameter as `named_parameters` returns them.

@@ -173,7 +173,8 @@ def extract_binades(x: Tensor, out: Tensor) -> Tensor:
 def view_bits(x: Tensor) -> Tensor:
     """Return the bits of a float64 tensor as an int64 view of its memory.
 
-    A buffer keeps its view in an attribute `bits`, to save creating the view in each step.
+    If x has an attribute `bits`, this attribute is returned. The kernel's buffers keep their view
+    there, because making a view takes longer than an operation on it.
 
     Args:
         x: float64, any shape.

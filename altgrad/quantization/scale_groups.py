@@ -68,8 +68,9 @@ def compute_layer_amaxes(
 class Amaxes(NamedTuple):
     """The amaxes of one or several layers, from which scales follow.
 
-    The two differ if a channel is all 0 before a step: its own amax is then that after the step,
-    but the amax of the layer remains that of the weights before.
+    An amax is that of the weights before a step. For a channel of zeros, `groups` has the amax
+    after the step instead, because 0 sets no scale. `layers` keeps the amax before the step, unless
+    the whole layer is 0.
 
     Attributes:
         groups: The amax of each layer, or of each channel if channels have scales, (groups,).

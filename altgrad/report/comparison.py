@@ -36,7 +36,7 @@ class Comparison:
 
     @cached_property
     def model_means(self) -> list[tuple[str, float, float]]:
-        """Figures of the model: key, mean over the steps of A, and mean over the steps of B."""
+        """Key of each figure of the model, its mean over the steps of run A, and that of run B."""
         keys = [*_PER_MODEL]
         keys += [f"{metric}/{format}" for format in self.formats for metric in _PER_FORMAT]
         means = ((key, _mean(self.runs[0], key), _mean(self.runs[1], key)) for key in keys)

@@ -135,7 +135,7 @@ class Assessment:
 
 @dataclass
 class _Tally:
-    """The sums of one layer in one format over its steps, and figures that are no means."""
+    """The figures of one layer in one format: sums over steps, and the last or largest of some."""
 
     sums: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
@@ -372,7 +372,11 @@ def _range_verdict(
 
 
 def _estimate_share_error(share: float, layer: LayerInfo | None) -> float:
-    """Return the standard error of a share of a layer's elements, of which the file states none."""
+    """Return the standard error of a share of a layer's elements that the run file does not state.
+
+    The number of measured elements and the population of the layer decide it; 0 if all elements
+    were measured, or if `layer` is None.
+    """
     population = math.prod(layer.shape) if layer is not None else 0
     if layer is None or layer.elements >= population:
         return 0.0

@@ -1,6 +1,7 @@
 """`FloatsByKey`: the figures of a row, which shares its table of keys with other rows.
 
-`FloatTable` is their kind in a run file, with bounds for each key. `fields` comes next.
+`FloatTable` parses the figures of one line of a run file, and checks the bounds of each figure.
+`fields` comes next.
 """
 
 from __future__ import annotations

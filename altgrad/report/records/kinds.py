@@ -172,11 +172,15 @@ class Nullable(NamedTuple, Generic[T]):
 
 
 class Checked(NamedTuple, Generic[T]):
-    """A kind of JSON value, which `parse` checks: a value with parts that fit each other.
+    """A kind of JSON value, which `parse` checks: a value of another kind that passes a function.
+
+    The function compares parts of the value, such as the smallest and the largest number of a
+    format.
 
     Attributes:
-        kind: Kind of the value.
-        check: Function that takes the parsed value, and raises FieldError if its parts do not fit.
+        kind: The other kind.
+        check: Function that takes the parsed value, and raises FieldError if its parts contradict
+            each other.
     """
 
     kind: Kind[T]

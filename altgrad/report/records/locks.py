@@ -1,7 +1,7 @@
 """`take_lock`: a run file has one writer at a time.
 
-The lock is a file beside the run file, which is gone when the writer closes. A process that dies
-keeps no lock. The module `writing` comes next.
+The lock is a file beside the run file. The file of the lock is deleted when the writer closes the
+run file. A process that dies keeps no lock. The module `writing` comes next.
 """
 
 from __future__ import annotations

@@ -298,7 +298,7 @@ def _create_file(path: Path, content: memoryview) -> bool:
 
 
 def _write_new_file(path: Path, content: memoryview) -> bool:
-    """Create a file with a content; after an error there is none.
+    """Create a file with the given content, and delete the file if writing fails.
 
     Returns:
         False if the path exists.
