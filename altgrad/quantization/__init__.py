@@ -7,13 +7,14 @@ Read the files in this order:
 - `number_format`, `block_formats`: the interface of all formats, and the formats whose blocks
   share a scale (``mxfp4``, ``nvfp4``).
 - `kernel`: rounding and spacing of one tensor on one grid, with exact arithmetic.
-- `ops`: `quantize` and `spacing`, the public functions around the kernel. `arguments` checks what
-  callers pass to them.
+- `ops`: `quantize` and `spacing`, the public functions around the kernel. `arguments` checks the
+  arguments of public functions.
 - `scaling`: amax scales of one tensor.
-- `format_set`, `scale_groups`, `grids`: several formats at once, as `UpdateMonitor` needs them.
+- `format_set`, `scale_groups`, `grids`: scales of and rounding to several formats at once, for
+  `UpdateMonitor`.
 - `diagnostics`: the effect of one update on a grid, element by element.
 - `advanced_diagnostics`: DIAG-01 to DIAG-04 (stiffness, grid alignment, ULP distance, correlation
-  of gradient and stiffness), whose names and result keys are a fixed contract.
+  of gradient and stiffness), whose names and result keys are the same in every version.
 """
 
 from typing import TYPE_CHECKING

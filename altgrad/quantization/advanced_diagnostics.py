@@ -33,10 +33,13 @@ def compute_stiffness_field(
 ) -> Tensor:
     """Return the stiffness, the distance between representable numbers at each weight (DIAG-01).
 
-    With `mantissa_bits`, the stiffness is ``S = 2**(floor(log2(abs(w))) − M)``, for a format with
-    an unlimited exponent range. ``mantissa_bits=7`` means the fixed-point grid E0M7 and gives
-    1/128 for every weight. With `format`, the stiffness is the `spacing` of this format, including
-    its subnormals, its largest value and its scale. For bf16, which also has M = 7, pass `format`.
+    With `format`, the stiffness is what `spacing` returns: the format's subnormals, its largest
+    value and the scale count.
+
+    With `mantissa_bits` M, the exponent range is unlimited, and the stiffness at a weight w is
+    ``2**(floor(log2(abs(w))) − M)``. The exception is M = 7, which means E0M7: a fixed-point grid
+    with the stiffness 1/128 at every weight. For bf16, which has 7 mantissa bits too, pass
+    ``format="bf16"``.
 
     The sign of a weight does not matter. Zero, NaN and infinite weights give NaN.
 
@@ -53,9 +56,9 @@ def compute_stiffness_field(
 
     Raises:
         TypeError: Both or neither of `mantissa_bits` and `format` are given, a scale is given
-            without a format, or the weights have another dtype.
-        ValueError: `mantissa_bits` is out of range, the format is unknown or exceeds float64, or
-            the scale is not positive and finite, or does not broadcast.
+            without a format, or the weights have an unsupported dtype.
+        ValueError: `mantissa_bits` is out of range, the format is unknown or too wide for float64,
+            or the scale is not positive and finite, or does not broadcast.
 
     Examples:
         >>> import torch
@@ -70,10 +73,10 @@ def compute_stiffness_field(
 def grid_alignment_error(
     weights: Tensor, format: str | torch.dtype | FloatFormat, scale: float | Tensor = 1.0
 ) -> Tensor:
-    """Return the distance of each weight from the grid, ``abs(w − quantize(w))`` (DIAG-02).
+    """Return the distance of each weight w from the grid, ``abs(w − quantize(w))`` (DIAG-02).
 
-    A weight on the grid gives exactly 0. A weight beyond ±max gives its distance from ±max, which
-    is inf for ±inf. NaN gives NaN.
+    A weight on the grid gives exactly 0. A weight beyond ±max, the largest values of the format,
+    gives its distance from ±max, which is inf for ±inf. A NaN weight gives NaN.
 
     Args:
         weights: float16, bfloat16, float32 or float64, any shape.
@@ -86,9 +89,9 @@ def grid_alignment_error(
         float64 weights.
 
     Raises:
-        TypeError: The weights have another dtype or are sparse, or the scale is neither a number
-            nor a floating-point tensor.
-        ValueError: The format is unknown or exceeds float64, or the scale is not positive and
+        TypeError: The weights have an unsupported dtype or are sparse, or the scale is neither a
+            number nor a floating-point tensor.
+        ValueError: The format is unknown or too wide for float64, or the scale is not positive and
             finite, or does not broadcast.
     """
     check_input(weights, "weights")
@@ -109,7 +112,7 @@ def grid_alignment_statistics(
             `weights`.
 
     Returns:
-        A dict of floats. Without finite weights all are NaN.
+        A dict of floats. Without finite weights every value is NaN.
 
         - ``grid_error_mean``: The mean error, in units of the weights.
         - ``grid_error_max``: The largest error, in units of the weights.
@@ -118,9 +121,9 @@ def grid_alignment_statistics(
         - ``on_grid_frac``: The share of weights that are exactly on the grid, 0 to 1.
 
     Raises:
-        TypeError: The weights have another dtype or are sparse, or the scale is neither a number
-            nor a floating-point tensor.
-        ValueError: The format is unknown or exceeds float64, or the scale is not positive and
+        TypeError: The weights have an unsupported dtype or are sparse, or the scale is neither a
+            number nor a floating-point tensor.
+        ValueError: The format is unknown or too wide for float64, or the scale is not positive and
             finite, or does not broadcast.
     """
     error = grid_alignment_error(weights, format, scale)[weights.isfinite()].double()
@@ -140,7 +143,7 @@ def compute_ulp_distance(before: Tensor, after: Tensor) -> Tensor:
     The distance is ``abs(after − before) / ulp``. Here ulp is the distance from the weight with the
     larger magnitude, before or after, to the next number toward zero.
 
-    - Two neighbouring numbers are exactly 1 apart, also across a power of two.
+    - Neighbouring numbers of the dtype are exactly 1 apart, also across a power of two.
     - A weight that leaves zero has a finite distance.
     - A weight that did not move gives 0; −0 and 0 are equal.
     - NaN or ±inf, before or after, gives NaN.
@@ -153,7 +156,7 @@ def compute_ulp_distance(before: Tensor, after: Tensor) -> Tensor:
         A tensor with the shape of `before`, in ULPs: float32, or float64 for float64 weights.
 
     Raises:
-        TypeError: The dtypes differ, or the weights have another dtype.
+        TypeError: The dtypes differ, or the weights have an unsupported dtype.
         ValueError: The shapes differ.
     """
     check_pair("before", before, "after", after)
@@ -180,7 +183,7 @@ def ulp_statistics(before: Tensor, after: Tensor) -> dict[str, float]:
         after: The weights after the step, with the dtype and shape of `before`.
 
     Returns:
-        A dict of floats. Without weights that are finite before and after, all are NaN.
+        A dict of floats. Without weights that are finite before and after, every value is NaN.
 
         - ``ulp_mean``: The mean distance in ULPs.
         - ``ulp_median``: The median distance in ULPs; for an even number of weights the mean of the
@@ -189,7 +192,7 @@ def ulp_statistics(before: Tensor, after: Tensor) -> dict[str, float]:
         - ``ulp_zero_frac``: The share of weights that did not move, 0 to 1.
 
     Raises:
-        TypeError: The dtypes differ, or the weights have another dtype.
+        TypeError: The dtypes differ, or the weights have an unsupported dtype.
         ValueError: The shapes differ.
     """
     distance = compute_ulp_distance(before, after)
@@ -214,33 +217,33 @@ def gradient_stiffness_correlation(
 ) -> dict[str, float]:
     """Return how the magnitudes of gradients relate to the stiffness of weights (DIAG-04).
 
-    The figures only describe, because a gradient is not an update. A weight is valid if it is
-    finite, its stiffness is greater than 0, and its gradient is finite; zero weights are therefore
-    invalid. No epsilon is added to a denominator, so that scaling the gradients does not change the
-    correlation.
+    A gradient ignores optimizer and learning rate; `altgrad.quantization.stall_mask` says whether
+    an update survives. A weight is valid if the weight and its gradient are finite and its
+    stiffness is greater than 0; weights of 0 are therefore invalid. The denominators contain no
+    epsilon, so that scaling all gradients leaves the correlation as it is.
 
     Args:
         weights: float16, bfloat16, float32 or float64, any shape.
-        gradients: One of the same dtypes, the shape of `weights`.
+        gradients: float16, bfloat16, float32 or float64, with the shape of `weights`.
         mantissa_bits: M, 0 to 256; 7 means E0M7. Give either `mantissa_bits` or `format`.
         format: A `FloatFormat`, or a name or dtype that `get_format` accepts.
         scale: A positive number, or a tensor of positive numbers that broadcasts to the shape of
             `weights`. Only allowed with `format`.
 
     Returns:
-        A dict of floats over the valid weights. Without valid weights all are 0.0.
+        A dict of floats over the valid weights. Without valid weights every value is 0.0.
 
         - ``grad_stiff_correlation``: The Pearson correlation of abs(gradient) and stiffness, −1 to
-            1; NaN if one of them is constant.
+            1; NaN if abs(gradient) or the stiffness is constant.
         - ``grad_stiff_ratio_mean``: The mean of abs(gradient) / stiffness.
         - ``grad_below_stiffness_frac``: The share of gradients whose magnitude is below the
             stiffness, 0 to 1.
 
     Raises:
         TypeError: Both or neither of `mantissa_bits` and `format` are given, a scale is given
-            without a format, or a tensor has another dtype.
-        ValueError: The shapes differ, `mantissa_bits` is out of range, the format is unknown or
-            exceeds float64, or the scale is not positive and finite, or does not broadcast.
+            without a format, or a tensor has an unsupported dtype.
+        ValueError: The shapes differ, `mantissa_bits` is out of range, the format is unknown or too
+            wide for float64, or the scale is not positive and finite, or does not broadcast.
     """
     check_pair("weights", weights, "gradients", gradients)
     stiffness = _stiffness(weights, mantissa_bits, format, scale)
@@ -265,7 +268,7 @@ def _stiffness(
     format: str | torch.dtype | FloatFormat | None,
     scale: float | Tensor,
 ) -> Tensor:
-    """Return the stiffness field in float64, which holds the stiffness of narrower dtypes."""
+    """Return the stiffness at each weight in float64, which avoids most underflow."""
     check_input(weights, "weights")
     if (mantissa_bits is None) == (format is None):
         raise TypeError(
@@ -300,7 +303,7 @@ def _exp2(exponent: Tensor) -> Tensor:
 
 
 def _towards_zero(magnitude: Tensor) -> Tensor:
-    """Return the next number toward zero for each non-negative number; zero for zero."""
+    """Return the next number of the dtype toward zero for each non-negative number; 0 for 0."""
     try:
         return torch.nextafter(magnitude, torch.zeros_like(magnitude))
     except RuntimeError:
@@ -312,7 +315,7 @@ def _towards_zero(magnitude: Tensor) -> Tensor:
 
 
 def _pearson(a: Tensor, b: Tensor) -> float:
-    """Return the Pearson correlation of two float64 vectors; NaN if one is constant."""
+    """Return the Pearson correlation of two float64 vectors; NaN if a vector is constant."""
     if a.min() == a.max() or b.min() == b.max():
         return torch.nan
     a, b = _normalised_deviation(a), _normalised_deviation(b)
@@ -321,9 +324,9 @@ def _pearson(a: Tensor, b: Tensor) -> float:
 
 
 def _normalised_deviation(values: Tensor) -> Tensor:
-    """Return the deviation from the mean, divided by its largest magnitude.
+    """Return each value's deviation from the mean, divided by the largest such deviation.
 
-    Without this division the squares of deviations such as 1e-200 would underflow.
+    Without the division the squares of deviations such as 1e-200 would underflow.
     """
     values = values / values.abs().max()
     deviation = values - values.mean()

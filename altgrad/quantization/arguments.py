@@ -1,7 +1,7 @@
-"""Checks of arguments: tensors to round, scales, and `out`.
+"""Checks of arguments: tensors to round, scales, and the tensor `out` for a result.
 
 Each error names the argument, its value, the expected value, and what to do. `ops`, `scaling` and
-the diagnostics call these checks before they compute anything.
+the diagnostics call these checks before any computation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def get_full_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of unrounded results: float64 for float64 x, otherwise float32."""
+    """Return the dtype for results in any format: float64 for float64 x, otherwise float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -29,7 +29,7 @@ def check_input(x: Tensor, name: str = "x") -> None:
         name: The name of the argument, for the error.
 
     Raises:
-        TypeError: x is not a tensor, is sparse, or has another dtype.
+        TypeError: x is not a tensor, is sparse, or has an unsupported dtype.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
@@ -51,10 +51,10 @@ def check_pair(first_name: str, first: Tensor, second_name: str, second: Tensor)
         first_name: The name of the first argument, for the error.
         first: The first tensor: float16, bfloat16, float32 or float64, any shape.
         second_name: The name of the second argument, for the error.
-        second: The second tensor: one of the same dtypes, the shape of `first`.
+        second: The second tensor: float16, bfloat16, float32 or float64, the shape of `first`.
 
     Raises:
-        TypeError: An argument is not a tensor, is sparse, or has another dtype.
+        TypeError: An argument is not a tensor, is sparse, or has an unsupported dtype.
         ValueError: The shapes differ.
     """
     check_input(first, first_name)
@@ -69,7 +69,7 @@ def check_pair(first_name: str, first: Tensor, second_name: str, second: Tensor)
 def prepare_scale(scale: float | Tensor, x: Tensor) -> float | Tensor:
     """Check a scale and return it as a float or a tensor without gradient.
 
-    The values of a tensor are not checked, because reading them would synchronise with the device.
+    The values of a scale tensor are accepted unread, because a read would wait for the device.
 
     Args:
         scale: A positive finite number, or a floating-point tensor that broadcasts to x's shape.
@@ -112,7 +112,7 @@ def _broadcasts(scale: Tensor, x: Tensor) -> bool:
 
 
 def _to_float(scale: object) -> float:
-    """Return a number of any other type, such as an int or numpy scalar, as a float."""
+    """Return a number, such as an int or a numpy scalar, as a float."""
     if isinstance(scale, bool) or not isinstance(scale, SupportsFloat):
         raise TypeError(f"scale={scale!r}: expected a number or a tensor")
     try:
@@ -126,14 +126,15 @@ def check_out(out: Tensor, x: Tensor, scale: float | Tensor, dtype: torch.dtype)
     """Raise an error unless `out` can hold a result with the shape of x.
 
     Args:
-        out: The tensor to write to.
-        x: The tensor that is rounded. It may be the same tensor as `out`.
+        out: The tensor to write to; it may be x.
+        x: The tensor that is rounded.
         scale: The scale, which must be another tensor than `out`.
         dtype: The dtype of the result.
 
     Raises:
-        TypeError: `out` has another dtype.
-        ValueError: `out` has another shape, is the scale, or a gradient would be recorded.
+        TypeError: `out` has another dtype than the result.
+        ValueError: `out` has another shape than x, `out` is the scale, or a gradient would be
+            recorded.
     """
     if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
         raise ValueError(

@@ -31,18 +31,18 @@ BlockScaleRule: TypeAlias = Literal["e8m0", "e8m0_ceil", "e4m3"]
 
 @dataclass(frozen=True, slots=True)
 class BlockFormat:
-    """A number format with one scale for each block of neighbours in the last dimension.
+    """A number format with one scale for each block of neighbouring elements in the last dimension.
 
     The scales follow one of three rules:
 
     - ``"e8m0"``, from OCP: a power of two, rounded down as in `compute_scale` with
       ``power_of_two="floor"``. The largest elements of a block may be clipped.
     - ``"e8m0_ceil"``: a power of two, rounded up to ``2**ceil(log2(amax / max))``. No element is
-      clipped, but the grid of the blocks that would be clipped is twice as coarse. This is
-      torchao's rule RCEIL; TransformerEngine, cuBLAS and MLX round up, too. Named formats with this
-      rule end in ``_ceil``.
+      clipped, but blocks that ``"e8m0"`` would clip get a grid twice as coarse. This is torchao's
+      rule RCEIL; TransformerEngine, cuBLAS and MLX round up, too. Named formats with this rule end
+      in ``_ceil``.
     - ``"e4m3"``, from NVIDIA: an E4M3 number times one float32 scale for the whole tensor. The
-      scale of the tensor is amax / (448 · 6).
+      scale of the tensor is amax / (448 · element.max), where 448 is the largest E4M3 number.
 
     Args:
         name: The name in log keys and tables: not empty, without ``/`` and white space.
@@ -98,9 +98,9 @@ class BlockFormat:
         return self.scale == "e4m3"
 
     def is_coarser_than(self, other: torch.dtype | FloatFormat) -> bool:
-        """Return whether elements have fewer significant bits than a dtype or format.
+        """Return whether elements have fewer significant bits than another dtype or format.
 
-        Only then can weights stored in `other` show updates that this format would lose.
+        If so, weights stored in `other` can show updates that this format would lose.
 
         Args:
             other: The dtype or format in which weights are stored now.
@@ -118,7 +118,7 @@ class BlockFormat:
             amax: The largest finite magnitude in each block: float32 or float64, any shape.
             tensor_amax: The largest finite magnitude in the tensor that contains each block:
                 float32 or float64, a shape that broadcasts to that of `amax`. Formats without a
-                tensor scale ignore it. If None, the scales follow the rule of ``"e8m0"``.
+                tensor scale ignore it. None gives ``"e4m3"`` formats the scales of ``"e8m0"``.
 
         Returns:
             float64, the shape of `amax`: positive factors from stored numbers to values. The scale
@@ -173,7 +173,7 @@ _BY_SPELLING: Mapping[str, BlockFormat] = {
 
 
 def get_formats(formats: Formats) -> tuple[NumberFormat, ...]:
-    """Return the number formats with these names.
+    """Look up number formats by name, and drop repetitions.
 
     Args:
         formats: A name, a torch dtype, a `FloatFormat`, a `BlockFormat`, or an iterable of these.
@@ -181,8 +181,7 @@ def get_formats(formats: Formats) -> tuple[NumberFormat, ...]:
             lower case.
 
     Returns:
-        The formats as a tuple, in the order given, without repetitions. A single format gives a
-        tuple with one item.
+        The formats in the order given. A single format gives a tuple with one item.
 
     Raises:
         ValueError: A name is unknown, or two different formats have the same name and would have
@@ -207,7 +206,7 @@ def get_formats(formats: Formats) -> tuple[NumberFormat, ...]:
 
 
 def _get(format: str | torch.dtype | NumberFormat) -> NumberFormat:
-    """Return the format with this name, or dtype; a `NumberFormat` is returned unchanged."""
+    """Return the format with a given name or dtype; return a `NumberFormat` unchanged."""
     if isinstance(format, NumberFormat):
         return format
     if isinstance(format, str):

@@ -11,7 +11,8 @@ With an amax scale the rounding of Q(before) + update is not clamped at the larg
 run would raise the scale there, and clamping would count stalls that do not occur. If the scale is
 the number 1, the format is used without a scale, and Q clamps.
 
-Read `ops` first. `altgrad.measurement.kernel` computes the same for whole layers and many formats.
+Read `ops` first. `altgrad.measurement.kernel` computes the same effective updates for many layers
+and formats.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ def effective_update(
 ) -> Tensor:
     """Return the part of an update that the grid keeps: ``Q(Q(before) + update) − Q(before)``.
 
-    Q rounds to the nearest point of the scaled grid. The sum is rounded to float64 first, which
-    matters only if it needs more than 53 bits. The result is NaN where `before` or `update` is NaN
-    or infinite.
+    Q rounds to the nearest point of the scaled grid. The sum Q(before) + update is computed in
+    float64, which rounds a sum of more than 53 significant bits. The result is NaN where `before`
+    or `update` is NaN or infinite.
 
     Args:
         before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
-        update: The update that the optimizer adds to the weights: one of the same dtypes, the shape
-            of `before`.
+        update: The update that the optimizer adds to the weights: float16, bfloat16, float32 or
+            float64, with the shape of `before`.
         format: A `FloatFormat`, or a name or dtype that `get_format` accepts.
         scale: A positive number, or a tensor of positive numbers that broadcasts to the shape of
             `before`. The number 1 means a format without scaling, which clamps at ±max. Any other
@@ -52,10 +53,10 @@ def effective_update(
         float64 if `before` or `update` is float64.
 
     Raises:
-        TypeError: A tensor has another dtype or is sparse, or the scale is neither a number nor a
-            floating-point tensor.
-        ValueError: The shapes differ, the format is unknown or exceeds float64, or the scale is not
-            positive and finite, or does not broadcast.
+        TypeError: A tensor has an unsupported dtype or is sparse, or the scale is neither a number
+            nor a floating-point tensor.
+        ValueError: The shapes differ, the format is unknown or too wide for float64, or the scale
+            is not positive and finite, or does not broadcast.
 
     Examples:
         >>> import torch
@@ -87,13 +88,12 @@ def stall_mask(
 ) -> Tensor:
     """Return which weights stall: their update is not 0, but the effective update is 0.
 
-    Weights with an update of 0 do not stall. Weights that are NaN or infinite, or whose update is,
-    do not stall either.
+    A weight without an update gives False, and so does a NaN or infinite weight or update.
 
     Args:
         before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
-        update: The update that the optimizer adds to the weights: one of the same dtypes, the shape
-            of `before`.
+        update: The update that the optimizer adds to the weights: float16, bfloat16, float32 or
+            float64, with the shape of `before`.
         format: A `FloatFormat`, or a name or dtype that `get_format` accepts.
         scale: A positive number, or a tensor of positive numbers that broadcasts to the shape of
             `before`. The number 1 means a format without scaling, which clamps at ±max. Any other
@@ -103,10 +103,10 @@ def stall_mask(
         A bool tensor with the shape of `before`.
 
     Raises:
-        TypeError: A tensor has another dtype or is sparse, or the scale is neither a number nor a
-            floating-point tensor.
-        ValueError: The shapes differ, the format is unknown or exceeds float64, or the scale is not
-            positive and finite, or does not broadcast.
+        TypeError: A tensor has an unsupported dtype or is sparse, or the scale is neither a number
+            nor a floating-point tensor.
+        ValueError: The shapes differ, the format is unknown or too wide for float64, or the scale
+            is not positive and finite, or does not broadcast.
 
     Examples:
         >>> import torch
@@ -125,19 +125,20 @@ def visible_mask(
     format: str | torch.dtype | FloatFormat,
     scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """Return which weights change in a forward pass in a format: ``Q(before) ≠ Q(after)``.
+    """Return which weights a step changes once cast to a format: ``Q(before) ≠ Q(after)``.
 
     Q rounds to the nearest point of the scaled grid. The mask is for training with fp32 master
-    weights, which are cast to the format for the forward pass. Weights that are NaN or infinite
-    before or after the step are not visible.
+    weights, which are cast to the format for the forward pass. A weight that is NaN or infinite
+    before or after the step gives False.
 
-    Under an amax scale, neither Q(before) nor Q(after) is clamped: weights that grew past the top
-    are compared as if the scale had been raised. A cast under the old scale would clip both to
-    ±max, and show no change.
+    Under an amax scale, neither Q(before) nor Q(after) is clamped: weights that grew beyond ±max
+    are compared as if the scale had been raised. A cast under the old scale would clip the weights
+    before and after the step to ±max, and show no change.
 
     Args:
         before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
-        after: The weights after the step: one of the same dtypes, the shape of `before`.
+        after: The weights after the step: float16, bfloat16, float32 or float64, with the shape of
+            `before`.
         format: A `FloatFormat`, or a name or dtype that `get_format` accepts.
         scale: A positive number, or a tensor of positive numbers that broadcasts to the shape of
             `before`. The number 1 means a format without scaling, which clamps at ±max. Any other
@@ -147,10 +148,10 @@ def visible_mask(
         A bool tensor with the shape of `before`.
 
     Raises:
-        TypeError: A tensor has another dtype or is sparse, or the scale is neither a number nor a
-            floating-point tensor.
-        ValueError: The shapes differ, the format is unknown or exceeds float64, or the scale is not
-            positive and finite, or does not broadcast.
+        TypeError: A tensor has an unsupported dtype or is sparse, or the scale is neither a number
+            nor a floating-point tensor.
+        ValueError: The shapes differ, the format is unknown or too wide for float64, or the scale
+            is not positive and finite, or does not broadcast.
 
     Examples:
         >>> import torch

@@ -104,7 +104,7 @@ class FloatFormat:
     """All fields as one string; `from_key` returns the same format.
 
     Functions that torch.compile traces take this string: every supported torch version treats a
-    string argument as a constant, but few treat an object of this class as one.
+    string argument as a constant, but few do so with a `FloatFormat`.
     """
 
     def __post_init__(self) -> None:
@@ -130,7 +130,7 @@ class FloatFormat:
 
     @classmethod
     def from_key(cls, key: str) -> FloatFormat:
-        """Return the format with this `key`."""
+        """Return the format whose `key` is given."""
         name, *values = key.split(" ")
         e, m, bias, num_high_nans = map(int, values[:4])
         has_inf, has_negative_zero, has_subnormals = (value == "True" for value in values[4:])
@@ -218,8 +218,8 @@ class FloatFormat:
     def significant_bits(self) -> int:
         """The largest number of significant bits of a value.
 
-        This is `precision` if the format has a normal number. In e0m7, where every value is
-        subnormal, it is 7: the largest value is 127 / 128.
+        A format with normal numbers has `precision` significant bits. In e0m7, where every value is
+        subnormal, the largest value 127 / 128 has 7 significant bits.
         """
         # Codes are integers with an implicit bit on top, so that codes 1, 2, 3 have 1, 1, 2 bits.
         return min(self.precision, max((self._max_code - 1).bit_length(), 1))
@@ -239,7 +239,7 @@ class FloatFormat:
         """The largest finite value.
 
         Raises:
-            ValueError: The value exceeds float64.
+            ValueError: float64 cannot hold the value.
         """
         return self._value(self._max_code)
 
@@ -276,10 +276,11 @@ class FloatFormat:
         return dtype
 
     def is_coarser_than(self, other: torch.dtype | FloatFormat) -> bool:
-        """Return whether the format has fewer significant bits than a dtype or format.
+        """Return whether the format has fewer significant bits than another dtype or format.
 
-        Only then can weights stored in `other` show updates that this format would lose. The name
-        and `mantissa_bits` do not decide: e0m7 and e1m6 are one grid, up to a factor of 4.
+        If so, weights stored in `other` can show updates that this format would lose.
+        `significant_bits` decides: e0m7 and e1m6, the same grid up to a factor of 4, have equally
+        many, although their `mantissa_bits` differ.
 
         Args:
             other: The dtype or format in which weights are stored now.
@@ -295,11 +296,11 @@ class FloatFormat:
         """Return every finite value once, in ascending order.
 
         Returns:
-            float64 (values,) on the CPU, from −`max` to `max`. −0 and 0 are one value, so that the
-            number of values is odd.
+            float64 (values,) on the CPU, from −`max` to `max`. −0 and 0 count as one value, so that
+            the number of values is odd.
 
         Raises:
-            ValueError: The format has more than 24 bits, or a value exceeds float64.
+            ValueError: The format has more than 24 bits, or float64 cannot hold a value.
 
         Examples:
             >>> from altgrad.quantization import E2M1
@@ -327,7 +328,7 @@ def is_torch_dtype(value: object) -> TypeIs[torch.dtype]:
 
 
 def check_format_name(name: object) -> None:
-    """Raise TypeError or ValueError unless a value can be the name of a format, in log keys."""
+    """Raise TypeError or ValueError unless a value can name a format in log keys."""
     check_type("name", name, str)
     assert isinstance(name, str)
     if not name or "/" in name or any(c.isspace() for c in name):

@@ -1,4 +1,4 @@
-"""`FormatSet`: the formats of a run, their scaling, and what a measurement needs for both.
+"""`FormatSet`: the formats of a run with their scaling, and the block sizes that follow from them.
 
 Read `number_format` and `block_formats` first; the next file is `scale_groups`, which computes the
 scales of a `FormatSet`.
@@ -35,8 +35,8 @@ class FormatSet:
         names: The names of the formats.
         applied: For each format the `Scaling` that applies; None for a format without scales.
         block_sizes: The sizes in elements of all blocks that share a scale, in ascending order.
-        block: The number of neighbours in the last dimension that must be measured together: the
-            least common multiple of `block_sizes`. Such a group begins at a multiple of `block`.
+        block: The number of neighbouring elements in the last dimension that must be measured
+            together, from a multiple of this number on: the least common multiple of `block_sizes`.
         needs_tensor_amax: Whether a format needs the amax of the whole tensor in addition to the
             amaxes of blocks.
         needs_amax: Whether a format needs the amax of layers or of their channels.
@@ -75,7 +75,9 @@ class FormatSet:
         }
 
     def find_block(self, names: Collection[str]) -> int:
-        """Return the number of neighbours that must be measured together for some formats.
+        """Return the number of neighbouring elements that some formats need measured together.
+
+        The number is the least common multiple of the formats' block sizes; 1 without blocks.
 
         Args:
             names: Names of the formats.
@@ -95,7 +97,7 @@ class FormatSet:
     def judged(self, dtype: torch.dtype | FloatFormat) -> list[bool]:
         """Return for each format whether it is coarser than the dtype of stored weights.
 
-        Only then do updates of these weights show what the format would lose.
+        If so, updates of these weights show what the format would lose.
 
         Args:
             dtype: The dtype or format in which the weights are stored now.

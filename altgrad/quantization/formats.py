@@ -1,6 +1,6 @@
 """The named floating-point formats, `get_format`, and the type `Scaling`.
 
-Read `float_format` first; it explains the arguments that define each format here. Formats with a
+Read `float_format` first, which explains the arguments that define each format. Formats with a
 scale per block, such as ``mxfp4``, follow in `block_formats`.
 """
 
@@ -110,7 +110,7 @@ def check_scaling(scaling: Scaling) -> None:
 
 
 def get_format(name_or_format: str | torch.dtype | FloatFormat) -> FloatFormat:
-    """Return the floating-point format with this name.
+    """Return the floating-point format with a given name.
 
     Names are those in `FORMATS` and those of torch and ml_dtypes, in upper or lower case:
     ``"e4m3fn"``, ``"E4M3"``, ``"float8_e4m3fn"``, ``"bfloat16"``. The name ``e4m3`` means OCP's

@@ -1,9 +1,9 @@
 """Rounding to several formats at once, in float64.
 
 `kernel` rounds one tensor to one grid. Here the constants of all formats lie side by side in one
-tensor, (rows, formats, 1), so that one torch operation serves all formats. This makes many formats
-cheap. Both files round a value to a multiple of the power-of-two spacing at the value. A test
-compares their results bit for bit, for every named format.
+tensor, (rows, formats, 1), so that one torch operation serves all formats. A row holds elements of
+one layer. Like `kernel`, this file rounds a value to a multiple of the power-of-two spacing at the
+value. A test compares the results of both files bit for bit, for every named format.
 
 Read `kernel` and `scale_groups` first. `altgrad.measurement.kernel` uses this file.
 """
@@ -38,10 +38,11 @@ JUST_BELOW_ONE = 1 - 2.0**-53
 class Grids(NamedTuple):
     """The constants of several grids: float64 tensors, (1 or rows, formats, 1).
 
-    If the scales are powers of two, one for each row and format, the constants contain the scale.
-    For any other scale, and for a format without subnormals or mantissa bits, `scale` is not None.
-    Then callers divide values by the scale first (`divide_by_scale`) and multiply results by it
-    (`multiply_by_scale_`, `multiply_by_scale`).
+    A row holds elements of one layer. If the scales are powers of two, one for each row and format,
+    the constants contain the scale, and `scale` is None. With other scales, or a format without
+    subnormals or mantissa bits, `scale` is a tensor. Callers then divide values by the scale
+    (`divide_by_scale`) before rounding, and multiply results by the scale (`multiply_by_scale_`,
+    `multiply_by_scale`).
 
     Attributes:
         eps: Spacing relative to the binade, ``2**-M``.
@@ -53,8 +54,9 @@ class Grids(NamedTuple):
         floor: −`ceiling`.
         smallest_normal: Smallest normal number; inf if every value is subnormal.
         scale: float64, (1 or rows, formats, 1 or columns); None if the constants contain the scale.
-        without_subnormals: Position and smallest normal number of formats without subnormals.
-        without_mantissa: Position and bias of formats with M = 0, whose ties go to the even code.
+        without_subnormals: Index and smallest normal number of each format without subnormals.
+        without_mantissa: Index and bias of each format without mantissa bits, whose ties go to the
+            even code.
     """
 
     eps: Tensor
@@ -111,7 +113,7 @@ def make_grids(
     Args:
         formats: One or more formats.
         is_scaled: For each format, whether it has an amax scale. A real run would raise such a
-            scale, so that updated weights are not limited to the largest value.
+            scale after the step, so that updated weights may exceed the largest value.
         scale: Positive scales, float64, (1 or rows, formats, 1 or columns); None for 1.
         power_of_two: Whether all scales are powers of two.
         device: The device of the constants.
@@ -120,7 +122,7 @@ def make_grids(
         The constants of the grids.
 
     Raises:
-        ValueError: A format exceeds float64.
+        ValueError: A format is too wide for float64.
     """
     for format in formats:
         get_arithmetic_dtype(torch.float64, format.key, True)
@@ -160,7 +162,7 @@ def extract_binades(x: Tensor, out: Tensor) -> Tensor:
     """Compute the largest power of two up to ``abs(x)``.
 
     Args:
-        x: float64, any shape, magnitudes up to `LARGEST`.
+        x: float64, any shape, with magnitudes up to `LARGEST`, 2**960.
         out: Buffer like x; may be x.
 
     Returns:
@@ -192,7 +194,7 @@ def round_to_grids(
     """Round values to the grids of all formats, which continue above their largest values.
 
     A value is rounded to the nearest multiple of the spacing at the value. Ties go to the even
-    multiple, or to the even code if M = 0.
+    multiple, or to the even code in a format without mantissa bits.
 
     Args:
         x: Values as `Grids.divide_by_scale` returns them, float64, (rows, 1 or formats, columns).
@@ -226,7 +228,7 @@ def compute_gaps(stored: Tensor, target_gap: Tensor, grids: Grids) -> Tensor:
 
     For a target farther from zero, this is the spacing at the stored value. For a target just below
     a stored power of two, it is the spacing at the target, half as large. If the target lies beyond
-    the next grid point, the result may be larger, but at most the distance of the target.
+    the next grid point, the result may be larger, up to the distance from stored value to target.
 
     Args:
         stored: Grid points in units of the scale, float64, (rows, formats, columns); overwritten.

@@ -104,7 +104,7 @@ def _cache_as_constant(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 @_cache_as_constant
 def get_grid(format_key: str) -> Grid:
-    """Return the kernel's constants for the format with this `FloatFormat.key`."""
+    """Return the kernel's constants for the format with a given `FloatFormat.key`."""
     format = FloatFormat.from_key(format_key)
     return Grid(
         max=format.max,
@@ -124,12 +124,12 @@ def get_grid(format_key: str) -> Grid:
 def get_arithmetic_dtype(dtype: torch.dtype, format_key: str, scaled: bool) -> torch.dtype:
     """Return the narrowest dtype in which the kernel is exact.
 
-    The dtype must hold every p and t. Under a scale the quotient x / scale may underflow. An
-    underflow is harmless below half the smallest value of the format, so this half must be a
-    normal number of the dtype.
+    The dtype must hold the power of two below each value, and each value in units of the spacing.
+    Under a scale the quotient x / scale may underflow. An underflow is harmless below half the
+    smallest value of the format, so this half must be a normal number of the dtype.
 
     Args:
-        dtype: The dtype of the input, which the result is at least as wide as.
+        dtype: The dtype of the input; the returned dtype is at least as wide.
         format_key: The `FloatFormat.key` of the format.
         scaled: Whether the input is divided by a scale.
 
@@ -137,7 +137,7 @@ def get_arithmetic_dtype(dtype: torch.dtype, format_key: str, scaled: bool) -> t
         float32 or float64.
 
     Raises:
-        ValueError: The format exceeds float64.
+        ValueError: The format is too wide for float64.
     """
     format = FloatFormat.from_key(format_key)
     for candidate, mantissa_bits, emin, emax in _ARITHMETIC:
@@ -158,7 +158,7 @@ def round_in_place(
 ) -> Tensor:
     """Round y in place to a grid that continues beyond its largest value.
 
-    ±inf becomes NaN: `quantize` clamps y before, and the diagnostics exclude ±inf.
+    ±inf becomes NaN, so that `quantize` clamps y before, and diagnostics leave ±inf out.
 
     Args:
         y: float32 or float64, any shape, already divided by the scale; overwritten.
@@ -167,8 +167,8 @@ def round_in_place(
         generator: The random number generator for ``"stochastic"``, on the device of y.
 
     Returns:
-        A tensor with the dtype and shape of y. It uses the memory of y unless ties are resolved
-        for M = 0 or `rounding` is ``"stochastic"``.
+        A tensor with the dtype and shape of y, in the memory of y. Stochastic rounding, and a
+        format without mantissa bits, need new memory.
     """
     # Two divisions, and two multiplications below, instead of one by p / 2**M: this quotient is
     # subnormal in the lowest binades of bf16, and zero where the hardware flushes subnormals.
@@ -210,7 +210,7 @@ def compute_spacing(y: Tensor, grid: Grid) -> Tensor:
 def _power_of_two_below(y: Tensor) -> Tensor:
     """Return the largest power of two up to ``abs(y)``.
 
-    The mask clears the sign and the mantissa. Thus 0 and subnormal y give 0, and inf and NaN give
+    A mask clears the bits of sign and mantissa. Thus 0 and subnormal y give 0, and inf and NaN give
     inf.
     """
     exponent_bits = y.view(_INTEGER[y.dtype]).bitwise_and(_EXPONENT_MASK[y.dtype])
@@ -235,7 +235,13 @@ def compute_exp2(exponent: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _round_stochastically(t: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Round away from zero with probability ``abs(t) − floor(abs(t))``, else toward zero."""
+    """Round t to an integer: away from zero with probability ``abs(t) − floor(abs(t))``.
+
+    Otherwise t is rounded toward zero, so that the mean of the results is t.
+
+    Returns:
+        A tensor of t's dtype and shape.
+    """
     magnitude = t.abs()
     whole = magnitude.floor()
     # 53 random bits: among the 24 bits of float32 a draw of 0 alone has probability 2**-24, so that
@@ -245,10 +251,15 @@ def _round_stochastically(t: Tensor, generator: torch.Generator | None) -> Tenso
 
 
 def _round_to_even_code(t: Tensor, binade: Tensor, bias: int) -> Tensor:
-    """Round t to the nearest integer for M = 0, with ties to the even code.
+    """Round t to the nearest integer for a format without mantissa bits, ties to the even code.
 
     Without mantissa bits the last bit of a code is the last bit of its exponent field. The only
     ties of normal numbers are at ``abs(t) = 1.5``, between codes of neighbouring powers of two.
+
+    Args:
+        t: Values divided by `binade`, float32 or float64.
+        binade: The largest power of two up to each value, with the dtype and shape of t.
+        bias: Bias of the exponent field.
 
     Returns:
         A tensor of t's dtype and shape.

@@ -35,7 +35,7 @@ class NumberFormat(Protocol):
 
     @property
     def block_size(self) -> int | None:
-        """The number of neighbours that share a scale by definition; None without blocks.
+        """The number of neighbouring elements that share a scale; None without blocks.
 
         A format with a block size uses its own blocks and ignores the `scaling` argument of a run.
         """
@@ -53,9 +53,9 @@ class NumberFormat(Protocol):
         """True if every scale is a power of two."""
 
     def is_coarser_than(self, other: torch.dtype | FloatFormat) -> bool:
-        """Return whether the format has fewer significant bits than a dtype or format.
+        """Return whether the format has fewer significant bits than another dtype or format.
 
-        Only then can weights stored in `other` show updates that this format would lose.
+        If so, weights stored in `other` can show updates that this format would lose.
 
         Args:
             other: The dtype or format in which weights are stored now.

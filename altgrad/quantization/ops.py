@@ -46,8 +46,9 @@ def quantize(
 
     - 0 stays 0. −0 stays −0 if the format has −0; otherwise it becomes 0.
     - NaN stays NaN.
-    - If `saturate` is True, ±inf and overflow become ±max (times the scale). If False, they become
-      inf or NaN, according to the format. A format with neither inf nor NaN always saturates.
+    - If `saturate` is True, ±inf and overflow become ±max (times the scale). If `saturate` is
+      False, ±inf and overflow become ±inf, or NaN in a format without inf. A format without inf and
+      NaN always saturates.
     - As in IEEE 754, a finite value overflows only if its rounding goes away from zero. Thus
       ``"toward_zero"`` never overflows.
     - A tie goes to the even code, also if M = 0. Without subnormals, a tie between 0 and the
@@ -63,23 +64,23 @@ def quantize(
             pass a scale that changes as a tensor, because each new number may recompile.
         rounding: ``"nearest_even"``, ``"toward_zero"``, ``"up"``, ``"down"`` or ``"stochastic"``.
             Stochastic rounding has the mean x and does not change values on the grid.
-        saturate: If True, ±inf and overflow become ±max.
+        saturate: If True, ±inf and overflow become ±max; if False, ±inf or NaN.
         generator: The random number generator, on x's device. Only ``"stochastic"`` needs one.
         out: The tensor to write to, with the shape and dtype of the result. It may be x, but must
             not share memory with the scale.
 
     Returns:
         A tensor of x's shape on x's device. Float32 and float64 x keep their dtype; in float32, a
-        value of the format that exceeds float32 becomes ±inf. Float16 and bfloat16 x keep theirs
-        under two conditions: the scale is a number that is a power of two, and their dtype holds
-        every value of the scaled grid. Otherwise the result is float32. Thus it is float32 under
-        any other number, such as 0.75, and under a tensor, whose values are not read.
+        value of the format that exceeds float32 becomes ±inf. Float16 and bfloat16 x keep their
+        dtype under two conditions: the scale is a number that is a power of two, and the dtype
+        holds every value of the scaled grid. Otherwise the result is
+        float32: under a scale such as 0.75, and under any scale tensor, whose values stay unread.
 
     Raises:
-        TypeError: x is not a tensor of these dtypes, the scale is neither a number nor a
+        TypeError: x is not a tensor of a supported dtype, the scale is neither a number nor a
             floating-point tensor, or `out` has another dtype.
-        ValueError: The format or rounding is unknown, or the format exceeds float64. The scale is
-            not positive and finite, or does not broadcast to x. Stochastic rounding has no
+        ValueError: The format or rounding is unknown, or the format is too wide for float64. The
+            scale is not positive and finite, or does not broadcast to x. Stochastic rounding has no
             generator. `out` has another shape, is the scale, or a gradient would be recorded.
 
     Examples:
@@ -90,7 +91,7 @@ def quantize(
 
     References:
         Rounding and overflow follow IEEE 754-2019, sections 4.3 and 7.4, and gfloat's
-        ``round_float``. The latter also defines ties for M = 0.
+        ``round_float``, which also defines ties for formats without mantissa bits.
     """
     key = get_format(format).key
     check_input(x)
@@ -120,7 +121,7 @@ def _is_differentiated(x: Tensor) -> bool:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """A `quantize` with the gradient of the identity.
+    """A version of `quantize` whose gradient is that of the identity.
 
     The usual ``x + (q - x).detach()`` is wrong for saturated x: in floating-point arithmetic it
     gives 0 instead of max if x is far above max.
@@ -158,7 +159,7 @@ def _quantize(
     generator: torch.Generator | None,
     out: Tensor | None,
 ) -> Tensor:
-    """Return `quantize` of checked arguments, without a gradient."""
+    """Compute `quantize` from checked arguments, without a gradient."""
     wide, divisor = _widen(x, format_key, scale)
     grid = get_grid(format_key)
     saturate = saturate or grid.overflow is None  # ±max is the only possible result
@@ -191,16 +192,17 @@ def _quantize(
 def _clamp_limits(
     grid: Grid, rounding: Rounding, saturate: bool, dtype: torch.dtype
 ) -> tuple[float, float]:
-    """Return the limits to clamp y to before rounding.
+    """Return the limits to which values are clamped before rounding.
 
-    A limit is ±max where overflow becomes ±max: if saturating, or if the direction of rounding is
-    toward zero on that side. Elsewhere it is the largest finite number of the dtype.
+    A limit is ±max where overflow becomes ±max: if `saturate` is True, or if the direction of
+    rounding is toward zero on that side. Otherwise the limit is the largest finite number of the
+    dtype, with the sign of its side.
 
     Args:
         grid: The constants of the format.
         rounding: The rounding direction.
         saturate: Whether overflow becomes ±max.
-        dtype: The dtype of y.
+        dtype: The dtype of the values.
 
     Returns:
         The lower and the upper limit.
@@ -215,7 +217,7 @@ def _clamp_limits(
 def quantize_unbounded(x: Tensor, format: FloatFormat, scale: float | Tensor = 1.0) -> Tensor:
     """Round to the nearest point of a grid that continues beyond the largest value of the format.
 
-    This is `quantize` for a format with an unlimited exponent range at the top.
+    The result is that of `quantize` for a format without a largest value.
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape, any device.
@@ -227,7 +229,7 @@ def quantize_unbounded(x: Tensor, format: FloatFormat, scale: float | Tensor = 1
         NaN give NaN.
 
     Raises:
-        ValueError: The format exceeds float64.
+        ValueError: The format is too wide for float64.
     """
     wide, divisor = _widen(x, format.key, scale)
     y = wide.clone() if divisor is None else wide / divisor
@@ -258,9 +260,9 @@ def spacing(
         A tensor of x's shape in units of x, without gradient: float32, or float64 for float64 x.
 
     Raises:
-        TypeError: x is not a tensor of these dtypes, or the scale is neither a number nor a
+        TypeError: x is not a tensor of a supported dtype, or the scale is neither a number nor a
             floating-point tensor.
-        ValueError: The format is unknown or exceeds float64, or the scale is not positive and
+        ValueError: The format is unknown or too wide for float64, or the scale is not positive and
             finite, or does not broadcast to x.
 
     Examples:
@@ -280,10 +282,10 @@ def spacing(
 def get_result_dtype(x: Tensor, format_key: str, scale: float | Tensor) -> torch.dtype:
     """Return the dtype of `quantize`'s result.
 
-    It is the dtype of x if the scale is a power of two and that dtype holds every value of the
-    scaled grid, otherwise the full dtype. A dtype holds the grid under three conditions: the
-    significand fits, the largest value fits, and every value is a multiple of the smallest
-    subnormal of the dtype.
+    Float32 and float64 x keep their dtype. Float16 and bfloat16 x keep their dtype if the scale is
+    a number that is a power of two, and the dtype holds every value of the scaled grid. Otherwise
+    the result is float32. A dtype holds the grid under three conditions: the significand fits, the
+    largest value fits, and every value is a multiple of the smallest subnormal of the dtype.
 
     Args:
         x: The tensor to round.
@@ -311,9 +313,9 @@ def get_result_dtype(x: Tensor, format_key: str, scale: float | Tensor) -> torch
 def _widen(x: Tensor, format_key: str, scale: float | Tensor) -> tuple[Tensor, Tensor | None]:
     """Convert x to the dtype in which the kernel is exact, and the scale to a tensor.
 
-    A number becomes a tensor on x's device, because torch on CUDA divides by a Python number in
-    another way: it multiplies by the reciprocal. This rounds differently, and overflows for scales
-    below ``2**-127``.
+    A scale that is a number becomes a tensor on x's device, because torch on CUDA multiplies by the
+    reciprocal of a Python number instead of dividing. The product rounds differently, and overflows
+    for scales below ``2**-127``.
 
     Args:
         x: The tensor to round.

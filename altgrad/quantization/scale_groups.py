@@ -3,7 +3,7 @@
 `Sharing` maps each element to its group (its layer, or a channel of the layer) and to its block.
 `compute_element_scales` turns amaxes into the scale of each element and format. The amaxes of
 layers and channels are kept between steps, in `altgrad.monitor.scale_state`. The amaxes of blocks
-are computed in every step from the elements at hand, which are always whole blocks.
+are computed in every step from the measured elements, which are always whole blocks.
 
 Read `scaling` and `format_set` first; the next file is `grids`, which rounds under these scales.
 """
@@ -39,10 +39,10 @@ def compute_layer_amax(x: Tensor, scaling: Scaling | None) -> Tensor:
 def compute_layer_amaxes(
     parameters: Sequence[Tensor], scaling: Scaling | None
 ) -> tuple[list[Tensor], list[bool]]:
-    """Return the amaxes of many layers, and which of them contain a 0.
+    """Return the amaxes of many layers, and for each layer whether an amax is 0.
 
-    Layers of one kind (float64 or not, and the device) share operations: whole tensors need one
-    operation each and a few for all. The amaxes are read on the host once for each kind.
+    The amaxes are read on the host once for all layers on a device, and once more for float64
+    layers.
 
     Args:
         parameters: The layers: float16, bfloat16, float32 or float64, any shape.
@@ -95,13 +95,13 @@ class Amaxes(NamedTuple):
         return cls(groups, groups.amax().view(1) if len(groups) else groups.new_zeros(1))
 
     def fill_zeros(self, other: Amaxes) -> Amaxes:
-        """Return these amaxes, with each 0 replaced by the amax that `other` has for it."""
+        """Return the amaxes, with each 0 replaced by the amax at the same place in `other`."""
         pairs = zip(self, other, strict=True)
         return Amaxes(*(torch.where(mine == 0, later, mine) for mine, later in pairs))
 
 
 def update_tensor_amaxes(before: Tensor, amax: Tensor, sharing: Sharing | None = None) -> Tensor:
-    """Return the amax of each layer: the larger of the kept amax and that of its elements now.
+    """Return the amax of each layer: the larger of its kept amax and the amax of `before`.
 
     Args:
         before: Weights before the step: elements of one layer, or of the layers in `sharing`.
@@ -110,7 +110,7 @@ def update_tensor_amaxes(before: Tensor, amax: Tensor, sharing: Sharing | None =
         sharing: The groups and layers of the elements; None if all elements are in one layer.
 
     Returns:
-        A tensor (layers,), float64 if an argument is, otherwise float32.
+        A tensor (layers,): float64 if `before` or `amax` is float64, otherwise float32.
     """
     if sharing is None:
         # Of one dimension: torch does not promote a dtype to that of a tensor without dimensions.
@@ -122,11 +122,11 @@ def update_tensor_amaxes(before: Tensor, amax: Tensor, sharing: Sharing | None =
 
 
 def compute_single_scales(amax: Tensor, formats: FormatSet) -> Tensor:
-    """Return the scale of each layer in each format, where no layer has several scales.
+    """Return the scale of each layer in each format, for formats with one scale for a layer.
 
     Args:
         amax: The amax of each layer, float32 or float64, (layers,).
-        formats: The formats.
+        formats: Formats with `FormatSet.is_single`.
 
     Returns:
         float64 (layers, formats); 1 for a format without scales.
@@ -140,7 +140,7 @@ def compute_single_scales(amax: Tensor, formats: FormatSet) -> Tensor:
 
 
 class _Blocks(NamedTuple):
-    """The blocks of one size.
+    """A map from elements to the blocks of one size, and from blocks to layers.
 
     Attributes:
         element_block: The number of the block of each element, int64 (elements,).
@@ -210,11 +210,12 @@ class Sharing(NamedTuple):
     def trim_groups(self) -> tuple[Sharing, slice]:
         """Drop the groups before the first and after the last group that has an element.
 
-        Use it for some neighbouring elements of one layer, which lie in few of its channels.
+        Neighbouring elements of one layer lie in few of its channels, so that most groups are
+        dropped.
 
         Returns:
-            The map with groups numbered from 0 again, and the slice of the kept groups, which
-            selects their amaxes.
+            The map with groups numbered from 0 again, and the slice of the kept groups among all
+            groups of this map, such as for `Amaxes.groups`.
         """
         if not len(self.group):
             return self, slice(None)
@@ -223,12 +224,12 @@ class Sharing(NamedTuple):
         return self._replace(group=group, group_layer=group_layer), groups
 
     def pad(self, count: int) -> Sharing:
-        """Return the map with entries appended for memory that holds no element.
+        """Return the map with entries appended for padding, as in a buffer of fixed length.
 
         The appended entries refer to group 0 and block 0.
 
         Args:
-            count: The number of entries of the result, at least as many as now.
+            count: The number of elements in the result, at least as many as in this map.
         """
         more = count - len(self.group)
         group = torch.nn.functional.pad(self.group, (0, more))
@@ -285,9 +286,9 @@ def compute_element_scales(
     """Return the scale of each element in every format.
 
     Args:
-        before: The elements before the step, any floating-point dtype, (elements,). NaN and ±inf do
-            not count.
-        after: The elements after the step, (elements,). They set the scale of a block whose
+        before: The elements before the step, any floating-point dtype, (elements,). NaN and ±inf
+            count as 0.
+        after: The elements after the step, (elements,), which set the scale of a block whose
             elements before the step are all 0.
         amaxes: The amaxes of all groups and layers; None if no format needs them.
         sharing: The group and the blocks of each element.
@@ -318,14 +319,15 @@ def compute_element_scales(
 
 
 def _joined(each: Sequence[tuple[Tensor, Tensor] | _Blocks]) -> Tensor:
-    """Concatenate the numbers of groups or blocks, and number those of all layers in sequence.
+    """Concatenate the group or block numbers of several layers into one sequence of numbers.
 
     Args:
         each: For each layer the number of each element's group or block, int64 (elements,), and a
             tensor with one entry for each group or block.
 
     Returns:
-        int64, the numbers of all layers, one layer after the other.
+        int64 (all elements): for each element the number of its group or block among those of all
+        layers, one layer after the other.
     """
     joined, start = [], 0
     for numbers, table in each:
@@ -343,7 +345,7 @@ def _finite_magnitude(x: Tensor) -> Tensor:
 def _compute_block_amaxes(
     element_block: Tensor, count: int, before: Tensor, after: Tensor
 ) -> Tensor:
-    """Return the amax of each block before the step, or after it if the former is 0.
+    """Return the amax of each block before the step, or after the step for a block of zeros.
 
     Args:
         element_block: The number of the block of each element, int64 (elements,).
@@ -363,10 +365,10 @@ def _compute_block_amaxes(
 
 
 def _compute_tensor_amaxes(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[float]]:
-    """Return the amax of each tensor, on the device and on the host.
+    """Return the amax of each tensor, on its device and on the host.
 
     Args:
-        parameters: Tensors on one device, all float64 or none.
+        parameters: Tensors on one device, either all float64 or all narrower.
 
     Returns:
         For each tensor a float32 or float64 tensor (1,), and the same amax as a float.
@@ -391,11 +393,11 @@ def _compute_channel_amaxes(parameters: Sequence[Tensor]) -> tuple[Sequence[Tens
     """Return the amaxes of the channels of each tensor, and the smallest of them on the host.
 
     Args:
-        parameters: Tensors on one device, all float64 or none.
+        parameters: Tensors on one device, either all float64 or all narrower.
 
     Returns:
-        For each tensor a float32 or float64 tensor (channels,), and its minimum as a float; 1 if
-        the tensor has no channels.
+        For each tensor the amaxes of its channels, float32 or float64 (channels,), and the smallest
+        amax as a float; 1 if the tensor has no channels.
     """
     found = [compute_layer_amax(each, "channel") for each in parameters]
     one = found[0].new_ones(())

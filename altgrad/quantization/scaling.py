@@ -1,8 +1,8 @@
 """Amax scales: from the largest finite magnitude to the scale that fits a format.
 
-`compute_scale` is the public function. `compute_amax` finds the largest magnitude of a tensor, its
-channels or its blocks, and `compute_format_scales` turns them into the scales of any number format.
-Read `ops` first. `scale_groups`, after `format_set`, extends this to many layers and formats.
+`compute_scale` is the public function. `compute_amax` finds the amax of a tensor, its channels or
+its blocks, and `compute_format_scales` turns amaxes into the scales of any number format. Read
+`ops` first. `scale_groups`, after `format_set`, extends this to many layers and formats.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def compute_scale(
     scaling: Scaling = "tensor",
     power_of_two: bool | Literal["floor"] = True,
 ) -> Tensor:
-    """Return the amax scale, which maps the largest magnitude of x to the top of the format.
+    """Return the amax scale, which maps the largest magnitude of x to the format's largest value.
 
     The amax is the largest finite magnitude; NaN and ±inf are ignored. If it is 0, or x is empty,
     the scale is 1. A scale stays within ``2**-126`` to ``2**127`` (``2**-1022`` to ``2**1023`` for
@@ -52,8 +52,8 @@ def compute_scale(
             block may be shorter. A tensor without dimensions is one channel and one block.
         power_of_two: The rule. True rounds up to ``2**ceil(log2(amax / max))``, so that no value
             clips. The value ``"floor"`` is the rule of OCP's MX formats,
-            ``2**(floor(log2(amax)) - floor(log2(max)))``, with which the top of a block may clip.
-            False is ``amax / max``, with which `quantize` divides inexactly.
+            ``2**(floor(log2(amax)) - floor(log2(max)))``, with which the largest elements may clip.
+            False is ``amax / max``, with which the division in `quantize` rounds.
 
     Returns:
         float32 (float64 for float64 x) on x's device, without gradient. The shape is ``()`` for
@@ -61,7 +61,8 @@ def compute_scale(
         read on the host.
 
     Raises:
-        TypeError: x is not a tensor of these dtypes, or `format` is neither a name nor a format.
+        TypeError: x is not a tensor of a supported dtype, or `format` is neither a name nor a
+            format.
         ValueError: The format, scaling or `power_of_two` is unknown.
 
     Examples:
@@ -90,9 +91,10 @@ def compute_scale_from_amax(
     """Return the scale for each amax.
 
     Args:
-        amax: Largest finite magnitudes, float32 or float64, any shape.
+        amax: Amaxes, float32 or float64, any shape.
         format: The format.
-        power_of_two: The rule, as in `compute_scale`.
+        power_of_two: The rule: True rounds the scale up to a power of two, ``"floor"`` is OCP's
+            rule for MX formats, False is ``amax / max``. See `compute_scale`.
 
     Returns:
         A tensor with the dtype and shape of `amax`; 1 where `amax` is 0.
@@ -108,7 +110,7 @@ def compute_scale_from_amax(
 def compute_format_scales(
     amax: Tensor, format: NumberFormat, tensor_amax: Tensor | None = None
 ) -> Tensor:
-    """Return the scales of weights in a number format.
+    """Return the scale for each amax in a number format.
 
     If an E4M3 scale would round to 0, in a block far below the amax of the tensor, the smallest
     positive E4M3 number, ``2**-9``, replaces the 0. Otherwise all weights of the block would be 0
@@ -150,7 +152,8 @@ def compute_amax(x: Tensor, scaling: Scaling) -> Tensor:
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape.
-        scaling: ``"tensor"``, ``"channel"`` or ``("block", size)``.
+        scaling: The elements that share an amax: ``"tensor"`` (all), ``"channel"`` (an index of
+            dimension 0) or ``("block", size)`` (neighbours in the last dimension).
 
     Returns:
         float32 (float64 for float64 x). The shape is ``()`` for ``"tensor"``, ``(channels, 1, …)``
@@ -172,7 +175,7 @@ def _finite_magnitude(x: Tensor) -> Tensor:
 
 
 def _amax(magnitude: Tensor, scaling: Scaling) -> Tensor:
-    """Return the maximum of a tensor, of each channel, or of each block; 0 if empty."""
+    """Return the maximum of a tensor, of each channel, or of each block; 0 without elements."""
     if isinstance(scaling, str) and scaling == "tensor":
         return _max_or_zero(magnitude.flatten())
     if magnitude.dim() == 0:
@@ -188,7 +191,7 @@ def _amax(magnitude: Tensor, scaling: Scaling) -> Tensor:
 
 
 def _block_size(scaling: tuple[Literal["block"], int], x: Tensor) -> int:
-    """Return the block size, or the length of the last dimension if this is less, at least 1."""
+    """Return the smaller of block size and length of the last dimension, at least 1."""
     return max(min(scaling[1], x.shape[-1]), 1)
 
 
@@ -198,10 +201,11 @@ def _max_or_zero(rows: Tensor) -> Tensor:
 
 
 def _power_of_two_scale(amax: Tensor, format: FloatFormat, *, round_up: bool) -> Tensor:
-    """Return the scale ``2**ceil(log2(amax / max))``, or by OCP's floor rule.
+    """Return the power-of-two scale for each amax.
 
-    Exponents and significands are compared separately, without computing amax / max. The quotient
-    could round down to a power of two, and a scale derived from it would let amax clip.
+    With `round_up` the scale is ``2**ceil(log2(amax / max))``, otherwise that of OCP's floor rule.
+    Exponents and significands are compared separately: a computed quotient amax / max could round
+    down to a power of two, under which amax would clip.
     """
     significand, exponent = torch.frexp(amax)  # significand in [0.5, 1)
     top_significand, top_exponent = math.frexp(format.max)
