@@ -17,20 +17,22 @@ from altgrad.observation.observer import RankError
 
 
 class LostRankError(RankError):
-    """An error on this rank: another rank does not answer in time, or calls another method."""
+    """An error on this rank, since another rank did not answer in time or called another method."""
 
 
 class HostGroup:
-    """A gloo group of all ranks, separate from the groups that train. `meet` connects it.
+    """A gloo group of all ranks, separate from the groups that train, once `meet` has connected it.
 
-    Gloo reduces tensors on the CPU. Their length must be equal on all ranks, or gloo aborts the
-    process. Texts of any length go through the key-value store of torch.distributed. The time limit
-    is half of that of the training's group, so that a late rank fails here before it fails there.
+    Gloo reduces tensors on the CPU, and aborts the process unless they have the same length on all
+    ranks. Texts of any length go through the key-value store of torch.distributed. The time limit
+    is half of the limit of torch's default group, so that waiting for a late rank ends in an error
+    of AltGrad first.
 
     Attributes:
         rank: The number of this rank.
         size: The number of ranks.
-        lost: Why the group cannot be used, such as a rank that did not answer; empty if it can.
+        lost: Why the group cannot be used, such as a rank that did not answer; empty if the group
+            can be used.
 
     Raises:
         RuntimeError: There is no process group.
@@ -48,11 +50,12 @@ class HostGroup:
         self.lost = "the ranks that share the parameters have not met yet: attach() on each first"
 
     def meet(self) -> None:
-        """Make the group anew, once all ranks have called this method.
+        """Connect the group, or a new group after an earlier call, once all ranks call this method.
 
-        Each rank draws a random name, and the names of all ranks form the prefix of their keys in
-        the store. A rank that gave up earlier has another prefix, and cannot join by mistake. The
-        group is not registered with torch.distributed, whose numbering of groups stays the same.
+        Each rank draws a random name, and the names of all ranks form the prefix of the group's
+        keys in the store. A rank that stopped waiting in an earlier call has another prefix, and
+        cannot join by mistake. torch.distributed does not number the group, so that the numbers of
+        its own groups stay the same.
 
         Raises:
             LostRankError: A rank has not called this method in time.
@@ -91,14 +94,15 @@ class HostGroup:
         self._place = self._place[0] + 1, 0
 
     def gather(self, call: str, value: object) -> list[Any]:
-        """Return the values of all ranks, once all ranks make the same call.
+        """Return the values of all ranks, by rank, once every rank has called this method.
 
         Args:
-            call: Name of the call, such as ``state_dict()``, for errors.
-            value: Value of this rank, which `json.dumps` accepts.
+            call: Name of the user's call, such as ``state_dict()``, which must be equal on all
+                ranks.
+            value: Value of this rank, of a type that `json.dumps` accepts.
 
         Raises:
-            LostRankError: A rank does not answer, is in another call, or was lost before.
+            LostRankError: A rank does not answer, has made another call, or was lost before.
         """
         if self.lost:
             raise LostRankError(self.lost)

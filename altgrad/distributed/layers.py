@@ -15,12 +15,12 @@ from altgrad.distributed.step_message import Expected
 class ShardedLayers:
     """The local shards of all layers of a model, found from DTensor placements.
 
-    Nothing here communicates with other ranks.
+    No method communicates with other ranks.
 
     Args:
-        choose_indices: Function of a layer's name and shape. It returns the elements that all ranks
-            together measure, as indices into the flattened layer, int64 (elements) on the CPU. None
-            for all elements.
+        choose_indices: Function that takes a layer's name and shape, and returns the elements that
+            all ranks together measure. The result is int64 (elements) on the CPU, indices into the
+            flattened layer, or None for all elements.
         rank: The number of this rank.
     """
 
@@ -41,7 +41,7 @@ class ShardedLayers:
         return self._shards[name]
 
     def read(self, parameters: Mapping[str, Tensor]) -> None:
-        """Read the shards of parameters that are new or have another placement than before.
+        """Find the local shards of parameters that are new or have another placement than before.
 
         Raises:
             ValueError: The placements of a parameter do not say which elements this rank holds: see
@@ -78,11 +78,11 @@ class ShardedLayers:
         return self._shards[name].find_part(indices) if name in self else empty_part()
 
     def measured_part(self, name: str) -> Part:
-        """Return the elements of a layer that this rank measures."""
+        """Return the elements of a layer's sample that this rank measures."""
         return self.part(name, self._choose_indices(name, self._shards[name].shape))
 
     def expected(self, names: Iterable[str]) -> dict[str, Expected]:
-        """Return the population of each layer, and how many of its elements are measured."""
+        """Return the population of each layer, and how many of its elements all ranks measure."""
         for name in names:
             if name not in self._expected:
                 shape = self._shards[name].shape
@@ -113,6 +113,6 @@ class ShardedLayers:
 
 
 def _placed(parameter: Any) -> tuple[Any, ...]:
-    """Return shape, dtype, placements and mesh, which decide what this rank holds."""
+    """Return shape, dtype, placements and mesh, which decide which elements this rank holds."""
     mesh = getattr(parameter, "device_mesh", None)
     return parameter.shape, parameter.dtype, getattr(parameter, "placements", None), mesh

@@ -2,8 +2,8 @@
 
 `Alone` is a rank without any others. `Together`, in the file `together`, is a rank of a run with
 sharded parameters. A monitor makes the same calls for both: each rank measures its local shards,
-and `combine` gives all ranks the sums of the whole layers. A method of `Alone` or `Together`
-without a docstring does what `Peers` says.
+and `combine` gives all ranks the sums of the whole layers. The docstrings of `Peers` also hold for
+the methods of `Alone` and `Together`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from altgrad.quantization.scale_groups import compute_layer_amaxes
 
 
 class StepSums(NamedTuple):
-    """The sums of an observed step on one rank; after `Peers.combine` those of all ranks.
+    """The sums of an observed step over one rank's elements, or over all after `Peers.combine`.
 
     Attributes:
         seconds: Time to observe the last observed step and mean time of a training step, in
             seconds; NaN where unknown.
-        vectors: float64 (layers, columns) on the host: sums, then maxima, of each layer.
+        vectors: float64 (layers, columns) on the host: for each layer its sums, then its maxima.
         names: The layers that have elements on this rank, one for each row of `vectors`.
         present: The layers that the optimizer stepped.
         found_inf: Whether a fused optimizer under a GradScaler found gradients that are not finite.
-        skipped: Why the step moved no weight; None if it did.
+        skipped: Why the step moved no weight; None if weights moved.
         error: The error of this rank; None if nothing failed.
     """
 
@@ -48,7 +48,7 @@ class StepSums(NamedTuple):
 
 
 class Peers(Protocol):
-    """The ranks that observe the same steps as this rank, with all that they exchange.
+    """The ranks that observe the same steps as this rank, and what they exchange.
 
     Attributes:
         rank: The number of this rank.
@@ -62,22 +62,26 @@ class Peers(Protocol):
         """Wait for the other ranks, and check that all have the same layers, settings and states.
 
         Args:
-            check: Function that returns the optimizers to attach. It raises an error if they cannot
-                be observed.
+            check: Function that returns the optimizers to attach, or raises an error if an
+                optimizer cannot be observed.
 
         Raises:
-            Exception: `check` raises this error on this rank.
+            Exception: `check` fails on this rank with this error.
             ValueError: Another rank cannot attach, or has other layers, settings or states.
             LostRankError: A rank has not called this method.
         """
 
     def before_step(self, optimizer: Optimizer) -> bool:
-        """Check before an observed step that layers have changed on all ranks or on none.
+        """Check before an observed step that layers have changed alike on all ranks, or nowhere.
 
-        Ranks communicate only if layers of this rank have changed.
+        Layers change if an optimizer gets new parameters, or a placement changes. Ranks communicate
+        only if layers of this rank have changed.
+
+        Args:
+            optimizer: The optimizer that is about to step.
 
         Returns:
-            True if there may be new layers, on all ranks.
+            True if there may be new layers; the same on all ranks.
 
         Raises:
             DisagreementError: The layers of another rank have changed in another way.
@@ -100,8 +104,8 @@ class Peers(Protocol):
         """Return the parameters that all ranks step, in the same order on every rank.
 
         Args:
-            stepped: Function that returns the parameters that optimizers of this rank step now. It
-                is not called if ranks share the parameters, because its results may differ.
+            stepped: Function that returns the parameters that optimizers of this rank step now,
+                which may differ between ranks. Only `Alone` calls the function.
 
         Returns:
             The parameters by name.
@@ -117,19 +121,19 @@ class Peers(Protocol):
             scaling: Which elements share a scale.
 
         Returns:
-            float32 (float64 for float64) (1) or (channels) for each parameter, on its device; and
-            whether any of these is 0.
+            For each parameter its amaxes, (1) or (channels), on its device: float32, or float64 for
+            a float64 parameter. Also, for each parameter, whether any of its amaxes is 0.
         """
 
     def hold_errors(self) -> AbstractContextManager[None]:
         """Keep an error of a ``with`` block until `combine`, which raises it on all ranks.
 
-        Otherwise, other ranks would wait in `combine` for this one. A rank that shares no
-        parameters raises the error at once.
+        If a rank raised the error at once, other ranks would wait in `combine`. `Alone`, without
+        other ranks, raises the error at once.
         """
 
     def take_error(self) -> Exception | None:
-        """Return the error that `hold_errors` keeps, and delete it here; None without an error."""
+        """Return the error that `hold_errors` keeps, and forget it; None without an error."""
 
     def combine(self, optimizer: Optimizer, index: int, local: StepSums) -> StepSums:
         """Combine the sums of all ranks in an observed step, by one SUM and one MAX all-reduce.
@@ -151,9 +155,9 @@ class Peers(Protocol):
         """Return the ever-moved flags of whole layers, gathered from the shards of all ranks.
 
         Args:
-            here: Flags of the elements on this rank, by layer.
+            here: Flags of the elements that this rank measures, by layer.
             names: Names of the layers.
-            kinds: Number of flags of each element, 1 + formats.
+            kinds: Number of flags of each element: one for any update, and one for each format.
 
         Returns:
             Packed bits of shape (kinds, elements) by layer, equal on all ranks.
@@ -164,14 +168,14 @@ class Peers(Protocol):
         """
 
     def parts(self, names: Sequence[str]) -> dict[str, tuple[int, Tensor]]:
-        """Return which of the measured elements of each layer are in the local shard.
+        """Return which of the measured elements of each layer this rank measures.
 
         Args:
             names: The layers.
 
         Returns:
             For each layer the number of elements that all ranks together measure, and the positions
-            among these of those on this rank, int64. Empty if no layer is sharded.
+            of this rank's elements among them, int64 (elements). Empty if no layer is sharded.
         """
 
 

@@ -1,7 +1,8 @@
-"""`Ranks`: how each rank learns of an error on another one, and whether all observe the same.
+"""`Ranks`: share errors between ranks, and check that all ranks have the same layers and settings.
 
-A rank that has failed goes on answering until the next step, in which it says so. All ranks then
-exchange the texts of their errors, and each one stops with the same error.
+A rank that has failed answers the other ranks until the next observed step, which carries a flag
+for the failure. All ranks then exchange the texts of their errors, and each one stops with the same
+error.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class DisagreementError(RankError, ValueError):
 
 
 class Ranks(Peers):
-    """A rank that shares parameters with others, and raises the same errors as they do.
+    """A rank that shares parameters with other ranks, and raises the same errors as they do.
 
     Attributes:
         rank: The number of this rank.
@@ -54,8 +55,9 @@ class Ranks(Peers):
         """Return the maximum of each number over all ranks, by one MAX all-reduce.
 
         Args:
-            find: Function that returns the numbers of this rank. If it fails, this rank's numbers
-                are left out, and every rank reports the error in the next step.
+            find: Function that returns the numbers of this rank, float64 (count) on the host. If
+                the function fails, this rank's numbers are left out, and every rank reports the
+                error in the next step.
             count: How many numbers each rank has.
 
         Returns:
@@ -74,7 +76,7 @@ class Ranks(Peers):
         """Return the sums of all ranks in a step, by one SUM and one MAX all-reduce.
 
         Args:
-            message: The message for this step, before `pack`.
+            message: The message for this step, which `merge` packs, reduces and unpacks.
             local: The sums of this rank, or its error.
 
         Raises:
@@ -104,7 +106,7 @@ class Ranks(Peers):
 
         Args:
             call: Name of the call that all ranks make, such as ``attach()``, for errors.
-            describe: Function that returns a text for each layer, setting and state. It raises an
+            describe: Function that returns a text for each layer, setting and state, or raises an
                 error if this rank cannot observe the run.
 
         Raises:
@@ -128,7 +130,10 @@ class Ranks(Peers):
 
 
 def _describe_difference(descriptions: Sequence[Sequence[str]]) -> str:
-    """Return an error message: what differs between rank 0 and the first rank unlike it."""
+    """Return an error message on the differences between rank 0 and the first rank unlike rank 0.
+
+    `descriptions` has for each rank its texts of layers, settings and states.
+    """
     first = descriptions[0]
     rank, other = next((rank, each) for rank, each in enumerate(descriptions) if each != first)
     missing = few([each for each in first if each not in other], "; ")

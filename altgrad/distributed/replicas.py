@@ -1,4 +1,4 @@
-"""Find layers whose replicas differ between ranks, as in experts or separate models."""
+"""Find layers whose replicas differ between ranks, such as experts or separate models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from altgrad.observation.dtensor import to_local_tensors
 
 _SAMPLED = 16
 _TOLERANCE = 0.01
-"""Share of the largest value: replicas that each rank steps by itself may drift a little."""
+"""Largest difference between sums of replicas, as a share of the largest magnitude: replicas that
+each rank steps by itself may drift a little."""
 
 
 @torch.no_grad()
@@ -22,8 +23,8 @@ def find_different_replicas(
 ) -> list[str]:
     """Return the names of layers whose replicas differ between ranks.
 
-    Up to 16 values of each replica are compared, by one MAX all-reduce. Without replicas, ranks do
-    not communicate.
+    Sums over up to 16 values of each replica are compared, by one MAX all-reduce. Without replicas,
+    ranks do not communicate.
 
     Args:
         parameters: Parameters by name, in the same order on all ranks.
@@ -36,7 +37,7 @@ def find_different_replicas(
         return []
 
     def find() -> Tensor:
-        """Return numbers for all shards: those of this rank's shard, and −inf for other shards."""
+        """Return the numbers of this rank's shards, and −inf in place of other ranks' numbers."""
         each = [torch.full((3, n), -torch.inf, device="cpu").double() for n in counts.values()]
         local = _sample(to_local_tensors(parameters[name].detach() for name in counts))
         for place, name, values in zip(each, counts, local, strict=True):

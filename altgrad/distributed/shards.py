@@ -1,8 +1,8 @@
 """`Shard`: the elements of a parameter that one rank holds, read from a DTensor's placements.
 
-Shards are described by flat indices into the whole parameter, in row-major order, as samples are.
-Each rank then measures its part of the sample that a single process would measure. Read
-`Shard.read` first; `layers` comes next, which keeps the shards of a whole model.
+Shards and samples are described by flat indices into the whole parameter, in row-major order. Each
+element of a sample is measured by one of the ranks that hold the element. Read `Shard.read` first;
+`layers` comes next, which keeps the shards of a whole model.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor
 from altgrad.observation.dtensor import is_sharded, to_local_tensor
 
 Held = range | Tensor
-"""Ascending indices along one dimension."""
+"""Ascending indices along one dimension of a parameter."""
 
 
 class Part(NamedTuple):
-    """The measured elements of a parameter that one rank contributes.
+    """The elements of a layer's sample that one rank measures.
 
     Attributes:
         indices: Index of each element in the flattened whole parameter, int64 (elements). None for
             the whole parameter.
         local: Index of each element in the flattened local shard, int64 (elements). None for the
             whole shard.
-        positions: Position of each element in the argument of `Shard.find_part`, int64 (elements).
-            None for all positions.
+        positions: Position of each element among the elements that all ranks together measure,
+            int64 (elements). None for all positions.
     """
 
     indices: Tensor | None
@@ -46,10 +46,10 @@ class _Cut(NamedTuple):
     """A division of one dimension of a tensor by one dimension of a device mesh.
 
     Attributes:
-        parts: Size of the mesh dimension: the number of parts.
-        own: Number of the part that this rank holds.
-        pieces: Number of pieces, each of which is divided into `parts`: the ``split_factor`` of a
-            ``_StridedShard`` of torch, else 1.
+        parts: Size of the mesh dimension, which is the number of parts of the tensor dimension.
+        own: Number of the part that this rank holds, from 0.
+        pieces: The ``split_factor`` of torch's ``_StridedShard``, otherwise 1. The dimension is cut
+            into this number of pieces first, and each piece into `parts`.
     """
 
     parts: int
@@ -62,11 +62,11 @@ class Shard(NamedTuple):
 
     Attributes:
         shape: Shape of the whole parameter.
-        held: Indices that this rank holds along each dimension.
-        counts: True if this rank measures the shard. Other ranks with a replica have False.
-        last_cuts: Divisions of the last dimension, in order.
-        part: Number of this shard, and number of all shards. Ranks with the same number hold
-            replicas.
+        held: For each dimension the indices along the dimension that this rank holds.
+        counts: True if this rank measures the shard; False on other ranks that hold a replica.
+        last_cuts: Divisions of the last dimension, in the order of the mesh dimensions.
+        part: Number of this shard, from 0, and number of all shards. Ranks with the same number
+            hold replicas.
     """
 
     shape: torch.Size
@@ -77,7 +77,7 @@ class Shard(NamedTuple):
 
     @classmethod
     def read(cls, name: str, parameter: Any, rank: int) -> Shard:
-        """Find which elements of a parameter this rank holds: all, unless it is a DTensor.
+        """Find which elements of a parameter this rank holds: all elements of a plain tensor.
 
         Args:
             name: Name of the layer, for errors.
@@ -88,8 +88,8 @@ class Shard(NamedTuple):
             The shard.
 
         Raises:
-            ValueError: The mesh leaves this rank out; or the placements are not those of shards and
-                replicas, or do not say which elements this rank holds.
+            ValueError: The mesh leaves this rank out, a placement is ``Partial``, or the local
+                tensor has another shape than the placements say.
         """
         shape = parameter.shape
         if not is_sharded(parameter):
@@ -153,9 +153,12 @@ class Shard(NamedTuple):
         return Part(indices[positions], local[positions], positions)
 
     def tears(self, block: int) -> bool:
-        """Return whether a block of neighbours in the last dimension lies on several ranks.
+        """Return whether several ranks hold parts of one block of neighbours in the last dimension.
 
-        All ranks return the same.
+        The result is the same on all ranks.
+
+        Args:
+            block: Number of elements in a block.
         """
         each = [[cut._replace(own=own) for own in range(cut.parts)] for cut in self.last_cuts]
         held = [_held(self.shape[-1], cuts) for cuts in itertools.product(*each)]
@@ -179,8 +182,8 @@ class Shard(NamedTuple):
 def _dimension(placement: Any) -> int | None:
     """Return the tensor dimension that a placement divides; None for a replica.
 
-    `fully_shard` after tensor parallelism uses a placement of a private class, so that the result
-    is read from the attribute `dim`, which all such classes have.
+    The result is read from the attribute `dim`, because `fully_shard` after tensor parallelism uses
+    a placement of a private class, which has this attribute like the public ones.
     """
     if placement.is_partial():
         return None
@@ -191,7 +194,7 @@ def _dimension(placement: Any) -> int | None:
 def _cuts(
     shape: torch.Size, placements: Sequence[Any], mesh: Sequence[int], coordinate: Sequence[int]
 ) -> list[tuple[_Cut, ...]]:
-    """Return the divisions of each dimension of a tensor, in the order of the mesh."""
+    """Return the divisions of each tensor dimension, in the order of the mesh dimensions."""
     cuts: list[list[_Cut]] = [[] for _ in shape]
     for placement, parts, own in zip(placements, mesh, coordinate, strict=True):
         dimension = _dimension(placement)
@@ -217,13 +220,13 @@ def _held(size: int, cuts: Sequence[_Cut]) -> Held:
 
 
 def _chunk(held: Held, parts: int, own: int) -> Held:
-    """Return chunk number `own` of `parts`, with the lengths that torch.chunk gives."""
+    """Return chunk number `own` of `parts` chunks, as torch.chunk divides the indices `held`."""
     length = -(-len(held) // parts)
     return held[min(own * length, len(held)) : min((own + 1) * length, len(held))]
 
 
 def _find(indices: Tensor, held: Held) -> tuple[Tensor, Tensor]:
-    """Return the position of each index in `held`, and True for each index that is in `held`."""
+    """Return for each index its position in `held`, and whether `held` contains the index."""
     if isinstance(held, range):
         return indices - held.start, (indices >= held.start) & (indices < held.stop)
     if not len(held):

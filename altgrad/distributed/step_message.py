@@ -1,4 +1,4 @@
-"""`StepMessage`: an observed step in two tensors, of which the ranks take a sum and a maximum."""
+"""`StepMessage`: an observed step in two arrays, of which the ranks take a sum and a maximum."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from altgrad.observation.observer import RankError
 from altgrad.observation.step import SkipReason
 
 _REASONS: tuple[SkipReason, ...] = ("no gradients", "learning rate 0", "inf")
-"""Why a step moved no weight, by numbers that ranks can compare; the largest counts."""
+"""Reasons of skipped steps; if ranks have different reasons, the last of these reasons counts."""
 
 _HEADER = 7
 """Length of the header: failed, step, −step, two times in seconds, found_inf, reason."""
@@ -32,14 +32,15 @@ class Expected(NamedTuple):
 class StepMessage:
     """The numbers that a rank exchanges in an observed step: its sums, maxima and a header.
 
-    Two all-reduces turn them into those of all ranks. The length is the same in every step, so that
-    ranks in different steps can reduce their messages, and see in the header that steps differ.
-    Until `pack` is called, the message says that its rank has failed.
+    Two all-reduces turn the numbers of one rank into the numbers of all ranks. Every step has a
+    message of the same length: ranks in different steps can reduce their messages, and the header
+    then shows that the steps differ. Until `pack` is called, the header says that the rank failed.
 
     Args:
         step: The step in words.
-        layers: For each layer the elements to expect, in the same order on every rank.
-        rows: Number of layers that any step may have.
+        layers: For each layer that the optimizer may step, the elements to expect, in the same
+            order on every rank.
+        rows: Number of rows for layers, enough for a step of every optimizer.
         formats: Number of formats.
 
     Attributes:
@@ -60,7 +61,10 @@ class StepMessage:
         self._header[0] = True
 
     def pack(self, local: StepSums) -> None:
-        """Write what this rank measured to the message.
+        """Write the sums and maxima that this rank measured to the message.
+
+        Args:
+            local: The sums of this rank, or its error.
 
         Raises:
             Exception: The error of this rank, if it has failed.
@@ -91,7 +95,7 @@ class StepMessage:
         return bool(self._header[0])
 
     def unpack(self, rank: int) -> StepSums:
-        """Return the sums of all ranks, for the layers that any rank stepped.
+        """Return the sums of all ranks, after the reduction, for the layers that any rank stepped.
 
         Args:
             rank: The number of this rank, for errors.

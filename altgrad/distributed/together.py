@@ -1,4 +1,4 @@
-"""`Together`: peers that share the parameters of a model, and observe each step as one."""
+"""`Together`: ranks that share the parameters of a model, and observe each step together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from altgrad.quantization.scale_groups import compute_layer_amaxes
 
 
 class Watched(Protocol):
-    """The layers and settings that this rank observes, as other ranks need to know them.
+    """The layers and settings that this rank observes, and that ranks compare.
 
     Attributes:
         formats: The formats that are judged.
@@ -42,7 +42,7 @@ class Watched(Protocol):
         """The parameters by name, in the order of the model."""
 
     def measured_by(self, optimizer: Optimizer) -> tuple[str, ...]:
-        """Return the names of the layers that an optimizer steps and that are measured.
+        """Return the names of the measured layers that an optimizer steps.
 
         Returns:
             The names, in the order of the optimizer's parameters.
@@ -60,7 +60,7 @@ class Watched(Protocol):
         """
 
     def describe(self) -> list[str]:
-        """Return settings, sampling and state as texts, which must be equal on all ranks."""
+        """Return settings, sampling and state as texts, which must be the same on all ranks."""
 
     def leave_out(self, names: Sequence[str], why: str) -> None:
         """Stop observing some layers, and warn the user.
@@ -74,7 +74,8 @@ class Watched(Protocol):
 class Together(Ranks):
     """The ranks of a run with sharded parameters, which observe each step together.
 
-    Ranks compare their layers before they measure, because all-reduces need equal lengths.
+    Ranks compare their layers before they measure, because an all-reduce needs tensors of equal
+    length.
 
     Args:
         watched: The layers and settings of this rank.
@@ -115,7 +116,12 @@ class Together(Ranks):
         return are_new
 
     def _agree(self, call: str, find: Callable[[], Sequence[Optimizer]]) -> None:
-        """Check that all ranks have the same layers, optimizers and settings for the next steps."""
+        """Check that all ranks have the same layers, optimizers and settings for the next steps.
+
+        Args:
+            call: Name of the user's call, for errors.
+            find: Function that returns the optimizers to check.
+        """
         stepped: list[tuple[str, ...]] = []
 
         def describe() -> list[str]:
@@ -211,7 +217,16 @@ class Together(Ranks):
     def _local_amax(
         self, parameters: Mapping[str, Tensor], groups: list[int], scaling: Scaling | None
     ) -> Tensor:
-        """Return the amax of each local shard, float64 (all groups) on the host; 0 if empty."""
+        """Return the amaxes of all local shards, one after the other, on the host.
+
+        Args:
+            parameters: Parameters by name.
+            groups: For each parameter the number of its amaxes: its channels, or 1.
+            scaling: Which elements share a scale.
+
+        Returns:
+            float64 (sum of `groups`); 0 for channels that other ranks hold.
+        """
         here = {name: to_local_tensor(parameter.detach()) for name, parameter in parameters.items()}
         filled = {name: each for name, each in here.items() if each.numel()}
         numbers = torch.zeros(sum(groups), dtype=torch.float64, device="cpu")
@@ -245,7 +260,17 @@ class Together(Ranks):
         return {name: (shape, each.clone()) for (name, shape), each in pairs if each.any()}
 
     def _joined(self, bits: Tensor) -> Tensor:
-        """Combine the bits of all ranks by OR, uint8 (bytes); they travel compressed."""
+        """Return the OR of the packed flags of all ranks, which are sent compressed.
+
+        Args:
+            bits: The packed flags of this rank, uint8 (bytes).
+
+        Returns:
+            uint8 (bytes).
+
+        Raises:
+            LostRankError: A rank does not answer, or has flags of another length.
+        """
         packed = b64encode(zlib.compress(bytes(bits.tolist()), 1)).decode()
         for each in self.group.gather("state_dict()", packed):
             said = torch.frombuffer(bytearray(zlib.decompress(b64decode(each))), dtype=torch.uint8)
