@@ -1,7 +1,7 @@
 """Write lines of Python that store each layer in the smallest format that stores it fine.
 
-`write_code` is the entry. `_choose_formats` picks a format for each layer, and `_write_rules`
-merges layers with similar names into one `altgrad.SamplingRule`, with a pattern of `_Patterns`.
+`write_code` is the public function. `_choose_formats` picks a format for each layer. `_write_rules`
+merges layers with similar names into one `altgrad.SamplingRule`, whose pattern `_Patterns` finds.
 `terminal`, `web_page` and `exports` show the code.
 """
 
@@ -71,7 +71,11 @@ def write_code(run: Run, assessment: Assessment) -> str:
 
 
 def _write_remedy(run: Run, assessment: Assessment, scaling: str) -> str:
-    """Return code with the largest format that loses updates, rounded stochastically."""
+    """Return code that rounds stochastically to the largest format that loses updates.
+
+    The code is for a run in which no judged format stores a layer fine. The result is empty if no
+    format loses updates.
+    """
     lossy = dict.fromkeys(each.format for each in assessment.advice if _loses_updates(each))
     judged = [format for format in lossy if _can_store(run, format)]
     if not judged:
@@ -99,7 +103,10 @@ def _join_lines(*lines: str) -> str:
 
 
 def _choose_formats(run: Run, assessment: Assessment) -> dict[str, str | None]:
-    """Return by layer the smallest format that stores it fine and that WeightStorage supports."""
+    """Return for each layer the smallest format that stores the layer fine, for WeightStorage.
+
+    The format is None if WeightStorage supports none of the formats that store the layer fine.
+    """
     chosen: dict[str, str | None] = {}
     for layer in run.layers:
         advice = assessment.by_layer.get(layer, {})
@@ -110,7 +117,10 @@ def _choose_formats(run: Run, assessment: Assessment) -> dict[str, str | None]:
 
 
 def _can_store(run: Run, format: str) -> bool:
-    """Return True if WeightStorage accepts this name, which excludes user formats and nvfp4."""
+    """Return True if WeightStorage accepts the name of a format of the run.
+
+    Formats that the user defined, and nvfp4, give False.
+    """
     try:
         (found,) = get_formats(format)
     except ValueError:
@@ -121,7 +131,11 @@ def _can_store(run: Run, format: str) -> bool:
 
 
 def _write_rules(chosen: Mapping[str, str | None], default: str) -> list[str]:
-    """Return the source code of a rule for each group of layers that are stored."""
+    """Return the source code of rules that store each layer of `chosen` in its format.
+
+    Layers whose names differ only in numbers share a rule. `default` is the format of rules that
+    name no format. Layers with the format None get no rule.
+    """
     rules: list[str] = []
     covered: set[str] = set()
     patterns = _Patterns(chosen)
@@ -136,11 +150,11 @@ def _write_rules(chosen: Mapping[str, str | None], default: str) -> list[str]:
 
 
 class _Patterns:
-    """Patterns for names of layers, each of which matches layers of one format alone.
+    """A finder of patterns for names of layers, each of which matches layers of one format alone.
 
     A name consists of parts between dots. A name that a pattern matches has every part of the
-    pattern, so that only the names with its rarest part are compared with it. A scan of all names
-    for each name would take a minute for 10,000 layers.
+    pattern other than ``*``. A pattern is therefore compared only with the names that have its
+    rarest part: to compare each pattern with all names of 10,000 layers would take a minute.
 
     Args:
         chosen: Format by layer; None for a layer that stays unchanged.
@@ -155,10 +169,10 @@ class _Patterns:
         self._matches: dict[str, set[str]] = {}  # empty for a pattern of several formats
 
     def widen(self, name: str) -> tuple[str, set[str]]:
-        """Return a pattern for a layer, and the names of all layers it matches.
+        """Return a pattern for a layer, and the names of all layers that the pattern matches.
 
-        The pattern has ``*`` for every number in the name, or else for one number, if all matched
-        layers have the same format. Otherwise it matches this layer alone.
+        The pattern has ``*`` for every number in the name if all matched layers then have the same
+        format, or else for a single number. Otherwise the pattern matches the layer alone.
         """
         parts = name.split(".")
         numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
@@ -189,7 +203,7 @@ def _quote(text: str) -> str:
 
 
 def _write_scaling(scaling: Scaling | None) -> str:
-    """Return a scaling as a literal of Python."""
+    """Return the argument `scaling` as Python source code."""
     if scaling is None:
         return "None"
     if isinstance(scaling, tuple):

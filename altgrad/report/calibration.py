@@ -1,7 +1,7 @@
-"""The thresholds of the verdicts, and the outcomes of real runs they were calibrated on.
+"""The thresholds of the verdicts, and the outcomes of the real runs that set the thresholds.
 
 `calibration` reads calibration.json, which benchmarks/calibration in the repository regenerates.
-`verdicts` uses the thresholds and quotes the outcomes; that module comes next.
+The module `verdicts` comes next, which uses the thresholds and quotes the outcomes.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from importlib.resources import files
 from typing import Any
 
 _MOST_NAMED_FORMATS = 3
-"""Evidence from at most this many formats names them, because it says nothing of other formats."""
+"""Largest number of formats that evidence names: from so few, nothing follows for other formats."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The figures at which one verdict ends and another begins; all are between 0 and 1.
+    """The figures, all between 0 and 1, at which one verdict ends and the next begins.
 
     Attributes:
         stores_fine: Least kept_update_ratio of a format that stores a layer fine.
         needs_remedy: Least kept_update_ratio with which a layer needs no remedy.
         frozen: Least never_moved_frac of a frozen layer.
         underflow: Least share of weights stored as 0 for the verdict “range”.
-        saturated: Least share of weights beyond the largest value for the verdict “range”.
+        saturated: Least share of weights beyond the format's largest value for the verdict “range”.
     """
 
     stores_fine: float
@@ -42,10 +42,11 @@ class Calibration:
 
     Attributes:
         thresholds: Thresholds of the verdicts.
-        rules: Rule by which each threshold was found, in words, by threshold.
-        outcomes: Outcomes of the runs that set the thresholds, by name of the verdict: number of
-            runs and layers with this verdict, their formats, and how many lost progress.
-        held_out: Outcomes in the same form, for tasks and optimizers that set no threshold.
+        rules: By name of the threshold, the rule in words by which the threshold was found.
+        outcomes: Outcomes of the runs that set the thresholds, by name of the verdict: numbers of
+            runs and layers with the verdict, their formats, and how many of the runs lost progress.
+        held_out: Outcomes in the form of `outcomes`, for tasks and optimizers that set no
+            threshold.
     """
 
     thresholds: Thresholds
@@ -84,7 +85,7 @@ class Calibration:
 
 @functools.cache
 def calibration() -> Calibration:
-    """Return the calibration of this version of AltGrad; the file is read once."""
+    """Return the calibration of this version of AltGrad; calibration.json is read once."""
     content = json.loads(
         files("altgrad.report").joinpath("calibration.json").read_text(encoding="utf-8")
     )

@@ -1,7 +1,7 @@
 """Make matplotlib figures, and convert them to PNG and SVG.
 
-Figures are made without pyplot, which keeps global state and may open windows. All of them have
-matplotlib's default style, even if the user has set another one. Read `new_figure`,
+Figures are made without pyplot, which keeps global state and may open windows. All figures have
+matplotlib's default style, even if the user has set another style. Read `new_figure`,
 `finish_figure`, `png` and `svg`; `drawings` comes next and draws on these figures.
 """
 
@@ -63,7 +63,7 @@ def new_figure(
 
 
 def finish_figure(figure: Figure) -> Figure:
-    """Show all texts of a figure literally: `$` starts no formula, unprintable characters are �."""
+    """Show all texts of a figure literally: `$` as itself, unprintable characters as �."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
@@ -74,7 +74,7 @@ def finish_figure(figure: Figure) -> Figure:
 
 
 def finish_empty_figure(figure: Figure, reason: str) -> Figure:
-    """Show a sentence in place of a picture without data.
+    """Hide the axes of a figure without data, and show a sentence instead.
 
     Args:
         figure: The figure; its axes are hidden.
@@ -106,16 +106,16 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
 def svg(figure: Figure, prefix: str) -> str:
     """Return a figure as an SVG element that can be inserted in a page.
 
-    Equal figures give equal elements. Text stays text, which users can search and screen readers
-    can read.
+    Equal figures give equal elements. Texts of the figure remain texts, which users can search and
+    screen readers can read.
 
     Args:
         figure: The figure.
         prefix: Start of all ids in the element. Each figure of a page needs its own prefix.
 
     Raises:
-        ValueError: The prefix has other characters than letters, digits, ``-`` and ``_``, or
-            starts with another character than a letter.
+        ValueError: The prefix starts with another character than a letter, or contains other
+            characters than letters, digits, ``-`` and ``_``.
     """
     from matplotlib import rc_context
 

@@ -1,4 +1,4 @@
-"""Texts and colours of a verdict in a table, shared by the terminal, the page and the loggers."""
+"""Texts and colours of verdicts in tables of the terminal, the HTML page and the loggers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLOURS = {
     Verdict.UNCERTAIN: "cyan",
     Verdict.NOT_JUDGED: "dim",
 }
-"""Colour of each verdict, as a style of rich."""
+"""Colour of each verdict, as a style of the library rich."""
 
 MEANINGS = {
     Verdict.STORES_FINE: f"at least {_LIMITS.stores_fine:g} of the update is kept",
@@ -39,10 +39,11 @@ EVIDENCE = {verdict: calibration().evidence(verdict.name) for verdict in Verdict
 
 
 def format_kept(kept: float) -> str:
-    """Return a kept_update_ratio in four characters, such as ``.99``.
+    """Return a kept_update_ratio in four characters, such as ``0.50``.
 
-    Rounding moves it neither to 0 nor to 1, nor across a threshold of a verdict. A ratio of
-    thousands takes more characters, as ``5e+03``.
+    Rounding keeps a ratio on its side of 0, of 1 and of the thresholds of verdicts: 0.996 is
+    ``>.99`` and 0.001 is ``<.01``. A ratio of thousands takes more characters, as ``5e+03``. NaN is
+    empty.
     """
     if math.isnan(kept):
         return ""
@@ -60,13 +61,14 @@ def format_kept(kept: float) -> str:
 
 
 NONFINITE, NONFINITE_MEANING = "NaN", "some elements are NaN or inf: the verdict is on the others"
-"""Mark in the cell of a layer with elements that are not finite, and its meaning, for legends."""
+"""Mark in a cell if elements of the layer are NaN or inf, and the mark's meaning for legends."""
 
 
 def cell_text(advice: Advice | None) -> str:
-    """Return the verdict in one word and the kept_update_ratio; empty without advice.
+    """Return the text of a verdict in a table, such as ``fine >.99``; empty without advice.
 
-    A mark follows if some elements of the layer are not finite.
+    The text has the verdict in one word, the kept_update_ratio, and the mark ``NaN`` if some
+    elements of the layer are NaN or inf.
     """
     if advice is None:
         return ""

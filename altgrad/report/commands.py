@@ -1,7 +1,7 @@
 """The commands `altgrad report` and `altgrad compare`.
 
-`altgrad.cli` names both functions. Their docstrings and the texts of their arguments are what
-``--help`` prints.
+`altgrad.cli` makes both functions commands. ``--help`` prints their docstrings and the help texts
+of their arguments.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`Comparison`: the differences between two runs, for the model and for each layer and format.
 
-`altgrad compare` shows it through `terminal.print_comparison`, which comes next.
+`altgrad compare` shows a `Comparison` with `terminal.print_comparison`, which comes next.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Comparison:
     """A comparison of two runs, called A and B.
 
     Attributes:
-        runs: Reports of A and B.
+        runs: Reports of the runs A and B.
     """
 
     runs: tuple[RunReport, RunReport]
@@ -36,7 +36,7 @@ class Comparison:
 
     @cached_property
     def model_means(self) -> list[tuple[str, float, float]]:
-        """Key of each figure of the model, its mean over the steps of run A, and that of run B."""
+        """Figures of the model: key, mean over the steps of run A, mean over the steps of run B."""
         keys = [*_PER_MODEL]
         keys += [f"{metric}/{format}" for format in self.formats for metric in _PER_FORMAT]
         means = ((key, _mean(self.runs[0], key), _mean(self.runs[1], key)) for key in keys)
@@ -44,7 +44,10 @@ class Comparison:
 
     @cached_property
     def changes(self) -> list[tuple[Advice, Advice]]:
-        """Advice from A and from B for each layer and format of both; largest differences first."""
+        """Advice from run A and from run B, for each layer and format that both runs judged.
+
+        Pairs with differing verdicts come first, then the largest differences of kept_update_ratio.
+        """
         pairs = [*self._pair_advice()]
         # Differing verdicts are first (False < True), then the largest changes.
         return sorted(
@@ -53,7 +56,7 @@ class Comparison:
 
     @property
     def summary(self) -> str:
-        """Number of differing verdicts, in one sentence."""
+        """Number of layers and formats with differing verdicts, in one sentence."""
         pairs = zip("AB", self.runs, strict=True)
         if empty := [letter for letter, each in pairs if not each.run.rows]:
             return f"No observed step in {' and '.join(empty)}: nothing to compare."
@@ -64,7 +67,7 @@ class Comparison:
 
     @property
     def notes(self) -> list[str]:
-        """Notes from reading both runs, and sentences on differing formats, layers and scalings."""
+        """Notes of both reports, and sentences on differing formats, layers and scalings."""
         notes = [note for report in self.runs for note in report.notes]
         for letter, mine, others in (("A", *self.runs), ("B", *self.runs[::-1])):
             for what in ("formats", "layers"):
@@ -89,7 +92,7 @@ def _mean(report: RunReport, key: str) -> float:
 
 
 def _measure_change(a: Advice, b: Advice) -> float:
-    """Return abs(B − A) of kept_update_ratio; inf if one has no value, 0 if neither has."""
+    """Return the absolute difference of kept_update_ratio: inf if one is NaN, 0 if both are."""
     if math.isnan(a.kept) and math.isnan(b.kept):
         return 0
     change = abs(b.kept - a.kept)

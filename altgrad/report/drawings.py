@@ -1,8 +1,8 @@
 """Draw the pictures of a report as matplotlib Figures, for loggers (PNG) and for the page (SVG).
 
-There are four: `heat_map`, `kept_map`, `steps_histogram` and `ranges`. Each works for one layer and
-for thousands; of many layers it shows the worst and says so in its title. The colours are distinct
-for colour-blind readers, and a cell without a value is grey and hatched.
+The pictures are `heat_map`, `kept_map`, `steps_histogram` and `ranges`. A map of more than 60
+layers shows the 60 worst layers, and its title says so. The colours are distinct for colour-blind
+readers, and a cell without a value is grey and hatched.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["heat_map", "kept_map", "png", "ranges", "steps_histogram", "svg"]
 
 MOST_ROWS = 60
-"""Maximum number of layers in a picture; of more layers the worst are shown."""
+"""Maximum number of layers in a map; of more layers the worst are shown."""
 _MOST_COLUMNS = 240  # columns of a heat map; neighbouring steps are averaged to fit
 _ROW = 0.17  # height of a row in inches
 _HIGH_IS_GOOD = frozenset({"kept_update_ratio", "visible_frac", "on_grid_frac"})
@@ -56,10 +56,10 @@ def heat_map(
     """Draw a metric as a map of layers by steps, with dark colours for bad figures.
 
     Args:
-        values: The figure by step, by layer. A layer that is observed less often than others
-            keeps its last figure in between.
+        values: By name of the layer, and then by step, the figure. A layer that is observed less
+            often than other layers keeps its last figure in between.
         title: Heading, such as the name of the format.
-        label: Name of the metric. Figures are between 0 and 1; others are drawn as 0 or 1.
+        label: Name of the metric. Figures below 0 are drawn as 0, figures above 1 as 1.
 
     Returns:
         The figure.
@@ -128,11 +128,11 @@ def kept_map(
 
 @in_default_style
 def steps_histogram(histograms: Mapping[str, Histogram]) -> Figure:
-    """Draw the size of the updates in units of the grid spacing, one row for each format.
+    """Draw the distribution of abs(update) / spacing, in one row for each format.
 
     Args:
-        histograms: Histogram of log2(abs(update) / stiffness), by format. Bins below −1 are
-            coloured as lost: their updates of a weight on the grid stall.
+        histograms: Histogram of log2(abs(update) / stiffness), by format. Bins below −1 have the
+            colour of lost updates: an update below half a spacing stalls a weight on the grid.
 
     Returns:
         The figure.
@@ -164,7 +164,7 @@ def ranges(weights: Histogram, formats: Sequence[FormatInfo]) -> Figure:
         weights: Histogram of log2(abs(weight)), without weights of 0.
         formats: Formats whose ranges are drawn. A scaled format is drawn under the scale of the
             largest weight, with its largest value in that weight's octave. Under the scales of
-            other layers or blocks its range lies further left.
+            other layers or blocks the range of the format lies further left.
 
     Returns:
         The figure.
@@ -212,7 +212,7 @@ def ranges(weights: Histogram, formats: Sequence[FormatInfo]) -> Figure:
 
 
 def _choose_worst(scores: Mapping[str, float], *, low_is_bad: bool) -> list[str]:
-    """Return the names with the worst scores, in their given order; NaN is better than any."""
+    """Return the names with the worst scores, in the given order; NaN is the best score."""
     worst_first = sorted(scores, key=lambda name: _rank_score(scores[name], low_is_bad))
     chosen = {*worst_first[:MOST_ROWS]}
     return [name for name in scores if name in chosen]
@@ -229,7 +229,10 @@ def _make_title(title: str, shown: int, all: int) -> str:
 
 
 def _average_columns(values: Mapping[int, float], groups: Sequence[Sequence[int]]) -> list[float]:
-    """Return the mean over each group of steps; a step without a figure repeats the last one."""
+    """Return the mean figure over each group of steps; NaN without a figure.
+
+    A step without a figure has the figure of the step before, up to the last step with a figure.
+    """
     last, held, columns = max(values, default=-1), math.nan, []
     for group in groups:
         seen = []
@@ -241,7 +244,7 @@ def _average_columns(values: Mapping[int, float], groups: Sequence[Sequence[int]
 
 
 def _draw_shares(axes: Axes, shares: Sequence[Sequence[float]], colours: str) -> None:
-    """Draw shares as coloured cells; a NaN is transparent and shows the hatched grey behind."""
+    """Draw shares, rows of cells, as colours; a cell with NaN is grey and hatched."""
     from matplotlib.patches import Rectangle
 
     # A kept_update_ratio can lie far outside of 0 and 1, where matplotlib's arithmetic overflows.
@@ -271,7 +274,7 @@ def _write_share(axes: Axes, column: int, row: int, share: float, is_frozen: boo
 
 
 def _spread_ticks(count: int, most: int) -> list[int]:
-    """Return at most `most` evenly spaced numbers from 0 to count − 1."""
+    """Return evenly spaced integers from 0 to count − 1, at most `most` of them."""
     return [*range(0, count, math.ceil(count / most))]
 
 
@@ -279,7 +282,11 @@ def _spread_ticks(count: int, most: int) -> list[int]:
 
 
 def _find_span(histogram: Histogram, least: float = 0) -> tuple[int, int] | None:
-    """Return the first octave with more than this share of the elements, and the last one + 1."""
+    """Return the first octave with more than a share `least` of the elements, and the last + 1.
+
+    An octave is a bin of the histogram, from one power of two to the next. The result is None if no
+    octave has so many elements.
+    """
     few = least * math.fsum(histogram.counts)
     full = [histogram.first + k for k, count in enumerate(histogram.counts) if count > few]
     return (full[0], full[-1] + 1) if full else None
@@ -314,7 +321,10 @@ def _write_lost_and_kept(axes: Axes, histogram: Histogram) -> None:
 def _draw_range(
     axes: Axes, row: int, format: FormatInfo, shift: int, view: tuple[int, int]
 ) -> None:
-    """Draw a bar from the format's smallest number to its largest; subnormal ones are hatched."""
+    """Draw a bar from the smallest to the largest positive number of a format, subnormals hatched.
+
+    `shift` is log2 of the scale, and `view` the range of the x axis in log2.
+    """
     low, high = math.log2(format.smallest) + shift, math.log2(format.max) + shift
     normal = min(math.log2(format.smallest_normal) + shift, high)
     pale: dict[str, Any] = {"color": _PALE, "hatch": "/////", "edgecolor": _KEPT, "lw": 0}
@@ -329,7 +339,7 @@ def _draw_range(
 
 
 def _make_ticks(first: int, end: int) -> tuple[list[int], list[str]]:
-    """Return at most 17 ticks at multiples of a power of two, and their labels."""
+    """Return at most 17 exponents from `first` to `end` for ticks, and labels such as 2⁻⁴."""
     every = next(n for n in (1, 2, 4, 8, 16, 32, 64) if (end - first) / n <= 16 or n == 64)
     ticks = [tick for tick in range(first, end + 1) if tick % every == 0]
     return ticks, [_write_power(tick) for tick in ticks]

@@ -21,7 +21,7 @@ _FIGURES = (
 
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
-"""Beginnings of what a spreadsheet reads as a formula, with the full-width signs of Excel."""
+"""First characters of cells that a spreadsheet reads as formulas; Excel knows full-width signs."""
 
 
 def as_json(report: RunReport) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def as_json(report: RunReport) -> dict[str, Any]:
         report: The report of a run.
 
     Returns:
-        The run, its summary and notes, and by layer and format the verdict with its figures.
+        The run, its summary and notes, and for each layer and format the verdict with its figures.
     """
     by_layer, suggestions = report.assessment.by_layer, report.assessment.suggestions
     return {
@@ -87,7 +87,7 @@ def _format_line(cells: Iterable[object]) -> str:
 
 
 def _disarm(text: str) -> str:
-    """Return a text as a cell that no spreadsheet reads as a formula."""
+    """Return a text as a cell that every spreadsheet reads as text."""
     return "'" + text if text.startswith((*_FORMULA, "'")) else text
 
 

@@ -1,4 +1,4 @@
-"""Average figures of which some have no value."""
+"""Average figures, some of which may have no value."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def average_finite(values: Iterable[float]) -> float:
-    """Return the mean of the finite values; NaN if there are none."""
+    """Return the mean of the finite values; NaN without finite values."""
     finite = [value for value in values if math.isfinite(value)]
     # Divided by a power of two first, so that a sum of large values does not overflow.
     exponent = len(finite).bit_length()

@@ -8,10 +8,10 @@ _WIDTH = 44  # characters; leaves most of a picture 8 inches wide to its data
 
 
 def shorten_names(names: Sequence[str], width: int = _WIDTH) -> list[str]:
-    """Shorten names to a width; longer names are cut in the middle.
+    """Shorten names to a width, with ``…`` for the middle of a longer name.
 
-    All names are cut at the same place: the one that leaves most names distinct. Some layers differ
-    at the end of their names (`…query.weight`), others in the middle (`encoder.layer.11.…`).
+    All names are cut at the same place, where most names remain distinct. Some layers differ at the
+    end of their names (`…query.weight`), others in the middle (`encoder.layer.11.…`).
 
     Args:
         names: Names of layers or formats.
@@ -32,7 +32,7 @@ def replace_unprintable(text: str) -> str:
 
 
 def replace_unprintable_in_lines(text: str) -> str:
-    """Replace each unprintable character but line feeds by �."""
+    """Replace each unprintable character other than a line feed by �."""
     return "\n".join(map(replace_unprintable, text.split("\n")))
 
 

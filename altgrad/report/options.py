@@ -1,6 +1,6 @@
-"""`OptionalValueCommand`: a command whose options may stand without their value.
+"""`OptionalValueCommand`: a command whose options may lack their value.
 
-`altgrad.cli` makes every command of this class; `commands` has the commands.
+Every command of `altgrad.cli` has this class. The functions behind the commands are in `commands`.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from typing import Any
 from typer.core import TyperCommand
 
 DEFAULT = "-"
-"""The value of an option that stands without one: the usual name of standard output."""
+"""The value of an option that lacks its value: the usual name of standard output."""
 
 
 class OptionalValueCommand(TyperCommand):
     """A command whose options with a metavar in brackets, as ``[FILE]``, may lack their value.
 
-    A value is missing at the end of the line and before another option.
+    A value is missing if the option is the last argument, or another option follows.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse arguments, after a missing value was replaced by ``-``.
+        """Parse arguments, with ``-`` for each missing value.
 
         Args:
             ctx: The context of the call, as click passes it.
             args: The arguments of the call.
 
         Returns:
-            The arguments that are left, as click expects them.
+            The arguments that remain, as click expects.
         """
         optional = {
             name
@@ -48,7 +48,7 @@ def fill_values(args: Sequence[str], optional: Collection[str]) -> list[str]:
         optional: Names of the options that may lack their value.
 
     Returns:
-        The arguments with all values. Arguments after ``--`` are no options and stay unchanged.
+        The arguments with all values. Arguments after ``--`` are values, and stay unchanged.
     """
     end = args.index("--") if "--" in args else len(args)
     filled: list[str] = []

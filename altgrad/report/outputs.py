@@ -1,6 +1,6 @@
 """Decide which files a command may write: new files, and reports of AltGrad.
 
-`find_refusal` is the entry; `commands` calls it before anything is written.
+`commands` calls `find_refusal` before a file is written.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ _REPORT = re.compile(
     rb"|layer,format,verdict,kept_update_ratio,",
     re.DOTALL,
 )
-"""The beginnings of what `web_page.page`, `exports.as_json` and `exports.as_csv` return."""
+"""The beginnings of reports from `web_page.page`, `exports.as_json` and `exports.as_csv`."""
 
 _HEAD = 2**16  # bytes; longer than any path in the beginning of JSON
 
 
 def find_refusal(paths: Sequence[Path], inputs: Iterable[Path]) -> str | None:
-    """Return why one of the files must not be written; None if all of them may be.
+    """Return why a file must not be written; None if all files may be written.
 
-    Files that are missing or empty, reports of AltGrad, and devices such as ``/dev/null`` lose
-    nothing. The name of a run file is refused, because a reader of the folder would take the new
-    file for the newest run.
+    Files that are missing or empty, reports of AltGrad, and devices such as ``/dev/null`` may be
+    written. Files that were read, and all other files, are refused. So is the name of a run file,
+    because a reader of the folder would take the new file for the newest run.
 
     Args:
         paths: The files to write.
         inputs: The files that were read.
 
     Returns:
-        A sentence about the first file that is refused, without its end.
+        A sentence about the first file that is refused, without the remedy and the full stop.
     """
     inputs = [*inputs]
     names: set[str] = set()
@@ -53,7 +53,7 @@ def find_refusal(paths: Sequence[Path], inputs: Iterable[Path]) -> str | None:
 
 
 def _describe_loss(path: Path, inputs: Iterable[Path]) -> str | None:
-    """Return in words what overwriting a file would destroy; None if nothing."""
+    """Return in words what overwriting a file would destroy; None if it may be overwritten."""
     if any(_is_same_file(path, each) for each in inputs):
         return "the run file that is read"
     if is_run_file_name(path.name):

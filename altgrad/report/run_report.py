@@ -59,7 +59,7 @@ class RunReport:
 
     @property
     def measured(self) -> str:
-        """Number of measured elements, in words: those of layers that have figures."""
+        """Number of measured elements in the layers that have figures, in words."""
         if not self._seen:
             return "no element measured"
         layers = [layer for name, layer in self.run.layers.items() if name in self._seen]
@@ -78,7 +78,7 @@ class RunReport:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences for the reader, about the file and about what the figures stand for."""
+        """Sentences on the run file, layers without figures, and steps with different layers."""
         notes = [*self.run.notes]
         unseen = [name for name in self.run.layers if name not in self._seen]
         if unseen and self._seen:
@@ -104,7 +104,7 @@ class RunReport:
 
     @functools.cached_property
     def _layer_sets(self) -> list[frozenset[str]]:
-        """The layers of each observed step, whose rows precede the row of the model."""
+        """The names of the layers of each observed step."""
         sets: list[frozenset[str]] = []
         layers: set[str] = set()
         for row in self.run.rows:
@@ -143,8 +143,9 @@ class RunReport:
         """Draw the pictures for which the run has figures.
 
         Returns:
-            Figures by name, the most informative first: ``kept``, ``steps``, ``ranges``, and
-            ``stalls-0``, ``stalls-1``, … for each format.
+            Pictures by name, the most informative first: ``kept`` (`kept_map`), ``steps``
+            (`steps_histogram`), ``ranges``, and ``stalls-0``, ``stalls-1``, … (`heat_map`), one for
+            each format.
         """
         by_layer = self.assessment.by_layer
         pictures: dict[str, Figure] = {}
@@ -175,7 +176,7 @@ class RunReport:
         return [row for row in self.run.rows if row.layer is None]
 
     def _find_last_histograms(self) -> dict[str, Histogram]:
-        """Return the last histogram of the model in the run, for each kind and format."""
+        """Return the last histogram of the model by key, such as ``steps/bf16`` or ``weights``."""
         found: dict[str, Histogram] = {}
         for row in self._list_model_rows():
             found |= row.histograms

@@ -1,7 +1,7 @@
 """Print a report, or the comparison of two runs, in a terminal.
 
-`print_report` and `print_comparison` are the entries; `print_verdicts` prints the table alone.
-Tables are split and names are shortened to fit the width of the console.
+`print_report` prints a report, of which `print_verdicts` is the table, and `print_comparison`
+prints the comparison. Tables are split and names are shortened to fit the width of the console.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NO_SUGGESTION = "none"
 
 
 def print_report(report: RunReport, console: Console, most_layers: int | None = None) -> None:
-    """Print a run: its steps, its verdicts as a table, a summary, and code that applies them.
+    """Print a run: its steps, verdicts, summary, code that applies the suggestions, and notes.
 
     Args:
         report: Report of the run.
@@ -58,7 +58,10 @@ def print_report(report: RunReport, console: Console, most_layers: int | None = 
 
 
 def _print_to_apply(report: RunReport, console: Console) -> None:
-    """Print the code that applies the suggestions, unwrapped so that it can be copied."""
+    """Print the code that applies the suggestions, in unwrapped lines that can be copied.
+
+    Instead of more than 40 lines, a sentence says where the code is.
+    """
     lines = report.to_apply.splitlines()
     if len(lines) > _MOST_LINES:
         count = format_count(len(lines), "line")
@@ -72,7 +75,7 @@ def _print_to_apply(report: RunReport, console: Console) -> None:
 
 
 def print_line(text: str, console: Console) -> None:
-    """Print one line literally and unwrapped, so that it can be copied.
+    """Print a line literally and unwrapped, so that users can copy it.
 
     Args:
         text: The line; unprintable characters become �.
@@ -117,7 +120,7 @@ def print_verdicts(report: RunReport, console: Console, most_layers: int | None 
 
 
 def _print_meaning(console: Console, word: str, meaning: str) -> None:
-    """Print a line of the legend; further lines begin below the meaning."""
+    """Print a word of the legend with its meaning, whose further lines begin below the first."""
     from rich.table import Table
 
     line = Table.grid(padding=(0, 1, 0, 0))
@@ -167,7 +170,7 @@ def _make_change_table(changes: Sequence[tuple[Advice, Advice]], width: int) -> 
 
 
 def _group_formats(report: RunReport, layers: Sequence[str], width: int) -> list[list[str]]:
-    """Return the formats in groups; the columns of a group leave room for the layers' names."""
+    """Return the formats in groups, a group for each table that fits the width."""
     from rich.cells import cell_len
 
     least = min(_LEAST_WIDTH, max(cell_len(replace_unprintable(layer)) for layer in layers))
@@ -183,7 +186,7 @@ def _group_formats(report: RunReport, layers: Sequence[str], width: int) -> list
 def _measure_free_width(
     report: RunReport, layers: Sequence[str], formats: Sequence[str], width: int
 ) -> int:
-    """Return the number of characters that the columns of the formats leave for names."""
+    """Return the number of characters that a table with these formats leaves for layers' names."""
     by_layer, suggestions = report.assessment.by_layer, report.assessment.suggestions
     columns = [[f, *(cell_text(by_layer[name].get(f)) for name in layers)] for f in formats]
     suggested = (suggestions.get(name) or _NO_SUGGESTION for name in layers)
@@ -225,10 +228,10 @@ def _add_column(table: Table, heading: Text) -> None:
 
 
 def _style(text: str, style: str = "") -> Text:
-    """Return a Text that shows one line literally, without markup and escape sequences.
+    """Return a Text of rich that shows a line literally.
 
-    Rich interprets ``[red]`` and ``:smile:`` in a str, and a terminal interprets what is not
-    printable.
+    Rich interprets ``[red]`` and ``:smile:`` in a str, and a terminal interprets unprintable
+    characters.
     """
     from rich.text import Text
 

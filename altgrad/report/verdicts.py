@@ -1,8 +1,8 @@
 """Judge each layer in each format: a verdict, its figures, its reason and its evidence.
 
 `Judge` collects the figures of a run, step by step, and returns an `Assessment`: one `Advice` for
-each layer and format. `_judge` holds the rules; docs/how-it-works.md explains them. Thresholds
-and evidence come from `altgrad.report.calibration`, which rests on runs that really stored their
+each layer and format. `_judge` holds the rules, which docs/how-it-works.md explains. Thresholds and
+evidence come from `altgrad.report.calibration`, which rests on runs that really stored their
 weights in a format, rounded to nearest. The module `run_report` comes next.
 """
 
@@ -73,13 +73,13 @@ class Advice(NamedTuple):
         layer: Name of the layer.
         format: Name of the format.
         verdict: The verdict.
-        figures: Figures the verdict rests on, by metric; NaN if a metric has no value.
+        figures: Figures on which the verdict rests, by metric; NaN if a metric has no value.
         errors: Standard errors of these figures, by metric; NaN if an error cannot be trusted.
         reason: Why the verdict was given, in one sentence.
         evidence: Outcome of real runs with this verdict, in one sentence. Empty for
             `Verdict.UNCERTAIN` and `Verdict.NOT_JUDGED`.
         nonfinite: Largest share of the layer's elements that were NaN or inf in an observed step.
-            No figure counts them, so that the verdict is on the rest.
+            No figure counts these elements, so that the verdict is on the finite elements.
     """
 
     layer: str
@@ -114,9 +114,10 @@ class Assessment:
     """The verdicts on all layers of a model.
 
     Attributes:
-        advice: Advice on each layer in each of its formats, in the order of the records.
-        suggestions: Name of the smallest format that stores a layer fine, by layer; None if no
-            judged format does.
+        advice: Advice on each layer in each format that the layer is judged for, in the order of
+            the records.
+        suggestions: By name of the layer, the name of the smallest format that stores the layer
+            fine; None if no judged format stores it fine.
         summary: The result in one paragraph.
     """
 
@@ -135,7 +136,12 @@ class Assessment:
 
 @dataclass
 class _Tally:
-    """The figures of one layer in one format: sums over steps, and the last or largest of some."""
+    """A summary of the steps of one layer in one format, from which a verdict follows.
+
+    `sums` and `counts` are by metric, over the steps in which the metric has a value. Keys that
+    begin with ``error of`` are for standard errors; ``stated`` counts steps that state an error.
+    `never_moved` is the last figure, and `nonfinite` the largest.
+    """
 
     sums: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
@@ -160,11 +166,16 @@ class _Tally:
             self.counts[key] += 1
 
     def mean(self, key: str) -> float:
-        """Return the mean over the steps with a value; NaN if there are none."""
+        """Return the mean over the steps with a value; NaN without such steps."""
         return self.sums[key] / self.counts[key] if self.counts[key] else math.nan
 
     def error(self, metric: str, layer: LayerInfo | None) -> float:
-        """Return the mean standard error; NaN unless it can be trusted in most steps."""
+        """Return the mean standard error of a metric; NaN unless most steps have a trusted error.
+
+        Args:
+            metric: Name of the metric.
+            layer: The layer, whose sample gives an estimate if no step states an error.
+        """
         if metric == _NEVER_MOVED:
             return self.never_moved_error
         if metric in _RANGE and not self.counts[f"stated {metric}"]:
@@ -177,14 +188,14 @@ class Judge:
     """A collector of figures that judges the layers of a run.
 
     Verdicts rest on means over the observed steps in which a figure has a value; each step has the
-    same weight. Standard errors are averaged as well, because every step measures the same
-    elements and their errors do not average out. `never_moved_frac` covers the whole run, so its
-    last value counts.
+    same weight. Standard errors are averaged as well: every step measures the same elements, so
+    that the error of the mean is as large as that of a step. The metric `never_moved_frac` covers
+    the whole run, so that its last figure counts.
 
     Args:
         formats: Judged formats, by name.
-        layers: Observed layers, by name. The shares of weights out of range are taken as exact for
-            a layer that is missing here.
+        layers: Observed layers, by name. For a layer that is missing, shares of weights out of
+            range count as exact.
     """
 
     def __init__(
@@ -195,7 +206,7 @@ class Judge:
         self._tallies: dict[str, dict[str, _Tally]] = {}
 
     def add_layers(self, layers: Mapping[str, LayerInfo]) -> None:
-        """Take layers that appear in mid-run as observed layers, too."""
+        """Add layers that appear in mid-run to the observed layers."""
         self._layers |= layers
 
     def add(self, layer: str, figures: Mapping[str, float], errors: Mapping[str, float]) -> None:
@@ -203,10 +214,10 @@ class Judge:
 
         Args:
             layer: Name of the layer.
-            figures: Figures by ``metric/format``, and ``nonfinite_frac``. The layer is judged for
-                the formats with all figures that a verdict rests on.
-            errors: Standard errors by ``metric/format``. A missing error is 0, for a layer whose
-                elements are all measured; NaN is an error that cannot be trusted.
+            figures: Figures by ``metric/format``, and ``nonfinite_frac``. A format is judged if
+                `figures` has all its figures on which a verdict rests.
+            errors: Standard errors by ``metric/format``. A missing error counts as 0, as if all
+                elements were measured; NaN is an error that cannot be trusted.
         """
         tallies = self._tallies.setdefault(layer, {})
         for format in self._formats:
@@ -288,7 +299,7 @@ def judge_run(run: Run) -> Assessment:
         run: The run, as `altgrad.report.read` returns it.
 
     Returns:
-        The verdicts on all layers in all formats they were judged for.
+        The verdicts on each layer in each format that the layer was judged for.
     """
     judge = Judge(run.formats, run.layers)
     for row in run.rows:
@@ -298,7 +309,7 @@ def judge_run(run: Run) -> Assessment:
 
 
 def _find_least_kept(advice: Iterable[Advice]) -> float:
-    """Return the least kept_update_ratio over the formats; inf if it has no value in any."""
+    """Return the least kept_update_ratio of a layer over its formats; inf if all are NaN."""
     return min((a.kept for a in advice if not math.isnan(a.kept)), default=math.inf)
 
 
@@ -323,7 +334,12 @@ _Interval = tuple[float, float]
 
 
 def _judge(figures: Mapping[str, float], intervals: Mapping[str, _Interval]) -> tuple[Verdict, str]:
-    """Return the verdict and its reason; the first rule that applies decides."""
+    """Return the verdict on a layer in a format, and its reason, by the first rule that applies.
+
+    Args:
+        figures: Figures by metric.
+        intervals: Intervals of 95 % around the figures, by metric.
+    """
     kept, never_moved = figures[_KEPT], figures[_NEVER_MOVED]
     if math.isnan(kept):
         return Verdict.NOT_JUDGED, (
@@ -358,7 +374,11 @@ def _judge(figures: Mapping[str, float], intervals: Mapping[str, _Interval]) -> 
 def _range_verdict(
     figures: Mapping[str, float], intervals: Mapping[str, _Interval]
 ) -> Verdict | None:
-    """Return RANGE if a share out of range exceeds its limit for sure, UNCERTAIN if perhaps."""
+    """Return RANGE if too many weights are stored as 0 or lie beyond the largest value.
+
+    The result is UNCERTAIN if the sample leaves open whether a share reaches its threshold, and
+    None if both shares are below their thresholds.
+    """
     limits = zip(_RANGE, (_LIMITS.underflow, _LIMITS.saturated), strict=True)
     found = None
     for metric, limit in limits:
@@ -372,10 +392,14 @@ def _range_verdict(
 
 
 def _estimate_share_error(share: float, layer: LayerInfo | None) -> float:
-    """Return the standard error of a share of a layer's elements that the run file does not state.
+    """Estimate the standard error of a share of a layer's elements, if a run file lacks the error.
 
-    The number of measured elements and the population of the layer decide it; 0 if all elements
-    were measured, or if `layer` is None.
+    Args:
+        share: The share, 0 to 1.
+        layer: The layer, for the size of its sample and its population.
+
+    Returns:
+        The error: 0 if all elements were measured, or if `layer` is None.
     """
     population = math.prod(layer.shape) if layer is not None else 0
     if layer is None or layer.elements >= population:
@@ -405,7 +429,7 @@ def _classify(kept: float) -> Verdict:
 
 
 def _summarize(advice: Sequence[Advice]) -> str:
-    """Return one sentence for each format."""
+    """Return a paragraph with a sentence on each format, and on layers with NaN or inf."""
     if not advice:
         return "No step was observed: there are no verdicts."
     formats = dict.fromkeys(each.format for each in advice)
@@ -417,7 +441,7 @@ def _summarize(advice: Sequence[Advice]) -> str:
 
 
 def _mention_nonfinite(advice: Sequence[Advice]) -> list[str]:
-    """Return a sentence on layers with elements that are not finite; nothing if there are none."""
+    """Return a sentence on layers with NaN or inf elements; an empty list without such layers."""
     shares = {each.layer: each.nonfinite for each in advice if each.nonfinite}
     if not shares:
         return []
@@ -455,7 +479,7 @@ _SUMMARY_WORDS = {
 
 
 def _write_percent(share: float, interval: _Interval) -> str:
-    """Return the share as text, with its interval if it was sampled."""
+    """Return a share as text in percent, with its interval if the share is that of a sample."""
     if not interval[0] < interval[1]:
         return format_percent(share)
     low, high = (f"{100 * end:.3g}" for end in interval)
@@ -463,6 +487,6 @@ def _write_percent(share: float, interval: _Interval) -> str:
 
 
 def _write_figure(value: float, interval: _Interval) -> str:
-    """Return the figure as text, with half of its interval if it was sampled."""
+    """Return a figure as text, with half of its interval if the figure is that of a sample."""
     half = (interval[1] - interval[0]) / 2
     return f"{value:.3g} ± {half:.1g}" if half > 0 else f"{value:.3g}"

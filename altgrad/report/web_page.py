@@ -1,6 +1,6 @@
 """The report as one HTML page, which works without a network and is readable without scripts.
 
-page.html is the template; style, script and pictures are part of the page.
+The file page.html is the template. Style, script and pictures are part of the page.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _STALLS = "Share of the updates that vanish, by layer and step. Dark rows never 
 def page(report: RunReport) -> str:
     """Return the report of a run as an HTML page.
 
-    Names of layers are escaped, and unprintable characters are �, so that UTF-8 can hold the page.
-    Tables can be searched and sorted if the browser runs scripts.
+    Names of layers are escaped, and each unprintable character becomes �, so that the page can be
+    encoded as UTF-8. Tables can be searched and sorted if the browser runs scripts.
 
     Raises:
         ImportError: jinja2 or matplotlib is missing.
@@ -73,6 +73,6 @@ def page(report: RunReport) -> str:
 
 
 def _replace_unprintable(value: object) -> object:
-    """Return a value of the template as printable text; a picture, which is markup, stays as is."""
+    """Return a value as printable text; return markup, such as a picture, as given."""
     is_markup = hasattr(value, "__html__")
     return value if is_markup else replace_unprintable_in_lines(str(value))

@@ -1,4 +1,4 @@
-"""The run file: one JSON line for each layer in each observed step; written, read, and held.
+"""The run file, with a JSON line for each layer in each observed step: format, writer and reader.
 
 docs/run-file.md describes the file. Read the modules in this order: `fields` (type and bounds of
 each value, made of `kinds` and `floats`), `schema` (the header), `lines`, `locks` and `writing`

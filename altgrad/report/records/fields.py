@@ -1,9 +1,9 @@
-"""The fields of a run file: the type and the bounds of each, in one place.
+"""The fields of a run file: the type and the bounds of each field.
 
 `HEADER` is the first line. `LAYER_LINE` and `MODEL_LINE` hold the figures of a step, `LAYERS_LINE`
-describes layers that appear in mid-run, and `RESUMED_LINE` supersedes steps. Readers check every
-line once, by these kinds, so that nothing behind `reading` meets a value that it cannot show.
-`schema` comes next and holds the header.
+describes layers that appear in mid-run, and `RESUMED_LINE` supersedes steps. `reading` checks every
+line once, by these kinds, so that reports need no further checks. `schema` comes next and holds the
+header.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SCHEMA = 1
 """Version of the run file's schema: the value of ``"altgrad"`` in the header."""
 
 LARGEST = 2**63 - 1
-"""Largest whole number: that of int64, in which pandas and other readers keep them."""
+"""Largest whole number in a run file: that of int64, which pandas and other readers use."""
 
 _MOST_DIMENSIONS = 64  # of a tensor, as in torch and NumPy
 _MOST_FORMATS = 128  # a page has a picture for each
@@ -47,11 +47,11 @@ _MOST_SECONDS = 1e12  # 30,000 years
 _SMALLEST_FLOAT, _LARGEST_FLOAT = 5e-324, 1.7976931348623157e308  # of float64
 
 _RENAMED_METRICS = {"zero_update_frac": "ulp_zero_frac"}
-"""Metric names in older run files, with the names of today; a file with both has equal figures."""
+"""Today's metric names, by the names in older run files; a file with both has equal figures."""
 
 
 def _find_kind(key: str) -> Figure:
-    """Return the kind of a figure: a share is within 0 and 1."""
+    """Return the kind of the figure with a given key: 0 to 1 for a share, otherwise unbounded."""
     name = key.partition("/")[0]
     metric = FORMAT_METRICS.get(name) or LAYER_METRICS.get(_RENAMED_METRICS.get(name, name))
     return Figure(0, 1) if metric is not None and metric.unit == "share" else Figure()
@@ -63,7 +63,10 @@ def _check_range(format: Mapping[str, float]) -> None:
 
 
 def _check_elements(layer: Mapping[str, Any]) -> None:
-    """Raise FieldError unless a layer measures at least one and at most all of its elements."""
+    """Raise FieldError unless a layer has from 1 to all of its elements measured.
+
+    For a layer without elements the number is 0.
+    """
     population = math.prod(layer["shape"])
     parse_below("shape", Whole(0, LARGEST), population)
     parse_below("elements", Whole(min(1, population), population), layer["elements"])

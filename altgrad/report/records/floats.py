@@ -1,4 +1,4 @@
-"""`FloatsByKey`: the figures of a row, which shares its table of keys with other rows.
+"""`FloatsByKey`: the figures of a row of a run file, with a table of keys that many rows share.
 
 `FloatTable` parses the figures of one line of a run file, and checks the bounds of each figure.
 `fields` comes next.
@@ -17,11 +17,11 @@ _MOST_LAYOUTS = 256  # layouts that are remembered; a run has a few
 
 
 class FloatsByKey(Mapping[str, float]):
-    """A read-only mapping from keys to floats, which shares its table of keys with other rows.
+    """A read-only mapping from keys to floats, for rows that share one table of keys.
 
     Args:
-        positions: Index into `numbers`, by key. Rows with equal keys share this mapping.
-        numbers: The values; they are stored as 8-byte floats.
+        positions: Index into `numbers`, by key. Rows with equal keys share one mapping.
+        numbers: The values, which are stored as 8-byte floats.
     """
 
     __slots__ = ("_numbers", "_positions")
@@ -44,7 +44,7 @@ class FloatsByKey(Mapping[str, float]):
 
 
 class _Layout(NamedTuple):
-    """A table of keys that rows share, and the bounds of their numbers."""
+    """A table of keys that rows share, and the positions of numbers that have bounds."""
 
     positions: Mapping[str, int]
     bounded: Sequence[tuple[int, Figure]]  # positions of numbers that have bounds
@@ -55,8 +55,8 @@ class FloatTable:
 
     Args:
         find_kind: Function that takes a key, and returns the kind of its figure.
-        renamed: Names of today for metric names in older files. Of two keys that get the same
-            name, the later one counts.
+        renamed: Today's metric names, by the names in older files. If two keys get the same name,
+            the later key counts.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class FloatTable:
         """Check a JSON object whose values are figures, as a run file has it.
 
         Returns:
-            The figures by key, with the metric names of today.
+            The figures by key, with today's metric names.
 
         Raises:
             FieldError: The value is no JSON object, or a figure is invalid.

@@ -24,11 +24,11 @@ _WORDS: Mapping[object, float] = {None: math.nan, "inf": math.inf, "-inf": -math
 
 
 class FieldError(ValueError):
-    """An error of one value, which says where the value is and what was expected.
+    """An error about an invalid value, with the place of the value and what was expected.
 
     Args:
         expected: The values that are allowed.
-        got: The value.
+        got: The invalid value.
         path: Keys that lead to the value, from the outermost to the innermost.
     """
 
@@ -41,7 +41,7 @@ class FieldError(ValueError):
         self._path = path
 
     def move_below(self, key: object) -> FieldError:
-        """Return the same error of a value that is below a key."""
+        """Return the error with one more key at the outer end of its path."""
         return FieldError(self._expected, self._got, (key, *self._path))
 
 
@@ -147,7 +147,7 @@ class Flag(NamedTuple):
     """A kind of JSON value, which `parse` checks: true or false."""
 
     def parse(self, value: object) -> bool:
-        """Return the truth value.
+        """Return the value.
 
         Raises:
             FieldError: The value is neither true nor false.
@@ -174,8 +174,8 @@ class Nullable(NamedTuple, Generic[T]):
 class Checked(NamedTuple, Generic[T]):
     """A kind of JSON value, which `parse` checks: a value of another kind that passes a function.
 
-    The function compares parts of the value, such as the smallest and the largest number of a
-    format.
+    The function compares parts of the value with each other, such as the smallest and the largest
+    number of a format.
 
     Attributes:
         kind: The other kind.
@@ -256,9 +256,8 @@ class Fields(NamedTuple):
     Further keys are ignored.
 
     Attributes:
-        required: Kinds of the values that must be there, by key.
-        optional: Kinds of the values that may be missing, and the value that stands for a missing
-            one, by key.
+        required: Kinds of the required values, by key.
+        optional: By key, the kind of a value that may be missing, and the value to use instead.
     """
 
     required: Mapping[str, Kind[Any]]
@@ -340,10 +339,10 @@ def _find_number(value: object) -> float:
 
 
 def parse_below(key: object, kind: Kind[T], value: object) -> T:
-    """Parse a value that is below a key.
+    """Parse a value, and add its key to the path of an error.
 
     Args:
-        key: Key of the value, which an error names.
+        key: Key of the value.
         kind: Kind of the value.
         value: The value.
 

@@ -24,7 +24,7 @@ WITH_ERRORS = (
     *("kept_update_ratio", "stall_frac", "never_moved_frac"),
     *("underflow_frac", "saturated_frac"),
 )
-"""Metrics of a format whose standard errors are written."""
+"""Metrics whose standard errors are written for each format."""
 _NUMBER = "%.8g"  # 8 significant digits halve the size of a file with all 17 of a float64
 
 
@@ -37,13 +37,13 @@ def format_lines(
     """Return the JSON lines of one observed step: a line per layer, then the line of the model.
 
     Args:
-        step: Number of the step, as the reader of the file sees it.
+        step: Number of the step.
         record: Figures of the step.
         skipped: Number of skipped steps so far, by reason.
-        weights: Histogram of log2(abs(weight)) over the model. None leaves it out.
+        weights: Histogram of log2(abs(weight)) over the model; None writes no histogram of weights.
 
     Returns:
-        The lines; a line feed ends each of them.
+        The lines, each of which ends with a line feed.
     """
     lines = [(_quote(name), _format_figures(figures)) for name, figures in record.layers.items()]
     model_fields = _format_model_fields(record, skipped, weights)
@@ -106,5 +106,5 @@ def _quote(name: str) -> str:
 
 
 def _format_pairs(keys: Iterable[str], placeholder: str) -> str:
-    """Return ``"key":placeholder`` pairs of JSON, as a template for Python's ``%`` operator."""
+    """Return JSON pairs ``"key":placeholder``, as a template for Python's ``%`` operator."""
     return ",".join(f"{_quote(key).replace('%', '%%')}:{placeholder}" for key in keys)

@@ -1,7 +1,7 @@
-"""`take_lock`: a run file has one writer at a time.
+"""`take_lock`: lock a run file, so that the file has one writer at a time.
 
-The lock is a file beside the run file. The file of the lock is deleted when the writer closes the
-run file. A process that dies keeps no lock. The module `writing` comes next.
+The lock is a file beside the run file, and is deleted when the writer closes the run file. A
+process that dies loses its lock. The module `writing` comes next.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _NO_LOCKS = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPN
 
 
 class WriterLock:
-    """The right to write a run file, until `release`.
+    """The right to write a run file, which ends with `release`.
 
     Args:
-        lock: The lock, which is held.
+        lock: The lock of the run file, which this process holds.
     """
 
     def __init__(self, lock: BaseFileLock) -> None:
@@ -30,7 +30,7 @@ class WriterLock:
         self._process = os.getpid()
 
     def release(self) -> None:
-        """Give the run file to the next writer, and delete the lock's file."""
+        """Release the lock, so that another writer can take it, and delete the lock's file."""
         if not self._lock.is_locked or os.getpid() != self._process:  # in a fork of the writer
             return
         if not isinstance(self._lock, SoftFileLock):  # which deletes its file itself
@@ -45,7 +45,7 @@ def take_lock(path: Path) -> WriterLock | None:
     """Lock a run file for one writer.
 
     In a file system without locks, the lock's file holds the number of the writing process and the
-    name of its host. A process of the same host that has ended does not keep the file.
+    name of its host. If that process has ended, a writer on the same host takes the lock.
 
     Args:
         path: Path of the run file, which may be missing.

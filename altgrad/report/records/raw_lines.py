@@ -1,7 +1,7 @@
-"""Read the raw lines of a regular file, of bounded length, as the file was when it was opened.
+"""Read the raw lines of a regular file up to the length that the file had when it was opened.
 
-A pipe or a device could block or have no end, so these are refused. Lines that a run writes
-meanwhile are not read. The module `reading` comes next and parses the lines.
+Pipes and devices are refused, because reading could block or never end. Lines that a run appends
+during the reading are left out. The module `reading` comes next and parses the lines.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import BinaryIO
 from altgrad.report.records.schema import RunFileError
 
 MOST_BYTES = 2**26
-"""Largest length of a line: the header of 400,000 layers, or 64 MiB."""
+"""Largest length of a line in bytes, 64 MiB: enough for the header of 400,000 layers."""
 
 
 def read_raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file with their numbers, which begin at 1.
+    """Yield the number of each line of a file, from 1 on, and the line.
 
     Returns:
         An iterator of pairs: the number of a line, and the line with its end.

@@ -1,8 +1,8 @@
-"""Read a run file, and the files of the runs it continues, into a `Run`.
+"""Read a run file, and the files of the earlier runs that it continues, into a `Run`.
 
-`read` is the entry. `_parse_file` parses one file by the kinds that `fields` declares, and
-`_read_predecessors` follows the names of earlier files. The module `run` comes next: it holds the
-result.
+`read` is the public function. `_parse_file` parses a file by the kinds that `fields` declares, and
+`_read_predecessors` follows the references to earlier files. The module `run` comes next, which
+defines the result.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from altgrad.report.records.schema import FormatInfo, Header, LayerInfo, RunFile
 _NAME = re.compile(r"altgrad(?:-(\d+))?\.jsonl")
 _MOST_TRIES = 3
 _NOT_JSON = (ValueError, RecursionError)
-"""Errors of `json.loads`: JSONDecodeError and UnicodeDecodeError are ValueErrors."""
+"""Errors of `json.loads`: RecursionError for deep nesting, otherwise ValueError or a subclass."""
 
 
 @dataclass
 class _File:
-    """A parsed run file."""
+    """A parsed run file: its header, its rows and notes for the reader."""
 
     path: Path
     header: Header
@@ -50,7 +50,7 @@ def read(path: str | os.PathLike[str]) -> Run:
     """Read a run file and its predecessors.
 
     An incomplete last line is skipped, and rows that a resumed run superseded are left out. A
-    missing or damaged predecessor is left out, too. `Run.notes` has a sentence about each.
+    missing or damaged predecessor is left out, too. `Run.notes` has a sentence about each omission.
 
     Args:
         path: A run file, or a folder. In a folder with several run files the newest one is read.
@@ -119,7 +119,7 @@ def is_run_file_name(name: str) -> bool:
 
 
 def _list_run_files(folder: Path) -> list[Path]:
-    """Return the run files in a folder, the newest one last; there is at least one."""
+    """Return the run files in a folder, the newest file last; without any, raise RunFileError."""
     try:
         paths = [*folder.iterdir()]
     except OSError as error:
@@ -133,7 +133,10 @@ def _list_run_files(folder: Path) -> list[Path]:
 
 
 def _read_predecessors(files: list[_File]) -> None:
-    """Append the files of earlier runs to `files`, the latest run first."""
+    """Append the files of earlier runs to `files`, which has the file of the last run.
+
+    The latest of the earlier runs comes first.
+    """
     last, before_step = files[0], None
     known = {_find_identity(last.path)}
     while last.header.predecessor is not None:
@@ -154,7 +157,7 @@ def _read_predecessors(files: list[_File]) -> None:
 
 
 def _find_identity(path: Path) -> tuple[int, int] | None:
-    """Return what is the same for all paths of a file; None if the file cannot be found."""
+    """Return numbers that identify a file whatever its path; None if the file cannot be found."""
     try:
         found = path.stat()
     except (OSError, ValueError):
@@ -163,7 +166,7 @@ def _find_identity(path: Path) -> tuple[int, int] | None:
 
 
 def _find_version(path: Path) -> tuple[int, int] | None:
-    """Return what changes if a file is written; None if the file cannot be found."""
+    """Return numbers that change if a file is written; None if the file cannot be found."""
     try:
         found = path.stat()
     except (OSError, ValueError):
@@ -172,7 +175,7 @@ def _find_version(path: Path) -> tuple[int, int] | None:
 
 
 def _read_file(path: Path) -> _File:
-    """Read a file, and again if it is damaged but was changed meanwhile by the run that writes."""
+    """Read a file; read it again if it looks damaged because a run was writing it meanwhile."""
     for _ in range(_MOST_TRIES - 1):
         before = _find_version(path)
         try:
@@ -234,7 +237,7 @@ def _make_damage_error(path: Path, line: int, problem: str) -> RunFileError:
 
 
 def _add_line(file: _File, value: Mapping[str, Any]) -> None:
-    """Add a row or layers to the file, or drop the rows that a resumed run superseded."""
+    """Add the row or layers of a line to the file, or drop rows that a resumed run superseded."""
     if "resumed" in value:
         _drop_superseded_rows(file, RESUMED_LINE.parse(value)["resumed"]["before_step"])
     elif "layers" in value:  # those that appeared in mid-run

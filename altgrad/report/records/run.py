@@ -1,6 +1,6 @@
 """`Run` and `Row`: the content of a run file in memory.
 
-Begin with `Run`; `Run.series` and `Run.to_pandas` are what most users need. `reading` makes a
+Read `Run` first, of which most users need `Run.series` and `Run.to_pandas`. `reading` makes a
 `Run`, and `altgrad.report.verdicts` judges it.
 """
 
@@ -28,10 +28,10 @@ class Row:
         step: Number of the step.
         layer: Name of the layer; None for the model.
         figures: Figures by key, ``metric`` or ``metric/format``, as in `altgrad.Figures`.
-        errors: Standard errors of some figures, by the same keys: half of the width of `interval`
-            over 1.96. Empty if every element was measured.
-        elements: Number of measured elements of the model. None in the row of a layer, whose
-            number is in `LayerInfo`.
+        errors: Standard errors of some figures, by the keys of `figures`: half of the width of
+            `interval`, over 1.96. Empty if every element was measured.
+        elements: Number of measured elements of the model. None in the row of a layer, whose number
+            of elements is in `LayerInfo`.
         own_seconds: Host time in seconds to observe the previous observed step, as in
             `altgrad.StepRecord`. NaN in the row of a layer.
         training_seconds: Mean time in seconds of a training step without the observation, as in
@@ -69,19 +69,20 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run that was read from its file, including the earlier runs it continues.
+    """A run that was read from its file, with the earlier runs that it continues.
 
     Attributes:
         path: Path of the run file.
         formats: Judged formats, by name.
         scaling: Scaling of the formats, as in `altgrad.measure`.
         layers: Observed layers, by name.
-        rows: Rows in the order in which they were written, without superseded ones.
+        rows: Rows in the order in which they were written, without superseded rows.
         notes: Sentences for the reader, such as a skipped line or a missing file.
         predecessors: Paths of the files of earlier runs that were read, the latest run first.
         versions: Versions of the packages that wrote the file, by name.
         created: Time at which the file was created, in ISO 8601.
-        loggers: The run as each of its loggers knows it, as in `altgrad.report.Header`.
+        loggers: For each logger its class, and name, id and version of the run, as in
+            `altgrad.report.Header`.
     """
 
     path: Path
@@ -103,14 +104,14 @@ class Run:
     def series(self, key: str, layer: str | None = None) -> dict[int, float]:
         """Return one figure by step.
 
-        If a step has several rows, as with several optimizers, the last row counts.
+        If a step has several rows, as in a run with several optimizers, the last row counts.
 
         Args:
             key: Key of the figure, such as ``"update_rms"`` or ``"stall_frac/bf16"``.
-            layer: Name of a layer. None returns the figure of the model.
+            layer: Name of a layer; None for the model.
 
         Returns:
-            The figure by step number. Steps without this figure are left out.
+            The figure by number of the step. Steps without the figure are left out.
 
         Raises:
             KeyError: The run has no layer of this name.
@@ -125,9 +126,9 @@ class Run:
         """Return the rows as a pandas DataFrame, with one line for each row.
 
         Returns:
-            A DataFrame with the columns ``step`` and ``layer`` (None for the model), one column
-            for each figure, and one for each standard error. The column of an error has
-            ``_error`` after the name of the metric, as ``stall_frac_error/bf16``.
+            A DataFrame with the columns ``step`` and ``layer`` (None for the model), and a column
+            for each figure and each standard error. The column of an error has ``_error`` after the
+            name of the metric, as ``stall_frac_error/bf16``.
 
         Raises:
             ImportError: pandas is missing.

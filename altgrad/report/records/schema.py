@@ -34,11 +34,12 @@ class RunFileError(ValueError):
 
 
 class Predecessor(NamedTuple):
-    """A reference from a run file to the file of the run it continues.
+    """A reference from a run file to the file of the earlier run that it continues.
 
     Attributes:
-        path: Path of the earlier file, absolute or relative to the folder of the later one.
-        before_step: Number of the first superseded step; only earlier steps of that file count.
+        path: Path of the earlier file, absolute or relative to the folder of the later file.
+        before_step: Number of the first superseded step; only lower steps of the earlier file
+            count.
     """
 
     path: str | Path
@@ -76,7 +77,7 @@ class FormatInfo:
             scaling: Scaling of the run, as in `altgrad.measure`.
 
         Returns:
-            Its name and range.
+            The name and the range of the format.
         """
         return cls(format.name, **describe_format(format, scaling))
 
@@ -89,7 +90,7 @@ class LayerInfo:
         shape: Shape of the parameter.
         dtype: Name of the parameter's dtype, such as ``"float32"``.
         elements: Maximum number of measured elements.
-        formats: Names of the formats the layer is judged for.
+        formats: Names of the formats that the layer is judged for.
         every_n_steps: Number of optimizer steps from one observed step to the next.
     """
 
@@ -111,8 +112,8 @@ class Header:
         versions: Versions of the packages that wrote the file, by name.
         created: Time at which the file was created, in ISO 8601.
         predecessor: File of the run that this run continues; None for a new run.
-        loggers: The run as each of its loggers knows it: class of the logger under ``logger``, then
-            ``name``, ``id`` and ``version`` of the run, or None.
+        loggers: For each logger its class under ``logger``, and ``name``, ``id`` and ``version`` of
+            the run in the logger; None if the logger has no such value.
     """
 
     formats: Mapping[str, FormatInfo]
@@ -124,12 +125,15 @@ class Header:
     loggers: Sequence[Mapping[str, str | None]] = ()
 
     def is_like(self, other: Header) -> bool:
-        """Return True if formats, scaling and layers are equal, so that figures mean the same."""
+        """Return True if another header has the same formats, scaling and layers.
+
+        The figures of both files then mean the same.
+        """
         mine, others = self.as_json(), other.as_json()
         return all(mine[key] == others[key] for key in ("formats", "scaling", "layers"))
 
     def as_json(self) -> dict[str, Any]:
-        """Return the header as JSON values, in the order of the file's first line."""
+        """Return the header as JSON values, in the order of the first line of a run file."""
         before = self.predecessor
         return {
             "altgrad": SCHEMA,
@@ -167,12 +171,12 @@ class Header:
 
 
 def make_layers(known: Mapping[str, Mapping[str, Any]]) -> dict[str, LayerInfo]:
-    """Return the descriptions of layers from fields that are checked, by name."""
+    """Return a `LayerInfo` for each layer, from checked fields by name of the layer."""
     return {name: LayerInfo(**each) for name, each in known.items()}
 
 
 def layers_as_json(layers: Mapping[str, LayerInfo]) -> dict[str, Any]:
-    """Return the descriptions of layers as JSON values, by name."""
+    """Return the descriptions of layers as JSON values, by name of the layer."""
     return {
         name: asdict(each) | {"shape": [*each.shape], "formats": [*each.formats]}
         for name, each in layers.items()

@@ -1,9 +1,9 @@
 """`RunFile`: write a run file, one observed step after another.
 
 A run file stays readable if the process is killed or the disk is full: whole lines are appended
-without a buffer, and a failed write is undone. It has one writer at a time, by a lock of the module
-`locks`. Read `RunFile.create`, `RunFile.append`, then `RunFile.resume`. The module `reading` comes
-next.
+without a buffer, and a failed write is undone. A lock of the module `locks` gives a run file one
+writer at a time. Read `RunFile.create`, `RunFile.append`, then `RunFile.resume`. The module
+`reading` comes next.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CHUNK = 2**16  # bytes that are searched at once for the end of the last whole 
 
 
 class RunFile:
-    """A run file that is open for writing; `create` and `resume` return one.
+    """A run file that is open for writing, as `create` and `resume` return it.
 
     `append` hands its lines to the operating system before it returns. A killed process loses at
     most the line that was being written. Until `close`, no other writer gets the file.
@@ -67,7 +67,7 @@ class RunFile:
     ) -> RunFile:
         """Create a run file with a header.
 
-        The name is ``altgrad.jsonl``, or the first free one of ``altgrad-2.jsonl``,
+        The name is ``altgrad.jsonl``, or the first free name of ``altgrad-2.jsonl``,
         ``altgrad-3.jsonl`` and so on. Existing files are never changed.
 
         Args:
@@ -105,11 +105,11 @@ class RunFile:
     def resume(
         cls, path: str | os.PathLike[str], before_step: int, header: Header | Mapping[str, Any]
     ) -> RunFile:
-        """Open a run file to continue it; its lines from `before_step` on become superseded.
+        """Open a run file to continue it, and mark its lines from `before_step` on as superseded.
 
         If formats, scaling or layers differ from those of the file, the file is left unchanged. A
-        new file is then created in the same folder, with `path` as its predecessor. The same is
-        done, with a warning, if another writer has the file open.
+        new file is then created in the same folder, with `path` as its predecessor. If another
+        writer has the file open, a new file is created as well, with a warning.
 
         Args:
             path: Run file of the run that is resumed.
@@ -161,7 +161,8 @@ class RunFile:
             step: Number of the step.
             record: Figures of the step.
             skipped: Number of skipped steps so far, by reason.
-            weights: Histogram of log2(abs(weight)) over the model. None leaves it out.
+            weights: Histogram of log2(abs(weight)) over the model; None writes no histogram of
+                weights.
 
         Raises:
             OSError: The lines cannot be written; then the file has no line of this step.
@@ -184,13 +185,13 @@ class RunFile:
             layers: The layers by name.
 
         Raises:
-            OSError: The line cannot be written; then the file lacks it.
+            OSError: The description cannot be written; then the file has no part of it.
             ValueError: The file is closed.
         """
         self._write(_format_line({"layers": layers_as_json(layers)}))
 
     def close(self) -> None:
-        """Close the file, and let other writers have it."""
+        """Close the file, and release its lock for other writers."""
         self._file.close()
         self._lock.release()
 
@@ -225,7 +226,7 @@ class RunFile:
 
 
 def _parse_header(header: Header | Mapping[str, Any]) -> Header:
-    """Return the header if a reader would take it."""
+    """Return the header, or raise TypeError if a reader would reject it."""
     try:
         return Header.from_json(header.as_json() if isinstance(header, Header) else header)
     except ValueError as error:
@@ -252,7 +253,7 @@ def _check_whole(name: str, value: object) -> int:
 
 
 def _check_histogram(name: str, histogram: Histogram) -> None:
-    """Raise ValueError unless a reader would take the histogram."""
+    """Raise ValueError if a reader would reject the histogram."""
     try:
         HISTOGRAM.parse({"first": histogram.first, "counts": [*histogram.counts]})
     except FieldError as error:
@@ -260,7 +261,7 @@ def _check_histogram(name: str, histogram: Histogram) -> None:
 
 
 def _claim_first_free(folder: Path, content: memoryview) -> tuple[Path, WriterLock]:
-    """Lock and create the first run file of the folder whose name is free."""
+    """Lock and create the run file with the first free name in a folder."""
     for number in itertools.count(1):
         path = folder / ("altgrad.jsonl" if number == 1 else f"altgrad-{number}.jsonl")
         if os.path.lexists(path) or (lock := take_lock(path)) is None:
@@ -279,7 +280,7 @@ def _claim_first_free(folder: Path, content: memoryview) -> tuple[Path, WriterLo
 def _create_file(path: Path, content: memoryview) -> bool:
     """Create a file that has its content as soon as it has its name.
 
-    A reader therefore sees no run file without a header.
+    Every run file that a reader finds therefore has a header.
 
     Returns:
         False if the path exists, because another process has just created the file.
@@ -328,7 +329,7 @@ def _encode(text: str) -> memoryview:
 
 
 def _make_relative(path: Path, folder: Path) -> Path:
-    """Return `path` relative to `folder`, so that both can be moved together."""
+    """Return `path` relative to `folder`, so that file and folder can be moved together."""
     try:
         return Path(os.path.relpath(path.resolve(), folder.resolve()))
     except ValueError:  # Windows: the paths are on different drives
