@@ -4,9 +4,9 @@ Read the files in the order of the data:
 
 1. `callback`: `PrecisionMonitor`, its arguments and the hooks of Lightning. `settings` checks the
    arguments; `packages` finds Lightning.
-2. `session`: one training under observation. `strategies` decides who observes, `result` holds the
-   findings, and `notices` warns the user. `steps` says which batches are due, and
-   `callback_metrics` passes figures to other callbacks.
+2. `session`: one training under observation. `strategies` decides which ranks observe, `result`
+   holds the findings, and `notices` warns the user. `steps` and `due_batches` decide which steps
+   are observed, and `callback_metrics` passes figures to other callbacks.
 3. `output`: the run file and the loggers, with `charts`, `history` and `loggers`.
 
 `pickles` converts callbacks of earlier versions. `demo` and `demo_model` are ``altgrad demo``.
@@ -22,7 +22,7 @@ __all__ = ["PrecisionMonitor"]
 if not TYPE_CHECKING:  # a module with __getattr__ has any name for mypy, of type Any
 
     def __getattr__(name: str) -> object:
-        """Import `PrecisionMonitor`, and Lightning with it, at its first use (PEP 562)."""
+        """Import `PrecisionMonitor`, and thus Lightning, when the name is first used (PEP 562)."""
         if name != "PrecisionMonitor":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from altgrad_lightning.callback import PrecisionMonitor

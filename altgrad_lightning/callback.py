@@ -1,7 +1,7 @@
 """`PrecisionMonitor`: observe the optimizer steps of a Trainer and log what each format keeps.
 
-The hooks of the callback do little themselves. They start a `Session` when training starts, pass
-batches to it, and end it. Start reading here. The next file is `session`, and `settings` checks the
+The hooks of the callback start a `Session` when training starts, call the session at each batch,
+and end the session. Read this file first. The next file is `session`, and `settings` checks the
 arguments.
 """
 
@@ -90,9 +90,9 @@ class PrecisionMonitor(Callback):
             histograms). An argument with another value than its default takes precedence.
         layer_charts: The number of charted layers, or patterns of the names of layers, such as
             ``["*.norm.weight"]``. A number charts the layers that keep least of their update at the
-            first observed step with figures; up to as many join them later, from layers that appear
-            later. The default of 8 makes fewer
-            than 300 charts with three formats. All layers are in `latest` and in the run file.
+            first observed step with figures. Of layers that appear later, at most as many more are
+            charted. The default of 8 makes fewer than 300 charts with three formats. All layers are
+            in `latest` and in the run file.
         histograms: If True, log histograms of abs(update) / stiffness to TensorBoard and wandb at
             each observed step, for the model and the charted layers. The histograms take more disk
             space than all charts.
@@ -102,25 +102,25 @@ class PrecisionMonitor(Callback):
         max_elements: Maximum number of elements sampled from each layer, as in `UpdateMonitor`.
             A larger sample has a smaller error.
         sampling: Rules for single layers, as in `UpdateMonitor`.
-        inner_optimizers: Wrappers of optimizers that only pass their steps on, perhaps with another
-            learning rate: by the name of the wrapper's class, the attribute that has the optimizer
-            inside, such as ``{"NoamOptimizer": "optimizer"}``. The optimizer inside is observed, so
-            its step has to be all that the wrapper does to the weights.
+        inner_optimizers: For wrappers of optimizers: by the name of the wrapper's class, the
+            attribute that has the optimizer inside, such as ``{"NoamOptimizer": "optimizer"}``. The
+            optimizer inside is observed. The step of this optimizer must make every change of the
+            weights: a wrapper may set the learning rate, but may not change weights.
         overhead_budget: The share of all time that observing may take, as in `UpdateMonitor`. The
             time of loggers, pictures and files is not included.
         seed: Seed of the samples.
         strict: If True, re-raise errors of the callback and of loggers in the training loop;
             otherwise warn once.
-        name: Name of the callback's state in checkpoints. It is needed if a Trainer has several
-            callbacks with the same formats and scaling, for all but one of them.
+        name: Name of the callback's state in checkpoints. If a Trainer has several callbacks with
+            the same formats and scaling, all but one need a name.
         callback_metrics: Keys of figures of the model, such as ``"kept_update_ratio/bf16"``, for
-            EarlyStopping and ModelCheckpoint. They find them as ``altgrad/{key}``, on every rank,
-            from the first observed step on, which is then that of the first batch. If a later step
-            has no finite figure, the last one stays.
+            EarlyStopping and ModelCheckpoint. These callbacks find the figures as ``altgrad/{key}``
+            on every rank. With keys, the first batch is observed, so that the figures are there in
+            time. A later step without a finite figure leaves the last figure in place.
 
     Raises:
-        ValueError: Formats are missing or unknown, or two have the same name; `scaling` is unknown;
-            a number is out of range; or, when training starts, a rule matches no layer.
+        ValueError: Formats are missing or unknown, or two formats have the same name; `scaling` is
+            unknown; a number is out of range; or, when training starts, a rule matches no layer.
         TypeError: An argument has the wrong type.
     """
 
@@ -183,17 +183,17 @@ class PrecisionMonitor(Callback):
 
     @property
     def every_n_steps(self) -> int | None:
-        """The argument `every_n_steps`."""
+        """The argument `every_n_steps`: the interval between observed steps in batches, or None."""
         return self._settings.every_n_steps
 
     @property
     def latest(self) -> Mapping[str, Figures]:
-        """The figures of every layer at the last observed step, by name; empty before the first."""
+        """The figures of every layer at the last observed step, by name; empty before that step."""
         return self._result.latest
 
     @property
     def latest_model(self) -> Figures | None:
-        """The figures of the model at the last observed step; None before the first."""
+        """The figures of the model at the last observed step; None before that step."""
         return self._result.latest_model
 
     @property
@@ -220,7 +220,7 @@ class PrecisionMonitor(Callback):
 
     @property
     def state_key(self) -> str:
-        """The key of the state in a checkpoint: formats, scaling and, if there is one, the name."""
+        """The key of the callback's state in a checkpoint: formats, scaling and any `name`."""
         arguments: dict[str, Any] = {"formats": [format.name for format in self.formats]}
         arguments["scaling"] = self._settings.scaling
         if self._settings.name is not None:
@@ -264,7 +264,7 @@ class PrecisionMonitor(Callback):
             self._end()
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Attach to new optimizers, if another callback or the module replaced the old ones."""
+        """Attach to new optimizers, if another callback or the module replaced the optimizers."""
         session = self._session
         if session is None or not session.has_other_optimizers:
             return
@@ -279,7 +279,7 @@ class PrecisionMonitor(Callback):
                 self._end()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Log the figures of the batch, in which all optimizers have stepped by now."""
+        """Log the figures of the batch, after all optimizers of the batch have stepped."""
         self._finish_batch()
         if self._metrics is not None:
             waits = self._session is not None and self._session.waits
@@ -316,7 +316,7 @@ class PrecisionMonitor(Callback):
         self._end(alone=True)
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """End a session that a tuner interrupted, and keep a loaded state for later checkpoints."""
+        """End a session that a tuner interrupted, and keep an unused state for checkpoints."""
         if self._session is None and self._loaded:
             self._result.state = self._loaded
         self._end(alone=True)
@@ -334,7 +334,7 @@ class PrecisionMonitor(Callback):
         return {**own, "_session": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the attributes, also those that version 0.1.0 pickled."""
+        """Restore the attributes from a pickle of this version or of version 0.1.0."""
         self.__dict__.update(convert_attributes(state))
 
     # --- the session

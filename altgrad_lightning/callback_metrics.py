@@ -1,8 +1,8 @@
 """`CallbackMetrics`: pass figures of the model to callbacks such as EarlyStopping, on every rank.
 
-Callbacks that decide something, such as EarlyStopping and ModelCheckpoint, read
-`Trainer.callback_metrics` on each rank, and have to find the same number there. Under DDP the first
-rank alone observes. `callback` calls `CallbackMetrics.pass_on` at the end of each batch.
+EarlyStopping, ModelCheckpoint and callbacks like them read `Trainer.callback_metrics` on each rank,
+and must find the same numbers on all ranks, to come to the same decision. Under DDP the first rank
+alone observes. `callback` calls `CallbackMetrics.pass_on` at the end of each batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class CallbackMetrics:
     """Figures of the model in `Trainer.callback_metrics`, equal on all ranks.
 
-    Of each figure the last finite value stays. Several ranks share the figures of the first one by
+    Of each figure the last finite value stays. Several ranks get the figures of the first rank by
     an all-reduce, after each batch that is due and has stepped an optimizer.
 
     Args:
@@ -41,12 +41,12 @@ class CallbackMetrics:
     def pass_on(
         self, trainer: Trainer, figures: Mapping[str, float] | None, *, waits: bool
     ) -> None:
-        """Pass figures of the first rank on, at the end of a batch.
+        """Write the figures of the first rank to `Trainer.callback_metrics`, at the end of a batch.
 
         Args:
             trainer: The Trainer.
-            figures: The latest figures of the model on this rank; None if there are none.
-            waits: True if this rank waits for its first observed step.
+            figures: The latest figures of the model on this rank; None without figures.
+            waits: True if this rank observes, and has observed no step yet.
         """
         has_stepped = trainer.global_step != self._global_step
         self._global_step = trainer.global_step
@@ -65,7 +65,7 @@ class CallbackMetrics:
 
 
 def _share(numbers: Sequence[float], trainer: Trainer) -> list[float]:
-    """Return the numbers of the first rank, on every rank."""
+    """Return the numbers of the first rank on every rank, by an all-reduce."""
     # A sum in which the other ranks add 0: the one collective that each strategy offers for
     # tensors. float32 is known to all devices; a NaN stays one.
     mine = numbers if trainer.is_global_zero else [0.0] * len(numbers)

@@ -45,15 +45,15 @@ class Row(NamedTuple):
 class Charts:
     """A converter from the figures of observed steps to rows with the same keys.
 
-    The charted layers are chosen at the first step in which a layer has a kept_update_ratio. Rows
-    of earlier steps wait until then, for at most 20 rows. Layers that appear later, such as
-    unfrozen ones, are chosen in the same way, and join the charted ones.
+    The charted layers are chosen at the first step in which a layer has a kept_update_ratio, at the
+    20th step at the latest. The rows of earlier steps are kept back until this step. Of layers that
+    appear later, such as unfrozen layers, more are chosen in the same way.
 
     Args:
         formats: Names of the judged formats.
-        layers: The number of layers to chart, those that keep least of their update first; as
-            many more are charted of those that appear later. Otherwise, patterns of the names of
-            layers.
+        layers: The number of layers to chart, or patterns of the names of layers. A number charts
+            the layers that keep least of their update, and at most as many layers that appear
+            later.
 
     Attributes:
         charted: Names of the charted layers, each with the names of its formats; None before the
@@ -84,7 +84,8 @@ class Charts:
             monitor: Numbers about the monitor itself, for keys ``altgrad/monitor/…``.
 
         Returns:
-            No row while the charted layers are unknown; then all waiting rows and the new one.
+            No row while the charted layers are unknown; then all rows that were kept back, and the
+            row of this step.
         """
         model_keys = _join_keys([*LAYER_METRICS], [*FORMAT_METRICS], self._formats)
         model_row = {f"altgrad/{key}": model.get(key, math.nan) for key in model_keys}
@@ -101,17 +102,18 @@ class Charts:
         return self.take_waiting()
 
     def take_waiting(self) -> list[Row]:
-        """Return the rows that were kept back, with the charted layers, and delete them here."""
+        """Return the rows that were kept back, with the charted layers, and forget the rows."""
         waiting, self._waiting = self._waiting, []
         return [
             row._replace(others=row.others | self._layer_row(layers)) for row, layers in waiting
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the charted layers, and those that were not chosen, for a checkpoint.
+        """Return which layers are charted, for a checkpoint.
 
         Returns:
-            A dict of plain data.
+            Plain data: the charted layers, all layers considered so far, and the number of later
+            layers that may still be charted.
         """
         return {
             "charted": self.charted,
@@ -120,13 +122,13 @@ class Charts:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Chart the layers that a `state_dict` names."""
+        """Restore the charted layers that `state_dict` returned."""
         self.charted = state["charted"]
         self._considered = {*state.get("considered", self.charted or ())}
         self._left = state.get("left", 0)
 
     def _chart_later(self, layers: Mapping[str, Figures]) -> None:
-        """Chart some of the layers that appear for the first time."""
+        """Chart layers that appear for the first time, by the rule for the first charted layers."""
         assert self.charted is not None
         later = {
             name: figures
@@ -162,6 +164,6 @@ def _join_keys(
 
 
 def _find_lowest_kept(figures: Figures) -> float:
-    """Return the kept_update_ratio of the worst format; inf if all of them are NaN."""
+    """Return a layer's least kept_update_ratio over its formats; inf if all ratios are NaN."""
     kept = (figures[f"kept_update_ratio/{format}"] for format in figures.formats)
     return min((value for value in kept if not math.isnan(value)), default=math.inf)

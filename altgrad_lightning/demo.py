@@ -55,7 +55,7 @@ def demo(
 
 
 def _train(steps: int, folder: Path, seed: int) -> PrecisionMonitor:
-    """Train the model under a monitor, with logs in `folder`, and return the monitor."""
+    """Train the model under a `PrecisionMonitor`, with logs in `folder`, and return the monitor."""
     from torch.utils.data import DataLoader
 
     from altgrad_lightning.callback import PrecisionMonitor

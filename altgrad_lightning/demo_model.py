@@ -34,9 +34,10 @@ def standard_library_text(max_bytes: int = 2_000_000) -> bytes:
 
 
 class Windows(Dataset[Tensor]):
-    """A dataset of random windows of a text, each one character longer than the context.
+    """A dataset of random windows of a text, each a tensor of character codes, int64 (129,).
 
-    An item is int64 (129,).
+    A window is one character longer than the model's context of 128 characters, so that the last
+    character of the context has a next character to predict.
 
     Args:
         text: ASCII text of at least 129 characters.
@@ -60,7 +61,7 @@ class Block(nn.Module):
 
     Args:
         width: Number of features.
-        heads: Number of attention heads; `width` is a multiple of it.
+        heads: Number of attention heads, which divides `width`.
     """
 
     def __init__(self, width: int, heads: int) -> None:

@@ -1,8 +1,8 @@
 """`DueBatches`: decide which optimizer steps of a Trainer are observed.
 
 A step is observed in a due batch. An optimizer that does not step in a due batch is observed at its
-next step: otherwise one that steps in every fifth batch might never be seen. This file stands
-alone. `session` asks it before each step.
+next step: otherwise an optimizer that steps in every fifth batch might never be observed. Nothing
+needs to be read before this file. `session` calls `DueBatches.take_step` before each step.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class DueBatches:
         self._last_step: int | None = None  # the batch of the last step of any optimizer
 
     def take_step(self, optimizer: Optimizer, batch: int) -> bool:
-        """Return True if a step is to be observed, and note that it is.
+        """Return True if a step is to be observed, and note the batch as the optimizer's last.
 
-        All steps of one batch are observed alike, since the last of them counts.
+        If an optimizer steps several times in an observed batch, all these steps are observed.
 
         Args:
             optimizer: The optimizer that is about to step.
@@ -52,10 +52,10 @@ class DueBatches:
         return True
 
     def misses_steps(self, batch: int) -> bool:
-        """Return True if a batch is due, and no optimizer stepped in it or in the batch before.
+        """Return True if a batch is due, and no optimizer stepped in this or the previous batch.
 
-        Where gradients accumulate, several batches have the same number, and optimizers step in the
-        last of these alone. The number before counts for this reason.
+        The previous batch counts, because batches whose gradients accumulate have the same number,
+        and optimizers step in the last of these batches alone.
 
         Args:
             batch: Number of the batch that ends.
@@ -72,19 +72,19 @@ class DueBatches:
             optimizers: The optimizers of the Trainer.
 
         Returns:
-            The numbers of the batches, in the order of the optimizers; before the first step those
-            that were restored. For an optimizer that was not observed, the batch before the
-            training began.
+            The numbers of the batches, in the order of the optimizers. An optimizer that was not
+            observed has the number of the batch before the training began. Before the first step,
+            the numbers are the restored numbers.
         """
         if self._before_first is None:
             return [*self._restored]
         return [self._last.get(each, self._before_first) for each in optimizers]
 
     def restore_last(self, optimizers: Sequence[Optimizer], last: object) -> None:
-        """Restore a result of `get_last`. A value from a damaged checkpoint is ignored.
+        """Restore a result of `get_last`, or ignore an invalid value, as from a damaged checkpoint.
 
         Args:
-            optimizers: The optimizers of the Trainer, in the same order.
+            optimizers: The optimizers of the Trainer, in the order of the call of `get_last`.
             last: Number of the batch in which each optimizer was last observed.
         """
         if not isinstance(last, list) or not all(isinstance(each, int) for each in last):

@@ -1,8 +1,8 @@
 """`History`: keep one metric by format, layer and step in bounded memory, for heat maps.
 
 A long run has more observed steps than a picture has columns. `History` merges neighbouring columns
-whenever the picture is full, so that a column is the mean of 1, 2, 4, … observed steps. Read this
-file after `charts`. The next file is `loggers`, which shows the heat maps.
+if there are 200 columns, so that a column is the mean of 1, 2, 4, … observed steps. Read this file
+after `charts`. The next file is `loggers`, which shows the heat maps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class History:
 
     Args:
         metric: Name of a metric that has a figure for each format.
-        most_columns: Maximum number of columns; beyond it, pairs of columns are merged.
+        most_columns: Maximum number of columns; before one more, pairs of columns are merged.
 
     Attributes:
         metric: Name of the metric.
@@ -44,7 +44,7 @@ class History:
 
         Args:
             step: The step that the figures are logged at.
-            layers: By the name of a layer, figures by ``{metric}/{format}``.
+            layers: By name of the layer, figures by ``{metric}/{format}``.
         """
         if self._is_full and len(self._columns) == self._most_columns:
             self._merge_pairs()
@@ -57,13 +57,13 @@ class History:
                 column.add(self._find_position(format, layer), figures[key])
 
     def get_means(self, format: str) -> dict[str, dict[int, float]]:
-        """Return the mean figures under a format.
+        """Return the mean figures of each layer in a format, by column.
 
         Args:
             format: Name of the format.
 
         Returns:
-            By the name of a layer, and then by the first step of a column, the mean in the column.
+            By name of the layer, and then by first step of the column, the mean in the column.
             Columns in which the layer was not observed are left out.
         """
         return {
@@ -116,8 +116,8 @@ class History:
 class _Column:
     """The means over some observed steps, one for each layer and format: a column of a heat map.
 
-    A layer and format have a position in the column. The arrays are float32, because an entry then
-    takes 4 bytes and a Python float takes 24.
+    Each pair of a layer and a format has a position in the column. The arrays are float32: an entry
+    takes 4 bytes, and a Python float would take 24.
     """
 
     def __init__(self, first_step: int) -> None:
@@ -127,7 +127,7 @@ class _Column:
         self.counts = array("f")  # NaN marks a layer that was not observed
 
     def add(self, position: int, value: float, count: float = 1) -> None:
-        """Add `count` figures with mean `value`. NaN marks an observed layer without a figure."""
+        """Add `count` figures with mean `value`; NaN for an observed layer without a figure."""
         missing = position + 1 - len(self.sums)
         if missing > 0:
             self.sums.extend([0.0] * missing)
@@ -139,7 +139,7 @@ class _Column:
             self.counts[position] += count
 
     def get_mean(self, position: int) -> float | None:
-        """Return the mean; None for a layer that was not observed, NaN if it had no figure."""
+        """Return the mean; None for a layer without an observed step, NaN without a figure."""
         if position >= len(self.counts) or math.isnan(self.counts[position]):
             return None
         count = self.counts[position]

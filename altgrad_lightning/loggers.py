@@ -1,8 +1,8 @@
 """Log numbers, pictures, histograms and verdicts with the loggers of a Trainer.
 
 Numbers go to every logger. TensorBoard and wandb also get pictures, histograms and verdicts. Each
-function has one branch per logger, and raises what the logger raises: `output`, which calls these
-functions, handles errors.
+function has a branch for each kind of logger. Errors of loggers pass to the caller, `output`, which
+handles them.
 
 Tags are ``altgrad/{key}``, with keys such as ``steps/{format}`` and ``steps/{format}/{layer}`` for
 histograms and ``verdict`` for the table of verdicts.
@@ -47,14 +47,15 @@ def can_show(loggers: Iterable[Any]) -> bool:
 
 
 def describe_runs(loggers: Iterable[Any]) -> list[dict[str, str | None]]:
-    """Describe the run as each logger knows it, for the header of a run file.
+    """Describe the run by the name, id and version that each logger has for it.
 
     Args:
         loggers: Loggers of the Trainer.
 
     Returns:
         For each logger the name of its class under ``logger``, then ``name``, ``id`` and
-        ``version`` of the run, up to 1,000 characters of each; None if the logger has none.
+        ``version`` of the run, each cut to 1,000 characters, or None if the logger has no such
+        value.
     """
     return [
         {
@@ -75,8 +76,8 @@ def log_scalars(
     Args:
         logger: A logger of the Trainer.
         step: The step to log at.
-        model: Figures of the model, by key. For MLflow these keys end in ``/model``, and characters
-            that it does not allow become ``_``.
+        model: Figures of the model, by key. For MLflow these keys get the end ``/model``, and
+            characters that MLflow does not allow become ``_``.
         others: All other numbers, by key.
     """
     if _is_mlflow(logger):
@@ -233,7 +234,7 @@ def _find_version(logger: Any) -> object:
 
 
 def _ask(question: Callable[[Any], object], logger: Any) -> str | None:
-    """Return an answer of a logger as a text; None if it has none, or raises an error."""
+    """Return a logger's answer to a question as a text; None after an error or without answer."""
     text = None
     with suppress(Exception):  # a run file is written without it
         answer = question(logger)
@@ -245,7 +246,7 @@ def _ask(question: Callable[[Any], object], logger: Any) -> str | None:
 
 
 def _clean_for_mlflow(numbers: Mapping[str, float]) -> dict[str, float]:
-    """Return numbers by keys without characters that MLflow does not allow."""
+    """Return the numbers with ``_`` in place of characters in keys that MLflow does not allow."""
     # Lightning removes these characters with a warning for each key, and then two layers may have
     # one key: lightning/pytorch/loggers/mlflow.py. Here, equal keys get a number.
     cleaned: dict[str, float] = {}
@@ -286,7 +287,7 @@ def _match_tags(prefix: str, rest: str) -> list[Any]:
 def _convert_for_tensorboard(histogram: Histogram) -> dict[str, Any]:
     """Return the arguments of ``SummaryWriter.add_histogram_raw``.
 
-    The sums take each element for the middle of its bin.
+    Sum and sum of squares are computed as if each element were in the middle of its bin.
     """
     first, counts = histogram
     filled = [k for k, count in enumerate(counts) if count]
@@ -305,7 +306,7 @@ def _convert_for_tensorboard(histogram: Histogram) -> dict[str, Any]:
 
 
 def _convert_for_numpy(histogram: Histogram) -> tuple[np.ndarray, np.ndarray]:
-    """Return the counts (bins) and the edges (bins + 1) of the bins, in log2 of the magnitude."""
+    """Return the counts, (bins,), and the edges of the bins in log2 of magnitude, (bins + 1,)."""
     import numpy as np
 
     first, counts = histogram
@@ -331,5 +332,5 @@ def _join_cells(cells: Iterable[str]) -> str:
 
 
 def _escape(text: str) -> str:
-    """Replace characters that Markdown might read as markup by HTML references."""
+    """Replace each character that Markdown might read as markup by its HTML reference."""
     return "".join(c if c.isalnum() or c in " .,:;%" else f"&#{ord(c)};" for c in text)

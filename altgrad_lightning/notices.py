@@ -1,6 +1,6 @@
 """`Notices`: warn the user of a `PrecisionMonitor`, once in a training for each notice.
 
-This file stands alone. `session` and `callback` give the notices.
+Nothing needs to be read before this file. `session` and `callback` give the notices.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class Notices:
         self._given: set[str] = set()
 
     def warn(self, notice: str) -> None:
-        """Warn ``PrecisionMonitor {notice}``, unless the same notice was given before."""
+        """Warn the user with ``PrecisionMonitor {notice}``, unless the notice was given before."""
         if notice not in self._given:
             self._given.add(notice)
             # Python remembers in this variable which warnings it has shown, and would not show them

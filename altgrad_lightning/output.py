@@ -1,7 +1,7 @@
 """`Output`: write the figures of a run to the run file and to the loggers.
 
 A destination that raises an error is left out from then on, with one notice. Read `session` first,
-which hands each record to `Output.write`. The next file is `charts`, which makes the rows of
+which passes each record to `Output.write`. The next file is `charts`, which makes the rows of
 numbers; `history` follows, and `loggers`.
 """
 
@@ -51,7 +51,7 @@ class Output:
         header: The judged formats and layers.
         settings: The arguments of `PrecisionMonitor` that concern output.
         state: The `state_dict` of the run to resume; None for a new run.
-        first_step: The step of the next charts, if `state` names no step.
+        first_step: The step at which the next figures are logged, if `state` has no last step.
         warn: Function that is called with each notice for the user.
 
     Attributes:
@@ -131,7 +131,8 @@ class Output:
     def finish(self, weights: Histogram | None) -> None:
         """Log the rows that `Charts` kept back, draw the last step, and close the run file.
 
-        `weights` is the histogram of weights by octave; without it, its picture is left out.
+        Args:
+            weights: The histogram of weights by octave; None leaves out the picture of ranges.
         """
         self._chart(self._charts.take_waiting())
         if self._drawn_step != self._last_step:
@@ -158,7 +159,7 @@ class Output:
         return charts, Judge(self._header.formats, self._header.layers)
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`; after an error nothing is restored."""
+        """Restore a result of `state_dict`, either as a whole or, after an error, nothing of it."""
         charts, judge = self._make_collectors()
         charts.load_state_dict(state["charts"])
         judge.load_state_dict(state["verdicts"])
@@ -170,7 +171,7 @@ class Output:
     # --- the run file
 
     def _open(self, folder: Path) -> None:
-        """Open a run file in a folder, which continues the file of the state if it names one."""
+        """Open a run file in a folder, which continues the run file that a restored state names."""
         # The verdicts so far count the steps up to the last one, so those lines are kept, and no
         # other. The Trainer's own count is not yet restored when training starts.
         first_step = self._last_step + 1
@@ -243,7 +244,11 @@ class Output:
         }
 
     def _measure_overhead(self, step: int, record: StepRecord, skipped: int) -> dict[str, float]:
-        """Return the time share of observing and output, and counts of elements and skips."""
+        """Return numbers about observing, by the last part of the keys ``altgrad/monitor/…``.
+
+        The numbers are the share of time for observing and output, the number of measured elements,
+        and the number of skipped steps.
+        """
         total = record.own_seconds + record.training_seconds * max(step - self._last_step, 1)
         return {
             "own_share": (record.own_seconds + self._write_seconds) / total,

@@ -1,7 +1,7 @@
 """`convert_attributes`: unpickle a `PrecisionMonitor` that an earlier version pickled.
 
 A module may hold the callback as a hyperparameter, so that checkpoints hold its pickle for years.
-Read `callback` and `settings` first, which define the attributes of today.
+Read `callback` and `settings` first, which define today's attributes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from altgrad_lightning.settings import Settings
 
 
 def convert_attributes(state: dict[str, Any]) -> dict[str, Any]:
-    """Convert the pickled attributes of version 0.1.0 to those of today.
+    """Convert the pickled attributes of version 0.1.0 to today's attributes.
 
     Version 0.1.0 kept each argument and each finding in its own attribute, and had an argument
     `compile`, which is dropped.
@@ -23,7 +23,7 @@ def convert_attributes(state: dict[str, Any]) -> dict[str, Any]:
         state: The ``__dict__`` of a pickled `PrecisionMonitor`.
 
     Returns:
-        The attributes of today; `state` itself if it has them already.
+        Today's attributes; `state` itself if it has today's attributes.
     """
     if "_result" in state:
         return state

@@ -1,7 +1,8 @@
 """`Result`: hold the findings of a training, during the training and afterwards.
 
-This file stands alone. `session` fills a `Result`, and the properties of `PrecisionMonitor` read
-it. A `Result` is plain data: it can be pickled, and keeps no module or optimizer alive.
+Nothing needs to be read before this file. `session` fills a `Result`, from which the properties of
+`PrecisionMonitor` are read. A `Result` is plain data: it can be pickled, and keeps no module or
+optimizer alive.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ class Result:
     """The results of a training so far: latest figures, verdicts, run file and state.
 
     Attributes:
-        latest: The figures of every layer at the last observed step; empty before the first.
-        latest_model: The figures of the model at the last observed step; None before the first.
-        latest_step: The step at which the latest figures were logged; None before the first.
+        latest: The figures of every layer at the last observed step; empty before that step.
+        latest_model: The figures of the model at the last observed step; None before that step.
+        latest_step: The step at which the latest figures were logged; None without figures.
         skipped: The number of steps that were due and skipped, by reason.
         path: The run file; None if no run file is written.
-        assessment: The verdicts when writing ended; None until then.
+        assessment: The verdicts at the end of writing; None while the session writes.
         state: The state for checkpoints: before the training the state to resume from, after the
             training the final state. Empty if there is no state.
     """
@@ -45,6 +46,6 @@ class Result:
 
         Args:
             step: The step at which the record is logged.
-            record: The record of a batch.
+            record: The record of a batch: the figures of its observed steps.
         """
         self.latest, self.latest_model, self.latest_step = record.layers, record.model, step

@@ -1,9 +1,9 @@
 """`Session`: observe one training, from its start to its end.
 
 The data flow one way. The Trainer steps its optimizers, and an `UpdateMonitor` turns each observed
-step into a `StepRecord`. At the end of the batch the session merges the records of the batch, notes
-them in a `Result` and writes them to an `Output`. Read `callback` first, whose hooks call the
-session. The next file is `output`.
+step into a `StepRecord`. At the end of the batch the session merges the records of the batch into
+one record, keeps it in a `Result` and writes it to an `Output`. Read `callback` first, whose hooks
+call the session. The next file is `output`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Session:
         module: The module to train.
         callback: The `PrecisionMonitor` among the Trainer's callbacks.
         settings: The arguments of the callback.
-        notices: Warns the user, once for each notice.
+        notices: The notices of this training, each of which is given once.
         result: Object in which the session keeps its latest figures, verdicts and state. The
             session resumes from `result.state`.
     """
@@ -107,7 +107,7 @@ class Session:
         return self._trainer.optimizers != self._optimizers
 
     def attach(self) -> bool:
-        """Detach from all optimizers, and attach to those that the Trainer has now.
+        """Detach from all optimizers, and attach to the current optimizers of the Trainer.
 
         Returns:
             True if at least one of the Trainer's optimizers is observed.
@@ -134,7 +134,7 @@ class Session:
         return None in reasons
 
     def finish_batch(self) -> None:
-        """Note and write the records of the batch, if a step was observed."""
+        """Keep the figures of the batch in the result, and write them, if a step was observed."""
         if self._monitor is None:
             return
         if not self._records:
@@ -158,7 +158,7 @@ class Session:
     def _describe_new_layers(
         self, output: Output, monitor: UpdateMonitor, record: StepRecord
     ) -> None:
-        """Describe layers that are stepped for the first time, such as unfrozen ones."""
+        """Pass layers, such as unfrozen layers, to the output when they are first stepped."""
         if record.layers.keys() <= self._described:
             return
         layers = Header.from_json(monitor.run_header()).layers
@@ -166,7 +166,7 @@ class Session:
         self._described.update(record.layers)
 
     def warn_about_unseen(self) -> None:
-        """Warn if no step was observed, or if layers moved that no observed step has shown."""
+        """Warn if no step was observed, or if layers moved and have no observed step."""
         monitor = self._monitor
         if monitor is None or not monitor.is_observing:
             return
@@ -211,7 +211,7 @@ class Session:
 
     @property
     def is_shared(self) -> bool:
-        """True if all ranks observe the same steps, and wait for each other."""
+        """True if all ranks observe the same steps, so that each rank waits for the other ranks."""
         return self._monitor is not None and self._monitor.is_shared
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,7 +226,7 @@ class Session:
         return {} if monitor is None else {"monitor": monitor, "output": output} | batches
 
     def warn(self, notice: str) -> None:
-        """Warn the user on the first rank; the other ranks have the same notice."""
+        """Warn the user on the first rank alone, because all ranks give the same notices."""
         if self._trainer.is_global_zero:
             self._notices.warn(notice)
 
@@ -251,7 +251,11 @@ class Session:
         self._result.state = self.state_dict()
 
     def _release_monitor(self, *, alone: bool = False) -> None:
-        """Detach the monitor, and read its state unless other ranks would have to take part."""
+        """Detach the monitor, and keep its state for checkpoints.
+
+        Args:
+            alone: If True, drop a state that only all ranks together can read.
+        """
         monitor, self._monitor = self._monitor, None
         if monitor is not None:
             monitor.detach()
@@ -267,7 +271,7 @@ class Session:
         return None
 
     def _make_monitor(self) -> UpdateMonitor:
-        """Make a monitor and restore its state; without a valid state, it begins anew."""
+        """Return a new `UpdateMonitor`, with the restored state unless the state is invalid."""
         monitor = UpdateMonitor(
             self._module,
             self._records.append,
@@ -288,7 +292,7 @@ class Session:
         return monitor
 
     def _attach_to(self, monitor: UpdateMonitor, optimizer: torch.optim.Optimizer) -> str | None:
-        """Attach the monitor; return the reason if the optimizer cannot be observed, else None."""
+        """Attach the monitor to an optimizer; if that is impossible, return the reason."""
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         try:
             monitor.attach(self._settings.find_inner(optimizer), scaler=scaler)
@@ -318,7 +322,7 @@ class Session:
     def _is_tuning(self) -> bool:
         """True while a tuner of Lightning steps the optimizers.
 
-        Tuners replace all callbacks meanwhile: lightning/pytorch/tuner/lr_finder.py and
+        A tuner replaces all callbacks while it runs: lightning/pytorch/tuner/lr_finder.py and
         batch_size_scaling.py.
         """
         now = {id(each) for each in self._trainer.callbacks}  # type: ignore[attr-defined]
@@ -335,12 +339,12 @@ class Session:
             return None
 
     def _count_weights(self) -> Histogram:
-        """Return the histogram of the weights of all layers observed so far, for pictures."""
+        """Return the histogram of log2(abs(weight)) over all layers observed so far."""
         return model_figures([*self._latest.values()]).histogram("weights")
 
 
 def _merge(records: Sequence[StepRecord]) -> StepRecord:
-    """Merge the records of a batch; a layer in several records has its figures in the last."""
+    """Merge the records of a batch: of a layer in several records, the last figures count."""
     last = records[-1]
     if len(records) == 1:
         return last

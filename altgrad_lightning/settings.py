@@ -24,7 +24,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "standard": {},
     "full": {"max_elements": None, "layer_charts": 16, "histograms": True},
 }
-"""Named sets of arguments of `PrecisionMonitor`."""
+"""Arguments of `PrecisionMonitor`, by name of the preset."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Settings:
     callback_metrics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise an error for arguments that are invalid for any module."""
+        """Raise an error for arguments that are invalid whatever the module."""
         if self.every_n_steps is not None:
             StepSchedule(self.every_n_steps)
         # UpdateMonitor checks the other arguments. Rules name layers, so they need the module.
@@ -81,10 +81,10 @@ class Settings:
             optimizer: An optimizer of the Trainer.
 
         Returns:
-            The optimizer inside; other optimizers are returned as they are.
+            The optimizer inside of a named wrapper; any other optimizer unchanged.
 
         Raises:
-            ValueError: The wrapper lacks the attribute.
+            ValueError: The wrapper lacks the attribute that `inner_optimizers` names.
         """
         kind = type(optimizer).__name__
         if kind not in self.inner_optimizers:
@@ -98,14 +98,14 @@ class Settings:
         return getattr(optimizer, attribute)
 
     def get_output_settings(self) -> OutputSettings:
-        """Return the settings that `Output` needs."""
+        """Return the settings that concern output: charts, histograms, run file and `strict`."""
         return OutputSettings(self.layer_charts, self.histograms, self.run_file, self.strict)
 
 
 def check_formats(
     formats: str | NumberFormat | Sequence[str | NumberFormat],
 ) -> tuple[NumberFormat, ...]:
-    """Look up formats by name, and check that there is at least one.
+    """Look up formats by name, and check that there is at least one format.
 
     Args:
         formats: One or more formats, or names of formats.

@@ -1,6 +1,6 @@
-"""`logged_step` and `is_due`: which batch it is, and whether it is due by its number.
+"""`logged_step`, `find_interval` and `is_due`: which batches of a Trainer are due.
 
-This file stands alone. `session` and `callback_metrics` ask it.
+Nothing needs to be read before this file. `session` and `callback_metrics` use these functions.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ def find_interval(trainer: Trainer, every_n_steps: int | None) -> int:
 
     Args:
         trainer: The Trainer.
-        every_n_steps: The argument of the callback; None for the interval at which it logs.
+        every_n_steps: The argument of the callback; None for the interval at which the Trainer
+            logs.
     """
     # A Trainer that logs at no step has 0 or None here.
     return every_n_steps or getattr(trainer, "log_every_n_steps", None) or 0
 
 
 def is_due(trainer: Trainer, every: int) -> bool:
-    """Return True if the current batch is due.
+    """Return True if the number of the current batch is due.
 
     Args:
         trainer: The Trainer.

@@ -1,9 +1,9 @@
 """Decide which ranks of a Trainer observe, and which strategies cannot be observed.
 
-- `is_idle` names the ranks that leave observing to the first one.
-- `explain_refusal` gives the reason against a strategy.
+- `is_idle` says whether a rank leaves observing to the first rank.
+- `explain_refusal` says why steps of a strategy cannot be observed.
 
-This file stands alone. `callback` asks `is_idle`, and `session` asks `explain_refusal`.
+Nothing needs to be read before this file. `callback` uses `is_idle`, `session` `explain_refusal`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ REFUSED = {
     "FSDPStrategy": "FSDP1 keeps the parameters as flat shards, which have no layers",
     "XLAStrategy": "XLA devices have no hooks around the optimizer step",
 }
-"""Reasons against strategies, by the name of the strategy's class."""
+"""Why steps of a strategy cannot be observed, by the name of the strategy's class."""
 REPLICATING = "DDPStrategy"
 """Name of the strategy with a replica of all parameters on each rank."""
 
 
 def is_idle(trainer: Trainer, module: nn.Module) -> bool:
-    """Return True if this rank leaves observing to the first rank, which has a replica.
+    """Return True if this rank leaves observing to the first rank, which has equal parameters.
 
     Args:
         trainer: The Trainer that trains.
@@ -39,7 +39,7 @@ def is_idle(trainer: Trainer, module: nn.Module) -> bool:
 
 
 def explain_refusal(trainer: Trainer) -> str | None:
-    """Return the reason why steps of the Trainer's strategy cannot be observed; None if they can.
+    """Return why steps of the Trainer's strategy cannot be observed; None if they can be.
 
     A strategy is known by the names of its classes, because `lightning` and `pytorch_lightning`
     define each strategy twice.
