@@ -10,8 +10,9 @@ reports how much of each update a format keeps. The packages build on each other
    of several ranks.
 5. `altgrad.report` writes and reads run files, and judges them.
 
-`altgrad.recipes` keeps the weights of a training run in a format. A name is imported on first use,
-so `import altgrad` alone loads no other package, not even torch.
+`altgrad.recipes` says how weights and the states of an optimizer are stored, and stores those of a
+run. A name is imported on first use, so `import altgrad` alone loads no other package, not even
+torch.
 """
 
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         measurement as measurement,
         observation as observation,
         quantization as quantization,
+        recipes as recipes,
         report as report,
     )
     from altgrad.distributed.host_group import LostRankError
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from altgrad.quantization.float_format import FloatFormat
     from altgrad.quantization.formats import get_format
     from altgrad.quantization.ops import quantize, spacing
+    from altgrad.recipes.recipe import Recipe
     from altgrad.recipes.storage import WeightStorage
 
 __all__ = [
@@ -48,6 +51,7 @@ __all__ = [
     "Histogram",
     "LostRankError",
     "OptimizerStep",
+    "Recipe",
     "SamplingRule",
     "StepObserver",
     "StepRecord",
@@ -79,7 +83,8 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "quantization.float_format": "FloatFormat",
             "quantization.formats": "get_format",
             "quantization.ops": "quantize spacing",
+            "recipes.recipe": "Recipe",
             "recipes.storage": "WeightStorage",
         },
-        submodules="measurement observation quantization report",
+        submodules="measurement observation quantization recipes report",
     )

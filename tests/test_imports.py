@@ -115,7 +115,7 @@ def test_the_lightning_package_imports_only_public_names() -> None:
 
 # --- names that are imported on first use
 
-LAZY = ("altgrad", "altgrad.quantization", "altgrad.report")
+LAZY = ("altgrad", "altgrad.quantization", "altgrad.recipes", "altgrad.report")
 
 
 def typed_names(package: str) -> dict[str, str]:

@@ -170,20 +170,19 @@ def round_in_place(
         A tensor with the dtype and shape of y, in the memory of y. Stochastic rounding, and a
         format without mantissa bits, need new memory.
     """
-    # Two divisions, and two multiplications below, instead of one by p / 2**M: this quotient is
-    # subnormal in the lowest binades of bf16, and zero where the hardware flushes subnormals.
     binade = _power_of_two_below(y).clamp_(min=grid.first_binade)
+    if grid.has_subnormals and grid.smallest >= torch.finfo(y.dtype).tiny:
+        # For M = 0 the spacing is the binade itself, which `_round_to_integer` needs.
+        spacing = binade if grid.points_per_binade == 1 else binade.mul_(1 / grid.points_per_binade)
+        return _round_to_integer(y.div_(spacing), binade, grid, rounding, generator).mul_(spacing)
+    # Two divisions and two multiplications, instead of one by the spacing: this quotient is
+    # subnormal in the lowest binades of bf16, and zero where the hardware flushes subnormals.
     points_per_binade: float | Tensor = grid.points_per_binade
     if not grid.has_subnormals:  # 0 and 2**emin are neighbours: one point per binade below 2**emin
         points_per_binade = torch.full_like(y, grid.points_per_binade)
         points_per_binade = points_per_binade.masked_fill_(y.abs() < grid.first_binade, 1.0)
     t = y.div_(binade).mul_(points_per_binade)
-    if rounding == "stochastic":
-        t = _round_stochastically(t, generator)
-    elif rounding == "nearest_even" and grid.points_per_binade == 1:
-        t = _round_to_even_code(t, binade, grid.bias)
-    else:
-        t = _ROUND_IN_PLACE[rounding](t)
+    t = _round_to_integer(t, binade, grid, rounding, generator)
     return t.mul_(1 / points_per_binade).mul_(binade)
 
 
@@ -232,6 +231,28 @@ def compute_exp2(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     """
     mantissa_bits, bias = _MANTISSA_BITS_AND_BIAS[dtype]
     return ((exponent.to(_INTEGER[dtype]) + bias) << mantissa_bits).view(dtype)
+
+
+def _round_to_integer(
+    t: Tensor, binade: Tensor, grid: Grid, rounding: Rounding, generator: torch.Generator | None
+) -> Tensor:
+    """Round t to an integer, in place where the rounding direction allows it.
+
+    Args:
+        t: Values in units of the spacing, float32 or float64, any shape.
+        binade: The largest power of two up to each value, the shape of t.
+        grid: The constants of the format.
+        rounding: The rounding direction.
+        generator: The random number generator for ``"stochastic"``.
+
+    Returns:
+        A tensor of t's dtype and shape.
+    """
+    if rounding == "stochastic":
+        return _round_stochastically(t, generator)
+    if rounding == "nearest_even" and grid.points_per_binade == 1:
+        return _round_to_even_code(t, binade, grid.bias)
+    return _ROUND_IN_PLACE[rounding](t)
 
 
 def _round_stochastically(t: Tensor, generator: torch.Generator | None) -> Tensor:

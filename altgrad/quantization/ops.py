@@ -107,7 +107,7 @@ def quantize(
         check_out(out, x, scale, get_result_dtype(x, key, scale))
     elif _is_differentiated(x):
         return _StraightThrough.apply(x, key, scale, rounding, saturate, generator)  # type: ignore[no-any-return, no-untyped-call]
-    return _quantize(x, key, scale, rounding, saturate, generator, out)
+    return quantize_checked(x, key, scale, rounding, saturate, generator, out)
 
 
 def _is_differentiated(x: Tensor) -> bool:
@@ -138,7 +138,7 @@ class _StraightThrough(torch.autograd.Function):
         saturate: bool,
         generator: torch.Generator | None,
     ) -> Tensor:
-        return _quantize(x, format_key, scale, rounding, saturate, generator, None)
+        return quantize_checked(x, format_key, scale, rounding, saturate, generator, None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
@@ -150,7 +150,7 @@ class _StraightThrough(torch.autograd.Function):
         return gradient.to(ctx.input_dtype), None, None, None, None, None
 
 
-def _quantize(
+def quantize_checked(
     x: Tensor,
     format_key: str,
     scale: float | Tensor,
@@ -159,7 +159,20 @@ def _quantize(
     generator: torch.Generator | None,
     out: Tensor | None,
 ) -> Tensor:
-    """Compute `quantize` from checked arguments, without a gradient."""
+    """Return `quantize` of checked arguments, without a gradient.
+
+    Args:
+        x: The tensor to round.
+        format_key: The `FloatFormat.key` of the format.
+        scale: The scale as `prepare_scale` returns it.
+        rounding: The rounding direction.
+        saturate: If True, ±inf and overflow become ±max.
+        generator: The random number generator for ``"stochastic"``.
+        out: The tensor to write to; None for a new one.
+
+    Returns:
+        The rounded tensor, with the dtype that `get_result_dtype` says.
+    """
     wide, divisor = _widen(x, format_key, scale)
     grid = get_grid(format_key)
     saturate = saturate or grid.overflow is None  # ±max is the only possible result
@@ -185,7 +198,7 @@ def _quantize(
     if divisor is not None:
         y = y.mul_(divisor)
     if out is None:
-        return y.to(get_result_dtype(x, format_key, scale))
+        return _convert(y, get_result_dtype(x, format_key, scale))
     return out if y is out else out.copy_(y)
 
 
@@ -326,12 +339,20 @@ def _widen(x: Tensor, format_key: str, scale: float | Tensor) -> tuple[Tensor, T
         x in float32 or float64, and the scale as a tensor of the same dtype; None for the number 1.
     """
     if isinstance(scale, Tensor):
-        at_least = torch.promote_types(x.dtype, scale.dtype)
+        same = x.dtype == scale.dtype
+        at_least = x.dtype if same else torch.promote_types(x.dtype, scale.dtype)
         dtype = get_arithmetic_dtype(at_least, format_key, scaled=True)
-        return x.to(dtype), scale.to(x.device, dtype)
+        return _convert(x, dtype), _convert(scale, dtype, x.device)
     if scale == 1:
-        return x.to(get_arithmetic_dtype(x.dtype, format_key, scaled=False)), None
+        return _convert(x, get_arithmetic_dtype(x.dtype, format_key, scaled=False)), None
     float32 = torch.finfo(torch.float32)
     at_least = x.dtype if float32.tiny <= scale <= float32.max else torch.float64
     dtype = get_arithmetic_dtype(at_least, format_key, scaled=True)
-    return x.to(dtype), torch.full((), scale, dtype=dtype, device=x.device)
+    return _convert(x, dtype), torch.full((), scale, dtype=dtype, device=x.device)
+
+
+def _convert(x: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """Return x with a dtype and device; x itself, without an operation, if it has them already."""
+    if x.dtype == dtype and (device is None or x.device == device):
+        return x  # `to` is an operation in inference mode, in which weights are stored at each step
+    return x.to(device=device, dtype=dtype)

@@ -1,5 +1,31 @@
-"""Recipes: store weights in a number format during training, rather than predict the effect.
+"""Recipes: how weights and optimizer states are stored and stepped.
 
-`storage` is the only file: `WeightStorage` stores the weights of an optimizer in a number format.
-Read `altgrad.quantization` first.
+1. `rounding` stores a tensor in a format.
+2. `stored_states` stores the states of a layer, and `storage` the weights and states of a real
+    optimizer: `WeightStorage`.
+3. `recipe` describes how a run stores and steps; `names` has the common recipes by short names.
+
+Names are imported on first use. Read `altgrad.quantization` first.
 """
+
+from typing import TYPE_CHECKING
+
+from altgrad import _lazy
+
+if TYPE_CHECKING:
+    from altgrad.recipes.names import find_default_recipes, get_recipes
+    from altgrad.recipes.recipe import Recipe
+    from altgrad.recipes.storage import WeightStorage
+
+__all__ = ["Recipe", "WeightStorage", "find_default_recipes", "get_recipes"]
+
+if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
+    __getattr__, __dir__ = _lazy.attach(
+        __name__,
+        {
+            "names": "find_default_recipes get_recipes",
+            "recipe": "Recipe",
+            "storage": "WeightStorage",
+        },
+        submodules="names recipe rounding storage stored_states",
+    )

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +26,14 @@ from altgrad.observation.optimizers import unwrap
 from altgrad.observation.parameter_names import parameter_names
 from altgrad.observation.rules import SamplingRule, resolve_layers
 from altgrad.observation.step_hooks import count_step_calls, is_hooked
-from altgrad.observation.stored import forget_stored, register_stored
-from altgrad.quantization import quantize, spacing
+from altgrad.observation.stored import Stored, forget_stored, register_stored
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.block_formats import get_formats
 from altgrad.quantization.formats import Scaling, check_scaling
 from altgrad.quantization.number_format import NumberFormat, get_applied_scaling
 from altgrad.quantization.scaling import compute_amax, compute_format_scales
-
-StorageRounding = Literal["nearest_even", "stochastic"]
-"""The ways to round stored weights."""
-Compensation = Literal["kahan"]
-"""The ways to compensate for rounding errors."""
+from altgrad.recipes.rounding import Compensation, StorageRounding, check_rounding, store_
+from altgrad.recipes.stored_states import StoredStates, expand_scales
 
 
 class WeightStorage:
@@ -65,8 +62,8 @@ class WeightStorage:
 
     Args:
         format: A `FloatFormat`, a `BlockFormat`, or a name or dtype that
-            `altgrad.quantization.get_formats` accepts. ``nvfp4`` is not supported, because its
-            scales are not powers of two.
+            `altgrad.quantization.get_formats` accepts. None for weights as they are.
+            ``nvfp4`` is not supported, because its scales are not powers of two.
         scaling: The weights that share a scale in formats of fewer than 16 bits: ``"tensor"``,
             ``"channel"`` or ``("block", size)``. None for no scale. Block formats ignore it.
         rounding: ``"nearest_even"`` or ``"stochastic"``. Stochastic rounding has the exact value as
@@ -76,6 +73,9 @@ class WeightStorage:
             the next rounding. This takes 16 bits per weight. Only with ``"nearest_even"``. Updates
             below about ``2**-(M + 10)`` of the weight, for M mantissa bits, are still lost: 8e-6 of
             the weight in bf16, 1e-4 in e4m3fn. For these only stochastic rounding helps.
+        states: The format of each state of the optimizer by its name, ``"*"`` for all others. A
+            state is stored after each step, without compensation, if it is a floating-point tensor
+            of the shape of the layer. Scales of states are taken anew at each step.
         layers: Rules for single layers. The first rule that matches the name of a layer applies.
             Its `formats`, exactly one, replaces `format`; ``enabled=False`` leaves layers as they
             are. Rules about sampling are ignored.
@@ -95,27 +95,21 @@ class WeightStorage:
 
     def __init__(
         self,
-        format: str | torch.dtype | NumberFormat,
+        format: str | torch.dtype | NumberFormat | None,
         scaling: Scaling | None = "tensor",
         *,
         rounding: StorageRounding = "nearest_even",
         compensation: Compensation | None = None,
+        states: Mapping[str, str | torch.dtype | NumberFormat] = MappingProxyType({}),
         layers: Sequence[SamplingRule] = (),
         seed: int = 0,
     ) -> None:
         if scaling is not None:
             check_scaling(scaling)
-        if rounding not in get_args(StorageRounding):
-            raise ValueError(f"rounding={rounding!r}: expected 'nearest_even' or 'stochastic'")
-        if compensation not in (None, "kahan"):
-            raise ValueError(f"compensation={compensation!r}: expected None or 'kahan'")
-        if compensation is not None and rounding == "stochastic":
-            raise ValueError(
-                "rounding='stochastic' and compensation='kahan': expected only one of them, "
-                "because rounding a kept error at random would move weights that have no update; "
-                "use compensation=None or rounding='nearest_even'"
-            )
-        self._format = _one_format((format,))
+        check_rounding(rounding, compensation)
+        self._format = None if format is None else _one_format((format,))
+        self._state_formats = {name: _one_format((each,)) for name, each in states.items()}
+        self._states: dict[Tensor, StoredStates] = {}
         for rule in layers:
             if rule.formats:
                 _one_format(rule.formats)
@@ -173,25 +167,31 @@ class WeightStorage:
             self._rules,
             every_n_steps=1,
             max_elements=None,
-            formats=(self._format.name,),
+            formats=() if self._format is None else (self._format.name,),
         )
         layers: dict[Tensor, _Layer] = {}
+        states: dict[Tensor, StoredStates] = {}
         for parameter, name in names.items():
             layer = found[name]
             if layer.enabled and layer.formats:
                 has_rule_format = layer.rule is not None and layer.rule.formats is not None
                 format = _one_format(layer.formats) if has_rule_format else self._format
+                assert format is not None
                 layers[parameter] = self._layer(name, parameter, format)
+            if layer.enabled and self._state_formats:
+                _check_is_whole(name, parameter)
+                states[parameter] = StoredStates(name, self._state_formats, self.scaling)
         self._warn_about_unknown({layer.name for layer in layers.values()})
-        self._layers, self._loaded = layers, {}
+        self._layers, self._states, self._loaded = layers, states, {}
         self._seen = {*names}
         # All checks have passed, so that an error leaves every weight unchanged.
         for each in layers.values():
             each.store_first()
         for optimizer in unwrapped:
+            for parameter, kept in states.items():
+                kept.store(parameter, optimizer.state.get(parameter, {}), "nearest_even", None)
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
-            stored = {parameter: layer.element for parameter, layer in layers.items()}
-            register_stored(optimizer, self, stored)
+            register_stored(optimizer, self, {p: self._describe(p) for p in {**layers, **states}})
         return self
 
     def detach(self) -> None:
@@ -293,6 +293,18 @@ class WeightStorage:
             layer.load_state_dict(state)
         return layer
 
+    def _describe(self, parameter: Tensor) -> Stored:
+        """Return how a parameter and its states are stored."""
+        layer, states = self._layers.get(parameter), self._states.get(parameter)
+        return Stored(
+            None if layer is None else layer.element,
+            self._rounding,
+            None if layer is None else self._compensation,
+            lambda: None if layer is None else layer.expand_scales(),
+            lambda: None if layer is None else layer.lost,
+            {} if states is None else states.stored,
+        )
+
     def _warn_about_unknown(self, names: set[str]) -> None:
         """Warn about layers of a loaded state that are not among the stored layers."""
         if unknown := [name for name in self._loaded if name not in names]:
@@ -310,17 +322,20 @@ class WeightStorage:
         return self._generators[str(device)]
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Round the weights after a step of an optimizer, as its hook."""
+        """Round weights and states after a step of an optimizer, as its hook."""
         if count_step_calls(optimizer) > 1:
             return  # a super().step() within a step, which may still change the weights
         for group in optimizer.param_groups:
             for parameter in group["params"]:
+                generator = None
+                if self._rounding == "stochastic":
+                    generator = self._generator(parameter.device)
                 if parameter in self._layers:
-                    generator = None
-                    if self._rounding == "stochastic":
-                        generator = self._generator(parameter.device)
                     self._layers[parameter].store(self._rounding, generator)
-                elif parameter not in self._seen:
+                if parameter in self._states:
+                    states = optimizer.state.get(parameter, {})
+                    self._states[parameter].store(parameter, states, self._rounding, generator)
+                if parameter not in self._seen:
                     self._warn_about_late(parameter)
 
     def _warn_about_late(self, parameter: Tensor) -> None:
@@ -350,19 +365,19 @@ class _Layer:
         self.element = format.element
         self._scaling = get_applied_scaling(format, scaling)
         self._scales: Tensor | None = None  # 0 where all weights have been 0
-        self._lost: Tensor | None = None
+        self.lost: Tensor | None = None
         if compensation is not None:
             # bf16 has the exponent range of float32, so that small errors do not become 0.
-            self._lost = torch.zeros_like(parameter, dtype=torch.bfloat16, requires_grad=False)
+            self.lost = torch.zeros_like(parameter, dtype=torch.bfloat16, requires_grad=False)
 
     @torch.no_grad()
     def store_first(self) -> None:
         """Round the weights to nearest. Weights on the grid, as in a resumed run, do not change."""
         weights = self._parameter.detach()
-        stored = self._rounded(weights, self._update_scales(weights), "nearest_even", None)
-        if self._lost is not None:
-            self._lost += (weights - stored).nan_to_num(0.0)  # inf − inf is NaN
-        self._parameter.copy_(stored)
+        before = weights.clone()
+        store_(weights, self.element, self._update_scales(weights))
+        if self.lost is not None:
+            self.lost += (before - weights).nan_to_num(0.0)  # inf − inf is NaN
 
     @torch.no_grad()
     def store(self, rounding: StorageRounding, generator: torch.Generator | None) -> None:
@@ -372,17 +387,10 @@ class _Layer:
             rounding: The way to round.
             generator: The random number generator for ``"stochastic"``, on the device of the layer.
         """
-        wanted = self._parameter.detach()
-        if self._lost is not None:
-            wanted = wanted + self._lost.to(wanted.dtype)
+        weights = self._parameter.detach()
+        wanted = weights if self.lost is None else weights + self.lost.to(weights.dtype)
         scale = self._update_scales(wanted)
-        stored = self._rounded(wanted, scale, rounding, generator)
-        if self._lost is not None:
-            # Rounding loses at most one spacing. Clamping loses more beyond the largest value, and
-            # keeping all of it would hold a weight there long after its updates have turned back.
-            most = spacing(stored, self.element, scale)
-            self._lost.copy_(torch.clamp(wanted - stored, -most, most).nan_to_num(0.0))
-        self._parameter.copy_(stored)
+        store_(weights, self.element, scale, rounding=rounding, generator=generator, lost=self.lost)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the layer, as described in `WeightStorage.state_dict`."""
@@ -390,7 +398,7 @@ class _Layer:
             "format": self.format.name,
             "scaling": self._scaling,
             "scales": self._scales,
-            "lost": None if self._lost is None else self._lost.clone(),
+            "lost": None if self.lost is None else self.lost.clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -415,8 +423,8 @@ class _Layer:
         if scaling is not None and scaling == state["scaling"] and scales is not None:
             needed = self._needed_scales(self._parameter.detach(), scaling)
             self._scales = self._check_shape(scales, needed.shape, "scales")
-        if state["lost"] is not None and self._lost is not None:
-            self._lost.copy_(self._check_shape(state["lost"], self._lost.shape, "rounding errors"))
+        if state["lost"] is not None and self.lost is not None:
+            self.lost.copy_(self._check_shape(state["lost"], self.lost.shape, "rounding errors"))
 
     def _check_shape(self, loaded: Tensor, shape: torch.Size, what: str) -> Tensor:
         """Return a loaded tensor on the device of the layer.
@@ -439,34 +447,25 @@ class _Layer:
             )
         return loaded.to(self._parameter.device)
 
-    def _rounded(
-        self,
-        weights: Tensor,
-        scale: float | Tensor,
-        rounding: StorageRounding,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        """Return the finite weights rounded to the format; NaN and ±inf stay."""
-        rounded = quantize(weights, self.element, scale, rounding=rounding, generator=generator)
-        return torch.where(weights.isfinite(), rounded, weights)
-
-    def _update_scales(self, weights: Tensor) -> float | Tensor:
+    def _update_scales(self, weights: Tensor) -> Tensor | None:
         """Raise the kept scales as far as weights need it, and return the scale of each weight.
 
         Returns:
-            1.0 without scaling, otherwise a tensor that broadcasts to the shape of the weights.
+            None without scaling, otherwise a tensor that broadcasts to the shape of the weights.
         """
-        if self._scaling is None:
-            return 1.0
-        needed = self._needed_scales(weights, self._scaling)
-        # All scales are powers of two, so that a weight on the grid stays on the grid or is a tie
-        # after its scale has grown.
-        self._scales = needed if self._scales is None else torch.maximum(self._scales, needed)
+        if self._scaling is not None:
+            needed = self._needed_scales(weights, self._scaling)
+            # All scales are powers of two, so that a weight on the grid stays on the grid or is a
+            # tie after its scale has grown.
+            self._scales = needed if self._scales is None else torch.maximum(self._scales, needed)
+        return self.expand_scales()
+
+    def expand_scales(self) -> Tensor | None:
+        """Return the scale of each weight, 1 where all weights have been 0; None without scales."""
+        if self._scaling is None or self._scales is None:
+            return None
         scales = torch.where(self._scales == 0, 1.0, self._scales)
-        if isinstance(self._scaling, str) or not weights.dim():
-            return scales
-        size = max(min(self._scaling[1], weights.shape[-1]), 1)
-        return scales.repeat_interleave(size, dim=-1)[..., : weights.shape[-1]]
+        return expand_scales(scales, self._parameter.shape, self._scaling)
 
     def _needed_scales(self, weights: Tensor, scaling: Scaling) -> Tensor:
         """Return the smallest scales that fit the weights, float64; 0 where all weights are 0."""
@@ -511,12 +510,8 @@ def _named_parameters(optimizer: Optimizer) -> list[tuple[str | None, Tensor]]:
 
 def _check_can_be_stored(name: str, parameter: Tensor, format: NumberFormat) -> None:
     """Raise ValueError if a parameter cannot be stored in a format."""
+    _check_is_whole(name, parameter)
     leave_out = f"exclude the layer with SamplingRule({name!r}, enabled=False)"
-    if is_sharded(parameter):
-        raise ValueError(
-            f"{name} is sharded, and scales of a local shard differ from those of the layer: "
-            f"expected a parameter that is not sharded; {leave_out}"
-        )
     if parameter.dtype not in INPUT_DTYPES:
         raise ValueError(
             f"{name} has dtype {parameter.dtype}; expected float16, bfloat16, float32 or float64: "
@@ -526,4 +521,14 @@ def _check_can_be_stored(name: str, parameter: Tensor, format: NumberFormat) -> 
         raise ValueError(
             f"{name} has dtype {parameter.dtype}, which is not finer than {format.name}: expected "
             f"float32; convert the weights, or {leave_out}"
+        )
+
+
+def _check_is_whole(name: str, parameter: Tensor) -> None:
+    """Raise ValueError if a parameter is sharded."""
+    if is_sharded(parameter):
+        raise ValueError(
+            f"{name} is sharded, and scales of a local shard differ from those of the layer: "
+            "expected a parameter that is not sharded; exclude the layer with "
+            f"SamplingRule({name!r}, enabled=False)"
         )

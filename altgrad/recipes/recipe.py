@@ -1,0 +1,308 @@
+"""`Recipe`: how weights and optimizer states are stored and stepped.
+
+A twin runs a recipe on a sample of each layer; `Recipe.attach` applies it to a whole model, by a
+`WeightStorage`. Read `storage` first; `names` has the common recipes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from altgrad._messages import check_type
+from altgrad.observation.rules import SamplingRule
+from altgrad.quantization.block_formats import get_formats
+from altgrad.quantization.formats import Scaling
+from altgrad.quantization.number_format import NumberFormat
+from altgrad.recipes.rounding import Compensation, StorageRounding, check_rounding
+from altgrad.recipes.storage import WeightStorage
+
+OptimizerFactory = Callable[[list[nn.Parameter], dict[str, Any]], Optimizer]
+"""A function of parameters and of the run's parameter group without them: a new optimizer."""
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ADAM_STATES = frozenset({"exp_avg", "exp_avg_sq"})
+_KAHAN_BITS = 16
+_SCALE_BITS = 8  # e8m0 and E4M3, the scales of blocks, are numbers of 8 bits
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A description of how weights and optimizer states are stored and stepped.
+
+    Two recipes are equal if all their fields are. A recipe without `optimizer` can be pickled, and
+    is written in YAML with names: ``weights: bf16``, ``dtype: bfloat16``.
+
+    Attributes:
+        name: The name in log keys: letters, digits, ``-`` and ``_``.
+        weights: The format of the weights, a name or dtype that `altgrad.quantization.get_formats`
+            accepts; a `NumberFormat` afterwards. None for weights as they are.
+        rounding: The way to round weights and states: ``"nearest_even"`` or ``"stochastic"``.
+        compensation: ``"kahan"`` keeps the rounding error of each weight in bf16.
+        states: The format of each state of the optimizer, by its name. The name ``"*"`` stands for
+            all other floating-point states of the shape of the parameter.
+        dtype: The dtype of the tensors that the run's own class of optimizer steps, as after
+            ``model.to(dtype)``; a torch dtype or its name. None for float32, and for float64 in a
+            run in float64.
+        optimizer: A function that makes an optimizer of any other class. It takes the parameters
+            and the run's parameter group without them. YAML needs its import path, and the function
+            an annotation ``-> torch.optim.Optimizer``.
+        fused: If True, the fused implementation of the run's class steps the tensors.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A field is invalid, or two contradict each other. Formats whose scales are not
+            powers of two, such as ``nvfp4``, are invalid: each change of a scale would round all
+            elements again.
+
+    Examples:
+        >>> from altgrad import Recipe
+        >>> recipe = Recipe("small-v", weights="bf16", states={"exp_avg_sq": "e5m2"})
+        >>> recipe.weights.name, recipe.bytes_per_parameter  # 2 + 4 for exp_avg + 1
+        ('bf16', 7.0)
+    """
+
+    name: str
+    weights: str | torch.dtype | NumberFormat | None = None
+    rounding: StorageRounding = "nearest_even"
+    compensation: Compensation | None = None
+    states: Mapping[str, str | torch.dtype | NumberFormat] = field(default_factory=dict)
+    dtype: str | torch.dtype | None = None
+    optimizer: OptimizerFactory | None = None
+    fused: bool = False
+
+    def __post_init__(self) -> None:
+        check_type("name", self.name, str)
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise ValueError(
+                f"name={self.name!r}: expected letters, digits, '-' and '_', because log keys such "
+                "as progress_kept/bf16-sr contain the name; rename the recipe"
+            )
+        check_rounding(self.rounding, self.compensation)
+        check_type("states", self.states, Mapping)
+        check_type("fused", self.fused, bool)
+        if self.optimizer is not None and not callable(self.optimizer):
+            raise TypeError(
+                f"optimizer={self.optimizer!r}: expected a function of parameters and their group "
+                "that returns an optimizer, or None"
+            )
+        weights = None if self.weights is None else _get_format("weights", self.weights)
+        states = {
+            _get_state_name(name): _get_format(f"states[{name!r}]", format)
+            for name, format in self.states.items()
+        }
+        # A frozen dataclass sets its fields through object.__setattr__.
+        object.__setattr__(self, "weights", weights)
+        object.__setattr__(self, "states", MappingProxyType(states))
+        object.__setattr__(self, "dtype", None if self.dtype is None else _get_dtype(self.dtype))
+        self._check_together()
+
+    def __hash__(self) -> int:
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return hash((*(values | {"states": frozenset(self.states.items())}).values(),))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A read-only view of a dict cannot be pickled.
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return type(self), (*(values | {"states": dict(self.states)}).values(),)
+
+    @property
+    def weights_format(self) -> NumberFormat | None:
+        """The format of the weights, with its type; None for weights as they are."""
+        assert self.weights is None or isinstance(self.weights, NumberFormat)
+        return self.weights
+
+    @property
+    def state_formats(self) -> Mapping[str, NumberFormat]:
+        """The format of each state by its name, or by ``"*"``, with its type."""
+        return self.states  # type: ignore[return-value]  # names have become formats
+
+    @property
+    def tensor_dtype(self) -> torch.dtype | None:
+        """The dtype of the tensors that the run's class of optimizer steps, with its type."""
+        assert not isinstance(self.dtype, str)
+        return self.dtype
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """The number of bytes per weight for the weight, its rounding error, and its states.
+
+        - A weight or state takes the bits of its format, or else of `dtype`, or else 32. A block
+          format adds the 8 bits of a scale to each block; scales of larger groups are not counted.
+        - A rounding error takes 16 bits.
+        - The states are those of Adam, ``exp_avg`` and ``exp_avg_sq``. If `states` has another name
+          than these two and ``"*"``, the states are those that it names.
+
+        Gradients, buffers and step counters are left out.
+        """
+        states = self.state_formats
+        named = {*states} - {"*"}
+        names = named if named - _ADAM_STATES else _ADAM_STATES
+        bits = self._count_bits(self.weights_format) + _KAHAN_BITS * (self.compensation is not None)
+        bits += sum(self._count_bits(states.get(name, states.get("*"))) for name in names)
+        return bits / 8
+
+    @property
+    def needs_blocks(self) -> int | None:
+        """The number of elements that every block size of the recipe divides; None without blocks.
+
+        A block size is that of a `BlockFormat` of the weights or of a state.
+        """
+        formats = (self.weights_format, *self.state_formats.values())
+        sizes = [each.block_size for each in formats if each is not None]
+        blocks = [size for size in sizes if size is not None]
+        return math.lcm(*blocks) if blocks else None
+
+    @property
+    def only_weights(self) -> bool:
+        """True if the recipe says only how weights are stored.
+
+        Such a recipe needs no optimizer: it can be fed with the updates of the run.
+        """
+        return not self.states and self.dtype is None and self.optimizer is None and not self.fused
+
+    def attach(
+        self,
+        *optimizers: Any,
+        module: nn.Module | None = None,
+        scaling: Scaling | None = "tensor",
+        layers: Sequence[SamplingRule] = (),
+        seed: int = 0,
+    ) -> WeightStorage:
+        """Store the weights and states of optimizers as the recipe says, now and after each step.
+
+        Args:
+            optimizers: One or several optimizers, as in `WeightStorage.attach`.
+            module: The module with the names of the layers.
+            scaling: The weights that share a scale, as in `WeightStorage`.
+            layers: Rules for single layers, as in `WeightStorage`.
+            seed: The seed of stochastic rounding.
+
+        Returns:
+            The attached storage, a context manager that detaches on exit. Its `state_dict` is what
+            a resumed run needs.
+
+        Raises:
+            TypeError: An argument is not an optimizer.
+            ValueError: The recipe needs other tensors or another optimizer, or a layer cannot be
+                stored.
+            RuntimeError: An optimizer is observed already.
+        """
+        remedies = {
+            "optimizer": "create that optimizer for the parameters of the model",
+            "dtype": f"call model.to({self.dtype}) before you create the optimizer",
+            "fused": "create the optimizer with fused=True",
+        }
+        for argument, remedy in remedies.items():
+            if getattr(self, argument):
+                value = getattr(self, argument)
+                raise ValueError(
+                    f"the recipe {self.name!r} has {argument}={value!r}: expected a recipe of "
+                    f"formats, because an existing optimizer cannot be changed; do {remedy}"
+                )
+        storage = WeightStorage(
+            self.weights,
+            scaling,
+            rounding=self.rounding,
+            compensation=self.compensation,
+            states=self.states,
+            layers=layers,
+            seed=seed,
+        )
+        return storage.attach(*optimizers, module=module)
+
+    def _count_bits(self, format: NumberFormat | None) -> float:
+        """Return the number of bits of an element in a format; in `dtype` or float32 for None."""
+        if format is not None:
+            shared = 0.0 if format.block_size is None else _SCALE_BITS / format.block_size
+            return format.element.bits + shared
+        return 8 * (self.tensor_dtype or torch.float32).itemsize
+
+    def _check_together(self) -> None:
+        """Raise ValueError if two fields contradict each other."""
+        weights, states = self.weights_format, self.state_formats
+        if weights is None and self.compensation is not None:
+            raise ValueError(
+                f"compensation={self.compensation!r} without weights=: expected a format of the "
+                "weights, whose rounding errors are kept; do add weights='bf16', for example"
+            )
+        if weights is None and not states and self.rounding != "nearest_even":
+            raise ValueError(
+                f"rounding={self.rounding!r} without weights= and states=: expected a format to "
+                "round to; do add weights='bf16', for example"
+            )
+        if self.optimizer is not None and self.fused:
+            raise ValueError(
+                "fused=True and optimizer=…: expected only one of them; let the function make a "
+                "fused optimizer"
+            )
+        dtype = self.tensor_dtype
+        formats = {"weights": weights} | {
+            f"states[{name!r}]": each for name, each in states.items()
+        }
+        for name, format in formats.items():
+            if format is not None and not format.is_coarser_than(dtype or torch.float64):
+                raise ValueError(
+                    f"{name}={format.name!r} and dtype={dtype}: expected a format with fewer "
+                    "significant bits than the dtype; leave out one of them"
+                )
+
+
+def _get_format(argument: str, format: str | torch.dtype | NumberFormat) -> NumberFormat:
+    """Return a format with this name.
+
+    Raises:
+        TypeError: The argument is neither a name nor a dtype nor a format.
+        ValueError: The name is unknown, or the scales of the format are not powers of two.
+    """
+    if not isinstance(format, (str, torch.dtype, NumberFormat)):
+        raise TypeError(
+            f"{argument}={format!r}: expected a format's name, a torch dtype or a format, got "
+            f"{type(format).__name__}"
+        )
+    try:
+        (found,) = get_formats(format)
+    except ValueError as error:
+        raise ValueError(f"{argument}={format!r}: {error}") from None
+    if not found.power_of_two:
+        raise ValueError(
+            f"{argument}={found.name!r} has scales that are not powers of two, so that each change "
+            "of a scale would round all elements again: expected 'mxfp4', or another format whose "
+            "scales are powers of two"
+        )
+    return found
+
+
+def _get_state_name(name: object) -> str:
+    """Return the name of a state, or raise an error if it is none."""
+    if not isinstance(name, str) or not name:
+        raise TypeError(
+            f"states has the key {name!r}: expected the name of a state, such as 'exp_avg_sq', or "
+            "'*' for all others"
+        )
+    return name
+
+
+def _get_dtype(dtype: object) -> torch.dtype:
+    """Return a dtype by its name.
+
+    Raises:
+        ValueError: The dtype has no arithmetic, or there is no dtype of this name.
+    """
+    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+    found = getattr(torch, name, None) if isinstance(name, str) else name
+    for each in _DTYPES:
+        if found is each:
+            return each
+    raise ValueError(
+        f"dtype={dtype!r}: expected 'float16', 'bfloat16', 'float32' or 'float64'; use weights= "
+        "for a format that torch does not compute in"
+    )

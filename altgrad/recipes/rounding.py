@@ -1,0 +1,96 @@
+"""`store_`: the one way in which a recipe stores a tensor in a format.
+
+`storage` applies it to the weights of a run, and twins apply it to samples of them: what is
+predicted and what is confirmed are rounded by the same code. Read `altgrad.quantization.ops` first.
+`recipe` and `storage` come next.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from altgrad.quantization.float_format import FloatFormat
+from altgrad.quantization.ops import quantize_checked
+
+StorageRounding: TypeAlias = Literal["nearest_even", "stochastic"]
+"""The ways to round stored weights and states."""
+Compensation: TypeAlias = Literal["kahan"]
+"""The ways to compensate for rounding errors."""
+
+
+@torch.inference_mode()  # under no_grad, each view of the exponent bits is two operations
+def store_(
+    weights: Tensor,
+    element: FloatFormat,
+    scale: float | Tensor | None,
+    *,
+    rounding: StorageRounding = "nearest_even",
+    generator: torch.Generator | None = None,
+    lost: Tensor | None = None,
+) -> None:
+    """Round a tensor to a format, in place.
+
+    A value beyond the largest value of the format becomes the largest value. NaN and ±inf stay.
+
+    Args:
+        weights: float16, bfloat16, float32 or float64, any shape, finer than the format.
+        element: The format of a single element.
+        scale: A positive number, or a tensor of positive numbers that broadcasts to the shape of
+            the weights. None for no scale. The arithmetic is float64 if the tensor is.
+        rounding: The way to round.
+        generator: The random number generator for ``"stochastic"``, on the device of the weights.
+        lost: The rounding errors that Kahan summation keeps, bfloat16, the shape of the weights.
+            They are added before the weights are rounded, and overwritten.
+    """
+    if lost is not None:
+        weights.add_(lost.to(weights.dtype))
+    divisor = 1.0 if scale is None else scale
+    # Checks would cost operations in each step; `quantize` turns ±inf into the largest value.
+    rounded = quantize_checked(weights, element.key, divisor, rounding, True, generator, None)
+    is_inf = weights.isinf()
+    if lost is not None:
+        rounded = torch.where(is_inf, weights, rounded)
+        lost.copy_(_limit(weights - rounded, element, scale).nan_to_num_(0.0))  # inf − inf is NaN
+        weights.copy_(rounded)
+    elif rounded.dtype == weights.dtype:
+        torch.where(is_inf, weights, rounded, out=weights)
+    else:
+        weights.copy_(torch.where(is_inf, weights, rounded))
+
+
+def check_rounding(rounding: object, compensation: object) -> None:
+    """Raise ValueError unless weights can be stored in this way.
+
+    Args:
+        rounding: A `StorageRounding`.
+        compensation: A `Compensation` or None.
+
+    Raises:
+        ValueError: An argument has another value, or one contradicts the other.
+    """
+    if rounding not in get_args(StorageRounding):
+        raise ValueError(f"rounding={rounding!r}: expected 'nearest_even' or 'stochastic'")
+    if compensation not in (None, *get_args(Compensation)):
+        raise ValueError(f"compensation={compensation!r}: expected None or 'kahan'")
+    if compensation is not None and rounding == "stochastic":
+        raise ValueError(
+            "rounding='stochastic' and compensation='kahan': expected only one of them, "
+            "because rounding a kept error at random would move weights that have no update; "
+            "use compensation=None or rounding='nearest_even'"
+        )
+
+
+def _limit(errors: Tensor, element: FloatFormat, scale: float | Tensor | None) -> Tensor:
+    """Return errors clamped to the largest spacing of a format.
+
+    Rounding to nearest loses at most half a spacing. Clamping loses more beyond the largest value,
+    and keeping all of it would hold a weight there long after its updates have turned back.
+    """
+    most: Any = math.ldexp(1.0, element.emax - element.mantissa_bits)
+    if scale is not None:
+        most = most * scale
+    return errors.clamp_(-most, most)
