@@ -1,0 +1,177 @@
+"""The optimizer's state of a flat parameter, made from that of layers or of another flat parameter.
+
+`take_state` gathers the sampled elements of the state of layers. `split_state` takes some elements
+out of the state of a flat parameter, for layers that go apart. Both need each tensor of a state to
+hold one number per element, or one number at all. `layout` says what is flat; `twin` comes next.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from altgrad._messages import format_count
+
+COUNTERS = {"step", "eta", "mu", "mu_product"}
+"""Names of the states of torch.optim that are one number for all elements.
+
+Only for layers of one element are they needed, where shapes tell nothing.
+"""
+
+
+class NotElementwiseError(ValueError):
+    """An error that says which state does not hold one number per element."""
+
+
+def take_state(
+    states: Sequence[Mapping[str, Any]],
+    shapes: Sequence[torch.Size],
+    indices: Sequence[Tensor],
+    length: int,
+    *,
+    dtype: torch.dtype,
+    real_dtype: torch.dtype,
+    shape: torch.Size | None = None,
+) -> dict[str, Any]:
+    """Return the state of a flat parameter that holds the sampled elements of some layers.
+
+    Tensors of the shape of their layer are gathered. What is alike for all elements, such as the
+    number of steps, is copied from the first layer.
+
+    Args:
+        states: The state of each layer, by name.
+        shapes: The shape of each layer.
+        indices: The sampled elements of each layer, flat indices, int64 (elements).
+        length: Number of elements of the flat parameter, with padding. States are 0 there.
+        dtype: The dtype of the flat parameter, which its states in `real_dtype` get, too.
+        real_dtype: The dtype of the layers.
+        shape: Shape of the parameter if it is that of its only layer; None for a flat one.
+
+    Returns:
+        The state by name; no tensor shares memory with those in `states`.
+
+    Raises:
+        NotElementwiseError: A state has another shape than its layer, is a tensor of a class of its
+            own, or is missing in some of the layers.
+    """
+    taken: dict[str, Any] = {}
+    for name in dict.fromkeys(name for state in states for name in state):
+        values = [state[name] for state in states if name in state]
+        if len(values) < len(states) or len(set(map(type, values))) > 1:
+            raise NotElementwiseError(
+                f"state[{name!r}] is kept for {len(values)} of "
+                f"{format_count(len(states), 'layer')}, or in several types: expected the same "
+                "states for layers that are stepped alike"
+            )
+        if _is_elementwise(name, values, shapes):
+            flat = torch.cat([_take(*each) for each in zip(values, indices, strict=True)])
+            if flat.dtype == real_dtype:
+                flat = flat.to(dtype)
+            taken[name] = _shape(flat, length, shape)
+        else:
+            taken[name] = _copy_shared(name, values[0], shapes[0])
+    return taken
+
+
+def split_state(
+    state: Mapping[str, Any], positions: Tensor, length: int, shape: torch.Size | None = None
+) -> dict[str, Any]:
+    """Return the state of a parameter that holds some elements of another flat parameter.
+
+    Args:
+        state: The state of the other parameter, by name.
+        positions: The elements, flat indices, int64 (elements).
+        length: Number of elements of the new parameter, with padding. States are 0 there.
+        shape: Shape of the new parameter; None for a flat one.
+
+    Returns:
+        The state by name; no tensor shares memory with those in `state`.
+
+    Raises:
+        NotElementwiseError: A state does not hold one number per element, and the new parameter is
+            not the other one again.
+    """
+    sizes = {each.numel() for each in _find_tensors([*state.values()])} - {1}
+    if not _can_index(state, sizes, positions):
+        order = torch.arange(len(positions), device=positions.device)
+        if length == max(sizes) and torch.equal(positions, order):
+            return {name: _copy(value) for name, value in state.items()}  # nothing goes apart
+        raise NotElementwiseError(
+            f"states of {', '.join(state)} do not hold one number per element of the parameter: "
+            "expected that they do, so that layers which are no longer stepped alike can go apart"
+        )
+    parts: dict[str, Any] = {}
+    for name, value in state.items():
+        if _is_plain_tensor(value) and value.numel() > 1:
+            parts[name] = _shape(_take(value, positions), length, shape)
+        else:
+            parts[name] = _copy_shared(name, value, torch.Size([length]))
+    return parts
+
+
+def _is_elementwise(name: str, values: Sequence[Any], shapes: Sequence[torch.Size]) -> bool:
+    """Return True if a state holds one number per element of each layer."""
+    if name in COUNTERS and all(shape.numel() == 1 for shape in shapes):
+        return False
+    each = zip(values, shapes, strict=True)
+    return all(_is_plain_tensor(value) and value.shape == shape for value, shape in each)
+
+
+def _is_plain_tensor(value: object) -> bool:
+    """Return True for a tensor whose elements can be indexed, unlike quantised or sparse ones."""
+    return type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided  # type: ignore[attr-defined]
+
+
+def _can_index(state: Mapping[str, Any], sizes: set[int], positions: Tensor) -> bool:
+    """Return True if each state of some size in `sizes` has one number per element."""
+    if not sizes or not len(positions):
+        return True
+    large = [value for value in state.values() if any(e.numel() > 1 for e in _find_tensors(value))]
+    # An index out of range would end the process on some devices.
+    return (
+        len(sizes) == 1 and all(map(_is_plain_tensor, large)) and int(positions.max()) < max(sizes)
+    )
+
+
+def _take(value: Tensor, indices: Tensor) -> Tensor:
+    return torch.take(value.detach(), indices.to(value.device))
+
+
+def _shape(flat: Tensor, length: int, shape: torch.Size | None) -> Tensor:
+    padded = torch.nn.functional.pad(flat, (0, length - len(flat)))
+    return padded if shape is None else padded.view(shape)
+
+
+def _copy_shared(name: str, value: Any, shape: torch.Size) -> Any:
+    """Return a copy of a state that is alike for all elements of a layer.
+
+    Raises:
+        NotElementwiseError: The state is a tensor with more than one number, or contains one.
+    """
+    for each in _find_tensors(value):
+        if each.numel() > 1 or not _is_plain_tensor(each):
+            kind = "" if _is_plain_tensor(each) else f" is a {type(each).__name__}, and"
+            raise NotElementwiseError(
+                f"state[{name!r}]{kind} has shape {tuple(each.shape)} for a parameter of shape "
+                f"{tuple(shape)}: expected one number per element, or one number"
+            )
+    return _copy(value)
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+def _find_tensors(value: object) -> Iterator[Tensor]:
+    """Yield the tensors of a state, also those in lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _find_tensors(each)
+    elif isinstance(value, dict):
+        yield from _find_tensors([*value.values()])

@@ -1,0 +1,147 @@
+"""Find the hyperparameters that were changed from outside since the last step, for twins to follow.
+
+Schedulers and users change the groups of an optimizer between steps, and twins must follow. Some
+optimizers change their own groups within a step, such as the `k` of schedule-free ones. A twin's
+own step does that, so such a change is never copied. Read `optimizer_copy` first; `twin` comes
+next and applies the changes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from altgrad.recipes.optimizer_copy import NO_HYPERPARAMETERS, copy_value
+
+Changes: TypeAlias = Mapping[int, Mapping[str, Any]]
+"""New values of hyperparameters by key, for each group of an optimizer that has some."""
+
+_PLAIN = {float, int, bool, str, type(None)}
+"""Types whose values cannot be changed in place."""
+
+
+class HyperparameterFollower:
+    """A follower of the hyperparameters of one optimizer.
+
+    Tensors are compared by identity and by the version that torch counts, so that no comparison
+    waits for a device. A write through ``.data`` is therefore missed.
+
+    Args:
+        optimizer: The optimizer, to which a weak reference is kept.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._marks: list[dict[str, object]] = []
+        self.remember()
+
+    def remember(self) -> None:
+        """Remember the hyperparameters as they are at the end of a step."""
+        self._marks = [
+            {key: value if type(value) in _PLAIN else _mark(value) for key, value in group.items()}
+            for group in map(_without_parameters, self._get_groups())
+        ]
+
+    def find_changes(self) -> Changes:
+        """Return the hyperparameters that differ from those remembered.
+
+        Returns:
+            Copies of the new values by key, for each group with a change. A group that is new has
+            all its keys.
+        """
+        changes = {}
+        for number, group in enumerate(map(_without_parameters, self._get_groups())):
+            marks = self._marks[number] if number < len(self._marks) else {}
+            changed = {
+                key: copy_value(value)
+                for key, value in group.items()
+                if key not in marks or not _is_same(marks[key], value)
+            }
+            if changed:
+                changes[number] = changed
+        return changes
+
+    def _get_groups(self) -> list[dict[str, Any]]:
+        optimizer = self._optimizer()
+        assert optimizer is not None, "whoever steps an optimizer holds it"
+        return optimizer.param_groups
+
+
+def apply_changes(changes: Changes, twin: Optimizer, numbers: Sequence[int]) -> None:
+    """Set changed hyperparameters in the groups of a twin's optimizer.
+
+    A tensor is filled in place, because compiled and captured steps read the tensor that they know.
+
+    Args:
+        changes: The changes by group of the run's optimizer.
+        twin: The twin's optimizer.
+        numbers: For each group of `twin`, the number of the group of the run's optimizer.
+    """
+    if not changes:
+        return
+    for number, group in zip(numbers, twin.param_groups, strict=True):
+        for key, value in changes.get(number, {}).items():
+            old = group.get(key)
+            if isinstance(value, Tensor) and isinstance(old, Tensor) and old.shape == value.shape:
+                old.detach().copy_(value)
+            else:
+                group[key] = copy_value(value)
+
+
+class _Mark:
+    """A mark of an object that is compared by identity, and of the version of a tensor.
+
+    The mark holds the object: the address of one that is gone may be that of the next.
+
+    Args:
+        value: The object.
+    """
+
+    __slots__ = ("value", "version")
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+        self.version = _read_version(value)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Mark)
+            and self.value is other.value
+            and self.version == other.version != -1
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _read_version(value: object) -> int:
+    """Return how often a tensor was written to; −1 if nobody counts."""
+    if not isinstance(value, Tensor):
+        return 0
+    # Autograd counts in-place writes in `_version`, which has no public name:
+    # https://docs.pytorch.org/docs/stable/notes/autograd.html#in-place-correctness-checks
+    return -1 if value.is_inference() else value._version  # noqa: SLF001
+
+
+def _mark(value: object) -> object:
+    """Return what equals the mark of the same value later, and of a changed value does not."""
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(map(_mark, value))
+    if isinstance(value, dict):
+        return dict, tuple((key, _mark(each)) for key, each in value.items())
+    return _Mark(value)
+
+
+def _is_same(mark: object, value: object) -> bool:
+    if type(value) in _PLAIN:
+        return mark is value or (type(mark) in _PLAIN and mark == value)
+    return mark == _mark(value)
+
+
+def _without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in NO_HYPERPARAMETERS}

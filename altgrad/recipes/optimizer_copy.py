@@ -1,0 +1,268 @@
+"""Make an optimizer that steps other parameters just as a given one steps its own.
+
+`copy_optimizer` copies the instance, because the instance knows more than the arguments of its
+constructor: flags that are in no group, and hyperparameters that were changed since. To call the
+class again with ``**defaults`` raises an error for AdamW and the optimizers of other libraries.
+
+`copy_with_factory` calls a function of the user's instead, for optimizers of another class.
+`hyperparameters` comes next, which keeps the groups of a copy up to date.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import types
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from altgrad._messages import format_count
+
+Groups: TypeAlias = Sequence[tuple[int, Sequence[nn.Parameter]]]
+"""For each group of a copy: the index of the real group whose hyperparameters it has, and its own
+parameters."""
+Factory: TypeAlias = Callable[[list[nn.Parameter], dict[str, Any]], Optimizer]
+"""A function that makes an optimizer of parameters and the hyperparameters of a real group."""
+
+# Made anew for each copy: torch/optim/optimizer.py, Optimizer.__init__.
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+# Set by GradScaler for the duration of one step: torch/amp/grad_scaler.py, GradScaler.step.
+_SET_FOR_ONE_STEP = ("grad_scale", "found_inf")
+NO_HYPERPARAMETERS = ("params", "param_names")
+"""Keys of a group that are about its parameters."""
+
+
+class CannotCopyError(ValueError):
+    """An error that says which part of an optimizer prevents a copy."""
+
+
+def copy_optimizer(optimizer: Optimizer, groups: Groups, *, fused: bool = False) -> Optimizer:
+    """Return an optimizer of the same class, with the same settings, for other parameters.
+
+    The constructor of the class is not called. Attributes and hyperparameters are deep copies, so
+    that the copy shares nothing with the original that either could change. The copy starts without
+    hooks, and without the methods that a learning rate scheduler replaced in the instance. It has
+    no states of parameters: those of Adagrad, which makes them in its constructor, must be set.
+
+    Args:
+        optimizer: The optimizer to copy. It stays as it is.
+        groups: For each group of the copy, the index of the group of `optimizer` whose
+            hyperparameters are copied, and the parameters of the group.
+        fused: True for the fused implementation of the class.
+
+    Returns:
+        The copy.
+
+    Raises:
+        CannotCopyError: A part of `optimizer` cannot be copied, or leads to its parameters. Or
+            `fused` is True, and the class has no fused implementation.
+    """
+    twin: Optimizer = object.__new__(type(optimizer))
+    copier = _Copier(optimizer, twin)
+    for name, value in vars(optimizer).items():
+        if not _is_remade(optimizer, name):
+            twin.__dict__[name] = copier.copy(value, name)
+    for name in _HOOKS:
+        twin.__dict__[name] = OrderedDict()
+    twin.state = defaultdict(dict)
+    for key, value in optimizer.state.items():
+        if not isinstance(key, Tensor):  # counts of the whole optimizer, as some libraries keep
+            twin.state[key] = copier.copy(value, f"state[{key!r}]")
+    twin.param_groups = [
+        {"params": [*parameters], **copier.copy_hyperparameters(index)}
+        for index, parameters in groups
+    ]
+    if fused:
+        _use_fused(twin)
+    return twin
+
+
+def copy_with_factory(factory: Factory, optimizer: Optimizer, groups: Groups) -> list[Optimizer]:
+    """Return one optimizer per group, made by a function of the user's.
+
+    Args:
+        factory: A function that is called with the parameters of a group, and a dict of
+            hyperparameters without ``"params"``. It returns an optimizer of these parameters.
+        optimizer: The optimizer whose hyperparameters are copied. It stays as it is.
+        groups: For each optimizer, the index of the group of `optimizer` whose hyperparameters are
+            passed, and the parameters.
+
+    Returns:
+        The optimizers, in the order of `groups`.
+
+    Raises:
+        CannotCopyError: A hyperparameter cannot be copied.
+        TypeError: The function returned something else than an optimizer.
+        ValueError: The optimizer that the function returned has other parameters.
+    """
+    copier = _Copier(optimizer, None)
+    made = []
+    for index, parameters in groups:
+        result: Any = factory([*parameters], copier.copy_hyperparameters(index))
+        _check_made(result, parameters)
+        made.append(result)
+    return made
+
+
+def copy_value(value: Any) -> Any:
+    """Return a deep copy of a hyperparameter, where a tensor is cloned outside of any graph."""
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+class _Copier:
+    """A copier of the parts of one optimizer; none leads back to its parameters.
+
+    Args:
+        optimizer: The optimizer to copy from.
+        twin: The object that replaces `optimizer` where a part refers to it.
+    """
+
+    def __init__(self, optimizer: Optimizer, twin: Optimizer | None) -> None:
+        self._optimizer = optimizer
+        self._twin = twin
+        self._parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+    def copy(self, value: Any, name: str) -> Any:
+        """Return a deep copy of a part of the optimizer.
+
+        Args:
+            value: The part.
+            name: The name of the part in errors.
+
+        Returns:
+            The copy.
+
+        Raises:
+            CannotCopyError: The part leads to a parameter or to an optimizer, or has no deep copy.
+        """
+        kind = type(self._optimizer).__name__
+        if reached := self._find_reached(value):
+            raise CannotCopyError(
+                f"{kind}.{name} leads to {reached}: expected only settings, because a copy must "
+                "never move the weights of the training; use a factory, which makes the optimizer"
+            )
+        if isinstance(value, Tensor):
+            return copy_value(value)
+        try:
+            return copy.deepcopy(value, {id(self._optimizer): self._twin})
+        except Exception as error:
+            raise CannotCopyError(
+                f"{kind}.{name} cannot be copied ({type(error).__name__}: {error}): expected what "
+                "copy.deepcopy accepts; use a factory, which makes the optimizer"
+            ) from error
+
+    def copy_hyperparameters(self, index: int) -> dict[str, Any]:
+        """Return copies of the hyperparameters of a group, without its parameters and their names.
+
+        Args:
+            index: The index of the group.
+
+        Returns:
+            The values by key.
+
+        Raises:
+            CannotCopyError: A value leads to a parameter, or has no deep copy.
+        """
+        return {
+            key: self.copy(value, f"param_groups[{index}][{key!r}]")
+            for key, value in self._optimizer.param_groups[index].items()
+            if key not in NO_HYPERPARAMETERS
+        }
+
+    def _find_reached(self, value: Any) -> str:
+        """Return words for a weight or optimizer that a part leads to; empty without one.
+
+        A deep copy shares functions and weak references, so that nothing behind them may lead to
+        the optimizer itself, either.
+        """
+        todo, seen = [(value, False)], set[tuple[int, bool]]()
+        while todo:
+            each, is_shared = todo.pop()
+            if (id(each), is_shared) in seen or isinstance(each, _NOT_COPIED):
+                continue
+            seen.add((id(each), is_shared))
+            if id(each) in self._parameters or isinstance(each, nn.Parameter):
+                return "a parameter"
+            if each is self._optimizer and not is_shared:
+                continue
+            if isinstance(each, Optimizer):
+                return f"the optimizer {type(each).__name__}"
+            is_shared |= isinstance(each, (types.FunctionType, weakref.ref))
+            todo += [(inner, is_shared) for inner in _list_inner(each)]
+        return ""
+
+
+# Loggers lead to whatever the program logs to; a deep copy of a logger is the logger.
+_NOT_COPIED = (type, types.ModuleType, types.CodeType, logging.Logger)
+
+
+def _list_inner(value: Any) -> Iterator[Any]:
+    """Yield the objects that an object refers to, without the globals of a function."""
+    if isinstance(value, types.FunctionType):
+        yield from (value.__closure__, value.__defaults__, value.__kwdefaults__, value.__dict__)
+    elif isinstance(value, weakref.ref):
+        yield value()
+    elif isinstance(value, Tensor):  # its graph and gradient are not copied
+        yield getattr(value, "__dict__", None)
+    else:
+        yield from gc.get_referents(value)
+
+
+def _is_remade(optimizer: Optimizer, name: str) -> bool:
+    """Return True for an attribute that each copy has anew.
+
+    A method in the instance hides that of the class and is bound to the original, such as the
+    `step` that learning rate schedulers replace.
+    """
+    is_method = callable(getattr(type(optimizer), name, None))
+    return is_method or name in {"param_groups", "state", *_HOOKS, *_SET_FOR_ONE_STEP}
+
+
+def _use_fused(optimizer: Optimizer) -> None:
+    """Choose the fused implementation in all groups.
+
+    Raises:
+        CannotCopyError: The class has no fused implementation.
+    """
+    for group in optimizer.param_groups:
+        if "fused" not in group and "fused" not in optimizer.defaults:
+            raise CannotCopyError(
+                f"fused=True: expected an optimizer with a fused implementation, and "
+                f"{type(optimizer).__name__} has no argument `fused`; leave out this recipe"
+            )
+        group.update(fused=True, foreach=False)
+
+
+def _check_made(made: Any, parameters: Sequence[nn.Parameter]) -> None:
+    """Check what a factory returned.
+
+    Raises:
+        TypeError: It is no optimizer.
+        ValueError: It has other parameters than the factory was given.
+    """
+    if not isinstance(made, Optimizer):
+        raise TypeError(
+            f"optimizer=… returned {type(made).__name__}: expected a torch.optim.Optimizer; return "
+            "an optimizer of the parameters that the function is called with"
+        )
+    held = [id(p) for group in made.param_groups for p in group["params"]]
+    if sorted(held) != sorted(map(id, parameters)):
+        count = format_count(len(held), "parameter")
+        raise ValueError(
+            f"optimizer=… returned a {type(made).__name__} with {count}: expected exactly the "
+            f"{len(parameters)} that the function is called with; return an optimizer of all of "
+            "them and of no other"
+        )
