@@ -14,6 +14,20 @@ Read the files in the order of the data:
   `altgrad.monitor` comes next.
 """
 
-from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, Metric, get_metric
+from altgrad.measurement.catalogue import (
+    FORMAT_METRICS,
+    LAYER_METRICS,
+    STATE_METRICS,
+    TWIN_METRICS,
+    Metric,
+    get_metric,
+)
 
-__all__ = ["FORMAT_METRICS", "LAYER_METRICS", "Metric", "get_metric"]
+__all__ = [
+    "FORMAT_METRICS",
+    "LAYER_METRICS",
+    "STATE_METRICS",
+    "TWIN_METRICS",
+    "Metric",
+    "get_metric",
+]

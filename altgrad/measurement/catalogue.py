@@ -2,6 +2,9 @@
 
 An element that is not finite before the step, after it or in the gradient is counted in
 `nonfinite_frac` and left out of every other metric. A figure is NaN if it has no value.
+A twin steps a sample of each layer as a recipe says; "fp32" is what the same gradients would have
+made of float32 weights and states. An element of the sample that is not finite in the twin or in
+fp32 is counted in `twin_nonfinite_frac` and left out of the twin's other metrics.
 
 `altgrad.measurement.metrics` comes next and has the formulas: a new metric is a row of this file
 and a formula of that one. This file does not import torch, so that reports start fast.
@@ -86,6 +89,24 @@ FORMAT_METRICS = _by_name(
 )
 """Metrics of a layer and a format, by name."""
 
+TWIN_METRICS = _by_name(
+    Metric("progress_kept", "1", "real", "the way of fp32 since the start is kept; 1 is all"),
+    Metric("window_progress_kept", "1", "real", "the same since the last observed step"),
+    Metric("drift", "1", "≥ 0", "weights far from those of fp32; 1 is as far as fp32 went"),
+    Metric("frozen_frac", *_SHARE, "of the weights that fp32 moved, those that never moved"),
+    Metric("still_frac", *_SHARE, "the same since the last observed step"),
+    Metric("step_projection", "1", "real", "the last step of fp32 is kept; 1 is all"),
+    Metric("decay_projection", "1", "real", "weights longer than those of fp32: decay was lost"),
+    Metric("twin_nonfinite_frac", *_SHARE, "NaN or inf in the sample"),
+)
+"""Metrics of a layer and a recipe, by name."""
+
+STATE_METRICS = _by_name(
+    Metric("{state}_ratio", "1", "real", "a state larger than that of fp32; 1 is equal"),
+    Metric("{state}_zero_frac", *_SHARE, "numbers of a state that became 0, and are not in fp32"),
+)
+"""Metrics of a layer, a recipe and a state of its optimizer, by name with a place for the state."""
+
 NEED_GRADIENT = frozenset(
     {
         *("gradient_rms", "zero_gradient_frac", "unmoved_frac"),
@@ -99,17 +120,29 @@ NEED_TRACKING = frozenset({"never_moved_frac"})
 
 
 def get_metric(name: str) -> Metric:
-    """Return the metric with a name, of a layer or of a format.
+    """Return the metric with a name, of a layer, a format or a recipe.
+
+    A metric of an optimizer's state has the name of the state in it: ``exp_avg_sq_ratio``.
 
     Raises:
         ValueError: The name is unknown; the message lists the nearest names.
     """
-    metric = LAYER_METRICS.get(name) or FORMAT_METRICS.get(name)
+    metric = LAYER_METRICS.get(name) or FORMAT_METRICS.get(name) or TWIN_METRICS.get(name)
+    metric = metric or _find_state_metric(name)
     if metric is not None:
         return metric
-    catalogue = (*LAYER_METRICS, *FORMAT_METRICS)
+    catalogue = (*LAYER_METRICS, *FORMAT_METRICS, *TWIN_METRICS, *STATE_METRICS)
     near = difflib.get_close_matches(name, catalogue, n=3) or catalogue
     raise ValueError(f"unknown metric {name!r}; nearest: {', '.join(near)}")
+
+
+def _find_state_metric(name: str) -> Metric | None:
+    """Return the metric of a state whose name ends like this one; None if no metric does."""
+    for pattern, metric in STATE_METRICS.items():
+        ending = pattern.removeprefix("{state}")
+        if name.endswith(ending) and name != ending:
+            return metric._replace(name=name)
+    return None
 
 
 @functools.lru_cache(maxsize=64)  # a run uses few sets of formats, and asks at every step
@@ -126,11 +159,40 @@ def figure_keys(formats: tuple[str, ...]) -> tuple[str, ...]:
     return (*LAYER_METRICS, *format_keys)
 
 
+@functools.lru_cache(maxsize=64)
+def twin_keys(recipes: tuple[str, ...], states: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the keys of all figures of twins in their order: ``metric/recipe``.
+
+    Args:
+        recipes: Names of the recipes.
+        states: Names of the states of the optimizer.
+
+    Returns:
+        Keys of each recipe in turn: its metrics, then those of each state.
+    """
+    return tuple(f"{metric}/{recipe}" for recipe in recipes for metric in twin_metrics(states))
+
+
+@functools.lru_cache(maxsize=64)
+def twin_metrics(states: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of the metrics of a recipe in their order.
+
+    Args:
+        states: Names of the states of the optimizer.
+
+    Returns:
+        The names in `TWIN_METRICS`, then those in `STATE_METRICS` for each state.
+    """
+    return (*TWIN_METRICS, *(name.format(state=s) for s in states for name in STATE_METRICS))
+
+
 def as_markdown() -> str:
     """Return the catalogue as the tables of docs/metrics.md."""
     tables = {
         "Metrics of a layer: `altgrad/{metric}/{layer}`": LAYER_METRICS,
         "Metrics of a layer and a format: `altgrad/{metric}/{format}/{layer}`": FORMAT_METRICS,
+        "Metrics of a layer and a recipe: `altgrad/{metric}/{recipe}/{layer}`": TWIN_METRICS,
+        "Metrics of a recipe and a state, such as `exp_avg_sq_ratio`": STATE_METRICS,
     }
     # The second paragraph of this file: what holds for every metric.
     about = (__doc__ or "").strip().split("\n\n")[1]

@@ -1,7 +1,7 @@
 """`Figures`: the metrics of a layer or a model as plain numbers, computed when they are read.
 
-Read `step_table` first, which computes the figures of all layers at once. `step_record` comes next:
-it holds the figures of each layer, and of the model.
+Read `step_table` first, which computes the figures of all layers at once, and `twin_figures`.
+`step_record` comes next: it holds the figures of each layer, and of the model.
 """
 
 from __future__ import annotations
@@ -17,29 +17,52 @@ from altgrad.measurement.histogram import FIRST_STEPS_OCTAVE, FIRST_WEIGHTS_OCTA
 from altgrad.measurement.intervals import find_interval
 from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.step_table import FormatRows, StepTable, error_columns
+from altgrad.measurement.twin_figures import NO_TWINS, TwinFigures, merge_twins
 
 _FIRST_OCTAVES = {"weights": FIRST_WEIGHTS_OCTAVE, "ulps": 0, "steps": FIRST_STEPS_OCTAVE}
 
 
 class Figures(Mapping[str, float]):
-    """A mapping of figures by key: ``metric`` for the layer, ``metric/format`` for each format.
+    """A mapping of figures by key: ``metric``, ``metric/format``, and ``metric/recipe`` of twins.
 
     A figure is NaN if it has no value. `altgrad.measurement.catalogue` lists all metrics.
 
     Args:
         table: The table of a step.
         rows: The row of the table for each format, and for the layer or model itself under None.
+        twins: The figures of twins.
     """
 
-    def __init__(self, table: StepTable, rows: FormatRows) -> None:
+    def __init__(self, table: StepTable, rows: FormatRows, twins: TwinFigures = NO_TWINS) -> None:
         self._table = table
         self._rows = rows
+        self._twins = twins
         self._formats = tuple(name for name in rows if name is not None)
 
     @property
     def formats(self) -> tuple[str, ...]:
         """The names of the formats."""
         return self._formats
+
+    @property
+    def recipes(self) -> tuple[str, ...]:
+        """The names of the recipes whose twins were measured; empty without twins."""
+        return self._twins.recipes
+
+    @property
+    def twins(self) -> TwinFigures:
+        """The figures of twins alone."""
+        return self._twins
+
+    @property
+    def twin_keys(self) -> tuple[str, ...]:
+        """The keys of the figures of twins in their order: ``metric/recipe``."""
+        return self._twins.keys_in_order
+
+    @property
+    def moved_elements(self) -> float:
+        """The number of elements in the sample of twins that fp32 has moved; NaN without twins."""
+        return self._twins.moved_elements
 
     @property
     def population(self) -> int:
@@ -55,46 +78,49 @@ class Figures(Mapping[str, float]):
         """Return one figure.
 
         Args:
-            key: ``metric`` or ``metric/format``.
+            key: ``metric``, ``metric/format`` or ``metric/recipe``.
 
         Raises:
-            KeyError: The metric or the format is unknown; the message lists those that are known.
+            KeyError: The metric, the format or the recipe is unknown; the message lists those that
+                are known.
         """
-        return self._table.figure(key, self._find_row(key))
+        row = self._find_row(key)
+        return self._twins[key] if row is None else self._table.figure(key, row)
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the keys: those of the layer first, then those of each format."""
-        return iter(figure_keys(self.formats))
+        """Iterate over the keys: those of the layer, of each format, and of each recipe."""
+        return iter((*figure_keys(self.formats), *self.twin_keys))
 
     def __len__(self) -> int:
         """Return the number of keys."""
-        return len(LAYER_METRICS) + len(self.formats) * len(FORMAT_METRICS)
+        return len(LAYER_METRICS) + len(self.formats) * len(FORMAT_METRICS) + len(self._twins)
 
     def standard_error(self, key: str) -> float:
         """Return the standard error of a figure that a sample estimates.
 
-        Shares and kept_update_ratio have a standard error. It is half of the width of `interval`
-        over 1.96, and 0 if all elements were measured. A sample cannot see an outlier outside of
-        the sample; neither can its standard error.
+        Shares, kept_update_ratio and most metrics of twins have a standard error. It is half
+        of the width of `interval` over 1.96, and 0 if all elements were measured. A sample cannot
+        see an outlier outside of the sample; neither can its standard error.
 
         Args:
-            key: ``metric`` or ``metric/format``.
+            key: ``metric``, ``metric/format`` or ``metric/recipe``.
 
         Returns:
             The standard error, in the unit of the figure. NaN for other metrics. NaN for
-            kept_update_ratio if fewer than 100 elements of the sample moved, or fewer than 30 carry
-            the energy of the update (elements / energy_concentration). If blocks were drawn, NaN
-            for shares of fewer than 5 clusters of blocks, and for kept_update_ratio of fewer
-            than 8.
+            kept_update_ratio if fewer than 100 elements of the sample moved, or fewer than 15 carry
+            the energy of the update (elements / energy_concentration). The same holds for the
+            ratios of twins that are weighed by energy. If blocks were drawn, NaN if fewer than 5
+            clusters of blocks carry the ratio.
 
         Raises:
-            KeyError: The metric or the format is unknown.
+            KeyError: The metric, the format or the recipe is unknown.
 
         References:
             Cochran, Sampling Techniques (1977), chapters 2, 5, 6 and 9: a ratio estimated from a
             (stratified) sample of elements or clusters without replacement.
         """
-        return self._table.error(key, self._find_row(key))
+        row = self._find_row(key)
+        return self._twins.standard_error(key) if row is None else self._table.error(key, row)
 
     def interval(self, key: str) -> tuple[float, float]:
         """Return the interval of 95 % around a figure that a sample estimates.
@@ -103,19 +129,19 @@ class Figures(Mapping[str, float]):
         a share is Wilson's, and has a width at 0 and 1, too.
 
         Args:
-            key: ``metric`` or ``metric/format``.
+            key: ``metric``, ``metric/format`` or ``metric/recipe``.
 
         Returns:
             The lower and the upper end. Both equal the figure if all elements were measured, and
             are NaN where `standard_error` is.
 
         Raises:
-            KeyError: The metric or the format is unknown.
+            KeyError: The metric, the format or the recipe is unknown.
         """
         return find_interval(key.partition("/")[0], self[key], self.standard_error(key))
 
     def in_order(self) -> Sequence[float]:
-        """Return all figures in the order of the keys, faster than one by one."""
+        """Return the figures without those of twins, in the order of keys, faster than singly."""
         # Usually, a row of the table has the same formats, and is the result as it stands.
         figures, rows = self._table.figures, self._rows
         if self._formats == self._table.formats and len({*rows.values()}) == 1:
@@ -125,6 +151,10 @@ class Figures(Mapping[str, float]):
             start = len(LAYER_METRICS) + self._table.formats.index(format) * len(FORMAT_METRICS)
             numbers += figures[rows[format]][start : start + len(FORMAT_METRICS)]
         return numbers
+
+    def twins_in_order(self) -> Sequence[float]:
+        """Return all figures of twins in the order of `twin_keys`, faster than one by one."""
+        return self._twins.in_order()
 
     def errors_in_order(self, metrics: tuple[str, ...]) -> Sequence[float]:
         """Return the standard errors of some metrics, for one format after the other.
@@ -179,19 +209,24 @@ class Figures(Mapping[str, float]):
             for row in members.get(rows[None], (rows[None],))
         ]
 
-    def _find_row(self, key: str) -> int:
-        """Find the row of the table that holds the figure of a key, or raise KeyError."""
+    def _find_row(self, key: str) -> int | None:
+        """Find the row of the table that holds the figure of a key; None for one of twins."""
         name, _, format = key.partition("/")
         # The catalogue is asked for the message of an error alone: a run reads many figures.
         row = self._rows.get(format or None)
         if row is not None and key in self._table.columns:
             return row
+        if key in self._twins:
+            return None
         try:
             get_metric(name)
         except ValueError as error:
             raise KeyError(str(error)) from None
-        expected = "metric" if name in LAYER_METRICS else "metric/format"
-        raise KeyError(f"{key!r}: expected {expected}, with a format of {self.formats}")
+        if name in FORMAT_METRICS:
+            expected = f"metric/format, with a format of {self.formats}"
+        else:
+            expected = "metric" if name in LAYER_METRICS else self._twins.describe_keys(name)
+        raise KeyError(f"{key!r}: expected {expected}")
 
 
 @functools.lru_cache(maxsize=256)  # one entry for each set of formats that a layer is judged for
@@ -212,15 +247,18 @@ def _error_places(
     return tuple((each, columns[f"{name}/{each}"]) for each in formats for name in metrics)
 
 
-def layer_figures(table: StepTable, row: int, formats: Iterable[str]) -> Figures:
+def layer_figures(
+    table: StepTable, row: int, formats: Iterable[str], twins: TwinFigures = NO_TWINS
+) -> Figures:
     """Return the figures of one layer.
 
     Args:
         table: The table of a step.
         row: Row of the layer in the table.
         formats: Names of formats of the table, those that the layer is judged for.
+        twins: The figures of the layer's twins.
     """
-    return Figures(table, dict.fromkeys((None, *formats), row))
+    return Figures(table, dict.fromkeys((None, *formats), row), twins)
 
 
 def model_figures(layers: Sequence[Figures]) -> Figures:
@@ -242,7 +280,8 @@ def model_figures(layers: Sequence[Figures]) -> Figures:
     formats = tuple(dict.fromkeys(format for layer in layers for format in layer.formats))
     each = [pair for figures in layers for pair in figures.layer_vectors(formats)]
     vectors, judged = zip(*each, strict=True)
-    return Figures(*StepTable.with_model(formats, np.stack(vectors), judged))
+    table, rows = StepTable.with_model(formats, np.stack(vectors), judged)
+    return Figures(table, rows, merge_twins([layer.twins for layer in layers]))
 
 
 def tensor_figures(formats: Sequence[str], row: Tensor) -> Figures:

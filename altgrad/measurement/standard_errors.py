@@ -31,8 +31,9 @@ from altgrad.measurement.numbers import Numbers
 # what comes of it. Higher limits would leave out the samples with the widest intervals, and of the
 # others fewer hold.
 _FEWEST_CLUSTERS = 5
-_FEWEST_ELEMENTS_KEPT = 15  # of kept_update_ratio; that of a share has no limit
-_FEWEST_MOVED = 100  # elements with an update, for kept_update_ratio
+# Of kept_update_ratio and the other ratios that are weighed by energy; a share has no limit.
+_FEWEST_ELEMENTS_KEPT = 15
+_FEWEST_MOVED = 100  # elements with an update, for the same ratios
 _LEAST_FREEDOM = 3.0
 
 
@@ -50,7 +51,7 @@ class EstimateSums(NamedTuple):
         ab: Σ a · b over units.
         bb: Σ b² over units.
         carrying: Number of elements with b other than 0.
-        is_share: 1 for shares, and 0 for kept_update_ratio.
+        is_share: 1 for shares, and 0 for ratios that are weighed by energy.
     """
 
     a: Numbers

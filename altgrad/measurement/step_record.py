@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from altgrad.measurement.figures import Figures, layer_figures
 from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.step_table import StepTable
+from altgrad.measurement.twin_figures import NO_TWINS, TwinValues, split_twins
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,7 @@ def step_record(
     vectors: Numbers,
     index: int,
     seconds: tuple[float, float],
+    twins: TwinValues | None = None,
 ) -> StepRecord:
     """Return the figures of a step from the sums and extrema of its layers.
 
@@ -52,11 +54,13 @@ def step_record(
         vectors: Sums and extrema of each layer, float64 (layers, columns) on the host.
         index: Index of the step.
         seconds: Time to observe a step and time to train a step, in seconds.
+        twins: The sums of twins; None without twins. Layers that are not in `judged` are left out.
     """
     in_order = [tuple(name for name in formats if name in chosen) for chosen in judged.values()]
     table, model_rows = StepTable.with_model(formats, vectors, in_order)
+    layer_twins, model_twins = split_twins(twins, judged)
     layers = {
-        name: layer_figures(table, row, chosen)
+        name: layer_figures(table, row, chosen, layer_twins.get(name, NO_TWINS))
         for row, (name, chosen) in enumerate(zip(judged, in_order, strict=True))
     }
-    return StepRecord(index, layers, Figures(table, model_rows), *seconds)
+    return StepRecord(index, layers, Figures(table, model_rows, model_twins), *seconds)

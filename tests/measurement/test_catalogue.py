@@ -11,14 +11,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, Metric, as_markdown
+from altgrad.measurement.catalogue import (
+    FORMAT_METRICS,
+    LAYER_METRICS,
+    STATE_METRICS,
+    TWIN_METRICS,
+    Metric,
+    as_markdown,
+    get_metric,
+    twin_keys,
+)
 from altgrad.measurement.figures import tensor_figures
 from altgrad.measurement.measure import measure
 from altgrad.measurement.measurer import Measurer
+from altgrad.measurement.twin_figures import split_twins
 from altgrad.quantization.format_set import FormatSet
 from tests.measurement.definitions import DTYPES, INFOS, SCALINGS, SPECIAL, a_step, make_key
+from tests.measurement.twins import measure_layers
 
-CATALOGUE = {**LAYER_METRICS, **FORMAT_METRICS}
+CATALOGUE = {**LAYER_METRICS, **FORMAT_METRICS, **TWIN_METRICS}
 
 
 def lies_in(value: float, text: str, n: int) -> bool:
@@ -66,7 +77,48 @@ def test_every_metric_has_a_readable_range_and_is_in_the_docs_table(metric: Metr
 
 
 def test_names_in_the_catalogue_are_unique() -> None:
-    assert len(CATALOGUE) == len(LAYER_METRICS) + len(FORMAT_METRICS)
+    assert len(CATALOGUE) == len(LAYER_METRICS) + len(FORMAT_METRICS) + len(TWIN_METRICS)
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_a_metric_is_found_by_its_name(name: str) -> None:
+    assert get_metric(name) is CATALOGUE[name]
+
+
+@pytest.mark.parametrize("state", ["exp_avg", "exp_avg_sq", "momentum_buffer", "v"])
+@pytest.mark.parametrize(("ending", "unit"), [("ratio", "1"), ("zero_frac", "share")])
+def test_a_metric_of_a_state_has_the_name_of_the_state_in_it(
+    state: str, ending: str, unit: str
+) -> None:
+    metric = get_metric(f"{state}_{ending}")
+    assert metric == STATE_METRICS[f"{{state}}_{ending}"]._replace(name=f"{state}_{ending}")
+    assert metric.unit == unit
+    assert f"| {{state}}_{ending} | {unit} | {metric.range} | {metric.high} |" in as_markdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("stal_frac", "stall_frac"), ("progres_kept", "progress_kept"), ("_zero_frac", "zero_frac")],
+)
+def test_an_unknown_metric_is_answered_with_near_ones(name: str, near: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown metric '{name}'; nearest: .*{near}"):
+        get_metric(name)
+
+
+def test_the_keys_of_twins_are_those_of_each_recipe_in_turn() -> None:
+    keys = twin_keys(("bf16", "bf16-sr"), ("exp_avg_sq",))
+    own = [*TWIN_METRICS, "exp_avg_sq_ratio", "exp_avg_sq_zero_frac"]
+    assert [*keys] == [f"{metric}/{recipe}" for recipe in ("bf16", "bf16-sr") for metric in own]
+    assert twin_keys((), ("exp_avg_sq",)) == ()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_figures_of_twins_lie_in_the_stated_range(seed: int) -> None:
+    layers, model = split_twins(measure_layers(("a", "b"), seed), ("a", "b"))
+    for figures in (*layers.values(), model):
+        for key, value in figures.items():
+            assert lies_in(value, get_metric(key.split("/")[0]).range, 1), (key, value)
+            assert not math.isnan(value)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=make_key)

@@ -22,14 +22,15 @@ ERRORS = ("kept_update_ratio", "stall_frac", "never_moved_frac")
 RULES = [SamplingRule("p1", formats=["bf16"]), SamplingRule("p2", formats=["e2m1", "e4m3fn"])]
 
 
-def a_record(seed: int = 0, sampling: object = ()) -> StepRecord:
+def a_record(seed: int = 0, sampling: object = (), recipes: object = ()) -> StepRecord:
     """Make a record of samples, none of which is weighted by a power of two."""
     torch.manual_seed(seed)
     parameters = {f"p{i}": torch.randn(3000 + 137 * i) for i in range(7)}
     parameters["small"] = torch.ones(40)
     optimizer = torch.optim.SGD(parameters.values(), lr=1e-3)
-    settings = {"formats": FORMATS, "max_elements": 1000, "sampling": sampling, "strict": True}
-    with UpdateMonitor([*parameters.items()], **settings).attach(optimizer) as monitor:
+    settings = {"formats": FORMATS, "max_elements": 1000, "sampling": sampling, "recipes": recipes}
+    monitor = UpdateMonitor([*parameters.items()], strict=True, **settings)
+    with monitor.attach(optimizer):
         for each in parameters.values():
             each.grad = torch.randn_like(each)
         optimizer.step()
@@ -150,11 +151,12 @@ def test_the_interval_lies_around_the_figure_and_is_wilsons_for_a_share() -> Non
 
 
 def test_figures_survive_copy_and_pickle() -> None:
-    record = a_record()
+    record = a_record(recipes=("bf16", "bf16-sr"))
     for figures in list_figures(record):
         for other in (copy.deepcopy(figures), pickle.loads(pickle.dumps(figures))):
             assert other == figures
             assert other.formats == figures.formats
+            assert other.recipes == figures.recipes
 
 
 def test_the_next_step_does_not_change_an_earlier_record() -> None:
@@ -190,3 +192,62 @@ def test_unknown_histograms_raise_key_error(key: str) -> None:
     figures = tensor_figures(["bf16"], row)
     with pytest.raises(KeyError, match=r"expected one of .*ulps.*steps/bf16"):
         figures.histogram(key)
+
+
+# Twins
+
+
+def test_figures_of_twins_follow_the_others() -> None:
+    """A run with twins has the figures of one without, and more keys."""
+    record, plain = a_record(recipes=("bf16", "bf16-sr"), sampling=RULES), a_record(sampling=RULES)
+    for figures, without in zip(list_figures(record), list_figures(plain), strict=True):
+        assert figures.recipes == ("bf16", "bf16-sr")
+        assert [*figures] == [*without, *figures.twin_keys]
+        assert len(figures) == len(dict(figures))
+        assert {key: figures[key] for key in without} == dict(without)
+        assert [*figures.in_order()] == pytest.approx([*without.in_order()], rel=0, nan_ok=True)
+        assert [*figures.twins_in_order()] == pytest.approx(
+            [figures[key] for key in figures.twin_keys], rel=0, nan_ok=True
+        )
+        assert figures.twin_keys[0] == "progress_kept/bf16"
+        assert figures["progress_kept/bf16-sr"] == figures.twins["progress_kept/bf16-sr"]
+        assert figures.moved_elements > 0
+        low, high = figures.interval("frozen_frac/bf16")
+        assert low <= figures["frozen_frac/bf16"] <= high
+        assert without.recipes == without.twin_keys == ()
+        assert [*without.twins_in_order()] == []
+        assert math.isnan(without.moved_elements)
+
+
+def test_the_error_of_a_sample_of_twins_is_read_by_key() -> None:
+    record = a_record(recipes="bf16")
+    assert 0 < record.layers["p0"].standard_error("frozen_frac/bf16") < 0.05
+    assert record.layers["small"].standard_error("frozen_frac/bf16") == 0
+    assert math.isnan(record.model.standard_error("drift/bf16"))
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("progress_kept/e4m3fn", r"metric/recipe, with a recipe of \('bf16',\)"),
+        ("progress_kept", r"metric/recipe, with a recipe of \('bf16',\)"),
+        ("update_rms/bf16", "expected metric"),
+        ("stall_frac/bf16-sr", "metric/format, with a format of"),
+        ("progres_kept/bf16", "nearest: progress_kept"),
+        ("exp_avg_ratio/bf16", "a state of"),
+    ],
+)
+def test_unknown_keys_raise_key_error(key: str, message: str) -> None:
+    figures = a_record(recipes="bf16").model
+    for read in (figures.__getitem__, figures.standard_error, figures.interval):
+        with pytest.raises(KeyError, match=message):
+            read(key)
+
+
+def test_models_of_layers_with_and_without_twins_keep_those_of_twins() -> None:
+    with_twins, plain = a_record(recipes="bf16"), a_record(seed=1)
+    model = model_figures([with_twins.model, plain.model])
+    assert model.recipes == ("bf16",)
+    for key in with_twins.model.twin_keys:
+        expected = with_twins.model[key]
+        assert model[key] == pytest.approx(expected, rel=1e-12, nan_ok=True)

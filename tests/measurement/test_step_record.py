@@ -9,9 +9,11 @@ from altgrad.measurement.figures import model_figures, vector_figures
 from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.step_record import step_record
+from altgrad.measurement.twin_figures import split_twins
 from altgrad.quantization.format_set import FormatSet
 from tests.counting import Operations, host_copies
 from tests.measurement.definitions import a_step
+from tests.measurement.twins import RECIPES, measure_layers
 
 FORMATS = ("bf16", "e4m3fn")
 SECONDS = (0.25, 4.0)
@@ -73,3 +75,24 @@ def test_figures_are_read_without_tensors() -> None:
         assert model_figures([*record.layers.values()])["update_rms"] > 0
     assert not operations.counts + operations.on_host
     assert copies == []
+
+
+def test_layers_and_model_have_the_figures_of_their_twins() -> None:
+    """A layer without twins has no recipe; twins of layers outside of the step are left out."""
+    judged = {"a": FORMATS, "b": FORMATS, "none": FORMATS}
+    values = measure_layers(("b", "absent", "a"))
+    record = step_record(FORMATS, judged, rows(3), 0, SECONDS, values)
+    plain = step_record(FORMATS, judged, rows(3), 0, SECONDS)
+    assert {name: each.recipes for name, each in record.layers.items()} == {
+        "a": RECIPES,
+        "b": RECIPES,
+        "none": (),
+    }
+    layers, model = split_twins(values, ("a", "b"))
+    for name, before in plain.layers.items():
+        assert dict(record.layers[name]) == {**before, **layers.get(name, {})}
+        assert before.twin_keys == ()
+    assert dict(record.model) == {**plain.model, **model}
+    assert record.layers["none"] == plain.layers["none"]
+    together = model_figures([*record.layers.values()])
+    assert dict(together) == dict(record.model)

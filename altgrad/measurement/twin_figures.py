@@ -1,0 +1,283 @@
+"""`TwinFigures`: the figures of a layer's twins, or of those of a model, as plain numbers.
+
+`TwinValues` has the sums of all twins of a step, as they were copied to the host. Read `twin_table`
+first, which computes the figures; `figures` comes next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from altgrad.measurement.catalogue import twin_keys
+from altgrad.measurement.intervals import find_interval
+from altgrad.measurement.numbers import Numbers
+from altgrad.measurement.twin_sums import TwinColumns
+from altgrad.measurement.twin_table import TwinTable
+
+
+@dataclass(frozen=True, eq=False)
+class TwinValues:
+    """The sums of all twins of a step.
+
+    Attributes:
+        table: The sums, a row for each layer and recipe.
+        rows: The row of each recipe, by name of the layer.
+    """
+
+    table: TwinTable
+    rows: Mapping[str, Mapping[str, int]]
+
+    @classmethod
+    def read(
+        cls,
+        names: tuple[Sequence[str], Sequence[str], Sequence[str]],
+        values: Numbers,
+        *,
+        sizes: Sequence[int],
+        populations: Sequence[int],
+        block: int = 1,
+    ) -> TwinValues:
+        """Read the result of `measure_twins`, which is now on the host.
+
+        Args:
+            names: Names of the layers, of the recipes, and of the states.
+            values: The sums, float64 (layers, recipes, columns).
+            sizes: Number of sampled elements of each layer.
+            populations: Number of elements of each layer.
+            block: Number of neighbours that were drawn together.
+
+        Returns:
+            The sums by layer and recipe.
+        """
+        layers, recipes, states = names
+        blocks = [-(-size // block) if block > 1 else 0 for size in sizes]
+        counted = np.array([populations, sizes, blocks], dtype=np.float64).T
+        vectors = values.reshape(len(layers) * len(recipes), len(TwinColumns(tuple(states))))
+        rows = iter(range(len(vectors)))
+        return cls(
+            TwinTable(states, vectors, counted.repeat(len(recipes), axis=0)),
+            {layer: {recipe: next(rows) for recipe in recipes} for layer in layers},
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[TwinValues]) -> TwinValues:
+        """Join the sums of several sets of twins; a layer has the recipes of all of them.
+
+        Args:
+            parts: The sums of each set.
+
+        Returns:
+            All sums.
+        """
+        states, vectors, counted = _stack([(p.table, range(len(p.table.vectors))) for p in parts])
+        rows: dict[str, dict[str, int]] = {}
+        start = 0
+        for part in parts:
+            for layer, own in part.rows.items():
+                rows.setdefault(layer, {}).update({name: start + row for name, row in own.items()})
+            start += len(part.table.vectors)
+        return cls(TwinTable(states, vectors, counted), rows)
+
+
+class TwinFigures(Mapping[str, float]):
+    """A mapping of figures of twins by key: ``metric/recipe``.
+
+    A figure is NaN if it has no value. `altgrad.measurement.catalogue` lists all metrics.
+
+    Args:
+        table: The table of a step.
+        rows: The row of the table for each recipe.
+    """
+
+    def __init__(self, table: TwinTable, rows: Mapping[str, int]) -> None:
+        self._table = table
+        self._rows = rows
+
+    @property
+    def recipes(self) -> tuple[str, ...]:
+        """The names of the recipes."""
+        return tuple(self._rows)
+
+    @property
+    def keys_in_order(self) -> tuple[str, ...]:
+        """The keys of all figures: those of each recipe in turn."""
+        return twin_keys(self.recipes, self._table.states)
+
+    @property
+    def moved_elements(self) -> float:
+        """The number of elements in the sample that fp32 has moved since the start.
+
+        Recipes may have different samples, and elements that are not finite are left out: this is
+        the largest number of a recipe. NaN without recipes.
+        """
+        return max((self._table.moved[row] for row in self._rows.values()), default=math.nan)
+
+    def __getitem__(self, key: str) -> float:
+        """Return one figure.
+
+        Args:
+            key: ``metric/recipe``.
+
+        Raises:
+            KeyError: The metric or the recipe is unknown; the message lists those that are known.
+        """
+        row, column = self._find_place(key)
+        value = self._table.figures[row][column]
+        # math.nan itself: equal figures compare as equal also if they are NaN.
+        return math.nan if math.isnan(value) else value
+
+    def __contains__(self, key: object) -> bool:
+        """Return whether there is such a figure."""
+        metric, _, recipe = str(key).partition("/")
+        return recipe in self._rows and metric in self._table.columns
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the keys: those of each recipe in turn."""
+        return iter(self.keys_in_order)
+
+    def __len__(self) -> int:
+        """Return the number of keys."""
+        return len(self._rows) * len(self._table.columns)
+
+    def standard_error(self, key: str) -> float:
+        """Return the standard error of a figure that a sample estimates.
+
+        Args:
+            key: ``metric/recipe``.
+
+        Returns:
+            The standard error, in the unit of the figure. NaN for drift and ratios of states, and
+            where too few elements carry a ratio. 0 if the sample is the whole layer.
+
+        Raises:
+            KeyError: The metric or the recipe is unknown.
+        """
+        row, column = self._find_place(key)
+        return self._table.errors[row][column]
+
+    def interval(self, key: str) -> tuple[float, float]:
+        """Return the interval of 95 % around a figure that a sample estimates.
+
+        Args:
+            key: ``metric/recipe``.
+
+        Returns:
+            The lower and the upper end; NaN where `standard_error` is.
+
+        Raises:
+            KeyError: The metric or the recipe is unknown.
+        """
+        return find_interval(key.partition("/")[0], self[key], self.standard_error(key))
+
+    def in_order(self) -> Sequence[float]:
+        """Return all figures in the order of the keys, faster than one by one."""
+        return [figure for row in self._rows.values() for figure in self._table.figures[row]]
+
+    def describe_keys(self, metric: str) -> str:
+        """Describe the keys of a metric, for the message of an error.
+
+        Args:
+            metric: Name of a metric of twins.
+
+        Returns:
+            What was expected instead of a key with this metric.
+        """
+        if not self._rows:
+            return f"no {metric}, since no twins were measured; name recipes to measure some"
+        if metric not in self._table.columns:
+            return f"a state of {self._table.states}"
+        return f"metric/recipe, with a recipe of {self.recipes}"
+
+    def find_layers(self) -> Sequence[tuple[str, int]]:
+        """Return the recipe and the row of the table of each layer that forms a layer or model."""
+        members, rows = self._table.members, self._rows.items()
+        return [(recipe, own) for recipe, row in rows for own in members.get(row, (row,))]
+
+    @property
+    def table(self) -> TwinTable:
+        """The table that has the figures."""
+        return self._table
+
+    def _find_place(self, key: str) -> tuple[int, int]:
+        """Find the row and the column of the table that hold the figure of a key."""
+        metric, _, recipe = key.partition("/")
+        if key not in self:
+            raise KeyError(f"{key!r}: expected {self.describe_keys(metric)}")
+        return self._rows[recipe], self._table.columns[metric]
+
+
+def split_twins(
+    values: TwinValues | None, layers: Iterable[str]
+) -> tuple[Mapping[str, TwinFigures], TwinFigures]:
+    """Return the figures of each layer's twins, and of those of the model that the layers form.
+
+    Args:
+        values: The sums of all twins of a step; None without twins.
+        layers: Names of the layers that form the model.
+
+    Returns:
+        The figures of each layer that has twins, by name; and those of the model.
+    """
+    own = {} if values is None else {n: values.rows[n] for n in layers if n in values.rows}
+    if values is None or not own:
+        return {}, NO_TWINS
+    pairs = [pair for rows in own.values() for pair in rows.items()]
+    table, model = _tabulate([(values.table, pairs)])
+    places = iter(range(len(pairs)))
+    each = {name: {recipe: next(places) for recipe in rows} for name, rows in own.items()}
+    return {name: TwinFigures(table, rows) for name, rows in each.items()}, TwinFigures(
+        table, model
+    )
+
+
+def merge_twins(figures: Sequence[TwinFigures]) -> TwinFigures:
+    """Combine figures of twins of layers to those of the model that the layers form.
+
+    Args:
+        figures: Figures of layers or models, of one step or of several.
+
+    Returns:
+        The figures, for each recipe that one of the layers has.
+    """
+    parts = [(each.table, each.find_layers()) for each in figures if each.recipes]
+    return TwinFigures(*_tabulate(parts)) if parts else NO_TWINS
+
+
+def _tabulate(
+    parts: Sequence[tuple[TwinTable, Sequence[tuple[str, int]]]],
+) -> tuple[TwinTable, Mapping[str, int]]:
+    """Make one table of rows of several tables, and of the model that they form.
+
+    Args:
+        parts: Tables, each with recipe and number of the rows to take.
+
+    Returns:
+        The table, which begins with these rows; and the row of the model for each recipe.
+    """
+    stacked = _stack([(table, [row for _, row in pairs]) for table, pairs in parts])
+    return TwinTable.with_model(*stacked, [recipe for _, pairs in parts for recipe, _ in pairs])
+
+
+def _stack(
+    parts: Sequence[tuple[TwinTable, Sequence[int]]],
+) -> tuple[tuple[str, ...], Numbers, Numbers]:
+    """Put rows of several tables below each other.
+
+    Args:
+        parts: Tables, each with the rows to take.
+
+    Returns:
+        The states of all tables, the vectors, and what was counted.
+    """
+    states = tuple(dict.fromkeys(state for table, _ in parts for state in table.states))
+    vectors = [table.convert_rows(states, rows) for table, rows in parts]
+    counted = [table.counted[[*rows]] for table, rows in parts]
+    return states, np.concatenate(vectors), np.concatenate(counted)
+
+
+NO_TWINS = TwinFigures(TwinTable((), np.zeros((0, len(TwinColumns()))), np.zeros((0, 3))), {})
+"""The figures of a layer without twins."""

@@ -1,0 +1,220 @@
+"""`TwinTable`: the sums of twins on the host, a row for each layer and recipe, and their figures.
+
+A model is a row more for each recipe: the sum of its layers, each of whose samples counts
+population / sample. The median of a state's ratio in a model is the median over its layers, each
+weighted by its population.
+
+Read `twin_sums` and `standard_errors` first; `twin_figures` comes next and reads single rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from altgrad.measurement.catalogue import get_metric, twin_metrics
+from altgrad.measurement.metrics import quiet
+from altgrad.measurement.numbers import Numbers
+from altgrad.measurement.standard_errors import EstimateSums, standard_errors
+from altgrad.measurement.twin_sums import SUMS, TwinColumns
+
+_CARRIED = {
+    "progress_kept": "frozen_frac",
+    "window_progress_kept": "still_frac",
+    "step_projection": "still_frac",
+}
+"""For a ratio that is weighed by energy, the share whose Σ b counts the elements that carry it."""
+
+
+class TwinTable:
+    """A table of sums of twins, with the figures and errors that follow from them.
+
+    Args:
+        states: Names of the states.
+        vectors: Sums of each row, float64 (rows, columns) in the order of `TwinColumns`.
+        counted: Population of each row, number of elements of its sample, and number of blocks in
+            which these were drawn, 0 for single elements, float64 (rows, 3).
+        members: For each row of a model, the rows of the layers that form the model.
+
+    Attributes:
+        states: The `states` argument.
+        vectors: The `vectors` argument.
+        counted: The `counted` argument.
+        members: The `members` argument; empty by default.
+        columns: Position of each metric in the rows of `figures` and `errors`.
+    """
+
+    def __init__(
+        self,
+        states: Sequence[str],
+        vectors: Numbers,
+        counted: Numbers,
+        members: Mapping[int, Sequence[int]] | None = None,
+    ) -> None:
+        self.states = tuple(states)
+        self.vectors = vectors
+        self.counted = counted
+        self.members = members or {}
+        self.columns = _number_metrics(self.states)
+        self._layout = TwinColumns(self.states)
+
+    @classmethod
+    def with_model(
+        cls, states: Sequence[str], vectors: Numbers, counted: Numbers, recipes: Sequence[str]
+    ) -> tuple[TwinTable, Mapping[str, int]]:
+        """Make the table of layers and of the model that they form.
+
+        A model's figures of a recipe are over the layers that have the recipe.
+
+        Args:
+            states: Names of the states.
+            vectors: Sums of each layer and recipe, float64 (rows, columns).
+            counted: Population, elements and blocks of each row, float64 (rows, 3).
+            recipes: Name of the recipe of each row.
+
+        Returns:
+            The table, and the row of the model for each recipe.
+        """
+        rows: dict[str, list[int]] = {}
+        for row, recipe in enumerate(recipes):
+            rows.setdefault(recipe, []).append(row)
+        layout = TwinColumns(tuple(states))
+        merged = [_merge(layout, vectors[own], counted[own]) for own in rows.values()]
+        populations = [counted[own, 0].sum() for own in rows.values()]
+        table = cls(
+            states,
+            np.concatenate((vectors, *merged)),
+            # A model's vector stands for all elements of its layers, and says so in both columns.
+            np.concatenate((counted, *([[each, each, 0.0]] for each in populations))),
+            dict(enumerate(rows.values(), len(vectors))),
+        )
+        return table, {recipe: len(vectors) + place for place, recipe in enumerate(rows)}
+
+    @cached_property
+    def figures(self) -> list[list[float]]:
+        """The figures of each row, in the order of `columns`."""
+        sums, medians = self._split()
+        with quiet():
+            ratios = sums[:, :, 0] / sums[:, :, 1]
+        by_metric = dict(zip(self._layout.ratios, ratios.T, strict=True))
+        by_metric |= zip(self._layout.medians, medians.T, strict=True)
+        by_metric["drift"] = np.sqrt(by_metric["drift"])
+        figures: list[list[float]] = np.stack(
+            [by_metric[name] for name in self.columns], 1
+        ).tolist()
+        return figures
+
+    @cached_property
+    def errors(self) -> list[list[float]]:
+        """The standard errors of each row, in the order of `columns`; NaN for some metrics."""
+        names = [name for name in self._layout.ratios if name != "drift"]
+        errors = np.full((len(self.vectors), len(self.columns)), np.nan)
+        found = standard_errors(self._estimate_sums(names), self.counted, self.members)
+        errors[:, [self.columns[name] for name in names]] = found
+        lists: list[list[float]] = errors.tolist()
+        return lists
+
+    @cached_property
+    def moved(self) -> list[float]:
+        """The number of elements in the sample of each row that fp32 has moved."""
+        numbers: list[float] = self.vectors[:, -1].tolist()
+        return numbers
+
+    def convert_rows(self, states: Sequence[str], rows: Sequence[int]) -> Numbers:
+        """Convert the vectors of some rows to other states.
+
+        Args:
+            states: Names of the states of the converted vectors, those of the table among them.
+            rows: The rows.
+
+        Returns:
+            The vectors, float64 (rows, columns): sums of 0 and medians of NaN for unknown states.
+        """
+        vectors: Numbers = self.vectors[[*rows]]
+        if self.states == tuple(states):
+            return vectors
+        layout = TwinColumns(tuple(states))
+        converted = np.zeros((len(vectors), len(layout)))
+        sums, medians = _split(layout, converted)
+        medians[:] = np.nan
+        own_sums, own_medians = _split(self._layout, vectors)
+        sums[:, [layout.ratios.index(name) for name in self._layout.ratios]] = own_sums
+        medians[:, [layout.medians.index(name) for name in self._layout.medians]] = own_medians
+        converted[:, -1] = vectors[:, -1]
+        return converted
+
+    def _split(self) -> tuple[Numbers, Numbers]:
+        return _split(self._layout, self.vectors)
+
+    def _estimate_sums(self, names: Sequence[str]) -> EstimateSums:
+        """Return the sums from which the standard errors of some ratios follow."""
+        sums = self._split()[0]
+        places = [self._layout.ratios.index(name) for name in names]
+        is_share = np.array([float(get_metric(name).unit == "share") for name in names])
+        carrying = np.stack([self._count_carrying(sums, name) for name in names], axis=1)
+        a, b, aa, ab, bb = np.moveaxis(sums[:, places], 2, 0)
+        shares = np.broadcast_to(is_share, carrying.shape)
+        return EstimateSums(a, b, aa, ab, bb, carrying, shares)
+
+    def _count_carrying(self, sums: Numbers, name: str) -> Numbers:
+        """Count the elements whose b is other than 0 in a ratio Σ a / Σ b, float64 (rows)."""
+        if name == "decay_projection":  # each element that is finite
+            a, b = sums[:, self._layout.ratios.index("twin_nonfinite_frac"), :2].T
+            finite: Numbers = b - a
+            return finite
+        counts: Numbers = sums[:, self._layout.ratios.index(_CARRIED.get(name, name)), 1]
+        return counts
+
+
+@lru_cache(maxsize=64)
+def _number_metrics(states: tuple[str, ...]) -> Mapping[str, int]:
+    """Return the position of each metric in a row of figures."""
+    return {name: column for column, name in enumerate(twin_metrics(states))}
+
+
+def _split(layout: TwinColumns, vectors: Numbers) -> tuple[Numbers, Numbers]:
+    """Return the sums, (rows, ratios, 5), and the medians, (rows, states), as views."""
+    stop = len(layout.ratios) * len(SUMS)
+    sums = vectors[:, :stop].reshape(len(vectors), len(layout.ratios), len(SUMS))
+    return sums, vectors[:, stop : stop + len(layout.medians)]
+
+
+def _merge(layout: TwinColumns, vectors: Numbers, counted: Numbers) -> Numbers:
+    """Merge the vectors of layers to that of a model; sampled sums count population / elements.
+
+    Args:
+        layout: The columns of the vectors.
+        vectors: Sums of each layer, float64 (layers, columns).
+        counted: Population, elements and blocks of each layer, float64 (layers, 3).
+
+    Returns:
+        The merged vector, float64 (1, columns).
+    """
+    weights = counted[:, 0] / np.maximum(counted[:, 1], 1)
+    merged: Numbers = (weights[:, None] * vectors).sum(0)[None]
+    (medians,) = _split(layout, merged)[1]
+    for place, column in enumerate(_split(layout, vectors)[1].T):
+        medians[place] = find_weighted_median(column, counted[:, 0])
+    merged[0, -1] = vectors[:, -1].sum()
+    return merged
+
+
+def find_weighted_median(numbers: Numbers, weights: Numbers) -> float:
+    """Return the smallest number such that half of the weight lies at it or below.
+
+    Args:
+        numbers: Numbers, float64 (numbers). NaN is left out.
+        weights: The weight of each, float64 (numbers).
+
+    Returns:
+        The median; NaN if nothing has a weight.
+    """
+    known = ~np.isnan(numbers) & (weights > 0)
+    if not known.any():
+        return math.nan
+    order = np.argsort(numbers[known])
+    below = np.cumsum(weights[known][order])
+    return float(numbers[known][order][np.searchsorted(below, below[-1] / 2)])
