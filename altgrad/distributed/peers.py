@@ -36,6 +36,7 @@ class StepSums(NamedTuple):
         found_inf: Whether a fused optimizer under a GradScaler found gradients that are not finite.
         skipped: Why the step moved no weight; None if weights moved.
         error: The error of this rank; None if nothing failed.
+        others: Further numbers of this rank that were copied to the host with `vectors`.
     """
 
     seconds: tuple[float, float]
@@ -45,6 +46,7 @@ class StepSums(NamedTuple):
     found_inf: bool = False
     skipped: SkipReason | None = None
     error: Exception | None = None
+    others: Sequence[Numbers] = ()
 
 
 class Peers(Protocol):

@@ -118,7 +118,9 @@ class Engine:
 
     # --- after a step
 
-    def measure(self, outcome: StepOutcome, seconds: tuple[float, float]) -> StepSums:
+    def measure(
+        self, outcome: StepOutcome, seconds: tuple[float, float], others: Sequence[Tensor] = ()
+    ) -> StepSums:
         """Measure a step on this rank, with one copy to the host.
 
         Errors of the step or of the measurement are returned. They are raised when the results of
@@ -128,6 +130,7 @@ class Engine:
             outcome: The outcome of the step, from the observer.
             seconds: Time to observe the last observed step and mean time of a training step, in
                 seconds.
+            others: Further numbers to copy to the host, float64 of any shape.
 
         Returns:
             Sums and maxima of the layers, with the outcome of the step.
@@ -136,16 +139,17 @@ class Engine:
         if outcome.step is None:
             return sums
         try:
-            return self._measured(outcome.step, sums)
+            return self._measured(outcome.step, sums, others)
         except Exception as error:  # noqa: BLE001 - raised when ranks are combined
             return sums._replace(error=error)
 
-    def _measured(self, step: OptimizerStep, sums: StepSums) -> StepSums:
+    def _measured(self, step: OptimizerStep, sums: StepSums, others: Sequence[Tensor]) -> StepSums:
         """Measure the layers of a step, and return the results added to `sums`.
 
         Args:
             step: The step, with the copies around it.
             sums: The result so far, which has no layers yet.
+            others: Further numbers to copy to the host, float64 of any shape.
 
         Returns:
             A copy of `sums` with the sums and maxima of each layer of the step.
@@ -157,7 +161,7 @@ class Engine:
         if not parts:  # no layer of this step has elements on this rank
             return sums._replace(present=self._present(step), found_inf=_is_set(step.found_inf))
         # Rows of a segment include layers that are absent from this step (name None): drop those.
-        vectors, found_inf = _on_host(parts, step.found_inf)
+        (vectors, *further), found_inf = _on_host(parts, step.found_inf, others)
         rows = [row for row, name in enumerate(names) if name is not None]
         if len(rows) < len(names):
             vectors = vectors[rows]
@@ -166,6 +170,7 @@ class Engine:
             vectors=vectors,
             present=self._present(step),
             found_inf=found_inf,
+            others=further,
         )
 
     def _present(self, step: OptimizerStep) -> list[str]:
@@ -238,24 +243,34 @@ class Engine:
             arena.free()
 
 
-def _on_host(parts: Sequence[Tensor], found_inf: Tensor | None) -> tuple[Numbers, bool]:
-    """Copy all rows to the host at once, and the flag of a skipped step with them.
+def _on_host(
+    parts: Sequence[Tensor], found_inf: Tensor | None, others: Sequence[Tensor]
+) -> tuple[list[Numbers], bool]:
+    """Copy all rows to the host at once, with all that is wanted there besides.
 
     Args:
         parts: One or more tensors of rows, float64 (rows, columns) each.
         found_inf: Flag of a GradScaler, any dtype (1): not 0 if the step was skipped. None without
             a GradScaler.
+        others: Further numbers, float64 of any shape.
 
     Returns:
-        All rows, float64 (rows, columns) on the host, and True if the step was skipped.
+        All rows, float64 (rows, columns) on the host, then the further numbers; and True if the
+        step was skipped.
     """
-    together = [each.to(parts[0].device) for each in parts]
-    # Each copy to the host waits for the device. The flag is one more row, so that one copy does.
-    if found_inf is not None:
-        together.append(together[0].new_zeros(1, together[0].shape[1]))
-        together[-1][0, 0] = to_local_tensor(found_inf)
-    rows = torch.cat(together).cpu().numpy()
-    return (rows, False) if found_inf is None else (rows[:-1], bool(rows[-1, 0]))
+    device = parts[0].device
+    rows = torch.cat([each.to(device) for each in parts])
+    flag = [] if found_inf is None else [to_local_tensor(found_inf).to(device).view(1).double()]
+    # Each copy to the host waits for the device: all numbers go in one.
+    each = [rows, *others, *flag]
+    flat = torch.cat([one.to(device).flatten() for one in each]) if len(each) > 1 else rows
+    numbers = flat.cpu().numpy()
+    if len(each) == 1:
+        return [numbers], False
+    ends = np.cumsum([one.numel() for one in each])
+    split = np.split(numbers, ends[:-1])
+    shaped = [part.reshape(one.shape) for part, one in zip(split, each, strict=True)]
+    return (shaped, False) if found_inf is None else (shaped[:-1], bool(shaped[-1][0]))
 
 
 def _is_set(found_inf: Tensor | None) -> bool:

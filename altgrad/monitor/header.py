@@ -6,7 +6,7 @@ This file does not import torch, so that a report can compare formats with those
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from altgrad.quantization.number_format import NumberFormat, get_applied_scaling
@@ -16,25 +16,32 @@ if TYPE_CHECKING:
 
     from altgrad.observation.rules import LayerSampling
     from altgrad.quantization.formats import Scaling
+    from altgrad.recipes.recipe import Recipe
 
 
 def describe_run(
-    formats: Iterable[NumberFormat], scaling: Scaling | None, layers: Mapping[str, dict[str, Any]]
+    formats: Iterable[NumberFormat],
+    scaling: Scaling | None,
+    layers: Mapping[str, dict[str, Any]],
+    recipes: Iterable[Recipe] = (),
 ) -> dict[str, Any]:
-    """Describe formats, scaling and layers for the header of a run file.
+    """Describe formats, scaling, layers and recipes for the header of a run file.
 
     Args:
         formats: Formats that are judged.
         scaling: Which elements share an amax scale.
         layers: Results of `describe_layer`, by name of the layer.
+        recipes: Recipes whose twins are stepped.
 
     Returns:
-        A dict with the keys ``formats``, ``scaling`` and ``layers`` that JSON can hold.
+        A dict with the keys ``formats``, ``scaling``, ``layers`` and ``recipes`` that JSON can
+        hold.
     """
     return {
         "formats": {format.name: describe_format(format, scaling) for format in formats},
         "scaling": scaling,
         "layers": dict(layers),
+        "recipes": {recipe.name: describe_recipe(recipe) for recipe in recipes},
     }
 
 
@@ -57,6 +64,34 @@ def describe_format(format: NumberFormat, scaling: Scaling | None) -> dict[str, 
         "eps": element.eps,
         "scaled": get_applied_scaling(format, scaling) is not None,
     }
+
+
+def describe_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Describe how a recipe stores weights and states, by names of formats and dtypes.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        A dict that JSON can hold, but for a number of bytes that is NaN.
+    """
+    factory = recipe.optimizer
+    return {
+        "weights": None if recipe.weights is None else str(recipe.weights),
+        "rounding": recipe.rounding,
+        "compensation": recipe.compensation,
+        "states": {state: str(format) for state, format in recipe.states.items()},
+        "dtype": None if recipe.dtype is None else str(recipe.dtype).removeprefix("torch."),
+        "optimizer": None if factory is None else _qualify(factory),
+        "fused": recipe.fused,
+        "bytes_per_parameter": recipe.bytes_per_parameter,
+    }
+
+
+def _qualify(factory: Callable[..., Any]) -> str:
+    """Return the name of a class or function with its module; of the class for other objects."""
+    named = factory if hasattr(factory, "__qualname__") else type(factory)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def describe_layer(parameter: Tensor, sampling: LayerSampling, elements: int) -> dict[str, Any]:

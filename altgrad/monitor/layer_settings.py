@@ -15,7 +15,12 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from altgrad.monitor.elements import SAMPLING_VERSION, sample_elements
-from altgrad.observation.rules import LayerSampling, SamplingRule, resolve_layers
+from altgrad.observation.rules import (
+    TWIN_ELEMENTS,
+    LayerSampling,
+    SamplingRule,
+    resolve_layers,
+)
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.block_formats import get_formats
 from altgrad.quantization.format_set import FormatSet
@@ -37,6 +42,7 @@ class LayerSettings:
         max_elements: Maximum number of elements of a sample, for layers without a rule. None for
             all elements.
         seed: Seed of the samples.
+        twin_elements: Maximum number of elements that twins step, for layers without a rule.
 
     Attributes:
         by_name: Settings of each layer, by name.
@@ -56,6 +62,7 @@ class LayerSettings:
         every_n_steps: int,
         max_elements: int | None,
         seed: int,
+        twin_elements: int = TWIN_ELEMENTS,
     ) -> None:
         self._rules = tuple(rules)
         self._formats = formats
@@ -64,6 +71,7 @@ class LayerSettings:
             "every_n_steps": every_n_steps,
             "max_elements": max_elements,
             "formats": tuple(format.name for format in own_formats),
+            "twin_elements": twin_elements,
         }
         self._blocks: dict[str, int] = {}
         self.by_name = self._resolved(names, self._rules)

@@ -32,8 +32,10 @@ from altgrad.measurement.ever_moved import EverMovedStore, PackedBits, check_pac
 from altgrad.measurement.measure import DEFAULT_FORMATS
 from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.step_record import StepRecord, step_record
+from altgrad.measurement.twin_figures import TwinValues
 from altgrad.monitor.bypass import BypassDetector
 from altgrad.monitor.describe import describe_layers
+from altgrad.monitor.elements import sample_elements
 from altgrad.monitor.engine import Engine
 from altgrad.monitor.header import describe_layer, describe_run
 from altgrad.monitor.layer_settings import LayerSettings
@@ -44,13 +46,16 @@ from altgrad.monitor.unjudged import leave_out_unjudged
 from altgrad.monitor.watch import Watch
 from altgrad.observation import SkipReason, StepObserver, StepOutcome
 from altgrad.observation.dtensor import is_sharded
-from altgrad.observation.rules import LayerSampling, SamplingRule
+from altgrad.observation.rules import TWIN_ELEMENTS, LayerSampling, SamplingRule
 from altgrad.observation.snapshots import Copies, Memory, Request
 from altgrad.observation.stored import get_stored_formats
 from altgrad.quantization.block_formats import Formats, get_formats
 from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import NumberFormat
+from altgrad.recipes.names import find_default_recipes, get_recipes
+from altgrad.recipes.recipe import Recipe
+from altgrad.recipes.twins import Twins, TwinSettings
 
 _logger = logging.getLogger("altgrad")
 
@@ -96,10 +101,15 @@ class UpdateMonitor:
         scaling: Which elements share an amax scale, as in `altgrad.measure`. The amax of a whole
             layer is taken at the first observed step, after every 100 observed steps, and after a
             step in which a weight rounded beyond the top of its scale.
+        recipes: Recipes whose twins are stepped on a sample of each layer at every step, observed
+            or not: `Recipe` objects or short names, such as ``"bf16-sr"``. None takes those that
+            belong to `formats`; ``()`` steps no twin.
+        twin_elements: Maximum number of elements of each layer that twins step.
         overhead_budget: Maximum share of the whole time that observing may take, such as 0.01.
             Steps are then observed less often than `every_n_steps` demands. None sets no limit. On
-            an accelerator, the time of the host counts, which includes waiting for results.
-        seed: Seed of the samples.
+            an accelerator, the time of the host counts, which includes waiting for results. The
+            time of twins is that of the training.
+        seed: Seed of the samples, and of stochastic rounding.
         warn: Function that is called with each notice for the user, in place of `warnings.warn`.
         strict: If True, re-raise internal errors in the training loop; otherwise warn once and stop
             observing.
@@ -123,6 +133,8 @@ class UpdateMonitor:
         max_elements: int | None = DEFAULT_MAX_ELEMENTS,
         sampling: Sequence[SamplingRule] = (),
         scaling: Scaling | None = "tensor",
+        recipes: str | Recipe | Sequence[str | Recipe] | None = None,
+        twin_elements: int = TWIN_ELEMENTS,
         overhead_budget: float | None = None,
         seed: int = 0,
         warn: Callable[[str], object] | None = None,
@@ -144,6 +156,7 @@ class UpdateMonitor:
             memory=self._memory,
             should_copy=self._should_copy if sampling else None,
             leave_out=self._leave_out_unseen,
+            every_step=self,
             read_found_inf=False,
             strict=strict,
             warn=self._notices.give,
@@ -157,16 +170,24 @@ class UpdateMonitor:
             every_n_steps=self._policy.every_n_steps,
             max_elements=max_elements,
             seed=seed,
+            twin_elements=twin_elements,
         )
         registry = self._observer.registry
         self._watch = Watch(registry, self._settings, self._formats, self._decides, self._warn)
         self._bypasses = BypassDetector(self._watch.find_stepped, lambda: self.parameters)
-        self._scale_state = ScaleState(self._formats)
+        self._named_recipes = bool(recipes)
+        chosen = find_default_recipes(self.formats) if recipes is None else get_recipes(recipes)
+        weights = (recipe.weights_format for recipe in chosen)
+        stored = [format for format in weights if format is not None]
+        self._scale_state = ScaleState(FormatSet([*self.formats, *stored], scaling))
         self._ever_moved = EverMovedStore(self._warn)
         self._engine = Engine(
             Measurer(self._formats), self._settings, self._scale_state, self._ever_moved
         )
         self._peers: Peers = Alone()
+        self._twins = Twins(
+            self._make_twin_settings(chosen), self._find_twin_layers, self._warn, strict=strict
+        )
         self._loaded: Mapping[str, PackedBits] | None = None  # until ranks know their local shards
         self._last_seen: dict[str, int] = {}  # by layer, the index of its last observed step
         self._lock = threading.RLock()  # two threads may step two optimizers
@@ -180,6 +201,16 @@ class UpdateMonitor:
     def scaling(self) -> Scaling | None:
         """The `scaling` argument the monitor was created with."""
         return self._formats.scaling
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """The recipes whose twins are stepped."""
+        return self._twins.recipes
+
+    @property
+    def twins(self) -> Twins:
+        """The twins, with the results of the self-check in `checks`."""
+        return self._twins
 
     @property
     def layers(self) -> Mapping[str, LayerSampling]:
@@ -219,7 +250,9 @@ class UpdateMonitor:
         return self._peers.size > 1
 
     def run_header(self) -> dict[str, Any]:
-        """Describe formats, scaling and layers as plain data, for `altgrad.report.RunFile`.
+        """Describe formats, scaling, layers and recipes as plain data, for a run file.
+
+        `altgrad.report.RunFile` takes them.
 
         Returns:
             A dict that JSON can hold.
@@ -235,7 +268,7 @@ class UpdateMonitor:
             for name, parameter in self._observer.parameters.items()
             if name in described
         }
-        return describe_run(self.formats, self.scaling, layers) | {
+        return describe_run(self.formats, self.scaling, layers, self.recipes) | {
             "versions": {"torch": torch.__version__}
         }
 
@@ -282,6 +315,8 @@ class UpdateMonitor:
         if not self._is_sharded and self._observer.is_replica:
             return self
         peers.attach(lambda: self._observer.check(*optimizers, scaler=scaler))
+        if peers.size > 1 and self._named_recipes:
+            self._warn("steps no twins of parameters that several ranks share")
         if self._loaded is not None:
             names = self._settings.measured_names(self._observer.names, self._observer.parameters)
             parts = peers.parts(names)
@@ -304,6 +339,7 @@ class UpdateMonitor:
         bypasses = self._describe_bypasses()
         self._observer.detach()
         self._engine.free_arenas()
+        self._twins.release()
         for notice in bypasses:  # last: where warnings are errors, the hooks must be gone
             self._warn(notice)
         error = self._peers.take_error()
@@ -366,6 +402,7 @@ class UpdateMonitor:
             "last_seen": dict(self._last_seen),
             "skipped": dict(self.skipped),
             "budgets": self._policy.state_dict(),
+            "twins": self._twins.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -405,6 +442,8 @@ class UpdateMonitor:
         self.skipped.clear()
         self.skipped.update(state["skipped"])
         self._policy.load_state_dict(state["budgets"])
+        if "twins" in state:  # versions before had none
+            self._twins.load_state_dict(state["twins"])
 
     # --- one step
 
@@ -423,7 +462,7 @@ class UpdateMonitor:
         with self._lock, self._policy.observing():
             are_new = self._peers.before_step(optimizer)
             if self._scale_state.prepare(self._stepped, self._peers, are_new=are_new):
-                self._engine.scales_changed()
+                self._change_scales()
         return True
 
     def _should_copy(self, name: str, index: int) -> bool:
@@ -455,9 +494,12 @@ class UpdateMonitor:
         with self._lock, self._policy.observing(outcome.copy_seconds):
             seconds = self._policy.seconds(optimizer, index)  # before this step adds to them
             if self._scale_state.settle(self._stepped, self._peers):
-                self._engine.scales_changed()
-            local = self._engine.measure(outcome, seconds)
-            record = self._record(index, self._peers.combine(optimizer, index, local))
+                self._change_scales()
+            twins = self._twins.measure(optimizer) if outcome.step is not None else []
+            others = [numbers for each in twins for numbers in (each.values, each.counts)]
+            local = self._engine.measure(outcome, seconds, others)
+            values = self._twins.read(optimizer, twins, local.others)
+            record = self._record(index, self._peers.combine(optimizer, index, local), values)
             if record is None:
                 return
             self._note(optimizer, record)
@@ -466,14 +508,16 @@ class UpdateMonitor:
                     self._on_record(record)
         self._policy.mark_end(optimizer, index)
 
-    def _record(self, index: int, step: StepSums) -> StepRecord | None:
+    def _record(self, index: int, step: StepSums, twins: TwinValues | None) -> StepRecord | None:
         """Make the record of a step; count a skipped step and return None."""
         if not step.names:
             if step.skipped is not None:
                 self.skipped[step.skipped] += 1
             return None
         judged = self._settings.judged(step.names)
-        record = step_record(self._formats.names, judged, step.vectors, index, step.seconds)
+        record = step_record(
+            self._formats.names, judged, step.vectors, index, step.seconds, twins=twins
+        )
         # A fused optimizer reads found_inf on its device, and skips the step without the host.
         if step.found_inf and not record.model["update_rms"] > 0:
             self.skipped["inf"] += 1
@@ -487,6 +531,71 @@ class UpdateMonitor:
         seconds = record.own_seconds, record.training_seconds
         self._policy.charge(optimizer, record.index, seconds)
         self.latest = record
+
+    # --- twins, at each step, observed or not
+
+    def capture(self, optimizer: Optimizer, *, is_observed: bool) -> None:
+        """Gather what twins need before a step; the observer calls this method.
+
+        Args:
+            optimizer: The optimizer that is about to step.
+            is_observed: True if the step is observed.
+        """
+        if self._has_twins:
+            with self._lock:
+                self._twins.capture(optimizer, is_observed=is_observed)
+
+    def finish(self, optimizer: Optimizer, unseen: str) -> None:
+        """Step the twins after a step; the observer calls this method.
+
+        Args:
+            optimizer: The optimizer that has stepped.
+            unseen: The reason why `capture` was not called; empty if it was.
+        """
+        if self._has_twins:
+            with self._lock:
+                self._twins.finish(optimizer, unseen)
+
+    @property
+    def _has_twins(self) -> bool:
+        # Ranks that share parameters would have to step parts of each sample.
+        return self._twins.is_on and self._peers.size == 1
+
+    def _make_twin_settings(self, recipes: tuple[Recipe, ...]) -> TwinSettings:
+        seed = self._settings.seed
+
+        def draw(name: str, shape: Sequence[int], most: int, block: int) -> Tensor | None:
+            return sample_elements(name, shape, most, seed=seed, block=block)
+
+        return TwinSettings(
+            recipes,
+            self.scaling,
+            draw,
+            self._find_twin_elements,
+            self._find_amaxes,
+            seed,
+            warns_omissions=self._named_recipes,
+        )
+
+    def _find_twin_elements(self, name: str) -> int:
+        layer = self._settings.get(name)
+        return layer.twin_elements if layer.enabled else 0
+
+    def _find_twin_layers(self, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
+        return [(name, each) for name, each, _ in self._observer.registry.find_stepped(optimizer)]
+
+    def _find_amaxes(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the amax that each element's scale comes from, and that of the layer."""
+        parameter = self._observer.parameters[name]
+        self._scale_state.ensure_amax({name: parameter}, self._peers)
+        groups, layer = self._scale_state.amaxes(name)
+        if len(groups) > 1:
+            groups = groups[indices // (parameter.numel() // len(groups))]
+        return groups, layer
+
+    def _change_scales(self) -> None:
+        self._engine.scales_changed()
+        self._twins.scales_changed()
 
     # --- peers
 

@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -36,7 +37,13 @@ from altgrad.observation.optimizers import (
 )
 from altgrad.observation.parameter_names import ParameterRegistry
 from altgrad.observation.snapshots import Chosen, Elements, Memory, Snapshot, Snapshots
-from altgrad.observation.step import OptimizerStep, SkipReason, StepOutcome, make_step
+from altgrad.observation.step import (
+    EveryStep,
+    OptimizerStep,
+    SkipReason,
+    StepOutcome,
+    make_step,
+)
 from altgrad.observation.step_hooks import StepHooks
 
 
@@ -108,6 +115,7 @@ class StepObserver:
         memory: Function that takes an optimizer, and returns an
             `altgrad.observation.snapshots.Memory` that provides the memory for its copies. If None,
             each parameter has memory of its own.
+        every_step: Object that takes part in each step, observed or not; None for none.
         read_found_inf: If True, find out at once whether a fused optimizer under a GradScaler
             skipped the step; the host waits for the device then. If False, skipped steps are
             shown, too, and the callback reads `OptimizerStep.found_inf`.
@@ -139,6 +147,7 @@ class StepObserver:
         should_copy: Callable[[str, int], bool] | None = None,
         leave_out: Callable[[Sequence[str], str], object] | None = None,
         memory: Callable[[Optimizer], Memory] | None = None,
+        every_step: EveryStep | None = None,
         read_found_inf: bool = True,
         strict: bool = False,
         warn: Callable[[str], object] | None = None,
@@ -154,6 +163,8 @@ class StepObserver:
         self._should_copy = should_copy
         self._leave_out = leave_out
         self._memory = memory
+        self._every_step = every_step
+        self._due: weakref.WeakSet[_Hooks] = weakref.WeakSet()  # whose running step is observed
         self._read_found_inf = read_found_inf
         self._strict = strict
         self._notices = Notices(type(self).__name__, warn)
@@ -307,6 +318,14 @@ class StepObserver:
     # --- during a step
 
     def _is_due(self, hooks: _Hooks) -> bool:
+        """Return True if a step is observed, or `every_step` takes part in it."""
+        self._due.discard(hooks)
+        if self._is_observed(hooks):
+            self._due.add(hooks)
+            return True
+        return self._every_step is not None and not self._stopped
+
+    def _is_observed(self, hooks: _Hooks) -> bool:
         if self._stopped or self._should_observe is None:
             return not self._stopped
         self._asking.hooks = hooks
@@ -319,7 +338,10 @@ class StepObserver:
             self._asking.hooks = None
 
     def _capture(self, hooks: _Hooks, optimizer: Optimizer) -> _Captured:
-        if hooks in self._failed:
+        is_observed = hooks in self._due
+        if self._every_step is not None:
+            self._every_step.capture(optimizer, is_observed=is_observed)
+        if hooks in self._failed or not is_observed:
             return _Captured([], None, 0.0)
         start = time.perf_counter()
         try:
@@ -372,6 +394,10 @@ class StepObserver:
         return left_out | {*unreduced}
 
     def _finish(self, hooks: _Hooks, optimizer: Optimizer, captured: _Captured | None) -> None:
+        if self._every_step is not None:
+            self._every_step.finish(optimizer, hooks.unseen if captured is None else "")
+        if hooks not in self._due:
+            return
         try:
             with torch.no_grad():
                 self._deliver(self._make_outcome(hooks, optimizer, captured))
@@ -434,9 +460,10 @@ class StepObserver:
 
     def _count_skip_by_scaler(self, optimizer: Optimizer) -> None:
         for hooks in [*self._attached.hooks]:  # a copy: should_observe may detach
-            if hooks.optimizer is not optimizer or not self._is_due(hooks):
+            if hooks.optimizer is not optimizer or not self._is_observed(hooks):
                 continue
             if hooks in self._failed:  # the optimizer is not called, so that no step would end
+                self._due.add(hooks)
                 self._finish(hooks, optimizer, None)
             else:
                 self.skipped["inf"] += 1

@@ -21,6 +21,9 @@ from altgrad._messages import check_int, check_type, format_count
 _NEAR_CUTOFF = 0.6
 _MOST_SUGGESTED = 3
 
+TWIN_ELEMENTS = 256
+"""Default for the maximum number of elements of a layer that twins step."""
+
 
 @dataclass(frozen=True)
 class SamplingRule:
@@ -37,6 +40,7 @@ class SamplingRule:
             every element.
         formats: Names of the formats that the layers are judged for, kept as a tuple. A string is
             one name; an empty sequence is no format.
+        twin_elements: Maximum number of elements of each layer that twins step; 0 for no twin.
 
     Raises:
         TypeError: A field has the wrong type.
@@ -45,7 +49,7 @@ class SamplingRule:
     Examples:
         >>> SamplingRule("*.bias", enabled=False)
         SamplingRule(layers='*.bias', enabled=False, every_n_steps=None, max_elements=None, \
-formats=None)
+formats=None, twin_elements=None)
         >>> SamplingRule("head.*", max_elements="all", formats="bf16").formats
         ('bf16',)
     """
@@ -57,6 +61,7 @@ formats=None)
     # A string is a sequence of strings for Python, but not for parsers of configuration files such
     # as jsonargparse, so that both types are named.
     formats: str | Sequence[str] | None = None
+    twin_elements: int | None = None
 
     def __post_init__(self) -> None:
         check_type("layers", self.layers, str)
@@ -70,6 +75,8 @@ formats=None)
                 raise ValueError(f"max_elements={self.max_elements!r}: expected a number or 'all'")
         elif self.max_elements is not None:
             check_int("max_elements", self.max_elements, 1)
+        if self.twin_elements is not None:
+            check_int("twin_elements", self.twin_elements, 0)
         if self.formats is not None:
             # The dataclass is frozen: https://docs.python.org/3/library/dataclasses.html
             object.__setattr__(self, "formats", _check_formats(self.formats))
@@ -90,6 +97,7 @@ class LayerSampling:
         every_n_steps: Interval between observed steps, in optimizer steps.
         max_elements: Maximum number of elements observed; None for every element.
         formats: Names of the formats that the layer is judged for.
+        twin_elements: Maximum number of elements that twins step; 0 for no twin.
     """
 
     name: str
@@ -98,6 +106,7 @@ class LayerSampling:
     every_n_steps: int
     max_elements: int | None
     formats: tuple[str, ...]
+    twin_elements: int = TWIN_ELEMENTS
 
 
 def resolve_layers(
@@ -107,6 +116,7 @@ def resolve_layers(
     every_n_steps: int,
     max_elements: int | None,
     formats: tuple[str, ...],
+    twin_elements: int = TWIN_ELEMENTS,
 ) -> dict[str, LayerSampling]:
     """Return the settings of each layer, from the first rule that matches its name.
 
@@ -122,6 +132,7 @@ def resolve_layers(
         max_elements: The monitor's maximum number of elements observed in each layer, at least 1;
             None for every element.
         formats: Names of the monitor's formats.
+        twin_elements: The monitor's maximum number of elements that twins step in each layer.
 
     Returns:
         The settings by name of the layer, in the order of `names`.
@@ -133,8 +144,9 @@ def resolve_layers(
     check_int("every_n_steps", every_n_steps, 1)
     if max_elements is not None:
         check_int("max_elements", max_elements, 1)
+    check_int("twin_elements", twin_elements, 0)
     _check_rules(names, rules)
-    default = LayerSampling("", None, True, every_n_steps, max_elements, formats)
+    default = LayerSampling("", None, True, every_n_steps, max_elements, formats, twin_elements)
     return {name: _resolve_layer(name, rules, default) for name in names}
 
 
@@ -154,6 +166,7 @@ def _resolve_layer(
         every_n_steps=rule.every_n_steps or default.every_n_steps,
         max_elements=max_elements,
         formats=default.formats if rule.formats is None else tuple(rule.formats),
+        twin_elements=(default.twin_elements if rule.twin_elements is None else rule.twin_elements),
     )
 
 

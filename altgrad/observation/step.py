@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -93,6 +93,29 @@ class StepOutcome:
     skipped: SkipReason | None = None
     error: Exception | None = None
     copy_seconds: float = 0.0
+
+
+class EveryStep(Protocol):
+    """An object that takes part in each step of an optimizer, observed or not.
+
+    Its methods raise no error of their own: they are called inside of the user's training step.
+    """
+
+    def capture(self, optimizer: Optimizer, *, is_observed: bool) -> None:
+        """Read gradients, which are final, and weights, none of which has moved.
+
+        Args:
+            optimizer: The optimizer that is about to step.
+            is_observed: True if the step is observed.
+        """
+
+    def finish(self, optimizer: Optimizer, unseen: str) -> None:
+        """Read the weights after the step, before an observed step is delivered.
+
+        Args:
+            optimizer: The optimizer that has stepped.
+            unseen: The reason why `capture` was not called in this step; empty if it was.
+        """
 
 
 def make_step(snapshots: Sequence[Snapshot], optimizer: Optimizer, index: int) -> OptimizerStep:

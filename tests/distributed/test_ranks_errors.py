@@ -128,8 +128,9 @@ class Watching(UpdateMonitor):
 def owner(rank: int) -> list[str]:
     net = fsdp(SIZE)
     optimizer = sgd(net)
-    Watching(net, every_n_steps=lambda index: 1 // (index < 1 or rank)).attach(optimizer)
-    return warned(net, optimizer, 3)
+    monitor = Watching(net, every_n_steps=lambda index: 1 // (index < 1 or rank))
+    with monitor.attach(optimizer):
+        return warned(net, optimizer, 3)
 
 
 def test_every_rank_warns_with_the_name_of_the_users_class(two) -> None:

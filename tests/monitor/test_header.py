@@ -1,12 +1,20 @@
 """The header of a run file: formats, scaling and layers of a monitor."""
 
+import functools
+from typing import Any
+
 import ml_dtypes
 import pytest
 import torch
 from torch import nn
 
-from altgrad import SamplingRule, UpdateMonitor
-from altgrad.monitor.header import describe_format, describe_layer, describe_run
+from altgrad import Recipe, SamplingRule, UpdateMonitor
+from altgrad.monitor.header import (
+    describe_format,
+    describe_layer,
+    describe_recipe,
+    describe_run,
+)
 from altgrad.observation.rules import LayerSampling
 from altgrad.quantization.block_formats import get_formats
 from altgrad.report import Header
@@ -63,6 +71,51 @@ def test_a_run_is_described_by_formats_scaling_and_layers_in_their_order() -> No
     assert described["formats"]["e5m2"] == describe_format(formats[0], ("block", 32))
     assert [*described["layers"].items()] == [*layers.items()]
     assert described["layers"] is not layers
+
+
+def make_lion(parameters: list[nn.Parameter], group: dict[str, object]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=group["lr"])
+
+
+@pytest.mark.parametrize(
+    ("factory", "name"),
+    [
+        (make_lion, f"{__name__}.make_lion"),
+        (torch.optim.Adagrad, "torch.optim.adagrad.Adagrad"),
+        (functools.partial(make_lion, group={}), "functools.partial"),
+        (lambda parameters, group: None, f"{__name__}.<lambda>"),
+    ],
+)
+def test_a_recipe_is_described_by_names(factory: Any, name: str) -> None:
+    bf16, e5m2 = get_formats(["bf16", "e5m2"])
+    recipe = Recipe(
+        "mine",
+        weights=bf16,
+        rounding="stochastic",
+        states={"exp_avg_sq": e5m2},
+        optimizer=factory,
+    )
+    described = describe_recipe(recipe)
+    assert described.pop("bytes_per_parameter") == pytest.approx(recipe.bytes_per_parameter)
+    assert described == {
+        "weights": "bf16",
+        "rounding": "stochastic",
+        "compensation": None,
+        "states": {"exp_avg_sq": "e5m2"},
+        "dtype": None,
+        "optimizer": name,
+        "fused": False,
+    }
+
+
+def test_a_header_describes_the_recipes_of_the_twins() -> None:
+    layer = [("w", nn.Parameter(torch.ones(3)))]
+    header = Header.from_json(UpdateMonitor(layer, recipes=["fp32", "bf16-true"]).run_header())
+    assert [*header.recipes] == ["fp32", "bf16-true"]
+    fp32, true = header.recipes.values()
+    assert (fp32.weights, fp32.states, fp32.dtype, fp32.optimizer) == (None, {}, None, None)
+    assert (true.name, true.dtype, true.fused) == ("bf16-true", "bfloat16", False)
+    assert Header.from_json(UpdateMonitor(layer, recipes=()).run_header()).recipes == {}
 
 
 def test_the_header_describes_each_layer() -> None:

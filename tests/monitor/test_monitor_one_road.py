@@ -38,9 +38,9 @@ class Road:
 def watching_the_road() -> Iterator[Road]:
     road, measure, combine = Road(), Engine.measure, Alone.combine
 
-    def measuring(engine: Engine, outcome: StepOutcome, seconds: tuple[float, float]) -> StepSums:
+    def measuring(engine: Engine, outcome: StepOutcome, *others: Any) -> StepSums:
         road.outcomes.append(outcome)
-        return measure(engine, outcome, seconds)
+        return measure(engine, outcome, *others)
 
     def combining(peers: Alone, optimizer: Any, index: int, local: StepSums) -> StepSums:
         assert (optimizer, index) == (road.outcomes[-1].optimizer, road.outcomes[-1].index)

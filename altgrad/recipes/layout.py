@@ -1,0 +1,142 @@
+"""`Layout`: where the sampled elements of each layer lie in one flat tensor.
+
+Layers that step alike share a `Bucket`, which is one parameter of a twin's optimizer. Layers begin
+to differ when one of them has no gradient in a step; their bucket is then split, because optimizers
+count the steps of each parameter::
+
+    bucket 0: attn.weight mlp.weight      bucket 1: norm.weight       bucket 2: bias (own shape)
+    |---256---|---256---|                 |---64---|                  |-10-|
+
+The file stands alone. `twin_tensors` comes next and holds the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+CHUNK = 64
+"""Number of elements to which buckets are padded, and beyond which no sample reaches.
+
+Vectorised loops of torch treat full chunks and the rest of a tensor by different code, which may
+round differently in 16 bits. A chunk of 64 is a multiple of every vector of 16-bit numbers:
+aten/src/ATen/cpu/vec.
+"""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The layers that step alike, one after the other in one parameter of a twin's optimizer.
+
+    Attributes:
+        group: Index of the parameter group of the run's optimizer.
+        counts: Number of sampled elements of each layer, by name.
+        shape: Shape of the parameter, for a layer that is too small for a full chunk. None for a
+            flat parameter, whose length is a multiple of 64.
+    """
+
+    group: int
+    counts: Mapping[str, int]
+    shape: torch.Size | None = None
+
+    @cached_property
+    def length(self) -> int:
+        """The number of elements, with those that pad the last chunk."""
+        count = sum(self.counts.values())
+        return count if self.shape is not None else -(-count // CHUNK) * CHUNK
+
+    def split(self, names: Sequence[str], group: int) -> Bucket:
+        """Return a bucket with some of the layers.
+
+        Args:
+            names: The layers.
+            group: Index of their parameter group now.
+        """
+        return Bucket(group, {name: self.counts[name] for name in names}, self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The places of all layers in a flat tensor: buckets in order, and layers in order inside.
+
+    Attributes:
+        buckets: The buckets; none is empty, and no two have the same layer.
+    """
+
+    buckets: tuple[Bucket, ...] = ()
+
+    @cached_property
+    def length(self) -> int:
+        """The number of elements of the flat tensor."""
+        return sum(self._room(bucket) for bucket in self.buckets)
+
+    @cached_property
+    def slices(self) -> tuple[slice, ...]:
+        """The elements of each bucket."""
+        slices, start = [], 0
+        for bucket in self.buckets:
+            slices.append(slice(start, start + bucket.length))
+            start += self._room(bucket)
+        return tuple(slices)
+
+    @cached_property
+    def places(self) -> dict[str, slice]:
+        """The elements of each layer, by name."""
+        places = {}
+        for bucket, within in zip(self.buckets, self.slices, strict=True):
+            start = within.start
+            for name, count in bucket.counts.items():
+                places[name] = slice(start, start + count)
+                start += count
+        return places
+
+    @cached_property
+    def bucket_numbers(self) -> dict[str, int]:
+        """The number of the bucket of each layer, by name."""
+        each = enumerate(self.buckets)
+        return {name: number for number, bucket in each for name in bucket.counts}
+
+    def find_sources(self, later: Layout) -> Tensor:
+        """Return where each element of a later layout lies in this one.
+
+        Args:
+            later: The other layout.
+
+        Returns:
+            int64 (later.length) on the CPU; −1 for elements that only the later layout has.
+        """
+        sources = torch.full((later.length,), -1, dtype=torch.int64, device="cpu")
+        for name, place in later.places.items():
+            mine = self.places.get(name)
+            if mine is not None and mine.stop - mine.start == place.stop - place.start:
+                sources[place] = torch.arange(mine.start, mine.stop, device="cpu")
+        return sources
+
+    def find_rows(self, names: Sequence[str], block: int) -> tuple[Tensor, Tensor]:
+        """Return the elements of some layers as rows of one width.
+
+        Args:
+            names: The layers.
+            block: Number of elements that each sample is a multiple of; the width is one, too.
+
+        Returns:
+            Positions in the flat tensor, int64 (layers, width), 0 beyond the end of a sample; and
+            bool (layers, width), False beyond the end. Both are on the CPU.
+        """
+        places = [self.places[name] for name in names]
+        width = max((place.stop - place.start for place in places), default=0)
+        width = -(-width // block) * block
+        columns = torch.arange(width, device="cpu")
+        starts = torch.tensor([place.start for place in places], device="cpu").view(-1, 1)
+        counts = torch.tensor([p.stop - p.start for p in places], device="cpu").view(-1, 1)
+        mask = columns < counts
+        return torch.where(mask, starts + columns, 0), mask
+
+    @staticmethod
+    def _room(bucket: Bucket) -> int:
+        # Each bucket begins at a full chunk, as a tensor of its own would.
+        return -(-bucket.length // CHUNK) * CHUNK

@@ -1,0 +1,304 @@
+"""`OptimizerTwin`: a twin whose own optimizer makes each step, with the gradients of the run.
+
+No formula is modelled: the optimizer is a copy of the run's own, or one that a recipe makes, and
+runs on the sample. Read `twin`, `optimizer_copy` and `flat_state` first. `lane` comes next: it
+holds all twins of some layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from altgrad.recipes.element_scales import ElementScales
+from altgrad.recipes.flat_state import split_state, take_state
+from altgrad.recipes.generators import PrivateGenerators, may_draw
+from altgrad.recipes.hyperparameters import Changes, apply_changes
+from altgrad.recipes.layout import Bucket, Layout
+from altgrad.recipes.optimizer_copy import copy_optimizer, copy_with_factory
+from altgrad.recipes.recipe import Recipe
+from altgrad.recipes.twin import Arrangement, Twin
+
+
+class Gradients(NamedTuple):
+    """The sampled gradients of a step of the run.
+
+    Attributes:
+        values: The gradients, float (elements); 0 at padding.
+        present: For each bucket of the layout, True if its layers have a gradient.
+        scale: Loss scale by which the gradients are still multiplied, one element; None without.
+        found_inf: Flag of a GradScaler, one element: not 0 if the step is skipped. None without.
+    """
+
+    values: Tensor
+    present: Sequence[bool]
+    scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+class OptimizerTwin(Twin):
+    """A twin whose own optimizer makes each step, with the gradients of the run.
+
+    Args:
+        recipe: The recipe.
+        dtype: The dtype of the weights of the run.
+        scales: The scales of formats that have some.
+        seed: Seed of stochastic rounding.
+    """
+
+    def __init__(
+        self, recipe: Recipe, dtype: torch.dtype, scales: ElementScales, seed: int
+    ) -> None:
+        super().__init__(recipe, dtype, scales, seed)
+        # One, or one for each group if a factory makes them; with the groups of the run.
+        self._optimizers: list[tuple[Optimizer, list[int]]] = []
+        self._parameters: list[nn.Parameter] = []  # one for each bucket
+        self._loaded: Sequence[Mapping[str, Any]] = []  # states of the buckets of a checkpoint
+        self._loaded_groups: Mapping[int, Mapping[str, Any]] = {}
+        self._gradients = torch.zeros(0, dtype=self.dtype, device="cpu")
+        self._bucket_gradients: list[Tensor] = []
+        self._generators = PrivateGenerators(self._seed)
+
+    @property
+    def states(self) -> Mapping[str, Tensor]:
+        """The elementwise states of the optimizer by name, flat tensors.
+
+        Layers without a state, and padding, have 0.
+        """
+        states: dict[str, Tensor] = {}
+        for state, place in zip(self._bucket_states(), self.layout.slices, strict=True):
+            for name, value in state.items():
+                if not _is_elementwise(value, place):
+                    continue
+                if name not in states:
+                    states[name] = torch.zeros_like(self.tensors.weights, dtype=value.dtype)
+                states[name][place] = value.detach().view(-1)
+        return states
+
+    def rearrange(self, new: Arrangement) -> None:
+        """Take over another layout, with layers that are new or gone.
+
+        Args:
+            new: The layout, and the run.
+
+        Raises:
+            CannotCopyError: The run's optimizer cannot be copied.
+            NotElementwiseError: A state of a layer has another shape than the layer.
+        """
+        old, states = self.layout, self._bucket_states()
+        sources = old.find_sources(new.layout)
+        options = self._group_options()
+        super().rearrange(new)
+        self._gradients = torch.zeros_like(self.tensors.weights)
+        self._bucket_gradients = self._split(self._gradients)
+        self._parameters = [*map(nn.Parameter, self._split(self.tensors.weights))]
+        self._optimizers = self._make_optimizers(new, options)
+        self._loaded = []
+        places = zip(new.layout.buckets, new.layout.slices, self._parameters, strict=True)
+        for bucket, place, parameter in places:
+            number = old.bucket_numbers.get(next(iter(bucket.counts)))
+            if number is not None and sources[place.start] >= 0:
+                positions = sources[place][: sum(bucket.counts.values())]
+                positions = (positions - old.slices[number].start).to(parameter.device)
+                state = split_state(states[number], positions, bucket.length, bucket.shape)
+            else:
+                state = self._take_state(new, bucket)
+            if state:
+                self._find_optimizer(bucket.group).state[parameter] = state
+
+    def step(self, gradients: Gradients) -> None:
+        """Step the twin's optimizer, and store what it changed.
+
+        Args:
+            gradients: The gradients of the run.
+        """
+        is_fused = gradients.found_inf is not None and all(
+            _reads_found_inf(optimizer) for optimizer, _ in self._optimizers
+        )
+        self._gradients.copy_(gradients.values)  # a copy: many optimizers change gradients
+        if gradients.scale is not None and not is_fused:
+            self._gradients.div_(gradients.scale)
+        each = zip(self._parameters, self._bucket_gradients, gradients.present, strict=True)
+        for parameter, gradient, is_present in each:
+            parameter.grad = gradient if is_present else None
+        self.tensors.begin_step()
+        with self._skipping(gradients, is_fused=is_fused):
+            for optimizer, _ in self._optimizers:
+                with self._drawing(optimizer):
+                    optimizer.step()
+        self._store_states()
+        lost = self.tensors.lost
+        self._store(self.tensors.weights, self.recipe.rounding, lost if len(lost) else None)
+        self.tensors.end_step()
+
+    @contextmanager
+    def _skipping(self, gradients: Gradients, *, is_fused: bool) -> Iterator[None]:
+        """Undo a step on the device if a GradScaler found inf, without a look from the host.
+
+        Fused optimizers of torch do so themselves, and divide by the loss scale.
+        """
+        found_inf = gradients.found_inf
+        if found_inf is None:
+            yield
+            return
+        if is_fused:
+            for optimizer, _ in self._optimizers:
+                vars(optimizer).update(found_inf=found_inf, grad_scale=gradients.scale)
+            try:
+                yield
+            finally:
+                for optimizer, _ in self._optimizers:
+                    del vars(optimizer)["found_inf"], vars(optimizer)["grad_scale"]
+            return
+        earlier = [(each, each.clone()) for each in self._all_tensors()]
+        yield
+        for now, before in earlier:
+            now.copy_(torch.where(found_inf.to(now.device) != 0, before, now))
+
+    def follow(self, changes: Changes) -> None:
+        """Take over the hyperparameters that were changed from outside since the last step.
+
+        Args:
+            changes: The changes by group of the run.
+        """
+        for optimizer, groups in self._optimizers:
+            apply_changes(changes, optimizer, groups)
+
+    def nbytes(self) -> int:
+        """Return the memory of the twin in bytes."""
+        states = self._all_tensors()[1:]
+        return super().nbytes() + self._gradients.nbytes + sum(each.nbytes for each in states)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that a resumed run needs to continue exactly."""
+        return {
+            **super().state_dict(),
+            "states": [dict(state) for state in self._bucket_states()],
+            "groups": self._group_options(),
+            "generators": self._generators.state_dict(),
+        }
+
+    def load_state_dict(
+        self, layout: Layout, state: Mapping[str, Any], device: torch.device
+    ) -> None:
+        """Restore a `state_dict`; the next `rearrange` takes its layers from there.
+
+        Args:
+            layout: The layout of the state.
+            state: The state.
+            device: The device of the layers.
+        """
+        super().load_state_dict(layout, state, device)
+        self._loaded, self._loaded_groups = state["states"], state["groups"]
+        self._generators.load_state_dict(state["generators"])
+
+    def _bucket_states(self) -> Sequence[Mapping[str, Any]]:
+        """Return the optimizer's state of each bucket."""
+        if not self._optimizers:
+            return self._loaded or [{} for _ in self.layout.buckets]
+        owners = [self._find_optimizer(bucket.group) for bucket in self.layout.buckets]
+        each = zip(owners, self._parameters, strict=True)
+        return [optimizer.state.get(parameter, {}) for optimizer, parameter in each]
+
+    def _find_optimizer(self, group: int) -> Optimizer:
+        """Return the optimizer that steps the layers of a group of the run."""
+        return next(optimizer for optimizer, groups in self._optimizers if group in groups)
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        """Return the part of a flat tensor that belongs to each bucket, in its shape."""
+        pairs = zip(self.layout.buckets, self.layout.slices, strict=True)
+        shapes = ((each.shape, place) for each, place in pairs)
+        return [flat[p].view((-1,) if shape is None else shape) for shape, p in shapes]
+
+    def _group_options(self) -> Mapping[int, Mapping[str, Any]]:
+        """Return the options of each group, by group of the run."""
+        if not self._optimizers:
+            return self._loaded_groups
+        return {
+            number: {key: value for key, value in group.items() if key != "params"}
+            for optimizer, numbers in self._optimizers
+            for number, group in zip(numbers, optimizer.param_groups, strict=True)
+        }
+
+    def _make_optimizers(
+        self, new: Arrangement, options: Mapping[int, Mapping[str, Any]]
+    ) -> list[tuple[Optimizer, list[int]]]:
+        """Make the twin's optimizers of its parameters.
+
+        Args:
+            new: The layout, and the run.
+            options: Options of earlier groups, which a factory does not know.
+
+        Returns:
+            The optimizers, with the group of the run that each of their groups stands for.
+        """
+        numbers = sorted({bucket.group for bucket in new.layout.buckets})
+        pairs = [*zip(new.layout.buckets, self._parameters, strict=True)]
+        groups = [(n, [p for bucket, p in pairs if bucket.group == n]) for n in numbers]
+        factory = self.recipe.optimizer
+        if factory is None:
+            copied = copy_optimizer(new.optimizer, groups, fused=self.recipe.fused)
+            return [(copied, numbers)]
+        with self._generators.using([self.tensors.weights.device]):
+            made = copy_with_factory(factory, new.optimizer, groups)
+        for number, optimizer in zip(numbers, made, strict=True):
+            for group in optimizer.param_groups:
+                group.update(options.get(number, {}))
+        return [
+            (optimizer, [number] * len(optimizer.param_groups))
+            for number, optimizer in zip(numbers, made, strict=True)
+        ]
+
+    def _take_state(self, new: Arrangement, bucket: Bucket) -> dict[str, Any]:
+        """Return the state of a new bucket from that of the run."""
+        layers = [new.layers[name] for name in bucket.counts]
+        states = [new.optimizer.state.get(each.parameter, {}) for each in layers]
+        if not any(states) or self.recipe.optimizer is not None:
+            return {}
+        return take_state(
+            states,
+            [each.parameter.shape for each in layers],
+            [each.indices for each in layers],
+            bucket.length,
+            dtype=self.dtype,
+            real_dtype=layers[0].parameter.dtype,
+            shape=bucket.shape,
+        )
+
+    def _store_states(self) -> None:
+        """Store the states that the recipe names."""
+        if not self.recipe.state_formats:
+            return
+        for state, place in zip(self._bucket_states(), self.layout.slices, strict=True):
+            for name, value in state.items():
+                format = self.recipe.state_formats.get(name, self.recipe.state_formats.get("*"))
+                if format is not None and _is_elementwise(value, place):
+                    scale = self._scales.find_for_state(format, name, value, place)
+                    self._round(value, format, scale, self.recipe.rounding)
+
+    def _all_tensors(self) -> list[Tensor]:
+        """Return the weights, then all tensors of the optimizers' states."""
+        states = (value for state in self._bucket_states() for value in state.values())
+        return [self.tensors.weights, *(each for each in states if isinstance(each, Tensor))]
+
+    def _drawing(self, optimizer: Optimizer) -> AbstractContextManager[object]:
+        if not may_draw(type(optimizer)):
+            return nullcontext()
+        return self._generators.using([self.tensors.weights.device])
+
+
+def _is_elementwise(value: object, place: slice) -> bool:
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    # A counter has one element, as a bucket of one layer with one element has: not a state of it.
+    return is_float and value.dim() > 0 and value.numel() == place.stop - place.start  # type: ignore[attr-defined]
+
+
+def _reads_found_inf(optimizer: Optimizer) -> bool:
+    """Return True if an optimizer skips a step itself when a GradScaler found inf."""
+    # GradScaler asks for the same attribute: torch/amp/grad_scaler.py, GradScaler.step.
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

@@ -1,0 +1,218 @@
+"""`Twin`: a recipe at work on the sample, stepped at every step of the run's optimizer.
+
+`UpdateTwin` takes over the updates of the run, where its optimizer cannot run on a sample. Read
+`twin_tensors` and `element_scales` first. `optimizer_twin` comes next, whose twins run an optimizer
+of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from altgrad.measurement.twin_sums import TwinStack
+from altgrad.quantization.number_format import NumberFormat
+from altgrad.recipes.element_scales import ElementScales
+from altgrad.recipes.layout import Layout
+from altgrad.recipes.recipe import Recipe
+from altgrad.recipes.rounding import StorageRounding, store_
+from altgrad.recipes.twin_tensors import TwinTensors
+
+
+class Sampled(NamedTuple):
+    """A layer of the run, with its sample.
+
+    Attributes:
+        parameter: The parameter.
+        shape: Its shape when the sample was drawn.
+        indices: The sample, as flat indices, int64 (elements) on the device of the parameter.
+    """
+
+    parameter: Tensor
+    shape: torch.Size
+    indices: Tensor
+
+
+class Arrangement(NamedTuple):
+    """A new layout of the sample, with the run as it is just before a step.
+
+    Attributes:
+        optimizer: The run's optimizer.
+        layout: The places of all layers, old and new.
+        weights: The weights of the run, in its dtype, (elements); 0 at padding.
+        layers: All layers by name.
+    """
+
+    optimizer: Optimizer
+    layout: Layout
+    weights: Tensor
+    layers: Mapping[str, Sampled]
+
+
+class Twin:
+    """A recipe at work on the sample of some layers; subclasses say what a step does.
+
+    Args:
+        recipe: The recipe.
+        dtype: The dtype of the weights of the run.
+        scales: The scales of formats that have some.
+        seed: Seed of stochastic rounding.
+
+    Attributes:
+        recipe: The `recipe` argument.
+        dtype: The dtype of the twin's weights.
+        layout: The places of the layers.
+        tensors: The weights.
+    """
+
+    def __init__(
+        self, recipe: Recipe, dtype: torch.dtype, scales: ElementScales, seed: int
+    ) -> None:
+        self.recipe = recipe
+        self.dtype = recipe.tensor_dtype or torch.promote_types(dtype, torch.float32)
+        self.layout = Layout()
+        self.tensors = TwinTensors.start_at(torch.zeros(0, dtype=self.dtype, device="cpu"))
+        self._scales = scales
+        # A hash, since each recipe rounds by random numbers of its own.
+        digest = sha256(f"{seed} {recipe.name}".encode()).digest()
+        self._seed = int.from_bytes(digest[:4], "big")
+        self._generator: torch.Generator | None = None
+        self._block_scale: Tensor | None = None  # of formats with blocks: it never shrinks
+
+    @property
+    def states(self) -> Mapping[str, Tensor]:
+        """The states of the optimizer by name, flat tensors; empty without an optimizer."""
+        return {}
+
+    def rearrange(self, new: Arrangement) -> None:
+        """Take over another layout, with layers that are new or gone.
+
+        Args:
+            new: The layout, and the run.
+        """
+        weights = new.weights.to(self.dtype, copy=True)
+        sources = self.layout.find_sources(new.layout).to(weights.device)
+        kept, self._block_scale = self._block_scale, None
+        self._store(weights, "nearest_even")
+        if kept is not None and self._block_scale is not None:
+            self._block_scale = torch.where(sources < 0, self._block_scale, kept[sources])
+        fresh = TwinTensors.start_at(weights, keeps_lost=self.recipe.compensation is not None)
+        if len(fresh.lost):
+            fresh.lost.copy_((new.weights.to(self.dtype) - weights).nan_to_num_(0.0))
+        self.tensors = self.tensors.rearrange(sources, fresh)
+        self.layout = new.layout
+
+    def replace_weights(self, outside: Tensor, weights: Tensor) -> None:
+        """Take over weights that something other than a step has changed in the run.
+
+        Args:
+            outside: bool (elements), True for the changed weights.
+            weights: The weights of the run, in its dtype, (elements).
+        """
+        now = self.tensors.weights
+        changed = torch.where(outside, weights.to(self.dtype), now)
+        self._store(changed, "nearest_even")
+        self.tensors.replace_weights(torch.where(outside, changed, now))
+        if len(self.tensors.lost):
+            self.tensors.lost.masked_fill_(outside, 0)
+
+    def stack(self, rows: Tensor) -> TwinStack:
+        """Return the twin's weights and states with a row for each layer.
+
+        Args:
+            rows: Positions of the elements, int64 (layers, width).
+        """
+        return self.tensors.stack(rows, self.states)
+
+    def nbytes(self) -> int:
+        """Return the memory of the twin in bytes."""
+        return self.tensors.nbytes()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that a resumed run needs to continue exactly."""
+        generator = self._generator
+        return {
+            "tensors": self.tensors.state_dict(),
+            "block_scale": self._block_scale,
+            "generator": None if generator is None else generator.get_state(),
+        }
+
+    def load_state_dict(
+        self, layout: Layout, state: Mapping[str, Any], device: torch.device
+    ) -> None:
+        """Restore a `state_dict`; the next `rearrange` takes its layers from there.
+
+        Args:
+            layout: The layout of the state.
+            state: The state.
+            device: The device of the layers.
+        """
+        tensors = {name: each.to(device) for name, each in state["tensors"].items()}
+        self.tensors, self.layout = TwinTensors(**tensors), layout
+        scale = state["block_scale"]
+        self._block_scale = None if scale is None else scale.to(device)
+        if state["generator"] is not None:
+            self._get_generator(device).set_state(state["generator"])
+
+    def _store(
+        self, weights: Tensor, rounding: StorageRounding, lost: Tensor | None = None
+    ) -> None:
+        """Round weights in place as the recipe stores them.
+
+        Args:
+            weights: The weights, in the dtype of the twin, (elements).
+            rounding: How to round.
+            lost: Rounding errors that Kahan summation keeps; None without.
+        """
+        format = self.recipe.weights_format
+        if format is None:
+            return
+        scale = self._scales.find_for_weights(format, weights)
+        if isinstance(self._scales.applied(format), tuple) and scale is not None:
+            if self._block_scale is not None:
+                scale = torch.maximum(scale, self._block_scale)
+            self._block_scale = scale
+            scale = torch.where(scale == 0, 1, scale)
+        self._round(weights, format, scale, rounding, lost)
+
+    def _round(
+        self,
+        numbers: Tensor,
+        format: NumberFormat,
+        scale: Tensor | None,
+        rounding: StorageRounding,
+        lost: Tensor | None = None,
+    ) -> None:
+        generator = None
+        if rounding == "stochastic":
+            generator = self._get_generator(numbers.device)
+        store_(numbers, format.element, scale, rounding=rounding, generator=generator, lost=lost)
+
+    def _get_generator(self, device: torch.device) -> torch.Generator:
+        if self._generator is None or self._generator.device != device:
+            self._generator = torch.Generator(device).manual_seed(self._seed)
+        return self._generator
+
+
+class UpdateTwin(Twin):
+    """A twin that takes over the updates of the run, and stores its weights after each.
+
+    Its recipe concerns weights alone. Without a format it follows the run.
+    """
+
+    def take_update(self, update: Tensor) -> None:
+        """Add an update of the run, and store the weights.
+
+        Args:
+            update: The change of the run's weights, float (elements).
+        """
+        self.tensors.begin_step()
+        self.tensors.weights.add_(update)
+        lost = self.tensors.lost
+        self._store(self.tensors.weights, self.recipe.rounding, lost if len(lost) else None)
+        self.tensors.end_step()

@@ -1,0 +1,127 @@
+"""`TwinTensors`: the weights of a twin's sample, now and at earlier times, in flat tensors.
+
+Read `layout` first, which says where each layer lies. `twin` comes next and steps the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from altgrad.measurement.twin_sums import TwinStack
+
+
+@dataclass(eq=False)
+class TwinTensors:
+    """The weights of all sampled elements, and which have moved: flat tensors of one length.
+
+    Attributes:
+        weights: The weights now, in the dtype of the twin.
+        before: The weights before the last step.
+        window: The weights at the last observed step.
+        start: The weights at the start of the twin.
+        moved_in_window: bool; the elements that a step since the last observed one has moved.
+        moved: bool; the elements that a step before those has moved.
+        lost: The rounding errors that Kahan summation keeps, bfloat16. Empty without it.
+    """
+
+    weights: Tensor
+    before: Tensor
+    window: Tensor
+    start: Tensor
+    moved_in_window: Tensor
+    moved: Tensor
+    lost: Tensor
+
+    @classmethod
+    def start_at(cls, weights: Tensor, *, keeps_lost: bool = False) -> TwinTensors:
+        """Return the tensors of a twin that starts now.
+
+        Args:
+            weights: Its weights, float (elements); they become the attribute.
+            keeps_lost: If True, keep rounding errors.
+        """
+        none_moved = torch.zeros_like(weights, dtype=torch.bool)
+        lost = torch.zeros_like(weights, dtype=torch.bfloat16)
+        return cls(
+            weights=weights,
+            before=weights.clone(),
+            window=weights.clone(),
+            start=weights.clone(),
+            moved_in_window=none_moved,
+            moved=none_moved.clone(),
+            lost=lost if keeps_lost else lost[:0],
+        )
+
+    def rearrange(self, sources: Tensor, fresh: TwinTensors) -> TwinTensors:
+        """Return tensors of another layout, with new elements where there are some.
+
+        Args:
+            sources: Where each element lies in these tensors, int64 (elements); −1 for new ones.
+            fresh: Tensors of the other layout, from which the new elements come.
+        """
+        is_new = sources < 0
+        each = {
+            field.name: torch.where(is_new, new, old[sources]) if len(new) else new
+            for field in fields(self)
+            for old, new in [(getattr(self, field.name), getattr(fresh, field.name))]
+            if len(old) or not len(new)
+        }
+        return replace(fresh, **each)
+
+    def begin_step(self) -> None:
+        """Keep the weights from before a step."""
+        self.before.copy_(self.weights)
+
+    def end_step(self) -> None:
+        """Note which weights a step has moved."""
+        self.moved_in_window.logical_or_(self.weights != self.before)
+
+    def begin_window(self) -> None:
+        """Begin a window, at the end of an observed step."""
+        self.moved.logical_or_(self.moved_in_window)
+        self.moved_in_window.zero_()
+        self.window.copy_(self.weights)
+
+    def replace_weights(self, weights: Tensor) -> None:
+        """Take over weights that something other than a step has changed.
+
+        Earlier weights are shifted, so that the change does not count as a movement.
+
+        Args:
+            weights: The weights, in the dtype of the twin, (elements).
+        """
+        shift = weights - self.weights
+        # Where nothing changed, NaN and inf must stay as they are: inf − inf is NaN.
+        shift = torch.where(weights == self.weights, 0, shift)
+        for earlier in (self.before, self.window, self.start):
+            earlier.add_(shift)
+        self.weights.copy_(weights)
+
+    def stack(self, rows: Tensor, states: Mapping[str, Tensor]) -> TwinStack:
+        """Return the tensors with a row for each layer.
+
+        Args:
+            rows: Positions of the elements, int64 (layers, width).
+            states: States of the optimizer by name, flat tensors of the same length.
+        """
+        return TwinStack(
+            start=self.start[rows],
+            window=self.window[rows],
+            before=self.before[rows],
+            now=self.weights[rows],
+            moved_in_window=self.moved_in_window[rows],
+            moved=(self.moved | self.moved_in_window)[rows],
+            states={name: state[rows] for name, state in states.items()},
+        )
+
+    def nbytes(self) -> int:
+        """Return the size of all tensors in bytes."""
+        return sum(getattr(self, field.name).nbytes for field in fields(self))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}

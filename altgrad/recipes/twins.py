@@ -1,0 +1,436 @@
+"""`Twins`: all twins of a run, stepped at every step of its optimizers.
+
+A monitor calls `capture` before each step and `finish` after it; at an observed step it calls
+`measure`, and hands the result to `read` when that is on the host. Read `lane` first. This is the
+last file of the room; `altgrad.monitor.monitor` comes next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from altgrad._messages import few
+from altgrad.measurement.numbers import Numbers
+from altgrad.measurement.twin_figures import TwinValues
+from altgrad.observation.dtensor import is_sharded
+from altgrad.observation.observer import describe_error
+from altgrad.observation.stored import get_stored_formats
+from altgrad.quantization.arguments import INPUT_DTYPES
+from altgrad.quantization.formats import Scaling
+from altgrad.quantization.number_format import get_applied_scaling
+from altgrad.recipes.element_scales import ElementScales
+from altgrad.recipes.generators import may_draw
+from altgrad.recipes.hyperparameters import Changes, HyperparameterFollower
+from altgrad.recipes.lane import Lane, LaneSums, Stepped
+from altgrad.recipes.recipe import Recipe
+from altgrad.recipes.sample import Draw, draw_sample
+from altgrad.recipes.self_check import Check, judge
+
+
+class TwinSettings(NamedTuple):
+    """The settings that all twins of a run have in common.
+
+    Attributes:
+        recipes: The recipes.
+        scaling: The elements that share a scale, as in `altgrad.measure`.
+        draw: Function that draws elements of a layer uniformly.
+        most_elements: Function that returns the maximum number of elements of a layer's sample, by
+            its name; 0 for a layer without twins.
+        find_amaxes: Function as in `ElementScales`.
+        seed: Seed of the samples and of stochastic rounding.
+        warns_omissions: If True, warn of layers that have no twins; recipes that the user has not
+            named are left out in silence.
+    """
+
+    recipes: tuple[Recipe, ...]
+    scaling: Scaling | None
+    draw: Draw
+    most_elements: Callable[[str], int]
+    find_amaxes: Callable[[str, Tensor], tuple[Tensor, Tensor]]
+    seed: int
+    warns_omissions: bool = True
+
+
+class _Kind(NamedTuple):
+    """The key of a lane."""
+
+    dtype: torch.dtype
+    gradient_dtype: torch.dtype
+    device: torch.device
+    block: int
+
+
+class Twins:
+    """The twins of all layers of a run, in lanes of layers with one dtype and device.
+
+    Args:
+        settings: What all twins have in common.
+        find_stepped: Function that returns name and parameter of the layers that an optimizer
+            steps and that are measured.
+        warn: Function that is called with each notice for the user.
+        strict: If True, raise errors; otherwise end all twins with one notice.
+
+    Attributes:
+        checks: The last result of the self-check of each layer, by name.
+        resynchronised: How often something other than a step had changed the weights of a layer,
+            by its name.
+    """
+
+    def __init__(
+        self,
+        settings: TwinSettings,
+        find_stepped: Callable[[Optimizer], Sequence[tuple[str, Tensor]]],
+        warn: Callable[[str], object],
+        *,
+        strict: bool = False,
+    ) -> None:
+        self.checks: dict[str, Check] = {}
+        self.resynchronised: Counter[str] = Counter()
+        self._settings = settings
+        self._find_stepped = find_stepped
+        self._warn = warn
+        self._strict = strict
+        self._loaded: list[Mapping[str, Any]] = []  # lanes of a checkpoint, until their first step
+        self._recipes: dict[int, tuple[Recipe, ...]] = {}  # by block size
+        for recipe in settings.recipes:
+            block = _find_block(recipe, settings.scaling)
+            self._recipes[block] = (*self._recipes.get(block, ()), recipe)
+        self._runs: WeakKeyDictionary[Optimizer, _Run] = WeakKeyDictionary()
+        self._is_on = bool(settings.recipes)
+
+    @property
+    def is_on(self) -> bool:
+        """True if there are twins to step."""
+        return self._is_on
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """The recipes."""
+        return self._settings.recipes
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """The lanes of all optimizers."""
+        return [lane for run in self._runs.values() for lane in run.lanes.values()]
+
+    # --- one step
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def capture(self, optimizer: Optimizer, *, is_observed: bool) -> None:
+        """Gather the gradients of a step that is about to happen.
+
+        Args:
+            optimizer: The run's optimizer.
+            is_observed: True if the step is observed, so that the twins are measured after it.
+        """
+        run = self._runs.get(optimizer)
+        if run is None:
+            run = self._runs[optimizer] = _Run(optimizer)
+        with self._ending_after_an_error():
+            self._capture(optimizer, run, is_observed=is_observed)
+
+    def _capture(self, optimizer: Optimizer, run: _Run, *, is_observed: bool) -> None:
+        run.changes = run.follower.find_changes()
+        run.captured = []
+        scale = getattr(optimizer, "grad_scale", None)
+        found_inf = getattr(optimizer, "found_inf", None)
+        for kind, stepped in self._sort(optimizer, run).items():
+            lane = run.lanes.get(kind)
+            if lane is None:
+                if all(each.parameter.grad is None for each in stepped):
+                    continue
+                lane = run.lanes[kind] = self._make_lane(kind)
+                if self._restore(lane, kind, [each.name for each in stepped]):
+                    run.checked.add(kind)
+            if lane.is_empty:
+                continue
+            is_checked = is_observed or kind not in run.checked
+            lane.capture(
+                optimizer,
+                stepped,
+                is_checked=is_checked,
+                is_checkable=not run.draws,
+                scale=scale,
+                found_inf=found_inf,
+            )
+            if is_checked and run.may_draw:
+                run.random_states[kind.device] = _get_random_state(kind.device)
+            run.captured.append(kind)
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def finish(self, optimizer: Optimizer, unseen: str = "") -> None:
+        """Step the twins, now that the run has stepped.
+
+        The first step of a lane is checked at once, and copies to the host.
+
+        Args:
+            optimizer: The run's optimizer.
+            unseen: The reason why `capture` was not called in this step; empty if it was.
+
+        Raises:
+            RuntimeError: `capture` was not called, and `strict` is True.
+        """
+        with self._ending_after_an_error():
+            if unseen:
+                raise RuntimeError(unseen)
+            if optimizer in self._runs:
+                self._finish(optimizer, self._runs[optimizer])
+
+    def _finish(self, optimizer: Optimizer, run: _Run) -> None:
+        for kind in run.captured:
+            lane = run.lanes[kind]
+            if (state := run.random_states.pop(kind.device, None)) is not None:
+                run.draws |= not torch.equal(state, _get_random_state(kind.device))
+            lane.step(optimizer, run.changes)
+            if kind not in run.checked:
+                counts = lane.check().cpu().numpy()
+                self._read_counts(optimizer, kind, tuple(lane.layout.places), counts)
+        run.follower.remember()
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def measure(self, optimizer: Optimizer) -> list[LaneSums]:
+        """Measure the twins of the layers that an optimizer has just stepped.
+
+        Args:
+            optimizer: The run's optimizer.
+
+        Returns:
+            The sums of each lane, on its device.
+        """
+        run = self._runs.get(optimizer)
+        lanes = [] if run is None else [run.lanes[kind] for kind in run.captured]
+        with self._ending_after_an_error():
+            return [lane.measure(optimizer) for lane in lanes]
+        return []
+
+    def read(
+        self, optimizer: Optimizer, sums: Sequence[LaneSums], numbers: Sequence[Numbers]
+    ) -> TwinValues | None:
+        """Read what `measure` returned, now on the host, and act on the self-check.
+
+        Args:
+            optimizer: The run's optimizer.
+            sums: The result of `measure`.
+            numbers: Its tensors on the host: values and counts of each lane in turn.
+
+        Returns:
+            The figures of all layers; None without any.
+        """
+        run = self._runs.get(optimizer)
+        if run is None or not sums:
+            return None
+        pairs = [*zip(sums, numbers[::2], numbers[1::2], strict=True)]
+        for kind, (each, _, counts) in zip(run.captured, pairs, strict=True):
+            self._read_counts(optimizer, kind, each.layers, counts)
+        return TwinValues.join(
+            [
+                TwinValues.read(
+                    (each.layers, each.recipes, each.states),
+                    values,
+                    sizes=each.sizes,
+                    populations=each.populations,
+                    block=each.block,
+                )
+                for each, values, _ in pairs
+            ]
+        )
+
+    @contextmanager
+    def _ending_after_an_error(self) -> Iterator[None]:
+        """End all twins after an error, with one notice; raise it if `strict`."""
+        try:
+            yield
+        except Exception as error:
+            self._is_on = False
+            self._runs.clear()
+            if self._strict:
+                raise
+            self._warn(f"ends all twins after an error: {describe_error(error)}")
+
+    def _read_counts(
+        self, optimizer: Optimizer, kind: _Kind, names: Sequence[str], counts: Numbers
+    ) -> None:
+        """Note the result of a self-check, and give up an optimizer that differs from the run."""
+        run = self._runs[optimizer]
+        found = judge(counts, draws=run.draws, is_first=kind not in run.checked)
+        run.checked.add(kind)
+        self.checks |= zip(names, found, strict=True)
+        times = zip(names, counts[:, 4].astype(int).tolist(), strict=True)
+        self.resynchronised.update({name: count for name, count in times if count})
+        # One change without a counted write may be a write through `.data`. A second one means that
+        # the twin goes another way than the run in steps between the checks.
+        suspects = {name for name, flag in zip(names, counts[:, 5].tolist(), strict=True) if flag}
+        wrong = [
+            k
+            for k, (name, check) in enumerate(zip(names, found, strict=True))
+            if check is Check.DIFFERENT or name in suspects & run.suspects.get(kind, set())
+        ]
+        self.checks |= {names[k]: Check.DIFFERENT for k in wrong}
+        run.suspects[kind] = suspects
+        if wrong:
+            most = max(counts[k, 3] for k in wrong)
+            run.lanes[kind].follow_updates(
+                optimizer,
+                "the optimizer on a sample differs from the run in "
+                f"{few([names[k] for k in wrong])}, by up to {most:.3g} spacings of the dtype",
+            )
+
+    # --- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that a resumed run needs to continue every figure exactly.
+
+        Returns:
+            A dict of plain data and tensors.
+        """
+        lanes = [
+            {"kind": _describe_kind(kind), **lane.state_dict()}
+            for run in self._runs.values()
+            for kind, lane in run.lanes.items()
+        ]
+        return {"lanes": lanes + self._loaded, "resynchronised": dict(self.resynchronised)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`, before the first step.
+
+        Args:
+            state: A result of `state_dict`.
+        """
+        self._loaded = [*state["lanes"]]
+        self.resynchronised = Counter(state["resynchronised"])
+
+    def _restore(self, lane: Lane, kind: _Kind, names: Collection[str]) -> bool:
+        """Restore the lane of a checkpoint that has some of these layers; False without one."""
+        for each in self._loaded:
+            known = {name for _, counts, _ in each["buckets"] for name in counts}
+            if each["kind"] == _describe_kind(kind) and not known.isdisjoint(names):
+                lane.load_state_dict(each)
+                self._loaded.remove(each)
+                return True
+        return False
+
+    # --- lanes
+
+    def _sort(self, optimizer: Optimizer, run: _Run) -> dict[_Kind, list[Stepped]]:
+        """Return the layers of each lane that an optimizer steps."""
+        stored = get_stored_formats([optimizer])
+        groups = {
+            parameter: number
+            for number, group in enumerate(optimizer.param_groups)
+            for parameter in group["params"]
+        }
+        lanes: dict[_Kind, list[Stepped]] = {}
+        for name, parameter in self._find_stepped(optimizer):
+            gradient = parameter.grad
+            if parameter in stored:
+                self._warn_omission("has no twins of layers that a WeightStorage stores")
+                continue
+            if not self._can_sample(name, parameter, gradient):
+                continue
+            dtype = run.gradient_dtypes.get(name, parameter.dtype)
+            if gradient is not None:
+                dtype = run.gradient_dtypes[name] = gradient.dtype
+            stepped = Stepped(name, parameter, groups[parameter])
+            for block in self._recipes:
+                kind = _Kind(parameter.dtype, dtype, parameter.device, block)
+                lanes.setdefault(kind, []).append(stepped)
+        return lanes
+
+    def _can_sample(self, name: str, parameter: Tensor, gradient: Tensor | None) -> bool:
+        if parameter.dtype not in INPUT_DTYPES or not self._settings.most_elements(name):
+            return False
+        if is_sharded(parameter):
+            self._warn_omission("has no twins of sharded parameters")
+            return False
+        if gradient is not None and gradient.layout != torch.strided:
+            self._warn_omission(f"has no twin of {name}, whose gradient is sparse")
+            return False
+        return True
+
+    def _warn_omission(self, notice: str) -> None:
+        """Warn that some layers have no twins, if the user has named recipes."""
+        if self._settings.warns_omissions:
+            self._warn(notice)
+
+    def _make_lane(self, kind: _Kind) -> Lane:
+        settings = self._settings
+
+        def draw(name: str, shape: torch.Size) -> Tensor:
+            most = settings.most_elements(name)
+            return draw_sample(settings.draw, name, shape, most, kind.block)
+
+        return Lane(
+            self._recipes[kind.block],
+            kind.dtype,
+            kind.gradient_dtype,
+            kind.device,
+            kind.block,
+            ElementScales(settings.scaling, settings.find_amaxes),
+            draw,
+            settings.seed,
+            self._warn,
+        )
+
+    def scales_changed(self) -> None:
+        """Find scales anew, since the amax of a layer has changed."""
+        for lane in self.lanes:
+            lane.scales_changed()
+
+    def release(self) -> None:
+        """Free all twins, and keep their state for `state_dict` and further steps."""
+        self._loaded = self.state_dict()["lanes"]
+        self._runs.clear()
+
+    def nbytes(self) -> int:
+        """Return the memory of all twins in bytes, with samples and gathered gradients."""
+        return sum(lane.nbytes() for lane in self.lanes)
+
+
+def _find_block(recipe: Recipe, scaling: Scaling | None) -> int:
+    """Return how many neighbours share a scale in the formats of a recipe; 1 for none."""
+    formats = [
+        each for each in (recipe.weights_format, *recipe.state_formats.values()) if each is not None
+    ]
+    applied = [get_applied_scaling(format, scaling) for format in formats]
+    return math.lcm(*(each[1] for each in applied if isinstance(each, tuple)))
+
+
+def _describe_kind(kind: _Kind) -> list[object]:
+    """Return the key of a lane as plain data, without the number of its device."""
+    return [str(kind.dtype), str(kind.gradient_dtype), kind.device.type, kind.block]
+
+
+def _get_random_state(device: torch.device) -> Tensor:
+    """Return the state of the generator from which operations on a device draw."""
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    return torch.get_device_module(device).get_rng_state(device)  # type: ignore[no-any-return]
+
+
+class _Run:
+    """The lanes of one optimizer of the run, and its state between two steps."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.follower = HyperparameterFollower(optimizer)
+        self.changes: Changes = {}
+        self.lanes: dict[_Kind, Lane] = {}
+        self.gradient_dtypes: dict[str, torch.dtype] = {}
+        self.captured: list[_Kind] = []  # lanes that take part in the running step
+        self.checked: set[_Kind] = set()
+        # Layers with an unexplained change before the last check.
+        self.suspects: dict[_Kind, set[str]] = {}
+        self.may_draw = may_draw(type(optimizer))
+        self.draws = False  # until its step is seen to draw random numbers
+        self.random_states: dict[torch.device, Tensor] = {}  # before a checked step

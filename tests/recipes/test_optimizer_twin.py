@@ -1,0 +1,238 @@
+"""`OptimizerTwin`: an optimizer on a sample, against the same steps on a whole model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from altgrad import quantize
+from altgrad.quantization.block_formats import get_formats
+from altgrad.recipes.element_scales import ElementScales
+from altgrad.recipes.layout import Bucket, Layout
+from altgrad.recipes.optimizer_twin import Gradients, OptimizerTwin
+from altgrad.recipes.recipe import Recipe
+from altgrad.recipes.twin import Arrangement, Sampled, UpdateTwin
+
+COUNT = 256
+
+
+def make_scales() -> ElementScales:
+    return ElementScales("tensor", lambda _name, _indices: (torch.ones(1), torch.ones(1)))
+
+
+class Run:
+    """A run of one layer, with a twin of it that sees every element."""
+
+    def __init__(
+        self, recipe: Recipe, optimizer: type[Optimizer] = torch.optim.AdamW, **options: Any
+    ):
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(COUNT) * 0.02)
+        self.optimizer = optimizer([self.weight], **options)
+        self.layout = Layout((Bucket(0, {"w": COUNT}),))
+        self.layers = {"w": Sampled(self.weight, self.weight.shape, torch.arange(COUNT))}
+        scales = make_scales()
+        scales.read(self.layout, {"w": torch.arange(COUNT)}, self.weight)
+        self.twin = OptimizerTwin(recipe, torch.float32, scales, seed=0)
+        self.twin.rearrange(self.arrangement())
+
+    def arrangement(self) -> Arrangement:
+        return Arrangement(self.optimizer, self.layout, self.weight.detach().clone(), self.layers)
+
+    def step(self, gradient: Tensor, **facts: Any) -> None:
+        self.weight.grad = gradient
+        self.twin.step(Gradients(gradient, [True], **facts))
+        self.optimizer.step()
+
+
+def gradients(steps: int) -> list[Tensor]:
+    random = torch.Generator().manual_seed(1)
+    return [torch.randn(COUNT, generator=random) * 1e-3 for _ in range(steps)]
+
+
+def test_without_a_format_the_twin_equals_the_run() -> None:
+    run = Run(Recipe("fp32"))
+    for gradient in gradients(20):
+        run.step(gradient)
+    assert torch.equal(run.twin.tensors.weights, run.weight)
+    state = run.optimizer.state[run.weight]["exp_avg_sq"]
+    assert torch.equal(run.twin.states["exp_avg_sq"], state)
+
+
+def test_stored_weights_equal_a_loop_that_rounds_after_each_step() -> None:
+    run = Run(Recipe("bf16", weights="bf16"), lr=1e-4)
+    low = nn.Parameter(quantize(run.weight.detach(), "bf16"))
+    optimizer = torch.optim.AdamW([low], lr=1e-4)
+    for gradient in gradients(20):
+        run.step(gradient)
+        low.grad = gradient.clone()
+        optimizer.step()
+        low.data.copy_(quantize(low.detach(), "bf16"))
+    assert torch.equal(run.twin.tensors.weights, low)
+    assert not torch.equal(run.twin.tensors.weights, run.weight)
+
+
+def test_a_stored_state_equals_a_loop_that_rounds_it_after_each_step() -> None:
+    run = Run(Recipe("v", states={"exp_avg_sq": "bf16"}), lr=1e-3)
+    low = nn.Parameter(run.weight.detach().clone())
+    optimizer = torch.optim.AdamW([low], lr=1e-3)
+    for gradient in gradients(20):
+        run.step(gradient)
+        low.grad = gradient.clone()
+        optimizer.step()
+        state = optimizer.state[low]["exp_avg_sq"]
+        state.copy_(quantize(state, "bf16"))
+    assert torch.equal(run.twin.tensors.weights, low)
+    assert torch.equal(run.twin.states["exp_avg_sq"], optimizer.state[low]["exp_avg_sq"])
+
+
+def test_a_dtype_runs_the_class_on_tensors_of_that_dtype() -> None:
+    run = Run(Recipe("bf16-true", dtype=torch.bfloat16), lr=1e-3)
+    low = nn.Parameter(run.weight.detach().bfloat16())
+    optimizer = torch.optim.AdamW([low], lr=1e-3)
+    for gradient in gradients(20):
+        run.step(gradient)
+        low.grad = gradient.bfloat16()
+        optimizer.step()
+    assert torch.equal(run.twin.tensors.weights, low)
+    assert run.twin.states["exp_avg_sq"].dtype == torch.bfloat16
+
+
+def test_weight_decay_in_bf16_does_nothing_and_the_twin_shows_it() -> None:
+    # lr · weight_decay = 1e-5 is below 2**-9, so that the product rounds back.
+    run = Run(Recipe("bf16-true", dtype=torch.bfloat16), lr=1e-3, weight_decay=1e-2)
+    for _ in range(50):
+        run.step(torch.zeros(COUNT))
+    assert not run.twin.tensors.moved_in_window.any()
+    assert (run.weight.detach().abs() < run.twin.tensors.weights.float().abs()).float().mean() > 0.4
+
+
+def test_a_second_moment_in_bf16_never_falls() -> None:
+    run = Run(Recipe("bf16-true", dtype=torch.bfloat16), lr=1e-3)
+    for gradient in gradients(100):
+        run.step(gradient)
+    largest = run.twin.states["exp_avg_sq"].clone()
+    for gradient in gradients(100):
+        run.step(gradient * 1e-2)
+    assert (run.twin.states["exp_avg_sq"] >= largest).all()  # 1 − β2 = 0.001 < 2**-9
+    assert (run.optimizer.state[run.weight]["exp_avg_sq"] < largest.float()).all()
+
+
+def test_a_factory_steps_another_class() -> None:
+    recipe = Recipe(
+        "sgd", optimizer=lambda parameters, group: torch.optim.SGD(parameters, group["lr"])
+    )
+    run = Run(recipe, lr=0.5)
+    start = run.weight.detach().clone()
+    gradient = gradients(1)[0]
+    run.step(gradient)
+    assert torch.equal(run.twin.tensors.weights, start.add(gradient, alpha=-0.5))
+
+
+def test_a_factory_that_draws_leaves_the_random_numbers_of_the_training() -> None:
+    class Noisy(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            super().step(closure)
+            self.param_groups[0]["params"][0].data.add_(torch.randn(COUNT))
+
+    Noisy.__module__ = "elsewhere"
+    run = Run(Recipe("noisy", optimizer=lambda parameters, group: Noisy(parameters, group["lr"])))
+    before = torch.get_rng_state()
+    first, second = gradients(2)
+    run.step(first)
+    moved = run.twin.tensors.weights.clone()
+    run.step(second)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(run.twin.tensors.weights, moved)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_skipped_step_is_undone_on_the_device(fused: bool) -> None:
+    run = Run(Recipe("fp32"), lr=1e-3, fused=fused)
+    for gradient in gradients(3):
+        run.step(gradient)
+    weights, state = run.twin.tensors.weights.clone(), run.twin.states["exp_avg"].clone()
+    gradient = torch.full((COUNT,), torch.inf)
+    facts = {"scale": torch.tensor(8.0), "found_inf": torch.tensor(1.0)}
+    run.twin.step(Gradients(gradient, [True], **facts))
+    assert torch.equal(run.twin.tensors.weights, weights)
+    assert torch.equal(run.twin.states["exp_avg"], state)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_divided_by_the_loss_scale(fused: bool) -> None:
+    run = Run(Recipe("fp32"), lr=1e-3, fused=fused)
+    for gradient in gradients(3):
+        facts = {"scale": torch.tensor(8.0), "found_inf": torch.tensor(0.0)}
+        run.twin.step(Gradients(gradient * 8, [True], **facts))
+        run.weight.grad = gradient
+        run.optimizer.step()
+    assert torch.equal(run.twin.tensors.weights, run.weight)
+
+
+def test_layers_without_a_gradient_stay() -> None:
+    run = Run(Recipe("fp32"), lr=1e-3)
+    run.step(gradients(1)[0])
+    weights = run.twin.tensors.weights.clone()
+    run.twin.step(Gradients(torch.ones(COUNT), [False]))
+    assert torch.equal(run.twin.tensors.weights, weights)
+
+
+def test_a_resumed_twin_goes_on_bit_for_bit() -> None:
+    [bf16] = get_formats("bf16")
+    recipe = Recipe("bf16-sr", weights=bf16, rounding="stochastic")
+    run = Run(recipe, lr=1e-4)
+    steps = gradients(20)
+    for gradient in steps[:10]:
+        run.step(gradient)
+    scales = make_scales()
+    scales.read(run.layout, {"w": torch.arange(COUNT)}, run.weight)
+    other = OptimizerTwin(recipe, torch.float32, scales, seed=0)
+    other.load_state_dict(run.layout, run.twin.state_dict(), torch.device("cpu"))
+    other.rearrange(run.arrangement())
+    assert torch.equal(other.tensors.weights, run.twin.tensors.weights)
+    for gradient in steps[10:]:
+        other.step(Gradients(gradient, [True]))
+        run.step(gradient)
+    assert torch.equal(other.tensors.weights, run.twin.tensors.weights)
+    assert torch.equal(other.tensors.moved_in_window, run.twin.tensors.moved_in_window)
+
+
+def test_a_twin_that_begins_in_mid_run_takes_the_state_of_the_run() -> None:
+    run = Run(Recipe("fp32"), lr=1e-3)
+    for gradient in gradients(5):
+        run.weight.grad = gradient
+        run.optimizer.step()
+    scales = make_scales()
+    late = OptimizerTwin(Recipe("fp32"), torch.float32, scales, seed=0)
+    scales.read(run.layout, {"w": torch.arange(COUNT)}, run.weight)
+    late.rearrange(run.arrangement())
+    for gradient in gradients(5):
+        late.step(Gradients(gradient, [True]))
+        run.weight.grad = gradient
+        run.optimizer.step()
+    assert torch.equal(late.tensors.weights, run.weight)
+
+
+def test_memory_is_that_of_weights_gradients_and_states() -> None:
+    run = Run(Recipe("fp32"), lr=1e-3)
+    run.step(gradients(1)[0])
+    # weights at four times, gradients and two moments in float32; two flags; a counter
+    assert run.twin.nbytes() == COUNT * (7 * 4 + 2) + 4
+
+
+def test_an_update_twin_follows_the_run_and_rounds() -> None:
+    scales = make_scales()
+    run = Run(Recipe("fp32"), lr=1e-3)
+    scales.read(run.layout, {"w": torch.arange(COUNT)}, run.weight)
+    twin = UpdateTwin(Recipe("bf16", weights="bf16"), torch.float32, scales, seed=0)
+    twin.rearrange(run.arrangement())
+    expected = quantize(run.weight.detach(), "bf16")
+    assert torch.equal(twin.tensors.weights, expected)
+    update = gradients(1)[0]
+    twin.take_update(update)
+    assert torch.equal(twin.tensors.weights, quantize(expected + update, "bf16"))
