@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from altgrad import DEFAULT_FORMATS, Figures, SamplingRule
+from altgrad import DEFAULT_FORMATS, Figures, Recipe, SamplingRule
 from altgrad.observation import SkipReason
 from altgrad.quantization import NumberFormat, Scaling
 from altgrad.report import Assessment
@@ -29,8 +29,8 @@ from altgrad_lightning.session import Session
 from altgrad_lightning.settings import (
     Settings,
     apply_preset,
-    check_callback_metrics,
     check_formats,
+    check_keys,
     check_layer_charts,
     check_name,
 )
@@ -65,6 +65,8 @@ class PrecisionMonitor(Callback):
     - ``altgrad/{metric}`` and ``altgrad/{metric}/{format}``: figures of the model.
     - ``altgrad/{metric}/{layer}`` and ``altgrad/{metric}/{format}/{layer}``: figures of a charted
       layer.
+    - ``altgrad/{metric}/{recipe}``: figures of twins over the model. Of a charted layer,
+      ``altgrad/progress_kept/{recipe}/{layer}`` and ``altgrad/frozen_frac/{recipe}/{layer}``.
     - ``altgrad/monitor/…``: the share of the time that observing takes, the number of measured
       elements and the number of skipped steps.
 
@@ -85,42 +87,48 @@ class PrecisionMonitor(Callback):
             figures and loss are logged at the same steps.
         scaling: The elements that share an amax scale, as in `altgrad.measure`. The default
             ``"tensor"`` is customary in FP8 training. None judges the formats unscaled.
-        preset: ``"economy"`` (256 elements of a layer, 4 charted layers, at most 1 % of the time),
-            ``"standard"`` (the defaults) or ``"full"`` (all elements, 16 charted layers,
+        preset: ``"economy"`` (256 elements of a layer, 4 charted layers, no twins, at most 1 % of
+            the time), ``"standard"`` (the defaults) or ``"full"`` (all elements, 16 charted layers,
             histograms). An argument with another value than its default takes precedence.
         layer_charts: The number of charted layers, or patterns of the names of layers, such as
             ``["*.norm.weight"]``. A number charts the layers that keep least of their update at the
-            first observed step with figures. Of layers that appear later, at most as many more are
-            charted. The default of 8 makes fewer than 300 charts with three formats. All layers are
-            in `latest` and in the run file.
+            first observed step with figures; up to as many join them later, from layers that appear
+            later. The default of 8 makes fewer than 250 charts with three formats, and fewer than
+            450 with their twins. All layers are in `latest` and in the run file.
         histograms: If True, log histograms of abs(update) / stiffness to TensorBoard and wandb at
             each observed step, for the model and the charted layers. The histograms take more disk
             space than all charts.
         run_file: If True, write the figures of all layers to ``altgrad.jsonl`` in the log directory
             of the run (Trainer.log_dir). The file takes about 3.5 kB for each layer and observed
-            step with four formats. With ``fast_dev_run`` nothing is written.
+            step with four formats, and 8.5 kB with their twins. With ``fast_dev_run`` nothing is
+            written.
         max_elements: Maximum number of elements sampled from each layer, as in `UpdateMonitor`.
             A larger sample has a smaller error.
         sampling: Rules for single layers, as in `UpdateMonitor`.
-        inner_optimizers: For wrappers of optimizers: by the name of the wrapper's class, the
-            attribute that has the optimizer inside, such as ``{"NoamOptimizer": "optimizer"}``. The
-            optimizer inside is observed. The step of this optimizer must make every change of the
-            weights: a wrapper may set the learning rate, but may not change weights.
+        recipes: Recipes whose twins are stepped at every step, as in `UpdateMonitor`: names, such
+            as ``["bf16-sr", "bf16-true"]``, or `altgrad.Recipe` objects. None takes those that
+            belong to `formats`; ``()`` steps no twin.
+        twin_elements: Maximum number of elements of each layer that twins step.
+        inner_optimizers: Wrappers of optimizers that only pass their steps on, perhaps with another
+            learning rate: by the name of the wrapper's class, the attribute that has the optimizer
+            inside, such as ``{"NoamOptimizer": "optimizer"}``. The optimizer inside is observed, so
+            its step has to be all that the wrapper does to the weights.
         overhead_budget: The share of all time that observing may take, as in `UpdateMonitor`. The
-            time of loggers, pictures and files is not included.
+            time of loggers, pictures, files and twins is not included.
         seed: Seed of the samples.
         strict: If True, re-raise errors of the callback and of loggers in the training loop;
             otherwise warn once.
-        name: Name of the callback's state in checkpoints. If a Trainer has several callbacks with
-            the same formats and scaling, all but one need a name.
-        callback_metrics: Keys of figures of the model, such as ``"kept_update_ratio/bf16"``, for
-            EarlyStopping and ModelCheckpoint. These callbacks find the figures as ``altgrad/{key}``
-            on every rank. With keys, the first batch is observed, so that the figures are there in
-            time. A later step without a finite figure leaves the last figure in place.
+        name: Name of the callback's state in checkpoints. It is needed if a Trainer has several
+            callbacks with the same formats and scaling, for all but one of them.
+        callback_metrics: Keys of figures of the model, such as ``"kept_update_ratio/bf16"`` or
+            ``"progress_kept/bf16-sr"``, for EarlyStopping and ModelCheckpoint. They find them as
+            ``altgrad/{key}``, on every rank, from the first observed step on, which is then that of
+            the first batch. If a later step has no finite figure, the last one stays.
 
     Raises:
-        ValueError: Formats are missing or unknown, or two formats have the same name; `scaling` is
-            unknown; a number is out of range; or, when training starts, a rule matches no layer.
+        ValueError: Formats are missing or unknown, or two have the same name; `scaling` is unknown;
+            a recipe is unknown; a number is out of range; or, when training starts, a rule matches
+            no layer.
         TypeError: An argument has the wrong type.
     """
 
@@ -136,6 +144,8 @@ class PrecisionMonitor(Callback):
         run_file: bool = True,
         max_elements: int | None = 4096,
         sampling: Sequence[SamplingRule] = (),
+        recipes: str | Recipe | Sequence[str | Recipe] | None = None,
+        twin_elements: int = 256,
         inner_optimizers: Mapping[str, str] | None = None,
         overhead_budget: float | None = None,
         seed: int = 0,
@@ -149,6 +159,7 @@ class PrecisionMonitor(Callback):
             max_elements=max_elements,
             layer_charts=layer_charts,
             histograms=histograms,
+            recipes=recipes,
             overhead_budget=overhead_budget,
         )
         checked = check_formats(formats)
@@ -161,12 +172,14 @@ class PrecisionMonitor(Callback):
             run_file=run_file,
             max_elements=chosen["max_elements"],
             sampling=tuple(sampling),
+            recipes=chosen["recipes"],
+            twin_elements=twin_elements,
             inner_optimizers=dict(inner_optimizers or {}),
             overhead_budget=chosen["overhead_budget"],
             seed=seed,
             strict=strict,
             name=check_name(name),
-            callback_metrics=check_callback_metrics(callback_metrics, checked, sampling),
+            callback_metrics=check_keys(callback_metrics),
         )
         self._notices = Notices()
         self._result = Result()  # of the current training, else of the last one

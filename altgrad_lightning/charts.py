@@ -23,6 +23,8 @@ PER_LAYER_AND_FORMAT = (
     *("stiffness_mean", "grad_stiff_correlation", "grad_below_stiffness_frac"),
 )
 """Metrics that are charted for each charted layer and each format of the layer."""
+PER_LAYER_AND_RECIPE = ("progress_kept", "frozen_frac")
+"""Metrics that are charted for each charted layer and each recipe of the layer's twins."""
 # If no layer has a kept_update_ratio in 20 rows, the layers are chosen without one.
 _MAX_WAITING_ROWS = 20
 _NO_FIGURES: Mapping[str, float] = {}
@@ -67,6 +69,8 @@ class Charts:
         self._considered: set[str] = set()  # layers that were or were not chosen
         self._left = layers if isinstance(layers, int) else 0  # number of later layers to chart
         self._waiting: list[tuple[Row, Mapping[str, Figures]]] = []
+        self._twin_keys: dict[str, None] = {}  # of the model, in any step so far
+        self._recipes: dict[str, dict[str, None]] = {}  # of each layer, in any step so far
 
     def add(
         self,
@@ -87,7 +91,9 @@ class Charts:
             No row while the charted layers are unknown; then all rows that were kept back, and the
             row of this step.
         """
+        self._note_twins(model, layers)
         model_keys = _join_keys([*LAYER_METRICS], [*FORMAT_METRICS], self._formats)
+        model_keys += self._twin_keys
         model_row = {f"altgrad/{key}": model.get(key, math.nan) for key in model_keys}
         monitor_row = {f"altgrad/monitor/{key}": value for key, value in monitor.items()}
         self._waiting.append((Row(step, model_row, monitor_row), layers))
@@ -127,6 +133,13 @@ class Charts:
         self._considered = {*state.get("considered", self.charted or ())}
         self._left = state.get("left", 0)
 
+    def _note_twins(self, model: Figures, layers: Mapping[str, Figures]) -> None:
+        """Note which figures twins have; they keep their keys if these twins end later."""
+        self._twin_keys |= dict.fromkeys(model.twin_keys)
+        for name, figures in layers.items():
+            if figures.recipes:
+                self._recipes.setdefault(name, {}).update(dict.fromkeys(figures.recipes))
+
     def _chart_later(self, layers: Mapping[str, Figures]) -> None:
         """Chart layers that appear for the first time, by the rule for the first charted layers."""
         assert self.charted is not None
@@ -152,15 +165,18 @@ class Charts:
         return {
             f"altgrad/{key}/{name}": layers.get(name, _NO_FIGURES).get(key, math.nan)
             for name, formats in (self.charted or {}).items()
-            for key in _join_keys(PER_LAYER, PER_LAYER_AND_FORMAT, formats)
+            for key in (
+                *_join_keys(PER_LAYER, PER_LAYER_AND_FORMAT, formats),
+                *_join_keys((), PER_LAYER_AND_RECIPE, [*self._recipes.get(name, ())]),
+            )
         }
 
 
 def _join_keys(
-    metrics: Sequence[str], format_metrics: Sequence[str], formats: Sequence[str]
+    metrics: Sequence[str], named_metrics: Sequence[str], names: Sequence[str]
 ) -> list[str]:
-    format_keys = [f"{metric}/{format}" for metric in format_metrics for format in formats]
-    return [*metrics, *format_keys]
+    """Return the keys of some metrics, then those of others for each format or recipe."""
+    return [*metrics, *(f"{metric}/{name}" for metric in named_metrics for name in names)]
 
 
 def _find_lowest_kept(figures: Figures) -> float:

@@ -34,6 +34,11 @@ _LEADING_METRICS = (
     *("update_error", "visible_frac", "steps_median_log2"),
 )
 _LAYER_METRICS = ("kept_update_ratio", "stall_frac")
+_TWIN_METRICS = (
+    *("progress_kept", "window_progress_kept", "frozen_frac", "still_frac"),
+    *("drift", "decay_projection"),
+)
+_LAYER_TWIN_METRICS = ("progress_kept", "frozen_frac")
 _COLUMNS = ("layer", "format", "verdict", "kept_update_ratio", "stall_frac", "reason")
 # As many as one reads; the run file has all layers.
 _MAX_VERDICT_ROWS = 100
@@ -89,20 +94,28 @@ def log_scalars(
     logger.log_metrics({**model, **others}, step=step)
 
 
-def log_layout(loggers: Iterable[Any], formats: Sequence[str], *, layers: bool = True) -> None:
+def log_layout(
+    loggers: Iterable[Any],
+    formats: Sequence[str],
+    recipes: Sequence[str] = (),
+    *,
+    layers: bool = True,
+) -> None:
     """Arrange charts of several lines on the page "Custom Scalars" of TensorBoard.
 
-    The model has a chart for each metric, with a line for each format. The charted layers have two
-    charts for each format, with a line for each layer. A later call replaces the arrangement.
+    The model has a chart for each metric, with a line for each format, or recipe of twins. The
+    charted layers have two charts for each format and for each recipe, with a line for each layer.
+    A later call replaces the arrangement.
 
     Args:
         loggers: Loggers of the Trainer; only TensorBoard has such a page.
         formats: Names of the formats.
+        recipes: Names of the recipes whose twins are stepped.
         layers: If True, add the charts of layers.
     """
     for logger in loggers:
         if _is_tensorboard(logger):
-            logger.experiment.add_custom_scalars(_make_layout(formats, layers=layers))
+            logger.experiment.add_custom_scalars(_make_layout(formats, recipes, layers=layers))
 
 
 def log_histograms(loggers: Iterable[Any], step: int, histograms: Mapping[str, Histogram]) -> None:
@@ -260,19 +273,33 @@ def _clean_for_mlflow(numbers: Mapping[str, float]) -> dict[str, float]:
 # --- layout
 
 
-def _make_layout(formats: Sequence[str], *, layers: bool) -> dict[str, dict[str, list[Any]]]:
+def _make_layout(
+    formats: Sequence[str], recipes: Sequence[str], *, layers: bool
+) -> dict[str, dict[str, list[Any]]]:
     """Return categories of charts for ``SummaryWriter.add_custom_scalars``."""
-    leading = {metric: _match_tags(f"altgrad/{metric}/", "[^/]+") for metric in _LEADING_METRICS}
-    others = [metric for metric in FORMAT_METRICS if metric not in _LEADING_METRICS]
-    categories = {"AltGrad: model": leading}
+    categories = {"AltGrad: model": _chart_model(_LEADING_METRICS)}
+    if recipes:
+        categories["AltGrad: twins"] = _chart_model(_TWIN_METRICS)
     if layers:
-        categories["AltGrad: layers that keep least"] = {
-            f"{metric}, {format}": _match_tags(f"altgrad/{metric}/{format}/", ".+")
-            for format in formats
-            for metric in _LAYER_METRICS
-        }
-    more = {metric: _match_tags(f"altgrad/{metric}/", "[^/]+") for metric in others}
-    return categories | {"AltGrad: model, more": more}
+        kept = _chart_layers(_LAYER_METRICS, formats)
+        twins = _chart_layers(_LAYER_TWIN_METRICS, recipes)
+        categories["AltGrad: layers that keep least"] = kept | twins
+    others = [metric for metric in FORMAT_METRICS if metric not in _LEADING_METRICS]
+    return categories | {"AltGrad: model, more": _chart_model(others)}
+
+
+def _chart_model(metrics: Iterable[str]) -> dict[str, list[Any]]:
+    """Return a chart for each metric, with a line for each format or recipe."""
+    return {metric: _match_tags(f"altgrad/{metric}/", "[^/]+") for metric in metrics}
+
+
+def _chart_layers(metrics: Sequence[str], names: Sequence[str]) -> dict[str, list[Any]]:
+    """Return a chart for each metric and format or recipe, with a line for each layer."""
+    return {
+        f"{metric}, {name}": _match_tags(f"altgrad/{metric}/{name}/", ".+")
+        for name in names
+        for metric in metrics
+    }
 
 
 def _match_tags(prefix: str, rest: str) -> list[Any]:

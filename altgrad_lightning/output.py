@@ -217,11 +217,14 @@ class Output:
         self._drawn_step = step
         if not boards.can_show(self._loggers):
             return
-        formats, assessment = [*self._header.formats], self.assess()
+        formats, recipes = [*self._header.formats], [*self._header.recipes]
+        assessment = self.assess()
         if not self._has_layout:
             self._has_layout = True
             layers = bool(self._charts.charted)
-            self._try_loggers(lambda logger: boards.log_layout([logger], formats, layers=layers))
+            self._try_loggers(
+                lambda logger: boards.log_layout([logger], formats, recipes, layers=layers)
+            )
         pictures: dict[str, Figure] = {}
         self._try("pictures", lambda: pictures.update(self._pictures(weights)))
         self._try_loggers(lambda logger: boards.log_pictures([logger], step, pictures))

@@ -7,20 +7,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import Signature
 from typing import Any
 
 import torch
 
-from altgrad import SamplingRule, StepSchedule, UpdateMonitor
-from altgrad.measurement import FORMAT_METRICS, LAYER_METRICS
+from altgrad import Recipe, SamplingRule, StepSchedule, UpdateMonitor
+from altgrad.measurement import FORMAT_METRICS, LAYER_METRICS, get_metric
 from altgrad.quantization import NumberFormat, Scaling, get_formats
 from altgrad_lightning.output import OutputSettings
 
 # docs/sampling.md has the cost and the precision of each preset.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "economy": {"max_elements": 256, "layer_charts": 4, "overhead_budget": 0.01},
+    # The steps of twins leave no room in a budget of 1 %.
+    "economy": {"max_elements": 256, "layer_charts": 4, "overhead_budget": 0.01, "recipes": ()},
     "standard": {},
     "full": {"max_elements": None, "layer_charts": 16, "histograms": True},
 }
@@ -46,6 +47,8 @@ class Settings:
     run_file: bool
     max_elements: int | None
     sampling: tuple[SamplingRule, ...]
+    recipes: str | Recipe | Sequence[str | Recipe] | None = None
+    twin_elements: int = 256
     inner_optimizers: Mapping[str, str] = field(default_factory=dict)
     overhead_budget: float | None
     seed: int
@@ -57,10 +60,14 @@ class Settings:
         """Raise an error for arguments that are invalid whatever the module."""
         if self.every_n_steps is not None:
             StepSchedule(self.every_n_steps)
-        # UpdateMonitor checks the other arguments. Rules name layers, so they need the module.
-        UpdateMonitor(
-            [("", torch.zeros(1, device="cpu"))], **self.get_monitor_arguments() | {"sampling": ()}
+        # UpdateMonitor checks the other arguments, and chooses recipes by the formats of rules,
+        # too. The patterns of rules need the module.
+        rules = [replace(rule, layers="*") for rule in self.sampling]
+        monitor = UpdateMonitor(
+            [("", torch.zeros(1, device="cpu"))],
+            **self.get_monitor_arguments() | {"sampling": rules},
         )
+        _check_callback_metrics(self.callback_metrics, monitor)
 
     def get_monitor_arguments(self) -> dict[str, Any]:
         """Return the settings that are arguments of `UpdateMonitor`, by name."""
@@ -69,6 +76,8 @@ class Settings:
             "scaling": self.scaling,
             "max_elements": self.max_elements,
             "sampling": self.sampling,
+            "recipes": self.recipes,
+            "twin_elements": self.twin_elements,
             "overhead_budget": self.overhead_budget,
             "seed": self.seed,
             "strict": self.strict,
@@ -148,34 +157,55 @@ def check_layer_charts(layer_charts: int | Sequence[str]) -> int | tuple[str, ..
     return tuple(layer_charts)
 
 
-def check_callback_metrics(
-    keys: Sequence[str], formats: Sequence[NumberFormat], sampling: Sequence[SamplingRule]
-) -> tuple[str, ...]:
-    """Check the argument `callback_metrics`.
-
-    Args:
-        keys: Keys of figures of the model.
-        formats: The judged formats.
-        sampling: Rules for single layers, which may add formats.
+def check_keys(callback_metrics: Sequence[str]) -> tuple[str, ...]:
+    """Check the type of the argument `callback_metrics`.
 
     Returns:
         A copy of the keys.
 
     Raises:
-        ValueError: The model has no figure with one of the keys.
         TypeError: The argument is no list of strings.
     """
-    if isinstance(keys, str) or not all(isinstance(each, str) for each in keys):
-        raise TypeError(f"callback_metrics={keys!r}: expected a list of keys of figures")
-    ruled = [each for rule in sampling for each in get_formats(rule.formats or ())]
-    names = [format.name for format in (*formats, *ruled)]
-    known = {*LAYER_METRICS, *(f"{metric}/{name}" for metric in FORMAT_METRICS for name in names)}
-    if unknown := [key for key in keys if key not in known]:
+    if isinstance(callback_metrics, str) or not all(
+        isinstance(each, str) for each in callback_metrics
+    ):
+        raise TypeError(
+            f"callback_metrics={callback_metrics!r}: expected a list of keys of figures"
+        )
+    return tuple(callback_metrics)
+
+
+def _check_callback_metrics(keys: Sequence[str], monitor: UpdateMonitor) -> None:
+    """Raise ValueError unless the model can have a figure with each of the keys.
+
+    Args:
+        keys: Keys of figures of the model.
+        monitor: A monitor with the formats and recipes of the run.
+
+    Raises:
+        ValueError: The model can have no figure with one of the keys.
+    """
+    formats = [format.name for format in monitor.formats]
+    recipes = [recipe.name for recipe in monitor.recipes]
+    if unknown := [key for key in keys if not _is_known(key, formats, recipes)]:
+        twin = f" or 'progress_kept/{recipes[0]}'" if recipes else ""
         raise ValueError(
             f"callback_metrics={[*keys]}: expected keys of figures of the model, such as "
-            f"'update_rms' or 'kept_update_ratio/{names[0]}'; correct {unknown}"
+            f"'update_rms' or 'kept_update_ratio/{formats[0]}'{twin}; correct {unknown}"
         )
-    return tuple(keys)
+
+
+def _is_known(key: str, formats: Sequence[str], recipes: Sequence[str]) -> bool:
+    metric, slash, name = key.partition("/")
+    if metric in LAYER_METRICS:
+        return not slash
+    if metric in FORMAT_METRICS:
+        return name in formats
+    try:
+        get_metric(metric)  # of a twin, also of any state of an optimizer
+    except ValueError:
+        return False
+    return name in recipes
 
 
 def check_name(name: str | None) -> str | None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Header,
         LayerInfo,
         Predecessor,
+        RecipeInfo,
         RunFileError,
     )
     from altgrad.report.records.writing import RunFile
@@ -46,6 +47,7 @@ __all__ = [
     "Judge",
     "LayerInfo",
     "Predecessor",
+    "RecipeInfo",
     "Row",
     "Run",
     "RunFile",
@@ -78,7 +80,7 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "records.fields": "SCHEMA",
             "records.reading": "read",
             "records.run": "Row Run",
-            "records.schema": "FormatInfo Header LayerInfo Predecessor RunFileError",
+            "records.schema": "FormatInfo Header LayerInfo Predecessor RecipeInfo RunFileError",
             "records.writing": "RunFile",
             "run_report": "RunReport",
             "terminal": "print_comparison print_report print_verdicts",

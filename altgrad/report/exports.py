@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from altgrad.report.records.kinds import number_as_json
+from altgrad.report.records.run import Row, Run
+from altgrad.report.records.schema import info_as_json
 from altgrad.report.run_report import RunReport
 from altgrad.report.verdicts import RESTS_ON, Advice
 
@@ -31,10 +33,11 @@ def as_json(report: RunReport) -> dict[str, Any]:
         report: The report of a run.
 
     Returns:
-        The run, its summary and notes, and for each layer and format the verdict with its figures.
+        The run, its summary and notes, and by layer and format the verdict with its figures. For a
+        run with twins, also their recipes and last figures.
     """
     by_layer, suggestions = report.assessment.by_layer, report.assessment.suggestions
-    return {
+    value = {
         "path": str(report.run.path),
         "created": report.run.created,
         "versions": dict(report.run.versions),
@@ -53,6 +56,7 @@ def as_json(report: RunReport) -> dict[str, Any]:
         "to_apply": report.to_apply,
         "notes": report.notes,
     }
+    return value | (_convert_twins(report.run) if report.run.recipes else {})
 
 
 def as_csv(report: RunReport) -> str:
@@ -101,6 +105,36 @@ def _convert_advice(advice: Advice) -> dict[str, Any]:
         },
         "reason": advice.reason,
         "evidence": advice.evidence,
+    }
+
+
+def _convert_twins(run: Run) -> dict[str, Any]:
+    """Return the recipes, and the twins' figures in the last row of the model and of each layer."""
+    last = {row.layer: row for row in run.rows if row.twins}
+    return {
+        "recipes": {name: info_as_json(each) for name, each in run.recipes.items()},
+        "twins": {
+            "model": _convert_twin_row(last[None]) if None in last else {},
+            "layers": {
+                layer: _convert_twin_row(row) for layer, row in last.items() if layer is not None
+            },
+        },
+    }
+
+
+def _convert_twin_row(row: Row) -> dict[str, Any]:
+    """Return figures and intervals by recipe."""
+    return {
+        recipe: {
+            "step": row.step,
+            "figures": _convert_numbers(figures),
+            "intervals": {
+                metric: [*map(number_as_json, row.interval(key))]
+                for metric in figures
+                if (key := f"{metric}/{recipe}") in row.errors
+            },
+        }
+        for recipe, figures in row.twins.items()
     }
 
 

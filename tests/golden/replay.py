@@ -121,6 +121,7 @@ def replay(
         records.append,
         formats=FORMATS,
         max_elements=MAX_ELEMENTS,
+        recipes=(),  # version 0.1.0 had no twins
         strict=True,
         warn=lambda _: None,
     )
@@ -137,7 +138,9 @@ def replay(
 def fit(folder: Path, *callbacks: pl.Callback, **options: Any) -> PrecisionMonitor:
     """Replay the run in a Trainer, which writes the run file to the folder."""
     run = load_run()
-    monitor = PrecisionMonitor(FORMATS, every_n_steps=1, max_elements=MAX_ELEMENTS, strict=True)
+    monitor = PrecisionMonitor(
+        FORMATS, every_n_steps=1, max_elements=MAX_ELEMENTS, recipes=(), strict=True
+    )
     trainer = pl.Trainer(
         max_epochs=len(run.steps)
         // CHECKPOINT_STEP,  # the checkpoint was saved at the end of an epoch

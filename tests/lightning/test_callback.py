@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 
-from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
+from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, TWIN_METRICS
 from altgrad.observation.snapshots import Snapshots
 from altgrad_lightning import PrecisionMonitor
 from tests.counting import host_copies
@@ -30,11 +30,20 @@ PER_FORMAT = (
     *("grad_stiff_correlation", "grad_below_stiffness_frac"),
 )
 
+PER_RECIPE = ("progress_kept", "frozen_frac")
+
+RECIPES = ("bf16", "bf16-sr", "bf16-true", "e4m3fn", "e4m3fn-sr", "e5m2", "e5m2-sr")
+"""Those of the default formats."""
+
+STATES = ("exp_avg_ratio", "exp_avg_zero_frac", "exp_avg_sq_ratio", "exp_avg_sq_zero_frac")
+"""Metrics of the states of AdamW."""
+
 PER_LAYER = ("update_rms", "update_weight_ratio", "unmoved_frac", "ulp_mean", "ulp_zero_frac")
 
 PER_MONITOR = ("own_share", "elements", "skipped_steps")
 
 
+@pytest.mark.default_twins
 def test_the_event_file_has_the_documented_keys(tmp_path: Path) -> None:
     monitor = PrecisionMonitor()
     run = fit(tmp_path, monitor)
@@ -51,6 +60,13 @@ def test_the_event_file_has_the_documented_keys(tmp_path: Path) -> None:
     expected |= {f"altgrad/monitor/{key}" for key in PER_MONITOR}
     expected |= {f"altgrad/{metric}" for metric in LAYER_METRICS}
     expected |= {f"altgrad/{metric}/{format}" for metric in FORMAT_METRICS for format in formats}
+    expected |= {f"altgrad/{metric}/{r}" for metric in (*TWIN_METRICS, *STATES) for r in RECIPES}
+    expected |= {
+        f"altgrad/{metric}/{recipe}/{layer}"
+        for metric in PER_RECIPE
+        for recipe in RECIPES
+        for layer in layers
+    }
     assert {tag for tag in scalars if tag.startswith("altgrad/")} == expected
     step, stalled = scalars["altgrad/stall_frac/bf16/layers.2.weight"][-1]
     assert stalled == 1.0  # a LayerNorm gain
@@ -132,13 +148,18 @@ def test_layer_charts_selects_the_layers_that_keep_least(tmp_path: Path) -> None
     assert len(monitor.latest) == 10
 
 
-def test_a_deep_model_has_at_most_300_charts_by_default(tmp_path: Path) -> None:
-    run = trainer(tmp_path, PrecisionMonitor())
+@pytest.mark.parametrize(("arguments", "most"), [({}, 450), ({"recipes": ()}, 250)], ids=str)
+@pytest.mark.default_twins
+def test_a_deep_model_has_few_charts_by_default(tmp_path: Path, arguments: Any, most: int) -> None:
+    run = trainer(tmp_path, PrecisionMonitor(**arguments))
     run.fit(Net(depth=60), batches(2))
     own = [tag for tag in logged(run.logger.log_dir) if tag.startswith("altgrad/")]
+    recipes = 0 if arguments else len(RECIPES)
     model_charts = len(PER_MONITOR) + len(LAYER_METRICS) + 3 * len(FORMAT_METRICS)
-    assert len(own) == 8 * (len(PER_LAYER) + 3 * len(PER_FORMAT)) + model_charts
-    assert len(own) <= 300
+    model_charts += recipes * (len(TWIN_METRICS) + len(STATES))
+    layer_charts = len(PER_LAYER) + 3 * len(PER_FORMAT) + recipes * len(PER_RECIPE)
+    assert len(own) == 8 * layer_charts + model_charts
+    assert len(own) <= most
 
 
 def test_a_step_that_is_not_due_copies_nothing(tmp_path: Path, monkeypatch: Any) -> None:

@@ -1,6 +1,7 @@
 """`PrecisionMonitor`: arguments, presets, and the errors of invalid arguments."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from altgrad import FloatFormat, UpdateMonitor
+from altgrad import FloatFormat, SamplingRule, UpdateMonitor
+from altgrad.report import read
 from altgrad_lightning import PrecisionMonitor
 from tests.lightning.runs import Net, batches, fit, logged, trainer
 
@@ -113,3 +115,46 @@ def test_layers_are_charted_by_pattern(tmp_path: Path) -> None:
     for wrong in ("layers.0.*", [1]):
         with pytest.raises(TypeError, match="expected the number of layers, or a list of patterns"):
             PrecisionMonitor(layer_charts=wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "recipes"),
+    [
+        ({"recipes": ()}, []),
+        ({"recipes": "bf16-sr"}, ["bf16-sr"]),
+        ({"recipes": ["fp32", "bf16"]}, ["fp32", "bf16"]),
+        ({"recipes": ["bf16"], "preset": "economy"}, ["bf16"]),
+        ({"preset": "economy"}, []),
+    ],
+    ids=str,
+)
+def test_the_twins_of_a_run_are_those_of_its_recipes(
+    tmp_path: Path, arguments: Any, recipes: list[str]
+) -> None:
+    monitor = PrecisionMonitor("bf16", every_n_steps=2, **arguments)
+    run = fit(tmp_path, monitor)
+    assert [*monitor.latest_model.recipes] == recipes
+    written = read(monitor.path)
+    assert [*written.recipes] == recipes
+    assert [*written.rows[-1].twins] == recipes
+    tags = logged(run.logger.log_dir)
+    kept = {f"altgrad/progress_kept/{name}" for name in recipes}
+    assert {tag for tag in tags if "progress_kept" in tag and tag.count("/") == 2} == kept | {
+        f"altgrad/window_{tag.removeprefix('altgrad/')}" for tag in kept
+    }
+    assert all(len(tags[tag]) == 3 for tag in kept)
+    of_layers = {tag.split("/")[2] for tag in tags if re.match(r"altgrad/frozen_frac/\S+/", tag)}
+    assert of_layers == {*recipes}
+
+
+def test_twins_step_as_many_elements_as_asked(tmp_path: Path) -> None:
+    monitor = PrecisionMonitor(
+        "bf16",
+        recipes=["fp32"],
+        twin_elements=32,
+        sampling=[SamplingRule("layers.1.*", twin_elements=0)],
+    )
+    fit(tmp_path, monitor)
+    assert monitor.latest["layers.0.weight"].moved_elements == 32
+    assert monitor.latest["layers.0.bias"].moved_elements == 8
+    assert monitor.latest["layers.1.weight"].recipes == ()

@@ -51,7 +51,7 @@ def test_training_goes_on_after_an_error_with_two_callbacks(
 ) -> None:
     """torch iterates over the hooks while they run, so that removing one there is an error."""
 
-    def out_of_memory(*_: Any) -> Any:
+    def out_of_memory(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of memory, on purpose")
 
     failing, other = PrecisionMonitor(every_n_steps=1), PrecisionMonitor("e5m2", every_n_steps=1)

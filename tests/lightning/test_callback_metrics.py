@@ -97,7 +97,8 @@ def test_a_figure_beyond_float32_is_left_out(tmp_path: Path) -> None:
         def on_before_zero_grad(self, optimizer: Any) -> None:
             optimizer.param_groups[0]["lr"] = 1e60 if self.trainer.global_step == 2 else 1e-3
 
-    monitor = PrecisionMonitor("bf16", every_n_steps=1, callback_metrics=["update_rms"])
+    keys = ["update_rms"]
+    monitor = PrecisionMonitor("bf16", every_n_steps=1, recipes=(), callback_metrics=keys)
     see = See(monitor, "altgrad/update_rms")
     run = trainer(tmp_path, monitor, see, logger=False, precision="64-true")
     run.fit(Exploding(), batches(3))

@@ -15,6 +15,8 @@ class Figures(dict[str, float]):
     """A stand-in for `altgrad.Figures` with chosen values."""
 
     formats = FORMATS
+    recipes: tuple[str, ...] = ()
+    twin_keys: tuple[str, ...] = ()
 
 
 def figures(kept: float = math.nan, formats: tuple[str, ...] = FORMATS) -> Figures:
@@ -23,6 +25,14 @@ def figures(kept: float = math.nan, formats: tuple[str, ...] = FORMATS) -> Figur
     made = Figures(values | {f"kept_update_ratio/{format}": kept for format in formats})
     made.formats = formats
     return made
+
+
+def add_twins(made: Figures, *recipes: str, states: tuple[str, ...] = ()) -> Figures:
+    metrics = ("progress_kept", "drift", "frozen_frac", *(f"{state}_ratio" for state in states))
+    keys = [f"{metric}/{recipe}" for recipe in recipes for metric in metrics]
+    twinned = Figures(made | dict.fromkeys(keys, 0.25))
+    twinned.formats, twinned.recipes, twinned.twin_keys = made.formats, recipes, tuple(keys)
+    return twinned
 
 
 def rows(charts: Charts, *steps: Mapping[str, Figures]) -> list[tuple[int, dict[str, float]]]:
@@ -129,3 +139,39 @@ def test_a_resumed_run_charts_the_same_layers() -> None:
     resumed.load_state_dict(charts.state_dict())
     rows(resumed, {"a": figures(0.9), "b": figures(0.2)})
     assert [*resumed.charted] == ["a"]
+
+
+def test_all_figures_of_twins_are_charted_for_the_model_and_two_for_a_layer() -> None:
+    charts = Charts(FORMATS, 1)
+    layers = {"a": add_twins(figures(0.1), "bf16", "e5m2-sr"), "b": figures(0.9)}
+    model = add_twins(figures(0.5), "bf16", "e5m2-sr", states=("exp_avg_sq",))
+    (row,) = charts.add(0, model, layers, {})
+    for recipe in ("bf16", "e5m2-sr"):
+        for metric in ("progress_kept", "drift", "frozen_frac", "exp_avg_sq_ratio"):
+            assert row.model[f"altgrad/{metric}/{recipe}"] == 0.25
+    of_layer = {key for key, value in row.others.items() if value == 0.25}
+    assert of_layer == {
+        f"altgrad/{metric}/{recipe}/a"
+        for metric in ("progress_kept", "frozen_frac")
+        for recipe in ("bf16", "e5m2-sr")
+    }
+
+
+def test_keys_of_twins_stay_after_the_twins_have_ended() -> None:
+    charts = Charts(FORMATS, 2)
+    both = add_twins(figures(0.1), "bf16", "bf16-true")
+    one = add_twins(figures(0.1), "bf16")
+    kept = [charts.add(k, each, {"a": each}, {}) for k, each in enumerate((both, one, figures()))]
+    before, after, without = (merge_row(row) for (row,) in kept)
+    assert before.keys() == after.keys() == without.keys()
+    assert after["altgrad/drift/bf16"] == 0.25
+    assert math.isnan(after["altgrad/drift/bf16-true"])
+    assert math.isnan(after["altgrad/progress_kept/bf16-true/a"])
+    assert math.isnan(without["altgrad/frozen_frac/bf16/a"])
+
+
+def test_a_layer_without_twins_has_no_charts_of_twins() -> None:
+    charts = Charts(FORMATS, 2)
+    layers = {"a": add_twins(figures(0.1), "bf16"), "b": figures(0.2)}
+    (row,) = charts.add(0, layers["a"], layers, {})
+    assert [key for key in row.others if "progress_kept" in key] == ["altgrad/progress_kept/bf16/a"]

@@ -29,7 +29,7 @@ def fit_ddp(rank: int, folder: Path) -> dict[str, Any]:
     """Train an epoch, resume for a second one, and return the findings of this rank."""
     warnings.filterwarnings("error", message=".*(PrecisionMonitor|UpdateMonitor|StepObserver)")
     torch.manual_seed(0)
-    monitor = PrecisionMonitor(every_n_steps=1, overhead_budget=0.9)
+    monitor = PrecisionMonitor(every_n_steps=1, overhead_budget=0.9, recipes=())
     options = {
         "strategy": "ddp",
         "devices": 2,
@@ -47,7 +47,7 @@ def fit_ddp(rank: int, folder: Path) -> dict[str, Any]:
         "latest": dict(monitor.latest.get("layers.0.weight", {})),
         "path": str(monitor.path),
     }
-    resumed = PrecisionMonitor(every_n_steps=1, overhead_budget=0.9)
+    resumed = PrecisionMonitor(every_n_steps=1, overhead_budget=0.9, recipes=())
     second = trainer(
         folder, resumed, **(options | {"max_epochs": 2, "enable_checkpointing": False})
     )
@@ -92,7 +92,7 @@ def test_a_resumed_run_goes_on_from_the_checkpoint(ddp) -> None:
 
 
 def test_spawned_ranks_get_a_copy_of_the_callback(tmp_path: Path) -> None:
-    monitor = PrecisionMonitor(every_n_steps=1)
+    monitor = PrecisionMonitor(every_n_steps=1, recipes=())
     run = trainer(tmp_path, monitor, strategy="ddp_spawn", devices=2)
     run.fit(Net(), batches(4))
     (file,) = tmp_path.rglob("altgrad.jsonl")

@@ -156,6 +156,22 @@ def test_the_layout_has_only_the_model_without_charted_layers(tmp_path: Path) ->
     assert list(layout) == ["AltGrad: model", "AltGrad: model, more"]
 
 
+def test_the_layout_has_twins_of_the_model_and_of_layers(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    loggers.log_layout([logger], FORMATS, ["bf16", "bf16-sr"])
+    logger.finalize("success")
+    layout = read_layout(EventAccumulator(logger.log_dir).Reload())
+    twins = layout["AltGrad: twins"]
+    assert [*twins][:2] == ["progress_kept", "window_progress_kept"]
+    (of_model,) = twins["progress_kept"]
+    tags = [f"altgrad/progress_kept/{name}" for name in ("bf16", "bf16-sr", "bf16/a", "bf16-sr/a")]
+    assert [tag for tag in tags if re.match(of_model, tag)] == tags[:2]
+    layers = layout["AltGrad: layers that keep least"]
+    (of_layer,) = layers["progress_kept, bf16"]
+    assert [tag for tag in tags if re.match(of_layer, tag)] == ["altgrad/progress_kept/bf16/a"]
+    assert "frozen_frac, bf16-sr" in layers
+
+
 def render(markdown: str) -> str:
     """Return the HTML that TensorBoard makes of Markdown."""
     with warnings.catch_warnings():

@@ -105,13 +105,16 @@ def test_figures_of_the_model_cover_all_elements_of_all_layers(tmp_path: Path) -
     assert 0 < monitor.latest_model["stall_frac/bf16"] < 1
 
 
+@pytest.mark.default_twins
 def test_the_figures_of_the_model_are_logged(tmp_path: Path) -> None:
     monitor = PrecisionMonitor(layer_charts=0)
     run = fit(tmp_path, monitor)
     scalars = logged(run.logger.log_dir)
     keys = [*LAYER_METRICS]
     keys += [f"{metric}/{format}" for format in DEFAULT_FORMATS for metric in FORMAT_METRICS]
+    keys += monitor.latest_model.twin_keys
     assert [*monitor.latest_model] == keys
+    assert "exp_avg_sq_ratio/bf16-true" in keys
     own = {tag for tag in scalars if tag.startswith("altgrad/") and "/monitor/" not in tag}
     assert own == {f"altgrad/{key}" for key in keys}
     for key, value in monitor.latest_model.items():

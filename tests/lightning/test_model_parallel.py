@@ -103,7 +103,7 @@ def fit(
 ) -> dict[str, Any]:
     """Train, and return the findings of this rank with the recorded truth."""
     warnings.filterwarnings("error", message=".*(PrecisionMonitor|UpdateMonitor|StepObserver)")
-    monitor = PrecisionMonitor(every_n_steps=1, strict=True, **SETTINGS)
+    monitor = PrecisionMonitor(every_n_steps=1, strict=True, recipes=(), **SETTINGS)
     strategy: Any = "auto"
     if size > 1:
         strategy = ModelParallelStrategy(size, 1, save_distributed_checkpoint=False)
@@ -135,7 +135,7 @@ def fit_at_once(rank: int, folder: Path, size: int) -> dict[str, Any]:
 def fit_alone(rank: int, folder: Path, size: int) -> dict[str, Any]:
     """Train with a monitor on rank 0 only, which waits once for rank 1."""
     # A run file needs Trainer.log_dir, a broadcast in which rank 1 takes no part.
-    monitors = [PrecisionMonitor(every_n_steps=1, run_file=False)] if rank == 0 else []
+    monitors = [PrecisionMonitor(every_n_steps=1, run_file=False, recipes=())] if rank == 0 else []
     strategy = ModelParallelStrategy(size, 1)
     fitted = trainer(folder, *monitors, strategy=strategy, devices=size)
     net = InTurn()
@@ -163,7 +163,7 @@ def fit_listening(rank: int, folder: Path, size: int) -> list[Counter[str]]:
         batch.callback(lambda: said.update(name for name, _ in heard.said))
         found[-1].append(said)
 
-    for monitors in ([], [PrecisionMonitor(["bf16"], every_n_steps=1, strict=True)]):
+    for monitors in ([], [PrecisionMonitor(["bf16"], every_n_steps=1, strict=True, recipes=())]):
         found.append([])
         callbacks = around(monitors, listen)
         fitted = trainer(folder, *callbacks, strategy=ModelParallelStrategy(size, 1), devices=size)

@@ -24,6 +24,7 @@ def settings(**others: Any) -> Settings:
     """Return the settings of `PrecisionMonitor("bf16", every_n_steps=1)`, with some replaced."""
     chosen = {"formats": PrecisionMonitor("bf16").formats, "every_n_steps": 1, "scaling": "tensor"}
     chosen |= {"layer_charts": 8, "histograms": False, "run_file": False, "max_elements": 4096}
+    chosen |= {"recipes": (), "twin_elements": 256}
     chosen |= {"sampling": (), "overhead_budget": None, "seed": 0, "strict": False}
     return Settings(**chosen | others)
 

@@ -36,6 +36,8 @@ trainer:
         every_n_steps: 2
         scaling: [block, 4]
         preset: economy
+        recipes: [bf16-sr, bf16]
+        twin_elements: 16
         layer_charts: ["layers.0.*"]
         sampling:
           - layers: "*.bias"
@@ -43,6 +45,7 @@ trainer:
           - layers: "layers.0.*"
             formats: bf16
             max_elements: all
+            twin_elements: 0
           - layers: "layers.2.*"
             formats: [e4m3fn]
             every_n_steps: 2
@@ -68,6 +71,10 @@ def test_a_run_is_configured_by_yaml(tmp_path: Path) -> None:
         "layers.2.weight": ("e4m3fn",),
     }
     assert run.layers["layers.2.weight"].every_n_steps == 2
+    assert [*run.recipes] == ["bf16-sr", "bf16"]
+    twins = {row.layer: [*row.twins] for row in run.rows if row.step == 3}
+    assert twins["layers.1.weight"] == ["bf16-sr", "bf16"]
+    assert twins["layers.0.weight"] == []
 
 
 def slow(*values: object) -> object:

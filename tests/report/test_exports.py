@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from altgrad.report import LayerInfo, Row, RunReport
+from altgrad.report import LayerInfo, RecipeInfo, Row, RunReport
 from altgrad.report.exports import as_csv, as_json
 from tests.command_line import altgrad
 from tests.report.runs import FORMATS, MARKUP, SCRIPT, figures, make_run, write_run
@@ -154,3 +154,51 @@ def test_a_name_with_the_end_of_a_line_is_written_as_it_is(tmp_path: Path) -> No
     assert altgrad("report", run, "--csv", path).returncode == 0
     with path.open(newline="", encoding="utf-8") as file:
         assert {row["layer"] for row in csv.DictReader(file)} == {"a\r\nb", "c\rd"}
+
+
+def test_json_of_a_run_with_twins_has_their_recipes_and_last_figures() -> None:
+    twins = {"progress_kept/bf16": 0.25, "exp_avg_ratio/bf16": NAN, "frozen_frac/fp32": 1.0}
+    errors = {"progress_kept/bf16": 0.1, "frozen_frac/fp32": 0.0}
+    rows = [
+        Row(step, layer, figures() | {key: value * k for key, value in twins.items()}, errors)
+        for step, k in ((0, 0.5), (9, 1.0))
+        for layer in ("a", None)
+    ]
+    rows += [Row(19, "b", figures(), {}), Row(19, None, figures(), {})]
+    recipe = RecipeInfo("bf16", "bf16", "stochastic", None, {}, None, None, False, NAN)
+    value = as_json(RunReport.from_run(make_run(rows, ["bf16"], recipes={"bf16": recipe})))
+    json.dumps(value, allow_nan=False)
+    assert value["recipes"]["bf16"] == {
+        "weights": "bf16",
+        "rounding": "stochastic",
+        "compensation": None,
+        "states": {},
+        "dtype": None,
+        "optimizer": None,
+        "fused": False,
+        "bytes_per_parameter": None,
+    }
+    assert value["twins"]["model"] == value["twins"]["layers"]["a"]
+    found = value["twins"]["layers"]
+    assert [*found] == ["a"]
+    assert found["a"]["bf16"] == {
+        "step": 9,
+        "figures": {"progress_kept": 0.25, "exp_avg_ratio": None},
+        "intervals": {"progress_kept": pytest.approx([0.25 - 0.196, 0.25 + 0.196], abs=1e-4)},
+    }
+    assert found["a"]["fp32"]["intervals"] == {"frozen_frac": [1.0, 1.0]}
+    assert value["layers"]["a"]["formats"].keys() == {"bf16"}
+
+
+def test_exports_of_a_run_without_twins_have_no_word_of_them() -> None:
+    assert as_json(make_odd_report()).keys().isdisjoint({"recipes", "twins"})
+
+
+def test_twins_change_no_verdict() -> None:
+    plain = [Row(0, "a", figures(kept_update_ratio=0.5), {})]
+    twins = {"progress_kept/bf16": 0.01, "frozen_frac/bf16": 1.0, "drift/bf16": NAN}
+    twinned = [Row(0, "a", {**plain[0].figures, **twins}, {"frozen_frac/bf16": 0.001})]
+    without, with_twins = (
+        as_csv(RunReport.from_run(make_run(rows, ["bf16"]))) for rows in (plain, twinned)
+    )
+    assert without == with_twins

@@ -12,10 +12,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
+from altgrad.measurement.catalogue import get_metric
 from altgrad.report.records.floats import FloatsByKey, FloatTable
 from altgrad.report.records.kinds import (
     Checked,
+    Choice,
     Fields,
     Figure,
     Flag,
@@ -30,14 +31,18 @@ from altgrad.report.records.kinds import (
     parse_below,
 )
 
-SCHEMA = 1
-"""Version of the run file's schema: the value of ``"altgrad"`` in the header."""
+SCHEMA = 2
+"""Version of the run file's schema: the value of ``"altgrad"`` in the header.
+
+Schema 2 adds the figures of twins, and describes their recipes. Files of schema 1 lack both.
+"""
 
 LARGEST = 2**63 - 1
 """Largest whole number in a run file: that of int64, which pandas and other readers use."""
 
 _MOST_DIMENSIONS = 64  # of a tensor, as in torch and NumPy
 _MOST_FORMATS = 128  # a page has a picture for each
+_MOST_RECIPES = 1024  # a run steps a few
 _MOST_KEYS = 1024  # of objects that have a few
 _MOST_LAYERS = 2**32
 _OCTAVES = 2200  # float64 numbers and their quotients have binary exponents within ± 2,200
@@ -53,8 +58,11 @@ _RENAMED_METRICS = {"zero_update_frac": "ulp_zero_frac"}
 def _find_kind(key: str) -> Figure:
     """Return the kind of the figure with a given key: 0 to 1 for a share, otherwise unbounded."""
     name = key.partition("/")[0]
-    metric = FORMAT_METRICS.get(name) or LAYER_METRICS.get(_RENAMED_METRICS.get(name, name))
-    return Figure(0, 1) if metric is not None and metric.unit == "share" else Figure()
+    try:
+        metric = get_metric(_RENAMED_METRICS.get(name, name))
+    except ValueError:  # of a newer version, which readers keep as it is
+        return Figure()
+    return Figure(0, 1) if metric.unit == "share" else Figure()
 
 
 def _check_range(format: Mapping[str, float]) -> None:
@@ -105,6 +113,19 @@ LAYER = Checked(
     _check_elements,
 )
 
+RECIPE = Fields(
+    {
+        "weights": Nullable(Text()),
+        "rounding": Choice(("nearest_even", "stochastic")),
+        "compensation": Nullable(Choice(("kahan",))),
+        "states": Table(Text(), _MOST_KEYS),
+        "dtype": Nullable(Text()),
+        "optimizer": Nullable(Text()),
+        "fused": Flag(),
+        "bytes_per_parameter": Figure(0),
+    }
+)
+
 LOGGER = Fields(
     {"logger": Text()},
     {key: (Nullable(Text()), None) for key in ("name", "id", "version")},
@@ -121,6 +142,7 @@ HEADER = Fields(
         "created": (Text(), ""),
         "predecessor": (Nullable(Fields({"path": Text(), "before_step": _STEP})), None),
         "loggers": (Items(LOGGER, 0, _MOST_KEYS), ()),
+        "recipes": (Table(RECIPE, _MOST_RECIPES), {}),
     },
 )
 
@@ -129,9 +151,12 @@ _LINE: dict[str, Kind[Any]] = {
     "layer": Nullable(Text()),
     "figures": FloatTable(_find_kind, _RENAMED_METRICS),
 }
-_ERRORS = {"errors": (FloatTable(lambda _: Figure(least=0)), FloatsByKey({}, ()))}
+_OPTIONAL: dict[str, tuple[Kind[Any], Any]] = {
+    "errors": (FloatTable(lambda _: Figure(least=0)), FloatsByKey({}, ())),
+    "moved_elements": (Figure(0, _MOST_COUNT), math.nan),
+}
 
-LAYER_LINE = Fields(_LINE, _ERRORS)
+LAYER_LINE = Fields(_LINE, _OPTIONAL)
 
 HISTOGRAM = Fields(
     {
@@ -149,7 +174,7 @@ MODEL_LINE = Fields(
         "skipped": Table(Whole(0, LARGEST), _MOST_KEYS),
         "histograms": Table(HISTOGRAM, _MOST_KEYS),
     },
-    _ERRORS,
+    _OPTIONAL,
 )
 
 LAYERS_LINE = Fields({"layers": Table(LAYER, _MOST_LAYERS)})

@@ -143,6 +143,26 @@ class Text(NamedTuple):
         raise FieldError(f"a text of at most {self.most} characters", value)
 
 
+class Choice(NamedTuple):
+    """A kind of JSON value, which `parse` checks: one of some texts.
+
+    Attributes:
+        options: The texts that are allowed.
+    """
+
+    options: tuple[str, ...]
+
+    def parse(self, value: object) -> str:
+        """Return the text.
+
+        Raises:
+            FieldError: The value is none of the texts.
+        """
+        if isinstance(value, str) and value in self.options:
+            return value
+        raise FieldError(" or ".join(f'"{each}"' for each in self.options), value)
+
+
 class Flag(NamedTuple):
     """A kind of JSON value, which `parse` checks: true or false."""
 

@@ -24,7 +24,9 @@ WITH_ERRORS = (
     *("kept_update_ratio", "stall_frac", "never_moved_frac"),
     *("underflow_frac", "saturated_frac"),
 )
-"""Metrics whose standard errors are written for each format."""
+"""Metrics of a format whose standard errors are written."""
+TWIN_METRICS_WITH_ERRORS = ("progress_kept", "window_progress_kept", "frozen_frac", "still_frac")
+"""Metrics of a twin whose standard errors are written."""
 _NUMBER = "%.8g"  # 8 significant digits halve the size of a file with all 17 of a float64
 
 
@@ -61,12 +63,19 @@ def format_numbers(numbers: Sequence[float]) -> list[str]:
 
 def _format_figures(figures: Figures) -> str:
     numbers, is_sampled = figures.in_order(), figures.elements < figures.population
+    twins = figures.twin_keys
+    if twins:
+        numbers = [*numbers, *figures.twins_in_order()]
     if is_sampled:
         numbers = [*numbers, *figures.errors_in_order(WITH_ERRORS)]
-    if math.isfinite(sum(numbers)):  # the usual case takes half the time of the general one
-        return _make_template(figures.formats, _NUMBER, with_errors=is_sampled) % tuple(numbers)
-    template = _make_template(figures.formats, "%s", with_errors=is_sampled)
-    return template % tuple(format_numbers(numbers))
+    if twins:
+        errors = map(figures.standard_error, _choose_with_errors(twins))
+        numbers = [*numbers, *errors, figures.moved_elements]
+    is_finite = math.isfinite(sum(numbers))  # these take half the time
+    template = _make_template(
+        figures.formats, twins, _NUMBER if is_finite else "%s", with_errors=is_sampled
+    )
+    return template % tuple(numbers if is_finite else format_numbers(numbers))
 
 
 def _format_model_fields(
@@ -92,12 +101,29 @@ def _format_histogram(key: str, histogram: Histogram) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _make_template(formats: tuple[str, ...], placeholder: str, *, with_errors: bool) -> str:
-    template = f'"figures":{{{_format_pairs(figure_keys(formats), placeholder)}}}'
-    if with_errors:
-        keys = [f"{metric}/{format}" for format in formats for metric in WITH_ERRORS]
+def _make_template(
+    formats: tuple[str, ...], twins: tuple[str, ...], placeholder: str, *, with_errors: bool
+) -> str:
+    """Return the JSON of figures and errors, with a placeholder for each number.
+
+    Args:
+        formats: Names of the formats.
+        twins: Keys of the figures of twins.
+        placeholder: The placeholder, for Python's ``%`` operator.
+        with_errors: If True, formats have errors, too.
+    """
+    template = f'"figures":{{{_format_pairs((*figure_keys(formats), *twins), placeholder)}}}'
+    keys = [f"{metric}/{format}" for format in formats for metric in WITH_ERRORS]
+    keys = [*(keys if with_errors else ()), *_choose_with_errors(twins)]
+    if with_errors or keys:
         template += f',"errors":{{{_format_pairs(keys, placeholder)}}}'
-    return template
+    return template + (f',"moved_elements":{placeholder}' if twins else "")
+
+
+@functools.lru_cache(maxsize=256)
+def _choose_with_errors(twins: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the keys of twins' figures whose standard errors are written."""
+    return tuple(key for key in twins if key.partition("/")[0] in TWIN_METRICS_WITH_ERRORS)
 
 
 @functools.lru_cache(maxsize=8192)  # names of layers recur in every step

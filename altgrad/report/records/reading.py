@@ -28,7 +28,14 @@ from altgrad.report.records.fields import (
 from altgrad.report.records.kinds import FieldError, check_object, parse_below, shorten
 from altgrad.report.records.raw_lines import read_raw_lines
 from altgrad.report.records.run import Row, Run
-from altgrad.report.records.schema import FormatInfo, Header, LayerInfo, RunFileError, make_layers
+from altgrad.report.records.schema import (
+    FormatInfo,
+    Header,
+    LayerInfo,
+    RecipeInfo,
+    RunFileError,
+    make_layers,
+)
 
 _NAME = re.compile(r"altgrad(?:-(\d+))?\.jsonl")
 _MOST_TRIES = 3
@@ -74,12 +81,14 @@ def read(path: str | os.PathLike[str]) -> Run:
             0, f"{path.name} is read, the newest run file in its folder (the others: {names})"
         )
     _read_predecessors(files)
-    # Of formats and layers with the same name, that of the latest file counts.
+    # Of formats, layers and recipes with the same name, that of the latest file counts.
     formats: dict[str, FormatInfo] = {}
     layers: dict[str, LayerInfo] = {}
+    recipes: dict[str, RecipeInfo] = {}
     for each in files:
         formats = {**each.header.formats, **formats}
         layers = {**each.header.layers, **layers}
+        recipes = {**each.header.recipes, **recipes}
     return Run(
         path=path,
         formats={**last.header.formats, **formats},
@@ -91,6 +100,7 @@ def read(path: str | os.PathLike[str]) -> Run:
         versions=last.header.versions,
         created=last.header.created,
         loggers=last.header.loggers,
+        recipes={**last.header.recipes, **recipes},
     )
 
 

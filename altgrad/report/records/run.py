@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
 from altgrad.measurement.histogram import Histogram
 from altgrad.measurement.intervals import find_interval
 from altgrad.quantization.formats import Scaling
-from altgrad.report.records.schema import FormatInfo, LayerInfo
+from altgrad.report.records.schema import FormatInfo, LayerInfo, RecipeInfo
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -27,17 +28,20 @@ class Row:
     Attributes:
         step: Number of the step.
         layer: Name of the layer; None for the model.
-        figures: Figures by key, ``metric`` or ``metric/format``, as in `altgrad.Figures`.
-        errors: Standard errors of some figures, by the keys of `figures`: half of the width of
-            `interval`, over 1.96. Empty if every element was measured.
-        elements: Number of measured elements of the model. None in the row of a layer, whose number
-            of elements is in `LayerInfo`.
+        figures: Figures by key, as in `altgrad.Figures`: ``metric``, ``metric/format``, and for a
+            twin ``metric/recipe``.
+        errors: Standard errors of some figures, by the same keys: half of the width of `interval`
+            over 1.96. Those of formats are missing if every element was measured.
+        elements: Number of measured elements of the model. None in the row of a layer, whose
+            number is in `LayerInfo`.
         own_seconds: Host time in seconds to observe the previous observed step, as in
             `altgrad.StepRecord`. NaN in the row of a layer.
         training_seconds: Mean time in seconds of a training step without the observation, as in
             `altgrad.StepRecord`. NaN in the row of a layer.
         skipped: Number of skipped steps so far, by reason. Empty in the row of a layer.
         histograms: Histograms of the model, by key. Empty in the row of a layer.
+        moved_elements: Number of elements of the twins' sample that the float32 twin has moved;
+            NaN without twins.
     """
 
     step: int
@@ -49,6 +53,17 @@ class Row:
     training_seconds: float = math.nan
     skipped: Mapping[str, int] = field(default_factory=dict)
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
+    moved_elements: float = math.nan
+
+    @property
+    def twins(self) -> dict[str, dict[str, float]]:
+        """Figures of the twins, by recipe and metric."""
+        found: dict[str, dict[str, float]] = {}
+        for key, figure in self.figures.items():
+            if _belongs_to_twin(key):
+                metric, _, recipe = key.partition("/")
+                found.setdefault(recipe, {})[metric] = figure
+        return found
 
     def interval(self, key: str) -> tuple[float, float]:
         """Return the interval of 95 % around a figure.
@@ -58,13 +73,24 @@ class Row:
 
         Returns:
             The lower and the upper end. Both equal the figure if all elements were measured, and
-            are NaN if the error of the figure is missing or cannot be trusted.
+            are NaN if the error of the figure is missing or cannot be trusted. Twins have a sample
+            of their own, so that a figure of a twin without an error has no interval.
 
         Raises:
             KeyError: The row has no such figure.
         """
-        error = self.errors.get(key, math.nan if self.errors else 0.0)
-        return find_interval(key.partition("/")[0], self.figures[key], error)
+        figure, error = self.figures[key], self.errors.get(key)
+        if error is None:
+            is_whole = not _belongs_to_twin(key) and all(map(_belongs_to_twin, self.errors))
+            error = 0.0 if is_whole else math.nan
+        return find_interval(key.partition("/")[0], figure, error)
+
+
+def _belongs_to_twin(key: str) -> bool:
+    """Return True for the key of a twin's figure, ``metric/recipe``."""
+    # A recipe may have the name of a format, so that the metric tells them apart.
+    metric, _, recipe = key.partition("/")
+    return bool(recipe) and metric not in LAYER_METRICS and metric not in FORMAT_METRICS
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +107,8 @@ class Run:
         predecessors: Paths of the files of earlier runs that were read, the latest run first.
         versions: Versions of the packages that wrote the file, by name.
         created: Time at which the file was created, in ISO 8601.
-        loggers: For each logger its class, and name, id and version of the run, as in
-            `altgrad.report.Header`.
+        loggers: The run as each of its loggers knows it, as in `altgrad.report.Header`.
+        recipes: Recipes whose twins were stepped, by name.
     """
 
     path: Path
@@ -95,6 +121,7 @@ class Run:
     versions: Mapping[str, str]
     created: str
     loggers: Sequence[Mapping[str, str | None]] = ()
+    recipes: Mapping[str, RecipeInfo] = field(default_factory=dict)
 
     @functools.cached_property
     def steps(self) -> tuple[int, ...]:
@@ -126,9 +153,10 @@ class Run:
         """Return the rows as a pandas DataFrame, with one line for each row.
 
         Returns:
-            A DataFrame with the columns ``step`` and ``layer`` (None for the model), and a column
-            for each figure and each standard error. The column of an error has ``_error`` after the
-            name of the metric, as ``stall_frac_error/bf16``.
+            A DataFrame with the columns ``step`` and ``layer`` (None for the model), one column
+            for each figure, and one for each standard error. The column of an error has
+            ``_error`` after the name of the metric, as ``stall_frac_error/bf16``. A run with twins
+            has the column ``moved_elements``.
 
         Raises:
             ImportError: pandas is missing.
@@ -144,6 +172,8 @@ class Run:
             "layer": [row.layer for row in self.rows],
         }
         columns |= {key: [row.figures.get(key, math.nan) for row in self.rows] for key in keys}
+        if self.recipes:
+            columns["moved_elements"] = [row.moved_elements for row in self.rows]
         columns |= {
             key.replace("/", "_error/", 1): [row.errors.get(key, math.nan) for row in self.rows]
             for key in error_keys

@@ -1,8 +1,8 @@
 """The header of a run file: its formats, layers and settings.
 
-`Header` is the first line of a run file. It holds a `FormatInfo` for each format and a `LayerInfo`
-for each layer. `fields` declares the bounds of each value. The modules `lines` and `writing` come
-next.
+`Header` is the first line of a run file. It holds a `FormatInfo` for each format, a `LayerInfo` for
+each layer and a `RecipeInfo` for each recipe. `fields` declares the bounds of each value. The
+modules `lines` and `writing` come next.
 """
 
 from __future__ import annotations
@@ -102,6 +102,33 @@ class LayerInfo:
 
 
 @dataclass(frozen=True)
+class RecipeInfo:
+    """A recipe whose twins were stepped, as the header of a run file describes it.
+
+    Attributes:
+        name: Name of the recipe, as in the keys of figures.
+        weights: Name of the format in which weights are stored; None for float32.
+        rounding: ``"nearest_even"`` or ``"stochastic"``.
+        compensation: ``"kahan"``, or None.
+        states: Name of the format of a state of the optimizer, by the state's name or ``"*"``.
+        dtype: Name of the dtype of all tensors, such as ``"bfloat16"``; None for that of the twins.
+        optimizer: Qualified name of what makes the optimizer; None for the run's own class.
+        fused: If True, the optimizer's fused implementation steps.
+        bytes_per_parameter: Bytes of weights and states for each parameter; NaN if unknown.
+    """
+
+    name: str
+    weights: str | None
+    rounding: str
+    compensation: str | None
+    states: Mapping[str, str]
+    dtype: str | None
+    optimizer: str | None
+    fused: bool
+    bytes_per_parameter: float
+
+
+@dataclass(frozen=True)
 class Header:
     """The first line of a run file: the settings of the whole run.
 
@@ -112,8 +139,9 @@ class Header:
         versions: Versions of the packages that wrote the file, by name.
         created: Time at which the file was created, in ISO 8601.
         predecessor: File of the run that this run continues; None for a new run.
-        loggers: For each logger its class under ``logger``, and ``name``, ``id`` and ``version`` of
-            the run in the logger; None if the logger has no such value.
+        loggers: The run as each of its loggers knows it: class of the logger under ``logger``, then
+            ``name``, ``id`` and ``version`` of the run, or None.
+        recipes: Recipes whose twins are stepped, by name.
     """
 
     formats: Mapping[str, FormatInfo]
@@ -123,27 +151,26 @@ class Header:
     created: str = ""
     predecessor: Predecessor | None = None
     loggers: Sequence[Mapping[str, str | None]] = ()
+    recipes: Mapping[str, RecipeInfo] = field(default_factory=dict)
 
     def is_like(self, other: Header) -> bool:
-        """Return True if another header has the same formats, scaling and layers.
-
-        The figures of both files then mean the same.
-        """
+        """Return True if formats, scaling, layers and recipes are equal: figures mean the same."""
         mine, others = self.as_json(), other.as_json()
-        return all(mine[key] == others[key] for key in ("formats", "scaling", "layers"))
+        return all(mine[key] == others[key] for key in ("formats", "scaling", "layers", "recipes"))
 
     def as_json(self) -> dict[str, Any]:
         """Return the header as JSON values, in the order of the first line of a run file."""
         before = self.predecessor
         return {
             "altgrad": SCHEMA,
-            "formats": {name: _format_as_json(each) for name, each in self.formats.items()},
+            "formats": {name: info_as_json(each) for name, each in self.formats.items()},
             "scaling": list(self.scaling) if isinstance(self.scaling, tuple) else self.scaling,
             "layers": layers_as_json(self.layers),
             "versions": dict(self.versions),
             "created": self.created,
             "predecessor": before and {"path": str(before.path), "before_step": before.before_step},
             "loggers": [dict(each) for each in self.loggers],
+            "recipes": {name: info_as_json(each) for name, each in self.recipes.items()},
         }
 
     @classmethod
@@ -166,6 +193,9 @@ class Header:
                 },
                 "layers": make_layers(known["layers"]),
                 "predecessor": before and Predecessor(**before),
+                "recipes": {
+                    name: RecipeInfo(name, **each) for name, each in known["recipes"].items()
+                },
             }
         )
 
@@ -183,8 +213,9 @@ def layers_as_json(layers: Mapping[str, LayerInfo]) -> dict[str, Any]:
     }
 
 
-def _format_as_json(format: FormatInfo) -> dict[str, Any]:
-    fields = {name: value for name, value in asdict(format).items() if name != "name"}
+def info_as_json(info: FormatInfo | RecipeInfo) -> dict[str, Any]:
+    """Return the description of a format or recipe as JSON values, without its name."""
+    fields = {name: value for name, value in asdict(info).items() if name != "name"}
     return {
         name: number_as_json(value) if isinstance(value, float) else value
         for name, value in fields.items()

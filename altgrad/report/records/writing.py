@@ -72,8 +72,8 @@ class RunFile:
 
         Args:
             folder: Folder of the file; it is created if it is missing.
-            header: Formats, layers and scaling, as `UpdateMonitor.run_header` returns them.
-                Versions, time and predecessor are added.
+            header: Formats, layers, scaling and recipes, as `UpdateMonitor.run_header` returns
+                them. Versions, time and predecessor are added.
             predecessor: File of the run that this run continues, and number of the first step
                 that this run supersedes. None for a new run.
 
@@ -107,14 +107,15 @@ class RunFile:
     ) -> RunFile:
         """Open a run file to continue it, and mark its lines from `before_step` on as superseded.
 
-        If formats, scaling or layers differ from those of the file, the file is left unchanged. A
-        new file is then created in the same folder, with `path` as its predecessor. If another
-        writer has the file open, a new file is created as well, with a warning.
+        If formats, scaling, layers or recipes differ from the file's, it is left unchanged. A new
+        file is then created in the same folder, with `path` as its predecessor. The same is
+        done, with a warning, if another writer has the file open.
 
         Args:
             path: Run file of the run that is resumed.
             before_step: Number of the first step that the resumed run will write.
-            header: Formats, layers and scaling, as `UpdateMonitor.run_header` returns them.
+            header: Formats, layers, scaling and recipes, as `UpdateMonitor.run_header` returns
+                them.
 
         Returns:
             The open file: `path`, or the new file.

@@ -23,17 +23,23 @@ def net() -> nn.Module:
 def make_records(
     named: Any = None, steps: int = 3, formats: Any = FORMATS, **options: Any
 ) -> list[StepRecord]:
+    return record_run(named, steps, **{"formats": formats, "recipes": ()} | options)[1]
+
+
+def record_run(
+    named: Any = None, steps: int = 3, optimizer: Any = torch.optim.SGD, **options: Any
+) -> tuple[Header, list[StepRecord]]:
     parameters = dict(net().named_parameters() if named is None else named)
     records: list[StepRecord] = []
-    optimizer = torch.optim.SGD(parameters.values(), lr=0.01)
-    monitor = UpdateMonitor([*parameters.items()], records.append, formats=formats, **options)
+    optimizer = optimizer(parameters.values(), lr=0.01)
+    monitor = UpdateMonitor([*parameters.items()], records.append, **options)
     with monitor.attach(optimizer):
         for seed in range(steps):
             generator = torch.Generator().manual_seed(seed)
             for each in parameters.values():
                 each.grad = torch.randn(each.shape, generator=generator)
             optimizer.step()
-    return records
+    return Header.from_json(monitor.run_header()), records
 
 
 def header_from(record: StepRecord, formats: Any = FORMATS) -> Header:

@@ -25,6 +25,19 @@ def lines(records, header, tmp_path_factory) -> list[Any]:
     first, *rest = map(json.loads, path.read_text().splitlines())
     first["loggers"] = [{"logger": "CSVLogger", "name": "a", "id": None, "version": "0"}]
     first["predecessor"] = {"path": "../other/altgrad.jsonl", "before_step": 0}
+    first["recipes"] = {
+        "mine": {
+            "weights": "bf16",
+            "rounding": "stochastic",
+            "compensation": None,
+            "states": {"exp_avg": "e5m2"},
+            "dtype": None,
+            "optimizer": "my.Lion",
+            "fused": False,
+            "bytes_per_parameter": 7.5,
+        }
+    }
+    rest[0]["moved_elements"] = 3.5
     return [first, rest[0], rest[-1]]
 
 
@@ -39,7 +52,7 @@ def read_changed(folder: Path, lines: list[Any], place: int, keys: list[Any], va
     read(path)
 
 
-FORMAT, LAYER = ["formats", "bf16"], ["layers", "0.weight"]
+FORMAT, LAYER, RECIPE = ["formats", "bf16"], ["layers", "0.weight"], ["recipes", "mine"]
 BAD: list[tuple[int, list[Any], list[Any]]] = [
     (0, ["altgrad"], [True, 0, -1, 1.0, "1", None, []]),
     (0, ["formats"], [None, [], "bf16", {"f": None}, {"f": {}}, {str(k): {} for k in range(200)}]),
@@ -65,12 +78,20 @@ BAD: list[tuple[int, list[Any], list[Any]]] = [
     (0, ["predecessor", "before_step"], [None, -1, 1.5, "1", HUGE]),
     (0, ["loggers"], [None, {}, 3, "a", [{}], [None], [{"logger": 3}], [{"name": "a"}]]),
     (0, ["loggers", 0, "id"], [3, True, []]),
+    (0, ["recipes"], [None, [], "bf16", {"r": None}, {"r": {}}, {str(k): {} for k in range(2000)}]),
+    *((0, [*RECIPE, key], [3, True, [], {}]) for key in ("weights", "dtype", "optimizer")),
+    (0, [*RECIPE, "rounding"], [None, "up", 3, ["stochastic"], True]),
+    (0, [*RECIPE, "compensation"], ["sr", 3, [], False]),
+    (0, [*RECIPE, "states"], [None, [], "bf16", {"exp_avg": None}, {"exp_avg": 3}]),
+    (0, [*RECIPE, "fused"], [0, 1, None, "true"]),
+    (0, [*RECIPE, "bytes_per_parameter"], [-1, True, "x", "-inf", HUGE]),
     *((place, ["step"], [None, True, 1.5, -1, "1", HUGE, math.nan]) for place in (1, 2)),
     *((place, ["layer"], [0, True, [], {}]) for place in (1, 2)),
     *((place, ["figures"], [None, [], 3, "x"]) for place in (1, 2)),
     (1, ["figures", "stall_frac/bf16"], [-0.1, 1.1, "inf", "nan", True, [], math.inf, HUGE]),
     (1, ["figures", "update_rms"], [True, "1", [], HUGE]),
     (1, ["errors"], [None, [], {"stall_frac/bf16": -0.1}, {"stall_frac/bf16": True}]),
+    *((place, ["moved_elements"], [-1, True, "x", "inf", 1e300, HUGE]) for place in (1, 2)),
     (2, ["elements"], [None, -1, 1.5, True, HUGE]),
     *(
         (2, [key], ["inf", "x", True, 1e300, HUGE, -math.inf])
@@ -107,6 +128,11 @@ GOOD: list[tuple[int, list[Any], list[Any]]] = [
     (0, [*LAYER, "shape"], [[3000], [2**31, 2**31], [1] * 60 + [3000]]),
     (0, ["predecessor"], [None]),
     (0, ["loggers"], [[], [{"logger": "CSVLogger"}]]),
+    (0, ["recipes"], [{}]),
+    (0, [*RECIPE, "rounding"], ["nearest_even", "stochastic"]),
+    (0, [*RECIPE, "compensation"], [None, "kahan"]),
+    (0, [*RECIPE, "bytes_per_parameter"], [0, 4.125, None]),
+    (1, ["moved_elements"], [0, 12.25, None]),
     (1, ["step"], [0, 2**63 - 1]),
     (1, ["figures", "stall_frac/bf16"], [0, 1, None, 0.5]),
     (1, ["figures", "kept_update_ratio/bf16"], [-3.5, 1e9, None, "inf", "-inf"]),

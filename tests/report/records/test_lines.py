@@ -6,17 +6,22 @@ import math
 import pytest
 import torch
 
-from altgrad import FloatFormat, Histogram
+from altgrad import FloatFormat, Histogram, StepRecord
 from altgrad.measurement import LAYER_METRICS
-from altgrad.report import RunFile, read
+from altgrad.report import Header, RunFile, read
 from altgrad.report.records.kinds import Figure, number_as_json
-from altgrad.report.records.lines import WITH_ERRORS, format_numbers
+from altgrad.report.records.lines import (
+    TWIN_METRICS_WITH_ERRORS,
+    WITH_ERRORS,
+    format_numbers,
+)
 from tests.report.records.recording import (
     FORMATS,
     assert_same,
     header_from,
     make_records,
     read_strict_lines,
+    record_run,
     written,
 )
 
@@ -124,3 +129,48 @@ def test_a_record_without_formats_is_written_and_read(tmp_path) -> None:
     run = read(written(tmp_path, header_from(records[0], []), records))
     assert {*run.rows[0].figures} == {*LAYER_METRICS}
     assert [*run.rows[1].histograms] == ["ulps"]
+
+
+@pytest.fixture(scope="module")
+def twinned() -> tuple[Header, list[StepRecord]]:
+    """A run with twins of 64 elements: `0.weight` is sampled twice, others by its twins alone."""
+    options = {"formats": FORMATS, "recipes": ["bf16", "e4m3fn-sr"], "twin_elements": 64}
+    return record_run(optimizer=torch.optim.AdamW, max_elements=1000, **options)
+
+
+def test_figures_of_twins_are_read_as_they_were_written(tmp_path, twinned) -> None:
+    header, records = twinned
+    run = read(written(tmp_path, header, records))
+    assert [*run.recipes] == ["bf16", "e4m3fn-sr"]
+    assert not run.notes
+    for row in run.rows:
+        figures = records[row.step].layers.get(row.layer, records[row.step].model)
+        assert [*row.figures] == [*figures]
+        assert {key for key in row.figures if "progress_kept" in key} == {
+            f"{metric}/{recipe}"
+            for metric in ("progress_kept", "window_progress_kept")
+            for recipe in ("bf16", "e4m3fn-sr")
+        }
+        assert "exp_avg_sq_ratio/bf16" in row.figures
+        for key, figure in row.figures.items():
+            assert_same(figure, figures[key])
+        assert_same(row.moved_elements, figures.moved_elements)
+    assert {row.layer: row.moved_elements for row in run.rows}["0.weight"] == 64
+
+
+def test_twins_have_errors_also_where_the_layer_is_measured_whole(tmp_path, twinned) -> None:
+    header, records = twinned
+    whole = {f"{m}/{r}" for m in TWIN_METRICS_WITH_ERRORS for r in header.recipes}
+    sampled = whole | {f"{m}/{f}" for m in WITH_ERRORS for f in FORMATS}
+    for row in read(written(tmp_path, header, records)).rows:
+        assert {*row.errors} == (sampled if row.layer in ("0.weight", None) else whole)
+        figures = records[row.step].layers.get(row.layer, records[row.step].model)
+        for key, error in row.errors.items():
+            assert_same(error, figures.standard_error(key))
+
+
+def test_a_record_without_twins_has_no_field_of_twins(tmp_path, records, header) -> None:
+    first, *lines = read_strict_lines(written(tmp_path, header, records))
+    assert first["recipes"] == {}
+    assert not any("moved_elements" in line for line in lines)
+    assert all(math.isnan(row.moved_elements) for row in read(tmp_path).rows)

@@ -171,7 +171,7 @@ def test_an_unreadable_file_is_an_error_with_a_reason_in_one_sentence(
             first + b'\n{"step": ' + b"9" * 5000 + b"}\n" + rest,
             "file is damaged, line 2 is invalid",
         ),
-        "newer": (good.replace(b'"altgrad": 1', b'"altgrad": 2'), "file of a newer AltGrad"),
+        "newer": (good.replace(b'"altgrad": 2', b'"altgrad": 3'), "file of a newer AltGrad"),
     }
     for name, (content, reason) in cases.items():
         path = tmp_path / name
@@ -182,7 +182,7 @@ def test_an_unreadable_file_is_an_error_with_a_reason_in_one_sentence(
         message = str(caught.value)
         assert message.startswith(f"{path}: {reason}"), message
         assert "\n" not in message
-    with pytest.raises(RunFileError, match=r"schema 2; expected schema 1; .*--upgrade"):
+    with pytest.raises(RunFileError, match=r"schema 3; expected schema 2; .*--upgrade"):
         read(tmp_path / "newer")
     with pytest.raises(RunFileError, match=r"expected altgrad\.jsonl in this folder$"):
         read(tmp_path / "folder")

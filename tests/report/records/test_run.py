@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 
 from altgrad.report import Row, read
-from tests.report.records.recording import assert_same, written
+from tests.report.records.recording import assert_same, record_run, written
 
 
 def test_a_series_has_one_figure_by_step(tmp_path, records, header) -> None:
@@ -61,3 +61,34 @@ def test_a_row_has_the_interval_that_its_figure_had(tmp_path, records, header) -
     assert all(map(math.isnan, sampled.interval("visible_frac/bf16")))  # no error is written
     with pytest.raises(KeyError):
         sampled.interval("visible_frac")
+
+
+def test_a_sample_of_twins_leaves_the_figures_of_a_whole_layer_exact() -> None:
+    figures = {"stall_frac/bf16": 0.5, "frozen_frac/bf16": 0.5, "drift/bf16": 2.0}
+    row = Row(0, "w", figures, {"frozen_frac/bf16": 0.1})
+    assert row.interval("stall_frac/bf16") == (0.5, 0.5)
+    low, high = row.interval("frozen_frac/bf16")
+    assert low < 0.5 < high
+    assert all(map(math.isnan, row.interval("drift/bf16")))  # no error is written
+    sampled = Row(0, "w", figures, row.errors | {"kept_update_ratio/bf16": 0.1})
+    assert all(map(math.isnan, sampled.interval("stall_frac/bf16")))
+
+
+def test_a_recipe_and_a_format_of_one_name_are_told_apart() -> None:
+    figures = {"update_rms": 1.0, "stall_frac/bf16": 0.5, "new_figure": 3.0}
+    twins = {"frozen_frac/bf16": 0.25, "exp_avg_ratio/bf16": 1.0, "drift/fp32": 0.0}
+    assert Row(0, "w", figures | twins, {}).twins == {
+        "bf16": {"frozen_frac": 0.25, "exp_avg_ratio": 1.0},
+        "fp32": {"drift": 0.0},
+    }
+    assert Row(0, "w", figures, {}).twins == {}
+
+
+def test_a_data_frame_has_the_figures_of_twins(tmp_path) -> None:
+    header, records = record_run(formats=["bf16"], recipes=["bf16-sr"], twin_elements=64)
+    frame = read(written(tmp_path, header, records)).to_pandas()
+    last, model = frame.iloc[-1], records[-1].model
+    for key in ("progress_kept/bf16-sr", "decay_projection/bf16-sr"):
+        assert_same(last[key], model[key])
+    assert_same(last["frozen_frac_error/bf16-sr"], model.standard_error("frozen_frac/bf16-sr"))
+    assert_same(last["moved_elements"], model.moved_elements)

@@ -1,13 +1,22 @@
 """The header of a run file."""
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from altgrad.quantization import get_formats
-from altgrad.report import SCHEMA, FormatInfo, Header, LayerInfo, Predecessor, read
+from altgrad.report import (
+    SCHEMA,
+    FormatInfo,
+    Header,
+    LayerInfo,
+    Predecessor,
+    RecipeInfo,
+    read,
+)
 from tests.report.records.recording import written
 
 
@@ -21,7 +30,7 @@ def test_a_header_has_the_formats_under_each_scaling(tmp_path, records) -> None:
     assert infos["bf16"].scaled is False
     assert (infos["nvfp4"].bits, infos["nvfp4"].max, infos["nvfp4"].scaled) == (4, 6.0, True)
     line = json.loads((tmp_path / "altgrad.jsonl").read_text())
-    assert line["altgrad"] == 1
+    assert line["altgrad"] == 2
     assert line["predecessor"] is None
 
 
@@ -36,6 +45,13 @@ HEADER = Header(
     "2026-01-02",
     Predecessor("../version_0/altgrad.jsonl", 30),
     ({"logger": "WandbLogger", "name": "wise-sun-3", "id": "a1b2", "version": None},),
+    {
+        "bf16-sr": RecipeInfo("bf16-sr", "bf16", "stochastic", None, {}, None, None, False, 10.0),
+        "mine": RecipeInfo(
+            *("mine", None, "nearest_even", "kahan", {"*": "e5m2"}, "bfloat16", "my.Lion", True),
+            bytes_per_parameter=4.125,
+        ),
+    },
 )
 
 
@@ -47,6 +63,15 @@ def test_a_header_survives_json() -> None:
     assert Header.from_json(bare) == Header({}, {}, None)
 
 
+def test_an_unknown_number_of_bytes_is_null() -> None:
+    unknown = replace(HEADER.recipes["mine"], bytes_per_parameter=math.nan)
+    line = json.dumps(replace(HEADER, recipes={"mine": unknown}).as_json(), allow_nan=False)
+    assert json.loads(line)["recipes"]["mine"]["bytes_per_parameter"] is None
+    restored = Header.from_json(json.loads(line)).recipes["mine"]
+    assert math.isnan(restored.bytes_per_parameter)
+    assert replace(restored, bytes_per_parameter=4.125) == HEADER.recipes["mine"]
+
+
 @pytest.mark.parametrize(
     ("change", "is_like"),
     [
@@ -55,10 +80,12 @@ def test_a_header_survives_json() -> None:
         ({"scaling": None}, False),
         ({"layers": {"once": HEADER.layers["once"]}}, False),
         ({"layers": HEADER.layers | {"once": replace(HEADER.layers["once"], elements=4)}}, False),
+        ({"recipes": {}}, False),
+        ({"recipes": {"mine": replace(HEADER.recipes["mine"], fused=False)}}, False),
         ({"versions": {}, "created": "", "predecessor": None, "loggers": ()}, True),
     ],
 )
-def test_headers_are_alike_only_if_formats_scaling_and_layers_are_equal(
+def test_headers_are_alike_only_if_formats_scaling_layers_and_recipes_are_equal(
     change: Any, is_like: bool
 ) -> None:
     assert HEADER.is_like(replace(HEADER, **change)) is is_like

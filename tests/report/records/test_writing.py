@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from altgrad.report import FormatInfo, Header, RunFile, RunFileError, read
+from altgrad.report import FormatInfo, Header, RecipeInfo, RunFile, RunFileError, read
 from altgrad.report.records.reading import read_header
 from tests.report.records.recording import assert_same, header_from, written
 
@@ -241,6 +241,25 @@ def test_a_resumed_run_with_other_formats_writes_a_new_file(tmp_path, records, h
     run = read(file.path)
     assert (run.steps, run.predecessors) == ((0, 1), [path])
     assert [*run.formats] == ["bf16", "e5m2", "e4m3fn"]
+
+
+def test_a_resumed_run_with_other_recipes_writes_a_new_file(tmp_path, records, header) -> None:
+    named = {name: make_recipe(name) for name in ("bf16", "bf16-sr", "fp32")}
+    before = replace(header, recipes={name: named[name] for name in ("bf16", "bf16-sr")})
+    after = replace(header, recipes={name: named[name] for name in ("fp32", "bf16")})
+    path = written(tmp_path, before, records)
+    with RunFile.resume(path, 1, after) as file:
+        file.append(1, records[1], skipped={})
+    run = read(file.path)
+    assert (run.path.name, run.steps, run.predecessors) == ("altgrad-2.jsonl", (0, 1), [path])
+    assert run.recipes == named
+    assert [*run.recipes] == ["fp32", "bf16", "bf16-sr"]
+    with RunFile.resume(path, 1, before) as file:
+        assert file.path == path
+
+
+def make_recipe(name: str) -> RecipeInfo:
+    return RecipeInfo(name, name, "stochastic", None, {"*": "bf16"}, None, None, False, 8.0)
 
 
 def test_a_file_of_another_kind_is_not_resumed(tmp_path, header) -> None:
