@@ -35,17 +35,18 @@ from altgrad.measurement.step_record import StepRecord, step_record
 from altgrad.measurement.twin_figures import TwinValues
 from altgrad.monitor.bypass import BypassDetector
 from altgrad.monitor.describe import describe_layers
-from altgrad.monitor.elements import sample_elements
 from altgrad.monitor.engine import Engine
 from altgrad.monitor.header import describe_layer, describe_run
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.monitor.policy import StepPolicy
 from altgrad.monitor.scale_state import ScaleState
 from altgrad.monitor.schedule import StepSchedule
+from altgrad.monitor.twin_layers import TwinLayers
 from altgrad.monitor.unjudged import leave_out_unjudged
 from altgrad.monitor.watch import Watch
 from altgrad.observation import SkipReason, StepObserver, StepOutcome
 from altgrad.observation.dtensor import is_sharded
+from altgrad.observation.parameter_names import ParameterRegistry
 from altgrad.observation.rules import TWIN_ELEMENTS, LayerSampling, SamplingRule
 from altgrad.observation.snapshots import Copies, Memory, Request
 from altgrad.observation.stored import get_stored_formats
@@ -55,7 +56,7 @@ from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import NumberFormat
 from altgrad.recipes.names import find_default_recipes, get_recipes
 from altgrad.recipes.recipe import Recipe
-from altgrad.recipes.twins import Twins, TwinSettings
+from altgrad.recipes.twins import Twins
 
 _logger = logging.getLogger("altgrad")
 
@@ -148,22 +149,10 @@ class UpdateMonitor:
         rule_formats = [format for rule in sampling for format in get_formats(rule.formats or ())]
         self._formats = FormatSet([*own_formats, *rule_formats], scaling)
         self._policy = StepPolicy(every_n_steps, overhead_budget)
-        self._observer = StepObserver(
-            module,
-            on_outcome=self._finish,
-            should_observe=self._is_due,
-            elements=self._elements,
-            memory=self._memory,
-            should_copy=self._should_copy if sampling else None,
-            leave_out=self._leave_out_unseen,
-            every_step=self,
-            read_found_inf=False,
-            strict=strict,
-            warn=self._notices.give,
-        )
+        registry = ParameterRegistry(module)
         self._sampling = tuple(sampling)
         self._settings = LayerSettings(
-            self._observer.names,
+            [*registry.names.values()],
             sampling,
             self._formats,
             own_formats,
@@ -172,9 +161,6 @@ class UpdateMonitor:
             seed=seed,
             twin_elements=twin_elements,
         )
-        registry = self._observer.registry
-        self._watch = Watch(registry, self._settings, self._formats, self._decides, self._warn)
-        self._bypasses = BypassDetector(self._watch.find_stepped, lambda: self.parameters)
         self._named_recipes = bool(recipes)
         chosen = find_default_recipes(self.formats) if recipes is None else get_recipes(recipes)
         weights = (recipe.weights_format for recipe in chosen)
@@ -185,12 +171,33 @@ class UpdateMonitor:
             Measurer(self._formats), self._settings, self._scale_state, self._ever_moved
         )
         self._peers: Peers = Alone()
-        self._twins = Twins(
-            self._make_twin_settings(chosen), self._find_twin_layers, self._warn, strict=strict
-        )
         self._loaded: Mapping[str, PackedBits] | None = None  # until ranks know their local shards
         self._last_seen: dict[str, int] = {}  # by layer, the index of its last observed step
         self._lock = threading.RLock()  # two threads may step two optimizers
+        layers = TwinLayers(
+            registry,
+            self._settings,
+            self._scale_state,
+            lambda: self._peers,
+            self._warn,
+            warns_about_omissions=self._named_recipes,
+        )
+        self._twins = Twins(chosen, layers, self._lock, strict=strict)
+        self._observer = StepObserver(
+            registry,
+            on_outcome=self._finish,
+            should_observe=self._is_due,
+            elements=self._elements,
+            memory=self._memory,
+            should_copy=self._should_copy if sampling else None,
+            leave_out=self._leave_out_unseen,
+            every_step=self._twins if chosen else None,
+            read_found_inf=False,
+            strict=strict,
+            warn=self._notices.give,
+        )
+        self._watch = Watch(registry, self._settings, self._formats, self._decides, self._warn)
+        self._bypasses = BypassDetector(self._watch.find_stepped, lambda: self.parameters)
 
     @property
     def formats(self) -> tuple[NumberFormat, ...]:
@@ -531,67 +538,6 @@ class UpdateMonitor:
         seconds = record.own_seconds, record.training_seconds
         self._policy.charge(optimizer, record.index, seconds)
         self.latest = record
-
-    # --- twins, at each step, observed or not
-
-    def capture(self, optimizer: Optimizer, *, is_observed: bool) -> None:
-        """Gather what twins need before a step; the observer calls this method.
-
-        Args:
-            optimizer: The optimizer that is about to step.
-            is_observed: True if the step is observed.
-        """
-        if self._has_twins:
-            with self._lock:
-                self._twins.capture(optimizer, is_observed=is_observed)
-
-    def finish(self, optimizer: Optimizer, unseen: str) -> None:
-        """Step the twins after a step; the observer calls this method.
-
-        Args:
-            optimizer: The optimizer that has stepped.
-            unseen: The reason why `capture` was not called; empty if it was.
-        """
-        if self._has_twins:
-            with self._lock:
-                self._twins.finish(optimizer, unseen)
-
-    @property
-    def _has_twins(self) -> bool:
-        # Ranks that share parameters would have to step parts of each sample.
-        return self._twins.is_on and self._peers.size == 1
-
-    def _make_twin_settings(self, recipes: tuple[Recipe, ...]) -> TwinSettings:
-        seed = self._settings.seed
-
-        def draw(name: str, shape: Sequence[int], most: int, block: int) -> Tensor | None:
-            return sample_elements(name, shape, most, seed=seed, block=block)
-
-        return TwinSettings(
-            recipes,
-            self.scaling,
-            draw,
-            self._find_twin_elements,
-            self._find_amaxes,
-            seed,
-            warns_omissions=self._named_recipes,
-        )
-
-    def _find_twin_elements(self, name: str) -> int:
-        layer = self._settings.get(name)
-        return layer.twin_elements if layer.enabled else 0
-
-    def _find_twin_layers(self, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
-        return [(name, each) for name, each, _ in self._observer.registry.find_stepped(optimizer)]
-
-    def _find_amaxes(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the amax that each element's scale comes from, and that of the layer."""
-        parameter = self._observer.parameters[name]
-        self._scale_state.ensure_amax({name: parameter}, self._peers)
-        groups, layer = self._scale_state.amaxes(name)
-        if len(groups) > 1:
-            groups = groups[indices // (parameter.numel() // len(groups))]
-        return groups, layer
 
     def _change_scales(self) -> None:
         self._engine.scales_changed()

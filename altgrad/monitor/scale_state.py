@@ -34,9 +34,13 @@ class ScaleState:
 
     Args:
         formats: The formats with their scaling.
+
+    Attributes:
+        scaling: Which elements share an amax scale, as in `altgrad.measure`.
     """
 
     def __init__(self, formats: FormatSet) -> None:
+        self.scaling = formats.scaling
         self._formats = formats
         self._amaxes: dict[str, tuple[torch.Size, Amaxes]] = {}
         self._steps_left = 0

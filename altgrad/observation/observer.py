@@ -96,7 +96,7 @@ class StepObserver:
 
     Args:
         module: The module whose parameters to observe, or pairs of name and parameter as
-            `named_parameters` returns them.
+            `named_parameters` returns them. A `ParameterRegistry` is shared with its owner.
         on_step: Callback with each observed `OptimizerStep`, called without gradient recording
             before the optimizer's `step` returns. Optional with `on_outcome`.
         should_observe: Function that takes the index of the next step, and returns True if the
@@ -138,7 +138,7 @@ class StepObserver:
 
     def __init__(
         self,
-        module: nn.Module | Iterable[tuple[str, Tensor]],
+        module: nn.Module | Iterable[tuple[str, Tensor]] | ParameterRegistry,
         on_step: Callable[[OptimizerStep], object] | None = None,
         should_observe: Callable[[int], bool] | None = None,
         *,
@@ -154,7 +154,9 @@ class StepObserver:
     ) -> None:
         if on_step is None and on_outcome is None:
             raise TypeError("on_step=None: expected a callable, or one as on_outcome")
-        self.registry = ParameterRegistry(module)
+        self.registry = (
+            module if isinstance(module, ParameterRegistry) else ParameterRegistry(module)
+        )
         self.skipped: Counter[SkipReason] = Counter()
         self._on_step = on_step
         self._on_outcome = on_outcome

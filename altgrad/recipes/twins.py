@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,59 +27,29 @@ from altgrad.observation.stored import get_stored_formats
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import get_applied_scaling
-from altgrad.recipes.element_scales import ElementScales
 from altgrad.recipes.generators import may_draw
 from altgrad.recipes.hyperparameters import Changes, HyperparameterFollower
-from altgrad.recipes.lane import Lane, LaneSums, Stepped
+from altgrad.recipes.lane import Lane, LaneSums
+from altgrad.recipes.layer_plan import LaneKind, Stepped
 from altgrad.recipes.recipe import Recipe
-from altgrad.recipes.sample import Draw, draw_sample
 from altgrad.recipes.self_check import Check, judge
-
-
-class TwinSettings(NamedTuple):
-    """The settings that all twins of a run have in common.
-
-    Attributes:
-        recipes: The recipes.
-        scaling: The elements that share a scale, as in `altgrad.measure`.
-        draw: Function that draws elements of a layer uniformly.
-        most_elements: Function that returns the maximum number of elements of a layer's sample, by
-            its name; 0 for a layer without twins.
-        find_amaxes: Function as in `ElementScales`.
-        seed: Seed of the samples and of stochastic rounding.
-        warns_omissions: If True, warn of layers that have no twins; recipes that the user has not
-            named are left out in silence.
-    """
-
-    recipes: tuple[Recipe, ...]
-    scaling: Scaling | None
-    draw: Draw
-    most_elements: Callable[[str], int]
-    find_amaxes: Callable[[str, Tensor], tuple[Tensor, Tensor]]
-    seed: int
-    warns_omissions: bool = True
-
-
-class _Kind(NamedTuple):
-    """The key of a lane."""
-
-    dtype: torch.dtype
-    gradient_dtype: torch.dtype
-    device: torch.device
-    block: int
+from altgrad.recipes.twin_source import TwinSource
 
 
 class Twins:
     """The twins of all layers of a run, in lanes of layers with one dtype and device.
 
+    A monitor gives the twins to its `StepObserver`, which calls `capture` and `finish` in each
+    step. Two threads may step two optimizers.
+
     Args:
-        settings: What all twins have in common.
-        find_stepped: Function that returns name and parameter of the layers that an optimizer
-            steps and that are measured.
-        warn: Function that is called with each notice for the user.
+        recipes: The recipes.
+        source: The layers of the run.
+        lock: Lock that the owner holds while it calls any other method.
         strict: If True, raise errors; otherwise end all twins with one notice.
 
     Attributes:
+        recipes: The `recipes` argument.
         checks: The last result of the self-check of each layer, by name.
         resynchronised: How often something other than a step had changed the weights of a layer,
             by its name.
@@ -87,35 +57,25 @@ class Twins:
 
     def __init__(
         self,
-        settings: TwinSettings,
-        find_stepped: Callable[[Optimizer], Sequence[tuple[str, Tensor]]],
-        warn: Callable[[str], object],
+        recipes: Sequence[Recipe],
+        source: TwinSource,
+        lock: AbstractContextManager[object],
         *,
         strict: bool = False,
     ) -> None:
+        self.recipes = tuple(recipes)
         self.checks: dict[str, Check] = {}
         self.resynchronised: Counter[str] = Counter()
-        self._settings = settings
-        self._find_stepped = find_stepped
-        self._warn = warn
+        self._source = source
+        self._lock = lock
         self._strict = strict
         self._loaded: list[Mapping[str, Any]] = []  # lanes of a checkpoint, until their first step
         self._recipes: dict[int, tuple[Recipe, ...]] = {}  # by block size
-        for recipe in settings.recipes:
-            block = _find_block(recipe, settings.scaling)
+        for recipe in recipes:
+            block = _find_block(recipe, source.scaling)
             self._recipes[block] = (*self._recipes.get(block, ()), recipe)
         self._runs: WeakKeyDictionary[Optimizer, _Run] = WeakKeyDictionary()
-        self._is_on = bool(settings.recipes)
-
-    @property
-    def is_on(self) -> bool:
-        """True if there are twins to step."""
-        return self._is_on
-
-    @property
-    def recipes(self) -> tuple[Recipe, ...]:
-        """The recipes."""
-        return self._settings.recipes
+        self._is_ended = not recipes
 
     @property
     def lanes(self) -> list[Lane]:
@@ -133,23 +93,24 @@ class Twins:
             optimizer: The run's optimizer.
             is_observed: True if the step is observed, so that the twins are measured after it.
         """
-        run = self._runs.get(optimizer)
-        if run is None:
-            run = self._runs[optimizer] = _Run(optimizer)
-        with self._ending_after_an_error():
+        if self._is_ended or not self._source.can_step:
+            return
+        with self._lock, self._ending_after_an_error():
+            run = self._runs.get(optimizer)
+            if run is None:
+                run = self._runs[optimizer] = _Run(optimizer)
             self._capture(optimizer, run, is_observed=is_observed)
 
     def _capture(self, optimizer: Optimizer, run: _Run, *, is_observed: bool) -> None:
         run.changes = run.follower.find_changes()
         run.captured = []
-        scale = getattr(optimizer, "grad_scale", None)
-        found_inf = getattr(optimizer, "found_inf", None)
         for kind, stepped in self._sort(optimizer, run).items():
             lane = run.lanes.get(kind)
             if lane is None:
                 if all(each.parameter.grad is None for each in stepped):
                     continue
-                lane = run.lanes[kind] = self._make_lane(kind)
+                lane = Lane(kind, self._recipes[kind.block], self._source)
+                run.lanes[kind] = lane
                 if self._restore(lane, kind, [each.name for each in stepped]):
                     run.checked.add(kind)
             if lane.is_empty:
@@ -160,8 +121,6 @@ class Twins:
                 stepped,
                 is_checked=is_checked,
                 is_checkable=not run.draws,
-                scale=scale,
-                found_inf=found_inf,
             )
             if is_checked and run.may_draw:
                 run.random_states[kind.device] = _get_random_state(kind.device)
@@ -181,7 +140,9 @@ class Twins:
         Raises:
             RuntimeError: `capture` was not called, and `strict` is True.
         """
-        with self._ending_after_an_error():
+        if self._is_ended or not self._source.can_step:
+            return
+        with self._lock, self._ending_after_an_error():
             if unseen:
                 raise RuntimeError(unseen)
             if optimizer in self._runs:
@@ -195,7 +156,7 @@ class Twins:
             lane.step(optimizer, run.changes)
             if kind not in run.checked:
                 counts = lane.check().cpu().numpy()
-                self._read_counts(optimizer, kind, tuple(lane.layout.places), counts)
+                self._read_counts(optimizer, kind, lane.names, counts)
         run.follower.remember()
 
     @torch.inference_mode(mode=False)
@@ -253,14 +214,14 @@ class Twins:
         try:
             yield
         except Exception as error:
-            self._is_on = False
+            self._is_ended = True
             self._runs.clear()
             if self._strict:
                 raise
-            self._warn(f"ends all twins after an error: {describe_error(error)}")
+            self._source.warn(f"ends all twins after an error: {describe_error(error)}")
 
     def _read_counts(
-        self, optimizer: Optimizer, kind: _Kind, names: Sequence[str], counts: Numbers
+        self, optimizer: Optimizer, kind: LaneKind, names: Sequence[str], counts: Numbers
     ) -> None:
         """Note the result of a self-check, and give up an optimizer that differs from the run."""
         run = self._runs[optimizer]
@@ -296,7 +257,7 @@ class Twins:
             A dict of plain data and tensors.
         """
         lanes = [
-            {"kind": _describe_kind(kind), **lane.state_dict()}
+            {"kind": kind.describe(), **lane.state_dict()}
             for run in self._runs.values()
             for kind, lane in run.lanes.items()
         ]
@@ -311,11 +272,11 @@ class Twins:
         self._loaded = [*state["lanes"]]
         self.resynchronised = Counter(state["resynchronised"])
 
-    def _restore(self, lane: Lane, kind: _Kind, names: Collection[str]) -> bool:
+    def _restore(self, lane: Lane, kind: LaneKind, names: Collection[str]) -> bool:
         """Restore the lane of a checkpoint that has some of these layers; False without one."""
         for each in self._loaded:
             known = {name for _, counts, _ in each["buckets"] for name in counts}
-            if each["kind"] == _describe_kind(kind) and not known.isdisjoint(names):
+            if each["kind"] == kind.describe() and not known.isdisjoint(names):
                 lane.load_state_dict(each)
                 self._loaded.remove(each)
                 return True
@@ -323,7 +284,7 @@ class Twins:
 
     # --- lanes
 
-    def _sort(self, optimizer: Optimizer, run: _Run) -> dict[_Kind, list[Stepped]]:
+    def _sort(self, optimizer: Optimizer, run: _Run) -> dict[LaneKind, list[Stepped]]:
         """Return the layers of each lane that an optimizer steps."""
         stored = get_stored_formats([optimizer])
         groups = {
@@ -331,11 +292,13 @@ class Twins:
             for number, group in enumerate(optimizer.param_groups)
             for parameter in group["params"]
         }
-        lanes: dict[_Kind, list[Stepped]] = {}
-        for name, parameter in self._find_stepped(optimizer):
+        lanes: dict[LaneKind, list[Stepped]] = {}
+        for name, parameter in self._source.find_stepped(optimizer):
             gradient = parameter.grad
             if parameter in stored:
-                self._warn_omission("has no twins of layers that a WeightStorage stores")
+                self._source.warn_about_omission(
+                    "has no twins of layers that a WeightStorage stores"
+                )
                 continue
             if not self._can_sample(name, parameter, gradient):
                 continue
@@ -344,44 +307,20 @@ class Twins:
                 dtype = run.gradient_dtypes[name] = gradient.dtype
             stepped = Stepped(name, parameter, groups[parameter])
             for block in self._recipes:
-                kind = _Kind(parameter.dtype, dtype, parameter.device, block)
+                kind = LaneKind(parameter.dtype, dtype, parameter.device, block)
                 lanes.setdefault(kind, []).append(stepped)
         return lanes
 
     def _can_sample(self, name: str, parameter: Tensor, gradient: Tensor | None) -> bool:
-        if parameter.dtype not in INPUT_DTYPES or not self._settings.most_elements(name):
+        if parameter.dtype not in INPUT_DTYPES or not self._source.has_twins(name):
             return False
         if is_sharded(parameter):
-            self._warn_omission("has no twins of sharded parameters")
+            self._source.warn_about_omission("has no twins of sharded parameters")
             return False
         if gradient is not None and gradient.layout != torch.strided:
-            self._warn_omission(f"has no twin of {name}, whose gradient is sparse")
+            self._source.warn_about_omission(f"has no twin of {name}, whose gradient is sparse")
             return False
         return True
-
-    def _warn_omission(self, notice: str) -> None:
-        """Warn that some layers have no twins, if the user has named recipes."""
-        if self._settings.warns_omissions:
-            self._warn(notice)
-
-    def _make_lane(self, kind: _Kind) -> Lane:
-        settings = self._settings
-
-        def draw(name: str, shape: torch.Size) -> Tensor:
-            most = settings.most_elements(name)
-            return draw_sample(settings.draw, name, shape, most, kind.block)
-
-        return Lane(
-            self._recipes[kind.block],
-            kind.dtype,
-            kind.gradient_dtype,
-            kind.device,
-            kind.block,
-            ElementScales(settings.scaling, settings.find_amaxes),
-            draw,
-            settings.seed,
-            self._warn,
-        )
 
     def scales_changed(self) -> None:
         """Find scales anew, since the amax of a layer has changed."""
@@ -407,11 +346,6 @@ def _find_block(recipe: Recipe, scaling: Scaling | None) -> int:
     return math.lcm(*(each[1] for each in applied if isinstance(each, tuple)))
 
 
-def _describe_kind(kind: _Kind) -> list[object]:
-    """Return the key of a lane as plain data, without the number of its device."""
-    return [str(kind.dtype), str(kind.gradient_dtype), kind.device.type, kind.block]
-
-
 def _get_random_state(device: torch.device) -> Tensor:
     """Return the state of the generator from which operations on a device draw."""
     if device.type == "cpu":
@@ -425,12 +359,12 @@ class _Run:
     def __init__(self, optimizer: Optimizer) -> None:
         self.follower = HyperparameterFollower(optimizer)
         self.changes: Changes = {}
-        self.lanes: dict[_Kind, Lane] = {}
+        self.lanes: dict[LaneKind, Lane] = {}
         self.gradient_dtypes: dict[str, torch.dtype] = {}
-        self.captured: list[_Kind] = []  # lanes that take part in the running step
-        self.checked: set[_Kind] = set()
+        self.captured: list[LaneKind] = []  # lanes that take part in the running step
+        self.checked: set[LaneKind] = set()
         # Layers with an unexplained change before the last check.
-        self.suspects: dict[_Kind, set[str]] = {}
+        self.suspects: dict[LaneKind, set[str]] = {}
         self.may_draw = may_draw(type(optimizer))
         self.draws = False  # until its step is seen to draw random numbers
         self.random_states: dict[torch.device, Tensor] = {}  # before a checked step

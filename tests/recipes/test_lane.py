@@ -1,4 +1,4 @@
-"""`Lane`: which layers share a bucket, what a step costs, and what is measured."""
+"""`Lane`: what a step costs, and how much memory twins take."""
 
 from __future__ import annotations
 
@@ -59,40 +59,3 @@ def test_memory_is_stated() -> None:
     twin = 960 * (7 * 4 + 2) + 4
     gathered = 960 * 2 * 4 + 906 * 8  # gradients, weights of the run, and indices
     assert watched.monitor.twins.nbytes() == 2 * twin + gathered
-
-
-def test_layers_of_a_group_share_a_bucket() -> None:
-    net = make_net()
-    groups = [{"params": net[0].parameters()}, {"params": net[2:].parameters(), "lr": 1e-4}]
-    optimizer = torch.optim.AdamW(groups, 1e-3)
-    watched = Watched(net, optimizer)
-    train(net, optimizer, 2)
-    [lane] = watched.monitor.twins.lanes
-    assert [[*bucket.counts] for bucket in lane.layout.buckets] == [
-        ["0.weight", "0.bias"],
-        ["2.weight", "2.bias", "3.weight", "3.bias"],
-    ]
-
-
-def test_small_layers_keep_their_shape_in_16_bits() -> None:
-    net = make_net(torch.bfloat16)
-    optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
-    watched = Watched(net, optimizer, formats=["e4m3fn"])
-    train(net, optimizer, 2)
-    [lane] = watched.monitor.twins.lanes
-    assert [bucket.shape for bucket in lane.layout.buckets] == [None, torch.Size([10])]
-
-
-def test_layers_with_other_counts_of_steps_do_not_share_a_bucket() -> None:
-    net = make_net()
-    optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
-
-    def leave_out(index: int) -> None:
-        if index == 1:
-            net[0].weight.grad = None
-
-    train(net, optimizer, 3, before_step=leave_out)
-    watched = Watched(net, optimizer)
-    train(net, optimizer, 2)
-    [lane] = watched.monitor.twins.lanes
-    assert sorted(len(bucket.counts) for bucket in lane.layout.buckets) == [1, 5]

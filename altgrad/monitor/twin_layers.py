@@ -1,0 +1,94 @@
+"""`TwinLayers`: the layers that the twins of a monitor step, with their samples and scales.
+
+`altgrad.recipes.twins` steps the twins and asks here; its `TwinSource` documents each method. Read
+`layer_settings` and `scale_state` first; `monitor` comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from altgrad.distributed.peers import Peers
+from altgrad.monitor.elements import sample_elements
+from altgrad.monitor.layer_settings import LayerSettings
+from altgrad.monitor.scale_state import ScaleState
+from altgrad.observation.parameter_names import ParameterRegistry
+from altgrad.recipes.sample import draw_sample
+from altgrad.recipes.twin_source import TwinSource
+
+
+class TwinLayers(TwinSource):
+    """The layers that the twins of a monitor step.
+
+    Args:
+        registry: The parameters by name.
+        settings: Settings of each layer.
+        scale_state: The amax of each layer.
+        get_peers: Function that returns the ranks that share the parameters.
+        warn: Function that is called with each notice for the user.
+        warns_about_omissions: True if the user has named recipes. Those that a monitor steps by
+            default leave layers out in silence.
+
+    Attributes:
+        scaling: The elements that share a scale, as in `altgrad.measure`.
+        seed: Seed of the samples and of stochastic rounding.
+    """
+
+    def __init__(
+        self,
+        registry: ParameterRegistry,
+        settings: LayerSettings,
+        scale_state: ScaleState,
+        get_peers: Callable[[], Peers],
+        warn: Callable[[str], None],
+        *,
+        warns_about_omissions: bool,
+    ) -> None:
+        self.scaling = scale_state.scaling
+        self.seed = settings.seed
+        self._registry = registry
+        self._settings = settings
+        self._scale_state = scale_state
+        self._get_peers = get_peers
+        self._warn = warn
+        self._warns_about_omissions = warns_about_omissions
+
+    @property
+    def can_step(self) -> bool:
+        # Ranks that share parameters would have to step parts of each sample.
+        return self._get_peers().size == 1
+
+    def find_stepped(self, optimizer: Optimizer) -> Sequence[tuple[str, Tensor]]:
+        return [(name, each) for name, each, _ in self._registry.find_stepped(optimizer)]
+
+    def has_twins(self, name: str) -> bool:
+        layer = self._settings.get(name)
+        return layer.enabled and layer.twin_elements > 0
+
+    def draw(self, name: str, shape: torch.Size, block: int) -> Tensor:
+        most = self._settings.get(name).twin_elements
+        return draw_sample(self._draw_uniformly, name, shape, most, block)
+
+    def _draw_uniformly(
+        self, name: str, shape: Sequence[int], most: int, block: int
+    ) -> Tensor | None:
+        return sample_elements(name, shape, most, seed=self.seed, block=block)
+
+    def find_amaxes(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
+        parameter = self._registry.parameters[name]
+        self._scale_state.ensure_amax({name: parameter}, self._get_peers())
+        groups, layer = self._scale_state.amaxes(name)
+        if len(groups) > 1:
+            groups = groups[indices // (parameter.numel() // len(groups))]
+        return groups, layer
+
+    def warn(self, notice: str) -> None:
+        self._warn(notice)
+
+    def warn_about_omission(self, notice: str) -> None:
+        if self._warns_about_omissions:
+            self._warn(notice)

@@ -1,0 +1,212 @@
+"""`LayerPlan`: the layers of a lane, and the buckets in which they lie.
+
+Layers that step alike share a bucket: a flat tensor that the optimizer of a twin steps at once. A
+bucket is split when its layers begin to differ, as layers do that are frozen or that experts are
+routed to. Read `layout` and `twin_source` first; `lane` comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from altgrad._messages import few
+from altgrad.recipes.layout import CHUNK, Bucket, Layout
+from altgrad.recipes.twin import Sampled
+from altgrad.recipes.twin_source import TwinSource
+
+MOST_BUCKETS = 32
+"""Largest number of groups of layers that step alike. Layers beyond are left out.
+
+Each costs about 12 operations per recipe and step. Experts that are routed to at random step each
+on its own."""
+
+
+class LaneKind(NamedTuple):
+    """The properties that all layers of a lane share.
+
+    Attributes:
+        dtype: The dtype of the weights.
+        gradient_dtype: The dtype of the gradients.
+        device: The device of both.
+        block: Number of neighbours that are drawn together.
+    """
+
+    dtype: torch.dtype
+    gradient_dtype: torch.dtype
+    device: torch.device
+    block: int
+
+    def describe(self) -> list[object]:
+        """Return the kind as plain data, without the number of its device."""
+        return [str(self.dtype), str(self.gradient_dtype), self.device.type, self.block]
+
+
+class Stepped(NamedTuple):
+    """A layer that the run's optimizer steps.
+
+    Attributes:
+        name: Name of the layer.
+        parameter: The parameter.
+        group: Index of its parameter group.
+    """
+
+    name: str
+    parameter: Tensor
+    group: int
+
+
+class LayerPlan:
+    """The layers of a lane with their samples, and the buckets in which they lie.
+
+    Args:
+        kind: What the layers have in common.
+        source: The layers of the run.
+
+    Attributes:
+        layers: The layers by name, in the order of the layout.
+        layout: The buckets.
+    """
+
+    def __init__(self, kind: LaneKind, source: TwinSource) -> None:
+        self.layers: dict[str, Sampled] = {}
+        self.layout = Layout()
+        self._kind = kind
+        self._source = source
+        self._is_arranged = False  # False for a layout of a checkpoint, too
+        self._left_out: set[str] = set()
+        self._loaded_samples: dict[str, Tensor] = {}  # of a checkpoint, until the first step
+
+    def arrange(
+        self, optimizer: Optimizer, stepped: Sequence[Stepped], present: Collection[str]
+    ) -> bool:
+        """Lay out the layers anew if some are new, gone, or begin to differ in their steps.
+
+        Args:
+            optimizer: The run's optimizer.
+            stepped: The layers that it steps, with a gradient or without.
+            present: Names of those with a gradient.
+
+        Returns:
+            True if the layout has changed.
+        """
+        buckets = self._split_buckets(stepped, present)
+        buckets += self._make_buckets(optimizer, stepped, present, kept=buckets)
+        if sum(bucket.shape is None for bucket in buckets) > MOST_BUCKETS:
+            buckets = self._leave_out_small(buckets)
+        layout = Layout(tuple(buckets))
+        if layout == self.layout and self._is_arranged:
+            return False
+        parameters = {each.name: each.parameter for each in stepped}
+        self.layers = {
+            name: self.layers[name]._replace(parameter=parameters[name]) for name in layout.places
+        }
+        self.layout, self._is_arranged = layout, True
+        return True
+
+    def find_present(self, present: Collection[str]) -> list[bool]:
+        """Return for each bucket whether its layers have a gradient; all have, or none."""
+        return [next(iter(bucket.counts)) in present for bucket in self.layout.buckets]
+
+    def _split_buckets(self, stepped: Sequence[Stepped], present: Collection[str]) -> list[Bucket]:
+        """Return the buckets of known layers, split where layers differ from now on."""
+        groups = {each.name: each.group for each in stepped if self._is_known(each)}
+        buckets = []
+        for bucket in self.layout.buckets:
+            parts: dict[tuple[int, bool], list[str]] = {}
+            for name in bucket.counts:
+                if name in groups:
+                    parts.setdefault((groups[name], name in present), []).append(name)
+            for (group, _), names in parts.items():
+                buckets.append(bucket.split(names, group))
+        return buckets
+
+    def _is_known(self, layer: Stepped) -> bool:
+        """Return True if the plan has a layer, perhaps from a checkpoint, with this sample."""
+        if layer.name in self._loaded_samples:
+            indices = self._draw(layer)
+            if torch.equal(indices, self._loaded_samples.pop(layer.name)):
+                self._add_layer(layer, indices)
+        known = self.layers.get(layer.name)
+        return known is not None and known.shape == layer.parameter.shape
+
+    def _draw(self, layer: Stepped) -> Tensor:
+        return self._source.draw(layer.name, layer.parameter.shape, self._kind.block)
+
+    def _add_layer(self, layer: Stepped, indices: Tensor) -> None:
+        shape = layer.parameter.shape
+        self.layers[layer.name] = Sampled(layer.parameter, shape, indices.to(self._kind.device))
+
+    def _make_buckets(
+        self,
+        optimizer: Optimizer,
+        stepped: Sequence[Stepped],
+        present: Collection[str],
+        kept: Sequence[Bucket],
+    ) -> list[Bucket]:
+        """Return buckets for layers that have a gradient for the first time."""
+        buckets: dict[object, dict[str, int]] = {}
+        shapes: dict[object, torch.Size | None] = {}
+        known = self._left_out.union(*(bucket.counts for bucket in kept))
+        for each in stepped:
+            if each.name in known or each.name not in present:
+                continue
+            indices = self._draw(each)
+            if not len(indices):
+                continue
+            self._add_layer(each, indices)
+            is_small = each.parameter.numel() < CHUNK and self._rounds_by_shape(optimizer, each)
+            key = (each.name if is_small else _describe_state(optimizer, each), each.group)
+            buckets.setdefault(key, {})[each.name] = len(indices)
+            shapes[key] = each.parameter.shape if is_small else None
+        return [Bucket(key[1], counts, shapes[key]) for key, counts in buckets.items()]  # type: ignore[index]
+
+    def _rounds_by_shape(self, optimizer: Optimizer, layer: Stepped) -> bool:
+        """Return True if the elements beyond the last full chunk may be rounded in another way."""
+        is_fused = bool(optimizer.param_groups[layer.group].get("fused"))
+        return self._kind.dtype.itemsize < 4 or is_fused
+
+    def _leave_out_small(self, buckets: Sequence[Bucket]) -> list[Bucket]:
+        """Keep the buckets with the most elements, and warn once of the layers of the others."""
+        flat = [bucket for bucket in buckets if bucket.shape is None]
+        flat.sort(key=lambda bucket: -bucket.length)  # stable: equal runs leave out the same
+        gone = [name for bucket in flat[MOST_BUCKETS:] for name in bucket.counts]
+        if not self._left_out:
+            self._source.warn(
+                f"has no twins of {few(gone)} and of others that are stepped at other times than "
+                f"the rest, as experts are: twins step {MOST_BUCKETS} groups of layers apart"
+            )
+        self._left_out.update(gone)
+        for name in gone:
+            self.layers.pop(name, None)
+        return [bucket for bucket in buckets if self._left_out.isdisjoint(bucket.counts)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the buckets and the samples as plain data and tensors."""
+        return {
+            "buckets": [(b.group, dict(b.counts), b.shape) for b in self.layout.buckets],
+            "samples": {name: each.indices.cpu() for name, each in self.layers.items()},
+            "left_out": sorted(self._left_out),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`, before the first step.
+
+        Args:
+            state: A result of `state_dict`.
+        """
+        self.layout = Layout(tuple(Bucket(*bucket) for bucket in state["buckets"]))
+        self._left_out = set(state["left_out"])
+        self._loaded_samples = dict(state["samples"])
+
+
+def _describe_state(optimizer: Optimizer, layer: Stepped) -> object:
+    """Return what layers have alike that may share a bucket: their steps, and kinds of state."""
+    state = optimizer.state.get(layer.parameter, {})
+    steps = state.get("step")
+    # Reading a counter waits for the device, once when a layer is new.
+    return (float(steps) if steps is not None else None, tuple(state))

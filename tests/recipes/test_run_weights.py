@@ -1,0 +1,112 @@
+"""`RunWeights`: the gathered weights of the run, and what else than a step has changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from altgrad.recipes.layer_plan import LaneKind
+from altgrad.recipes.layout import Bucket, Layout
+from altgrad.recipes.run_weights import RunWeights
+from altgrad.recipes.self_check import COUNTS
+from altgrad.recipes.twin import Sampled
+from altgrad.recipes.twin_tensors import TwinTensors
+
+KIND = LaneKind(torch.float32, torch.float32, torch.device("cpu"), 1)
+INDICES = torch.arange(0, 128, 2)
+
+
+class Run:
+    """Two layers of 128 weights, each second one sampled, and their reference twin."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.layers = {
+            name: Sampled(torch.randn(128, generator=generator), torch.Size([128]), INDICES)
+            for name in ("a", "b")
+        }
+        self.weights = RunWeights(KIND)
+        self.weights.rearrange(self.layers, Layout((Bucket(0, {"a": 64, "b": 64}),)))
+        self.reference = TwinTensors.start_at(self.weights.values.clone())
+        self.step()
+
+    def step(self) -> None:
+        """Step the run and its reference twin alike."""
+        for layer in self.layers.values():
+            layer.parameter.mul_(0.5)
+        self.reference.weights.mul_(0.5)
+        self.weights.remember_writes()
+
+    def find_changed(self, *, is_checkable: bool = True) -> list[int]:
+        """Return the number of changed elements of each layer."""
+        written = self.weights.find_written()
+        changed = self.weights.find_changed(self.reference, written, is_checkable=is_checkable)
+        self.reference.replace_weights(
+            torch.where(changed, self.weights.values, self.reference.weights)
+        )
+        return changed.view(2, 64).sum(1).tolist()
+
+    def check(self) -> list[dict[str, float]]:
+        rows = self.weights.check(self.reference).tolist()
+        return [dict(zip(COUNTS, row, strict=True)) for row in rows]
+
+
+def test_the_sampled_weights_are_gathered() -> None:
+    run = Run()
+    expected = torch.cat([layer.parameter[::2] for layer in run.layers.values()])
+    assert torch.equal(run.weights.gather(), expected)
+    assert [row["different"] for row in run.check()] == [0, 0]
+
+
+def test_a_step_is_no_change() -> None:
+    run = Run()
+    assert run.weights.find_written() == []
+    assert run.find_changed() == [0, 0]
+
+
+def test_a_write_is_found_by_its_count_however_few_its_elements() -> None:
+    run = Run()
+    run.layers["b"].parameter[4] = 7.0
+    assert run.weights.find_written() == ["b"]
+    assert run.find_changed() == [0, 1]
+    first, second = run.check()
+    assert (first["outside"], second["outside"], second["unexplained"]) == (0, 1, 0)
+    assert second["different"] == 0
+
+
+def test_a_write_through_data_is_found_by_its_size() -> None:
+    run = Run()
+    run.layers["a"].parameter.data.mul_(3.0)
+    assert run.weights.find_written() == []
+    assert run.find_changed() == [64, 0]
+    first, _ = run.check()
+    assert (first["outside"], first["unexplained"]) == (1, 1)
+
+
+def test_a_run_that_rounds_at_random_is_not_searched_for_writes_through_data() -> None:
+    run = Run()
+    run.layers["a"].parameter.data.mul_(3.0)
+    assert run.find_changed(is_checkable=False) == [0, 0]
+
+
+def test_another_tensor_in_place_of_the_weights_is_a_write() -> None:
+    run = Run()
+    run.layers["a"].parameter.data = torch.zeros(128)
+    assert run.weights.find_written() == ["a"]
+    assert run.find_changed()[0] == int((run.reference.start[:64] != 0).sum())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_in_both_have_not_changed(value: float) -> None:
+    run = Run()
+    run.layers["a"].parameter.fill_(value)
+    run.reference.weights[:64] = value
+    assert run.find_changed() == [0, 0]
+
+
+def test_counts_of_changes_begin_anew_after_a_check() -> None:
+    run = Run()
+    run.layers["a"].parameter.zero_()
+    run.find_changed()
+    assert run.check()[0]["outside"] == 1
+    assert run.check()[0]["outside"] == 0
