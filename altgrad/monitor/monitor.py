@@ -502,7 +502,7 @@ class UpdateMonitor:
             seconds = self._policy.seconds(optimizer, index)  # before this step adds to them
             if self._scale_state.settle(self._stepped, self._peers):
                 self._change_scales()
-            twins = self._twins.measure(optimizer) if outcome.step is not None else []
+            twins = self._twins.measure(optimizer, shown) if (shown := outcome.shown) else []
             others = [numbers for each in twins for numbers in (each.values, each.counts)]
             local = self._engine.measure(outcome, seconds, others)
             values = self._twins.read(optimizer, twins, local.others)

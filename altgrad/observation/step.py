@@ -94,6 +94,13 @@ class StepOutcome:
     error: Exception | None = None
     copy_seconds: float = 0.0
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The layers that the record of the step will have; none of a skipped or failed step."""
+        if self.step is None or self.skipped is not None:
+            return ()
+        return tuple(name for name in self.step.names if name not in self.step.resting)
+
 
 class EveryStep(Protocol):
     """An object that takes part in each step of an optimizer, observed or not.

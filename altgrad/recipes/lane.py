@@ -8,7 +8,7 @@ each optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from altgrad.recipes.hyperparameters import Changes
 from altgrad.recipes.layer_plan import LaneKind, LayerPlan, Stepped
 from altgrad.recipes.optimizer_twin import Gradients, OptimizerTwin
 from altgrad.recipes.recipe import Recipe
+from altgrad.recipes.run_states import RunStates
 from altgrad.recipes.run_weights import RunWeights
 from altgrad.recipes.twin import Arrangement, Twin, UpdateTwin
 from altgrad.recipes.twin_source import TwinSource
@@ -60,27 +61,40 @@ class Lane:
         kind: What the layers have in common.
         recipes: The recipes whose twins are to run.
         source: The layers of the run.
+
+    Attributes:
+        follows_updates: True if twins take over the updates of the run, whose optimizer cannot run
+            on a sample.
     """
 
     def __init__(self, kind: LaneKind, recipes: Sequence[Recipe], source: TwinSource) -> None:
         self._kind = kind
+        self._recipes = frozenset(each.name for each in recipes)
         self._warn = source.warn
         self._scales = ElementScales(source.scaling, source.find_amaxes)
         self._plan = LayerPlan(kind, source)
         self._run = RunWeights(kind)
+        self._states = RunStates()
         self._make = (kind.dtype, self._scales, source.seed)  # what each twin is made of
         self._reference: Twin = OptimizerTwin(Recipe("run", dtype=kind.dtype), *self._make)
         self._baseline: Twin | None = None  # the reference itself in a run in float32 or float64
         if torch.promote_types(kind.dtype, torch.float32) != kind.dtype:
             self._baseline = OptimizerTwin(Recipe("fp32"), *self._make)
         self._twins: dict[str, Twin] = {r.name: OptimizerTwin(r, *self._make) for r in recipes}
-        self._follows_updates = False
+        self.follows_updates = False
         self._has_new_layers = False  # since the last step
-        self._signature: tuple[int, ...] = ()  # the parameters with a gradient in the last step
+        self._stepped: Sequence[Stepped] = ()
+        # The parameters with a gradient in the last step, and their groups.
+        self._signature: tuple[tuple[int, int], ...] = ()
         self._present: list[bool] = []
         self._gradients = torch.zeros(0, dtype=kind.gradient_dtype, device=kind.device)
         self._gradients_now = Gradients(self._gradients, ())
         self._takes: list[tuple[Stepped, Tensor, Tensor]] = []  # of layers with a gradient
+
+    @property
+    def recipes(self) -> frozenset[str]:
+        """Names of the recipes, those whose twins have ended included."""
+        return self._recipes
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -115,10 +129,13 @@ class Lane:
             is_checked: True if the self-check is made after the step.
             is_checkable: False if the reference twin cannot equal the run.
         """
+        self._stepped = stepped
         present = [each for each in stepped if each.parameter.grad is not None]
-        signature = tuple(id(each.parameter) for each in present)
-        if signature != self._signature:
-            self._arrange(optimizer, stepped, present)
+        written = self._run.find_written()
+        changed = self._states.find_changed(optimizer, stepped)
+        signature = tuple((id(each.parameter), each.group) for each in present)
+        if signature != self._signature or changed:
+            written += self._arrange(optimizer, stepped, present, changed)
             self._signature = signature
         for each, indices, place in self._takes:
             torch.take(each.parameter.grad, indices, out=place)  # type: ignore[arg-type]
@@ -129,21 +146,28 @@ class Lane:
             getattr(optimizer, "grad_scale", None),
             getattr(optimizer, "found_inf", None),
         )
-        written = self._run.find_written()
-        if written or is_checked:
+        if written or is_checked or self._run.is_watching:
             reference = self._reference.tensors
-            changed = self._run.find_changed(reference, written, is_checkable=is_checkable)
+            outside = self._run.find_changed(reference, written, is_checkable=is_checkable)
             for twin in self._all_twins:
-                twin.replace_weights(changed, self._run.values)
+                twin.replace_weights(outside, self._run.values)
 
     def _arrange(
-        self, optimizer: Optimizer, stepped: Sequence[Stepped], present: Sequence[Stepped]
-    ) -> None:
-        """Find the layers with a gradient in the buckets, and rearrange all twins if needed."""
-        names = {each.name for each in present}
+        self,
+        optimizer: Optimizer,
+        stepped: Sequence[Stepped],
+        present: Sequence[Stepped],
+        changed: Collection[str],
+    ) -> list[str]:
+        """Find the layers with a gradient in the buckets, and rearrange all twins if needed.
+
+        Returns:
+            Names of the known layers that another parameter has replaced.
+        """
+        names, replaced = {each.name for each in present}, []
         with self._following_updates_after_an_error(optimizer):
-            if self._plan.arrange(optimizer, stepped, names):
-                self._rearrange(optimizer)
+            if self._plan.arrange(optimizer, stepped, names, changed):
+                replaced = self._rearrange(optimizer)
         self._present = self._plan.find_present(names)
         places, layers = self._plan.layout.places, self._plan.layers
         self._takes = [
@@ -151,19 +175,24 @@ class Lane:
             for each in present
             if each.name in places
         ]
+        return replaced
 
-    def _rearrange(self, optimizer: Optimizer) -> None:
+    def _rearrange(self, optimizer: Optimizer) -> list[str]:
         layers, layout = self._plan.layers, self._plan.layout
         self._has_new_layers = True
         self._gradients = self._gradients.new_zeros(layout.length)
-        self._run.rearrange(layers, layout)
+        replaced = self._run.rearrange(layers, layout, self._plan.begun)
         indices = {name: each.indices for name, each in layers.items()}
         self._scales.read(layout, indices, self._run.values)
         for twin in self._all_twins:
             self._try(twin, partial(twin.rearrange, self._describe_run(optimizer)))
+        return replaced
 
     def _describe_run(self, optimizer: Optimizer) -> Arrangement:
-        return Arrangement(optimizer, self._plan.layout, self._run.values, self._plan.layers)
+        plan = self._plan
+        return Arrangement(
+            optimizer, plan.layout, self._run.values, plan.layers, plan.renewed, plan.begun
+        )
 
     # --- after a step of the run
 
@@ -174,7 +203,7 @@ class Lane:
             optimizer: The run's optimizer.
             changes: Hyperparameters that were changed from outside since the last step.
         """
-        if self._follows_updates:
+        if self.follows_updates:
             self._follow_run()
         else:
             with self._following_updates_after_an_error(optimizer):
@@ -184,6 +213,7 @@ class Lane:
                 for twin in self._all_twins:
                     self._try(twin, partial(_step, twin, self._gradients_now, changes))
         self._run.remember_writes()
+        self._states.remember(optimizer, self._stepped)
 
     def _follow_run(self) -> None:
         """Give the updates of the run to the twins."""
@@ -219,11 +249,12 @@ class Lane:
         }
         self._scales.set_state_amaxes(amaxes)
 
-    def measure(self, optimizer: Optimizer) -> LaneSums:
+    def measure(self, optimizer: Optimizer, shown: Collection[str]) -> LaneSums:
         """Measure the twins of all layers at an observed step, and begin another window.
 
         Args:
             optimizer: The run's optimizer.
+            shown: Names of the layers that the step shows. Windows of others go on.
 
         Returns:
             The sums of all twins and the counts of the self-check, on the device.
@@ -234,8 +265,9 @@ class Lane:
         baseline = (self._baseline or self._reference).stack(rows)
         states, block = tuple(baseline.states), self._kind.block
         values = measure_twins(self._run.mask, baseline, [*stacks.values()], states, block=block)
+        is_shown = self._find_shown(shown)
         for twin in self._all_twins:
-            twin.tensors.begin_window()
+            twin.tensors.begin_window(is_shown)
         layers = self._plan.layers.values()
         sizes = tuple(len(each.indices) for each in layers)
         populations = tuple(each.parameter.numel() for each in layers)
@@ -243,7 +275,21 @@ class Lane:
             self.names, tuple(stacks), states, values, counts, sizes, populations, block
         )
 
+    def _find_shown(self, names: Collection[str]) -> Tensor:
+        """Return the elements of some layers, bool (elements); none in a skipped step."""
+        flags = torch.tensor([name in names for name in self.names])
+        shown = flags.to(self._kind.device)[self._run.layer_rows]
+        found_inf = self._gradients_now.found_inf
+        return shown if found_inf is None else shown & (found_inf == 0)
+
     # --- endings
+
+    def watch_writes(self) -> None:
+        """Look for writes to weights at each step, since one was found that torch had not counted.
+
+        The weights of the run must have been gathered after its last step, as `check` does.
+        """
+        self._run.is_watching = True
 
     def follow_updates(self, optimizer: Optimizer, reason: str) -> None:
         """Feed twins with the updates of the run, since its optimizer cannot run on a sample.
@@ -252,7 +298,7 @@ class Lane:
             optimizer: The run's optimizer.
             reason: What the self-check found.
         """
-        if self._follows_updates:
+        if self.follows_updates:
             return
         recipes = [twin.recipe for twin in self._twins.values() if twin.recipe.only_weights]
         if self._baseline is not None:  # the run has no weights in float32 to compare with
@@ -272,7 +318,7 @@ class Lane:
         self._twins = {each.name: UpdateTwin(each, *self._make) for each in recipes}
         self._reference = UpdateTwin(Recipe("run", dtype=self._kind.dtype), *self._make)
         self._baseline = None
-        self._follows_updates = True
+        self.follows_updates = True
 
     @contextmanager
     def _following_updates_after_an_error(self, optimizer: Optimizer) -> Iterator[None]:
@@ -280,7 +326,7 @@ class Lane:
         try:
             yield
         except Exception as error:
-            if self._follows_updates:
+            if self.follows_updates:
                 raise
             kind = type(optimizer).__name__
             self.follow_updates(optimizer, f"{kind} cannot run on a sample: {error}")
@@ -311,24 +357,28 @@ class Lane:
         """Return the state that a resumed run needs to continue exactly."""
         return {
             **self._plan.state_dict(),
-            "follows_updates": self._follows_updates,
+            "recipes": sorted(self.recipes),
+            "follows_updates": self.follows_updates,
+            "is_watching": self._run.is_watching,
             "reference": self._reference.state_dict(),
             "baseline": None if self._baseline is None else self._baseline.state_dict(),
             "twins": {name: twin.state_dict() for name, twin in self._twins.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`, before the first step. Recipes without a state begin anew.
+        """Restore a `state_dict`, before the first step. Twins that had ended are not begun again.
 
         Args:
-            state: A result of `state_dict`.
+            state: A result of `state_dict`, whose recipes contain those of this lane.
         """
+        self._twins = {name: each for name, each in self._twins.items() if name in state["twins"]}
+        self._run.is_watching = state["is_watching"]
         if state["follows_updates"]:
             recipes = [twin.recipe for twin in self._twins.values()]
             self._make_followers([r for r in recipes if r.only_weights and not self._baseline])
         self._plan.load_state_dict(state)
         saved = [(self._reference, state["reference"]), (self._baseline, state["baseline"])]
-        saved += [(twin, state["twins"].get(name)) for name, twin in self._twins.items()]
+        saved += [(twin, state["twins"][name]) for name, twin in self._twins.items()]
         for twin, each in saved:
             if twin is not None and each is not None:
                 twin.load_state_dict(self._plan.layout, each, self._kind.device)

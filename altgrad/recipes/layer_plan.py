@@ -70,6 +70,8 @@ class LayerPlan:
     Attributes:
         layers: The layers by name, in the order of the layout.
         layout: The buckets.
+        renewed: Names of the layers whose states twins take from the run at the last arrangement.
+        begun: Those among them that are new, or have another sample than before.
     """
 
     def __init__(self, kind: LaneKind, source: TwinSource) -> None:
@@ -79,10 +81,17 @@ class LayerPlan:
         self._source = source
         self._is_arranged = False  # False for a layout of a checkpoint, too
         self._left_out: set[str] = set()
-        self._loaded_samples: dict[str, Tensor] = {}  # of a checkpoint, until the first step
+        self.renewed: frozenset[str] = frozenset()
+        self.begun: frozenset[str] = frozenset()
+        # Of a checkpoint, until the first step: the sample of each layer, and the run's weights.
+        self._loaded: dict[str, tuple[Tensor, Tensor]] = {}
 
     def arrange(
-        self, optimizer: Optimizer, stepped: Sequence[Stepped], present: Collection[str]
+        self,
+        optimizer: Optimizer,
+        stepped: Sequence[Stepped],
+        present: Collection[str],
+        changed: Collection[str] = (),
     ) -> bool:
         """Lay out the layers anew if some are new, gone, or begin to differ in their steps.
 
@@ -90,16 +99,25 @@ class LayerPlan:
             optimizer: The run's optimizer.
             stepped: The layers that it steps, with a gradient or without.
             present: Names of those with a gradient.
+            changed: Names of those whose states something other than a step has changed.
 
         Returns:
-            True if the layout has changed.
+            True if twins have to be rearranged.
         """
-        buckets = self._split_buckets(stepped, present)
-        buckets += self._make_buckets(optimizer, stepped, present, kept=buckets)
+        known = self._find_known(stepped)
+        kept = self._split_buckets([each for each in known if each.name not in changed], present)
+        settled = {name for bucket in kept for name in bucket.counts} | self._left_out
+        wanted = {*present, *changed}
+        new = [each for each in stepped if each.name in wanted and each.name not in settled]
+        begun = self._begin({each.name for each in known}, new)
+        made = self._make_buckets(optimizer, new, present)
+        buckets = kept + made
         if sum(bucket.shape is None for bucket in buckets) > MOST_BUCKETS:
             buckets = self._leave_out_small(buckets)
         layout = Layout(tuple(buckets))
-        if layout == self.layout and self._is_arranged:
+        self.renewed = frozenset(name for bucket in made for name in bucket.counts)
+        self.begun = begun & self.renewed
+        if layout == self.layout and self._is_arranged and not self.renewed:
             return False
         parameters = {each.name: each.parameter for each in stepped}
         self.layers = {
@@ -113,8 +131,8 @@ class LayerPlan:
         return [next(iter(bucket.counts)) in present for bucket in self.layout.buckets]
 
     def _split_buckets(self, stepped: Sequence[Stepped], present: Collection[str]) -> list[Bucket]:
-        """Return the buckets of known layers, split where layers differ from now on."""
-        groups = {each.name: each.group for each in stepped if self._is_known(each)}
+        """Return the buckets of some layers, split where layers differ from now on."""
+        groups = {each.name: each.group for each in stepped}
         buckets = []
         for bucket in self.layout.buckets:
             parts: dict[tuple[int, bool], list[str]] = {}
@@ -125,14 +143,32 @@ class LayerPlan:
                 buckets.append(bucket.split(names, group))
         return buckets
 
-    def _is_known(self, layer: Stepped) -> bool:
-        """Return True if the plan has a layer, perhaps from a checkpoint, with this sample."""
-        if layer.name in self._loaded_samples:
-            indices = self._draw(layer)
-            if torch.equal(indices, self._loaded_samples.pop(layer.name)):
-                self._add_layer(layer, indices)
-        known = self.layers.get(layer.name)
-        return known is not None and known.shape == layer.parameter.shape
+    def _find_known(self, stepped: Sequence[Stepped]) -> list[Stepped]:
+        """Return the layers that the plan has with the same sample, perhaps from a checkpoint."""
+        if self._loaded:
+            self._restore_layers(stepped)
+        return [
+            each
+            for each in stepped
+            if each.name in self.layers and self.layers[each.name].shape == each.parameter.shape
+        ]
+
+    def _restore_layers(self, stepped: Sequence[Stepped]) -> None:
+        """Add the layers of a checkpoint, but those that now have other elements or weights."""
+        gone = []
+        for each in stepped:
+            if each.name not in self._loaded:
+                continue
+            indices, weights = self._loaded.pop(each.name)
+            if torch.equal(self._draw(each), indices) and _holds(each, indices, weights):
+                self._add_layer(each, indices)
+            else:
+                gone.append(each.name)
+        if gone:
+            self._source.warn(
+                f"has the twins of {few(gone)} begin anew: the sample or the weights are not those "
+                "of the restored state"
+            )
 
     def _draw(self, layer: Stepped) -> Tensor:
         return self._source.draw(layer.name, layer.parameter.shape, self._kind.block)
@@ -141,27 +177,27 @@ class LayerPlan:
         shape = layer.parameter.shape
         self.layers[layer.name] = Sampled(layer.parameter, shape, indices.to(self._kind.device))
 
+    def _begin(self, known: Collection[str], layers: Sequence[Stepped]) -> frozenset[str]:
+        """Draw the samples of new layers, and return their names."""
+        begun = [each for each in layers if each.name not in known]
+        for each in begun:
+            self._add_layer(each, self._draw(each))
+        return frozenset(each.name for each in begun)
+
     def _make_buckets(
-        self,
-        optimizer: Optimizer,
-        stepped: Sequence[Stepped],
-        present: Collection[str],
-        kept: Sequence[Bucket],
+        self, optimizer: Optimizer, layers: Sequence[Stepped], present: Collection[str]
     ) -> list[Bucket]:
-        """Return buckets for layers that have a gradient for the first time."""
+        """Return buckets for layers that are new, or have other states than before."""
         buckets: dict[object, dict[str, int]] = {}
         shapes: dict[object, torch.Size | None] = {}
-        known = self._left_out.union(*(bucket.counts for bucket in kept))
-        for each in stepped:
-            if each.name in known or each.name not in present:
+        for each in layers:
+            count = len(self.layers[each.name].indices)
+            if not count:
                 continue
-            indices = self._draw(each)
-            if not len(indices):
-                continue
-            self._add_layer(each, indices)
             is_small = each.parameter.numel() < CHUNK and self._rounds_by_shape(optimizer, each)
-            key = (each.name if is_small else _describe_state(optimizer, each), each.group)
-            buckets.setdefault(key, {})[each.name] = len(indices)
+            kind = each.name if is_small else _describe_state(optimizer, each)
+            key = (kind, each.group, each.name in present)
+            buckets.setdefault(key, {})[each.name] = count
             shapes[key] = each.parameter.shape if is_small else None
         return [Bucket(key[1], counts, shapes[key]) for key, counts in buckets.items()]  # type: ignore[index]
 
@@ -186,10 +222,14 @@ class LayerPlan:
         return [bucket for bucket in buckets if self._left_out.isdisjoint(bucket.counts)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the buckets and the samples as plain data and tensors."""
+        """Return the buckets, the samples and their weights as plain data and tensors."""
+        samples = {
+            name: (each.indices.cpu(), torch.take(each.parameter.detach(), each.indices).cpu())
+            for name, each in self.layers.items()
+        }
         return {
             "buckets": [(b.group, dict(b.counts), b.shape) for b in self.layout.buckets],
-            "samples": {name: each.indices.cpu() for name, each in self.layers.items()},
+            "samples": samples,
             "left_out": sorted(self._left_out),
         }
 
@@ -201,7 +241,13 @@ class LayerPlan:
         """
         self.layout = Layout(tuple(Bucket(*bucket) for bucket in state["buckets"]))
         self._left_out = set(state["left_out"])
-        self._loaded_samples = dict(state["samples"])
+        self._loaded = dict(state["samples"])
+
+
+def _holds(layer: Stepped, indices: Tensor, weights: Tensor) -> bool:
+    """Return True if a layer has these weights at a sample; NaN equals NaN."""
+    now = torch.take(layer.parameter.detach().cpu(), indices)
+    return torch.allclose(now, weights, rtol=0, atol=0, equal_nan=True)
 
 
 def _describe_state(optimizer: Optimizer, layer: Stepped) -> object:

@@ -12,7 +12,7 @@ The file stands alone. `twin_tensors` comes next and holds the numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -100,19 +100,20 @@ class Layout:
         each = enumerate(self.buckets)
         return {name: number for number, bucket in each for name in bucket.counts}
 
-    def find_sources(self, later: Layout) -> Tensor:
+    def find_sources(self, later: Layout, begun: Collection[str] = ()) -> Tensor:
         """Return where each element of a later layout lies in this one.
 
         Args:
             later: The other layout.
+            begun: Names of the layers of which this layout has other elements.
 
         Returns:
             int64 (later.length) on the CPU; −1 for elements that only the later layout has.
         """
         sources = torch.full((later.length,), -1, dtype=torch.int64, device="cpu")
         for name, place in later.places.items():
-            mine = self.places.get(name)
-            if mine is not None and mine.stop - mine.start == place.stop - place.start:
+            mine = None if name in begun else self.places.get(name)
+            if mine is not None:
                 sources[place] = torch.arange(mine.start, mine.stop, device="cpu")
         return sources
 

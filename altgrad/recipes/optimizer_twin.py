@@ -91,7 +91,7 @@ class OptimizerTwin(Twin):
             NotElementwiseError: A state of a layer has another shape than the layer.
         """
         old, states = self.layout, self._bucket_states()
-        sources = old.find_sources(new.layout)
+        sources = old.find_sources(new.layout, new.begun)
         options = self._group_options()
         super().rearrange(new)
         self._gradients = torch.zeros_like(self.tensors.weights)
@@ -101,8 +101,9 @@ class OptimizerTwin(Twin):
         self._loaded = []
         places = zip(new.layout.buckets, new.layout.slices, self._parameters, strict=True)
         for bucket, place, parameter in places:
-            number = old.bucket_numbers.get(next(iter(bucket.counts)))
-            if number is not None and sources[place.start] >= 0:
+            first = next(iter(bucket.counts))
+            number = None if first in new.renewed else old.bucket_numbers.get(first)
+            if number is not None:
                 positions = sources[place][: sum(bucket.counts.values())]
                 positions = (positions - old.slices[number].start).to(parameter.device)
                 state = split_state(states[number], positions, bucket.length, bucket.shape)

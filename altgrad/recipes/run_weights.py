@@ -1,21 +1,29 @@
 """`RunWeights`: the sampled weights of the run, and what changes them besides its optimizer.
 
 An average that is swapped in, a checkpoint that is loaded, or a pruning moves weights between two
-steps. Twins take such weights over, or they would go another way than the run. torch counts most
-writes to a tensor, but none through `.data`: these are found by comparing the reference twin with
-the run. Read `layout` and `self_check` first; `lane` comes next.
+steps. Twins take such weights over, or they would go another way than the run. They are found in
+two ways:
+
+- torch counts most writes to a tensor. A layer that was written to is compared with the reference
+  twin, whose weights should be those of the run.
+- Writes through `.data` are not counted. If the reference twin differs from a layer before a
+  checked step, the reason is such a write, or a twin that is wrong. The weights are taken over, and
+  watched from then on: gathered at the end of each step and compared at the beginning of the next,
+  so that every write is found and what remains is a wrong twin.
+
+Read `layout` and `self_check` first; `run_states` comes next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from altgrad.recipes.layer_plan import LaneKind
 from altgrad.recipes.layout import Layout
-from altgrad.recipes.self_check import compare
+from altgrad.recipes.self_check import compare, find_suspected
 from altgrad.recipes.twin import Sampled
 from altgrad.recipes.twin_tensors import TwinTensors
 
@@ -30,39 +38,68 @@ class RunWeights:
         values: The weights when they were last gathered, in the dtype of the run, (elements); 0 at
             padding.
         rows: Positions of the elements of each layer, int64 (layers, width).
+        layer_rows: The row of the layer of each element, int64 (elements); 0 at padding.
         mask: bool (layers, width), False where a row is longer than its layer.
+        is_watching: True if weights are gathered at the end of each step.
     """
 
     def __init__(self, kind: LaneKind) -> None:
+        self.is_watching = False
         self._kind = kind
         self._layers: Mapping[str, Sampled] = {}
+        self._layout = Layout()
         self._places: list[Tensor] = []  # parts of `values`, one for each layer
         self._versions: dict[str, tuple[int, int]] = {}
         self.values = torch.zeros(0, dtype=kind.dtype, device=kind.device)
-        self.rows = self._layer_rows = torch.zeros(0, dtype=torch.int64, device=kind.device)
-        self.mask = self._unexplained = torch.zeros(0, dtype=torch.bool, device=kind.device)
+        self.rows = self.layer_rows = torch.zeros(0, dtype=torch.int64, device=kind.device)
+        self.mask = torch.zeros(0, dtype=torch.bool, device=kind.device)
+        # By layer: how often weights were taken over since the last check, and whether the last
+        # time was before a checked step, without a write that torch has counted.
         self._times_changed = torch.zeros(0, dtype=torch.float64, device=kind.device)
+        self._suspected = torch.zeros(0, dtype=torch.bool, device=kind.device)
 
-    def rearrange(self, layers: Mapping[str, Sampled], layout: Layout) -> None:
+    def rearrange(
+        self, layers: Mapping[str, Sampled], layout: Layout, begun: Collection[str] = ()
+    ) -> list[str]:
         """Gather the weights of another layout.
 
         Args:
             layers: The layers by name, in the order of the layout.
             layout: The places of the layers.
+            begun: Names of the layers that are new, or have another sample.
+
+        Returns:
+            Names of the known layers that another parameter has replaced.
         """
         device, names = self._kind.device, [*layers]
-        self._layers = layers
+        known = {name: each for name, each in self._layers.items() if name not in begun}
+        old, self._layers = self._layers, dict(layers)
+        sources = self._layout.find_sources(layout, begun).to(device)
+        last, self._layout = self.values, layout
         self.values = torch.zeros(layout.length, dtype=self._kind.dtype, device=device)
         self._places = [self.values[place] for place in layout.places.values()]
         rows, mask = layout.find_rows(names, self._kind.block)
         self.rows, self.mask = rows.to(device), mask.to(device)
-        self._layer_rows = torch.zeros(layout.length, dtype=torch.int64, device=device)
+        self.layer_rows = torch.zeros(layout.length, dtype=torch.int64, device=device)
         for row, place in enumerate(layout.places.values()):
-            self._layer_rows[place] = row
-        self._times_changed = torch.zeros(len(names), dtype=torch.float64, device=device)
-        self._unexplained = torch.zeros(len(names), dtype=torch.bool, device=device)
+            self.layer_rows[place] = row
+        self._carry_counts([*old], names)
         self.gather()
-        self.remember_writes()
+        if len(last):  # the weights after the last step, with which a watch compares
+            self.values = torch.where(sources < 0, self.values, last[sources])
+            self._places = [self.values[place] for place in layout.places.values()]
+        self._versions = self._read_versions()
+        return [n for n, each in known.items() if n in layers and _is_replaced(each, layers[n])]
+
+    def _carry_counts(self, old: list[str], names: list[str]) -> None:
+        """Give the counts of the old layers to those that are still there."""
+        times, suspected = self._times_changed, self._suspected
+        self._times_changed = times.new_zeros(len(names))
+        self._suspected = suspected.new_zeros(len(names))
+        for row, name in enumerate(old):
+            if name in names:
+                self._times_changed[names.index(name)] = times[row]
+                self._suspected[names.index(name)] = suspected[row]
 
     def gather(self) -> Tensor:
         """Gather the weights as they are now, and return `values`."""
@@ -80,12 +117,14 @@ class RunWeights:
             float64 (layers, counts): the `COUNTS` of each layer, on the device. Weights that were
             taken over are counted since the last call.
         """
+        self.gather()
         times, self._times_changed = self._times_changed, torch.zeros_like(self._times_changed)
-        further = torch.stack([times, self._unexplained.double()], dim=1)
+        suspected, self._suspected = self._suspected, torch.zeros_like(self._suspected)
+        further = torch.stack([times, suspected.double()], dim=1)
         return torch.cat([self._compare(reference), further], dim=1)
 
     def _compare(self, reference: TwinTensors) -> Tensor:
-        each = (self.gather(), reference.weights, reference.start)
+        each = (self.values, reference.weights, reference.start)
         run, twin, start = (numbers[self.rows] for numbers in each)
         return compare(run, twin, start, self.mask)
 
@@ -94,6 +133,8 @@ class RunWeights:
     def remember_writes(self) -> None:
         """Take the writes so far as those of the optimizer, at the end of its step."""
         self._versions = self._read_versions()
+        if self.is_watching:
+            self.gather()
 
     def _read_versions(self) -> dict[str, tuple[int, int]]:
         # Autograd counts in-place writes in `_version`, which has no public name:
@@ -104,21 +145,14 @@ class RunWeights:
         }
 
     def find_written(self) -> list[str]:
-        """Return the layers that were written to since `remember_writes`, without a look at them.
-
-        Writes through `.data` are not among them.
-        """
+        """Return the layers that were written to since `remember_writes`, as torch counts it."""
         now = self._read_versions()
         return [name for name, version in now.items() if version != self._versions.get(name)]
 
     def find_changed(
-        self, reference: TwinTensors, written: list[str], *, is_checkable: bool
+        self, reference: TwinTensors, written: Collection[str], *, is_checkable: bool
     ) -> Tensor:
         """Find the weights that something other than a step has changed, before a step.
-
-        In layers that were not written to, as far as torch counts it, a weight counts as changed if
-        most weights of its layer differ from the reference. If the reference twin is wrong instead,
-        it is still wrong after the next step.
 
         Args:
             reference: The weights of the reference twin.
@@ -128,20 +162,36 @@ class RunWeights:
         Returns:
             bool (elements).
         """
-        counts = self._compare(reference)
-        layers = (counts[:, 1] > 0.5 * counts[:, 2]) & (counts[:, 0] > 0)
+        if self.is_watching:
+            last = self.values.clone()
+            changed = _differ(self.gather(), last)
+        else:
+            self.gather()
+            layers = self._find_changed_layers(reference, written, is_checkable=is_checkable)
+            changed = _differ(self.values, reference.weights) & layers[self.layer_rows]
+        self._times_changed += (changed[self.rows] & self.mask).any(1)
+        return changed
+
+    def _find_changed_layers(
+        self, reference: TwinTensors, written: Collection[str], *, is_checkable: bool
+    ) -> Tensor:
+        """Return the layers that were written to, or that differ by more than a check allows."""
+        device = self._kind.device
+        is_written = torch.tensor([name in written for name in self._layers], device=device)
         if not is_checkable:
-            layers = torch.zeros_like(layers)
-        self._unexplained = layers
-        if written:
-            flags = [name in written for name in self._layers]
-            is_written = torch.tensor(flags, device=self._kind.device)
-            self._unexplained = layers & ~is_written
-            layers = layers | (is_written & (counts[:, 0] > 0))
-        self._times_changed += layers
-        changed = layers[self._layer_rows] & (self.values != reference.weights)
-        return changed & ~(self.values.isnan() & reference.weights.isnan())
+            return is_written
+        self._suspected = find_suspected(self._compare(reference)) & ~is_written
+        return self._suspected | is_written
 
     def nbytes(self) -> int:
         """Return the memory of the gathered weights in bytes."""
         return self.values.nbytes
+
+
+def _differ(one: Tensor, other: Tensor) -> Tensor:
+    """Return where two tensors differ; NaN equals NaN."""
+    return (one != other) & ~(one.isnan() & other.isnan())
+
+
+def _is_replaced(old: Sampled, new: Sampled) -> bool:
+    return old.parameter is not new.parameter

@@ -19,17 +19,21 @@ _SLACK = 2.0**-10
 """Share of its movement by which a weight may differ and count as nearly equal."""
 _ULPS = {torch.float32: 4.0, torch.float64: 4.0}
 """Spacings by which a weight of a wide dtype may differ and count as nearly equal."""
-_FEW = 0.2
-"""Share of the moved elements that may differ by more, and count as tails of vectorised loops.
+_MOST_TAILS = 0.03
+"""Share of the moved elements that may differ by more, as tails of vectorised loops do.
 
-Tails were up to 0.026 of the elements where they were measured; a wrong optimizer moves nearly all
-elements by another amount.
+Tails were up to 0.026 of the elements where they were measured.
+"""
+_FEW = 0.2
+"""Share of the moved elements that may differ by more before the twin is called different.
+
+A wrong optimizer moves nearly all elements by another amount.
 """
 
-COUNTS = ("different", "far", "moved", "ulps", "outside", "unexplained")
+COUNTS = ("different", "far", "moved", "ulps", "outside", "suspected")
 """The counts of a layer: elements that differ at all, and by more than rounding; elements that
 moved; the largest difference in spacings; how often weights were taken over that something other
-than a step moved; and whether torch has counted no write of the last such movement.
+than a step moved; and whether they were, before this step, without a write that torch has counted.
 """
 
 
@@ -70,6 +74,18 @@ def compare(run: Tensor, twin: Tensor, start: Tensor, mask: Tensor) -> Tensor:
     far = differs & ~near
     most = ulps.nan_to_num(torch.inf).amax(1) if run.shape[1] else ulps.new_zeros(len(run))
     return torch.stack([*(each.sum(1).double() for each in (differs, far, moved)), most], dim=1)
+
+
+def find_suspected(counts: Tensor) -> Tensor:
+    """Return the layers that differ in more elements than tails can explain.
+
+    Args:
+        counts: Result of `compare`, (layers, 4 or more).
+
+    Returns:
+        bool (layers).
+    """
+    return counts[:, 1] > _MOST_TAILS * counts[:, 2]
 
 
 def judge(counts: Numbers, *, draws: bool = False, is_first: bool = False) -> list[Check]:

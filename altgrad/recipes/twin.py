@@ -46,12 +46,16 @@ class Arrangement(NamedTuple):
         layout: The places of all layers, old and new.
         weights: The weights of the run, in its dtype, (elements); 0 at padding.
         layers: All layers by name.
+        renewed: Names of the layers whose states are those of the run from now on.
+        begun: Those among them that are new, or have another sample than before.
     """
 
     optimizer: Optimizer
     layout: Layout
     weights: Tensor
     layers: Mapping[str, Sampled]
+    renewed: frozenset[str] = frozenset()
+    begun: frozenset[str] = frozenset()
 
 
 class Twin:
@@ -96,7 +100,7 @@ class Twin:
             new: The layout, and the run.
         """
         weights = new.weights.to(self.dtype, copy=True)
-        sources = self.layout.find_sources(new.layout).to(weights.device)
+        sources = self.layout.find_sources(new.layout, new.begun).to(weights.device)
         kept, self._block_scale = self._block_scale, None
         self._store(weights, "nearest_even")
         if kept is not None and self._block_scale is not None:

@@ -21,9 +21,9 @@ class TwinTensors:
     Attributes:
         weights: The weights now, in the dtype of the twin.
         before: The weights before the last step.
-        window: The weights at the last observed step.
+        window: The weights at the last observed step that showed the layer.
         start: The weights at the start of the twin.
-        moved_in_window: bool; the elements that a step since the last observed one has moved.
+        moved_in_window: bool; the elements that a step since then has moved.
         moved: bool; the elements that a step before those has moved.
         lost: The rounding errors that Kahan summation keeps, bfloat16. Empty without it.
     """
@@ -80,11 +80,16 @@ class TwinTensors:
         """Note which weights a step has moved."""
         self.moved_in_window.logical_or_(self.weights != self.before)
 
-    def begin_window(self) -> None:
-        """Begin a window, at the end of an observed step."""
-        self.moved.logical_or_(self.moved_in_window)
-        self.moved_in_window.zero_()
-        self.window.copy_(self.weights)
+    def begin_window(self, shown: Tensor) -> None:
+        """Begin a window, at the end of an observed step.
+
+        Args:
+            shown: bool (elements), False for those of layers that the step does not show. Their
+                window goes on.
+        """
+        self.moved.logical_or_(self.moved_in_window & shown)
+        self.moved_in_window.logical_and_(~shown)
+        self.window = torch.where(shown, self.weights, self.window)
 
     def replace_weights(self, weights: Tensor) -> None:
         """Take over weights that something other than a step has changed.

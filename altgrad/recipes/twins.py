@@ -50,7 +50,6 @@ class Twins:
 
     Attributes:
         recipes: The `recipes` argument.
-        checks: The last result of the self-check of each layer, by name.
         resynchronised: How often something other than a step had changed the weights of a layer,
             by its name.
     """
@@ -64,7 +63,7 @@ class Twins:
         strict: bool = False,
     ) -> None:
         self.recipes = tuple(recipes)
-        self.checks: dict[str, Check] = {}
+        self._checks: dict[str, dict[str, Check]] = {}  # by kind of lane, then by layer
         self.resynchronised: Counter[str] = Counter()
         self._source = source
         self._lock = lock
@@ -76,6 +75,18 @@ class Twins:
             self._recipes[block] = (*self._recipes.get(block, ()), recipe)
         self._runs: WeakKeyDictionary[Optimizer, _Run] = WeakKeyDictionary()
         self._is_ended = not recipes
+
+    @property
+    def checks(self) -> dict[str, Check]:
+        """The result of the last self-check of each layer, by name.
+
+        A layer may have several samples, such as one of whole blocks; the worst result counts.
+        """
+        worst: dict[str, Check] = {}
+        for checks in self._checks.values():
+            for name, check in checks.items():
+                worst[name] = max(check, worst.get(name, check), key=[*Check].index)
+        return worst
 
     @property
     def lanes(self) -> list[Lane]:
@@ -154,6 +165,8 @@ class Twins:
             if (state := run.random_states.pop(kind.device, None)) is not None:
                 run.draws |= not torch.equal(state, _get_random_state(kind.device))
             lane.step(optimizer, run.changes)
+            if lane.follows_updates:
+                self._note_checks(kind, dict.fromkeys(lane.names, Check.DIFFERENT))
             if kind not in run.checked:
                 counts = lane.check().cpu().numpy()
                 self._read_counts(optimizer, kind, lane.names, counts)
@@ -161,11 +174,12 @@ class Twins:
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
-    def measure(self, optimizer: Optimizer) -> list[LaneSums]:
+    def measure(self, optimizer: Optimizer, shown: Collection[str]) -> list[LaneSums]:
         """Measure the twins of the layers that an optimizer has just stepped.
 
         Args:
             optimizer: The run's optimizer.
+            shown: Names of the layers that the step shows. Their windows begin anew.
 
         Returns:
             The sums of each lane, on its device.
@@ -173,7 +187,7 @@ class Twins:
         run = self._runs.get(optimizer)
         lanes = [] if run is None else [run.lanes[kind] for kind in run.captured]
         with self._ending_after_an_error():
-            return [lane.measure(optimizer) for lane in lanes]
+            return [lane.measure(optimizer, shown) for lane in lanes]
         return []
 
     def read(
@@ -225,28 +239,26 @@ class Twins:
     ) -> None:
         """Note the result of a self-check, and give up an optimizer that differs from the run."""
         run = self._runs[optimizer]
-        found = judge(counts, draws=run.draws, is_first=kind not in run.checked)
-        run.checked.add(kind)
-        self.checks |= zip(names, found, strict=True)
+        lane = run.lanes[kind]
         times = zip(names, counts[:, 4].astype(int).tolist(), strict=True)
         self.resynchronised.update({name: count for name, count in times if count})
-        # One change without a counted write may be a write through `.data`. A second one means that
-        # the twin goes another way than the run in steps between the checks.
-        suspects = {name for name, flag in zip(names, counts[:, 5].tolist(), strict=True) if flag}
-        wrong = [
-            k
-            for k, (name, check) in enumerate(zip(names, found, strict=True))
-            if check is Check.DIFFERENT or name in suspects & run.suspects.get(kind, set())
-        ]
-        self.checks |= {names[k]: Check.DIFFERENT for k in wrong}
-        run.suspects[kind] = suspects
-        if wrong:
-            most = max(counts[k, 3] for k in wrong)
-            run.lanes[kind].follow_updates(
-                optimizer,
-                "the optimizer on a sample differs from the run in "
-                f"{few([names[k] for k in wrong])}, by up to {most:.3g} spacings of the dtype",
-            )
+        if counts[:, 5].any():
+            lane.watch_writes()
+        found = judge(counts, draws=run.draws, is_first=kind not in run.checked)
+        run.checked.add(kind)
+        if not lane.follows_updates:
+            wrong = [k for k, check in enumerate(found) if check is Check.DIFFERENT]
+            if wrong:
+                most = max(counts[k, 3] for k in wrong)
+                lane.follow_updates(
+                    optimizer,
+                    "the optimizer on a sample differs from the run in "
+                    f"{few([names[k] for k in wrong])}, by up to {most:.3g} spacings of the dtype",
+                )
+            self._note_checks(kind, dict(zip(names, found, strict=True)))
+
+    def _note_checks(self, kind: LaneKind, checks: Mapping[str, Check]) -> None:
+        self._checks.setdefault(str(kind.describe()), {}).update(checks)
 
     # --- state
 
@@ -277,10 +289,20 @@ class Twins:
         for each in self._loaded:
             known = {name for _, counts, _ in each["buckets"] for name in counts}
             if each["kind"] == kind.describe() and not known.isdisjoint(names):
-                lane.load_state_dict(each)
                 self._loaded.remove(each)
-                return True
+                return self._load_lane(lane, each)
         return False
+
+    def _load_lane(self, lane: Lane, state: Mapping[str, Any]) -> bool:
+        """Restore a lane, unless recipes have come, whose twins could not be compared."""
+        if new := sorted(lane.recipes - set(state["recipes"])):
+            self._source.warn(
+                f"has all twins begin anew, since {few(new)} was not among the recipes of the "
+                "restored state"
+            )
+            return False
+        lane.load_state_dict(state)
+        return True
 
     # --- lanes
 
@@ -363,8 +385,6 @@ class _Run:
         self.gradient_dtypes: dict[str, torch.dtype] = {}
         self.captured: list[LaneKind] = []  # lanes that take part in the running step
         self.checked: set[LaneKind] = set()
-        # Layers with an unexplained change before the last check.
-        self.suspects: dict[LaneKind, set[str]] = {}
         self.may_draw = may_draw(type(optimizer))
         self.draws = False  # until its step is seen to draw random numbers
         self.random_states: dict[torch.device, Tensor] = {}  # before a checked step

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -123,16 +125,51 @@ def test_the_groups_beyond_a_limit_are_left_out_with_one_notice() -> None:
     assert str(MOST_BUCKETS) in notice
 
 
-def test_a_restored_plan_takes_over_samples_that_are_drawn_again() -> None:
-    planned = plan_net()
+def restore(planned: Planned, saved: dict[str, Any]) -> list[list[str]]:
+    planned.plan.load_state_dict(saved)
+    return planned.arrange()
+
+
+def test_a_restored_plan_has_the_layers_of_the_state() -> None:
+    planned, other = plan_net(), plan_net()
+    planned.arrange()
+    buckets = restore(other, planned.plan.state_dict())
+    assert other.plan.begun == other.plan.renewed == frozenset()
+    assert [[*bucket.counts] for bucket in planned.plan.layout.buckets] == buckets
+    assert other.source.notices == []
+
+
+@pytest.mark.parametrize("changed", ["sample", "weights"])
+def test_a_restored_layer_with_another_sample_or_weights_begins_anew(changed: str) -> None:
+    planned, other = plan_net(), plan_net()
     planned.arrange()
     saved = planned.plan.state_dict()
-    saved["samples"]["0.bias"] = saved["samples"]["0.bias"] + 1  # of another seed
-    other = plan_net()
-    other.plan.load_state_dict(saved)
-    buckets = other.arrange()
-    assert sorted(map(len, buckets)) == [1, 5]
-    assert ["0.bias"] in buckets
+    indices, weights = saved["samples"]["0.bias"]
+    saved["samples"]["0.bias"] = (
+        (indices + 1, weights) if changed == "sample" else (indices, weights + 1)
+    )
+    assert ["0.bias"] in restore(other, saved)
+    assert other.plan.begun == other.plan.renewed == {"0.bias"}
+    [notice] = other.source.notices
+    assert "0.bias" in notice
+
+
+def test_layers_whose_states_were_changed_take_those_of_the_run_and_keep_their_sample() -> None:
+    planned = plan_net()
+    planned.arrange()
+    names = {each.name for each in planned.stepped}
+    assert planned.plan.arrange(planned.optimizer, planned.stepped, names, {"0.weight"})
+    assert planned.plan.renewed == {"0.weight"}
+    assert planned.plan.begun == frozenset()
+
+
+def test_a_layer_of_another_shape_begins_anew() -> None:
+    planned = plan_net()
+    planned.arrange()
+    first = planned.stepped[0]
+    planned.stepped[0] = first._replace(parameter=nn.Parameter(torch.zeros(200, 65)))
+    planned.arrange()
+    assert planned.plan.begun == {first.name}
 
 
 def test_a_kind_is_described_without_the_number_of_its_device() -> None:

@@ -40,8 +40,11 @@ def test_sources_say_where_elements_lay_before() -> None:
     assert set(sources[10:].tolist()) == {-1}
 
 
-def test_a_layer_with_another_count_is_new() -> None:
-    assert set(TWO.find_sources(Layout((Bucket(0, {"a": 128}),))).tolist()) == {-1}
+def test_a_layer_with_another_sample_is_new() -> None:
+    later = Layout((Bucket(0, {"a": 128, "b": 10}),))
+    sources = TWO.find_sources(later, {"a"})
+    assert {*sources[:128].tolist()} == {-1}
+    assert min(sources[128:138].tolist()) > 0
 
 
 def test_rows_have_one_width_and_a_mask() -> None:

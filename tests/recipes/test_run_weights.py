@@ -70,23 +70,69 @@ def test_a_write_is_found_by_its_count_however_few_its_elements() -> None:
     assert run.weights.find_written() == ["b"]
     assert run.find_changed() == [0, 1]
     first, second = run.check()
-    assert (first["outside"], second["outside"], second["unexplained"]) == (0, 1, 0)
+    assert (first["outside"], second["outside"], second["suspected"]) == (0, 1, 0)
     assert second["different"] == 0
 
 
-def test_a_write_through_data_is_found_by_its_size() -> None:
+def test_a_write_through_data_is_suspected_by_its_size() -> None:
     run = Run()
     run.layers["a"].parameter.data.mul_(3.0)
     assert run.weights.find_written() == []
     assert run.find_changed() == [64, 0]
     first, _ = run.check()
-    assert (first["outside"], first["unexplained"]) == (1, 1)
+    assert (first["outside"], first["suspected"]) == (1, 1)
 
 
 def test_a_run_that_rounds_at_random_is_not_searched_for_writes_through_data() -> None:
     run = Run()
     run.layers["a"].parameter.data.mul_(3.0)
     assert run.find_changed(is_checkable=False) == [0, 0]
+
+
+def test_a_watch_finds_every_write_through_data() -> None:
+    run = Run()
+    run.weights.is_watching = True
+    run.step()
+    run.layers["a"].parameter.data[4] = 3.0
+    assert run.weights.find_written() == []
+    assert run.find_changed() == [1, 0]
+    first, _ = run.check()
+    assert (first["outside"], first["suspected"]) == (1, 0)
+
+
+def test_a_watch_leaves_a_twin_that_is_wrong() -> None:
+    run = Run()
+    run.weights.is_watching = True
+    run.step()
+    run.reference.weights.mul_(0.9)
+    assert run.find_changed() == [0, 0]
+    assert run.check()[0]["far"] == 64
+
+
+def test_counts_and_the_watch_outlast_another_layout() -> None:
+    run = Run()
+    run.weights.is_watching = True
+    run.step()
+    run.layers["b"].parameter.data[4] = 3.0
+    run.find_changed()
+    run.weights.remember_writes()
+    run.layers["b"].parameter.data[6] = 3.0
+    layers = {"b": run.layers["b"]}
+    assert run.weights.rearrange(layers, Layout((Bucket(0, {"b": 64}),))) == []
+    reference = TwinTensors.start_at(run.reference.weights[64:].clone())
+    changed = run.weights.find_changed(reference, (), is_checkable=True)
+    assert changed.nonzero().flatten().tolist() == [3]
+    [row] = run.weights.check(reference).tolist()
+    assert dict(zip(COUNTS, row, strict=True))["outside"] == 2
+
+
+def test_a_parameter_that_replaces_another_is_named() -> None:
+    run = Run()
+    layers = dict(run.layers)
+    layers["a"] = layers["a"]._replace(parameter=layers["a"].parameter.clone())
+    layout = Layout((Bucket(0, {"a": 64, "b": 64}),))
+    assert run.weights.rearrange(layers, layout) == ["a"]
+    assert run.weights.rearrange(layers, layout, begun={"a"}) == []
 
 
 def test_another_tensor_in_place_of_the_weights_is_a_write() -> None:

@@ -34,13 +34,24 @@ def test_a_weight_that_moved_and_came_back_has_moved() -> None:
 def test_a_window_begins_anew_and_the_total_remembers() -> None:
     tensors = start(1.0, 2.0)
     move(tensors, 0.5, 0.0)
-    tensors.begin_window()
+    tensors.begin_window(torch.tensor([True, True]))
     move(tensors, 0.0, 0.25)
     stack = tensors.stack(torch.tensor([[0, 1]]), {})
     assert stack.moved_in_window.tolist() == [[False, True]]
     assert stack.moved.tolist() == [[True, True]]
     assert stack.window.tolist() == [[1.5, 2.0]]
     assert stack.before.tolist() == [[1.5, 2.0]]
+
+
+def test_the_window_of_a_layer_that_is_not_shown_goes_on() -> None:
+    tensors = start(1.0, 2.0)
+    move(tensors, 0.5, 0.5)
+    tensors.begin_window(torch.tensor([True, False]))
+    move(tensors, 0.0, 0.25)
+    stack = tensors.stack(torch.tensor([[0, 1]]), {})
+    assert stack.moved_in_window.tolist() == [[False, True]]
+    assert stack.window.tolist() == [[1.5, 2.0]]
+    assert stack.moved.tolist() == [[True, True]]
 
 
 def test_a_change_between_steps_is_no_movement() -> None:

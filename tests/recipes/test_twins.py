@@ -126,7 +126,7 @@ def test_an_optimizer_that_is_not_elementwise_feeds_twins_with_its_updates(kind:
     ended, fed = watched.notices
     assert "ends the twins of bf16-true" in ended
     assert "feeds the twins of bf16, bf16-sr" in fed
-    assert checks(watched) == {Check.EQUAL}
+    assert checks(watched) == {Check.DIFFERENT}  # although fed twins equal the run
     model = watched.records[-1].model
     assert model["progress_kept/bf16"] == model["progress_kept/bf16"]  # a number
 

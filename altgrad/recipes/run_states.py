@@ -1,0 +1,62 @@
+"""`RunStates`: find the layers whose optimizer states something other than a step has changed.
+
+A checkpoint that is loaded in mid-run, a warm restart, or a reset of the first moment changes the
+states of the run's optimizer between two steps. Twins then take them over. States are not compared:
+torch counts writes to a tensor, and a new state has another count.
+
+Read `run_weights` first; `lane` comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from altgrad.recipes.layer_plan import Stepped
+
+
+class RunStates:
+    """The counted writes to the states of the run's optimizer, by layer."""
+
+    def __init__(self) -> None:
+        self._marks: dict[str, tuple[object, ...]] = {}
+
+    def remember(self, optimizer: Optimizer, stepped: Sequence[Stepped]) -> None:
+        """Take the writes so far as those of the optimizer, at the end of its step.
+
+        Args:
+            optimizer: The run's optimizer.
+            stepped: The layers that it steps.
+        """
+        state = optimizer.state
+        self._marks = {each.name: _mark(state.get(each.parameter)) for each in stepped}
+
+    def find_changed(self, optimizer: Optimizer, stepped: Sequence[Stepped]) -> set[str]:
+        """Return the layers whose states were written to or replaced since `remember`.
+
+        Args:
+            optimizer: The run's optimizer.
+            stepped: The layers that it is about to step. New ones have not changed.
+        """
+        state, marks = optimizer.state, self._marks
+        return {
+            each.name
+            for each in stepped
+            if each.name in marks and marks[each.name] != _mark(state.get(each.parameter))
+        }
+
+
+def _mark(state: Mapping[str, Any] | None) -> tuple[object, ...]:
+    """Return the identity of a state, and the number of writes to each of its tensors."""
+    if not state:
+        return ()
+    return (id(state), *map(_count_writes, state.values()))
+
+
+def _count_writes(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value._version  # noqa: SLF001 - as in `run_weights`
+    return value if isinstance(value, (int, float)) else None

@@ -1,0 +1,287 @@
+"""`Twins`: whatever else than a step changes weights and states, the reference equals the run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from altgrad import SamplingRule, UpdateMonitor
+from altgrad.recipes.self_check import Check
+from tests.recipes.twinning import Watched, copy_weights, make_net, one_thread, train
+
+on_one_thread = one_thread()
+pytestmark = pytest.mark.default_twins
+
+
+def assert_equal(watched: Watched) -> None:
+    assert watched.notices == []
+    assert {*watched.monitor.twins.checks.values()} == {Check.EQUAL}
+
+
+# --- weights
+
+
+def clamp(parameters: list[Tensor], index: int) -> None:
+    for each in parameters:
+        each.data.clamp_(-0.02, 0.02)
+
+
+def clamp_counted(parameters: list[Tensor], index: int) -> None:
+    with torch.no_grad():
+        for each in parameters:
+            each.clamp_(-0.02, 0.02)
+
+
+def prune(parameters: list[Tensor], index: int) -> None:
+    for each in parameters:
+        each.data.mul_(torch.arange(each.numel()).view(each.shape) % 10 != 0)
+
+
+def look_ahead(parameters: list[Tensor], index: int) -> None:
+    if index % 5 == 4:
+        for each in parameters:
+            each.data.copy_(each.data * 0.9)
+
+
+@pytest.mark.parametrize("interval", [1, 5])
+@pytest.mark.parametrize("write", [clamp, clamp_counted, prune, look_ahead])
+def test_weights_that_are_written_to_again_and_again_are_followed(
+    write: Callable[[list[Tensor], int], None], interval: int
+) -> None:
+    net = make_net()
+    optimizer = torch.optim.RMSprop(net.parameters(), 1e-3)
+    watched = Watched(net, optimizer, every_n_steps=interval)
+    for index in range(30):
+        train(net, optimizer, 1, first=index)
+        write([*net.parameters()], index)
+    assert_equal(watched)
+    assert watched.monitor.twins.resynchronised["0.weight"] >= 4
+
+
+@pytest.mark.parametrize("through_data", [False, True])
+def test_a_write_in_the_step_in_which_a_layer_thaws_is_seen_and_counted(through_data: bool) -> None:
+    net = make_net()
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+    watched = Watched(net, optimizer, every_n_steps=4)
+    net[3].requires_grad_(False)
+    net[2].requires_grad_(False)
+    train(net, optimizer, 9)
+    net[0].weight.data.mul_(0.9) if through_data else net[0].weight.detach().mul_(0.9)
+    net[2].requires_grad_(True)
+    train(net, optimizer, 1, first=9)
+    net[3].requires_grad_(True)
+    train(net, optimizer, 10, first=10)
+    assert_equal(watched)
+    assert watched.monitor.twins.resynchronised == {"0.weight": 1}
+
+
+# --- states and groups
+
+
+def roll_back(net: nn.Module, optimizer: Optimizer, saved: Any) -> None:
+    net.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+
+
+def restart(net: nn.Module, optimizer: Optimizer, saved: Any) -> None:
+    optimizer.state.clear()
+
+
+def reset_first_moment(net: nn.Module, optimizer: Optimizer, saved: Any) -> None:
+    for state in optimizer.state.values():
+        state["exp_avg"].zero_()
+
+
+def reset_one_layer(net: nn.Module, optimizer: Optimizer, saved: Any) -> None:
+    state = optimizer.state[net[0].weight]  # type: ignore[index]
+    state["exp_avg"].zero_()
+    state["step"].zero_()
+
+
+def split_group(net: nn.Module, optimizer: Optimizer, saved: Any) -> None:
+    [group] = optimizer.param_groups
+    tail = group["params"][3:]
+    group["params"] = group["params"][:3]
+    optimizer.add_param_group({"params": tail, "lr": 1e-2})
+
+
+def replace_parameter(net: nn.Module, optimizer: Optimizer, saved: Any) -> None:
+    new = nn.Parameter(net[0].weight.detach() * 0.5)  # type: ignore[index,operator]
+    swap_parameter(net[0], optimizer, new)  # type: ignore[index]
+
+
+def grow(net: nn.Module, optimizer: Optimizer, saved: Any) -> None:
+    old = net[3].weight  # type: ignore[index]
+    swap_parameter(net[3], optimizer, nn.Parameter(torch.cat([old, old]).detach()))  # type: ignore[index,list-item]
+    bias = net[3].bias  # type: ignore[index]
+    swap_parameter(net[3], optimizer, nn.Parameter(torch.cat([bias, bias]).detach()), "bias")  # type: ignore[index,list-item]
+
+
+def swap_parameter(
+    layer: Any, optimizer: Optimizer, new: nn.Parameter, name: str = "weight"
+) -> None:
+    """Put another parameter in place of a layer's, without a state."""
+    old = getattr(layer, name)
+    setattr(layer, name, new)
+    optimizer.state.pop(old)
+    for group in optimizer.param_groups:
+        group["params"] = [new if each is old else each for each in group["params"]]
+
+
+def cast_and_back(net: nn.Module, optimizer: Optimizer, saved: Any) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        net.to(dtype)
+        for state in optimizer.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].to(dtype)
+        train(net, optimizer, 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        roll_back,
+        restart,
+        reset_first_moment,
+        reset_one_layer,
+        split_group,
+        replace_parameter,
+        grow,
+        cast_and_back,
+    ],
+)
+@pytest.mark.parametrize("interval", [1, 7])
+def test_changes_of_states_parameters_and_groups_are_followed(
+    change: Callable[..., None], interval: int
+) -> None:
+    net = make_net()
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+    watched = Watched(net, optimizer, every_n_steps=interval, formats=["bf16"])
+    train(net, optimizer, 10)
+    saved = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    train(net, optimizer, 7, first=10)
+    change(net, optimizer, saved)
+    train(net, optimizer, 20, first=17)
+    assert not [notice for notice in watched.notices if "twin" in notice]
+    assert {*watched.monitor.twins.checks.values()} == {Check.EQUAL}
+
+
+def test_totals_outlast_a_change_of_states() -> None:
+    net = make_net()
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+    watched = Watched(net, optimizer, every_n_steps=1)
+    start = copy_weights(net)[0].flatten()
+    train(net, optimizer, 10)
+    reset_first_moment(net, optimizer, None)
+    train(net, optimizer, 1, first=10)
+    frozen = watched.records[-1].layers["0.weight"]["frozen_frac/bf16"]
+    before = watched.records[-2].layers["0.weight"]["frozen_frac/bf16"]
+    assert frozen <= before < 1
+    assert (copy_weights(net)[0].flatten() != start).all()
+
+
+# --- checkpoints
+
+
+def resume(net: nn.Module, optimizer: Optimizer, state: dict[str, Any], **settings: Any) -> Watched:
+    watched = Watched(nn.Linear(2, 2), **settings)
+    watched.monitor = UpdateMonitor(
+        net,
+        watched.records.append,
+        warn=watched.notices.append,
+        **{"formats": ["bf16"], "every_n_steps": 5, "strict": True} | settings,
+    )
+    watched.monitor.load_state_dict(state)
+    watched.monitor.attach(optimizer)
+    return watched
+
+
+def save_after(steps: int, **settings: Any) -> tuple[nn.Module, Optimizer, dict[str, Any]]:
+    net = make_net()
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+    watched = Watched(net, optimizer, formats=["bf16"], **settings)
+    train(net, optimizer, steps)
+    watched.monitor.detach()
+    return net, optimizer, watched.monitor.state_dict()
+
+
+@pytest.mark.parametrize("change", ["seed", "steps"])
+def test_a_state_of_other_elements_or_another_time_begins_anew(change: str) -> None:
+    net, optimizer, state = save_after(10)
+    if change == "steps":
+        train(net, optimizer, 10, first=10)
+    watched = resume(net, optimizer, state, seed=int(change == "seed"))
+    train(net, optimizer, 20, first=20)
+    assert any("twins" in each and "begin anew" in each for each in watched.notices)
+    assert {*watched.monitor.twins.checks.values()} == {Check.EQUAL}
+    assert watched.records[-1].model["frozen_frac/bf16"] < 1
+
+
+def test_a_recipe_that_comes_at_a_resume_begins_with_all_others() -> None:
+    net, optimizer, state = save_after(10, recipes=["bf16"])
+    watched = resume(net, optimizer, state, recipes=["fp32", "bf16"])
+    train(net, optimizer, 20, first=10)
+    [notice] = watched.notices
+    assert "fp32" in notice
+    for layer in watched.records[-1].layers.values():
+        assert layer["progress_kept/fp32"] == pytest.approx(1.0)
+
+
+def test_a_recipe_that_goes_at_a_resume_leaves_the_others() -> None:
+    net, optimizer, state = save_after(10, recipes=["fp32", "bf16"])
+    watched = resume(net, optimizer, state, recipes=["fp32"])
+    train(net, optimizer, 20, first=10)
+    assert_equal(watched)
+
+
+# --- windows
+
+
+def test_the_window_of_a_layer_reaches_back_to_its_own_last_record() -> None:
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3)
+    rules = [SamplingRule("0.weight", every_n_steps=5)]
+    watched = Watched(
+        net, optimizer, sampling=rules, every_n_steps=1, formats=["bf16"], recipes=["fp32", "bf16"]
+    )
+    train(net, optimizer, 11)
+    shown = [each for each in watched.records if "0.weight" in each.layers]
+    assert len(shown) == 3
+    last = shown[-1].layers["0.weight"]
+    other = make_net()
+    again = torch.optim.SGD(other.parameters(), 1e-3)
+    due = [each.index for each in shown]
+    seen = Watched(other, again, every_n_steps=lambda index: index in due, recipes=["bf16"])
+    train(other, again, 11)
+    assert last["still_frac/bf16"] == seen.records[-1].layers["0.weight"]["still_frac/bf16"]
+
+
+def test_a_skipped_observed_step_begins_no_window() -> None:
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3)
+    watched = Watched(net, optimizer, every_n_steps=lambda index: index % 2 == 0, recipes=["bf16"])
+    train(net, optimizer, 2)
+    train(net, optimizer, 1, first=2, before_step=lambda _: optimizer.param_groups[0].update(lr=0))
+    optimizer.param_groups[0]["lr"] = 1e-3
+    train(net, optimizer, 2, first=3)
+    assert len(watched.records) == 2
+    other = make_net()
+    again = torch.optim.SGD(other.parameters(), 1e-3)
+    seen = Watched(
+        other,
+        again,
+        every_n_steps=lambda index: index in (0, 3),
+        formats=["bf16"],
+        recipes=["bf16"],
+    )
+    train(other, again, 2)
+    train(other, again, 2, first=3)
+    assert watched.records[-1].model["still_frac/bf16"] == pytest.approx(
+        seen.records[-1].model["still_frac/bf16"]
+    )
