@@ -83,6 +83,7 @@ class Lane:
         self._twins: dict[str, Twin] = {r.name: OptimizerTwin(r, *self._make) for r in recipes}
         self.follows_updates = False
         self._has_new_layers = False  # since the last step
+        self._loaded_writes: tuple[Collection[str], Collection[str]] = (), ()
         self._stepped: Sequence[Stepped] = ()
         # The parameters with a gradient in the last step, and their groups.
         self._signature: tuple[tuple[int, int], ...] = ()
@@ -131,12 +132,12 @@ class Lane:
         """
         self._stepped = stepped
         present = [each for each in stepped if each.parameter.grad is not None]
-        written = self._run.find_written()
-        changed = self._states.find_changed(optimizer, stepped)
+        written, changed = self._find_writes(optimizer, stepped)
         signature = tuple((id(each.parameter), each.group) for each in present)
         if signature != self._signature or changed:
-            written += self._arrange(optimizer, stepped, present, changed)
+            written.update(self._arrange(optimizer, stepped, present, changed))
             self._signature = signature
+        self._loaded_writes = (), ()
         for each, indices, place in self._takes:
             torch.take(each.parameter.grad, indices, out=place)  # type: ignore[arg-type]
         self._gradients_now = Gradients(
@@ -151,6 +152,20 @@ class Lane:
             outside = self._run.find_changed(reference, written, is_checkable=is_checkable)
             for twin in self._all_twins:
                 twin.replace_weights(outside, self._run.values)
+
+    def _find_writes(
+        self, optimizer: Optimizer, stepped: Sequence[Stepped]
+    ) -> tuple[set[str], set[str]]:
+        """Return the layers whose weights, and whose states, were written to since the last step.
+
+        After a state was restored, writes count since the last step before it.
+        """
+        written, changed = self._loaded_writes
+        other_weights, other_states = self._plan.restore(optimizer, stepped)
+        return (
+            {*written, *other_weights, *self._run.find_written()},
+            {*changed, *other_states, *self._states.find_changed(optimizer, stepped)},
+        )
 
     def _arrange(
         self,
@@ -353,13 +368,23 @@ class Lane:
         own = self._gradients.nbytes + self._run.nbytes()
         return indices + own + sum(twin.nbytes() for twin in self._all_twins)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state that a resumed run needs to continue exactly."""
+    def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the state that a resumed run needs to continue exactly.
+
+        Args:
+            optimizer: The run's optimizer.
+
+        Returns:
+            A dict of plain data and tensors.
+        """
+        written, changed = self._find_writes(optimizer, self._stepped)
         return {
-            **self._plan.state_dict(),
+            **self._plan.state_dict(optimizer),
             "recipes": sorted(self.recipes),
             "follows_updates": self.follows_updates,
-            "is_watching": self._run.is_watching,
+            "written": sorted(written),
+            "changed": sorted(changed),
+            "watched": self._run.values.clone() if self._run.is_watching else None,
             "reference": self._reference.state_dict(),
             "baseline": None if self._baseline is None else self._baseline.state_dict(),
             "twins": {name: twin.state_dict() for name, twin in self._twins.items()},
@@ -372,11 +397,13 @@ class Lane:
             state: A result of `state_dict`, whose recipes contain those of this lane.
         """
         self._twins = {name: each for name, each in self._twins.items() if name in state["twins"]}
-        self._run.is_watching = state["is_watching"]
+        self._loaded_writes = state["written"], state["changed"]
         if state["follows_updates"]:
             recipes = [twin.recipe for twin in self._twins.values()]
             self._make_followers([r for r in recipes if r.only_weights and not self._baseline])
         self._plan.load_state_dict(state)
+        if state["watched"] is not None:
+            self._run.go_on_watching(state["watched"].to(self._kind.device), self._plan.layout)
         saved = [(self._reference, state["reference"]), (self._baseline, state["baseline"])]
         saved += [(twin, state["twins"][name]) for name, twin in self._twins.items()]
         for twin, each in saved:

@@ -83,8 +83,7 @@ class LayerPlan:
         self._left_out: set[str] = set()
         self.renewed: frozenset[str] = frozenset()
         self.begun: frozenset[str] = frozenset()
-        # Of a checkpoint, until the first step: the sample of each layer, and the run's weights.
-        self._loaded: dict[str, tuple[Tensor, Tensor]] = {}
+        self._loaded: dict[str, _Saved] = {}  # of a checkpoint, until the first step
 
     def arrange(
         self,
@@ -144,31 +143,12 @@ class LayerPlan:
         return buckets
 
     def _find_known(self, stepped: Sequence[Stepped]) -> list[Stepped]:
-        """Return the layers that the plan has with the same sample, perhaps from a checkpoint."""
-        if self._loaded:
-            self._restore_layers(stepped)
+        """Return the layers that the plan has with the same sample."""
         return [
             each
             for each in stepped
             if each.name in self.layers and self.layers[each.name].shape == each.parameter.shape
         ]
-
-    def _restore_layers(self, stepped: Sequence[Stepped]) -> None:
-        """Add the layers of a checkpoint, but those that now have other elements or weights."""
-        gone = []
-        for each in stepped:
-            if each.name not in self._loaded:
-                continue
-            indices, weights = self._loaded.pop(each.name)
-            if torch.equal(self._draw(each), indices) and _holds(each, indices, weights):
-                self._add_layer(each, indices)
-            else:
-                gone.append(each.name)
-        if gone:
-            self._source.warn(
-                f"has the twins of {few(gone)} begin anew: the sample or the weights are not those "
-                "of the restored state"
-            )
 
     def _draw(self, layer: Stepped) -> Tensor:
         return self._source.draw(layer.name, layer.parameter.shape, self._kind.block)
@@ -221,10 +201,14 @@ class LayerPlan:
             self.layers.pop(name, None)
         return [bucket for bucket in buckets if self._left_out.isdisjoint(bucket.counts)]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the buckets, the samples and their weights as plain data and tensors."""
+    def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the buckets and the samples as plain data and tensors.
+
+        Args:
+            optimizer: The run's optimizer.
+        """
         samples = {
-            name: (each.indices.cpu(), torch.take(each.parameter.detach(), each.indices).cpu())
+            name: tuple(_Saved.read(optimizer, each.parameter, each.indices))
             for name, each in self.layers.items()
         }
         return {
@@ -241,13 +225,96 @@ class LayerPlan:
         """
         self.layout = Layout(tuple(Bucket(*bucket) for bucket in state["buckets"]))
         self._left_out = set(state["left_out"])
-        self._loaded = dict(state["samples"])
+        self._loaded = {name: _Saved(*each) for name, each in state["samples"].items()}
+
+    def restore(
+        self, optimizer: Optimizer, stepped: Sequence[Stepped]
+    ) -> tuple[set[str], set[str]]:
+        """Add the layers of a checkpoint, before the first step; others begin anew.
+
+        Args:
+            optimizer: The run's optimizer.
+            stepped: The layers that it is about to step.
+
+        Returns:
+            Names of the layers whose weights, and of those whose states, have changed since the
+            checkpoint.
+        """
+        written, changed, gone = set(), set(), []
+        for each in stepped:
+            saved = self._loaded.pop(each.name, None)
+            if saved is None:
+                continue
+            now = _Saved.read(optimizer, each.parameter, saved.indices)
+            has_weights, has_state = _equal(now.weights, saved.weights), now.has_state_of(saved)
+            # Other weights and other states are those of another time, not of a write.
+            is_gone = not torch.equal(self._draw(each), saved.indices)
+            if is_gone or not (has_weights or has_state):
+                gone.append(each.name)
+                continue
+            self._add_layer(each, saved.indices)
+            if not has_weights:
+                written.add(each.name)
+            if not has_state:
+                changed.add(each.name)
+        if gone:
+            self._source.warn(
+                f"has the twins of {few(gone)} begin anew: the sample is another one, or the run "
+                "went on since the restored state"
+            )
+        return written, changed
 
 
-def _holds(layer: Stepped, indices: Tensor, weights: Tensor) -> bool:
-    """Return True if a layer has these weights at a sample; NaN equals NaN."""
-    now = torch.take(layer.parameter.detach().cpu(), indices)
-    return torch.allclose(now, weights, rtol=0, atol=0, equal_nan=True)
+class _Saved(NamedTuple):
+    """A layer of a checkpoint, as it was in the run; all tensors on the CPU.
+
+    Attributes:
+        indices: The sample, flat indices, int64 (elements).
+        weights: The sampled weights, (elements).
+        state: Sampled states by name, and those that are one number.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    state: Mapping[str, Tensor]
+
+    @classmethod
+    def read(cls, optimizer: Optimizer, parameter: Tensor, indices: Tensor) -> _Saved:
+        """Return the layer as it is now.
+
+        Args:
+            optimizer: The run's optimizer.
+            parameter: The parameter.
+            indices: The sample, flat indices, int64 (elements) on any device.
+        """
+        state = optimizer.state.get(parameter, {})
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        own = {n: v for n, v in tensors.items() if v.shape == parameter.shape}
+        single = {n: v for n, v in tensors.items() if n not in own and v.numel() == 1}
+        return cls(
+            indices.cpu(),
+            _take(parameter, indices),
+            {n: _take(v, indices) for n, v in own.items()}
+            | {n: v.detach().view(1).cpu().clone() for n, v in single.items()},
+        )
+
+    def has_state_of(self, other: _Saved) -> bool:
+        """Return True if two layers have equal states."""
+        names = self.state.keys()
+        return names == other.state.keys() and all(
+            _equal(self.state[name], other.state[name]) for name in names
+        )
+
+
+def _take(values: Tensor, indices: Tensor) -> Tensor:
+    return torch.take(values.detach(), indices.to(values.device)).cpu()
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Return True if two tensors are equal; NaN equals NaN."""
+    return one.shape == other.shape and torch.allclose(
+        one.double(), other.double(), rtol=0, atol=0, equal_nan=True
+    )
 
 
 def _describe_state(optimizer: Optimizer, layer: Stepped) -> object:

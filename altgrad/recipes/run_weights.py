@@ -130,6 +130,16 @@ class RunWeights:
 
     # --- weights that something other than a step has changed
 
+    def go_on_watching(self, values: Tensor, layout: Layout) -> None:
+        """Watch for writes as the run did from which a state was restored.
+
+        Args:
+            values: The weights after its last step, (elements).
+            layout: Their layout; the next `rearrange` begins there.
+        """
+        self.is_watching = True
+        self.values, self._layout = values.clone(), layout
+
     def remember_writes(self) -> None:
         """Take the writes so far as those of the optimizer, at the end of its step."""
         self._versions = self._read_versions()

@@ -269,8 +269,8 @@ class Twins:
             A dict of plain data and tensors.
         """
         lanes = [
-            {"kind": kind.describe(), **lane.state_dict()}
-            for run in self._runs.values()
+            {"kind": kind.describe(), **lane.state_dict(optimizer)}
+            for optimizer, run in self._runs.items()
             for kind, lane in run.lanes.items()
         ]
         return {"lanes": lanes + self._loaded, "resynchronised": dict(self.resynchronised)}

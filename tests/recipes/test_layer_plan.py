@@ -125,32 +125,55 @@ def test_the_groups_beyond_a_limit_are_left_out_with_one_notice() -> None:
     assert str(MOST_BUCKETS) in notice
 
 
-def restore(planned: Planned, saved: dict[str, Any]) -> list[list[str]]:
-    planned.plan.load_state_dict(saved)
-    return planned.arrange()
+class Restored(Planned):
+    """A plan that is restored from the state of another one, whose layers have equal weights."""
+
+    def __init__(self, **changes: Any) -> None:
+        net = make_net()
+        super().__init__(net, torch.optim.AdamW(net.parameters(), 1e-3))
+        planned = plan_net()
+        planned.arrange()
+        saved = planned.plan.state_dict(planned.optimizer)
+        indices, weights, state = saved["samples"]["0.bias"]
+        now = {"indices": indices, "weights": weights, "state": state} | changes
+        saved["samples"]["0.bias"] = tuple(now.values())
+        self.plan.load_state_dict(saved)
+        self.found = self.plan.restore(self.optimizer, self.stepped)
+        self.buckets = self.arrange()
 
 
 def test_a_restored_plan_has_the_layers_of_the_state() -> None:
-    planned, other = plan_net(), plan_net()
-    planned.arrange()
-    buckets = restore(other, planned.plan.state_dict())
-    assert other.plan.begun == other.plan.renewed == frozenset()
-    assert [[*bucket.counts] for bucket in planned.plan.layout.buckets] == buckets
-    assert other.source.notices == []
+    restored = Restored()
+    assert restored.found == (set(), set())
+    assert restored.plan.begun == restored.plan.renewed == frozenset()
+    assert len(restored.buckets) == 1
+    assert restored.source.notices == []
 
 
-@pytest.mark.parametrize("changed", ["sample", "weights"])
-def test_a_restored_layer_with_another_sample_or_weights_begins_anew(changed: str) -> None:
-    planned, other = plan_net(), plan_net()
-    planned.arrange()
-    saved = planned.plan.state_dict()
-    indices, weights = saved["samples"]["0.bias"]
-    saved["samples"]["0.bias"] = (
-        (indices + 1, weights) if changed == "sample" else (indices, weights + 1)
-    )
-    assert ["0.bias"] in restore(other, saved)
-    assert other.plan.begun == other.plan.renewed == {"0.bias"}
-    [notice] = other.source.notices
+def test_a_restored_layer_with_other_weights_was_written_to() -> None:
+    restored = Restored(weights=torch.zeros(64))
+    assert restored.found == ({"0.bias"}, set())
+    assert restored.plan.begun == frozenset()
+
+
+def test_a_restored_layer_with_other_states_has_changed_states() -> None:
+    restored = Restored(state={"step": torch.tensor([3.0])})
+    assert restored.found == (set(), {"0.bias"})
+    assert restored.plan.begun == frozenset()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"indices": torch.arange(64) + 1},
+        {"weights": torch.zeros(64), "state": {"step": torch.tensor([3.0])}},
+    ],
+)
+def test_a_restored_layer_of_another_sample_or_time_begins_anew(changes: dict[str, Any]) -> None:
+    restored = Restored(**changes)
+    assert restored.found == (set(), set())
+    assert restored.plan.begun == restored.plan.renewed == {"0.bias"}
+    [notice] = restored.source.notices
     assert "0.bias" in notice
 
 

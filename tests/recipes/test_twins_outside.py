@@ -285,3 +285,30 @@ def test_a_skipped_observed_step_begins_no_window() -> None:
     assert watched.records[-1].model["still_frac/bf16"] == pytest.approx(
         seen.records[-1].model["still_frac/bf16"]
     )
+
+
+@pytest.mark.parametrize("through_data", [False, True])
+def test_a_write_between_the_last_step_and_a_checkpoint_is_seen_after_a_resume(
+    through_data: bool,
+) -> None:
+    figures = []
+    for stops in (False, True):
+        net = make_net()
+        optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+        watched = Watched(net, optimizer, formats=["bf16"], every_n_steps=lambda i: i in (3, 5, 17))
+        train(net, optimizer, 3)
+        net[0].weight.data.mul_(0.9)  # found at step 3; from then on, the weights are watched
+        train(net, optimizer, 7, first=3)
+        with torch.no_grad():
+            written = net[3].weight.data if through_data else net[3].weight
+            written.mul_(0.9)
+        reset_one_layer(net, optimizer, None)
+        if stops:
+            state = copy.deepcopy(watched.monitor.state_dict())
+            watched.monitor.detach()
+            watched = resume(net, optimizer, state, every_n_steps=lambda i: i == 7)
+        train(net, optimizer, 10, first=10)
+        assert_equal(watched)
+        layers = watched.records[-1].layers
+        figures.append({f"{n} {k}": layers[n][k] for n in layers for k in layers[n].twin_keys})
+    assert figures[0] == pytest.approx(figures[1], rel=0, abs=0, nan_ok=True)
