@@ -23,6 +23,9 @@ Only for layers of one element are they needed, where shapes tell nothing.
 """
 
 
+_NUMBERS = (int, float, bool, type(None))
+
+
 class NotElementwiseError(ValueError):
     """An error that says which state does not hold one number per element."""
 
@@ -111,6 +114,27 @@ def split_state(
         else:
             parts[name] = _copy_shared(name, value, torch.Size([length]))
     return parts
+
+
+def is_same_state(own: Any, positions: Tensor, other: Any, indices: Tensor) -> bool:
+    """Return True if a flat parameter has the state of a layer, but for rounding.
+
+    Args:
+        own: A state of the flat parameter.
+        positions: The elements of the layer in it, int64 (elements).
+        other: The state of the layer by the same name.
+        indices: The same elements in the layer, int64 (elements).
+    """
+    if not (_is_plain_tensor(own) and _is_plain_tensor(other)):
+        return type(own) is type(other) and type(own) in _NUMBERS and own == other
+    if own.numel() > 1:
+        own = _take(own, positions)
+    if other.numel() > 1:
+        other = _take(other, indices)
+    if own.numel() != other.numel():
+        return False
+    pair = own.double().view(-1), other.double().view(-1).to(own.device)
+    return torch.allclose(*pair, rtol=2.0**-7, atol=0, equal_nan=True)  # a spacing of bfloat16
 
 
 def _is_elementwise(name: str, values: Sequence[Any], shapes: Sequence[torch.Size]) -> bool:

@@ -82,6 +82,7 @@ class Lane:
             self._baseline = OptimizerTwin(Recipe("fp32"), *self._make)
         self._twins: dict[str, Twin] = {r.name: OptimizerTwin(r, *self._make) for r in recipes}
         self.follows_updates = False
+        self._suspicions = 0
         self._has_new_layers = False  # since the last step
         self._loaded_writes: tuple[Collection[str], Collection[str]] = (), ()
         self._stepped: Sequence[Stepped] = ()
@@ -162,10 +163,20 @@ class Lane:
         """
         written, changed = self._loaded_writes
         other_weights, other_states = self._plan.restore(optimizer, stepped)
+        moved = self._states.find_changed(optimizer, stepped)
+        # States that were only moved to another device and back, or loaded again, are equal.
+        moved -= {name for name in moved if self._has_state(optimizer, name)}
         return (
             {*written, *other_weights, *self._run.find_written()},
-            {*changed, *other_states, *self._states.find_changed(optimizer, stepped)},
+            {*changed, *other_states, *moved},
         )
+
+    def _has_state(self, optimizer: Optimizer, name: str) -> bool:
+        """Return True if the reference twin has the run's state of a layer."""
+        layer = self._plan.layers.get(name)
+        if layer is None or not isinstance(self._reference, OptimizerTwin):
+            return False
+        return self._reference.has_state(name, optimizer.state.get(layer.parameter, {}), layer)
 
     def _arrange(
         self,
@@ -292,19 +303,27 @@ class Lane:
 
     def _find_shown(self, names: Collection[str]) -> Tensor:
         """Return the elements of some layers, bool (elements); none in a skipped step."""
-        flags = torch.tensor([name in names for name in self.names])
+        flags = torch.tensor([name in names for name in self.names], device="cpu")
         shown = flags.to(self._kind.device)[self._run.layer_rows]
         found_inf = self._gradients_now.found_inf
         return shown if found_inf is None else shown & (found_inf == 0)
 
     # --- endings
 
-    def watch_writes(self) -> None:
-        """Look for writes to weights at each step, since one was found that torch had not counted.
+    def watch_writes(self, *, is_suspected: bool, are_found: bool) -> None:
+        """Begin or end to look for writes to weights at each step, after a check.
 
-        The weights of the run must have been gathered after its last step, as `check` does.
+        A suspicion begins it, the first time until a check without a write, then for good.
+
+        Args:
+            is_suspected: True if weights were taken over to which torch had counted no write.
+            are_found: True if any weights were taken over since the check before.
         """
-        self._run.is_watching = True
+        self._suspicions += is_suspected
+        if is_suspected:
+            self._run.is_watching = True
+        elif not are_found and self._suspicions < 2:
+            self._run.is_watching = False
 
     def follow_updates(self, optimizer: Optimizer, reason: str) -> None:
         """Feed twins with the updates of the run, since its optimizer cannot run on a sample.
@@ -318,15 +337,17 @@ class Lane:
         recipes = [twin.recipe for twin in self._twins.values() if twin.recipe.only_weights]
         if self._baseline is not None:  # the run has no weights in float32 to compare with
             recipes = []
-        if gone := self._twins.keys() - {each.name for each in recipes}:
-            self._warn(f"ends the twins of {few(sorted(gone))}: {reason}")
-        if recipes:
-            names = [each.name for each in recipes]
-            self._warn(f"feeds the twins of {few(names)} with the updates of the run: {reason}")
+        names = [each.name for each in recipes]
+        gone = sorted(self._twins.keys() - {*names})
         self._make_followers(recipes)
         self._run.gather()
         for twin in self._all_twins:
             twin.rearrange(self._describe_run(optimizer))
+        # Last: where warnings are errors, the twins must be ready for the next step.
+        if gone:
+            self._warn(f"ends the twins of {few(gone)}: {reason}")
+        if names:
+            self._warn(f"feeds the twins of {few(names)} with the updates of the run: {reason}")
 
     def _make_followers(self, recipes: Sequence[Recipe]) -> None:
         """Replace all twins by twins that take over the updates of the run."""
@@ -340,6 +361,8 @@ class Lane:
         """Go on with the updates of the run, if its optimizer cannot run on a sample."""
         try:
             yield
+        except Warning:  # the user made warnings errors
+            raise
         except Exception as error:
             if self.follows_updates:
                 raise
@@ -350,6 +373,8 @@ class Lane:
         """Call a function of a twin; after an error, end the twin with one sentence."""
         try:
             act()
+        except Warning:  # the user made warnings errors
+            raise
         except Exception as error:
             if twin is self._reference or twin is self._baseline:
                 raise
@@ -384,7 +409,8 @@ class Lane:
             "follows_updates": self.follows_updates,
             "written": sorted(written),
             "changed": sorted(changed),
-            "watched": self._run.values.clone() if self._run.is_watching else None,
+            "suspicions": self._suspicions,
+            "run": self._run.state_dict(),
             "reference": self._reference.state_dict(),
             "baseline": None if self._baseline is None else self._baseline.state_dict(),
             "twins": {name: twin.state_dict() for name, twin in self._twins.items()},
@@ -398,12 +424,12 @@ class Lane:
         """
         self._twins = {name: each for name, each in self._twins.items() if name in state["twins"]}
         self._loaded_writes = state["written"], state["changed"]
+        self._suspicions = state["suspicions"]
         if state["follows_updates"]:
             recipes = [twin.recipe for twin in self._twins.values()]
             self._make_followers([r for r in recipes if r.only_weights and not self._baseline])
         self._plan.load_state_dict(state)
-        if state["watched"] is not None:
-            self._run.go_on_watching(state["watched"].to(self._kind.device), self._plan.layout)
+        self._run.load_state_dict(state["run"], self._plan.layout)
         saved = [(self._reference, state["reference"]), (self._baseline, state["baseline"])]
         saved += [(twin, state["twins"][name]) for name, twin in self._twins.items()]
         for twin, each in saved:

@@ -111,8 +111,10 @@ class LayerPlan:
         begun = self._begin({each.name for each in known}, new)
         made = self._make_buckets(optimizer, new, present)
         buckets = kept + made
-        if sum(bucket.shape is None for bucket in buckets) > MOST_BUCKETS:
-            buckets = self._leave_out_small(buckets)
+        # Groups are the user's; only layers that are stepped at other times are limited.
+        most = MOST_BUCKETS + len({bucket.group for bucket in buckets}) - 1
+        if sum(bucket.shape is None for bucket in buckets) > most:
+            buckets = self._leave_out_small(buckets, most)
         layout = Layout(tuple(buckets))
         self.renewed = frozenset(name for bucket in made for name in bucket.counts)
         self.begun = begun & self.renewed
@@ -186,15 +188,15 @@ class LayerPlan:
         is_fused = bool(optimizer.param_groups[layer.group].get("fused"))
         return self._kind.dtype.itemsize < 4 or is_fused
 
-    def _leave_out_small(self, buckets: Sequence[Bucket]) -> list[Bucket]:
+    def _leave_out_small(self, buckets: Sequence[Bucket], most: int) -> list[Bucket]:
         """Keep the buckets with the most elements, and warn once of the layers of the others."""
         flat = [bucket for bucket in buckets if bucket.shape is None]
         flat.sort(key=lambda bucket: -bucket.length)  # stable: equal runs leave out the same
-        gone = [name for bucket in flat[MOST_BUCKETS:] for name in bucket.counts]
+        gone = [name for bucket in flat[most:] for name in bucket.counts]
         if not self._left_out:
             self._source.warn(
                 f"has no twins of {few(gone)} and of others that are stepped at other times than "
-                f"the rest, as experts are: twins step {MOST_BUCKETS} groups of layers apart"
+                f"the rest, as experts are: twins step {most} groups of layers apart"
             )
         self._left_out.update(gone)
         for name in gone:
@@ -206,6 +208,9 @@ class LayerPlan:
 
         Args:
             optimizer: The run's optimizer.
+
+        Returns:
+            A dict that `load_state_dict` takes.
         """
         samples = {
             name: tuple(_Saved.read(optimizer, each.parameter, each.indices))
@@ -246,7 +251,7 @@ class LayerPlan:
             if saved is None:
                 continue
             now = _Saved.read(optimizer, each.parameter, saved.indices)
-            has_weights, has_state = _equal(now.weights, saved.weights), now.has_state_of(saved)
+            has_weights, has_state = _equal(now.weights, saved.weights), now.equals_state(saved)
             # Other weights and other states are those of another time, not of a write.
             is_gone = not torch.equal(self._draw(each), saved.indices)
             if is_gone or not (has_weights or has_state):
@@ -298,7 +303,7 @@ class _Saved(NamedTuple):
             | {n: v.detach().view(1).cpu().clone() for n, v in single.items()},
         )
 
-    def has_state_of(self, other: _Saved) -> bool:
+    def equals_state(self, other: _Saved) -> bool:
         """Return True if two layers have equal states."""
         names = self.state.keys()
         return names == other.state.keys() and all(
@@ -320,6 +325,13 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 def _describe_state(optimizer: Optimizer, layer: Stepped) -> object:
     """Return what layers have alike that may share a bucket: their steps, and kinds of state."""
     state = optimizer.state.get(layer.parameter, {})
-    steps = state.get("step")
     # Reading a counter waits for the device, once when a layer is new.
-    return (float(steps) if steps is not None else None, tuple(state))
+    return tuple((name, _read_number(value, layer)) for name, value in state.items())
+
+
+def _read_number(value: object, layer: Stepped) -> object:
+    """Return a state that is one number for all elements of a layer; None for other states."""
+    if isinstance(value, Tensor):
+        is_number = value.numel() == 1 and value.shape != layer.parameter.shape
+        return float(value) if is_number else None
+    return value if isinstance(value, (int, float)) else None

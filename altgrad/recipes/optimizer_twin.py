@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from altgrad.recipes.element_scales import ElementScales
-from altgrad.recipes.flat_state import split_state, take_state
+from altgrad.recipes.flat_state import is_same_state, split_state, take_state
 from altgrad.recipes.generators import PrivateGenerators, may_draw
 from altgrad.recipes.hyperparameters import Changes, apply_changes
 from altgrad.recipes.layout import Bucket, Layout
 from altgrad.recipes.optimizer_copy import copy_optimizer, copy_with_factory
 from altgrad.recipes.recipe import Recipe
-from altgrad.recipes.twin import Arrangement, Twin
+from altgrad.recipes.twin import Arrangement, Sampled, Twin
 
 
 class Gradients(NamedTuple):
@@ -79,6 +79,24 @@ class OptimizerTwin(Twin):
                     states[name] = torch.zeros_like(self.tensors.weights, dtype=value.dtype)
                 states[name][place] = value.detach().view(-1)
         return states
+
+    def has_state(self, name: str, state: Mapping[str, Any], layer: Sampled) -> bool:
+        """Return True if the twin has the state that the run has of a layer, but for rounding.
+
+        Args:
+            name: Name of the layer.
+            state: The state of the run's optimizer.
+            layer: The layer.
+        """
+        number = self.layout.bucket_numbers.get(name)
+        if number is None:
+            return False
+        own, start = self._bucket_states()[number], self.layout.slices[number].start
+        place = self.layout.places[name]
+        positions = torch.arange(place.start - start, place.stop - start, device="cpu")
+        return own.keys() == state.keys() and all(
+            is_same_state(own[key], positions, value, layer.indices) for key, value in state.items()
+        )
 
     def rearrange(self, new: Arrangement) -> None:
         """Take over another layout, with layers that are new or gone.

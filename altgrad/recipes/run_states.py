@@ -1,8 +1,8 @@
 """`RunStates`: find the layers whose optimizer states something other than a step has changed.
 
 A checkpoint that is loaded in mid-run, a warm restart, or a reset of the first moment changes the
-states of the run's optimizer between two steps. Twins then take them over. States are not compared:
-torch counts writes to a tensor, and a new state has another count.
+states of the run's optimizer between two steps. Twins then take them over. torch counts writes to a
+tensor, and a new state has another count, so that no state is compared at ordinary steps.
 
 Read `run_weights` first; `lane` comes next.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from altgrad.recipes.layer_plan import Stepped
+from altgrad.recipes.writes import count_writes
 
 
 class RunStates:
@@ -53,10 +54,10 @@ def _mark(state: Mapping[str, Any] | None) -> tuple[object, ...]:
     """Return the identity of a state, and the number of writes to each of its tensors."""
     if not state:
         return ()
-    return (id(state), *map(_count_writes, state.values()))
+    return (id(state), *map(_describe_value, state.values()))
 
 
-def _count_writes(value: object) -> object:
+def _describe_value(value: object) -> object:
     if isinstance(value, Tensor):
-        return value._version  # noqa: SLF001 - as in `run_weights`
+        return count_writes(value)
     return value if isinstance(value, (int, float)) else None

@@ -26,6 +26,7 @@ from altgrad.recipes.layout import Layout
 from altgrad.recipes.self_check import compare, find_suspected
 from altgrad.recipes.twin import Sampled
 from altgrad.recipes.twin_tensors import TwinTensors
+from altgrad.recipes.writes import count_writes
 
 
 class RunWeights:
@@ -73,7 +74,7 @@ class RunWeights:
         """
         device, names = self._kind.device, [*layers]
         known = {name: each for name, each in self._layers.items() if name not in begun}
-        old, self._layers = self._layers, dict(layers)
+        old, self._layers = [*self._layout.places], dict(layers)
         sources = self._layout.find_sources(layout, begun).to(device)
         last, self._layout = self.values, layout
         self.values = torch.zeros(layout.length, dtype=self._kind.dtype, device=device)
@@ -83,7 +84,7 @@ class RunWeights:
         self.layer_rows = torch.zeros(layout.length, dtype=torch.int64, device=device)
         for row, place in enumerate(layout.places.values()):
             self.layer_rows[place] = row
-        self._carry_counts([*old], names)
+        self._carry_counts(old, names)
         self.gather()
         if len(last):  # the weights after the last step, with which a watch compares
             self.values = torch.where(sources < 0, self.values, last[sources])
@@ -130,16 +131,6 @@ class RunWeights:
 
     # --- weights that something other than a step has changed
 
-    def go_on_watching(self, values: Tensor, layout: Layout) -> None:
-        """Watch for writes as the run did from which a state was restored.
-
-        Args:
-            values: The weights after its last step, (elements).
-            layout: Their layout; the next `rearrange` begins there.
-        """
-        self.is_watching = True
-        self.values, self._layout = values.clone(), layout
-
     def remember_writes(self) -> None:
         """Take the writes so far as those of the optimizer, at the end of its step."""
         self._versions = self._read_versions()
@@ -147,10 +138,8 @@ class RunWeights:
             self.gather()
 
     def _read_versions(self) -> dict[str, tuple[int, int]]:
-        # Autograd counts in-place writes in `_version`, which has no public name:
-        # https://docs.pytorch.org/docs/stable/notes/autograd.html#in-place-correctness-checks
         return {
-            name: (each.parameter._version, each.parameter.data_ptr())  # noqa: SLF001
+            name: (count_writes(each.parameter), each.parameter.data_ptr())
             for name, each in self._layers.items()
         }
 
@@ -186,12 +175,35 @@ class RunWeights:
         self, reference: TwinTensors, written: Collection[str], *, is_checkable: bool
     ) -> Tensor:
         """Return the layers that were written to, or that differ by more than a check allows."""
-        device = self._kind.device
-        is_written = torch.tensor([name in written for name in self._layers], device=device)
+        is_written = torch.tensor([name in written for name in self._layers], device="cpu")
+        is_written = is_written.to(self._kind.device)
         if not is_checkable:
             return is_written
         self._suspected = find_suspected(self._compare(reference)) & ~is_written
         return self._suspected | is_written
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        """Return what a resumed run needs to count and watch writes on.
+
+        Returns:
+            Tensors by name; None for the weights after the last step if they are not watched.
+        """
+        watched = self.values.clone() if self.is_watching else None
+        return {"times_changed": self._times_changed.clone(), "watched": watched}
+
+    def load_state_dict(self, state: Mapping[str, Tensor | None], layout: Layout) -> None:
+        """Restore a `state_dict`; the next `rearrange` begins there.
+
+        Args:
+            state: A result of `state_dict`.
+            layout: The layout of the state.
+        """
+        device, times, watched = self._kind.device, state["times_changed"], state["watched"]
+        assert times is not None
+        self._layout, self._times_changed = layout, times.to(device, copy=True)
+        self._suspected = torch.zeros_like(self._times_changed, dtype=torch.bool)
+        if watched is not None:
+            self.is_watching, self.values = True, watched.to(device, copy=True)
 
     def nbytes(self) -> int:
         """Return the memory of the gathered weights in bytes."""

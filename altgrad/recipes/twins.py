@@ -227,6 +227,8 @@ class Twins:
         """End all twins after an error, with one notice; raise it if `strict`."""
         try:
             yield
+        except Warning:  # the user made warnings errors
+            raise
         except Exception as error:
             self._is_ended = True
             self._runs.clear()
@@ -242,8 +244,7 @@ class Twins:
         lane = run.lanes[kind]
         times = zip(names, counts[:, 4].astype(int).tolist(), strict=True)
         self.resynchronised.update({name: count for name, count in times if count})
-        if counts[:, 5].any():
-            lane.watch_writes()
+        lane.watch_writes(is_suspected=bool(counts[:, 5].any()), are_found=bool(counts[:, 4].any()))
         found = judge(counts, draws=run.draws, is_first=kind not in run.checked)
         run.checked.add(kind)
         if not lane.follows_updates:
@@ -297,8 +298,7 @@ class Twins:
         """Restore a lane, unless recipes have come, whose twins could not be compared."""
         if new := sorted(lane.recipes - set(state["recipes"])):
             self._source.warn(
-                f"has all twins begin anew, since {few(new)} was not among the recipes of the "
-                "restored state"
+                f"has all twins begin anew: the restored state has no recipe {few(new)}"
             )
             return False
         lane.load_state_dict(state)

@@ -125,6 +125,14 @@ def test_the_groups_beyond_a_limit_are_left_out_with_one_notice() -> None:
     assert str(MOST_BUCKETS) in notice
 
 
+def test_the_groups_of_the_user_are_not_limited() -> None:
+    layers = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(MOST_BUCKETS + 9))
+    groups = [{"params": [each.weight], "lr": 10.0**-k} for k, each in enumerate(layers)]
+    planned = Planned(layers, torch.optim.AdamW(groups))
+    assert len(planned.arrange()) == len(groups)
+    assert planned.source.notices == []
+
+
 class Restored(Planned):
     """A plan that is restored from the state of another one, whose layers have equal weights."""
 

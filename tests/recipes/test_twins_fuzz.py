@@ -138,6 +138,7 @@ def check_seed(seed: int) -> None:
         assert all(map(equal, plain.layers, run.layers))
         assert {*run.monitor.twins.checks.values()} == {Check.EQUAL}
         assert not [notice for notice in run.notices if "twin" in notice]
+    assert resumed.monitor.twins.resynchronised == whole.monitor.twins.resynchronised
     assert resumed.figures() == pytest.approx(whole.figures(), rel=0, abs=0, nan_ok=True)
 
 

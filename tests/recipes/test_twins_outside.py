@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from altgrad import SamplingRule, UpdateMonitor
+from altgrad import Recipe, SamplingRule, UpdateMonitor
 from altgrad.recipes.self_check import Check
 from tests.recipes.twinning import Watched, copy_weights, make_net, one_thread, train
 
@@ -111,6 +111,16 @@ def split_group(net: nn.Module, optimizer: Optimizer, saved: Any) -> None:
     optimizer.add_param_group({"params": tail, "lr": 1e-2})
 
 
+def offload(net: nn.Module, optimizer: Optimizer, saved: Any) -> None:
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            state[name] = value.clone()
+
+
+def load_again(net: nn.Module, optimizer: Optimizer, saved: Any) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
 def replace_parameter(net: nn.Module, optimizer: Optimizer, saved: Any) -> None:
     new = nn.Parameter(net[0].weight.detach() * 0.5)  # type: ignore[index,operator]
     swap_parameter(net[0], optimizer, new)  # type: ignore[index]
@@ -170,6 +180,47 @@ def test_changes_of_states_parameters_and_groups_are_followed(
     train(net, optimizer, 20, first=17)
     assert not [notice for notice in watched.notices if "twin" in notice]
     assert {*watched.monitor.twins.checks.values()} == {Check.EQUAL}
+
+
+@pytest.mark.parametrize("change", [offload, load_again])
+def test_states_that_are_moved_or_loaded_again_change_no_figure(change: Any) -> None:
+    figures = []
+    for changes in (False, True):
+        net = make_net()
+        optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+        recipes = ["bf16-true", Recipe("v", states={"exp_avg_sq": "bf16"})]
+        watched = Watched(net, optimizer, recipes=recipes)
+        for index in range(21):
+            train(net, optimizer, 1, first=index)
+            if changes and index > 10:
+                change(net, optimizer, None)
+        assert_equal(watched)
+        figures.append(watched.records[-1].model["exp_avg_sq_ratio/v"])
+    assert figures[0] == figures[1] != 1.0
+
+
+def test_a_counter_of_any_name_tells_layers_apart() -> None:
+    class HandWritten(torch.optim.Optimizer):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {"lr": 1e-2})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for each in self.param_groups[0]["params"]:
+                if each.grad is not None:
+                    state = self.state[each]
+                    state["t"] = state.get("t", 0) + 1
+                    each.add_(each.grad.sign(), alpha=-1e-2 / state["t"])
+
+    net = make_net()
+    optimizer = HandWritten(net.parameters())
+    net[0].requires_grad_(False)
+    train(net, optimizer, 4)
+    net[0].requires_grad_(True)
+    train(net, optimizer, 2, first=4)
+    watched = Watched(net, optimizer)
+    train(net, optimizer, 20, first=6)
+    assert_equal(watched)
 
 
 def test_totals_outlast_a_change_of_states() -> None:
@@ -312,3 +363,33 @@ def test_a_write_between_the_last_step_and_a_checkpoint_is_seen_after_a_resume(
         layers = watched.records[-1].layers
         figures.append({f"{n} {k}": layers[n][k] for n in layers for k in layers[n].twin_keys})
     assert figures[0] == pytest.approx(figures[1], rel=0, abs=0, nan_ok=True)
+
+
+# --- the surroundings
+
+
+def test_a_default_device_and_inference_mode_are_no_hindrance() -> None:
+    net = make_net()
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+    watched = Watched(net, optimizer, every_n_steps=2, formats=["bf16"])
+    for index in range(6):
+        random = torch.Generator().manual_seed(index)
+        net(torch.randn(32, 65, generator=random)).square().mean().backward()
+        with torch.device("meta"), torch.inference_mode():
+            optimizer.step()
+        optimizer.zero_grad()
+    assert_equal(watched)
+
+
+@pytest.mark.filterwarnings("error")
+def test_warnings_as_errors_leave_twins_that_follow_updates() -> None:
+    net = make_net()
+    optimizer = torch.optim.Adafactor(net.parameters(), 1e-3)
+    settings: dict[str, Any] = {"every_n_steps": 5, "formats": ["bf16"], "recipes": ["bf16"]}
+    records: list[Any] = []
+    UpdateMonitor(net, records.append, **settings).attach(optimizer)
+    with pytest.raises(UserWarning, match="feeds the twins of bf16"):
+        train(net, optimizer, 1)
+    train(net, optimizer, 20, first=1)
+    assert records[-1].model["progress_kept/bf16"] == records[-1].model["progress_kept/bf16"]
+    assert records[-1].model.recipes == ("bf16",)
