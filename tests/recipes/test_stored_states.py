@@ -111,8 +111,7 @@ def test_a_resumed_run_goes_on_exactly(rounding) -> None:
     again, resumed = start()
     again.load_state_dict(saved[0])
     resumed.load_state_dict(saved[1])
-    storage = recipe.attach(resumed, module=again)
-    storage.detach()
+    storage = recipe.make_storage()
     storage.load_state_dict(saved[2])
     storage.attach(resumed, module=again)
     train(again, resumed, 5, seed=2)
@@ -141,7 +140,10 @@ def test_a_state_that_is_not_finer_than_its_format_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"dtype": "bfloat16"}, r"dtype=torch.bfloat16: .* model.to\(torch.bfloat16\) before"),
+        (
+            {"dtype": "bfloat16"},
+            r"model.to\(torch.bfloat16\) before .* Trainer\(precision='bf16-true'",
+        ),
         ({"fused": True}, "fused=True: .* create the optimizer with fused=True"),
         ({"optimizer": adam}, "do create that optimizer"),
     ],
@@ -149,3 +151,17 @@ def test_a_state_that_is_not_finer_than_its_format_is_an_error() -> None:
 def test_a_recipe_that_needs_another_optimizer_cannot_be_attached(fields, message) -> None:
     with pytest.raises(ValueError, match=message):
         Recipe("mine", **fields).attach(adam([nn.Parameter(torch.ones(1))]))
+
+
+def test_a_storage_is_made_before_it_is_attached() -> None:
+    recipe = Recipe("low", weights="e4m3fn", rounding="stochastic", states={"*": "bf16"})
+    rules = [SamplingRule("2.*", enabled=False)]
+    model, other = net(), net()
+    for each, attach in (
+        (model, lambda *given, **names: recipe.attach(*given, **names, layers=rules, seed=3)),
+        (other, recipe.make_storage(layers=rules, seed=3).attach),
+    ):
+        optimizer = adam(each.parameters())
+        attach(optimizer, module=each)
+        train(each, optimizer, 3)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
