@@ -54,7 +54,8 @@ class Recipe:
         rounding: The way to round weights and states: ``"nearest_even"`` or ``"stochastic"``.
         compensation: ``"kahan"`` keeps the rounding error of each weight in bf16.
         states: The format of each state of the optimizer, by its name. The name ``"*"`` stands for
-            all other floating-point states of the shape of the parameter.
+            all other floating-point states of the shape of the parameter. An attached recipe warns
+            of names that no optimizer has.
         dtype: The dtype of the tensors that the run's own class of optimizer steps, as after
             ``model.to(dtype)``; a torch dtype or its name. None for float32, and for float64 in a
             run in float64.

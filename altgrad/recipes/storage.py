@@ -34,7 +34,7 @@ from altgrad.quantization.number_format import NumberFormat, get_applied_scaling
 from altgrad.quantization.scaling import compute_amax, compute_format_scales
 from altgrad.recipes.rounding import Compensation, StorageRounding, check_rounding, store_
 from altgrad.recipes.rounding_generators import RoundingGenerators
-from altgrad.recipes.stored_states import StoredStates, expand_scales
+from altgrad.recipes.stored_states import StoredStates, UnmatchedNames, expand_scales
 
 
 class WeightStorage:
@@ -76,7 +76,8 @@ class WeightStorage:
             the weight in bf16, 1e-4 in e4m3fn. For these only stochastic rounding helps.
         states: The format of each state of the optimizer by its name, ``"*"`` for all others. A
             state is stored after each step, without compensation, if it is a floating-point tensor
-            of the shape of the layer. Scales of states are taken anew at each step.
+            of the shape of the layer. Scales of states are taken anew at each step. A warning names
+            those that no optimizer has after its first step.
         layers: Rules for single layers. The first rule that matches the name of a layer applies.
             Its `formats`, exactly one, replaces `format`; ``enabled=False`` leaves layers as they
             are. Rules about sampling are ignored.
@@ -111,6 +112,7 @@ class WeightStorage:
         self._format = None if format is None else _one_format((format,))
         self._state_formats = {name: _one_format((each,)) for name, each in states.items()}
         self._states: dict[Tensor, StoredStates] = {}
+        self._unmatched = UnmatchedNames((), ())
         for rule in layers:
             if rule.formats:
                 _one_format(rule.formats)
@@ -183,6 +185,7 @@ class WeightStorage:
                 states[parameter] = StoredStates(name, self._state_formats, self.scaling)
         self._warn_about_unknown({layer.name for layer in layers.values()})
         self._layers, self._states, self._loaded = layers, states, {}
+        self._unmatched = UnmatchedNames(self._state_formats, unwrapped)
         self._seen = {*names}
         # All checks have passed, so that an error leaves every weight unchanged.
         for each in layers.values():
@@ -199,6 +202,7 @@ class WeightStorage:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._unmatched = UnmatchedNames((), ())
         forget_stored(self)
 
     def __enter__(self) -> WeightStorage:  # noqa: PYI034 - typing has Self only from 3.11 on
@@ -334,6 +338,7 @@ class WeightStorage:
                 self._states[parameter].store(parameter, states, self._rounding, generator)
             if parameter not in self._seen:
                 self._warn_about_late(parameter)
+        self._unmatched.note_step(optimizer, (each for each in parameters if each in self._states))
 
     def _warn_about_late(self, parameter: Tensor) -> None:
         """Warn once about a parameter that was added after `attach`."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -123,3 +126,15 @@ def test_weights_are_not_rounded_after_detach() -> None:
         optimizer.step()
     optimizer.step()
     assert weight.item() == pytest.approx(1.0001, rel=1e-6)
+
+
+def test_a_detached_storage_keeps_no_optimizer_alive() -> None:
+    optimizer = Given([nn.Parameter(torch.ones(1))], 0.0)
+    storage = WeightStorage("bf16", states={"momentum": "bf16"})
+    with storage.attach(optimizer):
+        pass
+    reference = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert reference() is None
+    assert storage.formats == {"parameter 0": "bf16"}

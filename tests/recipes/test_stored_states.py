@@ -153,6 +153,49 @@ def test_a_recipe_that_needs_another_optimizer_cannot_be_attached(fields, messag
         Recipe("mine", **fields).attach(adam([nn.Parameter(torch.ones(1))]))
 
 
+def step(*optimizers: torch.optim.Optimizer) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+
+WRONG = r"states=\['exp_avg_sp'\]: expected names .* Adam has 'exp_avg', 'exp_avg_sq'\. These names"
+
+
+def test_a_warning_names_states_that_the_optimizer_does_not_have() -> None:
+    optimizer = adam([nn.Parameter(torch.ones(3))])
+    Recipe("typo", states={"exp_avg": "bf16", "exp_avg_sp": "bf16", "*": "bf16"}).attach(optimizer)
+    optimizer.step()  # without a gradient, there is no state yet
+    with pytest.warns(UserWarning, match=WRONG):
+        step(optimizer)
+    step(optimizer)  # a second warning would be an error
+
+
+def test_names_of_counters_and_of_states_of_other_shapes_store_nothing() -> None:
+    optimizer = torch.optim.Adafactor([nn.Parameter(torch.ones(3, 2))])
+    Recipe("factored", states={"row_var": "bf16", "step": "bf16"}).attach(optimizer)
+    with pytest.warns(
+        UserWarning, match=r"states=\['row_var', 'step'\]: .* Adafactor has none\. These names"
+    ):
+        step(optimizer)
+
+
+def test_a_name_is_right_if_one_of_several_optimizers_has_it() -> None:
+    first = adam([nn.Parameter(torch.ones(3))], amsgrad=True)
+    second = adam([nn.Parameter(torch.ones(3))])
+    plain = torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1)
+    recipe = Recipe("several", states={"exp_avg": "bf16"})
+    with recipe.attach(first, plain):
+        step(plain, first, plain)
+    wrong = Recipe("several", states={"exp_avg_sp": "bf16"})
+    with wrong.attach(plain, first, second):
+        step(plain, first, first)
+        with pytest.warns(UserWarning, match="SGD has none; Adam has .*'max_exp_avg_sq'"):
+            step(second)
+
+
 def test_a_storage_is_made_before_it_is_attached() -> None:
     recipe = Recipe("low", weights="e4m3fn", rounding="stochastic", states={"*": "bf16"})
     rules = [SamplingRule("2.*", enabled=False)]
