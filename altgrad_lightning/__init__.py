@@ -1,6 +1,7 @@
 """AltGrad for Lightning: add `PrecisionMonitor` to the Trainer's callbacks.
 
-Read the files in the order of the data:
+`StoreAs`, in `store_as`, is a callback of its own: it trains with weights and states in formats.
+`PrecisionMonitor` judges formats. Read its files in the order of the data:
 
 1. `callback`: `PrecisionMonitor`, its arguments and the hooks of Lightning. `settings` checks the
    arguments; `packages` finds Lightning.
@@ -9,25 +10,30 @@ Read the files in the order of the data:
    are observed, and `callback_metrics` passes figures to other callbacks.
 3. `output`: the run file and the loggers, with `charts`, `history` and `loggers`.
 
-`pickles` converts callbacks of earlier versions. `demo` and `demo_model` are ``altgrad demo``.
+`pickles` is about pickled callbacks. `demo` and `demo_model` are ``altgrad demo``.
 """
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from altgrad_lightning.callback import PrecisionMonitor
+    from altgrad_lightning.store_as import StoreAs
 
-__all__ = ["PrecisionMonitor"]
+__all__ = ["PrecisionMonitor", "StoreAs"]
 
 if not TYPE_CHECKING:  # a module with __getattr__ has any name for mypy, of type Any
 
     def __getattr__(name: str) -> object:
-        """Import `PrecisionMonitor`, and thus Lightning, when the name is first used (PEP 562)."""
-        if name != "PrecisionMonitor":
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from altgrad_lightning.callback import PrecisionMonitor
+        """Import a callback, and thus Lightning, when its name is first used (PEP 562)."""
+        if name == "PrecisionMonitor":
+            from altgrad_lightning.callback import PrecisionMonitor
 
-        return PrecisionMonitor
+            return PrecisionMonitor
+        if name == "StoreAs":
+            from altgrad_lightning.store_as import StoreAs
+
+            return StoreAs
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

@@ -14,8 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
-
 from altgrad import DEFAULT_FORMATS, Figures, Recipe, SamplingRule
 from altgrad.observation import SkipReason
 from altgrad.quantization import NumberFormat, Scaling
@@ -23,7 +21,7 @@ from altgrad.report import Assessment
 from altgrad_lightning.callback_metrics import CallbackMetrics
 from altgrad_lightning.notices import Notices
 from altgrad_lightning.packages import Callback
-from altgrad_lightning.pickles import convert_attributes
+from altgrad_lightning.pickles import convert_attributes, find_own_attributes
 from altgrad_lightning.result import Result
 from altgrad_lightning.session import Session
 from altgrad_lightning.settings import (
@@ -341,10 +339,7 @@ class PrecisionMonitor(Callback):
 
         A module that has the callback as a hyperparameter is saved with a pickle of the callback.
         """
-        # Lightning sets methods of the module, `log` and `log_dict`, as attributes of callbacks:
-        # lightning/pytorch/trainer/connectors/callback_connector.py.
-        own = {name: value for name, value in vars(self).items() if not _belongs_to_module(value)}
-        return {**own, "_session": None}
+        return {**find_own_attributes(self), "_session": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the attributes from a pickle of this version or of version 0.1.0."""
@@ -388,7 +383,3 @@ class PrecisionMonitor(Callback):
             self._session.end(alone=alone)
         self._session = None
         self._loaded = {}
-
-
-def _belongs_to_module(value: object) -> bool:
-    return isinstance(getattr(value, "__self__", None), nn.Module)

@@ -1,6 +1,10 @@
-"""`convert_attributes`: unpickle a `PrecisionMonitor` that an earlier version pickled.
+"""Pickle callbacks, and unpickle those of earlier versions.
 
-A module may hold the callback as a hyperparameter, so that checkpoints hold its pickle for years.
+A module may hold a callback as a hyperparameter, so that checkpoints hold its pickle for years.
+
+- `find_own_attributes` leaves the module out of a pickle.
+- `convert_attributes` reads the pickle of a `PrecisionMonitor` of version 0.1.0.
+
 Read `callback` and `settings` first, which define today's attributes.
 """
 
@@ -8,9 +12,27 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from altgrad_lightning.notices import Notices
 from altgrad_lightning.result import Result
 from altgrad_lightning.settings import Settings
+
+
+def find_own_attributes(callback: object) -> dict[str, Any]:
+    """Find the attributes of a callback, without methods of the module.
+
+    Lightning sets methods of the module, `log` and `log_dict`, as attributes of callbacks:
+    lightning/pytorch/trainer/connectors/callback_connector.py.
+
+    Returns:
+        The values by name of the attribute.
+    """
+    return {
+        name: value
+        for name, value in vars(callback).items()
+        if not isinstance(getattr(value, "__self__", None), nn.Module)
+    }
 
 
 def convert_attributes(state: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from altgrad_lightning.packages import Callback
 from altgrad_lightning.result import Result
 from altgrad_lightning.settings import Settings
 from altgrad_lightning.steps import find_interval, logged_step
+from altgrad_lightning.store_as import attach_storages
 from altgrad_lightning.strategies import explain_refusal
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class Session:
             ValueError: A rule matches no layer.
         """
         self._release_monitor()
+        attach_storages(self._trainer, self._module)
         # Set after the release: the monitor's state must be read while the old optimizers live.
         self._optimizers = [*self._trainer.optimizers]
         if refusal := self._find_refusal():

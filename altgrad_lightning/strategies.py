@@ -1,9 +1,11 @@
-"""Decide which ranks of a Trainer observe, and which strategies cannot be observed.
+"""Decide which ranks of a Trainer observe, and which strategies are refused.
 
 - `is_idle` says whether a rank leaves observing to the first rank.
 - `explain_refusal` says why steps of a strategy cannot be observed.
+- `explain_no_storage` says why weights under a strategy cannot be stored in a format.
 
-Nothing needs to be read before this file. `callback` uses `is_idle`, `session` `explain_refusal`.
+Nothing needs to be read before this file. `callback` uses `is_idle`, `session` `explain_refusal`,
+and `store_as` `explain_no_storage`.
 """
 
 from __future__ import annotations
@@ -39,19 +41,38 @@ def is_idle(trainer: Trainer, module: nn.Module) -> bool:
 
 
 def explain_refusal(trainer: Trainer) -> str | None:
-    """Return why steps of the Trainer's strategy cannot be observed; None if they can be.
+    """Return why steps of the Trainer's strategy cannot be observed; None if they can be."""
+    reason = _explain_refused(trainer)
+    if reason is None and not is_sharded_module(trainer.lightning_module):
+        reason = _explain_unknown(trainer)
+    return reason and f"{reason}; use ModelParallelStrategy with fully_shard, or DDP"
+
+
+def explain_no_storage(trainer: Trainer) -> str | None:
+    """Return why weights under the Trainer's strategy cannot be stored; None if they can be."""
+    reason = _explain_refused(trainer)
+    if reason is None and is_sharded_module(trainer.lightning_module):
+        reason = "the parameters are sharded, and the scale of a shard is not that of its layer"
+    reason = reason or _explain_unknown(trainer)
+    return reason and f"{reason}; use DDP, or one device"
+
+
+def _explain_refused(trainer: Trainer) -> str | None:
+    """Return why a strategy is refused whatever the module; None if it is not.
 
     A strategy is known by the names of its classes, because `lightning` and `pytorch_lightning`
     define each strategy twice.
     """
+    kinds = (kind.__name__ for kind in type(trainer.strategy).__mro__)
+    return next((f"{REFUSED[kind]} ({kind})" for kind in kinds if kind in REFUSED), None)
+
+
+def _explain_unknown(trainer: Trainer) -> str | None:
+    """Return why a rank may lack a part of the parameters; None if it has all of them."""
     kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
-    for kind in kinds:
-        if kind in REFUSED:
-            return f"{REFUSED[kind]} ({kind}); use ModelParallelStrategy with fully_shard, or DDP"
-    module = trainer.lightning_module
-    if trainer.world_size == 1 or REPLICATING in kinds or is_sharded_module(module):
+    if trainer.world_size == 1 or REPLICATING in kinds:
         return None
     return (
         f"{kinds[0]} has {trainer.world_size} processes, and whether each has all of the "
-        "parameters is not known; use DDP, or ModelParallelStrategy with fully_shard"
+        "parameters is not known"
     )

@@ -211,8 +211,9 @@ def test_submodules_of_the_contract_are_attributes() -> None:
         assert getattr(module, name).__name__ == f"altgrad.quantization.{name}"
 
 
-def test_the_callback_is_listed_before_it_is_used() -> None:
-    assert "PrecisionMonitor" in dir(importlib.import_module("altgrad_lightning"))
+def test_the_callbacks_are_listed_before_they_are_used() -> None:
+    names = {*dir(importlib.import_module("altgrad_lightning"))}
+    assert {"PrecisionMonitor", "StoreAs"} <= names
 
 
 # --- modules that an import loads

@@ -1,6 +1,6 @@
 """Recipes: how weights and optimizer states are stored and stepped.
 
-1. `rounding` stores a tensor in a format.
+1. `rounding` stores a tensor in a format, with random numbers from `rounding_generators`.
 2. `stored_states` stores the states of a layer, and `storage` the weights and states of a real
     optimizer: `WeightStorage`.
 3. `recipe` describes how a run stores and steps; `names` has the common recipes by short names.
@@ -27,5 +27,5 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "recipe": "Recipe",
             "storage": "WeightStorage",
         },
-        submodules="names recipe rounding storage stored_states",
+        submodules="names recipe rounding rounding_generators storage stored_states",
     )

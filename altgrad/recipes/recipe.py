@@ -28,7 +28,13 @@ from altgrad.recipes.storage import WeightStorage
 OptimizerFactory = Callable[[list[nn.Parameter], dict[str, Any]], Optimizer]
 """A function of parameters and of the run's parameter group without them: a new optimizer."""
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PRECISIONS = {
+    torch.float16: "16-true",
+    torch.bfloat16: "bf16-true",
+    torch.float32: "32-true",
+    torch.float64: "64-true",
+}
+"""The dtypes of a recipe, and Lightning's names for training in them."""
 _ADAM_STATES = frozenset({"exp_avg", "exp_avg_sq"})
 _KAHAN_BITS = 16
 _SCALE_BITS = 8  # e8m0 and E4M3, the scales of blocks, are numbers of 8 bits
@@ -48,7 +54,8 @@ class Recipe:
         rounding: The way to round weights and states: ``"nearest_even"`` or ``"stochastic"``.
         compensation: ``"kahan"`` keeps the rounding error of each weight in bf16.
         states: The format of each state of the optimizer, by its name. The name ``"*"`` stands for
-            all other floating-point states of the shape of the parameter.
+            all other floating-point states of the shape of the parameter. An attached recipe warns
+            of names that no optimizer has.
         dtype: The dtype of the tensors that the run's own class of optimizer steps, as after
             ``model.to(dtype)``; a torch dtype or its name. None for float32, and for float64 in a
             run in float64.
@@ -187,8 +194,8 @@ class Recipe:
             seed: The seed of stochastic rounding.
 
         Returns:
-            The attached storage, a context manager that detaches on exit. Its `state_dict` is what
-            a resumed run needs.
+            The attached storage, a context manager that detaches on exit. A resumed run gives the
+            storage its `state_dict` of before, by `WeightStorage.load_state_dict`.
 
         Raises:
             TypeError: An argument is not an optimizer.
@@ -196,9 +203,47 @@ class Recipe:
                 stored.
             RuntimeError: An optimizer is observed already.
         """
+        storage = self.make_storage(scaling=scaling, layers=layers, seed=seed)
+        return storage.attach(*optimizers, module=module)
+
+    def make_storage(
+        self,
+        *,
+        scaling: Scaling | None = "tensor",
+        layers: Sequence[SamplingRule] = (),
+        seed: int = 0,
+    ) -> WeightStorage:
+        """Return the storage that `attach` attaches to optimizers, before it is attached.
+
+        Args:
+            scaling: The weights that share a scale, as in `WeightStorage`.
+            layers: Rules for single layers, as in `WeightStorage`.
+            seed: The seed of stochastic rounding.
+
+        Returns:
+            The storage. A resumed run calls its `load_state_dict`, and then its `attach`.
+
+        Raises:
+            ValueError: The recipe needs other tensors or another optimizer, or an argument is
+                invalid.
+        """
+        self._check_can_be_attached()
+        return WeightStorage(
+            self.weights,
+            scaling,
+            rounding=self.rounding,
+            compensation=self.compensation,
+            states=self.states,
+            layers=layers,
+            seed=seed,
+        )
+
+    def _check_can_be_attached(self) -> None:
+        """Raise ValueError if the recipe needs other tensors or another optimizer."""
         remedies = {
             "optimizer": "create that optimizer for the parameters of the model",
-            "dtype": f"call model.to({self.dtype}) before you create the optimizer",
+            "dtype": f"call model.to({self.dtype}) before you create the optimizer, which in "
+            f"Lightning is Trainer(precision={_PRECISIONS[self.tensor_dtype or torch.float32]!r})",
             "fused": "create the optimizer with fused=True",
         }
         for argument, remedy in remedies.items():
@@ -208,16 +253,6 @@ class Recipe:
                     f"the recipe {self.name!r} has {argument}={value!r}: expected a recipe of "
                     f"formats, because an existing optimizer cannot be changed; do {remedy}"
                 )
-        storage = WeightStorage(
-            self.weights,
-            scaling,
-            rounding=self.rounding,
-            compensation=self.compensation,
-            states=self.states,
-            layers=layers,
-            seed=seed,
-        )
-        return storage.attach(*optimizers, module=module)
 
     def _count_bits(self, format: NumberFormat | None) -> float:
         """Return the number of bits of an element in a format; in `dtype` or float32 for None."""
@@ -299,7 +334,7 @@ def _get_dtype(dtype: object) -> torch.dtype:
     """
     name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
     found = getattr(torch, name, None) if isinstance(name, str) else name
-    for each in _DTYPES:
+    for each in _PRECISIONS:
         if found is each:
             return each
     raise ValueError(

@@ -5,7 +5,7 @@ of the weights. It simulates the storage: the tensors keep their dtype and hold 
 format, and torch computes in that dtype.
 
 `WeightStorage` selects layers, reacts to steps, and saves state; each `_Layer` scales and rounds
-the weights of one layer. Read `altgrad.quantization.ops` and `altgrad.quantization.scaling` first.
+the weights of one layer. Read `rounding_generators` and `stored_states` first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from altgrad.quantization.formats import Scaling, check_scaling
 from altgrad.quantization.number_format import NumberFormat, get_applied_scaling
 from altgrad.quantization.scaling import compute_amax, compute_format_scales
 from altgrad.recipes.rounding import Compensation, StorageRounding, check_rounding, store_
-from altgrad.recipes.stored_states import StoredStates, expand_scales
+from altgrad.recipes.rounding_generators import RoundingGenerators
+from altgrad.recipes.stored_states import StoredStates, UnmatchedNames, expand_scales
 
 
 class WeightStorage:
@@ -75,7 +76,8 @@ class WeightStorage:
             the weight in bf16, 1e-4 in e4m3fn. For these only stochastic rounding helps.
         states: The format of each state of the optimizer by its name, ``"*"`` for all others. A
             state is stored after each step, without compensation, if it is a floating-point tensor
-            of the shape of the layer. Scales of states are taken anew at each step.
+            of the shape of the layer. Scales of states are taken anew at each step. A warning names
+            those that no optimizer has after its first step.
         layers: Rules for single layers. The first rule that matches the name of a layer applies.
             Its `formats`, exactly one, replaces `format`; ``enabled=False`` leaves layers as they
             are. Rules about sampling are ignored.
@@ -110,6 +112,7 @@ class WeightStorage:
         self._format = None if format is None else _one_format((format,))
         self._state_formats = {name: _one_format((each,)) for name, each in states.items()}
         self._states: dict[Tensor, StoredStates] = {}
+        self._unmatched = UnmatchedNames((), ())
         for rule in layers:
             if rule.formats:
                 _one_format(rule.formats)
@@ -117,8 +120,7 @@ class WeightStorage:
         self._rounding: StorageRounding = rounding
         self._compensation = compensation
         self._rules = tuple(layers)
-        self._seed = seed
-        self._generators: dict[str, torch.Generator] = {}
+        self._generators = RoundingGenerators(seed)
         self._layers: dict[Tensor, _Layer] = {}
         self._seen: set[Tensor] = set()  # known at attach, or warned about
         self._handles: list[RemovableHandle] = []
@@ -183,6 +185,7 @@ class WeightStorage:
                 states[parameter] = StoredStates(name, self._state_formats, self.scaling)
         self._warn_about_unknown({layer.name for layer in layers.values()})
         self._layers, self._states, self._loaded = layers, states, {}
+        self._unmatched = UnmatchedNames(self._state_formats, unwrapped)
         self._seen = {*names}
         # All checks have passed, so that an error leaves every weight unchanged.
         for each in layers.values():
@@ -199,6 +202,7 @@ class WeightStorage:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._unmatched = UnmatchedNames((), ())
         forget_stored(self)
 
     def __enter__(self) -> WeightStorage:  # noqa: PYI034 - typing has Self only from 3.11 on
@@ -228,34 +232,37 @@ class WeightStorage:
             - ``"lost"``: The rounding errors, bfloat16, the shape of the layer; None without
                 compensation.
         """
-        return {
-            "layers": {layer.name: layer.state_dict() for layer in self._layers.values()},
-            "generators": {name: each.get_state() for name, each in self._generators.items()},
-        }
+        layers = {layer.name: layer.state_dict() for layer in self._layers.values()}
+        return {"layers": {**self._loaded, **layers}, "generators": self._generators.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`; `attach` then applies it.
+        """Restore a `state_dict`: at once if the storage is attached, otherwise in `attach`.
 
-        Layers whose format has changed start without scales and rounding errors. Layers whose
-        scaling has changed start without scales.
+        The caller restores weights and states of the optimizers, before `attach` or while the
+        storage is attached. Layers whose format has changed start without scales and rounding
+        errors. Layers whose scaling has changed start without scales.
 
         Args:
             state: A dict from `state_dict`.
 
         Raises:
-            RuntimeError: The storage is attached.
-            ValueError: `state` lacks a key of `state_dict`.
+            ValueError: `state` lacks a key of `state_dict`, or a tensor has another shape than its
+                layer needs.
         """
-        if self._handles:
-            raise RuntimeError("the storage is attached: call load_state_dict() before attach()")
         if not {"layers", "generators"} <= {*state}:
             raise ValueError(
                 f"state has the keys {[*state]}: expected the result of WeightStorage.state_dict()"
             )
-        self._layers = {}
+        self._generators.load_state_dict(state["generators"])
         self._loaded = dict(state["layers"])
-        for device, generator_state in state["generators"].items():
-            self._generator(torch.device(device)).set_state(generator_state)
+        if not self._handles:
+            self._layers = {}
+            return
+        for layer in self._layers.values():
+            if layer.name in self._loaded:
+                layer.load_state_dict(self._loaded[layer.name])
+        self._warn_about_unknown({layer.name for layer in self._layers.values()})
+        self._loaded = {}
 
     # --- layers
 
@@ -315,28 +322,23 @@ class WeightStorage:
                 stacklevel=3,
             )
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        """Return the generator of a device, creating it on first use."""
-        if str(device) not in self._generators:
-            self._generators[str(device)] = torch.Generator(device).manual_seed(self._seed)
-        return self._generators[str(device)]
-
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Round weights and states after a step of an optimizer, as its hook."""
         if count_step_calls(optimizer) > 1:
             return  # a super().step() within a step, which may still change the weights
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                generator = None
-                if self._rounding == "stochastic":
-                    generator = self._generator(parameter.device)
-                if parameter in self._layers:
-                    self._layers[parameter].store(self._rounding, generator)
-                if parameter in self._states:
-                    states = optimizer.state.get(parameter, {})
-                    self._states[parameter].store(parameter, states, self._rounding, generator)
-                if parameter not in self._seen:
-                    self._warn_about_late(parameter)
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        for parameter in parameters:
+            generator = None
+            if self._rounding == "stochastic":
+                generator = self._generators.get(parameter.device)
+            if parameter in self._layers:
+                self._layers[parameter].store(self._rounding, generator)
+            if parameter in self._states:
+                states = optimizer.state.get(parameter, {})
+                self._states[parameter].store(parameter, states, self._rounding, generator)
+            if parameter not in self._seen:
+                self._warn_about_late(parameter)
+        self._unmatched.note_step(optimizer, (each for each in parameters if each in self._states))
 
     def _warn_about_late(self, parameter: Tensor) -> None:
         """Warn once about a parameter that was added after `attach`."""

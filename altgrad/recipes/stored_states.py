@@ -1,15 +1,18 @@
 """`StoredStates`: the states that an optimizer keeps of one layer, stored in formats.
 
-Read `rounding` first. `storage` comes next, and stores weights and states of a whole model.
+`UnmatchedNames` warns of names that no state has. Read `rounding` first. `storage` comes next, and
+stores weights and states of a whole model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from altgrad.observation.stored import StoredState
 from altgrad.quantization.arguments import INPUT_DTYPES
@@ -79,11 +82,9 @@ class StoredStates:
         Raises:
             ValueError: A state has a dtype that is not finer than its format.
         """
-        for name, state in states.items():
-            format = self._formats.get(name, self._formats.get(_ALL))
-            if format is None or not isinstance(state, Tensor) or state.shape != parameter.shape:
-                continue
-            if not state.is_floating_point() or name in _COUNTERS:
+        for name in find_names(parameter, states):
+            state, format = states[name], self._formats.get(name, self._formats.get(_ALL))
+            if format is None:
                 continue
             if state.dtype == format.element.torch_dtype and format.block_size is None:
                 continue  # stored already
@@ -102,6 +103,74 @@ class StoredStates:
             return None
         scales = compute_format_scales(compute_amax(state, scaling), format)
         return expand_scales(scales, state.shape, scaling)
+
+
+class UnmatchedNames:
+    """The names in a recipe that no state of an optimizer has had yet.
+
+    Args:
+        names: The names of states in the recipe; ``"*"`` is left out, because it may match nothing.
+        optimizers: The optimizers that the recipe is attached to.
+    """
+
+    def __init__(self, names: Iterable[str], optimizers: Iterable[Optimizer]) -> None:
+        self._names = {*names} - {_ALL}
+        self._unstepped = {*optimizers}
+        self._found: dict[str, dict[str, None]] = {}  # in order, by the class of the optimizer
+
+    def note_step(self, optimizer: Optimizer, layers: Iterable[Tensor]) -> None:
+        """Warn of names without a state, once every optimizer has stepped.
+
+        One recipe may serve several optimizers, such as Adam and SGD, so that a name is wrong only
+        if no optimizer has it.
+
+        Args:
+            optimizer: The optimizer that has stepped.
+            layers: The parameters of the optimizer whose states are stored.
+        """
+        if not self._names or optimizer not in self._unstepped:
+            return
+        states = {p: optimizer.state.get(p, {}) for p in layers}
+        if not any(state or p.grad is not None for p, state in states.items()):
+            return  # a step without gradients, which creates no state
+        self._unstepped.discard(optimizer)
+        found = dict.fromkeys(name for p, state in states.items() for name in find_names(p, state))
+        self._found.setdefault(type(optimizer).__name__, {}).update(found)
+        self._names -= {*found}
+        if self._names and not self._unstepped:
+            self._warn()
+
+    def _warn(self) -> None:
+        kept = "; ".join(
+            f"{kind} has {', '.join(map(repr, names)) or 'none'}"
+            for kind, names in self._found.items()
+        )
+        warnings.warn(
+            f"states={sorted(self._names)}: expected names of floating-point states of the shape "
+            f"of their layer, and {kept}. These names store nothing: correct them, or leave them "
+            "out",
+            stacklevel=4,
+        )
+
+
+def find_names(parameter: Tensor, states: Mapping[str, Any]) -> list[str]:
+    """Return the names of the states that can be stored: floating-point, of the layer's shape.
+
+    Args:
+        parameter: The weights of the layer.
+        states: What the optimizer keeps of the layer, by name.
+
+    Returns:
+        The names, without counters of steps.
+    """
+    return [
+        name
+        for name, state in states.items()
+        if isinstance(state, Tensor)
+        and state.shape == parameter.shape
+        and state.is_floating_point()
+        and name not in _COUNTERS
+    ]
 
 
 def expand_scales(scales: Tensor, shape: torch.Size, scaling: Scaling) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which ranks observe, and which strategies are refused."""
+"""Which ranks observe, and which strategies are refused: to a monitor, and to a storage."""
 
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -9,7 +9,7 @@ import pytorch_lightning.strategies
 from torch import nn
 
 from altgrad_lightning import strategies
-from altgrad_lightning.strategies import explain_refusal, is_idle
+from altgrad_lightning.strategies import explain_no_storage, explain_refusal, is_idle
 from tests.lightning.runs import Net
 
 
@@ -52,6 +52,34 @@ def test_strategies_with_whole_or_sharded_layers_are_accepted(
 ) -> None:
     monkeypatch.setattr(strategies, "is_sharded_module", lambda _: is_sharded)
     assert explain_refusal(make_trainer(strategy, size)) is None
+
+
+@pytest.mark.parametrize(
+    ("strategy", "size", "is_sharded", "expected"),
+    [
+        (Other, 1, False, None),
+        (DDP, 2, False, None),
+        (Other, 1, True, "the parameters are sharded"),
+        (Other, 2, True, "the parameters are sharded"),
+        (Other, 2, False, "Other has 2 processes"),
+        (Deep, 1, False, "DeepSpeed steps flat copies of the parameters"),
+    ],
+)
+def test_weights_are_stored_if_each_rank_has_whole_layers(
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: type,
+    size: int,
+    is_sharded: bool,
+    expected: str | None,
+) -> None:
+    monkeypatch.setattr(strategies, "is_sharded_module", lambda _: is_sharded)
+    reason = explain_no_storage(make_trainer(strategy, size))
+    if expected is None:
+        assert reason is None
+    else:
+        assert reason is not None
+        assert reason.startswith(expected)
+        assert reason.endswith("; use DDP, or one device")
 
 
 def test_a_subclass_of_a_refused_strategy_is_refused() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -10,27 +13,44 @@ from altgrad import WeightStorage
 from tests.recipes.storing import Given, net, scale_for, scale_of, train
 
 
+@pytest.mark.parametrize("order", ["before attach", "in mid-training"])
 @pytest.mark.parametrize("remedy", [{}, {"rounding": "stochastic"}, {"compensation": "kahan"}])
 @pytest.mark.parametrize("format", ["bf16", "e4m3fn", "mxfp8_e4m3"])
-def test_a_resumed_run_continues_exactly(format: str, remedy) -> None:
+def test_a_resumed_run_continues_exactly(format: str, remedy, order: str) -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     storage = WeightStorage(format, **remedy).attach(optimizer)
     train(model, optimizer, 4)
-    state, weights = storage.state_dict(), {n: p.clone() for n, p in model.state_dict().items()}
-    state = {"layers": {n: clone(s) for n, s in state["layers"].items()}, **clone(state)}
+    state, weights = clone(storage.state_dict()), clone(model.state_dict())
     train(model, optimizer, 4, seed=2)
 
     resumed = net()
-    resumed.load_state_dict(weights)
     optimizer = torch.optim.SGD(resumed.parameters(), lr=0.3)
     storage = WeightStorage(format, **remedy)
+    if order == "in mid-training":  # scales have grown, and numbers were drawn
+        optimizer.param_groups[0]["lr"] = 100.0
+        storage.attach(optimizer)
+        train(resumed, optimizer, 3, seed=3)
+        optimizer.param_groups[0]["lr"] = 0.3
+    resumed.load_state_dict(weights)
     storage.load_state_dict(state)
-    storage.attach(optimizer)
+    if order == "before attach":
+        assert_equal_states(storage.state_dict(), state)
+        storage.attach(optimizer)
+    assert_equal_states(storage.state_dict(), state)
     train(resumed, optimizer, 4, seed=2)
     assert all(map(torch.equal, model.parameters(), resumed.parameters()))
-    with pytest.raises(RuntimeError, match="before attach"):
-        storage.load_state_dict(state)
+
+
+def assert_equal_states(state, expected) -> None:
+    assert state.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, dict):
+            assert_equal_states(state[key], value)
+        elif isinstance(value, torch.Tensor):
+            assert torch.equal(state[key], value), key
+        else:
+            assert state[key] == value, key
 
 
 def test_a_second_attach_continues_with_scales_and_rounding_errors() -> None:
@@ -106,3 +126,15 @@ def test_weights_are_not_rounded_after_detach() -> None:
         optimizer.step()
     optimizer.step()
     assert weight.item() == pytest.approx(1.0001, rel=1e-6)
+
+
+def test_a_detached_storage_keeps_no_optimizer_alive() -> None:
+    optimizer = Given([nn.Parameter(torch.ones(1))], 0.0)
+    storage = WeightStorage("bf16", states={"momentum": "bf16"})
+    with storage.attach(optimizer):
+        pass
+    reference = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert reference() is None
+    assert storage.formats == {"parameter 0": "bf16"}

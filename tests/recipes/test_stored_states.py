@@ -111,8 +111,7 @@ def test_a_resumed_run_goes_on_exactly(rounding) -> None:
     again, resumed = start()
     again.load_state_dict(saved[0])
     resumed.load_state_dict(saved[1])
-    storage = recipe.attach(resumed, module=again)
-    storage.detach()
+    storage = recipe.make_storage()
     storage.load_state_dict(saved[2])
     storage.attach(resumed, module=again)
     train(again, resumed, 5, seed=2)
@@ -141,7 +140,10 @@ def test_a_state_that_is_not_finer_than_its_format_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"dtype": "bfloat16"}, r"dtype=torch.bfloat16: .* model.to\(torch.bfloat16\) before"),
+        (
+            {"dtype": "bfloat16"},
+            r"model.to\(torch.bfloat16\) before .* Trainer\(precision='bf16-true'",
+        ),
         ({"fused": True}, "fused=True: .* create the optimizer with fused=True"),
         ({"optimizer": adam}, "do create that optimizer"),
     ],
@@ -149,3 +151,60 @@ def test_a_state_that_is_not_finer_than_its_format_is_an_error() -> None:
 def test_a_recipe_that_needs_another_optimizer_cannot_be_attached(fields, message) -> None:
     with pytest.raises(ValueError, match=message):
         Recipe("mine", **fields).attach(adam([nn.Parameter(torch.ones(1))]))
+
+
+def step(*optimizers: torch.optim.Optimizer) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+
+WRONG = r"states=\['exp_avg_sp'\]: expected names .* Adam has 'exp_avg', 'exp_avg_sq'\. These names"
+
+
+def test_a_warning_names_states_that_the_optimizer_does_not_have() -> None:
+    optimizer = adam([nn.Parameter(torch.ones(3))])
+    Recipe("typo", states={"exp_avg": "bf16", "exp_avg_sp": "bf16", "*": "bf16"}).attach(optimizer)
+    optimizer.step()  # without a gradient, there is no state yet
+    with pytest.warns(UserWarning, match=WRONG):
+        step(optimizer)
+    step(optimizer)  # a second warning would be an error
+
+
+def test_names_of_counters_and_of_states_of_other_shapes_store_nothing() -> None:
+    optimizer = torch.optim.Adafactor([nn.Parameter(torch.ones(3, 2))])
+    Recipe("factored", states={"row_var": "bf16", "step": "bf16"}).attach(optimizer)
+    with pytest.warns(
+        UserWarning, match=r"states=\['row_var', 'step'\]: .* Adafactor has none\. These names"
+    ):
+        step(optimizer)
+
+
+def test_a_name_is_right_if_one_of_several_optimizers_has_it() -> None:
+    first = adam([nn.Parameter(torch.ones(3))], amsgrad=True)
+    second = adam([nn.Parameter(torch.ones(3))])
+    plain = torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1)
+    recipe = Recipe("several", states={"exp_avg": "bf16"})
+    with recipe.attach(first, plain):
+        step(plain, first, plain)
+    wrong = Recipe("several", states={"exp_avg_sp": "bf16"})
+    with wrong.attach(plain, first, second):
+        step(plain, first, first)
+        with pytest.warns(UserWarning, match="SGD has none; Adam has .*'max_exp_avg_sq'"):
+            step(second)
+
+
+def test_a_storage_is_made_before_it_is_attached() -> None:
+    recipe = Recipe("low", weights="e4m3fn", rounding="stochastic", states={"*": "bf16"})
+    rules = [SamplingRule("2.*", enabled=False)]
+    model, other = net(), net()
+    for each, attach in (
+        (model, lambda *given, **names: recipe.attach(*given, **names, layers=rules, seed=3)),
+        (other, recipe.make_storage(layers=rules, seed=3).attach),
+    ):
+        optimizer = adam(each.parameters())
+        attach(optimizer, module=each)
+        train(each, optimizer, 3)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))

@@ -1,0 +1,192 @@
+"""`StoreAs`: train with weights and optimizer states stored as a recipe says.
+
+The callback attaches the `WeightStorage` of a recipe to the Trainer's optimizers. Nothing needs to
+be read before this file. `session` uses `attach_storages`, because storages come before observers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from altgrad import Recipe, SamplingRule, WeightStorage
+from altgrad.quantization import Scaling
+from altgrad.recipes import get_recipes
+from altgrad_lightning.packages import Callback
+from altgrad_lightning.pickles import find_own_attributes
+from altgrad_lightning.strategies import explain_no_storage
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+
+class StoreAs(Callback):
+    """A Lightning callback that stores weights and optimizer states as a recipe says.
+
+    `StoreAs` is `altgrad.Recipe.attach` for a Trainer of `lightning` or `pytorch_lightning`. It
+    rounds weights and states when training starts, after a checkpoint is restored, and after each
+    optimizer step. The tensors keep their dtype and hold only values of the formats.
+
+    Checkpoints hold scales, the errors that Kahan summation keeps, and the random numbers. A run
+    that is resumed with ``fit(ckpt_path=…)`` equals an uninterrupted one, bit for bit. Without a
+    checkpoint, each training starts from the weights alone.
+
+    All optimizers of the Trainer are stored, and those that replace them from the next batch on.
+    Under DDP, all ranks store the same values. Other strategies with several processes are refused.
+    Validation, testing and prediction change no weight. Averages that ``EMAWeightAveraging`` puts
+    into the model are not rounded. ``StochasticWeightAveraging`` ends with an optimizer step if the
+    model has batch norm, and this step rounds its averages.
+
+    A `PrecisionMonitor` may stand before or after it among the callbacks; a callback of yours with
+    an `altgrad.UpdateMonitor` comes after it. A Trainer takes one `StoreAs`; `layers` gives single
+    layers another format.
+
+    Examples:
+        >>> from altgrad_lightning import StoreAs
+        >>> StoreAs("bf16-sr").recipe.rounding  # Trainer(callbacks=[StoreAs("bf16-sr")])
+        'stochastic'
+
+    Args:
+        recipe: A short name, such as ``"bf16-sr"``, that `altgrad.recipes.get_recipes` knows, or a
+            `Recipe` of formats. Recipes that need other tensors or another optimizer, such as
+            ``"bf16-true"``, are refused.
+        scaling: The weights that share a scale, as in `altgrad.WeightStorage`.
+        layers: Rules for single layers, as in `altgrad.WeightStorage`, with the names of the
+            module's parameters.
+        seed: The seed of stochastic rounding.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: The recipe is unknown or refused, an argument is invalid, or, when training
+            starts, a rule matches no layer, a layer cannot be stored, or the strategy is refused.
+    """
+
+    def __init__(
+        self,
+        recipe: str | Recipe,
+        *,
+        scaling: Scaling | None = "tensor",
+        layers: Sequence[SamplingRule] = (),
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(recipe, (str, Recipe)):
+            raise TypeError(
+                f"recipe={recipe!r}: expected a short name such as 'bf16-sr', or a Recipe"
+            )
+        (self._recipe,) = get_recipes(recipe)
+        self._arguments: dict[str, Any] = {"scaling": scaling, "layers": (*layers,), "seed": seed}
+        self._storage = self._make_storage()  # of the current training, else of the last one
+        self._optimizers: list[Any] = []  # those to which the storage is attached
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe by which weights and states are stored."""
+        return self._recipe
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """The name of the format of each stored layer, by the name of the layer.
+
+        Empty before the first training starts.
+        """
+        return self._storage.formats
+
+    # --- Lightning's hooks, in the order in which a Trainer calls them
+
+    def setup(self, trainer: Trainer, _: LightningModule, stage: str) -> None:
+        """Raise an error if the strategy is refused, and forget the last training.
+
+        Args:
+            trainer: The Trainer.
+            stage: ``"fit"``, or another stage, which changes nothing.
+
+        Raises:
+            ValueError: The strategy is refused.
+        """
+        if stage == "fit":
+            _check_strategy(trainer)
+            self._detach()  # another callback may have kept Lightning from calling `on_exception`
+            self._storage = self._make_storage()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state in a checkpoint, now or when training starts.
+
+        Lightning's learning rate finder also restores a state in mid-training.
+        """
+        self._storage.load_state_dict(state_dict)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Store weights and states, now that they are restored and on their device."""
+        self.attach(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """Attach to new optimizers, if another callback or the module replaced the optimizers."""
+        self.attach(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the storage, which a resumed run needs, for a checkpoint."""
+        return self._storage.state_dict()
+
+    def on_exception(self, *_: Any) -> None:
+        """Stop storing after an error or Ctrl-C, after which Lightning does not call `teardown`."""
+        self._detach()
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Stop storing. The state of the training stays for checkpoints."""
+        self._detach()
+
+    # --- the storage
+
+    def attach(self, trainer: Trainer, module: LightningModule) -> None:
+        """Attach the storage to the Trainer's optimizers, unless it is attached to them.
+
+        Args:
+            trainer: The Trainer, whose training has started.
+            module: The module with the names of the layers.
+
+        Raises:
+            ValueError: A rule matches no layer, a layer cannot be stored, or the parameters are
+                sharded.
+            RuntimeError: An optimizer is observed already.
+        """
+        if trainer.optimizers == self._optimizers:
+            return
+        self._detach()
+        _check_strategy(trainer)
+        self._storage.attach(*trainer.optimizers, module=module)
+        self._optimizers = [*trainer.optimizers]
+
+    def _detach(self) -> None:
+        self._storage.detach()
+        self._optimizers = []
+
+    def _make_storage(self) -> WeightStorage:
+        return self._recipe.make_storage(**self._arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes with a new storage, without the module and its optimizers."""
+        own = find_own_attributes(self)
+        return {**own, "_storage": self._make_storage(), "_optimizers": []}
+
+
+def attach_storages(trainer: Trainer, module: LightningModule) -> None:
+    """Attach each `StoreAs` of a Trainer, before anything observes the optimizers.
+
+    An observer must see weights that are stored already. The place of the callbacks in their list
+    would decide this otherwise.
+
+    Args:
+        trainer: The Trainer, whose training has started.
+        module: The module that is trained.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StoreAs):
+            callback.attach(trainer, module)
+
+
+def _check_strategy(trainer: Trainer) -> None:
+    """Raise ValueError if weights under the Trainer's strategy cannot be stored."""
+    if reason := explain_no_storage(trainer):
+        raise ValueError(f"StoreAs cannot store weights under this strategy: {reason}")
