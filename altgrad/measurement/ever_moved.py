@@ -38,7 +38,11 @@ PackedBits = tuple[tuple[int, ...], Tensor]
 
 
 class EverMovedStore:
-    """A store of the ever-moved flags of layers, bool (1 + formats, elements) for each layer.
+    """A store of the ever-moved flags of layers, over all observed steps.
+
+    The flags of a layer are bool (1 + formats, elements). The first row says whether an element had
+    an update other than 0. The other rows say for each format whether its grid would have kept a
+    part of such an update.
 
     Args:
         warn: Function that is called with the text of each notice for the user.
@@ -79,7 +83,7 @@ class EverMovedStore:
         if ever is not None and ever.shape != (kinds, elements):
             self._warn(
                 f"has never_moved_frac of {name} begin anew: it has "
-                f"{format_count(elements, 'watched element')}, and had {ever.shape[-1]}"
+                f"{format_count(elements, 'measured element')}, and had {ever.shape[-1]}"
             )
             return None
         return ever
@@ -149,7 +153,7 @@ def check_packed_bits(state: Mapping[str, PackedBits]) -> None:
         state: The packed flags by name of the layer, as `EverMovedStore.state_dict` returns them.
 
     Raises:
-        ValueError: The flags of a layer are not a shape and as many bits.
+        ValueError: The flags of a layer are not a pair of a shape and as many bits.
     """
     for name, packed in state.items():
         try:
