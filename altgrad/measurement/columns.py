@@ -9,8 +9,8 @@ The vectors of two chunks, shards or layers combine to the vector of both: sums 
 larger maximum is kept. Every metric can therefore be computed at every level. Counts are exact
 below 2**53, maxima always; a maximum over no element is −inf.
 
-In the comments, w is a weight before the step, the update is that of the step, the effective update
-is what the format's grid keeps of it, and the stiffness is the grid's spacing at w.
+In the comments, w is a weight before the step, the update is its change by the step, the effective
+update is what the format's grid keeps of that, and the stiffness is the grid's spacing at w.
 
 This is the first file to read of this room; `workspace` and `kernel` come next, and compute the
 columns.
@@ -24,7 +24,7 @@ from altgrad.measurement.metrics import FORMULAS, Estimate
 
 
 def _octaves(name: str) -> tuple[str, ...]:
-    """Return the names of a histogram's bins without the first, which follows from the total."""
+    """Return the names of a histogram's bins but the first, whose count follows from the total."""
     return tuple(f"{name}[{bin}]" for bin in range(1, OCTAVES))
 
 

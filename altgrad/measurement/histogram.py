@@ -19,7 +19,7 @@ Bins reach from 2**-32 to 2**32. An update is below half of a spacing, 2**-1, if
 FIRST_WEIGHTS_OCTAVE = -48
 """Exponent of the first bin of ``"weights"``: abs(weight).
 
-Bins reach from 2**-48 to 2**16, and so contain the ranges of formats of up to eight bits.
+Bins reach from 2**-48 to 2**16, and so contain the ranges of the FP8 formats e4m3fn and e5m2.
 """
 
 

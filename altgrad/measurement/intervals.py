@@ -1,9 +1,11 @@
-"""Compute the interval around a figure that contains the figure of the whole layer, at 95 %.
+"""Compute the confidence interval of 95 % around a figure that a sample estimates.
 
-The package defines a standard error as half of the width of this interval, divided by 1.96. The
-interval therefore follows from a figure and its error, and a run file stores these two numbers. The
-interval of a ratio is symmetric. A share has Wilson's interval, which stays between 0 and 1, and is
-wider than 0 also at the shares 0 and 1.
+Of 100 samples, about 95 have an interval that contains the figure of the whole layer. The package
+defines a standard error as half of the width of this interval, divided by 1.96. The interval
+therefore follows from a figure and its error, and a run file stores these two numbers.
+
+The interval of a ratio is symmetric. A share has Wilson's interval, which stays between 0 and 1,
+and is wider than 0 also at the shares 0 and 1.
 
 Read `standard_errors` next, which computes the errors. This file does not import torch, so that
 reports start fast.

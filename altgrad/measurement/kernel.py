@@ -129,7 +129,7 @@ def row_sums(
     histograms: Histograms,
     ever: EverMoved | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over the elements of each row, and find extrema, for the layer and for each format.
+    """Compute the sums and extrema of each row, with a format and without.
 
     Args:
         rows: Weights and gradients of the elements; they are not changed.

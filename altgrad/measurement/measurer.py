@@ -45,8 +45,8 @@ class Batch(NamedTuple):
             number.
         grids: The grids of the formats, under the scales of each row. None without formats, or if
             `sharing` is set.
-        sharing: The elements of all rows, end to end, that share a scale; and their amaxes. None if
-            each row has one scale per format.
+        sharing: A map of the elements that share a scale, over all rows end to end, and the amaxes.
+            None if each row has one scale for each format.
         ever: Ever-moved flags of the elements, updated at each step. None if never_moved_frac is
             not measured.
     """
@@ -82,9 +82,9 @@ class Measurer:
         )
         if formats.block > self.capacity:
             raise ValueError(
-                f"scaling={formats.scaling!r}: blocks of {formats.block} elements, with those of "
-                f"all formats; expected at most {self.capacity}, as many as are measured at once; "
-                "use 'tensor' or 'channel'"
+                f"scaling={formats.scaling!r}: blocks of all formats fit into {formats.block} "
+                f"elements together; expected at most {self.capacity}, as many as are measured at "
+                "once; use 'tensor' or 'channel'"
             )
         self._workspace = Workspace()
 
@@ -371,7 +371,7 @@ def check_step(before: Tensor, after: Tensor, gradient: Tensor | None) -> None:
 
 
 def _add_chunks(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Combine the results of two chunks: add the sums, and keep the larger of the extrema."""
+    """Combine two results of `row_sums`: add the sums, and keep the larger of the extrema."""
     return one[0] + other[0], torch.maximum(one[1], other[1])
 
 

@@ -61,7 +61,8 @@ def quiet() -> AbstractContextManager[object]:
 class Estimate(ABC):
     """A ratio Σ a / Σ b over elements, with a standard error if the elements are a sample.
 
-    Each element has a number a and a number b. Of a share such as ``stall_frac``, both are 0 or 1.
+    Each element has a number a and a number b. For ``stall_frac``, a is 1 if the element's update
+    stalled, and b is 1 if the update is other than 0.
 
     Attributes:
         plus: Name of the sum Σ a, or of a sum from which `minus` is subtracted to get Σ a.

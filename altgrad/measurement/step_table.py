@@ -1,8 +1,8 @@
 """`StepTable`: the sums of all layers in one step, and the figures that follow from them.
 
 Each layer is a row, and the model is one row more: the sum of the layers, each weighted by its
-number of elements. If layers have figures for different formats, the model has one row for each set
-of layers with the same formats, since a format's figure is over the layers that have the format.
+number of elements. The model's figures for a format are over the layers that have the format. If
+layers have different formats, the model has several rows therefore, one for each set of layers.
 
 Read `metrics` and `standard_errors` first, which are applied to all rows at once; `figures` comes
 next and reads single rows.

@@ -54,8 +54,9 @@ class Clusters(NamedTuple):
     """The clusters of some rows, with constants to compute the products of their sums.
 
     A cluster is one or several rows of a sample that was drawn in blocks of neighbours. Neighbours
-    may be alike, so that standard errors follow from the sums A and B of whole clusters, and not
-    from single elements. For an estimate Σ a / Σ b these are the products A², A · B and B².
+    may be alike: the standard error of an estimate Σ a / Σ b then follows from whole clusters, and
+    not from single elements. It needs the products A², A · B and B² of the sums A and B of a and b
+    over each cluster.
 
     Attributes:
         row_clusters: Index of the cluster of each row, int64 (rows).

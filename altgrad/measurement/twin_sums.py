@@ -209,7 +209,7 @@ def _add_up_blocks(numbers: Tensor, block: int) -> Tensor:
 
 
 def _find_medians(numbers: Tensor) -> Tensor:
-    """Return the median along the last axis, without NaN; the lower of two in the middle."""
+    """Return the median along the last axis, leaving out NaN; of two in the middle, the lower."""
     if not numbers.shape[-1]:
         return numbers.new_full(numbers.shape[:-1], torch.nan)
     return numbers.nanmedian(dim=-1).values

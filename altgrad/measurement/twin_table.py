@@ -26,10 +26,10 @@ _CARRIED = {
     "window_progress_kept": "still_frac",
     "step_projection": "still_frac",
 }
-"""For a ratio Σ a / Σ b of squares, the share whose denominator counts elements with b ≠ 0.
+"""For a ratio Σ a / Σ b in which b is a square, the share whose denominator counts the b ≠ 0.
 
-Standard errors need this count. For ``step_projection`` it may be too high: it includes elements
-that moved before the latest step.
+Standard errors need this count of elements. For ``step_projection`` it may be too high: it includes
+elements that moved before the latest step, and not in it.
 """
 
 
@@ -169,7 +169,7 @@ class TwinTable:
         return EstimateSums(a, b, aa, ab, bb, carrying, shares)
 
     def _count_carrying(self, sums: Numbers, name: str) -> Numbers:
-        """Count the elements with b other than 0 in the ratio Σ a / Σ b of a name, (rows)."""
+        """Count the elements with b other than 0 in the ratio called `name`, float64 (rows)."""
         if name == "decay_projection":  # b is weight², so that all finite elements count
             a, b = sums[:, self._layout.ratios.index("twin_nonfinite_frac"), :2].T
             finite: Numbers = b - a

@@ -1,4 +1,4 @@
-"""`StepObserver`: observe each step of a torch optimizer, by the other files of this room.
+"""Observe each step of a torch optimizer: `StepObserver` combines the other files of this room.
 
 A step passes through the methods in this order: `_is_due` decides whether to observe it, `_capture`
 copies weights and gradients, and `_finish` delivers the `StepOutcome` to the callback.
@@ -48,9 +48,17 @@ from altgrad.observation.step_hooks import StepHooks
 
 
 class _Captured(NamedTuple):
+    """The copies of one step, or the error of copying, and the time that copying took.
+
+    Attributes:
+        snapshots: The copy of each parameter; empty after an error.
+        error: The error; None if there was none.
+        seconds: Time that the host took to copy, in seconds.
+    """
+
     snapshots: list[Snapshot]
     error: Exception | None
-    seconds: float  # time that copying took
+    seconds: float
 
 
 _Hooks: TypeAlias = StepHooks[_Captured]
@@ -110,8 +118,9 @@ class StepObserver:
             indices into the flattened local shard, int64 (elements), or None for every element. It
             is called once for each parameter. Up to about ten thousand elements, observing all is
             faster than a sample. If None, every element is observed.
-        should_copy: Function that takes the name of a parameter and the index of a step, and
-            returns True if the step shows the parameter. If None, each step shows all parameters.
+        should_copy: Function that takes the name of a parameter and the number of earlier steps of
+            the optimizer, and returns True if the coming step is to show the parameter. If None,
+            each step shows all parameters.
         leave_out: Callback `(names, reason)` for parameters whose gradients cannot be observed. The
             step is then shown without these. If None, the step fails with an error.
         memory: Function that takes an optimizer, and returns an
@@ -426,7 +435,7 @@ class StepObserver:
             traceback.clear_frames(error.__traceback__)
 
     def _report(self, notice: str) -> None:
-        """Give a notice in a way that cannot end the training."""
+        """Give a notice, and warn if the user's `warn` function raises an error."""
         try:
             self._notices.give(notice)
         except Warning:  # the user made warnings errors

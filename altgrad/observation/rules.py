@@ -23,7 +23,7 @@ _NEAR_CUTOFF = 0.6
 _MOST_SUGGESTED = 3
 
 TWIN_ELEMENTS = 256
-"""Default for the maximum size of a layer's sample, in elements, that twins step."""
+"""Default for the maximum number of elements of each layer that twins step."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class SamplingRule:
             every element.
         formats: Names of the formats for which figures of the layers are computed, kept as a tuple.
             A string is one name; an empty sequence is no format.
-        twin_elements: Maximum number of elements of each layer that twins step; 0 for no twins.
+        twin_elements: Maximum number of elements of each layer in the sample that is stepped as the
+            monitor's recipes say; 0 for no such twins.
 
     Raises:
         TypeError: A field has the wrong type.

@@ -71,7 +71,7 @@ class StepHooks(Generic[Captured]):
 
     Args:
         optimizer: A torch optimizer, as `altgrad.observation.optimizers.unwrap` returns it.
-        is_due: A bound method of the owner, which returns True to be called in this step.
+        is_due: A bound method of the owner, which decides whether the other two are called.
         capture: A bound method of the owner, which copies weights and gradients.
         finish: A bound method of the owner, which receives what `capture` returned.
 

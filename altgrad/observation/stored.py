@@ -22,7 +22,7 @@ from altgrad.quantization.float_format import FloatFormat
 
 
 class StoredState(NamedTuple):
-    """A description of how a state of an optimizer is stored since its last step.
+    """A description of how a state of an optimizer was stored at the last step.
 
     Attributes:
         element: The format of a single element.
