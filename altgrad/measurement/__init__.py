@@ -12,8 +12,8 @@ Read the files in the order of the data:
   `histogram` are the types of their results.
 - `twin_sums`, `twin_table` and `twin_figures` are the stages from sums to figures for twins, which
   step a sample of each layer that is stored in another way.
-- `measure` judges formats by one tensor; `step_record` is the result of one observed step. The room
-  `altgrad.distributed` comes next, then `altgrad.monitor`.
+- `measure` measures one step of one tensor, and `step_record` is the result of one observed step of
+  a model. The room `altgrad.monitor` makes these records.
 """
 
 from altgrad.measurement.catalogue import (

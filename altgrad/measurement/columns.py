@@ -36,7 +36,7 @@ ROW_SUMS = (
     "finite",  # elements that are not left out
     "nonzero_weights",  # w ≠ 0
     "moved",  # update ≠ 0
-    "ever_moved",  # update ≠ 0 in this or an earlier observed step, if elements are tracked
+    "ever_moved",  # update ≠ 0 in this or, with ever-moved flags, in an earlier observed step
     "ulps",  # Σ |update| / spacing of the dtype in which the weights are stored
     "gradients",  # elements with a gradient, which may be 0
     "nonzero_gradients",  # gradient ≠ 0

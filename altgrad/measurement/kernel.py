@@ -129,7 +129,7 @@ def row_sums(
     histograms: Histograms,
     ever: EverMoved | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the sums and extrema of each row, with a format and without.
+    """Compute the sums and extrema of each row: those without a format, and those for each format.
 
     Args:
         rows: Weights and gradients of the elements; they are not changed.
@@ -168,8 +168,8 @@ def _layer_sums(
     """Compute the sums and extrema of each row that do not depend on a format.
 
     `_format_sums` goes on with the weights, updates and gradients that this function leaves in
-    `buffers`. If one of the three numbers w, v and gradient of an element is not finite, all three
-    are 0 in there.
+    `buffers`. There the weight before, the weight after and the gradient of an element are all 0 if
+    one of the three is not finite.
 
     Args:
         rows: Weights and gradients of the elements; they are not changed.

@@ -131,7 +131,8 @@ class TwinFigures(Mapping[str, float]):
         """
         row, column = self._find_place(key)
         value = self._table.figures[row][column]
-        # math.nan itself: equal figures compare as equal also if they are NaN.
+        # math.nan itself: lists and tuples compare by identity first, so that equal figures compare
+        # as equal also if they are NaN.
         return math.nan if math.isnan(value) else value
 
     def __contains__(self, key: object) -> bool:
