@@ -111,10 +111,10 @@ class Figures(Mapping[str, float]):
             The standard error. NaN for metrics without one, and where the sample is too small:
 
             - kept_update_ratio, and ratios of twins that are no shares, need 100 elements that
-              moved. Large updates count for more in these ratios: elements / energy_concentration
-              must be 15 or more.
+                moved. Large updates count for more in these ratios: elements over
+                energy_concentration must be 15 or more.
             - If blocks of neighbours were drawn, 5 clusters of blocks are needed instead of the 15,
-              for shares, too.
+                for shares, too.
 
         Raises:
             KeyError: The metric, the format or the recipe is unknown.
@@ -184,10 +184,10 @@ class Figures(Mapping[str, float]):
 
                 - ``"weights"`` counts abs(weight) before the step, over the weights other than 0.
                 - ``"ulps"`` counts abs(update) over the spacing of the dtype in which the weights
-                  are stored, for the elements that moved.
+                    are stored, for the elements that moved.
                 - ``"steps/{format}"`` counts abs(update) over the spacing of the format, for the
-                  same elements. A weight on the grid stalls if its update is below half of the
-                  spacing, in an octave below −1.
+                    same elements. A weight on the grid stalls if its update is below half of the
+                    spacing, in an octave below −1.
 
         Raises:
             KeyError: The histogram or the format is unknown; the message lists those that are
