@@ -98,7 +98,7 @@ class StepOutcome:
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """The layers that the record of the step will have; none of a skipped or failed step."""
+        """The names of the layers in the record of this step; empty if it was skipped or failed."""
         if self.step is None or self.skipped is not None:
             return ()
         return tuple(name for name in self.step.names if name not in self.step.resting)
