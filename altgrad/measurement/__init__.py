@@ -1,17 +1,19 @@
-"""From the tensors of a step to sums, from sums to metrics, from metrics to figures.
+"""Turn the tensors of a step into sums, the sums into metrics, and the metrics into figures.
 
 Read the files in the order of the data:
 
-- `columns` names the sums. `workspace` holds the memory in which `kernel` sums rows of elements for
-  every format at once.
-- `totals` adds rows up to layers. `chunks` cuts large tensors. `measurer` combines these four, for
+- `columns` names the sums. `kernel` computes them, for rows of elements and every format at once,
+  in the memory of `workspace`.
+- `totals` adds rows up to layers. `chunks` cuts large tensors. `measurer` puts these together, for
   one tensor of any size and for batches of small ones. `ever_moved` keeps flags between steps.
-- `catalogue` lists the metrics, `metrics` has a formula for each, `standard_errors` computes how
-  well a sample knows them.
-- `step_table` adds layers up to a model, `figures` reads one layer or model, `histogram` holds
-  counts.
-- `measure` judges one tensor; `step_record` is the result of one observed step. The room
-  `altgrad.monitor` comes next.
+- `catalogue` lists the metrics, and `metrics` has a formula for each. `intervals` and
+  `standard_errors` compute how far a figure from a sample may be off.
+- `step_table` adds layers up to a model, and `figures` reads one layer or model. `numbers` and
+  `histogram` are the types of their results.
+- `twin_sums`, `twin_table` and `twin_figures` are the stages from sums to figures for twins, which
+  step a sample of each layer that is stored in another way.
+- `measure` measures one step of one tensor, and `step_record` is the result of one observed step of
+  a model. The room `altgrad.monitor` makes these records.
 """
 
 from altgrad.measurement.catalogue import (

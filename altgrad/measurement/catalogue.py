@@ -2,9 +2,9 @@
 
 An element that is not finite before the step, after it or in the gradient is counted in
 `nonfinite_frac` and left out of every other metric. A figure is NaN if it has no value.
-A twin steps a sample of each layer as a recipe says; "fp32" is what the same gradients would have
-made of float32 weights and states. An element of the sample that is not finite in the twin or in
-fp32 is counted in `twin_nonfinite_frac` and left out of the twin's other metrics.
+A twin is a sample of each layer that is stored and stepped as a recipe says. The twin "fp32" has
+float32 weights and states, and gets the same gradients. An element of the sample that is not finite
+in the twin or in fp32 is counted in `twin_nonfinite_frac` and left out of the twin's other metrics.
 
 `altgrad.measurement.metrics` comes next and has the formulas: a new metric is a row of this file
 and a formula of that one. This file does not import torch, so that reports start fast.
@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 
 class Metric(NamedTuple):
-    """A row of the catalogue.
+    """A metric: its name, and how to read its figures.
 
     Attributes:
-        name: Name of the metric, as in the keys of figures and in log keys.
+        name: Name of the metric, with which the keys of its figures begin.
         unit: Unit of its figures.
         range: Range of its figures.
         high: Meaning of a high figure.
@@ -49,7 +49,7 @@ LAYER_METRICS = _by_name(
     ),
     Metric("zero_gradient_frac", *_SHARE, "gradients that are 0"),
     Metric("nonfinite_frac", *_SHARE, "NaN or inf"),
-    Metric("unmoved_frac", *_SHARE, "updates stalled already, in the dtype of the weights"),
+    Metric("unmoved_frac", *_SHARE, "updates stall already, in the dtype of the weights"),
     Metric("ulp_mean", "ULP", "≥ 0", "updates far from stalling in the dtype of the weights"),
     Metric("ulp_max", "ULP", "≥ 0", "one weight moved far"),
     Metric("ulp_zero_frac", *_SHARE, "weights that did not move"),
@@ -62,25 +62,29 @@ FORMAT_METRICS = _by_name(
     Metric("kept_update_ratio", "1", "real", "the update is kept; 1 is all"),
     Metric("stall_frac", *_SHARE, "updates stall"),
     Metric("update_error", "1", "≥ 0", "the update is distorted"),
-    Metric("visible_frac", *_SHARE, "a cast shows the updates"),
+    Metric("visible_frac", *_SHARE, "a cast to the format shows the updates"),
     Metric("never_moved_frac", *_SHARE, "weights that no observed step moved"),
     Metric("stochastic_move_frac", *_SHARE, "stochastic rounding would move weights"),
     Metric("stochastic_noise_ratio", "1", "≥ 0", "stochastic rounding would add much noise"),
     Metric(
-        *("steps_median_log2", "log2 stiffness", "−31.5 … 31.5"), "far above the threshold of −1"
+        *("steps_median_log2", "log2 stiffness", "−31.5 … 31.5"),
+        "updates far above −1, below which they stall",
     ),
     Metric("stiffness_mean", "weight", "> 0", "a coarse grid"),
-    Metric("stiffness_min", "weight", "> 0", "coarse everywhere"),
-    Metric("stiffness_max", "weight", "> 0", "coarse somewhere"),
+    Metric("stiffness_min", "weight", "> 0", "a grid that is coarse at every weight"),
+    Metric("stiffness_max", "weight", "> 0", "a grid that is coarse at some weight"),
     Metric("grid_error_mean", "weight", "≥ 0", "weights off the grid"),
     Metric("grid_error_max", "weight", "≥ 0", "one weight far off the grid"),
     Metric("grid_error_std", "weight", "≥ 0", "grid errors differ"),
     Metric("on_grid_frac", *_SHARE, "weights are grid points"),
-    Metric("sqnr_db", "dB", "real or inf", "rounding is a small noise"),
-    Metric("underflow_frac", *_SHARE, "weights become 0"),
-    Metric("saturated_frac", *_SHARE, "weights that round beyond the top"),
-    Metric("subnormal_frac", *_SHARE, "few digits are left"),
-    Metric("grad_stiff_correlation", "1", "−1 … 1", "descriptive: large gradients where coarse"),
+    Metric("sqnr_db", "dB", "real or inf", "errors of rounding are small beside the weights"),
+    Metric("underflow_frac", *_SHARE, "weights are rounded to 0"),
+    Metric("saturated_frac", *_SHARE, "weights are rounded beyond the largest value"),
+    Metric("subnormal_frac", *_SHARE, "weights are subnormal: few digits are left"),
+    Metric(
+        *("grad_stiff_correlation", "1", "−1 … 1"),
+        "descriptive: gradients are large where the grid is coarse",
+    ),
     Metric(
         *("grad_stiff_ratio_mean", "gradient / weight", "≥ 0"),
         "descriptive: gradients exceed spacings",
@@ -90,22 +94,34 @@ FORMAT_METRICS = _by_name(
 """Metrics of a layer and a format, by name."""
 
 TWIN_METRICS = _by_name(
-    Metric("progress_kept", "1", "real", "the way of fp32 since the start is kept; 1 is all"),
-    Metric("window_progress_kept", "1", "real", "the same since the last observed step"),
-    Metric("drift", "1", "≥ 0", "weights far from those of fp32; 1 is as far as fp32 went"),
-    Metric("frozen_frac", *_SHARE, "of the weights that fp32 moved, those that never moved"),
-    Metric("still_frac", *_SHARE, "the same since the last observed step"),
-    Metric("step_projection", "1", "real", "the last step of fp32 is kept; 1 is all"),
-    Metric("decay_projection", "1", "real", "weights longer than those of fp32: decay was lost"),
+    Metric("progress_kept", "1", "real", "the movement of fp32 since the start is kept; 1 is all"),
+    Metric(
+        *("window_progress_kept", "1", "real"),
+        "the movement of fp32 since the last observed step is kept; 1 is all",
+    ),
+    Metric("drift", "1", "≥ 0", "weights far from those of fp32; 1 is as far as fp32 moved"),
+    Metric("frozen_frac", *_SHARE, "weights that fp32 moved since the start, and the twin never"),
+    Metric(
+        *("still_frac", *_SHARE),
+        "weights that fp32 moved since the last observed step, and the twin did not",
+    ),
+    Metric("step_projection", "1", "real", "the last update of fp32 is kept; 1 is all"),
+    Metric(
+        *("decay_projection", "1", "real"),
+        "weights are larger than those of fp32: weight decay was lost",
+    ),
     Metric("twin_nonfinite_frac", *_SHARE, "NaN or inf in the sample"),
 )
 """Metrics of a layer and a recipe, by name."""
 
 STATE_METRICS = _by_name(
-    Metric("{state}_ratio", "1", "real", "a state larger than that of fp32; 1 is equal"),
-    Metric("{state}_zero_frac", *_SHARE, "numbers of a state that became 0, and are not in fp32"),
+    Metric("{state}_ratio", "1", "real", "the state is larger than that of fp32; 1 is equal"),
+    Metric("{state}_zero_frac", *_SHARE, "numbers of the state are 0 that are not 0 in fp32"),
 )
-"""Metrics of a layer, a recipe and a state of its optimizer, by name with a place for the state."""
+"""Metrics of a layer, a recipe and a state of its optimizer, by name.
+
+``{state}`` stands for the name of the state, such as ``exp_avg_sq``.
+"""
 
 NEED_GRADIENT = frozenset(
     {
@@ -116,7 +132,7 @@ NEED_GRADIENT = frozenset(
 """Names of metrics that are NaN unless the gradient was measured, too."""
 
 NEED_TRACKING = frozenset({"never_moved_frac"})
-"""Names of metrics over all observed steps, which are NaN unless elements are tracked."""
+"""Names of metrics over all observed steps, which are NaN unless ever-moved flags are kept."""
 
 
 def get_metric(name: str) -> Metric:
@@ -137,7 +153,7 @@ def get_metric(name: str) -> Metric:
 
 
 def _find_state_metric(name: str) -> Metric | None:
-    """Return the metric of a state whose name ends like this one; None if no metric does."""
+    """Return the metric that a name such as ``exp_avg_sq_ratio`` stands for; None if unknown."""
     for pattern, metric in STATE_METRICS.items():
         ending = pattern.removeprefix("{state}")
         if name.endswith(ending) and name != ending:
@@ -147,7 +163,7 @@ def _find_state_metric(name: str) -> Metric | None:
 
 @functools.lru_cache(maxsize=64)  # a run uses few sets of formats, and asks at every step
 def figure_keys(formats: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the keys of all figures in their order: ``metric``, then ``metric/format``.
+    """Return the keys of all figures but those of twins: ``metric``, then ``metric/format``.
 
     Args:
         formats: Names of the formats.
@@ -161,24 +177,24 @@ def figure_keys(formats: tuple[str, ...]) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=64)
 def twin_keys(recipes: tuple[str, ...], states: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the keys of all figures of twins in their order: ``metric/recipe``.
+    """Return the keys of all figures of twins: ``metric/recipe``.
 
     Args:
         recipes: Names of the recipes.
-        states: Names of the states of the optimizer.
+        states: Names of the optimizer's states, such as ``exp_avg_sq``.
 
     Returns:
-        Keys of each recipe in turn: its metrics, then those of each state.
+        Keys of each recipe in turn, in the order of `twin_metrics`.
     """
     return tuple(f"{metric}/{recipe}" for recipe in recipes for metric in twin_metrics(states))
 
 
 @functools.lru_cache(maxsize=64)
 def twin_metrics(states: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names of the metrics of a recipe in their order.
+    """Return the names of the metrics of a twin.
 
     Args:
-        states: Names of the states of the optimizer.
+        states: Names of the optimizer's states, such as ``exp_avg_sq``.
 
     Returns:
         The names in `TWIN_METRICS`, then those in `STATE_METRICS` for each state.
@@ -194,7 +210,7 @@ def as_markdown() -> str:
         "Metrics of a layer and a recipe: `altgrad/{metric}/{recipe}/{layer}`": TWIN_METRICS,
         "Metrics of a recipe and a state, such as `exp_avg_sq_ratio`": STATE_METRICS,
     }
-    # The second paragraph of this file: what holds for every metric.
+    # The second paragraph of this file's docstring, which holds for every metric.
     about = (__doc__ or "").strip().split("\n\n")[1]
     lines = ["# Metrics", "", *about.splitlines()]
     for title, metrics in tables.items():

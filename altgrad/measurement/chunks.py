@@ -1,7 +1,7 @@
-"""Split tensors of one shape into chunks that fit into the kernel's memory and the CPU's cache.
+"""Split large tensors into chunks that fit into the kernel's memory and the CPU's cache.
 
-Formats with blocks need whole blocks in a chunk, as the elements of a block share a scale. Read
-`kernel` first, which measures a chunk; `measurer` comes next and adds chunks up.
+A chunk consists of whole blocks if a format has one scale for each block. Read `kernel` first,
+which measures a chunk; `measurer` comes next and adds the sums of chunks up.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from altgrad.measurement.kernel import EverMoved, Rows
 
 
 class Sample(NamedTuple):
-    """A sample of a layer's elements.
+    """The elements of a layer that are measured, if not all are.
 
     Attributes:
         shape: Shape of the whole layer.
-        indices: Flat (row-major) indices into `shape`, int64 (elements), ascending.
-        block: Number of neighbours along the last dimension that were drawn together.
+        indices: Indices into the flattened (row-major) layer, int64 (elements), ascending.
+        block: Number of neighbours along the last dimension that were drawn together; 1 for single
+            elements.
     """
 
     shape: torch.Size
@@ -38,17 +39,17 @@ def split_chunks(
         tensors: One or more tensors of one shape and any dtype. A tensor is copied only if it is
             not contiguous.
         size: Maximum number of elements in a chunk, at least `block`.
-        block: Number of neighbours along the last dimension that stay in one chunk. A block begins
-            at each multiple of `block` in a row.
-        sample: The sample that the tensors hold, if they are not whole layers.
+        block: Number of neighbours that stay in one chunk, as they share a scale. Blocks are
+            counted from the start of each row, that is along the last dimension of the layer.
+        sample: The elements of the layer that the tensors hold; None if they hold all.
 
     Returns:
-        An iterator over chunks. A chunk is a tuple of (elements), one for each tensor, with the
-        tensor's dtype.
+        An iterator over chunks; empty if the tensors are. A chunk has a flat tensor (elements) for
+        each tensor, with that tensor's dtype.
     """
     if tensors[0].numel() == 0:
         return
-    # Views, where a tensor allows them: nothing is copied in the usual case.
+    # A contiguous tensor has a flat view: nothing is copied in the usual case.
     flat = [each.detach().view(-1) if each.is_contiguous() else None for each in tensors]
     if block == 1 and all(each is not None for each in flat):
         yield from zip(*(torch.split(each, size) for each in flat if each is not None), strict=True)
@@ -60,34 +61,36 @@ def split_chunks(
 
 
 def as_row(flat: tuple[Tensor, ...]) -> Rows:
-    """View one chunk as a single row.
+    """View one chunk as a single row of the kernel.
 
     Args:
-        flat: Weights before and after, and the gradient if there is one, (elements) each.
+        flat: Weights before the step, weights after it, and the gradient if there is one,
+            (elements) each.
 
     Returns:
-        The same memory, (1, 1, elements) each.
+        Views of the same memory, (1, 1, elements) each.
     """
     rows = [each.view(1, 1, -1) for each in flat]
     return Rows(rows[0], rows[1], rows[2] if len(rows) == 3 else None)
 
 
 def slice_flags(ever: EverMoved, start: int, count: int) -> EverMoved:
-    """Return a view of a chunk's ever-moved flags, which the kernel updates in place.
+    """Return the ever-moved flags of a chunk as views, so that the kernel can update them.
 
     Args:
-        ever: Ever-moved flags of a layer as one row, bool (1, 1 or formats, elements).
+        ever: Ever-moved flags of all measured elements of a layer, bool (1, 1, elements) and bool
+            (1, formats, elements).
         start: Position of the chunk's first element.
         count: Number of elements in the chunk.
 
     Returns:
-        Views of the flags, bool (1, 1 or formats, `count`).
+        Views of the flags, bool (1, 1, `count`) and bool (1, formats, `count`).
     """
     return EverMoved(*(each[..., start : start + count] for each in ever))
 
 
 def _along_rows(tensors: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:
-    """Yield whole rows of the last dimension; split a row only if it is longer than `size`."""
+    """Yield chunks of whole rows along the last dimension; split rows longer than `size`."""
     first = tensors[0]
     if first.numel() <= size:
         yield tuple(each.reshape(-1) for each in tensors)
@@ -100,14 +103,19 @@ def _along_rows(tensors: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor
 
 
 def _number_blocks(sample: Sample, block: int) -> Tensor:
-    """Number the blocks of a layer, and return the number of each element's block on the CPU."""
+    """Return the number of each element's block in the layer, int64 (elements) on the CPU."""
     indices, length = sample.indices.cpu(), sample.shape[-1]
-    # The last block of a row may be shorter, so that a row has ⌈length / block⌉ of them.
+    # The last block of a row may be shorter: a row has ⌈length / block⌉ blocks.
     return indices // length * -(-length // block) + indices % length // block
 
 
 def _lengths(blocks: Tensor, size: int) -> list[int]:
-    """Return the lengths of chunks of up to `size` elements that do not divide a block."""
+    """Return the lengths of chunks of up to `size` elements that split no block.
+
+    Args:
+        blocks: Number of each element's block, ascending, int64 (elements).
+        size: Maximum number of elements in a chunk.
+    """
     ends = [*((blocks[1:] != blocks[:-1]).nonzero().flatten() + 1).tolist(), len(blocks)]
     lengths, start, last = [], 0, 0  # `last`: where the latest block that fits ends
     for end in ends:

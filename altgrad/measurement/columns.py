@@ -1,15 +1,19 @@
-"""The columns of a measurement: names of the sums and maxima from which all metrics follow.
+"""Name the columns of a measurement: the sums and maxima from which all metrics follow.
 
-A layer's measurement is one float64 vector::
+A layer's measurement is one float64 vector. Each of its numbers is called a column, since the
+vectors of several layers are the rows of a table::
 
     SUMS | FORMAT_SUMS of format 0 | FORMAT_SUMS of format 1 | … | MAXIMA | FORMAT_MAXIMA of 0 | …
 
-Vectors of two shards of a layer, of two layers or of two ranks combine to the vector of the whole:
-sums are added, and the larger maximum is kept. Every metric can therefore be computed at every
-level. Counts are exact below 2**53, maxima always; a maximum over no element is −inf.
+The vectors of two chunks, shards or layers combine to the vector of both: sums are added, and the
+larger maximum is kept. Every metric can therefore be computed at every level. Counts are exact
+below 2**53, maxima always; a maximum over no element is −inf.
 
-This is the first file to read of this room; `kernel` comes next and computes the columns.
-`metrics` says which sums an estimate consists of.
+In the comments, w is a weight before the step, the update is its change by the step, the effective
+update is what the format's grid keeps of that, and the stiffness is the grid's spacing at w.
+
+This is the first file to read of this room; `workspace` and `kernel` come next, and compute the
+columns.
 """
 
 from __future__ import annotations
@@ -20,48 +24,49 @@ from altgrad.measurement.metrics import FORMULAS, Estimate
 
 
 def _octaves(name: str) -> tuple[str, ...]:
-    """Return the names of all bins but the first; its count is the total minus the others."""
+    """Return the names of a histogram's bins but the first, whose count follows from the total."""
     return tuple(f"{name}[{bin}]" for bin in range(1, OCTAVES))
 
 
-# The sums of a row in the kernel's order: plain sums, then sums of squares. Squares come last
-# because the kernel computes them as norms, and squares all norms at once.
+# ROW_… are the columns that the kernel computes for one row of elements, in its order: plain sums,
+# then sums of squares. Squares come last because the kernel computes them as norms, and squares all
+# norms at once.
 # An element is left out of all sums if its weight before, weight after or gradient is not finite.
 ROW_SUMS = (
-    "finite",
-    "nonzero_weights",
+    "finite",  # elements that are not left out
+    "nonzero_weights",  # w ≠ 0
     "moved",  # update ≠ 0
-    "ever_moved",  # update ≠ 0 in this or an earlier observed step, if elements are tracked
-    "ulps",
+    "ever_moved",  # update ≠ 0 in this or, with ever-moved flags, in an earlier observed step
+    "ulps",  # Σ |update| / spacing of the dtype in which the weights are stored
     "gradients",  # elements with a gradient, which may be 0
-    "nonzero_gradients",
+    "nonzero_gradients",  # gradient ≠ 0
     "moved_with_gradient",  # update ≠ 0 and gradient ≠ 0
-    "paired_gradient_abs",  # Σ |gradient| over weights ≠ 0, for the correlation with stiffness
+    "paired_gradient_abs",  # Σ |gradient| over w ≠ 0, for the correlation with stiffness
 )
 ROW_SQUARES = ("weight_sq", "update_sq", "update_4th", "gradient_sq", "paired_gradient_sq")
 ROW_MAXIMA = ("ulps", "paired_gradient_abs")
 ROW_MINIMA = ("paired_gradient_abs",)
 
 FORMAT_ROW_SUMS = (
-    # Over weights ≠ 0:
+    # Over w ≠ 0:
     "stiffness",
-    "stiffness_gradient",
-    "gradient_per_stiffness",
-    "gradient_below_stiffness",
-    # Over all weights:
-    "grid_error",
-    "off_grid",
-    "stored_nonzero",
-    "stored_normal",
-    "saturated",
-    # What-if, over updates ≠ 0, if weights are stored finer than the format:
-    "visible",
+    "stiffness_gradient",  # Σ stiffness · |gradient|
+    "gradient_per_stiffness",  # Σ |gradient| / stiffness
+    "gradient_below_stiffness",  # |gradient| < stiffness
+    # Over all w; Q(w) is the nearest grid point:
+    "grid_error",  # Σ |w − Q(w)|
+    "off_grid",  # w ≠ Q(w)
+    "stored_nonzero",  # Q(w) ≠ 0
+    "stored_normal",  # |Q(w)| ≥ the smallest normal number
+    "saturated",  # w is rounded beyond the largest value, if the grid went on there
+    # What-if sums, over updates ≠ 0; see WHAT_IF:
+    "visible",  # Q(weight after) ≠ Q(w)
     "effective",  # effective update ≠ 0
-    "ever_effective",
+    "ever_effective",  # effective update ≠ 0 in this or an earlier observed step
     "kept",  # Σ effective · update
     "kept_update_cubed",  # Σ effective · update³, for the standard error
-    "stochastic_move",
-    "stochastic_variance",
+    "stochastic_move",  # Σ of the probability to move, under stochastic rounding
+    "stochastic_variance",  # Σ of the variance of the weight, under stochastic rounding
 )
 FORMAT_ROW_SQUARES = (
     "stiffness_sq",
@@ -72,9 +77,10 @@ FORMAT_ROW_SQUARES = (
 FORMAT_ROW_MAXIMA = ("grid_error", "stiffness")
 FORMAT_ROW_MINIMA = FORMAT_ROW_MAXIMA
 WHAT_IF = (*FORMAT_ROW_SUMS[FORMAT_ROW_SUMS.index("visible") :], "kept_sq", "lost_sq")
-"""Names of what-if sums, which are 0 if weights are stored no finer than the format.
+"""Names of what-if sums, which say what a format would keep of the updates.
 
-Updates that stalled are then lost before they can be measured.
+They are 0 for a format that is no coarser than the dtype of the weights: updates that the format
+would lose are lost in that dtype already, before they can be measured.
 """
 JUDGED = {
     "judged": "moved",
@@ -82,40 +88,45 @@ JUDGED = {
     "judged_sq": "update_sq",
     "judged_4th": "update_4th",
 }
-"""Names of sums by the format that are copies of a layer's sum, if the format is judged."""
+"""For each of four what-if sums, the layer's sum of which it is a copy.
+
+What-if metrics have these copies as denominators. Like all what-if sums, a copy is 0 for a format
+that is no coarser than the dtype of the weights, so that the metric becomes NaN.
+"""
 
 LAYER_ESTIMATES, FORMAT_ESTIMATES = (
     tuple(name for name in metrics if isinstance(FORMULAS[name], Estimate))
     for metrics in (LAYER_METRICS, FORMAT_METRICS)
 )
-"""Names of the metrics that have a standard error."""
+"""Names of the metrics that have a standard error: estimates Σ a / Σ b, see `metrics.Estimate`."""
 PRODUCTS = ("aa", "ab", "bb")
-"""Names of the sums over clusters that an estimate Σ a / Σ b has: Σ A², Σ A · B and Σ B².
+"""Names of the sums Σ A², Σ A · B and Σ B² of an estimate Σ a / Σ b, over clusters of elements.
 
-A cluster holds blocks that were drawn together; A and B are the sums of a and b over a cluster.
+A and B are the sums of a and b over one cluster. Elements of a sample form clusters if they were
+drawn in blocks of neighbours, which may be alike.
 """
 
 
 def _products(metrics: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names of the sums over clusters of some metrics."""
+    """Return the names of the three sums in PRODUCTS for each metric."""
     return tuple(f"{name} {product}" for name in metrics for product in PRODUCTS)
 
 
 SUMS = (
-    "population",  # elements of the layer, for which those measured stand
-    "elements",  # elements that were measured
-    "clusters",  # clusters that these are drawn in; 0 if elements are drawn one by one
+    "population",  # all elements of the layer
+    "elements",  # elements that were measured: all of them, or a sample
+    "clusters",  # clusters in the sample; 0 if elements were drawn one by one
     *(*ROW_SUMS, *ROW_SQUARES),
     *_products(LAYER_ESTIMATES),  # 0 without clusters
-    *_octaves("ulps"),  # elements with an update ≠ 0, by its size
-    *_octaves("weights"),  # weights ≠ 0, by their size
+    *_octaves("ulps"),  # elements with an update ≠ 0, by |update| in ULPs
+    *_octaves("weights"),  # elements with w ≠ 0, by |w|
 )
 POPULATION, ELEMENTS, CLUSTERS = 0, 1, 2
-"""Positions of these three in SUMS."""
+"""Positions of ``"population"``, ``"elements"`` and ``"clusters"`` in SUMS."""
 FORMAT_SUMS = (
     *(*FORMAT_ROW_SUMS, *FORMAT_ROW_SQUARES, *JUDGED),
     *_products(FORMAT_ESTIMATES),  # 0 without clusters
-    *_octaves("steps"),
+    *_octaves("steps"),  # elements with an update ≠ 0, by |update| / stiffness; a what-if sum
 )
 # A minimum is kept as the maximum of the negated quantity, so that one operation combines both.
 MAXIMA = (*ROW_MAXIMA, *(f"minus_{name}" for name in ROW_MINIMA))
@@ -123,9 +134,7 @@ FORMAT_MAXIMA = (*FORMAT_ROW_MAXIMA, *(f"minus_{name}" for name in FORMAT_ROW_MI
 
 
 def sum_count(formats: int) -> int:
-    """Return the number of sums in the vector that is a layer's measurement.
-
-    The vector begins with its sums: SUMS, then FORMAT_SUMS for each format.
+    """Return the number of sums in a layer's vector: SUMS, then FORMAT_SUMS for each format.
 
     Args:
         formats: Number of formats that the layer is measured for.
@@ -134,9 +143,7 @@ def sum_count(formats: int) -> int:
 
 
 def max_count(formats: int) -> int:
-    """Return the number of maxima in the vector that is a layer's measurement.
-
-    The vector ends with its maxima: MAXIMA, then FORMAT_MAXIMA for each format.
+    """Return the number of maxima in a layer's vector: MAXIMA, then FORMAT_MAXIMA for each format.
 
     Args:
         formats: Number of formats that the layer is measured for.

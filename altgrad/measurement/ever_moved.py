@@ -1,12 +1,16 @@
 """`EverMovedStore`: remember which elements of each layer have moved in any observed step.
 
-The metric `never_moved_frac` needs flags for each element: whether an update moved it, and for each
-format whether an effective update did. The flags of a layer are bool (1 + formats, elements), with
-row 0 for updates and a row for each format. A `state_dict` holds one bit for each flag.
+The metric `never_moved_frac` needs flags for each element. One says whether the element has had an
+update other than 0. There is one more for each format, which says whether the format's grid would
+have kept a part of such an update. The flags of a layer are bool (1 + formats, elements), one bit
+each in a `state_dict`::
+
+    row 0       had an update
+    row 1 + k   had an update of which format k keeps a part
 
 Small layers, which a monitor measures together, have their flags in `altgrad.monitor.arena`, next
-to their copies. The store has all other flags: those of large layers, of layers whose arena was
-freed, and restored ones.
+to the copies of their weights. The store has all other flags: those of large layers, of layers
+whose memory in the arena was freed, and flags from a checkpoint.
 
 Read `kernel` first, where the flags are updated; `altgrad.monitor.arena` comes next.
 """
@@ -23,17 +27,25 @@ from altgrad._messages import format_count
 from altgrad.measurement.kernel import EverMoved
 
 Part = tuple[int, Tensor]
-"""The number of measured elements of a layer, and the positions of those on this rank, int64."""
+"""The part of a sharded layer that is on this rank.
+
+It is a pair: the number of measured elements of the layer on all ranks, and the positions among
+them of those on this rank, int64 (elements on this rank).
+"""
 
 PackedBits = tuple[tuple[int, ...], Tensor]
-"""The shape of flags, and the flags as uint8 (bytes) on the CPU, eight to a byte."""
+"""The shape of a layer's flags, and the flags as uint8 (bytes) on the CPU, eight to a byte."""
 
 
 class EverMovedStore:
-    """A store of flags, bool (1 + formats, elements) for each layer: which elements ever moved.
+    """A store of the ever-moved flags of layers, over all observed steps.
+
+    The flags of a layer are bool (1 + formats, elements). The first row says whether an element had
+    an update other than 0. The other rows say for each format whether its grid would have kept a
+    part of such an update.
 
     Args:
-        warn: Function that is called with each notice for the user.
+        warn: Function that is called with the text of each notice for the user.
     """
 
     def __init__(self, warn: Callable[[str], object]) -> None:
@@ -43,12 +55,12 @@ class EverMovedStore:
     def keep(self, name: str, ever: Tensor) -> None:
         """Keep the flags of a layer.
 
-        If flags of the same shape are kept already, the two are combined by OR. That happens for a
-        layer that two optimizers step.
+        If the store has flags of this layer with the same shape, the two are combined by OR. That
+        happens for a layer that two optimizers step. Flags with another shape are replaced.
 
         Args:
             name: The layer's name.
-            ever: Its flags, bool (1 + formats, elements).
+            ever: The layer's flags, bool (1 + formats, elements).
         """
         known = self._flags.get(name)
         if known is not None and known.shape == ever.shape:
@@ -60,18 +72,18 @@ class EverMovedStore:
 
         Args:
             name: The layer's name.
-            kinds: Number of rows of the flags, 1 + formats.
+            kinds: Number of flags for each element, 1 + formats.
             elements: Number of measured elements of the layer.
 
         Returns:
-            The flags, bool (kinds, elements). None if no flags are kept or their shape differs; in
-            the second case a notice is given.
+            The flags, bool (kinds, elements). None if the store has no flags of the layer, or flags
+            with another shape. In the second case, a notice says that never_moved_frac begins anew.
         """
         ever = self._flags.pop(name, None)
         if ever is not None and ever.shape != (kinds, elements):
             self._warn(
                 f"has never_moved_frac of {name} begin anew: it has "
-                f"{format_count(elements, 'watched element')}, and had {ever.shape[-1]}"
+                f"{format_count(elements, 'measured element')}, and had {ever.shape[-1]}"
             )
             return None
         return ever
@@ -80,18 +92,19 @@ class EverMovedStore:
     # https://docs.pytorch.org/docs/stable/notes/autograd.html#inference-mode
     @torch.inference_mode(mode=False)
     def get_row(self, name: str, kinds: int, elements: int, device: torch.device) -> EverMoved:
-        """Return the flags of a layer as one row, for the kernel to update in place.
+        """Return the flags of a layer as one row of the kernel, which updates them in place.
 
-        The store keeps the flags. All flags are False if no flags are kept or their shape differs.
+        The store keeps the flags. New flags, all False, are made if the store has none of the layer
+        or if their shape differs.
 
         Args:
             name: The layer's name.
-            kinds: Number of rows of the flags, 1 + formats.
+            kinds: Number of flags for each element, 1 + formats.
             elements: Number of measured elements of the layer.
             device: Device on which the layer is measured.
 
         Returns:
-            Views of the flags, bool (1, 1, elements) and bool (1, formats, elements).
+            Views of the flags in the store, bool (1, 1, elements) and bool (1, formats, elements).
         """
         ever = self.take(name, kinds, elements)
         if ever is None:
@@ -103,11 +116,11 @@ class EverMovedStore:
         """Return the flags of all layers, packed to bits.
 
         Args:
-            elsewhere: Name and flags of layers whose flags are in an `Arena` instead of this store.
-                The result includes these layers.
+            elsewhere: Pairs of name and flags, for layers whose flags are in an
+                `altgrad.monitor.arena.Arena` instead of this store. The result includes them.
 
         Returns:
-            The packed flags by name of the layer. Layers without a flag that is set are left out.
+            The packed flags by name of the layer. Layers whose flags are all False are left out.
         """
         together = EverMovedStore(self._warn)
         together._flags = dict(self._flags)
@@ -118,12 +131,12 @@ class EverMovedStore:
     def load_state_dict(self, state: Mapping[str, PackedBits], parts: Mapping[str, Part]) -> None:
         """Restore the flags of all layers from a `state_dict`.
 
-        Only the flags of elements on this rank are kept.
+        A layer that is not sharded keeps the flags of all its elements; a sharded layer keeps those
+        of the elements on this rank.
 
         Args:
             state: The packed flags of all measured elements, by name of the layer.
-            parts: By name of a sharded layer, the number of its measured elements on all ranks and
-                the positions of those on this rank. Other layers are kept whole.
+            parts: For each sharded layer, by name, its part on this rank.
         """
         self._flags = {name: _unpack(*packed) for name, packed in state.items()}
         for name, (elements, positions) in parts.items():
@@ -140,7 +153,7 @@ def check_packed_bits(state: Mapping[str, PackedBits]) -> None:
         state: The packed flags by name of the layer, as `EverMovedStore.state_dict` returns them.
 
     Raises:
-        ValueError: The flags of a layer are not a shape and as many bits.
+        ValueError: The flags of a layer are not a pair of a shape and as many bits.
     """
     for name, packed in state.items():
         try:
@@ -158,16 +171,20 @@ def check_packed_bits(state: Mapping[str, PackedBits]) -> None:
 def scatter_packed_bits(
     packed: PackedBits | None, shape: tuple[int, int], positions: Tensor
 ) -> Tensor:
-    """Return the packed flags of a whole layer, from those of the elements on this rank.
+    """Return the packed flags of a whole layer, of which this rank knows those of its shard.
+
+    Elements on other ranks get 0, so that the flags of the layer are the OR of the results of all
+    ranks.
 
     Args:
-        packed: The packed flags of the known elements; None if there are none.
-        shape: Shape of the whole flags, (1 + formats, elements).
-        positions: Position of each known element in the whole layer, int64 (known elements).
+        packed: The packed flags of the elements on this rank; None if it has no flags.
+        shape: Shape of the flags of the whole layer, (1 + formats, elements).
+        positions: Positions of the elements on this rank among those of the whole layer, int64
+            (elements on this rank).
 
     Returns:
-        The packed flags, uint8 (bytes) on the CPU; bits of unknown elements are 0. They are 0 for
-        all elements if `packed` has another number of rows or elements than expected.
+        The packed flags, uint8 (bytes) on the CPU. All are 0 if `packed` has another number of
+        formats or elements than expected.
     """
     whole = torch.zeros(shape, dtype=torch.bool, device="cpu")
     if packed is not None and packed[0] == (shape[0], len(positions)):
@@ -176,8 +193,8 @@ def scatter_packed_bits(
 
 
 def _pack(ever: Tensor) -> PackedBits:
-    # Flag k of a byte is its bit k, least significant first, as numpy.packbits with
-    # bitorder="little" has it:  flags 1 0 1 1 0 0 0 0  ->  0b00001101
+    # Flag k of a byte is its bit k, least significant first, as numpy.packbits does with
+    # bitorder="little":  flags 1 0 1 1 0 0 0 0  ->  0b00001101
     # https://numpy.org/doc/stable/reference/generated/numpy.packbits.html
     bits = ever.flatten().cpu().to(torch.uint8)
     bits = torch.cat((bits, bits.new_zeros(-len(bits) % 8))).view(-1, 8)  # pad to whole bytes

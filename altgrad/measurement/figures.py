@@ -1,7 +1,7 @@
 """`Figures`: the metrics of a layer or a model as plain numbers, computed when they are read.
 
-Read `step_table` first, which computes the figures of all layers at once, and `twin_figures`.
-`step_record` comes next: it holds the figures of each layer, and of the model.
+Read `step_table` first, which computes the figures of all layers at once, and `twin_figures`, which
+does so for twins. `step_record` comes next: it holds the figures of each layer, and of the model.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ _FIRST_OCTAVES = {"weights": FIRST_WEIGHTS_OCTAVE, "ulps": 0, "steps": FIRST_STE
 class Figures(Mapping[str, float]):
     """A mapping of figures by key: ``metric``, ``metric/format``, and ``metric/recipe`` of twins.
 
-    A figure is NaN if it has no value. `altgrad.measurement.catalogue` lists all metrics.
+    It holds the figures of one layer, or those of a model. A figure is NaN if it has no value.
+    `altgrad.measurement.catalogue` lists all metrics.
 
     Args:
-        table: The table of a step.
-        rows: The row of the table for each format, and for the layer or model itself under None.
-        twins: The figures of twins.
+        table: The table with the sums of all layers in one step.
+        rows: The row of the table to read for each format, by name; under None, the row for metrics
+            without a format. A layer has a single row; a model may have several.
+        twins: The figures of the twins of the same layer or model.
     """
 
     def __init__(self, table: StepTable, rows: FormatRows, twins: TwinFigures = NO_TWINS) -> None:
@@ -41,7 +43,7 @@ class Figures(Mapping[str, float]):
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """The names of the formats."""
+        """The names of the formats for which there are figures."""
         return self._formats
 
     @property
@@ -56,12 +58,12 @@ class Figures(Mapping[str, float]):
 
     @property
     def twin_keys(self) -> tuple[str, ...]:
-        """The keys of the figures of twins in their order: ``metric/recipe``."""
+        """The keys of the figures of twins, ``metric/recipe``, in the order of iteration."""
         return self._twins.keys_in_order
 
     @property
     def moved_elements(self) -> float:
-        """The number of elements in the sample of twins that fp32 has moved; NaN without twins."""
+        """The number of sampled elements that the twin in fp32 has moved; NaN without twins."""
         return self._twins.moved_elements
 
     @property
@@ -71,7 +73,7 @@ class Figures(Mapping[str, float]):
 
     @property
     def elements(self) -> int:
-        """The number of elements that were measured: all, or the sample."""
+        """The number of elements that were measured: all, or a sample."""
         return self._table.counted[self._rows[None]][1]
 
     def __getitem__(self, key: str) -> float:
@@ -88,7 +90,7 @@ class Figures(Mapping[str, float]):
         return self._twins[key] if row is None else self._table.figure(key, row)
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the keys: those of the layer, of each format, and of each recipe."""
+        """Iterate over the keys: those without a format, then those of each format and recipe."""
         return iter((*figure_keys(self.formats), *self.twin_keys))
 
     def __len__(self) -> int:
@@ -98,19 +100,21 @@ class Figures(Mapping[str, float]):
     def standard_error(self, key: str) -> float:
         """Return the standard error of a figure that a sample estimates.
 
-        Shares, kept_update_ratio and most metrics of twins have a standard error. It is half
-        of the width of `interval` over 1.96, and 0 if all elements were measured. A sample cannot
-        see an outlier outside of the sample; neither can its standard error.
+        Shares of elements, kept_update_ratio and most metrics of twins have a standard error, with
+        the unit of the figure. It is half of the width of `interval`, divided by 1.96, and 0 if all
+        elements were measured. It knows nothing of an outlier that is not in the sample.
 
         Args:
             key: ``metric``, ``metric/format`` or ``metric/recipe``.
 
         Returns:
-            The standard error, in the unit of the figure. NaN for other metrics. NaN for
-            kept_update_ratio if fewer than 100 elements of the sample moved, or fewer than 15 carry
-            the energy of the update (elements / energy_concentration). The same holds for the
-            ratios of twins that are weighed by energy. If blocks were drawn, NaN if fewer than 5
-            clusters of blocks carry the ratio.
+            The standard error. NaN for metrics without one, and where the sample is too small:
+
+            - kept_update_ratio, and ratios of twins that are no shares, need 100 elements that
+                moved. Large updates count for more in these ratios: elements over
+                energy_concentration must be 15 or more.
+            - If blocks of neighbours were drawn, 5 clusters of blocks are needed instead of the 15,
+                for shares, too.
 
         Raises:
             KeyError: The metric, the format or the recipe is unknown.
@@ -123,17 +127,17 @@ class Figures(Mapping[str, float]):
         return self._twins.standard_error(key) if row is None else self._table.error(key, row)
 
     def interval(self, key: str) -> tuple[float, float]:
-        """Return the interval of 95 % around a figure that a sample estimates.
+        """Return the confidence interval of 95 % around a figure that a sample estimates.
 
-        About 95 of 100 samples have an interval that contains the figure of all elements. That of
-        a share is Wilson's, and has a width at 0 and 1, too.
+        About 95 of 100 samples have an interval that contains the figure of all elements. Shares
+        have Wilson's interval, which is wider than 0 also at the shares 0 and 1.
 
         Args:
             key: ``metric``, ``metric/format`` or ``metric/recipe``.
 
         Returns:
-            The lower and the upper end. Both equal the figure if all elements were measured, and
-            are NaN where `standard_error` is.
+            The lower and the upper end. Both equal the figure if all elements were measured. Both
+            are NaN where `standard_error` returns NaN.
 
         Raises:
             KeyError: The metric, the format or the recipe is unknown.
@@ -141,8 +145,11 @@ class Figures(Mapping[str, float]):
         return find_interval(key.partition("/")[0], self[key], self.standard_error(key))
 
     def in_order(self) -> Sequence[float]:
-        """Return the figures without those of twins, in the order of keys, faster than singly."""
-        # Usually, a row of the table has the same formats, and is the result as it stands.
+        """Return all figures but those of twins, in the order of iteration.
+
+        This is faster than reading figure by figure.
+        """
+        # Most layers and models have the formats of the table, and one row: that is the result.
         figures, rows = self._table.figures, self._rows
         if self._formats == self._table.formats and len({*rows.values()}) == 1:
             return figures[rows[None]]
@@ -153,17 +160,17 @@ class Figures(Mapping[str, float]):
         return numbers
 
     def twins_in_order(self) -> Sequence[float]:
-        """Return all figures of twins in the order of `twin_keys`, faster than one by one."""
+        """Return all figures of twins, in the order of `twin_keys`; faster than one by one."""
         return self._twins.in_order()
 
     def errors_in_order(self, metrics: tuple[str, ...]) -> Sequence[float]:
-        """Return the standard errors of some metrics, for one format after the other.
+        """Return the standard errors of some metrics for all formats.
 
         Args:
             metrics: Names of metrics of a format that have a standard error.
 
         Returns:
-            For each format the standard error of each metric.
+            A flat sequence: the errors of all `metrics` for the first format, then for the next.
         """
         errors, rows = self._table.errors, self._rows
         places = _error_places(self._table.formats, self._formats, metrics)
@@ -173,11 +180,14 @@ class Figures(Mapping[str, float]):
         """Return a histogram by octaves.
 
         Args:
-            key: ``"weights"``, ``"ulps"`` or ``"steps/{format}"``. The first is of abs(weight)
-                before the step, over the weights other than 0. The others are of abs(update), over
-                the elements that moved, in units of a spacing: for ``"ulps"`` that of the weights'
-                dtype, for ``"steps/{format}"`` that of the format. A weight on the grid stalls if
-                its update is below half of the format's spacing: an octave below −1.
+            key: One of three histograms:
+
+                - ``"weights"`` counts abs(weight) before the step, over the weights other than 0.
+                - ``"ulps"`` counts abs(update) over the spacing of the dtype in which the weights
+                    are stored, for the elements that moved.
+                - ``"steps/{format}"`` counts abs(update) over the spacing of the format, for the
+                    same elements. A weight on the grid stalls if its update is below half of the
+                    spacing, in an octave below −1.
 
         Raises:
             KeyError: The histogram or the format is unknown; the message lists those that are
@@ -194,11 +204,12 @@ class Figures(Mapping[str, float]):
         """Return the sums and maxima of each layer, from which the figures are computed.
 
         Args:
-            formats: Names of the formats that the vectors shall have.
+            formats: Names of the formats that the vectors have columns for. Columns of formats
+                without figures are empty: sums of 0, maxima of −inf.
 
         Returns:
-            For each layer its vector, float64 (columns) in the order of
-            `altgrad.measurement.columns`, and the names of the formats that it is judged for.
+            For the layer, or for each layer of the model: its vector, float64 (columns) in the
+            order of `altgrad.measurement.columns`, and the names of its formats.
         """
         members, rows = self._table.members, self._rows
         return [
@@ -210,9 +221,9 @@ class Figures(Mapping[str, float]):
         ]
 
     def _find_row(self, key: str) -> int | None:
-        """Find the row of the table that holds the figure of a key; None for one of twins."""
+        """Find the row of the table that holds the figure of a key; None for a key of twins."""
         name, _, format = key.partition("/")
-        # The catalogue is asked for the message of an error alone: a run reads many figures.
+        # Only an unknown key looks into the catalogue, for the message: a run reads many figures.
         row = self._rows.get(format or None)
         if row is not None and key in self._table.columns:
             return row
@@ -241,7 +252,8 @@ def _error_places(
         metrics: Names of the metrics to find.
 
     Returns:
-        Pairs of a format and a column of the table's errors, for each format and metric.
+        Pairs of a format and a column of the table's errors: those of all metrics for the first
+        format, then for the next.
     """
     columns = error_columns(known)
     return tuple((each, columns[f"{name}/{each}"]) for each in formats for name in metrics)
@@ -253,16 +265,16 @@ def layer_figures(
     """Return the figures of one layer.
 
     Args:
-        table: The table of a step.
+        table: The table with the sums of all layers in one step.
         row: Row of the layer in the table.
-        formats: Names of formats of the table, those that the layer is judged for.
+        formats: Names of the formats of this layer, all of which the table has.
         twins: The figures of the layer's twins.
     """
     return Figures(table, dict.fromkeys((None, *formats), row), twins)
 
 
 def model_figures(layers: Sequence[Figures]) -> Figures:
-    """Combine figures of layers to those of the model that the layers form.
+    """Combine the figures of layers into the figures of the model that the layers form.
 
     Each layer is weighted by its number of elements, also if only a sample was measured.
 
@@ -270,7 +282,8 @@ def model_figures(layers: Sequence[Figures]) -> Figures:
         layers: Figures of one or more layers or models, of one step or of several.
 
     Returns:
-        The figures, for each format that one of the layers is judged for.
+        The figures of the model, for each format of any of the layers. Those of a format are over
+        the layers that have the format.
 
     Raises:
         ValueError: `layers` is empty.
@@ -285,20 +298,20 @@ def model_figures(layers: Sequence[Figures]) -> Figures:
 
 
 def tensor_figures(formats: Sequence[str], row: Tensor) -> Figures:
-    """Return the figures of one tensor.
+    """Return the figures of one tensor from its sums, which are copied to the host.
 
     Args:
-        formats: Names of the formats.
-        row: Sums and maxima of the tensor, float64 (columns) on any device; copied to the host.
+        formats: Names of the formats, in the order of their columns.
+        row: Sums and maxima of the tensor, float64 (columns) on any device.
     """
     return vector_figures(formats, row.cpu().numpy())
 
 
 def vector_figures(formats: Sequence[str], vector: Numbers) -> Figures:
-    """Return the figures of one vector.
+    """Return the figures of one layer from its sums on the host.
 
     Args:
-        formats: Names of the formats.
-        vector: Sums and maxima, float64 (columns).
+        formats: Names of the formats, in the order of their columns.
+        vector: Sums and maxima of the layer, float64 (columns).
     """
     return layer_figures(StepTable(formats, vector[None]), 0, formats)

@@ -1,6 +1,7 @@
-"""`Histogram`: counts by powers of two, as plain numbers.
+"""`Histogram`: counts by octave, that is by power of two, as plain numbers.
 
-This file does not import torch, so that reports start fast. `figures` reads histograms.
+`kernel` counts, and `figures` returns histograms. This file does not import torch, so that reports
+start fast.
 """
 
 from __future__ import annotations
@@ -9,20 +10,28 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 OCTAVES = 64
-"""Number of bins of a histogram by powers of two; the first and the last bin are open."""
+"""Number of bins. The first bin also counts all smaller values, the last bin all larger ones."""
 FIRST_STEPS_OCTAVE = -32
-"""Exponent of the first bin of abs(update) / stiffness; the histogram of ULPs begins at 0."""
+"""Exponent of the first bin of ``"steps"``: abs(update) / spacing of the format.
+
+Bins reach from 2**-32 to 2**32. An update is below half of a spacing, 2**-1, if it stalls.
+"""
 FIRST_WEIGHTS_OCTAVE = -48
-"""Exponent of the first bin of abs(weight): 2**-48 to 2**16 holds the ranges of narrow formats."""
+"""Exponent of the first bin of ``"weights"``: abs(weight).
+
+Bins reach from 2**-48 to 2**16, and so contain the ranges of the FP8 formats e4m3fn and e5m2.
+"""
 
 
 class Histogram(NamedTuple):
-    """A number of elements for each octave; the first and the last bin are open.
+    """A number of elements for each octave of a magnitude.
 
     Attributes:
-        first: Exponent of the first bin. Bin k holds magnitudes from 2**(first + k) up to twice
-            that, the end excluded.
-        counts: Number of elements in each bin. Counts that are estimated from samples are not
+        first: Exponent of the first bin. Bin k counts magnitudes from 2**(first + k) up to twice
+            that, the end excluded. The first bin also counts all smaller ones, the last bin all
+            larger ones.
+        counts: Number of elements in each of 64 bins. Those of a sampled layer are elements of the
+            sample. Those of a model with sampled layers are estimates for all elements, and not
             whole numbers.
     """
 

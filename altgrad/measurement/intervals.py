@@ -1,15 +1,18 @@
-"""Intervals that contain the figure of a whole layer for 95 of 100 samples.
+"""Compute the confidence interval of 95 % around a figure that a sample estimates.
 
-A standard error is half of the width of such an interval, over 1.96. The interval follows from a
-figure and its error, so that a run file holds both by one number each. It is symmetric about a
-ratio. That of a share is Wilson's, which lies between 0 and 1 and has a width at 0 and 1, too.
+Of 100 samples, about 95 have an interval that contains the figure of the whole layer. The package
+defines a standard error as half of the width of this interval, divided by 1.96. The interval
+therefore follows from a figure and its error, and a run file stores these two numbers.
+
+The interval of a ratio is symmetric. A share has Wilson's interval, which stays between 0 and 1,
+and is wider than 0 also at the shares 0 and 1.
 
 Read `standard_errors` next, which computes the errors. This file does not import torch, so that
 reports start fast.
 
 References:
     Wilson, J. Am. Stat. Assoc. 22 (1927), 209. Brown, Cai, DasGupta, Stat. Sci. 16 (2001), 101,
-    section 4.1.1, on the ends.
+    section 4.1.1, on shares near 0 and 1.
 """
 
 from __future__ import annotations
@@ -19,22 +22,27 @@ import math
 from altgrad.measurement.catalogue import get_metric
 
 WIDTH = 1.959963984540054
-"""The 97.5 % quantile of the normal distribution: standard errors to either side of a figure."""
-# Wilson's interval is too narrow at the end of which a sample has fewer than 3 elements. Counts
-# follow from an error, and are rounded: this lies between 2 and 3.
+"""Half of the width of an interval of 95 %, in standard errors.
+
+This is the 97.5 % quantile of the normal distribution, 1.96.
+"""
+# If fewer than 3 elements of a sample belong to the share, Wilson's lower end is too high, and 0
+# replaces it. If all but fewer than 3 belong to it, 1 replaces the upper end (Brown, Cai,
+# DasGupta). Numbers of elements are computed back from the error and may be off by rounding, so
+# that the limit is not a whole number.
 _FEWEST = 2.5
 
 
 def find_interval(metric: str, figure: float, error: float) -> tuple[float, float]:
-    """Return the interval of 95 % around a figure.
+    """Return the confidence interval of 95 % around a figure.
 
     Args:
         metric: Name of the metric.
         figure: The figure, which a sample estimates.
-        error: Its standard error, as `Figures.standard_error` returns it.
+        error: The standard error of the figure, as `Figures.standard_error` returns it.
 
     Returns:
-        The lower and the upper end. Both equal the figure if the error is 0, and are NaN if the
+        The lower and the upper end. Both equal the figure if the error is 0. Both are NaN if the
         figure or the error is NaN.
 
     Raises:
@@ -48,30 +56,34 @@ def find_interval(metric: str, figure: float, error: float) -> tuple[float, floa
 
 
 def find_share_error(share: float, elements: float) -> float:
-    """Return the standard error of a share of elements that were drawn one by one.
+    """Return the standard error of a share in a sample of elements that were drawn one by one.
 
     Args:
-        share: The share.
-        elements: Number of elements, more than 0.
+        share: The share, 0 to 1.
+        elements: Number of elements of the sample, more than 0.
 
     Returns:
-        Half of the width of Wilson's interval, over 1.96.
+        Half of the width of Wilson's interval, divided by 1.96.
     """
     u = WIDTH * WIDTH / elements
     return math.sqrt(u * share * (1 - share) + u * u / 4) / (1 + u) / WIDTH
 
 
 def _find_share_interval(share: float, half: float) -> tuple[float, float]:
-    """Return Wilson's interval of a share, from half of its width."""
-    if half >= 0.5:  # of no element
+    """Return Wilson's interval of a share, given half of its width.
+
+    The width determines the number of elements, and this number the centre of the interval.
+    """
+    if half >= 0.5:  # the interval of a sample without elements
         return 0.0, 1.0
-    if half * half == 0:  # the square, on which all below rests, underflows
+    if half * half == 0:  # the square underflows, and u below would be 0 / 0
         return max(share - half, 0.0), min(share + half, 1.0)
-    # Half of the width is sqrt(u · share · (1 − share) + u² / 4) / (1 + u) with u = z² / elements:
-    # a quadratic equation for u with one positive root.
+    # Half of the width is sqrt(u · share · (1 − share) + u² / 4) / (1 + u) with u = z² / elements
+    # and z = WIDTH: a quadratic equation for u with one positive root.
     linear = 2 * half * half - share * (1 - share)
     root = math.sqrt(linear * linear + (1 - 4 * half * half) * half * half)
-    # Of the two ways to write the root, the one whose terms have the same sign.
+    # The root can be written in two ways. Use the one that adds two terms of one sign: a difference
+    # of nearly equal terms would lose digits.
     u = 2 * half * half / (root - linear) if linear < 0 else (linear + root) / (0.5 - 2 * half**2)
     centre, elements = (share + u / 2) / (1 + u), WIDTH * WIDTH / u
     return (

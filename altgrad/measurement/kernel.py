@@ -1,16 +1,19 @@
 """The numeric kernel: sum one step's weights and gradients by rows, for every format at once.
 
+A row holds elements of one layer, side by side along the last dimension. A small layer has a few
+rows, the last one padded with NaN; a chunk of a large layer is one row.
+
 Notation: w and v are the weights before and after the step, d = v − w is the update, Q rounds to
 the grid of a format, and the stiffness is the spacing of the grid at w.
 
 All arithmetic is float64. One operation serves all rows and all formats by broadcasting::
 
-    shared      (rows, 1, columns)         weights, gradient, update, and what follows from them
-    per_format  (rows, formats, columns)   rounded weights, stiffness, errors
-    sums        (rows, 1 or formats)       each the sum over the columns of a row
+    shared      (rows, 1, elements)         weights, gradient, update, and what follows from them
+    per_format  (rows, formats, elements)   rounded weights, stiffness, errors
+    sums        (rows, 1 or formats)        each the sum over the elements of a row
 
-Nothing is allocated for elements: every operation writes into a buffer of `workspace` (``out=``),
-and buffers are reused as soon as their quantity is summed. Comments mark what each one holds.
+No memory is allocated for elements: every operation writes into a buffer of `workspace` (``out=``),
+and buffers are reused as soon as their quantity is summed. Comments say what a buffer holds.
 
 Read `columns` first, which names the sums; `totals` comes next and adds rows up to layers.
 """
@@ -49,12 +52,12 @@ from altgrad.quantization.grids import (
     view_bits,
 )
 
-# A float64 is  sign (1 bit) | exponent + 1023 (11 bits) | mantissa (52 bits):
+# A float64 is  s eeeeeeeeeee m…m : sign (1 bit), exponent + 1023 (11 bits), mantissa (52 bits).
 # https://en.wikipedia.org/wiki/Double-precision_floating-point_format
 _MANTISSA_BITS, _BIAS = 52, 1023
 
-# The columns of the result in their order: the layer's, then each of these for all formats. Sums of
-# squares are computed as norms, which torch does in one pass, and squared together at the end.
+# The order of the results. A name of FORMAT_… stands for one result per format, side by side. Sums
+# of squares are computed as norms, which torch does in one pass, and all squared at the end.
 _SUMS = (*ROW_SUMS, *FORMAT_ROW_SUMS, *ROW_SQUARES, *FORMAT_ROW_SQUARES)
 _EXTREMA = (
     *(f"max {name}" for name in (*ROW_MAXIMA, *FORMAT_ROW_MAXIMA)),
@@ -66,11 +69,13 @@ class Rows(NamedTuple):
     """The elements to measure, in any floating-point dtype.
 
     Attributes:
-        before: Weights before the step, (rows, 1, columns); NaN where the row has no element.
-        after: Weights after the step, (rows, 1, columns).
-        gradient: The gradient as the optimizer applied it, (rows, 1, columns); None without one.
-        together: `before`, `after` and `gradient` as one tensor, (rows, 3, columns), to copy them
-            by one operation. None unless they share memory and dtype.
+        before: Weights before the step, (rows, 1, elements). NaN is padding, in rows that are not
+            full.
+        after: Weights after the step, (rows, 1, elements).
+        gradient: The gradient as the optimizer applied it, (rows, 1, elements). None if there is no
+            gradient.
+        together: `before`, `after` and `gradient` as one tensor, (rows, 3, elements), so that one
+            operation copies all three. None unless they lie side by side in memory, in one dtype.
     """
 
     before: Tensor
@@ -83,8 +88,9 @@ class EverMoved(NamedTuple):
     """The ever-moved flags of each element, over this and all earlier observed steps.
 
     Attributes:
-        moved: True where the element has had an update other than 0, bool (rows, 1, columns).
-        effective: True where a format has kept a part of an update, bool (rows, formats, columns).
+        moved: True if the element has had an update other than 0, bool (rows, 1, elements).
+        effective: True if the element has had an update of which the format's grid keeps a part,
+            bool (rows, formats, elements).
     """
 
     moved: Tensor
@@ -92,17 +98,20 @@ class EverMoved(NamedTuple):
 
 
 class Histograms(NamedTuple):
-    """The counts of octaves, and where the bins of each row begin.
+    """The histograms by octave of all layers, and where the bins for each row begin.
 
-    The bin of an element is ``offset + biased exponent``: an addition finds it, without a table.
+    A layer has a histogram of abs(update) in ULPs, one of abs(weight), and for each format one of
+    abs(update) / stiffness, which is called ``steps``. Each has 64 bins. The bin of a value is
+    ``offset + biased exponent of the value``: an addition finds it, without a table.
 
     Attributes:
-        counts: The bins of all layers, float64 (layers · (2 + formats) · 64). A layer has the bins
-            of its ULPs, those of its weights, then those of the steps of each format.
-        ulps_at: Offset of the bins of ULPs of each row, int64 (rows, 1, 1).
-        weights_at: Offset of the bins of weights of each row, int64 (rows, 1, 1).
-        steps_at: Offset of the bins of steps of each row and format, int64 (rows, formats, 1).
-        ones: Increments of the counts, float64, at least as many as there are elements.
+        counts: All bins, float64 (layers · (2 + formats) · 64). The histograms of a layer follow
+            each other: ULPs, weights, then the steps of each format.
+        ulps_at: Offset of the histogram of ULPs for each row, int64 (rows, 1, 1).
+        weights_at: Offset of the histogram of weights for each row, int64 (rows, 1, 1).
+        steps_at: Offset of the histogram of steps for each row and format, int64 (rows, formats,
+            1).
+        ones: Increments of the counts, float64, at least one for each element and format.
     """
 
     counts: Tensor
@@ -120,22 +129,22 @@ def row_sums(
     histograms: Histograms,
     ever: EverMoved | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Measure the elements of each row, and what the grid of each format would keep of them.
+    """Compute the sums and extrema of each row: those without a format, and those for each format.
 
     Args:
         rows: Weights and gradients of the elements; they are not changed.
-        grids: The grids of the formats, with the scale of each row. None without formats.
+        grids: The grids of the formats, under the scales of each row. None without formats.
         dtype_grid: 2**-M for M mantissa bits, and the smallest normal number, of the dtype in which
             the weights are stored.
-        buffers: Memory for the same number of rows, formats and columns; overwritten.
-        histograms: Counts of octaves; updated in place.
+        buffers: Memory for the same number of rows, formats and elements; overwritten.
+        histograms: Counts by octave; updated in place.
         ever: Ever-moved flags of the elements; updated in place. None if never_moved_frac is not
             measured.
 
     Returns:
-        Sums and extrema, float64 (rows, columns) each. Columns of sums are ROW_SUMS,
-        FORMAT_ROW_SUMS (each for all formats), ROW_SQUARES and FORMAT_ROW_SQUARES. Columns of
-        extrema are the maxima in this order, then the negated minima.
+        Sums, float64 (rows, sums): ROW_SUMS, FORMAT_ROW_SUMS (each for all formats), ROW_SQUARES
+        and FORMAT_ROW_SQUARES. And extrema, float64 (rows, extrema): ROW_MAXIMA, FORMAT_ROW_MAXIMA,
+        then ROW_MINIMA and FORMAT_ROW_MINIMA, which are negated.
     """
     found = _layer_sums(rows, dtype_grid, buffers, histograms, ever)
     formats = 0
@@ -156,26 +165,34 @@ def _layer_sums(
     histograms: Histograms,
     ever: EverMoved | None,
 ) -> dict[str, Tensor]:
-    """Sum over the elements of each row all that does not depend on a format.
+    """Compute the sums and extrema of each row that do not depend on a format.
 
-    What `_format_sums` needs stays in `buffers`. The weight before, the weight after and the
-    gradient of an element are 0 in `buffers` if one of the three is not finite.
+    `_format_sums` goes on with the weights, updates and gradients that this function leaves in
+    `buffers`. There the weight before, the weight after and the gradient of an element are all 0 if
+    one of the three is not finite.
 
     Args:
         rows: Weights and gradients of the elements; they are not changed.
         dtype_grid: 2**-M for M mantissa bits, and the smallest normal number, of the dtype in which
             the weights are stored.
         buffers: Memory for the rows; overwritten.
-        histograms: Counts of octaves; updated in place.
+        histograms: Counts by octave; updated in place.
         ever: Ever-moved flags of the elements; updated in place. None if never_moved_frac is not
             measured.
 
     Returns:
         Sums, norms and extrema by name, float64 (rows, 1).
     """
-    # w, v, gradient: the values. size, s, t: buffers for |w|, |v|, |gradient| and what follows.
-    # no_value, no_weight: inf where an element is invalid or w = 0, else 0; added to a quantity or
-    # compared with it, they keep such elements out of its minimum.
+    # The buffers by name:
+    #   w, v        weights before and after the step
+    #   size        |w|
+    #   s           |v|, then reused
+    #   t           the gradient, then reused
+    #   gradient    |gradient|
+    #   update      |d|
+    #   no_value    inf for an element that is left out, otherwise 0
+    #   no_weight   inf if w = 0, otherwise 0; first, memory to count octaves in
+    # Adding an inf of these two, or taking the larger, keeps the element out of a minimum.
     w, v, t, size, s, gradient, update, no_value, no_weight, pair_least = buffers.shared
     has_weight, pair, d, d_cubed = buffers.stacked
 
@@ -183,7 +200,8 @@ def _layer_sums(
     # long to sum.
     _copy_values(rows, buffers)
     sizes = torch.abs(buffers.values, out=buffers.sizes)
-    # NaN < LARGEST is False, and amax is NaN if one of the three is: one comparison finds both.
+    # The largest of |w|, |v| and |gradient| is NaN if one of them is NaN, and NaN < LARGEST is
+    # False: one comparison finds NaN, inf and numbers too large to compute with.
     valid = torch.amax(sizes, 1, keepdim=True, out=update).lt_(LARGEST)
     finite = valid.sum(-1)
     torch.reciprocal(valid, out=no_value).sub_(1)  # 1/1 − 1 = 0 if valid, 1/0 − 1 = inf if not
@@ -193,28 +211,29 @@ def _layer_sums(
     torch.sub(v, w, out=d)
     torch.abs(d, out=update)
     larger = torch.maximum(size, s, out=s)  # of |w| and |v|
-    # The unit in the last place is the spacing just below max(|w|, |v|). Below a power of two the
-    # spacing is half of that above: the factor moves a power of two into the binade below.
-    # Division by the binade, and then by eps: their product may be subnormal in float64, and a
-    # processor may flush subnormal numbers to 0.
+    # The unit in the last place (ULP) is the dtype's spacing just below max(|w|, |v|). Below a
+    # power of two the spacing is half of that above: JUST_BELOW_ONE moves a power of two into the
+    # binade below. The update is divided by the binade, and then by eps: the product of the two may
+    # be subnormal in float64, and a processor may flush subnormal numbers to 0.
     eps, smallest_normal = dtype_grid
     binade = extract_binades(larger.mul_(JUST_BELOW_ONE), t).clamp_(min=smallest_normal)
     ulps = torch.div(update, binade, out=t).mul_(1 / eps)  # overwrites the binade, elementwise
     ulps_sum, ulps_max = ulps.sum(-1), ulps.amax(-1)
     _count_octaves(ulps, 0, no_weight, histograms, "ulps_at")
 
-    moved = torch.ne(update, 0, out=s)  # s: |v| is no longer needed
+    moved = torch.ne(update, 0, out=s)  # s held |v|, which is no longer needed
     moved_sum = moved.sum(-1)
     ever_moved = moved_sum if ever is None else ever.moved.logical_or_(moved).sum(-1)
     has_gradient = torch.ne(gradient, 0, out=t)
     gradient_sum = has_gradient.sum(-1)
-    # In place: t holds "has a gradient and moved" from here on.
+    # In place: t holds "has a gradient other than 0, and moved" from here on.
     both_sum = has_gradient.mul_(moved).sum(-1)
     torch.ne(size, 0, out=has_weight)
-    # Pairs of gradient and stiffness, over weights other than 0.
-    torch.mul(gradient, has_weight, out=pair)  # |gradient|, and 0 where w = 0, for sums and maxima
+    # |gradient| is paired with the stiffness where w ≠ 0, for the correlation of the two. Where
+    # w = 0, `pair` is 0, for sums and maxima, and `pair_least` is inf, for minima.
+    torch.mul(gradient, has_weight, out=pair)
     torch.reciprocal(has_weight, out=no_weight).sub_(1)
-    torch.add(gradient, no_weight, out=pair_least)  # and inf where w = 0, for minima
+    torch.add(gradient, no_weight, out=pair_least)
     d_squared = torch.mul(d, d, out=s)
     torch.mul(d_squared, d, out=d_cubed)
     return {
@@ -241,26 +260,26 @@ def _layer_sums(
 def _format_sums(
     grids: Grids, buffers: Buffers, histograms: Histograms, ever: EverMoved | None
 ) -> dict[str, Tensor]:
-    """Sum over the elements of each row all that depends on a format, for each format.
+    """Compute the sums and extrema of each row and format that depend on the format.
 
     Args:
-        grids: The grids of the formats, with the scale of each row.
+        grids: The grids of the formats, under the scales of each row.
         buffers: Memory that `_layer_sums` has filled with weights, updates and gradients;
             overwritten.
-        histograms: Counts of octaves; updated in place.
+        histograms: Counts by octave; updated in place.
         ever: Ever-moved flags of the elements; updated in place. None if never_moved_frac is not
             measured.
 
     Returns:
         Sums, norms and extrema by name, float64 (rows, formats).
     """
-    # t is the one shared buffer that is free. Of the four per format:
+    # Of the shared buffers, t alone is free to write to. Of the four buffers per format:
     #   a  short-lived: a quantity is computed into it, summed, and overwritten by the next
     #   b  stiffness, then |d| / stiffness, then spacings
     #   c  Q(w), from its rounding on, then the gap between Q(w) and its neighbour
     #   e  |Q(w)|, then Q(v), then Q(Q(w) + d), then the effective update
-    # "Scaled" values are divided by the scale, as `grids.divide_by_scale` does;
-    # `grids.multiply_by_scale` goes back.
+    # Values are divided by the scale before they are rounded, and multiplied by it afterwards.
+    # Neither happens if the constants of the grids contain the scale, see `Grids`.
     w, v, t, _, _, _, update, no_value, no_weight, pair_least = buffers.shared
     has_weight, pair, d, _ = buffers.stacked
     a, b, c, e = buffers.per_format
@@ -270,12 +289,13 @@ def _format_sums(
     # Stiffness, and the gradient and the update relative to it.
     gap, stored = round_to_grids(grids.divide_by_scale(w, a), grids, t, b, c)  # gap in b, Q(w) in c
     stiffness = grids.multiply_by_scale_(torch.minimum(gap, grids.last_spacing, out=b))
-    # Rounding continues the grid beyond the largest value: what it takes there, a clamp changes.
+    # `round_to_grids` goes on beyond the largest value of a format. A weight that it rounds to a
+    # point there is saturated.
     stored_size = torch.abs(stored, out=e)
     found["saturated"] = torch.gt(stored_size, grids.top, out=a).sum(-1)
     found["stored_normal"] = torch.ge(stored_size, grids.smallest_normal, out=a).sum(-1)
     found["stored_nonzero"] = torch.ne(stored_size, 0, out=a).sum(-1)
-    # One matrix product for two sums: (formats, columns) @ (columns, 2), where `first` holds
+    # One matrix product for two sums: (formats, elements) @ (elements, 2), where `first` holds
     # has_weight and pair side by side.
     found["stiffness"], found["stiffness_gradient"] = torch.bmm(stiffness, first).unbind(-1)
     weight_stiffness = torch.mul(stiffness, has_weight, out=a)
@@ -288,7 +308,7 @@ def _format_sums(
     steps = torch.mul(update, per_stiffness, out=b)
     _count_octaves(steps, FIRST_STEPS_OCTAVE, a, histograms, "steps_at")
 
-    # An update is visible if a cast to the format tells the weights apart: Q(v) ≠ Q(w).
+    # An update is visible if casts to the format differ before and after it: Q(v) ≠ Q(w).
     _, shown = round_to_grids(grids.divide_by_scale(v, a), grids, t, b, e)
     shown = _clamp(shown, grids.floor, grids.ceiling)
     stored = _clamp(stored, grids.floor, grids.ceiling)
@@ -302,12 +322,12 @@ def _format_sums(
     found["min grid_error"] = torch.maximum(error, no_value, out=b).amin(-1)
     found["off_grid"] = torch.ne(error, 0, out=a).sum(-1)
 
-    # The effective update Q(Q(w) + d) − Q(w): what is kept of d by weights on the grid.
+    # The effective update Q(Q(w) + d) − Q(w): how far d moves a weight that is kept on the grid.
     target = grids.divide_by_scale(torch.add(grids.multiply_by_scale(stored, a), d, out=a), a)
     target = _clamp(target, grids.floor, grids.ceiling)
     gap, updated = round_to_grids(target, grids, t, b, e)
     rest = torch.sub(target, updated, out=a)
-    effective = torch.sub(updated, stored, out=e)  # both in units of the scale
+    effective = torch.sub(updated, stored, out=e)  # in units of the scale
     found |= _stochastic_sums(grids, rest, gap, stored, effective)
     effective = grids.multiply_by_scale_(effective)
     is_effective = torch.ne(effective, 0, out=a)
@@ -327,21 +347,22 @@ def _stochastic_sums(
 ) -> dict[str, Tensor]:
     """Sum the variance, and the probability to move, of weights under stochastic rounding.
 
-    Stochastic rounding takes the target (the weight after the step) to one of the two grid points
+    Stochastic rounding takes the target, stored weight plus update, to one of the two grid points
     around it. Their distances from the target are abs(rest) and gap − abs(rest), and the variance
-    is the product of these. A weight moves with the probability abs(target − stored) / (gap on this
-    side of stored), at most 1. Both are 0 where values are clamped to the largest one.
+    is the product of these. A weight moves with the probability abs(target − stored) over the
+    distance from stored to the next grid point on that side, at most 1. A target that was clamped
+    to the largest value is a grid point: its variance is 0.
 
     Args:
         grids: The grids of the formats.
         rest: Target minus the nearest point, in units of the scale, float64 (rows, formats,
-            columns).
-        gap: Spacing at the target, in units of the scale; overwritten.
-        stored: The weight on the grid, in units of the scale; overwritten.
-        effective: Nearest point minus the weight on the grid, in units of the scale.
+            elements).
+        gap: Spacing at the target, in units of the scale, like `rest`; overwritten.
+        stored: The weight on the grid, in units of the scale, like `rest`; overwritten.
+        effective: Nearest point minus the weight on the grid, in units of the scale, like `rest`.
 
     Returns:
-        The two sums by name, float64 (rows, formats).
+        ``"stochastic_variance"`` and ``"stochastic_move"``, float64 (rows, formats) each.
     """
     move_gap = compute_gaps(stored, gap, grids)
     variance = grids.multiply_by_scale_(gap.mul_(rest).abs_().addcmul_(rest, rest, value=-1))
@@ -351,7 +372,7 @@ def _stochastic_sums(
 
 
 def _copy_values(rows: Rows, buffers: Buffers) -> None:
-    """Copy the rows to float64, by one operation if `rows.together` is given."""
+    """Copy the rows into the buffers as float64, by one operation if `rows.together` is given."""
     if rows.together is not None:
         buffers.values.copy_(rows.together)
         return
@@ -370,16 +391,21 @@ def _clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 def _count_octaves(
     values: Tensor, first: int, out: Tensor, histograms: Histograms, at: str
 ) -> None:
-    """Count the octave of each value of at least 0; the first bin takes 0 as well.
+    """Count values by octave.
+
+    The last bin also counts all larger values. The first bin also counts all smaller ones and 0,
+    which stands for elements that are left out. Its count is therefore not used: `StepTable`
+    computes it from the total.
 
     Args:
-        values: Magnitudes, float64 (rows, 1 or formats, columns).
+        values: Magnitudes, float64 (rows, 1 or formats, elements).
         first: Exponent of the first bin.
         out: Buffer of the same shape; overwritten.
-        histograms: Counts, and offsets of the bins.
+        histograms: Counts, updated in place, and offsets of the bins.
         at: Name of the offsets to use, such as ``"steps_at"``.
     """
-    # The bits of a number of at least 0, shifted right by its mantissa, are its biased exponent.
+    # A magnitude has the sign bit 0, so that a shift leaves the biased exponent:
+    #   0 eeeeeeeeeee m…m  >> 52  =  eeeeeeeeeee
     lowest = first + _BIAS
     exponent = torch.bitwise_right_shift(view_bits(values), _MANTISSA_BITS, out=view_bits(out))
     bins = exponent.clamp_(lowest, lowest + OCTAVES - 1).add_(getattr(histograms, at)).flatten()

@@ -1,7 +1,7 @@
-"""`measure`: judge formats by one optimizer step of one tensor.
+"""`measure`: measure one optimizer step of one tensor, for some formats.
 
-This is the door of the room for one tensor. Read `measurer` next, which does the work;
-`altgrad.monitor` judges a whole model, step by step.
+`altgrad.measure` is this function. Read `measurer` next, which does the work; `altgrad.monitor`
+measures a whole model, step by step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.formats import Scaling
 
 DEFAULT_FORMATS = ("bf16", "e4m3fn", "e5m2")
-"""The formats that are judged by default: bf16 and the two FP8 formats in use."""
+"""Names of the default formats: bf16 and the two FP8 formats that hardware has."""
 
 
 @torch.no_grad()
@@ -31,13 +31,13 @@ def measure(
     """Measure one optimizer step of one tensor, and what each format would have kept of it.
 
     - All figures are computed in float64, over the elements that are finite before the step, after
-      it and in the gradient. ``nonfinite_frac`` counts the other elements, and float64 numbers of
-      1e289 or more.
+      it and in the gradient. ``nonfinite_frac`` is the share of other elements. Numbers of 1e289 or
+      more, which float64 can hold, count as not finite.
     - A figure is NaN if it has no value: nothing moved, or the tensor is empty. It is inf, 0 or NaN
       if squares or quotients leave the range of float64.
-    - What-if figures of a format are NaN if the weights are stored no finer than the format, such
-      as bfloat16 weights judged for bf16. Stalled updates are then lost before they can be
-      measured; read ``unmoved_frac`` instead.
+    - What-if figures say what a format would have kept of the update. They are NaN if the dtype of
+      the weights is no finer than the format, as for bfloat16 weights and bf16. Updates that bf16
+      would lose are then lost before they can be measured; read ``unmoved_frac`` instead.
 
     Args:
         before: Weights before the step, float16, bfloat16, float32 or float64, any shape.
@@ -45,21 +45,22 @@ def measure(
         gradient: The gradient as the optimizer applied it, unscaled and clipped, with the shape of
             `before`. If None, figures that need it are left out.
         formats: One or several formats, or their names. Block formats (``"mxfp8_e4m3"``,
-            ``"nvfp4"``, …) use their own scales. The scale of a whole tensor in nvfp4 follows from
-            `before`; `UpdateMonitor` keeps its amax from step to step, as it keeps every amax.
-        scaling: Which elements share an amax scale in formats of fewer than 16 bits, as in
-            `compute_scale`. The amax is taken from `before` and kept for both sides of the step;
-            it is taken from `after` if `before` is all 0. With None all formats are judged with
-            scale 1. Formats of 16 bits always are.
+            ``"nvfp4"``, …) have scales of their own. In nvfp4 the scale of the whole tensor follows
+            from the amax of `before`; `UpdateMonitor` keeps this amax from step to step.
+        scaling: Elements that share an amax scale in formats of fewer than 16 bits: ``"tensor"``,
+            ``"channel"`` or ``("block", size)``, as in `compute_scale`. The scale follows from the
+            amax of `before`, or of `after` where that is 0, and is the same before and after the
+            step. None means no scale. Formats of 16 bits never have one.
 
     Returns:
         Figures by key: ``metric`` for the tensor, ``metric/format`` for each format. The key has
         the canonical name of a format, such as ``stall_frac/e4m3fn`` for ``"e4m3"``.
 
         Read ``kept_update_ratio`` and ``stall_frac`` first. The former is ⟨effective update,
-        update⟩ over ⟨update, update⟩: 1 is all, 0 is nothing. The latter is the share of non-zero
-        updates of which the grid keeps nothing. `altgrad.measurement.catalogue` lists the unit,
-        range and meaning of all. Metrics that compare the gradient are descriptive.
+        update⟩ over ⟨update, update⟩: 1 is all, 0 is nothing. The latter is the share of updates
+        other than 0 of which the format's grid keeps nothing. `altgrad.measurement.catalogue` lists
+        the unit, range and meaning of each metric. Metrics that compare the gradient with the grid
+        do not predict what training loses, as they ignore the optimizer and the learning rate.
 
     Raises:
         TypeError: A tensor is not floating-point, or `before` and `after` differ in dtype.
@@ -78,6 +79,6 @@ def measure(
     judged = FormatSet(formats, scaling)
     row = Measurer(judged).measure_tensor(before, after, gradient)
     figures = tensor_figures(judged.names, row)
-    # One step has no history, and never_moved_frac is over all steps.
+    # never_moved_frac is over all observed steps, and there is only one here.
     left_out = NEED_TRACKING if gradient is not None else NEED_TRACKING | NEED_GRADIENT
     return {key: figures[key] for key in figures if key.split("/")[0] not in left_out}

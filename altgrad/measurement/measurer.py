@@ -16,7 +16,7 @@ from torch import Tensor
 from altgrad.measurement.chunks import Sample, as_row, slice_flags, split_chunks
 from altgrad.measurement.kernel import EverMoved, Rows, row_sums
 from altgrad.measurement.totals import Clusters, Layers
-from altgrad.measurement.workspace import BATCH_BYTES, CHUNK_BYTES, Workspace, columns_that_fit
+from altgrad.measurement.workspace import BATCH_BYTES, CHUNK_BYTES, Workspace, compute_capacity
 from altgrad.quantization.arguments import check_pair
 from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.grids import Grids, make_grids
@@ -29,24 +29,26 @@ from altgrad.quantization.scale_groups import (
     update_tensor_amaxes,
 )
 
-# Chunks of a sample of blocks, at least. They are its clusters, from which standard errors follow.
+# Least number of chunks of a sample that was drawn in blocks, if it has as many blocks. Each chunk
+# is a cluster, and a standard error follows from the differences between clusters.
 _FEWEST_CHUNKS = 32
 
 
 class Batch(NamedTuple):
-    """The rows of several layers that are stored in one dtype, prepared for many steps.
+    """The rows of several layers with weights in one dtype, prepared once for many steps.
 
     Attributes:
-        rows: Weights before and after the step, and gradients, of the measured elements.
+        rows: Weights before and after the step, and gradients, of the measured elements. Each step
+            is copied into this memory.
         layers: The layers that the rows belong to.
         dtype_grid: For the dtype of the weights: 2**-M for M mantissa bits, and its smallest normal
             number.
-        grids: The grids of the formats, with the scale of each row. None without formats, or if
+        grids: The grids of the formats, under the scales of each row. None without formats, or if
             `sharing` is set.
-        sharing: Which elements of all rows, flattened, share a scale, and the amaxes. None if each
-            row has one scale per format.
-        ever: For each element, whether it has moved in any step so far; updated at each step. None
-            if never_moved_frac is not measured.
+        sharing: A map of the elements that share a scale, over all rows end to end, and the amaxes.
+            None if each row has one scale for each format.
+        ever: Ever-moved flags of the elements, updated at each step. None if never_moved_frac is
+            not measured.
     """
 
     rows: Rows
@@ -65,8 +67,8 @@ class Measurer:
 
     Attributes:
         formats: The `formats` argument.
-        capacity: Maximum number of elements of a tensor that one call of the kernel measures.
-        batch_capacity: Maximum number of elements of small layers that one call measures together.
+        capacity: Maximum number of elements in a chunk of a large tensor.
+        batch_capacity: Maximum number of elements in a batch of small layers.
 
     Raises:
         ValueError: A block that shares a scale has more elements than `capacity`.
@@ -75,22 +77,22 @@ class Measurer:
     def __init__(self, formats: FormatSet) -> None:
         self.formats = formats
         self.capacity, self.batch_capacity = (
-            columns_that_fit(memory, len(formats), scale_per_element=not formats.is_single)
+            compute_capacity(memory, len(formats), scale_per_element=not formats.is_single)
             for memory in (CHUNK_BYTES, BATCH_BYTES)
         )
         if formats.block > self.capacity:
             raise ValueError(
-                f"scaling={formats.scaling!r}: blocks of {formats.block} elements, with those of "
-                f"all formats; expected at most {self.capacity}, as many as are measured at once; "
-                "use 'tensor' or 'channel'"
+                f"scaling={formats.scaling!r}: blocks of all formats fit into {formats.block} "
+                f"elements together; expected at most {self.capacity}, as many as are measured at "
+                "once; use 'tensor' or 'channel'"
             )
         self._workspace = Workspace()
 
     def make_grids(self, scale: Tensor | None, device: torch.device) -> Grids | None:
-        """Make the grids of the formats.
+        """Make the grids of the formats under some scales.
 
         Args:
-            scale: Scales, float64 (1 or rows, formats, 1 or columns). None for a scale of 1.
+            scale: Scales, float64 (1 or rows, formats, 1 or elements). None for a scale of 1.
             device: Device of the grids.
 
         Returns:
@@ -107,17 +109,18 @@ class Measurer:
         )
 
     def take_amaxes(self, before: Tensor, after: Tensor) -> Amaxes:
-        """Take the amax of the weights, or of each channel.
+        """Compute the amax of a layer, or of each of its channels if channels have scales.
 
         Args:
             before: Weights before the step, any floating-point dtype and shape.
-            after: Weights after the step, used where the amax of `before` is 0.
+            after: Weights after the step. Their amax is used where that of `before` is 0.
 
         Returns:
-            The amaxes of one layer, float32 or float64.
+            The amaxes of one layer, float64 for float64 weights and float32 for others.
         """
         amaxes = Amaxes.from_groups(compute_layer_amax(before, self.formats.scaling))
-        # bool() waits for the device; a monitor keeps each amax instead, see `scale_state`.
+        # bool() waits for the device. A monitor keeps amaxes from step to step instead, see
+        # `altgrad.monitor.scale_state`.
         if not bool((amaxes.groups == 0).any()):
             return amaxes
         later = compute_layer_amax(after, self.formats.scaling)
@@ -138,11 +141,14 @@ class Measurer:
         Args:
             before: Weights before the step, float16, bfloat16, float32 or float64, any shape.
             after: The same weights after the step, with the dtype and shape of `before`.
-            gradient: The gradient as the optimizer applied it, with the shape of `before`.
-            amaxes: The amax of the weights, or of each channel, if it is kept from step to step.
-                None takes it from `before`; the host then waits for the device.
-            ever: Flags of the elements as one row, bool (1, 1 or formats, elements); updated.
-            sample: The elements of a layer that the tensors hold. None if they hold all.
+            gradient: The gradient as the optimizer applied it, with the shape of `before`. None if
+                there is no gradient.
+            amaxes: Amaxes that the caller keeps from step to step, as `take_amaxes` returns them.
+                If None, they are computed here, and the host waits for the device.
+            ever: Ever-moved flags of the elements as one row, updated in place. None if
+                never_moved_frac is not measured.
+            sample: The elements of a layer that the tensors hold, which then have one dimension.
+                None if they hold a whole layer.
 
         Returns:
             Sums and maxima on the device, float64 (columns), in the order of
@@ -165,7 +171,8 @@ class Measurer:
         layers = self._describe_layer(before, shape.numel())
         dtype_grid = _get_dtype_grid(before.dtype)
         tensors = (before, after) if gradient is None else (before, after, gradient)
-        # Position of the chunk, maximum number of elements in it, and elements that stay together.
+        # start: position of a chunk; size: maximum number of elements in it; block: number of
+        # neighbours that stay in one chunk.
         start, size, block = 0, self._chunk_size(tensors), self.formats.block
         has_blocks = sample is not None and sample.block > 1
         if has_blocks:
@@ -176,7 +183,7 @@ class Measurer:
                 scales = self._compute_element_scales(flat, amaxes, start, shape, sample)
                 grids = self.make_grids(scales.unsqueeze(0), device)
             buffers = self._workspace.buffers(1, len(self.formats), count, device)
-            # Histograms of `layers` add up over chunks by themselves; sums and extrema do here.
+            # The kernel adds counts to the histograms of `layers`; `_add_chunks` adds up the sums.
             part = None if ever is None else slice_flags(ever, start, count)
             chunk = row_sums(as_row(flat), grids, dtype_grid, buffers, layers.histograms, part)
             if has_blocks:
@@ -211,10 +218,9 @@ class Measurer:
         """Compute the scale of each element of a chunk.
 
         Args:
-            flat: The chunk's weights before and after, (elements) each.
-            amaxes: Amax of the layer or its channels, and of the whole tensor. None if no format
-                needs them.
-            start: Position of the chunk's first element among those measured.
+            flat: The chunk's weights before the step and after it, (elements) each.
+            amaxes: The amaxes of the layer. None if no format needs them.
+            start: Position of the chunk's first element among the measured elements.
             shape: Shape of the whole layer.
             sample: The elements that are measured; None for all.
 
@@ -229,7 +235,7 @@ class Measurer:
         )
         sharing = self.find_sharing(shape, indices)
         if amaxes is not None:
-            # A chunk has few of the layer's channels: number those, and take their amax.
+            # A chunk has a few of the layer's channels. Number these from 0, and select their amax.
             sharing, groups = sharing.trim_groups()
             amaxes = amaxes._replace(groups=amaxes.groups[groups])
         sharing = sharing.to(flat[0].device)
@@ -240,18 +246,19 @@ class Measurer:
 
         Args:
             shape: Shape of the whole layer.
-            indices: Flat indices of the elements, int64 (elements) on the CPU, ascending.
+            indices: Indices of the measured elements into the flattened layer, int64 (elements) on
+                the CPU, ascending.
 
         Returns:
-            For each element its groups and blocks, int64 on the CPU.
+            A map from each element to its channel or layer, and to its blocks, on the CPU.
         """
         return Sharing.from_indices(shape, indices, self.formats.block_sizes, self.formats.scaling)
 
     def compute_scales(self, amax: Tensor | None, layers: int, device: torch.device) -> Tensor:
-        """Compute the scales of layers that have one scale for each format.
+        """Compute the scales of layers, each of which has one scale for each format.
 
         Args:
-            amax: Amax of each layer, (layers). None if no format needs one.
+            amax: Amax of each layer, float32 or float64 (layers). None if no format needs one.
             layers: Number of layers.
             device: Device of the layers.
 
@@ -274,15 +281,16 @@ class Measurer:
         """Prepare a batch that `measure_batch` measures at each step.
 
         Args:
-            rows: The elements, in memory that each step is copied to.
+            rows: The memory that each step is copied to.
             row_layers: Index of the layer of each row, int64 (rows).
-            counted: For each layer the number of all its elements, of those in the rows, and of the
-                clusters in which these were drawn, float64 (layers, 3).
-            scales: Scales, or which elements share them; see `with_scales`.
-            ever: For each element, whether it has moved in any step so far; updated at each step.
-                None if never_moved_frac is not measured.
-            clusters: The cluster of each row, int64 (rows), and the number of elements of each
-                row, float64 (rows), on any device. None if no elements were drawn in blocks.
+            counted: For each layer its number of elements, its number of measured elements, and the
+                number of clusters of these, 0 without clusters, float64 (layers, 3).
+            scales: Scales, or the elements that share scales; see `with_scales`.
+            ever: Ever-moved flags of the elements, updated at each step. None if never_moved_frac
+                is not measured.
+            clusters: Index of the cluster of each row, int64 (rows), and the number of elements of
+                each row, float64 (rows), on any device. A cluster is one or several rows of a
+                sample that was drawn in blocks. None without such samples.
 
         Returns:
             The batch, on the device of the rows.
@@ -301,8 +309,8 @@ class Measurer:
 
         Args:
             batch: The batch; it is not changed.
-            scales: One scale for each row and format, float64 (1 or rows, formats, 1). For scales
-                that differ within a row, a pair: which elements share a scale, and the amaxes.
+            scales: One scale for each row and format, float64 (1 or rows, formats, 1). If scales
+                differ within a row, a pair: the map of elements that share a scale, and amaxes.
         """
         if isinstance(scales, tuple):
             return batch._replace(sharing=scales)
@@ -313,17 +321,17 @@ class Measurer:
         """Measure one step of many small layers at once.
 
         Args:
-            batch: The batch, whose memory holds the step.
+            batch: The batch, into whose memory the step was copied.
 
         Returns:
             Sums and maxima on the device, float64 (layers, columns), in the order of
             `altgrad.measurement.columns`.
         """
         grids = batch.grids if batch.sharing is None else self._make_element_grids(batch)
-        (rows, _, columns), device = batch.rows.before.shape, batch.rows.before.device
-        buffers = self._workspace.buffers(rows, len(self.formats.names), columns, device)
+        (rows, _, elements), device = batch.rows.before.shape, batch.rows.before.device
+        buffers = self._workspace.buffers(rows, len(self.formats.names), elements, device)
         histograms = batch.layers.histograms
-        histograms.counts.zero_()  # they hold the counts of the step before
+        histograms.counts.zero_()  # the counts of the previous step
         found = row_sums(batch.rows, grids, batch.dtype_grid, buffers, histograms, batch.ever)
         return batch.layers.add_up(*found)
 
@@ -331,7 +339,7 @@ class Measurer:
         """Make grids with a scale for each element, from the weights of this step."""
         assert batch.sharing is not None
         (sharing, amaxes), before = batch.sharing, batch.rows.before
-        # All rows end to end, as `sharing` numbers the elements.
+        # `sharing` numbers the elements of all rows, end to end.
         flat = before.reshape(-1), batch.rows.after.reshape(-1)
         if amaxes is not None and self.formats.needs_tensor_amax:
             raised = update_tensor_amaxes(flat[0], amaxes.layers, sharing)
@@ -342,12 +350,12 @@ class Measurer:
 
 
 def check_step(before: Tensor, after: Tensor, gradient: Tensor | None) -> None:
-    """Check that the tensors of a step can be measured.
+    """Raise an error unless the tensors of a step have the same shape and suitable dtypes.
 
     Args:
         before: Weights before the step.
         after: Weights after the step.
-        gradient: The gradient, or None.
+        gradient: The gradient; None if there is no gradient.
 
     Raises:
         TypeError: A tensor is not floating-point, or `before` and `after` differ in dtype.
@@ -363,11 +371,11 @@ def check_step(before: Tensor, after: Tensor, gradient: Tensor | None) -> None:
 
 
 def _add_chunks(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Combine two chunks: add their sums, and take the larger of their extrema."""
+    """Combine two results of `row_sums`: add the sums, and keep the larger of the extrema."""
     return one[0] + other[0], torch.maximum(one[1], other[1])
 
 
 def _get_dtype_grid(dtype: torch.dtype) -> tuple[float, float]:
-    """Return 2**-M of a dtype, and its smallest normal number."""
+    """Return 2**-M for the M mantissa bits of a dtype, and its smallest normal number."""
     info = torch.finfo(dtype)
     return info.eps, info.tiny

@@ -1,8 +1,8 @@
 """Compute each metric of the catalogue from sums, extrema and histograms.
 
-A formula takes the sums of any number of rows, on the host, and returns a figure for each row.
-`FORMULAS` at the end lists them all; a new metric is a line there and a line of `catalogue`. An
-`Estimate` is a formula that also has a standard error.
+A formula takes the sums of any number of rows, on the host, and returns a figure for each row. A
+row is a layer or a model. `FORMULAS` at the end lists all formulas; a new metric is a line there
+and a line of `catalogue`. An `Estimate` is a formula whose metric also has a standard error.
 
 Read `columns` first, which describes the sums; `standard_errors` comes next.
 """
@@ -25,14 +25,15 @@ from altgrad.measurement.numbers import Numbers
 class Sums(Protocol):
     """A source of sums, extrema and histograms by name, float64 on the host.
 
-    Columns of a layer have shape (rows, 1), columns of formats (rows, formats).
+    Those without a format have shape (rows, 1), others (rows, formats). A row is a layer or a
+    model. `altgrad.measurement.columns` lists the names.
     """
 
     def sum(self, name: str) -> Numbers:
-        """Return the sum with this name, one of SUMS or FORMAT_SUMS, for each row."""
+        """Return the sum with a name of SUMS or FORMAT_SUMS, float64 (rows, 1 or formats)."""
 
     def max(self, name: str) -> Numbers:
-        """Return the maximum with this name, one of MAXIMA or FORMAT_MAXIMA, for each row."""
+        """Return the maximum with a name of MAXIMA or FORMAT_MAXIMA, (rows, 1 or formats)."""
 
     def histogram(self, name: str) -> Numbers:
         """Return the number of elements in each octave.
@@ -49,6 +50,7 @@ Formula = Callable[[Sums], Numbers]
 """A function from sums to the figures of a metric, float64 (rows, 1 or formats)."""
 
 Flags = npt.NDArray[np.bool_]
+"""Conditions on the host, bool (rows, 1 or formats)."""
 
 
 def quiet() -> AbstractContextManager[object]:
@@ -59,10 +61,13 @@ def quiet() -> AbstractContextManager[object]:
 class Estimate(ABC):
     """A ratio Σ a / Σ b over elements, with a standard error if the elements are a sample.
 
+    Each element has a number a and a number b. For ``stall_frac``, a is 1 if the element's update
+    stalled, and b is 1 if the update is other than 0.
+
     Attributes:
-        plus: Name of a sum.
-        total: Name of Σ b.
-        minus: Name of a sum to subtract from `plus`; Σ a is the difference. None if it is `plus`.
+        plus: Name of the sum Σ a, or of a sum from which `minus` is subtracted to get Σ a.
+        total: Name of the sum Σ b.
+        minus: Name of the sum to subtract; None to subtract nothing.
     """
 
     plus: str
@@ -92,9 +97,9 @@ class Share(Estimate):
     """A share of elements, (plus − minus) / total.
 
     Attributes:
-        plus: Name of a count.
-        total: Name of the count of all elements considered, those of `plus` included.
-        minus: Name of a count to subtract, of elements that `plus` includes.
+        plus: Name of a count of elements.
+        total: Name of the count of all elements considered, among which are those of `plus`.
+        minus: Name of a count to subtract, of elements among those of `plus`; None for 0.
     """
 
     plus: str
@@ -102,9 +107,10 @@ class Share(Estimate):
     minus: str | None = None
 
     def squares(self, n: Sums) -> tuple[Numbers, Numbers, Numbers]:
-        """Return Σ a², Σ a · b and Σ b² of a share, from two counts.
+        """Return Σ a², Σ a · b and Σ b² of a share, which are counts of elements.
 
-        Each a and b is 0 or 1, and b is 1 where a is 1. The sums of products are therefore counts.
+        a is 1 for an element in the share, b is 1 for an element considered, and both are 0 for
+        others. Therefore a² = a · b = a, and b² = b.
 
         Args:
             n: The sums of some rows.
@@ -116,20 +122,20 @@ class Share(Estimate):
         return count, count, total
 
     def carrying(self, n: Sums) -> Numbers:
-        """Return the number of the elements considered, float64 (rows, 1 or formats)."""
+        """Return the number of elements considered, float64 (rows, 1 or formats)."""
         return n.sum(self.total)
 
 
 @dataclass(frozen=True)
 class KeptShare(Estimate):
-    """The ratio ⟨effective update, update⟩ / ⟨update, update⟩.
+    """The ratio ⟨effective update, update⟩ / ⟨update, update⟩, which is kept_update_ratio.
 
-    With a = effective · update and b = update², the sums of a² and b² are sums of fourth powers.
+    An element adds a = effective · update to the numerator and b = update² to the denominator.
 
     Attributes:
-        plus: Name of Σ a.
-        total: Name of Σ b.
-        minus: None.
+        plus: Name of the sum Σ a.
+        total: Name of the sum Σ b.
+        minus: None: nothing is subtracted.
     """
 
     plus: str = "kept"
@@ -137,7 +143,7 @@ class KeptShare(Estimate):
     minus: None = None
 
     def squares(self, n: Sums) -> tuple[Numbers, Numbers, Numbers]:
-        """Return the sums of products of a = effective · update and b = update².
+        """Return Σ a², Σ a · b and Σ b² with a = effective · update and b = update².
 
         Args:
             n: The sums of some rows.
@@ -152,18 +158,18 @@ class KeptShare(Estimate):
         return n.sum("judged")
 
 
-# Makers of formulas. A quotient is NaN, and neither inf nor an error, if its denominator is 0: no
-# element is counted, or nothing moved.
+# Steps of formulas, on numbers:
 
 
-def _paired(n: Sums) -> Numbers:
-    """Count the weights other than 0; return 0 for a row in which gradients are missing."""
+def _count_pairs(n: Sums) -> Numbers:
+    """Count the pairs of gradient and stiffness: the weights other than 0; 0 without gradients."""
+    # A count of 0 makes the metrics of pairs NaN. A model has no gradients if a layer has none.
     return np.where(n.sum("gradients") == n.sum("finite"), n.sum("nonzero_weights"), 0.0)
 
 
-def _unless(is_none: Flags, value: Numbers) -> Numbers:
-    """Return `value`, replaced by NaN where `is_none` is True."""
-    return np.where(is_none, np.nan, value)
+def _unless(is_undefined: Flags, value: Numbers) -> Numbers:
+    """Return `value`, replaced by NaN where `is_undefined` is True."""
+    return np.where(is_undefined, np.nan, value)
 
 
 def _ratio(numerator: Numbers, denominator: Numbers) -> Numbers:
@@ -171,7 +177,7 @@ def _ratio(numerator: Numbers, denominator: Numbers) -> Numbers:
     return np.where(denominator == 0, np.nan, numerator / denominator)
 
 
-# Functions that make formulas: they take the names of columns.
+# Functions that return a formula. They take names of sums and extrema:
 
 
 def _per(count: str, total: str) -> Formula:
@@ -180,8 +186,8 @@ def _per(count: str, total: str) -> Formula:
 
 
 def _per_pair(count: str) -> Formula:
-    """Return the formula of a mean over the weights that `_paired` counts."""
-    return lambda n: _ratio(n.sum(count), _paired(n))
+    """Return the formula of a mean over the pairs that `_count_pairs` counts."""
+    return lambda n: _ratio(n.sum(count), _count_pairs(n))
 
 
 def _rms(squares: str, total: str) -> Formula:
@@ -207,12 +213,14 @@ def _smallest(name: str, among: str) -> Formula:
 
 
 def _median_octave(name: str, total: str, first: int) -> Formula:
-    """Return the formula of a median: log2 of the middle of the octave with the lower median.
+    """Return the formula of a median: log2 of the middle of the octave that has the median.
+
+    Of an even number of elements, the median is the lower one of the two in the middle.
 
     Args:
         name: Name of the histogram.
         total: Name of the count of its elements.
-        first: Exponent of its first bin.
+        first: Exponent of the histogram's first bin.
     """
 
     def formula(n: Sums) -> Numbers:
@@ -220,26 +228,26 @@ def _median_octave(name: str, total: str, first: int) -> Formula:
         # The first octave up to which at least half of the elements lie.
         below = n.histogram(name).cumsum(0).swapaxes(1, 2)
         octave = np.minimum((below < half).sum(0), OCTAVES - 1)
-        is_none = (half == 0) | np.isnan(half) | np.isnan(below[-1])
-        return _unless(is_none, octave + (first + 0.5))
+        is_undefined = (half == 0) | np.isnan(half) | np.isnan(below[-1])
+        return _unless(is_undefined, octave + (first + 0.5))
 
     return formula
 
 
 def _deviation(n: Sums, name: str, squares: str, count: Numbers) -> Numbers:
-    """Return the sum of squared deviations from the mean.
+    """Return the sum of squared deviations of a quantity from its mean.
 
-    It is 0 if all values are equal. It is NaN if the rounding of the sums exceeds it, that is if
-    the standard deviation is below 1e-5 of the mean.
+    The result is 0 if all values are equal. It is NaN if the standard deviation is below 1e-5 of
+    the mean, since rounding of the sums may then exceed the result.
 
     Args:
         n: The sums of some rows.
         name: Name of the sum of the quantity.
-        squares: Name of the sum of its squares.
+        squares: Name of the sum of the quantity's squares.
         count: Number of elements in the sums, float64 (rows, 1).
 
     Returns:
-        float64 (rows, 1 or formats).
+        Sums of squared deviations, float64 (rows, 1 or formats).
     """
     deviation = n.sum(squares) - n.sum(name) * (n.sum(name) / count)
     # Rounding is of the order of n · 2**-53 of the sum of squares; 1e-10 leaves room for large n.
@@ -250,7 +258,7 @@ def _deviation(n: Sums, name: str, squares: str, count: Numbers) -> Numbers:
 def _grid_error_std(n: Sums) -> Numbers:
     count = n.sum("finite")
     deviation = _deviation(n, "grid_error", "grid_error_sq", count)
-    # The unbiased estimate, over count − 1.
+    # The standard deviation of a sample, over count − 1.
     return _unless(count < 2, np.sqrt(deviation / (count - 1)))
 
 
@@ -263,7 +271,7 @@ def _sqnr(n: Sums) -> Numbers:
 
 def _correlation(n: Sums) -> Numbers:
     # Pearson's correlation of |gradient| and stiffness, from sums: cov / sqrt(var · var).
-    count = _paired(n)
+    count = _count_pairs(n)
     gradient = _deviation(n, "paired_gradient_abs", "paired_gradient_sq", count)
     stiffness = _deviation(n, "stiffness", "stiffness_sq", count)
     product = n.sum("paired_gradient_abs") * (n.sum("stiffness") / count)

@@ -1,14 +1,18 @@
-"""Standard errors of ratios that are estimated from a sample of the elements.
+"""Compute the standard errors of ratios that are estimated from a sample of the elements.
 
-A ratio Σ a / Σ b over the elements of a layer is estimated from units that are drawn without
-replacement: elements, or clusters of blocks if a format shares scales by blocks. The ratio of a
-model is estimated from the samples of its layers, which are strata. The variance follows from the
-residuals a − ratio · b of the units, less their mean in each layer::
+Each element has a number a and a number b, and the ratio of a layer is Σ a / Σ b. For
+``stall_frac``, a is 1 if the element's update stalled, and b is 1 if the update is other than 0.
+
+Units are drawn without replacement. A unit is an element. If elements are drawn in blocks of
+neighbours, as for formats with a scale for each block, a unit is a cluster of such blocks. The
+ratio of a model is estimated from the samples of its layers, which are strata. The variance follows
+from the residuals a − ratio · b of the units, less their mean in each layer::
 
     Σ (a − ratio · b)²  =  Σ a²  −  2 · ratio · Σ a · b  +  ratio² · Σ b²
 
-so that three sums of squares are enough. A standard error is half of the width of an interval of
-95 % over 1.96: see `intervals`, which comes next. `step_table` computes all errors of a step.
+so that three sums over units are enough. A standard error is half of the width of the interval of
+95 %, divided by 1.96: read `intervals` first. `step_table` comes next, and computes all errors of a
+step.
 
 References:
     Cochran, Sampling Techniques (1977), chapters 2, 5, 6 and 9. Korn, Graubard, Survey
@@ -27,22 +31,25 @@ from altgrad.measurement.intervals import WIDTH
 from altgrad.measurement.metrics import FORMULAS, Estimate, Share, Sums, quiet
 from altgrad.measurement.numbers import Numbers
 
-# Fewest units of equal weight that make the spread known: tests/measurement/test_coverage.py shows
-# what comes of it. Higher limits would leave out the samples with the widest intervals, and of the
-# others fewer hold.
+# An error is NaN if the sample has fewer units than this, as the spread between so few units is not
+# known. tests/measurement/test_coverage.py measures how many intervals contain the truth. Higher
+# limits would drop the samples with the widest intervals, and of the others fewer would contain it.
+# Units are counted as units of equal b: (Σ b)² / Σ b².
 _FEWEST_CLUSTERS = 5
-# Of kept_update_ratio and the other ratios that are weighed by energy; a share has no limit.
+# Limits if units are elements, for ratios that are no shares, such as kept_update_ratio. In these
+# an element counts by the square of its update. Shares of elements have no limit.
 _FEWEST_ELEMENTS_KEPT = 15
-_FEWEST_MOVED = 100  # elements with an update, for the same ratios
+_FEWEST_MOVED = 100  # elements with b other than 0, also if units are clusters
+# Degrees of freedom of Student's distribution, at least: below, the quantile is not accurate.
 _LEAST_FREEDOM = 3.0
 
 
 class EstimateSums(NamedTuple):
     """The sums of some estimates Σ a / Σ b, float64 (rows, keys) each.
 
-    Each element adds its a and its b. For ``stall_frac``, a is 1 if the element's update stalled,
-    and b is 1 if the update is other than 0. A row is a layer or a model. A key is ``metric`` or
-    ``metric/format``. A unit is a cluster or an element.
+    Each element has an a and a b. For ``stall_frac``, a is 1 if the element's update stalled, and
+    b is 1 if the update is other than 0. A unit is an element, or a cluster of elements with the
+    sums of their a and b. A row is a layer or a model. A key is ``metric`` or ``metric/format``.
 
     Attributes:
         a: Σ a.
@@ -51,7 +58,8 @@ class EstimateSums(NamedTuple):
         ab: Σ a · b over units.
         bb: Σ b² over units.
         carrying: Number of elements with b other than 0.
-        is_share: 1 for shares, and 0 for ratios that are weighed by energy.
+        is_share: 1 for shares of elements; 0 for ratios in which an element counts by the square of
+            its update or weight, such as kept_update_ratio.
     """
 
     a: Numbers
@@ -67,13 +75,13 @@ def estimate_sums(name: str, n: Sums, width: int) -> EstimateSums:
     """Return the sums from which the standard error of a metric is computed.
 
     Args:
-        name: Name of the metric, which has an `Estimate` as its formula.
+        name: Name of the metric, whose formula is an `Estimate`.
         n: The sums of some layers or models, a row for each.
-        width: Number of columns: 1 for a metric of the layer, else the number of formats.
+        width: Number of keys: 1 for a metric without formats, else the number of formats.
 
     Returns:
-        The sums, (rows, width). Units are clusters in rows that have clusters, and elements in
-        others.
+        The sums, (rows, width) each. In rows with clusters, units are clusters; in other rows,
+        units are elements.
     """
     formula = FORMULAS[name]
     assert isinstance(formula, Estimate)
@@ -95,20 +103,21 @@ def standard_errors(
 
     Args:
         sums: Results of `estimate_sums` for all estimates side by side, (rows, keys) each.
-        counted: For each layer or model its population, its number of measured elements, and the
-            number of clusters in which these were drawn, float64 (rows, 3).
+        counted: For each layer or model its number of elements, its number of measured elements,
+            and the number of clusters of these, 0 without clusters, float64 (rows, 3).
         members: For each row of a model, the rows of the layers that form the model.
 
     Returns:
         Standard errors, float64 (rows, keys). They are 0 if all elements were measured. They are
-        NaN if the ratio has no value, or if too few units carry it.
+        NaN if the ratio has no value, or if too few units have a b other than 0.
     """
     with quiet():
         strata = _Strata(sums, counted)
         ratios = sums.a / sums.b
         spreads = strata.spreads(ratios)
         for row, layers in members.items():
-            # Strata are independent: their variances add up, about the model's own ratio.
+            # The samples of layers are independent, so that their variances add up. Residuals are
+            # those from the ratio of the model, and not from the ratio of each layer.
             own = strata.spreads(ratios[row])
             for column, spread in zip(spreads, own, strict=True):
                 column[row] = spread[[*layers]].sum(0)
@@ -116,12 +125,12 @@ def standard_errors(
 
 
 class _Spreads(NamedTuple):
-    """The sums that say how far ratios Σ a / Σ b may be off, float64 (rows, keys) each.
+    """The sums that say how far estimates Σ a / Σ b may be off, float64 (rows, keys) each.
 
-    Each element adds its a and its b. For ``stall_frac``, a is 1 if the element's update stalled,
-    and b is 1 if the update is other than 0. A unit is a cluster or an element. Sums over units are
-    multiplied by (population / measured elements)². All sums are 0 for a layer of which every
-    element was measured.
+    Each element has an a and a b. For ``stall_frac``, a is 1 if the element's update stalled, and
+    b is 1 if the update is other than 0. A unit is an element, or a cluster of elements with the
+    sums of their a and b. Sums over units are multiplied by (population / measured elements)². All
+    sums are 0 for a layer of which every element was measured.
 
     Attributes:
         variance: Variance of Σ (a − ratio · b).
@@ -148,11 +157,11 @@ class _Strata:
     Args:
         sums: Σ a, Σ b and the other sums of each estimate Σ a / Σ b, float64 (rows, keys) each. A
             row is a layer or a model, and a key is ``metric`` or ``metric/format``.
-        counted: For each layer or model its population, its number of measured elements, and the
-            number of clusters in which these were drawn, float64 (rows, 3).
+        counted: For each layer or model its number of elements, its number of measured elements,
+            and the number of clusters of these, 0 without clusters, float64 (rows, 3).
 
     Attributes:
-        weights: Population over measured elements, float64 (rows, 1).
+        weights: Number of elements over number of measured elements, float64 (rows, 1).
     """
 
     def __init__(self, sums: EstimateSums, counted: Numbers) -> None:
@@ -164,24 +173,24 @@ class _Strata:
         self._is_drawn = (elements < population) & (sums.b != 0)
 
     def spreads(self, ratios: Numbers) -> _Spreads:
-        """Return the sums of each stratum, from which a standard error follows.
+        """Return the sums of each stratum from which the standard errors of some ratios follow.
 
         Args:
-            ratios: The ratios Σ a / Σ b to which residuals a − ratio · b refer, float64 (rows,
-                keys), or (keys) for all rows.
+            ratios: The ratios in the residuals a − ratio · b: float64 (rows, keys) for those of the
+                rows themselves, or (keys) for those of a model.
 
         Returns:
             The sums; 0 for strata of which all elements were measured, and where Σ b is 0.
         """
         a, b, aa, ab, bb, carrying, _ = self._sums
-        # Less the mean of the stratum: Σ (x − mean)² = Σ x² − (Σ x)² / units.
+        # Subtract the mean x of the stratum's residuals: Σ (x − mean)² = Σ x² − (Σ x)² / units.
         residuals = aa - 2 * ratios * ab + ratios * ratios * bb
         residuals = residuals - np.square(a - ratios * b) / self._units
-        # If no unit or every unit has what is counted, the next one drawn could be the first that
-        # differs: at least the residual of one unit of the usual size.
+        # If a = 0 in all units, or a = b in all, residuals are 0, but the next unit drawn could be
+        # the first one that differs. Assume the residual of one unit of the usual size, at least.
         is_uniform = (aa == 0) | ((aa == ab) & (ab == bb))
         residuals = np.maximum(residuals, np.where(is_uniform, np.square(bb / b), 0))
-        # Cochran's n / (n − 1).
+        # The factor n / (n − 1), since residuals are from a mean of the same n units.
         variance = residuals * self._units / np.maximum(self._units - 1, 1)
         scale = np.where(self._is_drawn, np.square(self.weights), 0)
         drawn = np.where(self._is_drawn, 1.0, 0.0)
@@ -202,35 +211,37 @@ class _Strata:
 
 
 def _combine(sums: EstimateSums, ratios: Numbers, spreads: _Spreads, weights: Numbers) -> Numbers:
-    """Compute the standard errors of ratios, half of the width of their intervals over 1.96.
+    """Compute standard errors of ratios: half of the width of their intervals, divided by 1.96.
 
-    A ratio is the sum of one number a of each element over the sum of another number b. For
-    ``stall_frac``, a is 1 if the element's update stalled, and b is 1 if the update is
-    other than 0.
+    A ratio is Σ a / Σ b over elements. For ``stall_frac``, a is 1 if the element's update stalled,
+    and b is 1 if the update is other than 0.
 
     Args:
         sums: Σ a, Σ b and the other sums over the measured elements, (rows, keys) each.
         ratios: The ratios Σ a / Σ b, float64 (rows, keys).
         spreads: For each ratio the sums of its layer, or of all layers of its model, that say how
             far the ratio may be off.
-        weights: Population over measured elements, float64 (rows, 1).
+        weights: Number of elements over number of measured elements, float64 (rows, 1).
 
     Returns:
-        Standard errors, float64 (rows, keys). They are 0 if all elements were measured, and NaN if
-        the ratio has no value, or if too few units carry it.
+        Standard errors, float64 (rows, keys). They are 0 if all elements were measured. They are
+        NaN if the ratio has no value, or if too few units have a b other than 0.
     """
     a, b, is_share = weights * sums.a, weights * sums.b, sums.is_share > 0
     has_clusters, units = spreads.clusters > 0, b * b / spreads.bb
-    # A spread is known as well as the fewest units that carry Σ a or Σ b make it known: a coarse
-    # format keeps the updates of a few elements alone. So with Σ (b − a) of clusters; of single
-    # elements, its terms have either sign. That of zeros and ones follows from their share.
+    # A variance that few units determine is uncertain, and Student's distribution widens the
+    # interval. (Σ x)² / Σ x² is the number of units of equal x. Take the least of these numbers for
+    # b, for a (a coarse format keeps the updates of a few elements alone), and, of clusters, for
+    # b − a. For single elements, b − a has either sign, and says nothing. A share of single
+    # elements needs no such number: its variance follows from the share itself.
     carriers = np.fmin(units, a * a / spreads.aa)
     by_cluster = np.fmin(carriers, np.square(b - a) / spreads.rest)
     freedom = np.maximum(np.where(has_clusters, by_cluster, carriers) - 1, _LEAST_FREEDOM)
     width = np.where(is_share & ~has_clusters, WIDTH, _student_quantile(freedom))
     variance = spreads.variance / (b * b)
-    # A share has the variance share · (1 − share) / elements, which says of how many independent
-    # elements; Wilson's interval is that of so many. At 0 and 1 clusters count as elements.
+    # The share in n independent elements has the variance share · (1 − share) / n. Solve for n, and
+    # take Wilson's interval of n elements (Korn, Graubard). At the shares 0 and 1, where n has no
+    # value, take n from the sizes of the units instead.
     product = ratios * (1 - ratios)
     elements = np.where(product > 0, product / variance, b * b / spreads.b_variance)
     u = width * width / elements

@@ -1,7 +1,7 @@
-"""Turn the sums of one observed step into figures: `StepRecord` has them layer by layer.
+"""Turn the sums of one observed step into a `StepRecord`: the figures of each layer and the model.
 
 Read `step_table` and `figures` first, which compute figures from sums. This is the last file of the
-room; `altgrad.report.records` comes next and writes records to the run file.
+room; `altgrad.report.records` writes the records to the run file.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ class StepRecord:
     """The figures of one observed step, for each layer and for the whole model.
 
     Attributes:
-        index: Number of steps of this optimizer since it was attached, before this one.
+        index: Number of steps that this optimizer made before this one, since it was attached.
         layers: Figures of each layer that had a gradient, by name. Figures of a sampled layer are
             estimates for all its elements. Only maxima and minima are those of the sample, so that
-            maxima are too low and minima too high.
+            maxima may be too low and minima too high.
         model: Figures of all these layers together, each layer weighted by its number of elements.
-        own_seconds: Time that the host took to observe the previous observed step, in seconds; NaN
-            for the first.
+        own_seconds: Time that the host took to observe the previous observed step, in seconds. NaN
+            for the first observed step.
         training_seconds: Mean time of a step since the previous observed step, without the time to
-            observe, in seconds; NaN for the first.
+            observe, in seconds. NaN for the first observed step.
     """
 
     index: int
@@ -46,14 +46,15 @@ def step_record(
     seconds: tuple[float, float],
     twins: TwinValues | None = None,
 ) -> StepRecord:
-    """Return the figures of a step from the sums and extrema of its layers.
+    """Return the figures of a step from the sums and maxima of its layers.
 
     Args:
         formats: Names of the formats, in the order of their columns.
-        judged: The names of the formats that each layer is judged for, by name of the layer.
-        vectors: Sums and extrema of each layer, float64 (layers, columns) on the host.
-        index: Index of the step.
-        seconds: Time to observe a step and time to train a step, in seconds.
+        judged: For each layer, by name, the names of the formats that it gets figures for.
+        vectors: Sums and maxima of each layer, float64 (layers, columns) on the host, in the order
+            of `judged`.
+        index: Number of earlier steps, for `StepRecord.index`.
+        seconds: `StepRecord.own_seconds` and `StepRecord.training_seconds`.
         twins: The sums of twins; None without twins. Layers that are not in `judged` are left out.
     """
     in_order = [tuple(name for name in formats if name in chosen) for chosen in judged.values()]

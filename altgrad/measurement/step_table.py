@@ -1,7 +1,8 @@
-"""`StepTable`: the sums of all layers in one step, a row for each, and all figures as one matrix.
+"""`StepTable`: the sums of all layers in one step, and the figures that follow from them.
 
-A model is a row more: the sum of its layers, each weighted by its number of elements. If layers are
-judged for different formats, a model has a row for each set of layers.
+Each layer is a row, and the model is one row more: the sum of the layers, each weighted by its
+number of elements. The model's figures for a format are over the layers that have the format. If
+layers have different formats, the model has several rows therefore, one for each set of layers.
 
 Read `metrics` and `standard_errors` first, which are applied to all rows at once; `figures` comes
 next and reads single rows.
@@ -35,21 +36,22 @@ from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.standard_errors import EstimateSums, estimate_sums, standard_errors
 
 FormatRows = Mapping[str | None, int]
-"""The row of a table for each format, and for the layer or model itself under None."""
+"""The row of a table to read for each format, and, under None, for metrics without a format."""
 
 _HISTOGRAMS = {"ulps": slice(0, 1), "weights": slice(1, 2), "steps": slice(2, None)}
-"""The place of each histogram among those of a row, the steps of all formats side by side."""
+"""The position of each histogram in `StepTable._octaves`. Those of all formats are side by side."""
 
 
 class StepTable:
     """A table of sums and maxima, with the figures, errors and histograms that follow from them.
 
-    The figures are a matrix, and so are the errors and the histograms. Each matrix is computed when
-    one of its entries is first read.
+    A row is a layer or a model. Figures, errors and histograms are each computed for all rows, when
+    one of them is first read.
 
     Args:
-        formats: Names of the formats, in the order of their sums.
-        vectors: Sums and maxima of each row, float64 (rows, columns) on the host.
+        formats: Names of the formats, in the order of their columns.
+        vectors: Sums and maxima of each row, float64 (rows, columns) on the host, in the order of
+            `altgrad.measurement.columns`.
         members: For each row of a model, the rows of the layers that form the model.
 
     Attributes:
@@ -70,7 +72,7 @@ class StepTable:
         self.members = members or {}
         self.columns = _figure_columns(self.formats)
         self._places = _places(len(self.formats))
-        # The only metric read so far, and its figures of all rows; see `figure`.
+        # The first metric that was read, and its figures for all rows; see `figure`.
         self._first: tuple[str, list[list[float]]] | None = None
         self._figures: list[list[float]] | None = None
 
@@ -78,19 +80,19 @@ class StepTable:
     def with_model(
         cls, formats: Sequence[str], vectors: Numbers, judged: Sequence[Collection[str]]
     ) -> tuple[StepTable, FormatRows]:
-        """Make the table of layers and of the model that they form.
+        """Make a table of layers and of the model that they form.
 
-        A model's figures of a format are over the layers that are judged for the format.
+        The model's figures for a format are over the layers that have figures for the format.
 
         Args:
-            formats: Names of the formats, in the order of their sums.
+            formats: Names of the formats, in the order of their columns.
             vectors: Sums and maxima of the layers, float64 (layers, columns) on the host.
-            judged: Names of the formats that each layer is judged for.
+            judged: For each layer, the names of the formats that it has figures for.
 
         Returns:
-            The table, and the rows of the model in it.
+            The table, and the rows to read for the model.
         """
-        # One row for each distinct set of layers; most models have a single one.
+        # One row for each distinct set of layers; most models have a single set.
         rows: dict[str | None, int] = {}
         members: dict[tuple[int, ...], int] = {}
         for format in (None, *formats):
@@ -102,19 +104,18 @@ class StepTable:
         return cls(formats, np.concatenate((vectors, *merged)), by_row), rows
 
     def sum(self, name: str) -> Numbers:
-        """Return the column of SUMS or FORMAT_SUMS of a name, float64 (rows, 1 or formats)."""
+        """Return the sum with a name of SUMS or FORMAT_SUMS, float64 (rows, 1 or formats)."""
         return self.vectors[:, self._places[name]]
 
     def max(self, name: str) -> Numbers:
-        """Return the column of MAXIMA or FORMAT_MAXIMA of a name, float64 (rows, 1 or formats)."""
+        """Return the maximum with a name of MAXIMA or FORMAT_MAXIMA, (rows, 1 or formats)."""
         return self.vectors[:, self._places[f"max {name}"]]
 
     def histogram(self, name: str) -> Numbers:
         """Return the number of elements in each octave.
 
         Args:
-            name: ``"ulps"``, over the elements that moved; ``"weights"``, over the weights other
-                than 0; or ``"steps"``, over the elements that a format is judged by.
+            name: ``"ulps"``, ``"weights"`` or ``"steps"``, as `Figures.histogram` explains them.
 
         Returns:
             Counts, float64 (64, 1 or formats, rows).
@@ -122,7 +123,7 @@ class StepTable:
         return self._octaves[:, _HISTOGRAMS[name]]
 
     def counts(self, key: str, row: int) -> list[float]:
-        """Return the counts of a histogram of one row.
+        """Return the 64 counts of a histogram of one row.
 
         Args:
             key: ``"ulps"``, ``"weights"`` or ``"steps/{format}"``.
@@ -137,14 +138,14 @@ class StepTable:
         """Return one figure of a row; NaN if it has no value.
 
         The first metric that is read is computed alone. As soon as a second metric is read, all are
-        computed.
+        computed at once.
 
         Args:
             key: ``metric`` or ``metric/format``.
             row: Row of the layer or model.
         """
-        # A monitor reads one metric at each step (was there an update?). That takes a tenth of the
-        # time of the whole matrix, which is left to those who read figures.
+        # A monitor may read a single metric of a step: update_rms, to see whether the optimizer
+        # skipped the step. One metric takes a tenth of the time of all.
         metric, _, format = key.partition("/")
         if self._figures is None and self._first is None:
             self._first = metric, self._evaluate(metric).tolist()
@@ -157,7 +158,7 @@ class StepTable:
         return math.nan if math.isnan(value) else value
 
     def _evaluate(self, metric: str) -> Numbers:
-        """Compute a metric for all rows, float64 (rows, 1 or formats)."""
+        """Compute the figures of a metric for all rows, float64 (rows, 1 or formats)."""
         with quiet():
             return FORMULAS[metric](self)
 
@@ -192,10 +193,11 @@ class StepTable:
 
     @functools.cached_property
     def counted(self) -> list[list[int]]:
-        """The population of each row, and its number of measured elements."""
+        """The number of elements of each row, and the number of its measured elements."""
         pairs = self.vectors[:, [POPULATION, ELEMENTS]].tolist()
         counted = [[round(population), round(elements)] for population, elements in pairs]
-        # A model's vector stands for all elements of its layers, and says so in both columns.
+        # A model's sums are weighted to stand for all elements, so that both of its columns have
+        # their number. The measured elements are counted in its layers.
         for row, layers in self.members.items():
             counted[row][1] = sum(counted[layer][1] for layer in layers)
         return counted
@@ -208,7 +210,8 @@ class StepTable:
             row: Row of the layer or model.
 
         Returns:
-            The vector, float64 (columns): sums of 0 and maxima of −inf for unknown formats.
+            The vector, float64 (columns), with sums of 0 and maxima of −inf for formats that this
+            table does not have.
         """
         vector: Numbers = self.vectors[row]
         if self.formats == tuple(formats):
@@ -229,10 +232,10 @@ class StepTable:
 
     @functools.cached_property
     def _octaves(self) -> Numbers:
-        """The histograms of all rows, float64 (64, 2 + formats, rows): see _HISTOGRAMS.
+        """The histograms of all rows, float64 (64, 2 + formats, rows), placed as in _HISTOGRAMS.
 
-        A vector has the counts of 63 octaves. The count of the first octave is the total minus the
-        sum of these.
+        A vector has the counts of 63 octaves. The count of the first octave is the number of
+        elements in the histogram minus the sum of these.
         """
         formats, stop, rows = len(self.formats), sum_count(len(self.formats)), len(self.vectors)
         layers = self.vectors[:, len(SUMS) - 2 * (OCTAVES - 1) : len(SUMS)]
@@ -246,10 +249,10 @@ class StepTable:
 
 
 def _by_key(layer_values: Sequence[Numbers], format_values: Sequence[Numbers]) -> Numbers:
-    """Join figures in the order of their keys: of the layer, then of each format in turn.
+    """Join figures in the order of their keys: without a format, then of each format in turn.
 
     Args:
-        layer_values: Figures of each metric of a layer, float64 (rows, 1) each.
+        layer_values: Figures of each metric without a format, float64 (rows, 1) each.
         format_values: Figures of each metric of a format, float64 (rows, formats) each.
 
     Returns:
@@ -262,8 +265,8 @@ def _by_key(layer_values: Sequence[Numbers], format_values: Sequence[Numbers]) -
 
 @functools.cache
 def _places(formats: int) -> Mapping[str, slice]:
-    """Return the columns of each sum in a vector, and of each maximum as ``"max NAME"``."""
-    # Formats follow each other, so that a column of formats is a slice with a step:
+    """Return the places of each sum in a vector by name, and of each maximum as ``"max NAME"``."""
+    # Formats follow each other, so that one sum for all formats is a slice with a step:
     #   sums of the layer | a b c (format 0) | a b c (format 1)   ->   b is at [first + 1 :: 3]
     middle = sum_count(formats)
     places: dict[str, slice] = {}
@@ -279,31 +282,35 @@ def _places(formats: int) -> Mapping[str, slice]:
 
 @functools.lru_cache(maxsize=64)
 def _figure_columns(formats: tuple[str, ...]) -> Mapping[str, int]:
-    """Return the position of each key in a row of figures."""
+    """Return the position of each key in a row of `StepTable.figures`."""
     return {key: column for column, key in enumerate(figure_keys(formats))}
 
 
 @functools.lru_cache(maxsize=64)
 def error_columns(formats: tuple[str, ...]) -> Mapping[str, int]:
-    """Return the position of each key in a row of errors.
+    """Return the position of each key in a row of `StepTable.errors`.
 
     Args:
         formats: Names of the formats.
 
     Returns:
-        Positions by key: estimates of the layer first, then each estimate for all formats.
+        Positions by key: metrics without a format first, then each metric for all formats. Metrics
+        without a standard error are left out.
     """
     keys = (f"{name}/{format}" for name in FORMAT_ESTIMATES for format in formats)
     return {key: column for column, key in enumerate((*LAYER_ESTIMATES, *keys))}
 
 
 def _merged(vectors: Numbers, layers: Sequence[int], middle: int) -> Numbers:
-    """Merge the vectors of layers to that of a model; sampled sums count population / elements.
+    """Merge the vectors of layers into that of a model.
+
+    Sums of a sampled layer are multiplied by its number of elements over that of its sample, so
+    that they stand for the whole layer.
 
     Args:
         vectors: Sums and maxima of all layers, float64 (layers, columns).
         layers: Rows of the layers to merge.
-        middle: Number of columns that are sums.
+        middle: Number of columns that are sums. Maxima follow.
 
     Returns:
         The merged vector, float64 (1, columns).
@@ -313,5 +320,6 @@ def _merged(vectors: Numbers, layers: Sequence[int], middle: int) -> Numbers:
     # A product and a sum, and no matrix product: on some processors that adds columns up in
     # different orders, and the difference of two equal columns would be 3e-16 instead of 0.
     sums = (weights[:, None] * chosen[:, :middle]).sum(0)
-    sums[POPULATION] = sums[ELEMENTS]  # weighted by population / elements
+    # The weighted number of measured elements is the number of all; POPULATION itself was weighted.
+    sums[POPULATION] = sums[ELEMENTS]
     return np.concatenate((sums, chosen[:, middle:].max(0)))[None]

@@ -1,9 +1,12 @@
-"""`Layers`: add up the sums of rows, for one vector of sums and maxima for each layer.
+"""`Layers`: add up the sums of rows, which gives one vector of sums and maxima for each layer.
 
-The kernel returns columns grouped by kind, for all formats; a vector has all columns of a format
-side by side (see `columns`). One `index_select` along a precomputed order translates.
+The kernel returns each sum for all formats side by side. A vector has all sums of a format side by
+side instead (see `columns`). One `index_select` with precomputed indices brings them in order::
 
-Read `kernel` first; `measurer` comes next and calls both.
+    kernel   kept of format 0 | kept of format 1 | lost_sq of format 0 | lost_sq of format 1
+    vector   kept of format 0 | lost_sq of format 0 | kept of format 1 | lost_sq of format 1
+
+Read `kernel` first; `chunks` and then `measurer` come next.
 """
 
 from __future__ import annotations
@@ -43,22 +46,25 @@ from altgrad.measurement.histogram import (
 from altgrad.measurement.kernel import Histograms
 from altgrad.measurement.metrics import FORMULAS, Estimate
 
-_FLOAT64_BIAS = 1023  # of the exponent; the kernel counts octaves by biased exponents
-_Column = tuple[str, int | None]  # name of a sum or maximum, and index of its format
+_FLOAT64_BIAS = 1023  # added to exponents in float64; the kernel finds bins by biased exponents
+_Column = tuple[str, int | None]  # name of a sum or maximum, and index of its format if it has one
 
 
 class Clusters(NamedTuple):
-    """The clusters that rows form, with constants that turn the sums of rows into products.
+    """The clusters of some rows, with constants to compute the products of their sums.
 
-    A cluster consists of blocks that were drawn together, so that their elements may be alike.
-    Standard errors then follow from the sums of whole clusters.
+    A cluster is one or several rows of a sample that was drawn in blocks of neighbours. Neighbours
+    may be alike: the standard error of an estimate Σ a / Σ b then follows from whole clusters, and
+    not from single elements. It needs the products A², A · B and B² of the sums A and B of a and b
+    over each cluster.
 
     Attributes:
         row_clusters: Index of the cluster of each row, int64 (rows).
         cluster_layers: Index of the layer of each cluster, int64 (clusters).
-        counted: 0 and the number of elements of each row, float64 (rows, 2).
-        terms: For each estimate (plus − minus) / total, the positions of plus, total and minus
-            among the columns of `counted` and `row_sums`, int64 (3 · estimates): all plus first.
+        counted: A column of zeros, and the number of elements of each row, float64 (rows, 2). They
+            stand before the sums of a row; `terms` refers to the zeros if nothing is subtracted.
+        terms: For each estimate (plus − minus) / total, the columns of its sums in `counted` and
+            `row_sums` side by side, int64 (3 · estimates): those of plus, of total, of minus.
     """
 
     row_clusters: Tensor
@@ -90,10 +96,10 @@ class Clusters(NamedTuple):
         )
 
     def add_products(self, sums: Tensor, layers: int) -> Tensor:
-        """Add up the products of the sums of clusters.
+        """Add up the products A², A · B and B² of the clusters of each layer.
 
         Args:
-            sums: Sums of each row, float64 (rows, columns) in the order of `row_sums`.
+            sums: Sums of each row, float64 (rows, sums) in the order of `row_sums`.
             layers: Number of layers.
 
         Returns:
@@ -115,17 +121,19 @@ class Layers(NamedTuple):
     A step changes the counts of the histograms and nothing else.
 
     Attributes:
-        counted: For each layer the number of all its elements, of those in the rows, and of the
-            clusters in which these were drawn, float64 (layers, 3).
+        counted: For each layer its number of elements, its number of measured elements, and the
+            number of clusters of these, 0 without clusters, float64 (layers, 3).
         row_layers: Index of the layer of each row, int64 (rows).
-        extremum_layers: `row_layers` for each maximum and minimum, int64 (rows, extrema).
-        histograms: Counts of octaves of all layers.
-        order: Source of each column of a vector, int64 (columns).
-        meant: False for the what-if columns of formats that are not judged, which `add_up` sets to
-            0, bool (columns). None if all formats are judged.
+        extremum_layers: `row_layers`, repeated for each maximum and minimum, int64 (rows, extrema).
+        histograms: Counts by octave for all layers.
+        order: For each column of a layer's vector, its place among the columns that `add_up` joins,
+            int64 (columns).
+        meant: False for columns that mean nothing and that `add_up` sets to 0, bool (columns):
+            what-if sums of formats that are no coarser than the dtype of the weights. None if there
+            are no such formats.
         clusters: The clusters of the rows. None if no elements were drawn in blocks.
-        products: Σ A², Σ A · B and Σ B² of each estimate over clusters that have no rows here,
-            float64 (layers, 3 · estimates).
+        products: Σ A², Σ A · B and Σ B² of each estimate over the clusters that `add_cluster` has
+            added, float64 (layers, 3 · estimates).
     """
 
     counted: Tensor
@@ -149,11 +157,10 @@ class Layers(NamedTuple):
 
         Args:
             row_layers: Index of the layer of each row, int64 (rows).
-            counted: For each layer the number of all its elements, of those in the rows, and of the
-                clusters in which these were drawn, float64 (layers, 3). Layers without clusters
-                have 0.
-            judged: For each format, True if the dtype of the weights is finer than the format. If
-                not, columns about what the format would do to the update are 0.
+            counted: For each layer its number of elements, its number of measured elements, and the
+                number of clusters of these, 0 without clusters, float64 (layers, 3).
+            judged: For each format, True if it is coarser than the dtype of the weights. If not,
+                its what-if sums are 0.
             clusters: The clusters of the rows. None if no elements were drawn in blocks.
 
         Returns:
@@ -172,10 +179,10 @@ class Layers(NamedTuple):
         )
 
     def make_empty_row(self) -> tuple[Tensor, Tensor]:
-        """Make the sums and extrema of a row without elements, in the columns of `row_sums`.
+        """Make what `row_sums` would return for one row without elements.
 
         Returns:
-            Sums of 0, float64 (1, columns), and extrema of −inf, float64 (1, columns).
+            Sums of 0, float64 (1, sums), and extrema of −inf, float64 (1, extrema).
         """
         _, sums, _, _, extrema = _source(self.histograms.steps_at.shape[1])
         return (
@@ -184,10 +191,10 @@ class Layers(NamedTuple):
         )
 
     def add_cluster(self, sums: Tensor, elements: int) -> Layers:
-        """Return a single layer with one more cluster, of which only the sums are known.
+        """Return a copy of a single layer with one more cluster, a chunk that was measured alone.
 
         Args:
-            sums: Sums of the cluster, float64 (1, columns) in the order of `row_sums`.
+            sums: Sums of the cluster, float64 (1, sums) in the order of `row_sums`.
             elements: Number of elements of the cluster.
         """
         count = sums.new_full((1,), elements)
@@ -202,16 +209,17 @@ class Layers(NamedTuple):
         """Add up the rows of each layer.
 
         Args:
-            sums: Sums of each row, float64 (rows, columns) in the order of `row_sums`.
-            extrema: Maxima and negated minima of each row, float64 (rows, columns).
+            sums: Sums of each row, float64 (rows, sums) in the order of `row_sums`.
+            extrema: Maxima and negated minima of each row, float64 (rows, extrema), in the order of
+                `row_sums`.
 
         Returns:
             Vectors, float64 (layers, columns): SUMS, FORMAT_SUMS of each format, MAXIMA,
             FORMAT_MAXIMA of each format.
         """
         layers, products = len(self.counted), self.products
-        if self.clusters is not None:
-            products = self.clusters.add_products(sums, layers)  # there are none outside
+        if self.clusters is not None:  # then no cluster was added by `add_cluster`
+            products = self.clusters.add_products(sums, layers)
         if not layers == len(sums) == 1:  # a single row of a single layer needs no addition
             added = sums.new_zeros(layers, sums.shape[1])
             largest = extrema.new_full((layers, extrema.shape[1]), -torch.inf)
@@ -226,8 +234,8 @@ class Layers(NamedTuple):
 def _make_histograms(row_layers: Tensor, layers: int, formats: int) -> Histograms:
     """Make histograms with counts of 0.
 
-    Each layer has these histograms in a row, each with 64 bins. The "steps" of a format are updates
-    in units of the format's spacing::
+    The histograms of a layer follow each other in this order, each with 64 bins. They count
+    abs(update) in ULPs, abs(weight), and abs(update) over the spacing of each format::
 
         | ULPs | weights | steps of format 0 | steps of format 1 | …
 
@@ -247,8 +255,9 @@ def _make_histograms(row_layers: Tensor, layers: int, formats: int) -> Histogram
         start - _FLOAT64_BIAS,
         start + OCTAVES - (_FLOAT64_BIAS + FIRST_WEIGHTS_OCTAVE),
         start + format_starts - (_FLOAT64_BIAS + FIRST_STEPS_OCTAVE),
-        # A single 1.0 in memory with stride 0, seen as more elements than any tensor has:
-        # scatter_add_ needs an increment for each index.
+        # scatter_add_ needs an increment for each index. A single 1.0 in memory, with stride 0,
+        # looks like more elements than any tensor has:
+        # https://docs.pytorch.org/docs/stable/generated/torch.Tensor.expand.html
         torch.ones((), dtype=torch.float64, device=device).expand(2**40),
     )
 
@@ -256,16 +265,16 @@ def _make_histograms(row_layers: Tensor, layers: int, formats: int) -> Histogram
 def _meant(judged: Sequence[bool], device: torch.device) -> Tensor | None:
     """Return a mask of the columns that have a meaning for the dtype of the weights.
 
-    What-if columns say what a format would do to updates. They mean nothing for a format that is
-    not judged, since weights are stored no finer than that format.
+    What-if sums say what a format would keep of updates. They mean nothing for a format that is no
+    coarser than the dtype of the weights: the updates that it would lose are lost already.
 
     Args:
-        judged: For each format, True if the dtype of the weights is finer than the format.
+        judged: For each format, True if it is coarser than the dtype of the weights.
         device: Device of the mask.
 
     Returns:
-        bool (columns), False for the what-if columns of formats that are not judged. None if all
-        formats are judged.
+        bool (columns), False for the what-if sums of formats where `judged` is False. None if there
+        are no such formats.
     """
     if all(judged):
         return None
@@ -281,7 +290,7 @@ def _meant(judged: Sequence[bool], device: torch.device) -> Tensor | None:
 
 
 def _columns(formats: int) -> list[_Column]:
-    """List the columns of the vector of a layer, in order, by name and index of the format."""
+    """List the columns of a layer's vector in order, each by name and index of its format."""
     columns: list[_Column] = [(name, None) for name in SUMS]
     columns += [(name, format) for format in range(formats) for name in FORMAT_SUMS]
     columns += [(f"max {name}", None) for name in MAXIMA]
@@ -290,10 +299,10 @@ def _columns(formats: int) -> list[_Column]:
 
 
 def _source(formats: int) -> tuple[list[_Column], ...]:
-    """List the columns of the parts that `Layers.add_up` concatenates, by name and format.
+    """List the columns that `Layers.add_up` joins, each by name and index of its format.
 
     Returns:
-        The columns of counted, sums, products, octaves and extrema.
+        The columns of its five parts: counted, sums, products, octaves and extrema.
     """
 
     def each(names: tuple[str, ...], format_names: tuple[str, ...], how: str) -> list[_Column]:
@@ -316,12 +325,13 @@ def _source(formats: int) -> tuple[list[_Column], ...]:
     )
 
 
-# The tensor is cached. Made in inference mode, its use outside of that mode would be restricted:
+# The result is cached, for calls in inference mode and outside of it. A tensor that is made in
+# inference mode cannot be used freely outside:
 # https://docs.pytorch.org/docs/stable/notes/autograd.html#inference-mode
 @functools.cache
 @torch.inference_mode(mode=False)
 def _order(formats: int, device: torch.device) -> Tensor:
-    """Return where each column of a layer's vector is in its parts end to end, int64 (columns)."""
+    """Return the position of each column of a vector among those of `_source`, int64 (columns)."""
     columns = itertools.chain.from_iterable(_source(formats))
     source = {column: position for position, column in enumerate(columns)}
     order = [
@@ -334,7 +344,7 @@ def _order(formats: int, device: torch.device) -> Tensor:
 @functools.cache
 @torch.inference_mode(mode=False)
 def _find_terms(formats: int, device: torch.device) -> Tensor:
-    """Find the columns that each estimate adds, divides by, and subtracts: see `Clusters`."""
+    """Return the columns that each estimate adds, divides by and subtracts: `Clusters.terms`."""
     columns: list[_Column] = [("", None), ("elements", None), *_source(formats)[1]]
     place = {column: position for position, column in enumerate(columns)}
 
@@ -352,7 +362,7 @@ def _find_terms(formats: int, device: torch.device) -> Tensor:
 
 
 def _estimates(names: tuple[str, ...]) -> Iterator[tuple[str, Estimate]]:
-    """Yield each name with its formula."""
+    """Yield each name of a metric with its formula, which is an `Estimate`."""
     for name in names:
         formula = FORMULAS[name]
         assert isinstance(formula, Estimate)

@@ -1,7 +1,8 @@
-"""`TwinFigures`: the figures of a layer's twins, or of those of a model, as plain numbers.
+"""`TwinFigures`: the figures of the twins of a layer or a model, as plain numbers.
 
-`TwinValues` has the sums of all twins of a step, as they were copied to the host. Read `twin_table`
-first, which computes the figures; `figures` comes next.
+A twin is a sample of a layer that is stored and stepped as a recipe says. `TwinValues` has the sums
+of all twins of a step, as they were copied to the host. Read `twin_table` first, which computes the
+figures; `figures` comes next.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class TwinValues:
     """The sums of all twins of a step.
 
     Attributes:
-        table: The sums, a row for each layer and recipe.
-        rows: The row of each recipe, by name of the layer.
+        table: The sums, with a row for each layer and recipe.
+        rows: For each layer, by name, its row in the table for each recipe, by name.
     """
 
     table: TwinTable
@@ -41,14 +42,14 @@ class TwinValues:
         populations: Sequence[int],
         block: int = 1,
     ) -> TwinValues:
-        """Read the result of `measure_twins`, which is now on the host.
+        """Read the result of `measure_twins`, which was copied to the host.
 
         Args:
-            names: Names of the layers, of the recipes, and of the states.
+            names: Names of the layers, of the recipes, and of the optimizer's states.
             values: The sums, float64 (layers, recipes, columns).
             sizes: Number of sampled elements of each layer.
             populations: Number of elements of each layer.
-            block: Number of neighbours that were drawn together.
+            block: Number of neighbours that were drawn together; 1 for single elements.
 
         Returns:
             The sums by layer and recipe.
@@ -65,13 +66,15 @@ class TwinValues:
 
     @classmethod
     def join(cls, parts: Sequence[TwinValues]) -> TwinValues:
-        """Join the sums of several sets of twins; a layer has the recipes of all of them.
+        """Join the sums of several sets of twins.
+
+        A layer may be in several sets, with other recipes in each.
 
         Args:
             parts: The sums of each set.
 
         Returns:
-            All sums.
+            The sums of all sets, with all recipes of each layer.
         """
         states, vectors, counted = _stack([(p.table, range(len(p.table.vectors))) for p in parts])
         rows: dict[str, dict[str, int]] = {}
@@ -86,11 +89,12 @@ class TwinValues:
 class TwinFigures(Mapping[str, float]):
     """A mapping of figures of twins by key: ``metric/recipe``.
 
-    A figure is NaN if it has no value. `altgrad.measurement.catalogue` lists all metrics.
+    It holds the figures of one layer, or those of a model. A figure is NaN if it has no value.
+    `altgrad.measurement.catalogue` lists all metrics.
 
     Args:
-        table: The table of a step.
-        rows: The row of the table for each recipe.
+        table: The table that has the figures.
+        rows: For each recipe, by name, the row of the layer or model in the table.
     """
 
     def __init__(self, table: TwinTable, rows: Mapping[str, int]) -> None:
@@ -104,15 +108,15 @@ class TwinFigures(Mapping[str, float]):
 
     @property
     def keys_in_order(self) -> tuple[str, ...]:
-        """The keys of all figures: those of each recipe in turn."""
+        """The keys of all figures, ``metric/recipe``: those of each recipe in turn."""
         return twin_keys(self.recipes, self._table.states)
 
     @property
     def moved_elements(self) -> float:
-        """The number of elements in the sample that fp32 has moved since the start.
+        """The number of sampled elements that the twin in fp32 has moved since the start.
 
-        Recipes may have different samples, and elements that are not finite are left out: this is
-        the largest number of a recipe. NaN without recipes.
+        If recipes have different samples, as with different block sizes, this is the number of the
+        sample with the most. NaN without recipes.
         """
         return max((self._table.moved[row] for row in self._rows.values()), default=math.nan)
 
@@ -127,11 +131,12 @@ class TwinFigures(Mapping[str, float]):
         """
         row, column = self._find_place(key)
         value = self._table.figures[row][column]
-        # math.nan itself: equal figures compare as equal also if they are NaN.
+        # math.nan itself: lists and tuples compare by identity first, so that equal figures compare
+        # as equal also if they are NaN.
         return math.nan if math.isnan(value) else value
 
     def __contains__(self, key: object) -> bool:
-        """Return whether there is such a figure."""
+        """Return True if there is a figure with this key."""
         metric, _, recipe = str(key).partition("/")
         return recipe in self._rows and metric in self._table.columns
 
@@ -150,8 +155,9 @@ class TwinFigures(Mapping[str, float]):
             key: ``metric/recipe``.
 
         Returns:
-            The standard error, in the unit of the figure. NaN for drift and ratios of states, and
-            where too few elements carry a ratio. 0 if the sample is the whole layer.
+            The standard error, in the unit of the figure. NaN for ``drift`` and ``{state}_ratio``,
+            which have none, and where the sample is too small; see `Figures.standard_error`. 0 if
+            the sample is the whole layer.
 
         Raises:
             KeyError: The metric or the recipe is unknown.
@@ -160,13 +166,13 @@ class TwinFigures(Mapping[str, float]):
         return self._table.errors[row][column]
 
     def interval(self, key: str) -> tuple[float, float]:
-        """Return the interval of 95 % around a figure that a sample estimates.
+        """Return the confidence interval of 95 % around a figure that a sample estimates.
 
         Args:
             key: ``metric/recipe``.
 
         Returns:
-            The lower and the upper end; NaN where `standard_error` is.
+            The lower and the upper end. Both are NaN where `standard_error` returns NaN.
 
         Raises:
             KeyError: The metric or the recipe is unknown.
@@ -178,13 +184,13 @@ class TwinFigures(Mapping[str, float]):
         return [figure for row in self._rows.values() for figure in self._table.figures[row]]
 
     def describe_keys(self, metric: str) -> str:
-        """Describe the keys of a metric, for the message of an error.
+        """Describe the keys of a metric, for the message of an error about another key.
 
         Args:
             metric: Name of a metric of twins.
 
         Returns:
-            What was expected instead of a key with this metric.
+            The end of a sentence that begins with "expected".
         """
         if not self._rows:
             return f"no {metric}, since no twins were measured; name recipes to measure some"
@@ -193,7 +199,12 @@ class TwinFigures(Mapping[str, float]):
         return f"metric/recipe, with a recipe of {self.recipes}"
 
     def find_layers(self) -> Sequence[tuple[str, int]]:
-        """Return the recipe and the row of the table of each layer that forms a layer or model."""
+        """Return the rows of the table that the figures combine.
+
+        Returns:
+            Pairs of recipe and row. A layer has one row for each recipe; a model has those of all
+            its layers.
+        """
         members, rows = self._table.members, self._rows.items()
         return [(recipe, own) for recipe, row in rows for own in members.get(row, (row,))]
 
@@ -213,14 +224,14 @@ class TwinFigures(Mapping[str, float]):
 def split_twins(
     values: TwinValues | None, layers: Iterable[str]
 ) -> tuple[Mapping[str, TwinFigures], TwinFigures]:
-    """Return the figures of each layer's twins, and of those of the model that the layers form.
+    """Return the figures of the twins of each layer, and of the model that the layers form.
 
     Args:
         values: The sums of all twins of a step; None without twins.
         layers: Names of the layers that form the model.
 
     Returns:
-        The figures of each layer that has twins, by name; and those of the model.
+        The figures of each layer that has twins, by name, and the figures of the model.
     """
     own = {} if values is None else {n: values.rows[n] for n in layers if n in values.rows}
     if values is None or not own:
@@ -235,13 +246,14 @@ def split_twins(
 
 
 def merge_twins(figures: Sequence[TwinFigures]) -> TwinFigures:
-    """Combine figures of twins of layers to those of the model that the layers form.
+    """Combine the figures of the twins of layers into those of the model that the layers form.
 
     Args:
         figures: Figures of layers or models, of one step or of several.
 
     Returns:
-        The figures, for each recipe that one of the layers has.
+        The figures of the model, for each recipe of any of the layers. Those of a recipe are over
+        the layers that have the recipe.
     """
     parts = [(each.table, each.find_layers()) for each in figures if each.recipes]
     return TwinFigures(*_tabulate(parts)) if parts else NO_TWINS
@@ -250,13 +262,14 @@ def merge_twins(figures: Sequence[TwinFigures]) -> TwinFigures:
 def _tabulate(
     parts: Sequence[tuple[TwinTable, Sequence[tuple[str, int]]]],
 ) -> tuple[TwinTable, Mapping[str, int]]:
-    """Make one table of rows of several tables, and of the model that they form.
+    """Make one table from rows of several tables, and add the model that they form.
 
     Args:
-        parts: Tables, each with recipe and number of the rows to take.
+        parts: Tables, each with the rows to take from it: the name of the recipe, and the row.
 
     Returns:
-        The table, which begins with these rows; and the row of the model for each recipe.
+        The table, which begins with these rows in order; and, by name of each recipe, the row of
+        the model.
     """
     stacked = _stack([(table, [row for _, row in pairs]) for table, pairs in parts])
     return TwinTable.with_model(*stacked, [recipe for _, pairs in parts for recipe, _ in pairs])
@@ -268,10 +281,10 @@ def _stack(
     """Put rows of several tables below each other.
 
     Args:
-        parts: Tables, each with the rows to take.
+        parts: Tables, each with the rows to take from it.
 
     Returns:
-        The states of all tables, the vectors, and what was counted.
+        The `TwinTable` arguments `states`, `vectors` and `counted` for all these rows.
     """
     states = tuple(dict.fromkeys(state for table, _ in parts for state in table.states))
     vectors = [table.convert_rows(states, rows) for table, rows in parts]

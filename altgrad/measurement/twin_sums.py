@@ -1,7 +1,9 @@
-"""Sum up what twins have done: for each layer and recipe a row of columns, on the device.
+"""Compare twins with the twin in fp32, and sum up over the sample of each layer, on the device.
 
-Each figure of a twin is a ratio Σ a / Σ b over elements, or a median. `TwinColumns` names the
-columns, and `measure_twins` computes them. `twin_table` comes next and turns them into figures.
+A twin is a sample of each layer that is stored and stepped as a recipe says. The twin in fp32 has
+float32 weights and states, and gets the same gradients. Each figure of a twin is a ratio Σ a / Σ b
+over the elements of the sample, or a median. `TwinColumns` names the sums, and `measure_twins`
+computes them. `twin_table` comes next and turns them into figures.
 """
 
 from __future__ import annotations
@@ -15,28 +17,32 @@ import torch
 from torch import Tensor
 
 SUMS = ("a", "b", "aa", "ab", "bb")
-"""The sums of a ratio Σ a / Σ b: of a and b, and of their products, from which errors follow."""
+"""Names of the sums of a ratio Σ a / Σ b: Σ a, Σ b, Σ a², Σ a · b and Σ b².
+
+Standard errors follow from the last three.
+"""
 
 RATIOS = (
     *("progress_kept", "window_progress_kept", "drift", "frozen_frac", "still_frac"),
     *("step_projection", "decay_projection", "twin_nonfinite_frac"),
 )
-"""The ratios of each twin; that of ``drift`` is squared."""
+"""Names of the metrics of a twin that are ratios; ``drift`` is the square root of its ratio."""
 
 
 class TwinStack(NamedTuple):
-    """The sample of one recipe, or that of fp32, with a row for each layer: (layers, width).
+    """The tensors of one twin, of shape (layers, width), with a layer's sample in each row.
 
-    An element is finite if all four of its weights are.
+    The width is the size of the largest sample; the end of shorter rows is padding. Weights and
+    states are floating-point.
 
     Attributes:
-        start: The weights at the start of the twin.
-        window: The weights at the last observed step.
-        before: The weights before the last step.
-        now: The weights now.
-        moved_in_window: bool; moved by a step since the last observed one.
-        moved: bool; moved by a step since the start.
-        states: The states of the optimizer now, by name.
+        start: The weights when the twin began.
+        window: The weights after the last observed step.
+        before: The weights before the latest step.
+        now: The weights after the latest step.
+        moved_in_window: True if a step since the last observed step moved the weight, bool.
+        moved: True if a step since the start moved the weight, bool.
+        states: The states of the optimizer after the latest step, by name.
     """
 
     start: Tensor
@@ -50,22 +56,25 @@ class TwinStack(NamedTuple):
 
 @dataclass(frozen=True)
 class TwinColumns:
-    """The columns of a twin's row: five sums of each ratio, then the median of each state.
+    """The columns of a twin's row: its sums and medians.
+
+    The columns are the five sums of each ratio, the median of each state, and last the number of
+    elements that the twin in fp32 has moved since the start.
 
     Attributes:
-        states: The names of the states.
+        states: The names of the optimizer's states, such as ``exp_avg_sq``.
     """
 
     states: tuple[str, ...] = ()
 
     @cached_property
     def ratios(self) -> tuple[str, ...]:
-        """The names of the ratios."""
+        """The names of the metrics that are ratios."""
         return (*RATIOS, *(f"{state}_zero_frac" for state in self.states))
 
     @cached_property
     def medians(self) -> tuple[str, ...]:
-        """The names of the medians."""
+        """The names of the metrics that are medians, one for each state."""
         return tuple(f"{state}_ratio" for state in self.states)
 
     def __len__(self) -> int:
@@ -80,21 +89,22 @@ def measure_twins(
     *,
     block: int = 1,
 ) -> Tensor:
-    """Sum up twins beside the twin that stores nothing low.
+    """Compare each twin with the twin in fp32, and sum up over the sample of each layer.
 
-    Elements that are not finite in a twin or in float32 count in ``twin_nonfinite_frac`` alone.
+    An element is finite if its weights at all four times of `TwinStack` are. Elements that are not
+    finite in a twin or in fp32 count in ``twin_nonfinite_frac`` alone.
 
     Args:
         mask: bool (layers, width), False at padding.
-        fp32: The sample of the twin in float32.
-        twins: The samples of the twins.
-        states: The names of the states.
-        block: Number of neighbours that were drawn together, of which the width is a multiple.
-            Squares are those of sums over such blocks.
+        fp32: The twin in fp32.
+        twins: The other twins, with the same sample.
+        states: The names of the optimizer's states. A twin may lack some: their median is NaN.
+        block: Number of neighbours that were drawn together, 1 for single elements. The width is a
+            multiple of this number. The products in Σ a², Σ a · b and Σ b² are those of sums over
+            such blocks.
 
     Returns:
-        float64 (layers, twins, columns), with the columns of `TwinColumns`; the last is the number
-        of elements that the float32 twin has moved.
+        Sums and medians, float64 (layers, twins, columns), in the order of `TwinColumns`.
     """
     columns = TwinColumns(tuple(states))
     if not twins:
@@ -121,16 +131,18 @@ def measure_twins(
 
 
 class _Joined(NamedTuple):
-    """The samples of several twins: float64 or bool (…, twins, layers, width).
+    """The tensors of several twins, joined along an axis of twins.
 
     Attributes:
-        now: The weights now, (twins, layers, width).
-        are_finite: bool (twins, layers, width): all weights of the element are finite.
-        moves: Movements since the start, since the last observed step, and in the last step, (3,
+        now: The weights after the latest step, float64 (twins, layers, width).
+        are_finite: True if the element's weights are finite at all four times of `TwinStack`, bool
+            (twins, layers, width).
+        moves: Movements since the start, since the last observed step, and in the latest step,
+            float64 (3, twins, layers, width).
+        moved: True if a step since the start moved the weight, and True if one since the last
+            observed step did, bool (2, twins, layers, width).
+        states: The states after the latest step, NaN where a twin lacks a state, float64 (states,
             twins, layers, width).
-        moved: bool; moved since the start, and since the last observed step, (2, twins, layers,
-            width).
-        states: The states now, NaN where a twin has none, (states, twins, layers, width).
     """
 
     now: Tensor
@@ -141,7 +153,7 @@ class _Joined(NamedTuple):
 
 
 def _join(stacks: Sequence[TwinStack], states: Sequence[str]) -> _Joined:
-    """Join the samples of twins, so that each operation is done for all of them at once."""
+    """Join the tensors of twins, so that one operation serves all twins."""
     each = [torch.stack([one.now, one.start, one.window, one.before]).double() for one in stacks]
     weights = torch.stack(each, dim=1)
     moved = [torch.stack([one.moved, one.moved_in_window]) for one in stacks]
@@ -159,16 +171,17 @@ def _join(stacks: Sequence[TwinStack], states: Sequence[str]) -> _Joined:
 def _pair_weights(
     mask: Tensor, finite: Tensor, low: _Joined, high: _Joined
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return what each element adds to the sums of the ratios of weights.
+    """Return the a and b of each element for the ratios Σ a / Σ b that compare weights.
 
     Args:
         mask: bool (layers, width), False at padding.
-        finite: bool (twins, layers, width); elements that are finite in the twin and in float32.
+        finite: True for elements that are finite in the twin and in fp32, bool (twins, layers,
+            width).
         low: The twins.
-        high: The twin in float32, as one of one.
+        high: The twin in fp32, with an axis of twins of length 1.
 
     Returns:
-        For each name in `RATIOS` the tensors a and b, (twins, layers, width) each.
+        For each name in `RATIOS` the tensors a and b, float64 or bool (twins, layers, width) each.
     """
     moves, moves32 = (torch.where(finite, each.moves, 0.0) for each in (low, high))
     apart = torch.where(finite, low.now - high.now, 0.0)
@@ -189,14 +202,14 @@ def _pair_weights(
 
 
 def _add_up_blocks(numbers: Tensor, block: int) -> Tensor:
-    """Add up the elements of each block, (…, width / block)."""
+    """Add up the elements of each block, from (…, width) to (…, width / block)."""
     if block == 1:
         return numbers
     return numbers.view(*numbers.shape[:-1], numbers.shape[-1] // block, block).sum(-1)
 
 
 def _find_medians(numbers: Tensor) -> Tensor:
-    """Return the median of each row, NaN left out, the lower one of two: (…)."""
+    """Return the median along the last axis, leaving out NaN; of two in the middle, the lower."""
     if not numbers.shape[-1]:
         return numbers.new_full(numbers.shape[:-1], torch.nan)
     return numbers.nanmedian(dim=-1).values

@@ -1,8 +1,8 @@
 """`TwinTable`: the sums of twins on the host, a row for each layer and recipe, and their figures.
 
-A model is a row more for each recipe: the sum of its layers, each of whose samples counts
-population / sample. The median of a state's ratio in a model is the median over its layers, each
-weighted by its population.
+A model is one row more for each recipe: the sum of its layers, each weighted so that its sample
+stands for all elements of the layer. The median of a state in a model is the median of those of its
+layers, each weighted by its number of elements.
 
 Read `twin_sums` and `standard_errors` first; `twin_figures` comes next and reads single rows.
 """
@@ -26,17 +26,24 @@ _CARRIED = {
     "window_progress_kept": "still_frac",
     "step_projection": "still_frac",
 }
-"""For a ratio that is weighed by energy, the share whose Σ b counts the elements that carry it."""
+"""For a ratio Σ a / Σ b in which b is a square, the share whose denominator counts the b ≠ 0.
+
+Standard errors need this count of elements. For ``step_projection`` it may be too high: it includes
+elements that moved before the latest step, and not in it.
+"""
 
 
 class TwinTable:
     """A table of sums of twins, with the figures and errors that follow from them.
 
+    A row is a layer with a recipe, or a model with a recipe.
+
     Args:
-        states: Names of the states.
-        vectors: Sums of each row, float64 (rows, columns) in the order of `TwinColumns`.
-        counted: Population of each row, number of elements of its sample, and number of blocks in
-            which these were drawn, 0 for single elements, float64 (rows, 3).
+        states: Names of the optimizer's states, such as ``exp_avg_sq``.
+        vectors: Sums and medians of each row, float64 (rows, columns) in the order of
+            `TwinColumns`.
+        counted: For each row, the layer's number of elements, the number in its sample, and the
+            number of blocks in which these were drawn, 0 for single elements, float64 (rows, 3).
         members: For each row of a model, the rows of the layers that form the model.
 
     Attributes:
@@ -65,18 +72,19 @@ class TwinTable:
     def with_model(
         cls, states: Sequence[str], vectors: Numbers, counted: Numbers, recipes: Sequence[str]
     ) -> tuple[TwinTable, Mapping[str, int]]:
-        """Make the table of layers and of the model that they form.
+        """Make a table of layers and of the model that they form.
 
-        A model's figures of a recipe are over the layers that have the recipe.
+        The model's figures for a recipe are over the layers that have the recipe.
 
         Args:
-            states: Names of the states.
-            vectors: Sums of each layer and recipe, float64 (rows, columns).
-            counted: Population, elements and blocks of each row, float64 (rows, 3).
+            states: Names of the optimizer's states.
+            vectors: Sums and medians of each layer and recipe, float64 (rows, columns).
+            counted: For each row, the layer's number of elements, the number in its sample, and the
+                number of blocks in which these were drawn, float64 (rows, 3).
             recipes: Name of the recipe of each row.
 
         Returns:
-            The table, and the row of the model for each recipe.
+            The table, and the row of the model by name of each recipe.
         """
         rows: dict[str, list[int]] = {}
         for row, recipe in enumerate(recipes):
@@ -87,7 +95,7 @@ class TwinTable:
         table = cls(
             states,
             np.concatenate((vectors, *merged)),
-            # A model's vector stands for all elements of its layers, and says so in both columns.
+            # A model's sums are weighted to stand for all elements, as if all were in the sample.
             np.concatenate((counted, *([[each, each, 0.0]] for each in populations))),
             dict(enumerate(rows.values(), len(vectors))),
         )
@@ -109,7 +117,7 @@ class TwinTable:
 
     @cached_property
     def errors(self) -> list[list[float]]:
-        """The standard errors of each row, in the order of `columns`; NaN for some metrics."""
+        """The standard errors of each row, in the order of `columns`; NaN for metrics without."""
         names = [name for name in self._layout.ratios if name != "drift"]
         errors = np.full((len(self.vectors), len(self.columns)), np.nan)
         found = standard_errors(self._estimate_sums(names), self.counted, self.members)
@@ -119,7 +127,7 @@ class TwinTable:
 
     @cached_property
     def moved(self) -> list[float]:
-        """The number of elements in the sample of each row that fp32 has moved."""
+        """The number of sampled elements that the twin in fp32 has moved, for each row."""
         numbers: list[float] = self.vectors[:, -1].tolist()
         return numbers
 
@@ -127,11 +135,12 @@ class TwinTable:
         """Convert the vectors of some rows to other states.
 
         Args:
-            states: Names of the states of the converted vectors, those of the table among them.
-            rows: The rows.
+            states: Names of the states of the converted vectors, which include those of the table.
+            rows: The rows to convert.
 
         Returns:
-            The vectors, float64 (rows, columns): sums of 0 and medians of NaN for unknown states.
+            The vectors, float64 (rows, columns), with sums of 0 and medians of NaN for states that
+            this table does not have.
         """
         vectors: Numbers = self.vectors[[*rows]]
         if self.states == tuple(states):
@@ -150,7 +159,7 @@ class TwinTable:
         return _split(self._layout, self.vectors)
 
     def _estimate_sums(self, names: Sequence[str]) -> EstimateSums:
-        """Return the sums from which the standard errors of some ratios follow."""
+        """Return the sums from which the standard errors of ratios follow, given their names."""
         sums = self._split()[0]
         places = [self._layout.ratios.index(name) for name in names]
         is_share = np.array([float(get_metric(name).unit == "share") for name in names])
@@ -160,8 +169,8 @@ class TwinTable:
         return EstimateSums(a, b, aa, ab, bb, carrying, shares)
 
     def _count_carrying(self, sums: Numbers, name: str) -> Numbers:
-        """Count the elements whose b is other than 0 in a ratio Σ a / Σ b, float64 (rows)."""
-        if name == "decay_projection":  # each element that is finite
+        """Count the elements with b other than 0 in the ratio called `name`, float64 (rows)."""
+        if name == "decay_projection":  # b is weight², so that all finite elements count
             a, b = sums[:, self._layout.ratios.index("twin_nonfinite_frac"), :2].T
             finite: Numbers = b - a
             return finite
@@ -171,24 +180,28 @@ class TwinTable:
 
 @lru_cache(maxsize=64)
 def _number_metrics(states: tuple[str, ...]) -> Mapping[str, int]:
-    """Return the position of each metric in a row of figures."""
+    """Return the position of each metric in a row of `TwinTable.figures`."""
     return {name: column for column, name in enumerate(twin_metrics(states))}
 
 
 def _split(layout: TwinColumns, vectors: Numbers) -> tuple[Numbers, Numbers]:
-    """Return the sums, (rows, ratios, 5), and the medians, (rows, states), as views."""
+    """Return the sums, (rows, ratios, 5), and the medians, (rows, states), as views of vectors."""
     stop = len(layout.ratios) * len(SUMS)
     sums = vectors[:, :stop].reshape(len(vectors), len(layout.ratios), len(SUMS))
     return sums, vectors[:, stop : stop + len(layout.medians)]
 
 
 def _merge(layout: TwinColumns, vectors: Numbers, counted: Numbers) -> Numbers:
-    """Merge the vectors of layers to that of a model; sampled sums count population / elements.
+    """Merge the vectors of layers into that of a model.
+
+    Sums of a layer are multiplied by its number of elements over that of its sample, so that they
+    stand for the whole layer.
 
     Args:
         layout: The columns of the vectors.
-        vectors: Sums of each layer, float64 (layers, columns).
-        counted: Population, elements and blocks of each layer, float64 (layers, 3).
+        vectors: Sums and medians of each layer, float64 (layers, columns).
+        counted: For each layer its number of elements, the number in its sample, and the number of
+            blocks in which these were drawn, float64 (layers, 3).
 
     Returns:
         The merged vector, float64 (1, columns).
@@ -203,14 +216,14 @@ def _merge(layout: TwinColumns, vectors: Numbers, counted: Numbers) -> Numbers:
 
 
 def find_weighted_median(numbers: Numbers, weights: Numbers) -> float:
-    """Return the smallest number such that half of the weight lies at it or below.
+    """Return the weighted median: the smallest number up to which half of the weight lies.
 
     Args:
         numbers: Numbers, float64 (numbers). NaN is left out.
-        weights: The weight of each, float64 (numbers).
+        weights: The weight of each number, float64 (numbers).
 
     Returns:
-        The median; NaN if nothing has a weight.
+        The median; NaN if every number is NaN or has the weight 0.
     """
     known = ~np.isnan(numbers) & (weights > 0)
     if not known.any():

@@ -19,14 +19,14 @@ from altgrad.observation.grad_scaler import SkipNotifier
 from altgrad.observation.step_hooks import StepHooks
 
 _Hooks = list[StepHooks[Any]]
-_Listening = dict[GradScaler, Callable[[], None]]  # by scaler, the function that stops listening
+_Listening = dict[GradScaler, Callable[[], None]]  # for each scaler, a function to stop listening
 
 
 class Attachments:
     """The hooks and listeners of one observer, removed when the observer is garbage-collected.
 
     Args:
-        observer: The observer; only a weak reference to it is kept.
+        observer: The observer, which is held weakly.
 
     Attributes:
         hooks: The `StepHooks` of each attached optimizer.
@@ -48,11 +48,11 @@ class Attachments:
     def listen(self, scaler: GradScaler, listener: Callable[[Optimizer], None]) -> None:
         """Call a listener after each step that a GradScaler skips.
 
-        A scaler that has a listener already keeps it; the new one is ignored.
+        Only the first call for a scaler has an effect, since an observer has a single listener.
 
         Args:
             scaler: The GradScaler.
-            listener: A bound method that takes the optimizer; its object is held weakly.
+            listener: A bound method that takes the optimizer. Its object is held weakly.
         """
         if scaler not in self._listening:
             self._listening[scaler] = SkipNotifier.get_or_create(scaler).listen(listener)
@@ -62,10 +62,9 @@ class Attachments:
         self.hooks[:] = [hooks for hooks in self.hooks if hooks.optimizer is not None]
 
     def remove_all(self) -> None:
-        """Remove all hooks and listeners, except hooks of a step that is running.
+        """Remove all hooks and listeners, except the hooks of a step that is running.
 
-        torch iterates over the hooks of a running step, so these stay in `hooks`. A later call
-        removes them.
+        The latter stay in `hooks` until a later call, since torch is iterating over them.
         """
         _remove_all(self.hooks, self._listening)
 
@@ -74,9 +73,9 @@ def find_scalers(optimizers: Iterable[Any], scaler: GradScaler | None) -> list[G
     """Return the given GradScaler and those that wrappers of optimizers hold.
 
     Args:
-        optimizers: Optimizers or wrappers. The wrapper of accelerate has its GradScaler, if any, in
-            the attribute ``scaler``.
-        scaler: The GradScaler that the user gave, or None.
+        optimizers: Optimizers or wrappers. The wrapper of accelerate (accelerate/optimizer.py,
+            AcceleratedOptimizer) has its GradScaler, if any, in the attribute ``scaler``.
+        scaler: The GradScaler that the user gave; None if there is none.
 
     Returns:
         The GradScalers, the given one first.

@@ -1,7 +1,7 @@
-"""Find the likely reason why weights moved although no attached optimizer has stepped them.
+"""Find the likely reason why weights moved although no hook of an attached optimizer was called.
 
-Some steps call no hook of an attached optimizer: those of another optimizer, of code that replaces
-`step`, and of methods with other names. `find_bypass_reason` looks for signs of each.
+Weights may be stepped by another optimizer, by code that replaces an optimizer's `step`, or by a
+method with another name. `find_bypass_reason` looks for signs of each.
 
 Read `optimizers` and `step_hooks` first. `altgrad.monitor.bypass` finds weights that moved.
 """
@@ -26,13 +26,14 @@ def find_bypass_reason(
     All objects of the process are searched for other optimizers. That takes up to a second.
 
     Args:
-        kind: Name of the optimizer's class.
-        optimizer: The optimizer; None once it has been garbage-collected.
+        kind: Name of the class of the optimizer that was attached.
+        optimizer: This optimizer; None once it has been garbage-collected.
         moved: The parameters that moved.
-        attached: The optimizers whose steps are seen.
+        attached: All optimizers that are attached.
 
     Returns:
-        The reason; None without a sign of any, as for code that swaps or edits weights.
+        The reason and the remedy, for a warning. None if nothing points to a reason, as after code
+        that swaps or edits weights itself.
     """
     if optimizer is not None and hasattr(optimizer, "first_step"):
         return (
@@ -63,22 +64,22 @@ def find_bypass_reason(
 def find_other_optimizers(
     parameters: Sequence[Tensor], attached: Collection[Optimizer]
 ) -> dict[int, str]:
-    """Find optimizers in this process that have some parameters and were never attached.
+    """Find optimizers in this process that step some parameters and were never attached.
 
-    An optimizer that another monitor observes, or that was attached earlier, was left out on
-    purpose.
+    Optimizers that another monitor observes, or that were attached earlier, are not returned: the
+    user knows of them.
 
     Args:
         parameters: The parameters.
-        attached: The optimizers whose steps are seen.
+        attached: All optimizers that are attached.
 
     Returns:
-        By the position of a parameter that such an optimizer has, the name of the optimizer's
-        class. Other parameters are left out.
+        For each parameter with such an optimizer: its position in `parameters`, and the name of the
+        optimizer's class.
     """
     positions = {id(each): position for position, each in enumerate(parameters)}
     seen = {id(each) for each in attached}
-    # `type` and not `isinstance`, which would run code of proxy objects.
+    # `type` and not `isinstance`, which reads `__class__` and so runs code of proxy objects.
     optimizers = [each for each in gc.get_objects() if issubclass(type(each), Optimizer)]
     return {
         positions[identity]: type(each).__name__
@@ -97,7 +98,7 @@ def is_stepped_in_backward(parameter: Tensor) -> bool:
 
 
 def _is_step_replaced(optimizer: Optimizer) -> bool:
-    """Return True if an object has a `step` of its own, other than that of a torch scheduler."""
+    """Return True if code has replaced `step` on this object, other than a torch scheduler."""
     step = vars(optimizer).get("step")
     # A scheduler's wrapper calls the class's `step`: torch/optim/lr_scheduler.py,
     # patch_track_step_called.
@@ -105,8 +106,8 @@ def _is_step_replaced(optimizer: Optimizer) -> bool:
 
 
 def _read_parameters(optimizer: Optimizer) -> set[int]:
-    """Return the identities of an optimizer's parameters."""
+    """Return the `id` of each of an optimizer's parameters."""
     try:
         return {id(each) for group in optimizer.param_groups for each in group["params"]}
-    except Exception:  # noqa: BLE001 - any object of the process, finished or not
+    except Exception:  # noqa: BLE001 - an object whose constructor has not run may lack anything
         return set()

@@ -1,10 +1,10 @@
-"""Find the local shard of a tensor: a plain tensor itself, or what a DTensor holds on this rank.
+"""Find the local shard of a tensor: a plain tensor itself, or the part of a DTensor on this rank.
 
 All that the room knows of DTensor and of fully_shard (FSDP2) is in this file. It never imports
-torch.distributed, so that a run on one device does not load it.
+torch.distributed, so that a run on one device does not load that package.
 
-fully_shard keeps two sets of parameters. The optimizer steps the DTensors that hold the shards; a
-forward pass replaces them by whole parameters, which are freed afterwards.
+A module under fully_shard has two sets of parameters. The optimizer steps DTensors, which hold the
+shards. A forward pass puts whole parameters in their place, which are freed afterwards.
 
 `parameter_names` comes next: it calls `register_shards` before it reads names.
 
@@ -23,24 +23,24 @@ import torch
 from torch import Tensor, nn
 
 _PLAIN = (Tensor, nn.Parameter)
-"""The types of whole tensors; comparing types is faster than asking for attributes."""
+"""The usual types of tensors that are no DTensors: comparing types is faster than `is_sharded`."""
 
 
 def is_sharded(tensor: object) -> bool:
-    """Return True for a DTensor, without importing torch.distributed."""
+    """Return True for a DTensor, which is known by its attributes: no import is needed."""
     return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
 
 
 def to_local_tensor(tensor: Any) -> Tensor:
-    """Return the local shard of a tensor, sharing its memory.
+    """Return the local shard of a tensor, which shares memory with it.
 
-    Call this under `torch.no_grad`: `DTensor.to_local` is recorded by autograd otherwise.
+    Call this function under `torch.no_grad`: autograd records `DTensor.to_local` otherwise.
 
     Args:
         tensor: A plain tensor or a DTensor.
 
     Returns:
-        The local shard, with the dtype of the tensor; a plain tensor is returned itself.
+        The local shard of a DTensor, with its dtype. A plain tensor is returned as it is.
     """
     if not is_sharded(tensor):
         return tensor  # type: ignore[no-any-return]
@@ -58,11 +58,10 @@ def to_local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
 def get_local_gradients(parameters: Iterable[Any]) -> list[Tensor]:
     """Return the gradient of each parameter's local shard, as a dense tensor.
 
-    A gradient that every rank holds whole is cut to the local shard.
+    If every rank holds the whole gradient, it is cut to the local shard.
 
     Args:
-        parameters: Parameters that have a gradient; the gradient must not be one that
-            `find_unreduced` reports.
+        parameters: Parameters that have a gradient, none of which `find_unreduced` returns.
 
     Returns:
         One tensor for each parameter, with the dtype of the gradient and the shape of the shard.
@@ -77,7 +76,7 @@ def get_local_gradients(parameters: Iterable[Any]) -> list[Tensor]:
 
 def _get_local_gradient(parameter: Any, gradient: Any) -> Tensor:
     if is_sharded(parameter) and gradient.placements != parameter.placements:
-        # Only from Replicate to Shard, which cuts and sends nothing.
+        # The change is from Replicate to Shard, which cuts a tensor and needs no communication.
         gradient = gradient.redistribute(placements=parameter.placements)
     local = to_local_tensor(gradient)
     return local if local.layout == torch.strided else local.to_dense()
@@ -87,13 +86,13 @@ def find_unreduced(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters whose gradient does not yet match their local shard.
 
     Such a gradient is neither whole on every rank nor placed like its parameter. The optimizer
-    still has to reduce or redistribute it inside its step.
+    reduces or redistributes it inside its step, where it cannot be observed.
 
     Args:
-        parameters: Parameters by name; a gradient may be missing.
+        parameters: Parameters by name, with or without a gradient.
 
     Returns:
-        The parameters with an unreduced gradient, by name.
+        The parameters with such a gradient, by name.
     """
     return {
         name: each
@@ -108,7 +107,8 @@ def _is_unreduced(parameter: Any) -> bool:
         return False
     if not is_sharded(gradient) or gradient.device_mesh != parameter.device_mesh:
         return True
-    # By dimension of the mesh: a whole gradient can be cut, and an equal placement needs no change.
+    # Each dimension of the device mesh has a placement. A whole gradient (Replicate) can be cut,
+    # and an equal placement needs no change.
     pairs = zip(gradient.placements, parameter.placements, strict=True)
     return any(one != other and not one.is_replicate() for one, other in pairs)
 
@@ -118,7 +118,7 @@ def describe_unreduced(name: str, parameter: Any) -> str:
 
     Args:
         name: The name of the parameter.
-        parameter: A DTensor whose gradient `find_unreduced` has reported.
+        parameter: The parameter, a DTensor that `find_unreduced` has returned.
     """
     return (
         f"the gradient of {name} is placed as {getattr(parameter.grad, 'placements', None)} and "
@@ -130,26 +130,28 @@ def describe_unreduced(name: str, parameter: Any) -> str:
 
 def find_fully_sharded(module: nn.Module) -> list[Any]:
     """Return the modules inside a module to which fully_shard was applied."""
-    # A module can only be one if the program has imported torch.distributed.fsdp already.
+    # fully_shard makes each module an FSDPModule. If the program has not imported
+    # torch.distributed.fsdp, there is none.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(fsdp, "FSDPModule", ())
     return [each for each in module.modules() if isinstance(each, kind)]
 
 
 def register_shards(module: nn.Module) -> None:
-    """Make a module return its shards from `named_parameters`, as its optimizer knows them.
+    """Make `module.named_parameters()` return the shards, which are what the optimizer steps.
 
-    A forward pass without a backward pass, as in an evaluation, leaves the outermost module of
-    fully_shard with whole parameters. No optimizer knows these, and the next step frees them.
-    `FSDPModule.reshard` frees them now, and the next forward pass gathers them again.
+    After a forward pass without a backward pass, as in an evaluation, the outermost module under
+    fully_shard still has whole parameters, which no optimizer has. The method `reshard` of
+    FSDPModule puts the shards back; the next forward pass gathers whole parameters again.
     """
     for each in find_fully_sharded(module):
         each.reshard()
 
 
 def is_sharded_module(module: nn.Module) -> bool:
-    """Return True if a module has DTensors as parameters, or will have them at its next step.
+    """Return True if the optimizer of a module steps DTensors.
 
-    Between an evaluation and the next step a module of fully_shard has whole parameters.
+    After an evaluation, the parameters of a module under fully_shard may be whole tensors; the
+    result is True then, too.
     """
     return bool(find_fully_sharded(module)) or any(map(is_sharded, module.parameters()))

@@ -2,7 +2,7 @@
 
 `torch.amp.GradScaler.step` does not call the optimizer if a gradient is infinite or NaN. No hook of
 the optimizer is called then, and the scaler has no hooks. `SkipNotifier` therefore replaces the
-method `step` of one scaler object, and calls its listeners after each skipped step.
+method `step` of one scaler object, and calls functions, its listeners, after each skipped step.
 
 Read `step_hooks` first; `attachments` comes next.
 
@@ -25,10 +25,10 @@ Listener: TypeAlias = Callable[[Optimizer], None]
 
 
 class SkipNotifier:
-    """A replacement for the `step` of one GradScaler that reports skipped steps to its listeners.
+    """A replacement for the `step` of one GradScaler, which calls listeners after skipped steps.
 
-    One notifier serves all listeners of a scaler. Objects whose methods listen are held weakly. The
-    scaler gets its own `step` back when the last listener has gone.
+    A scaler has one notifier for all its listeners. A listener is a bound method, whose object is
+    held weakly. The scaler gets its own `step` back when the last listener stops listening.
 
     Args:
         scaler: The GradScaler whose `step` is replaced.
@@ -37,7 +37,8 @@ class SkipNotifier:
     def __init__(self, scaler: GradScaler) -> None:
         self._scaler = scaler
         self._listeners: list[Callable[..., Any]] = []
-        # A method is found on the class; on the object it is one that other code has put there.
+        # `step` is usually an attribute of the class. If the object has one, other code has put it
+        # there, and `_restore` puts it back.
         self._was_replaced = "step" in vars(scaler)
         self._step = scaler.step
         scaler.step = self  # type: ignore[method-assign]
@@ -52,11 +53,11 @@ class SkipNotifier:
         """Call a listener with the optimizer after each skipped step.
 
         Args:
-            listener: A bound method; its object is held weakly.
+            listener: A bound method. Its object is held weakly.
 
         Returns:
-            A function that ends the listening. Once no listener is left, this function also
-            restores the scaler's own `step`.
+            A function that takes no argument and ends the calls of this listener. If no listener is
+            left then, it also gives the scaler its own `step` back.
         """
         weak = bind_weakly(listener)
         self._listeners.append(weak)
@@ -78,6 +79,7 @@ class SkipNotifier:
                 self._scaler.step = self._step
 
     def __call__(self, optimizer: Any, *args: Any, **kwargs: Any) -> float | None:
+        """Call the scaler's own `step`, and the listeners if it has not called the optimizer."""
         try:
             inner = unwrap(optimizer)
         except Exception:  # noqa: BLE001 - a scaler accepts objects that `unwrap` refuses
@@ -96,9 +98,10 @@ class SkipNotifier:
         return result
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """Return what copy and pickle call to copy this notifier: ``getattr(scaler, "step")``.
+        """Return the call whose result copy and pickle use for this notifier.
 
-        The scaler in that call is the copied one. By default, the copied scaler would have a
-        notifier that calls `step` of the original scaler.
+        The call is ``getattr(scaler, "step")`` with the copy of the scaler, which has no notifier
+        yet. The result is thus the copy's own `step`. By default, the copy would get a notifier
+        that calls `step` of the original scaler.
         """
         return getattr, (self._scaler, "step")

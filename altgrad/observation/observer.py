@@ -1,9 +1,9 @@
-"""Observe each step of a torch optimizer: `StepObserver` puts the other files of the room together.
+"""Observe each step of a torch optimizer: `StepObserver` combines the other files of this room.
 
-A step passes through the methods in this order: `_is_due` asks whether to observe it, `_capture`
+A step passes through the methods in this order: `_is_due` decides whether to observe it, `_capture`
 copies weights and gradients, and `_finish` delivers the `StepOutcome` to the callback.
 
-This is the last file to read here; `altgrad.monitor.monitor` comes next and measures each step.
+This is the last file to read here; `altgrad.monitor.monitor` uses it, and measures each step.
 """
 
 from __future__ import annotations
@@ -48,9 +48,17 @@ from altgrad.observation.step_hooks import StepHooks
 
 
 class _Captured(NamedTuple):
+    """The copies of one step, or the error of copying, and the time that copying took.
+
+    Attributes:
+        snapshots: The copy of each parameter; empty after an error.
+        error: The error; None if there was none.
+        seconds: Time that the host took to copy, in seconds.
+    """
+
     snapshots: list[Snapshot]
     error: Exception | None
-    seconds: float  # time that copying took
+    seconds: float
 
 
 _Hooks: TypeAlias = StepHooks[_Captured]
@@ -59,7 +67,8 @@ _Hooks: TypeAlias = StepHooks[_Captured]
 class RankError(RuntimeError):
     """An error that all ranks raise with the same message.
 
-    `describe_error` returns its message alone, without the place where it was raised.
+    `describe_error` returns the message without the line of code that raised it, since that line
+    would differ between ranks.
     """
 
 
@@ -73,13 +82,13 @@ class StepObserver:
     gradients include every change since the backward pass, such as clipping. All copies are exact,
     bit for bit.
 
-    Training is not affected: the observer writes to its copies only and draws no random number. An
+    Training is not affected: the observer writes only to its copies and draws no random number. An
     error in the observer or in the callback ends the observation with one warning, and training
     goes on. A step that is not observed costs one call of `should_observe`.
 
-    Attach the observer last: changes of gradients by other hooks are included only if those hooks
-    were registered earlier. Keep a reference to the observer: without one it is garbage-collected,
-    and its hooks are removed.
+    Attach the observer after other hooks on the optimizer: a hook that is registered later may
+    change gradients that the observer has copied already. Keep a reference to the observer: without
+    one it is garbage-collected, and its hooks are removed.
 
     Examples:
         >>> import torch
@@ -96,39 +105,42 @@ class StepObserver:
 
     Args:
         module: The module whose parameters to observe, or pairs of name and parameter as
-            `named_parameters` returns them. A `ParameterRegistry` is shared with its owner.
-        on_step: Callback with each observed `OptimizerStep`, called without gradient recording
-            before the optimizer's `step` returns. Optional with `on_outcome`.
-        should_observe: Function that takes the index of the next step, and returns True if the
-            step is to be observed. If None, every step is observed.
-        on_outcome: Callback with the `StepOutcome` of each observed step, called instead of
-            `on_step`, for skipped and failed steps, too. The callback must count skipped steps
-            itself, and raise the error of a failed step if the observation is to end.
-        elements: Function that takes name and parameter, and returns flat indices of the elements
-            to observe, int64, or None for every element. The function is called once for each
-            parameter. Observing every element is faster for up to about ten thousand elements. If
-            None, every element is observed.
-        should_copy: Function that takes the name of a parameter and the index of a step, and
-            returns True if the step shows the parameter. If None, each step shows all parameters.
-        leave_out: Optional callback `(names, reason)` for parameters whose gradients cannot be
-            observed. If None, an error is raised.
+            `named_parameters` returns them. Or a `ParameterRegistry`, which several objects can
+            share, so that all use the same names.
+        on_step: Callback that takes the `OptimizerStep` of each observed step. It is called under
+            `torch.no_grad`, before the optimizer's `step` returns. Optional with `on_outcome`.
+        should_observe: Function that takes the number of earlier steps of the optimizer, and
+            returns True if the coming step is to be observed. If None, every step is observed.
+        on_outcome: Callback that takes the `StepOutcome` of each observed step, for skipped and
+            failed steps, too. It is called instead of `on_step`. The callback counts skipped steps
+            itself, and raises the error of a failed step if the observation is to end.
+        elements: Function that takes name and parameter, and returns the elements to observe:
+            indices into the flattened local shard, int64 (elements), or None for every element. It
+            is called once for each parameter. Up to about ten thousand elements, observing all is
+            faster than a sample. If None, every element is observed.
+        should_copy: Function that takes the name of a parameter and the number of earlier steps of
+            the optimizer, and returns True if the coming step is to show the parameter. If None,
+            each step shows all parameters.
+        leave_out: Callback `(names, reason)` for parameters whose gradients cannot be observed. The
+            step is then shown without these. If None, the step fails with an error.
         memory: Function that takes an optimizer, and returns an
             `altgrad.observation.snapshots.Memory` that provides the memory for its copies. If None,
             each parameter has memory of its own.
-        every_step: Object that takes part in each step, observed or not; None for none.
+        every_step: Object whose methods are called in each step, observed or not. None for no
+            calls.
         read_found_inf: If True, find out at once whether a fused optimizer under a GradScaler
-            skipped the step; the host waits for the device then. If False, skipped steps are
+            skipped the step; the host waits for the device then. If False, such skipped steps are
             shown, too, and the callback reads `OptimizerStep.found_inf`.
         strict: If True, re-raise an error of the observer or the callback in the training loop;
             otherwise warn once and stop observing.
-        warn: Function that is called with the text of a warning, in place of `warnings.warn`.
+        warn: Function that is called with the text of each warning, in place of `warnings.warn`.
 
     Attributes:
         registry: The observed parameters by name.
         skipped: Number of observed steps that moved no weight, by reason. ``"inf"``: gradients were
             infinite or NaN under a GradScaler. ``"no gradients"``: no observed parameter had one.
-            ``"learning rate 0"``: the rate was 0 for all parameters, and none moved. Where the rate
-            is 0 for some parameters only, the step is shown without these.
+            ``"learning rate 0"``: the rate was 0 for all parameters, and none moved. If the rate is
+            0 for some parameters only, the step is shown without these.
 
     Raises:
         TypeError: `module` is neither a module nor pairs of name and parameter, or both callbacks
@@ -166,7 +178,7 @@ class StepObserver:
         self._leave_out = leave_out
         self._memory = memory
         self._every_step = every_step
-        self._due: weakref.WeakSet[_Hooks] = weakref.WeakSet()  # whose running step is observed
+        self._due: weakref.WeakSet[_Hooks] = weakref.WeakSet()  # hooks whose step is observed now
         self._read_found_inf = read_found_inf
         self._strict = strict
         self._notices = Notices(type(self).__name__, warn)
@@ -174,21 +186,21 @@ class StepObserver:
         self._peak_bytes = 0
         self._attached = Attachments(self)
         self._snapshots: WeakKeyDictionary[_Hooks, Snapshots] = WeakKeyDictionary()
-        # A plain dict: torch cannot swap parameters that have weak references, as `Module.to` does
-        # with those of fully_shard: torch/utils/__init__.py, swap_tensors.
+        # A plain dict and not a weak one: `Module.to` swaps the parameters of fully_shard, and
+        # torch cannot swap tensors with weak references: torch/utils/__init__.py, swap_tensors.
         self._chosen: Chosen = {}
-        self._chosen_names = self.registry.names  # the names when `_chosen` was last tidied
+        self._chosen_names = self.registry.names  # the names as of the last removal from `_chosen`
         self._asking = threading.local()  # two threads may step two optimizers
         self._failed: dict[_Hooks, Exception] = {}  # errors of should_observe, until the step ends
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The unique names of the parameters, without the names that wrappers add."""
+        """The unique names of the parameters, without the parts that wrappers add."""
         return tuple(self.registry.names.values())
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """The parameters by name, as of the last time that the module was read."""
+        """The parameters by name, as the module had them when its names were last read."""
         return self.registry.parameters
 
     @property
@@ -200,13 +212,13 @@ class StepObserver:
     def hooks(self) -> tuple[StepHooks[Any], ...]:
         """The hooks on each attached optimizer; empty after an error has ended the observation.
 
-        Hooks remain when their optimizer has been garbage-collected.
+        Those of an optimizer that has been garbage-collected are included until the next `attach`.
         """
         return () if self._stopped else tuple(self._attached.hooks)
 
     @property
     def is_observing(self) -> bool:
-        """True while an attached optimizer exists and no error has ended the observation."""
+        """True if an attached optimizer exists and no error has ended the observation."""
         return bool(self._attached.optimizers) and not self._stopped
 
     @property
@@ -219,7 +231,7 @@ class StepObserver:
 
     @property
     def asking(self) -> Optimizer:
-        """The optimizer for whose step `should_observe` is being called.
+        """The optimizer that is about to step, for use inside of `should_observe`.
 
         Raises:
             RuntimeError: `should_observe` is not being called.
@@ -237,7 +249,7 @@ class StepObserver:
     def peak_bytes(self) -> int:
         """The largest amount of memory that copies have taken so far, in bytes.
 
-        The logger ``altgrad`` logs this size at level INFO when the observer is detached.
+        `detach` logs this size, by the logger ``altgrad`` at level INFO.
         """
         return self._peak_bytes
 
@@ -245,7 +257,7 @@ class StepObserver:
         """Observe the steps of optimizers from now on.
 
         Optimizers that were attached earlier stay attached. If an error has ended the observation,
-        the earlier optimizers are removed, and the observation begins again with the new ones.
+        the earlier optimizers are detached, and the observation begins again with the new ones.
 
         Args:
             optimizers: Torch optimizers, or wrappers of Lightning, Fabric or accelerate.
@@ -277,7 +289,7 @@ class StepObserver:
 
         Args:
             optimizers: Torch optimizers, or wrappers of Lightning, Fabric or accelerate.
-            scaler: The GradScaler that steps the optimizers, or None.
+            scaler: The GradScaler that steps the optimizers, if any.
 
         Returns:
             The optimizers that `attach` would add, without wrappers.
@@ -303,8 +315,8 @@ class StepObserver:
     def detach(self) -> None:
         """Stop observing, and release all copies.
 
-        Hooks of a step that is running cannot be removed. They stay without effect until the next
-        `detach`, or until the observer is garbage-collected.
+        Hooks of a step that is running cannot be removed. They stay, without effect, until the next
+        `detach` or until the observer is garbage-collected.
         """
         if self._attached.hooks and self._peak_bytes:
             _logger.info("the copies of observed steps took up to %d bytes", self._peak_bytes)
@@ -320,7 +332,10 @@ class StepObserver:
     # --- during a step
 
     def _is_due(self, hooks: _Hooks) -> bool:
-        """Return True if a step is observed, or `every_step` takes part in it."""
+        """Return True if `_capture` and `_finish` are to be called in the step that begins.
+
+        They are called if the step is observed, and for `every_step` also if it is not.
+        """
         self._due.discard(hooks)
         if self._is_observed(hooks):
             self._due.add(hooks)
@@ -331,7 +346,7 @@ class StepObserver:
         if self._stopped or self._should_observe is None:
             return not self._stopped
         self._asking.hooks = hooks
-        try:  # a step that is not observed must cost little more than this call
+        try:  # a step that is not observed should cost little more than this call
             return bool(self._should_observe(hooks.index)) and not self._stopped
         except Exception as error:  # noqa: BLE001 - no error of the user's function ends training
             self._failed[hooks] = error  # delivered with the outcome when the step ends
@@ -363,9 +378,10 @@ class StepObserver:
         return snapshots
 
     def _find_parameters(self, optimizer: Optimizer) -> list[tuple[str, Tensor, bool]]:
-        """Return name, parameter, and True if its learning rate is 0, for all of an optimizer.
+        """Return the observed parameters that an optimizer steps, and forget removed ones.
 
-        Samples of parameters that the module no longer has are deleted.
+        Each entry is the name, the parameter, and True if its learning rate is 0. If the module was
+        read again, the samples of parameters that it no longer has are deleted.
         """
         parameters = self.registry.find_stepped(optimizer)
         names = self.registry.names
@@ -376,7 +392,10 @@ class StepObserver:
         return parameters
 
     def _find_left_out(self, parameters: list[tuple[str, Tensor, bool]], index: int) -> set[str]:
-        """Return the names of parameters not due, or whose gradients cannot be observed.
+        """Return the names of parameters that are not copied in this step.
+
+        These are parameters that `should_copy` leaves out, and those whose gradients cannot be
+        observed.
 
         Raises:
             ValueError: A gradient cannot be observed, and there is no `leave_out` callback.
@@ -411,12 +430,12 @@ class StepObserver:
                 f"stops observing after an error: {describe_error(error)}. Training goes on; "
                 "strict=True would raise it"
             )
-            # Frames refer to the error and the error to its frames, which would keep copies alive
-            # until the garbage collector runs.
+            # The error refers to its frames, and their local variables to the error and to copies:
+            # a cycle, which would live until the garbage collector runs.
             traceback.clear_frames(error.__traceback__)
 
     def _report(self, notice: str) -> None:
-        """Give a notice in a way that cannot end the training."""
+        """Give a notice, and warn if the user's `warn` function raises an error."""
         try:
             self._notices.give(notice)
         except Warning:  # the user made warnings errors
@@ -464,7 +483,7 @@ class StepObserver:
         for hooks in [*self._attached.hooks]:  # a copy: should_observe may detach
             if hooks.optimizer is not optimizer or not self._is_observed(hooks):
                 continue
-            if hooks in self._failed:  # the optimizer is not called, so that no step would end
+            if hooks in self._failed:  # no step will end that could deliver the error
                 self._due.add(hooks)
                 self._finish(hooks, optimizer, None)
             else:
@@ -483,7 +502,7 @@ class StepObserver:
 
 
 def describe_error(error: Exception) -> str:
-    """Return the text of an error, with the function and line that raised it, if any did."""
+    """Return the text of an error, with the function and line of code that raised it if known."""
     if isinstance(error, RankError):
         return str(error)
     try:

@@ -1,7 +1,7 @@
 """Find the real optimizer under the wrapper of a trainer, and refuse what cannot be observed.
 
-`unwrap` finds the optimizer. Each ``check_…`` raises an error for one thing that would be shown
-wrongly or not at all, and says what to do instead. `StepObserver.attach` calls the checks.
+`unwrap` finds the optimizer. Each ``check_…`` raises an error for one kind of step that would be
+observed wrongly or not at all, and says what to do instead. `StepObserver.attach` calls the checks.
 
 This is the first file to read; `step_hooks` comes next.
 """
@@ -21,15 +21,15 @@ from torch.optim import Optimizer
 from altgrad._messages import few
 from altgrad.observation.step_hooks import count_step_calls
 
-_MAX_WRAPPERS = 8  # a limit, because some objects are their own `.optimizer`
+_MAX_WRAPPERS = 8  # against endless loops: some objects are their own `.optimizer`
 
 
 def unwrap(optimizer: Any) -> Optimizer:
     """Return the torch optimizer whose `step` calls hooks, under the wrappers of a trainer.
 
-    The wrappers of Lightning and Fabric take the class of the real optimizer; the wrapper of
-    accelerate inherits from Optimizer without calling its constructor. All these wrappers keep the
-    real optimizer as ``optimizer``.
+    `isinstance` cannot tell a wrapper from an optimizer. The wrappers of Lightning and Fabric have
+    the class of the real optimizer; the wrapper of accelerate inherits from Optimizer without
+    calling its constructor. All of them keep the real optimizer in the attribute ``optimizer``.
 
     Args:
         optimizer: A torch optimizer, or a wrapper of one.
@@ -63,7 +63,7 @@ def unwrap(optimizer: Any) -> Optimizer:
 
 
 def find_wrapped(optimizer: Any) -> Iterator[Any]:
-    """Yield an optimizer, and those that it wraps as ``optimizer``, the outermost first.
+    """Yield an optimizer, then what it wraps in its attribute ``optimizer``, and so on inwards.
 
     Args:
         optimizer: A torch optimizer, or a wrapper of one.
@@ -81,16 +81,16 @@ def find_wrapped(optimizer: Any) -> Iterator[Any]:
 
 def _calls_hooks(optimizer: object) -> bool:
     """Return True if the constructor of Optimizer has run, so that `step` calls hooks."""
-    # Private names of torch/optim/optimizer.py, which has no public test for either.
-    # _patch_step_function wraps `step` of the class and marks the wrapper with `hooked`.
-    # The constructor makes the dictionary of the object's hooks.
+    # Private names of torch/optim/optimizer.py, since no public function tells either:
+    # - _patch_step_function wraps `step` of the class, and marks the result with `hooked`.
+    # - The constructor makes the dictionary of the object's hooks.
     step = getattr(type(optimizer), "step", None)
     has_hooks = "_optimizer_step_pre_hooks" in getattr(optimizer, "__dict__", ())
     return has_hooks and getattr(step, "hooked", False)
 
 
 def _passes_step_on(optimizer: object) -> bool:
-    """Return True for a wrapper whose `step` is that of the optimizer inside."""
+    """Return True for a wrapper whose attribute `step` is the method of the optimizer inside."""
     step = getattr(optimizer, "step", None)
     return step is not None and step == getattr(getattr(optimizer, "optimizer", None), "step", None)
 
@@ -98,8 +98,8 @@ def _passes_step_on(optimizer: object) -> bool:
 def _is_trainer_wrapper(optimizer: object) -> bool:
     """Return True for a trainer's wrapper, whose `step` only calls that of the real optimizer.
 
-    Other wrappers, such as Lookahead, move weights on their own. The steps of the optimizer inside
-    are only part of theirs.
+    Other wrappers, such as Lookahead, move weights themselves, too: to observe the optimizer inside
+    would show only a part of their steps.
     """
     packages = {base.__module__.split(".")[0] for base in type(optimizer).__mro__}
     return bool(packages & {"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"})
@@ -108,7 +108,7 @@ def _is_trainer_wrapper(optimizer: object) -> bool:
 def check_observable(
     optimizer: Optimizer, stepped: Mapping[str, Tensor], *, scaled: bool = False
 ) -> None:
-    """Raise an error for an optimizer whose steps would be shown wrongly or not at all.
+    """Raise an error for an optimizer whose steps would be observed wrongly or not at all.
 
     Args:
         optimizer: A torch optimizer.
@@ -130,8 +130,8 @@ def check_observable(
             "DeepSpeed ZeRO, FSDP1 with flat parameters and apex do. With fully_shard, pass the "
             "module and not its named_parameters(), which change after an evaluation"
         )
-    # A protocol that torch deprecates for the attribute `grad_scale`:
-    # torch/amp/grad_scaler.py, GradScaler.step, `has_grad_scaler_kwarg`.
+    # A GradScaler passes itself to a `step` with this argument. torch has deprecated that, and sets
+    # the attribute `grad_scale` instead: torch/amp/grad_scaler.py, `has_grad_scaler_kwarg`.
     if scaled and "grad_scaler" in inspect.signature(type(optimizer).step).parameters:
         raise ValueError(
             f"{kind}.step unscales its gradients with the GradScaler that is passed to it, so that "
@@ -143,7 +143,7 @@ def check_observable(
 def check_unsharded(module: nn.Module) -> None:
     """Raise an error for a module in FullyShardedDataParallel (FSDP1).
 
-    The parameters of FSDP1 are flat shards, or views of them, without a layer to name.
+    The parameters of FSDP1 are flat shards, each of several layers, or views of these.
 
     Args:
         module: The module that is to be observed.
@@ -151,7 +151,7 @@ def check_unsharded(module: nn.Module) -> None:
     Raises:
         ValueError: The module contains a FullyShardedDataParallel.
     """
-    # Not imported here: a program that has not imported it has no such module.
+    # torch.distributed.fsdp is not imported here: without it, there is no such module.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     wrapper = getattr(fsdp, "FullyShardedDataParallel", ())
     if any(isinstance(each, wrapper) for each in module.modules()):
@@ -164,20 +164,20 @@ def check_unsharded(module: nn.Module) -> None:
 def check_not_in_backward(
     names: Mapping[Tensor, str], observed: Collection[Optimizer | None]
 ) -> None:
-    """Raise an error for parameters that optimizers step inside the backward pass, unobserved.
+    """Raise an error if optimizers that are not attached step parameters in the backward pass.
 
     Args:
         names: The name of each observed parameter.
         observed: The optimizers that are attached.
 
     Raises:
-        ValueError: Some parameters have such an optimizer.
+        ValueError: Some of the parameters have such an optimizer.
 
     References:
         ``torch/distributed/optim/apply_optimizer_in_backward.py``
     """
-    # The attribute in which _apply_optimizer_in_backward of torch keeps the optimizers of a
-    # parameter; it offers no public way to them.
+    # `_apply_optimizer_in_backward` of torch keeps the optimizers of a parameter in this attribute
+    # of the parameter; there is no public way to them.
     unobserved = [
         name
         for parameter, name in names.items()
@@ -205,9 +205,9 @@ def check_scaler(scaler: object) -> None:
 
 
 def check_not_captured() -> None:
-    """Raise an error for a step that is being captured in a CUDA graph.
+    """Raise an error if the current step is being captured in a CUDA graph.
 
-    Copies would become part of the graph, and a replay of the graph calls no hook.
+    Copies of weights would become part of the graph, and a replay of the graph calls no hook.
 
     Raises:
         RuntimeError: The current CUDA stream is being captured.
@@ -215,7 +215,7 @@ def check_not_captured() -> None:
     References:
         https://docs.pytorch.org/docs/stable/generated/torch.cuda.is_current_stream_capturing.html
     """
-    # Asked first: is_current_stream_capturing would initialise CUDA.
+    # is_current_stream_capturing would initialise CUDA, which takes memory on the device.
     started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     if started and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(

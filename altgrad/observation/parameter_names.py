@@ -1,7 +1,7 @@
-"""Name parameters as their user wrote them: without the names of wrappers, each name unique.
+"""Name parameters as the user's code does: without parts that wrappers add, each name unique.
 
 `parameter_names` reads the names once. `ParameterRegistry` keeps them, and reads them again when an
-optimizer steps a parameter that it does not know.
+optimizer steps an unknown parameter.
 
 Read `dtensor` first; `snapshots` comes next.
 """
@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from altgrad.observation.dtensor import register_shards
 
-# Attributes under which wrappers keep the module that they wrap, and so part of its names. They are
-# private names of torch, which no user gives to a module.
+# Attributes in which wrappers keep the module that they wrap, and which are thus part of the names
+# of its parameters. They are private names of torch, which no user gives to a module.
 _WRAPPED = {
     "_orig_mod",  # torch.compile: torch/_dynamo/eval_frame.py, OptimizedModule
     "_fsdp_wrapped_module",  # FSDP1: torch/distributed/fsdp/_common_utils.py, FSDP_WRAPPED_MODULE
@@ -25,8 +25,8 @@ _WRAPPED = {
     # Activation checkpointing: torch/distributed/algorithms/_checkpoint/checkpoint_wrapper.py
     "_checkpoint_wrapped_module",
 }
-# These wrappers keep the module as `module`, which users also give as a name. Such a part is
-# removed only where one of these wrappers stands before it.
+# These wrappers keep the module in the attribute `module`. Users, too, call their modules so: the
+# part `module` is removed from a name only directly below one of these wrappers.
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -37,7 +37,7 @@ class ParameterRegistry:
         source: A module, or pairs of name and parameter as `named_parameters` returns them.
 
     Attributes:
-        module: The module; None if pairs were given.
+        module: The module; None if `source` is pairs.
 
     Raises:
         TypeError: `source` is neither a module nor pairs.
@@ -51,18 +51,18 @@ class ParameterRegistry:
         self._names = parameter_names(source)
         if not self._names:
             raise ValueError("there is no parameter to observe, neither in a module nor as pairs")
-        # By optimizer, the parameters that it steps and the module does not have. Remembered, or
-        # each step would read all names again in search of theirs.
+        # For each optimizer, the parameters that it steps and the module does not have. Without
+        # this record, each step would read all names again to look for these parameters.
         self._nameless: WeakKeyDictionary[Optimizer, set[Tensor]] = WeakKeyDictionary()
 
     @property
     def names(self) -> dict[Tensor, str]:
-        """The name of each parameter, in the order of the module."""
+        """The name of each parameter, in the order of `named_parameters`."""
         return self._names
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """The parameters by name, in the order of the module."""
+        """The parameters by name, in the order of `named_parameters`."""
         return {name: parameter for parameter, name in self._names.items()}
 
     def read(self) -> None:
@@ -72,9 +72,10 @@ class ParameterRegistry:
             self._names = parameter_names(self.module)
 
     def find_stepped(self, optimizer: Optimizer) -> list[tuple[str, Tensor, bool]]:
-        """Return the parameters that an optimizer steps, in the order of the optimizer.
+        """Return the parameters that an optimizer steps, in the order of its groups.
 
-        Parameters that the module does not have are left out.
+        Parameters that the module does not have are left out. If there are new ones among the
+        optimizer's parameters, the names of the module are read again first.
 
         Args:
             optimizer: A torch optimizer.
@@ -82,7 +83,7 @@ class ParameterRegistry:
         Returns:
             For each parameter its name, the parameter itself, and True if its learning rate is 0.
         """
-        # The rate is compared once for each group: a rate on a device makes the host wait.
+        # The rate is compared once for each group: if it is a tensor on a device, the host waits.
         stepped = [
             (parameter, rests)
             for group, rests in [(g, bool(g.get("lr") == 0)) for g in optimizer.param_groups]
@@ -95,16 +96,16 @@ class ParameterRegistry:
         return [(self._names[p], p, rests) for p, rests in stepped if p in self._names]
 
     def forget_optimizers(self) -> None:
-        """Delete the cache of parameters that optimizers step and the module does not have."""
+        """Delete the record of parameters that optimizers step and the module does not have."""
         self._nameless.clear()
 
 
 def parameter_names(source: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[Tensor, str]:
-    """Return the name of each parameter, without wrappers and unique.
+    """Return a unique name for each parameter, without parts that wrappers add.
 
-    Names that wrappers add are removed, such as ``_orig_mod.`` of `torch.compile` and ``module.``
-    of DistributedDataParallel. A parameter with several names, as tied weights have, gets the first
-    of them. If two parameters would have the same name, the later one ends in ``-2``.
+    Such parts are ``_orig_mod.`` of `torch.compile` and ``module.`` of DistributedDataParallel. A
+    parameter with several names, as tied weights have, gets the first of them. If two parameters
+    would have the same name, the name of the later one ends in ``-2``.
 
     Args:
         source: A module, or pairs of name and parameter as `named_parameters` returns them.
@@ -145,7 +146,7 @@ def _is_pair(entry: object) -> bool:
 
 
 def _find_added_paths(module: nn.Module) -> set[str]:
-    """Return the paths whose last part, ``module``, was added by a wrapper."""
+    """Return the paths of modules in DataParallel or DistributedDataParallel, as ``a.module``."""
     return {
         f"{path}.module" if path else "module"
         for path, wrapper in module.named_modules()

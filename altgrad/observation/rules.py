@@ -1,7 +1,8 @@
 """Decide which layers are observed, and how, by an ordered list of rules.
 
 A `SamplingRule` has a pattern for names of layers, and settings. `resolve_layers` gives each layer
-the settings of the first rule that matches its name, as a `LayerSampling`.
+the settings of the first rule that matches its name, as a `LayerSampling`. What the rule leaves
+open is set by the arguments of the `UpdateMonitor`.
 
 This file stands alone. `altgrad.monitor.layer_settings` uses it, and `altgrad.recipes.storage`.
 """
@@ -22,14 +23,14 @@ _NEAR_CUTOFF = 0.6
 _MOST_SUGGESTED = 3
 
 TWIN_ELEMENTS = 256
-"""Default for the maximum number of elements of a layer that twins step."""
+"""Default for the maximum number of elements of each layer that twins step."""
 
 
 @dataclass(frozen=True)
 class SamplingRule:
     """A rule for observing the layers whose names match a pattern.
 
-    A setting that is None is taken from the monitor.
+    A setting that is None is that of the `UpdateMonitor` to which the rule is given.
 
     Args:
         layers: A glob pattern for the whole name of a layer, case-sensitive. ``*`` matches any
@@ -38,9 +39,10 @@ class SamplingRule:
         every_n_steps: Interval between observed steps, in optimizer steps, at least 1.
         max_elements: Maximum number of elements observed in each layer, at least 1; ``"all"`` for
             every element.
-        formats: Names of the formats that the layers are judged for, kept as a tuple. A string is
-            one name; an empty sequence is no format.
-        twin_elements: Maximum number of elements of each layer that twins step; 0 for no twin.
+        formats: Names of the formats for which figures of the layers are computed, kept as a tuple.
+            A string is one name; an empty sequence is no format.
+        twin_elements: Maximum number of elements of each layer in the sample that is stepped as the
+            monitor's recipes say; 0 for no such twins.
 
     Raises:
         TypeError: A field has the wrong type.
@@ -58,8 +60,8 @@ formats=None, twin_elements=None)
     enabled: bool = True
     every_n_steps: int | None = None
     max_elements: int | Literal["all"] | None = None
-    # A string is a sequence of strings for Python, but not for parsers of configuration files such
-    # as jsonargparse, so that both types are named.
+    # Both types are named, although a string is a sequence of strings for Python: parsers of
+    # configuration files such as jsonargparse do not take it for one.
     formats: str | Sequence[str] | None = None
     twin_elements: int | None = None
 
@@ -78,7 +80,8 @@ formats=None, twin_elements=None)
         if self.twin_elements is not None:
             check_int("twin_elements", self.twin_elements, 0)
         if self.formats is not None:
-            # The dataclass is frozen: https://docs.python.org/3/library/dataclasses.html
+            # How to set a field of a frozen dataclass:
+            # https://docs.python.org/3/library/dataclasses.html#frozen-instances
             object.__setattr__(self, "formats", _check_formats(self.formats))
 
     def matches(self, name: str) -> bool:
@@ -96,8 +99,8 @@ class LayerSampling:
         enabled: True if the layer is observed.
         every_n_steps: Interval between observed steps, in optimizer steps.
         max_elements: Maximum number of elements observed; None for every element.
-        formats: Names of the formats that the layer is judged for.
-        twin_elements: Maximum number of elements that twins step; 0 for no twin.
+        formats: Names of the formats for which figures of the layer are computed.
+        twin_elements: Maximum number of elements that twins step; 0 for no twins.
     """
 
     name: str
@@ -120,9 +123,9 @@ def resolve_layers(
 ) -> dict[str, LayerSampling]:
     """Return the settings of each layer, from the first rule that matches its name.
 
-    Settings that a rule leaves open are those of the monitor, as are all settings of a layer that
-    no rule matches. A rule may be without effect because earlier rules match all of its layers;
-    `describe_layers` reports such a rule.
+    Settings that the rule leaves open are those of the monitor; so are all settings of a layer that
+    no rule matches. A rule has no effect if earlier rules match all of its layers: that is no error
+    here, and `describe_layers` reports it.
 
     Args:
         names: Names of all layers.
@@ -132,14 +135,15 @@ def resolve_layers(
         max_elements: The monitor's maximum number of elements observed in each layer, at least 1;
             None for every element.
         formats: Names of the monitor's formats.
-        twin_elements: The monitor's maximum number of elements that twins step in each layer.
+        twin_elements: The monitor's maximum number of elements that twins step in each layer, at
+            least 0.
 
     Returns:
         The settings by name of the layer, in the order of `names`.
 
     Raises:
         TypeError: A rule is not a `SamplingRule`, or a setting has the wrong type.
-        ValueError: A pattern matches no name, or a setting is below 1.
+        ValueError: A pattern matches no name, or a setting is too small.
     """
     check_int("every_n_steps", every_n_steps, 1)
     if max_elements is not None:
@@ -217,7 +221,7 @@ def _describe_no_match(pattern: str, names: Sequence[str]) -> str:
 
 def _find_near_matches(pattern: str, names: Sequence[str]) -> list[str]:
     """Return up to three names similar to a pattern, the most similar first."""
-    # Wildcards at the ends of a part would lower its similarity to every name.
+    # Wildcards are no part of names, and would lower the similarity to every name.
     parts = [part.strip("*?") for part in _split_name(pattern)]
     parts = [part for part in parts if part]
     scores = {name: _score_similarity(parts, name) for name in names}
@@ -228,7 +232,7 @@ def _find_near_matches(pattern: str, names: Sequence[str]) -> list[str]:
 def _split_name(name: str) -> list[str]:
     """Return the parts of a name between dots and underscores, in lower case.
 
-    Underscores separate too, so that the pattern ``atn`` is similar to ``self_attn``.
+    Splitting at underscores, too, makes the pattern ``atn`` similar to ``self_attn``.
     """
     return name.casefold().replace("_", ".").split(".")
 
@@ -236,8 +240,9 @@ def _split_name(name: str) -> list[str]:
 def _score_similarity(parts: Sequence[str], name: str) -> float:
     """Return the similarity of a pattern to a name, from 0 to 1.
 
-    The result is the larger of two similarities: of each part of the pattern to the most similar
-    part of the name, and of the whole pattern to the whole name.
+    The result is the larger of two similarities. One compares each part of the pattern with the
+    most similar part of the name, and is the mean over the parts of the pattern. The other compares
+    the whole pattern with the whole name.
     """
     if not parts:
         return 0.0

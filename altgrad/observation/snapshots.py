@@ -1,8 +1,8 @@
 """Copy weights and gradients just before an optimizer step, into memory that is reused.
 
 A `Snapshot` holds the copies of one parameter. `Snapshots` makes them for all parameters of one
-optimizer: it chooses elements once, assigns memory when parameters change, and copies at each
-observed step. `read_weights_after` reads the weights when the step has ended.
+optimizer. It chooses the elements to copy once, assigns memory when parameters change, and copies
+at each observed step. `read_weights_after` reads the weights when the step has ended.
 
 Read `dtensor` first, which finds the local shard of each tensor; `step` comes next.
 """
@@ -20,18 +20,20 @@ from torch.nn.parameter import is_lazy
 from altgrad.observation.dtensor import get_local_gradients, to_local_tensor, to_local_tensors
 
 Elements: TypeAlias = Callable[[str, Tensor], Tensor | None]
-"""A function that takes name and parameter, and returns the flat indices to copy.
+"""A function that takes name and parameter, and returns the elements to copy.
 
-The indices are int64 (indices) and count elements of the local shard. None means every element."""
+The result is indices into the flattened local shard, int64 (elements); None for every element."""
 
 Chosen: TypeAlias = MutableMapping[Tensor, tuple[str, torch.Size, Tensor | None]]
-"""The result of an `Elements` by parameter, with the name and shape for which it is valid."""
+"""For each parameter, the name and shape that an `Elements` was called with, and its result.
+
+It is called again if the name or the shape has changed."""
 
 
 class Copies(NamedTuple):
     """The memory for the copies of one parameter.
 
-    Each tensor has the shape of the local shard, or one element for each index that is copied.
+    Each tensor has the shape of the local shard, or (elements) if only some elements are copied.
 
     Attributes:
         before: The weights before the step, with the dtype of the parameter.
@@ -45,7 +47,7 @@ class Copies(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A request for the memory of one parameter.
+    """A request to a `Memory` function, for the copies of one parameter.
 
     Attributes:
         name: The name of the parameter.
@@ -62,14 +64,14 @@ class Request(NamedTuple):
 
 
 Memory: TypeAlias = Callable[[Sequence[Request]], Sequence[Copies | None]]
-"""A function that takes the requests of all parameters, and returns the memory of each.
+"""A function that takes the requests for all parameters, and returns the memory for each.
 
-None leaves the memory of a parameter to `Snapshots`. The function is called again, for all
-parameters, when a parameter is new or has changed its shape or dtype. Memory that the
-function returned earlier is no longer used after that."""
+It returns None for a parameter whose memory `Snapshots` is to allocate. The function is called
+again, for all parameters, when a parameter is new or has changed its name, shape, dtype or device.
+Memory that it returned earlier is no longer used after that."""
 
 SMALL = 2**14
-"""Largest number of elements of a parameter whose copies may stay on an accelerator.
+"""Largest number of elements of a parameter whose copies keep their memory on an accelerator.
 
 The two copies of a thousand such parameters in float32 take 128 MiB."""
 
@@ -87,8 +89,9 @@ class Snapshot:
         shape: Shape of the parameter when its memory was assigned.
         before: The weights before the step, with the dtype of the parameter.
         gradient: The gradient, with its own dtype.
-        after: Memory for the weights after the step; None if the parameter itself is shown.
-        is_lent: True if the memory comes from the `Memory` function of the caller.
+        after: Memory for the weights after the step. None if these are not copied, but read from
+            the parameter.
+        is_lent: True if the memory comes from a `Memory` function.
         is_temporary: True if the memory is allocated at each step, and empty between steps.
     """
 
@@ -110,7 +113,7 @@ class Snapshot:
             name: The name of the parameter now.
             gradient: The gradient of the local shard now.
         """
-        # Each of these may change in place: `Module.to` moves and converts parameters by `.data`.
+        # Each of these may change in the same Parameter object: `Module.to` sets its `.data`.
         parameter = self.parameter
         return (
             self.name == name
@@ -121,20 +124,20 @@ class Snapshot:
         )
 
     def nbytes(self) -> int:
-        """Return the size of the copies during a step, in bytes."""
+        """Return the memory that the copies take during a step, in bytes."""
         after = 0 if self.after is None else self.after.nbytes
         return self.before.nbytes + self.gradient.nbytes + after
 
 
 def read_weights_after(snapshots: Sequence[Snapshot]) -> list[Tensor]:
-    """Return the current weights of each parameter.
+    """Return the current weights of each parameter, at the end of a step.
 
     Args:
         snapshots: The copies from before the step.
 
     Returns:
-        The tensor `after` of each snapshot, filled with the current weights. Where `after` is None,
-        a tensor that shares memory with the parameter.
+        For each snapshot its tensor `after`, into which the current weights are copied. If `after`
+        is None, the local shard of the parameter itself, detached.
     """
     current = to_local_tensors(each.parameter for each in snapshots)
     copies: list[Tensor] = []
@@ -156,14 +159,15 @@ class Snapshots:
     """A store of the copies of one optimizer's parameters, with the memory for these copies.
 
     On a CPU all memory is reused, because touching new memory takes longer than copying into it. On
-    an accelerator only the memory of small and of sampled parameters is reused. Memory for whole
-    large parameters is allocated at each step, after the backward pass. Allocated earlier, such
-    memory would add to the peak that activations cause.
+    an accelerator only the memory of small and of sampled parameters is reused. Memory for large
+    parameters that are copied as a whole is allocated at each step, after the backward pass. If it
+    were kept, it would add to the peak of memory that activations cause.
 
     Args:
-        elements: Function that returns the sample of a parameter; None copies every element.
-        chosen: Mapping in which the results of `elements` are kept; None makes a new one.
-        memory: Function that provides memory for the copies; None leaves all memory to this object.
+        elements: Function that returns the elements of a parameter to copy. If None, every element
+            is copied.
+        chosen: Mapping in which the results of `elements` are kept. If None, a new one is made.
+        memory: Function that provides memory for the copies. If None, this object allocates all.
 
     Attributes:
         peak_bytes: Largest amount of memory that the copies have taken, in bytes.
@@ -196,10 +200,10 @@ class Snapshots:
 
         Args:
             parameters: For each parameter its name, the parameter itself, and True if its learning
-                rate is 0. Gradients that `altgrad.observation.dtensor.find_unreduced` reports are
-                not allowed.
-            grad_scale: Loss scale by which the gradients are still multiplied, one element; None if
-                they are unscaled.
+                rate is 0. Those that `altgrad.observation.dtensor.find_unreduced` returns must be
+                in `left_out`.
+            grad_scale: Loss scale by which the gradients are still multiplied, a tensor with one
+                element; None if they are unscaled.
             left_out: Names of parameters that are not copied in this step. The memory for their
                 copies is kept for later steps.
 
@@ -234,16 +238,17 @@ class Snapshots:
         _copy_all(copies, sources)
         if grad_scale is not None:
             for snapshot in snapshots:
-                # Divide, as the fused optimizers do; multiplying by 1/scale would round twice:
-                # aten/src/ATen/native/cuda/fused_adam_utils.cuh
+                # The fused optimizers divide, so that division gives the same bits. Multiplying by
+                # 1/scale would round twice: aten/src/ATen/native/cuda/fused_adam_utils.cuh
                 snapshot.gradient.div_(to_local_tensor(grad_scale).to(snapshot.gradient.device))
         self.peak_bytes = max(self.peak_bytes, self._kept_bytes + temporary_bytes)
         return snapshots
 
     def clear(self) -> None:
-        """Free the memory of the copies, but keep which elements of each parameter are sampled.
+        """Free the memory of the copies.
 
-        The next `take` assigns memory again, and copies the same elements as before.
+        The elements to copy remain: the next `take` assigns memory again, and copies the same
+        elements as before.
         """
         self._kept.clear()
         self._kept_bytes = 0
@@ -255,7 +260,7 @@ class Snapshots:
         gradients: Sequence[Tensor],
     ) -> bool:
         kept = self._kept
-        if len(kept) > len(parameters):  # some were replaced, and would be kept alive for ever
+        if len(kept) > len(parameters):  # some are gone, and `_kept` would keep them alive
             return False
         each = zip(present, gradients, strict=True)
         return all(
@@ -271,13 +276,21 @@ class Snapshots:
     ) -> None:
         """Assign memory for the copies of this step, and keep that of unchanged parameters.
 
-        All are requested at once, so that a `Memory` function can place them side by side. With
-        them go the parameters that may get a gradient later, as experts do one by one: each would
-        otherwise have all memory assigned again.
+        Memory for all parameters is requested at once, so that a `Memory` function can place it
+        side by side. Parameters without a gradient are included, since they may get one later. The
+        experts of a mixture, for example, get their first gradients at different steps, and each
+        time all memory would be assigned again.
+
+        Args:
+            parameters: For each parameter its name, the parameter itself, and True if its learning
+                rate is 0.
+            present: The entries of `parameters` that are copied in this step.
+            gradients: The local gradient of each entry of `present`.
         """
         names = {parameter: name for name, parameter, _ in parameters}
         earlier = {**self._kept}
-        # By parameter, a gradient of the right dtype: an earlier copy, or the gradient itself.
+        # For each parameter, a tensor with the dtype of its gradient: an earlier copy of it, the
+        # gradient itself, or, as a guess, the parameter.
         likes = {
             parameter: each.gradient
             for parameter, each in earlier.items()
@@ -287,7 +300,7 @@ class Snapshots:
         if self._memory is not None:
             likes |= {p: to_local_tensor(p) for p in names if p not in likes and _may_step(p)}
         needed = {*earlier, *(parameter for _, parameter, _ in present)}
-        requests = [  # in the order of the parameters, which is that of records
+        requests = [  # in the order of `parameters`, in which records list the layers
             Request(name, p, likes[p].dtype, self._choose_indices(name, p))
             for p, name in names.items()
             if p in likes
@@ -307,7 +320,7 @@ class Snapshots:
         self._kept_bytes = sum(each.nbytes() for each in self._kept.values())
 
     def _choose_indices(self, name: str, parameter: Tensor) -> Tensor | None:
-        """Return the indices to copy; chosen once, so that every step shows the same elements."""
+        """Return the indices to copy, chosen at the first call: every step copies the same ones."""
         if self._elements is None:
             return None
         chosen = self._chosen.get(parameter)
@@ -351,8 +364,11 @@ def _is_large_on_accelerator(parameter: Tensor) -> bool:
 
 
 def _allocate(local: Tensor, gradient: Tensor, indices: Tensor | None) -> Copies:
-    """Return memory with the strides of the tensors, or with one element for each index."""
-    if indices is None:  # equal strides, so that a copy is one pass over contiguous memory
+    """Return memory for copies of all elements, with equal strides, or of those at `indices`.
+
+    The memory `after` of a full copy is `local` itself: the weights are read from there.
+    """
+    if indices is None:  # with equal strides, a copy is one pass over contiguous memory
         return Copies(torch.empty_like(local), torch.empty_like(gradient), local)
     before, after = local.new_empty((2, *indices.shape)).unbind()
     return Copies(before, gradient.new_empty(indices.shape), after)
@@ -364,7 +380,8 @@ def _copy_all(copies: list[Tensor], sources: list[Tensor]) -> None:
     A loop of `copy_` takes twice as long for a thousand small tensors.
     """
     if copies:
-        # torch has no public name for this operation; its optimizers call it: torch/optim/asgd.py.
+        # torch has no public name for this operation, which its own optimizers call:
+        # torch/optim/asgd.py.
         torch._foreach_copy_(copies, sources)
 
 

@@ -1,7 +1,7 @@
 """Describe a finished step: `OptimizerStep` has its tensors, and `StepOutcome` its result.
 
-Every observed step that ends has one `StepOutcome`. It contains an `OptimizerStep`, the reason why
-no weight moved, or an error.
+Every observed step that ends has one `StepOutcome`. It contains an `OptimizerStep`, and the reason
+if no weight moved; or it contains an error. `EveryStep` has methods that are called at every step.
 
 Read `snapshots` first; `grad_scaler` comes next.
 """
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from altgrad.observation.snapshots import Snapshot, read_weights_after
 
 SkipReason: TypeAlias = Literal["inf", "no gradients", "learning rate 0"]
-"""The reason why a step moved no weight, explained at `StepObserver.skipped`."""
+"""The reason why a step moved no weight; the attribute `StepObserver.skipped` explains each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,25 +27,27 @@ class OptimizerStep:
     """A step of an optimizer, as parallel tuples with one entry for each parameter.
 
     The tensors are valid until the callback of `StepObserver` returns. Their memory is reused
-    afterwards, and the tensors in `after` share memory with the parameters. Clone what you keep,
+    afterwards, and tensors in `after` may share memory with the parameters. Clone what you keep,
     and change nothing in place.
 
-    Each tensor has the dtype and shape of its parameter's local shard. If only some elements of a
-    parameter are observed, its tensors are one-dimensional and hold those elements.
+    Each tensor has the shape of its parameter's local shard. If only some elements of a parameter
+    are observed, its tensors are one-dimensional and hold those elements. Weights have the dtype of
+    the parameter, gradients that of its gradient.
 
     Attributes:
-        names: Names of the parameters that had a gradient, a part of `StepObserver.names`.
+        names: Names of the parameters that are shown: those that had a gradient, as named in
+            `StepObserver.names`.
         before: The weights just before the step.
         gradients: The gradients that the optimizer applied: accumulated, clipped, divided by the
             loss scale, and dense.
         after: The weights just after the step.
         optimizer: The torch optimizer that made the step.
-        index: Number of steps of this optimizer since it was attached, before this one.
-        found_inf: One element, other than 0 if a fused optimizer under a GradScaler skipped the
-            step; None for other optimizers.
-        resting: Names of parameters that did not move, because their learning rate is 0. The step
-            that `on_step` receives leaves such parameters out. Another rank may hold elements of
-            such a parameter that moved.
+        index: Number of steps that this optimizer made before this one, since it was attached.
+        found_inf: A tensor of one element, other than 0 if a fused optimizer under a GradScaler
+            skipped the step. None for other optimizers.
+        resting: Names of parameters whose learning rate is 0 and that did not move on this rank;
+            elements on other ranks may have moved. It is empty in a step that `on_step` receives,
+            which leaves these parameters out.
     """
 
     names: tuple[str, ...]
@@ -78,11 +80,11 @@ class StepOutcome:
 
     Attributes:
         optimizer: The torch optimizer that made the step.
-        index: Number of steps of this optimizer since it was attached, before this one.
+        index: Number of steps that this optimizer made before this one, since it was attached.
         step: The step with its tensors; None if there was an error. A skipped step is given, too,
             since another rank may hold elements that moved.
         skipped: The reason why the step was skipped on this rank: ``"inf"``, ``"no gradients"`` or
-            ``"learning rate 0"``, as `StepObserver` explains them. None for any other step.
+            ``"learning rate 0"``, as `StepObserver` explains them. None if it was not skipped.
         error: The error that was raised while the step was observed; None if there was no error.
         copy_seconds: Time that the host took to copy weights and gradients, in seconds.
     """
@@ -96,20 +98,21 @@ class StepOutcome:
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """The layers that the record of the step will have; none of a skipped or failed step."""
+        """The names of the layers in the record of this step; empty if it was skipped or failed."""
         if self.step is None or self.skipped is not None:
             return ()
         return tuple(name for name in self.step.names if name not in self.step.resting)
 
 
 class EveryStep(Protocol):
-    """An object that takes part in each step of an optimizer, observed or not.
+    """An object that is called before and after each step of an optimizer, observed or not.
 
-    Its methods raise no error of their own: they are called inside of the user's training step.
+    Its methods should catch their own errors: `StepObserver` lets them pass into the user's
+    training step.
     """
 
     def capture(self, optimizer: Optimizer, *, is_observed: bool) -> None:
-        """Read gradients, which are final, and weights, none of which has moved.
+        """Read the final gradients, and the weights, none of which has moved yet.
 
         Args:
             optimizer: The optimizer that is about to step.
@@ -121,17 +124,17 @@ class EveryStep(Protocol):
 
         Args:
             optimizer: The optimizer that has stepped.
-            unseen: The reason why `capture` was not called in this step; empty if it was.
+            unseen: The reason why `capture` was not called in this step; empty if it was called.
         """
 
 
 def make_step(snapshots: Sequence[Snapshot], optimizer: Optimizer, index: int) -> OptimizerStep:
-    """Return the step that has just ended.
+    """Return the step that has just ended, with the current weights as those after the step.
 
     Args:
         snapshots: The copy of each parameter from before the step.
         optimizer: The torch optimizer that made the step.
-        index: Number of steps of this optimizer since it was attached, before this one.
+        index: Number of steps that this optimizer made before this one, since it was attached.
     """
     after = read_weights_after(snapshots)
     return OptimizerStep(
@@ -146,8 +149,8 @@ def make_step(snapshots: Sequence[Snapshot], optimizer: Optimizer, index: int) -
         resting=frozenset(
             each.name
             for each, weights in zip(snapshots, after, strict=True)
-            # Some optimizers move weights although the rate is 0; that is a step like any other.
-            # torch.equal would not do: NaN differs from itself.
+            # Some optimizers move weights although the rate is 0, so that weights are compared.
+            # torch.equal would not do: for it, NaN differs from NaN.
             if each.rests and torch.allclose(each.before, weights, rtol=0, atol=0, equal_nan=True)
         ),
     )

@@ -1,13 +1,14 @@
 """Learn when a step of a torch optimizer begins, when its gradients are final, and when it ends.
 
-`StepHooks` registers a hook before and a hook after each step, and calls its owner back. Three
-cases make this longer than two hooks:
+`StepHooks` registers a hook before and a hook after each step, and calls three methods of its
+owner, such as a `StepObserver`. Three cases make this longer than two hooks:
 
 - A closure computes the gradients inside the step, so that the call of the closure is wrapped.
 - A subclass may call ``super().step()``, which calls the hooks twice in one step.
 - A step that raises an error calls no hook at its end.
 
-Read `optimizers` first; `snapshots` comes next, which copies when the gradients are final.
+Read `optimizers` first; `dtensor` comes next, then `snapshots`, which copies when the gradients are
+final.
 
 References:
     https://docs.pytorch.org/docs/stable/generated/torch.optim.Optimizer.register_step_pre_hook.html
@@ -29,50 +30,53 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, optimizer as torch_optimizer
 
 Captured = TypeVar("Captured")
+"""The type of what `capture` returns and `finish` receives."""
 
-_Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+_Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwargs of `step`
 
 
+# For each optimizer, its hooks. The entry outlives the hooks, so that `was_hooked` can tell.
 _HOOKS: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[StepHooks[Any]]]
 _HOOKS = weakref.WeakKeyDictionary()
 
 
 def is_hooked(optimizer: Optimizer) -> bool:
-    """Return True if any `StepHooks` observe the steps of an optimizer."""
+    """Return True if an optimizer has `StepHooks` now."""
     return bool(_HOOKS.get(optimizer))
 
 
 def was_hooked(optimizer: Optimizer) -> bool:
-    """Return True if any `StepHooks` have ever observed steps of an optimizer."""
+    """Return True if an optimizer has `StepHooks` now, or had some earlier."""
     return optimizer in _HOOKS
 
 
 class StepHooks(Generic[Captured]):
     """The hooks of one owner on one optimizer: three calls around each step.
 
-    ``is_due(hooks)`` is called when the step begins. If `is_due` returns False, nothing more is
-    called.
+    ``is_due(hooks)`` is called when the step begins. If it returns False, the other two are not
+    called for this step.
 
     ``capture(hooks, optimizer)`` is called when the gradients are final and no weight has moved.
 
     ``finish(hooks, optimizer, captured)`` is called when the step ends, with the result of
-    `capture`. If `capture` was not called, `captured` is None and `unseen` says why:
+    `capture`. If `capture` was not called, `captured` is None and `hooks.unseen` says why:
 
     - The optimizer does not call its closure.
     - The optimizer moves weights before it calls its closure, as SAM does.
     - The optimizer takes a GradScaler and unscales gradients itself.
 
-    A step that raises an error is not finished. A subclass that calls ``super().step()`` makes one
-    step. The optimizer and the owner are held weakly; without the owner, nothing is called.
+    A step that raises an error is not finished, and not counted. A step of a subclass that calls
+    ``super().step()`` is one step. The optimizer and the owner are held weakly; once the owner has
+    been garbage-collected, nothing is called.
 
     Args:
         optimizer: A torch optimizer, as `altgrad.observation.optimizers.unwrap` returns it.
-        is_due: A bound method of the owner that decides whether to observe the step.
-        capture: A bound method of the owner that copies weights and gradients.
-        finish: A bound method of the owner that receives the copies.
+        is_due: A bound method of the owner, which decides whether the other two are called.
+        capture: A bound method of the owner, which copies weights and gradients.
+        finish: A bound method of the owner, which receives what `capture` returned.
 
     Attributes:
-        index: Number of steps finished before this one.
+        index: Number of steps that the optimizer has finished since the hooks were registered.
         unseen: The reason why `capture` was not called for the running step.
     """
 
@@ -90,10 +94,10 @@ class StepHooks(Generic[Captured]):
         self._is_due = bind_weakly(is_due)
         self._capture = _exclude_from_graphs(bind_weakly(capture))
         self._finish = bind_weakly(finish)
-        # State of the step that is running, or of the last one if that raised an error:
-        self._running = False
-        self._nested = False
-        self._observed = False
+        # State of the step that is running, or of the last step if it raised an error:
+        self._running = False  # a step has begun and not ended
+        self._nested = False  # `step` was called inside of `step`, by super().step()
+        self._observed = False  # the result of `is_due`
         self._captured: Captured | None = None
         self._handles = (
             optimizer.register_step_pre_hook(_exclude_from_graphs(self._before)),
@@ -107,13 +111,13 @@ class StepHooks(Generic[Captured]):
         return self._optimizer()
 
     def forget(self) -> None:
-        """Release what `capture` returned, and do not finish the running step."""
+        """Release what `capture` returned, and do not call `finish` for the running step."""
         self._observed, self._captured = False, None
 
     def remove(self) -> bool:
-        """Remove the hooks from the optimizer.
+        """Remove the hooks from the optimizer, unless a step is running.
 
-        During a step nothing is removed, because torch is iterating over the hooks.
+        torch iterates over the hooks during a step.
 
         Returns:
             True if the hooks were removed.
@@ -130,7 +134,7 @@ class StepHooks(Generic[Captured]):
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> _Arguments | None:
-        # Running at depth 1 means that the last step raised an error, and this is a new step.
+        # A call at depth 1 begins a step. If one is running then, it has raised an error.
         if self._running and count_step_calls(optimizer) > 1:
             self._nested = True
             return None
@@ -141,7 +145,8 @@ class StepHooks(Generic[Captured]):
         closure = self._find_closure(args, kwargs)
         kind = type(optimizer).__name__
         self.unseen = f"{kind} does not call the closure that it is given, and shows no gradients"
-        # A deprecated protocol of GradScaler: torch/amp/grad_scaler.py, GradScaler.step.
+        # A GradScaler passes itself to a `step` with such an argument, which then unscales the
+        # gradients itself; torch has deprecated that: torch/amp/grad_scaler.py, GradScaler.step.
         if kwargs.get("grad_scaler") is not None:
             self.unseen = f"{kind} unscales its gradients with a GradScaler that is passed to it"
             return None
@@ -150,8 +155,8 @@ class StepHooks(Generic[Captured]):
             return None
         counts_at_start = _count_writes(optimizer)
 
-        # The gradients are final when the closure first returns: trainers clip them inside it.
-        # `wraps` keeps the attributes of the closure, which its optimizer may read.
+        # The gradients are final when the closure first returns: trainers clip them inside of it.
+        # `wraps` keeps the attributes of the closure, which the optimizer may read.
         @functools.wraps(closure)
         def closure_then_capture(*inputs: Any, **options: Any) -> Any:
             first = self._captured is None
@@ -195,13 +200,14 @@ class StepHooks(Generic[Captured]):
 
 
 def _exclude_from_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the hook in a form that `torch.compile` calls but does not compile.
+    """Return a hook as a function that `torch.compile` calls, but does not compile.
 
     Compiled code may round differently, so that copies would not be exact.
     """
     untraced: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-    # From torch 2.7 on this is the argument `reason` of torch.compiler.disable, which is kept under
-    # this private name: torch/_dynamo/decorators.py. Older versions ignore it.
+    # The reason that torch gives in its error. From torch 2.7 on, torch.compiler.disable takes it
+    # as `reason` and keeps it under this private name: torch/_dynamo/decorators.py. Older versions
+    # ignore the name.
     untraced.__dict__["_torchdynamo_disable_msg"] = (
         "AltGrad cannot observe an optimizer step that is compiled with fullgraph=True"
     )
@@ -209,7 +215,7 @@ def _exclude_from_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def bind_weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that calls a bound method without keeping its object alive.
+    """Return a function that calls a bound method, and holds the method's object weakly.
 
     Once the object has been garbage-collected, the function does nothing and returns None.
     """
@@ -223,17 +229,17 @@ def bind_weakly(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _find_closure_position(optimizer: Optimizer) -> int:
-    """Return the position of the closure among the arguments of `step`, counting ``self``."""
+    """Return the position of the closure among the arguments of `step`; ``self`` has position 0."""
     try:
         return [*inspect.signature(type(optimizer).step).parameters].index("closure")
     except (TypeError, ValueError):  # the argument has another name, or there is no signature
-        return 1
+        return 1  # as in torch.optim.Optimizer.step(self, closure)
 
 
 def _count_writes(optimizer: Optimizer) -> list[tuple[int, int] | None]:
-    """Return for each parameter a pair that changes when the parameter is written or moved.
+    """Return for each parameter a pair of ints that changes if its weights are written or replaced.
 
-    The pair is None for a parameter that has no such count.
+    The pair is None for a parameter that cannot have one.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return [_count_writes_to(parameter) for parameter in parameters]
@@ -241,8 +247,8 @@ def _count_writes(optimizer: Optimizer) -> list[tuple[int, int] | None]:
 
 def _count_writes_to(parameter: Tensor) -> tuple[int, int] | None:
     try:
-        # Autograd counts in-place writes in `_version`, which has no public name; writes through
-        # `.data` are not counted:
+        # Autograd counts in-place writes in `_version`, which has no public name. Writes through
+        # `.data` are not counted; setting `.data` changes the address:
         # https://docs.pytorch.org/docs/stable/notes/autograd.html#in-place-correctness-checks
         return parameter._version, parameter.data_ptr()  # noqa: SLF001
     except (RuntimeError, ValueError):  # uninitialised, sparse, or made in inference mode
@@ -259,7 +265,8 @@ def count_step_calls(optimizer: Optimizer) -> int:
     The result is 0 outside of a step, and 1 in a hook of a step. It is 2 if a subclass has called
     ``super().step()``, which calls the hooks once more.
     """
-    # Counting in the hooks would fail: a step that raises an error calls no hook at its end.
+    # The stack is read, because counting in hooks would fail: a step that raises an error calls no
+    # hook at its end.
     depth = 0
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - the documented way to the stack
     while frame is not None:

@@ -1,8 +1,8 @@
 """Record which parameters a recipe stores on the grid of a format.
 
 A recipe such as `altgrad.WeightStorage` rounds weights after each step and registers them here. A
-monitor asks here which layers are stored: their weights lie on the grid already, so that a stalled
-update can no longer be seen.
+monitor asks here which layers are stored: their weights lie on the grid already, so that an update
+that stalled shows as no update at all.
 
 This file stands alone. `altgrad.recipes.storage` fills it, and `altgrad.monitor` reads it.
 """
@@ -22,12 +22,12 @@ from altgrad.quantization.float_format import FloatFormat
 
 
 class StoredState(NamedTuple):
-    """A description of how the last step stored a state of an optimizer.
+    """A description of how a state of an optimizer was stored at the last step.
 
     Attributes:
         element: The format of a single element.
-        scale: The scale of each element, float64, of a shape that broadcasts to that of the layer.
-            None without scales.
+        scale: The scales, float64, with a shape that broadcasts to that of the layer. None without
+            scales.
     """
 
     element: FloatFormat
@@ -35,18 +35,19 @@ class StoredState(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A description of how a layer is stored, with which a sample of it can be stored alike.
+    """A description of how a layer is stored, by which a sample can be stored in the same way.
 
     Attributes:
         element: The format of a single weight; None if only states are stored.
-        rounding: The way to round after a step.
-        compensation: ``"kahan"`` if rounding errors are kept; None otherwise.
-        scale: A function that returns the scale of each weight after the last step: float64, of a
-            shape that broadcasts to that of the layer. None without scales.
-        lost: A function that returns the rounding errors, bfloat16, the shape of the layer. None
-            without compensation.
-        states: How each stored state was stored by the last step, by its name. Steps replace the
-            items; the mapping is empty before the first one.
+        rounding: How weights are rounded after a step.
+        compensation: ``"kahan"`` if rounding errors are kept and added to the next update; None
+            otherwise.
+        scale: A function that returns the scales after the last step, float64, with a shape that
+            broadcasts to that of the layer; or None without scales.
+        lost: A function that returns the rounding errors that are kept, bfloat16, with the shape of
+            the layer; or None without compensation.
+        states: How the optimizer's stored states are stored, by name. Each step replaces the items;
+            the mapping is empty before the first step.
     """
 
     element: FloatFormat | None
@@ -57,7 +58,8 @@ class Stored(NamedTuple):
     states: Mapping[str, StoredState] = MappingProxyType({})
 
 
-# By optimizer, then by the storage that registered them. Weak keys: no optimizer is kept alive.
+# For each optimizer, and each storage that registered something: the stored parameters. Weak keys
+# keep no optimizer alive.
 _stored: WeakKeyDictionary[Optimizer, dict[object, Mapping[Tensor, Stored]]]
 _stored = WeakKeyDictionary()
 
@@ -69,8 +71,8 @@ def register_stored(optimizer: Optimizer, storage: object, layers: Mapping[Tenso
 
     Args:
         optimizer: The torch optimizer that steps the parameters.
-        storage: The object that stores them; later the argument of `forget_stored`.
-        layers: How each stored parameter is stored.
+        storage: The object that stores the parameters, as an argument for `forget_stored`.
+        layers: How each parameter is stored.
     """
     _stored.setdefault(optimizer, {})[storage] = layers
 
@@ -82,7 +84,7 @@ def forget_stored(storage: object) -> None:
 
 
 def get_stored(optimizers: Iterable[Any]) -> dict[Tensor, Stored]:
-    """Return the stored parameters of optimizers, and how each is stored.
+    """Return how the parameters of optimizers are stored.
 
     Args:
         optimizers: Torch optimizers, or wrappers of Lightning, Fabric or accelerate.
@@ -99,13 +101,13 @@ def get_stored(optimizers: Iterable[Any]) -> dict[Tensor, Stored]:
 
 
 def get_stored_formats(optimizers: Iterable[Any]) -> dict[Tensor, FloatFormat]:
-    """Return the stored parameters of optimizers, with their formats.
+    """Return the formats in which the weights of optimizers are stored.
 
     Args:
         optimizers: Torch optimizers, or wrappers of Lightning, Fabric or accelerate.
 
     Returns:
-        The format of each parameter whose weights are stored; others are left out.
+        The format of each parameter whose weights are stored; other parameters are left out.
     """
     return {
         parameter: stored.element

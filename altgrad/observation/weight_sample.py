@@ -1,7 +1,7 @@
 """`WeightSample`: copies of a few weights of each parameter, to find out later which have changed.
 
-Read `dtensor` first, which finds the local shard. `bypass_reason` comes next: it explains a change
-that no step has made.
+Read `dtensor` first, which finds the local shard. `bypass_reason` comes next: it finds the reason
+if weights have changed although no step was seen.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from torch import Tensor
 
 from altgrad.observation.dtensor import to_local_tensor
 
-# A step moves nearly all elements of most layers. More would find a few more steps of embeddings,
-# which move single rows.
+# A step moves nearly all elements of most layers, so that few are enough. In an embedding it moves
+# single rows, and may miss all of these few; more elements would help a little.
 _MOST_ELEMENTS = 32
 
 
 class WeightSample:
-    """Copies of up to 32 evenly spaced weights of each parameter, on the host.
+    """A copy, on the host, of up to 32 evenly spaced weights of each parameter.
 
     Args:
-        parameters: Floating-point parameters by name. Those without memory are left out.
+        parameters: Floating-point parameters by name. Those on the device ``meta`` have no weights
+            and are left out.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -33,10 +34,10 @@ class WeightSample:
     def find_changed(self, parameters: Mapping[str, Tensor]) -> list[str]:
         """Return the names of parameters whose sampled weights have changed.
 
-        Parameters that are new, were replaced by others, or have another shape, are not compared.
+        A parameter is compared only if it is the same object with the same shape as before.
 
         Args:
-            parameters: The same parameters, by name.
+            parameters: The parameters now, by name.
 
         Returns:
             The names, in the order of `parameters`.
@@ -50,19 +51,19 @@ class WeightSample:
             name
             for name, (shape, weights) in _read(known).items()
             if self._weights[name][0] == shape
-            # torch.equal would not do: NaN differs from itself.
+            # torch.equal would not do: for it, NaN differs from NaN.
             and not torch.allclose(self._weights[name][1], weights, 0, 0, equal_nan=True)
         ]
 
 
-# Tensors made in inference mode could not be compared outside of it, if they were to be changed:
+# The samples are ordinary tensors, also if the caller is in inference mode:
 # https://docs.pytorch.org/docs/stable/notes/autograd.html#inference-mode
 @torch.inference_mode(mode=False)
 @torch.no_grad()
 def _read(parameters: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, Tensor]]:
-    """Return the local shape and the sampled weights of each parameter, float64 on the host.
+    """Return the local shape of each parameter, and its sampled weights, float64 on the host.
 
-    The host waits once for each device.
+    All weights on a device are copied at once, so that the host waits once for each device.
     """
     local = {name: to_local_tensor(each.detach()) for name, each in parameters.items()}
     by_device: dict[torch.device, dict[str, Tensor]] = {}

@@ -53,7 +53,7 @@ class Grids(NamedTuple):
         ceiling: Upper limit of an updated weight: `top`, or inf if the format has an amax scale.
         floor: −`ceiling`.
         smallest_normal: Smallest normal number; inf if every value is subnormal.
-        scale: float64, (1 or rows, formats, 1 or columns); None if the constants contain the scale.
+        scale: float64, (1 or rows, formats, 1 or elements); None if the constants contain it.
         without_subnormals: Index and smallest normal number of each format without subnormals.
         without_mantissa: Index and bias of each format without mantissa bits, whose ties go to the
             even code.
@@ -75,8 +75,8 @@ class Grids(NamedTuple):
         """Divide values by the scale, unless the constants contain the scale.
 
         Args:
-            x: Values, float64, (rows, 1 or formats, columns).
-            out: Buffer, float64, (rows, formats, columns); overwritten if there is a scale.
+            x: Values, float64, (rows, 1 or formats, elements).
+            out: Buffer, float64, (rows, formats, elements); overwritten if there is a scale.
 
         Returns:
             `out`, or x itself if the constants contain the scale.
@@ -91,7 +91,7 @@ class Grids(NamedTuple):
         """Multiply values by the scale without changing x, unless the constants contain the scale.
 
         Args:
-            x: Values on the unscaled grid, float64, (rows, formats, columns).
+            x: Values on the unscaled grid, float64, (rows, formats, elements).
             out: Buffer like x; overwritten if there is a scale.
 
         Returns:
@@ -114,7 +114,7 @@ def make_grids(
         formats: One or more formats.
         is_scaled: For each format, whether it has an amax scale. A real run would raise such a
             scale after the step, so that updated weights may exceed the largest value.
-        scale: Positive scales, float64, (1 or rows, formats, 1 or columns); None for 1.
+        scale: Positive scales, float64, (1 or rows, formats, 1 or elements); None for 1.
         power_of_two: Whether all scales are powers of two.
         device: The device of the constants.
 
@@ -197,10 +197,10 @@ def round_to_grids(
     multiple, or to the even code in a format without mantissa bits.
 
     Args:
-        x: Values as `Grids.divide_by_scale` returns them, float64, (rows, 1 or formats, columns).
+        x: Values as `Grids.divide_by_scale` returns them, float64, (rows, 1 or formats, elements).
         grids: The constants of the formats.
-        narrow: Buffer, float64, (rows, 1, columns); overwritten.
-        spacing: Buffer, float64, (rows, formats, columns); overwritten.
+        narrow: Buffer, float64, (rows, 1, elements); overwritten.
+        spacing: Buffer, float64, (rows, formats, elements); overwritten.
         out: Buffer like `spacing`; overwritten.
 
     Returns:
@@ -231,7 +231,7 @@ def compute_gaps(stored: Tensor, target_gap: Tensor, grids: Grids) -> Tensor:
     the next grid point, the result may be larger, up to the distance from stored value to target.
 
     Args:
-        stored: Grid points in units of the scale, float64, (rows, formats, columns); overwritten.
+        stored: Grid points in units of the scale, float64, (rows, formats, elements); overwritten.
         target_gap: The spacing at each target, from `round_to_grids`.
         grids: The constants of the formats.
 

@@ -68,7 +68,7 @@ def test_a_layer_of_another_number_of_elements_begins_anew_and_says_so(how: str)
         row = kept.get_row("w", 2, 4, CPU)
         assert not row.moved.any()
         assert not row.effective.any()
-    assert told == ["has never_moved_frac of w begin anew: it has 4 watched elements, and had 9"]
+    assert told == ["has never_moved_frac of w begin anew: it has 4 measured elements, and had 9"]
     assert (kept.take("w", 2, 4) is None) is (how == "take")
     assert len(told) == 1
 
@@ -162,7 +162,7 @@ def test_a_part_of_another_number_of_elements_begins_anew() -> None:
     state = holding(w=bits(2, 7)).state_dict(())
     kept.load_state_dict(state, {"w": (8, torch.tensor([1]))})
     assert kept.take("w", 2, 1) is None
-    assert told == ["has never_moved_frac of w begin anew: it has 8 watched elements, and had 7"]
+    assert told == ["has never_moved_frac of w begin anew: it has 8 measured elements, and had 7"]
 
 
 def test_bits_of_a_part_are_put_where_they_belong_in_the_whole() -> None:

@@ -11,7 +11,7 @@ from altgrad.measurement.workspace import (
     CHUNK_BYTES,
     Buffers,
     Workspace,
-    columns_that_fit,
+    compute_capacity,
 )
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -122,10 +122,10 @@ def test_buffers_from_inference_mode_are_writable_outside() -> None:
 @pytest.mark.parametrize("memory", [CHUNK_BYTES, BATCH_BYTES])
 @pytest.mark.parametrize("scale_per_element", [False, True])
 @pytest.mark.parametrize("formats", [0, 1, 4, 17, 40])
-def test_columns_that_fit_fill_the_allowed_memory(
+def test_the_capacity_fills_the_allowed_memory(
     formats: int, scale_per_element: bool, memory: int
 ) -> None:
-    columns = columns_that_fit(memory, formats, scale_per_element=scale_per_element)
+    columns = compute_capacity(memory, formats, scale_per_element=scale_per_element)
     workspace = Workspace()
     taken = memory_size(workspace.buffers(1, formats, columns, META))
     taken += columns  # the mask takes one byte for each element
@@ -134,5 +134,5 @@ def test_columns_that_fit_fill_the_allowed_memory(
     assert 0.99 * memory < taken < memory
 
 
-def test_at_least_one_column_fits() -> None:
-    assert columns_that_fit(CHUNK_BYTES, 10**7) == 1
+def test_the_capacity_is_at_least_one_element() -> None:
+    assert compute_capacity(CHUNK_BYTES, 10**7) == 1

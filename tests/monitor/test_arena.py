@@ -191,7 +191,7 @@ def test_flags_survive_a_new_layout_unless_the_layer_changed() -> None:
     assert not lying.flags["new"].any()
     assert not lying.flags["shorter"].any()
     assert lying.told == [
-        "has never_moved_frac of shorter begin anew: it has 9 watched elements, and had 10"
+        "has never_moved_frac of shorter begin anew: it has 9 measured elements, and had 10"
     ]
     assert torch.equal(lying.ever_moved.take("gone", KINDS, 10), bits(10, 1))
 
@@ -355,8 +355,8 @@ def test_a_replaced_parameter_gets_a_new_place() -> None:
         ("never_moved_frac",),
     )
     assert said == [
-        "has never_moved_frac of 4.weight begin anew: it has 224 watched elements, and had 320",
-        "has never_moved_frac of 4.bias begin anew: it has 7 watched elements, and had 10",
+        "has never_moved_frac of 4.weight begin anew: it has 224 measured elements, and had 320",
+        "has never_moved_frac of 4.bias begin anew: it has 7 measured elements, and had 10",
     ]
 
 

@@ -166,8 +166,8 @@ def test_a_parameter_may_change_its_shape_and_dtype_again_and_again(scaling: Any
     # 96 elements in rows of 64, or of 32 with blocks.
     assert [len(segment.before) for segment in arena.segments] == [3 if len(scaling) == 2 else 2]
     assert said == [  # each notice once
-        "has never_moved_frac of weight begin anew: it has 96 watched elements, and had 64",
-        "has never_moved_frac of weight begin anew: it has 64 watched elements, and had 96",
+        "has never_moved_frac of weight begin anew: it has 96 measured elements, and had 64",
+        "has never_moved_frac of weight begin anew: it has 64 measured elements, and had 96",
     ]
 
 

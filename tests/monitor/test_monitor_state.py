@@ -145,7 +145,7 @@ def test_a_state_with_another_number_of_elements_gives_a_notice_and_is_not_resto
     other.attach(optimizer)
     train(model, optimizer)
     assert said == [
-        "has never_moved_frac of 3.weight begin anew: it has 100 watched elements, and had 23040"
+        "has never_moved_frac of 3.weight begin anew: it has 100 measured elements, and had 23040"
     ]
 
 

@@ -65,7 +65,7 @@ def watched(
 
 def sharing_out(elements: int) -> Any:
     """Limit the elements of one call of the kernel: segments are small, and layers large."""
-    return mock.patch("altgrad.measurement.measurer.columns_that_fit", return_value=elements)
+    return mock.patch("altgrad.measurement.measurer.compute_capacity", return_value=elements)
 
 
 def assert_equal_figures(actual: Any, expected: Any, but: tuple[str, ...] = ()) -> None:
