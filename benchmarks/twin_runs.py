@@ -1,0 +1,248 @@
+"""What twins predict of a run that is stored low, and what such a run really does.
+
+`compare` makes three runs from one start, on the same batches:
+
+- **fp32**: its twin predicts what would become of it under a recipe.
+- **low**: a separate run that does what the recipe says, with gradients of its own.
+- **fed**: a copy in fp32 that is stepped with the gradients of the low run. Its twin is asked about
+  the very gradients that the low run had.
+
+What the low run did is computed here from all elements, and without AltGrad.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from altgrad import Figures, UpdateMonitor
+from benchmarks.twin_tasks import World
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+class Fate(NamedTuple):
+    """What becomes of a layer in a low run, predicted or real; NaN where it has no value.
+
+    Attributes:
+        kept: `progress_kept`, the movement projected on that of fp32.
+        frozen: `frozen_frac`, of the elements that fp32 moved the share that the low run never did.
+        v_ratio: `exp_avg_sq_ratio`, the median of low / fp32.
+        nonfinite: `twin_nonfinite_frac`, the share of the elements that are NaN or inf.
+    """
+
+    kept: float
+    frozen: float
+    v_ratio: float
+    nonfinite: float
+
+
+class Layer(NamedTuple):
+    """A layer, predicted and real.
+
+    Attributes:
+        name: Its name.
+        moved: Number of sampled elements that fp32 has moved.
+        predicted: By the twin of the fp32 run.
+        real: The low run beside the fp32 run.
+        fed: By the twin of the fed run.
+        real_fed: The low run beside the fed run.
+    """
+
+    name: str
+    moved: int
+    predicted: Fate
+    real: Fate
+    fed: Fate
+    real_fed: Fate
+
+
+class Comparison(NamedTuple):
+    """All layers, and the mean loss of the last 20 batches in fp32 and in the low run."""
+
+    layers: list[Layer]
+    loss: float
+    low_loss: float
+
+
+# --- ways to store, by name of the recipe
+
+
+class Way(NamedTuple):
+    """The dtype of all tensors, and what is done to the weights after each step."""
+
+    dtype: torch.dtype
+    store: Callable[[Tensor], object]
+
+
+def _leave(_: Tensor) -> None:
+    pass
+
+
+def _round_to_bf16(weights: Tensor) -> None:
+    weights.copy_(weights.bfloat16())
+
+
+def _round_to_bf16_at_random(weights: Tensor) -> None:
+    # seeeeeee emmmmmmm mmmmmmmm mmmmmmmm: bf16 is the upper half, and the lower half the chance
+    # that adding a random number of 16 bits carries into it.
+    bits = weights.view(torch.int32)
+    bits.add_(torch.randint_like(bits, 1 << 16)).bitwise_and_(-1 << 16)
+
+
+WAYS = {
+    "bf16-true": Way(torch.bfloat16, _leave),
+    "fp16-true": Way(torch.float16, _leave),
+    "bf16": Way(torch.float32, _round_to_bf16),
+    "bf16-sr": Way(torch.float32, _round_to_bf16_at_random),
+}
+
+
+# --- real runs
+
+
+class Run:
+    """Parameters that an optimizer steps, and what becomes of them: all elements."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        make: MakeOptimizer,
+        store: Callable[[Tensor], object] = _leave,
+    ) -> None:
+        self.parameters = dict(net.named_parameters())
+        self.optimizer = make(self.parameters.values())
+        self._store = store
+        for _, weights in self._weights():
+            store(weights)
+        self._start = self._copy()
+        self.moved = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in self._weights()}
+
+    def step(self) -> None:
+        before = self._copy()
+        self.optimizer.step()
+        for name, weights in self._weights():
+            self._store(weights)
+            self.moved[name] |= weights != before[name]
+
+    def movement(self, name: str) -> Tensor:
+        """Since the start, float64."""
+        return self.parameters[name].detach().double() - self._start[name].double()
+
+    def state(self, name: str, key: str) -> Tensor:
+        """A state of the optimizer, float64; NaN where it has none."""
+        parameter = self.parameters[name]
+        state = self.optimizer.state[parameter].get(key)
+        return torch.full_like(parameter, math.nan) if state is None else state.double()
+
+    def _weights(self) -> list[tuple[str, Tensor]]:
+        return [(name, parameter.detach()) for name, parameter in self.parameters.items()]
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: weights.clone() for name, weights in self._weights()}
+
+
+def find_fate(low: Run, high: Run, name: str) -> Fate:
+    """What really became of a layer in a low run, beside one in fp32."""
+    ours, theirs = low.movement(name), high.movement(name)
+    finite = ours.isfinite() & theirs.isfinite()
+    moved = high.moved[name] & finite
+    v, v32 = low.state(name, "exp_avg_sq"), high.state(name, "exp_avg_sq")
+    known = finite & v.isfinite() & v32.isfinite() & (v32 != 0)
+    return Fate(
+        _divide((ours * theirs)[finite].sum(), theirs[finite].square().sum()),
+        _divide((moved & ~low.moved[name]).sum(), moved.sum()),
+        (v / v32)[known].nanmedian().item() if known.any() else math.nan,
+        (~finite).double().mean().item(),
+    )
+
+
+def _divide(a: Tensor, b: Tensor) -> float:
+    return (a.double() / b.double()).item()  # NaN for 0 / 0
+
+
+def train(net: nn.Module, world: World, steps: int, step: Callable[[], object]) -> float:
+    """Train on the batches 0, 1, …; returns the mean loss of the last 20."""
+    dtype = next(net.parameters()).dtype
+    losses = []
+    for number in range(steps):
+        inputs, classes = world(number)
+        outputs = net(inputs.to(dtype) if inputs.is_floating_point() else inputs)
+        loss = functional.cross_entropy(outputs.flatten(0, -2).float(), classes.flatten())
+        net.zero_grad()
+        loss.backward()
+        step()
+        losses.append(loss.item())
+    return sum(losses[-20:]) / len(losses[-20:])
+
+
+# --- twins
+
+
+def watch(run: Run, steps: int, recipe: str, elements: int) -> UpdateMonitor:
+    """Step a twin at every step, and measure it at the last one alone."""
+    return UpdateMonitor(
+        [*run.parameters.items()],
+        formats="bf16",
+        every_n_steps=lambda index: index == steps - 1,
+        recipes=recipe,
+        twin_elements=elements,
+        strict=True,
+    ).attach(run.optimizer)
+
+
+def read_fate(figures: Figures, recipe: str) -> Fate:
+    """What a twin predicts of a layer."""
+    metrics = ("progress_kept", "frozen_frac", "exp_avg_sq_ratio", "twin_nonfinite_frac")
+    return Fate(*(figures.get(f"{metric}/{recipe}", math.nan) for metric in metrics))
+
+
+def compare(
+    start: nn.Module,
+    world: World,
+    make: MakeOptimizer,
+    recipe: str,
+    steps: int,
+    elements: int = 256,
+) -> Comparison:
+    """Predict a low run twice, do it, and compare layer by layer."""
+    way, net = WAYS[recipe], copy.deepcopy(start)
+    high = Run(net, make)
+    with watch(high, steps, recipe, elements) as monitor:
+        loss = train(net, world, steps, high.step)
+
+    low_net = copy.deepcopy(start).to(way.dtype)
+    low, fed = Run(low_net, make, way.store), Run(copy.deepcopy(start), make)
+
+    def step_both() -> None:
+        for name, parameter in low.parameters.items():
+            assert parameter.grad is not None
+            fed.parameters[name].grad = parameter.grad.float().clone()
+        low.step()
+        fed.step()
+
+    with watch(fed, steps, recipe, elements) as fed_monitor:
+        low_loss = train(low_net, world, steps, step_both)
+
+    assert monitor.latest is not None
+    assert fed_monitor.latest is not None
+    watched, watched_fed = monitor.latest.layers, fed_monitor.latest.layers
+    layers = [
+        Layer(
+            name,
+            int(watched[name].moved_elements),
+            read_fate(watched[name], recipe),
+            find_fate(low, high, name),
+            read_fate(watched_fed[name], recipe),
+            find_fate(low, fed, name),
+        )
+        for name in high.parameters
+    ]
+    return Comparison(layers, loss, low_loss)
