@@ -40,7 +40,7 @@ class TwinValues:
         *,
         sizes: Sequence[int],
         populations: Sequence[int],
-        block: int = 1,
+        blocks: Sequence[int] = (),
     ) -> TwinValues:
         """Read the result of `measure_twins`, which was copied to the host.
 
@@ -49,14 +49,14 @@ class TwinValues:
             values: The sums, float64 (layers, recipes, columns).
             sizes: Number of sampled elements of each layer.
             populations: Number of elements of each layer.
-            block: Number of neighbours that were drawn together; 1 for single elements.
+            blocks: Number of blocks in which the sample of each layer was drawn, 0 for single
+                elements. Empty for layers of single elements alone.
 
         Returns:
             The sums by layer and recipe.
         """
         layers, recipes, states = names
-        blocks = [-(-size // block) if block > 1 else 0 for size in sizes]
-        counted = np.array([populations, sizes, blocks], dtype=np.float64).T
+        counted = np.array([populations, sizes, blocks or [0] * len(sizes)], dtype=np.float64).T
         vectors = values.reshape(len(layers) * len(recipes), len(TwinColumns(tuple(states))))
         rows = iter(range(len(vectors)))
         return cls(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 SUMS = ("a", "b", "aa", "ab", "bb")
 """Names of the sums of a ratio Σ a / Σ b: Σ a, Σ b, Σ a², Σ a · b and Σ b².
@@ -87,7 +88,7 @@ def measure_twins(
     twins: Sequence[TwinStack],
     states: Sequence[str],
     *,
-    block: int = 1,
+    blocks: Sequence[int] = (),
 ) -> Tensor:
     """Compare each twin with the twin in fp32, and sum up over the sample of each layer.
 
@@ -99,9 +100,9 @@ def measure_twins(
         fp32: The twin in fp32.
         twins: The other twins, with the same sample.
         states: The names of the optimizer's states. A twin may lack some: their median is NaN.
-        block: Number of neighbours that were drawn together, 1 for single elements. The width is a
-            multiple of this number. The products in Σ a², Σ a · b and Σ b² are those of sums over
-            such blocks.
+        blocks: Number of neighbours that were drawn together in each layer; empty for single
+            elements. Blocks begin at multiples of this number. The products in Σ a², Σ a · b and
+            Σ b² are those of sums over such blocks.
 
     Returns:
         Sums and medians, float64 (layers, twins, columns), in the order of `TwinColumns`.
@@ -115,11 +116,8 @@ def measure_twins(
     pairs = _pair_weights(mask, finite, low, high)
     lost = known & (low.states == 0)
     pairs |= {f"{name}_zero_frac": (lost[k], known[k]) for k, name in enumerate(columns.states)}
-    a, b = (
-        _add_up_blocks(torch.stack([pairs[name][side].double() for name in columns.ratios]), block)
-        for side in (0, 1)
-    )
-    sums = torch.stack([each.sum(-1) for each in (a, b, a * a, a * b, b * b)])
+    a, b = (torch.stack([pairs[name][side].double() for name in columns.ratios]) for side in (0, 1))
+    sums = _sum_products(a, b, blocks)
     medians = _find_medians(torch.where(known, low.states / high.states, torch.nan))
     moved = (mask & high.are_finite & high.moved[0]).sum(-1).double()
     each_row = (
@@ -201,11 +199,39 @@ def _pair_weights(
     }
 
 
-def _add_up_blocks(numbers: Tensor, block: int) -> Tensor:
-    """Add up the elements of each block, from (…, width) to (…, width / block)."""
-    if block == 1:
+def _sum_products(a: Tensor, b: Tensor, blocks: Sequence[int]) -> Tensor:
+    """Return the five sums of each ratio, whose products are those of sums over blocks.
+
+    Args:
+        a: What elements add to the numerators, float64 (ratios, twins, layers, width).
+        b: What they add to the denominators, the same shape.
+        blocks: Number of elements of a block in each layer; empty for single elements.
+
+    Returns:
+        float64 (5, ratios, twins, layers).
+    """
+    sizes = {*blocks} or {1}
+    if len(sizes) == 1:
+        return _sum_block_products(a, b, *sizes)
+    sums = a.new_empty((len(SUMS), *a.shape[:-1]))
+    for size in sorted(sizes):
+        is_own = torch.tensor([own == size for own in blocks], device="cpu").nonzero().flatten()
+        rows = is_own.to(a.device)
+        sums[..., rows] = _sum_block_products(a[:, :, rows], b[:, :, rows], size)
+    return sums
+
+
+def _sum_block_products(a: Tensor, b: Tensor, size: int) -> Tensor:
+    a, b = (_add_up_blocks(each, size) for each in (a, b))
+    return torch.stack([each.sum(-1) for each in (a, b, a * a, a * b, b * b)])
+
+
+def _add_up_blocks(numbers: Tensor, size: int) -> Tensor:
+    """Add up the elements of each block, from (…, width) to (…, blocks)."""
+    if size == 1:
         return numbers
-    return numbers.view(*numbers.shape[:-1], numbers.shape[-1] // block, block).sum(-1)
+    padded = pad(numbers, (0, -numbers.shape[-1] % size))
+    return padded.view(*padded.shape[:-1], padded.shape[-1] // size, size).sum(-1)
 
 
 def _find_medians(numbers: Tensor) -> Tensor:

@@ -105,7 +105,8 @@ class UpdateMonitor:
         recipes: Recipes whose twins are stepped on a sample of each layer at every step, observed
             or not: `Recipe` objects or short names, such as ``"bf16-sr"``. None takes those that
             belong to `formats`; ``()`` steps no twin.
-        twin_elements: Maximum number of elements of each layer that twins step.
+        twin_elements: Maximum number of elements of each layer that twins step. Layers of fewer
+            than 64 elements are stepped whole.
         overhead_budget: Maximum share of the whole time that observing may take, such as 0.01.
             Steps are then observed less often than `every_n_steps` demands. None sets no limit. On
             an accelerator, the time of the host counts, which includes waiting for results. The

@@ -78,13 +78,13 @@ class TwinLayers(TwinSource):
     ) -> Tensor | None:
         return sample_elements(name, shape, most, seed=self.seed, block=block)
 
-    def find_amaxes(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def find_amaxes(self, name: str, indices: Tensor) -> Tensor:
         parameter = self._registry.parameters[name]
         self._scale_state.ensure_amax({name: parameter}, self._get_peers())
-        groups, layer = self._scale_state.amaxes(name)
+        groups = self._scale_state.amaxes(name).groups
         if len(groups) > 1:
             groups = groups[indices // (parameter.numel() // len(groups))]
-        return groups, layer
+        return groups
 
     def warn(self, notice: str) -> None:
         self._warn(notice)

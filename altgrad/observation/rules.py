@@ -42,7 +42,8 @@ class SamplingRule:
         formats: Names of the formats for which figures of the layers are computed, kept as a tuple.
             A string is one name; an empty sequence is no format.
         twin_elements: Maximum number of elements of each layer in the sample that is stepped as the
-            monitor's recipes say; 0 for no such twins.
+            monitor's recipes say; 0 for no such twins. Layers of fewer than 64 elements are
+            stepped whole.
 
     Raises:
         TypeError: A field has the wrong type.

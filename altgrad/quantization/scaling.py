@@ -104,7 +104,7 @@ def compute_scale_from_amax(
         scale = (amax / format.max).clamp_(2.0**smallest, 2.0**largest)
     else:
         scale = _power_of_two_scale(amax, format, round_up=power_of_two is True)
-    return torch.where(amax == 0, 1.0, scale)
+    return scale.masked_fill_(amax == 0, 1.0)
 
 
 def compute_format_scales(
@@ -211,5 +211,5 @@ def _power_of_two_scale(amax: Tensor, format: FloatFormat, *, round_up: bool) ->
     top_significand, top_exponent = math.frexp(format.max)
     exponent = exponent - top_exponent
     if round_up:
-        exponent += (significand > top_significand).int()
+        exponent += significand > top_significand
     return compute_exp2(exponent.clamp_(*_EXPONENTS[amax.dtype]), amax.dtype)

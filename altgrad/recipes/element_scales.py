@@ -1,21 +1,27 @@
-"""`ElementScales`: the scale of each sampled element, for formats whose weights share scales.
+"""`ElementScales`: the scale of each sampled element, for formats whose numbers share scales.
 
-Scales come from whole layers, never from the largest element of a sample: a sample would miss the
-element that sets the scale. Only blocks lie in the sample as a whole, and have their scales from
-the twin's own numbers. `twin` comes next and stores its weights under these scales.
+Scales of layers and channels come from whole layers of the run, since a sample may miss the element
+that sets the scale. A number of the twin that exceeds them raises its scale at once, as it does in
+`altgrad.WeightStorage`. Blocks lie in the sample as a whole, and have their scales from the twin's
+own numbers. `twin` comes next and stores its weights under these scales.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import NumberFormat, get_applied_scaling
-from altgrad.quantization.scaling import compute_format_scales
+from altgrad.quantization.scaling import (
+    compute_amax,
+    compute_format_scales,
+    compute_scale_from_amax,
+)
 from altgrad.recipes.layout import Layout
+from altgrad.recipes.sample import Sampled, number_groups
 
 
 class ElementScales:
@@ -24,184 +30,215 @@ class ElementScales:
     Args:
         scaling: The elements that share a scale, as in `altgrad.measure`.
         find_amaxes: Function that takes the name of a layer and the indices of its sample, and
-            returns the amax of the elements that share a scale with each, and the amax of the
-            layer: float32 or float64 (elements) and (1).
+            returns the amax of the elements that share a scale with each: float32 or float64
+            (elements), or (1) for all.
     """
 
     def __init__(
-        self,
-        scaling: Scaling | None,
-        find_amaxes: Callable[[str, Tensor], tuple[Tensor, Tensor]],
+        self, scaling: Scaling | None, find_amaxes: Callable[[str, Tensor], Tensor]
     ) -> None:
         self._scaling = scaling
         self._find_amaxes = find_amaxes
         self._layout = Layout()
-        self._indices: Mapping[str, Tensor] = {}
-        self._like = torch.zeros(0, device="cpu")
-        self._blocks: dict[int, Tensor] = {}  # the block of each element, by size
-        self._layers: tuple[Tensor, Tensor] | None = None
-        self._amaxes: tuple[Tensor, Tensor] | None = None
-        self._state_amaxes: dict[str, Tensor] = {}
-        self._scales: dict[tuple[NumberFormat, str, torch.dtype], Tensor] = {}  # not of blocks
+        self._layers: Mapping[str, Sampled] = {}
+        self._device = torch.device("cpu")
+        self._firsts: dict[Scaling, Tensor] = {}
+        self._weight_amaxes: Tensor | None = None
+        self._state_amaxes: dict[str, dict[str, Tensor]] = {}  # by state, then by layer
+        self._spread_amaxes: dict[tuple[str, Scaling, torch.dtype], Tensor] = {}  # of states
 
-    def read(self, layout: Layout, indices: Mapping[str, Tensor], like: Tensor) -> None:
+    def read(
+        self,
+        layout: Layout,
+        layers: Mapping[str, Sampled],
+        device: torch.device,
+        renewed: Collection[str] = (),
+    ) -> None:
         """Take over another layout.
 
         Args:
             layout: The layout.
-            indices: The sample of each layer, int64 (elements), by name.
-            like: Tensor with the device of the samples.
+            layers: The layers by name.
+            device: The device of the samples.
+            renewed: Names of the layers whose states have to be read anew.
         """
-        self._layout, self._indices, self._like = layout, indices, like
-        self._blocks.clear()
-        self._layers = None
-        self._state_amaxes.clear()
+        self._state_amaxes = {
+            state: {n: each for n, each in by_layer.items() if n in layers and n not in renewed}
+            for state, by_layer in self._state_amaxes.items()
+        }
+        self._layout, self._layers, self._device = layout, layers, device
+        self._firsts.clear()
+        self._spread_amaxes.clear()
         self.forget_amaxes()
 
     def forget_amaxes(self) -> None:
         """Find the amax of each layer anew, since some have changed."""
-        self._amaxes = None
-        self._scales.clear()
-
-    def set_state_amaxes(self, amaxes: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over the largest magnitude of each state of the run's optimizer.
-
-        Args:
-            amaxes: By name of a state, then by name of a layer: the amax, one element.
-        """
-        self._state_amaxes = {
-            state: self._spread({name: amax.view(1) for name, amax in by_layer.items()})
-            for state, by_layer in amaxes.items()
-        }
-        self._scales.clear()
+        self._weight_amaxes = None
 
     def applied(self, format: NumberFormat) -> Scaling | None:
         """Return which elements share a scale in a format; None without a scale."""
         return get_applied_scaling(format, self._scaling)
 
-    def find_for_weights(self, format: NumberFormat, weights: Tensor) -> Tensor | None:
+    # --- weights
+
+    def start_amaxes(self, format: NumberFormat, weights: Tensor) -> Tensor:
+        """Return the amaxes of the run's layers, from which those of a twin's weights start.
+
+        Args:
+            format: A format with a scale, in which the weights are stored.
+            weights: The twin's weights, (elements).
+
+        Returns:
+            float32, float64 for float64 weights, (elements); 0 for blocks and at padding.
+        """
+        dtype = _get_wide(weights)
+        if isinstance(self.applied(format), tuple):
+            return torch.zeros(self._layout.length, dtype=dtype, device=self._device)
+        if self._weight_amaxes is None:
+            each = {n: self._find_amaxes(n, layer.indices) for n, layer in self._layers.items()}
+            self._weight_amaxes = self._spread(each)
+        return self._weight_amaxes.to(dtype, copy=True)
+
+    def find_for_weights(self, format: NumberFormat, weights: Tensor, amaxes: Tensor) -> Tensor:
         """Return the scale of each weight.
 
         Args:
-            format: The format in which the weights are stored.
-            weights: The twin's weights, (elements), from which blocks have their scales.
+            format: A format with a scale, in which the weights are stored.
+            weights: The twin's weights, (elements).
+            amaxes: A result of `start_amaxes`, which is raised to the weights in place. The first
+                element of each group that shares a scale has the amax of the group.
 
         Returns:
-            float32 (elements), float64 for float64 weights; None without a scale. 0 in blocks of
-            zeros.
+            The dtype of `amaxes`, (elements).
         """
         applied = self.applied(format)
-        if applied is None:
-            return None
-        if isinstance(applied, tuple):
-            layers = self._find_all_amaxes()[1] if format.has_tensor_scale else None
-            return self._scale_blocks(format, applied[1], weights, layers)
-        key = format, "", _wide(weights)
-        if key not in self._scales:
-            groups, _ = self._find_all_amaxes()
-            self._scales[key] = compute_format_scales(groups, format).to(_wide(weights))
-        return self._scales[key]
+        assert applied is not None
+        firsts = self._find_firsts(applied)
+        amaxes.scatter_reduce_(0, firsts, _find_magnitudes(weights, amaxes.dtype), "amax")
+        return _compute_scales(amaxes, format)[firsts]
 
-    def find_for_state(
-        self, format: NumberFormat, name: str, state: Tensor, place: slice
-    ) -> Tensor | None:
-        """Return the scale of each number of an optimizer's state of one bucket.
+    # --- states
+
+    def read_states(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Read the amaxes of states of the run's optimizer.
+
+        Args:
+            states: By name of a state, then by name of a layer: the whole state.
+        """
+        for state, by_layer in states.items():
+            amaxes = zip(by_layer, self._find_state_amaxes([*by_layer.values()]), strict=True)
+            self._state_amaxes.setdefault(state, {}).update(amaxes)
+        self._spread_amaxes.clear()
+
+    def find_unread(self) -> set[str]:
+        """Return the names of the layers of which no state was read."""
+        return {*self._layers}.difference(*self._state_amaxes.values())
+
+    def _find_state_amaxes(self, states: list[Tensor]) -> list[Tensor]:
+        """Return the amax of each state, or those of its channels if channels have scales."""
+        if self._scaling == "channel":
+            return [compute_amax(each, "channel").view(-1) for each in states]
+        # The norm of order inf. torch has no public name for norms of many tensors in one call; its
+        # gradient clipping makes it: torch/nn/utils/clip_grad.py.
+        return [each.view(1) for each in torch._foreach_norm(states, torch.inf)]  # noqa: SLF001
+
+    def find_for_states(self, format: NumberFormat, name: str, states: Tensor) -> Tensor | None:
+        """Return the scale of each number of a state.
 
         Args:
             format: The format in which the state is stored.
             name: Name of the state.
-            state: The state, of any shape, from which blocks have their scales.
-            place: The elements of the bucket.
+            states: The twin's states of this name, (elements).
 
         Returns:
-            float32, float64 for a float64 state, in the shape of the state; None without a scale.
+            float32, float64 for float64 states, (elements); None without a scale.
         """
         applied = self.applied(format)
         if applied is None:
             return None
-        amax = self._state_amaxes.get(name)
-        if isinstance(applied, tuple):
-            whole = state.new_zeros(self._layout.length)
-            whole[place] = state.view(-1)
-            return self._scale_blocks(format, applied[1], whole, amax)[place].view(state.shape)
-        if amax is None:  # the run has no such state: the sample is all that is known of it
-            scale = compute_format_scales(self._find_largest(state, place), format)
-            return scale.to(_wide(state)).view(state.shape)
-        key = format, name, _wide(state)
-        if key not in self._scales:
-            self._scales[key] = compute_format_scales(amax, format).to(_wide(state))
-        return self._scales[key][place].view(state.shape)
+        dtype = _get_wide(states)
+        known, firsts = self._spread_states(name, applied, dtype), self._find_firsts(applied)
+        amaxes = known.scatter_reduce(0, firsts, _find_magnitudes(states, dtype), "amax")
+        return _compute_scales(amaxes, format)[firsts]
 
-    def _scale_blocks(
-        self, format: NumberFormat, size: int, numbers: Tensor, layers: Tensor | None
-    ) -> Tensor:
-        block = self._number_blocks(size)
-        magnitude = numbers.abs().to(_wide(numbers)).nan_to_num_(0.0, 0.0, 0.0)
-        largest = magnitude.new_zeros(self._layout.length).scatter_reduce_(
-            0, block, magnitude, "amax"
-        )[block]
-        scale = compute_format_scales(largest, format, layers).to(magnitude.dtype)
-        return torch.where(largest == 0, 0, scale)
+    def _spread_states(self, name: str, applied: Scaling, dtype: torch.dtype) -> Tensor:
+        """Return the amaxes that were read of a state, (elements); 0 where there is none."""
+        key = name, applied, dtype
+        if key not in self._spread_amaxes:
+            # The sample is all that is known of blocks, and of states that the run lacks.
+            by_layer = {} if isinstance(applied, tuple) else self._state_amaxes.get(name, {})
+            each = {
+                layer: amaxes if len(amaxes) == 1 else self._pick_channels(layer, amaxes)
+                for layer, amaxes in by_layer.items()
+            }
+            self._spread_amaxes[key] = self._spread(each).to(dtype).nan_to_num_(0.0, 0.0, 0.0)
+        return self._spread_amaxes[key]
 
-    def _number_blocks(self, size: int) -> Tensor:
-        """Return the number of the block of each element, int64 (elements).
+    def _pick_channels(self, name: str, amaxes: Tensor) -> Tensor:
+        """Return the amax of the channel of each sampled element of a layer."""
+        layer = self._layers[name]
+        channels = number_groups(layer.indices, layer.shape, "channel")
+        return amaxes.to(self._device)[channels]
 
-        The elements of a block follow each other in a sample of whole blocks.
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return the amaxes of the states that were read: by state, then by layer."""
+        return {state: dict(by_layer) for state, by_layer in self._state_amaxes.items()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restore a `state_dict`, before the first `read`."""
+        self._state_amaxes = {name: dict(by_layer) for name, by_layer in state.items()}
+
+    # --- groups
+
+    def _find_firsts(self, scaling: Scaling) -> Tensor:
+        """Return the position of the first element that shares a scale with each, int64 (elements).
+
+        Groups follow each other, as samples ascend.
         """
-        if size not in self._blocks:
-            numbers = torch.arange(self._layout.length, device="cpu")
-            for place in self._layout.places.values():
-                within = torch.arange(place.stop - place.start, device="cpu")
-                numbers[place] = place.start + within // size
-            self._blocks[size] = numbers.to(self._like.device)
-        return self._blocks[size]
-
-    def _find_all_amaxes(self) -> tuple[Tensor, Tensor]:
-        if self._amaxes is None:
-            each = {name: self._find_amaxes(name, self._indices[name]) for name in self._indices}
-            self._amaxes = (
-                self._spread({name: groups for name, (groups, _) in each.items()}),
-                self._spread({name: layer for name, (_, layer) in each.items()}),
-            )
-        return self._amaxes
+        if scaling not in self._firsts:
+            firsts = torch.arange(self._layout.length, device=self._device)
+            for name, place in self._layout.places.items():
+                layer = self._layers[name]
+                groups = number_groups(layer.indices, layer.shape, scaling)
+                begins = torch.ones_like(groups, dtype=torch.bool)
+                begins[1:] = groups[1:] != groups[:-1]
+                firsts[place] = torch.where(begins, firsts[place], 0).cummax(0).values
+            self._firsts[scaling] = firsts
+        return self._firsts[scaling]
 
     def _spread(self, by_layer: Mapping[str, Tensor]) -> Tensor:
-        """Return numbers of layers as one number for each element; 0 where there is none.
+        """Return amaxes of layers as one for each element; 0 at padding and in unknown layers.
 
         Args:
-            by_layer: Numbers by name of the layer, (elements) or (1).
+            by_layer: By name of the layer: the amax of the layer, (1), or those of the groups of
+                its elements, (elements); any floating-point dtype.
         """
-        none = torch.zeros(1, device=self._like.device)
-        each = [by_layer.get(name, none).to(none.device) for name in self._layout.places]
-        if all(len(numbers) == 1 for numbers in each):
-            layer, is_layer = self._find_layers()
-            return torch.where(is_layer, torch.cat(each)[layer], 0)
-        wide = torch.float64 if any(n.dtype == torch.float64 for n in each) else torch.float32
-        spread = torch.zeros(self._layout.length, dtype=wide, device=none.device)
-        for numbers, place in zip(each, self._layout.places.values(), strict=True):
-            spread[place] = numbers
+        wide = any(each.dtype == torch.float64 for each in by_layer.values())
+        dtype = torch.float64 if wide else torch.float32
+        spread = torch.zeros(self._layout.length, dtype=dtype, device=self._device)
+        places = [self._layout.places[name] for name in by_layer]
+        if places and all(len(each) == 1 for each in by_layer.values()):
+            starts = torch.tensor([place.start for place in places], device=self._device)
+            amaxes = torch.cat([each.to(self._device) for each in by_layer.values()])
+            spread[starts] = amaxes.to(dtype)
+            return spread[self._find_firsts("tensor")]
+        for place, amaxes in zip(places, by_layer.values(), strict=True):
+            spread[place] = amaxes.to(self._device)
         return spread
 
-    def _find_largest(self, state: Tensor, place: slice) -> Tensor:
-        """Return the largest magnitude in the sample of each layer of a bucket, by element."""
-        whole = torch.zeros(self._layout.length, dtype=_wide(state), device=state.device)
-        whole[place] = state.view(-1).abs().nan_to_num(0.0, 0.0, 0.0).to(whole.dtype)
-        layer, _ = self._find_layers()
-        return torch.zeros_like(whole).scatter_reduce_(0, layer, whole, "amax")[layer][place]
 
-    def _find_layers(self) -> tuple[Tensor, Tensor]:
-        """Return the number of the layer of each element, int64, and False at padding: (elements).
-
-        The number is 0 at padding.
-        """
-        if self._layers is None:
-            layer = torch.full((self._layout.length,), -1, dtype=torch.int64, device="cpu")
-            for number, place in enumerate(self._layout.places.values()):
-                layer[place] = number
-            layer = layer.to(self._like.device)
-            self._layers = layer.clamp(min=0), layer >= 0
-        return self._layers
-
-
-def _wide(numbers: Tensor) -> torch.dtype:
+def _get_wide(numbers: Tensor) -> torch.dtype:
     return torch.float64 if numbers.dtype == torch.float64 else torch.float32
+
+
+def _find_magnitudes(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return magnitudes, 0 for NaN and ±inf."""
+    return numbers.abs().to(dtype).nan_to_num_(0.0, 0.0, 0.0)
+
+
+@torch.inference_mode()  # under no_grad, each view of the exponent bits is two operations
+def _compute_scales(amaxes: Tensor, format: NumberFormat) -> Tensor:
+    """Return the scale for each amax, in its dtype; 1 where it is 0."""
+    if format.scale == "amax":
+        return compute_scale_from_amax(amaxes, format.element)  # without a way through float64
+    return compute_format_scales(amaxes, format).to(amaxes.dtype)

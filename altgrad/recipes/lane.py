@@ -41,7 +41,7 @@ class LaneSums(NamedTuple):
         counts: float64 (layers, counts) of the self-check.
         sizes: Number of sampled elements of each layer.
         populations: Number of elements of each layer.
-        block: Number of neighbours that were drawn together.
+        blocks: Number of blocks in which the sample of each layer was drawn; 0 for single elements.
     """
 
     layers: tuple[str, ...]
@@ -51,7 +51,7 @@ class LaneSums(NamedTuple):
     counts: Tensor
     sizes: tuple[int, ...]
     populations: tuple[int, ...]
-    block: int
+    blocks: tuple[int, ...]
 
 
 class Lane:
@@ -208,8 +208,7 @@ class Lane:
         self._has_new_layers = True
         self._gradients = self._gradients.new_zeros(layout.length)
         replaced = self._run.rearrange(layers, layout, self._plan.begun)
-        indices = {name: each.indices for name, each in layers.items()}
-        self._scales.read(layout, indices, self._run.values)
+        self._scales.read(layout, layers, self._kind.device, self._plan.renewed)
         for twin in self._all_twins:
             self._try(twin, partial(twin.rearrange, self._describe_run(optimizer)))
         return replaced
@@ -234,7 +233,7 @@ class Lane:
         else:
             with self._following_updates_after_an_error(optimizer):
                 if self._has_new_layers:
-                    self._read_states(optimizer)
+                    self._read_states(optimizer, self._scales.find_unread())
                     self._has_new_layers = False
                 for twin in self._all_twins:
                     self._try(twin, partial(_step, twin, self._gradients_now, changes))
@@ -258,22 +257,19 @@ class Lane:
         """
         return self._run.check(self._reference.tensors)
 
-    def _read_states(self, optimizer: Optimizer) -> None:
-        """Read the largest magnitude of each state that a recipe stores under a scale."""
+    def _read_states(self, optimizer: Optimizer, names: Collection[str]) -> None:
+        """Read the amaxes of each state that a recipe stores, in some layers."""
         wanted = {name for twin in self._twins.values() for name in twin.recipe.state_formats}
         if not wanted:
             return
         states: dict[str, dict[str, Tensor]] = {}
-        for name, layer in self._plan.layers.items():
+        for name in names:
+            layer = self._plan.layers[name]
             for key, state in optimizer.state.get(layer.parameter, {}).items():
                 is_whole = isinstance(state, Tensor) and state.shape == layer.shape
                 if is_whole and state.is_floating_point() and not wanted.isdisjoint((key, "*")):
                     states.setdefault(key, {})[name] = state
-        amaxes = {
-            key: dict(zip(each, _find_largest([*each.values()]), strict=True))
-            for key, each in states.items()
-        }
-        self._scales.set_state_amaxes(amaxes)
+        self._scales.read_states(states)
 
     def measure(self, optimizer: Optimizer, shown: Collection[str]) -> LaneSums:
         """Measure the twins of all layers at an observed step, and begin another window.
@@ -285,12 +281,12 @@ class Lane:
         Returns:
             The sums of all twins and the counts of the self-check, on the device.
         """
-        self._read_states(optimizer)
+        self._read_states(optimizer, self.names)
         counts, rows = self.check(), self._run.rows
         stacks = {name: twin.stack(rows) for name, twin in self._twins.items()}
         baseline = (self._baseline or self._reference).stack(rows)
-        states, block = tuple(baseline.states), self._kind.block
-        values = measure_twins(self._run.mask, baseline, [*stacks.values()], states, block=block)
+        states, blocks = tuple(baseline.states), self._run.blocks
+        values = measure_twins(self._run.mask, baseline, [*stacks.values()], states, blocks=blocks)
         is_shown = self._find_shown(shown)
         for twin in self._all_twins:
             twin.tensors.begin_window(is_shown)
@@ -298,7 +294,8 @@ class Lane:
         sizes = tuple(len(each.indices) for each in layers)
         populations = tuple(each.parameter.numel() for each in layers)
         return LaneSums(
-            self.names, tuple(stacks), states, values, counts, sizes, populations, block
+            *(self.names, tuple(stacks), states, values, counts, sizes, populations),
+            self._run.block_counts,
         )
 
     def _find_shown(self, names: Collection[str]) -> Tensor:
@@ -386,6 +383,8 @@ class Lane:
     def scales_changed(self) -> None:
         """Find scales anew, since the amax of a layer has changed."""
         self._scales.forget_amaxes()
+        for twin in self._all_twins:
+            twin.forget_amaxes()
 
     def nbytes(self) -> int:
         """Return the memory of the lane in bytes: samples, gradients and twins."""
@@ -411,6 +410,7 @@ class Lane:
             "changed": sorted(changed),
             "suspicions": self._suspicions,
             "run": self._run.state_dict(),
+            "state_amaxes": self._scales.state_dict(),
             "reference": self._reference.state_dict(),
             "baseline": None if self._baseline is None else self._baseline.state_dict(),
             "twins": {name: twin.state_dict() for name, twin in self._twins.items()},
@@ -429,6 +429,7 @@ class Lane:
             recipes = [twin.recipe for twin in self._twins.values()]
             self._make_followers([r for r in recipes if r.only_weights and not self._baseline])
         self._plan.load_state_dict(state)
+        self._scales.load_state_dict(state["state_amaxes"])
         self._run.load_state_dict(state["run"], self._plan.layout)
         saved = [(self._reference, state["reference"]), (self._baseline, state["baseline"])]
         saved += [(twin, state["twins"][name]) for name, twin in self._twins.items()]
@@ -441,10 +442,3 @@ def _step(twin: Twin, gradients: Gradients, changes: Changes) -> None:
     assert isinstance(twin, OptimizerTwin)
     twin.follow(changes)
     twin.step(gradients)
-
-
-def _find_largest(tensors: list[Tensor]) -> Sequence[Tensor]:
-    """Return the largest magnitude of each tensor, on its device."""
-    # The norm of order inf. torch has no public name for norms of many tensors in one call; its
-    # gradient clipping makes it: torch/nn/utils/clip_grad.py.
-    return torch._foreach_norm(tensors, torch.inf)  # noqa: SLF001

@@ -16,14 +16,15 @@ from torch.optim import Optimizer
 
 from altgrad._messages import few
 from altgrad.recipes.layout import CHUNK, Bucket, Layout
-from altgrad.recipes.twin import Sampled
+from altgrad.recipes.sample import Sampled
 from altgrad.recipes.twin_source import TwinSource
 
 MOST_BUCKETS = 32
-"""Largest number of groups of layers that step alike. Layers beyond are left out.
+"""Largest number of groups of layers that step alike, and of small layers that step alone on a CPU.
 
-Each costs about 12 operations per recipe and step. Experts that are routed to at random step each
-on its own."""
+Layers beyond are left out, since each group costs about 12 operations per twin and step. Experts
+that are routed to at random step each on its own. So do layers of fewer than 64 elements in 16 bits
+on a CPU, as their shape decides how torch rounds them; a fused optimizer steps all at once."""
 
 
 class LaneKind(NamedTuple):

@@ -117,25 +117,25 @@ class Layout:
                 sources[place] = torch.arange(mine.start, mine.stop, device="cpu")
         return sources
 
-    def find_rows(self, names: Sequence[str], block: int) -> tuple[Tensor, Tensor]:
+    def find_rows(self, names: Sequence[str], columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the elements of some layers as rows of one width.
 
         Args:
             names: The layers.
-            block: Number of elements that each sample is a multiple of; the width is one, too.
+            columns: The column of each element of each layer, ascending, int64 (elements).
 
         Returns:
-            Positions in the flat tensor, int64 (layers, width), 0 beyond the end of a sample; and
-            bool (layers, width), False beyond the end. Both are on the CPU.
+            Positions in the flat tensor, int64 (layers, width), 0 where a row has no element; and
+            bool (layers, width), False there. Both are on the CPU.
         """
-        places = [self.places[name] for name in names]
-        width = max((place.stop - place.start for place in places), default=0)
-        width = -(-width // block) * block
-        columns = torch.arange(width, device="cpu")
-        starts = torch.tensor([place.start for place in places], device="cpu").view(-1, 1)
-        counts = torch.tensor([p.stop - p.start for p in places], device="cpu").view(-1, 1)
-        mask = columns < counts
-        return torch.where(mask, starts + columns, 0), mask
+        width = max((int(own[-1]) + 1 for own in columns), default=0)
+        rows = torch.zeros((len(names), width), dtype=torch.int64, device="cpu")
+        mask = torch.zeros_like(rows, dtype=torch.bool)
+        for number, (name, own) in enumerate(zip(names, columns, strict=True)):
+            place = self.places[name]
+            rows[number, own] = torch.arange(place.start, place.stop, device="cpu")
+            mask[number, own] = True
+        return rows, mask
 
     @staticmethod
     def _room(bucket: Bucket) -> int:

@@ -70,15 +70,26 @@ class OptimizerTwin(Twin):
 
         Layers without a state, and padding, have 0.
         """
-        states: dict[str, Tensor] = {}
+        return {name: self._join(parts) for name, parts in self._elementwise_states().items()}
+
+    def _elementwise_states(self) -> Mapping[str, list[tuple[slice, Tensor]]]:
+        """Return the elementwise states of the buckets that have some, by name."""
+        states: dict[str, list[tuple[slice, Tensor]]] = {}
         for state, place in zip(self._bucket_states(), self.layout.slices, strict=True):
             for name, value in state.items():
-                if not _is_elementwise(value, place):
-                    continue
-                if name not in states:
-                    states[name] = torch.zeros_like(self.tensors.weights, dtype=value.dtype)
-                states[name][place] = value.detach().view(-1)
+                if _is_elementwise(value, place):
+                    states.setdefault(name, []).append((place, value))
         return states
+
+    def _join(self, parts: Sequence[tuple[slice, Tensor]]) -> Tensor:
+        """Return states of buckets as a flat tensor, with 0 elsewhere; a view if there is one."""
+        (_, first), *others = parts
+        if not others and first.numel() == self.layout.length:
+            return first.view(-1)
+        flat = torch.zeros_like(self.tensors.weights, dtype=first.dtype)
+        for place, value in parts:
+            flat[place] = value.view(-1)
+        return flat
 
     def has_state(self, name: str, state: Mapping[str, Any], layer: Sampled) -> bool:
         """Return True if the twin has the state that the run has of a layer, but for rounding.
@@ -291,14 +302,19 @@ class OptimizerTwin(Twin):
 
     def _store_states(self) -> None:
         """Store the states that the recipe names."""
-        if not self.recipe.state_formats:
+        formats = self.recipe.state_formats
+        if not formats:
             return
-        for state, place in zip(self._bucket_states(), self.layout.slices, strict=True):
-            for name, value in state.items():
-                format = self.recipe.state_formats.get(name, self.recipe.state_formats.get("*"))
-                if format is not None and _is_elementwise(value, place):
-                    scale = self._scales.find_for_state(format, name, value, place)
-                    self._round(value, format, scale, self.recipe.rounding)
+        for name, parts in self._elementwise_states().items():
+            format = formats.get(name, formats.get("*"))
+            if format is None:
+                continue
+            flat = self._join(parts)
+            scale = self._scales.find_for_states(format, name, flat)
+            self._round(flat, format, scale, self.recipe.rounding)
+            for place, value in parts:
+                if value.data_ptr() != flat.data_ptr():
+                    value.copy_(flat[place].view(value.shape))
 
     def _all_tensors(self) -> list[Tensor]:
         """Return the weights, then all tensors of the optimizers' states."""

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from altgrad.recipes.layer_plan import LaneKind
 from altgrad.recipes.layout import Layout
+from altgrad.recipes.sample import Sampled, find_columns, get_block_size
 from altgrad.recipes.self_check import compare, find_suspected
-from altgrad.recipes.twin import Sampled
 from altgrad.recipes.twin_tensors import TwinTensors
 from altgrad.recipes.writes import count_writes
 
@@ -40,7 +40,9 @@ class RunWeights:
             padding.
         rows: Positions of the elements of each layer, int64 (layers, width).
         layer_rows: The row of the layer of each element, int64 (elements); 0 at padding.
-        mask: bool (layers, width), False where a row is longer than its layer.
+        mask: bool (layers, width), False where a row has no element of its layer.
+        blocks: Number of neighbours that were drawn together in each layer; 1 for single elements.
+        block_counts: Number of blocks in the sample of each layer; 0 for single elements.
         is_watching: True if weights are gathered at the end of each step.
     """
 
@@ -58,6 +60,8 @@ class RunWeights:
         # time was before a checked step, without a write that torch has counted.
         self._times_changed = torch.zeros(0, dtype=torch.float64, device=kind.device)
         self._suspected = torch.zeros(0, dtype=torch.bool, device=kind.device)
+        self.blocks: tuple[int, ...] = ()
+        self.block_counts: tuple[int, ...] = ()
 
     def rearrange(
         self, layers: Mapping[str, Sampled], layout: Layout, begun: Collection[str] = ()
@@ -79,7 +83,15 @@ class RunWeights:
         last, self._layout = self.values, layout
         self.values = torch.zeros(layout.length, dtype=self._kind.dtype, device=device)
         self._places = [self.values[place] for place in layout.places.values()]
-        rows, mask = layout.find_rows(names, self._kind.block)
+        columns = [find_columns(each, self._kind.block) for each in layers.values()]
+        rows, mask = layout.find_rows(names, columns)
+        self.blocks = tuple(
+            get_block_size(each.shape, self._kind.block) for each in layers.values()
+        )
+        self.block_counts = tuple(
+            int(own[-1]) // size + 1 if size > 1 else 0
+            for own, size in zip(columns, self.blocks, strict=True)
+        )
         self.rows, self.mask = rows.to(device), mask.to(device)
         self.layer_rows = torch.zeros(layout.length, dtype=torch.int64, device=device)
         for row, place in enumerate(layout.places.values()):

@@ -21,21 +21,8 @@ from altgrad.recipes.element_scales import ElementScales
 from altgrad.recipes.layout import Layout
 from altgrad.recipes.recipe import Recipe
 from altgrad.recipes.rounding import StorageRounding, store_
+from altgrad.recipes.sample import Sampled
 from altgrad.recipes.twin_tensors import TwinTensors
-
-
-class Sampled(NamedTuple):
-    """A layer of the run, with its sample.
-
-    Attributes:
-        parameter: The parameter.
-        shape: Its shape when the sample was drawn.
-        indices: The sample, as flat indices, int64 (elements) on the device of the parameter.
-    """
-
-    parameter: Tensor
-    shape: torch.Size
-    indices: Tensor
 
 
 class Arrangement(NamedTuple):
@@ -86,7 +73,7 @@ class Twin:
         digest = sha256(f"{seed} {recipe.name}".encode()).digest()
         self._seed = int.from_bytes(digest[:4], "big")
         self._generator: torch.Generator | None = None
-        self._block_scale: Tensor | None = None  # of formats with blocks: it never shrinks
+        self._amaxes: Tensor | None = None  # of the groups that share a scale: they never shrink
 
     @property
     def states(self) -> Mapping[str, Tensor]:
@@ -101,10 +88,10 @@ class Twin:
         """
         weights = new.weights.to(self.dtype, copy=True)
         sources = self.layout.find_sources(new.layout, new.begun).to(weights.device)
-        kept, self._block_scale = self._block_scale, None
+        kept, self._amaxes = self._amaxes, None
         self._store(weights, "nearest_even")
-        if kept is not None and self._block_scale is not None:
-            self._block_scale = torch.where(sources < 0, self._block_scale, kept[sources])
+        if kept is not None and self._amaxes is not None:
+            self._amaxes = torch.where(sources < 0, self._amaxes, kept[sources])
         fresh = TwinTensors.start_at(weights, keeps_lost=self.recipe.compensation is not None)
         if len(fresh.lost):
             fresh.lost.copy_((new.weights.to(self.dtype) - weights).nan_to_num_(0.0))
@@ -125,6 +112,12 @@ class Twin:
         if len(self.tensors.lost):
             self.tensors.lost.masked_fill_(outside, 0)
 
+    def forget_amaxes(self) -> None:
+        """Take the amaxes of the run's layers anew; those of blocks are the twin's own."""
+        format = self.recipe.weights_format
+        if format is not None and not isinstance(self._scales.applied(format), tuple):
+            self._amaxes = None
+
     def stack(self, rows: Tensor) -> TwinStack:
         """Return the twin's weights and states with a row for each layer.
 
@@ -135,14 +128,14 @@ class Twin:
 
     def nbytes(self) -> int:
         """Return the memory of the twin in bytes."""
-        return self.tensors.nbytes()
+        return self.tensors.nbytes() + (0 if self._amaxes is None else self._amaxes.nbytes)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs to continue exactly."""
         generator = self._generator
         return {
             "tensors": self.tensors.state_dict(),
-            "block_scale": self._block_scale,
+            "amaxes": None if self._amaxes is None else self._amaxes.clone(),
             "generator": None if generator is None else generator.get_state(),
         }
 
@@ -158,8 +151,8 @@ class Twin:
         """
         tensors = {name: each.to(device) for name, each in state["tensors"].items()}
         self.tensors, self.layout = TwinTensors(**tensors), layout
-        scale = state["block_scale"]
-        self._block_scale = None if scale is None else scale.to(device)
+        amaxes = state["amaxes"]
+        self._amaxes = None if amaxes is None else amaxes.to(device, copy=True)
         if state["generator"] is not None:
             self._get_generator(device).set_state(state["generator"])
 
@@ -176,12 +169,12 @@ class Twin:
         format = self.recipe.weights_format
         if format is None:
             return
-        scale = self._scales.find_for_weights(format, weights)
-        if isinstance(self._scales.applied(format), tuple) and scale is not None:
-            if self._block_scale is not None:
-                scale = torch.maximum(scale, self._block_scale)
-            self._block_scale = scale
-            scale = torch.where(scale == 0, 1, scale)
+        scale = None
+        if self._scales.applied(format) is not None:
+            wanted = weights if lost is None else weights + lost.to(weights.dtype)
+            if self._amaxes is None:
+                self._amaxes = self._scales.start_amaxes(format, weights)
+            scale = self._scales.find_for_weights(format, wanted, self._amaxes)
         self._round(weights, format, scale, rounding, lost)
 
     def _round(

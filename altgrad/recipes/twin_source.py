@@ -50,7 +50,7 @@ class TwinSource(Protocol):
             empty layer.
         """
 
-    def find_amaxes(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def find_amaxes(self, name: str, indices: Tensor) -> Tensor:
         """Return the largest magnitudes from which the scales of a layer are computed.
 
         Args:
@@ -59,7 +59,7 @@ class TwinSource(Protocol):
 
         Returns:
             The largest magnitude among the weights that share the scale of each element, (elements)
-            or (1), and that of the layer, (1).
+            or (1).
         """
 
     def warn(self, notice: str) -> None:

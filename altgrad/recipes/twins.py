@@ -216,7 +216,7 @@ class Twins:
                     values,
                     sizes=each.sizes,
                     populations=each.populations,
-                    block=each.block,
+                    blocks=each.blocks,
                 )
                 for each, values, _ in pairs
             ]

@@ -132,15 +132,17 @@ def define_row(
 
 
 def assert_as_defined(
-    mask: Tensor, high: TwinStack, twins: Sequence[TwinStack], block: int = 1
+    mask: Tensor, high: TwinStack, twins: Sequence[TwinStack], *blocks: int
 ) -> Tensor:
-    columns = TwinColumns(STATES)
-    found = measure_twins(mask, high, twins, STATES, block=block)
+    """Compare with the definition; `blocks` has the size in all layers, or in each."""
+    columns, blocks = TwinColumns(STATES), blocks or (1,)
+    sizes = blocks if len(blocks) > 1 else blocks * len(mask)
+    found = measure_twins(mask, high, twins, STATES, blocks=sizes)
     assert found.shape == (len(mask), len(twins), len(columns))
     assert found.dtype == torch.float64
     for layer, recipe in itertools.product(range(len(mask)), range(len(twins))):
         row = found[layer, recipe].tolist()
-        expected = define_row(mask[layer].tolist(), high, twins[recipe], layer, block)
+        expected = define_row(mask[layer].tolist(), high, twins[recipe], layer, sizes[layer])
         for k, name in enumerate(columns.ratios):
             numbers = [float(number) for number in expected[name]]  # type: ignore[attr-defined]
             assert row[5 * k : 5 * k + 5] == pytest.approx(numbers, rel=1e-11, abs=1e-13), name
@@ -167,6 +169,13 @@ def test_each_column_equals_its_definition(dtype: torch.dtype, block: int) -> No
     assert_as_defined(mask, make_stack(4, 12, 0), twins, block)
 
 
+def test_each_layer_has_blocks_of_its_own_size() -> None:
+    mask = torch.arange(12) < torch.tensor([[12], [9], [4], [0], [1]])
+    mask[1, 7] = False  # a short block at the end of a row
+    twins = [make_stack(5, 12, seed) for seed in (1, 2)]
+    assert_as_defined(mask, make_stack(5, 12, 0), twins, 4, 5, 1, 4, 8)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", WEIGHTS)
 @pytest.mark.parametrize("is_low", [True, False], ids=["twin", "fp32"])
@@ -176,7 +185,7 @@ def test_elements_that_are_not_finite_count_as_such_alone(
     mask = torch.ones(2, 8, dtype=torch.bool)
     high, low, other = (make_stack(2, 8, seed) for seed in (0, 1, 2))
     getattr(low if is_low else high, place)[0, 3] = bad
-    found = assert_as_defined(mask, high, [low, other], block=2)
+    found = assert_as_defined(mask, high, [low, other], 2)
     start = 5 * RATIOS.index("twin_nonfinite_frac")
     assert found[0, :, start].tolist() == ([1, 0] if is_low else [1, 1])
     assert found[1, :, start].tolist() == [0, 0]
@@ -248,9 +257,9 @@ def test_no_twins_and_no_states_are_measured() -> None:
 def test_twins_are_measured_alike_alone_and_together() -> None:
     mask = torch.arange(8) < torch.tensor([[8], [3]])
     high, twins = make_stack(2, 8, 0), [make_stack(2, 8, seed) for seed in range(1, 5)]
-    together = measure_twins(mask, high, twins, STATES, block=2)
+    together = measure_twins(mask, high, twins, STATES, blocks=[2, 2])
     for k, twin in enumerate(twins):
-        alone = measure_twins(mask, high, [twin], STATES, block=2)
+        alone = measure_twins(mask, high, [twin], STATES, blocks=[2, 2])
         torch.testing.assert_close(together[:, k], alone[:, 0], rtol=1e-14, atol=0, equal_nan=True)
 
 

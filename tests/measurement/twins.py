@@ -78,9 +78,11 @@ def measure_sample(
     width = high.now.shape[1]
     sizes = [width] * len(layers) if sizes is None else sizes
     mask = torch.arange(width) < torch.tensor(sizes).view(-1, 1)
-    values = measure_twins(mask, high, twins, states, block=block).numpy()
+    blocks = [block] * len(layers)
+    values = measure_twins(mask, high, twins, states, blocks=blocks).numpy()
+    counts = [-(-size // block) if block > 1 else 0 for size in sizes]
     return TwinValues.read(
-        (layers, recipes, states), values, sizes=sizes, populations=populations, block=block
+        (layers, recipes, states), values, sizes=sizes, populations=populations, blocks=counts
     )
 
 

@@ -49,6 +49,14 @@ def test_a_step_that_is_not_observed_costs_few_operations(groups: int) -> None:
     assert count_unobserved(groups, RECIPES) <= 100 + 30 * twins + 12 * twins * (groups - 1)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "groups"), [("e4m3fn-sr", 1), (Recipe("low", states={"exp_avg_sq": "e5m2"}), 2)]
+)
+def test_a_format_with_scales_costs_20_operations_more(recipe: str | Recipe, groups: int) -> None:
+    # The scales of both groups are found together.
+    assert count_unobserved(groups, [recipe]) <= 100 + 2 * 25 + 2 * 12 * (groups - 1) + 20
+
+
 def test_memory_is_stated() -> None:
     net = make_net()
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3)

@@ -48,19 +48,21 @@ def test_a_layer_with_another_sample_is_new() -> None:
 
 
 def test_rows_have_one_width_and_a_mask() -> None:
-    rows, mask = TWO.find_rows(["c", "a", "b"], block=1)
+    columns = [torch.arange(count) for count in (3, 256, 10)]
+    rows, mask = TWO.find_rows(["c", "a", "b"], columns)
     assert rows.shape == mask.shape == (3, 256)
     assert rows[0, :3].tolist() == [320, 321, 322]
     assert mask.sum(1).tolist() == [3, 256, 10]
     assert rows[~mask].unique().tolist() == [0]
 
 
-def test_the_width_is_a_multiple_of_the_block() -> None:
-    rows, mask = TWO.find_rows(["b"], block=32)
-    assert rows.shape == (1, 32)
-    assert mask.sum() == 10
+def test_elements_stand_in_their_columns() -> None:
+    rows, mask = TWO.find_rows(["c", "b"], [torch.tensor([0, 1, 4]), torch.arange(10)])
+    assert rows[0].tolist() == [320, 321, 0, 0, 322, 0, 0, 0, 0, 0]
+    assert mask[0].nonzero().flatten().tolist() == [0, 1, 4]
+    assert mask[1].all()
 
 
 def test_an_empty_layout_has_no_element() -> None:
     assert Layout().length == 0
-    assert Layout().find_rows([], block=1)[0].shape == (0, 0)
+    assert Layout().find_rows([], [])[0].shape == (0, 0)

@@ -15,7 +15,8 @@ from altgrad.recipes.element_scales import ElementScales
 from altgrad.recipes.layout import Bucket, Layout
 from altgrad.recipes.optimizer_twin import Gradients, OptimizerTwin
 from altgrad.recipes.recipe import Recipe
-from altgrad.recipes.twin import Arrangement, Sampled, UpdateTwin
+from altgrad.recipes.sample import Sampled
+from altgrad.recipes.twin import Arrangement, UpdateTwin
 
 COUNT = 256
 

@@ -8,8 +8,8 @@ import torch
 from altgrad.recipes.layer_plan import LaneKind
 from altgrad.recipes.layout import Bucket, Layout
 from altgrad.recipes.run_weights import RunWeights
+from altgrad.recipes.sample import Sampled
 from altgrad.recipes.self_check import COUNTS
-from altgrad.recipes.twin import Sampled
 from altgrad.recipes.twin_tensors import TwinTensors
 
 KIND = LaneKind(torch.float32, torch.float32, torch.device("cpu"), 1)
@@ -156,3 +156,23 @@ def test_counts_of_changes_begin_anew_after_a_check() -> None:
     run.find_changed()
     assert run.check()[0]["outside"] == 1
     assert run.check()[0]["outside"] == 0
+
+
+def test_each_layer_has_blocks_of_its_own() -> None:
+    shapes = {"short": (16, 10), "single": (96, 1), "both": (8, 40)}
+    layers = {
+        name: Sampled(
+            torch.randn(shape), torch.Size(shape), torch.arange(torch.Size(shape).numel())
+        )
+        for name, shape in shapes.items()
+    }
+    counts = {name: len(each.indices) for name, each in layers.items()}
+    weights = RunWeights(KIND._replace(block=32))
+    weights.rearrange(layers, Layout((Bucket(0, counts),)))
+    assert weights.blocks == (10, 1, 32)
+    assert weights.block_counts == (16, 0, 16)  # two in each row of 40; single elements are none
+    for row, layer in enumerate(layers.values()):
+        inside = weights.values[weights.rows[row][weights.mask[row]]]
+        assert torch.equal(inside, layer.parameter.flatten())
+    in_blocks = weights.mask[2][: 15 * 32].view(-1, 32).sum(1)
+    assert in_blocks.tolist() == [32, 8] * 7 + [32]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,8 @@ from altgrad import quantize
 from altgrad.recipes.element_scales import ElementScales
 from altgrad.recipes.layout import Bucket, Layout
 from altgrad.recipes.recipe import Recipe
-from altgrad.recipes.twin import Arrangement, Sampled, Twin, UpdateTwin
+from altgrad.recipes.sample import Sampled
+from altgrad.recipes.twin import Arrangement, Twin, UpdateTwin
 
 LAYOUT = Layout((Bucket(0, {"w": 64}),))
 
@@ -23,12 +26,8 @@ def arrange(weights: Tensor, layout: Layout = LAYOUT) -> Arrangement:
 
 
 def make(recipe: Recipe, weights: Tensor, kind: type[Twin] = UpdateTwin) -> Twin:
-    def find(_name: str, _indices: Tensor) -> tuple[Tensor, Tensor]:
-        amax = weights.abs().amax().view(1)
-        return amax, amax
-
-    scales = ElementScales("tensor", find)
-    scales.read(LAYOUT, {"w": torch.arange(64)}, weights)
+    scales = ElementScales("tensor", lambda _name, _indices: weights.abs().amax().view(1))
+    scales.read(LAYOUT, {"w": Sampled(weights, weights.shape, torch.arange(64))}, weights.device)
     twin = kind(recipe, weights.dtype, scales, 0)
     twin.rearrange(arrange(weights))
     return twin
@@ -101,9 +100,40 @@ def test_scales_of_blocks_never_shrink() -> None:
     assert torch.equal(twin.tensors.weights, torch.full((64,), 2.0**-9))
 
 
+def test_scales_of_layers_follow_the_run_again_when_its_amax_is_taken() -> None:
+    weights = torch.full((64,), 448.0)
+    twin = make(Recipe("low", weights="e4m3fn"), weights)
+    assert isinstance(twin, UpdateTwin)
+    twin.take_update(torch.full((64,), 448.0))
+    assert torch.equal(twin.tensors.weights, torch.full((64,), 896.0))  # the scale has become 2
+    small = torch.full((64,), 2.0**-9)  # the smallest magnitude under a scale of 1
+    twin.take_update(small - 896)
+    assert torch.equal(twin.tensors.weights, torch.zeros(64))
+    twin.forget_amaxes()
+    twin.take_update(small)
+    assert torch.equal(twin.tensors.weights, small)
+
+
+def test_a_state_keeps_the_scales_of_its_time() -> None:
+    weights = torch.full((64,), 448.0)
+    twin, resumed = (make(Recipe("low", weights="e4m3fn"), weights) for _ in range(2))
+    assert isinstance(twin, UpdateTwin)
+    assert isinstance(resumed, UpdateTwin)
+    twin.take_update(torch.full((64,), 448.0))
+    state = copy.deepcopy(twin.state_dict())
+    live = twin.state_dict()["amaxes"]
+    twin.take_update(torch.full((64,), 896.0))
+    assert torch.equal(live, state["amaxes"])
+    resumed.load_state_dict(LAYOUT, state, torch.device("cpu"))
+    resumed.rearrange(arrange(weights))
+    resumed.take_update(torch.full((64,), 1.0))  # 897 is 896 under a scale of 2 and of 4
+    resumed.take_update(torch.full((64,), -896.0 + 2.0**-9))
+    assert torch.equal(resumed.tensors.weights, torch.zeros(64))
+
+
 def test_rows_of_a_stack_are_those_of_the_layers() -> None:
     weights = draw()
-    rows, _ = LAYOUT.find_rows(["w"], 1)
+    rows, _ = LAYOUT.find_rows(["w"], [torch.arange(64)])
     stack = make(Recipe("fp32"), weights).stack(rows)
     assert torch.equal(stack.now, weights[None])
     assert stack.states == {}

@@ -227,13 +227,24 @@ def test_nothing_is_left_on_the_optimizer_after_detach() -> None:
     assert watched.monitor.twins.nbytes() == 0
 
 
-def test_a_resumed_run_continues_every_figure_bit_for_bit() -> None:
+SCALED = [
+    *("e4m3fn", "e4m3fn-kahan", "mxfp4"),
+    Recipe("v8", states={"exp_avg_sq": "e5m2"}),
+    Recipe("v8-sr", weights="bf16", states={"*": "e5m2"}, rounding="stochastic"),
+]
+
+
+@pytest.mark.parametrize("recipes", [None, SCALED], ids=["default", "scaled"])
+@pytest.mark.parametrize("stop", [4, 13])
+def test_a_resumed_run_continues_every_figure_bit_for_bit(recipes: Any, stop: int) -> None:
     def run(stops: bool) -> dict[str, float]:
         net = make_net()
+        torch.nn.init.zeros_(net[3].weight)  # its scales rise between the observed steps
         optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
         settings: dict[str, Any] = {"every_n_steps": lambda index: index % 5 == 4}
+        settings["recipes"] = recipes
         watched = Watched(net, optimizer, **settings)
-        train(net, optimizer, 13 if stops else 30)
+        train(net, optimizer, stop if stops else 30)
         if stops:
             saved = [x.state_dict() for x in (net, optimizer, watched.monitor)]
             net = make_net()
@@ -245,13 +256,14 @@ def test_a_resumed_run_continues_every_figure_bit_for_bit() -> None:
                 net,
                 watched.records.append,
                 formats=["bf16", "e4m3fn"],
-                every_n_steps=lambda index: (index + 13) % 5 == 4,
+                recipes=recipes,
+                every_n_steps=lambda index: (index + stop) % 5 == 4,
                 strict=True,
                 warn=watched.notices.append,
             )
             monitor.load_state_dict(saved[2])
             monitor.attach(optimizer)
-            train(net, optimizer, 17, first=13)
+            train(net, optimizer, 30 - stop, first=stop)
         assert watched.notices == []
         last = watched.records[-1]
         keys = last.model.twin_keys
