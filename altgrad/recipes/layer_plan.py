@@ -84,6 +84,7 @@ class LayerPlan:
         self._left_out: set[str] = set()
         self.renewed: frozenset[str] = frozenset()
         self.begun: frozenset[str] = frozenset()
+        self._warned: set[str] = set()
         self._loaded: dict[str, _Saved] = {}  # of a checkpoint, until the first step
 
     def arrange(
@@ -111,11 +112,7 @@ class LayerPlan:
         new = [each for each in stepped if each.name in wanted and each.name not in settled]
         begun = self._begin({each.name for each in known}, new)
         made = self._make_buckets(optimizer, new, present)
-        buckets = kept + made
-        # Groups are the user's; only layers that are stepped at other times are limited.
-        most = MOST_BUCKETS + len({bucket.group for bucket in buckets}) - 1
-        if sum(bucket.shape is None for bucket in buckets) > most:
-            buckets = self._leave_out_small(buckets, most)
+        buckets = self._limit(optimizer, kept + made)
         layout = Layout(tuple(buckets))
         self.renewed = frozenset(name for bucket in made for name in bucket.counts)
         self.begun = begun & self.renewed
@@ -189,20 +186,53 @@ class LayerPlan:
         is_fused = bool(optimizer.param_groups[layer.group].get("fused"))
         return self._kind.dtype.itemsize < 4 or is_fused
 
-    def _leave_out_small(self, buckets: Sequence[Bucket], most: int) -> list[Bucket]:
-        """Keep the buckets with the most elements, and warn once of the layers of the others."""
+    def _limit(self, optimizer: Optimizer, buckets: list[Bucket]) -> list[Bucket]:
+        """Leave out buckets that would cost too much, and warn once of each kind."""
         flat = [bucket for bucket in buckets if bucket.shape is None]
-        flat.sort(key=lambda bucket: -bucket.length)  # stable: equal runs leave out the same
-        gone = [name for bucket in flat[most:] for name in bucket.counts]
-        if not self._left_out:
+        alone = [
+            bucket
+            for bucket in buckets
+            if bucket.shape is not None and self._steps_alone(optimizer, bucket)
+        ]
+        # Groups are the user's; only layers that are stepped at other times are limited.
+        self._leave_out_smallest(
+            flat,
+            MOST_BUCKETS + len({bucket.group for bucket in buckets}) - 1,
+            "that are stepped at other times than the rest, as experts are",
+            "groups of layers apart",
+        )
+        self._leave_out_smallest(
+            alone,
+            MOST_BUCKETS,
+            f"of fewer than {CHUNK} elements",
+            "such layers, each on its own, in 16 bits on a CPU",
+        )
+        return [bucket for bucket in buckets if self._left_out.isdisjoint(bucket.counts)]
+
+    def _steps_alone(self, optimizer: Optimizer, bucket: Bucket) -> bool:
+        """Return True if a bucket costs operations of its own."""
+        is_fused = optimizer.param_groups[bucket.group].get("fused")
+        return self._kind.device.type == "cpu" and not is_fused
+
+    def _leave_out_smallest(self, buckets: list[Bucket], most: int, kind: str, what: str) -> None:
+        """Keep the buckets with the most elements, and warn once of the layers of the others.
+
+        Args:
+            buckets: Buckets of one kind.
+            most: Largest number of buckets to keep.
+            kind: Description of the layers that are left out.
+            what: What twins step that many of.
+        """
+        ranked = sorted(buckets, key=lambda bucket: -bucket.length)  # stable: equal runs are equal
+        gone = [name for bucket in ranked[most:] for name in bucket.counts]
+        if gone and kind not in self._warned:
             self._source.warn(
-                f"has no twins of {few(gone)} and of others that are stepped at other times than "
-                f"the rest, as experts are: twins step {most} groups of layers apart"
+                f"has no twins of {few(gone)} and of others {kind}: twins step {most} {what}"
             )
+            self._warned.add(kind)
         self._left_out.update(gone)
         for name in gone:
             self.layers.pop(name, None)
-        return [bucket for bucket in buckets if self._left_out.isdisjoint(bucket.counts)]
 
     def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the buckets and the samples as plain data and tensors.

@@ -22,7 +22,8 @@ from altgrad.recipes.hyperparameters import Changes, apply_changes
 from altgrad.recipes.layout import Bucket, Layout
 from altgrad.recipes.optimizer_copy import copy_optimizer, copy_with_factory
 from altgrad.recipes.recipe import Recipe
-from altgrad.recipes.twin import Arrangement, Sampled, Twin
+from altgrad.recipes.sample import Sampled
+from altgrad.recipes.twin import Arrangement, Twin
 
 
 class Gradients(NamedTuple):
