@@ -1,6 +1,6 @@
 """Traces the road of one observed step: what of AltGrad's own code a net of three layers enters.
 
-    python benchmarks/road.py [--list]
+    python benchmarks/road.py [--list] [--twins]
 
 Counted are functions, files, changes of file from one call to the next, and containers: classes
 of AltGrad of which the step makes an instance. The step is the third one, when arena, scales and
@@ -72,11 +72,17 @@ def traced() -> Iterator[Road]:
         sys.setprofile(None)
 
 
-def road_of_a_step() -> Road:
+def trace_step(*, with_twins: bool = False) -> Road:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 8))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    monitor = UpdateMonitor(model, formats=["bf16", "e4m3fn"], max_elements=256, strict=True)
+    monitor = UpdateMonitor(
+        model,
+        formats=["bf16", "e4m3fn"],
+        max_elements=256,
+        recipes=None if with_twins else (),
+        strict=True,
+    )
     with monitor.attach(optimizer):
         for step in range(3):
             optimizer.zero_grad()
@@ -93,8 +99,9 @@ def road_of_a_step() -> Road:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trace an observed step of a net of three layers.")
     parser.add_argument("--list", action="store_true", help="also print every call in its order")
+    parser.add_argument("--twins", action="store_true", help="with the twins of the two formats")
     arguments = parser.parse_args()
-    road = road_of_a_step()
+    road = trace_step(with_twins=arguments.twins)
     if arguments.list:
         for file, function in road.calls:
             print(f"{file:36} {function}")
