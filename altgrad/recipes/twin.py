@@ -131,7 +131,7 @@ class Twin:
         return self.tensors.nbytes() + (0 if self._amaxes is None else self._amaxes.nbytes)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a resumed run needs to continue exactly."""
+        """Return a copy of the state that a resumed run needs to continue exactly."""
         generator = self._generator
         return {
             "tensors": self.tensors.state_dict(),
@@ -149,7 +149,7 @@ class Twin:
             state: The state.
             device: The device of the layers.
         """
-        tensors = {name: each.to(device) for name, each in state["tensors"].items()}
+        tensors = {name: each.to(device, copy=True) for name, each in state["tensors"].items()}
         self.tensors, self.layout = TwinTensors(**tensors), layout
         amaxes = state["amaxes"]
         self._amaxes = None if amaxes is None else amaxes.to(device, copy=True)

@@ -94,16 +94,21 @@ class TwinTensors:
     def replace_weights(self, weights: Tensor) -> None:
         """Take over weights that something other than a step has changed.
 
-        Earlier weights are shifted, so that the change does not count as a movement.
+        Earlier weights are shifted, so that the change does not count as a movement. An element
+        begins anew where no number is such a shift, because the weight was NaN or infinite, or is.
 
         Args:
             weights: The weights, in the dtype of the twin, (elements).
         """
-        shift = weights - self.weights
+        stays = (weights == self.weights) | (weights.isnan() & self.weights.isnan())
         # Where nothing changed, NaN and inf must stay as they are: inf − inf is NaN.
-        shift = torch.where(weights == self.weights, 0, shift)
+        shift = torch.where(stays, 0, weights - self.weights)
+        begins = ~shift.isfinite()
         for earlier in (self.before, self.window, self.start):
             earlier.add_(shift)
+            earlier.copy_(torch.where(begins, weights, earlier))
+        for moved in (self.moved_in_window, self.moved):
+            moved.logical_and_(~begins)
         self.weights.copy_(weights)
 
     def stack(self, rows: Tensor, states: Mapping[str, Tensor]) -> TwinStack:
@@ -128,5 +133,5 @@ class TwinTensors:
         return sum(getattr(self, field.name).nbytes for field in fields(self))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the tensors by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Return copies of the tensors by name."""
+        return {field.name: getattr(self, field.name).clone() for field in fields(self)}

@@ -1,5 +1,6 @@
 """`TwinTensors`: which weights have moved, and what a change between steps does to them."""
 
+import pytest
 import torch
 
 from altgrad.recipes.twin_tensors import TwinTensors
@@ -66,6 +67,46 @@ def test_nan_and_inf_that_stay_do_not_spread_to_earlier_weights() -> None:
     tensors = start(float("inf"), 2.0)
     tensors.replace_weights(torch.tensor([float("inf"), 3.0]))
     assert tensors.start.tolist() == [float("inf"), 3.0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_an_element_that_is_repaired_begins_anew(bad: float) -> None:
+    tensors = start(1.0, 2.0)
+    move(tensors, bad, 0.5)
+    tensors.begin_window(torch.tensor([True, True]))
+    move(tensors, 0.0, 0.5)
+    tensors.replace_weights(torch.tensor([4.0, 5.0]))
+    assert tensors.start.tolist() == [4.0, 4.0]
+    assert tensors.window.tolist() == [4.0, 4.5]
+    assert tensors.before.tolist() == [4.0, 4.5]
+    stack = tensors.stack(torch.tensor([[0, 1]]), {})
+    assert stack.moved.tolist() == [[False, True]]
+    assert stack.moved_in_window.tolist() == [[False, True]]
+
+
+def test_an_element_that_something_else_makes_nan_and_repairs_begins_anew() -> None:
+    tensors = start(1.0, 2.0)
+    move(tensors, 0.5, 0.5)
+    tensors.replace_weights(torch.tensor([float("nan"), 2.5]))
+    tensors.replace_weights(torch.tensor([7.0, 2.5]))
+    assert tensors.start.tolist() == [7.0, 2.0]
+    assert tensors.moved_in_window.tolist() == [False, True]
+
+
+def test_nan_that_stays_leaves_earlier_weights() -> None:
+    tensors = start(1.0, 2.0)
+    move(tensors, float("nan"), 0.5)
+    tensors.replace_weights(torch.tensor([float("nan"), 3.0]))
+    assert tensors.start.tolist() == [1.0, 2.5]
+    assert tensors.moved_in_window.tolist() == [True, True]
+
+
+def test_a_state_is_a_copy() -> None:
+    tensors = start(1.0, 2.0, keeps_lost=True)
+    state = tensors.state_dict()
+    move(tensors, 0.5, 0.5)
+    assert state["weights"].tolist() == state["start"].tolist() == [1.0, 2.0]
+    assert not state["moved_in_window"].any()
 
 
 def test_rearranging_keeps_old_elements_and_takes_new_ones() -> None:
