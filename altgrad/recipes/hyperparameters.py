@@ -2,8 +2,8 @@
 
 Schedulers and users change the groups of an optimizer between steps, and twins must follow. Some
 optimizers change their own groups within a step, such as the `k` of schedule-free ones. A twin's
-own step does that, so such a change is never copied. Read `optimizer_copy` first; `twin` comes
-next and applies the changes.
+own step does that, so such a change is never copied. Read `optimizer_copy` first; `factory` comes
+next.
 """
 
 from __future__ import annotations
@@ -85,11 +85,27 @@ def apply_changes(changes: Changes, twin: Optimizer, numbers: Sequence[int]) -> 
         return
     for number, group in zip(numbers, twin.param_groups, strict=True):
         for key, value in changes.get(number, {}).items():
-            old = group.get(key)
-            if isinstance(value, Tensor) and isinstance(old, Tensor) and old.shape == value.shape:
-                old.detach().copy_(value)
-            else:
-                group[key] = copy_value(value)
+            set_option(group, key, value)
+
+
+def set_option(group: dict[str, Any], key: str, value: Any) -> None:
+    """Set a copy of a hyperparameter in a group; fill a tensor in place.
+
+    Args:
+        group: The group.
+        key: Name of the hyperparameter.
+        value: Its value.
+    """
+    old = group.get(key)
+    if isinstance(value, Tensor) and isinstance(old, Tensor) and old.shape == value.shape:
+        old.detach().copy_(value)
+    else:
+        group[key] = copy_value(value)
+
+
+def copy_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return copies of the hyperparameters of a group, without its parameters and their names."""
+    return {key: copy_value(value) for key, value in _without_parameters(group).items()}
 
 
 class _Mark:

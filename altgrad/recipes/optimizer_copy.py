@@ -4,8 +4,8 @@
 constructor: flags that are in no group, and hyperparameters that were changed since. To call the
 class again with ``**defaults`` raises an error for AdamW and the optimizers of other libraries.
 
-`copy_with_factory` calls a function of the user's instead, for optimizers of another class.
-`hyperparameters` comes next, which keeps the groups of a copy up to date.
+`hyperparameters` comes next, which keeps the groups of a copy up to
+date. `factory` makes optimizers of another class by a function of the user's.
 """
 
 from __future__ import annotations
@@ -16,19 +16,16 @@ import logging
 import types
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from altgrad._messages import format_count
 
 Groups: TypeAlias = Sequence[tuple[int, Sequence[nn.Parameter]]]
 """For each group of a copy: the index of the real group whose hyperparameters it has, and its own
 parameters."""
-Factory: TypeAlias = Callable[[list[nn.Parameter], dict[str, Any]], Optimizer]
-"""A function that makes an optimizer of parameters and the hyperparameters of a real group."""
 
 # Made anew for each copy: torch/optim/optimizer.py, Optimizer.__init__.
 _HOOKS = (
@@ -67,8 +64,8 @@ def copy_optimizer(optimizer: Optimizer, groups: Groups, *, fused: bool = False)
         The copy.
 
     Raises:
-        CannotCopyError: A part of `optimizer` cannot be copied, or leads to its parameters. Or
-            `fused` is True, and the class has no fused implementation.
+        CannotCopyError: A part of `optimizer` cannot be copied, leads to its parameters, or would
+            be shared with the copy. Or `fused` is True, and the class has no fused implementation.
     """
     twin: Optimizer = object.__new__(type(optimizer))
     copier = _Copier(optimizer, twin)
@@ -86,35 +83,24 @@ def copy_optimizer(optimizer: Optimizer, groups: Groups, *, fused: bool = False)
         for index, parameters in groups
     ]
     if fused:
-        _use_fused(twin)
+        use_fused(twin)
     return twin
 
 
-def copy_with_factory(factory: Factory, optimizer: Optimizer, groups: Groups) -> list[Optimizer]:
-    """Return one optimizer per group, made by a function of the user's.
+def copy_hyperparameters(optimizer: Optimizer, index: int) -> dict[str, Any]:
+    """Return copies of the hyperparameters of a group, without its parameters and their names.
 
     Args:
-        factory: A function that is called with the parameters of a group, and a dict of
-            hyperparameters without ``"params"``. It returns an optimizer of these parameters.
-        optimizer: The optimizer whose hyperparameters are copied. It stays as it is.
-        groups: For each optimizer, the index of the group of `optimizer` whose hyperparameters are
-            passed, and the parameters.
+        optimizer: The optimizer. It stays as it is.
+        index: The index of the group.
 
     Returns:
-        The optimizers, in the order of `groups`.
+        The values by key.
 
     Raises:
-        CannotCopyError: A hyperparameter cannot be copied.
-        TypeError: The function returned something else than an optimizer.
-        ValueError: The optimizer that the function returned has other parameters.
+        CannotCopyError: A hyperparameter cannot be copied, or leads to a parameter.
     """
-    copier = _Copier(optimizer, None)
-    made = []
-    for index, parameters in groups:
-        result: Any = factory([*parameters], copier.copy_hyperparameters(index))
-        _check_made(result, parameters)
-        made.append(result)
-    return made
+    return _Copier(optimizer, None).copy_hyperparameters(index)
 
 
 def copy_value(value: Any) -> Any:
@@ -146,7 +132,8 @@ class _Copier:
             The copy.
 
         Raises:
-            CannotCopyError: The part leads to a parameter or to an optimizer, or has no deep copy.
+            CannotCopyError: The part leads to a parameter or to an optimizer, has no deep copy, or
+                calls a function that shares an object with the copy.
         """
         kind = type(self._optimizer).__name__
         if reached := self._find_reached(value):
@@ -231,7 +218,7 @@ def _is_remade(optimizer: Optimizer, name: str) -> bool:
     return is_method or name in {"param_groups", "state", *_HOOKS, *_SET_FOR_ONE_STEP}
 
 
-def _use_fused(optimizer: Optimizer) -> None:
+def use_fused(optimizer: Optimizer) -> None:
     """Choose the fused implementation in all groups.
 
     Raises:
@@ -244,25 +231,3 @@ def _use_fused(optimizer: Optimizer) -> None:
                 f"{type(optimizer).__name__} has no argument `fused`; leave out this recipe"
             )
         group.update(fused=True, foreach=False)
-
-
-def _check_made(made: Any, parameters: Sequence[nn.Parameter]) -> None:
-    """Check what a factory returned.
-
-    Raises:
-        TypeError: It is no optimizer.
-        ValueError: It has other parameters than the factory was given.
-    """
-    if not isinstance(made, Optimizer):
-        raise TypeError(
-            f"optimizer=… returned {type(made).__name__}: expected a torch.optim.Optimizer; return "
-            "an optimizer of the parameters that the function is called with"
-        )
-    held = [id(p) for group in made.param_groups for p in group["params"]]
-    if sorted(held) != sorted(map(id, parameters)):
-        count = format_count(len(held), "parameter")
-        raise ValueError(
-            f"optimizer=… returned a {type(made).__name__} with {count}: expected exactly the "
-            f"{len(parameters)} that the function is called with; return an optimizer of all of "
-            "them and of no other"
-        )

@@ -1,12 +1,13 @@
 """`OptimizerTwin`: a twin whose own optimizer makes each step, with the gradients of the run.
 
 No formula is modelled: the optimizer is a copy of the run's own, or one that a recipe makes, and
-runs on the sample. Read `twin`, `optimizer_copy` and `flat_state` first. `lane` comes next: it
-holds all twins of some layers.
+runs on the sample. Read `twin`, `optimizer_copy`, `factory` and `flat_state` first. `lane` comes
+next: it holds all twins of some layers.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -16,11 +17,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from altgrad.recipes.element_scales import ElementScales
+from altgrad.recipes.factory import FactoryGroup
 from altgrad.recipes.flat_state import is_same_state, split_state, take_state
 from altgrad.recipes.generators import PrivateGenerators, may_draw
 from altgrad.recipes.hyperparameters import Changes, apply_changes
+from altgrad.recipes.isolation import step_quietly
 from altgrad.recipes.layout import Bucket, Layout
-from altgrad.recipes.optimizer_copy import copy_optimizer, copy_with_factory
+from altgrad.recipes.optimizer_copy import (
+    copy_hyperparameters,
+    copy_optimizer,
+    copy_value,
+    use_fused,
+)
 from altgrad.recipes.recipe import Recipe
 from altgrad.recipes.sample import Sampled
 from altgrad.recipes.twin import Arrangement, Twin
@@ -58,7 +66,9 @@ class OptimizerTwin(Twin):
         super().__init__(recipe, dtype, scales, seed)
         # One, or one for each group if a factory makes them; with the groups of the run.
         self._optimizers: list[tuple[Optimizer, list[int]]] = []
+        self._made: dict[int, FactoryGroup] = {}  # what a factory made, by group of the run
         self._parameters: list[nn.Parameter] = []  # one for each bucket
+        self._homes: list[Tensor] = []  # where the weights of each parameter belong
         self._loaded: Sequence[Mapping[str, Any]] = []  # states of the buckets of a checkpoint
         self._loaded_groups: Mapping[int, Mapping[str, Any]] = {}
         self._gradients = torch.zeros(0, dtype=self.dtype, device="cpu")
@@ -122,12 +132,13 @@ class OptimizerTwin(Twin):
         """
         old, states = self.layout, self._bucket_states()
         sources = old.find_sources(new.layout, new.begun)
-        options = self._group_options()
+        choices = self._describe_choices()
         super().rearrange(new)
         self._gradients = torch.zeros_like(self.tensors.weights)
         self._bucket_gradients = self._split(self._gradients)
+        self._homes = self._split(self.tensors.weights)
         self._parameters = [*map(nn.Parameter, self._split(self.tensors.weights))]
-        self._optimizers = self._make_optimizers(new, options)
+        self._optimizers = self._make_optimizers(new, choices)
         self._loaded = []
         places = zip(new.layout.buckets, new.layout.slices, self._parameters, strict=True)
         for bucket, place, parameter in places:
@@ -148,48 +159,78 @@ class OptimizerTwin(Twin):
         Args:
             gradients: The gradients of the run.
         """
-        is_fused = gradients.found_inf is not None and all(
-            _reads_found_inf(optimizer) for optimizer, _ in self._optimizers
-        )
-        self._gradients.copy_(gradients.values)  # a copy: many optimizers change gradients
-        if gradients.scale is not None and not is_fused:
-            self._gradients.div_(gradients.scale)
-        each = zip(self._parameters, self._bucket_gradients, gradients.present, strict=True)
-        for parameter, gradient, is_present in each:
-            parameter.grad = gradient if is_present else None
         self.tensors.begin_step()
-        with self._skipping(gradients, is_fused=is_fused):
+        found_inf = gradients.found_inf
+        is_fused = all(_reads_found_inf(optimizer) for optimizer, _ in self._optimizers)
+        if found_inf is not None and not is_fused:
+            # GradScaler looks from the host, too, unless an optimizer looks on the device.
+            if found_inf.item():
+                return
+            found_inf = None
+        scale = self._take_gradients(gradients, can_unscale=is_fused)
+        with self._scaling(scale, found_inf):
             for optimizer, _ in self._optimizers:
-                with self._drawing(optimizer):
-                    optimizer.step()
+                self._step_optimizer(optimizer)
         self._store_states()
         lost = self.tensors.lost
         self._store(self.tensors.weights, self.recipe.rounding, lost if len(lost) else None)
         self.tensors.end_step()
 
-    @contextmanager
-    def _skipping(self, gradients: Gradients, *, is_fused: bool) -> Iterator[None]:
-        """Undo a step on the device if a GradScaler found inf, without a look from the host.
+    def _take_gradients(self, gradients: Gradients, *, can_unscale: bool) -> Tensor | None:
+        """Copy the gradients, since many optimizers change theirs.
 
-        Fused optimizers of torch do so themselves, and divide by the loss scale.
+        Args:
+            gradients: The gradients of the run.
+            can_unscale: True if the optimizer divides by a loss scale itself.
+
+        Returns:
+            The loss scale by which the copies are still multiplied; None without.
         """
-        found_inf = gradients.found_inf
+        values, scale = gradients.values, gradients.scale
+        # Gradients of another dtype lose their scale first, which may lead beyond the range of the
+        # twin's; those of the same dtype are stepped just as the run's are.
+        if scale is not None and not (can_unscale and values.dtype == self.dtype):
+            values = values.to(torch.promote_types(values.dtype, torch.float32))
+            values, scale = values / scale.to(values.device), None
+        self._gradients.copy_(values)
+        each = zip(self._parameters, self._bucket_gradients, gradients.present, strict=True)
+        for parameter, gradient, is_present in each:
+            parameter.grad = gradient if is_present else None
+        return scale
+
+    @contextmanager
+    def _scaling(self, scale: Tensor | None, found_inf: Tensor | None) -> Iterator[None]:
+        """Give the optimizers what a GradScaler gives those that look on the device."""
         if found_inf is None:
             yield
             return
-        if is_fused:
+        for optimizer, _ in self._optimizers:
+            vars(optimizer).update(found_inf=found_inf, grad_scale=scale)
+        try:
+            yield
+        finally:
             for optimizer, _ in self._optimizers:
-                vars(optimizer).update(found_inf=found_inf, grad_scale=gradients.scale)
-            try:
-                yield
-            finally:
-                for optimizer, _ in self._optimizers:
-                    del vars(optimizer)["found_inf"], vars(optimizer)["grad_scale"]
-            return
-        earlier = [(each, each.clone()) for each in self._all_tensors()]
-        yield
-        for now, before in earlier:
-            now.copy_(torch.where(found_inf.to(now.device) != 0, before, now))
+                del vars(optimizer)["found_inf"], vars(optimizer)["grad_scale"]
+
+    def _step_optimizer(self, optimizer: Optimizer) -> None:
+        """Step one of the optimizers, and put its parameters back to their places.
+
+        Raises:
+            ValueError: The step added parameters, or took some away.
+        """
+        held = _list_parameters(optimizer)
+        with self._drawing(optimizer):
+            step_quietly(optimizer)
+        if [*map(id, held)] != [*map(id, _list_parameters(optimizer))]:
+            raise ValueError(
+                f"{type(optimizer).__name__} has other parameters after a step than before: "
+                "expected those that it was made of; add parameters before the first step"
+            )
+        for parameter, home in zip(self._parameters, self._homes, strict=True):
+            # Optimizers may write `p.data = …`, after which the parameter lies elsewhere.
+            if parameter.data_ptr() != home.data_ptr():
+                home.copy_(parameter.detach())
+                parameter.data = home
 
     def follow(self, changes: Changes) -> None:
         """Take over the hyperparameters that were changed from outside since the last step.
@@ -197,8 +238,14 @@ class OptimizerTwin(Twin):
         Args:
             changes: The changes by group of the run.
         """
+        if self._made:
+            for number in self._made.keys() & changes.keys():
+                self._made[number].follow(changes[number])
+            return
         for optimizer, groups in self._optimizers:
             apply_changes(changes, optimizer, groups)
+            if changes and self.recipe.fused:  # the recipe's own choice
+                use_fused(optimizer)
 
     def nbytes(self) -> int:
         """Return the memory of the twin in bytes."""
@@ -206,11 +253,12 @@ class OptimizerTwin(Twin):
         return super().nbytes() + self._gradients.nbytes + sum(each.nbytes for each in states)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a resumed run needs to continue exactly."""
+        """Return a copy of the state that a resumed run needs to continue exactly."""
+        states = self._bucket_states()
         return {
             **super().state_dict(),
-            "states": [dict(state) for state in self._bucket_states()],
-            "groups": self._group_options(),
+            "states": [{key: copy_value(each) for key, each in s.items()} for s in states],
+            "groups": self._describe_choices(),
             "generators": self._generators.state_dict(),
         }
 
@@ -225,7 +273,8 @@ class OptimizerTwin(Twin):
             device: The device of the layers.
         """
         super().load_state_dict(layout, state, device)
-        self._loaded, self._loaded_groups = state["states"], state["groups"]
+        states, self._loaded_groups = state["states"], copy.deepcopy(state["groups"])
+        self._loaded = [{key: copy_value(each) for key, each in s.items()} for s in states]
         self._generators.load_state_dict(state["generators"])
 
     def _bucket_states(self) -> Sequence[Mapping[str, Any]]:
@@ -246,24 +295,20 @@ class OptimizerTwin(Twin):
         shapes = ((each.shape, place) for each, place in pairs)
         return [flat[p].view((-1,) if shape is None else shape) for shape, p in shapes]
 
-    def _group_options(self) -> Mapping[int, Mapping[str, Any]]:
-        """Return the options of each group, by group of the run."""
+    def _describe_choices(self) -> Mapping[int, Mapping[str, Any]]:
+        """Return what a factory chose for each group, by group of the run."""
         if not self._optimizers:
             return self._loaded_groups
-        return {
-            number: {key: value for key, value in group.items() if key != "params"}
-            for optimizer, numbers in self._optimizers
-            for number, group in zip(numbers, optimizer.param_groups, strict=True)
-        }
+        return {number: made.state_dict() for number, made in self._made.items()}
 
     def _make_optimizers(
-        self, new: Arrangement, options: Mapping[int, Mapping[str, Any]]
+        self, new: Arrangement, choices: Mapping[int, Mapping[str, Any]]
     ) -> list[tuple[Optimizer, list[int]]]:
         """Make the twin's optimizers of its parameters.
 
         Args:
             new: The layout, and the run.
-            options: Options of earlier groups, which a factory does not know.
+            choices: What the factory chose for earlier groups, by group of the run.
 
         Returns:
             The optimizers, with the group of the run that each of their groups stands for.
@@ -275,15 +320,14 @@ class OptimizerTwin(Twin):
         if factory is None:
             copied = copy_optimizer(new.optimizer, groups, fused=self.recipe.fused)
             return [(copied, numbers)]
-        with self._generators.using([self.tensors.weights.device]):
-            made = copy_with_factory(factory, new.optimizer, groups)
-        for number, optimizer in zip(numbers, made, strict=True):
-            for group in optimizer.param_groups:
-                group.update(options.get(number, {}))
-        return [
-            (optimizer, [number] * len(optimizer.param_groups))
-            for number, optimizer in zip(numbers, made, strict=True)
-        ]
+        self._made = {}
+        for number, parameters in groups:
+            options = copy_hyperparameters(new.optimizer, number)
+            made = FactoryGroup(factory, parameters, options, self._seed)
+            if number in choices:
+                made.load_state_dict(choices[number])
+            self._made[number] = made
+        return [(made.optimizer, [number]) for number, made in self._made.items()]
 
     def _take_state(self, new: Arrangement, bucket: Bucket) -> dict[str, Any]:
         """Return the state of a new bucket from that of the run."""
@@ -332,6 +376,10 @@ def _is_elementwise(value: object, place: slice) -> bool:
     is_float = isinstance(value, Tensor) and value.is_floating_point()
     # A counter has one element, as a bucket of one layer with one element has: not a state of it.
     return is_float and value.dim() > 0 and value.numel() == place.stop - place.start  # type: ignore[attr-defined]
+
+
+def _list_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _reads_found_inf(optimizer: Optimizer) -> bool:

@@ -60,8 +60,10 @@ class Recipe:
             ``model.to(dtype)``; a torch dtype or its name. None for float32, and for float64 in a
             run in float64.
         optimizer: A function that makes an optimizer of any other class. It takes the parameters
-            and the run's parameter group without them. YAML needs its import path, and the function
-            an annotation ``-> torch.optim.Optimizer``.
+            and the run's parameter group without them. Twins call it again when that group changes,
+            as by a learning rate schedule, and take over what it then chooses: it must be quick,
+            and depend on its arguments alone. YAML needs its import path, and the function an
+            annotation ``-> torch.optim.Optimizer``.
         fused: If True, the fused implementation of the run's class steps the tensors.
 
     Raises:

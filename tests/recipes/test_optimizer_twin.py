@@ -175,6 +175,130 @@ def test_gradients_are_divided_by_the_loss_scale(fused: bool) -> None:
     assert torch.equal(run.twin.tensors.weights, run.weight)
 
 
+class Replacing(torch.optim.Optimizer):
+    """An optimizer that puts other memory into its parameters, as much third-party code does."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data = (p.data.double() - group["lr"] * p.grad).float()
+
+
+@pytest.mark.parametrize("is_own", [False, True])
+def test_an_optimizer_that_replaces_the_data_of_its_parameters_moves_its_twin(is_own: bool) -> None:
+    factory = None if is_own else lambda held, group: Replacing(held, lr=group["lr"])
+    run = Run(Recipe("mine", optimizer=factory), Replacing, lr=0.1)
+    for gradient in gradients(5):
+        run.step(gradient)
+        assert torch.equal(run.twin.tensors.weights, run.weight)
+    assert run.twin.tensors.moved_in_window.any()
+
+
+def make_foreach(held: list[nn.Parameter], group: dict[str, Any]) -> Optimizer:
+    return torch.optim.AdamW(held, lr=group["lr"], foreach=True)
+
+
+class CountingOnHost(torch.optim.SGD):
+    """An optimizer that counts its steps in a number of Python."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+            for p in group["params"]:
+                p.add_(p, alpha=group["k"] * 1e-3)
+
+
+@pytest.mark.parametrize("skipped", [0, 2])
+@pytest.mark.parametrize("make", [make_foreach, lambda p, g: CountingOnHost(p, lr=g["lr"])])
+def test_a_factory_of_a_fused_run_does_nothing_in_a_skipped_step(make: Any, skipped: int) -> None:
+    run = Run(Recipe("factory", optimizer=make), lr=1e-3, fused=True)
+    alone = nn.Parameter(run.weight.detach().clone())
+    optimizer = make([alone], {"lr": 1e-3})
+    with torch.no_grad():
+        for index, gradient in enumerate(gradients(5)):
+            is_skipped = index == skipped
+            facts = {"scale": torch.tensor(8.0), "found_inf": torch.tensor(float(is_skipped))}
+            run.twin.step(Gradients(gradient * (torch.inf if is_skipped else 8), [True], **facts))
+            if not is_skipped:
+                alone.grad = gradient.clone()
+                optimizer.step()
+    assert torch.equal(run.twin.tensors.weights, alone)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_lose_the_loss_scale_before_they_are_cast(fused: bool) -> None:
+    # 4 · 65536 is beyond float16, whose largest number is 65504.
+    run = Run(Recipe("fp16-true", dtype=torch.float16), lr=1e-3, fused=fused, eps=1e-4)
+    low = nn.Parameter(run.weight.detach().half())
+    optimizer = torch.optim.AdamW([low], lr=1e-3, fused=fused, eps=1e-4)
+    for gradient in gradients(5):
+        large = gradient * 4000
+        facts = {"scale": torch.tensor(2.0**16), "found_inf": torch.tensor(0.0)}
+        run.twin.step(Gradients(large * 2.0**16, [True], **facts))
+        low.grad = large.half()
+        optimizer.step()
+    assert torch.equal(run.twin.tensors.weights, low)
+    assert run.twin.tensors.weights.isfinite().all()
+
+
+def test_a_fused_optimizer_of_the_dtype_of_the_run_divides_by_the_loss_scale_itself() -> None:
+    weight = nn.Parameter(torch.ones(COUNT, dtype=torch.float16))
+    optimizer = torch.optim.AdamW([weight], lr=1e-2, eps=1e-4, fused=True)
+    layout = Layout((Bucket(0, {"w": COUNT}),))
+    layers = {"w": Sampled(weight, weight.shape, torch.arange(COUNT))}
+    twin = OptimizerTwin(Recipe("run", dtype=torch.float16), torch.float16, make_scales(), seed=0)
+    twin.rearrange(Arrangement(optimizer, layout, weight.detach().clone(), layers))
+    facts = {"scale": torch.tensor(3.0 * 2**10), "found_inf": torch.tensor(0.0)}
+    for gradient in gradients(5):
+        weight.grad = (gradient * 3.0).half()  # less than 2**-24 without the scale
+        twin.step(Gradients(weight.grad.clone(), [True], **facts))
+        vars(optimizer).update(grad_scale=facts["scale"], found_inf=facts["found_inf"])
+        optimizer.step()
+    assert torch.equal(twin.tensors.weights, weight)
+
+
+def test_a_group_that_is_added_to_a_fused_recipe_stays_fused() -> None:
+    run = Run(Recipe("fused", dtype=torch.float16, fused=True), lr=1e-3)
+    run.twin.follow({0: {"fused": None, "foreach": None, "lr": 0.5}})
+    low = nn.Parameter(run.weight.detach().half())
+    optimizer = torch.optim.AdamW([low], lr=0.5, fused=True)
+    for gradient in gradients(5):
+        run.twin.step(Gradients(gradient, [True]))
+        low.grad = gradient.half()
+        optimizer.step()
+    assert torch.equal(run.twin.tensors.weights, low)
+
+
+def test_a_state_is_a_copy() -> None:
+    run = Run(Recipe("bf16-sr", weights="bf16", rounding="stochastic"), lr=torch.tensor(1e-3))
+    for gradient in gradients(3):
+        run.step(gradient)
+    state = run.twin.state_dict()
+    [kept] = state["states"]
+    before = {name: value.clone() for name, value in kept.items()}
+    for gradient in gradients(3):
+        run.step(gradient)
+    assert before.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert all(torch.equal(kept[name], value) for name, value in before.items())
+
+
+def test_a_state_that_was_loaded_is_not_changed() -> None:
+    run = Run(Recipe("fp32"), lr=1e-3)
+    run.step(gradients(1)[0])
+    state = run.twin.state_dict()
+    before = state["tensors"]["weights"].clone()
+    other = OptimizerTwin(Recipe("fp32"), torch.float32, make_scales(), seed=0)
+    other.load_state_dict(run.layout, state, torch.device("cpu"))
+    other.tensors.weights.zero_()
+    other.tensors.begin_step()
+    assert torch.equal(state["tensors"]["weights"], before)
+
+
 def test_layers_without_a_gradient_stay() -> None:
     run = Run(Recipe("fp32"), lr=1e-3)
     run.step(gradients(1)[0])

@@ -1,0 +1,158 @@
+"""`FactoryGroup`: the optimizer that a user's function makes for one group of the run.
+
+The function chooses hyperparameters, and may compute them from those of the run, such as a tenth of
+its learning rate. When those of the run change, the function is called again, and what it then
+chooses otherwise is taken over: this is exact for every function. Read `hyperparameters` first;
+`optimizer_twin` comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from altgrad._messages import format_count
+from altgrad.recipes.generators import PrivateGenerators
+from altgrad.recipes.hyperparameters import copy_options, set_option
+from altgrad.recipes.isolation import keeping_settings
+
+Factory: TypeAlias = Callable[[list[nn.Parameter], dict[str, Any]], Optimizer]
+"""A function that makes an optimizer of parameters and the hyperparameters of a real group."""
+
+
+class FactoryGroup:
+    """The optimizer that a function makes for one group of the run.
+
+    Args:
+        factory: A function that is called with the parameters, and a dict of hyperparameters
+            without ``"params"``. It returns an optimizer of these parameters.
+        parameters: The parameters.
+        options: The hyperparameters of the run's group by key.
+        seed: Seed of the random numbers that the function draws. Every call draws the same ones.
+
+    Attributes:
+        optimizer: The optimizer.
+
+    Raises:
+        TypeError: The function returned something else than an optimizer.
+        ValueError: The optimizer that the function returned has other parameters.
+    """
+
+    def __init__(
+        self,
+        factory: Factory,
+        parameters: Sequence[nn.Parameter],
+        options: Mapping[str, Any],
+        seed: int,
+    ) -> None:
+        self._factory = factory
+        self._parameters = [*parameters]
+        self._options = dict(options)
+        self._seed = seed
+        self.optimizer = self._make(self._parameters)
+        self._chosen = self._list_options(self.optimizer)
+
+    def follow(self, changes: Mapping[str, Any]) -> None:
+        """Take over what the function chooses now that hyperparameters of the run have changed.
+
+        Args:
+            changes: The new hyperparameters of the run's group by key.
+        """
+        self._options |= changes
+        # Other parameters of the same numbers, because some optimizers enter theirs in registers.
+        again = self._make([nn.Parameter(each.detach()) for each in self._parameters])
+        chosen = self._list_options(again)
+        groups = zip(self.optimizer.param_groups, self._chosen, chosen, strict=True)
+        for group, before, now in groups:
+            for key in _find_differences(before, now):
+                set_option(group, key, now[key])
+        self._chosen = chosen
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the hyperparameters as they are, and as the function chose them.
+
+        Returns:
+            A dict with copies: ``options`` and ``chosen``, each a list with a dict for each group
+            of the optimizer.
+        """
+        return {
+            "options": self._list_options(self.optimizer),
+            "chosen": [copy_options(each) for each in self._chosen],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore hyperparameters of a `state_dict`, but for those that are chosen otherwise now.
+
+        Nothing is restored if the function makes another number of groups now.
+
+        Args:
+            state: A result of `state_dict`.
+        """
+        options, chosen = state["options"], state["chosen"]
+        if len(options) != len(self._chosen):
+            return
+        groups = zip(self.optimizer.param_groups, options, chosen, self._chosen, strict=True)
+        for group, kept, before, now in groups:
+            changed = _find_differences(before, now)
+            group.update(copy_options({key: kept[key] for key in kept if key not in changed}))
+
+    def _make(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
+        """Call the function with some parameters.
+
+        Returns:
+            The optimizer.
+
+        Raises:
+            TypeError: The function returned something else than an optimizer.
+            ValueError: The function returned an optimizer of other parameters.
+        """
+        devices = [*{each.device for each in parameters}]
+        with keeping_settings(), PrivateGenerators(self._seed).using(devices):
+            made: Any = self._factory([*parameters], copy_options(self._options))
+        _check_made(made, parameters)
+        return made  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _list_options(optimizer: Optimizer) -> list[dict[str, Any]]:
+        """Return copies of the hyperparameters of each group."""
+        return [copy_options(group) for group in optimizer.param_groups]
+
+
+def _find_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    """Return the keys whose values are new or other."""
+    return {key for key in now if key not in before or not _is_equal(before[key], now[key])}
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    try:
+        return type(one) is type(other) and bool(one == other)
+    except Exception:  # noqa: BLE001 - a comparison of the user's values may fail in any way
+        return False
+
+
+def _check_made(made: Any, parameters: Sequence[nn.Parameter]) -> None:
+    """Check what a factory returned.
+
+    Raises:
+        TypeError: It is no optimizer.
+        ValueError: It has other parameters than the factory was given.
+    """
+    if not isinstance(made, Optimizer):
+        raise TypeError(
+            f"optimizer=… returned {type(made).__name__}: expected a torch.optim.Optimizer; return "
+            "an optimizer of the parameters that the function is called with"
+        )
+    held = [id(p) for group in made.param_groups for p in group["params"]]
+    if sorted(held) != sorted(map(id, parameters)):
+        count = format_count(len(held), "parameter")
+        raise ValueError(
+            f"optimizer=… returned a {type(made).__name__} with {count}: expected exactly the "
+            f"{len(parameters)} that the function is called with; return an optimizer of all of "
+            "them and of no other"
+        )
