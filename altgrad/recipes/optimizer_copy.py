@@ -4,7 +4,7 @@
 constructor: flags that are in no group, and hyperparameters that were changed since. To call the
 class again with ``**defaults`` raises an error for AdamW and the optimizers of other libraries.
 
-`hyperparameters` comes next, which keeps the groups of a copy up to
+Read `shared_objects` first. `hyperparameters` comes next, which keeps the groups of a copy up to
 date. `factory` makes optimizers of another class by a function of the user's.
 """
 
@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from altgrad.recipes.shared_objects import find_shared
 
 Groups: TypeAlias = Sequence[tuple[int, Sequence[nn.Parameter]]]
 """For each group of a copy: the index of the real group whose hyperparameters it has, and its own
@@ -140,6 +141,12 @@ class _Copier:
             raise CannotCopyError(
                 f"{kind}.{name} leads to {reached}: expected only settings, because a copy must "
                 "never move the weights of the training; use a factory, which makes the optimizer"
+            )
+        if shared := find_shared(value, known=self._optimizer):
+            raise CannotCopyError(
+                f"{kind}.{name} leads to {shared}: expected functions that keep nothing, because a "
+                "copy must never change what the training uses; keep the object in an attribute of "
+                f"{kind}, of which each copy has its own, or use a factory"
             )
         if isinstance(value, Tensor):
             return copy_value(value)

@@ -302,6 +302,88 @@ def test_an_attribute_without_a_deep_copy_is_named() -> None:
         copy_optimizer(hold(lambda _: (i for i in "ab")), [(0, parameters())])
 
 
+# --- what a copy would share
+
+
+def count_in(things: list[int]):
+    return lambda: things.append(1)
+
+
+def count_by_itself():
+    count = 0
+
+    def count_up() -> None:
+        nonlocal count
+        count += 1
+
+    return count_up
+
+
+SHARES = {
+    "a closure": lambda o: count_in([]),
+    "a closure in a list": lambda o: [count_in([])],
+    "a variable of a closure": lambda o: count_by_itself(),
+    "a method of a list": lambda o: [].append,
+    "a default argument": lambda o: lambda things=[]: things,
+    "a tensor in a closure": lambda o: close_over(torch.ones(1)),
+}
+
+
+@pytest.mark.parametrize("value", SHARES.values(), ids=SHARES)
+def test_a_function_that_shares_what_it_changes_is_not_copied(value) -> None:
+    with pytest.raises(CannotCopyError, match=r"Given\.thing leads to a .*keep the object in an"):
+        copy_optimizer(hold(value), [(0, parameters())])
+
+
+def test_hooks_of_the_optimizer_that_a_part_refers_to_do_not_matter() -> None:
+    real = hold(lambda o: o.zero_grad)
+    real.register_step_pre_hook(lambda *_, calls=[]: calls.append(1))
+    assert copy_optimizer(real, [(0, parameters())]).thing.__self__ is not real
+
+
+def schedule(optimizer: Optimizer) -> None:
+    torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step, rates=[1.0]: rates[0]),
+            torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, max_lr=0.1, total_steps=9, cycle_momentum=False
+            ),
+        ],
+        milestones=[3],
+    )
+
+
+def scale(optimizer: Optimizer) -> None:
+    scaler = torch.amp.GradScaler("cpu")
+    loss = sum(p.sum() for group in optimizer.param_groups for p in group["params"])
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+
+
+def compile_step(optimizer: Optimizer) -> None:
+    optimizer.step = torch.compile(optimizer.step)
+
+
+def decorate(optimizer: Optimizer) -> None:
+    optimizer.thing = torch.no_grad()(torch.nn.functional.relu)
+
+
+def compile_function(optimizer: Optimizer) -> None:
+    optimizer.thing = torch.compile(lambda x: x + 1)
+
+
+USED = (schedule, scale, compile_step, decorate, compile_function)
+
+
+@pytest.mark.parametrize("use", USED, ids=lambda use: use.__name__)
+@pytest.mark.parametrize("kind", [k for k in ALL_CLASSES if k not in {*UNCOPYABLE, SPARSE}])
+def test_what_torch_adds_to_an_optimizer_can_be_copied(kind: type[Optimizer], use) -> None:
+    real = make(kind, parameters())
+    use(real)
+    assert type(copy_optimizer(real, [(0, parameters())])) is kind
+
+
 # --- fused
 
 
