@@ -19,9 +19,12 @@ from torch.optim import Optimizer
 
 from altgrad._messages import few
 from altgrad.measurement.twin_sums import measure_twins
+from altgrad.observation.observer import describe_error
 from altgrad.recipes.element_scales import ElementScales
+from altgrad.recipes.flat_state import NotElementwiseError
 from altgrad.recipes.hyperparameters import Changes
 from altgrad.recipes.layer_plan import LaneKind, LayerPlan, Stepped
+from altgrad.recipes.optimizer_copy import CannotCopyError
 from altgrad.recipes.optimizer_twin import Gradients, OptimizerTwin
 from altgrad.recipes.recipe import Recipe
 from altgrad.recipes.run_states import RunStates
@@ -364,7 +367,7 @@ class Lane:
             if self.follows_updates:
                 raise
             kind = type(optimizer).__name__
-            self.follow_updates(optimizer, f"{kind} cannot run on a sample: {error}")
+            self.follow_updates(optimizer, f"{kind} cannot run on a sample: {_describe(error)}")
 
     def _try(self, twin: Twin, act: Callable[[], object]) -> None:
         """Call a function of a twin; after an error, end the twin with one sentence."""
@@ -376,7 +379,7 @@ class Lane:
             if twin is self._reference or twin is self._baseline:
                 raise
             self._twins.pop(twin.recipe.name, None)
-            self._warn(f"ends the twin of {twin.recipe.name}: {error!r}")
+            self._warn(f"ends the twin of {twin.recipe.name}: {_describe(error)}")
 
     # --- scales, memory, state
 
@@ -442,3 +445,9 @@ def _step(twin: Twin, gradients: Gradients, changes: Changes) -> None:
     assert isinstance(twin, OptimizerTwin)
     twin.follow(changes)
     twin.step(gradients)
+
+
+def _describe(error: Exception) -> str:
+    """Return the text of an error; for one of another library with its type and place."""
+    has_remedy = isinstance(error, (CannotCopyError, NotElementwiseError))
+    return str(error) if has_remedy else describe_error(error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,14 +57,19 @@ def get_recipes(recipes: str | Recipe | Sequence[str | Recipe]) -> tuple[Recipe,
         >>> [recipe.bytes_per_parameter for recipe in get_recipes(["fp32", "bf16", "bf16-true"])]
         [12.0, 10.0, 6.0]
     """
-    items = (recipes,) if isinstance(recipes, (str, Recipe)) else tuple(recipes)
+    items = (recipes,) if isinstance(recipes, (str, Recipe)) else recipes
+    if not isinstance(items, Iterable):
+        raise TypeError(
+            f"recipes={recipes!r}: expected short names and Recipes; pass a list such as "
+            "['bf16', 'bf16-sr']"
+        )
     found = tuple(map(_get_recipe, items))
     names = [recipe.name for recipe in found]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(
-                f"recipes has {name!r} more than once: expected different names, because log keys "
-                "contain them; leave one out, or rename it"
+                f"recipes={names}: expected different names, because log keys contain them, and "
+                f"{name!r} occurs more than once; leave one out, or rename it"
             )
     return found
 
@@ -106,13 +111,14 @@ def _get_recipe(recipe: str | Recipe) -> Recipe:
         return _get_short(recipe)
     if not isinstance(recipe, Recipe):
         raise TypeError(
-            f"recipes has {recipe!r}: expected a short name such as 'bf16-sr', or a Recipe"
+            f"recipes=[…, {recipe!r}, …]: expected short names and Recipes; write 'bf16', for "
+            "example"
         )
     short = _list_short().get(recipe.name, recipe)
     if short != recipe:
         raise ValueError(
-            f"name={recipe.name!r}: this short name stands for {short!r}; expected another name "
-            f"for {recipe!r}"
+            f"name={recipe.name!r}: expected a name other than this short name, which stands for "
+            f"{short!r}; rename {recipe!r}"
         )
     return recipe
 
@@ -133,7 +139,8 @@ def _get_short(name: str) -> Recipe:
             return _make_recipe(canonical, suffix, _WAYS[suffix])
     near = difflib.get_close_matches(lower, short, n=3) or ["fp32", "bf16", "bf16-sr", "bf16-true"]
     raise ValueError(
-        f"unknown recipe {name!r}; nearest: {', '.join(near)}. For another one, pass a Recipe"
+        f"recipes={name!r}: expected a short name; nearest: {', '.join(near)}. For another recipe, "
+        "pass a Recipe"
     )
 
 

@@ -400,7 +400,7 @@ Sharded.__name__ = "FSDPStrategy"
         ({"recipe": "fp16-true-fused"}, {}, r"Trainer\(precision='16-true'\)"),
         ({"recipe": Recipe("f", fused=True)}, {}, "create the optimizer with fused=True"),
         ({"recipe": Recipe("f", optimizer=torch.optim.SGD)}, {}, "do create that optimizer"),
-        ({"recipe": "bf16-rs"}, {}, "unknown recipe 'bf16-rs'; nearest: bf16"),
+        ({"recipe": "bf16-rs"}, {}, "recipes='bf16-rs': expected a short name; nearest: bf16"),
         ({"recipe": "bf16", "scaling": "row"}, {}, "scaling='row'"),
         ({"recipe": "bf16"}, {"precision": "bf16-true"}, "not finer than bf16: expected float32"),
         ({"recipe": "bf16"}, {"strategy": Sharded("cpu")}, r"StoreAs .*\(FSDPStrategy\); use DDP"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 
@@ -55,6 +58,24 @@ def test_a_step_that_is_not_observed_costs_few_operations(groups: int) -> None:
 def test_a_format_with_scales_costs_20_operations_more(recipe: str | Recipe, groups: int) -> None:
     # The scales of both groups are found together.
     assert count_unobserved(groups, [recipe]) <= 100 + 2 * 25 + 2 * 12 * (groups - 1) + 20
+
+
+def test_a_notice_names_the_type_and_the_place_of_an_error_in_a_step() -> None:
+    class Keyed(torch.optim.SGD):
+        """Looks up its parameters by their numbers, which others do not have."""
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for p in self.param_groups[0]["params"]:
+                p.grad.mul_(self.factors[id(p)])
+            super().step(closure)
+
+    net = make_net()
+    optimizer = Keyed(net.parameters(), 1e-3)
+    optimizer.factors = {id(p): 1.0 for p in net.parameters()}
+    watched = Watched(net, optimizer, recipes=["bf16"])
+    train(net, optimizer, 2)
+    [notice] = watched.notices
+    assert re.search(r"Keyed cannot run on a sample: KeyError\(\d+\) in step, .*test_lane", notice)
 
 
 def test_memory_is_stated() -> None:

@@ -47,14 +47,21 @@ def test_recipes_and_names_can_be_mixed() -> None:
 @pytest.mark.parametrize(
     ("recipes", "error", "message"),
     [
-        ("bf16-st", ValueError, "unknown recipe 'bf16-st'; nearest: .*bf16-sr"),
-        ("bf16_sr", ValueError, "unknown recipe 'bf16_sr'; nearest: .*bf16-sr"),
+        ("bf16-st", ValueError, "recipes='bf16-st': expected a short name; nearest: .*bf16-sr"),
+        ("bf16_sr", ValueError, "recipes='bf16_sr': expected a short name; nearest: .*bf16-sr"),
         ("fp16-ture", ValueError, "nearest: .*fp16-true"),
-        ("adam8bit", ValueError, "unknown recipe 'adam8bit'; nearest: "),
+        ("adam8bit", ValueError, "recipes='adam8bit': expected a short name; nearest: "),
         ("nvfp4", ValueError, "weights='nvfp4' has scales that are not powers of two"),
-        (["bf16", "bfloat16"], ValueError, "recipes has 'bf16' more than once: expected"),
-        ([torch.bfloat16], TypeError, "recipes has torch.bfloat16: expected a short name"),
-        (Recipe("bf16", weights="fp16"), ValueError, "this short name stands for"),
+        (
+            ["bf16", "bfloat16"],
+            ValueError,
+            "expected different names.* 'bf16' occurs more than once",
+        ),
+        ([torch.bfloat16], TypeError, "torch.bfloat16, .*: expected short names and Recipes; wri"),
+        (5, TypeError, "recipes=5: expected short names and Recipes; pass a list"),
+        (torch.bfloat16, TypeError, "recipes=torch.bfloat16: expected short names and Recipes"),
+        (None, TypeError, "recipes=None: expected short names and Recipes"),
+        (Recipe("bf16", weights="fp16"), ValueError, "expected a name other than this short name"),
     ],
 )
 def test_a_wrong_recipe_is_an_error_that_says_what_to_do(recipes, error, message) -> None:
