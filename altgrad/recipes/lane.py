@@ -22,6 +22,7 @@ from altgrad.measurement.twin_sums import measure_twins
 from altgrad.observation.observer import describe_error
 from altgrad.recipes.element_scales import ElementScales
 from altgrad.recipes.flat_state import NotElementwiseError
+from altgrad.recipes.fused_sgd import describe_fused_sgd
 from altgrad.recipes.hyperparameters import Changes
 from altgrad.recipes.layer_plan import LaneKind, LayerPlan, Stepped
 from altgrad.recipes.optimizer_copy import CannotCopyError
@@ -197,6 +198,11 @@ class Lane:
         with self._following_updates_after_an_error(optimizer):
             if self._plan.arrange(optimizer, stepped, names, changed):
                 replaced = self._rearrange(optimizer)
+        if not self._signature:
+            recipes = [twin.recipe for twin in self._twins.values()]
+            kind = self._kind
+            if notice := describe_fused_sgd(optimizer, recipes, kind.dtype, kind.device):
+                self._warn(notice)
         self._present = self._plan.find_present(names)
         places, layers = self._plan.layout.places, self._plan.layers
         self._takes = [

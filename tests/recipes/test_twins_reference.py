@@ -69,7 +69,8 @@ def assert_equal(watched: Watched, net: nn.Module) -> None:
     twins = watched.monitor.twins
     assert twins.checks == {name: Check.EQUAL for name, _ in net.named_parameters()}
     assert twins.resynchronised == {}
-    assert watched.notices == []
+    # Twins in 16 bits have a notice in a run with fused SGD, which moves nothing there.
+    assert [each for each in watched.notices if "finds fused SGD" not in each] == []
     watched.monitor.detach()
 
 
@@ -107,8 +108,8 @@ def test_the_part_has_each_optimizer_implementation_and_dtype() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fused_sgd_on_a_cpu_moves_only_the_tail_in_16_bits(dtype: torch.dtype) -> None:
-    # https://github.com/pytorch/pytorch/issues/191763: once this fails, torch is repaired, and the
-    # matrix may have fused SGD in 16 bits.
+    # https://github.com/pytorch/pytorch/issues/191763: once this fails, torch is repaired: remove
+    # `fused_sgd`, its test and its notice in `lane`, and let the matrix have fused SGD in 16 bits.
     weight = nn.Parameter(torch.ones(130, dtype=dtype))
     weight.grad = torch.ones_like(weight)
     SGD([weight], lr=0.5, fused=True).step()

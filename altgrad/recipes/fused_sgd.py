@@ -1,0 +1,49 @@
+"""`describe_fused_sgd`: which weights does the fused SGD of torch leave where they are?
+
+On a CPU it moves only the last elements of a tensor in 16 bits. A twin does the same, and looks as
+if its format had frozen every weight. Read `recipe` first; `lane` comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.optim import SGD, Optimizer
+
+from altgrad._messages import few
+from altgrad.recipes.recipe import Recipe
+
+
+def describe_fused_sgd(
+    optimizer: Optimizer, recipes: Sequence[Recipe], dtype: torch.dtype, device: torch.device
+) -> str:
+    """Return a notice about weights that a fused SGD leaves where they are; empty without any.
+
+    Args:
+        optimizer: The run's optimizer.
+        recipes: The recipes whose twins run.
+        dtype: The dtype of the weights of the run.
+        device: The device of the weights.
+    """
+    # https://github.com/pytorch/pytorch/issues/191763, open in torch 2.13: a test asserts it.
+    if not isinstance(optimizer, SGD) or device.type != "cpu":
+        return ""
+    is_fused = any(group.get("fused") for group in optimizer.param_groups)
+    still = [f"the twin {each.name}" for each in recipes if _is_still(each, is_fused)]
+    if is_fused and dtype.itemsize == torch.float16.itemsize:
+        still.insert(0, "the run")
+    if not still:
+        return ""
+    return (
+        "finds fused SGD on a CPU with weights in 16 bits, of which torch moves only the last ones "
+        f"(https://github.com/pytorch/pytorch/issues/191763): {few(still)}; create the optimizer "
+        "with foreach=True instead of fused=True, or leave out recipes with fused=True"
+    )
+
+
+def _is_still(recipe: Recipe, is_fused: bool) -> bool:
+    """Return True if the twin of a recipe runs the fused SGD in 16 bits."""
+    dtype = recipe.tensor_dtype
+    runs_own_class = recipe.optimizer is None and (is_fused or recipe.fused)
+    return runs_own_class and dtype is not None and dtype.itemsize == torch.float16.itemsize
