@@ -7,6 +7,7 @@ last file of the room; `altgrad.monitor.monitor` comes next.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from altgrad.recipes.layer_plan import LaneKind, Stepped
 from altgrad.recipes.recipe import Recipe
 from altgrad.recipes.self_check import Check, judge
 from altgrad.recipes.twin_source import TwinSource
+from altgrad.recipes.twin_state import check_twin_state
 
 
 class Twins:
@@ -281,8 +283,12 @@ class Twins:
 
         Args:
             state: A result of `state_dict`.
+
+        Raises:
+            ValueError: An entry of the state is missing or damaged.
         """
-        self._loaded = [*state["lanes"]]
+        check_twin_state(state)
+        self._loaded = copy.deepcopy(state["lanes"])
         self.resynchronised = Counter(state["resynchronised"])
 
     def _restore(self, lane: Lane, kind: LaneKind, names: Collection[str]) -> bool:
