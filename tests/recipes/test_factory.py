@@ -208,3 +208,51 @@ def test_a_factory_whose_step_changes_the_parameters_ends_its_twin_alone(place: 
     assert "other parameters after a step than before" in notice
     assert watched.records[-1].model.recipes == ("bf16",)
     watched.monitor.state_dict()
+
+
+@pytest.mark.default_twins
+@pytest.mark.parametrize("saves_before_schedule", [True, False])
+def test_a_resumed_run_with_a_schedule_goes_on_with_the_same_choices(
+    saves_before_schedule: bool,
+) -> None:
+    class Warming(SGD):
+        """Counts its steps in its group, and warms up by the count."""
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            group = self.param_groups[0]
+            group["k"] = group.get("k", 0) + 1
+            group["params"][0].grad.mul_(group["k"] / 20)
+            super().step(closure)
+
+    def run(*, stops: bool) -> dict[str, float]:
+        net = make_net()
+        optimizer = SGD(net.parameters(), 0.01)
+        schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        recipe = Recipe("warm", optimizer=lambda held, group: Warming(held, lr=group["lr"] / 10))
+        settings: dict[str, Any] = {"recipes": ["bf16", recipe], "every_n_steps": 1}
+        watched = Watched(net, optimizer, **settings)
+        for index in range(16):
+            train(net, optimizer, 1, first=index)
+            if stops and index == 9:
+                if not saves_before_schedule:
+                    schedule.step()
+                saved = [x.state_dict() for x in (optimizer, schedule, watched.monitor)]
+                watched.monitor.detach()
+                optimizer = SGD(net.parameters(), 0.01)
+                schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+                optimizer.load_state_dict(saved[0])
+                schedule.load_state_dict(saved[1])
+                watched = Watched(net, **settings)
+                watched.monitor.load_state_dict(saved[2])
+                if saves_before_schedule:
+                    schedule.step()
+                watched.monitor.attach(optimizer)
+            else:
+                schedule.step()
+        assert watched.notices == []
+        layer = watched.records[-1].layers["0.weight"]
+        return {key: layer[key] for key in layer.twin_keys}
+
+    whole, resumed = run(stops=False), run(stops=True)
+    assert whole["progress_kept/warm"] < 0.1
+    assert whole == pytest.approx(resumed, rel=0, abs=0, nan_ok=True)
