@@ -2,8 +2,8 @@
 
 Schedulers and users change the groups of an optimizer between steps, and twins must follow. Some
 optimizers change their own groups within a step, such as the `k` of schedule-free ones. A twin's
-own step does that, so such a change is never copied. Read `optimizer_copy` first; `factory` comes
-next.
+own step does that; only changes that it has not made, such as those of a hook, are copied. Read
+`optimizer_copy` first; `factory` comes next.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -86,6 +87,31 @@ def apply_changes(changes: Changes, twin: Optimizer, numbers: Sequence[int]) -> 
     for number, group in zip(numbers, twin.param_groups, strict=True):
         for key, value in changes.get(number, {}).items():
             set_option(group, key, value)
+
+
+def find_unmade(changes: Changes, twin: Optimizer, numbers: Sequence[int]) -> Changes:
+    """Return the changes that a twin's optimizer has not made in its own step.
+
+    Args:
+        changes: What changed in the groups of the run's optimizer while it stepped.
+        twin: The twin's optimizer, after the same step.
+        numbers: For each group of `twin`, the number of the group of the run's optimizer.
+
+    Returns:
+        The changes that hooks of the run's optimizer made, such as those of a schedule.
+    """
+    unmade: dict[int, dict[str, Any]] = {}
+    for number, group in zip(numbers, twin.param_groups, strict=True):
+        for key, value in changes.get(number, {}).items():
+            if key not in group or not _is_equal(group[key], value):
+                unmade.setdefault(number, {})[key] = value
+    return unmade
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other.to(one.device))
+    return type(one) is type(other) and not isinstance(one, Tensor) and bool(one == other)
 
 
 def set_option(group: dict[str, Any], key: str, value: Any) -> None:

@@ -8,6 +8,7 @@ each optimizer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -88,6 +89,7 @@ class Lane:
         self.follows_updates = False
         self._suspicions = 0
         self._has_new_layers = False  # since the last step
+        self._late: Changes = {}  # changes that hooks of the run made in its last step
         self._loaded_writes: tuple[Collection[str], Collection[str]] = (), ()
         self._stepped: Sequence[Stepped] = ()
         # The parameters with a gradient in the last step, and their groups.
@@ -230,13 +232,19 @@ class Lane:
 
     # --- after a step of the run
 
-    def step(self, optimizer: Optimizer, changes: Changes) -> None:
+    def step(self, optimizer: Optimizer, changes: Changes, late: Changes) -> None:
         """Step all twins, now that the run has stepped.
 
         Args:
             optimizer: The run's optimizer.
             changes: Hyperparameters that were changed from outside since the last step.
+            late: Hyperparameters that changed while the run stepped.
         """
+        late_before, self._late = self._late, {}
+        changes = {
+            number: {**late_before.get(number, {}), **changes.get(number, {})}
+            for number in (*late_before, *changes)
+        }
         if self.follows_updates:
             self._follow_run()
         else:
@@ -246,6 +254,8 @@ class Lane:
                     self._has_new_layers = False
                 for twin in self._all_twins:
                     self._try(twin, partial(_step, twin, self._gradients_now, changes))
+                if late and isinstance(self._reference, OptimizerTwin):
+                    self._late = self._reference.find_unmade(late)
         self._run.remember_writes()
         self._states.remember(optimizer, self._stepped)
 
@@ -415,6 +425,7 @@ class Lane:
             **self._plan.state_dict(optimizer),
             "recipes": sorted(self.recipes),
             "follows_updates": self.follows_updates,
+            "late": copy.deepcopy(self._late),
             "written": sorted(written),
             "changed": sorted(changed),
             "suspicions": self._suspicions,
@@ -433,6 +444,7 @@ class Lane:
         """
         self._twins = {name: each for name, each in self._twins.items() if name in state["twins"]}
         self._loaded_writes = state["written"], state["changed"]
+        self._late = copy.deepcopy(state["late"])
         self._suspicions = state["suspicions"]
         if state["follows_updates"]:
             recipes = [twin.recipe for twin in self._twins.values()]

@@ -20,7 +20,7 @@ from altgrad.recipes.element_scales import ElementScales
 from altgrad.recipes.factory import FactoryGroup
 from altgrad.recipes.flat_state import is_same_state, split_state, take_state
 from altgrad.recipes.generators import PrivateGenerators, may_draw
-from altgrad.recipes.hyperparameters import Changes, apply_changes
+from altgrad.recipes.hyperparameters import Changes, apply_changes, find_unmade
 from altgrad.recipes.isolation import step_quietly
 from altgrad.recipes.layout import Bucket, Layout
 from altgrad.recipes.optimizer_copy import (
@@ -246,6 +246,17 @@ class OptimizerTwin(Twin):
             apply_changes(changes, optimizer, groups)
             if changes and self.recipe.fused:  # the recipe's own choice
                 use_fused(optimizer)
+
+    def find_unmade(self, changes: Changes) -> Changes:
+        """Return the changes of hyperparameters that the twin's own step has not made.
+
+        Args:
+            changes: What changed in the groups of the run's optimizer while it stepped.
+        """
+        unmade: dict[int, Mapping[str, Any]] = {}
+        for optimizer, groups in self._optimizers:
+            unmade |= find_unmade(changes, optimizer, groups)
+        return unmade
 
     def nbytes(self) -> int:
         """Return the memory of the twin in bytes."""

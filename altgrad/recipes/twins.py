@@ -116,6 +116,7 @@ class Twins:
 
     def _capture(self, optimizer: Optimizer, run: _Run, *, is_observed: bool) -> None:
         run.changes = run.follower.find_changes()
+        run.follower.remember()
         run.captured = []
         for kind, stepped in self._sort(optimizer, run).items():
             lane = run.lanes.get(kind)
@@ -162,11 +163,12 @@ class Twins:
                 self._finish(optimizer, self._runs[optimizer])
 
     def _finish(self, optimizer: Optimizer, run: _Run) -> None:
+        late = run.follower.find_changes()
         for kind in run.captured:
             lane = run.lanes[kind]
             if (state := run.random_states.pop(kind.device, None)) is not None:
                 run.draws |= not torch.equal(state, _get_random_state(kind.device))
-            lane.step(optimizer, run.changes)
+            lane.step(optimizer, run.changes, late)
             if lane.follows_updates:
                 self._note_checks(kind, dict.fromkeys(lane.names, Check.DIFFERENT))
             if kind not in run.checked:

@@ -223,6 +223,25 @@ def test_a_counter_of_any_name_tells_layers_apart() -> None:
     assert_equal(watched)
 
 
+@pytest.mark.parametrize("interval", [1, 7])
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_rate_that_a_hook_of_the_optimizer_changes_is_followed(place: str, interval: int) -> None:
+    net = make_net()
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+    [group] = optimizer.param_groups
+
+    def change(*_: Any) -> None:
+        group["lr"] *= 0.8
+
+    if place == "before":
+        optimizer.register_step_post_hook(change)
+    watched = Watched(net, optimizer, every_n_steps=interval)
+    if place == "after":
+        optimizer.register_step_post_hook(change)
+    train(net, optimizer, 30)
+    assert_equal(watched)
+
+
 def test_totals_outlast_a_change_of_states() -> None:
     net = make_net()
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
