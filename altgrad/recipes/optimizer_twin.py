@@ -74,6 +74,8 @@ class OptimizerTwin(Twin):
         self._gradients = torch.zeros(0, dtype=self.dtype, device="cpu")
         self._bucket_gradients: list[Tensor] = []
         self._generators = PrivateGenerators(self._seed)
+        self._counts_on_host = False
+        self._undone_for: Sequence[bool] = ()  # which buckets had gradients in the last such step
 
     @property
     def states(self) -> Mapping[str, Tensor]:
@@ -139,6 +141,7 @@ class OptimizerTwin(Twin):
         self._homes = self._split(self.tensors.weights)
         self._parameters = [*map(nn.Parameter, self._split(self.tensors.weights))]
         self._optimizers = self._make_optimizers(new, choices)
+        self._undone_for = ()
         self._loaded = []
         places = zip(new.layout.buckets, new.layout.slices, self._parameters, strict=True)
         for bucket, place, parameter in places:
@@ -162,15 +165,17 @@ class OptimizerTwin(Twin):
         self.tensors.begin_step()
         found_inf = gradients.found_inf
         is_fused = all(_reads_found_inf(optimizer) for optimizer, _ in self._optimizers)
-        if found_inf is not None and not is_fused:
-            # GradScaler looks from the host, too, unless an optimizer looks on the device.
-            if found_inf.item():
-                return
-            found_inf = None
+        undoes = found_inf is not None and not is_fused
+        if undoes and self._must_look(gradients) and found_inf.item():  # type: ignore[union-attr]
+            return
         scale = self._take_gradients(gradients, can_unscale=is_fused)
-        with self._scaling(scale, found_inf):
+        before = self._copy_host_numbers() if undoes else None
+        with self._undoing(found_inf) if undoes else self._scaling(scale, found_inf):
             for optimizer, _ in self._optimizers:
                 self._step_optimizer(optimizer)
+        if undoes:
+            self._counts_on_host = before != self._copy_host_numbers()
+            self._undone_for = gradients.present
         self._store_states()
         lost = self.tensors.lost
         self._store(self.tensors.weights, self.recipe.rounding, lost if len(lost) else None)
@@ -197,6 +202,31 @@ class OptimizerTwin(Twin):
         for parameter, gradient, is_present in each:
             parameter.grad = gradient if is_present else None
         return scale
+
+    def _must_look(self, gradients: Gradients) -> bool:
+        """Return True if a skipped step could not be undone on the device.
+
+        It could not in the first step of a layer, which makes its states, nor if the optimizer
+        counts on the host.
+        """
+        return self._counts_on_host or gradients.present != self._undone_for
+
+    def _copy_host_numbers(self) -> list[object]:
+        """Return the numbers of groups and states that are no tensors."""
+        groups = [group for optimizer, _ in self._optimizers for group in optimizer.param_groups]
+        return [
+            {name: value for name, value in each.items() if isinstance(value, (int, float, tuple))}
+            for each in (*groups, *self._bucket_states())
+        ]
+
+    @contextmanager
+    def _undoing(self, found_inf: Tensor | None) -> Iterator[None]:
+        """Undo a step on the device if a GradScaler found inf, without a look from the host."""
+        assert found_inf is not None
+        earlier = [(each, each.clone()) for each in self._all_tensors()]
+        yield
+        for now, before in earlier:
+            now.copy_(torch.where(found_inf.to(now.device) != 0, before, now))
 
     @contextmanager
     def _scaling(self, scale: Tensor | None, found_inf: Tensor | None) -> Iterator[None]:

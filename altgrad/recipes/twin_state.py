@@ -43,6 +43,7 @@ _LANE = {
     "buckets": list,
     "samples": Mapping,
     "left_out": list,
+    "late": Mapping,
     "recipes": list,
     "follows_updates": bool,
     "written": list,
@@ -65,6 +66,8 @@ def _check_lane(lane: Any, place: str) -> None:
     for name, within in layout.places.items():
         inside = f"{place}['samples'][{name!r}]"
         _check_sample(lane["samples"].get(name), inside, within.stop - within.start)
+    for number, changes in lane["late"].items():
+        _expect_mapping(changes, f"{place}['late'][{number!r}]")
     _check_run(lane["run"], f"{place}['run']", layout)
     for name, amaxes in lane["state_amaxes"].items():
         _expect_tensors(amaxes, f"{place}['state_amaxes'][{name!r}]")

@@ -17,6 +17,7 @@ from altgrad.recipes.optimizer_twin import Gradients, OptimizerTwin
 from altgrad.recipes.recipe import Recipe
 from altgrad.recipes.sample import Sampled
 from altgrad.recipes.twin import Arrangement, UpdateTwin
+from tests.counting import host_copies
 
 COUNT = 256
 
@@ -202,6 +203,10 @@ def make_foreach(held: list[nn.Parameter], group: dict[str, Any]) -> Optimizer:
     return torch.optim.AdamW(held, lr=group["lr"], foreach=True)
 
 
+def make_sgd(held: list[nn.Parameter], lr: float) -> Optimizer:
+    return torch.optim.SGD(held, lr=lr, momentum=0.9)
+
+
 class CountingOnHost(torch.optim.SGD):
     """An optimizer that counts its steps in a number of Python."""
 
@@ -228,6 +233,20 @@ def test_a_factory_of_a_fused_run_does_nothing_in_a_skipped_step(make: Any, skip
                 alone.grad = gradient.clone()
                 optimizer.step()
     assert torch.equal(run.twin.tensors.weights, alone)
+
+
+@pytest.mark.parametrize(("make", "looks"), [(make_sgd, 0), (CountingOnHost, 1)])
+def test_a_step_that_may_be_skipped_is_looked_at_from_the_host_if_it_counts_there(
+    make: Any, looks: int
+) -> None:
+    factory = Recipe("factory", optimizer=lambda held, group: make(held, lr=group["lr"]))
+    run = Run(factory, lr=1e-3, fused=True)
+    facts = {"scale": torch.tensor(8.0), "found_inf": torch.tensor(0.0)}
+    with torch.no_grad():
+        for index, gradient in enumerate(gradients(4)):
+            with host_copies() as copies:
+                run.twin.step(Gradients(gradient * 8, [True], **facts))
+            assert len(copies) == (1 if index == 0 else looks)
 
 
 @pytest.mark.parametrize("fused", [False, True])
