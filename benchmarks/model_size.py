@@ -127,7 +127,11 @@ def add_gathers(parameters: list[nn.Parameter], elements: int) -> Callable[[SGD]
 def get_row(size: int, elements: int, rounds: int) -> Row:
     parameters = parameters_of(size)
     monitor = UpdateMonitor(
-        nn.ParameterList(parameters), formats=FORMATS, max_elements=elements, strict=True
+        nn.ParameterList(parameters),
+        formats=FORMATS,
+        max_elements=elements,
+        recipes=(),
+        strict=True,
     )
     stamped = {
         PLAIN: Stamped(parameters, lambda _: None),

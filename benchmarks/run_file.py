@@ -62,7 +62,7 @@ def a_step() -> Callable[[], StepRecord]:
         arguments.append(given)
         return step_record(*given)
 
-    watched = UpdateMonitor(model, formats=FORMATS, strict=True).attach(optimizer)
+    watched = UpdateMonitor(model, formats=FORMATS, recipes=(), strict=True).attach(optimizer)
     with mock.patch("altgrad.monitor.monitor.step_record", keep), watched:
         train(model, optimizer, 2)
     return lambda: step_record(*arguments[-1])

@@ -3,12 +3,14 @@
     python benchmarks/training_step.py [--quick] [--threads N] [--tokens 32 1024]
 
 A GPT of 10.1 M parameters in 100 tensors, float32, AdamW, random tokens. Every variant trains its
-own copy from the same state on the same tokens and observes every step; a round steps each once, in
-a new order. At the end all copies must have the same weights, bit for bit.
+own copy from the same state on the same tokens and observes every step, without twins; a round
+steps each once, in a new order. At the end all copies must have the same weights, bit for bit.
 
 - **floor**: weights and gradients copied before the step into buffers kept for it, their difference
   after it, three norms for each tensor, one host copy. The least that full coverage can cost.
 - **Lightning** is `grad_norm` and a CSV logger alone, without the Trainer that normally calls them.
+- **Twins** are those of some recipes, at steps of which none but the first is observed. They have
+  rounds of their own with a plain step.
 - **wandb** is `watch(log="all")` and a `log` at each step, offline. It works in the background, so
   that it has rounds of its own with a plain step. Without wandb installed it is left out.
 
@@ -61,8 +63,14 @@ PLAIN = "plain step"
 FLOOR = "floor: copies, difference, 3 norms"
 FULL = "altgrad, all elements"
 LIGHTNING = "Lightning grad_norm, CSV logger"
+TWINS = {
+    "twins of five recipes": ("bf16", "bf16-sr", "bf16-kahan", "bf16-true", "e4m3fn-sr"),
+    "twins of the default recipes": None,
+}
 WANDB = 'wandb.watch(log="all"), offline'
 
+
+TWIN_DEMANDS = ((32, 1.06), (1_024, 1.01))  # tokens, and the largest ratio to a plain step
 
 Add = Callable[["Training", ExitStack], None]
 """What adds a variant to a training; the stack takes away what does not go with the training."""
@@ -108,7 +116,21 @@ def monitored(max_elements: int | None) -> Add:
             formats=FORMATS,
             every_n_steps=1,
             max_elements=max_elements,
+            recipes=(),
             strict=True,  # what fails would otherwise end the observation and cost nothing
+        )
+        stack.enter_context(monitor.attach(training.optimizer))
+
+    return add
+
+
+def step_twins(recipes: tuple[str, ...] | None) -> Add:
+    def add(training: Training, stack: ExitStack) -> None:
+        monitor = UpdateMonitor(
+            training.model,
+            every_n_steps=lambda index: index == 0,
+            recipes=recipes,
+            strict=True,
         )
         stack.enter_context(monitor.attach(training.optimizer))
 
@@ -166,10 +188,11 @@ def groups_of() -> list[dict[str, Add]]:
         group[sampled(sample)] = monitored(sample)
     group[FULL] = monitored(None)
     group[LIGHTNING] = add_lightning
+    groups = [group, {PLAIN: add_nothing} | {each: step_twins(TWINS[each]) for each in TWINS}]
     if importlib.util.find_spec("wandb"):
-        return [group, {PLAIN: add_nothing, WANDB: add_wandb}]
+        return [*groups, {PLAIN: add_nothing, WANDB: add_wandb}]
     print("wandb is not installed: left out")
-    return [group]
+    return groups
 
 
 def step_all(
@@ -239,7 +262,8 @@ def print_counts(counted: dict[str, tuple[int, int]]) -> None:
 
 def targets_of(rows: list[Row]) -> list[Target]:
     default = sampled(DEFAULT_SAMPLE) if DEFAULT_SAMPLE else FULL
-    demands = ((default, 32, 1.15), (default, 1_024, 1.02))
+    demands = [(default, 32, 1.15), (default, 1_024, 1.02)]
+    demands += [(each, tokens, most) for each in TWINS for tokens, most in TWIN_DEMANDS]
     measured = {(row.variant, row.tokens): row.ratio.median for row in rows}
     return [
         Target(f"{name}, {tokens:,} tokens", measured.get((name, tokens)), at_most)
