@@ -227,7 +227,13 @@ class Lane:
     def _describe_run(self, optimizer: Optimizer) -> Arrangement:
         plan = self._plan
         return Arrangement(
-            optimizer, plan.layout, self._run.values, plan.layers, plan.renewed, plan.begun
+            optimizer,
+            plan.layout,
+            self._run.values,
+            plan.layers,
+            plan.renewed,
+            plan.begun,
+            self._kind.gradient_dtype,
         )
 
     # --- after a step of the run

@@ -136,10 +136,13 @@ class OptimizerTwin(Twin):
         sources = old.find_sources(new.layout, new.begun)
         choices = self._describe_choices()
         super().rearrange(new)
-        self._gradients = torch.zeros_like(self.tensors.weights)
+        self._gradients = torch.zeros_like(self.tensors.weights, dtype=self._find_dtype(new))
         self._bucket_gradients = self._split(self._gradients)
         self._homes = self._split(self.tensors.weights)
         self._parameters = [*map(nn.Parameter, self._split(self.tensors.weights))]
+        if self._gradients.dtype != self.dtype:
+            for parameter in self._parameters:
+                parameter.grad_dtype = self._gradients.dtype
         self._optimizers = self._make_optimizers(new, choices)
         self._undone_for = ()
         self._loaded = []
@@ -155,6 +158,15 @@ class OptimizerTwin(Twin):
                 state = self._take_state(new, bucket)
             if state:
                 self._find_optimizer(bucket.group).state[parameter] = state
+
+    def _find_dtype(self, new: Arrangement) -> torch.dtype:
+        """Return the dtype of gradients: that of the run's if the weights have that of the run's.
+
+        A parameter in 16 bits may have gradients in float32, by its attribute `grad_dtype`.
+        """
+        if new.gradient_dtype is None or self.dtype != new.weights.dtype:
+            return self.dtype
+        return new.gradient_dtype
 
     def step(self, gradients: Gradients) -> None:
         """Step the twin's optimizer, and store what it changed.

@@ -35,6 +35,7 @@ class Arrangement(NamedTuple):
         layers: All layers by name.
         renewed: Names of the layers whose states are those of the run from now on.
         begun: Those among them that are new, or have another sample than before.
+        gradient_dtype: The dtype of the run's gradients; None for that of the weights.
     """
 
     optimizer: Optimizer
@@ -43,6 +44,7 @@ class Arrangement(NamedTuple):
     layers: Mapping[str, Sampled]
     renewed: frozenset[str] = frozenset()
     begun: frozenset[str] = frozenset()
+    gradient_dtype: torch.dtype | None = None
 
 
 class Twin:

@@ -325,3 +325,19 @@ def test_twins_that_draw_leave_the_streams_of_the_training(dtype: torch.dtype) -
     (drawn, weights), (also_drawn, also_weights) = results
     assert drawn == also_drawn
     assert all(map(torch.equal, weights, also_weights))
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="from torch 2.9 on")
+@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+def test_gradients_in_float32_of_weights_in_bfloat16_equal_the_run(name: str) -> None:
+    net = make_net(torch.bfloat16)
+    for each in net.parameters():
+        each.grad_dtype = torch.float32
+    optimizer = getattr(torch.optim, name)(net.parameters(), lr=1e-2, foreach=False)
+    watched = Watched(net, optimizer, formats=["e4m3fn"])
+    for index in range(10):
+        random = torch.Generator().manual_seed(index)
+        for each in net.parameters():
+            each.grad = torch.randn(each.shape, generator=random)
+        optimizer.step()
+    assert_equal(watched, net)
