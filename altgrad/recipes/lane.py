@@ -255,15 +255,29 @@ class Lane:
             self._follow_run()
         else:
             with self._following_updates_after_an_error(optimizer):
-                if self._has_new_layers:
+                if has_new_layers := self._has_new_layers:
                     self._read_states(optimizer, self._scales.find_unread())
                     self._has_new_layers = False
                 for twin in self._all_twins:
                     self._try(twin, partial(_step, twin, self._gradients_now, changes))
+                if has_new_layers:
+                    self._warn_about_names()
                 if late and isinstance(self._reference, OptimizerTwin):
                     self._late = self._reference.find_unmade(late)
         self._run.remember_writes()
         self._states.remember(optimizer, self._stepped)
+
+    def _warn_about_names(self) -> None:
+        """Warn of recipes that name states which their twin has not after a step."""
+        for name, twin in self._twins.items():
+            missing = twin.recipe.state_formats.keys() - {"*"} - twin.states.keys()
+            # Without any state, a twin may have had no gradient yet.
+            if missing and (twin.states or twin.recipe.optimizer is not None):
+                has = ", ".join(map(repr, twin.states)) or "none"
+                self._warn(
+                    f"stores nothing of {few(sorted(missing))} in the twin of {name}: expected "
+                    f"names of states of its optimizer, which has {has}"
+                )
 
     def _follow_run(self) -> None:
         """Give the updates of the run to the twins."""

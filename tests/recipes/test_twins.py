@@ -35,6 +35,22 @@ def test_weights_are_bit_identical_with_twins_and_without(recipes: Any) -> None:
     assert all(map(torch.equal, *trained))
 
 
+@pytest.mark.slow
+def test_a_compiled_optimizer_steps_as_without_twins() -> None:
+    trained = []
+    for chosen in ((), ["bf16", "bf16-true"]):
+        torch.compiler.reset()
+        net = make_net()
+        optimizer = torch.optim.AdamW(net.parameters(), torch.tensor(1e-3))
+        optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign]
+        watched = Watched(net, optimizer, recipes=chosen)
+        train(net, optimizer, 12)
+        trained.append(copy_weights(net))
+    assert all(map(torch.equal, *trained))
+    assert checks(watched) <= {Check.EQUAL, Check.TAILS}
+    assert watched.records[-1].model["progress_kept/bf16"] > 0
+
+
 def test_figures_stand_beside_those_of_formats() -> None:
     net = make_net()
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
@@ -163,6 +179,17 @@ def test_a_factory_that_fails_ends_its_twin_alone() -> None:
     assert "ends the twin of mine" in notice
     assert "no such optimizer" in notice
     assert watched.records[-1].model.recipes == ("bf16",)
+
+
+def test_names_of_states_that_no_optimizer_has_are_told_once() -> None:
+    net = make_net()
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+    states = {"exp_avg_sp": "e5m2", "exp_avg": "bf16", "*": "bf16"}
+    watched = Watched(net, optimizer, recipes=[Recipe("mine", states=states)])
+    train(net, optimizer, 10)
+    [notice] = watched.notices
+    assert "exp_avg_sp" in notice
+    assert "'exp_avg', 'exp_avg_sq'" in notice
 
 
 def test_experts_that_step_apart_are_limited_with_one_notice() -> None:
