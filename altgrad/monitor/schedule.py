@@ -1,6 +1,6 @@
-"""`StepSchedule`: decide by its number alone whether a step is observed.
+"""`StepSchedule`: decide by the index of a step alone whether it is observed.
 
-`policy` comes next, which adds the cost of observing.
+`policy` comes next, which also limits the cost of observing.
 """
 
 from __future__ import annotations
