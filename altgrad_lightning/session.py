@@ -221,7 +221,8 @@ class Session:
 
         Returns:
             A dict with the keys ``monitor``, ``output`` and, if any optimizer was observed,
-            ``last_batches``. Empty if there is no state of the monitor.
+            ``last_batches``: the batch in which each was last observed. Empty if there is no state
+            of the monitor.
         """
         monitor, output = self._monitor_state, self._output_state
         if self._monitor is not None:

@@ -144,7 +144,7 @@ class StoreAs(Callback):
 
         Args:
             trainer: The Trainer, whose training has started.
-            module: The module with the names of the layers.
+            module: The module that is trained. Its parameters' names are those of the layers.
 
         Raises:
             ValueError: A rule matches no layer, a layer cannot be stored, or the parameters are

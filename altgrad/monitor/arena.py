@@ -9,8 +9,9 @@ block formats, rows have 32 elements, as many as most blocks that share a scale:
               row 2   layer "b", elements   0 …   9, then NaN
 
 A segment holds layers with one dtype of weights, one dtype of gradients and one device. Memory is
-laid out once, and weights and gradients are copied to it around each observed step. `engine` comes
-next: it owns an arena for each optimizer.
+laid out once, and weights and gradients are copied to it around each observed step. Beside the
+copies lie the ever-moved flags: for each element whether any update has moved it so far, and for
+each format whether any was effective. `engine` comes next: it owns an arena for each optimizer.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Engine:
     # --- before a step
 
     def choose_elements(self, name: str, parameter: Tensor, peers: Peers) -> Tensor | None:
-        """Choose the elements of a local shard that are copied, and keep the sample in mind.
+        """Choose the elements of a local shard that are copied, and remember the sample.
 
         Args:
             name: Name of the layer.

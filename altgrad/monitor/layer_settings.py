@@ -137,7 +137,7 @@ class LayerSettings:
         }
 
     def enabled(self, names: Sequence[str]) -> list[str]:
-        """Return those of the given names whose layers are enabled."""
+        """Return those of the given names whose layers are observed: `enabled` by their rule."""
         known = self.by_name  # a step asks for all layers, and calling `get` for each takes longer
         return [n for n in names if (known[n] if n in known else self.get(n)).enabled]
 
@@ -169,7 +169,7 @@ class LayerSettings:
     def block(self, name: str) -> int:
         """Return how many neighbours of a layer are drawn together, as they share a scale.
 
-        The largest block among the layer's formats decides; 1 without a block format.
+        Every block size of the layer's formats divides this number; 1 without a block format.
         """
         self.get(name)
         return self._blocks[name]
@@ -187,7 +187,7 @@ class LayerSettings:
     def find_other_samples(
         self, names: Iterable[str], described: Mapping[str, Any] | None
     ) -> list[str]:
-        """Return the layers of which a sample now holds other elements than in an earlier run.
+        """Return the layers whose samples hold other elements than in an earlier run.
 
         Args:
             names: Names of layers.

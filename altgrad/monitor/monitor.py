@@ -220,7 +220,7 @@ class UpdateMonitor:
 
     @property
     def twins(self) -> Twins:
-        """The twins, with the results of the self-check in `checks`."""
+        """The twins of all recipes; `checks` has the results of their self-check."""
         return self._twins
 
     @property
@@ -342,7 +342,7 @@ class UpdateMonitor:
         return self
 
     def detach(self) -> None:
-        """Stop observing. The ever-moved flags are kept for `state_dict` and a later `attach`.
+        """Stop observing. Keep which elements have moved, for `state_dict` and a later `attach`.
 
         Raises:
             Exception: If `strict`, an error of the last step that no later step has raised.
@@ -397,7 +397,7 @@ class UpdateMonitor:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a resumed run needs: ever-moved flags, scales, intervals, twins.
+        """Return the state that a resumed run needs: moved elements, scales, intervals, twins.
 
         If parameters are sharded, all ranks have to call this method, and wait for each other. A
         rank that calls it alone warns and stops observing.
@@ -420,8 +420,9 @@ class UpdateMonitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a `state_dict`, before `attach`.
 
-        The ever-moved flags of a layer begin anew, with a notice, if this monitor has other formats
-        or draws other elements. If `scaling` differs, each amax is computed again.
+        If this monitor has other formats, or draws other elements of a layer, the count of elements
+        that never moved begins anew, with a notice. If `scaling` differs, each amax is computed
+        again.
 
         Args:
             state: A result of `state_dict`.

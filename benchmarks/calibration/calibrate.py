@@ -197,9 +197,9 @@ def judge(run: Row, limits: dict[str, float]) -> str:
 def outcomes(
     runs: Sequence[Row], layers: Sequence[Row], limits: dict[str, float]
 ) -> dict[str, dict[str, Any]]:
-    """Count, for each verdict, the runs that got it, and those of them that lost much or little.
+    """Count, for each verdict, the runs that got it, and how many of them lost over 1 % and 10 %.
 
-    Under ``"FROZEN"`` are also counts of layers.
+    Under ``"FROZEN"`` are also counts of layers, under ``"RANGE"`` those of runs without a scale.
 
     Args:
         runs: Rows of runs.

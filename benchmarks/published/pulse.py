@@ -33,7 +33,10 @@ Shares = tuple[float, float, float]
 
 
 def invisible(step: OptimizerStep) -> Shares:
-    """Return the share of updates other than 0 that are invisible in bf16, in three ways."""
+    """Return, in three ways, the share of updates other than 0 that are invisible in bf16.
+
+    An update is invisible if the weight rounds to the same bf16 number before and after it.
+    """
     before = torch.cat([w.flatten() for w in step.before])
     after = torch.cat([w.flatten() for w in step.after])
     moved = before != after
