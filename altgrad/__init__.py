@@ -1,7 +1,8 @@
 """AltGrad: if I kept my weights in this number format, would they still move?
 
 AltGrad observes the steps of a PyTorch optimizer, rounds their updates to number formats, and
-reports how much of each update a format keeps. The packages build on each other:
+reports how much of each update a format keeps. Most runs need `UpdateMonitor` alone, or
+`altgrad_lightning.PrecisionMonitor` in a Trainer. The packages build on each other:
 
 1. `altgrad.quantization` defines number formats and rounds to them.
 2. `altgrad.observation` copies weights and gradients around an optimizer step.
@@ -10,9 +11,9 @@ reports how much of each update a format keeps. The packages build on each other
    of several ranks.
 5. `altgrad.report` writes and reads run files, and judges them.
 
-`altgrad.recipes` says how weights and the states of an optimizer are stored, and stores those of a
-run. A name is imported on first use, so `import altgrad` alone loads no other package, not even
-torch.
+`altgrad.recipes` has recipes: how weights and optimizer states are stored. A recipe is tried out on
+a sample of a run's weights, or stores all of them. A name is imported on first use, so
+`import altgrad` alone loads no other package, not even torch.
 """
 
 from typing import TYPE_CHECKING

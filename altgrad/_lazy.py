@@ -19,8 +19,8 @@ def attach(
 
     Args:
         package: `__name__` of the package.
-        names: Names separated by spaces, by the module that provides them, relative to the
-            package.
+        names: For each module, relative to the package, the names that it provides, separated by
+            spaces: ``{"quantization.ops": "quantize spacing"}``.
         submodules: Names of modules, separated by spaces, that become attributes of the package.
 
     Returns:

@@ -19,12 +19,12 @@ _MAX_NAMED = 3
 
 
 class Notices:
-    """A record of the notices that one object has given to its user.
+    """A way for one object to give notices to its user, each once if wished.
 
     Args:
         owner: Name of the object's class. Each warning begins with this name.
-        warn: Function that is called with each notice, without the owner's name. None means
-            `warnings.warn`.
+        warn: Function that is called with each notice, without the owner's name. None gives a
+            UserWarning.
     """
 
     def __init__(self, owner: str, warn: Callable[[str], object] | None = None) -> None:
@@ -87,7 +87,7 @@ def format_percent(share: float) -> str:
 
 
 def format_count(count: int, noun: str) -> str:
-    """Return a number of things in words, as ``1 layer`` and ``2,000 layers``.
+    """Return a number and its noun, such as ``1 layer`` or ``2,000 layers``.
 
     Args:
         count: The number, 0 or more.
@@ -97,7 +97,7 @@ def format_count(count: int, noun: str) -> str:
 
 
 def few(names: Sequence[str], separator: str = ", ") -> str:
-    """Return the first three names, and the number of further ones.
+    """Return the first three names, and the number of further ones: ``a, b, c and 7 more``.
 
     Args:
         names: Any number of names.
@@ -113,7 +113,7 @@ def check_type(name: str, value: object, expected: type) -> None:
     Args:
         name: Name of the argument.
         value: Value of the argument.
-        expected: The type; bool is not accepted as int, although Python derives it from int.
+        expected: The type. A bool is not accepted as int, although Python derives bool from int.
 
     Raises:
         TypeError: The value has another type.

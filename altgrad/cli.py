@@ -1,8 +1,8 @@
-"""The command line: `altgrad formats`, `report` and `compare`, and commands of entry points.
+"""The command line: `altgrad formats`, `report` and `compare`, and commands that packages add.
 
-`main` builds the application. `altgrad report` and `altgrad compare` are in
-`altgrad.report.commands`. Other packages add commands by entry points, such as `altgrad demo` of
-`altgrad_lightning.demo`.
+`main` builds the application. `altgrad formats` is in this file, `altgrad report` and `altgrad
+compare` are in `altgrad.report.commands`. A package adds a command by an entry point of the group
+`altgrad.commands`, as `altgrad_lightning.demo` adds `altgrad demo`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 COMMANDS = "altgrad.commands"
 """Entry-point group of further commands, such as `altgrad demo`; see pyproject.toml."""
 
-# A checkout that is not installed has no entry points.
+# Listed here, because a checkout that is not installed has no entry points.
 _OWN = {
     name: EntryPoint(name, f"altgrad.report.commands:{name}", COMMANDS)
     for name in ("report", "compare")
@@ -56,7 +56,7 @@ def main() -> None:
 
 @contextmanager
 def _survive_output() -> Iterator[None]:
-    """Print ? for what stdout cannot encode, and exit without a traceback if writing fails."""
+    """Print ? for characters that stdout cannot encode; exit without a traceback if it fails."""
     stdout = sys.stdout
     if not isinstance(stdout, TextIOWrapper):  # None if it is closed
         yield

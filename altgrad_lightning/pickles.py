@@ -1,6 +1,7 @@
-"""Pickle callbacks, and unpickle those of earlier versions.
+"""Pickle callbacks, and unpickle callbacks of version 0.1.0.
 
-A module may hold a callback as a hyperparameter, so that checkpoints hold its pickle for years.
+A module may hold a callback as a hyperparameter. Its checkpoints then hold a pickle of the callback
+for years.
 
 - `find_own_attributes` leaves the module out of a pickle.
 - `convert_attributes` reads the pickle of a `PrecisionMonitor` of version 0.1.0.
@@ -20,9 +21,10 @@ from altgrad_lightning.settings import Settings
 
 
 def find_own_attributes(callback: object) -> dict[str, Any]:
-    """Find the attributes of a callback, without methods of the module.
+    """Find the attributes of a callback that a pickle is to hold.
 
-    Lightning sets methods of the module, `log` and `log_dict`, as attributes of callbacks:
+    Left out are methods of the module, which would bring the whole module into the pickle.
+    Lightning sets `log` and `log_dict` of the module as attributes of callbacks:
     lightning/pytorch/trainer/connectors/callback_connector.py.
 
     Returns:
@@ -38,7 +40,7 @@ def find_own_attributes(callback: object) -> dict[str, Any]:
 def convert_attributes(state: dict[str, Any]) -> dict[str, Any]:
     """Convert the pickled attributes of version 0.1.0 to today's attributes.
 
-    Version 0.1.0 kept each argument and each finding in its own attribute, and had an argument
+    Version 0.1.0 kept each argument and each result in its own attribute, and had an argument
     `compile`, which is dropped.
 
     Args:

@@ -1,9 +1,9 @@
 """`Session`: observe one training, from its start to its end.
 
-The data flow one way. The Trainer steps its optimizers, and an `UpdateMonitor` turns each observed
-step into a `StepRecord`. At the end of the batch the session merges the records of the batch into
-one record, keeps it in a `Result` and writes it to an `Output`. Read `callback` first, whose hooks
-call the session. The next file is `output`.
+Data flow in one direction. The Trainer steps its optimizers, and an `UpdateMonitor` turns each
+observed step into a `StepRecord`. At the end of the batch the session merges the records of the
+batch into one record, keeps it in a `Result` and writes it to an `Output`. Read `callback` first,
+whose hooks call the session. The next file is `output`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Session:
         callback: The `PrecisionMonitor` among the Trainer's callbacks.
         settings: The arguments of the callback.
         notices: The notices of this training, each of which is given once.
-        result: Object in which the session keeps its latest figures, verdicts and state. The
-            session resumes from `result.state`.
+        result: Object in which the session leaves its latest figures, verdicts and state. The
+            session resumes from the `state` in it.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Session:
         if self._monitor is None:
             return
         if not self._records:
-            # Steps that passed the hooks need no look, such as those beyond the budget of time.
+            # Hooks saw the steps of other batches, even if the overhead budget left them out.
             if self._due.misses_steps(logged_step(self._trainer)):
                 self._monitor.warn_about_bypasses()
             return
@@ -160,7 +160,7 @@ class Session:
     def _describe_new_layers(
         self, output: Output, monitor: UpdateMonitor, record: StepRecord
     ) -> None:
-        """Pass layers, such as unfrozen layers, to the output when they are first stepped."""
+        """Pass layers that are new in a record to the output, such as layers just unfrozen."""
         if record.layers.keys() <= self._described:
             return
         layers = Header.from_json(monitor.run_header()).layers
@@ -175,7 +175,7 @@ class Session:
         if self._trainer.global_step and self._result.latest_step is None:
             self.warn(f"observed no step: {self._explain_no_step()}")
             if not self._result.skipped:
-                return  # the layers would be all
+                return  # the next notice would name all layers
         for notice in monitor.describe_unseen():
             self.warn(notice)
 
@@ -202,7 +202,7 @@ class Session:
 
     @property
     def assessment(self) -> Assessment | None:
-        """The verdicts so far; None on ranks that write nothing."""
+        """The verdicts so far; None on ranks without an output."""
         return self._result.assessment if self._output is None else self._output.assess()
 
     @property
@@ -217,7 +217,13 @@ class Session:
         return self._monitor is not None and self._monitor.is_shared
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the monitor and of the output; empty without a monitor state."""
+        """Return the states of the monitor and of the output, and when optimizers were observed.
+
+        Returns:
+            A dict with the keys ``monitor``, ``output`` and, if any optimizer was observed,
+            ``last_batches``: the batch in which each was last observed. Empty if there is no state
+            of the monitor.
+        """
         monitor, output = self._monitor_state, self._output_state
         if self._monitor is not None:
             monitor = self._read_state(self._monitor)
@@ -256,7 +262,7 @@ class Session:
         """Detach the monitor, and keep its state for checkpoints.
 
         Args:
-            alone: If True, drop a state that only all ranks together can read.
+            alone: If True, do not wait for other ranks. A state that needs all ranks is dropped.
         """
         monitor, self._monitor = self._monitor, None
         if monitor is not None:
@@ -328,7 +334,7 @@ class Session:
         batch_size_scaling.py.
         """
         now = {id(each) for each in self._trainer.callbacks}  # type: ignore[attr-defined]
-        # Another callback may pass its hooks on to this one, which the Trainer does not know then.
+        # The Trainer does not know this callback if another callback passes its hooks on to it.
         is_known = any(each is self._callback for each in self._callbacks)
         mine = [self._callback] if is_known else self._callbacks
         return not any(id(each) in now for each in mine)
@@ -336,7 +342,7 @@ class Session:
     def _read_state(self, monitor: UpdateMonitor) -> dict[str, Any] | None:
         try:
             return monitor.state_dict()
-        except Exception as error:  # noqa: BLE001 - such as of a failed device
+        except Exception as error:  # noqa: BLE001 - such as an error of a failed device
             self.warn(f"could not save its state: {error!r}")
             return None
 
@@ -346,7 +352,7 @@ class Session:
 
 
 def _merge(records: Sequence[StepRecord]) -> StepRecord:
-    """Merge the records of a batch: of a layer in several records, the last figures count."""
+    """Merge the records of a batch. If a layer is in several records, its last figures count."""
     last = records[-1]
     if len(records) == 1:
         return last

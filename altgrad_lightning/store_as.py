@@ -1,7 +1,7 @@
 """`StoreAs`: train with weights and optimizer states stored as a recipe says.
 
 The callback attaches the `WeightStorage` of a recipe to the Trainer's optimizers. Nothing needs to
-be read before this file. `session` uses `attach_storages`, because storages come before observers.
+be read before this file. `session` calls `attach_storages` before it observes the optimizers.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ class StoreAs(Callback):
     rounds weights and states when training starts, after a checkpoint is restored, and after each
     optimizer step. The tensors keep their dtype and hold only values of the formats.
 
-    Checkpoints hold scales, the errors that Kahan summation keeps, and the random numbers. A run
-    that is resumed with ``fit(ckpt_path=…)`` equals an uninterrupted one, bit for bit. Without a
-    checkpoint, each training starts from the weights alone.
+    Checkpoints hold scales, rounding errors for Kahan summation, and the state of the random
+    numbers. A run that is resumed with ``fit(ckpt_path=…)`` equals an uninterrupted one, bit for
+    bit. Without a checkpoint, each training starts from the weights alone.
 
-    All optimizers of the Trainer are stored, and those that replace them from the next batch on.
-    Under DDP, all ranks store the same values. Other strategies with several processes are refused.
-    Validation, testing and prediction change no weight. Averages that ``EMAWeightAveraging`` puts
-    into the model are not rounded. ``StochasticWeightAveraging`` ends with an optimizer step if the
-    model has batch norm, and this step rounds its averages.
+    The recipe holds for all optimizers of the Trainer. Optimizers that replace these are included
+    from the next batch on. Under DDP, all ranks store the same values. Other strategies with
+    several processes are refused. Validation, testing and prediction change no weight. Averages
+    that ``EMAWeightAveraging`` puts into the model are not rounded. ``StochasticWeightAveraging``
+    ends with an optimizer step if the model has batch norm, and this step rounds its averages.
 
-    A `PrecisionMonitor` may stand before or after it among the callbacks; a callback of yours with
-    an `altgrad.UpdateMonitor` comes after it. A Trainer takes one `StoreAs`; `layers` gives single
-    layers another format.
+    Among the callbacks, a `PrecisionMonitor` may come before or after `StoreAs`. A callback of
+    yours with an `altgrad.UpdateMonitor` comes after it. A Trainer takes one `StoreAs`; `layers`
+    gives single layers another format.
 
     Examples:
         >>> from altgrad_lightning import StoreAs
@@ -50,7 +50,7 @@ class StoreAs(Callback):
         recipe: A short name, such as ``"bf16-sr"``, that `altgrad.recipes.get_recipes` knows, or a
             `Recipe` of formats. Recipes that need other tensors or another optimizer, such as
             ``"bf16-true"``, are refused.
-        scaling: The weights that share a scale, as in `altgrad.WeightStorage`.
+        scaling: Which weights share a scale, as in `altgrad.WeightStorage`.
         layers: Rules for single layers, as in `altgrad.WeightStorage`, with the names of the
             module's parameters.
         seed: The seed of stochastic rounding.
@@ -80,7 +80,7 @@ class StoreAs(Callback):
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe by which weights and states are stored."""
+        """The recipe that says how weights and states are stored."""
         return self._recipe
 
     @property
@@ -94,7 +94,7 @@ class StoreAs(Callback):
     # --- Lightning's hooks, in the order in which a Trainer calls them
 
     def setup(self, trainer: Trainer, _: LightningModule, stage: str) -> None:
-        """Raise an error if the strategy is refused, and forget the last training.
+        """Raise an error if the strategy is refused, and begin with a new storage.
 
         Args:
             trainer: The Trainer.
@@ -105,11 +105,11 @@ class StoreAs(Callback):
         """
         if stage == "fit":
             _check_strategy(trainer)
-            self._detach()  # another callback may have kept Lightning from calling `on_exception`
+            self._detach()  # another callback that raised may have kept Lightning from doing so
             self._storage = self._make_storage()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state in a checkpoint, now or when training starts.
+        """Restore the state of a checkpoint: at once if attached, otherwise when training starts.
 
         Lightning's learning rate finder also restores a state in mid-training.
         """
@@ -122,15 +122,15 @@ class StoreAs(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
-        """Attach to new optimizers, if another callback or the module replaced the optimizers."""
+        """Attach to the Trainer's optimizers again, if the module or a callback replaced them."""
         self.attach(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the storage, which a resumed run needs, for a checkpoint."""
+        """Return the state of the storage for a checkpoint, as `WeightStorage.state_dict` does."""
         return self._storage.state_dict()
 
     def on_exception(self, *_: Any) -> None:
-        """Stop storing after an error or Ctrl-C, after which Lightning does not call `teardown`."""
+        """Stop storing. After an error or Ctrl-C, Lightning calls this instead of `teardown`."""
         self._detach()
 
     def teardown(self, *_: Any, **__: Any) -> None:
@@ -144,7 +144,7 @@ class StoreAs(Callback):
 
         Args:
             trainer: The Trainer, whose training has started.
-            module: The module with the names of the layers.
+            module: The module that is trained. Its parameters' names are those of the layers.
 
         Raises:
             ValueError: A rule matches no layer, a layer cannot be stored, or the parameters are
@@ -166,7 +166,7 @@ class StoreAs(Callback):
         return self._recipe.make_storage(**self._arguments)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes with a new storage, without the module and its optimizers."""
+        """Return the attributes for a pickle: a new storage, without the module and optimizers."""
         own = find_own_attributes(self)
         return {**own, "_storage": self._make_storage(), "_optimizers": []}
 
@@ -174,8 +174,8 @@ class StoreAs(Callback):
 def attach_storages(trainer: Trainer, module: LightningModule) -> None:
     """Attach each `StoreAs` of a Trainer, before anything observes the optimizers.
 
-    An observer must see weights that are stored already. The place of the callbacks in their list
-    would decide this otherwise.
+    An observer must see weights as they are stored. Without this call, that would depend on the
+    order of the callbacks.
 
     Args:
         trainer: The Trainer, whose training has started.

@@ -1,8 +1,8 @@
 """Decide which ranks of a Trainer observe, and which strategies are refused.
 
-- `is_idle` says whether a rank leaves observing to the first rank.
-- `explain_refusal` says why steps of a strategy cannot be observed.
-- `explain_no_storage` says why weights under a strategy cannot be stored in a format.
+- `is_idle` is True if a rank leaves observing to the first rank.
+- `explain_refusal` returns why steps of a strategy cannot be observed.
+- `explain_no_storage` returns why weights under a strategy cannot be stored in a format.
 
 Nothing needs to be read before this file. `callback` uses `is_idle`, `session` `explain_refusal`,
 and `store_as` `explain_no_storage`.
@@ -24,7 +24,7 @@ REFUSED = {
     "FSDPStrategy": "FSDP1 keeps the parameters as flat shards, which have no layers",
     "XLAStrategy": "XLA devices have no hooks around the optimizer step",
 }
-"""Why steps of a strategy cannot be observed, by the name of the strategy's class."""
+"""The reason why steps of a strategy cannot be observed, by the name of the strategy's class."""
 REPLICATING = "DDPStrategy"
 """Name of the strategy with a replica of all parameters on each rank."""
 
@@ -60,15 +60,15 @@ def explain_no_storage(trainer: Trainer) -> str | None:
 def _explain_refused(trainer: Trainer) -> str | None:
     """Return why a strategy is refused whatever the module; None if it is not.
 
-    A strategy is known by the names of its classes, because `lightning` and `pytorch_lightning`
-    define each strategy twice.
+    Strategies are compared by class names, because `lightning` and `pytorch_lightning` each define
+    the same classes.
     """
     kinds = (kind.__name__ for kind in type(trainer.strategy).__mro__)
     return next((f"{REFUSED[kind]} ({kind})" for kind in kinds if kind in REFUSED), None)
 
 
 def _explain_unknown(trainer: Trainer) -> str | None:
-    """Return why a rank may lack a part of the parameters; None if it has all of them."""
+    """Return why a rank may lack some of the parameters; None if each rank has all of them."""
     kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
     if trainer.world_size == 1 or REPLICATING in kinds:
         return None

@@ -1,11 +1,11 @@
-"""What observing adds to a step of processes that share a model (FSDP2 with gloo, on CPU).
+"""Count and time what observing adds to a step of a sharded model (FSDP2 with gloo, on CPU).
 
     python benchmarks/distributed.py [--quick]
 
-First what is exact on any machine: how many collectives an observed step makes, and of how many
-bytes. Then the time, of steps that are observed and steps that are not, in turn; the processes
-share the cores of one machine, so that with more processes than cores this says little. Last, what
-the counts come to for 70 B parameters on 1,024 ranks, under the assumptions that are printed.
+1. The number of collectives in an observed step, and their bytes, which are equal on any machine.
+2. The time of observed and unobserved steps in turn. All processes share the cores of one machine:
+   with more processes than cores, these times say little.
+3. An estimate for 70 B parameters on 1,024 ranks, from the counts and printed assumptions.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ SIZES = (1, 2, 4)
 FORMATS = ["fp16", "bf16", "e4m3fn", "e5m2"]
 FLOAT64 = 8  # bytes
 
-# What the estimate assumes.
+# Assumptions of the estimate.
 RANKS, PARAMETERS, TOKENS = 1_024, 70e9, 4e6
-TENSORS = 80 * 9 + 3  # 80 blocks: four projections, three of the MLP, two norms; tables and a norm
-LATENCY, BANDWIDTH = 30e-6, 1.25e9  # of a message between hosts over TCP; 10 Gb/s
-FLOPS = 400e12  # that a GPU really makes in a second: 40 % of an H100's peak in bf16
-PER_TENSOR = 200e-6  # seconds of measuring 1,024 elements: model_size.py, "the rest"
+# 80 blocks with 4 projections, 3 matrices of the MLP and 2 norms; 2 embeddings and a last norm.
+TENSORS = 80 * 9 + 3
+LATENCY, BANDWIDTH = 30e-6, 1.25e9  # s for a message between hosts over TCP; bytes/s at 10 Gb/s
+FLOPS = 400e12  # in a second, as reached on a GPU: 40 % of an H100's peak in bf16
+PER_TENSOR = 200e-6  # s to measure 1,024 elements: "the rest" in model_size.py
 
 
 class Listening:
-    """Notes the collectives that are made within, and the bytes each process gives to them."""
+    """A context that records each all-reduce within it, and the bytes that this rank sends."""
 
     def __init__(self) -> None:
         self.said: list[tuple[str, int]] = []
@@ -70,7 +71,7 @@ class Measured(NamedTuple):
     plain: Quartiles
     added: Quartiles
     talking: Quartiles
-    """Collectives of the same sizes, alone."""
+    """Time of collectives of the same sizes alone, in seconds."""
 
 
 def measure(rank: int, size: int, folder: str, rounds: int) -> None:
@@ -85,7 +86,7 @@ def measure(rank: int, size: int, folder: str, rounds: int) -> None:
     torch.manual_seed(0)
     whole = Gpt()
     for parameter in whole.parameters():
-        # A weight that outgrows its scale would have it taken anew: one more MAX.
+        # Far from the top of the scales: to compute an amax again would be one more MAX.
         torch.nn.init.normal_(parameter, std=0.02)
     net = fully_shard(whole, mesh=init_device_mesh("cpu", (size,)))
     for parameter in net.parameters():
@@ -103,7 +104,7 @@ def measure(rank: int, size: int, folder: str, rounds: int) -> None:
         return time.perf_counter() - start
 
     for _ in range(4):
-        optimizer.step()  # scales and buffers are there after these
+        optimizer.step()  # the first steps also set up scales and buffers
     with Listening() as listening:
         optimizer.step()
     optimizer.step()
@@ -128,15 +129,23 @@ def measured(size: int, rounds: int) -> Measured:
         return Measured(*torch.load(Path(folder) / "result.pt", weights_only=False))
 
 
-def bytes_of_step(tensors: int, formats: int) -> tuple[int, int]:
-    """What each process gives to the SUM and to the MAX."""
+def count_bytes(tensors: int, formats: int) -> tuple[int, int]:
+    """Return the bytes that each rank sends in the SUM and in the MAX of an observed step.
+
+    Args:
+        tensors: Number of layers.
+        formats: Number of formats.
+    """
     sums = tensors * sum_count(formats) * FLOAT64
     return sums, (tensors * (max_count(formats) + 1) + 7) * FLOAT64
 
 
 def estimate() -> dict[str, float]:
-    """Seconds, by part; a ring, as gloo has it: each of 2 (n - 1) messages waits for the last."""
-    said = bytes_of_step(TENSORS, len(FORMATS))
+    """Estimate the parts of an observed step of a large model: bytes, and times in seconds.
+
+    gloo reduces in a ring of n ranks: 2 (n - 1) messages, each of which waits for the one before.
+    """
+    said = count_bytes(TENSORS, len(FORMATS))
     messages = len(said) * 2 * (RANKS - 1)
     sampled = TENSORS * 1024
     return {
@@ -178,7 +187,7 @@ def main() -> None:
     for size in SIZES[:2] if arguments.quick else SIZES:
         each = measured(size, rounds)
         figures[str(size)] = each._asdict()
-        assert [b for _, b in each.said] == [*bytes_of_step(each.tensors, len(FORMATS))]
+        assert [b for _, b in each.said] == [*count_bytes(each.tensors, len(FORMATS))]
         said = " + ".join(f"{count / 1e3:,.0f} kB" for _, count in each.said)
         milliseconds = [
             f"{1e3 * low:.1f} · {1e3 * middle:.1f} · {1e3 * high:.1f}"

@@ -1,4 +1,4 @@
-"""The model of the budgets and timings: a GPT of 10.1 M parameters in 100 tensors."""
+"""The model of several benchmarks and tests: a GPT of 10.1 M parameters in 100 tensors."""
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,14 @@ class Gpt(nn.Module):
 
 
 def train(model: Gpt, optimizer: torch.optim.Optimizer, steps: int = 1, tokens: int = 32) -> None:
-    """Steps on random tokens."""
+    """Train on random tokens.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer.
+        steps: Number of steps.
+        tokens: Number of tokens in a step.
+    """
     for _ in range(steps):
         text = torch.randint(VOCABULARY, (1, tokens + 1))
         loss = functional.cross_entropy(model(text[:, :-1])[0], text[0, 1:])

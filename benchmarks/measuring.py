@@ -1,12 +1,14 @@
-"""Times what it takes to measure one tensor's step, in nanoseconds per element.
+"""Time the measurement of one tensor in one step, in nanoseconds per element.
 
     python benchmarks/measuring.py [--quick] [--threads 1 2] [--sizes 1e4 1e6]
 
-Beside AltGrad's engine stand the same figures written naively (see naive.py), a clone of one of the
-three tensors, and the memory limit: each of the three read once, to a sum. The engine is timed to
-the sums, which stay on the device; `altgrad.measure` makes its memory anew at each call and
-adds the host copy and the metrics, as the naive version has them. Paired are all variants of one
-size and number of formats.
+For each size and number of formats, these variants are paired:
+
+- **altgrad engine**: the sums that a monitor needs, on the device, with memory that is reused.
+- **altgrad.measure**: also new memory at each call, the copy to the host, and the metrics.
+- **naive**: the same figures as one would write them first; see naive.py.
+- **torch clone of one**: a clone of one of the three tensors (weights before, after, gradient).
+- **memory limit**: the sums of the three tensors, which read each of them once.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ Step = tuple[Tensor, Tensor, Tensor]
 
 
 class Cell(NamedTuple):
-    """One timing; nanoseconds per element."""
+    """The times of one variant, in nanoseconds per element."""
 
     dtype: str
     threads: int
@@ -76,7 +78,7 @@ class Cell(NamedTuple):
     ratio_to_limit: Quartiles
 
 
-def variants_of(step: Step, formats: tuple[str, ...]) -> dict[str, Callable[[], object]]:
+def make_variants(step: Step, formats: tuple[str, ...]) -> dict[str, Callable[[], object]]:
     before, after, gradient = step
     measurer = Measurer(FormatSet(formats))
     resolved = [get_format(name) for name in formats]
@@ -91,12 +93,14 @@ def variants_of(step: Step, formats: tuple[str, ...]) -> dict[str, Callable[[], 
     return variants
 
 
-def rounds_of(elements: int, *, quick: bool) -> int:
+def choose_rounds(elements: int, *, quick: bool) -> int:
     rounds = 30 if elements <= 1_000_000 else 7 if elements <= 30_000_000 else 3
     return max(3, rounds // 6) if quick else rounds
 
 
-def cells_of(seconds: Seconds, dtype: str, threads: int, formats: int, elements: int) -> list[Cell]:
+def make_cells(
+    seconds: Seconds, dtype: str, threads: int, formats: int, elements: int
+) -> list[Cell]:
     scale = 1e9 / elements
     return [
         Cell(
@@ -115,7 +119,7 @@ def cells_of(seconds: Seconds, dtype: str, threads: int, formats: int, elements:
 
 
 def print_cells(cells: list[Cell]) -> None:
-    """One table: a row for each variant, a column for each size."""
+    """Print one table, with a row for each variant and a column for each size."""
     first = cells[0]
     sizes = sorted({cell.elements for cell in cells})
     print(
@@ -124,21 +128,21 @@ def print_cells(cells: list[Cell]) -> None:
     )
     at = {(cell.variant, cell.elements): cell for cell in cells}
     rows = [
-        (name, *(text_of(at.get((name, size))) for size in sizes))
+        (name, *(format_cell(at.get((name, size))) for size in sizes))
         for name in VARIANTS
         if any((name, size) in at for size in sizes)
     ]
     print_table(("", *map(size_name, sizes)), rows)
 
 
-def text_of(cell: Cell | None) -> str:
+def format_cell(cell: Cell | None) -> str:
     if cell is None:
         return "skipped"
     return f"{cell.minimum:.3g} · {cell.median:.3g} · {cell.ratio_to_limit.median:.3g}"
 
 
-def targets_of(cells: list[Cell]) -> list[Target]:
-    """Of the medians; sizes that were not asked for are shown as not measured."""
+def find_targets(cells: list[Cell]) -> list[Target]:
+    """Compare medians with the bounds in `AT_MOST`; sizes that did not run are not measured."""
     at = {
         (cell.variant, cell.formats, cell.elements): cell.median
         for cell in cells
@@ -156,7 +160,7 @@ def targets_of(cells: list[Cell]) -> list[Target]:
 
 
 def peak_memory(run: Callable[[], object]) -> int:
-    """The most bytes that the call holds at once beyond what there was, as torch allocates them."""
+    """Return the peak of the memory that a call allocates in torch, in bytes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:
@@ -171,10 +175,13 @@ def peak_memory(run: Callable[[], object]) -> int:
 
 
 def memory_targets() -> list[Target]:
-    """Each with a new Measurer, so that what it allocates once is counted too."""
+    """Compare the peak memory of measuring with its bound.
+
+    Each call has a new Measurer, so that memory that is allocated once is counted, too.
+    """
     step = ordinary_data(MEMORY_SIZE)
     ordinary = Measurer(FormatSet(FORMATS[1]))
-    ordinary.measure_tensor(*ordinary_data(1_000))  # constants that torch makes once
+    ordinary.measure_tensor(*ordinary_data(1_000))  # torch allocates constants at first
     targets = []
     for formats in FORMATS.values():
         judged = FormatSet(formats)
@@ -201,13 +208,13 @@ def main() -> None:
                 formats = FORMATS[count]
                 cells: list[Cell] = []
                 for size in sizes:
-                    variants = variants_of(ordinary_data(size, DTYPES[dtype]), formats)
-                    rounds = rounds_of(size, quick=arguments.quick)
+                    variants = make_variants(ordinary_data(size, DTYPES[dtype]), formats)
+                    rounds = choose_rounds(size, quick=arguments.quick)
                     seconds = paired_batches(variants, rounds)
-                    cells += cells_of(seconds, dtype, threads, count, size)
+                    cells += make_cells(seconds, dtype, threads, count, size)
                 print_cells(cells)
                 all_cells += cells
-    targets = targets_of(all_cells) + memory_targets()
+    targets = find_targets(all_cells) + memory_targets()
     print_targets(targets, ".3g")
     figures = {
         "cells": [cell._asdict() for cell in all_cells],

@@ -1,15 +1,19 @@
-"""Times an observed step against the size of the model, for the same number of sampled elements.
+"""Time an observed step for models of growing size, with the same number of sampled elements.
 
     python benchmarks/model_size.py [--quick] [--threads N] [--sizes 1e6 1e8] [--elements 1024]
 
-26 tensors that grow, under SGD, gradients filled once. Hooks around those of `UpdateMonitor` tell
-its time from that of the step: what comes before the step is the copies of the chosen weights and
-gradients, what comes after it a copy of the new weights, the measuring and the host copy. Only the
-copies can depend on the size, as their elements lie ever farther apart; beside them stand the same
-three gathers by `torch.take` alone. The step evicts what the caches held, as in training.
+The model has 26 tensors; SGD steps them with gradients that are drawn once. Hooks outside of those
+of `UpdateMonitor` separate the monitor's time from that of the step:
 
-What does read whole parameters is apart: the first observed step, which takes the scales and
-chooses the elements. Scales are taken again every 100 observed steps.
+- before the step, the monitor copies the sampled weights and gradients;
+- after it, the monitor copies the new weights, measures, and copies the results to the host.
+
+Only the three gathers of elements can depend on the size, because elements lie ever farther apart
+in memory. The same gathers by `torch.take` alone are timed, too. The step in between replaces the
+contents of the caches, as in training.
+
+The first observed step is timed separately: it reads whole parameters for their amax, and draws
+samples. Each amax is computed again every 100 observed steps.
 """
 
 from __future__ import annotations
@@ -26,8 +30,8 @@ from paired import (
     print_table,
     quartiles,
     script_arguments,
-    seconds_of,
     size_name,
+    time_calls,
     write_json,
 )
 from torch import Tensor, nn
@@ -41,12 +45,23 @@ TENSORS = 26
 SIZES = (1e6, 3e6, 1e7, 3e7, 1e8, 3e8)  # the largest takes 2.4 GB of weights and gradients
 QUICK_LIMIT = 30_000_000
 FORMATS = ("e4m3fn", "e5m2", "fp16", "bf16")
-FLAT = 1.25  # so much more at the largest size than at the smallest counts as flat
+FLAT = 1.25  # largest ratio of the time at the largest size to the smallest that counts as flat
 PLAIN, OBSERVED, GATHERED = "plain", "observed", "gathered"
 
 
 class Row(NamedTuple):
-    """One size; microseconds for each tensor, or milliseconds."""
+    """The times at one size, in µs per tensor or in ms.
+
+    Attributes:
+        parameters: Number of parameters of the model.
+        rounds: Number of rounds.
+        before_us: Time of the monitor before the step.
+        after_us: Time of the monitor after the step.
+        observed_us: Sum of both.
+        gathered_us: Time of the three gathers alone.
+        step_ms: Time of a plain step.
+        first_step_ms: Time of the first observed step.
+    """
 
     parameters: int
     rounds: int
@@ -59,12 +74,17 @@ class Row(NamedTuple):
 
     @property
     def own_us(self) -> float:
-        """Of the median, what remains without the three gathers."""
+        """The median time of the monitor less that of the three gathers, in µs per tensor."""
         return self.observed_us.median - self.gathered_us.median
 
 
 class Stamped:
-    """An optimizer over the parameters, with the time that hooks take around its step."""
+    """An SGD optimizer that times the hooks before and after its step.
+
+    Args:
+        parameters: The parameters to step.
+        add: Function that registers the hooks to time.
+    """
 
     def __init__(self, parameters: list[nn.Parameter], add: Callable[[SGD], object]) -> None:
         self.before: list[float] = []  # seconds, of each step
@@ -72,10 +92,11 @@ class Stamped:
         self.whole: list[float] = []
         self._optimizer = SGD(parameters, lr=1e-6)
         self._began = self._ended = 0.0
-        # Hooks are called in the order of their registration: those of `add` come in between.
-        self._optimizer.register_step_post_hook(self._end_of_step)
+        # Hooks are called in the order of their registration. These two stand next to the step:
+        # hooks of `add` come before the second, and after the first.
+        self._optimizer.register_step_post_hook(self._note_end)
         add(self._optimizer)
-        self._optimizer.register_step_pre_hook(self._begin_of_step)
+        self._optimizer.register_step_pre_hook(self._note_begin)
 
     def step(self) -> None:
         start = time.perf_counter()
@@ -85,14 +106,14 @@ class Stamped:
         self.after.append(stop - self._ended)
         self.whole.append(stop - start)
 
-    def _begin_of_step(self, *_: object) -> None:
+    def _note_begin(self, *_: object) -> None:
         self._began = time.perf_counter()
 
-    def _end_of_step(self, *_: object) -> None:
+    def _note_end(self, *_: object) -> None:
         self._ended = time.perf_counter()
 
 
-def parameters_of(size: int) -> list[nn.Parameter]:
+def make_parameters(size: int) -> list[nn.Parameter]:
     parameters = [nn.Parameter(torch.empty(size // TENSORS)) for _ in range(TENSORS)]
     for parameter in parameters:
         nn.init.normal_(parameter, std=0.02)
@@ -101,7 +122,12 @@ def parameters_of(size: int) -> list[nn.Parameter]:
 
 
 def add_gathers(parameters: list[nn.Parameter], elements: int) -> Callable[[SGD], object]:
-    """What the copies cost by themselves: weights and gradients before the step, weights after."""
+    """Return a function that adds hooks with the gathers of the monitor, and nothing else.
+
+    Args:
+        parameters: The parameters.
+        elements: Number of elements to gather from each.
+    """
     generator = torch.Generator().manual_seed(0)
     chosen = [
         torch.randint(p.numel(), (min(elements, p.numel()),), generator=generator).sort().values
@@ -125,7 +151,7 @@ def add_gathers(parameters: list[nn.Parameter], elements: int) -> Callable[[SGD]
 
 
 def get_row(size: int, elements: int, rounds: int) -> Row:
-    parameters = parameters_of(size)
+    parameters = make_parameters(size)
     monitor = UpdateMonitor(
         nn.ParameterList(parameters),
         formats=FORMATS,
@@ -138,7 +164,7 @@ def get_row(size: int, elements: int, rounds: int) -> Row:
         OBSERVED: Stamped(parameters, monitor.attach),
         GATHERED: Stamped(parameters, add_gathers(parameters, elements)),
     }
-    first_step = seconds_of(stamped[OBSERVED].step)
+    first_step = time_calls(stamped[OBSERVED].step)
     steps = {name: each.step for name, each in stamped.items()}
     paired_steps(steps, 2, untimed=0)
     taken = paired_steps(steps, rounds, untimed=0)
@@ -149,14 +175,14 @@ def get_row(size: int, elements: int, rounds: int) -> Row:
         rounds=rounds,
         before_us=per_tensor(observed.before[-rounds:]),
         after_us=per_tensor(observed.after[-rounds:]),
-        observed_us=per_tensor(hooks_of(observed)[-rounds:]),
-        gathered_us=per_tensor(hooks_of(gathered)[-rounds:]),
+        observed_us=per_tensor(add_hook_times(observed)[-rounds:]),
+        gathered_us=per_tensor(add_hook_times(gathered)[-rounds:]),
         step_ms=1e3 * quartiles(taken[PLAIN]).median,
         first_step_ms=1e3 * first_step,
     )
 
 
-def hooks_of(stamped: Stamped) -> list[float]:
+def add_hook_times(stamped: Stamped) -> list[float]:
     return [before + after for before, after in zip(stamped.before, stamped.after, strict=True)]
 
 
@@ -218,7 +244,7 @@ def main() -> None:
     torch.manual_seed(0)
     sizes = sorted(int(s) for s in arguments.sizes if not arguments.quick or s <= QUICK_LIMIT)
     rounds = 10 if arguments.quick else arguments.rounds
-    get_row(sizes[0], arguments.elements, 3)  # what torch makes once is not of the first size
+    get_row(sizes[0], arguments.elements, 3)  # torch and the monitor set up at first
     rows = [get_row(size, arguments.elements, rounds) for size in sizes]
     print_rows(rows, arguments.elements)
     print_verdict(rows)

@@ -1,11 +1,11 @@
-"""The diagnostics as their formulas read: what AltGrad's engine is measured against.
+"""The figures of a step, written as their formulas read, to time AltGrad's engine against.
 
     python benchmarks/naive.py [--size 1e6]
 
-One tensor and one format, float32, one operation for each term, boolean masks where something has
-no value, `.item()` for each figure: how one writes it first. Nothing in it is slow on purpose.
-Called as a script it compares its figures with those of `altgrad.measure` on ordinary data: they
-differ only where floor(log2) is off by one, just below powers of two, and by what float32 rounds.
+This is how one writes the figures first: one tensor and one format, float32, one operation for each
+term, boolean masks where an element has no value, `.item()` for each figure. Nothing is slow on
+purpose. The script compares its figures with those of `altgrad.measure`. They differ by rounding in
+float32, and just below powers of two, where floor(log2) is one too large.
 """
 
 from __future__ import annotations
@@ -37,10 +37,20 @@ ABSOLUTE = (
 def naive_figures(
     before: Tensor, after: Tensor, gradient: Tensor, format: FloatFormat
 ) -> dict[str, object]:
-    """All of it for one format; one of fewer than 16 bits is scaled by the amax of the tensor."""
+    """Compute the figures of one step for one format, which is scaled if it has less than 16 bits.
+
+    Args:
+        before: Weights before the step, any dtype and shape.
+        after: Weights after the step.
+        gradient: The gradient.
+        format: The format.
+
+    Returns:
+        The figures by name of the metric; ``steps`` is a list of 64 counts.
+    """
     w0, w1, g = before.float(), after.float(), gradient.float()
     update = w1 - w0
-    scale = 1.0  # as formats of 16 bits are used
+    scale = 1.0  # formats of 16 bits are used without a scale
     if format.bits < 16:
         scale = 2.0 ** math.ceil(math.log2(w0.abs().max().item() / format.max))
     stiffness = naive_spacing(w0, format, scale)
@@ -57,7 +67,13 @@ def naive_figures(
 
 
 def naive_spacing(x: Tensor, format: FloatFormat, scale: float) -> Tensor:
-    """By logarithm: twice too large just below powers of two."""
+    """Compute the spacing at each weight by a logarithm, twice too large just below powers of two.
+
+    Args:
+        x: The weights, float32.
+        format: The format.
+        scale: The scale of the format.
+    """
     exponent = torch.floor(torch.log2(torch.abs(x) / scale)).clamp(format.emin, format.emax)
     return scale * torch.exp2(exponent - format.mantissa_bits)
 
@@ -128,9 +144,16 @@ def _update_figures(
 def ordinary_data(
     elements: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of a linear layer, an update as of AdamW, and gradients.
+    """Draw weights before and after a step, and gradients, like those of a linear layer with AdamW.
 
-    An eighth of the weights lies on the grid of e4m3fn, one in a hundred does not move.
+    An eighth of the weights lies on the grid of e4m3fn. One weight in a hundred does not move.
+
+    Args:
+        elements: Number of weights.
+        dtype: The dtype of all three tensors.
+
+    Returns:
+        Weights before, weights after, and gradients, (elements) each.
     """
     generator = torch.Generator().manual_seed(0)
     before = torch.randn(elements, generator=generator).mul_(0.02)

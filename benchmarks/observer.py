@@ -1,9 +1,9 @@
-"""Times what StepObserver adds to an optimizer step, beside the step itself, paired in one run.
+"""Time what a StepObserver adds to an optimizer step.
 
     python benchmarks/observer.py [--threads 1] [--rounds 30]
 
-Every round steps each variant once, in a new order, on the same parameters; what is printed is the
-median of the differences to the plain step in the same round. `on_step` measures nothing: this is
+Each round steps every variant once, in a new order, on the same parameters. The script prints the
+median difference to the plain step of the same round. `on_step` measures nothing, so that this is
 the cost of observing alone.
 """
 
@@ -27,10 +27,10 @@ MODELS = {
     "26 tensors of 1 M elements": [1_000_000] * 26,
 }
 SAMPLE = 4_096
-CALLS = 2_000  # of a step that takes microseconds
+CALLS = 2_000  # timed together where a step takes microseconds
 
 
-def optimizer_of(sizes: list[int]) -> tuple[Optimizer, list[tuple[str, Tensor]]]:
+def make_optimizer(sizes: list[int]) -> tuple[Optimizer, list[tuple[str, Tensor]]]:
     parameters = [torch.nn.Parameter(torch.randn(size)) for size in sizes]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
@@ -45,7 +45,7 @@ def sample(_name: str, parameter: Tensor) -> Tensor | None:
 
 
 def clone_all(named: list[tuple[str, Tensor]]) -> Callable[..., None]:
-    """What a hook written in a minute does: clone weights and gradients before each step."""
+    """Return the hook that one would write first: clone weights and gradients before each step."""
 
     def hook(*_: object) -> None:
         clones = [(p.detach().clone(), p.grad.clone()) for _, p in named]
@@ -54,8 +54,8 @@ def clone_all(named: list[tuple[str, Tensor]]) -> Callable[..., None]:
     return hook
 
 
-def variants_of(named: list[tuple[str, Tensor]]) -> dict[str, Callable[[Optimizer], object]]:
-    """By name, what attaches a variant and returns what holds it."""
+def make_variants(named: list[tuple[str, Tensor]]) -> dict[str, Callable[[Optimizer], object]]:
+    """Return, for each variant, a function that attaches it and returns a handle for `release`."""
 
     def nothing(_: object) -> None:
         return None
@@ -85,7 +85,7 @@ def release(holder: object) -> None:
 
 
 def seconds(optimizer: Optimizer, calls: int) -> float:
-    optimizer.step()  # untimed: buffers and caches are then those of this variant
+    optimizer.step()  # untimed, to fill buffers and caches as this variant leaves them
     start = time.perf_counter()
     for _ in range(calls):
         optimizer.step()
@@ -101,8 +101,8 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, AdamW(fused=True)")
     for model, sizes in MODELS.items():
-        optimizer, named = optimizer_of(sizes)
-        variants = variants_of(named)
+        optimizer, named = make_optimizer(sizes)
+        variants = make_variants(named)
         calls = CALLS if len(sizes) == 1 else 1
         times: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(arguments.rounds):

@@ -1,8 +1,8 @@
-"""What the scripts beside it share: rounds that pair variants, counts, tables and targets.
+"""Helpers of the benchmarks: paired timing, counts of operations, tables and targets.
 
-A round calls every variant once, in a new order, so that a machine that slows down or is shared
-slows all of them alike. Ratios are taken within a round, and their median is what carries over;
-times belong to one machine on one day.
+To pair variants is to time them in rounds: a round calls every variant once, in a new order. A
+machine that slows down, or is shared, then slows all variants alike. Compare the median of the
+ratios within rounds; times alone belong to one machine on one day.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MINIMUM_BATCH_SECONDS = 1e-3  # shorter calls are timed in batches of about this length
-SLOW_CALL_SECONDS = 0.1  # from here on the untimed call is left away
+SLOW_CALL_SECONDS = 0.1  # longer calls have no untimed call before them
 
 Variants = Mapping[str, Callable[[], object]]
-Seconds = dict[str, list[float]]  # of each variant, one for each round
+"""Functions to time, by name."""
+Seconds = dict[str, list[float]]
+"""For each variant its time in each round, in seconds per call."""
 
 
 class Quartiles(NamedTuple):
@@ -38,7 +40,13 @@ class Quartiles(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What is demanded, what was measured (None where it was not), and the bound it keeps to."""
+    """A bound for a measured number.
+
+    Attributes:
+        demand: What the number is, in words.
+        measured: The number; None if it was not measured.
+        at_most: The bound.
+    """
 
     demand: str
     measured: float | None
@@ -51,8 +59,15 @@ class Target(NamedTuple):
         return "met" if self.measured <= self.at_most else "NOT MET"
 
 
-def seconds_of(run: Callable[[], object], calls: int = 1) -> float:
-    """Seconds per call of a batch; each result is freed before the next call."""
+def time_calls(run: Callable[[], object], calls: int = 1) -> float:
+    """Return the time of calls in a row, in seconds per call.
+
+    Each result is freed before the next call.
+
+    Args:
+        run: The function to call.
+        calls: Number of calls.
+    """
     start = time.perf_counter()
     for _ in range(calls):
         run()
@@ -60,32 +75,39 @@ def seconds_of(run: Callable[[], object], calls: int = 1) -> float:
 
 
 def paired_batches(variants: Variants, rounds: int) -> Seconds:
-    """Seconds per call of functions that can be called any number of times.
+    """Time functions without side effects, short ones in batches of calls.
 
-    An untimed call precedes each timed one: the memory allocator and the cache are then in the
-    state that this variant leaves behind, not its neighbour. Long calls do not need it.
+    An untimed call comes before each batch. The memory allocator and the cache are then in the
+    state in which this variant leaves them, and not another one. Long calls do not need it.
+
+    Args:
+        variants: The functions.
+        rounds: Number of rounds.
     """
-    first = {name: min(seconds_of(run), seconds_of(run)) for name, run in variants.items()}
+    first = {name: min(time_calls(run), time_calls(run)) for name, run in variants.items()}
     calls = {name: max(1, round(MINIMUM_BATCH_SECONDS / first[name])) for name in variants}
 
     def timed(name: str) -> float:
         if first[name] < SLOW_CALL_SECONDS:
             variants[name]()
-        return seconds_of(variants[name], calls[name])
+        return time_calls(variants[name], calls[name])
 
     return _rounds(list(variants), timed, rounds)
 
 
 def paired_steps(variants: Variants, rounds: int, *, untimed: int) -> Seconds:
-    """Seconds of calls that change something, all variants being called equally often.
+    """Time functions that change something, such as training steps: all are called equally often.
 
-    `untimed` calls of the same variant precede each timed one.
+    Args:
+        variants: The functions.
+        rounds: Number of rounds, with one timed call of each variant.
+        untimed: Number of calls of the same variant before each timed call.
     """
 
     def timed(name: str) -> float:
         for _ in range(untimed):
             variants[name]()
-        return seconds_of(variants[name])
+        return time_calls(variants[name])
 
     return _rounds(list(variants), timed, rounds)
 
@@ -106,23 +128,33 @@ def quartiles(values: Sequence[float]) -> Quartiles:
 
 
 def ratios(seconds: Seconds, name: str, base: str) -> Quartiles:
-    """Of the ratios within a round, from which a drift of the machine cancels."""
+    """Return quartiles of the ratios of two variants' times.
+
+    Ratios are taken within rounds, so that a drift of the machine cancels.
+
+    Args:
+        seconds: Times of all variants.
+        name: The variant in the numerator.
+        base: The variant in the denominator.
+    """
     return quartiles([a / b for a, b in zip(seconds[name], seconds[base], strict=True)])
 
 
 class Counts(TorchDispatchMode):
-    """Operations that torch dispatches, and copies to the host as they would be on a GPU.
+    """A count of operations that torch dispatches, and of copies to the host, as if on a GPU.
 
-    What an operation makes from nothing, or from such tensors alone, is taken to be on the host
-    (random tokens, the edges of a histogram); all else is on the device, and so is what meets it.
+    All tensors are on the CPU, so that each is told to be on the host or on the device by its
+    origin. A tensor that an operation makes without inputs, or from tensors on the host alone, is
+    on the host, such as random tokens. All others are on the device. A tensor on the host that
+    meets one on the device counts as moved to it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.operations = 0
         self.host_copies = 0
-        self._copying = False  # so that what a copy makes inside is not one more
-        self._on_host: dict[int, Tensor] = {}  # by address, kept so that none recurs
+        self._copying = False  # True inside of a copy, which counts once
+        self._on_host: dict[int, Tensor] = {}  # by address; kept alive so that no address recurs
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.operations += 1
@@ -142,7 +174,11 @@ class Counts(TorchDispatchMode):
         return _address(tensor) in self._on_host
 
     def counted(self, method: str) -> Callable[..., object]:
-        """A method of Tensor that copies, counted where it is given a tensor of the device."""
+        """Return a method of Tensor that copies to the host, with a count of copies from a device.
+
+        Args:
+            method: Name of the method, such as ``"cpu"``.
+        """
         original = getattr(Tensor, method)
 
         def call(tensor: Tensor, *args: object, **kwargs: object) -> object:
@@ -153,7 +189,7 @@ class Counts(TorchDispatchMode):
             try:
                 if method != "cpu":
                     return original(tensor, *args, **kwargs)
-                copied = tensor.clone()  # as it would be, and then told apart
+                copied = tensor.clone()  # cpu() would return the tensor itself, not a new one
                 self._on_host[_address(copied)] = copied
                 return copied
             finally:
@@ -175,7 +211,7 @@ def counting() -> Iterator[Counts]:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """As aligned Markdown, the first column to the left."""
+    """Print a table as aligned Markdown, with the first column to the left."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -203,12 +239,12 @@ def print_targets(targets: Sequence[Target], number: str = ".2f") -> None:
 
 
 def size_name(number: float) -> str:
-    """As 1e6 or 3e7."""
+    """Return a number of elements as text, such as 1e6 or 3e7."""
     return f"{number:.0e}".replace("e+0", "e") if number >= 1_000 else f"{number:g}"
 
 
 def script_arguments(description: str) -> argparse.ArgumentParser:
-    """The options of every script."""
+    """Return a parser with the options that every script has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and no large sizes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
@@ -216,7 +252,7 @@ def script_arguments(description: str) -> argparse.ArgumentParser:
 
 
 def environment() -> dict[str, str]:
-    """What the figures depend on."""
+    """Return what the figures depend on: versions, threads and the machine."""
     return {
         "torch": torch.__version__,
         "torch_threads": str(torch.get_num_threads()),

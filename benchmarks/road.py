@@ -1,10 +1,10 @@
-"""Traces the road of one observed step: what of AltGrad's own code a net of three layers enters.
+"""Trace one observed step of a net with three layers: how much of AltGrad's code does it enter?
 
     python benchmarks/road.py [--list] [--twins]
 
-Counted are functions, files, changes of file from one call to the next, and containers: classes
-of AltGrad of which the step makes an instance. The step is the third one, when arena, scales and
-settings have been made. The figures do not depend on the machine.
+The script counts functions, files, changes of file from one call to the next, and containers. A
+container is a class of AltGrad of which the step makes an instance. The step is the third, when
+arena, scales and settings have been made. The counts do not depend on the machine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ AIMS = {"functions": 60, "files": 12, "changes of file": 40, "containers": 6}
 
 
 class Road(NamedTuple):
-    """What a step enters: calls in their order, and instances made, by class."""
+    """The calls of a step in their order, and the number of instances that it makes, by class."""
 
     calls: list[tuple[str, str]]  # file and function
     containers: Counter[str]

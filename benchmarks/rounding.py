@@ -1,15 +1,15 @@
-"""Times the rounding kernel beside whatever else does its work, all paired in one run.
+"""Time AltGrad's rounding against torch's casts, ml_dtypes, gfloat and naive versions.
 
     python benchmarks/rounding.py [--quick] [--compile] [--threads 1] [--sizes 1e4 1e6] [--json F]
 
-Every round runs each variant once, in a new order, so that a machine that slows down or is shared
-slows all of them alike. Compare the ratios; the nanoseconds belong to one machine on one day. An
-untimed call precedes each timed one: the memory allocator is then in the state that this variant
-leaves behind, not in that of its neighbour, which can otherwise make a fresh output cost thrice.
+Each round runs every variant once, in a new order. A machine that slows down, or is shared, then
+slows all variants alike. Compare the ratios; nanoseconds belong to one machine on one day. An
+untimed call comes before each timed one. The memory allocator is then in the state in which this
+variant leaves it; after another variant, a new output can take three times as long.
 
-torch uses all cores unless --threads says otherwise, NumPy (ml_dtypes, gfloat) one. Where other
-work keeps a core busy, torch's threads wait for one another in every operation, and even the ratios
-mean little: then use --threads 1.
+torch uses all cores unless --threads says otherwise, NumPy (ml_dtypes, gfloat) uses one. If other
+work keeps a core busy, torch's threads wait for each other in every operation, and even the ratios
+mean little. Use --threads 1 then.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SIZES = (10_000, 1_000_000, 30_000_000)
 TARGET_SIZE = 1_000_000
 GFLOAT_LIMIT = 1_000_000  # beyond, one call takes more than a second
 MINIMUM_BATCH_SECONDS = 1e-3  # shorter calls are timed in batches of about this length
-SLOW_CALL_SECONDS = 0.1  # from here on the untimed call is left away
+SLOW_CALL_SECONDS = 0.1  # longer calls have no untimed call before them
 
 CLONE = "torch clone"
 QUANTIZE = "altgrad quantize"
@@ -56,7 +56,7 @@ Variants = dict[str, Callable[[], object]]
 
 @dataclass(frozen=True)
 class Timing:
-    """One variant at one size; times in nanoseconds per element, over the rounds."""
+    """The times of one variant at one size over all rounds, in nanoseconds per element."""
 
     variant: str
     elements: int
@@ -64,13 +64,13 @@ class Timing:
     minimum: float
     median: float
     ratio_to_clone: float  # the median of the ratios within a round
-    ratio_to_quantize: float  # likewise
+    ratio_to_quantize: float  # the median of the ratios within a round
 
 
 def example_data(elements: int) -> Tensor:
-    """Float32 over all binades of e4m3fn, subnormals included, within ±max.
+    """Draw float32 numbers in all octaves of e4m3fn, subnormals included, from -max to max.
 
-    Nothing overflows, because what a cast makes of overflow depends on the library and its version.
+    No number overflows, because libraries and their versions differ in what they make of overflow.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(elements, generator=generator)
@@ -79,19 +79,22 @@ def example_data(elements: int) -> Tensor:
 
 
 def naive_step(x: Tensor) -> Tensor:
-    """The spacing by logarithm: twice too large just below powers of two."""
+    """Compute the spacing by a logarithm; it is twice too large just below powers of two."""
     exponent = torch.floor(torch.log2(torch.abs(x))).clamp(min=FORMAT.emin)
     return torch.exp2(exponent - FORMAT.mantissa_bits)
 
 
 def naive_quantize(x: Tensor) -> Tensor:
-    """What one writes first. Nearest rounding to few bits hides the wrong steps; others do not."""
+    """Round as one would write it first.
+
+    To round to nearest with few bits hides the wrong spacing; other uses of it do not.
+    """
     step = naive_step(x)
     return (torch.round(x / step) * step).clamp(-FORMAT.max, FORMAT.max)
 
 
 def naive_quantize_with_masks(x: Tensor) -> Tensor:
-    """The same, with zeros, subnormal and normal values picked by boolean masks, as often seen."""
+    """Round normal and subnormal numbers apart, selected by boolean masks, as often seen."""
     result = torch.zeros_like(x)
     magnitude = x.abs()
     normal = magnitude >= FORMAT.smallest_normal
@@ -104,7 +107,12 @@ def naive_quantize_with_masks(x: Tensor) -> Tensor:
 
 
 def variants_for(x: Tensor, *, with_compile: bool) -> Variants:
-    """All that is timed at this size, by name."""
+    """Return the functions to time, by name.
+
+    Args:
+        x: The numbers to round, float32.
+        with_compile: If True, add the compiled `quantize`.
+    """
     array = x.numpy()
     out = torch.empty_like(x)
     variants: Variants = {
@@ -137,7 +145,12 @@ def gfloat_round(array: np.ndarray) -> np.ndarray:
 
 
 def check_agreement(x: Tensor, variants: Variants) -> None:
-    """Stop unless every variant but the naive ones gives the same values on the timed data."""
+    """End the script if a variant, other than the naive ones, rounds the timed data differently.
+
+    Args:
+        x: The timed data.
+        variants: The functions that are timed.
+    """
     rounded = quantize(x, "e4m3fn")
     agreeing = (
         "altgrad quantize, out=",
@@ -158,14 +171,14 @@ def check_agreement(x: Tensor, variants: Variants) -> None:
 
 
 def spacing_by_frexp(x: Tensor) -> Tensor:
-    """The oracle of `spacing`, for finite x."""
+    """Compute the spacing by NumPy's frexp, to check `altgrad.spacing`; x must be finite."""
     exponent = np.frexp(x.numpy())[1] - 1
     exponent = np.where(x.numpy() == 0, FORMAT.emin, np.clip(exponent, FORMAT.emin, FORMAT.emax))
     return torch.from_numpy(np.ldexp(np.float32(1), exponent - FORMAT.mantissa_bits))
 
 
-def seconds_of(run: Callable[[], object], calls: int) -> float:
-    """Seconds per call of a batch; each result is freed before the next call."""
+def time_calls(run: Callable[[], object], calls: int) -> float:
+    """Return the time of calls in a row, in seconds per call; each result is freed at once."""
     start = time.perf_counter()
     for _ in range(calls):
         run()
@@ -173,8 +186,14 @@ def seconds_of(run: Callable[[], object], calls: int) -> float:
 
 
 def time_variants(variants: Variants, elements: int, rounds: int) -> list[Timing]:
-    """Time all variants, interleaved round by round in shuffled order."""
-    first = {name: seconds_of(run, 2) for name, run in variants.items()}
+    """Time all variants in rounds, each round in another order.
+
+    Args:
+        variants: The functions to time.
+        elements: Number of elements that each call rounds.
+        rounds: Number of rounds.
+    """
+    first = {name: time_calls(run, 2) for name, run in variants.items()}
     calls = {name: max(1, round(MINIMUM_BATCH_SECONDS / first[name])) for name in variants}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     shuffler = random.Random(0)
@@ -182,7 +201,7 @@ def time_variants(variants: Variants, elements: int, rounds: int) -> list[Timing
         for name in shuffler.sample(list(variants), len(variants)):
             if first[name] < SLOW_CALL_SECONDS:
                 variants[name]()
-            seconds[name].append(seconds_of(variants[name], calls[name]))
+            seconds[name].append(time_calls(variants[name], calls[name]))
     return [
         Timing(
             variant=name,
@@ -198,12 +217,17 @@ def time_variants(variants: Variants, elements: int, rounds: int) -> list[Timing
 
 
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:
-    """The median of the per-round ratios, from which a drift of the machine cancels."""
+    """Return the median of the ratios within rounds, from which a drift of the machine cancels.
+
+    Args:
+        numerators: Times of one variant, one for each round.
+        denominators: Times of the other variant.
+    """
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 def print_timings(timings: list[Timing]) -> None:
-    """One size as an aligned table."""
+    """Print the timings of one size as an aligned table."""
     first = timings[0]
     print(f"\n{first.elements:,} elements, {first.rounds} rounds; nanoseconds per element")
     print(f"{'':<28}{'min':>10}{'median':>10}{'x clone':>10}{'x quantize':>12}")
@@ -217,7 +241,7 @@ def print_timings(timings: list[Timing]) -> None:
 
 
 def print_naive_errors(x: Tensor) -> None:
-    """How wrong the naive version is: on the data, and one float below each power of two."""
+    """Print how often the naive version is wrong: on the data, and just below powers of two."""
     wrong_values = int((naive_quantize(x) != quantize(x, "e4m3fn")).sum())
     powers = torch.exp2(torch.arange(FORMAT.emin + 1.0, FORMAT.emax + 1))
     below = torch.nextafter(powers, torch.zeros(()))
@@ -229,11 +253,13 @@ def print_naive_errors(x: Tensor) -> None:
 
 
 def print_targets(timings: list[Timing]) -> None:
-    """The three targets at a million elements, each with the ratio that was measured.
+    """Print the three targets at a million elements, each with the measured ratio.
 
-    The native cast is taken there and back, which does what quantize does; one way it leaves eight
-    bits and writes a quarter of the bytes. The naive version is the one with masks, which are what
-    makes it slow, not the logarithm. The other reading of each stands below, for comparison.
+    - The native cast goes to e4m3fn and back, as `quantize` does. One way, it writes a quarter of
+      the bytes.
+    - The naive version is the one with masks; these make it slow, not the logarithm.
+
+    Ratios to the cast one way, and to the naive version without masks, follow for comparison.
     """
     at = {t.variant: t for t in timings if t.elements == TARGET_SIZE}
     print(f"\nTargets for quantize at {TARGET_SIZE:,} elements (median of the ratios per round)")
@@ -257,7 +283,7 @@ def print_target(demand: str, variant: str, speedup: float, at_least: float) -> 
 
 
 def environment() -> dict[str, str]:
-    """What the figures depend on."""
+    """Return what the figures depend on: versions, threads and the machine."""
     return {
         "torch": torch.__version__,
         "torch_threads": str(torch.get_num_threads()),

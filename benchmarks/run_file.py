@@ -1,12 +1,12 @@
-"""What the run file costs per observed step: 100 layers, four formats, every figure of all.
-
-Each call makes the step's record anew from its sums, as an observed step does, so that no figure is
-known yet when it is written. What making the record takes is subtracted. Reading is timed, too.
+"""Time writing and reading the run file, per observed step of 100 layers and four formats.
 
     python benchmarks/run_file.py [--quick] [--threads N]
+
+Figures are computed when they are first read. Each call therefore makes the record of the step anew
+from its sums, as an observed step does; the time to make the record is subtracted.
 """
 
-# ruff: noqa: SLF001 - what one writes in a minute goes into the same kind of file
+# ruff: noqa: SLF001 - `dumped` writes to the same kind of file, by a private method
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from benchmarks.paired import (
     print_targets,
     quartiles,
     script_arguments,
-    seconds_of,
+    time_calls,
     write_json,
 )
 
@@ -52,20 +52,20 @@ class Row(NamedTuple):
 
 
 def a_step() -> Callable[[], StepRecord]:
-    """Makes the record of a step of the GPT, again and again."""
+    """Return a function that makes the record of one step of the GPT anew at each call."""
     torch.manual_seed(0)
     model = Gpt()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    arguments: list[tuple[object, ...]] = []
+    calls: list[Callable[[], StepRecord]] = []
 
-    def keep(*given: object) -> StepRecord:
-        arguments.append(given)
-        return step_record(*given)
+    def keep(*arguments: object, **named: object) -> StepRecord:
+        calls.append(lambda: step_record(*arguments, **named))
+        return calls[-1]()
 
-    watched = UpdateMonitor(model, formats=FORMATS, recipes=(), strict=True).attach(optimizer)
+    watched = UpdateMonitor(model, formats=FORMATS, strict=True).attach(optimizer)
     with mock.patch("altgrad.monitor.monitor.step_record", keep), watched:
         train(model, optimizer, 2)
-    return lambda: step_record(*arguments[-1])
+    return calls[-1]
 
 
 def header_from(record: StepRecord) -> Header:
@@ -84,7 +84,14 @@ def read_figures(record: StepRecord) -> None:
 
 
 def dumped(file: RunFile, record: StepRecord) -> None:
-    """As one writes it in a minute, without standard errors and histograms."""
+    """Append figures by `json.dumps`, as one would write it first.
+
+    Standard errors and histograms are left out.
+
+    Args:
+        file: The run file.
+        record: The record of the step.
+    """
 
     def valid(value: float) -> float | str | None:
         return value if math.isfinite(value) else None if math.isnan(value) else str(value)
@@ -97,8 +104,8 @@ def dumped(file: RunFile, record: StepRecord) -> None:
     file._write("".join([*lines, line(None, record.model)]))
 
 
-def rows_of(seconds: Mapping[str, list[float]]) -> list[Row]:
-    """Of the record itself, and of what the others add to it, in milliseconds."""
+def make_rows(seconds: Mapping[str, list[float]]) -> list[Row]:
+    """Return the time of the record, and the time that each other variant adds to it, in ms."""
     plain = seconds[RECORD]
     rows = [Row(RECORD, *(1e3 * value for value in quartiles(plain)))]
     for name, taken in seconds.items():
@@ -131,10 +138,10 @@ def main() -> None:
             APPEND: lambda: file.append(0, record(), skipped={}),
             DUMPS: lambda: dumped(other, record()),
         }
-        rows = rows_of(paired_batches(variants, ROUNDS // (5 if arguments.quick else 1)))
+        rows = make_rows(paired_batches(variants, ROUNDS // (5 if arguments.quick else 1)))
         file.close()
         other.close()
-        reading = seconds_of_reading(Path(folder), record)
+        reading = time_reading(Path(folder), record)
     print(f"\nAdded to the record, ms a step; reading takes {1e3 * reading:.2f} ms a step\n")
     cells = [(row.variant, *(f"{value:.2f}" for value in row[1:])) for row in rows]
     print_table(("", "low", "median", "high"), cells)
@@ -145,11 +152,11 @@ def main() -> None:
     write_json(arguments.json, {**figures, "targets": [target._asdict() for target in targets]})
 
 
-def seconds_of_reading(folder: Path, record: Callable[[], StepRecord], steps: int = 20) -> float:
+def time_reading(folder: Path, record: Callable[[], StepRecord], steps: int = 20) -> float:
     with RunFile.create(folder, header_from(record())) as file:
         for step in range(steps):
             file.append(step, record(), skipped={})
-    return min(seconds_of(lambda: read(file.path)) for _ in range(3)) / steps
+    return min(time_calls(lambda: read(file.path)) for _ in range(3)) / steps
 
 
 if __name__ == "__main__":

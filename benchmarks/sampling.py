@@ -1,13 +1,16 @@
-"""Whether the standard errors that are stated are those that draws show.
+"""Compare the standard errors that AltGrad states with the errors of 200 samples.
 
     python benchmarks/sampling.py [--quick]
 
-One step of SGD on a matrix of 500,000 weights, measured as a whole, and then by 200 samples of
-each size, each drawn with a seed of its own. Stated is the mean of the samples' standard errors.
-Observed is how far their figures lie from those of the whole, root mean square; bias is the mean.
+One step of SGD on a matrix of 500,000 weights is measured on all weights, and then on 200 samples
+of each size, each with another seed.
 
-- **even**: weights and gradients as a layer has them at its start.
-- **uneven**: a tenth of the rows gets gradients 30 times as large, as embeddings do.
+- **stated**: the mean of the samples' standard errors.
+- **observed**: the root mean square of the difference between a sample's figure and that of all
+    weights.
+- **bias**: the mean of this difference.
+- **even**: weights and gradients are drawn as a layer has them at its start.
+- **uneven**: a tenth of the rows has gradients 30 times as large, as in embeddings.
 """
 
 from __future__ import annotations
@@ -45,17 +48,31 @@ class Row(NamedTuple):
 
 
 def a_step(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and a gradient."""
+    """Draw weights and a gradient; the first tenth of the gradient's rows is multiplied by `scale`.
+
+    Args:
+        scale: The factor.
+
+    Returns:
+        Weights and gradient, float32 (1000, 500).
+    """
     torch.manual_seed(0)
     gradient = torch.randn(SHAPE) * 1e-3
     gradient[: SHAPE[0] // 10] *= scale
     return torch.randn(SHAPE) * 0.02, gradient
 
 
-def figures_of(
+def measure_figures(
     weights: torch.Tensor, gradient: torch.Tensor, elements: int | None, seed: int
 ) -> Figures:
-    """Of a step of SGD."""
+    """Make a step of SGD, and return its figures.
+
+    Args:
+        weights: Weights before the step.
+        gradient: The gradient.
+        elements: Number of elements in the sample; None for all.
+        seed: Seed of the sample.
+    """
     parameter = torch.nn.Parameter(weights.clone())
     optimizer = torch.optim.SGD([parameter], lr=0.05)
     settings = {"formats": FORMATS, "max_elements": elements, "seed": seed, "strict": True}
@@ -66,13 +83,13 @@ def figures_of(
     return monitor.latest.layers["w"]
 
 
-def rows_of(name: str, scale: float, draws: int) -> list[Row]:
+def make_rows(name: str, scale: float, draws: int) -> list[Row]:
     weights, gradient = a_step(scale)
-    whole = figures_of(weights, gradient, None, 0)
+    whole = measure_figures(weights, gradient, None, 0)
     keys = [f"{metric}/{format}" for format in FORMATS for metric in METRICS]
     rows = []
     for size in SIZES:
-        samples = [figures_of(weights, gradient, size, seed) for seed in range(draws)]
+        samples = [measure_figures(weights, gradient, size, seed) for seed in range(draws)]
         for key in keys:
             errors = [sample[key] - whole[key] for sample in samples]
             stated = [sample.standard_error(key) for sample in samples]
@@ -95,7 +112,7 @@ def main() -> None:
     arguments = script_arguments("Hold stated standard errors against those of draws.").parse_args()
     print_environment()
     draws = DRAWS // (10 if arguments.quick else 1)
-    rows = rows_of("even", 1.0, draws) + rows_of("uneven", 30.0, draws)
+    rows = make_rows("even", 1.0, draws) + make_rows("uneven", 30.0, draws)
     cells = [
         (
             *(row.step, row.figure, f"{row.elements:,}", f"{row.whole:.4f}"),

@@ -1,21 +1,24 @@
-"""Times what AltGrad adds to a training step, beside other tools that watch one, paired.
+"""Time what AltGrad and other tools add to a training step.
 
     python benchmarks/training_step.py [--quick] [--threads N] [--tokens 32 1024]
 
-A GPT of 10.1 M parameters in 100 tensors, float32, AdamW, random tokens. Every variant trains its
-own copy from the same state on the same tokens and observes every step, without twins; a round
-steps each once, in a new order. At the end all copies must have the same weights, bit for bit.
+The model is a GPT of 10.1 M parameters in 100 tensors, float32, with AdamW and random tokens. Each
+variant trains its own copy of it, from the same state on the same tokens, and observes every step.
+A round steps each variant once, in a new order. At the end, all copies must have the same weights,
+bit for bit.
 
-- **floor**: weights and gradients copied before the step into buffers kept for it, their difference
-  after it, three norms for each tensor, one host copy. The least that full coverage can cost.
-- **Lightning** is `grad_norm` and a CSV logger alone, without the Trainer that normally calls them.
-- **Twins** are those of some recipes, at steps of which none but the first is observed. They have
-  rounds of their own with a plain step.
-- **wandb** is `watch(log="all")` and a `log` at each step, offline. It works in the background, so
-  that it has rounds of its own with a plain step. Without wandb installed it is left out.
+- **floor**: the least that it can cost to cover all elements. Before the step, weights and
+  gradients are copied to buffers that are reused. After it come the difference of the weights,
+  three norms for each tensor, and one copy to the host.
+- **Lightning**: `grad_norm` and a CSV logger, without the Trainer that normally calls them.
+- **twins**: those of some recipes, at steps of which none but the first is observed, paired with a
+  plain step alone.
+- **wandb**: `watch(log="all")` and a `log` at each step, offline. It works in the background, and
+  would slow other variants: it is paired with a plain step alone. Left out if not installed.
 
-The counts are of one step each, less those of a plain one, and do not depend on the machine: tensor
-operations that torch dispatches (a foreach function is one), and copies to the host.
+The script also counts, for one step of each variant, the tensor operations that torch dispatches (a
+foreach function is one) and the copies to the host, less those of a plain step. These counts do not
+depend on the machine.
 """
 
 # ruff: noqa: SLF001 - torch has no public foreach functions
@@ -44,7 +47,7 @@ from paired import (
     quartiles,
     ratios,
     script_arguments,
-    seconds_of,
+    time_calls,
     write_json,
 )
 from torch import Tensor, nn
@@ -55,7 +58,7 @@ from altgrad import UpdateMonitor
 FORMATS = ("e4m3fn", "e5m2", "fp16", "bf16")
 SAMPLES = (1_024, 2_048, 4_096)
 DEFAULT_SAMPLE = inspect.signature(UpdateMonitor).parameters["max_elements"].default
-SHAPES = {32: (1, 32), 1_024: (4, 256), 2_048: (8, 256)}  # tokens: batch and context
+SHAPES = {32: (1, 32), 1_024: (4, 256), 2_048: (8, 256)}  # tokens in a step: (batch, context)
 QUICK_LIMIT = 1_024  # tokens
 ROUNDS = {32: 60, 1_024: 20, 2_048: 12}
 
@@ -73,11 +76,11 @@ WANDB = 'wandb.watch(log="all"), offline'
 TWIN_DEMANDS = ((32, 1.06), (1_024, 1.01))  # tokens, and the largest ratio to a plain step
 
 Add = Callable[["Training", ExitStack], None]
-"""What adds a variant to a training; the stack takes away what does not go with the training."""
+"""Function that adds a variant to a training, and to the stack what has to be closed at the end."""
 
 
 class Row(NamedTuple):
-    """One variant's steps at one size of batch; medians."""
+    """The steps of one variant at one batch size: median time, and ratio to a plain step."""
 
     tokens: int
     variant: str
@@ -87,7 +90,12 @@ class Row(NamedTuple):
 
 
 class Training:
-    """One copy in training; what a variant adds stays with this copy alone."""
+    """A copy of the model in training, with functions of a variant before and after each step.
+
+    Args:
+        model: The model to copy.
+        shape: Number of texts in a batch, and of tokens in a text.
+    """
 
     def __init__(self, model: nn.Module, shape: tuple[int, int]) -> None:
         self.model = copy.deepcopy(model)
@@ -117,7 +125,7 @@ def monitored(max_elements: int | None) -> Add:
             every_n_steps=1,
             max_elements=max_elements,
             recipes=(),
-            strict=True,  # what fails would otherwise end the observation and cost nothing
+            strict=True,  # else an error would end the observation, which would then cost nothing
         )
         stack.enter_context(monitor.attach(training.optimizer))
 
@@ -181,8 +189,11 @@ def sampled(elements: int) -> str:
     return f"altgrad, {elements:,} of each"
 
 
-def groups_of() -> list[dict[str, Add]]:
-    """What adds each variant to a training, in groups that are paired with a plain step each."""
+def make_groups() -> list[dict[str, Add]]:
+    """Return the functions that add each variant, in groups that are timed one after the other.
+
+    Each group has a plain step.
+    """
     group = {PLAIN: add_nothing, FLOOR: add_floor}
     for sample in sorted({*SAMPLES, *([DEFAULT_SAMPLE] if DEFAULT_SAMPLE else [])}):
         group[sampled(sample)] = monitored(sample)
@@ -198,22 +209,32 @@ def groups_of() -> list[dict[str, Add]]:
 def step_all(
     group: dict[str, Add], model: nn.Module, tokens: int, rounds: int
 ) -> tuple[Seconds, dict[str, tuple[int, int]]]:
-    """The seconds of the group's steps; operations and host copies of one step of each."""
+    """Time the steps of a group, check that all weights are equal, and count operations.
+
+    Args:
+        group: The variants.
+        model: The model that each variant copies.
+        tokens: Number of tokens in a step.
+        rounds: Number of rounds.
+
+    Returns:
+        The times of each variant; and for one step of each, its operations and copies to the host.
+    """
     trainings = {name: Training(model, SHAPES[tokens]) for name in group}
     with ExitStack() as stack:
         for name, training in trainings.items():
             group[name](training, stack)
-            first = seconds_of(training.step)
+            first = time_calls(training.step)
             print(f"  {name}: the first step took {first:.2f} s", flush=True)
         steps = {name: training.step for name, training in trainings.items()}
-        paired_steps(steps, 2, untimed=0)  # scales, buffers and graphs are then made
+        paired_steps(steps, 2, untimed=0)  # the first steps also set up scales and buffers
         seconds = paired_steps(steps, rounds, untimed=int(tokens <= 32))
         check_same_weights(trainings)
-        counted = {name: counts_of(trainings[name]) for name in group}
+        counted = {name: count_operations(trainings[name]) for name in group}
     return seconds, counted
 
 
-def counts_of(training: Training) -> tuple[int, int]:
+def count_operations(training: Training) -> tuple[int, int]:
     with counting() as counts:
         training.step()
     return counts.operations, counts.host_copies
@@ -227,7 +248,7 @@ def check_same_weights(trainings: dict[str, Training]) -> None:
             raise SystemExit(f"{name}: its weights differ from those of the plain steps")
 
 
-def rows_of(tokens: int, seconds: Seconds) -> list[Row]:
+def make_rows(tokens: int, seconds: Seconds) -> list[Row]:
     return [
         Row(tokens, name, len(taken), 1e3 * quartiles(taken).median, ratios(seconds, name, PLAIN))
         for name, taken in seconds.items()
@@ -260,7 +281,7 @@ def print_counts(counted: dict[str, tuple[int, int]]) -> None:
     print_table(("", "operations", "host copies"), rows)
 
 
-def targets_of(rows: list[Row]) -> list[Target]:
+def find_targets(rows: list[Row]) -> list[Target]:
     default = sampled(DEFAULT_SAMPLE) if DEFAULT_SAMPLE else FULL
     demands = [(default, 32, 1.15), (default, 1_024, 1.02)]
     demands += [(each, tokens, most) for each in TWINS for tokens, most in TWIN_DEMANDS]
@@ -284,7 +305,7 @@ def main() -> None:
     model = Gpt()
     parameters = list(model.parameters())
     print(f"{sum(p.numel() for p in parameters):,} parameters in {len(parameters)} tensors")
-    groups = groups_of()
+    groups = make_groups()
     rows: list[Row] = []
     counted: dict[str, tuple[int, int]] = {}
     for tokens in arguments.tokens:
@@ -294,11 +315,11 @@ def main() -> None:
         for group in groups:
             seconds, of_group = step_all(group, model, tokens, rounds)
             counted |= of_group
-            its_rows = rows_of(tokens, seconds)
+            its_rows = make_rows(tokens, seconds)
             print_rows(its_rows)
             rows += its_rows
     print_counts(counted)
-    targets = targets_of(rows)
+    targets = find_targets(rows)
     print_targets(targets, ".3f")
     figures = {
         "steps": [row._asdict() for row in rows],

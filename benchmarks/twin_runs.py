@@ -1,13 +1,13 @@
-"""What twins predict of a run that is stored low, and what such a run really does.
+"""Do runs with twins, and runs that really store weights in low precision, from one start.
 
-`compare` makes three runs from one start, on the same batches:
+`compare` does three runs on the same batches:
 
 - **fp32**: its twin predicts what would become of it under a recipe.
-- **low**: a separate run that does what the recipe says, with gradients of its own.
-- **fed**: a copy in fp32 that is stepped with the gradients of the low run. Its twin is asked about
-  the very gradients that the low run had.
+- **low**: the run as the recipe says, with gradients of its own.
+- **fed**: a run in fp32 that takes the gradients of the low run, so that its twin has exactly
+  these.
 
-What the low run did is computed here from all elements, and without AltGrad.
+What becomes of the low run is computed here from all elements, without AltGrad.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 class Fate(NamedTuple):
-    """What becomes of a layer in a low run, predicted or real; NaN where it has no value.
+    """The figures of a layer in a low run, predicted or real; NaN for a figure without a value.
 
     Attributes:
-        kept: `progress_kept`, the movement projected on that of fp32.
-        frozen: `frozen_frac`, of the elements that fp32 moved the share that the low run never did.
-        v_ratio: `exp_avg_sq_ratio`, the median of low / fp32.
-        nonfinite: `twin_nonfinite_frac`, the share of the elements that are NaN or inf.
+        kept: `progress_kept`: ⟨low, fp32⟩ / ‖fp32‖² of the movements since the start.
+        frozen: `frozen_frac`: among the elements that fp32 moved, the share that the low run never
+            moved.
+        v_ratio: `exp_avg_sq_ratio`: the median of low / fp32.
+        nonfinite: `twin_nonfinite_frac`: the share of the elements that are NaN or inf.
     """
 
     kept: float
@@ -45,15 +46,15 @@ class Fate(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A layer, predicted and real.
+    """The predicted and real figures of a layer.
 
     Attributes:
-        name: Its name.
-        moved: Number of sampled elements that fp32 has moved.
-        predicted: By the twin of the fp32 run.
-        real: The low run beside the fp32 run.
-        fed: By the twin of the fed run.
-        real_fed: The low run beside the fed run.
+        name: Name of the layer.
+        moved: Number of sampled elements that the fp32 run has moved.
+        predicted: Figures of the twin of the fp32 run.
+        real: Figures of the low run, compared with the fp32 run.
+        fed: Figures of the twin of the fed run.
+        real_fed: Figures of the low run, compared with the fed run.
     """
 
     name: str
@@ -65,7 +66,7 @@ class Layer(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """All layers, and the mean loss of the last 20 batches in fp32 and in the low run."""
+    """The figures of all layers, and the mean loss of the last 20 batches, in fp32 and low."""
 
     layers: list[Layer]
     loss: float
@@ -76,7 +77,7 @@ class Comparison(NamedTuple):
 
 
 class Way(NamedTuple):
-    """The dtype of all tensors, and what is done to the weights after each step."""
+    """The dtype of all tensors, and a function that rounds the weights in place after each step."""
 
     dtype: torch.dtype
     store: Callable[[Tensor], object]
@@ -91,8 +92,9 @@ def _round_to_bf16(weights: Tensor) -> None:
 
 
 def _round_to_bf16_at_random(weights: Tensor) -> None:
-    # seeeeeee emmmmmmm mmmmmmmm mmmmmmmm: bf16 is the upper half, and the lower half the chance
-    # that adding a random number of 16 bits carries into it.
+    #   seeeeeee emmmmmmm | mmmmmmmm mmmmmmmm    float32; bf16 is the upper half
+    # + 00000000 00000000 | rrrrrrrr rrrrrrrr    random bits carry into the upper half with the
+    #                                            chance that the lower half stands for
     bits = weights.view(torch.int32)
     bits.add_(torch.randint_like(bits, 1 << 16)).bitwise_and_(-1 << 16)
 
@@ -109,7 +111,18 @@ WAYS = {
 
 
 class Run:
-    """Parameters that an optimizer steps, and what becomes of them: all elements."""
+    """The parameters of a net, its optimizer, and which elements have moved.
+
+    Args:
+        net: The net.
+        make: Function that makes the optimizer of the parameters.
+        store: Function that rounds a weight in place, at the start and after each step.
+
+    Attributes:
+        parameters: Parameters by name.
+        optimizer: The optimizer.
+        moved: For each parameter, by name, a bool tensor: True if a step has moved the element.
+    """
 
     def __init__(
         self,
@@ -133,11 +146,16 @@ class Run:
             self.moved[name] |= weights != before[name]
 
     def movement(self, name: str) -> Tensor:
-        """Since the start, float64."""
+        """Return the movement of a layer since the start, float64 in the shape of the layer."""
         return self.parameters[name].detach().double() - self._start[name].double()
 
     def state(self, name: str, key: str) -> Tensor:
-        """A state of the optimizer, float64; NaN where it has none."""
+        """Return a state of the optimizer, float64 in the shape of the layer; NaN if missing.
+
+        Args:
+            name: Name of the layer.
+            key: Name of the state, such as ``"exp_avg_sq"``.
+        """
         parameter = self.parameters[name]
         state = self.optimizer.state[parameter].get(key)
         return torch.full_like(parameter, math.nan) if state is None else state.double()
@@ -150,7 +168,13 @@ class Run:
 
 
 def find_fate(low: Run, high: Run, name: str) -> Fate:
-    """What really became of a layer in a low run, beside one in fp32."""
+    """Compute the real figures of a layer from all its elements.
+
+    Args:
+        low: The low run.
+        high: The run in fp32 to compare it with.
+        name: Name of the layer.
+    """
     ours, theirs = low.movement(name), high.movement(name)
     finite = ours.isfinite() & theirs.isfinite()
     moved = high.moved[name] & finite
@@ -169,7 +193,14 @@ def _divide(a: Tensor, b: Tensor) -> float:
 
 
 def train(net: nn.Module, world: World, steps: int, step: Callable[[], object]) -> float:
-    """Train on the batches 0, 1, …; returns the mean loss of the last 20."""
+    """Train on the batches 0, 1, …; return the mean loss of the last 20.
+
+    Args:
+        net: The net.
+        world: The data.
+        steps: Number of batches.
+        step: Function that steps the optimizer, and may use gradients of `net`.
+    """
     dtype = next(net.parameters()).dtype
     losses = []
     for number in range(steps):
@@ -187,7 +218,14 @@ def train(net: nn.Module, world: World, steps: int, step: Callable[[], object]) 
 
 
 def watch(run: Run, steps: int, recipe: str, elements: int) -> UpdateMonitor:
-    """Step a twin at every step, and measure it at the last one alone."""
+    """Attach a monitor whose twin makes every step, and is measured at the last step alone.
+
+    Args:
+        run: The run to observe.
+        steps: Number of steps of the run.
+        recipe: Name of the recipe of the twin.
+        elements: Number of elements that the twin has of each layer.
+    """
     return UpdateMonitor(
         [*run.parameters.items()],
         formats="bf16",
@@ -199,7 +237,12 @@ def watch(run: Run, steps: int, recipe: str, elements: int) -> UpdateMonitor:
 
 
 def read_fate(figures: Figures, recipe: str) -> Fate:
-    """What a twin predicts of a layer."""
+    """Read the figures that a twin predicts for a layer.
+
+    Args:
+        figures: Figures of the layer.
+        recipe: Name of the twin's recipe.
+    """
     metrics = ("progress_kept", "frozen_frac", "exp_avg_sq_ratio", "twin_nonfinite_frac")
     return Fate(*(figures.get(f"{metric}/{recipe}", math.nan) for metric in metrics))
 
@@ -212,7 +255,16 @@ def compare(
     steps: int,
     elements: int = 256,
 ) -> Comparison:
-    """Predict a low run twice, do it, and compare layer by layer."""
+    """Do the three runs, and compare predicted with real figures layer by layer.
+
+    Args:
+        start: The net at the start of each run.
+        world: The data.
+        make: Function that makes the optimizer of parameters.
+        recipe: Name of the recipe, in `WAYS`.
+        steps: Number of steps of each run.
+        elements: Number of elements that twins have of each layer.
+    """
     way, net = WAYS[recipe], copy.deepcopy(start)
     high = Run(net, make)
     with watch(high, steps, recipe, elements) as monitor:

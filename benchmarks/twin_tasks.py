@@ -1,10 +1,12 @@
 """Four small tasks for `twins`, one for each architecture, with data that a formula draws.
 
-Each task has two worlds that resemble each other: a net is trained in the first and fine-tuned in
-the second. A batch depends on its number alone, so that all runs see the same data in one order.
+A world is a source of batches. Each task has two similar worlds: a net is trained in the first and
+fine-tuned in the second. A batch depends on its number alone, so that all runs see the same data in
+the same order.
 
 - **Images**: ten patterns under noise. The convolutional net sees them shifted at random.
-- **Symbols**: each follows from the three before it, by a table for each distance; some are rare.
+- **Symbols**: the three symbols before it decide how likely the next one is, by a table for each
+    distance. Some symbols are rare.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Batch = tuple[Tensor, Tensor]
-"""Inputs, and the class of each image or the next symbol of each place."""
+"""Images, and the class of each; or texts of symbols, and the symbol that follows each symbol."""
 World = Callable[[int], Batch]
-"""Returns the batch with a number."""
+"""Function that returns the batch with a number."""
 
 SIDE, CLASSES, IMAGES = 12, 10, 64
 SYMBOLS, LENGTH, TEXTS, SHARPNESS = 64, 32, 16, 2.0
-CHANGE = 1.0  # what is new in the second world, beside 1 of the first
+CHANGE = 1.0  # the part of the second world that is new, in units of the part it keeps
 
 
 class Task(NamedTuple):
@@ -76,7 +78,7 @@ def symbol_worlds() -> list[World]:
 
 
 def _draw_twice(*shape: int) -> list[Tensor]:
-    """The numbers of the first world, and those of the second: as large, and similar."""
+    """Draw the numbers of the first world, and similar ones of the same size for the second."""
     first, new = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0))
     return [first, (first + CHANGE * new) / (1 + CHANGE**2) ** 0.5]
 
@@ -142,7 +144,7 @@ def make_convolution() -> nn.Module:
 
 
 def _make_convolution(ins: int, outs: int) -> nn.Module:
-    # Without the bias, which the norm behind it takes away: its gradient is noise of rounding.
+    # No bias: the norm behind it subtracts it again, so that its gradient is rounding noise.
     return nn.Conv2d(ins, outs, 3, padding=1, bias=False)
 
 

@@ -1,15 +1,17 @@
-"""Whether twins predict what runs do that are really stored low.
+"""Compare what twins predict with runs that really store weights in low precision.
 
     python -m benchmarks.twins [--quick]       # three minutes, from the root of the repository
 
-For each architecture a net is trained in fp32 and then fine-tuned: in fp32 with twins, and for real
-as a recipe says (`twin_runs` does both). A table has predicted / real, means over layers:
+A twin stores a sample of each layer as a recipe says, and makes every step of an fp32 run. For each
+architecture, a net is trained in fp32. It is then fine-tuned twice: in fp32 with twins, and really
+stored as the recipe says. `twin_runs` does both. The table shows predicted / real, as means over
+layers:
 
-- of a separate run, whose gradients go their own way,
-- **fed**: given the gradients that the real run had.
+- without a mark, for a real run that computes its own gradients;
+- **fed**, for an fp32 run that takes the gradients of the real run.
 
-Figures of a layer need elements that move: where fewer than 64 of the sample do, `frozen_frac` is
-not held against the target. Runs in fp16-true are shown and not ranked, since they end in NaN.
+The target for `frozen_frac` counts only layers with at least 64 sampled elements that move. Runs in
+fp16-true have a table of their own, since they end in NaN.
 """
 
 from __future__ import annotations
@@ -38,19 +40,27 @@ from benchmarks.twin_runs import Comparison, Fate, Layer, compare, train
 from benchmarks.twin_tasks import TASKS, Task
 
 Sides = tuple[str, str]
-SEPARATE, FED = ("predicted", "real"), ("fed", "real_fed")  # fields of a `Layer`
+SEPARATE, FED = ("predicted", "real"), ("fed", "real_fed")  # attributes of a `Layer`
 FEWEST_MOVED = 64
+"""Fewest sampled elements that move, for a layer whose frozen_frac is held to its target."""
 PRETRAINING_RATE = 1e-3
 OPTIMIZERS = {"AdamW": AdamW, "SGD": partial(SGD, momentum=0.9)}
 
 
 class Case(NamedTuple):
-    """A way to train, and the recipe that is predicted and done."""
+    """A way to train, and the recipe that a twin predicts and a real run follows.
+
+    Attributes:
+        recipe: Short name of the recipe.
+        optimizer: Name in `OPTIMIZERS`.
+        lr: Learning rate.
+        is_tuned: True to fine-tune the pretrained net on new data, False to train from the start.
+    """
 
     recipe: str
     optimizer: str
     lr: float
-    is_tuned: bool = True  # False: from the start, in the first world
+    is_tuned: bool = True
 
 
 CASES = (
@@ -132,7 +142,16 @@ def print_fp16(rows: Sequence[Row]) -> None:
 
 
 class Pooled(NamedTuple):
-    """A figure over all layers of all runs in bf16-true."""
+    """A figure of many layers: means predicted and real, and how far these are apart.
+
+    Attributes:
+        layers: Number of layers with both values.
+        predicted: Mean of the predicted values.
+        real: Mean of the real values.
+        off: Mean of abs(predicted - real).
+        bias: Mean of predicted - real.
+        spearman: Rank correlation of predicted and real values.
+    """
 
     layers: int
     predicted: float

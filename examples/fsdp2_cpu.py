@@ -1,7 +1,10 @@
-"""Two processes that share a model, on CPU: each measures its shard, the figures are of the whole.
+"""Train a model that is sharded over two CPU processes, and print figures of the whole model.
 
-python examples/fsdp2_cpu.py                                      # Lightning starts them
-torchrun --standalone --nproc-per-node 2 examples/fsdp2_cpu.py    # without Lightning
+    python examples/fsdp2_cpu.py                                      # Lightning starts them
+    torchrun --standalone --nproc-per-node 2 examples/fsdp2_cpu.py    # without Lightning
+
+Each process measures its own shard of each parameter. The sums of all shards are added up, so that
+every process gets the same figures.
 """
 
 import gc
@@ -22,22 +25,23 @@ FORMATS = ["bf16", "e4m3fn"]
 STEPS = 20
 
 
-def shared_model(mesh: DeviceMesh) -> nn.Module:
-    """Of each parameter every process has some rows; a fourth one would have none of the last."""
+def make_sharded_model(mesh: DeviceMesh) -> nn.Module:
+    """Make a model, and shard the rows of each parameter over the processes of a mesh."""
     torch.manual_seed(0)
+    # Three rows for two processes: shards may differ in size.
     model = nn.Sequential(nn.Linear(32, 256), nn.LayerNorm(256), nn.GELU(), nn.Linear(256, 3))
     for layer in (model[0], model[3]):
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
-def with_torchrun() -> None:
-    """Every process attaches a monitor; all come to the same figures."""
+def train_with_torchrun() -> None:
+    """Train in a process that torchrun has started. Every process attaches a monitor."""
     distributed.init_process_group("gloo")
     rank, size = distributed.get_rank(), distributed.get_world_size()
-    model = shared_model(init_device_mesh("cpu", (size,)))
+    model = make_sharded_model(init_device_mesh("cpu", (size,)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    generator = torch.Generator().manual_seed(rank)  # data of its own for each process
+    generator = torch.Generator().manual_seed(rank)  # other data in each process
 
     monitor = UpdateMonitor(model, formats=FORMATS, every_n_steps=10)
     with monitor.attach(optimizer):
@@ -53,12 +57,12 @@ def with_torchrun() -> None:
 
 
 class Model(pl.LightningModule):
-    """A module that Lightning's ModelParallelStrategy shares."""
+    """A module for Lightning's ModelParallelStrategy, which leaves the sharding to the module."""
 
     def configure_model(self) -> None:
-        """Shard the model; Lightning calls this in each process."""
+        """Shard the model. Lightning calls this method in each process."""
         assert self.device_mesh is not None
-        self.net = shared_model(self.device_mesh["data_parallel"])
+        self.net = make_sharded_model(self.device_mesh["data_parallel"])
 
     def training_step(self, batch: list[Tensor], _batch_index: int) -> Tensor:
         loss: Tensor = self.net(batch[0]).square().mean()
@@ -68,8 +72,8 @@ class Model(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def with_lightning() -> None:
-    """Lightning starts the second process, which runs this file as well."""
+def train_with_lightning() -> None:
+    """Train in a Trainer, which starts the second process with the same file."""
     monitor = PrecisionMonitor(formats=FORMATS, every_n_steps=10)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -90,7 +94,7 @@ def with_lightning() -> None:
 
 
 def show(layers: Mapping[str, Figures]) -> None:
-    """Figures of the last observed step, which are equal in every process."""
+    """Print figures of the last observed step, which are equal in every process."""
     for name, figures in layers.items():
         kept = "  ".join(f"{f} {figures[f'kept_update_ratio/{f}']:.2f}" for f in FORMATS)
         print(f"{name:18} {figures.elements:6,} of {figures.population:6,} elements   {kept}")
@@ -98,10 +102,10 @@ def show(layers: Mapping[str, Figures]) -> None:
 
 if __name__ == "__main__":
     if distributed.is_torchelastic_launched():
-        with_torchrun()
-        # Let go of all that holds groups of gloo first: a thread of gloo that meets the end of the
-        # interpreter makes torch abort.
+        train_with_torchrun()
+        # Free all objects that hold a gloo group: torch aborts if a thread of gloo still runs when
+        # the interpreter ends.
         gc.collect()
         distributed.destroy_process_group()
     else:
-        with_lightning()
+        train_with_lightning()

@@ -1,4 +1,7 @@
-"""With the Trainer of Hugging Face: a callback attaches the observer to its optimizer."""
+"""Which layers would stand still in bf16? Observe the optimizer of a Hugging Face Trainer.
+
+A callback attaches a `StepObserver`, which shows the weights before and after each tenth step.
+"""
 
 import tempfile
 from typing import Any
@@ -12,7 +15,7 @@ FORMATS = ("bf16", "e4m3fn")
 
 
 class ObserveSteps(TrainerCallback):
-    """Observes the steps of the optimizer that the Trainer makes."""
+    """A callback that attaches an observer to the optimizer that the Trainer makes."""
 
     def __init__(self, observer: StepObserver) -> None:
         self.observer = observer
@@ -28,11 +31,11 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, intermediate_size=64, **shape))
-    tokens = (torch.randint(64, (640, 1)) + torch.arange(16)) % 64  # to learn to count
+    tokens = (torch.randint(64, (640, 1)) + torch.arange(16)) % 64  # the model learns to count
     stalls = {name: [] for name, _ in model.named_parameters()}
 
     def on_step(step: OptimizerStep) -> None:
-        """Keep the figures; the tensors are valid until this returns."""
+        """Measure a step at once: its tensors are valid until this function returns."""
         tensors = zip(step.names, step.before, step.after, step.gradients, strict=True)
         for name, before, after, gradient in tensors:
             figures = measure(before, after, gradient, FORMATS)
@@ -53,12 +56,12 @@ if __name__ == "__main__":
         )
         data = [{"input_ids": row, "labels": row} for row in tokens]
         trainer = Trainer(model, arguments, train_dataset=data, callbacks=[ObserveSteps(observer)])
-        with observer:  # where training raises, on_train_end is not called
+        with observer:  # detaches even if training raises; on_train_end is not called then
             trainer.train()
 
-    shares = {name: torch.tensor(of_layer).nanmean(0).tolist() for name, of_layer in stalls.items()}
+    means = {name: torch.tensor(shares).nanmean(0).tolist() for name, shares in stalls.items()}
     print(f"{'updates that stall':46}", *(f"{format:>8}" for format in FORMATS))
-    for name, of_layer in shares.items():
-        print(f"{name:46}", *(f"{share:8.1%}" for share in of_layer))
-    frozen = [name for name, (bf16, _) in shares.items() if bf16 > 0.99]
+    for name, shares in means.items():
+        print(f"{name:46}", *(f"{share:8.1%}" for share in shares))
+    frozen = [name for name, (bf16, _) in means.items() if bf16 > 0.99]
     print("Stored in bf16, these would be frozen:", ", ".join(frozen) or "none")

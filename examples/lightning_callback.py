@@ -1,4 +1,4 @@
-"""With Lightning: one more callback, then look at TensorBoard."""
+"""Add `PrecisionMonitor` to a Lightning Trainer, and look at its charts in TensorBoard."""
 
 import pytorch_lightning as pl
 import torch
@@ -9,7 +9,7 @@ from altgrad_lightning import PrecisionMonitor
 
 
 class Classifier(pl.LightningModule):
-    """Any module of yours; it needs no change."""
+    """A module like any of yours; it needs no change."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Without Lightning: what three formats would keep of one AdamW step, layer by layer."""
+"""Measure one AdamW step: how much of each layer's update would three formats keep?"""
 
 import torch
 from torch import nn

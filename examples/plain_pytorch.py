@@ -1,4 +1,8 @@
-"""In your own training loop: which layers would stand still if they were stored in bf16?"""
+"""Which layers would stand still in bf16? Observe the optimizer of a plain training loop.
+
+A `StepObserver` shows the weights before and after each tenth step, and the gradients as the
+optimizer applied them: accumulated over four batches, and clipped.
+"""
 
 import torch
 from torch import nn
@@ -16,7 +20,7 @@ stalls = {name: [] for name, _ in model.named_parameters()}
 
 
 def on_step(step: OptimizerStep) -> None:
-    """Keep the figures; the tensors are valid until this returns."""
+    """Measure a step at once: its tensors are valid until this function returns."""
     tensors = zip(step.names, step.before, step.after, step.gradients, strict=True)
     for name, before, after, gradient in tensors:
         figures = measure(before, after, gradient, FORMATS)
@@ -33,9 +37,9 @@ with StepObserver(model, on_step, should_observe=lambda index: index % 10 == 9).
             optimizer.step()
             optimizer.zero_grad()
 
-shares = {name: torch.tensor(of_layer).nanmean(0).tolist() for name, of_layer in stalls.items()}
+means = {name: torch.tensor(shares).nanmean(0).tolist() for name, shares in stalls.items()}
 print(f"{'updates that stall':20}", *(f"{format:>8}" for format in FORMATS))
-for name, of_layer in shares.items():
-    print(f"{name:20}", *(f"{share:8.1%}" for share in of_layer))
-frozen = [name for name, (bf16, _) in shares.items() if bf16 > 0.99]
+for name, shares in means.items():
+    print(f"{name:20}", *(f"{share:8.1%}" for share in shares))
+frozen = [name for name, (bf16, _) in means.items() if bf16 > 0.99]
 print("Stored in bf16, these would be frozen:", ", ".join(frozen) or "none")

@@ -1,11 +1,11 @@
-"""Does one fp32 run predict what storing its weights in a format comes to? Predict, do it, compare.
+"""Predict from one fp32 run what low-precision runs lose; then do these runs, and compare.
 
     python examples/predict_and_confirm.py                      # an MLP on digits; a minute
     python examples/predict_and_confirm.py --model transformer  # on Python's source; 45 minutes
 
-It needs scikit-learn, for the digits. `PrecisionMonitor` watches a run in fp32. Then the same run
-is done again with weights that really live in each format: rounded to nearest, at random, and with
-Kahan summation. What becomes of the updates there is counted by hooks that know nothing of AltGrad.
+`PrecisionMonitor` observes a run in fp32. Then the run is repeated with weights that really are
+stored in each format: rounded to nearest, rounded stochastically, and with Kahan summation. Hooks
+that use none of AltGrad's figures count which updates stall there. The digits need scikit-learn.
 """
 
 from __future__ import annotations
@@ -41,14 +41,21 @@ WAYS: dict[str, dict[str, Any]] = {
     "kahan": {"compensation": "kahan"},
 }
 Batch = tuple[Tensor, Tensor]
-"""Inputs, and the class of each."""
+"""Inputs of a classifier, and the class of each, int64."""
 
 
 # --- what is trained
 
 
 class Task(NamedTuple):
-    """What a seed trains: a model on batches, and what it is judged on."""
+    """A model to train, and its data.
+
+    Attributes:
+        model: Function that makes the model, with equal weights at each call.
+        batches: The batches to train on, one for each step.
+        training: Examples from the training set, for the loss after training.
+        held_out: Examples that no batch contains, for the accuracy after training.
+    """
 
     model: Callable[[], nn.Module]
     batches: list[Batch]
@@ -57,7 +64,15 @@ class Task(NamedTuple):
 
 
 def digits(seed: int, steps: int) -> Task:
-    """Return a multi-layer perceptron on the 8x8 digits that scikit-learn ships."""
+    """Make the task to train a perceptron on the 8x8 digits that scikit-learn ships.
+
+    Args:
+        seed: Seed of the weights and of the batches.
+        steps: Number of batches, with 128 digits each.
+
+    Returns:
+        The task. Inputs are float32 (digits, 64), from 0 to 1.
+    """
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -87,7 +102,17 @@ def digits(seed: int, steps: int) -> Task:
 
 
 def transformer(seed: int, steps: int) -> Task:
-    """Return the character transformer of `altgrad demo`, on Python's standard library."""
+    """Make the task to train the transformer of `altgrad demo` on Python's standard library.
+
+    The transformer predicts the next character of source code.
+
+    Args:
+        seed: Seed of the weights and of the batches.
+        steps: Number of batches, with 16 pieces of text each.
+
+    Returns:
+        The task. Inputs are int64 (pieces, characters); the class of each is the next character.
+    """
     from altgrad_lightning.demo_model import CharacterTransformer, Windows, standard_library_text
 
     text = standard_library_text()
@@ -107,7 +132,7 @@ def transformer(seed: int, steps: int) -> Task:
 
 
 class Training(pl.LightningModule):
-    """A classifier and its losses, step by step."""
+    """A classifier in training, which keeps the loss of each step in `losses`."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -124,44 +149,67 @@ class Training(pl.LightningModule):
 
 
 def loss_and_accuracy(net: nn.Module, batch: Batch) -> tuple[Tensor, float]:
-    """Cross-entropy in nats, and the share of classes that are right."""
+    """Return the cross-entropy of a batch in nats, and the share of inputs classified rightly.
+
+    Args:
+        net: The classifier.
+        batch: The inputs and their classes.
+    """
     inputs, classes = batch
     logits, classes = net(inputs).flatten(0, -2), classes.flatten()
     right = (logits.argmax(-1) == classes).float().mean().item()
     return functional.cross_entropy(logits, classes), right
 
 
-# --- what really becomes of updates
+# --- which updates really stall
 
 
 class Updates:
-    """Counts what a storage makes of the updates of each layer, by hooks around it."""
+    """A count of the updates that a `WeightStorage` makes stall, by hooks before and after it.
+
+    Args:
+        module: The module that is trained.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.parameters = dict(module.named_parameters())
         self.stalls: list[dict[str, tuple[int, int]]] = []
-        """Of each step: how many updates vanished, of how many that were not 0."""
+        """For each step and layer, the number of stalled updates and of updates other than 0."""
         self._had_update = {name: torch.zeros_like(p).bool() for name, p in self._named()}
         self._moved = {name: torch.zeros_like(p).bool() for name, p in self._named()}
 
     def attach(self, optimizer: torch.optim.Optimizer, storage: WeightStorage) -> None:
-        """Attach the storage, and the hooks before, within and after a step."""
+        """Attach a storage to an optimizer, with hooks that count what it does to updates.
+
+        Args:
+            optimizer: The optimizer.
+            storage: The storage, which rounds the weights after each step.
+        """
+        # Hooks are called in the order in which they are registered.
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._before_storing)
         storage.attach(optimizer)
         optimizer.register_step_post_hook(self._after_storing)
 
     def stall(self, layer: str | None = None) -> float:
-        """Return the mean share of updates that stalled, for a layer or for all."""
+        """Return the mean over steps of the share of updates that stalled.
+
+        Args:
+            layer: Name of the layer; None for the whole model.
+        """
         return statistics.fmean(
-            sum(gone for gone, _ in counts) / max(sum(of for _, of in counts), 1)
+            sum(stalled for stalled, _ in counts) / max(sum(updates for _, updates in counts), 1)
             for counts in (
                 [*step.values()] if layer is None else [step[layer]] for step in self.stalls
             )
         )
 
     def never_moved(self, layer: str | None = None) -> float:
-        """Of the weights that had updates, the share that has not moved in any step."""
+        """Return the share of weights that no step moved, among those with updates other than 0.
+
+        Args:
+            layer: Name of the layer; None for the whole model.
+        """
         layers = [*self.parameters] if layer is None else [layer]
         had = sum(self._had_update[name].sum().item() for name in layers)
         still = sum((self._had_update[n] & ~self._moved[n]).sum().item() for n in layers)
@@ -192,7 +240,15 @@ class Updates:
 
 @dataclass
 class Outcome:
-    """Of a run: its losses, what it is at the end, and what became of its updates."""
+    """The result of a run.
+
+    Attributes:
+        losses: Loss of the batch of each step, in nats.
+        loss: Loss after training on `Task.training`, in nats.
+        accuracy: Share of `Task.held_out` that is classified rightly after training.
+        weights: Weights after training, by name of the layer.
+        updates: Counts of the updates that stalled; None for the run in fp32.
+    """
 
     losses: list[float]
     loss: float
@@ -202,19 +258,28 @@ class Outcome:
 
 
 class Stored(pl.Callback):
-    """Has a run keep its weights in a storage."""
+    """A callback that stores the weights of a run by a `WeightStorage`, and counts updates."""
 
     def __init__(self, storage: WeightStorage) -> None:
         self.storage = storage
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Attach; the optimizers are there, and no step has been made."""
+        """Attach the storage: Lightning has made the optimizers, and no step has been made."""
         self.updates = Updates(pl_module)
         self.updates.attach(trainer.optimizers[0], self.storage)
 
 
 def train(task: Task, folder: Path, callback: pl.Callback) -> Outcome:
-    """Run from the same start on the same batches, whatever the callback makes of it."""
+    """Train the model of a task; runs of one task differ by nothing but the callback.
+
+    Args:
+        task: The task.
+        folder: Folder for the run file of a `PrecisionMonitor`.
+        callback: The `PrecisionMonitor` of the run in fp32, or a `Stored`.
+
+    Returns:
+        The result of the run.
+    """
     module = Training(task.model())
     trainer = pl.Trainer(
         max_epochs=1,
@@ -236,31 +301,57 @@ def train(task: Task, folder: Path, callback: pl.Callback) -> Outcome:
 
 
 class Prediction:
-    """What the fp32 run says of a format: means over its observed steps."""
+    """The figures that the fp32 run gives for formats, and its verdicts on each layer.
+
+    Args:
+        run: The run file of the fp32 run.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.verdicts = judge_run(run).by_layer
 
     def __call__(self, metric: str, format: str, layer: str | None = None) -> float:
-        """One figure, of a layer or of all."""
+        """Return the mean of a figure over the observed steps; the last value of never_moved_frac.
+
+        Args:
+            metric: Name of the metric.
+            format: Name of the format.
+            layer: Name of the layer; None for the whole model.
+        """
         values = [x for x in self.run.series(f"{metric}/{format}", layer).values() if isfinite(x)]
         return values[-1] if metric == "never_moved_frac" else statistics.fmean(values)
 
 
 class Experiment(NamedTuple):
-    """All runs of one seed."""
+    """The runs of one seed.
+
+    Attributes:
+        prediction: Figures and verdicts of the fp32 run.
+        fp32: Result of the fp32 run.
+        stored: Result of each run in a format, by the format and the name in `WAYS`.
+    """
 
     prediction: Prediction
     fp32: Outcome
     stored: dict[tuple[str, str], Outcome]
-    """By format and way of rounding."""
 
 
 def experiment(
     task: Task, folder: Path, formats: Sequence[str], ways: Sequence[str], every: int = 1
 ) -> Experiment:
-    """Predict from one run, then do the others."""
+    """Do all runs of a task: one in fp32 that predicts, then one for each format and way.
+
+    Args:
+        task: The task.
+        folder: Folder for the run file.
+        formats: Names of the formats.
+        ways: Names in `WAYS` of the ways to store weights.
+        every: Interval between observed steps, in steps.
+
+    Returns:
+        The results of all runs.
+    """
     monitor = PrecisionMonitor(formats=formats, max_elements=None, every_n_steps=every)
     fp32 = train(task, folder, monitor)
     assert monitor.path is not None
@@ -276,13 +367,18 @@ def experiment(
 
 
 def gains(experiment: Experiment) -> list[str]:
-    """Names of the gains of all normalizations: the weights that begin as 1, and are vectors."""
+    """Return the names of the gains of normalizations: vectors named weight, which begin as 1."""
     weights = experiment.fp32.weights
     return [n for n in weights if n.endswith(".weight") and weights[n].dim() == 1]
 
 
 def table(experiments: Sequence[Experiment], formats: Sequence[str]) -> Table:
-    """Return a row for each format: means over the seeds, and losses in ascending order."""
+    """Return a table with a row for each format: means over the seeds, and the span of losses.
+
+    Args:
+        experiments: The runs of each seed.
+        formats: Names of the formats.
+    """
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for title in (
         "format",
@@ -317,7 +413,7 @@ def table(experiments: Sequence[Experiment], formats: Sequence[str]) -> Table:
 
 
 def about_gains(experiments: Sequence[Experiment]) -> str:
-    """Print what became of these layers in bf16, as far as it is so."""
+    """Return a sentence about the gains in bf16: how many are predicted frozen, and really are."""
     pairs = [(e, name) for e in experiments for name in gains(e)]
     said = [e.prediction.verdicts[name]["bf16"].verdict.short == "frozen" for e, name in pairs]
     stored = [e.stored["bf16", "nearest"].weights[name] for e, name in pairs]
@@ -333,7 +429,12 @@ def about_gains(experiments: Sequence[Experiment]) -> str:
 
 
 def about_predictors(experiments: Sequence[Experiment], formats: Sequence[str]) -> str:
-    """How far two figures are from the true stall of a layer, on average."""
+    """Return a sentence about the mean error of two figures as predictions of a layer's stall.
+
+    Args:
+        experiments: The runs of each seed.
+        formats: Names of the formats.
+    """
     errors: dict[str, list[float]] = {"stall_frac": [], "grad_below_stiffness_frac": []}
     for e in experiments:
         for format in formats:
@@ -351,7 +452,13 @@ def about_predictors(experiments: Sequence[Experiment], formats: Sequence[str]) 
 
 
 def picture(experiments: Sequence[Experiment], formats: Sequence[str], path: Path) -> None:
-    """Predicted against measured, and the loss by step."""
+    """Save a picture: the predicted against the measured share of stalls, and the loss by step.
+
+    Args:
+        experiments: The runs of each seed.
+        formats: Names of the formats, the finest first.
+        path: File of the picture.
+    """
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -427,11 +534,11 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 TASKS = {"digits": digits, "transformer": transformer}
 EVERY = {"digits": 1, "transformer": 10}
-"""Of how many steps one is observed in fp32."""
+"""Interval between observed steps of the fp32 run, in steps, by name of the task."""
 
 
 def main() -> None:
-    """Run, and show."""
+    """Run the experiment for each seed, print the table, and save the picture."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", choices=TASKS, default="digits")
     parser.add_argument("--seeds", type=_at_least(1), default=3, help="how many")

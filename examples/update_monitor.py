@@ -1,4 +1,4 @@
-"""In your own training loop, with sampling and rules: which weights have never moved?"""
+"""Which weights would never have moved? Monitor a training loop, with a rule for some layers."""
 
 import torch
 from torch import nn
@@ -14,12 +14,12 @@ monitor = UpdateMonitor(
     model,
     formats=["bf16", "e4m3fn", "mxfp4"],
     every_n_steps=10,
-    max_elements=1024,  # of each large parameter; the same ones all the time
+    max_elements=1024,  # sampled from each large parameter, once for the whole run
     sampling=[
         SamplingRule("*.bias", enabled=False),
-        SamplingRule("1.*", formats=["bf16"]),  # the LayerNorm, for bf16 alone
+        SamplingRule("1.*", formats=["bf16"]),  # judge the LayerNorm for bf16 alone
     ],
-    overhead_budget=0.05,  # of all time; observed less often, should it take more
+    overhead_budget=0.05,  # share of the time; if steps cost more, fewer are observed
 )
 print(monitor.describe(), end="\n\n")
 

@@ -9,7 +9,7 @@ from benchmarks.published import eco, pulse
 
 
 def test_the_error_without_master_weights_grows_as_1_over_the_learning_rate() -> None:
-    problem = eco.Quadratic.of_digits()
+    problem = eco.Quadratic.from_digits()
     rests = [eco.come_to_rest(problem, "e4m3fn", 0.4 * 4.0**-k) for k in range(6)]
     growing, saturated = eco.split(rests)
     assert len(growing) >= 2
@@ -21,7 +21,7 @@ def test_the_error_without_master_weights_grows_as_1_over_the_learning_rate() ->
 
 
 def test_the_gradient_of_the_problem_is_0_at_its_optimum() -> None:
-    problem = eco.Quadratic.of_digits()
+    problem = eco.Quadratic.from_digits()
     gradient = problem.gradient(problem.optimum)
     assert gradient.abs().max() < 1e-12
     nearby = problem.optimum + 1e-3

@@ -2,11 +2,12 @@
 
 Read `monitor` first: `UpdateMonitor` connects the other files.
 
-- Which steps: `policy` decides, by the `schedule` and by the cost that `overhead` bounds.
+- Which steps: `policy` decides, by the `schedule` and by the time that `overhead` measures.
 - Which layers and elements: `layer_settings` resolves the rules, `elements` draws samples,
   `unjudged` leaves out what cannot be judged.
 - The measurement: `engine` measures a step, most layers together in an `arena`, under the scales
   that `scale_state` keeps.
-- For other rooms: `watch` is what ranks compare, `describe` prints a dry run, and `header`
-  describes a run as plain data.
+- Weights that move without a step of the optimizer: `bypass` finds them.
+- For other rooms: ranks compare a `watch`, twins take their elements from `twin_layers`,
+  `describe` writes a dry run as a table, and `header` describes a run as plain data.
 """

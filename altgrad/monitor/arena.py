@@ -1,16 +1,17 @@
 """`Arena`: memory in which copies of many layers lie side by side, to be measured together.
 
 Hundreds of small layers measured one by one would cost hundreds of kernel calls at each step. An
-arena cuts each layer into rows of 64 elements, and one call measures all rows of a segment. Rows
-have 32 elements, as many as most blocks, where formats share scales by blocks::
+arena cuts each layer into rows of 64 elements, and one call measures all rows of a segment. With
+block formats, rows have 32 elements, as many as most blocks that share a scale::
 
     segment   row 0   layer "a", elements   0 …  63
               row 1   layer "a", elements  64 …  99, then NaN: no element
               row 2   layer "b", elements   0 …   9, then NaN
 
-A segment holds layers with one dtype of weights, one of gradients and one device. Memory is laid
-out once, and the copies around each step are written to it. `engine` comes next: it owns an arena
-for each optimizer.
+A segment holds layers with one dtype of weights, one dtype of gradients and one device. Memory is
+laid out once, and weights and gradients are copied to it around each observed step. Beside the
+copies lie the ever-moved flags: for each element whether any update has moved it so far, and for
+each format whether any was effective. `engine` comes next: it owns an arena for each optimizer.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.scale_groups import Amaxes, Sharing
 
 # Elements in a row. Fewer would make sums over rows slow; more would waste memory on the last row
-# of each small layer. Standard errors of samples of blocks follow from the sums of a few rows each:
-# shorter rows make them more exact.
-_COLUMNS, _SHORT_COLUMNS = 64, 32
+# of each small layer. Where elements are drawn in blocks, standard errors follow from the sums of
+# single rows or a few rows: shorter rows make them more exact.
+_ROW, _SHORT_ROW = 64, 32
 
 
 class Place(NamedTuple):
@@ -48,7 +49,8 @@ class Place(NamedTuple):
             int64 (elements). None for all elements.
         elements: Number of the layer's elements in the segment.
         rows: Rows of the segment that hold these elements; the last row may be partly filled.
-        block: Number of neighbours that were drawn together; 1 if all elements are in the segment.
+        block: Number of neighbours that were drawn together into the sample; 1 for single elements,
+            and if all elements are in the segment.
     """
 
     name: str
@@ -58,11 +60,14 @@ class Place(NamedTuple):
     rows: slice
     block: int
 
-    def rows_in_cluster(self, columns: int) -> int:
+    def rows_in_cluster(self, row_length: int) -> int:
         """Return the number of rows that make a cluster; 0 if elements are drawn one by one.
 
+        A cluster holds one or several blocks of elements that were drawn together. Standard errors
+        follow from the sums of clusters, as neighbours may be alike.
+
         Args:
-            columns: Number of elements in a row.
+            row_length: Number of elements in a row.
         """
         if self.block == 1:
             return 0
@@ -70,21 +75,21 @@ class Place(NamedTuple):
         block = min(self.block, length)
         # Clusters should end where blocks do, as these are drawn together. Where rows cut through
         # blocks, two blocks to a cluster leave most of them whole.
-        is_cut = length % block or (block % columns and columns % block)
-        return -(-(2 * block if is_cut else block) // columns)
+        is_cut = length % block or (block % row_length and row_length % block)
+        return -(-(2 * block if is_cut else block) // row_length)
 
 
 @dataclass(eq=False)
 class Segment:
-    """A block of rows for layers with the same dtypes and device, measured by one kernel call.
+    """A set of layers with the same dtypes and device, whose rows one kernel call measures.
 
     Attributes:
-        before: Weights before the step, (rows, columns); NaN where there is no element.
-        after: Weights after the step, (rows, columns).
-        gradient: Gradients, (rows, columns).
-        ever: Ever-moved flags: whether each element has moved, and in which formats effectively.
+        before: Weights before the step, (rows, elements); NaN where there is no element.
+        after: Weights after the step, (rows, elements).
+        gradient: Gradients, (rows, elements).
+        ever: Ever-moved flags of each element, and of each element and format.
         places: Places of the layers, in the order of their rows.
-        batch: The same memory, prepared for `Measurer.measure_batch`.
+        batch: A `Batch` of views of this memory, which `Measurer.measure_batch` measures.
     """
 
     before: Tensor
@@ -97,7 +102,7 @@ class Segment:
     def empty_absent(self, present: set[str]) -> list[str | None]:
         """Write NaN to the rows of layers that are not in this step, so that no sum counts them.
 
-        The rows of such a layer still hold the copies of an earlier step.
+        Otherwise the copies of an earlier step would be measured again.
 
         Args:
             present: Names of the layers of this step.
@@ -113,7 +118,7 @@ class Segment:
         return [place.name if place.name in present else None for place in self.places]
 
     def copies(self, place: Place, shape: torch.Size) -> Copies:
-        """Return the memory for the copies of one layer.
+        """Return the memory for the copies of one layer, as views of the segment.
 
         Args:
             place: Place of the layer.
@@ -128,7 +133,12 @@ class Segment:
         )
 
     def read_flags(self, place: Place) -> Tensor:
-        """Return the ever-moved flags of one layer, bool (1 + formats, elements)."""
+        """Return the ever-moved flags of one layer.
+
+        Returns:
+            bool (1 + formats, elements). Row 0 says which elements have moved, each other row which
+            have moved effectively in a format.
+        """
         both = torch.cat((self.ever.moved[place.rows], self.ever.effective[place.rows]), dim=1)
         return both.transpose(0, 1).flatten(1)[:, : place.elements]
 
@@ -139,21 +149,23 @@ class Segment:
             place: Place of the layer.
             flags: Flags from `read_flags`, bool (1 + formats, elements).
         """
-        columns = self.before.shape[1]
-        count = (place.rows.stop - place.rows.start) * columns
-        # (kinds, elements) -> pad to whole rows -> (kinds, rows, columns) -> (rows, kinds, columns)
+        row_length = self.before.shape[1]
+        count = (place.rows.stop - place.rows.start) * row_length
+        # Kinds of flags: moved, and effectively moved in each format.
+        # (kinds, elements) -> pad to whole rows -> (kinds, rows, row_length)
+        # -> (rows, kinds, row_length)
         padded = torch.zeros(len(flags), count, dtype=torch.bool, device=self.before.device)
         padded[:, : place.elements] = flags
-        by_row = padded.view(len(flags), -1, columns).transpose(0, 1)
+        by_row = padded.view(len(flags), -1, row_length).transpose(0, 1)
         self.ever.moved[place.rows].copy_(by_row[:, :1])
         self.ever.effective[place.rows].copy_(by_row[:, 1:])
 
 
 class Arena:
-    """A memory for the copies of one optimizer's layers, laid out again when layers change.
+    """The memory for the copies of one optimizer's layers, laid out again when layers change.
 
-    An arena consists of segments: blocks of rows that one call of the kernel measures. A layer with
-    more elements than `Measurer.capacity` is not in the arena, and is measured alone.
+    An arena consists of segments, each of which one kernel call measures. A layer with more
+    elements than `Measurer.capacity` is not in the arena, and is measured alone.
 
     Args:
         measurer: The measurer of the segments.
@@ -177,10 +189,10 @@ class Arena:
         self._measurer = measurer
         self._scale_state = scale_state
         self._ever_moved = ever_moved
-        self._columns = _COLUMNS if measurer.formats.block == 1 else _SHORT_COLUMNS
+        self._row_length = _ROW if measurer.formats.block == 1 else _SHORT_ROW
         # Maximum number of rows of one layer, and of one segment.
-        self._layer_rows = measurer.capacity // self._columns
-        self._rows = measurer.batch_capacity // self._columns
+        self._layer_rows = measurer.capacity // self._row_length
+        self._rows = measurer.batch_capacity // self._row_length
 
     # Tensors made in inference mode could not be written to outside of it:
     # https://docs.pytorch.org/docs/stable/notes/autograd.html#inference-mode
@@ -192,7 +204,7 @@ class Arena:
         The memory of earlier calls is freed.
 
         Args:
-            requests: All layers of the optimizer.
+            requests: All layers of the optimizer that have or had a gradient.
 
         Returns:
             Memory for the copies of each layer. None if the layer is too large, has no elements on
@@ -235,15 +247,16 @@ class Arena:
             segment.batch = self._measurer.with_scales(segment.batch, scales)
 
     def _grouped(self, requests: Sequence[Request]) -> list[list[Request]]:
-        """Divide layers into segments, in order: the same dtypes and device, as many as fit."""
-        # Only the last group of a kind is filled. A look at all would be quadratic in the layers,
-        # and gain little: a layer takes a quarter of a segment at most.
+        """Divide layers into groups, one for each segment: the same dtypes and device in each."""
+        # A layer goes into the last group of its kind, or into a new one. To search all groups for
+        # free rows would take quadratic time, and gain little: a layer takes at most a quarter of a
+        # segment.
         groups: list[list[Request]] = []
         last: dict[tuple[object, ...], tuple[list[Request], int]] = {}  # and its free rows, by kind
         for request in requests:
-            rows = -(-_count_copied(request) // self._columns)  # rounded up
+            rows = -(-_count_copied(request) // self._row_length)  # rounded up
             dtypes = request.parameter.dtype, request.gradient_dtype
-            # All sampled elements of the layer are on other ranks.
+            # Without rows, all sampled elements of the layer are on other ranks.
             is_elsewhere = not rows and request.name in self._samples
             if {*dtypes} - {*INPUT_DTYPES} or rows > self._layer_rows or is_elsewhere:
                 continue
@@ -261,18 +274,18 @@ class Arena:
         places, stop = [], 0
         for request in group:
             elements, start = _count_copied(request), stop
-            stop += -(-elements // self._columns)
+            stop += -(-elements // self._row_length)
             shape, indices, block = self._samples.get(request.name) or (
                 *(request.parameter.shape, None, 1),
             )
             places.append(Place(request.name, shape, indices, elements, slice(start, stop), block))
-        before, after, gradient, together = _memory(group[0], (stop, self._columns))
+        before, after, gradient, together = _memory(group[0], (stop, self._row_length))
         moved, effective = (
-            torch.zeros(stop, middle, self._columns, dtype=torch.bool, device=before.device)
+            torch.zeros(stop, middle, self._row_length, dtype=torch.bool, device=before.device)
             for middle in (1, len(self._measurer.formats))
         )
         ever = EverMoved(moved, effective)
-        # (rows, columns) -> (rows, 1, columns): formats are the middle dimension in the kernel.
+        # (rows, elements) -> (rows, 1, elements): formats are the middle dimension in the kernel.
         rows = Rows(before.unsqueeze(1), after.unsqueeze(1), gradient.unsqueeze(1), together)
         return Segment(before, after, gradient, ever, places, self._batch(rows, ever, places))
 
@@ -298,23 +311,25 @@ class Arena:
         )
 
     def _clusters(self, places: Sequence[Place]) -> tuple[tuple[Tensor, Tensor] | None, list[int]]:
-        """Find the clusters of blocks in which elements were drawn.
+        """Group the rows of a segment into clusters of elements that were drawn together.
 
         Args:
             places: All places of a segment.
 
         Returns:
-            The cluster of each row, int64 (rows), and the number of elements of each row, float64
-            (rows), on the CPU; None if no place has blocks. And the number of clusters of each
-            place, 0 if it has no blocks.
+            The index of the cluster of each row, int64 (rows), and the number of elements in each
+            row, float64 (rows), on the CPU; None if no layer was drawn in blocks. And the number of
+            clusters of each place, 0 for a layer that was not drawn in blocks.
         """
-        columns, clusters, counts = self._columns, 0, []
+        row_length, clusters, counts = self._row_length, 0, []
         row_clusters: list[int] = []
         row_elements: list[int] = []
         for place in places:
-            rows, size = place.rows.stop - place.rows.start, place.rows_in_cluster(columns)
+            rows, size = place.rows.stop - place.rows.start, place.rows_in_cluster(row_length)
             row_clusters += (clusters + row // (size or rows) for row in range(rows))
-            row_elements += (min(columns, place.elements - columns * row) for row in range(rows))
+            row_elements += (
+                min(row_length, place.elements - row_length * row) for row in range(rows)
+            )
             counts.append(-(-rows // size) if size else 0)
             clusters = row_clusters[-1] + 1 if row_clusters else 0
         if not any(counts):
@@ -328,7 +343,12 @@ class Arena:
     def _scales(
         self, places: Sequence[Place], row_layers: Tensor
     ) -> Tensor | tuple[Sharing, Amaxes | None]:
-        """Compute scales, or which elements share them, as `Measurer.with_scales` takes them."""
+        """Compute the scales of the layers, in the form that `Measurer.with_scales` takes.
+
+        Returns:
+            If each layer has one scale for each format: float64 (rows, formats, 1). Otherwise a map
+            of the elements that share a scale, and the amaxes of all layers, if formats need them.
+        """
         device, measurer = row_layers.device, self._measurer
         amaxes = None
         if measurer.formats.needs_amax:
@@ -341,7 +361,7 @@ class Arena:
         return sharing.to(device), amaxes
 
     def _amaxes(self, place: Place, device: torch.device) -> Amaxes:
-        """Return the amaxes of a layer; ones if the layer has changed its shape.
+        """Return the amaxes of a layer; ones, to fill the place, if the layer has a new shape.
 
         A layer with a new shape is not measured before the arena is laid out again.
         """
@@ -356,7 +376,7 @@ class Arena:
         """Find which elements of a layer share a scale, padded to whole rows of the segment."""
         indices = place.indices
         indices = torch.arange(place.elements, device="cpu") if indices is None else indices.cpu()
-        count = (place.rows.stop - place.rows.start) * self._columns
+        count = (place.rows.stop - place.rows.start) * self._row_length
         return self._measurer.find_sharing(place.shape, indices).pad(count)
 
 
@@ -380,8 +400,8 @@ def _memory(first: Request, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Ten
         shape: Number of rows, and of elements in a row.
 
     Returns:
-        Weights before, weights after and gradients, (rows, columns) each. If they have one dtype,
-        also the same memory as one tensor, (rows, 3, columns); None otherwise.
+        Weights before, weights after and gradients, (rows, elements) each. If they have one dtype,
+        also the same memory as one tensor, (rows, 3, elements); None otherwise.
     """
     together = None
     weights = to_local_tensor(first.parameter.detach())

@@ -1,10 +1,10 @@
-"""`BypassDetector`: find layers that move although no step of their optimizer passes its hooks.
+"""`BypassDetector`: find layers whose weights change although their optimizer calls no hook.
 
-A look compares a few weights of each layer with those of the look before. If the weights have
-changed and the optimizer has made no step in between, something else has moved them. A look costs
-no more than an observed step. `monitor` looks at `attach` and `detach`, and on request.
+A look reads a few weights of each layer. If they have changed later, and the optimizer has called
+its hooks for no step since, something else has moved them. A look costs no more than an observed
+step. `monitor` looks in `attach` and `detach`, and on request.
 
-Read `altgrad.observation.bypass_reason` first.
+Read `altgrad.observation.bypass_reason` first; `monitor` comes next.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class Bypass(NamedTuple):
 
 @dataclass
 class _Look:
-    """A record of the weights of an optimizer's layers, and of the steps counted until then.
+    """A look at the weights of an optimizer's layers, with the number of steps until then.
 
     Attributes:
         kind: Name of the optimizer's class.
         names: Names of the optimizer's layers.
-        sharded: Names of the layers that were sharded.
-        counts: Number of steps of each attached optimizer so far, by its hooks.
+        sharded: Names of those layers that were sharded.
+        counts: Number of steps of each attached optimizer until then, by its hooks.
         sample: A few weights of each layer.
     """
 
@@ -61,7 +61,7 @@ class _Look:
 
 
 class BypassDetector:
-    """A detector of steps that call none of the optimizer's hooks.
+    """A detector of steps that call none of the optimizer's hooks, and so cannot be observed.
 
     Args:
         find_stepped: Function that takes optimizers, and returns the measured layers that they
@@ -76,17 +76,19 @@ class BypassDetector:
     ) -> None:
         self._find_stepped = find_stepped
         self._find_measured = find_measured
-        self._all: WeightSample | None = None  # when the first of the attached was attached
+        # All measured layers, when the first optimizer was attached.
+        self._all: WeightSample | None = None
+        # The layers of each optimizer: when it was attached, and when it was last seen to step.
         self._first: WeakKeyDictionary[StepHooks[Any], _Look] = WeakKeyDictionary()
         self._last: WeakKeyDictionary[StepHooks[Any], _Look] = WeakKeyDictionary()
 
     def begin(self, attached: Sequence[StepHooks[Any]]) -> None:
-        """Record the weights of new optimizers, to compare them later.
+        """Look at the layers of optimizers that have just been attached, to compare them later.
 
         Args:
             attached: The hooks of all attached optimizers.
         """
-        # Steps between `detach` and the next `attach` are nobody's business.
+        # Steps between `detach` and the next `attach` are not to be observed: look again.
         if not any(hooks in self._first for hooks in attached):
             self._first.clear()
             self._last.clear()
@@ -99,17 +101,18 @@ class BypassDetector:
     def find_bypasses(
         self, attached: Sequence[StepHooks[Any]], parameters: Mapping[str, Tensor]
     ) -> list[Bypass]:
-        """Return layers that changed since the last record, though no step called their hooks.
+        """Return layers that changed since the last look, although no step of theirs called hooks.
 
-        Only changes with a likely reason are reported. Others may be edits or swaps of weights,
-        which are no updates.
+        Layers of an optimizer that has stepped are looked at again, and not compared. Only changes
+        with a likely reason are returned: others may be edits or swaps of weights, which are no
+        updates.
 
         Args:
             attached: The hooks of all attached optimizers.
             parameters: All parameters by name, as the module has them now.
 
         Returns:
-            The layers of each optimizer with such layers.
+            One `Bypass` for each optimizer with such layers.
         """
         found: list[Bypass] = []
         for hooks in attached:
@@ -124,7 +127,7 @@ class BypassDetector:
         return found + self._find_unattached(attached)
 
     def _find_unattached(self, attached: Sequence[StepHooks[Any]]) -> list[Bypass]:
-        """Return layers that moved and belong to other optimizers than the attached ones."""
+        """Return layers that moved and belong to optimizers that are not attached."""
         if self._all is None or not attached:
             return []
         stepped = {name for look in self._last.values() for name in look.names}
@@ -148,7 +151,7 @@ class BypassDetector:
         parameters: Mapping[str, Tensor],
         seen: Container[str],
     ) -> list[Bypass]:
-        """Return layers that have moved since the first record, without an observed step of theirs.
+        """Return layers that have moved since they were attached, and were in no observed step.
 
         Args:
             attached: The hooks of all attached optimizers.
@@ -156,7 +159,7 @@ class BypassDetector:
             seen: Names of the layers that were part of an observed step.
 
         Returns:
-            The layers of each optimizer with such layers.
+            One `Bypass` for each optimizer with such layers.
         """
         found = []
         for hooks in attached:
@@ -166,7 +169,8 @@ class BypassDetector:
             moved = first.sample.find_changed(known)
             if unseen := [name for name in moved if name not in seen]:
                 layers = [known[name] for name in unseen]
-                # Other optimizers of layers that have been stepped may be idle.
+                # If this optimizer has stepped, another one with these layers may be idle, and is
+                # no reason.
                 is_bypass = not hooks.index or any(map(is_stepped_in_backward, layers))
                 reason = self._find_reason(hooks, first, layers, attached) if is_bypass else None
                 others_seen = any(name in seen for name in first.names)
@@ -189,11 +193,12 @@ class BypassDetector:
         attached: Sequence[StepHooks[Any]],
         parameters: Mapping[str, Tensor],
     ) -> list[Bypass]:
-        """Return the layers of an optimizer that moved since a record without one of its steps."""
+        """Return the layers of an idle optimizer that moved since a look, by no attached one."""
         known = {name: parameters[name] for name in last.names if name in parameters}
-        torn = [n for n, each in known.items() if is_sharded(each) and n not in last.sharded]
-        if torn:
-            return [Bypass(torn, _SHARDED)]
+        # Their weights are on other ranks now, and cannot be compared.
+        resharded = [n for n, each in known.items() if is_sharded(each) and n not in last.sharded]
+        if resharded:
+            return [Bypass(resharded, _SHARDED)]
         stepping = [
             each.optimizer
             for each in attached
@@ -219,7 +224,13 @@ class BypassDetector:
 
 
 def _explain(hooks: StepHooks[Any], first: _Look, others_seen: bool) -> str:
-    """Return reasons for layers that moved and were never observed, other than a bypass."""
+    """Return the reason why layers moved and were never observed, where nothing bypassed hooks.
+
+    Args:
+        hooks: The hooks of the layers' optimizer.
+        first: The look at the layers when the optimizer was attached.
+        others_seen: True if other layers of the optimizer were part of an observed step.
+    """
     if not hooks.index:
         return (
             f"step() of {first.kind} was never called; other code changes these weights, such as a "

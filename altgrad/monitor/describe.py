@@ -1,4 +1,4 @@
-"""Print a dry run: a table of the layers and how each is observed.
+"""Write a dry run: a table of the layers and how each would be observed.
 
 `UpdateMonitor.describe` returns this text. Read `layer_settings` first, which resolves the rules.
 """

@@ -17,7 +17,7 @@ from torch import Tensor
 from altgrad._messages import check_int, check_type
 
 SAMPLING_VERSION = 1
-"""Number of the way to draw; another one if equal arguments give other elements than before."""
+"""Version of the algorithm: raised whenever equal arguments begin to give other elements."""
 
 _CPU = torch.device("cpu")  # named because the user may have set another default device
 
@@ -95,10 +95,10 @@ def _generator(name: str, seed: int) -> torch.Generator:
 
 
 def _draw(population: int, count: int, generator: torch.Generator) -> Tensor:
-    """Draw distinct whole numbers from 0 up to a bound; every set is equally likely.
+    """Draw distinct whole numbers from 0 to `population` - 1; every set is equally likely.
 
     Args:
-        population: The bound, which is not drawn.
+        population: How many numbers there are to draw from.
         count: How many numbers to draw, at most `population`.
         generator: The source of random numbers.
 
@@ -115,10 +115,9 @@ def _draw(population: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _first_distinct(population: int, count: int, generator: torch.Generator) -> Tensor:
-    """Return the first distinct numbers of a stream of independent uniform numbers, ascending.
-
-    Each round draws as many numbers as are missing, so that no draw is wasted.
-    """
+    """Draw uniform numbers below `population` until `count` differ; return these, ascending."""
+    # Each round draws as many numbers as are missing, so that every distinct one is kept: a choice
+    # among them would have to be random again.
     distinct = torch.empty(0, dtype=torch.int64, device=_CPU)
     while len(distinct) < count:
         more = torch.empty(count - len(distinct), dtype=torch.int64, device=_CPU)

@@ -58,7 +58,7 @@ class Engine:
     # --- before a step
 
     def choose_elements(self, name: str, parameter: Tensor, peers: Peers) -> Tensor | None:
-        """Choose the elements of a local shard that are copied.
+        """Choose the elements of a local shard that are copied, and remember the sample.
 
         Args:
             name: Name of the layer.
@@ -69,7 +69,8 @@ class Engine:
             Indices into the flattened local shard, int64 (elements). None for all elements.
 
         Raises:
-            RuntimeError: The parameter was sharded, or got other placements, after `attach`.
+            RuntimeError: The parameter was sharded, or got other DTensor placements, after
+                `attach`.
         """
         self._samples.pop(name, None)
         if parameter.dtype not in INPUT_DTYPES:
@@ -160,7 +161,8 @@ class Engine:
             parts.append(row.unsqueeze(0))
         if not parts:  # no layer of this step has elements on this rank
             return sums._replace(present=self._present(step), found_inf=_is_set(step.found_inf))
-        # Rows of a segment include layers that are absent from this step (name None): drop those.
+        # A segment measures all its layers. Those that are absent from this step have the name None
+        # and are dropped.
         (vectors, *further), found_inf = _on_host(parts, step.found_inf, others)
         rows = [row for row, name in enumerate(names) if name is not None]
         if len(rows) < len(names):
@@ -174,7 +176,7 @@ class Engine:
         )
 
     def _present(self, step: OptimizerStep) -> list[str]:
-        """Return the names of the layers of a step that all ranks together measure."""
+        """Return the names of the layers of a step that are measured, on this or another rank."""
         each = zip(step.names, step.before, strict=True)
         measured = [name for name, before in each if before.dtype in INPUT_DTYPES]
         return [name for name in self._settings.enabled(measured) if name not in step.resting]
@@ -186,8 +188,9 @@ class Engine:
             step: The step.
 
         Returns:
-            The name of each layer in the arena, or None if the layer is not in this step; and for
-            each segment the sums and maxima of its layers, float64 (layers, columns).
+            The name of each layer in the arena, or None if the layer is not in this step. Also, for
+            each segment, the sums and maxima of its layers, float64 (layers, columns) on the
+            device.
         """
         arena, present = self._arenas.get(step.optimizer), {*step.names}
         names: list[str | None] = []
@@ -205,7 +208,7 @@ class Engine:
             names: Names of the layers. Those with a dtype that is not measured are skipped.
 
         Returns:
-            An iterator over pairs of a name and a row, float64 (columns).
+            An iterator over pairs of a name and the layer's sums and maxima, float64 (columns).
         """
         if not names:
             return
@@ -217,7 +220,7 @@ class Engine:
             sample, elements = self._samples.get(name), before.numel()
             if sample is not None and not elements:
                 continue  # all sampled elements are on other ranks
-            # A sample that holds every element is a whole layer, which is split faster.
+            # A sample with every element is a whole layer, which is split into chunks faster.
             if sample is not None and elements == sample.shape.numel():
                 sample = None
             amaxes = self._scale_state.amaxes(name) if formats.needs_amax else None
@@ -246,17 +249,17 @@ class Engine:
 def _on_host(
     parts: Sequence[Tensor], found_inf: Tensor | None, others: Sequence[Tensor]
 ) -> tuple[list[Numbers], bool]:
-    """Copy all rows to the host at once, with all that is wanted there besides.
+    """Copy sums, a flag and further numbers to the host, all in one transfer.
 
     Args:
-        parts: One or more tensors of rows, float64 (rows, columns) each.
+        parts: One or more tensors of sums and maxima, float64 (layers, columns) each.
         found_inf: Flag of a GradScaler, any dtype (1): not 0 if the step was skipped. None without
             a GradScaler.
         others: Further numbers, float64 of any shape.
 
     Returns:
-        All rows, float64 (rows, columns) on the host, then the further numbers; and True if the
-        step was skipped.
+        Arrays on the host: the sums and maxima of all parts, float64 (layers, columns), then the
+        further numbers, each in its shape. And True if the step was skipped.
     """
     device = parts[0].device
     rows = torch.cat([each.to(device) for each in parts])

@@ -46,7 +46,7 @@ def describe_run(
 
 
 def describe_format(format: NumberFormat, scaling: Scaling | None) -> dict[str, Any]:
-    """Describe range and precision of a format; of its elements for a block format.
+    """Describe the range and precision of a format, or of the elements of a block format.
 
     Args:
         format: The format.
@@ -73,7 +73,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
         recipe: The recipe.
 
     Returns:
-        A dict that JSON can hold, but for a number of bytes that is NaN.
+        A dict that JSON can hold.
     """
     factory = recipe.optimizer
     return {
@@ -89,7 +89,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def _qualify(factory: Callable[..., Any]) -> str:
-    """Return the name of a class or function with its module; of the class for other objects."""
+    """Return module and name of a class or function; for any other object, those of its class."""
     named = factory if hasattr(factory, "__qualname__") else type(factory)
     return f"{named.__module__}.{named.__qualname__}"
 

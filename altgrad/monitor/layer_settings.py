@@ -1,4 +1,4 @@
-"""`LayerSettings`: how each layer is observed, and which of its elements are measured.
+"""`LayerSettings`: how often and for which formats each layer is observed, and which elements.
 
 Read `altgrad.observation.rules` first, which resolves rules, and `elements`, which draws samples.
 `watch` comes next and shows the settings to other ranks.
@@ -37,7 +37,7 @@ class LayerSettings:
         names: Names of the layers.
         rules: Rules for single layers; the first one that matches a layer's name applies to it.
         formats: All formats, including those that only a rule names.
-        own_formats: The `formats` argument of the monitor, for layers without a rule.
+        own_formats: The `formats` argument of the monitor, for layers whose rule names none.
         every_n_steps: Interval in steps, for layers without a rule.
         max_elements: Maximum number of elements of a sample, for layers without a rule. None for
             all elements.
@@ -137,7 +137,7 @@ class LayerSettings:
         }
 
     def enabled(self, names: Sequence[str]) -> list[str]:
-        """Return those of the given names whose layers are enabled."""
+        """Return those of the given names whose layers are observed: `enabled` by their rule."""
         known = self.by_name  # a step asks for all layers, and calling `get` for each takes longer
         return [n for n in names if (known[n] if n in known else self.get(n)).enabled]
 
@@ -167,16 +167,19 @@ class LayerSettings:
         return layer.enabled and (last >= index or index - last >= layer.every_n_steps)
 
     def block(self, name: str) -> int:
-        """Return how many neighbours of a layer are drawn together, for the formats of its rule."""
+        """Return how many neighbours of a layer are drawn together, as they share a scale.
+
+        Every block size of the layer's formats divides this number; 1 without a block format.
+        """
         self.get(name)
         return self._blocks[name]
 
     def describe_samples(self) -> dict[str, Any]:
-        """Return all that decides which elements are drawn, but for names and shapes of layers.
+        """Return all that decides which elements are drawn, except names and shapes of layers.
 
         Returns:
-            ``version`` of the way to draw, ``seed``, and ``blocks``: by name of a layer how many
-            neighbours are drawn together, if these are more than one.
+            A dict with three keys: ``version``, the `SAMPLING_VERSION`; ``seed``; and ``blocks``, a
+            dict of the layers that are drawn in blocks, with the number of elements in a block.
         """
         blocks = {name: block for name, block in self._blocks.items() if block > 1}
         return {"version": SAMPLING_VERSION, "seed": self.seed, "blocks": blocks}
@@ -184,7 +187,7 @@ class LayerSettings:
     def find_other_samples(
         self, names: Iterable[str], described: Mapping[str, Any] | None
     ) -> list[str]:
-        """Return the layers of which other elements are drawn now than in an earlier run.
+        """Return the layers whose samples hold other elements than in an earlier run.
 
         Args:
             names: Names of layers.
@@ -206,7 +209,7 @@ class LayerSettings:
         return [name for name in names if before.get(name, 1) != after.get(name, 1)]
 
     def indices(self, name: str, shape: torch.Size) -> Tensor | None:
-        """Return the sample of a layer's elements.
+        """Draw the sample of a layer's elements, whatever the size of the layer.
 
         Args:
             name: Name of the layer.
@@ -262,6 +265,6 @@ class LayerSettings:
             for name, layer in resolve_layers(names, rules, **self._defaults).items()
         }
         find_block = self._formats.find_block
-        # Formats that are left out later do not change the sample.
+        # Set once: formats that are left out later must not change the sample.
         self._blocks |= {name: find_block(layer.formats) for name, layer in resolved.items()}
         return resolved

@@ -3,11 +3,14 @@
 This is the first file to read of this room. A monitor has no logic beyond the order of calls. At
 each step of an optimizer, a `StepObserver` calls these methods:
 
-1. `_is_due`, before the step: ask `policy`, and take each amax that is due (`scale_state`).
-2. `_should_copy`, `_elements` and `_memory`: which layers, which elements, and where to (`engine`).
-3. `_finish`, after the step: measure (`engine`), combine ranks (`peers`), and make the record.
+1. `_is_due`, before the step: ask `policy`, and compute each amax that is due (`scale_state`).
+2. `_should_copy`, `_elements` and `_memory`: choose layers, elements, and memory for their copies
+   (`engine`).
+3. `_finish`, after the step: measure the copies (`engine`), add up the sums of all ranks
+   (`altgrad.distributed.peers`), and make the record.
 
-Read `policy` next, for the first, then `engine` and `arena`, for the second and third.
+The observer also steps the twins (`altgrad.recipes.twins`), at every step. Read `policy` next, for
+1, then `engine` and `arena`, for 2 and 3.
 """
 
 from __future__ import annotations
@@ -98,20 +101,20 @@ class UpdateMonitor:
         max_elements: Maximum number of elements sampled from each parameter with more than 2,048
             elements; smaller ones are measured in full. None measures all elements, and copies
             all weights and gradients.
-        sampling: Rules for single layers; the first that matches a layer's name holds.
+        sampling: Rules for single layers; the first that matches a layer's name applies to it.
         scaling: Which elements share an amax scale, as in `altgrad.measure`. The amax of a whole
-            layer is taken at the first observed step, after every 100 observed steps, and after a
-            step in which a weight rounded beyond the top of its scale.
-        recipes: Recipes whose twins are stepped on a sample of each layer at every step, observed
-            or not: `Recipe` objects or short names, such as ``"bf16-sr"``. None takes those that
-            belong to `formats`; ``()`` steps no twin.
+            layer is computed at the first observed step, after every 100 observed steps, and after
+            a step in which a weight rounded beyond the top of its scale.
+        recipes: Recipes to try out: `Recipe` objects or short names, such as ``"bf16-sr"``. A twin
+            stores a sample of each layer as a recipe says, and makes every step of the optimizer,
+            observed or not. None tries the recipes that belong to `formats`; ``()`` tries none.
         twin_elements: Maximum number of elements of each layer that twins step. Layers of fewer
             than 64 elements are stepped whole.
         overhead_budget: Maximum share of the whole time that observing may take, such as 0.01.
-            Steps are then observed less often than `every_n_steps` demands. None sets no limit. On
-            an accelerator, the time of the host counts, which includes waiting for results. The
-            time of twins is that of the training.
-        seed: Seed of the samples, and of stochastic rounding.
+            Steps are then observed less often than `every_n_steps` demands. None sets no limit.
+            Time is measured on the host, and includes waiting for results of an accelerator. The
+            steps of twins count as training.
+        seed: Seed of the samples, and of the stochastic rounding of twins.
         warn: Function that is called with each notice for the user, in place of `warnings.warn`.
         strict: If True, re-raise internal errors in the training loop; otherwise warn once and stop
             observing.
@@ -217,7 +220,7 @@ class UpdateMonitor:
 
     @property
     def twins(self) -> Twins:
-        """The twins, with the results of the self-check in `checks`."""
+        """The twins of all recipes; `checks` has the results of their self-check."""
         return self._twins
 
     @property
@@ -339,10 +342,10 @@ class UpdateMonitor:
         return self
 
     def detach(self) -> None:
-        """Stop observing, and keep which elements have moved.
+        """Stop observing. Keep which elements have moved, for `state_dict` and a later `attach`.
 
         Raises:
-            Exception: If `strict`, the error of the last step, which no later step could raise.
+            Exception: If `strict`, an error of the last step that no later step has raised.
         """
         bypasses = self._describe_bypasses()
         self._observer.detach()
@@ -358,10 +361,11 @@ class UpdateMonitor:
         self._notices.give(f"had an error in the last step that it observed: {error!r}")
 
     def warn_about_bypasses(self) -> None:
-        """Warn once of layers that have moved without a step that the monitor could see.
+        """Warn once of layers that moved although their optimizer called no hook.
 
-        Weights are compared with those of the last call, or of `attach`. `detach` calls this
-        method, too. Ranks do not wait for each other.
+        A call reads a few weights of each layer if its optimizer has made a step since the last
+        reading, at first in `attach`. Otherwise it compares them with that reading. `detach` warns
+        in the same way. Ranks do not wait for each other.
         """
         for notice in self._describe_bypasses():
             self._warn(notice)
@@ -393,7 +397,7 @@ class UpdateMonitor:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a resumed run needs: which elements have moved, scales, intervals.
+        """Return the state that a resumed run needs: moved elements, scales, intervals, twins.
 
         If parameters are sharded, all ranks have to call this method, and wait for each other. A
         rank that calls it alone warns and stops observing.
@@ -416,16 +420,17 @@ class UpdateMonitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a `state_dict`, before `attach`.
 
-        If formats, the elements drawn or their numbers differ, which elements have moved is not
-        restored, and a notice is given. If `scaling` differs, each amax is taken again.
+        If this monitor has other formats, or draws other elements of a layer, the count of elements
+        that never moved begins anew, with a notice. If `scaling` differs, each amax is computed
+        again.
 
         Args:
             state: A result of `state_dict`.
 
         Raises:
             RuntimeError: The monitor is attached.
-            ValueError: An entry of the state is missing or damaged. The monitor may then have
-                restored a part of it; make another one.
+            ValueError: An entry of the state is missing or damaged. A part of the state may then be
+                restored already: make another monitor.
         """
         if self._observer.hooks:
             raise RuntimeError("the monitor is attached; call load_state_dict() before attach()")
@@ -450,21 +455,21 @@ class UpdateMonitor:
         self.skipped.clear()
         self.skipped.update(state["skipped"])
         self._policy.load_state_dict(state["budgets"])
-        if "twins" in state:  # versions before had none
+        if "twins" in state:  # states of version 0.1.0 have none
             self._twins.load_state_dict(state["twins"])
 
     # --- one step
 
     def _is_due(self, index: int) -> bool:
-        """Return True if a step is to be observed; if so, prepare for it."""
+        """Return True if a step is to be observed; if so, compute each amax that is due."""
         # If the schedule raises, observe the step: its end is where errors of ranks are combined.
         wanted = True
         with self._peers.hold_errors():
             wanted = self._policy.is_wanted(index)
         if not wanted:
             return False
-        optimizer = self._observer.asking  # whose step this is; the callback has the index alone
-        # Only steps that are paid for involve the ranks; all ranks decide this alike.
+        optimizer = self._observer.asking  # the observer passes the index of the step alone
+        # A step beyond the overhead budget involves no other rank: all ranks decide this alike.
         if not self._policy.is_paid_for(optimizer, index):
             return False
         with self._lock, self._policy.observing():
@@ -493,7 +498,7 @@ class UpdateMonitor:
         return assign
 
     def _finish(self, outcome: StepOutcome) -> None:
-        """Measure a step, combine it with other ranks, and hand out its record.
+        """Measure a step, add up the sums of all ranks, and pass the record to `on_record`.
 
         Every observed step ends here: measured or skipped, with an error or without, on one rank or
         many.
@@ -517,7 +522,7 @@ class UpdateMonitor:
         self._policy.mark_end(optimizer, index)
 
     def _record(self, index: int, step: StepSums, twins: TwinValues | None) -> StepRecord | None:
-        """Make the record of a step; count a skipped step and return None."""
+        """Make the record of a step. Count a skipped step instead, and return None."""
         if not step.names:
             if step.skipped is not None:
                 self.skipped[step.skipped] += 1
@@ -533,7 +538,7 @@ class UpdateMonitor:
         return record
 
     def _note(self, optimizer: Optimizer, record: StepRecord) -> None:
-        """Update scales, budgets and intervals by a record."""
+        """Keep a record, and update scales, budgets and intervals by it."""
         self._last_seen |= dict.fromkeys(record.layers, record.index)
         self._scale_state.step_observed(record)
         seconds = record.own_seconds, record.training_seconds
@@ -551,7 +556,7 @@ class UpdateMonitor:
         return any(map(is_sharded, self._observer.parameters.values()))
 
     def _find_peers(self) -> Peers:
-        """Return the ranks that share the parameters, which may have been sharded just now."""
+        """Return the ranks that share the parameters. Sharding since the last call is noticed."""
         if isinstance(self._peers, Alone) and self._is_sharded:
             self._peers = Together(self._watch)
         return self._peers
@@ -561,7 +566,7 @@ class UpdateMonitor:
         return self._peers.agreed(lambda: self._watch.find_stepped(self._observer.optimizers))
 
     def _decides(self) -> dict[str, dict[str, object]]:
-        """Return all that decides what is observed next, which has to be equal on all ranks."""
+        """Return all that decides what is observed next, for ranks to check that it is equal."""
         return {
             "setting": {
                 "formats": self._formats.formats,
@@ -577,7 +582,7 @@ class UpdateMonitor:
         }
 
     def _history(self) -> Mapping[str, PackedBits]:
-        """Return the ever-moved flags of all layers, with the elements of all ranks."""
+        """Return the packed ever-moved flags of all elements on all ranks, by name of the layer."""
         here = self._ever_moved.state_dict(self._engine.flags())
         names = self._settings.measured_names(self._observer.names, self._observer.parameters)
         try:
@@ -598,7 +603,7 @@ class UpdateMonitor:
         try:
             self._observer.registry.read()  # the module may have been sharded since `attach`
             found = self._bypasses.find_bypasses(self._observer.hooks, self._observer.parameters)
-        except Exception as error:  # noqa: BLE001 - such as of a failed device
+        except Exception as error:  # noqa: BLE001 - such as an error of a failed device
             _logger.debug("weights could not be compared: %r", error)
             return []
         return [f"cannot see what moves {few(names)}: {reason}" for names, reason in found]
@@ -609,7 +614,7 @@ class UpdateMonitor:
 
     def _warn(self, message: str) -> None:
         """Warn the user, once for each message and on the first rank alone."""
-        # Every rank gets here with an equal notice.
+        # All ranks give the same notices.
         if self._peers.rank == 0:
             self._notices.give_once(message)
 

@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 
 from altgrad._messages import check_int
 
-_MOST_MULTIPLES = 1_000_000  # of the smallest interval: no interval is longer
-_NEVER = -1  # the last observed step, before the first
+_MOST_MULTIPLES = 1_000_000  # the longest interval, in multiples of the shortest one
+_NEVER = -1  # in place of the last observed step, as long as there is none
 
 
 class _Mark(NamedTuple):
@@ -29,7 +29,7 @@ class _Mark(NamedTuple):
     Attributes:
         step: Index of the step.
         end: Time of `time.perf_counter`, in seconds.
-        own: Total time spent on observing from the start to `end`, in seconds.
+        own: Total time spent on observing until `end`, with all optimizers, in seconds.
         step_own: Time spent on observing since the previous mark, in seconds; NaN for the first
             mark.
     """
@@ -94,13 +94,13 @@ class Clock:
 class OverheadBudget:
     """A limit on the share of the time that observing takes, kept by observing less often.
 
-    After an observed step, as many steps go unobserved as the share requires for its cost. The
-    result depends only on the numbers passed in, and is equal on ranks that pass equal numbers.
+    The more an observed step costs, the more steps go unobserved after it. The interval depends
+    only on the numbers passed in, and is equal on ranks that pass equal numbers.
 
     Args:
         share: Maximum share of the whole time, training and observing, that observing may take;
             between 0 and 1, both excluded.
-        every_n_steps: Smallest interval in steps, at least 1. Every interval is a multiple of it.
+        every_n_steps: Shortest interval in steps, at least 1. Every interval is a multiple of it.
 
     Attributes:
         share: The `share` argument.
@@ -127,7 +127,7 @@ class OverheadBudget:
         self._last_observed_step = _NEVER
 
     def update(self, own_seconds: float, training_seconds: float) -> None:
-        """Set the smallest interval with ``own / (own + interval · training) <= share``.
+        """Set the shortest interval with ``own / (own + interval · training) <= share``.
 
         - The interval is a multiple of `every_n_steps`, from 1 to 1,000,000 times.
         - An `own_seconds` of 0 or below, within the noise of the clock, counts as no cost.
@@ -155,8 +155,8 @@ class OverheadBudget:
     def is_due(self, step: int) -> bool:
         """Return True if the interval since the last observed step has passed.
 
-        Before the first observed step, every step is due. So is a step with a number below that of
-        the last observed step: steps are then counted from 0 again.
+        Before the first observed step, every step is due. So is a step with a lower index than the
+        last observed step: steps are then counted from 0 again, as in a resumed run.
         """
         last = self._last_observed_step
         return last == _NEVER or step < last or step >= last + self.interval
@@ -201,7 +201,7 @@ class Budgets:
 
     Args:
         share: Maximum share of the whole time that observing may take.
-        every_n_steps: Smallest interval, in steps.
+        every_n_steps: Shortest interval, in steps.
 
     Attributes:
         share: The `share` argument.
@@ -235,6 +235,6 @@ class Budgets:
             ValueError: An entry of a budget is missing or out of range.
         """
         for each in state:
-            copy(self._unused).load_state_dict(each)  # the error belongs here, not to a later step
+            copy(self._unused).load_state_dict(each)  # raises here, not in a later step
         self._by_optimizer.clear()
         self._restored = [*state]

@@ -21,12 +21,12 @@ class StepPolicy:
 
     Args:
         every_n_steps: Interval in steps, a `StepSchedule`, or a function of a step's index that
-            returns whether to observe it.
+            returns True if the step is to be observed.
         overhead_budget: Maximum share of the whole time that observing may take. None sets no
             limit.
 
     Attributes:
-        every_n_steps: Smallest interval between observed steps that is known in advance.
+        every_n_steps: Shortest interval between observed steps, in steps; 1 for a function.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -58,11 +58,11 @@ class StepPolicy:
         return None if self._budgets is None else self._budgets.share
 
     def is_wanted(self, index: int) -> bool:
-        """Return True if the schedule includes a step."""
+        """Return True if the schedule includes the step with this index, whatever it costs."""
         return self._is_wanted(index)
 
     def is_paid_for(self, optimizer: Optimizer, index: int) -> bool:
-        """Return True if observing again would keep to the overhead budget.
+        """Return True if the overhead budget allows to observe a step of an optimizer.
 
         Args:
             optimizer: The optimizer.
@@ -71,7 +71,7 @@ class StepPolicy:
         return self._budgets is None or self._budgets.get(optimizer).is_due(index)
 
     def observing(self, seconds: float = 0.0) -> AbstractContextManager[None]:
-        """Count the time within a ``with`` block, and some seconds more, as observing."""
+        """Count the time within a ``with`` block, and `seconds` before it, as observing."""
         self._clock.add(seconds)
         return self._clock.observing()
 

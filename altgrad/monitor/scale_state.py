@@ -1,11 +1,11 @@
 """`ScaleState`: keep the amax of each layer, and decide when it is computed again.
 
-Scales follow from the amax. If a scale followed the weights at every step, it would hide whether
-the weights moved on the grid. An amax is therefore kept for 100 observed steps. An amax is computed
-again earlier if a weight rounds beyond the largest scaled value, or if the amax was 0 and set no
-scale.
+The scale of a format is computed from an amax. If the scale followed the weights at every step, it
+would hide whether the weights moved on the grid. An amax is therefore kept for 100 observed steps.
+It is computed again earlier if a weight rounds beyond the largest scaled value, or if it was 0,
+which sets no scale.
 
-A scale of nvfp4 also follows from the amax of the whole tensor, which is kept in the same way. If a
+A scale of nvfp4 also depends on the amax of the whole tensor, which is kept in the same way. If a
 measured weight exceeds this amax, the amax is raised for that step alone. `engine` comes next and
 measures under the scales.
 """
@@ -26,11 +26,11 @@ from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.scale_groups import Amaxes
 
 STEPS_PER_SCALE = 100
-"""Number of observed steps for which an amax is kept, unless weights are clipped."""
+"""Number of observed steps for which an amax is kept, unless it is 0 or a weight is clipped."""
 
 
 class ScaleState:
-    """The amax of each whole layer, kept from step to step.
+    """The amax of each whole layer or of each of its channels, kept from step to step.
 
     Args:
         formats: The formats with their scaling.
@@ -44,8 +44,8 @@ class ScaleState:
         self._formats = formats
         self._amaxes: dict[str, tuple[torch.Size, Amaxes]] = {}
         self._steps_left = 0
-        self._exceeded: set[str] = set()
-        self._zero: set[str] = set()  # layers with an amax of 0, which sets no scale
+        self._exceeded: set[str] = set()  # layers with a weight that was clipped
+        self._zero: set[str] = set()  # layers with an amax of 0, be it of one channel
 
     def prepare(
         self, stepped: Callable[[], Mapping[str, Tensor]], peers: Peers, *, are_new: bool = False
@@ -104,13 +104,14 @@ class ScaleState:
                 self._amaxes[name] = parameter.shape, moved
 
     def amaxes(self, name: str) -> Amaxes:
-        """Return the amaxes of a layer, float32 or float64."""
+        """Return the amaxes of a layer and of its channels, float32, or float64 for float64."""
         return self._amaxes[name][1]
 
     def settle(self, stepped: Callable[[], Mapping[str, Tensor]], peers: Peers) -> bool:
-        """Recompute the amax of all-zero layers from their weights after a step.
+        """Recompute each amax of 0 from the weights after an observed step.
 
-        Layers that stay 0 are read less and less often: after 1, 2, 4, 8, … observed steps.
+        Layers that stay 0 are read less and less often: in the 1st, 2nd, 3rd, 5th, 9th, … observed
+        step after `prepare` has computed all amaxes.
 
         Args:
             stepped: Callback that returns all measured layers by name, after the step.
@@ -128,12 +129,12 @@ class ScaleState:
         return bool(layers)
 
     def step_observed(self, record: StepRecord) -> None:
-        """Count an observed step, and note the layers with clipped weights: their amax is due."""
+        """Count an observed step, and note layers with clipped weights: `prepare` reads them."""
         if not self._formats.needs_amax:
             return
         self._steps_left -= 1
         keys = [f"saturated_frac/{name}" for name in self._formats.fitted]
-        # The model's figure first: reading the figures of each layer takes longer.
+        # Look at the model's figure first: to read the figures of each layer takes longer.
         if any(record.model.get(key, 0) > 0 for key in keys):
             layers = record.layers
             self._exceeded |= {
@@ -168,17 +169,18 @@ class ScaleState:
         return state | {"amax": amax, "tensor_amax": layers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`; if its scaling differs, every amax is due again."""
+        """Restore a result of `state_dict`; if its scaling differs, every amax is due again."""
         self.__dict__ |= {"_amaxes": {}, "_steps_left": 0, "_exceeded": set(), "_zero": set()}
         if state["scaling"] != self._formats.scaling:
             return
-        # Only layers with channels have both. States of earlier versions have those of channels.
+        # Layers with several channels also have an amax of the whole layer. Version 0.1.0 did not
+        # save it.
         layers = state.get("tensor_amax", {})
         for name, (shape, groups) in state["amax"].items():
             amaxes = Amaxes.from_groups(groups)
             amaxes = amaxes._replace(layers=layers.get(name, amaxes.layers))
             self._amaxes[name] = torch.Size(shape), amaxes
-        # Version 0.1.0 counted below 0 in runs without a scale: each amax is due then.
+        # Version 0.1.0 counted below 0 in runs without a scale. 0 makes each amax due.
         self._steps_left = max(state["steps_left"], 0)
         self._exceeded, self._zero = set(state["exceeded"]), set(state["zero"])
 

@@ -1,6 +1,6 @@
-"""`StepSchedule`: decide by its number alone whether a step is observed.
+"""`StepSchedule`: decide by the index of a step alone whether it is observed.
 
-`policy` comes next, which adds the cost of observing.
+`policy` comes next, which also limits the cost of observing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class StepSchedule:
     Args:
         every_n_steps: Interval in steps, at least 1: a step is due if
             ``(step + 1) % every_n_steps == 0``.
-        from_step: First step that may be due.
-        until_step: End of the schedule; steps from this one on are not due. None for no end.
+        from_step: Index of the first step that may be due.
+        until_step: Index of the first step that is not due any more. None for no end.
         log_spaced: If True, only the 1st, 2nd, 5th, 10th, 20th, 50th, … step from `from_step` on
             is due, each moved to the next step that `every_n_steps` allows.
 

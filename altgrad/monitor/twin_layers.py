@@ -1,7 +1,8 @@
 """`TwinLayers`: the layers that the twins of a monitor step, with their samples and scales.
 
-`altgrad.recipes.twins` steps the twins and asks here; its `TwinSource` documents each method. Read
-`layer_settings` and `scale_state` first; `monitor` comes next.
+A twin stores a sample of each layer as a recipe says, and makes every step of the optimizer.
+`altgrad.recipes.twins` steps the twins and asks here which elements they have; `TwinSource` there
+documents each method. Read `layer_settings` and `scale_state` first; `monitor` comes next.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ class TwinLayers(TwinSource):
         scale_state: The amax of each layer.
         get_peers: Function that returns the ranks that share the parameters.
         warn: Function that is called with each notice for the user.
-        warns_about_omissions: True if the user has named recipes. Those that a monitor steps by
-            default leave layers out in silence.
+        warns_about_omissions: True if the user has named recipes. With the default recipes, layers
+            without twins are no reason to warn.
 
     Attributes:
-        scaling: The elements that share a scale, as in `altgrad.measure`.
-        seed: Seed of the samples and of stochastic rounding.
+        scaling: Which elements share a scale, as in `altgrad.measure`.
+        seed: Seed of the samples and of the stochastic rounding of twins.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class TwinLayers(TwinSource):
 
     @property
     def can_step(self) -> bool:
-        # Ranks that share parameters would have to step parts of each sample.
+        # If parameters are sharded, no rank holds a whole sample.
         return self._get_peers().size == 1
 
     def find_stepped(self, optimizer: Optimizer) -> Sequence[tuple[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 Updates can be judged for a format only if the weights are stored finer than the format. Otherwise
 the updates that the format would lose are lost before they can be measured.
-`UpdateMonitor.attach` calls `leave_out_unjudged`.
+`UpdateMonitor.attach` calls `leave_out_unjudged`. Read `layer_settings` first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from altgrad.quantization.format_set import FormatSet
 def leave_out_unjudged(
     watch: Watch, settings: LayerSettings, stored: Mapping[Tensor, FloatFormat]
 ) -> Iterator[str]:
-    """Leave out the formats of stored layers, and yield a notice for each kind of omission.
+    """Leave out formats that layers cannot be judged for, and yield a notice of each omission.
+
+    Only formats of layers in a `WeightStorage` are removed. The figures of weights in a dtype that
+    is not finer than a format are NaN by themselves.
 
     Args:
         watch: The parameters and formats.
@@ -35,7 +38,7 @@ def leave_out_unjudged(
     for name, parameter in watch.parameters.items():
         if (element := stored.get(parameter)) is not None:
             yield from _leave_out_formats(name, element, watch.formats, settings)
-    # Frozen parameters, such as buffers of integers, need no notice.
+    # Parameters that are not trained, such as those of integers, need no notice.
     trained = {name: p.dtype for name, p in watch.parameters.items() if p.requires_grad}
     if others := [name for name, dtype in trained.items() if dtype not in INPUT_DTYPES]:
         yield f"leaves out parameters of other dtypes: {others}"
@@ -59,7 +62,7 @@ def _leave_out_formats(
 
 
 def _hidden_in(dtype: torch.dtype, formats: FormatSet) -> Iterator[str]:
-    """Yield a notice of the formats that weights of a dtype cannot be judged for."""
+    """Yield a notice if weights of a dtype cannot be judged for some of the formats."""
     judges = zip(formats.names, formats.judged(dtype), strict=True)
     if coarse := [name for name, judged in judges if not judged]:
         yield (

@@ -1,8 +1,8 @@
 """`Watch`: describe what a monitor observes, for the other ranks to compare.
 
-Ranks that share parameters add up their sums at each observed step, and need equal layers, elements
-and settings for this. `altgrad.distributed.together` reads a `Watch` on each rank; its class
-`Watched` documents each method.
+Ranks that share parameters add up their sums at each observed step. For this, their layers,
+elements and settings must be equal. `altgrad.distributed.together` reads a `Watch` on each rank;
+its class `Watched` documents each method.
 """
 
 from __future__ import annotations

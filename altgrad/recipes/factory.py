@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from altgrad._messages import format_count
 from altgrad.recipes.generators import PrivateGenerators
-from altgrad.recipes.hyperparameters import copy_options, set_option
+from altgrad.recipes.hyperparameters import copy_options, is_equal, set_option
 from altgrad.recipes.isolation import keeping_settings
 
 Factory: TypeAlias = Callable[[list[nn.Parameter], dict[str, Any]], Optimizer]
@@ -124,16 +123,7 @@ class FactoryGroup:
 
 def _find_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
     """Return the keys whose values are new or other."""
-    return {key for key in now if key not in before or not _is_equal(before[key], now[key])}
-
-
-def _is_equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    try:
-        return type(one) is type(other) and bool(one == other)
-    except Exception:  # noqa: BLE001 - a comparison of the user's values may fail in any way
-        return False
+    return {key for key in now if key not in before or not is_equal(before[key], now[key])}
 
 
 def _check_made(made: Any, parameters: Sequence[nn.Parameter]) -> None:

@@ -103,15 +103,19 @@ def find_unmade(changes: Changes, twin: Optimizer, numbers: Sequence[int]) -> Ch
     unmade: dict[int, dict[str, Any]] = {}
     for number, group in zip(numbers, twin.param_groups, strict=True):
         for key, value in changes.get(number, {}).items():
-            if key not in group or not _is_equal(group[key], value):
+            if key not in group or not is_equal(group[key], value):
                 unmade.setdefault(number, {})[key] = value
     return unmade
 
 
-def _is_equal(one: Any, other: Any) -> bool:
+def is_equal(one: Any, other: Any) -> bool:
+    """Return True if two values of a hyperparameter are equal; False if that cannot be told."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other.to(one.device))
-    return type(one) is type(other) and not isinstance(one, Tensor) and bool(one == other)
+        return one.dtype == other.dtype and torch.equal(one, other.to(one.device))
+    try:
+        return type(one) is type(other) and bool(one == other)
+    except Exception:  # noqa: BLE001 - a comparison of the user's values may fail in any way
+        return False
 
 
 def set_option(group: dict[str, Any], key: str, value: Any) -> None:

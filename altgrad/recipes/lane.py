@@ -89,11 +89,11 @@ class Lane:
         self.follows_updates = False
         self._suspicions = 0
         self._has_new_layers = False  # since the last step
-        self._late: Changes = {}  # changes that hooks of the run made in its last step
+        self._late: Changes = {}  # changes of hyperparameters while the run last stepped
         self._loaded_writes: tuple[Collection[str], Collection[str]] = (), ()
         self._stepped: Sequence[Stepped] = ()
-        # The parameters with a gradient in the last step, and their groups.
-        self._signature: tuple[tuple[int, int], ...] = ()
+        # The parameters with a gradient in the last step, their shapes and groups.
+        self._signature: tuple[tuple[int, torch.Size, int], ...] = ()
         self._present: list[bool] = []
         self._gradients = torch.zeros(0, dtype=kind.gradient_dtype, device=kind.device)
         self._gradients_now = Gradients(self._gradients, ())
@@ -140,7 +140,9 @@ class Lane:
         self._stepped = stepped
         present = [each for each in stepped if each.parameter.grad is not None]
         written, changed = self._find_writes(optimizer, stepped)
-        signature = tuple((id(each.parameter), each.group) for each in present)
+        signature = tuple(
+            (id(each.parameter), each.parameter.shape, each.group) for each in present
+        )
         if signature != self._signature or changed:
             written.update(self._arrange(optimizer, stepped, present, changed))
             self._signature = signature
@@ -246,11 +248,9 @@ class Lane:
             changes: Hyperparameters that were changed from outside since the last step.
             late: Hyperparameters that changed while the run stepped.
         """
-        late_before, self._late = self._late, {}
-        changes = {
-            number: {**late_before.get(number, {}), **changes.get(number, {})}
-            for number in (*late_before, *changes)
-        }
+        missed = self._find_missed()
+        own, by_factory = _join(missed, changes), _join(self._late, changes)
+        self._late = late
         if self.follows_updates:
             self._follow_run()
         else:
@@ -259,11 +259,10 @@ class Lane:
                     self._read_states(optimizer, self._scales.find_unread())
                     self._has_new_layers = False
                 for twin in self._all_twins:
-                    self._try(twin, partial(_step, twin, self._gradients_now, changes))
+                    followed = own if twin.recipe.optimizer is None else by_factory
+                    self._try(twin, partial(_step, twin, self._gradients_now, followed))
                 if has_new_layers:
                     self._warn_about_names()
-                if late and isinstance(self._reference, OptimizerTwin):
-                    self._late = self._reference.find_unmade(late)
         self._run.remember_writes()
         self._states.remember(optimizer, self._stepped)
 
@@ -278,6 +277,12 @@ class Lane:
                     f"stores nothing of {few(sorted(missing))} in the twin of {name}: expected "
                     f"names of states of its optimizer, which has {has}"
                 )
+
+    def _find_missed(self) -> Changes:
+        """Return the changes in the last step of the run that a copy's own step has not made."""
+        if not self._late or not isinstance(self._reference, OptimizerTwin):
+            return {}
+        return self._reference.find_unmade(self._late)
 
     def _follow_run(self) -> None:
         """Give the updates of the run to the twins."""
@@ -477,6 +482,16 @@ class Lane:
         for twin, each in saved:
             if twin is not None and each is not None:
                 twin.load_state_dict(self._plan.layout, each, self._kind.device)
+
+
+def _join(earlier: Changes, later: Changes) -> Changes:
+    """Return all changes; the later one of a hyperparameter that changed twice."""
+    if not earlier:
+        return later
+    return {
+        number: {**earlier.get(number, {}), **later.get(number, {})}
+        for number in (*earlier, *later)
+    }
 
 
 def _step(twin: Twin, gradients: Gradients, changes: Changes) -> None:

@@ -224,11 +224,12 @@ class OptimizerTwin(Twin):
         return self._counts_on_host or gradients.present != self._undone_for
 
     def _copy_host_numbers(self) -> list[object]:
-        """Return the numbers of groups and states that are no tensors."""
-        groups = [group for optimizer, _ in self._optimizers for group in optimizer.param_groups]
+        """Return the numbers of optimizers, groups and states that are no tensors."""
+        optimizers = [optimizer for optimizer, _ in self._optimizers]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         return [
             {name: value for name, value in each.items() if isinstance(value, (int, float, tuple))}
-            for each in (*groups, *self._bucket_states())
+            for each in (*map(vars, optimizers), *groups, *self._bucket_states())
         ]
 
     @contextmanager
@@ -290,7 +291,7 @@ class OptimizerTwin(Twin):
                 use_fused(optimizer)
 
     def find_unmade(self, changes: Changes) -> Changes:
-        """Return the changes of hyperparameters that the twin's own step has not made.
+        """Return the changes of hyperparameters that this twin's own step has not made.
 
         Args:
             changes: What changed in the groups of the run's optimizer while it stepped.

@@ -51,7 +51,7 @@ class RunStates:
 
 
 def _mark(state: Mapping[str, Any] | None) -> tuple[object, ...]:
-    """Return the identity of a state, and the number of writes to each of its tensors."""
+    """Return the identity of a state and of its tensors, and the number of writes to each."""
     if not state:
         return ()
     return (id(state), *map(_describe_value, state.values()))
@@ -59,5 +59,5 @@ def _mark(state: Mapping[str, Any] | None) -> tuple[object, ...]:
 
 def _describe_value(value: object) -> object:
     if isinstance(value, Tensor):
-        return count_writes(value)
+        return id(value), count_writes(value)
     return value if isinstance(value, (int, float)) else None

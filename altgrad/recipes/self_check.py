@@ -19,7 +19,7 @@ _SLACK = 2.0**-10
 """Share of its movement by which a weight may differ and count as nearly equal."""
 _ULPS = {torch.float32: 4.0, torch.float64: 4.0}
 """Spacings by which a weight of a wide dtype may differ and count as nearly equal."""
-_MOST_TAILS = 0.03
+MOST_TAILS = 0.03
 """Share of the moved elements that may differ by more, as tails of vectorised loops do.
 
 Tails were up to 0.026 of the elements where they were measured.
@@ -85,7 +85,7 @@ def find_suspected(counts: Tensor) -> Tensor:
     Returns:
         bool (layers).
     """
-    return counts[:, 1] > _MOST_TAILS * counts[:, 2]
+    return counts[:, 1] > MOST_TAILS * counts[:, 2]
 
 
 def judge(counts: Numbers, *, draws: bool = False, is_first: bool = False) -> list[Check]:

@@ -112,7 +112,8 @@ class Twin:
         self._store(changed, "nearest_even")
         self.tensors.replace_weights(torch.where(outside, changed, now))
         if len(self.tensors.lost):
-            self.tensors.lost.masked_fill_(outside, 0)
+            lost = (weights.to(self.dtype) - changed).nan_to_num_(0.0, 0.0, 0.0)
+            self.tensors.lost.copy_(torch.where(outside, lost, self.tensors.lost))
 
     def forget_amaxes(self) -> None:
         """Take the amaxes of the run's layers anew; those of blocks are the twin's own."""

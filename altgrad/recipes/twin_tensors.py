@@ -100,13 +100,14 @@ class TwinTensors:
         Args:
             weights: The weights, in the dtype of the twin, (elements).
         """
-        stays = (weights == self.weights) | (weights.isnan() & self.weights.isnan())
         # Where nothing changed, NaN and inf must stay as they are: inf − inf is NaN.
-        shift = torch.where(stays, 0, weights - self.weights)
-        begins = ~shift.isfinite()
+        stays = (weights == self.weights) | (weights.isnan() & self.weights.isnan())
+        begins = ~stays & ~(weights.isfinite() & self.weights.isfinite())
         for earlier in (self.before, self.window, self.start):
-            earlier.add_(shift)
-            earlier.copy_(torch.where(begins, weights, earlier))
+            # In float64, so that a weight that has not moved begins exactly at the new one.
+            shifted = weights.double() - (self.weights.double() - earlier.double())
+            shifted = torch.where(begins, weights.double(), shifted)
+            earlier.copy_(torch.where(stays, earlier.double(), shifted))
         for moved in (self.moved_in_window, self.moved):
             moved.logical_and_(~begins)
         self.weights.copy_(weights)

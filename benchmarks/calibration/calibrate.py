@@ -1,12 +1,13 @@
-"""Takes the thresholds of the verdicts from the rows of `runs.py`, and tests them on others.
+"""Find the thresholds of the verdicts from runs that were really done, and test them on others.
 
     python -m benchmarks.calibration.calibrate            # prints the tables
     python -m benchmarks.calibration.calibrate --write    # also writes calibration.json
 
-Of a run that rounds to nearest, lost is by how much less the loss fell, as a share of its fall in
-fp32. Each threshold is the first of a few round numbers that keeps to a rule. Only logistic
-regression, the MLP and the transformer under SGD, momentum and Adam have a say; the convolutional
-and the recurrent net under AdamW and RMSprop are what the outcome is tested on.
+`runs.py` does the runs, and writes a row for each. A run **lost** 10 % if its loss fell by 10 %
+less than in fp32. A threshold is the first of a few round numbers that keeps to its rule, see
+`RULES`. Thresholds come from logistic regression, the MLP and the transformer under SGD, momentum
+and Adam. They are tested on the held-out tasks: the convolutional and the recurrent net under AdamW
+and RMSprop.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from benchmarks.paired import print_table
 FOLDER = Path(__file__).parent
 WRITTEN = FOLDER.parents[1] / "altgrad" / "report" / "calibration.json"
 HELD_OUT = {config.task for config in tasks.HELD_OUT}
-"""Names of tasks that have no say."""
+"""Names of the tasks that the thresholds are only tested on."""
 MUCH, LITTLE = 0.1, 0.01
-"""Of the progress."""
+"""Shares of the progress in fp32: losing more than the first is much, up to the second little."""
 VERDICTS = ("STORES_FINE", "WATCH", "NEEDS_REMEDY", "FROZEN", "RANGE")
-"""Names of those that claim something."""
+"""Names of the verdicts that claim something about a run."""
 TRULY_FROZEN = 0.99
-"""Share of the weights of a layer that have not moved in a real run."""
+"""Share of unmoved weights, in a real run, from which on a layer counts as frozen."""
 Row = dict[str, Any]
+"""Figures and results of a run, or of a layer of a run, by the name of the column."""
 
 RULES = {
     "stores_fine": (
@@ -61,7 +63,7 @@ RULES = {
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of the file, numbers as numbers."""
+    """Read the rows of a CSV file, with cells as numbers where possible."""
     with path.open(encoding="utf-8", newline="") as file:
         return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
@@ -82,18 +84,23 @@ def _part(rows: Iterable[Row], held_out: bool) -> list[Row]:
 
 
 def _scaled(rows: Iterable[Row]) -> list[Row]:
-    """As formats of 8 bits and less are used."""
+    """Return the rows with a scale for each tensor."""
     return [row for row in rows if row["scaling"] == "tensor"]
 
 
 def lost(run: Row) -> float:
-    """inf if the run has diverged."""
+    """Return the share of the progress in fp32 that a run lost; inf if it diverged."""
     share = (run["loss"] - run["fp32"]) / (run["initial"] - run["fp32"])
     return math.inf if math.isnan(share) else share
 
 
 def is_mended(run: Row, runs: Iterable[Row]) -> bool:
-    """Whether a run without a scale loses at least 1 %, and less than half of that with one."""
+    """Return True if a run without a scale lost more than 1 %, and with one less than half of it.
+
+    Args:
+        run: The run without a scale.
+        runs: All runs, among them the same run with a scale.
+    """
     same = [
         other
         for other in runs
@@ -108,7 +115,12 @@ def is_mended(run: Row, runs: Iterable[Row]) -> bool:
 
 
 def thresholds(runs: Sequence[Row], layers: Sequence[Row]) -> dict[str, float]:
-    """By `RULES`; of the runs and layers of the tasks to calibrate on."""
+    """Find the threshold of each rule in `RULES`.
+
+    Args:
+        runs: Rows of the runs to calibrate on.
+        layers: Rows of their layers.
+    """
     return {
         "stores_fine": _first((0.9, 0.99, 0.999), lambda t: _is_fine(_kept(runs, t, math.inf))),
         "needs_remedy": _first(
@@ -160,11 +172,18 @@ def _unscaled(runs: Iterable[Row]) -> list[Row]:
     return [run for run in runs if run["scaling"] == "none"]
 
 
-# --- what they come to
+# --- the verdicts with these thresholds
 
 
-def verdict_of(run: Row, limits: dict[str, float]) -> str:
-    """What the verdicts say of figures like those of the whole model, all of them exact."""
+def judge(run: Row, limits: dict[str, float]) -> str:
+    """Return the name of the verdict on a run, from the figures of its whole model.
+
+    `altgrad.report.verdicts` also asks for standard errors. Here all elements are measured.
+
+    Args:
+        run: The row of the run.
+        limits: The thresholds.
+    """
     out_of_range = any(run[key] >= limits[key] for key in ("underflow", "saturated"))
     if run["never_moved"] >= limits["frozen"]:
         return "FROZEN"
@@ -178,15 +197,23 @@ def verdict_of(run: Row, limits: dict[str, float]) -> str:
 def outcomes(
     runs: Sequence[Row], layers: Sequence[Row], limits: dict[str, float]
 ) -> dict[str, dict[str, Any]]:
-    """For each verdict, how many runs got it and what became of them; of frozen layers, too."""
+    """Count, for each verdict, the runs that got it, and how many of them lost over 1 % and 10 %.
+
+    Under ``"FROZEN"`` are also counts of layers, under ``"RANGE"`` those of runs without a scale.
+
+    Args:
+        runs: Rows of runs.
+        layers: Rows of layers.
+        limits: The thresholds.
+    """
     found: dict[str, dict[str, Any]] = {}
     for verdict in VERDICTS:
-        same = [run for run in runs if verdict_of(run, limits) == verdict]
+        same = [run for run in runs if judge(run, limits) == verdict]
         found[verdict] = {
             "runs": len(same),
             "lost_1_percent": _count_lost(same, LITTLE),
             "lost_10_percent": _count_lost(same, MUCH),
-            "formats": _formats_of(same),
+            "formats": _name_formats(same),
         }
         if verdict == "RANGE":
             found[verdict] |= {
@@ -203,8 +230,8 @@ def outcomes(
     return found
 
 
-def _formats_of(rows: Sequence[Row]) -> list[str]:
-    """Those with a scale first."""
+def _name_formats(rows: Sequence[Row]) -> list[str]:
+    """Return the names of the formats in some rows, those with a scale first."""
     scaled = {row["format"] for row in _scaled(rows)}
     others = {row["format"] for row in rows} - scaled
     return [
@@ -214,7 +241,12 @@ def _formats_of(rows: Sequence[Row]) -> list[str]:
 
 
 def calibrate(runs: Sequence[Row], layers: Sequence[Row]) -> dict[str, Any]:
-    """What altgrad/report/calibration.json holds."""
+    """Return the contents of altgrad/report/calibration.json.
+
+    Args:
+        runs: Rows of all runs.
+        layers: Rows of all layers.
+    """
     seen, unseen = (
         (nearest(_part(runs, held_out)), _scaled(_part(layers, held_out)))
         for held_out in (False, True)
@@ -237,7 +269,13 @@ def as_text(calibration: dict[str, Any]) -> str:
 
 
 def auc(runs: Sequence[Row], key: str, sign: int) -> float:
-    """How often a run that lost more than 10 % ranks above one that did not."""
+    """Return the AUC: how often a run that lost more than 10 % ranks above one that did not.
+
+    Args:
+        runs: Rows of runs.
+        key: Column of the figure that ranks the runs.
+        sign: 1 if a high figure is bad, -1 if a low one is.
+    """
     bad = [sign * run[key] for run in runs if lost(run) > MUCH]
     good = [sign * run[key] for run in runs if not lost(run) > MUCH]
     wins = sum((a > b) + (a == b) / 2 for a in bad for b in good)
@@ -271,7 +309,12 @@ def print_outcomes(name: str, runs: Sequence[Row], found: dict[str, dict[str, An
 
 
 def print_stalls(name: str, layers: Sequence[Row]) -> None:
-    """Of layers in runs with a scale, predicted against true; with how many are weights alone."""
+    """Print how far the predicted stall_frac of layers is from the measured one.
+
+    Args:
+        name: Heading of the table.
+        layers: Rows of layers in runs with a scale.
+    """
     rows = []
     for what, chosen in (
         ("all", layers),
@@ -303,7 +346,12 @@ def print_remedies(runs: Sequence[Row]) -> None:
 
 
 def print_by_energy(runs: Sequence[Row], layers: Sequence[Row]) -> None:
-    """What would be said if steps were weighed with the energy of their update."""
+    """Print the verdicts that would follow if a mean over steps weighed each by Σ update².
+
+    Args:
+        runs: Rows of all runs.
+        layers: Rows of all layers.
+    """
     found = calibrate([run | {"kept": run["kept_by_energy"]} for run in runs], layers)
     limit = found["thresholds"]["needs_remedy"]
     each = (found[part]["NEEDS_REMEDY"] for part in ("calibration", "held_out"))
@@ -315,25 +363,31 @@ def print_by_energy(runs: Sequence[Row], layers: Sequence[Row]) -> None:
 
 
 def print_failures(runs: Sequence[Row], layers: Sequence[Row], limits: dict[str, float]) -> None:
-    """Where the verdict or the prediction was furthest from the truth, of all tasks."""
+    """Print the runs and layers whose verdict or prediction was furthest from the truth.
 
-    def of(row: Row) -> str:
+    Args:
+        runs: Rows of all runs.
+        layers: Rows of all layers.
+        limits: The thresholds.
+    """
+
+    def name_run(row: Row) -> str:
         scale = " without a scale" if row["scaling"] == "none" else ""
         return f"{row['task']} {row['optimizer']} {row['lr']:g} {row['format']}{scale}"
 
-    fine = [r for r in nearest(runs) if verdict_of(r, limits) == "STORES_FINE"]
+    fine = [r for r in nearest(runs) if judge(r, limits) == "STORES_FINE"]
     print("\nStores fine, and lost most:")
     for run in sorted(fine, key=lost)[-4:]:
-        print(f"  {of(run)}: kept {run['kept']:.3f}, lost {lost(run):.1%}")
-    remedy = [r for r in nearest(runs) if verdict_of(r, limits) == "NEEDS_REMEDY"]
+        print(f"  {name_run(run)}: kept {run['kept']:.3f}, lost {lost(run):.1%}")
+    remedy = [r for r in nearest(runs) if judge(r, limits) == "NEEDS_REMEDY"]
     harmless = sum(lost(r) <= LITTLE for r in remedy)
     print(f"Needs a remedy, and lost least; {harmless} of {len(remedy)} lost at most 1 %:")
     for run in sorted(remedy, key=lost)[:4]:
-        print(f"  {of(run)}: kept {run['kept']:.3f}, lost {lost(run):.1%}")
+        print(f"  {name_run(run)}: kept {run['kept']:.3f}, lost {lost(run):.1%}")
     print("Stall predicted worst, in each of the five worst runs:")
     worst: dict[str, Row] = {}
     for layer in sorted(_scaled(layers), key=lambda x: -_error(x)):
-        worst.setdefault(of(layer), layer)
+        worst.setdefault(name_run(layer), layer)
     for name, layer in [*worst.items()][:5]:
         said, true = layer["stall"], layer["true_stall"]
         print(f"  {name}, {layer['layer']}: {said:.2f} predicted, {true:.2f} measured")

@@ -1,11 +1,12 @@
-"""Really does the runs that the verdicts are calibrated and tested on, and writes a row for each.
+"""Do the runs that the verdicts are calibrated and tested on, and write a row for each.
 
     python -m benchmarks.calibration.runs [--processes 2]     # 30 minutes on two cores
 
-From the root of the repository. Of each way to train one run in fp32 is watched by `UpdateMonitor`;
-then it is done again with `WeightStorage`, in each format and each way of rounding. `runs.csv` has
-what was predicted for the model and what the run came to, `layers.csv` the same of each layer in
-the runs that round to nearest.
+Run it from the root of the repository. For each task, optimizer and learning rate, an
+`UpdateMonitor` observes one run in fp32, which predicts. The run is then repeated with a
+`WeightStorage`, for each format and way of rounding, to see what is true. A row of `runs.csv` has
+the prediction and the result for a model. A row of `layers.csv` has them for a layer, in the runs
+that round to nearest.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ UNSCALED = ("e3m4", "e4m3fn", "e5m2")
 REMEDIED = ("bf16", "e4m3fn", "e5m2")
 """Formats that are also stored with stochastic rounding and Kahan summation."""
 OBSERVED = 10
-"""Of so many steps one."""
+"""Interval between observed steps, in steps."""
 
 METRICS = {
     "kept": "kept_update_ratio",
@@ -45,15 +46,22 @@ Row = dict[str, Any]
 
 
 def plans() -> list[tuple[str, str, str]]:
-    """Format, scaling and way of each run that is stored."""
+    """Return format, scaling and way of rounding of each run that is repeated."""
     scaled = [(format, "tensor", "nearest") for format in FORMATS]
     unscaled = [(format, "none", "nearest") for format in UNSCALED]
     ways = [way for way in WAYS if way != "nearest"]
     return scaled + unscaled + [(format, "tensor", way) for format in REMEDIED for way in ways]
 
 
-def rows_of(config: Config) -> tuple[list[Row], list[Row]]:
-    """All runs of one way to train: a row for each, and one for each of its layers."""
+def make_rows(config: Config) -> tuple[list[Row], list[Row]]:
+    """Do all runs of one way to train.
+
+    Args:
+        config: The way to train.
+
+    Returns:
+        A row for each run in a format; and one for each layer of those that round to nearest.
+    """
     torch.set_num_threads(1)
     task = TASKS[config.task]()
     with torch.no_grad():
@@ -81,7 +89,16 @@ def rows_of(config: Config) -> tuple[list[Row], list[Row]]:
 
 
 def watch(task: Task, config: Config) -> tuple[float, dict[str, dict[str, dict[Any, Row]]]]:
-    """The loss in fp32; by scaling, format and layer (None is the model) what is predicted."""
+    """Do the run in fp32, and predict the others from it.
+
+    Args:
+        task: The task.
+        config: The way to train.
+
+    Returns:
+        The loss after training; and figures by scaling, format and layer, where None stands for
+        the model.
+    """
     net = task.model()
     optimizer = OPTIMIZERS[config.optimizer](net, config.lr)
     records: dict[str, list[StepRecord]] = {"tensor": [], "none": []}
@@ -104,18 +121,29 @@ def watch(task: Task, config: Config) -> tuple[float, dict[str, dict[str, dict[A
     predicted = {
         scaling: {
             format: {
-                None: _figures([r.model for r in of_scaling], format),
-                **{n: _figures([r.layers[n] for r in of_scaling], format) for n in names},
+                None: _figures([r.model for r in observed], format),
+                **{n: _figures([r.layers[n] for r in observed], format) for n in names},
             }
             for format in (FORMATS if scaling == "tensor" else UNSCALED)
         }
-        for scaling, of_scaling in records.items()
+        for scaling, observed in records.items()
     }
     return loss, predicted
 
 
 def store(task: Task, config: Config, format: str, scaling: str, way: str) -> tuple[float, Updates]:
-    """The same run, with weights that live in the format."""
+    """Repeat a run with weights that are stored in a format.
+
+    Args:
+        task: The task.
+        config: The way to train.
+        format: Name of the format.
+        scaling: ``"tensor"`` or ``"none"``.
+        way: Name of the way of rounding in `WAYS`.
+
+    Returns:
+        The loss after training, and counts of the updates that stalled.
+    """
     net = task.model()
     optimizer = OPTIMIZERS[config.optimizer](net, config.lr)
     storage = WeightStorage(format, None if scaling == "none" else "tensor", **WAYS[way])
@@ -125,7 +153,13 @@ def store(task: Task, config: Config, format: str, scaling: str, way: str) -> tu
 
 
 def train(net: nn.Module, optimizer: torch.optim.Optimizer, task: Task) -> float:
-    """The loss at the end, on a fixed part of the training set."""
+    """Train a net, and return its loss afterwards on fixed examples of the training set.
+
+    Args:
+        net: The net.
+        optimizer: Its optimizer.
+        task: The task with the batches.
+    """
     for batch in task.batches:
         optimizer.zero_grad()
         loss, _ = loss_and_accuracy(net, batch)
@@ -136,9 +170,13 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, task: Task) -> float
 
 
 def _figures(observed: Iterable[Mapping[str, float]], format: str) -> Row:
-    """As verdicts have them: means over the steps, and the last `never_moved_frac`.
+    """Return figures as verdicts use them: means over the steps, and the last never_moved_frac.
 
-    ``kept_by_energy`` is the mean that weighs steps with the energy of their update.
+    ``kept_by_energy`` is the mean of kept_update_ratio with each step weighed by Σ update².
+
+    Args:
+        observed: Figures of each observed step.
+        format: Name of the format.
     """
     each = [*observed]
     values = {key: [f[f"{metric}/{format}"] for f in each] for key, metric in METRICS.items()}
@@ -157,7 +195,12 @@ def _mean(values: list[float]) -> float:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Numbers with six digits: more is not reproducible on another processor."""
+    """Write rows to a CSV file, with six digits: more would differ on another processor.
+
+    Args:
+        path: The file.
+        rows: One or more rows with the same keys.
+    """
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0]], lineterminator="\n")
         writer.writeheader()
@@ -176,7 +219,7 @@ def main() -> None:
     runs: list[Row] = []
     layers: list[Row] = []
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
-        for config, (of_run, of_layers) in zip(configs, pool.imap(rows_of, configs), strict=True):
+        for config, (of_run, of_layers) in zip(configs, pool.imap(make_rows, configs), strict=True):
             print(*config, flush=True)
             runs += of_run
             layers += of_layers

@@ -1,4 +1,4 @@
-"""What is trained: three tasks to calibrate on, and two that the calibration has not seen."""
+"""The tasks of `runs`: three to calibrate on, and two that the calibration does not see."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEED = 0
 
 
 class Config(NamedTuple):
-    """One way to train."""
+    """A way to train: a task and an optimizer, by name, and a learning rate."""
 
     task: str
     optimizer: str
@@ -55,7 +55,7 @@ def conv() -> Task:
 
 
 class Gru(nn.Module):
-    """Characters, one after the other."""
+    """A recurrent net that reads characters, int64 (texts, length), and predicts each next one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,15 @@ def _seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 
 def _characters(make: Callable[[], nn.Module], length: int, size: int = 8) -> Task:
-    """Windows of the standard library's source; the held-out ones are of its end."""
+    """Make the task to predict the next character in the source of Python's standard library.
+
+    The last tenth of the source is held out.
+
+    Args:
+        make: Function that makes the net.
+        length: Number of characters in a piece of text.
+        size: Number of pieces in a batch.
+    """
     text = standard_library_text()
     end = len(text) * 9 // 10
 

@@ -1,13 +1,15 @@
-"""Published: without master weights the error is inversely proportional to the learning rate.
+"""Repeat a published result: without master weights, the error grows as 1 / learning rate.
 
     python -m benchmarks.published.eco         # ten seconds, from the root of the repository
 
 Nikdan et al. (ECO, arXiv 2601.22101) prove that removing the master weights naively can incur an
-error that is inversely proportional to the learning rate. Here least squares on the digits (with a
-little weight decay) is solved by gradient descent whose weights live in a format, rounded to
-nearest, until no weight moves any more. There the update, learning rate × gradient, is at most half
-a step of the grid for each weight, so that the gradient that is left grows as 1 / learning rate,
-until the weights never leave their start. The loss and the distance to the optimum grow with it.
+error that is inversely proportional to the learning rate. Here, gradient descent solves least
+squares on the digits, with a little weight decay. Its weights are stored in a format, rounded to
+nearest. It ends when no weight moves any more.
+
+At the end, the update of each weight, learning rate × gradient, is at most half a spacing of the
+grid. The lower the learning rate, the larger is the gradient at which this happens, and with it the
+loss and the distance to the optimum. At the lowest rates, the weights never leave their start.
 """
 
 from __future__ import annotations
@@ -28,28 +30,33 @@ DECAY = 1e-2
 
 
 class Rest(NamedTuple):
-    """Where a run has come to rest."""
+    """The point at which a run has come to rest.
+
+    Attributes:
+        lr: Learning rate of the run.
+        steps: Number of steps until then.
+        gradient: Root mean square of the gradient there.
+        update: The largest update that rounding undoes there, in halves of the spacing.
+        distance: Distance to the optimum, as a share of the distance from the start to it.
+        loss: Loss above that of the optimum, as a share of the same at the start.
+    """
 
     lr: float
     steps: int
     gradient: float
-    """Root mean square of what is left of it."""
     update: float
-    """The largest update that rounding took away, in halves of the grid's step."""
     distance: float
-    """To the optimum, as a share of that from the start."""
     loss: float
-    """The gap to the optimum, as a share of that of the start."""
 
 
 class Quadratic(NamedTuple):
-    """½ wᵀHw − gᵀw, of least squares on the digits."""
+    """The loss ½ wᵀHw − tᵀw of least squares on the digits, with Hessian H and target t."""
 
     hessian: Tensor
     target: Tensor
 
     @classmethod
-    def of_digits(cls) -> Quadratic:
+    def from_digits(cls) -> Quadratic:
         from sklearn.datasets import load_digits
 
         data = load_digits()
@@ -71,14 +78,20 @@ class Quadratic(NamedTuple):
 
 
 def come_to_rest(problem: Quadratic, format: str, lr: float) -> Rest:
-    """Descend until a step changes nothing, which then no other step does."""
+    """Descend until a step changes no weight; all later steps would change none, either.
+
+    Args:
+        problem: The loss.
+        format: Name of the format that stores the weights.
+        lr: Learning rate, in units of 1 / the largest diagonal element of the Hessian.
+    """
     torch.manual_seed(0)
-    scale = problem.hessian.diagonal().max().item()  # the step is measured in its inverse
+    scale = problem.hessian.diagonal().max().item()  # `lr` is in units of its inverse
     start = 0.1 * torch.randn(problem.target.shape, dtype=torch.float64)
     weight = torch.nn.Parameter(start.clone())
     optimizer = torch.optim.SGD([weight], lr=lr / scale)
     storage = WeightStorage(format, scaling=None).attach(optimizer)
-    for step in range(MOST_STEPS):  # noqa: B007 - said at the end
+    for step in range(MOST_STEPS):  # noqa: B007 - read after the loop
         before = weight.detach().clone()
         weight.grad = problem.gradient(before)
         optimizer.step()
@@ -100,13 +113,13 @@ def come_to_rest(problem: Quadratic, format: str, lr: float) -> Rest:
 
 
 def slope(rests: list[Rest]) -> float:
-    """d log(gradient left) / d log(lr) from the first to the last of them: -1 is 1 / lr."""
+    """Return d log(gradient) / d log(lr) between the first and the last run; -1 means 1 / lr."""
     first, last = rests[0], rests[-1]
     return math.log(last.gradient / first.gradient) / math.log(last.lr / first.lr)
 
 
 def split(rests: list[Rest]) -> tuple[list[Rest], list[Rest]]:
-    """Those that lose less than half of the progress, and those that hardly make any."""
+    """Return the runs that lose less than half of the progress, and those that make hardly any."""
     return [r for r in rests if r.loss < 0.5], [r for r in rests if r.loss > 0.95]
 
 
@@ -114,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--formats", nargs="+", default=["bf16", "e4m3fn"])
     arguments = parser.parse_args()
-    problem = Quadratic.of_digits()
+    problem = Quadratic.from_digits()
     targets = []
     for format in arguments.formats:
         rests = [come_to_rest(problem, format, lr) for lr in LRS]

@@ -1,13 +1,16 @@
-"""Published: at the learning rates of RL post-training 99 % of updates are invisible in bf16.
+"""Repeat a published result: at learning rates of RL, bf16 shows 1 % of the updates.
 
     python -m benchmarks.published.pulse       # a minute, from the root of the repository
 
 Miahi and Belilovsky (PULSE, arXiv 2602.03839) report that per step about 99 % of the weights of
 language models of 0.5 to 7 B parameters are bit-identical after the cast to bf16, at learning rates
-around 1e-6. Here a character transformer of 0.6 M parameters is trained as usual, and then goes on
-with AdamW at three small learning rates. The share is counted by casting; beside it are what
-`visible_frac` says of the fp32 step, and the mean of min(1, abs(update) / spacing), which is the
-chance to cross the edge of a rounding interval for a weight that lies anywhere in it.
+around 1e-6. Here, a character transformer of 0.6 M parameters is trained as usual, and then with
+AdamW at three small learning rates. The share of invisible updates is found in three ways:
+
+- by casting the weights before and after a step, and comparing;
+- by the figure `visible_frac` of the step in fp32;
+- by the mean of 1 − min(1, abs(update) / spacing). The minimum is the chance that an update crosses
+  the edge of a rounding interval, for a weight that lies anywhere in it.
 """
 
 from __future__ import annotations
@@ -23,13 +26,17 @@ from benchmarks.paired import Target, print_table, print_targets
 from examples.predict_and_confirm import loss_and_accuracy, transformer
 
 EXPECTED = {1e-6: 0.991, 3e-6: 0.979, 1e-5: 0.948}
-"""Invisible, in an experiment of ours with another model and seed."""
+"""Share of invisible updates by learning rate, from an earlier run with another model and seed."""
 TOLERANCE = 0.01
 Shares = tuple[float, float, float]
+"""Share of invisible updates: by casting, by the figure, and by the mean chance."""
 
 
 def invisible(step: OptimizerStep) -> Shares:
-    """Of the updates ≠ 0: by casting, by the monitor's figure, and as the mean chance."""
+    """Return, in three ways, the share of updates other than 0 that are invisible in bf16.
+
+    An update is invisible if the weight rounds to the same bf16 number before and after it.
+    """
     before = torch.cat([w.flatten() for w in step.before])
     after = torch.cat([w.flatten() for w in step.after])
     moved = before != after
@@ -41,7 +48,12 @@ def invisible(step: OptimizerStep) -> Shares:
 
 
 def measured(pretraining: int, steps: int) -> dict[float, Shares]:
-    """By learning rate the means over the steps."""
+    """Return the shares of invisible updates by learning rate, as means over steps.
+
+    Args:
+        pretraining: Number of steps at 1e-3 before.
+        steps: Number of steps at each learning rate; the second half counts.
+    """
     task = transformer(0, pretraining + steps)
     net = task.model()
     train(net, torch.optim.AdamW(net.parameters(), lr=1e-3), task.batches[:pretraining])
@@ -55,7 +67,7 @@ def measured(pretraining: int, steps: int) -> dict[float, Shares]:
             optimizer
         ):
             train(net, optimizer, task.batches[pretraining:])
-        late = seen[len(seen) // 2 :]  # the moments of Adam have settled
+        late = seen[len(seen) // 2 :]  # by then, the moments of Adam have settled
         shares[lr] = tuple(statistics.fmean(each) for each in zip(*late, strict=True))  # type: ignore[assignment]
     return shares
 

@@ -134,7 +134,7 @@ def test_a_short_run_gives_rows_like_the_committed_ones(
     monkeypatch.setitem(
         tasks.TASKS, "logistic", lambda: tasks.logistic()._replace(batches=digits(0, 30).batches)
     )
-    run_rows, layer_rows = runs.rows_of(tasks.Config(*CONFIG))
+    run_rows, layer_rows = runs.make_rows(tasks.Config(*CONFIG))
     for name, rows in (("runs", run_rows), ("layers", layer_rows)):
         runs.write(tmp_path / f"{name}.csv", rows)
         again = read(tmp_path / f"{name}.csv")
