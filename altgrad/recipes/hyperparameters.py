@@ -109,7 +109,12 @@ def find_unmade(changes: Changes, twin: Optimizer, numbers: Sequence[int]) -> Ch
 
 
 def is_equal(one: Any, other: Any) -> bool:
-    """Return True if two values of a hyperparameter are equal; False if that cannot be told."""
+    """Return True if two values of a hyperparameter are equal; False if that cannot be told.
+
+    Args:
+        one: A value of any type.
+        other: Another value; a tensor on another device is copied to that of `one`.
+    """
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and torch.equal(one, other.to(one.device))
     try:

@@ -51,13 +51,10 @@ class RunStates:
 
 
 def _mark(state: Mapping[str, Any] | None) -> tuple[object, ...]:
-    """Return the identity of a state and of its tensors, and the number of writes to each."""
+    """Return the identity of a state and of its tensors, the writes to each, and its numbers."""
     if not state:
         return ()
-    return (id(state), *map(_describe_value, state.values()))
-
-
-def _describe_value(value: object) -> object:
-    if isinstance(value, Tensor):
-        return id(value), count_writes(value)
-    return value if isinstance(value, (int, float)) else None
+    values = state.values()  # once per layer and step: one pass each is faster than a helper
+    tensors = [each for each in values if isinstance(each, Tensor)]
+    numbers = [each for each in values if isinstance(each, (int, float))]
+    return (id(state), *map(id, tensors), *map(count_writes, tensors), *numbers)

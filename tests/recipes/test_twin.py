@@ -137,3 +137,13 @@ def test_rows_of_a_stack_are_those_of_the_layers() -> None:
     stack = make(Recipe("fp32"), weights).stack(rows)
     assert torch.equal(stack.now, weights[None])
     assert stack.states == {}
+
+
+def test_kahan_summation_keeps_the_rounding_error_of_weights_that_others_change() -> None:
+    weights = draw()
+    twin = make(Recipe("bf16-kahan", weights="bf16", compensation="kahan"), weights)
+    outside = torch.arange(64) < 32
+    twin.replace_weights(outside, weights * 0.3)
+    kept = (twin.tensors.weights + twin.tensors.lost.float())[:32]
+    # The error is kept in bfloat16, 2**-9 of 2**-9 of the weight.
+    torch.testing.assert_close(kept, weights[:32] * 0.3, rtol=2.0**-16, atol=0)

@@ -129,3 +129,12 @@ def test_an_empty_twin_takes_all_elements_from_the_run() -> None:
 def test_memory_counts_every_tensor() -> None:
     assert start(*[0.0] * 64).nbytes() == 64 * (4 * 4 + 2)
     assert start(*[0.0] * 64, keeps_lost=True).nbytes() == 64 * (4 * 4 + 2 + 2)
+
+
+def test_a_change_of_weights_in_16_bits_is_exactly_no_movement() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(1000, generator=generator).bfloat16()
+    tensors = TwinTensors.start_at(weights.clone())
+    tensors.replace_weights(weights * 0.3)
+    for earlier in (tensors.start, tensors.window, tensors.before):
+        assert torch.equal(earlier, tensors.weights)

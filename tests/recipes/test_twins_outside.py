@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -240,6 +241,69 @@ def test_a_rate_that_a_hook_of_the_optimizer_changes_is_followed(place: str, int
         optimizer.register_step_post_hook(change)
     train(net, optimizer, 30)
     assert_equal(watched)
+
+
+def round_moments(net: nn.Module, optimizer: Optimizer) -> None:
+    for state in optimizer.state.values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name].copy_(state[name].bfloat16().float())
+
+
+def replace_moment(net: nn.Module, optimizer: Optimizer) -> None:
+    for state in optimizer.state.values():
+        state["exp_avg"] = torch.zeros_like(state["exp_avg"])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("change", [round_moments, replace_moment])
+def test_small_and_uncounted_changes_of_states_are_followed(change: Any, fused: bool) -> None:
+    net = make_net()
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3, fused=fused)
+    watched = Watched(net, optimizer, every_n_steps=5, recipes=["bf16", "bf16-true"])
+    for index in range(25):
+        train(net, optimizer, 1, first=index)
+        change(net, optimizer)
+    assert_equal(watched)
+
+
+class OwnSchedule(torch.optim.SGD):
+    """An optimizer that lowers its own rate, and keeps an array that only its user understands."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["lr"] *= 0.9
+            group["counts"] = group.get("counts", np.zeros(3)) + 1
+        super().step(closure)
+
+
+def test_a_factory_follows_a_schedule_that_the_run_makes_in_its_own_step() -> None:
+    net = make_net()
+    optimizer = OwnSchedule(net.parameters(), 1e-1)
+    rates: list[float] = []
+
+    class Tenth(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            rates.append(self.param_groups[0]["lr"])
+            super().step(closure)
+
+    tenth = Recipe("tenth", optimizer=lambda held, group: Tenth(held, lr=group["lr"] / 10))
+    watched = Watched(net, optimizer, recipes=[tenth, "bf16-true"])
+    train(net, optimizer, 10)
+    assert_equal(watched)
+    # The twin's step is that of the run's group before the run's own step has changed it.
+    assert rates[1:] == pytest.approx([1e-2 * 0.9**k for k in range(1, 10)])
+
+
+def test_a_layer_that_is_cut_to_a_smaller_one_begins_anew() -> None:
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), 1e-2)
+    watched = Watched(net, optimizer, formats=["bf16"], max_elements=64)
+    train(net, optimizer, 10)
+    net[3].weight.grad = net[3].bias.grad = None
+    net[3].weight.data, net[3].bias.data = net[3].weight.data[:5].clone(), net[3].bias.data[:5]
+    train(net, optimizer, 10, first=10)
+    assert not [notice for notice in watched.notices if "twin" in notice]
+    assert {*watched.monitor.twins.checks.values()} == {Check.EQUAL}
 
 
 def test_totals_outlast_a_change_of_states() -> None:
