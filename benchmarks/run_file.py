@@ -62,7 +62,7 @@ def a_step() -> Callable[[], StepRecord]:
         calls.append(lambda: step_record(*arguments, **named))
         return calls[-1]()
 
-    watched = UpdateMonitor(model, formats=FORMATS, strict=True).attach(optimizer)
+    watched = UpdateMonitor(model, formats=FORMATS, recipes=(), strict=True).attach(optimizer)
     with mock.patch("altgrad.monitor.monitor.step_record", keep), watched:
         train(model, optimizer, 2)
     return calls[-1]

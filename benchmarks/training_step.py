@@ -3,16 +3,16 @@
     python benchmarks/training_step.py [--quick] [--threads N] [--tokens 32 1024]
 
 The model is a GPT of 10.1 M parameters in 100 tensors, float32, with AdamW and random tokens. Each
-variant trains its own copy of it, from the same state on the same tokens, and observes every step.
-A round steps each variant once, in a new order. At the end, all copies must have the same weights,
-bit for bit.
+variant trains its own copy of it, from the same state on the same tokens, and observes every step,
+without twins. A round steps each variant once, in a new order. At the end, all copies must have the
+same weights, bit for bit.
 
 - **floor**: the least that it can cost to cover all elements. Before the step, weights and
   gradients are copied to buffers that are reused. After it come the difference of the weights,
   three norms for each tensor, and one copy to the host.
 - **Lightning**: `grad_norm` and a CSV logger, without the Trainer that normally calls them.
-- **twins**: those of some recipes, at steps of which none but the first is observed, paired with a
-  plain step alone.
+- **twins**: a monitor that steps twins at every step, and observes the first step alone. Twins are
+  paired with plain steps in rounds of their own.
 - **wandb**: `watch(log="all")` and a `log` at each step, offline. It works in the background, and
   would slow other variants: it is paired with a plain step alone. Left out if not installed.
 
