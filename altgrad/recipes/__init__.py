@@ -1,9 +1,17 @@
-"""Recipes: how weights and optimizer states are stored and stepped.
+"""Recipes, and the twins that try them on a sample of a training.
 
-1. `rounding` stores a tensor in a format, with random numbers from `rounding_generators`.
-2. `stored_states` stores the states of a layer, and `storage` the weights and states of a real
-    optimizer: `WeightStorage`.
-3. `recipe` describes how a run stores and steps; `names` has the common recipes by short names.
+A *recipe* says how weights and optimizer states are stored and stepped. A *twin* is a recipe at
+work: it steps a small sample of each layer as the recipe says, with the gradients of the *run*, the
+training that is watched. Each file names the one to read before it and the one to read next:
+
+1. Storing for real: `rounding`, `rounding_generators`, `stored_states`, `storage`.
+2. Recipes: `recipe`, `names`.
+3. A sample and its numbers: `layout`, `sample`, `twin_tensors`, `element_scales`, `twin`.
+4. The optimizer of a twin: `shared_objects`, `optimizer_copy`, `hyperparameters`, `generators`,
+    `isolation`, `factory`, `flat_state`, `optimizer_twin`.
+5. What the run does: `twin_source`, `layer_plan`, `self_check`, `writes`, `run_weights`,
+    `run_states`, `fused_sgd`.
+6. All twins: `lane`, `twin_state`, `twins`.
 
 Names are imported on first use. Read `altgrad.quantization` first.
 """

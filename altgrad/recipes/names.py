@@ -1,7 +1,8 @@
 """`get_recipes` and `find_default_recipes`: the common recipes by short names.
 
-`fp32`; for each format f the names f, f-sr (stochastic rounding) and f-kahan; `bf16-true`,
-`fp16-true`, and the same with `-fused`. Read `recipe` first.
+Short names are `fp32`; for each format f the names f, f-sr (stochastic rounding) and f-kahan; and
+`bf16-true` and `fp16-true`, also with `-fused`. Read `recipe` first; `layout` comes next, the first
+file about twins.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _WAYS: Mapping[str, Mapping[str, Any]] = {
     "-sr": {"rounding": "stochastic"},
     "-kahan": {"compensation": "kahan"},
 }
+"""The ends of short names, and the fields of `Recipe` that each stands for."""
 _TRUE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""The formats with a recipe ``-true``, in which all tensors have that dtype."""
 
 
 def get_recipes(recipes: str | Recipe | Sequence[str | Recipe]) -> tuple[Recipe, ...]:
@@ -75,12 +78,13 @@ def get_recipes(recipes: str | Recipe | Sequence[str | Recipe]) -> tuple[Recipe,
 
 
 def find_default_recipes(formats: Formats) -> tuple[Recipe, ...]:
-    """Return the recipes that are tried for watched formats.
+    """Return the recipes that a monitor of some formats tries unless others are named.
 
     For each format f these are f and ``f-sr``, followed by ``bf16-true`` for bf16 and ``fp16-true``
     for fp16. Formats whose scales are not powers of two, such as ``nvfp4``, are left out, because
     no recipe can store weights in them. In names, ``_`` replaces characters of a format's name
-    other than letters, digits, ``-`` and ``_``; of two formats with one name, the last has recipes.
+    other than letters, digits, ``-`` and ``_``. If two formats have the same name, the recipes are
+    those of the last one.
 
     Args:
         formats: The formats, as `altgrad.quantization.get_formats` accepts them.
@@ -146,7 +150,7 @@ def _get_short(name: str) -> Recipe:
 
 @functools.cache
 def _list_short() -> dict[str, Recipe]:
-    """Return all short recipes by name; formats in their first spelling alone."""
+    """Return the recipes by their short names; formats have their canonical names alone."""
     short = [Recipe("fp32")]
     for format in get_formats((*FORMATS, *BLOCK_FORMATS)):
         if format.power_of_two:
@@ -171,7 +175,7 @@ def _make_recipe(format: NumberFormat, suffix: str, way: Mapping[str, Any]) -> R
 
     Args:
         format: The format.
-        suffix: The end of the recipe's name.
-        way: The other fields of the recipe.
+        suffix: The end of the recipe's name, such as ``-sr``.
+        way: Fields of the recipe beside `name` and `weights`.
     """
     return Recipe(re.sub(r"[^A-Za-z0-9_-]", "_", format.name) + suffix, weights=format, **way)

@@ -1,7 +1,7 @@
 """`Recipe`: how weights and optimizer states are stored and stepped.
 
-A twin runs a recipe on a sample of each layer; `Recipe.attach` applies it to a whole model, by a
-`WeightStorage`. Read `storage` first; `names` has the common recipes.
+A twin runs a recipe on a sample of each layer, to predict; `Recipe.attach` applies it to a whole
+model, by a `WeightStorage`. Read `storage` first; `names` comes next.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from altgrad.recipes.rounding import Compensation, StorageRounding, check_roundi
 from altgrad.recipes.storage import WeightStorage
 
 OptimizerFactory = Callable[[list[nn.Parameter], dict[str, Any]], Optimizer]
-"""A function of parameters and of the run's parameter group without them: a new optimizer."""
+"""A function that makes an optimizer of parameters.
+
+Its second argument is the parameter group of the run, the training that is watched, without
+``"params"``."""
 
 _PRECISIONS = {
     torch.float16: "16-true",
@@ -34,7 +37,7 @@ _PRECISIONS = {
     torch.float32: "32-true",
     torch.float64: "64-true",
 }
-"""The dtypes of a recipe, and Lightning's names for training in them."""
+"""The dtypes that a recipe may have, and the Trainer's `precision` for training in them."""
 _ADAM_STATES = frozenset({"exp_avg", "exp_avg_sq"})
 _KAHAN_BITS = 16
 _SCALE_BITS = 8  # e8m0 and E4M3, the scales of blocks, are numbers of 8 bits
@@ -45,7 +48,8 @@ class Recipe:
     """A description of how weights and optimizer states are stored and stepped.
 
     Two recipes are equal if all their fields are. A recipe without `optimizer` can be pickled, and
-    is written in YAML with names: ``weights: bf16``, ``dtype: bfloat16``.
+    is written in YAML with names: ``weights: bf16``, ``dtype: bfloat16``. The *run* is the training
+    that a monitor watches. A *twin* steps a sample of its layers as the recipe says.
 
     Attributes:
         name: The name in log keys: letters, digits, ``-`` and ``_``.
@@ -54,17 +58,17 @@ class Recipe:
         rounding: The way to round weights and states: ``"nearest_even"`` or ``"stochastic"``.
         compensation: ``"kahan"`` keeps the rounding error of each weight in bf16.
         states: The format of each state of the optimizer, by its name. The name ``"*"`` stands for
-            all other floating-point states of the shape of the parameter. An attached recipe warns
-            of names that no optimizer has.
+            all other floating-point states of the shape of the parameter. `attach` leads to a
+            warning about names that no optimizer has after its first step.
         dtype: The dtype of the tensors that the run's own class of optimizer steps, as after
             ``model.to(dtype)``; a torch dtype or its name. None for float32, and for float64 in a
             run in float64.
-        optimizer: A function that makes an optimizer of any other class. It takes the parameters
-            and the run's parameter group without them. Twins call it again when that group changes,
+        optimizer: A function that makes an optimizer of any class. It takes parameters, and the
+            run's parameter group without ``"params"``. Twins call it again when that group changes,
             as by a learning rate schedule, and take over what it then chooses: it must be quick,
-            and depend on its arguments alone. YAML needs its import path, and the function an
-            annotation ``-> torch.optim.Optimizer``.
-        fused: If True, the fused implementation of the run's class steps the tensors.
+            and depend on its arguments alone. In YAML it is an import path, and the function needs
+            the annotation ``-> torch.optim.Optimizer``.
+        fused: If True, twins step with the fused implementation of the run's class of optimizer.
 
     Raises:
         TypeError: A field has the wrong type.
@@ -125,18 +129,18 @@ class Recipe:
 
     @property
     def weights_format(self) -> NumberFormat | None:
-        """The format of the weights, with its type; None for weights as they are."""
+        """The format of the weights, typed as a `NumberFormat`; None for weights as they are."""
         assert self.weights is None or isinstance(self.weights, NumberFormat)
         return self.weights
 
     @property
     def state_formats(self) -> Mapping[str, NumberFormat]:
-        """The format of each state by its name, or by ``"*"``, with its type."""
+        """The format of each state by its name or ``"*"``, typed as a `NumberFormat`."""
         return self.states  # type: ignore[return-value]  # names have become formats
 
     @property
     def tensor_dtype(self) -> torch.dtype | None:
-        """The dtype of the tensors that the run's class of optimizer steps, with its type."""
+        """The `dtype` field, typed as a torch dtype or None."""
         assert not isinstance(self.dtype, str)
         return self.dtype
 
@@ -161,9 +165,9 @@ class Recipe:
 
     @property
     def needs_blocks(self) -> int | None:
-        """The number of elements that every block size of the recipe divides; None without blocks.
+        """The least common multiple of the recipe's block sizes, in elements; None without blocks.
 
-        A block size is that of a `BlockFormat` of the weights or of a state.
+        Block sizes are those of `BlockFormat`s of the weights and states.
         """
         formats = (self.weights_format, *self.state_formats.values())
         sizes = [each.block_size for each in formats if each is not None]
@@ -174,7 +178,8 @@ class Recipe:
     def only_weights(self) -> bool:
         """True if the recipe says only how weights are stored.
 
-        Such a recipe needs no optimizer: it can be fed with the updates of the run.
+        Twins of such a recipe need no optimizer of their own: they can store the updates of the
+        run, if its optimizer cannot run on a sample.
         """
         return not self.states and self.dtype is None and self.optimizer is None and not self.fused
 
@@ -196,8 +201,8 @@ class Recipe:
             seed: The seed of stochastic rounding.
 
         Returns:
-            The attached storage, a context manager that detaches on exit. A resumed run gives the
-            storage its `state_dict` of before, by `WeightStorage.load_state_dict`.
+            The attached storage, a context manager that detaches on exit. A resumed run calls its
+            `WeightStorage.load_state_dict` with the saved `state_dict`.
 
         Raises:
             TypeError: An argument is not an optimizer.
@@ -215,7 +220,7 @@ class Recipe:
         layers: Sequence[SamplingRule] = (),
         seed: int = 0,
     ) -> WeightStorage:
-        """Return the storage that `attach` attaches to optimizers, before it is attached.
+        """Return a storage of this recipe that is not attached to an optimizer yet.
 
         Args:
             scaling: The weights that share a scale, as in `WeightStorage`.
@@ -257,7 +262,10 @@ class Recipe:
                 )
 
     def _count_bits(self, format: NumberFormat | None) -> float:
-        """Return the number of bits of an element in a format; in `dtype` or float32 for None."""
+        """Return the number of bits of an element in a format; None stands for `dtype`, or float32.
+
+        The bits of a block's scale are shared among its elements.
+        """
         if format is not None:
             shared = 0.0 if format.block_size is None else _SCALE_BITS / format.block_size
             return format.element.bits + shared
@@ -294,7 +302,7 @@ class Recipe:
 
 
 def _get_format(argument: str, format: str | torch.dtype | NumberFormat) -> NumberFormat:
-    """Return a format with this name.
+    """Return the format that a field of a recipe stands for; errors name the field.
 
     Raises:
         TypeError: The argument is neither a name nor a dtype nor a format.
@@ -319,7 +327,11 @@ def _get_format(argument: str, format: str | torch.dtype | NumberFormat) -> Numb
 
 
 def _get_state_name(name: object) -> str:
-    """Return the name of a state, or raise an error if it is none."""
+    """Return a name that is a non-empty string.
+
+    Raises:
+        TypeError: It is something else.
+    """
     if not isinstance(name, str) or not name:
         raise TypeError(
             f"states has the key {name!r}: expected the name of a state, such as 'exp_avg_sq', or "
@@ -329,10 +341,10 @@ def _get_state_name(name: object) -> str:
 
 
 def _get_dtype(dtype: object) -> torch.dtype:
-    """Return a dtype by its name.
+    """Return the torch dtype for a dtype or its name.
 
     Raises:
-        ValueError: The dtype has no arithmetic, or there is no dtype of this name.
+        ValueError: The dtype is not one of the four that a recipe may have, or the name is unknown.
     """
     name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
     found = getattr(torch, name, None) if isinstance(name, str) else name

@@ -1,8 +1,8 @@
-"""`store_`: the one way in which a recipe stores a tensor in a format.
+"""`store_`: round a tensor to the values of a number format, in place.
 
-`storage` applies it to the weights of a run, and twins apply it to samples of them: what is
-predicted and what is confirmed are rounded by the same code. Read `altgrad.quantization.ops` first.
-`recipe` and `storage` come next.
+A training that stores its weights so (`storage`) and the samples that predict such a training
+(`twin`) round with this one function. Read `altgrad.quantization.ops` first; `rounding_generators`
+comes next.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from altgrad.quantization.ops import quantize_checked
 StorageRounding: TypeAlias = Literal["nearest_even", "stochastic"]
 """The ways to round stored weights and states."""
 Compensation: TypeAlias = Literal["kahan"]
-"""The ways to compensate for rounding errors."""
+"""The ways to make up for rounding errors: Kahan summation keeps them and adds them next time."""
 
 
 @torch.inference_mode()  # under no_grad, each view of the exponent bits is two operations
@@ -32,19 +32,21 @@ def store_(
     generator: torch.Generator | None = None,
     lost: Tensor | None = None,
 ) -> None:
-    """Round a tensor to a format, in place.
+    """Round a tensor to the values of a format, in place.
 
     A value beyond the largest value of the format becomes the largest value. NaN and ±inf stay.
 
     Args:
-        weights: float16, bfloat16, float32 or float64, any shape, finer than the format.
+        weights: Weights or states, float16, bfloat16, float32 or float64, any shape. The dtype must
+            be finer than the format.
         element: The format of a single element.
         scale: A positive number, or a tensor of positive numbers that broadcasts to the shape of
-            the weights. None for no scale. The arithmetic is float64 if the tensor is.
+            the weights. Weights become scale times a value of the format; None stands for 1. A
+            float64 tensor makes the arithmetic float64.
         rounding: The way to round.
         generator: The random number generator for ``"stochastic"``, on the device of the weights.
         lost: The rounding errors that Kahan summation keeps, bfloat16, the shape of the weights.
-            They are added before the weights are rounded, and overwritten.
+            They are added before the weights are rounded, and replaced by the new errors.
     """
     if lost is not None:
         weights.add_(lost.to(weights.dtype))
@@ -63,14 +65,14 @@ def store_(
 
 
 def check_rounding(rounding: object, compensation: object) -> None:
-    """Raise ValueError unless weights can be stored in this way.
+    """Raise ValueError unless weights can be rounded and compensated in this way.
 
     Args:
         rounding: A `StorageRounding`.
         compensation: A `Compensation` or None.
 
     Raises:
-        ValueError: An argument has another value, or one contradicts the other.
+        ValueError: An argument has another value, or the two contradict each other.
     """
     if rounding not in get_args(StorageRounding):
         raise ValueError(f"rounding={rounding!r}: expected 'nearest_even' or 'stochastic'")
@@ -85,10 +87,10 @@ def check_rounding(rounding: object, compensation: object) -> None:
 
 
 def _limit(errors: Tensor, element: FloatFormat, scale: float | Tensor | None) -> Tensor:
-    """Return errors clamped to the largest spacing of a format.
+    """Return rounding errors, clamped in place to ± the largest spacing of a format.
 
-    Rounding to nearest loses at most half a spacing. Clamping loses more beyond the largest value,
-    and keeping all of it would hold a weight there long after its updates have turned back.
+    Rounding to nearest loses at most half a spacing, but a weight beyond the largest value loses
+    more. To keep all of that would hold the weight there long after its updates turned back.
     """
     most: Any = math.ldexp(1.0, element.emax - element.mantissa_bits)
     if scale is not None:

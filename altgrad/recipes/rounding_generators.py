@@ -1,6 +1,6 @@
-"""`RoundingGenerators`: the random numbers of stochastic rounding, the same after a resume.
+"""`RoundingGenerators`: the random numbers of stochastic rounding, continued after a resume.
 
-Read `rounding` first. `storage` comes next, and rounds a whole model with them.
+Read `rounding` first; `stored_states` comes next. `storage` owns the generators.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 class RoundingGenerators:
-    """The generators of stochastic rounding, one for each device.
+    """The random number generators of stochastic rounding, one for each device.
 
-    Ranks that hold replicas draw alike: each device begins with the same seed.
+    Each device begins with the same seed, so that ranks with replicas of a layer round alike.
 
     Args:
         seed: The seed of each generator.
@@ -28,9 +28,9 @@ class RoundingGenerators:
     def get(self, device: torch.device) -> torch.Generator:
         """Return the generator of a device, creating it on first use.
 
-        A new generator takes a loaded state: that of the device itself, or else the first one of
-        the same type of device. A checkpoint of the first rank has the state of ``cuda:0`` alone,
-        and the other ranks must draw the same numbers on ``cuda:1``.
+        After `load_state_dict`, a new generator takes the loaded state of its device, or else the
+        first one of the same type of device. A checkpoint that rank 0 writes has the state of
+        ``cuda:0`` alone, and rank 1 must draw the same numbers on ``cuda:1``.
         """
         name = str(device)
         if name not in self._generators:
@@ -45,10 +45,10 @@ class RoundingGenerators:
         return self._loaded | {name: each.get_state() for name, each in self._generators.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore a `state_dict`, for the devices that later ask for generators."""
+        """Restore a `state_dict`; each device takes its state when it next needs a generator."""
         self._generators, self._loaded = {}, dict(state)
 
     def _find_loaded(self, device: torch.device) -> str | None:
-        """Return the name under which the state for a device is loaded; None if there is none."""
+        """Return the key in a loaded state from which a device continues; None if there is none."""
         alike = [name for name in self._loaded if torch.device(name).type == device.type]
         return str(device) if str(device) in alike else next(iter(alike), None)

@@ -5,7 +5,8 @@ of the weights. It simulates the storage: the tensors keep their dtype and hold 
 format, and torch computes in that dtype.
 
 `WeightStorage` selects layers, reacts to steps, and saves state; each `_Layer` scales and rounds
-the weights of one layer. Read `rounding_generators` and `stored_states` first.
+the weights of one layer. Read `stored_states` first; `recipe` comes next, and makes a storage from
+a description.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class WeightStorage:
 
     Scales are powers of two. They grow when a weight would exceed the largest value, and they never
     shrink. A layer, channel or block of zeros gets its scale when its weights first move.
-    The scales of `UpdateMonitor` differ in one respect. The monitor recomputes scales after 100
-    observed steps, and scales of blocks in every observed step, so that its scales may shrink.
+    `UpdateMonitor` recomputes its scales after 100 observed steps, those of blocks in every
+    observed step. Only there, scales may shrink.
 
     Examples:
         >>> import torch
@@ -76,8 +77,8 @@ class WeightStorage:
             the weight in bf16, 1e-4 in e4m3fn. For these only stochastic rounding helps.
         states: The format of each state of the optimizer by its name, ``"*"`` for all others. A
             state is stored after each step, without compensation, if it is a floating-point tensor
-            of the shape of the layer. Scales of states are taken anew at each step. A warning names
-            those that no optimizer has after its first step.
+            of the shape of the layer. Scales of states are computed anew at each step. A warning
+            lists names that no optimizer has after its first step.
         layers: Rules for single layers. The first rule that matches the name of a layer applies.
             Its `formats`, exactly one, replaces `format`; ``enabled=False`` leaves layers as they
             are. Rules about sampling are ignored.
@@ -269,7 +270,7 @@ class WeightStorage:
     def _names(
         self, optimizers: Sequence[Optimizer], module: nn.Module | None
     ) -> dict[Tensor, str]:
-        """Return the name of each parameter of the optimizers.
+        """Return the parameters of the optimizers and their names, as keys and values.
 
         Raises:
             ValueError: There are rules, but a parameter has no name.
@@ -288,7 +289,7 @@ class WeightStorage:
         )
 
     def _layer(self, name: str, parameter: Tensor, format: NumberFormat) -> _Layer:
-        """Return the `_Layer` of a parameter, with its former state if it has one.
+        """Return the `_Layer` of a parameter, with the state of an earlier `attach` or checkpoint.
 
         The weights are not rounded yet.
         """
@@ -374,7 +375,10 @@ class _Layer:
 
     @torch.no_grad()
     def store_first(self) -> None:
-        """Round the weights to nearest. Weights on the grid, as in a resumed run, do not change."""
+        """Round the weights to nearest, at `attach`.
+
+        Weights that are values of the format already, as in a resumed run, do not change.
+        """
         weights = self._parameter.detach()
         before = weights.clone()
         store_(weights, self.element, self._update_scales(weights))
@@ -383,7 +387,7 @@ class _Layer:
 
     @torch.no_grad()
     def store(self, rounding: StorageRounding, generator: torch.Generator | None) -> None:
-        """Round the weights after a step, including kept rounding errors.
+        """Add the kept rounding errors to the weights, and round them, after a step.
 
         Args:
             rounding: The way to round.
@@ -450,10 +454,10 @@ class _Layer:
         return loaded.to(self._parameter.device)
 
     def _update_scales(self, weights: Tensor) -> Tensor | None:
-        """Raise the kept scales as far as weights need it, and return the scale of each weight.
+        """Raise the kept scales until no weight exceeds the format, and return them.
 
         Returns:
-            None without scaling, otherwise a tensor that broadcasts to the shape of the weights.
+            Scales that broadcast to the shape of the weights, float64; None without scaling.
         """
         if self._scaling is not None:
             needed = self._needed_scales(weights, self._scaling)
@@ -463,7 +467,10 @@ class _Layer:
         return self.expand_scales()
 
     def expand_scales(self) -> Tensor | None:
-        """Return the scale of each weight, 1 where all weights have been 0; None without scales."""
+        """Return scales that broadcast to the weights; None without scales.
+
+        The scale is 1 where all weights have been 0.
+        """
         if self._scaling is None or self._scales is None:
             return None
         scales = torch.where(self._scales == 0, 1.0, self._scales)
@@ -476,7 +483,7 @@ class _Layer:
 
 
 def _one_format(formats: Any) -> NumberFormat:
-    """Return the only format among `formats`, whose scales must be powers of two.
+    """Return the format that `formats` stands for: exactly one, with powers of two as scales.
 
     Raises:
         ValueError: There is not exactly one format, or its scales are not powers of two.
@@ -496,7 +503,7 @@ def _one_format(formats: Any) -> NumberFormat:
 
 
 def _named_parameters(optimizer: Optimizer) -> list[tuple[str | None, Tensor]]:
-    """Return the parameters of an optimizer with their names, or with None for a name.
+    """Return name and parameter of each parameter of an optimizer; None for a missing name.
 
     An optimizer created from ``named_parameters()`` keeps the names as ``"param_names"`` in its
     groups: https://docs.pytorch.org/docs/stable/optim.html

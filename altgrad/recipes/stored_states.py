@@ -1,7 +1,7 @@
-"""`StoredStates`: the states that an optimizer keeps of one layer, stored in formats.
+"""`StoredStates`: round the states that an optimizer keeps of one layer to number formats.
 
-`UnmatchedNames` warns of names that no state has. Read `rounding` first. `storage` comes next, and
-stores weights and states of a whole model.
+`UnmatchedNames` warns of state names that no optimizer has. Read `rounding_generators` first;
+`storage` comes next, and stores the weights and states of a whole model.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _COUNTERS = ("step",)
 
 
 class StoredStates:
-    """The states of one layer, by name, and the formats in which they are stored.
+    """The formats in which the optimizer states of one layer are stored after each step.
 
-    Formats of fewer than 16 bits have scales, powers of two. Scales of weights only grow. Those of
-    states are taken anew at each step, because a second moment may fall by many binades, and
-    would become 0 under the scale of its largest value ever.
+    Formats of fewer than 16 bits have scales, powers of two. They are computed anew at each step,
+    while scales of weights only grow. A second moment may fall by many powers of two, and would
+    become 0 under the scale of its largest value ever.
 
     Args:
         name: The name of the layer.
@@ -39,7 +39,7 @@ class StoredStates:
         scaling: The elements that share a scale, as in `WeightStorage`.
 
     Attributes:
-        stored: How each state was stored by the last step, by its name.
+        stored: The format and scale of each state at the last `store`, by name of the state.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class StoredStates:
 
         Args:
             parameter: The weights of the layer.
-            states: What the optimizer keeps of the layer, by name.
+            states: What the optimizer keeps of the layer, by name: ``optimizer.state[parameter]``.
             rounding: The way to round.
             generator: The random number generator for ``"stochastic"``, on the device of the layer.
 
@@ -77,7 +77,7 @@ class StoredStates:
     def _select(
         self, parameter: Tensor, states: Mapping[str, Any]
     ) -> Iterator[tuple[str, Tensor, NumberFormat]]:
-        """Yield name, values and format of each state to be stored.
+        """Yield name, tensor and format of each state to be stored.
 
         Raises:
             ValueError: A state has a dtype that is not finer than its format.
@@ -97,7 +97,7 @@ class StoredStates:
             yield name, state, format
 
     def _find_scale(self, state: Tensor, format: NumberFormat) -> Tensor | None:
-        """Return the scale of each element; None for a format without scales."""
+        """Return scales that broadcast to the state, float64; None for a format without scales."""
         scaling = get_applied_scaling(format, self._scaling)
         if scaling is None:
             return None
@@ -106,10 +106,10 @@ class StoredStates:
 
 
 class UnmatchedNames:
-    """The names in a recipe that no state of an optimizer has had yet.
+    """A record of the state names in a recipe that no optimizer has had yet.
 
     Args:
-        names: The names of states in the recipe; ``"*"`` is left out, because it may match nothing.
+        names: The names of states in the recipe. ``"*"`` is ignored, since it may match nothing.
         optimizers: The optimizers that the recipe is attached to.
     """
 
@@ -158,10 +158,10 @@ def find_names(parameter: Tensor, states: Mapping[str, Any]) -> list[str]:
 
     Args:
         parameter: The weights of the layer.
-        states: What the optimizer keeps of the layer, by name.
+        states: What the optimizer keeps of the layer, by name: ``optimizer.state[parameter]``.
 
     Returns:
-        The names, without counters of steps.
+        The names; counters of steps are left out.
     """
     return [
         name
@@ -174,15 +174,16 @@ def find_names(parameter: Tensor, states: Mapping[str, Any]) -> list[str]:
 
 
 def expand_scales(scales: Tensor, shape: torch.Size, scaling: Scaling) -> Tensor:
-    """Return scales of a shape that broadcasts to that of their elements.
+    """Return scales in a shape that broadcasts to the tensor which they belong to.
 
     Args:
-        scales: One for the tensor, for each channel or for each block.
-        shape: The shape of the elements.
+        scales: One scale for the tensor, each channel or each block; the last dimension counts the
+            blocks.
+        shape: The shape of the tensor.
         scaling: The elements that share a scale.
 
     Returns:
-        The scales; those of blocks have the given shape.
+        The scales. Scales of blocks are repeated for each element, to the given shape.
     """
     if isinstance(scaling, str) or not shape:
         return scales
