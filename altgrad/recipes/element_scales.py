@@ -1,9 +1,10 @@
 """`ElementScales`: the scale of each sampled element, for formats whose numbers share scales.
 
-Scales of layers and channels come from whole layers of the run, since a sample may miss the element
-that sets the scale. A number of the twin that exceeds them raises its scale at once, as it does in
-`altgrad.WeightStorage`. Blocks lie in the sample as a whole, and have their scales from the twin's
-own numbers. `twin` comes next and stores its weights under these scales.
+A *twin* steps a sample of each layer, as if its weights were stored in a format. Scales of layers
+and channels come from whole layers of the *run*, the training that is watched, since a sample may
+miss the element with the amax, the largest magnitude. A number of the twin that exceeds its scale
+raises it at once, as in `altgrad.WeightStorage`. Blocks are sampled whole, and have their scales
+from the twin's own numbers. Read `twin_tensors` first; `twin` comes next.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from altgrad.recipes.sample import Sampled, number_groups
 
 
 class ElementScales:
-    """The scales of the sampled elements of some layers.
+    """The scales of the sampled elements of some layers, for weights and for optimizer states.
 
     Args:
         scaling: The elements that share a scale, as in `altgrad.measure`.
-        find_amaxes: Function that takes the name of a layer and the indices of its sample, and
-            returns the amax of the elements that share a scale with each: float32 or float64
-            (elements), or (1) for all.
+        find_amaxes: Function that takes the name of a layer and the indices of its sample. It
+            returns the amax of each element's group, the weights that share its scale: float32 or
+            float64 (elements), or (1) if the layer is one group.
     """
 
     def __init__(
@@ -42,10 +43,10 @@ class ElementScales:
         self._layout = Layout()
         self._layers: Mapping[str, Sampled] = {}
         self._device = torch.device("cpu")
-        self._firsts: dict[Scaling, Tensor] = {}
+        self._firsts: dict[Scaling, Tensor] = {}  # results of _find_firsts
         self._weight_amaxes: Tensor | None = None
         self._state_amaxes: dict[str, dict[str, Tensor]] = {}  # by state, then by layer
-        self._spread_amaxes: dict[tuple[str, Scaling, torch.dtype], Tensor] = {}  # of states
+        self._spread_amaxes: dict[tuple[str, Scaling, torch.dtype], Tensor] = {}  # by element
 
     def read(
         self,
@@ -54,13 +55,14 @@ class ElementScales:
         device: torch.device,
         renewed: Collection[str] = (),
     ) -> None:
-        """Take over another layout.
+        """Take over another layout, and drop what was read of layers that are gone.
 
         Args:
-            layout: The layout.
+            layout: The places of the layers in a flat tensor.
             layers: The layers by name.
             device: The device of the samples.
-            renewed: Names of the layers whose states have to be read anew.
+            renewed: Names of the layers whose twins take their states from the run again. Amaxes
+                of their states are dropped, too.
         """
         self._state_amaxes = {
             state: {n: each for n, each in by_layer.items() if n in layers and n not in renewed}
@@ -72,24 +74,25 @@ class ElementScales:
         self.forget_amaxes()
 
     def forget_amaxes(self) -> None:
-        """Find the amax of each layer anew, since some have changed."""
+        """Ask for the amax of each layer again when it is next needed, since some have changed."""
         self._weight_amaxes = None
 
     def applied(self, format: NumberFormat) -> Scaling | None:
-        """Return which elements share a scale in a format; None without a scale."""
+        """Return which elements share a scale in a format; None if the format has no scales."""
         return get_applied_scaling(format, self._scaling)
 
     # --- weights
 
     def start_amaxes(self, format: NumberFormat, weights: Tensor) -> Tensor:
-        """Return the amaxes of the run's layers, from which those of a twin's weights start.
+        """Return the amaxes with which a twin begins: those of the run's layers.
 
         Args:
             format: A format with a scale, in which the weights are stored.
-            weights: The twin's weights, (elements).
+            weights: The twin's weights, floating-point (elements).
 
         Returns:
-            float32, float64 for float64 weights, (elements); 0 for blocks and at padding.
+            The amax of each element's group, (elements), float32 or for float64 weights float64. It
+            is 0 at padding, and for blocks, whose amax is that of the twin itself.
         """
         dtype = _get_wide(weights)
         if isinstance(self.applied(format), tuple):
@@ -100,16 +103,16 @@ class ElementScales:
         return self._weight_amaxes.to(dtype, copy=True)
 
     def find_for_weights(self, format: NumberFormat, weights: Tensor, amaxes: Tensor) -> Tensor:
-        """Return the scale of each weight.
+        """Return the scale of each weight, and raise the amaxes that weights exceed.
 
         Args:
             format: A format with a scale, in which the weights are stored.
-            weights: The twin's weights, (elements).
-            amaxes: A result of `start_amaxes`, which is raised to the weights in place. The first
-                element of each group that shares a scale has the amax of the group.
+            weights: The twin's weights, floating-point (elements).
+            amaxes: A result of `start_amaxes` that the twin keeps. It is raised in place, at the
+                first element of each group that shares a scale; only these are read.
 
         Returns:
-            The dtype of `amaxes`, (elements).
+            Scales in the dtype of `amaxes`, (elements).
         """
         applied = self.applied(format)
         assert applied is not None
@@ -120,10 +123,11 @@ class ElementScales:
     # --- states
 
     def read_states(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Read the amaxes of states of the run's optimizer.
+        """Compute and keep the amaxes of states of the run's optimizer.
 
         Args:
-            states: By name of a state, then by name of a layer: the whole state.
+            states: The whole states, floating-point in the shape of their layers, by name of the
+                state and then by name of the layer.
         """
         for state, by_layer in states.items():
             amaxes = zip(by_layer, self._find_state_amaxes([*by_layer.values()]), strict=True)
@@ -131,27 +135,28 @@ class ElementScales:
         self._spread_amaxes.clear()
 
     def find_unread(self) -> set[str]:
-        """Return the names of the layers of which no state was read."""
+        """Return the names of the layers none of whose states was read."""
         return {*self._layers}.difference(*self._state_amaxes.values())
 
     def _find_state_amaxes(self, states: list[Tensor]) -> list[Tensor]:
-        """Return the amax of each state, or those of its channels if channels have scales."""
+        """Return the amaxes of each state: (channels) if channels have scales, else (1)."""
         if self._scaling == "channel":
             return [compute_amax(each, "channel").view(-1) for each in states]
-        # The norm of order inf. torch has no public name for norms of many tensors in one call; its
-        # gradient clipping makes it: torch/nn/utils/clip_grad.py.
+        # The norm of order inf is the amax. torch has no public name for norms of many tensors in
+        # one call; its gradient clipping uses this one: torch/nn/utils/clip_grad.py.
         return [each.view(1) for each in torch._foreach_norm(states, torch.inf)]  # noqa: SLF001
 
     def find_for_states(self, format: NumberFormat, name: str, states: Tensor) -> Tensor | None:
-        """Return the scale of each number of a state.
+        """Return the scale of each number of a state, anew at each step.
 
         Args:
             format: The format in which the state is stored.
             name: Name of the state.
-            states: The twin's states of this name, (elements).
+            states: The twin's states of this name, floating-point (elements).
 
         Returns:
-            float32, float64 for float64 states, (elements); None without a scale.
+            Scales, (elements), float32 or for float64 states float64; None if the format has no
+            scales.
         """
         applied = self.applied(format)
         if applied is None:
@@ -162,10 +167,10 @@ class ElementScales:
         return _compute_scales(amaxes, format)[firsts]
 
     def _spread_states(self, name: str, applied: Scaling, dtype: torch.dtype) -> Tensor:
-        """Return the amaxes that were read of a state, (elements); 0 where there is none."""
+        """Return the amax that was read for each number of a state, (elements); 0 if none was."""
         key = name, applied, dtype
         if key not in self._spread_amaxes:
-            # The sample is all that is known of blocks, and of states that the run lacks.
+            # Nothing is read for blocks, which the sample has whole, and states that the run lacks.
             by_layer = {} if isinstance(applied, tuple) else self._state_amaxes.get(name, {})
             each = {
                 layer: amaxes if len(amaxes) == 1 else self._pick_channels(layer, amaxes)
@@ -191,9 +196,9 @@ class ElementScales:
     # --- groups
 
     def _find_firsts(self, scaling: Scaling) -> Tensor:
-        """Return the position of the first element that shares a scale with each, int64 (elements).
+        """Return for each element the position of the first one in its group, int64 (elements).
 
-        Groups follow each other, as samples ascend.
+        A group has the elements that share a scale. It has no gaps, as samples ascend.
         """
         if scaling not in self._firsts:
             firsts = torch.arange(self._layout.length, device=self._device)
@@ -207,11 +212,11 @@ class ElementScales:
         return self._firsts[scaling]
 
     def _spread(self, by_layer: Mapping[str, Tensor]) -> Tensor:
-        """Return amaxes of layers as one for each element; 0 at padding and in unknown layers.
+        """Return an amax for each element, (elements); 0 at padding and in layers not given.
 
         Args:
-            by_layer: By name of the layer: the amax of the layer, (1), or those of the groups of
-                its elements, (elements); any floating-point dtype.
+            by_layer: By name of the layer: its amax, (1), or that of each element's group,
+                (elements); any floating-point dtype.
         """
         wide = any(each.dtype == torch.float64 for each in by_layer.values())
         dtype = torch.float64 if wide else torch.float32
@@ -232,13 +237,13 @@ def _get_wide(numbers: Tensor) -> torch.dtype:
 
 
 def _find_magnitudes(numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return magnitudes, 0 for NaN and ±inf."""
+    """Return the magnitude of each number in a dtype; 0 for NaN and ±inf, which set no scale."""
     return numbers.abs().to(dtype).nan_to_num_(0.0, 0.0, 0.0)
 
 
 @torch.inference_mode()  # under no_grad, each view of the exponent bits is two operations
 def _compute_scales(amaxes: Tensor, format: NumberFormat) -> Tensor:
-    """Return the scale for each amax, in its dtype; 1 where it is 0."""
+    """Return the scale for each amax, in the same dtype; 1 where the amax is 0."""
     if format.scale == "amax":
         return compute_scale_from_amax(amaxes, format.element)  # without a way through float64
     return compute_format_scales(amaxes, format).to(amaxes.dtype)

@@ -1,8 +1,8 @@
-"""Draw the sample of each layer that twins step.
+"""Draw the sample of each layer: the elements that twins step.
 
-Only elements up to the last full chunk of 64 are drawn, since torch may round those of the rest in
-another way (`layout` says why). Layers of fewer elements are taken whole, for the same reason.
-`element_scales` and `run_weights` come next.
+Only elements up to the last full chunk of 64 are drawn, since torch may round the rest in another
+way (`layout` says why). Layers of fewer than 64 elements are taken whole. If elements share scales
+in blocks, whole blocks are drawn. Read `layout` first; `twin_tensors` comes next.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from altgrad.quantization.formats import Scaling
 from altgrad.recipes.layout import CHUNK
 
 Draw: TypeAlias = Callable[[str, Sequence[int], int, int], Tensor | None]
-"""A function that takes the name and shape of a layer, the maximum number of elements, and how many
-neighbours are drawn together. It returns ascending flat indices, int64 on the CPU; None for all."""
+"""A function that draws elements uniformly.
+
+It takes the name and shape of a layer, the maximum number of elements, and the number of neighbours
+that are drawn together. It returns ascending flat indices, int64 on the CPU; None for all."""
 
 
 class Sampled(NamedTuple):
-    """A layer of the run, with its sample.
+    """A layer of the run, the training that is watched, with its sample.
 
     Attributes:
         parameter: The parameter.
-        shape: Its shape when the sample was drawn.
+        shape: The shape of the parameter when the sample was drawn.
         indices: The sample, as ascending flat indices, int64 (elements) on the device of the
             parameter.
     """
@@ -42,8 +44,8 @@ def draw_sample(draw: Draw, name: str, shape: Sequence[int], most: int, block: i
     Args:
         draw: Function that draws elements uniformly.
         name: Name of the layer.
-        shape: Its shape.
-        most: Maximum number of elements of a layer that has 64 or more.
+        shape: Shape of the layer.
+        most: Maximum number of elements, for a layer of 64 or more. Smaller layers are taken whole.
         block: Number of neighbours along the last dimension that are drawn together. The last block
             of a row may be shorter.
 
@@ -73,7 +75,7 @@ def get_row(shape: Sequence[int]) -> int:
 
 
 def get_block_size(shape: Sequence[int], block: int) -> int:
-    """Return the number of elements of a full block of a layer, which no row exceeds.
+    """Return the number of elements of a full block of a layer: at most those of a row.
 
     Args:
         shape: Shape of the layer.
@@ -83,7 +85,7 @@ def get_block_size(shape: Sequence[int], block: int) -> int:
 
 
 def number_groups(indices: Tensor, shape: Sequence[int], scaling: Scaling) -> Tensor:
-    """Number the groups of elements that share a scale.
+    """Return the number of the group of elements that each sampled element shares a scale with.
 
     Args:
         indices: Ascending indices into the flattened layer, int64 (elements).
@@ -91,7 +93,7 @@ def number_groups(indices: Tensor, shape: Sequence[int], scaling: Scaling) -> Te
         scaling: The elements that share a scale.
 
     Returns:
-        The number of the group of each element in the layer, int64 (elements), ascending.
+        Numbers, counted over the whole layer, int64 (elements), ascending.
     """
     if scaling == "tensor" or not shape:
         return torch.zeros_like(indices)
@@ -102,14 +104,16 @@ def number_groups(indices: Tensor, shape: Sequence[int], scaling: Scaling) -> Te
 
 
 def find_columns(layer: Sampled, block: int) -> Tensor:
-    """Return the column of each element in a row, where each block begins at a full block.
+    """Return the column of each sampled element, if the sample is a row of a matrix.
+
+    Each drawn block begins at a multiple of the block size, so that the row can be cut into blocks.
 
     Args:
         layer: The layer.
         block: Number of neighbours that were drawn together.
 
     Returns:
-        Ascending columns, int64 (elements) on the CPU: without gaps, but after a short block.
+        Ascending columns, int64 (elements) on the CPU; there are gaps only after short blocks.
     """
     if block == 1:
         return torch.arange(len(layer.indices), device="cpu")

@@ -1,8 +1,10 @@
-"""`Twin`: a recipe at work on the sample, stepped at every step of the run's optimizer.
+"""`Twin`: a recipe at work on a sample, stepped at every step of the run's optimizer.
 
-`UpdateTwin` takes over the updates of the run, where its optimizer cannot run on a sample. Read
-`twin_tensors` and `element_scales` first. `optimizer_twin` comes next, whose twins run an optimizer
-of their own.
+The *run* is the training that is watched; the *sample* has up to 256 elements of each layer. What
+all twins have in common is here: weights in a flat tensor, rounded to the format of the recipe. An
+`UpdateTwin` gets the updates of the run, whose optimizer cannot run on a sample; an `OptimizerTwin`
+steps an optimizer of its own. Read `element_scales` first; `shared_objects` comes next, the first
+of the files on the way to `optimizer_twin`.
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ class Arrangement(NamedTuple):
     Attributes:
         optimizer: The run's optimizer.
         layout: The places of all layers, old and new.
-        weights: The weights of the run, in its dtype, (elements); 0 at padding.
+        weights: The sampled weights of the run, in its dtype, (elements); 0 at padding.
         layers: All layers by name.
-        renewed: Names of the layers whose states are those of the run from now on.
-        begun: Those among them that are new, or have another sample than before.
+        renewed: Names of the layers whose optimizer states twins take from the run, instead of
+            going on with their own.
+        begun: Names of the renewed layers that are new or have another sample than before. Their
+            weights are taken from the run, too.
         gradient_dtype: The dtype of the run's gradients; None for that of the weights.
     """
 
@@ -53,14 +57,15 @@ class Twin:
     Args:
         recipe: The recipe.
         dtype: The dtype of the weights of the run.
-        scales: The scales of formats that have some.
+        scales: The scales of the sampled elements, for formats that have scales.
         seed: Seed of stochastic rounding.
 
     Attributes:
         recipe: The `recipe` argument.
-        dtype: The dtype of the twin's weights.
-        layout: The places of the layers.
-        tensors: The weights.
+        dtype: The dtype of the twin's weights: that of the recipe, or else float32, or float64 in a
+            run in float64.
+        layout: The places of the layers in the twin's flat tensors.
+        tensors: The weights, now and at earlier times.
     """
 
     def __init__(
@@ -79,14 +84,14 @@ class Twin:
 
     @property
     def states(self) -> Mapping[str, Tensor]:
-        """The states of the optimizer by name, flat tensors; empty without an optimizer."""
+        """The states of the twin's optimizer by name, (elements); empty without an optimizer."""
         return {}
 
     def rearrange(self, new: Arrangement) -> None:
         """Take over another layout, with layers that are new or gone.
 
         Args:
-            new: The layout, and the run.
+            new: The layout and the state of the run.
         """
         weights = new.weights.to(self.dtype, copy=True)
         sources = self.layout.find_sources(new.layout, new.begun).to(weights.device)
@@ -104,7 +109,7 @@ class Twin:
         """Take over weights that something other than a step has changed in the run.
 
         Args:
-            outside: bool (elements), True for the changed weights.
+            outside: bool (elements), True for weights that were changed from outside of a step.
             weights: The weights of the run, in its dtype, (elements).
         """
         now = self.tensors.weights
@@ -116,16 +121,19 @@ class Twin:
             self.tensors.lost.copy_(torch.where(outside, lost, self.tensors.lost))
 
     def forget_amaxes(self) -> None:
-        """Take the amaxes of the run's layers anew; those of blocks are the twin's own."""
+        """Take the amaxes of the run's layers again when next needed.
+
+        Amaxes of blocks stay, because they are the twin's own.
+        """
         format = self.recipe.weights_format
         if format is not None and not isinstance(self._scales.applied(format), tuple):
             self._amaxes = None
 
     def stack(self, rows: Tensor) -> TwinStack:
-        """Return the twin's weights and states with a row for each layer.
+        """Return the twin's weights and states as matrices with a row for each layer.
 
         Args:
-            rows: Positions of the elements, int64 (layers, width).
+            rows: Positions of the elements in the flat tensors, int64 (layers, width).
         """
         return self.tensors.stack(rows, self.states)
 
@@ -145,11 +153,11 @@ class Twin:
     def load_state_dict(
         self, layout: Layout, state: Mapping[str, Any], device: torch.device
     ) -> None:
-        """Restore a `state_dict`; the next `rearrange` takes its layers from there.
+        """Restore a `state_dict`; the next `rearrange` carries its elements over.
 
         Args:
-            layout: The layout of the state.
-            state: The state.
+            layout: The layout that the twin had when the state was saved.
+            state: A result of `state_dict`.
             device: The device of the layers.
         """
         tensors = {name: each.to(device, copy=True) for name, each in state["tensors"].items()}
@@ -167,7 +175,8 @@ class Twin:
         Args:
             weights: The weights, in the dtype of the twin, (elements).
             rounding: How to round.
-            lost: Rounding errors that Kahan summation keeps; None without.
+            lost: The rounding errors that Kahan summation keeps, bfloat16 (elements); None without
+                it.
         """
         format = self.recipe.weights_format
         if format is None:
@@ -202,14 +211,15 @@ class Twin:
 class UpdateTwin(Twin):
     """A twin that takes over the updates of the run, and stores its weights after each.
 
-    Its recipe concerns weights alone. Without a format it follows the run.
+    The recipe says only how weights are stored. Without a format for them, the twin follows the
+    run.
     """
 
     def take_update(self, update: Tensor) -> None:
         """Add an update of the run, and store the weights.
 
         Args:
-            update: The change of the run's weights, float (elements).
+            update: The change of the run's weights, floating-point (elements).
         """
         self.tensors.begin_step()
         self.tensors.weights.add_(update)

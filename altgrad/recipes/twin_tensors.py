@@ -1,6 +1,8 @@
 """`TwinTensors`: the weights of a twin's sample, now and at earlier times, in flat tensors.
 
-Read `layout` first, which says where each layer lies. `twin` comes next and steps the weights.
+A *window* is the time since the last observed step: figures are about the whole time of a twin,
+its window, or its last step. `layout` says where each layer lies in the tensors. Read `sample`
+first; `element_scales` comes next.
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ from altgrad.measurement.twin_sums import TwinStack
 
 @dataclass(eq=False)
 class TwinTensors:
-    """The weights of all sampled elements, and which have moved: flat tensors of one length.
+    """The weights of all sampled elements, and which have moved: tensors of shape (elements).
+
+    The weights at all four times have the dtype of the twin.
 
     Attributes:
-        weights: The weights now, in the dtype of the twin.
+        weights: The weights now.
         before: The weights before the last step.
-        window: The weights at the last observed step that showed the layer.
-        start: The weights at the start of the twin.
-        moved_in_window: bool; the elements that a step since then has moved.
-        moved: bool; the elements that a step before those has moved.
+        window: The weights when the window of their layer began, at an observed step.
+        start: The weights when the twin began.
+        moved_in_window: bool; True if a step in the window moved the element.
+        moved: bool; True if a step before the window moved the element.
         lost: The rounding errors that Kahan summation keeps, bfloat16. Empty without it.
     """
 
@@ -41,8 +45,8 @@ class TwinTensors:
         """Return the tensors of a twin that starts now.
 
         Args:
-            weights: Its weights, float (elements); they become the attribute.
-            keeps_lost: If True, keep rounding errors.
+            weights: The weights, floating-point (elements). The tensor itself becomes `weights`.
+            keeps_lost: If True, there is room for the rounding errors of Kahan summation.
         """
         none_moved = torch.zeros_like(weights, dtype=torch.bool)
         lost = torch.zeros_like(weights, dtype=torch.bfloat16)
@@ -57,11 +61,12 @@ class TwinTensors:
         )
 
     def rearrange(self, sources: Tensor, fresh: TwinTensors) -> TwinTensors:
-        """Return tensors of another layout, with new elements where there are some.
+        """Return tensors in the order of another layout, with the new elements that it has.
 
         Args:
-            sources: Where each element lies in these tensors, int64 (elements); −1 for new ones.
-            fresh: Tensors of the other layout, from which the new elements come.
+            sources: The position of each element in these tensors, int64 (elements); −1 for new
+                elements.
+            fresh: Tensors in the other layout, from which the new elements are taken.
         """
         is_new = sources < 0
         each = {
@@ -81,11 +86,11 @@ class TwinTensors:
         self.moved_in_window.logical_or_(self.weights != self.before)
 
     def begin_window(self, shown: Tensor) -> None:
-        """Begin a window, at the end of an observed step.
+        """Begin another window, at the end of an observed step.
 
         Args:
-            shown: bool (elements), False for those of layers that the step does not show. Their
-                window goes on.
+            shown: bool (elements), False for layers whose figures this step does not report. The
+                window of these goes on.
         """
         self.moved.logical_or_(self.moved_in_window & shown)
         self.moved_in_window.logical_and_(~shown)
@@ -94,8 +99,9 @@ class TwinTensors:
     def replace_weights(self, weights: Tensor) -> None:
         """Take over weights that something other than a step has changed.
 
-        Earlier weights are shifted, so that the change does not count as a movement. An element
-        begins anew where no number is such a shift, because the weight was NaN or infinite, or is.
+        Earlier weights are shifted by the change, so that it does not count as a movement. Where
+        the shift is not finite, since the weight is or was NaN or infinite, the element starts
+        anew: its earlier weights become the weight now, and nothing has moved.
 
         Args:
             weights: The weights, in the dtype of the twin, (elements).
@@ -113,10 +119,10 @@ class TwinTensors:
         self.weights.copy_(weights)
 
     def stack(self, rows: Tensor, states: Mapping[str, Tensor]) -> TwinStack:
-        """Return the tensors with a row for each layer.
+        """Return the tensors as matrices with a row for each layer.
 
         Args:
-            rows: Positions of the elements, int64 (layers, width).
+            rows: Positions of the elements in the flat tensors, int64 (layers, width).
             states: States of the optimizer by name, flat tensors of the same length.
         """
         return TwinStack(
