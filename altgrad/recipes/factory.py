@@ -1,9 +1,10 @@
-"""`FactoryGroup`: the optimizer that a user's function makes for one group of the run.
+"""`FactoryGroup`: the optimizer that a user's function makes for one parameter group of the run.
 
-The function chooses hyperparameters, and may compute them from those of the run, such as a tenth of
-its learning rate. When those of the run change, the function is called again, and what it then
-chooses otherwise is taken over: this is exact for every function. Read `hyperparameters` first;
-`optimizer_twin` comes next.
+A twin steps a sample of the *run*, the training that is watched. Its recipe may have a function
+that makes its optimizer, the *factory*. The factory chooses hyperparameters, and may compute them
+from those of the run, such as a tenth of the learning rate. When those of the run change, it is
+called again; hyperparameters that it now chooses otherwise are set in the twin's optimizer. This
+is exact for every factory. Read `isolation` first; `flat_state` comes next.
 """
 
 from __future__ import annotations
@@ -20,25 +21,28 @@ from altgrad.recipes.hyperparameters import copy_options, is_equal, set_option
 from altgrad.recipes.isolation import keeping_settings
 
 Factory: TypeAlias = Callable[[list[nn.Parameter], dict[str, Any]], Optimizer]
-"""A function that makes an optimizer of parameters and the hyperparameters of a real group."""
+"""A function that makes an optimizer of parameters.
+
+Its second argument has the hyperparameters of a parameter group of the run by key.
+"""
 
 
 class FactoryGroup:
-    """The optimizer that a function makes for one group of the run.
+    """The optimizer that a factory makes for one parameter group of the run.
 
     Args:
         factory: A function that is called with the parameters, and a dict of hyperparameters
             without ``"params"``. It returns an optimizer of these parameters.
-        parameters: The parameters.
+        parameters: The parameters of the twin that the optimizer is to step.
         options: The hyperparameters of the run's group by key.
-        seed: Seed of the random numbers that the function draws. Every call draws the same ones.
+        seed: Seed of the random numbers that the factory draws. Every call draws the same ones.
 
     Attributes:
-        optimizer: The optimizer.
+        optimizer: The optimizer that steps the twin.
 
     Raises:
-        TypeError: The function returned something else than an optimizer.
-        ValueError: The optimizer that the function returned has other parameters.
+        TypeError: The factory returned something other than an optimizer.
+        ValueError: The optimizer that the factory returned has other parameters.
     """
 
     def __init__(
@@ -56,13 +60,16 @@ class FactoryGroup:
         self._chosen = self._list_options(self.optimizer)
 
     def follow(self, changes: Mapping[str, Any]) -> None:
-        """Take over what the function chooses now that hyperparameters of the run have changed.
+        """Call the factory again, after hyperparameters of the run have changed.
+
+        What it chooses otherwise than in the call before is set in `optimizer`.
 
         Args:
             changes: The new hyperparameters of the run's group by key.
         """
         self._options |= changes
-        # Other parameters of the same numbers, because some optimizers enter theirs in registers.
+        # New parameters with the same memory, because some libraries register the parameters of
+        # each optimizer that is made.
         again = self._make([nn.Parameter(each.detach()) for each in self._parameters])
         chosen = self._list_options(again)
         groups = zip(self.optimizer.param_groups, self._chosen, chosen, strict=True)
@@ -72,11 +79,11 @@ class FactoryGroup:
         self._chosen = chosen
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the hyperparameters as they are, and as the function chose them.
+        """Return the hyperparameters as they are now, and as the factory last chose them.
 
         Returns:
-            A dict with copies: ``options`` and ``chosen``, each a list with a dict for each group
-            of the optimizer.
+            Copies under ``options`` (now) and ``chosen``, each a list with a dict for each group of
+            `optimizer`.
         """
         return {
             "options": self._list_options(self.optimizer),
@@ -84,9 +91,9 @@ class FactoryGroup:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore hyperparameters of a `state_dict`, but for those that are chosen otherwise now.
+        """Restore hyperparameters, but for those that the factory now chooses otherwise.
 
-        Nothing is restored if the function makes another number of groups now.
+        Nothing is restored if the factory now makes another number of groups.
 
         Args:
             state: A result of `state_dict`.
@@ -100,14 +107,14 @@ class FactoryGroup:
             group.update(copy_options({key: kept[key] for key in kept if key not in changed}))
 
     def _make(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
-        """Call the function with some parameters.
+        """Call the factory with some parameters, without effects on the rest of the process.
 
         Returns:
             The optimizer.
 
         Raises:
-            TypeError: The function returned something else than an optimizer.
-            ValueError: The function returned an optimizer of other parameters.
+            TypeError: The factory returned something other than an optimizer.
+            ValueError: The factory returned an optimizer of other parameters.
         """
         devices = [*{each.device for each in parameters}]
         with keeping_settings(), PrivateGenerators(self._seed).using(devices):
@@ -122,16 +129,16 @@ class FactoryGroup:
 
 
 def _find_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
-    """Return the keys whose values are new or other."""
+    """Return the keys of `now` that are new, or whose values differ from those before."""
     return {key for key in now if key not in before or not is_equal(before[key], now[key])}
 
 
 def _check_made(made: Any, parameters: Sequence[nn.Parameter]) -> None:
-    """Check what a factory returned.
+    """Check that a factory returned an optimizer of the parameters that it was given.
 
     Raises:
-        TypeError: It is no optimizer.
-        ValueError: It has other parameters than the factory was given.
+        TypeError: It returned something other than an optimizer.
+        ValueError: The optimizer has other parameters.
     """
     if not isinstance(made, Optimizer):
         raise TypeError(

@@ -1,8 +1,11 @@
-"""The optimizer's state of a flat parameter, made from that of layers or of another flat parameter.
+"""Make the optimizer state of a twin's parameter, which holds the samples of several layers.
 
-`take_state` gathers the sampled elements of the state of layers. `split_state` takes some elements
-out of the state of a flat parameter, for layers that go apart. Both need each tensor of a state to
-hold one number per element, or one number at all. `layout` says what is flat; `twin` comes next.
+A twin's optimizer steps *flat* parameters, in which the sampled elements of several layers lie one
+after another (`layout`). `take_state` gathers the state of a flat parameter from the states that
+the training's optimizer has of the layers. `split_state` takes some elements out of the state of
+another flat parameter, when its layers are no longer stepped alike. Both need each tensor of a
+state to hold one number per element, or a single number. Read `factory` first; `optimizer_twin`
+comes next.
 """
 
 from __future__ import annotations
@@ -20,9 +23,9 @@ from altgrad.recipes.self_check import MOST_TAILS
 COUNTERS = {"step", "eta", "mu", "mu_product"}
 """Names of the states of torch.optim that are one number for all elements.
 
-Only for layers of one element are they needed, where shapes tell nothing.
+They are needed only for layers of one element, where a shape does not tell whether a state is a
+number per element.
 """
-
 
 _NUMBERS = (int, float, bool, type(None))
 
@@ -43,17 +46,19 @@ def take_state(
 ) -> dict[str, Any]:
     """Return the state of a flat parameter that holds the sampled elements of some layers.
 
-    Tensors of the shape of their layer are gathered. What is alike for all elements, such as the
-    number of steps, is copied from the first layer.
+    Tensors of the shape of their layer are gathered. States that are a single number, such as the
+    number of steps, are copied from the first layer.
 
     Args:
         states: The state of each layer, by name.
         shapes: The shape of each layer.
         indices: The sampled elements of each layer, flat indices, int64 (elements).
-        length: Number of elements of the flat parameter, with padding. States are 0 there.
-        dtype: The dtype of the flat parameter, which its states in `real_dtype` get, too.
+        length: Number of elements of the flat parameter, including padding, where states are 0.
+        dtype: The dtype of the flat parameter. States whose dtype is `real_dtype` are converted to
+            it; others keep theirs.
         real_dtype: The dtype of the layers.
-        shape: Shape of the parameter if it is that of its only layer; None for a flat one.
+        shape: Shape of the parameter if it has a single layer in its own shape; None for a flat
+            one.
 
     Returns:
         The state by name; no tensor shares memory with those in `states`.
@@ -84,20 +89,20 @@ def take_state(
 def split_state(
     state: Mapping[str, Any], positions: Tensor, length: int, shape: torch.Size | None = None
 ) -> dict[str, Any]:
-    """Return the state of a parameter that holds some elements of another flat parameter.
+    """Return the state of a parameter that takes over some elements of a flat parameter.
 
     Args:
         state: The state of the other parameter, by name.
-        positions: The elements, flat indices, int64 (elements).
-        length: Number of elements of the new parameter, with padding. States are 0 there.
+        positions: The elements, as indices into the other parameter, int64 (elements).
+        length: Number of elements of the new parameter, including padding, where states are 0.
         shape: Shape of the new parameter; None for a flat one.
 
     Returns:
         The state by name; no tensor shares memory with those in `state`.
 
     Raises:
-        NotElementwiseError: A state does not hold one number per element, and the new parameter is
-            not the other one again.
+        NotElementwiseError: A state does not hold one number per element, and the new parameter has
+            not all elements of the other one.
     """
     sizes = {each.numel() for each in _find_tensors([*state.values()])} - {1}
     if not _can_index(state, sizes, positions):
@@ -118,15 +123,16 @@ def split_state(
 
 
 def is_same_state(own: Any, positions: Tensor, other: Any, indices: Tensor) -> bool:
-    """Return True if a flat parameter has the state of a layer, but for tails of vectorised loops.
+    """Return True if a state of a twin equals that of the training, but for a few roundings.
 
-    Tails are few elements, each by a spacing of bfloat16 at most.
+    Torch rounds the tails of tensors in another way: few elements, each by a spacing of bfloat16
+    at most.
 
     Args:
-        own: A state of the flat parameter.
-        positions: The elements of the layer in it, int64 (elements).
-        other: The state of the layer by the same name.
-        indices: The same elements in the layer, int64 (elements).
+        own: A state of the twin's flat parameter.
+        positions: Where the layer's sample lies in the flat parameter, int64 (elements).
+        other: The state of the same name that the training has of the layer.
+        indices: The sample, flat indices into the layer, int64 (elements).
     """
     if not (_is_plain_tensor(own) and _is_plain_tensor(other)):
         return type(own) is type(other) and type(own) in _NUMBERS and own == other
@@ -156,7 +162,13 @@ def _is_plain_tensor(value: object) -> bool:
 
 
 def _can_index(state: Mapping[str, Any], sizes: set[int], positions: Tensor) -> bool:
-    """Return True if each state of some size in `sizes` has one number per element."""
+    """Return True if the positions can be taken out of each tensor of more than one element.
+
+    Args:
+        state: The state of a flat parameter, by name.
+        sizes: The numbers of elements of its tensors, but for 1.
+        positions: Flat indices, int64 (elements).
+    """
     if not sizes or not len(positions):
         return True
     large = [value for value in state.values() if any(e.numel() > 1 for e in _find_tensors(value))]
@@ -176,7 +188,12 @@ def _shape(flat: Tensor, length: int, shape: torch.Size | None) -> Tensor:
 
 
 def _copy_shared(name: str, value: Any, shape: torch.Size) -> Any:
-    """Return a copy of a state that is alike for all elements of a layer.
+    """Return a copy of a state that is the same for all elements of a parameter.
+
+    Args:
+        name: Name of the state, for the error.
+        value: The state.
+        shape: Shape of the parameter, for the error.
 
     Raises:
         NotElementwiseError: The state is a tensor with more than one number, or contains one.

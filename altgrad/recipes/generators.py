@@ -1,8 +1,9 @@
-"""Random numbers for twins whose optimizers draw from the global generators.
+"""`PrivateGenerators`: let a twin's optimizer draw random numbers without changing the training's.
 
-Inside `PrivateGenerators.using`, the global generators are in a state of the twin's own, which
-continues from call to call. Outside, the streams of the training are as if there were no twin.
-`twin` comes next and steps its optimizer inside.
+Optimizers that round at random draw from the global generators of torch, Python and NumPy, and so
+does the copy of such an optimizer that steps a twin. Inside `PrivateGenerators.using`, the global
+generators are in private states, which continue from call to call. Outside, the training draws as
+if there were no twin. Read `hyperparameters` first; `isolation` comes next.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 
 
 def may_draw(kind: type[Optimizer]) -> bool:
-    """Return True if an optimizer may draw random numbers: all may but those of torch itself.
+    """Return True if an optimizer may draw random numbers: any that is not in `torch.optim`.
 
     Args:
         kind: The class of the optimizer.
@@ -27,12 +28,13 @@ def may_draw(kind: type[Optimizer]) -> bool:
 
 
 class PrivateGenerators:
-    """Private states of the global generators of torch, Python and NumPy.
+    """A set of private states for the global generators of torch, Python and NumPy.
 
-    Draws that another thread makes at the same time come from the private states, too.
+    Generators of devices have states, too. While the private states are in use, another thread
+    would draw from them, too.
 
     Args:
-        seed: The seed of all of them.
+        seed: The seed of all private states.
     """
 
     def __init__(self, seed: int) -> None:
@@ -41,12 +43,10 @@ class PrivateGenerators:
 
     @contextmanager
     def using(self, devices: Sequence[torch.device]) -> Iterator[None]:
-        """Put the global generators into the private states for a while.
-
-        The states of before return after an exception, too.
+        """Put the global generators into the private states; restore theirs on exit or exception.
 
         Args:
-            devices: The devices whose generators may be used. The CPU's always is.
+            devices: The devices whose generators may be drawn from, beside the CPU.
         """
         keys = _name_generators(devices)
         for key in keys.keys() - self._states.keys():
@@ -62,10 +62,10 @@ class PrivateGenerators:
                 _write(key, device, outside[key])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states that a resumed run needs to draw on exactly.
+        """Return the private states, with which a resumed run draws the same numbers.
 
         Returns:
-            A dict of plain data and uint8 tensors. It is empty if nothing was drawn yet.
+            A dict of plain data and uint8 tensors; empty if `using` was never entered.
         """
         return {key: _pack(state) for key, state in self._states.items()}
 
@@ -82,7 +82,10 @@ _PYTHON, _NUMPY = "python", "numpy"
 
 
 def _name_generators(devices: Sequence[torch.device]) -> dict[str, torch.device | None]:
-    """Return all generators by name, with their devices; names hold in a resumed run, too."""
+    """Return the devices of all generators by name, None for Python's and NumPy's.
+
+    Devices are numbered from 0, since a resumed run may have other indices.
+    """
     names: dict[str, torch.device | None] = {
         _PYTHON: None,
         _NUMPY: None,
@@ -95,7 +98,7 @@ def _name_generators(devices: Sequence[torch.device]) -> dict[str, torch.device 
 
 
 def _make(name: str, device: torch.device | None, seed: int) -> Any:
-    """Return the state of a new generator; a device's depends on the seed alone."""
+    """Return the state of a new generator with a seed."""
     if name == _PYTHON:
         return random.Random(seed).getstate()  # noqa: S311 - no secret
     if name == _NUMPY:
@@ -129,7 +132,10 @@ def _write(name: str, device: torch.device | None, state: Any) -> None:
 
 
 def _pack(state: Any) -> Any:
-    """Return a state without arrays: their bytes are tensors, beside the name of the dtype."""
+    """Return a state in which each NumPy array is a list of its dtype's name and a uint8 tensor.
+
+    ``torch.load(weights_only=True)`` accepts that, but no arrays.
+    """
     if isinstance(state, dict):
         return {key: _pack(each) for key, each in state.items()}
     if isinstance(state, np.ndarray):
@@ -138,7 +144,7 @@ def _pack(state: Any) -> Any:
 
 
 def _unpack(packed: Any) -> Any:
-    """Return a state with its arrays."""
+    """Return the state from which `_pack` made this."""
     if isinstance(packed, dict):
         return {key: _unpack(each) for key, each in packed.items()}
     if isinstance(packed, list):

@@ -1,9 +1,10 @@
 """Find the hyperparameters that were changed from outside since the last step, for twins to follow.
 
-Schedulers and users change the groups of an optimizer between steps, and twins must follow. Some
+Schedulers and users change the parameter groups of the *run's* optimizer, that of the training,
+between steps. A twin, which steps a sample with a copy of the optimizer, must follow. Some
 optimizers change their own groups within a step, such as the `k` of schedule-free ones. A twin's
-own step does that; only changes that it has not made, such as those of a hook, are copied. Read
-`optimizer_copy` first; `factory` comes next.
+own step makes these changes too. Other changes within a step, such as those of a hook, are copied.
+Read `optimizer_copy` first; `generators` comes next.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from torch.optim import Optimizer
 from altgrad.recipes.optimizer_copy import NO_HYPERPARAMETERS, copy_value
 
 Changes: TypeAlias = Mapping[int, Mapping[str, Any]]
-"""New values of hyperparameters by key, for each group of an optimizer that has some."""
+"""New values of hyperparameters by key, for each changed group by its index in the optimizer."""
 
 _PLAIN = {float, int, bool, str, type(None)}
-"""Types whose values cannot be changed in place."""
+"""Types whose values are immutable, so that they are compared by value."""
 
 
 class HyperparameterFollower:
-    """A follower of the hyperparameters of one optimizer.
+    """A follower that finds changes of the hyperparameters of one optimizer.
 
-    Tensors are compared by identity and by the version that torch counts, so that no comparison
-    waits for a device. A write through ``.data`` is therefore missed.
+    Tensors are compared by identity and by the number of writes that torch counts, so that no
+    comparison waits for a device. A write through ``.data`` is therefore missed.
 
     Args:
         optimizer: The optimizer, to which a weak reference is kept.
@@ -41,7 +42,7 @@ class HyperparameterFollower:
         self.remember()
 
     def remember(self) -> None:
-        """Remember the hyperparameters as they are at the end of a step."""
+        """Remember the hyperparameters as they are, for the next `find_changes`."""
         self._marks = [
             {key: value if type(value) in _PLAIN else _mark(value) for key, value in group.items()}
             for group in map(_without_parameters, self._get_groups())
@@ -51,8 +52,8 @@ class HyperparameterFollower:
         """Return the hyperparameters that differ from those remembered.
 
         Returns:
-            Copies of the new values by key, for each group with a change. A group that is new has
-            all its keys.
+            Copies of the new values by key, for each changed group by its index. For a group that
+            is new, these are all its hyperparameters.
         """
         changes = {}
         for number, group in enumerate(map(_without_parameters, self._get_groups())):
@@ -75,12 +76,13 @@ class HyperparameterFollower:
 def apply_changes(changes: Changes, twin: Optimizer, numbers: Sequence[int]) -> None:
     """Set changed hyperparameters in the groups of a twin's optimizer.
 
-    A tensor is filled in place, because compiled and captured steps read the tensor that they know.
+    A tensor is filled in place, because a compiled step, or one captured in a CUDA graph, goes on
+    reading the same tensor.
 
     Args:
-        changes: The changes by group of the run's optimizer.
+        changes: The changes by index of the group in the run's optimizer.
         twin: The twin's optimizer.
-        numbers: For each group of `twin`, the number of the group of the run's optimizer.
+        numbers: For each group of `twin`, the index of its group in the run's optimizer.
     """
     if not changes:
         return
@@ -95,10 +97,10 @@ def find_unmade(changes: Changes, twin: Optimizer, numbers: Sequence[int]) -> Ch
     Args:
         changes: What changed in the groups of the run's optimizer while it stepped.
         twin: The twin's optimizer, after the same step.
-        numbers: For each group of `twin`, the number of the group of the run's optimizer.
+        numbers: For each group of `twin`, the index of its group in the run's optimizer.
 
     Returns:
-        The changes that hooks of the run's optimizer made, such as those of a schedule.
+        The changes whose values the twin does not have: those of hooks, such as a schedule.
     """
     unmade: dict[int, dict[str, Any]] = {}
     for number, group in zip(numbers, twin.param_groups, strict=True):
@@ -144,9 +146,9 @@ def copy_options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Mark:
-    """A mark of an object that is compared by identity, and of the version of a tensor.
+    """A mark that equals another one if the object is the same and no tensor was written to.
 
-    The mark holds the object: the address of one that is gone may be that of the next.
+    The mark keeps the object alive, since a new object may get the address of one that is gone.
 
     Args:
         value: The object.
@@ -178,7 +180,7 @@ def _read_version(value: object) -> int:
 
 
 def _mark(value: object) -> object:
-    """Return what equals the mark of the same value later, and of a changed value does not."""
+    """Return a mark of a value, which differs from a later mark if the value has changed."""
     if type(value) in _PLAIN:
         return value
     if isinstance(value, (tuple, list)):

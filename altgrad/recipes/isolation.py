@@ -1,8 +1,9 @@
 """Run a twin's optimizer so that the rest of the process does not notice.
 
-`step_quietly` steps an optimizer without the global hooks of torch, which are meant for the
-optimizers of the training. `keeping_settings` restores settings of torch that the optimizer, or the
-function that makes it, leaves changed. This file stands alone; `optimizer_twin` comes next.
+A twin steps a sample of the training with an optimizer of its own. `step_quietly` steps that one
+without the global hooks of torch, which are meant for the optimizers of the training.
+`keeping_settings` restores settings of torch that the optimizer, or the function that makes it,
+leaves changed. Read `generators` first; `factory` comes next.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from torch.optim import Optimizer
 def step_quietly(optimizer: Optimizer) -> None:
     """Step an optimizer without global hooks, and restore settings of torch afterwards.
 
-    Hooks that are registered in the optimizer itself run. Without any, a profiler gets no record of
-    the call either, but for calls of ``super().step()``.
+    Hooks that are registered in the optimizer itself run. If there are none, a profiler gets no
+    record ``Optimizer.step`` either, unless `step` calls ``super().step()``.
 
     Args:
         optimizer: The optimizer of a twin.
@@ -67,8 +68,8 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
 # --- hooks
 
 # register_optimizer_step_pre_hook and register_optimizer_step_post_hook write to these dicts, which
-# have no public name: torch/optim/optimizer.py. If a version has them no more, hooks run for twins,
-# and a test fails.
+# have no public name: torch/optim/optimizer.py. In a version without them, hooks run for twins, and
+# a test fails.
 _GLOBAL_HOOKS: tuple[dict[int, Callable[..., Any]], ...] = tuple(
     getattr(sys.modules[Optimizer.__module__], name, {})
     for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
@@ -77,7 +78,7 @@ _LOCK = threading.RLock()
 
 
 class _Silent:
-    """A global hook that does nothing in one thread.
+    """A wrapper of a global hook, which does not call it in the thread that made the wrapper.
 
     Args:
         hook: The hook.
@@ -93,7 +94,7 @@ class _Silent:
 
 @contextmanager
 def _silencing_global_hooks() -> Iterator[None]:
-    """Silence the global hooks in this thread; another one may step the training meanwhile."""
+    """Silence the global hooks in this thread alone; another may step the training meanwhile."""
     if not any(_GLOBAL_HOOKS):
         yield
         return
@@ -110,7 +111,10 @@ def _silencing_global_hooks() -> Iterator[None]:
 
 
 def _find_plain_step(optimizer: Optimizer) -> Callable[[], object]:
-    """Return the `step` of the class without what torch wraps around it; as it is if unknown."""
+    """Return the `step` of an optimizer without the wrapper that calls hooks and the profiler.
+
+    A `step` with another wrapper, or of an optimizer with hooks, is returned as it is.
+    """
     step = optimizer.step
     function = getattr(step, "__func__", None)
     # Names without a public equivalent, made in Optimizer.__init__: torch/optim/optimizer.py.
@@ -121,7 +125,10 @@ def _find_plain_step(optimizer: Optimizer) -> Callable[[], object]:
 
 
 def _find_wrapper() -> object:
-    """Return the code that torch wraps around each `step`; None if this version has none."""
+    """Return the code object of the wrapper that torch puts around each `step`.
+
+    None if this version of torch has none.
+    """
     # Other decorators copy the mark `hooked` of the wrapper, but they have other code.
     wrap = getattr(Optimizer, "profile_hook_step", None)
     return None if wrap is None else getattr(wrap(lambda: None), "__code__", None)

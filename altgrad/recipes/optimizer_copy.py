@@ -1,11 +1,11 @@
-"""Make an optimizer that steps other parameters just as a given one steps its own.
+"""`copy_optimizer`: make an optimizer that steps other parameters as a given one steps its own.
 
-`copy_optimizer` copies the instance, because the instance knows more than the arguments of its
-constructor: flags that are in no group, and hyperparameters that were changed since. To call the
-class again with ``**defaults`` raises an error for AdamW and the optimizers of other libraries.
+A twin steps a sample of the training with such a copy. The instance is copied, because it knows
+more than the arguments of its constructor: flags that are in no group, and hyperparameters that
+were changed since. To call the class again with ``**defaults`` raises an error for AdamW and for
+optimizers of other libraries.
 
-Read `shared_objects` first. `hyperparameters` comes next, which keeps the groups of a copy up to
-date. `factory` makes optimizers of another class by a function of the user's.
+Read `shared_objects` first; `hyperparameters` comes next, and keeps a copy up to date.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch.optim import Optimizer
 from altgrad.recipes.shared_objects import find_shared
 
 Groups: TypeAlias = Sequence[tuple[int, Sequence[nn.Parameter]]]
-"""For each group of a copy: the index of the real group whose hyperparameters it has, and its own
-parameters."""
+"""For each group of a copy: the index of the original's group whose hyperparameters it gets, and
+the parameters of the copy."""
 
 # Made anew for each copy: torch/optim/optimizer.py, Optimizer.__init__.
 _HOOKS = (
@@ -40,7 +40,7 @@ _HOOKS = (
 # Set by GradScaler for the duration of one step: torch/amp/grad_scaler.py, GradScaler.step.
 _SET_FOR_ONE_STEP = ("grad_scale", "found_inf")
 NO_HYPERPARAMETERS = ("params", "param_names")
-"""Keys of a group that are about its parameters."""
+"""Keys of a parameter group that are not hyperparameters, but parameters and their names."""
 
 
 class CannotCopyError(ValueError):
@@ -53,13 +53,14 @@ def copy_optimizer(optimizer: Optimizer, groups: Groups, *, fused: bool = False)
     The constructor of the class is not called. Attributes and hyperparameters are deep copies, so
     that the copy shares nothing with the original that either could change. The copy starts without
     hooks, and without the methods that a learning rate scheduler replaced in the instance. It has
-    no states of parameters: those of Adagrad, which makes them in its constructor, must be set.
+    no states of parameters. The caller must set those that a class makes in its constructor, as
+    Adagrad does.
 
     Args:
         optimizer: The optimizer to copy. It stays as it is.
         groups: For each group of the copy, the index of the group of `optimizer` whose
             hyperparameters are copied, and the parameters of the group.
-        fused: True for the fused implementation of the class.
+        fused: If True, the copy steps with the fused implementation of the class.
 
     Returns:
         The copy.
@@ -105,16 +106,18 @@ def copy_hyperparameters(optimizer: Optimizer, index: int) -> dict[str, Any]:
 
 
 def copy_value(value: Any) -> Any:
-    """Return a deep copy of a hyperparameter, where a tensor is cloned outside of any graph."""
+    """Return a deep copy of a hyperparameter; a tensor is cloned without its autograd graph."""
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 class _Copier:
-    """A copier of the parts of one optimizer; none leads back to its parameters.
+    """A copier of the attributes and hyperparameters of one optimizer.
+
+    It refuses those from which a copy could reach the parameters of the training.
 
     Args:
         optimizer: The optimizer to copy from.
-        twin: The object that replaces `optimizer` where a part refers to it.
+        twin: The copy, which replaces `optimizer` where a part refers to it.
     """
 
     def __init__(self, optimizer: Optimizer, twin: Optimizer | None) -> None:
@@ -126,15 +129,15 @@ class _Copier:
         """Return a deep copy of a part of the optimizer.
 
         Args:
-            value: The part.
-            name: The name of the part in errors.
+            value: The attribute or hyperparameter.
+            name: Its name for errors.
 
         Returns:
             The copy.
 
         Raises:
             CannotCopyError: The part leads to a parameter or to an optimizer, has no deep copy, or
-                calls a function that shares an object with the copy.
+                contains a function that can change an object of the training.
         """
         kind = type(self._optimizer).__name__
         if reached := self._find_reached(value):
@@ -177,10 +180,10 @@ class _Copier:
         }
 
     def _find_reached(self, value: Any) -> str:
-        """Return words for a weight or optimizer that a part leads to; empty without one.
+        """Return words for a parameter or optimizer that a part leads to; empty if there is none.
 
-        A deep copy shares functions and weak references, so that nothing behind them may lead to
-        the optimizer itself, either.
+        The optimizer itself is allowed, since a deep copy replaces it by the new one. That is not
+        so behind functions and weak references, which a deep copy shares.
         """
         todo, seen = [(value, False)], set[tuple[int, bool]]()
         while todo:
@@ -216,17 +219,17 @@ def _list_inner(value: Any) -> Iterator[Any]:
 
 
 def _is_remade(optimizer: Optimizer, name: str) -> bool:
-    """Return True for an attribute that each copy has anew.
+    """Return True for an attribute of the instance that is not copied.
 
-    A method in the instance hides that of the class and is bound to the original, such as the
-    `step` that learning rate schedulers replace.
+    A method in the instance, such as the `step` that learning rate schedulers put there, hides the
+    method of the class and would step the original.
     """
     is_method = callable(getattr(type(optimizer), name, None))
     return is_method or name in {"param_groups", "state", *_HOOKS, *_SET_FOR_ONE_STEP}
 
 
 def use_fused(optimizer: Optimizer) -> None:
-    """Choose the fused implementation in all groups.
+    """Make an optimizer step with the fused implementation of its class, in all groups.
 
     Raises:
         CannotCopyError: The class has no fused implementation.

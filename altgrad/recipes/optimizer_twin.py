@@ -1,8 +1,9 @@
 """`OptimizerTwin`: a twin whose own optimizer makes each step, with the gradients of the run.
 
-No formula is modelled: the optimizer is a copy of the run's own, or one that a recipe makes, and
-runs on the sample. Read `twin`, `optimizer_copy`, `factory` and `flat_state` first. `lane` comes
-next: it holds all twins of some layers.
+A *twin* is a recipe at work on a sample of each layer of the *run*, the training that is watched.
+No formula is modelled: the optimizer is a copy of the run's own, or one that a factory makes, which
+is a function in the recipe. Layers that step alike are one parameter of it, a *bucket*. Read
+`flat_state` first, and `twin` for the base class; `twin_source` comes next.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ class Gradients(NamedTuple):
     """The sampled gradients of a step of the run.
 
     Attributes:
-        values: The gradients, float (elements); 0 at padding.
-        present: For each bucket of the layout, True if its layers have a gradient.
-        scale: Loss scale by which the gradients are still multiplied, one element; None without.
-        found_inf: Flag of a GradScaler, one element: not 0 if the step is skipped. None without.
+        values: The gradients, floating-point (elements); 0 at padding.
+        present: For each bucket of the layout, True if its layers have a gradient in this step.
+        scale: The loss scale by which the gradients are still multiplied, a tensor of one element;
+            None if they are not.
+        found_inf: The flag of a GradScaler that a fused optimizer reads on the device, a tensor of
+            one element: not 0 if the step is skipped. None without it.
     """
 
     values: Tensor
@@ -56,37 +59,38 @@ class OptimizerTwin(Twin):
     Args:
         recipe: The recipe.
         dtype: The dtype of the weights of the run.
-        scales: The scales of formats that have some.
-        seed: Seed of stochastic rounding.
+        scales: The scales of the sampled elements, for formats that have scales.
+        seed: Seed of stochastic rounding, and of all that the optimizer draws.
     """
 
     def __init__(
         self, recipe: Recipe, dtype: torch.dtype, scales: ElementScales, seed: int
     ) -> None:
         super().__init__(recipe, dtype, scales, seed)
-        # One, or one for each group if a factory makes them; with the groups of the run.
+        # One copy, or one optimizer for each group of the run if a factory makes them. Beside each
+        # stand the indices of the run's groups that its own groups stand for.
         self._optimizers: list[tuple[Optimizer, list[int]]] = []
         self._made: dict[int, FactoryGroup] = {}  # what a factory made, by group of the run
         self._parameters: list[nn.Parameter] = []  # one for each bucket
-        self._homes: list[Tensor] = []  # where the weights of each parameter belong
+        self._homes: list[Tensor] = []  # views of `tensors.weights` for each parameter
         self._loaded: Sequence[Mapping[str, Any]] = []  # states of the buckets of a checkpoint
         self._loaded_groups: Mapping[int, Mapping[str, Any]] = {}
         self._gradients = torch.zeros(0, dtype=self.dtype, device="cpu")
         self._bucket_gradients: list[Tensor] = []
         self._generators = PrivateGenerators(self._seed)
         self._counts_on_host = False
-        self._undone_for: Sequence[bool] = ()  # which buckets had gradients in the last such step
+        self._undone_for: Sequence[bool] = ()  # `present` in the last step that could be undone
 
     @property
     def states(self) -> Mapping[str, Tensor]:
-        """The elementwise states of the optimizer by name, flat tensors.
+        """The states that have one number per element, by name, (elements).
 
-        Layers without a state, and padding, have 0.
+        Numbers are 0 in layers without the state, and at padding.
         """
         return {name: self._join(parts) for name, parts in self._elementwise_states().items()}
 
     def _elementwise_states(self) -> Mapping[str, list[tuple[slice, Tensor]]]:
-        """Return the elementwise states of the buckets that have some, by name."""
+        """Return states with one number per element, by name: place and values in each bucket."""
         states: dict[str, list[tuple[slice, Tensor]]] = {}
         for state, place in zip(self._bucket_states(), self.layout.slices, strict=True):
             for name, value in state.items():
@@ -95,7 +99,7 @@ class OptimizerTwin(Twin):
         return states
 
     def _join(self, parts: Sequence[tuple[slice, Tensor]]) -> Tensor:
-        """Return states of buckets as a flat tensor, with 0 elsewhere; a view if there is one."""
+        """Return a state of buckets as a flat tensor with 0 elsewhere; a view if possible."""
         (_, first), *others = parts
         if not others and first.numel() == self.layout.length:
             return first.view(-1)
@@ -105,11 +109,11 @@ class OptimizerTwin(Twin):
         return flat
 
     def has_state(self, name: str, state: Mapping[str, Any], layer: Sampled) -> bool:
-        """Return True if the twin has the state that the run has of a layer, but for rounding.
+        """Return True if the twin's state of a layer equals that of the run, but for rounding.
 
         Args:
             name: Name of the layer.
-            state: The state of the run's optimizer.
+            state: The state that the run's optimizer has of the layer, by name.
             layer: The layer.
         """
         number = self.layout.bucket_numbers.get(name)
@@ -125,12 +129,15 @@ class OptimizerTwin(Twin):
     def rearrange(self, new: Arrangement) -> None:
         """Take over another layout, with layers that are new or gone.
 
+        The optimizers are made anew. States of layers are those of the twin so far, or of the run
+        for renewed layers.
+
         Args:
-            new: The layout, and the run.
+            new: The layout and the state of the run.
 
         Raises:
             CannotCopyError: The run's optimizer cannot be copied.
-            NotElementwiseError: A state of a layer has another shape than the layer.
+            NotElementwiseError: A state does not hold one number per element of a layer.
         """
         old, states = self.layout, self._bucket_states()
         sources = old.find_sources(new.layout, new.begun)
@@ -171,6 +178,9 @@ class OptimizerTwin(Twin):
     def step(self, gradients: Gradients) -> None:
         """Step the twin's optimizer, and store what it changed.
 
+        A step that a GradScaler skips on the device has no effect on the twin: a fused optimizer
+        skips it itself, and with another the step is undone.
+
         Args:
             gradients: The gradients of the run.
         """
@@ -194,18 +204,19 @@ class OptimizerTwin(Twin):
         self.tensors.end_step()
 
     def _take_gradients(self, gradients: Gradients, *, can_unscale: bool) -> Tensor | None:
-        """Copy the gradients, since many optimizers change theirs.
+        """Set copies of the gradients in the parameters, since many optimizers change theirs.
 
         Args:
             gradients: The gradients of the run.
             can_unscale: True if the optimizer divides by a loss scale itself.
 
         Returns:
-            The loss scale by which the copies are still multiplied; None without.
+            The loss scale by which the copies are still multiplied, one element; None if they are
+            not.
         """
         values, scale = gradients.values, gradients.scale
-        # Gradients of another dtype lose their scale first, which may lead beyond the range of the
-        # twin's; those of the same dtype are stepped just as the run's are.
+        # Scaled gradients may exceed the range of another dtype, so that they are divided before
+        # the conversion. In the same dtype, they are stepped just as the run's are.
         if scale is not None and not (can_unscale and values.dtype == self.dtype):
             values = values.to(torch.promote_types(values.dtype, torch.float32))
             values, scale = values / scale.to(values.device), None
@@ -216,15 +227,18 @@ class OptimizerTwin(Twin):
         return scale
 
     def _must_look(self, gradients: Gradients) -> bool:
-        """Return True if a skipped step could not be undone on the device.
+        """Return True if the host must read the flag of a GradScaler before the step.
 
-        It could not in the first step of a layer, which makes its states, nor if the optimizer
-        counts on the host.
+        A step cannot be undone on the device if the optimizer counts in numbers of Python, or if
+        the step may be the first one of a bucket, which makes its states.
         """
         return self._counts_on_host or gradients.present != self._undone_for
 
     def _copy_host_numbers(self) -> list[object]:
-        """Return the numbers of optimizers, groups and states that are no tensors."""
+        """Return the numbers of optimizers, groups and states that are no tensors.
+
+        A step changes some of them if the optimizer counts on the host.
+        """
         optimizers = [optimizer for optimizer, _ in self._optimizers]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         return [
@@ -234,7 +248,7 @@ class OptimizerTwin(Twin):
 
     @contextmanager
     def _undoing(self, found_inf: Tensor | None) -> Iterator[None]:
-        """Undo a step on the device if a GradScaler found inf, without a look from the host."""
+        """Undo the step inside on the device if a GradScaler found inf; the host does not wait."""
         assert found_inf is not None
         earlier = [(each, each.clone()) for each in self._all_tensors()]
         yield
@@ -243,7 +257,7 @@ class OptimizerTwin(Twin):
 
     @contextmanager
     def _scaling(self, scale: Tensor | None, found_inf: Tensor | None) -> Iterator[None]:
-        """Give the optimizers what a GradScaler gives those that look on the device."""
+        """Set what a GradScaler sets in fused optimizers, for the step inside."""
         if found_inf is None:
             yield
             return
@@ -256,7 +270,7 @@ class OptimizerTwin(Twin):
                 del vars(optimizer)["found_inf"], vars(optimizer)["grad_scale"]
 
     def _step_optimizer(self, optimizer: Optimizer) -> None:
-        """Step one of the optimizers, and put its parameters back to their places.
+        """Step one of the optimizers, and move its parameters back into the flat weights.
 
         Raises:
             ValueError: The step added parameters, or took some away.
@@ -279,7 +293,7 @@ class OptimizerTwin(Twin):
         """Take over the hyperparameters that were changed from outside since the last step.
 
         Args:
-            changes: The changes by group of the run.
+            changes: The changes by index of the group in the run's optimizer.
         """
         if self._made:
             for number in self._made.keys() & changes.keys():
@@ -295,6 +309,9 @@ class OptimizerTwin(Twin):
 
         Args:
             changes: What changed in the groups of the run's optimizer while it stepped.
+
+        Returns:
+            The changes whose values the twin does not have: those of hooks, such as a schedule.
         """
         unmade: dict[int, Mapping[str, Any]] = {}
         for optimizer, groups in self._optimizers:
@@ -319,11 +336,11 @@ class OptimizerTwin(Twin):
     def load_state_dict(
         self, layout: Layout, state: Mapping[str, Any], device: torch.device
     ) -> None:
-        """Restore a `state_dict`; the next `rearrange` takes its layers from there.
+        """Restore a `state_dict`; the next `rearrange` carries its elements over.
 
         Args:
-            layout: The layout of the state.
-            state: The state.
+            layout: The layout that the twin had when the state was saved.
+            state: A result of `state_dict`.
             device: The device of the layers.
         """
         super().load_state_dict(layout, state, device)
@@ -332,7 +349,7 @@ class OptimizerTwin(Twin):
         self._generators.load_state_dict(state["generators"])
 
     def _bucket_states(self) -> Sequence[Mapping[str, Any]]:
-        """Return the optimizer's state of each bucket."""
+        """Return the optimizer's state of each bucket, or before the first step the loaded ones."""
         if not self._optimizers:
             return self._loaded or [{} for _ in self.layout.buckets]
         owners = [self._find_optimizer(bucket.group) for bucket in self.layout.buckets]
@@ -344,13 +361,13 @@ class OptimizerTwin(Twin):
         return next(optimizer for optimizer, groups in self._optimizers if group in groups)
 
     def _split(self, flat: Tensor) -> list[Tensor]:
-        """Return the part of a flat tensor that belongs to each bucket, in its shape."""
+        """Return a view of each bucket in a flat tensor, in the shape of the bucket."""
         pairs = zip(self.layout.buckets, self.layout.slices, strict=True)
         shapes = ((each.shape, place) for each, place in pairs)
         return [flat[p].view((-1,) if shape is None else shape) for shape, p in shapes]
 
     def _describe_choices(self) -> Mapping[int, Mapping[str, Any]]:
-        """Return what a factory chose for each group, by group of the run."""
+        """Return the state of each `FactoryGroup`, by index of the group of the run."""
         if not self._optimizers:
             return self._loaded_groups
         return {number: made.state_dict() for number, made in self._made.items()}
@@ -358,14 +375,14 @@ class OptimizerTwin(Twin):
     def _make_optimizers(
         self, new: Arrangement, choices: Mapping[int, Mapping[str, Any]]
     ) -> list[tuple[Optimizer, list[int]]]:
-        """Make the twin's optimizers of its parameters.
+        """Make the optimizers that step the twin's parameters.
 
         Args:
-            new: The layout, and the run.
-            choices: What the factory chose for earlier groups, by group of the run.
+            new: The layout and the state of the run.
+            choices: States of `FactoryGroup`s to go on from, by index of the group of the run.
 
         Returns:
-            The optimizers, with the group of the run that each of their groups stands for.
+            The optimizers, each with the index of the run's group for each of its own groups.
         """
         numbers = sorted({bucket.group for bucket in new.layout.buckets})
         pairs = [*zip(new.layout.buckets, self._parameters, strict=True)]
@@ -384,7 +401,7 @@ class OptimizerTwin(Twin):
         return [(made.optimizer, [number]) for number, made in self._made.items()]
 
     def _take_state(self, new: Arrangement, bucket: Bucket) -> dict[str, Any]:
-        """Return the state of a new bucket from that of the run."""
+        """Return the optimizer state of a bucket, gathered from the run; empty with a factory."""
         layers = [new.layers[name] for name in bucket.counts]
         states = [new.optimizer.state.get(each.parameter, {}) for each in layers]
         if not any(states) or self.recipe.optimizer is not None:
@@ -400,7 +417,7 @@ class OptimizerTwin(Twin):
         )
 
     def _store_states(self) -> None:
-        """Store the states that the recipe names."""
+        """Round the states that the recipe names to their formats."""
         formats = self.recipe.state_formats
         if not formats:
             return
@@ -428,7 +445,7 @@ class OptimizerTwin(Twin):
 
 def _is_elementwise(value: object, place: slice) -> bool:
     is_float = isinstance(value, Tensor) and value.is_floating_point()
-    # A counter has one element, as a bucket of one layer with one element has: not a state of it.
+    # A counter has no dimension; its number of elements is also that of a bucket with one element.
     return is_float and value.dim() > 0 and value.numel() == place.stop - place.start  # type: ignore[attr-defined]
 
 
@@ -437,6 +454,6 @@ def _list_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def _reads_found_inf(optimizer: Optimizer) -> bool:
-    """Return True if an optimizer skips a step itself when a GradScaler found inf."""
+    """Return True if an optimizer itself skips a step for which a GradScaler found inf."""
     # GradScaler asks for the same attribute: torch/amp/grad_scaler.py, GradScaler.step.
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

@@ -1,8 +1,8 @@
-"""`find_shared`: what a deep copy of an object would share with the original and could change.
+"""`find_shared`: find an object that a deep copy would share with the original and could change.
 
 `copy.deepcopy` does not copy functions. A copied optimizer that calls one would therefore write to
-the list or the counter that the function knows, which belongs to the training. This file stands
-alone; `optimizer_copy` comes next.
+the list or the counter in the function's closure, which belongs to the training. Read `twin` first;
+`optimizer_copy` comes next, and refuses such optimizers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ import torch
 from torch import Tensor
 
 _LEAVES = (type, types.ModuleType, types.CodeType, logging.Logger)
-"""Types that lead to everything. Loggers write to the log of the program, as the training does."""
+"""Types whose objects are not searched.
+
+Classes, modules and code lead to everything in the program. Loggers may be shared: a copy writes to
+the same log.
+"""
 
 _CONSTANTS = (
     *(type(None), type(...), type(NotImplemented), str, bytes, range, numbers.Number),
@@ -37,15 +41,18 @@ _CONSTANTS = (
 """Types whose objects cannot be changed."""
 
 _MACHINERY = ("torch._", "torch.autograd.")
-"""Modules of torch whose objects are those of decorators, of operations and of its compiler."""
+"""Modules of torch whose objects hold no state of a training: decorators, operations, compiler."""
 
 
 def find_shared(value: Any, known: object = None) -> str:
-    """Return words for a mutable object that a deep copy would share; empty without one.
+    """Describe a mutable object that a deep copy would share with the original, for an error.
 
     Args:
-        value: The object of which a deep copy is to be made.
-        known: An object that is left out.
+        value: The object that is to be copied.
+        known: An object that is not searched, such as the optimizer that `value` belongs to.
+
+    Returns:
+        A description such as "a list through the function f"; empty if nothing is shared.
     """
     todo, seen = [value], {id(known)}
     while todo:
@@ -64,7 +71,7 @@ def find_shared(value: Any, known: object = None) -> str:
 
 
 def _find_mutable(function: object) -> str:
-    """Return words for a mutable object that a function leads to; empty without one."""
+    """Return words for a mutable object that a function can reach; empty if there is none."""
     name = getattr(function, "__qualname__", repr(function))
     todo, seen = [function, *_list_globals(function)], set[int]()
     while todo:
@@ -82,9 +89,9 @@ def _find_mutable(function: object) -> str:
 
 
 def _list_globals(function: object) -> list[Any]:
-    """Return what a function of the user's knows by its name in the module.
+    """Return the globals of its module that a function names; none for functions of torch.
 
-    What the functions among them know by name is left out: libraries keep caches there.
+    Globals of the functions among them are left out, since libraries keep caches there.
     """
     if not isinstance(function, types.FunctionType) or _is_library(function):
         return []
@@ -98,11 +105,11 @@ def _is_library(function: types.FunctionType) -> bool:
 
 
 def _list_inner(value: Any) -> list[Any] | None:
-    """Return what an unchangeable object leads to; None for an object that can be changed."""
+    """Return the objects inside an immutable one; None for an object that can be changed."""
     if isinstance(value, types.FunctionType):
         return _list_behind_function(value)
     if isinstance(value, types.BuiltinFunctionType):
-        # The object of a method such as `list.append`; of other functions the module or nothing.
+        # `__self__` is the list of a method `list.append`; for other functions the module or None.
         is_binding = type(value.__self__).__name__.startswith(("PyCapsule", "pybind11_"))
         return [] if is_binding else [value.__self__]
     if isinstance(value, types.MethodType):
@@ -121,7 +128,7 @@ def _list_inner(value: Any) -> list[Any] | None:
 
 
 def _list_behind_function(function: types.FunctionType) -> list[Any]:
-    """Return what a function has in its closure, its defaults and its attributes."""
+    """Return the objects in the closure, the defaults and the attributes of a function."""
     cells = _read_cells(function)
     if _is_library(function):
         return [each for each in cells if callable(each)]  # caches, not state of the training
@@ -140,7 +147,7 @@ def _read_cells(function: types.FunctionType) -> list[Any]:
 
 @functools.cache
 def _writes_outside(code: types.CodeType) -> bool:
-    """Return True if a function, or one inside, assigns to a variable of its module or closure."""
+    """Return True if code, or a function in it, assigns to a variable of its module or closure."""
     cells = set(_list_names(code, "STORE_DEREF", "DELETE_DEREF"))
     return not cells.isdisjoint(code.co_freevars) or any(
         _list_names(code, "STORE_GLOBAL", "DELETE_GLOBAL")
@@ -148,9 +155,9 @@ def _writes_outside(code: types.CodeType) -> bool:
 
 
 def _list_names(code: types.CodeType, *operations: str) -> Iterator[str]:
-    """Yield the names in some operations of a function and of those inside.
+    """Yield the variables that some bytecode operations of a function name, nested ones included.
 
-    Of cells, those of functions inside are left out that are no cells of the function itself.
+    A closure variable of a nested function counts only if it comes from outside of that function.
     """
     for instruction in dis.get_instructions(code):
         if instruction.opname in operations:
