@@ -1,7 +1,8 @@
-"""`describe_fused_sgd`: which weights does the fused SGD of torch leave where they are?
+"""`describe_fused_sgd`: warn of weights that the fused SGD of torch does not move.
 
-On a CPU it moves only the last elements of a tensor in 16 bits. A twin does the same, and looks as
-if its format had frozen every weight. Read `recipe` first; `lane` comes next.
+On a CPU it moves only the last elements of a tensor in 16 bits. A twin, which steps a sample of the
+training, does the same, and looks as if its format had frozen every weight. Read `run_states`
+first; `lane` comes next.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from altgrad.recipes.recipe import Recipe
 def describe_fused_sgd(
     optimizer: Optimizer, recipes: Sequence[Recipe], dtype: torch.dtype, device: torch.device
 ) -> str:
-    """Return a notice about weights that a fused SGD leaves where they are; empty without any.
+    """Return a notice that names the run and the twins whose weights a fused SGD does not move.
 
     Args:
-        optimizer: The run's optimizer.
-        recipes: The recipes whose twins run.
+        optimizer: The optimizer of the run, the training that is watched.
+        recipes: The recipes whose twins are stepped.
         dtype: The dtype of the weights of the run.
         device: The device of the weights.
+
+    Returns:
+        The notice; empty if all weights can move.
     """
     # https://github.com/pytorch/pytorch/issues/191763, open in torch 2.13: a test asserts it.
     if not isinstance(optimizer, SGD) or device.type != "cpu":
@@ -43,7 +47,12 @@ def describe_fused_sgd(
 
 
 def _is_still(recipe: Recipe, is_fused: bool) -> bool:
-    """Return True if the twin of a recipe runs the fused SGD in 16 bits."""
+    """Return True if the twin of a recipe is stepped by the fused SGD in 16 bits.
+
+    Args:
+        recipe: The recipe.
+        is_fused: True if the run's optimizer is fused.
+    """
     dtype = recipe.tensor_dtype
     runs_own_class = recipe.optimizer is None and (is_fused or recipe.fused)
     return runs_own_class and dtype is not None and dtype.itemsize == torch.float16.itemsize

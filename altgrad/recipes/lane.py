@@ -1,9 +1,14 @@
-"""`Lane`: the twins of all layers that have one dtype and one device.
+"""`Lane`: the twins of the layers whose samples can lie in one tensor (`LaneKind`).
+
+A *twin* is a recipe at work on a sample of each layer of the *run*, the training that is watched. A
+lane has one twin for each recipe, and two more. The *reference twin* has the recipe of the run
+itself, to check that a sample steps as the run does. The *baseline* is the twin in float32, with
+which the others are compared.
 
 At each step, a lane gathers the sampled gradients once and steps each twin with them. At an
-observed step it compares the reference twin with the run, and measures the others. Read
-`optimizer_twin`, `layer_plan` and `run_weights` first. `twins` comes next: it holds the lanes of
-each optimizer.
+observed step, one whose figures are recorded, it compares the reference twin with the run, and the
+others with the baseline. Read `fused_sgd` first, and `optimizer_twin`, `layer_plan` and
+`run_weights`, which do the work; `twin_state` comes next.
 """
 
 from __future__ import annotations
@@ -41,9 +46,10 @@ class LaneSums(NamedTuple):
     Attributes:
         layers: Names of the layers.
         recipes: Names of the recipes.
-        states: Names of the states.
-        values: float64 (layers, recipes, columns) of `altgrad.measurement.twin_sums`.
-        counts: float64 (layers, counts) of the self-check.
+        states: Names of the optimizer states that are compared.
+        values: Sums and medians of `altgrad.measurement.twin_sums`, float64 (layers, recipes,
+            columns).
+        counts: The counts of the self-check, `COUNTS`, float64 (layers, counts).
         sizes: Number of sampled elements of each layer.
         populations: Number of elements of each layer.
         blocks: Number of blocks in which the sample of each layer was drawn; 0 for single elements.
@@ -60,16 +66,16 @@ class LaneSums(NamedTuple):
 
 
 class Lane:
-    """The twins of layers with one dtype and one device, on one sample.
+    """The twins of layers with one dtype, gradient dtype, device and block size.
 
     Args:
-        kind: What the layers have in common.
-        recipes: The recipes whose twins are to run.
-        source: The layers of the run.
+        kind: The properties that the layers share.
+        recipes: The recipes whose twins are stepped.
+        source: The layers of the run, with their samples and scales.
 
     Attributes:
-        follows_updates: True if twins take over the updates of the run, whose optimizer cannot run
-            on a sample.
+        follows_updates: True if twins take over the updates of the run, because its optimizer
+            cannot run on a sample.
     """
 
     def __init__(self, kind: LaneKind, recipes: Sequence[Recipe], source: TwinSource) -> None:
@@ -82,26 +88,28 @@ class Lane:
         self._states = RunStates()
         self._make = (kind.dtype, self._scales, source.seed)  # what each twin is made of
         self._reference: Twin = OptimizerTwin(Recipe("run", dtype=kind.dtype), *self._make)
-        self._baseline: Twin | None = None  # the reference itself in a run in float32 or float64
+        self._baseline: Twin | None = None  # in float32 and float64, the reference stands for it
         if torch.promote_types(kind.dtype, torch.float32) != kind.dtype:
             self._baseline = OptimizerTwin(Recipe("fp32"), *self._make)
         self._twins: dict[str, Twin] = {r.name: OptimizerTwin(r, *self._make) for r in recipes}
         self.follows_updates = False
-        self._suspicions = 0
+        self._suspicions = 0  # checks after which a write was suspected that torch did not count
         self._has_new_layers = False  # since the last step
         self._late: Changes = {}  # changes of hyperparameters while the run last stepped
+        # Layers whose weights, and whose states, were written to before the checkpoint.
         self._loaded_writes: tuple[Collection[str], Collection[str]] = (), ()
         self._stepped: Sequence[Stepped] = ()
         # The parameters with a gradient in the last step, their shapes and groups.
         self._signature: tuple[tuple[int, torch.Size, int], ...] = ()
-        self._present: list[bool] = []
+        self._present: list[bool] = []  # by bucket: True with a gradient in this step
         self._gradients = torch.zeros(0, dtype=kind.gradient_dtype, device=kind.device)
         self._gradients_now = Gradients(self._gradients, ())
-        self._takes: list[tuple[Stepped, Tensor, Tensor]] = []  # of layers with a gradient
+        # Layers with a gradient: their samples, and where the sampled gradients go.
+        self._takes: list[tuple[Stepped, Tensor, Tensor]] = []
 
     @property
     def recipes(self) -> frozenset[str]:
-        """Names of the recipes, those whose twins have ended included."""
+        """Names of the recipes, including those whose twins have ended."""
         return self._recipes
 
     @property
@@ -129,13 +137,17 @@ class Lane:
         is_checked: bool,
         is_checkable: bool,
     ) -> None:
-        """Gather the gradients of a step that is about to happen.
+        """Prepare for a step of the run that is about to happen, and gather its gradients.
+
+        Twins take over layers that are new, and weights and states that something other than a step
+        has changed.
 
         Args:
             optimizer: The run's optimizer.
-            stepped: The layers of this lane that it steps, with a gradient or without.
+            stepped: The layers of this lane that the optimizer steps, with a gradient or without.
             is_checked: True if the self-check is made after the step.
-            is_checkable: False if the reference twin cannot equal the run.
+            is_checkable: False if the reference twin cannot equal the run, since the run's
+                optimizer rounds at random.
         """
         self._stepped = stepped
         present = [each for each in stepped if each.parameter.grad is not None]
@@ -167,12 +179,12 @@ class Lane:
     ) -> tuple[set[str], set[str]]:
         """Return the layers whose weights, and whose states, were written to since the last step.
 
-        After a state was restored, writes count since the last step before it.
+        After a resume, that is the last step before the checkpoint.
         """
         written, changed = self._loaded_writes
         other_weights, other_states = self._plan.restore(optimizer, stepped)
         moved = self._states.find_changed(optimizer, stepped)
-        # States that were only moved to another device and back, or loaded again, are equal.
+        # States that only went to another device and back, or were loaded again, are as before.
         moved -= {name for name in moved if self._has_state(optimizer, name)}
         return (
             {*written, *other_weights, *self._run.find_written()},
@@ -180,7 +192,7 @@ class Lane:
         )
 
     def _has_state(self, optimizer: Optimizer, name: str) -> bool:
-        """Return True if the reference twin has the run's state of a layer."""
+        """Return True if the reference twin has the state that the run has of a layer."""
         layer = self._plan.layers.get(name)
         if layer is None or not isinstance(self._reference, OptimizerTwin):
             return False
@@ -193,10 +205,10 @@ class Lane:
         present: Sequence[Stepped],
         changed: Collection[str],
     ) -> list[str]:
-        """Find the layers with a gradient in the buckets, and rearrange all twins if needed.
+        """Note which layers have a gradient, and lay out all twins anew if that needs it.
 
         Returns:
-            Names of the known layers that another parameter has replaced.
+            Names of the layers whose parameter is another object than before.
         """
         names, replaced = {each.name for each in present}, []
         with self._following_updates_after_an_error(optimizer):
@@ -245,8 +257,9 @@ class Lane:
 
         Args:
             optimizer: The run's optimizer.
-            changes: Hyperparameters that were changed from outside since the last step.
-            late: Hyperparameters that changed while the run stepped.
+            changes: Hyperparameters that were changed from outside between the last step and this.
+            late: Hyperparameters that changed while the run stepped. Those that the reference twin
+                has not changed in its own step, twins take over before their next step.
         """
         missed = self._find_missed()
         own, by_factory = _join(missed, changes), _join(self._late, changes)
@@ -302,7 +315,7 @@ class Lane:
         return self._run.check(self._reference.tensors)
 
     def _read_states(self, optimizer: Optimizer, names: Collection[str]) -> None:
-        """Read the amaxes of each state that a recipe stores, in some layers."""
+        """Read the amaxes of the run's states for which recipes have formats, in some layers."""
         wanted = {name for twin in self._twins.values() for name in twin.recipe.state_formats}
         if not wanted:
             return
@@ -316,11 +329,13 @@ class Lane:
         self._scales.read_states(states)
 
     def measure(self, optimizer: Optimizer, shown: Collection[str]) -> LaneSums:
-        """Measure the twins of all layers at an observed step, and begin another window.
+        """Measure all twins at an observed step, and begin another window.
+
+        A window is the time since the last observed step; some figures are about it alone.
 
         Args:
             optimizer: The run's optimizer.
-            shown: Names of the layers that the step shows. Windows of others go on.
+            shown: Names of the layers whose figures this step reports. Windows of others go on.
 
         Returns:
             The sums of all twins and the counts of the self-check, on the device.
@@ -343,7 +358,7 @@ class Lane:
         )
 
     def _find_shown(self, names: Collection[str]) -> Tensor:
-        """Return the elements of some layers, bool (elements); none in a skipped step."""
+        """Return True for the elements of some layers, bool (elements); False in a skipped step."""
         flags = torch.tensor([name in names for name in self.names], device="cpu")
         shown = flags.to(self._kind.device)[self._run.layer_rows]
         found_inf = self._gradients_now.found_inf
@@ -352,12 +367,14 @@ class Lane:
     # --- endings
 
     def watch_writes(self, *, is_suspected: bool, are_found: bool) -> None:
-        """Begin or end to look for writes to weights at each step, after a check.
+        """Begin or end to watch weights for writes that torch does not count, after a check.
 
-        A suspicion begins it, the first time until a check without a write, then for good.
+        The first suspicion begins a watch that ends at a check with no write found. The second one
+        begins a watch for good.
 
         Args:
-            is_suspected: True if weights were taken over to which torch had counted no write.
+            is_suspected: True if the reference twin differed before the step without a write that
+                torch had counted.
             are_found: True if any weights were taken over since the check before.
         """
         self._suspicions += is_suspected
@@ -367,11 +384,14 @@ class Lane:
             self._run.is_watching = False
 
     def follow_updates(self, optimizer: Optimizer, reason: str) -> None:
-        """Feed twins with the updates of the run, since its optimizer cannot run on a sample.
+        """Give twins the updates of the run, since its optimizer cannot run on a sample.
+
+        Twins whose recipes need an optimizer end. In a run in 16 bits all twins end, since nothing
+        in float32 is left to compare them with.
 
         Args:
             optimizer: The run's optimizer.
-            reason: What the self-check found.
+            reason: The reason why it cannot, for the notice.
         """
         if self.follows_updates:
             return
@@ -399,7 +419,7 @@ class Lane:
 
     @contextmanager
     def _following_updates_after_an_error(self, optimizer: Optimizer) -> Iterator[None]:
-        """Go on with the updates of the run, if its optimizer cannot run on a sample."""
+        """After an error of the code inside, go on with `follow_updates`."""
         try:
             yield
         except Warning:  # the user made warnings errors
@@ -411,7 +431,13 @@ class Lane:
             self.follow_updates(optimizer, f"{kind} cannot run on a sample: {_describe(error)}")
 
     def _try(self, twin: Twin, act: Callable[[], object]) -> None:
-        """Call a function of a twin; after an error, end the twin with one sentence."""
+        """Call a function of a twin; after an error, end that twin with a notice.
+
+        Errors of the reference twin and the baseline are raised, since all others need these.
+
+        Raises:
+            Warning: The user made warnings errors.
+        """
         try:
             act()
         except Warning:  # the user made warnings errors
@@ -425,7 +451,7 @@ class Lane:
     # --- scales, memory, state
 
     def scales_changed(self) -> None:
-        """Find scales anew, since the amax of a layer has changed."""
+        """Compute scales anew when next needed, since the amax of a layer has changed."""
         self._scales.forget_amaxes()
         for twin in self._all_twins:
             twin.forget_amaxes()
@@ -462,10 +488,10 @@ class Lane:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`, before the first step. Twins that had ended are not begun again.
+        """Restore a `state_dict`, before the first step. Twins that had ended stay ended.
 
         Args:
-            state: A result of `state_dict`, whose recipes contain those of this lane.
+            state: A result of `state_dict` whose recipes include those of this lane.
         """
         self._twins = {name: each for name, each in self._twins.items() if name in state["twins"]}
         self._loaded_writes = state["written"], state["changed"]
@@ -501,6 +527,6 @@ def _step(twin: Twin, gradients: Gradients, changes: Changes) -> None:
 
 
 def _describe(error: Exception) -> str:
-    """Return the text of an error; for one of another library with its type and place."""
+    """Return the text of an error, with type and place unless the error is one of AltGrad's."""
     has_remedy = isinstance(error, (CannotCopyError, NotElementwiseError))
     return str(error) if has_remedy else describe_error(error)

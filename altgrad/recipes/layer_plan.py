@@ -1,8 +1,10 @@
-"""`LayerPlan`: the layers of a lane, and the buckets in which they lie.
+"""`LayerPlan`: decide which layers have twins, and which of them share a bucket.
 
-Layers that step alike share a bucket: a flat tensor that the optimizer of a twin steps at once. A
-bucket is split when its layers begin to differ, as layers do that are frozen or that experts are
-routed to. Read `layout` and `twin_source` first; `lane` comes next.
+*Twins* step a sample of each layer of the *run*, the training that is watched. A *lane* is a set of
+layers whose twins are stepped together, since their samples can lie in one tensor (`LaneKind`). In
+a lane, layers that step alike share a *bucket*: a flat tensor that the optimizer of a twin steps at
+once. A bucket is split when its layers begin to differ, as layers that are frozen, and experts
+that get no tokens. Read `twin_source` first; `self_check` comes next.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ from altgrad.recipes.sample import Sampled
 from altgrad.recipes.twin_source import TwinSource
 
 MOST_BUCKETS = 32
-"""Largest number of groups of layers that step alike, and of small layers that step alone on a CPU.
+"""Largest number of buckets of a lane, and of small layers that are each stepped alone on a CPU.
 
-Layers beyond are left out, since each group costs about 12 operations per twin and step. Experts
-that are routed to at random step each on its own. So do layers of fewer than 64 elements in 16 bits
-on a CPU, as their shape decides how torch rounds them; a fused optimizer steps all at once."""
+Layers beyond these have no twins, since a bucket costs about 12 operations per twin and step. Many
+buckets come from experts, which get tokens at different steps. Layers of fewer than 64 elements are
+stepped alone in 16 bits on a CPU, as their shape decides how torch rounds them; a fused optimizer
+steps all at once."""
 
 
 class LaneKind(NamedTuple):
@@ -33,8 +36,9 @@ class LaneKind(NamedTuple):
     Attributes:
         dtype: The dtype of the weights.
         gradient_dtype: The dtype of the gradients.
-        device: The device of both.
-        block: Number of neighbours that are drawn together.
+        device: The device of the weights and gradients.
+        block: Number of neighbouring elements that are drawn together, because a block of a format
+            shares a scale; 1 for single elements.
     """
 
     dtype: torch.dtype
@@ -43,7 +47,7 @@ class LaneKind(NamedTuple):
     block: int
 
     def describe(self) -> list[object]:
-        """Return the kind as plain data, without the number of its device."""
+        """Return the kind as plain data, without the device's index, which a resume may change."""
         return [str(self.dtype), str(self.gradient_dtype), self.device.type, self.block]
 
 
@@ -53,7 +57,7 @@ class Stepped(NamedTuple):
     Attributes:
         name: Name of the layer.
         parameter: The parameter.
-        group: Index of its parameter group.
+        group: Index of its parameter group in the run's optimizer.
     """
 
     name: str
@@ -65,14 +69,16 @@ class LayerPlan:
     """The layers of a lane with their samples, and the buckets in which they lie.
 
     Args:
-        kind: What the layers have in common.
-        source: The layers of the run.
+        kind: The properties that the layers share.
+        source: The layers of the run, from which samples are drawn.
 
     Attributes:
         layers: The layers by name, in the order of the layout.
-        layout: The buckets.
-        renewed: Names of the layers whose states twins take from the run at the last arrangement.
-        begun: Those among them that are new, or have another sample than before.
+        layout: The buckets, and the places of the layers in a flat tensor.
+        renewed: Names of the layers whose optimizer states twins take from the run since the last
+            `arrange`, instead of going on with their own.
+        begun: Names of the renewed layers that are new or have another sample than before. Their
+            weights are taken from the run, too.
     """
 
     def __init__(self, kind: LaneKind, source: TwinSource) -> None:
@@ -80,8 +86,8 @@ class LayerPlan:
         self.layout = Layout()
         self._kind = kind
         self._source = source
-        self._is_arranged = False  # False for a layout of a checkpoint, too
-        self._left_out: set[str] = set()
+        self._is_arranged = False  # by `arrange`: a layout from a checkpoint is not
+        self._left_out: set[str] = set()  # names of layers beyond the limits
         self.renewed: frozenset[str] = frozenset()
         self.begun: frozenset[str] = frozenset()
         self._warned: set[str] = set()
@@ -96,14 +102,17 @@ class LayerPlan:
     ) -> bool:
         """Lay out the layers anew if some are new, gone, or begin to differ in their steps.
 
+        Layers whose states were changed leave their bucket, and get another one as new layers do.
+
         Args:
             optimizer: The run's optimizer.
-            stepped: The layers that it steps, with a gradient or without.
-            present: Names of those with a gradient.
-            changed: Names of those whose states something other than a step has changed.
+            stepped: The layers that the optimizer steps, with a gradient or without.
+            present: Names of the layers with a gradient in this step.
+            changed: Names of the layers whose optimizer states something other than a step has
+                changed.
 
         Returns:
-            True if twins have to be rearranged.
+            True if layers, buckets or states are other ones, so that twins have to follow.
         """
         known = self._find_known(stepped)
         kept = self._split_buckets([each for each in known if each.name not in changed], present)
@@ -126,11 +135,19 @@ class LayerPlan:
         return True
 
     def find_present(self, present: Collection[str]) -> list[bool]:
-        """Return for each bucket whether its layers have a gradient; all have, or none."""
+        """Return for each bucket True if its layers are among those with a gradient.
+
+        All layers of a bucket are, or none is.
+        """
         return [next(iter(bucket.counts)) in present for bucket in self.layout.buckets]
 
     def _split_buckets(self, stepped: Sequence[Stepped], present: Collection[str]) -> list[Bucket]:
-        """Return the buckets of some layers, split where layers differ from now on."""
+        """Return the present buckets with only these layers, split where layers begin to differ.
+
+        Args:
+            stepped: The layers that stay.
+            present: Names of the layers with a gradient in this step.
+        """
         groups = {each.name: each.group for each in stepped}
         buckets = []
         for bucket in self.layout.buckets:
@@ -143,7 +160,7 @@ class LayerPlan:
         return buckets
 
     def _find_known(self, stepped: Sequence[Stepped]) -> list[Stepped]:
-        """Return the layers that the plan has with the same sample."""
+        """Return the layers that the plan has already, in the same shape."""
         return [
             each
             for each in stepped
@@ -158,7 +175,7 @@ class LayerPlan:
         self.layers[layer.name] = Sampled(layer.parameter, shape, indices.to(self._kind.device))
 
     def _begin(self, known: Collection[str], layers: Sequence[Stepped]) -> frozenset[str]:
-        """Draw the samples of new layers, and return their names."""
+        """Draw the samples of the layers that are not known, and return their names."""
         begun = [each for each in layers if each.name not in known]
         for each in begun:
             self._add_layer(each, self._draw(each))
@@ -167,7 +184,13 @@ class LayerPlan:
     def _make_buckets(
         self, optimizer: Optimizer, layers: Sequence[Stepped], present: Collection[str]
     ) -> list[Bucket]:
-        """Return buckets for layers that are new, or have other states than before."""
+        """Return buckets for layers that are new, or whose states were changed.
+
+        Args:
+            optimizer: The run's optimizer.
+            layers: The layers.
+            present: Names of the layers with a gradient in this step.
+        """
         buckets: dict[object, dict[str, int]] = {}
         shapes: dict[object, torch.Size | None] = {}
         for each in layers:
@@ -182,19 +205,19 @@ class LayerPlan:
         return [Bucket(key[1], counts, shapes[key]) for key, counts in buckets.items()]  # type: ignore[index]
 
     def _rounds_by_shape(self, optimizer: Optimizer, layer: Stepped) -> bool:
-        """Return True if the elements beyond the last full chunk may be rounded in another way."""
+        """Return True if torch may round elements beyond the last full chunk in another way."""
         is_fused = bool(optimizer.param_groups[layer.group].get("fused"))
         return self._kind.dtype.itemsize < 4 or is_fused
 
     def _limit(self, optimizer: Optimizer, buckets: list[Bucket]) -> list[Bucket]:
-        """Leave out buckets that would cost too much, and warn once of each kind."""
+        """Return the buckets within the limits; warn once of the layers that are left out."""
         flat = [bucket for bucket in buckets if bucket.shape is None]
         alone = [
             bucket
             for bucket in buckets
             if bucket.shape is not None and self._steps_alone(optimizer, bucket)
         ]
-        # Groups are the user's; only layers that are stepped at other times are limited.
+        # Parameter groups are the user's choice, so that one bucket for each does not count.
         self._leave_out_smallest(
             flat,
             MOST_BUCKETS + len({bucket.group for bucket in buckets}) - 1,
@@ -210,7 +233,7 @@ class LayerPlan:
         return [bucket for bucket in buckets if self._left_out.isdisjoint(bucket.counts)]
 
     def _steps_alone(self, optimizer: Optimizer, bucket: Bucket) -> bool:
-        """Return True if a bucket costs operations of its own."""
+        """Return True if a bucket is stepped by operations of its own: on a CPU, unless fused."""
         is_fused = optimizer.param_groups[bucket.group].get("fused")
         return self._kind.device.type == "cpu" and not is_fused
 
@@ -220,8 +243,8 @@ class LayerPlan:
         Args:
             buckets: Buckets of one kind.
             most: Largest number of buckets to keep.
-            kind: Description of the layers that are left out.
-            what: What twins step that many of.
+            kind: Description of the layers that are left out, for the notice.
+            what: Description of the buckets that are kept, after their number in the notice.
         """
         ranked = sorted(buckets, key=lambda bucket: -bucket.length)  # stable: equal runs are equal
         gone = [name for bucket in ranked[most:] for name in bucket.counts]
@@ -235,13 +258,13 @@ class LayerPlan:
             self.layers.pop(name, None)
 
     def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the buckets and the samples as plain data and tensors.
+        """Return buckets and samples, with weights and states to recognise the run by.
 
         Args:
             optimizer: The run's optimizer.
 
         Returns:
-            A dict that `load_state_dict` takes.
+            A dict of plain data and tensors.
         """
         samples = {
             name: tuple(_Saved.read(optimizer, each.parameter, each.indices))
@@ -266,15 +289,18 @@ class LayerPlan:
     def restore(
         self, optimizer: Optimizer, stepped: Sequence[Stepped]
     ) -> tuple[set[str], set[str]]:
-        """Add the layers of a checkpoint, before the first step; others begin anew.
+        """Add the layers of a loaded state, at the first step in which the optimizer has them.
+
+        A layer begins anew if its sample is another one, or if both its weights and its states
+        differ from the loaded state.
 
         Args:
             optimizer: The run's optimizer.
-            stepped: The layers that it is about to step.
+            stepped: The layers that the optimizer is about to step.
 
         Returns:
-            Names of the layers whose weights, and of those whose states, have changed since the
-            checkpoint.
+            Names of the added layers whose weights differ from the loaded state, and names of those
+            whose optimizer states do.
         """
         written, changed, gone = set(), set(), []
         for each in stepped:
@@ -283,7 +309,7 @@ class LayerPlan:
                 continue
             now = _Saved.read(optimizer, each.parameter, saved.indices)
             has_weights, has_state = _equal(now.weights, saved.weights), now.equals_state(saved)
-            # Other weights and other states are those of another time, not of a write.
+            # If weights and states differ, the run went on since; a write would change only one.
             is_gone = not torch.equal(self._draw(each), saved.indices)
             if is_gone or not (has_weights or has_state):
                 gone.append(each.name)
@@ -302,12 +328,12 @@ class LayerPlan:
 
 
 class _Saved(NamedTuple):
-    """A layer of a checkpoint, as it was in the run; all tensors on the CPU.
+    """A layer of the run at the time of a checkpoint; all tensors are on the CPU.
 
     Attributes:
         indices: The sample, flat indices, int64 (elements).
         weights: The sampled weights, (elements).
-        state: Sampled states by name, and those that are one number.
+        state: Optimizer states by name: sampled, (elements), or a single number, (1).
     """
 
     indices: Tensor
@@ -354,7 +380,10 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _describe_state(optimizer: Optimizer, layer: Stepped) -> object:
-    """Return what layers have alike that may share a bucket: their steps, and kinds of state."""
+    """Return a key that layers with the same names and numbers of optimizer states have alike.
+
+    Numbers are counts of steps, for example: layers in one bucket have one count.
+    """
     state = optimizer.state.get(layer.parameter, {})
     # Reading a counter waits for the device, once when a layer is new.
     return tuple((name, _read_number(value, layer)) for name, value in state.items())

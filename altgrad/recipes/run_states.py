@@ -1,10 +1,12 @@
 """`RunStates`: find the layers whose optimizer states something other than a step has changed.
 
 A checkpoint that is loaded in mid-run, a warm restart, or a reset of the first moment changes the
-states of the run's optimizer between two steps. Twins then take them over. torch counts writes to a
-tensor, and a new state has another count, so that no state is compared at ordinary steps.
+states of the *run's* optimizer, that of the training, between two steps. Twins, which step a sample
+with states of their own, then take these states over. Only the numbers of writes that torch counts
+are compared, not the states, so that an ordinary step costs no operation. A tensor that is put in
+place of another one has another count.
 
-Read `run_weights` first; `lane` comes next.
+Read `run_weights` first; `fused_sgd` comes next.
 """
 
 from __future__ import annotations
@@ -20,17 +22,17 @@ from altgrad.recipes.writes import count_writes
 
 
 class RunStates:
-    """The counted writes to the states of the run's optimizer, by layer."""
+    """A record of the writes to optimizer states that torch has counted so far, by layer."""
 
     def __init__(self) -> None:
         self._marks: dict[str, tuple[object, ...]] = {}
 
     def remember(self, optimizer: Optimizer, stepped: Sequence[Stepped]) -> None:
-        """Take the writes so far as those of the optimizer, at the end of its step.
+        """Attribute all writes so far to the optimizer; called at the end of its step.
 
         Args:
             optimizer: The run's optimizer.
-            stepped: The layers that it steps.
+            stepped: The layers that the optimizer steps.
         """
         state = optimizer.state
         self._marks = {each.name: _mark(state.get(each.parameter)) for each in stepped}
@@ -40,7 +42,10 @@ class RunStates:
 
         Args:
             optimizer: The run's optimizer.
-            stepped: The layers that it is about to step. New ones have not changed.
+            stepped: The layers that the optimizer is about to step.
+
+        Returns:
+            Names of the layers; a layer that `remember` did not get is not among them.
         """
         state, marks = optimizer.state, self._marks
         return {
@@ -51,7 +56,7 @@ class RunStates:
 
 
 def _mark(state: Mapping[str, Any] | None) -> tuple[object, ...]:
-    """Return the identity of a state and of its tensors, the writes to each, and its numbers."""
+    """Return identities of a layer's state and its tensors, the writes to each, and its numbers."""
     if not state:
         return ()
     values = state.values()  # once per layer and step: one pass each is faster than a helper

@@ -1,17 +1,17 @@
-"""`RunWeights`: the sampled weights of the run, and what changes them besides its optimizer.
+"""`RunWeights`: the sampled weights of the run, and those that something besides a step changed.
 
-An average that is swapped in, a checkpoint that is loaded, or a pruning moves weights between two
-steps. Twins take such weights over, or they would go another way than the run. They are found in
-two ways:
+The *run* is the training that is watched. An average that is swapped in, a checkpoint that is
+loaded, or a pruning changes its weights between two steps. Twins take such weights over, or they
+would go another way than the run. The changes are found in two ways:
 
-- torch counts most writes to a tensor. A layer that was written to is compared with the reference
-  twin, whose weights should be those of the run.
-- Writes through `.data` are not counted. If the reference twin differs from a layer before a
-  checked step, the reason is such a write, or a twin that is wrong. The weights are taken over, and
-  watched from then on: gathered at the end of each step and compared at the beginning of the next,
-  so that every write is found and what remains is a wrong twin.
+- torch counts most writes to a tensor. A layer that was written to is compared with the *reference
+  twin*, which steps a sample just as the run does, so that its weights should be those of the run.
+- Writes through `.data` are not counted. If the reference twin differs from a layer before a step
+  that is checked, there was such a write, or the twin is wrong. The weights are taken over, and
+  *watched* from then on: gathered at the end of each step and compared at the beginning of the
+  next. Every write is then found, and a twin that still differs is wrong.
 
-Read `layout` and `self_check` first; `run_states` comes next.
+Read `writes` first; `run_states` comes next.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class RunWeights:
     """The weights of the run at the elements that twins step.
 
     Args:
-        kind: What the layers have in common.
+        kind: The properties that the layers share.
 
     Attributes:
         values: The weights when they were last gathered, in the dtype of the run, (elements); 0 at
             padding.
-        rows: Positions of the elements of each layer, int64 (layers, width).
-        layer_rows: The row of the layer of each element, int64 (elements); 0 at padding.
+        rows: Positions in `values` of the elements of each layer, int64 (layers, width).
+        layer_rows: The row in `rows` of each element's layer, int64 (elements); 0 at padding.
         mask: bool (layers, width), False where a row has no element of its layer.
         blocks: Number of neighbours that were drawn together in each layer; 1 for single elements.
         block_counts: Number of blocks in the sample of each layer; 0 for single elements.
-        is_watching: True if weights are gathered at the end of each step.
+        is_watching: True if weights are watched for writes that torch does not count.
     """
 
     def __init__(self, kind: LaneKind) -> None:
@@ -52,12 +52,12 @@ class RunWeights:
         self._layers: Mapping[str, Sampled] = {}
         self._layout = Layout()
         self._places: list[Tensor] = []  # parts of `values`, one for each layer
-        self._versions: dict[str, tuple[int, int]] = {}
+        self._versions: dict[str, tuple[int, int]] = {}  # number of writes, and address
         self.values = torch.zeros(0, dtype=kind.dtype, device=kind.device)
         self.rows = self.layer_rows = torch.zeros(0, dtype=torch.int64, device=kind.device)
         self.mask = torch.zeros(0, dtype=torch.bool, device=kind.device)
-        # By layer: how often weights were taken over since the last check, and whether the last
-        # time was before a checked step, without a write that torch has counted.
+        # By layer, the last two of COUNTS: how often weights were taken over since the last check,
+        # and whether they were before the last checked step, without a write that torch counted.
         self._times_changed = torch.zeros(0, dtype=torch.float64, device=kind.device)
         self._suspected = torch.zeros(0, dtype=torch.bool, device=kind.device)
         self.blocks: tuple[int, ...] = ()
@@ -66,15 +66,18 @@ class RunWeights:
     def rearrange(
         self, layers: Mapping[str, Sampled], layout: Layout, begun: Collection[str] = ()
     ) -> list[str]:
-        """Gather the weights of another layout.
+        """Take over another layout, and gather its weights.
+
+        Weights of layers that stay are those after the last step, not those gathered now, so that a
+        watch finds what was written in between.
 
         Args:
             layers: The layers by name, in the order of the layout.
-            layout: The places of the layers.
-            begun: Names of the layers that are new, or have another sample.
+            layout: The places of the layers in a flat tensor.
+            begun: Names of the layers that are new or have another sample than before.
 
         Returns:
-            Names of the known layers that another parameter has replaced.
+            Names of the other layers whose parameter is another object than before.
         """
         device, names = self._kind.device, [*layers]
         known = {name: each for name, each in self._layers.items() if name not in begun}
@@ -98,14 +101,19 @@ class RunWeights:
             self.layer_rows[place] = row
         self._carry_counts(old, names)
         self.gather()
-        if len(last):  # the weights after the last step, with which a watch compares
+        if len(last):
             self.values = torch.where(sources < 0, self.values, last[sources])
             self._places = [self.values[place] for place in layout.places.values()]
         self._versions = self._read_versions()
         return [n for n, each in known.items() if n in layers and _is_replaced(each, layers[n])]
 
     def _carry_counts(self, old: list[str], names: list[str]) -> None:
-        """Give the counts of the old layers to those that are still there."""
+        """Carry the counts of layers over to another order.
+
+        Args:
+            old: Names of the layers before; some may be gone.
+            names: Names of the layers now; some may be new, with counts of 0.
+        """
         times, suspected = self._times_changed, self._suspected
         self._times_changed = times.new_zeros(len(names))
         self._suspected = suspected.new_zeros(len(names))
@@ -115,20 +123,20 @@ class RunWeights:
                 self._suspected[names.index(name)] = suspected[row]
 
     def gather(self) -> Tensor:
-        """Gather the weights as they are now, and return `values`."""
+        """Gather the weights as they are now into `values`, (elements), and return it."""
         for layer, place in zip(self._layers.values(), self._places, strict=True):
             torch.take(layer.parameter, layer.indices, out=place)
         return self.values
 
     def check(self, reference: TwinTensors) -> Tensor:
-        """Compare a reference twin with the run as it is now.
+        """Compare the reference twin with the run as it is now.
 
         Args:
-            reference: The weights of the twin.
+            reference: The weights of the reference twin.
 
         Returns:
-            float64 (layers, counts): the `COUNTS` of each layer, on the device. Weights that were
-            taken over are counted since the last call.
+            float64 (layers, counts): the `COUNTS` of each layer, on the device. Counts of weights
+            that were taken over begin anew with each call.
         """
         self.gather()
         times, self._times_changed = self._times_changed, torch.zeros_like(self._times_changed)
@@ -144,7 +152,7 @@ class RunWeights:
     # --- weights that something other than a step has changed
 
     def remember_writes(self) -> None:
-        """Take the writes so far as those of the optimizer, at the end of its step."""
+        """Attribute all writes so far to the optimizer; called at the end of its step."""
         self._versions = self._read_versions()
         if self.is_watching:
             self.gather()
@@ -156,7 +164,7 @@ class RunWeights:
         }
 
     def find_written(self) -> list[str]:
-        """Return the layers that were written to since `remember_writes`, as torch counts it."""
+        """Return the layers to which torch has counted a write since `remember_writes`."""
         now = self._read_versions()
         return [name for name, version in now.items() if version != self._versions.get(name)]
 
@@ -167,11 +175,12 @@ class RunWeights:
 
         Args:
             reference: The weights of the reference twin.
-            written: Names of the layers that were written to.
-            is_checkable: False if the reference twin cannot equal the run.
+            written: Names of the layers with a write that torch has counted.
+            is_checkable: False if the reference twin cannot equal the run, since the run's
+                optimizer rounds at random.
 
         Returns:
-            bool (elements).
+            bool (elements): True for changed weights.
         """
         if self.is_watching:
             last = self.values.clone()
@@ -186,7 +195,11 @@ class RunWeights:
     def _find_changed_layers(
         self, reference: TwinTensors, written: Collection[str], *, is_checkable: bool
     ) -> Tensor:
-        """Return the layers that were written to, or that differ by more than a check allows."""
+        """Return the layers that were written to, or that differ from the twin without a write.
+
+        Returns:
+            bool (layers).
+        """
         is_written = torch.tensor([name in written for name in self._layers], device="cpu")
         is_written = is_written.to(self._kind.device)
         if not is_checkable:
@@ -195,20 +208,21 @@ class RunWeights:
         return self._suspected | is_written
 
     def state_dict(self) -> dict[str, Tensor | None]:
-        """Return what a resumed run needs to count and watch writes on.
+        """Return the state that a resumed run needs to find the same writes.
 
         Returns:
-            Tensors by name; None for the weights after the last step if they are not watched.
+            ``times_changed``, float64 (layers), and ``watched``, the weights after the last step,
+            (elements), or None if they are not watched.
         """
         watched = self.values.clone() if self.is_watching else None
         return {"times_changed": self._times_changed.clone(), "watched": watched}
 
     def load_state_dict(self, state: Mapping[str, Tensor | None], layout: Layout) -> None:
-        """Restore a `state_dict`; the next `rearrange` begins there.
+        """Restore a `state_dict`; the next `rearrange` carries its elements over.
 
         Args:
             state: A result of `state_dict`.
-            layout: The layout of the state.
+            layout: The layout at the time when the state was saved.
         """
         device, times, watched = self._kind.device, state["times_changed"], state["watched"]
         assert times is not None
@@ -223,7 +237,7 @@ class RunWeights:
 
 
 def _differ(one: Tensor, other: Tensor) -> Tensor:
-    """Return where two tensors differ; NaN equals NaN."""
+    """Return True for each element in which two tensors differ; NaN equals NaN."""
     return (one != other) & ~(one.isnan() & other.isnan())
 
 

@@ -1,8 +1,9 @@
 """The self-check: does the reference twin equal the run?
 
-The reference twin has the recipe of the run itself, so its weights must be those of the run. If
+A twin steps a sample of each layer of the *run*, the training that is watched, as a recipe says.
+The *reference twin* has the recipe of the run itself, so its weights must be those of the run. If
 they are, every other twin differs from the run by its recipe alone. `compare` counts on the device,
-and `judge` reads the counts on the host. `lane` comes next and calls both.
+and `judge` reads the counts on the host. Read `layer_plan` first; `writes` comes next.
 """
 
 from __future__ import annotations
@@ -16,32 +17,35 @@ from altgrad.measurement.numbers import Numbers
 from altgrad.quantization import compute_ulp_distance
 
 _SLACK = 2.0**-10
-"""Share of its movement by which a weight may differ and count as nearly equal."""
+"""Share of its movement since the start by which a weight may differ without being *far*."""
 _ULPS = {torch.float32: 4.0, torch.float64: 4.0}
-"""Spacings by which a weight of a wide dtype may differ and count as nearly equal."""
+"""Spacings of a wide dtype by which a weight may differ without being *far*."""
 MOST_TAILS = 0.03
-"""Share of the moved elements that may differ by more, as tails of vectorised loops do.
+"""Share of the moved elements that may be far because of tails.
 
-Tails were up to 0.026 of the elements where they were measured.
+Vectorised loops round the *tail* of a tensor, its last elements, by other code. Tails were up to
+0.026 of the elements where they were measured.
 """
 _FEW = 0.2
-"""Share of the moved elements that may differ by more before the twin is called different.
+"""Share of the moved elements that may be far before the twin is called different.
 
 A wrong optimizer moves nearly all elements by another amount.
 """
 
 COUNTS = ("different", "far", "moved", "ulps", "outside", "suspected")
-"""The counts of a layer: elements that differ at all, and by more than rounding; elements that
-moved; the largest difference in spacings; how often weights were taken over that something other
-than a step moved; and whether they were, before this step, without a write that torch has counted.
+"""The counts of a layer: elements that differ at all; those that are *far*, by more than rounding;
+elements that moved since the start; the largest difference in spacings; how often weights were
+taken over from outside of steps; and 1 if they were taken over before this step although torch had
+counted no write to them, else 0.
 """
 
 
 class Check(Enum):
-    """The result of a self-check of one layer.
+    """The result of a self-check of one layer, from best to worst.
 
     A run whose optimizer rounds at random is not checkable: the twin draws other numbers. At the
-    first step both start alike, and differ by at most one spacing.
+    first step both start alike, and differ by at most one spacing. *Tails* are a few elements that
+    torch rounds otherwise at the ends of a tensor.
     """
 
     EQUAL = "equal"
@@ -58,7 +62,7 @@ def compare(run: Tensor, twin: Tensor, start: Tensor, mask: Tensor) -> Tensor:
     Args:
         run: The weights of the run, float16, bfloat16, float32 or float64 (layers, width).
         twin: The weights of the twin, the same dtype and shape.
-        start: The weights of the twin at its start.
+        start: The weights of the twin when it began, in the same dtype and shape.
         mask: bool (layers, width), False at padding.
 
     Returns:
@@ -77,7 +81,7 @@ def compare(run: Tensor, twin: Tensor, start: Tensor, mask: Tensor) -> Tensor:
 
 
 def find_suspected(counts: Tensor) -> Tensor:
-    """Return the layers that differ in more elements than tails can explain.
+    """Find the layers in which more elements are far than tails can explain.
 
     Args:
         counts: Result of `compare`, (layers, 4 or more).
@@ -94,7 +98,10 @@ def judge(counts: Numbers, *, draws: bool = False, is_first: bool = False) -> li
     Args:
         counts: Result of `compare` on the host, (layers, 4 or more).
         draws: True if the run's optimizer draws random numbers in its steps.
-        is_first: True after the first step of the twins.
+        is_first: True if the twins have made a single step.
+
+    Returns:
+        The results in the order of the rows.
     """
     return [_judge_layer(*row, draws=draws, is_first=is_first) for row in counts[:, :4].tolist()]
 

@@ -1,7 +1,8 @@
-"""`TwinSource`: what twins ask about the layers of the run that they belong to.
+"""`TwinSource`: the questions that twins ask about the layers of the run.
 
-A monitor answers, in `altgrad.monitor.twin_layers`. This file stands alone; `layer_plan` comes next
-and asks for samples.
+Twins step a sample of each layer of the *run*, the training that is watched. A monitor answers, in
+`altgrad.monitor.twin_layers`. Read `optimizer_twin` first; `layer_plan` comes next, and asks for
+samples.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from altgrad.quantization.formats import Scaling
 
 
 class TwinSource(Protocol):
-    """The layers of a run, with their samples and scales.
+    """A source of the layers of a run, their samples and their scales.
 
     Attributes:
         scaling: The elements that share a scale, as in `altgrad.measure`.
@@ -29,16 +30,16 @@ class TwinSource(Protocol):
 
     @property
     def can_step(self) -> bool:
-        """False if twins cannot be stepped, as of parameters that several ranks share."""
+        """False if no twins can be stepped, because several ranks share the parameters."""
 
     def find_stepped(self, optimizer: Optimizer) -> Sequence[tuple[str, Tensor]]:
-        """Return name and parameter of the layers that an optimizer steps."""
+        """Return name and parameter of each layer that an optimizer steps."""
 
     def has_twins(self, name: str) -> bool:
-        """Return True if a layer has twins at all, as its sampling rule says."""
+        """Return True if the settings of a layer ask for twins of it."""
 
     def draw(self, name: str, shape: torch.Size, block: int) -> Tensor:
-        """Draw the elements of a layer that twins step.
+        """Draw the sample of a layer, the same one at each call.
 
         Args:
             name: Name of the layer.
@@ -51,19 +52,19 @@ class TwinSource(Protocol):
         """
 
     def find_amaxes(self, name: str, indices: Tensor) -> Tensor:
-        """Return the largest magnitudes from which the scales of a layer are computed.
+        """Return the amaxes, largest magnitudes, from which scales of a layer are computed.
 
         Args:
             name: Name of the layer.
-            indices: The elements whose scales are wanted, int64 (elements).
+            indices: The elements whose scales are wanted, flat indices, int64 (elements).
 
         Returns:
-            The largest magnitude among the weights that share the scale of each element, (elements)
-            or (1).
+            The amax of the weights that share a scale with each element, float32 or float64
+            (elements); (1) if all elements of the layer share one.
         """
 
     def warn(self, notice: str) -> None:
-        """Warn the user, once for each notice."""
+        """Show the user a notice, unless the same one was shown before."""
 
     def warn_about_omission(self, notice: str) -> None:
-        """Warn of layers without twins, if the user has asked for twins."""
+        """Show a notice about layers without twins, if the user has named recipes."""

@@ -1,7 +1,8 @@
-"""`check_twin_state`: is a state of twins complete, so that a run can continue with it?
+"""`check_twin_state`: check that a state of twins is complete, so that a run can continue with it.
 
-A damaged checkpoint is an error where it is loaded, and not in a step of the training. Read
-`optimizer_twin` and `lane` first, which write the state; `twins` comes next and loads it.
+A damaged checkpoint is then an error where it is loaded, and not later in a step of the training.
+The state is a tree: lanes, their twins, and the tensors and optimizer states of these. Read `lane`
+first, which writes it; `twins` comes next, and loads it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from altgrad.recipes.layout import Bucket, Layout
 from altgrad.recipes.twin_tensors import TwinTensors
 
 _TENSORS = tuple(field.name for field in fields(TwinTensors))
+"""Names of the flat tensors of a twin."""
 
 
 def check_twin_state(state: Any) -> None:
-    """Raise an error if a state of all twins is damaged.
+    """Raise an error that names the first damaged entry in a state of all twins, if there is one.
 
     Args:
         state: A result of `Twins.state_dict`.
@@ -55,6 +57,7 @@ _LANE = {
     "baseline": (Mapping, type(None)),
     "twins": Mapping,
 }
+"""The entries of `Lane.state_dict`, and their types."""
 
 
 def _check_lane(lane: Any, place: str) -> None:
@@ -80,7 +83,7 @@ def _check_lane(lane: Any, place: str) -> None:
 
 
 def _check_run(run: Any, place: str, layout: Layout) -> None:
-    """Raise ValueError if what a lane keeps of the run's weights is damaged."""
+    """Raise ValueError if a `RunWeights.state_dict` is damaged."""
     _expect_mapping(run, place, ("times_changed", "watched"))
     _expect_tensor(run["times_changed"], f"{place}['times_changed']", len(layout.places))
     if run["watched"] is not None:
@@ -121,7 +124,14 @@ def _is_bucket(value: Any) -> bool:
 
 
 def _check_twin(twin: Any, place: str, layout: Layout, keeps_optimizers: bool) -> None:
-    """Raise ValueError if the state of a twin is damaged."""
+    """Raise ValueError if the state of a twin is damaged.
+
+    Args:
+        twin: The state.
+        place: Where it stands in the whole state, for the error.
+        layout: The layout of the twin's flat tensors.
+        keeps_optimizers: True if the twin steps optimizers of its own, whose states it keeps.
+    """
     _expect_mapping(twin, place, ("tensors", "amaxes", "generator"))
     _expect_mapping(twin["tensors"], f"{place}['tensors']", _TENSORS)
     for name in _TENSORS:
@@ -137,7 +147,13 @@ def _check_twin(twin: Any, place: str, layout: Layout, keeps_optimizers: bool) -
 
 
 def _check_optimizers(twin: Mapping[str, Any], place: str, buckets: int) -> None:
-    """Raise ValueError if what a twin keeps of its optimizers is damaged."""
+    """Raise ValueError if the optimizer states in the state of a twin are damaged.
+
+    Args:
+        twin: The state of the twin.
+        place: Where it stands in the whole state, for the error.
+        buckets: Number of parameters of the optimizers.
+    """
     _expect_mapping(twin, place, ("states", "groups", "generators"))
     states = twin["states"]
     if not isinstance(states, list) or len(states) != buckets:
@@ -167,7 +183,7 @@ def _expect(value: Any, kind: type | tuple[type, ...], place: str) -> None:
 
 
 def _expect_mapping(value: Any, place: str, names: Sequence[str] | Mapping[str, Any] = ()) -> None:
-    """Raise ValueError if a value is no mapping, or some names are missing in it."""
+    """Raise ValueError if a value is not a mapping, or some names are missing in it."""
     _expect(value, Mapping, place)
     if missing := [name for name in names if name not in value]:
         _raise_damage(place, sorted(map(str, value)), f"the entries {missing}, too")
@@ -188,7 +204,12 @@ def _expect_tensor(value: Any, place: str, length: int) -> None:
 
 
 def _raise_damage(place: str, value: Any, expected: str) -> NoReturn:
-    """Raise an error that names a place in the state, what is there, and what was expected.
+    """Raise the error for a damaged entry.
+
+    Args:
+        place: The place of the entry in the state.
+        value: The entry, or words for it.
+        expected: Words for what was expected.
 
     Raises:
         ValueError: Always.

@@ -1,8 +1,10 @@
 """`Twins`: all twins of a run, stepped at every step of its optimizers.
 
-A monitor calls `capture` before each step and `finish` after it; at an observed step it calls
-`measure`, and hands the result to `read` when that is on the host. Read `lane` first. This is the
-last file of the room; `altgrad.monitor.monitor` comes next.
+A *twin* is a recipe at work on a sample of each layer of the *run*, the training that is watched.
+`capture` is called before each step and `finish` after it. At an observed step, one whose figures
+are recorded, a monitor calls `measure`, and then `read` with the result on the host. Layers are
+sorted into *lanes*, whose twins are stepped together. Read `twin_state` first. This is the last
+file of the room; `altgrad.monitor.monitor` comes next.
 """
 
 from __future__ import annotations
@@ -39,21 +41,21 @@ from altgrad.recipes.twin_state import check_twin_state
 
 
 class Twins:
-    """The twins of all layers of a run, in lanes of layers with one dtype and device.
+    """The twins of all layers of a run, in lanes whose layers have one dtype, device and so on.
 
     A monitor gives the twins to its `StepObserver`, which calls `capture` and `finish` in each
     step. Two threads may step two optimizers.
 
     Args:
-        recipes: The recipes.
-        source: The layers of the run.
-        lock: Lock that the owner holds while it calls any other method.
+        recipes: The recipes, each of which has a twin in each lane.
+        source: The layers of the run, with their samples and scales.
+        lock: Lock that `capture` and `finish` take. The owner must hold it to call another method.
         strict: If True, raise errors; otherwise end all twins with one notice.
 
     Attributes:
         recipes: The `recipes` argument.
-        resynchronised: How often something other than a step had changed the weights of a layer,
-            by its name.
+        resynchronised: How often twins took over weights that something other than a step had
+            changed, by name of the layer.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class Twins:
         self._lock = lock
         self._strict = strict
         self._loaded: list[Mapping[str, Any]] = []  # lanes of a checkpoint, until their first step
-        self._recipes: dict[int, tuple[Recipe, ...]] = {}  # by block size
+        self._recipes: dict[int, tuple[Recipe, ...]] = {}  # by number of elements drawn together
         for recipe in recipes:
             block = _find_block(recipe, source.scaling)
             self._recipes[block] = (*self._recipes.get(block, ()), recipe)
@@ -82,6 +84,7 @@ class Twins:
     def checks(self) -> dict[str, Check]:
         """The result of the last self-check of each layer, by name.
 
+        The check compares the reference twin, which has the recipe of the run, with the run itself.
         A layer may have several samples, such as one of whole blocks; the worst result counts.
         """
         worst: dict[str, Check] = {}
@@ -145,7 +148,7 @@ class Twins:
     def finish(self, optimizer: Optimizer, unseen: str = "") -> None:
         """Step the twins, now that the run has stepped.
 
-        The first step of a lane is checked at once, and copies to the host.
+        After its first step, a lane is checked at once, which copies counts to the host.
 
         Args:
             optimizer: The run's optimizer.
@@ -183,10 +186,11 @@ class Twins:
 
         Args:
             optimizer: The run's optimizer.
-            shown: Names of the layers that the step shows. Their windows begin anew.
+            shown: Names of the layers whose figures this step reports. A new window begins for
+                them, the time until the next observed step.
 
         Returns:
-            The sums of each lane, on its device.
+            The sums of each lane, on its device; empty after an error.
         """
         run = self._runs.get(optimizer)
         lanes = [] if run is None else [run.lanes[kind] for kind in run.captured]
@@ -205,7 +209,7 @@ class Twins:
             numbers: Its tensors on the host: values and counts of each lane in turn.
 
         Returns:
-            The figures of all layers; None without any.
+            The figures of the twins of all layers; None if nothing was measured.
         """
         run = self._runs.get(optimizer)
         if run is None or not sums:
@@ -243,7 +247,14 @@ class Twins:
     def _read_counts(
         self, optimizer: Optimizer, kind: LaneKind, names: Sequence[str], counts: Numbers
     ) -> None:
-        """Note the result of a self-check, and give up an optimizer that differs from the run."""
+        """Note the result of a self-check; let twins follow updates if the reference twin is wrong.
+
+        Args:
+            optimizer: The run's optimizer.
+            kind: The kind of the lane that was checked.
+            names: Names of its layers.
+            counts: Its counts, float64 (layers, counts) on the host, in the order of `COUNTS`.
+        """
         run = self._runs[optimizer]
         lane = run.lanes[kind]
         times = zip(names, counts[:, 4].astype(int).tolist(), strict=True)
@@ -294,7 +305,11 @@ class Twins:
         self.resynchronised = Counter(state["resynchronised"])
 
     def _restore(self, lane: Lane, kind: LaneKind, names: Collection[str]) -> bool:
-        """Restore the lane of a checkpoint that has some of these layers; False without one."""
+        """Restore a lane from a loaded one of its kind with some of these layers.
+
+        Returns:
+            True if there is such a lane, and it was restored.
+        """
         for each in self._loaded:
             known = {name for _, counts, _ in each["buckets"] for name in counts}
             if each["kind"] == kind.describe() and not known.isdisjoint(names):
@@ -303,7 +318,11 @@ class Twins:
         return False
 
     def _load_lane(self, lane: Lane, state: Mapping[str, Any]) -> bool:
-        """Restore a lane, unless recipes have come, whose twins could not be compared."""
+        """Restore a lane, unless it has new recipes: their twins would start later than the others.
+
+        Returns:
+            True if it was restored.
+        """
         if new := sorted(lane.recipes - set(state["recipes"])):
             self._source.warn(
                 f"has all twins begin anew: the restored state has no recipe {few(new)}"
@@ -353,22 +372,26 @@ class Twins:
         return True
 
     def scales_changed(self) -> None:
-        """Find scales anew, since the amax of a layer has changed."""
+        """Compute scales anew when next needed, since the amax of a layer has changed."""
         for lane in self.lanes:
             lane.scales_changed()
 
     def release(self) -> None:
-        """Free all twins, and keep their state for `state_dict` and further steps."""
+        """Free all twins; keep their state for `state_dict`, and for steps after another attach."""
         self._loaded = self.state_dict()["lanes"]
         self._runs.clear()
 
     def nbytes(self) -> int:
-        """Return the memory of all twins in bytes, with samples and gathered gradients."""
+        """Return the memory of all twins in bytes, including samples and gathered gradients."""
         return sum(lane.nbytes() for lane in self.lanes)
 
 
 def _find_block(recipe: Recipe, scaling: Scaling | None) -> int:
-    """Return how many neighbours share a scale in the formats of a recipe; 1 for none."""
+    """Return how many neighbours to draw together, so that all blocks of a recipe are whole.
+
+    Returns:
+        The least common multiple of the block sizes; 1 without blocks.
+    """
     formats = [
         each for each in (recipe.weights_format, *recipe.state_formats.values()) if each is not None
     ]
@@ -384,15 +407,15 @@ def _get_random_state(device: torch.device) -> Tensor:
 
 
 class _Run:
-    """The lanes of one optimizer of the run, and its state between two steps."""
+    """The lanes of one optimizer of the run, and what is known of it between two steps."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.follower = HyperparameterFollower(optimizer)
-        self.changes: Changes = {}
+        self.changes: Changes = {}  # of hyperparameters, before the running step
         self.lanes: dict[LaneKind, Lane] = {}
         self.gradient_dtypes: dict[str, torch.dtype] = {}
         self.captured: list[LaneKind] = []  # lanes that take part in the running step
-        self.checked: set[LaneKind] = set()
+        self.checked: set[LaneKind] = set()  # lanes with a self-check so far
         self.may_draw = may_draw(type(optimizer))
         self.draws = False  # until its step is seen to draw random numbers
         self.random_states: dict[torch.device, Tensor] = {}  # before a checked step

@@ -1,7 +1,7 @@
 """`count_writes`: how often a tensor was written to, as torch counts it.
 
-The file stands alone; `run_weights` and `run_states` ask whether something else than an optimizer
-has written to weights and states.
+With it, twins find out whether something other than an optimizer's step has written to weights or
+states of the training. Read `self_check` first; `run_weights` comes next.
 """
 
 from __future__ import annotations
@@ -9,19 +9,18 @@ from __future__ import annotations
 from torch import Tensor
 
 UNCOUNTED = -1
-"""The number of writes to a tensor whose writes nobody counts."""
+"""The result of `count_writes` for a tensor whose writes torch does not count."""
 
 
 def count_writes(tensor: Tensor) -> int:
     """Return the number of in-place writes to a tensor, without those through `.data`.
 
     Args:
-        tensor: The tensor; those that share its memory have the same number, unless they came from
-            `.data`.
+        tensor: The tensor. Its views have the same number, but not its `.data`.
 
     Returns:
-        The number, which the steps of some fused optimizers leave as it is. `UNCOUNTED` for a
-        tensor that was made under `torch.inference_mode`.
+        The number; steps of some fused optimizers are not counted. `UNCOUNTED` for a tensor that
+        was made under `torch.inference_mode`.
     """
     # Autograd counts in-place writes in `_version`, which has no public name:
     # https://docs.pytorch.org/docs/stable/notes/autograd.html#in-place-correctness-checks
