@@ -258,8 +258,9 @@ class Lane:
         Args:
             optimizer: The run's optimizer.
             changes: Hyperparameters that were changed from outside between the last step and this.
-            late: Hyperparameters that changed while the run stepped. Those that the reference twin
-                has not changed in its own step, twins take over before their next step.
+            late: Hyperparameters that changed while the run stepped. Before their next step, twins
+                take over those that the reference twin has not changed in its own step, such as
+                those of a hook. Factories, functions that make optimizers, get all of them.
         """
         missed = self._find_missed()
         own, by_factory = _join(missed, changes), _join(self._late, changes)
@@ -280,7 +281,7 @@ class Lane:
         self._states.remember(optimizer, self._stepped)
 
     def _warn_about_names(self) -> None:
-        """Warn of recipes that name states which their twin has not after a step."""
+        """Warn of recipes with names of states that the twin's optimizer lacks after its step."""
         for name, twin in self._twins.items():
             missing = twin.recipe.state_formats.keys() - {"*"} - twin.states.keys()
             # Without any state, a twin may have had no gradient yet.
@@ -292,7 +293,7 @@ class Lane:
                 )
 
     def _find_missed(self) -> Changes:
-        """Return the changes in the last step of the run that a copy's own step has not made."""
+        """Return changes in the run's last step that the reference twin's own step has not made."""
         if not self._late or not isinstance(self._reference, OptimizerTwin):
             return {}
         return self._reference.find_unmade(self._late)
@@ -511,7 +512,7 @@ class Lane:
 
 
 def _join(earlier: Changes, later: Changes) -> Changes:
-    """Return all changes; the later one of a hyperparameter that changed twice."""
+    """Return the changes of both; the later value of a hyperparameter that changed twice."""
     if not earlier:
         return later
     return {

@@ -167,9 +167,11 @@ class OptimizerTwin(Twin):
                 self._find_optimizer(bucket.group).state[parameter] = state
 
     def _find_dtype(self, new: Arrangement) -> torch.dtype:
-        """Return the dtype of gradients: that of the run's if the weights have that of the run's.
+        """Return the dtype of the twin's gradients.
 
-        A parameter in 16 bits may have gradients in float32, by its attribute `grad_dtype`.
+        It is that of the run's gradients if the twin has the run's dtype of weights, and otherwise
+        that of the twin's weights. A parameter in 16 bits may have gradients in float32, by its
+        attribute `grad_dtype`.
         """
         if new.gradient_dtype is None or self.dtype != new.weights.dtype:
             return self.dtype

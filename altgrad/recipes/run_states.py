@@ -2,9 +2,8 @@
 
 A checkpoint that is loaded in mid-run, a warm restart, or a reset of the first moment changes the
 states of the *run's* optimizer, that of the training, between two steps. Twins, which step a sample
-with states of their own, then take these states over. Only the numbers of writes that torch counts
-are compared, not the states, so that an ordinary step costs no operation. A tensor that is put in
-place of another one has another count.
+with states of their own, then take these states over. Only identities of tensors and the numbers of
+writes that torch counts are compared, so that an ordinary step costs no operation.
 
 Read `run_weights` first; `fused_sgd` comes next.
 """

@@ -3,8 +3,7 @@
 The *run* is the training that is watched; the *sample* has up to 256 elements of each layer. What
 all twins have in common is here: weights in a flat tensor, rounded to the format of the recipe. An
 `UpdateTwin` gets the updates of the run, whose optimizer cannot run on a sample; an `OptimizerTwin`
-steps an optimizer of its own. Read `element_scales` first; `shared_objects` comes next, the first
-of the files on the way to `optimizer_twin`.
+steps an optimizer of its own. Read `element_scales` first; `self_check` comes next.
 """
 
 from __future__ import annotations

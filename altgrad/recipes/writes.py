@@ -1,7 +1,7 @@
 """`count_writes`: how often a tensor was written to, as torch counts it.
 
 With it, twins find out whether something other than an optimizer's step has written to weights or
-states of the training. Read `self_check` first; `run_weights` comes next.
+states of the training. Read `layer_plan` first; `run_weights` comes next.
 """
 
 from __future__ import annotations
