@@ -19,13 +19,7 @@ from torch import Tensor, nn
 
 from altgrad._messages import format_count
 from altgrad.recipes.self_check import MOST_TAILS
-
-COUNTERS = {"step", "eta", "mu", "mu_product"}
-"""Names of the states of torch.optim that are one number for all elements.
-
-They are needed only for layers of one element, where a shape does not tell whether a state is a
-number per element.
-"""
+from altgrad.recipes.stored_states import COUNTERS
 
 _NUMBERS = (int, float, bool, type(None))
 

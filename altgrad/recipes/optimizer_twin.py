@@ -32,6 +32,7 @@ from altgrad.recipes.optimizer_copy import (
 )
 from altgrad.recipes.recipe import Recipe
 from altgrad.recipes.sample import Sampled
+from altgrad.recipes.stored_states import COUNTERS
 from altgrad.recipes.twin import Arrangement, Twin
 
 
@@ -94,7 +95,7 @@ class OptimizerTwin(Twin):
         states: dict[str, list[tuple[slice, Tensor]]] = {}
         for state, place in zip(self._bucket_states(), self.layout.slices, strict=True):
             for name, value in state.items():
-                if _is_elementwise(value, place):
+                if _is_elementwise(name, value, place):
                     states.setdefault(name, []).append((place, value))
         return states
 
@@ -445,10 +446,17 @@ class OptimizerTwin(Twin):
         return self._generators.using([self.tensors.weights.device])
 
 
-def _is_elementwise(value: object, place: slice) -> bool:
-    is_float = isinstance(value, Tensor) and value.is_floating_point()
-    # A counter has no dimension; its number of elements is also that of a bucket with one element.
-    return is_float and value.dim() > 0 and value.numel() == place.stop - place.start  # type: ignore[attr-defined]
+def _is_elementwise(name: str, value: object, place: slice) -> bool:
+    """Return True if a state has one floating-point number for each element of a bucket.
+
+    Args:
+        name: Name of the state.
+        value: The state.
+        place: The elements of the bucket.
+    """
+    # A counter has one element, as the state of a bucket with one element has.
+    is_float = isinstance(value, Tensor) and value.is_floating_point() and name not in COUNTERS
+    return is_float and value.numel() == place.stop - place.start  # type: ignore[attr-defined]
 
 
 def _list_parameters(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -3,8 +3,8 @@
 A twin steps a sample of each layer of the *run*, the training that is watched, as a recipe says.
 The *reference twin* has the recipe of the run itself, so its weights must be those of the run. If
 they are, every other twin differs from the run by its recipe alone. `compare` counts on the device,
-and `judge` reads the counts on the host. Read `twin` first; `shared_objects` comes next,
-the first file about the optimizer of a twin.
+and `judge` reads the counts on the host. Read `twin` first; `shared_objects` comes next, the first
+file about the optimizer of a twin.
 """
 
 from __future__ import annotations

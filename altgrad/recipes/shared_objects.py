@@ -1,8 +1,8 @@
 """`find_shared`: find an object that a deep copy would share with the original and could change.
 
 `copy.deepcopy` does not copy functions. A copied optimizer that calls one would therefore write to
-the list or the counter in the function's closure, which belongs to the training. Read `self_check` first;
-`optimizer_copy` comes next, and refuses such optimizers.
+the list or the counter in the function's closure, which belongs to the training. Read `self_check`
+first; `optimizer_copy` comes next, and refuses such optimizers.
 """
 
 from __future__ import annotations

@@ -22,8 +22,12 @@ from altgrad.quantization.scaling import compute_amax, compute_format_scales
 from altgrad.recipes.rounding import StorageRounding, store_
 
 _ALL = "*"
-# A counter has the shape of a parameter without dimensions, and stands still in a coarse format.
-_COUNTERS = ("step",)
+COUNTERS = frozenset({"step", "eta", "mu", "mu_product"})
+"""Names of the states of torch.optim that are one number for all elements.
+
+They are needed only for layers of one element, where a shape does not tell whether a state is a
+number per element. In a coarse format, a counter would stand still.
+"""
 
 
 class StoredStates:
@@ -169,7 +173,7 @@ def find_names(parameter: Tensor, states: Mapping[str, Any]) -> list[str]:
         if isinstance(state, Tensor)
         and state.shape == parameter.shape
         and state.is_floating_point()
-        and name not in _COUNTERS
+        and name not in COUNTERS
     ]
 
 

@@ -69,6 +69,20 @@ def test_a_star_stores_every_floating_point_state_of_the_shape() -> None:
             assert torch.equal(states[name], states[name].bfloat16().float())
 
 
+def test_counters_of_a_layer_without_dimensions_are_not_stored() -> None:
+    counters = []
+    for recipe in (None, Recipe("low", states={"*": "e5m2"})):
+        scalar = nn.Parameter(torch.tensor(1.0))
+        optimizer = torch.optim.NAdam([scalar])
+        if recipe is not None:
+            recipe.attach(optimizer)
+        for _ in range(5):
+            scalar.grad = torch.tensor(0.3)
+            optimizer.step()
+        counters.append({name: optimizer.state[scalar][name] for name in ("step", "mu_product")})
+    assert counters[0] == counters[1]
+
+
 def test_weights_stay_as_they_are_without_a_format() -> None:
     model, other = net(), net()
     optimizer, plain = (torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, other))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from altgrad import Recipe
 from altgrad.recipes.layer_plan import MOST_BUCKETS
 from altgrad.recipes.self_check import Check
 from tests.counting import Operations
@@ -56,6 +57,22 @@ def test_small_layers_equal_the_run_whatever_the_size_of_samples(
     figures = layers.watched.records[-1].layers
     assert figures["3"].recipes == ("mxfp4", "mxfp8_e5m2", "e4m3fn")
     assert figures["3"].moved_elements == 63
+
+
+def test_states_of_a_layer_without_dimensions_have_figures_and_formats() -> None:
+    recipe = Recipe("low-v", dtype="bfloat16", states={"exp_avg_sq": "e5m2"})
+    figures = []
+    for shape in ((), (1,)):
+        layer = nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
+        optimizer = torch.optim.AdamW([layer], 1e-2)
+        watched = Watched(nn.ParameterList([layer]), optimizer, recipes=[recipe])
+        for step in range(7):
+            layer.grad = torch.full_like(layer, 0.1 + 0.1 * step)
+            optimizer.step()
+        record = watched.records[-1].layers["0"]
+        figures.append([record[f"{name}_ratio/low-v"] for name in ("exp_avg", "exp_avg_sq")])
+    assert figures[0] == figures[1]
+    assert abs(figures[0][0] - 1) < 0.02 < abs(figures[0][1] - 1)  # e5m2 is coarser than bf16
 
 
 def count_step(layers: Layers) -> int:
