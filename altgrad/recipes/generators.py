@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 
 def may_draw(kind: type[Optimizer]) -> bool:
-    """Return True if an optimizer may draw random numbers: any that is not in `torch.optim`.
+    """Return True if an optimizer may draw random numbers: true of all but those of `torch.optim`.
 
     Args:
         kind: The class of the optimizer.

@@ -299,7 +299,7 @@ class Lane:
         return self._reference.find_unmade(self._late)
 
     def _follow_run(self) -> None:
-        """Give the updates of the run to the twins."""
+        """Give the update of the run's last step to the twins, which take it over."""
         reference = self._reference.tensors
         update = self._run.gather() - reference.weights
         for twin in self._all_twins:

@@ -327,10 +327,10 @@ def _get_format(argument: str, format: str | torch.dtype | NumberFormat) -> Numb
 
 
 def _get_state_name(name: object) -> str:
-    """Return a name that is a non-empty string.
+    """Return a key of `states`, which must be a string that is not empty.
 
     Raises:
-        TypeError: It is something else.
+        TypeError: The key is something else.
     """
     if not isinstance(name, str) or not name:
         raise TypeError(

@@ -47,8 +47,8 @@ class WeightStorage:
 
     Scales are powers of two. They grow when a weight would exceed the largest value, and they never
     shrink. A layer, channel or block of zeros gets its scale when its weights first move.
-    `UpdateMonitor` recomputes its scales after 100 observed steps, those of blocks in every
-    observed step. Only there, scales may shrink.
+    The scales of `UpdateMonitor` may shrink: it recomputes them after 100 observed steps, and those
+    of blocks in every observed step.
 
     Examples:
         >>> import torch

@@ -108,7 +108,7 @@ class Twin:
         """Take over weights that something other than a step has changed in the run.
 
         Args:
-            outside: bool (elements), True for weights that were changed from outside of a step.
+            outside: bool (elements), True for the changed weights. The others stay.
             weights: The weights of the run, in its dtype, (elements).
         """
         now = self.tensors.weights

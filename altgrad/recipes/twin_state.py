@@ -1,8 +1,9 @@
 """`check_twin_state`: check that a state of twins is complete, so that a run can continue with it.
 
 A damaged checkpoint is then an error where it is loaded, and not later in a step of the training.
-The state is a tree: lanes, their twins, and the tensors and optimizer states of these. Read `lane`
-first, which writes it; `twins` comes next, and loads it.
+A *twin* steps a sample of each layer of the training as a recipe says; a *lane* has the twins of
+similar layers. The state is a tree: lanes, their twins, and the tensors and optimizer states of
+these. Read `lane` first, which writes it; `twins` comes next, and loads it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""States of flat parameters: gathered from layers, taken apart, refused if not elementwise."""
+"""`flat_state`: states are gathered from layers, split, and refused if not elementwise."""
 
 import copy
 from functools import partial
@@ -134,7 +134,7 @@ def test_a_state_in_a_graph_is_copied_without_the_graph() -> None:
     assert not any(value.requires_grad for value in taken.values())
 
 
-def test_layers_without_states_give_none() -> None:
+def test_layers_without_states_have_an_empty_flat_state() -> None:
     assert take_float32([{}, {}], [torch.Size([3])] * 2, [torch.arange(3)] * 2, 64) == {}
 
 
@@ -222,7 +222,7 @@ def test_states_that_are_not_elementwise_cannot_go_apart(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["a class", "a matrix beside", "a list"])
-def test_states_of_a_parameter_that_is_taken_as_it_is_may_be_anything(case: str) -> None:
+def test_states_of_any_kind_are_copied_if_no_layer_goes_apart(case: str) -> None:
     state = NOT_ELEMENTWISE[case]
     parts = split_state(state, torch.arange(128), 128)
     assert [*map(type, parts.values())] == [*map(type, state.values())]

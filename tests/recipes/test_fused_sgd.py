@@ -1,6 +1,6 @@
 """A notice of the fused SGD that moves nothing in 16 bits on a CPU.
 
-`test_twins_reference` asserts that torch still has this fault.
+`test_twins_reference` asserts that torch still has this error.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def run(kind: type[Optimizer], dtype: torch.dtype, recipes: list[str], **options
         (BF16, ["fp16-true"], True, "the run, the twin fp16-true"),
     ],
 )
-def test_one_notice_names_what_stands_still(
+def test_one_notice_names_the_run_and_twins_that_fused_sgd_does_not_move(
     dtype: torch.dtype, recipes: list[str], fused: bool, still: str
 ) -> None:
     [notice] = run(SGD, dtype, recipes, fused=fused)

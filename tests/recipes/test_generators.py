@@ -100,7 +100,7 @@ def test_the_stream_inside_goes_on_and_depends_on_the_seed_alone() -> None:
     assert not {*draw_twice(2, 7)[0]} & {*first}
 
 
-def test_a_large_seed_is_taken() -> None:
+def test_a_large_seed_is_accepted() -> None:
     with PrivateGenerators(2**40 + 5).using(CPU):
         draw()
 

@@ -271,12 +271,12 @@ LEADS_TO_WEIGHTS = {
 
 
 @pytest.mark.parametrize("value", LEADS_TO_WEIGHTS.values(), ids=LEADS_TO_WEIGHTS)
-def test_what_leads_to_a_weight_is_not_copied(value) -> None:
+def test_attributes_that_lead_to_a_weight_are_refused(value) -> None:
     with pytest.raises(CannotCopyError, match=r"Given\.thing leads to .*factory"):
         copy_optimizer(hold(value), [(0, parameters())])
 
 
-def test_a_hyperparameter_that_leads_to_a_weight_is_not_copied() -> None:
+def test_a_hyperparameter_that_leads_to_a_weight_is_refused() -> None:
     real = Given(parameters())
     real.param_groups[0]["anchor"] = real.param_groups[0]["params"][0]
     with pytest.raises(CannotCopyError, match=r"Given\.param_groups\[0\]\['anchor'\] leads to"):
@@ -330,7 +330,7 @@ SHARES = {
 
 
 @pytest.mark.parametrize("value", SHARES.values(), ids=SHARES)
-def test_a_function_that_shares_what_it_changes_is_not_copied(value) -> None:
+def test_a_function_that_changes_an_object_of_the_training_is_refused(value) -> None:
     with pytest.raises(CannotCopyError, match=r"Given\.thing leads to a .*keep the object in an"):
         copy_optimizer(hold(value), [(0, parameters())])
 

@@ -236,7 +236,7 @@ def test_a_factory_of_a_fused_run_does_nothing_in_a_skipped_step(make: Any, skip
 
 
 @pytest.mark.parametrize(("make", "looks"), [(make_sgd, 0), (CountingOnHost, 1)])
-def test_a_step_that_may_be_skipped_is_looked_at_from_the_host_if_it_counts_there(
+def test_the_host_reads_the_flag_of_a_scaler_if_the_optimizer_counts_in_python(
     make: Any, looks: int
 ) -> None:
     factory = Recipe("factory", optimizer=lambda held, group: make(held, lr=group["lr"]))
@@ -250,7 +250,7 @@ def test_a_step_that_may_be_skipped_is_looked_at_from_the_host_if_it_counts_ther
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_gradients_lose_the_loss_scale_before_they_are_cast(fused: bool) -> None:
+def test_gradients_are_unscaled_before_they_are_cast(fused: bool) -> None:
     # 4 · 65536 is beyond float16, whose largest number is 65504.
     run = Run(Recipe("fp16-true", dtype=torch.float16), lr=1e-3, fused=fused, eps=1e-4)
     low = nn.Parameter(run.weight.detach().half())
@@ -362,7 +362,7 @@ def test_a_twin_that_begins_in_mid_run_takes_the_state_of_the_run() -> None:
     assert torch.equal(late.tensors.weights, run.weight)
 
 
-def test_memory_is_that_of_weights_gradients_and_states() -> None:
+def test_memory_counts_weights_gradients_and_states() -> None:
     run = Run(Recipe("fp32"), lr=1e-3)
     run.step(gradients(1)[0])
     # weights at four times, gradients and two moments in float32; two flags; a counter

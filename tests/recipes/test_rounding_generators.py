@@ -40,7 +40,7 @@ def test_a_restored_state_goes_on_and_is_saved_also_before_the_next_draw() -> No
 
 
 @pytest.mark.parametrize("saved", [["cpu:1"], ["cuda:0", "cpu:1"], ["cpu:1", "cpu"]])
-def test_another_device_of_the_type_takes_the_state_once(saved: list[str]) -> None:
+def test_one_other_device_of_the_type_takes_a_loaded_state(saved: list[str]) -> None:
     """The first rank saves its own device alone, and a resumed run may get other devices."""
     states = {}
     for seed, name in enumerate(saved):

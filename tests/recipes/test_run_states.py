@@ -1,4 +1,4 @@
-"""`RunStates`: layers whose optimizer states something else than a step has changed."""
+"""`RunStates`: layers whose optimizer states something other than a step has changed."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_layers_of_a_change_are_told_apart() -> None:
     assert run.find_changed() == {"b"}
 
 
-def test_numbers_of_states_count() -> None:
+def test_a_changed_number_in_a_state_is_a_change() -> None:
     run = Run()
     state: dict[str, Any] = run.optimizer.state[run.net["a"].weight]
     state["times"] = 3

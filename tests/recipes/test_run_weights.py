@@ -1,4 +1,4 @@
-"""`RunWeights`: the gathered weights of the run, and what else than a step has changed."""
+"""`RunWeights`: gathered weights of the run, and changes by something other than a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sample of twins: full chunks alone, and whole blocks."""
+"""The sample of a twin: elements of full chunks alone, and whole blocks."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_a_layer_below_a_chunk_is_sampled_whole(count: int, block: int, most: in
     assert draw((count,), most, block).tolist() == [*range(count)]
 
 
-def test_a_scalar_and_an_empty_layer_have_what_there_is() -> None:
+def test_a_scalar_and_an_empty_layer_are_sampled_whole() -> None:
     assert draw(()).tolist() == [0]
     assert draw((0,)).tolist() == []
     assert draw((0, 5), block=32).tolist() == []

@@ -104,7 +104,7 @@ SHARED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("value", "words"), SHARED.values(), ids=SHARED)
-def test_what_is_shared_is_found(value: Any, words: str) -> None:
+def test_an_object_that_a_copy_would_share_is_found(value: Any, words: str) -> None:
     assert find_shared(value).startswith(words)
 
 
@@ -129,7 +129,7 @@ UNSHARED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("value", UNSHARED.values(), ids=UNSHARED)
-def test_what_is_copied_or_never_changes_is_not_found(value: Any) -> None:
+def test_objects_that_are_copied_or_immutable_are_not_found(value: Any) -> None:
     assert find_shared(value) == ""
 
 

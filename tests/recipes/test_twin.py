@@ -1,4 +1,4 @@
-"""`Twin`: how a recipe stores the weights of a sample, and takes over those that others change."""
+"""`Twin`: weights of a sample stored as a recipe says, and changes of the run taken over."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_scales_of_blocks_never_shrink() -> None:
     assert torch.equal(twin.tensors.weights, torch.full((64,), 2.0**-9))
 
 
-def test_scales_of_layers_follow_the_run_again_when_its_amax_is_taken() -> None:
+def test_scales_of_layers_are_those_of_the_run_again_when_its_amax_changes() -> None:
     weights = torch.full((64,), 448.0)
     twin = make(Recipe("low", weights="e4m3fn"), weights)
     assert isinstance(twin, UpdateTwin)
@@ -114,7 +114,7 @@ def test_scales_of_layers_follow_the_run_again_when_its_amax_is_taken() -> None:
     assert torch.equal(twin.tensors.weights, small)
 
 
-def test_a_state_keeps_the_scales_of_its_time() -> None:
+def test_a_restored_twin_continues_with_the_scales_of_the_saved_state() -> None:
     weights = torch.full((64,), 448.0)
     twin, resumed = (make(Recipe("low", weights="e4m3fn"), weights) for _ in range(2))
     assert isinstance(twin, UpdateTwin)

@@ -1,4 +1,4 @@
-"""Damaged states of twins are errors where they are loaded, that say where and what to do."""
+"""`check_twin_state`: a damaged state is an error that names the place and the remedy."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make_state(kind: str = "AdamW") -> Any:
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "Adafactor"])
-def test_what_twins_write_is_complete_also_after_a_file(kind: str) -> None:
+def test_a_state_is_complete_before_and_after_it_is_saved_to_a_file(kind: str) -> None:
     check_twin_state(make_state(kind))
     file = io.BytesIO()
     torch.save(make_state(kind), file)

@@ -1,4 +1,4 @@
-"""`Twins`: the reference equals the run, and the run is left as it is."""
+"""`Twins`: the reference twin equals the run, and the run is as it is without twins."""
 
 from __future__ import annotations
 

@@ -97,7 +97,9 @@ def assert_that_progress_and_second_moments_agree(layers: list[Layer]) -> None:
 
 
 @pytest.mark.parametrize("net", SMALL)
-def test_given_the_real_gradients_progress_and_second_moments_are_real(net: str) -> None:
+def test_with_the_real_gradients_progress_and_second_moments_agree_with_the_real_run(
+    net: str,
+) -> None:
     assert_that_progress_and_second_moments_agree(tune(net, 1e-4).layers)
 
 
@@ -109,7 +111,7 @@ def test_given_the_real_gradients_each_net_and_rate_is_predicted(net: str, lr: f
 
 
 @pytest.mark.parametrize("net", SMALL)
-def test_a_sample_of_whole_layers_and_the_real_gradients_leave_nothing_to_guess(net: str) -> None:
+def test_with_whole_layers_and_the_real_gradients_twin_and_run_are_equal(net: str) -> None:
     layers = tune(net, 1e-4, steps=10, elements=10**6).layers
     for layer in layers:
         # A few elements that another processor rounds in another way are allowed for.
@@ -121,7 +123,7 @@ def test_a_sample_of_whole_layers_and_the_real_gradients_leave_nothing_to_guess(
 
 
 @pytest.mark.parametrize("net", SMALL)
-def test_what_is_not_finite_in_the_twin_ends_in_nan_for_real(net: str) -> None:
+def test_a_run_whose_twin_is_not_finite_ends_in_nan(net: str) -> None:
     outcome = tune(net, 1e-4, "fp16-true", steps=6)
     assert math.isfinite(outcome.loss)
     assert math.isnan(outcome.low_loss)
@@ -159,7 +161,7 @@ class Pair:
 
 
 @pytest.mark.parametrize("foreach", [False, True])
-def test_a_weight_decay_that_does_nothing_for_real_is_one_in_the_twin(foreach: bool) -> None:
+def test_a_weight_decay_without_effect_in_the_real_run_has_none_in_the_twin(foreach: bool) -> None:
     pair = Pair(300, 1.0, foreach)
     start = pair.high.parameters["weight"].detach().norm().item()
     for _ in range(300):
@@ -173,7 +175,7 @@ def test_a_weight_decay_that_does_nothing_for_real_is_one_in_the_twin(foreach: b
 
 
 @pytest.mark.parametrize("foreach", [False, True])
-def test_a_second_moment_that_only_rises_for_real_does_so_in_the_twin(foreach: bool) -> None:
+def test_a_second_moment_that_only_rises_in_the_real_run_does_so_in_the_twin(foreach: bool) -> None:
     pair = Pair(250, 0.01, foreach)
     random = torch.Generator().manual_seed(0)
     seen = []

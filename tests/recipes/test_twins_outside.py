@@ -1,4 +1,4 @@
-"""`Twins`: whatever else than a step changes weights and states, the reference equals the run."""
+"""`Twins`: the reference twin equals the run, whatever changes weights and states between steps."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ def test_weights_that_are_written_to_again_and_again_are_followed(
 
 
 @pytest.mark.parametrize("through_data", [False, True])
-def test_a_write_in_the_step_in_which_a_layer_thaws_is_seen_and_counted(through_data: bool) -> None:
+def test_a_write_before_a_step_in_which_another_layer_gets_gradients_again_is_counted(
+    through_data: bool,
+) -> None:
     net = make_net()
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
     watched = Watched(net, optimizer, every_n_steps=4)
@@ -306,7 +308,7 @@ def test_a_layer_that_is_cut_to_a_smaller_one_begins_anew() -> None:
     assert {*watched.monitor.twins.checks.values()} == {Check.EQUAL}
 
 
-def test_totals_outlast_a_change_of_states() -> None:
+def test_figures_since_the_start_survive_a_change_of_states() -> None:
     net = make_net()
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
     watched = Watched(net, optimizer, every_n_steps=1)
@@ -346,7 +348,7 @@ def save_after(steps: int, **settings: Any) -> tuple[nn.Module, Optimizer, dict[
 
 
 @pytest.mark.parametrize("change", ["seed", "steps"])
-def test_a_state_of_other_elements_or_another_time_begins_anew(change: str) -> None:
+def test_twins_begin_anew_if_the_state_has_other_elements_or_the_run_went_on(change: str) -> None:
     net, optimizer, state = save_after(10)
     if change == "steps":
         train(net, optimizer, 10, first=10)
@@ -357,7 +359,7 @@ def test_a_state_of_other_elements_or_another_time_begins_anew(change: str) -> N
     assert watched.records[-1].model["frozen_frac/bf16"] < 1
 
 
-def test_a_recipe_that_comes_at_a_resume_begins_with_all_others() -> None:
+def test_a_recipe_that_is_new_at_a_resume_makes_all_twins_begin_anew() -> None:
     net, optimizer, state = save_after(10, recipes=["bf16"])
     watched = resume(net, optimizer, state, recipes=["fp32", "bf16"])
     train(net, optimizer, 20, first=10)
@@ -367,7 +369,7 @@ def test_a_recipe_that_comes_at_a_resume_begins_with_all_others() -> None:
         assert layer["progress_kept/fp32"] == pytest.approx(1.0)
 
 
-def test_a_recipe_that_goes_at_a_resume_leaves_the_others() -> None:
+def test_a_recipe_that_is_missing_at_a_resume_leaves_the_other_twins_as_they_are() -> None:
     net, optimizer, state = save_after(10, recipes=["fp32", "bf16"])
     watched = resume(net, optimizer, state, recipes=["fp32"])
     train(net, optimizer, 20, first=10)
@@ -377,7 +379,7 @@ def test_a_recipe_that_goes_at_a_resume_leaves_the_others() -> None:
 # --- windows
 
 
-def test_the_window_of_a_layer_reaches_back_to_its_own_last_record() -> None:
+def test_the_window_of_a_layer_begins_at_the_last_record_with_the_layer() -> None:
     net = make_net()
     optimizer = torch.optim.SGD(net.parameters(), 1e-3)
     rules = [SamplingRule("0.weight", every_n_steps=5)]
@@ -451,7 +453,7 @@ def test_a_write_between_the_last_step_and_a_checkpoint_is_seen_after_a_resume(
 # --- the surroundings
 
 
-def test_a_default_device_and_inference_mode_are_no_hindrance() -> None:
+def test_twins_step_under_a_default_device_and_inference_mode() -> None:
     net = make_net()
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
     watched = Watched(net, optimizer, every_n_steps=2, formats=["bf16"])

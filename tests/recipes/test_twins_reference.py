@@ -224,7 +224,7 @@ def test_hyperparameters_that_change_in_each_group_equal_the_run(
 
 @pytest.mark.parametrize("implementation", ["single", "foreach", "fused"])
 @pytest.mark.parametrize("name", ["AdamW", "Nesterov"])
-def test_steps_that_a_grad_scaler_skips_are_none(name: str, implementation: str) -> None:
+def test_steps_that_a_grad_scaler_skips_move_no_twin(name: str, implementation: str) -> None:
     net = make_net()
     optimizer = make_optimizer(name, implementation, net.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=5)

@@ -23,6 +23,6 @@ def test_a_write_through_data_is_not_counted() -> None:
     assert count_writes(tensor) == before
 
 
-def test_nobody_counts_under_inference_mode() -> None:
+def test_writes_to_inference_tensors_are_not_counted() -> None:
     with torch.inference_mode():
         assert count_writes(torch.zeros(4)) == UNCOUNTED
