@@ -77,6 +77,8 @@ def take_state(
             taken[name] = _shape(flat, length, shape)
         else:
             taken[name] = _copy_shared(name, values[0], shapes[0])
+            if dtype != real_dtype and _is_rounded(taken[name], real_dtype):
+                taken[name] = taken[name].float()
     return taken
 
 
@@ -114,6 +116,14 @@ def split_state(
         else:
             parts[name] = _copy_shared(name, value, torch.Size([length]))
     return parts
+
+
+def _is_rounded(value: Any, real_dtype: torch.dtype) -> bool:
+    """Return True for a number that `Optimizer.load_state_dict` has rounded to 16 bits.
+
+    It casts all numbers but `step` to the dtype of the weights, such as `eta` of ASGD.
+    """
+    return isinstance(value, Tensor) and value.dtype == real_dtype and real_dtype.itemsize == 2
 
 
 def is_same_state(own: Any, positions: Tensor, other: Any, indices: Tensor) -> bool:

@@ -125,9 +125,13 @@ class LayerPlan:
         layout = Layout(tuple(buckets))
         self.renewed = frozenset(name for bucket in made for name in bucket.counts)
         self.begun = begun & self.renewed
-        if layout == self.layout and self._is_arranged and not self.renewed:
-            return False
         parameters = {each.name: each.parameter for each in stepped}
+        is_replaced = any(
+            self.layers[name].parameter is not parameters[name] for name in layout.places
+        )
+        is_new = layout != self.layout or not self._is_arranged or bool(self.renewed)
+        if not (is_new or is_replaced):
+            return False
         self.layers = {
             name: self.layers[name]._replace(parameter=parameters[name]) for name in layout.places
         }

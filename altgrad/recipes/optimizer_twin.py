@@ -156,8 +156,7 @@ class OptimizerTwin(Twin):
         self._loaded = []
         places = zip(new.layout.buckets, new.layout.slices, self._parameters, strict=True)
         for bucket, place, parameter in places:
-            first = next(iter(bucket.counts))
-            number = None if first in new.renewed else old.bucket_numbers.get(first)
+            number = self._find_source(old, new, bucket)
             if number is not None:
                 positions = sources[place][: sum(bucket.counts.values())]
                 positions = (positions - old.slices[number].start).to(parameter.device)
@@ -166,6 +165,17 @@ class OptimizerTwin(Twin):
                 state = self._take_state(new, bucket)
             if state:
                 self._find_optimizer(bucket.group).state[parameter] = state
+
+    def _find_source(self, old: Layout, new: Arrangement, bucket: Bucket) -> int | None:
+        """Return the number of the old bucket whose state a bucket goes on with.
+
+        None if the states are those of the run from now on. The optimizer that a factory made has
+        states of its own, and goes on with them, unless layers of several buckets come together.
+        """
+        names = bucket.counts.keys()
+        fresh = new.renewed if self.recipe.optimizer is None else new.begun
+        numbers = {old.bucket_numbers.get(name) for name in names}
+        return numbers.pop() if len(numbers) == 1 and fresh.isdisjoint(names) else None
 
     def _find_dtype(self, new: Arrangement) -> torch.dtype:
         """Return the dtype of the twin's gradients.

@@ -122,10 +122,11 @@ def test_a_profiler_has_no_record_of_the_step() -> None:
 def test_a_global_hook_is_called_once_for_each_step_of_the_run() -> None:
     net = make_net()
     optimizer = AdamW(net.parameters(), 1e-3)
-    Watched(net, optimizer, recipes=["bf16", "bf16-true"])
+    watched = Watched(net, optimizer, recipes=["bf16", "bf16-true"])
     with calls_to_hooks() as calls:
         train(net, optimizer, 10)
     assert calls == ["before", "after"] * 10
+    assert len(watched.records) == 1
 
 
 # --- settings

@@ -27,12 +27,13 @@ def test_weights_are_bit_identical_with_twins_and_without(recipes: Any) -> None:
     for chosen in ((), recipes):
         net = make_net()
         optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
-        Watched(net, optimizer, recipes=chosen)
+        watched = Watched(net, optimizer, recipes=chosen)
         random = torch.get_rng_state()
         train(net, optimizer, 20)
         assert torch.equal(torch.get_rng_state(), random)
         trained.append(copy_weights(net))
     assert all(map(torch.equal, *trained))
+    assert checks(watched) == {Check.EQUAL}
 
 
 @pytest.mark.slow

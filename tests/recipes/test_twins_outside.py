@@ -129,6 +129,13 @@ def replace_parameter(net: nn.Module, optimizer: Optimizer, saved: Any) -> None:
     swap_parameter(net[0], optimizer, new)  # type: ignore[index]
 
 
+def replace_parameter_with_its_state(net: nn.Module, optimizer: Optimizer, saved: Any) -> None:
+    state = optimizer.state[net[0].weight]  # type: ignore[index]
+    new = nn.Parameter(net[0].weight.detach() * 0.5)  # type: ignore[index,operator]
+    swap_parameter(net[0], optimizer, new)  # type: ignore[index]
+    optimizer.state[new] = state
+
+
 def grow(net: nn.Module, optimizer: Optimizer, saved: Any) -> None:
     old = net[3].weight  # type: ignore[index]
     swap_parameter(net[3], optimizer, nn.Parameter(torch.cat([old, old]).detach()))  # type: ignore[index,list-item]
@@ -165,6 +172,7 @@ def cast_and_back(net: nn.Module, optimizer: Optimizer, saved: Any) -> None:
         reset_one_layer,
         split_group,
         replace_parameter,
+        replace_parameter_with_its_state,
         grow,
         cast_and_back,
     ],
@@ -243,6 +251,39 @@ def test_a_rate_that_a_hook_of_the_optimizer_changes_is_followed(place: str, int
         optimizer.register_step_post_hook(change)
     train(net, optimizer, 30)
     assert_equal(watched)
+
+
+def test_the_states_of_a_factory_outlast_a_change_of_those_of_the_run() -> None:
+    figures = []
+    for changes in (False, True):
+        net = make_net()
+        optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+        recipe = Recipe("mine", optimizer=lambda held, group: torch.optim.SGD(held, 1e-2, 0.9))
+        watched = Watched(net, optimizer, recipes=[recipe])
+        train(net, optimizer, 16)
+        if changes:
+            reset_first_moment(net, optimizer, None)
+        train(net, optimizer, 1, first=16)
+        figures.append(watched.monitor.twins.state_dict()["lanes"][0]["twins"]["mine"]["states"])
+    for one, other in zip(*figures, strict=True):
+        assert torch.equal(one["momentum_buffer"], other["momentum_buffer"])
+
+
+@pytest.mark.parametrize("name", ["ASGD", "NAdam"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_numbers_that_torch_rounds_at_a_resume_end_no_twin(name: str, dtype: torch.dtype) -> None:
+    net = make_net(dtype)
+    make = getattr(torch.optim, name)
+    optimizer = make(net.parameters(), 1e-3, foreach=True)
+    watched = Watched(net, optimizer, formats=["e4m3fn"], recipes=["bf16", "e4m3fn"])
+    train(net, optimizer, 10)
+    state, saved = copy.deepcopy(watched.monitor.state_dict()), optimizer.state_dict()
+    watched.monitor.detach()
+    optimizer = make(net.parameters(), 1e-3, foreach=True)
+    optimizer.load_state_dict(saved)
+    watched = resume(net, optimizer, state, formats=["e4m3fn"], recipes=["bf16", "e4m3fn"])
+    train(net, optimizer, 10, first=10)
+    assert watched.notices == []
 
 
 def round_moments(net: nn.Module, optimizer: Optimizer) -> None:
@@ -472,9 +513,22 @@ def test_warnings_as_errors_leave_twins_that_follow_updates() -> None:
     optimizer = torch.optim.Adafactor(net.parameters(), 1e-3)
     settings: dict[str, Any] = {"every_n_steps": 5, "formats": ["bf16"], "recipes": ["bf16"]}
     records: list[Any] = []
-    UpdateMonitor(net, records.append, **settings).attach(optimizer)
+    monitor = UpdateMonitor(net, records.append, **settings).attach(optimizer)
     with pytest.raises(UserWarning, match="feeds the twins of bf16"):
         train(net, optimizer, 1)
     train(net, optimizer, 20, first=1)
     assert records[-1].model["progress_kept/bf16"] == records[-1].model["progress_kept/bf16"]
     assert records[-1].model.recipes == ("bf16",)
+    monitor.detach()
+
+
+def test_a_parameter_that_replaces_another_is_followed_by_an_optimizer_without_states() -> None:
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3)
+    watched = Watched(net, optimizer, recipes=["bf16", "bf16-true"])
+    train(net, optimizer, 10)
+    optimizer.state[net[0].weight] = {}
+    replace_parameter(net, optimizer, None)
+    train(net, optimizer, 20, first=10)
+    assert_equal(watched)
+    assert watched.monitor.twins.resynchronised == {"0.weight": 1}
