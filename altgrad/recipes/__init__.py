@@ -8,10 +8,9 @@ training that is watched. Each file names the one to read before it and the one 
 2. Recipes: `recipe`, `names`.
 3. A sample and its numbers: `layout`, `sample`, `twin_tensors`, `element_scales`, `twin`,
     `self_check`.
-4. The optimizer of a twin: `shared_objects`, `optimizer_copy`, `hyperparameters`, `generators`,
-    `isolation`, `factory`, `flat_state`, `optimizer_twin`.
-5. What the run does: `twin_source`, `layer_plan`, `writes`, `run_weights`, `run_states`,
-    `fused_sgd`.
+4. The optimizer of a twin: `shared_objects`, `optimizer_copy`, `writes`, `hyperparameters`,
+    `generators`, `isolation`, `factory`, `flat_state`, `optimizer_twin`.
+5. What the run does: `twin_source`, `layer_plan`, `run_weights`, `run_states`, `fused_sgd`.
 6. All twins: `lane`, `twin_state`, `twins`.
 
 Names are imported on first use. Read `altgrad.quantization` first.

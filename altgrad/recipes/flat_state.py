@@ -187,6 +187,7 @@ def _take(value: Tensor, indices: Tensor) -> Tensor:
 
 
 def _shape(flat: Tensor, length: int, shape: torch.Size | None) -> Tensor:
+    """Return a flat tensor padded with 0 to a length, in a shape if there is one."""
     padded = torch.nn.functional.pad(flat, (0, length - len(flat)))
     return padded if shape is None else padded.view(shape)
 

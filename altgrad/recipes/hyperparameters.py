@@ -4,7 +4,7 @@ Schedulers and users change the parameter groups of the *run's* optimizer, that 
 between steps. A twin, which steps a sample with a copy of the optimizer, must follow. Some
 optimizers change their own groups within a step, such as the `k` of schedule-free ones. A twin's
 own step makes these changes too. Other changes within a step, such as those of a hook, are copied.
-Read `optimizer_copy` first; `generators` comes next.
+Read `writes` first; `generators` comes next.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from altgrad.recipes.optimizer_copy import NO_HYPERPARAMETERS, copy_value
+from altgrad.recipes.writes import UNCOUNTED, count_writes
 
 Changes: TypeAlias = Mapping[int, Mapping[str, Any]]
 """New values of hyperparameters by key, for each changed group by its index in the optimizer."""
@@ -154,29 +155,20 @@ class _Mark:
         value: The object.
     """
 
-    __slots__ = ("value", "version")
+    __slots__ = ("value", "writes")
 
     def __init__(self, value: object) -> None:
         self.value = value
-        self.version = _read_version(value)
+        self.writes = count_writes(value) if isinstance(value, Tensor) else 0
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, _Mark)
             and self.value is other.value
-            and self.version == other.version != -1
+            and self.writes == other.writes != UNCOUNTED
         )
 
     __hash__ = None  # type: ignore[assignment]
-
-
-def _read_version(value: object) -> int:
-    """Return how often a tensor was written to; −1 if nobody counts."""
-    if not isinstance(value, Tensor):
-        return 0
-    # Autograd counts in-place writes in `_version`, which has no public name:
-    # https://docs.pytorch.org/docs/stable/notes/autograd.html#in-place-correctness-checks
-    return -1 if value.is_inference() else value._version  # noqa: SLF001
 
 
 def _mark(value: object) -> object:
@@ -191,6 +183,7 @@ def _mark(value: object) -> object:
 
 
 def _is_same(mark: object, value: object) -> bool:
+    """Return True if a value has not changed since its mark; plain values need no new mark."""
     if type(value) in _PLAIN:
         return mark is value or (type(mark) in _PLAIN and mark == value)
     return mark == _mark(value)

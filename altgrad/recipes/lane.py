@@ -124,6 +124,7 @@ class Lane:
 
     @property
     def _all_twins(self) -> list[Twin]:
+        """The reference twin, the baseline if there is one, and the twins of the recipes."""
         others = [] if self._baseline is None else [self._baseline]
         return [self._reference, *others, *self._twins.values()]
 
@@ -229,6 +230,11 @@ class Lane:
         return replaced
 
     def _rearrange(self, optimizer: Optimizer) -> list[str]:
+        """Give the layout of the plan to weights, scales and twins.
+
+        Returns:
+            Names of the layers whose parameter is another object than before.
+        """
         layers, layout = self._plan.layers, self._plan.layout
         self._has_new_layers = True
         self._gradients = self._gradients.new_zeros(layout.length)

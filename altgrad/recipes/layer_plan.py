@@ -4,7 +4,7 @@
 layers whose twins are stepped together, since their samples can lie in one tensor (`LaneKind`). In
 a lane, layers that step alike share a *bucket*: a flat tensor that the optimizer of a twin steps at
 once. A bucket is split when its layers begin to differ, as layers that are frozen, and experts
-that get no tokens. Read `twin_source` first; `writes` comes next.
+that get no tokens. Read `twin_source` first; `run_weights` comes next.
 """
 
 from __future__ import annotations
@@ -175,6 +175,7 @@ class LayerPlan:
         return self._source.draw(layer.name, layer.parameter.shape, self._kind.block)
 
     def _add_layer(self, layer: Stepped, indices: Tensor) -> None:
+        """Add a layer with its sample, flat indices, int64 (elements) on any device."""
         shape = layer.parameter.shape
         self.layers[layer.name] = Sampled(layer.parameter, shape, indices.to(self._kind.device))
 
@@ -389,7 +390,7 @@ def _describe_state(optimizer: Optimizer, layer: Stepped) -> object:
     Numbers are counts of steps, for example: layers in one bucket have one count.
     """
     state = optimizer.state.get(layer.parameter, {})
-    # Reading a counter waits for the device, once when a layer is new.
+    # Reading a counter waits for the device, which happens only when a layer is new.
     return tuple((name, _read_number(value, layer)) for name, value in state.items())
 
 

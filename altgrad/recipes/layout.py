@@ -144,5 +144,8 @@ class Layout:
 
     @staticmethod
     def _room(bucket: Bucket) -> int:
-        # Each bucket begins at a full chunk, so that loops treat it as a tensor of its own.
+        """Return the number of elements between the beginnings of a bucket and of the next one.
+
+        Each bucket begins at a full chunk, so that loops treat it as a tensor of its own.
+        """
         return -(-bucket.length // CHUNK) * CHUNK

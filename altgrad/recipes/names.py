@@ -35,7 +35,7 @@ def get_recipes(recipes: str | Recipe | Sequence[str | Recipe]) -> tuple[Recipe,
 
     The short names are, for each format f that `altgrad.quantization.get_formats` knows:
 
-    - ``fp32``: weights and states as they are.
+    - ``fp32``: weights and states in float32, or in float64 in a run in float64.
     - f: weights on the grid of f, rounded to nearest; states in float32.
     - ``f-sr``: the same with stochastic rounding.
     - ``f-kahan``: the same with Kahan summation.

@@ -5,7 +5,8 @@ more than the arguments of its constructor: flags that are in no group, and hype
 were changed since. To call the class again with ``**defaults`` raises an error for AdamW and for
 optimizers of other libraries.
 
-Read `shared_objects` first; `hyperparameters` comes next, and keeps a copy up to date.
+Read `shared_objects` first; `writes` comes next, which `hyperparameters` needs to keep a copy up to
+date.
 """
 
 from __future__ import annotations

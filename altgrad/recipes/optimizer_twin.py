@@ -451,6 +451,7 @@ class OptimizerTwin(Twin):
         return [self.tensors.weights, *(each for each in states if isinstance(each, Tensor))]
 
     def _drawing(self, optimizer: Optimizer) -> AbstractContextManager[object]:
+        """Return a context with private random numbers, if an optimizer may draw some."""
         if not may_draw(type(optimizer)):
             return nullcontext()
         return self._generators.using([self.tensors.weights.device])

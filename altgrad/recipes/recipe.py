@@ -58,8 +58,8 @@ class Recipe:
         rounding: The way to round weights and states: ``"nearest_even"`` or ``"stochastic"``.
         compensation: ``"kahan"`` keeps the rounding error of each weight in bf16.
         states: The format of each state of the optimizer, by its name. The name ``"*"`` stands for
-            all other floating-point states of the shape of the parameter. `attach` leads to a
-            warning about names that no optimizer has after its first step.
+            all other floating-point states of the shape of the parameter. Names that an optimizer
+            does not have after its first step store nothing, and a warning or notice says so.
         dtype: The dtype of the tensors that the run's own class of optimizer steps, as after
             ``model.to(dtype)``; a torch dtype or its name. None for float32, and for float64 in a
             run in float64.

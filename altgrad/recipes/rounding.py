@@ -51,7 +51,8 @@ def store_(
     if lost is not None:
         weights.add_(lost.to(weights.dtype))
     divisor = 1.0 if scale is None else scale
-    # Checks would cost operations in each step; `quantize` turns ±inf into the largest value.
+    # Without the checks of `quantize`, which would cost operations in each step. It turns ±inf into
+    # the largest value, so that they are put back below.
     rounded = quantize_checked(weights, element.key, divisor, rounding, True, generator, None)
     is_inf = weights.isinf()
     if lost is not None:

@@ -11,7 +11,7 @@ would go another way than the run. The changes are found in two ways:
   *watched* from then on: gathered at the end of each step and compared at the beginning of the
   next. Every write is then found, and a twin that still differs is wrong.
 
-Read `writes` first; `run_states` comes next.
+Read `layer_plan` first; `run_states` comes next.
 """
 
 from __future__ import annotations
@@ -158,6 +158,7 @@ class RunWeights:
             self.gather()
 
     def _read_versions(self) -> dict[str, tuple[int, int]]:
+        """Return the number of writes to each layer and its address: `p.data = …` changes that."""
         return {
             name: (count_writes(each.parameter), each.parameter.data_ptr())
             for name, each in self._layers.items()
@@ -242,4 +243,5 @@ def _differ(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _is_replaced(old: Sampled, new: Sampled) -> bool:
+    """Return True if the parameter of a layer is another object than before."""
     return old.parameter is not new.parameter

@@ -85,7 +85,7 @@ def get_block_size(shape: Sequence[int], block: int) -> int:
 
 
 def number_groups(indices: Tensor, shape: Sequence[int], scaling: Scaling) -> Tensor:
-    """Return the number of the group of elements that each sampled element shares a scale with.
+    """Return for each sampled element the number of its group: the elements that share a scale.
 
     Args:
         indices: Ascending indices into the flattened layer, int64 (elements).

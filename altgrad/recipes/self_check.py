@@ -110,6 +110,7 @@ def judge(counts: Numbers, *, draws: bool = False, is_first: bool = False) -> li
 def _judge_layer(
     differs: float, far: float, moved: float, ulps: float, *, draws: bool, is_first: bool
 ) -> Check:
+    """Return the result for a layer from the first four of `COUNTS`."""
     if not differs:
         return Check.EQUAL
     if draws and (ulps <= 1 or not is_first):

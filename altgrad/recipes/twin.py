@@ -196,6 +196,7 @@ class Twin:
         rounding: StorageRounding,
         lost: Tensor | None = None,
     ) -> None:
+        """Round weights or states in place by `store_`, with the twin's own random numbers."""
         generator = None
         if rounding == "stochastic":
             generator = self._get_generator(numbers.device)

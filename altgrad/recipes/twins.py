@@ -41,7 +41,7 @@ from altgrad.recipes.twin_state import check_twin_state
 
 
 class Twins:
-    """The twins of all layers of a run, in lanes whose layers have one dtype, device and so on.
+    """The twins of all layers of a run, in lanes by dtype, gradient dtype, device and block size.
 
     A monitor gives the twins to its `StepObserver`, which calls `capture` and `finish` in each
     step. Two threads may step two optimizers.
@@ -118,6 +118,7 @@ class Twins:
             self._capture(optimizer, run, is_observed=is_observed)
 
     def _capture(self, optimizer: Optimizer, run: _Run, *, is_observed: bool) -> None:
+        """Have each lane of an optimizer capture the step; make lanes that are new."""
         run.changes = run.follower.find_changes()
         run.follower.remember()
         run.captured = []
@@ -166,6 +167,7 @@ class Twins:
                 self._finish(optimizer, self._runs[optimizer])
 
     def _finish(self, optimizer: Optimizer, run: _Run) -> None:
+        """Step the lanes that captured the step, and see if the run has drawn random numbers."""
         late = run.follower.find_changes()
         for kind in run.captured:
             lane = run.lanes[kind]
@@ -361,6 +363,7 @@ class Twins:
         return lanes
 
     def _can_sample(self, name: str, parameter: Tensor, gradient: Tensor | None) -> bool:
+        """Return True if a layer can have twins; give a notice if it is sharded or sparse."""
         if parameter.dtype not in INPUT_DTYPES or not self._source.has_twins(name):
             return False
         if is_sharded(parameter):

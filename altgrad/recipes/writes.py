@@ -1,7 +1,8 @@
 """`count_writes`: how often a tensor was written to, as torch counts it.
 
-With it, twins find out whether something other than an optimizer's step has written to weights or
-states of the training. Read `layer_plan` first; `run_weights` comes next.
+With it, twins find out whether something other than an optimizer's step has written to
+hyperparameters, weights or states of the training. Read `optimizer_copy` first; `hyperparameters`
+comes next.
 """
 
 from __future__ import annotations
