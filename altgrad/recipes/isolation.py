@@ -23,7 +23,7 @@ def step_quietly(optimizer: Optimizer) -> None:
     """Step an optimizer without global hooks, and restore settings of torch afterwards.
 
     Hooks that are registered in the optimizer itself run. If there are none, a profiler gets no
-    record ``Optimizer.step`` either, unless `step` calls ``super().step()``.
+    record ``Optimizer.step``, unless `step` calls ``super().step()``.
 
     Args:
         optimizer: The optimizer of a twin.

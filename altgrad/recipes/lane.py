@@ -374,7 +374,7 @@ class Lane:
     # --- endings
 
     def watch_writes(self, *, is_suspected: bool, are_found: bool) -> None:
-        """Begin or end to watch weights for writes that torch does not count, after a check.
+        """Start or stop watching weights for writes that torch does not count, after a check.
 
         The first suspicion begins a watch that ends at a check with no write found. The second one
         begins a watch for good.

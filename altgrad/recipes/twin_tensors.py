@@ -25,7 +25,8 @@ class TwinTensors:
     Attributes:
         weights: The weights now.
         before: The weights before the last step.
-        window: The weights when the window of their layer began, at an observed step.
+        window: The weights when the window of their layer began, which is the time since the last
+            observed step that reported the layer.
         start: The weights when the twin began.
         moved_in_window: bool; True if a step in the window moved the element.
         moved: bool; True if a step before the window moved the element.
