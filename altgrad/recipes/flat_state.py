@@ -41,7 +41,8 @@ def take_state(
     """Return the state of a flat parameter that holds the sampled elements of some layers.
 
     Tensors of the shape of their layer are gathered. States that are a single number, such as the
-    number of steps, are copied from the first layer.
+    number of steps, are copied from the first layer. They become float32 if they have the 16 bits
+    of the run's weights and the flat parameter has another dtype.
 
     Args:
         states: The state of each layer, by name.
@@ -119,9 +120,9 @@ def split_state(
 
 
 def _is_rounded(value: Any, real_dtype: torch.dtype) -> bool:
-    """Return True for a number that `Optimizer.load_state_dict` has rounded to 16 bits.
+    """Return True for a single number that has the 16 bits of the run's weights.
 
-    It casts all numbers but `step` to the dtype of the weights, such as `eta` of ASGD.
+    `Optimizer.load_state_dict` casts numbers such as `eta` of ASGD to the dtype of the weights.
     """
     return isinstance(value, Tensor) and value.dtype == real_dtype and real_dtype.itemsize == 2
 

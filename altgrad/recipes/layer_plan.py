@@ -112,7 +112,7 @@ class LayerPlan:
                 changed.
 
         Returns:
-            True if layers, buckets or states are other ones, so that twins have to follow.
+            True if parameters, buckets or states are other ones, so that twins have to follow.
         """
         known = self._find_known(stepped)
         kept = self._split_buckets([each for each in known if each.name not in changed], present)

@@ -130,8 +130,8 @@ class OptimizerTwin(Twin):
     def rearrange(self, new: Arrangement) -> None:
         """Take over another layout, with layers that are new or gone.
 
-        The optimizers are made anew. States of layers are those of the twin so far, or of the run
-        for renewed layers.
+        The optimizers are made anew. They go on with the states of the twin so far, or take those
+        of the run for renewed layers. A factory's optimizer never takes states of the run.
 
         Args:
             new: The layout and the state of the run.
@@ -167,10 +167,10 @@ class OptimizerTwin(Twin):
                 self._find_optimizer(bucket.group).state[parameter] = state
 
     def _find_source(self, old: Layout, new: Arrangement, bucket: Bucket) -> int | None:
-        """Return the number of the old bucket whose state a bucket goes on with.
+        """Return the index of the old bucket whose state a new bucket goes on with.
 
-        None if the states are those of the run from now on. The optimizer that a factory made has
-        states of its own, and goes on with them, unless layers of several buckets come together.
+        None if the bucket takes the state of the run, or begins without one. The optimizer of a
+        factory keeps its own state, unless layers of several buckets come together.
         """
         names = bucket.counts.keys()
         fresh = new.renewed if self.recipe.optimizer is None else new.begun
