@@ -7,7 +7,7 @@ documents each method. Read `layer_settings` and `scale_state` first; `monitor` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -57,6 +57,10 @@ class TwinLayers(TwinSource):
         self._get_peers = get_peers
         self._warn = warn
         self._warns_about_omissions = warns_about_omissions
+
+    @property
+    def names(self) -> Mapping[Tensor, str]:
+        return self._registry.names
 
     @property
     def can_step(self) -> bool:

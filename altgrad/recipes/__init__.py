@@ -10,7 +10,8 @@ training that is watched. Each file names the one to read before it and the one 
     `self_check`.
 4. The optimizer of a twin: `shared_objects`, `optimizer_copy`, `writes`, `hyperparameters`,
     `generators`, `isolation`, `factory`, `flat_state`, `optimizer_twin`.
-5. What the run does: `twin_source`, `layer_plan`, `run_weights`, `run_states`, `fused_sgd`.
+5. What the run does: `twin_source`, `layer_plan`, `lane_sorter`, `run_weights`, `run_states`,
+    `fused_sgd`.
 6. All twins: `lane`, `twin_state`, `twins`.
 
 Names are imported on first use. Read `altgrad.quantization` first.

@@ -99,8 +99,6 @@ class Lane:
         # Layers whose weights, and whose states, were written to before the checkpoint.
         self._loaded_writes: tuple[Collection[str], Collection[str]] = (), ()
         self._stepped: Sequence[Stepped] = ()
-        # The parameters with a gradient in the last step, their shapes and groups.
-        self._signature: tuple[tuple[int, torch.Size, int], ...] = ()
         self._present: list[bool] = []  # by bucket: True with a gradient in this step
         self._gradients = torch.zeros(0, dtype=kind.gradient_dtype, device=kind.device)
         self._gradients_now = Gradients(self._gradients, ())
@@ -145,20 +143,16 @@ class Lane:
 
         Args:
             optimizer: The run's optimizer.
-            stepped: The layers of this lane that the optimizer steps, with a gradient or without.
+            stepped: The layers of this lane that the optimizer steps, with a gradient or without;
+                the same object as in the last step if none has changed.
             is_checked: True if the self-check is made after the step.
             is_checkable: False if the reference twin cannot equal the run, since the run's
                 optimizer rounds at random.
         """
-        self._stepped = stepped
-        present = [each for each in stepped if each.parameter.grad is not None]
         written, changed = self._find_writes(optimizer, stepped)
-        signature = tuple(
-            (id(each.parameter), each.parameter.shape, each.group) for each in present
-        )
-        if signature != self._signature or changed:
-            written.update(self._arrange(optimizer, stepped, present, changed))
-            self._signature = signature
+        if stepped is not self._stepped or changed:
+            written.update(self._arrange(optimizer, stepped, changed))
+            self._stepped = stepped
         self._loaded_writes = (), ()
         for each, indices, place in self._takes:
             torch.take(each.parameter.grad, indices, out=place)  # type: ignore[arg-type]
@@ -203,7 +197,6 @@ class Lane:
         self,
         optimizer: Optimizer,
         stepped: Sequence[Stepped],
-        present: Sequence[Stepped],
         changed: Collection[str],
     ) -> list[str]:
         """Note which layers have a gradient, and lay out all twins anew if that needs it.
@@ -211,15 +204,15 @@ class Lane:
         Returns:
             Names of the layers whose parameter is another object than before.
         """
+        present = [each for each in stepped if each.parameter.grad is not None]
         names, replaced = {each.name for each in present}, []
         with self._following_updates_after_an_error(optimizer):
             if self._plan.arrange(optimizer, stepped, names, changed):
                 replaced = self._rearrange(optimizer)
-        if not self._signature:
-            recipes = [twin.recipe for twin in self._twins.values()]
-            kind = self._kind
-            if notice := describe_fused_sgd(optimizer, recipes, kind.dtype, kind.device):
-                self._warn(notice)
+        recipes = [twin.recipe for twin in self._twins.values()]
+        kind = self._kind
+        if notice := describe_fused_sgd(optimizer, recipes, kind.dtype, kind.device):
+            self._warn(notice)
         self._present = self._plan.find_present(names)
         places, layers = self._plan.layout.places, self._plan.layers
         self._takes = [

@@ -4,7 +4,7 @@
 layers whose twins are stepped together, since their samples can lie in one tensor (`LaneKind`). In
 a lane, layers that step alike share a *bucket*: a flat tensor that the optimizer of a twin steps at
 once. A bucket is split when its layers begin to differ, as layers that are frozen, and experts
-that get no tokens. Read `twin_source` first; `run_weights` comes next.
+that get no tokens. Read `twin_source` first; `lane_sorter` comes next.
 """
 
 from __future__ import annotations

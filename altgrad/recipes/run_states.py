@@ -11,20 +11,21 @@ Read `run_weights` first; `fused_sgd` comes next.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from altgrad.recipes.layer_plan import Stepped
-from altgrad.recipes.writes import count_writes
+from altgrad.recipes.writes import count_writes_to_each
 
 
 class RunStates:
     """A record of the writes to optimizer states that torch has counted so far, by layer."""
 
     def __init__(self) -> None:
-        self._marks: dict[str, tuple[object, ...]] = {}
+        self._last = _Writes((), [], [], [])
 
     def remember(self, optimizer: Optimizer, stepped: Sequence[Stepped]) -> None:
         """Attribute all writes so far to the optimizer; called at the end of its step.
@@ -33,8 +34,7 @@ class RunStates:
             optimizer: The run's optimizer.
             stepped: The layers that the optimizer steps.
         """
-        state = optimizer.state
-        self._marks = {each.name: _mark(state.get(each.parameter)) for each in stepped}
+        self._last = _read_writes(optimizer, stepped)
 
     def find_changed(self, optimizer: Optimizer, stepped: Sequence[Stepped]) -> set[str]:
         """Return the layers whose states were written to or replaced since `remember`.
@@ -46,19 +46,61 @@ class RunStates:
         Returns:
             Names of the layers; a layer that `remember` did not get is not among them.
         """
-        state, marks = optimizer.state, self._marks
-        return {
-            each.name
-            for each in stepped
-            if each.name in marks and marks[each.name] != _mark(state.get(each.parameter))
-        }
+        now = _read_writes(optimizer, stepped)
+        if now.equals(self._last):
+            return set()
+        marks, before = now.mark_layers(), self._last.mark_layers()
+        return {name for name, mark in marks.items() if name in before and before[name] != mark}
 
 
-def _mark(state: Mapping[str, Any] | None) -> tuple[object, ...]:
-    """Return identities of a layer's state and its tensors, the writes to each, and its numbers."""
-    if not state:
-        return ()
-    values = state.values()  # once per layer and step: one pass each is faster than a helper
-    tensors = [each for each in values if isinstance(each, Tensor)]
-    numbers = [each for each in values if isinstance(each, (int, float))]
-    return (id(state), *map(id, tensors), *map(count_writes, tensors), *numbers)
+class _Writes(NamedTuple):
+    """The states of some layers at one time, in flat lists: each step compares all of them.
+
+    Attributes:
+        stepped: The layers.
+        states: The state of each layer by name; held, so that no other gets its address.
+        values: All items of the states, layer by layer; held likewise.
+        counts: The number of writes to each tensor among the items.
+    """
+
+    stepped: Sequence[Stepped]
+    states: list[Mapping[str, Any]]
+    values: list[Any]
+    counts: list[int]
+
+    def equals(self, other: _Writes) -> bool:
+        """Return True if nothing was replaced, and no tensor written to."""
+        return (
+            self.stepped is other.stepped
+            and self.counts == other.counts
+            and _are_identical(self.states, other.states)
+            and _are_identical(self.values, other.values)
+        )
+
+    def mark_layers(self) -> dict[str, object]:
+        """Return what differs by layer if its state has changed."""
+        values, counts = iter(self.values), iter(self.counts)
+        marks: dict[str, object] = {}
+        for each, state in zip(self.stepped, self.states, strict=True):
+            items = [next(values) for _ in state]
+            marks[each.name] = (
+                id(state) if state else None,
+                [v if isinstance(v, (int, float)) else id(v) for v in items],
+                [next(counts) for v in items if isinstance(v, Tensor)],
+            )
+        return marks
+
+
+_NO_STATE: Mapping[str, Any] = {}
+
+
+def _read_writes(optimizer: Optimizer, stepped: Sequence[Stepped]) -> _Writes:
+    state = optimizer.state
+    states = [state.get(each.parameter, _NO_STATE) for each in stepped]
+    values = [value for each in states for value in each.values()]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return _Writes(stepped, states, values, count_writes_to_each(tensors))
+
+
+def _are_identical(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(map(is_, one, other))

@@ -11,7 +11,7 @@ would go another way than the run. The changes are found in two ways:
   *watched* from then on: gathered at the end of each step and compared at the beginning of the
   next. Every write is then found, and a twin that still differs is wrong.
 
-Read `layer_plan` first; `run_states` comes next.
+Read `lane_sorter` first; `run_states` comes next.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from altgrad.recipes.layout import Layout
 from altgrad.recipes.sample import Sampled, find_columns, get_block_size
 from altgrad.recipes.self_check import compare, find_suspected
 from altgrad.recipes.twin_tensors import TwinTensors
-from altgrad.recipes.writes import count_writes
+from altgrad.recipes.writes import count_writes_to_each
 
 
 class RunWeights:
@@ -52,7 +52,7 @@ class RunWeights:
         self._layers: Mapping[str, Sampled] = {}
         self._layout = Layout()
         self._places: list[Tensor] = []  # parts of `values`, one for each layer
-        self._versions: dict[str, tuple[int, int]] = {}  # number of writes, and address
+        self._versions: tuple[list[int], list[int]] = [], []
         self.values = torch.zeros(0, dtype=kind.dtype, device=kind.device)
         self.rows = self.layer_rows = torch.zeros(0, dtype=torch.int64, device=kind.device)
         self.mask = torch.zeros(0, dtype=torch.bool, device=kind.device)
@@ -157,17 +157,18 @@ class RunWeights:
         if self.is_watching:
             self.gather()
 
-    def _read_versions(self) -> dict[str, tuple[int, int]]:
+    def _read_versions(self) -> tuple[list[int], list[int]]:
         """Return the number of writes to each layer and its address: `p.data = …` changes that."""
-        return {
-            name: (count_writes(each.parameter), each.parameter.data_ptr())
-            for name, each in self._layers.items()
-        }
+        parameters = [each.parameter for each in self._layers.values()]
+        return count_writes_to_each(parameters), [*map(Tensor.data_ptr, parameters)]
 
     def find_written(self) -> list[str]:
         """Return the layers to which torch has counted a write since `remember_writes`."""
-        now = self._read_versions()
-        return [name for name, version in now.items() if version != self._versions.get(name)]
+        now, before = self._read_versions(), self._versions
+        if now == before:
+            return []
+        each = zip(self._layers, zip(*now, strict=True), zip(*before, strict=True), strict=True)
+        return [name for name, version, earlier in each if version != earlier]
 
     def find_changed(
         self, reference: TwinTensors, written: Collection[str], *, is_checkable: bool

@@ -74,6 +74,7 @@ class Twin:
         self.dtype = recipe.tensor_dtype or torch.promote_types(dtype, torch.float32)
         self.layout = Layout()
         self.tensors = TwinTensors.start_at(torch.zeros(0, dtype=self.dtype, device="cpu"))
+        self._format = recipe.weights_format
         self._scales = scales
         # A hash, since each recipe rounds by random numbers of its own.
         digest = sha256(f"{seed} {recipe.name}".encode()).digest()
@@ -124,7 +125,7 @@ class Twin:
 
         Amaxes of blocks stay, because they are the twin's own.
         """
-        format = self.recipe.weights_format
+        format = self._format
         if format is not None and not isinstance(self._scales.applied(format), tuple):
             self._amaxes = None
 
@@ -177,7 +178,7 @@ class Twin:
             lost: The rounding errors that Kahan summation keeps, bfloat16 (elements); None without
                 it.
         """
-        format = self.recipe.weights_format
+        format = self._format
         if format is None:
             return
         scale = None

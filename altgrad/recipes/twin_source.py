@@ -7,7 +7,7 @@ samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -27,6 +27,10 @@ class TwinSource(Protocol):
 
     scaling: Scaling | None
     seed: int
+
+    @property
+    def names(self) -> Mapping[Tensor, str]:
+        """The name of each parameter; another object once the names have been read again."""
 
     @property
     def can_step(self) -> bool:

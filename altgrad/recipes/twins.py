@@ -24,16 +24,14 @@ from torch.optim import Optimizer
 from altgrad._messages import few
 from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.twin_figures import TwinValues
-from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.observer import describe_error
-from altgrad.observation.stored import get_stored_formats
-from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import get_applied_scaling
 from altgrad.recipes.generators import may_draw
 from altgrad.recipes.hyperparameters import Changes, HyperparameterFollower
 from altgrad.recipes.lane import Lane, LaneSums
-from altgrad.recipes.layer_plan import LaneKind, Stepped
+from altgrad.recipes.lane_sorter import LaneSorter
+from altgrad.recipes.layer_plan import LaneKind
 from altgrad.recipes.recipe import Recipe
 from altgrad.recipes.self_check import Check, judge
 from altgrad.recipes.twin_source import TwinSource
@@ -114,7 +112,9 @@ class Twins:
         with self._lock, self._ending_after_an_error():
             run = self._runs.get(optimizer)
             if run is None:
-                run = self._runs[optimizer] = _Run(optimizer)
+                run = self._runs[optimizer] = _Run(
+                    optimizer, LaneSorter(self._source, self._recipes)
+                )
             self._capture(optimizer, run, is_observed=is_observed)
 
     def _capture(self, optimizer: Optimizer, run: _Run, *, is_observed: bool) -> None:
@@ -122,7 +122,7 @@ class Twins:
         run.changes = run.follower.find_changes()
         run.follower.remember()
         run.captured = []
-        for kind, stepped in self._sort(optimizer, run).items():
+        for kind, stepped in run.sorter.sort(optimizer).items():
             lane = run.lanes.get(kind)
             if lane is None:
                 if all(each.parameter.grad is None for each in stepped):
@@ -335,45 +335,6 @@ class Twins:
 
     # --- lanes
 
-    def _sort(self, optimizer: Optimizer, run: _Run) -> dict[LaneKind, list[Stepped]]:
-        """Return the layers of each lane that an optimizer steps."""
-        stored = get_stored_formats([optimizer])
-        groups = {
-            parameter: number
-            for number, group in enumerate(optimizer.param_groups)
-            for parameter in group["params"]
-        }
-        lanes: dict[LaneKind, list[Stepped]] = {}
-        for name, parameter in self._source.find_stepped(optimizer):
-            gradient = parameter.grad
-            if parameter in stored:
-                self._source.warn_about_omission(
-                    "has no twins of layers that a WeightStorage stores"
-                )
-                continue
-            if not self._can_sample(name, parameter, gradient):
-                continue
-            dtype = run.gradient_dtypes.get(name, parameter.dtype)
-            if gradient is not None:
-                dtype = run.gradient_dtypes[name] = gradient.dtype
-            stepped = Stepped(name, parameter, groups[parameter])
-            for block in self._recipes:
-                kind = LaneKind(parameter.dtype, dtype, parameter.device, block)
-                lanes.setdefault(kind, []).append(stepped)
-        return lanes
-
-    def _can_sample(self, name: str, parameter: Tensor, gradient: Tensor | None) -> bool:
-        """Return True if a layer can have twins; give a notice if it is sharded or sparse."""
-        if parameter.dtype not in INPUT_DTYPES or not self._source.has_twins(name):
-            return False
-        if is_sharded(parameter):
-            self._source.warn_about_omission("has no twins of sharded parameters")
-            return False
-        if gradient is not None and gradient.layout != torch.strided:
-            self._source.warn_about_omission(f"has no twin of {name}, whose gradient is sparse")
-            return False
-        return True
-
     def scales_changed(self) -> None:
         """Compute scales anew when next needed, since the amax of a layer has changed."""
         for lane in self.lanes:
@@ -412,11 +373,11 @@ def _get_random_state(device: torch.device) -> Tensor:
 class _Run:
     """The lanes of one optimizer of the run, and what is known of it between two steps."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, sorter: LaneSorter) -> None:
+        self.sorter = sorter
         self.follower = HyperparameterFollower(optimizer)
         self.changes: Changes = {}  # of hyperparameters, before the running step
         self.lanes: dict[LaneKind, Lane] = {}
-        self.gradient_dtypes: dict[str, torch.dtype] = {}
         self.captured: list[LaneKind] = []  # lanes that take part in the running step
         self.checked: set[LaneKind] = set()  # lanes with a self-check so far
         self.may_draw = may_draw(type(optimizer))

@@ -7,6 +7,9 @@ comes next.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import attrgetter
+
 from torch import Tensor
 
 UNCOUNTED = -1
@@ -26,3 +29,21 @@ def count_writes(tensor: Tensor) -> int:
     # Autograd counts in-place writes in `_version`, which has no public name:
     # https://docs.pytorch.org/docs/stable/notes/autograd.html#in-place-correctness-checks
     return UNCOUNTED if tensor.is_inference() else tensor._version  # noqa: SLF001
+
+
+def count_writes_to_each(tensors: Sequence[Tensor]) -> list[int]:
+    """Return `count_writes` of each tensor; faster, as every step asks for all.
+
+    Args:
+        tensors: The tensors.
+
+    Returns:
+        The numbers, in their order.
+    """
+    try:
+        return [*map(_read_version, tensors)]
+    except RuntimeError:  # a tensor that was made under `torch.inference_mode`
+        return [*map(count_writes, tensors)]
+
+
+_read_version = attrgetter("_version")

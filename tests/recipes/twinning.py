@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from altgrad import StepRecord, UpdateMonitor
+from altgrad.recipes.self_check import Check
 
 
 def make_net(dtype: torch.dtype = torch.float32, width: int = 130) -> nn.Sequential:
@@ -50,6 +51,12 @@ class Watched:
         self.monitor = UpdateMonitor(
             net, self.records.append, warn=self.notices.append, **defaults | settings
         ).attach(*optimizers)
+
+
+def assert_equal(watched: Watched) -> None:
+    """Assert that every reference twin equals its run, and that the user was told nothing."""
+    assert watched.notices == []
+    assert {*watched.monitor.twins.checks.values()} == {Check.EQUAL}
 
 
 def copy_weights(net: nn.Module) -> list[Tensor]:
