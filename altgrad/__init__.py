@@ -11,9 +11,9 @@ reports how much of each update a format keeps. Most runs need `UpdateMonitor` a
    of several ranks.
 5. `altgrad.report` writes and reads run files, and judges them.
 
-`altgrad.recipes` has recipes: how weights and optimizer states are stored. A recipe is tried out on
-a sample of a run's weights, or stores all of them. A name is imported on first use, so
-`import altgrad` alone loads no other package, not even torch.
+`altgrad.recipes` has recipes: how weights and optimizer states are stored. A recipe stores all of
+them, or `altgrad.twins` tries it on a sample of a run's weights. A name is imported on first use,
+so `import altgrad` alone loads no other package, not even torch.
 """
 
 from typing import TYPE_CHECKING

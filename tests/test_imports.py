@@ -17,6 +17,7 @@ ROOMS = (
     "report",
     "monitor",
     "distributed",
+    "twins",
     "recipes",
     "measurement",
     "observation",

@@ -9,7 +9,7 @@ each step of an optimizer, a `StepObserver` calls these methods:
 3. `_finish`, after the step: measure the copies (`engine`), add up the sums of all ranks
    (`altgrad.distributed.peers`), and make the record.
 
-The observer also steps the twins (`altgrad.recipes.twins`), at every step. Read `policy` next, for
+The observer also steps the twins (`altgrad.twins.twins`), at every step. Read `policy` next, for
 1, then `engine` and `arena`, for 2 and 3.
 """
 
@@ -59,7 +59,7 @@ from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import NumberFormat
 from altgrad.recipes.names import find_default_recipes, get_recipes
 from altgrad.recipes.recipe import Recipe
-from altgrad.recipes.twins import Twins
+from altgrad.twins.twins import Twins
 
 _logger = logging.getLogger("altgrad")
 

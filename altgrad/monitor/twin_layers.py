@@ -1,7 +1,7 @@
 """`TwinLayers`: the layers that the twins of a monitor step, with their samples and scales.
 
 A twin stores a sample of each layer as a recipe says, and makes every step of the optimizer.
-`altgrad.recipes.twins` steps the twins and asks here which elements they have; `TwinSource` there
+`altgrad.twins.twins` steps the twins and asks here which elements they have; `TwinSource` there
 documents each method. Read `layer_settings` and `scale_state` first; `monitor` comes next.
 """
 
@@ -18,8 +18,8 @@ from altgrad.monitor.elements import sample_elements
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.monitor.scale_state import ScaleState
 from altgrad.observation.parameter_names import ParameterRegistry
-from altgrad.recipes.sample import draw_sample
-from altgrad.recipes.twin_source import TwinSource
+from altgrad.twins.sample import draw_sample
+from altgrad.twins.twin_source import TwinSource
 
 
 class TwinLayers(TwinSource):

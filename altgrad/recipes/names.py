@@ -1,8 +1,8 @@
 """`get_recipes` and `find_default_recipes`: the common recipes by short names.
 
 Short names are `fp32`; for each format f the names f, f-sr (stochastic rounding) and f-kahan; and
-`bf16-true` and `fp16-true`, also with `-fused`. Read `recipe` first; `layout` comes next, the first
-file about twins.
+`bf16-true` and `fp16-true`, also with `-fused`. Read `recipe` first; `altgrad.twins.layout` comes
+next, the first file about twins.
 """
 
 from __future__ import annotations

@@ -1,0 +1,16 @@
+"""Twins: try recipes on a sample of a training, at every step of its optimizers.
+
+A *twin* is a recipe at work: it steps a small sample of each layer as the recipe says, with the
+gradients of the *run*, the training that is watched. Each file names the one to read before it and
+the one to read next:
+
+1. A sample and its numbers: `layout`, `sample`, `twin_tensors`, `element_scales`, `twin`,
+    `self_check`.
+2. The optimizer of a twin: `shared_objects`, `optimizer_copy`, `writes`, `hyperparameters`,
+    `generators`, `isolation`, `factory`, `flat_state`, `optimizer_twin`.
+3. What the run does: `twin_source`, `layer_plan`, `lane_sorter`, `run_weights`, `run_states`,
+    `fused_sgd`.
+4. All twins: `lane`, `twin_state`, `twins`.
+
+Read `altgrad.recipes` first.
+"""

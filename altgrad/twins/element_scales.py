@@ -1,0 +1,249 @@
+"""`ElementScales`: the scale of each sampled element, for formats whose numbers share scales.
+
+A *twin* steps a sample of each layer, as if its weights were stored in a format. Scales of layers
+and channels come from whole layers of the *run*, the training that is watched, since a sample may
+miss the element with the amax, the largest magnitude. A number of the twin that exceeds its scale
+raises it at once, as in `altgrad.WeightStorage`. Blocks are sampled whole, and have their scales
+from the twin's own numbers. Read `twin_tensors` first; `twin` comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from altgrad.quantization.formats import Scaling
+from altgrad.quantization.number_format import NumberFormat, get_applied_scaling
+from altgrad.quantization.scaling import (
+    compute_amax,
+    compute_format_scales,
+    compute_scale_from_amax,
+)
+from altgrad.twins.layout import Layout
+from altgrad.twins.sample import Sampled, number_groups
+
+
+class ElementScales:
+    """The scales of the sampled elements of some layers, for weights and for optimizer states.
+
+    Args:
+        scaling: The elements that share a scale, as in `altgrad.measure`.
+        find_amaxes: Function that takes the name of a layer and the indices of its sample. It
+            returns the amax of each element's group, the weights that share its scale: float32 or
+            float64 (elements), or (1) if the layer is one group.
+    """
+
+    def __init__(
+        self, scaling: Scaling | None, find_amaxes: Callable[[str, Tensor], Tensor]
+    ) -> None:
+        self._scaling = scaling
+        self._find_amaxes = find_amaxes
+        self._layout = Layout()
+        self._layers: Mapping[str, Sampled] = {}
+        self._device = torch.device("cpu")
+        self._firsts: dict[Scaling, Tensor] = {}  # results of _find_firsts
+        self._weight_amaxes: Tensor | None = None
+        self._state_amaxes: dict[str, dict[str, Tensor]] = {}  # by state, then by layer
+        self._spread_amaxes: dict[tuple[str, Scaling, torch.dtype], Tensor] = {}  # by element
+
+    def read(
+        self,
+        layout: Layout,
+        layers: Mapping[str, Sampled],
+        device: torch.device,
+        renewed: Collection[str] = (),
+    ) -> None:
+        """Take over another layout, and drop what was read of layers that are gone.
+
+        Args:
+            layout: The places of the layers in a flat tensor.
+            layers: The layers by name.
+            device: The device of the samples.
+            renewed: Names of the layers whose twins take their states from the run again. Amaxes
+                of their states are dropped, too.
+        """
+        self._state_amaxes = {
+            state: {n: each for n, each in by_layer.items() if n in layers and n not in renewed}
+            for state, by_layer in self._state_amaxes.items()
+        }
+        self._layout, self._layers, self._device = layout, layers, device
+        self._firsts.clear()
+        self._spread_amaxes.clear()
+        self.forget_amaxes()
+
+    def forget_amaxes(self) -> None:
+        """Ask for the amax of each layer again when it is next needed, since some have changed."""
+        self._weight_amaxes = None
+
+    def applied(self, format: NumberFormat) -> Scaling | None:
+        """Return which elements share a scale in a format; None if the format has no scales."""
+        return get_applied_scaling(format, self._scaling)
+
+    # --- weights
+
+    def start_amaxes(self, format: NumberFormat, weights: Tensor) -> Tensor:
+        """Return the amaxes with which a twin begins: those of the run's layers.
+
+        Args:
+            format: A format with a scale, in which the weights are stored.
+            weights: The twin's weights, floating-point (elements).
+
+        Returns:
+            The amax of each element's group, (elements), float32 or for float64 weights float64. It
+            is 0 at padding, and for blocks, whose amax is that of the twin itself.
+        """
+        dtype = _get_wide(weights)
+        if isinstance(self.applied(format), tuple):
+            return torch.zeros(self._layout.length, dtype=dtype, device=self._device)
+        if self._weight_amaxes is None:
+            each = {n: self._find_amaxes(n, layer.indices) for n, layer in self._layers.items()}
+            self._weight_amaxes = self._spread(each)
+        return self._weight_amaxes.to(dtype, copy=True)
+
+    def find_for_weights(self, format: NumberFormat, weights: Tensor, amaxes: Tensor) -> Tensor:
+        """Return the scale of each weight, and raise the amaxes that weights exceed.
+
+        Args:
+            format: A format with a scale, in which the weights are stored.
+            weights: The twin's weights, floating-point (elements).
+            amaxes: A result of `start_amaxes` that the twin keeps. It is raised in place, at the
+                first element of each group that shares a scale; only these are read.
+
+        Returns:
+            Scales in the dtype of `amaxes`, (elements).
+        """
+        applied = self.applied(format)
+        assert applied is not None
+        firsts = self._find_firsts(applied)
+        amaxes.scatter_reduce_(0, firsts, _find_magnitudes(weights, amaxes.dtype), "amax")
+        return _compute_scales(amaxes, format)[firsts]
+
+    # --- states
+
+    def read_states(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Compute and keep the amaxes of states of the run's optimizer.
+
+        Args:
+            states: The whole states, floating-point in the shape of their layers, by name of the
+                state and then by name of the layer.
+        """
+        for state, by_layer in states.items():
+            amaxes = zip(by_layer, self._find_state_amaxes([*by_layer.values()]), strict=True)
+            self._state_amaxes.setdefault(state, {}).update(amaxes)
+        self._spread_amaxes.clear()
+
+    def find_unread(self) -> set[str]:
+        """Return the names of the layers none of whose states was read."""
+        return {*self._layers}.difference(*self._state_amaxes.values())
+
+    def _find_state_amaxes(self, states: list[Tensor]) -> list[Tensor]:
+        """Return the amaxes of each state: (channels) if channels have scales, else (1)."""
+        if self._scaling == "channel":
+            return [compute_amax(each, "channel").view(-1) for each in states]
+        # The norm of order inf is the amax. torch has no public name for norms of many tensors in
+        # one call; its gradient clipping uses this one: torch/nn/utils/clip_grad.py.
+        return [each.view(1) for each in torch._foreach_norm(states, torch.inf)]  # noqa: SLF001
+
+    def find_for_states(self, format: NumberFormat, name: str, states: Tensor) -> Tensor | None:
+        """Return the scale of each number of a state, anew at each step.
+
+        Args:
+            format: The format in which the state is stored.
+            name: Name of the state.
+            states: The twin's states of this name, floating-point (elements).
+
+        Returns:
+            Scales, (elements), float32 or for float64 states float64; None if the format has no
+            scales.
+        """
+        applied = self.applied(format)
+        if applied is None:
+            return None
+        dtype = _get_wide(states)
+        known, firsts = self._spread_states(name, applied, dtype), self._find_firsts(applied)
+        amaxes = known.scatter_reduce(0, firsts, _find_magnitudes(states, dtype), "amax")
+        return _compute_scales(amaxes, format)[firsts]
+
+    def _spread_states(self, name: str, applied: Scaling, dtype: torch.dtype) -> Tensor:
+        """Return the amax that was read for each number of a state, (elements); 0 if none was."""
+        key = name, applied, dtype
+        if key not in self._spread_amaxes:
+            # Nothing is read for blocks, which the sample has whole, and states that the run lacks.
+            by_layer = {} if isinstance(applied, tuple) else self._state_amaxes.get(name, {})
+            each = {
+                layer: amaxes if len(amaxes) == 1 else self._pick_channels(layer, amaxes)
+                for layer, amaxes in by_layer.items()
+            }
+            self._spread_amaxes[key] = self._spread(each).to(dtype).nan_to_num_(0.0, 0.0, 0.0)
+        return self._spread_amaxes[key]
+
+    def _pick_channels(self, name: str, amaxes: Tensor) -> Tensor:
+        """Return the amax of the channel of each sampled element of a layer."""
+        layer = self._layers[name]
+        channels = number_groups(layer.indices, layer.shape, "channel")
+        return amaxes.to(self._device)[channels]
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return the amaxes of the states that were read: by state, then by layer."""
+        return {state: dict(by_layer) for state, by_layer in self._state_amaxes.items()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restore a `state_dict`, before the first `read`."""
+        self._state_amaxes = {name: dict(by_layer) for name, by_layer in state.items()}
+
+    # --- groups
+
+    def _find_firsts(self, scaling: Scaling) -> Tensor:
+        """Return for each element the position of the first one in its group, int64 (elements).
+
+        A group has the elements that share a scale. It has no gaps, as samples ascend.
+        """
+        if scaling not in self._firsts:
+            firsts = torch.arange(self._layout.length, device=self._device)
+            for name, place in self._layout.places.items():
+                layer = self._layers[name]
+                groups = number_groups(layer.indices, layer.shape, scaling)
+                begins = torch.ones_like(groups, dtype=torch.bool)
+                begins[1:] = groups[1:] != groups[:-1]
+                firsts[place] = torch.where(begins, firsts[place], 0).cummax(0).values
+            self._firsts[scaling] = firsts
+        return self._firsts[scaling]
+
+    def _spread(self, by_layer: Mapping[str, Tensor]) -> Tensor:
+        """Return an amax for each element, (elements); 0 at padding and in layers not given.
+
+        Args:
+            by_layer: By name of the layer: its amax, (1), or that of each element's group,
+                (elements); any floating-point dtype.
+        """
+        wide = any(each.dtype == torch.float64 for each in by_layer.values())
+        dtype = torch.float64 if wide else torch.float32
+        spread = torch.zeros(self._layout.length, dtype=dtype, device=self._device)
+        places = [self._layout.places[name] for name in by_layer]
+        if places and all(len(each) == 1 for each in by_layer.values()):
+            starts = torch.tensor([place.start for place in places], device=self._device)
+            amaxes = torch.cat([each.to(self._device) for each in by_layer.values()])
+            spread[starts] = amaxes.to(dtype)
+            return spread[self._find_firsts("tensor")]
+        for place, amaxes in zip(places, by_layer.values(), strict=True):
+            spread[place] = amaxes.to(self._device)
+        return spread
+
+
+def _get_wide(numbers: Tensor) -> torch.dtype:
+    return torch.float64 if numbers.dtype == torch.float64 else torch.float32
+
+
+def _find_magnitudes(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the magnitude of each number in a dtype; 0 for NaN and ±inf, which set no scale."""
+    return numbers.abs().to(dtype).nan_to_num_(0.0, 0.0, 0.0)
+
+
+@torch.inference_mode()  # under no_grad, each view of the exponent bits is two operations
+def _compute_scales(amaxes: Tensor, format: NumberFormat) -> Tensor:
+    """Return the scale for each amax, in the same dtype; 1 where the amax is 0."""
+    if format.scale == "amax":
+        return compute_scale_from_amax(amaxes, format.element)  # without a way through float64
+    return compute_format_scales(amaxes, format).to(amaxes.dtype)

@@ -1,0 +1,532 @@
+"""`Lane`: the twins of the layers whose samples can lie in one tensor (`LaneKind`).
+
+A *twin* is a recipe at work on a sample of each layer of the *run*, the training that is watched. A
+lane has one twin for each recipe, and two more. The *reference twin* has the recipe of the run
+itself, to check that a sample steps as the run does. The *baseline* is the twin in float32, with
+which the others are compared.
+
+At each step, a lane gathers the sampled gradients once and steps each twin with them. At an
+observed step, one whose figures are recorded, it compares the reference twin with the run, and the
+others with the baseline. Read `fused_sgd` first, and `optimizer_twin`, `layer_plan` and
+`run_weights`, which do the work; `twin_state` comes next.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from altgrad._messages import few
+from altgrad.measurement.twin_sums import measure_twins
+from altgrad.observation.observer import describe_error
+from altgrad.recipes.recipe import Recipe
+from altgrad.twins.element_scales import ElementScales
+from altgrad.twins.flat_state import NotElementwiseError
+from altgrad.twins.fused_sgd import describe_fused_sgd
+from altgrad.twins.hyperparameters import Changes
+from altgrad.twins.layer_plan import LaneKind, LayerPlan, Stepped
+from altgrad.twins.optimizer_copy import CannotCopyError
+from altgrad.twins.optimizer_twin import Gradients, OptimizerTwin
+from altgrad.twins.run_states import RunStates
+from altgrad.twins.run_weights import RunWeights
+from altgrad.twins.twin import Arrangement, Twin, UpdateTwin
+from altgrad.twins.twin_source import TwinSource
+
+
+class LaneSums(NamedTuple):
+    """The measurements of a lane at an observed step, on the device.
+
+    Attributes:
+        layers: Names of the layers.
+        recipes: Names of the recipes.
+        states: Names of the optimizer states that are compared.
+        values: Sums and medians of `altgrad.measurement.twin_sums`, float64 (layers, recipes,
+            columns).
+        counts: The counts of the self-check, `COUNTS`, float64 (layers, counts).
+        sizes: Number of sampled elements of each layer.
+        populations: Number of elements of each layer.
+        blocks: Number of blocks in which the sample of each layer was drawn; 0 for single elements.
+    """
+
+    layers: tuple[str, ...]
+    recipes: tuple[str, ...]
+    states: tuple[str, ...]
+    values: Tensor
+    counts: Tensor
+    sizes: tuple[int, ...]
+    populations: tuple[int, ...]
+    blocks: tuple[int, ...]
+
+
+class Lane:
+    """The twins of layers with one dtype, gradient dtype, device and block size.
+
+    Args:
+        kind: The properties that the layers share.
+        recipes: The recipes whose twins are stepped.
+        source: The layers of the run, with their samples and scales.
+
+    Attributes:
+        follows_updates: True if twins take over the updates of the run, because its optimizer
+            cannot run on a sample.
+    """
+
+    def __init__(self, kind: LaneKind, recipes: Sequence[Recipe], source: TwinSource) -> None:
+        self._kind = kind
+        self._recipes = frozenset(each.name for each in recipes)
+        self._warn = source.warn
+        self._scales = ElementScales(source.scaling, source.find_amaxes)
+        self._plan = LayerPlan(kind, source)
+        self._run = RunWeights(kind)
+        self._states = RunStates()
+        self._make = (kind.dtype, self._scales, source.seed)  # what each twin is made of
+        self._reference: Twin = OptimizerTwin(Recipe("run", dtype=kind.dtype), *self._make)
+        self._baseline: Twin | None = None  # in float32 and float64, the reference stands for it
+        if torch.promote_types(kind.dtype, torch.float32) != kind.dtype:
+            self._baseline = OptimizerTwin(Recipe("fp32"), *self._make)
+        self._twins: dict[str, Twin] = {r.name: OptimizerTwin(r, *self._make) for r in recipes}
+        self.follows_updates = False
+        self._suspicions = 0  # checks after which a write was suspected that torch did not count
+        self._has_new_layers = False  # since the last step
+        self._late: Changes = {}  # changes of hyperparameters while the run last stepped
+        # Layers whose weights, and whose states, were written to before the checkpoint.
+        self._loaded_writes: tuple[Collection[str], Collection[str]] = (), ()
+        self._stepped: Sequence[Stepped] = ()
+        self._present: list[bool] = []  # by bucket: True with a gradient in this step
+        self._gradients = torch.zeros(0, dtype=kind.gradient_dtype, device=kind.device)
+        self._gradients_now = Gradients(self._gradients, ())
+        # Layers with a gradient: their samples, and where the sampled gradients go.
+        self._takes: list[tuple[Stepped, Tensor, Tensor]] = []
+
+    @property
+    def recipes(self) -> frozenset[str]:
+        """Names of the recipes, including those whose twins have ended."""
+        return self._recipes
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the layers, in the order of all results."""
+        return tuple(self._plan.layers)
+
+    @property
+    def is_empty(self) -> bool:
+        """True if the twins of all recipes have ended."""
+        return not self._twins
+
+    @property
+    def _all_twins(self) -> list[Twin]:
+        """The reference twin, the baseline if there is one, and the twins of the recipes."""
+        others = [] if self._baseline is None else [self._baseline]
+        return [self._reference, *others, *self._twins.values()]
+
+    # --- before a step of the run
+
+    def capture(
+        self,
+        optimizer: Optimizer,
+        stepped: Sequence[Stepped],
+        *,
+        is_checked: bool,
+        is_checkable: bool,
+    ) -> None:
+        """Prepare for a step of the run that is about to happen, and gather its gradients.
+
+        Twins take over layers that are new, and weights and states that something other than a step
+        has changed.
+
+        Args:
+            optimizer: The run's optimizer.
+            stepped: The layers of this lane that the optimizer steps, with a gradient or without;
+                the same object as in the last step if none has changed.
+            is_checked: True if the self-check is made after the step.
+            is_checkable: False if the reference twin cannot equal the run, since the run's
+                optimizer rounds at random.
+        """
+        written, changed = self._find_writes(optimizer, stepped)
+        if stepped is not self._stepped or changed:
+            written.update(self._arrange(optimizer, stepped, changed))
+            self._stepped = stepped
+        self._loaded_writes = (), ()
+        for each, indices, place in self._takes:
+            torch.take(each.parameter.grad, indices, out=place)  # type: ignore[arg-type]
+        self._gradients_now = Gradients(
+            self._gradients,
+            self._present,
+            # GradScaler sets these attributes on fused optimizers: torch/amp/grad_scaler.py, step.
+            getattr(optimizer, "grad_scale", None),
+            getattr(optimizer, "found_inf", None),
+        )
+        if written or is_checked or self._run.is_watching:
+            reference = self._reference.tensors
+            outside = self._run.find_changed(reference, written, is_checkable=is_checkable)
+            for twin in self._all_twins:
+                twin.replace_weights(outside, self._run.values)
+
+    def _find_writes(
+        self, optimizer: Optimizer, stepped: Sequence[Stepped]
+    ) -> tuple[set[str], set[str]]:
+        """Return the layers whose weights, and whose states, were written to since the last step.
+
+        After a resume, that is the last step before the checkpoint.
+        """
+        written, changed = self._loaded_writes
+        other_weights, other_states = self._plan.restore(optimizer, stepped)
+        moved = self._states.find_changed(optimizer, stepped)
+        # States that only went to another device and back, or were loaded again, are as before.
+        moved -= {name for name in moved if self._has_state(optimizer, name)}
+        return (
+            {*written, *other_weights, *self._run.find_written()},
+            {*changed, *other_states, *moved},
+        )
+
+    def _has_state(self, optimizer: Optimizer, name: str) -> bool:
+        """Return True if the reference twin has the state that the run has of a layer."""
+        layer = self._plan.layers.get(name)
+        if layer is None or not isinstance(self._reference, OptimizerTwin):
+            return False
+        return self._reference.has_state(name, optimizer.state.get(layer.parameter, {}), layer)
+
+    def _arrange(
+        self,
+        optimizer: Optimizer,
+        stepped: Sequence[Stepped],
+        changed: Collection[str],
+    ) -> list[str]:
+        """Note which layers have a gradient, and lay out all twins anew if that needs it.
+
+        Returns:
+            Names of the layers whose parameter is another object than before.
+        """
+        present = [each for each in stepped if each.parameter.grad is not None]
+        names, replaced = {each.name for each in present}, []
+        with self._following_updates_after_an_error(optimizer):
+            if self._plan.arrange(optimizer, stepped, names, changed):
+                replaced = self._rearrange(optimizer)
+        recipes = [twin.recipe for twin in self._twins.values()]
+        kind = self._kind
+        if notice := describe_fused_sgd(optimizer, recipes, kind.dtype, kind.device):
+            self._warn(notice)
+        self._present = self._plan.find_present(names)
+        places, layers = self._plan.layout.places, self._plan.layers
+        self._takes = [
+            (each, layers[each.name].indices, self._gradients[places[each.name]])
+            for each in present
+            if each.name in places
+        ]
+        return replaced
+
+    def _rearrange(self, optimizer: Optimizer) -> list[str]:
+        """Give the layout of the plan to weights, scales and twins.
+
+        Returns:
+            Names of the layers whose parameter is another object than before.
+        """
+        layers, layout = self._plan.layers, self._plan.layout
+        self._has_new_layers = True
+        self._gradients = self._gradients.new_zeros(layout.length)
+        replaced = self._run.rearrange(layers, layout, self._plan.begun)
+        self._scales.read(layout, layers, self._kind.device, self._plan.renewed)
+        for twin in self._all_twins:
+            self._try(twin, partial(twin.rearrange, self._describe_run(optimizer)))
+        return replaced
+
+    def _describe_run(self, optimizer: Optimizer) -> Arrangement:
+        plan = self._plan
+        return Arrangement(
+            optimizer,
+            plan.layout,
+            self._run.values,
+            plan.layers,
+            plan.renewed,
+            plan.begun,
+            self._kind.gradient_dtype,
+        )
+
+    # --- after a step of the run
+
+    def step(self, optimizer: Optimizer, changes: Changes, late: Changes) -> None:
+        """Step all twins, now that the run has stepped.
+
+        Args:
+            optimizer: The run's optimizer.
+            changes: Hyperparameters that were changed from outside between the last step and this.
+            late: Hyperparameters that changed while the run stepped. Before their next step, twins
+                take over those that the reference twin has not changed in its own step, such as
+                those of a hook. Factories, functions that make optimizers, get all of them.
+        """
+        missed = self._find_missed()
+        own, by_factory = _join(missed, changes), _join(self._late, changes)
+        self._late = late
+        if self.follows_updates:
+            self._follow_run()
+        else:
+            with self._following_updates_after_an_error(optimizer):
+                if has_new_layers := self._has_new_layers:
+                    self._read_states(optimizer, self._scales.find_unread())
+                    self._has_new_layers = False
+                for twin in self._all_twins:
+                    followed = own if twin.recipe.optimizer is None else by_factory
+                    self._try(twin, partial(_step, twin, self._gradients_now, followed))
+                if has_new_layers:
+                    self._warn_about_names()
+        self._run.remember_writes()
+        self._states.remember(optimizer, self._stepped)
+
+    def _warn_about_names(self) -> None:
+        """Warn of recipes with names of states that the twin's optimizer lacks after its step."""
+        for name, twin in self._twins.items():
+            missing = twin.recipe.state_formats.keys() - {"*"} - twin.states.keys()
+            # Without any state, a twin may have had no gradient yet.
+            if missing and (twin.states or twin.recipe.optimizer is not None):
+                has = ", ".join(map(repr, twin.states)) or "none"
+                self._warn(
+                    f"stores nothing of {few(sorted(missing))} in the twin of {name}: expected "
+                    f"names of states of its optimizer, which has {has}"
+                )
+
+    def _find_missed(self) -> Changes:
+        """Return changes in the run's last step that the reference twin's own step has not made."""
+        if not self._late or not isinstance(self._reference, OptimizerTwin):
+            return {}
+        return self._reference.find_unmade(self._late)
+
+    def _follow_run(self) -> None:
+        """Give the update of the run's last step to the twins, which take it over."""
+        reference = self._reference.tensors
+        update = self._run.gather() - reference.weights
+        for twin in self._all_twins:
+            assert isinstance(twin, UpdateTwin)
+            twin.take_update(update)
+        reference.weights.copy_(self._run.values)  # w + (v − w) may differ from v
+
+    def check(self) -> Tensor:
+        """Compare the reference twin with the run.
+
+        Returns:
+            float64 (layers, counts): the `COUNTS` of each layer, on the device.
+        """
+        return self._run.check(self._reference.tensors)
+
+    def _read_states(self, optimizer: Optimizer, names: Collection[str]) -> None:
+        """Read the amaxes of the run's states for which recipes have formats, in some layers."""
+        wanted = {name for twin in self._twins.values() for name in twin.recipe.state_formats}
+        if not wanted:
+            return
+        states: dict[str, dict[str, Tensor]] = {}
+        for name in names:
+            layer = self._plan.layers[name]
+            for key, state in optimizer.state.get(layer.parameter, {}).items():
+                is_whole = isinstance(state, Tensor) and state.shape == layer.shape
+                if is_whole and state.is_floating_point() and not wanted.isdisjoint((key, "*")):
+                    states.setdefault(key, {})[name] = state
+        self._scales.read_states(states)
+
+    def measure(self, optimizer: Optimizer, shown: Collection[str]) -> LaneSums:
+        """Measure all twins at an observed step, and begin another window.
+
+        A window is the time since the last observed step; some figures are about it alone.
+
+        Args:
+            optimizer: The run's optimizer.
+            shown: Names of the layers whose figures this step reports. Windows of others go on.
+
+        Returns:
+            The sums of all twins and the counts of the self-check, on the device.
+        """
+        self._read_states(optimizer, self.names)
+        counts, rows = self.check(), self._run.rows
+        stacks = {name: twin.stack(rows) for name, twin in self._twins.items()}
+        baseline = (self._baseline or self._reference).stack(rows)
+        states, blocks = tuple(baseline.states), self._run.blocks
+        values = measure_twins(self._run.mask, baseline, [*stacks.values()], states, blocks=blocks)
+        is_shown = self._find_shown(shown)
+        for twin in self._all_twins:
+            twin.tensors.begin_window(is_shown)
+        layers = self._plan.layers.values()
+        sizes = tuple(len(each.indices) for each in layers)
+        populations = tuple(each.parameter.numel() for each in layers)
+        return LaneSums(
+            *(self.names, tuple(stacks), states, values, counts, sizes, populations),
+            self._run.block_counts,
+        )
+
+    def _find_shown(self, names: Collection[str]) -> Tensor:
+        """Return True for the elements of some layers, bool (elements); False in a skipped step."""
+        flags = torch.tensor([name in names for name in self.names], device="cpu")
+        shown = flags.to(self._kind.device)[self._run.layer_rows]
+        found_inf = self._gradients_now.found_inf
+        return shown if found_inf is None else shown & (found_inf == 0)
+
+    # --- endings
+
+    def watch_writes(self, *, is_suspected: bool, are_found: bool) -> None:
+        """Start or stop watching weights for writes that torch does not count, after a check.
+
+        The first suspicion begins a watch that ends at a check with no write found. The second one
+        begins a watch for good.
+
+        Args:
+            is_suspected: True if the reference twin differed before the step without a write that
+                torch had counted.
+            are_found: True if any weights were taken over since the check before.
+        """
+        self._suspicions += is_suspected
+        if is_suspected:
+            self._run.is_watching = True
+        elif not are_found and self._suspicions < 2:
+            self._run.is_watching = False
+
+    def follow_updates(self, optimizer: Optimizer, reason: str) -> None:
+        """Give twins the updates of the run, since its optimizer cannot run on a sample.
+
+        Twins whose recipes need an optimizer end. In a run in 16 bits all twins end, since nothing
+        in float32 is left to compare them with.
+
+        Args:
+            optimizer: The run's optimizer.
+            reason: The reason why it cannot, for the notice.
+        """
+        if self.follows_updates:
+            return
+        recipes = [twin.recipe for twin in self._twins.values() if twin.recipe.only_weights]
+        if self._baseline is not None:  # the run has no weights in float32 to compare with
+            recipes = []
+        names = [each.name for each in recipes]
+        gone = sorted(self._twins.keys() - {*names})
+        self._make_followers(recipes)
+        self._run.gather()
+        for twin in self._all_twins:
+            twin.rearrange(self._describe_run(optimizer))
+        # Last: where warnings are errors, the twins must be ready for the next step.
+        if gone:
+            self._warn(f"ends the twins of {few(gone)}: {reason}")
+        if names:
+            self._warn(f"feeds the twins of {few(names)} with the updates of the run: {reason}")
+
+    def _make_followers(self, recipes: Sequence[Recipe]) -> None:
+        """Replace all twins by twins that take over the updates of the run."""
+        self._twins = {each.name: UpdateTwin(each, *self._make) for each in recipes}
+        self._reference = UpdateTwin(Recipe("run", dtype=self._kind.dtype), *self._make)
+        self._baseline = None
+        self.follows_updates = True
+
+    @contextmanager
+    def _following_updates_after_an_error(self, optimizer: Optimizer) -> Iterator[None]:
+        """After an error of the code inside, go on with `follow_updates`."""
+        try:
+            yield
+        except Warning:  # the user made warnings errors
+            raise
+        except Exception as error:
+            if self.follows_updates:
+                raise
+            kind = type(optimizer).__name__
+            self.follow_updates(optimizer, f"{kind} cannot run on a sample: {_describe(error)}")
+
+    def _try(self, twin: Twin, act: Callable[[], object]) -> None:
+        """Call a function of a twin; after an error, end that twin with a notice.
+
+        Errors of the reference twin and the baseline are raised, since all others need these.
+
+        Raises:
+            Warning: The user made warnings errors.
+        """
+        try:
+            act()
+        except Warning:  # the user made warnings errors
+            raise
+        except Exception as error:
+            if twin is self._reference or twin is self._baseline:
+                raise
+            self._twins.pop(twin.recipe.name, None)
+            self._warn(f"ends the twin of {twin.recipe.name}: {_describe(error)}")
+
+    # --- scales, memory, state
+
+    def scales_changed(self) -> None:
+        """Compute scales anew when next needed, since the amax of a layer has changed."""
+        self._scales.forget_amaxes()
+        for twin in self._all_twins:
+            twin.forget_amaxes()
+
+    def nbytes(self) -> int:
+        """Return the memory of the lane in bytes: samples, gradients and twins."""
+        indices = sum(each.indices.nbytes for each in self._plan.layers.values())
+        own = self._gradients.nbytes + self._run.nbytes()
+        return indices + own + sum(twin.nbytes() for twin in self._all_twins)
+
+    def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the state that a resumed run needs to continue exactly.
+
+        Args:
+            optimizer: The run's optimizer.
+
+        Returns:
+            A dict of plain data and tensors.
+        """
+        written, changed = self._find_writes(optimizer, self._stepped)
+        return {
+            **self._plan.state_dict(optimizer),
+            "recipes": sorted(self.recipes),
+            "follows_updates": self.follows_updates,
+            "late": copy.deepcopy(self._late),
+            "written": sorted(written),
+            "changed": sorted(changed),
+            "suspicions": self._suspicions,
+            "run": self._run.state_dict(),
+            "state_amaxes": self._scales.state_dict(),
+            "reference": self._reference.state_dict(),
+            "baseline": None if self._baseline is None else self._baseline.state_dict(),
+            "twins": {name: twin.state_dict() for name, twin in self._twins.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`, before the first step. Twins that had ended stay ended.
+
+        Args:
+            state: A result of `state_dict` whose recipes include those of this lane.
+        """
+        self._twins = {name: each for name, each in self._twins.items() if name in state["twins"]}
+        self._loaded_writes = state["written"], state["changed"]
+        self._late = copy.deepcopy(state["late"])
+        self._suspicions = state["suspicions"]
+        if state["follows_updates"]:
+            recipes = [twin.recipe for twin in self._twins.values()]
+            self._make_followers([r for r in recipes if r.only_weights and not self._baseline])
+        self._plan.load_state_dict(state)
+        self._scales.load_state_dict(state["state_amaxes"])
+        self._run.load_state_dict(state["run"], self._plan.layout)
+        saved = [(self._reference, state["reference"]), (self._baseline, state["baseline"])]
+        saved += [(twin, state["twins"][name]) for name, twin in self._twins.items()]
+        for twin, each in saved:
+            if twin is not None and each is not None:
+                twin.load_state_dict(self._plan.layout, each, self._kind.device)
+
+
+def _join(earlier: Changes, later: Changes) -> Changes:
+    """Return the changes of both; the later value of a hyperparameter that changed twice."""
+    if not earlier:
+        return later
+    return {
+        number: {**earlier.get(number, {}), **later.get(number, {})}
+        for number in (*earlier, *later)
+    }
+
+
+def _step(twin: Twin, gradients: Gradients, changes: Changes) -> None:
+    assert isinstance(twin, OptimizerTwin)
+    twin.follow(changes)
+    twin.step(gradients)
+
+
+def _describe(error: Exception) -> str:
+    """Return the text of an error, with type and place unless the error is one of AltGrad's."""
+    has_remedy = isinstance(error, (CannotCopyError, NotElementwiseError))
+    return str(error) if has_remedy else describe_error(error)

@@ -1,0 +1,111 @@
+"""`LaneSorter`: sort the layers that an optimizer steps into lanes.
+
+A *lane* is a set of layers whose twins are stepped together, since their samples can lie in one
+tensor. Sorting asks many questions about each layer. Its result is therefore kept as long as
+parameters, groups and gradients are of the same kind. Read `layer_plan` first; `run_weights` comes
+next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from altgrad.observation.dtensor import is_sharded
+from altgrad.observation.stored import get_stored_formats
+from altgrad.quantization.arguments import INPUT_DTYPES
+from altgrad.twins.layer_plan import LaneKind, Stepped
+from altgrad.twins.twin_source import TwinSource
+
+_Key: TypeAlias = tuple[object, ...]
+
+
+class LaneSorter:
+    """A sorter of the layers of one optimizer.
+
+    Args:
+        source: The layers of the run.
+        blocks: The numbers of neighbours that are drawn together; a layer has a lane for each.
+    """
+
+    def __init__(self, source: TwinSource, blocks: Collection[int]) -> None:
+        self._source = source
+        self._blocks = blocks
+        self._gradient_dtypes: dict[str, torch.dtype] = {}  # of layers that had a gradient
+        self._key: _Key = ()
+        self._names: object = None
+        self._lanes: Mapping[LaneKind, Sequence[Stepped]] = {}
+
+    def sort(self, optimizer: Optimizer) -> Mapping[LaneKind, Sequence[Stepped]]:
+        """Return the layers of each lane that an optimizer is about to step.
+
+        Args:
+            optimizer: The run's optimizer.
+
+        Returns:
+            The layers, with a gradient or without; the same objects as before if none has changed.
+        """
+        key, names = _describe_parameters(optimizer), self._source.names
+        if key != self._key or names is not self._names or not self._lanes:
+            stored = get_stored_formats([optimizer])
+            self._lanes = self._sort(optimizer, stored)
+            # Whether a layer is stored is no property of the parameter: ask again at each step.
+            self._key, self._names = (() if stored else key), self._source.names
+        return self._lanes
+
+    def _sort(
+        self, optimizer: Optimizer, stored: Collection[Tensor]
+    ) -> dict[LaneKind, list[Stepped]]:
+        groups = {
+            parameter: number
+            for number, group in enumerate(optimizer.param_groups)
+            for parameter in group["params"]
+        }
+        lanes: dict[LaneKind, list[Stepped]] = {}
+        for name, parameter in self._source.find_stepped(optimizer):
+            if parameter in stored:
+                self._source.warn_about_omission(
+                    "has no twins of layers that a WeightStorage stores"
+                )
+                continue
+            gradient = parameter.grad
+            if not self._can_sample(name, parameter, gradient):
+                continue
+            dtype = self._gradient_dtypes.get(name, parameter.dtype)
+            if gradient is not None:
+                dtype = self._gradient_dtypes[name] = gradient.dtype
+            stepped = Stepped(name, parameter, groups[parameter])
+            for block in self._blocks:
+                kind = LaneKind(parameter.dtype, dtype, parameter.device, block)
+                lanes.setdefault(kind, []).append(stepped)
+        return lanes
+
+    def _can_sample(self, name: str, parameter: Tensor, gradient: Tensor | None) -> bool:
+        if parameter.dtype not in INPUT_DTYPES or not self._source.has_twins(name):
+            return False
+        if is_sharded(parameter):
+            self._source.warn_about_omission("has no twins of sharded parameters")
+            return False
+        if gradient is not None and gradient.layout != torch.strided:
+            self._source.warn_about_omission(f"has no twin of {name}, whose gradient is sparse")
+            return False
+        return True
+
+
+def _describe_parameters(optimizer: Optimizer) -> _Key:
+    """Return what decides the lane of each parameter; each step pays for this."""
+    return tuple(
+        (
+            id(p),
+            p.dtype,
+            p.shape,
+            p.device,
+            None if p.grad is None else (p.grad.dtype, p.grad.layout),
+        )
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ) + tuple(len(group["params"]) for group in optimizer.param_groups)

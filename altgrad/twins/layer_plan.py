@@ -1,0 +1,402 @@
+"""`LayerPlan`: decide which layers have twins, and which of them share a bucket.
+
+*Twins* step a sample of each layer of the *run*, the training that is watched. A *lane* is a set of
+layers whose twins are stepped together, since their samples can lie in one tensor (`LaneKind`). In
+a lane, layers that step alike share a *bucket*: a flat tensor that the optimizer of a twin steps at
+once. A bucket is split when its layers begin to differ, as layers that are frozen, and experts
+that get no tokens. Read `twin_source` first; `lane_sorter` comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from altgrad._messages import few
+from altgrad.twins.layout import CHUNK, Bucket, Layout
+from altgrad.twins.sample import Sampled
+from altgrad.twins.twin_source import TwinSource
+
+MOST_BUCKETS = 32
+"""Largest number of buckets of a lane, and of small layers that are each stepped alone on a CPU.
+
+Layers beyond these have no twins, since a bucket costs about 12 operations per twin and step. Many
+buckets come from experts, which get tokens at different steps. Layers of fewer than 64 elements are
+stepped alone in 16 bits on a CPU, as their shape decides how torch rounds them; a fused optimizer
+steps all at once."""
+
+
+class LaneKind(NamedTuple):
+    """The properties that all layers of a lane share.
+
+    Attributes:
+        dtype: The dtype of the weights.
+        gradient_dtype: The dtype of the gradients.
+        device: The device of the weights and gradients.
+        block: Number of neighbouring elements that are drawn together, because a block of a format
+            shares a scale; 1 for single elements.
+    """
+
+    dtype: torch.dtype
+    gradient_dtype: torch.dtype
+    device: torch.device
+    block: int
+
+    def describe(self) -> list[object]:
+        """Return the kind as plain data, without the device's index, which a resume may change."""
+        return [str(self.dtype), str(self.gradient_dtype), self.device.type, self.block]
+
+
+class Stepped(NamedTuple):
+    """A layer that the run's optimizer steps.
+
+    Attributes:
+        name: Name of the layer.
+        parameter: The parameter.
+        group: Index of its parameter group in the run's optimizer.
+    """
+
+    name: str
+    parameter: Tensor
+    group: int
+
+
+class LayerPlan:
+    """The layers of a lane with their samples, and the buckets in which they lie.
+
+    Args:
+        kind: The properties that the layers share.
+        source: The layers of the run, from which samples are drawn.
+
+    Attributes:
+        layers: The layers by name, in the order of the layout.
+        layout: The buckets, and the places of the layers in a flat tensor.
+        renewed: Names of the layers whose optimizer states twins take from the run since the last
+            `arrange`, instead of going on with their own.
+        begun: Names of the renewed layers that are new or have another sample than before. Their
+            weights are taken from the run, too.
+    """
+
+    def __init__(self, kind: LaneKind, source: TwinSource) -> None:
+        self.layers: dict[str, Sampled] = {}
+        self.layout = Layout()
+        self._kind = kind
+        self._source = source
+        self._is_arranged = False  # by `arrange`: a layout from a checkpoint is not
+        self._left_out: set[str] = set()  # names of layers beyond the limits
+        self.renewed: frozenset[str] = frozenset()
+        self.begun: frozenset[str] = frozenset()
+        self._warned: set[str] = set()
+        self._loaded: dict[str, _Saved] = {}  # of a checkpoint, until the first step
+
+    def arrange(
+        self,
+        optimizer: Optimizer,
+        stepped: Sequence[Stepped],
+        present: Collection[str],
+        changed: Collection[str] = (),
+    ) -> bool:
+        """Lay out the layers anew if some are new, gone, or begin to differ in their steps.
+
+        Layers whose states were changed leave their bucket, and get another one as new layers do.
+
+        Args:
+            optimizer: The run's optimizer.
+            stepped: The layers that the optimizer steps, with a gradient or without.
+            present: Names of the layers with a gradient in this step.
+            changed: Names of the layers whose optimizer states something other than a step has
+                changed.
+
+        Returns:
+            True if parameters, buckets or states are other ones, so that twins have to follow.
+        """
+        known = self._find_known(stepped)
+        kept = self._split_buckets([each for each in known if each.name not in changed], present)
+        settled = {name for bucket in kept for name in bucket.counts} | self._left_out
+        wanted = {*present, *changed}
+        new = [each for each in stepped if each.name in wanted and each.name not in settled]
+        begun = self._begin({each.name for each in known}, new)
+        made = self._make_buckets(optimizer, new, present)
+        buckets = self._limit(optimizer, kept + made)
+        layout = Layout(tuple(buckets))
+        self.renewed = frozenset(name for bucket in made for name in bucket.counts)
+        self.begun = begun & self.renewed
+        parameters = {each.name: each.parameter for each in stepped}
+        is_replaced = any(
+            self.layers[name].parameter is not parameters[name] for name in layout.places
+        )
+        is_new = layout != self.layout or not self._is_arranged or bool(self.renewed)
+        if not (is_new or is_replaced):
+            return False
+        self.layers = {
+            name: self.layers[name]._replace(parameter=parameters[name]) for name in layout.places
+        }
+        self.layout, self._is_arranged = layout, True
+        return True
+
+    def find_present(self, present: Collection[str]) -> list[bool]:
+        """Return for each bucket True if its layers are among those with a gradient.
+
+        All layers of a bucket are, or none is.
+        """
+        return [next(iter(bucket.counts)) in present for bucket in self.layout.buckets]
+
+    def _split_buckets(self, stepped: Sequence[Stepped], present: Collection[str]) -> list[Bucket]:
+        """Return the present buckets with only these layers, split where layers begin to differ.
+
+        Args:
+            stepped: The layers that stay.
+            present: Names of the layers with a gradient in this step.
+        """
+        groups = {each.name: each.group for each in stepped}
+        buckets = []
+        for bucket in self.layout.buckets:
+            parts: dict[tuple[int, bool], list[str]] = {}
+            for name in bucket.counts:
+                if name in groups:
+                    parts.setdefault((groups[name], name in present), []).append(name)
+            for (group, _), names in parts.items():
+                buckets.append(bucket.split(names, group))
+        return buckets
+
+    def _find_known(self, stepped: Sequence[Stepped]) -> list[Stepped]:
+        """Return the layers that the plan has already, in the same shape."""
+        return [
+            each
+            for each in stepped
+            if each.name in self.layers and self.layers[each.name].shape == each.parameter.shape
+        ]
+
+    def _draw(self, layer: Stepped) -> Tensor:
+        return self._source.draw(layer.name, layer.parameter.shape, self._kind.block)
+
+    def _add_layer(self, layer: Stepped, indices: Tensor) -> None:
+        """Add a layer with its sample, flat indices, int64 (elements) on any device."""
+        shape = layer.parameter.shape
+        self.layers[layer.name] = Sampled(layer.parameter, shape, indices.to(self._kind.device))
+
+    def _begin(self, known: Collection[str], layers: Sequence[Stepped]) -> frozenset[str]:
+        """Draw the samples of the layers that are not known, and return their names."""
+        begun = [each for each in layers if each.name not in known]
+        for each in begun:
+            self._add_layer(each, self._draw(each))
+        return frozenset(each.name for each in begun)
+
+    def _make_buckets(
+        self, optimizer: Optimizer, layers: Sequence[Stepped], present: Collection[str]
+    ) -> list[Bucket]:
+        """Return buckets for layers that are new, or whose states were changed.
+
+        Args:
+            optimizer: The run's optimizer.
+            layers: The layers.
+            present: Names of the layers with a gradient in this step.
+        """
+        buckets: dict[object, dict[str, int]] = {}
+        shapes: dict[object, torch.Size | None] = {}
+        for each in layers:
+            count = len(self.layers[each.name].indices)
+            if not count:
+                continue
+            is_small = each.parameter.numel() < CHUNK and self._rounds_by_shape(optimizer, each)
+            kind = each.name if is_small else _describe_state(optimizer, each)
+            key = (kind, each.group, each.name in present)
+            buckets.setdefault(key, {})[each.name] = count
+            shapes[key] = each.parameter.shape if is_small else None
+        return [Bucket(key[1], counts, shapes[key]) for key, counts in buckets.items()]  # type: ignore[index]
+
+    def _rounds_by_shape(self, optimizer: Optimizer, layer: Stepped) -> bool:
+        """Return True if torch may round elements beyond the last full chunk in another way."""
+        is_fused = bool(optimizer.param_groups[layer.group].get("fused"))
+        return self._kind.dtype.itemsize < 4 or is_fused
+
+    def _limit(self, optimizer: Optimizer, buckets: list[Bucket]) -> list[Bucket]:
+        """Return the buckets within the limits; warn once of the layers that are left out."""
+        flat = [bucket for bucket in buckets if bucket.shape is None]
+        alone = [
+            bucket
+            for bucket in buckets
+            if bucket.shape is not None and self._steps_alone(optimizer, bucket)
+        ]
+        # Parameter groups are the user's choice, so that one bucket for each does not count.
+        self._leave_out_smallest(
+            flat,
+            MOST_BUCKETS + len({bucket.group for bucket in buckets}) - 1,
+            "that are stepped at other times than the rest, as experts are",
+            "groups of layers apart",
+        )
+        self._leave_out_smallest(
+            alone,
+            MOST_BUCKETS,
+            f"of fewer than {CHUNK} elements",
+            "such layers, each on its own, in 16 bits on a CPU",
+        )
+        return [bucket for bucket in buckets if self._left_out.isdisjoint(bucket.counts)]
+
+    def _steps_alone(self, optimizer: Optimizer, bucket: Bucket) -> bool:
+        """Return True if a bucket is stepped by operations of its own: on a CPU, unless fused."""
+        is_fused = optimizer.param_groups[bucket.group].get("fused")
+        return self._kind.device.type == "cpu" and not is_fused
+
+    def _leave_out_smallest(self, buckets: list[Bucket], most: int, kind: str, what: str) -> None:
+        """Keep the buckets with the most elements, and warn once of the layers of the others.
+
+        Args:
+            buckets: Buckets of one kind.
+            most: Largest number of buckets to keep.
+            kind: Description of the layers that are left out, for the notice.
+            what: Description of the buckets that are kept, after their number in the notice.
+        """
+        ranked = sorted(buckets, key=lambda bucket: -bucket.length)  # stable: equal runs are equal
+        gone = [name for bucket in ranked[most:] for name in bucket.counts]
+        if gone and kind not in self._warned:
+            self._source.warn(
+                f"has no twins of {few(gone)} and of others {kind}: twins step {most} {what}"
+            )
+            self._warned.add(kind)
+        self._left_out.update(gone)
+        for name in gone:
+            self.layers.pop(name, None)
+
+    def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return buckets and samples, with weights and states to recognise the run by.
+
+        Args:
+            optimizer: The run's optimizer.
+
+        Returns:
+            A dict of plain data and tensors.
+        """
+        samples = {
+            name: tuple(_Saved.read(optimizer, each.parameter, each.indices))
+            for name, each in self.layers.items()
+        }
+        return {
+            "buckets": [(b.group, dict(b.counts), b.shape) for b in self.layout.buckets],
+            "samples": samples,
+            "left_out": sorted(self._left_out),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`, before the first step.
+
+        Args:
+            state: A result of `state_dict`.
+        """
+        self.layout = Layout(tuple(Bucket(*bucket) for bucket in state["buckets"]))
+        self._left_out = set(state["left_out"])
+        self._loaded = {name: _Saved(*each) for name, each in state["samples"].items()}
+
+    def restore(
+        self, optimizer: Optimizer, stepped: Sequence[Stepped]
+    ) -> tuple[set[str], set[str]]:
+        """Add the layers of a loaded state, at the first step in which the optimizer has them.
+
+        A layer begins anew if its sample is another one, or if both its weights and its states
+        differ from the loaded state.
+
+        Args:
+            optimizer: The run's optimizer.
+            stepped: The layers that the optimizer is about to step.
+
+        Returns:
+            Names of the added layers whose weights differ from the loaded state, and names of those
+            whose optimizer states do.
+        """
+        written, changed, gone = set(), set(), []
+        for each in stepped:
+            saved = self._loaded.pop(each.name, None)
+            if saved is None:
+                continue
+            now = _Saved.read(optimizer, each.parameter, saved.indices)
+            has_weights, has_state = _equal(now.weights, saved.weights), now.equals_state(saved)
+            # If weights and states differ, the run went on since; a write would change only one.
+            is_gone = not torch.equal(self._draw(each), saved.indices)
+            if is_gone or not (has_weights or has_state):
+                gone.append(each.name)
+                continue
+            self._add_layer(each, saved.indices)
+            if not has_weights:
+                written.add(each.name)
+            if not has_state:
+                changed.add(each.name)
+        if gone:
+            self._source.warn(
+                f"has the twins of {few(gone)} begin anew: the sample is another one, or the run "
+                "went on since the restored state"
+            )
+        return written, changed
+
+
+class _Saved(NamedTuple):
+    """A layer of the run at the time of a checkpoint; all tensors are on the CPU.
+
+    Attributes:
+        indices: The sample, flat indices, int64 (elements).
+        weights: The sampled weights, (elements).
+        state: Optimizer states by name: sampled, (elements), or a single number, (1).
+    """
+
+    indices: Tensor
+    weights: Tensor
+    state: Mapping[str, Tensor]
+
+    @classmethod
+    def read(cls, optimizer: Optimizer, parameter: Tensor, indices: Tensor) -> _Saved:
+        """Return the layer as it is now.
+
+        Args:
+            optimizer: The run's optimizer.
+            parameter: The parameter.
+            indices: The sample, flat indices, int64 (elements) on any device.
+        """
+        state = optimizer.state.get(parameter, {})
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        own = {n: v for n, v in tensors.items() if v.shape == parameter.shape}
+        single = {n: v for n, v in tensors.items() if n not in own and v.numel() == 1}
+        return cls(
+            indices.cpu(),
+            _take(parameter, indices),
+            {n: _take(v, indices) for n, v in own.items()}
+            | {n: v.detach().view(1).cpu().clone() for n, v in single.items()},
+        )
+
+    def equals_state(self, other: _Saved) -> bool:
+        """Return True if two layers have equal states."""
+        names = self.state.keys()
+        return names == other.state.keys() and all(
+            _equal(self.state[name], other.state[name]) for name in names
+        )
+
+
+def _take(values: Tensor, indices: Tensor) -> Tensor:
+    return torch.take(values.detach(), indices.to(values.device)).cpu()
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Return True if two tensors are equal; NaN equals NaN."""
+    return one.shape == other.shape and torch.allclose(
+        one.double(), other.double(), rtol=0, atol=0, equal_nan=True
+    )
+
+
+def _describe_state(optimizer: Optimizer, layer: Stepped) -> object:
+    """Return a key that layers with the same names and numbers of optimizer states have alike.
+
+    Numbers are counts of steps, for example: layers in one bucket have one count.
+    """
+    state = optimizer.state.get(layer.parameter, {})
+    # Reading a counter waits for the device, which happens only when a layer is new.
+    return tuple((name, _read_number(value, layer)) for name, value in state.items())
+
+
+def _read_number(value: object, layer: Stepped) -> object:
+    """Return a state that is one number for all elements of a layer; None for other states."""
+    if isinstance(value, Tensor):
+        is_number = value.numel() == 1 and value.shape != layer.parameter.shape
+        return float(value) if is_number else None
+    return value if isinstance(value, (int, float)) else None

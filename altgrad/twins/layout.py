@@ -1,0 +1,151 @@
+"""`Layout`: where the sampled elements of each layer lie in one flat tensor.
+
+A *twin* steps a *sample* of each layer: up to 256 elements, drawn once. The samples lie one after
+another in a flat tensor, so that a twin's optimizer steps many layers with few operations. Layers
+that step alike share a `Bucket`, which is one parameter of that optimizer. Layers begin to differ
+when one of them has no gradient in a step; their bucket is then split, because optimizers count the
+steps of each parameter::
+
+    bucket 0: attn.weight mlp.weight      bucket 1: norm.weight       bucket 2: bias (own shape)
+    |---256---|---256---|                 |---64---|                  |-10-|
+
+Read `altgrad.recipes.names` first; `sample` comes next, and draws the elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+CHUNK = 64
+"""Number of elements to which buckets are padded, and beyond which no sample reaches.
+
+A chunk is this many neighbouring elements. Vectorised loops of torch treat the full chunks and the
+*tail* of a tensor, which is the rest, by different code that may round differently in 16 bits. A
+chunk of 64 is a multiple of every vector of 16-bit numbers: aten/src/ATen/cpu/vec.
+"""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The samples of layers that step alike: together one parameter of a twin's optimizer.
+
+    Attributes:
+        group: Index of the layers' parameter group in the run's optimizer, that of the training.
+        counts: Number of sampled elements of each layer, by name, in the order of the parameter.
+        shape: Shape of the only layer, if it has fewer than 64 elements and must be stepped in its
+            own shape to be rounded as in the run. None for a flat parameter, whose length is a
+            multiple of 64.
+    """
+
+    group: int
+    counts: Mapping[str, int]
+    shape: torch.Size | None = None
+
+    @cached_property
+    def length(self) -> int:
+        """The number of elements, including padding up to a full chunk."""
+        count = sum(self.counts.values())
+        return count if self.shape is not None else -(-count // CHUNK) * CHUNK
+
+    def split(self, names: Sequence[str], group: int) -> Bucket:
+        """Return a new bucket that has only some of the layers.
+
+        Args:
+            names: The layers.
+            group: Index of the parameter group that they have now.
+        """
+        return Bucket(group, {name: self.counts[name] for name in names}, self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The places of all layers in a flat tensor: one bucket after another, padded to full chunks.
+
+    Attributes:
+        buckets: The buckets; none is empty, and no two have the same layer.
+    """
+
+    buckets: tuple[Bucket, ...] = ()
+
+    @cached_property
+    def length(self) -> int:
+        """The number of elements of the flat tensor."""
+        return sum(self._room(bucket) for bucket in self.buckets)
+
+    @cached_property
+    def slices(self) -> tuple[slice, ...]:
+        """The elements of the flat tensor that each bucket has."""
+        slices, start = [], 0
+        for bucket in self.buckets:
+            slices.append(slice(start, start + bucket.length))
+            start += self._room(bucket)
+        return tuple(slices)
+
+    @cached_property
+    def places(self) -> dict[str, slice]:
+        """The elements of the flat tensor that each layer has, by name."""
+        places = {}
+        for bucket, within in zip(self.buckets, self.slices, strict=True):
+            start = within.start
+            for name, count in bucket.counts.items():
+                places[name] = slice(start, start + count)
+                start += count
+        return places
+
+    @cached_property
+    def bucket_numbers(self) -> dict[str, int]:
+        """The index in `buckets` of each layer's bucket, by name of the layer."""
+        each = enumerate(self.buckets)
+        return {name: number for number, bucket in each for name in bucket.counts}
+
+    def find_sources(self, later: Layout, begun: Collection[str] = ()) -> Tensor:
+        """Return where each element of a later layout lies in this one, to carry numbers over.
+
+        Args:
+            later: The other layout.
+            begun: Names of the layers whose twins begin with the later layout, because the sample
+                is another one. Nothing is carried over.
+
+        Returns:
+            int64 (later.length) on the CPU; −1 for elements that only the later layout has.
+        """
+        sources = torch.full((later.length,), -1, dtype=torch.int64, device="cpu")
+        for name, place in later.places.items():
+            mine = None if name in begun else self.places.get(name)
+            if mine is not None:
+                sources[place] = torch.arange(mine.start, mine.stop, device="cpu")
+        return sources
+
+    def find_rows(self, names: Sequence[str], columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return a matrix that picks the sample of each layer out of the flat tensor, as a row.
+
+        Args:
+            names: The layers.
+            columns: For each layer, the columns of its elements in the row, ascending, int64
+                (elements).
+
+        Returns:
+            Positions in the flat tensor, int64 (layers, width), and a mask, bool (layers, width).
+            Where a row has no element, the position is 0 and the mask False. Both are on the CPU.
+        """
+        width = max((int(own[-1]) + 1 for own in columns), default=0)
+        rows = torch.zeros((len(names), width), dtype=torch.int64, device="cpu")
+        mask = torch.zeros_like(rows, dtype=torch.bool)
+        for number, (name, own) in enumerate(zip(names, columns, strict=True)):
+            place = self.places[name]
+            rows[number, own] = torch.arange(place.start, place.stop, device="cpu")
+            mask[number, own] = True
+        return rows, mask
+
+    @staticmethod
+    def _room(bucket: Bucket) -> int:
+        """Return the number of elements between the beginnings of a bucket and of the next one.
+
+        Each bucket begins at a full chunk, so that loops treat it as a tensor of its own.
+        """
+        return -(-bucket.length // CHUNK) * CHUNK

@@ -1,0 +1,480 @@
+"""`OptimizerTwin`: a twin whose own optimizer makes each step, with the gradients of the run.
+
+A *twin* is a recipe at work on a sample of each layer of the *run*, the training that is watched.
+No formula is modelled: the optimizer is a copy of the run's own, or one that a factory makes, which
+is a function in the recipe. Layers that step alike are one parameter of it, a *bucket*. Read
+`flat_state` first, and `twin` for the base class; `twin_source` comes next.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from altgrad.recipes.recipe import Recipe
+from altgrad.recipes.stored_states import COUNTERS
+from altgrad.twins.element_scales import ElementScales
+from altgrad.twins.factory import FactoryGroup
+from altgrad.twins.flat_state import is_same_state, split_state, take_state
+from altgrad.twins.generators import PrivateGenerators, may_draw
+from altgrad.twins.hyperparameters import Changes, apply_changes, find_unmade
+from altgrad.twins.isolation import step_quietly
+from altgrad.twins.layout import Bucket, Layout
+from altgrad.twins.optimizer_copy import (
+    copy_hyperparameters,
+    copy_optimizer,
+    copy_value,
+    use_fused,
+)
+from altgrad.twins.sample import Sampled
+from altgrad.twins.twin import Arrangement, Twin
+
+
+class Gradients(NamedTuple):
+    """The sampled gradients of a step of the run.
+
+    Attributes:
+        values: The gradients, floating-point (elements); 0 at padding.
+        present: For each bucket of the layout, True if its layers have a gradient in this step.
+        scale: The loss scale by which the gradients are still multiplied, a tensor of one element;
+            None if they are not.
+        found_inf: The flag of a GradScaler that a fused optimizer reads on the device, a tensor of
+            one element: not 0 if the step is skipped. None without it.
+    """
+
+    values: Tensor
+    present: Sequence[bool]
+    scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+class OptimizerTwin(Twin):
+    """A twin whose own optimizer makes each step, with the gradients of the run.
+
+    Args:
+        recipe: The recipe.
+        dtype: The dtype of the weights of the run.
+        scales: The scales of the sampled elements, for formats that have scales.
+        seed: Seed of stochastic rounding, and of all that the optimizer draws.
+    """
+
+    def __init__(
+        self, recipe: Recipe, dtype: torch.dtype, scales: ElementScales, seed: int
+    ) -> None:
+        super().__init__(recipe, dtype, scales, seed)
+        # One copy, or one optimizer for each group of the run if a factory makes them. Beside each
+        # stand the indices of the run's groups that its own groups stand for.
+        self._optimizers: list[tuple[Optimizer, list[int]]] = []
+        self._made: dict[int, FactoryGroup] = {}  # what a factory made, by group of the run
+        self._parameters: list[nn.Parameter] = []  # one for each bucket
+        self._homes: list[Tensor] = []  # views of `tensors.weights` for each parameter
+        self._loaded: Sequence[Mapping[str, Any]] = []  # states of the buckets of a checkpoint
+        self._loaded_groups: Mapping[int, Mapping[str, Any]] = {}
+        self._gradients = torch.zeros(0, dtype=self.dtype, device="cpu")
+        self._bucket_gradients: list[Tensor] = []
+        self._generators = PrivateGenerators(self._seed)
+        self._counts_on_host = False
+        self._undone_for: Sequence[bool] = ()  # `present` in the last step that could be undone
+
+    @property
+    def states(self) -> Mapping[str, Tensor]:
+        """The states that have one number per element, by name, (elements).
+
+        Numbers are 0 in layers without the state, and at padding.
+        """
+        return {name: self._join(parts) for name, parts in self._elementwise_states().items()}
+
+    def _elementwise_states(self) -> Mapping[str, list[tuple[slice, Tensor]]]:
+        """Return states with one number per element, by name: place and values in each bucket."""
+        states: dict[str, list[tuple[slice, Tensor]]] = {}
+        for state, place in zip(self._bucket_states(), self.layout.slices, strict=True):
+            for name, value in state.items():
+                if _is_elementwise(name, value, place):
+                    states.setdefault(name, []).append((place, value))
+        return states
+
+    def _join(self, parts: Sequence[tuple[slice, Tensor]]) -> Tensor:
+        """Return a state of buckets as a flat tensor with 0 elsewhere; a view if possible."""
+        (_, first), *others = parts
+        if not others and first.numel() == self.layout.length:
+            return first.view(-1)
+        flat = torch.zeros_like(self.tensors.weights, dtype=first.dtype)
+        for place, value in parts:
+            flat[place] = value.view(-1)
+        return flat
+
+    def has_state(self, name: str, state: Mapping[str, Any], layer: Sampled) -> bool:
+        """Return True if the twin's state of a layer equals that of the run, but for rounding.
+
+        Args:
+            name: Name of the layer.
+            state: The state that the run's optimizer has of the layer, by name.
+            layer: The layer.
+        """
+        number = self.layout.bucket_numbers.get(name)
+        if number is None:
+            return False
+        own, start = self._bucket_states()[number], self.layout.slices[number].start
+        place = self.layout.places[name]
+        positions = torch.arange(place.start - start, place.stop - start, device="cpu")
+        return own.keys() == state.keys() and all(
+            is_same_state(own[key], positions, value, layer.indices) for key, value in state.items()
+        )
+
+    def rearrange(self, new: Arrangement) -> None:
+        """Take over another layout, with layers that are new or gone.
+
+        The optimizers are made anew. They go on with the states of the twin so far, or take those
+        of the run for renewed layers. A factory's optimizer never takes states of the run.
+
+        Args:
+            new: The layout and the state of the run.
+
+        Raises:
+            CannotCopyError: The run's optimizer cannot be copied.
+            NotElementwiseError: A state does not hold one number per element of a layer.
+        """
+        old, states = self.layout, self._bucket_states()
+        sources = old.find_sources(new.layout, new.begun)
+        choices = self._describe_choices()
+        super().rearrange(new)
+        self._gradients = torch.zeros_like(self.tensors.weights, dtype=self._find_dtype(new))
+        self._bucket_gradients = self._split(self._gradients)
+        self._homes = self._split(self.tensors.weights)
+        self._parameters = [*map(nn.Parameter, self._split(self.tensors.weights))]
+        if self._gradients.dtype != self.dtype:
+            for parameter in self._parameters:
+                parameter.grad_dtype = self._gradients.dtype
+        self._optimizers = self._make_optimizers(new, choices)
+        self._undone_for = ()
+        self._loaded = []
+        places = zip(new.layout.buckets, new.layout.slices, self._parameters, strict=True)
+        for bucket, place, parameter in places:
+            number = self._find_source(old, new, bucket)
+            if number is not None:
+                positions = sources[place][: sum(bucket.counts.values())]
+                positions = (positions - old.slices[number].start).to(parameter.device)
+                state = split_state(states[number], positions, bucket.length, bucket.shape)
+            else:
+                state = self._take_state(new, bucket)
+            if state:
+                self._find_optimizer(bucket.group).state[parameter] = state
+
+    def _find_source(self, old: Layout, new: Arrangement, bucket: Bucket) -> int | None:
+        """Return the index of the old bucket whose state a new bucket goes on with.
+
+        None if the bucket takes the state of the run, or begins without one. The optimizer of a
+        factory keeps its own state, unless layers of several buckets come together.
+        """
+        names = bucket.counts.keys()
+        fresh = new.renewed if self.recipe.optimizer is None else new.begun
+        numbers = {old.bucket_numbers.get(name) for name in names}
+        return numbers.pop() if len(numbers) == 1 and fresh.isdisjoint(names) else None
+
+    def _find_dtype(self, new: Arrangement) -> torch.dtype:
+        """Return the dtype of the twin's gradients.
+
+        It is that of the run's gradients if the twin has the run's dtype of weights, and otherwise
+        that of the twin's weights. A parameter in 16 bits may have gradients in float32, by its
+        attribute `grad_dtype`.
+        """
+        if new.gradient_dtype is None or self.dtype != new.weights.dtype:
+            return self.dtype
+        return new.gradient_dtype
+
+    def step(self, gradients: Gradients) -> None:
+        """Step the twin's optimizer, and store what it changed.
+
+        A step that a GradScaler skips on the device has no effect on the twin: a fused optimizer
+        skips it itself, and with another the step is undone.
+
+        Args:
+            gradients: The gradients of the run.
+        """
+        self.tensors.begin_step()
+        found_inf = gradients.found_inf
+        is_fused = all(_reads_found_inf(optimizer) for optimizer, _ in self._optimizers)
+        undoes = found_inf is not None and not is_fused
+        if undoes and self._must_look(gradients) and found_inf.item():  # type: ignore[union-attr]
+            return
+        scale = self._take_gradients(gradients, can_unscale=is_fused)
+        before = self._copy_host_numbers() if undoes else None
+        with self._undoing(found_inf) if undoes else self._scaling(scale, found_inf):
+            for optimizer, _ in self._optimizers:
+                self._step_optimizer(optimizer)
+        if undoes:
+            self._counts_on_host = before != self._copy_host_numbers()
+            self._undone_for = gradients.present
+        self._store_states()
+        lost = self.tensors.lost
+        self._store(self.tensors.weights, self.recipe.rounding, lost if len(lost) else None)
+        self.tensors.end_step()
+
+    def _take_gradients(self, gradients: Gradients, *, can_unscale: bool) -> Tensor | None:
+        """Set copies of the gradients in the parameters, since many optimizers change theirs.
+
+        Args:
+            gradients: The gradients of the run.
+            can_unscale: True if the optimizer divides by a loss scale itself.
+
+        Returns:
+            The loss scale by which the copies are still multiplied, one element; None if they are
+            not.
+        """
+        values, scale = gradients.values, gradients.scale
+        # Scaled gradients may exceed the range of another dtype, so that they are divided before
+        # the conversion. In the same dtype, they are stepped just as the run's are.
+        if scale is not None and not (can_unscale and values.dtype == self.dtype):
+            values = values.to(torch.promote_types(values.dtype, torch.float32))
+            values, scale = values / scale.to(values.device), None
+        self._gradients.copy_(values)
+        each = zip(self._parameters, self._bucket_gradients, gradients.present, strict=True)
+        for parameter, gradient, is_present in each:
+            parameter.grad = gradient if is_present else None
+        return scale
+
+    def _must_look(self, gradients: Gradients) -> bool:
+        """Return True if the host must read the flag of a GradScaler before the step.
+
+        A step cannot be undone on the device if the optimizer counts in numbers of Python, or if
+        the step may be the first one of a bucket, which makes its states.
+        """
+        return self._counts_on_host or gradients.present != self._undone_for
+
+    def _copy_host_numbers(self) -> list[object]:
+        """Return the numbers of optimizers, groups and states that are no tensors.
+
+        A step changes some of them if the optimizer counts on the host.
+        """
+        optimizers = [optimizer for optimizer, _ in self._optimizers]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        return [
+            {name: value for name, value in each.items() if isinstance(value, (int, float, tuple))}
+            for each in (*map(vars, optimizers), *groups, *self._bucket_states())
+        ]
+
+    @contextmanager
+    def _undoing(self, found_inf: Tensor | None) -> Iterator[None]:
+        """Undo the step inside on the device if a GradScaler found inf; the host does not wait."""
+        assert found_inf is not None
+        earlier = [(each, each.clone()) for each in self._all_tensors()]
+        yield
+        for now, before in earlier:
+            now.copy_(torch.where(found_inf.to(now.device) != 0, before, now))
+
+    @contextmanager
+    def _scaling(self, scale: Tensor | None, found_inf: Tensor | None) -> Iterator[None]:
+        """Set what a GradScaler sets in fused optimizers, for the step inside."""
+        if found_inf is None:
+            yield
+            return
+        for optimizer, _ in self._optimizers:
+            vars(optimizer).update(found_inf=found_inf, grad_scale=scale)
+        try:
+            yield
+        finally:
+            for optimizer, _ in self._optimizers:
+                del vars(optimizer)["found_inf"], vars(optimizer)["grad_scale"]
+
+    def _step_optimizer(self, optimizer: Optimizer) -> None:
+        """Step one of the optimizers, and move its parameters back into the flat weights.
+
+        Raises:
+            ValueError: The step added parameters, or took some away.
+        """
+        held = _list_parameters(optimizer)
+        with self._drawing(optimizer):
+            step_quietly(optimizer)
+        if [*map(id, held)] != [*map(id, _list_parameters(optimizer))]:
+            raise ValueError(
+                f"{type(optimizer).__name__} has other parameters after a step than before: "
+                "expected those that it was made of; add parameters before the first step"
+            )
+        for parameter, home in zip(self._parameters, self._homes, strict=True):
+            # Optimizers may write `p.data = …`, after which the parameter lies elsewhere.
+            if parameter.data_ptr() != home.data_ptr():
+                home.copy_(parameter.detach())
+                parameter.data = home
+
+    def follow(self, changes: Changes) -> None:
+        """Take over the hyperparameters that were changed from outside since the last step.
+
+        Args:
+            changes: The changes by index of the group in the run's optimizer.
+        """
+        if self._made:
+            for number in self._made.keys() & changes.keys():
+                self._made[number].follow(changes[number])
+            return
+        for optimizer, groups in self._optimizers:
+            apply_changes(changes, optimizer, groups)
+            if changes and self.recipe.fused:  # the recipe's own choice
+                use_fused(optimizer)
+
+    def find_unmade(self, changes: Changes) -> Changes:
+        """Return the changes of hyperparameters that this twin's own step has not made.
+
+        Args:
+            changes: What changed in the groups of the run's optimizer while it stepped.
+
+        Returns:
+            The changes whose values the twin does not have: those of hooks, such as a schedule.
+        """
+        unmade: dict[int, Mapping[str, Any]] = {}
+        for optimizer, groups in self._optimizers:
+            unmade |= find_unmade(changes, optimizer, groups)
+        return unmade
+
+    def nbytes(self) -> int:
+        """Return the memory of the twin in bytes."""
+        states = self._all_tensors()[1:]
+        return super().nbytes() + self._gradients.nbytes + sum(each.nbytes for each in states)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of the state that a resumed run needs to continue exactly."""
+        states = self._bucket_states()
+        return {
+            **super().state_dict(),
+            "states": [{key: copy_value(each) for key, each in s.items()} for s in states],
+            "groups": self._describe_choices(),
+            "generators": self._generators.state_dict(),
+        }
+
+    def load_state_dict(
+        self, layout: Layout, state: Mapping[str, Any], device: torch.device
+    ) -> None:
+        """Restore a `state_dict`; the next `rearrange` carries its elements over.
+
+        Args:
+            layout: The layout that the twin had when the state was saved.
+            state: A result of `state_dict`.
+            device: The device of the layers.
+        """
+        super().load_state_dict(layout, state, device)
+        states, self._loaded_groups = state["states"], copy.deepcopy(state["groups"])
+        self._loaded = [{key: copy_value(each) for key, each in s.items()} for s in states]
+        self._generators.load_state_dict(state["generators"])
+
+    def _bucket_states(self) -> Sequence[Mapping[str, Any]]:
+        """Return the optimizer's state of each bucket, or before the first step the loaded ones."""
+        if not self._optimizers:
+            return self._loaded or [{} for _ in self.layout.buckets]
+        owners = [self._find_optimizer(bucket.group) for bucket in self.layout.buckets]
+        each = zip(owners, self._parameters, strict=True)
+        return [optimizer.state.get(parameter, {}) for optimizer, parameter in each]
+
+    def _find_optimizer(self, group: int) -> Optimizer:
+        """Return the optimizer that steps the layers of a group of the run."""
+        return next(optimizer for optimizer, groups in self._optimizers if group in groups)
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        """Return a view of each bucket in a flat tensor, in the shape of the bucket."""
+        pairs = zip(self.layout.buckets, self.layout.slices, strict=True)
+        shapes = ((each.shape, place) for each, place in pairs)
+        return [flat[p].view((-1,) if shape is None else shape) for shape, p in shapes]
+
+    def _describe_choices(self) -> Mapping[int, Mapping[str, Any]]:
+        """Return the state of each `FactoryGroup`, by index of the group of the run."""
+        if not self._optimizers:
+            return self._loaded_groups
+        return {number: made.state_dict() for number, made in self._made.items()}
+
+    def _make_optimizers(
+        self, new: Arrangement, choices: Mapping[int, Mapping[str, Any]]
+    ) -> list[tuple[Optimizer, list[int]]]:
+        """Make the optimizers that step the twin's parameters.
+
+        Args:
+            new: The layout and the state of the run.
+            choices: States of `FactoryGroup`s to go on from, by index of the group of the run.
+
+        Returns:
+            The optimizers, each with the index of the run's group for each of its own groups.
+        """
+        numbers = sorted({bucket.group for bucket in new.layout.buckets})
+        pairs = [*zip(new.layout.buckets, self._parameters, strict=True)]
+        groups = [(n, [p for bucket, p in pairs if bucket.group == n]) for n in numbers]
+        factory = self.recipe.optimizer
+        if factory is None:
+            copied = copy_optimizer(new.optimizer, groups, fused=self.recipe.fused)
+            return [(copied, numbers)]
+        self._made = {}
+        for number, parameters in groups:
+            options = copy_hyperparameters(new.optimizer, number)
+            made = FactoryGroup(factory, parameters, options, self._seed)
+            if number in choices:
+                made.load_state_dict(choices[number])
+            self._made[number] = made
+        return [(made.optimizer, [number]) for number, made in self._made.items()]
+
+    def _take_state(self, new: Arrangement, bucket: Bucket) -> dict[str, Any]:
+        """Return the optimizer state of a bucket, gathered from the run; empty with a factory."""
+        layers = [new.layers[name] for name in bucket.counts]
+        states = [new.optimizer.state.get(each.parameter, {}) for each in layers]
+        if not any(states) or self.recipe.optimizer is not None:
+            return {}
+        return take_state(
+            states,
+            [each.parameter.shape for each in layers],
+            [each.indices for each in layers],
+            bucket.length,
+            dtype=self.dtype,
+            real_dtype=layers[0].parameter.dtype,
+            shape=bucket.shape,
+        )
+
+    def _store_states(self) -> None:
+        """Round the states that the recipe names to their formats."""
+        formats = self.recipe.state_formats
+        if not formats:
+            return
+        for name, parts in self._elementwise_states().items():
+            format = formats.get(name, formats.get("*"))
+            if format is None:
+                continue
+            flat = self._join(parts)
+            scale = self._scales.find_for_states(format, name, flat)
+            self._round(flat, format, scale, self.recipe.rounding)
+            for place, value in parts:
+                if value.data_ptr() != flat.data_ptr():
+                    value.copy_(flat[place].view(value.shape))
+
+    def _all_tensors(self) -> list[Tensor]:
+        """Return the weights, then all tensors of the optimizers' states."""
+        states = (value for state in self._bucket_states() for value in state.values())
+        return [self.tensors.weights, *(each for each in states if isinstance(each, Tensor))]
+
+    def _drawing(self, optimizer: Optimizer) -> AbstractContextManager[object]:
+        """Return a context with private random numbers, if an optimizer may draw some."""
+        if not may_draw(type(optimizer)):
+            return nullcontext()
+        return self._generators.using([self.tensors.weights.device])
+
+
+def _is_elementwise(name: str, value: object, place: slice) -> bool:
+    """Return True if a state has one floating-point number for each element of a bucket.
+
+    Args:
+        name: Name of the state.
+        value: The state.
+        place: The elements of the bucket.
+    """
+    # A counter has one element, as the state of a bucket with one element has.
+    is_float = isinstance(value, Tensor) and value.is_floating_point() and name not in COUNTERS
+    return is_float and value.numel() == place.stop - place.start  # type: ignore[attr-defined]
+
+
+def _list_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _reads_found_inf(optimizer: Optimizer) -> bool:
+    """Return True if an optimizer itself skips a step for which a GradScaler found inf."""
+    # GradScaler asks for the same attribute: torch/amp/grad_scaler.py, GradScaler.step.
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

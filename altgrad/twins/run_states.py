@@ -1,0 +1,106 @@
+"""`RunStates`: find the layers whose optimizer states something other than a step has changed.
+
+A checkpoint that is loaded in mid-run, a warm restart, or a reset of the first moment changes the
+states of the *run's* optimizer, that of the training, between two steps. Twins, which step a sample
+with states of their own, then take these states over. Only identities of tensors and the numbers of
+writes that torch counts are compared, so that an ordinary step costs no operation.
+
+Read `run_weights` first; `fused_sgd` comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import is_
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from altgrad.twins.layer_plan import Stepped
+from altgrad.twins.writes import count_writes_to_each
+
+
+class RunStates:
+    """A record of the writes to optimizer states that torch has counted so far, by layer."""
+
+    def __init__(self) -> None:
+        self._last = _Writes((), [], [], [])
+
+    def remember(self, optimizer: Optimizer, stepped: Sequence[Stepped]) -> None:
+        """Attribute all writes so far to the optimizer; called at the end of its step.
+
+        Args:
+            optimizer: The run's optimizer.
+            stepped: The layers that the optimizer steps.
+        """
+        self._last = _read_writes(optimizer, stepped)
+
+    def find_changed(self, optimizer: Optimizer, stepped: Sequence[Stepped]) -> set[str]:
+        """Return the layers whose states were written to or replaced since `remember`.
+
+        Args:
+            optimizer: The run's optimizer.
+            stepped: The layers that the optimizer is about to step.
+
+        Returns:
+            Names of the layers; a layer that `remember` did not get is not among them.
+        """
+        now = _read_writes(optimizer, stepped)
+        if now.equals(self._last):
+            return set()
+        marks, before = now.mark_layers(), self._last.mark_layers()
+        return {name for name, mark in marks.items() if name in before and before[name] != mark}
+
+
+class _Writes(NamedTuple):
+    """The states of some layers at one time, in flat lists: each step compares all of them.
+
+    Attributes:
+        stepped: The layers.
+        states: The state of each layer by name; held, so that no other gets its address.
+        values: All items of the states, layer by layer; held likewise.
+        counts: The number of writes to each tensor among the items.
+    """
+
+    stepped: Sequence[Stepped]
+    states: list[Mapping[str, Any]]
+    values: list[Any]
+    counts: list[int]
+
+    def equals(self, other: _Writes) -> bool:
+        """Return True if nothing was replaced, and no tensor written to."""
+        return (
+            self.stepped is other.stepped
+            and self.counts == other.counts
+            and _are_identical(self.states, other.states)
+            and _are_identical(self.values, other.values)
+        )
+
+    def mark_layers(self) -> dict[str, object]:
+        """Return what differs by layer if its state has changed."""
+        values, counts = iter(self.values), iter(self.counts)
+        marks: dict[str, object] = {}
+        for each, state in zip(self.stepped, self.states, strict=True):
+            items = [next(values) for _ in state]
+            marks[each.name] = (
+                id(state) if state else None,
+                [v if isinstance(v, (int, float)) else id(v) for v in items],
+                [next(counts) for v in items if isinstance(v, Tensor)],
+            )
+        return marks
+
+
+_NO_STATE: Mapping[str, Any] = {}
+
+
+def _read_writes(optimizer: Optimizer, stepped: Sequence[Stepped]) -> _Writes:
+    state = optimizer.state
+    states = [state.get(each.parameter, _NO_STATE) for each in stepped]
+    values = [value for each in states for value in each.values()]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return _Writes(stepped, states, values, count_writes_to_each(tensors))
+
+
+def _are_identical(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(map(is_, one, other))

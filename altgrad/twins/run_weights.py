@@ -1,0 +1,248 @@
+"""`RunWeights`: the sampled weights of the run, and those that something besides a step changed.
+
+The *run* is the training that is watched. An average that is swapped in, a checkpoint that is
+loaded, or a pruning changes its weights between two steps. Twins take such weights over, or they
+would go another way than the run. The changes are found in two ways:
+
+- torch counts most writes to a tensor. A layer that was written to is compared with the *reference
+  twin*, which steps a sample just as the run does, so that its weights should be those of the run.
+- Writes through `.data` are not counted. If the reference twin differs from a layer before a step
+  that is checked, there was such a write, or the twin is wrong. The weights are taken over, and
+  *watched* from then on: gathered at the end of each step and compared at the beginning of the
+  next. Every write is then found, and a twin that still differs is wrong.
+
+Read `lane_sorter` first; `run_states` comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from altgrad.twins.layer_plan import LaneKind
+from altgrad.twins.layout import Layout
+from altgrad.twins.sample import Sampled, find_columns, get_block_size
+from altgrad.twins.self_check import compare, find_suspected
+from altgrad.twins.twin_tensors import TwinTensors
+from altgrad.twins.writes import count_writes_to_each
+
+
+class RunWeights:
+    """The weights of the run at the elements that twins step.
+
+    Args:
+        kind: The properties that the layers share.
+
+    Attributes:
+        values: The weights when they were last gathered, in the dtype of the run, (elements); 0 at
+            padding.
+        rows: Positions in `values` of the elements of each layer, int64 (layers, width).
+        layer_rows: The row in `rows` of each element's layer, int64 (elements); 0 at padding.
+        mask: bool (layers, width), False where a row has no element of its layer.
+        blocks: Number of neighbours that were drawn together in each layer; 1 for single elements.
+        block_counts: Number of blocks in the sample of each layer; 0 for single elements.
+        is_watching: True if weights are watched for writes that torch does not count.
+    """
+
+    def __init__(self, kind: LaneKind) -> None:
+        self.is_watching = False
+        self._kind = kind
+        self._layers: Mapping[str, Sampled] = {}
+        self._layout = Layout()
+        self._places: list[Tensor] = []  # parts of `values`, one for each layer
+        self._versions: tuple[list[int], list[int]] = [], []
+        self.values = torch.zeros(0, dtype=kind.dtype, device=kind.device)
+        self.rows = self.layer_rows = torch.zeros(0, dtype=torch.int64, device=kind.device)
+        self.mask = torch.zeros(0, dtype=torch.bool, device=kind.device)
+        # By layer, the last two of COUNTS: how often weights were taken over since the last check,
+        # and whether they were before the last checked step, without a write that torch counted.
+        self._times_changed = torch.zeros(0, dtype=torch.float64, device=kind.device)
+        self._suspected = torch.zeros(0, dtype=torch.bool, device=kind.device)
+        self.blocks: tuple[int, ...] = ()
+        self.block_counts: tuple[int, ...] = ()
+
+    def rearrange(
+        self, layers: Mapping[str, Sampled], layout: Layout, begun: Collection[str] = ()
+    ) -> list[str]:
+        """Take over another layout, and gather its weights.
+
+        Weights of layers that stay are those after the last step, not those gathered now, so that a
+        watch finds what was written in between.
+
+        Args:
+            layers: The layers by name, in the order of the layout.
+            layout: The places of the layers in a flat tensor.
+            begun: Names of the layers that are new or have another sample than before.
+
+        Returns:
+            Names of the other layers whose parameter is another object than before.
+        """
+        device, names = self._kind.device, [*layers]
+        known = {name: each for name, each in self._layers.items() if name not in begun}
+        old, self._layers = [*self._layout.places], dict(layers)
+        sources = self._layout.find_sources(layout, begun).to(device)
+        last, self._layout = self.values, layout
+        self.values = torch.zeros(layout.length, dtype=self._kind.dtype, device=device)
+        self._places = [self.values[place] for place in layout.places.values()]
+        columns = [find_columns(each, self._kind.block) for each in layers.values()]
+        rows, mask = layout.find_rows(names, columns)
+        self.blocks = tuple(
+            get_block_size(each.shape, self._kind.block) for each in layers.values()
+        )
+        self.block_counts = tuple(
+            int(own[-1]) // size + 1 if size > 1 else 0
+            for own, size in zip(columns, self.blocks, strict=True)
+        )
+        self.rows, self.mask = rows.to(device), mask.to(device)
+        self.layer_rows = torch.zeros(layout.length, dtype=torch.int64, device=device)
+        for row, place in enumerate(layout.places.values()):
+            self.layer_rows[place] = row
+        self._carry_counts(old, names)
+        self.gather()
+        if len(last):
+            self.values = torch.where(sources < 0, self.values, last[sources])
+            self._places = [self.values[place] for place in layout.places.values()]
+        self._versions = self._read_versions()
+        return [n for n, each in known.items() if n in layers and _is_replaced(each, layers[n])]
+
+    def _carry_counts(self, old: list[str], names: list[str]) -> None:
+        """Carry the counts of layers over to another order.
+
+        Args:
+            old: Names of the layers before; some may be gone.
+            names: Names of the layers now; some may be new, with counts of 0.
+        """
+        times, suspected = self._times_changed, self._suspected
+        self._times_changed = times.new_zeros(len(names))
+        self._suspected = suspected.new_zeros(len(names))
+        for row, name in enumerate(old):
+            if name in names:
+                self._times_changed[names.index(name)] = times[row]
+                self._suspected[names.index(name)] = suspected[row]
+
+    def gather(self) -> Tensor:
+        """Gather the weights as they are now into `values`, (elements), and return it."""
+        for layer, place in zip(self._layers.values(), self._places, strict=True):
+            torch.take(layer.parameter, layer.indices, out=place)
+        return self.values
+
+    def check(self, reference: TwinTensors) -> Tensor:
+        """Compare the reference twin with the run as it is now.
+
+        Args:
+            reference: The weights of the reference twin.
+
+        Returns:
+            float64 (layers, counts): the `COUNTS` of each layer, on the device. Counts of weights
+            that were taken over begin anew with each call.
+        """
+        self.gather()
+        times, self._times_changed = self._times_changed, torch.zeros_like(self._times_changed)
+        suspected, self._suspected = self._suspected, torch.zeros_like(self._suspected)
+        further = torch.stack([times, suspected.double()], dim=1)
+        return torch.cat([self._compare(reference), further], dim=1)
+
+    def _compare(self, reference: TwinTensors) -> Tensor:
+        each = (self.values, reference.weights, reference.start)
+        run, twin, start = (numbers[self.rows] for numbers in each)
+        return compare(run, twin, start, self.mask)
+
+    # --- weights that something other than a step has changed
+
+    def remember_writes(self) -> None:
+        """Attribute all writes so far to the optimizer; called at the end of its step."""
+        self._versions = self._read_versions()
+        if self.is_watching:
+            self.gather()
+
+    def _read_versions(self) -> tuple[list[int], list[int]]:
+        """Return the number of writes to each layer and its address: `p.data = …` changes that."""
+        parameters = [each.parameter for each in self._layers.values()]
+        return count_writes_to_each(parameters), [*map(Tensor.data_ptr, parameters)]
+
+    def find_written(self) -> list[str]:
+        """Return the layers to which torch has counted a write since `remember_writes`."""
+        now, before = self._read_versions(), self._versions
+        if now == before:
+            return []
+        each = zip(self._layers, zip(*now, strict=True), zip(*before, strict=True), strict=True)
+        return [name for name, version, earlier in each if version != earlier]
+
+    def find_changed(
+        self, reference: TwinTensors, written: Collection[str], *, is_checkable: bool
+    ) -> Tensor:
+        """Find the weights that something other than a step has changed, before a step.
+
+        Args:
+            reference: The weights of the reference twin.
+            written: Names of the layers with a write that torch has counted.
+            is_checkable: False if the reference twin cannot equal the run, since the run's
+                optimizer rounds at random.
+
+        Returns:
+            bool (elements): True for changed weights.
+        """
+        if self.is_watching:
+            last = self.values.clone()
+            changed = _differ(self.gather(), last)
+        else:
+            self.gather()
+            layers = self._find_changed_layers(reference, written, is_checkable=is_checkable)
+            changed = _differ(self.values, reference.weights) & layers[self.layer_rows]
+        self._times_changed += (changed[self.rows] & self.mask).any(1)
+        return changed
+
+    def _find_changed_layers(
+        self, reference: TwinTensors, written: Collection[str], *, is_checkable: bool
+    ) -> Tensor:
+        """Return the layers that were written to, or that differ from the twin without a write.
+
+        Returns:
+            bool (layers).
+        """
+        is_written = torch.tensor([name in written for name in self._layers], device="cpu")
+        is_written = is_written.to(self._kind.device)
+        if not is_checkable:
+            return is_written
+        self._suspected = find_suspected(self._compare(reference)) & ~is_written
+        return self._suspected | is_written
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        """Return the state that a resumed run needs to find the same writes.
+
+        Returns:
+            ``times_changed``, float64 (layers), and ``watched``, the weights after the last step,
+            (elements), or None if they are not watched.
+        """
+        watched = self.values.clone() if self.is_watching else None
+        return {"times_changed": self._times_changed.clone(), "watched": watched}
+
+    def load_state_dict(self, state: Mapping[str, Tensor | None], layout: Layout) -> None:
+        """Restore a `state_dict`; the next `rearrange` carries its elements over.
+
+        Args:
+            state: A result of `state_dict`.
+            layout: The layout at the time when the state was saved.
+        """
+        device, times, watched = self._kind.device, state["times_changed"], state["watched"]
+        assert times is not None
+        self._layout, self._times_changed = layout, times.to(device, copy=True)
+        self._suspected = torch.zeros_like(self._times_changed, dtype=torch.bool)
+        if watched is not None:
+            self.is_watching, self.values = True, watched.to(device, copy=True)
+
+    def nbytes(self) -> int:
+        """Return the memory of the gathered weights in bytes."""
+        return self.values.nbytes
+
+
+def _differ(one: Tensor, other: Tensor) -> Tensor:
+    """Return True for each element in which two tensors differ; NaN equals NaN."""
+    return (one != other) & ~(one.isnan() & other.isnan())
+
+
+def _is_replaced(old: Sampled, new: Sampled) -> bool:
+    """Return True if the parameter of a layer is another object than before."""
+    return old.parameter is not new.parameter

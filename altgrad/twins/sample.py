@@ -1,0 +1,125 @@
+"""Draw the sample of each layer: the elements that twins step.
+
+Only elements up to the last full chunk of 64 are drawn, since torch may round the rest in another
+way (`layout` says why). Layers of fewer than 64 elements are taken whole. If elements share scales
+in blocks, whole blocks are drawn. Read `layout` first; `twin_tensors` comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from altgrad.quantization.formats import Scaling
+from altgrad.twins.layout import CHUNK
+
+Draw: TypeAlias = Callable[[str, Sequence[int], int, int], Tensor | None]
+"""A function that draws elements uniformly.
+
+It takes the name and shape of a layer, the maximum number of elements, and the number of neighbours
+that are drawn together. It returns ascending flat indices, int64 on the CPU; None for all."""
+
+
+class Sampled(NamedTuple):
+    """A layer of the run, the training that is watched, with its sample.
+
+    Attributes:
+        parameter: The parameter.
+        shape: The shape of the parameter when the sample was drawn.
+        indices: The sample, as ascending flat indices, int64 (elements) on the device of the
+            parameter.
+    """
+
+    parameter: Tensor
+    shape: torch.Size
+    indices: Tensor
+
+
+def draw_sample(draw: Draw, name: str, shape: Sequence[int], most: int, block: int) -> Tensor:
+    """Draw the elements of a layer that twins step.
+
+    Args:
+        draw: Function that draws elements uniformly.
+        name: Name of the layer.
+        shape: Shape of the layer.
+        most: Maximum number of elements, for a layer of 64 or more. Smaller layers are taken whole.
+        block: Number of neighbours along the last dimension that are drawn together. The last block
+            of a row may be shorter.
+
+    Returns:
+        Ascending indices into the flattened layer, int64 (elements) on the CPU.
+    """
+    numel = torch.Size(shape).numel()
+    if numel < CHUNK:
+        return torch.arange(numel, device="cpu")
+    body = numel - numel % CHUNK
+    if block == 1:
+        drawn = draw(name, (body,), most, 1)
+        return torch.arange(body, device="cpu") if drawn is None else drawn
+    drawn = draw(name, shape, most, block)
+    if drawn is None:
+        drawn = torch.arange(numel, device="cpu")
+    row, size = get_row(shape), get_block_size(shape, block)
+    within = drawn % row
+    ends = drawn - within + (within - within % size + size).clamp(max=row)
+    inside = drawn[ends <= body]
+    return inside if len(inside) else drawn
+
+
+def get_row(shape: Sequence[int]) -> int:
+    """Return the number of elements along the last dimension, at least 1."""
+    return max(shape[-1], 1) if shape else 1
+
+
+def get_block_size(shape: Sequence[int], block: int) -> int:
+    """Return the number of elements of a full block of a layer: at most those of a row.
+
+    Args:
+        shape: Shape of the layer.
+        block: Number of elements of a block in long rows.
+    """
+    return min(block, get_row(shape))
+
+
+def number_groups(indices: Tensor, shape: Sequence[int], scaling: Scaling) -> Tensor:
+    """Return for each sampled element the number of its group: the elements that share a scale.
+
+    Args:
+        indices: Ascending indices into the flattened layer, int64 (elements).
+        shape: Shape of the layer.
+        scaling: The elements that share a scale.
+
+    Returns:
+        Numbers, counted over the whole layer, int64 (elements), ascending.
+    """
+    if scaling == "tensor" or not shape:
+        return torch.zeros_like(indices)
+    if scaling == "channel":
+        return indices // max(torch.Size(shape).numel() // max(shape[0], 1), 1)
+    row, size = get_row(shape), get_block_size(shape, scaling[1])
+    return indices // row * -(-row // size) + indices % row // size
+
+
+def find_columns(layer: Sampled, block: int) -> Tensor:
+    """Return the column of each sampled element, if the sample is a row of a matrix.
+
+    Each drawn block begins at a multiple of the block size, so that the row can be cut into blocks.
+
+    Args:
+        layer: The layer.
+        block: Number of neighbours that were drawn together.
+
+    Returns:
+        Ascending columns, int64 (elements) on the CPU; there are gaps only after short blocks.
+    """
+    if block == 1:
+        return torch.arange(len(layer.indices), device="cpu")
+    indices = layer.indices.cpu()
+    blocks = number_groups(indices, layer.shape, ("block", block))
+    _, ordinals = torch.unique_consecutive(blocks, return_inverse=True)
+    size = get_block_size(layer.shape, block)
+    columns: Tensor = ordinals * size + indices % get_row(layer.shape) % size
+    return columns

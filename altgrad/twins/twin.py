@@ -1,0 +1,229 @@
+"""`Twin`: a recipe at work on a sample, stepped at every step of the run's optimizer.
+
+The *run* is the training that is watched; the *sample* has up to 256 elements of each layer. What
+all twins have in common is here: weights in a flat tensor, rounded to the format of the recipe. An
+`UpdateTwin` gets the updates of the run, whose optimizer cannot run on a sample; an `OptimizerTwin`
+steps an optimizer of its own. Read `element_scales` first; `self_check` comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from altgrad.measurement.twin_sums import TwinStack
+from altgrad.quantization.number_format import NumberFormat
+from altgrad.recipes.recipe import Recipe
+from altgrad.recipes.rounding import StorageRounding, store_
+from altgrad.twins.element_scales import ElementScales
+from altgrad.twins.layout import Layout
+from altgrad.twins.sample import Sampled
+from altgrad.twins.twin_tensors import TwinTensors
+
+
+class Arrangement(NamedTuple):
+    """A new layout of the sample, with the run as it is just before a step.
+
+    Attributes:
+        optimizer: The run's optimizer.
+        layout: The places of all layers, old and new.
+        weights: The sampled weights of the run, in its dtype, (elements); 0 at padding.
+        layers: All layers by name.
+        renewed: Names of the layers whose optimizer states twins take from the run, instead of
+            going on with their own.
+        begun: Names of the renewed layers that are new or have another sample than before. Their
+            weights are taken from the run, too.
+        gradient_dtype: The dtype of the run's gradients; None for that of the weights.
+    """
+
+    optimizer: Optimizer
+    layout: Layout
+    weights: Tensor
+    layers: Mapping[str, Sampled]
+    renewed: frozenset[str] = frozenset()
+    begun: frozenset[str] = frozenset()
+    gradient_dtype: torch.dtype | None = None
+
+
+class Twin:
+    """A recipe at work on the sample of some layers; subclasses say what a step does.
+
+    Args:
+        recipe: The recipe.
+        dtype: The dtype of the weights of the run.
+        scales: The scales of the sampled elements, for formats that have scales.
+        seed: Seed of stochastic rounding.
+
+    Attributes:
+        recipe: The `recipe` argument.
+        dtype: The dtype of the twin's weights: that of the recipe, or else float32, or float64 in a
+            run in float64.
+        layout: The places of the layers in the twin's flat tensors.
+        tensors: The weights, now and at earlier times.
+    """
+
+    def __init__(
+        self, recipe: Recipe, dtype: torch.dtype, scales: ElementScales, seed: int
+    ) -> None:
+        self.recipe = recipe
+        self.dtype = recipe.tensor_dtype or torch.promote_types(dtype, torch.float32)
+        self.layout = Layout()
+        self.tensors = TwinTensors.start_at(torch.zeros(0, dtype=self.dtype, device="cpu"))
+        self._format = recipe.weights_format
+        self._scales = scales
+        # A hash, since each recipe rounds by random numbers of its own.
+        digest = sha256(f"{seed} {recipe.name}".encode()).digest()
+        self._seed = int.from_bytes(digest[:4], "big")
+        self._generator: torch.Generator | None = None
+        self._amaxes: Tensor | None = None  # of the groups that share a scale: they never shrink
+
+    @property
+    def states(self) -> Mapping[str, Tensor]:
+        """The states of the twin's optimizer by name, (elements); empty without an optimizer."""
+        return {}
+
+    def rearrange(self, new: Arrangement) -> None:
+        """Take over another layout, with layers that are new or gone.
+
+        Args:
+            new: The layout and the state of the run.
+        """
+        weights = new.weights.to(self.dtype, copy=True)
+        sources = self.layout.find_sources(new.layout, new.begun).to(weights.device)
+        kept, self._amaxes = self._amaxes, None
+        self._store(weights, "nearest_even")
+        if kept is not None and self._amaxes is not None:
+            self._amaxes = torch.where(sources < 0, self._amaxes, kept[sources])
+        fresh = TwinTensors.start_at(weights, keeps_lost=self.recipe.compensation is not None)
+        if len(fresh.lost):
+            fresh.lost.copy_((new.weights.to(self.dtype) - weights).nan_to_num_(0.0))
+        self.tensors = self.tensors.rearrange(sources, fresh)
+        self.layout = new.layout
+
+    def replace_weights(self, outside: Tensor, weights: Tensor) -> None:
+        """Take over weights that something other than a step has changed in the run.
+
+        Args:
+            outside: bool (elements), True for the changed weights. The others stay.
+            weights: The weights of the run, in its dtype, (elements).
+        """
+        now = self.tensors.weights
+        changed = torch.where(outside, weights.to(self.dtype), now)
+        self._store(changed, "nearest_even")
+        self.tensors.replace_weights(torch.where(outside, changed, now))
+        if len(self.tensors.lost):
+            lost = (weights.to(self.dtype) - changed).nan_to_num_(0.0, 0.0, 0.0)
+            self.tensors.lost.copy_(torch.where(outside, lost, self.tensors.lost))
+
+    def forget_amaxes(self) -> None:
+        """Take the amaxes of the run's layers again when next needed.
+
+        Amaxes of blocks stay, because they are the twin's own.
+        """
+        format = self._format
+        if format is not None and not isinstance(self._scales.applied(format), tuple):
+            self._amaxes = None
+
+    def stack(self, rows: Tensor) -> TwinStack:
+        """Return the twin's weights and states as matrices with a row for each layer.
+
+        Args:
+            rows: Positions of the elements in the flat tensors, int64 (layers, width).
+        """
+        return self.tensors.stack(rows, self.states)
+
+    def nbytes(self) -> int:
+        """Return the memory of the twin in bytes."""
+        return self.tensors.nbytes() + (0 if self._amaxes is None else self._amaxes.nbytes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of the state that a resumed run needs to continue exactly."""
+        generator = self._generator
+        return {
+            "tensors": self.tensors.state_dict(),
+            "amaxes": None if self._amaxes is None else self._amaxes.clone(),
+            "generator": None if generator is None else generator.get_state(),
+        }
+
+    def load_state_dict(
+        self, layout: Layout, state: Mapping[str, Any], device: torch.device
+    ) -> None:
+        """Restore a `state_dict`; the next `rearrange` carries its elements over.
+
+        Args:
+            layout: The layout that the twin had when the state was saved.
+            state: A result of `state_dict`.
+            device: The device of the layers.
+        """
+        tensors = {name: each.to(device, copy=True) for name, each in state["tensors"].items()}
+        self.tensors, self.layout = TwinTensors(**tensors), layout
+        amaxes = state["amaxes"]
+        self._amaxes = None if amaxes is None else amaxes.to(device, copy=True)
+        if state["generator"] is not None:
+            self._get_generator(device).set_state(state["generator"])
+
+    def _store(
+        self, weights: Tensor, rounding: StorageRounding, lost: Tensor | None = None
+    ) -> None:
+        """Round weights in place as the recipe stores them.
+
+        Args:
+            weights: The weights, in the dtype of the twin, (elements).
+            rounding: How to round.
+            lost: The rounding errors that Kahan summation keeps, bfloat16 (elements); None without
+                it.
+        """
+        format = self._format
+        if format is None:
+            return
+        scale = None
+        if self._scales.applied(format) is not None:
+            wanted = weights if lost is None else weights + lost.to(weights.dtype)
+            if self._amaxes is None:
+                self._amaxes = self._scales.start_amaxes(format, weights)
+            scale = self._scales.find_for_weights(format, wanted, self._amaxes)
+        self._round(weights, format, scale, rounding, lost)
+
+    def _round(
+        self,
+        numbers: Tensor,
+        format: NumberFormat,
+        scale: Tensor | None,
+        rounding: StorageRounding,
+        lost: Tensor | None = None,
+    ) -> None:
+        """Round weights or states in place by `store_`, with the twin's own random numbers."""
+        generator = None
+        if rounding == "stochastic":
+            generator = self._get_generator(numbers.device)
+        store_(numbers, format.element, scale, rounding=rounding, generator=generator, lost=lost)
+
+    def _get_generator(self, device: torch.device) -> torch.Generator:
+        if self._generator is None or self._generator.device != device:
+            self._generator = torch.Generator(device).manual_seed(self._seed)
+        return self._generator
+
+
+class UpdateTwin(Twin):
+    """A twin that takes over the updates of the run, and stores its weights after each.
+
+    The recipe says only how weights are stored. Without a format for them, the twin follows the
+    run.
+    """
+
+    def take_update(self, update: Tensor) -> None:
+        """Add an update of the run, and store the weights.
+
+        Args:
+            update: The change of the run's weights, floating-point (elements).
+        """
+        self.tensors.begin_step()
+        self.tensors.weights.add_(update)
+        lost = self.tensors.lost
+        self._store(self.tensors.weights, self.recipe.rounding, lost if len(lost) else None)
+        self.tensors.end_step()

@@ -1,0 +1,385 @@
+"""`Twins`: all twins of a run, stepped at every step of its optimizers.
+
+A *twin* is a recipe at work on a sample of each layer of the *run*, the training that is watched.
+`capture` is called before each step and `finish` after it. At an observed step, one whose figures
+are recorded, a monitor calls `measure`, and then `read` with the result on the host. Layers are
+sorted into *lanes*, whose twins are stepped together. Read `twin_state` first. This is the last
+file of the room; `altgrad.monitor.monitor` comes next.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from altgrad._messages import few
+from altgrad.measurement.numbers import Numbers
+from altgrad.measurement.twin_figures import TwinValues
+from altgrad.observation.observer import describe_error
+from altgrad.quantization.formats import Scaling
+from altgrad.quantization.number_format import get_applied_scaling
+from altgrad.recipes.recipe import Recipe
+from altgrad.twins.generators import may_draw
+from altgrad.twins.hyperparameters import Changes, HyperparameterFollower
+from altgrad.twins.lane import Lane, LaneSums
+from altgrad.twins.lane_sorter import LaneSorter
+from altgrad.twins.layer_plan import LaneKind
+from altgrad.twins.self_check import Check, judge
+from altgrad.twins.twin_source import TwinSource
+from altgrad.twins.twin_state import check_twin_state
+
+
+class Twins:
+    """The twins of all layers of a run, in lanes by dtype, gradient dtype, device and block size.
+
+    A monitor gives the twins to its `StepObserver`, which calls `capture` and `finish` in each
+    step. Two threads may step two optimizers.
+
+    Args:
+        recipes: The recipes, each of which has a twin in each lane.
+        source: The layers of the run, with their samples and scales.
+        lock: Lock that `capture` and `finish` take. The owner must hold it to call another method.
+        strict: If True, raise errors; otherwise end all twins with one notice.
+
+    Attributes:
+        recipes: The `recipes` argument.
+        resynchronised: How often twins took over weights that something other than a step had
+            changed, by name of the layer.
+    """
+
+    def __init__(
+        self,
+        recipes: Sequence[Recipe],
+        source: TwinSource,
+        lock: AbstractContextManager[object],
+        *,
+        strict: bool = False,
+    ) -> None:
+        self.recipes = tuple(recipes)
+        self._checks: dict[str, dict[str, Check]] = {}  # by kind of lane, then by layer
+        self.resynchronised: Counter[str] = Counter()
+        self._source = source
+        self._lock = lock
+        self._strict = strict
+        self._loaded: list[Mapping[str, Any]] = []  # lanes of a checkpoint, until their first step
+        self._recipes: dict[int, tuple[Recipe, ...]] = {}  # by number of elements drawn together
+        for recipe in recipes:
+            block = _find_block(recipe, source.scaling)
+            self._recipes[block] = (*self._recipes.get(block, ()), recipe)
+        self._runs: WeakKeyDictionary[Optimizer, _Run] = WeakKeyDictionary()
+        self._is_ended = not recipes
+
+    @property
+    def checks(self) -> dict[str, Check]:
+        """The result of the last self-check of each layer, by name.
+
+        The check compares the reference twin, which has the recipe of the run, with the run itself.
+        A layer may have several samples, such as one of whole blocks; the worst result counts.
+        """
+        worst: dict[str, Check] = {}
+        for checks in self._checks.values():
+            for name, check in checks.items():
+                worst[name] = max(check, worst.get(name, check), key=[*Check].index)
+        return worst
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """The lanes of all optimizers."""
+        return [lane for run in self._runs.values() for lane in run.lanes.values()]
+
+    # --- one step
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def capture(self, optimizer: Optimizer, *, is_observed: bool) -> None:
+        """Gather the gradients of a step that is about to happen.
+
+        Args:
+            optimizer: The run's optimizer.
+            is_observed: True if the step is observed, so that the twins are measured after it.
+        """
+        if self._is_ended or not self._source.can_step:
+            return
+        with self._lock, self._ending_after_an_error():
+            run = self._runs.get(optimizer)
+            if run is None:
+                run = self._runs[optimizer] = _Run(
+                    optimizer, LaneSorter(self._source, self._recipes)
+                )
+            self._capture(optimizer, run, is_observed=is_observed)
+
+    def _capture(self, optimizer: Optimizer, run: _Run, *, is_observed: bool) -> None:
+        """Have each lane of an optimizer capture the step; make lanes that are new."""
+        run.changes = run.follower.find_changes()
+        run.follower.remember()
+        run.captured = []
+        for kind, stepped in run.sorter.sort(optimizer).items():
+            lane = run.lanes.get(kind)
+            if lane is None:
+                if all(each.parameter.grad is None for each in stepped):
+                    continue
+                lane = Lane(kind, self._recipes[kind.block], self._source)
+                run.lanes[kind] = lane
+                if self._restore(lane, kind, [each.name for each in stepped]):
+                    run.checked.add(kind)
+            if lane.is_empty:
+                continue
+            is_checked = is_observed or kind not in run.checked
+            lane.capture(
+                optimizer,
+                stepped,
+                is_checked=is_checked,
+                is_checkable=not run.draws,
+            )
+            if is_checked and run.may_draw:
+                run.random_states[kind.device] = _get_random_state(kind.device)
+            run.captured.append(kind)
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def finish(self, optimizer: Optimizer, unseen: str = "") -> None:
+        """Step the twins, now that the run has stepped.
+
+        After its first step, a lane is checked at once, which copies counts to the host.
+
+        Args:
+            optimizer: The run's optimizer.
+            unseen: The reason why `capture` was not called in this step; empty if it was.
+
+        Raises:
+            RuntimeError: `capture` was not called, and `strict` is True.
+        """
+        if self._is_ended or not self._source.can_step:
+            return
+        with self._lock, self._ending_after_an_error():
+            if unseen:
+                raise RuntimeError(unseen)
+            if optimizer in self._runs:
+                self._finish(optimizer, self._runs[optimizer])
+
+    def _finish(self, optimizer: Optimizer, run: _Run) -> None:
+        """Step the lanes that captured the step, and see if the run has drawn random numbers."""
+        late = run.follower.find_changes()
+        for kind in run.captured:
+            lane = run.lanes[kind]
+            if (state := run.random_states.pop(kind.device, None)) is not None:
+                run.draws |= not torch.equal(state, _get_random_state(kind.device))
+            lane.step(optimizer, run.changes, late)
+            if lane.follows_updates:
+                self._note_checks(kind, dict.fromkeys(lane.names, Check.DIFFERENT))
+            if kind not in run.checked:
+                counts = lane.check().cpu().numpy()
+                self._read_counts(optimizer, kind, lane.names, counts)
+        run.follower.remember()
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def measure(self, optimizer: Optimizer, shown: Collection[str]) -> list[LaneSums]:
+        """Measure the twins of the layers that an optimizer has just stepped.
+
+        Args:
+            optimizer: The run's optimizer.
+            shown: Names of the layers whose figures this step reports. A new window begins for
+                them, the time until the next observed step.
+
+        Returns:
+            The sums of each lane, on its device; empty after an error.
+        """
+        run = self._runs.get(optimizer)
+        lanes = [] if run is None else [run.lanes[kind] for kind in run.captured]
+        with self._ending_after_an_error():
+            return [lane.measure(optimizer, shown) for lane in lanes]
+        return []
+
+    def read(
+        self, optimizer: Optimizer, sums: Sequence[LaneSums], numbers: Sequence[Numbers]
+    ) -> TwinValues | None:
+        """Read what `measure` returned, now on the host, and act on the self-check.
+
+        Args:
+            optimizer: The run's optimizer.
+            sums: The result of `measure`.
+            numbers: Its tensors on the host: values and counts of each lane in turn.
+
+        Returns:
+            The figures of the twins of all layers; None if nothing was measured.
+        """
+        run = self._runs.get(optimizer)
+        if run is None or not sums:
+            return None
+        pairs = [*zip(sums, numbers[::2], numbers[1::2], strict=True)]
+        for kind, (each, _, counts) in zip(run.captured, pairs, strict=True):
+            self._read_counts(optimizer, kind, each.layers, counts)
+        return TwinValues.join(
+            [
+                TwinValues.read(
+                    (each.layers, each.recipes, each.states),
+                    values,
+                    sizes=each.sizes,
+                    populations=each.populations,
+                    blocks=each.blocks,
+                )
+                for each, values, _ in pairs
+            ]
+        )
+
+    @contextmanager
+    def _ending_after_an_error(self) -> Iterator[None]:
+        """End all twins after an error, with one notice; raise it if `strict`."""
+        try:
+            yield
+        except Warning:  # the user made warnings errors
+            raise
+        except Exception as error:
+            self._is_ended = True
+            self._runs.clear()
+            if self._strict:
+                raise
+            self._source.warn(f"ends all twins after an error: {describe_error(error)}")
+
+    def _read_counts(
+        self, optimizer: Optimizer, kind: LaneKind, names: Sequence[str], counts: Numbers
+    ) -> None:
+        """Note the result of a self-check; let twins follow updates if the reference twin is wrong.
+
+        Args:
+            optimizer: The run's optimizer.
+            kind: The kind of the lane that was checked.
+            names: Names of its layers.
+            counts: Its counts, float64 (layers, counts) on the host, in the order of `COUNTS`.
+        """
+        run = self._runs[optimizer]
+        lane = run.lanes[kind]
+        times = zip(names, counts[:, 4].astype(int).tolist(), strict=True)
+        self.resynchronised.update({name: count for name, count in times if count})
+        lane.watch_writes(is_suspected=bool(counts[:, 5].any()), are_found=bool(counts[:, 4].any()))
+        found = judge(counts, draws=run.draws, is_first=kind not in run.checked)
+        run.checked.add(kind)
+        if not lane.follows_updates:
+            wrong = [k for k, check in enumerate(found) if check is Check.DIFFERENT]
+            if wrong:
+                most = max(counts[k, 3] for k in wrong)
+                lane.follow_updates(
+                    optimizer,
+                    "the optimizer on a sample differs from the run in "
+                    f"{few([names[k] for k in wrong])}, by up to {most:.3g} spacings of the dtype",
+                )
+            self._note_checks(kind, dict(zip(names, found, strict=True)))
+
+    def _note_checks(self, kind: LaneKind, checks: Mapping[str, Check]) -> None:
+        self._checks.setdefault(str(kind.describe()), {}).update(checks)
+
+    # --- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that a resumed run needs to continue every figure exactly.
+
+        Returns:
+            A dict of plain data and tensors.
+        """
+        lanes = [
+            {"kind": kind.describe(), **lane.state_dict(optimizer)}
+            for optimizer, run in self._runs.items()
+            for kind, lane in run.lanes.items()
+        ]
+        return {"lanes": lanes + self._loaded, "resynchronised": dict(self.resynchronised)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`, before the first step.
+
+        Args:
+            state: A result of `state_dict`.
+
+        Raises:
+            ValueError: An entry of the state is missing or damaged.
+        """
+        check_twin_state(state)
+        self._loaded = copy.deepcopy(state["lanes"])
+        self.resynchronised = Counter(state["resynchronised"])
+
+    def _restore(self, lane: Lane, kind: LaneKind, names: Collection[str]) -> bool:
+        """Restore a lane from a loaded one of its kind with some of these layers.
+
+        Returns:
+            True if there is such a lane, and it was restored.
+        """
+        for each in self._loaded:
+            known = {name for _, counts, _ in each["buckets"] for name in counts}
+            if each["kind"] == kind.describe() and not known.isdisjoint(names):
+                self._loaded.remove(each)
+                return self._load_lane(lane, each)
+        return False
+
+    def _load_lane(self, lane: Lane, state: Mapping[str, Any]) -> bool:
+        """Restore a lane, unless it has new recipes: their twins would start later than the others.
+
+        Returns:
+            True if it was restored.
+        """
+        if new := sorted(lane.recipes - set(state["recipes"])):
+            self._source.warn(
+                f"has all twins begin anew: the restored state has no recipe {few(new)}"
+            )
+            return False
+        lane.load_state_dict(state)
+        return True
+
+    # --- lanes
+
+    def scales_changed(self) -> None:
+        """Compute scales anew when next needed, since the amax of a layer has changed."""
+        for lane in self.lanes:
+            lane.scales_changed()
+
+    def release(self) -> None:
+        """Free all twins; keep their state for `state_dict`, and for steps after another attach."""
+        self._loaded = self.state_dict()["lanes"]
+        self._runs.clear()
+
+    def nbytes(self) -> int:
+        """Return the memory of all twins in bytes, including samples and gathered gradients."""
+        return sum(lane.nbytes() for lane in self.lanes)
+
+
+def _find_block(recipe: Recipe, scaling: Scaling | None) -> int:
+    """Return how many neighbours to draw together, so that all blocks of a recipe are whole.
+
+    Returns:
+        The least common multiple of the block sizes; 1 without blocks.
+    """
+    formats = [
+        each for each in (recipe.weights_format, *recipe.state_formats.values()) if each is not None
+    ]
+    applied = [get_applied_scaling(format, scaling) for format in formats]
+    return math.lcm(*(each[1] for each in applied if isinstance(each, tuple)))
+
+
+def _get_random_state(device: torch.device) -> Tensor:
+    """Return the state of the generator from which operations on a device draw."""
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    return torch.get_device_module(device).get_rng_state(device)  # type: ignore[no-any-return]
+
+
+class _Run:
+    """The lanes of one optimizer of the run, and what is known of it between two steps."""
+
+    def __init__(self, optimizer: Optimizer, sorter: LaneSorter) -> None:
+        self.sorter = sorter
+        self.follower = HyperparameterFollower(optimizer)
+        self.changes: Changes = {}  # of hyperparameters, before the running step
+        self.lanes: dict[LaneKind, Lane] = {}
+        self.captured: list[LaneKind] = []  # lanes that take part in the running step
+        self.checked: set[LaneKind] = set()  # lanes with a self-check so far
+        self.may_draw = may_draw(type(optimizer))
+        self.draws = False  # until its step is seen to draw random numbers
+        self.random_states: dict[torch.device, Tensor] = {}  # before a checked step
