@@ -6,10 +6,11 @@ Read the files in this order:
 - `formats`: the named formats (``e4m3fn``, ``bf16``, …), `get_format`, and the type `Scaling`.
 - `number_format`, `block_formats`: the interface of all formats, and the formats whose blocks
   share a scale (``mxfp4``, ``nvfp4``).
-- `kernel`: rounding and spacing of one tensor on one grid, with exact arithmetic.
+- `kernel`: rounding of one tensor to a grid (the numbers of a format), and the spacing of the
+  grid, with exact arithmetic.
 - `ops`: `quantize` and `spacing`, the public functions around the kernel. `arguments` checks the
   arguments of public functions.
-- `scaling`: amax scales of one tensor.
+- `scaling`: amax scales of one tensor, from its largest finite magnitude (amax).
 - `format_set`, `scale_groups`, `grids`: scales of and rounding to several formats at once, for
   `UpdateMonitor`.
 - `diagnostics`: the effect of one update on a grid, element by element.

@@ -75,8 +75,9 @@ def grid_alignment_error(
 ) -> Tensor:
     """Return the distance of each weight w from the grid, ``abs(w − quantize(w))`` (DIAG-02).
 
-    A weight on the grid gives exactly 0. A weight beyond ±max, the largest values of the format,
-    gives its distance from ±max, which is inf for ±inf. A NaN weight gives NaN.
+    The grid has the values of the format times the scale. A weight on the grid gives exactly 0. A
+    weight beyond ±max, the largest values of the format, gives its distance from ±max, which is inf
+    for ±inf. A NaN weight gives NaN.
 
     Args:
         weights: float16, bfloat16, float32 or float64, any shape.
@@ -103,7 +104,9 @@ def grid_alignment_error(
 def grid_alignment_statistics(
     weights: Tensor, format: str | torch.dtype | FloatFormat, scale: float | Tensor = 1.0
 ) -> dict[str, float]:
-    """Return statistics of `grid_alignment_error` over the finite weights (DIAG-02).
+    """Return mean, maximum and spread of the distances of weights from a format's grid (DIAG-02).
+
+    The distances are those of `grid_alignment_error`, over the finite weights.
 
     Args:
         weights: float16, bfloat16, float32 or float64, any shape.
@@ -176,7 +179,10 @@ def compute_ulp_distance(before: Tensor, after: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ulp_statistics(before: Tensor, after: Tensor) -> dict[str, float]:
-    """Return statistics of `compute_ulp_distance` over the finite weights (DIAG-03).
+    """Return mean, median and maximum of how far weights moved, in ULPs (DIAG-03).
+
+    The distances are those of `compute_ulp_distance`, in units in the last place of the dtype, over
+    the weights that are finite before and after the step.
 
     Args:
         before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
@@ -217,10 +223,11 @@ def gradient_stiffness_correlation(
 ) -> dict[str, float]:
     """Return how the magnitudes of gradients relate to the stiffness of weights (DIAG-04).
 
-    A gradient ignores optimizer and learning rate; `altgrad.quantization.stall_mask` says whether
-    an update survives. A weight is valid if the weight and its gradient are finite and its
-    stiffness is greater than 0; weights of 0 are therefore invalid. The denominators contain no
-    epsilon, so that scaling all gradients leaves the correlation as it is.
+    Stiffness is the distance between representable numbers at a weight. A gradient ignores
+    optimizer and learning rate; `altgrad.quantization.stall_mask` says whether an update survives.
+    A weight is valid if the weight and its gradient are finite and its stiffness is greater than 0;
+    weights of 0 are therefore invalid. The denominators contain no epsilon, so that scaling all
+    gradients leaves the correlation as it is.
 
     Args:
         weights: float16, bfloat16, float32 or float64, any shape.
@@ -268,7 +275,7 @@ def _stiffness(
     format: str | torch.dtype | FloatFormat | None,
     scale: float | Tensor,
 ) -> Tensor:
-    """Return the stiffness at each weight in float64, which avoids most underflow."""
+    """Return the float64 stiffness at each weight: the distance between representable numbers."""
     check_input(weights, "weights")
     if (mantissa_bits is None) == (format is None):
         raise TypeError(

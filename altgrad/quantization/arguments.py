@@ -17,7 +17,7 @@ INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def get_full_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype for results in any format: float64 for float64 x, otherwise float32."""
+    """Return float64 for float64 x, otherwise float32: the dtype of results of full precision."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -67,7 +67,7 @@ def check_pair(first_name: str, first: Tensor, second_name: str, second: Tensor)
 
 
 def prepare_scale(scale: float | Tensor, x: Tensor) -> float | Tensor:
-    """Check a scale and return it as a float or a tensor without gradient.
+    """Check a scale, the factor from stored numbers to values, and return it without gradient.
 
     The values of a scale tensor are accepted unread, because a read would wait for the device.
 

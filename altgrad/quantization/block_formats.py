@@ -26,14 +26,17 @@ Formats: TypeAlias = "str | torch.dtype | NumberFormat | Iterable[str | torch.dt
 """One or several formats or names of formats, as `get_formats` accepts."""
 
 BlockScaleRule: TypeAlias = Literal["e8m0", "e8m0_ceil", "e4m3"]
-"""The rule by which a block format computes the scales of its blocks; see `BlockFormat`."""
+"""The name of the rule by which a block format computes the scale of each block: a power of two
+rounded down (``"e8m0"``) or up (``"e8m0_ceil"``), or an E4M3 number times a scale of the whole
+tensor (``"e4m3"``). See `BlockFormat`."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockFormat:
     """A number format with one scale for each block of neighbouring elements in the last dimension.
 
-    The scales follow one of three rules:
+    The scales follow one of three rules. Here amax is the largest finite magnitude in the block or
+    tensor, and max the largest value of `element`:
 
     - ``"e8m0"``, from OCP: a power of two, rounded down as in `compute_scale` with
       ``power_of_two="floor"``. The largest elements of a block may be clipped.
@@ -42,7 +45,7 @@ class BlockFormat:
       rule RCEIL; TransformerEngine, cuBLAS and MLX round up, too. Named formats with this rule end
       in ``_ceil``.
     - ``"e4m3"``, from NVIDIA: an E4M3 number times one float32 scale for the whole tensor. The
-      scale of the tensor is amax / (448 · element.max), where 448 is the largest E4M3 number.
+      scale of the tensor is amax / (448 · max), where 448 is the largest E4M3 number.
 
     Args:
         name: The name in log keys and tables: not empty, without ``/`` and white space.
@@ -118,7 +121,8 @@ class BlockFormat:
             amax: The largest finite magnitude in each block: float32 or float64, any shape.
             tensor_amax: The largest finite magnitude in the tensor that contains each block:
                 float32 or float64, a shape that broadcasts to that of `amax`. Formats without a
-                tensor scale ignore it. None gives ``"e4m3"`` formats the scales of ``"e8m0"``.
+                tensor scale ignore it. None gives formats with the rule ``"e4m3"`` the scales of
+                the rule ``"e8m0"``.
 
         Returns:
             float64, the shape of `amax`: positive factors from stored numbers to values. The scale
@@ -159,9 +163,9 @@ BLOCK_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
         )
     }
 )
-"""The named block formats by name.
+"""The named formats whose blocks of elements share a scale, by name, such as ``mxfp4``.
 
-``mxfp8`` is accepted for ``mxfp8_e4m3``, OCP's first choice, and ``mxfp8_ceil`` for
+`get_formats` also accepts ``mxfp8`` for ``mxfp8_e4m3``, OCP's first choice, and ``mxfp8_ceil`` for
 ``mxfp8_e4m3_ceil``.
 """
 

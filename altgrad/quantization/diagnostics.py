@@ -1,15 +1,16 @@
 """The effect of one update on a grid, element by element.
 
-The weights are stored on the grid, and one scale applies before and after the step. Q rounds to the
-nearest point of the scaled grid:
+The grid is the set of numbers of a format, times a scale. The weights are stored on the grid, and
+one scale applies before and after the step. Q rounds to the nearest point of the scaled grid:
 
     effective update = Q(Q(before) + update) − Q(before)
     stalled          = update ≠ 0 and effective update = 0
     visible          = Q(before) ≠ Q(after)
 
-With an amax scale the rounding of Q(before) + update is not clamped at the largest value. A real
-run would raise the scale there, and clamping would count stalls that do not occur. If the scale is
-the number 1, the format is used without a scale, and Q clamps.
+An amax scale is computed from the largest magnitude of the weights. With such a scale the rounding
+of Q(before) + update is not clamped at the largest value. A real run would raise the scale there,
+and clamping would count stalls that do not occur. If the scale is the number 1, the format is used
+without a scale, and Q clamps.
 
 Read `ops` first. `altgrad.measurement.kernel` computes the same effective updates for many layers
 and formats.
@@ -33,11 +34,11 @@ def effective_update(
     format: str | torch.dtype | FloatFormat,
     scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """Return the part of an update that the grid keeps: ``Q(Q(before) + update) − Q(before)``.
+    """Return the part of an update that a format keeps: ``Q(Q(before) + update) − Q(before)``.
 
-    Q rounds to the nearest point of the scaled grid. The sum Q(before) + update is computed in
-    float64, which rounds a sum of more than 53 significant bits. The result is NaN where `before`
-    or `update` is NaN or infinite.
+    Q rounds to the nearest value of the format times the scale. The sum Q(before) + update is
+    computed in float64, which rounds a sum of more than 53 significant bits. The result is NaN
+    where `before` or `update` is NaN or infinite.
 
     Args:
         before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
@@ -46,7 +47,8 @@ def effective_update(
         format: A `FloatFormat`, or a name or dtype that `get_format` accepts.
         scale: A positive number, or a tensor of positive numbers that broadcasts to the shape of
             `before`. The number 1 means a format without scaling, which clamps at ±max. Any other
-            scale, including a tensor of ones, is an amax scale, which does not clamp.
+            scale, including a tensor of ones, is an amax scale: a run would raise it for larger
+            weights, so that nothing is clamped.
 
     Returns:
         A tensor with the shape of `before` in units of the weights, without gradient: float32, or
@@ -86,9 +88,10 @@ def stall_mask(
     format: str | torch.dtype | FloatFormat,
     scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """Return which weights stall: their update is not 0, but the effective update is 0.
+    """Return which weights stall: their update is not 0, but the format keeps nothing of it.
 
-    A weight without an update gives False, and so does a NaN or infinite weight or update.
+    The part that a format keeps is that of `effective_update`. A weight without an update gives
+    False, and so does a NaN or infinite weight or update.
 
     Args:
         before: The weights before the step: float16, bfloat16, float32 or float64, any shape.
@@ -97,7 +100,8 @@ def stall_mask(
         format: A `FloatFormat`, or a name or dtype that `get_format` accepts.
         scale: A positive number, or a tensor of positive numbers that broadcasts to the shape of
             `before`. The number 1 means a format without scaling, which clamps at ±max. Any other
-            scale, including a tensor of ones, is an amax scale, which does not clamp.
+            scale, including a tensor of ones, is an amax scale: a run would raise it for larger
+            weights, so that nothing is clamped.
 
     Returns:
         A bool tensor with the shape of `before`.
@@ -127,9 +131,9 @@ def visible_mask(
 ) -> Tensor:
     """Return which weights a step changes once cast to a format: ``Q(before) ≠ Q(after)``.
 
-    Q rounds to the nearest point of the scaled grid. The mask is for training with fp32 master
-    weights, which are cast to the format for the forward pass. A weight that is NaN or infinite
-    before or after the step gives False.
+    Q rounds to the nearest value of the format times the scale. The mask is for training with fp32
+    master weights, which are cast to the format for the forward pass. A weight that is NaN or
+    infinite before or after the step gives False.
 
     Under an amax scale, neither Q(before) nor Q(after) is clamped: weights that grew beyond ±max
     are compared as if the scale had been raised. A cast under the old scale would clip the weights
@@ -142,7 +146,8 @@ def visible_mask(
         format: A `FloatFormat`, or a name or dtype that `get_format` accepts.
         scale: A positive number, or a tensor of positive numbers that broadcasts to the shape of
             `before`. The number 1 means a format without scaling, which clamps at ±max. Any other
-            scale, including a tensor of ones, is an amax scale, which does not clamp.
+            scale, including a tensor of ones, is an amax scale: a run would raise it for larger
+            weights, so that nothing is clamped.
 
     Returns:
         A bool tensor with the shape of `before`.
@@ -169,6 +174,6 @@ def visible_mask(
 
 
 def _round(x: Tensor, format: FloatFormat, scale: float | Tensor) -> Tensor:
-    """Round to the nearest grid point, clamped at ±max only for a format without scaling."""
+    """Round to the nearest value of a format times the scale; clamp only under the number 1."""
     is_amax_scale = isinstance(scale, Tensor) or scale != 1
     return quantize_unbounded(x, format, scale) if is_amax_scale else quantize(x, format, scale)

@@ -43,8 +43,9 @@ _TORCH_DTYPES: Mapping[str, str] = MappingProxyType(
 class FloatFormat:
     """A binary floating-point format: one sign bit, E exponent bits, M mantissa bits.
 
-    A code consists of the sign, the exponent field e and the mantissa field m. Without the sign,
-    codes 0, 1, 2, … are the non-negative values in ascending order. The value of a code is
+    A code is the bit pattern of a number: the sign, the exponent field e and the mantissa field m.
+    Without the sign, codes 0, 1, 2, … are the non-negative values in ascending order. The value of
+    a code is
 
     - ``m · 2**(emin - M)`` where e = 0: zero and the subnormals, at a constant spacing;
     - ``(2**M + m) · 2**(e - bias - M)`` where e > 0: the normal numbers.
@@ -101,7 +102,7 @@ class FloatFormat:
     has_negative_zero: bool = True
     has_subnormals: bool = True
     key: str = field(init=False, repr=False, compare=False)
-    """All fields as one string; `from_key` returns the same format.
+    """All fields as one string, from which `from_key` makes an equal format.
 
     Functions that torch.compile traces take this string: every supported torch version treats a
     string argument as a constant, but few do so with a `FloatFormat`.
@@ -130,7 +131,7 @@ class FloatFormat:
 
     @classmethod
     def from_key(cls, key: str) -> FloatFormat:
-        """Return the format whose `key` is given."""
+        """Return the format with a given `key`, the string that contains all its fields."""
         name, *values = key.split(" ")
         e, m, bias, num_high_nans = map(int, values[:4])
         has_inf, has_negative_zero, has_subnormals = (value == "True" for value in values[4:])
@@ -150,13 +151,13 @@ class FloatFormat:
 
     @property
     def _max_code(self) -> int:
-        """The code of the largest finite value."""
+        """The largest finite value's code, its bit pattern as an integer, without the sign bit."""
         # From the top: the NaNs, infinity, the largest finite value.
         codes = 1 << (self.exponent_bits + self.mantissa_bits)
         return codes - 1 - self.num_high_nans - self.has_inf
 
     def _value(self, code: int) -> float:
-        """Return the value of a code, given without its sign bit."""
+        """Return the value of a code, a bit pattern as an integer, given without its sign bit."""
         field, mantissa = divmod(code, 1 << self.mantissa_bits)
         if field > 0:
             mantissa += 1 << self.mantissa_bits  # the implicit leading bit of a normal number
@@ -181,22 +182,26 @@ class FloatFormat:
 
     @property
     def element(self) -> FloatFormat:
-        """The format itself, which is its own element format."""
+        """The format of a single element before scaling: this format itself."""
         return self
 
     @property
     def block_size(self) -> int | None:
-        """The number of elements per block: None, because the format defines no blocks."""
+        """The number of elements that share a scale: None, because the format has no blocks."""
         return None
 
     @property
     def scale(self) -> Literal["amax"]:
-        """The rule of the scales, ``"amax"``: a power of two, rounded up so that nothing clips."""
+        """The rule by which AltGrad computes a scale for weights in the format: ``"amax"``.
+
+        The scale is the largest finite magnitude of the weights divided by `max`, rounded up to a
+        power of two. No weight is clipped.
+        """
         return "amax"
 
     @property
     def has_tensor_scale(self) -> bool:
-        """False, because the format defines no scale for the whole tensor."""
+        """False, because the format has no block scales that a tensor's scale would multiply."""
         return False
 
     @property
@@ -231,7 +236,7 @@ class FloatFormat:
 
     @property
     def emax(self) -> int:
-        """The exponent of the binade with the largest value; at least `emin`, also for E = 0."""
+        """The exponent of the largest power of two up to `max`; `emin` if `max` is smaller."""
         return max(self._max_code >> self.mantissa_bits, 1) - self.bias
 
     @property
@@ -266,7 +271,7 @@ class FloatFormat:
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """The torch dtype with exactly the same codes; None if torch has no such dtype."""
+        """The torch dtype whose bit patterns have the same values; None if torch has none."""
         name = _TORCH_DTYPES.get(self.key.partition(" ")[2])
         if name is None:
             return None
@@ -339,7 +344,7 @@ def check_format_name(name: object) -> None:
 
 
 def _check_types(format: FloatFormat) -> None:
-    """Raise TypeError unless every field has the annotated type."""
+    """Raise TypeError unless every field of a format has the annotated type."""
     for name in ("exponent_bits", "mantissa_bits", "bias", "num_high_nans"):
         check_type(name, getattr(format, name), int)
     for name in ("has_inf", "has_negative_zero", "has_subnormals"):

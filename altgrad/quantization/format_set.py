@@ -1,4 +1,4 @@
-"""`FormatSet`: the formats of a run with their scaling, and the block sizes that follow from them.
+"""`FormatSet`: the number formats that a run measures, their scaling, and their block sizes.
 
 Read `number_format` and `block_formats` first; the next file is `scale_groups`, which computes the
 scales of a `FormatSet`.
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 class FormatSet:
-    """The formats of a run and their scaling; immutable.
+    """The number formats that a training run is measured for, and how each is scaled; immutable.
+
+    An amax scale fits the largest finite magnitude of a group of weights to the largest value of a
+    format. A layer is one parameter tensor, a channel an index of its dimension 0.
 
     Args:
         formats: One or several formats or names, as `get_formats` accepts.
@@ -35,8 +38,8 @@ class FormatSet:
         names: The names of the formats.
         applied: For each format the `Scaling` that applies; None for a format without scales.
         block_sizes: The sizes in elements of all blocks that share a scale, in ascending order.
-        block: The number of neighbouring elements in the last dimension that must be measured
-            together, from a multiple of this number on: the least common multiple of `block_sizes`.
+        block: The least common multiple of `block_sizes`. So many neighbours in the last dimension
+            must be measured together, from a multiple of this number on, to have whole blocks.
         needs_tensor_amax: Whether a format needs the amax of the whole tensor in addition to the
             amaxes of blocks.
         needs_amax: Whether a format needs the amax of layers or of their channels.
@@ -66,7 +69,7 @@ class FormatSet:
 
     @property
     def _block_sizes(self) -> dict[str, int]:
-        """The sizes of the blocks that share a scale, by name of the format."""
+        """The sizes in elements of the blocks that share a scale, by name of each block format."""
         pairs = zip(self.names, self.applied, strict=True)
         return {
             name: applied[1]
@@ -75,9 +78,9 @@ class FormatSet:
         }
 
     def find_block(self, names: Collection[str]) -> int:
-        """Return the number of neighbouring elements that some formats need measured together.
+        """Return the least common multiple of some formats' block sizes; 1 without blocks.
 
-        The number is the least common multiple of the formats' block sizes; 1 without blocks.
+        This many neighbouring elements are measured together, so that each block is complete.
 
         Args:
             names: Names of the formats.
@@ -95,9 +98,9 @@ class FormatSet:
         return f"FormatSet({self.names!r}, scaling={self.scaling!r})"
 
     def judged(self, dtype: torch.dtype | FloatFormat) -> list[bool]:
-        """Return for each format whether it is coarser than the dtype of stored weights.
+        """Return for each format whether it has fewer significant bits than the stored weights.
 
-        If so, updates of these weights show what the format would lose.
+        If so, the format can be judged: updates of these weights show what the format would lose.
 
         Args:
             dtype: The dtype or format in which the weights are stored now.

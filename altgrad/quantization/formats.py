@@ -66,7 +66,7 @@ FORMATS: Mapping[str, FloatFormat] = MappingProxyType({
     )
 })
 # fmt: on
-"""The named formats by name, as in log keys."""
+"""The named floating-point formats by name, such as ``e4m3fn``; log keys contain these names."""
 
 # Spellings of ml_dtypes, torch and papers. In ml_dtypes float8_e4m3 is the IEEE-like format with
 # inf and max 240, not OCP's E4M3 (float8_e4m3fn), which papers call e4m3.
@@ -95,7 +95,7 @@ _BY_SPELLING: dict[str, FloatFormat] = {
 
 
 def check_scaling(scaling: Scaling) -> None:
-    """Raise ValueError unless `scaling` is a `Scaling`."""
+    """Raise ValueError unless `scaling` is ``"tensor"``, ``"channel"`` or ``("block", size)``."""
     if isinstance(scaling, str):
         if scaling in ("tensor", "channel"):
             return

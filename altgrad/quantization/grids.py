@@ -1,4 +1,4 @@
-"""Rounding to several formats at once, in float64.
+"""Rounding to several formats at once, in float64. A grid is the set of numbers of one format.
 
 `kernel` rounds one tensor to one grid. Here the constants of all formats lie side by side in one
 tensor, (rows, formats, 1), so that one torch operation serves all formats. A row holds elements of
@@ -32,25 +32,27 @@ _EXPONENT_MASK = 0x7FF0_0000_0000_0000
 # available precision", Numerische Mathematik 18 (1971).
 _ROUNDER = 1.5 * 2.0**52
 JUST_BELOW_ONE = 1 - 2.0**-53
-"""The largest float64 below 1. Multiplied by it, a power of two falls into the binade below."""
+"""The largest float64 below 1. Multiplied by this, a power of two falls just below itself, and any
+other float64 stays between the same two powers of two."""
 
 
 class Grids(NamedTuple):
-    """The constants of several grids: float64 tensors, (1 or rows, formats, 1).
+    """The constants for rounding to several formats: float64 tensors, (1 or rows, formats, 1).
 
-    A row holds elements of one layer. If the scales are powers of two, one for each row and format,
-    the constants contain the scale, and `scale` is None. With other scales, or a format without
-    subnormals or mantissa bits, `scale` is a tensor. Callers then divide values by the scale
-    (`divide_by_scale`) before rounding, and multiply results by the scale (`multiply_by_scale_`,
-    `multiply_by_scale`).
+    A row holds elements of one layer (parameter tensor). A scale is the factor from the numbers of
+    a format to weights. If the scales are powers of two, one for each row and format, the constants
+    contain the scale, and `scale` is None. With other scales, or a format without subnormals or
+    mantissa bits, `scale` is a tensor. Callers then divide values by the scale (`divide_by_scale`)
+    before rounding, and multiply results by the scale (`multiply_by_scale_`, `multiply_by_scale`).
 
     Attributes:
-        eps: Spacing relative to the binade, ``2**-M``.
+        eps: Spacing of neighbouring values divided by the power of two below them, ``2**-M``.
         first_spacing: Spacing from 0 to the smallest normal number.
         last_spacing: Spacing at the largest value.
         top: Largest finite value.
         bottom: −`top`.
-        ceiling: Upper limit of an updated weight: `top`, or inf if the format has an amax scale.
+        ceiling: Upper limit of an updated weight: `top`, or inf if the format has an amax scale,
+            which a run would raise with its weights.
         floor: −`ceiling`.
         smallest_normal: Smallest normal number; inf if every value is subnormal.
         scale: float64, (1 or rows, formats, 1 or elements); None if the constants contain it.
@@ -84,7 +86,7 @@ class Grids(NamedTuple):
         return x if self.scale is None else torch.div(x, self.scale, out=out)
 
     def multiply_by_scale_(self, x: Tensor) -> Tensor:
-        """Multiply values by the scale in place, unless the constants contain the scale."""
+        """Multiply values by the scale in place; return x unchanged if the constants contain it."""
         return x if self.scale is None else x.mul_(self.scale)
 
     def multiply_by_scale(self, x: Tensor, out: Tensor) -> Tensor:
@@ -108,13 +110,15 @@ def make_grids(
     power_of_two: bool = True,
     device: torch.device | None = None,
 ) -> Grids:
-    """Return the constants of several formats under their scales.
+    """Return the constants for rounding to several formats under their scales.
 
     Args:
         formats: One or more formats.
-        is_scaled: For each format, whether it has an amax scale. A real run would raise such a
-            scale after the step, so that updated weights may exceed the largest value.
-        scale: Positive scales, float64, (1 or rows, formats, 1 or elements); None for 1.
+        is_scaled: For each format, whether it has an amax scale, which fits the largest weight. A
+            real run would raise such a scale after the step, so that updated weights may exceed the
+            largest value.
+        scale: Positive factors from the numbers of each format to weights, float64, (1 or rows,
+            formats, 1 or elements); None for 1. A row holds elements of one layer.
         power_of_two: Whether all scales are powers of two.
         device: The device of the constants.
 
@@ -159,14 +163,14 @@ def make_grids(
 
 
 def extract_binades(x: Tensor, out: Tensor) -> Tensor:
-    """Compute the largest power of two up to ``abs(x)``.
+    """Write the largest power of two up to ``abs(x)``, for each element, to `out`.
 
     Args:
         x: float64, any shape, with magnitudes up to `LARGEST`, 2**960.
         out: Buffer like x; may be x.
 
     Returns:
-        `out`. 0 and subnormal numbers of float64 give 0.
+        `out`, in which 0 and subnormal numbers of float64 give 0.
     """
     torch.bitwise_and(view_bits(x), _EXPONENT_MASK, out=view_bits(out))
     return out
@@ -191,20 +195,22 @@ def view_bits(x: Tensor) -> Tensor:
 def round_to_grids(
     x: Tensor, grids: Grids, narrow: Tensor, spacing: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Round values to the grids of all formats, which continue above their largest values.
+    """Round values to several formats, each continued above its largest value.
 
-    A value is rounded to the nearest multiple of the spacing at the value. Ties go to the even
-    multiple, or to the even code in a format without mantissa bits.
+    A value is rounded to the nearest multiple of the spacing, the distance between neighbouring
+    numbers of the format at the value. Ties go to the even multiple, or to the even code in a
+    format without mantissa bits.
 
     Args:
         x: Values as `Grids.divide_by_scale` returns them, float64, (rows, 1 or formats, elements).
+            A row holds elements of one layer.
         grids: The constants of the formats.
         narrow: Buffer, float64, (rows, 1, elements); overwritten.
         spacing: Buffer, float64, (rows, formats, elements); overwritten.
         out: Buffer like `spacing`; overwritten.
 
     Returns:
-        The spacing at each value in `spacing`, and the rounded values in `out`.
+        `spacing` with the spacing at each value, and `out` with the rounded values.
     """
     binade = extract_binades(x, narrow if x.shape[1] == 1 else spacing)
     torch.maximum(torch.mul(binade, grids.eps, out=spacing), grids.first_spacing, out=spacing)
@@ -224,19 +230,21 @@ def round_to_grids(
 
 
 def compute_gaps(stored: Tensor, target_gap: Tensor, grids: Grids) -> Tensor:
-    """Compute how far each stored value is from the next grid point toward its target.
+    """Compute how far each stored value is from the next value of its format toward a target.
 
-    For a target farther from zero, this is the spacing at the stored value. For a target just below
-    a stored power of two, it is the spacing at the target, half as large. If the target lies beyond
-    the next grid point, the result may be larger, up to the distance from stored value to target.
+    The target is where an update wants to move the stored value. For a target farther from zero,
+    the result is the spacing at the stored value. For a target just below a stored power of two, it
+    is the spacing at the target, half as large. If the target lies beyond the next value, the
+    result may be larger, up to the distance from stored value to target.
 
     Args:
-        stored: Grid points in units of the scale, float64, (rows, formats, elements); overwritten.
+        stored: Values of the formats, times the scale if the constants contain it, float64,
+            (rows, formats, elements); overwritten. A row holds elements of one layer.
         target_gap: The spacing at each target, from `round_to_grids`.
         grids: The constants of the formats.
 
     Returns:
-        The distances in `stored`.
+        `stored`, now with the distances.
     """
     # Without subnormals the neighbour below the smallest normal number is 0, which is farther.
     farther = [

@@ -1,11 +1,13 @@
-"""The rounding kernel: one tensor, one grid, exact in float32 or float64.
+"""The rounding kernel: round one tensor to one grid, exactly, in float32 or float64.
+
+A grid is the set of numbers that a format can hold.
 
 The scaled input is written as ``y = t · p / 2**M``. Here p is the largest power of two up to
 ``abs(y)``, and at least ``2**emin``. The grid points around y then correspond to the integers
 around t, at a spacing of ``p / 2**M``. Rounding t to an integer therefore rounds y to the grid.
 Every other operation is exact, because it multiplies or divides by a power of two.
 
-The exponent bits of y give p without a logarithm, whose error could exceed one binade::
+The exponent bits of y give p without a logarithm, whose error could double or halve p::
 
     float32 | s eeeeeeee mmmmmmmmmmmmmmmmmmmmmmm
     mask    | 0 11111111 00000000000000000000000   0x7F80_0000
@@ -50,14 +52,16 @@ _ROUND_IN_PLACE: dict[Rounding, Callable[[Tensor], Tensor]] = {
 
 
 class Grid(NamedTuple):
-    """A format as plain Python constants, which a compiler folds into the kernel.
+    """The constants of a `FloatFormat`, as Python numbers that torch.compile folds into the kernel.
+
+    A binade is the range from a power of two up to the next.
 
     Attributes:
         max: Largest finite value.
         first_binade: Smallest normal number, ``2**emin``.
-        last_binade: Power of two below `max`, ``2**emax``.
+        last_binade: Largest power of two up to `max`, ``2**emax``; at least `first_binade`.
         smallest: Smallest positive value.
-        points_per_binade: Number of grid points in each binade, ``2**M``.
+        points_per_binade: Number of the format's values in each binade, ``2**M``.
         significant_bits: Largest number of significant bits of a value.
         bias: Bias of the exponent field.
         overflow: Result of an overflow: inf or NaN; None if the format has neither.
@@ -104,7 +108,7 @@ def _cache_as_constant(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 @_cache_as_constant
 def get_grid(format_key: str) -> Grid:
-    """Return the kernel's constants for the format with a given `FloatFormat.key`."""
+    """Return the constants for rounding to the format with a given `FloatFormat.key`."""
     format = FloatFormat.from_key(format_key)
     return Grid(
         max=format.max,
@@ -122,7 +126,7 @@ def get_grid(format_key: str) -> Grid:
 
 @_cache_as_constant
 def get_arithmetic_dtype(dtype: torch.dtype, format_key: str, scaled: bool) -> torch.dtype:
-    """Return the narrowest dtype in which the kernel is exact.
+    """Return the narrowest dtype in which the kernel rounds to a format exactly.
 
     The dtype must hold the power of two below each value, and each value in units of the spacing.
     Under a scale the quotient x / scale may underflow. An underflow is harmless below half the
@@ -156,9 +160,9 @@ def get_arithmetic_dtype(dtype: torch.dtype, format_key: str, scaled: bool) -> t
 def round_in_place(
     y: Tensor, grid: Grid, rounding: Rounding, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Round y in place to a grid that continues beyond its largest value.
+    """Round y in place to the values of a format, continued beyond the format's largest value.
 
-    ±inf becomes NaN, so that `quantize` clamps y before, and diagnostics leave ±inf out.
+    Callers clamp y before if the largest value is a limit. ±inf becomes NaN.
 
     Args:
         y: float32 or float64, any shape, already divided by the scale; overwritten.
@@ -187,7 +191,7 @@ def round_in_place(
 
 
 def compute_spacing(y: Tensor, grid: Grid) -> Tensor:
-    """Return the distance between the neighbouring grid points at each value of y.
+    """Return the distance between the neighbouring values of a format at each value of y.
 
     Args:
         y: float32 or float64, any shape, already divided by the scale.
@@ -274,8 +278,9 @@ def _round_stochastically(t: Tensor, generator: torch.Generator | None) -> Tenso
 def _round_to_even_code(t: Tensor, binade: Tensor, bias: int) -> Tensor:
     """Round t to the nearest integer for a format without mantissa bits, ties to the even code.
 
-    Without mantissa bits the last bit of a code is the last bit of its exponent field. The only
-    ties of normal numbers are at ``abs(t) = 1.5``, between codes of neighbouring powers of two.
+    A code is the bit pattern of a number. Without mantissa bits the last bit of a code is the last
+    bit of its exponent field. The only ties of normal numbers are at ``abs(t) = 1.5``, between
+    codes of neighbouring powers of two.
 
     Args:
         t: Values divided by `binade`, float32 or float64.

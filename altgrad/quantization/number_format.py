@@ -1,7 +1,7 @@
-"""`NumberFormat`: the interface of all number formats.
+"""`NumberFormat`: the interface (Protocol) of all number formats.
 
-`FloatFormat` (`float_format`) and `BlockFormat` (`block_formats`, the next file) implement the
-protocol. `get_applied_scaling` decides which weights share a scale in a format.
+`FloatFormat` (`float_format`) and `BlockFormat` (`block_formats`, the next file) implement it.
+`get_applied_scaling` decides which weights share a scale, the factor from stored numbers to values.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 _UNSCALED_BITS = 16
 
 ScaleRule: TypeAlias = Literal["amax", "e8m0", "e8m0_ceil", "e4m3"]
-"""The rule by which scales follow from amaxes; see `FloatFormat.scale` and `BlockFormat`."""
+"""The name of the rule that computes a scale from an amax, the largest finite magnitude of the
+weights that share the scale; see `FloatFormat.scale` and `BlockFormat`."""
 
 
 @runtime_checkable  # `get_formats` distinguishes formats from names by isinstance
 class NumberFormat(Protocol):
-    """A number format for weights: a `FloatFormat` or a `BlockFormat`."""
+    """The interface (Protocol) of number formats: `FloatFormat` and `BlockFormat` implement it."""
 
     @property
     def name(self) -> str:
-        """The name in log keys and tables."""
+        """The name of the format in log keys and tables."""
 
     @property
     def element(self) -> FloatFormat:
@@ -42,7 +43,11 @@ class NumberFormat(Protocol):
 
     @property
     def scale(self) -> ScaleRule:
-        """The rule by which the scales follow from the amaxes of the weights that share them."""
+        """The name of the rule that computes a scale from the weights that share the scale.
+
+        All rules start from the largest finite magnitude of these weights. `FloatFormat.scale` and
+        `BlockFormat` describe them.
+        """
 
     @property
     def has_tensor_scale(self) -> bool:

@@ -159,7 +159,7 @@ def quantize_checked(
     generator: torch.Generator | None,
     out: Tensor | None,
 ) -> Tensor:
-    """Return `quantize` of checked arguments, without a gradient.
+    """Round a tensor as `quantize` does, without checking arguments and without a gradient.
 
     Args:
         x: The tensor to round.
@@ -205,7 +205,7 @@ def quantize_checked(
 def _clamp_limits(
     grid: Grid, rounding: Rounding, saturate: bool, dtype: torch.dtype
 ) -> tuple[float, float]:
-    """Return the limits to which values are clamped before rounding.
+    """Return the lower and upper limit to which values are clamped before they are rounded.
 
     A limit is ±max where overflow becomes ±max: if `saturate` is True, or if the direction of
     rounding is toward zero on that side. Otherwise the limit is the largest finite number of the
@@ -228,9 +228,10 @@ def _clamp_limits(
 
 @torch.no_grad()
 def quantize_unbounded(x: Tensor, format: FloatFormat, scale: float | Tensor = 1.0) -> Tensor:
-    """Round to the nearest point of a grid that continues beyond the largest value of the format.
+    """Round to the scaled grid of a format as `quantize` does, but without a largest value.
 
-    The result is that of `quantize` for a format without a largest value.
+    The scaled grid has the values of the format times the scale. Beyond ±max it continues with the
+    same number of values between powers of two.
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape, any device.
@@ -256,8 +257,8 @@ def spacing(
 ) -> Tensor:
     """Return the distance between neighbouring points of the scaled grid at each value of x.
 
-    The spacing, also called stiffness S, is
-    ``scale · 2**(clamp(floor(log2(abs(x) / scale)), emin, emax) − M)``.
+    The scaled grid has the values of the format times the scale. The spacing, also called stiffness
+    S, is ``scale · 2**(clamp(floor(log2(abs(x) / scale)), emin, emax) − M)``.
 
     - Below the smallest normal number the spacing is constant: the smallest subnormal, also at 0.
     - Above the largest value, and at ±inf, the spacing is that at the largest value.
@@ -293,7 +294,7 @@ def spacing(
 
 
 def get_result_dtype(x: Tensor, format_key: str, scale: float | Tensor) -> torch.dtype:
-    """Return the dtype of `quantize`'s result.
+    """Return the dtype of the result of `quantize` for a tensor, format and scale.
 
     Float32 and float64 x keep their dtype. Float16 and bfloat16 x keep their dtype if the scale is
     a number that is a power of two, and the dtype holds every value of the scaled grid. Otherwise
@@ -324,7 +325,7 @@ def get_result_dtype(x: Tensor, format_key: str, scale: float | Tensor) -> torch
 
 
 def _widen(x: Tensor, format_key: str, scale: float | Tensor) -> tuple[Tensor, Tensor | None]:
-    """Convert x to the dtype in which the kernel is exact, and the scale to a tensor.
+    """Convert x to a dtype in which rounding is exact, and the scale to a tensor of that dtype.
 
     A scale that is a number becomes a tensor on x's device, because torch on CUDA multiplies by the
     reciprocal of a Python number instead of dividing. The product rounds differently, and overflows

@@ -1,5 +1,8 @@
 """Scales of many layers and several formats: which elements share a scale, and its value.
 
+A layer is one parameter tensor. An amax is the largest finite magnitude of the elements that share
+a scale.
+
 `Sharing` maps each element to its group (its layer, or a channel of the layer) and to its block.
 `compute_element_scales` turns amaxes into the scale of each element and format. The amaxes of
 layers and channels are kept between steps, in `altgrad.monitor.scale_state`. The amaxes of blocks
@@ -23,11 +26,12 @@ from altgrad.quantization.scaling import compute_amax, compute_format_scales
 
 
 def compute_layer_amax(x: Tensor, scaling: Scaling | None) -> Tensor:
-    """Return the amax of a layer, or of each of its channels.
+    """Return the amax (largest finite magnitude) of a tensor, or of each of its channels.
 
     Args:
         x: The weights: float16, bfloat16, float32 or float64, any shape.
-        scaling: The scaling of the run. Only ``"channel"`` asks for amaxes of channels.
+        scaling: Which elements share a scale. Only ``"channel"`` gives an amax for each channel, an
+            index of dimension 0; any other value gives one amax for all of x.
 
     Returns:
         float32 (float64 for float64 x): (channels,) for ``"channel"``, otherwise (1,).
@@ -39,17 +43,20 @@ def compute_layer_amax(x: Tensor, scaling: Scaling | None) -> Tensor:
 def compute_layer_amaxes(
     parameters: Sequence[Tensor], scaling: Scaling | None
 ) -> tuple[list[Tensor], list[bool]]:
-    """Return the amaxes of many layers, and for each layer whether an amax is 0.
+    """Return the amax (largest finite magnitude) of many tensors, and for each whether it is 0.
 
-    The amaxes are read on the host once for all layers on a device, and once more for float64
-    layers.
+    The amaxes are read on the host once for all tensors on a device, and once more for float64
+    tensors.
 
     Args:
-        parameters: The layers: float16, bfloat16, float32 or float64, any shape.
-        scaling: The scaling of the run. Only ``"channel"`` asks for amaxes of channels.
+        parameters: The tensors: float16, bfloat16, float32 or float64, any shape.
+        scaling: Which elements share a scale. Only ``"channel"`` gives an amax for each channel, an
+            index of dimension 0; any other value gives one amax for each tensor.
 
     Returns:
-        For each layer its amaxes as `compute_layer_amax` returns them, and True if an amax is 0.
+        Two lists with an item for each tensor. The first has its amaxes: float32 (float64 for
+        float64 parameters), (channels,) for ``"channel"``, otherwise (1,). The second has True if
+        any of these amaxes is 0.
     """
     amax: dict[int, Tensor] = {}
     has_zero: dict[int, bool] = {}
@@ -66,15 +73,16 @@ def compute_layer_amaxes(
 
 
 class Amaxes(NamedTuple):
-    """The amaxes of one or several layers, from which scales follow.
+    """The amaxes of one or several layers (parameter tensors), from which scales are computed.
 
-    An amax is that of the weights before a step. For a channel of zeros, `groups` has the amax
-    after the step instead, because 0 sets no scale. `layers` keeps the amax before the step, unless
-    the whole layer is 0.
+    An amax is the largest finite magnitude of the weights before a step. For a channel (an index of
+    dimension 0) of zeros, `groups` has the amax after the step instead, because 0 sets no scale. In
+    `layers` the amax is that before the step, unless the whole layer is 0.
 
     Attributes:
         groups: The amax of each layer, or of each channel if channels have scales, (groups,).
-        layers: The amax of each whole layer, (layers,). Only scales of whole tensors use it.
+        layers: The amax of each whole layer, (layers,). Only formats whose block scales are
+            multiplied by a scale of the whole tensor use it, such as nvfp4.
     """
 
     groups: Tensor
@@ -82,31 +90,35 @@ class Amaxes(NamedTuple):
 
     @classmethod
     def from_groups(cls, groups: Tensor) -> Amaxes:
-        """Return the amaxes of one layer, computed from weights before a step alone.
+        """Return the `Amaxes` of one layer, given the largest finite magnitude of each group.
 
         Args:
-            groups: The amax of the layer, (1,), or of each channel, (channels,).
+            groups: The largest finite magnitude of the layer, (1,), or of each channel, an index of
+                dimension 0, (channels,).
 
         Returns:
-            The amaxes; 0 for a layer without channels.
+            `groups` as given, and their maximum as `layers`; 0 for a layer without channels.
         """
         if len(groups) == 1:
             return cls(groups, groups)
         return cls(groups, groups.amax().view(1) if len(groups) else groups.new_zeros(1))
 
     def fill_zeros(self, other: Amaxes) -> Amaxes:
-        """Return the amaxes, with each 0 replaced by the amax at the same place in `other`."""
+        """Return a copy with each 0 replaced by the entry at the same place in `other`."""
         pairs = zip(self, other, strict=True)
         return Amaxes(*(torch.where(mine == 0, later, mine) for mine, later in pairs))
 
 
 def update_tensor_amaxes(before: Tensor, amax: Tensor, sharing: Sharing | None = None) -> Tensor:
-    """Return the amax of each layer: the larger of its kept amax and the amax of `before`.
+    """Return the maximum of each layer's amax and the largest finite magnitude in `before`.
+
+    A layer is one parameter tensor. The result is the new amax of each layer; `amax` itself does
+    not change.
 
     Args:
         before: Weights before the step: elements of one layer, or of the layers in `sharing`.
-        amax: The kept amax of each layer, (layers,). Its dtype may differ from that of `before`,
-            after a model was cast.
+        amax: The largest finite magnitude of each layer as kept from an earlier step, (layers,).
+            Its dtype may differ from that of `before`, after a model was cast.
         sharing: The groups and layers of the elements; None if all elements are in one layer.
 
     Returns:
@@ -122,11 +134,13 @@ def update_tensor_amaxes(before: Tensor, amax: Tensor, sharing: Sharing | None =
 
 
 def compute_single_scales(amax: Tensor, formats: FormatSet) -> Tensor:
-    """Return the scale of each layer in each format, for formats with one scale for a layer.
+    """Return the scale of each layer (parameter tensor) in each of several formats.
+
+    A scale is the factor from stored numbers to weights.
 
     Args:
-        amax: The amax of each layer, float32 or float64, (layers,).
-        formats: Formats with `FormatSet.is_single`.
+        amax: The largest finite magnitude of each layer, float32 or float64, (layers,).
+        formats: Formats of which each has at most one scale for a layer (`FormatSet.is_single`).
 
     Returns:
         float64 (layers, formats); 1 for a format without scales.
@@ -140,7 +154,7 @@ def compute_single_scales(amax: Tensor, formats: FormatSet) -> Tensor:
 
 
 class _Blocks(NamedTuple):
-    """A map from elements to the blocks of one size, and from blocks to layers.
+    """A map from elements to the blocks of one size that share a scale, and from blocks to layers.
 
     Attributes:
         element_block: The number of the block of each element, int64 (elements,).
@@ -154,9 +168,10 @@ class _Blocks(NamedTuple):
 class Sharing(NamedTuple):
     """A map from each element to its group and block, whose elements share a scale.
 
-    The elements of several layers follow each other. A group is a layer, or a channel if each
-    channel has a scale. Groups, blocks and layers are numbered from 0. All tensors are on one
-    device. For two layers of 2 and 4 elements, with scaling by tensor and blocks of 2::
+    The elements of several layers (parameter tensors) follow each other. A group is a layer, or a
+    channel (an index of dimension 0) if each channel has a scale. A block is a fixed number of
+    neighbours in the last dimension. Groups, blocks and layers are numbered from 0. All tensors are
+    on one device. For two layers of 2 and 4 elements, with scaling by tensor and blocks of 2::
 
         element       | 0 1 2 3 4 5
         group         | 0 0 1 1 1 1
@@ -187,7 +202,8 @@ class Sharing(NamedTuple):
             indices: Ascending indices of the elements into the flattened layer, int64 (elements,)
                 on the CPU.
             sizes: The block sizes in elements.
-            scaling: The scaling of the run. With ``"channel"`` each channel is a group.
+            scaling: Which elements share a scale. With ``"channel"`` each index of dimension 0 is a
+                group, otherwise the whole layer is.
 
         Returns:
             The map, on the CPU.
@@ -208,10 +224,11 @@ class Sharing(NamedTuple):
         )
 
     def trim_groups(self) -> tuple[Sharing, slice]:
-        """Drop the groups before the first and after the last group that has an element.
+        """Return a map without the groups before the first and after the last one with an element.
 
-        Neighbouring elements of one layer lie in few of its channels, so that most groups are
-        dropped.
+        A group is a layer or channel whose elements share a scale; its numbers must ascend along
+        the elements. Neighbouring elements of one layer lie in few of its channels, so that most
+        groups are dropped.
 
         Returns:
             The map with groups numbered from 0 again, and the slice of the kept groups among all
@@ -224,9 +241,9 @@ class Sharing(NamedTuple):
         return self._replace(group=group, group_layer=group_layer), groups
 
     def pad(self, count: int) -> Sharing:
-        """Return the map with entries appended for padding, as in a buffer of fixed length.
+        """Return the map from elements to groups and blocks, extended to a buffer's length.
 
-        The appended entries refer to group 0 and block 0.
+        The appended elements belong to group 0 and block 0; their scales mean nothing.
 
         Args:
             count: The number of elements in the result, at least as many as in this map.
@@ -283,14 +300,15 @@ def compute_element_scales(
     sharing: Sharing,
     formats: FormatSet,
 ) -> Tensor:
-    """Return the scale of each element in every format.
+    """Return the scale of each element in every format, the factor from stored numbers to values.
 
     Args:
         before: The elements before the step, any floating-point dtype, (elements,). NaN and ±inf
             count as 0.
         after: The elements after the step, (elements,), which set the scale of a block whose
             elements before the step are all 0.
-        amaxes: The amaxes of all groups and layers; None if no format needs them.
+        amaxes: The largest finite magnitudes of all groups and layers; None if no format needs
+            them.
         sharing: The group and the blocks of each element.
         formats: The formats.
 
@@ -345,7 +363,7 @@ def _finite_magnitude(x: Tensor) -> Tensor:
 def _compute_block_amaxes(
     element_block: Tensor, count: int, before: Tensor, after: Tensor
 ) -> Tensor:
-    """Return the amax of each block before the step, or after the step for a block of zeros.
+    """Return the largest magnitude in each block before the step, or after it for a block of zeros.
 
     Args:
         element_block: The number of the block of each element, int64 (elements,).
@@ -365,7 +383,7 @@ def _compute_block_amaxes(
 
 
 def _compute_tensor_amaxes(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[float]]:
-    """Return the amax of each tensor, on its device and on the host.
+    """Return the amax (largest finite magnitude) of each tensor, on its device and on the host.
 
     Args:
         parameters: Tensors on one device, either all float64 or all narrower.
@@ -390,14 +408,14 @@ def _compute_tensor_amaxes(parameters: Sequence[Tensor]) -> tuple[Sequence[Tenso
 
 
 def _compute_channel_amaxes(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[float]]:
-    """Return the amaxes of the channels of each tensor, and the smallest of them on the host.
+    """Return the largest finite magnitude in each channel (index of dimension 0) of each tensor.
 
     Args:
         parameters: Tensors on one device, either all float64 or all narrower.
 
     Returns:
-        For each tensor the amaxes of its channels, float32 or float64 (channels,), and the smallest
-        amax as a float; 1 if the tensor has no channels.
+        For each tensor the magnitudes of its channels, float32 or float64 (channels,), and the
+        smallest of them on the host, as a float; 1 if the tensor has no channels.
     """
     found = [compute_layer_amax(each, "channel") for each in parameters]
     one = found[0].new_ones(())

@@ -88,13 +88,14 @@ def compute_scale(
 def compute_scale_from_amax(
     amax: Tensor, format: FloatFormat, *, power_of_two: bool | Literal["floor"] = True
 ) -> Tensor:
-    """Return the scale for each amax.
+    """Return the scale in a format for weights up to a given magnitude.
 
     Args:
-        amax: Amaxes, float32 or float64, any shape.
-        format: The format.
-        power_of_two: The rule: True rounds the scale up to a power of two, ``"floor"`` is OCP's
-            rule for MX formats, False is ``amax / max``. See `compute_scale`.
+        amax: The largest finite magnitude of the weights that share each scale: float32 or float64,
+            any shape.
+        format: The format; max is its largest value.
+        power_of_two: The rule: False is ``amax / max``, True rounds this up to a power of two, and
+            ``"floor"`` is OCP's rule for MX formats. See `compute_scale`.
 
     Returns:
         A tensor with the dtype and shape of `amax`; 1 where `amax` is 0.
@@ -110,7 +111,7 @@ def compute_scale_from_amax(
 def compute_format_scales(
     amax: Tensor, format: NumberFormat, tensor_amax: Tensor | None = None
 ) -> Tensor:
-    """Return the scale for each amax in a number format.
+    """Return the scale of weights in a number format, by the format's own rule, from each amax.
 
     If an E4M3 scale would round to 0, in a block far below the amax of the tensor, the smallest
     positive E4M3 number, ``2**-9``, replaces the 0. Otherwise all weights of the block would be 0
@@ -122,7 +123,8 @@ def compute_format_scales(
         format: The format.
         tensor_amax: The largest finite magnitude in the tensor that contains each block: float32 or
             float64, a shape that broadcasts to that of `amax`. Formats without a tensor scale
-            ignore it.
+            ignore it. None gives formats with the rule ``"e4m3"`` the scales of the rule
+            ``"e8m0"``.
 
     Returns:
         float64, the shape of `amax`; 1 where `amax` is 0.
@@ -175,7 +177,11 @@ def _finite_magnitude(x: Tensor) -> Tensor:
 
 
 def _amax(magnitude: Tensor, scaling: Scaling) -> Tensor:
-    """Return the maximum of a tensor, of each channel, or of each block; 0 without elements."""
+    """Return the maximum over all elements that share a scale, with the shape of `compute_amax`.
+
+    The maximum is that of the tensor, of each channel (index of dimension 0), or of each block of
+    neighbours in the last dimension, as `scaling` says; 0 without elements.
+    """
     if isinstance(scaling, str) and scaling == "tensor":
         return _max_or_zero(magnitude.flatten())
     if magnitude.dim() == 0:
@@ -191,7 +197,7 @@ def _amax(magnitude: Tensor, scaling: Scaling) -> Tensor:
 
 
 def _block_size(scaling: tuple[Literal["block"], int], x: Tensor) -> int:
-    """Return the smaller of block size and length of the last dimension, at least 1."""
+    """Return the smaller of the block size and the length of x's last dimension, at least 1."""
     return max(min(scaling[1], x.shape[-1]), 1)
 
 
@@ -201,11 +207,12 @@ def _max_or_zero(rows: Tensor) -> Tensor:
 
 
 def _power_of_two_scale(amax: Tensor, format: FloatFormat, *, round_up: bool) -> Tensor:
-    """Return the power-of-two scale for each amax.
+    """Return the power-of-two scale of weights with each amax, their largest finite magnitude.
 
-    With `round_up` the scale is ``2**ceil(log2(amax / max))``, otherwise that of OCP's floor rule.
-    Exponents and significands are compared separately: a computed quotient amax / max could round
-    down to a power of two, under which amax would clip.
+    With `round_up` the scale is ``2**ceil(log2(amax / max))``, otherwise that of OCP's floor rule,
+    ``2**(floor(log2(amax)) - floor(log2(max)))``. Here max is the format's largest value. Exponents
+    and significands are compared separately: a computed quotient amax / max could round down to a
+    power of two, under which amax would clip.
     """
     significand, exponent = torch.frexp(amax)  # significand in [0.5, 1)
     top_significand, top_exponent = math.frexp(format.max)
