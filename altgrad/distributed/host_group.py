@@ -1,4 +1,4 @@
-"""`HostGroup`: a gloo group of all ranks for AltGrad alone, on the CPU."""
+"""`HostGroup`: a gloo process group of all ranks, on the CPU, which only AltGrad uses."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from altgrad.observation.observer import RankError
 
 
 class LostRankError(RankError):
-    """An error on this rank, since another rank did not answer in time or called another method."""
+    """An error because another rank did not answer in time, or called another AltGrad method."""
 
 
 class HostGroup:
-    """A gloo group of all ranks, separate from the groups that train, once `meet` has connected it.
+    """A gloo process group of all ranks, for AltGrad alone; `meet` connects the ranks.
 
     Gloo reduces tensors on the CPU, and aborts the process unless they have the same length on all
     ranks. Texts of any length go through the key-value store of torch.distributed. The time limit
@@ -50,7 +50,7 @@ class HostGroup:
         self.lost = "the ranks that share the parameters have not met yet: attach() on each first"
 
     def meet(self) -> None:
-        """Connect the group, or a new group after an earlier call, once all ranks call this method.
+        """Wait until all ranks call this method, and connect them in a new gloo group.
 
         Each rank draws a random name, and the names of all ranks form the prefix of the group's
         keys in the store. A rank that stopped waiting in an earlier call has another prefix, and
@@ -78,11 +78,11 @@ class HostGroup:
         self._place, self._last_key, self.lost = (0, 0), "", ""
 
     def reduce(self, numbers: Tensor, how: str) -> None:
-        """Replace each number by its sum or maximum over all ranks.
+        """Replace each number, in place, by its sum or maximum over all ranks.
 
         Args:
-            numbers: On the CPU, of the same shape and dtype on every rank.
-            how: Name of a `torch.distributed.ReduceOp`.
+            numbers: On the CPU, of the same shape and dtype on every rank; overwritten.
+            how: ``"SUM"`` or ``"MAX"``, the name of a `torch.distributed.ReduceOp`.
 
         Raises:
             LostRankError: A rank does not answer; no later all-reduce succeeds.
@@ -94,7 +94,7 @@ class HostGroup:
         self._place = self._place[0] + 1, 0
 
     def gather(self, call: str, value: object) -> list[Any]:
-        """Return the values of all ranks, by rank, once every rank has called this method.
+        """Return the values that all ranks pass, by rank, once every rank has called this method.
 
         Args:
             call: Name of the user's call, such as ``state_dict()``, which must be equal on all
@@ -138,6 +138,11 @@ class HostGroup:
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
+        """Run a ``with`` block, in which a RuntimeError becomes a LostRankError and sets `lost`.
+
+        Raises:
+            LostRankError: The block has raised a RuntimeError, as gloo does if a rank is missing.
+        """
         try:
             yield
         except RuntimeError as error:  # of gloo, or of the store
@@ -150,7 +155,7 @@ class HostGroup:
 
 
 def _find_limit(world: Any) -> timedelta:
-    """Return the timeout of a process group, which torch keeps under a private name."""
+    """Return how long operations of a process group wait; torch has no public name for this."""
     devices: list[torch.device] = world._device_types  # noqa: SLF001
     device = next((each for each in devices if each.type != "cpu"), devices[0])
     options = world._get_backend(device).options  # noqa: SLF001

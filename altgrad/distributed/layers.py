@@ -13,9 +13,10 @@ from altgrad.distributed.step_message import Expected
 
 
 class ShardedLayers:
-    """The local shards of all layers of a model, found from DTensor placements.
+    """The local shards of all layers of a model: which of their elements this rank holds.
 
-    No method communicates with other ranks.
+    A layer is one parameter tensor. `read` finds its shard from the placements of its DTensor, and
+    the other methods look it up. No method communicates with other ranks.
 
     Args:
         choose_indices: Function that takes a layer's name and shape, and returns the elements that
@@ -37,11 +38,16 @@ class ShardedLayers:
         return name in self._shards
 
     def shard(self, name: str) -> Shard:
-        """Return the local shard of a layer."""
+        """Return which elements of a layer this rank holds, as `read` found them."""
         return self._shards[name]
 
     def read(self, parameters: Mapping[str, Tensor]) -> None:
-        """Find the local shards of parameters that are new or have another placement than before.
+        """Find which elements this rank holds of parameters that are new or placed differently.
+
+        The results are kept for the other methods.
+
+        Args:
+            parameters: Parameters by name.
 
         Raises:
             ValueError: The placements of a parameter do not say which elements this rank holds: see
@@ -55,12 +61,12 @@ class ShardedLayers:
                 self._expected.pop(name, None)
 
     def known(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the parameters whose placement has not changed since `read`."""
+        """Return those of the given parameters that have been `read` and are placed as then."""
         placed = self._placed
         return {n: p for n, p in parameters.items() if placed.get(n) == _placed(p)}
 
     def describe(self, name: str) -> str:
-        """Return the placements of a layer as a text."""
+        """Return the DTensor placements of a layer, such as its shard dimension, as a text."""
         return str(self._placed[name][2])
 
     def part(self, name: str, indices: Tensor | None) -> Part:
@@ -78,11 +84,16 @@ class ShardedLayers:
         return self._shards[name].find_part(indices) if name in self else empty_part()
 
     def measured_part(self, name: str) -> Part:
-        """Return the elements of a layer's sample that this rank measures."""
+        """Return which of a layer's elements from `choose_indices` this rank measures.
+
+        Returns:
+            For each element its index in the flattened layer, its index in the flattened local
+            shard, and its position in the result of `choose_indices`.
+        """
         return self.part(name, self._choose_indices(name, self._shards[name].shape))
 
     def expected(self, names: Iterable[str]) -> dict[str, Expected]:
-        """Return the population of each layer, and how many of its elements all ranks measure."""
+        """Return by name the size of each layer, and how many elements all ranks measure of it."""
         for name in names:
             if name not in self._expected:
                 shape = self._shards[name].shape
@@ -92,11 +103,12 @@ class ShardedLayers:
         return {name: self._expected[name] for name in names}
 
     def torn(self, names: Iterable[str], block_sizes: Sequence[int]) -> list[str]:
-        """Return the layers in which a block that shares a scale lies on several ranks.
+        """Return the names of layers in which elements that share a scale lie on several ranks.
 
         Args:
             names: Names of the layers to check.
-            block_sizes: Sizes of the blocks, in elements along the last dimension.
+            block_sizes: Sizes of the blocks that share a scale, in elements along the last
+                dimension.
         """
         return [n for n in names if any(self._shards[n].tears(size) for size in block_sizes)]
 

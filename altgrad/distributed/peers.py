@@ -1,9 +1,9 @@
 """`Peers`: the ranks that observe the same steps, as an interface with two implementations.
 
-`Alone` is a rank without any others. `Together`, in the file `together`, is a rank of a run with
-sharded parameters. A monitor makes the same calls for both: each rank measures its local shards,
-and `combine` gives all ranks the sums of the whole layers. The docstrings of `Peers` also hold for
-the methods of `Alone` and `Together`.
+A rank is one process of a torch.distributed run. `Alone` is a rank without any others. `Together`,
+in the file `together`, is a rank of a run with sharded parameters. A monitor makes the same calls
+for both: each rank measures its local shards, and `combine` gives all ranks the sums of the whole
+layers. The docstrings of `Peers` also hold for the methods of `Alone` and `Together`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,23 @@ from altgrad.quantization.scale_groups import compute_layer_amaxes
 
 
 class StepSums(NamedTuple):
-    """The sums of an observed step over one rank's elements, or over all after `Peers.combine`.
+    """The sums and maxima over elements from which the metrics of an optimizer step are computed.
+
+    They are over one rank's elements, or over those of all ranks after `Peers.combine`. A layer is
+    one parameter tensor.
 
     Attributes:
         seconds: Time to observe the last observed step and mean time of a training step, in
             seconds; NaN where unknown.
-        vectors: float64 (layers, columns) on the host: for each layer its sums, then its maxima.
-        names: The layers that have elements on this rank, one for each row of `vectors`.
-        present: The layers that the optimizer stepped.
+        vectors: float64 (layers, columns) on the host: for each layer its sums, then its maxima, in
+            the columns that `altgrad.measurement.columns` lists.
+        names: The names of layers with elements on this rank, one for each row of `vectors`.
+        present: The names of all layers that the optimizer stepped, on this or another rank.
         found_inf: Whether a fused optimizer under a GradScaler found gradients that are not finite.
         skipped: Why the step moved no weight; None if weights moved.
         error: The error of this rank; None if nothing failed.
-        others: Further numbers of this rank that were copied to the host with `vectors`.
+        others: Further arrays of this rank, copied to the host with `vectors`: the results of its
+            twins, samples of layers that are stored and stepped in other formats.
     """
 
     seconds: tuple[float, float]
@@ -50,7 +55,12 @@ class StepSums(NamedTuple):
 
 
 class Peers(Protocol):
-    """The ranks that observe the same steps as this rank, and what they exchange.
+    """The interface (Protocol) by which a monitor exchanges sums and errors with other ranks.
+
+    All ranks measure the same optimizer steps, each the elements that it holds.
+
+    `Alone` implements it for a single rank, and `altgrad.distributed.together.Together` for ranks
+    that share parameters.
 
     Attributes:
         rank: The number of this rank.
@@ -61,7 +71,9 @@ class Peers(Protocol):
     size: int
 
     def attach(self, check: Callable[[], Sequence[Optimizer]]) -> None:
-        """Wait for the other ranks, and check that all have the same layers, settings and states.
+        """Wait for the other ranks, and check that all ranks observe the same layers alike.
+
+        Their settings, such as formats and sampling, and their loaded states must be equal, too.
 
         Args:
             check: Function that returns the optimizers to attach, or raises an error if an
@@ -74,10 +86,10 @@ class Peers(Protocol):
         """
 
     def before_step(self, optimizer: Optimizer) -> bool:
-        """Check before an observed step that layers have changed alike on all ranks, or nowhere.
+        """Check, before an observed step, that layers are new or placed anew on all ranks or none.
 
-        Layers change if an optimizer gets new parameters, or a placement changes. Ranks communicate
-        only if layers of this rank have changed.
+        Layers change if an optimizer gets new parameters, or the placement of a DTensor changes.
+        Ranks communicate only if layers of this rank have changed.
 
         Args:
             optimizer: The optimizer that is about to step.
@@ -91,36 +103,44 @@ class Peers(Protocol):
         """
 
     def part(self, name: str, indices: Tensor | None) -> Part:
-        """Return the elements among `indices` that this rank measures.
+        """Return the elements that this rank measures, among those that all ranks together measure.
 
         Args:
-            name: Name of the layer.
+            name: Name of the layer, a parameter tensor.
             indices: Elements that all ranks together measure, as indices into the flattened layer,
                 int64 (elements). None for all elements.
+
+        Returns:
+            For each element its index in the flattened layer, its index in the flattened local
+            shard, and its position in `indices`.
         """
 
     def known(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return, by name, the parameters whose placement has not changed since `attach`."""
+        """Return those of the given parameters whose placement has not changed since `attach`."""
 
     def agreed(self, stepped: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Return the parameters that all ranks step, in the same order on every rank.
+        """Return the measured parameters that all ranks step, in the same order on every rank.
 
         Args:
             stepped: Function that returns the parameters that optimizers of this rank step now,
                 which may differ between ranks. Only `Alone` calls the function.
 
         Returns:
-            The parameters by name.
+            The parameters by name. `Together` returns those of all optimizers that ranks have
+            compared so far.
         """
 
     def amax(
         self, parameters: Mapping[str, Tensor], scaling: Scaling | None
     ) -> tuple[Sequence[Tensor], Sequence[bool]]:
-        """Return the amax of whole parameters, by one MAX all-reduce; all ranks call this method.
+        """Return the amax (largest finite magnitude) of whole parameters, over their shards.
+
+        Ranks communicate by one MAX all-reduce, and all must call this method.
 
         Args:
             parameters: Parameters by name.
-            scaling: Which elements share a scale.
+            scaling: Which elements share a scale. ``"channel"`` gives an amax for each index of
+                dimension 0, any other value one amax for each parameter.
 
         Returns:
             For each parameter its amaxes, (1) or (channels), on its device: float32, or float64 for
@@ -128,22 +148,27 @@ class Peers(Protocol):
         """
 
     def hold_errors(self) -> AbstractContextManager[None]:
-        """Keep an error of a ``with`` block until `combine`, which raises it on all ranks.
+        """Return a context manager that keeps an error of its block until the ranks communicate.
 
-        If a rank raised the error at once, other ranks would wait in `combine`. `Alone`, without
-        other ranks, raises the error at once.
+        `combine` then raises the error on all ranks. If this rank raised the error at once, the
+        others would wait in `combine`. `Alone`, without other ranks, raises the error at once.
         """
 
     def take_error(self) -> Exception | None:
-        """Return the error that `hold_errors` keeps, and forget it; None without an error."""
+        """Return the error raised in a block of `hold_errors`, and forget it; None without one."""
 
     def combine(self, optimizer: Optimizer, index: int, local: StepSums) -> StepSums:
-        """Combine the sums of all ranks in an observed step, by one SUM and one MAX all-reduce.
+        """Return the sums and maxima of a measured step over the elements of all ranks.
+
+        Ranks communicate by one SUM and one MAX all-reduce.
 
         Args:
             optimizer: The optimizer that stepped.
             index: Index of the step.
-            local: The sums of this rank.
+            local: The sums and maxima of this rank, or its error.
+
+        Returns:
+            The sums and maxima over all ranks, for each layer that any rank stepped.
 
         Raises:
             Exception: This rank has failed, and shares no parameters with others.
@@ -156,13 +181,17 @@ class Peers(Protocol):
     ) -> dict[str, PackedBits]:
         """Return the ever-moved flags of whole layers, gathered from the shards of all ranks.
 
+        The flags say for each element whether an update has moved it so far, and for each format
+        whether the format would have kept a part of such an update.
+
         Args:
             here: Flags of the elements that this rank measures, by layer.
             names: Names of the layers.
             kinds: Number of flags of each element: one for any update, and one for each format.
 
         Returns:
-            Packed bits of shape (kinds, elements) by layer, equal on all ranks.
+            By layer the shape (kinds, elements), and the flags of all measured elements packed into
+            uint8 (bytes); equal on all ranks.
 
         Raises:
             LostRankError: A rank has not called this method; every rank reports it in the next
@@ -170,10 +199,10 @@ class Peers(Protocol):
         """
 
     def parts(self, names: Sequence[str]) -> dict[str, tuple[int, Tensor]]:
-        """Return which of the measured elements of each layer this rank measures.
+        """Return by layer the elements that this rank measures, among those that all ranks measure.
 
         Args:
-            names: The layers.
+            names: The names of the layers.
 
         Returns:
             For each layer the number of elements that all ranks together measure, and the positions

@@ -1,8 +1,8 @@
 """`Ranks`: share errors between ranks, and check that all ranks have the same layers and settings.
 
-A rank that has failed answers the other ranks until the next observed step, which carries a flag
-for the failure. All ranks then exchange the texts of their errors, and each one stops with the same
-error.
+If AltGrad fails on a rank, the rank still takes part in all-reduces until the next observed step,
+whose message carries a flag for the failure. All ranks then exchange the texts of their errors, and
+each one raises the same error.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ from altgrad.observation.observer import RankError, describe_error
 
 
 class DisagreementError(RankError, ValueError):
-    """Ranks have different layers, settings or states; every rank raises this error."""
+    """An error that every rank raises if the ranks have different layers, settings or states."""
 
 
 class Ranks(Peers):
-    """A rank that shares parameters with other ranks, and raises the same errors as they do.
+    """The base class of `Together`: a rank that shares its errors with all others.
+
+    In `merge` and `check_alike` every rank raises the error of one. `Peers` documents the other
+    methods.
 
     Attributes:
         rank: The number of this rank.
         size: The number of ranks.
-        group: The group of all ranks.
+        group: The gloo group by which the ranks communicate.
     """
 
     def __init__(self) -> None:
@@ -52,7 +55,7 @@ class Ranks(Peers):
         return error
 
     def maximum(self, find: Callable[[], Tensor], count: int) -> Tensor:
-        """Return the maximum of each number over all ranks, by one MAX all-reduce.
+        """Return the maximum of each of this rank's numbers over all ranks, by one MAX all-reduce.
 
         Args:
             find: Function that returns the numbers of this rank, float64 (count) on the host. If
@@ -73,11 +76,15 @@ class Ranks(Peers):
         return numbers
 
     def merge(self, message: StepMessage, local: StepSums) -> StepSums:
-        """Return the sums of all ranks in a step, by one SUM and one MAX all-reduce.
+        """Return the sums and maxima of a step over all ranks, by one SUM and one MAX all-reduce.
 
         Args:
-            message: The message for this step, which `merge` packs, reduces and unpacks.
-            local: The sums of this rank, or its error.
+            message: The empty message of this step. `merge` writes `local` to it, reduces it over
+                all ranks, and reads the result from it.
+            local: The sums and maxima of this rank, or its error.
+
+        Returns:
+            The sums and maxima over all ranks, for each layer that any rank stepped.
 
         Raises:
             RankError: A rank has failed, or ranks observe different steps or layers.
@@ -102,7 +109,7 @@ class Ranks(Peers):
         return message.unpack(self.rank)
 
     def check_alike(self, call: str, describe: Callable[[], Sequence[str]]) -> None:
-        """Raise an error unless all ranks have the same layers, settings and states.
+        """Raise an error on all ranks unless `describe` returns the same texts on each.
 
         Args:
             call: Name of the call that all ranks make, such as ``attach()``, for errors.
@@ -130,7 +137,7 @@ class Ranks(Peers):
 
 
 def _describe_difference(descriptions: Sequence[Sequence[str]]) -> str:
-    """Return an error message on the differences between rank 0 and the first rank unlike rank 0.
+    """Return the text of an error: what rank 0 and the first rank that differs from it describe.
 
     `descriptions` has for each rank its texts of layers, settings and states.
     """

@@ -1,4 +1,4 @@
-"""Find layers whose replicas differ between ranks, such as experts or separate models."""
+"""Find layers whose replicas, copies on several ranks, differ: experts or separate models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ each rank steps by itself may drift a little."""
 def find_different_replicas(
     parameters: Mapping[str, Tensor], find_shard: Callable[[str], Shard], ranks: Ranks
 ) -> list[str]:
-    """Return the names of layers whose replicas differ between ranks.
+    """Return the names of layers whose replicas, copies on several ranks, have different values.
 
     Sums over up to 16 values of each replica are compared, by one MAX all-reduce. Without replicas,
     ranks do not communicate.
@@ -37,7 +37,7 @@ def find_different_replicas(
         return []
 
     def find() -> Tensor:
-        """Return the numbers of this rank's shards, and −inf in place of other ranks' numbers."""
+        """Return sum, −sum and largest magnitude of each shard; −inf for shards of other ranks."""
         each = [torch.full((3, n), -torch.inf, device="cpu").double() for n in counts.values()]
         local = _sample(to_local_tensors(parameters[name].detach() for name in counts))
         for place, name, values in zip(each, counts, local, strict=True):
@@ -51,7 +51,7 @@ def find_different_replicas(
 
 
 def _sample(shards: list[Tensor]) -> list[Tensor]:
-    """Return a few elements of each local shard, then a 0; float64 (elements) on the host."""
+    """Return up to 16 elements of each local shard, then a 0: float64 (elements) on the host."""
     flat = [each.reshape(-1) for each in shards]
     some = [each[:: max(1, -(-len(each) // _SAMPLED))].double() for each in flat]
     on_host = torch.cat([each.to(some[0].device) for each in some]).cpu()

@@ -1,8 +1,9 @@
 """`Shard`: the elements of a parameter that one rank holds, read from a DTensor's placements.
 
-Shards and samples are described by flat indices into the whole parameter, in row-major order. Each
-element of a sample is measured by one of the ranks that hold the element. Read `Shard.read` first;
-`layers` comes next, which keeps the shards of a whole model.
+A sample has the elements that all ranks together measure. Shards and samples are described by flat
+indices into the whole parameter, in row-major order. Each element of a sample is measured by one of
+the ranks that hold the element. Read `Shard.read` first; `layers` comes next, which keeps the
+shards of a whole model.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch import Tensor
 from altgrad.observation.dtensor import is_sharded, to_local_tensor
 
 Held = range | Tensor
-"""Ascending indices along one dimension of a parameter."""
+"""Ascending indices along one dimension of a parameter: a range, or a tensor int64 (indices)."""
 
 
 class Part(NamedTuple):
-    """The elements of a layer's sample that one rank measures.
+    """The elements that one rank measures, among the measured elements of a parameter.
 
     Attributes:
         indices: Index of each element in the flattened whole parameter, int64 (elements). None for
@@ -38,12 +39,12 @@ class Part(NamedTuple):
 
 
 def empty_part() -> Part:
-    """Return a part without elements, on the CPU."""
+    """Return the `Part` of a rank that measures no elements: three tensors int64 (0) on the CPU."""
     return Part(*[torch.empty(0, dtype=torch.int64, device="cpu")] * 3)
 
 
 class _Cut(NamedTuple):
-    """A division of one dimension of a tensor by one dimension of a device mesh.
+    """A division of one dimension of a DTensor between the ranks along one mesh dimension.
 
     Attributes:
         parts: Size of the mesh dimension, which is the number of parts of the tensor dimension.
@@ -58,13 +59,14 @@ class _Cut(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A local shard: the elements of a parameter that one rank holds.
+    """A description of a local shard: which elements of a parameter one rank holds.
 
     Attributes:
         shape: Shape of the whole parameter.
         held: For each dimension the indices along the dimension that this rank holds.
         counts: True if this rank measures the shard; False on other ranks that hold a replica.
-        last_cuts: Divisions of the last dimension, in the order of the mesh dimensions.
+        last_cuts: The divisions of the last dimension between ranks, one for each mesh dimension
+            that divides it.
         part: Number of this shard, from 0, and number of all shards. Ranks with the same number
             hold replicas.
     """
@@ -77,7 +79,7 @@ class Shard(NamedTuple):
 
     @classmethod
     def read(cls, name: str, parameter: Any, rank: int) -> Shard:
-        """Find which elements of a parameter this rank holds: all elements of a plain tensor.
+        """Find which elements of a parameter this rank holds; of a plain tensor these are all.
 
         Args:
             name: Name of the layer, for errors.
@@ -85,7 +87,8 @@ class Shard(NamedTuple):
             rank: The number of this rank.
 
         Returns:
-            The shard.
+            The indices that this rank holds along each dimension, and whether this rank measures
+            them, or another rank that holds a replica.
 
         Raises:
             ValueError: The mesh leaves this rank out, a placement is ``Partial``, or the local
@@ -136,6 +139,10 @@ class Shard(NamedTuple):
         Args:
             indices: Ascending indices into the flattened whole parameter, int64 (elements) on the
                 CPU. None for all elements.
+
+        Returns:
+            For each element its index in the flattened parameter, its index in the flattened local
+            shard, and its position in `indices`. Empty if another rank measures this replica.
         """
         if not self.counts:
             return empty_part()
@@ -168,6 +175,7 @@ class Shard(NamedTuple):
         return any(edge % block for edge in edges - {self.shape[-1]}) if self.shape else False
 
     def _flat(self) -> Tensor:
+        """Return the flat indices of the shard's elements in the whole parameter, int64."""
         flat = torch.zeros(1, dtype=torch.int64, device="cpu")
         for size, held in zip(self.shape, self.held, strict=True):
             along = (
@@ -194,7 +202,7 @@ def _dimension(placement: Any) -> int | None:
 def _cuts(
     shape: torch.Size, placements: Sequence[Any], mesh: Sequence[int], coordinate: Sequence[int]
 ) -> list[tuple[_Cut, ...]]:
-    """Return the divisions of each tensor dimension, in the order of the mesh dimensions."""
+    """Return, for each tensor dimension, its divisions between ranks, in the order of the mesh."""
     cuts: list[list[_Cut]] = [[] for _ in shape]
     for placement, parts, own in zip(placements, mesh, coordinate, strict=True):
         dimension = _dimension(placement)
@@ -204,6 +212,7 @@ def _cuts(
 
 
 def _held(size: int, cuts: Sequence[_Cut]) -> Held:
+    """Return which indices along a dimension of length `size` a rank holds after its divisions."""
     held: Held = range(size)
     for cut in cuts:
         if cut.pieces == 1:
@@ -220,7 +229,7 @@ def _held(size: int, cuts: Sequence[_Cut]) -> Held:
 
 
 def _chunk(held: Held, parts: int, own: int) -> Held:
-    """Return chunk number `own` of `parts` chunks, as torch.chunk divides the indices `held`."""
+    """Return chunk number `own`, from 0, of the `parts` chunks that torch.chunk makes of `held`."""
     length = -(-len(held) // parts)
     return held[min(own * length, len(held)) : min((own + 1) * length, len(held))]
 

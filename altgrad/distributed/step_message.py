@@ -1,4 +1,4 @@
-"""`StepMessage`: an observed step in two arrays, of which the ranks take a sum and a maximum."""
+"""`StepMessage`: a measured step in two arrays, for a SUM and a MAX all-reduce between ranks."""
 
 from __future__ import annotations
 
@@ -16,30 +16,33 @@ from altgrad.observation.observer import RankError
 from altgrad.observation.step import SkipReason
 
 _REASONS: tuple[SkipReason, ...] = ("no gradients", "learning rate 0", "inf")
-"""Reasons of skipped steps; if ranks have different reasons, the last of these reasons counts."""
+"""Reasons why a step moved no weight. Of different reasons on several ranks, the last one in this
+tuple counts."""
 
 _HEADER = 7
-"""Length of the header: failed, step, −step, two times in seconds, found_inf, reason."""
+"""Number of entries in a message's header: whether the rank failed, checksum of the step's name and
+layers, the negative checksum, two times in seconds, found_inf, index in `_REASONS`."""
 
 
 class Expected(NamedTuple):
-    """The population of a layer, and the number of elements that all ranks together measure."""
+    """The number of elements of a layer, and how many of them all ranks together measure."""
 
     population: int
     elements: int
 
 
 class StepMessage:
-    """The numbers that a rank exchanges in an observed step: its sums, maxima and a header.
+    """The arrays that a rank exchanges in an observed step: its sums, maxima and a header.
 
-    Two all-reduces turn the numbers of one rank into the numbers of all ranks. Every step has a
-    message of the same length: ranks in different steps can reduce their messages, and the header
-    then shows that the steps differ. Until `pack` is called, the header says that the rank failed.
+    `pack` fills the arrays, the caller reduces them over all ranks, and `unpack` reads the result.
+    Every step has a message of the same length: ranks in different steps can reduce their messages,
+    and the header then shows that the steps differ. Until `pack` is called, the header says that
+    the rank failed.
 
     Args:
-        step: The step in words.
-        layers: For each layer that the optimizer may step, the elements to expect, in the same
-            order on every rank.
+        step: The step in words, such as ``step 3 of AdamW``.
+        layers: For each layer (parameter tensor) that the optimizer may step, by name, its size and
+            how many elements all ranks together measure, in the same order on every rank.
         rows: Number of rows for layers, enough for a step of every optimizer.
         formats: Number of formats.
 
@@ -61,7 +64,7 @@ class StepMessage:
         self._header[0] = True
 
     def pack(self, local: StepSums) -> None:
-        """Write the sums and maxima that this rank measured to the message.
+        """Write the sums and maxima that this rank measured to the arrays `sums` and `maxima`.
 
         Args:
             local: The sums of this rank, or its error.
@@ -91,14 +94,17 @@ class StepMessage:
 
     @property
     def is_failed(self) -> bool:
-        """True if any rank failed."""
+        """True if any rank failed, once `maxima` has been reduced over all ranks."""
         return bool(self._header[0])
 
     def unpack(self, rank: int) -> StepSums:
-        """Return the sums of all ranks, after the reduction, for the layers that any rank stepped.
+        """Read the sums and maxima over all ranks from the arrays, once the caller reduced them.
 
         Args:
             rank: The number of this rank, for errors.
+
+        Returns:
+            The sums and maxima of each layer that any rank stepped.
 
         Raises:
             RankError: Ranks are in different steps, or elements were not measured exactly once.

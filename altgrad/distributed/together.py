@@ -1,4 +1,4 @@
-"""`Together`: ranks that share the parameters of a model, and observe each step together."""
+"""`Together`: a rank that shares the parameters of a model with others; all measure each step."""
 
 from __future__ import annotations
 
@@ -29,17 +29,19 @@ from altgrad.quantization.scale_groups import compute_layer_amaxes
 
 
 class Watched(Protocol):
-    """The layers and settings that this rank observes, and that ranks compare.
+    """The interface (Protocol) by which `Together` reads what this rank observes, to compare ranks.
+
+    `altgrad.monitor.watch.Watch` implements it. A layer is one parameter tensor.
 
     Attributes:
-        formats: The formats that are judged.
+        formats: The number formats that updates are measured for.
     """
 
     formats: FormatSet
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
-        """The parameters by name, in the order of the model."""
+        """The parameters of the observed module by name, in the order of the module."""
 
     def measured_by(self, optimizer: Optimizer) -> tuple[str, ...]:
         """Return the names of the measured layers that an optimizer steps.
@@ -60,7 +62,10 @@ class Watched(Protocol):
         """
 
     def describe(self) -> list[str]:
-        """Return settings, sampling and state as texts, which must be the same on all ranks."""
+        """Return the monitor's settings, sampling and state as texts, to compare between ranks.
+
+        All ranks must have the same texts, in the same order.
+        """
 
     def leave_out(self, names: Sequence[str], why: str) -> None:
         """Stop observing some layers, and warn the user.
@@ -72,13 +77,13 @@ class Watched(Protocol):
 
 
 class Together(Ranks):
-    """The ranks of a run with sharded parameters, which observe each step together.
+    """A rank of a run with sharded parameters: it measures its shards, and sums up with all ranks.
 
     Ranks compare their layers before they measure, because an all-reduce needs tensors of equal
-    length.
+    length. `altgrad.distributed.peers.Peers` documents the methods.
 
     Args:
-        watched: The layers and settings of this rank.
+        watched: The layers and settings that this rank observes.
 
     Raises:
         RuntimeError: There is no process group.
@@ -119,8 +124,12 @@ class Together(Ranks):
         """Check that all ranks have the same layers, optimizers and settings for the next steps.
 
         Args:
-            call: Name of the user's call, for errors.
-            find: Function that returns the optimizers to check.
+            call: Name of the user's call, such as ``attach()``, for errors.
+            find: Function that returns the optimizers whose steps are to be observed.
+
+        Raises:
+            DisagreementError: A rank differs from rank 0, or cannot observe its optimizers.
+            LostRankError: A rank does not answer.
         """
         stepped: list[tuple[str, ...]] = []
 
@@ -157,7 +166,7 @@ class Together(Ranks):
             )
 
     def _leave_out_different_replicas(self) -> None:
-        """Stop observing layers whose replicas differ between ranks, such as experts."""
+        """Stop observing layers whose copies on several ranks differ, such as experts; warn."""
         if different := find_different_replicas(self.agreed(dict), self._layers.shard, self):
             self._watched.leave_out(
                 different,
@@ -217,15 +226,16 @@ class Together(Ranks):
     def _local_amax(
         self, parameters: Mapping[str, Tensor], groups: list[int], scaling: Scaling | None
     ) -> Tensor:
-        """Return the amaxes of all local shards, one after the other, on the host.
+        """Return the largest finite magnitudes in all local shards, one shard after the other.
 
         Args:
             parameters: Parameters by name.
-            groups: For each parameter the number of its amaxes: its channels, or 1.
+            groups: For each parameter the number of magnitudes: its size in dimension 0 if
+                `scaling` is ``"channel"``, otherwise 1.
             scaling: Which elements share a scale.
 
         Returns:
-            float64 (sum of `groups`); 0 for channels that other ranks hold.
+            float64 (sum of `groups`) on the host; 0 for channels that other ranks hold.
         """
         here = {name: to_local_tensor(parameter.detach()) for name, parameter in parameters.items()}
         filled = {name: each for name, each in here.items() if each.numel()}
@@ -260,7 +270,7 @@ class Together(Ranks):
         return {name: (shape, each.clone()) for (name, shape), each in pairs if each.any()}
 
     def _joined(self, bits: Tensor) -> Tensor:
-        """Return the OR of the packed flags of all ranks, which are sent compressed.
+        """Return the bitwise OR of the flags of all ranks, eight flags to a byte.
 
         Args:
             bits: The packed flags of this rank, uint8 (bytes).
