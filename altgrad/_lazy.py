@@ -15,7 +15,7 @@ from typing import Any
 def attach(
     package: str, names: Mapping[str, str], submodules: str = ""
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Make the functions `__getattr__` and `__dir__` of a package that imports names on first use.
+    """Make the functions `__getattr__` and `__dir__` for a package that imports names on first use.
 
     Args:
         package: `__name__` of the package.

@@ -1,11 +1,12 @@
-"""Format numbers and lists, give notices, and raise errors of arguments, alike in all rooms.
+"""Format numbers and lists, give notices, and raise errors of arguments, alike in all packages.
 
 - `format_percent`, `format_count` and `few` format a share, a number of things and a list of names.
 - `check_type` and `check_int` raise the errors of wrong arguments: argument=value, then the type or
   value expected.
-- `Notices` gives an object's notices to its user, each once if wished, with `warn_anew`.
+- `Notices` passes texts of an object to its user, as warnings or to a function. `warn_anew` warns
+  even if the process has shown the same warning before.
 
-This file imports nothing of the package; every room may import it.
+This file imports nothing of AltGrad; every package of AltGrad may import it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _MAX_NAMED = 3
 
 
 class Notices:
-    """A way for one object to give notices to its user, each once if wished.
+    """A sender of notices, texts for the user, from one object: as warnings, or to a function.
 
     Args:
         owner: Name of the object's class. Each warning begins with this name.
@@ -33,7 +34,7 @@ class Notices:
         self._given: set[str] = set()
 
     def give(self, notice: str) -> None:
-        """Call the `warn` function with a notice, or warn if there is no such function."""
+        """Call the `warn` function with a notice, or give a UserWarning if `warn` is None."""
         # Noted first: where warnings are errors, the notice counts as given all the same.
         self._given.add(notice)
         if self._warn is None:
@@ -43,15 +44,15 @@ class Notices:
             self._warn(notice)
 
     def give_once(self, notice: str) -> None:
-        """Give a notice, unless the same one was given before."""
+        """Call the `warn` function or give a UserWarning, unless this notice was given before."""
         if notice not in self._given:
             self.give(notice)
 
 
 def warn_anew(message: str, stacklevel: int) -> None:
-    """Warn, even if an earlier run of this process gave the same warning.
+    """Give a UserWarning, even if this process has given the same warning before.
 
-    `warnings.warn` shows equal warnings from one line once in a process.
+    `warnings.warn`, in contrast, shows equal warnings from one line once in a process.
 
     Args:
         message: The text of the warning.

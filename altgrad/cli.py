@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import typer
 
 COMMANDS = "altgrad.commands"
-"""Entry-point group of further commands, such as `altgrad demo`; see pyproject.toml."""
+"""Name of the entry-point group in which packages register further commands, such as `altgrad
+demo`; see pyproject.toml."""
 
 # Listed here, because a checkout that is not installed has no entry points.
 _OWN = {
@@ -31,7 +32,7 @@ _REMEDY = "pip install 'altgrad[demo]'"
 
 
 def main() -> None:
-    """Run the command line; if a library is missing, exit with the command that installs it."""
+    """Run the command line of AltGrad; without typer, exit with the command that installs it."""
     try:
         import typer
     except ImportError:
@@ -56,7 +57,14 @@ def main() -> None:
 
 @contextmanager
 def _survive_output() -> Iterator[None]:
-    """Print ? for characters that stdout cannot encode; exit without a traceback if it fails."""
+    """Run a ``with`` block, and exit without a traceback if stdout cannot be written.
+
+    The exit code is 1 if a pipe was closed, as by ``| head``, and 2 for another error. Characters
+    that stdout cannot encode are printed as ``?``.
+
+    Raises:
+        OSError: A file of the block cannot be read or written.
+    """
     stdout = sys.stdout
     if not isinstance(stdout, TextIOWrapper):  # None if it is closed
         yield
@@ -80,12 +88,13 @@ def _survive_output() -> Iterator[None]:
 
 
 def _list_commands() -> list[EntryPoint]:
-    """List the commands of this package, then those that entry points add."""
+    """Return the entry points of all commands: those of AltGrad first, then other packages'."""
     added = {each.name: each for each in entry_points(group=COMMANDS) if each.name not in _OWN}
     return [*_OWN.values(), *added.values()]
 
 
 def _add(app: typer.Typer, command: EntryPoint) -> None:
+    """Add a command to the application, or one that exits with an error if loading it fails."""
     from altgrad.report.options import OptionalValueCommand
 
     try:
@@ -102,7 +111,7 @@ def _add(app: typer.Typer, command: EntryPoint) -> None:
 
 
 def formats() -> None:
-    """Print the named number formats with their range and precision."""
+    """Print a table of the named number formats, with their range and precision."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
