@@ -19,7 +19,9 @@ from typing import NamedTuple
 
 
 class Metric(NamedTuple):
-    """A metric: its name, and how to read its figures.
+    """A metric, a quantity computed from optimizer steps: its name, and how to read its figures.
+
+    A figure is the value of a metric, such as 0.3 for ``stall_frac``.
 
     Attributes:
         name: Name of the metric, with which the keys of its figures begin.
@@ -56,7 +58,7 @@ LAYER_METRICS = _by_name(
     Metric("ulp_median_log2", "log2 ULP", "≥ 0.5", "moved weights moved by many ULPs"),
     Metric("energy_concentration", "1", "1 … n", "few elements carry the update"),
 )
-"""Metrics of a layer, by name."""
+"""Metrics of a layer's steps that need no number format, by name, such as ``update_rms``."""
 
 FORMAT_METRICS = _by_name(
     Metric("kept_update_ratio", "1", "real", "the update is kept; 1 is all"),
@@ -91,7 +93,7 @@ FORMAT_METRICS = _by_name(
     ),
     Metric("grad_below_stiffness_frac", *_SHARE, "descriptive: gradients below spacings"),
 )
-"""Metrics of a layer and a format, by name."""
+"""Metrics that say how a layer fares in a number format, by name, such as ``stall_frac``."""
 
 TWIN_METRICS = _by_name(
     Metric("progress_kept", "1", "real", "the movement of fp32 since the start is kept; 1 is all"),
@@ -112,13 +114,20 @@ TWIN_METRICS = _by_name(
     ),
     Metric("twin_nonfinite_frac", *_SHARE, "NaN or inf in the sample"),
 )
-"""Metrics of a layer and a recipe, by name."""
+"""Metrics of a twin, by name, such as ``drift``.
+
+A twin is a sample of a layer that is stored and stepped as a recipe says. The metrics compare a
+twin with the twin ``fp32``, which has float32 weights and states.
+"""
 
 STATE_METRICS = _by_name(
     Metric("{state}_ratio", "1", "real", "the state is larger than that of fp32; 1 is equal"),
     Metric("{state}_zero_frac", *_SHARE, "numbers of the state are 0 that are not 0 in fp32"),
 )
-"""Metrics of a layer, a recipe and a state of its optimizer, by name.
+"""Metrics of an optimizer state of a twin, by name.
+
+A twin is a sample of a layer that is stored and stepped as a recipe says. The states of the twin
+are compared with those of the twin ``fp32``, which are float32.
 
 ``{state}`` stands for the name of the state, such as ``exp_avg_sq``.
 """
@@ -132,11 +141,14 @@ NEED_GRADIENT = frozenset(
 """Names of metrics that are NaN unless the gradient was measured, too."""
 
 NEED_TRACKING = frozenset({"never_moved_frac"})
-"""Names of metrics over all observed steps, which are NaN unless ever-moved flags are kept."""
+"""Names of metrics that take in all observed steps so far, and not a single one.
+
+These metrics are NaN unless flags are kept that say for each element whether any step has moved it.
+"""
 
 
 def get_metric(name: str) -> Metric:
-    """Return the metric with a name, of a layer, a format or a recipe.
+    """Return the unit, the range and the meaning of a metric, given its name.
 
     A metric of an optimizer's state has the name of the state in it: ``exp_avg_sq_ratio``.
 
@@ -153,7 +165,10 @@ def get_metric(name: str) -> Metric:
 
 
 def _find_state_metric(name: str) -> Metric | None:
-    """Return the metric that a name such as ``exp_avg_sq_ratio`` stands for; None if unknown."""
+    """Return the metric of an optimizer state, given a name such as ``exp_avg_sq_ratio``.
+
+    None if the name is not that of a state's metric.
+    """
     for pattern, metric in STATE_METRICS.items():
         ending = pattern.removeprefix("{state}")
         if name.endswith(ending) and name != ending:
@@ -163,7 +178,10 @@ def _find_state_metric(name: str) -> Metric | None:
 
 @functools.lru_cache(maxsize=64)  # a run uses few sets of formats, and asks at every step
 def figure_keys(formats: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the keys of all figures but those of twins: ``metric``, then ``metric/format``.
+    """Return the keys of the figures of a step: ``metric``, then ``metric/format``.
+
+    A figure is the value of a metric. `twin_keys` returns the keys of twins, which are left out
+    here.
 
     Args:
         formats: Names of the formats.
@@ -177,7 +195,9 @@ def figure_keys(formats: tuple[str, ...]) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=64)
 def twin_keys(recipes: tuple[str, ...], states: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the keys of all figures of twins: ``metric/recipe``.
+    """Return the keys of the figures, values of metrics, of twins: ``metric/recipe``.
+
+    A twin is a sample of a layer that is stored and stepped as a recipe says.
 
     Args:
         recipes: Names of the recipes.
@@ -193,6 +213,8 @@ def twin_keys(recipes: tuple[str, ...], states: tuple[str, ...]) -> tuple[str, .
 def twin_metrics(states: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names of the metrics of a twin.
 
+    A twin is a sample of a layer that is stored and stepped as a recipe says.
+
     Args:
         states: Names of the optimizer's states, such as ``exp_avg_sq``.
 
@@ -203,7 +225,7 @@ def twin_metrics(states: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def as_markdown() -> str:
-    """Return the catalogue as the tables of docs/metrics.md."""
+    """Return all metrics with unit, range and meaning, as Markdown: the text of docs/metrics.md."""
     tables = {
         "Metrics of a layer: `altgrad/{metric}/{layer}`": LAYER_METRICS,
         "Metrics of a layer and a format: `altgrad/{metric}/{format}/{layer}`": FORMAT_METRICS,

@@ -1,7 +1,9 @@
-"""Split large tensors into chunks that fit into the kernel's memory and the CPU's cache.
+"""Split large tensors into chunks that fit into the CPU's cache and the memory of `kernel`.
 
-A chunk consists of whole blocks if a format has one scale for each block. Read `kernel` first,
-which measures a chunk; `measurer` comes next and adds the sums of chunks up.
+The kernel measures a chunk at a time. A chunk consists of whole blocks if a format has one scale
+for each block of neighbours.
+
+Read `kernel` first, which measures a chunk; `measurer` comes next and adds the sums of chunks up.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def split_chunks(
 
 
 def as_row(flat: tuple[Tensor, ...]) -> Rows:
-    """View one chunk as a single row of the kernel.
+    """View one chunk of a large tensor as a single row, the form that the kernel measures.
 
     Args:
         flat: Weights before the step, weights after it, and the gradient if there is one,
@@ -77,6 +79,9 @@ def as_row(flat: tuple[Tensor, ...]) -> Rows:
 def slice_flags(ever: EverMoved, start: int, count: int) -> EverMoved:
     """Return the ever-moved flags of a chunk as views, so that the kernel can update them.
 
+    The flags say which elements have had an update so far, and of which updates each format would
+    have kept a part.
+
     Args:
         ever: Ever-moved flags of all measured elements of a layer, bool (1, 1, elements) and bool
             (1, formats, elements).
@@ -90,7 +95,7 @@ def slice_flags(ever: EverMoved, start: int, count: int) -> EverMoved:
 
 
 def _along_rows(tensors: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:
-    """Yield chunks of whole rows along the last dimension; split rows longer than `size`."""
+    """Yield flat chunks of up to `size` elements: rows (last dimension) or parts of a row."""
     first = tensors[0]
     if first.numel() <= size:
         yield tuple(each.reshape(-1) for each in tensors)
@@ -103,7 +108,11 @@ def _along_rows(tensors: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor
 
 
 def _number_blocks(sample: Sample, block: int) -> Tensor:
-    """Return the number of each element's block in the layer, int64 (elements) on the CPU."""
+    """Return the index of the block that each sampled element is in, int64 (elements) on the CPU.
+
+    A block has `block` neighbours along the last dimension; the blocks of a layer are counted from
+    0, row by row.
+    """
     indices, length = sample.indices.cpu(), sample.shape[-1]
     # The last block of a row may be shorter: a row has ⌈length / block⌉ blocks.
     return indices // length * -(-length // block) + indices % length // block
@@ -113,7 +122,7 @@ def _lengths(blocks: Tensor, size: int) -> list[int]:
     """Return the lengths of chunks of up to `size` elements that split no block.
 
     Args:
-        blocks: Number of each element's block, ascending, int64 (elements).
+        blocks: Index of the block that each element is in, ascending, int64 (elements).
         size: Maximum number of elements in a chunk.
     """
     ends = [*((blocks[1:] != blocks[:-1]).nonzero().flatten() + 1).tolist(), len(blocks)]

@@ -24,7 +24,10 @@ from altgrad.measurement.metrics import FORMULAS, Estimate
 
 
 def _octaves(name: str) -> tuple[str, ...]:
-    """Return the names of a histogram's bins but the first, whose count follows from the total."""
+    """Return the names of 63 bins of a histogram: ``{name}[1]`` to ``{name}[63]``.
+
+    Bin 0 is left out, as its count is the total less the others.
+    """
     return tuple(f"{name}[{bin}]" for bin in range(1, OCTAVES))
 
 
@@ -77,7 +80,7 @@ FORMAT_ROW_SQUARES = (
 FORMAT_ROW_MAXIMA = ("grid_error", "stiffness")
 FORMAT_ROW_MINIMA = FORMAT_ROW_MAXIMA
 WHAT_IF = (*FORMAT_ROW_SUMS[FORMAT_ROW_SUMS.index("visible") :], "kept_sq", "lost_sq")
-"""Names of what-if sums, which say what a format would keep of the updates.
+"""Names of what-if sums, which say what a number format would keep of updates of weights.
 
 They are 0 for a format that is no coarser than the dtype of the weights: updates that the format
 would lose are lost in that dtype already, before they can be measured.
@@ -88,17 +91,21 @@ JUDGED = {
     "judged_sq": "update_sq",
     "judged_4th": "update_4th",
 }
-"""For each of four what-if sums, the layer's sum of which it is a copy.
+"""Names of four sums of a format, each with the name of the layer's sum that it copies.
 
-What-if metrics have these copies as denominators. Like all what-if sums, a copy is 0 for a format
-that is no coarser than the dtype of the weights, so that the metric becomes NaN.
+The copies are denominators of metrics that say what a format would keep of updates. A copy is 0 for
+a format that is no coarser than the dtype of the weights, so that the metric becomes NaN: what such
+a format would lose is lost already.
 """
 
 LAYER_ESTIMATES, FORMAT_ESTIMATES = (
     tuple(name for name in metrics if isinstance(FORMULAS[name], Estimate))
     for metrics in (LAYER_METRICS, FORMAT_METRICS)
 )
-"""Names of the metrics that have a standard error: estimates Σ a / Σ b, see `metrics.Estimate`."""
+"""Names of the metrics that have a standard error: those without a format, and those of a format.
+
+Each is a ratio Σ a / Σ b over elements, see `metrics.Estimate`.
+"""
 PRODUCTS = ("aa", "ab", "bb")
 """Names of the sums Σ A², Σ A · B and Σ B² of an estimate Σ a / Σ b, over clusters of elements.
 
@@ -108,7 +115,7 @@ drawn in blocks of neighbours, which may be alike.
 
 
 def _products(metrics: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names of the three sums in PRODUCTS for each metric."""
+    """Return the names of the three sums in PRODUCTS for each metric, such as ``stall_frac ab``."""
     return tuple(f"{name} {product}" for name in metrics for product in PRODUCTS)
 
 
@@ -122,7 +129,10 @@ SUMS = (
     *_octaves("weights"),  # elements with w ≠ 0, by |w|
 )
 POPULATION, ELEMENTS, CLUSTERS = 0, 1, 2
-"""Positions of ``"population"``, ``"elements"`` and ``"clusters"`` in SUMS."""
+"""Positions in SUMS of a layer's number of elements, of measured elements and of clusters.
+
+A cluster is a group of measured elements that were drawn in blocks of neighbours.
+"""
 FORMAT_SUMS = (
     *(*FORMAT_ROW_SUMS, *FORMAT_ROW_SQUARES, *JUDGED),
     *_products(FORMAT_ESTIMATES),  # 0 without clusters

@@ -34,11 +34,15 @@ them of those on this rank, int64 (elements on this rank).
 """
 
 PackedBits = tuple[tuple[int, ...], Tensor]
-"""The shape of a layer's flags, and the flags as uint8 (bytes) on the CPU, eight to a byte."""
+"""A layer's ever-moved flags: their shape, and the bits as uint8 (bytes) on the CPU, 8 in a byte.
+
+The flags say which elements have had an update so far, and of which updates each format would have
+kept a part.
+"""
 
 
 class EverMovedStore:
-    """A store of the ever-moved flags of layers, over all observed steps.
+    """A store of flags that say which elements of each layer have moved in any observed step.
 
     The flags of a layer are bool (1 + formats, elements). The first row says whether an element had
     an update other than 0. The other rows say for each format whether its grid would have kept a
@@ -53,7 +57,7 @@ class EverMovedStore:
         self._flags: dict[str, Tensor] = {}
 
     def keep(self, name: str, ever: Tensor) -> None:
-        """Keep the flags of a layer.
+        """Keep the flags that say which elements of a layer have moved so far.
 
         If the store has flags of this layer with the same shape, the two are combined by OR. That
         happens for a layer that two optimizers step. Flags with another shape are replaced.
@@ -68,7 +72,7 @@ class EverMovedStore:
         self._flags[name] = ever
 
     def take(self, name: str, kinds: int, elements: int) -> Tensor | None:
-        """Return the flags of a layer, and delete them from this store.
+        """Return the flags that say which elements of a layer have moved, and delete them here.
 
         Args:
             name: The layer's name.
@@ -92,10 +96,10 @@ class EverMovedStore:
     # https://docs.pytorch.org/docs/stable/notes/autograd.html#inference-mode
     @torch.inference_mode(mode=False)
     def get_row(self, name: str, kinds: int, elements: int, device: torch.device) -> EverMoved:
-        """Return the flags of a layer as one row of the kernel, which updates them in place.
+        """Return the flags that say which elements of a layer have moved, for the kernel to update.
 
-        The store keeps the flags. New flags, all False, are made if the store has none of the layer
-        or if their shape differs.
+        The store keeps the flags, and updates of the returned views change them. New flags, all
+        False, are made if the store has none of the layer or if their shape differs.
 
         Args:
             name: The layer's name.
@@ -113,7 +117,7 @@ class EverMovedStore:
         return EverMoved(ever[None, :1], ever[None, 1:])
 
     def state_dict(self, elsewhere: Iterable[tuple[str, Tensor]]) -> dict[str, PackedBits]:
-        """Return the flags of all layers, packed to bits.
+        """Return the flags that say which elements of each layer have moved, packed to bits.
 
         Args:
             elsewhere: Pairs of name and flags, for layers whose flags are in an
@@ -129,7 +133,7 @@ class EverMovedStore:
         return {name: _pack(ever) for name, ever in together._flags.items() if ever.any()}
 
     def load_state_dict(self, state: Mapping[str, PackedBits], parts: Mapping[str, Part]) -> None:
-        """Restore the flags of all layers from a `state_dict`.
+        """Restore the flags that say which elements of each layer have moved, from a `state_dict`.
 
         A layer that is not sharded keeps the flags of all its elements; a sharded layer keeps those
         of the elements on this rank.
@@ -147,7 +151,7 @@ class EverMovedStore:
 
 
 def check_packed_bits(state: Mapping[str, PackedBits]) -> None:
-    """Raise an error if the packed flags of a layer are damaged.
+    """Raise an error if the packed flags that say which elements have moved are damaged.
 
     Args:
         state: The packed flags by name of the layer, as `EverMovedStore.state_dict` returns them.
@@ -171,7 +175,10 @@ def check_packed_bits(state: Mapping[str, PackedBits]) -> None:
 def scatter_packed_bits(
     packed: PackedBits | None, shape: tuple[int, int], positions: Tensor
 ) -> Tensor:
-    """Return the packed flags of a whole layer, of which this rank knows those of its shard.
+    """Put the packed ever-moved flags of this rank's shard into those of the whole layer.
+
+    The flags say which elements have had an update so far, and of which updates each format would
+    have kept a part.
 
     Elements on other ranks get 0, so that the flags of the layer are the OR of the results of all
     ranks.

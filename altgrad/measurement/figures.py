@@ -1,7 +1,9 @@
 """`Figures`: the metrics of a layer or a model as plain numbers, computed when they are read.
 
 Read `step_table` first, which computes the figures of all layers at once, and `twin_figures`, which
-does so for twins. `step_record` comes next: it holds the figures of each layer, and of the model.
+does so for twins.
+
+`step_record` comes next: it holds the figures of each layer, and of the model.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ _FIRST_OCTAVES = {"weights": FIRST_WEIGHTS_OCTAVE, "ulps": 0, "steps": FIRST_STE
 
 
 class Figures(Mapping[str, float]):
-    """A mapping of figures by key: ``metric``, ``metric/format``, and ``metric/recipe`` of twins.
+    """A mapping of figures, the values of metrics, by key: ``metric`` or ``metric/format``.
+
+    A key of twins is ``metric/recipe``. A twin is a sample of a layer that is stored and stepped as
+    a recipe says.
 
     It holds the figures of one layer, or those of a model. A figure is NaN if it has no value.
     `altgrad.measurement.catalogue` lists all metrics.
@@ -43,27 +48,34 @@ class Figures(Mapping[str, float]):
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """The names of the formats for which there are figures."""
+        """The names of the number formats for which there are figures (values of metrics)."""
         return self._formats
 
     @property
     def recipes(self) -> tuple[str, ...]:
-        """The names of the recipes whose twins were measured; empty without twins."""
+        """The names of the recipes by which twins, samples of layers, were stored and stepped."""
         return self._twins.recipes
 
     @property
     def twins(self) -> TwinFigures:
-        """The figures of twins alone."""
+        """The figures of twins alone: of samples that are stored and stepped as recipes say."""
         return self._twins
 
     @property
     def twin_keys(self) -> tuple[str, ...]:
-        """The keys of the figures of twins, ``metric/recipe``, in the order of iteration."""
+        """The keys of the figures of twins, ``metric/recipe``, in the order of iteration.
+
+        A twin is a sample of a layer that is stored and stepped as a recipe says.
+        """
         return self._twins.keys_in_order
 
     @property
     def moved_elements(self) -> float:
-        """The number of sampled elements that the twin in fp32 has moved; NaN without twins."""
+        """The number of sampled elements that the twin in fp32 has moved; NaN without twins.
+
+        A twin steps a sample of each layer as a recipe says. The twin in fp32 has float32 weights
+        and states, and the others are compared with it.
+        """
         return self._twins.moved_elements
 
     @property
@@ -77,7 +89,7 @@ class Figures(Mapping[str, float]):
         return self._table.counted[self._rows[None]][1]
 
     def __getitem__(self, key: str) -> float:
-        """Return one figure.
+        """Return one figure, the value of a metric; NaN if it has no value.
 
         Args:
             key: ``metric``, ``metric/format`` or ``metric/recipe``.
@@ -90,7 +102,7 @@ class Figures(Mapping[str, float]):
         return self._twins[key] if row is None else self._table.figure(key, row)
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the keys: those without a format, then those of each format and recipe."""
+        """Iterate over the keys: ``metric``, then ``metric/format``, then ``metric/recipe``."""
         return iter((*figure_keys(self.formats), *self.twin_keys))
 
     def __len__(self) -> int:
@@ -100,9 +112,10 @@ class Figures(Mapping[str, float]):
     def standard_error(self, key: str) -> float:
         """Return the standard error of a figure that a sample estimates.
 
-        Shares of elements, kept_update_ratio and most metrics of twins have a standard error, with
-        the unit of the figure. It is half of the width of `interval`, divided by 1.96, and 0 if all
-        elements were measured. It knows nothing of an outlier that is not in the sample.
+        A figure is the value of a metric. Shares of elements, kept_update_ratio and most metrics of
+        twins have a standard error, with the unit of the figure. It is half of the width of
+        `interval`, divided by 1.96, and 0 if all elements were measured. It knows nothing of an
+        outlier that is not in the sample.
 
         Args:
             key: ``metric``, ``metric/format`` or ``metric/recipe``.
@@ -110,9 +123,9 @@ class Figures(Mapping[str, float]):
         Returns:
             The standard error. NaN for metrics without one, and where the sample is too small:
 
-            - kept_update_ratio, and ratios of twins that are no shares, need 100 elements that
-                moved. Large updates count for more in these ratios: elements over
-                energy_concentration must be 15 or more.
+            - kept_update_ratio, and ratios of twins (samples stepped as recipes say) that are no
+                shares, need 100 elements that moved. Large updates count for more in these ratios:
+                the number of elements divided by energy_concentration must be 15 or more.
             - If blocks of neighbours were drawn, 5 clusters of blocks are needed instead of the 15,
                 for shares, too.
 
@@ -129,8 +142,9 @@ class Figures(Mapping[str, float]):
     def interval(self, key: str) -> tuple[float, float]:
         """Return the confidence interval of 95 % around a figure that a sample estimates.
 
-        About 95 of 100 samples have an interval that contains the figure of all elements. Shares
-        have Wilson's interval, which is wider than 0 also at the shares 0 and 1.
+        A figure is the value of a metric. About 95 of 100 samples have an interval that contains
+        the figure of all elements. Shares have Wilson's interval, which is wider than 0 also at the
+        shares 0 and 1.
 
         Args:
             key: ``metric``, ``metric/format`` or ``metric/recipe``.
@@ -145,7 +159,9 @@ class Figures(Mapping[str, float]):
         return find_interval(key.partition("/")[0], self[key], self.standard_error(key))
 
     def in_order(self) -> Sequence[float]:
-        """Return all figures but those of twins, in the order of iteration.
+        """Return all figures (values of metrics) but those of twins, in the order of iteration.
+
+        A twin is a sample of a layer that is stored and stepped as a recipe says.
 
         This is faster than reading figure by figure.
         """
@@ -160,7 +176,11 @@ class Figures(Mapping[str, float]):
         return numbers
 
     def twins_in_order(self) -> Sequence[float]:
-        """Return all figures of twins, in the order of `twin_keys`; faster than one by one."""
+        """Return all figures (values of metrics) of twins, in the order of `twin_keys`.
+
+        A twin is a sample of a layer that is stored and stepped as a recipe says. This is faster
+        than reading figure by figure.
+        """
         return self._twins.in_order()
 
     def errors_in_order(self, metrics: tuple[str, ...]) -> Sequence[float]:
@@ -177,7 +197,7 @@ class Figures(Mapping[str, float]):
         return [errors[rows[format]][column] for format, column in places]
 
     def histogram(self, key: str) -> Histogram:
-        """Return a histogram by octaves.
+        """Return a histogram with a bin for each octave, from a power of two up to the next.
 
         Args:
             key: One of three histograms:
@@ -201,7 +221,7 @@ class Figures(Mapping[str, float]):
         return Histogram(_FIRST_OCTAVES[name], tuple(self._table.counts(key, row)))
 
     def layer_vectors(self, formats: Sequence[str]) -> list[tuple[Numbers, tuple[str, ...]]]:
-        """Return the sums and maxima of each layer, from which the figures are computed.
+        """Return the sums and maxima of each layer, from which values of metrics are computed.
 
         Args:
             formats: Names of the formats that the vectors have columns for. Columns of formats
@@ -221,7 +241,7 @@ class Figures(Mapping[str, float]):
         ]
 
     def _find_row(self, key: str) -> int | None:
-        """Find the row of the table that holds the figure of a key; None for a key of twins."""
+        """Find the index of the table row with a key's figure; None for a key of twins."""
         name, _, format = key.partition("/")
         # Only an unknown key looks into the catalogue, for the message: a run reads many figures.
         row = self._rows.get(format or None)
@@ -244,7 +264,7 @@ class Figures(Mapping[str, float]):
 def _error_places(
     known: tuple[str, ...], formats: tuple[str, ...], metrics: tuple[str, ...]
 ) -> tuple[tuple[str, int], ...]:
-    """Find the columns of a table that hold the standard error of each metric and format.
+    """Find the columns of `StepTable.errors` with the standard error of each metric and format.
 
     Args:
         known: Names of the formats of the table.
@@ -252,7 +272,7 @@ def _error_places(
         metrics: Names of the metrics to find.
 
     Returns:
-        Pairs of a format and a column of the table's errors: those of all metrics for the first
+        Pairs of a format and a column of `StepTable.errors`: those of all metrics for the first
         format, then for the next.
     """
     columns = error_columns(known)
@@ -262,19 +282,19 @@ def _error_places(
 def layer_figures(
     table: StepTable, row: int, formats: Iterable[str], twins: TwinFigures = NO_TWINS
 ) -> Figures:
-    """Return the figures of one layer.
+    """Return the figures, the values of metrics, of one layer in one step.
 
     Args:
         table: The table with the sums of all layers in one step.
         row: Row of the layer in the table.
         formats: Names of the formats of this layer, all of which the table has.
-        twins: The figures of the layer's twins.
+        twins: The figures of the layer's twins: samples that are stored and stepped as recipes say.
     """
     return Figures(table, dict.fromkeys((None, *formats), row), twins)
 
 
 def model_figures(layers: Sequence[Figures]) -> Figures:
-    """Combine the figures of layers into the figures of the model that the layers form.
+    """Combine the figures (values of metrics) of layers into those of the model that they form.
 
     Each layer is weighted by its number of elements, also if only a sample was measured.
 
@@ -298,20 +318,22 @@ def model_figures(layers: Sequence[Figures]) -> Figures:
 
 
 def tensor_figures(formats: Sequence[str], row: Tensor) -> Figures:
-    """Return the figures of one tensor from its sums, which are copied to the host.
+    """Return the figures (values of metrics) of one tensor, from its sums, copied to the host.
 
     Args:
         formats: Names of the formats, in the order of their columns.
-        row: Sums and maxima of the tensor, float64 (columns) on any device.
+        row: Sums and maxima of the tensor, float64 (columns) on any device, in the order of
+            `altgrad.measurement.columns`.
     """
     return vector_figures(formats, row.cpu().numpy())
 
 
 def vector_figures(formats: Sequence[str], vector: Numbers) -> Figures:
-    """Return the figures of one layer from its sums on the host.
+    """Return the figures (values of metrics) of one layer, from its sums on the host.
 
     Args:
         formats: Names of the formats, in the order of their columns.
-        vector: Sums and maxima of the layer, float64 (columns).
+        vector: Sums and maxima of the layer, float64 (columns) in the order of
+            `altgrad.measurement.columns`.
     """
     return layer_figures(StepTable(formats, vector[None]), 0, formats)

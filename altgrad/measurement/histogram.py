@@ -10,21 +10,24 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 OCTAVES = 64
-"""Number of bins. The first bin also counts all smaller values, the last bin all larger ones."""
+"""Number of bins of a histogram, one for each power of two.
+
+The first bin also counts all smaller values, the last bin all larger ones.
+"""
 FIRST_STEPS_OCTAVE = -32
-"""Exponent of the first bin of ``"steps"``: abs(update) / spacing of the format.
+"""Exponent of the first bin of the histogram ``"steps"``: abs(update) / spacing of the format.
 
 Bins reach from 2**-32 to 2**32. An update is below half of a spacing, 2**-1, if it stalls.
 """
 FIRST_WEIGHTS_OCTAVE = -48
-"""Exponent of the first bin of ``"weights"``: abs(weight).
+"""Exponent of the first bin of the histogram ``"weights"``: abs(weight).
 
 Bins reach from 2**-48 to 2**16, and so contain the ranges of the FP8 formats e4m3fn and e5m2.
 """
 
 
 class Histogram(NamedTuple):
-    """A number of elements for each octave of a magnitude.
+    """A number of elements for each octave of a magnitude, from a power of two up to the next.
 
     Attributes:
         first: Exponent of the first bin. Bin k counts magnitudes from 2**(first + k) up to twice

@@ -34,7 +34,7 @@ _FEWEST = 2.5
 
 
 def find_interval(metric: str, figure: float, error: float) -> tuple[float, float]:
-    """Return the confidence interval of 95 % around a figure.
+    """Return the confidence interval of 95 % around a figure, the value of a metric.
 
     Args:
         metric: Name of the metric.
@@ -70,7 +70,7 @@ def find_share_error(share: float, elements: float) -> float:
 
 
 def _find_share_interval(share: float, half: float) -> tuple[float, float]:
-    """Return Wilson's interval of a share, given half of its width.
+    """Return the lower and the upper end of Wilson's interval of a share, given half of its width.
 
     The width determines the number of elements, and this number the centre of the interval.
     """

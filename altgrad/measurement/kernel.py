@@ -66,7 +66,7 @@ _EXTREMA = (
 
 
 class Rows(NamedTuple):
-    """The elements to measure, in any floating-point dtype.
+    """The elements to measure in rows, each of one layer, in any floating-point dtype.
 
     Attributes:
         before: Weights before the step, (rows, 1, elements). NaN is padding, in rows that are not
@@ -85,7 +85,7 @@ class Rows(NamedTuple):
 
 
 class EverMoved(NamedTuple):
-    """The ever-moved flags of each element, over this and all earlier observed steps.
+    """The flags that say whether each element has moved, in this or an earlier observed step.
 
     Attributes:
         moved: True if the element has had an update other than 0, bool (rows, 1, elements).
@@ -98,11 +98,11 @@ class EverMoved(NamedTuple):
 
 
 class Histograms(NamedTuple):
-    """The histograms by octave of all layers, and where the bins for each row begin.
+    """The histograms of all layers by octave (power of two), and where the bins of each row begin.
 
     A layer has a histogram of abs(update) in ULPs, one of abs(weight), and for each format one of
-    abs(update) / stiffness, which is called ``steps``. Each has 64 bins. The bin of a value is
-    ``offset + biased exponent of the value``: an addition finds it, without a table.
+    abs(update) / stiffness, the grid spacing, which is called ``steps``. Each has 64 bins. The bin
+    of a value is ``offset + biased exponent of the value``: an addition finds it, without a table.
 
     Attributes:
         counts: All bins, float64 (layers · (2 + formats) · 64). The histograms of a layer follow
@@ -129,22 +129,24 @@ def row_sums(
     histograms: Histograms,
     ever: EverMoved | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the sums and extrema of each row: those without a format, and those for each format.
+    """Compute all sums and extrema of each row of elements, without a format and for each format.
 
     Args:
         rows: Weights and gradients of the elements; they are not changed.
-        grids: The grids of the formats, under the scales of each row. None without formats.
+        grids: The grids of the formats, numbers that each can store, under the scales of each row.
+            None without formats.
         dtype_grid: 2**-M for M mantissa bits, and the smallest normal number, of the dtype in which
             the weights are stored.
         buffers: Memory for the same number of rows, formats and elements; overwritten.
-        histograms: Counts by octave; updated in place.
-        ever: Ever-moved flags of the elements; updated in place. None if never_moved_frac is not
-            measured.
+        histograms: Counts of elements by octave (power of two); updated in place.
+        ever: Flags that say which elements have moved so far, and for which formats effectively;
+            updated in place. None if never_moved_frac is not measured.
 
     Returns:
-        Sums, float64 (rows, sums): ROW_SUMS, FORMAT_ROW_SUMS (each for all formats), ROW_SQUARES
-        and FORMAT_ROW_SQUARES. And extrema, float64 (rows, extrema): ROW_MAXIMA, FORMAT_ROW_MAXIMA,
-        then ROW_MINIMA and FORMAT_ROW_MINIMA, which are negated.
+        Sums, float64 (rows, sums), in the order of the names in `altgrad.measurement.columns`:
+        ROW_SUMS, FORMAT_ROW_SUMS (each for all formats), ROW_SQUARES and FORMAT_ROW_SQUARES. And
+        extrema, float64 (rows, extrema): ROW_MAXIMA, FORMAT_ROW_MAXIMA, then ROW_MINIMA and
+        FORMAT_ROW_MINIMA, which are negated.
     """
     found = _layer_sums(rows, dtype_grid, buffers, histograms, ever)
     formats = 0
@@ -165,7 +167,7 @@ def _layer_sums(
     histograms: Histograms,
     ever: EverMoved | None,
 ) -> dict[str, Tensor]:
-    """Compute the sums and extrema of each row that do not depend on a format.
+    """Compute the sums and extrema of each row of elements that do not depend on a format.
 
     `_format_sums` goes on with the weights, updates and gradients that this function leaves in
     `buffers`. There the weight before, the weight after and the gradient of an element are all 0 if
@@ -176,9 +178,9 @@ def _layer_sums(
         dtype_grid: 2**-M for M mantissa bits, and the smallest normal number, of the dtype in which
             the weights are stored.
         buffers: Memory for the rows; overwritten.
-        histograms: Counts by octave; updated in place.
-        ever: Ever-moved flags of the elements; updated in place. None if never_moved_frac is not
-            measured.
+        histograms: Counts of elements by octave (power of two); updated in place.
+        ever: Flags that say which elements have moved so far, and for which formats effectively;
+            updated in place. None if never_moved_frac is not measured.
 
     Returns:
         Sums, norms and extrema by name, float64 (rows, 1).
@@ -260,15 +262,15 @@ def _layer_sums(
 def _format_sums(
     grids: Grids, buffers: Buffers, histograms: Histograms, ever: EverMoved | None
 ) -> dict[str, Tensor]:
-    """Compute the sums and extrema of each row and format that depend on the format.
+    """Compute the sums and extrema of each row of elements that depend on a number format.
 
     Args:
-        grids: The grids of the formats, under the scales of each row.
+        grids: The grids of the formats, numbers that each can store, under the scales of each row.
         buffers: Memory that `_layer_sums` has filled with weights, updates and gradients;
             overwritten.
-        histograms: Counts by octave; updated in place.
-        ever: Ever-moved flags of the elements; updated in place. None if never_moved_frac is not
-            measured.
+        histograms: Counts of elements by octave (power of two); updated in place.
+        ever: Flags that say which elements have moved so far, and for which formats effectively;
+            updated in place. None if never_moved_frac is not measured.
 
     Returns:
         Sums, norms and extrema by name, float64 (rows, formats).
@@ -372,7 +374,7 @@ def _stochastic_sums(
 
 
 def _copy_values(rows: Rows, buffers: Buffers) -> None:
-    """Copy the rows into the buffers as float64, by one operation if `rows.together` is given."""
+    """Copy weights and gradients into the buffers as float64, in one call with `rows.together`."""
     if rows.together is not None:
         buffers.values.copy_(rows.together)
         return
@@ -391,7 +393,7 @@ def _clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 def _count_octaves(
     values: Tensor, first: int, out: Tensor, histograms: Histograms, at: str
 ) -> None:
-    """Count values by octave.
+    """Add magnitudes to histograms by octave, from a power of two up to the next.
 
     The last bin also counts all larger values. The first bin also counts all smaller ones and 0,
     which stands for elements that are left out. Its count is therefore not used: `StepTable`

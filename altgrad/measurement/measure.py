@@ -1,7 +1,8 @@
 """`measure`: measure one optimizer step of one tensor, for some formats.
 
-`altgrad.measure` is this function. Read `measurer` next, which does the work; `altgrad.monitor`
-measures a whole model, step by step.
+`altgrad.measure` is this function.
+
+Read `measurer` next, which does the work; `altgrad.monitor` measures a whole model, step by step.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def measure(
             `before`. If None, figures that need it are left out.
         formats: One or several formats, or their names. Block formats (``"mxfp8_e4m3"``,
             ``"nvfp4"``, …) have scales of their own. In nvfp4 the scale of the whole tensor follows
-            from the amax of `before`; `UpdateMonitor` keeps this amax from step to step.
+            from the amax, the largest magnitude, of `before`; `UpdateMonitor` keeps this amax from
+            step to step.
         scaling: Elements that share an amax scale in formats of fewer than 16 bits: ``"tensor"``,
             ``"channel"`` or ``("block", size)``, as in `compute_scale`. The scale follows from the
             amax of `before`, or of `after` where that is 0, and is the same before and after the

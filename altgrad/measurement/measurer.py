@@ -1,9 +1,11 @@
 """`Measurer`: compute the sums and maxima of each layer in a step, from which figures follow.
 
-The weights before and after the step, and the gradients, are measured on their device. Large
-layers are measured one by one in chunks (`measure_tensor`), small ones together in one call of the
-kernel (`measure_batch`). Read `kernel`, `totals` and `chunks` first; `step_table` comes next and
-turns the sums and maxima into figures.
+The weights before and after the step, and the gradients, are measured on their device. Large layers
+are measured one by one in chunks (`measure_tensor`), small ones together in one call of the kernel
+(`measure_batch`).
+
+Read `kernel`, `totals` and `chunks` first; `step_table` comes next and turns the sums and maxima
+into figures.
 """
 
 from __future__ import annotations
@@ -35,20 +37,21 @@ _FEWEST_CHUNKS = 32
 
 
 class Batch(NamedTuple):
-    """The rows of several layers with weights in one dtype, prepared once for many steps.
+    """A batch of small layers with weights in one dtype, prepared once and measured at many steps.
 
     Attributes:
-        rows: Weights before and after the step, and gradients, of the measured elements. Each step
-            is copied into this memory.
+        rows: Weights before and after the step, and gradients, of the measured elements, each row
+            with elements of one layer. Each step is copied into this memory.
         layers: The layers that the rows belong to.
         dtype_grid: For the dtype of the weights: 2**-M for M mantissa bits, and its smallest normal
             number.
         grids: The grids of the formats, under the scales of each row. None without formats, or if
             `sharing` is set.
-        sharing: A map of the elements that share a scale, over all rows end to end, and the amaxes.
-            None if each row has one scale for each format.
-        ever: Ever-moved flags of the elements, updated at each step. None if never_moved_frac is
-            not measured.
+        sharing: A map of the elements that share a scale, over all rows end to end, and the amaxes,
+            the largest magnitudes that scales follow from. None if each row has one scale for each
+            format.
+        ever: Flags that say which elements have moved so far, updated at each step. None if
+            never_moved_frac is not measured.
     """
 
     rows: Rows
@@ -60,7 +63,9 @@ class Batch(NamedTuple):
 
 
 class Measurer:
-    """A measurer of steps for a set of formats, with working memory that is reused.
+    """A measurer of optimizer steps, which computes sums for a set of number formats.
+
+    The working memory is reused. Figures follow from the sums, see `step_table`.
 
     Args:
         formats: The formats with their scaling.
@@ -89,7 +94,7 @@ class Measurer:
         self._workspace = Workspace()
 
     def make_grids(self, scale: Tensor | None, device: torch.device) -> Grids | None:
-        """Make the grids of the formats under some scales.
+        """Make the grids of the formats, the numbers that each can store, under some scales.
 
         Args:
             scale: Scales, float64 (1 or rows, formats, 1 or elements). None for a scale of 1.
@@ -109,7 +114,9 @@ class Measurer:
         )
 
     def take_amaxes(self, before: Tensor, after: Tensor) -> Amaxes:
-        """Compute the amax of a layer, or of each of its channels if channels have scales.
+        """Compute the amax, the largest finite magnitude, of a layer.
+
+        If channels have scales, compute that of each channel, a slice along dimension 0, as well.
 
         Args:
             before: Weights before the step, any floating-point dtype and shape.
@@ -136,17 +143,18 @@ class Measurer:
         ever: EverMoved | None = None,
         sample: Sample | None = None,
     ) -> Tensor:
-        """Measure one step of one tensor of any size.
+        """Compute the sums and maxima of one optimizer step of one tensor of any size.
 
         Args:
             before: Weights before the step, float16, bfloat16, float32 or float64, any shape.
             after: The same weights after the step, with the dtype and shape of `before`.
             gradient: The gradient as the optimizer applied it, with the shape of `before`. None if
                 there is no gradient.
-            amaxes: Amaxes that the caller keeps from step to step, as `take_amaxes` returns them.
-                If None, they are computed here, and the host waits for the device.
-            ever: Ever-moved flags of the elements as one row, updated in place. None if
-                never_moved_frac is not measured.
+            amaxes: Amaxes (largest magnitudes, from which scales follow) that the caller keeps from
+                step to step, as `take_amaxes` returns them. If None, they are computed here, and
+                the host waits for the device.
+            ever: Flags that say which elements have moved so far, as one row, updated in place.
+                None if never_moved_frac is not measured.
             sample: The elements of a layer that the tensors hold, which then have one dimension.
                 None if they hold a whole layer.
 
@@ -193,13 +201,13 @@ class Measurer:
         return layers.add_up(*(found or layers.make_empty_row()))[0]
 
     def _describe_layer(self, before: Tensor, population: int) -> Layers:
-        """Describe a layer that is measured alone, as a single row."""
+        """Make the `Layers` of one layer that is measured alone, with histograms that are empty."""
         row = torch.zeros(1, dtype=torch.int64, device=before.device)
         counted = torch.tensor([[population, before.numel(), 0]], dtype=torch.float64, device="cpu")
         return Layers.create(row, counted.to(before.device), self.formats.judged(before.dtype))
 
     def _chunk_size(self, tensors: tuple[Tensor, ...]) -> int:
-        """Return the maximum number of elements in a chunk."""
+        """Return the maximum number of elements in a chunk; less if a tensor is not contiguous."""
         size = self.capacity
         if not all(each.is_contiguous() for each in tensors):
             # Chunks are copied. Copies take up to 3 · 8 bytes for each element, a sixth of the 144
@@ -215,11 +223,12 @@ class Measurer:
         shape: torch.Size,
         sample: Sample | None,
     ) -> Tensor:
-        """Compute the scale of each element of a chunk.
+        """Compute the scale, by which a format divides it, of each element of a chunk.
 
         Args:
             flat: The chunk's weights before the step and after it, (elements) each.
-            amaxes: The amaxes of the layer. None if no format needs them.
+            amaxes: The amaxes of the layer, largest magnitudes of it and its channels. None if no
+                format needs them.
             start: Position of the chunk's first element among the measured elements.
             shape: Shape of the whole layer.
             sample: The elements that are measured; None for all.
@@ -242,7 +251,7 @@ class Measurer:
         return compute_element_scales(flat[0], flat[1], amaxes, sharing, self.formats)
 
     def find_sharing(self, shape: torch.Size, indices: Tensor) -> Sharing:
-        """Find which elements of a layer share a scale.
+        """Find which elements of a layer share a scale, by which formats divide weights.
 
         Args:
             shape: Shape of the whole layer.
@@ -255,10 +264,11 @@ class Measurer:
         return Sharing.from_indices(shape, indices, self.formats.block_sizes, self.formats.scaling)
 
     def compute_scales(self, amax: Tensor | None, layers: int, device: torch.device) -> Tensor:
-        """Compute the scales of layers, each of which has one scale for each format.
+        """Compute one scale for each layer and format, by which the format divides weights.
 
         Args:
-            amax: Amax of each layer, float32 or float64 (layers). None if no format needs one.
+            amax: Amax (largest magnitude) of each layer, float32 or float64 (layers). None if no
+                format needs one.
             layers: Number of layers.
             device: Device of the layers.
 
@@ -278,16 +288,16 @@ class Measurer:
         ever: EverMoved | None,
         clusters: tuple[Tensor, Tensor] | None = None,
     ) -> Batch:
-        """Prepare a batch that `measure_batch` measures at each step.
+        """Prepare a batch of small layers, which `measure_batch` measures at each step.
 
         Args:
-            rows: The memory that each step is copied to.
+            rows: The memory that each step is copied to, each row with elements of one layer.
             row_layers: Index of the layer of each row, int64 (rows).
             counted: For each layer its number of elements, its number of measured elements, and the
                 number of clusters of these, 0 without clusters, float64 (layers, 3).
             scales: Scales, or the elements that share scales; see `with_scales`.
-            ever: Ever-moved flags of the elements, updated at each step. None if never_moved_frac
-                is not measured.
+            ever: Flags that say which elements have moved so far, updated at each step. None if
+                never_moved_frac is not measured.
             clusters: Index of the cluster of each row, int64 (rows), and the number of elements of
                 each row, float64 (rows), on any device. A cluster is one or several rows of a
                 sample that was drawn in blocks. None without such samples.
@@ -305,12 +315,13 @@ class Measurer:
         return self.with_scales(batch, scales)
 
     def with_scales(self, batch: Batch, scales: Tensor | tuple[Sharing, Amaxes | None]) -> Batch:
-        """Return a copy of a batch with other scales.
+        """Return a copy of a batch of layers with other scales, by which formats divide weights.
 
         Args:
             batch: The batch; it is not changed.
             scales: One scale for each row and format, float64 (1 or rows, formats, 1). If scales
-                differ within a row, a pair: the map of elements that share a scale, and amaxes.
+                differ within a row, a pair: the map of elements that share a scale, and amaxes, the
+                largest magnitudes among these.
         """
         if isinstance(scales, tuple):
             return batch._replace(sharing=scales)
@@ -318,7 +329,7 @@ class Measurer:
 
     @torch.no_grad()
     def measure_batch(self, batch: Batch) -> Tensor:
-        """Measure one step of many small layers at once.
+        """Compute the sums and maxima of one optimizer step of many small layers at once.
 
         Args:
             batch: The batch, into whose memory the step was copied.
@@ -336,7 +347,7 @@ class Measurer:
         return batch.layers.add_up(*found)
 
     def _make_element_grids(self, batch: Batch) -> Grids | None:
-        """Make grids with a scale for each element, from the weights of this step."""
+        """Make grids of the formats with a scale for each element, from weights of this step."""
         assert batch.sharing is not None
         (sharing, amaxes), before = batch.sharing, batch.rows.before
         # `sharing` numbers the elements of all rows, end to end.
@@ -371,7 +382,7 @@ def check_step(before: Tensor, after: Tensor, gradient: Tensor | None) -> None:
 
 
 def _add_chunks(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Combine two results of `row_sums`: add the sums, and keep the larger of the extrema."""
+    """Combine the sums and extrema of two chunks: add the sums, and keep the larger extrema."""
     return one[0] + other[0], torch.maximum(one[1], other[1])
 
 

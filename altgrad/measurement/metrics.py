@@ -30,27 +30,38 @@ class Sums(Protocol):
     """
 
     def sum(self, name: str) -> Numbers:
-        """Return the sum with a name of SUMS or FORMAT_SUMS, float64 (rows, 1 or formats)."""
+        """Return a sum over elements by name, float64 (rows, 1 or formats).
+
+        A row is a layer or a model. SUMS and FORMAT_SUMS in `altgrad.measurement.columns` list the
+        names.
+        """
 
     def max(self, name: str) -> Numbers:
-        """Return the maximum with a name of MAXIMA or FORMAT_MAXIMA, (rows, 1 or formats)."""
+        """Return a maximum over elements by name, float64 (rows, 1 or formats).
+
+        A row is a layer or a model. MAXIMA and FORMAT_MAXIMA in `altgrad.measurement.columns` list
+        the names.
+        """
 
     def histogram(self, name: str) -> Numbers:
-        """Return the number of elements in each octave.
+        """Return the number of elements in each octave, from a power of two up to the next.
 
         Args:
             name: ``"ulps"``, ``"weights"`` or ``"steps"``.
 
         Returns:
-            Counts, float64 (64, 1 or formats, rows).
+            Counts, float64 (64, 1 or formats, rows), a row for each layer or model.
         """
 
 
 Formula = Callable[[Sums], Numbers]
-"""A function from sums to the figures of a metric, float64 (rows, 1 or formats)."""
+"""A function that takes sums over elements, and returns the figures (values) of a metric.
+
+The figures are float64 (rows, 1 or formats), with a row for each layer or model.
+"""
 
 Flags = npt.NDArray[np.bool_]
-"""Conditions on the host, bool (rows, 1 or formats)."""
+"""Conditions on the host, bool (rows, 1 or formats), with a row for each layer or model."""
 
 
 def quiet() -> AbstractContextManager[object]:
@@ -76,19 +87,22 @@ class Estimate(ABC):
 
     @abstractmethod
     def squares(self, n: Sums) -> tuple[Numbers, Numbers, Numbers]:
-        """Return Σ a², Σ a · b and Σ b² over elements, float64 (rows, 1 or formats) each."""
+        """Return each layer's Σ a², Σ a · b, Σ b² for Σ a / Σ b, float64 (rows, 1 or formats)."""
 
     @abstractmethod
     def carrying(self, n: Sums) -> Numbers:
-        """Return the number of elements with b other than 0, float64 (rows, 1 or formats)."""
+        """Return how many elements of each layer count in Σ a / Σ b, by a b other than 0.
+
+        The result is float64 (rows, 1 or formats), with a row for each layer or model.
+        """
 
     def sums(self, n: Sums) -> tuple[Numbers, Numbers]:
-        """Return Σ a and Σ b, float64 (rows, 1 or formats) each."""
+        """Return each layer's Σ a and Σ b for the ratio Σ a / Σ b, (rows, 1 or formats) each."""
         a = n.sum(self.plus)
         return (a - n.sum(self.minus) if self.minus else a), n.sum(self.total)
 
     def __call__(self, n: Sums) -> Numbers:
-        """Compute Σ a / Σ b from the sums; NaN where Σ b is 0."""
+        """Compute the ratio Σ a / Σ b of each layer, (rows, 1 or formats); NaN where Σ b is 0."""
         return _ratio(*self.sums(n))
 
 
@@ -113,7 +127,7 @@ class Share(Estimate):
         others. Therefore a² = a · b = a, and b² = b.
 
         Args:
-            n: The sums of some rows.
+            n: The sums of some layers or models, a row for each.
 
         Returns:
             Σ a², Σ a · b and Σ b², float64 (rows, 1 or formats) each.
@@ -122,7 +136,7 @@ class Share(Estimate):
         return count, count, total
 
     def carrying(self, n: Sums) -> Numbers:
-        """Return the number of elements considered, float64 (rows, 1 or formats)."""
+        """Return how many elements of each layer the share is of, float64 (rows, 1 or formats)."""
         return n.sum(self.total)
 
 
@@ -130,7 +144,8 @@ class Share(Estimate):
 class KeptShare(Estimate):
     """The ratio ⟨effective update, update⟩ / ⟨update, update⟩, which is kept_update_ratio.
 
-    An element adds a = effective · update to the numerator and b = update² to the denominator.
+    The effective update is what a number format keeps of an update. An element adds a = effective ·
+    update to the numerator and b = update² to the denominator.
 
     Attributes:
         plus: Name of the sum Σ a.
@@ -145,8 +160,10 @@ class KeptShare(Estimate):
     def squares(self, n: Sums) -> tuple[Numbers, Numbers, Numbers]:
         """Return Σ a², Σ a · b and Σ b² with a = effective · update and b = update².
 
+        The effective update is what a number format keeps of an element's update.
+
         Args:
-            n: The sums of some rows.
+            n: The sums of some layers or models, a row for each.
 
         Returns:
             Σ a², Σ a · b and Σ b², float64 (rows, formats) each.
@@ -154,7 +171,7 @@ class KeptShare(Estimate):
         return n.sum("kept_sq"), n.sum("kept_update_cubed"), n.sum("judged_4th")
 
     def carrying(self, n: Sums) -> Numbers:
-        """Return the number of elements that moved, float64 (rows, formats)."""
+        """Return how many elements of each layer moved, float64 (rows, formats)."""
         return n.sum("judged")
 
 
@@ -162,7 +179,10 @@ class KeptShare(Estimate):
 
 
 def _count_pairs(n: Sums) -> Numbers:
-    """Count the pairs of gradient and stiffness: the weights other than 0; 0 without gradients."""
+    """Return how many pairs of gradient and grid spacing there are: weights other than 0.
+
+    The count is 0 if elements have no gradient.
+    """
     # A count of 0 makes the metrics of pairs NaN. A model has no gradients if a layer has none.
     return np.where(n.sum("gradients") == n.sum("finite"), n.sum("nonzero_weights"), 0.0)
 
@@ -173,7 +193,7 @@ def _unless(is_undefined: Flags, value: Numbers) -> Numbers:
 
 
 def _ratio(numerator: Numbers, denominator: Numbers) -> Numbers:
-    """Divide; NaN where the denominator is 0: no element is counted, or nothing moved."""
+    """Divide element by element; NaN where the denominator is 0, as nothing is counted."""
     return np.where(denominator == 0, np.nan, numerator / denominator)
 
 
@@ -186,7 +206,7 @@ def _per(count: str, total: str) -> Formula:
 
 
 def _per_pair(count: str) -> Formula:
-    """Return the formula of a mean over the pairs that `_count_pairs` counts."""
+    """Return the formula of a mean over pairs of gradient and grid spacing, from a sum's name."""
     return lambda n: _ratio(n.sum(count), _count_pairs(n))
 
 
@@ -213,7 +233,10 @@ def _smallest(name: str, among: str) -> Formula:
 
 
 def _median_octave(name: str, total: str, first: int) -> Formula:
-    """Return the formula of a median: log2 of the middle of the octave that has the median.
+    """Return the formula of log2 of a median, from a histogram by octaves.
+
+    An octave reaches from a power of two up to the next. The result is the middle of that which has
+    the median, such as 3.5 for an octave from 2**3 to 2**4.
 
     Of an even number of elements, the median is the lower one of the two in the middle.
 
@@ -235,13 +258,13 @@ def _median_octave(name: str, total: str, first: int) -> Formula:
 
 
 def _deviation(n: Sums, name: str, squares: str, count: Numbers) -> Numbers:
-    """Return the sum of squared deviations of a quantity from its mean.
+    """Return for each layer the sum of squared deviations of a quantity from its mean.
 
     The result is 0 if all values are equal. It is NaN if the standard deviation is below 1e-5 of
     the mean, since rounding of the sums may then exceed the result.
 
     Args:
-        n: The sums of some rows.
+        n: The sums of some layers or models, a row for each.
         name: Name of the sum of the quantity.
         squares: Name of the sum of the quantity's squares.
         count: Number of elements in the sums, float64 (rows, 1).
@@ -323,4 +346,4 @@ FORMULAS: Mapping[str, Formula] = {
     "grad_stiff_ratio_mean": _per_pair("gradient_per_stiffness"),
     "grad_below_stiffness_frac": _per_pair("gradient_below_stiffness"),
 }
-"""The formula of each metric, by name, in the order of the catalogue."""
+"""The formula that computes each metric from sums, by name, in the order of the catalogue."""

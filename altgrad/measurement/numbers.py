@@ -6,4 +6,4 @@ import numpy as np
 import numpy.typing as npt
 
 Numbers = npt.NDArray[np.float64]
-"""Sums, maxima or figures on the host, float64 of any shape."""
+"""Sums, maxima or figures (values of metrics) on the host, float64 of any shape."""

@@ -11,8 +11,9 @@ from the residuals a − ratio · b of the units, less their mean in each layer:
     Σ (a − ratio · b)²  =  Σ a²  −  2 · ratio · Σ a · b  +  ratio² · Σ b²
 
 so that three sums over units are enough. A standard error is half of the width of the interval of
-95 %, divided by 1.96: read `intervals` first. `step_table` comes next, and computes all errors of a
-step.
+95 %, divided by 1.96: read `intervals` first.
+
+`step_table` comes next, and computes all errors of a step.
 
 References:
     Cochran, Sampling Techniques (1977), chapters 2, 5, 6 and 9. Korn, Graubard, Survey
@@ -72,7 +73,7 @@ class EstimateSums(NamedTuple):
 
 
 def estimate_sums(name: str, n: Sums, width: int) -> EstimateSums:
-    """Return the sums from which the standard error of a metric is computed.
+    """Return the sums from which the standard error of a metric, a ratio Σ a / Σ b, follows.
 
     Args:
         name: Name of the metric, whose formula is an `Estimate`.
@@ -80,8 +81,8 @@ def estimate_sums(name: str, n: Sums, width: int) -> EstimateSums:
         width: Number of keys: 1 for a metric without formats, else the number of formats.
 
     Returns:
-        The sums, (rows, width) each. In rows with clusters, units are clusters; in other rows,
-        units are elements.
+        The sums, (rows, width) each. Units are clusters in rows of layers whose sample was drawn in
+        clusters of neighbours, and elements in other rows.
     """
     formula = FORMULAS[name]
     assert isinstance(formula, Estimate)
@@ -99,7 +100,7 @@ def estimate_sums(name: str, n: Sums, width: int) -> EstimateSums:
 def standard_errors(
     sums: EstimateSums, counted: Numbers, members: Mapping[int, Sequence[int]]
 ) -> Numbers:
-    """Return the standard errors of ratios.
+    """Return the standard errors of ratios Σ a / Σ b that are estimated from samples of layers.
 
     Args:
         sums: Results of `estimate_sums` for all estimates side by side, (rows, keys) each.
@@ -173,7 +174,7 @@ class _Strata:
         self._is_drawn = (elements < population) & (sums.b != 0)
 
     def spreads(self, ratios: Numbers) -> _Spreads:
-        """Return the sums of each stratum from which the standard errors of some ratios follow.
+        """Return the sums of each stratum, a layer, from which standard errors of ratios follow.
 
         Args:
             ratios: The ratios in the residuals a − ratio · b: float64 (rows, keys) for those of the

@@ -1,7 +1,8 @@
 """Turn the sums of one observed step into a `StepRecord`: the figures of each layer and the model.
 
-Read `step_table` and `figures` first, which compute figures from sums. This is the last file of the
-room; `altgrad.report.records` writes the records to the run file.
+Read `step_table` and `figures` first, which compute figures from sums.
+
+This is the last file of the room; `altgrad.report.records` writes the records to the run file.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from altgrad.measurement.twin_figures import NO_TWINS, TwinValues, split_twins
 
 @dataclass(frozen=True, eq=False)
 class StepRecord:
-    """The figures of one observed step, for each layer and for the whole model.
+    """The figures (values of metrics) of one observed step, for each layer and the whole model.
 
     Attributes:
         index: Number of steps that this optimizer made before this one, since it was attached.
@@ -46,7 +47,7 @@ def step_record(
     seconds: tuple[float, float],
     twins: TwinValues | None = None,
 ) -> StepRecord:
-    """Return the figures of a step from the sums and maxima of its layers.
+    """Return the figures (values of metrics) of a step, from the sums and maxima of its layers.
 
     Args:
         formats: Names of the formats, in the order of their columns.
@@ -55,7 +56,8 @@ def step_record(
             of `judged`.
         index: Number of earlier steps, for `StepRecord.index`.
         seconds: `StepRecord.own_seconds` and `StepRecord.training_seconds`.
-        twins: The sums of twins; None without twins. Layers that are not in `judged` are left out.
+        twins: The sums of twins, samples that are stored and stepped as recipes say; None without.
+            Layers that are not in `judged` are left out.
     """
     in_order = [tuple(name for name in formats if name in chosen) for chosen in judged.values()]
     table, model_rows = StepTable.with_model(formats, vectors, in_order)

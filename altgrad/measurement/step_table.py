@@ -36,17 +36,17 @@ from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.standard_errors import EstimateSums, estimate_sums, standard_errors
 
 FormatRows = Mapping[str | None, int]
-"""The row of a table to read for each format, and, under None, for metrics without a format."""
+"""The row of a `StepTable` to read for each format; under None, for metrics without a format."""
 
 _HISTOGRAMS = {"ulps": slice(0, 1), "weights": slice(1, 2), "steps": slice(2, None)}
-"""The position of each histogram in `StepTable._octaves`. Those of all formats are side by side."""
+"""The position of each histogram along axis 1 of `StepTable._octaves`; formats are side by side."""
 
 
 class StepTable:
-    """A table of sums and maxima, with the figures, errors and histograms that follow from them.
+    """A table of the sums and maxima of layers in a step, with the figures that follow from them.
 
-    A row is a layer or a model. Figures, errors and histograms are each computed for all rows, when
-    one of them is first read.
+    A row is a layer or a model. Figures (values of metrics), their standard errors and histograms
+    are each computed for all rows, when one of them is first read.
 
     Args:
         formats: Names of the formats, in the order of their columns.
@@ -58,7 +58,7 @@ class StepTable:
         formats: The `formats` argument.
         vectors: The `vectors` argument.
         members: The `members` argument; empty by default.
-        columns: Position of each key in the rows of `figures`.
+        columns: Position of each key, ``metric`` or ``metric/format``, in the rows of `figures`.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class StepTable:
     def with_model(
         cls, formats: Sequence[str], vectors: Numbers, judged: Sequence[Collection[str]]
     ) -> tuple[StepTable, FormatRows]:
-        """Make a table of layers and of the model that they form.
+        """Make a table of the sums of layers in a step, and of the model that they form.
 
         The model's figures for a format are over the layers that have figures for the format.
 
@@ -90,7 +90,8 @@ class StepTable:
             judged: For each layer, the names of the formats that it has figures for.
 
         Returns:
-            The table, and the rows to read for the model.
+            The table, and its rows to read for the model: one for each format, and under None one
+            for metrics without a format.
         """
         # One row for each distinct set of layers; most models have a single set.
         rows: dict[str | None, int] = {}
@@ -104,26 +105,34 @@ class StepTable:
         return cls(formats, np.concatenate((vectors, *merged)), by_row), rows
 
     def sum(self, name: str) -> Numbers:
-        """Return the sum with a name of SUMS or FORMAT_SUMS, float64 (rows, 1 or formats)."""
+        """Return a sum over elements by name, float64 (rows, 1 or formats).
+
+        A row is a layer or a model. SUMS and FORMAT_SUMS in `altgrad.measurement.columns` list the
+        names.
+        """
         return self.vectors[:, self._places[name]]
 
     def max(self, name: str) -> Numbers:
-        """Return the maximum with a name of MAXIMA or FORMAT_MAXIMA, (rows, 1 or formats)."""
+        """Return a maximum over elements by name, float64 (rows, 1 or formats).
+
+        A row is a layer or a model. MAXIMA and FORMAT_MAXIMA in `altgrad.measurement.columns` list
+        the names.
+        """
         return self.vectors[:, self._places[f"max {name}"]]
 
     def histogram(self, name: str) -> Numbers:
-        """Return the number of elements in each octave.
+        """Return the number of elements in each octave, from a power of two up to the next.
 
         Args:
             name: ``"ulps"``, ``"weights"`` or ``"steps"``, as `Figures.histogram` explains them.
 
         Returns:
-            Counts, float64 (64, 1 or formats, rows).
+            Counts, float64 (64, 1 or formats, rows), a row for each layer or model.
         """
         return self._octaves[:, _HISTOGRAMS[name]]
 
     def counts(self, key: str, row: int) -> list[float]:
-        """Return the 64 counts of a histogram of one row.
+        """Return the 64 counts of a histogram of one layer or model.
 
         Args:
             key: ``"ulps"``, ``"weights"`` or ``"steps/{format}"``.
@@ -135,7 +144,7 @@ class StepTable:
         return counts
 
     def figure(self, key: str, row: int) -> float:
-        """Return one figure of a row; NaN if it has no value.
+        """Return one figure, the value of a metric, of a layer or model; NaN if it has no value.
 
         The first metric that is read is computed alone. As soon as a second metric is read, all are
         computed at once.
@@ -158,13 +167,13 @@ class StepTable:
         return math.nan if math.isnan(value) else value
 
     def _evaluate(self, metric: str) -> Numbers:
-        """Compute the figures of a metric for all rows, float64 (rows, 1 or formats)."""
+        """Compute a metric for all layers and models, float64 (rows, 1 or formats)."""
         with quiet():
             return FORMULAS[metric](self)
 
     @property
     def figures(self) -> list[list[float]]:
-        """The figures of each row, in the order of `catalogue.figure_keys`."""
+        """The values of all metrics by row, a layer or model, in the order of `columns`."""
         if self._figures is None:
             layer_values = [self._evaluate(name) for name in LAYER_METRICS]
             format_values = [self._evaluate(name) for name in FORMAT_METRICS]
@@ -173,7 +182,7 @@ class StepTable:
 
     @functools.cached_property
     def errors(self) -> list[list[float]]:
-        """The standard errors of each row, in the order of `error_columns`."""
+        """The standard errors of metrics by layer or model, in the order of `error_columns`."""
         each = [estimate_sums(name, self, 1) for name in LAYER_ESTIMATES]
         each += [estimate_sums(name, self, len(self.formats)) for name in FORMAT_ESTIMATES]
         sums = EstimateSums(*(np.concatenate(part, axis=1) for part in zip(*each, strict=True)))
@@ -182,7 +191,7 @@ class StepTable:
         return errors
 
     def error(self, key: str, row: int) -> float:
-        """Return the standard error of a figure; NaN if its metric has none.
+        """Return the standard error of a figure (value of a metric); NaN if its metric has none.
 
         Args:
             key: ``metric`` or ``metric/format``.
@@ -193,7 +202,7 @@ class StepTable:
 
     @functools.cached_property
     def counted(self) -> list[list[int]]:
-        """The number of elements of each row, and the number of its measured elements."""
+        """The number of elements of each layer or model, and of those that are measured."""
         pairs = self.vectors[:, [POPULATION, ELEMENTS]].tolist()
         counted = [[round(population), round(elements)] for population, elements in pairs]
         # A model's sums are weighted to stand for all elements, so that both of its columns have
@@ -203,15 +212,15 @@ class StepTable:
         return counted
 
     def convert_row(self, formats: Sequence[str], row: int) -> Numbers:
-        """Convert the vector of a row to other formats.
+        """Return the sums and maxima of a layer or model, arranged for other formats.
 
         Args:
-            formats: Names of the formats of the converted vector.
+            formats: Names of the formats of the result, in the order of their columns.
             row: Row of the layer or model.
 
         Returns:
-            The vector, float64 (columns), with sums of 0 and maxima of −inf for formats that this
-            table does not have.
+            Sums and maxima, float64 (columns) in the order of `altgrad.measurement.columns`, with
+            sums of 0 and maxima of −inf for formats that this table does not have.
         """
         vector: Numbers = self.vectors[row]
         if self.formats == tuple(formats):
@@ -232,7 +241,7 @@ class StepTable:
 
     @functools.cached_property
     def _octaves(self) -> Numbers:
-        """The histograms of all rows, float64 (64, 2 + formats, rows), placed as in _HISTOGRAMS.
+        """The histograms of layers and models, float64 (64, 2 + formats, rows), as in _HISTOGRAMS.
 
         A vector has the counts of 63 octaves. The count of the first octave is the number of
         elements in the histogram minus the sum of these.
@@ -249,7 +258,7 @@ class StepTable:
 
 
 def _by_key(layer_values: Sequence[Numbers], format_values: Sequence[Numbers]) -> Numbers:
-    """Join figures in the order of their keys: without a format, then of each format in turn.
+    """Join the values of metrics: those without a format, then those of each format in turn.
 
     Args:
         layer_values: Figures of each metric without a format, float64 (rows, 1) each.
@@ -265,7 +274,7 @@ def _by_key(layer_values: Sequence[Numbers], format_values: Sequence[Numbers]) -
 
 @functools.cache
 def _places(formats: int) -> Mapping[str, slice]:
-    """Return the places of each sum in a vector by name, and of each maximum as ``"max NAME"``."""
+    """Return the slice of a layer's vector with each sum, by name; of maxima by ``"max NAME"``."""
     # Formats follow each other, so that one sum for all formats is a slice with a step:
     #   sums of the layer | a b c (format 0) | a b c (format 1)   ->   b is at [first + 1 :: 3]
     middle = sum_count(formats)
@@ -282,13 +291,13 @@ def _places(formats: int) -> Mapping[str, slice]:
 
 @functools.lru_cache(maxsize=64)
 def _figure_columns(formats: tuple[str, ...]) -> Mapping[str, int]:
-    """Return the position of each key in a row of `StepTable.figures`."""
+    """Return the position of each key, ``metric`` or ``metric/format``, in `StepTable.figures`."""
     return {key: column for column, key in enumerate(figure_keys(formats))}
 
 
 @functools.lru_cache(maxsize=64)
 def error_columns(formats: tuple[str, ...]) -> Mapping[str, int]:
-    """Return the position of each key in a row of `StepTable.errors`.
+    """Return the position of each key, ``metric`` or ``metric/format``, in `StepTable.errors`.
 
     Args:
         formats: Names of the formats.
@@ -302,7 +311,7 @@ def error_columns(formats: tuple[str, ...]) -> Mapping[str, int]:
 
 
 def _merged(vectors: Numbers, layers: Sequence[int], middle: int) -> Numbers:
-    """Merge the vectors of layers into that of a model.
+    """Merge the sums and maxima of layers into those of the model that they form.
 
     Sums of a sampled layer are multiplied by its number of elements over that of its sample, so
     that they stand for the whole layer.

@@ -51,7 +51,7 @@ _Column = tuple[str, int | None]  # name of a sum or maximum, and index of its f
 
 
 class Clusters(NamedTuple):
-    """The clusters of some rows, with constants to compute the products of their sums.
+    """The clusters that rows of elements form, with constants to compute products of their sums.
 
     A cluster is one or several rows of a sample that was drawn in blocks of neighbours. Neighbours
     may be alike: the standard error of an estimate Σ a / Σ b then follows from whole clusters, and
@@ -76,7 +76,9 @@ class Clusters(NamedTuple):
     def create(
         cls, row_clusters: Tensor, row_layers: Tensor, row_elements: Tensor, formats: int
     ) -> Clusters:
-        """Describe the clusters of some rows.
+        """Describe the clusters that rows of elements form.
+
+        A cluster is one or several rows of a sample that was drawn in blocks of neighbours.
 
         Args:
             row_clusters: Index of the cluster of each row, int64 (rows).
@@ -96,7 +98,10 @@ class Clusters(NamedTuple):
         )
 
     def add_products(self, sums: Tensor, layers: int) -> Tensor:
-        """Add up the products A², A · B and B² of the clusters of each layer.
+        """Add up the products A², A · B and B² over the clusters of each layer.
+
+        A and B are the sums of a and b over a cluster, for an estimate Σ a / Σ b. A cluster is one
+        or several rows of a sample that was drawn in blocks of neighbours.
 
         Args:
             sums: Sums of each row, float64 (rows, sums) in the order of `row_sums`.
@@ -116,7 +121,7 @@ class Clusters(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """The layers that some rows belong to, with the constants for `add_up`.
+    """The layers that rows of elements belong to, with the constants for `add_up`.
 
     A step changes the counts of the histograms and nothing else.
 
@@ -125,12 +130,12 @@ class Layers(NamedTuple):
             number of clusters of these, 0 without clusters, float64 (layers, 3).
         row_layers: Index of the layer of each row, int64 (rows).
         extremum_layers: `row_layers`, repeated for each maximum and minimum, int64 (rows, extrema).
-        histograms: Counts by octave for all layers.
+        histograms: Counts of elements by octave (power of two) for all layers.
         order: For each column of a layer's vector, its place among the columns that `add_up` joins,
             int64 (columns).
         meant: False for columns that mean nothing and that `add_up` sets to 0, bool (columns):
-            what-if sums of formats that are no coarser than the dtype of the weights. None if there
-            are no such formats.
+            those that say what a format would keep of updates, if it is no coarser than the dtype
+            of the weights. None if there are no such formats.
         clusters: The clusters of the rows. None if no elements were drawn in blocks.
         products: Σ A², Σ A · B and Σ B² of each estimate over the clusters that `add_cluster` has
             added, float64 (layers, 3 · estimates).
@@ -153,14 +158,14 @@ class Layers(NamedTuple):
         judged: Sequence[bool],
         clusters: Clusters | None = None,
     ) -> Layers:
-        """Describe the layers of some rows, with histograms whose counts are 0.
+        """Describe the layers that rows of elements belong to, with histograms whose counts are 0.
 
         Args:
             row_layers: Index of the layer of each row, int64 (rows).
             counted: For each layer its number of elements, its number of measured elements, and the
                 number of clusters of these, 0 without clusters, float64 (layers, 3).
             judged: For each format, True if it is coarser than the dtype of the weights. If not,
-                its what-if sums are 0.
+                its sums that say what it would keep of updates are 0.
             clusters: The clusters of the rows. None if no elements were drawn in blocks.
 
         Returns:
@@ -191,7 +196,10 @@ class Layers(NamedTuple):
         )
 
     def add_cluster(self, sums: Tensor, elements: int) -> Layers:
-        """Return a copy of a single layer with one more cluster, a chunk that was measured alone.
+        """Return a copy of these `Layers`, a single one, with one more cluster.
+
+        The cluster is a chunk that was measured alone. Its sums are added to `products`, from which
+        standard errors follow.
 
         Args:
             sums: Sums of the cluster, float64 (1, sums) in the order of `row_sums`.
@@ -206,7 +214,7 @@ class Layers(NamedTuple):
         return self._replace(counted=self.counted + one, products=products)
 
     def add_up(self, sums: Tensor, extrema: Tensor) -> Tensor:
-        """Add up the rows of each layer.
+        """Add up the sums of each layer's rows of elements, to one vector for each layer.
 
         Args:
             sums: Sums of each row, float64 (rows, sums) in the order of `row_sums`.
@@ -290,7 +298,7 @@ def _meant(judged: Sequence[bool], device: torch.device) -> Tensor | None:
 
 
 def _columns(formats: int) -> list[_Column]:
-    """List the columns of a layer's vector in order, each by name and index of its format."""
+    """List the columns of a layer's vector in order: name, and index of the format or None."""
     columns: list[_Column] = [(name, None) for name in SUMS]
     columns += [(name, format) for format in range(formats) for name in FORMAT_SUMS]
     columns += [(f"max {name}", None) for name in MAXIMA]
@@ -299,7 +307,7 @@ def _columns(formats: int) -> list[_Column]:
 
 
 def _source(formats: int) -> tuple[list[_Column], ...]:
-    """List the columns that `Layers.add_up` joins, each by name and index of its format.
+    """List the columns that `Layers.add_up` joins: name, and index of the format or None.
 
     Returns:
         The columns of its five parts: counted, sums, products, octaves and extrema.
@@ -331,7 +339,7 @@ def _source(formats: int) -> tuple[list[_Column], ...]:
 @functools.cache
 @torch.inference_mode(mode=False)
 def _order(formats: int, device: torch.device) -> Tensor:
-    """Return the position of each column of a vector among those of `_source`, int64 (columns)."""
+    """Return where `_source` lists each column of a layer's vector, int64 (columns)."""
     columns = itertools.chain.from_iterable(_source(formats))
     source = {column: position for position, column in enumerate(columns)}
     order = [
@@ -344,7 +352,7 @@ def _order(formats: int, device: torch.device) -> Tensor:
 @functools.cache
 @torch.inference_mode(mode=False)
 def _find_terms(formats: int, device: torch.device) -> Tensor:
-    """Return the columns that each estimate adds, divides by and subtracts: `Clusters.terms`."""
+    """Return which columns each estimate adds, divides by and subtracts, int64 (3 · estimates)."""
     columns: list[_Column] = [("", None), ("elements", None), *_source(formats)[1]]
     place = {column: position for position, column in enumerate(columns)}
 
@@ -362,7 +370,7 @@ def _find_terms(formats: int, device: torch.device) -> Tensor:
 
 
 def _estimates(names: tuple[str, ...]) -> Iterator[tuple[str, Estimate]]:
-    """Yield each name of a metric with its formula, which is an `Estimate`."""
+    """Yield each name of a metric with its formula, an `Estimate`: a ratio Σ a / Σ b."""
     for name in names:
         formula = FORMULAS[name]
         assert isinstance(formula, Estimate)

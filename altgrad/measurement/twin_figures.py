@@ -1,8 +1,9 @@
 """`TwinFigures`: the figures of the twins of a layer or a model, as plain numbers.
 
 A twin is a sample of a layer that is stored and stepped as a recipe says. `TwinValues` has the sums
-of all twins of a step, as they were copied to the host. Read `twin_table` first, which computes the
-figures; `figures` comes next.
+of all twins of a step, as they were copied to the host.
+
+Read `twin_table` first, which computes the figures; `figures` comes next.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from altgrad.measurement.twin_table import TwinTable
 class TwinValues:
     """The sums of all twins of a step.
 
+    A twin is a sample of a layer that is stored and stepped as a recipe says.
+
     Attributes:
         table: The sums, with a row for each layer and recipe.
         rows: For each layer, by name, its row in the table for each recipe, by name.
@@ -42,11 +45,13 @@ class TwinValues:
         populations: Sequence[int],
         blocks: Sequence[int] = (),
     ) -> TwinValues:
-        """Read the result of `measure_twins`, which was copied to the host.
+        """Read the sums of twins that `measure_twins` returned, after their copy to the host.
+
+        A twin is a sample of a layer that is stored and stepped as a recipe says.
 
         Args:
             names: Names of the layers, of the recipes, and of the optimizer's states.
-            values: The sums, float64 (layers, recipes, columns).
+            values: The sums, float64 (layers, recipes, columns), in the order of `TwinColumns`.
             sizes: Number of sampled elements of each layer.
             populations: Number of elements of each layer.
             blocks: Number of blocks in which the sample of each layer was drawn, 0 for single
@@ -68,6 +73,8 @@ class TwinValues:
     def join(cls, parts: Sequence[TwinValues]) -> TwinValues:
         """Join the sums of several sets of twins.
 
+        A twin is a sample of a layer that is stored and stepped as a recipe says.
+
         A layer may be in several sets, with other recipes in each.
 
         Args:
@@ -87,7 +94,9 @@ class TwinValues:
 
 
 class TwinFigures(Mapping[str, float]):
-    """A mapping of figures of twins by key: ``metric/recipe``.
+    """A mapping of figures, the values of metrics, of twins by key: ``metric/recipe``.
+
+    A twin is a sample of a layer that is stored and stepped as a recipe says.
 
     It holds the figures of one layer, or those of a model. A figure is NaN if it has no value.
     `altgrad.measurement.catalogue` lists all metrics.
@@ -103,17 +112,19 @@ class TwinFigures(Mapping[str, float]):
 
     @property
     def recipes(self) -> tuple[str, ...]:
-        """The names of the recipes."""
+        """The names of the recipes by which samples were stored and stepped."""
         return tuple(self._rows)
 
     @property
     def keys_in_order(self) -> tuple[str, ...]:
-        """The keys of all figures, ``metric/recipe``: those of each recipe in turn."""
+        """The keys of all figures (values of metrics): ``metric/recipe``, recipe by recipe."""
         return twin_keys(self.recipes, self._table.states)
 
     @property
     def moved_elements(self) -> float:
         """The number of sampled elements that the twin in fp32 has moved since the start.
+
+        The twin in fp32 is a sample of each layer with float32 weights and states.
 
         If recipes have different samples, as with different block sizes, this is the number of the
         sample with the most. NaN without recipes.
@@ -121,7 +132,7 @@ class TwinFigures(Mapping[str, float]):
         return max((self._table.moved[row] for row in self._rows.values()), default=math.nan)
 
     def __getitem__(self, key: str) -> float:
-        """Return one figure.
+        """Return one figure, the value of a metric; NaN if it has no value.
 
         Args:
             key: ``metric/recipe``.
@@ -136,12 +147,12 @@ class TwinFigures(Mapping[str, float]):
         return math.nan if math.isnan(value) else value
 
     def __contains__(self, key: object) -> bool:
-        """Return True if there is a figure with this key."""
+        """Return True if there is a figure (value of a metric) with this key, ``metric/recipe``."""
         metric, _, recipe = str(key).partition("/")
         return recipe in self._rows and metric in self._table.columns
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the keys: those of each recipe in turn."""
+        """Iterate over the keys, ``metric/recipe``: those of each recipe in turn."""
         return iter(self.keys_in_order)
 
     def __len__(self) -> int:
@@ -149,7 +160,7 @@ class TwinFigures(Mapping[str, float]):
         return len(self._rows) * len(self._table.columns)
 
     def standard_error(self, key: str) -> float:
-        """Return the standard error of a figure that a sample estimates.
+        """Return the standard error of a figure, a metric's value, that a sample estimates.
 
         Args:
             key: ``metric/recipe``.
@@ -166,7 +177,7 @@ class TwinFigures(Mapping[str, float]):
         return self._table.errors[row][column]
 
     def interval(self, key: str) -> tuple[float, float]:
-        """Return the confidence interval of 95 % around a figure that a sample estimates.
+        """Return the confidence interval of 95 % around a figure, a metric's value.
 
         Args:
             key: ``metric/recipe``.
@@ -180,17 +191,18 @@ class TwinFigures(Mapping[str, float]):
         return find_interval(key.partition("/")[0], self[key], self.standard_error(key))
 
     def in_order(self) -> Sequence[float]:
-        """Return all figures in the order of the keys, faster than one by one."""
+        """Return all figures, values of metrics, in the order of keys; faster than one by one."""
         return [figure for row in self._rows.values() for figure in self._table.figures[row]]
 
     def describe_keys(self, metric: str) -> str:
-        """Describe the keys of a metric, for the message of an error about another key.
+        """Describe the keys that a metric has, for the message of an error about another key.
 
         Args:
             metric: Name of a metric of twins.
 
         Returns:
-            The end of a sentence that begins with "expected".
+            The end of a sentence that begins with "expected", such as "metric/recipe, with a recipe
+            of …".
         """
         if not self._rows:
             return f"no {metric}, since no twins were measured; name recipes to measure some"
@@ -199,7 +211,7 @@ class TwinFigures(Mapping[str, float]):
         return f"metric/recipe, with a recipe of {self.recipes}"
 
     def find_layers(self) -> Sequence[tuple[str, int]]:
-        """Return the rows of the table that the figures combine.
+        """Return the rows of `table` with the layers that these figures (values of metrics) cover.
 
         Returns:
             Pairs of recipe and row. A layer has one row for each recipe; a model has those of all
@@ -210,11 +222,11 @@ class TwinFigures(Mapping[str, float]):
 
     @property
     def table(self) -> TwinTable:
-        """The table that has the figures."""
+        """The table of sums that has the figures: a row for each layer or model, and recipe."""
         return self._table
 
     def _find_place(self, key: str) -> tuple[int, int]:
-        """Find the row and the column of the table that hold the figure of a key."""
+        """Find the row and the column of the table with the figure of a key, ``metric/recipe``."""
         metric, _, recipe = key.partition("/")
         if key not in self:
             raise KeyError(f"{key!r}: expected {self.describe_keys(metric)}")
@@ -225,6 +237,9 @@ def split_twins(
     values: TwinValues | None, layers: Iterable[str]
 ) -> tuple[Mapping[str, TwinFigures], TwinFigures]:
     """Return the figures of the twins of each layer, and of the model that the layers form.
+
+    A twin is a sample of a layer that is stored and stepped as a recipe says. A figure is the value
+    of a metric.
 
     Args:
         values: The sums of all twins of a step; None without twins.
@@ -248,6 +263,9 @@ def split_twins(
 def merge_twins(figures: Sequence[TwinFigures]) -> TwinFigures:
     """Combine the figures of the twins of layers into those of the model that the layers form.
 
+    A twin is a sample of a layer that is stored and stepped as a recipe says. A figure is the value
+    of a metric.
+
     Args:
         figures: Figures of layers or models, of one step or of several.
 
@@ -262,7 +280,9 @@ def merge_twins(figures: Sequence[TwinFigures]) -> TwinFigures:
 def _tabulate(
     parts: Sequence[tuple[TwinTable, Sequence[tuple[str, int]]]],
 ) -> tuple[TwinTable, Mapping[str, int]]:
-    """Make one table from rows of several tables, and add the model that they form.
+    """Make one table from rows of several tables of twins, and add the model that they form.
+
+    A twin is a sample of a layer that is stored and stepped as a recipe says.
 
     Args:
         parts: Tables, each with the rows to take from it: the name of the recipe, and the row.
@@ -278,7 +298,9 @@ def _tabulate(
 def _stack(
     parts: Sequence[tuple[TwinTable, Sequence[int]]],
 ) -> tuple[tuple[str, ...], Numbers, Numbers]:
-    """Put rows of several tables below each other.
+    """Put rows of several tables of twins below each other.
+
+    A twin is a sample of a layer that is stored and stepped as a recipe says.
 
     Args:
         parts: Tables, each with the rows to take from it.
@@ -293,4 +315,4 @@ def _stack(
 
 
 NO_TWINS = TwinFigures(TwinTable((), np.zeros((0, len(TwinColumns()))), np.zeros((0, 3))), {})
-"""The figures of a layer without twins."""
+"""The `TwinFigures` of a layer of which no sample is stepped as a recipe says: an empty mapping."""

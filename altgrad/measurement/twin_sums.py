@@ -3,7 +3,9 @@
 A twin is a sample of each layer that is stored and stepped as a recipe says. The twin in fp32 has
 float32 weights and states, and gets the same gradients. Each figure of a twin is a ratio Σ a / Σ b
 over the elements of the sample, or a median. `TwinColumns` names the sums, and `measure_twins`
-computes them. `twin_table` comes next and turns them into figures.
+computes them.
+
+`twin_table` comes next and turns the sums into figures.
 """
 
 from __future__ import annotations
@@ -27,11 +29,16 @@ RATIOS = (
     *("progress_kept", "window_progress_kept", "drift", "frozen_frac", "still_frac"),
     *("step_projection", "decay_projection", "twin_nonfinite_frac"),
 )
-"""Names of the metrics of a twin that are ratios; ``drift`` is the square root of its ratio."""
+"""Names of a twin's metrics that are ratios Σ a / Σ b; ``drift`` is the square root of its ratio.
+
+A twin is a sample of a layer that is stored and stepped as a recipe says.
+"""
 
 
 class TwinStack(NamedTuple):
     """The tensors of one twin, of shape (layers, width), with a layer's sample in each row.
+
+    A twin is a sample of a layer that is stored and stepped as a recipe says.
 
     The width is the size of the largest sample; the end of shorter rows is padding. Weights and
     states are floating-point.
@@ -57,7 +64,9 @@ class TwinStack(NamedTuple):
 
 @dataclass(frozen=True)
 class TwinColumns:
-    """The columns of a twin's row: its sums and medians.
+    """The columns of a table of twins: sums and medians that compare a twin with that in fp32.
+
+    A twin is a sample of a layer that is stored and stepped as a recipe says.
 
     The columns are the five sums of each ratio, the median of each state, and last the number of
     elements that the twin in fp32 has moved since the start.
@@ -70,12 +79,12 @@ class TwinColumns:
 
     @cached_property
     def ratios(self) -> tuple[str, ...]:
-        """The names of the metrics that are ratios."""
+        """The names of a twin's metrics that are ratios Σ a / Σ b over its elements."""
         return (*RATIOS, *(f"{state}_zero_frac" for state in self.states))
 
     @cached_property
     def medians(self) -> tuple[str, ...]:
-        """The names of the metrics that are medians, one for each state."""
+        """The names of the metrics that are medians: ``{state}_ratio`` for each optimizer state."""
         return tuple(f"{state}_ratio" for state in self.states)
 
     def __len__(self) -> int:
@@ -92,8 +101,9 @@ def measure_twins(
 ) -> Tensor:
     """Compare each twin with the twin in fp32, and sum up over the sample of each layer.
 
-    An element is finite if its weights at all four times of `TwinStack` are. Elements that are not
-    finite in a twin or in fp32 count in ``twin_nonfinite_frac`` alone.
+    A twin is a sample of each layer that is stored and stepped as a recipe says; that in fp32 has
+    float32 weights and states. An element is finite if its weights at all four times of `TwinStack`
+    are. Elements that are not finite in a twin or in fp32 count in ``twin_nonfinite_frac`` alone.
 
     Args:
         mask: bool (layers, width), False at padding.
@@ -131,6 +141,8 @@ def measure_twins(
 class _Joined(NamedTuple):
     """The tensors of several twins, joined along an axis of twins.
 
+    A twin is a sample of a layer that is stored and stepped as a recipe says.
+
     Attributes:
         now: The weights after the latest step, float64 (twins, layers, width).
         are_finite: True if the element's weights are finite at all four times of `TwinStack`, bool
@@ -151,7 +163,11 @@ class _Joined(NamedTuple):
 
 
 def _join(stacks: Sequence[TwinStack], states: Sequence[str]) -> _Joined:
-    """Join the tensors of twins, so that one operation serves all twins."""
+    """Return the tensors of twins joined along a new axis, so that one operation serves all.
+
+    A twin is a sample of a layer that is stored and stepped as a recipe says. `states` names the
+    states to join.
+    """
     each = [torch.stack([one.now, one.start, one.window, one.before]).double() for one in stacks]
     weights = torch.stack(each, dim=1)
     moved = [torch.stack([one.moved, one.moved_in_window]) for one in stacks]
@@ -169,7 +185,10 @@ def _join(stacks: Sequence[TwinStack], states: Sequence[str]) -> _Joined:
 def _pair_weights(
     mask: Tensor, finite: Tensor, low: _Joined, high: _Joined
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the a and b of each element for the ratios Σ a / Σ b that compare weights.
+    """Return the a and b of each element, for the ratios Σ a / Σ b that compare twins with fp32.
+
+    A twin is a sample of a layer that is stored and stepped as a recipe says. The twin in fp32 has
+    float32 weights and states.
 
     Args:
         mask: bool (layers, width), False at padding.
@@ -200,7 +219,9 @@ def _pair_weights(
 
 
 def _sum_products(a: Tensor, b: Tensor, blocks: Sequence[int]) -> Tensor:
-    """Return the five sums of each ratio, whose products are those of sums over blocks.
+    """Return Σ a, Σ b, Σ a², Σ a · b and Σ b² for ratios Σ a / Σ b over a twin's elements.
+
+    The products are those of sums of a and b over blocks, which were drawn together.
 
     Args:
         a: What elements add to the numerators, float64 (ratios, twins, layers, width).
@@ -208,7 +229,7 @@ def _sum_products(a: Tensor, b: Tensor, blocks: Sequence[int]) -> Tensor:
         blocks: Number of elements of a block in each layer; empty for single elements.
 
     Returns:
-        float64 (5, ratios, twins, layers).
+        The five sums, float64 (5, ratios, twins, layers).
     """
     sizes = {*blocks} or {1}
     if len(sizes) == 1:
@@ -227,7 +248,7 @@ def _sum_block_products(a: Tensor, b: Tensor, size: int) -> Tensor:
 
 
 def _add_up_blocks(numbers: Tensor, size: int) -> Tensor:
-    """Add up the elements of each block, from (…, width) to (…, blocks)."""
+    """Add up each block of `size` neighbours on the last axis, from (…, width) to (…, blocks)."""
     if size == 1:
         return numbers
     padded = pad(numbers, (0, -numbers.shape[-1] % size))

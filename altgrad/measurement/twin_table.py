@@ -26,15 +26,17 @@ _CARRIED = {
     "window_progress_kept": "still_frac",
     "step_projection": "still_frac",
 }
-"""For a ratio Σ a / Σ b in which b is a square, the share whose denominator counts the b ≠ 0.
+"""For three metrics Σ a / Σ b with squares b, the metric whose denominator counts the b ≠ 0.
 
 Standard errors need this count of elements. For ``step_projection`` it may be too high: it includes
-elements that moved before the latest step, and not in it.
+elements that moved before the latest step alone.
 """
 
 
 class TwinTable:
-    """A table of sums of twins, with the figures and errors that follow from them.
+    """A table of sums of twins, with the values and errors of metrics that follow from them.
+
+    A twin is a sample of a layer that is stored and stepped as a recipe says.
 
     A row is a layer with a recipe, or a model with a recipe.
 
@@ -72,13 +74,16 @@ class TwinTable:
     def with_model(
         cls, states: Sequence[str], vectors: Numbers, counted: Numbers, recipes: Sequence[str]
     ) -> tuple[TwinTable, Mapping[str, int]]:
-        """Make a table of layers and of the model that they form.
+        """Make a table of the sums of twins of layers, and of the model that the layers form.
+
+        A twin is a sample of a layer that is stored and stepped as a recipe says.
 
         The model's figures for a recipe are over the layers that have the recipe.
 
         Args:
             states: Names of the optimizer's states.
-            vectors: Sums and medians of each layer and recipe, float64 (rows, columns).
+            vectors: Sums and medians of each layer and recipe, float64 (rows, columns) in the order
+                of `TwinColumns`.
             counted: For each row, the layer's number of elements, the number in its sample, and the
                 number of blocks in which these were drawn, float64 (rows, 3).
             recipes: Name of the recipe of each row.
@@ -103,7 +108,7 @@ class TwinTable:
 
     @cached_property
     def figures(self) -> list[list[float]]:
-        """The figures of each row, in the order of `columns`."""
+        """The values of all metrics by row, a layer or model with a recipe, as in `columns`."""
         sums, medians = self._split()
         with quiet():
             ratios = sums[:, :, 0] / sums[:, :, 1]
@@ -117,7 +122,10 @@ class TwinTable:
 
     @cached_property
     def errors(self) -> list[list[float]]:
-        """The standard errors of each row, in the order of `columns`; NaN for metrics without."""
+        """The standard errors of metrics by row (layer or model with a recipe); NaN where missing.
+
+        The errors are in the order of `columns`.
+        """
         names = [name for name in self._layout.ratios if name != "drift"]
         errors = np.full((len(self.vectors), len(self.columns)), np.nan)
         found = standard_errors(self._estimate_sums(names), self.counted, self.members)
@@ -127,20 +135,24 @@ class TwinTable:
 
     @cached_property
     def moved(self) -> list[float]:
-        """The number of sampled elements that the twin in fp32 has moved, for each row."""
+        """The number of sampled elements that the twin in fp32 has moved, by row.
+
+        A row is a layer or model with a recipe. The twin in fp32 is a sample of each layer with
+        float32 weights and states.
+        """
         numbers: list[float] = self.vectors[:, -1].tolist()
         return numbers
 
     def convert_rows(self, states: Sequence[str], rows: Sequence[int]) -> Numbers:
-        """Convert the vectors of some rows to other states.
+        """Return the sums and medians of some rows, arranged for other optimizer states.
 
         Args:
-            states: Names of the states of the converted vectors, which include those of the table.
+            states: Names of the states of the result, which include those of the table.
             rows: The rows to convert.
 
         Returns:
-            The vectors, float64 (rows, columns), with sums of 0 and medians of NaN for states that
-            this table does not have.
+            Sums and medians, float64 (rows, columns) in the order of `TwinColumns`, with sums of 0
+            and medians of NaN for states that this table does not have.
         """
         vectors: Numbers = self.vectors[[*rows]]
         if self.states == tuple(states):
@@ -159,7 +171,7 @@ class TwinTable:
         return _split(self._layout, self.vectors)
 
     def _estimate_sums(self, names: Sequence[str]) -> EstimateSums:
-        """Return the sums from which the standard errors of ratios follow, given their names."""
+        """Return the sums from which the standard errors of the metrics called `names` follow."""
         sums = self._split()[0]
         places = [self._layout.ratios.index(name) for name in names]
         is_share = np.array([float(get_metric(name).unit == "share") for name in names])
@@ -169,7 +181,7 @@ class TwinTable:
         return EstimateSums(a, b, aa, ab, bb, carrying, shares)
 
     def _count_carrying(self, sums: Numbers, name: str) -> Numbers:
-        """Count the elements with b other than 0 in the ratio called `name`, float64 (rows)."""
+        """Count the elements with b other than 0 in the metric Σ a / Σ b called `name`, (rows)."""
         if name == "decay_projection":  # b is weight², so that all finite elements count
             a, b = sums[:, self._layout.ratios.index("twin_nonfinite_frac"), :2].T
             finite: Numbers = b - a
@@ -180,19 +192,19 @@ class TwinTable:
 
 @lru_cache(maxsize=64)
 def _number_metrics(states: tuple[str, ...]) -> Mapping[str, int]:
-    """Return the position of each metric in a row of `TwinTable.figures`."""
+    """Return the position of each metric of twins in a row of `TwinTable.figures`."""
     return {name: column for column, name in enumerate(twin_metrics(states))}
 
 
 def _split(layout: TwinColumns, vectors: Numbers) -> tuple[Numbers, Numbers]:
-    """Return the sums, (rows, ratios, 5), and the medians, (rows, states), as views of vectors."""
+    """Return views of the sums of twins, (rows, ratios, 5), and the medians, (rows, states)."""
     stop = len(layout.ratios) * len(SUMS)
     sums = vectors[:, :stop].reshape(len(vectors), len(layout.ratios), len(SUMS))
     return sums, vectors[:, stop : stop + len(layout.medians)]
 
 
 def _merge(layout: TwinColumns, vectors: Numbers, counted: Numbers) -> Numbers:
-    """Merge the vectors of layers into that of a model.
+    """Merge the sums and medians of the twins of layers into those of the model they form.
 
     Sums of a layer are multiplied by its number of elements over that of its sample, so that they
     stand for the whole layer.

@@ -35,7 +35,7 @@ _KEPT_SHAPES = 8  # a model has few shapes of batches and chunks; views of more 
 
 
 class Buffers(NamedTuple):
-    """A set of uninitialised float64 tensors in which the kernel computes.
+    """A set of uninitialised float64 tensors in which `kernel` computes the sums of a step.
 
     `values`, `sizes` and `pairs` are views of neighbouring buffers, so that one operation can serve
     several. The names in this drawing are those of local variables of `kernel`::
@@ -64,12 +64,13 @@ class Buffers(NamedTuple):
 
 
 def compute_capacity(memory: int, formats: int, *, scale_per_element: bool = False) -> int:
-    """Return the maximum number of elements that one call of the kernel can measure.
+    """Return how many elements one call of `row_sums`, the measuring kernel, can take.
 
     Args:
         memory: Memory that the call may take, in bytes.
         formats: Number of formats.
-        scale_per_element: True if elements of a row have different scales, which takes more memory.
+        scale_per_element: True if elements of a row have different scales, by which formats divide
+            them, which takes more memory.
     """
     numbers = _PER_FORMAT * formats + _SHARED + _STACKED
     if scale_per_element:
@@ -94,7 +95,7 @@ class Workspace:
     # https://docs.pytorch.org/docs/stable/notes/autograd.html#inference-mode
     @torch.inference_mode(mode=False)
     def buffers(self, rows: int, formats: int, elements: int, device: torch.device) -> Buffers:
-        """Return buffers of a shape. The next call may reuse their memory, also for another shape.
+        """Return float64 buffers of a shape; the next call may reuse their memory, for any shape.
 
         Args:
             rows: Number of rows.
@@ -110,7 +111,7 @@ class Workspace:
         return self._buffers[key]
 
     def _cut(self, rows: int, formats: int, elements: int, device: torch.device) -> Buffers:
-        """Cut buffers from the memory of a device, which grows if it is too small."""
+        """Return buffers as views of the memory of a device, which grows if it is too small."""
         size = rows * elements
         needed = size * (_PER_FORMAT * formats + _SHARED + _STACKED)
         memory = self._memory.get(device)

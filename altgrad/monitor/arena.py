@@ -11,7 +11,9 @@ block formats, rows have 32 elements, as many as most blocks that share a scale:
 A segment holds layers with one dtype of weights, one dtype of gradients and one device. Memory is
 laid out once, and weights and gradients are copied to it around each observed step. Beside the
 copies lie the ever-moved flags: for each element whether any update has moved it so far, and for
-each format whether any was effective. `engine` comes next: it owns an arena for each optimizer.
+each format whether any was effective.
+
+`engine` comes next: it owns an arena for each optimizer.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ _ROW, _SHORT_ROW = 64, 32
 
 
 class Place(NamedTuple):
-    """The place of one layer in a segment.
+    """The place of one layer in a `Segment`, memory in which several layers lie side by side.
 
     Attributes:
         name: Name of the layer.
@@ -61,7 +63,7 @@ class Place(NamedTuple):
     block: int
 
     def rows_in_cluster(self, row_length: int) -> int:
-        """Return the number of rows that make a cluster; 0 if elements are drawn one by one.
+        """Return how many rows of memory make a cluster; 0 if elements are drawn one by one.
 
         A cluster holds one or several blocks of elements that were drawn together. Standard errors
         follow from the sums of clusters, as neighbours may be alike.
@@ -81,13 +83,16 @@ class Place(NamedTuple):
 
 @dataclass(eq=False)
 class Segment:
-    """A set of layers with the same dtypes and device, whose rows one kernel call measures.
+    """The memory for copies of layers with the same dtypes and device, which one call measures.
+
+    A row has elements of one layer, 64 or 32; a layer has one or more rows.
 
     Attributes:
         before: Weights before the step, (rows, elements); NaN where there is no element.
         after: Weights after the step, (rows, elements).
         gradient: Gradients, (rows, elements).
-        ever: Ever-moved flags of each element, and of each element and format.
+        ever: Flags that say whether each element has moved so far, and for each format whether it
+            would have kept a part of an update.
         places: Places of the layers, in the order of their rows.
         batch: A `Batch` of views of this memory, which `Measurer.measure_batch` measures.
     """
@@ -100,7 +105,7 @@ class Segment:
     batch: Batch
 
     def empty_absent(self, present: set[str]) -> list[str | None]:
-        """Write NaN to the rows of layers that are not in this step, so that no sum counts them.
+        """Write NaN to the memory of layers that are not in this step: sums leave out NaN.
 
         Otherwise the copies of an earlier step would be measured again.
 
@@ -118,7 +123,7 @@ class Segment:
         return [place.name if place.name in present else None for place in self.places]
 
     def copies(self, place: Place, shape: torch.Size) -> Copies:
-        """Return the memory for the copies of one layer, as views of the segment.
+        """Return the memory for one layer's weights and gradient, as views of this segment.
 
         Args:
             place: Place of the layer.
@@ -133,17 +138,17 @@ class Segment:
         )
 
     def read_flags(self, place: Place) -> Tensor:
-        """Return the ever-moved flags of one layer.
+        """Return the flags that say which elements of one layer have moved so far.
 
         Returns:
             bool (1 + formats, elements). Row 0 says which elements have moved, each other row which
-            have moved effectively in a format.
+            have had an update that a format keeps a part of.
         """
         both = torch.cat((self.ever.moved[place.rows], self.ever.effective[place.rows]), dim=1)
         return both.transpose(0, 1).flatten(1)[:, : place.elements]
 
     def write_flags(self, place: Place, flags: Tensor) -> None:
-        """Set the ever-moved flags of one layer.
+        """Set the flags that say which elements of one layer have moved so far.
 
         Args:
             place: Place of the layer.
@@ -164,13 +169,14 @@ class Segment:
 class Arena:
     """The memory for the copies of one optimizer's layers, laid out again when layers change.
 
-    An arena consists of segments, each of which one kernel call measures. A layer with more
-    elements than `Measurer.capacity` is not in the arena, and is measured alone.
+    An arena consists of segments, each of which has layers of the same dtypes and is measured in
+    one call. A layer with more elements than `Measurer.capacity` is not in the arena, and is
+    measured alone.
 
     Args:
         measurer: The measurer of the segments.
-        scale_state: The amax of each layer.
-        ever_moved: The ever-moved flags of layers that are in no arena.
+        scale_state: The amax, largest finite magnitude, of each layer, from which scales follow.
+        ever_moved: The flags of layers in no arena, which say which elements have moved so far.
         samples: Elements that are copied, by name of the layer; other layers are copied whole.
 
     Attributes:
@@ -224,30 +230,32 @@ class Arena:
         return [copies.get(request.name) for request in requests]
 
     def free(self) -> None:
-        """Free all memory, and move the ever-moved flags of its layers to the `EverMovedStore`."""
+        """Free all memory, but keep which elements have moved so far: in the `EverMovedStore`."""
         for name, flags in self.flags():
             self._ever_moved.keep(name, flags)
         self.segments.clear()
 
     def flags(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and the ever-moved flags of each layer, bool (1 + formats, elements).
+        """Yield each layer's name, and flags that say which of its elements have moved so far.
 
         Returns:
-            An iterator over pairs of a name and flags.
+            An iterator over pairs of a name and flags, bool (1 + formats, elements). Row 0 says
+            which elements have moved, each other row which have had an update that a format keeps a
+            part of.
         """
         for segment in self.segments:
             for place in segment.places:
                 yield place.name, segment.read_flags(place)
 
     def scales_changed(self) -> None:
-        """Compute the scales of all segments again, after an amax has changed."""
+        """Compute the scales of all layers again, after an amax (largest magnitude) has changed."""
         for segment in self.segments:
             row_layers = segment.batch.layers.row_layers
             scales = self._scales(segment.places, row_layers)
             segment.batch = self._measurer.with_scales(segment.batch, scales)
 
     def _grouped(self, requests: Sequence[Request]) -> list[list[Request]]:
-        """Divide layers into groups, one for each segment: the same dtypes and device in each."""
+        """Divide layers into groups that share memory: the same dtypes and device in each."""
         # A layer goes into the last group of its kind, or into a new one. To search all groups for
         # free rows would take quadratic time, and gain little: a layer takes at most a quarter of a
         # segment.
@@ -270,7 +278,7 @@ class Arena:
         return groups
 
     def _segment(self, group: Sequence[Request]) -> Segment:
-        """Make the memory and the batch of a segment."""
+        """Make a segment for some layers: memory for their copies, and the batch to measure."""
         places, stop = [], 0
         for request in group:
             elements, start = _count_copied(request), stop
@@ -311,7 +319,7 @@ class Arena:
         )
 
     def _clusters(self, places: Sequence[Place]) -> tuple[tuple[Tensor, Tensor] | None, list[int]]:
-        """Group the rows of a segment into clusters of elements that were drawn together.
+        """Group the rows of elements of a segment into clusters that were drawn together.
 
         Args:
             places: All places of a segment.
@@ -347,7 +355,8 @@ class Arena:
 
         Returns:
             If each layer has one scale for each format: float64 (rows, formats, 1). Otherwise a map
-            of the elements that share a scale, and the amaxes of all layers, if formats need them.
+            of the elements that share a scale, and the amaxes (largest magnitudes) of all layers,
+            if formats need them.
         """
         device, measurer = row_layers.device, self._measurer
         amaxes = None
@@ -361,7 +370,7 @@ class Arena:
         return sharing.to(device), amaxes
 
     def _amaxes(self, place: Place, device: torch.device) -> Amaxes:
-        """Return the amaxes of a layer; ones, to fill the place, if the layer has a new shape.
+        """Return the largest magnitudes of a layer; ones, as a filler, if it has a new shape.
 
         A layer with a new shape is not measured before the arena is laid out again.
         """
@@ -373,7 +382,7 @@ class Arena:
         return Amaxes.from_groups(torch.ones(groups, device=device))
 
     def _sharing(self, place: Place) -> Sharing:
-        """Find which elements of a layer share a scale, padded to whole rows of the segment."""
+        """Find which elements of a layer share a scale, padded to whole rows of memory."""
         indices = place.indices
         indices = torch.arange(place.elements, device="cpu") if indices is None else indices.cpu()
         count = (place.rows.stop - place.rows.start) * self._row_length
@@ -393,7 +402,7 @@ def _copied_shape(request: Request) -> torch.Size:
 
 
 def _memory(first: Request, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Allocate rows for layers with the dtypes and the device of the first one.
+    """Allocate rows of elements for copies of layers with the dtypes and device of the first one.
 
     Args:
         first: Request of one of the layers.

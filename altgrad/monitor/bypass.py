@@ -1,6 +1,6 @@
 """`BypassDetector`: find layers whose weights change although their optimizer calls no hook.
 
-A look reads a few weights of each layer. If they have changed later, and the optimizer has called
+A look copies a few weights of each layer. If they have changed later, and the optimizer has called
 its hooks for no step since, something else has moved them. A look costs no more than an observed
 step. `monitor` looks in `attach` and `detach`, and on request.
 
@@ -30,7 +30,7 @@ _SHARDED = "they were sharded after attach(); shard the module first, then call 
 
 
 class Bypass(NamedTuple):
-    """Layers that moved although no hook of an optimizer was called.
+    """Layers whose weights changed although no hook of their optimizer was called.
 
     Attributes:
         names: Names of the layers.
@@ -43,7 +43,7 @@ class Bypass(NamedTuple):
 
 @dataclass
 class _Look:
-    """A look at the weights of an optimizer's layers, with the number of steps until then.
+    """A copy of a few weights of an optimizer's layers, with the number of steps until then.
 
     Attributes:
         kind: Name of the optimizer's class.
@@ -83,7 +83,7 @@ class BypassDetector:
         self._last: WeakKeyDictionary[StepHooks[Any], _Look] = WeakKeyDictionary()
 
     def begin(self, attached: Sequence[StepHooks[Any]]) -> None:
-        """Look at the layers of optimizers that have just been attached, to compare them later.
+        """Copy a few weights of the layers of optimizers just attached, to compare them later.
 
         Args:
             attached: The hooks of all attached optimizers.
@@ -101,11 +101,11 @@ class BypassDetector:
     def find_bypasses(
         self, attached: Sequence[StepHooks[Any]], parameters: Mapping[str, Tensor]
     ) -> list[Bypass]:
-        """Return layers that changed since the last look, although no step of theirs called hooks.
+        """Return layers that have changed, although no step of their optimizer called its hooks.
 
-        Layers of an optimizer that has stepped are looked at again, and not compared. Only changes
-        with a likely reason are returned: others may be edits or swaps of weights, which are no
-        updates.
+        A few weights of each layer are compared with copies of them. Of an optimizer that has
+        stepped since the copy, the weights are copied anew instead. Only changes with a likely
+        reason are returned: others may be edits or swaps of weights, which are no updates.
 
         Args:
             attached: The hooks of all attached optimizers.
@@ -127,7 +127,7 @@ class BypassDetector:
         return found + self._find_unattached(attached)
 
     def _find_unattached(self, attached: Sequence[StepHooks[Any]]) -> list[Bypass]:
-        """Return layers that moved and belong to optimizers that are not attached."""
+        """Return layers that moved and belong to optimizers that are not observed."""
         if self._all is None or not attached:
             return []
         stepped = {name for look in self._last.values() for name in look.names}
@@ -193,7 +193,12 @@ class BypassDetector:
         attached: Sequence[StepHooks[Any]],
         parameters: Mapping[str, Tensor],
     ) -> list[Bypass]:
-        """Return the layers of an idle optimizer that moved since a look, by no attached one."""
+        """Return layers that moved although no attached optimizer has stepped them.
+
+        A few weights are compared with the copies in `last`. The list is empty if none changed, or
+        if nothing points to a reason; otherwise it has one `Bypass`. Layers that were sharded since
+        cannot be compared, and are returned, too.
+        """
         known = {name: parameters[name] for name in last.names if name in parameters}
         # Their weights are on other ranks now, and cannot be compared.
         resharded = [n for n, each in known.items() if is_sharded(each) and n not in last.sharded]
@@ -228,7 +233,7 @@ def _explain(hooks: StepHooks[Any], first: _Look, others_seen: bool) -> str:
 
     Args:
         hooks: The hooks of the layers' optimizer.
-        first: The look at the layers when the optimizer was attached.
+        first: The copies of the layers' weights from when the optimizer was attached.
         others_seen: True if other layers of the optimizer were part of an observed step.
     """
     if not hooks.index:

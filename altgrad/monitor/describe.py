@@ -1,6 +1,8 @@
 """Write a dry run: a table of the layers and how each would be observed.
 
-`UpdateMonitor.describe` returns this text. Read `layer_settings` first, which resolves the rules.
+`UpdateMonitor.describe` returns this text.
+
+Read `layer_settings` first, which resolves the rules.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def describe_layers(
 
 
 def _row(layer: LayerSampling) -> tuple[str, ...]:
-    """Return the cells of a layer as texts."""
+    """Return a layer's cells in the table: name, rule, interval, elements and formats as texts."""
     rule = "(default)" if layer.rule is None else layer.rule.layers
     if not layer.enabled:
         return layer.name, rule, "no", "-", "-"
@@ -77,6 +79,6 @@ def _shorten(text: str, size: int) -> str:
 
 
 def _without_layers(rule: SamplingRule, number: int, width: int) -> str:
-    """Return a line that says that no layer uses a rule."""
+    """Return a line that says that no layer uses a rule, as earlier rules match its layers."""
     begin, end = f"rule {number} (", ") gets no layer: earlier rules match first"
     return begin + _shorten(rule.layers, max(width - len(begin + end), 1)) + end

@@ -1,8 +1,9 @@
 """Draw the elements of a layer that are observed: a uniform sample, equal on all ranks.
 
 Standard errors assume a uniform sample without replacement, of elements or of blocks. Ranks do not
-communicate about samples, so that each has to draw the same one. Read `layer_settings` next, which
-decides the size.
+communicate about samples, so that each has to draw the same one.
+
+Read `layer_settings` next, which decides the size.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from altgrad._messages import check_int, check_type
 
 SAMPLING_VERSION = 1
-"""Version of the algorithm: raised whenever equal arguments begin to give other elements."""
+"""Version of `sample_elements`: raised whenever equal arguments begin to give other elements."""
 
 _CPU = torch.device("cpu")  # named because the user may have set another default device
 

@@ -1,8 +1,9 @@
 """`Engine`: measure one optimizer step of all layers on their devices.
 
 Before a step, the engine chooses elements and assigns memory; after it, it measures the copies and
-brings all results to the host in one transfer. Read `arena` first, which measures most layers
-together; `monitor` comes next and calls the engine.
+brings all results to the host in one transfer.
+
+Read `arena` first, which measures most layers together; `monitor` comes next and calls the engine.
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ from altgrad.quantization.arguments import INPUT_DTYPES
 
 
 class Engine:
-    """An engine that measures steps: small layers together in an arena, large ones alone.
+    """An engine that computes the sums of optimizer steps, from which metrics follow.
+
+    Small layers are measured together, as their copies lie side by side in an `Arena`. Large layers
+    are measured alone.
 
     Args:
         measurer: The measurer of small and large layers.
         settings: Settings of each layer.
-        scale_state: The amax of each layer.
-        ever_moved: The ever-moved flags of layers that are in no arena.
+        scale_state: The amax, largest finite magnitude, of each layer, from which scales follow.
+        ever_moved: The flags of layers in no arena, which say which elements have moved so far.
     """
 
     def __init__(
@@ -58,7 +62,7 @@ class Engine:
     # --- before a step
 
     def choose_elements(self, name: str, parameter: Tensor, peers: Peers) -> Tensor | None:
-        """Choose the elements of a local shard that are copied, and remember the sample.
+        """Choose the elements of a layer's local shard to copy at each step, and remember these.
 
         Args:
             name: Name of the layer.
@@ -91,7 +95,7 @@ class Engine:
     def lay_out(
         self, optimizer: Optimizer, requests: Sequence[Request], peers: Peers
     ) -> Sequence[Copies | None]:
-        """Assign memory for the copies of an optimizer's layers.
+        """Assign memory for copies of weights and gradients of an optimizer's layers.
 
         Args:
             optimizer: The optimizer.
@@ -113,7 +117,7 @@ class Engine:
         return self._arenas[optimizer].lay_out(requests)
 
     def scales_changed(self) -> None:
-        """Compute the scales of all arenas again, after an amax has changed."""
+        """Compute the scales of all layers again, after an amax (largest magnitude) has changed."""
         for arena in self._arenas.values():
             arena.scales_changed()
 
@@ -122,19 +126,21 @@ class Engine:
     def measure(
         self, outcome: StepOutcome, seconds: tuple[float, float], others: Sequence[Tensor] = ()
     ) -> StepSums:
-        """Measure a step on this rank, with one copy to the host.
+        """Compute the sums and maxima of a step on this rank, with one copy to the host.
 
-        Errors of the step or of the measurement are returned. They are raised when the results of
-        all ranks are combined.
+        No error is raised here: `Peers.combine` raises it, so that all ranks do so together.
 
         Args:
-            outcome: The outcome of the step, from the observer.
+            outcome: The step with its copies of weights and gradients, or the error of copying.
             seconds: Time to observe the last observed step and mean time of a training step, in
                 seconds.
-            others: Further numbers to copy to the host, float64 of any shape.
+            others: Further numbers to copy to the host by the same transfer, such as the sums of
+                twins, float64 of any shape.
 
         Returns:
-            Sums and maxima of the layers, with the outcome of the step.
+            A `StepSums`: in `vectors` the sums and maxima of each layer, float64 (layers, columns),
+            in `names` the layers, and in `others` the further numbers. In `skipped` is the reason
+            if no weight moved, and in `error` the error of the step or of the measurement.
         """
         sums = StepSums(seconds, np.zeros((0, 0)), skipped=outcome.skipped, error=outcome.error)
         if outcome.step is None:
@@ -145,12 +151,12 @@ class Engine:
             return sums._replace(error=error)
 
     def _measured(self, step: OptimizerStep, sums: StepSums, others: Sequence[Tensor]) -> StepSums:
-        """Measure the layers of a step, and return the results added to `sums`.
+        """Compute the sums and maxima of the layers of a step, and return them added to `sums`.
 
         Args:
             step: The step, with the copies around it.
             sums: The result so far, which has no layers yet.
-            others: Further numbers to copy to the host, float64 of any shape.
+            others: Further numbers to copy to the host by the same transfer, float64 of any shape.
 
         Returns:
             A copy of `sums` with the sums and maxima of each layer of the step.
@@ -182,7 +188,10 @@ class Engine:
         return [name for name in self._settings.enabled(measured) if name not in step.resting]
 
     def _measure_together(self, step: OptimizerStep) -> tuple[list[str | None], list[Tensor]]:
-        """Measure the layers in the optimizer's arena, all layers of a segment in one call.
+        """Compute the sums and maxima of the layers in the optimizer's arena.
+
+        An arena consists of segments, memory in which copies of layers lie side by side. One call
+        measures all layers of a segment.
 
         Args:
             step: The step.
@@ -201,7 +210,7 @@ class Engine:
         return names, parts
 
     def _measure_alone(self, step: OptimizerStep, names: set[str]) -> Iterator[tuple[str, Tensor]]:
-        """Measure layers with too many elements for the arena, one by one.
+        """Compute the sums and maxima of layers too large to be measured together, one by one.
 
         Args:
             step: The step.
@@ -231,17 +240,21 @@ class Engine:
     # --- flags
 
     def flags(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and the ever-moved flags of each layer in an arena.
+        """Yield the name of each small layer, and flags that say which of its elements have moved.
 
         Returns:
             An iterator over pairs of a name and flags, bool (1 + formats, elements). Row 0 says
-            which elements have moved, each other row which have moved effectively in a format.
+            which elements have moved, each other row which have had an update that a format keeps a
+            part of.
         """
         for arena in self._arenas.values():
             yield from arena.flags()
 
     def free_arenas(self) -> None:
-        """Free all arenas, and move their ever-moved flags to the `EverMovedStore`."""
+        """Free the memory for copies of small layers, but keep which elements have moved so far.
+
+        Flags that say so go to the `EverMovedStore`.
+        """
         for arena in self._arenas.values():
             arena.free()
 
@@ -249,7 +262,7 @@ class Engine:
 def _on_host(
     parts: Sequence[Tensor], found_inf: Tensor | None, others: Sequence[Tensor]
 ) -> tuple[list[Numbers], bool]:
-    """Copy sums, a flag and further numbers to the host, all in one transfer.
+    """Copy the sums of layers, a flag and further numbers to the host, all in one transfer.
 
     Args:
         parts: One or more tensors of sums and maxima, float64 (layers, columns) each.

@@ -28,10 +28,11 @@ def describe_run(
     """Describe formats, scaling, layers and recipes for the header of a run file.
 
     Args:
-        formats: Formats that are judged.
-        scaling: Which elements share an amax scale.
+        formats: Formats for which figures (values of metrics) are computed.
+        scaling: Which elements share a scale, which follows from their amax (largest magnitude).
         layers: Results of `describe_layer`, by name of the layer.
-        recipes: Recipes whose twins are stepped.
+        recipes: Recipes whose twins are stepped: samples of each layer that are stored as a recipe
+            says.
 
     Returns:
         A dict with the keys ``formats``, ``scaling``, ``layers`` and ``recipes`` that JSON can
@@ -50,7 +51,8 @@ def describe_format(format: NumberFormat, scaling: Scaling | None) -> dict[str, 
 
     Args:
         format: The format.
-        scaling: Which elements share an amax scale, in formats that prescribe no scaling.
+        scaling: Which elements share a scale, which follows from their amax (largest magnitude), in
+            formats that prescribe no scaling.
 
     Returns:
         A dict of plain numbers, and under ``scaled`` True if the format is scaled.

@@ -1,6 +1,7 @@
 """`LayerSettings`: how often and for which formats each layer is observed, and which elements.
 
 Read `altgrad.observation.rules` first, which resolves rules, and `elements`, which draws samples.
+
 `watch` comes next and shows the settings to other ranks.
 """
 
@@ -42,7 +43,8 @@ class LayerSettings:
         max_elements: Maximum number of elements of a sample, for layers without a rule. None for
             all elements.
         seed: Seed of the samples.
-        twin_elements: Maximum number of elements that twins step, for layers without a rule.
+        twin_elements: Maximum number of elements in twins, samples that are stored and stepped as
+            recipes say, for layers without a rule.
 
     Attributes:
         by_name: Settings of each layer, by name.
@@ -77,7 +79,7 @@ class LayerSettings:
         self.by_name = self._resolved(names, self._rules)
 
     def get(self, name: str) -> LayerSampling:
-        """Return the settings of a layer, which may be new in the module."""
+        """Return the settings of a layer; those of a new name are found by the rules and kept."""
         if name not in self.by_name:
             # `resolve_layers` raises for rules that match no layer, as most do with a single layer.
             matching = [rule for rule in self._rules if rule.matches(name)]
@@ -85,23 +87,23 @@ class LayerSettings:
         return self.by_name[name]
 
     def leave_out(self, names: Sequence[str]) -> None:
-        """Stop observing some layers."""
+        """Change the settings of some layers, so that they are no longer observed."""
         for name in names:
             self.by_name[name] = replace(self.by_name[name], enabled=False)
 
     def leave_out_formats(self, name: str, formats: Sequence[str]) -> None:
-        """Stop judging a layer for some formats.
+        """Change the settings of a layer, so that no figures are computed for some formats.
 
         Args:
             name: Name of the layer.
-            formats: Names of the formats.
+            formats: Names of the formats to leave out.
         """
         layer = self.get(name)
         kept = tuple(format for format in layer.formats if format not in formats)
         self.by_name[name] = replace(layer, formats=kept)
 
     def is_measured(self, name: str, parameter: Tensor) -> bool:
-        """Return True if a layer is enabled and its parameter has a dtype that is measured.
+        """Return True if rules let a layer be observed, and its parameter has a dtype to measure.
 
         Args:
             name: Name of the layer.
@@ -113,7 +115,7 @@ class LayerSettings:
         return self.get(name).enabled
 
     def measured_names(self, names: Sequence[str], parameters: Mapping[str, Tensor]) -> list[str]:
-        """Return those of the given names whose layers are measured.
+        """Return those of the given names whose layers are measured, by settings and dtype.
 
         Args:
             names: Names of the layers.
@@ -142,7 +144,7 @@ class LayerSettings:
         return [n for n in names if (known[n] if n in known else self.get(n)).enabled]
 
     def judged(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Return the names of the formats that layers are judged for.
+        """Return the names of the formats whose figures (values of metrics) layers have.
 
         Args:
             names: Names of the layers.
@@ -209,7 +211,7 @@ class LayerSettings:
         return [name for name in names if before.get(name, 1) != after.get(name, 1)]
 
     def indices(self, name: str, shape: torch.Size) -> Tensor | None:
-        """Draw the sample of a layer's elements, whatever the size of the layer.
+        """Draw the sample of a layer's elements, also if the layer could be measured whole.
 
         Args:
             name: Name of the layer.
@@ -246,7 +248,7 @@ class LayerSettings:
     def _resolved(
         self, names: Sequence[str], rules: Sequence[SamplingRule]
     ) -> dict[str, LayerSampling]:
-        """Return the settings of layers from the rules, and remember the layers' block sizes.
+        """Return the settings of layers by the rules, and remember the sizes of blocks to draw.
 
         Args:
             names: Names of the layers.

@@ -1,7 +1,7 @@
 """`UpdateMonitor`: judge formats step by step, in any training loop.
 
-This is the first file to read of this room. A monitor has no logic beyond the order of calls. At
-each step of an optimizer, a `StepObserver` calls these methods:
+A monitor has no logic beyond the order of calls. At each step of an optimizer, a `StepObserver`
+calls these methods:
 
 1. `_is_due`, before the step: ask `policy`, and compute each amax that is due (`scale_state`).
 2. `_should_copy`, `_elements` and `_memory`: choose layers, elements, and memory for their copies
@@ -9,8 +9,10 @@ each step of an optimizer, a `StepObserver` calls these methods:
 3. `_finish`, after the step: measure the copies (`engine`), add up the sums of all ranks
    (`altgrad.distributed.peers`), and make the record.
 
-The observer also steps the twins (`altgrad.twins.twins`), at every step. Read `policy` next, for
-1, then `engine` and `arena`, for 2 and 3.
+The observer also steps the twins (`altgrad.twins.twins`), at every step.
+
+This is the first file to read of this room. Read `policy` next, for 1, then `engine` and `arena`,
+for 2 and 3.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ from altgrad.twins.twins import Twins
 _logger = logging.getLogger("altgrad")
 
 DEFAULT_MAX_ELEMENTS = 1024
-"""Default size of a sample, with which a share has a standard error of at most 0.016.
+"""Default number of sampled elements of a layer; a share then has a standard error of up to 0.016.
 
 That is sqrt(0.5 · 0.5 / 1024); benchmarks/README.md has measurements.
 """
@@ -74,7 +76,9 @@ _STATE = ("formats", "ever_moved", "scales", "last_seen", "skipped", "budgets")
 
 
 class UpdateMonitor:
-    """A monitor of optimizer steps that judges number formats by the updates of each step.
+    """A monitor of optimizer steps that computes what number formats would keep of each update.
+
+    An update is what a step changes in the weights.
 
     The training itself is unchanged. An error in the monitor ends the observation with one warning.
     Small layers are measured in full. Large layers are sampled: a sample is drawn once, so that the
@@ -102,9 +106,10 @@ class UpdateMonitor:
             elements; smaller ones are measured in full. None measures all elements, and copies
             all weights and gradients.
         sampling: Rules for single layers; the first that matches a layer's name applies to it.
-        scaling: Which elements share an amax scale, as in `altgrad.measure`. The amax of a whole
-            layer is computed at the first observed step, after every 100 observed steps, and after
-            a step in which a weight rounded beyond the top of its scale.
+        scaling: Which elements share a scale, as in `altgrad.measure`. It follows from their amax,
+            the largest magnitude, which for a whole layer is computed at the first observed step,
+            after every 100 observed steps, and after a step in which a weight rounded beyond the
+            top of its scale.
         recipes: Recipes to try out: `Recipe` objects or short names, such as ``"bf16-sr"``. A twin
             stores a sample of each layer as a recipe says, and makes every step of the optimizer,
             observed or not. None tries the recipes that belong to `formats`; ``()`` tries none.
@@ -205,7 +210,7 @@ class UpdateMonitor:
 
     @property
     def formats(self) -> tuple[NumberFormat, ...]:
-        """The formats that are judged, including those that only rules name."""
+        """The number formats for which figures are computed, also those that only rules name."""
         return self._formats.formats
 
     @property
@@ -215,12 +220,16 @@ class UpdateMonitor:
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
-        """The recipes whose twins are stepped."""
+        """The recipes that are tried out, each on samples of the layers (twins)."""
         return self._twins.recipes
 
     @property
     def twins(self) -> Twins:
-        """The twins of all recipes; `checks` has the results of their self-check."""
+        """The samples of layers that are stored and stepped as each recipe says.
+
+        The property `checks` of `Twins` says how well a twin with the recipe of the run itself
+        agrees with the run.
+        """
         return self._twins
 
     @property
@@ -235,7 +244,7 @@ class UpdateMonitor:
 
     @property
     def skipped(self) -> Counter[SkipReason]:
-        """The number of skipped steps among those that were to be observed, by reason."""
+        """The number of steps that were to be observed and moved no weight, by reason."""
         return self._observer.skipped
 
     @property
@@ -261,7 +270,7 @@ class UpdateMonitor:
         return self._peers.size > 1
 
     def run_header(self) -> dict[str, Any]:
-        """Describe formats, scaling, layers and recipes as plain data, for a run file.
+        """Describe formats, scaling, layers and recipes as plain data: a run file's header.
 
         `altgrad.report.RunFile` takes them.
 
@@ -288,7 +297,7 @@ class UpdateMonitor:
         return self._settings.count_measured(name, self._observer.parameters[name].shape)
 
     def _is_whole(self, name: str) -> bool:
-        """Return True if all elements of a layer are measured, whatever the sample."""
+        """Return True if all elements of a layer are measured, and not a sample."""
         parameter = self._observer.parameters.get(name)
         if parameter is None or not self._settings.is_measured(name, parameter):
             return False
@@ -421,8 +430,8 @@ class UpdateMonitor:
         """Restore a `state_dict`, before `attach`.
 
         If this monitor has other formats, or draws other elements of a layer, the count of elements
-        that never moved begins anew, with a notice. If `scaling` differs, each amax is computed
-        again.
+        that never moved begins anew, with a notice. If `scaling` differs, each amax (largest
+        magnitude of a layer) is computed again.
 
         Args:
             state: A result of `state_dict`.
@@ -461,7 +470,7 @@ class UpdateMonitor:
     # --- one step
 
     def _is_due(self, index: int) -> bool:
-        """Return True if a step is to be observed; if so, compute each amax that is due."""
+        """Return True if a step is to be observed; if so, compute the amaxes that scales need."""
         # If the schedule raises, observe the step: its end is where errors of ranks are combined.
         wanted = True
         with self._peers.hold_errors():
@@ -522,7 +531,7 @@ class UpdateMonitor:
         self._policy.mark_end(optimizer, index)
 
     def _record(self, index: int, step: StepSums, twins: TwinValues | None) -> StepRecord | None:
-        """Make the record of a step. Count a skipped step instead, and return None."""
+        """Return the figures of a step; None for one that moved no weight, which is counted."""
         if not step.names:
             if step.skipped is not None:
                 self.skipped[step.skipped] += 1
@@ -538,7 +547,7 @@ class UpdateMonitor:
         return record
 
     def _note(self, optimizer: Optimizer, record: StepRecord) -> None:
-        """Keep a record, and update scales, budgets and intervals by it."""
+        """Keep the record of a step as the latest; update what decides on later steps."""
         self._last_seen |= dict.fromkeys(record.layers, record.index)
         self._scale_state.step_observed(record)
         seconds = record.own_seconds, record.training_seconds
@@ -556,17 +565,20 @@ class UpdateMonitor:
         return any(map(is_sharded, self._observer.parameters.values()))
 
     def _find_peers(self) -> Peers:
-        """Return the ranks that share the parameters. Sharding since the last call is noticed."""
+        """Return the ranks that share the parameters; find them anew if sharding is new."""
         if isinstance(self._peers, Alone) and self._is_sharded:
             self._peers = Together(self._watch)
         return self._peers
 
     def _stepped(self) -> dict[str, Tensor]:
-        """Return the parameters that any attached optimizer steps, by name."""
+        """Return the parameters that any observed optimizer steps, by name."""
         return self._peers.agreed(lambda: self._watch.find_stepped(self._observer.optimizers))
 
     def _decides(self) -> dict[str, dict[str, object]]:
-        """Return all that decides what is observed next, for ranks to check that it is equal."""
+        """Return arguments and state that decide what is observed next, for ranks to compare.
+
+        Arguments are under ``"setting"`` and state under ``"state"``, each by name.
+        """
         return {
             "setting": {
                 "formats": self._formats.formats,
@@ -582,7 +594,7 @@ class UpdateMonitor:
         }
 
     def _history(self) -> Mapping[str, PackedBits]:
-        """Return the packed ever-moved flags of all elements on all ranks, by name of the layer."""
+        """Return which elements have moved on any rank: packed flags, by name of the layer."""
         here = self._ever_moved.state_dict(self._engine.flags())
         names = self._settings.measured_names(self._observer.names, self._observer.parameters)
         try:
@@ -609,7 +621,7 @@ class UpdateMonitor:
         return [f"cannot see what moves {few(names)}: {reason}" for names, reason in found]
 
     def _leave_out_unseen(self, names: Sequence[str], why: str) -> None:
-        """Warn that some layers cannot be observed."""
+        """Warn that some layers cannot be observed, and `why`."""
         self._warn(f"leaves out {few(names)}: {why}")
 
     def _warn(self, message: str) -> None:

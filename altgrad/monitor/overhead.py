@@ -1,7 +1,9 @@
 """Time observing and training, and bound the share of the time that observing takes.
 
 `Clock` measures, `OverheadBudget` computes intervals from the numbers, and `Budgets` holds a budget
-for each optimizer. `policy` comes next and connects the three.
+for each optimizer.
+
+`policy` comes next and connects the three.
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ _NEVER = -1  # in place of the last observed step, as long as there is none
 
 
 class _Mark(NamedTuple):
-    """The end of an observed step of one optimizer.
+    """The times at the end of an observed step of one optimizer.
 
     Attributes:
         step: Index of the step.
         end: Time of `time.perf_counter`, in seconds.
         own: Total time spent on observing until `end`, with all optimizers, in seconds.
-        step_own: Time spent on observing since the previous mark, in seconds; NaN for the first
-            mark.
+        step_own: Time spent on observing since the previous observed step ended, in seconds; NaN
+            for the first observed step.
     """
 
     step: int
@@ -79,7 +81,7 @@ class Clock:
         return mark.step_own, max(training, 0.0) / (index - mark.step)
 
     def tick(self, optimizer: Optimizer, index: int) -> None:
-        """Record the end of an observed step.
+        """Record the time at the end of an observed step, for the next call of `seconds`.
 
         Args:
             optimizer: The optimizer.
@@ -148,12 +150,15 @@ class OverheadBudget:
         self.interval = self._allowed(math.ceil(needed))
 
     def _allowed(self, steps: int) -> int:
-        """Return the smallest allowed interval of at least `steps`, or the largest allowed."""
+        """Return the smallest multiple of `every_n_steps` that is at least `steps`.
+
+        The result is from 1 to 1,000,000 times `every_n_steps`.
+        """
         multiples = -(-steps // self.every_n_steps)
         return self.every_n_steps * min(max(multiples, 1), _MOST_MULTIPLES)
 
     def is_due(self, step: int) -> bool:
-        """Return True if the interval since the last observed step has passed.
+        """Return True if a step is due, as the interval since the last observed step has passed.
 
         Before the first observed step, every step is due. So is a step with a lower index than the
         last observed step: steps are then counted from 0 again, as in a resumed run.
@@ -197,7 +202,9 @@ class OverheadBudget:
 
 
 class Budgets:
-    """A collection of budgets, one for each optimizer, in the order of their first use.
+    """A collection of limits on the time that observing takes, one `OverheadBudget` per optimizer.
+
+    The limits are in the order of their first use.
 
     Args:
         share: Maximum share of the whole time that observing may take.
@@ -215,7 +222,7 @@ class Budgets:
         self._restored: list[Mapping[str, int]] = []
 
     def get(self, optimizer: Optimizer) -> OverheadBudget:
-        """Return the budget of an optimizer, creating it on first use."""
+        """Return the limit on the time to observe an optimizer's steps, made on first use."""
         if optimizer not in self._by_optimizer:
             budget = copy(self._unused)
             if self._restored:
@@ -224,11 +231,13 @@ class Budgets:
         return self._by_optimizer[optimizer]
 
     def state_dict(self) -> list[Mapping[str, int]]:
-        """Return the state of each budget, in the order in which optimizers were first used."""
+        """Return the state of each `OverheadBudget`, in the order in which they were first used."""
         return [*(budget.state_dict() for budget in self._by_optimizer.values()), *self._restored]
 
     def load_state_dict(self, state: Sequence[Mapping[str, int]]) -> None:
-        """Restore budgets. The first optimizer used from now on gets the first of them, and so on.
+        """Restore the `OverheadBudget` of each optimizer from a result of `state_dict`.
+
+        The first optimizer used from now on gets the first saved budget, and so on.
 
         Raises:
             TypeError: An entry of a budget is not an int.

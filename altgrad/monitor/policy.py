@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class StepPolicy:
-    """A schedule of observed steps, with a budget of time and a clock.
+    """A policy that decides which steps are observed: by a schedule, and by a limit on time.
 
     Args:
         every_n_steps: Interval in steps, a `StepSchedule`, or a function of a step's index that
@@ -62,7 +62,7 @@ class StepPolicy:
         return self._is_wanted(index)
 
     def is_paid_for(self, optimizer: Optimizer, index: int) -> bool:
-        """Return True if the overhead budget allows to observe a step of an optimizer.
+        """Return True if the limit on the time of observing allows it for an optimizer's step.
 
         Args:
             optimizer: The optimizer.
@@ -83,12 +83,13 @@ class StepPolicy:
             index: Index of the step that is being observed.
 
         Returns:
-            Both in seconds; NaN if unknown.
+            The time to observe, and the mean time of the training steps since then, both in
+            seconds; NaN if unknown.
         """
         return self._clock.seconds(optimizer, index)
 
     def charge(self, optimizer: Optimizer, index: int, seconds: tuple[float, float]) -> None:
-        """Count the cost of an observed step, which delays the next one if it exceeds the budget.
+        """Count the time to observe a step, by which the overhead budget delays the next one.
 
         Args:
             optimizer: The optimizer.
@@ -101,7 +102,7 @@ class StepPolicy:
             budget.mark_observed(index)
 
     def mark_end(self, optimizer: Optimizer, index: int) -> None:
-        """Mark the end of an observed step: from here on, the clock times the next one.
+        """Record the time at the end of an observed step, for the next call of `seconds`.
 
         Args:
             optimizer: The optimizer.
@@ -110,10 +111,10 @@ class StepPolicy:
         self._clock.tick(optimizer, index)
 
     def state_dict(self) -> list[Mapping[str, int]] | None:
-        """Return the `state_dict` of each budget; None without an overhead budget."""
+        """Return the state of each optimizer's overhead budget; None without a budget."""
         return None if self._budgets is None else self._budgets.state_dict()
 
     def load_state_dict(self, state: Sequence[Mapping[str, int]] | None) -> None:
-        """Restore the budgets of a `state_dict`, if both runs have an overhead budget."""
+        """Restore overhead budgets from a `state_dict`; do nothing if one of the runs has none."""
         if self._budgets is not None and state is not None:
             self._budgets.load_state_dict(state)

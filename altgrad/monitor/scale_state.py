@@ -6,8 +6,9 @@ It is computed again earlier if a weight rounds beyond the largest scaled value,
 which sets no scale.
 
 A scale of nvfp4 also depends on the amax of the whole tensor, which is kept in the same way. If a
-measured weight exceeds this amax, the amax is raised for that step alone. `engine` comes next and
-measures under the scales.
+measured weight exceeds this amax, the amax is raised for that step alone.
+
+`engine` comes next and measures under the scales.
 """
 
 from __future__ import annotations
@@ -26,11 +27,17 @@ from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.scale_groups import Amaxes
 
 STEPS_PER_SCALE = 100
-"""Number of observed steps for which an amax is kept, unless it is 0 or a weight is clipped."""
+"""Number of observed steps for which a layer's amax is kept.
+
+An amax is the largest finite magnitude of a tensor, from which scales of formats follow. An amax is
+computed again earlier if it is 0 or a weight is clipped.
+"""
 
 
 class ScaleState:
-    """The amax of each whole layer or of each of its channels, kept from step to step.
+    """The amax of each layer, or of each channel (slice along dimension 0), kept between steps.
+
+    An amax is the largest finite magnitude of a tensor, from which scales of formats follow.
 
     Args:
         formats: The formats with their scaling.
@@ -50,7 +57,7 @@ class ScaleState:
     def prepare(
         self, stepped: Callable[[], Mapping[str, Tensor]], peers: Peers, *, are_new: bool = False
     ) -> bool:
-        """Recompute the amaxes that are due, before an observed step.
+        """Recompute the largest magnitudes (amaxes) of layers for which this is due, before a step.
 
         Every 100 observed steps, the amax of every layer is due. In between, it is due for layers
         with a weight that was clipped, because the weight became larger than its scale allows. All
@@ -78,7 +85,7 @@ class ScaleState:
         return True
 
     def ensure_amax(self, parameters: Mapping[str, Tensor], peers: Peers) -> None:
-        """Make sure that layers have an amax on their device, before they are measured.
+        """Compute the amax (largest magnitude) of layers that have none; put each on its device.
 
         Args:
             parameters: Parameters of the layers, by name.
@@ -104,14 +111,14 @@ class ScaleState:
                 self._amaxes[name] = parameter.shape, moved
 
     def amaxes(self, name: str) -> Amaxes:
-        """Return the amaxes of a layer and of its channels, float32, or float64 for float64."""
+        """Return the largest magnitudes of a layer and its channels, float32 or float64."""
         return self._amaxes[name][1]
 
     def settle(self, stepped: Callable[[], Mapping[str, Tensor]], peers: Peers) -> bool:
-        """Recompute each amax of 0 from the weights after an observed step.
+        """Recompute each amax (largest magnitude) that is 0, after an observed step.
 
-        Layers that stay 0 are read less and less often: in the 1st, 2nd, 3rd, 5th, 9th, … observed
-        step after `prepare` has computed all amaxes.
+        An amax of 0 sets no scale. Layers that stay 0 are read less and less often: in the 1st,
+        2nd, 3rd, 5th, 9th, … observed step after `prepare` has computed all amaxes.
 
         Args:
             stepped: Callback that returns all measured layers by name, after the step.
@@ -129,7 +136,7 @@ class ScaleState:
         return bool(layers)
 
     def step_observed(self, record: StepRecord) -> None:
-        """Count an observed step, and note layers with clipped weights: `prepare` reads them."""
+        """Count an observed step, and note layers with clipped weights, for `prepare`."""
         if not self._formats.needs_amax:
             return
         self._steps_left -= 1
@@ -145,7 +152,7 @@ class ScaleState:
         """Return the state that a resumed run needs to keep its scales.
 
         Returns:
-            A dict of plain data and tensors.
+            A dict of plain data and tensors, among them the amax (largest magnitude) of each layer.
         """
         each = self._amaxes
         return {
@@ -169,7 +176,11 @@ class ScaleState:
         return state | {"amax": amax, "tensor_amax": layers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a result of `state_dict`; if its scaling differs, every amax is due again."""
+        """Restore a result of `state_dict`.
+
+        If the scaling was another one, every amax (largest magnitude) is computed again before the
+        next observed step.
+        """
         self.__dict__ |= {"_amaxes": {}, "_steps_left": 0, "_exceeded": set(), "_zero": set()}
         if state["scaling"] != self._formats.scaling:
             return
@@ -185,12 +196,12 @@ class ScaleState:
         self._exceeded, self._zero = set(state["exceeded"]), set(state["zero"])
 
     def _unknown(self, parameters: Mapping[str, Tensor]) -> list[str]:
-        """Return the names of layers without an amax, or with an amax from another shape."""
+        """Return the names of layers with no amax (largest magnitude), or one of another shape."""
         nothing = None, None
         return [n for n, p in parameters.items() if self._amaxes.get(n, nothing)[0] != p.shape]
 
     def _take(self, parameters: Mapping[str, Tensor], peers: Peers, *, keep: bool = False) -> None:
-        """Compute the amax of some layers; with `keep`, replace an amax only where it is 0."""
+        """Compute the amax (largest magnitude) of layers; with `keep`, only where it is 0."""
         if not parameters:
             return
         each, has_zero = peers.amax(parameters, self._formats.scaling)

@@ -2,7 +2,9 @@
 
 A twin stores a sample of each layer as a recipe says, and makes every step of the optimizer.
 `altgrad.twins.twins` steps the twins and asks here which elements they have; `TwinSource` there
-documents each method. Read `layer_settings` and `scale_state` first; `monitor` comes next.
+documents each method.
+
+Read `layer_settings` and `scale_state` first; `monitor` comes next.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from altgrad.twins.twin_source import TwinSource
 
 
 class TwinLayers(TwinSource):
-    """The layers that the twins of a monitor step.
+    """The layers of a monitor with their samples and scales, for `altgrad.twins.twins`.
+
+    A twin is a sample of a layer that is stored and stepped as a recipe says.
 
     Args:
         registry: The parameters by name.
         settings: Settings of each layer.
-        scale_state: The amax of each layer.
+        scale_state: The amax, largest finite magnitude, of each layer.
         get_peers: Function that returns the ranks that share the parameters.
         warn: Function that is called with each notice for the user.
         warns_about_omissions: True if the user has named recipes. With the default recipes, layers

@@ -1,8 +1,10 @@
 """Leave out layers and formats that cannot be judged, and write the notices about them.
 
 Updates can be judged for a format only if the weights are stored finer than the format. Otherwise
-the updates that the format would lose are lost before they can be measured.
-`UpdateMonitor.attach` calls `leave_out_unjudged`. Read `layer_settings` first.
+the updates that the format would lose are lost before they can be measured. `UpdateMonitor.attach`
+calls `leave_out_unjudged`.
+
+Read `layer_settings` first.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ from altgrad.quantization.format_set import FormatSet
 def leave_out_unjudged(
     watch: Watch, settings: LayerSettings, stored: Mapping[Tensor, FloatFormat]
 ) -> Iterator[str]:
-    """Leave out formats that layers cannot be judged for, and yield a notice of each omission.
+    """Leave out formats whose loss of updates cannot be measured, and yield notices about it.
+
+    The loss cannot be measured if weights are stored no finer than the format, as updates are lost
+    by the storage already.
 
     Only formats of layers in a `WeightStorage` are removed. The figures of weights in a dtype that
     is not finer than a format are NaN by themselves.
@@ -49,7 +54,7 @@ def leave_out_unjudged(
 def _leave_out_formats(
     name: str, element: FloatFormat, formats: FormatSet, settings: LayerSettings
 ) -> Iterator[str]:
-    """Leave out formats that are no coarser than the stored weights of a layer; yield a notice."""
+    """Drop formats no coarser than a layer's stored weights from its settings; yield a notice."""
     judged = settings.get(name).formats
     hidden = [f.name for f in formats if f.name in judged and not f.is_coarser_than(element)]
     if hidden:
@@ -62,7 +67,7 @@ def _leave_out_formats(
 
 
 def _hidden_in(dtype: torch.dtype, formats: FormatSet) -> Iterator[str]:
-    """Yield a notice if weights of a dtype cannot be judged for some of the formats."""
+    """Yield a notice if weights of a dtype are stored no finer than some of the formats."""
     judges = zip(formats.names, formats.judged(dtype), strict=True)
     if coarse := [name for name, judged in judges if not judged]:
         yield (

@@ -25,7 +25,7 @@ class Watch(Watched):
     Args:
         registry: The parameters by name.
         settings: Settings of each layer.
-        formats: The formats that are judged.
+        formats: The formats for which figures (values of metrics) are computed.
         decides: Function that returns all that decides what is observed: the monitor's arguments
             under ``"setting"`` and its loaded state under ``"state"``, each by name.
         warn: Function that is called with each notice for the user.

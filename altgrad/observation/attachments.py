@@ -2,6 +2,7 @@
 
 `Attachments` owns the `StepHooks` of optimizers and the listeners of GradScalers that one observer
 has registered. It removes them on request, and by itself when the observer is garbage-collected.
+
 Read `step_hooks` and `grad_scaler` first; `observer` comes next and creates one `Attachments`.
 """
 
@@ -42,11 +43,11 @@ class Attachments:
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """The attached optimizers that still exist."""
+        """The optimizers whose steps are observed, but those that are garbage-collected."""
         return [each for hooks in self.hooks if (each := hooks.optimizer) is not None]
 
     def listen(self, scaler: GradScaler, listener: Callable[[Optimizer], None]) -> None:
-        """Call a listener after each step that a GradScaler skips.
+        """Call a listener, from now on, after each step that a GradScaler skips.
 
         Only the first call for a scaler has an effect, since an observer has a single listener.
 
@@ -64,7 +65,8 @@ class Attachments:
     def remove_all(self) -> None:
         """Remove all hooks and listeners, except the hooks of a step that is running.
 
-        The latter stay in `hooks` until a later call, since torch is iterating over them.
+        The hooks of a running step stay in `hooks` until a later call, since torch is iterating
+        over them.
         """
         _remove_all(self.hooks, self._listening)
 

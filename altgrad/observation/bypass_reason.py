@@ -26,10 +26,10 @@ def find_bypass_reason(
     All objects of the process are searched for other optimizers. That takes up to a second.
 
     Args:
-        kind: Name of the class of the optimizer that was attached.
+        kind: Name of the class of an optimizer whose steps are to be observed.
         optimizer: This optimizer; None once it has been garbage-collected.
-        moved: The parameters that moved.
-        attached: All optimizers that are attached.
+        moved: The parameters whose weights changed.
+        attached: All optimizers whose steps are observed.
 
     Returns:
         The reason and the remedy, for a warning. None if nothing points to a reason, as after code
@@ -64,14 +64,14 @@ def find_bypass_reason(
 def find_other_optimizers(
     parameters: Sequence[Tensor], attached: Collection[Optimizer]
 ) -> dict[int, str]:
-    """Find optimizers in this process that step some parameters and were never attached.
+    """Find optimizers in this process that step some parameters and were never observed.
 
-    Optimizers that another monitor observes, or that were attached earlier, are not returned: the
+    Optimizers that another monitor observes, or that were observed earlier, are not returned: the
     user knows of them.
 
     Args:
         parameters: The parameters.
-        attached: All optimizers that are attached.
+        attached: All optimizers whose steps are observed.
 
     Returns:
         For each parameter with such an optimizer: its position in `parameters`, and the name of the

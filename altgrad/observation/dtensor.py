@@ -114,7 +114,7 @@ def _is_unreduced(parameter: Any) -> bool:
 
 
 def describe_unreduced(name: str, parameter: Any) -> str:
-    """Return why an unreduced gradient cannot be observed, and what to do about it.
+    """Return why a gradient that does not match its local shard cannot be observed, and the remedy.
 
     Args:
         name: The name of the parameter.

@@ -45,12 +45,12 @@ class SkipNotifier:
 
     @classmethod
     def get_or_create(cls, scaler: GradScaler) -> SkipNotifier:
-        """Return the notifier of a scaler, creating it on first use."""
+        """Return the replacement of a scaler's `step`, putting it in place on first use."""
         step = vars(scaler).get("step")
         return step if isinstance(step, cls) else cls(scaler)
 
     def listen(self, listener: Listener) -> Callable[[], None]:
-        """Call a listener with the optimizer after each skipped step.
+        """Call a listener with the optimizer, from now on, after each step that the scaler skips.
 
         Args:
             listener: A bound method. Its object is held weakly.
@@ -79,7 +79,7 @@ class SkipNotifier:
                 self._scaler.step = self._step
 
     def __call__(self, optimizer: Any, *args: Any, **kwargs: Any) -> float | None:
-        """Call the scaler's own `step`, and the listeners if it has not called the optimizer."""
+        """Call the scaler's own `step`, then all listeners if the optimizer's step was skipped."""
         try:
             inner = unwrap(optimizer)
         except Exception:  # noqa: BLE001 - a scaler accepts objects that `unwrap` refuses

@@ -195,7 +195,7 @@ class StepObserver:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The unique names of the parameters, without the parts that wrappers add."""
+        """The unique names of the parameters, without what wrappers add, such as ``module.``."""
         return tuple(self.registry.names.values())
 
     @property
@@ -205,12 +205,12 @@ class StepObserver:
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """The attached optimizers that still exist."""
+        """The optimizers whose steps are observed, but those that are garbage-collected."""
         return self._attached.optimizers
 
     @property
     def hooks(self) -> tuple[StepHooks[Any], ...]:
-        """The hooks on each attached optimizer; empty after an error has ended the observation.
+        """The hooks on each optimizer given to `attach`; empty once an error has ended observation.
 
         Those of an optimizer that has been garbage-collected are included until the next `attach`.
         """
@@ -223,7 +223,7 @@ class StepObserver:
 
     @property
     def is_replica(self) -> bool:
-        """True for a module in DistributedDataParallel on any rank other than 0."""
+        """True on each rank but 0 for a module in DistributedDataParallel: a copy of rank 0's."""
         modules = () if self.registry.module is None else self.registry.module.modules()
         if not any(isinstance(each, nn.parallel.DistributedDataParallel) for each in modules):
             return False
@@ -332,9 +332,10 @@ class StepObserver:
     # --- during a step
 
     def _is_due(self, hooks: _Hooks) -> bool:
-        """Return True if `_capture` and `_finish` are to be called in the step that begins.
+        """Return True if the step that begins is to be copied, or shown to `every_step`.
 
-        They are called if the step is observed, and for `every_step` also if it is not.
+        `_capture` is then called before the weights move, and `_finish` after it. The object
+        `every_step` is shown all steps, observed or not.
         """
         self._due.discard(hooks)
         if self._is_observed(hooks):
@@ -378,10 +379,11 @@ class StepObserver:
         return snapshots
 
     def _find_parameters(self, optimizer: Optimizer) -> list[tuple[str, Tensor, bool]]:
-        """Return the observed parameters that an optimizer steps, and forget removed ones.
+        """Return the observed parameters that an optimizer steps.
 
-        Each entry is the name, the parameter, and True if its learning rate is 0. If the module was
-        read again, the samples of parameters that it no longer has are deleted.
+        Each entry is the name, the parameter, and True if its learning rate is 0. If the names of
+        the module were read again, the chosen elements of parameters that it no longer has are
+        forgotten.
         """
         parameters = self.registry.find_stepped(optimizer)
         names = self.registry.names
@@ -435,7 +437,7 @@ class StepObserver:
             traceback.clear_frames(error.__traceback__)
 
     def _report(self, notice: str) -> None:
-        """Give a notice, and warn if the user's `warn` function raises an error."""
+        """Pass a notice to the user's `warn` function, or to `warnings.warn` if that fails."""
         try:
             self._notices.give(notice)
         except Warning:  # the user made warnings errors

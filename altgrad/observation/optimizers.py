@@ -164,11 +164,11 @@ def check_unsharded(module: nn.Module) -> None:
 def check_not_in_backward(
     names: Mapping[Tensor, str], observed: Collection[Optimizer | None]
 ) -> None:
-    """Raise an error if optimizers that are not attached step parameters in the backward pass.
+    """Raise an error if optimizers that are not observed step parameters in the backward pass.
 
     Args:
         names: The name of each observed parameter.
-        observed: The optimizers that are attached.
+        observed: The optimizers that are observed.
 
     Raises:
         ValueError: Some of the parameters have such an optimizer.

@@ -96,7 +96,7 @@ class ParameterRegistry:
         return [(self._names[p], p, rests) for p, rests in stepped if p in self._names]
 
     def forget_optimizers(self) -> None:
-        """Delete the record of parameters that optimizers step and the module does not have."""
+        """Forget which parameters of optimizers are unknown: their names are looked for again."""
         self._nameless.clear()
 
 
@@ -146,7 +146,7 @@ def _is_pair(entry: object) -> bool:
 
 
 def _find_added_paths(module: nn.Module) -> set[str]:
-    """Return the paths of modules in DataParallel or DistributedDataParallel, as ``a.module``."""
+    """Return the paths of modules that DataParallel or DDP wraps: ``a.module``."""
     return {
         f"{path}.module" if path else "module"
         for path, wrapper in module.named_modules()

@@ -23,7 +23,10 @@ _NEAR_CUTOFF = 0.6
 _MOST_SUGGESTED = 3
 
 TWIN_ELEMENTS = 256
-"""Default for the maximum number of elements of each layer that twins step."""
+"""Default maximum number of elements of each layer that twins step.
+
+A twin is a sample of a layer that is stored and stepped as a recipe says.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,9 @@ class SamplingRule:
             every element.
         formats: Names of the formats for which figures of the layers are computed, kept as a tuple.
             A string is one name; an empty sequence is no format.
-        twin_elements: Maximum number of elements of each layer in the sample that is stepped as the
-            monitor's recipes say; 0 for no such twins. Layers of fewer than 64 elements are
-            stepped whole.
+        twin_elements: Maximum number of elements of each layer in the sample that is stored and
+            stepped as the monitor's recipes say; 0 for no such twins. Layers of fewer than 64
+            elements are stepped whole.
 
     Raises:
         TypeError: A field has the wrong type.
@@ -100,8 +103,10 @@ class LayerSampling:
         enabled: True if the layer is observed.
         every_n_steps: Interval between observed steps, in optimizer steps.
         max_elements: Maximum number of elements observed; None for every element.
-        formats: Names of the formats for which figures of the layer are computed.
-        twin_elements: Maximum number of elements that twins step; 0 for no twins.
+        formats: Names of the formats for which figures (values of metrics) of the layer are
+            computed.
+        twin_elements: Maximum number of elements in twins, samples of the layer that are stored and
+            stepped as recipes say; 0 for no twins.
     """
 
     name: str
@@ -136,8 +141,8 @@ def resolve_layers(
         max_elements: The monitor's maximum number of elements observed in each layer, at least 1;
             None for every element.
         formats: Names of the monitor's formats.
-        twin_elements: The monitor's maximum number of elements that twins step in each layer, at
-            least 0.
+        twin_elements: The monitor's maximum number of elements of each layer in twins, samples that
+            are stored and stepped as recipes say; at least 0.
 
     Returns:
         The settings by name of the layer, in the order of `names`.

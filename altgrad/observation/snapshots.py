@@ -27,7 +27,8 @@ The result is indices into the flattened local shard, int64 (elements); None for
 Chosen: TypeAlias = MutableMapping[Tensor, tuple[str, torch.Size, Tensor | None]]
 """For each parameter, the name and shape that an `Elements` was called with, and its result.
 
-It is called again if the name or the shape has changed."""
+The function is called again if the name or the shape has changed.
+"""
 
 
 class Copies(NamedTuple):
@@ -71,9 +72,10 @@ again, for all parameters, when a parameter is new or has changed its name, shap
 Memory that it returned earlier is no longer used after that."""
 
 SMALL = 2**14
-"""Largest number of elements of a parameter whose copies keep their memory on an accelerator.
+"""Largest size of a parameter whose copies keep their memory between steps on an accelerator.
 
-The two copies of a thousand such parameters in float32 take 128 MiB."""
+The size is in elements. The two copies of a thousand such parameters in float32 take 128 MiB.
+"""
 
 
 @dataclass(eq=False, slots=True)
@@ -320,7 +322,7 @@ class Snapshots:
         self._kept_bytes = sum(each.nbytes() for each in self._kept.values())
 
     def _choose_indices(self, name: str, parameter: Tensor) -> Tensor | None:
-        """Return the indices to copy, chosen at the first call: every step copies the same ones."""
+        """Return the indices of elements to copy, the same at each call; None for every element."""
         if self._elements is None:
             return None
         chosen = self._chosen.get(parameter)
@@ -364,9 +366,10 @@ def _is_large_on_accelerator(parameter: Tensor) -> bool:
 
 
 def _allocate(local: Tensor, gradient: Tensor, indices: Tensor | None) -> Copies:
-    """Return memory for copies of all elements, with equal strides, or of those at `indices`.
+    """Return memory for copies of all elements, or of those at `indices`.
 
-    The memory `after` of a full copy is `local` itself: the weights are read from there.
+    Copies of all elements have the strides of their sources. Their `after` is `local` itself: the
+    weights after the step are read from there.
     """
     if indices is None:  # with equal strides, a copy is one pass over contiguous memory
         return Copies(torch.empty_like(local), torch.empty_like(gradient), local)

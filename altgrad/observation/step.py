@@ -60,7 +60,7 @@ class OptimizerStep:
     resting: frozenset[str] = frozenset()
 
     def without_resting(self) -> OptimizerStep:
-        """Return the step without the parameters in `resting`."""
+        """Return the step without parameters that did not move as their learning rate is 0."""
         if not self.resting:
             return self
         kept = [k for k, name in enumerate(self.names) if name not in self.resting]
@@ -76,7 +76,7 @@ class OptimizerStep:
 
 @dataclass(frozen=True, eq=False)
 class StepOutcome:
-    """The outcome of an observed step: shown, skipped or failed.
+    """The outcome of an observed step: its tensors, or why it moved no weight, or an error.
 
     Attributes:
         optimizer: The torch optimizer that made the step.
@@ -98,21 +98,23 @@ class StepOutcome:
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """The names of the layers in the record of this step; empty if it was skipped or failed."""
+        """The names of the parameters that this step shows; empty if it was skipped or failed."""
         if self.step is None or self.skipped is not None:
             return ()
         return tuple(name for name in self.step.names if name not in self.step.resting)
 
 
 class EveryStep(Protocol):
-    """An object that is called before and after each step of an optimizer, observed or not.
+    """An interface (Protocol) of objects that are called before and after each optimizer step.
+
+    The calls are made in every step, observed or not.
 
     Its methods should catch their own errors: `StepObserver` lets them pass into the user's
     training step.
     """
 
     def capture(self, optimizer: Optimizer, *, is_observed: bool) -> None:
-        """Read the final gradients, and the weights, none of which has moved yet.
+        """Read the final gradients and the weights, just before the optimizer moves the weights.
 
         Args:
             optimizer: The optimizer that is about to step.
@@ -120,7 +122,7 @@ class EveryStep(Protocol):
         """
 
     def finish(self, optimizer: Optimizer, unseen: str) -> None:
-        """Read the weights after the step, before an observed step is delivered.
+        """Read the weights just after the step, before the observer's callback gets the step.
 
         Args:
             optimizer: The optimizer that has stepped.

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, optimizer as torch_optimizer
 
 Captured = TypeVar("Captured")
-"""The type of what `capture` returns and `finish` receives."""
+"""The type of what the owner of `StepHooks` captures before a step, and gets back after it."""
 
 _Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwargs of `step`
 
@@ -41,12 +41,12 @@ _HOOKS = weakref.WeakKeyDictionary()
 
 
 def is_hooked(optimizer: Optimizer) -> bool:
-    """Return True if an optimizer has `StepHooks` now."""
+    """Return True if an optimizer has `StepHooks` now: something observes its steps."""
     return bool(_HOOKS.get(optimizer))
 
 
 def was_hooked(optimizer: Optimizer) -> bool:
-    """Return True if an optimizer has `StepHooks` now, or had some earlier."""
+    """Return True if an optimizer has or had `StepHooks`: something observes its steps, or did."""
     return optimizer in _HOOKS
 
 
@@ -107,11 +107,11 @@ class StepHooks(Generic[Captured]):
 
     @property
     def optimizer(self) -> Optimizer | None:
-        """The optimizer; None once it has been garbage-collected."""
+        """The optimizer that has these hooks; None once it has been garbage-collected."""
         return self._optimizer()
 
     def forget(self) -> None:
-        """Release what `capture` returned, and do not call `finish` for the running step."""
+        """Release what `capture` copied for the running step, and do not call `finish` for it."""
         self._observed, self._captured = False, None
 
     def remove(self) -> bool:

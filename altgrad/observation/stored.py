@@ -26,8 +26,8 @@ class StoredState(NamedTuple):
 
     Attributes:
         element: The format of a single element.
-        scale: The scales, float64, with a shape that broadcasts to that of the layer. None without
-            scales.
+        scale: The scales, factors between stored numbers and values, float64, with a shape that
+            broadcasts to that of the layer. None without scales.
     """
 
     element: FloatFormat
@@ -65,7 +65,7 @@ _stored = WeakKeyDictionary()
 
 
 def register_stored(optimizer: Optimizer, storage: object, layers: Mapping[Tensor, Stored]) -> None:
-    """Record how a storage keeps parameters of an optimizer.
+    """Record how an object such as a `WeightStorage` stores parameters of an optimizer.
 
     A second call for the same optimizer and storage replaces the first.
 
@@ -78,13 +78,13 @@ def register_stored(optimizer: Optimizer, storage: object, layers: Mapping[Tenso
 
 
 def forget_stored(storage: object) -> None:
-    """Forget all parameters that a storage has registered."""
+    """Forget all parameters registered as stored by an object such as a `WeightStorage`."""
     for by_storage in _stored.values():
         by_storage.pop(storage, None)
 
 
 def get_stored(optimizers: Iterable[Any]) -> dict[Tensor, Stored]:
-    """Return how the parameters of optimizers are stored.
+    """Return how parameters of optimizers are stored that recipes keep on the grid of a format.
 
     Args:
         optimizers: Torch optimizers, or wrappers of Lightning, Fabric or accelerate.
@@ -101,7 +101,7 @@ def get_stored(optimizers: Iterable[Any]) -> dict[Tensor, Stored]:
 
 
 def get_stored_formats(optimizers: Iterable[Any]) -> dict[Tensor, FloatFormat]:
-    """Return the formats in which the weights of optimizers are stored.
+    """Return the formats on whose grid recipes, such as a `WeightStorage`, keep weights.
 
     Args:
         optimizers: Torch optimizers, or wrappers of Lightning, Fabric or accelerate.

@@ -1,7 +1,8 @@
 """`WeightSample`: copies of a few weights of each parameter, to find out later which have changed.
 
-Read `dtensor` first, which finds the local shard. `bypass_reason` comes next: it finds the reason
-if weights have changed although no step was seen.
+Read `dtensor` first, which finds the local shard.
+
+`bypass_reason` comes next: it finds the reason if weights have changed although no step was seen.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class WeightSample:
 @torch.inference_mode(mode=False)
 @torch.no_grad()
 def _read(parameters: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, Tensor]]:
-    """Return the local shape of each parameter, and its sampled weights, float64 on the host.
+    """Return the shape of each local shard, and up to 32 of its weights, float64 on the host.
 
     All weights on a device are copied at once, so that the host waits once for each device.
     """
@@ -78,7 +79,7 @@ def _read(parameters: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, Tenso
 
 
 def _take(weights: Tensor) -> Tensor:
-    """Return the sampled weights of one tensor, float64 (elements) on its device."""
+    """Return up to 32 evenly spaced weights of one tensor, float64 (elements) on its device."""
     count = min(weights.numel(), _MOST_ELEMENTS)
     # `take` reads flat indices for any strides, without a flattened copy.
     indices = torch.arange(count, device=weights.device) * (weights.numel() // max(count, 1))
