@@ -1,8 +1,9 @@
 """`store_`: round a tensor to the values of a number format, in place.
 
 A training that stores its weights in a format (`storage`), and the samples that predict such a
-training (`twin`), round with this one function. Read `altgrad.quantization.ops` first;
-`rounding_generators` comes next.
+training (`twin`), round with this one function.
+
+Read `altgrad.quantization.ops` first; `rounding_generators` comes next.
 """
 
 from __future__ import annotations
