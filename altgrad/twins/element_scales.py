@@ -200,7 +200,11 @@ class ElementScales:
         return self._spread_amaxes[key]
 
     def _pick_channels(self, name: str, amaxes: Tensor) -> Tensor:
-        """Return the amax of the channel (index of dimension 0) of each sampled element."""
+        """Return for each sampled element of a layer the amax of its channel.
+
+        An amax is a largest magnitude, a channel an index of dimension 0. `amaxes` has one per
+        channel.
+        """
         layer = self._layers[name]
         channels = number_groups(layer.indices, layer.shape, "channel")
         return amaxes.to(self._device)[channels]

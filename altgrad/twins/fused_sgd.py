@@ -28,7 +28,7 @@ def describe_fused_sgd(
     Args:
         optimizer: The optimizer of the training.
         recipes: The recipes whose twins are stepped.
-        dtype: The dtype of the weights of the run.
+        dtype: The dtype of the weights of the training.
         device: The device of the weights.
 
     Returns:

@@ -272,7 +272,8 @@ class Lane:
     def step(self, optimizer: Optimizer, changes: Changes, late: Changes) -> None:
         """Step all twins with the gathered gradients, now that the training has stepped.
 
-        If `follows_updates`, they add the training's update instead.
+        A *twin* is a sample of the layers that is stepped as a recipe says. If `follows_updates`,
+        twins add the training's update instead.
 
         Args:
             optimizer: The training's optimizer.

@@ -201,7 +201,7 @@ class OptimizerTwin(Twin):
         return new.gradient_dtype
 
     def step(self, gradients: Gradients) -> None:
-        """Step the twin's optimizer, and store what it changed.
+        """Step the twin's optimizer, and round weights and states to the formats of the recipe.
 
         A step that a GradScaler skips on the device has no effect on the twin: a fused optimizer
         skips it itself, and with another the step is undone.
@@ -315,7 +315,7 @@ class OptimizerTwin(Twin):
                 parameter.data = home
 
     def follow(self, changes: Changes) -> None:
-        """Take over the hyperparameters that were changed from outside since the last step.
+        """Set hyperparameters in the twin's optimizers that the training's was given since a step.
 
         Args:
             changes: The changes by index of the group in the training's optimizer.

@@ -111,7 +111,7 @@ class RunWeights:
         return [n for n, each in known.items() if n in layers and _is_replaced(each, layers[n])]
 
     def _carry_counts(self, old: list[str], names: list[str]) -> None:
-        """Carry the counts of outside writes to each layer over to another order of layers.
+        """Carry over, to another order of layers, how often each was changed outside of steps.
 
         Args:
             old: Names of the layers before; some may be gone.
@@ -206,9 +206,10 @@ class RunWeights:
     def _find_changed_layers(
         self, reference: TwinTensors, written: Collection[str], *, is_checkable: bool
     ) -> Tensor:
-        """Return the layers that were written to, or that differ from the twin without a write.
+        """Return a mask of the layers that were written to, or differ from the reference twin.
 
         The *reference twin* is a sample of the layers that is stepped just as the training is.
+        Differences count only with `is_checkable`.
 
         Returns:
             bool (layers).

@@ -152,7 +152,11 @@ class Twin:
         return self.tensors.nbytes() + (0 if self._amaxes is None else self._amaxes.nbytes)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of weights, amaxes of scales and generator, to continue a run exactly."""
+        """Return a copy of the state that a resumed run needs to continue exactly.
+
+        It has the weights at several times, the largest magnitudes from which scales are computed,
+        and the generator of stochastic rounding.
+        """
         generator = self._generator
         return {
             "tensors": self.tensors.state_dict(),

@@ -108,6 +108,8 @@ class Twins:
     def capture(self, optimizer: Optimizer, *, is_observed: bool) -> None:
         """Gather the gradients of a step that is about to happen, at the sampled elements.
 
+        A *twin* is a sample of the layers that is stepped as a recipe says.
+
         Args:
             optimizer: The training's optimizer.
             is_observed: True if the step is observed, so that the twins are measured after it.
@@ -157,8 +159,9 @@ class Twins:
     def finish(self, optimizer: Optimizer, unseen: str = "") -> None:
         """Step the twins, now that the training has stepped.
 
-        After its first step, a lane, a set of layers, is compared with the training at once, which
-        copies counts to the host.
+        A *twin* is a sample of the layers that is stepped as a recipe says. After its first step, a
+        twin that is stepped as the training is must equal it: this is checked at once, which copies
+        counts to the host.
 
         Args:
             optimizer: The training's optimizer.
@@ -194,6 +197,9 @@ class Twins:
     @torch.no_grad()
     def measure(self, optimizer: Optimizer, shown: Collection[str]) -> list[LaneSums]:
         """Measure by how much twins differ from training in float32, after an observed step.
+
+        A *twin* is a sample of the layers that is stepped as a recipe says. An *observed step* is
+        one whose figures are recorded.
 
         Args:
             optimizer: The training's optimizer.
