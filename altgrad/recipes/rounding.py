@@ -18,7 +18,7 @@ from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.ops import quantize_checked
 
 StorageRounding: TypeAlias = Literal["nearest_even", "stochastic"]
-"""The ways to round stored weights and states."""
+"""The ways to round stored weights and states: to nearest, or at random with an exact mean."""
 Compensation: TypeAlias = Literal["kahan"]
 """The ways to make up for rounding errors: Kahan summation keeps them and adds them next time."""
 

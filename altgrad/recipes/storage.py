@@ -479,7 +479,10 @@ class _Layer:
         return expand_scales(scales, self._parameter.shape, self._scaling)
 
     def _needed_scales(self, weights: Tensor, scaling: Scaling) -> Tensor:
-        """Return the smallest scales that fit the weights, float64; 0 where all weights are 0."""
+        """Return the smallest scales with which weights fit the format, float64; 0 for all zeros.
+
+        Where all weights that share a scale are 0, the scale is 0.
+        """
         amax = compute_amax(weights, scaling)
         return torch.where(amax == 0, 0.0, compute_format_scales(amax, self.format))
 
