@@ -523,7 +523,7 @@ def _named_parameters(optimizer: Optimizer) -> list[tuple[str | None, Tensor]]:
 
 
 def _check_can_be_stored(name: str, parameter: Tensor, format: NumberFormat) -> None:
-    """Raise ValueError if a parameter cannot be stored in a format."""
+    """Raise ValueError if a parameter is sharded, or its dtype is no finer than the format."""
     _check_is_whole(name, parameter)
     leave_out = f"exclude the layer with SamplingRule({name!r}, enabled=False)"
     if parameter.dtype not in INPUT_DTYPES:
