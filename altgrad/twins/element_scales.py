@@ -86,7 +86,10 @@ class ElementScales:
         self._weight_amaxes = None
 
     def applied(self, format: NumberFormat) -> Scaling | None:
-        """Return which elements share a scale in a format; None if the format has no scales."""
+        """Return which elements share a scale in a format, such as ``"channel"``; or None.
+
+        None says that numbers of the format have no scales.
+        """
         return get_applied_scaling(format, self._scaling)
 
     # --- weights

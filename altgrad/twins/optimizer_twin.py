@@ -349,7 +349,12 @@ class OptimizerTwin(Twin):
         return super().nbytes() + self._gradients.nbytes + sum(each.nbytes for each in states)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of weights, optimizer states and generators, to continue a run exactly."""
+        """Return a copy of the state that a resumed run needs to continue exactly.
+
+        Returns:
+            A dict of what `Twin.state_dict` has, the optimizer states, what a function of the
+            recipe chose, and the generators from which optimizers draw.
+        """
         states = self._bucket_states()
         return {
             **super().state_dict(),

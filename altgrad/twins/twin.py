@@ -154,8 +154,9 @@ class Twin:
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state that a resumed run needs to continue exactly.
 
-        It has the weights at several times, the largest magnitudes from which scales are computed,
-        and the generator of stochastic rounding.
+        Returns:
+            A dict of the weights at several times, the largest magnitudes from which scales are
+            computed, and the generator of stochastic rounding.
         """
         generator = self._generator
         return {

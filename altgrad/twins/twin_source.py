@@ -1,7 +1,7 @@
 """`TwinSource`: the interface by which twins get the layers of the run and their samples.
 
 Twins step a sample of each layer of the *run*, the training that is watched.
-`altgrad.monitor.twin_layers` implements it for the layers of a monitor.
+`altgrad.monitor.twin_layers` implements the interface for a monitor.
 
 Read `optimizer_twin` first; `layer_plan` comes next, and asks for samples.
 """

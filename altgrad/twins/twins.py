@@ -307,7 +307,7 @@ class Twins:
         """Return the state that a resumed run needs to continue every figure exactly.
 
         Returns:
-            A dict of plain data and tensors.
+            A dict of the states of all lanes, which are sets of layers, and of `resynchronised`.
         """
         lanes = [
             {"kind": kind.describe(), **lane.state_dict(optimizer)}
