@@ -1,8 +1,9 @@
 """`get_recipes` and `find_default_recipes`: the common recipes by short names.
 
 Short names are `fp32`; for each format f the names f, f-sr (stochastic rounding) and f-kahan; and
-`bf16-true` and `fp16-true`, also with `-fused`. Read `recipe` first; `altgrad.twins.layout` comes
-next, the first file about twins.
+`bf16-true` and `fp16-true`, also with `-fused`.
+
+Read `recipe` first; `altgrad.twins.layout` comes next, the first file about twins.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ _TRUE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def get_recipes(recipes: str | Recipe | Sequence[str | Recipe]) -> tuple[Recipe, ...]:
     """Return the recipes with these names.
 
+    A *recipe* says how weights and optimizer states are stored and stepped.
+
     The short names are, for each format f that `altgrad.quantization.get_formats` knows:
 
-    - ``fp32``: weights and states in float32, or in float64 in a run in float64.
+    - ``fp32``: weights and states in float32, or in float64 in a training in float64.
     - f: weights on the grid of f, rounded to nearest; states in float32.
     - ``f-sr``: the same with stochastic rounding.
     - ``f-kahan``: the same with Kahan summation.
@@ -79,6 +82,8 @@ def get_recipes(recipes: str | Recipe | Sequence[str | Recipe]) -> tuple[Recipe,
 
 def find_default_recipes(formats: Formats) -> tuple[Recipe, ...]:
     """Return the recipes that a monitor of some formats tries unless others are named.
+
+    A *recipe* says how weights and optimizer states are stored and stepped.
 
     For each format f these are f and ``f-sr``, followed by ``bf16-true`` for bf16 and ``fp16-true``
     for fp16. Formats whose scales are not powers of two, such as ``nvfp4``, are left out, because
@@ -128,7 +133,7 @@ def _get_recipe(recipe: str | Recipe) -> Recipe:
 
 
 def _get_short(name: str) -> Recipe:
-    """Return the recipe with a short name.
+    """Return the recipe with a short name, such as ``bf16-sr``.
 
     Raises:
         ValueError: No recipe has this name. The message lists the nearest names.

@@ -1,7 +1,9 @@
 """`Recipe`: how weights and optimizer states are stored and stepped.
 
 A twin runs a recipe on a sample of each layer, to predict; `Recipe.attach` applies it to a whole
-model, by a `WeightStorage`. Read `storage` first; `names` comes next.
+model, by a `WeightStorage`.
+
+Read `storage` first; `names` comes next.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ from altgrad.recipes.storage import WeightStorage
 OptimizerFactory = Callable[[list[nn.Parameter], dict[str, Any]], Optimizer]
 """A function that makes an optimizer of parameters.
 
-Its second argument is the parameter group of the run, the training that is watched, without
-``"params"``."""
+It is called with the parameters, and with the parameter group of the training's optimizer that they
+belong to, without ``"params"``. It returns the optimizer.
+"""
 
 _PRECISIONS = {
     torch.float16: "16-true",
@@ -37,7 +40,7 @@ _PRECISIONS = {
     torch.float32: "32-true",
     torch.float64: "64-true",
 }
-"""The dtypes that a recipe may have, and the Trainer's `precision` for training in them."""
+"""The dtypes that a recipe may have, and Lightning's `Trainer(precision=…)` for each."""
 _ADAM_STATES = frozenset({"exp_avg", "exp_avg_sq"})
 _KAHAN_BITS = 16
 _SCALE_BITS = 8  # e8m0 and E4M3, the scales of blocks, are numbers of 8 bits
@@ -60,15 +63,16 @@ class Recipe:
         states: The format of each state of the optimizer, by its name. The name ``"*"`` stands for
             all other floating-point states of the shape of the parameter. Names that an optimizer
             does not have after its first step store nothing, and a warning or notice says so.
-        dtype: The dtype of the tensors that the run's own class of optimizer steps, as after
+        dtype: The dtype of the tensors that the training's own class of optimizer steps, as after
             ``model.to(dtype)``; a torch dtype or its name. None for float32, and for float64 in a
-            run in float64.
+            training in float64.
         optimizer: A function that makes an optimizer of any class. It takes parameters, and the
-            run's parameter group without ``"params"``. Twins call it again when that group changes,
-            as by a learning rate schedule, and take over what it then chooses: it must be quick,
-            and depend on its arguments alone. In YAML it is an import path, and the function needs
-            the annotation ``-> torch.optim.Optimizer``.
-        fused: If True, twins step with the fused implementation of the run's class of optimizer.
+            training's parameter group without ``"params"``. Twins call it again when that group
+            changes, as by a learning rate schedule, and take over what it then chooses: it must be
+            quick, and depend on its arguments alone. In YAML it is an import path, and the function
+            needs the annotation ``-> torch.optim.Optimizer``.
+        fused: If True, twins step with the fused implementation of the training's class of
+            optimizer.
 
     Raises:
         TypeError: A field has the wrong type.
@@ -167,7 +171,8 @@ class Recipe:
     def needs_blocks(self) -> int | None:
         """The least common multiple of the recipe's block sizes, in elements; None without blocks.
 
-        Block sizes are those of `BlockFormat`s of the weights and states.
+        A block is the neighbouring elements that share a scale in a `BlockFormat` of weights or
+        states.
         """
         formats = (self.weights_format, *self.state_formats.values())
         sizes = [each.block_size for each in formats if each is not None]
@@ -178,8 +183,8 @@ class Recipe:
     def only_weights(self) -> bool:
         """True if the recipe says only how weights are stored.
 
-        Twins of such a recipe need no optimizer of their own: they can store the updates of the
-        run, if its optimizer cannot run on a sample.
+        A sample of the training that is stepped as such a recipe says needs no optimizer of its
+        own: it can add the updates of the training.
         """
         return not self.states and self.dtype is None and self.optimizer is None and not self.fused
 
@@ -246,7 +251,7 @@ class Recipe:
         )
 
     def _check_can_be_attached(self) -> None:
-        """Raise ValueError if the recipe needs other tensors or another optimizer."""
+        """Raise ValueError if `dtype`, `optimizer` or `fused` is set: `attach` cannot apply it."""
         remedies = {
             "optimizer": "create that optimizer for the parameters of the model",
             "dtype": f"call model.to({self.dtype}) before you create the optimizer, which in "

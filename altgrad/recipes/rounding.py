@@ -1,8 +1,9 @@
 """`store_`: round a tensor to the values of a number format, in place.
 
 A training that stores its weights in a format (`storage`), and the samples that predict such a
-training (`twin`), round with this one function. Read `altgrad.quantization.ops` first;
-`rounding_generators` comes next.
+training (`twin`), round with this one function.
+
+Read `altgrad.quantization.ops` first; `rounding_generators` comes next.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.ops import quantize_checked
 
 StorageRounding: TypeAlias = Literal["nearest_even", "stochastic"]
-"""The ways to round stored weights and states."""
+"""The ways to round stored weights and states: to nearest, or at random with an exact mean."""
 Compensation: TypeAlias = Literal["kahan"]
 """The ways to make up for rounding errors: Kahan summation keeps them and adds them next time."""
 

@@ -5,8 +5,9 @@ of the weights. It simulates the storage: the tensors keep their dtype and hold 
 format, and torch computes in that dtype.
 
 `WeightStorage` selects layers, reacts to steps, and saves state; each `_Layer` scales and rounds
-the weights of one layer. Read `stored_states` first; `recipe` comes next, and makes a storage from
-a description.
+the weights of one layer.
+
+Read `stored_states` first; `recipe` comes next, and makes a storage from a description.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class WeightStorage:
             `altgrad.quantization.get_formats` accepts. None for weights as they are.
             ``nvfp4`` is not supported, because its scales are not powers of two.
         scaling: The weights that share a scale in formats of fewer than 16 bits: ``"tensor"``,
-            ``"channel"`` or ``("block", size)``. None for no scale. Block formats ignore it.
+            ``"channel"`` (along dimension 0) or ``("block", size)`` along the last dimension. None
+            for no scale. Block formats ignore it.
         rounding: ``"nearest_even"`` or ``"stochastic"``. Stochastic rounding has the exact value as
             its mean, so that small updates take effect in the long run. `attach` always rounds to
             nearest.
@@ -289,9 +291,9 @@ class WeightStorage:
         )
 
     def _layer(self, name: str, parameter: Tensor, format: NumberFormat) -> _Layer:
-        """Return the `_Layer` of a parameter, with the state of an earlier `attach` or checkpoint.
+        """Return the `_Layer` of a parameter, restored from an earlier `attach` or checkpoint.
 
-        The weights are not rounded yet.
+        It has the scales and rounding errors of the weights, which are not rounded yet.
         """
         _check_can_be_stored(name, parameter, format)
         layer = _Layer(name, parameter, format, self.scaling, self._compensation)
@@ -302,7 +304,7 @@ class WeightStorage:
         return layer
 
     def _describe(self, parameter: Tensor) -> Stored:
-        """Return how a parameter and its states are stored."""
+        """Return formats, scales and rounding by which a parameter and its states are stored."""
         layer, states = self._layers.get(parameter), self._states.get(parameter)
         return Stored(
             None if layer is None else layer.element,
@@ -454,7 +456,7 @@ class _Layer:
         return loaded.to(self._parameter.device)
 
     def _update_scales(self, weights: Tensor) -> Tensor | None:
-        """Raise the kept scales until no weight exceeds the format, and return them.
+        """Raise the kept scales until no weight exceeds the format's largest value; return them.
 
         Returns:
             Scales that broadcast to the shape of the weights, float64; None without scaling.
@@ -477,7 +479,10 @@ class _Layer:
         return expand_scales(scales, self._parameter.shape, self._scaling)
 
     def _needed_scales(self, weights: Tensor, scaling: Scaling) -> Tensor:
-        """Return the smallest scales that fit the weights, float64; 0 where all weights are 0."""
+        """Return the smallest scales with which weights fit the format, float64; 0 for all zeros.
+
+        Where all weights that share a scale are 0, the scale is 0.
+        """
         amax = compute_amax(weights, scaling)
         return torch.where(amax == 0, 0.0, compute_format_scales(amax, self.format))
 
@@ -518,7 +523,7 @@ def _named_parameters(optimizer: Optimizer) -> list[tuple[str | None, Tensor]]:
 
 
 def _check_can_be_stored(name: str, parameter: Tensor, format: NumberFormat) -> None:
-    """Raise ValueError if a parameter cannot be stored in a format."""
+    """Raise ValueError if a parameter is sharded, or its dtype is no finer than the format."""
     _check_is_whole(name, parameter)
     leave_out = f"exclude the layer with SamplingRule({name!r}, enabled=False)"
     if parameter.dtype not in INPUT_DTYPES:

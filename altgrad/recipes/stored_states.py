@@ -1,7 +1,9 @@
 """`StoredStates`: round the states that an optimizer keeps of one layer to number formats.
 
-`UnmatchedNames` warns of state names that no optimizer has. Read `rounding_generators` first;
-`storage` comes next, and stores the weights and states of a whole model.
+`UnmatchedNames` warns of state names that no optimizer has.
+
+Read `rounding_generators` first; `storage` comes next, and stores the weights and states of a whole
+model.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class StoredStates:
     Args:
         name: The name of the layer.
         formats: The format of each state by its name; ``"*"`` for all others.
-        scaling: The elements that share a scale, as in `WeightStorage`.
+        scaling: The elements that share a scale: ``"tensor"``, ``"channel"`` (along dimension 0),
+            ``("block", size)``, or None for no scale.
 
     Attributes:
         stored: The format and scale of each state at the last `store`, by name of the state.
@@ -181,8 +184,8 @@ def expand_scales(scales: Tensor, shape: torch.Size, scaling: Scaling) -> Tensor
     """Return scales in a shape that broadcasts to the tensor which they belong to.
 
     Args:
-        scales: One scale for the tensor, each channel or each block; the last dimension counts the
-            blocks.
+        scales: One scale for the tensor, each channel (index of dimension 0) or each block; the
+            last dimension counts the blocks.
         shape: The shape of the tensor.
         scaling: The elements that share a scale.
 

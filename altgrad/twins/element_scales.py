@@ -4,7 +4,9 @@ A *twin* steps a sample of each layer, as if its weights were stored in a format
 and channels come from whole layers of the *run*, the training that is watched, since a sample may
 miss the element with the amax, the largest magnitude. A number of the twin that exceeds its scale
 raises it at once, as in `altgrad.WeightStorage`. Blocks are sampled whole, and have their scales
-from the twin's own numbers. Read `twin_tensors` first; `twin` comes next.
+from the twin's own numbers.
+
+Read `twin_tensors` first; `twin` comes next.
 """
 
 from __future__ import annotations
@@ -28,8 +30,12 @@ from altgrad.twins.sample import Sampled, number_groups
 class ElementScales:
     """The scales of the sampled elements of some layers, for weights and for optimizer states.
 
+    A scale is the factor between the numbers that a format stores and their values. It follows from
+    the *amax*, the largest magnitude among the elements that share it.
+
     Args:
-        scaling: The elements that share a scale, as in `altgrad.measure`.
+        scaling: The elements that share a scale: ``"tensor"``, ``"channel"`` (along dimension 0),
+            ``("block", size)``, or None for no scale.
         find_amaxes: Function that takes the name of a layer and the indices of its sample. It
             returns the amax of each element's group, the weights that share its scale: float32 or
             float64 (elements), or (1) if the layer is one group.
@@ -55,14 +61,16 @@ class ElementScales:
         device: torch.device,
         renewed: Collection[str] = (),
     ) -> None:
-        """Take over another layout, and drop what was read of layers that are gone.
+        """Set the sampled layers and their places, and drop the amaxes (largest magnitudes) so far.
+
+        Amaxes of optimizer states stay for layers that are still there.
 
         Args:
             layout: The places of the layers in a flat tensor.
             layers: The layers by name.
             device: The device of the samples.
-            renewed: Names of the layers whose twins take their states from the run again. Amaxes
-                of their states are dropped, too.
+            renewed: Names of the layers whose twins take their states from the training again.
+                Amaxes of their states are dropped, too.
         """
         self._state_amaxes = {
             state: {n: each for n, each in by_layer.items() if n in layers and n not in renewed}
@@ -74,17 +82,23 @@ class ElementScales:
         self.forget_amaxes()
 
     def forget_amaxes(self) -> None:
-        """Ask for the amax of each layer again when it is next needed, since some have changed."""
+        """Drop the amaxes (largest magnitudes) of weights; the next need asks `find_amaxes`."""
         self._weight_amaxes = None
 
     def applied(self, format: NumberFormat) -> Scaling | None:
-        """Return which elements share a scale in a format; None if the format has no scales."""
+        """Return which elements share a scale in a format, such as ``"channel"``; or None.
+
+        None says that numbers of the format have no scales.
+        """
         return get_applied_scaling(format, self._scaling)
 
     # --- weights
 
     def start_amaxes(self, format: NumberFormat, weights: Tensor) -> Tensor:
-        """Return the amaxes with which a twin begins: those of the run's layers.
+        """Return the amaxes (largest magnitudes) of the training's layers, for a twin that begins.
+
+        A *twin* is a sample of the layers that is stepped on its own, with weights stored in a
+        format.
 
         Args:
             format: A format with a scale, in which the weights are stored.
@@ -103,7 +117,10 @@ class ElementScales:
         return self._weight_amaxes.to(dtype, copy=True)
 
     def find_for_weights(self, format: NumberFormat, weights: Tensor, amaxes: Tensor) -> Tensor:
-        """Return the scale of each weight, and raise the amaxes that weights exceed.
+        """Return the scale of each weight of a twin, and raise the amaxes that weights exceed.
+
+        A *twin* is a sample of the layers that is stepped on its own. An *amax* is the largest
+        magnitude so far among the weights that share a scale.
 
         Args:
             format: A format with a scale, in which the weights are stored.
@@ -123,7 +140,7 @@ class ElementScales:
     # --- states
 
     def read_states(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Compute and keep the amaxes of states of the run's optimizer.
+        """Compute and keep the amaxes (largest magnitudes) of states of the training's optimizer.
 
         Args:
             states: The whole states, floating-point in the shape of their layers, by name of the
@@ -135,11 +152,14 @@ class ElementScales:
         self._spread_amaxes.clear()
 
     def find_unread(self) -> set[str]:
-        """Return the names of the layers none of whose states was read."""
+        """Return the names of the layers of which `read_states` got no optimizer state yet."""
         return {*self._layers}.difference(*self._state_amaxes.values())
 
     def _find_state_amaxes(self, states: list[Tensor]) -> list[Tensor]:
-        """Return the amaxes of each state: (channels) if channels have scales, else (1)."""
+        """Return the largest magnitude of each state, (1), or of each of its channels, (channels).
+
+        The first applies unless channels, the indices of dimension 0, have scales.
+        """
         if self._scaling == "channel":
             return [compute_amax(each, "channel").view(-1) for each in states]
         # The norm of order inf is the amax. torch has no public name for norms of many tensors in
@@ -147,7 +167,10 @@ class ElementScales:
         return [each.view(1) for each in torch._foreach_norm(states, torch.inf)]  # noqa: SLF001
 
     def find_for_states(self, format: NumberFormat, name: str, states: Tensor) -> Tensor | None:
-        """Return the scale of each number of a state, anew at each step.
+        """Return the scale of each number of a twin's optimizer state, computed anew at each call.
+
+        A *twin* is a sample of the layers that is stepped on its own. The scale fits the largest
+        magnitude among the twin's numbers and those that `read_states` got.
 
         Args:
             format: The format in which the state is stored.
@@ -167,7 +190,7 @@ class ElementScales:
         return _compute_scales(amaxes, format)[firsts]
 
     def _spread_states(self, name: str, applied: Scaling, dtype: torch.dtype) -> Tensor:
-        """Return the amax that was read for each number of a state, (elements); 0 if none was."""
+        """Return the amax of each number of a state, from `read_states`, (elements); else 0."""
         key = name, applied, dtype
         if key not in self._spread_amaxes:
             # Nothing is read for blocks, which the sample has whole, and states that the run lacks.
@@ -180,17 +203,21 @@ class ElementScales:
         return self._spread_amaxes[key]
 
     def _pick_channels(self, name: str, amaxes: Tensor) -> Tensor:
-        """Return the amax of the channel of each sampled element of a layer."""
+        """Return for each sampled element of a layer the amax of its channel.
+
+        An amax is a largest magnitude, a channel an index of dimension 0. `amaxes` has one per
+        channel.
+        """
         layer = self._layers[name]
         channels = number_groups(layer.indices, layer.shape, "channel")
         return amaxes.to(self._device)[channels]
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return the amaxes of the states that were read: by state, then by layer."""
+        """Return the amaxes (largest magnitudes) from `read_states`: by state, then by layer."""
         return {state: dict(by_layer) for state, by_layer in self._state_amaxes.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore a `state_dict`, before the first `read`."""
+        """Restore the amaxes of states from a `state_dict`, before the first `read`."""
         self._state_amaxes = {name: dict(by_layer) for name, by_layer in state.items()}
 
     # --- groups
@@ -212,7 +239,9 @@ class ElementScales:
         return self._firsts[scaling]
 
     def _spread(self, by_layer: Mapping[str, Tensor]) -> Tensor:
-        """Return an amax for each element, (elements); 0 at padding and in layers not given.
+        """Return the amax (largest magnitude) for each element, (elements); 0 elsewhere.
+
+        Elsewhere are padding, and layers that are not given.
 
         Args:
             by_layer: By name of the layer: its amax, (1), or that of each element's group,

@@ -3,8 +3,10 @@
 A twin steps a sample of the *run*, the training that is watched. Its recipe may have a function
 that makes its optimizer, the *factory*. The factory chooses hyperparameters, and may compute them
 from those of the run, such as a tenth of the learning rate. When those of the run change, it is
-called again; hyperparameters that it now chooses otherwise are set in the twin's optimizer. This
-is exact for every factory. Read `isolation` first; `flat_state` comes next.
+called again; hyperparameters that it now chooses otherwise are set in the twin's optimizer. This is
+exact for every factory.
+
+Read `isolation` first; `flat_state` comes next.
 """
 
 from __future__ import annotations
@@ -21,20 +23,24 @@ from altgrad.twins.hyperparameters import copy_options, is_equal, set_option
 from altgrad.twins.isolation import keeping_settings
 
 Factory: TypeAlias = Callable[[list[nn.Parameter], dict[str, Any]], Optimizer]
-"""A function that makes an optimizer of parameters.
+"""A function of the user that makes an optimizer.
 
-Its second argument has the hyperparameters of a parameter group of the run by key.
+It is called with the parameters to step, and with the hyperparameters of a parameter group of the
+training's optimizer by key, such as ``lr``. It returns the optimizer.
 """
 
 
 class FactoryGroup:
-    """The optimizer that a factory makes for one parameter group of the run.
+    """The optimizer that a factory makes for one parameter group of the training.
+
+    A *factory* is a function of the user that makes an optimizer. The optimizer steps a *twin*, a
+    sample of the training's weights.
 
     Args:
         factory: A function that is called with the parameters, and a dict of hyperparameters
             without ``"params"``. It returns an optimizer of these parameters.
         parameters: The parameters of the twin that the optimizer is to step.
-        options: The hyperparameters of the run's group by key.
+        options: The hyperparameters of the training's group by key, such as ``lr``.
         seed: Seed of the random numbers that the factory draws. Every call draws the same ones.
 
     Attributes:
@@ -60,12 +66,12 @@ class FactoryGroup:
         self._chosen = self._list_options(self.optimizer)
 
     def follow(self, changes: Mapping[str, Any]) -> None:
-        """Call the factory again, after hyperparameters of the run have changed.
+        """Call the factory, which makes the optimizer, again with changed hyperparameters.
 
-        What it chooses otherwise than in the call before is set in `optimizer`.
+        Hyperparameters that it chooses otherwise than in the call before are set in `optimizer`.
 
         Args:
-            changes: The new hyperparameters of the run's group by key.
+            changes: The new hyperparameters of the training's group by key.
         """
         self._options |= changes
         # New parameters with the same memory, because some libraries register the parameters of
@@ -79,7 +85,7 @@ class FactoryGroup:
         self._chosen = chosen
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the hyperparameters as they are now, and as the factory last chose them.
+        """Return the hyperparameters of `optimizer` now, and those that the factory last chose.
 
         Returns:
             Copies under ``options`` (now) and ``chosen``, each a list with a dict for each group of
@@ -91,9 +97,9 @@ class FactoryGroup:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore hyperparameters, but for those that the factory now chooses otherwise.
+        """Restore hyperparameters, but for those that the factory has chosen otherwise since.
 
-        Nothing is restored if the factory now makes another number of groups.
+        Nothing is restored if the factory now makes another number of parameter groups.
 
         Args:
             state: A result of `state_dict`.
@@ -124,7 +130,7 @@ class FactoryGroup:
 
     @staticmethod
     def _list_options(optimizer: Optimizer) -> list[dict[str, Any]]:
-        """Return copies of the hyperparameters of each group."""
+        """Return copies of the hyperparameters of each parameter group of an optimizer."""
         return [copy_options(group) for group in optimizer.param_groups]
 
 

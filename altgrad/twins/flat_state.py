@@ -4,8 +4,9 @@ A twin's optimizer steps *flat* parameters, in which the sampled elements of sev
 after another (`layout`). `take_state` gathers the state of a flat parameter from the states that
 the training's optimizer has of the layers. `split_state` takes some elements out of the state of
 another flat parameter, when its layers are no longer stepped alike. Both need each tensor of a
-state to hold one number per element, or a single number. Read `factory` first; `optimizer_twin`
-comes next.
+state to hold one number per element, or a single number.
+
+Read `factory` first; `optimizer_twin` comes next.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _NUMBERS = (int, float, bool, type(None))
 
 
 class NotElementwiseError(ValueError):
-    """An error that says which state does not hold one number per element."""
+    """An error for an optimizer state that cannot be sampled: it has not one number per element."""
 
 
 def take_state(
@@ -38,11 +39,11 @@ def take_state(
     real_dtype: torch.dtype,
     shape: torch.Size | None = None,
 ) -> dict[str, Any]:
-    """Return the state of a flat parameter that holds the sampled elements of some layers.
+    """Return the optimizer state of a flat parameter that holds sampled elements of some layers.
 
     Tensors of the shape of their layer are gathered. States that are a single number, such as the
     number of steps, are copied from the first layer. They become float32 if they have the 16 bits
-    of the run's weights and the flat parameter has another dtype.
+    of the training's weights and the flat parameter has another dtype.
 
     Args:
         states: The state of each layer, by name.
@@ -86,7 +87,7 @@ def take_state(
 def split_state(
     state: Mapping[str, Any], positions: Tensor, length: int, shape: torch.Size | None = None
 ) -> dict[str, Any]:
-    """Return the state of a parameter that takes over some elements of a flat parameter.
+    """Return the optimizer state of a parameter that takes over elements of a flat parameter.
 
     Args:
         state: The state of the other parameter, by name.
@@ -120,7 +121,7 @@ def split_state(
 
 
 def _is_rounded(value: Any, real_dtype: torch.dtype) -> bool:
-    """Return True for a single number that has the 16 bits of the run's weights.
+    """Return True for a tensor in the dtype of the training's weights, if that has 16 bits.
 
     `Optimizer.load_state_dict` casts numbers such as `eta` of ASGD to the dtype of the weights.
     """
@@ -128,10 +129,12 @@ def _is_rounded(value: Any, real_dtype: torch.dtype) -> bool:
 
 
 def is_same_state(own: Any, positions: Tensor, other: Any, indices: Tensor) -> bool:
-    """Return True if a state of a twin equals that of the training, but for a few roundings.
+    """Return True if a twin's optimizer state equals the training's, but for a few roundings.
 
-    Torch rounds the tails of tensors in another way: few elements, each by a spacing of bfloat16
-    at most.
+    A *twin* is a sample of the training's layers that is stepped on its own.
+
+    Torch may round the last elements of a tensor in another way: these are few, and differ by a
+    spacing of bfloat16 at most.
 
     Args:
         own: A state of the twin's flat parameter.
@@ -154,7 +157,7 @@ def is_same_state(own: Any, positions: Tensor, other: Any, indices: Tensor) -> b
 
 
 def _is_elementwise(name: str, values: Sequence[Any], shapes: Sequence[torch.Size]) -> bool:
-    """Return True if a state holds one number per element of each layer."""
+    """Return True if the states of one name hold one number per element of each layer."""
     if name in COUNTERS and all(shape.numel() == 1 for shape in shapes):
         return False
     each = zip(values, shapes, strict=True)
@@ -194,7 +197,7 @@ def _shape(flat: Tensor, length: int, shape: torch.Size | None) -> Tensor:
 
 
 def _copy_shared(name: str, value: Any, shape: torch.Size) -> Any:
-    """Return a copy of a state that is the same for all elements of a parameter.
+    """Return a copy of an optimizer state that is the same for all elements of a parameter.
 
     Args:
         name: Name of the state, for the error.

@@ -1,8 +1,9 @@
 """`describe_fused_sgd`: warn of weights that the fused SGD of torch does not move.
 
 On a CPU it moves only the last elements of a tensor in 16 bits. A twin, which steps a sample of the
-training, does the same, and looks as if its format had frozen every weight. Read `run_states`
-first; `lane` comes next.
+training, does the same, and looks as if its format had frozen every weight.
+
+Read `run_states` first; `lane` comes next.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from altgrad.recipes.recipe import Recipe
 def describe_fused_sgd(
     optimizer: Optimizer, recipes: Sequence[Recipe], dtype: torch.dtype, device: torch.device
 ) -> str:
-    """Return a notice that names the run and the twins whose weights a fused SGD does not move.
+    """Return a notice that names the training and the twins that a fused SGD does not move.
+
+    On a CPU, it moves only the last elements of a tensor in 16 bits. A *twin* is a sample of the
+    training that is stepped as a recipe says.
 
     Args:
-        optimizer: The optimizer of the run, the training that is watched.
+        optimizer: The optimizer of the training.
         recipes: The recipes whose twins are stepped.
-        dtype: The dtype of the weights of the run.
+        dtype: The dtype of the weights of the training.
         device: The device of the weights.
 
     Returns:
@@ -47,11 +51,13 @@ def describe_fused_sgd(
 
 
 def _is_still(recipe: Recipe, is_fused: bool) -> bool:
-    """Return True if the twin of a recipe is stepped by the fused SGD in 16 bits.
+    """Return True if fused SGD steps a recipe in 16 bits, and so leaves most weights still.
+
+    The optimizer of the training is an SGD.
 
     Args:
         recipe: The recipe.
-        is_fused: True if the run's optimizer is fused.
+        is_fused: True if the training's optimizer is fused.
     """
     dtype = recipe.tensor_dtype
     runs_own_class = recipe.optimizer is None and (is_fused or recipe.fused)

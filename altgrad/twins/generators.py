@@ -3,7 +3,9 @@
 Optimizers that round at random draw from the global generators of torch, Python and NumPy, and so
 does the copy of such an optimizer that steps a twin. Inside `PrivateGenerators.using`, the global
 generators are in private states, which continue from call to call. Outside, the training draws as
-if there were no twin. Read `hyperparameters` first; `isolation` comes next.
+if there were no twin.
+
+Read `hyperparameters` first; `isolation` comes next.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def may_draw(kind: type[Optimizer]) -> bool:
 
 
 class PrivateGenerators:
-    """A set of private states for the global generators of torch, Python and NumPy.
+    """A set of private states for the global random generators of torch, Python and NumPy.
 
     Generators of devices have states, too. While the private states are in use, another thread
     would draw from them, too.
@@ -70,7 +72,7 @@ class PrivateGenerators:
         return {key: _pack(state) for key, state in self._states.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`.
+        """Restore the private states from a `state_dict`.
 
         Args:
             state: A result of `state_dict`.
@@ -82,7 +84,7 @@ _PYTHON, _NUMPY = "python", "numpy"
 
 
 def _name_generators(devices: Sequence[torch.device]) -> dict[str, torch.device | None]:
-    """Return the devices of all generators by name, None for Python's and NumPy's.
+    """Return the generators by a name of each: the device, or None for Python's and NumPy's.
 
     Devices are numbered from 0, since a resumed run may have other indices.
     """
@@ -98,7 +100,7 @@ def _name_generators(devices: Sequence[torch.device]) -> dict[str, torch.device 
 
 
 def _make(name: str, device: torch.device | None, seed: int) -> Any:
-    """Return the state of a new generator with a seed."""
+    """Return the state of a new generator with a seed: Python's, NumPy's, or that of a device."""
     if name == _PYTHON:
         return random.Random(seed).getstate()  # noqa: S311 - no secret
     if name == _NUMPY:
@@ -132,7 +134,7 @@ def _write(name: str, device: torch.device | None, state: Any) -> None:
 
 
 def _pack(state: Any) -> Any:
-    """Return a state in which each NumPy array is a list of its dtype's name and a uint8 tensor.
+    """Return a generator's state with each NumPy array as a list of dtype name and uint8 tensor.
 
     ``torch.load(weights_only=True)`` accepts that, but no arrays.
     """
@@ -144,7 +146,7 @@ def _pack(state: Any) -> Any:
 
 
 def _unpack(packed: Any) -> Any:
-    """Return the state from which `_pack` made this."""
+    """Return a generator's state with NumPy arrays again, from the result of `_pack`."""
     if isinstance(packed, dict):
         return {key: _unpack(each) for key, each in packed.items()}
     if isinstance(packed, list):

@@ -4,6 +4,7 @@ Schedulers and users change the parameter groups of the *run's* optimizer, that 
 between steps. A twin, which steps a sample with a copy of the optimizer, must follow. Some
 optimizers change their own groups within a step, such as the `k` of schedule-free ones. A twin's
 own step makes these changes too. Other changes within a step, such as those of a hook, are copied.
+
 Read `writes` first; `generators` comes next.
 """
 
@@ -21,14 +22,14 @@ from altgrad.twins.optimizer_copy import NO_HYPERPARAMETERS, copy_value
 from altgrad.twins.writes import UNCOUNTED, count_writes
 
 Changes: TypeAlias = Mapping[int, Mapping[str, Any]]
-"""New values of hyperparameters by key, for each changed group by its index in the optimizer."""
+"""New values of hyperparameters: by index of the parameter group, then by key such as ``lr``."""
 
 _PLAIN = {float, int, bool, str, type(None)}
 """Types whose values are immutable, so that they are compared by value."""
 
 
 class HyperparameterFollower:
-    """A follower that finds changes of the hyperparameters of one optimizer.
+    """A follower that finds which hyperparameters of one optimizer changed since `remember`.
 
     Tensors are compared by identity and by the number of writes that torch counts, so that no
     comparison waits for a device. A write through ``.data`` is therefore missed.
@@ -50,7 +51,7 @@ class HyperparameterFollower:
         ]
 
     def find_changes(self) -> Changes:
-        """Return the hyperparameters that differ from those remembered.
+        """Return the hyperparameters that have changed since `remember`.
 
         Returns:
             Copies of the new values by key, for each changed group by its index. For a group that
@@ -75,15 +76,17 @@ class HyperparameterFollower:
 
 
 def apply_changes(changes: Changes, twin: Optimizer, numbers: Sequence[int]) -> None:
-    """Set changed hyperparameters in the groups of a twin's optimizer.
+    """Set changed hyperparameters of the training in the groups of a twin's optimizer.
+
+    A *twin* is a sample of the training's weights that an optimizer of its own steps.
 
     A tensor is filled in place, because a compiled step, or one captured in a CUDA graph, goes on
     reading the same tensor.
 
     Args:
-        changes: The changes by index of the group in the run's optimizer.
+        changes: The changes by index of the group in the training's optimizer.
         twin: The twin's optimizer.
-        numbers: For each group of `twin`, the index of its group in the run's optimizer.
+        numbers: For each group of `twin`, the index of its group in the training's optimizer.
     """
     if not changes:
         return
@@ -93,12 +96,14 @@ def apply_changes(changes: Changes, twin: Optimizer, numbers: Sequence[int]) -> 
 
 
 def find_unmade(changes: Changes, twin: Optimizer, numbers: Sequence[int]) -> Changes:
-    """Return the changes that a twin's optimizer has not made in its own step.
+    """Return the hyperparameter changes that a twin's optimizer has not made in its own step.
+
+    A *twin* is a sample of the training's weights that an optimizer of its own steps.
 
     Args:
-        changes: What changed in the groups of the run's optimizer while it stepped.
+        changes: What changed in the groups of the training's optimizer while it stepped.
         twin: The twin's optimizer, after the same step.
-        numbers: For each group of `twin`, the index of its group in the run's optimizer.
+        numbers: For each group of `twin`, the index of its group in the training's optimizer.
 
     Returns:
         The changes whose values the twin does not have: those of hooks, such as a schedule.
@@ -127,10 +132,10 @@ def is_equal(one: Any, other: Any) -> bool:
 
 
 def set_option(group: dict[str, Any], key: str, value: Any) -> None:
-    """Set a copy of a hyperparameter in a group; fill a tensor in place.
+    """Set a hyperparameter in a parameter group to a copy of a value; fill a tensor in place.
 
     Args:
-        group: The group.
+        group: The group, a dict of ``optimizer.param_groups``.
         key: Name of the hyperparameter.
         value: Its value.
     """
@@ -142,14 +147,16 @@ def set_option(group: dict[str, Any], key: str, value: Any) -> None:
 
 
 def copy_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return copies of the hyperparameters of a group, without its parameters and their names."""
+    """Return copies of the hyperparameters of a parameter group, without parameters and names."""
     return {key: copy_value(value) for key, value in _without_parameters(group).items()}
 
 
 class _Mark:
-    """A mark that equals another one if the object is the same and no tensor was written to.
+    """A note of which object a value is, and of the number of writes to it if it is a tensor.
 
-    The mark keeps the object alive, since a new object may get the address of one that is gone.
+    Two notes are equal if the object is the same and no write came in between.
+
+    The note keeps the object alive, since a new object may get the address of one that is gone.
 
     Args:
         value: The object.
@@ -172,7 +179,11 @@ class _Mark:
 
 
 def _mark(value: object) -> object:
-    """Return a mark of a value, which differs from a later mark if the value has changed."""
+    """Return a key for a hyperparameter value, equal to a later key only if nothing has changed.
+
+    Plain values are their own keys. Tuples, lists and dicts have the keys of their items; any other
+    object has a `_Mark` of its identity.
+    """
     if type(value) in _PLAIN:
         return value
     if isinstance(value, (tuple, list)):
@@ -183,7 +194,10 @@ def _mark(value: object) -> object:
 
 
 def _is_same(mark: object, value: object) -> bool:
-    """Return True if a value has not changed since its mark; plain values need no new mark."""
+    """Return True if a value has not changed since `_mark` made the key `mark` of it.
+
+    Plain values are compared without a new key.
+    """
     if type(value) in _PLAIN:
         return mark is value or (type(mark) in _PLAIN and mark == value)
     return mark == _mark(value)

@@ -3,7 +3,9 @@
 A twin steps a sample of the training with an optimizer of its own. `step_quietly` steps that one
 without the global hooks of torch, which are meant for the optimizers of the training.
 `keeping_settings` restores settings of torch that the optimizer, or the function that makes it,
-leaves changed. Read `generators` first; `factory` comes next.
+leaves changed.
+
+Read `generators` first; `factory` comes next.
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ from torch.optim import Optimizer
 
 
 def step_quietly(optimizer: Optimizer) -> None:
-    """Step an optimizer without global hooks, and restore settings of torch afterwards.
+    """Step an optimizer without torch's global optimizer hooks, and restore settings afterwards.
 
     Hooks that are registered in the optimizer itself run. If there are none, a profiler gets no
     record ``Optimizer.step``, unless `step` calls ``super().step()``.
 
     Args:
-        optimizer: The optimizer of a twin.
+        optimizer: The optimizer. It belongs to a twin, a sample of the training that is stepped on
+            its own.
     """
     with keeping_settings(), _silencing_global_hooks():
         _find_plain_step(optimizer)()
@@ -34,7 +37,7 @@ def step_quietly(optimizer: Optimizer) -> None:
 
 @contextmanager
 def keeping_settings() -> Iterator[None]:
-    """Restore on exit: grad mode, default dtype, deterministic algorithms, and threads."""
+    """Restore settings of torch on exit: grad mode, default dtype, determinism, and threads."""
     before = [read() for read, _ in _SETTINGS]
     try:
         yield
@@ -62,7 +65,7 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (_read_determinism, _write_determinism),
     (torch.get_num_threads, torch.set_num_threads),
 )
-"""Functions that read and write each setting that an optimizer might change."""
+"""Functions that read and write each setting of torch that an optimizer might change."""
 
 
 # --- hooks
@@ -78,7 +81,7 @@ _LOCK = threading.RLock()
 
 
 class _Silent:
-    """A wrapper of a global hook, which does not call it in the thread that made the wrapper.
+    """A wrapper of a global optimizer hook that skips it in the thread that made the wrapper.
 
     Args:
         hook: The hook.
@@ -94,7 +97,7 @@ class _Silent:
 
 @contextmanager
 def _silencing_global_hooks() -> Iterator[None]:
-    """Silence the global hooks in this thread alone; another may step the training meanwhile."""
+    """Skip torch's global optimizer hooks in this thread; others may step the training now."""
     if not any(_GLOBAL_HOOKS):
         yield
         return

@@ -7,8 +7,10 @@ which the others are compared.
 
 At each step, a lane gathers the sampled gradients once and steps each twin with them. At an
 observed step, one whose figures are recorded, it compares the reference twin with the run, and the
-others with the baseline. Read `fused_sgd` first, and `optimizer_twin`, `layer_plan` and
-`run_weights`, which do the work; `twin_state` comes next.
+others with the baseline.
+
+Read `fused_sgd` first, and `optimizer_twin`, `layer_plan` and `run_weights`, which do the work;
+`twin_state` comes next.
 """
 
 from __future__ import annotations
@@ -41,18 +43,22 @@ from altgrad.twins.twin_source import TwinSource
 
 
 class LaneSums(NamedTuple):
-    """The measurements of a lane at an observed step, on the device.
+    """The measurements of a `Lane` after a step whose figures are recorded, on the device.
+
+    A lane has a *twin* for each recipe: a sample of each layer, stepped as the recipe says.
 
     Attributes:
         layers: Names of the layers.
         recipes: Names of the recipes.
         states: Names of the optimizer states that are compared.
-        values: Sums and medians of `altgrad.measurement.twin_sums`, float64 (layers, recipes,
-            columns).
-        counts: The counts of the self-check, `COUNTS`, float64 (layers, counts).
+        values: Sums and medians that compare each twin with one in float32, as
+            `altgrad.measurement.twin_sums` says, float64 (layers, recipes, columns).
+        counts: The counts by which the sample and the training differ,
+            `altgrad.twins.self_check.COUNTS`, float64 (layers, counts).
         sizes: Number of sampled elements of each layer.
         populations: Number of elements of each layer.
-        blocks: Number of blocks in which the sample of each layer was drawn; 0 for single elements.
+        blocks: Number of blocks in which the sample of each layer was drawn; 0 if single elements
+            were drawn.
     """
 
     layers: tuple[str, ...]
@@ -68,13 +74,17 @@ class LaneSums(NamedTuple):
 class Lane:
     """The twins of layers with one dtype, gradient dtype, device and block size.
 
+    A *twin* is a sample of each layer that is stepped as a recipe says. One for each recipe is
+    compared with the *baseline*, a twin in float32. The *reference twin* steps just as the training
+    does, to check that a sample steps alike.
+
     Args:
         kind: The properties that the layers share.
         recipes: The recipes whose twins are stepped.
-        source: The layers of the run, with their samples and scales.
+        source: The layers of the training, with their samples and scales.
 
     Attributes:
-        follows_updates: True if twins take over the updates of the run, because its optimizer
+        follows_updates: True if twins take over the updates of the training, because its optimizer
             cannot run on a sample.
     """
 
@@ -117,12 +127,15 @@ class Lane:
 
     @property
     def is_empty(self) -> bool:
-        """True if the twins of all recipes have ended."""
+        """True if the twins of all recipes have ended, so that nothing is left to step."""
         return not self._twins
 
     @property
     def _all_twins(self) -> list[Twin]:
-        """The reference twin, the baseline if there is one, and the twins of the recipes."""
+        """The reference twin, the baseline if there is one, and the twins of the recipes.
+
+        The reference twin steps as the training does; the baseline steps in float32.
+        """
         others = [] if self._baseline is None else [self._baseline]
         return [self._reference, *others, *self._twins.values()]
 
@@ -136,18 +149,19 @@ class Lane:
         is_checked: bool,
         is_checkable: bool,
     ) -> None:
-        """Prepare for a step of the run that is about to happen, and gather its gradients.
+        """Prepare all twins for a step of the training, and gather its gradients at the samples.
 
-        Twins take over layers that are new, and weights and states that something other than a step
-        has changed.
+        Twins, which step a sample of each layer, take over layers that are new, and weights and
+        states that something other than a step has changed.
 
         Args:
-            optimizer: The run's optimizer.
+            optimizer: The training's optimizer.
             stepped: The layers of this lane that the optimizer steps, with a gradient or without;
                 the same object as in the last step if none has changed.
-            is_checked: True if the self-check is made after the step.
-            is_checkable: False if the reference twin cannot equal the run, since the run's
-                optimizer rounds at random.
+            is_checked: True if the reference twin, which steps as the training does, is compared
+                with it after the step.
+            is_checkable: False if the reference twin cannot equal the training, since the
+                training's optimizer rounds at random.
         """
         written, changed = self._find_writes(optimizer, stepped)
         if stepped is not self._stepped or changed:
@@ -172,9 +186,10 @@ class Lane:
     def _find_writes(
         self, optimizer: Optimizer, stepped: Sequence[Stepped]
     ) -> tuple[set[str], set[str]]:
-        """Return the layers whose weights, and whose states, were written to since the last step.
+        """Return names of layers to which something besides the optimizer has written.
 
-        After a resume, that is the last step before the checkpoint.
+        The first set has those whose weights, the second those whose optimizer states were written
+        to since the last step. After a resume, that is the last step before the checkpoint.
         """
         written, changed = self._loaded_writes
         other_weights, other_states = self._plan.restore(optimizer, stepped)
@@ -187,7 +202,10 @@ class Lane:
         )
 
     def _has_state(self, optimizer: Optimizer, name: str) -> bool:
-        """Return True if the reference twin has the state that the run has of a layer."""
+        """Return True if a layer's optimizer state in the training equals the reference twin's.
+
+        That twin is a sample of the layers that is stepped as the training is.
+        """
         layer = self._plan.layers.get(name)
         if layer is None or not isinstance(self._reference, OptimizerTwin):
             return False
@@ -199,7 +217,7 @@ class Lane:
         stepped: Sequence[Stepped],
         changed: Collection[str],
     ) -> list[str]:
-        """Note which layers have a gradient, and lay out all twins anew if that needs it.
+        """Note which layers have a gradient, and lay out the flat tensors of twins anew if needed.
 
         Returns:
             Names of the layers whose parameter is another object than before.
@@ -223,7 +241,7 @@ class Lane:
         return replaced
 
     def _rearrange(self, optimizer: Optimizer) -> list[str]:
-        """Give the layout of the plan to weights, scales and twins.
+        """Give weights, scales and twins the new places of the layers in their flat tensors.
 
         Returns:
             Names of the layers whose parameter is another object than before.
@@ -252,14 +270,17 @@ class Lane:
     # --- after a step of the run
 
     def step(self, optimizer: Optimizer, changes: Changes, late: Changes) -> None:
-        """Step all twins, now that the run has stepped.
+        """Step all twins with the gathered gradients, now that the training has stepped.
+
+        A *twin* is a sample of the layers that is stepped as a recipe says. If `follows_updates`,
+        twins add the training's update instead.
 
         Args:
-            optimizer: The run's optimizer.
+            optimizer: The training's optimizer.
             changes: Hyperparameters that were changed from outside between the last step and this.
-            late: Hyperparameters that changed while the run stepped. Before their next step, twins
-                take over those that the reference twin has not changed in its own step, such as
-                those of a hook. Factories, functions that make optimizers, get all of them.
+            late: Hyperparameters that changed while the training stepped. Before their next step,
+                twins take over those that the reference twin has not changed in its own step, such
+                as those of a hook. Factories, functions that make optimizers, get all of them.
         """
         missed = self._find_missed()
         own, by_factory = _join(missed, changes), _join(self._late, changes)
@@ -280,7 +301,7 @@ class Lane:
         self._states.remember(optimizer, self._stepped)
 
     def _warn_about_names(self) -> None:
-        """Warn of recipes with names of states that the twin's optimizer lacks after its step."""
+        """Warn of recipes that store optimizer states which their twin's optimizer lacks."""
         for name, twin in self._twins.items():
             missing = twin.recipe.state_formats.keys() - {"*"} - twin.states.keys()
             # Without any state, a twin may have had no gradient yet.
@@ -292,13 +313,17 @@ class Lane:
                 )
 
     def _find_missed(self) -> Changes:
-        """Return changes in the run's last step that the reference twin's own step has not made."""
+        """Return hyperparameters that the training's last step changed, and the twin's did not.
+
+        The twin is the reference twin, whose optimizer is a copy of the training's. What it did not
+        change, a hook has changed.
+        """
         if not self._late or not isinstance(self._reference, OptimizerTwin):
             return {}
         return self._reference.find_unmade(self._late)
 
     def _follow_run(self) -> None:
-        """Give the update of the run's last step to the twins, which take it over."""
+        """Add the update of the training's last step to all twins, if they step no optimizer."""
         reference = self._reference.tensors
         update = self._run.gather() - reference.weights
         for twin in self._all_twins:
@@ -307,15 +332,20 @@ class Lane:
         reference.weights.copy_(self._run.values)  # w + (v − w) may differ from v
 
     def check(self) -> Tensor:
-        """Compare the reference twin with the run.
+        """Compare the reference twin, which steps as the training does, with the training.
 
         Returns:
-            float64 (layers, counts): the `COUNTS` of each layer, on the device.
+            float64 (layers, counts): the differences in each layer,
+            `altgrad.twins.self_check.COUNTS`, on the device.
         """
         return self._run.check(self._reference.tensors)
 
     def _read_states(self, optimizer: Optimizer, names: Collection[str]) -> None:
-        """Read the amaxes of the run's states for which recipes have formats, in some layers."""
+        """Give the largest magnitudes of optimizer states to the twins' scales.
+
+        These are the training's states in the named layers, as far as recipes store them in
+        formats.
+        """
         wanted = {name for twin in self._twins.values() for name in twin.recipe.state_formats}
         if not wanted:
             return
@@ -329,12 +359,15 @@ class Lane:
         self._scales.read_states(states)
 
     def measure(self, optimizer: Optimizer, shown: Collection[str]) -> LaneSums:
-        """Measure all twins at an observed step, and begin another window.
+        """Measure by how much twins differ from training in float32, and begin another window.
 
-        A window is the time since the last observed step; some figures are about it alone.
+        It is called after an observed step, one whose figures are recorded.
+
+        A window is the time since the last observed step; some figures are about it alone. A *twin*
+        is a sample of the layers, stepped as a recipe says.
 
         Args:
-            optimizer: The run's optimizer.
+            optimizer: The training's optimizer.
             shown: Names of the layers whose figures this step reports. Windows of others go on.
 
         Returns:
@@ -358,7 +391,10 @@ class Lane:
         )
 
     def _find_shown(self, names: Collection[str]) -> Tensor:
-        """Return True for the elements of some layers, bool (elements); False in a skipped step."""
+        """Return a mask, bool (elements): True for the sampled elements of the named layers.
+
+        It is False everywhere if a GradScaler skipped the step.
+        """
         flags = torch.tensor([name in names for name in self.names], device="cpu")
         shown = flags.to(self._kind.device)[self._run.layer_rows]
         found_inf = self._gradients_now.found_inf
@@ -369,13 +405,14 @@ class Lane:
     def watch_writes(self, *, is_suspected: bool, are_found: bool) -> None:
         """Start or stop watching weights for writes that torch does not count, after a check.
 
-        The first suspicion begins a watch that ends at a check with no write found. The second one
-        begins a watch for good.
+        Watched weights are gathered after each step and compared before the next. The first
+        suspicion begins a watch that ends at a check with no write found. The second one begins a
+        watch for good.
 
         Args:
-            is_suspected: True if the reference twin differed before the step without a write that
-                torch had counted.
-            are_found: True if any weights were taken over since the check before.
+            is_suspected: True if the reference twin, which steps as the training does, differed
+                from it before the step without a write that torch had counted.
+            are_found: True if twins took over any weights of the training since the check before.
         """
         self._suspicions += is_suspected
         if is_suspected:
@@ -384,13 +421,13 @@ class Lane:
             self._run.is_watching = False
 
     def follow_updates(self, optimizer: Optimizer, reason: str) -> None:
-        """Give twins the updates of the run, since its optimizer cannot run on a sample.
+        """Let twins add the training's updates, since its optimizer cannot run on a sample.
 
-        Twins whose recipes need an optimizer end. In a run in 16 bits all twins end, since nothing
-        in float32 is left to compare them with.
+        Twins whose recipes need an optimizer end. In a training in 16 bits all twins end, since
+        nothing in float32 is left to compare them with.
 
         Args:
-            optimizer: The run's optimizer.
+            optimizer: The training's optimizer.
             reason: The reason why it cannot, for the notice.
         """
         if self.follows_updates:
@@ -411,7 +448,7 @@ class Lane:
             self._warn(f"feeds the twins of {few(names)} with the updates of the run: {reason}")
 
     def _make_followers(self, recipes: Sequence[Recipe]) -> None:
-        """Replace all twins by twins that take over the updates of the run."""
+        """Replace all twins by twins that add the training's updates, and step no optimizer."""
         self._twins = {each.name: UpdateTwin(each, *self._make) for each in recipes}
         self._reference = UpdateTwin(Recipe("run", dtype=self._kind.dtype), *self._make)
         self._baseline = None
@@ -419,7 +456,7 @@ class Lane:
 
     @contextmanager
     def _following_updates_after_an_error(self, optimizer: Optimizer) -> Iterator[None]:
-        """After an error of the code inside, go on with `follow_updates`."""
+        """Run the code inside; after an error, go on with twins that add the training's updates."""
         try:
             yield
         except Warning:  # the user made warnings errors
@@ -431,7 +468,9 @@ class Lane:
             self.follow_updates(optimizer, f"{kind} cannot run on a sample: {_describe(error)}")
 
     def _try(self, twin: Twin, act: Callable[[], object]) -> None:
-        """Call a function of a twin; after an error, end that twin with a notice.
+        """Call a function that acts on a twin; after an error, end that twin with a notice.
+
+        A *twin* is a sample of the layers that is stepped as a recipe says.
 
         Errors of the reference twin and the baseline are raised, since all others need these.
 
@@ -451,7 +490,7 @@ class Lane:
     # --- scales, memory, state
 
     def scales_changed(self) -> None:
-        """Compute scales anew when next needed, since the amax of a layer has changed."""
+        """Compute scales anew when next needed, since the amax (largest magnitude) has changed."""
         self._scales.forget_amaxes()
         for twin in self._all_twins:
             twin.forget_amaxes()
@@ -466,10 +505,11 @@ class Lane:
         """Return the state that a resumed run needs to continue exactly.
 
         Args:
-            optimizer: The run's optimizer.
+            optimizer: The training's optimizer.
 
         Returns:
-            A dict of plain data and tensors.
+            A dict of plain data and tensors: samples, twins, amaxes of scales, and names of layers
+            that were written to.
         """
         written, changed = self._find_writes(optimizer, self._stepped)
         return {
@@ -488,7 +528,7 @@ class Lane:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`, before the first step. Twins that had ended stay ended.
+        """Restore all twins from a `state_dict`, before the first step; ended ones stay ended.
 
         Args:
             state: A result of `state_dict` whose recipes include those of this lane.
@@ -511,7 +551,7 @@ class Lane:
 
 
 def _join(earlier: Changes, later: Changes) -> Changes:
-    """Return the changes of both; the later value of a hyperparameter that changed twice."""
+    """Return two sets of hyperparameter changes as one; the later value wins."""
     if not earlier:
         return later
     return {
@@ -527,6 +567,6 @@ def _step(twin: Twin, gradients: Gradients, changes: Changes) -> None:
 
 
 def _describe(error: Exception) -> str:
-    """Return the text of an error, with type and place unless the error is one of AltGrad's."""
+    """Return the text of an error for a notice, with type and place unless it names a remedy."""
     has_remedy = isinstance(error, (CannotCopyError, NotElementwiseError))
     return str(error) if has_remedy else describe_error(error)

@@ -2,8 +2,9 @@
 
 A *lane* is a set of layers whose twins are stepped together, since their samples can lie in one
 tensor. Sorting asks many questions about each layer. Its result is therefore kept as long as
-parameters, groups and gradients are of the same kind. Read `layer_plan` first; `run_weights` comes
-next.
+parameters, groups and gradients are of the same kind.
+
+Read `layer_plan` first; `run_weights` comes next.
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ _Key: TypeAlias = tuple[object, ...]
 
 
 class LaneSorter:
-    """A sorter of the layers of one optimizer.
+    """A sorter of the layers of one optimizer into lanes.
+
+    A *lane* is a set of layers of one dtype, gradient dtype and device. A small sample of each is
+    stepped in one tensor with the others.
 
     Args:
-        source: The layers of the run.
-        blocks: The numbers of neighbours that are drawn together; a layer has a lane for each.
+        source: The layers of the training.
+        blocks: Numbers of neighbouring elements that are drawn together into a sample, such as 1 or
+            16; each layer is in a lane for each number.
     """
 
     def __init__(self, source: TwinSource, blocks: Collection[int]) -> None:
@@ -41,10 +46,12 @@ class LaneSorter:
         self._lanes: Mapping[LaneKind, Sequence[Stepped]] = {}
 
     def sort(self, optimizer: Optimizer) -> Mapping[LaneKind, Sequence[Stepped]]:
-        """Return the layers of each lane that an optimizer is about to step.
+        """Return for each lane the layers that an optimizer is about to step.
+
+        A *lane* is a set of layers with equal `LaneKind`: dtypes, device and block size.
 
         Args:
-            optimizer: The run's optimizer.
+            optimizer: The training's optimizer.
 
         Returns:
             The layers, with a gradient or without; the same objects as before if none has changed.
@@ -97,7 +104,7 @@ class LaneSorter:
 
 
 def _describe_parameters(optimizer: Optimizer) -> _Key:
-    """Return what decides the lane of each parameter; each step pays for this."""
+    """Return a key of all parameters and kinds of gradients; equal keys give equal lanes."""
     return tuple(
         (
             id(p),

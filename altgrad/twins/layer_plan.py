@@ -3,8 +3,10 @@
 *Twins* step a sample of each layer of the *run*, the training that is watched. A *lane* is a set of
 layers whose twins are stepped together, since their samples can lie in one tensor (`LaneKind`). In
 a lane, layers that step alike share a *bucket*: a flat tensor that the optimizer of a twin steps at
-once. A bucket is split when its layers begin to differ, as layers that are frozen, and experts
-that get no tokens. Read `twin_source` first; `lane_sorter` comes next.
+once. A bucket is split when its layers begin to differ, as layers that are frozen, and experts that
+get no tokens.
+
+Read `twin_source` first; `lane_sorter` comes next.
 """
 
 from __future__ import annotations
@@ -24,14 +26,18 @@ from altgrad.twins.twin_source import TwinSource
 MOST_BUCKETS = 32
 """Largest number of buckets of a lane, and of small layers that are each stepped alone on a CPU.
 
-Layers beyond these have no twins, since a bucket costs about 12 operations per twin and step. Many
-buckets come from experts, which get tokens at different steps. Layers of fewer than 64 elements are
-stepped alone in 16 bits on a CPU, as their shape decides how torch rounds them; a fused optimizer
-steps all at once."""
+A *bucket* is a flat tensor with small samples of layers that are stepped alike; a *lane* is a set
+of buckets. Layers beyond these numbers are not sampled, since a bucket costs about 12 operations in
+each step of each recipe. Many buckets come from experts, which get tokens at different steps.
+Layers of fewer than 64 elements are stepped alone in 16 bits on a CPU, as their shape decides how
+torch rounds them; a fused optimizer steps all at once.
+"""
 
 
 class LaneKind(NamedTuple):
     """The properties that all layers of a lane share.
+
+    A *lane* is a set of layers whose samples are stepped together in one tensor.
 
     Attributes:
         dtype: The dtype of the weights.
@@ -47,17 +53,20 @@ class LaneKind(NamedTuple):
     block: int
 
     def describe(self) -> list[object]:
-        """Return the kind as plain data, without the device's index, which a resume may change."""
+        """Return the kind as a list of names and numbers, for a checkpoint.
+
+        The index of the device is left out, since a resume may change it.
+        """
         return [str(self.dtype), str(self.gradient_dtype), self.device.type, self.block]
 
 
 class Stepped(NamedTuple):
-    """A layer that the run's optimizer steps.
+    """A layer that the training's optimizer steps.
 
     Attributes:
         name: Name of the layer.
         parameter: The parameter.
-        group: Index of its parameter group in the run's optimizer.
+        group: Index of its parameter group in the training's optimizer.
     """
 
     name: str
@@ -68,17 +77,20 @@ class Stepped(NamedTuple):
 class LayerPlan:
     """The layers of a lane with their samples, and the buckets in which they lie.
 
+    *Twins* step a small sample of each layer. A *lane* is a set of layers whose samples fit into
+    one tensor. A *bucket* has those of its layers that step alike, as one parameter.
+
     Args:
         kind: The properties that the layers share.
-        source: The layers of the run, from which samples are drawn.
+        source: The layers of the training, from which samples are drawn.
 
     Attributes:
-        layers: The layers by name, in the order of the layout.
+        layers: The layers by name, in the order of the samples in the tensor.
         layout: The buckets, and the places of the layers in a flat tensor.
-        renewed: Names of the layers whose optimizer states twins take from the run since the last
-            `arrange`, instead of going on with their own.
+        renewed: Names of the layers whose optimizer states twins take from the training since the
+            last `arrange`, instead of going on with their own.
         begun: Names of the renewed layers that are new or have another sample than before. Their
-            weights are taken from the run, too.
+            weights are taken from the training, too.
     """
 
     def __init__(self, kind: LaneKind, source: TwinSource) -> None:
@@ -100,19 +112,22 @@ class LayerPlan:
         present: Collection[str],
         changed: Collection[str] = (),
     ) -> bool:
-        """Lay out the layers anew if some are new, gone, or begin to differ in their steps.
+        """Assign layers to buckets anew if some are new, gone, or begin to differ in their steps.
+
+        A *bucket* is a flat tensor with the samples of layers that step alike.
 
         Layers whose states were changed leave their bucket, and get another one as new layers do.
 
         Args:
-            optimizer: The run's optimizer.
+            optimizer: The training's optimizer.
             stepped: The layers that the optimizer steps, with a gradient or without.
             present: Names of the layers with a gradient in this step.
             changed: Names of the layers whose optimizer states something other than a step has
                 changed.
 
         Returns:
-            True if parameters, buckets or states are other ones, so that twins have to follow.
+            True if parameters, buckets or states are other ones, so that twins, which step the
+            samples, have to follow.
         """
         known = self._find_known(stepped)
         kept = self._split_buckets([each for each in known if each.name not in changed], present)
@@ -141,12 +156,14 @@ class LayerPlan:
     def find_present(self, present: Collection[str]) -> list[bool]:
         """Return for each bucket True if its layers are among those with a gradient.
 
-        All layers of a bucket are, or none is.
+        A *bucket* has the samples of layers that step alike: all have a gradient, or none has.
         """
         return [next(iter(bucket.counts)) in present for bucket in self.layout.buckets]
 
     def _split_buckets(self, stepped: Sequence[Stepped], present: Collection[str]) -> list[Bucket]:
-        """Return the present buckets with only these layers, split where layers begin to differ.
+        """Return the buckets so far with only these layers, split where layers begin to differ.
+
+        Layers of a *bucket* share a parameter group, and all or none have a gradient.
 
         Args:
             stepped: The layers that stay.
@@ -164,7 +181,7 @@ class LayerPlan:
         return buckets
 
     def _find_known(self, stepped: Sequence[Stepped]) -> list[Stepped]:
-        """Return the layers that the plan has already, in the same shape."""
+        """Return those of some layers that have a sample already, drawn in the same shape."""
         return [
             each
             for each in stepped
@@ -180,7 +197,7 @@ class LayerPlan:
         self.layers[layer.name] = Sampled(layer.parameter, shape, indices.to(self._kind.device))
 
     def _begin(self, known: Collection[str], layers: Sequence[Stepped]) -> frozenset[str]:
-        """Draw the samples of the layers that are not known, and return their names."""
+        """Draw the samples of the layers whose names are not in `known`, and return these names."""
         begun = [each for each in layers if each.name not in known]
         for each in begun:
             self._add_layer(each, self._draw(each))
@@ -189,10 +206,12 @@ class LayerPlan:
     def _make_buckets(
         self, optimizer: Optimizer, layers: Sequence[Stepped], present: Collection[str]
     ) -> list[Bucket]:
-        """Return buckets for layers that are new, or whose states were changed.
+        """Return buckets for layers that are new, or whose optimizer states were changed.
+
+        A *bucket* is a flat tensor with the samples of layers that step alike.
 
         Args:
-            optimizer: The run's optimizer.
+            optimizer: The training's optimizer.
             layers: The layers.
             present: Names of the layers with a gradient in this step.
         """
@@ -210,12 +229,18 @@ class LayerPlan:
         return [Bucket(key[1], counts, shapes[key]) for key, counts in buckets.items()]  # type: ignore[index]
 
     def _rounds_by_shape(self, optimizer: Optimizer, layer: Stepped) -> bool:
-        """Return True if torch may round elements beyond the last full chunk in another way."""
+        """Return True if the shape of a small layer may decide how torch rounds it.
+
+        It may for weights in 16 bits, and with a fused optimizer.
+        """
         is_fused = bool(optimizer.param_groups[layer.group].get("fused"))
         return self._kind.dtype.itemsize < 4 or is_fused
 
     def _limit(self, optimizer: Optimizer, buckets: list[Bucket]) -> list[Bucket]:
-        """Return the buckets within the limits; warn once of the layers that are left out."""
+        """Return the buckets without those beyond `MOST_BUCKETS`; warn once of the layers left out.
+
+        A *bucket* is a flat tensor with the samples of layers that step alike.
+        """
         flat = [bucket for bucket in buckets if bucket.shape is None]
         alone = [
             bucket
@@ -238,12 +263,17 @@ class LayerPlan:
         return [bucket for bucket in buckets if self._left_out.isdisjoint(bucket.counts)]
 
     def _steps_alone(self, optimizer: Optimizer, bucket: Bucket) -> bool:
-        """Return True if a bucket is stepped by operations of its own: on a CPU, unless fused."""
+        """Return True if a parameter is stepped by operations of its own: on a CPU, unless fused.
+
+        A *bucket*, the samples of layers that step alike, is one parameter.
+        """
         is_fused = optimizer.param_groups[bucket.group].get("fused")
         return self._kind.device.type == "cpu" and not is_fused
 
     def _leave_out_smallest(self, buckets: list[Bucket], most: int, kind: str, what: str) -> None:
-        """Keep the buckets with the most elements, and warn once of the layers of the others.
+        """Leave out layers in all but the buckets with the most elements, and warn once of them.
+
+        A *bucket* is a flat tensor with the samples of layers that step alike.
 
         Args:
             buckets: Buckets of one kind.
@@ -263,10 +293,12 @@ class LayerPlan:
             self.layers.pop(name, None)
 
     def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return buckets and samples, with weights and states to recognise the run by.
+        """Return the buckets and samples, with weights and states to recognise the training by.
+
+        A *bucket* has the samples of layers that step alike.
 
         Args:
-            optimizer: The run's optimizer.
+            optimizer: The training's optimizer.
 
         Returns:
             A dict of plain data and tensors.
@@ -282,7 +314,7 @@ class LayerPlan:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`, before the first step.
+        """Restore samples and buckets from a `state_dict`, before the first step.
 
         Args:
             state: A result of `state_dict`.
@@ -296,11 +328,13 @@ class LayerPlan:
     ) -> tuple[set[str], set[str]]:
         """Add the layers of a loaded state, at the first step in which the optimizer has them.
 
+        Samples are those of the loaded state.
+
         A layer begins anew if its sample is another one, or if both its weights and its states
         differ from the loaded state.
 
         Args:
-            optimizer: The run's optimizer.
+            optimizer: The training's optimizer.
             stepped: The layers that the optimizer is about to step.
 
         Returns:
@@ -333,7 +367,7 @@ class LayerPlan:
 
 
 class _Saved(NamedTuple):
-    """A layer of the run at the time of a checkpoint; all tensors are on the CPU.
+    """A layer of the training at the time of a checkpoint; all tensors are on the CPU.
 
     Attributes:
         indices: The sample, flat indices, int64 (elements).
@@ -347,10 +381,10 @@ class _Saved(NamedTuple):
 
     @classmethod
     def read(cls, optimizer: Optimizer, parameter: Tensor, indices: Tensor) -> _Saved:
-        """Return the layer as it is now.
+        """Return the sampled weights and optimizer states of a layer as they are now, on the CPU.
 
         Args:
-            optimizer: The run's optimizer.
+            optimizer: The training's optimizer.
             parameter: The parameter.
             indices: The sample, flat indices, int64 (elements) on any device.
         """
@@ -366,7 +400,7 @@ class _Saved(NamedTuple):
         )
 
     def equals_state(self, other: _Saved) -> bool:
-        """Return True if two layers have equal states."""
+        """Return True if the other reading of the layer has equal optimizer states."""
         names = self.state.keys()
         return names == other.state.keys() and all(
             _equal(self.state[name], other.state[name]) for name in names
@@ -385,9 +419,10 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _describe_state(optimizer: Optimizer, layer: Stepped) -> object:
-    """Return a key that layers with the same names and numbers of optimizer states have alike.
+    """Return a key that is equal for layers whose optimizer states have equal names and numbers.
 
-    Numbers are counts of steps, for example: layers in one bucket have one count.
+    Numbers are counts of steps, for example. Layers with equal keys may be stepped as one
+    parameter.
     """
     state = optimizer.state.get(layer.parameter, {})
     # Reading a counter waits for the device, which happens only when a layer is new.
@@ -395,7 +430,10 @@ def _describe_state(optimizer: Optimizer, layer: Stepped) -> object:
 
 
 def _read_number(value: object, layer: Stepped) -> object:
-    """Return a state that is one number for all elements of a layer; None for other states."""
+    """Return a state that is one number for all elements of a layer, such as a count of steps.
+
+    None for other states.
+    """
     if isinstance(value, Tensor):
         is_number = value.numel() == 1 and value.shape != layer.parameter.shape
         return float(value) if is_number else None

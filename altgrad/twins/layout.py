@@ -22,23 +22,26 @@ import torch
 from torch import Tensor
 
 CHUNK = 64
-"""Number of elements to which buckets are padded, and beyond which no sample reaches.
+"""Number of elements in a chunk; flat tensors are padded to a multiple of it.
 
-A chunk is this many neighbouring elements. Vectorised loops of torch treat the full chunks and the
-*tail* of a tensor, which is the rest, by different code that may round differently in 16 bits. A
-chunk of 64 is a multiple of every vector of 16-bit numbers: aten/src/ATen/cpu/vec.
+Vectorised loops of torch treat the full chunks and the *tail* of a tensor, which is the rest, by
+different code that may round differently in 16 bits. Samples of large layers therefore come from
+full chunks alone. A chunk of 64 is a multiple of every vector of 16-bit numbers:
+aten/src/ATen/cpu/vec.
 """
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """The samples of layers that step alike: together one parameter of a twin's optimizer.
+    """The samples of layers that step alike: together one parameter of an optimizer.
+
+    That optimizer steps a *twin*: up to 256 elements of each layer of the training.
 
     Attributes:
-        group: Index of the layers' parameter group in the run's optimizer, that of the training.
+        group: Index of the layers' parameter group in the training's optimizer.
         counts: Number of sampled elements of each layer, by name, in the order of the parameter.
         shape: Shape of the only layer, if it has fewer than 64 elements and must be stepped in its
-            own shape to be rounded as in the run. None for a flat parameter, whose length is a
+            own shape to be rounded as in the training. None for a flat parameter, whose length is a
             multiple of 64.
     """
 
@@ -48,12 +51,12 @@ class Bucket:
 
     @cached_property
     def length(self) -> int:
-        """The number of elements, including padding up to a full chunk."""
+        """The number of elements, with padding to a multiple of 64 unless `shape` is given."""
         count = sum(self.counts.values())
         return count if self.shape is not None else -(-count // CHUNK) * CHUNK
 
     def split(self, names: Sequence[str], group: int) -> Bucket:
-        """Return a new bucket that has only some of the layers.
+        """Return a new bucket that has the samples of only some of the layers.
 
         Args:
             names: The layers.
@@ -64,7 +67,9 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Layout:
-    """The places of all layers in a flat tensor: one bucket after another, padded to full chunks.
+    """The places of the samples of all layers in a flat tensor: one bucket after another.
+
+    A *bucket* has the samples of layers that step alike, and begins at a multiple of 64 elements.
 
     Attributes:
         buckets: The buckets; none is empty, and no two have the same layer.
@@ -79,7 +84,7 @@ class Layout:
 
     @cached_property
     def slices(self) -> tuple[slice, ...]:
-        """The elements of the flat tensor that each bucket has."""
+        """The slice of the flat tensor that each bucket has, in the order of `buckets`."""
         slices, start = [], 0
         for bucket in self.buckets:
             slices.append(slice(start, start + bucket.length))
@@ -88,7 +93,7 @@ class Layout:
 
     @cached_property
     def places(self) -> dict[str, slice]:
-        """The elements of the flat tensor that each layer has, by name."""
+        """The slice of the flat tensor that has each layer's sampled elements, by layer name."""
         places = {}
         for bucket, within in zip(self.buckets, self.slices, strict=True):
             start = within.start
@@ -104,12 +109,12 @@ class Layout:
         return {name: number for number, bucket in each for name in bucket.counts}
 
     def find_sources(self, later: Layout, begun: Collection[str] = ()) -> Tensor:
-        """Return where each element of a later layout lies in this one, to carry numbers over.
+        """Return the position in this layout of each element of a later one, to carry numbers over.
 
         Args:
             later: The other layout.
-            begun: Names of the layers whose twins begin with the later layout, because the sample
-                is another one. Nothing is carried over.
+            begun: Names of the layers with another sample in the later layout. Nothing is carried
+                over for them.
 
         Returns:
             int64 (later.length) on the CPU; −1 for elements that only the later layout has.
@@ -122,7 +127,7 @@ class Layout:
         return sources
 
     def find_rows(self, names: Sequence[str], columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return a matrix that picks the sample of each layer out of the flat tensor, as a row.
+        """Return indices that turn a flat tensor into a matrix with each layer's sample as a row.
 
         Args:
             names: The layers.
@@ -146,6 +151,7 @@ class Layout:
     def _room(bucket: Bucket) -> int:
         """Return the number of elements between the beginnings of a bucket and of the next one.
 
-        Each bucket begins at a full chunk, so that loops treat it as a tensor of its own.
+        Each bucket, the samples of layers that step alike, begins at a multiple of 64 elements, so
+        that vectorised loops treat it as a tensor of its own.
         """
         return -(-bucket.length // CHUNK) * CHUNK

@@ -118,7 +118,8 @@ class _Copier:
 
     Args:
         optimizer: The optimizer to copy from.
-        twin: The copy, which replaces `optimizer` where a part refers to it.
+        twin: The copy, which replaces `optimizer` where a part refers to it. None if there is no
+            copy.
     """
 
     def __init__(self, optimizer: Optimizer, twin: Optimizer | None) -> None:
@@ -181,7 +182,7 @@ class _Copier:
         }
 
     def _find_reached(self, value: Any) -> str:
-        """Return words for a parameter or optimizer that a part leads to; empty if there is none.
+        """Return words for a parameter or optimizer that a value refers to; empty if there is none.
 
         The optimizer itself is allowed, since a deep copy replaces it by the new one. That is not
         so behind functions and weak references, which a deep copy shares.
@@ -208,7 +209,10 @@ _NOT_COPIED = (type, types.ModuleType, types.CodeType, logging.Logger)
 
 
 def _list_inner(value: Any) -> Iterator[Any]:
-    """Yield the objects that an object refers to, without the globals of a function."""
+    """Yield the objects that an object refers to.
+
+    The globals of a function and the graph of a tensor are left out.
+    """
     if isinstance(value, types.FunctionType):
         yield from (value.__closure__, value.__defaults__, value.__kwdefaults__, value.__dict__)
     elif isinstance(value, weakref.ref):

@@ -37,11 +37,12 @@ from altgrad.twins.twin import Arrangement, Twin
 
 
 class Gradients(NamedTuple):
-    """The sampled gradients of a step of the run.
+    """The sampled gradients of a step of the training.
 
     Attributes:
         values: The gradients, floating-point (elements); 0 at padding.
-        present: For each bucket of the layout, True if its layers have a gradient in this step.
+        present: For each bucket, a set of layers whose samples are stepped as one parameter: True
+            if these have a gradient in this step.
         scale: The loss scale by which the gradients are still multiplied, a tensor of one element;
             None if they are not.
         found_inf: The flag of a GradScaler that a fused optimizer reads on the device, a tensor of
@@ -55,11 +56,14 @@ class Gradients(NamedTuple):
 
 
 class OptimizerTwin(Twin):
-    """A twin whose own optimizer makes each step, with the gradients of the run.
+    """A twin whose own optimizer makes each step, with the gradients of the training.
+
+    A *twin* is a sample of each layer of the training that is stepped and stored as a recipe says.
+    The optimizer is a copy of the training's, or one that a function in the recipe makes.
 
     Args:
         recipe: The recipe.
-        dtype: The dtype of the weights of the run.
+        dtype: The dtype of the weights of the training.
         scales: The scales of the sampled elements, for formats that have scales.
         seed: Seed of stochastic rounding, and of all that the optimizer draws.
     """
@@ -84,14 +88,18 @@ class OptimizerTwin(Twin):
 
     @property
     def states(self) -> Mapping[str, Tensor]:
-        """The states that have one number per element, by name, (elements).
+        """The optimizer states with one number per sampled element, such as exp_avg, by name.
 
-        Numbers are 0 in layers without the state, and at padding.
+        Each is a flat tensor, (elements). Numbers are 0 in layers without the state, and at
+        padding.
         """
         return {name: self._join(parts) for name, parts in self._elementwise_states().items()}
 
     def _elementwise_states(self) -> Mapping[str, list[tuple[slice, Tensor]]]:
-        """Return states with one number per element, by name: place and values in each bucket."""
+        """Return the optimizer states with one number per element, in parts, by name.
+
+        A part is a slice of the flat tensor of all elements, and the numbers there.
+        """
         states: dict[str, list[tuple[slice, Tensor]]] = {}
         for state, place in zip(self._bucket_states(), self.layout.slices, strict=True):
             for name, value in state.items():
@@ -100,7 +108,7 @@ class OptimizerTwin(Twin):
         return states
 
     def _join(self, parts: Sequence[tuple[slice, Tensor]]) -> Tensor:
-        """Return a state of buckets as a flat tensor with 0 elsewhere; a view if possible."""
+        """Return the parts of a state as one flat tensor with 0 elsewhere; a view if possible."""
         (_, first), *others = parts
         if not others and first.numel() == self.layout.length:
             return first.view(-1)
@@ -110,11 +118,13 @@ class OptimizerTwin(Twin):
         return flat
 
     def has_state(self, name: str, state: Mapping[str, Any], layer: Sampled) -> bool:
-        """Return True if the twin's state of a layer equals that of the run, but for rounding.
+        """Return True if a layer has the same optimizer state in the twin as in the training.
+
+        Small differences of rounding are allowed.
 
         Args:
             name: Name of the layer.
-            state: The state that the run's optimizer has of the layer, by name.
+            state: The state that the training's optimizer has of the layer, by name.
             layer: The layer.
         """
         number = self.layout.bucket_numbers.get(name)
@@ -128,16 +138,17 @@ class OptimizerTwin(Twin):
         )
 
     def rearrange(self, new: Arrangement) -> None:
-        """Take over another layout, with layers that are new or gone.
+        """Take over other places of the samples in flat tensors, with layers that are new or gone.
 
         The optimizers are made anew. They go on with the states of the twin so far, or take those
-        of the run for renewed layers. A factory's optimizer never takes states of the run.
+        of the training for renewed layers. A factory's optimizer never takes states of the
+        training.
 
         Args:
-            new: The layout and the state of the run.
+            new: The places of the samples, and the state of the training.
 
         Raises:
-            CannotCopyError: The run's optimizer cannot be copied.
+            CannotCopyError: The training's optimizer cannot be copied.
             NotElementwiseError: A state does not hold one number per element of a layer.
         """
         old, states = self.layout, self._bucket_states()
@@ -167,10 +178,11 @@ class OptimizerTwin(Twin):
                 self._find_optimizer(bucket.group).state[parameter] = state
 
     def _find_source(self, old: Layout, new: Arrangement, bucket: Bucket) -> int | None:
-        """Return the index of the old bucket whose state a new bucket goes on with.
+        """Return the index of the old bucket whose optimizer state a new bucket goes on with.
 
-        None if the bucket takes the state of the run, or begins without one. The optimizer of a
-        factory keeps its own state, unless layers of several buckets come together.
+        A *bucket* is a parameter with the samples of layers that step alike. None if it takes the
+        state of the training, or begins without one. The optimizer of a factory, a function in the
+        recipe, keeps its own state, unless layers of several buckets come together.
         """
         names = bucket.counts.keys()
         fresh = new.renewed if self.recipe.optimizer is None else new.begun
@@ -180,22 +192,22 @@ class OptimizerTwin(Twin):
     def _find_dtype(self, new: Arrangement) -> torch.dtype:
         """Return the dtype of the twin's gradients.
 
-        It is that of the run's gradients if the twin has the run's dtype of weights, and otherwise
-        that of the twin's weights. A parameter in 16 bits may have gradients in float32, by its
-        attribute `grad_dtype`.
+        It is that of the training's gradients if the twin has the training's dtype of weights, and
+        otherwise that of the twin's weights. A parameter in 16 bits may have gradients in float32,
+        by its attribute `grad_dtype`.
         """
         if new.gradient_dtype is None or self.dtype != new.weights.dtype:
             return self.dtype
         return new.gradient_dtype
 
     def step(self, gradients: Gradients) -> None:
-        """Step the twin's optimizer, and store what it changed.
+        """Step the twin's optimizer, and round weights and states to the formats of the recipe.
 
         A step that a GradScaler skips on the device has no effect on the twin: a fused optimizer
         skips it itself, and with another the step is undone.
 
         Args:
-            gradients: The gradients of the run.
+            gradients: The gradients of the training.
         """
         self.tensors.begin_step()
         found_inf = gradients.found_inf
@@ -220,7 +232,7 @@ class OptimizerTwin(Twin):
         """Set copies of the gradients in the parameters, since many optimizers change theirs.
 
         Args:
-            gradients: The gradients of the run.
+            gradients: The gradients of the training.
             can_unscale: True if the optimizer divides by a loss scale itself.
 
         Returns:
@@ -240,7 +252,7 @@ class OptimizerTwin(Twin):
         return scale
 
     def _must_look(self, gradients: Gradients) -> bool:
-        """Return True if the host must read the flag of a GradScaler before the step.
+        """Return True if the host must read `found_inf` of a GradScaler before the step.
 
         A step cannot be undone on the device if the optimizer counts in numbers of Python, or if
         the step may be the first one of a bucket, which makes its states.
@@ -248,7 +260,7 @@ class OptimizerTwin(Twin):
         return self._counts_on_host or gradients.present != self._undone_for
 
     def _copy_host_numbers(self) -> list[object]:
-        """Return the numbers of optimizers, groups and states that are no tensors.
+        """Return the plain Python numbers in the optimizers, their groups and their states.
 
         A step changes some of them if the optimizer counts on the host.
         """
@@ -270,7 +282,7 @@ class OptimizerTwin(Twin):
 
     @contextmanager
     def _scaling(self, scale: Tensor | None, found_inf: Tensor | None) -> Iterator[None]:
-        """Set what a GradScaler sets in fused optimizers, for the step inside."""
+        """Set `grad_scale` and `found_inf` of optimizers, as GradScaler does, for code inside."""
         if found_inf is None:
             yield
             return
@@ -303,10 +315,10 @@ class OptimizerTwin(Twin):
                 parameter.data = home
 
     def follow(self, changes: Changes) -> None:
-        """Take over the hyperparameters that were changed from outside since the last step.
+        """Set hyperparameters in the twin's optimizers that the training's was given since a step.
 
         Args:
-            changes: The changes by index of the group in the run's optimizer.
+            changes: The changes by index of the group in the training's optimizer.
         """
         if self._made:
             for number in self._made.keys() & changes.keys():
@@ -321,7 +333,7 @@ class OptimizerTwin(Twin):
         """Return the changes of hyperparameters that this twin's own step has not made.
 
         Args:
-            changes: What changed in the groups of the run's optimizer while it stepped.
+            changes: What changed in the groups of the training's optimizer while it stepped.
 
         Returns:
             The changes whose values the twin does not have: those of hooks, such as a schedule.
@@ -337,7 +349,12 @@ class OptimizerTwin(Twin):
         return super().nbytes() + self._gradients.nbytes + sum(each.nbytes for each in states)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the state that a resumed run needs to continue exactly."""
+        """Return a copy of the state that a resumed run needs to continue exactly.
+
+        Returns:
+            A dict of what `Twin.state_dict` has, the optimizer states, what a function of the
+            recipe chose, and the generators from which optimizers draw.
+        """
         states = self._bucket_states()
         return {
             **super().state_dict(),
@@ -349,10 +366,10 @@ class OptimizerTwin(Twin):
     def load_state_dict(
         self, layout: Layout, state: Mapping[str, Any], device: torch.device
     ) -> None:
-        """Restore a `state_dict`; the next `rearrange` carries its elements over.
+        """Restore a `state_dict`; the next `rearrange` brings its elements to their new places.
 
         Args:
-            layout: The layout that the twin had when the state was saved.
+            layout: The places of the samples in flat tensors when the state was saved.
             state: A result of `state_dict`.
             device: The device of the layers.
         """
@@ -362,7 +379,10 @@ class OptimizerTwin(Twin):
         self._generators.load_state_dict(state["generators"])
 
     def _bucket_states(self) -> Sequence[Mapping[str, Any]]:
-        """Return the optimizer's state of each bucket, or before the first step the loaded ones."""
+        """Return the optimizer's state of each parameter, or before the first step the loaded ones.
+
+        Each parameter is a bucket: the samples of layers that step alike.
+        """
         if not self._optimizers:
             return self._loaded or [{} for _ in self.layout.buckets]
         owners = [self._find_optimizer(bucket.group) for bucket in self.layout.buckets]
@@ -370,17 +390,21 @@ class OptimizerTwin(Twin):
         return [optimizer.state.get(parameter, {}) for optimizer, parameter in each]
 
     def _find_optimizer(self, group: int) -> Optimizer:
-        """Return the optimizer that steps the layers of a group of the run."""
+        """Return the optimizer that steps the layers of a parameter group of the training."""
         return next(optimizer for optimizer, groups in self._optimizers if group in groups)
 
     def _split(self, flat: Tensor) -> list[Tensor]:
-        """Return a view of each bucket in a flat tensor, in the shape of the bucket."""
+        """Return views of a flat tensor, one in the shape of each parameter of the twin."""
         pairs = zip(self.layout.buckets, self.layout.slices, strict=True)
         shapes = ((each.shape, place) for each, place in pairs)
         return [flat[p].view((-1,) if shape is None else shape) for shape, p in shapes]
 
     def _describe_choices(self) -> Mapping[int, Mapping[str, Any]]:
-        """Return the state of each `FactoryGroup`, by index of the group of the run."""
+        """Return what the recipe's optimizer function chose, by index of the parameter group.
+
+        Each is a `FactoryGroup.state_dict`; there are none without such a function. Groups are
+        those of the training's optimizer.
+        """
         if not self._optimizers:
             return self._loaded_groups
         return {number: made.state_dict() for number, made in self._made.items()}
@@ -388,14 +412,14 @@ class OptimizerTwin(Twin):
     def _make_optimizers(
         self, new: Arrangement, choices: Mapping[int, Mapping[str, Any]]
     ) -> list[tuple[Optimizer, list[int]]]:
-        """Make the optimizers that step the twin's parameters.
+        """Make the optimizers that step the twin's parameters: a copy, or those of the recipe.
 
         Args:
-            new: The layout and the state of the run.
-            choices: States of `FactoryGroup`s to go on from, by index of the group of the run.
+            new: The places of the samples, and the state of the training.
+            choices: States of `FactoryGroup`s to go on from, by index of the group of the training.
 
         Returns:
-            The optimizers, each with the index of the run's group for each of its own groups.
+            The optimizers, each with the index of the training's group for each of its own groups.
         """
         numbers = sorted({bucket.group for bucket in new.layout.buckets})
         pairs = [*zip(new.layout.buckets, self._parameters, strict=True)]
@@ -414,7 +438,10 @@ class OptimizerTwin(Twin):
         return [(made.optimizer, [number]) for number, made in self._made.items()]
 
     def _take_state(self, new: Arrangement, bucket: Bucket) -> dict[str, Any]:
-        """Return the optimizer state of a bucket, gathered from the run; empty with a factory."""
+        """Return the optimizer state for a parameter of the twin, sampled from the training's.
+
+        It is empty if the recipe makes its own optimizer.
+        """
         layers = [new.layers[name] for name in bucket.counts]
         states = [new.optimizer.state.get(each.parameter, {}) for each in layers]
         if not any(states) or self.recipe.optimizer is not None:
@@ -430,7 +457,7 @@ class OptimizerTwin(Twin):
         )
 
     def _store_states(self) -> None:
-        """Round the states that the recipe names to their formats."""
+        """Round the optimizer states that the recipe names to their formats, in place."""
         formats = self.recipe.state_formats
         if not formats:
             return
@@ -451,19 +478,19 @@ class OptimizerTwin(Twin):
         return [self.tensors.weights, *(each for each in states if isinstance(each, Tensor))]
 
     def _drawing(self, optimizer: Optimizer) -> AbstractContextManager[object]:
-        """Return a context with private random numbers, if an optimizer may draw some."""
+        """Return a context with the twin's own random numbers, if an optimizer may draw some."""
         if not may_draw(type(optimizer)):
             return nullcontext()
         return self._generators.using([self.tensors.weights.device])
 
 
 def _is_elementwise(name: str, value: object, place: slice) -> bool:
-    """Return True if a state has one floating-point number for each element of a bucket.
+    """Return True if an optimizer state has one floating-point number per element of a parameter.
 
     Args:
         name: Name of the state.
         value: The state.
-        place: The elements of the bucket.
+        place: The slice of a flat tensor that the parameter has.
     """
     # A counter has one element, as the state of a bucket with one element has.
     is_float = isinstance(value, Tensor) and value.is_floating_point() and name not in COUNTERS

@@ -28,19 +28,19 @@ class RunStates:
         self._last = _Writes((), [], [], [])
 
     def remember(self, optimizer: Optimizer, stepped: Sequence[Stepped]) -> None:
-        """Attribute all writes so far to the optimizer; called at the end of its step.
+        """Note the writes to optimizer states so far as the optimizer's own; called after its step.
 
         Args:
-            optimizer: The run's optimizer.
+            optimizer: The training's optimizer.
             stepped: The layers that the optimizer steps.
         """
         self._last = _read_writes(optimizer, stepped)
 
     def find_changed(self, optimizer: Optimizer, stepped: Sequence[Stepped]) -> set[str]:
-        """Return the layers whose states were written to or replaced since `remember`.
+        """Return the layers whose optimizer states were written to or replaced since `remember`.
 
         Args:
-            optimizer: The run's optimizer.
+            optimizer: The training's optimizer.
             stepped: The layers that the optimizer is about to step.
 
         Returns:
@@ -54,7 +54,7 @@ class RunStates:
 
 
 class _Writes(NamedTuple):
-    """The states of some layers at one time, in flat lists: each step compares all of them.
+    """The optimizer states of some layers at one time, in flat lists, which compare quickly.
 
     Attributes:
         stepped: The layers.
@@ -69,7 +69,7 @@ class _Writes(NamedTuple):
     counts: list[int]
 
     def equals(self, other: _Writes) -> bool:
-        """Return True if nothing was replaced, and no tensor written to."""
+        """Return True if nothing was replaced, and no tensor written to, between two readings."""
         return (
             self.stepped is other.stepped
             and self.counts == other.counts
@@ -78,7 +78,7 @@ class _Writes(NamedTuple):
         )
 
     def mark_layers(self) -> dict[str, object]:
-        """Return what differs by layer if its state has changed."""
+        """Return for each layer a key that is another one after its optimizer state has changed."""
         values, counts = iter(self.values), iter(self.counts)
         marks: dict[str, object] = {}
         for each, state in zip(self.stepped, self.states, strict=True):

@@ -30,20 +30,23 @@ from altgrad.twins.writes import count_writes_to_each
 
 
 class RunWeights:
-    """The weights of the run at the elements that twins step.
+    """The weights of the training at the elements that twins step.
+
+    *Twins* step a sample of each layer. All samples lie one after another in a flat tensor.
 
     Args:
         kind: The properties that the layers share.
 
     Attributes:
-        values: The weights when they were last gathered, in the dtype of the run, (elements); 0 at
-            padding.
+        values: The weights when they were last gathered, in the dtype of the training, (elements);
+            0 at padding.
         rows: Positions in `values` of the elements of each layer, int64 (layers, width).
         layer_rows: The row in `rows` of each element's layer, int64 (elements); 0 at padding.
         mask: bool (layers, width), False where a row has no element of its layer.
         blocks: Number of neighbours that were drawn together in each layer; 1 for single elements.
         block_counts: Number of blocks in the sample of each layer; 0 for single elements.
-        is_watching: True if weights are watched for writes that torch does not count.
+        is_watching: True if weights are gathered after each step, and compared before the next, to
+            find writes that torch does not count.
     """
 
     def __init__(self, kind: LaneKind) -> None:
@@ -66,10 +69,10 @@ class RunWeights:
     def rearrange(
         self, layers: Mapping[str, Sampled], layout: Layout, begun: Collection[str] = ()
     ) -> list[str]:
-        """Take over another layout, and gather its weights.
+        """Take over other places of the samples in the flat tensor, and gather the weights.
 
         Weights of layers that stay are those after the last step, not those gathered now, so that a
-        watch finds what was written in between.
+        comparison finds what was written in between.
 
         Args:
             layers: The layers by name, in the order of the layout.
@@ -108,7 +111,7 @@ class RunWeights:
         return [n for n, each in known.items() if n in layers and _is_replaced(each, layers[n])]
 
     def _carry_counts(self, old: list[str], names: list[str]) -> None:
-        """Carry the counts of layers over to another order.
+        """Carry over, to another order of layers, how often each was changed outside of steps.
 
         Args:
             old: Names of the layers before; some may be gone.
@@ -129,14 +132,15 @@ class RunWeights:
         return self.values
 
     def check(self, reference: TwinTensors) -> Tensor:
-        """Compare the reference twin with the run as it is now.
+        """Compare the reference twin, a sample stepped as the training is, with the training now.
 
         Args:
             reference: The weights of the reference twin.
 
         Returns:
-            float64 (layers, counts): the `COUNTS` of each layer, on the device. Counts of weights
-            that were taken over begin anew with each call.
+            float64 (layers, counts): the differences in each layer,
+            `altgrad.twins.self_check.COUNTS`, on the device. Counts of weights that were taken over
+            begin anew with each call.
         """
         self.gather()
         times, self._times_changed = self._times_changed, torch.zeros_like(self._times_changed)
@@ -152,13 +156,16 @@ class RunWeights:
     # --- weights that something other than a step has changed
 
     def remember_writes(self) -> None:
-        """Attribute all writes so far to the optimizer; called at the end of its step."""
+        """Note the writes to weights so far as the optimizer's own; called after its step."""
         self._versions = self._read_versions()
         if self.is_watching:
             self.gather()
 
     def _read_versions(self) -> tuple[list[int], list[int]]:
-        """Return the number of writes to each layer and its address: `p.data = …` changes that."""
+        """Return two lists: for each layer, the number of writes to it, and its address.
+
+        A write as by `p.data = …` changes the address.
+        """
         parameters = [each.parameter for each in self._layers.values()]
         return count_writes_to_each(parameters), [*map(Tensor.data_ptr, parameters)]
 
@@ -175,11 +182,13 @@ class RunWeights:
     ) -> Tensor:
         """Find the weights that something other than a step has changed, before a step.
 
+        The *reference twin* is a sample of the layers that is stepped just as the training is.
+
         Args:
             reference: The weights of the reference twin.
             written: Names of the layers with a write that torch has counted.
-            is_checkable: False if the reference twin cannot equal the run, since the run's
-                optimizer rounds at random.
+            is_checkable: False if the reference twin cannot equal the training, since the
+                training's optimizer rounds at random.
 
         Returns:
             bool (elements): True for changed weights.
@@ -197,7 +206,10 @@ class RunWeights:
     def _find_changed_layers(
         self, reference: TwinTensors, written: Collection[str], *, is_checkable: bool
     ) -> Tensor:
-        """Return the layers that were written to, or that differ from the twin without a write.
+        """Return a mask of the layers that were written to, or differ from the reference twin.
+
+        The *reference twin* is a sample of the layers that is stepped just as the training is.
+        Differences count only with `is_checkable`.
 
         Returns:
             bool (layers).
@@ -213,18 +225,19 @@ class RunWeights:
         """Return the state that a resumed run needs to find the same writes.
 
         Returns:
-            ``times_changed``, float64 (layers), and ``watched``, the weights after the last step,
+            ``times_changed``, how often something other than a step changed each layer since the
+            last `check`, float64 (layers), and ``watched``, the weights after the last step,
             (elements), or None if they are not watched.
         """
         watched = self.values.clone() if self.is_watching else None
         return {"times_changed": self._times_changed.clone(), "watched": watched}
 
     def load_state_dict(self, state: Mapping[str, Tensor | None], layout: Layout) -> None:
-        """Restore a `state_dict`; the next `rearrange` carries its elements over.
+        """Restore a `state_dict`; the next `rearrange` brings its elements to their new places.
 
         Args:
             state: A result of `state_dict`.
-            layout: The layout at the time when the state was saved.
+            layout: The places of the samples when the state was saved.
         """
         device, times, watched = self._kind.device, state["times_changed"], state["watched"]
         assert times is not None

@@ -2,7 +2,9 @@
 
 Only elements up to the last full chunk of 64 are drawn, since torch may round the rest in another
 way (`layout` says why). Layers of fewer than 64 elements are taken whole. If elements share scales
-in blocks, whole blocks are drawn. Read `layout` first; `twin_tensors` comes next.
+in blocks, whole blocks are drawn.
+
+Read `layout` first; `twin_tensors` comes next.
 """
 
 from __future__ import annotations
@@ -17,14 +19,16 @@ from altgrad.quantization.formats import Scaling
 from altgrad.twins.layout import CHUNK
 
 Draw: TypeAlias = Callable[[str, Sequence[int], int, int], Tensor | None]
-"""A function that draws elements uniformly.
+"""A function that draws elements of a layer uniformly.
 
 It takes the name and shape of a layer, the maximum number of elements, and the number of neighbours
-that are drawn together. It returns ascending flat indices, int64 on the CPU; None for all."""
+that are drawn together. It returns ascending indices into the flattened layer, int64 on the CPU;
+None for all elements.
+"""
 
 
 class Sampled(NamedTuple):
-    """A layer of the run, the training that is watched, with its sample.
+    """A layer of the training with its sample: the few elements that are stepped on their own.
 
     Attributes:
         parameter: The parameter.
@@ -39,7 +43,10 @@ class Sampled(NamedTuple):
 
 
 def draw_sample(draw: Draw, name: str, shape: Sequence[int], most: int, block: int) -> Tensor:
-    """Draw the elements of a layer that twins step.
+    """Draw the sample of a layer: the elements that twins step.
+
+    *Twins* are samples that are stepped as different recipes say. Elements at the end of a layer,
+    which torch may round in another way, are left out if possible.
 
     Args:
         draw: Function that draws elements uniformly.
@@ -90,7 +97,8 @@ def number_groups(indices: Tensor, shape: Sequence[int], scaling: Scaling) -> Te
     Args:
         indices: Ascending indices into the flattened layer, int64 (elements).
         shape: Shape of the layer.
-        scaling: The elements that share a scale.
+        scaling: The elements that share a scale: ``"tensor"``, ``"channel"`` (along dimension 0) or
+            ``("block", size)``, along the last dimension.
 
     Returns:
         Numbers, counted over the whole layer, int64 (elements), ascending.
@@ -104,7 +112,7 @@ def number_groups(indices: Tensor, shape: Sequence[int], scaling: Scaling) -> Te
 
 
 def find_columns(layer: Sampled, block: int) -> Tensor:
-    """Return the column of each sampled element, if the sample is a row of a matrix.
+    """Return the column of each sampled element, for a matrix with one row per layer.
 
     Each drawn block begins at a multiple of the block size, so that the row can be cut into blocks.
 

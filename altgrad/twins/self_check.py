@@ -3,8 +3,9 @@
 A twin steps a sample of each layer of the *run*, the training that is watched, as a recipe says.
 The *reference twin* has the recipe of the run itself, so its weights must be those of the run. If
 they are, every other twin differs from the run by its recipe alone. `compare` counts on the device,
-and `judge` reads the counts on the host. Read `twin` first; `shared_objects` comes next, the first
-file about the optimizer of a twin.
+and `judge` reads the counts on the host.
+
+Read `twin` first; `shared_objects` comes next, the first file about the optimizer of a twin.
 """
 
 from __future__ import annotations
@@ -18,35 +19,48 @@ from altgrad.measurement.numbers import Numbers
 from altgrad.quantization import compute_ulp_distance
 
 _SLACK = 2.0**-10
-"""Share of its movement since the start by which a weight may differ without being *far*."""
-_ULPS = {torch.float32: 4.0, torch.float64: 4.0}
-"""Spacings of a wide dtype by which a weight may differ without being *far*."""
-MOST_TAILS = 0.03
-"""Share of the moved elements that may be far because of tails.
+"""Difference between a twin and the training that counts as rounding, as a share of movement.
 
-Vectorised loops round the *tail* of a tensor, its last elements, by other code. Tails were up to
-0.026 of the elements where they were measured.
+The twin is a sample that is stepped as the training is. Movement is that of the weight since the
+start.
+"""
+_ULPS = {torch.float32: 4.0, torch.float64: 4.0}
+"""Difference between a twin and the training that counts as rounding, in spacings of the dtype.
+
+The twin is a sample that is stepped as the training is. In dtypes of 16 bits, it is 0.
+"""
+MOST_TAILS = 0.03
+"""Share of the moved elements by which a twin may differ from the training because of tails.
+
+The twin is a sample that is stepped as the training is. Vectorised loops round the *tail* of a
+tensor, its last elements, by other code. Tails were up to 0.026 of the elements where they were
+measured.
 """
 _FEW = 0.2
-"""Share of the moved elements that may be far before the twin is called different.
+"""Share of the moved elements that may differ by more than rounding in a twin that is right.
 
-A wrong optimizer moves nearly all elements by another amount.
+The twin is a sample that is stepped as the training is. A wrong optimizer moves nearly all elements
+by another amount.
 """
 
 COUNTS = ("different", "far", "moved", "ulps", "outside", "suspected")
-"""The counts of a layer: elements that differ at all; those that are *far*, by more than rounding;
-elements that moved since the start; the largest difference in spacings; how often weights were
-taken over from outside of steps; and 1 if they were taken over before this step although torch had
-counted no write to them, else 0.
+"""Names of the counts by which a sample, stepped as the training is, differs from it in a layer.
+
+In order: elements that differ at all; those that differ by more than rounding; elements that moved
+since the start; the largest difference in spacings; how often weights were taken over that
+something other than a step had changed; and 1 if they were taken over before this step although
+torch had counted no write to them, else 0.
 """
 
 
 class Check(Enum):
     """The result of a self-check of one layer, from best to worst.
 
-    A run whose optimizer rounds at random is not checkable: the twin draws other numbers. At the
-    first step both start alike, and differ by at most one spacing. *Tails* are a few elements that
-    torch rounds otherwise at the ends of a tensor.
+    It says whether a *twin*, a sample that is stepped just as the training is, equals it.
+
+    A training whose optimizer rounds at random is not checkable: the twin draws other numbers. At
+    the first step both start alike, and differ by at most one spacing. *Tails* are a few elements
+    that torch rounds otherwise at the ends of a tensor.
     """
 
     EQUAL = "equal"
@@ -56,18 +70,21 @@ class Check(Enum):
 
 
 def compare(run: Tensor, twin: Tensor, start: Tensor, mask: Tensor) -> Tensor:
-    """Count the elements by which a reference twin differs from the run.
+    """Count the sampled elements by which a reference twin differs from the training.
+
+    The *reference twin* is a sample of the layers that is stepped just as the training is.
 
     NaN equals NaN.
 
     Args:
-        run: The weights of the run, float16, bfloat16, float32 or float64 (layers, width).
+        run: The weights of the training, float16, bfloat16, float32 or float64 (layers, width).
         twin: The weights of the twin, the same dtype and shape.
         start: The weights of the twin when it began, in the same dtype and shape.
         mask: bool (layers, width), False at padding.
 
     Returns:
-        float64 (layers, 4): the first four of `COUNTS`.
+        float64 (layers, 4): the first four of `COUNTS`: elements that differ, that differ by more
+        than rounding, and that moved, and the largest difference in spacings.
     """
     differs = mask & (run != twin) & ~(run.isnan() & twin.isnan())
     moved = mask & ((run != start) | (twin != start))
@@ -82,7 +99,10 @@ def compare(run: Tensor, twin: Tensor, start: Tensor, mask: Tensor) -> Tensor:
 
 
 def find_suspected(counts: Tensor) -> Tensor:
-    """Find the layers in which more elements are far than tails can explain.
+    """Find the layers in which too many elements of a twin differ from the training.
+
+    The *twin* is a sample that is stepped as the training is. Too many are more than the share
+    `MOST_TAILS` of the moved elements. Only differences beyond rounding count.
 
     Args:
         counts: Result of `compare`, (layers, 4 or more).
@@ -94,11 +114,13 @@ def find_suspected(counts: Tensor) -> Tensor:
 
 
 def judge(counts: Numbers, *, draws: bool = False, is_first: bool = False) -> list[Check]:
-    """Return the result of the self-check of each layer.
+    """Return for each layer whether the reference twin equals the training.
+
+    The *reference twin* is a sample of the layers that is stepped just as the training is.
 
     Args:
         counts: Result of `compare` on the host, (layers, 4 or more).
-        draws: True if the run's optimizer draws random numbers in its steps.
+        draws: True if the training's optimizer draws random numbers in its steps.
         is_first: True if the twins have made a single step.
 
     Returns:
@@ -110,7 +132,7 @@ def judge(counts: Numbers, *, draws: bool = False, is_first: bool = False) -> li
 def _judge_layer(
     differs: float, far: float, moved: float, ulps: float, *, draws: bool, is_first: bool
 ) -> Check:
-    """Return the result for a layer from the first four of `COUNTS`."""
+    """Return the self-check of a layer from the first four of `COUNTS`, described there."""
     if not differs:
         return Check.EQUAL
     if draws and (ulps <= 1 or not is_first):

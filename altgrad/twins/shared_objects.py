@@ -1,8 +1,9 @@
 """`find_shared`: find an object that a deep copy would share with the original and could change.
 
 `copy.deepcopy` does not copy functions. A copied optimizer that calls one would therefore write to
-the list or the counter in the function's closure, which belongs to the training. Read `self_check`
-first; `optimizer_copy` comes next, and refuses such optimizers.
+the list or the counter in the function's closure, which belongs to the training.
+
+Read `self_check` first; `optimizer_copy` comes next, and refuses such optimizers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 _LEAVES = (type, types.ModuleType, types.CodeType, logging.Logger)
-"""Types whose objects are not searched.
+"""Types whose objects are not searched for objects that a deep copy would share.
 
 Classes, modules and code lead to everything in the program. Loggers may be shared: a copy writes to
 the same log.
@@ -38,10 +39,13 @@ _CONSTANTS = (
     *(types.WrapperDescriptorType, types.MethodWrapperType, types.MethodDescriptorType),
     *(types.ClassMethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType),
 )
-"""Types whose objects cannot be changed."""
+"""Types whose objects cannot be changed, so that a copy may share them."""
 
 _MACHINERY = ("torch._", "torch.autograd.")
-"""Modules of torch whose objects hold no state of a training: decorators, operations, compiler."""
+"""Modules of torch whose objects a copy may share, as they hold no state of a training.
+
+These are decorators, operations and the compiler.
+"""
 
 
 def find_shared(value: Any, known: object = None) -> str:
@@ -89,9 +93,10 @@ def _find_mutable(function: object) -> str:
 
 
 def _list_globals(function: object) -> list[Any]:
-    """Return the globals of its module that a function names; none for functions of torch.
+    """Return the globals that a function names in its module; none for functions of torch.
 
-    Globals of the functions among them are left out, since libraries keep caches there.
+    Globals that are functions themselves are not followed to their own globals, since libraries
+    keep caches there.
     """
     if not isinstance(function, types.FunctionType) or _is_library(function):
         return []

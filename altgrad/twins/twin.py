@@ -3,7 +3,9 @@
 The *run* is the training that is watched; the *sample* has up to 256 elements of each layer. What
 all twins have in common is here: weights in a flat tensor, rounded to the format of the recipe. An
 `UpdateTwin` gets the updates of the run, whose optimizer cannot run on a sample; an `OptimizerTwin`
-steps an optimizer of its own. Read `element_scales` first; `self_check` comes next.
+steps an optimizer of its own.
+
+Read `element_scales` first; `self_check` comes next.
 """
 
 from __future__ import annotations
@@ -27,18 +29,20 @@ from altgrad.twins.twin_tensors import TwinTensors
 
 
 class Arrangement(NamedTuple):
-    """A new layout of the sample, with the run as it is just before a step.
+    """New places of the sampled elements in flat tensors, with the training just before a step.
+
+    *Twins*, samples that are stepped as recipes say, take these places over.
 
     Attributes:
-        optimizer: The run's optimizer.
+        optimizer: The training's optimizer.
         layout: The places of all layers, old and new.
-        weights: The sampled weights of the run, in its dtype, (elements); 0 at padding.
+        weights: The sampled weights of the training, in its dtype, (elements); 0 at padding.
         layers: All layers by name.
-        renewed: Names of the layers whose optimizer states twins take from the run, instead of
+        renewed: Names of the layers whose optimizer states twins take from the training, instead of
             going on with their own.
         begun: Names of the renewed layers that are new or have another sample than before. Their
-            weights are taken from the run, too.
-        gradient_dtype: The dtype of the run's gradients; None for that of the weights.
+            weights are taken from the training, too.
+        gradient_dtype: The dtype of the training's gradients; None for that of the weights.
     """
 
     optimizer: Optimizer
@@ -51,18 +55,20 @@ class Arrangement(NamedTuple):
 
 
 class Twin:
-    """A recipe at work on the sample of some layers; subclasses say what a step does.
+    """A sample of some layers that is stepped as a recipe says; subclasses say what a step does.
+
+    The weights are kept in a flat tensor, rounded to the format of the recipe.
 
     Args:
         recipe: The recipe.
-        dtype: The dtype of the weights of the run.
+        dtype: The dtype of the weights of the training.
         scales: The scales of the sampled elements, for formats that have scales.
         seed: Seed of stochastic rounding.
 
     Attributes:
         recipe: The `recipe` argument.
         dtype: The dtype of the twin's weights: that of the recipe, or else float32, or float64 in a
-            run in float64.
+            training in float64.
         layout: The places of the layers in the twin's flat tensors.
         tensors: The weights, now and at earlier times.
     """
@@ -84,14 +90,17 @@ class Twin:
 
     @property
     def states(self) -> Mapping[str, Tensor]:
-        """The states of the twin's optimizer by name, (elements); empty without an optimizer."""
+        """The states of the twin's optimizer, such as exp_avg, by name, (elements); else empty.
+
+        A twin without an optimizer has none.
+        """
         return {}
 
     def rearrange(self, new: Arrangement) -> None:
-        """Take over another layout, with layers that are new or gone.
+        """Take over other places of the samples in flat tensors, with layers that are new or gone.
 
         Args:
-            new: The layout and the state of the run.
+            new: The places, and the state of the training.
         """
         weights = new.weights.to(self.dtype, copy=True)
         sources = self.layout.find_sources(new.layout, new.begun).to(weights.device)
@@ -106,11 +115,11 @@ class Twin:
         self.layout = new.layout
 
     def replace_weights(self, outside: Tensor, weights: Tensor) -> None:
-        """Take over weights that something other than a step has changed in the run.
+        """Take over weights of the training that something other than a step has changed.
 
         Args:
             outside: bool (elements), True for the changed weights. The others stay.
-            weights: The weights of the run, in its dtype, (elements).
+            weights: The weights of the training, in its dtype, (elements).
         """
         now = self.tensors.weights
         changed = torch.where(outside, weights.to(self.dtype), now)
@@ -121,16 +130,17 @@ class Twin:
             self.tensors.lost.copy_(torch.where(outside, lost, self.tensors.lost))
 
     def forget_amaxes(self) -> None:
-        """Take the amaxes of the run's layers again when next needed.
+        """Drop the amaxes (largest magnitudes) from which scales are computed.
 
-        Amaxes of blocks stay, because they are the twin's own.
+        They are taken from the training's layers again when next needed. Amaxes of blocks stay,
+        because they are the twin's own.
         """
         format = self._format
         if format is not None and not isinstance(self._scales.applied(format), tuple):
             self._amaxes = None
 
     def stack(self, rows: Tensor) -> TwinStack:
-        """Return the twin's weights and states as matrices with a row for each layer.
+        """Return the twin's weights and optimizer states as matrices with a row for each layer.
 
         Args:
             rows: Positions of the elements in the flat tensors, int64 (layers, width).
@@ -142,7 +152,12 @@ class Twin:
         return self.tensors.nbytes() + (0 if self._amaxes is None else self._amaxes.nbytes)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the state that a resumed run needs to continue exactly."""
+        """Return a copy of the state that a resumed run needs to continue exactly.
+
+        Returns:
+            A dict of the weights at several times, the largest magnitudes from which scales are
+            computed, and the generator of stochastic rounding.
+        """
         generator = self._generator
         return {
             "tensors": self.tensors.state_dict(),
@@ -153,10 +168,10 @@ class Twin:
     def load_state_dict(
         self, layout: Layout, state: Mapping[str, Any], device: torch.device
     ) -> None:
-        """Restore a `state_dict`; the next `rearrange` carries its elements over.
+        """Restore a `state_dict`; the next `rearrange` brings its elements to their new places.
 
         Args:
-            layout: The layout that the twin had when the state was saved.
+            layout: The places of the samples in flat tensors when the state was saved.
             state: A result of `state_dict`.
             device: The device of the layers.
         """
@@ -197,7 +212,7 @@ class Twin:
         rounding: StorageRounding,
         lost: Tensor | None = None,
     ) -> None:
-        """Round weights or states in place by `store_`, with the twin's own random numbers."""
+        """Round weights or optimizer states in place, with the twin's own random numbers."""
         generator = None
         if rounding == "stochastic":
             generator = self._get_generator(numbers.device)
@@ -210,17 +225,18 @@ class Twin:
 
 
 class UpdateTwin(Twin):
-    """A twin that takes over the updates of the run, and stores its weights after each.
+    """A twin that adds the updates of the training to its weights, and rounds them after each.
 
-    The recipe says only how weights are stored. Without a format for them, the twin follows the
-    run.
+    A *twin* is a sample of some layers. The recipe says only in which format weights are stored.
+    Without a format, they follow the training's.
     """
 
     def take_update(self, update: Tensor) -> None:
-        """Add an update of the run, and store the weights.
+        """Add an update of the training to the weights, and round them to the recipe's format.
 
         Args:
-            update: The change of the run's weights, floating-point (elements).
+            update: The change of the training's weights in its last step, floating-point
+                (elements).
         """
         self.tensors.begin_step()
         self.tensors.weights.add_(update)

@@ -1,8 +1,9 @@
-"""`TwinSource`: the questions that twins ask about the layers of the run.
+"""`TwinSource`: the interface by which twins get the layers of the run and their samples.
 
-Twins step a sample of each layer of the *run*, the training that is watched. A monitor answers, in
-`altgrad.monitor.twin_layers`. Read `optimizer_twin` first; `layer_plan` comes next, and asks for
-samples.
+Twins step a sample of each layer of the *run*, the training that is watched.
+`altgrad.monitor.twin_layers` implements the interface for a monitor.
+
+Read `optimizer_twin` first; `layer_plan` comes next, and asks for samples.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from altgrad.quantization.formats import Scaling
 
 
 class TwinSource(Protocol):
-    """A source of the layers of a run, their samples and their scales.
+    """A source of the layers of a training, their samples and their scales.
+
+    This interface is implemented in `altgrad.monitor.twin_layers`. *Twins*, samples that are
+    stepped as recipes say, get all they need of the training by it.
 
     Attributes:
-        scaling: The elements that share a scale, as in `altgrad.measure`.
+        scaling: The elements that share a scale: ``"tensor"``, ``"channel"`` (along dimension 0),
+            ``("block", size)``, or None for no scale.
         seed: Seed of the samples and of stochastic rounding.
     """
 
@@ -30,20 +35,20 @@ class TwinSource(Protocol):
 
     @property
     def names(self) -> Mapping[Tensor, str]:
-        """The name of each parameter; another object once the names have been read again."""
+        """The name of each parameter; a new dict once names have been read again."""
 
     @property
     def can_step(self) -> bool:
-        """False if no twins can be stepped, because several ranks share the parameters."""
+        """False if no samples can be stepped, because several ranks share the parameters."""
 
     def find_stepped(self, optimizer: Optimizer) -> Sequence[tuple[str, Tensor]]:
         """Return name and parameter of each layer that an optimizer steps."""
 
     def has_twins(self, name: str) -> bool:
-        """Return True if the settings of a layer ask for twins of it."""
+        """Return True if the settings of a layer ask to step a sample of it as recipes say."""
 
     def draw(self, name: str, shape: torch.Size, block: int) -> Tensor:
-        """Draw the sample of a layer, the same one at each call.
+        """Draw the sample of a layer, the few elements that twins step; the same ones at each call.
 
         Args:
             name: Name of the layer.
@@ -71,4 +76,4 @@ class TwinSource(Protocol):
         """Show the user a notice, unless the same one was shown before."""
 
     def warn_about_omission(self, notice: str) -> None:
-        """Show a notice about layers without twins, if the user has named recipes."""
+        """Show a notice about layers that are not sampled, if the user has named recipes."""

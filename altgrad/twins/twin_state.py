@@ -1,9 +1,11 @@
 """`check_twin_state`: check that a state of twins is complete, so that a run can continue with it.
 
-A damaged checkpoint is then an error where it is loaded, and not later in a step of the training.
-A *twin* steps a sample of each layer of the training as a recipe says; a *lane* has the twins of
+A damaged checkpoint is then an error where it is loaded, and not later in a step of the training. A
+*twin* steps a sample of each layer of the training as a recipe says; a *lane* has the twins of
 similar layers. The state is a tree: lanes, their twins, and the tensors and optimizer states of
-these. Read `lane` first, which writes it; `twins` comes next, and loads it.
+these.
+
+Read `lane` first, which writes it; `twins` comes next, and loads it.
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ from altgrad.twins.layout import Bucket, Layout
 from altgrad.twins.twin_tensors import TwinTensors
 
 _TENSORS = tuple(field.name for field in fields(TwinTensors))
-"""Names of the flat tensors of a twin."""
+"""Names of the flat tensors that `TwinTensors` has: weights at several times, and flags."""
 
 
 def check_twin_state(state: Any) -> None:
-    """Raise an error that names the first damaged entry in a state of all twins, if there is one.
+    """Raise an error that names the first damaged entry in a state of all twins, if any is.
+
+    It is called before a state from a checkpoint is loaded. *Twins* are samples of the layers that
+    are stepped as recipes say.
 
     Args:
         state: A result of `Twins.state_dict`.
@@ -58,11 +63,11 @@ _LANE = {
     "baseline": (Mapping, type(None)),
     "twins": Mapping,
 }
-"""The entries of `Lane.state_dict`, and their types."""
+"""The keys in the state of a lane, a set of layers that are sampled together, and their types."""
 
 
 def _check_lane(lane: Any, place: str) -> None:
-    """Raise ValueError if the state of a lane is damaged."""
+    """Raise ValueError if the state of a lane, as from `Lane.state_dict`, is damaged."""
     _expect_mapping(lane, place, _LANE)
     for name, kind in _LANE.items():
         _expect(lane[name], kind, f"{place}[{name!r}]")  # type: ignore[arg-type]
@@ -84,7 +89,7 @@ def _check_lane(lane: Any, place: str) -> None:
 
 
 def _check_run(run: Any, place: str, layout: Layout) -> None:
-    """Raise ValueError if a `RunWeights.state_dict` is damaged."""
+    """Raise ValueError if the state of the sampled weights, `RunWeights.state_dict`, is damaged."""
     _expect_mapping(run, place, ("times_changed", "watched"))
     _expect_tensor(run["times_changed"], f"{place}['times_changed']", len(layout.places))
     if run["watched"] is not None:
@@ -102,7 +107,9 @@ def _check_sample(sample: Any, place: str, count: int) -> None:
 
 
 def _read_layout(buckets: Sequence[Any], place: str) -> Layout:
-    """Return the layout with these buckets.
+    """Return the places of samples in flat tensors, from the buckets in a state.
+
+    A *bucket* has the samples of layers that step alike.
 
     Raises:
         ValueError: A bucket is damaged.
@@ -125,12 +132,12 @@ def _is_bucket(value: Any) -> bool:
 
 
 def _check_twin(twin: Any, place: str, layout: Layout, keeps_optimizers: bool) -> None:
-    """Raise ValueError if the state of a twin is damaged.
+    """Raise ValueError if the state of a twin, as from `Twin.state_dict`, is damaged.
 
     Args:
         twin: The state.
         place: Where it stands in the whole state, for the error.
-        layout: The layout of the twin's flat tensors.
+        layout: The places of the samples in the twin's flat tensors.
         keeps_optimizers: True if the twin steps optimizers of its own, whose states it keeps.
     """
     _expect_mapping(twin, place, ("tensors", "amaxes", "generator"))
@@ -148,7 +155,7 @@ def _check_twin(twin: Any, place: str, layout: Layout, keeps_optimizers: bool) -
 
 
 def _check_optimizers(twin: Mapping[str, Any], place: str, buckets: int) -> None:
-    """Raise ValueError if the optimizer states in the state of a twin are damaged.
+    """Raise ValueError if optimizer states in a state from `OptimizerTwin.state_dict` are damaged.
 
     Args:
         twin: The state of the twin.
@@ -205,7 +212,7 @@ def _expect_tensor(value: Any, place: str, length: int) -> None:
 
 
 def _raise_damage(place: str, value: Any, expected: str) -> NoReturn:
-    """Raise the error for a damaged entry.
+    """Raise the error for a damaged entry of a state.
 
     Args:
         place: The place of the entry in the state.

@@ -1,8 +1,9 @@
 """`TwinTensors`: the weights of a twin's sample, now and at earlier times, in flat tensors.
 
-A *window* is the time since the last observed step: figures are about the whole time of a twin,
-its window, or its last step. `layout` says where each layer lies in the tensors. Read `sample`
-first; `element_scales` comes next.
+A *window* is the time since the last observed step: figures are about the whole time of a twin, its
+window, or its last step. `layout` says where each layer lies in the tensors.
+
+Read `sample` first; `element_scales` comes next.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from altgrad.measurement.twin_sums import TwinStack
 
 @dataclass(eq=False)
 class TwinTensors:
-    """The weights of all sampled elements, and which have moved: tensors of shape (elements).
+    """The weights of a twin at several times, and which have moved: flat tensors, (elements).
+
+    A *twin* is a sample of the layers that is stepped as a recipe says.
 
     The weights at all four times have the dtype of the twin.
 
@@ -43,7 +46,7 @@ class TwinTensors:
 
     @classmethod
     def start_at(cls, weights: Tensor, *, keeps_lost: bool = False) -> TwinTensors:
-        """Return the tensors of a twin that starts now.
+        """Return tensors for a twin that starts now: the weights are the same at all times.
 
         Args:
             weights: The weights, floating-point (elements). The tensor itself becomes `weights`.
@@ -62,12 +65,12 @@ class TwinTensors:
         )
 
     def rearrange(self, sources: Tensor, fresh: TwinTensors) -> TwinTensors:
-        """Return tensors in the order of another layout, with the new elements that it has.
+        """Return tensors with the elements in another order, and with new ones among them.
 
         Args:
             sources: The position of each element in these tensors, int64 (elements); −1 for new
                 elements.
-            fresh: Tensors in the other layout, from which the new elements are taken.
+            fresh: Tensors in the other order, from which the new elements are taken.
         """
         is_new = sources < 0
         each = {
@@ -79,15 +82,18 @@ class TwinTensors:
         return replace(fresh, **each)
 
     def begin_step(self) -> None:
-        """Keep the weights from before a step."""
+        """Copy the weights to `before`, just before a step."""
         self.before.copy_(self.weights)
 
     def end_step(self) -> None:
-        """Note which weights a step has moved."""
+        """Note in `moved_in_window` which weights a step has moved, just after it."""
         self.moved_in_window.logical_or_(self.weights != self.before)
 
     def begin_window(self, shown: Tensor) -> None:
-        """Begin another window, at the end of an observed step.
+        """Begin another window, at the end of a step whose figures are recorded.
+
+        A *window* is the time between two such steps. `window` gets the weights now, and `moved`
+        the flags of the past one.
 
         Args:
             shown: bool (elements), False for layers whose figures this step does not report. The

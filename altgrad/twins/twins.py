@@ -3,8 +3,9 @@
 A *twin* is a recipe at work on a sample of each layer of the *run*, the training that is watched.
 `capture` is called before each step and `finish` after it. At an observed step, one whose figures
 are recorded, a monitor calls `measure`, and then `read` with the result on the host. Layers are
-sorted into *lanes*, whose twins are stepped together. Read `twin_state` first. This is the last
-file of the room; `altgrad.monitor.monitor` comes next.
+sorted into *lanes*, whose twins are stepped together.
+
+Read `twin_state` first. This is the last file of the room; `altgrad.monitor.monitor` comes next.
 """
 
 from __future__ import annotations
@@ -39,14 +40,17 @@ from altgrad.twins.twin_state import check_twin_state
 
 
 class Twins:
-    """The twins of all layers of a run, in lanes by dtype, gradient dtype, device and block size.
+    """The twins of all layers of a training, in lanes by dtype, device and block size.
+
+    A *twin* is a small sample of the layers that is stepped as a recipe says, to compare recipes. A
+    *lane* is a set of layers whose samples are stepped together.
 
     A monitor gives the twins to its `StepObserver`, which calls `capture` and `finish` in each
     step. Two threads may step two optimizers.
 
     Args:
         recipes: The recipes, each of which has a twin in each lane.
-        source: The layers of the run, with their samples and scales.
+        source: The layers of the training, with their samples and scales.
         lock: Lock that `capture` and `finish` take. The owner must hold it to call another method.
         strict: If True, raise errors; otherwise end all twins with one notice.
 
@@ -82,8 +86,9 @@ class Twins:
     def checks(self) -> dict[str, Check]:
         """The result of the last self-check of each layer, by name.
 
-        The check compares the reference twin, which has the recipe of the run, with the run itself.
-        A layer may have several samples, such as one of whole blocks; the worst result counts.
+        The check compares the reference twin, a sample that is stepped as the training is, with the
+        training itself. A layer may have several samples, such as one of whole blocks; the worst
+        result counts.
         """
         worst: dict[str, Check] = {}
         for checks in self._checks.values():
@@ -93,7 +98,7 @@ class Twins:
 
     @property
     def lanes(self) -> list[Lane]:
-        """The lanes of all optimizers."""
+        """The lanes of all optimizers: sets of layers whose samples are stepped together."""
         return [lane for run in self._runs.values() for lane in run.lanes.values()]
 
     # --- one step
@@ -101,10 +106,12 @@ class Twins:
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def capture(self, optimizer: Optimizer, *, is_observed: bool) -> None:
-        """Gather the gradients of a step that is about to happen.
+        """Gather the gradients of a step that is about to happen, at the sampled elements.
+
+        A *twin* is a sample of the layers that is stepped as a recipe says.
 
         Args:
-            optimizer: The run's optimizer.
+            optimizer: The training's optimizer.
             is_observed: True if the step is observed, so that the twins are measured after it.
         """
         if self._is_ended or not self._source.can_step:
@@ -118,7 +125,10 @@ class Twins:
             self._capture(optimizer, run, is_observed=is_observed)
 
     def _capture(self, optimizer: Optimizer, run: _Run, *, is_observed: bool) -> None:
-        """Have each lane of an optimizer capture the step; make lanes that are new."""
+        """Have each lane of an optimizer gather its gradients; make lanes that are new.
+
+        A *lane* is a set of layers whose samples are stepped together.
+        """
         run.changes = run.follower.find_changes()
         run.follower.remember()
         run.captured = []
@@ -147,12 +157,14 @@ class Twins:
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def finish(self, optimizer: Optimizer, unseen: str = "") -> None:
-        """Step the twins, now that the run has stepped.
+        """Step the twins, now that the training has stepped.
 
-        After its first step, a lane is checked at once, which copies counts to the host.
+        A *twin* is a sample of the layers that is stepped as a recipe says. After its first step, a
+        twin that is stepped as the training is must equal it: this is checked at once, which copies
+        counts to the host.
 
         Args:
-            optimizer: The run's optimizer.
+            optimizer: The training's optimizer.
             unseen: The reason why `capture` was not called in this step; empty if it was.
 
         Raises:
@@ -167,7 +179,7 @@ class Twins:
                 self._finish(optimizer, self._runs[optimizer])
 
     def _finish(self, optimizer: Optimizer, run: _Run) -> None:
-        """Step the lanes that captured the step, and see if the run has drawn random numbers."""
+        """Step the twins that gathered gradients, and note if the optimizer drew random numbers."""
         late = run.follower.find_changes()
         for kind in run.captured:
             lane = run.lanes[kind]
@@ -184,15 +196,19 @@ class Twins:
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def measure(self, optimizer: Optimizer, shown: Collection[str]) -> list[LaneSums]:
-        """Measure the twins of the layers that an optimizer has just stepped.
+        """Measure by how much twins differ from training in float32, after an observed step.
+
+        A *twin* is a sample of the layers that is stepped as a recipe says. An *observed step* is
+        one whose figures are recorded.
 
         Args:
-            optimizer: The run's optimizer.
+            optimizer: The training's optimizer.
             shown: Names of the layers whose figures this step reports. A new window begins for
                 them, the time until the next observed step.
 
         Returns:
-            The sums of each lane, on its device; empty after an error.
+            For each lane, a set of layers, the sums from which figures are computed, on its device;
+            empty after an error.
         """
         run = self._runs.get(optimizer)
         lanes = [] if run is None else [run.lanes[kind] for kind in run.captured]
@@ -203,10 +219,13 @@ class Twins:
     def read(
         self, optimizer: Optimizer, sums: Sequence[LaneSums], numbers: Sequence[Numbers]
     ) -> TwinValues | None:
-        """Read what `measure` returned, now on the host, and act on the self-check.
+        """Return the figures of the twins, from what `measure` returned, and act on the self-check.
+
+        The self-check compares a sample that is stepped as the training is with the training. Where
+        they differ, twins go on by adding its updates.
 
         Args:
-            optimizer: The run's optimizer.
+            optimizer: The training's optimizer.
             sums: The result of `measure`.
             numbers: Its tensors on the host: values and counts of each lane in turn.
 
@@ -234,7 +253,7 @@ class Twins:
 
     @contextmanager
     def _ending_after_an_error(self) -> Iterator[None]:
-        """End all twins after an error, with one notice; raise it if `strict`."""
+        """End all twins with a notice if the code inside raises an error; raise it if `strict`."""
         try:
             yield
         except Warning:  # the user made warnings errors
@@ -249,13 +268,17 @@ class Twins:
     def _read_counts(
         self, optimizer: Optimizer, kind: LaneKind, names: Sequence[str], counts: Numbers
     ) -> None:
-        """Note the result of a self-check; let twins follow updates if the reference twin is wrong.
+        """Note the result of a self-check; let twins add updates if the reference twin is wrong.
+
+        That twin is a sample that is stepped as the training is. The updates are those of the
+        training.
 
         Args:
-            optimizer: The run's optimizer.
-            kind: The kind of the lane that was checked.
+            optimizer: The training's optimizer.
+            kind: The kind of the lane, a set of layers, that was checked.
             names: Names of its layers.
-            counts: Its counts, float64 (layers, counts) on the host, in the order of `COUNTS`.
+            counts: Its counts, float64 (layers, counts) on the host, in the order of
+                `altgrad.twins.self_check.COUNTS`.
         """
         run = self._runs[optimizer]
         lane = run.lanes[kind]
@@ -284,7 +307,7 @@ class Twins:
         """Return the state that a resumed run needs to continue every figure exactly.
 
         Returns:
-            A dict of plain data and tensors.
+            A dict of the states of all lanes, which are sets of layers, and of `resynchronised`.
         """
         lanes = [
             {"kind": kind.describe(), **lane.state_dict(optimizer)}
@@ -294,7 +317,7 @@ class Twins:
         return {"lanes": lanes + self._loaded, "resynchronised": dict(self.resynchronised)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`, before the first step.
+        """Restore all twins from a `state_dict`, before the first step.
 
         Args:
             state: A result of `state_dict`.
@@ -307,7 +330,7 @@ class Twins:
         self.resynchronised = Counter(state["resynchronised"])
 
     def _restore(self, lane: Lane, kind: LaneKind, names: Collection[str]) -> bool:
-        """Restore a lane from a loaded one of its kind with some of these layers.
+        """Restore a lane, a set of layers, from a loaded one of its kind with some of these layers.
 
         Returns:
             True if there is such a lane, and it was restored.
@@ -320,7 +343,9 @@ class Twins:
         return False
 
     def _load_lane(self, lane: Lane, state: Mapping[str, Any]) -> bool:
-        """Restore a lane, unless it has new recipes: their twins would start later than the others.
+        """Restore a lane, a set of layers, unless it has recipes that are not in the state.
+
+        The twins of these recipes would start later than the others.
 
         Returns:
             True if it was restored.
@@ -336,12 +361,15 @@ class Twins:
     # --- lanes
 
     def scales_changed(self) -> None:
-        """Compute scales anew when next needed, since the amax of a layer has changed."""
+        """Compute scales anew when next needed, since the amax (largest magnitude) has changed."""
         for lane in self.lanes:
             lane.scales_changed()
 
     def release(self) -> None:
-        """Free all twins; keep their state for `state_dict`, and for steps after another attach."""
+        """Free the memory of all twins; keep their state for `state_dict`.
+
+        They go on from it if steps follow.
+        """
         self._loaded = self.state_dict()["lanes"]
         self._runs.clear()
 
@@ -351,7 +379,9 @@ class Twins:
 
 
 def _find_block(recipe: Recipe, scaling: Scaling | None) -> int:
-    """Return how many neighbours to draw together, so that all blocks of a recipe are whole.
+    """Return how many neighbouring elements to draw together, so that blocks are whole.
+
+    The elements of a block share a scale in a format of the recipe.
 
     Returns:
         The least common multiple of the block sizes; 1 without blocks.
@@ -371,7 +401,10 @@ def _get_random_state(device: torch.device) -> Tensor:
 
 
 class _Run:
-    """The lanes of one optimizer of the run, and what is known of it between two steps."""
+    """The lanes of one optimizer of the training, and what is known of it between two steps.
+
+    A *lane* is a set of layers whose samples are stepped together.
+    """
 
     def __init__(self, optimizer: Optimizer, sorter: LaneSorter) -> None:
         self.sorter = sorter

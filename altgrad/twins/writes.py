@@ -1,8 +1,9 @@
 """`count_writes`: how often a tensor was written to, as torch counts it.
 
 With it, twins find out whether something other than an optimizer's step has written to
-hyperparameters, weights or states of the training. Read `optimizer_copy` first; `hyperparameters`
-comes next.
+hyperparameters, weights or states of the training.
+
+Read `optimizer_copy` first; `hyperparameters` comes next.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def count_writes(tensor: Tensor) -> int:
 
 
 def count_writes_to_each(tensors: Sequence[Tensor]) -> list[int]:
-    """Return `count_writes` of each tensor; faster, as every step asks for all.
+    """Return the number of in-place writes to each tensor, as `count_writes`; faster than calls.
 
     Args:
         tensors: The tensors.
