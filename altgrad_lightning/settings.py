@@ -30,7 +30,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The arguments of `PrecisionMonitor` after the preset is applied.
+    """The arguments of `PrecisionMonitor`, after those of a named preset have been filled in.
 
     `PrecisionMonitor` documents each argument.
 
@@ -107,7 +107,7 @@ class Settings:
         return getattr(optimizer, attribute)
 
     def get_output_settings(self) -> OutputSettings:
-        """Return the settings that concern output: charts, histograms, run file and `strict`."""
+        """Return the arguments that `Output` needs: charts, histograms, run file and `strict`."""
         return OutputSettings(self.layer_charts, self.histograms, self.run_file, self.strict)
 
 
@@ -132,10 +132,10 @@ def check_formats(
 
 
 def check_layer_charts(layer_charts: int | Sequence[str]) -> int | tuple[str, ...]:
-    """Check the argument `layer_charts`.
+    """Check the argument `layer_charts`: which layers get charts of their own.
 
     Args:
-        layer_charts: A number of layers, or a list of patterns.
+        layer_charts: A number of layers, or a list of patterns of their names.
 
     Returns:
         The number, or a copy of the patterns.
@@ -158,7 +158,7 @@ def check_layer_charts(layer_charts: int | Sequence[str]) -> int | tuple[str, ..
 
 
 def check_keys(callback_metrics: Sequence[str]) -> tuple[str, ...]:
-    """Check the type of the argument `callback_metrics`.
+    """Check that the argument `callback_metrics`, keys of figures, is a list of strings.
 
     Returns:
         A copy of the keys.
@@ -179,7 +179,7 @@ def _check_callback_metrics(keys: Sequence[str], monitor: UpdateMonitor) -> None
     """Raise ValueError unless the model can have a figure with each of the keys.
 
     Args:
-        keys: Keys of figures of the model.
+        keys: Keys of figures of the model, such as ``"kept_update_ratio/bf16"``.
         monitor: A monitor with the formats and recipes of the run.
 
     Raises:
@@ -209,10 +209,10 @@ def _is_known(key: str, formats: Sequence[str], recipes: Sequence[str]) -> bool:
 
 
 def check_name(name: str | None) -> str | None:
-    """Check the argument `name`.
+    """Check the argument `name`, which names the callback's state in checkpoints.
 
     Returns:
-        The name.
+        The name, or None.
 
     Raises:
         ValueError: The name is empty.
@@ -226,7 +226,7 @@ def check_name(name: str | None) -> str | None:
 
 
 def apply_preset(preset: str | None, defaults: Signature, **arguments: Any) -> dict[str, Any]:
-    """Replace arguments that have their default value by those of a preset.
+    """Replace arguments that have their default value by those of a preset, a named choice.
 
     Args:
         preset: A name in `PRESETS`; None changes nothing.
