@@ -197,7 +197,7 @@ class PrecisionMonitor(Callback):
 
     @property
     def every_n_steps(self) -> int | None:
-        """The argument `every_n_steps`: the interval between observed steps in batches, or None."""
+        """The argument `every_n_steps`: the interval in batches between observed steps, or None."""
         return self._settings.every_n_steps
 
     @property

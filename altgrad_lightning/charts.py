@@ -124,7 +124,7 @@ class Charts:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which layers are charted, for a checkpoint.
+        """Return which layers have charts of their own, for a checkpoint.
 
         Returns:
             Plain data: the charted layers, all layers considered so far, and the number of later
@@ -153,9 +153,10 @@ class Charts:
                 self._recipes.setdefault(name, {}).update(dict.fromkeys(figures.recipes))
 
     def _chart_later(self, layers: Mapping[str, Figures]) -> None:
-        """Choose layers to chart among those that appear for the first time, if any are left.
+        """Choose the layers to chart among those that appear for the first time.
 
-        The rule is that for the first layers: by pattern, or those that keep least.
+        They are chosen by the patterns, or are those that keep least of their updates. With a
+        number of layers to chart, at most as many join over the whole run.
         """
         assert self.charted is not None
         later = {
@@ -198,6 +199,6 @@ def _join_keys(
 
 
 def _find_lowest_kept(figures: Figures) -> float:
-    """Return a layer's least kept_update_ratio over its formats; inf if all ratios are NaN."""
+    """Return how much of a layer's updates the format keeps that keeps least; inf if unknown."""
     kept = (figures[f"kept_update_ratio/{format}"] for format in figures.formats)
     return min((value for value in kept if not math.isnan(value)), default=math.inf)

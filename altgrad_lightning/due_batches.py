@@ -56,7 +56,7 @@ class DueBatches:
         return True
 
     def misses_steps(self, batch: int) -> bool:
-        """Return True if a batch was to be observed, and no step was seen in it or the one before.
+        """Return True if a due batch ends, and no step was seen in it or in the one before.
 
         The previous batch counts, because batches whose gradients accumulate have the same number,
         and optimizers step in the last of these batches alone.

@@ -154,7 +154,7 @@ class _Column:
         return self.sums[position] / count if count else math.nan
 
     def merge(self, later: _Column) -> _Column:
-        """Add the figures of the following steps to this column, and return this column."""
+        """Add the figures of a column of later steps to this column, and return this column."""
         self.steps += later.steps
         for position, count in enumerate(later.counts):
             if not math.isnan(count):

@@ -297,12 +297,24 @@ def _make_layout(
 
 
 def _chart_model(metrics: Iterable[str]) -> dict[str, list[Any]]:
-    """Return a chart for each metric, with a line for each format or recipe."""
+    """Describe a chart of TensorBoard for each metric, with a line for each format or recipe.
+
+    Returns:
+        By title of the chart, the pattern of the tags that it shows.
+    """
     return {metric: _match_tags(f"altgrad/{metric}/", "[^/]+") for metric in metrics}
 
 
 def _chart_layers(metrics: Sequence[str], names: Sequence[str]) -> dict[str, list[Any]]:
-    """Return a chart for each metric and format or recipe, with a line for each layer."""
+    """Describe a chart of TensorBoard for each metric and name, with a line for each layer.
+
+    Args:
+        metrics: Names of metrics.
+        names: Names of formats or recipes.
+
+    Returns:
+        By title of the chart, the pattern of the tags that it shows.
+    """
     return {
         f"{metric}, {name}": _match_tags(f"altgrad/{metric}/{name}/", ".+")
         for name in names
@@ -341,7 +353,7 @@ def _convert_for_tensorboard(histogram: Histogram) -> dict[str, Any]:
 
 
 def _convert_for_numpy(histogram: Histogram) -> tuple[np.ndarray, np.ndarray]:
-    """Return the counts, (bins,), and the edges of the bins in log2 of magnitude, (bins + 1,)."""
+    """Return a histogram as arrays: counts, (bins,), and edges of the bins in log2, (bins + 1,)."""
     import numpy as np
 
     first, counts = histogram

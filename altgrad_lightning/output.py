@@ -255,10 +255,10 @@ class Output:
         }
 
     def _measure_overhead(self, step: int, record: StepRecord, skipped: int) -> dict[str, float]:
-        """Return numbers about observing, by the last part of the keys ``altgrad/monitor/…``.
+        """Return numbers about observing itself, by the end of the keys ``altgrad/monitor/…``.
 
         The numbers are the share of time for observing and output, the number of measured elements,
-        and the number of skipped steps.
+        and the number of steps that moved no weight.
         """
         total = record.own_seconds + record.training_seconds * max(step - self._last_step, 1)
         return {

@@ -139,7 +139,7 @@ class Session:
         return None in reasons
 
     def finish_batch(self) -> None:
-        """Keep the figures of the batch in the result, and write them, if a step was observed."""
+        """Write the figures of the batch, if a step was observed, and keep them in the `Result`."""
         if self._monitor is None:
             return
         if not self._records:
@@ -226,12 +226,12 @@ class Session:
         return self._monitor is not None and self._monitor.is_shared
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the monitor and of the output, and when optimizers were observed.
+        """Return the states of `UpdateMonitor` and `Output`, and when optimizers were observed.
 
         Returns:
             A dict with the keys ``monitor``, ``output`` and, if any optimizer was observed,
-            ``last_batches``: the batch in which each was last observed. Empty if there is no state
-            of the monitor.
+            ``last_batches``: the batch in which each was last observed. Empty if the
+            `UpdateMonitor` has no state.
         """
         monitor, output = self._monitor_state, self._output_state
         if self._monitor is not None:
@@ -243,7 +243,7 @@ class Session:
         return {} if monitor is None else {"monitor": monitor, "output": output} | batches
 
     def warn(self, notice: str) -> None:
-        """Warn the user on the first rank alone, because all ranks give the same notices."""
+        """Warn the user with a sentence, on the first rank alone, since all ranks have the same."""
         if self._trainer.is_global_zero:
             self._notices.warn(notice)
 
@@ -309,7 +309,7 @@ class Session:
         return monitor
 
     def _attach_to(self, monitor: UpdateMonitor, optimizer: torch.optim.Optimizer) -> str | None:
-        """Attach the monitor to an optimizer; if that is impossible, return the reason."""
+        """Attach the `UpdateMonitor` to an optimizer; return the reason if that is impossible."""
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         try:
             monitor.attach(self._settings.find_inner(optimizer), scaler=scaler)
@@ -337,7 +337,7 @@ class Session:
 
     @property
     def _is_tuning(self) -> bool:
-        """True while a tuner of Lightning steps the optimizers.
+        """True while a tuner of Lightning, such as its learning rate finder, steps optimizers.
 
         A tuner replaces all callbacks while it runs: lightning/pytorch/tuner/lr_finder.py and
         batch_size_scaling.py.

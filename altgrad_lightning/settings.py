@@ -25,7 +25,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "standard": {},
     "full": {"max_elements": None, "layer_charts": 16, "histograms": True},
 }
-"""Arguments of `PrecisionMonitor`, by name of the preset."""
+"""Arguments of `PrecisionMonitor` that a preset sets, by name of the preset."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Settings:
     callback_metrics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise an error for arguments that are invalid whatever the module."""
+        """Raise an error for arguments that are invalid for any module to be trained."""
         if self.every_n_steps is not None:
             StepSchedule(self.every_n_steps)
         # UpdateMonitor checks the other arguments, and chooses recipes by the formats of rules,
@@ -176,7 +176,7 @@ def check_keys(callback_metrics: Sequence[str]) -> tuple[str, ...]:
 
 
 def _check_callback_metrics(keys: Sequence[str], monitor: UpdateMonitor) -> None:
-    """Raise ValueError unless the model can have a figure with each of the keys.
+    """Raise ValueError unless each key names a number that can be logged for the model.
 
     Args:
         keys: Keys of figures of the model, such as ``"kept_update_ratio/bf16"``.

@@ -202,6 +202,6 @@ def attach_storages(trainer: Trainer, module: LightningModule) -> None:
 
 
 def _check_strategy(trainer: Trainer) -> None:
-    """Raise ValueError if weights under the Trainer's strategy cannot be stored."""
+    """Raise ValueError if weights under the Trainer's strategy cannot be stored in a format."""
     if reason := explain_no_storage(trainer):
         raise ValueError(f"StoreAs cannot store weights under this strategy: {reason}")

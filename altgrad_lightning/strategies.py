@@ -24,9 +24,9 @@ REFUSED = {
     "FSDPStrategy": "FSDP1 keeps the parameters as flat shards, which have no layers",
     "XLAStrategy": "XLA devices have no hooks around the optimizer step",
 }
-"""The reason why steps of a strategy cannot be observed, by the name of the strategy's class."""
+"""By name of the class of a strategy, why its optimizer steps cannot be observed."""
 REPLICATING = "DDPStrategy"
-"""Name of the strategy with a replica of all parameters on each rank."""
+"""Name of the class of Lightning's strategy with a replica of all parameters on each rank."""
 
 
 def is_idle(trainer: Trainer, module: nn.Module) -> bool:

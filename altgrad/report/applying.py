@@ -110,9 +110,9 @@ def _join_lines(*lines: str) -> str:
 
 
 def _choose_formats(run: Run, assessment: Assessment) -> dict[str, str | None]:
-    """Return for each layer the smallest format that stores the layer fine, for WeightStorage.
+    """Return by name of the layer the smallest format that stores the layer fine.
 
-    The format is None if WeightStorage supports none of the formats that store the layer fine.
+    Only formats that `WeightStorage` supports count. A layer without such a format has None.
     """
     chosen: dict[str, str | None] = {}
     for layer in run.layers:
@@ -197,7 +197,10 @@ class _Patterns:
         return glob.escape(name), {name}
 
     def _match(self, pattern: str, fixed: Iterable[str]) -> set[str]:
-        """Return the names that a pattern matches; empty if their formats differ."""
+        """Return the names of layers that a pattern matches; empty if their chosen formats differ.
+
+        `fixed` has the parts of the pattern other than ``*``.
+        """
         names_by_part: Iterable[Collection[str]] = (self._names_by_part[part] for part in fixed)
         candidates = min(names_by_part, key=len, default=self._chosen)
         matches = re.compile(fnmatch.translate(pattern)).match
@@ -206,7 +209,7 @@ class _Patterns:
 
 
 def _quote(text: str) -> str:
-    """Return a string literal of Python, in double quotes if possible."""
+    """Return a text as a string literal of Python, in double quotes if possible."""
     return f'"{text}"' if text.isprintable() and not {*text} & {'"', "\\"} else repr(text)
 
 

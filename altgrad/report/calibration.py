@@ -67,7 +67,7 @@ class Calibration:
     held_out: Mapping[str, Mapping[str, Any]]
 
     def evidence(self, verdict: str) -> str:
-        """Return in one sentence how real runs fared whose figures gave a certain verdict.
+        """Return a sentence on the real runs that had a verdict: how many of them lost progress.
 
         An example is “3 of 4 runs like this lost over 10 % of their progress”.
 

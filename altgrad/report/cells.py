@@ -38,9 +38,9 @@ MEANINGS = {
 }
 """Meaning of each verdict in a few words, for the legend of a table."""
 EVIDENCE = {verdict: calibration().evidence(verdict.name) for verdict in Verdict}
-"""How real runs fared whose figures gave each verdict, in one sentence.
+"""By verdict a sentence such as “3 of 4 runs like this lost over 10 % of their progress”.
 
-The runs stored their weights in a format. UNCERTAIN and NOT_JUDGED have an empty text.
+The runs really stored their weights in a format. UNCERTAIN and NOT_JUDGED have an empty text.
 """
 
 

@@ -34,7 +34,7 @@ class Comparison:
 
     @property
     def formats(self) -> list[str]:
-        """Names of the formats judged in both runs, in the order of the first run."""
+        """Names of the number formats judged in both runs, in the order of the first run."""
         return [name for name in self.runs[0].formats if name in self.runs[1].run.formats]
 
     @cached_property
@@ -52,7 +52,8 @@ class Comparison:
     def changes(self) -> list[tuple[Advice, Advice]]:
         """Pairs of a verdict from run A and one from run B, for each layer and format in both.
 
-        Pairs with differing verdicts come first, then the largest differences of kept_update_ratio.
+        Pairs with differing verdicts come first, then those that differ most in kept_update_ratio,
+        how much of the updates the format keeps.
         """
         pairs = [*self._pair_advice()]
         # Differing verdicts are first (False < True), then the largest changes.
@@ -98,7 +99,10 @@ def _mean(report: RunReport, key: str) -> float:
 
 
 def _measure_change(a: Advice, b: Advice) -> float:
-    """Return the absolute difference of kept_update_ratio: inf if one is NaN, 0 if both are."""
+    """Return by how much two verdicts differ in `kept`, how much of the updates a format keeps.
+
+    The result is absolute: inf if one `kept` is NaN, 0 if both are.
+    """
     if math.isnan(a.kept) and math.isnan(b.kept):
         return 0
     change = abs(b.kept - a.kept)

@@ -41,7 +41,7 @@ class RunReport:
 
     @classmethod
     def from_run(cls, run: Run) -> RunReport:
-        """Judge a run and return its report."""
+        """Judge how well each format would store each layer, and return the report of the run."""
         return cls(run, judge_run(run))
 
     @property
@@ -51,7 +51,7 @@ class RunReport:
 
     @property
     def steps(self) -> str:
-        """Number and range of the observed steps, in words."""
+        """Number and range of the observed (measured) steps, in words."""
         steps = self.run.steps
         if not steps:
             return "no step observed"

@@ -122,7 +122,7 @@ def print_verdicts(report: RunReport, console: Console, most_layers: int | None 
 
 
 def _print_meaning(console: Console, word: str, meaning: str) -> None:
-    """Print a word of the legend with its meaning, whose further lines begin below the first."""
+    """Print a word of the legend and its meaning, whose lines begin in the same column."""
     from rich.table import Table
 
     line = Table.grid(padding=(0, 1, 0, 0))

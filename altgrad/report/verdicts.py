@@ -69,7 +69,7 @@ _SHORT = {
 
 
 class Advice(NamedTuple):
-    """A verdict on one layer in one format, with its reason.
+    """A verdict on how well one format would store one layer, with its reason.
 
     Attributes:
         layer: Name of the layer.
@@ -96,7 +96,7 @@ class Advice(NamedTuple):
 
     @property
     def kept(self) -> float:
-        """The kept_update_ratio of the layer in the format; NaN if it has no value."""
+        """The kept_update_ratio, how much of the updates the format keeps; NaN without a value."""
         return self.figures.get(_KEPT, math.nan)
 
     def interval(self, metric: str) -> tuple[float, float]:
@@ -130,7 +130,7 @@ class Assessment:
 
     @functools.cached_property
     def by_layer(self) -> dict[str, dict[str, Advice]]:
-        """Advice by layer and format; the layer with the least kept_update_ratio is first."""
+        """Verdicts by layer and format; first is the layer of whose updates the least is kept."""
         by_layer: dict[str, dict[str, Advice]] = {}
         for advice in self.advice:
             by_layer.setdefault(advice.layer, {})[advice.format] = advice
@@ -264,7 +264,7 @@ class Judge:
         return Assessment(advice, suggestions, _summarize(advice))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the collected sums, for a checkpoint.
+        """Return the sums of all figures added so far, for a checkpoint.
 
         Returns:
             By layer and format: ``sums`` and ``counts`` of the steps by metric, the last
@@ -280,7 +280,7 @@ class Judge:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the collected sums that `state_dict` returned."""
+        """Restore the sums of figures that `state_dict` returned."""
         self._tallies = {
             layer: {
                 format: _Tally(
@@ -322,7 +322,7 @@ def judge_run(run: Run) -> Assessment:
 
 
 def _find_least_kept(advice: Iterable[Advice]) -> float:
-    """Return the least kept_update_ratio of a layer over its formats; inf if all are NaN."""
+    """Return the least `kept` of some verdicts, those on one layer; inf if all are NaN."""
     return min((a.kept for a in advice if not math.isnan(a.kept)), default=math.inf)
 
 
@@ -493,7 +493,7 @@ _SUMMARY_WORDS = {
 
 
 def _write_percent(share: float, interval: _Interval) -> str:
-    """Return a share as text in percent, with its confidence interval if this has a width."""
+    """Return a share as text in percent, with its confidence interval if there is one."""
     if not interval[0] < interval[1]:
         return format_percent(share)
     low, high = (f"{100 * end:.3g}" for end in interval)

@@ -146,7 +146,7 @@ class Text(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A checker of JSON values, whose `parse` accepts a few given texts.
+    """A checker of JSON values, whose `parse` accepts only the texts in `options`.
 
     Attributes:
         options: The texts that are allowed.
@@ -194,7 +194,7 @@ class Nullable(NamedTuple, Generic[T]):
 
 
 class Checked(NamedTuple, Generic[T]):
-    """A checker of JSON values, whose `parse` calls another checker and then a function.
+    """A checker of JSON values, whose `parse` calls another checker and then the function `check`.
 
     The function compares parts of the value with each other, such as the smallest and the largest
     number of a format.
@@ -209,7 +209,7 @@ class Checked(NamedTuple, Generic[T]):
     check: Callable[[T], object]
 
     def parse(self, value: object) -> T:
-        """Return the value as the other checker parses it, once the function has passed it."""
+        """Return the value as `kind` parses it, if the function `check` raises no error."""
         parsed = self.kind.parse(value)
         self.check(parsed)
         return parsed
@@ -324,7 +324,7 @@ class GridScaling(NamedTuple):
 
 
 def check_object(value: object) -> Mapping[str, object]:
-    """Return a value that was read from JSON, or raise an error unless the value is an object.
+    """Return a value that was read from JSON; raise an error unless it is a JSON object.
 
     Raises:
         FieldError: The value is no mapping, or a key is no text.

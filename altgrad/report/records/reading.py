@@ -176,7 +176,7 @@ def _read_predecessors(files: list[_File]) -> None:
 
 
 def _find_identity(path: Path) -> tuple[int, int] | None:
-    """Return numbers that identify a file whatever its path; None if the file cannot be found."""
+    """Return numbers that identify a file under any path; None if the file cannot be found."""
     try:
         found = path.stat()
     except (OSError, ValueError):

@@ -215,7 +215,7 @@ def make_layers(known: Mapping[str, Mapping[str, Any]]) -> dict[str, LayerInfo]:
 
 
 def layers_as_json(layers: Mapping[str, LayerInfo]) -> dict[str, Any]:
-    """Return the descriptions of layers as JSON values, by name of the layer."""
+    """Return the descriptions of layers as JSON objects, by name of the layer."""
     return {
         name: asdict(each) | {"shape": [*each.shape], "formats": [*each.formats]}
         for name, each in layers.items()
@@ -223,7 +223,7 @@ def layers_as_json(layers: Mapping[str, LayerInfo]) -> dict[str, Any]:
 
 
 def info_as_json(info: FormatInfo | RecipeInfo) -> dict[str, Any]:
-    """Return the description of a format or recipe as JSON values, without its name."""
+    """Return the description of a format or recipe as a JSON object, without its name."""
     fields = {name: value for name, value in asdict(info).items() if name != "name"}
     return {
         name: number_as_json(value) if isinstance(value, float) else value
