@@ -44,8 +44,8 @@ class PrecisionMonitor(Callback):
     """A Lightning callback that judges number formats from the steps of an ordinary training.
 
     It tells how well each format would store the weights of each layer. `PrecisionMonitor` is an
-    `altgrad.UpdateMonitor` for a Trainer of `lightning` or `pytorch_lightning`. It measures the
-    update of each observed optimizer step on the grid of every format. Training stays
+    `altgrad.UpdateMonitor` for a Trainer of `lightning` or `pytorch_lightning`. It measures
+    what each format would keep of the weight update of an observed optimizer step. Training stays
     bit-identical: weights, gradients and random numbers are only read.
 
     Automatic and manual optimization are observed, with any number of optimizers, accumulation,
@@ -53,7 +53,8 @@ class PrecisionMonitor(Callback):
     observes. Under ModelParallelStrategy all ranks observe, and the first rank writes. If a layer
     is stepped several times in a batch, the last step counts.
 
-    Skipped steps are counted by reason: a GradScaler found inf, no gradients, learning rate 0.
+    Skipped steps, those that moved no weight, are counted by reason: a GradScaler found inf, no
+    gradients, learning rate 0.
     Steps of Lightning's tuners (learning rate finder, batch size scaler) are left out.
 
     In each training, the callback warns once of each thing that it cannot observe: FSDP1 and
@@ -97,8 +98,9 @@ class PrecisionMonitor(Callback):
             later. The default of 8 makes fewer than 250 charts with three formats, and fewer than
             450 with their twins. All layers are in `latest` and in the run file.
         histograms: If True, log histograms of abs(update) / stiffness to TensorBoard and wandb at
-            each observed step, for the model and the charted layers. The histograms take more disk
-            space than all charts.
+            each observed step, for the model and the charted layers. The stiffness is the distance
+            between a format's neighbouring numbers at a weight. The histograms take more disk space
+            than all charts.
         run_file: If True, write the figures of all layers to ``altgrad.jsonl`` in the log directory
             of the run (Trainer.log_dir). The file takes about 3.5 kB for each layer and observed
             step with four formats, and 8.5 kB with their twins. With ``fast_dev_run`` nothing is

@@ -24,9 +24,9 @@ PER_LAYER_AND_FORMAT = (
     *("kept_update_ratio", "stall_frac"),
     *("stiffness_mean", "grad_stiff_correlation", "grad_below_stiffness_frac"),
 )
-"""Metrics with a chart for each chosen layer and each number format that it is judged for."""
+"""Metrics with a chart for each charted layer and each number format it is judged for."""
 PER_LAYER_AND_RECIPE = ("progress_kept", "frozen_frac")
-"""Metrics with a chart for each chosen layer and each recipe tried on it.
+"""Metrics with a chart for each charted layer and each recipe tried on it.
 
 A recipe says how weights are stored, and is tried on a sample of the layer, its twin.
 """
@@ -94,8 +94,8 @@ class Charts:
             monitor: Numbers about observing itself, for keys ``altgrad/monitor/…``.
 
         Returns:
-            No row while the charted layers are unknown; then all rows that were kept back, and the
-            row of this step.
+            No row until the layers with charts of their own are chosen; then all rows that were
+            kept back, and the row of this step.
         """
         self._note_twins(model, layers)
         model_keys = _join_keys([*LAYER_METRICS], [*FORMAT_METRICS], self._formats)

@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 
 
 class DueBatches:
-    """A schedule of the optimizer steps that are observed: those in every n-th, the due batches.
+    """A schedule of the optimizer steps that are observed (measured): those in every n-th batch.
 
-    The schedule remembers the batch in which each optimizer was last observed.
+    These batches are called due. An optimizer that does not step in one is observed at its next
+    step. The schedule remembers the batch in which each optimizer was last observed.
 
     Args:
         every: Interval n between due batches. With 0 no batch is due.
@@ -35,7 +36,7 @@ class DueBatches:
         self._last_step: int | None = None  # the batch of the last step of any optimizer
 
     def take_step(self, optimizer: Optimizer, batch: int) -> bool:
-        """Return True if a step is to be observed, and note the batch as the optimizer's last.
+        """Return True if a step is to be observed, and then remember its batch for the optimizer.
 
         If an optimizer steps several times in an observed batch, all these steps are observed.
 

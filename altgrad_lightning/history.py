@@ -42,7 +42,7 @@ class History:
         self._positions: dict[str, dict[str, int]] = {}  # by format and layer
 
     def add(self, step: int, layers: Mapping[str, Mapping[str, float]]) -> None:
-        """Add the figures of an observed step.
+        """Add the figures of an observed (measured) step.
 
         Args:
             step: The step that the figures are logged at.

@@ -1,8 +1,9 @@
 """`Output`: write the figures of a run to the run file and to the loggers.
 
-A destination that raises an error is left out from then on, with one notice. Read `session` first,
-which passes each record to `Output.write`. The next file is `charts`, which makes the rows of
-numbers; `history` follows, and `loggers`.
+A run file or logger that raises an error is left out from then on, with one warning.
+
+Read `session` first, which passes each record to `Output.write`. The next file is `charts`, which
+makes the rows of numbers; `history` follows, and `loggers`.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ class Output:
             file.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return charted layers, verdicts, last step and path of the run file, for a checkpoint."""
+        """Return charted layers, sums for verdicts, last step and run file, for a checkpoint."""
         return {
             "charts": self._charts.state_dict(),
             "verdicts": self._judge.state_dict(),

@@ -29,8 +29,8 @@ class Result:
         latest_step: The step at which the latest figures were logged; None without figures.
         skipped: The number of steps that were to be observed but moved no weight, by reason.
         path: The run file; None if no run file is written.
-        assessment: The verdicts, how well each format would store each layer, at the end of the
-            training; None before.
+        assessment: The verdicts, how well each format would store each layer, at the end of
+            writing; None until then.
         state: The state for checkpoints: before the training the state to resume from, after the
             training the final state. Empty if there is no state.
     """

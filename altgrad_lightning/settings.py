@@ -1,7 +1,8 @@
 """`Settings`: check the arguments of `PrecisionMonitor` before a training starts.
 
-`apply_preset` and the functions `check_…` prepare the arguments, and `Settings` holds them. Read
-`callback` first, which documents each argument. The next file is `session`.
+`apply_preset` and the functions `check_…` prepare the arguments, and `Settings` holds them.
+
+Read `callback` first, which documents each argument. The next file is `session`.
 """
 
 from __future__ import annotations
@@ -226,7 +227,7 @@ def check_name(name: str | None) -> str | None:
 
 
 def apply_preset(preset: str | None, defaults: Signature, **arguments: Any) -> dict[str, Any]:
-    """Replace arguments that have their default value by those of a preset, a named choice.
+    """Replace arguments that have their default value by those of a preset, a named set.
 
     Args:
         preset: A name in `PRESETS`; None changes nothing.

@@ -55,8 +55,10 @@ class Calibration:
     Attributes:
         thresholds: Figures at which one verdict on a layer and format ends, and the next begins.
         rules: By name of the threshold, the rule in words by which the threshold was found.
-        outcomes: Outcomes of the runs that set the thresholds, by name of the verdict: numbers of
-            runs and layers with the verdict, their formats, and how many of the runs lost progress.
+        outcomes: Outcomes of the runs that set the thresholds, by name of the verdict: number of
+            runs with the verdict, their formats, and how many of them lost 1 % or 10 % of their
+            progress. For ``"FROZEN"`` also the number of layers with the verdict, and how many of
+            them were really frozen.
         held_out: Outcomes in the form of `outcomes`, for tasks and optimizers that set no
             threshold.
     """

@@ -233,10 +233,10 @@ def _make_title(title: str, shown: int, all: int) -> str:
 
 
 def _average_columns(values: Mapping[int, float], groups: Sequence[Sequence[int]]) -> list[float]:
-    """Return the mean over each group of steps, a column of a heat map; NaN without a figure.
+    """Return means of a layer's figures, one for each group of steps: a row of a heat map.
 
     `values` has a figure by step. A step without one counts with the figure before it, up to the
-    last step of `values`.
+    last step of `values`. A group without a figure has the mean NaN.
     """
     last, held, columns = max(values, default=-1), math.nan, []
     for group in groups:

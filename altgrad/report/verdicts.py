@@ -1,4 +1,4 @@
-"""Judge each layer in each format: a verdict, its figures, its reason and its evidence.
+"""Judge how well each format would store each layer: a verdict with figures and a reason.
 
 `Judge` collects the figures of a run, step by step, and returns an `Assessment`: one `Advice` for
 each layer and format. `_judge` holds the rules, which docs/how-it-works.md explains. Thresholds and

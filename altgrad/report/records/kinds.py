@@ -314,7 +314,7 @@ class GridScaling(NamedTuple):
         """Return the scaling; a list ``["block", size]`` becomes a tuple.
 
         Raises:
-            FieldError: The value is no scaling.
+            FieldError: The value is none of the four kinds of scaling.
         """
         if value in (None, "tensor", "channel"):
             return value

@@ -114,7 +114,7 @@ class RecipeInfo:
         rounding: ``"nearest_even"`` or ``"stochastic"``.
         compensation: ``"kahan"`` if the rounding error of each weight is kept; otherwise None.
         states: By name of an optimizer state, such as ``"exp_avg"``, the name of its format. The
-            name ``"*"`` stands for all other states.
+            name ``"*"`` stands for all other floating-point states of the parameter's shape.
         dtype: Name of the dtype of the tensors to step, such as ``"bfloat16"``. None for float32,
             and for float64 in a run in float64.
         optimizer: Module and name of the function or class that makes the optimizer; None for the
@@ -145,8 +145,8 @@ class Header:
         versions: Versions of the packages that wrote the file, by name.
         created: Time at which the file was created, in ISO 8601.
         predecessor: File of the run that this run continues; None for a new run.
-        loggers: The run as each of its loggers knows it: class of the logger under ``logger``, then
-            ``name``, ``id`` and ``version`` of the run, or None.
+        loggers: For each logger of the run, its class under ``logger``, and the run's ``name``,
+            ``id`` and ``version`` in it, each a text or None.
         recipes: By name, the recipes for storing weights that are tried on samples (twins).
     """
 

@@ -1,4 +1,4 @@
-"""`RunFile`: write a run file, one observed step after another.
+"""`RunFile`: write the figures of one observed step after another to a run file.
 
 A run file stays readable if the process is killed or the disk is full: whole lines are appended
 without a buffer, and a failed write is undone. A lock of the module `locks` gives a run file one
