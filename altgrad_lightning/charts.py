@@ -19,7 +19,7 @@ from altgrad import Figures
 from altgrad.measurement import FORMAT_METRICS, LAYER_METRICS
 
 PER_LAYER = ("update_rms", "update_weight_ratio", "unmoved_frac", "ulp_mean", "ulp_zero_frac")
-"""Metrics with one chart for each charted layer, a layer that the user or `Charts` chose."""
+"""Metrics with one chart for each charted layer, a layer chosen for charts of its own."""
 PER_LAYER_AND_FORMAT = (
     *("kept_update_ratio", "stall_frac"),
     *("stiffness_mean", "grad_stiff_correlation", "grad_below_stiffness_frac"),

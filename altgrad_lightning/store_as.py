@@ -122,9 +122,9 @@ class StoreAs(Callback):
         self._storage.load_state_dict(state_dict)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Round weights and states to their formats, now and after each optimizer step.
+        """Round weights and optimizer states to their formats, now and after each optimizer step.
 
-        They are now restored and on their device.
+        When Lightning calls this hook, they are restored and on their device.
         """
         self.attach(trainer, pl_module)
 

@@ -249,7 +249,10 @@ def _average_columns(values: Mapping[int, float], groups: Sequence[Sequence[int]
 
 
 def _draw_shares(axes: Axes, shares: Sequence[Sequence[float]], colours: str) -> None:
-    """Draw a matrix of shares, given by rows, as coloured cells; NaN is grey and hatched."""
+    """Draw a matrix of shares, given by rows, as coloured cells; NaN is grey and hatched.
+
+    `colours` is the name of a colour map of matplotlib.
+    """
     from matplotlib.patches import Rectangle
 
     # A kept_update_ratio can lie far outside of 0 and 1, where matplotlib's arithmetic overflows.

@@ -105,7 +105,7 @@ class RunReport:
 
     @functools.cached_property
     def _layer_sets(self) -> list[frozenset[str]]:
-        """The set of names of the layers with figures, for each observed step in its order."""
+        """The names of the layers with figures, one set for each observed step, in order."""
         sets: list[frozenset[str]] = []
         layers: set[str] = set()
         for row in self.run.rows:

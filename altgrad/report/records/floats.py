@@ -1,4 +1,4 @@
-"""`FloatsByKey`: the figures of one line of a run file, in little memory.
+"""`FloatsByKey`: the numbers of one line of a run file by key, in little memory.
 
 Lines with equal keys share one table of the keys. `FloatTable` parses the figures of a line from
 JSON, and checks the bounds of each figure.
@@ -19,7 +19,7 @@ _MOST_LAYOUTS = 256  # layouts that are remembered; a run has a few
 
 
 class FloatsByKey(Mapping[str, float]):
-    """A read-only mapping from keys to floats, in little memory: the figures of a run file's line.
+    """A read-only mapping from keys to floats, in little memory: the numbers of a run file's line.
 
     Args:
         positions: Index into `numbers`, by key. Lines with equal keys share one such object.

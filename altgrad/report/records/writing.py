@@ -282,9 +282,10 @@ def _claim_first_free(folder: Path, content: memoryview) -> tuple[Path, WriterLo
 
 
 def _create_file(path: Path, content: memoryview) -> bool:
-    """Create a file that has its content as soon as it has its name.
+    """Create a file with the given content, which is complete when the name of the file appears.
 
-    Every run file that a reader finds therefore has a header.
+    A reader therefore finds no run file without a header. On file systems without hard links, the
+    content is written after the name appears.
 
     Returns:
         True; False if the path exists, because another process has just created the file.
