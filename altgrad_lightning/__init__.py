@@ -1,7 +1,9 @@
-"""AltGrad for Lightning: add `PrecisionMonitor` to the Trainer's callbacks.
+"""AltGrad for Lightning: two callbacks for number formats, `PrecisionMonitor` and `StoreAs`.
 
-`StoreAs`, in `store_as`, is a callback of its own: it trains with weights and states in formats.
-`PrecisionMonitor` judges formats. Read its files in the order of the data:
+`PrecisionMonitor` watches an ordinary training, and judges how well number formats would store its
+weights. `StoreAs`, in `store_as`, trains with weights and optimizer states stored in formats.
+
+Read the files of `PrecisionMonitor` in the order of the data:
 
 1. `callback`: `PrecisionMonitor`, its arguments and the hooks of Lightning. `settings` checks the
    arguments; `packages` finds Lightning.

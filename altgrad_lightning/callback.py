@@ -1,8 +1,9 @@
 """`PrecisionMonitor`: observe the optimizer steps of a Trainer and log what each format keeps.
 
-The hooks of the callback start a `Session` when training starts, call the session at each batch,
-and end the session. Read this file first. The next file is `session`, and `settings` checks the
-arguments.
+The hooks of the callback start a `Session`, which observes, when training starts; call the session
+at each batch; and end the session.
+
+Read this file first. The next file is `session`, and `settings` checks the arguments.
 """
 
 from __future__ import annotations
@@ -40,18 +41,20 @@ if TYPE_CHECKING:
 
 
 class PrecisionMonitor(Callback):
-    """A Lightning callback that judges number formats from the steps of an ordinary run.
+    """A Lightning callback that judges number formats from the steps of an ordinary training.
 
-    `PrecisionMonitor` is an `altgrad.UpdateMonitor` for a Trainer of `lightning` or
-    `pytorch_lightning`. It measures the update of each observed optimizer step on the grid of every
-    format. Training stays bit-identical: weights, gradients and random numbers are only read.
+    It tells how well each format would store the weights of each layer. `PrecisionMonitor` is an
+    `altgrad.UpdateMonitor` for a Trainer of `lightning` or `pytorch_lightning`. It measures
+    what each format would keep of the weight update of an observed optimizer step. Training stays
+    bit-identical: weights, gradients and random numbers are only read.
 
     Automatic and manual optimization are observed, with any number of optimizers, accumulation,
     clipping, every precision of the Trainer and compiled modules. Under DDP the first rank
     observes. Under ModelParallelStrategy all ranks observe, and the first rank writes. If a layer
     is stepped several times in a batch, the last step counts.
 
-    Skipped steps are counted by reason: a GradScaler found inf, no gradients, learning rate 0.
+    Skipped steps, those that moved no weight, are counted by reason: a GradScaler found inf, no
+    gradients, learning rate 0.
     Steps of Lightning's tuners (learning rate finder, batch size scaler) are left out.
 
     In each training, the callback warns once of each thing that it cannot observe: FSDP1 and
@@ -61,10 +64,11 @@ class PrecisionMonitor(Callback):
     Logged keys:
 
     - ``altgrad/{metric}`` and ``altgrad/{metric}/{format}``: figures of the model.
-    - ``altgrad/{metric}/{layer}`` and ``altgrad/{metric}/{format}/{layer}``: figures of a charted
-      layer.
+    - ``altgrad/{metric}/{layer}`` and ``altgrad/{metric}/{format}/{layer}``: figures of a layer
+      that `layer_charts` chooses, a charted layer.
     - ``altgrad/{metric}/{recipe}``: figures of twins over the model. Of a charted layer,
-      ``altgrad/progress_kept/{recipe}/{layer}`` and ``altgrad/frozen_frac/{recipe}/{layer}``.
+      ``altgrad/progress_kept/{recipe}/{layer}`` and ``altgrad/frozen_frac/{recipe}/{layer}``. A
+      twin is a sample of each layer that is trained as a recipe for storing weights says.
     - ``altgrad/monitor/…``: the share of the time that observing takes, the number of measured
       elements and the number of skipped steps.
 
@@ -94,8 +98,9 @@ class PrecisionMonitor(Callback):
             later. The default of 8 makes fewer than 250 charts with three formats, and fewer than
             450 with their twins. All layers are in `latest` and in the run file.
         histograms: If True, log histograms of abs(update) / stiffness to TensorBoard and wandb at
-            each observed step, for the model and the charted layers. The histograms take more disk
-            space than all charts.
+            each observed step, for the model and the charted layers. The stiffness is the distance
+            between a format's neighbouring numbers at a weight. The histograms take more disk space
+            than all charts.
         run_file: If True, write the figures of all layers to ``altgrad.jsonl`` in the log directory
             of the run (Trainer.log_dir). The file takes about 3.5 kB for each layer and observed
             step with four formats, and 8.5 kB with their twins. With ``fast_dev_run`` nothing is
@@ -189,12 +194,12 @@ class PrecisionMonitor(Callback):
 
     @property
     def formats(self) -> tuple[NumberFormat, ...]:
-        """The judged formats."""
+        """The number formats that are judged."""
         return self._settings.formats
 
     @property
     def every_n_steps(self) -> int | None:
-        """The argument `every_n_steps`: the interval between observed steps in batches, or None."""
+        """The argument `every_n_steps`: the interval in batches between observed steps, or None."""
         return self._settings.every_n_steps
 
     @property
@@ -209,12 +214,12 @@ class PrecisionMonitor(Callback):
 
     @property
     def latest_step(self) -> int | None:
-        """The step at which the latest figures were logged; None before the first observed step."""
+        """The step at which `latest` and `latest_model` were logged; None before such a step."""
         return self._result.latest_step
 
     @property
     def skipped(self) -> Counter[SkipReason]:
-        """The number of steps that were due and skipped, by reason."""
+        """The number of steps that were to be observed but moved no weight, by reason."""
         return self._result.skipped
 
     @property
@@ -224,7 +229,10 @@ class PrecisionMonitor(Callback):
 
     @property
     def assessment(self) -> Assessment | None:
-        """The verdicts of every layer so far; None before training starts."""
+        """The verdicts so far: how well each format would store each layer.
+
+        None before training starts.
+        """
         return self._result.assessment if self._session is None else self._session.assessment
 
     # --- Lightning's hooks, in the order in which a Trainer calls them
@@ -258,7 +266,7 @@ class PrecisionMonitor(Callback):
         self._loaded = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a session, now that weights and optimizers are restored and on their device."""
+        """Start to observe, now that weights and optimizers are restored and on their device."""
         loaded = self._loaded
         self._end()
         # Without a checkpoint, nothing is taken from an earlier training.
@@ -275,7 +283,7 @@ class PrecisionMonitor(Callback):
             self._end()
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Attach to new optimizers, if another callback or the module replaced the optimizers."""
+        """Observe the new optimizers, if another callback or the module has replaced the old."""
         session = self._session
         if session is None or not session.has_other_optimizers:
             return
@@ -290,7 +298,7 @@ class PrecisionMonitor(Callback):
                 self._end()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Log the figures of the batch, after all optimizers of the batch have stepped."""
+        """Log the figures of the batch's observed steps, once all its optimizers have stepped."""
         self._finish_batch()
         if self._metrics is not None:
             waits = self._session is not None and self._session.waits
@@ -310,7 +318,7 @@ class PrecisionMonitor(Callback):
     vars(state_dict)["__wrapped__"] = Callback.state_dict
 
     def on_train_end(self, *_: Any) -> None:
-        """Log the last pictures and end the session, while weights are still on their device."""
+        """Log the last pictures and stop observing, while weights are still on their device."""
         if self._session is not None:
             self._session.warn_about_unseen()
             with self._stopping_after_an_error(self._session):
@@ -318,7 +326,7 @@ class PrecisionMonitor(Callback):
         self._end()
 
     def on_exception(self, *arguments: Any) -> None:
-        """Log the last figures, pictures and verdicts, without waiting for other ranks."""
+        """Log what was observed before an error or Ctrl-C, without waiting for other ranks."""
         if self._session is not None:
             self._session.finish_after_error()
             if any(isinstance(each, KeyboardInterrupt) for each in arguments):
@@ -327,7 +335,10 @@ class PrecisionMonitor(Callback):
         self._end(alone=True)
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """End a session that a tuner interrupted, and keep an unused state for checkpoints."""
+        """Stop observing if `on_train_end` was not called, as when a tuner interrupts a training.
+
+        A state that was loaded from a checkpoint and not used stays for the next checkpoint.
+        """
         if self._session is None and self._loaded:
             self._result.state = self._loaded
         self._end(alone=True)
@@ -335,7 +346,7 @@ class PrecisionMonitor(Callback):
     # --- copies and pickles
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes without the session, the Trainer and the module.
+        """Return the attributes for a pickle: without `Session`, Trainer and module.
 
         A module that has the callback as a hyperparameter is saved with a pickle of the callback.
         """
@@ -378,7 +389,11 @@ class PrecisionMonitor(Callback):
             self._end()
 
     def _end(self, *, alone: bool = False) -> None:
-        """End the session, and delete a loaded state that no training used."""
+        """Stop observing, and delete a loaded state that no training used.
+
+        Args:
+            alone: If True, do not wait for other ranks, which may still train.
+        """
         if self._session is not None:
             self._session.end(alone=alone)
         self._session = None

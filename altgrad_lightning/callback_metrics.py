@@ -2,7 +2,9 @@
 
 EarlyStopping, ModelCheckpoint and callbacks like them read `Trainer.callback_metrics` on each rank,
 and must find the same numbers on all ranks, to come to the same decision. Under DDP the first rank
-alone observes. `callback` calls `CallbackMetrics.pass_on` at the end of each batch.
+alone observes.
+
+`callback` calls `CallbackMetrics.pass_on` at the end of each batch.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class CallbackMetrics:
-    """Figures of the model in `Trainer.callback_metrics`, equal on all ranks.
+    """A writer of figures of the model to `Trainer.callback_metrics`, equal on all ranks.
 
     Of each figure the last finite value stays. Several ranks get the figures of the first rank by
     an all-reduce, after each batch that is due and has stepped an optimizer.
@@ -28,7 +30,7 @@ class CallbackMetrics:
     Args:
         keys: Keys of figures, such as ``"kept_update_ratio/bf16"``. Callbacks find them as
             ``altgrad/{key}``.
-        every: Interval between batches that are due; 0 for none.
+        every: Interval between due batches, whose steps are observed; 0 for no due batches.
         trainer: The Trainer that is about to train.
     """
 

@@ -1,7 +1,9 @@
 """`Charts`: turn the figures of observed steps into rows of numbers for loggers.
 
 A logger with columns, such as CSVLogger, needs the same keys in every row. `Charts` therefore keeps
-the charted layers, adds some only when layers appear later, and fills missing figures with NaN.
+the charted layers, those with charts of their own. It adds some only when layers appear later, and
+fills missing figures with NaN.
+
 Read this file after `output`, which logs the rows. The next file is `history`, which keeps figures
 for pictures.
 """
@@ -17,26 +19,29 @@ from altgrad import Figures
 from altgrad.measurement import FORMAT_METRICS, LAYER_METRICS
 
 PER_LAYER = ("update_rms", "update_weight_ratio", "unmoved_frac", "ulp_mean", "ulp_zero_frac")
-"""Metrics that are charted once for each charted layer."""
+"""Metrics with one chart for each charted layer, a layer chosen for charts of its own."""
 PER_LAYER_AND_FORMAT = (
     *("kept_update_ratio", "stall_frac"),
     *("stiffness_mean", "grad_stiff_correlation", "grad_below_stiffness_frac"),
 )
-"""Metrics that are charted for each charted layer and each format of the layer."""
+"""Metrics with a chart for each charted layer and each number format it is judged for."""
 PER_LAYER_AND_RECIPE = ("progress_kept", "frozen_frac")
-"""Metrics that are charted for each charted layer and each recipe of the layer's twins."""
+"""Metrics with a chart for each charted layer and each recipe tried on it.
+
+A recipe says how weights are stored, and is tried on a sample of the layer, its twin.
+"""
 # If no layer has a kept_update_ratio in 20 rows, the layers are chosen without one.
 _MAX_WAITING_ROWS = 20
 _NO_FIGURES: Mapping[str, float] = {}
 
 
 class Row(NamedTuple):
-    """The charted numbers of one step.
+    """The numbers of one step that loggers show as charts.
 
     Attributes:
         step: The step to log at.
         model: Figures of the model, by logged key.
-        others: Figures of charted layers and of the monitor itself, by logged key.
+        others: Figures of layers with charts, and numbers on observing itself, by logged key.
     """
 
     step: int
@@ -45,11 +50,12 @@ class Row(NamedTuple):
 
 
 class Charts:
-    """A converter from the figures of observed steps to rows with the same keys.
+    """A converter from the figures of observed steps to rows with the same keys, for loggers.
 
-    The charted layers are chosen at the first step in which a layer has a kept_update_ratio, at the
-    20th step at the latest. The rows of earlier steps are kept back until this step. Of layers that
-    appear later, such as unfrozen layers, more are chosen in the same way.
+    A few layers have charts of their own, the charted layers. They are chosen at the first step in
+    which a layer has a kept_update_ratio, at the 20th step at the latest. The rows of earlier steps
+    are kept back until this step. Of layers that appear later, such as unfrozen layers, more are
+    chosen in the same way.
 
     Args:
         formats: Names of the judged formats.
@@ -85,11 +91,11 @@ class Charts:
             step: The step to log at.
             model: Figures of the model.
             layers: Figures of each layer, by name.
-            monitor: Numbers about the monitor itself, for keys ``altgrad/monitor/…``.
+            monitor: Numbers about observing itself, for keys ``altgrad/monitor/…``.
 
         Returns:
-            No row while the charted layers are unknown; then all rows that were kept back, and the
-            row of this step.
+            No row until the layers with charts of their own are chosen; then all rows that were
+            kept back, and the row of this step.
         """
         self._note_twins(model, layers)
         model_keys = _join_keys([*LAYER_METRICS], [*FORMAT_METRICS], self._formats)
@@ -108,14 +114,17 @@ class Charts:
         return self.take_waiting()
 
     def take_waiting(self) -> list[Row]:
-        """Return the rows that were kept back, with the charted layers, and forget the rows."""
+        """Return the rows kept back until layers were chosen for charts, and forget these rows.
+
+        The rows get the figures of the chosen layers.
+        """
         waiting, self._waiting = self._waiting, []
         return [
             row._replace(others=row.others | self._layer_row(layers)) for row, layers in waiting
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which layers are charted, for a checkpoint.
+        """Return which layers have charts of their own, for a checkpoint.
 
         Returns:
             Plain data: the charted layers, all layers considered so far, and the number of later
@@ -134,14 +143,21 @@ class Charts:
         self._left = state.get("left", 0)
 
     def _note_twins(self, model: Figures, layers: Mapping[str, Figures]) -> None:
-        """Note which figures twins have; they keep their keys if these twins end later."""
+        """Note the keys of figures of twins, so that later rows have them, too.
+
+        A twin, a sample of the layers trained as a recipe for storing weights says, may end early.
+        """
         self._twin_keys |= dict.fromkeys(model.twin_keys)
         for name, figures in layers.items():
             if figures.recipes:
                 self._recipes.setdefault(name, {}).update(dict.fromkeys(figures.recipes))
 
     def _chart_later(self, layers: Mapping[str, Figures]) -> None:
-        """Chart layers that appear for the first time, by the rule for the first charted layers."""
+        """Choose the layers to chart among those that appear for the first time.
+
+        They are chosen by the patterns, or are those that keep least of their updates. With a
+        number of layers to chart, at most as many join over the whole run.
+        """
         assert self.charted is not None
         later = {
             name: figures
@@ -175,11 +191,14 @@ class Charts:
 def _join_keys(
     metrics: Sequence[str], named_metrics: Sequence[str], names: Sequence[str]
 ) -> list[str]:
-    """Return the keys of some metrics, then those of others for each format or recipe."""
+    """Return the keys ``{metric}``, then ``{metric}/{name}`` of `named_metrics` for each name.
+
+    Names are those of formats or recipes.
+    """
     return [*metrics, *(f"{metric}/{name}" for metric in named_metrics for name in names)]
 
 
 def _find_lowest_kept(figures: Figures) -> float:
-    """Return a layer's least kept_update_ratio over its formats; inf if all ratios are NaN."""
+    """Return how much of a layer's updates the format keeps that keeps least; inf if unknown."""
     kept = (figures[f"kept_update_ratio/{format}"] for format in figures.formats)
     return min((value for value in kept if not math.isnan(value)), default=math.inf)

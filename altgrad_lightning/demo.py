@@ -1,7 +1,9 @@
 """`altgrad demo`: train a small language model and report which formats suit its weights.
 
 `demo` trains the model of `demo_model` under a `PrecisionMonitor`, then prints the report and
-writes pictures. Read `demo_model` next.
+writes pictures.
+
+Read `demo_model` next.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from altgrad_lightning import PrecisionMonitor
 
 BATCH_SIZE = 16
-"""Number of windows of text in a batch."""
+"""Number of sequences of characters in a batch."""
 
 
 def demo(

@@ -1,8 +1,10 @@
 """`DueBatches`: decide which optimizer steps of a Trainer are observed.
 
-A step is observed in a due batch. An optimizer that does not step in a due batch is observed at its
-next step: otherwise an optimizer that steps in every fifth batch might never be observed. Nothing
-needs to be read before this file. `session` calls `DueBatches.take_step` before each step.
+Every n-th batch is due, and steps in a due batch are observed. An optimizer that does not step in a
+due batch is observed at its next step: otherwise an optimizer that steps in every fifth batch might
+never be observed.
+
+Nothing needs to be read before this file. `session` calls `DueBatches.take_step` before each step.
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ from torch.optim import Optimizer
 
 
 class DueBatches:
-    """The due batches of a training, and the batch in which each optimizer was last observed.
+    """A schedule of the optimizer steps that are observed (measured): those in every n-th batch.
+
+    These batches are called due. An optimizer that does not step in one is observed at its next
+    step. The schedule remembers the batch in which each optimizer was last observed.
 
     Args:
-        every: Interval between due batches. With 0 no batch is due.
+        every: Interval n between due batches. With 0 no batch is due.
 
     Attributes:
         every: The `every` argument.
@@ -31,7 +36,7 @@ class DueBatches:
         self._last_step: int | None = None  # the batch of the last step of any optimizer
 
     def take_step(self, optimizer: Optimizer, batch: int) -> bool:
-        """Return True if a step is to be observed, and note the batch as the optimizer's last.
+        """Return True if a step is to be observed, and then remember its batch for the optimizer.
 
         If an optimizer steps several times in an observed batch, all these steps are observed.
 
@@ -52,7 +57,7 @@ class DueBatches:
         return True
 
     def misses_steps(self, batch: int) -> bool:
-        """Return True if a batch is due, and no optimizer stepped in this or the previous batch.
+        """Return True if a due batch ends, and no step was seen in it or in the one before.
 
         The previous batch counts, because batches whose gradients accumulate have the same number,
         and optimizers step in the last of these batches alone.

@@ -1,8 +1,9 @@
 """`History`: keep one metric by format, layer and step in bounded memory, for heat maps.
 
 A long run has more observed steps than a picture has columns. `History` merges neighbouring columns
-if there are 200 columns, so that a column is the mean of 1, 2, 4, … observed steps. Read this file
-after `charts`. The next file is `loggers`, which shows the heat maps.
+if there are 200 columns, so that a column is the mean of 1, 2, 4, … observed steps.
+
+Read this file after `charts`. The next file is `loggers`, which shows the heat maps.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
 
 
 class History:
-    """The figures of one metric over a run, in a bounded number of columns.
+    """The figures of one metric over a run by layer and format, as columns of heat maps.
 
-    2,000 layers under 4 formats take 13 MB at most.
+    A column has the means over 1, 2, 4, … observed steps, so that the memory is bounded: 2,000
+    layers under 4 formats take 13 MB at most.
 
     Args:
         metric: Name of a metric that has a figure for each format.
@@ -40,7 +42,7 @@ class History:
         self._positions: dict[str, dict[str, int]] = {}  # by format and layer
 
     def add(self, step: int, layers: Mapping[str, Mapping[str, float]]) -> None:
-        """Add the figures of an observed step.
+        """Add the figures of an observed (measured) step.
 
         Args:
             step: The step that the figures are logged at.
@@ -57,7 +59,7 @@ class History:
                 column.add(self._find_position(format, layer), figures[key])
 
     def get_means(self, format: str) -> dict[str, dict[int, float]]:
-        """Return the mean figures of each layer in a format, by column.
+        """Return the mean figures of each layer in a format, by column of a heat map.
 
         Args:
             format: Name of the format.
@@ -127,7 +129,10 @@ class _Column:
         self.counts = array("f")  # NaN marks a layer that was not observed
 
     def add(self, position: int, value: float, count: float = 1) -> None:
-        """Add `count` figures with mean `value`; NaN for an observed layer without a figure."""
+        """Add `count` figures with mean `value` at the position of a layer and format.
+
+        A `value` of NaN stands for an observed layer without a figure.
+        """
         missing = position + 1 - len(self.sums)
         if missing > 0:
             self.sums.extend([0.0] * missing)
@@ -139,14 +144,17 @@ class _Column:
             self.counts[position] += count
 
     def get_mean(self, position: int) -> float | None:
-        """Return the mean; None for a layer without an observed step, NaN without a figure."""
+        """Return the mean at the position of a layer and format.
+
+        The mean is None for a layer without an observed step, and NaN without a figure.
+        """
         if position >= len(self.counts) or math.isnan(self.counts[position]):
             return None
         count = self.counts[position]
         return self.sums[position] / count if count else math.nan
 
     def merge(self, later: _Column) -> _Column:
-        """Add the figures of the following steps to this column, and return this column."""
+        """Add the figures of a column of later steps to this column, and return this column."""
         self.steps += later.steps
         for position, count in enumerate(later.counts):
             if not math.isnan(count):

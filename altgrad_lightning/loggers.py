@@ -103,14 +103,14 @@ def log_layout(
 ) -> None:
     """Arrange charts of several lines on the page "Custom Scalars" of TensorBoard.
 
-    The model has a chart for each metric, with a line for each format, or recipe of twins. The
-    charted layers have two charts for each format and for each recipe, with a line for each layer.
-    A later call replaces the arrangement.
+    The model has a chart for each metric, with a line for each format or recipe. Layers have two
+    charts for each format and for each recipe, with a line for each layer that is logged. A later
+    call replaces the arrangement.
 
     Args:
         loggers: Loggers of the Trainer; only TensorBoard has such a page.
         formats: Names of the formats.
-        recipes: Names of the recipes whose twins are stepped.
+        recipes: Names of the recipes for storing weights that are tried on samples (twins).
         layers: If True, add the charts of layers.
     """
     for logger in loggers:
@@ -119,7 +119,9 @@ def log_layout(
 
 
 def log_histograms(loggers: Iterable[Any], step: int, histograms: Mapping[str, Histogram]) -> None:
-    """Log histograms of log2(abs(update) / stiffness), with one bin per octave.
+    """Log histograms of log2(abs(update) / spacing), one bin per octave, a factor of two.
+
+    The spacing is the distance between neighbouring numbers of the format at a weight.
 
     Args:
         loggers: Loggers of the Trainer.
@@ -166,7 +168,7 @@ def log_pictures(loggers: Iterable[Any], step: int, figures: Mapping[str, Figure
 
 
 def log_verdict(loggers: Iterable[Any], step: int, assessment: Assessment) -> None:
-    """Log the verdicts of all layers, as text in TensorBoard and as a table in wandb.
+    """Log how well each format would store each layer, as text in TensorBoard, a table in wandb.
 
     Args:
         loggers: Loggers of the Trainer.
@@ -185,7 +187,10 @@ def log_verdict(loggers: Iterable[Any], step: int, assessment: Assessment) -> No
 
 
 def format_verdict(assessment: Assessment) -> str:
-    """Return the summary and a table of layers by formats as Markdown, the worst layers first."""
+    """Return the summary and a table of verdicts, layers by formats, as Markdown.
+
+    The worst layers come first, and at most 100 layers are shown.
+    """
     by_layer = assessment.by_layer
     formats = list(dict.fromkeys(advice.format for advice in assessment.advice))
     lines = [_escape(assessment.summary), ""]
@@ -247,7 +252,10 @@ def _find_version(logger: Any) -> object:
 
 
 def _ask(question: Callable[[Any], object], logger: Any) -> str | None:
-    """Return a logger's answer to a question as a text; None after an error or without answer."""
+    """Return ``question(logger)`` as text, cut to 1,000 characters; None after an error.
+
+    A result of None stays None.
+    """
     text = None
     with suppress(Exception):  # a run file is written without it
         answer = question(logger)
@@ -276,7 +284,7 @@ def _clean_for_mlflow(numbers: Mapping[str, float]) -> dict[str, float]:
 def _make_layout(
     formats: Sequence[str], recipes: Sequence[str], *, layers: bool
 ) -> dict[str, dict[str, list[Any]]]:
-    """Return categories of charts for ``SummaryWriter.add_custom_scalars``."""
+    """Return categories of charts for TensorBoard's ``SummaryWriter.add_custom_scalars``."""
     categories = {"AltGrad: model": _chart_model(_LEADING_METRICS)}
     if recipes:
         categories["AltGrad: twins"] = _chart_model(_TWIN_METRICS)
@@ -289,12 +297,24 @@ def _make_layout(
 
 
 def _chart_model(metrics: Iterable[str]) -> dict[str, list[Any]]:
-    """Return a chart for each metric, with a line for each format or recipe."""
+    """Describe a chart of TensorBoard for each metric, with a line for each format or recipe.
+
+    Returns:
+        By title of the chart, the pattern of the tags that it shows.
+    """
     return {metric: _match_tags(f"altgrad/{metric}/", "[^/]+") for metric in metrics}
 
 
 def _chart_layers(metrics: Sequence[str], names: Sequence[str]) -> dict[str, list[Any]]:
-    """Return a chart for each metric and format or recipe, with a line for each layer."""
+    """Describe a chart of TensorBoard for each metric and name, with a line for each layer.
+
+    Args:
+        metrics: Names of metrics.
+        names: Names of formats or recipes.
+
+    Returns:
+        By title of the chart, the pattern of the tags that it shows.
+    """
     return {
         f"{metric}, {name}": _match_tags(f"altgrad/{metric}/{name}/", ".+")
         for name in names
@@ -312,7 +332,7 @@ def _match_tags(prefix: str, rest: str) -> list[Any]:
 
 
 def _convert_for_tensorboard(histogram: Histogram) -> dict[str, Any]:
-    """Return the arguments of ``SummaryWriter.add_histogram_raw``.
+    """Return a histogram as the arguments of TensorBoard's ``SummaryWriter.add_histogram_raw``.
 
     Sum and sum of squares are computed as if each element were in the middle of its bin.
     """
@@ -333,7 +353,7 @@ def _convert_for_tensorboard(histogram: Histogram) -> dict[str, Any]:
 
 
 def _convert_for_numpy(histogram: Histogram) -> tuple[np.ndarray, np.ndarray]:
-    """Return the counts, (bins,), and the edges of the bins in log2 of magnitude, (bins + 1,)."""
+    """Return a histogram as arrays: counts, (bins,), and edges of the bins in log2, (bins + 1,)."""
     import numpy as np
 
     first, counts = histogram

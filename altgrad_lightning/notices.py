@@ -1,4 +1,4 @@
-"""`Notices`: warn the user of a `PrecisionMonitor`, once in a training for each notice.
+"""`Notices`: warn the user of a `PrecisionMonitor`, once in a training for each sentence.
 
 Nothing needs to be read before this file. `session` and `callback` give the notices.
 """
@@ -9,7 +9,7 @@ import warnings
 
 
 class Notices:
-    """A record of the notices that a `PrecisionMonitor` has given in one training."""
+    """A giver of warnings by a `PrecisionMonitor`, which gives each only once in a training."""
 
     def __init__(self) -> None:
         self._given: set[str] = set()

@@ -1,8 +1,9 @@
 """`Output`: write the figures of a run to the run file and to the loggers.
 
-A destination that raises an error is left out from then on, with one notice. Read `session` first,
-which passes each record to `Output.write`. The next file is `charts`, which makes the rows of
-numbers; `history` follows, and `loggers`.
+A run file or logger that raises an error is left out from then on, with one warning.
+
+Read `session` first, which passes each record to `Output.write`. The next file is `charts`, which
+makes the rows of numbers; `history` follows, and `loggers`.
 """
 
 from __future__ import annotations
@@ -43,12 +44,14 @@ class OutputSettings(NamedTuple):
 
 
 class Output:
-    """A writer of the charts, pictures, verdicts and the run file of one run.
+    """A writer of the figures of one run: to the run file, and as charts and pictures to loggers.
+
+    It also judges how well each format would store each layer.
 
     Args:
         loggers: The Trainer's loggers.
         folder: The folder in which to create the run file; None for no run file.
-        header: The judged formats and layers.
+        header: The judged formats and the observed layers, as the run file describes them.
         settings: The arguments of `PrecisionMonitor` that concern output.
         state: The `state_dict` of the run to resume; None for a new run.
         first_step: The step at which the next figures are logged, if `state` has no last step.
@@ -87,7 +90,7 @@ class Output:
         self._drawn_step = self._last_step
 
     def assess(self) -> Assessment:
-        """Return the verdicts of all layers so far."""
+        """Return the verdicts so far: how well each format would store each layer."""
         return self._judge.assessment()
 
     def add_layers(self, layers: Mapping[str, LayerInfo]) -> None:
@@ -110,8 +113,8 @@ class Output:
         Args:
             step: The step to log at.
             record: The figures of the step.
-            weights: The histogram of weights by octave, for pictures; None draws no pictures.
-            skipped: The number of steps skipped so far, by reason.
+            weights: The histogram of log2(abs(weight)), for pictures; None draws no pictures.
+            skipped: The number of steps so far that moved no weight, by reason.
         """
         began = time.perf_counter()
         for name, figures in record.layers.items():
@@ -129,10 +132,12 @@ class Output:
         self._write_seconds = time.perf_counter() - began
 
     def finish(self, weights: Histogram | None) -> None:
-        """Log the rows that `Charts` kept back, draw the last step, and close the run file.
+        """Log the numbers that were kept back, draw the last step, and close the run file.
+
+        Numbers of early steps are kept back until it is known which layers get charts.
 
         Args:
-            weights: The histogram of weights by octave; None leaves out the picture of ranges.
+            weights: The histogram of log2(abs(weight)); None leaves out the picture of ranges.
         """
         self._chart(self._charts.take_waiting())
         if self._drawn_step != self._last_step:
@@ -146,7 +151,7 @@ class Output:
             file.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return charted layers, verdicts, last step and path of the run file, for a checkpoint."""
+        """Return charted layers, sums for verdicts, last step and run file, for a checkpoint."""
         return {
             "charts": self._charts.state_dict(),
             "verdicts": self._judge.state_dict(),
@@ -236,7 +241,11 @@ class Output:
         return drawn | self._history.draw_heat_maps()
 
     def _step_histograms(self, record: StepRecord) -> dict[str, Histogram]:
-        """Return the histograms of the model and of the charted layers."""
+        """Return histograms of log2(abs(update) / spacing of the format), by key.
+
+        The keys are ``steps/{format}`` for the model, and ``steps/{format}/{layer}`` for layers
+        with charts.
+        """
         layers = [name for name in self._charts.charted or () if name in record.layers]
         each: list[tuple[str, Figures]] = [("", record.model)]
         each += [(f"/{name}", record.layers[name]) for name in layers]
@@ -247,10 +256,10 @@ class Output:
         }
 
     def _measure_overhead(self, step: int, record: StepRecord, skipped: int) -> dict[str, float]:
-        """Return numbers about observing, by the last part of the keys ``altgrad/monitor/…``.
+        """Return numbers about observing itself, by the end of the keys ``altgrad/monitor/…``.
 
         The numbers are the share of time for observing and output, the number of measured elements,
-        and the number of skipped steps.
+        and the number of steps that moved no weight.
         """
         total = record.own_seconds + record.training_seconds * max(step - self._last_step, 1)
         return {
@@ -280,7 +289,10 @@ class Output:
 
 
 def _standard_errors(figures: Figures) -> dict[str, float]:
-    """Return the standard errors that verdicts need; empty if every element was measured."""
+    """Return the standard errors that verdicts need, by key ``{metric}/{format}``.
+
+    The result is empty if every element was measured.
+    """
     if figures.elements >= figures.population:
         return {}
     keys = (f"{metric}/{f}" for f in figures.formats for metric in RESTS_ON)

@@ -2,8 +2,9 @@
 
 Lightning is published under two names, `pytorch_lightning` and `lightning`, with the same code. A
 Trainer accepts only callbacks of its own package. `Callback` is therefore a subclass of the
-Callback of each installed package. Nothing needs to be read before this file; `callback` uses
-`Callback`.
+Callback of each installed package.
+
+Nothing needs to be read before this file; `callback` uses `Callback`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""`Result`: hold the findings of a training, during the training and afterwards.
+"""`Result`: hold what a `PrecisionMonitor` found in a training, during and after the training.
 
-Nothing needs to be read before this file. `session` fills a `Result`, from which the properties of
-`PrecisionMonitor` are read. A `Result` is plain data: it can be pickled, and keeps no module or
-optimizer alive.
+The properties of `PrecisionMonitor` are read from a `Result`. A `Result` is plain data: it can be
+pickled, and keeps no module or optimizer alive.
+
+Nothing needs to be read before this file. `session` fills a `Result`.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from altgrad.report import Assessment
 
 @dataclass
 class Result:
-    """The results of a training so far: latest figures, verdicts, run file and state.
+    """The findings of a `PrecisionMonitor` in a training: figures, verdicts, run file and state.
 
     Attributes:
         latest: The figures of every layer at the last observed step; empty before that step.
         latest_model: The figures of the model at the last observed step; None before that step.
         latest_step: The step at which the latest figures were logged; None without figures.
-        skipped: The number of steps that were due and skipped, by reason.
+        skipped: The number of steps that were to be observed but moved no weight, by reason.
         path: The run file; None if no run file is written.
-        assessment: The verdicts at the end of writing; None while the session writes.
+        assessment: The verdicts, how well each format would store each layer, at the end of
+            writing; None until then.
         state: The state for checkpoints: before the training the state to resume from, after the
             training the final state. Empty if there is no state.
     """

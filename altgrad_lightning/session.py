@@ -2,8 +2,9 @@
 
 Data flow in one direction. The Trainer steps its optimizers, and an `UpdateMonitor` turns each
 observed step into a `StepRecord`. At the end of the batch the session merges the records of the
-batch into one record, keeps it in a `Result` and writes it to an `Output`. Read `callback` first,
-whose hooks call the session. The next file is `output`.
+batch into one record, keeps it in a `Result` and writes it to an `Output`.
+
+Read `callback` first, whose hooks call the session. The next file is `output`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """A training under observation, from its first batch to its end.
+    """An observer of one training of a Trainer, from its first batch to its end.
+
+    It observes optimizer steps with an `UpdateMonitor`, and writes the figures with an `Output`.
 
     Args:
         trainer: The Trainer that trains.
@@ -76,7 +79,7 @@ class Session:
     # --- from the first batch to the last
 
     def start(self, folder: Path | None) -> bool:
-        """Attach to the optimizers, and open the output on the first rank.
+        """Begin to observe the Trainer's optimizers, and open run file and loggers on rank 0.
 
         Args:
             folder: The folder in which to create the run file; None for no run file.
@@ -104,17 +107,17 @@ class Session:
 
     @property
     def has_other_optimizers(self) -> bool:
-        """True if the Trainer's optimizers were replaced since `attach`."""
+        """True if the Trainer has other optimizers than at the last call of `attach`."""
         return self._trainer.optimizers != self._optimizers
 
     def attach(self) -> bool:
-        """Detach from all optimizers, and attach to the current optimizers of the Trainer.
+        """Stop observing any earlier optimizers, and observe the Trainer's current optimizers.
 
         Returns:
             True if at least one of the Trainer's optimizers is observed.
 
         Raises:
-            ValueError: A rule matches no layer.
+            ValueError: A `SamplingRule` matches no layer.
         """
         self._release_monitor()
         attach_storages(self._trainer, self._module)
@@ -136,7 +139,7 @@ class Session:
         return None in reasons
 
     def finish_batch(self) -> None:
-        """Keep the figures of the batch in the result, and write them, if a step was observed."""
+        """Write the figures of the batch, if a step was observed, and keep them in the `Result`."""
         if self._monitor is None:
             return
         if not self._records:
@@ -188,7 +191,10 @@ class Session:
         return f"none fell on an observed batch (every {self._due.every})"
 
     def finish(self) -> None:
-        """Log the rows that `Charts` kept back, draw the last pictures, and close the run file."""
+        """Log numbers that were kept back, draw the last pictures, and close the run file.
+
+        Numbers of early steps are kept back until it is known which layers get charts.
+        """
         if self._output is not None:
             self._output.finish(self._count_weights() if self._latest else None)
 
@@ -202,7 +208,10 @@ class Session:
 
     @property
     def assessment(self) -> Assessment | None:
-        """The verdicts so far; None on ranks without an output."""
+        """The verdicts so far: how well each format would store each layer.
+
+        None on ranks that do not write.
+        """
         return self._result.assessment if self._output is None else self._output.assess()
 
     @property
@@ -217,12 +226,12 @@ class Session:
         return self._monitor is not None and self._monitor.is_shared
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the monitor and of the output, and when optimizers were observed.
+        """Return the states of `UpdateMonitor` and `Output`, and when optimizers were observed.
 
         Returns:
             A dict with the keys ``monitor``, ``output`` and, if any optimizer was observed,
-            ``last_batches``: the batch in which each was last observed. Empty if there is no state
-            of the monitor.
+            ``last_batches``: the batch in which each was last observed. Empty if the
+            `UpdateMonitor` has no state.
         """
         monitor, output = self._monitor_state, self._output_state
         if self._monitor is not None:
@@ -234,14 +243,14 @@ class Session:
         return {} if monitor is None else {"monitor": monitor, "output": output} | batches
 
     def warn(self, notice: str) -> None:
-        """Warn the user on the first rank alone, because all ranks give the same notices."""
+        """Warn the user with a sentence, on the first rank alone, since all ranks have the same."""
         if self._trainer.is_global_zero:
             self._notices.warn(notice)
 
     # --- the end
 
     def stop_writing(self) -> None:
-        """Close the run file, and stop logging."""
+        """Close the run file, stop logging, and keep verdicts and state."""
         output, self._output = self._output, None
         if output is not None:
             self._output_state = output.state_dict()
@@ -249,7 +258,7 @@ class Session:
             output.close()
 
     def end(self, *, alone: bool = False) -> None:
-        """Stop observing and writing, and leave the state in the result.
+        """Stop observing and writing, and leave the state for checkpoints in the `Result`.
 
         Args:
             alone: If True, do not wait for other ranks, which may still train.
@@ -259,7 +268,7 @@ class Session:
         self._result.state = self.state_dict()
 
     def _release_monitor(self, *, alone: bool = False) -> None:
-        """Detach the monitor, and keep its state for checkpoints.
+        """Detach the `UpdateMonitor` from all optimizers, and keep its state for checkpoints.
 
         Args:
             alone: If True, do not wait for other ranks. A state that needs all ranks is dropped.
@@ -300,7 +309,7 @@ class Session:
         return monitor
 
     def _attach_to(self, monitor: UpdateMonitor, optimizer: torch.optim.Optimizer) -> str | None:
-        """Attach the monitor to an optimizer; if that is impossible, return the reason."""
+        """Attach the `UpdateMonitor` to an optimizer; return the reason if that is impossible."""
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         try:
             monitor.attach(self._settings.find_inner(optimizer), scaler=scaler)
@@ -328,7 +337,7 @@ class Session:
 
     @property
     def _is_tuning(self) -> bool:
-        """True while a tuner of Lightning steps the optimizers.
+        """True while a tuner of Lightning, such as its learning rate finder, steps optimizers.
 
         A tuner replaces all callbacks while it runs: lightning/pytorch/tuner/lr_finder.py and
         batch_size_scaling.py.
@@ -352,7 +361,7 @@ class Session:
 
 
 def _merge(records: Sequence[StepRecord]) -> StepRecord:
-    """Merge the records of a batch. If a layer is in several records, its last figures count."""
+    """Merge the records of a batch's steps into one; of a layer in several the last one counts."""
     last = records[-1]
     if len(records) == 1:
         return last

@@ -1,7 +1,8 @@
 """`Settings`: check the arguments of `PrecisionMonitor` before a training starts.
 
-`apply_preset` and the functions `check_…` prepare the arguments, and `Settings` holds them. Read
-`callback` first, which documents each argument. The next file is `session`.
+`apply_preset` and the functions `check_…` prepare the arguments, and `Settings` holds them.
+
+Read `callback` first, which documents each argument. The next file is `session`.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "standard": {},
     "full": {"max_elements": None, "layer_charts": 16, "histograms": True},
 }
-"""Arguments of `PrecisionMonitor`, by name of the preset."""
+"""Arguments of `PrecisionMonitor` that a preset sets, by name of the preset."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The arguments of `PrecisionMonitor` after the preset is applied.
+    """The arguments of `PrecisionMonitor`, after those of a named preset have been filled in.
 
     `PrecisionMonitor` documents each argument.
 
@@ -57,7 +58,7 @@ class Settings:
     callback_metrics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise an error for arguments that are invalid whatever the module."""
+        """Raise an error for arguments that are invalid for any module to be trained."""
         if self.every_n_steps is not None:
             StepSchedule(self.every_n_steps)
         # UpdateMonitor checks the other arguments, and chooses recipes by the formats of rules,
@@ -107,7 +108,7 @@ class Settings:
         return getattr(optimizer, attribute)
 
     def get_output_settings(self) -> OutputSettings:
-        """Return the settings that concern output: charts, histograms, run file and `strict`."""
+        """Return the arguments that `Output` needs: charts, histograms, run file and `strict`."""
         return OutputSettings(self.layer_charts, self.histograms, self.run_file, self.strict)
 
 
@@ -132,10 +133,10 @@ def check_formats(
 
 
 def check_layer_charts(layer_charts: int | Sequence[str]) -> int | tuple[str, ...]:
-    """Check the argument `layer_charts`.
+    """Check the argument `layer_charts`: which layers get charts of their own.
 
     Args:
-        layer_charts: A number of layers, or a list of patterns.
+        layer_charts: A number of layers, or a list of patterns of their names.
 
     Returns:
         The number, or a copy of the patterns.
@@ -158,7 +159,7 @@ def check_layer_charts(layer_charts: int | Sequence[str]) -> int | tuple[str, ..
 
 
 def check_keys(callback_metrics: Sequence[str]) -> tuple[str, ...]:
-    """Check the type of the argument `callback_metrics`.
+    """Check that the argument `callback_metrics`, keys of figures, is a list of strings.
 
     Returns:
         A copy of the keys.
@@ -176,10 +177,10 @@ def check_keys(callback_metrics: Sequence[str]) -> tuple[str, ...]:
 
 
 def _check_callback_metrics(keys: Sequence[str], monitor: UpdateMonitor) -> None:
-    """Raise ValueError unless the model can have a figure with each of the keys.
+    """Raise ValueError unless each key names a number that can be logged for the model.
 
     Args:
-        keys: Keys of figures of the model.
+        keys: Keys of figures of the model, such as ``"kept_update_ratio/bf16"``.
         monitor: A monitor with the formats and recipes of the run.
 
     Raises:
@@ -209,10 +210,10 @@ def _is_known(key: str, formats: Sequence[str], recipes: Sequence[str]) -> bool:
 
 
 def check_name(name: str | None) -> str | None:
-    """Check the argument `name`.
+    """Check the argument `name`, which names the callback's state in checkpoints.
 
     Returns:
-        The name.
+        The name, or None.
 
     Raises:
         ValueError: The name is empty.
@@ -226,7 +227,7 @@ def check_name(name: str | None) -> str | None:
 
 
 def apply_preset(preset: str | None, defaults: Signature, **arguments: Any) -> dict[str, Any]:
-    """Replace arguments that have their default value by those of a preset.
+    """Replace arguments that have their default value by those of a preset, a named set.
 
     Args:
         preset: A name in `PRESETS`; None changes nothing.

@@ -1,7 +1,10 @@
 """`StoreAs`: train with weights and optimizer states stored as a recipe says.
 
-The callback attaches the `WeightStorage` of a recipe to the Trainer's optimizers. Nothing needs to
-be read before this file. `session` calls `attach_storages` before it observes the optimizers.
+A recipe names number formats and a way to round. The callback attaches the `WeightStorage` of a
+recipe to the Trainer's optimizers.
+
+Nothing needs to be read before this file. `session` calls `attach_storages` before it observes the
+optimizers.
 """
 
 from __future__ import annotations
@@ -21,11 +24,12 @@ if TYPE_CHECKING:
 
 
 class StoreAs(Callback):
-    """A Lightning callback that stores weights and optimizer states as a recipe says.
+    """A Lightning callback that trains with weights and optimizer states in other number formats.
 
-    `StoreAs` is `altgrad.Recipe.attach` for a Trainer of `lightning` or `pytorch_lightning`. It
-    rounds weights and states when training starts, after a checkpoint is restored, and after each
-    optimizer step. The tensors keep their dtype and hold only values of the formats.
+    A recipe says which formats, and how to round. `StoreAs` is `altgrad.Recipe.attach` for a
+    Trainer of `lightning` or `pytorch_lightning`. It rounds weights and states when training
+    starts, after a checkpoint is restored, and after each optimizer step. The tensors keep their
+    dtype and hold only values of the formats.
 
     Checkpoints hold scales, rounding errors for Kahan summation, and the state of the random
     numbers. A run that is resumed with ``fit(ckpt_path=…)`` equals an uninterrupted one, bit for
@@ -94,7 +98,9 @@ class StoreAs(Callback):
     # --- Lightning's hooks, in the order in which a Trainer calls them
 
     def setup(self, trainer: Trainer, _: LightningModule, stage: str) -> None:
-        """Raise an error if the strategy is refused, and begin with a new storage.
+        """Raise an error if the Trainer's strategy is refused, and begin with a new storage.
+
+        The storage, a `WeightStorage`, rounds weights and states after each optimizer step.
 
         Args:
             trainer: The Trainer.
@@ -116,31 +122,40 @@ class StoreAs(Callback):
         self._storage.load_state_dict(state_dict)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Store weights and states, now that they are restored and on their device."""
+        """Round weights and optimizer states to their formats, now and after each optimizer step.
+
+        When Lightning calls this hook, they are restored and on their device.
+        """
         self.attach(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
-        """Attach to the Trainer's optimizers again, if the module or a callback replaced them."""
+        """Store the weights of new optimizers, if the module or a callback replaced the old."""
         self.attach(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the storage for a checkpoint, as `WeightStorage.state_dict` does."""
+        """Return the state for a checkpoint: scales, rounding errors and state of random numbers.
+
+        Returns:
+            The dict that `WeightStorage.state_dict` returns.
+        """
         return self._storage.state_dict()
 
     def on_exception(self, *_: Any) -> None:
-        """Stop storing. After an error or Ctrl-C, Lightning calls this instead of `teardown`."""
+        """Stop rounding. After an error or Ctrl-C, Lightning calls this instead of `teardown`."""
         self._detach()
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """Stop storing. The state of the training stays for checkpoints."""
+        """Stop rounding. The state of the training stays for checkpoints."""
         self._detach()
 
     # --- the storage
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
-        """Attach the storage to the Trainer's optimizers, unless it is attached to them.
+        """Round weights and states now and after each step of the Trainer's optimizers.
+
+        If that is done already for these optimizers, nothing changes.
 
         Args:
             trainer: The Trainer, whose training has started.
@@ -172,7 +187,7 @@ class StoreAs(Callback):
 
 
 def attach_storages(trainer: Trainer, module: LightningModule) -> None:
-    """Attach each `StoreAs` of a Trainer, before anything observes the optimizers.
+    """Make each `StoreAs` callback of a Trainer round the weights, before anything observes them.
 
     An observer must see weights as they are stored. Without this call, that would depend on the
     order of the callbacks.
@@ -187,6 +202,6 @@ def attach_storages(trainer: Trainer, module: LightningModule) -> None:
 
 
 def _check_strategy(trainer: Trainer) -> None:
-    """Raise ValueError if weights under the Trainer's strategy cannot be stored."""
+    """Raise ValueError if weights under the Trainer's strategy cannot be stored in a format."""
     if reason := explain_no_storage(trainer):
         raise ValueError(f"StoreAs cannot store weights under this strategy: {reason}")

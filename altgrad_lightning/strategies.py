@@ -1,4 +1,4 @@
-"""Decide which ranks of a Trainer observe, and which strategies are refused.
+"""Decide which ranks of a Trainer observe optimizer steps, and which strategies are refused.
 
 - `is_idle` is True if a rank leaves observing to the first rank.
 - `explain_refusal` returns why steps of a strategy cannot be observed.
@@ -24,13 +24,13 @@ REFUSED = {
     "FSDPStrategy": "FSDP1 keeps the parameters as flat shards, which have no layers",
     "XLAStrategy": "XLA devices have no hooks around the optimizer step",
 }
-"""The reason why steps of a strategy cannot be observed, by the name of the strategy's class."""
+"""By name of the class of a strategy, why its optimizer steps cannot be observed."""
 REPLICATING = "DDPStrategy"
-"""Name of the strategy with a replica of all parameters on each rank."""
+"""Name of the class of Lightning's strategy with a replica of all parameters on each rank."""
 
 
 def is_idle(trainer: Trainer, module: nn.Module) -> bool:
-    """Return True if this rank leaves observing to the first rank, which has equal parameters.
+    """Return True if this rank lets the first rank, whose parameters are equal, observe the steps.
 
     Args:
         trainer: The Trainer that trains.
@@ -49,7 +49,10 @@ def explain_refusal(trainer: Trainer) -> str | None:
 
 
 def explain_no_storage(trainer: Trainer) -> str | None:
-    """Return why weights under the Trainer's strategy cannot be stored; None if they can be."""
+    """Return why weights under the Trainer's strategy cannot be stored in a number format.
+
+    The result is None if they can be.
+    """
     reason = _explain_refused(trainer)
     if reason is None and is_sharded_module(trainer.lightning_module):
         reason = "the parameters are sharded, and the scale of a shard is not that of its layer"

@@ -1,6 +1,9 @@
-"""Reports of a run: its run file, verdicts, tables, pictures and pages.
+"""Reports of a training run: its run file, verdicts, tables, pictures and pages.
 
-The package works on plain numbers, without a model and without torch. Read it in this order:
+A verdict says how well a number format would store a layer's weights. The package works on plain
+numbers, without a model and without torch.
+
+Read it in this order:
 
 1. `records` writes and reads the run file.
 2. `calibration` holds the thresholds, and `verdicts` judges a run by them.

@@ -1,7 +1,9 @@
 """Write lines of Python that store each layer in the smallest format that stores it fine.
 
-`write_code` is the public function. `_choose_formats` picks a format for each layer. `_write_rules`
-merges layers with similar names into one `altgrad.SamplingRule`, whose pattern `_Patterns` finds.
+Which formats store a layer fine is the result of `verdicts`. `write_code` is the public function.
+`_choose_formats` picks a format for each layer. `_write_rules` merges layers with similar names
+into one `altgrad.SamplingRule`, whose pattern `_Patterns` finds.
+
 `terminal`, `web_page` and `exports` show the code.
 """
 
@@ -22,14 +24,15 @@ from altgrad.report.verdicts import Advice, Assessment, Verdict, find_smallest
 
 
 def write_code(run: Run, assessment: Assessment) -> str:
-    """Return Python code that applies the suggestions with `altgrad.WeightStorage`.
+    """Return Python code that stores each layer in the smallest format that stores it fine.
 
-    Layers whose names differ only in numbers share a rule if they share a format. Layers that no
-    judged format stores fine stay unchanged, and a comment in the code names a remedy.
+    The code calls `altgrad.WeightStorage`. Layers whose names differ only in numbers share a rule
+    if they share a format. Layers that no judged format stores fine stay unchanged, and a comment
+    in the code names a remedy.
 
     Args:
         run: The run, for its formats, layers and scaling.
-        assessment: Verdicts on the run.
+        assessment: Verdicts on how each format would store each layer.
 
     Returns:
         The code; empty if there is nothing to apply.
@@ -71,10 +74,11 @@ def write_code(run: Run, assessment: Assessment) -> str:
 
 
 def _write_remedy(run: Run, assessment: Assessment, scaling: str) -> str:
-    """Return code that rounds stochastically to the largest format that loses updates.
+    """Return Python code for a run in which no judged format stores a layer fine.
 
-    The code is for a run in which no judged format stores a layer fine. The result is empty if no
-    format loses updates.
+    The code stores all layers with stochastic rounding, in the largest of the formats that lose
+    updates if they round to nearest. The result is empty without such a format. `scaling` is an
+    argument of `WeightStorage` as source code, or empty.
     """
     lossy = dict.fromkeys(each.format for each in assessment.advice if _loses_updates(each))
     judged = [format for format in lossy if _can_store(run, format)]
@@ -94,7 +98,10 @@ def _list_advice(assessment: Assessment, layer: str) -> Iterable[Advice]:
 
 
 def _loses_updates(advice: Advice) -> bool:
-    """Return True if updates are lost, which stochastic rounding or Kahan summation remedies."""
+    """Return True if a format loses updates of a layer, by its verdict.
+
+    Stochastic rounding or Kahan summation is a remedy.
+    """
     return advice.verdict in (Verdict.WATCH, Verdict.NEEDS_REMEDY, Verdict.FROZEN)
 
 
@@ -103,9 +110,9 @@ def _join_lines(*lines: str) -> str:
 
 
 def _choose_formats(run: Run, assessment: Assessment) -> dict[str, str | None]:
-    """Return for each layer the smallest format that stores the layer fine, for WeightStorage.
+    """Return by name of the layer the smallest format that stores the layer fine.
 
-    The format is None if WeightStorage supports none of the formats that store the layer fine.
+    Only formats that `WeightStorage` supports count. A layer without such a format has None.
     """
     chosen: dict[str, str | None] = {}
     for layer in run.layers:
@@ -117,7 +124,7 @@ def _choose_formats(run: Run, assessment: Assessment) -> dict[str, str | None]:
 
 
 def _can_store(run: Run, format: str) -> bool:
-    """Return True if WeightStorage accepts the name of a format of the run.
+    """Return True if `WeightStorage` can store weights in a format of the run, given by name.
 
     Formats that the user defined, and nvfp4, give False.
     """
@@ -131,10 +138,10 @@ def _can_store(run: Run, format: str) -> bool:
 
 
 def _write_rules(chosen: Mapping[str, str | None], default: str) -> list[str]:
-    """Return the source code of rules that store each layer of `chosen` in its format.
+    """Return source code of `SamplingRule` objects that store each layer in its chosen format.
 
-    Layers whose names differ only in numbers share a rule. `default` is the format of rules that
-    name no format. Layers with the format None get no rule.
+    `chosen` has the format by layer; layers with None get no rule. Layers whose names differ only
+    in numbers share a rule. A rule for the format `default` names no format.
     """
     rules: list[str] = []
     covered: set[str] = set()
@@ -150,11 +157,12 @@ def _write_rules(chosen: Mapping[str, str | None], default: str) -> list[str]:
 
 
 class _Patterns:
-    """A finder of patterns for names of layers, each of which matches layers of one format alone.
+    """A finder of patterns, such as ``blocks.*.weight``, for layers to be stored in one format.
 
-    A name consists of parts between dots. A name that a pattern matches has every part of the
-    pattern other than ``*``. A pattern is therefore compared only with the names that have its
-    rarest part: to compare each pattern with all names of 10,000 layers would take a minute.
+    No pattern matches a layer for which another format is chosen. A name consists of parts between
+    dots. A name that a pattern matches has every part of the pattern other than ``*``. A pattern is
+    therefore compared only with the names that have its rarest part: to compare each pattern with
+    all names of 10,000 layers would take a minute.
 
     Args:
         chosen: Format by layer; None for a layer that stays unchanged.
@@ -189,7 +197,10 @@ class _Patterns:
         return glob.escape(name), {name}
 
     def _match(self, pattern: str, fixed: Iterable[str]) -> set[str]:
-        """Return the names that a pattern matches; empty if their formats differ."""
+        """Return the names of layers that a pattern matches; empty if their chosen formats differ.
+
+        `fixed` has the parts of the pattern other than ``*``.
+        """
         names_by_part: Iterable[Collection[str]] = (self._names_by_part[part] for part in fixed)
         candidates = min(names_by_part, key=len, default=self._chosen)
         matches = re.compile(fnmatch.translate(pattern)).match
@@ -198,12 +209,12 @@ class _Patterns:
 
 
 def _quote(text: str) -> str:
-    """Return a string literal of Python, in double quotes if possible."""
+    """Return a text as a string literal of Python, in double quotes if possible."""
     return f'"{text}"' if text.isprintable() and not {*text} & {'"', "\\"} else repr(text)
 
 
 def _write_scaling(scaling: Scaling | None) -> str:
-    """Return the argument `scaling` as Python source code."""
+    """Return a scaling, such as ``("block", 32)``, as Python source code."""
     if scaling is None:
         return "None"
     if isinstance(scaling, tuple):

@@ -1,6 +1,9 @@
 """The thresholds of the verdicts, and the outcomes of the real runs that set the thresholds.
 
-`calibration` reads calibration.json, which benchmarks/calibration in the repository regenerates.
+A verdict says how well a number format would store a layer. The real runs are small trainings that
+stored their weights in a format; what they lost of their progress set the thresholds. `calibration`
+reads calibration.json, which benchmarks/calibration in the repository regenerates.
+
 The module `verdicts` comes next, which uses the thresholds and quotes the outcomes.
 """
 
@@ -14,12 +17,19 @@ from importlib.resources import files
 from typing import Any
 
 _MOST_NAMED_FORMATS = 3
-"""Largest number of formats that evidence names: from so few, nothing follows for other formats."""
+"""Largest number of formats for which `Calibration.evidence` names the formats of its runs.
+
+Runs in so few formats say nothing about other formats, so that the reader must know which they are.
+"""
 
 
 @dataclass(frozen=True)
 class Thresholds:
     """The figures, all between 0 and 1, at which one verdict ends and the next begins.
+
+    A verdict says how well a number format would store a layer. The metric kept_update_ratio is how
+    much of the layer's updates the format keeps, never_moved_frac the share of the weights with
+    updates that would never have moved.
 
     Attributes:
         stores_fine: Least kept_update_ratio of a format that stores a layer fine.
@@ -38,13 +48,17 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The content of calibration.json: thresholds, and the outcomes of real runs.
+    """The content of calibration.json: thresholds of verdicts, and outcomes of real runs.
+
+    The real runs are trainings that stored their weights in a number format.
 
     Attributes:
-        thresholds: Thresholds of the verdicts.
+        thresholds: Figures at which one verdict on a layer and format ends, and the next begins.
         rules: By name of the threshold, the rule in words by which the threshold was found.
-        outcomes: Outcomes of the runs that set the thresholds, by name of the verdict: numbers of
-            runs and layers with the verdict, their formats, and how many of the runs lost progress.
+        outcomes: Outcomes of the runs that set the thresholds, by name of the verdict: number of
+            runs with the verdict, their formats, and how many of them lost 1 % or 10 % of their
+            progress. For ``"FROZEN"`` also the number of layers with the verdict, and how many of
+            them were really frozen.
         held_out: Outcomes in the form of `outcomes`, for tasks and optimizers that set no
             threshold.
     """
@@ -55,7 +69,9 @@ class Calibration:
     held_out: Mapping[str, Mapping[str, Any]]
 
     def evidence(self, verdict: str) -> str:
-        """Return the outcome of real runs with a verdict, in one sentence.
+        """Return a sentence on the real runs that had a verdict: how many of them lost progress.
+
+        An example is “3 of 4 runs like this lost over 10 % of their progress”.
 
         Args:
             verdict: Name of the verdict, such as ``"WATCH"``.
@@ -85,7 +101,10 @@ class Calibration:
 
 @functools.cache
 def calibration() -> Calibration:
-    """Return the calibration of this version of AltGrad; calibration.json is read once."""
+    """Return the thresholds of verdicts, and the outcomes of the real runs that set them.
+
+    They come from the file calibration.json of the package, which is read once.
+    """
     content = json.loads(
         files("altgrad.report").joinpath("calibration.json").read_text(encoding="utf-8")
     )

@@ -1,8 +1,10 @@
 """Make matplotlib figures, and convert them to PNG and SVG.
 
 Figures are made without pyplot, which keeps global state and may open windows. All figures have
-matplotlib's default style, even if the user has set another style. Read `new_figure`,
-`finish_figure`, `png` and `svg`; `drawings` comes next and draws on these figures.
+matplotlib's default style, even if the user has set another style.
+
+Read `new_figure`, `finish_figure`, `png` and `svg`; `drawings` comes next and draws on these
+figures.
 """
 
 from __future__ import annotations
@@ -63,7 +65,11 @@ def new_figure(
 
 
 def finish_figure(figure: Figure) -> Figure:
-    """Show all texts of a figure literally: `$` as itself, unprintable characters as �."""
+    """Make all texts of a figure literal: `$` as itself, unprintable characters as �.
+
+    Returns:
+        The same figure.
+    """
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):

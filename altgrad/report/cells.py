@@ -1,4 +1,7 @@
-"""Texts and colours of verdicts in tables of the terminal, the HTML page and the loggers."""
+"""Texts and colours of verdicts in tables of the terminal, the HTML page and the loggers.
+
+A verdict says how well a number format would store a layer.
+"""
 
 from __future__ import annotations
 
@@ -33,17 +36,20 @@ MEANINGS = {
     Verdict.UNCERTAIN: "the sample is too small to tell: raise max_elements",
     Verdict.NOT_JUDGED: "no finite update that the format could lose",
 }
-"""Meaning of each verdict, for legends."""
+"""Meaning of each verdict in a few words, for the legend of a table."""
 EVIDENCE = {verdict: calibration().evidence(verdict.name) for verdict in Verdict}
-"""Outcome of real runs with each verdict; empty for UNCERTAIN and NOT_JUDGED."""
+"""By verdict a sentence such as “3 of 4 runs like this lost over 10 % of their progress”.
+
+The runs really stored their weights in a format. UNCERTAIN and NOT_JUDGED have an empty text.
+"""
 
 
 def format_kept(kept: float) -> str:
-    """Return a kept_update_ratio in four characters, such as ``0.50``.
+    """Return a kept_update_ratio, how much of an update is kept, as text such as ``0.50``.
 
-    Rounding keeps a ratio on its side of 0, of 1 and of the thresholds of verdicts: 0.996 is
-    ``>.99`` and 0.001 is ``<.01``. A ratio of thousands takes more characters, as ``5e+03``. NaN is
-    empty.
+    The text has four characters. Rounding keeps a ratio on its side of 0, of 1 and of the
+    thresholds of verdicts: 0.996 is ``>.99`` and 0.001 is ``<.01``. A ratio of thousands takes more
+    characters, as ``5e+03``. NaN is empty.
     """
     if math.isnan(kept):
         return ""
@@ -65,10 +71,10 @@ NONFINITE, NONFINITE_MEANING = "NaN", "some elements are NaN or inf: the verdict
 
 
 def cell_text(advice: Advice | None) -> str:
-    """Return the text of a verdict in a table, such as ``fine >.99``; empty without advice.
+    """Return the text of a table's cell for a layer in a format, such as ``fine >.99``.
 
-    The text has the verdict in one word, the kept_update_ratio, and the mark ``NaN`` if some
-    elements of the layer are NaN or inf.
+    The text is empty if `advice` is None. Otherwise the text has the verdict in one word, the
+    kept_update_ratio, and the mark ``NaN`` if some elements of the layer are NaN or inf.
     """
     if advice is None:
         return ""

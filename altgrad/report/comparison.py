@@ -1,6 +1,7 @@
 """`Comparison`: the differences between two runs, for the model and for each layer and format.
 
-`altgrad compare` shows a `Comparison` with `terminal.print_comparison`, which comes next.
+`altgrad compare` shows a `Comparison` with `print_comparison` of the module `terminal`, which comes
+next.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ _PER_MODEL = ("update_weight_ratio", "ulp_zero_frac")
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison of two runs, called A and B.
+    """A comparison of two training runs, called A and B, by figures and by verdicts.
+
+    A verdict says how well a number format would store a layer.
 
     Attributes:
         runs: Reports of the runs A and B.
@@ -31,12 +34,15 @@ class Comparison:
 
     @property
     def formats(self) -> list[str]:
-        """Names of the formats judged in both runs, in the order of the first run."""
+        """Names of the number formats judged in both runs, in the order of the first run."""
         return [name for name in self.runs[0].formats if name in self.runs[1].run.formats]
 
     @cached_property
     def model_means(self) -> list[tuple[str, float, float]]:
-        """Figures of the model: key, mean over the steps of run A, mean over the steps of run B."""
+        """Triples on figures of the model: key, mean over the steps of run A, and of run B.
+
+        Figures without a mean in one of the runs are left out.
+        """
         keys = [*_PER_MODEL]
         keys += [f"{metric}/{format}" for format in self.formats for metric in _PER_FORMAT]
         means = ((key, _mean(self.runs[0], key), _mean(self.runs[1], key)) for key in keys)
@@ -44,9 +50,10 @@ class Comparison:
 
     @cached_property
     def changes(self) -> list[tuple[Advice, Advice]]:
-        """Advice from run A and from run B, for each layer and format that both runs judged.
+        """Pairs of a verdict from run A and one from run B, for each layer and format in both.
 
-        Pairs with differing verdicts come first, then the largest differences of kept_update_ratio.
+        Pairs with differing verdicts come first, then those that differ most in kept_update_ratio,
+        how much of the updates the format keeps.
         """
         pairs = [*self._pair_advice()]
         # Differing verdicts are first (False < True), then the largest changes.
@@ -56,7 +63,7 @@ class Comparison:
 
     @property
     def summary(self) -> str:
-        """Number of layers and formats with differing verdicts, in one sentence."""
+        """Number of pairs of layer and format whose verdicts differ, in one sentence."""
         pairs = zip("AB", self.runs, strict=True)
         if empty := [letter for letter, each in pairs if not each.run.rows]:
             return f"No observed step in {' and '.join(empty)}: nothing to compare."
@@ -92,7 +99,10 @@ def _mean(report: RunReport, key: str) -> float:
 
 
 def _measure_change(a: Advice, b: Advice) -> float:
-    """Return the absolute difference of kept_update_ratio: inf if one is NaN, 0 if both are."""
+    """Return by how much two verdicts differ in `kept`, how much of the updates a format keeps.
+
+    The result is absolute: inf if one `kept` is NaN, 0 if both are.
+    """
     if math.isnan(a.kept) and math.isnan(b.kept):
         return 0
     change = abs(b.kept - a.kept)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["heat_map", "kept_map", "png", "ranges", "steps_histogram", "svg"]
 
 MOST_ROWS = 60
-"""Maximum number of layers in a map; of more layers the worst are shown."""
+"""Maximum number of layers in `heat_map` and `kept_map`; of more layers the worst are shown."""
 _MOST_COLUMNS = 240  # columns of a heat map; neighbouring steps are averaged to fit
 _ROW = 0.17  # height of a row in inches
 _HIGH_IS_GOOD = frozenset({"kept_update_ratio", "visible_frac", "on_grid_frac"})
@@ -96,11 +96,13 @@ def kept_map(
     *,
     title: str,
 ) -> Figure:
-    """Draw the kept_update_ratio as a map of layers by formats.
+    """Draw how much of the updates each format keeps, as a map of layers by formats.
 
     Args:
-        kept: The kept_update_ratio by layer and format; a layer may lack a format.
-        frozen: True where the verdict is ``frozen``, by layer and format; a missing entry is False.
+        kept: By layer and format the kept_update_ratio: 1 if all of the updates is kept, 0 if
+            nothing. A layer may lack a format.
+        frozen: By layer and format, True if the cell is to say ``frozen``, because the weights
+            never move. A missing entry is False.
         title: Heading.
 
     Returns:
@@ -130,9 +132,11 @@ def kept_map(
 def steps_histogram(histograms: Mapping[str, Histogram]) -> Figure:
     """Draw the distribution of abs(update) / spacing, in one row for each format.
 
+    The spacing is the distance between neighbouring numbers of the format at a weight.
+
     Args:
-        histograms: Histogram of log2(abs(update) / stiffness), by format. Bins below −1 have the
-            colour of lost updates: an update below half a spacing stalls a weight on the grid.
+        histograms: Histogram of log2(abs(update) / spacing), by format. Bins below −1 have the
+            colour of lost updates: below half a spacing, a weight in the format does not move.
 
     Returns:
         The figure.
@@ -162,9 +166,9 @@ def ranges(weights: Histogram, formats: Sequence[FormatInfo]) -> Figure:
 
     Args:
         weights: Histogram of log2(abs(weight)), without weights of 0.
-        formats: Formats whose ranges are drawn. A scaled format is drawn under the scale of the
-            largest weight, with its largest value in that weight's octave. Under the scales of
-            other layers or blocks the range of the format lies further left.
+        formats: Formats whose ranges are drawn. A format that stores weights under a scale is
+            shifted, so that its largest value and the largest weight lie between the same powers of
+            two. Under the scales of other layers or blocks its range lies further left.
 
     Returns:
         The figure.
@@ -212,7 +216,7 @@ def ranges(weights: Histogram, formats: Sequence[FormatInfo]) -> Figure:
 
 
 def _choose_worst(scores: Mapping[str, float], *, low_is_bad: bool) -> list[str]:
-    """Return the names with the worst scores, in the given order; NaN is the best score."""
+    """Return the up to 60 names with the worst scores, in the order of `scores`; NaN is best."""
     worst_first = sorted(scores, key=lambda name: _rank_score(scores[name], low_is_bad))
     chosen = {*worst_first[:MOST_ROWS]}
     return [name for name in scores if name in chosen]
@@ -229,9 +233,10 @@ def _make_title(title: str, shown: int, all: int) -> str:
 
 
 def _average_columns(values: Mapping[int, float], groups: Sequence[Sequence[int]]) -> list[float]:
-    """Return the mean figure over each group of steps; NaN without a figure.
+    """Return means of a layer's figures, one for each group of steps: a row of a heat map.
 
-    A step without a figure has the figure of the step before, up to the last step with a figure.
+    `values` has a figure by step. A step without one counts with the figure before it, up to the
+    last step of `values`. A group without a figure has the mean NaN.
     """
     last, held, columns = max(values, default=-1), math.nan, []
     for group in groups:
@@ -244,7 +249,10 @@ def _average_columns(values: Mapping[int, float], groups: Sequence[Sequence[int]
 
 
 def _draw_shares(axes: Axes, shares: Sequence[Sequence[float]], colours: str) -> None:
-    """Draw shares, rows of cells, as colours; a cell with NaN is grey and hatched."""
+    """Draw a matrix of shares, given by rows, as coloured cells; NaN is grey and hatched.
+
+    `colours` is the name of a colour map of matplotlib.
+    """
     from matplotlib.patches import Rectangle
 
     # A kept_update_ratio can lie far outside of 0 and 1, where matplotlib's arithmetic overflows.
@@ -282,10 +290,10 @@ def _spread_ticks(count: int, most: int) -> list[int]:
 
 
 def _find_span(histogram: Histogram, least: float = 0) -> tuple[int, int] | None:
-    """Return the first octave with more than a share `least` of the elements, and the last + 1.
+    """Return where the filled part of a histogram begins and ends, in log2.
 
-    An octave is a bin of the histogram, from one power of two to the next. The result is None if no
-    octave has so many elements.
+    Filled are bins with more than a share `least` of all elements; each bin is one wide in log2.
+    The result is None without such bins.
     """
     few = least * math.fsum(histogram.counts)
     full = [histogram.first + k for k, count in enumerate(histogram.counts) if count > few]

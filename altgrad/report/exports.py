@@ -1,4 +1,4 @@
-"""The verdicts for other programs, as JSON (`as_json`) and as CSV (`as_csv`)."""
+"""The verdicts on each layer in each format as JSON (`as_json`) and as CSV (`as_csv`)."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ def as_json(report: RunReport) -> dict[str, Any]:
         report: The report of a run.
 
     Returns:
-        The run, its summary and notes, and by layer and format the verdict with its figures. For a
-        run with twins, also their recipes and last figures.
+        The run, its summary and notes, and by layer and format the verdict with its figures. If the
+        run tried recipes for storing weights on samples (twins), also the recipes and their last
+        figures.
     """
     by_layer, suggestions = report.assessment.by_layer, report.assessment.suggestions
     value = {
@@ -109,7 +110,11 @@ def _convert_advice(advice: Advice) -> dict[str, Any]:
 
 
 def _convert_twins(run: Run) -> dict[str, Any]:
-    """Return the recipes, and the twins' figures in the last row of the model and of each layer."""
+    """Return what a run found out about recipes for storing weights, as JSON values.
+
+    Under ``recipes`` are the recipes, and under ``twins`` the last figures of the samples on which
+    the run tried them, of the model and of each layer.
+    """
     last = {row.layer: row for row in run.rows if row.twins}
     return {
         "recipes": {name: info_as_json(each) for name, each in run.recipes.items()},
@@ -123,7 +128,10 @@ def _convert_twins(run: Run) -> dict[str, Any]:
 
 
 def _convert_twin_row(row: Row) -> dict[str, Any]:
-    """Return figures and intervals by recipe."""
+    """Return step, figures and confidence intervals of twins by recipe, as JSON values.
+
+    A twin is a sample that is trained as a recipe says; `row` has its figures in one step.
+    """
     return {
         recipe: {
             "step": row.step,

@@ -16,9 +16,10 @@ DEFAULT = "-"
 
 
 class OptionalValueCommand(TyperCommand):
-    """A command whose options with a metavar in brackets, as ``[FILE]``, may lack their value.
+    """A command of the command line, some of whose options may lack their value.
 
-    A value is missing if the option is the last argument, or another option follows.
+    These are the options with a metavar, the word for the value in ``--help``, in brackets:
+    ``[FILE]``. A value is missing if the option is the last argument, or another option follows.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

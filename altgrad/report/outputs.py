@@ -20,7 +20,7 @@ _REPORT = re.compile(
     rb"|layer,format,verdict,kept_update_ratio,",
     re.DOTALL,
 )
-"""The beginnings of reports from `web_page.page`, `exports.as_json` and `exports.as_csv`."""
+"""Pattern of how reports of `web_page.page`, `exports.as_json` and `exports.as_csv` begin."""
 
 _HEAD = 2**16  # bytes; longer than any path in the beginning of JSON
 

@@ -1,7 +1,8 @@
 """`RunReport`: a judged run, as the terminal, the page and the exports show it.
 
-A report has the texts, shares and pictures of a run; the modules `terminal`, `web_page` and
-`exports` come next and arrange them.
+A report has the texts, shares and pictures of a run.
+
+The modules `terminal`, `web_page` and `exports` come next and arrange them.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ _MOST_SETS = 3  # sets of layers whose sizes are named
 
 @dataclass(frozen=True)
 class RunReport:
-    """A run together with its verdicts.
+    """A training run together with its verdicts, which give the texts and pictures of a report.
 
     Attributes:
         run: The run, as `altgrad.report.read` returns it.
-        assessment: Verdicts on the run.
+        assessment: Verdicts on how well each number format would store each layer.
     """
 
     run: Run
@@ -40,7 +41,7 @@ class RunReport:
 
     @classmethod
     def from_run(cls, run: Run) -> RunReport:
-        """Judge a run and return its report."""
+        """Judge how well each format would store each layer, and return the report of the run."""
         return cls(run, judge_run(run))
 
     @property
@@ -50,7 +51,7 @@ class RunReport:
 
     @property
     def steps(self) -> str:
-        """Number and range of the observed steps, in words."""
+        """Number and range of the observed (measured) steps, in words."""
         steps = self.run.steps
         if not steps:
             return "no step observed"
@@ -104,7 +105,7 @@ class RunReport:
 
     @functools.cached_property
     def _layer_sets(self) -> list[frozenset[str]]:
-        """The names of the layers of each observed step."""
+        """The names of the layers with figures, one set for each observed step, in order."""
         sets: list[frozenset[str]] = []
         layers: set[str] = set()
         for row in self.run.rows:
@@ -117,7 +118,7 @@ class RunReport:
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """Number of skipped steps, by reason."""
+        """Number of steps that moved no weight, by reason."""
         # Counts only grow, so the row with the largest total is the latest.
         return max((row.skipped for row in self._list_model_rows()), key=_sum_counts, default={})
 

@@ -1,4 +1,4 @@
-"""Print a report, or the comparison of two runs, in a terminal.
+"""Print the report of a run, or the comparison of two runs, in a terminal.
 
 `print_report` prints a report, of which `print_verdicts` is the table, and `print_comparison`
 prints the comparison. Tables are split and names are shortened to fit the width of the console.
@@ -38,13 +38,13 @@ _NO_SUGGESTION = "none"
 
 
 def print_report(report: RunReport, console: Console, most_layers: int | None = None) -> None:
-    """Print a run: its steps, verdicts, summary, code that applies the suggestions, and notes.
+    """Print a run: its steps, verdicts, summary, code that stores it as suggested, and notes.
 
     Args:
         report: Report of the run.
         console: Console to print on; tables fit its width.
-        most_layers: Maximum number of layers in the table, those with the least
-            kept_update_ratio. None shows all.
+        most_layers: Maximum number of layers in the table, those of whose updates the formats
+            keep least. None shows all.
     """
     _print(console, f"{report.run.path}: {report.steps}; {report.measured}")
     if skipped := report.skipped:
@@ -58,7 +58,7 @@ def print_report(report: RunReport, console: Console, most_layers: int | None = 
 
 
 def _print_to_apply(report: RunReport, console: Console) -> None:
-    """Print the code that applies the suggestions, in unwrapped lines that can be copied.
+    """Print the Python code that stores each layer as suggested, in lines that can be copied.
 
     Instead of more than 40 lines, a sentence says where the code is.
     """
@@ -85,13 +85,15 @@ def print_line(text: str, console: Console) -> None:
 
 
 def print_verdicts(report: RunReport, console: Console, most_layers: int | None = None) -> None:
-    """Print the verdicts, layers by formats, in as many tables as the console's width requires.
+    """Print how well each format would store each layer, in tables of layers by formats.
+
+    There are as many tables as the console's width requires, and a legend.
 
     Args:
         report: Report of the run.
         console: Console to print on.
-        most_layers: Maximum number of layers, those with the least kept_update_ratio. None shows
-            all.
+        most_layers: Maximum number of layers, those of whose updates the formats keep least. None
+            shows all.
     """
     layers = [*report.assessment.by_layer]
     if not layers:
@@ -120,7 +122,7 @@ def print_verdicts(report: RunReport, console: Console, most_layers: int | None 
 
 
 def _print_meaning(console: Console, word: str, meaning: str) -> None:
-    """Print a word of the legend with its meaning, whose further lines begin below the first."""
+    """Print a word of the legend and its meaning, whose lines begin in the same column."""
     from rich.table import Table
 
     line = Table.grid(padding=(0, 1, 0, 0))
@@ -170,7 +172,7 @@ def _make_change_table(changes: Sequence[tuple[Advice, Advice]], width: int) -> 
 
 
 def _group_formats(report: RunReport, layers: Sequence[str], width: int) -> list[list[str]]:
-    """Return the formats in groups, a group for each table that fits the width."""
+    """Return the report's formats in groups, each of which fits as a table's columns in `width`."""
     from rich.cells import cell_len
 
     least = min(_LEAST_WIDTH, max(cell_len(replace_unprintable(layer)) for layer in layers))

@@ -1,9 +1,11 @@
-"""Judge each layer in each format: a verdict, its figures, its reason and its evidence.
+"""Judge how well each format would store each layer: a verdict with figures and a reason.
 
 `Judge` collects the figures of a run, step by step, and returns an `Assessment`: one `Advice` for
 each layer and format. `_judge` holds the rules, which docs/how-it-works.md explains. Thresholds and
 evidence come from `altgrad.report.calibration`, which rests on runs that really stored their
-weights in a format, rounded to nearest. The module `run_report` comes next.
+weights in a format, rounded to nearest.
+
+The module `run_report` comes next.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _NONFINITE = "nonfinite_frac"
 _LEAST_UNANIMOUS = 0.9
 _MEANS = (_KEPT, _STALL, *_RANGE)
 RESTS_ON = (_KEPT, _STALL, _NEVER_MOVED, *_RANGE)
-"""Metrics whose standard errors a verdict takes into account."""
+"""Metrics on which a verdict and its reason rest, each with a standard error."""
 
 
 class Verdict(str, Enum):
@@ -67,14 +69,15 @@ _SHORT = {
 
 
 class Advice(NamedTuple):
-    """A verdict on one layer in one format, with its reason.
+    """A verdict on how well one format would store one layer, with its reason.
 
     Attributes:
         layer: Name of the layer.
         format: Name of the format.
         verdict: The verdict.
         figures: Figures on which the verdict rests, by metric; NaN if a metric has no value.
-        errors: Standard errors of these figures, by metric; NaN if an error cannot be trusted.
+        errors: Standard errors of these figures, by metric, as a sample of the layer has them; NaN
+            if an error cannot be trusted.
         reason: Why the verdict was given, in one sentence.
         evidence: Outcome of real runs with this verdict, in one sentence. Empty for
             `Verdict.UNCERTAIN` and `Verdict.NOT_JUDGED`.
@@ -93,11 +96,11 @@ class Advice(NamedTuple):
 
     @property
     def kept(self) -> float:
-        """The kept_update_ratio of the layer in the format; NaN if it has no value."""
+        """The kept_update_ratio, how much of the updates the format keeps; NaN without a value."""
         return self.figures.get(_KEPT, math.nan)
 
     def interval(self, metric: str) -> tuple[float, float]:
-        """Return the interval of 95 % around a figure.
+        """Return the confidence interval of 95 % around a figure.
 
         Args:
             metric: Name of a metric of `figures`.
@@ -111,11 +114,11 @@ class Advice(NamedTuple):
 
 @dataclass(frozen=True)
 class Assessment:
-    """The verdicts on all layers of a model.
+    """The verdicts on all layers of a model: how well each format would store each layer.
 
     Attributes:
-        advice: Advice on each layer in each format that the layer is judged for, in the order of
-            the records.
+        advice: Verdict, with its reason, on each layer in each format that the layer is judged for.
+            The layers are in the order in which they were first observed.
         suggestions: By name of the layer, the name of the smallest format that stores the layer
             fine; None if no judged format stores it fine.
         summary: The result in one paragraph.
@@ -127,7 +130,7 @@ class Assessment:
 
     @functools.cached_property
     def by_layer(self) -> dict[str, dict[str, Advice]]:
-        """Advice by layer and format; the layer with the least kept_update_ratio is first."""
+        """Verdicts by layer and format; first is the layer of whose updates the least is kept."""
         by_layer: dict[str, dict[str, Advice]] = {}
         for advice in self.advice:
             by_layer.setdefault(advice.layer, {})[advice.format] = advice
@@ -136,11 +139,16 @@ class Assessment:
 
 @dataclass
 class _Tally:
-    """A summary of the steps of one layer in one format, from which a verdict follows.
+    """A summary of the observed steps of one layer in one format, from which a verdict follows.
 
-    `sums` and `counts` are by metric, over the steps in which the metric has a value. Keys that
-    begin with ``error of`` are for standard errors; ``stated`` counts steps that state an error.
-    `never_moved` is the last figure, and `nonfinite` the largest.
+    Attributes:
+        sums: Sums of figures by metric, over the steps in which the metric has a value, and sums of
+            standard errors by ``error of {metric}``.
+        counts: Numbers of steps in these sums, by the same keys. ``stated {metric}`` has the number
+            of steps whose figures came with a standard error.
+        never_moved: Last figure of never_moved_frac, which covers the whole run.
+        never_moved_error: Standard error of `never_moved`.
+        nonfinite: Largest share of NaN and inf in a step.
     """
 
     sums: Counter[str] = field(default_factory=Counter)
@@ -166,15 +174,19 @@ class _Tally:
             self.counts[key] += 1
 
     def mean(self, key: str) -> float:
-        """Return the mean over the steps with a value; NaN without such steps."""
+        """Return the mean of a metric, or of ``error of {metric}``, over the steps with a value.
+
+        Without such steps the mean is NaN.
+        """
         return self.sums[key] / self.counts[key] if self.counts[key] else math.nan
 
     def error(self, metric: str, layer: LayerInfo | None) -> float:
-        """Return the mean standard error of a metric; NaN unless most steps have a trusted error.
+        """Return the mean standard error of a metric; NaN unless most steps have a finite error.
 
         Args:
             metric: Name of the metric.
-            layer: The layer, whose sample gives an estimate if no step states an error.
+            layer: The layer. For a share of weights out of range, the size of its sample gives an
+                estimate if no step came with an error.
         """
         if metric == _NEVER_MOVED:
             return self.never_moved_error
@@ -185,7 +197,7 @@ class _Tally:
 
 
 class Judge:
-    """A collector of figures that judges the layers of a run.
+    """A collector of a run's figures that judges how well each format would store each layer.
 
     Verdicts rest on means over the observed steps in which a figure has a value; each step has the
     same weight. Standard errors are averaged as well: every step measures the same elements, so
@@ -194,8 +206,8 @@ class Judge:
 
     Args:
         formats: Judged formats, by name.
-        layers: Observed layers, by name. For a layer that is missing, shares of weights out of
-            range count as exact.
+        layers: Observed layers, by name, for the sizes of their samples. For a layer that is
+            missing, shares of weights out of the format's range count as exact.
     """
 
     def __init__(
@@ -216,8 +228,9 @@ class Judge:
             layer: Name of the layer.
             figures: Figures by ``metric/format``, and ``nonfinite_frac``. A format is judged if
                 `figures` has all its figures on which a verdict rests.
-            errors: Standard errors by ``metric/format``. A missing error counts as 0, as if all
-                elements were measured; NaN is an error that cannot be trusted.
+            errors: Standard errors by ``metric/format``; NaN is an error that cannot be trusted. A
+                missing error counts as 0, as if all elements were measured. For underflow_frac and
+                saturated_frac it is estimated, if the layer's sample is known.
         """
         tallies = self._tallies.setdefault(layer, {})
         for format in self._formats:
@@ -235,7 +248,7 @@ class Judge:
                 tally.nonfinite = max(tally.nonfinite, figures.get(_NONFINITE, 0.0))
 
     def assessment(self) -> Assessment:
-        """Return the verdicts on all layers, judged by the steps so far."""
+        """Return the verdicts on all layers in all formats, judged by the steps added so far."""
         advice = [
             _advise(layer, format, tally, self._layers.get(layer))
             for layer, tallies in self._tallies.items()
@@ -251,7 +264,7 @@ class Judge:
         return Assessment(advice, suggestions, _summarize(advice))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the collected sums, for a checkpoint.
+        """Return the sums of all figures added so far, for a checkpoint.
 
         Returns:
             By layer and format: ``sums`` and ``counts`` of the steps by metric, the last
@@ -267,7 +280,7 @@ class Judge:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the collected sums that `state_dict` returned."""
+        """Restore the sums of figures that `state_dict` returned."""
         self._tallies = {
             layer: {
                 format: _Tally(
@@ -309,7 +322,7 @@ def judge_run(run: Run) -> Assessment:
 
 
 def _find_least_kept(advice: Iterable[Advice]) -> float:
-    """Return the least kept_update_ratio of a layer over its formats; inf if all are NaN."""
+    """Return the least `kept` of some verdicts, those on one layer; inf if all are NaN."""
     return min((a.kept for a in advice if not math.isnan(a.kept)), default=math.inf)
 
 
@@ -337,8 +350,8 @@ def _judge(figures: Mapping[str, float], intervals: Mapping[str, _Interval]) -> 
     """Return the verdict on a layer in a format, and its reason, by the first rule that applies.
 
     Args:
-        figures: Figures by metric.
-        intervals: Intervals of 95 % around the figures, by metric.
+        figures: Figures of the layer in the format, by metric.
+        intervals: Confidence intervals of 95 % around the figures, by metric.
     """
     kept, never_moved = figures[_KEPT], figures[_NEVER_MOVED]
     if math.isnan(kept):
@@ -374,10 +387,11 @@ def _judge(figures: Mapping[str, float], intervals: Mapping[str, _Interval]) -> 
 def _range_verdict(
     figures: Mapping[str, float], intervals: Mapping[str, _Interval]
 ) -> Verdict | None:
-    """Return RANGE if too many weights are stored as 0 or lie beyond the largest value.
+    """Return RANGE if too many weights are stored as 0 or lie beyond a format's largest value.
 
-    The result is UNCERTAIN if the sample leaves open whether a share reaches its threshold, and
-    None if both shares are below their thresholds.
+    `figures` and their confidence `intervals` are by metric. The result is UNCERTAIN if the sample
+    leaves open whether a share reaches its threshold, and None if both shares are below their
+    thresholds.
     """
     limits = zip(_RANGE, (_LIMITS.underflow, _LIMITS.saturated), strict=True)
     found = None
@@ -479,7 +493,7 @@ _SUMMARY_WORDS = {
 
 
 def _write_percent(share: float, interval: _Interval) -> str:
-    """Return a share as text in percent, with its interval if the share is that of a sample."""
+    """Return a share as text in percent, with its confidence interval if there is one."""
     if not interval[0] < interval[1]:
         return format_percent(share)
     low, high = (f"{100 * end:.3g}" for end in interval)
@@ -487,6 +501,9 @@ def _write_percent(share: float, interval: _Interval) -> str:
 
 
 def _write_figure(value: float, interval: _Interval) -> str:
-    """Return a figure as text, with half of its interval if the figure is that of a sample."""
+    """Return a figure as text, with ``±`` half of its confidence interval, as ``0.5 ± 0.02``.
+
+    A figure of which all elements were measured has an interval without a width, and stands alone.
+    """
     half = (interval[1] - interval[0]) / 2
     return f"{value:.3g} ± {half:.1g}" if half > 0 else f"{value:.3g}"

@@ -33,7 +33,7 @@ _STALLS = "Share of the updates that vanish, by layer and step. Dark rows never 
 
 
 def page(report: RunReport) -> str:
-    """Return the report of a run as an HTML page.
+    """Return the report of a run, its verdicts and pictures, as the text of one HTML page.
 
     Names of layers are escaped, and each unprintable character becomes �, so that the page can be
     encoded as UTF-8. Tables can be searched and sorted if the browser runs scripts.

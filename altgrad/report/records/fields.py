@@ -1,9 +1,11 @@
-"""The fields of a run file: the type and the bounds of each field.
+"""The fields of a run file, a file of JSON lines: the type and the bounds of each field.
 
-`HEADER` is the first line. `LAYER_LINE` and `MODEL_LINE` hold the figures of a step, `LAYERS_LINE`
-describes layers that appear in mid-run, and `RESUMED_LINE` supersedes steps. `reading` checks every
-line once, by these kinds, so that reports need no further checks. `schema` comes next and holds the
-header.
+`HEADER` is the first line. `LAYER_LINE` and `MODEL_LINE` hold the figures of a layer, or of the
+whole model, in one step. `LAYERS_LINE` describes layers that appear in mid-run. `RESUMED_LINE` says
+from which step on the lines above it are replaced, because a run was resumed there. `reading`
+checks every line once, by these kinds, so that reports need no further checks.
+
+The module `schema` comes next and holds the header.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from altgrad.report.records.kinds import (
 SCHEMA = 2
 """Version of the run file's schema: the value of ``"altgrad"`` in the header.
 
-Schema 2 adds the figures of twins, and describes their recipes. Files of schema 1 lack both.
+Schema 2 adds the figures of twins, samples of the layers that are trained as a recipe for storing
+weights says, and describes the recipes. Files of schema 1 lack both.
 """
 
 LARGEST = 2**63 - 1
@@ -52,11 +55,17 @@ _MOST_SECONDS = 1e12  # 30,000 years
 _SMALLEST_FLOAT, _LARGEST_FLOAT = 5e-324, 1.7976931348623157e308  # of float64
 
 _RENAMED_METRICS = {"zero_update_frac": "ulp_zero_frac"}
-"""Today's metric names, by the names in older run files; a file with both has equal figures."""
+"""Today's metric names, by the names in older run files.
+
+Where a file has a figure under both names, the two are equal.
+"""
 
 
 def _find_kind(key: str) -> Figure:
-    """Return the kind of the figure with a given key: 0 to 1 for a share, otherwise unbounded."""
+    """Return the field type that checks the number under a key, such as ``stall_frac/bf16``.
+
+    The type allows 0 to 1 if the metric before the ``/`` is a share, and otherwise any number.
+    """
     name = key.partition("/")[0]
     try:
         metric = get_metric(_RENAMED_METRICS.get(name, name))
@@ -66,14 +75,14 @@ def _find_kind(key: str) -> Figure:
 
 
 def _check_range(format: Mapping[str, float]) -> None:
-    """Raise FieldError if the smallest value of a format exceeds the largest."""
+    """Raise FieldError if a number format's ``smallest`` positive value exceeds its ``max``."""
     parse_below("smallest", Real(0, format["max"]), format["smallest"])
 
 
 def _check_elements(layer: Mapping[str, Any]) -> None:
-    """Raise FieldError unless a layer has from 1 to all of its elements measured.
+    """Raise FieldError unless a layer's number of measured ``elements`` fits its ``shape``.
 
-    For a layer without elements the number is 0.
+    The number is from 1 to the number of elements in the shape, and 0 for a shape without elements.
     """
     population = math.prod(layer["shape"])
     parse_below("shape", Whole(0, LARGEST), population)

@@ -1,7 +1,9 @@
-"""`FloatsByKey`: the figures of a row of a run file, with a table of keys that many rows share.
+"""`FloatsByKey`: the numbers of one line of a run file by key, in little memory.
 
-`FloatTable` parses the figures of one line of a run file, and checks the bounds of each figure.
-`fields` comes next.
+Lines with equal keys share one table of the keys. `FloatTable` parses the figures of a line from
+JSON, and checks the bounds of each figure.
+
+The module `fields` comes next.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ _MOST_LAYOUTS = 256  # layouts that are remembered; a run has a few
 
 
 class FloatsByKey(Mapping[str, float]):
-    """A read-only mapping from keys to floats, for rows that share one table of keys.
+    """A read-only mapping from keys to floats, in little memory: the numbers of a run file's line.
 
     Args:
-        positions: Index into `numbers`, by key. Rows with equal keys share one mapping.
+        positions: Index into `numbers`, by key. Lines with equal keys share one such object.
         numbers: The values, which are stored as 8-byte floats.
     """
 
@@ -44,19 +46,24 @@ class FloatsByKey(Mapping[str, float]):
 
 
 class _Layout(NamedTuple):
-    """A table of keys that rows share, and the positions of numbers that have bounds."""
+    """The part that all lines of a run file with the same keys share.
+
+    Attributes:
+        positions: Index of each number within its line, by key.
+        bounded: Index and bounds of each number that has bounds.
+    """
 
     positions: Mapping[str, int]
     bounded: Sequence[tuple[int, Figure]]  # positions of numbers that have bounds
 
 
 class FloatTable:
-    """A kind of JSON value, which `parse` checks: an object whose values are figures.
+    """A checker of JSON values, whose `parse` accepts objects with numbers, also NaN and inf.
 
     Args:
-        find_kind: Function that takes a key, and returns the kind of its figure.
-        renamed: Today's metric names, by the names in older files. If two keys get the same name,
-            the later key counts.
+        find_kind: Function that takes a key, and returns the checker of the number under it.
+        renamed: Today's keys, by the keys in older files. If two keys get the same name, the later
+            key counts.
     """
 
     def __init__(
@@ -68,13 +75,13 @@ class FloatTable:
         self._find_layout = functools.lru_cache(_MOST_LAYOUTS)(self._make_layout)
 
     def parse(self, value: object) -> FloatsByKey:
-        """Check a JSON object whose values are figures, as a run file has it.
+        """Check a JSON object of numbers, such as ``{"update_rms": 0.1, "ulp_mean": null}``.
 
         Returns:
-            The figures by key, with today's metric names.
+            The numbers by today's keys; null becomes NaN.
 
         Raises:
-            FieldError: The value is no JSON object, or a figure is invalid.
+            FieldError: The value is no JSON object, or a number is invalid.
         """
         numbers = check_object(value)
         layout = self._find_layout(tuple(numbers))

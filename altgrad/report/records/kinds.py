@@ -1,7 +1,9 @@
-"""Kinds of JSON values, each with its bounds: whole numbers, figures, texts, lists and tables.
+"""Checkers of JSON values, one class for each kind: whole numbers, texts, lists, tables, …
 
-Each kind has the method `parse`, which returns the checked value or raises `FieldError`. The module
-`fields` comes next: it declares the kind of each field of a run file.
+Each checker has bounds, and the method `parse`, which returns the checked value or raises
+`FieldError`. The interface of all checkers is `Kind`.
+
+The module `fields` comes next: it declares the kind of each field of a run file.
 """
 
 from __future__ import annotations
@@ -41,19 +43,19 @@ class FieldError(ValueError):
         self._path = path
 
     def move_below(self, key: object) -> FieldError:
-        """Return the error with one more key at the outer end of its path."""
+        """Return a new error with `key`, of the enclosing object or list, before its path."""
         return FieldError(self._expected, self._got, (key, *self._path))
 
 
 class Kind(Protocol[T_co]):
-    """A kind of JSON value, such as a text or a list of numbers, which `parse` checks."""
+    """The interface (Protocol) of a checker of JSON values, such as `Text` for texts."""
 
     def parse(self, value: object) -> T_co:
         """Return a value that was read from JSON, or raise FieldError if the value is invalid."""
 
 
 class Whole(NamedTuple):
-    """A kind of JSON value, which `parse` checks: a whole number.
+    """A checker of JSON values, whose `parse` accepts whole numbers within bounds.
 
     Attributes:
         least: Smallest number that is allowed.
@@ -76,7 +78,7 @@ class Whole(NamedTuple):
 
 
 class Real(NamedTuple):
-    """A kind of JSON value, which `parse` checks: a finite number.
+    """A checker of JSON values, whose `parse` accepts finite numbers within bounds.
 
     Attributes:
         least: Smallest number that is allowed.
@@ -99,9 +101,9 @@ class Real(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A kind of JSON value, which `parse` checks: a number as `number_as_json` writes it.
+    """A checker of JSON values, whose `parse` accepts numbers within bounds, also NaN and inf.
 
-    NaN is null, inf is ``"inf"`` and −inf is ``"-inf"``.
+    JSON lacks these: null stands for NaN, ``"inf"`` for inf and ``"-inf"`` for −inf.
 
     Attributes:
         least: Smallest number that is allowed; NaN is always allowed.
@@ -124,7 +126,7 @@ class Figure(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A kind of JSON value, which `parse` checks: a text.
+    """A checker of JSON values, whose `parse` accepts texts of limited length.
 
     Attributes:
         most: Largest number of characters.
@@ -144,7 +146,7 @@ class Text(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A kind of JSON value, which `parse` checks: one of some texts.
+    """A checker of JSON values, whose `parse` accepts only the texts in `options`.
 
     Attributes:
         options: The texts that are allowed.
@@ -164,10 +166,10 @@ class Choice(NamedTuple):
 
 
 class Flag(NamedTuple):
-    """A kind of JSON value, which `parse` checks: true or false."""
+    """A checker of JSON values, whose `parse` accepts true and false."""
 
     def parse(self, value: object) -> bool:
-        """Return the value.
+        """Return the value, True or False.
 
         Raises:
             FieldError: The value is neither true nor false.
@@ -178,27 +180,27 @@ class Flag(NamedTuple):
 
 
 class Nullable(NamedTuple, Generic[T]):
-    """A kind of JSON value, which `parse` checks: null, or a value of another kind.
+    """A checker of JSON values, whose `parse` accepts null, and what another checker accepts.
 
     Attributes:
-        kind: The other kind.
+        kind: The other checker.
     """
 
     kind: Kind[T]
 
     def parse(self, value: object) -> T | None:
-        """Return the checked value, or None."""
+        """Return the value as the other checker parses it; None for null."""
         return None if value is None else self.kind.parse(value)
 
 
 class Checked(NamedTuple, Generic[T]):
-    """A kind of JSON value, which `parse` checks: a value of another kind that passes a function.
+    """A checker of JSON values, whose `parse` calls another checker and then the function `check`.
 
     The function compares parts of the value with each other, such as the smallest and the largest
     number of a format.
 
     Attributes:
-        kind: The other kind.
+        kind: The other checker.
         check: Function that takes the parsed value, and raises FieldError if its parts contradict
             each other.
     """
@@ -207,17 +209,17 @@ class Checked(NamedTuple, Generic[T]):
     check: Callable[[T], object]
 
     def parse(self, value: object) -> T:
-        """Return the checked value."""
+        """Return the value as `kind` parses it, if the function `check` raises no error."""
         parsed = self.kind.parse(value)
         self.check(parsed)
         return parsed
 
 
 class Items(NamedTuple, Generic[T]):
-    """A kind of JSON value, which `parse` checks: a list with items of one kind.
+    """A checker of JSON values, whose `parse` accepts lists with items of one kind.
 
     Attributes:
-        kind: Kind of the items.
+        kind: Checker of each item.
         least: Smallest number of items.
         most: Largest number of items.
     """
@@ -230,7 +232,7 @@ class Items(NamedTuple, Generic[T]):
         """Check a JSON list.
 
         Returns:
-            The checked items.
+            The items as `kind` parses them.
 
         Raises:
             FieldError: The value is no list, too short or too long, or an item is invalid.
@@ -241,10 +243,10 @@ class Items(NamedTuple, Generic[T]):
 
 
 class Table(NamedTuple, Generic[T]):
-    """A kind of JSON value, which `parse` checks: an object with any keys and values of one kind.
+    """A checker of JSON values, whose `parse` accepts objects with any keys and one kind of value.
 
     Attributes:
-        kind: Kind of the values.
+        kind: Checker of each value.
         most: Largest number of keys.
     """
 
@@ -271,13 +273,13 @@ class Table(NamedTuple, Generic[T]):
 
 
 class Fields(NamedTuple):
-    """A kind of JSON value, which `parse` checks: an object with known keys.
+    """A checker of JSON values, whose `parse` accepts objects with known keys.
 
-    Further keys are ignored.
+    Unknown keys are left out of the result.
 
     Attributes:
-        required: Kinds of the required values, by key.
-        optional: By key, the kind of a value that may be missing, and the value to use instead.
+        required: Checkers of the values that must be there, by key.
+        optional: By key, the checker of a value that may be missing, and the default for it.
     """
 
     required: Mapping[str, Kind[Any]]
@@ -302,13 +304,17 @@ class Fields(NamedTuple):
 
 
 class GridScaling(NamedTuple):
-    """A kind of JSON value, which `parse` checks: a `scaling`, as in `altgrad.measure`."""
+    """A checker of JSON values, whose `parse` accepts a scaling: which weights share one scale.
+
+    The values are null, ``"tensor"``, ``"channel"`` and ``["block", size]``, as in
+    `altgrad.measure`.
+    """
 
     def parse(self, value: object) -> Scaling | None:
-        """Return the scaling; a pair is a tuple.
+        """Return the scaling; a list ``["block", size]`` becomes a tuple.
 
         Raises:
-            FieldError: The value is no scaling.
+            FieldError: The value is none of the four kinds of scaling.
         """
         if value in (None, "tensor", "channel"):
             return value
@@ -318,7 +324,7 @@ class GridScaling(NamedTuple):
 
 
 def check_object(value: object) -> Mapping[str, object]:
-    """Return a value that was read from JSON, if the value is an object.
+    """Return a value that was read from JSON; raise an error unless it is a JSON object.
 
     Raises:
         FieldError: The value is no mapping, or a key is no text.
@@ -332,7 +338,7 @@ def check_object(value: object) -> Mapping[str, object]:
 
 
 def shorten(value: object) -> str:
-    """Return the repr of a value, cut to what fits in a sentence."""
+    """Return the repr of a value, cut to about 80 characters for an error's sentence."""
     text = _SHORT.repr(value)
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
 
@@ -345,7 +351,13 @@ def number_as_json(value: float) -> float | str | None:
 
 
 def _find_number(value: object) -> float:
-    """Return the number that a JSON value stands for, as `number_as_json` writes it."""
+    """Return the float for which a JSON value stands; None, ``"inf"`` and ``"-inf"`` are valid.
+
+    Values are those that `number_as_json` returns, so that None gives NaN.
+
+    Raises:
+        FieldError: The value stands for no number, or for none that float64 can hold.
+    """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
             return float(value)
@@ -359,12 +371,12 @@ def _find_number(value: object) -> float:
 
 
 def parse_below(key: object, kind: Kind[T], value: object) -> T:
-    """Parse a value, and add its key to the path of an error.
+    """Check a value that lies in an object or a list, so that an error says where.
 
     Args:
-        key: Key of the value.
-        kind: Kind of the value.
-        value: The value.
+        key: Key or index of the value in its object or list, which an error gets in its path.
+        kind: Checker of the value.
+        value: The value, as JSON has it.
 
     Returns:
         The checked value.

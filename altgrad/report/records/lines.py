@@ -1,8 +1,9 @@
-"""Format a `StepRecord` as lines of a run file.
+"""Format a `StepRecord`, the figures of one measured step, as JSON lines of a run file.
 
 A run file repeats the same keys in every line. Cached templates hold the keys, and one formatting
-operation inserts all numbers of a line. Read `format_lines` first; `schema` describes the header,
-and `writing` writes the lines to disk.
+operation inserts all numbers of a line.
+
+Read `format_lines` first; `schema` describes the header, and `writing` writes the lines to disk.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ WITH_ERRORS = (
     *("kept_update_ratio", "stall_frac", "never_moved_frac"),
     *("underflow_frac", "saturated_frac"),
 )
-"""Metrics of a format whose standard errors are written."""
+"""Metrics of a number format whose standard errors go into the run file."""
 TWIN_METRICS_WITH_ERRORS = ("progress_kept", "window_progress_kept", "frozen_frac", "still_frac")
-"""Metrics of a twin whose standard errors are written."""
+"""Metrics of twins whose standard errors go into the run file.
+
+A twin is a sample of each layer that is trained as a recipe for storing weights says.
+"""
 _NUMBER = "%.8g"  # 8 significant digits halve the size of a file with all 17 of a float64
 
 
@@ -36,12 +40,12 @@ def format_lines(
     skipped: Mapping[str, int],
     weights: Histogram | None,
 ) -> str:
-    """Return the JSON lines of one observed step: a line per layer, then the line of the model.
+    """Return the JSON lines of one measured step: a line per layer, then the line of the model.
 
     Args:
         step: Number of the step.
-        record: Figures of the step.
-        skipped: Number of skipped steps so far, by reason.
+        record: Figures of the step, of each layer and of the model.
+        skipped: Number of steps so far that moved no weight, by reason.
         weights: Histogram of log2(abs(weight)) over the model; None writes no histogram of weights.
 
     Returns:
@@ -54,7 +58,10 @@ def format_lines(
 
 
 def format_numbers(numbers: Sequence[float]) -> list[str]:
-    """Return each number as valid JSON with 8 significant digits; NaN becomes ``null``."""
+    """Return each number as valid JSON with 8 significant digits.
+
+    NaN becomes ``null``, inf ``"inf"`` and −inf ``"-inf"``.
+    """
     text = (_NUMBER + " ") * len(numbers) % tuple(numbers)
     if "n" in text:  # NaN or inf; no finite number has an "n"
         text = text.replace("nan", "null").replace("inf", '"inf"').replace('-"inf"', '"-inf"')
@@ -104,13 +111,13 @@ def _format_histogram(key: str, histogram: Histogram) -> str:
 def _make_template(
     formats: tuple[str, ...], twins: tuple[str, ...], placeholder: str, *, with_errors: bool
 ) -> str:
-    """Return the JSON of figures and errors, with a placeholder for each number.
+    """Return JSON of figures and standard errors by key, with a placeholder for each number.
 
     Args:
-        formats: Names of the formats.
-        twins: Keys of the figures of twins.
-        placeholder: The placeholder, for Python's ``%`` operator.
-        with_errors: If True, formats have errors, too.
+        formats: Names of the number formats.
+        twins: Keys ``metric/recipe`` of figures of twins, samples trained as a recipe says.
+        placeholder: The placeholder, such as ``%.8g``, for Python's ``%`` operator.
+        with_errors: If True, figures of formats have standard errors, too; twins always do.
     """
     template = f'"figures":{{{_format_pairs((*figure_keys(formats), *twins), placeholder)}}}'
     keys = [f"{metric}/{format}" for format in formats for metric in WITH_ERRORS]
@@ -122,7 +129,7 @@ def _make_template(
 
 @functools.lru_cache(maxsize=256)
 def _choose_with_errors(twins: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the keys of twins' figures whose standard errors are written."""
+    """Return those of the keys ``metric/recipe`` whose standard errors go into the run file."""
     return tuple(key for key in twins if key.partition("/")[0] in TWIN_METRICS_WITH_ERRORS)
 
 

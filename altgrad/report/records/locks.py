@@ -1,7 +1,9 @@
 """`take_lock`: lock a run file, so that the file has one writer at a time.
 
 The lock is a file beside the run file, and is deleted when the writer closes the run file. A
-process that dies loses its lock. The module `writing` comes next.
+process that dies loses its lock.
+
+The module `writing` comes next.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 _NO_LOCKS = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""Errors of file systems without locks, such as some that are shared over a network."""
+"""Numbers (errno) of errors of file systems without locks, such as some network file systems."""
 
 
 class WriterLock:

@@ -1,7 +1,9 @@
 """Read the raw lines of a regular file up to the length that the file had when it was opened.
 
 Pipes and devices are refused, because reading could block or never end. Lines that a run appends
-during the reading are left out. The module `reading` comes next and parses the lines.
+during the reading are left out.
+
+The module `reading` comes next and parses the lines.
 """
 
 from __future__ import annotations

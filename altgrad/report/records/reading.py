@@ -1,8 +1,9 @@
 """Read a run file, and the files of the earlier runs that it continues, into a `Run`.
 
 `read` is the public function. `_parse_file` parses a file by the kinds that `fields` declares, and
-`_read_predecessors` follows the references to earlier files. The module `run` comes next, which
-defines the result.
+`_read_predecessors` follows the references to earlier files.
+
+The module `run` comes next, which defines the result.
 """
 
 from __future__ import annotations
@@ -45,7 +46,14 @@ _NOT_JSON = (ValueError, RecursionError)
 
 @dataclass
 class _File:
-    """A parsed run file: its header, its rows and notes for the reader."""
+    """A parsed run file.
+
+    Attributes:
+        path: Path of the file.
+        header: The first line.
+        rows: The lines with figures of a step, without those that a resumed run replaced.
+        notes: Sentences for the user, such as on a skipped line.
+    """
 
     path: Path
     header: Header
@@ -54,16 +62,16 @@ class _File:
 
 
 def read(path: str | os.PathLike[str]) -> Run:
-    """Read a run file and its predecessors.
+    """Read a run file, and its predecessors: the files of earlier runs that the run continues.
 
-    An incomplete last line is skipped, and rows that a resumed run superseded are left out. A
+    An incomplete last line is skipped, and so are lines of steps that a resumed run did again. A
     missing or damaged predecessor is left out, too. `Run.notes` has a sentence about each omission.
 
     Args:
         path: A run file, or a folder. In a folder with several run files the newest one is read.
 
     Returns:
-        The run.
+        The run: what the files say, in memory.
 
     Raises:
         RunFileError: The file is missing, empty, damaged, of another kind, or written by a newer
@@ -108,7 +116,7 @@ def read_header(path: Path) -> Header:
     """Read the first line of a run file.
 
     Returns:
-        The header.
+        The header: the formats, layers and settings of the run.
 
     Raises:
         RunFileError: The file is missing, empty, of another kind, or written by a newer AltGrad.
@@ -143,9 +151,10 @@ def _list_run_files(folder: Path) -> list[Path]:
 
 
 def _read_predecessors(files: list[_File]) -> None:
-    """Append the files of earlier runs to `files`, which has the file of the last run.
+    """Read the files of the earlier runs that a run continues, and append them to `files`.
 
-    The latest of the earlier runs comes first.
+    At the call, `files` has the file of the last run alone; of the earlier ones the latest comes
+    first. A file that cannot be read ends the list, and the notes of the first file say so.
     """
     last, before_step = files[0], None
     known = {_find_identity(last.path)}
@@ -167,7 +176,7 @@ def _read_predecessors(files: list[_File]) -> None:
 
 
 def _find_identity(path: Path) -> tuple[int, int] | None:
-    """Return numbers that identify a file whatever its path; None if the file cannot be found."""
+    """Return numbers that identify a file under any path; None if the file cannot be found."""
     try:
         found = path.stat()
     except (OSError, ValueError):
@@ -247,7 +256,10 @@ def _make_damage_error(path: Path, line: int, problem: str) -> RunFileError:
 
 
 def _add_line(file: _File, value: Mapping[str, Any]) -> None:
-    """Add the row or layers of a line to the file, or drop rows that a resumed run superseded."""
+    """Apply one line to a parsed file: add its figures or layers, or drop replaced rows.
+
+    The line of a resumed run says from which step on the rows before it are replaced.
+    """
     if "resumed" in value:
         _drop_superseded_rows(file, RESUMED_LINE.parse(value)["resumed"]["before_step"])
     elif "layers" in value:  # those that appeared in mid-run

@@ -1,7 +1,9 @@
 """`Run` and `Row`: the content of a run file in memory.
 
-Read `Run` first, of which most users need `Run.series` and `Run.to_pandas`. `reading` makes a
-`Run`, and `altgrad.report.verdicts` judges it.
+A run file has a line for each layer and for the model in each measured step. Most users need
+`Run.series` and `Run.to_pandas`.
+
+`reading` makes a `Run`, and `altgrad.report.verdicts` judges it.
 """
 
 from __future__ import annotations
@@ -28,18 +30,20 @@ class Row:
     Attributes:
         step: Number of the step.
         layer: Name of the layer; None for the model.
-        figures: Figures by key, as in `altgrad.Figures`: ``metric``, ``metric/format``, and for a
-            twin ``metric/recipe``.
-        errors: Standard errors of some figures, by the same keys: half of the width of `interval`
-            over 1.96. Those of formats are missing if every element was measured.
+        figures: Figures by key, as in `altgrad.Figures`: ``metric``, ``metric/format``, and
+            ``metric/recipe`` for a twin, a sample of the layer that is trained as a recipe says.
+        errors: Standard errors of some figures, by the same keys: half the width of `interval`,
+            divided by 1.96. Those of formats are missing if every element was measured.
         elements: Number of measured elements of the model. None in the row of a layer, whose
             number is in `LayerInfo`.
         own_seconds: Host time in seconds to observe the previous observed step, as in
             `altgrad.StepRecord`. NaN in the row of a layer.
         training_seconds: Mean time in seconds of a training step without the observation, as in
             `altgrad.StepRecord`. NaN in the row of a layer.
-        skipped: Number of skipped steps so far, by reason. Empty in the row of a layer.
-        histograms: Histograms of the model, by key. Empty in the row of a layer.
+        skipped: Number of steps so far that moved no weight, by reason. Empty in the row of a
+            layer.
+        histograms: Histograms of the model, by key, such as ``weights`` or ``steps/bf16``. Empty
+            in the row of a layer.
         moved_elements: Number of elements of the twins' sample that the float32 twin has moved;
             NaN without twins.
     """
@@ -57,7 +61,7 @@ class Row:
 
     @property
     def twins(self) -> dict[str, dict[str, float]]:
-        """Figures of the twins, by recipe and metric."""
+        """Figures of the twins, samples trained as a recipe says, by name of recipe and metric."""
         found: dict[str, dict[str, float]] = {}
         for key, figure in self.figures.items():
             if _belongs_to_twin(key):
@@ -66,7 +70,7 @@ class Row:
         return found
 
     def interval(self, key: str) -> tuple[float, float]:
-        """Return the interval of 95 % around a figure.
+        """Return the confidence interval of 95 % around a figure.
 
         Args:
             key: Key of the figure, such as ``"stall_frac/bf16"``.
@@ -87,7 +91,10 @@ class Row:
 
 
 def _belongs_to_twin(key: str) -> bool:
-    """Return True for the key of a twin's figure, ``metric/recipe``."""
+    """Return True for a key ``metric/recipe``, False for ``metric`` and ``metric/format``.
+
+    Keys with a recipe belong to figures of twins, samples that are trained as the recipe says.
+    """
     # A recipe may have the name of a format, so that the metric tells them apart.
     metric, _, recipe = key.partition("/")
     return bool(recipe) and metric not in LAYER_METRICS and metric not in FORMAT_METRICS
@@ -100,15 +107,16 @@ class Run:
     Attributes:
         path: Path of the run file.
         formats: Judged formats, by name.
-        scaling: Scaling of the formats, as in `altgrad.measure`.
-        layers: Observed layers, by name.
-        rows: Rows in the order in which they were written, without superseded rows.
+        scaling: Which weights share a scale in the formats, as in `altgrad.measure`.
+        layers: Observed layers (parameter tensors), by name.
+        rows: Rows in the order in which they were written, without rows of steps that a resumed run
+            did again.
         notes: Sentences for the reader, such as a skipped line or a missing file.
         predecessors: Paths of the files of earlier runs that were read, the latest run first.
         versions: Versions of the packages that wrote the file, by name.
         created: Time at which the file was created, in ISO 8601.
-        loggers: The run as each of its loggers knows it, as in `altgrad.report.Header`.
-        recipes: Recipes whose twins were stepped, by name.
+        loggers: Name, id and version of the run in each logger, as in `altgrad.report.Header`.
+        recipes: By name, the recipes for storing weights that were tried on samples (twins).
     """
 
     path: Path
@@ -129,7 +137,7 @@ class Run:
         return tuple(sorted({row.step for row in self.rows}))
 
     def series(self, key: str, layer: str | None = None) -> dict[int, float]:
-        """Return one figure by step.
+        """Return one figure of a layer or of the model, by step.
 
         If a step has several rows, as in a run with several optimizers, the last row counts.
 

@@ -1,8 +1,9 @@
 """The header of a run file: its formats, layers and settings.
 
 `Header` is the first line of a run file. It holds a `FormatInfo` for each format, a `LayerInfo` for
-each layer and a `RecipeInfo` for each recipe. `fields` declares the bounds of each value. The
-modules `lines` and `writing` come next.
+each layer and a `RecipeInfo` for each recipe. `fields` declares the bounds of each value.
+
+The modules `lines` and `writing` come next.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Predecessor(NamedTuple):
 
     Attributes:
         path: Path of the earlier file, absolute or relative to the folder of the later file.
-        before_step: Number of the first superseded step; only lower steps of the earlier file
-            count.
+        before_step: Number of the first step that the later run replaced; only lower steps of the
+            earlier file count.
     """
 
     path: str | Path
@@ -48,7 +49,7 @@ class Predecessor(NamedTuple):
 
 @dataclass(frozen=True)
 class FormatInfo:
-    """A judged format: its name and range, as the header of a run file holds them.
+    """A number format that a run judges: its name and range, as the run file's header has them.
 
     Attributes:
         name: Name of the format, as in the keys of figures.
@@ -74,7 +75,7 @@ class FormatInfo:
 
         Args:
             format: The number format.
-            scaling: Scaling of the run, as in `altgrad.measure`.
+            scaling: Which weights share a scale in the run, as in `altgrad.measure`.
 
         Returns:
             The name and the range of the format.
@@ -84,12 +85,12 @@ class FormatInfo:
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """An observed layer, as the header of a run file describes it.
+    """An observed layer (one parameter tensor), as the header of a run file describes it.
 
     Attributes:
         shape: Shape of the parameter.
         dtype: Name of the parameter's dtype, such as ``"float32"``.
-        elements: Maximum number of measured elements.
+        elements: Maximum number of elements that are measured in a step.
         formats: Names of the formats that the layer is judged for.
         every_n_steps: Number of optimizer steps from one observed step to the next.
     """
@@ -103,16 +104,21 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class RecipeInfo:
-    """A recipe whose twins were stepped, as the header of a run file describes it.
+    """A recipe, how weights and optimizer states are stored, as a run file's header describes it.
+
+    The run tried the recipe on a sample of each layer, which is called a twin.
 
     Attributes:
         name: Name of the recipe, as in the keys of figures.
         weights: Name of the format in which weights are stored; None for float32.
         rounding: ``"nearest_even"`` or ``"stochastic"``.
-        compensation: ``"kahan"``, or None.
-        states: Name of the format of a state of the optimizer, by the state's name or ``"*"``.
-        dtype: Name of the dtype of all tensors, such as ``"bfloat16"``; None for that of the twins.
-        optimizer: Qualified name of what makes the optimizer; None for the run's own class.
+        compensation: ``"kahan"`` if the rounding error of each weight is kept; otherwise None.
+        states: By name of an optimizer state, such as ``"exp_avg"``, the name of its format. The
+            name ``"*"`` stands for all other floating-point states of the parameter's shape.
+        dtype: Name of the dtype of the tensors to step, such as ``"bfloat16"``. None for float32,
+            and for float64 in a run in float64.
+        optimizer: Module and name of the function or class that makes the optimizer; None for the
+            run's own class.
         fused: If True, the optimizer's fused implementation steps.
         bytes_per_parameter: Bytes of weights and states for each parameter; NaN if unknown.
     """
@@ -133,15 +139,15 @@ class Header:
     """The first line of a run file: the settings of the whole run.
 
     Attributes:
-        formats: Judged formats, by name.
-        layers: Observed layers, by name.
-        scaling: Scaling of the formats, as in `altgrad.measure`.
+        formats: Judged number formats, by name.
+        layers: Observed layers (parameter tensors), by name.
+        scaling: Which weights share a scale in the formats, as in `altgrad.measure`.
         versions: Versions of the packages that wrote the file, by name.
         created: Time at which the file was created, in ISO 8601.
         predecessor: File of the run that this run continues; None for a new run.
-        loggers: The run as each of its loggers knows it: class of the logger under ``logger``, then
-            ``name``, ``id`` and ``version`` of the run, or None.
-        recipes: Recipes whose twins are stepped, by name.
+        loggers: For each logger of the run, its class under ``logger``, and the run's ``name``,
+            ``id`` and ``version`` in it, each a text or None.
+        recipes: By name, the recipes for storing weights that are tried on samples (twins).
     """
 
     formats: Mapping[str, FormatInfo]
@@ -154,7 +160,10 @@ class Header:
     recipes: Mapping[str, RecipeInfo] = field(default_factory=dict)
 
     def is_like(self, other: Header) -> bool:
-        """Return True if formats, scaling, layers and recipes are equal: figures mean the same."""
+        """Return True if both headers have equal formats, scaling, layers and recipes.
+
+        Figures of the two runs then mean the same, and can stand in one file.
+        """
         mine, others = self.as_json(), other.as_json()
         return all(mine[key] == others[key] for key in ("formats", "scaling", "layers", "recipes"))
 
@@ -201,12 +210,12 @@ class Header:
 
 
 def make_layers(known: Mapping[str, Mapping[str, Any]]) -> dict[str, LayerInfo]:
-    """Return a `LayerInfo` for each layer, from checked fields by name of the layer."""
+    """Return a `LayerInfo` for each layer, by name, from the parsed JSON object of each layer."""
     return {name: LayerInfo(**each) for name, each in known.items()}
 
 
 def layers_as_json(layers: Mapping[str, LayerInfo]) -> dict[str, Any]:
-    """Return the descriptions of layers as JSON values, by name of the layer."""
+    """Return the descriptions of layers as JSON objects, by name of the layer."""
     return {
         name: asdict(each) | {"shape": [*each.shape], "formats": [*each.formats]}
         for name, each in layers.items()
@@ -214,7 +223,7 @@ def layers_as_json(layers: Mapping[str, LayerInfo]) -> dict[str, Any]:
 
 
 def info_as_json(info: FormatInfo | RecipeInfo) -> dict[str, Any]:
-    """Return the description of a format or recipe as JSON values, without its name."""
+    """Return the description of a format or recipe as a JSON object, without its name."""
     fields = {name: value for name, value in asdict(info).items() if name != "name"}
     return {
         name: number_as_json(value) if isinstance(value, float) else value

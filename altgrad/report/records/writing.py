@@ -1,9 +1,10 @@
-"""`RunFile`: write a run file, one observed step after another.
+"""`RunFile`: write the figures of one observed step after another to a run file.
 
 A run file stays readable if the process is killed or the disk is full: whole lines are appended
 without a buffer, and a failed write is undone. A lock of the module `locks` gives a run file one
-writer at a time. Read `RunFile.create`, `RunFile.append`, then `RunFile.resume`. The module
-`reading` comes next.
+writer at a time.
+
+Read `RunFile.create`, `RunFile.append`, then `RunFile.resume`. The module `reading` comes next.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ class RunFile:
             folder: Folder of the file; it is created if it is missing.
             header: Formats, layers, scaling and recipes, as `UpdateMonitor.run_header` returns
                 them. Versions, time and predecessor are added.
-            predecessor: File of the run that this run continues, and number of the first step
-                that this run supersedes. None for a new run.
+            predecessor: Pair of the file of the run that this run continues, and the number of the
+                first step that this run does again. None for a new run.
 
         Returns:
             The open file.
@@ -105,7 +106,7 @@ class RunFile:
     def resume(
         cls, path: str | os.PathLike[str], before_step: int, header: Header | Mapping[str, Any]
     ) -> RunFile:
-        """Open a run file to continue it, and mark its lines from `before_step` on as superseded.
+        """Open a run file to continue it; readers then ignore its lines from `before_step` on.
 
         If formats, scaling, layers or recipes differ from the file's, it is left unchanged. A new
         file is then created in the same folder, with `path` as its predecessor. The same is
@@ -160,8 +161,8 @@ class RunFile:
 
         Args:
             step: Number of the step.
-            record: Figures of the step.
-            skipped: Number of skipped steps so far, by reason.
+            record: Figures of the step, of each layer and of the model.
+            skipped: Number of steps so far that moved no weight, by reason.
             weights: Histogram of log2(abs(weight)) over the model; None writes no histogram of
                 weights.
 
@@ -180,10 +181,12 @@ class RunFile:
         self._write(format_lines(step, record, skipped, weights))
 
     def add_layers(self, layers: Mapping[str, LayerInfo]) -> None:
-        """Describe layers that are missing in the header, before their first figures.
+        """Write a line that describes layers which are missing in the header.
+
+        The line must stand before the first figures of these layers.
 
         Args:
-            layers: The layers by name.
+            layers: The descriptions by name of the layer.
 
         Raises:
             OSError: The description cannot be written; then the file has no part of it.
@@ -227,7 +230,7 @@ class RunFile:
 
 
 def _parse_header(header: Header | Mapping[str, Any]) -> Header:
-    """Return the header, or raise TypeError if a reader would reject it."""
+    """Return a header, given as such or as JSON values; raise TypeError if it is invalid."""
     try:
         return Header.from_json(header.as_json() if isinstance(header, Header) else header)
     except ValueError as error:
@@ -262,7 +265,7 @@ def _check_histogram(name: str, histogram: Histogram) -> None:
 
 
 def _claim_first_free(folder: Path, content: memoryview) -> tuple[Path, WriterLock]:
-    """Lock and create the run file with the first free name in a folder."""
+    """Create a run file with the first free name in a folder, and return its path and lock."""
     for number in itertools.count(1):
         path = folder / ("altgrad.jsonl" if number == 1 else f"altgrad-{number}.jsonl")
         if os.path.lexists(path) or (lock := take_lock(path)) is None:
@@ -279,12 +282,13 @@ def _claim_first_free(folder: Path, content: memoryview) -> tuple[Path, WriterLo
 
 
 def _create_file(path: Path, content: memoryview) -> bool:
-    """Create a file that has its content as soon as it has its name.
+    """Create a file with the given content, which is complete when the name of the file appears.
 
-    Every run file that a reader finds therefore has a header.
+    A reader therefore finds no run file without a header. On file systems without hard links, the
+    content is written after the name appears.
 
     Returns:
-        False if the path exists, because another process has just created the file.
+        True; False if the path exists, because another process has just created the file.
     """
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     _write_new_file(draft, content)
@@ -303,7 +307,7 @@ def _write_new_file(path: Path, content: memoryview) -> bool:
     """Create a file with the given content, and delete the file if writing fails.
 
     Returns:
-        False if the path exists.
+        True; False if the path exists.
     """
     try:
         file = path.open("xb", buffering=0)
