@@ -241,7 +241,14 @@ class Figures(Mapping[str, float]):
         ]
 
     def _find_row(self, key: str) -> int | None:
-        """Find the index of the table row with a key's figure; None for a key of twins."""
+        """Return the row of the step's table that has the figure of a key.
+
+        A key is ``metric`` or ``metric/format``; formats have a row each. None for a key
+        ``metric/recipe``: figures of recipes, which twins try, are in another table.
+
+        Raises:
+            KeyError: There is no such key.
+        """
         name, _, format = key.partition("/")
         # Only an unknown key looks into the catalogue, for the message: a run reads many figures.
         row = self._rows.get(format or None)

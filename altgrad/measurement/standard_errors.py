@@ -126,16 +126,17 @@ def standard_errors(
 
 
 class _Spreads(NamedTuple):
-    """The sums that say how far estimates Σ a / Σ b may be off, float64 (rows, keys) each.
+    """Sums from which the errors of ratios Σ a / Σ b follow; each float64 (layers, metrics).
 
     Each element has an a and a b. For ``stall_frac``, a is 1 if the element's update stalled, and
     b is 1 if the update is other than 0. A unit is an element, or a cluster of elements with the
-    sums of their a and b. Sums over units are multiplied by (population / measured elements)². All
-    sums are 0 for a layer of which every element was measured.
+    sums of their a and b. Sums over units are multiplied by (population / measured elements)², to
+    stand for the whole layer. Where every element of a layer was measured, no error is left, and
+    all sums are set to 0.
 
     Attributes:
-        variance: Variance of Σ (a − ratio · b).
-        b_variance: Σ b² over units, times the share of the population that was not drawn.
+        variance: Variance of Σ (a − ratio · b), where the ratio is Σ a / Σ b.
+        b_variance: Σ b² over units, times the share of the layer's elements that was not measured.
         aa: Σ a² over units.
         rest: Σ (b − a)² over units.
         bb: Σ b² over units.

@@ -470,7 +470,13 @@ class UpdateMonitor:
     # --- one step
 
     def _is_due(self, index: int) -> bool:
-        """Return True if a step is to be observed; if so, compute the amaxes that scales need."""
+        """Return True if a step is to be observed, and prepare for it: the observer asks before it.
+
+        Preparing computes the largest magnitude of layers whose scales are due, in `ScaleState`.
+
+        Args:
+            index: Number of steps of the optimizer since it was attached, before this one.
+        """
         # If the schedule raises, observe the step: its end is where errors of ranks are combined.
         wanted = True
         with self._peers.hold_errors():

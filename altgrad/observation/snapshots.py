@@ -109,7 +109,10 @@ class Snapshot:
     is_temporary: bool = False
 
     def fits(self, name: str, gradient: Tensor) -> bool:
-        """Return True if the memory still fits the parameter and its gradient.
+        """Return True if the copies can be made in this memory again, in place.
+
+        The parameter must have the name, shape, dtype and device, and its gradient the dtype, for
+        which the memory was allocated.
 
         Args:
             name: The name of the parameter now.

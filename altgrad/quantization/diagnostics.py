@@ -174,6 +174,18 @@ def visible_mask(
 
 
 def _round(x: Tensor, format: FloatFormat, scale: float | Tensor) -> Tensor:
-    """Round to the nearest value of a format times the scale; clamp only under the number 1."""
+    """Round to the nearest value of a format times a scale.
+
+    Values beyond the largest value are clamped to it only if `scale` is the Python number 1. Any
+    other scale is taken to follow the weights: it would grow with such a value.
+
+    Args:
+        x: float64, any shape.
+        format: The format.
+        scale: A positive number, or a tensor that broadcasts to the shape of x.
+
+    Returns:
+        float64, the shape of x.
+    """
     is_amax_scale = isinstance(scale, Tensor) or scale != 1
     return quantize_unbounded(x, format, scale) if is_amax_scale else quantize(x, format, scale)

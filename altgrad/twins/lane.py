@@ -217,7 +217,16 @@ class Lane:
         stepped: Sequence[Stepped],
         changed: Collection[str],
     ) -> list[str]:
-        """Note which layers have a gradient, and lay out the flat tensors of twins anew if needed.
+        """Note which layers have a gradient, for `step`, and arrange the twins' tensors by layer.
+
+        The tensors hold the sampled elements of all layers, one layer after the other. They are
+        made anew if layers are new or gone, are stepped at other times than before, or have states
+        that something other than a step has changed.
+
+        Args:
+            optimizer: The optimizer of the training.
+            stepped: The layers that it is about to step.
+            changed: Names of the layers whose optimizer states were changed between two steps.
 
         Returns:
             Names of the layers whose parameter is another object than before.

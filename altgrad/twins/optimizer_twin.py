@@ -190,11 +190,14 @@ class OptimizerTwin(Twin):
         return numbers.pop() if len(numbers) == 1 and fresh.isdisjoint(names) else None
 
     def _find_dtype(self, new: Arrangement) -> torch.dtype:
-        """Return the dtype of the twin's gradients.
+        """Return the dtype in which this twin, a copy that steps a sample, holds its gradients.
 
-        It is that of the training's gradients if the twin has the training's dtype of weights, and
-        otherwise that of the twin's weights. A parameter in 16 bits may have gradients in float32,
-        by its attribute `grad_dtype`.
+        Weights in 16 bits may have gradients in float32, by the attribute `grad_dtype` of a
+        parameter. A twin whose weights have the dtype of the training's therefore takes the dtype
+        of the training's gradients. Any other twin takes the dtype of its own weights.
+
+        Args:
+            new: The layout of the sample, with the dtypes of the training.
         """
         if new.gradient_dtype is None or self.dtype != new.weights.dtype:
             return self.dtype
@@ -252,10 +255,14 @@ class OptimizerTwin(Twin):
         return scale
 
     def _must_look(self, gradients: Gradients) -> bool:
-        """Return True if the host must read `found_inf` of a GradScaler before the step.
+        """Return True if the host must read `found_inf`, by which a GradScaler skips a step.
 
-        A step cannot be undone on the device if the optimizer counts in numbers of Python, or if
-        the step may be the first one of a bucket, which makes its states.
+        Otherwise the step is made, and undone on the device if the flag is set, so that the host
+        need not wait. That is impossible if the optimizer keeps its count of steps as a number of
+        Python, and in the first step of a layer, which creates the optimizer states.
+
+        Args:
+            gradients: The gradients of the step, and which layers have some.
         """
         return self._counts_on_host or gradients.present != self._undone_for
 
