@@ -11,23 +11,17 @@ Read `isolation` first; `flat_state` comes next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from altgrad._messages import format_count
+from altgrad.recipes.recipe import OptimizerFactory
 from altgrad.twins.generators import PrivateGenerators
 from altgrad.twins.hyperparameters import copy_options, is_equal, set_option
 from altgrad.twins.isolation import keeping_settings
-
-Factory: TypeAlias = Callable[[list[nn.Parameter], dict[str, Any]], Optimizer]
-"""A function of the user that makes an optimizer.
-
-It is called with the parameters to step, and with the hyperparameters of a parameter group of the
-training's optimizer by key, such as ``lr``. It returns the optimizer.
-"""
 
 
 class FactoryGroup:
@@ -53,7 +47,7 @@ class FactoryGroup:
 
     def __init__(
         self,
-        factory: Factory,
+        factory: OptimizerFactory,
         parameters: Sequence[nn.Parameter],
         options: Mapping[str, Any],
         seed: int,

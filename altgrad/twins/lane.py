@@ -395,8 +395,14 @@ class Lane:
         sizes = tuple(len(each.indices) for each in layers)
         populations = tuple(each.parameter.numel() for each in layers)
         return LaneSums(
-            *(self.names, tuple(stacks), states, values, counts, sizes, populations),
-            self._run.block_counts,
+            layers=self.names,
+            recipes=tuple(stacks),
+            states=states,
+            values=values,
+            counts=counts,
+            sizes=sizes,
+            populations=populations,
+            blocks=self._run.block_counts,
         )
 
     def _find_shown(self, names: Collection[str]) -> Tensor:

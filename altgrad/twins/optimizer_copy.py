@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import logging
 import types
 import weakref
 from collections import OrderedDict, defaultdict
@@ -23,7 +22,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from altgrad.twins.shared_objects import find_shared
+from altgrad.twins.shared_objects import LEAVES, find_shared
 
 Groups: TypeAlias = Sequence[tuple[int, Sequence[nn.Parameter]]]
 """For each group of a copy: the index of the original's group whose hyperparameters it gets, and
@@ -190,7 +189,7 @@ class _Copier:
         todo, seen = [(value, False)], set[tuple[int, bool]]()
         while todo:
             each, is_shared = todo.pop()
-            if (id(each), is_shared) in seen or isinstance(each, _NOT_COPIED):
+            if (id(each), is_shared) in seen or isinstance(each, LEAVES):
                 continue
             seen.add((id(each), is_shared))
             if id(each) in self._parameters or isinstance(each, nn.Parameter):
@@ -200,15 +199,11 @@ class _Copier:
             if isinstance(each, Optimizer):
                 return f"the optimizer {type(each).__name__}"
             is_shared |= isinstance(each, (types.FunctionType, weakref.ref))
-            todo += [(inner, is_shared) for inner in _list_inner(each)]
+            todo += [(inner, is_shared) for inner in _list_references(each)]
         return ""
 
 
-# Loggers lead to whatever the program logs to; a deep copy of a logger is the logger.
-_NOT_COPIED = (type, types.ModuleType, types.CodeType, logging.Logger)
-
-
-def _list_inner(value: Any) -> Iterator[Any]:
+def _list_references(value: Any) -> Iterator[Any]:
     """Yield the objects that an object refers to.
 
     The globals of a function and the graph of a tensor are left out.

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_LEAVES = (type, types.ModuleType, types.CodeType, logging.Logger)
+LEAVES = (type, types.ModuleType, types.CodeType, logging.Logger)
 """Types whose objects are not searched for objects that a deep copy would share.
 
 Classes, modules and code lead to everything in the program. Loggers may be shared: a copy writes to
@@ -61,7 +61,7 @@ def find_shared(value: Any, known: object = None) -> str:
     todo, seen = [value], {id(known)}
     while todo:
         each = todo.pop()
-        if id(each) in seen or isinstance(each, _LEAVES):
+        if id(each) in seen or isinstance(each, LEAVES):
             continue
         seen.add(id(each))
         if isinstance(each, (types.FunctionType, types.BuiltinFunctionType)):
@@ -80,7 +80,7 @@ def _find_mutable(function: object) -> str:
     todo, seen = [function, *_list_globals(function)], set[int]()
     while todo:
         each = todo.pop()
-        if id(each) in seen or isinstance(each, (*_LEAVES, *_CONSTANTS)):
+        if id(each) in seen or isinstance(each, (*LEAVES, *_CONSTANTS)):
             continue
         seen.add(id(each))
         if isinstance(each, types.FunctionType) and _writes_outside(each.__code__):
