@@ -112,6 +112,7 @@ TWIN_METRICS = _by_name(
         *("decay_projection", "1", "real"),
         "weights are larger than those of fp32: weight decay was lost",
     ),
+    Metric(*("moved_since_start_frac", *_SHARE), "weights that differ from those at the start"),
     Metric("twin_nonfinite_frac", *_SHARE, "NaN or inf in the sample"),
 )
 """Metrics of a twin, by name, such as ``drift``.

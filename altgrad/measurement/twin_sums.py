@@ -3,7 +3,7 @@
 A twin is a sample of each layer that is stored and stepped as a recipe says. The twin in fp32 has
 float32 weights and states, and gets the same gradients. Each figure of a twin is a ratio Σ a / Σ b
 over the elements of the sample, or a median. `TwinColumns` names the sums, and `measure_twins`
-computes them.
+computes them; `measure_alone` does for a run that no twin can follow.
 
 `twin_table` comes next and turns the sums into figures.
 """
@@ -27,7 +27,7 @@ Standard errors follow from the last three.
 
 RATIOS = (
     *("progress_kept", "window_progress_kept", "drift", "frozen_frac", "still_frac"),
-    *("step_projection", "decay_projection", "twin_nonfinite_frac"),
+    *("step_projection", "decay_projection", "moved_since_start_frac", "twin_nonfinite_frac"),
 )
 """Names of a twin's metrics that are ratios Σ a / Σ b; ``drift`` is the square root of its ratio.
 
@@ -138,6 +138,41 @@ def measure_twins(
     return torch.cat(each_row, dim=2)
 
 
+def measure_alone(
+    mask: Tensor, run: TwinStack, has_gradient: Tensor, *, blocks: Sequence[int] = ()
+) -> Tensor:
+    """Sum up what is known of the training's own weights without a twin in fp32 beside them.
+
+    It is used where no twin, a sample that is stepped on its own, can make the training's steps.
+    ``still_frac`` is then about the elements that had a gradient other than 0 in the window, the
+    time since the last observed step; with a twin in fp32, about those that it moved.
+
+    Args:
+        mask: bool (layers, width), False at padding.
+        run: The weights of the training.
+        has_gradient: True for elements that had a gradient other than 0 in the window, bool
+            (layers, width).
+        blocks: Number of neighbours that were drawn together in each layer, as in `measure_twins`.
+
+    Returns:
+        Sums, float64 (layers, 1, columns), in the order of ``TwinColumns()``. They are 0 for
+        metrics that need a twin in fp32.
+    """
+    own = _join([run], ())
+    finite = mask & own.are_finite
+    tried = finite & has_gradient
+    known = {
+        "still_frac": (tried & ~own.moved[1], tried),
+        "moved_since_start_frac": (finite & (own.moves[0] != 0), finite),
+        "twin_nonfinite_frac": (mask & ~finite, mask.expand_as(finite)),
+    }
+    none = torch.zeros_like(finite)
+    pairs = [known.get(name, (none, none)) for name in TwinColumns().ratios]
+    a, b = (torch.stack([pair[side].double() for pair in pairs]) for side in (0, 1))
+    sums = _sum_products(a, b, blocks).permute(3, 2, 1, 0).flatten(2)
+    return torch.cat([sums, sums.new_zeros((*sums.shape[:2], 1))], dim=2)
+
+
 class _Joined(NamedTuple):
     """The tensors of several twins, joined along an axis of twins.
 
@@ -214,6 +249,7 @@ def _pair_weights(
         "still_frac": (frozen[1], moved32[1]),
         "step_projection": (products[2], squares[2]),
         "decay_projection": (apart * weights, weights.square()),
+        "moved_since_start_frac": (finite & (low.moves[0] != 0), finite),
         "twin_nonfinite_frac": (mask & ~finite, mask.expand_as(finite)),
     }
 

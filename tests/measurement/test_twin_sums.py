@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from altgrad.measurement.twin_sums import RATIOS, TwinColumns, TwinStack, measure_twins
+from altgrad.measurement.twin_sums import (
+    RATIOS,
+    TwinColumns,
+    TwinStack,
+    measure_alone,
+    measure_twins,
+)
 
 STATES = ("exp_avg", "exp_avg_sq")
 WEIGHTS = ("start", "window", "before", "now")
@@ -82,6 +88,11 @@ def define_decay(low: TwinStack, high: TwinStack, layer: int, place: int) -> Pai
     return (exact(low.now, layer, place) - weight32) * weight32, weight32 * weight32
 
 
+def define_moved(low: TwinStack, high: TwinStack, layer: int, place: int) -> Pair:
+    moved = exact(low.now, layer, place) != exact(low.start, layer, place)
+    return Fraction(moved), Fraction(1)
+
+
 DEFINITIONS: dict[str, Define] = {
     "progress_kept": projection_since("start"),
     "window_progress_kept": projection_since("window"),
@@ -90,6 +101,7 @@ DEFINITIONS: dict[str, Define] = {
     "still_frac": share_of_unmoved("moved_in_window"),
     "step_projection": projection_since("before"),
     "decay_projection": define_decay,
+    "moved_since_start_frac": define_moved,
 }
 
 
@@ -157,8 +169,8 @@ def test_columns_are_five_sums_of_each_ratio_then_medians_then_a_count() -> None
     columns = TwinColumns(STATES)
     assert columns.ratios == (*RATIOS, "exp_avg_zero_frac", "exp_avg_sq_zero_frac")
     assert columns.medians == ("exp_avg_ratio", "exp_avg_sq_ratio")
-    assert len(columns) == 10 * 5 + 2 + 1
-    assert len(TwinColumns()) == 8 * 5 + 1
+    assert len(columns) == 11 * 5 + 2 + 1
+    assert len(TwinColumns()) == 9 * 5 + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -252,6 +264,27 @@ def test_no_twins_and_no_states_are_measured() -> None:
     alone = measure_twins(mask, high, [make_stack(3, 4, 1)], ())
     assert alone.shape == (3, 1, len(TwinColumns()))
     assert torch.equal(alone[..., -1], high.moved.sum(1, keepdim=True).double())
+
+
+@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize("bad", [None, *WEIGHTS])
+def test_a_run_alone_has_the_figures_that_need_no_fp32(block: int, bad: str | None) -> None:
+    mask = torch.arange(9) < torch.tensor([[9], [5], [0]])
+    run = make_stack(3, 9, 0, torch.bfloat16, ())
+    if bad is not None:
+        getattr(run, bad)[0, 2] = math.nan
+    has_gradient = torch.arange(27).view(3, 9) % 4 != 0
+    found = measure_alone(mask, run, has_gradient, blocks=[block] * 3)
+    # Fed as fp32, a twin whose moves in the window are the gradients gives the same sums.
+    high = run._replace(moved_in_window=has_gradient)
+    as_twin = measure_twins(mask, high, [run], (), blocks=[block] * 3)
+    for k, name in enumerate(RATIOS):
+        sums = found[:, 0, 5 * k : 5 * k + 5]
+        if name in {"still_frac", "moved_since_start_frac", "twin_nonfinite_frac"}:
+            torch.testing.assert_close(sums, as_twin[:, 0, 5 * k : 5 * k + 5])
+        else:
+            assert not sums.any()
+    assert not found[..., -1].any()
 
 
 def test_twins_are_measured_alike_alone_and_together() -> None:
