@@ -144,8 +144,9 @@ def measure_alone(
     """Sum up what is known of the training's own weights without a twin in fp32 beside them.
 
     It is used where no twin, a sample that is stepped on its own, can make the training's steps.
-    ``still_frac`` is then about the elements that had a gradient other than 0 in the window, the
-    time since the last observed step; with a twin in fp32, about those that it moved.
+    A *window* is the time since the last observed step. ``still_frac`` is about the elements that
+    had a gradient other than 0 in the window. With a twin in fp32, it is about those that the twin
+    moved.
 
     Args:
         mask: bool (layers, width), False at padding.

@@ -41,6 +41,8 @@ _PRECISIONS = {
     torch.float64: "64-true",
 }
 """The dtypes that a recipe may have, and Lightning's `Trainer(precision=…)` for each."""
+NOW = "now"
+"""The name of the training itself among the recipes, if it keeps less than float32 does."""
 _ADAM_STATES = frozenset({"exp_avg", "exp_avg_sq"})
 _KAHAN_BITS = 16
 _SCALE_BITS = 8  # e8m0 and E4M3, the scales of blocks, are numbers of 8 bits
@@ -102,6 +104,11 @@ class Recipe:
             raise ValueError(
                 f"name={self.name!r}: expected letters, digits, '-' and '_', because log keys such "
                 "as progress_kept/bf16-sr contain the name; rename the recipe"
+            )
+        if self.name == NOW:
+            raise ValueError(
+                f"name={NOW!r}: expected another name, because the figures of the run itself have "
+                "this one; rename the recipe"
             )
         check_rounding(self.rounding, self.compensation)
         check_type("states", self.states, Mapping)

@@ -3,13 +3,14 @@
 A *twin* is a recipe at work on a sample of each layer of the *run*, the training that is watched. A
 lane has one twin for each recipe, and two more. The *reference twin* has the recipe of the run
 itself, to check that a sample steps as the run does. The *baseline* is the twin in float32, with
-which the others are compared.
+which the others are compared. A run that is in 16 bits itself, or that a `WeightStorage` rounds, is
+compared with it, too, under the name `NOW`.
 
 At each step, a lane gathers the sampled gradients once and steps each twin with them. At an
 observed step, one whose figures are recorded, it compares the reference twin with the run, and the
 others with the baseline.
 
-Read `fused_sgd` first, and `optimizer_twin`, `layer_plan` and `run_weights`, which do the work;
+Read `stored_layers` first, and `optimizer_twin`, `layer_plan` and `run_weights`, which do the work;
 `twin_state` comes next.
 """
 
@@ -26,9 +27,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from altgrad._messages import few
-from altgrad.measurement.twin_sums import measure_twins
+from altgrad.measurement.twin_sums import TwinStack, measure_alone, measure_twins
 from altgrad.observation.observer import describe_error
-from altgrad.recipes.recipe import Recipe
+from altgrad.recipes.recipe import NOW, Recipe
 from altgrad.twins.element_scales import ElementScales
 from altgrad.twins.flat_state import NotElementwiseError
 from altgrad.twins.fused_sgd import describe_fused_sgd
@@ -36,8 +37,10 @@ from altgrad.twins.hyperparameters import Changes
 from altgrad.twins.layer_plan import LaneKind, LayerPlan, Stepped
 from altgrad.twins.optimizer_copy import CannotCopyError
 from altgrad.twins.optimizer_twin import Gradients, OptimizerTwin
-from altgrad.twins.run_states import RunStates
+from altgrad.twins.run_states import RunStates, gather_states
 from altgrad.twins.run_weights import RunWeights
+from altgrad.twins.self_check import COUNTS
+from altgrad.twins.stored_layers import find_spacings
 from altgrad.twins.twin import Arrangement, Twin, UpdateTwin
 from altgrad.twins.twin_source import TwinSource
 
@@ -76,19 +79,30 @@ class Lane:
 
     A *twin* is a sample of each layer that is stepped as a recipe says. One for each recipe is
     compared with the *baseline*, a twin in float32. The *reference twin* steps just as the training
-    does, to check that a sample steps alike.
+    does, to check that a sample steps alike. If the training keeps less than float32 does, it is
+    compared with the baseline, too.
 
     Args:
         kind: The properties that the layers share.
         recipes: The recipes whose twins are stepped.
         source: The layers of the training, with their samples and scales.
+        shows_run: If True, the sums of the training itself are among those of the twins, under the
+            name `NOW`, if it keeps less than float32 does.
 
     Attributes:
         follows_updates: True if twins take over the updates of the training, because its optimizer
             cannot run on a sample.
+        draws: True if the training's optimizer was seen to draw random numbers in a step.
     """
 
-    def __init__(self, kind: LaneKind, recipes: Sequence[Recipe], source: TwinSource) -> None:
+    def __init__(
+        self,
+        kind: LaneKind,
+        recipes: Sequence[Recipe],
+        source: TwinSource,
+        *,
+        shows_run: bool = True,
+    ) -> None:
         self._kind = kind
         self._recipes = frozenset(each.name for each in recipes)
         self._warn = source.warn
@@ -98,11 +112,15 @@ class Lane:
         self._states = RunStates()
         self._make = (kind.dtype, self._scales, source.seed)  # what each twin is made of
         self._reference: Twin = OptimizerTwin(Recipe("run", dtype=kind.dtype), *self._make)
-        self._baseline: Twin | None = None  # in float32 and float64, the reference stands for it
-        if torch.promote_types(kind.dtype, torch.float32) != kind.dtype:
+        self._baseline: Twin | None = None  # unless the run is low, the reference stands for it
+        if kind.is_low:
             self._baseline = OptimizerTwin(Recipe("fp32"), *self._make)
         self._twins: dict[str, Twin] = {r.name: OptimizerTwin(r, *self._make) for r in recipes}
         self.follows_updates = False
+        self.draws = False
+        self._shows_run = shows_run and kind.is_low
+        self._is_checked = False  # in the running step
+        self._counts = torch.zeros((0, len(COUNTS)), dtype=torch.float64, device=kind.device)
         self._suspicions = 0  # checks after which a write was suspected that torch did not count
         self._has_new_layers = False  # since the last step
         self._late: Changes = {}  # changes of hyperparameters while the run last stepped
@@ -127,8 +145,18 @@ class Lane:
 
     @property
     def is_empty(self) -> bool:
-        """True if the twins of all recipes have ended, so that nothing is left to step."""
-        return not self._twins
+        """True if the twins of all recipes have ended, so that nothing is left to step or show."""
+        return not (self._twins or self._shows_run)
+
+    @property
+    def _records_run(self) -> bool:
+        """True if the reference twin takes over the training's weights after each step.
+
+        Otherwise it reaches the same weights by its own steps. It cannot if they are rounded at
+        random, or after the step.
+        """
+        is_rounded = self._kind.is_stored or self.draws
+        return self._kind.is_low and is_rounded and not self.follows_updates
 
     @property
     def _all_twins(self) -> list[Twin]:
@@ -163,6 +191,7 @@ class Lane:
             is_checkable: False if the reference twin cannot equal the training, since the
                 training's optimizer rounds at random.
         """
+        self._is_checked = is_checked
         written, changed = self._find_writes(optimizer, stepped)
         if stepped is not self._stepped or changed:
             written.update(self._arrange(optimizer, stepped, changed))
@@ -241,6 +270,7 @@ class Lane:
         if notice := describe_fused_sgd(optimizer, recipes, kind.dtype, kind.device):
             self._warn(notice)
         self._present = self._plan.find_present(names)
+        self._gradients.zero_()  # those of layers that have none in this step
         places, layers = self._plan.layout.places, self._plan.layers
         self._takes = [
             (each, layers[each.name].indices, self._gradients[places[each.name]])
@@ -278,7 +308,9 @@ class Lane:
 
     # --- after a step of the run
 
-    def step(self, optimizer: Optimizer, changes: Changes, late: Changes) -> None:
+    def step(
+        self, optimizer: Optimizer, changes: Changes, late: Changes, *, draws: bool = False
+    ) -> None:
         """Step all twins with the gathered gradients, now that the training has stepped.
 
         A *twin* is a sample of the layers that is stepped as a recipe says. If `follows_updates`,
@@ -290,10 +322,13 @@ class Lane:
             late: Hyperparameters that changed while the training stepped. Before their next step,
                 twins take over those that the reference twin has not changed in its own step, such
                 as those of a hook. Factories, functions that make optimizers, get all of them.
+            draws: True if the training's optimizer draws random numbers in its steps.
         """
         missed = self._find_missed()
         own, by_factory = _join(missed, changes), _join(self._late, changes)
         self._late = late
+        self.draws |= draws
+        moved = self._reference.tensors.moved_in_window.clone() if self._records_run else None
         if self.follows_updates:
             self._follow_run()
         else:
@@ -306,8 +341,24 @@ class Lane:
                     self._try(twin, partial(_step, twin, self._gradients_now, followed))
                 if has_new_layers:
                     self._warn_about_names()
+        self._compare_with_run(optimizer)
+        if moved is not None and self._records_run:
+            self._reference.tensors.replace_step(self._run.gather(), moved)
         self._run.remember_writes()
         self._states.remember(optimizer, self._stepped)
+
+    def _compare_with_run(self, optimizer: Optimizer) -> None:
+        """Compare the reference twin with the training for the self-check, if the step has one.
+
+        The reference twin steps a sample just as the training steps all.
+        """
+        if not self._is_checked:
+            return
+        spacings = None
+        if self._kind.is_stored:
+            layers, weights = self._plan.layers, self._run.gather()
+            spacings = find_spacings(optimizer, layers, self._plan.layout, weights)
+        self._counts = self._run.check(self._reference.tensors, spacings)
 
     def _warn_about_names(self) -> None:
         """Warn of recipes that store optimizer states which their twin's optimizer lacks."""
@@ -339,15 +390,24 @@ class Lane:
             assert isinstance(twin, UpdateTwin)
             twin.take_update(update)
         reference.weights.copy_(self._run.values)  # w + (v − w) may differ from v
+        if self._shows_run:
+            self._run.note_gradients(self._gradients, self._gradients_now.found_inf)
 
-    def check(self) -> Tensor:
-        """Compare the reference twin, which steps as the training does, with the training.
+    def take_counts(self) -> Tensor:
+        """Return by how much the reference twin differed from the training in the last check.
+
+        The reference twin is a sample that is stepped as the training is.
 
         Returns:
             float64 (layers, counts): the differences in each layer,
-            `altgrad.twins.self_check.COUNTS`, on the device.
+            `altgrad.twins.self_check.COUNTS`, on the device. Counts of weights that were taken over
+            are 0 in a second call, as the first one has reported them.
         """
-        return self._run.check(self._reference.tensors)
+        counts, compared = self._counts, len(COUNTS) - 2
+        self._counts = torch.cat(
+            [counts[:, :compared], torch.zeros_like(counts[:, compared:])], dim=1
+        )
+        return counts
 
     def _read_states(self, optimizer: Optimizer, names: Collection[str]) -> None:
         """Give the largest magnitudes of optimizer states to the twins' scales.
@@ -383,12 +443,12 @@ class Lane:
             The sums of all twins and the counts of the self-check, on the device.
         """
         self._read_states(optimizer, self.names)
-        counts, rows = self.check(), self._run.rows
-        stacks = {name: twin.stack(rows) for name, twin in self._twins.items()}
-        baseline = (self._baseline or self._reference).stack(rows)
-        states, blocks = tuple(baseline.states), self._run.blocks
-        values = measure_twins(self._run.mask, baseline, [*stacks.values()], states, blocks=blocks)
+        counts, rows = self.take_counts(), self._run.rows
+        stacks = {NOW: self._stack_run(optimizer)} if self._shows_run else {}
+        stacks |= {name: twin.stack(rows) for name, twin in self._twins.items()}
+        states, values = self._measure(stacks)
         is_shown = self._find_shown(shown)
+        self._run.begin_window(is_shown)
         for twin in self._all_twins:
             twin.tensors.begin_window(is_shown)
         layers = self._plan.layers.values()
@@ -404,6 +464,30 @@ class Lane:
             populations=populations,
             blocks=self._run.block_counts,
         )
+
+    def _stack_run(self, optimizer: Optimizer) -> TwinStack:
+        """Return weights and states of the training itself, with a row for each layer."""
+        if self._records_run:
+            tensors, layers = self._reference.tensors, self._plan.layers
+            states = gather_states(optimizer, layers, self._plan.layout, tensors.weights)
+            return tensors.stack(self._run.rows, states)
+        return self._reference.stack(self._run.rows)
+
+    def _measure(self, stacks: Mapping[str, TwinStack]) -> tuple[tuple[str, ...], Tensor]:
+        """Return the names of the states that are compared with the baseline's, and all sums.
+
+        The baseline is the twin in float32.
+
+        Args:
+            stacks: The twins, samples that are stepped as recipes say, by name of the recipe.
+        """
+        rows, mask, blocks = self._run.rows, self._run.mask, self._run.blocks
+        if self.follows_updates and self._kind.is_low:  # the run alone is left
+            has_gradient = self._run.has_gradient[rows]
+            return (), measure_alone(mask, stacks[NOW], has_gradient, blocks=blocks)
+        baseline = (self._baseline or self._reference).stack(rows)
+        states = tuple(baseline.states)
+        return states, measure_twins(mask, baseline, [*stacks.values()], states, blocks=blocks)
 
     def _find_shown(self, names: Collection[str]) -> Tensor:
         """Return a mask, bool (elements): True for the sampled elements of the named layers.
@@ -438,8 +522,8 @@ class Lane:
     def follow_updates(self, optimizer: Optimizer, reason: str) -> None:
         """Let twins add the training's updates, since its optimizer cannot run on a sample.
 
-        Twins whose recipes need an optimizer end. In a training in 16 bits all twins end, since
-        nothing in float32 is left to compare them with.
+        Twins whose recipes need an optimizer end. In a training that keeps less than float32 does,
+        all twins end, since nothing in float32 is left to compare them with.
 
         Args:
             optimizer: The training's optimizer.
@@ -448,19 +532,34 @@ class Lane:
         if self.follows_updates:
             return
         recipes = [twin.recipe for twin in self._twins.values() if twin.recipe.only_weights]
-        if self._baseline is not None:  # the run has no weights in float32 to compare with
+        if self._kind.is_low:  # the run has no weights in float32 to compare with
             recipes = []
         names = [each.name for each in recipes]
         gone = sorted(self._twins.keys() - {*names})
+        reference = self._reference
         self._make_followers(recipes)
         self._run.gather()
         for twin in self._all_twins:
             twin.rearrange(self._describe_run(optimizer))
+        if self._shows_run:
+            self._go_on_from(reference)
         # Last: where warnings are errors, the twins must be ready for the next step.
         if gone:
             self._warn(f"ends the twins of {few(gone)}: {reason}")
         if names:
             self._warn(f"feeds the twins of {few(names)} with the updates of the run: {reason}")
+
+    def _go_on_from(self, reference: Twin) -> None:
+        """Keep the weights from which the training is compared, when the reference twin is replaced.
+
+        Args:
+            reference: The reference twin so far, which stepped a sample as the training does.
+        """
+        if reference.layout != self._plan.layout:
+            return
+        tensors = self._reference.tensors = reference.tensors
+        tensors.replace_step(self._run.values, tensors.window != self._run.values)
+        self._run.note_gradients(self._gradients, self._gradients_now.found_inf)
 
     def _make_followers(self, recipes: Sequence[Recipe]) -> None:
         """Replace all twins by twins that add the training's updates, and step no optimizer."""
@@ -531,6 +630,7 @@ class Lane:
             **self._plan.state_dict(optimizer),
             "recipes": sorted(self.recipes),
             "follows_updates": self.follows_updates,
+            "draws": self.draws,
             "late": copy.deepcopy(self._late),
             "written": sorted(written),
             "changed": sorted(changed),
@@ -551,10 +651,11 @@ class Lane:
         self._twins = {name: each for name, each in self._twins.items() if name in state["twins"]}
         self._loaded_writes = state["written"], state["changed"]
         self._late = copy.deepcopy(state["late"])
+        self.draws = state["draws"]
         self._suspicions = state["suspicions"]
         if state["follows_updates"]:
             recipes = [twin.recipe for twin in self._twins.values()]
-            self._make_followers([r for r in recipes if r.only_weights and not self._baseline])
+            self._make_followers([r for r in recipes if r.only_weights and not self._kind.is_low])
         self._plan.load_state_dict(state)
         self._scales.load_state_dict(state["state_amaxes"])
         self._run.load_state_dict(state["run"], self._plan.layout)

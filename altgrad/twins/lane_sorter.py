@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from altgrad.observation.dtensor import is_sharded
-from altgrad.observation.stored import get_stored_formats
+from altgrad.observation.stored import get_stored
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.twins.layer_plan import LaneKind, Stepped
 from altgrad.twins.twin_source import TwinSource
@@ -28,8 +28,9 @@ _Key: TypeAlias = tuple[object, ...]
 class LaneSorter:
     """A sorter of the layers of one optimizer into lanes.
 
-    A *lane* is a set of layers of one dtype, gradient dtype and device. A small sample of each is
-    stepped in one tensor with the others.
+    A *lane* is a set of layers of one dtype, gradient dtype and device, which a `WeightStorage`
+    rounds after each step, or none does. A small sample of each is stepped in one tensor with the
+    others.
 
     Args:
         source: The layers of the training.
@@ -56,12 +57,11 @@ class LaneSorter:
         Returns:
             The layers, with a gradient or without; the same objects as before if none has changed.
         """
-        key, names = _describe_parameters(optimizer), self._source.names
+        stored, names = get_stored([optimizer]), self._source.names
+        key = (_describe_parameters(optimizer), *map(id, stored))
         if key != self._key or names is not self._names or not self._lanes:
-            stored = get_stored_formats([optimizer])
             self._lanes = self._sort(optimizer, stored)
-            # Whether a layer is stored is no property of the parameter: ask again at each step.
-            self._key, self._names = (() if stored else key), self._source.names
+            self._key, self._names = key, names
         return self._lanes
 
     def _sort(
@@ -74,11 +74,6 @@ class LaneSorter:
         }
         lanes: dict[LaneKind, list[Stepped]] = {}
         for name, parameter in self._source.find_stepped(optimizer):
-            if parameter in stored:
-                self._source.warn_about_omission(
-                    "has no twins of layers that a WeightStorage stores"
-                )
-                continue
             gradient = parameter.grad
             if not self._can_sample(name, parameter, gradient):
                 continue
@@ -87,7 +82,9 @@ class LaneSorter:
                 dtype = self._gradient_dtypes[name] = gradient.dtype
             stepped = Stepped(name, parameter, groups[parameter])
             for block in self._blocks:
-                kind = LaneKind(parameter.dtype, dtype, parameter.device, block)
+                kind = LaneKind(
+                    parameter.dtype, dtype, parameter.device, block, parameter in stored
+                )
                 lanes.setdefault(kind, []).append(stepped)
         return lanes
 

@@ -45,19 +45,27 @@ class LaneKind(NamedTuple):
         device: The device of the weights and gradients.
         block: Number of neighbouring elements that are drawn together, because a block of a format
             shares a scale; 1 for single elements.
+        is_stored: True if a `WeightStorage` rounds weights or optimizer states after each step.
     """
 
     dtype: torch.dtype
     gradient_dtype: torch.dtype
     device: torch.device
     block: int
+    is_stored: bool = False
+
+    @property
+    def is_low(self) -> bool:
+        """True if the training itself keeps less than float32 does, so that it loses by that."""
+        return self.is_stored or self.dtype.itemsize < torch.float32.itemsize
 
     def describe(self) -> list[object]:
         """Return the kind as a list of names and numbers, for a checkpoint.
 
         The index of the device is left out, since a resume may change it.
         """
-        return [str(self.dtype), str(self.gradient_dtype), self.device.type, self.block]
+        kind = [str(self.dtype), str(self.gradient_dtype), self.device.type, self.block]
+        return [*kind, "stored"] if self.is_stored else kind
 
 
 class Stepped(NamedTuple):

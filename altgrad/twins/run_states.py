@@ -14,10 +14,13 @@ from collections.abc import Mapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from altgrad.twins.layer_plan import Stepped
+from altgrad.twins.layout import Layout
+from altgrad.twins.sample import Sampled
 from altgrad.twins.writes import count_writes_to_each
 
 
@@ -89,6 +92,31 @@ class _Writes(NamedTuple):
                 [next(counts) for v in items if isinstance(v, Tensor)],
             )
         return marks
+
+
+def gather_states(
+    optimizer: Optimizer, layers: Mapping[str, Sampled], layout: Layout, weights: Tensor
+) -> dict[str, Tensor]:
+    """Gather the sampled elements of the optimizer states that have the shape of their layer.
+
+    Args:
+        optimizer: The training's optimizer.
+        layers: The layers by name, with their sampled elements.
+        layout: The places of the layers in a flat tensor.
+        weights: The sampled weights, (elements).
+
+    Returns:
+        Each state by name, (elements), in the dtype of the weights; 0 in layers without the state.
+    """
+    states: dict[str, Tensor] = {}
+    for name, place in layout.places.items():
+        layer = layers[name]
+        for key, value in optimizer.state.get(layer.parameter, {}).items():
+            is_whole = isinstance(value, Tensor) and value.shape == layer.shape
+            if is_whole and value.is_floating_point():
+                flat = states.setdefault(key, torch.zeros_like(weights))
+                flat[place] = torch.take(value, layer.indices).to(flat.dtype)
+    return states
 
 
 _NO_STATE: Mapping[str, Any] = {}

@@ -45,6 +45,8 @@ class RunWeights:
         mask: bool (layers, width), False where a row has no element of its layer.
         blocks: Number of neighbours that were drawn together in each layer; 1 for single elements.
         block_counts: Number of blocks in the sample of each layer; 0 for single elements.
+        has_gradient: bool (elements), True if `note_gradients` got a gradient other than 0 since
+            `begin_window`.
         is_watching: True if weights are gathered after each step, and compared before the next, to
             find writes that torch does not count.
     """
@@ -59,6 +61,7 @@ class RunWeights:
         self.values = torch.zeros(0, dtype=kind.dtype, device=kind.device)
         self.rows = self.layer_rows = torch.zeros(0, dtype=torch.int64, device=kind.device)
         self.mask = torch.zeros(0, dtype=torch.bool, device=kind.device)
+        self.has_gradient = torch.zeros(0, dtype=torch.bool, device=kind.device)
         # By layer, the last two of COUNTS: how often weights were taken over since the last check,
         # and whether they were before the last checked step, without a write that torch counted.
         self._times_changed = torch.zeros(0, dtype=torch.float64, device=kind.device)
@@ -104,6 +107,10 @@ class RunWeights:
             self.layer_rows[place] = row
         self._carry_counts(old, names)
         self.gather()
+        if len(self.has_gradient):
+            self.has_gradient = (sources >= 0) & self.has_gradient[sources]
+        else:
+            self.has_gradient = torch.zeros(layout.length, dtype=torch.bool, device=device)
         if len(last):
             self.values = torch.where(sources < 0, self.values, last[sources])
             self._places = [self.values[place] for place in layout.places.values()]
@@ -131,11 +138,13 @@ class RunWeights:
             torch.take(layer.parameter, layer.indices, out=place)
         return self.values
 
-    def check(self, reference: TwinTensors) -> Tensor:
+    def check(self, reference: TwinTensors, spacings: Tensor | None = None) -> Tensor:
         """Compare the reference twin, a sample stepped as the training is, with the training now.
 
         Args:
             reference: The weights of the reference twin.
+            spacings: The distance between neighbouring numbers of the format in which the training
+                stores each weight, float64 (elements); None if it stores them in their dtype.
 
         Returns:
             float64 (layers, counts): the differences in each layer,
@@ -146,12 +155,31 @@ class RunWeights:
         times, self._times_changed = self._times_changed, torch.zeros_like(self._times_changed)
         suspected, self._suspected = self._suspected, torch.zeros_like(self._suspected)
         further = torch.stack([times, suspected.double()], dim=1)
-        return torch.cat([self._compare(reference), further], dim=1)
+        return torch.cat([self._compare(reference, spacings), further], dim=1)
 
-    def _compare(self, reference: TwinTensors) -> Tensor:
+    def _compare(self, reference: TwinTensors, spacings: Tensor | None = None) -> Tensor:
         each = (self.values, reference.weights, reference.start)
         run, twin, start = (numbers[self.rows] for numbers in each)
-        return compare(run, twin, start, self.mask)
+        own = None if spacings is None else spacings[self.rows]
+        return compare(run, twin, start, self.mask, own)
+
+    def note_gradients(self, gradients: Tensor, found_inf: Tensor | None) -> None:
+        """Note in `has_gradient` which elements have a gradient other than 0 in a step.
+
+        Args:
+            gradients: The sampled gradients, floating-point (elements).
+            found_inf: The flag of a GradScaler, not 0 if it skips the step; None without it.
+        """
+        is_made = True if found_inf is None else found_inf == 0
+        self.has_gradient.logical_or_((gradients != 0) & is_made)
+
+    def begin_window(self, shown: Tensor) -> None:
+        """Begin another window, the time between two steps whose figures are recorded.
+
+        Args:
+            shown: bool (elements), False for layers whose window goes on.
+        """
+        self.has_gradient.logical_and_(~shown)
 
     # --- weights that something other than a step has changed
 
@@ -225,12 +253,16 @@ class RunWeights:
         """Return the state that a resumed run needs to find the same writes.
 
         Returns:
-            ``times_changed``, how often something other than a step changed each layer since the
-            last `check`, float64 (layers), and ``watched``, the weights after the last step,
-            (elements), or None if they are not watched.
+            A dict with three keys. ``times_changed`` says how often something other than a step
+            changed each layer since the last `check`, float64 (layers). ``has_gradient`` is the
+            attribute, bool (elements). ``watched`` has the weights after the last step, (elements),
+            or None if they are not watched.
         """
-        watched = self.values.clone() if self.is_watching else None
-        return {"times_changed": self._times_changed.clone(), "watched": watched}
+        return {
+            "times_changed": self._times_changed.clone(),
+            "has_gradient": self.has_gradient.clone(),
+            "watched": self.values.clone() if self.is_watching else None,
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor | None], layout: Layout) -> None:
         """Restore a `state_dict`; the next `rearrange` brings its elements to their new places.
@@ -240,8 +272,11 @@ class RunWeights:
             layout: The places of the samples when the state was saved.
         """
         device, times, watched = self._kind.device, state["times_changed"], state["watched"]
+        has_gradient = state["has_gradient"]
         assert times is not None
+        assert has_gradient is not None
         self._layout, self._times_changed = layout, times.to(device, copy=True)
+        self.has_gradient = has_gradient.to(device, copy=True)
         self._suspected = torch.zeros_like(self._times_changed, dtype=torch.bool)
         if watched is not None:
             self.is_watching, self.values = True, watched.to(device, copy=True)

@@ -58,9 +58,10 @@ class Check(Enum):
 
     It says whether a *twin*, a sample that is stepped just as the training is, equals it.
 
-    A training whose optimizer rounds at random is not checkable: the twin draws other numbers. At
-    the first step both start alike, and differ by at most one spacing. *Tails* are a few elements
-    that torch rounds otherwise at the ends of a tensor.
+    A training that is rounded after each step, by a `WeightStorage` or by an optimizer that rounds
+    at random, is not checkable: the twin rounds otherwise. At the first step both start alike, and
+    differ by at most one spacing. *Tails* are a few elements that torch rounds otherwise at the
+    ends of a tensor.
     """
 
     EQUAL = "equal"
@@ -69,7 +70,9 @@ class Check(Enum):
     DIFFERENT = "different"
 
 
-def compare(run: Tensor, twin: Tensor, start: Tensor, mask: Tensor) -> Tensor:
+def compare(
+    run: Tensor, twin: Tensor, start: Tensor, mask: Tensor, spacings: Tensor | None = None
+) -> Tensor:
     """Count the sampled elements by which a reference twin differs from the training.
 
     The *reference twin* is a sample of the layers that is stepped just as the training is.
@@ -81,6 +84,9 @@ def compare(run: Tensor, twin: Tensor, start: Tensor, mask: Tensor) -> Tensor:
         twin: The weights of the twin, the same dtype and shape.
         start: The weights of the twin when it began, in the same dtype and shape.
         mask: bool (layers, width), False at padding.
+        spacings: The distance between neighbouring numbers of the format in which the training
+            stores each weight, float64 (layers, width); 0 where it stores them in `run`'s dtype,
+            and None if it does everywhere. A difference of one spacing counts as rounding.
 
     Returns:
         float64 (layers, 4): the first four of `COUNTS`: elements that differ, that differ by more
@@ -93,6 +99,9 @@ def compare(run: Tensor, twin: Tensor, start: Tensor, mask: Tensor) -> Tensor:
     movement = (run.double() - start.double()).abs()
     size = (run.double() - twin.double()).abs()
     near = (ulps <= _ULPS.get(run.dtype, 0.0)) | (size <= _SLACK * movement)
+    if spacings is not None:
+        ulps = torch.where((spacings > 0) & differs, size / spacings, ulps)
+        near |= size <= spacings
     far = differs & ~near
     most = ulps.nan_to_num(torch.inf).amax(1) if run.shape[1] else ulps.new_zeros(len(run))
     return torch.stack([*(each.sum(1).double() for each in (differs, far, moved)), most], dim=1)

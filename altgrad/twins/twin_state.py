@@ -54,6 +54,7 @@ _LANE = {
     "late": Mapping,
     "recipes": list,
     "follows_updates": bool,
+    "draws": bool,
     "written": list,
     "changed": list,
     "suspicions": int,
@@ -90,8 +91,9 @@ def _check_lane(lane: Any, place: str) -> None:
 
 def _check_run(run: Any, place: str, layout: Layout) -> None:
     """Raise ValueError if the state of the sampled weights, `RunWeights.state_dict`, is damaged."""
-    _expect_mapping(run, place, ("times_changed", "watched"))
+    _expect_mapping(run, place, ("times_changed", "has_gradient", "watched"))
     _expect_tensor(run["times_changed"], f"{place}['times_changed']", len(layout.places))
+    _expect_tensor(run["has_gradient"], f"{place}['has_gradient']", layout.length)
     if run["watched"] is not None:
         _expect_tensor(run["watched"], f"{place}['watched']", layout.length)
 

@@ -89,6 +89,17 @@ class TwinTensors:
         """Note in `moved_in_window` which weights a step has moved, just after it."""
         self.moved_in_window.logical_or_(self.weights != self.before)
 
+    def replace_step(self, weights: Tensor, moved_in_window: Tensor) -> None:
+        """Let the last step end at other weights than those it has reached.
+
+        Args:
+            weights: The weights after the step, (elements).
+            moved_in_window: The flags `moved_in_window` before the step, bool (elements).
+        """
+        self.weights.copy_(weights)
+        self.moved_in_window.copy_(moved_in_window)
+        self.end_step()
+
     def begin_window(self, shown: Tensor) -> None:
         """Begin another window, at the end of a step whose figures are recorded.
 

@@ -137,10 +137,12 @@ class Twins:
             if lane is None:
                 if all(each.parameter.grad is None for each in stepped):
                     continue
-                lane = Lane(kind, self._recipes[kind.block], self._source)
+                is_first = kind.block == min(self._recipes)
+                lane = Lane(kind, self._recipes[kind.block], self._source, shows_run=is_first)
                 run.lanes[kind] = lane
                 if self._restore(lane, kind, [each.name for each in stepped]):
                     run.checked.add(kind)
+                    run.draws |= lane.draws
             if lane.is_empty:
                 continue
             is_checked = is_observed or kind not in run.checked
@@ -185,11 +187,11 @@ class Twins:
             lane = run.lanes[kind]
             if (state := run.random_states.pop(kind.device, None)) is not None:
                 run.draws |= not torch.equal(state, _get_random_state(kind.device))
-            lane.step(optimizer, run.changes, late)
+            lane.step(optimizer, run.changes, late, draws=run.draws)
             if lane.follows_updates:
                 self._note_checks(kind, dict.fromkeys(lane.names, Check.DIFFERENT))
             if kind not in run.checked:
-                counts = lane.check().cpu().numpy()
+                counts = lane.take_counts().cpu().numpy()
                 self._read_counts(optimizer, kind, lane.names, counts)
         run.follower.remember()
 
@@ -285,7 +287,7 @@ class Twins:
         times = zip(names, counts[:, 4].astype(int).tolist(), strict=True)
         self.resynchronised.update({name: count for name, count in times if count})
         lane.watch_writes(is_suspected=bool(counts[:, 5].any()), are_found=bool(counts[:, 4].any()))
-        found = judge(counts, draws=run.draws, is_first=kind not in run.checked)
+        found = judge(counts, draws=run.draws or kind.is_stored, is_first=kind not in run.checked)
         run.checked.add(kind)
         if not lane.follows_updates:
             wrong = [k for k, check in enumerate(found) if check is Check.DIFFERENT]

@@ -115,15 +115,24 @@ def test_a_layer_without_a_gradient_stays_in_the_lane_of_its_last_one() -> None:
     assert kinds[-1].gradient_dtype == torch.float32
 
 
-def test_stored_and_sparse_layers_are_left_out_with_a_notice() -> None:
+def test_sparse_layers_are_left_out_with_a_notice() -> None:
     result = Sorted()
     weight = result.net[0].weight
     weight.grad = torch.ones(4, 4).to_sparse()
     assert "0.weight" not in result.names()[0]
-    storage = WeightStorage("bf16").attach(result.optimizer, module=result.net[2])
-    result.net[0].bias.grad = None
-    assert "2.bias" not in str(result.names())
     assert "sparse" in result.source.notices[0]
-    assert "WeightStorage" in result.source.notices[-1]
+
+
+def test_stored_layers_are_in_lanes_of_their_own() -> None:
+    result = Sorted()
+    assert not any(kind.is_stored or kind.is_low for kind in result.sort())
+    bias = result.net[2].bias
+    optimizer = torch.optim.SGD([bias], 1e-3)
+    storage = WeightStorage("bf16").attach(optimizer, module=result.net)
+    bias.grad = torch.zeros_like(bias)
+    [kind] = result.sorter.sort(optimizer)
+    assert kind.is_stored
+    assert kind.is_low
     storage.detach()
-    assert "2.bias" in str(result.names())
+    [kind] = result.sorter.sort(optimizer)
+    assert not kind.is_stored

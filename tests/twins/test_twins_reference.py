@@ -321,7 +321,8 @@ def test_twins_that_draw_leave_the_streams_of_the_training(dtype: torch.dtype) -
         train(net, optimizer, 15, before_step=lambda _, into=drawn: into.append(draw_everywhere()))
         results.append((drawn, copy_weights(net)))
         assert watched.notices == []
-    assert watched.records[-1].model.recipes == ("e4m3fn-sr", "drawing")
+    run = ("now",) if dtype is torch.bfloat16 else ()
+    assert watched.records[-1].model.recipes == (*run, "e4m3fn-sr", "drawing")
     (drawn, weights), (also_drawn, also_weights) = results
     assert drawn == also_drawn
     assert all(map(torch.equal, weights, also_weights))
