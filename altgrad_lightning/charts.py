@@ -78,6 +78,14 @@ class Charts:
         self._twin_keys: dict[str, None] = {}  # of the model, in any step so far
         self._recipes: dict[str, dict[str, None]] = {}  # of each layer, in any step so far
 
+    @property
+    def recipes(self) -> list[str]:
+        """Names of the recipes that any layer has had figures of so far.
+
+        A run in low precision has figures of itself under the name ``now``.
+        """
+        return [*dict.fromkeys(name for each in self._recipes.values() for name in each)]
+
     def add(
         self,
         step: int,

@@ -222,7 +222,8 @@ class Output:
         self._drawn_step = step
         if not boards.can_show(self._loggers):
             return
-        formats, recipes = [*self._header.formats], [*self._header.recipes]
+        formats = [*self._header.formats]
+        recipes = [*dict.fromkeys([*self._charts.recipes, *self._header.recipes])]
         assessment = self.assess()
         if not self._has_layout:
             self._has_layout = True

@@ -55,6 +55,8 @@ class Layer(NamedTuple):
         real: Figures of the low run, compared with the fp32 run.
         fed: Figures of the twin of the fed run.
         real_fed: Figures of the low run, compared with the fed run.
+        now: Figures that a monitor of the low run has of the run itself, named ``now``; None where
+            the low run has float32 tensors, of which a monitor cannot know that they are rounded.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Layer(NamedTuple):
     real: Fate
     fed: Fate
     real_fed: Fate
+    now: Fate | None
 
 
 class Comparison(NamedTuple):
@@ -233,6 +236,7 @@ def watch(run: Run, steps: int, recipe: str, elements: int) -> UpdateMonitor:
         recipes=recipe,
         twin_elements=elements,
         strict=True,
+        warn=lambda _: None,  # that weights in bf16 are not judged for bf16
     ).attach(run.optimizer)
 
 
@@ -280,12 +284,19 @@ def compare(
         low.step()
         fed.step()
 
-    with watch(fed, steps, recipe, elements) as fed_monitor:
+    watched_low = watch(low, steps, recipe, elements)
+    with watched_low, watch(fed, steps, recipe, elements) as fed_monitor:
         low_loss = train(low_net, world, steps, step_both)
 
     assert monitor.latest is not None
     assert fed_monitor.latest is not None
     watched, watched_fed = monitor.latest.layers, fed_monitor.latest.layers
+    assert watched_low.latest is not None
+    watched_now = {
+        name: figures
+        for name, figures in watched_low.latest.layers.items()
+        if "now" in figures.recipes
+    }
     layers = [
         Layer(
             name,
@@ -294,6 +305,7 @@ def compare(
             find_fate(low, high, name),
             read_fate(watched_fed[name], recipe),
             find_fate(low, fed, name),
+            read_fate(watched_now[name], "now") if name in watched_now else None,
         )
         for name in high.parameters
     ]

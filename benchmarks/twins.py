@@ -8,7 +8,8 @@ stored as the recipe says. `twin_runs` does both. The table shows predicted / re
 layers:
 
 - without a mark, for a real run that computes its own gradients;
-- **fed**, for an fp32 run that takes the gradients of the real run.
+- **fed**, for an fp32 run that takes the gradients of the real run;
+- **now**, for the real run itself, as a monitor of it says.
 
 The target for `frozen_frac` counts only layers with at least 64 sampled elements that move. Runs in
 fp16-true have a table of their own, since they end in NaN.
@@ -41,6 +42,7 @@ from benchmarks.twin_tasks import TASKS, Task
 
 Sides = tuple[str, str]
 SEPARATE, FED = ("predicted", "real"), ("fed", "real_fed")  # attributes of a `Layer`
+NOW = ("now", "real_fed")
 FEWEST_MOVED = 64
 """Fewest sampled elements that move, for a layer whose frozen_frac is held to its target."""
 PRETRAINING_RATE = 1e-3
@@ -162,7 +164,8 @@ class Pooled(NamedTuple):
 
 
 def pool(layers: Sequence[Layer], sides: Sides, read: Callable[[Fate], float]) -> Pooled:
-    pairs = [tuple(read(getattr(layer, side)) for side in sides) for layer in layers]
+    each = [[getattr(layer, side) for side in sides] for layer in layers]
+    pairs = [tuple(map(read, fates)) for fates in each if None not in fates]
     known = [pair for pair in pairs if not any(map(math.isnan, pair))]
     predicted, real = zip(*known, strict=True)
     return Pooled(
@@ -187,6 +190,9 @@ def pool_all(layers: Sequence[Layer]) -> dict[str, Pooled]:
         "frozen_frac, fed": pool(layers, FED, lambda x: x.frozen),
         "progress_kept, fed": pool(layers, FED, lambda x: x.kept),
         "exp_avg_sq_ratio, fed, octaves": pool(layers, FED, octaves),
+        "frozen_frac, now": pool(layers, NOW, lambda x: x.frozen),
+        "progress_kept, now": pool(layers, NOW, lambda x: x.kept),
+        "exp_avg_sq_ratio, now, octaves": pool(layers, NOW, octaves),
     }
 
 
@@ -209,6 +215,8 @@ def find_targets(
             0.03,
         ),
         Target("progress_kept, fed, is off by", pooled["progress_kept, fed"].off, 0.05),
+        Target("progress_kept, now, is off by", pooled["progress_kept, now"].off, 0.05),
+        Target("frozen_frac, now, is off by", pooled["frozen_frac, now"].off, 0.03),
         Target(
             "layers whose exp_avg_sq_ratio, fed, is off by more than 0.1 octaves, share of",
             sum(each > 0.1 for each in known) / len(known),
@@ -264,8 +272,9 @@ def main() -> None:
 
 
 def layer_figures(layer: Layer) -> dict[str, object]:
-    sides = {side: getattr(layer, side)._asdict() for side in (*SEPARATE, *FED)}
-    return {"layer": layer.name, "moved": layer.moved, **sides}
+    sides = {side: getattr(layer, side) for side in (*SEPARATE, *FED, "now")}
+    figures = {side: fate._asdict() for side, fate in sides.items() if fate is not None}
+    return {"layer": layer.name, "moved": layer.moved, **figures}
 
 
 if __name__ == "__main__":

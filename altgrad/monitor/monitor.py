@@ -345,7 +345,10 @@ class UpdateMonitor:
         self._observer.attach(*optimizers, scaler=scaler)
         self._bypasses.begin(self._observer.hooks)
         for notice in leave_out_unjudged(
-            self._watch, self._settings, get_stored_formats(optimizers)
+            self._watch,
+            self._settings,
+            get_stored_formats(optimizers),
+            has_twins=bool(self.recipes),
         ):
             self._warn(notice)
         return self

@@ -22,7 +22,11 @@ from altgrad.quantization.format_set import FormatSet
 
 
 def leave_out_unjudged(
-    watch: Watch, settings: LayerSettings, stored: Mapping[Tensor, FloatFormat]
+    watch: Watch,
+    settings: LayerSettings,
+    stored: Mapping[Tensor, FloatFormat],
+    *,
+    has_twins: bool,
 ) -> Iterator[str]:
     """Leave out formats whose loss of updates cannot be measured, and yield notices about it.
 
@@ -36,23 +40,26 @@ def leave_out_unjudged(
         watch: The parameters and formats.
         settings: Settings of each layer; formats are removed from them.
         stored: The format in which a `WeightStorage` stores a parameter, by parameter.
+        has_twins: True if samples of the layers are stepped, so that there are figures of the
+            training itself.
 
     Returns:
         An iterator over notices for the user.
     """
+    remedy = "read unmoved_frac" + (" and progress_kept/now" if has_twins else "")
     for name, parameter in watch.parameters.items():
         if (element := stored.get(parameter)) is not None:
-            yield from _leave_out_formats(name, element, watch.formats, settings)
+            yield from _leave_out_formats(name, element, watch.formats, settings, remedy)
     # Parameters that are not trained, such as those of integers, need no notice.
     trained = {name: p.dtype for name, p in watch.parameters.items() if p.requires_grad}
     if others := [name for name, dtype in trained.items() if dtype not in INPUT_DTYPES]:
         yield f"leaves out parameters of other dtypes: {others}"
     for dtype in sorted({*trained.values()} & {*INPUT_DTYPES}, key=str):
-        yield from _hidden_in(dtype, watch.formats)
+        yield from _hidden_in(dtype, watch.formats, remedy)
 
 
 def _leave_out_formats(
-    name: str, element: FloatFormat, formats: FormatSet, settings: LayerSettings
+    name: str, element: FloatFormat, formats: FormatSet, settings: LayerSettings, remedy: str
 ) -> Iterator[str]:
     """Drop formats no coarser than a layer's stored weights from its settings; yield a notice."""
     judged = settings.get(name).formats
@@ -62,16 +69,16 @@ def _leave_out_formats(
         yield (
             f"cannot judge {', '.join(hidden)} for weights that a WeightStorage stores in "
             f"{element.name}: stalled updates are lost before they can be measured. These formats "
-            "are left out for such layers; read unmoved_frac"
+            f"are left out for such layers; {remedy}"
         )
 
 
-def _hidden_in(dtype: torch.dtype, formats: FormatSet) -> Iterator[str]:
+def _hidden_in(dtype: torch.dtype, formats: FormatSet, remedy: str) -> Iterator[str]:
     """Yield a notice if weights of a dtype are stored no finer than some of the formats."""
     judges = zip(formats.names, formats.judged(dtype), strict=True)
     if coarse := [name for name, judged in judges if not judged]:
         yield (
             f"cannot judge {', '.join(coarse)} for weights already stored in {dtype}: "
             "stalled updates are lost before they can be measured, and these figures are NaN; "
-            "read unmoved_frac"
+            f"{remedy}"
         )

@@ -253,10 +253,10 @@ class RunWeights:
         """Return the state that a resumed run needs to find the same writes.
 
         Returns:
-            A dict with three keys. ``times_changed`` says how often something other than a step
-            changed each layer since the last `check`, float64 (layers). ``has_gradient`` is the
-            attribute, bool (elements). ``watched`` has the weights after the last step, (elements),
-            or None if they are not watched.
+            A dict with three keys. Under ``times_changed`` is how often something other than a step
+            changed each layer since the last `check`, float64 (layers). Under ``has_gradient`` is
+            the attribute, bool (elements). Under ``watched`` are the weights after the last step,
+            (elements), or None if they are not watched.
         """
         return {
             "times_changed": self._times_changed.clone(),

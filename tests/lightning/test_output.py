@@ -99,6 +99,26 @@ def test_pictures_are_drawn_at_powers_of_four_and_at_the_end(tmp_path: Path) -> 
     assert "custom_scalars__config__" in tags["tensors"]
 
 
+@pytest.mark.default_twins
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_a_run_in_16_bits_is_charted_as_now(tmp_path: Path, precision: Any) -> None:
+    monitor = PrecisionMonitor(["e4m3fn"], every_n_steps=1)
+    run = fit(tmp_path, monitor, precision=precision)
+    scalars = logged(run.logger.log_dir)
+    kept = [value for _, value in scalars["altgrad/progress_kept/now"]]
+    broken = [value for _, value in scalars["altgrad/twin_nonfinite_frac/now"]]
+    assert len(kept) == len(broken) == 6
+    # In fp16, the eps of AdamW is 0, and weights become NaN.
+    assert math.isfinite(kept[-1]) == (precision == "bf16-true")
+    assert (broken[-1] > 0) == (precision == "16-true")
+    assert "altgrad/frozen_frac/now/layers.2.weight" in scalars
+    events = EventAccumulator(run.logger.log_dir, size_guidance=ALL).Reload()
+    (layout,) = events.Tensors("custom_scalars__config__")
+    assert b"progress_kept, now" in layout.tensor_proto.string_val[0]
+    row = next(row for row in read(monitor.path).rows if row.layer == "layers.2.weight")
+    assert "frozen_frac" in row.twins["now"]
+
+
 def test_own_share_elements_and_skipped_steps_are_charted(tmp_path: Path) -> None:
     run = fit(tmp_path, PrecisionMonitor(every_n_steps=1))
     scalars = logged(run.logger.log_dir)

@@ -229,17 +229,18 @@ def test_rules_set_the_size_of_samples() -> None:
     assert layers["2.weight"].moved_elements == 128  # up to the last full chunk of 130
 
 
-@pytest.mark.parametrize(("recipes", "notices"), [(None, 0), (["bf16"], 1)])
-def test_a_weight_storage_leaves_out_twins_with_a_notice_if_they_were_named(
-    recipes: Any, notices: int
-) -> None:
+@pytest.mark.parametrize(("recipes", "word"), [((), ""), (None, " and progress_kept/now")])
+def test_a_notice_about_a_stored_run_names_the_figures_that_it_has(recipes: Any, word: str) -> None:
     net = make_net()
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
     with WeightStorage("bf16").attach(optimizer):
         watched = Watched(net, optimizer, recipes=recipes)
         train(net, optimizer, 10)
-    assert sum("no twins" in notice for notice in watched.notices) == notices
-    assert watched.records[-1].model.recipes == ()
+    assert watched.notices
+    for notice in watched.notices:
+        assert notice.endswith(f"read unmoved_frac{word}")
+    figures = watched.records[-1].model
+    assert ("progress_kept/now" in figures) == bool(word)
 
 
 def test_nothing_is_left_on_the_optimizer_after_detach() -> None:

@@ -119,6 +119,15 @@ def test_with_whole_layers_and_the_real_gradients_twin_and_run_are_equal(net: st
     assert len(layers) >= 10
 
 
+@pytest.mark.parametrize("net", SMALL)
+def test_the_figures_of_a_run_in_bf16_are_those_of_all_its_elements(net: str) -> None:
+    known = [(x.now, x.real_fed) for x in tune(net, 1e-4).layers if x.now is not None]
+    assert len(known) == len(tune(net, 1e-4).layers)
+    assert statistics.fmean(abs(now.kept - real.kept) for now, real in known) <= 0.05
+    assert statistics.fmean(abs(now.frozen - real.frozen) for now, real in known) <= 0.03
+    assert statistics.fmean(now.frozen for now, _ in known) > 0.2
+
+
 # --- fp16 with an eps that it stores as 0
 
 

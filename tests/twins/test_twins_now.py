@@ -53,6 +53,20 @@ class RoundingAdamW(torch.optim.AdamW):
                 p.copy_(wide)
 
 
+class KahanSGD(torch.optim.SGD):
+    """SGD that keeps the rounding error of each weight, and adds it to the next update."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                lost = self.state[p].setdefault("lost", torch.zeros_like(p))
+                update = lost - group["lr"] * p.grad
+                before = p.clone()
+                p.add_(update)
+                lost.copy_(update - (p - before))
+
+
 class NormalisedSGD(torch.optim.SGD):
     """SGD that divides by the norm of the whole gradient, so that a sample steps otherwise."""
 
@@ -171,6 +185,7 @@ OPTIMIZERS = {
     "foreach": lambda each: torch.optim.AdamW(each, 3e-3, weight_decay=0.1, foreach=True),
     "fused": lambda each: torch.optim.AdamW(each, 3e-3, fused=True),
     "SGD": lambda each: torch.optim.SGD(each, 1e-2, momentum=0.9),
+    "kahan": lambda each: KahanSGD(each, 1e-3),
     "rounding": lambda each: RoundingAdamW(each, 1e-3),
 }
 
