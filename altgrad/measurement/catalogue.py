@@ -4,8 +4,9 @@ An element that is not finite before the step, after it or in the gradient is co
 `nonfinite_frac` and left out of every other metric. A figure is NaN if it has no value.
 A twin is a sample of each layer that is stored and stepped as a recipe says. The twin "fp32" has
 float32 weights and states, and gets the same gradients. The recipe "now" stands for the run itself,
-if its weights are in 16 bits or a `WeightStorage` rounds them. An element of the sample that is not finite
-in the twin or in fp32 is counted in `twin_nonfinite_frac` and left out of the twin's other metrics.
+if its weights are in 16 bits or a `WeightStorage` rounds them. An element of the sample that is not
+finite in the twin or in fp32 is counted in `twin_nonfinite_frac` and left out of the twin's other
+metrics.
 
 `altgrad.measurement.metrics` comes next and has the formulas: a new metric is a row of this file
 and a formula of that one. This file does not import torch, so that reports start fast.

@@ -550,10 +550,12 @@ class Lane:
             self._warn(f"feeds the twins of {few(names)} with the updates of the run: {reason}")
 
     def _go_on_from(self, reference: Twin) -> None:
-        """Keep the weights from which the training is compared, when the reference twin is replaced.
+        """Keep the weights at the start of the training, and which have moved, in a new twin.
+
+        The new reference twin, the sample that follows the training, has replaced an earlier one.
 
         Args:
-            reference: The reference twin so far, which stepped a sample as the training does.
+            reference: The earlier one.
         """
         if reference.layout != self._plan.layout:
             return

@@ -6,9 +6,10 @@ with the gradients of the run. Layers have at most 256 elements, so that a sampl
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -277,55 +278,64 @@ def test_a_run_that_no_twin_can_follow_says_what_moved(low: bool) -> None:
 KINDS = [*OPTIMIZERS, "none", *(f"store-{name}" for name in STORAGES)]
 
 
+class Saved(NamedTuple):
+    """What a checkpoint has of a run, its storage, and its monitor."""
+
+    net: dict[str, Any]
+    optimizer: dict[str, Any]
+    index: int
+    storage: dict[str, Any] | None
+    monitor: dict[str, Any]
+
+
+def train_part(kind: str, steps: int, saved: Saved | None) -> tuple[UpdateMonitor, Saved]:
+    """Train for some steps from a checkpoint, or from the start; return the next checkpoint."""
+    settings = STORAGES.get(kind.removeprefix("store-"))
+    make = OPTIMIZERS | {"none": lambda each: NormalisedSGD(each, 0.05)}
+    run = Run(torch.float32 if settings else torch.bfloat16, make.get(kind, make_adamw))
+    if saved is not None:
+        run.net.load_state_dict(saved.net)
+        run.optimizer.load_state_dict(saved.optimizer)
+        run.index = saved.index
+    storage = None
+    if settings is not None:
+        storage = WeightStorage(**settings)
+        if saved is not None and saved.storage is not None:
+            storage.load_state_dict(saved.storage)
+        storage.attach(run.optimizer, module=run.net)
+    notices: list[str] = []
+    monitor = UpdateMonitor(
+        run.net,
+        formats=["bf16"],
+        recipes=["bf16"],
+        every_n_steps=lambda index, first=run.index: (index + first) % EVERY == 4,
+        warn=notices.append,
+        strict=True,
+    )
+    if saved is not None:
+        monitor.load_state_dict(saved.monitor)
+    monitor.attach(run.optimizer)
+    run.begin()
+    run.train(steps)
+    assert not any("begin anew" in notice for notice in notices)
+    kept = None if storage is None else storage.state_dict()
+    states = copy.deepcopy((run.net.state_dict(), run.optimizer.state_dict()))
+    return monitor, Saved(*states, run.index, kept, monitor.state_dict())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stop", [EVERY, EVERY + 3])
 def test_a_resumed_run_goes_on_exactly(kind: str, stop: int) -> None:
-    records = []
-    for parts in ((20,), (stop, 20 - stop)):
-        torch.manual_seed(0)
-        stored = STORAGES.get(kind.removeprefix("store-"))
-        make = OPTIMIZERS.get(kind, make_adamw)
-        if kind == "none":
-            make = lambda each: NormalisedSGD(each, 0.05)  # noqa: E731
-        run = Run(torch.float32 if stored else torch.bfloat16, make)
-        state: dict[str, Any] = {}
-        kept: dict[str, Any] = {}
-        for steps in parts:
-            if state:
-                before, run = run, Run(torch.float32 if stored else torch.bfloat16, make)
-                run.net.load_state_dict(before.net.state_dict())
-                run.optimizer.load_state_dict(before.optimizer.state_dict())
-                run.index = before.index
-            storage = WeightStorage(**stored) if stored else None
-            if storage is not None and kept:
-                storage.load_state_dict(kept)
-            if storage is not None:
-                storage.attach(run.optimizer, module=run.net)
-            notices: list[str] = []
-            monitor = UpdateMonitor(
-                run.net,
-                formats=["bf16"],
-                recipes=["bf16"],
-                every_n_steps=lambda index, first=run.index: (index + first) % EVERY == 4,
-                warn=notices.append,
-                strict=True,
-            )
-            if state:
-                monitor.load_state_dict(state)
-            monitor.attach(run.optimizer)
-            run.begin()
-            run.train(steps)
-            state = monitor.state_dict()
-            monitor.detach()
-            if storage is not None:
-                kept = storage.state_dict()
-                storage.detach()
-        assert monitor.latest is not None
-        records.append({name: dict(each) for name, each in monitor.latest.layers.items()})
-        assert not any("begin anew" in notice for notice in notices)
-    whole, resumed = records
+    torch.manual_seed(0)
+    whole, _ = train_part(kind, 20, None)
+    torch.manual_seed(0)
+    _, saved = train_part(kind, stop, None)
+    resumed, _ = train_part(kind, 20 - stop, saved)
+    assert whole.latest is not None
+    assert resumed.latest is not None
     for name in SHAPES:
-        keys = [key for key in whole[name] if key.endswith("/now")]
+        figures = whole.latest.layers[name]
+        keys = [key for key in figures if key.endswith("/now")]
         assert keys
         for key in keys:
-            assert resumed[name][key] == pytest.approx(whole[name][key], nan_ok=True), key
+            assert resumed.latest.layers[name][key] == pytest.approx(figures[key], nan_ok=True), key
