@@ -10,7 +10,7 @@ the one to read next:
     `generators`, `isolation`, `factory`, `flat_state`, `optimizer_twin`.
 3. What the run does: `twin_source`, `layer_plan`, `lane_sorter`, `run_weights`, `run_states`,
     `fused_sgd`, `stored_layers`.
-4. All twins: `lane`, `twin_state`, `twins`.
+4. All twins: `lane_twins`, `lane`, `twin_state`, `twins`.
 
 Read `altgrad.recipes` first.
 """

@@ -10,38 +10,34 @@ At each step, a lane gathers the sampled gradients once and steps each twin with
 observed step, one whose figures are recorded, it compares the reference twin with the run, and the
 others with the baseline.
 
-Read `stored_layers` first, and `optimizer_twin`, `layer_plan` and `run_weights`, which do the work;
-`twin_state` comes next.
+Read `lane_twins` first, and `layer_plan` and `run_weights`, which do the work; `twin_state` comes
+next.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from altgrad._messages import few
 from altgrad.measurement.twin_sums import TwinStack, measure_alone, measure_twins
-from altgrad.observation.observer import describe_error
 from altgrad.recipes.recipe import NOW, Recipe
 from altgrad.twins.element_scales import ElementScales
-from altgrad.twins.flat_state import NotElementwiseError
 from altgrad.twins.fused_sgd import describe_fused_sgd
 from altgrad.twins.hyperparameters import Changes
+from altgrad.twins.lane_twins import LaneTwins, describe_failure
 from altgrad.twins.layer_plan import LaneKind, LayerPlan, Stepped
-from altgrad.twins.optimizer_copy import CannotCopyError
 from altgrad.twins.optimizer_twin import Gradients, OptimizerTwin
 from altgrad.twins.run_states import RunStates, gather_states
 from altgrad.twins.run_weights import RunWeights
 from altgrad.twins.self_check import COUNTS
 from altgrad.twins.stored_layers import find_spacings
-from altgrad.twins.twin import Arrangement, Twin, UpdateTwin
+from altgrad.twins.twin import Arrangement
 from altgrad.twins.twin_source import TwinSource
 
 
@@ -90,8 +86,6 @@ class Lane:
             name `NOW`, if it keeps less than float32 does.
 
     Attributes:
-        follows_updates: True if twins take over the updates of the training, because its optimizer
-            cannot run on a sample.
         draws: True if the training's optimizer was seen to draw random numbers in a step.
     """
 
@@ -110,13 +104,7 @@ class Lane:
         self._plan = LayerPlan(kind, source)
         self._run = RunWeights(kind)
         self._states = RunStates()
-        self._make = (kind.dtype, self._scales, source.seed)  # what each twin is made of
-        self._reference: Twin = OptimizerTwin(Recipe("run", dtype=kind.dtype), *self._make)
-        self._baseline: Twin | None = None  # unless the run is low, the reference stands for it
-        if kind.is_low:
-            self._baseline = OptimizerTwin(Recipe("fp32"), *self._make)
-        self._twins: dict[str, Twin] = {r.name: OptimizerTwin(r, *self._make) for r in recipes}
-        self.follows_updates = False
+        self._twins = LaneTwins(kind, recipes, self._scales, source.seed, source.warn)
         self.draws = False
         self._shows_run = shows_run and kind.is_low
         self._is_checked = False  # in the running step
@@ -146,7 +134,12 @@ class Lane:
     @property
     def is_empty(self) -> bool:
         """True if the twins of all recipes have ended, so that nothing is left to step or show."""
-        return not (self._twins or self._shows_run)
+        return not (self._twins.by_recipe or self._shows_run)
+
+    @property
+    def follows_updates(self) -> bool:
+        """True if twins add the training's updates, since its optimizer cannot run on a sample."""
+        return self._twins.follows_updates
 
     @property
     def _records_run(self) -> bool:
@@ -157,15 +150,6 @@ class Lane:
         """
         is_rounded = self._kind.is_stored or self.draws
         return self._kind.is_low and is_rounded and not self.follows_updates
-
-    @property
-    def _all_twins(self) -> list[Twin]:
-        """The reference twin, the baseline if there is one, and the twins of the recipes.
-
-        The reference twin steps as the training does; the baseline steps in float32.
-        """
-        others = [] if self._baseline is None else [self._baseline]
-        return [self._reference, *others, *self._twins.values()]
 
     # --- before a step of the run
 
@@ -207,10 +191,9 @@ class Lane:
             getattr(optimizer, "found_inf", None),
         )
         if written or is_checked or self._run.is_watching:
-            reference = self._reference.tensors
+            reference = self._twins.reference.tensors
             outside = self._run.find_changed(reference, written, is_checkable=is_checkable)
-            for twin in self._all_twins:
-                twin.replace_weights(outside, self._run.values)
+            self._twins.replace_weights(outside, self._run.values)
 
     def _find_writes(
         self, optimizer: Optimizer, stepped: Sequence[Stepped]
@@ -236,9 +219,10 @@ class Lane:
         That twin is a sample of the layers that is stepped as the training is.
         """
         layer = self._plan.layers.get(name)
-        if layer is None or not isinstance(self._reference, OptimizerTwin):
+        reference = self._twins.reference
+        if layer is None or not isinstance(reference, OptimizerTwin):
             return False
-        return self._reference.has_state(name, optimizer.state.get(layer.parameter, {}), layer)
+        return reference.has_state(name, optimizer.state.get(layer.parameter, {}), layer)
 
     def _arrange(
         self,
@@ -265,7 +249,7 @@ class Lane:
         with self._following_updates_after_an_error(optimizer):
             if self._plan.arrange(optimizer, stepped, names, changed):
                 replaced = self._rearrange(optimizer)
-        recipes = [twin.recipe for twin in self._twins.values()]
+        recipes = [twin.recipe for twin in self._twins.by_recipe.values()]
         kind = self._kind
         if notice := describe_fused_sgd(optimizer, recipes, kind.dtype, kind.device):
             self._warn(notice)
@@ -290,8 +274,7 @@ class Lane:
         self._gradients = self._gradients.new_zeros(layout.length)
         replaced = self._run.rearrange(layers, layout, self._plan.begun)
         self._scales.read(layout, layers, self._kind.device, self._plan.renewed)
-        for twin in self._all_twins:
-            self._try(twin, partial(twin.rearrange, self._describe_run(optimizer)))
+        self._twins.rearrange(self._describe_run(optimizer))
         return replaced
 
     def _describe_run(self, optimizer: Optimizer) -> Arrangement:
@@ -324,26 +307,27 @@ class Lane:
                 as those of a hook. Factories, functions that make optimizers, get all of them.
             draws: True if the training's optimizer draws random numbers in its steps.
         """
-        missed = self._find_missed()
+        missed = self._twins.find_missed(self._late)
         own, by_factory = _join(missed, changes), _join(self._late, changes)
         self._late = late
         self.draws |= draws
-        moved = self._reference.tensors.moved_in_window.clone() if self._records_run else None
+        reference = self._twins.reference.tensors
+        moved = reference.moved_in_window.clone() if self._records_run else None
         if self.follows_updates:
-            self._follow_run()
+            self._twins.follow(self._run.gather())
+            if self._shows_run:
+                self._run.note_gradients(self._gradients, self._gradients_now.found_inf)
         else:
             with self._following_updates_after_an_error(optimizer):
                 if has_new_layers := self._has_new_layers:
                     self._read_states(optimizer, self._scales.find_unread())
                     self._has_new_layers = False
-                for twin in self._all_twins:
-                    followed = own if twin.recipe.optimizer is None else by_factory
-                    self._try(twin, partial(_step, twin, self._gradients_now, followed))
+                self._twins.step(self._gradients_now, own, by_factory)
                 if has_new_layers:
-                    self._warn_about_names()
+                    self._twins.warn_about_names()
         self._compare_with_run(optimizer)
         if moved is not None and self._records_run:
-            self._reference.tensors.replace_step(self._run.gather(), moved)
+            reference.replace_step(self._run.gather(), moved)
         self._run.remember_writes()
         self._states.remember(optimizer, self._stepped)
 
@@ -358,40 +342,7 @@ class Lane:
         if self._kind.is_stored:
             layers, weights = self._plan.layers, self._run.gather()
             spacings = find_spacings(optimizer, layers, self._plan.layout, weights)
-        self._counts = self._run.check(self._reference.tensors, spacings)
-
-    def _warn_about_names(self) -> None:
-        """Warn of recipes that store optimizer states which their twin's optimizer lacks."""
-        for name, twin in self._twins.items():
-            missing = twin.recipe.state_formats.keys() - {"*"} - twin.states.keys()
-            # Without any state, a twin may have had no gradient yet.
-            if missing and (twin.states or twin.recipe.optimizer is not None):
-                has = ", ".join(map(repr, twin.states)) or "none"
-                self._warn(
-                    f"stores nothing of {few(sorted(missing))} in the twin of {name}: expected "
-                    f"names of states of its optimizer, which has {has}"
-                )
-
-    def _find_missed(self) -> Changes:
-        """Return hyperparameters that the training's last step changed, and the twin's did not.
-
-        The twin is the reference twin, whose optimizer is a copy of the training's. What it did not
-        change, a hook has changed.
-        """
-        if not self._late or not isinstance(self._reference, OptimizerTwin):
-            return {}
-        return self._reference.find_unmade(self._late)
-
-    def _follow_run(self) -> None:
-        """Add the update of the training's last step to all twins, if they step no optimizer."""
-        reference = self._reference.tensors
-        update = self._run.gather() - reference.weights
-        for twin in self._all_twins:
-            assert isinstance(twin, UpdateTwin)
-            twin.take_update(update)
-        reference.weights.copy_(self._run.values)  # w + (v − w) may differ from v
-        if self._shows_run:
-            self._run.note_gradients(self._gradients, self._gradients_now.found_inf)
+        self._counts = self._run.check(self._twins.reference.tensors, spacings)
 
     def take_counts(self) -> Tensor:
         """Return by how much the reference twin differed from the training in the last check.
@@ -415,7 +366,8 @@ class Lane:
         These are the training's states in the named layers, as far as recipes store them in
         formats.
         """
-        wanted = {name for twin in self._twins.values() for name in twin.recipe.state_formats}
+        recipes = [twin.recipe for twin in self._twins.by_recipe.values()]
+        wanted = {name for recipe in recipes for name in recipe.state_formats}
         if not wanted:
             return
         states: dict[str, dict[str, Tensor]] = {}
@@ -445,12 +397,11 @@ class Lane:
         self._read_states(optimizer, self.names)
         counts, rows = self.take_counts(), self._run.rows
         stacks = {NOW: self._stack_run(optimizer)} if self._shows_run else {}
-        stacks |= {name: twin.stack(rows) for name, twin in self._twins.items()}
+        stacks |= {name: twin.stack(rows) for name, twin in self._twins.by_recipe.items()}
         states, values = self._measure(stacks)
         is_shown = self._find_shown(shown)
         self._run.begin_window(is_shown)
-        for twin in self._all_twins:
-            twin.tensors.begin_window(is_shown)
+        self._twins.begin_window(is_shown)
         layers = self._plan.layers.values()
         sizes = tuple(len(each.indices) for each in layers)
         populations = tuple(each.parameter.numel() for each in layers)
@@ -468,10 +419,10 @@ class Lane:
     def _stack_run(self, optimizer: Optimizer) -> TwinStack:
         """Return weights and states of the training itself, with a row for each layer."""
         if self._records_run:
-            tensors, layers = self._reference.tensors, self._plan.layers
+            tensors, layers = self._twins.reference.tensors, self._plan.layers
             states = gather_states(optimizer, layers, self._plan.layout, tensors.weights)
             return tensors.stack(self._run.rows, states)
-        return self._reference.stack(self._run.rows)
+        return self._twins.reference.stack(self._run.rows)
 
     def _measure(self, stacks: Mapping[str, TwinStack]) -> tuple[tuple[str, ...], Tensor]:
         """Return the names of the states that are compared with the baseline's, and all sums.
@@ -485,7 +436,7 @@ class Lane:
         if self.follows_updates and self._kind.is_low:  # the run alone is left
             has_gradient = self._run.has_gradient[rows]
             return (), measure_alone(mask, stacks[NOW], has_gradient, blocks=blocks)
-        baseline = (self._baseline or self._reference).stack(rows)
+        baseline = self._twins.fp32.stack(rows)
         states = tuple(baseline.states)
         return states, measure_twins(mask, baseline, [*stacks.values()], states, blocks=blocks)
 
@@ -522,53 +473,17 @@ class Lane:
     def follow_updates(self, optimizer: Optimizer, reason: str) -> None:
         """Let twins add the training's updates, since its optimizer cannot run on a sample.
 
-        Twins whose recipes need an optimizer end. In a training that keeps less than float32 does,
-        all twins end, since nothing in float32 is left to compare them with.
-
         Args:
             optimizer: The training's optimizer.
             reason: The reason why it cannot, for the notice.
         """
         if self.follows_updates:
             return
-        recipes = [twin.recipe for twin in self._twins.values() if twin.recipe.only_weights]
-        if self._kind.is_low:  # the run has no weights in float32 to compare with
-            recipes = []
-        names = [each.name for each in recipes]
-        gone = sorted(self._twins.keys() - {*names})
-        reference = self._reference
-        self._make_followers(recipes)
         self._run.gather()
-        for twin in self._all_twins:
-            twin.rearrange(self._describe_run(optimizer))
         if self._shows_run:
-            self._go_on_from(reference)
-        # Last: where warnings are errors, the twins must be ready for the next step.
-        if gone:
-            self._warn(f"ends the twins of {few(gone)}: {reason}")
-        if names:
-            self._warn(f"feeds the twins of {few(names)} with the updates of the run: {reason}")
-
-    def _go_on_from(self, reference: Twin) -> None:
-        """Keep the weights at the start of the training, and which have moved, in a new twin.
-
-        The new reference twin, the sample that follows the training, has replaced an earlier one.
-
-        Args:
-            reference: The earlier one.
-        """
-        if reference.layout != self._plan.layout:
-            return
-        tensors = self._reference.tensors = reference.tensors
-        tensors.replace_step(self._run.values, tensors.window != self._run.values)
-        self._run.note_gradients(self._gradients, self._gradients_now.found_inf)
-
-    def _make_followers(self, recipes: Sequence[Recipe]) -> None:
-        """Replace all twins by twins that add the training's updates, and step no optimizer."""
-        self._twins = {each.name: UpdateTwin(each, *self._make) for each in recipes}
-        self._reference = UpdateTwin(Recipe("run", dtype=self._kind.dtype), *self._make)
-        self._baseline = None
-        self.follows_updates = True
+            self._run.note_gradients(self._gradients, self._gradients_now.found_inf)
+        # Last: where warnings are errors, all must be ready for the next step.
+        self._twins.follow_updates(self._describe_run(optimizer), reason)
 
     @contextmanager
     def _following_updates_after_an_error(self, optimizer: Optimizer) -> Iterator[None]:
@@ -581,41 +496,22 @@ class Lane:
             if self.follows_updates:
                 raise
             kind = type(optimizer).__name__
-            self.follow_updates(optimizer, f"{kind} cannot run on a sample: {_describe(error)}")
-
-    def _try(self, twin: Twin, act: Callable[[], object]) -> None:
-        """Call a function that acts on a twin; after an error, end that twin with a notice.
-
-        A *twin* is a sample of the layers that is stepped as a recipe says.
-
-        Errors of the reference twin and the baseline are raised, since all others need these.
-
-        Raises:
-            Warning: The user made warnings errors.
-        """
-        try:
-            act()
-        except Warning:  # the user made warnings errors
-            raise
-        except Exception as error:
-            if twin is self._reference or twin is self._baseline:
-                raise
-            self._twins.pop(twin.recipe.name, None)
-            self._warn(f"ends the twin of {twin.recipe.name}: {_describe(error)}")
+            self.follow_updates(
+                optimizer, f"{kind} cannot run on a sample: {describe_failure(error)}"
+            )
 
     # --- scales, memory, state
 
     def scales_changed(self) -> None:
         """Compute scales anew when next needed, since the amax (largest magnitude) has changed."""
         self._scales.forget_amaxes()
-        for twin in self._all_twins:
-            twin.forget_amaxes()
+        self._twins.forget_amaxes()
 
     def nbytes(self) -> int:
         """Return the memory of the lane in bytes: samples, gradients and twins."""
         indices = sum(each.indices.nbytes for each in self._plan.layers.values())
         own = self._gradients.nbytes + self._run.nbytes()
-        return indices + own + sum(twin.nbytes() for twin in self._all_twins)
+        return indices + own + self._twins.nbytes()
 
     def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the state that a resumed run needs to continue exactly.
@@ -631,7 +527,6 @@ class Lane:
         return {
             **self._plan.state_dict(optimizer),
             "recipes": sorted(self.recipes),
-            "follows_updates": self.follows_updates,
             "draws": self.draws,
             "late": copy.deepcopy(self._late),
             "written": sorted(written),
@@ -639,9 +534,7 @@ class Lane:
             "suspicions": self._suspicions,
             "run": self._run.state_dict(),
             "state_amaxes": self._scales.state_dict(),
-            "reference": self._reference.state_dict(),
-            "baseline": None if self._baseline is None else self._baseline.state_dict(),
-            "twins": {name: twin.state_dict() for name, twin in self._twins.items()},
+            **self._twins.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -650,22 +543,14 @@ class Lane:
         Args:
             state: A result of `state_dict` whose recipes include those of this lane.
         """
-        self._twins = {name: each for name, each in self._twins.items() if name in state["twins"]}
         self._loaded_writes = state["written"], state["changed"]
         self._late = copy.deepcopy(state["late"])
         self.draws = state["draws"]
         self._suspicions = state["suspicions"]
-        if state["follows_updates"]:
-            recipes = [twin.recipe for twin in self._twins.values()]
-            self._make_followers([r for r in recipes if r.only_weights and not self._kind.is_low])
         self._plan.load_state_dict(state)
         self._scales.load_state_dict(state["state_amaxes"])
         self._run.load_state_dict(state["run"], self._plan.layout)
-        saved = [(self._reference, state["reference"]), (self._baseline, state["baseline"])]
-        saved += [(twin, state["twins"][name]) for name, twin in self._twins.items()]
-        for twin, each in saved:
-            if twin is not None and each is not None:
-                twin.load_state_dict(self._plan.layout, each, self._kind.device)
+        self._twins.load_state_dict(state, self._plan.layout)
 
 
 def _join(earlier: Changes, later: Changes) -> Changes:
@@ -676,15 +561,3 @@ def _join(earlier: Changes, later: Changes) -> Changes:
         number: {**earlier.get(number, {}), **later.get(number, {})}
         for number in (*earlier, *later)
     }
-
-
-def _step(twin: Twin, gradients: Gradients, changes: Changes) -> None:
-    assert isinstance(twin, OptimizerTwin)
-    twin.follow(changes)
-    twin.step(gradients)
-
-
-def _describe(error: Exception) -> str:
-    """Return the text of an error for a notice, with type and place unless it names a remedy."""
-    has_remedy = isinstance(error, (CannotCopyError, NotElementwiseError))
-    return str(error) if has_remedy else describe_error(error)

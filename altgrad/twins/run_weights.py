@@ -282,8 +282,8 @@ class RunWeights:
             self.is_watching, self.values = True, watched.to(device, copy=True)
 
     def nbytes(self) -> int:
-        """Return the memory of the gathered weights in bytes."""
-        return self.values.nbytes
+        """Return the memory of the gathered weights and flags in bytes."""
+        return self.values.nbytes + self.has_gradient.nbytes
 
 
 def _differ(one: Tensor, other: Tensor) -> Tensor:

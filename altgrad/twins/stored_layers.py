@@ -3,7 +3,7 @@
 The *run* is the training that is watched. A storage rounds its weights after each step, so that the
 self-check, which compares a sample with the run, must allow for this rounding.
 
-Read `fused_sgd` first; `lane` comes next.
+Read `fused_sgd` first; `lane_twins` comes next.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def test_small_layers_equal_the_run_whatever_the_size_of_samples(
     assert layers.watched.notices == []
     assert {*layers.watched.monitor.twins.checks.values()} == {Check.EQUAL}
     figures = layers.watched.records[-1].layers
-    assert figures["3"].recipes == ("mxfp4", "mxfp8_e5m2", "e4m3fn")
+    assert {*figures["3"].recipes} - {"now"} == {*recipes}
     assert figures["3"].moved_elements == 63
 
 

@@ -1,0 +1,273 @@
+"""`LaneTwins`: the twins of a lane, and what happens when one of them fails.
+
+A *twin* is a recipe at work on a sample of each layer of the *run*, the training that is watched. A
+*lane* is a set of layers whose samples lie in one tensor. It has a twin for each recipe, and two
+more: the *reference twin* steps as the run does, and the *baseline* in float32. A twin that raises
+an error ends. If the reference twin cannot step as the run does, no twin can: all add the updates
+of the run from then on, or end.
+
+Read `stored_layers` first; `lane` comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from altgrad._messages import few
+from altgrad.observation.observer import describe_error
+from altgrad.recipes.recipe import Recipe
+from altgrad.twins.element_scales import ElementScales
+from altgrad.twins.flat_state import NotElementwiseError
+from altgrad.twins.hyperparameters import Changes
+from altgrad.twins.layer_plan import LaneKind
+from altgrad.twins.layout import Layout
+from altgrad.twins.optimizer_copy import CannotCopyError
+from altgrad.twins.optimizer_twin import Gradients, OptimizerTwin
+from altgrad.twins.twin import Arrangement, Twin, UpdateTwin
+
+
+class LaneTwins:
+    """The twins of layers with one dtype, gradient dtype, device and block size.
+
+    A *twin* is a sample of the layers that is stepped as a recipe says.
+
+    Args:
+        kind: The properties that the layers share.
+        recipes: The recipes, each of which has a twin.
+        scales: The scales of the sampled elements, for formats that have scales.
+        seed: Seed of stochastic rounding, and of all that optimizers draw.
+        warn: Function that is called with each notice for the user.
+
+    Attributes:
+        by_recipe: The twins that have not ended, by name of the recipe.
+        reference: The *reference twin*, which steps as the training does.
+        follows_updates: True if twins add the updates of the training, and step no optimizer.
+    """
+
+    def __init__(
+        self,
+        kind: LaneKind,
+        recipes: Sequence[Recipe],
+        scales: ElementScales,
+        seed: int,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._kind = kind
+        self._warn = warn
+        self._make = (kind.dtype, scales, seed)  # what each twin is made of
+        self.reference: Twin = OptimizerTwin(Recipe("run", dtype=kind.dtype), *self._make)
+        self._baseline: Twin | None = None  # unless the run is low, the reference stands for it
+        if kind.is_low:
+            self._baseline = OptimizerTwin(Recipe("fp32"), *self._make)
+        self.by_recipe: dict[str, Twin] = {r.name: OptimizerTwin(r, *self._make) for r in recipes}
+        self.follows_updates = False
+
+    @property
+    def fp32(self) -> Twin:
+        """The *baseline*, a twin in float32 with which the others are compared."""
+        return self._baseline or self.reference
+
+    @property
+    def _all(self) -> list[Twin]:
+        """The reference twin, the baseline if there is one, and the twins of the recipes.
+
+        The reference twin steps as the training does; the baseline steps in float32.
+        """
+        others = [] if self._baseline is None else [self._baseline]
+        return [self.reference, *others, *self.by_recipe.values()]
+
+    # --- one step
+
+    def rearrange(self, new: Arrangement) -> None:
+        """Give all twins, samples stepped as recipes say, other places in their flat tensors.
+
+        Args:
+            new: The places, and the state of the training.
+        """
+        for twin in self._all:
+            self._try(twin, partial(twin.rearrange, new))
+
+    def replace_weights(self, changed: Tensor, weights: Tensor) -> None:
+        """Let all twins, samples stepped as recipes say, take over some weights of the training.
+
+        Args:
+            changed: True for the weights that are taken over, bool (elements).
+            weights: The weights of the training, (elements).
+        """
+        for twin in self._all:
+            twin.replace_weights(changed, weights)
+
+    def step(self, gradients: Gradients, own: Changes, by_factory: Changes) -> None:
+        """Step the optimizers of all twins, samples of the layers, with the sampled gradients.
+
+        Args:
+            gradients: The gradients of the training.
+            own: Hyperparameters that were changed, for optimizers of the training's class.
+            by_factory: The same for optimizers that the function in a recipe makes.
+        """
+        for twin in self._all:
+            changes = own if twin.recipe.optimizer is None else by_factory
+            self._try(twin, partial(_step, twin, gradients, changes))
+
+    def follow(self, weights: Tensor) -> None:
+        """Add the update of the training's last step to all twins, samples of the layers.
+
+        Args:
+            weights: The weights of the training after the step, (elements).
+        """
+        reference = self.reference.tensors
+        update = weights - reference.weights
+        for twin in self._all:
+            assert isinstance(twin, UpdateTwin)
+            twin.take_update(update)
+        reference.weights.copy_(weights)  # w + (v − w) may differ from v
+
+    def find_missed(self, late: Changes) -> Changes:
+        """Return hyperparameters that the training's last step changed, and the twin's did not.
+
+        The twin is the reference twin, whose optimizer is a copy of the training's. What it did not
+        change, a hook has changed.
+
+        Args:
+            late: All that were changed while the training stepped.
+        """
+        if not late or not isinstance(self.reference, OptimizerTwin):
+            return {}
+        return self.reference.find_unmade(late)
+
+    def begin_window(self, shown: Tensor) -> None:
+        """Begin another window in all twins, the time between two steps that are recorded.
+
+        A *twin* is a sample of the layers.
+
+        Args:
+            shown: bool (elements), False for layers whose window goes on.
+        """
+        for twin in self._all:
+            twin.tensors.begin_window(shown)
+
+    def warn_about_names(self) -> None:
+        """Warn of recipes that store optimizer states which their twin's optimizer lacks."""
+        for name, twin in self.by_recipe.items():
+            missing = twin.recipe.state_formats.keys() - {"*"} - twin.states.keys()
+            # Without any state, a twin may have had no gradient yet.
+            if missing and (twin.states or twin.recipe.optimizer is not None):
+                has = ", ".join(map(repr, twin.states)) or "none"
+                self._warn(
+                    f"stores nothing of {few(sorted(missing))} in the twin of {name}: expected "
+                    f"names of states of its optimizer, which has {has}"
+                )
+
+    # --- endings
+
+    def follow_updates(self, new: Arrangement, reason: str) -> None:
+        """Let twins add the training's updates, since its optimizer cannot run on a sample.
+
+        Twins whose recipes need an optimizer end. In a training that keeps less than float32 does,
+        all twins end, since nothing in float32 is left to compare them with.
+
+        Args:
+            new: The places of the sampled elements, with the weights of the training now.
+            reason: The reason why its optimizer cannot run on them, for the notice.
+        """
+        names, reference = self._choose_followers(), self.reference
+        gone = sorted(self.by_recipe.keys() - {*names})
+        self._make_followers(names)
+        for twin in self._all:
+            twin.rearrange(new)
+        if self._kind.is_low and reference.layout == new.layout:
+            # The training itself is compared with its start, which is that of the earlier twin.
+            tensors = self.reference.tensors = reference.tensors
+            tensors.replace_step(new.weights, tensors.window != new.weights)
+        # Last: where warnings are errors, the twins must be ready for the next step.
+        if gone:
+            self._warn(f"ends the twins of {few(gone)}: {reason}")
+        if names:
+            self._warn(f"feeds the twins of {few(names)} with the updates of the run: {reason}")
+
+    def _choose_followers(self) -> list[str]:
+        """Return the names of the recipes whose twins can go on without an optimizer."""
+        if self._kind.is_low:  # the run has no weights in float32 to compare with
+            return []
+        return [name for name, twin in self.by_recipe.items() if twin.recipe.only_weights]
+
+    def _make_followers(self, names: Sequence[str]) -> None:
+        """Replace all twins by twins that add the training's updates, and step no optimizer."""
+        recipes = [self.by_recipe[name].recipe for name in names]
+        self.by_recipe = {each.name: UpdateTwin(each, *self._make) for each in recipes}
+        self.reference = UpdateTwin(Recipe("run", dtype=self._kind.dtype), *self._make)
+        self._baseline = None
+        self.follows_updates = True
+
+    def _try(self, twin: Twin, act: Callable[[], object]) -> None:
+        """Call a function that acts on a twin; after an error, end that twin with a notice.
+
+        A *twin* is a sample of the layers that is stepped as a recipe says.
+
+        Errors of the reference twin and the baseline are raised, since all others need these.
+
+        Raises:
+            Warning: The user made warnings errors.
+        """
+        try:
+            act()
+        except Warning:  # the user made warnings errors
+            raise
+        except Exception as error:
+            if twin is self.reference or twin is self._baseline:
+                raise
+            self.by_recipe.pop(twin.recipe.name, None)
+            self._warn(f"ends the twin of {twin.recipe.name}: {describe_failure(error)}")
+
+    # --- scales, memory, state
+
+    def forget_amaxes(self) -> None:
+        """Let the scales of twins follow from the training's weights anew, when next needed."""
+        for twin in self._all:
+            twin.forget_amaxes()
+
+    def nbytes(self) -> int:
+        """Return the memory of all twins, samples of the layers, in bytes."""
+        return sum(twin.nbytes() for twin in self._all)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of all twins, samples stepped as recipes say, for a checkpoint."""
+        return {
+            "follows_updates": self.follows_updates,
+            "reference": self.reference.state_dict(),
+            "baseline": None if self._baseline is None else self._baseline.state_dict(),
+            "twins": {name: twin.state_dict() for name, twin in self.by_recipe.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], layout: Layout) -> None:
+        """Restore a `state_dict`, before the first step; twins that had ended stay ended.
+
+        Args:
+            state: A dict with the entries of `state_dict`.
+            layout: The places of the samples in flat tensors when the state was saved.
+        """
+        twins = state["twins"]
+        self.by_recipe = {name: each for name, each in self.by_recipe.items() if name in twins}
+        if state["follows_updates"]:
+            self._make_followers(self._choose_followers())
+        saved = [(self.reference, state["reference"]), (self._baseline, state["baseline"])]
+        saved += [(twin, twins[name]) for name, twin in self.by_recipe.items()]
+        for twin, each in saved:
+            if twin is not None and each is not None:
+                twin.load_state_dict(layout, each, self._kind.device)
+
+
+def describe_failure(error: Exception) -> str:
+    """Return the text of an error for a notice, with type and place unless it names a remedy."""
+    has_remedy = isinstance(error, (CannotCopyError, NotElementwiseError))
+    return str(error) if has_remedy else describe_error(error)
+
+
+def _step(twin: Twin, gradients: Gradients, changes: Changes) -> None:
+    assert isinstance(twin, OptimizerTwin)
+    twin.follow(changes)
+    twin.step(gradients)
