@@ -105,6 +105,27 @@ def test_the_code_on_a_page_runs(
         assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_table_of_a_run_in_bf16_has_the_figures_of_its_code() -> None:
+    page = ROOT / "docs" / "low-precision-runs.md"
+    names: dict[str, Any] = {}
+    (code,) = blocks(page, "python")
+    exec(compile(code, page.name, "exec"), names)
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.read_text().splitlines()
+        if line.startswith("|")
+    ]
+    keys = [cell.strip("`") for cell in table[0][1:]]
+    rows = [row for row in table if re.match(r"`\d\.\w+`", row[0])]
+    assert len(rows) == 6
+    for layer, *cells in rows:
+        figures = names["monitor"].latest.layers[layer.split("`")[1]]
+        for key, cell in zip(keys, cells, strict=True):
+            # Other processors round other sums, so that the runs differ a little.
+            assert figures[key] == pytest.approx(float(cell), abs=0.1), (layer, key)
+
+
 def test_the_pages_contain_code() -> None:
     assert sum(len(blocks(page, "python")) for page in PAGES) >= 25
 
