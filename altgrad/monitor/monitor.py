@@ -42,6 +42,7 @@ from altgrad.monitor.bypass import BypassDetector
 from altgrad.monitor.describe import describe_layers
 from altgrad.monitor.engine import Engine
 from altgrad.monitor.header import describe_layer, describe_run
+from altgrad.monitor.known_losses import KnownLosses
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.monitor.policy import StepPolicy
 from altgrad.monitor.scale_state import ScaleState
@@ -207,6 +208,7 @@ class UpdateMonitor:
         )
         self._watch = Watch(registry, self._settings, self._formats, self._decides, self._warn)
         self._bypasses = BypassDetector(self._watch.find_stepped, lambda: self.parameters)
+        self._known_losses = KnownLosses(self._watch.find_stepped, self._warn)
 
     @property
     def formats(self) -> tuple[NumberFormat, ...]:
@@ -315,6 +317,9 @@ class UpdateMonitor:
         If parameters are sharded, all ranks have to call this method, and wait for each other.
         Under DistributedDataParallel, each rank holds all parameters, and the first rank observes.
 
+        Notices say what a run in 16 bits will lose, as dtypes and hyperparameters alone tell: such
+        as a weight decay that rounds back, or a second moment that cannot fall.
+
         Args:
             optimizers: Optimizers of torch, or wrappers of trainers around optimizers.
             scaler: The GradScaler that calls `step` of the optimizers, if there is one.
@@ -351,6 +356,7 @@ class UpdateMonitor:
             has_twins=bool(self.recipes),
         ):
             self._warn(notice)
+        self._known_losses.check_attached(self._observer.optimizers)
         return self
 
     def detach(self) -> None:
@@ -562,6 +568,7 @@ class UpdateMonitor:
         seconds = record.own_seconds, record.training_seconds
         self._policy.charge(optimizer, record.index, seconds)
         self.latest = record
+        self._known_losses.check_stepped(optimizer)
 
     def _change_scales(self) -> None:
         self._engine.scales_changed()

@@ -48,6 +48,8 @@ class Stored(NamedTuple):
             the layer; or None without compensation.
         states: How the optimizer's stored states are stored, by name. Each step replaces the items;
             the mapping is empty before the first step.
+        state_formats: The formats of the states by name, known before the first step; ``"*"`` for
+            all others.
     """
 
     element: FloatFormat | None
@@ -56,6 +58,11 @@ class Stored(NamedTuple):
     scale: Callable[[], Tensor | None]
     lost: Callable[[], Tensor | None]
     states: Mapping[str, StoredState] = MappingProxyType({})
+    state_formats: Mapping[str, FloatFormat] = MappingProxyType({})
+
+    def find_state_format(self, name: str) -> FloatFormat | None:
+        """Return the format in which a state is stored after each step; None if it is not."""
+        return self.state_formats.get(name, self.state_formats.get("*"))
 
 
 # For each optimizer, and each storage that registered something: the stored parameters. Weak keys

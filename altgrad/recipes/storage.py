@@ -313,6 +313,7 @@ class WeightStorage:
             lambda: None if layer is None else layer.expand_scales(),
             lambda: None if layer is None else layer.lost,
             {} if states is None else states.stored,
+            {} if states is None else states.elements,
         )
 
     def _warn_about_unknown(self, names: set[str]) -> None:

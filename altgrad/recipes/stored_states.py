@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from altgrad.observation.stored import StoredState
 from altgrad.quantization.arguments import INPUT_DTYPES
+from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import NumberFormat, get_applied_scaling
 from altgrad.quantization.scaling import compute_amax, compute_format_scales
@@ -56,6 +57,11 @@ class StoredStates:
         self._name = name
         self._formats = formats
         self._scaling = scaling
+
+    @property
+    def elements(self) -> dict[str, FloatFormat]:
+        """The format of a single number of each state, by name; ``"*"`` for all others."""
+        return {name: format.element for name, format in self._formats.items()}
 
     @torch.no_grad()
     def store(

@@ -153,8 +153,12 @@ def test_a_warning_is_given_once_in_each_training(tmp_path: Path) -> None:
 # --- runs that cannot be observed
 
 
-def test_weights_no_finer_than_the_format_give_one_warning(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"cannot judge bf16 for weights.*torch\.bfloat16"):
+def test_a_run_in_bf16_has_one_warning_of_each_kind(tmp_path: Path) -> None:
+    with (
+        pytest.warns(UserWarning, match=r"cannot judge bf16 for weights.*torch\.bfloat16"),
+        pytest.warns(UserWarning, match=r"expects weight decay to be lost in layers\.0\.weight"),
+        pytest.warns(UserWarning, match=r"expects exp_avg_sq of layers\.0\.weight.* stay large"),
+    ):
         fit(tmp_path, PrecisionMonitor(), precision="bf16-true")
 
 

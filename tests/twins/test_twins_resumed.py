@@ -23,7 +23,7 @@ def resume(net: nn.Module, optimizer: Optimizer, state: dict[str, Any], **settin
     watched.monitor = UpdateMonitor(
         net,
         watched.records.append,
-        warn=watched.notices.append,
+        warn=watched.note,
         **{"formats": ["bf16"], "every_n_steps": 5, "strict": True} | settings,
     )
     watched.monitor.load_state_dict(state)

@@ -1,0 +1,166 @@
+"""`KnownLosses`: notices of what is lost in a run, as dtypes and hyperparameters alone tell.
+
+Some computations of an optimizer round their result to 16 bits on their own, and come out as if
+they had not been made: a weight decay that changes no weight, a second moment that cannot fall, a
+counter of steps that stops. Nothing needs to be measured to know this. There is one notice of each
+kind.
+
+Read `optimizer_factors` first; `monitor` comes next and asks for the notices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from weakref import WeakSet
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from altgrad._messages import few
+from altgrad.monitor.optimizer_factors import HALF_FORMATS, Factor, find_factors
+
+
+class KnownLosses:
+    """A source of notices about losses that dtypes and hyperparameters alone tell.
+
+    Args:
+        find_layers: Function that returns the layers which some optimizers step and which are
+            measured: the parameters by name.
+        warn: Function that is called with each notice for the user.
+    """
+
+    def __init__(
+        self,
+        find_layers: Callable[[Sequence[Optimizer]], Mapping[str, Tensor]],
+        warn: Callable[[str], object],
+    ) -> None:
+        self._find_layers = find_layers
+        self._warn = warn
+        self._stepped: WeakSet[Optimizer] = WeakSet()
+
+    def check_attached(self, optimizers: Sequence[Optimizer]) -> None:
+        """Warn of what optimizers will lose, when they are attached."""
+        layers = self._name(optimizers)
+        for notice in (
+            *describe_lost_factors(optimizers, layers),
+            *describe_counters(optimizers, layers),
+        ):
+            self._warn(notice)
+
+    def check_stepped(self, optimizer: Optimizer) -> None:
+        """Warn of counters in low precision, after an optimizer's first step, which makes them."""
+        if optimizer not in self._stepped:
+            self._stepped.add(optimizer)
+            for notice in describe_counters([optimizer], self._name([optimizer])):
+                self._warn(notice)
+
+    def _name(self, optimizers: Sequence[Optimizer]) -> dict[Tensor, str]:
+        """Return the name of each measured layer that some optimizers step, frozen ones apart."""
+        layers = self._find_layers(optimizers).items()
+        return {layer: name for name, layer in layers if layer.requires_grad}
+
+
+def describe_lost_factors(
+    optimizers: Iterable[Optimizer], layers: Mapping[Tensor, str]
+) -> Iterator[str]:
+    """Yield a notice of weight decay that is lost, and one of states that cannot fall.
+
+    Args:
+        optimizers: Torch optimizers.
+        layers: The name of each parameter; other parameters are left out.
+
+    Returns:
+        An iterator over two notices at most, each with a remedy.
+    """
+    factors = [each for optimizer in optimizers for each in find_factors(optimizer, layers)]
+    lost = [factor for factor in factors if factor.unchanged is not None]
+    if decays := [factor for factor in lost if factor.state is None]:
+        yield _describe_decays(decays)
+    if averages := [factor for factor in lost if factor.state is not None]:
+        yield _describe_averages(averages)
+
+
+def describe_counters(
+    optimizers: Iterable[Optimizer], layers: Mapping[Tensor, str]
+) -> Iterator[str]:
+    """Yield a notice if steps are counted in 16 bits, where 256 + 1 or 2,048 + 1 is rounded down.
+
+    Args:
+        optimizers: Torch optimizers. Their states may be empty before the first step.
+        layers: The name of each parameter; other parameters are left out.
+
+    Returns:
+        An iterator over one notice at most, with a remedy.
+    """
+    ends: dict[str, str] = {}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            step = state.get("step") if isinstance(state, Mapping) else None
+            if parameter in layers and isinstance(step, Tensor) and step.dtype in HALF_FORMATS:
+                format = HALF_FORMATS[step.dtype]
+                ends[layers[parameter]] = f"{2 ** (format.mantissa_bits + 1):,} in {format.name}"
+    if ends:
+        yield (
+            f"expects the counter of steps of {few([*ends])} to stop at {_join(ends.values())}, "
+            "where 1 more is rounded back: bias corrections and schedules that read it then stand "
+            "still; keep state['step'] in float32"
+        )
+
+
+def _describe_decays(lost: Sequence[Factor]) -> str:
+    """Return a notice of weight decay that leaves weights as they are."""
+    most = max(lost, key=lambda factor: factor.change)
+    formats = dict.fromkeys(factor.format.name for factor in lost)
+    recipes = [name + way for name in formats for way in ("-sr", "-kahan", "-true-fused")]
+    steps = float(f"{math.log(2) / most.change:.2g}")
+    return (
+        f"expects weight decay to be lost in {few(_list_layers(lost))}: "
+        f"{_join(factor.optimizer for factor in lost)} multiplies weights by 1 - {most.change:.3g} "
+        f"({most.setting}, or less), {_describe_extent(lost)}. Without rounding, weights without "
+        f"gradients would halve in {steps:,.0f} steps. Keep weights in float32, or round them "
+        "stochastically or with Kahan summation; fused=True helps only where updates are large. "
+        f"See decay_projection/now, and that of recipes={recipes}"
+    )
+
+
+def _describe_averages(lost: Sequence[Factor]) -> str:
+    """Return a notice of states that stay as they are while gradients are small."""
+    highest = min(lost, key=lambda factor: factor.change)
+    return (
+        f"expects {_join(str(factor.state) for factor in lost)} of {few(_list_layers(lost))} to "
+        f"stay large after gradients shrink: {_join(factor.optimizer for factor in lost)} "
+        f"multiplies by {highest.setting}, {_describe_extent(lost)}. Keep such states in float32, "
+        f"or round them stochastically{_describe_lower_beta(lost)}"
+    )
+
+
+def _describe_lower_beta(lost: Sequence[Factor]) -> str:
+    """Return the advice to take a beta with which states fall by the right amount.
+
+    Just below the bound, states fall by a whole spacing, which is up to twice too much. A change of
+    4 times the bound is right to a twentieth (`benchmarks/known_losses.py`). For formats of 8 bits,
+    such a beta would be too low to be of use, and the text is empty.
+    """
+    beta = 1 - 2.0 ** (1 - min(factor.format.mantissa_bits for factor in lost))
+    return f", or take {math.floor(1e4 * beta) / 1e4:g} or less" if beta > 0.9 else ""
+
+
+def _describe_extent(lost: Sequence[Factor]) -> str:
+    """Return which numbers are changed by factors, such as ``which changes no number in bf16``."""
+    extents = {factor.unchanged for factor in lost}
+    which = "no number" if extents == {"all"} else "only some numbers"
+    if len(extents) == 2:
+        which = "no number, or only some,"
+    return f"which changes {which} in {_join(factor.format.name for factor in lost)}"
+
+
+def _list_layers(lost: Sequence[Factor]) -> list[str]:
+    """Return the names of the layers of some factors, each once, in order."""
+    return [*dict.fromkeys(factor.layer for factor in lost)]
+
+
+def _join(texts: Iterable[str]) -> str:
+    """Return texts as a list in words, each once, in order: ``a, b and c``."""
+    *first, last = dict.fromkeys(texts)
+    return f"{', '.join(first)} and {last}" if first else last

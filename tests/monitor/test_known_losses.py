@@ -1,0 +1,238 @@
+"""Notices of what is lost in any case: one of each kind, true, and with a remedy that helps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from altgrad import UpdateMonitor, WeightStorage
+from altgrad.monitor.known_losses import KnownLosses
+
+
+def make_net(dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4)).to(dtype)
+
+
+def step(net: nn.Module, optimizer: Optimizer) -> None:
+    for parameter in net.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+
+
+def read_notices(net: nn.Module, *optimizers: Optimizer, steps: int = 0) -> list[str]:
+    """Return the notices of a monitor that expect a loss."""
+    said: list[str] = []
+    monitor = UpdateMonitor(net, formats=["e5m2"], recipes=(), warn=said.append, strict=True)
+    with monitor.attach(*optimizers):
+        for _ in range(steps):
+            for optimizer in optimizers:
+                step(net, optimizer)
+    return [notice for notice in said if notice.startswith("expects ")]
+
+
+def test_a_run_in_bf16_has_a_notice_of_each_kind_with_a_remedy() -> None:
+    net = make_net()
+    decay, average = read_notices(net, AdamW(net.parameters()))
+    assert decay.startswith(
+        "expects weight decay to be lost in 0.weight, 1.weight, 1.bias: AdamW multiplies weights "
+        "by 1 - 1e-05 (lr=0.001 and weight_decay=0.01, or less), which changes no number in bf16. "
+        "Without rounding, weights without gradients would halve in 69,000 steps. "
+    )
+    assert (
+        "decay_projection/now, and that of recipes=['bf16-sr', 'bf16-kahan', 'bf16-true-fused']"
+        in decay
+    )
+    assert average == (
+        "expects exp_avg_sq of 0.weight, 1.weight, 1.bias to stay large after gradients shrink: "
+        "AdamW multiplies by betas[1]=0.999, which changes no number in bf16. Keep such states in "
+        "float32, or round them stochastically, or take 0.9843 or less"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_run_in_float32_has_no_notice(dtype: torch.dtype) -> None:
+    net = make_net(dtype)
+    assert read_notices(net, AdamW(net.parameters()), steps=1) == []
+
+
+def test_groups_and_optimizers_share_a_notice() -> None:
+    net = make_net()
+    first, second = net
+    groups = [{"params": first.parameters()}, {"params": [second.bias], "weight_decay": 0.0}]
+    optimizers = [AdamW(groups), AdamW([second.weight], lr=1e-2, weight_decay=0.25)]
+    decay, average = read_notices(net, *optimizers)
+    assert "lost in 0.weight, 1.weight: AdamW multiplies weights by 1 - 0.0025 (lr=0.01" in decay
+    assert "which changes no number, or only some, in bf16" in decay
+    assert "exp_avg_sq of 0.weight, 1.bias, 1.weight to" in average
+
+
+def test_a_beta_that_changes_only_some_numbers_is_told_so() -> None:
+    net = make_net()
+    [notice] = read_notices(net, AdamW(net.parameters(), betas=(0.9, 0.997), weight_decay=0))
+    assert "betas[1]=0.997, which changes only some numbers in bf16" in notice
+
+
+def test_float16_has_its_own_bounds() -> None:
+    net = make_net(torch.float16)
+    [decay] = read_notices(net, AdamW(net.parameters()))
+    assert "no number in fp16" in decay
+    assert "recipes=['fp16-sr', 'fp16-kahan', 'fp16-true-fused']" in decay
+    optimizer = AdamW(net.parameters(), weight_decay=0, betas=(0.9, 0.9999))
+    [average] = read_notices(net, optimizer)
+    assert average.endswith("or take 0.998 or less")
+
+
+def test_states_that_a_storage_rounds_are_told() -> None:
+    net = make_net(torch.float32)
+    optimizer = AdamW(net.parameters())
+    with WeightStorage("bf16", states={"exp_avg_sq": "e4m3fn"}).attach(optimizer, module=net):
+        [notice] = read_notices(net, optimizer)
+    assert "exp_avg_sq of 0.weight" in notice
+    assert notice.endswith(
+        "no number in e4m3fn. Keep such states in float32, or round them stochastically"
+    )
+
+
+def test_frozen_layers_are_not_named() -> None:
+    net = make_net()
+    net[1].requires_grad_(False)
+    decay, average = read_notices(net, AdamW(net.parameters()))
+    assert "lost in 0.weight: AdamW" in decay
+    assert "exp_avg_sq of 0.weight to stay" in average
+
+
+class CountsInHalf(torch.optim.SGD):
+    """An optimizer that counts steps in the dtype of the layer."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state.setdefault("step", torch.zeros((), dtype=parameter.dtype)).add_(1)
+        super().step(closure)
+
+
+@pytest.mark.parametrize(("dtype", "end"), [(torch.bfloat16, 256), (torch.float16, 2048)])
+def test_a_counter_in_16_bits_is_told_after_the_first_step(dtype: torch.dtype, end: int) -> None:
+    net = make_net(dtype)
+    optimizer = CountsInHalf(net.parameters(), lr=0.1)
+    assert read_notices(net, optimizer) == []
+    [notice] = read_notices(net, optimizer, steps=3)
+    assert f"counter of steps of 0.weight, 1.weight, 1.bias to stop at {end:,} in" in notice
+    for _ in range(end):
+        optimizer.step()
+    assert {float(state["step"]) for state in optimizer.state.values()} == {end}
+
+
+def test_a_counter_that_was_loaded_in_16_bits_is_told_at_once() -> None:
+    net = make_net(torch.float32)
+    optimizer = AdamW(net.parameters())
+    step(net, optimizer)
+    assert read_notices(net, optimizer, steps=1) == []
+    saved = optimizer.state_dict()
+    saved["state"][0]["step"] = saved["state"][0]["step"].bfloat16()
+    optimizer.load_state_dict(saved)
+    for steps in (0, 2):
+        [notice] = read_notices(net, optimizer, steps=steps)
+        assert "counter of steps of 0.weight to stop at 256 in bf16" in notice
+
+
+def test_counters_are_looked_for_after_the_first_step_alone() -> None:
+    net, asked = make_net(), []
+    losses = KnownLosses(lambda optimizers: asked.append(optimizers) or {}, pytest.fail)
+    optimizer = AdamW(net.parameters())
+    for _ in range(3):
+        losses.check_stepped(optimizer)
+    assert asked == [[optimizer]]
+
+
+def shrink(dtype: torch.dtype, lr: float, *, store: WeightStorage | None = None, **flags: bool):
+    """Return the share of itself to which weight decay shrinks a layer, exactly 0.61, and notices.
+
+    Without a decay, the layer stays what it is on average over its elements.
+    """
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64, bias=False)
+    start = nn.init.normal_(layer.weight, std=0.02).detach().clone().double()
+    layer.to(dtype)
+    optimizer = AdamW(layer.parameters(), lr=lr, weight_decay=1e-3 / lr, **flags)
+    if store is not None:
+        store.attach(optimizer)
+    notices = [notice for notice in read_notices(layer, optimizer) if "weight decay" in notice]
+    for _ in range(500):
+        step(layer, optimizer)
+    return float((layer.weight.detach().double() * start).sum() / start.square().sum()), notices
+
+
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}], ids=["loop", "foreach"])
+def test_a_decay_that_is_told_to_be_lost_is_lost(flags: dict[str, bool]) -> None:
+    kept, notices = shrink(torch.bfloat16, 1e-4, **flags)
+    assert len(notices) == 1
+    assert kept > 0.97
+
+
+def store_at_random() -> WeightStorage:
+    return WeightStorage("bf16", rounding="stochastic")
+
+
+def store_with_errors() -> WeightStorage:
+    return WeightStorage("bf16", compensation="kahan")
+
+
+@pytest.mark.parametrize("remedy", [lambda: None, store_at_random, store_with_errors])
+def test_the_remedies_keep_weight_decay(remedy: Callable[[], WeightStorage | None]) -> None:
+    kept, notices = shrink(torch.float32, 1e-4, store=remedy())
+    assert notices == []
+    assert kept == pytest.approx(0.61, abs=0.02)
+
+
+def test_a_fused_optimizer_keeps_decay_only_where_updates_are_large() -> None:
+    large, _ = shrink(torch.bfloat16, 1e-3, fused=True)
+    small, notices = shrink(torch.bfloat16, 1e-5, fused=True)
+    assert large == pytest.approx(0.61, abs=0.05)
+    assert small > 0.97
+    assert notices == []
+
+
+def fall(beta: float, **flags: bool) -> tuple[float, list[str]]:
+    """Return by how much exp_avg_sq in bf16 is too large after gradients shrink, and notices."""
+    ends, found = [], []
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.manual_seed(0)
+        layer = nn.Linear(16, 16, bias=False).to(dtype)
+        optimizer = AdamW(layer.parameters(), lr=0.0, betas=(0.9, beta), **flags)
+        found += [notice for notice in read_notices(layer, optimizer) if "exp_avg_sq" in notice]
+        for number in range(1_000):
+            layer.weight.grad = torch.randn(16, 16).to(dtype) * (1 if number < 100 else 0.01)
+            optimizer.step()
+        ends.append(float(optimizer.state[layer.weight]["exp_avg_sq"].mean()))
+    return ends[0] / ends[1], found
+
+
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}], ids=str)
+def test_a_second_moment_that_is_told_to_stay_large_does(flags: dict[str, bool]) -> None:
+    ratio, notices = fall(0.999, **flags)
+    assert len(notices) == 1
+    assert ratio > 1.5
+    ratio, notices = fall(0.9843, **flags)
+    assert notices == []
+    assert ratio == pytest.approx(1, abs=0.1)
+
+
+def test_notices_are_warnings_of_the_monitor() -> None:
+    net = make_net()
+    monitor = UpdateMonitor(net, formats=["e5m2"], recipes=())
+    with (
+        pytest.warns(UserWarning, match="expects") as caught,
+        monitor.attach(AdamW(net.parameters())),
+    ):
+        pass
+    assert [str(each.message).split(" of ")[0].split(" in ")[0] for each in caught] == [
+        "UpdateMonitor expects weight decay to be lost",
+        "UpdateMonitor expects exp_avg_sq",
+    ]
