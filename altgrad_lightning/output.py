@@ -290,9 +290,16 @@ class Output:
 
 
 def _standard_errors(figures: Figures) -> dict[str, float]:
-    """Return the standard errors that verdicts need, by key ``{metric}/{format}``.
+    """Return the standard errors of metrics, such as kept_update_ratio, on which verdicts rest.
 
-    The result is empty if every element was measured.
+    A verdict says whether a layer would still train if its weights were stored in a format.
+
+    Args:
+        figures: The values of all metrics of one layer in one step.
+
+    Returns:
+        Standard errors by key, ``{metric}/{format}``. Empty if every element of the layer was
+        measured, since the values are then exact.
     """
     if figures.elements >= figures.population:
         return {}

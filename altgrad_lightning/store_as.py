@@ -131,7 +131,11 @@ class StoreAs(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
-        """Store the weights of new optimizers, if the module or a callback replaced the old."""
+        """Round weights and optimizer states to their formats, if optimizers have been replaced.
+
+        The module or another callback may replace optimizers in mid-training. Those that are new
+        are rounded from now on, after each of their steps.
+        """
         self.attach(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:

@@ -61,7 +61,17 @@ class ShardedLayers:
                 self._expected.pop(name, None)
 
     def known(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return those of the given parameters that have been `read` and are placed as then."""
+        """Return those of the given parameters that have not changed since `read` was last called.
+
+        `read` finds which elements of a parameter this rank holds. The result may be another one
+        after a change of shape, dtype, DTensor placements or device mesh.
+
+        Args:
+            parameters: Parameters by name.
+
+        Returns:
+            The parameters by name, without those that were never given to `read`.
+        """
         placed = self._placed
         return {n: p for n, p in parameters.items() if placed.get(n) == _placed(p)}
 

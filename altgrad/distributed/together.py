@@ -1,4 +1,9 @@
-"""`Together`: a rank that shares the parameters of a model with others; all measure each step."""
+"""`Together`: measure each optimizer step of a model whose parameters are sharded over ranks.
+
+A rank is one process of a torch.distributed run. Each rank measures the elements that it holds: it
+sums up quantities such as update², from which metrics follow. `Together` checks that all ranks
+observe the same layers, and adds up the sums of all ranks.
+"""
 
 from __future__ import annotations
 
@@ -77,10 +82,12 @@ class Watched(Protocol):
 
 
 class Together(Ranks):
-    """A rank of a run with sharded parameters: it measures its shards, and sums up with all ranks.
+    """A rank of a run with sharded parameters, which measures its shards together with other ranks.
 
-    Ranks compare their layers before they measure, because an all-reduce needs tensors of equal
-    length. `altgrad.distributed.peers.Peers` documents the methods.
+    Each rank sums up quantities such as update² over its elements. An all-reduce then adds up the
+    sums of all ranks, from which metrics follow. Ranks compare their layers before they measure,
+    because an all-reduce needs tensors of equal length. `altgrad.distributed.peers.Peers` documents
+    the methods.
 
     Args:
         watched: The layers and settings that this rank observes.

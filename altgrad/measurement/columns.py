@@ -115,7 +115,12 @@ drawn in blocks of neighbours, which may be alike.
 
 
 def _products(metrics: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names of the three sums in PRODUCTS for each metric, such as ``stall_frac ab``."""
+    """Return the names of three sums for each metric, such as ``stall_frac ab``.
+
+    The metric is a ratio Σ a / Σ b over elements. Its sums ``aa``, ``ab`` and ``bb`` are Σ A²,
+    Σ A · B and Σ B² over clusters, groups of neighbouring elements. A and B are the sums of a and b
+    over one cluster.
+    """
     return tuple(f"{name} {product}" for name in metrics for product in PRODUCTS)
 
 

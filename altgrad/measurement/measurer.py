@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     Attributes:
         rows: Weights before and after the step, and gradients, of the measured elements, each row
             with elements of one layer. Each step is copied into this memory.
-        layers: The layers that the rows belong to.
+        layers: The layers that the rows belong to, with the constants to add up rows to layers.
         dtype_grid: For the dtype of the weights: 2**-M for M mantissa bits, and its smallest normal
             number.
         grids: The grids of the formats, under the scales of each row. None without formats, or if
@@ -65,7 +65,8 @@ class Batch(NamedTuple):
 class Measurer:
     """A measurer of optimizer steps, which computes sums for a set of number formats.
 
-    The working memory is reused. Figures follow from the sums, see `step_table`.
+    The sums are over elements of each layer, of quantities such as update². The metrics of a step
+    follow from these, see `step_table`. The working memory is reused.
 
     Args:
         formats: The formats with their scaling.
@@ -143,7 +144,9 @@ class Measurer:
         ever: EverMoved | None = None,
         sample: Sample | None = None,
     ) -> Tensor:
-        """Compute the sums and maxima of one optimizer step of one tensor of any size.
+        """Compute the sums and maxima, from which metrics follow, of a step of one tensor.
+
+        The tensor may have any size. The sums are over its elements, of quantities such as update².
 
         Args:
             before: Weights before the step, float16, bfloat16, float32 or float64, any shape.
@@ -201,7 +204,15 @@ class Measurer:
         return layers.add_up(*(found or layers.make_empty_row()))[0]
 
     def _describe_layer(self, before: Tensor, population: int) -> Layers:
-        """Make the `Layers` of one layer that is measured alone, with histograms that are empty."""
+        """Return what is needed to add up the chunks of one layer to its sums and maxima.
+
+        Args:
+            before: Weights of the measured elements before the step.
+            population: Number of elements of the whole layer.
+
+        Returns:
+            A `Layers` with this layer alone, a single row, and histograms of counts 0.
+        """
         row = torch.zeros(1, dtype=torch.int64, device=before.device)
         counted = torch.tensor([[population, before.numel(), 0]], dtype=torch.float64, device="cpu")
         return Layers.create(row, counted.to(before.device), self.formats.judged(before.dtype))
@@ -223,7 +234,7 @@ class Measurer:
         shape: torch.Size,
         sample: Sample | None,
     ) -> Tensor:
-        """Compute the scale, by which a format divides it, of each element of a chunk.
+        """Compute the scale of each element of a chunk, by which a format divides the element.
 
         Args:
             flat: The chunk's weights before the step and after it, (elements) each.
@@ -329,7 +340,9 @@ class Measurer:
 
     @torch.no_grad()
     def measure_batch(self, batch: Batch) -> Tensor:
-        """Compute the sums and maxima of one optimizer step of many small layers at once.
+        """Compute the sums and maxima, from which metrics follow, of a step of many small layers.
+
+        The sums are over the elements of each layer, of quantities such as update².
 
         Args:
             batch: The batch, into whose memory the step was copied.

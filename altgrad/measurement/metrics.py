@@ -23,10 +23,10 @@ from altgrad.measurement.numbers import Numbers
 
 
 class Sums(Protocol):
-    """A source of sums, extrema and histograms by name, float64 on the host.
+    """A source of sums, extrema and histograms over the elements of layers, by name.
 
-    Those without a format have shape (rows, 1), others (rows, formats). A row is a layer or a
-    model. `altgrad.measurement.columns` lists the names.
+    All are float64 on the host. Those without a format have shape (rows, 1), others (rows,
+    formats). A row is a layer or a model. `altgrad.measurement.columns` lists the names.
     """
 
     def sum(self, name: str) -> Numbers:
@@ -87,22 +87,55 @@ class Estimate(ABC):
 
     @abstractmethod
     def squares(self, n: Sums) -> tuple[Numbers, Numbers, Numbers]:
-        """Return each layer's Σ a², Σ a · b, Σ b² for Σ a / Σ b, float64 (rows, 1 or formats)."""
+        """Return Σ a², Σ a · b and Σ b² over elements, from which a standard error follows.
+
+        Each element has a number a and a number b, and the metric is Σ a / Σ b. For ``stall_frac``,
+        b is 1 if the element's update is other than 0, and a is 1 if a format keeps nothing of it.
+
+        Args:
+            n: The sums over elements of some layers or models, a row for each.
+
+        Returns:
+            Σ a², Σ a · b and Σ b², float64 (rows, 1 or formats) each.
+        """
 
     @abstractmethod
     def carrying(self, n: Sums) -> Numbers:
-        """Return how many elements of each layer count in Σ a / Σ b, by a b other than 0.
+        """Return how many elements of each layer have a b other than 0, and so count in the metric.
 
-        The result is float64 (rows, 1 or formats), with a row for each layer or model.
+        Each element has a number a and a number b, and the metric is Σ a / Σ b. For ``stall_frac``,
+        b is 1 if the element's update is other than 0, and a is 1 if a format keeps nothing of it.
+
+        Args:
+            n: The sums over elements of some layers or models, a row for each.
+
+        Returns:
+            Numbers of elements, float64 (rows, 1 or formats).
         """
 
     def sums(self, n: Sums) -> tuple[Numbers, Numbers]:
-        """Return each layer's Σ a and Σ b for the ratio Σ a / Σ b, (rows, 1 or formats) each."""
+        """Return Σ a and Σ b over elements, whose ratio Σ a / Σ b is the metric.
+
+        Args:
+            n: The sums of some layers or models, a row for each.
+
+        Returns:
+            Σ a and Σ b, float64 (rows, 1 or formats) each.
+        """
         a = n.sum(self.plus)
         return (a - n.sum(self.minus) if self.minus else a), n.sum(self.total)
 
     def __call__(self, n: Sums) -> Numbers:
-        """Compute the ratio Σ a / Σ b of each layer, (rows, 1 or formats); NaN where Σ b is 0."""
+        """Compute the metric: the ratio Σ a / Σ b over the elements of each layer.
+
+        Each element has a number a and a number b.
+
+        Args:
+            n: The sums of some layers or models, a row for each.
+
+        Returns:
+            The ratios, float64 (rows, 1 or formats); NaN where Σ b is 0.
+        """
         return _ratio(*self.sums(n))
 
 
@@ -136,7 +169,7 @@ class Share(Estimate):
         return count, count, total
 
     def carrying(self, n: Sums) -> Numbers:
-        """Return how many elements of each layer the share is of, float64 (rows, 1 or formats)."""
+        """Return the number of elements of which this is a share, float64 (rows, 1 or formats)."""
         return n.sum(self.total)
 
 
@@ -179,9 +212,10 @@ class KeptShare(Estimate):
 
 
 def _count_pairs(n: Sums) -> Numbers:
-    """Return how many pairs of gradient and grid spacing there are: weights other than 0.
+    """Return the number of weights other than 0, float64 (rows, 1); 0 for rows without gradients.
 
-    The count is 0 if elements have no gradient.
+    Some metrics pair the gradient at such a weight with the spacing of a format there, the distance
+    between neighbouring numbers of the format.
     """
     # A count of 0 makes the metrics of pairs NaN. A model has no gradients if a layer has none.
     return np.where(n.sum("gradients") == n.sum("finite"), n.sum("nonzero_weights"), 0.0)
@@ -206,7 +240,15 @@ def _per(count: str, total: str) -> Formula:
 
 
 def _per_pair(count: str) -> Formula:
-    """Return the formula of a mean over pairs of gradient and grid spacing, from a sum's name."""
+    """Return the formula of a mean over weights other than 0: a sum divided by their number.
+
+    The sum is of a quantity that compares the gradient at a weight with the spacing of a format
+    there, the distance between neighbouring numbers of the format. The mean is NaN if there are no
+    gradients.
+
+    Args:
+        count: Name of the sum of the quantity, such as ``gradient_per_stiffness``.
+    """
     return lambda n: _ratio(n.sum(count), _count_pairs(n))
 
 
@@ -235,8 +277,8 @@ def _smallest(name: str, among: str) -> Formula:
 def _median_octave(name: str, total: str, first: int) -> Formula:
     """Return the formula of log2 of a median, from a histogram by octaves.
 
-    An octave reaches from a power of two up to the next. The result is the middle of that which has
-    the median, such as 3.5 for an octave from 2**3 to 2**4.
+    An octave reaches from a power of two up to the next. The result is the middle of the octave
+    with the median, such as 3.5 for an octave from 2**3 to 2**4.
 
     Of an even number of elements, the median is the lower one of the two in the middle.
 

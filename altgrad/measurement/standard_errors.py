@@ -126,13 +126,14 @@ def standard_errors(
 
 
 class _Spreads(NamedTuple):
-    """Sums from which the errors of ratios Σ a / Σ b follow; each float64 (layers, metrics).
+    """Sums from which the errors of ratios Σ a / Σ b follow; each float64 (rows, keys).
 
     Each element has an a and a b. For ``stall_frac``, a is 1 if the element's update stalled, and
     b is 1 if the update is other than 0. A unit is an element, or a cluster of elements with the
     sums of their a and b. Sums over units are multiplied by (population / measured elements)², to
     stand for the whole layer. Where every element of a layer was measured, no error is left, and
-    all sums are set to 0.
+    all sums are set to 0. A row is a layer or a model, and a key is ``metric`` or
+    ``metric/format``.
 
     Attributes:
         variance: Variance of Σ (a − ratio · b), where the ratio is Σ a / Σ b.
@@ -154,7 +155,7 @@ class _Spreads(NamedTuple):
 
 
 class _Strata:
-    """The layers of a model as strata, from each of which elements or clusters were drawn.
+    """The layers of a model as strata: parts that were sampled separately, by elements or clusters.
 
     Args:
         sums: Σ a, Σ b and the other sums of each estimate Σ a / Σ b, float64 (rows, keys) each. A
@@ -175,14 +176,19 @@ class _Strata:
         self._is_drawn = (elements < population) & (sums.b != 0)
 
     def spreads(self, ratios: Numbers) -> _Spreads:
-        """Return the sums of each stratum, a layer, from which standard errors of ratios follow.
+        """Return the sums of each layer from which standard errors of ratios Σ a / Σ b follow.
+
+        Each element has an a and a b. For ``stall_frac``, a is 1 if the element's update stalled,
+        and b is 1 if the update is other than 0. The residuals a − ratio · b of the sampled
+        elements or clusters say how far the ratio may be off.
 
         Args:
-            ratios: The ratios in the residuals a − ratio · b: float64 (rows, keys) for those of the
-                rows themselves, or (keys) for those of a model.
+            ratios: The ratio of each row, float64 (rows, keys), for errors of layers. For the error
+                of a model, the ratios of the model, float64 (keys).
 
         Returns:
-            The sums; 0 for strata of which all elements were measured, and where Σ b is 0.
+            A `_Spreads`: the variance of Σ (a − ratio · b), Σ a² and others. They are 0 for layers
+            of which all elements were measured, and where Σ b is 0.
         """
         a, b, aa, ab, bb, carrying, _ = self._sums
         # Subtract the mean x of the stratum's residuals: Σ (x − mean)² = Σ x² − (Σ x)² / units.

@@ -1,7 +1,8 @@
 """`Layers`: add up the sums of rows, which gives one vector of sums and maxima for each layer.
 
-The kernel returns each sum for all formats side by side. A vector has all sums of a format side by
-side instead (see `columns`). One `index_select` with precomputed indices brings them in order::
+The kernel sums quantities such as update² over rows, each of which holds elements of one layer. It
+returns each sum for all formats side by side. A vector has all sums of a format side by side
+instead (see `columns`). One `index_select` with precomputed indices brings them in order::
 
     kernel   kept of format 0 | kept of format 1 | lost_sq of format 0 | lost_sq of format 1
     vector   kept of format 0 | lost_sq of format 0 | kept of format 1 | lost_sq of format 1
@@ -51,20 +52,20 @@ _Column = tuple[str, int | None]  # name of a sum or maximum, and index of its f
 
 
 class Clusters(NamedTuple):
-    """The clusters that rows of elements form, with constants to compute products of their sums.
+    """A grouping of rows of sampled elements into clusters, for the standard errors of metrics.
 
-    A cluster is one or several rows of a sample that was drawn in blocks of neighbours. Neighbours
-    may be alike: the standard error of an estimate Σ a / Σ b then follows from whole clusters, and
-    not from single elements. It needs the products A², A · B and B² of the sums A and B of a and b
-    over each cluster.
+    A metric such as stall_frac is a ratio Σ a / Σ b over elements, each with an a and a b. Elements
+    that were drawn in blocks of neighbours may be alike. Each cluster, one or several rows of such
+    a sample, then counts as one draw with the sums A = Σ a and B = Σ b over its elements. Standard
+    errors follow from A², A · B and B².
 
     Attributes:
         row_clusters: Index of the cluster of each row, int64 (rows).
         cluster_layers: Index of the layer of each cluster, int64 (clusters).
-        counted: A column of zeros, and the number of elements of each row, float64 (rows, 2). They
-            stand before the sums of a row; `terms` refers to the zeros if nothing is subtracted.
-        terms: For each estimate (plus − minus) / total, the columns of its sums in `counted` and
-            `row_sums` side by side, int64 (3 · estimates): those of plus, of total, of minus.
+        counted: A column of zeros, and the number of elements of each row, float64 (rows, 2).
+        terms: Which columns of `counted` and the sums of a row, side by side, give Σ a and Σ b of
+            each ratio, int64 (3 · ratios). First come the columns that are Σ a, then those that are
+            Σ b, then those to subtract from Σ a. Column 0, of zeros, is to subtract nothing.
     """
 
     row_clusters: Tensor
@@ -100,15 +101,16 @@ class Clusters(NamedTuple):
     def add_products(self, sums: Tensor, layers: int) -> Tensor:
         """Add up the products A², A · B and B² over the clusters of each layer.
 
-        A and B are the sums of a and b over a cluster, for an estimate Σ a / Σ b. A cluster is one
-        or several rows of a sample that was drawn in blocks of neighbours.
+        A metric such as stall_frac is a ratio Σ a / Σ b over elements. A and B are the sums of a
+        and b over a cluster, one or several rows of a sample that was drawn in blocks of
+        neighbours.
 
         Args:
             sums: Sums of each row, float64 (rows, sums) in the order of `row_sums`.
             layers: Number of layers.
 
         Returns:
-            Σ A², Σ A · B and Σ B² of each estimate, float64 (layers, 3 · estimates).
+            Σ A², Σ A · B and Σ B² of each ratio, float64 (layers, 3 · ratios).
         """
         terms = torch.cat((self.counted, sums), dim=1).index_select(1, self.terms)
         by_cluster = sums.new_zeros(len(self.cluster_layers), terms.shape[1])
@@ -121,9 +123,10 @@ class Clusters(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """The layers that rows of elements belong to, with the constants for `add_up`.
+    """A description of one or several layers, by which sums of rows are added up to sums of layers.
 
-    A step changes the counts of the histograms and nothing else.
+    A row holds elements of one layer, and a layer has one or more rows. The method `add_up` makes a
+    vector of sums and maxima for each layer. A step changes the counts of the histograms alone.
 
     Attributes:
         counted: For each layer its number of elements, its number of measured elements, and the
@@ -137,8 +140,9 @@ class Layers(NamedTuple):
             those that say what a format would keep of updates, if it is no coarser than the dtype
             of the weights. None if there are no such formats.
         clusters: The clusters of the rows. None if no elements were drawn in blocks.
-        products: Σ A², Σ A · B and Σ B² of each estimate over the clusters that `add_cluster` has
-            added, float64 (layers, 3 · estimates).
+        products: Σ A², Σ A · B and Σ B² over the clusters that `add_cluster` has added, for each
+            metric Σ a / Σ b, float64 (layers, 3 · metrics). A and B are the sums of a and b over
+            one cluster.
     """
 
     counted: Tensor
@@ -158,7 +162,7 @@ class Layers(NamedTuple):
         judged: Sequence[bool],
         clusters: Clusters | None = None,
     ) -> Layers:
-        """Describe the layers that rows of elements belong to, with histograms whose counts are 0.
+        """Describe layers by the rows that hold their elements, with histograms of counts 0.
 
         Args:
             row_layers: Index of the layer of each row, int64 (rows).
@@ -196,14 +200,16 @@ class Layers(NamedTuple):
         )
 
     def add_cluster(self, sums: Tensor, elements: int) -> Layers:
-        """Return a copy of these `Layers`, a single one, with one more cluster.
+        """Return a copy that also counts one more chunk of elements; self must have a single layer.
 
-        The cluster is a chunk that was measured alone. Its sums are added to `products`, from which
-        standard errors follow.
+        The layer's sample was drawn in blocks of neighbours, which may be alike. A chunk of it
+        then counts as one draw, a *cluster*. For each metric Σ a / Σ b, with the chunk's sums A
+        and B of a and b, A², A · B and B² are added to `products`. Standard errors follow from
+        these.
 
         Args:
-            sums: Sums of the cluster, float64 (1, sums) in the order of `row_sums`.
-            elements: Number of elements of the cluster.
+            sums: Sums of the chunk, float64 (1, sums) in the order of `row_sums`.
+            elements: Number of elements of the chunk.
         """
         count = sums.new_full((1,), elements)
         cluster = Clusters.create(
@@ -271,7 +277,7 @@ def _make_histograms(row_layers: Tensor, layers: int, formats: int) -> Histogram
 
 
 def _meant(judged: Sequence[bool], device: torch.device) -> Tensor | None:
-    """Return a mask of the columns that have a meaning for the dtype of the weights.
+    """Return which of a layer's sums and maxima have a meaning for the dtype of the weights.
 
     What-if sums say what a format would keep of updates. They mean nothing for a format that is no
     coarser than the dtype of the weights: the updates that it would lose are lost already.
@@ -298,7 +304,7 @@ def _meant(judged: Sequence[bool], device: torch.device) -> Tensor | None:
 
 
 def _columns(formats: int) -> list[_Column]:
-    """List the columns of a layer's vector in order: name, and index of the format or None."""
+    """List a layer's sums and maxima in order: name of each, and index of its format or None."""
     columns: list[_Column] = [(name, None) for name in SUMS]
     columns += [(name, format) for format in range(formats) for name in FORMAT_SUMS]
     columns += [(f"max {name}", None) for name in MAXIMA]
@@ -307,10 +313,11 @@ def _columns(formats: int) -> list[_Column]:
 
 
 def _source(formats: int) -> tuple[list[_Column], ...]:
-    """List the columns that `Layers.add_up` joins: name, and index of the format or None.
+    """List the sums and maxima that `Layers.add_up` joins: name, and index of the format or None.
 
     Returns:
-        The columns of its five parts: counted, sums, products, octaves and extrema.
+        The names in five parts, as `add_up` joins them: counted, sums, products, octaves and
+        extrema.
     """
 
     def each(names: tuple[str, ...], format_names: tuple[str, ...], how: str) -> list[_Column]:
@@ -339,7 +346,18 @@ def _source(formats: int) -> tuple[list[_Column], ...]:
 @functools.cache
 @torch.inference_mode(mode=False)
 def _order(formats: int, device: torch.device) -> Tensor:
-    """Return where `_source` lists each column of a layer's vector, int64 (columns)."""
+    """Return the indices by which `Layers.add_up` brings the sums of layers into their final order.
+
+    Before, each sum stands for all formats side by side, as in `_source`. Afterwards all sums of
+    one format stand side by side, as in `_columns`.
+
+    Args:
+        formats: Number of formats.
+        device: Device of the result.
+
+    Returns:
+        For each column of the result of `add_up`, its index before the reordering, int64 (columns).
+    """
     columns = itertools.chain.from_iterable(_source(formats))
     source = {column: position for position, column in enumerate(columns)}
     order = [
@@ -352,7 +370,19 @@ def _order(formats: int, device: torch.device) -> Tensor:
 @functools.cache
 @torch.inference_mode(mode=False)
 def _find_terms(formats: int, device: torch.device) -> Tensor:
-    """Return which columns each estimate adds, divides by and subtracts, int64 (3 · estimates)."""
+    """Return which columns of a row of sums make up the metrics that have a standard error.
+
+    Such a metric is a ratio (plus − minus) / total of three sums over elements.
+
+    Args:
+        formats: Number of formats.
+        device: Device of the result.
+
+    Returns:
+        Columns, int64 (3 · metrics), as in `Clusters.terms`: those of plus for all metrics, then
+        those of total, then those of minus. Column 0 stands for 0, to subtract nothing, column 1
+        for the number of elements, and the sums follow in the order of the kernel's `row_sums`.
+    """
     columns: list[_Column] = [("", None), ("elements", None), *_source(formats)[1]]
     place = {column: position for position, column in enumerate(columns)}
 
@@ -370,7 +400,7 @@ def _find_terms(formats: int, device: torch.device) -> Tensor:
 
 
 def _estimates(names: tuple[str, ...]) -> Iterator[tuple[str, Estimate]]:
-    """Yield each name of a metric with its formula, an `Estimate`: a ratio Σ a / Σ b."""
+    """Yield each name of a metric with its formula, an `Estimate`: a ratio of two sums."""
     for name in names:
         formula = FORMULAS[name]
         assert isinstance(formula, Estimate)

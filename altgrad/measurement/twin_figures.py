@@ -1,7 +1,7 @@
 """`TwinFigures`: the figures of the twins of a layer or a model, as plain numbers.
 
 A twin is a sample of a layer that is stored and stepped as a recipe says. `TwinValues` has the sums
-of all twins of a step, as they were copied to the host.
+over all twins of a step from which the figures follow, as they were copied to the host.
 
 Read `twin_table` first, which computes the figures; `figures` comes next.
 """
@@ -23,9 +23,11 @@ from altgrad.measurement.twin_table import TwinTable
 
 @dataclass(frozen=True, eq=False)
 class TwinValues:
-    """The sums of all twins of a step.
+    """The sums of all twins of a step, from which metrics such as progress_kept follow.
 
-    A twin is a sample of a layer that is stored and stepped as a recipe says.
+    A twin is a sample of a layer that is stored and stepped as a recipe says. Most metrics of twins
+    are ratios Σ a / Σ b over its elements. For progress_kept, a is the element's movement since the
+    start times its movement in float32, and b is the square of the latter.
 
     Attributes:
         table: The sums, with a row for each layer and recipe.
@@ -112,7 +114,11 @@ class TwinFigures(Mapping[str, float]):
 
     @property
     def recipes(self) -> tuple[str, ...]:
-        """The names of the recipes by which samples were stored and stepped."""
+        """The names of the recipes, such as ``bf16-sr``, for which there are figures.
+
+        A recipe says in which formats weights and optimizer states are stored. The figures (values
+        of metrics) are of a *twin*: a sample of a layer that is stored and stepped so.
+        """
         return tuple(self._rows)
 
     @property
@@ -222,7 +228,11 @@ class TwinFigures(Mapping[str, float]):
 
     @property
     def table(self) -> TwinTable:
-        """The table of sums that has the figures: a row for each layer or model, and recipe."""
+        """The table that computes these figures, and those of other layers, from sums.
+
+        It has a row for each layer or model, and recipe. A row has sums over the elements of a
+        *twin*: a sample of the layer that is stored and stepped as the recipe says.
+        """
         return self._table
 
     def _find_place(self, key: str) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 A twin is a sample of each layer that is stored and stepped as a recipe says. The twin in fp32 has
 float32 weights and states, and gets the same gradients. Each figure of a twin is a ratio Σ a / Σ b
 over the elements of the sample, or a median. `TwinColumns` names the sums, and `measure_twins`
-computes them; `measure_alone` does for a run that no twin can follow.
+computes them; `measure_alone` computes those of a run that no twin can follow.
 
 `twin_table` comes next and turns the sums into figures.
 """
@@ -99,11 +99,15 @@ def measure_twins(
     *,
     blocks: Sequence[int] = (),
 ) -> Tensor:
-    """Compare each twin with the twin in fp32, and sum up over the sample of each layer.
+    """Compare each twin with the twin in fp32: sum up what their metrics follow from.
 
     A twin is a sample of each layer that is stored and stepped as a recipe says; that in fp32 has
-    float32 weights and states. An element is finite if its weights at all four times of `TwinStack`
-    are. Elements that are not finite in a twin or in fp32 count in ``twin_nonfinite_frac`` alone.
+    float32 weights and states. Each metric, such as ``progress_kept``, is a ratio Σ a / Σ b over
+    the sample of a layer. Or it is a median over the sample, of an optimizer's state in the twin
+    divided by that in fp32.
+
+    An element is finite if its weights at all four times of `TwinStack` are. Elements that are not
+    finite in a twin or in fp32 count in ``twin_nonfinite_frac`` alone.
 
     Args:
         mask: bool (layers, width), False at padding.
@@ -115,7 +119,8 @@ def measure_twins(
             Σ b² are those of sums over such blocks.
 
     Returns:
-        Sums and medians, float64 (layers, twins, columns), in the order of `TwinColumns`.
+        Σ a, Σ b, Σ a², Σ a · b and Σ b² of each ratio, and the medians, float64 (layers, twins,
+        columns), in the order of `TwinColumns`.
     """
     columns = TwinColumns(tuple(states))
     if not twins:
@@ -141,12 +146,18 @@ def measure_twins(
 def measure_alone(
     mask: Tensor, run: TwinStack, has_gradient: Tensor, *, blocks: Sequence[int] = ()
 ) -> Tensor:
-    """Sum up what is known of the training's own weights without a twin in fp32 beside them.
+    """Sum up, for each layer, how many of the training's own weights moved or are not finite.
 
     It is used where no twin, a sample that is stepped on its own, can make the training's steps.
-    A *window* is the time since the last observed step. ``still_frac`` is about the elements that
-    had a gradient other than 0 in the window. With a twin in fp32, it is about those that the twin
-    moved.
+    The results are the sums of three shares Σ a / Σ b of a layer's sampled elements:
+
+    - ``still_frac``: elements that did not move in the *window*, the time since the last observed
+        step, of those that had a gradient other than 0 in the window. Where a twin with float32
+        weights is stepped, the share is of the elements that this twin moved in the window.
+    - ``moved_since_start_frac``: elements whose weight differs from that at the start, of those
+        that are finite.
+    - ``twin_nonfinite_frac``: elements that are NaN or inf at one of the four times of `TwinStack`,
+        of all.
 
     Args:
         mask: bool (layers, width), False at padding.
@@ -156,8 +167,8 @@ def measure_alone(
         blocks: Number of neighbours that were drawn together in each layer, as in `measure_twins`.
 
     Returns:
-        Sums, float64 (layers, 1, columns), in the order of ``TwinColumns()``. They are 0 for
-        metrics that need a twin in fp32.
+        Σ a, Σ b, Σ a², Σ a · b and Σ b² of each share, float64 (layers, 1, columns), in the order
+        of ``TwinColumns()``. The sums of other metrics are 0.
     """
     own = _join([run], ())
     finite = mask & own.are_finite

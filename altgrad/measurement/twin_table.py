@@ -1,8 +1,13 @@
-"""`TwinTable`: the sums of twins on the host, a row for each layer and recipe, and their figures.
+"""`TwinTable`: the sums from which the metrics of twins follow, on the host, and their figures.
 
-A model is one row more for each recipe: the sum of its layers, each weighted so that its sample
-stands for all elements of the layer. The median of a state in a model is the median of those of its
-layers, each weighted by its number of elements.
+A twin is a sample of a layer that is stored and stepped as a recipe says; a recipe says in which
+formats. A metric of a twin is a ratio Σ a / Σ b over its elements, such as ``progress_kept``, or a
+median over them, of a state of the optimizer divided by that in float32.
+
+The table has a row for each layer and recipe, and a row for the model and each recipe. The sums of
+a model are those of its layers, each weighted so that its sample stands for all elements of the
+layer. The median of a model is the median of those of its layers, each weighted by its number of
+elements.
 
 Read `twin_sums` and `standard_errors` first; `twin_figures` comes next and reads single rows.
 """
@@ -34,9 +39,10 @@ elements that moved before the latest step alone.
 
 
 class TwinTable:
-    """A table of sums of twins, with the values and errors of metrics that follow from them.
+    """A table of sums over the elements of twins, with the metrics that follow, and their errors.
 
-    A twin is a sample of a layer that is stored and stepped as a recipe says.
+    A twin is a sample of a layer that is stored and stepped as a recipe says. A metric such as
+    ``progress_kept`` is a ratio Σ a / Σ b over its elements, or a median.
 
     A row is a layer with a recipe, or a model with a recipe.
 
@@ -74,7 +80,7 @@ class TwinTable:
     def with_model(
         cls, states: Sequence[str], vectors: Numbers, counted: Numbers, recipes: Sequence[str]
     ) -> tuple[TwinTable, Mapping[str, int]]:
-        """Make a table of the sums of twins of layers, and of the model that the layers form.
+        """Make a table of sums over the twins of layers, and of the model that the layers form.
 
         A twin is a sample of a layer that is stored and stepped as a recipe says.
 
@@ -144,7 +150,7 @@ class TwinTable:
         return numbers
 
     def convert_rows(self, states: Sequence[str], rows: Sequence[int]) -> Numbers:
-        """Return the sums and medians of some rows, arranged for other optimizer states.
+        """Return some rows of `vectors`, their columns arranged for other optimizer states.
 
         Args:
             states: Names of the states of the result, which include those of the table.
@@ -197,7 +203,21 @@ def _number_metrics(states: tuple[str, ...]) -> Mapping[str, int]:
 
 
 def _split(layout: TwinColumns, vectors: Numbers) -> tuple[Numbers, Numbers]:
-    """Return views of the sums of twins, (rows, ratios, 5), and the medians, (rows, states)."""
+    """Split rows of a `TwinTable` into the sums of ratios and the medians, as views.
+
+    A row is about a twin: a sample of a layer that is stored and stepped as a recipe says. Most of
+    its metrics, such as ``progress_kept``, are ratios Σ a / Σ b over the elements of the sample.
+    The others are medians over these elements, one for each state of the optimizer, of the state in
+    the twin divided by that in float32.
+
+    Args:
+        layout: The columns of the rows.
+        vectors: The rows, float64 (rows, columns).
+
+    Returns:
+        Σ a, Σ b, Σ a², Σ a · b and Σ b² of each ratio, (rows, ratios, 5), and the medians, (rows,
+        states).
+    """
     stop = len(layout.ratios) * len(SUMS)
     sums = vectors[:, :stop].reshape(len(vectors), len(layout.ratios), len(SUMS))
     return sums, vectors[:, stop : stop + len(layout.medians)]
@@ -206,8 +226,9 @@ def _split(layout: TwinColumns, vectors: Numbers) -> tuple[Numbers, Numbers]:
 def _merge(layout: TwinColumns, vectors: Numbers, counted: Numbers) -> Numbers:
     """Merge the sums and medians of the twins of layers into those of the model they form.
 
-    Sums of a layer are multiplied by its number of elements over that of its sample, so that they
-    stand for the whole layer.
+    A twin is a sample of a layer that is stored and stepped as a recipe says. Its sums are
+    multiplied by the layer's number of elements over that of the sample, so that they stand for the
+    whole layer.
 
     Args:
         layout: The columns of the vectors.

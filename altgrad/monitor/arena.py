@@ -42,7 +42,7 @@ _ROW, _SHORT_ROW = 64, 32
 
 
 class Place(NamedTuple):
-    """The place of one layer in a `Segment`, memory in which several layers lie side by side.
+    """The place of one layer in a `Segment`, memory with the copies of several layers side by side.
 
     Attributes:
         name: Name of the layer.
@@ -123,11 +123,11 @@ class Segment:
         return [place.name if place.name in present else None for place in self.places]
 
     def copies(self, place: Place, shape: torch.Size) -> Copies:
-        """Return the memory for one layer's weights and gradient, as views of this segment.
+        """Return the memory for copies of a layer's weights and gradient, as views of this segment.
 
         Args:
             place: Place of the layer.
-            shape: Shape of the copies.
+            shape: Shape of each copy.
         """
         start = place.rows.start * self.before.shape[1]
         return Copies(
@@ -205,7 +205,7 @@ class Arena:
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def lay_out(self, requests: Sequence[Request]) -> list[Copies | None]:
-        """Assign memory to layers, side by side if they have the same dtypes and device.
+        """Assign memory for copies of layers, side by side if they have the same dtypes and device.
 
         The memory of earlier calls is freed.
 
@@ -319,15 +319,19 @@ class Arena:
         )
 
     def _clusters(self, places: Sequence[Place]) -> tuple[tuple[Tensor, Tensor] | None, list[int]]:
-        """Group the rows of elements of a segment into clusters that were drawn together.
+        """Group rows of sampled elements into clusters, from whose sums standard errors follow.
+
+        A segment is memory for copies of several layers, in rows of 64 or 32 elements of one layer.
+        If a layer's sample was drawn in blocks of neighbours, which may be alike, a cluster is one
+        or several rows, which hold one or several blocks.
 
         Args:
-            places: All places of a segment.
+            places: For each layer of a segment, its rows and how its sample was drawn.
 
         Returns:
             The index of the cluster of each row, int64 (rows), and the number of elements in each
             row, float64 (rows), on the CPU; None if no layer was drawn in blocks. And the number of
-            clusters of each place, 0 for a layer that was not drawn in blocks.
+            clusters of each layer, 0 for a layer that was not drawn in blocks.
         """
         row_length, clusters, counts = self._row_length, 0, []
         row_clusters: list[int] = []
@@ -351,7 +355,7 @@ class Arena:
     def _scales(
         self, places: Sequence[Place], row_layers: Tensor
     ) -> Tensor | tuple[Sharing, Amaxes | None]:
-        """Compute the scales of the layers, in the form that `Measurer.with_scales` takes.
+        """Compute the scales by which formats divide layers, as `Measurer.with_scales` takes them.
 
         Returns:
             If each layer has one scale for each format: float64 (rows, formats, 1). Otherwise a map
@@ -390,12 +394,23 @@ class Arena:
 
 
 def _count_copied(request: Request) -> int:
-    """Return the number of elements of a layer that are copied."""
+    """Return how many of a parameter's elements are copied before and after each observed step.
+
+    Args:
+        request: The parameter, and which of its elements to copy.
+    """
     return _copied_shape(request).numel()
 
 
 def _copied_shape(request: Request) -> torch.Size:
-    """Return the shape of the copies: (elements) of a sample, or that of the local shard."""
+    """Return the shape of the tensors into which a parameter's weights and gradient are copied.
+
+    Args:
+        request: The parameter, and which of its elements to copy.
+
+    Returns:
+        (elements) if some are copied, or else the shape of the local shard: what this rank holds.
+    """
     if request.indices is not None:
         return request.indices.shape
     return to_local_tensor(request.parameter.detach()).shape

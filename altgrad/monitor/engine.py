@@ -126,9 +126,11 @@ class Engine:
     def measure(
         self, outcome: StepOutcome, seconds: tuple[float, float], others: Sequence[Tensor] = ()
     ) -> StepSums:
-        """Compute the sums and maxima of a step on this rank, with one copy to the host.
+        """Compute the sums and maxima, from which metrics follow, of a step on this rank.
 
-        No error is raised here: `Peers.combine` raises it, so that all ranks do so together.
+        The sums are over the elements of each layer, of quantities such as update². One transfer
+        copies all to the host. No error is raised here: `Peers.combine` raises it, so that all
+        ranks do so together.
 
         Args:
             outcome: The step with its copies of weights and gradients, or the error of copying.
@@ -151,15 +153,18 @@ class Engine:
             return sums._replace(error=error)
 
     def _measured(self, step: OptimizerStep, sums: StepSums, others: Sequence[Tensor]) -> StepSums:
-        """Compute the sums and maxima of the layers of a step, and return them added to `sums`.
+        """Compute the sums and maxima, from which metrics follow, of each layer in a step.
+
+        The sums are over the elements of a layer, of quantities such as update². The module
+        `altgrad.measurement.columns` lists all.
 
         Args:
-            step: The step, with the copies around it.
+            step: The step: weights before it and after it, and gradients.
             sums: The result so far, which has no layers yet.
             others: Further numbers to copy to the host by the same transfer, float64 of any shape.
 
         Returns:
-            A copy of `sums` with the sums and maxima of each layer of the step.
+            A copy of `sums` that also has the sums and maxima of each layer.
         """
         names, parts = self._measure_together(step)
         for name, row in self._measure_alone(step, {*step.names}.difference(names)):
@@ -188,7 +193,7 @@ class Engine:
         return [name for name in self._settings.enabled(measured) if name not in step.resting]
 
     def _measure_together(self, step: OptimizerStep) -> tuple[list[str | None], list[Tensor]]:
-        """Compute the sums and maxima of the layers in the optimizer's arena.
+        """Compute the sums and maxima, from which metrics follow, of the layers in an arena.
 
         An arena consists of segments, memory in which copies of layers lie side by side. One call
         measures all layers of a segment.
@@ -210,7 +215,9 @@ class Engine:
         return names, parts
 
     def _measure_alone(self, step: OptimizerStep, names: set[str]) -> Iterator[tuple[str, Tensor]]:
-        """Compute the sums and maxima of layers too large to be measured together, one by one.
+        """Compute the sums and maxima, from which metrics follow, of large layers one by one.
+
+        Layers are large if they do not fit into the memory in which several are measured together.
 
         Args:
             step: The step.

@@ -144,7 +144,7 @@ class LayerSettings:
         return [n for n in names if (known[n] if n in known else self.get(n)).enabled]
 
     def judged(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Return the names of the formats whose figures (values of metrics) layers have.
+        """Return for each layer the formats for which it gets figures (values of metrics).
 
         Args:
             names: Names of the layers.
@@ -169,9 +169,11 @@ class LayerSettings:
         return layer.enabled and (last >= index or index - last >= layer.every_n_steps)
 
     def block(self, name: str) -> int:
-        """Return how many neighbours of a layer are drawn together, as they share a scale.
+        """Return the size of the blocks, neighbouring elements, in which a layer's sample is drawn.
 
-        Every block size of the layer's formats divides this number; 1 without a block format.
+        A block format, such as ``mxfp4``, has one scale for a block of neighbours, so that the
+        sample must have whole blocks. Every block size of the layer's formats divides the result.
+        Without a block format the result is 1: elements are drawn one by one.
         """
         self.get(name)
         return self._blocks[name]

@@ -222,21 +222,26 @@ class UpdateMonitor:
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
-        """The recipes that are tried out, each on samples of the layers (twins)."""
+        """The recipes that are tried out, such as bf16 weights with stochastic rounding.
+
+        A recipe says in which formats weights and optimizer states are stored, and how they are
+        stepped. It is tried on a *twin*, a small sample of each layer.
+        """
         return self._twins.recipes
 
     @property
     def twins(self) -> Twins:
         """The samples of layers that are stored and stepped as each recipe says.
 
-        The property `checks` of `Twins` says how well a twin with the recipe of the run itself
-        agrees with the run.
+        A recipe says in which formats weights and optimizer states are stored. The property
+        `checks` of `Twins` says how well a sample that is stepped as the training is agrees with
+        the training.
         """
         return self._twins
 
     @property
     def layers(self) -> Mapping[str, LayerSampling]:
-        """The settings of each layer, by name."""
+        """The settings of each layer by name: its formats, interval in steps and size of sample."""
         return self._settings.by_name
 
     @property
@@ -274,7 +279,7 @@ class UpdateMonitor:
     def run_header(self) -> dict[str, Any]:
         """Describe formats, scaling, layers and recipes as plain data: a run file's header.
 
-        `altgrad.report.RunFile` takes them.
+        `altgrad.report.RunFile` takes the header.
 
         Returns:
             A dict that JSON can hold.
@@ -479,9 +484,10 @@ class UpdateMonitor:
     # --- one step
 
     def _is_due(self, index: int) -> bool:
-        """Return True if a step is to be observed, and prepare for it: the observer asks before it.
+        """Return True if the coming step is to be observed, and prepare for the observation.
 
-        Preparing computes the largest magnitude of layers whose scales are due, in `ScaleState`.
+        The observer calls this before the step. To prepare is to compute the largest magnitude of
+        each layer whose scales are due, in `ScaleState`.
 
         Args:
             index: Number of steps of the optimizer since it was attached, before this one.

@@ -205,7 +205,7 @@ class StepObserver:
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """The optimizers whose steps are observed, but those that are garbage-collected."""
+        """The optimizers whose steps are observed, except those that are garbage-collected."""
         return self._attached.optimizers
 
     @property
@@ -332,10 +332,11 @@ class StepObserver:
     # --- during a step
 
     def _is_due(self, hooks: _Hooks) -> bool:
-        """Return True if the step that begins is to be copied, or shown to `every_step`.
+        """Return True if `_capture` and `_finish` are to be called in the coming step.
 
-        `_capture` is then called before the weights move, and `_finish` after it. The object
-        `every_step` is shown all steps, observed or not.
+        They are called if the step is to be observed: `_capture` copies weights and gradients
+        before the step, and `_finish` passes these and the new weights to the callback. If the
+        user has given an object `every_step`, they are called in every step, to call its methods.
         """
         self._due.discard(hooks)
         if self._is_observed(hooks):

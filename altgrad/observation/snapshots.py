@@ -32,7 +32,7 @@ The function is called again if the name or the shape has changed.
 
 
 class Copies(NamedTuple):
-    """The memory for the copies of one parameter.
+    """The memory for the copies of one parameter's weights and gradient around a step.
 
     Each tensor has the shape of the local shard, or (elements) if only some elements are copied.
 
@@ -48,7 +48,7 @@ class Copies(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A request to a `Memory` function, for the copies of one parameter.
+    """A request for memory, to hold copies of one parameter's weights and gradient around a step.
 
     Attributes:
         name: The name of the parameter.
@@ -338,7 +338,17 @@ class Snapshots:
 
 
 def _make_snapshot(request: Request, copies: Copies | None, gradient: Tensor) -> Snapshot:
-    """Return a snapshot in the given memory, or in new memory if `copies` is None."""
+    """Return a `Snapshot` of one parameter: memory for its weights and gradient around each step.
+
+    Args:
+        request: The parameter, its name, and which of its elements to copy.
+        copies: The memory to use; None to allocate memory. Large parameters on an accelerator then
+            get their memory anew at each step.
+        gradient: The gradient of the local shard, or a tensor of its dtype.
+
+    Returns:
+        The snapshot, into which nothing has been copied yet.
+    """
     name, parameter, _, indices = request
     local = to_local_tensor(parameter)
     is_temporary = copies is None and indices is None and _is_large_on_accelerator(parameter)
@@ -369,10 +379,11 @@ def _is_large_on_accelerator(parameter: Tensor) -> bool:
 
 
 def _allocate(local: Tensor, gradient: Tensor, indices: Tensor | None) -> Copies:
-    """Return memory for copies of all elements, or of those at `indices`.
+    """Return memory for copies of a parameter's weights and gradient around a step.
 
-    Copies of all elements have the strides of their sources. Their `after` is `local` itself: the
-    weights after the step are read from there.
+    The copies are of all elements, or of those at `indices`. Copies of all elements have the
+    strides of their sources. Their `after` is `local` itself: the weights after the step are read
+    from there.
     """
     if indices is None:  # with equal strides, a copy is one pass over contiguous memory
         return Copies(torch.empty_like(local), torch.empty_like(gradient), local)

@@ -35,8 +35,8 @@ class OptimizerStep:
     the parameter, gradients that of its gradient.
 
     Attributes:
-        names: Names of the parameters that are shown: those that had a gradient, as named in
-            `StepObserver.names`.
+        names: Names of the parameters of the other tuples, in order: those that had a gradient, as
+            named in `StepObserver.names`.
         before: The weights just before the step.
         gradients: The gradients that the optimizer applied: accumulated, clipped, divided by the
             loss scale, and dense.
@@ -98,7 +98,11 @@ class StepOutcome:
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """The names of the parameters that this step shows; empty if it was skipped or failed."""
+        """The names of the parameters to which the step was applied.
+
+        They are those in `step`, which had a gradient, except those that a learning rate of 0 kept
+        in place. The result is empty if the step was skipped, or if it failed with an error.
+        """
         if self.step is None or self.skipped is not None:
             return ()
         return tuple(name for name in self.step.names if name not in self.step.resting)

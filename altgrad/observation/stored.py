@@ -1,4 +1,4 @@
-"""Record which parameters a recipe stores on the grid of a format.
+"""Record which parameters a recipe stores on the grid of a format, the set of its numbers.
 
 A recipe such as `altgrad.WeightStorage` rounds weights after each step and registers them here. A
 monitor asks here which layers are stored: their weights lie on the grid already, so that an update
@@ -72,9 +72,10 @@ _stored = WeakKeyDictionary()
 
 
 def register_stored(optimizer: Optimizer, storage: object, layers: Mapping[Tensor, Stored]) -> None:
-    """Record how an object such as a `WeightStorage` stores parameters of an optimizer.
+    """Record in which formats an object such as a `WeightStorage` keeps parameters of an optimizer.
 
-    A second call for the same optimizer and storage replaces the first.
+    The object rounds weights or optimizer states to the formats' numbers after each step. A second
+    call for the same optimizer and storage replaces the first.
 
     Args:
         optimizer: The torch optimizer that steps the parameters.
@@ -85,19 +86,27 @@ def register_stored(optimizer: Optimizer, storage: object, layers: Mapping[Tenso
 
 
 def forget_stored(storage: object) -> None:
-    """Forget all parameters registered as stored by an object such as a `WeightStorage`."""
+    """Forget an object, such as a `WeightStorage`, that no longer rounds parameters to a format.
+
+    Args:
+        storage: The object that was given to `register_stored`, with the parameters that it rounds
+            after each step.
+    """
     for by_storage in _stored.values():
         by_storage.pop(storage, None)
 
 
 def get_stored(optimizers: Iterable[Any]) -> dict[Tensor, Stored]:
-    """Return how parameters of optimizers are stored that recipes keep on the grid of a format.
+    """Return in which formats, and by which rounding, parameters of optimizers are kept.
+
+    An object such as a `WeightStorage` keeps them: after each step it rounds weights or optimizer
+    states to the numbers of a format.
 
     Args:
         optimizers: Torch optimizers, or wrappers of Lightning, Fabric or accelerate.
 
     Returns:
-        A `Stored` for each stored parameter; parameters that are not stored are left out.
+        A `Stored` for each parameter that is kept in a format; other parameters are left out.
     """
     return {
         parameter: stored
@@ -108,7 +117,9 @@ def get_stored(optimizers: Iterable[Any]) -> dict[Tensor, Stored]:
 
 
 def get_stored_formats(optimizers: Iterable[Any]) -> dict[Tensor, FloatFormat]:
-    """Return the formats on whose grid recipes, such as a `WeightStorage`, keep weights.
+    """Return the formats to whose numbers weights are rounded after each step of optimizers.
+
+    An object such as a `WeightStorage` rounds them.
 
     Args:
         optimizers: Torch optimizers, or wrappers of Lightning, Fabric or accelerate.

@@ -40,10 +40,11 @@ class Grids(NamedTuple):
     """The constants for rounding to several formats: float64 tensors, (1 or rows, formats, 1).
 
     A row holds elements of one layer (parameter tensor). A scale is the factor from the numbers of
-    a format to weights. If the scales are powers of two, one for each row and format, the constants
-    contain the scale, and `scale` is None. With other scales, or a format without subnormals or
-    mantissa bits, `scale` is a tensor. Callers then divide values by the scale (`divide_by_scale`)
-    before rounding, and multiply results by the scale (`multiply_by_scale_`, `multiply_by_scale`).
+    a format to weights. If the scales are powers of two, one for each row and format, all constants
+    but `eps` are multiplied by them, and `scale` is None. With other scales, or a format without
+    subnormals or mantissa bits, `scale` is a tensor. Callers then divide values by the scale
+    (`divide_by_scale`) before rounding, and multiply results by the scale (`multiply_by_scale_`,
+    `multiply_by_scale`).
 
     Attributes:
         eps: Spacing of neighbouring values divided by the power of two below them, ``2**-M``.
@@ -55,7 +56,8 @@ class Grids(NamedTuple):
             which a run would raise with its weights.
         floor: −`ceiling`.
         smallest_normal: Smallest normal number; inf if every value is subnormal.
-        scale: float64, (1 or rows, formats, 1 or elements); None if the constants contain it.
+        scale: float64, (1 or rows, formats, 1 or elements). None if the constants are multiplied by
+            it already, or if it is 1.
         without_subnormals: Index and smallest normal number of each format without subnormals.
         without_mantissa: Index and bias of each format without mantissa bits, whose ties go to the
             even code.
@@ -74,30 +76,47 @@ class Grids(NamedTuple):
     without_mantissa: tuple[tuple[int, int], ...]
 
     def divide_by_scale(self, x: Tensor, out: Tensor) -> Tensor:
-        """Divide values by the scale, unless the constants contain the scale.
+        """Divide values by the scale of each format before they are rounded, if that is needed.
+
+        It is not needed if `scale` is None: the constants, such as `top`, are then multiplied by
+        the scale.
 
         Args:
             x: Values, float64, (rows, 1 or formats, elements).
             out: Buffer, float64, (rows, formats, elements); overwritten if there is a scale.
 
         Returns:
-            `out`, or x itself if the constants contain the scale.
+            `out`, or x itself if `scale` is None.
         """
         return x if self.scale is None else torch.div(x, self.scale, out=out)
 
     def multiply_by_scale_(self, x: Tensor) -> Tensor:
-        """Multiply values by the scale in place; return x unchanged if the constants contain it."""
+        """Multiply results of rounding by the scale of each format in place, if that is needed.
+
+        It is not needed if `scale` is None: the constants, such as `top`, are then multiplied by
+        the scale, and values have not been divided by it.
+
+        Args:
+            x: Numbers computed from results of `divide_by_scale`, such as spacings, float64, (rows,
+                formats, elements); overwritten if there is a scale.
+
+        Returns:
+            x.
+        """
         return x if self.scale is None else x.mul_(self.scale)
 
     def multiply_by_scale(self, x: Tensor, out: Tensor) -> Tensor:
-        """Multiply values by the scale without changing x, unless the constants contain the scale.
+        """Multiply results of rounding by the scale of each format, without changing x, if needed.
+
+        It is not needed if `scale` is None: the constants, such as `top`, are then multiplied by
+        the scale, and values have not been divided by it.
 
         Args:
             x: Values on the unscaled grid, float64, (rows, formats, elements).
             out: Buffer like x; overwritten if there is a scale.
 
         Returns:
-            `out`, or x itself if the constants contain the scale.
+            `out`, or x itself if `scale` is None.
         """
         return x if self.scale is None else torch.mul(x, self.scale, out=out)
 
@@ -238,8 +257,8 @@ def compute_gaps(stored: Tensor, target_gap: Tensor, grids: Grids) -> Tensor:
     result may be larger, up to the distance from stored value to target.
 
     Args:
-        stored: Values of the formats, times the scale if the constants contain it, float64,
-            (rows, formats, elements); overwritten. A row holds elements of one layer.
+        stored: Values of the formats, times the scale if the constants are multiplied by it,
+            float64, (rows, formats, elements); overwritten. A row holds elements of one layer.
         target_gap: The spacing at each target, from `round_to_grids`.
         grids: The constants of the formats.
 

@@ -1,7 +1,8 @@
 """`get_recipes` and `find_default_recipes`: the common recipes by short names.
 
-Short names are `fp32`; for each format f the names f, f-sr (stochastic rounding) and f-kahan; and
-`bf16-true` and `fp16-true`, also with `-fused`.
+A recipe says in which formats weights and optimizer states are stored. Short names are `fp32`; for
+each format f the names f, f-sr (stochastic rounding) and f-kahan; and `bf16-true` and `fp16-true`,
+also with `-fused`.
 
 Read `recipe` first; `altgrad.twins.layout` comes next, the first file about twins.
 """
@@ -155,7 +156,11 @@ def _get_short(name: str) -> Recipe:
 
 @functools.cache
 def _list_short() -> dict[str, Recipe]:
-    """Return the recipes by their short names; formats have their canonical names alone."""
+    """Return all common recipes by short name, such as ``bf16-sr``.
+
+    A *recipe* says how weights and optimizer states are stored and stepped. In these names each
+    format has one spelling, as in ``e4m3fn-sr``; the other spelling ``e4m3-sr`` is not listed.
+    """
     short = [Recipe("fp32")]
     for format in get_formats((*FORMATS, *BLOCK_FORMATS)):
         if format.power_of_two:

@@ -203,7 +203,7 @@ class Recipe:
         layers: Sequence[SamplingRule] = (),
         seed: int = 0,
     ) -> WeightStorage:
-        """Store the weights and states of optimizers as the recipe says, now and after each step.
+        """Round the weights and states of optimizers as the recipe says, now and after each step.
 
         Args:
             optimizers: One or several optimizers, as in `WeightStorage.attach`.
@@ -232,7 +232,10 @@ class Recipe:
         layers: Sequence[SamplingRule] = (),
         seed: int = 0,
     ) -> WeightStorage:
-        """Return a storage of this recipe that is not attached to an optimizer yet.
+        """Return an object that can round weights and optimizer states to this recipe's formats.
+
+        The object is a `WeightStorage`. Its `attach` takes optimizers, and it then rounds at once
+        and after each of their steps.
 
         Args:
             scaling: The weights that share a scale, as in `WeightStorage`.
@@ -240,7 +243,7 @@ class Recipe:
             seed: The seed of stochastic rounding.
 
         Returns:
-            The storage. A resumed run calls its `load_state_dict`, and then its `attach`.
+            The storage, not yet attached. A resumed run calls its `load_state_dict`, then `attach`.
 
         Raises:
             ValueError: The recipe needs other tensors or another optimizer, or an argument is

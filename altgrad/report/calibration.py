@@ -1,8 +1,9 @@
 """The thresholds of the verdicts, and the outcomes of the real runs that set the thresholds.
 
-A verdict says how well a number format would store a layer. The real runs are small trainings that
-stored their weights in a format; what they lost of their progress set the thresholds. `calibration`
-reads calibration.json, which benchmarks/calibration in the repository regenerates.
+A verdict says whether a layer would still train if its weights were stored in a number format. The
+real runs are small trainings that stored their weights in a format; what they lost of their
+progress set the thresholds. `calibration` reads calibration.json, which benchmarks/calibration in
+the repository regenerates.
 
 The module `verdicts` comes next, which uses the thresholds and quotes the outcomes.
 """
@@ -27,9 +28,9 @@ Runs in so few formats say nothing about other formats, so that the reader must 
 class Thresholds:
     """The figures, all between 0 and 1, at which one verdict ends and the next begins.
 
-    A verdict says how well a number format would store a layer. The metric kept_update_ratio is how
-    much of the layer's updates the format keeps, never_moved_frac the share of the weights with
-    updates that would never have moved.
+    A verdict says whether a layer would still train if its weights were stored in a number format.
+    The metric kept_update_ratio is how much of the layer's updates the format keeps,
+    never_moved_frac the share of the weights with updates that would never have moved.
 
     Attributes:
         stores_fine: Least kept_update_ratio of a format that stores a layer fine.
@@ -50,7 +51,8 @@ class Thresholds:
 class Calibration:
     """The content of calibration.json: thresholds of verdicts, and outcomes of real runs.
 
-    The real runs are trainings that stored their weights in a number format.
+    A verdict says whether a layer would still train if its weights were stored in a number format.
+    The real runs are trainings that really stored their weights in a format.
 
     Attributes:
         thresholds: Figures at which one verdict on a layer and format ends, and the next begins.
@@ -101,9 +103,11 @@ class Calibration:
 
 @functools.cache
 def calibration() -> Calibration:
-    """Return the thresholds of verdicts, and the outcomes of the real runs that set them.
+    """Return the thresholds by which layers are judged, and results of trainings that set these.
 
-    They come from the file calibration.json of the package, which is read once.
+    A verdict says whether a layer would still train if its weights were stored in a number format.
+    The trainings really stored their weights in formats. Thresholds and results come from the file
+    calibration.json of the package, which is read once.
     """
     content = json.loads(
         files("altgrad.report").joinpath("calibration.json").read_text(encoding="utf-8")

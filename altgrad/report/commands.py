@@ -81,7 +81,10 @@ def report(
 
 
 def compare(a: _Run, b: _Run, layers: _Layers = 40) -> None:
-    """Compare two runs and list the layers whose verdicts differ.
+    """Compare two runs and list the layers that differ most.
+
+    Layers whose verdicts differ come first. A verdict says whether a layer would
+    still train if its weights were stored in a number format.
 
     \f
     Args:

@@ -33,7 +33,8 @@ class RunReport:
 
     Attributes:
         run: The run, as `altgrad.report.read` returns it.
-        assessment: Verdicts on how well each number format would store each layer.
+        assessment: Verdicts: whether each layer would still train if its weights were stored in
+            each number format.
     """
 
     run: Run
@@ -60,7 +61,7 @@ class RunReport:
 
     @property
     def measured(self) -> str:
-        """Number of measured elements in the layers that have figures, in words."""
+        """Number of measured elements in the layers that were measured at all, in words."""
         if not self._seen:
             return "no element measured"
         layers = [layer for name, layer in self.run.layers.items() if name in self._seen]
@@ -79,7 +80,7 @@ class RunReport:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences on the run file, layers without figures, and steps with different layers."""
+        """Sentences on the run file, layers not measured, and steps that measured other layers."""
         notes = [*self.run.notes]
         unseen = [name for name in self.run.layers if name not in self._seen]
         if unseen and self._seen:
@@ -100,12 +101,12 @@ class RunReport:
 
     @functools.cached_property
     def _seen(self) -> set[str]:
-        """Names of the layers that have figures."""
+        """Names of the measured layers: those of which the run file has values of metrics."""
         return {row.layer for row in self.run.rows if row.layer is not None}
 
     @functools.cached_property
     def _layer_sets(self) -> list[frozenset[str]]:
-        """The names of the layers with figures, one set for each observed step, in order."""
+        """The names of the measured layers, one set for each observed step, in order."""
         sets: list[frozenset[str]] = []
         layers: set[str] = set()
         for row in self.run.rows:
@@ -124,7 +125,7 @@ class RunReport:
 
     @property
     def to_apply(self) -> str:
-        """Lines of Python that store each layer in the smallest format that stores it fine."""
+        """Lines of Python that keep each layer's weights in the smallest format that is fine."""
         return write_code(self.run, self.assessment)
 
     @property
@@ -141,7 +142,7 @@ class RunReport:
         return own / (own + training) if training > 0 else math.nan
 
     def pictures(self) -> dict[str, Figure]:
-        """Draw the pictures for which the run has figures.
+        """Draw the pictures for which the run has values of metrics.
 
         Returns:
             Pictures by name, the most informative first: ``kept`` (`kept_map`), ``steps``
@@ -177,7 +178,7 @@ class RunReport:
         return [row for row in self.run.rows if row.layer is None]
 
     def _find_last_histograms(self) -> dict[str, Histogram]:
-        """Return the last histogram of the model by key, such as ``steps/bf16`` or ``weights``."""
+        """Return the model's last histograms of updates, as ``steps/bf16``, and of ``weights``."""
         found: dict[str, Histogram] = {}
         for row in self._list_model_rows():
             found |= row.histograms

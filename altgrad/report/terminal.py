@@ -38,7 +38,10 @@ _NO_SUGGESTION = "none"
 
 
 def print_report(report: RunReport, console: Console, most_layers: int | None = None) -> None:
-    """Print a run: its steps, verdicts, summary, code that stores it as suggested, and notes.
+    """Print the report of a run: whether its layers would still train with weights in formats.
+
+    It has the observed steps, a table of verdicts on layers and formats, a summary and notes. It
+    also has Python code that stores the weights of each layer in a format that is fine for it.
 
     Args:
         report: Report of the run.
@@ -58,7 +61,7 @@ def print_report(report: RunReport, console: Console, most_layers: int | None = 
 
 
 def _print_to_apply(report: RunReport, console: Console) -> None:
-    """Print the Python code that stores each layer as suggested, in lines that can be copied.
+    """Print Python code that stores each layer in a format that is fine for it, to be copied.
 
     Instead of more than 40 lines, a sentence says where the code is.
     """
@@ -87,6 +90,7 @@ def print_line(text: str, console: Console) -> None:
 def print_verdicts(report: RunReport, console: Console, most_layers: int | None = None) -> None:
     """Print how well each format would store each layer, in tables of layers by formats.
 
+    An entry says whether the layer would still train if its weights were stored in the format.
     There are as many tables as the console's width requires, and a legend.
 
     Args:
@@ -132,7 +136,10 @@ def _print_meaning(console: Console, word: str, meaning: str) -> None:
 
 
 def print_comparison(comparison: Comparison, console: Console, most: int | None = None) -> None:
-    """Print the model's figures in both runs, and the layers that differ most.
+    """Print the means of the model's metrics in both runs, and the layers that differ most.
+
+    Layers whose verdicts differ come first. A verdict says whether a layer would still train if its
+    weights were stored in a number format.
 
     Args:
         comparison: The comparison of two runs.

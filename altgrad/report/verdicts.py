@@ -1,7 +1,8 @@
 """Judge how well each format would store each layer: a verdict with figures and a reason.
 
-`Judge` collects the figures of a run, step by step, and returns an `Assessment`: one `Advice` for
-each layer and format. `_judge` holds the rules, which docs/how-it-works.md explains. Thresholds and
+A verdict says whether the layer would still train if its weights were stored in the format. `Judge`
+collects the figures of a run, step by step, and returns an `Assessment`: one `Advice` for each
+layer and format. `_judge` holds the rules, which docs/how-it-works.md explains. Thresholds and
 evidence come from `altgrad.report.calibration`, which rests on runs that really stored their
 weights in a format, rounded to nearest.
 
@@ -130,7 +131,7 @@ class Assessment:
 
     @functools.cached_property
     def by_layer(self) -> dict[str, dict[str, Advice]]:
-        """Verdicts by layer and format; first is the layer of whose updates the least is kept."""
+        """Verdicts by layer and format; first is the layer that keeps least of its updates."""
         by_layer: dict[str, dict[str, Advice]] = {}
         for advice in self.advice:
             by_layer.setdefault(advice.layer, {})[advice.format] = advice
@@ -306,13 +307,13 @@ def find_smallest(names: Iterable[str], formats: Mapping[str, FormatInfo]) -> st
 
 
 def judge_run(run: Run) -> Assessment:
-    """Judge a run that was read from its file.
+    """Judge whether the layers of a run would still train if formats stored their weights.
 
     Args:
         run: The run, as `altgrad.report.read` returns it.
 
     Returns:
-        The verdicts on each layer in each format that the layer was judged for.
+        A verdict, with its reason, on each layer in each number format that it was measured for.
     """
     judge = Judge(run.formats, run.layers)
     for row in run.rows:
@@ -322,7 +323,11 @@ def judge_run(run: Run) -> Assessment:
 
 
 def _find_least_kept(advice: Iterable[Advice]) -> float:
-    """Return the least `kept` of some verdicts, those on one layer; inf if all are NaN."""
+    """Return the smallest kept_update_ratio among verdicts on one layer in several formats.
+
+    The kept_update_ratio is how much of the layer's updates a format keeps: 1 is all, 0 nothing.
+    The result is inf if all are NaN.
+    """
     return min((a.kept for a in advice if not math.isnan(a.kept)), default=math.inf)
 
 
