@@ -358,7 +358,7 @@ class UpdateMonitor:
             self._watch,
             self._settings,
             get_stored_formats(optimizers),
-            has_twins=bool(self.recipes),
+            has_twins=bool(self.recipes) and any(x.twin_elements for x in self.layers.values()),
         ):
             self._warn(notice)
         self._known_losses.check_attached(self._observer.optimizers)

@@ -60,6 +60,14 @@ class Stored(NamedTuple):
     states: Mapping[str, StoredState] = MappingProxyType({})
     state_formats: Mapping[str, FloatFormat] = MappingProxyType({})
 
+    def join(self, other: Stored) -> Stored:
+        """Return how a layer is stored that two objects store: one its weights, one its states."""
+        first, second = (self, other) if self.element is not None else (other, self)
+        return first._replace(
+            states={**second.states, **first.states},
+            state_formats={**second.state_formats, **first.state_formats},
+        )
+
     def find_state_format(self, name: str) -> FloatFormat | None:
         """Return the format in which a state is stored after each step; None if it is not."""
         return self.state_formats.get(name, self.state_formats.get("*"))
@@ -108,12 +116,13 @@ def get_stored(optimizers: Iterable[Any]) -> dict[Tensor, Stored]:
     Returns:
         A `Stored` for each parameter that is kept in a format; other parameters are left out.
     """
-    return {
-        parameter: stored
-        for optimizer in map(unwrap, optimizers)
-        for layers in _stored.get(optimizer, {}).values()
-        for parameter, stored in layers.items()
-    }
+    found: dict[Tensor, Stored] = {}
+    for optimizer in map(unwrap, optimizers):
+        for layers in _stored.get(optimizer, {}).values():
+            for parameter, stored in layers.items():
+                known = found.get(parameter)
+                found[parameter] = stored if known is None else known.join(stored)
+    return found
 
 
 def get_stored_formats(optimizers: Iterable[Any]) -> dict[Tensor, FloatFormat]:

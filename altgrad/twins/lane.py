@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from altgrad.measurement.twin_sums import TwinStack, measure_alone, measure_twins
+from altgrad.measurement.twin_sums import TwinColumns, TwinStack, measure_alone, measure_twins
 from altgrad.recipes.recipe import NOW, Recipe
 from altgrad.twins.element_scales import ElementScales
 from altgrad.twins.fused_sgd import describe_fused_sgd
@@ -86,7 +86,8 @@ class Lane:
             name `NOW`, if it keeps less than float32 does.
 
     Attributes:
-        draws: True if the training's optimizer was seen to draw random numbers in a step.
+        rounds_itself: True if the training rounds weights otherwise than the reference twin, which
+            steps as it does: at random, or in compiled code.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Lane:
         self._run = RunWeights(kind)
         self._states = RunStates()
         self._twins = LaneTwins(kind, recipes, self._scales, source.seed, source.warn)
-        self.draws = False
+        self.rounds_itself = False
         self._shows_run = shows_run and kind.is_low
         self._is_checked = False  # in the running step
         self._counts = torch.zeros((0, len(COUNTS)), dtype=torch.float64, device=kind.device)
@@ -148,7 +149,7 @@ class Lane:
         Otherwise it reaches the same weights by its own steps. It cannot if they are rounded at
         random, or after the step.
         """
-        is_rounded = self._kind.is_stored or self.draws
+        is_rounded = self._kind.is_stored or self.rounds_itself
         return self._kind.is_low and is_rounded and not self.follows_updates
 
     # --- before a step of the run
@@ -310,7 +311,7 @@ class Lane:
         missed = self._twins.find_missed(self._late)
         own, by_factory = _join(missed, changes), _join(self._late, changes)
         self._late = late
-        self.draws |= draws
+        self.rounds_itself |= draws
         reference = self._twins.reference.tensors
         moved = reference.moved_in_window.clone() if self._records_run else None
         if self.follows_updates:
@@ -326,9 +327,11 @@ class Lane:
                 if has_new_layers:
                     self._twins.warn_about_names()
         self._compare_with_run(optimizer)
-        if moved is not None and self._records_run:
-            reference.replace_step(self._run.gather(), moved)
+        # Between two steps, a write would otherwise be taken for a part of the next step.
+        self._run.is_watching |= self._records_run
         self._run.remember_writes()
+        if moved is not None and self._records_run:
+            reference.replace_step(self._run.values, moved)
         self._states.remember(optimizer, self._stepped)
 
     def _compare_with_run(self, optimizer: Optimizer) -> None:
@@ -341,7 +344,8 @@ class Lane:
         spacings = None
         if self._kind.is_stored:
             layers, weights = self._plan.layers, self._run.gather()
-            spacings = find_spacings(optimizer, layers, self._plan.layout, weights)
+            # Scales of MX formats let the largest numbers clip, by up to two spacings.
+            spacings = 2 * find_spacings(optimizer, layers, self._plan.layout, weights)
         self._counts = self._run.check(self._twins.reference.tensors, spacings)
 
     def take_counts(self) -> Tensor:
@@ -434,6 +438,9 @@ class Lane:
         """
         rows, mask, blocks = self._run.rows, self._run.mask, self._run.blocks
         if self.follows_updates and self._kind.is_low:  # the run alone is left
+            if NOW not in stacks:
+                empty = (len(mask), 0, len(TwinColumns()))
+                return (), torch.zeros(empty, dtype=torch.float64, device=mask.device)
             has_gradient = self._run.has_gradient[rows]
             return (), measure_alone(mask, stacks[NOW], has_gradient, blocks=blocks)
         baseline = self._twins.fp32.stack(rows)
@@ -467,23 +474,40 @@ class Lane:
         self._suspicions += is_suspected
         if is_suspected:
             self._run.is_watching = True
-        elif not are_found and self._suspicions < 2:
+        elif not are_found and self._suspicions < 2 and not self._records_run:
             self._run.is_watching = False
 
-    def follow_updates(self, optimizer: Optimizer, reason: str) -> None:
+    def end_probe(self) -> bool:
+        """Return False if the training's optimizer cannot run on a sample, at the first check."""
+        return self.follows_updates or self._twins.end_probe()
+
+    def begin_recording(self) -> None:
+        """Let the reference twin take over the training's weights, now and after each step.
+
+        The reference twin is a sample that steps as the training does. It is called after the first
+        step that moved weights, if the training rounds them otherwise.
+        """
+        self.rounds_itself = self._run.is_watching = True
+        reference = self._twins.reference.tensors
+        reference.replace_step(self._run.gather(), torch.zeros_like(reference.moved_in_window))
+
+    def follow_updates(
+        self, optimizer: Optimizer, reason: str, *, is_measured: bool = False
+    ) -> None:
         """Let twins add the training's updates, since its optimizer cannot run on a sample.
 
         Args:
             optimizer: The training's optimizer.
             reason: The reason why it cannot, for the notice.
+            is_measured: True after `measure`, where another window has begun.
         """
         if self.follows_updates:
             return
         self._run.gather()
-        if self._shows_run:
+        if self._shows_run and not is_measured:
             self._run.note_gradients(self._gradients, self._gradients_now.found_inf)
         # Last: where warnings are errors, all must be ready for the next step.
-        self._twins.follow_updates(self._describe_run(optimizer), reason)
+        self._twins.follow_updates(self._describe_run(optimizer), reason, is_measured=is_measured)
 
     @contextmanager
     def _following_updates_after_an_error(self, optimizer: Optimizer) -> Iterator[None]:
@@ -527,7 +551,7 @@ class Lane:
         return {
             **self._plan.state_dict(optimizer),
             "recipes": sorted(self.recipes),
-            "draws": self.draws,
+            "rounds_itself": self.rounds_itself,
             "late": copy.deepcopy(self._late),
             "written": sorted(written),
             "changed": sorted(changed),
@@ -545,7 +569,7 @@ class Lane:
         """
         self._loaded_writes = state["written"], state["changed"]
         self._late = copy.deepcopy(state["late"])
-        self.draws = state["draws"]
+        self.rounds_itself = state["rounds_itself"]
         self._suspicions = state["suspicions"]
         self._plan.load_state_dict(state)
         self._scales.load_state_dict(state["state_amaxes"])

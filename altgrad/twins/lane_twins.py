@@ -6,6 +6,10 @@ more: the *reference twin* steps as the run does, and the *baseline* in float32.
 an error ends. If the reference twin cannot step as the run does, no twin can: all add the updates
 of the run from then on, or end.
 
+Where the run rounds by itself, a reference twin of an unsuitable optimizer may look right. There, a
+*probe* steps beside the baseline: every second element of it is another one. If an element that is
+the same steps otherwise, the optimizer looks at whole tensors, and cannot run on a sample.
+
 Read `stored_layers` first; `lane` comes next.
 """
 
@@ -61,8 +65,12 @@ class LaneTwins:
         self._make = (kind.dtype, scales, seed)  # what each twin is made of
         self.reference: Twin = OptimizerTwin(Recipe("run", dtype=kind.dtype), *self._make)
         self._baseline: Twin | None = None  # unless the run is low, the reference stands for it
+        self._probe: Twin | None = None  # until the first check
         if kind.is_low:
-            self._baseline = OptimizerTwin(Recipe("fp32"), *self._make)
+            # Of one name, as the seeds of random numbers follow from names.
+            self._baseline, self._probe = (
+                OptimizerTwin(Recipe("fp32"), *self._make) for _ in range(2)
+            )
         self.by_recipe: dict[str, Twin] = {r.name: OptimizerTwin(r, *self._make) for r in recipes}
         self.follows_updates = False
 
@@ -90,6 +98,8 @@ class LaneTwins:
         """
         for twin in self._all:
             self._try(twin, partial(twin.rearrange, new))
+        if self._probe is not None:
+            self._probe.rearrange(new._replace(weights=_change_every_second(new.weights)))
 
     def replace_weights(self, changed: Tensor, weights: Tensor) -> None:
         """Let all twins, samples stepped as recipes say, take over some weights of the training.
@@ -112,6 +122,22 @@ class LaneTwins:
         for twin in self._all:
             changes = own if twin.recipe.optimizer is None else by_factory
             self._try(twin, partial(_step, twin, gradients, changes))
+        if self._probe is not None:
+            others = gradients._replace(values=_change_every_second(gradients.values))
+            _step(self._probe, others, own)
+
+    def end_probe(self) -> bool:
+        """Return False if an element steps otherwise when other elements of its tensor differ.
+
+        An optimizer with such steps cannot run on a sample of a layer. The result is True if it was
+        asked before, and where the training keeps what float32 does. The host waits for the device.
+        """
+        probe, self._probe = self._probe, None
+        if probe is None:
+            return True
+        differ = probe.tensors.weights != self.fp32.tensors.weights
+        both_nan = probe.tensors.weights.isnan() & self.fp32.tensors.weights.isnan()
+        return not (differ & ~both_nan)[::2].any().item()
 
     def follow(self, weights: Tensor) -> None:
         """Add the update of the training's last step to all twins, samples of the layers.
@@ -164,7 +190,7 @@ class LaneTwins:
 
     # --- endings
 
-    def follow_updates(self, new: Arrangement, reason: str) -> None:
+    def follow_updates(self, new: Arrangement, reason: str, *, is_measured: bool = False) -> None:
         """Let twins add the training's updates, since its optimizer cannot run on a sample.
 
         Twins whose recipes need an optimizer end. In a training that keeps less than float32 does,
@@ -173,15 +199,22 @@ class LaneTwins:
         Args:
             new: The places of the sampled elements, with the weights of the training now.
             reason: The reason why its optimizer cannot run on them, for the notice.
+            is_measured: True after a step whose figures were computed, when another window has
+                begun, the time until the next such step.
         """
         names, reference = self._choose_followers(), self.reference
         gone = sorted(self.by_recipe.keys() - {*names})
+        if self._baseline is not None:
+            gone.append(self._baseline.recipe.name)
         self._make_followers(names)
         for twin in self._all:
             twin.rearrange(new)
         if self._kind.is_low and reference.layout == new.layout:
             # The training itself is compared with its start, which is that of the earlier twin.
             tensors = self.reference.tensors = reference.tensors
+            if is_measured:
+                tensors.window.copy_(new.weights)
+                tensors.before.copy_(new.weights)
             tensors.replace_step(new.weights, tensors.window != new.weights)
         # Last: where warnings are errors, the twins must be ready for the next step.
         if gone:
@@ -200,7 +233,7 @@ class LaneTwins:
         recipes = [self.by_recipe[name].recipe for name in names]
         self.by_recipe = {each.name: UpdateTwin(each, *self._make) for each in recipes}
         self.reference = UpdateTwin(Recipe("run", dtype=self._kind.dtype), *self._make)
-        self._baseline = None
+        self._baseline = self._probe = None
         self.follows_updates = True
 
     def _try(self, twin: Twin, act: Callable[[], object]) -> None:
@@ -250,7 +283,7 @@ class LaneTwins:
             state: A dict with the entries of `state_dict`.
             layout: The places of the samples in flat tensors when the state was saved.
         """
-        twins = state["twins"]
+        twins, self._probe = state["twins"], None
         self.by_recipe = {name: each for name, each in self.by_recipe.items() if name in twins}
         if state["follows_updates"]:
             self._make_followers(self._choose_followers())
@@ -265,6 +298,13 @@ def describe_failure(error: Exception) -> str:
     """Return the text of an error for a notice, with type and place unless it names a remedy."""
     has_remedy = isinstance(error, (CannotCopyError, NotElementwiseError))
     return str(error) if has_remedy else describe_error(error)
+
+
+def _change_every_second(numbers: Tensor) -> Tensor:
+    """Return a copy in which each second element is twice as large, from (elements)."""
+    changed = numbers.clone()
+    changed[1::2] *= 2
+    return changed
 
 
 def _step(twin: Twin, gradients: Gradients, changes: Changes) -> None:

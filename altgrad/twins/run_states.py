@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.twins.layer_plan import Stepped
 from altgrad.twins.layout import Layout
 from altgrad.twins.sample import Sampled
@@ -106,16 +107,20 @@ def gather_states(
         weights: The sampled weights, (elements).
 
     Returns:
-        Each state by name, (elements), in the dtype of the weights; 0 in layers without the state.
+        Each state by name, float32 or float64 (elements); 0 in layers without the state. States of
+        other dtypes, and tensors of a class of their own, as of 8-bit optimizers, are left out.
     """
     states: dict[str, Tensor] = {}
     for name, place in layout.places.items():
         layer = layers[name]
         for key, value in optimizer.state.get(layer.parameter, {}).items():
-            is_whole = isinstance(value, Tensor) and value.shape == layer.shape
-            if is_whole and value.is_floating_point():
-                flat = states.setdefault(key, torch.zeros_like(weights))
-                flat[place] = torch.take(value, layer.indices).to(flat.dtype)
+            if type(value) is not Tensor or value.dtype not in INPUT_DTYPES:
+                continue
+            if value.shape == layer.shape:
+                dtype = torch.promote_types(value.dtype, torch.float32)
+                flat = states.setdefault(key, torch.zeros_like(weights, dtype=dtype))
+                taken = torch.take(value, layer.indices.to(value.device))
+                flat[place] = taken.to(flat.device, flat.dtype)
     return states
 
 

@@ -122,6 +122,18 @@ def find_suspected(counts: Tensor) -> Tensor:
     return counts[:, 1] > MOST_TAILS * counts[:, 2]
 
 
+def are_rounded_otherwise(counts: Numbers) -> bool:
+    """Return True if a twin differs from the training, and by one spacing at most.
+
+    The *twin* is a sample that has made one step just as the training has. The training then rounds
+    its weights by other code or other random numbers.
+
+    Args:
+        counts: Result of `compare` on the host, (layers, 4 or more).
+    """
+    return bool(counts[:, 0].any()) and bool((counts[:, 3] <= 1).all())
+
+
 def judge(counts: Numbers, *, draws: bool = False, is_first: bool = False) -> list[Check]:
     """Return for each layer whether the reference twin equals the training.
 

@@ -54,7 +54,7 @@ _LANE = {
     "late": Mapping,
     "recipes": list,
     "follows_updates": bool,
-    "draws": bool,
+    "rounds_itself": bool,
     "written": list,
     "changed": list,
     "suspicions": int,
