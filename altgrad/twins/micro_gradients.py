@@ -69,8 +69,8 @@ class MicroGradients:
         self._seen: set[str] = set()  # layers with a micro-gradient since the last `take_sums`
         self._missed: set[str] = set()  # those with one, too, that could not be sampled
         self._error: Exception | None = None
-        self._hooks: dict[str, tuple[Any, Any]] = {}  # a node lives as long as someone holds it
-        self._finalizer = weakref.finalize(self, _remove_hooks, self._hooks)
+        # Node and handle. A node lives as long as someone holds it, and goes with this object.
+        self._hooks: dict[str, tuple[Any, Any]] = {}
         self.add_hooks(self._layers)
 
     def covers(self, stepped: Sequence[Stepped]) -> bool:
@@ -90,7 +90,7 @@ class MicroGradients:
         """
         for name in names:
             parameter = self._layers[name].parameter
-            _remove_hook(self._hooks, name)
+            self._remove_hook(name)
             if parameter.requires_grad:
                 with torch.inference_mode(mode=False), torch.enable_grad():
                     node = get_gradient_edge(parameter).node
@@ -99,7 +99,13 @@ class MicroGradients:
 
     def remove(self) -> None:
         """Remove all hooks; no gradient is added from then on."""
-        self._finalizer()
+        for name in [*self._hooks]:
+            self._remove_hook(name)
+
+    def _remove_hook(self, name: str) -> None:
+        if name in self._hooks:
+            _, handle = self._hooks.pop(name)
+            handle.remove()
 
     # --- during backward passes
 
@@ -230,14 +236,3 @@ def _make_hook(method: Callable[..., None], name: str) -> Callable[[Sequence[Ten
             alive(name, gradients)
 
     return receive
-
-
-def _remove_hook(hooks: dict[str, tuple[Any, Any]], name: str) -> None:
-    if name in hooks:
-        _, handle = hooks.pop(name)
-        handle.remove()
-
-
-def _remove_hooks(hooks: dict[str, tuple[Any, Any]]) -> None:
-    for name in [*hooks]:
-        _remove_hook(hooks, name)

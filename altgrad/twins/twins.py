@@ -115,7 +115,8 @@ class Twins:
     def attach(self, optimizers: Collection[Optimizer]) -> None:
         """Watch the gradients of single backward passes, if a recipe adds them up itself.
 
-        Recipes with `accumulate` do. Without this call, they begin to after the first step.
+        Recipes with `accumulate` do. Without this call, they begin to after the first step, for
+        which they round the training's sum once.
 
         Args:
             optimizers: The optimizers of the training that are observed from now on.
@@ -141,19 +142,27 @@ class Twins:
         """
         for kind in run.micro.keys() - run.stepped.keys():
             run.micro.pop(kind).remove()
-        for kind, stepped in run.stepped.items():
-            lane, micro = run.lanes.get(kind), run.micro.get(kind)
-            recipes = [each for each in self._recipes[kind.block] if each.name in self._rounding]
-            if lane is not None:
-                recipes = [each for each in recipes if each in lane.summing]
-            if micro is not None and micro.recipes == tuple(recipes) and micro.covers(stepped):
-                continue
-            if micro is not None:
-                run.micro.pop(kind).remove()
-            if recipes:
-                run.micro[kind] = MicroGradients(
-                    kind, stepped, self._source, recipes, self._rounding
-                )
+        for kind in run.stepped:
+            self._watch_lane(run, kind)
+
+    def _watch_lane(self, run: _Run, kind: LaneKind) -> MicroGradients | None:
+        """Keep the hooks on the layers of one lane as they must be.
+
+        Returns:
+            What the hooks see; None if no recipe adds up gradients itself.
+        """
+        stepped, lane, micro = run.stepped[kind], run.lanes.get(kind), run.micro.get(kind)
+        recipes = [each for each in self._recipes[kind.block] if each.name in self._rounding]
+        if lane is not None:
+            recipes = [each for each in recipes if each in lane.summing]
+        if micro is not None and micro.recipes == tuple(recipes) and micro.covers(stepped):
+            return micro
+        if micro is not None:
+            run.micro.pop(kind).remove()
+        if not recipes:
+            return None
+        run.micro[kind] = MicroGradients(kind, stepped, self._source, recipes, self._rounding)
+        return run.micro[kind]
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
@@ -199,7 +208,7 @@ class Twins:
                 stepped,
                 is_checked=is_checked,
                 is_checkable=not run.draws,
-                micro=run.micro.get(kind),
+                micro=run.micro.get(kind) or self._watch_lane(run, kind),
             )
             if is_checked and run.may_draw:
                 run.random_states[kind.device] = _get_random_state(kind.device)
@@ -318,11 +327,20 @@ class Twins:
                 raise
             self._source.warn(f"ends all twins after an error: {describe_error(error)}")
 
+    def stop(self) -> None:
+        """Remove the hooks on layers, since no step is shown any more.
+
+        They are there for recipes that add up the gradients of single backward passes.
+        """
+        with self._lock:
+            for run in self._runs.values():
+                for micro in run.micro.values():
+                    micro.remove()
+                run.micro.clear()
+
     def _forget_runs(self) -> None:
         """Free the memory of all twins, and remove the hooks on layers."""
-        for run in self._runs.values():
-            for micro in run.micro.values():
-                micro.remove()
+        self.stop()
         self._runs.clear()
 
     def _read_counts(

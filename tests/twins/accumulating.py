@@ -8,11 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from altgrad import Recipe
+from tests.twins.twinning import Watched
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+
+LOW = Recipe("low", accumulate="bf16")
+RANDOM = Recipe("random", accumulate="bf16", rounding="stochastic")
+
+
+def make_adam(held: list[nn.Parameter]) -> AdamW:
+    return AdamW(held, 1e-3)
+
+
+def watch(net: nn.Module, *optimizers: Any, recipes: Any = LOW, **settings: Any) -> Watched:
+    return Watched(net, *optimizers, **{"recipes": recipes, "twin_elements": 10**6} | settings)
 
 
 def make_batches(index: int, count: int) -> list[Tensor]:

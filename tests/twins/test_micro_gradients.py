@@ -6,42 +6,31 @@ The oracles are loops of plain torch in `accumulating`: a buffer in 16 bits for 
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from altgrad import Recipe, UpdateMonitor
-from altgrad.twins.gradient_sums import GradientSums
+from altgrad import Recipe, UpdateMonitor, WeightStorage
 from tests.twins.accumulating import (
+    LOW,
+    RANDOM,
     LowSums,
     MakeOptimizer,
     accumulate,
     assert_same_weights,
     find_loss,
+    make_adam,
     make_batches,
     read_weights,
+    watch,
 )
-from tests.twins.twinning import Watched, assert_equal, copy_weights, make_net, one_thread
+from tests.twins.twinning import assert_equal, make_net, one_thread
 
 on_one_thread = one_thread()
-
-LOW = Recipe("low", accumulate="bf16")
-WHOLE = 10**6
-
-
-def make_adam(held: list[nn.Parameter]) -> AdamW:
-    return AdamW(held, 1e-3)
-
-
-def watch(net: nn.Module, *optimizers: Any, recipes: Any = LOW, **settings: Any) -> Watched:
-    return Watched(net, *optimizers, **{"recipes": recipes, "twin_elements": WHOLE} | settings)
 
 
 def follow(
@@ -101,9 +90,7 @@ def test_a_sum_that_rounds_at_random_is_right_on_average() -> None:
     net = nn.Linear(64, 64, bias=False)
     nn.init.zeros_(net.weight)
     optimizer = SGD(net.parameters(), 1.0)
-    watched = watch(
-        net, optimizer, recipes=[LOW, Recipe("random", accumulate="bf16", rounding="stochastic")]
-    )
+    watched = watch(net, optimizer, recipes=[LOW, RANDOM])
     for _ in range(512):
         net.weight.sum().backward()
     optimizer.step()
@@ -189,6 +176,53 @@ def test_in_a_run_in_fp32_adding_up_in_fp32_changes_nothing() -> None:
         accumulate(net, index, 8)
         optimizer.step()
     assert_same_weights(watched.monitor.state_dict(), fine, net)
+
+
+def test_layers_have_sums_in_samples_of_single_elements_and_of_blocks() -> None:
+    net = make_net()
+    real, optimizer = LowSums(net, make_adam, torch.bfloat16), make_adam([*net.parameters()])
+    blocks = Recipe("blocks", states={"exp_avg": "mxfp8"}, accumulate="fp16")
+    watched = watch(net, optimizer, recipes=[blocks, LOW], twin_elements=256)
+    for index in range(3):
+        real.step(net, index, 8)
+        optimizer.zero_grad()
+        accumulate(net, index, 8)
+        optimizer.step()
+    assert_equal(watched)
+    single, other = watched.monitor.state_dict()["twins"]["lanes"]
+    if "low" not in single["twins"]:
+        single, other = other, single
+    assert_same_weights({"twins": {"lanes": [single]}}, LOW, real.net)
+    assert other["twins"].keys() == {"blocks"}
+
+
+def test_layers_that_a_storage_rounds_have_sums() -> None:
+    net = make_net()
+    optimizer = make_adam([*net.parameters()])
+    with WeightStorage("bf16").attach(optimizer):
+        watched = watch(net, optimizer, recipes=[LOW, "fp32"], every_n_steps=1)
+        for index in range(3):
+            optimizer.zero_grad()
+            accumulate(net, index, 100)
+            optimizer.step()
+    figures = watched.monitor.latest.layers["0.weight"]
+    assert 0.99 < figures["progress_kept/low"] < 1.01
+    assert figures["progress_kept/low"] != figures["progress_kept/fp32"] == 1
+
+
+def test_a_rate_that_is_set_after_attach_is_that_of_the_first_step() -> None:
+    def make(held: list[nn.Parameter], group: dict[str, Any]) -> SGD:
+        return SGD(held, group["lr"] * 10)
+
+    net = nn.Linear(64, 64, bias=False)
+    start, optimizer = net.weight.detach().clone(), SGD(net.parameters(), 1.0)
+    recipe = Recipe("tenfold", optimizer=make, accumulate="bf16")
+    watched = watch(net, optimizer, recipes=recipe)
+    optimizer.param_groups[0]["lr"] = 0.25
+    net.weight.grad = torch.ones(64, 64)
+    optimizer.step()
+    ((_, _, weights),) = read_weights(watched.monitor.state_dict(), "tenfold")
+    assert torch.equal(weights.view(64, 64), start - 2.5)
 
 
 # --- what happens between the backward passes and the step
@@ -279,8 +313,22 @@ def test_a_gradient_that_was_set_by_hand_is_rounded_once() -> None:
     watched = watch(net, optimizer)
     net.weight.grad = torch.randn(64, 64)
     optimizer.step()
+    start -= net.weight.grad.bfloat16().float()
     ((_, _, weights),) = read_weights(watched.monitor.state_dict(), "low")
-    assert torch.equal(weights.view(64, 64), start - net.weight.grad.bfloat16().float())
+    assert torch.equal(weights.view(64, 64), start)
+    optimizer.zero_grad()
+    for _ in range(3):  # these are added up, and forgotten after the step
+        (0.1 * net.weight).sum().backward()
+    optimizer.step()
+    buffer = torch.zeros(64, 64, dtype=torch.bfloat16)
+    for _ in range(3):
+        buffer.add_(torch.full((64, 64), 0.1))
+    start -= buffer.float()
+    net.weight.grad = torch.randn(64, 64)
+    optimizer.step()
+    start -= net.weight.grad.bfloat16().float()
+    ((_, _, weights),) = read_weights(watched.monitor.state_dict(), "low")
+    assert torch.equal(weights.view(64, 64), start)
 
 
 def test_a_layer_that_is_unfrozen_or_moved_later_is_followed_from_the_next_step_on() -> None:
@@ -313,136 +361,10 @@ def test_a_layer_that_is_unfrozen_or_moved_later_is_followed_from_the_next_step_
     assert watched.notices == []
 
 
-# --- what training notices
-
-
-class Counter(TorchDispatchMode):
-    """A count of all operations of torch, also in backward passes."""
-
-    count = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
-def count_backward(net: nn.Module) -> int:
-    net.zero_grad()
-    losses = [find_loss(net, each, 2) for each in make_batches(0, 2)]
-    with Counter() as counter:
-        for each in losses:
-            each.backward()
-    return counter.count
-
-
-def test_backward_passes_have_more_operations_only_while_a_recipe_needs_them() -> None:
-    net = make_net()
-    optimizer = make_adam([*net.parameters()])
-    plain = count_backward(net)
-    watched = watch(net, optimizer, recipes=["bf16", "bf16-true"])
-    optimizer.step()
-    assert count_backward(net) == plain
-    watched.monitor.detach()
-    watched = watch(net, optimizer)
-    # A gather of each micro-gradient and, of the second, one of the gradient before; and one sum.
-    assert plain + 6 * 3 <= count_backward(net) <= plain + 6 * 8 + 60
-    optimizer.step()
-    assert count_backward(net) > plain
-    watched.monitor.detach()
-    assert count_backward(net) == plain
-
-
-def test_a_monitor_that_is_gone_leaves_no_hook() -> None:
-    net = make_net()
-    optimizer = make_adam([*net.parameters()])
-    plain = count_backward(net)
-    watched = watch(net, optimizer)
-    optimizer.step()
-    assert count_backward(net) > plain
-    del watched
-    gc.collect()
-    assert count_backward(net) == plain
-
-
-def test_an_optimizer_that_is_not_elementwise_ends_the_hooks() -> None:
-    net = make_net()
-    optimizer = torch.optim.Adafactor(net.parameters(), 1e-3)
-    plain = count_backward(net)
-    watched = watch(net, optimizer, recipes=[LOW, "bf16"])
-    count_backward(net)
-    optimizer.step()
-    assert any("ends the twins of low" in notice for notice in watched.notices)
-    assert count_backward(net) == plain
-
-
-def test_training_is_bit_for_bit_as_without_twins() -> None:
-    def run(*recipes: Any) -> tuple[list[Tensor], Tensor]:
-        torch.manual_seed(5)
-        net = nn.Sequential(nn.Linear(65, 70), nn.Dropout(0.5), nn.Linear(70, 3))
-        optimizer = make_adam([*net.parameters()])
-        watched = watch(net, optimizer, recipes=recipes)
-        for index in range(4):
-            optimizer.zero_grad()
-            accumulate(net, index, 4)
-            optimizer.step()
-        watched.monitor.detach()
-        return copy_weights(net), torch.get_rng_state()
-
-    random = Recipe("random", accumulate="bf16", rounding="stochastic")
-    (plain, state), (watched, other) = run(), run(LOW, random)
-    assert all(map(torch.equal, plain, watched))
-    assert torch.equal(state, other)
-
-
-@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
-def test_gradients_with_a_graph_can_be_added_up() -> None:
-    net = make_net()
-    optimizer = make_adam([*net.parameters()])
-    watched = watch(net, optimizer)
-    for inputs in make_batches(0, 3):
-        gradients = torch.autograd.grad(
-            find_loss(net, inputs, 1), [*net.parameters()], create_graph=True
-        )
-        penalty = sum(each.square().sum() for each in gradients)
-        (find_loss(net, inputs, 1) + penalty).backward(create_graph=True)
-    optimizer.step()
-    assert_equal(watched)
-    net.zero_grad()
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_an_error_of_a_hook_ends_these_twins_with_one_notice(first: bool) -> None:
-    net = make_net()
-    optimizer = make_adam([*net.parameters()])
-    plain = count_backward(net)
-    watched = watch(net, optimizer, recipes=[LOW, "bf16"], strict=False)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        accumulate(net, 0, 4)
-        optimizer.step()
-
-    if not first:
-        step()
-    with mock.patch.object(GradientSums, "add", side_effect=RuntimeError("broken")):
-        step()
-    assert [each for each in watched.notices if "broken" in each] == watched.notices
-    assert len(watched.notices) == 1
-    assert watched.notices[0].startswith("ends the twin of low: RuntimeError('broken')")
-    step()
-    assert count_backward(net) == plain
-    (lane,) = watched.monitor.state_dict()["twins"]["lanes"]
-    assert lane["twins"].keys() == {"bf16"}
-
-
 # --- resuming
 
 
 def test_a_resumed_run_goes_on_exactly() -> None:
-    recipes = [LOW, Recipe("random", accumulate="bf16", rounding="stochastic")]
-
     def run(net: nn.Module, optimizer: Any, monitor: UpdateMonitor, first: int, last: int) -> None:
         with monitor.attach(optimizer):
             for index in range(first, last):
@@ -451,7 +373,7 @@ def test_a_resumed_run_goes_on_exactly() -> None:
                 optimizer.step()
 
     def make_monitor(net: nn.Module) -> UpdateMonitor:
-        return UpdateMonitor(net, recipes=recipes, strict=True)
+        return UpdateMonitor(net, recipes=[LOW, RANDOM], strict=True)
 
     net = make_net()
     optimizer, whole = make_adam([*net.parameters()]), make_monitor(net)

@@ -15,14 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-from altgrad import Recipe, UpdateMonitor
+from altgrad import UpdateMonitor
 from benchmarks.accumulation import CASES, compare
-from tests.twins.accumulating import assert_same_weights, find_loss, make_batches
+from tests.twins.accumulating import LOW, assert_same_weights, find_loss, make_batches
 from tests.twins.twinning import Watched, assert_equal, make_net, one_thread
 
 on_one_thread = one_thread()
-
-LOW = Recipe("low", accumulate="bf16")
 
 
 class Shadow:
