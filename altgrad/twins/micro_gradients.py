@@ -64,6 +64,9 @@ class MicroGradients:
         sizes = [len(each.indices) for each in self._layers.values()]
         self._sums = GradientSums(recipes, generators, sizes, kind.gradient_dtype, kind.device)
         self._places = dict(zip(self._layers, self._sums.places, strict=True))
+        # Views for each layer: of micro-gradients, and of the gradients before they are added.
+        self._micro = {name: self._sums.micro[place] for name, place in self._places.items()}
+        self._before = {name: self._sums.before[place] for name, place in self._places.items()}
         self._positions: tuple[Layout | None, Tensor] = None, self._sums.total
         self._waiting: set[str] = set()  # layers whose micro-gradient is still to be added
         self._seen: set[str] = set()  # layers with a micro-gradient since the last `take_sums`
@@ -120,7 +123,7 @@ class MicroGradients:
                 self._error = error
 
     def _note(self, name: str, gradient: Tensor) -> None:
-        layer, place = self._layers[name], self._places[name]
+        layer = self._layers[name]
         before = layer.parameter.grad
         check_not_captured()
         if not (self._can_sample(gradient, layer) and self._can_sample(before, layer)):
@@ -128,9 +131,9 @@ class MicroGradients:
             return
         if name in self._waiting:
             self._add_waiting()
-        torch.take(gradient, layer.indices, out=self._sums.micro[place])
+        torch.take(gradient, layer.indices, out=self._micro[name])
         if before is not None:
-            torch.take(before, layer.indices, out=self._sums.before[place])
+            torch.take(before, layer.indices, out=self._before[name])
         self._waiting.add(name)
         self._seen.add(name)
 
@@ -150,12 +153,10 @@ class MicroGradients:
 
         All layers are added at once, when the first of them has its next micro-gradient.
         """
-        sums = self._sums
         for name in self._layers.keys() - self._waiting:
-            place = self._places[name]
-            sums.micro[place] = 0.0
-            sums.before[place] = sums.total[place]
-        sums.add()
+            self._micro[name].zero_()
+            self._before[name].copy_(self._sums.total[self._places[name]])
+        self._sums.add()
         self._waiting.clear()
 
     # --- before a step

@@ -124,10 +124,21 @@ class Twins:
         if self._is_ended or not self._source.can_step or not self._rounding:
             return
         with self._lock, self._ending_after_an_error():
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                self._warn_about_ranks(torch.distributed.get_world_size())
             for optimizer in optimizers:
                 run = self._get_run(optimizer)
                 run.stepped = run.sorter.sort(optimizer)
                 self._watch_gradients(run)
+
+    def _warn_about_ranks(self, ranks: int) -> None:
+        """Warn if the gradients of other ranks are not seen before they are added up."""
+        if ranks > 1:
+            names = few([*self._rounding])
+            self._source.warn(
+                f"adds up the gradients of this rank alone in the twins of {names}: rounding "
+                "errors of the other ranks are missing, so that their figures are too good"
+            )
 
     def _get_run(self, optimizer: Optimizer) -> _Run:
         if optimizer not in self._runs:

@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader, TensorDataset
 
 from altgrad import UpdateMonitor
@@ -110,6 +111,22 @@ def test_gradients_in_buckets_of_ddp_are_added_up(as_view: bool) -> None:
         optimizer.step()
     assert_equal(watched)
     assert_same_weights(watched.monitor.state_dict(), LOW, shadow.net)
+
+
+def test_on_several_ranks_a_notice_says_what_is_missing() -> None:
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        net = make_net()
+        optimizer = AdamW(net.parameters(), 1e-3)
+        plain = Watched(net, optimizer, recipes="bf16")
+        plain.monitor.detach()
+        watched = Watched(net, optimizer, recipes=[LOW, "bf16"])
+        watched.monitor.detach()
+    finally:
+        distributed.destroy_process_group()
+    assert plain.notices == []
+    (notice,) = watched.notices
+    assert notice.startswith("adds up the gradients of this rank alone in the twins of low: ")
 
 
 def test_a_closure_may_do_the_backward_passes() -> None:
