@@ -62,7 +62,8 @@ class Recipe:
         name: The name in log keys: letters, digits, ``-`` and ``_``.
         weights: The format of the weights, a name or dtype that `altgrad.quantization.get_formats`
             accepts; a `NumberFormat` afterwards. None for weights as they are.
-        rounding: The way to round weights and states: ``"nearest_even"`` or ``"stochastic"``.
+        rounding: The way to round weights, states and the sums of `accumulate`:
+            ``"nearest_even"`` or ``"stochastic"``.
         compensation: ``"kahan"`` keeps the rounding error of each weight in bf16.
         states: The format of each state of the optimizer, by its name. The name ``"*"`` stands for
             all other floating-point states of the shape of the parameter. Names that an optimizer
