@@ -86,6 +86,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
         "dtype": None if recipe.dtype is None else str(recipe.dtype).removeprefix("torch."),
         "optimizer": None if factory is None else _qualify(factory),
         "fused": recipe.fused,
+        "accumulate": None if recipe.accumulate is None else str(recipe.accumulate),
         "bytes_per_parameter": recipe.bytes_per_parameter,
     }
 

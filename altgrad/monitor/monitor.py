@@ -353,6 +353,7 @@ class UpdateMonitor:
             self._ever_moved.load_state_dict(self._loaded, parts)
             self._loaded = None
         self._observer.attach(*optimizers, scaler=scaler)
+        self._twins.attach(self._observer.optimizers)
         self._bypasses.begin(self._observer.hooks)
         for notice in leave_out_unjudged(
             self._watch,

@@ -502,6 +502,8 @@ class StepObserver:
             snapshots.clear()
         self.registry.forget_optimizers()
         self._failed.clear()
+        if self._every_step is not None:
+            self._every_step.stop()
 
 
 def describe_error(error: Exception) -> str:

@@ -133,6 +133,9 @@ class EveryStep(Protocol):
             unseen: The reason why `capture` was not called in this step; empty if it was called.
         """
 
+    def stop(self) -> None:
+        """Stop watching the training: the observation has ended, and no step is shown any more."""
+
 
 def make_step(snapshots: Sequence[Snapshot], optimizer: Optimizer, index: int) -> OptimizerStep:
     """Return the step that has just ended, with the current weights as those after the step.

@@ -32,6 +32,7 @@ from altgrad.twins.fused_sgd import describe_fused_sgd
 from altgrad.twins.hyperparameters import Changes
 from altgrad.twins.lane_twins import LaneTwins, describe_failure
 from altgrad.twins.layer_plan import LaneKind, LayerPlan, Stepped
+from altgrad.twins.micro_gradients import MicroGradients
 from altgrad.twins.optimizer_twin import Gradients, OptimizerTwin
 from altgrad.twins.run_states import RunStates, gather_states
 from altgrad.twins.run_weights import RunWeights
@@ -133,6 +134,14 @@ class Lane:
         return tuple(self._plan.layers)
 
     @property
+    def summing(self) -> list[Recipe]:
+        """The recipes with `accumulate`, whose twins add up gradients of their own.
+
+        Those whose twins have ended are left out.
+        """
+        return self._twins.summing
+
+    @property
     def is_empty(self) -> bool:
         """True if the twins of all recipes have ended, so that nothing is left to step or show."""
         return not (self._twins.by_recipe or self._shows_run)
@@ -161,6 +170,7 @@ class Lane:
         *,
         is_checked: bool,
         is_checkable: bool,
+        micro: MicroGradients | None = None,
     ) -> None:
         """Prepare all twins for a step of the training, and gather its gradients at the samples.
 
@@ -175,6 +185,8 @@ class Lane:
                 with it after the step.
             is_checkable: False if the reference twin cannot equal the training, since the
                 training's optimizer rounds at random.
+            micro: The gradients of single backward passes since the last step, for recipes that add
+                them up themselves; None if there is no such recipe.
         """
         self._is_checked = is_checked
         written, changed = self._find_writes(optimizer, stepped)
@@ -190,11 +202,28 @@ class Lane:
             # GradScaler sets these attributes on fused optimizers: torch/amp/grad_scaler.py, step.
             getattr(optimizer, "grad_scale", None),
             getattr(optimizer, "found_inf", None),
+            {} if micro is None else self._take_sums(micro),
         )
         if written or is_checked or self._run.is_watching:
             reference = self._twins.reference.tensors
             outside = self._run.find_changed(reference, written, is_checkable=is_checkable)
             self._twins.replace_weights(outside, self._run.values)
+
+    def _take_sums(self, micro: MicroGradients) -> Mapping[str, Tensor]:
+        """Return the gradients of recipes with `accumulate`; end their twins after an error.
+
+        Raises:
+            Warning: The user made warnings errors.
+        """
+        present = [each.name for each, _, _ in self._takes]
+        try:
+            return micro.take_sums(self._plan.layout, self._gradients, present, self._run)
+        except Warning:  # the user made warnings errors
+            raise
+        except Exception as error:  # noqa: BLE001 - ends a part of the twins, and never training
+            for recipe in self.summing:
+                self._twins.end(recipe.name, error)
+            return {}
 
     def _find_writes(
         self, optimizer: Optimizer, stepped: Sequence[Stepped]

@@ -88,6 +88,15 @@ class LaneTwins:
         others = [] if self._baseline is None else [self._baseline]
         return [self.reference, *others, *self.by_recipe.values()]
 
+    @property
+    def summing(self) -> list[Recipe]:
+        """The recipes with `accumulate`, whose twins add up gradients of their own.
+
+        Those whose twins have ended are left out.
+        """
+        recipes = [twin.recipe for twin in self.by_recipe.values()]
+        return [each for each in recipes if each.accumulate is not None]
+
     # --- one step
 
     def rearrange(self, new: Arrangement) -> None:
@@ -253,8 +262,17 @@ class LaneTwins:
         except Exception as error:
             if twin is self.reference or twin is self._baseline:
                 raise
-            self.by_recipe.pop(twin.recipe.name, None)
-            self._warn(f"ends the twin of {twin.recipe.name}: {describe_failure(error)}")
+            self.end(twin.recipe.name, error)
+
+    def end(self, name: str, error: Exception) -> None:
+        """End the twin of a recipe, a sample of the layers, with a notice of its error.
+
+        Args:
+            name: Name of the recipe.
+            error: The error.
+        """
+        self.by_recipe.pop(name, None)
+        self._warn(f"ends the twin of {name}: {describe_failure(error)}")
 
     # --- scales, memory, state
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -47,12 +48,15 @@ class Gradients(NamedTuple):
             None if they are not.
         found_inf: The flag of a GradScaler that a fused optimizer reads on the device, a tensor of
             one element: not 0 if the step is skipped. None without it.
+        sums: By name of the recipe, other gradients for the twins of recipes with `accumulate`,
+            which add them up over backward passes themselves, float32 or float64 (elements).
     """
 
     values: Tensor
     present: Sequence[bool]
     scale: Tensor | None = None
     found_inf: Tensor | None = None
+    sums: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class OptimizerTwin(Twin):
@@ -242,7 +246,8 @@ class OptimizerTwin(Twin):
             The loss scale by which the copies are still multiplied, one element; None if they are
             not.
         """
-        values, scale = gradients.values, gradients.scale
+        values = gradients.sums.get(self.recipe.name, gradients.values)
+        scale = gradients.scale
         # Scaled gradients may exceed the range of another dtype, so that they are divided before
         # the conversion. In the same dtype, they are stepped just as the run's are.
         if scale is not None and not (can_unscale and values.dtype == self.dtype):

@@ -5,7 +5,7 @@ states of the *run's* optimizer, that of the training, between two steps. Twins,
 with states of their own, then take these states over. Only identities of tensors and the numbers of
 writes that torch counts are compared, so that an ordinary step costs no operation.
 
-Read `run_weights` first; `fused_sgd` comes next.
+Read `run_weights` first; `gradient_sums` comes next.
 """
 
 from __future__ import annotations

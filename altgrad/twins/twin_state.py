@@ -37,13 +37,16 @@ def check_twin_state(state: Any) -> None:
         ValueError: An entry is missing, or is not what `Twins.state_dict` writes.
     """
     place = "state['twins']"
-    _expect_mapping(state, place, ("lanes", "resynchronised"))
+    _expect_mapping(state, place, ("lanes", "resynchronised", "sum_rounding"))
     _expect(state["lanes"], list, f"{place}['lanes']")
     for number, lane in enumerate(state["lanes"]):
         _check_lane(lane, f"{place}['lanes'][{number}]")
     _expect_mapping(state["resynchronised"], f"{place}['resynchronised']")
     for name, times in state["resynchronised"].items():
         _expect(times, int, f"{place}['resynchronised'][{name!r}]")
+    _expect_mapping(state["sum_rounding"], f"{place}['sum_rounding']")
+    for name, generators in state["sum_rounding"].items():
+        _expect_tensors(generators, f"{place}['sum_rounding'][{name!r}]")
 
 
 _LANE = {

@@ -15,6 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from hashlib import sha256
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,11 +30,13 @@ from altgrad.observation.observer import describe_error
 from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import get_applied_scaling
 from altgrad.recipes.recipe import Recipe
+from altgrad.recipes.rounding_generators import RoundingGenerators
 from altgrad.twins.generators import may_draw
 from altgrad.twins.hyperparameters import Changes, HyperparameterFollower
 from altgrad.twins.lane import Lane, LaneSums
 from altgrad.twins.lane_sorter import LaneSorter
-from altgrad.twins.layer_plan import LaneKind
+from altgrad.twins.layer_plan import LaneKind, Stepped
+from altgrad.twins.micro_gradients import MicroGradients
 from altgrad.twins.self_check import Check, are_rounded_otherwise, judge
 from altgrad.twins.twin_source import TwinSource
 from altgrad.twins.twin_state import check_twin_state
@@ -85,6 +88,11 @@ class Twins:
         for recipe in recipes:
             block = _find_block(recipe, source.scaling)
             self._recipes[block] = (*self._recipes.get(block, ()), recipe)
+        self._rounding = {  # of sums of gradients
+            each.name: RoundingGenerators(_derive_seed(source.seed, each.name))
+            for each in recipes
+            if each.accumulate is not None
+        }
         self._runs: WeakKeyDictionary[Optimizer, _Run] = WeakKeyDictionary()
         self._is_ended = not recipes
 
@@ -110,6 +118,70 @@ class Twins:
     # --- one step
 
     @torch.inference_mode(mode=False)
+    def attach(self, optimizers: Collection[Optimizer]) -> None:
+        """Watch the gradients of single backward passes, if a recipe adds them up itself.
+
+        Recipes with `accumulate` do. Without this call, they begin to after the first step, for
+        which they round the training's sum once.
+
+        Args:
+            optimizers: The optimizers of the training that are observed from now on.
+        """
+        if self._is_ended or not self._source.can_step or not self._rounding:
+            return
+        with self._lock, self._ending_after_an_error():
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                self._warn_about_ranks(torch.distributed.get_world_size())
+            for optimizer in optimizers:
+                run = self._get_run(optimizer)
+                run.stepped = run.sorter.sort(optimizer)
+                self._watch_gradients(run)
+
+    def _warn_about_ranks(self, ranks: int) -> None:
+        """Warn if the gradients of other ranks are not seen before they are added up."""
+        if ranks > 1:
+            names = few([*self._rounding])
+            self._source.warn(
+                f"adds up the gradients of this rank alone in the twins of {names}: rounding "
+                "errors of the other ranks are missing, so that their figures are too good"
+            )
+
+    def _get_run(self, optimizer: Optimizer) -> _Run:
+        if optimizer not in self._runs:
+            sorter = LaneSorter(self._source, self._recipes)
+            self._runs[optimizer] = _Run(optimizer, sorter)
+        return self._runs[optimizer]
+
+    def _watch_gradients(self, run: _Run) -> None:
+        """Keep the hooks on layers as they must be for recipes that add up gradients themselves.
+
+        A lane without such a recipe, or whose twins of these have ended, has no hook.
+        """
+        for kind in run.micro.keys() - run.stepped.keys():
+            run.micro.pop(kind).remove()
+        for kind in run.stepped:
+            self._watch_lane(run, kind)
+
+    def _watch_lane(self, run: _Run, kind: LaneKind) -> MicroGradients | None:
+        """Keep the hooks on the layers of one lane as they must be.
+
+        Returns:
+            What the hooks see; None if no recipe adds up gradients itself.
+        """
+        stepped, lane, micro = run.stepped[kind], run.lanes.get(kind), run.micro.get(kind)
+        recipes = [each for each in self._recipes[kind.block] if each.name in self._rounding]
+        if lane is not None:
+            recipes = [each for each in recipes if each in lane.summing]
+        if micro is not None and micro.recipes == tuple(recipes) and micro.covers(stepped):
+            return micro
+        if micro is not None:
+            run.micro.pop(kind).remove()
+        if not recipes:
+            return None
+        run.micro[kind] = MicroGradients(kind, stepped, self._source, recipes, self._rounding)
+        return run.micro[kind]
+
+    @torch.inference_mode(mode=False)
     @torch.no_grad()
     def capture(self, optimizer: Optimizer, *, is_observed: bool) -> None:
         """Gather the gradients of a step that is about to happen, at the sampled elements.
@@ -123,12 +195,7 @@ class Twins:
         if self._is_ended or not self._source.can_step:
             return
         with self._lock, self._ending_after_an_error():
-            run = self._runs.get(optimizer)
-            if run is None:
-                run = self._runs[optimizer] = _Run(
-                    optimizer, LaneSorter(self._source, self._recipes)
-                )
-            self._capture(optimizer, run, is_observed=is_observed)
+            self._capture(optimizer, self._get_run(optimizer), is_observed=is_observed)
 
     def _capture(self, optimizer: Optimizer, run: _Run, *, is_observed: bool) -> None:
         """Have each lane of an optimizer gather its gradients; make lanes that are new.
@@ -138,7 +205,8 @@ class Twins:
         run.changes = run.follower.find_changes()
         run.follower.remember()
         run.captured = []
-        for kind, stepped in run.sorter.sort(optimizer).items():
+        run.stepped = run.sorter.sort(optimizer)
+        for kind, stepped in run.stepped.items():
             lane = run.lanes.get(kind)
             if lane is None:
                 if all(each.parameter.grad is None for each in stepped):
@@ -157,6 +225,7 @@ class Twins:
                 stepped,
                 is_checked=is_checked,
                 is_checkable=not run.draws,
+                micro=run.micro.get(kind) or self._watch_lane(run, kind),
             )
             if is_checked and run.may_draw:
                 run.random_states[kind.device] = _get_random_state(kind.device)
@@ -199,6 +268,8 @@ class Twins:
             if kind not in run.checked:
                 counts = lane.take_counts().cpu().numpy()
                 self._read_counts(optimizer, kind, lane.names, counts)
+        if self._rounding:
+            self._watch_gradients(run)
         run.follower.remember()
 
     @torch.inference_mode(mode=False)
@@ -271,10 +342,26 @@ class Twins:
             raise
         except Exception as error:
             self._is_ended = True
-            self._runs.clear()
+            self._forget_runs()
             if self._strict:
                 raise
             self._source.warn(f"ends all twins after an error: {describe_error(error)}")
+
+    def stop(self) -> None:
+        """Remove the hooks on layers, since no step is shown any more.
+
+        They are there for recipes that add up the gradients of single backward passes.
+        """
+        with self._lock:
+            for run in self._runs.values():
+                for micro in run.micro.values():
+                    micro.remove()
+                run.micro.clear()
+
+    def _forget_runs(self) -> None:
+        """Free the memory of all twins, and remove the hooks on layers."""
+        self.stop()
+        self._runs.clear()
 
     def _read_counts(
         self,
@@ -330,14 +417,19 @@ class Twins:
         """Return the state that a resumed run needs to continue every figure exactly.
 
         Returns:
-            A dict of the states of all lanes, which are sets of layers, and of `resynchronised`.
+            A dict of the states of all lanes, which are sets of layers, of `resynchronised`, and of
+            the random numbers by which sums of gradients are rounded.
         """
         lanes = [
             {"kind": kind.describe(), **lane.state_dict(optimizer)}
             for optimizer, run in self._runs.items()
             for kind, lane in run.lanes.items()
         ]
-        return {"lanes": lanes + self._loaded, "resynchronised": dict(self.resynchronised)}
+        return {
+            "lanes": lanes + self._loaded,
+            "resynchronised": dict(self.resynchronised),
+            "sum_rounding": {name: each.state_dict() for name, each in self._rounding.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore all twins from a `state_dict`, before the first step.
@@ -351,6 +443,8 @@ class Twins:
         check_twin_state(state)
         self._loaded = copy.deepcopy(state["lanes"])
         self.resynchronised = Counter(state["resynchronised"])
+        for name in self._rounding.keys() & state["sum_rounding"].keys():
+            self._rounding[name].load_state_dict(copy.deepcopy(state["sum_rounding"][name]))
 
     def _restore(self, lane: Lane, kind: LaneKind, names: Collection[str]) -> bool:
         """Restore a lane, a set of layers, from a loaded one of its kind with some of these layers.
@@ -394,11 +488,12 @@ class Twins:
         They go on from it if steps follow.
         """
         self._loaded = self.state_dict()["lanes"]
-        self._runs.clear()
+        self._forget_runs()
 
     def nbytes(self) -> int:
         """Return the memory of all twins in bytes, including samples and gathered gradients."""
-        return sum(lane.nbytes() for lane in self.lanes)
+        sums = [each for run in self._runs.values() for each in run.micro.values()]
+        return sum(lane.nbytes() for lane in self.lanes) + sum(each.nbytes() for each in sums)
 
 
 def _find_block(recipe: Recipe, scaling: Scaling | None) -> int:
@@ -434,6 +529,12 @@ def _describe_differences(names: Sequence[str], found: Sequence[Check], counts: 
     )
 
 
+def _derive_seed(seed: int, name: str) -> int:
+    """Return the seed by which a recipe rounds sums of gradients, another one for each recipe."""
+    digest = sha256(f"{seed} {name} accumulate".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
 def _get_random_state(device: torch.device) -> Tensor:
     """Return the state of the generator from which operations on a device draw."""
     if device.type == "cpu":
@@ -452,6 +553,8 @@ class _Run:
         self.follower = HyperparameterFollower(optimizer)
         self.changes: Changes = {}  # of hyperparameters, before the running step
         self.lanes: dict[LaneKind, Lane] = {}
+        self.stepped: Mapping[LaneKind, Sequence[Stepped]] = {}  # layers, by lane
+        self.micro: dict[LaneKind, MicroGradients] = {}  # for recipes that add up gradients
         self.captured: list[LaneKind] = []  # lanes that take part in the running step
         self.checked: set[LaneKind] = set()  # lanes with a self-check so far
         self.may_draw = may_draw(type(optimizer))

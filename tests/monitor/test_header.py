@@ -94,6 +94,7 @@ def test_a_recipe_is_described_by_names(factory: Any, name: str) -> None:
         rounding="stochastic",
         states={"exp_avg_sq": e5m2},
         optimizer=factory,
+        accumulate="bf16",
     )
     described = describe_recipe(recipe)
     assert described.pop("bytes_per_parameter") == pytest.approx(recipe.bytes_per_parameter)
@@ -105,6 +106,7 @@ def test_a_recipe_is_described_by_names(factory: Any, name: str) -> None:
         "dtype": None,
         "optimizer": name,
         "fused": False,
+        "accumulate": "bf16",
     }
 
 

@@ -21,11 +21,15 @@ def test_names_and_dtypes_become_formats() -> None:
     expected = {"*": get_format("fp16"), "exp_avg": BLOCK_FORMATS["mxfp8_e4m3"]}
     assert recipe.states == recipe.state_formats == expected
     assert Recipe("mine", dtype="torch.bfloat16").tensor_dtype is torch.bfloat16
+    assert Recipe("mine", accumulate="float16").sum_format == get_format("fp16")
+    fp32 = [Recipe("mine", accumulate=each) for each in ("fp32", "float32", torch.float32)]
+    assert {each.sum_format.name for each in (*fp32, copy.deepcopy(fp32[0]))} == {"fp32"}
 
 
 def test_recipes_with_equal_fields_are_equal_hashed_alike_and_can_be_copied() -> None:
-    recipe = Recipe("mine", weights="bf16", states={"a": "e5m2", "b": "fp16"})
-    same = Recipe("mine", weights=torch.bfloat16, states={"b": "float16", "a": "float8_e5m2"})
+    recipe = Recipe("mine", weights="bf16", states={"a": "e5m2", "b": "fp16"}, accumulate="bf16")
+    states = {"b": "float16", "a": "float8_e5m2"}
+    same = Recipe("mine", weights=torch.bfloat16, states=states, accumulate=torch.bfloat16)
     for other in (same, copy.deepcopy(recipe), pickle.loads(pickle.dumps(recipe))):
         assert other == recipe
         assert hash(other) == hash(recipe)
@@ -56,6 +60,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         ({"states": {"exp_avg_sq": "e5m2"}}, 32 + 32 + 8),
         ({"states": {"exp_avg_sq": "e5m2", "*": "bf16"}}, 32 + 16 + 8),
         ({"states": {"momentum_buffer": "mxfp8"}}, 32 + 8 + 8 / 32),
+        ({"accumulate": "bf16"}, 32 * 3),
     ],
 )
 def test_bytes_are_those_of_weights_errors_and_states(fields, bits) -> None:
@@ -72,7 +77,7 @@ def test_blocks_are_those_that_all_formats_share() -> None:
 def test_only_recipes_of_weights_alone_need_no_optimizer() -> None:
     assert Recipe("mine", weights="bf16", compensation="kahan").only_weights
     others = ({"states": {"*": "bf16"}}, {"dtype": "bfloat16"}, {"optimizer": make_sgd})
-    for fields in (*others, {"fused": True}):
+    for fields in (*others, {"fused": True}, {"accumulate": "bf16"}):
         assert not Recipe("mine", **fields).only_weights
 
 
@@ -101,6 +106,10 @@ def test_only_recipes_of_weights_alone_need_no_optimizer() -> None:
         ({"optimizer": "SGD"}, TypeError, "optimizer='SGD': expected a function"),
         ({"optimizer": make_sgd, "fused": True}, ValueError, "expected only one of them"),
         ({"fused": 1}, TypeError, "fused"),
+        ({"accumulate": "bf61"}, ValueError, "accumulate='bf61': unknown format"),
+        ({"accumulate": 16}, TypeError, "accumulate=16: expected a format's name"),
+        ({"accumulate": "e4m3"}, ValueError, "accumulate='e4m3fn': expected a format of 16 bits"),
+        ({"accumulate": "mxfp8"}, ValueError, "accumulate='mxfp8_e4m3': expected a format of 16"),
     ],
 )
 def test_a_wrong_field_is_an_error_with_its_name(fields, error, message) -> None:
@@ -131,6 +140,10 @@ class Watching:
         (
             "{name: sgd, optimizer: tests.recipes.storing.make_sgd}",
             Recipe("sgd", optimizer=make_sgd),
+        ),
+        (
+            "[{name: sums, accumulate: bf16, rounding: stochastic}]",
+            [Recipe("sums", accumulate="bf16", rounding="stochastic")],
         ),
     ],
 )

@@ -160,6 +160,7 @@ def test_a_state_that_is_not_finer_than_its_format_is_an_error() -> None:
         ),
         ({"fused": True}, "fused=True: .* create the optimizer with fused=True"),
         ({"optimizer": adam}, "do create that optimizer"),
+        ({"accumulate": "bf16"}, "accumulate='bf16': .* do add up the gradients in tensors of"),
     ],
 )
 def test_a_recipe_that_needs_another_optimizer_cannot_be_attached(fields, message) -> None:

@@ -28,6 +28,7 @@ RECIPES = [
     *("bf16-kahan", "mxfp4", "e4m3fn-sr"),
     Recipe("v8", states={"exp_avg_sq": "e5m2"}),
     Recipe("mine", optimizer=make_adam),
+    Recipe("sums", accumulate="bf16", rounding="stochastic"),
 ]
 
 
@@ -69,7 +70,7 @@ def walk(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 def is_free(path: tuple[Any, ...]) -> bool:
     """Return True for entries that may be there or not: lanes, recipes, groups, states."""
-    if isinstance(path[-1], int) or {"states", "state_amaxes"} & {*path[:-1]}:
+    if isinstance(path[-1], int) or {"states", "state_amaxes", "sum_rounding"} & {*path[:-1]}:
         return True
     return path[-2:-1] in [(each,) for each in ("twins", "resynchronised", "groups")]
 

@@ -14,12 +14,13 @@ from torch.optim import Optimizer
 
 from altgrad import UpdateMonitor
 from altgrad.twins.self_check import Check
+from tests.twins.accumulating import LOW, RANDOM
 from tests.twins.twinning import one_thread
 
 on_one_thread = one_thread()
 
 STEPS = 40
-RECIPES = ["bf16", "bf16-sr", "bf16-true", "e4m3fn-kahan"]
+RECIPES = ["bf16", "bf16-sr", "bf16-true", "e4m3fn-kahan", LOW, RANDOM]
 SHAPES = [(33, 40), (7,), (64,), (65,), (200, 3), (1,), (), (5, 12), (63,), (8, 3, 3, 3)]
 OPTIMIZERS = [
     ("AdamW", {}),
@@ -40,7 +41,7 @@ class Run:
     """A run whose events follow from a seed alone, so that a second one equals it."""
 
     seed: int
-    recipes: list[str] = field(default_factory=lambda: RECIPES)
+    recipes: list[Any] = field(default_factory=lambda: RECIPES)
     stop: int | None = None  # the step before which the run is saved and resumed
 
     def __post_init__(self) -> None:
@@ -112,6 +113,10 @@ class Run:
         for number, layer in enumerate(self.layers):
             gradient = (torch.randn(layer.shape, generator=generator) * 0.1).to(self.dtype)
             layer.grad = None if number in self.frozen else gradient
+            if self.seed % 2 and number not in self.frozen:
+                layer.grad = None
+                for _ in range(1 + (index + number) % 3):
+                    layer.backward(gradient)
         self.optimizer.step()
 
     def write(self, layer: nn.Parameter, chance: float) -> None:

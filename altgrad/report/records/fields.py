@@ -132,7 +132,8 @@ RECIPE = Fields(
         "optimizer": Nullable(Text()),
         "fused": Flag(),
         "bytes_per_parameter": Figure(0),
-    }
+    },
+    {"accumulate": (Nullable(Text()), None)},
 )
 
 LOGGER = Fields(

@@ -121,6 +121,8 @@ class RecipeInfo:
             run's own class.
         fused: If True, the optimizer's fused implementation steps.
         bytes_per_parameter: Bytes of weights and states for each parameter; NaN if unknown.
+        accumulate: Name of the format in which gradients are added up over several backward passes;
+            None for the sum that the run itself had.
     """
 
     name: str
@@ -132,6 +134,7 @@ class RecipeInfo:
     optimizer: str | None
     fused: bool
     bytes_per_parameter: float
+    accumulate: str | None = None
 
 
 @dataclass(frozen=True)
