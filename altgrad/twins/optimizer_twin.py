@@ -91,17 +91,34 @@ class OptimizerTwin(Twin):
         """The optimizer states with one number per sampled element, such as exp_avg, by name.
 
         Each is a flat tensor, (elements). Numbers are 0 in layers without the state, and at
-        padding.
+        padding. An `OptimizerMaker` may read states of another form.
         """
-        return {name: self._join(parts) for name, parts in self._elementwise_states().items()}
+        parts = self._find_elementwise(self._read_states())
+        return {name: self._join(each) for name, each in parts.items()}
 
-    def _elementwise_states(self) -> Mapping[str, list[tuple[slice, Tensor]]]:
-        """Return the optimizer states with one number per element, in parts, by name.
+    def _read_states(self) -> Sequence[Mapping[str, Any]]:
+        """Return the optimizer's state of each parameter, in the form that torch.optim has."""
+        maker, states = self.recipe.maker, self._bucket_states()
+        if maker is None or maker.read is None:
+            return states
+        each = zip(states, self._parameters, self.layout.buckets, strict=True)
+        return [
+            maker.read(state, _find_group(self._find_optimizer(bucket.group), p)) if state else {}
+            for state, p, bucket in each
+        ]
+
+    def _find_elementwise(
+        self, bucket_states: Sequence[Mapping[str, Any]]
+    ) -> Mapping[str, list[tuple[slice, Tensor]]]:
+        """Return the states with one number per element, in parts, by name.
 
         A part is a slice of the flat tensor of all elements, and the numbers there.
+
+        Args:
+            bucket_states: The state of each parameter.
         """
         states: dict[str, list[tuple[slice, Tensor]]] = {}
-        for state, place in zip(self._bucket_states(), self.layout.slices, strict=True):
+        for state, place in zip(bucket_states, self.layout.slices, strict=True):
             for name, value in state.items():
                 if _is_elementwise(name, value, place):
                     states.setdefault(name, []).append((place, value))
@@ -431,16 +448,18 @@ class OptimizerTwin(Twin):
         numbers = sorted({bucket.group for bucket in new.layout.buckets})
         pairs = [*zip(new.layout.buckets, self._parameters, strict=True)]
         groups = [(n, [p for bucket, p in pairs if bucket.group == n]) for n in numbers]
-        factory = self.recipe.optimizer
-        if factory is None:
+        maker = self.recipe.maker
+        if maker is None:
             copied = copy_optimizer(new.optimizer, groups, fused=self.recipe.fused)
             return [(copied, numbers)]
         self._made = {}
         for number, parameters in groups:
             options = copy_hyperparameters(new.optimizer, number)
-            made = FactoryGroup(factory, parameters, options, self._seed)
+            made = FactoryGroup(maker.make, parameters, options, self._seed)
             if number in choices:
                 made.load_state_dict(choices[number])
+            if maker.compiles:
+                made.compile()
             self._made[number] = made
         return [(made.optimizer, [number]) for number, made in self._made.items()]
 
@@ -468,7 +487,7 @@ class OptimizerTwin(Twin):
         formats = self.recipe.state_formats
         if not formats:
             return
-        for name, parts in self._elementwise_states().items():
+        for name, parts in self._find_elementwise(self._bucket_states()).items():
             format = formats.get(name, formats.get("*"))
             if format is None:
                 continue
@@ -502,6 +521,12 @@ def _is_elementwise(name: str, value: object, place: slice) -> bool:
     # A counter has one element, as the state of a bucket with one element has.
     is_float = isinstance(value, Tensor) and value.is_floating_point() and name not in COUNTERS
     return is_float and value.numel() == place.stop - place.start  # type: ignore[attr-defined]
+
+
+def _find_group(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    """Return the parameter group of an optimizer that has a parameter."""
+    groups = optimizer.param_groups
+    return next(group for group in groups if any(each is parameter for each in group["params"]))
 
 
 def _list_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
