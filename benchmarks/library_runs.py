@@ -57,6 +57,30 @@ def _read_optimi(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, Tensor
     return {name: state[name].double() * (1 - beta**steps) for name, beta in betas}
 
 
+def _read_torchao(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, Tensor]:
+    """Let torchao unpack its states, if they are packed."""
+    state = optimizer.state[parameter]
+    return {n: each.dequantize() if hasattr(each, "codes") else each for n, each in state.items()}
+
+
+def _read_bnb(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, Tensor]:
+    """Let bitsandbytes unpack its states, if they are packed."""
+    state, functional = (
+        optimizer.state[parameter],
+        importlib.import_module("bitsandbytes.functional"),
+    )
+
+    def unpack(end: str) -> Tensor:
+        codes = state[f"state{end}"]
+        if codes.dtype != torch.uint8:
+            return codes
+        return functional.dequantize_blockwise(
+            codes, absmax=state[f"absmax{end}"], code=state[f"qmap{end}"], blocksize=256
+        )
+
+    return {"exp_avg": unpack("1"), "exp_avg_sq": unpack("2")}
+
+
 LIBRARIES = {
     "torchao-sr": Library(
         "torchao.optim",
@@ -69,6 +93,24 @@ LIBRARIES = {
         torch.bfloat16,
         lambda optimi, held, **options: optimi.AdamW(held, **options, kahan_sum=True),
         _read_optimi,
+    ),
+    "torchao-8bit": Library(
+        "torchao.optim",
+        torch.float32,
+        lambda ao, held, **options: ao.AdamW8bit(held, **options),
+        _read_torchao,
+    ),
+    "torchao-fp8": Library(
+        "torchao.optim",
+        torch.float32,
+        lambda ao, held, **options: ao.AdamWFp8(held, **options),
+        _read_torchao,
+    ),
+    "bnb-8bit": Library(
+        "bitsandbytes.optim",
+        torch.float32,
+        lambda bnb, held, **options: bnb.AdamW8bit(held, **options),
+        _read_bnb,
     ),
 }
 """The optimizers, by name of the recipe."""

@@ -3,13 +3,12 @@
 Such a recipe has the optimizer's own class, so that nothing of it is modelled. A library is
 imported when a recipe of it is asked for by name (`import_library`), and never before.
 
-Read `recipe` first; `names` comes next.
+Read `libraries_8bit` first; `names` comes next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from altgrad.recipes.optimizer_maker import OptimizerMaker
+from altgrad.recipes.libraries_8bit import BNB_STATES, TORCHAO_STATES, read_bnb, read_torchao
+from altgrad.recipes.optimizer_maker import OptimizerFactory, OptimizerMaker
 from altgrad.recipes.recipe import Recipe
 
 
@@ -26,17 +26,18 @@ class Library(NamedTuple):
 
     Attributes:
         package: The name that ``pip install`` takes.
-        modules: The modules that may have its optimizers; the first that exists counts.
+        module: The module that has its optimizers.
         names: The classes that recipes step with.
     """
 
     package: str
-    modules: tuple[str, ...]
+    module: str
     names: tuple[str, ...]
 
 
-TORCHAO = Library("torchao", ("torchao.optim", "torchao.prototype.low_bit_optim"), ("_AdamW",))
-OPTIMI = Library("torch-optimi", ("optimi",), ("AdamW",))
+TORCHAO = Library("torchao", "torchao.optim", ("_AdamW", "AdamW8bit", "AdamWFp8"))
+OPTIMI = Library("torch-optimi", "optimi", ("AdamW",))
+BNB = Library("bitsandbytes", "bitsandbytes.optim", ("AdamW8bit",))
 
 
 def import_library(recipe: str) -> None:
@@ -49,31 +50,18 @@ def import_library(recipe: str) -> None:
         ImportError: The library is missing, cannot be imported, or has no such optimizer.
     """
     library = _LIBRARIES[recipe]
+    remedy = f"run pip install --upgrade {library.package}"
     try:
-        missing = [name for name in library.names if not hasattr(_import(library), name)]
+        module = import_module(library.module)
     except ImportError as error:
         raise ImportError(
-            f"recipes={recipe!r}: expected the library {library.package} ({error}); run pip "
-            f"install {library.package}"
+            f"recipes={recipe!r}: expected the library {library.package} ({error}); {remedy}"
         ) from error
-    if missing:
+    if missing := [name for name in library.names if not hasattr(module, name)]:
         raise ImportError(
             f"recipes={recipe!r}: expected a version of {library.package} with "
-            f"{', '.join(missing)}; run pip install --upgrade {library.package}"
+            f"{', '.join(missing)}; {remedy}"
         )
-
-
-def _import(library: Library) -> Any:
-    """Return the first module of a library that exists.
-
-    Raises:
-        ImportError: No module can be imported.
-    """
-    *others, last = library.modules
-    for name in others:
-        with suppress(ModuleNotFoundError):
-            return import_module(name)
-    return import_module(last)
 
 
 # --- functions that make the optimizers
@@ -92,10 +80,69 @@ def make_torchao_sr(parameters: list[nn.Parameter], group: dict[str, Any]) -> Op
     Raises:
         ValueError: The hyperparameters are not those of AdamW.
     """
-    options = _read_options(group)
-    made: Optimizer = _import(TORCHAO)._AdamW(  # noqa: SLF001 - torchao has no public name for it
-        parameters, **options, amsgrad=bool(group.get("amsgrad")), bf16_stochastic_round=True
-    )
+    return _make_torchao("_AdamW", parameters, group, bf16_stochastic_round=True)
+
+
+def make_torchao_8bit(parameters: list[nn.Parameter], group: dict[str, Any]) -> Optimizer:
+    """Make torchao's AdamW with states in 8 bits.
+
+    Args:
+        parameters: The parameters.
+        group: The hyperparameters of Adam or AdamW.
+
+    Returns:
+        The optimizer, ``torchao.optim.AdamW8bit``.
+
+    Raises:
+        ValueError: The hyperparameters are not those of AdamW.
+    """
+    return _make_torchao("AdamW8bit", parameters, group)
+
+
+def make_torchao_fp8(parameters: list[nn.Parameter], group: dict[str, Any]) -> Optimizer:
+    """Make torchao's AdamW with states in E4M3.
+
+    Args:
+        parameters: The parameters.
+        group: The hyperparameters of Adam or AdamW.
+
+    Returns:
+        The optimizer, ``torchao.optim.AdamWFp8``.
+
+    Raises:
+        ValueError: The hyperparameters are not those of AdamW.
+    """
+    return _make_torchao("AdamWFp8", parameters, group)
+
+
+def _make_torchao(
+    name: str, parameters: list[nn.Parameter], group: dict[str, Any], **flags: bool
+) -> Optimizer:
+    """Return an optimizer of torchao.
+
+    Raises:
+        ValueError: The hyperparameters are not those of AdamW.
+    """
+    options = {**_read_options(group), "amsgrad": bool(group.get("amsgrad"))}
+    made: Optimizer = getattr(import_module(TORCHAO.module), name)(parameters, **options, **flags)
+    return made
+
+
+def make_bnb_8bit(parameters: list[nn.Parameter], group: dict[str, Any]) -> Optimizer:
+    """Make bitsandbytes' AdamW with states in 8 bits.
+
+    Args:
+        parameters: The parameters.
+        group: The hyperparameters of Adam or AdamW.
+
+    Returns:
+        The optimizer, ``bitsandbytes.optim.AdamW8bit``.
+
+    Raises:
+        ValueError: The hyperparameters are not those of AdamW.
+    """
+    options = _read_options(group, without=("amsgrad",))
+    made: Optimizer = import_module(BNB.module).AdamW8bit(parameters, **options)
     return made
 
 
@@ -113,7 +160,7 @@ def make_optimi_kahan(parameters: list[nn.Parameter], group: dict[str, Any]) -> 
         ValueError: The hyperparameters are not those of AdamW.
     """
     options = _read_options(group, without=("amsgrad",))
-    made: Optimizer = _import(OPTIMI).AdamW(parameters, **options, kahan_sum=True)
+    made: Optimizer = import_module(OPTIMI.module).AdamW(parameters, **options, kahan_sum=True)
     return made
 
 
@@ -166,7 +213,22 @@ def _read_options(group: Mapping[str, Any], without: tuple[str, ...] = ()) -> di
 
 # --- recipes
 
-_LIBRARIES: Mapping[str, Library] = {"torchao-sr": TORCHAO, "optimi-kahan": OPTIMI}
+_LIBRARIES: Mapping[str, Library] = {
+    "torchao-sr": TORCHAO,
+    "torchao-8bit": TORCHAO,
+    "torchao-fp8": TORCHAO,
+    "optimi-kahan": OPTIMI,
+    "bnb-8bit": BNB,
+}
+_PACKED_BYTES = 2 * (1 + 4 / 256)
+"""Bytes per weight of two moments in 8 bits, with a scale in float32 for 256 of them."""
+
+
+def _pack_torchao(make: OptimizerFactory) -> OptimizerMaker:
+    return OptimizerMaker(
+        make, _PACKED_BYTES, compiles=True, read=read_torchao, packed=TORCHAO_STATES
+    )
+
 
 LIBRARY_RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
@@ -176,11 +238,19 @@ LIBRARY_RECIPES: Mapping[str, Recipe] = {
             dtype=torch.bfloat16,
             optimizer=OptimizerMaker(make_torchao_sr, state_bytes=4, compiles=True),
         ),
+        Recipe("torchao-8bit", optimizer=_pack_torchao(make_torchao_8bit)),
+        Recipe("torchao-fp8", optimizer=_pack_torchao(make_torchao_fp8)),
         Recipe(
             "optimi-kahan",
             dtype=torch.bfloat16,
             # exp_avg, exp_avg_sq and the rounding error, in bf16
             optimizer=OptimizerMaker(make_optimi_kahan, state_bytes=6, read=read_optimi),
+        ),
+        Recipe(
+            "bnb-8bit",
+            optimizer=OptimizerMaker(
+                make_bnb_8bit, _PACKED_BYTES, read=read_bnb, packed=BNB_STATES
+            ),
         ),
     )
 }

@@ -48,7 +48,10 @@ def get_recipes(recipes: str | Recipe | Sequence[str | Recipe]) -> tuple[Recipe,
     - ``bf16-true-fused``, ``fp16-true-fused``: the same with the fused optimizer.
     - ``torchao-sr``: weights and states in bf16, stepped by torchao's AdamW with stochastic
       rounding.
+    - ``torchao-8bit``, ``torchao-fp8``: states in 8 bits, stepped by torchao's AdamW8bit or
+      AdamWFp8.
     - ``optimi-kahan``: weights and states in bf16, stepped by optimi's AdamW with Kahan summation.
+    - ``bnb-8bit``: states in 8 bits, stepped by the AdamW8bit of bitsandbytes.
 
     Upper case and other spellings of a format are accepted: ``E4M3-sr`` is ``e4m3fn-sr``.
 

@@ -4,7 +4,7 @@ A recipe may step with an optimizer of any library, which a function makes. What
 beside the weights, and when it compiles itself, cannot be seen before its first step: an
 `OptimizerMaker` says it.
 
-Read `storage` first; `recipe` comes next.
+Read `packed_states` first; `recipe` comes next.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from altgrad._messages import check_type
+from altgrad.recipes.packed_states import PackedStates
 
 OptimizerFactory: TypeAlias = Callable[[list[nn.Parameter], dict[str, Any]], Optimizer]
 """A function that makes an optimizer of parameters.
@@ -50,9 +51,11 @@ class OptimizerMaker:
         read: A function that returns the states of a parameter as ``torch.optim`` would keep them,
             so that figures such as ``exp_avg_sq_ratio`` compare like with like. None if states have
             the names and meaning of those of ``torch.optim``.
+        packed: How the optimizer keeps states in blocks of a few bits. None if each state has one
+            floating-point number per element, or one number.
 
     Raises:
-        TypeError: `make` or `read` is not a function, or `compiles` not a bool.
+        TypeError: An attribute has the wrong type.
         ValueError: `state_bytes` is below 0.
     """
 
@@ -60,6 +63,7 @@ class OptimizerMaker:
     state_bytes: float | None = None
     compiles: bool = False
     read: StateReader | None = None
+    packed: PackedStates | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.make):
@@ -72,6 +76,8 @@ class OptimizerMaker:
                 f"read={self.read!r}: expected a function of the state of a parameter and its "
                 "group that returns states by name, or None"
             )
+        if self.packed is not None:
+            check_type("packed", self.packed, PackedStates)
         check_type("compiles", self.compiles, bool)
         if self.state_bytes is not None and not self.state_bytes >= 0:
             raise ValueError(f"state_bytes={self.state_bytes!r}: expected 0 or more bytes, or None")

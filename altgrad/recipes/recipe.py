@@ -3,7 +3,7 @@
 A twin runs a recipe on a sample of each layer, to predict; `Recipe.attach` applies it to a whole
 model, by a `WeightStorage`.
 
-Read `optimizer_maker` first; `libraries` comes next.
+Read `optimizer_maker` first; `libraries_8bit` comes next.
 """
 
 from __future__ import annotations

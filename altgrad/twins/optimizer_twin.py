@@ -3,7 +3,7 @@
 A *twin* is a recipe at work on a sample of each layer of the *run*, the training that is watched.
 No formula is modelled: the optimizer is a copy of the run's own, or one that a factory makes, which
 is a function in the recipe. Layers that step alike are one parameter of it, a *bucket*. Read
-`flat_state` first, and `twin` for the base class; `twin_source` comes next.
+`packed_state` first, and `twin` for the base class; `twin_source` comes next.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from altgrad.recipes.packed_states import PackedStates
 from altgrad.recipes.recipe import Recipe
 from altgrad.recipes.stored_states import COUNTERS
 from altgrad.twins.element_scales import ElementScales
 from altgrad.twins.factory import FactoryGroup
-from altgrad.twins.flat_state import is_same_state, split_state, take_state
+from altgrad.twins.flat_state import is_same_state, take_state
 from altgrad.twins.generators import PrivateGenerators, may_draw
 from altgrad.twins.hyperparameters import Changes, apply_changes, find_unmade
 from altgrad.twins.isolation import step_quietly
@@ -29,8 +30,13 @@ from altgrad.twins.layout import Bucket, Layout
 from altgrad.twins.optimizer_copy import (
     copy_hyperparameters,
     copy_optimizer,
-    copy_value,
     use_fused,
+)
+from altgrad.twins.packed_state import (
+    list_state_tensors,
+    load_state,
+    save_state,
+    split_packed_state,
 )
 from altgrad.twins.sample import Sampled
 from altgrad.twins.twin import Arrangement, Twin
@@ -85,6 +91,11 @@ class OptimizerTwin(Twin):
         self._generators = PrivateGenerators(self._seed)
         self._counts_on_host = False
         self._undone_for: Sequence[bool] = ()  # `present` in the last step that could be undone
+
+    @property
+    def _packed(self) -> PackedStates | None:
+        """The description of states in blocks of a few bits; None if the optimizer keeps none."""
+        return None if self.recipe.maker is None else self.recipe.maker.packed
 
     @property
     def states(self) -> Mapping[str, Tensor]:
@@ -188,7 +199,9 @@ class OptimizerTwin(Twin):
             if number is not None:
                 positions = sources[place][: sum(bucket.counts.values())]
                 positions = (positions - old.slices[number].start).to(parameter.device)
-                state = split_state(states[number], positions, bucket.length, bucket.shape)
+                state = split_packed_state(
+                    self._packed, states[number], positions, bucket.length, bucket.shape
+                )
             else:
                 state = self._take_state(new, bucket)
             if state:
@@ -382,7 +395,7 @@ class OptimizerTwin(Twin):
         states = self._bucket_states()
         return {
             **super().state_dict(),
-            "states": [{key: copy_value(each) for key, each in s.items()} for s in states],
+            "states": [save_state(self._packed, each) for each in states],
             "groups": self._describe_choices(),
             "generators": self._generators.state_dict(),
         }
@@ -399,7 +412,7 @@ class OptimizerTwin(Twin):
         """
         super().load_state_dict(layout, state, device)
         states, self._loaded_groups = state["states"], copy.deepcopy(state["groups"])
-        self._loaded = [{key: copy_value(each) for key, each in s.items()} for s in states]
+        self._loaded = [load_state(self._packed, each) for each in states]
         self._generators.load_state_dict(state["generators"])
 
     def _bucket_states(self) -> Sequence[Mapping[str, Any]]:
@@ -500,8 +513,8 @@ class OptimizerTwin(Twin):
 
     def _all_tensors(self) -> list[Tensor]:
         """Return the weights, then all tensors of the optimizers' states."""
-        states = (value for state in self._bucket_states() for value in state.values())
-        return [self.tensors.weights, *(each for each in states if isinstance(each, Tensor))]
+        states = (list_state_tensors(self._packed, state) for state in self._bucket_states())
+        return [self.tensors.weights, *(each for some in states for each in some)]
 
     def _drawing(self, optimizer: Optimizer) -> AbstractContextManager[object]:
         """Return a context with the twin's own random numbers, if an optimizer may draw some."""
@@ -519,7 +532,8 @@ def _is_elementwise(name: str, value: object, place: slice) -> bool:
         place: The slice of a flat tensor that the parameter has.
     """
     # A counter has one element, as the state of a bucket with one element has.
-    is_float = isinstance(value, Tensor) and value.is_floating_point() and name not in COUNTERS
+    is_plain = type(value) in {Tensor, nn.Parameter}
+    is_float = is_plain and value.is_floating_point() and name not in COUNTERS  # type: ignore[attr-defined]
     return is_float and value.numel() == place.stop - place.start  # type: ignore[attr-defined]
 
 

@@ -33,7 +33,7 @@ from altgrad.twins.generators import may_draw
 from altgrad.twins.hyperparameters import Changes, HyperparameterFollower
 from altgrad.twins.lane import Lane, LaneSums
 from altgrad.twins.lane_sorter import LaneSorter
-from altgrad.twins.layer_plan import LaneKind
+from altgrad.twins.layer_plan import Drawing, LaneKind
 from altgrad.twins.self_check import Check, judge
 from altgrad.twins.twin_source import TwinSource
 from altgrad.twins.twin_state import check_twin_state
@@ -75,10 +75,10 @@ class Twins:
         self._lock = lock
         self._strict = strict
         self._loaded: list[Mapping[str, Any]] = []  # lanes of a checkpoint, until their first step
-        self._recipes: dict[int, tuple[Recipe, ...]] = {}  # by number of elements drawn together
+        self._recipes: dict[Drawing, tuple[Recipe, ...]] = {}
         for recipe in recipes:
-            block = _find_block(recipe, source.scaling)
-            self._recipes[block] = (*self._recipes.get(block, ()), recipe)
+            drawing = _find_drawing(recipe, source.scaling)
+            self._recipes[drawing] = (*self._recipes.get(drawing, ()), recipe)
         self._runs: WeakKeyDictionary[Optimizer, _Run] = WeakKeyDictionary()
         self._is_ended = not recipes
 
@@ -137,8 +137,8 @@ class Twins:
             if lane is None:
                 if all(each.parameter.grad is None for each in stepped):
                     continue
-                is_first = kind.block == min(self._recipes)
-                lane = Lane(kind, self._recipes[kind.block], self._source, shows_run=is_first)
+                is_first = kind.drawing == min(self._recipes, key=_rank)
+                lane = Lane(kind, self._recipes[kind.drawing], self._source, shows_run=is_first)
                 run.lanes[kind] = lane
                 if self._restore(lane, kind, [each.name for each in stepped]):
                     run.checked.add(kind)
@@ -338,7 +338,7 @@ class Twins:
             True if there is such a lane, and it was restored.
         """
         for each in self._loaded:
-            known = {name for _, counts, _ in each["buckets"] for name in counts}
+            known = {name for _, counts, *_ in each["buckets"] for name in counts}
             if each["kind"] == kind.describe() and not known.isdisjoint(names):
                 self._loaded.remove(each)
                 return self._load_lane(lane, each)
@@ -380,19 +380,33 @@ class Twins:
         return sum(lane.nbytes() for lane in self.lanes)
 
 
-def _find_block(recipe: Recipe, scaling: Scaling | None) -> int:
+def _find_drawing(recipe: Recipe, scaling: Scaling | None) -> Drawing:
     """Return how many neighbouring elements to draw together, so that blocks are whole.
 
-    The elements of a block share a scale in a format of the recipe.
+    The elements of a block share a scale in a format of the recipe, or in the states of its
+    optimizer. The least common multiple of several sizes is drawn.
 
-    Returns:
-        The least common multiple of the block sizes; 1 without blocks.
+    Raises:
+        ValueError: A format and the states of the optimizer have blocks.
     """
     formats = [
         each for each in (recipe.weights_format, *recipe.state_formats.values()) if each is not None
     ]
     applied = [get_applied_scaling(format, scaling) for format in formats]
-    return math.lcm(*(each[1] for each in applied if isinstance(each, tuple)))
+    block = math.lcm(*(each[1] for each in applied if isinstance(each, tuple)))
+    packed = None if recipe.maker is None else recipe.maker.packed
+    if packed is not None and block > 1:
+        raise ValueError(
+            f"the recipe {recipe.name} has formats with scales for blocks of {block}, and an "
+            f"optimizer with packed states: expected blocks in one of both; leave out weights= and "
+            "states=, or choose another scaling="
+        )
+    return Drawing(block, packed)
+
+
+def _rank(drawing: Drawing) -> tuple[bool, int]:
+    """Return a key that sorts samples of single elements first, and of packed states last."""
+    return drawing.packed is not None, drawing.block
 
 
 def _get_random_state(device: torch.device) -> Tensor:

@@ -126,6 +126,41 @@ def test_a_further_call_leaves_parameters_and_random_numbers() -> None:
     assert drawn[0] == drawn[1]
 
 
+# --- how its states are read
+
+
+def make_momentum(held: list[nn.Parameter], group: dict[str, Any]) -> Optimizer:
+    return SGD(held, lr=group["lr"], momentum=0.9)
+
+
+def test_states_are_compared_as_the_maker_reads_them() -> None:
+    net = make_net()
+    optimizer = SGD(net.parameters(), 0.01, momentum=0.9)
+    maker = OptimizerMaker(
+        make_momentum, read=lambda state, _: {"momentum_buffer": 2 * state["momentum_buffer"]}
+    )
+    recipes = [Recipe("plain", optimizer=make_momentum), Recipe("mine", optimizer=maker)]
+    watched = Watched(net, optimizer, recipes=recipes)
+    train(net, optimizer, 8)
+    layer = watched.records[-1].layers["0.weight"]
+    assert layer["momentum_buffer_ratio/plain"] == pytest.approx(1.0)
+    assert layer["momentum_buffer_ratio/mine"] == pytest.approx(2.0)
+
+
+def test_states_that_cannot_be_read_end_their_twin_alone() -> None:
+    def read(state: Any, group: Any) -> Any:
+        raise KeyError("m")
+
+    net = make_net()
+    optimizer = SGD(net.parameters(), 0.01, momentum=0.9)
+    mine = Recipe("mine", optimizer=OptimizerMaker(make_momentum, read=read))
+    watched = Watched(net, optimizer, recipes=["bf16", mine])
+    train(net, optimizer, 15)
+    [notice] = watched.notices
+    assert "ends the twin of mine" in notice
+    assert watched.records[-1].model.recipes == ("bf16",)
+
+
 # --- what it compiles
 
 
