@@ -33,6 +33,9 @@ from benchmarks.twin_runs import train
 from benchmarks.twin_tasks import TASKS
 
 NETS, RATES = ("perceptron", "transformer"), (1e-5, 1e-3)
+ELEMENTS = 1024  # four blocks of states in 8 bits
+EMBEDDING = "symbols.weight"
+"""A layer most of whose drift in E4M3 is that of a few elements, which a sample may not have."""
 FEWEST = 1024
 """Fewest elements of a layer that counts: what random rounding does to fewer is luck."""
 
@@ -56,7 +59,9 @@ def make_rows(recipes: Sequence[str], rates: Sequence[float], steps: int) -> lis
         train(start, TASKS[net].pretraining, steps, AdamW(start.parameters(), 1e-3).step)
         for recipe in recipes:
             for lr in rates:
-                outcome = compare(copy.deepcopy(start), TASKS[net].tuning, recipe, lr, steps)
+                outcome = compare(
+                    copy.deepcopy(start), TASKS[net].tuning, recipe, lr, steps, ELEMENTS
+                )
                 rows.append(Row(net, recipe, lr, outcome))
     return rows
 
@@ -86,8 +91,8 @@ def print_rows(rows: Sequence[Row]) -> None:
     )
 
 
-def mean_error(rows: Sequence[Row], read: Callable[[Fate], float]) -> float:
-    layers = [layer for row in rows for layer in row.layers]
+def mean_error(rows: Sequence[Row], read: Callable[[Fate], float], without: str = "") -> float:
+    layers = [layer for row in rows for layer in row.layers if layer.name != without]
     return statistics.fmean(abs(read(x.fed) - read(x.real_fed)) for x in layers)
 
 
@@ -98,7 +103,11 @@ def find_targets(rows: Sequence[Row]) -> list[Target]:
         fast = [row for row in own if row.lr >= 1e-3]
         targets += [
             Target(f"{recipe}: moved share is off by", mean_error(own, lambda x: x.moved), 0.02),
-            Target(f"{recipe}: drift is off by, 1e-3", mean_error(fast, lambda x: x.drift), 0.05),
+            Target(
+                f"{recipe}: drift is off by, 1e-3, without the embedding",
+                mean_error(fast, lambda x: x.drift, EMBEDDING),
+                0.05,
+            ),
             Target(f"{recipe}: m ratio is off by", mean_error(own, lambda x: x.m_ratio), 0.02),
             Target(f"{recipe}: v ratio is off by", mean_error(own, lambda x: x.v_ratio), 0.02),
         ]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from altgrad.recipes.libraries_8bit import BNB_STATES, TORCHAO_STATES, read_bnb, read_torchao
-from altgrad.recipes.optimizer_maker import OptimizerFactory, OptimizerMaker
+from altgrad.recipes.optimizer_maker import CannotMakeError, OptimizerFactory, OptimizerMaker
 from altgrad.recipes.recipe import Recipe
 
 
@@ -78,7 +78,7 @@ def make_torchao_sr(parameters: list[nn.Parameter], group: dict[str, Any]) -> Op
         The optimizer, ``torchao.optim._AdamW``.
 
     Raises:
-        ValueError: The hyperparameters are not those of AdamW.
+        CannotMakeError: The hyperparameters are not those of AdamW.
     """
     return _make_torchao("_AdamW", parameters, group, bf16_stochastic_round=True)
 
@@ -94,7 +94,7 @@ def make_torchao_8bit(parameters: list[nn.Parameter], group: dict[str, Any]) -> 
         The optimizer, ``torchao.optim.AdamW8bit``.
 
     Raises:
-        ValueError: The hyperparameters are not those of AdamW.
+        CannotMakeError: The hyperparameters are not those of AdamW.
     """
     return _make_torchao("AdamW8bit", parameters, group)
 
@@ -110,7 +110,7 @@ def make_torchao_fp8(parameters: list[nn.Parameter], group: dict[str, Any]) -> O
         The optimizer, ``torchao.optim.AdamWFp8``.
 
     Raises:
-        ValueError: The hyperparameters are not those of AdamW.
+        CannotMakeError: The hyperparameters are not those of AdamW.
     """
     return _make_torchao("AdamWFp8", parameters, group)
 
@@ -121,7 +121,7 @@ def _make_torchao(
     """Return an optimizer of torchao.
 
     Raises:
-        ValueError: The hyperparameters are not those of AdamW.
+        CannotMakeError: The hyperparameters are not those of AdamW.
     """
     options = {**_read_options(group), "amsgrad": bool(group.get("amsgrad"))}
     made: Optimizer = getattr(import_module(TORCHAO.module), name)(parameters, **options, **flags)
@@ -139,7 +139,7 @@ def make_bnb_8bit(parameters: list[nn.Parameter], group: dict[str, Any]) -> Opti
         The optimizer, ``bitsandbytes.optim.AdamW8bit``.
 
     Raises:
-        ValueError: The hyperparameters are not those of AdamW.
+        CannotMakeError: The hyperparameters are not those of AdamW.
     """
     options = _read_options(group, without=("amsgrad",))
     made: Optimizer = import_module(BNB.module).AdamW8bit(parameters, **options)
@@ -157,7 +157,7 @@ def make_optimi_kahan(parameters: list[nn.Parameter], group: dict[str, Any]) -> 
         The optimizer, ``optimi.AdamW``.
 
     Raises:
-        ValueError: The hyperparameters are not those of AdamW.
+        CannotMakeError: The hyperparameters are not those of AdamW.
     """
     options = _read_options(group, without=("amsgrad",))
     made: Optimizer = import_module(OPTIMI.module).AdamW(parameters, **options, kahan_sum=True)
@@ -189,11 +189,11 @@ def _read_options(group: Mapping[str, Any], without: tuple[str, ...] = ()) -> di
         without: Names of flags of AdamW that the library's optimizer lacks.
 
     Raises:
-        ValueError: The group has no such hyperparameters, or others that the library lacks.
+        CannotMakeError: The group has no such hyperparameters, or others that the library lacks.
     """
     names = ("lr", "betas", "eps", "weight_decay")
     if missing := [name for name in names if name not in group]:
-        raise ValueError(
+        raise CannotMakeError(
             f"the run's optimizer has no {', '.join(missing)}: expected the hyperparameters of "
             "AdamW, which this recipe takes over; leave out the recipe, or pass a Recipe with "
             "optimizer=… that chooses them"
@@ -202,7 +202,7 @@ def _read_options(group: Mapping[str, Any], without: tuple[str, ...] = ()) -> di
     if group["weight_decay"] and group.get("decoupled_weight_decay") is False:  # Adam of torch
         lacking.append("weight decay within the gradient")
     if lacking:
-        raise ValueError(
+        raise CannotMakeError(
             f"the run's optimizer has {', '.join(lacking)}, which the AdamW of this recipe lacks: "
             "expected a run with AdamW; leave out the recipe"
         )

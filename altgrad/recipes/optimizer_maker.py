@@ -34,6 +34,10 @@ returns states by name, floating-point in the shape of the parameter, or with on
 """
 
 
+class CannotMakeError(ValueError):
+    """An error that says why an optimizer cannot be made for a parameter group, and the remedy."""
+
+
 @dataclass(frozen=True)
 class OptimizerMaker:
     """A function that makes an optimizer, with facts about that optimizer.

@@ -20,6 +20,7 @@ from torch import Tensor
 from altgrad._messages import few
 from altgrad.measurement.twin_sums import TwinStack
 from altgrad.observation.observer import describe_error
+from altgrad.recipes.optimizer_maker import CannotMakeError
 from altgrad.recipes.recipe import Recipe
 from altgrad.twins.element_scales import ElementScales
 from altgrad.twins.flat_state import NotElementwiseError
@@ -285,7 +286,7 @@ class LaneTwins:
 
 def describe_failure(error: Exception) -> str:
     """Return the text of an error for a notice, with type and place unless it names a remedy."""
-    has_remedy = isinstance(error, (CannotCopyError, NotElementwiseError))
+    has_remedy = isinstance(error, (CannotCopyError, CannotMakeError, NotElementwiseError))
     return str(error) if has_remedy else describe_error(error)
 
 

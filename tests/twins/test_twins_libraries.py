@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from altgrad import Recipe
@@ -254,6 +254,33 @@ def test_a_run_draws_and_trains_as_if_there_were_no_twin(recipe: str) -> None:
     (weights, random), (expected, untouched) = run(recipe), run(())
     assert torch.equal(random, untouched)
     assert all(map(torch.equal, weights, expected))
+
+
+@pytest.mark.parametrize("others", [(), ("bf16-sr",)])
+def test_a_run_in_bf16_has_figures_of_itself_in_each_layer_beside_each_recipe(
+    recipe: str, others: tuple[str, ...]
+) -> None:
+    net = make_net(torch.bfloat16, width=256)
+    optimizer = AdamW(net.parameters(), 1e-3)
+    watched = Watched(net, optimizer, recipes=[recipe, *others])
+    train(net, optimizer, 8)
+    assert len(watched.records[-1].layers) == 6
+    for layer in watched.records[-1].layers.values():
+        for each in ("now", recipe, *others):
+            assert layer[f"drift/{each}"] >= 0
+
+
+def test_a_run_without_the_hyperparameters_of_adam_ends_the_twin_with_one_sentence(
+    recipe: str,
+) -> None:
+    net = make_net()
+    optimizer = SGD(net.parameters(), 0.01)
+    watched = Watched(net, optimizer, recipes=["bf16", recipe])
+    train(net, optimizer, 8)
+    [notice] = watched.notices
+    assert notice.startswith(f"ends the twin of {recipe}: the run's optimizer has no betas, eps: ")
+    assert "libraries.py" not in notice
+    assert watched.records[-1].model.recipes == ("bf16",)
 
 
 def test_a_schedule_of_the_run_reaches_the_twin(recipe: str) -> None:
