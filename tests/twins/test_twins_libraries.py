@@ -117,11 +117,13 @@ def test_compiled_by_a_compiler_twins_predict_real_runs(recipe: str, lr: float) 
     torch.manual_seed(0)
     start = task.make_net()
     train_on(start, task.pretraining, 100, AdamW(start.parameters(), 1e-3).step)
-    layers = many(compare(start, task.tuning, recipe, lr, 100).layers)
+    # Medians of E4M3 differ between blocks: 16 of them.
+    layers = many(compare(start, task.tuning, recipe, lr, 100, elements=4096).layers)
     assert len(layers) == 3
     for layer in layers:
         assert layer.fed.moved == pytest.approx(layer.real_fed.moved, abs=0.05)
-        assert layer.fed.v_ratio == pytest.approx(layer.real_fed.v_ratio, abs=0.02)
+        allowed = 0.06 if recipe == "torchao-fp8" else 0.02
+        assert layer.fed.v_ratio == pytest.approx(layer.real_fed.v_ratio, abs=allowed)
 
 
 class Fed:
