@@ -185,7 +185,7 @@ def count_unequal(monitor: UpdateMonitor, net: nn.Module) -> int:
     parameters, unequal = dict(net.named_parameters()), 0
     for lane in monitor.state_dict()["twins"]["lanes"]:
         start, weights = 0, lane["twins"]["low"]["tensors"]["weights"]
-        for _, counts, _ in lane["buckets"]:
+        for _, counts, *_ in lane["buckets"]:
             for name, size in counts.items():
                 expected = parameters[name].detach().flatten()[lane["samples"][name][0]]
                 unequal += int((weights[start : start + size] != expected).sum())

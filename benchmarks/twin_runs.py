@@ -204,17 +204,28 @@ def train(net: nn.Module, world: World, steps: int, step: Callable[[], object]) 
         steps: Number of batches.
         step: Function that steps the optimizer, and may use gradients of `net`.
     """
-    dtype = next(net.parameters()).dtype
     losses = []
     for number in range(steps):
-        inputs, classes = world(number)
-        outputs = net(inputs.to(dtype) if inputs.is_floating_point() else inputs)
-        loss = functional.cross_entropy(outputs.flatten(0, -2).float(), classes.flatten())
-        net.zero_grad()
-        loss.backward()
+        losses.append(backward(net, world, number))
         step()
-        losses.append(loss.item())
     return sum(losses[-20:]) / len(losses[-20:])
+
+
+def backward(net: nn.Module, world: World, number: int) -> float:
+    """Compute the gradients of the batch with a number; return its loss.
+
+    Args:
+        net: The net.
+        world: The data.
+        number: Number of the batch.
+    """
+    dtype = next(net.parameters()).dtype
+    inputs, classes = world(number)
+    outputs = net(inputs.to(dtype) if inputs.is_floating_point() else inputs)
+    loss = functional.cross_entropy(outputs.flatten(0, -2).float(), classes.flatten())
+    net.zero_grad()
+    loss.backward()
+    return loss.item()
 
 
 # --- twins

@@ -77,14 +77,14 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     Returns:
         A dict that JSON can hold.
     """
-    factory = recipe.optimizer
+    maker = recipe.maker
     return {
         "weights": None if recipe.weights is None else str(recipe.weights),
         "rounding": recipe.rounding,
         "compensation": recipe.compensation,
         "states": {state: str(format) for state, format in recipe.states.items()},
         "dtype": None if recipe.dtype is None else str(recipe.dtype).removeprefix("torch."),
-        "optimizer": None if factory is None else _qualify(factory),
+        "optimizer": None if maker is None else _qualify(maker.make),
         "fused": recipe.fused,
         "accumulate": None if recipe.accumulate is None else str(recipe.accumulate),
         "bytes_per_parameter": recipe.bytes_per_parameter,

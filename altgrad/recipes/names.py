@@ -2,9 +2,9 @@
 
 A recipe says in which formats weights and optimizer states are stored. Short names are `fp32`; for
 each format f the names f, f-sr (stochastic rounding) and f-kahan; and `bf16-true` and `fp16-true`,
-also with `-fused`.
+also with `-fused`. Further names stand for optimizers of other libraries.
 
-Read `recipe` first; `altgrad.twins.layout` comes next, the first file about twins.
+Read `libraries` first; `altgrad.twins.layout` comes next, the first file about twins.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from altgrad.quantization.block_formats import BLOCK_FORMATS, Formats, get_formats
 from altgrad.quantization.formats import FORMATS
 from altgrad.quantization.number_format import NumberFormat
+from altgrad.recipes.libraries import LIBRARY_RECIPES, import_library
 from altgrad.recipes.recipe import Recipe
 
 _WAYS: Mapping[str, Mapping[str, Any]] = {
@@ -45,6 +46,12 @@ def get_recipes(recipes: str | Recipe | Sequence[str | Recipe]) -> tuple[Recipe,
     - ``f-kahan``: the same with Kahan summation.
     - ``bf16-true``, ``fp16-true``: all tensors in this dtype, as after ``model.to(dtype)``.
     - ``bf16-true-fused``, ``fp16-true-fused``: the same with the fused optimizer.
+    - ``torchao-sr``: weights and states in bf16, stepped by torchao's AdamW with stochastic
+      rounding.
+    - ``torchao-8bit``, ``torchao-fp8``: states in 8 bits, stepped by torchao's AdamW8bit or
+      AdamWFp8.
+    - ``optimi-kahan``: weights and states in bf16, stepped by optimi's AdamW with Kahan summation.
+    - ``bnb-8bit``: states in 8 bits, stepped by the AdamW8bit of bitsandbytes.
 
     Upper case and other spellings of a format are accepted: ``E4M3-sr`` is ``e4m3fn-sr``.
 
@@ -58,6 +65,7 @@ def get_recipes(recipes: str | Recipe | Sequence[str | Recipe]) -> tuple[Recipe,
         TypeError: An item is neither a name nor a `Recipe`.
         ValueError: A name is unknown, occurs twice, or is a short name that stands for another
             recipe.
+        ImportError: A name stands for an optimizer of a library that is not installed.
 
     Examples:
         >>> from altgrad.recipes import get_recipes
@@ -138,9 +146,12 @@ def _get_short(name: str) -> Recipe:
 
     Raises:
         ValueError: No recipe has this name. The message lists the nearest names.
+        ImportError: The recipe steps with an optimizer of a library that is not installed.
     """
     short = _list_short()
     lower = name.strip().lower()
+    if lower in LIBRARY_RECIPES:
+        import_library(lower)
     if lower in short:
         return short[lower]
     format, dash, way = lower.rpartition("-")
@@ -168,7 +179,7 @@ def _list_short() -> dict[str, Recipe]:
     for name, dtype in _TRUE.items():
         short.append(Recipe(f"{name}-true", dtype=dtype))
         short.append(Recipe(f"{name}-true-fused", dtype=dtype, fused=True))
-    return {recipe.name: recipe for recipe in short}
+    return {recipe.name: recipe for recipe in short} | dict(LIBRARY_RECIPES)
 
 
 def _find_format(spelling: str) -> NumberFormat | None:

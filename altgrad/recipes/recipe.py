@@ -3,21 +3,20 @@
 A twin runs a recipe on a sample of each layer, to predict; `Recipe.attach` applies it to a whole
 model, by a `WeightStorage`.
 
-Read `storage` first; `names` comes next.
+Read `optimizer_maker` first; `libraries_8bit` comes next.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from altgrad._messages import check_type
 from altgrad.observation.rules import SamplingRule
@@ -25,15 +24,9 @@ from altgrad.quantization.block_formats import get_formats
 from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import NumberFormat, get_applied_scaling
+from altgrad.recipes.optimizer_maker import OptimizerFactory, OptimizerMaker
 from altgrad.recipes.rounding import Compensation, StorageRounding, check_rounding
 from altgrad.recipes.storage import WeightStorage
-
-OptimizerFactory = Callable[[list[nn.Parameter], dict[str, Any]], Optimizer]
-"""A function that makes an optimizer of parameters.
-
-It is called with the parameters, and with the parameter group of the training's optimizer that they
-belong to, without ``"params"``. It returns the optimizer.
-"""
 
 _PRECISIONS = {
     torch.float16: "16-true",
@@ -75,7 +68,8 @@ class Recipe:
             training's parameter group without ``"params"``. Twins call it again when that group
             changes, as by a learning rate schedule, and take over what it then chooses: it must be
             quick, and depend on its arguments alone. In YAML it is an import path, and the function
-            needs the annotation ``-> torch.optim.Optimizer``.
+            needs the annotation ``-> torch.optim.Optimizer``. An `OptimizerMaker` adds facts about
+            the optimizer.
         fused: If True, twins step with the fused implementation of the training's class of
             optimizer.
         accumulate: The format in which gradients are added up over several backward passes
@@ -174,21 +168,31 @@ class Recipe:
         return self.dtype
 
     @property
+    def maker(self) -> OptimizerMaker | None:
+        """The `optimizer` field, typed as an `OptimizerMaker`; None without it."""
+        if self.optimizer is None or isinstance(self.optimizer, OptimizerMaker):
+            return self.optimizer
+        return OptimizerMaker(self.optimizer)
+
+    @property
     def bytes_per_parameter(self) -> float:
         """The number of bytes per weight for the weight, its rounding error, and its states.
 
         - A weight or state takes the bits of its format, or else of `dtype`, or else 32. A block
           format adds the 8 bits of a scale to each block; scales of larger groups are not counted.
         - A rounding error takes 16 bits.
+        - States take what an `OptimizerMaker` says. Otherwise:
         - The states are those of Adam, ``exp_avg`` and ``exp_avg_sq``. If `states` has another name
           than these two and ``"*"``, the states are those that it names.
 
         Gradients, buffers and step counters are left out.
         """
-        states = self.state_formats
+        states, maker = self.state_formats, self.maker
         named = {*states} - {"*"}
         names = named if named - _ADAM_STATES else _ADAM_STATES
         bits = self._count_bits(self.weights_format) + _KAHAN_BITS * (self.compensation is not None)
+        if maker is not None and maker.state_bytes is not None:
+            return bits / 8 + maker.state_bytes
         bits += sum(self._count_bits(states.get(name, states.get("*"))) for name in names)
         return bits / 8
 

@@ -7,7 +7,7 @@ format, and torch computes in that dtype.
 `WeightStorage` selects layers, reacts to steps, and saves state; each `_Layer` scales and rounds
 the weights of one layer.
 
-Read `stored_states` first; `recipe` comes next, and makes a storage from a description.
+Read `stored_states` first; `packed_states` comes next, the first file about recipes.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ the one to read next:
 1. A sample and its numbers: `layout`, `sample`, `twin_tensors`, `element_scales`, `twin`,
     `self_check`.
 2. The optimizer of a twin: `shared_objects`, `optimizer_copy`, `writes`, `hyperparameters`,
-    `generators`, `isolation`, `factory`, `flat_state`, `optimizer_twin`.
+    `generators`, `isolation`, `factory`, `flat_state`, `packed_state`,
+    `optimizer_twin`.
 3. What the run does: `twin_source`, `layer_plan`, `lane_sorter`, `run_weights`, `run_states`,
     `gradient_sums`, `micro_gradients`, `fused_sgd`, `stored_layers`.
 4. All twins: `lane_twins`, `lane`, `twin_state`, `twins`.

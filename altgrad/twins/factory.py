@@ -11,17 +11,19 @@ Read `isolation` first; `flat_state` comes next.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from altgrad._messages import format_count
-from altgrad.recipes.recipe import OptimizerFactory
+from altgrad.recipes.optimizer_maker import OptimizerFactory
 from altgrad.twins.generators import PrivateGenerators
 from altgrad.twins.hyperparameters import copy_options, is_equal, set_option
-from altgrad.twins.isolation import keeping_settings
+from altgrad.twins.isolation import keeping_settings, step_quietly
 
 
 class FactoryGroup:
@@ -58,6 +60,21 @@ class FactoryGroup:
         self._seed = seed
         self.optimizer = self._make(self._parameters)
         self._chosen = self._list_options(self.optimizer)
+
+    def compile(self) -> None:
+        """Have the optimizer compile its step, by one step of copies with gradients of 0.
+
+        Libraries keep what they have compiled for the shapes of the parameters. Warnings of the
+        compiler are left out, since the training does not compile.
+        """
+        copies = [nn.Parameter(each.detach().clone()) for each in self._parameters]
+        again = self._make(copies)
+        for each in copies:
+            each.grad = torch.zeros_like(each)
+        devices = [*{each.device for each in copies}]
+        with warnings.catch_warnings(), PrivateGenerators(self._seed).using(devices):
+            warnings.simplefilter("ignore")
+            step_quietly(again)
 
     def follow(self, changes: Mapping[str, Any]) -> None:
         """Call the factory, which makes the optimizer, again with changed hyperparameters.

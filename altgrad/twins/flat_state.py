@@ -6,7 +6,7 @@ the training's optimizer has of the layers. `split_state` takes some elements ou
 another flat parameter, when its layers are no longer stepped alike. Both need each tensor of a
 state to hold one number per element, or a single number.
 
-Read `factory` first; `optimizer_twin` comes next.
+Read `factory` first; `packed_state` comes next.
 """
 
 from __future__ import annotations

@@ -430,7 +430,7 @@ class Lane:
         self._read_states(optimizer, self.names)
         counts, rows = self.take_counts(), self._run.rows
         stacks = {NOW: self._stack_run(optimizer)} if self._shows_run else {}
-        stacks |= {name: twin.stack(rows) for name, twin in self._twins.by_recipe.items()}
+        stacks |= self._twins.stack(rows)
         states, values = self._measure(stacks)
         is_shown = self._find_shown(shown)
         self._run.begin_window(is_shown)

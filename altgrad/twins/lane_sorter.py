@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.stored import get_stored
 from altgrad.quantization.arguments import INPUT_DTYPES
-from altgrad.twins.layer_plan import LaneKind, Stepped
+from altgrad.twins.layer_plan import Drawing, LaneKind, Stepped
 from altgrad.twins.twin_source import TwinSource
 
 _Key: TypeAlias = tuple[object, ...]
@@ -34,13 +34,13 @@ class LaneSorter:
 
     Args:
         source: The layers of the training.
-        blocks: Numbers of neighbouring elements that are drawn together into a sample, such as 1 or
-            16; each layer is in a lane for each number.
+        drawings: The numbers of neighbouring elements that recipes need to be drawn together; each
+            layer is in a lane for each of them.
     """
 
-    def __init__(self, source: TwinSource, blocks: Collection[int]) -> None:
+    def __init__(self, source: TwinSource, drawings: Collection[Drawing]) -> None:
         self._source = source
-        self._blocks = blocks
+        self._drawings = drawings
         self._gradient_dtypes: dict[str, torch.dtype] = {}  # of layers that had a gradient
         self._key: _Key = ()
         self._names: object = None
@@ -81,10 +81,10 @@ class LaneSorter:
             if gradient is not None:
                 dtype = self._gradient_dtypes[name] = gradient.dtype
             stepped = Stepped(name, parameter, groups[parameter])
-            for block in self._blocks:
-                kind = LaneKind(
-                    parameter.dtype, dtype, parameter.device, block, parameter in stored
-                )
+            place = parameter.dtype, dtype, parameter.device
+            for drawing in self._drawings:
+                block = drawing.find_block(parameter.numel())
+                kind = LaneKind(*place, block, parameter in stored, drawing.packed)
                 lanes.setdefault(kind, []).append(stepped)
         return lanes
 

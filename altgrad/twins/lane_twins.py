@@ -22,7 +22,9 @@ from typing import Any
 from torch import Tensor
 
 from altgrad._messages import few
+from altgrad.measurement.twin_sums import TwinStack
 from altgrad.observation.observer import describe_error
+from altgrad.recipes.optimizer_maker import CannotMakeError
 from altgrad.recipes.recipe import Recipe
 from altgrad.twins.element_scales import ElementScales
 from altgrad.twins.flat_state import NotElementwiseError
@@ -185,10 +187,31 @@ class LaneTwins:
         for twin in self._all:
             twin.tensors.begin_window(shown)
 
+    def stack(self, rows: Tensor) -> dict[str, TwinStack]:
+        """Return weights and states of each twin, a sample stepped as a recipe says, as matrices.
+
+        A twin whose states cannot be read ends with a notice.
+
+        Args:
+            rows: Positions of the elements in the flat tensors, int64 (layers, width).
+
+        Returns:
+            The matrices by name of the recipe.
+        """
+        stacks: dict[str, TwinStack] = {}
+
+        def add(twin: Twin) -> None:
+            stacks[twin.recipe.name] = twin.stack(rows)
+
+        for twin in [*self.by_recipe.values()]:
+            self._try(twin, partial(add, twin))
+        return stacks
+
     def warn_about_names(self) -> None:
         """Warn of recipes that store optimizer states which their twin's optimizer lacks."""
         for name, twin in self.by_recipe.items():
-            missing = twin.recipe.state_formats.keys() - {"*"} - twin.states.keys()
+            named = twin.recipe.state_formats.keys() - {"*"}
+            missing = named - twin.states.keys() if named else named
             # Without any state, a twin may have had no gradient yet.
             if missing and (twin.states or twin.recipe.optimizer is not None):
                 has = ", ".join(map(repr, twin.states)) or "none"
@@ -314,7 +337,7 @@ class LaneTwins:
 
 def describe_failure(error: Exception) -> str:
     """Return the text of an error for a notice, with type and place unless it names a remedy."""
-    has_remedy = isinstance(error, (CannotCopyError, NotElementwiseError))
+    has_remedy = isinstance(error, (CannotCopyError, CannotMakeError, NotElementwiseError))
     return str(error) if has_remedy else describe_error(error)
 
 

@@ -11,7 +11,7 @@ Read `twin_source` first; `lane_sorter` comes next.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from altgrad._messages import few
+from altgrad.recipes.packed_states import PackedStates
 from altgrad.twins.layout import CHUNK, Bucket, Layout
 from altgrad.twins.sample import Sampled
 from altgrad.twins.twin_source import TwinSource
@@ -34,18 +35,42 @@ torch rounds them; a fused optimizer steps all at once.
 """
 
 
+class Drawing(NamedTuple):
+    """The number of neighbouring elements that a recipe needs to be drawn together.
+
+    Attributes:
+        block: Number of elements along the last dimension that share a scale of a format; 1 for
+            single elements.
+        packed: How the recipe's optimizer keeps states in blocks of the flattened layer; None if it
+            does not.
+    """
+
+    block: int = 1
+    packed: PackedStates | None = None
+
+    def find_block(self, numel: int) -> int:
+        """Return the number of elements that are drawn together in a layer of `numel` elements."""
+        if self.packed is not None and self.packed.packs(numel):
+            return self.packed.block
+        return self.block
+
+
 class LaneKind(NamedTuple):
     """The properties that all layers of a lane share.
 
     A *lane* is a set of layers whose samples are stepped together in one tensor.
+
+    An optimizer may pack the states of large layers alone, in blocks of a few bits. These layers
+    are in one lane, and the others in another one.
 
     Attributes:
         dtype: The dtype of the weights.
         gradient_dtype: The dtype of the gradients.
         device: The device of the weights and gradients.
         block: Number of neighbouring elements that are drawn together, because a block of a format
-            shares a scale; 1 for single elements.
+            or of packed states shares a scale; 1 for single elements.
         is_stored: True if a `WeightStorage` rounds weights or optimizer states after each step.
+        packed: How the optimizers of the lane's recipes keep states in blocks; None if they do not.
     """
 
     dtype: torch.dtype
@@ -53,19 +78,60 @@ class LaneKind(NamedTuple):
     device: torch.device
     block: int
     is_stored: bool = False
+    packed: PackedStates | None = None
 
     @property
     def is_low(self) -> bool:
         """True if the training itself keeps less than float32 does, so that it loses by that."""
         return self.is_stored or self.dtype.itemsize < torch.float32.itemsize
 
+    @property
+    def drawing(self) -> Drawing:
+        """The number of elements that the recipes of the lane need to be drawn together."""
+        return Drawing(self.block) if self.packed is None else Drawing(packed=self.packed)
+
+    def find_block_shape(self, shape: torch.Size) -> torch.Size:
+        """Return the shape along whose last dimension the blocks of a layer lie.
+
+        Args:
+            shape: The shape of the layer. Blocks of packed states are those of the flattened layer;
+                a last block that is shorter is left out.
+        """
+        if self.packed is None or self.block == 1:
+            return shape
+        numel = shape.numel()
+        return torch.Size([numel - numel % self.block])
+
+    def find_limits(self) -> tuple[int, int | None]:
+        """Return the fewest and the most elements of a flat parameter in the lane.
+
+        An optimizer that packs the states of large parameters packs those of a sample only if the
+        sample is as large, and must not pack a sample of small layers.
+
+        Returns:
+            The fewest elements, a multiple of 64 and of the block size, and the most, a multiple of
+            64; None without an upper limit.
+        """
+        if self.packed is None:
+            return 0, None
+        if self.block == 1:
+            return 0, (self.packed.least - 1) // CHUNK * CHUNK
+        unit = max(self.block, CHUNK)
+        return -(-self.packed.least // unit) * unit, None
+
     def describe(self) -> list[object]:
         """Return the kind as a list of names and numbers, for a checkpoint.
 
         The index of the device is left out, since a resume may change it.
         """
-        kind = [str(self.dtype), str(self.gradient_dtype), self.device.type, self.block]
-        return [*kind, "stored"] if self.is_stored else kind
+        kind: list[object] = [str(self.dtype), str(self.gradient_dtype), self.device.type]
+        packed = self.packed
+        return [
+            *kind,
+            self.block,
+            *(["stored"] if self.is_stored else []),
+            *([[packed.block, packed.least, packed.only_whole]] if packed is not None else []),
+        ]
 
 
 class Stepped(NamedTuple):
@@ -80,6 +146,24 @@ class Stepped(NamedTuple):
     name: str
     parameter: Tensor
     group: int
+
+
+def draw_layer(source: TwinSource, kind: LaneKind, layer: Stepped) -> Tensor:
+    """Draw the elements of a layer that twins step: a small sample of the layer.
+
+    Args:
+        source: The layers of the training.
+        kind: The properties of the layer, with the number of elements that are drawn together.
+        layer: The layer.
+
+    Returns:
+        Flat indices, int64 (elements) on any device.
+    """
+    drawn = source.draw(layer.name, kind.find_block_shape(layer.parameter.shape), kind.block)
+    _, most = kind.find_limits()
+    if most is None or len(drawn) <= most:
+        return drawn
+    return drawn[torch.arange(most, device="cpu") * len(drawn) // most]
 
 
 class LayerPlan:
@@ -197,7 +281,7 @@ class LayerPlan:
         ]
 
     def _draw(self, layer: Stepped) -> Tensor:
-        return self._source.draw(layer.name, layer.parameter.shape, self._kind.block)
+        return draw_layer(self._source, self._kind, layer)
 
     def _add_layer(self, layer: Stepped, indices: Tensor) -> None:
         """Add a layer with its sample, flat indices, int64 (elements) on any device."""
@@ -234,7 +318,12 @@ class LayerPlan:
             key = (kind, each.group, each.name in present)
             buckets.setdefault(key, {})[each.name] = count
             shapes[key] = each.parameter.shape if is_small else None
-        return [Bucket(key[1], counts, shapes[key]) for key, counts in buckets.items()]  # type: ignore[index]
+        least, most = self._kind.find_limits()
+        return [
+            Bucket(key[1], part, shapes[key], least)  # type: ignore[index]
+            for key, counts in buckets.items()
+            for part in _part(counts, most)
+        ]
 
     def _rounds_by_shape(self, optimizer: Optimizer, layer: Stepped) -> bool:
         """Return True if the shape of a small layer may decide how torch rounds it.
@@ -316,7 +405,7 @@ class LayerPlan:
             for name, each in self.layers.items()
         }
         return {
-            "buckets": [(b.group, dict(b.counts), b.shape) for b in self.layout.buckets],
+            "buckets": [(b.group, dict(b.counts), b.shape, b.least) for b in self.layout.buckets],
             "samples": samples,
             "left_out": sorted(self._left_out),
         }
@@ -424,6 +513,17 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(
         one.double(), other.double(), rtol=0, atol=0, equal_nan=True
     )
+
+
+def _part(counts: Mapping[str, int], most: int | None) -> Iterator[dict[str, int]]:
+    """Yield layers with their numbers of sampled elements, in parts of at most `most` elements."""
+    part: dict[str, int] = {}
+    for name, count in counts.items():
+        if part and most is not None and sum(part.values()) + count > most:
+            yield part
+            part = {}
+        part[name] = count
+    yield part
 
 
 def _describe_state(optimizer: Optimizer, layer: Stepped) -> object:

@@ -43,17 +43,22 @@ class Bucket:
         shape: Shape of the only layer, if it has fewer than 64 elements and must be stepped in its
             own shape to be rounded as in the training. None for a flat parameter, whose length is a
             multiple of 64.
+        least: Fewest elements of a flat parameter, a multiple of 64. Optimizers that pack states in
+            blocks do so from a certain number of elements on.
     """
 
     group: int
     counts: Mapping[str, int]
     shape: torch.Size | None = None
+    least: int = 0
 
     @cached_property
     def length(self) -> int:
         """The number of elements, with padding to a multiple of 64 unless `shape` is given."""
         count = sum(self.counts.values())
-        return count if self.shape is not None else -(-count // CHUNK) * CHUNK
+        if self.shape is not None:
+            return count
+        return max(-(-count // CHUNK) * CHUNK, self.least)
 
     def split(self, names: Sequence[str], group: int) -> Bucket:
         """Return a new bucket that has the samples of only some of the layers.
@@ -62,7 +67,8 @@ class Bucket:
             names: The layers.
             group: Index of the parameter group that they have now.
         """
-        return Bucket(group, {name: self.counts[name] for name in names}, self.shape)
+        counts = {name: self.counts[name] for name in names}
+        return Bucket(group, counts, self.shape, self.least)
 
 
 @dataclass(frozen=True)

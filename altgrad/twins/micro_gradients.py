@@ -26,7 +26,7 @@ from altgrad.observation.optimizers import check_not_captured
 from altgrad.recipes.recipe import Recipe
 from altgrad.recipes.rounding_generators import RoundingGenerators
 from altgrad.twins.gradient_sums import GradientSums, follow_changes
-from altgrad.twins.layer_plan import LaneKind, Stepped
+from altgrad.twins.layer_plan import LaneKind, Stepped, draw_layer
 from altgrad.twins.layout import Layout
 from altgrad.twins.run_weights import RunWeights
 from altgrad.twins.sample import Sampled
@@ -58,9 +58,9 @@ class MicroGradients:
         self.recipes = tuple(recipes)
         self._kind = kind
         self._layers: dict[str, Sampled] = {}
-        for name, parameter, _ in stepped:
-            indices = source.draw(name, parameter.shape, kind.block).to(kind.device)
-            self._layers[name] = Sampled(parameter, parameter.shape, indices)
+        for each in stepped:
+            indices = draw_layer(source, kind, each).to(kind.device)
+            self._layers[each.name] = Sampled(each.parameter, each.parameter.shape, indices)
         sizes = [len(each.indices) for each in self._layers.values()]
         self._sums = GradientSums(recipes, generators, sizes, kind.gradient_dtype, kind.device)
         self._places = dict(zip(self._layers, self._sums.places, strict=True))

@@ -3,7 +3,7 @@
 A *twin* is a recipe at work on a sample of each layer of the *run*, the training that is watched.
 No formula is modelled: the optimizer is a copy of the run's own, or one that a factory makes, which
 is a function in the recipe. Layers that step alike are one parameter of it, a *bucket*. Read
-`flat_state` first, and `twin` for the base class; `twin_source` comes next.
+`packed_state` first, and `twin` for the base class; `twin_source` comes next.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from altgrad.recipes.packed_states import PackedStates
 from altgrad.recipes.recipe import Recipe
 from altgrad.recipes.stored_states import COUNTERS
 from altgrad.twins.element_scales import ElementScales
 from altgrad.twins.factory import FactoryGroup
-from altgrad.twins.flat_state import is_same_state, split_state, take_state
+from altgrad.twins.flat_state import is_same_state, take_state
 from altgrad.twins.generators import PrivateGenerators, may_draw
 from altgrad.twins.hyperparameters import Changes, apply_changes, find_unmade
 from altgrad.twins.isolation import step_quietly
@@ -30,8 +31,13 @@ from altgrad.twins.layout import Bucket, Layout
 from altgrad.twins.optimizer_copy import (
     copy_hyperparameters,
     copy_optimizer,
-    copy_value,
     use_fused,
+)
+from altgrad.twins.packed_state import (
+    list_state_tensors,
+    load_state,
+    save_state,
+    split_packed_state,
 )
 from altgrad.twins.sample import Sampled
 from altgrad.twins.twin import Arrangement, Twin
@@ -91,21 +97,43 @@ class OptimizerTwin(Twin):
         self._undone_for: Sequence[bool] = ()  # `present` in the last step that could be undone
 
     @property
+    def _packed(self) -> PackedStates | None:
+        """The description of states in blocks of a few bits; None if the optimizer keeps none."""
+        return None if self.recipe.maker is None else self.recipe.maker.packed
+
+    @property
     def states(self) -> Mapping[str, Tensor]:
         """The optimizer states with one number per sampled element, such as exp_avg, by name.
 
         Each is a flat tensor, (elements). Numbers are 0 in layers without the state, and at
-        padding.
+        padding. An `OptimizerMaker` may read states of another form.
         """
-        return {name: self._join(parts) for name, parts in self._elementwise_states().items()}
+        parts = self._find_elementwise(self._read_states())
+        return {name: self._join(each) for name, each in parts.items()}
 
-    def _elementwise_states(self) -> Mapping[str, list[tuple[slice, Tensor]]]:
-        """Return the optimizer states with one number per element, in parts, by name.
+    def _read_states(self) -> Sequence[Mapping[str, Any]]:
+        """Return the optimizer's state of each parameter, in the form that torch.optim has."""
+        maker, states = self.recipe.maker, self._bucket_states()
+        if maker is None or maker.read is None:
+            return states
+        each = zip(states, self._parameters, self.layout.buckets, strict=True)
+        return [
+            maker.read(state, _find_group(self._find_optimizer(bucket.group), p)) if state else {}
+            for state, p, bucket in each
+        ]
+
+    def _find_elementwise(
+        self, bucket_states: Sequence[Mapping[str, Any]]
+    ) -> Mapping[str, list[tuple[slice, Tensor]]]:
+        """Return the states with one number per element, in parts, by name.
 
         A part is a slice of the flat tensor of all elements, and the numbers there.
+
+        Args:
+            bucket_states: The state of each parameter.
         """
         states: dict[str, list[tuple[slice, Tensor]]] = {}
-        for state, place in zip(self._bucket_states(), self.layout.slices, strict=True):
+        for state, place in zip(bucket_states, self.layout.slices, strict=True):
             for name, value in state.items():
                 if _is_elementwise(name, value, place):
                     states.setdefault(name, []).append((place, value))
@@ -175,7 +203,9 @@ class OptimizerTwin(Twin):
             if number is not None:
                 positions = sources[place][: sum(bucket.counts.values())]
                 positions = (positions - old.slices[number].start).to(parameter.device)
-                state = split_state(states[number], positions, bucket.length, bucket.shape)
+                state = split_packed_state(
+                    self._packed, states[number], positions, bucket.length, bucket.shape
+                )
             else:
                 state = self._take_state(new, bucket)
             if state:
@@ -370,7 +400,7 @@ class OptimizerTwin(Twin):
         states = self._bucket_states()
         return {
             **super().state_dict(),
-            "states": [{key: copy_value(each) for key, each in s.items()} for s in states],
+            "states": [save_state(self._packed, each) for each in states],
             "groups": self._describe_choices(),
             "generators": self._generators.state_dict(),
         }
@@ -387,7 +417,7 @@ class OptimizerTwin(Twin):
         """
         super().load_state_dict(layout, state, device)
         states, self._loaded_groups = state["states"], copy.deepcopy(state["groups"])
-        self._loaded = [{key: copy_value(each) for key, each in s.items()} for s in states]
+        self._loaded = [load_state(self._packed, each) for each in states]
         self._generators.load_state_dict(state["generators"])
 
     def _bucket_states(self) -> Sequence[Mapping[str, Any]]:
@@ -436,16 +466,18 @@ class OptimizerTwin(Twin):
         numbers = sorted({bucket.group for bucket in new.layout.buckets})
         pairs = [*zip(new.layout.buckets, self._parameters, strict=True)]
         groups = [(n, [p for bucket, p in pairs if bucket.group == n]) for n in numbers]
-        factory = self.recipe.optimizer
-        if factory is None:
+        maker = self.recipe.maker
+        if maker is None:
             copied = copy_optimizer(new.optimizer, groups, fused=self.recipe.fused)
             return [(copied, numbers)]
         self._made = {}
         for number, parameters in groups:
             options = copy_hyperparameters(new.optimizer, number)
-            made = FactoryGroup(factory, parameters, options, self._seed)
+            made = FactoryGroup(maker.make, parameters, options, self._seed)
             if number in choices:
                 made.load_state_dict(choices[number])
+            if maker.compiles:
+                made.compile()
             self._made[number] = made
         return [(made.optimizer, [number]) for number, made in self._made.items()]
 
@@ -473,7 +505,7 @@ class OptimizerTwin(Twin):
         formats = self.recipe.state_formats
         if not formats:
             return
-        for name, parts in self._elementwise_states().items():
+        for name, parts in self._find_elementwise(self._bucket_states()).items():
             format = formats.get(name, formats.get("*"))
             if format is None:
                 continue
@@ -486,8 +518,8 @@ class OptimizerTwin(Twin):
 
     def _all_tensors(self) -> list[Tensor]:
         """Return the weights, then all tensors of the optimizers' states."""
-        states = (value for state in self._bucket_states() for value in state.values())
-        return [self.tensors.weights, *(each for each in states if isinstance(each, Tensor))]
+        states = (list_state_tensors(self._packed, state) for state in self._bucket_states())
+        return [self.tensors.weights, *(each for some in states for each in some)]
 
     def _drawing(self, optimizer: Optimizer) -> AbstractContextManager[object]:
         """Return a context with the twin's own random numbers, if an optimizer may draw some."""
@@ -505,8 +537,15 @@ def _is_elementwise(name: str, value: object, place: slice) -> bool:
         place: The slice of a flat tensor that the parameter has.
     """
     # A counter has one element, as the state of a bucket with one element has.
-    is_float = isinstance(value, Tensor) and value.is_floating_point() and name not in COUNTERS
+    is_plain = type(value) in {Tensor, nn.Parameter}
+    is_float = is_plain and value.is_floating_point() and name not in COUNTERS  # type: ignore[attr-defined]
     return is_float and value.numel() == place.stop - place.start  # type: ignore[attr-defined]
+
+
+def _find_group(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    """Return the parameter group of an optimizer that has a parameter."""
+    groups = optimizer.param_groups
+    return next(group for group in groups if any(each is parameter for each in group["params"]))
 
 
 def _list_parameters(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -92,11 +92,13 @@ class RunWeights:
         last, self._layout = self.values, layout
         self.values = torch.zeros(layout.length, dtype=self._kind.dtype, device=device)
         self._places = [self.values[place] for place in layout.places.values()]
-        columns = [find_columns(each, self._kind.block) for each in layers.values()]
+        shapes = [self._kind.find_block_shape(each.shape) for each in layers.values()]
+        columns = [
+            find_columns(each.indices, shape, self._kind.block)
+            for each, shape in zip(layers.values(), shapes, strict=True)
+        ]
         rows, mask = layout.find_rows(names, columns)
-        self.blocks = tuple(
-            get_block_size(each.shape, self._kind.block) for each in layers.values()
-        )
+        self.blocks = tuple(get_block_size(shape, self._kind.block) for shape in shapes)
         self.block_counts = tuple(
             int(own[-1]) // size + 1 if size > 1 else 0
             for own, size in zip(columns, self.blocks, strict=True)

@@ -111,23 +111,24 @@ def number_groups(indices: Tensor, shape: Sequence[int], scaling: Scaling) -> Te
     return indices // row * -(-row // size) + indices % row // size
 
 
-def find_columns(layer: Sampled, block: int) -> Tensor:
+def find_columns(indices: Tensor, shape: Sequence[int], block: int) -> Tensor:
     """Return the column of each sampled element, for a matrix with one row per layer.
 
     Each drawn block begins at a multiple of the block size, so that the row can be cut into blocks.
 
     Args:
-        layer: The layer.
+        indices: The sample, as ascending flat indices, int64 (elements).
+        shape: The shape along whose last dimension the blocks lie.
         block: Number of neighbours that were drawn together.
 
     Returns:
         Ascending columns, int64 (elements) on the CPU; there are gaps only after short blocks.
     """
     if block == 1:
-        return torch.arange(len(layer.indices), device="cpu")
-    indices = layer.indices.cpu()
-    blocks = number_groups(indices, layer.shape, ("block", block))
+        return torch.arange(len(indices), device="cpu")
+    indices = indices.cpu()
+    blocks = number_groups(indices, shape, ("block", block))
     _, ordinals = torch.unique_consecutive(blocks, return_inverse=True)
-    size = get_block_size(layer.shape, block)
-    columns: Tensor = ordinals * size + indices % get_row(layer.shape) % size
+    size = get_block_size(shape, block)
+    columns: Tensor = ordinals * size + indices % get_row(shape) % size
     return columns

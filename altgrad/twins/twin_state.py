@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from altgrad.recipes.packed_states import StateParts
 from altgrad.twins.layout import Bucket, Layout
 from altgrad.twins.twin_tensors import TwinTensors
 
@@ -89,7 +90,21 @@ def _check_lane(lane: Any, place: str) -> None:
         if lane[name] is not None:
             _check_twin(lane[name], f"{place}[{name!r}]", layout, keeps_optimizers)
     for name, twin in lane["twins"].items():
-        _check_twin(twin, f"{place}['twins'][{name!r}]", layout, keeps_optimizers)
+        inside = f"{place}['twins'][{name!r}]"
+        _check_twin(twin, inside, layout, keeps_optimizers)
+        is_packed = any(isinstance(each, list) for each in lane["kind"])  # LaneKind.describe
+        if keeps_optimizers and is_packed:
+            for number, state in enumerate(twin["states"]):
+                _check_parts(state, f"{inside}['states'][{number}]")
+
+
+def _check_parts(state: Mapping[str, Any], place: str) -> None:
+    """Raise ValueError if a state in parts, from `packed_state.save_state`, is damaged."""
+    if not state:
+        return
+    _expect_mapping(state, place, StateParts._fields)
+    for kind in StateParts._fields:
+        _expect_mapping(state[kind], f"{place}[{kind!r}]")
 
 
 def _check_run(run: Any, place: str, layout: Layout) -> None:
@@ -122,17 +137,19 @@ def _read_layout(buckets: Sequence[Any], place: str) -> Layout:
     read = []
     for number, bucket in enumerate(buckets):
         if not _is_bucket(bucket):
-            expected = "a group, the counts of its layers by name, and a shape or None"
+            expected = "a group, counts of layers by name, a shape or None, and the least length"
             _raise_damage(f"{place}[{number}]", bucket, expected)
         read.append(Bucket(*bucket))
     return Layout(tuple(read))
 
 
 def _is_bucket(value: Any) -> bool:
-    if not isinstance(value, (tuple, list)) or len(value) != 3 or not isinstance(value[1], Mapping):
+    if not isinstance(value, (tuple, list)) or len(value) not in (3, 4):
         return False
-    group, counts, shape = value
-    has_counts = all(isinstance(each, int) for each in (group, *counts.values()))
+    group, counts, shape, *least = value  # checkpoints of earlier versions lack the last one
+    if not isinstance(counts, Mapping):
+        return False
+    has_counts = all(isinstance(each, int) for each in (group, *counts.values(), *least))
     return has_counts and len(counts) > 0 and (shape is None or isinstance(shape, (tuple, list)))
 
 

@@ -35,7 +35,7 @@ from altgrad.twins.generators import may_draw
 from altgrad.twins.hyperparameters import Changes, HyperparameterFollower
 from altgrad.twins.lane import Lane, LaneSums
 from altgrad.twins.lane_sorter import LaneSorter
-from altgrad.twins.layer_plan import LaneKind, Stepped
+from altgrad.twins.layer_plan import Drawing, LaneKind, Stepped
 from altgrad.twins.micro_gradients import MicroGradients
 from altgrad.twins.self_check import Check, are_rounded_otherwise, judge
 from altgrad.twins.twin_source import TwinSource
@@ -84,10 +84,10 @@ class Twins:
         self._lock = lock
         self._strict = strict
         self._loaded: list[Mapping[str, Any]] = []  # lanes of a checkpoint, until their first step
-        self._recipes: dict[int, tuple[Recipe, ...]] = {}  # by number of elements drawn together
+        self._recipes: dict[Drawing, tuple[Recipe, ...]] = {}
         for recipe in recipes:
-            block = _find_block(recipe, source.scaling)
-            self._recipes[block] = (*self._recipes.get(block, ()), recipe)
+            drawing = _find_drawing(recipe, source.scaling)
+            self._recipes[drawing] = (*self._recipes.get(drawing, ()), recipe)
         self._rounding = {  # of sums of gradients
             each.name: RoundingGenerators(_derive_seed(source.seed, each.name))
             for each in recipes
@@ -169,7 +169,7 @@ class Twins:
             What the hooks see; None if no recipe adds up gradients itself.
         """
         stepped, lane, micro = run.stepped[kind], run.lanes.get(kind), run.micro.get(kind)
-        recipes = [each for each in self._recipes[kind.block] if each.name in self._rounding]
+        recipes = [each for each in self._recipes[kind.drawing] if each.name in self._rounding]
         if lane is not None:
             recipes = [each for each in recipes if each in lane.summing]
         if micro is not None and micro.recipes == tuple(recipes) and micro.covers(stepped):
@@ -211,8 +211,8 @@ class Twins:
             if lane is None:
                 if all(each.parameter.grad is None for each in stepped):
                     continue
-                is_first = kind.block == min(self._recipes)
-                lane = Lane(kind, self._recipes[kind.block], self._source, shows_run=is_first)
+                is_first = kind.drawing == min(self._recipes, key=_rank)
+                lane = Lane(kind, self._recipes[kind.drawing], self._source, shows_run=is_first)
                 run.lanes[kind] = lane
                 if self._restore(lane, kind, [each.name for each in stepped]):
                     run.checked.add(kind)
@@ -453,7 +453,7 @@ class Twins:
             True if there is such a lane, and it was restored.
         """
         for each in self._loaded:
-            known = {name for _, counts, _ in each["buckets"] for name in counts}
+            known = {name for _, counts, *_ in each["buckets"] for name in counts}
             if each["kind"] == kind.describe() and not known.isdisjoint(names):
                 self._loaded.remove(each)
                 return self._load_lane(lane, each)
@@ -496,19 +496,33 @@ class Twins:
         return sum(lane.nbytes() for lane in self.lanes) + sum(each.nbytes() for each in sums)
 
 
-def _find_block(recipe: Recipe, scaling: Scaling | None) -> int:
+def _find_drawing(recipe: Recipe, scaling: Scaling | None) -> Drawing:
     """Return how many neighbouring elements to draw together, so that blocks are whole.
 
-    The elements of a block share a scale in a format of the recipe.
+    The elements of a block share a scale in a format of the recipe, or in the states of its
+    optimizer. The least common multiple of several sizes is drawn.
 
-    Returns:
-        The least common multiple of the block sizes; 1 without blocks.
+    Raises:
+        ValueError: A format and the states of the optimizer have blocks.
     """
     formats = [
         each for each in (recipe.weights_format, *recipe.state_formats.values()) if each is not None
     ]
     applied = [get_applied_scaling(format, scaling) for format in formats]
-    return math.lcm(*(each[1] for each in applied if isinstance(each, tuple)))
+    block = math.lcm(*(each[1] for each in applied if isinstance(each, tuple)))
+    packed = None if recipe.maker is None else recipe.maker.packed
+    if packed is not None and block > 1:
+        raise ValueError(
+            f"the recipe {recipe.name} has formats with scales for blocks of {block}, and an "
+            f"optimizer with packed states: expected blocks in one of both; leave out weights= and "
+            "states=, or choose another scaling="
+        )
+    return Drawing(block, packed)
+
+
+def _rank(drawing: Drawing) -> tuple[bool, int]:
+    """Return a key that sorts samples of single elements first, and of packed states last."""
+    return drawing.packed is not None, drawing.block
 
 
 def _describe_differences(names: Sequence[str], found: Sequence[Check], counts: Numbers) -> str:

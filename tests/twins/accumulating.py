@@ -74,7 +74,7 @@ def read_weights(state: dict[str, Any], recipe: str) -> Iterator[tuple[str, Tens
     """Yield name, sampled indices and weights of each layer of a twin, from a monitor's state."""
     for lane in state["twins"]["lanes"]:
         start, weights = 0, lane["twins"][recipe]["tensors"]["weights"]
-        for _, counts, _ in lane["buckets"]:
+        for _, counts, *_ in lane["buckets"]:
             for name, count in counts.items():
                 yield name, lane["samples"][name][0], weights[start : start + count]
                 start += count

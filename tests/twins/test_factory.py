@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from altgrad.recipes import OptimizerMaker
 from altgrad.recipes.recipe import Recipe
 from altgrad.twins.factory import FactoryGroup
 from tests.twins.twinning import Watched, make_net, train
@@ -121,6 +124,89 @@ def test_a_further_call_leaves_parameters_and_random_numbers() -> None:
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert drawn[0] == drawn[1]
+
+
+# --- how its states are read
+
+
+def make_momentum(held: list[nn.Parameter], group: dict[str, Any]) -> Optimizer:
+    return SGD(held, lr=group["lr"], momentum=0.9)
+
+
+def test_states_are_compared_as_the_maker_reads_them() -> None:
+    net = make_net()
+    optimizer = SGD(net.parameters(), 0.01, momentum=0.9)
+    maker = OptimizerMaker(
+        make_momentum, read=lambda state, _: {"momentum_buffer": 2 * state["momentum_buffer"]}
+    )
+    recipes = [Recipe("plain", optimizer=make_momentum), Recipe("mine", optimizer=maker)]
+    watched = Watched(net, optimizer, recipes=recipes)
+    train(net, optimizer, 8)
+    layer = watched.records[-1].layers["0.weight"]
+    assert layer["momentum_buffer_ratio/plain"] == pytest.approx(1.0)
+    assert layer["momentum_buffer_ratio/mine"] == pytest.approx(2.0)
+
+
+def test_states_that_cannot_be_read_end_their_twin_alone() -> None:
+    def read(state: Any, group: Any) -> Any:
+        raise KeyError("m")
+
+    net = make_net()
+    optimizer = SGD(net.parameters(), 0.01, momentum=0.9)
+    mine = Recipe("mine", optimizer=OptimizerMaker(make_momentum, read=read))
+    watched = Watched(net, optimizer, recipes=["bf16", mine])
+    train(net, optimizer, 15)
+    [notice] = watched.notices
+    assert "ends the twin of mine" in notice
+    assert watched.records[-1].model.recipes == ("bf16",)
+
+
+# --- what it compiles
+
+
+def test_compiling_steps_copies_without_effects() -> None:
+    stepped: list[tuple[torch.Size, float, float]] = []
+
+    class Noting(SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            held = self.param_groups[0]["params"]
+            stepped.extend((p.shape, p.grad.sum().item(), torch.rand(()).item()) for p in held)
+            warnings.warn("of a compiler", stacklevel=2)
+            super().step(closure)
+
+    held = parameters()
+    made = FactoryGroup(lambda each, group: Noting(each, lr=group["lr"]), held, {"lr": 1.0}, seed=0)
+    before, called = torch.get_rng_state(), []
+    hook = register_optimizer_step_pre_hook(lambda *_: called.append(1))
+    made.compile()
+    hook.remove()
+    assert [each[:2] for each in stepped] == [(torch.Size([3]), 0.0)] * 2
+    assert torch.equal(torch.get_rng_state(), before)
+    assert called == []
+    for each in held:
+        assert each.grad is None
+        assert torch.equal(each, torch.ones(3))
+    assert not made.optimizer.state
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_only_a_maker_that_compiles_makes_a_step_before_the_first_of_the_run(
+    compiles: bool,
+) -> None:
+    steps: list[str] = []
+
+    class Noting(SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            steps.append("twin")
+            super().step(closure)
+
+    net = make_net()
+    optimizer = SGD(net.parameters(), 0.01)
+    maker = OptimizerMaker(lambda held, group: Noting(held, lr=group["lr"]), compiles=compiles)
+    Watched(net, optimizer, recipes=Recipe("mine", optimizer=maker))
+    optimizer.register_step_pre_hook(lambda *_: steps.append("run"))
+    train(net, optimizer, 2)
+    assert steps == ["twin"] * compiles + ["run", "twin", "run", "twin"]
 
 
 # --- state

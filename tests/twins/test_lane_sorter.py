@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from altgrad import WeightStorage
+from altgrad.recipes import PackedStates, StateParts
 from altgrad.twins.lane_sorter import LaneSorter
+from altgrad.twins.layer_plan import Drawing
 
 
 class Source:
@@ -33,13 +36,13 @@ class Source:
 class Sorted:
     """A net with gradients, sorted once."""
 
-    def __init__(self, blocks: tuple[int, ...] = (1,)) -> None:
+    def __init__(self, drawings: tuple[Drawing, ...] = (Drawing(1),)) -> None:
         self.net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).double(), nn.Linear(4, 4))
         self.optimizer = torch.optim.SGD(self.net.parameters(), 0.1, momentum=0.9)
         self.source = Source(self.net)
         for each in self.net.parameters():
             each.grad = torch.ones_like(each)
-        self.sorter = LaneSorter(self.source, blocks)  # type: ignore[arg-type]
+        self.sorter = LaneSorter(self.source, drawings)  # type: ignore[arg-type]
         self.lanes = self.sort()
 
     def sort(self):
@@ -56,7 +59,24 @@ def test_each_dtype_has_a_lane_and_layers_without_twins_have_none() -> None:
 
 
 def test_each_block_has_a_lane() -> None:
-    assert [kind.block for kind in Sorted((1, 32)).lanes] == [1, 32, 1, 32]
+    assert [kind.block for kind in Sorted((Drawing(1), Drawing(32))).lanes] == [1, 32, 1, 32]
+
+
+def test_layers_whose_states_are_packed_have_a_lane_of_their_own() -> None:
+    packed = PackedStates(StateParts, dict, block=8, least=128, only_whole=True)
+    net = nn.ParameterDict(
+        {name: nn.Parameter(torch.ones(n)) for name, n in (("a", 128), ("b", 132), ("c", 120))}
+    )
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    source: Any = Source(net)
+    drawings = [Drawing(), Drawing(packed=packed)]
+    lanes = LaneSorter(source, drawings).sort(optimizer)
+    found = {
+        (kind.block, kind.packed is not None): [each.name for each in stepped]
+        for kind, stepped in lanes.items()
+    }
+    assert found == {(1, False): ["a", "b", "c"], (8, True): ["a"], (1, True): ["b", "c"]}
+    assert [kind.drawing for kind in lanes] == [drawings[0], *[drawings[1]] * 2]
 
 
 def test_steps_of_equal_layers_have_the_same_objects() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from altgrad.recipes import PackedStates, StateParts
 from altgrad.twins.layer_plan import MOST_BUCKETS, LaneKind, LayerPlan, Stepped
 from tests.twins.twinning import make_net
 
@@ -206,3 +207,69 @@ def test_a_layer_of_another_shape_begins_anew() -> None:
 def test_a_kind_is_described_without_the_number_of_its_device() -> None:
     kinds = [FLOAT32._replace(device=torch.device("cuda", number)) for number in (0, 1)]
     assert kinds[0].describe() == kinds[1].describe() != FLOAT32.describe()
+
+
+# --- states that are packed in blocks
+
+
+PACKED = PackedStates(StateParts, dict, block=32, least=512)
+
+
+class Drawn(Source):
+    """Samples as large as is allowed, of whole blocks if there are some."""
+
+    def draw(self, name: str, shape: torch.Size, block: int) -> Tensor:
+        assert block == 1 or len(shape) == 1
+        return torch.arange(shape.numel() - shape.numel() % max(block, 64))
+
+
+def plan_packed(block: int, *sizes: tuple[int, ...]) -> LayerPlan:
+    net = nn.ParameterList([nn.Parameter(torch.ones(size)) for size in sizes])
+    kind = FLOAT32._replace(block=block, packed=PACKED)
+    planned = Planned(net, torch.optim.SGD(net.parameters(), 0.1), kind)
+    planned.plan = LayerPlan(kind, Drawn())  # type: ignore[arg-type]
+    planned.arrange()
+    return planned.plan
+
+
+def test_samples_of_packed_layers_are_whole_blocks_in_a_parameter_that_is_packed() -> None:
+    plan = plan_packed(32, (9, 64), (600,), (8, 100))
+    (bucket,) = plan.layout.buckets
+    assert bucket.counts == {"0": 576, "1": 576, "2": 768}
+    assert PACKED.packs(bucket.length)
+    assert bucket.length % PACKED.block == 0
+
+
+def test_a_parameter_of_a_small_sample_is_padded_until_its_states_are_packed() -> None:
+    kind = FLOAT32._replace(block=32, packed=PACKED)
+    net = nn.ParameterList([nn.Parameter(torch.ones(640))])
+    planned = Planned(net, torch.optim.SGD(net.parameters(), 0.1), kind)
+    planned.arrange()  # draws 64 elements
+    (bucket,) = planned.plan.layout.buckets
+    assert (sum(bucket.counts.values()), bucket.length) == (64, 512)
+
+
+def test_samples_of_other_layers_lie_in_parameters_that_are_not_packed() -> None:
+    plan = plan_packed(1, *[(200,)] * 5, (9999,))
+    assert [name for bucket in plan.layout.buckets for name in bucket.counts] == [*"012345"]
+    assert not any(PACKED.packs(bucket.length) for bucket in plan.layout.buckets)
+    indices = plan.layers["5"].indices  # as many as fit, from the whole layer
+    assert len(indices) == 448
+    assert indices.max() > 9900
+    assert (indices.diff() > 0).all()
+
+
+@pytest.mark.parametrize("block", [2, 32, 64, 256, 4096])
+@pytest.mark.parametrize("least", [128, 129, 4096, 5000])
+def test_the_limits_of_a_parameter_decide_whether_it_is_packed(block: int, least: int) -> None:
+    packed = PackedStates(StateParts, dict, block=block, least=least, only_whole=True)
+    fewest, none = FLOAT32._replace(block=block, packed=packed).find_limits()
+    assert none is None
+    assert packed.packs(fewest)
+    assert fewest % 64 == 0
+    nothing, most = FLOAT32._replace(packed=packed).find_limits()
+    assert nothing == 0
+    assert most is not None
+    assert 0 < most < least
+    assert most % 64 == 0
+    assert FLOAT32.find_limits() == (0, None)

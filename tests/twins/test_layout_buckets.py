@@ -14,6 +14,15 @@ def test_flat_buckets_are_padded_to_full_chunks() -> None:
     assert TWO.length == 384
 
 
+@pytest.mark.parametrize(("count", "length"), [(256, 4096), (4096, 4096), (4352, 4352)])
+def test_a_bucket_has_the_least_length_also_when_it_is_split(count: int, length: int) -> None:
+    bucket = Bucket(0, {"a": count, "b": 256}, least=4096)
+    assert bucket.split(["a"], 1) == Bucket(1, {"a": count}, least=4096)
+    assert bucket.split(["a"], 1).length == length
+    layout = Layout((bucket, Bucket(0, {"c": 3}, torch.Size([3]), least=4096)))
+    assert layout.slices[1] == slice(bucket.length, bucket.length + 3)
+
+
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 256])
 def test_each_bucket_begins_at_a_full_chunk(count: int) -> None:
     layout = Layout(

@@ -6,7 +6,7 @@ import torch
 from altgrad.monitor.elements import sample_elements
 from altgrad.quantization import compute_scale
 from altgrad.quantization.formats import Scaling
-from altgrad.twins.sample import Sampled, draw_sample, find_columns, number_groups
+from altgrad.twins.sample import draw_sample, find_columns, number_groups
 
 
 def draw(shape: tuple[int, ...], most: int = 256, block: int = 1) -> torch.Tensor:
@@ -93,11 +93,11 @@ def test_elements_of_a_group_share_the_scale_that_the_layer_has_there(
 def test_each_block_begins_at_a_multiple_of_its_size() -> None:
     weight = torch.zeros(4, 40)
     indices = torch.tensor([*range(32, 40), *range(72, 112), *range(112, 120)])
-    columns = find_columns(Sampled(weight, weight.shape, indices), 32)
+    columns = find_columns(indices, weight.shape, 32)
     short, other = [*range(8)], [*range(32, 40)]
     assert columns.tolist() == [*short, *other, *range(64, 96), *range(96, 104)]
     rows = torch.zeros(9, 3)
-    columns = find_columns(Sampled(rows, rows.shape, torch.arange(6, 12)), 32)
+    columns = find_columns(torch.arange(6, 12), rows.shape, 32)
     assert columns.tolist() == [*range(6)]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch.optim import AdamW, Optimizer
 
 from altgrad import UpdateMonitor
+from altgrad.recipes import OptimizerMaker, PackedStates, StateParts
 from altgrad.recipes.recipe import Recipe
 from altgrad.twins.twin_state import check_twin_state
 from tests.twins.twinning import Watched, make_net, train
@@ -168,3 +169,30 @@ def test_a_state_that_is_restored_and_trained_with_does_not_change() -> None:
     monitor.attach(optimizer)
     restored = list_tensors(monitor.state_dict()["twins"])
     assert all(map(torch.equal, before, restored))
+
+
+def test_damaged_parts_of_packed_states_are_found() -> None:
+    packed = PackedStates(
+        lambda state: StateParts({"v": state["momentum_buffer"]}, {}, {}),
+        lambda parts: {"momentum_buffer": parts.elements["v"]},
+    )
+
+    def make(held: Any, group: dict[str, Any]) -> Optimizer:
+        return torch.optim.SGD(held, lr=group["lr"], momentum=0.9)
+
+    net = make_net()
+    optimizer = AdamW(net.parameters(), 1e-3)
+    recipe = Recipe("mine", optimizer=OptimizerMaker(make, packed=packed))
+    watched = Watched(net, optimizer, recipes=recipe)
+    train(net, optimizer, 3)
+    state: Any = watched.monitor.state_dict()["twins"]
+    check_twin_state(state)
+    damaged = 0
+    for lane in state["lanes"]:
+        for parts in lane["twins"]["mine"]["states"]:
+            kept = parts.pop("blocks")
+            with pytest.raises(ValueError, match=r"\['states'\]\[0\]=.*'blocks'"):
+                check_twin_state(state)
+            parts["blocks"] = kept
+            damaged += 1
+    assert damaged == 2  # layers with packed states, and others

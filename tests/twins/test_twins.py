@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from altgrad import SamplingRule, UpdateMonitor, WeightStorage, quantize
+from altgrad.recipes import OptimizerMaker, PackedStates, StateParts
 from altgrad.recipes.recipe import Recipe
 from altgrad.twins.self_check import Check
 from tests.twins.twinning import Watched, copy_weights, make_net, one_thread, train
@@ -311,3 +312,20 @@ def test_no_recipes_step_no_twin() -> None:
     assert watched.monitor.recipes == ()
     assert watched.monitor.twins.nbytes() == 0
     assert watched.records[-1].model.recipes == ()
+
+
+@pytest.mark.parametrize(
+    ("weights", "scaling"), [("mxfp8", "tensor"), ("e4m3fn", ("block", 32)), ("e4m3fn", "tensor")]
+)
+def test_a_recipe_has_blocks_in_its_formats_or_in_the_states_of_its_optimizer(
+    weights: str, scaling: Any
+) -> None:
+    maker = OptimizerMaker(torch.optim.SGD, packed=PackedStates(StateParts, dict))
+    recipe = Recipe("mine", weights=weights, optimizer=maker)
+    if scaling == "tensor" and weights == "e4m3fn":
+        UpdateMonitor(make_net(), recipes=recipe, scaling=scaling)
+    else:
+        with pytest.raises(
+            ValueError, match="the recipe mine has formats with scales for blocks of 32"
+        ):
+            UpdateMonitor(make_net(), recipes=recipe, scaling=scaling)
