@@ -125,6 +125,7 @@ twin with the twin ``fp32``, which has float32 weights and states.
 
 STATE_METRICS = _by_name(
     Metric("{state}_ratio", "1", "real", "the state is larger than that of fp32; 1 is equal"),
+    Metric("{state}_error", "1", "≥ 0", "the state is far from that of fp32; 1 is as far as 0 is"),
     Metric("{state}_zero_frac", *_SHARE, "numbers of the state are 0 that are not 0 in fp32"),
 )
 """Metrics of an optimizer state of a twin, by name.

@@ -172,9 +172,9 @@ class TwinFigures(Mapping[str, float]):
             key: ``metric/recipe``.
 
         Returns:
-            The standard error, in the unit of the figure. NaN for ``drift`` and ``{state}_ratio``,
-            which have none, and where the sample is too small; see `Figures.standard_error`. 0 if
-            the sample is the whole layer.
+            The standard error, in the unit of the figure. NaN for ``drift``, ``{state}_ratio``
+            and ``{state}_error``, which have none, and where the sample is too small; see
+            `Figures.standard_error`. 0 if the sample is the whole layer.
 
         Raises:
             KeyError: The metric or the recipe is unknown.

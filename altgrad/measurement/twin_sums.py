@@ -80,7 +80,13 @@ class TwinColumns:
     @cached_property
     def ratios(self) -> tuple[str, ...]:
         """The names of a twin's metrics that are ratios Σ a / Σ b over its elements."""
-        return (*RATIOS, *(f"{state}_zero_frac" for state in self.states))
+        each = (f"{state}_{end}" for state in self.states for end in ("error", "zero_frac"))
+        return (*RATIOS, *each)
+
+    @cached_property
+    def roots(self) -> tuple[str, ...]:
+        """The names of the metrics that are the square root of their ratio Σ a / Σ b."""
+        return ("drift", *(f"{state}_error" for state in self.states))
 
     @cached_property
     def medians(self) -> tuple[str, ...]:
@@ -130,7 +136,13 @@ def measure_twins(
     known = finite & low.states.isfinite() & high.states.isfinite() & (high.states != 0)
     pairs = _pair_weights(mask, finite, low, high)
     lost = known & (low.states == 0)
-    pairs |= {f"{name}_zero_frac": (lost[k], known[k]) for k, name in enumerate(columns.states)}
+    both = finite & low.states.isfinite() & high.states.isfinite()
+    apart, size = (
+        torch.where(both, each, 0.0).square() for each in (low.states - high.states, high.states)
+    )
+    for k, name in enumerate(columns.states):
+        pairs[f"{name}_error"] = apart[k], size[k]
+        pairs[f"{name}_zero_frac"] = lost[k], known[k]
     a, b = (torch.stack([pairs[name][side].double() for name in columns.ratios]) for side in (0, 1))
     sums = _sum_products(a, b, blocks)
     medians = _find_medians(torch.where(known, low.states / high.states, torch.nan))

@@ -120,7 +120,7 @@ class TwinTable:
             ratios = sums[:, :, 0] / sums[:, :, 1]
         by_metric = dict(zip(self._layout.ratios, ratios.T, strict=True))
         by_metric |= zip(self._layout.medians, medians.T, strict=True)
-        by_metric["drift"] = np.sqrt(by_metric["drift"])
+        by_metric |= {name: np.sqrt(by_metric[name]) for name in self._layout.roots}
         figures: list[list[float]] = np.stack(
             [by_metric[name] for name in self.columns], 1
         ).tolist()
@@ -132,7 +132,7 @@ class TwinTable:
 
         The errors are in the order of `columns`.
         """
-        names = [name for name in self._layout.ratios if name != "drift"]
+        names = [name for name in self._layout.ratios if name not in self._layout.roots]
         errors = np.full((len(self.vectors), len(self.columns)), np.nan)
         found = standard_errors(self._estimate_sums(names), self.counted, self.members)
         errors[:, [self.columns[name] for name in names]] = found

@@ -158,7 +158,7 @@ def test_layers_may_have_any_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_thousand_layers_make_at_most_450_charts(tmp_path: Path) -> None:
+def test_two_thousand_layers_make_at_most_460_charts(tmp_path: Path) -> None:
     names = [f"blocks_{k}_attention_query_key_value_weight" for k in range(2000)]
     monitor = PrecisionMonitor(every_n_steps=1)
     run = trainer(tmp_path, monitor)
@@ -167,7 +167,7 @@ def test_two_thousand_layers_make_at_most_450_charts(tmp_path: Path) -> None:
     assert len({row.layer for row in read(monitor.path).rows}) == 2001
     events = EventAccumulator(run.logger.log_dir).Reload()
     own = [tag for tag in events.Tags()["scalars"] if tag.startswith("altgrad/")]
-    assert len(own) <= 450
+    assert len(own) <= 460
     assert len(events.Images("altgrad/stall_frac_map/bf16")[0].encoded_image_string) < 1_000_000
     assert len(page(RunReport.from_run(read(monitor.path)))) < 5_000_000
 

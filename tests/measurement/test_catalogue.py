@@ -86,7 +86,9 @@ def test_a_metric_is_found_by_its_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("state", ["exp_avg", "exp_avg_sq", "momentum_buffer", "v"])
-@pytest.mark.parametrize(("ending", "unit"), [("ratio", "1"), ("zero_frac", "share")])
+@pytest.mark.parametrize(
+    ("ending", "unit"), [("ratio", "1"), ("error", "1"), ("zero_frac", "share")]
+)
 def test_a_metric_of_a_state_has_the_name_of_the_state_in_it(
     state: str, ending: str, unit: str
 ) -> None:
@@ -107,7 +109,7 @@ def test_an_unknown_metric_is_answered_with_near_ones(name: str, near: str) -> N
 
 def test_the_keys_of_twins_are_those_of_each_recipe_in_turn() -> None:
     keys = twin_keys(("bf16", "bf16-sr"), ("exp_avg_sq",))
-    own = [*TWIN_METRICS, "exp_avg_sq_ratio", "exp_avg_sq_zero_frac"]
+    own = [*TWIN_METRICS, "exp_avg_sq_ratio", "exp_avg_sq_error", "exp_avg_sq_zero_frac"]
     assert [*keys] == [f"{metric}/{recipe}" for recipe in ("bf16", "bf16-sr") for metric in own]
     assert twin_keys((), ("exp_avg_sq",)) == ()
 

@@ -42,7 +42,7 @@ def test_figures_are_a_mapping_by_metric_and_recipe() -> None:
     for figures in (*layers.values(), model):
         assert figures.recipes == RECIPES
         assert [*figures] == [*figures.keys_in_order] == [*twin_keys(RECIPES, STATES)]
-        assert len(figures) == len(dict(figures)) == 2 * (len(TWIN_METRICS) + 2 * 2)
+        assert len(figures) == len(dict(figures)) == 2 * (len(TWIN_METRICS) + 2 * 3)
         assert [*figures.in_order()] == pytest.approx([*figures.values()], rel=0, nan_ok=True)
         assert "progress_kept/low" in figures
         assert "exp_avg_sq_ratio/lower" in figures

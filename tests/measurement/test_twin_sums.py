@@ -118,9 +118,12 @@ def define_row(
     pairs["twin_nonfinite_frac"] = {k: (Fraction(k not in finite), Fraction(1)) for k in places}
     row: dict[str, object] = {}
     for name in STATES:
-        pairs[f"{name}_zero_frac"], quotients = {}, []
+        pairs[f"{name}_error"], pairs[f"{name}_zero_frac"], quotients = {}, {}, []
         for k in finite if name in low.states and name in high.states else []:
             state, state32 = (each.states[name][layer, k].item() for each in (low, high))
+            if math.isfinite(state) and math.isfinite(state32):
+                apart = Fraction(state) - Fraction(state32)
+                pairs[f"{name}_error"][k] = apart * apart, Fraction(state32) ** 2
             if math.isfinite(state) and math.isfinite(state32) and state32 != 0:
                 pairs[f"{name}_zero_frac"][k] = Fraction(state == 0), Fraction(1)
                 quotients.append(state / state32)
@@ -167,9 +170,11 @@ def assert_as_defined(
 
 def test_columns_are_five_sums_of_each_ratio_then_medians_then_a_count() -> None:
     columns = TwinColumns(STATES)
-    assert columns.ratios == (*RATIOS, "exp_avg_zero_frac", "exp_avg_sq_zero_frac")
+    own = (f"{state}_{end}" for state in STATES for end in ("error", "zero_frac"))
+    assert columns.ratios == (*RATIOS, *own)
+    assert columns.roots == ("drift", "exp_avg_error", "exp_avg_sq_error")
     assert columns.medians == ("exp_avg_ratio", "exp_avg_sq_ratio")
-    assert len(columns) == 11 * 5 + 2 + 1
+    assert len(columns) == 13 * 5 + 2 + 1
     assert len(TwinColumns()) == 9 * 5 + 1
 
 
@@ -221,7 +226,8 @@ def test_a_state_of_an_element_that_is_not_finite_is_left_out() -> None:
     low.states["exp_avg"].copy_(torch.tensor([[0.0, 2.0, 3.0]]))
     low.now[0, 0] = math.nan
     found = measure_twins(mask, high, [low], ("exp_avg",))[0, 0].tolist()
-    assert found[5 * len(RATIOS) : 5 * len(RATIOS) + 2] == [0, 2]
+    assert found[5 * len(RATIOS) : 5 * len(RATIOS) + 2] == [5, 2]
+    assert found[5 * len(RATIOS) + 5 : 5 * len(RATIOS) + 7] == [0, 2]
     assert found[-2:-1] == [2.0]
 
 
@@ -229,8 +235,8 @@ def test_a_twin_without_a_state_has_no_median_and_sums_of_0() -> None:
     mask = torch.ones(2, 6, dtype=torch.bool)
     high, low = make_stack(2, 6, 0), make_stack(2, 6, 1, states=("exp_avg",))
     found = assert_as_defined(mask, high, [low, make_stack(2, 6, 2)])
-    middle = 5 * (len(RATIOS) + 1)
-    assert found[:, 0, middle : middle + 5].tolist() == [[0.0] * 5] * 2
+    middle = 5 * (len(RATIOS) + 2)
+    assert found[:, 0, middle : middle + 10].tolist() == [[0.0] * 10] * 2
     assert found[:, 0, -2].isnan().all()
     assert not found[:, 1, -2].isnan().any()
     assert_as_defined(mask, low, [high])  # nor has one beside fp32 without it

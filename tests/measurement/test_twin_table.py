@@ -25,7 +25,7 @@ from tests.measurement.twins import (
 )
 
 METRICS = twin_metrics(STATES)
-WITHOUT_ERROR = {"drift", "exp_avg_ratio", "exp_avg_sq_ratio"}
+WITHOUT_ERROR = {"drift"} | {f"{s}_{end}" for s in STATES for end in ("ratio", "error")}
 
 
 def make_row(**pairs: tuple[float, float]) -> Numbers:
@@ -40,7 +40,7 @@ def make_row(**pairs: tuple[float, float]) -> Numbers:
 
 
 def test_figures_are_quotients_a_root_and_medians() -> None:
-    row = make_row(progress_kept=(3.0, 4.0), drift=(9.0, 4.0), exp_avg_sq_zero_frac=(1.0, 8.0))
+    row = make_row(progress_kept=(3.0, 4.0), drift=(9.0, 4.0), exp_avg_error=(1.0, 4.0))
     table = TwinTable(STATES, row[None], np.array([[1000.0, 256.0, 0.0]]))
     figures = dict(zip(METRICS, table.figures[0], strict=True))
     known = {name: value for name, value in figures.items() if not math.isnan(value)}
@@ -48,7 +48,7 @@ def test_figures_are_quotients_a_root_and_medians() -> None:
         "progress_kept": 0.75,
         "drift": 1.5,
         "exp_avg_ratio": 1.5,
-        "exp_avg_sq_zero_frac": 0.125,
+        "exp_avg_error": 0.5,
     }
     assert [*table.columns] == [*METRICS]
     assert table.moved == [7]
