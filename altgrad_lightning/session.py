@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from altgrad import Figures, Histogram, LostRankError, StepRecord, UpdateMonitor, model_figures
 from altgrad.report import Assessment, Header
+from altgrad_lightning.averages import find_averages
 from altgrad_lightning.due_batches import DueBatches
 from altgrad_lightning.loggers import describe_runs
 from altgrad_lightning.notices import Notices
@@ -305,8 +307,20 @@ class Session:
             self.warn(f"begins anew, because its state cannot be restored: {error!r}")
             self._monitor_state = None
             return self._make_monitor()
+        self._watch_averages(monitor)
         self._result.skipped = monitor.skipped
         return monitor
+
+    def _watch_averages(self, monitor: UpdateMonitor) -> None:
+        """Have recipes show how the averages of the weights would fare that the Trainer keeps."""
+        for name, averaged in find_averages(self._trainer, self._module).items():
+            self._watch_average(monitor, averaged, name)
+
+    def _watch_average(self, monitor: UpdateMonitor, averaged: nn.Module, name: str) -> None:
+        try:
+            monitor.watch_average(averaged, name)
+        except ValueError as error:
+            self.warn(f"has no figures of the average {name!r}: {error}")
 
     def _attach_to(self, monitor: UpdateMonitor, optimizer: torch.optim.Optimizer) -> str | None:
         """Attach the `UpdateMonitor` to an optimizer; return the reason if that is impossible."""

@@ -62,6 +62,7 @@ from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import NumberFormat
 from altgrad.recipes.names import find_default_recipes, get_recipes
 from altgrad.recipes.recipe import Recipe
+from altgrad.twins.run_average import RunAverage
 from altgrad.twins.twins import Twins
 
 _logger = logging.getLogger("altgrad")
@@ -363,6 +364,38 @@ class UpdateMonitor:
         ):
             self._warn(notice)
         self._known_losses.check_attached(self._observer.optimizers)
+        return self
+
+    def watch_average(
+        self, averaged: nn.Module, name: str = "average", *, decay: float | None = None
+    ) -> UpdateMonitor:
+        """Have recipes show how an average of the weights would fare, such as an EMA.
+
+        A *twin* is a small sample of the layers that is stored and stepped as a recipe says. From
+        now on, each twin keeps an average of its weights, updated and stored as the recipe says.
+        Its metrics are ``{name}_ratio``, ``{name}_error`` and ``{name}_zero_frac``. Call this
+        method before the first step, and after `averaged` has got a checkpoint.
+
+        Args:
+            averaged: The module whose parameters are the average of those that are trained, with
+                the same names: an `AveragedModel` of `torch.optim.swa_utils`, or a copy of the
+                model that your loop updates after each step.
+            name: Name of the average. It stands for the name of a state in `Recipe.states`.
+            decay: The decay d of an average that your loop updates, s ← d · s + (1 − d) · w. None
+                to find it from the numbers of the average, which must then be float32 or float64.
+                An `AveragedModel` is updated by its own function.
+
+        Returns:
+            The monitor.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: `averaged` does not have the names of the parameters, or an argument is
+                invalid.
+        """
+        with self._lock:
+            parameters = self._observer.parameters
+            self._twins.watch_average(RunAverage(name, averaged, parameters, decay))
         return self
 
     def detach(self) -> None:

@@ -3,7 +3,7 @@
 On a CPU it moves only the last elements of a tensor in 16 bits. A twin, which steps a sample of the
 training, does the same, and looks as if its format had frozen every weight.
 
-Read `micro_gradients` first; `stored_layers` comes next.
+Read `lane_averages` first; `stored_layers` comes next.
 """
 
 from __future__ import annotations

@@ -25,15 +25,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.twin_sums import TwinColumns, TwinStack, measure_alone, measure_twins
 from altgrad.recipes.recipe import NOW, Recipe
 from altgrad.twins.element_scales import ElementScales
 from altgrad.twins.fused_sgd import describe_fused_sgd
 from altgrad.twins.hyperparameters import Changes
+from altgrad.twins.lane_averages import LaneAverages
 from altgrad.twins.lane_twins import LaneTwins, describe_failure
 from altgrad.twins.layer_plan import LaneKind, LayerPlan, Stepped
 from altgrad.twins.micro_gradients import MicroGradients
 from altgrad.twins.optimizer_twin import Gradients, OptimizerTwin
+from altgrad.twins.run_average import RunAverage
 from altgrad.twins.run_states import RunStates, gather_states
 from altgrad.twins.run_weights import RunWeights
 from altgrad.twins.self_check import COUNTS
@@ -54,7 +57,8 @@ class LaneSums(NamedTuple):
         values: Sums and medians that compare each twin with one in float32, as
             `altgrad.measurement.twin_sums` says, float64 (layers, recipes, columns).
         counts: The counts by which the sample and the training differ,
-            `altgrad.twins.self_check.COUNTS`, float64 (layers, counts).
+            `altgrad.twins.self_check.COUNTS`, and the first four of them again for each average of
+            the weights, float64 (layers, counts).
         sizes: Number of sampled elements of each layer.
         populations: Number of elements of each layer.
         blocks: Number of blocks in which the sample of each layer was drawn; 0 if single elements
@@ -85,6 +89,7 @@ class Lane:
         source: The layers of the training, with their samples and scales.
         shows_run: If True, the sums of the training itself are among those of the twins, under the
             name `NOW`, if it keeps less than float32 does.
+        averages: The averages that the training keeps of its weights; more may be added later.
 
     Attributes:
         rounds_itself: True if the training rounds weights otherwise than the reference twin, which
@@ -98,6 +103,7 @@ class Lane:
         source: TwinSource,
         *,
         shows_run: bool = True,
+        averages: Sequence[RunAverage] = (),
     ) -> None:
         self._kind = kind
         self._recipes = frozenset(each.name for each in recipes)
@@ -106,6 +112,7 @@ class Lane:
         self._plan = LayerPlan(kind, source)
         self._run = RunWeights(kind)
         self._states = RunStates()
+        self._averages = LaneAverages(kind, averages, source.warn)
         self._twins = LaneTwins(kind, recipes, self._scales, source.seed, source.warn)
         self.rounds_itself = False
         self._shows_run = shows_run and kind.is_low
@@ -191,6 +198,7 @@ class Lane:
         self._is_checked = is_checked
         written, changed = self._find_writes(optimizer, stepped)
         if stepped is not self._stepped or changed:
+            self._follow_averages()  # while each layer is where it was
             written.update(self._arrange(optimizer, stepped, changed))
             self._stepped = stepped
         self._loaded_writes = (), ()
@@ -208,6 +216,14 @@ class Lane:
             reference = self._twins.reference.tensors
             outside = self._run.find_changed(reference, written, is_checkable=is_checkable)
             self._twins.replace_weights(outside, self._run.values)
+        # Last: weights that were clipped after a step were clipped before the average, too.
+        self._follow_averages()
+
+    def _follow_averages(self) -> None:
+        """Update the averages of all twins where the training has updated its own."""
+        twins = self._twins
+        self._averages.follow(twins.reference, twins.fp32, twins.all)
+        self._averages.drop_ended(twins.all)
 
     def _take_sums(self, micro: MicroGradients) -> Mapping[str, Tensor]:
         """Return the gradients of recipes with `accumulate`; end their twins after an error.
@@ -305,6 +321,7 @@ class Lane:
         replaced = self._run.rearrange(layers, layout, self._plan.begun)
         self._scales.read(layout, layers, self._kind.device, self._plan.renewed)
         self._twins.rearrange(self._describe_run(optimizer))
+        self._averages.rearrange(layers, layout)
         return replaced
 
     def _describe_run(self, optimizer: Optimizer) -> Arrangement:
@@ -410,6 +427,9 @@ class Lane:
                 is_whole = isinstance(state, Tensor) and state.shape == layer.shape
                 if is_whole and state.is_floating_point() and not wanted.isdisjoint((key, "*")):
                     states.setdefault(key, {})[name] = state
+        for key, name, average in self._averages.iterate_whole():
+            if name in names and not wanted.isdisjoint((key, "*")):
+                states.setdefault(key, {})[name] = average.detach()
         self._scales.read_states(states)
 
     def measure(self, optimizer: Optimizer, shown: Collection[str]) -> LaneSums:
@@ -427,8 +447,11 @@ class Lane:
         Returns:
             The sums of all twins and the counts of the self-check, on the device.
         """
+        self._follow_averages()
         self._read_states(optimizer, self.names)
-        counts, rows = self.take_counts(), self._run.rows
+        rows, reference = self._run.rows, self._twins.reference
+        checks = self._averages.check(reference, rows, self._run.mask)
+        counts = torch.cat([self.take_counts(), *checks], dim=1)
         stacks = {NOW: self._stack_run(optimizer)} if self._shows_run else {}
         stacks |= self._twins.stack(rows)
         states, values = self._measure(stacks)
@@ -452,9 +475,10 @@ class Lane:
     def _stack_run(self, optimizer: Optimizer) -> TwinStack:
         """Return weights and states of the training itself, with a row for each layer."""
         if self._records_run:
-            tensors, layers = self._twins.reference.tensors, self._plan.layers
-            states = gather_states(optimizer, layers, self._plan.layout, tensors.weights)
-            return tensors.stack(self._run.rows, states)
+            reference, layers = self._twins.reference, self._plan.layers
+            weights = reference.tensors.weights
+            states = gather_states(optimizer, layers, self._plan.layout, weights)
+            return reference.tensors.stack(self._run.rows, {**reference.averages, **states})
         return self._twins.reference.stack(self._run.rows)
 
     def _measure(self, stacks: Mapping[str, TwinStack]) -> tuple[tuple[str, ...], Tensor]:
@@ -475,6 +499,14 @@ class Lane:
         baseline = self._twins.fp32.stack(rows)
         states = tuple(baseline.states)
         return states, measure_twins(mask, baseline, [*stacks.values()], states, blocks=blocks)
+
+    def read_averages(self, counts: Numbers) -> None:
+        """Act on the check of the averages, which `measure` appends to the counts of the weights.
+
+        Args:
+            counts: The counts of averages on the host, float64 (layers, 4 · averages).
+        """
+        self._averages.read(self._twins.reference, self.names, counts)
 
     def _find_shown(self, names: Collection[str]) -> Tensor:
         """Return a mask, bool (elements): True for the sampled elements of the named layers.
@@ -577,6 +609,7 @@ class Lane:
             that were written to.
         """
         written, changed = self._find_writes(optimizer, self._stepped)
+        self._follow_averages()
         return {
             **self._plan.state_dict(optimizer),
             "recipes": sorted(self.recipes),
@@ -587,6 +620,7 @@ class Lane:
             "suspicions": self._suspicions,
             "run": self._run.state_dict(),
             "state_amaxes": self._scales.state_dict(),
+            "averages": self._averages.state_dict(),
             **self._twins.state_dict(),
         }
 
@@ -602,6 +636,7 @@ class Lane:
         self._suspicions = state["suspicions"]
         self._plan.load_state_dict(state)
         self._scales.load_state_dict(state["state_amaxes"])
+        self._averages.load_state_dict(state["averages"])
         self._run.load_state_dict(state["run"], self._plan.layout)
         self._twins.load_state_dict(state, self._plan.layout)
 

@@ -82,7 +82,7 @@ class LaneTwins:
         return self._baseline or self.reference
 
     @property
-    def _all(self) -> list[Twin]:
+    def all(self) -> list[Twin]:
         """The reference twin, the baseline if there is one, and the twins of the recipes.
 
         The reference twin steps as the training does; the baseline steps in float32.
@@ -107,7 +107,7 @@ class LaneTwins:
         Args:
             new: The places, and the state of the training.
         """
-        for twin in self._all:
+        for twin in self.all:
             self._try(twin, partial(twin.rearrange, new))
         if self._probe is not None:
             self._probe.rearrange(new._replace(weights=_change_every_second(new.weights)))
@@ -119,7 +119,7 @@ class LaneTwins:
             changed: True for the weights that are taken over, bool (elements).
             weights: The weights of the training, (elements).
         """
-        for twin in self._all:
+        for twin in self.all:
             twin.replace_weights(changed, weights)
 
     def step(self, gradients: Gradients, own: Changes, by_factory: Changes) -> None:
@@ -130,7 +130,7 @@ class LaneTwins:
             own: Hyperparameters that were changed, for optimizers of the training's class.
             by_factory: The same for optimizers that the function in a recipe makes.
         """
-        for twin in self._all:
+        for twin in self.all:
             changes = own if twin.recipe.optimizer is None else by_factory
             self._try(twin, partial(_step, twin, gradients, changes))
         if self._probe is not None:
@@ -158,7 +158,7 @@ class LaneTwins:
         """
         reference = self.reference.tensors
         update = weights - reference.weights
-        for twin in self._all:
+        for twin in self.all:
             assert isinstance(twin, UpdateTwin)
             twin.take_update(update)
         reference.weights.copy_(weights)  # w + (v − w) may differ from v
@@ -184,7 +184,7 @@ class LaneTwins:
         Args:
             shown: bool (elements), False for layers whose window goes on.
         """
-        for twin in self._all:
+        for twin in self.all:
             twin.tensors.begin_window(shown)
 
     def stack(self, rows: Tensor) -> dict[str, TwinStack]:
@@ -211,10 +211,13 @@ class LaneTwins:
         """Warn of recipes that store optimizer states which their twin's optimizer lacks."""
         for name, twin in self.by_recipe.items():
             named = twin.recipe.state_formats.keys() - {"*"}
-            missing = named - twin.states.keys() if named else named
+            if not named:
+                continue
+            has_states = twin.states.keys() | twin.averages.keys()
+            missing = named - has_states
             # Without any state, a twin may have had no gradient yet.
             if missing and (twin.states or twin.recipe.optimizer is not None):
-                has = ", ".join(map(repr, twin.states)) or "none"
+                has = ", ".join(map(repr, sorted(has_states))) or "none"
                 self._warn(
                     f"stores nothing of {few(sorted(missing))} in the twin of {name}: expected "
                     f"names of states of its optimizer, which has {has}"
@@ -239,7 +242,7 @@ class LaneTwins:
         if self._baseline is not None:
             gone.append(self._baseline.recipe.name)
         self._make_followers(names)
-        for twin in self._all:
+        for twin in self.all:
             twin.rearrange(new)
         if self._kind.is_low and reference.layout == new.layout:
             # The training itself is compared with its start, which is that of the earlier twin.
@@ -301,12 +304,12 @@ class LaneTwins:
 
     def forget_amaxes(self) -> None:
         """Let the scales of twins follow from the training's weights anew, when next needed."""
-        for twin in self._all:
+        for twin in self.all:
             twin.forget_amaxes()
 
     def nbytes(self) -> int:
         """Return the memory of all twins, samples of the layers, in bytes."""
-        return sum(twin.nbytes() for twin in self._all)
+        return sum(twin.nbytes() for twin in self.all)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all twins, samples stepped as recipes say, for a checkpoint."""

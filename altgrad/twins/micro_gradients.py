@@ -9,7 +9,7 @@ what the hooks of the user have made of the gradient, and does not run for `torc
 which adds nothing. A hook after the addition would show the sum alone, and the difference of two
 sums is rounded.
 
-Read `gradient_sums` first, which adds up; `fused_sgd` comes next.
+Read `gradient_sums` first, which adds up; `run_average` comes next.
 """
 
 from __future__ import annotations

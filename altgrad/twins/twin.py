@@ -10,7 +10,7 @@ Read `element_scales` first; `self_check` comes next.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -71,6 +71,8 @@ class Twin:
             training in float64.
         layout: The places of the layers in the twin's flat tensors.
         tensors: The weights, now and at earlier times.
+        averages: Averages of the twin's weights by name, floating-point (elements), as the training
+            keeps averages of its own; NaN where it has none.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Twin:
         self.dtype = recipe.tensor_dtype or torch.promote_types(dtype, torch.float32)
         self.layout = Layout()
         self.tensors = TwinTensors.start_at(torch.zeros(0, dtype=self.dtype, device="cpu"))
+        self.averages: dict[str, Tensor] = {}
         self._format = recipe.weights_format
         self._scales = scales
         # A hash, since each recipe rounds by random numbers of its own.
@@ -112,6 +115,11 @@ class Twin:
         if len(fresh.lost):
             fresh.lost.copy_((new.weights.to(self.dtype) - weights).nan_to_num_(0.0))
         self.tensors = self.tensors.rearrange(sources, fresh)
+        self.averages = {
+            name: torch.where(sources < 0, torch.nan, each[sources])
+            for name, each in self.averages.items()
+            if len(each)
+        }
         self.layout = new.layout
 
     def replace_weights(self, outside: Tensor, weights: Tensor) -> None:
@@ -129,6 +137,29 @@ class Twin:
             lost = (weights.to(self.dtype) - changed).nan_to_num_(0.0, 0.0, 0.0)
             self.tensors.lost.copy_(torch.where(outside, lost, self.tensors.lost))
 
+    def step_average(self, name: str, act: Callable[[Tensor, Tensor], object]) -> None:
+        """Update an average of the twin's weights, and round it to the format of the recipe.
+
+        Args:
+            name: Name of the average.
+            act: Function that updates the average in place. It gets the average and the weights.
+        """
+        act(self.averages[name], self.tensors.weights)
+        self._store_state(name, self.averages[name], self.recipe.rounding)
+
+    def replace_average(self, name: str, outside: Tensor, values: Tensor) -> None:
+        """Take over numbers of an average that something other than an update has changed.
+
+        Args:
+            name: Name of the average.
+            outside: bool (elements), True for the changed numbers. The others stay.
+            values: The average of the training's weights, floating-point (elements).
+        """
+        now = self.averages[name]
+        changed = torch.where(outside, values.to(now.dtype), now)
+        self._store_state(name, changed, "nearest_even")
+        now.copy_(torch.where(outside, changed, now))
+
     def forget_amaxes(self) -> None:
         """Drop the amaxes (largest magnitudes) from which scales are computed.
 
@@ -140,27 +171,32 @@ class Twin:
             self._amaxes = None
 
     def stack(self, rows: Tensor) -> TwinStack:
-        """Return the twin's weights and optimizer states as matrices with a row for each layer.
+        """Return the twin's weights, states and averages as matrices with a row for each layer.
+
+        States are those of the optimizer; averages are those of the weights.
 
         Args:
             rows: Positions of the elements in the flat tensors, int64 (layers, width).
         """
-        return self.tensors.stack(rows, self.states)
+        return self.tensors.stack(rows, {**self.averages, **self.states})
 
     def nbytes(self) -> int:
         """Return the memory of the twin in bytes."""
-        return self.tensors.nbytes() + (0 if self._amaxes is None else self._amaxes.nbytes)
+        averages = sum(each.nbytes for each in self.averages.values())
+        amaxes = 0 if self._amaxes is None else self._amaxes.nbytes
+        return self.tensors.nbytes() + averages + amaxes
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state that a resumed run needs to continue exactly.
 
         Returns:
-            A dict of the weights at several times, the largest magnitudes from which scales are
-            computed, and the generator of stochastic rounding.
+            A dict of the weights at several times, their averages, the largest magnitudes from
+            which scales are computed, and the generator of stochastic rounding.
         """
         generator = self._generator
         return {
             "tensors": self.tensors.state_dict(),
+            "averages": {name: each.clone() for name, each in self.averages.items()},
             "amaxes": None if self._amaxes is None else self._amaxes.clone(),
             "generator": None if generator is None else generator.get_state(),
         }
@@ -177,6 +213,8 @@ class Twin:
         """
         tensors = {name: each.to(device, copy=True) for name, each in state["tensors"].items()}
         self.tensors, self.layout = TwinTensors(**tensors), layout
+        averages = state["averages"].items()
+        self.averages = {name: each.to(device, copy=True) for name, each in averages}
         amaxes = state["amaxes"]
         self._amaxes = None if amaxes is None else amaxes.to(device, copy=True)
         if state["generator"] is not None:
@@ -203,6 +241,21 @@ class Twin:
                 self._amaxes = self._scales.start_amaxes(format, weights)
             scale = self._scales.find_for_weights(format, wanted, self._amaxes)
         self._round(weights, format, scale, rounding, lost)
+
+    def _store_state(self, name: str, numbers: Tensor, rounding: StorageRounding) -> None:
+        """Round an optimizer state or an average in place, if the recipe has a format for it.
+
+        Args:
+            name: Name of the state.
+            numbers: Its numbers, floating-point (elements).
+            rounding: How to round.
+        """
+        formats = self.recipe.state_formats
+        format = formats.get(name, formats.get("*"))
+        if format is None or not format.is_coarser_than(numbers.dtype):
+            return
+        scale = self._scales.find_for_states(format, name, numbers)
+        self._round(numbers, format, scale, rounding)
 
     def _round(
         self,

@@ -64,6 +64,7 @@ _LANE = {
     "suspicions": int,
     "run": Mapping,
     "state_amaxes": Mapping,
+    "averages": Mapping,
     "reference": Mapping,
     "baseline": (Mapping, type(None)),
     "twins": Mapping,
@@ -85,6 +86,8 @@ def _check_lane(lane: Any, place: str) -> None:
     _check_run(lane["run"], f"{place}['run']", layout)
     for name, amaxes in lane["state_amaxes"].items():
         _expect_tensors(amaxes, f"{place}['state_amaxes'][{name!r}]")
+    for name, wrong in lane["averages"].items():
+        _expect(wrong, int, f"{place}['averages'][{name!r}]")
     keeps_optimizers = not lane["follows_updates"]
     for name in ("reference", "baseline"):
         if lane[name] is not None:
@@ -162,12 +165,15 @@ def _check_twin(twin: Any, place: str, layout: Layout, keeps_optimizers: bool) -
         layout: The places of the samples in the twin's flat tensors.
         keeps_optimizers: True if the twin steps optimizers of its own, whose states it keeps.
     """
-    _expect_mapping(twin, place, ("tensors", "amaxes", "generator"))
+    _expect_mapping(twin, place, ("tensors", "averages", "amaxes", "generator"))
     _expect_mapping(twin["tensors"], f"{place}['tensors']", _TENSORS)
     for name in _TENSORS:
         value, inside = twin["tensors"][name], f"{place}['tensors'][{name!r}]"
         if name != "lost" or not isinstance(value, Tensor) or value.numel():
             _expect_tensor(value, inside, layout.length)
+    _expect_tensors(twin["averages"], f"{place}['averages']")
+    for name, average in twin["averages"].items():
+        _expect_tensor(average, f"{place}['averages'][{name!r}]", layout.length)
     if twin["amaxes"] is not None:
         _expect_tensor(twin["amaxes"], f"{place}['amaxes']", layout.length)
     if twin["generator"] is not None:

@@ -37,7 +37,8 @@ from altgrad.twins.lane import Lane, LaneSums
 from altgrad.twins.lane_sorter import LaneSorter
 from altgrad.twins.layer_plan import Drawing, LaneKind, Stepped
 from altgrad.twins.micro_gradients import MicroGradients
-from altgrad.twins.self_check import Check, are_rounded_otherwise, judge
+from altgrad.twins.run_average import RunAverage
+from altgrad.twins.self_check import COUNTS, Check, are_rounded_otherwise, judge
 from altgrad.twins.twin_source import TwinSource
 from altgrad.twins.twin_state import check_twin_state
 
@@ -83,6 +84,7 @@ class Twins:
         self._source = source
         self._lock = lock
         self._strict = strict
+        self._averages: list[RunAverage] = []
         self._loaded: list[Mapping[str, Any]] = []  # lanes of a checkpoint, until their first step
         self._recipes: dict[Drawing, tuple[Recipe, ...]] = {}
         for recipe in recipes:
@@ -114,6 +116,24 @@ class Twins:
     def lanes(self) -> list[Lane]:
         """The lanes of all optimizers: sets of layers whose samples are stepped together."""
         return [lane for run in self._runs.values() for lane in run.lanes.values()]
+
+    def watch_average(self, average: RunAverage) -> None:
+        """Have each twin keep an average of its weights, as the training keeps one of its own.
+
+        A *twin* is a sample of the layers that is stepped as a recipe says.
+
+        Args:
+            average: The average of the training's weights.
+
+        Raises:
+            ValueError: Another average has the same name.
+        """
+        if any(each.name == average.name for each in self._averages):
+            raise ValueError(
+                f"name={average.name!r}: expected another name than that of an average that is "
+                "watched already; pass name="
+            )
+        self._averages.append(average)
 
     # --- one step
 
@@ -212,7 +232,11 @@ class Twins:
                 if all(each.parameter.grad is None for each in stepped):
                     continue
                 is_first = kind.drawing == min(self._recipes, key=_rank)
-                lane = Lane(kind, self._recipes[kind.drawing], self._source, shows_run=is_first)
+                lane = Lane(
+                    *(kind, self._recipes[kind.drawing], self._source),
+                    shows_run=is_first,
+                    averages=self._averages,
+                )
                 run.lanes[kind] = lane
                 if self._restore(lane, kind, [each.name for each in stepped]):
                     run.checked.add(kind)
@@ -319,6 +343,8 @@ class Twins:
         for kind, (each, values, counts) in zip(run.captured, triples, strict=True):
             followed = run.lanes[kind].follows_updates
             self._read_counts(optimizer, kind, each.layers, counts, is_measured=True)
+            if not run.draws:
+                run.lanes[kind].read_averages(counts[:, len(COUNTS) :])
             # Twins that turn out to be wrong have no figures in this record.
             if followed == run.lanes[kind].follows_updates:
                 names = each.layers, each.recipes, each.states
@@ -413,6 +439,8 @@ class Twins:
 
     # --- state
 
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs to continue every figure exactly.
 

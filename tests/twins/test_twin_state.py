@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch.optim import AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from altgrad import UpdateMonitor
 from altgrad.recipes import OptimizerMaker, PackedStates, StateParts
 from altgrad.recipes.recipe import Recipe
 from altgrad.twins.twin_state import check_twin_state
+from tests.twins.averaging import train_averaged
 from tests.twins.twinning import Watched, make_net, train
 
 pytestmark = pytest.mark.default_twins
@@ -38,7 +40,9 @@ def keep_state(kind: str) -> dict[str, Any]:
     net = make_net()
     optimizer = getattr(torch.optim, kind)(net.parameters(), 1e-3)
     watched = Watched(net, optimizer, recipes=RECIPES)
-    train(net, optimizer, 8)
+    averaged = AveragedModel(net)
+    watched.monitor.watch_average(averaged)
+    train_averaged(net, optimizer, 8, lambda _: averaged.update_parameters(net))
     return watched.monitor.state_dict()
 
 
@@ -71,7 +75,8 @@ def walk(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 def is_free(path: tuple[Any, ...]) -> bool:
     """Return True for entries that may be there or not: lanes, recipes, groups, states."""
-    if isinstance(path[-1], int) or {"states", "state_amaxes", "sum_rounding"} & {*path[:-1]}:
+    names = {"states", "state_amaxes", "sum_rounding", "averages"}
+    if isinstance(path[-1], int) or names & {*path[:-1]}:
         return True
     return path[-2:-1] in [(each,) for each in ("twins", "resynchronised", "groups")]
 
@@ -120,6 +125,14 @@ def test_a_monitor_names_what_it_expected(wrong: Any) -> None:
     state = keep_state("AdamW") | {"twins": wrong}
     with pytest.raises(ValueError, match=r"state\['twins'\].*: expected .*, as UpdateMonitor"):
         UpdateMonitor(make_net(), formats=["bf16", "e4m3fn"]).load_state_dict(state)
+
+
+def test_an_average_that_was_cut_names_its_twin() -> None:
+    state = make_state()
+    averages = state["lanes"][0]["reference"]["averages"]
+    averages["average"] = averages["average"][:10]
+    with pytest.raises(ValueError, match=r"\['reference'\]\['averages'\]\['average'\]=a tensor"):
+        check_twin_state(state)
 
 
 def test_a_tensor_that_was_cut_names_its_lane_and_twin() -> None:

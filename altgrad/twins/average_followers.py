@@ -1,0 +1,212 @@
+"""`Follower`: have twins keep an average of their weights, as the run keeps one of its own.
+
+The *run* is the training that is watched. It updates an average of its weights after a step, by
+code of its own. A *twin*, a sample of the layers that is stored and stepped as a recipe says, makes
+the same update with its own weights. Two classes find out which update that was:
+
+- `FunctionFollower` calls the function of an `AveragedModel`, as often as that counted an update.
+- `ShareFollower` computes by which share of the way to the weights the average has moved.
+
+Read `average_sample` first; `lane_averages` comes next.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from altgrad.twins.average_sample import AverageSample
+from altgrad.twins.run_average import RunAverage
+from altgrad.twins.self_check import compare
+from altgrad.twins.twin import Twin
+from altgrad.twins.writes import count_writes
+
+_ROUNDING = 8.0
+"""Difference that counts as rounding when an average has moved, in spacings of the largest number.
+
+The average is rounded at each update, and its updates may have several operations.
+"""
+_FEW = 0.2
+"""Share of the elements of an average that may move in another way than the rest."""
+
+
+class Follower(ABC):
+    """A way to have twins update averages of their weights when the training updates its own.
+
+    *Twins* are samples of the layers that are stored and stepped as recipes say.
+
+    Args:
+        average: The average of the training's weights.
+        sample: Its sampled elements.
+    """
+
+    def __init__(self, average: RunAverage, sample: AverageSample) -> None:
+        self._average = average
+        self._sample = sample
+        self._must_compare = True  # before the first look, and where a check has found differences
+
+    def check(self, reference: Twin, rows: Tensor, mask: Tensor) -> Tensor:
+        """Count the sampled elements whose average differs from what the updates make of it.
+
+        Args:
+            reference: The twin that is stepped as the training is.
+            rows: Positions of the elements of each layer, int64 (layers, width).
+            mask: bool (layers, width), False where a row has no element of its layer.
+
+        Returns:
+            float64 (layers, 4), as from `altgrad.twins.self_check.compare`, on the device.
+        """
+        own, real = reference.averages[self._average.name], self._sample.gather()
+        if own.dtype != real.dtype:
+            return torch.zeros((len(rows), 4), dtype=torch.float64, device=rows.device)
+        start = reference.tensors.start.to(own.dtype)
+        return compare(real[rows], own[rows], start[rows], mask)
+
+    @abstractmethod
+    def follow(self, reference: Twin, twins: Sequence[Twin]) -> None:
+        """Update the averages of twins if the training has updated its own since the last call.
+
+        Args:
+            reference: The twin that is stepped as the training is.
+            twins: All twins, with this one.
+        """
+
+    def rearrange(self) -> None:
+        """Compare all averages with that of the training at the next look: layers may be new."""
+        self._must_compare = True
+
+    def begin_anew(self) -> None:
+        """Take the averages of all twins from the training at the next look, where they differ."""
+        self._must_compare = True
+
+    def _take_over(self, reference: Twin, twins: Sequence[Twin]) -> None:
+        """Set the averages of all twins to the training's, where the reference twin has others."""
+        real = self._sample.gather()
+        own = reference.averages[self._average.name]
+        differs = (real.to(own.dtype) != own) & ~(real.isnan() & own.isnan())
+        for twin in twins:
+            twin.replace_average(self._average.name, differs, real)
+        self._must_compare = False
+
+
+class FunctionFollower(Follower):
+    """A way to update the averages of twins by the function of an `AveragedModel`.
+
+    *Twins* are samples of the layers that are stored and stepped as recipes say. The model counts
+    its updates in a tensor. How often torch has written to that tensor is known on the host.
+    """
+
+    def __init__(self, average: RunAverage, sample: AverageSample) -> None:
+        super().__init__(average, sample)
+        self._counter = self._find_counter()
+        self._writes = count_writes(self._counter)
+        self._count = int(self._counter)
+
+    def _find_counter(self) -> Tensor:
+        counter = self._average.counter
+        assert counter is not None
+        return counter
+
+    def begin_anew(self) -> None:
+        super().begin_anew()
+        self._count = int(self._counter)
+
+    def follow(self, reference: Twin, twins: Sequence[Twin]) -> None:
+        counter, is_written = self._find_counter(), self._sample.take_writes()
+        if counter is not self._counter:
+            self._counter, self._count = counter, int(counter)
+            self._must_compare = True
+            updates = 0
+        else:
+            updates = count_writes(counter) - self._writes
+        self._writes = count_writes(counter)
+        for _ in range(updates):
+            act = partial(self._average.step, count=self._count)
+            for twin in twins:
+                twin.step_average(self._average.name, act)
+            self._count += 1
+        if self._must_compare or (is_written and not updates):
+            self._take_over(reference, twins)
+
+
+class ShareFollower(Follower):
+    """A way to update the averages of twins by the share of the way that the training's has moved.
+
+    *Twins* are samples of the layers that are stored and stepped as recipes say. An average s moves
+    to s + a · (w − s), for weights w. The share a, which is 1 − decay, is computed at each look
+    from all sampled elements, by least squares. It is 0 if the average has not moved. If no share
+    explains the movement, the average was written to, and all twins take it over.
+    """
+
+    def __init__(self, average: RunAverage, sample: AverageSample) -> None:
+        super().__init__(average, sample)
+        self._last: Tensor | None = None
+        self._unexplained: Tensor | None = None  # True if no share explained a movement, bool (1)
+
+    def rearrange(self) -> None:
+        super().rearrange()
+        self._last = None
+
+    def check(self, reference: Twin, rows: Tensor, mask: Tensor) -> Tensor:
+        counts = super().check(reference, rows, mask)
+        unexplained, self._unexplained = self._unexplained, None
+        return counts if unexplained is None else counts + mask.sum(1, keepdim=True) * unexplained
+
+    def follow(self, reference: Twin, twins: Sequence[Twin]) -> None:
+        is_written, real = self._sample.take_writes(), self._sample.gather()
+        last, self._last = self._last, real
+        if self._must_compare or last is None:
+            self._take_over(reference, twins)
+            return
+        share, is_update = self._find_share(reference, last, real, is_written=is_written)
+        name = self._average.name
+        for twin in twins:
+            twin.step_average(name, partial(_move, share=share))
+        was = self._unexplained
+        self._unexplained = ~is_update if was is None else ~is_update | was
+        written = ~is_update & (real != last)
+        # The average of the reference twin is that of the training, so that errors do not add up.
+        is_own = reference.averages[name].dtype == real.dtype
+        for twin in twins:
+            outside = torch.ones_like(written) if twin is reference and is_own else written
+            twin.replace_average(name, outside, real)
+
+    def _find_share(
+        self, reference: Twin, last: Tensor, real: Tensor, *, is_written: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the share of the way to the weights that an average has moved.
+
+        Args:
+            reference: The twin that is stepped as the training is.
+            last: The average at the last look, (elements).
+            real: The average now, (elements).
+            is_written: True if torch has counted a write to the average since the last look.
+
+        Returns:
+            The share, float64 (1), and True if it explains the movement, bool (1).
+        """
+        before, now = last.double(), real.double()
+        step = (now - before).nan_to_num(0.0, 0.0, 0.0)
+        way = (reference.tensors.weights.double() - before).nan_to_num(0.0, 0.0, 0.0)
+        moved = (step != 0).any()
+        if self._average.decay is None:
+            share = ((step * way).sum() / way.square().sum()).nan_to_num(0.0, 0.0, 0.0)
+        else:
+            # Numbers of 16 bits may all have been rounded back to what they were.
+            is_due = torch.ones_like(moved) if is_written else moved
+            share = torch.where(is_due, 1 - self._average.decay, 0.0).double()
+        largest = torch.maximum(before.abs(), now.abs()).nan_to_num(torch.inf)
+        spacing = torch.finfo(real.dtype).eps * largest
+        far = (step - share * way).abs() > _ROUNDING * spacing
+        is_update = far.sum() <= _FEW * (step != 0).sum()
+        return torch.where(is_update, share, 0.0), is_update
+
+
+def _move(averages: Tensor, weights: Tensor, *, share: Tensor) -> None:
+    """Move averages, (elements), by a share of the way to the weights; they are rounded once."""
+    wide = averages.double()
+    averages.copy_(wide + share * (weights.double() - wide))

@@ -1,0 +1,202 @@
+"""`LaneAverages`: the averages that the twins of a lane keep of their weights.
+
+A *twin* is a sample of the layers that is stored and stepped as a recipe says; a *lane* has the
+twins of similar layers. The *run*, the training that is watched, may keep several averages of its
+weights. Each twin then keeps as many.
+
+Read `average_followers` first; `fused_sgd` comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from altgrad.measurement.numbers import Numbers
+from altgrad.observation.observer import describe_error
+from altgrad.twins.average_followers import Follower, FunctionFollower, ShareFollower
+from altgrad.twins.average_sample import AverageSample
+from altgrad.twins.layer_plan import LaneKind
+from altgrad.twins.layout import Layout
+from altgrad.twins.run_average import RunAverage
+from altgrad.twins.sample import Sampled
+from altgrad.twins.self_check import Check, judge
+from altgrad.twins.twin import Twin
+
+_MOST_WRONG = 2
+"""Number of checks in a row that find an average wrong, after which twins keep it no longer.
+
+One wrong check may come from an average that was loaded, which torch counts as an update.
+"""
+_COUNTS = 4  # of `altgrad.twins.self_check.compare`
+
+
+class LaneAverages:
+    """The averages that twins keep of their weights, in one lane.
+
+    A *twin* is a sample of the layers that is stored and stepped as a recipe says; a *lane* is a
+    set of layers whose twins are stepped together. The *reference twin* is stepped as the training
+    is, and the *baseline* in float32.
+
+    Args:
+        kind: The properties that the layers share.
+        averages: The averages of the training; more may be added later.
+        warn: Function that is called with each notice for the user.
+    """
+
+    def __init__(
+        self, kind: LaneKind, averages: Sequence[RunAverage], warn: Callable[[str], None]
+    ) -> None:
+        self._kind = kind
+        self._averages = averages
+        self._warn = warn
+        self._samples: dict[str, AverageSample] = {}
+        self._followers: dict[str, Follower] = {}
+        self._wrong: dict[str, int] = {}  # by name: checks in a row that found it wrong
+        self._places: tuple[Mapping[str, Sampled], Layout] = {}, Layout()
+
+    def rearrange(self, layers: Mapping[str, Sampled], layout: Layout) -> None:
+        """Take over other places of the samples in the twins' flat tensors.
+
+        Args:
+            layers: The layers by name.
+            layout: The places of the layers.
+        """
+        self._places = layers, layout
+        for name, follower in self._followers.items():
+            self._samples[name].rearrange(layers, layout)
+            follower.rearrange()
+
+    def follow(self, reference: Twin, baseline: Twin, twins: Sequence[Twin]) -> None:
+        """Update the averages of all twins where the training has updated its own.
+
+        It must be called while twins have the weights with which the training updated: before each
+        step at the latest.
+
+        Args:
+            reference: The twin that is stepped as the training is.
+            baseline: The twin in float32, or the reference twin in its place.
+            twins: All twins of the lane, with these two.
+
+        Raises:
+            Warning: The user made warnings errors.
+        """
+        if not self._places[0]:
+            return
+        for average in self._averages:
+            if self._has_ended(average.name):
+                continue
+            try:
+                self._follow(average, reference, baseline, twins)
+            except Warning:  # the user made warnings errors
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever the user's function raises
+                self._end(average.name, f"{describe_error(error)} in its update of a sample")
+
+    def _follow(
+        self, average: RunAverage, reference: Twin, baseline: Twin, twins: Sequence[Twin]
+    ) -> None:
+        name = average.name
+        if name not in self._followers:
+            self._begin(average)
+        sample = self._samples[name]
+        if not sample.tensors:
+            return
+        for twin in twins:
+            dtype = self._find_dtype(sample.dtype, twin, is_baseline=twin is baseline)
+            if name not in twin.averages or twin.averages[name].dtype != dtype:
+                weights = twin.tensors.weights
+                twin.averages[name] = torch.full_like(weights, torch.nan, dtype=dtype)
+                self._followers[name].begin_anew()
+        self._followers[name].follow(reference, twins)
+
+    def _begin(self, average: RunAverage) -> None:
+        """Begin to follow an average, or to follow it again after a resume."""
+        sample = AverageSample(average, self._kind)
+        sample.rearrange(*self._places)
+        kind = ShareFollower if average.counter is None else FunctionFollower
+        self._samples[average.name] = sample
+        self._followers[average.name] = kind(average, sample)
+
+    def _find_dtype(self, dtype: torch.dtype, twin: Twin, *, is_baseline: bool) -> torch.dtype:
+        """Return the dtype in which a twin, a sample of the training, keeps an average.
+
+        An average with the dtype of the weights follows the weights: ``model.to(torch.bfloat16)``
+        makes both bfloat16. Any other dtype was chosen for the average alone.
+
+        Args:
+            dtype: The dtype of the training's average.
+            twin: The twin.
+            is_baseline: True for the twin in float32, with which others are compared.
+        """
+        own = twin.dtype if dtype == self._kind.dtype else dtype
+        return torch.promote_types(own, torch.float32) if is_baseline else own
+
+    def iterate_whole(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield name of the average, name of the layer and the whole average of the layer."""
+        for name, sample in self._samples.items():
+            for layer, each in sample.tensors.items():
+                yield name, layer, each
+
+    # --- checks
+
+    def check(self, reference: Twin, rows: Tensor, mask: Tensor) -> list[Tensor]:
+        """Compare the averages of the reference twin with those of the training.
+
+        Args:
+            reference: The twin that is stepped as the training is.
+            rows: Positions of the elements of each layer, int64 (layers, width).
+            mask: bool (layers, width), False where a row has no element of its layer.
+
+        Returns:
+            For each average float64 (layers, 4), as from `altgrad.twins.self_check.compare`, on the
+            device.
+        """
+        return [each.check(reference, rows, mask) for each in self._find_active(reference).values()]
+
+    def read(self, reference: Twin, names: Sequence[str], counts: Numbers) -> None:
+        """Act on the result of `check`: take averages over that are wrong, and at last end them.
+
+        Args:
+            reference: The twin that is stepped as the training is.
+            names: Names of the layers.
+            counts: The result of `check` on the host, float64 (layers, 4 · averages).
+        """
+        for number, (name, follower) in enumerate(self._find_active(reference).items()):
+            found = judge(counts[:, number * _COUNTS :])
+            wrong = [k for k, check in enumerate(found) if check is Check.DIFFERENT]
+            self._wrong[name] = self._wrong.get(name, 0) + 1 if wrong else 0
+            if self._wrong[name] >= _MOST_WRONG:
+                self._end(name, f"its updates on a sample differ from the run in {names[wrong[0]]}")
+            elif wrong:
+                follower.begin_anew()
+
+    def _find_active(self, reference: Twin) -> dict[str, Follower]:
+        return {n: each for n, each in self._followers.items() if n in reference.averages}
+
+    def _end(self, name: str, reason: str) -> None:
+        """Stop to follow an average, with a notice; twins drop theirs at the next `drop_ended`."""
+        self._wrong[name] = _MOST_WRONG
+        self._followers.pop(name, None)
+        self._samples.pop(name, None)
+        self._warn(f"ends the figures of the average {name!r}: {reason}")
+
+    def drop_ended(self, twins: Collection[Twin]) -> None:
+        """Free the averages of twins that the training does not keep, or that have ended."""
+        kept = {each.name for each in self._averages if not self._has_ended(each.name)}
+        for twin in twins:
+            for name in twin.averages.keys() - kept:
+                del twin.averages[name]
+
+    def _has_ended(self, name: str) -> bool:
+        return self._wrong.get(name, 0) >= _MOST_WRONG
+
+    def state_dict(self) -> dict[str, int]:
+        """Return for each average how many checks in a row have found it wrong, by name."""
+        return dict(self._wrong)
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Restore a `state_dict`, before the first step."""
+        self._wrong = dict(state)

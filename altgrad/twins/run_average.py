@@ -1,0 +1,210 @@
+"""`RunAverage`: an average of the weights that the run keeps in another module.
+
+The *run* is the training that is watched. It may keep a moving average of its weights, such as an
+`AveragedModel` of torch, for evaluation. Each *twin*, a sample of the layers that is stored and
+stepped as a recipe says, then keeps such an average of its own weights.
+
+Read `micro_gradients` first; `average_sample` comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import FunctionType
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from altgrad._messages import check_type, few
+from altgrad.observation.parameter_names import parameter_names
+from altgrad.twins.generators import PrivateGenerators
+from altgrad.twins.isolation import keeping_settings
+from altgrad.twins.shared_objects import find_shared
+
+
+class RunAverage:
+    """A module with an average of the weights of the training, and the way it is updated.
+
+    An `AveragedModel` is updated by its own `multi_avg_fn` or `avg_fn`, or without both by the mean
+    of all weights so far. Any other module moves by a share of the way to the weights, 1 − decay.
+
+    Args:
+        name: Name of the average, with which the names of its metrics begin.
+        module: The module with the average.
+        parameters: The parameters of the training, by name.
+        decay: The decay, if the module is no `AveragedModel`. None to find it from the numbers of
+            the average, which must then be float32 or float64.
+
+    Attributes:
+        name: The `name` argument.
+        module: The `module` argument.
+        decay: The `decay` argument.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: The names of the module's parameters are not those of the training, or its
+            updates cannot be repeated on a sample.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        parameters: Mapping[str, Tensor],
+        decay: float | None = None,
+    ) -> None:
+        check_type("name", name, str)
+        if not name.replace("-", "_").isidentifier():
+            raise ValueError(
+                f"name={name!r}: expected letters, digits, '-' and '_', because log keys such as "
+                "average_ratio/bf16 begin with the name; choose another one"
+            )
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                "averaged: expected a torch.nn.Module whose parameters are the average, got "
+                f"{type(module).__name__}"
+            )
+        self.name = name
+        self.module = module
+        self.decay = decay
+        self._generators = PrivateGenerators(0)
+        self._prefix = _find_prefix(self._own_parameters(), parameters)
+        if self.counter is None:
+            self._check_decay()
+        else:
+            self._check_functions()
+
+    @property
+    def counter(self) -> Tensor | None:
+        """The tensor that counts the updates of an `AveragedModel`; None for other modules."""
+        return self.module.n_averaged if isinstance(self.module, AveragedModel) else None
+
+    def find_tensors(self) -> Mapping[str, Tensor]:
+        """Return the average of each layer of the training, by name of the layer."""
+        return {f"{self._prefix}{name}": each for name, each in self._own_parameters().items()}
+
+    def step(self, averages: Tensor, weights: Tensor, count: int) -> None:
+        """Update averages with weights in place, as the `AveragedModel` does.
+
+        Args:
+            averages: The averages, floating-point (elements).
+            weights: The weights, floating-point (elements).
+            count: Number of updates so far. The first one copies the weights.
+        """
+        if not count:
+            averages.copy_(weights)
+            return
+        # On the host, so that a function that reads the number does not wait for a device.
+        number = torch.tensor(count, dtype=torch.int64, device="cpu")
+        if all(each is None or _is_torch(each) for each in (self._many, self._single)):
+            self._call(averages, weights, number)
+            return
+        with keeping_settings(), self._generators.using([averages.device]):
+            self._call(averages, weights, number)
+
+    def _call(self, averages: Tensor, weights: Tensor, number: Tensor) -> None:
+        if self._many is not None:
+            self._many([averages], [weights], number)
+        else:
+            function = self._single or _update_mean
+            averages.copy_(function(averages, weights, number))
+
+    @property
+    def _many(self) -> Callable[..., object] | None:
+        return getattr(self.module, "multi_avg_fn", None)
+
+    @property
+    def _single(self) -> Callable[..., Tensor] | None:
+        return getattr(self.module, "avg_fn", None)
+
+    def _own_parameters(self) -> dict[str, Tensor]:
+        """Return the floating-point parameters of the average by their names in its module."""
+        module = self.module
+        inner = module.module if isinstance(module, AveragedModel) else module
+        named = parameter_names(inner).items()
+        return {name: each for each, name in named if each.is_floating_point()}
+
+    def _check_functions(self) -> None:
+        """Check that calls for a sample cannot change what the functions do in the training.
+
+        Raises:
+            ValueError: A function keeps something between calls.
+        """
+        for function in (self._many, self._single):
+            is_plain = function is None or isinstance(function, FunctionType)
+            shared = find_shared((function,)) if is_plain else f"a {type(function).__name__}"
+            if shared:
+                raise ValueError(
+                    f"averaged={type(self.module).__name__}: expected a multi_avg_fn or avg_fn "
+                    f"that keeps nothing between calls, and it has {shared}; write a function that "
+                    "computes the decay from its third argument, num_averaged"
+                )
+
+    def _check_decay(self) -> None:
+        """Check the decay of a module without a function, and that it can be found if not given.
+
+        Numbers of 16 bits have too few digits: most of them move by other shares than 1 − decay.
+
+        Raises:
+            ValueError: It is out of range, or cannot be found.
+        """
+        if self.decay is not None:
+            if not 0 <= self.decay <= 1:
+                raise ValueError(f"decay={self.decay}: expected a number from 0 to 1")
+            return
+        dtypes = {each.dtype for each in self._own_parameters().values()}
+        if low := sorted(str(each) for each in dtypes if each.itemsize < torch.float32.itemsize):
+            raise ValueError(
+                f"averaged={type(self.module).__name__} has numbers of dtype {few(low)}: expected "
+                "float32 or float64, from which the decay can be found; pass decay="
+            )
+
+
+def _find_prefix(own: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> str:
+    """Return what stands before the names of an average in the names of the training's layers.
+
+    It is empty for an average of the whole model, and the path of the submodule for an average of a
+    part. Parameters of the average itself, which may be a part of the model, do not count.
+
+    Args:
+        own: The parameters of the average, by name.
+        parameters: The parameters of the training, by name.
+
+    Raises:
+        ValueError: No place in the training has these names, or several have.
+    """
+    averages = {*own.values()}
+    shapes = {name: each.shape for name, each in parameters.items() if each not in averages}
+    first = next(iter(own), "")
+    ends = (name for name in shapes if name == first or name.endswith(f".{first}"))
+    prefixes = [name.removesuffix(first) for name in ends]
+    found = [
+        prefix
+        for prefix in prefixes
+        if all(shapes.get(f"{prefix}{name}") == each.shape for name, each in own.items())
+    ]
+    if own and "" in found:
+        return ""
+    if not own or len(found) != 1:
+        what = few(found) if found else "none"
+        raise ValueError(
+            f"averaged: expected a module whose parameters have the names and shapes of those of "
+            f"one module of the training, and {what} fits {few([*own])}; pass a copy of the module "
+            "that is trained"
+        )
+    return found[0]
+
+
+def _is_torch(function: Callable[..., object]) -> bool:
+    return str(getattr(function, "__module__", "")).startswith("torch.")
+
+
+def _update_mean(averages: Tensor, weights: Tensor, number: Tensor) -> Tensor:
+    """Return the mean of one more set of weights, as an `AveragedModel` without a function does.
+
+    torch uses two formulas, by device: torch/optim/swa_utils.py, AveragedModel.update_parameters.
+    """
+    if averages.device.type in ("cpu", "mps"):
+        return averages + (weights - averages) / (number + 1)
+    return averages.lerp(weights, float(1 / (number + 1)))
