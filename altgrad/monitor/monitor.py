@@ -62,6 +62,7 @@ from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import NumberFormat
 from altgrad.recipes.names import find_default_recipes, get_recipes
 from altgrad.recipes.recipe import Recipe
+from altgrad.twins.batch_norm import BatchStatistic
 from altgrad.twins.run_average import RunAverage
 from altgrad.twins.twins import Twins
 
@@ -194,6 +195,9 @@ class UpdateMonitor:
             warns_about_omissions=self._named_recipes,
         )
         self._twins = Twins(chosen, layers, self._lock, strict=strict)
+        if registry.module is not None:
+            for name in ("running_mean", "running_var"):
+                self._twins.watch_average(BatchStatistic(name, registry.module, registry.names))
         self._observer = StepObserver(
             registry,
             on_outcome=self._finish,
@@ -355,6 +359,7 @@ class UpdateMonitor:
             self._loaded = None
         self._observer.attach(*optimizers, scaler=scaler)
         self._twins.attach(self._observer.optimizers)
+        self._twins.note_batches()
         self._bypasses.begin(self._observer.hooks)
         for notice in leave_out_unjudged(
             self._watch,

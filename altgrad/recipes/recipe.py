@@ -60,7 +60,9 @@ class Recipe:
         compensation: ``"kahan"`` keeps the rounding error of each weight in bf16.
         states: The format of each state of the optimizer, by its name. The name ``"*"`` stands for
             all other floating-point states of the shape of the parameter. Names that an optimizer
-            does not have after its first step store nothing, and a warning or notice says so.
+            does not have after its first step store nothing, and a warning or notice says so. Twins
+            also store by name what else a training keeps: averages of the weights, and
+            ``running_mean`` and ``running_var`` of BatchNorm.
         dtype: The dtype of the tensors that the training's own class of optimizer steps, as after
             ``model.to(dtype)``; a torch dtype or its name. None for float32, and for float64 in a
             training in float64.

@@ -10,8 +10,8 @@ the one to read next:
     `generators`, `isolation`, `factory`, `flat_state`, `packed_state`,
     `optimizer_twin`.
 3. What the run does: `twin_source`, `layer_plan`, `lane_sorter`, `run_weights`, `run_states`,
-    `gradient_sums`, `micro_gradients`, `run_average`, `average_sample`, `average_followers`,
-    `lane_averages`, `fused_sgd`, `stored_layers`.
+    `gradient_sums`, `micro_gradients`, `run_average`, `batch_norm`, `average_sample`,
+    `average_followers`, `statistic_follower`, `lane_averages`, `fused_sgd`, `stored_layers`.
 4. All twins: `lane_twins`, `lane`, `twin_state`, `twins`.
 
 Read `altgrad.recipes` first.

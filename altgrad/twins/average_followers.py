@@ -7,7 +7,7 @@ the same update with its own weights. Two classes find out which update that was
 - `FunctionFollower` calls the function of an `AveragedModel`, as often as that counted an update.
 - `ShareFollower` computes by which share of the way to the weights the average has moved.
 
-Read `average_sample` first; `lane_averages` comes next.
+Read `average_sample` first; `statistic_follower` comes next.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Follower(ABC):
     *Twins* are samples of the layers that are stored and stepped as recipes say.
 
     Args:
-        average: The average of the training's weights.
-        sample: Its sampled elements.
+        name: Name of the average.
+        sample: The sampled elements of the training's average.
     """
 
-    def __init__(self, average: RunAverage, sample: AverageSample) -> None:
-        self._average = average
+    def __init__(self, name: str, sample: AverageSample) -> None:
+        self._name = name
         self._sample = sample
         self._must_compare = True  # before the first look, and where a check has found differences
 
@@ -60,7 +60,7 @@ class Follower(ABC):
         Returns:
             float64 (layers, 4), as from `altgrad.twins.self_check.compare`, on the device.
         """
-        own, real = reference.averages[self._average.name], self._sample.gather()
+        own, real = reference.averages[self._name], self._sample.gather()
         if own.dtype != real.dtype:
             return torch.zeros((len(rows), 4), dtype=torch.float64, device=rows.device)
         start = reference.tensors.start.to(own.dtype)
@@ -86,10 +86,10 @@ class Follower(ABC):
     def _take_over(self, reference: Twin, twins: Sequence[Twin]) -> None:
         """Set the averages of all twins to the training's, where the reference twin has others."""
         real = self._sample.gather()
-        own = reference.averages[self._average.name]
+        own = reference.averages[self._name]
         differs = (real.to(own.dtype) != own) & ~(real.isnan() & own.isnan())
         for twin in twins:
-            twin.replace_average(self._average.name, differs, real)
+            twin.replace_average(self._name, differs, real)
         self._must_compare = False
 
 
@@ -98,10 +98,15 @@ class FunctionFollower(Follower):
 
     *Twins* are samples of the layers that are stored and stepped as recipes say. The model counts
     its updates in a tensor. How often torch has written to that tensor is known on the host.
+
+    Args:
+        average: The average of the training's weights.
+        sample: Its sampled elements.
     """
 
     def __init__(self, average: RunAverage, sample: AverageSample) -> None:
-        super().__init__(average, sample)
+        super().__init__(average.name, sample)
+        self._average = average
         self._counter = self._find_counter()
         self._writes = count_writes(self._counter)
         self._count = int(self._counter)
@@ -127,7 +132,7 @@ class FunctionFollower(Follower):
         for _ in range(updates):
             act = partial(self._average.step, count=self._count)
             for twin in twins:
-                twin.step_average(self._average.name, act)
+                twin.step_average(self._name, act)
             self._count += 1
         if self._must_compare or (is_written and not updates):
             self._take_over(reference, twins)
@@ -140,10 +145,15 @@ class ShareFollower(Follower):
     to s + a · (w − s), for weights w. The share a, which is 1 − decay, is computed at each look
     from all sampled elements, by least squares. It is 0 if the average has not moved. If no share
     explains the movement, the average was written to, and all twins take it over.
+
+    Args:
+        average: The average of the training's weights.
+        sample: Its sampled elements.
     """
 
     def __init__(self, average: RunAverage, sample: AverageSample) -> None:
-        super().__init__(average, sample)
+        super().__init__(average.name, sample)
+        self._average = average
         self._last: Tensor | None = None
         self._unexplained: Tensor | None = None  # True if no share explained a movement, bool (1)
 
@@ -163,17 +173,16 @@ class ShareFollower(Follower):
             self._take_over(reference, twins)
             return
         share, is_update = self._find_share(reference, last, real, is_written=is_written)
-        name = self._average.name
         for twin in twins:
-            twin.step_average(name, partial(_move, share=share))
+            twin.step_average(self._name, partial(_move, share=share))
         was = self._unexplained
         self._unexplained = ~is_update if was is None else ~is_update | was
         written = ~is_update & (real != last)
         # The average of the reference twin is that of the training, so that errors do not add up.
-        is_own = reference.averages[name].dtype == real.dtype
+        is_own = reference.averages[self._name].dtype == real.dtype
         for twin in twins:
             outside = torch.ones_like(written) if twin is reference and is_own else written
-            twin.replace_average(name, outside, real)
+            twin.replace_average(self._name, outside, real)
 
     def _find_share(
         self, reference: Twin, last: Tensor, real: Tensor, *, is_written: bool

@@ -3,7 +3,7 @@
 The *run* is the training that is watched; its average is a module beside the model. *Twins* are
 samples of its layers that are stored and stepped as recipes say.
 
-Read `run_average` first; `average_followers` comes next.
+Read `batch_norm` first; `average_followers` comes next.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from altgrad.twins.batch_norm import BatchStatistic
 from altgrad.twins.layer_plan import LaneKind
 from altgrad.twins.layout import Layout
 from altgrad.twins.run_average import RunAverage
@@ -24,7 +25,7 @@ class AverageSample:
     """The sampled elements of an average, for layers whose samples lie in one flat tensor.
 
     Args:
-        average: The average of the training's weights.
+        average: The average of the training's weights, or a running statistic of BatchNorm.
         kind: The properties that the layers share.
 
     Attributes:
@@ -32,12 +33,14 @@ class AverageSample:
         dtype: The dtype of the average; that of the weights if no layer has an average.
     """
 
-    def __init__(self, average: RunAverage, kind: LaneKind) -> None:
+    def __init__(self, average: RunAverage | BatchStatistic, kind: LaneKind) -> None:
         self.tensors: Mapping[str, Tensor] = {}
         self.dtype = kind.dtype
         self._average = average
         self._kind = kind
         self._length = 0
+        # The number of each element's layer, int64 (elements); one more than the last elsewhere.
+        self._numbers = torch.zeros(0, dtype=torch.int64, device="cpu")
         self._places: list[tuple[Tensor, Tensor, slice]] = []  # average, its indices, its place
         self._writes: tuple[list[int], list[int]] = [], []
 
@@ -60,6 +63,10 @@ class AverageSample:
             (each, layers[name].indices.to(each.device), layout.places[name])
             for name, each in self.tensors.items()
         ]
+        device = self._kind.device
+        self._numbers = torch.full((layout.length,), len(self._places), device=device)
+        for number, (*_, place) in enumerate(self._places):
+            self._numbers[place] = number
         self._writes = self._count_writes()
 
     def gather(self) -> Tensor:
@@ -73,6 +80,17 @@ class AverageSample:
         for each, indices, place in self._places:
             values[place] = torch.take(each.detach(), indices)
         return values
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        """Return the number of each element's layer; 0 at padding and for layers without average.
+
+        Args:
+            numbers: A number for each layer in `tensors`, (layers) on the device of the samples.
+
+        Returns:
+            The numbers, (elements).
+        """
+        return torch.cat([numbers, numbers.new_zeros(1)])[self._numbers]
 
     def take_writes(self) -> bool:
         """Return True if torch has counted a write to the average since the last call."""

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.twin_sums import TwinColumns, TwinStack, measure_alone, measure_twins
 from altgrad.recipes.recipe import NOW, Recipe
+from altgrad.twins.batch_norm import BatchStatistic
 from altgrad.twins.element_scales import ElementScales
 from altgrad.twins.fused_sgd import describe_fused_sgd
 from altgrad.twins.hyperparameters import Changes
@@ -89,7 +90,8 @@ class Lane:
         source: The layers of the training, with their samples and scales.
         shows_run: If True, the sums of the training itself are among those of the twins, under the
             name `NOW`, if it keeps less than float32 does.
-        averages: The averages that the training keeps of its weights; more may be added later.
+        averages: The averages that the training keeps of its weights, and the running statistics of
+            BatchNorm; more may be added later.
 
     Attributes:
         rounds_itself: True if the training rounds weights otherwise than the reference twin, which
@@ -103,7 +105,7 @@ class Lane:
         source: TwinSource,
         *,
         shows_run: bool = True,
-        averages: Sequence[RunAverage] = (),
+        averages: Sequence[RunAverage | BatchStatistic] = (),
     ) -> None:
         self._kind = kind
         self._recipes = frozenset(each.name for each in recipes)

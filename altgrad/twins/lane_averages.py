@@ -4,7 +4,7 @@ A *twin* is a sample of the layers that is stored and stepped as a recipe says; 
 twins of similar layers. The *run*, the training that is watched, may keep several averages of its
 weights. Each twin then keeps as many.
 
-Read `average_followers` first; `fused_sgd` comes next.
+Read `statistic_follower` first; `fused_sgd` comes next.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from altgrad.measurement.numbers import Numbers
 from altgrad.observation.observer import describe_error
 from altgrad.twins.average_followers import Follower, FunctionFollower, ShareFollower
 from altgrad.twins.average_sample import AverageSample
+from altgrad.twins.batch_norm import BatchStatistic
 from altgrad.twins.layer_plan import LaneKind
 from altgrad.twins.layout import Layout
 from altgrad.twins.run_average import RunAverage
 from altgrad.twins.sample import Sampled
 from altgrad.twins.self_check import Check, judge
+from altgrad.twins.statistic_follower import StatisticFollower
 from altgrad.twins.twin import Twin
 
 _MOST_WRONG = 2
@@ -47,7 +49,10 @@ class LaneAverages:
     """
 
     def __init__(
-        self, kind: LaneKind, averages: Sequence[RunAverage], warn: Callable[[str], None]
+        self,
+        kind: LaneKind,
+        averages: Sequence[RunAverage | BatchStatistic],
+        warn: Callable[[str], None],
     ) -> None:
         self._kind = kind
         self._averages = averages
@@ -96,7 +101,11 @@ class LaneAverages:
                 self._end(average.name, f"{describe_error(error)} in its update of a sample")
 
     def _follow(
-        self, average: RunAverage, reference: Twin, baseline: Twin, twins: Sequence[Twin]
+        self,
+        average: RunAverage | BatchStatistic,
+        reference: Twin,
+        baseline: Twin,
+        twins: Sequence[Twin],
     ) -> None:
         name = average.name
         if name not in self._followers:
@@ -104,21 +113,24 @@ class LaneAverages:
         sample = self._samples[name]
         if not sample.tensors:
             return
-        for twin in twins:
+        others = [each for each in twins if each is not baseline and average.concerns(each.recipe)]
+        if not others:
+            return
+        concerned = [*dict.fromkeys([*others, reference, baseline])]
+        for twin in concerned:
             dtype = self._find_dtype(sample.dtype, twin, is_baseline=twin is baseline)
             if name not in twin.averages or twin.averages[name].dtype != dtype:
                 weights = twin.tensors.weights
                 twin.averages[name] = torch.full_like(weights, torch.nan, dtype=dtype)
                 self._followers[name].begin_anew()
-        self._followers[name].follow(reference, twins)
+        self._followers[name].follow(reference, concerned)
 
-    def _begin(self, average: RunAverage) -> None:
+    def _begin(self, average: RunAverage | BatchStatistic) -> None:
         """Begin to follow an average, or to follow it again after a resume."""
         sample = AverageSample(average, self._kind)
         sample.rearrange(*self._places)
-        kind = ShareFollower if average.counter is None else FunctionFollower
         self._samples[average.name] = sample
-        self._followers[average.name] = kind(average, sample)
+        self._followers[average.name] = _make_follower(average, sample)
 
     def _find_dtype(self, dtype: torch.dtype, twin: Twin, *, is_baseline: bool) -> torch.dtype:
         """Return the dtype in which a twin, a sample of the training, keeps an average.
@@ -200,3 +212,13 @@ class LaneAverages:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Restore a `state_dict`, before the first step."""
         self._wrong = dict(state)
+
+
+def _make_follower(average: RunAverage | BatchStatistic, sample: AverageSample) -> Follower:
+    if isinstance(average, BatchStatistic):
+        return StatisticFollower(average, sample)
+    return (
+        ShareFollower(average, sample)
+        if average.counter is None
+        else FunctionFollower(average, sample)
+    )

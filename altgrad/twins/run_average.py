@@ -4,7 +4,7 @@ The *run* is the training that is watched. It may keep a moving average of its w
 `AveragedModel` of torch, for evaluation. Each *twin*, a sample of the layers that is stored and
 stepped as a recipe says, then keeps such an average of its own weights.
 
-Read `micro_gradients` first; `average_sample` comes next.
+Read `micro_gradients` first; `batch_norm` comes next.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from altgrad._messages import check_type, few
 from altgrad.observation.parameter_names import parameter_names
+from altgrad.recipes.recipe import Recipe
 from altgrad.twins.generators import PrivateGenerators
 from altgrad.twins.isolation import keeping_settings
 from altgrad.twins.shared_objects import find_shared
@@ -83,6 +84,10 @@ class RunAverage:
     def find_tensors(self) -> Mapping[str, Tensor]:
         """Return the average of each layer of the training, by name of the layer."""
         return {f"{self._prefix}{name}": each for name, each in self._own_parameters().items()}
+
+    def concerns(self, _: Recipe) -> bool:
+        """Return True: the average of a twin's weights is another one with each recipe."""
+        return True
 
     def step(self, averages: Tensor, weights: Tensor, count: int) -> None:
         """Update averages with weights in place, as the `AveragedModel` does.

@@ -31,6 +31,7 @@ from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import get_applied_scaling
 from altgrad.recipes.recipe import Recipe
 from altgrad.recipes.rounding_generators import RoundingGenerators
+from altgrad.twins.batch_norm import BatchStatistic
 from altgrad.twins.generators import may_draw
 from altgrad.twins.hyperparameters import Changes, HyperparameterFollower
 from altgrad.twins.lane import Lane, LaneSums
@@ -84,7 +85,7 @@ class Twins:
         self._source = source
         self._lock = lock
         self._strict = strict
-        self._averages: list[RunAverage] = []
+        self._averages: list[RunAverage | BatchStatistic] = []
         self._loaded: list[Mapping[str, Any]] = []  # lanes of a checkpoint, until their first step
         self._recipes: dict[Drawing, tuple[Recipe, ...]] = {}
         for recipe in recipes:
@@ -117,13 +118,13 @@ class Twins:
         """The lanes of all optimizers: sets of layers whose samples are stepped together."""
         return [lane for run in self._runs.values() for lane in run.lanes.values()]
 
-    def watch_average(self, average: RunAverage) -> None:
-        """Have each twin keep an average of its weights, as the training keeps one of its own.
+    def watch_average(self, average: RunAverage | BatchStatistic) -> None:
+        """Have twins keep an average, as the training keeps one of its own.
 
         A *twin* is a sample of the layers that is stepped as a recipe says.
 
         Args:
-            average: The average of the training's weights.
+            average: The average of the training's weights, or a running statistic of BatchNorm.
 
         Raises:
             ValueError: Another average has the same name.
@@ -134,6 +135,12 @@ class Twins:
                 "watched already; pass name="
             )
         self._averages.append(average)
+
+    def note_batches(self) -> None:
+        """Note the batches that BatchNorm has got so far, before the first step."""
+        for each in self._averages:
+            if isinstance(each, BatchStatistic):
+                each.note_batches()
 
     # --- one step
 
