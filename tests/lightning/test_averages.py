@@ -7,6 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning import callbacks
+from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -28,6 +29,17 @@ class Keeper(pl.Callback):
         self.model.update_parameters(module)
 
 
+class Validated(Net):
+    """A module that is validated, for which callbacks swap their averages in."""
+
+    def __init__(self) -> None:
+        super().__init__(optimizer=AdamW)
+
+    def validation_step(self, batch: list[Tensor], _: int) -> Tensor:
+        loss: Tensor = self.layers(batch[0]).square().mean()
+        return loss
+
+
 class WithAverage(Net):
     """A module that has an average of a part of itself."""
 
@@ -47,11 +59,11 @@ def make_run(kind: str) -> tuple[pl.LightningModule, list[pl.Callback]]:
     if kind == "a module":
         return WithAverage(), []
     if kind == "a callback":
-        return Net(optimizer=AdamW), [Keeper()]
+        return Validated(), [Keeper()]
     make = getattr(callbacks, kind, None)
     if make is None:
         pytest.skip(f"this version of Lightning has no {kind}")
-    return Net(optimizer=AdamW), [make(decay=0.9) if kind.startswith("EMA") else make()]
+    return Validated(), [make(decay=0.9) if kind.startswith("EMA") else make()]
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before the average", "after it"])
@@ -72,6 +84,26 @@ def test_an_average_that_a_trainer_keeps_has_figures_by_itself(
     figures = monitor.latest["layers.0.weight"]
     assert 0 < figures["average_error/bf16-true"] < 0.1
     assert not [str(each.message) for each in recwarn if "average" in str(each.message)]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_resumed_training_has_the_figures_of_one_that_was_not_interrupted(
+    tmp_path: Path,
+) -> None:
+    ends, path = [], None
+    for number in range(2):
+        folder = tmp_path / f"checkpoints {number}"
+        module, others = make_run("EMAWeightAveraging")
+        monitor = PrecisionMonitor(recipes=["bf16-true"], formats=["e4m3fn"], every_n_steps=3)
+        keeper = callbacks.ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+        settings = {"max_epochs": 2, "enable_checkpointing": True}
+        run = trainer(tmp_path, monitor, *others, keeper, **settings)
+        run.fit(module, batches(6), batches(6), ckpt_path=path)
+        figures = monitor.latest["layers.0.weight"]
+        ends.append({key: figures[key] for key in figures.twin_keys})
+        path = folder / "epoch=0.ckpt"
+    assert ends[0] == pytest.approx(ends[1], rel=0, abs=0, nan_ok=True)
+    assert ends[0]["average_error/bf16-true"] > 0
 
 
 def test_several_averages_have_numbers() -> None:
