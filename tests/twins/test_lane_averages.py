@@ -235,6 +235,40 @@ def test_a_float32_average_of_bf16_weights_stays_in_float32_in_all_twins() -> No
     assert watched.notices == []
 
 
+def test_the_average_of_a_run_in_bf16_has_figures_of_itself() -> None:
+    net = make_net(torch.bfloat16)
+    averaged = make_average(net, 0.99)
+    watched, optimizer = watch(net, averaged, every_n_steps=1)
+    train_averaged(net, optimizer, 10, lambda _: averaged.update_parameters(net))
+    train(net, optimizer, 1, first=10)
+    twins = [
+        {layer: own.double() for layer, _, own in iterate_sampled(watched.monitor, twin)}
+        for twin in ("reference", "baseline")
+    ]
+    assert count_differences(watched.monitor, averaged) == 0
+    for layer, figures in watched.records[-1].layers.items():
+        low, high = (each[layer] for each in twins)
+        error = ((low - high).norm() / high.norm()).item()
+        assert figures["average_error/now"] == pytest.approx(error, rel=1e-6), layer
+    assert watched.notices == []
+
+
+@pytest.mark.parametrize("rounding", ["nearest_even", "stochastic"])
+def test_a_run_whose_weights_are_stored_in_a_format_has_figures_of_its_average(
+    rounding: Any,
+) -> None:
+    net = make_net()
+    averaged = make_average(net, 0.99)
+    optimizer = AdamW(net.parameters(), 1e-3)
+    with Recipe("mine", weights="bf16", rounding=rounding).attach(optimizer, module=net):
+        watched = Watched(net, optimizer, recipes=["bf16-true"], every_n_steps=1)
+        watched.monitor.watch_average(averaged)
+        train_averaged(net, optimizer, 10, lambda _: averaged.update_parameters(net))
+        assert count_differences(watched.monitor, averaged) == 0
+        assert watched.records[-1].layers["0.weight"]["average_error/now"] > 0
+        watched.monitor.detach()
+
+
 def test_two_averages_have_figures_of_their_own() -> None:
     net = make_net()
     fast, slow = make_average(net, 0.5), make_average(net, 0.99)
