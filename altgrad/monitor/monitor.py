@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from altgrad._messages import Notices, few
 from altgrad.distributed.host_group import LostRankError
@@ -43,6 +44,7 @@ from altgrad.monitor.describe import describe_layers
 from altgrad.monitor.engine import Engine
 from altgrad.monitor.header import describe_layer, describe_run
 from altgrad.monitor.known_losses import KnownLosses
+from altgrad.monitor.lagging_average import describe_lagging_average, describe_lags
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.monitor.policy import StepPolicy
 from altgrad.monitor.scale_state import ScaleState
@@ -379,7 +381,8 @@ class UpdateMonitor:
         A *twin* is a small sample of the layers that is stored and stepped as a recipe says. From
         now on, each twin keeps an average of its weights, updated and stored as the recipe says.
         Its metrics are ``{name}_ratio``, ``{name}_error`` and ``{name}_zero_frac``. Call this
-        method before the first step, and after `averaged` has got a checkpoint.
+        method before the first step, and after `averaged` has got a checkpoint. A notice says if
+        an average in 16 bits will lag behind the weights.
 
         Args:
             averaged: The module whose parameters are the average of those that are trained, with
@@ -399,8 +402,14 @@ class UpdateMonitor:
                 invalid.
         """
         with self._lock:
-            parameters = self._observer.parameters
-            self._twins.watch_average(RunAverage(name, averaged, parameters, decay))
+            average = RunAverage(name, averaged, self._observer.parameters, decay)
+            self._twins.watch_average(average)
+        if isinstance(averaged, AveragedModel):
+            notices = describe_lagging_average(averaged)
+        else:
+            notices = describe_lags(average.find_tensors(), 1.0 if decay is None else decay)
+        for notice in notices:
+            self._warn(notice)
         return self
 
     def detach(self) -> None:

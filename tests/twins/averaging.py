@@ -18,7 +18,7 @@ from torch.optim.swa_utils import (
 
 from altgrad import UpdateMonitor
 from altgrad.twins.layout import Bucket, Layout
-from tests.twins.twinning import train
+from tests.twins.twinning import Watched, train
 
 
 def warm_up(averaged: Tensor, weights: Tensor, count: Tensor) -> Tensor:
@@ -83,3 +83,8 @@ def count_differences(monitor: UpdateMonitor, averaged: nn.Module) -> int:
     ]
     assert all(own.dtype == each.dtype for own, each in pairs)
     return sum(int((own != each).sum()) for own, each in pairs)
+
+
+def list_notices(watched: Watched) -> list[str]:
+    """Return the notices, without those that averages in 16 bits lag behind."""
+    return [each for each in watched.notices if "lag behind" not in each]

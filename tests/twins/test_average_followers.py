@@ -15,6 +15,7 @@ from tests.twins.averaging import (
     KINDS,
     count_differences,
     iterate_sampled,
+    list_notices,
     make_hand_written,
     train_averaged,
     update_by_hand,
@@ -45,7 +46,7 @@ def test_the_average_of_the_reference_twin_is_that_of_the_run_bit_for_bit(
     watched, optimizer = watch(net, averaged)
     train_averaged(net, optimizer, 10, lambda _: averaged.update_parameters(net))
     assert count_differences(watched.monitor, averaged) == 0
-    assert watched.notices == []
+    assert list_notices(watched) == []
 
 
 @pytest.mark.parametrize("updates", [lambda i: int(i % 3 == 2), lambda i: 2, lambda i: int(i > 4)])
@@ -95,7 +96,7 @@ def test_an_average_that_something_else_writes_to_is_taken_over_by_all_twins() -
         if layer == "0.weight":
             real = torch.take(averaged.module[0].weight.detach(), indices)
             torch.testing.assert_close(own, real, rtol=2**-8, atol=0)
-    assert watched.notices == []
+    assert list_notices(watched) == []
 
 
 def test_an_average_that_is_swapped_in_for_an_evaluation_goes_on_as_before() -> None:
@@ -198,7 +199,7 @@ def test_the_decay_is_found_from_two_states_in_float32(decay: float, through_dat
 
     train_averaged(net, optimizer, 20, update)
     assert count_differences(watched.monitor, averaged) == 0
-    assert watched.notices == []
+    assert list_notices(watched) == []
     same = make_net()
     function = AveragedModel(same, multi_avg_fn=get_ema_multi_avg_fn(decay))
     function.update_parameters(same)  # the first update copies the weights
@@ -242,7 +243,7 @@ def test_an_average_that_is_loaded_in_a_loop_is_taken_over() -> None:
     for layer, indices, own in iterate_sampled(watched.monitor, "low"):
         real = torch.take(dict(other.named_parameters())[layer].detach(), indices)
         torch.testing.assert_close(own, real, rtol=2**-8, atol=0)
-    assert watched.notices == []
+    assert list_notices(watched) == []
 
 
 def test_a_bf16_average_moves_by_the_decay_that_the_user_states() -> None:
@@ -251,6 +252,6 @@ def test_a_bf16_average_moves_by_the_decay_that_the_user_states() -> None:
     watched, optimizer = watch(net, averaged, decay=0.9)
     train_averaged(net, optimizer, 15, lambda _: update_by_hand(averaged, net, 0.9))
     assert count_differences(watched.monitor, averaged) == 0
-    assert watched.notices == []
+    assert list_notices(watched) == []
     figures = watched.records[-1].layers["0.weight"]
     assert 0 < figures["average_error/bf16-true"] < 0.05

@@ -17,6 +17,7 @@ from tests.counting import host_copies
 from tests.twins.averaging import (
     count_differences,
     iterate_sampled,
+    list_notices,
     make_hand_written,
     train_averaged,
     update_by_hand,
@@ -85,7 +86,7 @@ def test_a_resumed_run_has_the_figures_of_one_that_was_not_interrupted(by_hand: 
             watched.monitor.watch_average(averaged).attach(optimizer)
         train_averaged(net, optimizer, 9, update, first=9)
         assert count_differences(watched.monitor, averaged) == 0
-        assert watched.notices == []
+        assert list_notices(watched) == []
         ends.append(list_figures(watched)[-1])
         assert len(watched.records) == 2
     assert ends[0] == pytest.approx(ends[1], rel=0, abs=0, nan_ok=True)
@@ -177,7 +178,7 @@ def test_an_average_that_is_loaded_once_goes_on(make: Callable[..., AveragedMode
 
     train_averaged(net, optimizer, 22, update)
     assert count_differences(watched.monitor, averaged) == 0
-    assert watched.notices == []
+    assert list_notices(watched) == []
 
 
 def test_an_optimizer_that_is_not_elementwise_leaves_averages_of_the_weights() -> None:
@@ -213,7 +214,7 @@ def test_an_average_in_a_format_with_scales_has_the_scales_of_whole_layers() -> 
     train_averaged(net, optimizer, 8, lambda _: averaged.update_parameters(net))
     for layer in watched.records[-1].layers.values():
         assert 0.001 < layer["average_error/tiny"] < 0.1
-    assert watched.notices == []
+    assert list_notices(watched) == []
 
 
 def test_a_float32_average_of_bf16_weights_stays_in_float32_in_all_twins() -> None:
@@ -232,7 +233,7 @@ def test_a_float32_average_of_bf16_weights_stays_in_float32_in_all_twins() -> No
         assert {own.dtype for _, _, own in iterate_sampled(watched.monitor, twin)} == {
             torch.float32
         }
-    assert watched.notices == []
+    assert list_notices(watched) == []
 
 
 def test_the_average_of_a_run_in_bf16_has_figures_of_itself() -> None:
@@ -250,7 +251,7 @@ def test_the_average_of_a_run_in_bf16_has_figures_of_itself() -> None:
         low, high = (each[layer] for each in twins)
         error = ((low - high).norm() / high.norm()).item()
         assert figures["average_error/now"] == pytest.approx(error, rel=1e-6), layer
-    assert watched.notices == []
+    assert list_notices(watched) == []
 
 
 @pytest.mark.parametrize("rounding", ["nearest_even", "stochastic"])

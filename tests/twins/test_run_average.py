@@ -134,3 +134,16 @@ def test_a_function_that_draws_random_numbers_leaves_those_of_the_run_alone() ->
     before = torch.get_rng_state()
     average.step(torch.zeros(64), torch.ones(64), 1)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_an_average_in_bf16_is_said_to_lag_behind(by_hand: bool) -> None:
+    net = make_net(torch.bfloat16)
+    averaged: Any = copy.deepcopy(net)
+    if not by_hand:
+        averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    notices: list[str] = []
+    monitor = UpdateMonitor(net, formats="e4m3fn", recipes=(), warn=notices.append)
+    monitor.watch_average(averaged, decay=0.999 if by_hand else None)
+    [notice] = notices
+    assert "lag behind: with a decay of 0.999 in 16 bits" in notice
