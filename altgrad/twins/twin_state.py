@@ -42,9 +42,7 @@ def check_twin_state(state: Any) -> None:
     _expect(state["lanes"], list, f"{place}['lanes']")
     for number, lane in enumerate(state["lanes"]):
         _check_lane(lane, f"{place}['lanes'][{number}]")
-    _expect_mapping(state["resynchronised"], f"{place}['resynchronised']")
-    for name, times in state["resynchronised"].items():
-        _expect(times, int, f"{place}['resynchronised'][{name!r}]")
+    _check_counts(state["resynchronised"], f"{place}['resynchronised']")
     _expect_mapping(state["sum_rounding"], f"{place}['sum_rounding']")
     for name, generators in state["sum_rounding"].items():
         _expect_tensors(generators, f"{place}['sum_rounding'][{name!r}]")
@@ -86,8 +84,7 @@ def _check_lane(lane: Any, place: str) -> None:
     _check_run(lane["run"], f"{place}['run']", layout)
     for name, amaxes in lane["state_amaxes"].items():
         _expect_tensors(amaxes, f"{place}['state_amaxes'][{name!r}]")
-    for name, wrong in lane["averages"].items():
-        _expect(wrong, int, f"{place}['averages'][{name!r}]")
+    _check_counts(lane["averages"], f"{place}['averages']")
     keeps_optimizers = not lane["follows_updates"]
     for name in ("reference", "baseline"):
         if lane[name] is not None:
@@ -223,6 +220,13 @@ def _expect_mapping(value: Any, place: str, names: Sequence[str] | Mapping[str, 
     _expect(value, Mapping, place)
     if missing := [name for name in names if name not in value]:
         _raise_damage(place, sorted(map(str, value)), f"the entries {missing}, too")
+
+
+def _check_counts(counts: Any, place: str) -> None:
+    """Raise ValueError if a value is not a mapping of integers."""
+    _expect_mapping(counts, place)
+    for name, count in counts.items():
+        _expect(count, int, f"{place}[{name!r}]")
 
 
 def _expect_tensors(value: Any, place: str) -> None:
