@@ -25,6 +25,7 @@ from altgrad.distributed.ranks import DisagreementError, Ranks
 from altgrad.distributed.replicas import find_different_replicas
 from altgrad.distributed.shards import Part
 from altgrad.distributed.step_message import StepMessage
+from altgrad.distributed.twin_message import TwinPlan
 from altgrad.measurement.ever_moved import PackedBits, scatter_packed_bits
 from altgrad.observation.dtensor import to_local_tensor
 from altgrad.observation.observer import RankError
@@ -40,9 +41,11 @@ class Watched(Protocol):
 
     Attributes:
         formats: The number formats that updates are measured for.
+        twins: The recipes whose twins, samples that are stepped as the recipes say, are measured.
     """
 
     formats: FormatSet
+    twins: TwinPlan
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
@@ -187,6 +190,9 @@ class Together(Ranks):
     def part(self, name: str, indices: Tensor | None) -> Part:
         return self._layers.part(name, indices)
 
+    def tears(self, name: str, block: int) -> bool:
+        return bool(self._layers.torn([name], [block]))
+
     def parts(self, names: Sequence[str]) -> dict[str, tuple[int, Tensor]]:
         return {
             name: (each.elements, self._positions(name))
@@ -214,7 +220,8 @@ class Together(Ranks):
         layers = self._layers.expected(self._stepping.get(optimizer, ()))
         rows = max(map(len, self._agreed), default=0)
         step = f"step {index} of {type(optimizer).__name__}"
-        return self.merge(StepMessage(step, layers, rows, len(self._watched.formats)), local)
+        formats, twins = len(self._watched.formats), self._watched.twins
+        return self.merge(StepMessage(step, layers, rows, formats, twins), local)
 
     def amax(
         self, parameters: Mapping[str, Tensor], scaling: Scaling | None

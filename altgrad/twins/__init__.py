@@ -4,8 +4,8 @@ A *twin* is a recipe at work: it steps a small sample of each layer as the recip
 gradients of the *run*, the training that is watched. Each file names the one to read before it and
 the one to read next:
 
-1. A sample and its numbers: `layout`, `sample`, `twin_tensors`, `element_scales`, `twin`,
-    `self_check`.
+1. A sample and its numbers: `layout`, `shard_sample`, `sample`, `twin_tensors`, `element_scales`,
+    `twin`, `self_check`.
 2. The optimizer of a twin: `shared_objects`, `optimizer_copy`, `writes`, `hyperparameters`,
     `generators`, `isolation`, `factory`, `flat_state`, `packed_state`,
     `optimizer_twin`.
