@@ -209,6 +209,16 @@ class Peers(Protocol):
                 step.
         """
 
+    def exchange(self, own: bytes) -> list[bytes]:
+        """Return the bytes that all ranks pass, by rank, once every rank has called this method.
+
+        Args:
+            own: The bytes of this rank.
+
+        Raises:
+            LostRankError: A rank has not called this method.
+        """
+
     def parts(self, names: Sequence[str]) -> dict[str, tuple[int, Tensor]]:
         """Return by layer the elements that this rank measures, among those that all ranks measure.
 
@@ -273,6 +283,9 @@ class Alone(Peers):
         kinds: int,  # noqa: ARG002
     ) -> dict[str, PackedBits]:
         return here
+
+    def exchange(self, own: bytes) -> list[bytes]:
+        return [own]
 
     def parts(self, names: Sequence[str]) -> dict[str, tuple[int, Tensor]]:  # noqa: ARG002
         return {}

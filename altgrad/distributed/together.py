@@ -7,6 +7,7 @@ observe the same layers, and adds up the sums of all ranks.
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
@@ -282,6 +283,19 @@ class Together(Ranks):
         joined = self._joined(torch.cat(bits))
         pairs = zip(shapes.items(), torch.split(joined, [*map(len, bits)]), strict=True)
         return {name: (shape, each.clone()) for (name, shape), each in pairs if each.any()}
+
+    def exchange(self, own: bytes) -> list[bytes]:
+        if not self._agreed:  # as before attach()
+            return [own]
+        # The store is slow for more than a few kB: only lengths go through it.
+        lengths = self.group.gather("state_dict()", len(own))
+        ends = list(itertools.accumulate(lengths))
+        joined = torch.zeros(ends[-1], dtype=torch.uint8, device="cpu")
+        start = ends[self.rank] - len(own)
+        joined[start : ends[self.rank]] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+        self.group.reduce(joined, "SUM")
+        parts = torch.split(joined, lengths)
+        return [part.numpy().tobytes() for part in parts]
 
     def _joined(self, bits: Tensor) -> Tensor:
         """Return the bitwise OR of the flags of all ranks, eight flags to a byte.

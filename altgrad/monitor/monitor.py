@@ -64,6 +64,7 @@ from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import NumberFormat
 from altgrad.recipes.names import find_default_recipes, get_recipes
 from altgrad.recipes.recipe import NOW, Recipe
+from altgrad.twins.rank_states import join_states, pack_state
 from altgrad.twins.twins import Twins
 
 _logger = logging.getLogger("altgrad")
@@ -77,7 +78,7 @@ That is sqrt(0.5 · 0.5 / 1024); benchmarks/README.md has measurements.
 _STATE = ("formats", "ever_moved", "scales", "last_seen", "skipped", "budgets")
 """Entries of `UpdateMonitor.state_dict` that each version of AltGrad has written."""
 
-_NO_TWINS: Mapping[str, Any] = {"lanes": [], "resynchronised": {}}
+_NO_TWINS: Mapping[str, Any] = {"lanes": [], "resynchronised": {}, "sum_rounding": {}}
 """The state of twins, samples that are stepped as recipes say, that begin anew."""
 
 
@@ -455,7 +456,7 @@ class UpdateMonitor:
             "last_seen": dict(self._last_seen),
             "skipped": dict(self.skipped),
             "budgets": self._policy.state_dict(),
-            "twins": self._twins.state_dict() if not self.is_shared else _NO_TWINS,
+            "twins": self._gather_twins(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -666,10 +667,28 @@ class UpdateMonitor:
             if self._is_strict:
                 raise
             self._notices.give_once(
-                "state_dict() was not called on every rank, so that never_moved_frac will begin "
-                f"anew: {error}"
+                "state_dict() was not called on every rank, so that never_moved_frac and twins "
+                f"will begin anew: {error}"
             )
             return {}
+
+    def _gather_twins(self) -> Mapping[str, Any]:
+        """Return the state of the twins on all ranks: of samples that are stepped as recipes say.
+
+        It is empty if a rank does not answer, of which `_history` has warned.
+
+        Raises:
+            LostRankError: A rank does not answer, and `strict` is True.
+        """
+        own = self._twins.state_dict()
+        if not (self.is_shared and self.recipes):
+            return own
+        try:
+            return join_states(self._peers.exchange(pack_state(own)))
+        except LostRankError:
+            if self._is_strict:
+                raise
+            return _NO_TWINS
 
     # --- notices
 

@@ -11,7 +11,7 @@ the one to read next:
     `optimizer_twin`.
 3. What the run does: `twin_source`, `layer_plan`, `lane_sorter`, `run_weights`, `run_states`,
     `gradient_sums`, `micro_gradients`, `fused_sgd`, `stored_layers`.
-4. All twins: `lane_twins`, `lane`, `twin_state`, `twins`.
+4. All twins: `lane_twins`, `lane`, `twin_state`, `lane_pieces`, `rank_states`, `twins`.
 
 Read `altgrad.recipes` first.
 """

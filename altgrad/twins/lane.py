@@ -39,7 +39,7 @@ from altgrad.twins.element_scales import ElementScales
 from altgrad.twins.fused_sgd import describe_fused_sgd
 from altgrad.twins.hyperparameters import Changes
 from altgrad.twins.lane_twins import LaneTwins, describe_failure
-from altgrad.twins.layer_plan import LaneKind, LayerPlan, Stepped
+from altgrad.twins.layer_plan import LaneKind, LayerPlan, SampledNow, Stepped
 from altgrad.twins.micro_gradients import MicroGradients
 from altgrad.twins.optimizer_twin import Gradients, OptimizerTwin
 from altgrad.twins.run_states import RunStates, gather_states
@@ -140,7 +140,7 @@ class Lane:
         self._gradients = torch.zeros(0, dtype=kind.gradient_dtype, device=kind.device)
         self._gradients_now = Gradients(self._gradients, ())
         # Layers with a gradient: their samples, and where the sampled gradients go.
-        self._takes: list[tuple[Sampled, Tensor]] = []
+        self._takes: list[tuple[str, Sampled, Tensor]] = []
 
     @property
     def recipes(self) -> frozenset[str]:
@@ -213,7 +213,7 @@ class Lane:
             written.update(self._arrange(optimizer, stepped, changed))
             self._stepped = stepped
         self._loaded_writes = (), ()
-        for layer, place in self._takes:
+        for _, layer, place in self._takes:
             torch.take(layer.gradient, layer.places, out=place)
         self._gradients_now = Gradients(
             self._gradients,
@@ -234,7 +234,7 @@ class Lane:
         Raises:
             Warning: The user made warnings errors.
         """
-        present = [each.name for each, _, _ in self._takes]
+        present = [name for name, _, _ in self._takes]
         try:
             return micro.take_sums(self._plan.layout, self._gradients, present, self._run)
         except Warning:  # the user made warnings errors
@@ -306,7 +306,7 @@ class Lane:
         self._gradients.zero_()  # those of layers that have none in this step
         places, layers = self._plan.layout.places, self._plan.layers
         self._takes = [
-            (layers[each.name], self._gradients[places[each.name]])
+            (each.name, layers[each.name], self._gradients[places[each.name]])
             for each in present
             if each.name in places
         ]
@@ -642,6 +642,20 @@ class Lane:
             "state_amaxes": self._scales.state_dict(),
             **self._twins.state_dict(),
         }
+
+    def describe_samples(
+        self, optimizer: Optimizer, stepped: Sequence[Stepped]
+    ) -> dict[str, SampledNow]:
+        """Return the elements of each layer that this rank is going to step, by name.
+
+        Args:
+            optimizer: The training's optimizer.
+            stepped: The layers of this lane.
+
+        Returns:
+            The elements by name of the layer.
+        """
+        return self._plan.describe_samples(optimizer, stepped)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore all twins from a `state_dict`, before the first step; ended ones stay ended.

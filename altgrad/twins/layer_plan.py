@@ -150,6 +150,21 @@ class Stepped(NamedTuple):
     group: int
 
 
+class SampledNow(NamedTuple):
+    """The elements of a layer that this rank steps, as a state from another run has to have them.
+
+    Attributes:
+        indices: Ascending indices into the flattened layer, int64 (elements) on the CPU.
+        group: Index of the parameter group in the training's optimizer.
+        shape: Shape of the layer, or of its local shard, if it must be stepped in its own shape;
+            otherwise None.
+    """
+
+    indices: Tensor
+    group: int
+    shape: torch.Size | None
+
+
 def draw_layer(source: TwinSource, kind: LaneKind, layer: Stepped) -> Tensor:
     """Draw the elements of a layer that twins step: a small sample of the layer.
 
@@ -332,18 +347,46 @@ class LayerPlan:
             count = len(layer.indices)
             if not count:
                 continue
-            held = layer.weights.shape
-            is_small = held.numel() < CHUNK and self._rounds_by_shape(optimizer, each)
-            kind = each.name if is_small else _describe_state(optimizer, layer)
+            shape = self._find_shape(optimizer, each, layer)
+            kind = _describe_state(optimizer, layer) if shape is None else each.name
             key = (kind, each.group, each.name in present)
             buckets.setdefault(key, {})[each.name] = count
-            shapes[key] = held if is_small else None
+            shapes[key] = shape
         least, most = self._kind.find_limits()
         return [
             Bucket(key[1], part, shapes[key], least)  # type: ignore[index]
             for key, counts in buckets.items()
             for part in _part(counts, most)
         ]
+
+    def _find_shape(
+        self, optimizer: Optimizer, stepped: Stepped, layer: Sampled
+    ) -> torch.Size | None:
+        """Return the shape in which a small layer, or a small shard, is stepped; else None."""
+        shape = layer.weights.shape
+        is_small = shape.numel() < CHUNK and self._rounds_by_shape(optimizer, stepped)
+        return shape if is_small else None
+
+    def describe_samples(
+        self, optimizer: Optimizer, stepped: Sequence[Stepped]
+    ) -> dict[str, SampledNow]:
+        """Return the elements of each layer that this rank is going to step.
+
+        Args:
+            optimizer: The training's optimizer.
+            stepped: The layers that it is about to step.
+
+        Returns:
+            The elements by name of the layer; layers without any are left out.
+        """
+        drawn = [(each, self._draw(optimizer, each)) for each in stepped]
+        return {
+            each.name: SampledNow(
+                layer.indices.cpu(), each.group, self._find_shape(optimizer, each, layer)
+            )
+            for each, layer in drawn
+            if len(layer.indices)
+        }
 
     def _rounds_by_shape(self, optimizer: Optimizer, layer: Stepped) -> bool:
         """Return True if the shape of a small layer may decide how torch rounds it.

@@ -5,7 +5,7 @@ A *twin* is a recipe at work on a sample of each layer of the *run*, the trainin
 are recorded, a monitor calls `measure`, and then `read` with the result on the host. Layers are
 sorted into *lanes*, whose twins are stepped together.
 
-Read `twin_state` first. This is the last file of the room; `altgrad.monitor.monitor` comes next.
+Read `rank_states` first. This is the last file of the room; `altgrad.monitor.monitor` comes next.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from altgrad.recipes.rounding_generators import RoundingGenerators
 from altgrad.twins.generators import may_draw
 from altgrad.twins.hyperparameters import Changes, HyperparameterFollower
 from altgrad.twins.lane import Lane, LaneSums
+from altgrad.twins.lane_pieces import join_pieces
 from altgrad.twins.lane_sorter import LaneSorter
 from altgrad.twins.layer_plan import Drawing, LaneKind, Stepped
 from altgrad.twins.micro_gradients import MicroGradients
@@ -216,7 +217,7 @@ class Twins:
                 is_first = kind.drawing == min(self._recipes, key=_rank)
                 lane = Lane(kind, self._recipes[kind.drawing], self._source, shows_run=is_first)
                 run.lanes[kind] = lane
-                if self._restore(lane, kind, [each.name for each in stepped]):
+                if self._restore(lane, kind, optimizer, stepped):
                     run.checked.add(kind)
                     run.draws |= lane.rounds_itself and run.may_draw
             if lane.is_empty:
@@ -488,18 +489,36 @@ class Twins:
         for name in self._rounding.keys() & state["sum_rounding"].keys():
             self._rounding[name].load_state_dict(copy.deepcopy(state["sum_rounding"][name]))
 
-    def _restore(self, lane: Lane, kind: LaneKind, names: Collection[str]) -> bool:
-        """Restore a lane, a set of layers, from a loaded one of its kind with some of these layers.
+    def _restore(
+        self, lane: Lane, kind: LaneKind, optimizer: Optimizer, stepped: Sequence[Stepped]
+    ) -> bool:
+        """Restore a lane, a set of layers, from loaded ones of its kind with some of these layers.
+
+        There are several loaded ones if several ranks shared the layers.
 
         Returns:
             True if there is such a lane, and it was restored.
         """
-        for each in self._loaded:
-            known = {name for _, counts, *_ in each["buckets"] for name in counts}
-            if each["kind"] == kind.describe() and not known.isdisjoint(names):
-                self._loaded.remove(each)
-                return self._load_lane(lane, each)
-        return False
+        names = {each.name for each in stepped}
+        pieces = [
+            each
+            for each in self._loaded
+            if each["kind"] == kind.describe() and not names.isdisjoint(each["samples"])
+        ]
+        self._loaded = [each for each in self._loaded if not any(each is one for one in pieces)]
+        if len(pieces) == 1 and not self._source.is_shared:
+            return self._load_lane(lane, pieces[0])
+        if not pieces:
+            return False
+        wanted = lane.describe_samples(optimizer, stepped)
+        state = join_pieces(pieces, wanted)
+        known = {name for each in pieces for name in each["samples"]}
+        if lost := [n for n in wanted if n in known and (not state or n not in state["samples"])]:
+            self._source.warn(
+                f"has the twins of {few(lost)} begin anew: the restored state has other elements, "
+                "since another number of ranks held the layers"
+            )
+        return state is not None and self._load_lane(lane, state)
 
     def _load_lane(self, lane: Lane, state: Mapping[str, Any]) -> bool:
         """Restore a lane, a set of layers, unless it has recipes that are not in the state.
