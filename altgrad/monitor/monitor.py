@@ -648,7 +648,7 @@ class UpdateMonitor:
                 "scaling": self._formats.scaling,
                 "seed": self._settings.seed,
                 "overhead_budget": self._policy.overhead_budget,
-                "recipes": [describe_recipe(recipe) for recipe in self.recipes],
+                "recipes": {each.name: describe_recipe(each) for each in self.recipes},
             },
             "state": {
                 "scales": self._scale_state.description(),

@@ -135,7 +135,7 @@ def fine_tune_low(rank: int, size: int) -> list[dict[str, dict[str, float]]]:
         fully_shard(net, mesh=init_device_mesh("cpu", (size,)))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     records: list[Any] = []
-    UpdateMonitor(
+    monitor = UpdateMonitor(
         net, records.append, recipes=["bf16-kahan"], formats=[], warn=lambda _: None, strict=True
     ).attach(optimizer)
     for index in range(6):
@@ -143,6 +143,7 @@ def fine_tune_low(rank: int, size: int) -> list[dict[str, dict[str, float]]]:
         optimizer.zero_grad()
         net(inputs.bfloat16()).float().square().mean().backward()
         optimizer.step()
+    monitor.detach()
     return [{n: dict(f.twins) for n, f in record.layers.items()} for record in records]
 
 
