@@ -92,9 +92,9 @@ def measure(rank: int, size: int, folder: str, rounds: int) -> None:
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, foreach=True)
-    # Every other step is observed.
+    # Every other step is observed; twins would be stepped at each.
     monitor = UpdateMonitor(
-        net, formats=FORMATS, max_elements=1024, every_n_steps=lambda step: step % 2 == 0
+        net, formats=FORMATS, max_elements=1024, every_n_steps=lambda i: i % 2 == 0, recipes=()
     ).attach(optimizer)
 
     def seconds(run) -> float:

@@ -16,6 +16,7 @@ ELSEWHERE = {
     "altgrad/_version.py": "a name",
     "altgrad/measurement/histogram.py": "a tuple",
     "altgrad/measurement/numbers.py": "a type",
+    "altgrad/measurement/twin_parts.py": "tuples",
     "altgrad/twins/twin_source.py": "a protocol",
 }
 """Modules without a test file of their name, and the file that tests them or the reason."""

@@ -5,7 +5,8 @@ elements of parameters that it holds. Read `peers` first, with the interface of 
 rank without others. `together` implements the interface for ranks that share parameters.
 
 - `ranks` reports the error of one rank on all ranks. `step_message` packs a step into one SUM and
-  one MAX all-reduce. `host_group` carries out the all-reduces, and exchanges texts.
+  one MAX all-reduce, and `twin_message` the twins of the step. `host_group` carries out the
+  all-reduces, and exchanges texts.
 - `shards` reads from a DTensor which elements this rank holds, `layers` keeps the shards of a
   model, and `replicas` compares the replicas of a layer.
 """

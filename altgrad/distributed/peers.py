@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from altgrad.distributed.shards import Part
 from altgrad.measurement.ever_moved import PackedBits
 from altgrad.measurement.numbers import Numbers
+from altgrad.measurement.twin_parts import TwinShare
 from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.step import SkipReason
 from altgrad.quantization.formats import Scaling
@@ -40,8 +41,9 @@ class StepSums(NamedTuple):
         found_inf: Whether a fused optimizer under a GradScaler found gradients that are not finite.
         skipped: Why the step moved no weight; None if weights moved.
         error: The error of this rank; None if nothing failed.
-        others: Further arrays of this rank, copied to the host with `vectors`: the results of its
-            twins, samples of layers that are stored and stepped in other formats.
+        others: Further arrays of this rank, copied to the host with `vectors`, in which `twins` are
+            read.
+        twins: The sums of twins, samples of layers that are stored and stepped as recipes say.
     """
 
     seconds: tuple[float, float]
@@ -52,6 +54,7 @@ class StepSums(NamedTuple):
     skipped: SkipReason | None = None
     error: Exception | None = None
     others: Sequence[Numbers] = ()
+    twins: TwinShare = TwinShare()
 
 
 class Peers(Protocol):
@@ -113,6 +116,14 @@ class Peers(Protocol):
         Returns:
             For each element its index in the flattened layer, its index in the flattened local
             shard, and its position in `indices`.
+        """
+
+    def tears(self, name: str, block: int) -> bool:
+        """Return whether several ranks hold parts of one block of neighbours of a layer.
+
+        Args:
+            name: Name of the layer.
+            block: Number of elements in a block along the last dimension.
         """
 
     def known(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -198,6 +209,16 @@ class Peers(Protocol):
                 step.
         """
 
+    def exchange(self, own: bytes) -> list[bytes]:
+        """Return the bytes that all ranks pass, by rank, once every rank has called this method.
+
+        Args:
+            own: The bytes of this rank.
+
+        Raises:
+            LostRankError: A rank has not called this method.
+        """
+
     def parts(self, names: Sequence[str]) -> dict[str, tuple[int, Tensor]]:
         """Return by layer the elements that this rank measures, among those that all ranks measure.
 
@@ -224,6 +245,9 @@ class Alone(Peers):
 
     def part(self, name: str, indices: Tensor | None) -> Part:  # noqa: ARG002
         return Part(indices, indices, None)
+
+    def tears(self, name: str, block: int) -> bool:  # noqa: ARG002
+        return False
 
     def known(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # Those that are sharded were sharded after `attach`.
@@ -259,6 +283,9 @@ class Alone(Peers):
         kinds: int,  # noqa: ARG002
     ) -> dict[str, PackedBits]:
         return here
+
+    def exchange(self, own: bytes) -> list[bytes]:
+        return [own]
 
     def parts(self, names: Sequence[str]) -> dict[str, tuple[int, Tensor]]:  # noqa: ARG002
         return {}

@@ -11,6 +11,7 @@ import numpy as np
 
 from altgrad._messages import few, format_count
 from altgrad.distributed.peers import StepSums
+from altgrad.distributed.twin_message import TwinMessage, TwinPlan
 from altgrad.measurement.columns import ELEMENTS, POPULATION, max_count, sum_count
 from altgrad.observation.observer import RankError
 from altgrad.observation.step import SkipReason
@@ -45,22 +46,42 @@ class StepMessage:
             how many elements all ranks together measure, in the same order on every rank.
         rows: Number of rows for layers, enough for a step of every optimizer.
         formats: Number of formats.
+        twins: The recipes whose twins, samples that are stepped as the recipes say, ranks measure;
+            by default none.
 
     Attributes:
         step: The `step` argument.
-        sums: float64 (rows, columns), to be reduced by SUM.
-        maxima: float64 (numbers), to be reduced by MAX: the maxima of the layers, then the header.
+        sums: float64 (numbers), to be reduced by SUM: those of the layers, then those of twins.
+        maxima: float64 (numbers), to be reduced by MAX: the maxima of the layers, those of twins,
+            then the header.
     """
 
-    def __init__(self, step: str, layers: Mapping[str, Expected], rows: int, formats: int) -> None:
+    def __init__(
+        self,
+        step: str,
+        layers: Mapping[str, Expected],
+        rows: int,
+        formats: int,
+        twins: TwinPlan = TwinPlan(),  # noqa: B008 - a constant
+    ) -> None:
         columns = max_count(formats) + 1  # the last says whether the layer was stepped
         self.step = step
-        self.sums = np.zeros((rows, sum_count(formats)))
-        self.maxima = np.full(rows * columns + _HEADER, -math.inf)
+        self.sums = np.zeros(rows * (sum_count(formats) + twins.sum_count))
+        lengths = (rows * columns, rows * twins.max_count, twins.name_count, _HEADER)
+        self.maxima = np.full(sum(lengths), -math.inf)
         self._layers = layers
         self._rows = {name: row for row, name in enumerate(layers)}
-        self._layer_maxima = self.maxima[:-_HEADER].reshape(rows, columns)  # views
-        self._header = self.maxima[-_HEADER:]
+        # Views of the two arrays:
+        layer_sums, twin_sums = np.split(self.sums, [rows * sum_count(formats)])
+        maxima, checks, names, self._header = np.split(self.maxima, np.cumsum(lengths[:-1]))
+        self._layer_sums = layer_sums.reshape(rows, sum_count(formats))
+        self._layer_maxima = maxima.reshape(rows, columns)
+        self._twins = TwinMessage(
+            twins,
+            twin_sums.reshape(rows, twins.sum_count),
+            checks.reshape(rows, twins.max_count),
+            names,
+        )
         self._header[0] = True
 
     def pack(self, local: StepSums) -> None:
@@ -81,11 +102,12 @@ class StepMessage:
                 f"layers={few(unknown)}: expected layers that all ranks knew before the step; add "
                 "parameters to an optimizer between steps"
             )
-        rows, middle = [self._rows[name] for name in local.names], self.sums.shape[1]
+        rows, middle = [self._rows[name] for name in local.names], self._layer_sums.shape[1]
         self._layer_maxima[[self._rows[name] for name in local.present], -1] = 1.0
         if rows:
-            self.sums[rows] = local.vectors[:, :middle]
+            self._layer_sums[rows] = local.vectors[:, :middle]
             self._layer_maxima[rows, :-1] = local.vectors[:, middle:]
+        self._twins.pack(local.twins, self._rows)
         step = zlib.crc32(f"{self.step} {[*self._layers]}".encode())
         skipped = math.nan if local.skipped is None else _REASONS.index(local.skipped)
         header = [False, step, -step, *local.seconds, local.found_inf, skipped]
@@ -119,7 +141,7 @@ class StepMessage:
             )
         is_present = self._layer_maxima[:, -1] > 0
         names = [name for name, row in self._rows.items() if is_present[row]]
-        vectors = np.hstack((self.sums, self._layer_maxima[:, :-1]))[is_present]
+        vectors = np.hstack((self._layer_sums, self._layer_maxima[:, :-1]))[is_present]
         # Sums alone do not show whether every element was measured exactly once.
         for name, measured in zip(names, vectors[:, ELEMENTS].tolist(), strict=True):
             if measured != self._layers[name].elements:
@@ -137,4 +159,8 @@ class StepMessage:
             present=names,
             found_inf=found_inf > 0,
             skipped=None if math.isnan(skipped) else _REASONS[int(skipped)],
+            twins=self._twins.unpack(
+                {name: self._rows[name] for name in names},
+                {name: self._layers[name].population for name in names},
+            ),
         )

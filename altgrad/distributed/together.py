@@ -7,6 +7,7 @@ observe the same layers, and adds up the sums of all ranks.
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from altgrad.distributed.ranks import DisagreementError, Ranks
 from altgrad.distributed.replicas import find_different_replicas
 from altgrad.distributed.shards import Part
 from altgrad.distributed.step_message import StepMessage
+from altgrad.distributed.twin_message import TwinPlan
 from altgrad.measurement.ever_moved import PackedBits, scatter_packed_bits
 from altgrad.observation.dtensor import to_local_tensor
 from altgrad.observation.observer import RankError
@@ -40,9 +42,11 @@ class Watched(Protocol):
 
     Attributes:
         formats: The number formats that updates are measured for.
+        twins: The recipes whose twins, samples that are stepped as the recipes say, are measured.
     """
 
     formats: FormatSet
+    twins: TwinPlan
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
@@ -187,6 +191,9 @@ class Together(Ranks):
     def part(self, name: str, indices: Tensor | None) -> Part:
         return self._layers.part(name, indices)
 
+    def tears(self, name: str, block: int) -> bool:
+        return bool(self._layers.torn([name], [block]))
+
     def parts(self, names: Sequence[str]) -> dict[str, tuple[int, Tensor]]:
         return {
             name: (each.elements, self._positions(name))
@@ -214,7 +221,8 @@ class Together(Ranks):
         layers = self._layers.expected(self._stepping.get(optimizer, ()))
         rows = max(map(len, self._agreed), default=0)
         step = f"step {index} of {type(optimizer).__name__}"
-        return self.merge(StepMessage(step, layers, rows, len(self._watched.formats)), local)
+        formats, twins = len(self._watched.formats), self._watched.twins
+        return self.merge(StepMessage(step, layers, rows, formats, twins), local)
 
     def amax(
         self, parameters: Mapping[str, Tensor], scaling: Scaling | None
@@ -275,6 +283,19 @@ class Together(Ranks):
         joined = self._joined(torch.cat(bits))
         pairs = zip(shapes.items(), torch.split(joined, [*map(len, bits)]), strict=True)
         return {name: (shape, each.clone()) for (name, shape), each in pairs if each.any()}
+
+    def exchange(self, own: bytes) -> list[bytes]:
+        if not self._agreed:  # as before attach()
+            return [own]
+        # The store is slow for more than a few kB: only lengths go through it.
+        lengths = self.group.gather("state_dict()", len(own))
+        ends = list(itertools.accumulate(lengths))
+        joined = torch.zeros(ends[-1], dtype=torch.uint8, device="cpu")
+        start = ends[self.rank] - len(own)
+        joined[start : ends[self.rank]] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+        self.group.reduce(joined, "SUM")
+        parts = torch.split(joined, lengths)
+        return [part.numpy().tobytes() for part in parts]
 
     def _joined(self, bits: Tensor) -> Tensor:
         """Return the bitwise OR of the flags of all ranks, eight flags to a byte.

@@ -17,6 +17,7 @@ import numpy as np
 from altgrad.measurement.catalogue import twin_keys
 from altgrad.measurement.intervals import find_interval
 from altgrad.measurement.numbers import Numbers
+from altgrad.measurement.twin_parts import TwinPart
 from altgrad.measurement.twin_sums import TwinColumns
 from altgrad.measurement.twin_table import TwinTable
 
@@ -70,6 +71,30 @@ class TwinValues:
             TwinTable(states, vectors, counted.repeat(len(recipes), axis=0)),
             {layer: {recipe: next(rows) for recipe in recipes} for layer in layers},
         )
+
+    @classmethod
+    def read_parts(cls, parts: Sequence[TwinPart]) -> TwinValues | None:
+        """Read the sums of a step's twins, of one rank or of all ranks together.
+
+        A twin is a sample of a layer that is stored and stepped as a recipe says.
+
+        Args:
+            parts: The sums.
+
+        Returns:
+            The sums by layer and recipe; None if there are no parts.
+        """
+        each = [
+            cls.read(
+                (part.layers, part.recipes, part.states),
+                part.values,
+                sizes=part.sizes,
+                populations=part.populations,
+                blocks=part.blocks,
+            )
+            for part in parts
+        ]
+        return cls.join(each) if each else None
 
     @classmethod
     def join(cls, parts: Sequence[TwinValues]) -> TwinValues:

@@ -5,7 +5,7 @@ float32 weights and states, and gets the same gradients. Each figure of a twin i
 over the elements of the sample, or a median. `TwinColumns` names the sums, and `measure_twins`
 computes them; `measure_alone` computes those of a run that no twin can follow.
 
-`twin_table` comes next and turns the sums into figures.
+`ratio_bins` comes next; `twin_table` turns the sums into figures.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def measure_twins(
         return torch.zeros((len(mask), 0, len(columns)), dtype=torch.float64, device=mask.device)
     low, high = _join(twins, columns.states), _join([fp32], columns.states)
     finite = mask & low.are_finite & high.are_finite
-    known = finite & low.states.isfinite() & high.states.isfinite() & (high.states != 0)
+    known = _find_known(finite, low, high)
     pairs = _pair_weights(mask, finite, low, high)
     lost = known & (low.states == 0)
     both = finite & low.states.isfinite() & high.states.isfinite()
@@ -197,6 +197,31 @@ def measure_alone(
     return torch.cat([sums, sums.new_zeros((*sums.shape[:2], 1))], dim=2)
 
 
+def find_state_ratios(
+    mask: Tensor, fp32: TwinStack, twins: Sequence[TwinStack], states: Sequence[str]
+) -> Tensor:
+    """Return the ratio of each optimizer state in each twin to that in the twin in fp32.
+
+    A twin is a sample of each layer that is stored and stepped as a recipe says. The twin in fp32
+    has float32 weights and states. `measure_twins` returns the medians of these ratios.
+
+    Args:
+        mask: bool (layers, width), False at padding.
+        fp32: The twin in fp32.
+        twins: The other twins, with the same sample.
+        states: The names of the optimizer's states.
+
+    Returns:
+        float64 (layers, twins, states, width); NaN where a ratio has no value.
+    """
+    shape = (len(mask), len(twins), len(states), mask.shape[1])
+    if not twins or not states:
+        return torch.full(shape, torch.nan, dtype=torch.float64, device=mask.device)
+    low, high = _join(twins, states), _join([fp32], states)
+    known = _find_known(mask & low.are_finite & high.are_finite, low, high)
+    return torch.where(known, low.states / high.states, torch.nan).permute(2, 1, 0, 3)
+
+
 class _Joined(NamedTuple):
     """The tensors of several twins, joined along an axis of twins.
 
@@ -239,6 +264,15 @@ def _join(stacks: Sequence[TwinStack], states: Sequence[str]) -> _Joined:
         torch.stack(moved, dim=1),
         torch.stack(rows) if rows else weights.new_empty((0, *weights.shape[1:])),
     )
+
+
+def _find_known(finite: Tensor, low: _Joined, high: _Joined) -> Tensor:
+    """Return True where a state's ratio of a twin to fp32 is known, bool like `low.states`.
+
+    `low` are twins, samples that are stepped as recipes say; `high` is that in float32. `finite` is
+    True for elements that are finite in both, bool (twins, layers, width).
+    """
+    return finite & low.states.isfinite() & high.states.isfinite() & (high.states != 0)
 
 
 def _pair_weights(

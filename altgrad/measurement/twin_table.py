@@ -9,7 +9,7 @@ a model are those of its layers, each weighted so that its sample stands for all
 layer. The median of a model is the median of those of its layers, each weighted by its number of
 elements.
 
-Read `twin_sums` and `standard_errors` first; `twin_figures` comes next and reads single rows.
+Read `twin_parts` and `standard_errors` first; `twin_figures` comes next and reads single rows.
 """
 
 from __future__ import annotations

@@ -170,6 +170,9 @@ class Engine:
         for name, row in self._measure_alone(step, {*step.names}.difference(names)):
             names.append(name)
             parts.append(row.unsqueeze(0))
+        if not parts and others:  # the samples of twins may have elements where none is measured
+            device = others[0].device
+            parts.append(torch.zeros((0, 0), dtype=torch.float64, device=device))
         if not parts:  # no layer of this step has elements on this rank
             return sums._replace(present=self._present(step), found_inf=_is_set(step.found_inf))
         # A segment measures all its layers. Those that are absent from this step have the name None

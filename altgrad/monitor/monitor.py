@@ -34,22 +34,24 @@ from altgrad._messages import Notices, few
 from altgrad.distributed.host_group import LostRankError
 from altgrad.distributed.peers import Alone, Peers, StepSums
 from altgrad.distributed.together import Together
+from altgrad.distributed.twin_message import TwinPlan
 from altgrad.measurement.ever_moved import EverMovedStore, PackedBits, check_packed_bits
 from altgrad.measurement.measure import DEFAULT_FORMATS
 from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.step_record import StepRecord, step_record
 from altgrad.measurement.twin_figures import TwinValues
+from altgrad.measurement.twin_parts import TwinShare
 from altgrad.monitor.bypass import BypassDetector
 from altgrad.monitor.describe import describe_layers
 from altgrad.monitor.engine import Engine
-from altgrad.monitor.header import describe_layer, describe_run
+from altgrad.monitor.header import describe_layer, describe_recipe, describe_run
 from altgrad.monitor.known_losses import KnownLosses
 from altgrad.monitor.lagging_average import describe_lagging_average, describe_lags
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.monitor.policy import StepPolicy
 from altgrad.monitor.scale_state import ScaleState
 from altgrad.monitor.schedule import StepSchedule
-from altgrad.monitor.twin_layers import TwinLayers
+from altgrad.monitor.twin_layers import TwinLayers, count_most_sampled
 from altgrad.monitor.unjudged import leave_out_unjudged
 from altgrad.monitor.watch import Watch
 from altgrad.observation import SkipReason, StepObserver, StepOutcome
@@ -63,8 +65,9 @@ from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import NumberFormat
 from altgrad.recipes.names import find_default_recipes, get_recipes
-from altgrad.recipes.recipe import Recipe
+from altgrad.recipes.recipe import NOW, Recipe
 from altgrad.twins.batch_norm import BatchStatistic
+from altgrad.twins.rank_states import join_states, pack_state
 from altgrad.twins.run_average import RunAverage
 from altgrad.twins.twins import Twins
 
@@ -78,6 +81,9 @@ That is sqrt(0.5 · 0.5 / 1024); benchmarks/README.md has measurements.
 
 _STATE = ("formats", "ever_moved", "scales", "last_seen", "skipped", "budgets")
 """Entries of `UpdateMonitor.state_dict` that each version of AltGrad has written."""
+
+_NO_TWINS: Mapping[str, Any] = {"lanes": [], "resynchronised": {}, "sum_rounding": {}}
+"""The state of twins, samples that are stepped as recipes say, that begin anew."""
 
 
 class UpdateMonitor:
@@ -175,11 +181,11 @@ class UpdateMonitor:
             seed=seed,
             twin_elements=twin_elements,
         )
-        self._named_recipes = bool(recipes)
         chosen = find_default_recipes(self.formats) if recipes is None else get_recipes(recipes)
         weights = (recipe.weights_format for recipe in chosen)
         stored = [format for format in weights if format is not None]
         self._scale_state = ScaleState(FormatSet([*self.formats, *stored], scaling))
+        self._scales_twins = FormatSet(stored, scaling).needs_amax
         self._ever_moved = EverMovedStore(self._warn)
         self._engine = Engine(
             Measurer(self._formats), self._settings, self._scale_state, self._ever_moved
@@ -188,13 +194,18 @@ class UpdateMonitor:
         self._loaded: Mapping[str, PackedBits] | None = None  # until ranks know their local shards
         self._last_seen: dict[str, int] = {}  # by layer, the index of its last observed step
         self._lock = threading.RLock()  # two threads may step two optimizers
+        most = count_most_sampled(
+            [twin_elements, *(rule.twin_elements or 0 for rule in sampling)], chosen, scaling
+        )
         layers = TwinLayers(
             registry,
             self._settings,
             self._scale_state,
             lambda: self._peers,
             self._warn,
-            warns_about_omissions=self._named_recipes,
+            warn_here=self._notices.give_once,
+            most_elements=most,
+            warns_about_omissions=bool(recipes),
         )
         self._twins = Twins(chosen, layers, self._lock, strict=strict)
         if registry.module is not None:
@@ -213,7 +224,14 @@ class UpdateMonitor:
             strict=strict,
             warn=self._notices.give,
         )
-        self._watch = Watch(registry, self._settings, self._formats, self._decides, self._warn)
+        self._watch = Watch(
+            registry,
+            self._settings,
+            self._formats,
+            self._decides,
+            self._warn,
+            TwinPlan([*(recipe.name for recipe in chosen), NOW] if chosen else (), most),
+        )
         self._bypasses = BypassDetector(self._watch.find_stepped, lambda: self.parameters)
         self._known_losses = KnownLosses(self._watch.find_stepped, self._warn)
 
@@ -352,8 +370,8 @@ class UpdateMonitor:
         if not self._is_sharded and self._observer.is_replica:
             return self
         peers.attach(lambda: self._observer.check(*optimizers, scaler=scaler))
-        if peers.size > 1 and self._named_recipes:
-            self._warn("steps no twins of parameters that several ranks share")
+        if peers.size > 1 and self._scales_twins:
+            self._scale_state.begin(self._stepped(), peers)  # twins make every step from now on
         if self._loaded is not None:
             names = self._settings.measured_names(self._observer.names, self._observer.parameters)
             parts = peers.parts(names)
@@ -485,7 +503,7 @@ class UpdateMonitor:
             "last_seen": dict(self._last_seen),
             "skipped": dict(self.skipped),
             "budgets": self._policy.state_dict(),
-            "twins": self._twins.state_dict(),
+            "twins": self._gather_twins(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -586,11 +604,8 @@ class UpdateMonitor:
             seconds = self._policy.seconds(optimizer, index)  # before this step adds to them
             if self._scale_state.settle(self._stepped, self._peers):
                 self._change_scales()
-            twins = self._twins.measure(optimizer, shown) if (shown := outcome.shown) else []
-            others = [numbers for each in twins for numbers in (each.values, each.counts)]
-            local = self._engine.measure(outcome, seconds, others)
-            values = self._twins.read(optimizer, twins, local.others)
-            record = self._record(index, self._peers.combine(optimizer, index, local), values)
+            local = self._measure(outcome, seconds)
+            record = self._record(index, self._peers.combine(optimizer, index, local))
             if record is None:
                 return
             self._note(optimizer, record)
@@ -599,15 +614,40 @@ class UpdateMonitor:
                     self._on_record(record)
         self._policy.mark_end(optimizer, index)
 
-    def _record(self, index: int, step: StepSums, twins: TwinValues | None) -> StepRecord | None:
+    def _measure(self, outcome: StepOutcome, seconds: tuple[float, float]) -> StepSums:
+        """Return the sums of a step on this rank, with one copy to the host, or its error.
+
+        Args:
+            outcome: The step.
+            seconds: Time to observe the last observed step and mean time of a training step, in
+                seconds.
+        """
+        optimizer, shown, twins = outcome.optimizer, outcome.shown, []
+        with self._peers.hold_errors():
+            twins = self._twins.measure(optimizer, shown) if shown else []
+        others = [numbers for each in twins for numbers in each.tensors]
+        local = self._engine.measure(outcome, seconds, others)
+        share = TwinShare()
+        with self._peers.hold_errors():
+            share = self._twins.read(optimizer, twins, local.others)
+        return local._replace(twins=share)
+
+    def _record(self, index: int, step: StepSums) -> StepRecord | None:
         """Return the figures of a step; None for one that moved no weight, which is counted."""
+        if self.is_shared:
+            self._twins.note_ranks(step.twins)
         if not step.names:
             if step.skipped is not None:
                 self.skipped[step.skipped] += 1
             return None
         judged = self._settings.judged(step.names)
         record = step_record(
-            self._formats.names, judged, step.vectors, index, step.seconds, twins=twins
+            self._formats.names,
+            judged,
+            step.vectors,
+            index,
+            step.seconds,
+            twins=TwinValues.read_parts(step.twins.parts),
         )
         # A fused optimizer reads found_inf on its device, and skips the step without the host.
         if step.found_inf and not record.model["update_rms"] > 0:
@@ -655,6 +695,7 @@ class UpdateMonitor:
                 "scaling": self._formats.scaling,
                 "seed": self._settings.seed,
                 "overhead_budget": self._policy.overhead_budget,
+                "recipes": {each.name: describe_recipe(each) for each in self.recipes},
             },
             "state": {
                 "scales": self._scale_state.description(),
@@ -673,10 +714,28 @@ class UpdateMonitor:
             if self._is_strict:
                 raise
             self._notices.give_once(
-                "state_dict() was not called on every rank, so that never_moved_frac will begin "
-                f"anew: {error}"
+                "state_dict() was not called on every rank, so that never_moved_frac and twins "
+                f"will begin anew: {error}"
             )
             return {}
+
+    def _gather_twins(self) -> Mapping[str, Any]:
+        """Return the state of the twins on all ranks: of samples that are stepped as recipes say.
+
+        It is empty if a rank does not answer, of which `_history` has warned.
+
+        Raises:
+            LostRankError: A rank does not answer, and `strict` is True.
+        """
+        own = self._twins.state_dict()
+        if not (self.is_shared and self.recipes):
+            return own
+        try:
+            return join_states(self._peers.exchange(pack_state(own)))
+        except LostRankError:
+            if self._is_strict:
+                raise
+            return _NO_TWINS
 
     # --- notices
 

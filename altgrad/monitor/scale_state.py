@@ -84,6 +84,18 @@ class ScaleState:
         self._exceeded.clear()
         return True
 
+    def begin(self, parameters: Mapping[str, Tensor], peers: Peers) -> None:
+        """Compute the amax (largest magnitude) of layers that have none, on all ranks together.
+
+        All ranks that share the parameters call this method between two steps.
+
+        Args:
+            parameters: Parameters of the layers by name, in the same order on every rank.
+            peers: The ranks that share the parameters.
+        """
+        if self._formats.needs_amax:
+            self._take({name: parameters[name] for name in self._unknown(parameters)}, peers)
+
     def ensure_amax(self, parameters: Mapping[str, Tensor], peers: Peers) -> None:
         """Compute the amax (largest magnitude) of layers that have none; put each on its device.
 
@@ -109,6 +121,15 @@ class ScaleState:
             if amaxes.groups.device != parameter.device:
                 moved = Amaxes(*(each.to(parameter.device) for each in amaxes))
                 self._amaxes[name] = parameter.shape, moved
+
+    def has_amax(self, name: str, parameter: Tensor) -> bool:
+        """Return True if the amax (largest magnitude) of a layer is known, or no format needs it.
+
+        Args:
+            name: Name of the layer.
+            parameter: Its parameter, whose shape may have changed.
+        """
+        return not self._formats.needs_amax or not self._unknown({name: parameter})
 
     def amaxes(self, name: str) -> Amaxes:
         """Return the largest magnitudes of a layer and its channels, float32 or float64."""

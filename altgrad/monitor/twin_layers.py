@@ -9,19 +9,40 @@ Read `layer_settings` and `scale_state` first; `monitor` comes next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from altgrad.distributed.peers import Peers
+from altgrad.distributed.peers import Alone, Peers
 from altgrad.monitor.elements import sample_elements
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.monitor.scale_state import ScaleState
 from altgrad.observation.parameter_names import ParameterRegistry
+from altgrad.quantization.formats import Scaling
+from altgrad.recipes.recipe import Recipe
+from altgrad.twins.layout import CHUNK
 from altgrad.twins.sample import draw_sample
 from altgrad.twins.twin_source import TwinSource
+from altgrad.twins.twins import find_drawing
+
+
+def count_most_sampled(
+    twin_elements: Iterable[int], recipes: Iterable[Recipe], scaling: Scaling | None
+) -> int:
+    """Return the largest number of elements of a layer that twins step, on all ranks together.
+
+    A twin is a sample of a layer that is stored and stepped as a recipe says.
+
+    Args:
+        twin_elements: The maximum for each layer of 64 elements or more, which a whole block may
+            exceed.
+        recipes: The recipes.
+        scaling: Which elements share a scale, as in `altgrad.measure`.
+    """
+    blocks = (find_drawing(recipe, scaling).block for recipe in recipes)
+    return max(CHUNK - 1, *twin_elements, *blocks)
 
 
 class TwinLayers(TwinSource):
@@ -35,12 +56,14 @@ class TwinLayers(TwinSource):
         scale_state: The amax, largest finite magnitude, of each layer.
         get_peers: Function that returns the ranks that share the parameters.
         warn: Function that is called with each notice for the user.
+        warn_here: Function that is called with each notice that concerns this rank alone.
+        most_elements: Largest number of sampled elements of a layer on all ranks together.
         warns_about_omissions: True if the user has named recipes. With the default recipes, layers
             without twins are no reason to warn.
 
     Attributes:
         scaling: Which elements share a scale, as in `altgrad.measure`.
-        seed: Seed of the samples and of the stochastic rounding of twins.
+        most_elements: The `most_elements` argument.
     """
 
     def __init__(
@@ -51,15 +74,18 @@ class TwinLayers(TwinSource):
         get_peers: Callable[[], Peers],
         warn: Callable[[str], None],
         *,
+        warn_here: Callable[[str], None],
+        most_elements: int,
         warns_about_omissions: bool,
     ) -> None:
         self.scaling = scale_state.scaling
-        self.seed = settings.seed
+        self.most_elements = most_elements
         self._registry = registry
         self._settings = settings
         self._scale_state = scale_state
         self._get_peers = get_peers
         self._warn = warn
+        self._warn_here = warn_here
         self._warns_about_omissions = warns_about_omissions
 
     @property
@@ -67,9 +93,27 @@ class TwinLayers(TwinSource):
         return self._registry.names
 
     @property
-    def can_step(self) -> bool:
-        # If parameters are sharded, no rank holds a whole sample.
-        return self._get_peers().size == 1
+    def seed(self) -> int:
+        # Each rank rounds other elements, by random numbers of its own.
+        return self._settings.seed + (self._get_peers().rank << 32)
+
+    @property
+    def is_shared(self) -> bool:
+        return not isinstance(self._get_peers(), Alone)
+
+    def is_ready(self, name: str, parameter: Tensor) -> bool:
+        is_known = name in self._get_peers().known({name: parameter})
+        return is_known and self._scale_state.has_amax(name, parameter)
+
+    def tears(self, name: str, block: int) -> bool:
+        return self._get_peers().tears(name, block)
+
+    def find_part(self, name: str, indices: Tensor | None) -> tuple[Tensor, Tensor]:
+        part = self._get_peers().part(name, indices)
+        assert part.indices is not None, "of a layer that ranks share"
+        if part.local is None:  # all elements of the shard
+            return part.indices, torch.arange(len(part.indices), device="cpu")
+        return part.indices, part.local
 
     def find_stepped(self, optimizer: Optimizer) -> Sequence[tuple[str, Tensor]]:
         return [(name, each) for name, each, _ in self._registry.find_stepped(optimizer)]
@@ -85,7 +129,7 @@ class TwinLayers(TwinSource):
     def _draw_uniformly(
         self, name: str, shape: Sequence[int], most: int, block: int
     ) -> Tensor | None:
-        return sample_elements(name, shape, most, seed=self.seed, block=block)
+        return sample_elements(name, shape, most, seed=self._settings.seed, block=block)
 
     def find_amaxes(self, name: str, indices: Tensor) -> Tensor:
         parameter = self._registry.parameters[name]
@@ -97,6 +141,9 @@ class TwinLayers(TwinSource):
 
     def warn(self, notice: str) -> None:
         self._warn(notice)
+
+    def warn_here(self, notice: str) -> None:
+        self._warn_here(notice)
 
     def warn_about_omission(self, notice: str) -> None:
         if self._warns_about_omissions:

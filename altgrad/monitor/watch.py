@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from altgrad.distributed.together import Watched
+from altgrad.distributed.twin_message import TwinPlan
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.observation.parameter_names import ParameterRegistry
 from altgrad.quantization.format_set import FormatSet
@@ -29,9 +30,11 @@ class Watch(Watched):
         decides: Function that returns all that decides what is observed: the monitor's arguments
             under ``"setting"`` and its loaded state under ``"state"``, each by name.
         warn: Function that is called with each notice for the user.
+        twins: The recipes whose twins, samples that are stepped as the recipes say, are measured.
 
     Attributes:
         formats: The `formats` argument.
+        twins: The `twins` argument.
     """
 
     def __init__(
@@ -41,8 +44,10 @@ class Watch(Watched):
         formats: FormatSet,
         decides: Callable[[], Mapping[str, Mapping[str, object]]],
         warn: Callable[[str], object],
+        twins: TwinPlan,
     ) -> None:
         self.formats = formats
+        self.twins = twins
         self._registry = registry
         self._settings = settings
         self._decides = decides

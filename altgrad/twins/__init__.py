@@ -4,15 +4,15 @@ A *twin* is a recipe at work: it steps a small sample of each layer as the recip
 gradients of the *run*, the training that is watched. Each file names the one to read before it and
 the one to read next:
 
-1. A sample and its numbers: `layout`, `sample`, `twin_tensors`, `element_scales`, `twin`,
-    `self_check`.
+1. A sample and its numbers: `layout`, `shard_sample`, `sample`, `twin_tensors`, `element_scales`,
+    `twin`, `self_check`.
 2. The optimizer of a twin: `shared_objects`, `optimizer_copy`, `writes`, `hyperparameters`,
     `generators`, `isolation`, `factory`, `flat_state`, `packed_state`,
     `optimizer_twin`.
 3. What the run does: `twin_source`, `layer_plan`, `lane_sorter`, `run_weights`, `run_states`,
     `gradient_sums`, `micro_gradients`, `run_average`, `batch_norm`, `average_sample`,
     `average_followers`, `statistic_follower`, `lane_averages`, `fused_sgd`, `stored_layers`.
-4. All twins: `lane_twins`, `lane`, `twin_state`, `twins`.
+4. All twins: `lane_twins`, `lane`, `twin_state`, `lane_pieces`, `rank_states`, `twins`.
 
 Read `altgrad.recipes` first.
 """

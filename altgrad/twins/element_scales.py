@@ -209,7 +209,7 @@ class ElementScales:
         channel.
         """
         layer = self._layers[name]
-        channels = number_groups(layer.indices, layer.shape, "channel")
+        channels = number_groups(layer.places, layer.weights.shape, "channel")
         return amaxes.to(self._device)[channels]
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:

@@ -26,7 +26,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from altgrad.measurement.numbers import Numbers
-from altgrad.measurement.twin_sums import TwinColumns, TwinStack, measure_alone, measure_twins
+from altgrad.measurement.ratio_bins import count_ratios
+from altgrad.measurement.twin_sums import (
+    TwinColumns,
+    TwinStack,
+    find_state_ratios,
+    measure_alone,
+    measure_twins,
+)
+from altgrad.observation.dtensor import to_local_tensor
 from altgrad.recipes.recipe import NOW, Recipe
 from altgrad.twins.batch_norm import BatchStatistic
 from altgrad.twins.element_scales import ElementScales
@@ -34,12 +42,13 @@ from altgrad.twins.fused_sgd import describe_fused_sgd
 from altgrad.twins.hyperparameters import Changes
 from altgrad.twins.lane_averages import LaneAverages
 from altgrad.twins.lane_twins import LaneTwins, describe_failure
-from altgrad.twins.layer_plan import LaneKind, LayerPlan, Stepped
+from altgrad.twins.layer_plan import LaneKind, LayerPlan, SampledNow, Stepped
 from altgrad.twins.micro_gradients import MicroGradients
 from altgrad.twins.optimizer_twin import Gradients, OptimizerTwin
 from altgrad.twins.run_average import RunAverage
 from altgrad.twins.run_states import RunStates, gather_states
 from altgrad.twins.run_weights import RunWeights
+from altgrad.twins.sample import Sampled
 from altgrad.twins.self_check import COUNTS
 from altgrad.twins.stored_layers import find_spacings
 from altgrad.twins.twin import Arrangement
@@ -64,6 +73,8 @@ class LaneSums(NamedTuple):
         populations: Number of elements of each layer.
         blocks: Number of blocks in which the sample of each layer was drawn; 0 if single elements
             were drawn.
+        bins: The ratios of each state to that in float32 in bins, float64 (layers, recipes, states,
+            numbers). None if no other rank has a part of the samples.
     """
 
     layers: tuple[str, ...]
@@ -74,6 +85,13 @@ class LaneSums(NamedTuple):
     sizes: tuple[int, ...]
     populations: tuple[int, ...]
     blocks: tuple[int, ...]
+    bins: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The measurements that go to the host: `values`, `counts`, and `bins` if there are any."""
+        each = self.values, self.counts
+        return each if self.bins is None else (*each, self.bins)
 
 
 class Lane:
@@ -109,6 +127,7 @@ class Lane:
     ) -> None:
         self._kind = kind
         self._recipes = frozenset(each.name for each in recipes)
+        self._source = source
         self._warn = source.warn
         self._scales = ElementScales(source.scaling, source.find_amaxes)
         self._plan = LayerPlan(kind, source)
@@ -130,7 +149,7 @@ class Lane:
         self._gradients = torch.zeros(0, dtype=kind.gradient_dtype, device=kind.device)
         self._gradients_now = Gradients(self._gradients, ())
         # Layers with a gradient: their samples, and where the sampled gradients go.
-        self._takes: list[tuple[Stepped, Tensor, Tensor]] = []
+        self._takes: list[tuple[str, Sampled, Tensor]] = []
 
     @property
     def recipes(self) -> frozenset[str]:
@@ -204,14 +223,14 @@ class Lane:
             written.update(self._arrange(optimizer, stepped, changed))
             self._stepped = stepped
         self._loaded_writes = (), ()
-        for each, indices, place in self._takes:
-            torch.take(each.parameter.grad, indices, out=place)  # type: ignore[arg-type]
+        for _, layer, place in self._takes:
+            torch.take(layer.gradient, layer.places, out=place)
         self._gradients_now = Gradients(
             self._gradients,
             self._present,
             # GradScaler sets these attributes on fused optimizers: torch/amp/grad_scaler.py, step.
-            getattr(optimizer, "grad_scale", None),
-            getattr(optimizer, "found_inf", None),
+            to_local_tensor(getattr(optimizer, "grad_scale", None)),
+            to_local_tensor(getattr(optimizer, "found_inf", None)),
             {} if micro is None else self._take_sums(micro),
         )
         if written or is_checked or self._run.is_watching:
@@ -233,7 +252,7 @@ class Lane:
         Raises:
             Warning: The user made warnings errors.
         """
-        present = [each.name for each, _, _ in self._takes]
+        present = [name for name, _, _ in self._takes]
         try:
             return micro.take_sums(self._plan.layout, self._gradients, present, self._run)
         except Warning:  # the user made warnings errors
@@ -270,7 +289,7 @@ class Lane:
         reference = self._twins.reference
         if layer is None or not isinstance(reference, OptimizerTwin):
             return False
-        return reference.has_state(name, optimizer.state.get(layer.parameter, {}), layer)
+        return reference.has_state(name, layer.read_state(optimizer), layer)
 
     def _arrange(
         self,
@@ -305,7 +324,7 @@ class Lane:
         self._gradients.zero_()  # those of layers that have none in this step
         places, layers = self._plan.layout.places, self._plan.layers
         self._takes = [
-            (each, layers[each.name].indices, self._gradients[places[each.name]])
+            (each.name, layers[each.name], self._gradients[places[each.name]])
             for each in present
             if each.name in places
         ]
@@ -425,8 +444,8 @@ class Lane:
         states: dict[str, dict[str, Tensor]] = {}
         for name in names:
             layer = self._plan.layers[name]
-            for key, state in optimizer.state.get(layer.parameter, {}).items():
-                is_whole = isinstance(state, Tensor) and state.shape == layer.shape
+            for key, state in layer.read_state(optimizer).items():
+                is_whole = isinstance(state, Tensor) and state.shape == layer.weights.shape
                 if is_whole and state.is_floating_point() and not wanted.isdisjoint((key, "*")):
                     states.setdefault(key, {})[name] = state
         for key, name, average in self._averages.iterate_whole():
@@ -457,11 +476,12 @@ class Lane:
         stacks = {NOW: self._stack_run(optimizer)} if self._shows_run else {}
         stacks |= self._twins.stack(rows)
         states, values = self._measure(stacks)
+        bins = self._count_ratios(stacks, states)
         is_shown = self._find_shown(shown)
         self._run.begin_window(is_shown)
         self._twins.begin_window(is_shown)
         layers = self._plan.layers.values()
-        sizes = tuple(len(each.indices) for each in layers)
+        sizes = tuple(each.size for each in layers)
         populations = tuple(each.parameter.numel() for each in layers)
         return LaneSums(
             layers=self.names,
@@ -472,6 +492,7 @@ class Lane:
             sizes=sizes,
             populations=populations,
             blocks=self._run.block_counts,
+            bins=bins,
         )
 
     def _stack_run(self, optimizer: Optimizer) -> TwinStack:
@@ -510,12 +531,44 @@ class Lane:
         """
         self._averages.read(self._twins.reference, self.names, counts)
 
+    def _count_ratios(
+        self, stacks: Mapping[str, TwinStack], states: Sequence[str]
+    ) -> Tensor | None:
+        """Return the ratios of states to those in float32 in bins, as `LaneSums.bins` has them.
+
+        Args:
+            stacks: The twins, samples that are stepped as recipes say, by name of the recipe.
+            states: Names of the states.
+        """
+        if not self._source.is_shared:
+            return None
+        baseline, twins = self._twins.fp32.stack(self._run.rows), [*stacks.values()]
+        ratios = find_state_ratios(self._run.mask, baseline, twins, states)
+        return count_ratios(ratios, self._source.most_elements)
+
+    def find_missing(self) -> dict[str, Collection[str]]:
+        """Return for each recipe the layers with elements on this rank that no twin steps.
+
+        A *twin* is a sample of the layers that is stepped as the recipe says. All layers miss the
+        recipes whose twins have ended; all recipes miss the layers beyond the limits of a lane.
+
+        Returns:
+            Names of layers by name of the recipe.
+        """
+        ended, left_out = self._recipes - self._twins.by_recipe.keys(), self._plan.left_out
+        every = {*self._recipes, NOW} if self._shows_run else self._recipes
+        return {
+            name: [*left_out, *(self.names if name in ended else ())]
+            for name in (every if left_out else ended)
+        }
+
     def _find_shown(self, names: Collection[str]) -> Tensor:
         """Return a mask, bool (elements): True for the sampled elements of the named layers.
 
         It is False everywhere if a GradScaler skipped the step.
         """
-        flags = torch.tensor([name in names for name in self.names], device="cpu")
+        each = [name in names for name in self.names]
+        flags = torch.tensor(each, dtype=torch.bool, device="cpu")
         shown = flags.to(self._kind.device)[self._run.layer_rows]
         found_inf = self._gradients_now.found_inf
         return shown if found_inf is None else shown & (found_inf == 0)
@@ -625,6 +678,20 @@ class Lane:
             "averages": self._averages.state_dict(),
             **self._twins.state_dict(),
         }
+
+    def describe_samples(
+        self, optimizer: Optimizer, stepped: Sequence[Stepped]
+    ) -> dict[str, SampledNow]:
+        """Return the elements of each layer that this rank is going to step, by name.
+
+        Args:
+            optimizer: The training's optimizer.
+            stepped: The layers of this lane.
+
+        Returns:
+            The elements by name of the layer.
+        """
+        return self._plan.describe_samples(optimizer, stepped)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore all twins from a `state_dict`, before the first step; ended ones stay ended.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from altgrad.observation.dtensor import is_sharded
+from altgrad.observation.dtensor import find_unreduced, is_sharded
 from altgrad.observation.stored import get_stored
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.twins.layer_plan import Drawing, LaneKind, Stepped
@@ -44,6 +44,7 @@ class LaneSorter:
         self._gradient_dtypes: dict[str, torch.dtype] = {}  # of layers that had a gradient
         self._key: _Key = ()
         self._names: object = None
+        self._waits = False  # for layers that not all ranks know yet
         self._lanes: Mapping[LaneKind, Sequence[Stepped]] = {}
 
     def sort(self, optimizer: Optimizer) -> Mapping[LaneKind, Sequence[Stepped]]:
@@ -61,7 +62,8 @@ class LaneSorter:
         key = (_describe_parameters(optimizer), *map(id, stored))
         if key != self._key or names is not self._names or not self._lanes:
             self._lanes = self._sort(optimizer, stored)
-            self._key, self._names = key, names
+            # Whether all ranks know a layer, and its scales, is no property of the parameter.
+            self._key, self._names = (() if self._waits else key), names
         return self._lanes
 
     def _sort(
@@ -73,6 +75,7 @@ class LaneSorter:
             for parameter in group["params"]
         }
         lanes: dict[LaneKind, list[Stepped]] = {}
+        self._waits = False
         for name, parameter in self._source.find_stepped(optimizer):
             gradient = parameter.grad
             if not self._can_sample(name, parameter, gradient):
@@ -84,6 +87,8 @@ class LaneSorter:
             place = parameter.dtype, dtype, parameter.device
             for drawing in self._drawings:
                 block = drawing.find_block(parameter.numel())
+                if self._is_torn(name, block, drawing):
+                    continue
                 kind = LaneKind(*place, block, parameter in stored, drawing.packed)
                 lanes.setdefault(kind, []).append(stepped)
         return lanes
@@ -91,12 +96,42 @@ class LaneSorter:
     def _can_sample(self, name: str, parameter: Tensor, gradient: Tensor | None) -> bool:
         if parameter.dtype not in INPUT_DTYPES or not self._source.has_twins(name):
             return False
-        if is_sharded(parameter):
-            self._source.warn_about_omission("has no twins of sharded parameters")
+        if self._source.is_shared:
+            if find_unreduced({name: parameter}):  # a notice of the observer says why
+                return False
+            if not self._source.is_ready(name, parameter):
+                self._waits = True
+                return False
+        elif is_sharded(parameter):
+            self._source.warn_about_omission("has no twins of parameters sharded after attach()")
             return False
         if gradient is not None and gradient.layout != torch.strided:
             self._source.warn_about_omission(f"has no twin of {name}, whose gradient is sparse")
             return False
+        return True
+
+    def _is_torn(self, name: str, block: int, drawing: Drawing) -> bool:
+        """Return True if ranks share a block of a layer, which no rank can then sample; warn.
+
+        Which states an optimizer packs in blocks depends on the size of each local shard, so that
+        no such recipe has twins where ranks share layers.
+
+        Args:
+            name: Name of the layer.
+            block: Number of elements that are drawn together.
+            drawing: What the recipes need to be drawn together.
+        """
+        if drawing.packed is not None and self._source.is_shared:
+            self._source.warn_about_omission(
+                "has no twins of recipes with packed states where several ranks hold the layers"
+            )
+            return True
+        if block == 1 or not self._source.is_shared or not self._source.tears(name, block):
+            return False
+        self._source.warn_about_omission(
+            f"has no twins with blocks of {block} elements of {name}, of which several ranks hold "
+            "parts"
+        )
         return True
 
 
@@ -108,7 +143,9 @@ def _describe_parameters(optimizer: Optimizer) -> _Key:
             p.dtype,
             p.shape,
             p.device,
-            None if p.grad is None else (p.grad.dtype, p.grad.layout),
+            None
+            if p.grad is None
+            else (p.grad.dtype, p.grad.layout, getattr(p.grad, "placements", None)),
         )
         for group in optimizer.param_groups
         for p in group["params"]

@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from altgrad._messages import few
+from altgrad.observation.dtensor import to_local_tensor
 from altgrad.recipes.packed_states import PackedStates
 from altgrad.twins.layout import CHUNK, Bucket, Layout
-from altgrad.twins.sample import Sampled
+from altgrad.twins.sample import Sampled, measure_block_ends
+from altgrad.twins.shard_sample import cut_sample
 from altgrad.twins.twin_source import TwinSource
 
 MOST_BUCKETS = 32
@@ -148,6 +150,21 @@ class Stepped(NamedTuple):
     group: int
 
 
+class SampledNow(NamedTuple):
+    """The elements of a layer that this rank steps, as a state from another run has to have them.
+
+    Attributes:
+        indices: Ascending indices into the flattened layer, int64 (elements) on the CPU.
+        group: Index of the parameter group in the training's optimizer.
+        shape: Shape of the layer, or of its local shard, if it must be stepped in its own shape;
+            otherwise None.
+    """
+
+    indices: Tensor
+    group: int
+    shape: torch.Size | None
+
+
 def draw_layer(source: TwinSource, kind: LaneKind, layer: Stepped) -> Tensor:
     """Draw the elements of a layer that twins step: a small sample of the layer.
 
@@ -226,7 +243,7 @@ class LayerPlan:
         settled = {name for bucket in kept for name in bucket.counts} | self._left_out
         wanted = {*present, *changed}
         new = [each for each in stepped if each.name in wanted and each.name not in settled]
-        begun = self._begin({each.name for each in known}, new)
+        begun = self._begin(optimizer, {each.name for each in known}, new)
         made = self._make_buckets(optimizer, new, present)
         buckets = self._limit(optimizer, kept + made)
         layout = Layout(tuple(buckets))
@@ -237,13 +254,19 @@ class LayerPlan:
             self.layers[name].parameter is not parameters[name] for name in layout.places
         )
         is_new = layout != self.layout or not self._is_arranged or bool(self.renewed)
-        if not (is_new or is_replaced):
-            return False
+        # Layers of which nothing was drawn go: they have no place.
         self.layers = {
             name: self.layers[name]._replace(parameter=parameters[name]) for name in layout.places
         }
+        if not (is_new or is_replaced):
+            return False
         self.layout, self._is_arranged = layout, True
         return True
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Names of the layers beyond the limits of a lane, which have no twins."""
+        return frozenset(self._left_out)
 
     def find_present(self, present: Collection[str]) -> list[bool]:
         """Return for each bucket True if its layers are among those with a gradient.
@@ -280,19 +303,29 @@ class LayerPlan:
             if each.name in self.layers and self.layers[each.name].shape == each.parameter.shape
         ]
 
-    def _draw(self, layer: Stepped) -> Tensor:
-        return draw_layer(self._source, self._kind, layer)
+    def _draw(self, optimizer: Optimizer, layer: Stepped) -> Sampled:
+        """Draw the sample of a layer, and take those of its elements that this rank steps."""
+        name, parameter = layer.name, layer.parameter
+        shape, device = parameter.shape, self._kind.device
+        drawn = draw_layer(self._source, self._kind, layer)
+        if not self._source.is_shared:
+            return Sampled(parameter, shape, drawn.to(device))
+        shard = cut_sample(
+            drawn,
+            lambda indices: self._source.find_part(name, indices),
+            to_local_tensor(parameter).numel(),
+            measure_block_ends(drawn, shape, self._kind.block),
+            rounds_by_place=self._rounds_by_shape(optimizer, layer),
+        ).to(device)
+        return Sampled(parameter, shape, shard.indices, shard)
 
-    def _add_layer(self, layer: Stepped, indices: Tensor) -> None:
-        """Add a layer with its sample, flat indices, int64 (elements) on any device."""
-        shape = layer.parameter.shape
-        self.layers[layer.name] = Sampled(layer.parameter, shape, indices.to(self._kind.device))
-
-    def _begin(self, known: Collection[str], layers: Sequence[Stepped]) -> frozenset[str]:
+    def _begin(
+        self, optimizer: Optimizer, known: Collection[str], layers: Sequence[Stepped]
+    ) -> frozenset[str]:
         """Draw the samples of the layers whose names are not in `known`, and return these names."""
         begun = [each for each in layers if each.name not in known]
-        for each in begun:
-            self._add_layer(each, self._draw(each))
+        # A new dict, as others hold the one before.
+        self.layers = self.layers | {each.name: self._draw(optimizer, each) for each in begun}
         return frozenset(each.name for each in begun)
 
     def _make_buckets(
@@ -310,20 +343,50 @@ class LayerPlan:
         buckets: dict[object, dict[str, int]] = {}
         shapes: dict[object, torch.Size | None] = {}
         for each in layers:
-            count = len(self.layers[each.name].indices)
+            layer = self.layers[each.name]
+            count = len(layer.indices)
             if not count:
                 continue
-            is_small = each.parameter.numel() < CHUNK and self._rounds_by_shape(optimizer, each)
-            kind = each.name if is_small else _describe_state(optimizer, each)
+            shape = self._find_shape(optimizer, each, layer)
+            kind = _describe_state(optimizer, layer) if shape is None else each.name
             key = (kind, each.group, each.name in present)
             buckets.setdefault(key, {})[each.name] = count
-            shapes[key] = each.parameter.shape if is_small else None
+            shapes[key] = shape
         least, most = self._kind.find_limits()
         return [
             Bucket(key[1], part, shapes[key], least)  # type: ignore[index]
             for key, counts in buckets.items()
             for part in _part(counts, most)
         ]
+
+    def _find_shape(
+        self, optimizer: Optimizer, stepped: Stepped, layer: Sampled
+    ) -> torch.Size | None:
+        """Return the shape in which a small layer, or a small shard, is stepped; else None."""
+        shape = layer.weights.shape
+        is_small = shape.numel() < CHUNK and self._rounds_by_shape(optimizer, stepped)
+        return shape if is_small else None
+
+    def describe_samples(
+        self, optimizer: Optimizer, stepped: Sequence[Stepped]
+    ) -> dict[str, SampledNow]:
+        """Return the elements of each layer that this rank is going to step.
+
+        Args:
+            optimizer: The training's optimizer.
+            stepped: The layers that it is about to step.
+
+        Returns:
+            The elements by name of the layer; layers without any are left out.
+        """
+        drawn = [(each, self._draw(optimizer, each)) for each in stepped]
+        return {
+            each.name: SampledNow(
+                layer.indices.cpu(), each.group, self._find_shape(optimizer, each, layer)
+            )
+            for each, layer in drawn
+            if len(layer.indices)
+        }
 
     def _rounds_by_shape(self, optimizer: Optimizer, layer: Stepped) -> bool:
         """Return True if the shape of a small layer may decide how torch rounds it.
@@ -400,10 +463,7 @@ class LayerPlan:
         Returns:
             A dict of plain data and tensors.
         """
-        samples = {
-            name: tuple(_Saved.read(optimizer, each.parameter, each.indices))
-            for name, each in self.layers.items()
-        }
+        samples = {name: tuple(_Saved.read(optimizer, each)) for name, each in self.layers.items()}
         return {
             "buckets": [(b.group, dict(b.counts), b.shape, b.least) for b in self.layout.buckets],
             "samples": samples,
@@ -443,14 +503,17 @@ class LayerPlan:
             saved = self._loaded.pop(each.name, None)
             if saved is None:
                 continue
-            now = _Saved.read(optimizer, each.parameter, saved.indices)
-            has_weights, has_state = _equal(now.weights, saved.weights), now.equals_state(saved)
-            # If weights and states differ, the run went on since; a write would change only one.
-            is_gone = not torch.equal(self._draw(each), saved.indices)
-            if is_gone or not (has_weights or has_state):
+            layer = self._draw(optimizer, each)
+            if not torch.equal(layer.indices.cpu(), saved.indices):
                 gone.append(each.name)
                 continue
-            self._add_layer(each, saved.indices)
+            now = _Saved.read(optimizer, layer)
+            has_weights, has_state = _equal(now.weights, saved.weights), now.equals_state(saved)
+            # If weights and states differ, the run went on since; a write would change only one.
+            if not (has_weights or has_state):
+                gone.append(each.name)
+                continue
+            self.layers[each.name] = layer
             if not has_weights:
                 written.add(each.name)
             if not has_state:
@@ -477,22 +540,21 @@ class _Saved(NamedTuple):
     state: Mapping[str, Tensor]
 
     @classmethod
-    def read(cls, optimizer: Optimizer, parameter: Tensor, indices: Tensor) -> _Saved:
+    def read(cls, optimizer: Optimizer, layer: Sampled) -> _Saved:
         """Return the sampled weights and optimizer states of a layer as they are now, on the CPU.
 
         Args:
             optimizer: The training's optimizer.
-            parameter: The parameter.
-            indices: The sample, flat indices, int64 (elements) on any device.
+            layer: The layer, with the sample.
         """
-        state = optimizer.state.get(parameter, {})
+        weights, places, state = layer.weights, layer.places, layer.read_state(optimizer)
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        own = {n: v for n, v in tensors.items() if v.shape == parameter.shape}
+        own = {n: v for n, v in tensors.items() if v.shape == weights.shape}
         single = {n: v for n, v in tensors.items() if n not in own and v.numel() == 1}
         return cls(
-            indices.cpu(),
-            _take(parameter, indices),
-            {n: _take(v, indices) for n, v in own.items()}
+            layer.indices.cpu(),
+            _take(weights, places),
+            {n: _take(v, places) for n, v in own.items()}
             | {n: v.detach().view(1).cpu().clone() for n, v in single.items()},
         )
 
@@ -526,23 +588,23 @@ def _part(counts: Mapping[str, int], most: int | None) -> Iterator[dict[str, int
     yield part
 
 
-def _describe_state(optimizer: Optimizer, layer: Stepped) -> object:
+def _describe_state(optimizer: Optimizer, layer: Sampled) -> object:
     """Return a key that is equal for layers whose optimizer states have equal names and numbers.
 
     Numbers are counts of steps, for example. Layers with equal keys may be stepped as one
     parameter.
     """
-    state = optimizer.state.get(layer.parameter, {})
+    state = layer.read_state(optimizer)
     # Reading a counter waits for the device, which happens only when a layer is new.
     return tuple((name, _read_number(value, layer)) for name, value in state.items())
 
 
-def _read_number(value: object, layer: Stepped) -> object:
+def _read_number(value: object, layer: Sampled) -> object:
     """Return a state that is one number for all elements of a layer, such as a count of steps.
 
     None for other states.
     """
     if isinstance(value, Tensor):
-        is_number = value.numel() == 1 and value.shape != layer.parameter.shape
+        is_number = value.numel() == 1 and value.shape != layer.weights.shape
         return float(value) if is_number else None
     return value if isinstance(value, (int, float)) else None

@@ -9,7 +9,7 @@ steps of each parameter::
     bucket 0: attn.weight mlp.weight      bucket 1: norm.weight       bucket 2: bias (own shape)
     |---256---|---256---|                 |---64---|                  |-10-|
 
-Read `altgrad.recipes.names` first; `sample` comes next, and draws the elements.
+Read `altgrad.recipes.names` first; `shard_sample` comes next.
 """
 
 from __future__ import annotations

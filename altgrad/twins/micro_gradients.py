@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.optimizers import check_not_captured
 from altgrad.recipes.recipe import Recipe
 from altgrad.recipes.rounding_generators import RoundingGenerators
@@ -146,6 +147,7 @@ class MicroGradients:
             and gradient.dtype == self._kind.gradient_dtype
             and gradient.device == self._kind.device
             and gradient.shape == layer.shape
+            and not is_sharded(gradient)
         )
 
     def _add_waiting(self) -> None:

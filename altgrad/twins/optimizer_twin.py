@@ -166,7 +166,7 @@ class OptimizerTwin(Twin):
         place = self.layout.places[name]
         positions = torch.arange(place.start - start, place.stop - start, device="cpu")
         return own.keys() == state.keys() and all(
-            is_same_state(own[key], positions, value, layer.indices) for key, value in state.items()
+            is_same_state(own[key], positions, value, layer.places) for key, value in state.items()
         )
 
     def rearrange(self, new: Arrangement) -> None:
@@ -464,6 +464,8 @@ class OptimizerTwin(Twin):
             The optimizers, each with the index of the training's group for each of its own groups.
         """
         numbers = sorted({bucket.group for bucket in new.layout.buckets})
+        if not numbers:  # other ranks hold all sampled elements
+            return []
         pairs = [*zip(new.layout.buckets, self._parameters, strict=True)]
         groups = [(n, [p for bucket, p in pairs if bucket.group == n]) for n in numbers]
         maker = self.recipe.maker
@@ -487,13 +489,13 @@ class OptimizerTwin(Twin):
         It is empty if the recipe makes its own optimizer.
         """
         layers = [new.layers[name] for name in bucket.counts]
-        states = [new.optimizer.state.get(each.parameter, {}) for each in layers]
+        states = [each.read_state(new.optimizer) for each in layers]
         if not any(states) or self.recipe.optimizer is not None:
             return {}
         return take_state(
             states,
-            [each.parameter.shape for each in layers],
-            [each.indices for each in layers],
+            [each.weights.shape for each in layers],
+            [each.places for each in layers],
             bucket.length,
             dtype=self.dtype,
             real_dtype=layers[0].parameter.dtype,

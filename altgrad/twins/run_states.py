@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from altgrad.observation.dtensor import is_sharded, to_local_tensor
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.twins.layer_plan import Stepped
 from altgrad.twins.layout import Layout
 from altgrad.twins.sample import Sampled
-from altgrad.twins.writes import count_writes_to_each
+from altgrad.twins.writes import count_writes, count_writes_to_each
 
 
 class RunStates:
@@ -113,13 +114,13 @@ def gather_states(
     states: dict[str, Tensor] = {}
     for name, place in layout.places.items():
         layer = layers[name]
-        for key, value in optimizer.state.get(layer.parameter, {}).items():
+        for key, value in layer.read_state(optimizer).items():
             if type(value) is not Tensor or value.dtype not in INPUT_DTYPES:
                 continue
-            if value.shape == layer.shape:
+            if value.shape == layer.weights.shape:
                 dtype = torch.promote_types(value.dtype, torch.float32)
                 flat = states.setdefault(key, torch.zeros_like(weights, dtype=dtype))
-                taken = torch.take(value, layer.indices.to(value.device))
+                taken = torch.take(value, layer.places.to(value.device))
                 flat[place] = taken.to(flat.device, flat.dtype)
     return states
 
@@ -132,7 +133,11 @@ def _read_writes(optimizer: Optimizer, stepped: Sequence[Stepped]) -> _Writes:
     states = [state.get(each.parameter, _NO_STATE) for each in stepped]
     values = [value for each in states for value in each.values()]
     tensors = [value for value in values if isinstance(value, Tensor)]
-    return _Writes(stepped, states, values, count_writes_to_each(tensors))
+    counts = count_writes_to_each(tensors)
+    for number, value in enumerate(tensors):
+        if is_sharded(value):  # torch counts writes to the local shard apart
+            counts[number] += count_writes(to_local_tensor(value))
+    return _Writes(stepped, states, values, counts)
 
 
 def _are_identical(one: list[Any], other: list[Any]) -> bool:

@@ -57,7 +57,7 @@ class RunWeights:
         self._layers: Mapping[str, Sampled] = {}
         self._layout = Layout()
         self._places: list[Tensor] = []  # parts of `values`, one for each layer
-        self._versions: tuple[list[int], list[int]] = [], []
+        self._versions: tuple[list[int], ...] = ([], [])
         self.values = torch.zeros(0, dtype=kind.dtype, device=kind.device)
         self.rows = self.layer_rows = torch.zeros(0, dtype=torch.int64, device=kind.device)
         self.mask = torch.zeros(0, dtype=torch.bool, device=kind.device)
@@ -98,6 +98,9 @@ class RunWeights:
             for each, shape in zip(layers.values(), shapes, strict=True)
         ]
         rows, mask = layout.find_rows(names, columns)
+        for row, own, each in zip(mask, columns, layers.values(), strict=True):
+            if each.shard is not None:
+                row[own] &= each.shard.is_counted.cpu()
         self.blocks = tuple(get_block_size(shape, self._kind.block) for shape in shapes)
         self.block_counts = tuple(
             int(own[-1]) // size + 1 if size > 1 else 0
@@ -137,7 +140,7 @@ class RunWeights:
     def gather(self) -> Tensor:
         """Gather the weights as they are now into `values`, (elements), and return it."""
         for layer, place in zip(self._layers.values(), self._places, strict=True):
-            torch.take(layer.parameter, layer.indices, out=place)
+            torch.take(layer.weights, layer.places, out=place)
         return self.values
 
     def check(self, reference: TwinTensors, spacings: Tensor | None = None) -> Tensor:
@@ -191,13 +194,18 @@ class RunWeights:
         if self.is_watching:
             self.gather()
 
-    def _read_versions(self) -> tuple[list[int], list[int]]:
-        """Return two lists: for each layer, the number of writes to it, and its address.
+    def _read_versions(self) -> tuple[list[int], ...]:
+        """Return lists with, for each layer, the number of writes to it, and its address.
 
-        A write as by `p.data = …` changes the address.
+        A write as by `p.data = …` changes the address. torch counts writes to a DTensor apart from
+        those to its local shard.
         """
-        parameters = [each.parameter for each in self._layers.values()]
-        return count_writes_to_each(parameters), [*map(Tensor.data_ptr, parameters)]
+        layers = self._layers.values()
+        held = [each.weights for each in layers]
+        lists = count_writes_to_each(held), [*map(Tensor.data_ptr, held)]
+        if all(each.shard is None for each in layers):
+            return lists
+        return (*lists, count_writes_to_each([each.parameter for each in layers]))
 
     def find_written(self) -> list[str]:
         """Return the layers to which torch has counted a write since `remember_writes`."""
@@ -244,8 +252,8 @@ class RunWeights:
         Returns:
             bool (layers).
         """
-        is_written = torch.tensor([name in written for name in self._layers], device="cpu")
-        is_written = is_written.to(self._kind.device)
+        each = [name in written for name in self._layers]
+        is_written = torch.tensor(each, dtype=torch.bool, device="cpu").to(self._kind.device)
         if not is_checkable:
             return is_written
         self._suspected = find_suspected(self._compare(reference)) & ~is_written

@@ -4,19 +4,22 @@ Only elements up to the last full chunk of 64 are drawn, since torch may round t
 way (`layout` says why). Layers of fewer than 64 elements are taken whole. If elements share scales
 in blocks, whole blocks are drawn.
 
-Read `layout` first; `twin_tensors` comes next.
+Read `shard_sample` first; `twin_tensors` comes next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from altgrad.observation.dtensor import get_local_gradients, to_local_tensor
 from altgrad.quantization.formats import Scaling
 from altgrad.twins.layout import CHUNK
+from altgrad.twins.shard_sample import ShardSample
 
 Draw: TypeAlias = Callable[[str, Sequence[int], int, int], Tensor | None]
 """A function that draws elements of a layer uniformly.
@@ -35,11 +38,43 @@ class Sampled(NamedTuple):
         shape: The shape of the parameter when the sample was drawn.
         indices: The sample, as ascending flat indices, int64 (elements) on the device of the
             parameter.
+        shard: The same elements in the local shard of this rank, if several ranks hold the layer;
+            None if this process has the whole layer.
     """
 
     parameter: Tensor
     shape: torch.Size
     indices: Tensor
+    shard: ShardSample | None = None
+
+    @property
+    def places(self) -> Tensor:
+        """The indices of the sample in the flattened tensor that this rank holds of the layer."""
+        return self.indices if self.shard is None else self.shard.local
+
+    @property
+    def size(self) -> int:
+        """The number of sampled elements that figures count."""
+        return len(self.indices) if self.shard is None else int(self.shard.is_counted.sum())
+
+    @property
+    def weights(self) -> Tensor:
+        """The parameter, or the local shard that this rank holds of it."""
+        return self.parameter if self.shard is None else to_local_tensor(self.parameter)
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient of `weights`, which must be there, as a dense tensor."""
+        if self.shard is None:
+            return self.parameter.grad  # type: ignore[return-value]
+        return get_local_gradients([self.parameter])[0]
+
+    def read_state(self, optimizer: Optimizer) -> Mapping[str, Any]:
+        """Return the optimizer's state of the layer, by name; of tensors the local shard alone."""
+        state: Mapping[str, Any] = optimizer.state.get(self.parameter, {})
+        if self.shard is None:
+            return state
+        return {name: to_local_tensor(value) for name, value in state.items()}
 
 
 def draw_sample(draw: Draw, name: str, shape: Sequence[int], most: int, block: int) -> Tensor:
@@ -69,11 +104,24 @@ def draw_sample(draw: Draw, name: str, shape: Sequence[int], most: int, block: i
     drawn = draw(name, shape, most, block)
     if drawn is None:
         drawn = torch.arange(numel, device="cpu")
-    row, size = get_row(shape), get_block_size(shape, block)
-    within = drawn % row
-    ends = drawn - within + (within - within % size + size).clamp(max=row)
-    inside = drawn[ends <= body]
+    inside = drawn[drawn + measure_block_ends(drawn, shape, block) <= body]
     return inside if len(inside) else drawn
+
+
+def measure_block_ends(indices: Tensor, shape: Sequence[int], block: int) -> Tensor:
+    """Return for each element how many elements on its block ends; 1 for single elements.
+
+    Args:
+        indices: Indices into the flattened layer, int64 (elements).
+        shape: Shape of the layer.
+        block: Number of neighbours along the last dimension that are drawn together.
+
+    Returns:
+        int64 (elements).
+    """
+    row, size = get_row(shape), get_block_size(shape, block)
+    within = indices % row
+    return (within - within % size + size).clamp(max=row) - within
 
 
 def get_row(shape: Sequence[int]) -> int:

@@ -27,19 +27,55 @@ class TwinSource(Protocol):
     Attributes:
         scaling: The elements that share a scale: ``"tensor"``, ``"channel"`` (along dimension 0),
             ``("block", size)``, or None for no scale.
-        seed: Seed of the samples and of stochastic rounding.
+        most_elements: The largest number of sampled elements of a layer on all ranks together;
+            equal on each.
     """
 
     scaling: Scaling | None
-    seed: int
+    most_elements: int
+
+    @property
+    def seed(self) -> int:
+        """Seed of stochastic rounding; another one on each rank."""
 
     @property
     def names(self) -> Mapping[Tensor, str]:
         """The name of each parameter; a new dict once names have been read again."""
 
     @property
-    def can_step(self) -> bool:
-        """False if no samples can be stepped, because several ranks share the parameters."""
+    def is_shared(self) -> bool:
+        """True if several ranks hold the layers, so that each rank steps a part of each sample."""
+
+    def is_ready(self, name: str, parameter: Tensor) -> bool:
+        """Return True once all ranks know a layer that they share, and the scales of its formats.
+
+        Scales are computed by all ranks together, before an observed step.
+
+        Args:
+            name: Name of the layer.
+            parameter: Its parameter.
+        """
+
+    def tears(self, name: str, block: int) -> bool:
+        """Return True if several ranks hold parts of a block of a layer, whose scale they share.
+
+        Args:
+            name: Name of the layer, which `is_ready`.
+            block: Number of neighbours along the last dimension in a block.
+        """
+
+    def find_part(self, name: str, indices: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Find which elements of a layer that several ranks hold this rank has to step.
+
+        Args:
+            name: Name of the layer, which `is_ready`.
+            indices: Elements of the whole layer, ascending flat indices, int64 (elements) on the
+                CPU; None for all.
+
+        Returns:
+            Those that this rank steps, and the same as indices into its flattened local shard,
+            int64 (elements) on the CPU. Empty if another rank steps this replica.
+        """
 
     def find_stepped(self, optimizer: Optimizer) -> Sequence[tuple[str, Tensor]]:
         """Return name and parameter of each layer that an optimizer steps."""
@@ -74,6 +110,9 @@ class TwinSource(Protocol):
 
     def warn(self, notice: str) -> None:
         """Show the user a notice, unless the same one was shown before."""
+
+    def warn_here(self, notice: str) -> None:
+        """Show a notice that concerns this rank alone, unless the same one was shown before."""
 
     def warn_about_omission(self, notice: str) -> None:
         """Show a notice about layers that are not sampled, if the user has named recipes."""

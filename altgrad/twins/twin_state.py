@@ -5,7 +5,7 @@ A damaged checkpoint is then an error where it is loaded, and not later in a ste
 similar layers. The state is a tree: lanes, their twins, and the tensors and optimizer states of
 these.
 
-Read `lane` first, which writes it; `twins` comes next, and loads it.
+Read `lane` first, which writes it; `lane_pieces` comes next, and `twins` loads it.
 """
 
 from __future__ import annotations

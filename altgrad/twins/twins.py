@@ -5,7 +5,7 @@ A *twin* is a recipe at work on a sample of each layer of the *run*, the trainin
 are recorded, a monitor calls `measure`, and then `read` with the result on the host. Layers are
 sorted into *lanes*, whose twins are stepped together.
 
-Read `twin_state` first. This is the last file of the room; `altgrad.monitor.monitor` comes next.
+Read `rank_states` first. This is the last file of the room; `altgrad.monitor.monitor` comes next.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from hashlib import sha256
 from typing import Any
@@ -25,16 +25,17 @@ from torch.optim import Optimizer
 
 from altgrad._messages import few
 from altgrad.measurement.numbers import Numbers
-from altgrad.measurement.twin_figures import TwinValues
+from altgrad.measurement.twin_parts import TwinPart, TwinShare
 from altgrad.observation.observer import describe_error
 from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import get_applied_scaling
-from altgrad.recipes.recipe import Recipe
+from altgrad.recipes.recipe import NOW, Recipe
 from altgrad.recipes.rounding_generators import RoundingGenerators
 from altgrad.twins.batch_norm import BatchStatistic
 from altgrad.twins.generators import may_draw
 from altgrad.twins.hyperparameters import Changes, HyperparameterFollower
 from altgrad.twins.lane import Lane, LaneSums
+from altgrad.twins.lane_pieces import join_pieces
 from altgrad.twins.lane_sorter import LaneSorter
 from altgrad.twins.layer_plan import Drawing, LaneKind, Stepped
 from altgrad.twins.micro_gradients import MicroGradients
@@ -89,7 +90,7 @@ class Twins:
         self._loaded: list[Mapping[str, Any]] = []  # lanes of a checkpoint, until their first step
         self._recipes: dict[Drawing, tuple[Recipe, ...]] = {}
         for recipe in recipes:
-            drawing = _find_drawing(recipe, source.scaling)
+            drawing = find_drawing(recipe, source.scaling)
             self._recipes[drawing] = (*self._recipes.get(drawing, ()), recipe)
         self._rounding = {  # of sums of gradients
             each.name: RoundingGenerators(_derive_seed(source.seed, each.name))
@@ -97,6 +98,7 @@ class Twins:
             if each.accumulate is not None
         }
         self._runs: WeakKeyDictionary[Optimizer, _Run] = WeakKeyDictionary()
+        self._missing: set[tuple[str, str]] = set()  # recipe and layer, in the last observed step
         self._is_ended = not recipes
 
     @property
@@ -104,14 +106,15 @@ class Twins:
         """The result of the last self-check of each layer, by name.
 
         The check compares the reference twin, a sample that is stepped as the training is, with the
-        training itself. A layer may have several samples, such as one of whole blocks; the worst
-        result counts.
+        training itself. A layer may have several samples, such as one of whole blocks, and several
+        ranks may step a part; the worst result counts.
         """
-        worst: dict[str, Check] = {}
-        for checks in self._checks.values():
-            for name, check in checks.items():
-                worst[name] = max(check, worst.get(name, check), key=[*Check].index)
-        return worst
+        return _find_worst(self._checks.values())
+
+    @property
+    def _own_checks(self) -> dict[str, Check]:
+        """The results of the self-checks of this rank."""
+        return _find_worst([each for kind, each in self._checks.items() if kind != _RANKS])
 
     @property
     def lanes(self) -> list[Lane]:
@@ -154,7 +157,7 @@ class Twins:
         Args:
             optimizers: The optimizers of the training that are observed from now on.
         """
-        if self._is_ended or not self._source.can_step or not self._rounding:
+        if self._is_ended or not self._rounding:
             return
         with self._lock, self._ending_after_an_error():
             if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -219,7 +222,7 @@ class Twins:
             optimizer: The training's optimizer.
             is_observed: True if the step is observed, so that the twins are measured after it.
         """
-        if self._is_ended or not self._source.can_step:
+        if self._is_ended:
             return
         with self._lock, self._ending_after_an_error():
             self._capture(optimizer, self._get_run(optimizer), is_observed=is_observed)
@@ -245,7 +248,7 @@ class Twins:
                     averages=self._averages,
                 )
                 run.lanes[kind] = lane
-                if self._restore(lane, kind, [each.name for each in stepped]):
+                if self._restore(lane, kind, optimizer, stepped):
                     run.checked.add(kind)
                     run.draws |= lane.rounds_itself and run.may_draw
             if lane.is_empty:
@@ -278,7 +281,7 @@ class Twins:
         Raises:
             RuntimeError: `capture` was not called, and `strict` is True.
         """
-        if self._is_ended or not self._source.can_step:
+        if self._is_ended:
             return
         with self._lock, self._ending_after_an_error():
             if unseen:
@@ -328,8 +331,8 @@ class Twins:
 
     def read(
         self, optimizer: Optimizer, sums: Sequence[LaneSums], numbers: Sequence[Numbers]
-    ) -> TwinValues | None:
-        """Return the figures of the twins, from what `measure` returned, and act on the self-check.
+    ) -> TwinShare:
+        """Return the sums of the twins, from what `measure` returned, and act on the self-check.
 
         The self-check compares a sample that is stepped as the training is with the training. Where
         they differ, twins go on by adding its updates.
@@ -337,34 +340,74 @@ class Twins:
         Args:
             optimizer: The training's optimizer.
             sums: The result of `measure`.
-            numbers: Its tensors on the host: values and counts of each lane in turn.
+            numbers: `LaneSums.tensors` of each lane in turn, on the host; empty after an error.
 
         Returns:
-            The figures of the twins of all layers; None if nothing was measured.
+            The sums of the twins of all layers.
         """
+        run, parts = self._runs.get(optimizer), []
+        missing = self._find_missing(optimizer) if self._source.is_shared else {}
+        if run is not None and numbers:
+            following = iter(numbers)
+            for kind, each in zip(run.captured, sums, strict=True):
+                values, counts, *bins = (next(following) for _ in each.tensors)
+                followed = run.lanes[kind].follows_updates
+                self._read_counts(optimizer, kind, each.layers, counts, is_measured=True)
+                if not run.draws:
+                    run.lanes[kind].read_averages(counts[:, len(COUNTS) :])
+                if followed == run.lanes[kind].follows_updates:
+                    parts.append(_read_part(each, values, *bins))
+                    continue
+                # Twins that turn out to be wrong have no figures in this record.
+                for recipe in each.recipes:
+                    missing.setdefault(recipe, set()).update(each.layers)
+        own = {name: [*Check].index(check) for name, check in self._own_checks.items()}
+        return TwinShare(parts, missing, own if self._source.is_shared else {})
+
+    def _find_missing(self, optimizer: Optimizer) -> dict[str, set[str]]:
+        """Return for each recipe the layers that this rank should step a part of, and does not."""
+        missing: dict[str, set[str]] = {recipe.name: set() for recipe in self.recipes}
+        if self._is_ended:
+            stepped = self._source.find_stepped(optimizer)
+            wanted = {n: p.dtype for n, p in stepped if self._source.has_twins(n)}
+            low = {name for name, dtype in wanted.items() if dtype.itemsize < 4}
+            return {**{recipe: {*wanted} for recipe in missing}, NOW: low}
         run = self._runs.get(optimizer)
-        if run is None or not sums:
-            return None
-        right = []
-        triples = zip(sums, numbers[::2], numbers[1::2], strict=True)
-        for kind, (each, values, counts) in zip(run.captured, triples, strict=True):
-            followed = run.lanes[kind].follows_updates
-            self._read_counts(optimizer, kind, each.layers, counts, is_measured=True)
-            if not run.draws:
-                run.lanes[kind].read_averages(counts[:, len(COUNTS) :])
-            # Twins that turn out to be wrong have no figures in this record.
-            if followed == run.lanes[kind].follows_updates:
-                names = each.layers, each.recipes, each.states
-                right.append(
-                    TwinValues.read(
-                        names,
-                        values,
-                        sizes=each.sizes,
-                        populations=each.populations,
-                        blocks=each.blocks,
-                    )
-                )
-        return TwinValues.join(right) if right else None
+        for lane in () if run is None else run.lanes.values():
+            for recipe, names in lane.find_missing().items():
+                missing.setdefault(recipe, set()).update(names)
+        return missing
+
+    def note_ranks(self, share: TwinShare) -> None:
+        """Note what all ranks together have measured in a step.
+
+        Args:
+            share: The sums of all ranks, with the worst result of each self-check, and the layers
+                that a rank does not step.
+        """
+        others = {name: [*Check][place] for name, place in share.checks.items()}
+        self._checks[_RANKS] = others
+        own = self._own_checks
+        if wrong := [
+            name
+            for name, check in others.items()
+            if check is Check.DIFFERENT and own.get(name) is not check
+        ]:
+            self._source.warn(
+                f"has twins that differ from the run in {few(wrong)} on another rank: the "
+                "optimizer does not work element by element there"
+            )
+        missing = {(recipe, name) for recipe, names in share.missing.items() for name in names}
+        again, self._missing = missing & self._missing, missing
+        by_layers: dict[tuple[str, ...], list[str]] = {}
+        for recipe in share.missing:
+            if names := tuple(sorted(name for each, name in again if each == recipe)):
+                by_layers.setdefault(names, []).append(recipe)
+        for absent, recipes in by_layers.items():
+            self._source.warn(
+                f"has no figures of the twins of {few(recipes)} in {few(absent)}: a rank steps no "
+                "more of its elements"
+            )
 
     @contextmanager
     def _ending_after_an_error(self) -> Iterator[None]:
@@ -378,7 +421,7 @@ class Twins:
             self._forget_runs()
             if self._strict:
                 raise
-            self._source.warn(f"ends all twins after an error: {describe_error(error)}")
+            self._source.warn_here(f"ends all twins after an error: {describe_error(error)}")
 
     def stop(self) -> None:
         """Remove the hooks on layers, since no step is shown any more.
@@ -481,18 +524,36 @@ class Twins:
         for name in self._rounding.keys() & state["sum_rounding"].keys():
             self._rounding[name].load_state_dict(copy.deepcopy(state["sum_rounding"][name]))
 
-    def _restore(self, lane: Lane, kind: LaneKind, names: Collection[str]) -> bool:
-        """Restore a lane, a set of layers, from a loaded one of its kind with some of these layers.
+    def _restore(
+        self, lane: Lane, kind: LaneKind, optimizer: Optimizer, stepped: Sequence[Stepped]
+    ) -> bool:
+        """Restore a lane, a set of layers, from loaded ones of its kind with some of these layers.
+
+        There are several loaded ones if several ranks shared the layers.
 
         Returns:
             True if there is such a lane, and it was restored.
         """
-        for each in self._loaded:
-            known = {name for _, counts, *_ in each["buckets"] for name in counts}
-            if each["kind"] == kind.describe() and not known.isdisjoint(names):
-                self._loaded.remove(each)
-                return self._load_lane(lane, each)
-        return False
+        names = {each.name for each in stepped}
+        pieces = [
+            each
+            for each in self._loaded
+            if each["kind"] == kind.describe() and not names.isdisjoint(each["samples"])
+        ]
+        self._loaded = [each for each in self._loaded if not any(each is one for one in pieces)]
+        if len(pieces) == 1 and not self._source.is_shared:
+            return self._load_lane(lane, pieces[0])
+        if not pieces:
+            return False
+        wanted = lane.describe_samples(optimizer, stepped)
+        state = join_pieces(pieces, wanted)
+        known = {name for each in pieces for name in each["samples"]}
+        if lost := [n for n in wanted if n in known and (not state or n not in state["samples"])]:
+            self._source.warn(
+                f"has the twins of {few(lost)} begin anew: the restored state has other elements, "
+                "since another number of ranks held the layers"
+            )
+        return state is not None and self._load_lane(lane, state)
 
     def _load_lane(self, lane: Lane, state: Mapping[str, Any]) -> bool:
         """Restore a lane, a set of layers, unless it has recipes that are not in the state.
@@ -531,11 +592,48 @@ class Twins:
         return sum(lane.nbytes() for lane in self.lanes) + sum(each.nbytes() for each in sums)
 
 
-def _find_drawing(recipe: Recipe, scaling: Scaling | None) -> Drawing:
+_RANKS = "ranks"
+"""The key of the self-checks of all ranks together, beside those of each kind of lane."""
+
+
+def _find_worst(each: Iterable[Mapping[str, Check]]) -> dict[str, Check]:
+    """Return the worst result of several self-checks of each layer, by name."""
+    worst: dict[str, Check] = {}
+    for checks in each:
+        for name, check in checks.items():
+            worst[name] = max(check, worst.get(name, check), key=[*Check].index)
+    return worst
+
+
+def _read_part(sums: LaneSums, values: Numbers, bins: Numbers | None = None) -> TwinPart:
+    """Return the sums of a lane, a set of layers, with the measurements on the host.
+
+    Args:
+        sums: The measurements on the device.
+        values: `LaneSums.values` on the host.
+        bins: `LaneSums.bins` on the host.
+    """
+    return TwinPart(
+        sums.layers,
+        sums.recipes,
+        sums.states,
+        values,
+        sums.sizes,
+        sums.populations,
+        sums.blocks,
+        bins,
+    )
+
+
+def find_drawing(recipe: Recipe, scaling: Scaling | None) -> Drawing:
     """Return how many neighbouring elements to draw together, so that blocks are whole.
 
     The elements of a block share a scale in a format of the recipe, or in the states of its
     optimizer. The least common multiple of several sizes is drawn.
+
+    Args:
+        recipe: The recipe.
+        scaling: The elements that share a scale, as in `altgrad.measure`.
 
     Raises:
         ValueError: A format and the states of the optimizer have blocks.

@@ -51,8 +51,9 @@ def plain(record: StepRecord) -> str:
 
 
 def _list_figures(figures: Figures) -> list[tuple[str, float]]:
-    """Return all figures but those of twins, which only a rank alone steps."""
-    return [(key, figures[key]) for key in figure_keys(figures.formats)]
+    """Return all figures, with those of twins but for ratios, which ranks read from bins."""
+    own = [(key, figures[key]) for key in figure_keys(figures.formats)]
+    return own + [each for each in figures.twins.items() if "_ratio/" not in each[0]]
 
 
 def _compare_layer(figures: Figures, expected: Figures) -> Iterator[str]:
@@ -63,7 +64,7 @@ def _compare_layer(figures: Figures, expected: Figures) -> Iterator[str]:
     for own, other in zip(_histograms(figures), _histograms(expected), strict=True):
         if own != other:
             yield f"bins {own} for {other}"
-    for key in figure_keys(expected.formats):  # twins are those of one process
+    for key in figure_keys(expected.formats):
         truth = expected[key]
         if not _is_near(figures[key], truth, _tolerance(key, expected)):
             yield f"{key}: {figures[key]} for {truth}"

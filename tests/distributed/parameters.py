@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from altgrad.distributed.together import Together
+from altgrad.distributed.twin_message import TwinPlan
 from altgrad.quantization.block_formats import get_formats
 from altgrad.quantization.format_set import FormatSet
 
@@ -20,6 +21,7 @@ class Parameters:
         self.parameters = parameters
         self.indices = indices
         self.formats = FormatSet(get_formats("bf16"), "tensor")
+        self.twins = TwinPlan()
         self.left_out: list[str] = []
 
     def measured_by(self, optimizer: torch.optim.Optimizer) -> tuple[str, ...]:

@@ -14,8 +14,10 @@ from torch.distributed.fsdp import fully_shard
 
 from altgrad import UpdateMonitor
 from altgrad.distributed.host_group import HostGroup
+from altgrad.distributed.twin_message import TwinPlan
 from altgrad.measurement.columns import max_count, sum_count
 from altgrad.monitor.scale_state import STEPS_PER_SCALE
+from altgrad.recipes.names import find_default_recipes
 from tests.distributed.listening import Listening, Said
 from tests.distributed.training import refused
 
@@ -67,10 +69,10 @@ def test_an_observed_step_makes_two_all_reduces_and_other_steps_make_none(
 ) -> None:
     first, second = two(listen, layers, formats)
     assert first == second
-    kinds = len(formats)
-    sums = layers * sum_count(kinds) * FLOAT64
-    maxima = (layers * (max_count(kinds) + 1) + 7) * FLOAT64
-    step = [("allreduce", sums), ("allreduce", maxima)]
+    kinds, twins = len(formats), TwinPlan([*find_default_recipes(formats), "now"], 256)
+    sums = layers * (sum_count(kinds) + twins.sum_count) * FLOAT64
+    maxima = layers * (max_count(kinds) + 1 + twins.max_count) + twins.name_count + 7
+    step = [("allreduce", sums), ("allreduce", maxima * FLOAT64)]
     is_scaled = "e4m3fn" in formats
     scales = [("allreduce", layers * FLOAT64)] * is_scaled
     assert first["first"] == scales + step
@@ -78,7 +80,8 @@ def test_an_observed_step_makes_two_all_reduces_and_other_steps_make_none(
     assert first["not observed"] == []
     if layers == 10:
         assert first["refresh"] == scales + step
-    assert first["attach"] == first["checkpoint"] == []
+    assert first["attach"] == scales  # for twins, which make every step
+    assert [name for name, _ in first["checkpoint"]] == ["allreduce"]  # the state of twins
 
 
 def texts(rank: int) -> dict[str, Any]:
@@ -116,9 +119,12 @@ def test_texts_are_exchanged_only_by_calls_between_steps_and_after_an_error(two)
         # A digest of all settings that must be alike.
         ((call, length),) = said["attach"]
         assert (call, length < 100) == ("attach()", True)
-        # For each of 16 elements a bit for "ever moved", and one for each format.
-        ((call, length),) = said["checkpoint"]
-        assert (call, length < 1000 * 3 * 16 // 8) == ("state_dict()", True)
+        # For each of 16 elements a bit for "ever moved", and one for each format. Then the length
+        # of the state of twins.
+        flags, twins = said["checkpoint"]
+        assert [call for call, _ in (flags, twins)] == ["state_dict()"] * 2
+        assert flags[1] < 1000 * 3 * 16 // 8
+        assert twins[1] < 10
         assert said["numbers"] == ["allreduce", "allreduce"]
         ((call, length),) = said["failed"]
         assert (call, length > len("null")) == ("optimizer.step()", rank == 1)

@@ -49,6 +49,7 @@ def different_states(rank: int) -> str:
 DIFFERENT = {
     "scaling": lambda rank: with_settings(scaling="tensor" if rank else "channel"),
     "seed": lambda rank: with_settings(seed=rank),
+    "recipes": lambda rank: with_settings(recipes=[["bf16", "bf16-sr"][rank]]),
     "budget": lambda rank: with_settings(overhead_budget=0.1 * (rank + 1)),
     "formats": lambda rank: with_settings(formats=["bf16", "e5m2"][: rank + 1]),
     "max_elements": lambda rank: with_settings(max_elements=100 + rank),
@@ -66,6 +67,7 @@ def different(rank: int, what: str) -> str:
     [
         ("scaling", "setting scaling='channel'", "setting scaling='tensor'"),
         ("seed", "setting seed=0", "setting seed=1"),
+        ("recipes", "setting recipes={'bf16'", "setting recipes={'bf16-sr'"),
         ("budget", "setting overhead_budget=0.1", "setting overhead_budget=0.2"),
         ("formats", "setting formats=", "setting formats="),
         ("max_elements", "sampling rows.weight=LayerSampling(", "max_elements=101"),

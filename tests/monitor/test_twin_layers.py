@@ -9,11 +9,12 @@ from torch import nn
 from altgrad.distributed.peers import Alone
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.monitor.scale_state import ScaleState
-from altgrad.monitor.twin_layers import TwinLayers
+from altgrad.monitor.twin_layers import TwinLayers, count_most_sampled
 from altgrad.observation.parameter_names import ParameterRegistry
 from altgrad.observation.rules import SamplingRule
 from altgrad.quantization.block_formats import get_formats
 from altgrad.quantization.format_set import FormatSet
+from altgrad.recipes import Recipe
 
 FORMATS = get_formats(["bf16", "e4m3fn"])
 
@@ -48,6 +49,8 @@ class Layered:
             ScaleState(formats),
             lambda: self.peers,
             self.notices.append,
+            warn_here=self.notices.append,
+            most_elements=256,
             warns_about_omissions=is_named,
         )
 
@@ -83,11 +86,33 @@ def test_each_element_has_the_amax_of_its_scale(scaling) -> None:
     assert torch.equal(groups.expand(len(indices)), rows.expand(len(indices)))
 
 
-def test_twins_stand_still_where_ranks_share_parameters() -> None:
+def test_layers_of_a_single_process_are_ready_and_whole() -> None:
     layered = Layered()
-    assert layered.layers.can_step
-    layered.peers.size = 2
-    assert not layered.layers.can_step
+    weight = layered.net["a"].weight
+    assert not layered.layers.is_shared
+    assert not layered.layers.tears("a.weight", 16)
+    assert not layered.layers.is_ready("a.weight", weight)  # e4m3fn needs its scale
+    layered.layers.find_amaxes("a.weight", torch.arange(4))
+    assert layered.layers.is_ready("a.weight", weight)
+    indices = torch.tensor([3, 5])
+    for found in layered.layers.find_part("a.weight", indices):
+        assert torch.equal(found, indices)
+
+
+def test_each_rank_has_random_numbers_of_its_own_and_the_same_samples() -> None:
+    layered = Layered()
+    seed, drawn = layered.layers.seed, layered.layers.draw("a.weight", torch.Size([32, 32]), 1)
+    layered.peers.rank = 1
+    assert layered.layers.seed != seed
+    assert torch.equal(layered.layers.draw("a.weight", torch.Size([32, 32]), 1), drawn)
+
+
+def test_the_largest_sample_is_the_wanted_size_or_a_whole_block() -> None:
+    plain, block = Recipe("plain", weights="bf16"), Recipe("block", weights="mxfp8_e4m3")
+    eight = Recipe("eight", weights="e4m3fn")
+    assert count_most_sampled([256, 1024, 0], [plain], "tensor") == 1024
+    assert count_most_sampled([16], [plain, block], "tensor") == 63
+    assert count_most_sampled([16], [plain, eight], ("block", 128)) == 128
 
 
 def test_omissions_are_told_if_the_user_has_named_recipes() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from altgrad import SamplingRule
+from altgrad.distributed.twin_message import TwinPlan
 from altgrad.monitor.elements import sample_elements
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.monitor.watch import Watch
@@ -35,7 +36,7 @@ def make_watch(model: nn.Module, **options: Any) -> tuple[Watch, list[str]]:
     own = {"every_n_steps": 1, "max_elements": 100, "seed": 0} | options
     names = [*registry.names.values()]
     settings = LayerSettings(names, rules, FORMATS, FORMATS.formats, **own)
-    return Watch(registry, settings, FORMATS, decides, said.append), said
+    return Watch(registry, settings, FORMATS, decides, said.append, TwinPlan()), said
 
 
 def decides() -> Mapping[str, Mapping[str, object]]:

@@ -18,6 +18,8 @@ from altgrad.twins.layer_plan import Drawing
 class Source:
     """All layers of a net but one, each with twins."""
 
+    is_shared = False
+
     def __init__(self, net: nn.Module) -> None:
         self.net = net
         self.names = {parameter: name for name, parameter in net.named_parameters()}

@@ -18,6 +18,8 @@ FLOAT32 = LaneKind(torch.float32, torch.float32, torch.device("cpu"), 1)
 class Source:
     """Layers whose samples are their first 64 elements."""
 
+    is_shared = False
+
     def __init__(self) -> None:
         self.notices: list[str] = []
 

@@ -12,7 +12,7 @@ from altgrad import Recipe
 from altgrad.twins.layer_plan import MOST_BUCKETS
 from altgrad.twins.self_check import Check
 from tests.counting import Operations
-from tests.twins.twinning import Watched, one_thread
+from tests.twins.twinning import Watched, assert_equal, make_net, one_thread, train
 
 on_one_thread = one_thread()
 pytestmark = pytest.mark.default_twins
@@ -159,3 +159,20 @@ def test_a_twin_in_16_bits_of_a_run_in_float32_is_near_a_run_in_16_bits(kind: An
         expected = (moved @ moved32 / (moved32 @ moved32)).item()
         found = watched.records[-1].layers["0"]["progress_kept/bf16-true"]
         assert found == pytest.approx(expected, abs=0.05)
+
+
+def test_a_layer_without_elements_that_appears_later_changes_nothing() -> None:
+    net = make_net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    watched = Watched(net, optimizer, recipes=["e4m3fn"], every_n_steps=1)
+    train(net, optimizer, 2)
+    net.late = nn.Parameter(torch.zeros(0))
+    optimizer.add_param_group({"params": [net.late]})
+
+    def set_gradient(_: int) -> None:
+        net.late.grad = torch.zeros(0)
+
+    train(net, optimizer, 2, first=2, before_step=set_gradient)
+    watched.monitor.twins.scales_changed()
+    train(net, optimizer, 2, first=4, before_step=set_gradient)
+    assert_equal(watched)
