@@ -31,6 +31,8 @@ Messages have the same length in each step; AMSGrad has three states.
 _NAME_LENGTH = 32
 """Largest number of letters in the name of a state; a state with a longer name is left out."""
 
+# Each state adds as many sums to a row of `TwinColumns`.
+_STATE_SUMS = (len(TwinColumns(("",)).ratios) - len(TwinColumns().ratios)) * len(SUMS)
 _MISSING, _SIZE, _BLOCKS = 0, 1, 2
 _HEADER = 3
 
@@ -143,11 +145,10 @@ class TwinMessage:
         """
         layers, recipes = part.values.shape[:2]
         first = len(TwinColumns().ratios) * len(SUMS)
-        by_state = part.values[:, :, first : first + len(part.states) * len(SUMS)]
-        sums = np.zeros((layers, recipes, MOST_STATES, len(SUMS)))
-        sums[:, :, : len(states)] = by_state.reshape(layers, recipes, len(part.states), len(SUMS))[
-            :, :, states
-        ]
+        by_state = part.values[:, :, first : first + len(part.states) * _STATE_SUMS]
+        by_state = by_state.reshape(layers, recipes, len(part.states), _STATE_SUMS)
+        sums = np.zeros((layers, recipes, MOST_STATES, _STATE_SUMS))
+        sums[:, :, : len(states)] = by_state[:, :, states]
         assert part.bins is not None, "of a rank that shares its layers"
         bins = np.zeros((layers, recipes, MOST_STATES, count_numbers(self._plan.most_elements)))
         bins[:, :, : len(states)] = part.bins[:, :, states]
@@ -211,7 +212,7 @@ class TwinMessage:
             states: Names of the states.
         """
         plain, bins = np.split(rows[:, _HEADER:], [self._plan.plain], axis=1)
-        kept = (len(TwinColumns().ratios) + len(states)) * len(SUMS)
+        kept = len(TwinColumns().ratios) * len(SUMS) + len(states) * _STATE_SUMS
         shape = len(rows), MOST_STATES, count_numbers(self._plan.most_elements)
         counts = bins.reshape(shape)[:, : len(states)]
         medians = find_medians(counts, self._plan.most_elements)
