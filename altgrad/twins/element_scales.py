@@ -190,7 +190,19 @@ class ElementScales:
         return _compute_scales(amaxes, format)[firsts]
 
     def _spread_states(self, name: str, applied: Scaling, dtype: torch.dtype) -> Tensor:
-        """Return the amax of each number of a state, from `read_states`, (elements); else 0."""
+        """Return for each sampled element the amax that `read_states` got for an optimizer state.
+
+        An *amax* is the largest magnitude among the numbers that share a scale: those of a layer or
+        of a channel. It is 0 at padding, for blocks, and in layers whose state was not read.
+
+        Args:
+            name: Name of the state.
+            applied: Which elements share a scale.
+            dtype: dtype of the result.
+
+        Returns:
+            The amaxes, (elements).
+        """
         key = name, applied, dtype
         if key not in self._spread_amaxes:
             # Nothing is read for blocks, which the sample has whole, and states that the run lacks.
@@ -217,7 +229,11 @@ class ElementScales:
         return {state: dict(by_layer) for state, by_layer in self._state_amaxes.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore the amaxes of states from a `state_dict`, before the first `read`."""
+        """Restore the amaxes (largest magnitudes) of optimizer states, before the first `read`.
+
+        Args:
+            state: A result of `state_dict`.
+        """
         self._state_amaxes = {name: dict(by_layer) for name, by_layer in state.items()}
 
     # --- groups

@@ -51,12 +51,13 @@ def describe_fused_sgd(
 
 
 def _is_still(recipe: Recipe, is_fused: bool) -> bool:
-    """Return True if fused SGD steps a recipe in 16 bits, and so leaves most weights still.
+    """Return True if a twin has weights in 16 bits and a fused SGD, which leaves most as they are.
 
-    The optimizer of the training is an SGD.
+    A *twin* is a sample of the layers that is stepped and stored as a recipe says. The training's
+    optimizer, of which the twin's is a copy unless the recipe makes another, is an SGD on a CPU.
 
     Args:
-        recipe: The recipe.
+        recipe: The recipe of the twin.
         is_fused: True if the training's optimizer is fused.
     """
     dtype = recipe.tensor_dtype

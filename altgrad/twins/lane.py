@@ -1,10 +1,10 @@
 """`Lane`: the twins of the layers whose samples can lie in one tensor (`LaneKind`).
 
-A *twin* is a recipe at work on a sample of each layer of the *run*, the training that is watched. A
-lane has one twin for each recipe, and two more. The *reference twin* has the recipe of the run
-itself, to check that a sample steps as the run does. The *baseline* is the twin in float32, with
-which the others are compared. A run that is in 16 bits itself, or that a `WeightStorage` rounds, is
-compared with it, too, under the name `NOW`.
+A *twin* is a sample of each layer of the *run*, the training that is watched, stepped and stored as
+a recipe says. A lane has one twin for each recipe, and two more. The *reference twin* has the
+recipe of the run itself, to check that a sample steps as the run does. The *baseline* is the twin
+in float32, with which the others are compared. A run that is in 16 bits itself, or that a
+`WeightStorage` rounds, is compared with it, too, under the name `NOW`.
 
 At each step, a lane gathers the sampled gradients once and steps each twin with them. At an
 observed step, one whose figures are recorded, it compares the reference twin with the run, and the
@@ -99,15 +99,15 @@ class Lane:
 
     A *twin* is a sample of each layer that is stepped as a recipe says. One for each recipe is
     compared with the *baseline*, a twin in float32. The *reference twin* steps just as the training
-    does, to check that a sample steps alike. If the training keeps less than float32 does, it is
-    compared with the baseline, too.
+    does, to check that a sample steps alike. If the training itself stores numbers in less than
+    float32, it is compared with the baseline, too.
 
     Args:
         kind: The properties that the layers share.
         recipes: The recipes whose twins are stepped.
         source: The layers of the training, with their samples and scales.
-        shows_run: If True, the sums of the training itself are among those of the twins, under the
-            name `NOW`, if it keeps less than float32 does.
+        shows_run: If True, the training itself is measured as twins are, under the name `NOW`, if
+            it stores numbers in less than float32.
         averages: The averages that the training keeps of its weights, and the running statistics of
             BatchNorm; more may be added later.
 
@@ -153,7 +153,11 @@ class Lane:
 
     @property
     def recipes(self) -> frozenset[str]:
-        """Names of the recipes, including those whose twins have ended."""
+        """Names of all recipes of the lane, even of those whose twins have ended after an error.
+
+        A *recipe* says how weights and optimizer states are stored and stepped. A *twin* is a
+        sample of the lane's layers that is stepped as its recipe says.
+        """
         return self._recipes
 
     @property
@@ -163,28 +167,37 @@ class Lane:
 
     @property
     def summing(self) -> list[Recipe]:
-        """The recipes with `accumulate`, whose twins add up gradients of their own.
+        """The recipes with `accumulate`, the format in which their twins add up gradients.
 
-        Those whose twins have ended are left out.
+        A *twin* is a sample of the layers that is stepped as a recipe says. Recipes whose twins
+        have ended after an error are left out.
         """
         return self._twins.summing
 
     @property
     def is_empty(self) -> bool:
-        """True if the twins of all recipes have ended, so that nothing is left to step or show."""
+        """True if nothing is left to step or measure, as the twins of all recipes have ended.
+
+        A *twin* is a sample of the lane's layers that is stepped as a recipe says; it ends after an
+        error. A lane that measures the training itself, too, is never empty.
+        """
         return not (self._twins.by_recipe or self._shows_run)
 
     @property
     def follows_updates(self) -> bool:
-        """True if twins add the training's updates, since its optimizer cannot run on a sample."""
+        """True if the training's updates are added to the weights of the twins after each step.
+
+        A *twin* is a sample of the layers that is stored as a recipe says. It is fed so if the
+        training's optimizer cannot run on a sample; otherwise it steps an optimizer of its own.
+        """
         return self._twins.follows_updates
 
     @property
     def _records_run(self) -> bool:
         """True if the reference twin takes over the training's weights after each step.
 
-        Otherwise it reaches the same weights by its own steps. It cannot if they are rounded at
-        random, or after the step.
+        That twin is a sample of the layers that is stepped as the training is. Its own steps do not
+        reach the same weights if the training rounds at random, or after the step.
         """
         is_rounded = self._kind.is_stored or self.rounds_itself
         return self._kind.is_low and is_rounded and not self.follows_updates
@@ -200,17 +213,18 @@ class Lane:
         is_checkable: bool,
         micro: MicroGradients | None = None,
     ) -> None:
-        """Prepare all twins for a step of the training, and gather its gradients at the samples.
+        """Prepare all twins of the lane for a step of the training, and gather sampled gradients.
 
-        Twins, which step a sample of each layer, take over layers that are new, and weights and
-        states that something other than a step has changed.
+        A *lane* is a set of layers that are sampled together. A *twin* is such a sample, stepped
+        beside the training as a recipe says. Twins take over new layers, and weights and states
+        that something other than a step has changed in the training.
 
         Args:
             optimizer: The training's optimizer.
             stepped: The layers of this lane that the optimizer steps, with a gradient or without;
                 the same object as in the last step if none has changed.
-            is_checked: True if the reference twin, which steps as the training does, is compared
-                with it after the step.
+            is_checked: True if the reference twin, a sample that is stepped as the training is, is
+                compared with the training after the step.
             is_checkable: False if the reference twin cannot equal the training, since the
                 training's optimizer rounds at random.
             micro: The gradients of single backward passes since the last step, for recipes that add
@@ -241,13 +255,18 @@ class Lane:
         self._follow_averages()
 
     def _follow_averages(self) -> None:
-        """Update the averages of all twins where the training has updated its own."""
+        """Update the twins' averages of weights where the training has updated its own averages.
+
+        A *twin* is a sample of the layers that is stepped as a recipe says.
+        """
         twins = self._twins
         self._averages.follow(twins.reference, twins.fp32, twins.all)
         self._averages.drop_ended(twins.all)
 
     def _take_sums(self, micro: MicroGradients) -> Mapping[str, Tensor]:
-        """Return the gradients of recipes with `accumulate`; end their twins after an error.
+        """Return the sampled gradients as recipes with `accumulate` add them up, by recipe.
+
+        After an error, the twins of these recipes end: the samples that are stepped as they say.
 
         Raises:
             Warning: The user made warnings errors.
@@ -297,11 +316,12 @@ class Lane:
         stepped: Sequence[Stepped],
         changed: Collection[str],
     ) -> list[str]:
-        """Note which layers have a gradient, for `step`, and arrange the twins' tensors by layer.
+        """Note which layers have a gradient, and give each layer its place in the twins' tensors.
 
-        The tensors hold the sampled elements of all layers, one layer after the other. They are
-        made anew if layers are new or gone, are stepped at other times than before, or have states
-        that something other than a step has changed.
+        A *twin* is a sample of the layers that is stepped as a recipe says: flat tensors with the
+        elements of one layer after another. These are made anew if layers are new or gone, or
+        if layers that step together begin to differ. A change of states outside of steps has the
+        same effect.
 
         Args:
             optimizer: The optimizer of the training.
@@ -402,9 +422,9 @@ class Lane:
         self._states.remember(optimizer, self._stepped)
 
     def _compare_with_run(self, optimizer: Optimizer) -> None:
-        """Compare the reference twin with the training for the self-check, if the step has one.
+        """Count how the reference twin differs from the training, if this step is checked.
 
-        The reference twin steps a sample just as the training steps all.
+        The *reference twin* is a sample of the layers that is stepped just as the training is.
         """
         if not self._is_checked:
             return
@@ -432,10 +452,14 @@ class Lane:
         return counts
 
     def _read_states(self, optimizer: Optimizer, names: Collection[str]) -> None:
-        """Give the largest magnitudes of optimizer states to the twins' scales.
+        """Read the largest magnitudes of the training's optimizer states, from which scales follow.
 
-        These are the training's states in the named layers, as far as recipes store them in
-        formats.
+        Only states for which a recipe has a format are read, and averages of weights likewise.
+        These scales are used where *twins*, samples stepped as recipes say, store states.
+
+        Args:
+            optimizer: The training's optimizer.
+            names: Names of the layers whose states are read.
         """
         recipes = [twin.recipe for twin in self._twins.by_recipe.values()]
         wanted = {name for recipe in recipes for name in recipe.state_formats}
@@ -505,12 +529,16 @@ class Lane:
         return self._twins.reference.stack(self._run.rows)
 
     def _measure(self, stacks: Mapping[str, TwinStack]) -> tuple[tuple[str, ...], Tensor]:
-        """Return the names of the states that are compared with the baseline's, and all sums.
+        """Return the sums by which twins differ from one in float32, from which figures follow.
 
-        The baseline is the twin in float32.
+        A *twin* is a sample of the layers that is stepped and stored as a recipe says.
 
         Args:
-            stacks: The twins, samples that are stepped as recipes say, by name of the recipe.
+            stacks: The weights and states of the twins, by name of the recipe.
+
+        Returns:
+            Names of the optimizer states that are compared, and sums and medians as
+            `altgrad.measurement.twin_sums` says, float64 (layers, recipes, columns).
         """
         rows, mask, blocks = self._run.rows, self._run.mask, self._run.blocks
         if self.follows_updates and self._kind.is_low:  # the run alone is left
@@ -524,7 +552,10 @@ class Lane:
         return states, measure_twins(mask, baseline, [*stacks.values()], states, blocks=blocks)
 
     def read_averages(self, counts: Numbers) -> None:
-        """Act on the check of the averages, which `measure` appends to the counts of the weights.
+        """Take averages over from the training that the check found to be wrong, or end them.
+
+        An *average* is an EMA of weights, say, or a running statistic of BatchNorm. The reference
+        twin, a sample that is stepped as the training is, should have the training's averages.
 
         Args:
             counts: The counts of averages on the host, float64 (layers, 4 · averages).
@@ -534,7 +565,9 @@ class Lane:
     def _count_ratios(
         self, stacks: Mapping[str, TwinStack], states: Sequence[str]
     ) -> Tensor | None:
-        """Return the ratios of states to those in float32 in bins, as `LaneSums.bins` has them.
+        """Return how many ratios of optimizer states to those in float32 fall in each bin.
+
+        `LaneSums.bins` describes the result; it is None if the ranks do not share the layers.
 
         Args:
             stacks: The twins, samples that are stepped as recipes say, by name of the recipe.
@@ -610,11 +643,14 @@ class Lane:
     def follow_updates(
         self, optimizer: Optimizer, reason: str, *, is_measured: bool = False
     ) -> None:
-        """Let twins add the training's updates, since its optimizer cannot run on a sample.
+        """Add the training's updates to the twins from now on, instead of stepping them.
+
+        A *twin* is a sample of the layers that is stepped and stored as a recipe says. It cannot be
+        stepped if the training's optimizer cannot run on a sample; then it is fed so, or ends.
 
         Args:
             optimizer: The training's optimizer.
-            reason: The reason why it cannot, for the notice.
+            reason: The reason why the optimizer cannot run on a sample, for the notice.
             is_measured: True after `measure`, where another window has begun.
         """
         if self.follows_updates:
@@ -627,7 +663,14 @@ class Lane:
 
     @contextmanager
     def _following_updates_after_an_error(self, optimizer: Optimizer) -> Iterator[None]:
-        """Run the code inside; after an error, go on with twins that add the training's updates."""
+        """Run the code inside; after an error in it, call `follow_updates`.
+
+        The twins, samples that are stepped as recipes say, then get the training's updates added to
+        their weights, and step no optimizer. A later error is raised.
+
+        Raises:
+            Warning: The user made warnings errors.
+        """
         try:
             yield
         except Warning:  # the user made warnings errors
@@ -660,8 +703,8 @@ class Lane:
             optimizer: The training's optimizer.
 
         Returns:
-            A dict of plain data and tensors: samples, twins, amaxes of scales, and names of layers
-            that were written to.
+            A dict of plain data and tensors: samples, twins, the amaxes from which scales follow,
+            and names of layers that something besides the optimizer has written to.
         """
         written, changed = self._find_writes(optimizer, self._stepped)
         self._follow_averages()
@@ -694,7 +737,10 @@ class Lane:
         return self._plan.describe_samples(optimizer, stepped)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore all twins from a `state_dict`, before the first step; ended ones stay ended.
+        """Restore the samples of the lane's layers and all twins, before the first step.
+
+        A *twin* is such a sample, stepped and stored as a recipe says. It ends after an error;
+        twins that had ended when the state was saved stay ended.
 
         Args:
             state: A result of `state_dict` whose recipes include those of this lane.

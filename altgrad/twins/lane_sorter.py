@@ -1,8 +1,9 @@
 """`LaneSorter`: sort the layers that an optimizer steps into lanes.
 
-A *lane* is a set of layers whose twins are stepped together, since their samples can lie in one
-tensor. Sorting asks many questions about each layer. Its result is therefore kept as long as
-parameters, groups and gradients are of the same kind.
+A *twin* is a sample of the layers that is stepped and stored as a recipe says. A *lane* is a set of
+layers whose samples can lie in one tensor, so that a twin steps them together. Sorting asks many
+questions about each layer. Its result is therefore kept as long as parameters, groups and gradients
+are of the same kind.
 
 Read `layer_plan` first; `run_weights` comes next.
 """
@@ -28,9 +29,9 @@ _Key: TypeAlias = tuple[object, ...]
 class LaneSorter:
     """A sorter of the layers of one optimizer into lanes.
 
-    A *lane* is a set of layers of one dtype, gradient dtype and device, which a `WeightStorage`
-    rounds after each step, or none does. A small sample of each is stepped in one tensor with the
-    others.
+    A *lane* is a set of layers that are alike in dtype, gradient dtype, device, and whether a
+    `WeightStorage` rounds them after each step. Small samples of these layers are stepped together
+    in one tensor.
 
     Args:
         source: The layers of the training.
@@ -136,7 +137,11 @@ class LaneSorter:
 
 
 def _describe_parameters(optimizer: Optimizer) -> _Key:
-    """Return a key of all parameters and kinds of gradients; equal keys give equal lanes."""
+    """Return a key that changes when the layers of an optimizer must be sorted into lanes anew.
+
+    A *lane* is a set of layers whose samples are stepped in one tensor. The key holds identity,
+    dtype, shape and device of each parameter, kind of its gradient, and size of each group.
+    """
     return tuple(
         (
             id(p),

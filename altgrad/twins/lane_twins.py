@@ -1,14 +1,15 @@
 """`LaneTwins`: the twins of a lane, and what happens when one of them fails.
 
-A *twin* is a recipe at work on a sample of each layer of the *run*, the training that is watched. A
-*lane* is a set of layers whose samples lie in one tensor. It has a twin for each recipe, and two
-more: the *reference twin* steps as the run does, and the *baseline* in float32. A twin that raises
-an error ends. If the reference twin cannot step as the run does, no twin can: all add the updates
-of the run from then on, or end.
+A *twin* is a sample of the layers of the *run*, the training that is watched, stepped and stored as
+a recipe says. A *lane* is a set of layers whose samples lie in one tensor. It has a twin for each
+recipe, and two more: the *reference twin* steps as the run does, and the *baseline* in float32. A
+twin that raises an error ends. If the reference twin cannot step as the run does, no twin can: all
+add the updates of the run from then on, or end.
 
 Where the run rounds by itself, a reference twin of an unsuitable optimizer may look right. There, a
-*probe* steps beside the baseline: every second element of it is another one. If an element that is
-the same steps otherwise, the optimizer looks at whole tensors, and cannot run on a sample.
+*probe* steps beside the baseline: a second twin in float32, with every second weight and gradient
+doubled. If an element that was not doubled steps otherwise than in the baseline, the optimizer
+looks at whole tensors, and cannot run on a sample.
 
 Read `stored_layers` first; `lane` comes next.
 """
@@ -51,7 +52,8 @@ class LaneTwins:
     Attributes:
         by_recipe: The twins that have not ended, by name of the recipe.
         reference: The *reference twin*, which steps as the training does.
-        follows_updates: True if twins add the updates of the training, and step no optimizer.
+        follows_updates: True if each twin gets the updates of the training added to its weights,
+            and steps no optimizer.
     """
 
     def __init__(
@@ -78,7 +80,12 @@ class LaneTwins:
 
     @property
     def fp32(self) -> Twin:
-        """The *baseline*, a twin in float32 with which the others are compared."""
+        """The *baseline*: the twin in float32, with which the twins of all recipes are compared.
+
+        A *twin* is a sample of the layers that is stepped and stored as a recipe says. Unless the
+        training itself stores numbers in less than float32, the baseline is the twin that steps as
+        the training does.
+        """
         return self._baseline or self.reference
 
     @property
@@ -92,9 +99,10 @@ class LaneTwins:
 
     @property
     def summing(self) -> list[Recipe]:
-        """The recipes with `accumulate`, whose twins add up gradients of their own.
+        """The recipes with `accumulate`, the format in which their twins add up gradients.
 
-        Those whose twins have ended are left out.
+        A *twin* is a sample of the layers that is stepped as a recipe says. Recipes whose twins
+        have ended after an error are left out.
         """
         recipes = [twin.recipe for twin in self.by_recipe.values()]
         return [each for each in recipes if each.accumulate is not None]
@@ -141,7 +149,8 @@ class LaneTwins:
         """Return False if an element steps otherwise when other elements of its tensor differ.
 
         An optimizer with such steps cannot run on a sample of a layer. The result is True if it was
-        asked before, and where the training keeps what float32 does. The host waits for the device.
+        asked before, and in a training that stores all in float32 or float64. The host waits for
+        the device.
         """
         probe, self._probe = self._probe, None
         if probe is None:
@@ -164,10 +173,10 @@ class LaneTwins:
         reference.weights.copy_(weights)  # w + (v − w) may differ from v
 
     def find_missed(self, late: Changes) -> Changes:
-        """Return hyperparameters that the training's last step changed, and the twin's did not.
+        """Return hyperparameters that a step of the training changed, but that of its copy did not.
 
-        The twin is the reference twin, whose optimizer is a copy of the training's. What it did not
-        change, a hook has changed.
+        The copy is the optimizer of the *reference twin*, a sample of the layers that is stepped as
+        the training is. What it did not change, a hook has changed.
 
         Args:
             late: All that were changed while the training stepped.
@@ -188,15 +197,16 @@ class LaneTwins:
             twin.tensors.begin_window(shown)
 
     def stack(self, rows: Tensor) -> dict[str, TwinStack]:
-        """Return weights and states of each twin, a sample stepped as a recipe says, as matrices.
+        """Return weights, averages and optimizer states of the twin of each recipe, as matrices.
 
-        A twin whose states cannot be read ends with a notice.
+        A *twin* is a sample of the layers that is stepped as a recipe says. A twin whose states
+        cannot be read ends with a notice.
 
         Args:
             rows: Positions of the elements in the flat tensors, int64 (layers, width).
 
         Returns:
-            The matrices by name of the recipe.
+            The matrices, (layers, width), by name of the recipe.
         """
         stacks: dict[str, TwinStack] = {}
 
@@ -208,7 +218,10 @@ class LaneTwins:
         return stacks
 
     def warn_about_names(self) -> None:
-        """Warn of recipes that store optimizer states which their twin's optimizer lacks."""
+        """Warn of recipes that name a format for an optimizer state that their twin does not have.
+
+        A *twin* is a sample of the layers that is stepped and stored as a recipe says.
+        """
         for name, twin in self.by_recipe.items():
             named = twin.recipe.state_formats.keys() - {"*"}
             if not named:
@@ -226,14 +239,17 @@ class LaneTwins:
     # --- endings
 
     def follow_updates(self, new: Arrangement, reason: str, *, is_measured: bool = False) -> None:
-        """Let twins add the training's updates, since its optimizer cannot run on a sample.
+        """Replace the twins by some that add the training's updates, and need no optimizer.
 
-        Twins whose recipes need an optimizer end. In a training that keeps less than float32 does,
-        all twins end, since nothing in float32 is left to compare them with.
+        A *twin* is a sample of the layers that is stepped and stored as a recipe says. It cannot be
+        stepped if the training's optimizer cannot run on a sample.
+
+        Twins end if their recipes say more than how weights are stored. All twins end if the
+        training itself stores numbers in less than float32: the one to compare them with ends, too.
 
         Args:
             new: The places of the sampled elements, with the weights of the training now.
-            reason: The reason why its optimizer cannot run on them, for the notice.
+            reason: The reason why the training's optimizer cannot run on a sample, for the notice.
             is_measured: True after a step whose figures were computed, when another window has
                 begun, the time until the next such step.
         """
@@ -258,13 +274,25 @@ class LaneTwins:
             self._warn(f"feeds the twins of {few(names)} with the updates of the run: {reason}")
 
     def _choose_followers(self) -> list[str]:
-        """Return the names of the recipes whose twins can go on without an optimizer."""
+        """Return the names of the recipes whose twins can add the training's updates instead.
+
+        A *twin* is a sample of the layers that is stepped as a recipe says. Without an optimizer of
+        its own, it can go on if the recipe says only how weights are stored. None can if the
+        training itself stores numbers in less than float32.
+        """
         if self._kind.is_low:  # the run has no weights in float32 to compare with
             return []
         return [name for name, twin in self.by_recipe.items() if twin.recipe.only_weights]
 
     def _make_followers(self, names: Sequence[str]) -> None:
-        """Replace all twins by twins that add the training's updates, and step no optimizer."""
+        """Replace all twins by `UpdateTwin`s, to which the training's updates are added.
+
+        A *twin* is a sample of the layers that is stored as a recipe says. The new ones step no
+        optimizer. Twins of other recipes, and that in float32, are dropped.
+
+        Args:
+            names: Names of the recipes whose twins go on.
+        """
         recipes = [self.by_recipe[name].recipe for name in names]
         self.by_recipe = {each.name: UpdateTwin(each, *self._make) for each in recipes}
         self.reference = UpdateTwin(Recipe("run", dtype=self._kind.dtype), *self._make)
@@ -303,7 +331,10 @@ class LaneTwins:
     # --- scales, memory, state
 
     def forget_amaxes(self) -> None:
-        """Let the scales of twins follow from the training's weights anew, when next needed."""
+        """Drop the largest magnitudes from which twins compute scales, to be read anew when needed.
+
+        A *twin* is a sample of the layers; a scale is the factor between stored numbers and values.
+        """
         for twin in self.all:
             twin.forget_amaxes()
 
@@ -321,10 +352,13 @@ class LaneTwins:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], layout: Layout) -> None:
-        """Restore a `state_dict`, before the first step; twins that had ended stay ended.
+        """Restore all twins from a checkpoint, before the first step.
+
+        A *twin* is a sample of the layers that is stepped and stored as a recipe says. It ends
+        after an error; twins that had ended when the state was saved stay ended.
 
         Args:
-            state: A dict with the entries of `state_dict`.
+            state: A dict with the entries of a result of `state_dict`, and perhaps others.
             layout: The places of the samples in flat tensors when the state was saved.
         """
         twins, self._probe = state["twins"], None

@@ -84,7 +84,10 @@ class LaneKind(NamedTuple):
 
     @property
     def is_low(self) -> bool:
-        """True if the training itself keeps less than float32 does, so that it loses by that."""
+        """True if the training itself stores weights or states in less than float32.
+
+        That is so if weights are in 16 bits, or a `WeightStorage` rounds weights or states.
+        """
         return self.is_stored or self.dtype.itemsize < torch.float32.itemsize
 
     @property
@@ -122,9 +125,11 @@ class LaneKind(NamedTuple):
         return -(-self.packed.least // unit) * unit, None
 
     def describe(self) -> list[object]:
-        """Return the kind as a list of names and numbers, for a checkpoint.
+        """Return the properties of the lane as names and numbers, by which a checkpoint finds it.
 
-        The index of the device is left out, since a resume may change it.
+        A *lane* is a set of layers whose samples are stepped together. The list has the dtypes,
+        type of device, block size, whether a `WeightStorage` rounds, and the sizes of packed
+        states. The index of the device is left out, since a resume may change it.
         """
         kind: list[object] = [str(self.dtype), str(self.gradient_dtype), self.device.type]
         packed = self.packed
@@ -276,7 +281,7 @@ class LayerPlan:
         return [next(iter(bucket.counts)) in present for bucket in self.layout.buckets]
 
     def _split_buckets(self, stepped: Sequence[Stepped], present: Collection[str]) -> list[Bucket]:
-        """Return the buckets so far with only these layers, split where layers begin to differ.
+        """Return the buckets so far without layers that are gone, split where others now differ.
 
         Layers of a *bucket* share a parameter group, and all or none have a gradient.
 
@@ -296,7 +301,7 @@ class LayerPlan:
         return buckets
 
     def _find_known(self, stepped: Sequence[Stepped]) -> list[Stepped]:
-        """Return those of some layers that have a sample already, drawn in the same shape."""
+        """Return those of some layers that were sampled before, and have the same shape still."""
         return [
             each
             for each in stepped
@@ -304,7 +309,13 @@ class LayerPlan:
         ]
 
     def _draw(self, optimizer: Optimizer, layer: Stepped) -> Sampled:
-        """Draw the sample of a layer, and take those of its elements that this rank steps."""
+        """Draw the sample of a layer, and keep those of its elements that this rank steps.
+
+        A *sample* has the few elements of a layer that are stepped on their own as recipes say.
+
+        Returns:
+            The layer with these elements.
+        """
         name, parameter = layer.name, layer.parameter
         shape, device = parameter.shape, self._kind.device
         drawn = draw_layer(self._source, self._kind, layer)
@@ -331,13 +342,13 @@ class LayerPlan:
     def _make_buckets(
         self, optimizer: Optimizer, layers: Sequence[Stepped], present: Collection[str]
     ) -> list[Bucket]:
-        """Return buckets for layers that are new, or whose optimizer states were changed.
+        """Return buckets for some layers: those that step alike share one.
 
         A *bucket* is a flat tensor with the samples of layers that step alike.
 
         Args:
             optimizer: The training's optimizer.
-            layers: The layers.
+            layers: The layers that are new, or whose optimizer states were changed.
             present: Names of the layers with a gradient in this step.
         """
         buckets: dict[object, dict[str, int]] = {}
@@ -471,7 +482,10 @@ class LayerPlan:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore samples and buckets from a `state_dict`, before the first step.
+        """Restore samples of layers, and the buckets in which they lie, before the first step.
+
+        A *sample* has the few elements of a layer that are stepped on their own. A *bucket* is a
+        flat tensor with the samples of layers that step alike.
 
         Args:
             state: A result of `state_dict`.
@@ -483,12 +497,11 @@ class LayerPlan:
     def restore(
         self, optimizer: Optimizer, stepped: Sequence[Stepped]
     ) -> tuple[set[str], set[str]]:
-        """Add the layers of a loaded state, at the first step in which the optimizer has them.
+        """Add the layers of a loaded checkpoint, at the first step in which the optimizer has them.
 
-        Samples are those of the loaded state.
-
-        A layer begins anew if its sample is another one, or if both its weights and its states
-        differ from the loaded state.
+        Their samples, the elements that are stepped on their own, are those of the checkpoint. A
+        layer begins anew if its sample is another one, or if both its weights and its states
+        differ from the checkpoint.
 
         Args:
             optimizer: The training's optimizer.

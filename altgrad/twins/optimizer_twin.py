@@ -1,9 +1,9 @@
 """`OptimizerTwin`: a twin whose own optimizer makes each step, with the gradients of the run.
 
-A *twin* is a recipe at work on a sample of each layer of the *run*, the training that is watched.
-No formula is modelled: the optimizer is a copy of the run's own, or one that a factory makes, which
-is a function in the recipe. Layers that step alike are one parameter of it, a *bucket*. Read
-`packed_state` first, and `twin` for the base class; `twin_source` comes next.
+A *twin* is a sample of each layer of the *run*, the training that is watched, stepped and stored as
+a recipe says. No formula is modelled: the optimizer is a copy of the run's own, or one that a
+factory makes, which is a function in the recipe. Layers that step alike are one parameter of it, a
+*bucket*. Read `packed_state` first, and `twin` for the base class; `twin_source` comes next.
 """
 
 from __future__ import annotations
@@ -170,11 +170,13 @@ class OptimizerTwin(Twin):
         )
 
     def rearrange(self, new: Arrangement) -> None:
-        """Take over other places of the samples in flat tensors, with layers that are new or gone.
+        """Move the numbers of the twin to other places in its flat tensors, and remake optimizers.
 
-        The optimizers are made anew. They go on with the states of the twin so far, or take those
-        of the training for renewed layers. A factory's optimizer never takes states of the
-        training.
+        A *twin* is a sample of the layers that an optimizer steps as a recipe says. Layers may be
+        new or gone.
+
+        The new optimizers go on with the states of the earlier ones. For renewed layers, they take
+        those of the training, unless a function in the recipe makes the optimizers.
 
         Args:
             new: The places of the samples, and the state of the training.
@@ -357,7 +359,9 @@ class OptimizerTwin(Twin):
                 parameter.data = home
 
     def follow(self, changes: Changes) -> None:
-        """Set hyperparameters in the twin's optimizers that the training's was given since a step.
+        """Set in the twin's optimizers the hyperparameters that were changed in the training's.
+
+        A *twin* is a sample of the layers that an optimizer steps as a recipe says.
 
         Args:
             changes: The changes by index of the group in the training's optimizer.
@@ -408,7 +412,10 @@ class OptimizerTwin(Twin):
     def load_state_dict(
         self, layout: Layout, state: Mapping[str, Any], device: torch.device
     ) -> None:
-        """Restore a `state_dict`; the next `rearrange` brings its elements to their new places.
+        """Restore the twin's weights and optimizer states from a checkpoint.
+
+        A *twin* is a sample of the layers that an optimizer steps as a recipe says. Its elements
+        stay in the places that they had when the state was saved, until the next `rearrange`.
 
         Args:
             layout: The places of the samples in flat tensors when the state was saved.
@@ -421,9 +428,10 @@ class OptimizerTwin(Twin):
         self._generators.load_state_dict(state["generators"])
 
     def _bucket_states(self) -> Sequence[Mapping[str, Any]]:
-        """Return the optimizer's state of each parameter, or before the first step the loaded ones.
+        """Return the optimizer's state of each parameter of the twin, a sample of the layers.
 
-        Each parameter is a bucket: the samples of layers that step alike.
+        Each parameter is a *bucket*: the samples of layers that step alike. Before the first step,
+        the states are those of the checkpoint, or empty.
         """
         if not self._optimizers:
             return self._loaded or [{} for _ in self.layout.buckets]
@@ -442,10 +450,10 @@ class OptimizerTwin(Twin):
         return [flat[p].view((-1,) if shape is None else shape) for shape, p in shapes]
 
     def _describe_choices(self) -> Mapping[int, Mapping[str, Any]]:
-        """Return what the recipe's optimizer function chose, by index of the parameter group.
+        """Return what the recipe's function that makes optimizers chose for each parameter group.
 
-        Each is a `FactoryGroup.state_dict`; there are none without such a function. Groups are
-        those of the training's optimizer.
+        The keys are indices of the training's groups; each value is a `FactoryGroup.state_dict`.
+        The result is empty without such a function.
         """
         if not self._optimizers:
             return self._loaded_groups
@@ -454,11 +462,15 @@ class OptimizerTwin(Twin):
     def _make_optimizers(
         self, new: Arrangement, choices: Mapping[int, Mapping[str, Any]]
     ) -> list[tuple[Optimizer, list[int]]]:
-        """Make the optimizers that step the twin's parameters: a copy, or those of the recipe.
+        """Make the optimizers that step a twin, a sample of the layers, as its recipe says.
+
+        One optimizer is a copy of the training's. If the recipe has a function that makes
+        optimizers, there is one for each parameter group of the training instead.
 
         Args:
-            new: The places of the samples, and the state of the training.
-            choices: States of `FactoryGroup`s to go on from, by index of the group of the training.
+            new: The places of the sampled elements, and the state of the training.
+            choices: What that function chose before, results of `FactoryGroup.state_dict`, by index
+                of the training's group.
 
         Returns:
             The optimizers, each with the index of the training's group for each of its own groups.

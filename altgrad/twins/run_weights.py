@@ -72,7 +72,7 @@ class RunWeights:
     def rearrange(
         self, layers: Mapping[str, Sampled], layout: Layout, begun: Collection[str] = ()
     ) -> list[str]:
-        """Take over other places of the samples in the flat tensor, and gather the weights.
+        """Give the sampled elements other places in the flat tensor, and gather their weights.
 
         Weights of layers that stay are those after the last step, not those gathered now, so that a
         comparison finds what was written in between.
@@ -275,11 +275,15 @@ class RunWeights:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor | None], layout: Layout) -> None:
-        """Restore a `state_dict`; the next `rearrange` brings its elements to their new places.
+        """Restore from a checkpoint what is known of the training's sampled weights.
+
+        The checkpoint has how often something other than a step changed each layer, which elements
+        had gradients, and the weights if they are watched. The next `rearrange` moves these numbers
+        to the places that the elements have now.
 
         Args:
             state: A result of `state_dict`.
-            layout: The places of the samples when the state was saved.
+            layout: The places of the sampled elements in a flat tensor when the state was saved.
         """
         device, times, watched = self._kind.device, state["times_changed"], state["watched"]
         has_gradient = state["has_gradient"]

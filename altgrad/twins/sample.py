@@ -1,8 +1,9 @@
 """Draw the sample of each layer: the elements that twins step.
 
-Only elements up to the last full chunk of 64 are drawn, since torch may round the rest in another
-way (`layout` says why). Layers of fewer than 64 elements are taken whole. If elements share scales
-in blocks, whole blocks are drawn.
+A *twin* is a set of such samples that is stepped and stored as a recipe says, beside the training,
+to show what its formats would do. Only elements up to the last full chunk of 64 are drawn, since
+torch may round the rest in another way (`layout` says why). Layers of fewer than 64 elements are
+taken whole. If elements share scales in blocks, whole blocks are drawn.
 
 Read `shard_sample` first; `twin_tensors` comes next.
 """

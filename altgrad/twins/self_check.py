@@ -153,7 +153,18 @@ def judge(counts: Numbers, *, draws: bool = False, is_first: bool = False) -> li
 def _judge_layer(
     differs: float, far: float, moved: float, ulps: float, *, draws: bool, is_first: bool
 ) -> Check:
-    """Return the self-check of a layer from the first four of `COUNTS`, described there."""
+    """Return the result of a layer's self-check, from counts of its sampled elements.
+
+    The self-check asks whether a sample that is stepped as the training is equals the training.
+
+    Args:
+        differs: Number of sampled elements that differ from the training at all.
+        far: Number of those that differ by more than rounding.
+        moved: Number of sampled elements that moved since the start.
+        ulps: The largest difference, in spacings of the dtype or of the format that stores weights.
+        draws: True if the training's optimizer draws random numbers in its steps.
+        is_first: True if the sample has made a single step.
+    """
     if not differs:
         return Check.EQUAL
     if draws and (ulps <= 1 or not is_first):

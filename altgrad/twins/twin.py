@@ -1,4 +1,4 @@
-"""`Twin`: a recipe at work on a sample, stepped at every step of the run's optimizer.
+"""`Twin`: a sample of the layers that is stepped and stored as a recipe says, beside the run.
 
 The *run* is the training that is watched; the *sample* has up to 256 elements of each layer. What
 all twins have in common is here: weights in a flat tensor, rounded to the format of the recipe. An
@@ -100,7 +100,10 @@ class Twin:
         return {}
 
     def rearrange(self, new: Arrangement) -> None:
-        """Take over other places of the samples in flat tensors, with layers that are new or gone.
+        """Move the numbers of the twin to other places in its flat tensors.
+
+        A *twin* is a sample of the layers; their elements lie one layer after another. New layers
+        begin with the training's weights; layers that are gone are dropped.
 
         Args:
             new: The places, and the state of the training.
@@ -124,6 +127,8 @@ class Twin:
 
     def replace_weights(self, outside: Tensor, weights: Tensor) -> None:
         """Take over weights of the training that something other than a step has changed.
+
+        The weights are rounded to the format of the recipe.
 
         Args:
             outside: bool (elements), True for the changed weights. The others stay.
@@ -204,7 +209,10 @@ class Twin:
     def load_state_dict(
         self, layout: Layout, state: Mapping[str, Any], device: torch.device
     ) -> None:
-        """Restore a `state_dict`; the next `rearrange` brings its elements to their new places.
+        """Restore the twin's weights, averages and random numbers from a checkpoint.
+
+        A *twin* is a sample of the layers that is stepped as a recipe says. Its elements stay in
+        the places that they had when the state was saved, until the next `rearrange`.
 
         Args:
             layout: The places of the samples in flat tensors when the state was saved.
@@ -280,8 +288,8 @@ class Twin:
 class UpdateTwin(Twin):
     """A twin that adds the updates of the training to its weights, and rounds them after each.
 
-    A *twin* is a sample of some layers. The recipe says only in which format weights are stored.
-    Without a format, they follow the training's.
+    A *twin* is a sample of some layers. The recipe says only in which format weights are stored;
+    without a format, the twin's weights equal those of the training but for rounding.
     """
 
     def take_update(self, update: Tensor) -> None:

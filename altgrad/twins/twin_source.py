@@ -1,6 +1,7 @@
 """`TwinSource`: the interface by which twins get the layers of the run and their samples.
 
-Twins step a sample of each layer of the *run*, the training that is watched.
+A *twin* is a sample of the layers of the *run*, the training that is watched. It is stepped and
+stored as a recipe says, beside the run, to show what the formats of that recipe would do to it.
 `altgrad.monitor.twin_layers` implements the interface for a monitor.
 
 Read `optimizer_twin` first; `layer_plan` comes next, and asks for samples.
@@ -36,7 +37,7 @@ class TwinSource(Protocol):
 
     @property
     def seed(self) -> int:
-        """Seed of stochastic rounding; another one on each rank."""
+        """The seed of stochastic rounding; another one on each rank."""
 
     @property
     def names(self) -> Mapping[Tensor, str]:
@@ -44,10 +45,14 @@ class TwinSource(Protocol):
 
     @property
     def is_shared(self) -> bool:
-        """True if several ranks hold the layers, so that each rank steps a part of each sample."""
+        """True if several ranks hold the layers, or parts of them, and divide the work of sampling.
+
+        A *sample* has the few elements of a layer that are stepped on their own as recipes say.
+        Each rank steps those that `find_part` gives it.
+        """
 
     def is_ready(self, name: str, parameter: Tensor) -> bool:
-        """Return True once all ranks know a layer that they share, and the scales of its formats.
+        """Return True once a layer can be sampled: all ranks that share it know it and its scales.
 
         Scales are computed by all ranks together, before an observed step.
 
@@ -57,7 +62,7 @@ class TwinSource(Protocol):
         """
 
     def tears(self, name: str, block: int) -> bool:
-        """Return True if several ranks hold parts of a block of a layer, whose scale they share.
+        """Return True if the elements of a block, which share a scale, lie on several ranks.
 
         Args:
             name: Name of the layer, which `is_ready`.

@@ -71,7 +71,15 @@ _LANE = {
 
 
 def _check_lane(lane: Any, place: str) -> None:
-    """Raise ValueError if the state of a lane, as from `Lane.state_dict`, is damaged."""
+    """Raise ValueError if the saved state of a lane, as from `Lane.state_dict`, is damaged.
+
+    A *lane* is a set of layers that are sampled together. Its state has the samples, and weights
+    and optimizer states of each *twin*: these samples, stepped as a recipe says.
+
+    Args:
+        lane: The state.
+        place: Where it stands in the whole state, for the error.
+    """
     _expect_mapping(lane, place, _LANE)
     for name, kind in _LANE.items():
         _expect(lane[name], kind, f"{place}[{name!r}]")  # type: ignore[arg-type]
@@ -99,7 +107,10 @@ def _check_lane(lane: Any, place: str) -> None:
 
 
 def _check_parts(state: Mapping[str, Any], place: str) -> None:
-    """Raise ValueError if a state in parts, from `packed_state.save_state`, is damaged."""
+    """Raise ValueError if a packed optimizer state, from `packed_state.save_state`, is damaged.
+
+    A packed state keeps blocks of numbers in a few bits; it is saved in parts by kind.
+    """
     if not state:
         return
     _expect_mapping(state, place, StateParts._fields)
@@ -154,7 +165,9 @@ def _is_bucket(value: Any) -> bool:
 
 
 def _check_twin(twin: Any, place: str, layout: Layout, keeps_optimizers: bool) -> None:
-    """Raise ValueError if the state of a twin, as from `Twin.state_dict`, is damaged.
+    """Raise ValueError if the saved state of a twin, as from `Twin.state_dict`, is damaged.
+
+    A *twin* is a sample of the layers that is stepped as a recipe says.
 
     Args:
         twin: The state.
@@ -180,7 +193,9 @@ def _check_twin(twin: Any, place: str, layout: Layout, keeps_optimizers: bool) -
 
 
 def _check_optimizers(twin: Mapping[str, Any], place: str, buckets: int) -> None:
-    """Raise ValueError if optimizer states in a state from `OptimizerTwin.state_dict` are damaged.
+    """Raise ValueError if a twin's optimizer states, from `OptimizerTwin.state_dict`, are damaged.
+
+    A *twin* is a sample of the layers that an optimizer steps as a recipe says.
 
     Args:
         twin: The state of the twin.

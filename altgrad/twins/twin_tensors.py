@@ -1,7 +1,8 @@
 """`TwinTensors`: the weights of a twin's sample, now and at earlier times, in flat tensors.
 
-A *window* is the time since the last observed step: figures are about the whole time of a twin, its
-window, or its last step. `layout` says where each layer lies in the tensors.
+A *twin* is a sample of the layers that is stepped and stored as a recipe says. A *window* is the
+time since the last observed step, one whose figures are recorded: figures are about the whole time
+of a twin, its window, or its last step. `layout` says where each layer lies in the tensors.
 
 Read `sample` first; `element_scales` comes next.
 """
@@ -46,7 +47,10 @@ class TwinTensors:
 
     @classmethod
     def start_at(cls, weights: Tensor, *, keeps_lost: bool = False) -> TwinTensors:
-        """Return tensors for a twin that starts now: the weights are the same at all times.
+        """Return tensors for a twin that starts now, so that its earlier weights equal those now.
+
+        A *twin* is a sample of the layers that is stepped as a recipe says. Its weights before the
+        last step, at the start of the window and at its own start are kept. No element has moved.
 
         Args:
             weights: The weights, floating-point (elements). The tensor itself becomes `weights`.
@@ -82,19 +86,23 @@ class TwinTensors:
         return replace(fresh, **each)
 
     def begin_step(self) -> None:
-        """Copy the weights to `before`, just before a step."""
+        """Copy the weights to `before`; called just before a step."""
         self.before.copy_(self.weights)
 
     def end_step(self) -> None:
-        """Note in `moved_in_window` which weights a step has moved, just after it."""
+        """Set `moved_in_window` for the weights that a step has moved; called just after it."""
         self.moved_in_window.logical_or_(self.weights != self.before)
 
     def replace_step(self, weights: Tensor, moved_in_window: Tensor) -> None:
-        """Let the last step end at other weights than those it has reached.
+        """Replace the weights after a twin's last step, and note anew which of them it has moved.
+
+        A *twin* is a sample of the layers that is stepped as a recipe says. This is how
+        it takes over the training's weights where its own step cannot reach them.
 
         Args:
-            weights: The weights after the step, (elements).
-            moved_in_window: The flags `moved_in_window` before the step, bool (elements).
+            weights: The weights that the step has to end at, (elements).
+            moved_in_window: bool (elements), True for weights that earlier steps had moved since
+                the last observed step, one whose figures are recorded.
         """
         self.weights.copy_(weights)
         self.moved_in_window.copy_(moved_in_window)
@@ -103,8 +111,8 @@ class TwinTensors:
     def begin_window(self, shown: Tensor) -> None:
         """Begin another window, at the end of a step whose figures are recorded.
 
-        A *window* is the time between two such steps. `window` gets the weights now, and `moved`
-        the flags of the past one.
+        A *window* is the time between two such steps. The attribute `window` becomes the weights
+        now; `moved` gets the flags of `moved_in_window`, which begin anew.
 
         Args:
             shown: bool (elements), False for layers whose figures this step does not report. The
@@ -115,11 +123,12 @@ class TwinTensors:
         self.window = torch.where(shown, self.weights, self.window)
 
     def replace_weights(self, weights: Tensor) -> None:
-        """Take over weights that something other than a step has changed.
+        """Replace the weights of a twin after something other than a step changed the training's.
 
-        Earlier weights are shifted by the change, so that it does not count as a movement. Where
-        the shift is not finite, since the weight is or was NaN or infinite, the element starts
-        anew: its earlier weights become the weight now, and nothing has moved.
+        A *twin* is a sample of the layers that is stepped as a recipe says. Earlier weights are
+        shifted by the change, so that it does not count as a movement. Where the shift is not
+        finite, since the weight is or was NaN or infinite, the element starts anew: its earlier
+        weights become the weight now, and nothing has moved.
 
         Args:
             weights: The weights, in the dtype of the twin, (elements).

@@ -1,9 +1,9 @@
 """`Twins`: all twins of a run, stepped at every step of its optimizers.
 
-A *twin* is a recipe at work on a sample of each layer of the *run*, the training that is watched.
-`capture` is called before each step and `finish` after it. At an observed step, one whose figures
-are recorded, a monitor calls `measure`, and then `read` with the result on the host. Layers are
-sorted into *lanes*, whose twins are stepped together.
+A *twin* is a sample of each layer of the *run*, the training that is watched, stepped and stored as
+a recipe says. `capture` is called before each step and `finish` after it. At an observed step, one
+whose figures are recorded, a monitor calls `measure`, and then `read` with the result on the host.
+Layers are sorted into *lanes*, whose twins are stepped together.
 
 Read `rank_states` first. This is the last file of the room; `altgrad.monitor.monitor` comes next.
 """
@@ -290,7 +290,12 @@ class Twins:
                 self._finish(optimizer, self._runs[optimizer])
 
     def _finish(self, optimizer: Optimizer, run: _Run) -> None:
-        """Step the twins that gathered gradients, and note if the optimizer drew random numbers."""
+        """Step the twins for which `_capture` gathered gradients, after the training's own step.
+
+        A *twin* is a sample of the layers that is stepped as a recipe says. At first, the
+        *reference twin*, which is stepped as the training is, is compared with the training. It
+        cannot equal a training whose optimizer draws random numbers, which is therefore noted.
+        """
         late = run.follower.find_changes()
         for kind in run.captured:
             lane = run.lanes[kind]
@@ -334,8 +339,9 @@ class Twins:
     ) -> TwinShare:
         """Return the sums of the twins, from what `measure` returned, and act on the self-check.
 
-        The self-check compares a sample that is stepped as the training is with the training. Where
-        they differ, twins go on by adding its updates.
+        A *twin* is a sample of the layers that is stepped as a recipe says. The self-check compares
+        a sample that is stepped as the training is with the training. Where these two differ,
+        twins step no optimizer from then on: they end, or the training's updates are added to them.
 
         Args:
             optimizer: The training's optimizer.
@@ -343,7 +349,8 @@ class Twins:
             numbers: `LaneSums.tensors` of each lane in turn, on the host; empty after an error.
 
         Returns:
-            The sums of the twins of all layers.
+            The sums from which figures follow; where ranks share layers, also the layers that this
+            rank does not step, and its self-checks.
         """
         run, parts = self._runs.get(optimizer), []
         missing = self._find_missing(optimizer) if self._source.is_shared else {}
@@ -365,7 +372,11 @@ class Twins:
         return TwinShare(parts, missing, own if self._source.is_shared else {})
 
     def _find_missing(self, optimizer: Optimizer) -> dict[str, set[str]]:
-        """Return for each recipe the layers that this rank should step a part of, and does not."""
+        """Return for each recipe the layers of which this rank should step a part, but does not.
+
+        A *twin*, the sample that is stepped as a recipe says, may have ended after an error, or
+        layers are beyond the limits of a lane. The result is names of layers by name of the recipe.
+        """
         missing: dict[str, set[str]] = {recipe.name: set() for recipe in self.recipes}
         if self._is_ended:
             stepped = self._source.find_stepped(optimizer)
@@ -411,7 +422,14 @@ class Twins:
 
     @contextmanager
     def _ending_after_an_error(self) -> Iterator[None]:
-        """End all twins with a notice if the code inside raises an error; raise it if `strict`."""
+        """Run the code inside; after an error in it, end all twins with a notice.
+
+        A *twin* is a sample of the layers that is stepped as a recipe says, beside the training. An
+        ended one is not stepped again; the training goes on. If `strict`, the error is raised, too.
+
+        Raises:
+            Warning: The user made warnings errors.
+        """
         try:
             yield
         except Warning:  # the user made warnings errors
@@ -424,9 +442,9 @@ class Twins:
             self._source.warn_here(f"ends all twins after an error: {describe_error(error)}")
 
     def stop(self) -> None:
-        """Remove the hooks on layers, since no step is shown any more.
+        """Remove the hooks on layers, since no further step will be observed.
 
-        They are there for recipes that add up the gradients of single backward passes.
+        The hooks are there for recipes that add up the gradients of single backward passes.
         """
         with self._lock:
             for run in self._runs.values():
@@ -435,7 +453,7 @@ class Twins:
                 run.micro.clear()
 
     def _forget_runs(self) -> None:
-        """Free the memory of all twins, and remove the hooks on layers."""
+        """Drop all twins, samples that are stepped as recipes say, and the hooks on layers."""
         self.stop()
         self._runs.clear()
 
@@ -448,10 +466,11 @@ class Twins:
         *,
         is_measured: bool = False,
     ) -> None:
-        """Note the result of a self-check; let twins add updates if the reference twin is wrong.
+        """Note the result of a self-check: whether the reference twin equals the training.
 
-        That twin is a sample that is stepped as the training is. The updates are those of the
-        training.
+        The *reference twin* is a sample of the layers that is stepped as the training is. If it is
+        not equal, all twins step no optimizer from then on: they end, or get the training's
+        updates.
 
         Args:
             optimizer: The training's optimizer.
@@ -510,7 +529,10 @@ class Twins:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore all twins from a `state_dict`, before the first step.
+        """Restore all twins from a checkpoint, before the first step.
+
+        A *twin* is a sample of the layers that is stepped and stored as a recipe says. Weights and
+        optimizer states are taken over when the training first steps these layers.
 
         Args:
             state: A result of `state_dict`.
@@ -579,9 +601,10 @@ class Twins:
             lane.scales_changed()
 
     def release(self) -> None:
-        """Free the memory of all twins; keep their state for `state_dict`.
+        """Drop all twins, and keep only the copy of their state that `state_dict` returns.
 
-        They go on from it if steps follow.
+        A *twin* is a sample of the layers that is stepped as a recipe says. If steps follow, twins
+        go on from that copy. Gathered gradients and the hooks on layers go.
         """
         self._loaded = self.state_dict()["lanes"]
         self._forget_runs()
@@ -654,7 +677,7 @@ def find_drawing(recipe: Recipe, scaling: Scaling | None) -> Drawing:
 
 
 def _rank(drawing: Drawing) -> tuple[bool, int]:
-    """Return a key that sorts samples of single elements first, and of packed states last."""
+    """Return a key that sorts samples of single elements first, and those of packed states last."""
     return drawing.packed is not None, drawing.block
 
 
