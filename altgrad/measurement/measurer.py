@@ -204,14 +204,18 @@ class Measurer:
         return layers.add_up(*(found or layers.make_empty_row()))[0]
 
     def _describe_layer(self, before: Tensor, population: int) -> Layers:
-        """Return what is needed to add up the chunks of one layer to its sums and maxima.
+        """Return an empty `Layers`, to add up the chunks of one layer to its sums and maxima.
+
+        The sums and maxima are those over weights and updates, such as Σ update², from which all
+        metrics follow. A chunk is a part of the layer's elements.
 
         Args:
             before: Weights of the measured elements before the step.
             population: Number of elements of the whole layer.
 
         Returns:
-            A `Layers` with this layer alone, a single row, and histograms of counts 0.
+            A `Layers` with this layer alone, whose elements form one row; nothing is counted in its
+            histograms of weights and updates so far.
         """
         row = torch.zeros(1, dtype=torch.int64, device=before.device)
         counted = torch.tensor([[population, before.numel(), 0]], dtype=torch.float64, device="cpu")

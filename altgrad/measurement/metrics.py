@@ -25,8 +25,9 @@ from altgrad.measurement.numbers import Numbers
 class Sums(Protocol):
     """A source of sums, extrema and histograms over the elements of layers, by name.
 
-    All are float64 on the host. Those without a format have shape (rows, 1), others (rows,
-    formats). A row is a layer or a model. `altgrad.measurement.columns` lists the names.
+    All are float64 on the host, with a row for each layer or model. A sum such as Σ weight² has
+    shape (rows, 1). A sum that depends on a number format, such as the count of updates that bf16
+    would lose, has shape (rows, formats). `altgrad.measurement.columns` lists the names.
     """
 
     def sum(self, name: str) -> Numbers:
@@ -169,7 +170,17 @@ class Share(Estimate):
         return count, count, total
 
     def carrying(self, n: Sums) -> Numbers:
-        """Return the number of elements of which this is a share, float64 (rows, 1 or formats)."""
+        """Return the denominator of the share: how many elements are considered.
+
+        For ``stall_frac``, these are the elements with an update other than 0.
+
+        Args:
+            n: The sums over elements of some layers or models, a row for each.
+
+        Returns:
+            Numbers of elements, float64 (rows, 1 or formats). There is a number for each number
+            format if the share depends on the format, otherwise one.
+        """
         return n.sum(self.total)
 
 
@@ -204,7 +215,15 @@ class KeptShare(Estimate):
         return n.sum("kept_sq"), n.sum("kept_update_cubed"), n.sum("judged_4th")
 
     def carrying(self, n: Sums) -> Numbers:
-        """Return how many elements of each layer moved, float64 (rows, formats)."""
+        """Return how many elements have an update other than 0, for each layer and number format.
+
+        Args:
+            n: The sums over elements of some layers or models, a row for each.
+
+        Returns:
+            Numbers of elements, float64 (rows, formats); 0 for a format that is no coarser than the
+            dtype of the weights.
+        """
         return n.sum("judged")
 
 

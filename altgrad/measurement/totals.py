@@ -304,7 +304,17 @@ def _meant(judged: Sequence[bool], device: torch.device) -> Tensor | None:
 
 
 def _columns(formats: int) -> list[_Column]:
-    """List a layer's sums and maxima in order: name of each, and index of its format or None."""
+    """List the sums and maxima over a layer's elements, such as Σ update², in their order.
+
+    All metrics of the layer follow from these. Some are of a number format, such as the number of
+    updates that bf16 would lose.
+
+    Args:
+        formats: Number of number formats.
+
+    Returns:
+        The name of each sum or maximum, and the index of its format, or None if it has none.
+    """
     columns: list[_Column] = [(name, None) for name in SUMS]
     columns += [(name, format) for format in range(formats) for name in FORMAT_SUMS]
     columns += [(f"max {name}", None) for name in MAXIMA]

@@ -191,10 +191,13 @@ class TwinFigures(Mapping[str, float]):
         return len(self._rows) * len(self._table.columns)
 
     def standard_error(self, key: str) -> float:
-        """Return the standard error of a figure, a metric's value, that a sample estimates.
+        """Return the standard error of a figure, a metric's value, that comes from a sample.
+
+        The sample is the *twin*: the elements of a layer that are stored in the formats of a recipe
+        and stepped beside the training. The figure estimates that of the whole layer.
 
         Args:
-            key: ``metric/recipe``.
+            key: ``metric/recipe``, such as ``frozen_frac/bf16-sr``.
 
         Returns:
             The standard error, in the unit of the figure. NaN for ``drift``, ``{state}_ratio``

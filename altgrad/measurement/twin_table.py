@@ -80,11 +80,12 @@ class TwinTable:
     def with_model(
         cls, states: Sequence[str], vectors: Numbers, counted: Numbers, recipes: Sequence[str]
     ) -> tuple[TwinTable, Mapping[str, int]]:
-        """Make a table of sums over the twins of layers, and of the model that the layers form.
+        """Make the table of all layers' twins, and add a row for the whole model in each recipe.
 
-        A twin is a sample of a layer that is stored and stepped as a recipe says.
-
-        The model's figures for a recipe are over the layers that have the recipe.
+        A *recipe* says in which formats weights and optimizer states are stored. A *twin* is a
+        sample of a layer that is stored and stepped so, beside the training. A row has the sums
+        over the sample's elements that compare the twin with one in float32. The model's figures
+        for a recipe are over the layers that have the recipe.
 
         Args:
             states: Names of the optimizer's states.
