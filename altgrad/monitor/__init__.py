@@ -3,14 +3,17 @@
 Read `monitor` first: `UpdateMonitor` connects the other files.
 
 - Which steps: `policy` decides, by the `schedule` and by the time that `overhead` measures.
-- Which layers and elements: `layer_settings` resolves the rules, `elements` draws samples,
-  `unjudged` leaves out what cannot be judged.
-- What is lost in any case: `known_losses` tells it, by the factors that `optimizer_factors` finds
-  and `rounded_factors` compares with the spacing of a format. For averages of weights,
-  `lagging_average` tells it.
+- Which layers and elements: `layer_settings` resolves the user's `SamplingRule`s for single layers,
+  `elements` draws samples of large layers, and `unjudged` leaves out formats that are no coarser
+  than the weights are stored, and so would lose nothing more.
+- What rounding to few bits undoes, as far as hyperparameters tell: `known_losses` warns of it.
+  `optimizer_factors` finds by which factors an optimizer multiplies weights and states, and
+  `rounded_factors` which numbers a factor leaves as they are. `lagging_average` warns of an average
+  of weights in 16 bits.
 - The measurement: `engine` measures a step, most layers together in an `arena`, under the scales
   that `scale_state` keeps.
 - Weights that move without a step of the optimizer: `bypass` finds them.
-- For other rooms: ranks compare a `watch`, twins take their elements from `twin_layers`,
-  `describe` writes a dry run as a table, and `header` describes a run as plain data.
+- For other folders of the package: ranks compare a `watch`, `describe` writes a dry run as a table,
+  and `header` describes a run as plain data. From `twin_layers`, *twins* take their elements; these
+  are samples of the layers that are stored and stepped in other formats.
 """

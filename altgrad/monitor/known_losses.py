@@ -1,4 +1,4 @@
-"""`KnownLosses`: notices of what is lost in a run, as dtypes and hyperparameters alone tell.
+"""`KnownLosses`: notices of what rounding to few bits undoes in a run, told without measuring.
 
 Some computations of an optimizer round their result to 16 bits on their own, and come out as if
 they had not been made: a weight decay that changes no weight, a second moment that cannot fall, a
@@ -22,7 +22,10 @@ from altgrad.monitor.optimizer_factors import HALF_FORMATS, Factor, find_factors
 
 
 class KnownLosses:
-    """A source of notices about losses that dtypes and hyperparameters alone tell.
+    """A source of notices of what an optimizer loses because its results are rounded to few bits.
+
+    In bf16, say, a weight decay may change no weight, an average such as ``exp_avg_sq`` may not
+    fall, and a counter of steps may stop. Dtypes and hyperparameters tell this without measuring.
 
     Args:
         find_layers: Function that returns the layers which some optimizers step and which are
@@ -40,7 +43,10 @@ class KnownLosses:
         self._stepped: WeakSet[Optimizer] = WeakSet()
 
     def check_attached(self, optimizers: Sequence[Optimizer]) -> None:
-        """Warn of what optimizers will lose, when they are attached."""
+        """Warn of weight decay, averages and counters that rounding to few bits will undo or stop.
+
+        It is called when optimizers are attached to the monitor.
+        """
         layers = self._name(optimizers)
         for notice in (
             *describe_lost_factors(optimizers, layers),
@@ -49,7 +55,11 @@ class KnownLosses:
             self._warn(notice)
 
     def check_stepped(self, optimizer: Optimizer) -> None:
-        """Warn of counters in low precision, after an optimizer's first step, which makes them."""
+        """Warn if ``state["step"]`` is in 16 bits, in which 256 + 1 or 2,048 + 1 is rounded down.
+
+        It is called after each step, and acts after the first, in which the optimizer makes the
+        counter.
+        """
         if optimizer not in self._stepped:
             self._stepped.add(optimizer)
             for notice in describe_counters([optimizer], self._name([optimizer])):
@@ -64,7 +74,10 @@ class KnownLosses:
 def describe_lost_factors(
     optimizers: Iterable[Optimizer], layers: Mapping[Tensor, str]
 ) -> Iterator[str]:
-    """Yield a notice of weight decay that is lost, and one of states that cannot fall.
+    """Yield notices of weight decay that rounding undoes, and of states that it keeps from falling.
+
+    At each step, an optimizer multiplies weights by 1 − lr · weight_decay, and states such as
+    ``exp_avg_sq`` by a beta. In few bits, the product may be rounded back to what it was.
 
     Args:
         optimizers: Torch optimizers.
@@ -109,7 +122,12 @@ def describe_counters(
 
 
 def _describe_decays(lost: Sequence[Factor]) -> str:
-    """Return a notice of weight decay that leaves weights as they are."""
+    """Return a notice of weight decay that rounding to few bits undoes.
+
+    Args:
+        lost: The factors 1 − lr · weight_decay by which optimizers multiply weights, without any
+            change to some or all of them.
+    """
     most = max(lost, key=lambda factor: factor.change)
     formats = dict.fromkeys(factor.format.name for factor in lost)
     recipes = [name + way for name in formats for way in ("-sr", "-kahan", "-true-fused")]
@@ -125,7 +143,12 @@ def _describe_decays(lost: Sequence[Factor]) -> str:
 
 
 def _describe_averages(lost: Sequence[Factor]) -> str:
-    """Return a notice of states that stay as they are while gradients are small."""
+    """Return a notice of states, such as ``exp_avg_sq``, that rounding keeps from falling.
+
+    Args:
+        lost: The betas by which optimizers multiply states. While gradients are small, the product
+            is rounded back to the state, for some or all of its numbers.
+    """
     highest = min(lost, key=lambda factor: factor.change)
     return (
         f"expects {_join(str(factor.state) for factor in lost)} of {few(_list_layers(lost))} to "
@@ -136,18 +159,28 @@ def _describe_averages(lost: Sequence[Factor]) -> str:
 
 
 def _describe_lower_beta(lost: Sequence[Factor]) -> str:
-    """Return the advice to take a beta with which states fall by the right amount.
+    """Return the advice to take a lower beta, with which states fall by the right amount.
 
-    Just below the bound, states fall by a whole spacing, which is up to twice too much. A change of
-    4 times the bound is right to a twentieth (`benchmarks/known_losses.py`). For formats of 8 bits,
-    such a beta would be too low to be of use, and the text is empty.
+    A state that is multiplied by beta may stay as it is if the change, 1 − beta, is less than half
+    of the format's spacing at 1. If the change is just above this bound, the state falls by a whole
+    spacing, which is up to twice too much. A change of 4 times the bound is right to a twentieth
+    (`benchmarks/known_losses.py`). For formats of 8 bits, such a beta would be too low to be of
+    use, and the text is empty.
+
+    Args:
+        lost: The betas by which optimizers multiply states, rounded in few bits.
     """
     beta = 1 - 2.0 ** (1 - min(factor.format.mantissa_bits for factor in lost))
     return f", or take {math.floor(1e4 * beta) / 1e4:g} or less" if beta > 0.9 else ""
 
 
 def _describe_extent(lost: Sequence[Factor]) -> str:
-    """Return which numbers are changed by factors, such as ``which changes no number in bf16``."""
+    """Return which numbers some factors change, such as ``which changes no number in bf16``.
+
+    Args:
+        lost: Factors just below 1 by which optimizers multiply weights or states. Numbers that are
+            rounded back to what they were do not change.
+    """
     extents = {factor.unchanged for factor in lost}
     which = "no number" if extents == {"all"} else "only some numbers"
     if len(extents) == 2:
@@ -156,7 +189,11 @@ def _describe_extent(lost: Sequence[Factor]) -> str:
 
 
 def _list_layers(lost: Sequence[Factor]) -> list[str]:
-    """Return the names of the layers of some factors, each once, in order."""
+    """Return the names of the layers whose weights or states are multiplied by factors, each once.
+
+    Args:
+        lost: Factors just below 1 by which optimizers multiply weights or states.
+    """
     return [*dict.fromkeys(factor.layer for factor in lost)]
 
 

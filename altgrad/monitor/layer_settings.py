@@ -144,7 +144,10 @@ class LayerSettings:
         return [n for n in names if (known[n] if n in known else self.get(n)).enabled]
 
     def judged(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Return for each layer the formats for which it gets figures (values of metrics).
+        """Return for each layer the number formats, such as ``bf16``, that it is measured for.
+
+        For each of them, the metrics say how much of an update would be left if the layer's weights
+        were stored in the format.
 
         Args:
             names: Names of the layers.

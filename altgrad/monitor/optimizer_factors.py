@@ -105,6 +105,8 @@ _AVERAGES: Mapping[str, tuple[_Average, ...]] = {
 def find_factors(optimizer: Optimizer, layers: Mapping[Tensor, str]) -> Iterator[Factor]:
     """Yield the factors by which an optimizer multiplies weights and states in low precision.
 
+    Weights are multiplied by 1 − lr · weight_decay, states such as ``exp_avg_sq`` by a beta.
+
     A learning rate is the highest that the parameter group names: its own, or the one that a
     learning rate schedule has kept there. What is lost at this rate is lost at each lower one.
 
@@ -145,7 +147,7 @@ def _find_class(optimizer: Optimizer) -> str:
 
 
 def _find_decay(kind: str, group: Mapping[str, Any], layer: _Layer) -> Iterator[Factor]:
-    """Yield the factor of a weight decay that multiplies the weights of a layer."""
+    """Yield the factor 1 − lr · weight_decay if a layer's weights are multiplied by it."""
     format, switch = HALF_FORMATS.get(layer.parameter.dtype), _SWITCHES.get(kind)
     if kind not in _SWITCHES or format is None or group.get("fused"):
         return
@@ -169,7 +171,7 @@ def _find_highest_rate(group: Mapping[str, Any]) -> float:
 def _find_betas(
     kind: str, group: Mapping[str, Any], layer: _Layer, stored: Stored | None
 ) -> Iterator[Factor]:
-    """Yield the factor of each state of a layer that is an average in low precision."""
+    """Yield the beta of each state of a layer that is an average and is kept in low precision."""
     # On a CPU, a fused SGD in 16 bits moves only the last elements of a layer and of its state:
     # https://github.com/pytorch/pytorch/issues/191763
     if kind == "SGD" and group.get("fused"):
@@ -202,8 +204,13 @@ def _find_state_format(name: str, layer: _Layer, stored: Stored | None) -> Float
 
 
 def _rounds_factors(group: Mapping[str, Any], layer: _Layer) -> bool:
-    """Return True if factors are rounded to the dtype of a layer, as by ``foreach`` on a CPU.
+    """Return True if a beta, or 1 − lr · weight_decay, is rounded to a layer's dtype before use.
 
-    On other devices, and without ``foreach``, the factor is float32.
+    By such factors an optimizer multiplies states and weights. ``foreach`` on a CPU rounds them. On
+    other devices, and without ``foreach``, they are float32.
+
+    Args:
+        group: The parameter group of the optimizer.
+        layer: The layer.
     """
     return bool(group.get("foreach")) and layer.parameter.device.type == "cpu"
