@@ -1,7 +1,9 @@
 """Recipes that step with optimizers of other libraries: torchao, optimi, bitsandbytes.
 
-Such a recipe has the optimizer's own class, so that nothing of it is modelled. A library is
-imported when a recipe of it is asked for by name (`import_library`), and never before.
+A *recipe* says how weights and optimizer states are stored and stepped. AltGrad tries it on a small
+sample of the layers, beside the training. The recipes here step that sample with the library's own
+class, such as torchao's AdamW8bit. A library is imported when a recipe of it is asked for by name
+(`import_library`), and never before.
 
 Read `libraries_8bit` first; `names` comes next.
 """

@@ -21,14 +21,17 @@ from altgrad.recipes.packed_states import PackedStates, StateParts
 
 
 def take_torchao_apart(state: Mapping[str, Any]) -> StateParts:
-    """Return the parts of a state of torchao's AdamW8bit or AdamWFp8.
+    """Return the tensors of a state of torchao's AdamW8bit or AdamWFp8, sorted by their length.
+
+    torchao packs the moments of large parameters: 8 bits for each element, a *code*, and a scale
+    for each block of elements.
 
     Args:
-        state: The state of a parameter.
+        state: The state of a parameter, ``optimizer.state[parameter]``.
 
     Returns:
-        Codes of packed states as uint8, their scales, and the rest. The tensors of states that are
-        not packed are among the elements.
+        In `elements` the codes, uint8, or the moments themselves if they are not packed; in
+        `blocks` the scales; in `shared` the step, and for AdamW8bit the values of the codes.
     """
     elements, blocks, shared = dict[str, Tensor](), dict[str, Tensor](), dict[str, Any]()
     for name, value in state.items():
@@ -45,13 +48,14 @@ def take_torchao_apart(state: Mapping[str, Any]) -> StateParts:
 
 
 def put_torchao_together(parts: StateParts) -> dict[str, Any]:
-    """Return the state of torchao's AdamW8bit or AdamWFp8 that has these parts.
+    """Return the state of torchao's AdamW8bit or AdamWFp8, made of its codes, scales and tables.
 
     Args:
-        parts: Parts as from `take_torchao_apart`.
+        parts: What `take_torchao_apart` returns: in `elements` the codes of 8 bits, or moments that
+            are not packed; in `blocks` the scales; in `shared` the step and any table of values.
 
     Returns:
-        The state of a parameter.
+        The state of a parameter, as in ``optimizer.state[parameter]``.
     """
     state = {name: each for name, each in parts.shared.items() if not name.endswith(".qmap")}
     for key, codes in parts.elements.items():
@@ -96,13 +100,17 @@ _MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
 
 
 def take_bnb_apart(state: Mapping[str, Any]) -> StateParts:
-    """Return the parts of a state of bitsandbytes' AdamW8bit.
+    """Return the tensors of a state of bitsandbytes' AdamW8bit, sorted by their length.
+
+    bitsandbytes packs the moments of large parameters: 8 bits for each element, a *code*, and a
+    scale for each block of elements.
 
     Args:
-        state: The state of a parameter.
+        state: The state of a parameter, ``optimizer.state[parameter]``.
 
     Returns:
-        The codes or moments, the scales of packed states, and tables and count of steps.
+        In `elements` the codes, or the moments themselves if they are not packed; in `blocks` the
+        scales; in `shared` the step and the tables of the codes' values.
     """
 
     def pick(start: str) -> dict[str, Any]:
@@ -112,13 +120,14 @@ def take_bnb_apart(state: Mapping[str, Any]) -> StateParts:
 
 
 def put_bnb_together(parts: StateParts) -> dict[str, Any]:
-    """Return the state of bitsandbytes' AdamW8bit that has these parts.
+    """Return the state of bitsandbytes' AdamW8bit, made of its codes, scales and tables.
 
     Args:
-        parts: Parts as from `take_bnb_apart`.
+        parts: What `take_bnb_apart` returns: in `elements` the codes of 8 bits, or moments that are
+            not packed; in `blocks` the scales; in `shared` the step and the codes' values.
 
     Returns:
-        The state of a parameter.
+        The state of a parameter, as in ``optimizer.state[parameter]``.
     """
     return {**parts.shared, **parts.elements, **parts.blocks}
 

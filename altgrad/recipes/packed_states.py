@@ -70,9 +70,12 @@ class PackedStates:
             raise ValueError(f"block={self.block}: expected a power of two, such as 256")
 
     def packs(self, numel: int) -> bool:
-        """Return True if the states of a parameter with so many elements are packed.
+        """Return True if the optimizer packs the states of a parameter of this size.
+
+        A packed state has a few bits for each element, and one scale for each block of elements.
+        States of small parameters are not packed.
 
         Args:
-            numel: Number of elements.
+            numel: Number of elements of the parameter.
         """
         return numel >= self.least and not (self.only_whole and numel % self.block)
