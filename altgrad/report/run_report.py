@@ -178,7 +178,11 @@ class RunReport:
         return [row for row in self.run.rows if row.layer is None]
 
     def _find_last_histograms(self) -> dict[str, Histogram]:
-        """Return the model's last histograms of updates, as ``steps/bf16``, and of ``weights``."""
+        """Return the model's last histogram of each kind, by name: ``weights``, ``steps/bf16``, ….
+
+        ``weights`` counts weights by magnitude. ``steps/bf16`` counts updates by their size in
+        spacings of bf16, the distance between neighbouring numbers at the weight.
+        """
         found: dict[str, Histogram] = {}
         for row in self._list_model_rows():
             found |= row.histograms

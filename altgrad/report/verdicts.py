@@ -131,7 +131,11 @@ class Assessment:
 
     @functools.cached_property
     def by_layer(self) -> dict[str, dict[str, Advice]]:
-        """Verdicts by layer and format; first is the layer that keeps least of its updates."""
+        """Verdicts by layer and format: would the layer still train if stored in the format?
+
+        Rounding weights to a format loses a part of each update. First comes the layer that would
+        keep the smallest part, its lowest kept_update_ratio in any format.
+        """
         by_layer: dict[str, dict[str, Advice]] = {}
         for advice in self.advice:
             by_layer.setdefault(advice.layer, {})[advice.format] = advice
