@@ -50,15 +50,20 @@ class Follower(ABC):
         self._must_compare = True  # before the first look, and where a check has found differences
 
     def check(self, reference: Twin, rows: Tensor, mask: Tensor) -> Tensor:
-        """Count the sampled elements whose average differs from what the updates make of it.
+        """Compare the training's average of its weights with that of a twin stepped alike.
+
+        The *reference twin* is a sample of the layers that is stepped as the training is. It
+        updates an average of its own weights when the training updates its average.
 
         Args:
-            reference: The twin that is stepped as the training is.
+            reference: The reference twin.
             rows: Positions of the elements of each layer, int64 (layers, width).
             mask: bool (layers, width), False where a row has no element of its layer.
 
         Returns:
-            float64 (layers, 4), as from `altgrad.twins.self_check.compare`, on the device.
+            For each layer, float64 (layers, 4) on the device: the number of sampled elements that
+            differ, that differ by more than rounding, and that moved, and the largest difference in
+            spacings of the dtype. All are 0 if the two averages have different dtypes.
         """
         own, real = reference.averages[self._name], self._sample.gather()
         if own.dtype != real.dtype:
@@ -70,21 +75,40 @@ class Follower(ABC):
     def follow(self, reference: Twin, twins: Sequence[Twin]) -> None:
         """Update the averages of twins if the training has updated its own since the last call.
 
+        A *twin* is a sample of the layers that is stored and stepped as a recipe says. Like the
+        training, it keeps an average of its own weights.
+
         Args:
             reference: The twin that is stepped as the training is.
-            twins: All twins, with this one.
+            twins: The twins that keep the average, the reference twin among them.
         """
 
     def rearrange(self) -> None:
-        """Compare all averages with that of the training at the next look: layers may be new."""
+        """Prepare for other layers, or other places of their samples in the flat tensors.
+
+        At the next call of `follow`, twins (samples of the layers) set their averages of weights to
+        the training's average where that of the reference twin differs from it.
+        """
         self._must_compare = True
 
     def begin_anew(self) -> None:
-        """Take the averages of all twins from the training at the next look, where they differ."""
+        """Have the next `follow` set the averages of twins to that of the training's weights.
+
+        A *twin* is a sample of the layers; the *reference twin* is stepped as the training is. Only
+        elements change at which the average of the reference twin differs from the training's.
+        """
         self._must_compare = True
 
     def _take_over(self, reference: Twin, twins: Sequence[Twin]) -> None:
-        """Set the averages of all twins to the training's, where the reference twin has others."""
+        """Set the averages that twins keep of their weights to the training's average.
+
+        A *twin* is a sample of the layers that is stored and stepped as a recipe says. Only those
+        elements change at which the reference twin has another average than the training.
+
+        Args:
+            reference: The twin that is stepped as the training is.
+            twins: The twins that keep the average, the reference twin among them.
+        """
         real = self._sample.gather()
         own = reference.averages[self._name]
         differs = (real.to(own.dtype) != own) & ~(real.isnan() & own.isnan())

@@ -75,7 +75,11 @@ class BatchStatistic:
         return {n: each.num_batches_tracked for n, each in self.find_modules().items()}  # type: ignore[misc]
 
     def note_batches(self) -> None:
-        """Note the batches so far: those before the first step of a resumed training are new."""
+        """Note how many batches each BatchNorm module has got so far.
+
+        It is called before the first step, also of a resumed training. Twins, samples of the layers
+        with running statistics of their own, move these by the batches that come after it.
+        """
         counters = self.find_counters()
         self.noted = {name: each.clone() for name, each in counters.items()}
         self.noted_writes = count_writes_to_each([*counters.values()])
@@ -160,7 +164,19 @@ def _round_once(values: Tensor, batch: Tensor, momentum: Tensor) -> Tensor:
 
 
 def _round_factors(values: Tensor, batch: Tensor, momentum: Tensor) -> Tensor:
-    """Round the factors, and their product with the value before, but not that with the batch."""
+    """Return (1 − momentum) · values + momentum · batch, as BatchNorm may round it in 16 bits.
+
+    The factors 1 − momentum and momentum, the batch, the first product and the result are rounded;
+    the second product is not.
+
+    Args:
+        values: The running statistic before the batch, (elements).
+        batch: The mean or variance of the batch, float64 (elements).
+        momentum: The share of the way to `batch`, float64.
+
+    Returns:
+        The next running statistic, in the dtype of `values`, (elements).
+    """
     kept, added = (each.to(values.dtype) for each in (1 - momentum, momentum))
     product = added.double() * batch.to(values.dtype).double()
     return ((values * kept).double() + product).to(values.dtype)

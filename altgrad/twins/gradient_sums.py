@@ -75,7 +75,11 @@ class GradientSums:
         self.sums = {r.name: torch.zeros_like(self.micro, dtype=finer) for r in recipes}
 
     def add(self) -> None:
-        """Add `micro` to all sums, and round those of the recipes; `before` is 0 afterwards.
+        """Add the gradients of one backward pass, `micro`, to the sums of the training and recipes.
+
+        A recipe with `accumulate` says to which format its sum is rounded after each addition. The
+        caller has set `before` to what `parameter.grad` was before this backward pass. It is 0
+        afterwards.
 
         The sum of a recipe begins anew in a layer where `before` is 0, as after `zero_grad`. Where
         `before` is not the training's sum so far, something else has written to the gradients: the

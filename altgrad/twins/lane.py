@@ -167,10 +167,10 @@ class Lane:
 
     @property
     def summing(self) -> list[Recipe]:
-        """The recipes with `accumulate`, the format in which their twins add up gradients.
+        """The recipes that say in which format gradients of several backward passes are added up.
 
-        A *twin* is a sample of the layers that is stepped as a recipe says. Recipes whose twins
-        have ended after an error are left out.
+        These are the recipes with `accumulate`. Each has a *twin*, a sample of the layers that is
+        stored and stepped as the recipe says. Recipes whose twin has ended are left out.
         """
         return self._twins.summing
 
@@ -255,18 +255,26 @@ class Lane:
         self._follow_averages()
 
     def _follow_averages(self) -> None:
-        """Update the twins' averages of weights where the training has updated its own averages.
+        """Update the averages that twins keep of their weights, where the training has done so.
 
-        A *twin* is a sample of the layers that is stepped as a recipe says.
+        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
         """
         twins = self._twins
         self._averages.follow(twins.reference, twins.fp32, twins.all)
         self._averages.drop_ended(twins.all)
 
     def _take_sums(self, micro: MicroGradients) -> Mapping[str, Tensor]:
-        """Return the sampled gradients as recipes with `accumulate` add them up, by recipe.
+        """Return the gradients that recipes with `accumulate` have added up in their own formats.
 
-        After an error, the twins of these recipes end: the samples that are stepped as they say.
+        Each recipe has a *twin*, a sample of the layers that is stored and stepped as the recipe
+        says. After an error, the twins of these recipes end with a notice.
+
+        Args:
+            micro: The sums of the gradients of single backward passes.
+
+        Returns:
+            Sampled gradients by name of the recipe, float32 or float64 (elements); none after an
+            error.
 
         Raises:
             Warning: The user made warnings errors.
@@ -552,13 +560,15 @@ class Lane:
         return states, measure_twins(mask, baseline, [*stacks.values()], states, blocks=blocks)
 
     def read_averages(self, counts: Numbers) -> None:
-        """Take averages over from the training that the check found to be wrong, or end them.
+        """Correct or end the averages of weights that differ from the training's own.
 
-        An *average* is an EMA of weights, say, or a running statistic of BatchNorm. The reference
-        twin, a sample that is stepped as the training is, should have the training's averages.
+        The *reference twin*, a sample that is stepped as the training is, keeps each average that
+        the training keeps of its weights. `measure` compares the two. If they differ, twins take
+        the training's average over; after a second time in a row, they keep it no longer.
 
         Args:
-            counts: The counts of averages on the host, float64 (layers, 4 · averages).
+            counts: By how much they differ, on the host: four numbers for each average, float64
+                (layers, 4 · averages), which `measure` appends to the counts of the weights.
         """
         self._averages.read(self._twins.reference, self.names, counts)
 
@@ -627,14 +637,21 @@ class Lane:
             self._run.is_watching = False
 
     def end_probe(self) -> bool:
-        """Return False if the training's optimizer cannot run on a sample, at the first check."""
+        """Return False if the training's optimizer turns out to be unable to run on a sample.
+
+        A *probe* is a twin (a sample of the layers) that has stepped beside another one, with
+        other numbers at every second element. If this has changed the steps of the rest, the
+        optimizer looks at whole tensors. The probe is dropped: a second call returns True. So does
+        a call if there was no probe, or if twins have no optimizer.
+        """
         return self.follows_updates or self._twins.end_probe()
 
     def begin_recording(self) -> None:
-        """Let the reference twin take over the training's weights, now and after each step.
+        """Have the reference twin copy the training's weights, now and after each step.
 
-        The reference twin is a sample that steps as the training does. It is called after the first
-        step that moved weights, if the training rounds them otherwise.
+        The *reference twin* is a sample that an optimizer steps as it does the training. If the
+        training rounds its weights otherwise than that optimizer, as compiled code may, the twin
+        cannot reach the same weights by its own steps. This is called once that has been seen.
         """
         self.rounds_itself = self._run.is_watching = True
         reference = self._twins.reference.tensors

@@ -63,11 +63,14 @@ class LaneAverages:
         self._places: tuple[Mapping[str, Sampled], Layout] = {}, Layout()
 
     def rearrange(self, layers: Mapping[str, Sampled], layout: Layout) -> None:
-        """Take over other places of the samples in the twins' flat tensors.
+        """Read the averages at other places of the flat tensors from now on, as layers come or go.
+
+        The sampled elements of all layers lie one after another in a flat tensor. Each *twin*, a
+        copy of them that is stored and stepped as a recipe says, has such tensors.
 
         Args:
-            layers: The layers by name.
-            layout: The places of the layers.
+            layers: The layers by name, with their sampled elements.
+            layout: The new place of each layer in the flat tensors.
         """
         self._places = layers, layout
         for name, follower in self._followers.items():
@@ -75,15 +78,16 @@ class LaneAverages:
             follower.rearrange()
 
     def follow(self, reference: Twin, baseline: Twin, twins: Sequence[Twin]) -> None:
-        """Update the averages of all twins where the training has updated its own.
+        """Update the averages that twins keep of their weights, where the training has done so.
 
-        It must be called while twins have the weights with which the training updated: before each
-        step at the latest.
+        A *twin* is a sample of the layers that is stored and stepped as a recipe says. It must have
+        the weights with which the training updated its average: call this before each step at the
+        latest.
 
         Args:
             reference: The twin that is stepped as the training is.
             baseline: The twin in float32, or the reference twin in its place.
-            twins: All twins of the lane, with these two.
+            twins: All twins of these layers, with the two above.
 
         Raises:
             Warning: The user made warnings errors.
@@ -126,7 +130,13 @@ class LaneAverages:
         self._followers[name].follow(reference, concerned)
 
     def _begin(self, average: RunAverage | BatchStatistic) -> None:
-        """Begin to follow an average, or to follow it again after a resume."""
+        """Begin to look when the training updates an average of its weights, to have twins do so.
+
+        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
+
+        Args:
+            average: The average of the training's weights, or a running statistic of BatchNorm.
+        """
         sample = AverageSample(average, self._kind)
         sample.rearrange(*self._places)
         self._samples[average.name] = sample
@@ -147,7 +157,14 @@ class LaneAverages:
         return torch.promote_types(own, torch.float32) if is_baseline else own
 
     def iterate_whole(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield name of the average, name of the layer and the whole average of the layer."""
+        """Yield each average that the training keeps, layer by layer, with all of its elements.
+
+        An average is one of the weights, or a running statistic of BatchNorm.
+
+        Returns:
+            An iterator over tuples: name of the average, name of the layer, and the average, in the
+            shape of the layer.
+        """
         for name, sample in self._samples.items():
             for layer, each in sample.tensors.items():
                 yield name, layer, each
@@ -155,21 +172,29 @@ class LaneAverages:
     # --- checks
 
     def check(self, reference: Twin, rows: Tensor, mask: Tensor) -> list[Tensor]:
-        """Compare the averages of the reference twin with those of the training.
+        """Compare the averages that the training and the reference twin keep of their weights.
+
+        The *reference twin* is a sample of the layers that is stepped as the training is, so that
+        its averages should equal those of the training at the sampled elements.
 
         Args:
-            reference: The twin that is stepped as the training is.
+            reference: The reference twin.
             rows: Positions of the elements of each layer, int64 (layers, width).
             mask: bool (layers, width), False where a row has no element of its layer.
 
         Returns:
-            For each average float64 (layers, 4), as from `altgrad.twins.self_check.compare`, on the
-            device.
+            For each average float64 (layers, 4), on the device: the number of sampled elements that
+            differ, that differ by more than rounding, and that moved, and the largest difference in
+            spacings of the dtype.
         """
         return [each.check(reference, rows, mask) for each in self._find_active(reference).values()]
 
     def read(self, reference: Twin, names: Sequence[str], counts: Numbers) -> None:
-        """Act on the result of `check`: take averages over that are wrong, and at last end them.
+        """Correct or end the averages in which `check` found a twin to differ from the training.
+
+        A *twin*, a sample of the layers, keeps averages of its weights as the training does. After
+        a first difference, all twins take the training's average over. After a second one in a row,
+        they keep that average no longer, and the user gets a notice.
 
         Args:
             reference: The twin that is stepped as the training is.
@@ -189,14 +214,28 @@ class LaneAverages:
         return {n: each for n, each in self._followers.items() if n in reference.averages}
 
     def _end(self, name: str, reason: str) -> None:
-        """Stop to follow an average, with a notice; twins drop theirs at the next `drop_ended`."""
+        """Stop updating an average of the weights in all twins, and give the user a notice.
+
+        A *twin* is a sample of the layers. Its average is freed by the next `drop_ended`.
+
+        Args:
+            name: Name of the average.
+            reason: The reason, for the notice.
+        """
         self._wrong[name] = _MOST_WRONG
         self._followers.pop(name, None)
         self._samples.pop(name, None)
         self._warn(f"ends the figures of the average {name!r}: {reason}")
 
     def drop_ended(self, twins: Collection[Twin]) -> None:
-        """Free the averages of twins that the training does not keep, or that have ended."""
+        """Free the averages that twins no longer update.
+
+        A *twin*, a sample of the layers, keeps averages of its weights as the training does. Those
+        are freed that the training does not keep, and those that were found to differ from it.
+
+        Args:
+            twins: All twins of the lane, whose samples lie in one tensor.
+        """
         kept = {each.name for each in self._averages if not self._has_ended(each.name)}
         for twin in twins:
             for name in twin.averages.keys() - kept:

@@ -99,10 +99,10 @@ class LaneTwins:
 
     @property
     def summing(self) -> list[Recipe]:
-        """The recipes with `accumulate`, the format in which their twins add up gradients.
+        """The recipes that say in which format gradients of several backward passes are added up.
 
-        A *twin* is a sample of the layers that is stepped as a recipe says. Recipes whose twins
-        have ended after an error are left out.
+        These are the recipes with `accumulate`. Each has a *twin*, a sample of the layers that is
+        stored and stepped as the recipe says. Recipes whose twin has ended are left out.
         """
         recipes = [twin.recipe for twin in self.by_recipe.values()]
         return [each for each in recipes if each.accumulate is not None]
@@ -146,11 +146,15 @@ class LaneTwins:
             _step(self._probe, others, own)
 
     def end_probe(self) -> bool:
-        """Return False if an element steps otherwise when other elements of its tensor differ.
+        """Find out whether the training's optimizer can run on a sample of a layer; drop the probe.
 
-        An optimizer with such steps cannot run on a sample of a layer. The result is True if it was
-        asked before, and in a training that stores all in float32 or float64. The host waits for
-        the device.
+        A *probe* is a twin (a sample of the layers) that has stepped beside the twin in float32,
+        with other numbers at every second element. If this has changed the steps of the other
+        elements, the optimizer looks at whole tensors. The host waits for the device.
+
+        Returns:
+            False if a step depends on other elements. True if not, or if there is no probe, as
+            after the first call, or in a training that keeps all that float32 does.
         """
         probe, self._probe = self._probe, None
         if probe is None:
@@ -218,9 +222,11 @@ class LaneTwins:
         return stacks
 
     def warn_about_names(self) -> None:
-        """Warn of recipes that name a format for an optimizer state that their twin does not have.
+        """Warn of recipes that name optimizer states which their optimizer does not have.
 
-        A *twin* is a sample of the layers that is stepped and stored as a recipe says.
+        A *recipe* may say in which format a state such as ``exp_avg`` is stored. In plain SGD,
+        which has no such state, it does nothing. What states there are is known from the recipe's
+        *twin*, a sample of the layers that is stepped as the recipe says.
         """
         for name, twin in self.by_recipe.items():
             named = twin.recipe.state_formats.keys() - {"*"}
@@ -331,9 +337,10 @@ class LaneTwins:
     # --- scales, memory, state
 
     def forget_amaxes(self) -> None:
-        """Drop the largest magnitudes from which twins compute scales, to be read anew when needed.
+        """Have the scales of twins computed anew from the training's weights when next needed.
 
-        A *twin* is a sample of the layers; a scale is the factor between stored numbers and values.
+        A *twin* is a sample of the layers that is stored as a recipe says. In formats such as fp8,
+        numbers are stored divided by a scale, which follows from their largest magnitude, the amax.
         """
         for twin in self.all:
             twin.forget_amaxes()

@@ -38,7 +38,10 @@ torch rounds them; a fused optimizer steps all at once.
 
 
 class Drawing(NamedTuple):
-    """The number of neighbouring elements that a recipe needs to be drawn together.
+    """The number of neighbouring elements that are drawn together into the sample of a layer.
+
+    A *recipe* says in which formats weights and optimizer states are stored. Where a block of
+    elements shares a scale, the sample has whole blocks, since the scale depends on all of them.
 
     Attributes:
         block: Number of elements along the last dimension that share a scale of a format; 1 for
@@ -92,15 +95,22 @@ class LaneKind(NamedTuple):
 
     @property
     def drawing(self) -> Drawing:
-        """The number of elements that the recipes of the lane need to be drawn together."""
+        """The number of neighbouring elements that are drawn together into the samples of layers.
+
+        The recipes store weights and optimizer states in formats. Where a block of elements shares
+        a scale, samples have whole blocks.
+        """
         return Drawing(self.block) if self.packed is None else Drawing(packed=self.packed)
 
     def find_block_shape(self, shape: torch.Size) -> torch.Size:
-        """Return the shape along whose last dimension the blocks of a layer lie.
+        """Return the shape in which the blocks of a layer lie along the last dimension.
+
+        A block is a number of neighbouring elements that share a scale. A format has blocks along
+        the last dimension of the layer. Optimizers that pack their states have blocks of the
+        flattened layer: for these, the shape has one dimension, without a last, shorter block.
 
         Args:
-            shape: The shape of the layer. Blocks of packed states are those of the flattened layer;
-                a last block that is shorter is left out.
+            shape: The shape of the layer.
         """
         if self.packed is None or self.block == 1:
             return shape

@@ -102,7 +102,10 @@ class MicroGradients:
                 self._hooks[name] = node, handle
 
     def remove(self) -> None:
-        """Remove all hooks; no gradient is added from then on."""
+        """Remove all hooks: the sums of sampled gradients that this object keeps stay as they are.
+
+        `parameter.grad` and the training go on as before.
+        """
         for name in [*self._hooks]:
             self._remove_hook(name)
 
@@ -210,7 +213,16 @@ class MicroGradients:
         return taken
 
     def _find_positions(self, layout: Layout) -> Tensor:
-        """Return the position in the sums of each element of a layout, int64 (elements)."""
+        """Return where this object's tensors have the sum of gradients of each sampled element.
+
+        Args:
+            layout: The places of the sampled elements of the layers in the flat tensors of a step,
+                which may have other layers, or another order, than the sums here.
+
+        Returns:
+            Positions in the sums, int64 (elements); the last position, at which all sums are 0, for
+            padding and for layers without sums.
+        """
         known, positions = self._positions
         if known is not layout:
             # The last element is 0: it stands for padding, and for layers that are not known.

@@ -86,7 +86,12 @@ class RunAverage:
         return {f"{self._prefix}{name}": each for name, each in self._own_parameters().items()}
 
     def concerns(self, _: Recipe) -> bool:
-        """Return True: the average of a twin's weights is another one with each recipe."""
+        """Return True: the twin of any recipe keeps an average of its weights, too.
+
+        A *recipe* says in which formats weights and states are stored. A *twin*, a sample of the
+        layers, is stored and stepped so. Its weights, and so their average, differ from those of
+        the training. A running statistic of BatchNorm concerns only some recipes.
+        """
         return True
 
     def step(self, averages: Tensor, weights: Tensor, count: int) -> None:
@@ -131,7 +136,10 @@ class RunAverage:
         return {name: each for each, name in named if each.is_floating_point()}
 
     def _check_functions(self) -> None:
-        """Check that calls for a sample cannot change what the functions do in the training.
+        """Check that the `AveragedModel`'s `multi_avg_fn` or `avg_fn` keeps nothing between calls.
+
+        AltGrad calls it for small samples of the weights, too. If it counted its calls, say, these
+        would change what it does in the training.
 
         Raises:
             ValueError: A function keeps something between calls.
@@ -147,12 +155,13 @@ class RunAverage:
                 )
 
     def _check_decay(self) -> None:
-        """Check the decay of a module without a function, and that it can be found if not given.
+        """Check the decay of an average that is no `AveragedModel`, and so has no update function.
 
-        Numbers of 16 bits have too few digits: most of them move by other shares than 1 − decay.
+        If no decay is given, it is found from how far the average moves, which needs float32 or
+        float64. Numbers of 16 bits have too few digits: most move by other shares than 1 − decay.
 
         Raises:
-            ValueError: It is out of range, or cannot be found.
+            ValueError: The decay is out of range, or cannot be found.
         """
         if self.decay is not None:
             if not 0 <= self.decay <= 1:

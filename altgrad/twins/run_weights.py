@@ -179,10 +179,14 @@ class RunWeights:
         self.has_gradient.logical_or_((gradients != 0) & is_made)
 
     def begin_window(self, shown: Tensor) -> None:
-        """Begin another window, the time between two steps whose figures are recorded.
+        """Forget in `has_gradient` which elements of recorded layers have had a gradient so far.
+
+        It is called after a step whose figures are recorded. The time until the next such step is a
+        *window*; some figures are about one window.
 
         Args:
-            shown: bool (elements), False for layers whose window goes on.
+            shown: bool (elements), False for layers that this step does not record, and whose
+                window goes on.
         """
         self.has_gradient.logical_and_(~shown)
 

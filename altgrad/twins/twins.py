@@ -149,10 +149,11 @@ class Twins:
 
     @torch.inference_mode(mode=False)
     def attach(self, optimizers: Collection[Optimizer]) -> None:
-        """Watch the gradients of single backward passes, if a recipe adds them up itself.
+        """Put hooks on the layers that see each backward pass's gradient, if a recipe needs them.
 
-        Recipes with `accumulate` do. Without this call, they begin to after the first step, for
-        which they round the training's sum once.
+        A recipe with `accumulate` says in which format the gradients of several backward passes are
+        added up. Its twin, a sample of the layers, therefore needs each gradient. Without this
+        call, the hooks come after the first step, for which the training's sum is rounded once.
 
         Args:
             optimizers: The optimizers of the training that are observed from now on.
@@ -168,7 +169,14 @@ class Twins:
                 self._watch_gradients(run)
 
     def _warn_about_ranks(self, ranks: int) -> None:
-        """Warn if the gradients of other ranks are not seen before they are added up."""
+        """Warn, if there are several ranks, that rounding errors of the other ranks are missed.
+
+        A recipe with `accumulate` rounds the sum of gradients after each backward pass. Its twin, a
+        sample of the layers, sees only the gradients of this rank before they are added up.
+
+        Args:
+            ranks: Number of ranks.
+        """
         if ranks > 1:
             names = few([*self._rounding])
             self._source.warn(
@@ -183,9 +191,13 @@ class Twins:
         return self._runs[optimizer]
 
     def _watch_gradients(self, run: _Run) -> None:
-        """Keep the hooks on layers as they must be for recipes that add up gradients themselves.
+        """Put hooks on layers for recipes that add up gradients themselves; remove those in vain.
 
-        A lane without such a recipe, or whose twins of these have ended, has no hook.
+        A recipe with `accumulate` says in which format the gradients of several backward passes are
+        added up. The hooks show each gradient. Layers have none if no such recipe is left.
+
+        Args:
+            run: What is known of one optimizer: its layers, in sets that are stepped together.
         """
         for kind in run.micro.keys() - run.stepped.keys():
             run.micro.pop(kind).remove()
@@ -193,10 +205,13 @@ class Twins:
             self._watch_lane(run, kind)
 
     def _watch_lane(self, run: _Run, kind: LaneKind) -> MicroGradients | None:
-        """Keep the hooks on the layers of one lane as they must be.
+        """Put hooks on the layers of one lane if a recipe needs each backward pass's gradient.
+
+        A *lane* is a set of layers whose samples are stepped together. Hooks that the layers have
+        are kept if the layers and recipes are the same as before, and replaced or removed if not.
 
         Returns:
-            What the hooks see; None if no recipe adds up gradients itself.
+            The sums of the gradients that the hooks see; None if no recipe adds up gradients.
         """
         stepped, lane, micro = run.stepped[kind], run.lanes.get(kind), run.micro.get(kind)
         recipes = [each for each in self._recipes[kind.drawing] if each.name in self._rounding]
@@ -733,13 +748,15 @@ class _Run:
         self._tries: Counter[LaneKind] = Counter()  # checks of a lane before any weight moved
 
     def is_first_check(self, kind: LaneKind, *, has_moved: bool) -> bool:
-        """Return True until a check of a lane at which weights have moved, that one included.
+        """Return True for each self-check of some layers up to the first at which weights moved.
 
-        At a learning rate of 0, as in the first step of a warm-up, every optimizer looks right.
+        The self-check compares the training with a sample that the same optimizer steps. At a
+        learning rate of 0, as in the first step of a warm-up, no weight moves, and every optimizer
+        looks right. After 8 checks without a moved weight, the result is False, too.
 
         Args:
-            kind: The kind of the lane.
-            has_moved: True if a weight of the lane has moved since its start.
+            kind: The properties of the layers, whose samples lie in one tensor (a *lane*).
+            has_moved: True if a weight of these layers has moved since their start.
         """
         is_first = kind not in self.checked
         self._tries[kind] += 1
