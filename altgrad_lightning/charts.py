@@ -80,9 +80,10 @@ class Charts:
 
     @property
     def recipes(self) -> list[str]:
-        """Names of the recipes that any layer has had figures of so far.
+        """Names of the recipes, such as ``bf16-sr``, for which a layer has had a value of a metric.
 
-        A run in low precision has figures of itself under the name ``now``.
+        A *recipe* says in which formats weights and optimizer states would be stored; it is tried
+        beside the training. A run in low precision is itself among them, under the name ``now``.
         """
         return [*dict.fromkeys(name for each in self._recipes.values() for name in each)]
 

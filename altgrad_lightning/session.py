@@ -312,7 +312,11 @@ class Session:
         return monitor
 
     def _watch_averages(self, monitor: UpdateMonitor) -> None:
-        """Have recipes show how the averages of the weights would fare that the Trainer keeps."""
+        """Have the monitor watch each average of the weights that the Trainer's callbacks keep.
+
+        A *recipe* says in which formats weights and states would be stored. Its metrics then say,
+        too, how far such an average would go from one in float32.
+        """
         for name, averaged in find_averages(self._trainer, self._module).items():
             self._watch_average(monitor, averaged, name)
 
