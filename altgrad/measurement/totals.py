@@ -323,11 +323,14 @@ def _columns(formats: int) -> list[_Column]:
 
 
 def _source(formats: int) -> tuple[list[_Column], ...]:
-    """List the sums and maxima that `Layers.add_up` joins: name, and index of the format or None.
+    """List the sums and maxima over elements, such as Σ update², that `Layers.add_up` joins.
+
+    Args:
+        formats: Number of number formats, such as bf16, for each of which there are some sums.
 
     Returns:
-        The names in five parts, as `add_up` joins them: counted, sums, products, octaves and
-        extrema.
+        The name of each, and the index of its format or None, in five parts, as `add_up` joins
+        them: counted, sums, products, octaves and extrema.
     """
 
     def each(names: tuple[str, ...], format_names: tuple[str, ...], how: str) -> list[_Column]:
@@ -410,7 +413,7 @@ def _find_terms(formats: int, device: torch.device) -> Tensor:
 
 
 def _estimates(names: tuple[str, ...]) -> Iterator[tuple[str, Estimate]]:
-    """Yield each name of a metric with its formula, an `Estimate`: a ratio of two sums."""
+    """Yield each metric's name with its formula, an `Estimate`: a ratio of sums over elements."""
     for name in names:
         formula = FORMULAS[name]
         assert isinstance(formula, Estimate)

@@ -178,7 +178,13 @@ class TwinTable:
         return _split(self._layout, self.vectors)
 
     def _estimate_sums(self, names: Sequence[str]) -> EstimateSums:
-        """Return the sums from which the standard errors of the metrics called `names` follow."""
+        """Return sums over the elements of twins, from which standard errors of metrics follow.
+
+        A twin is a sample of a layer that is stored and stepped as a recipe says.
+
+        Args:
+            names: Names of the metrics.
+        """
         sums = self._split()[0]
         places = [self._layout.ratios.index(name) for name in names]
         is_share = np.array([float(get_metric(name).unit == "share") for name in names])
