@@ -92,7 +92,7 @@ class LayerSettings:
             self.by_name[name] = replace(self.by_name[name], enabled=False)
 
     def leave_out_formats(self, name: str, formats: Sequence[str]) -> None:
-        """Change the settings of a layer, so that no figures are computed for some formats.
+        """Change the settings of a layer, so that it is no longer measured for some formats.
 
         Args:
             name: Name of the layer.

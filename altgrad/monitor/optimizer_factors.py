@@ -53,7 +53,7 @@ class Factor(NamedTuple):
 
     @property
     def unchanged(self) -> Extent | None:
-        """The numbers of the format that the factor leaves as they are; None if all move."""
+        """The numbers whose product with the factor is rounded back to them; None if all move."""
         extent = find_unchanged(self.change, self.format.mantissa_bits)
         # The number below 1 is half a spacing away, and moves all numbers.
         return None if self.is_rounded and extent == "some" else extent
