@@ -167,10 +167,10 @@ class Lane:
 
     @property
     def summing(self) -> list[Recipe]:
-        """The recipes that say in which format gradients of several backward passes are added up.
+        """The recipes with `accumulate`, the format in which their twins add up gradients.
 
-        These are the recipes with `accumulate`. Each has a *twin*, a sample of the layers that is
-        stored and stepped as the recipe says. Recipes whose twin has ended are left out.
+        A *twin* is a sample of the layers that is stepped as a recipe says. Recipes whose twins
+        have ended after an error are left out.
         """
         return self._twins.summing
 
@@ -255,9 +255,9 @@ class Lane:
         self._follow_averages()
 
     def _follow_averages(self) -> None:
-        """Update the averages that twins keep of their weights, where the training has done so.
+        """Update the twins' averages of weights where the training has updated its own averages.
 
-        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
+        A *twin* is a sample of the layers that is stepped as a recipe says.
         """
         twins = self._twins
         self._averages.follow(twins.reference, twins.fp32, twins.all)

@@ -99,10 +99,10 @@ class LaneTwins:
 
     @property
     def summing(self) -> list[Recipe]:
-        """The recipes that say in which format gradients of several backward passes are added up.
+        """The recipes with `accumulate`, the format in which their twins add up gradients.
 
-        These are the recipes with `accumulate`. Each has a *twin*, a sample of the layers that is
-        stored and stepped as the recipe says. Recipes whose twin has ended are left out.
+        A *twin* is a sample of the layers that is stepped as a recipe says. Recipes whose twins
+        have ended after an error are left out.
         """
         recipes = [twin.recipe for twin in self.by_recipe.values()]
         return [each for each in recipes if each.accumulate is not None]
@@ -222,11 +222,9 @@ class LaneTwins:
         return stacks
 
     def warn_about_names(self) -> None:
-        """Warn of recipes that name optimizer states which their optimizer does not have.
+        """Warn of recipes that name a format for an optimizer state that their twin does not have.
 
-        A *recipe* may say in which format a state such as ``exp_avg`` is stored. In plain SGD,
-        which has no such state, it does nothing. What states there are is known from the recipe's
-        *twin*, a sample of the layers that is stepped as the recipe says.
+        A *twin* is a sample of the layers that is stepped and stored as a recipe says.
         """
         for name, twin in self.by_recipe.items():
             named = twin.recipe.state_formats.keys() - {"*"}
@@ -337,10 +335,9 @@ class LaneTwins:
     # --- scales, memory, state
 
     def forget_amaxes(self) -> None:
-        """Have the scales of twins computed anew from the training's weights when next needed.
+        """Drop the largest magnitudes from which twins compute scales, to be read anew when needed.
 
-        A *twin* is a sample of the layers that is stored as a recipe says. In formats such as fp8,
-        numbers are stored divided by a scale, which follows from their largest magnitude, the amax.
+        A *twin* is a sample of the layers; a scale is the factor between stored numbers and values.
         """
         for twin in self.all:
             twin.forget_amaxes()

@@ -280,7 +280,7 @@ class LayerPlan:
 
     @property
     def left_out(self) -> frozenset[str]:
-        """Names of the layers beyond the limits of a lane, which have no twins."""
+        """Names of the layers that are not sampled, since stepping all would take too long."""
         return frozenset(self._left_out)
 
     def find_present(self, present: Collection[str]) -> list[bool]:

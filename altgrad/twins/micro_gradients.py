@@ -117,7 +117,7 @@ class MicroGradients:
     # --- during backward passes
 
     def _receive(self, name: str, gradients: Sequence[Tensor | None]) -> None:
-        """Take the sampled elements of a micro-gradient that is about to be added."""
+        """Take the sampled elements of a gradient that a backward pass is about to add up."""
         (gradient,) = gradients
         if self._error is None and gradient is not None:
             try:
@@ -154,9 +154,9 @@ class MicroGradients:
         )
 
     def _add_waiting(self) -> None:
-        """Add the micro-gradients of one backward pass to the sums.
+        """Add the sampled gradients of one backward pass to the sums.
 
-        All layers are added at once, when the first of them has its next micro-gradient.
+        All layers are added at once, when the first of them has its gradient of the next pass.
         """
         for name in self._layers.keys() - self._waiting:
             self._micro[name].zero_()
@@ -173,7 +173,9 @@ class MicroGradients:
         present: Collection[str],
         places: RunWeights,
     ) -> dict[str, Tensor]:
-        """Return the gradients of each recipe for a step that is about to happen.
+        """Return the gradients with which the sample of each recipe steps, just before a step.
+
+        A recipe with `accumulate` says in which format gradients of several passes are added up.
 
         These are its sums, with what the training has done to its own: unscaling, clipping and so
         on. A gradient that no backward pass has added up, such as one that was set by hand, is

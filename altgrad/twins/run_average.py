@@ -95,7 +95,7 @@ class RunAverage:
         return True
 
     def step(self, averages: Tensor, weights: Tensor, count: int) -> None:
-        """Update averages with weights in place, as the `AveragedModel` does.
+        """Update averages of weights in place by the function with which the `AveragedModel` does.
 
         Args:
             averages: The averages, floating-point (elements).

@@ -74,8 +74,9 @@ class RunWeights:
     ) -> list[str]:
         """Give the sampled elements other places in the flat tensor, and gather their weights.
 
-        Weights of layers that stay are those after the last step, not those gathered now, so that a
-        comparison finds what was written in between.
+        The samples of all layers lie one after another in a flat tensor. Weights of layers that
+        stay are those after the last step, not those gathered now, so that a comparison finds what
+        was written in between.
 
         Args:
             layers: The layers by name, in the order of the layout.

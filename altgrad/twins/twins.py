@@ -113,7 +113,10 @@ class Twins:
 
     @property
     def _own_checks(self) -> dict[str, Check]:
-        """The results of the self-checks of this rank."""
+        """The worst result of this rank's self-checks of each layer, by name.
+
+        A self-check compares a sample that is stepped as the training is with the training.
+        """
         return _find_worst([each for kind, each in self._checks.items() if kind != _RANKS])
 
     @property
@@ -140,7 +143,10 @@ class Twins:
         self._averages.append(average)
 
     def note_batches(self) -> None:
-        """Note the batches that BatchNorm has got so far, before the first step."""
+        """Note how many batches each BatchNorm module has got so far, before the first step.
+
+        Running statistics that twins keep, samples of the layers, are moved by later batches only.
+        """
         for each in self._averages:
             if isinstance(each, BatchStatistic):
                 each.note_batches()
@@ -405,7 +411,9 @@ class Twins:
         return missing
 
     def note_ranks(self, share: TwinShare) -> None:
-        """Note what all ranks together have measured in a step.
+        """Note the results of all ranks' self-checks, and warn of layers that a rank does not step.
+
+        A self-check compares a sample that is stepped as the training is with the training.
 
         Args:
             share: The sums of all ranks, with the worst result of each self-check, and the layers
