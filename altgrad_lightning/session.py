@@ -165,7 +165,7 @@ class Session:
     def _describe_new_layers(
         self, output: Output, monitor: UpdateMonitor, record: StepRecord
     ) -> None:
-        """Pass layers that are new in a record to the output, such as layers just unfrozen."""
+        """Pass layers to the output when they are first measured, such as layers just unfrozen."""
         if record.layers.keys() <= self._described:
             return
         layers = Header.from_json(monitor.run_header()).layers
