@@ -145,7 +145,8 @@ class Twins:
     def note_batches(self) -> None:
         """Note how many batches each BatchNorm module has got so far, before the first step.
 
-        Running statistics that twins keep, samples of the layers, are moved by later batches only.
+        *Twins*, samples of the layers, keep running statistics of their own. Only later batches
+        move these.
         """
         for each in self._averages:
             if isinstance(each, BatchStatistic):
