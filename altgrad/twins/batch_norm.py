@@ -122,9 +122,9 @@ def find_arithmetic(name: str, dtype: torch.dtype, device: torch.device) -> Arit
     """
     if dtype.itemsize >= torch.float32.itemsize:
         return _round_once
-    before = torch.linspace(0.5, 8, 256, dtype=torch.float64).to(dtype)
+    before = torch.linspace(0.5, 8, 256, dtype=torch.float64, device="cpu").to(dtype)
     batch, after = _step_known(name, before, device)
-    momentum = torch.tensor(_MOMENTUM, dtype=torch.float64)
+    momentum = torch.tensor(_MOMENTUM, dtype=torch.float64, device="cpu")
     return min(
         (_round_once, _round_factors, _round_factors_and_products),
         key=lambda move: int((move(before, batch, momentum) != after).sum()),
@@ -143,7 +143,8 @@ def _step_known(name: str, before: Tensor, device: torch.device) -> tuple[Tensor
         The mean or unbiased variance of the batch, float64 (channels), and the statistic after the
         step, both on the CPU.
     """
-    count, numbers = 1024, torch.linspace(11, 1, len(before), dtype=torch.float64).to(before.dtype)
+    steps = torch.linspace(11, 1, len(before), dtype=torch.float64, device="cpu")
+    count, numbers = 1024, steps.to(before.dtype)
     inputs = numbers.repeat(count, 1)
     if name == "running_var":
         inputs[::2].neg_()

@@ -94,8 +94,10 @@ class _Join:
         found = {name: self._find_origin(name) for name in wanted}
         self.origins = {name: each for name, each in found.items() if each is not None}
         self._layout = Layout(tuple(self._make_buckets()))
-        offsets = torch.tensor([0, *(each.length for each in self._layouts)]).cumsum(0)
-        self._sources = torch.full((self._layout.length,), -1)
+        offsets = torch.tensor([0, *(each.length for each in self._layouts)], device="cpu").cumsum(
+            0
+        )
+        self._sources = torch.full((self._layout.length,), -1, device="cpu")
         for name, place in self._layout.places.items():
             origin = self.origins[name]
             self._sources[place] = offsets[origin.pieces] + origin.positions
@@ -115,7 +117,9 @@ class _Join:
         if not torch.equal(known[found], indices):
             return None
         numbers = torch.cat([torch.full_like(own, number) for number, _, own in each])
-        positions = torch.cat([torch.arange(place.start, place.stop) for _, place, _ in each])
+        positions = torch.cat(
+            [torch.arange(place.start, place.stop, device="cpu") for _, place, _ in each]
+        )
         order = order[found]
         return _Origin(order, numbers[order], positions[order])
 
@@ -221,7 +225,7 @@ class _Join:
             for name in self._layout.places
         ]
         return {
-            "times_changed": torch.tensor(times, dtype=torch.float64),
+            "times_changed": torch.tensor(times, dtype=torch.float64, device="cpu"),
             "has_gradient": self._pick([run["has_gradient"] for run in runs]),
             "watched": None if any(w is None for w in watched) else self._pick(watched),
         }
@@ -300,7 +304,10 @@ class _Join:
     def _lay_out(self, name: str, states: Sequence[Sequence[Mapping[str, Any]]]) -> list[Tensor]:
         """Return an optimizer state as one flat tensor for each piece; 0 where it is missing."""
         values = [s[name] for piece in states for s in piece if isinstance(s.get(name), Tensor)]
-        flats = [torch.zeros(layout.length, dtype=values[0].dtype) for layout in self._layouts]
+        flats = [
+            torch.zeros(layout.length, dtype=values[0].dtype, device="cpu")
+            for layout in self._layouts
+        ]
         for flat, layout, piece in zip(flats, self._layouts, states, strict=True):
             for bucket, place, state in zip(layout.buckets, layout.slices, piece, strict=True):
                 if name in state and _is_elementwise(name, state[name], bucket):
