@@ -20,6 +20,12 @@ from torch.optim import Optimizer
 from altgrad._messages import few
 from altgrad.monitor.optimizer_factors import HALF_FORMATS, Factor, find_factors
 
+_MOST_STEPS = 10_000_000
+"""Steps after which a factor must have halved what it multiplies. A slower one matters in no run.
+
+Factors that float32 loses, too, are slower still: those of which it loses anything need 11.6
+million steps, so that float32 is a remedy wherever there is a notice."""
+
 
 class KnownLosses:
     """A source of notices of what an optimizer loses because its results are rounded to few bits.
@@ -87,7 +93,7 @@ def describe_lost_factors(
         An iterator over two notices at most, each with a remedy.
     """
     factors = [each for optimizer in optimizers for each in find_factors(optimizer, layers)]
-    lost = [factor for factor in factors if factor.unchanged is not None]
+    lost = [factor for factor in factors if factor.unchanged is not None and _matters(factor)]
     if decays := [factor for factor in lost if factor.state is None]:
         yield _describe_decays(decays)
     if averages := [factor for factor in lost if factor.state is not None]:
@@ -119,6 +125,11 @@ def describe_counters(
             "where 1 more is rounded back: bias corrections and schedules that read it then stand "
             "still; keep state['step'] in float32"
         )
+
+
+def _matters(factor: Factor) -> bool:
+    """Return True if a factor halves numbers within the steps that a run may have."""
+    return (1 - factor.change) ** _MOST_STEPS < 0.5
 
 
 def _describe_decays(lost: Sequence[Factor]) -> str:

@@ -199,6 +199,47 @@ def test_a_fused_optimizer_keeps_decay_only_where_updates_are_large() -> None:
     assert notices == []
 
 
+def decay_without_gradients(change: float, dtype: torch.dtype) -> tuple[float, list[str]]:
+    """Return the share of weights that a step of decay changes, and the notices of lost decay."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64, bias=False).to(dtype)
+    optimizer = AdamW(layer.parameters(), lr=1e-4, weight_decay=change / 1e-4)
+    notices = [notice for notice in read_notices(layer, optimizer) if "weight decay" in notice]
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizer.step()
+    return float((layer.weight.detach() != before).double().mean()), notices
+
+
+@pytest.mark.parametrize("change", [1e-12, 1e-8, 2.9e-8])
+def test_a_decay_that_float32_loses_too_has_no_notice(change: float) -> None:
+    assert decay_without_gradients(change, torch.bfloat16) == (0, [])
+    assert decay_without_gradients(change, torch.float32)[0] == 0
+
+
+@pytest.mark.parametrize(("steps", "count"), [(9.9e6, 1), (10.1e6, 0)])
+def test_a_decay_that_halves_weights_in_ten_million_steps_is_the_slowest_with_a_notice(
+    steps: float, count: int
+) -> None:
+    change = 1 - 0.5 ** (1 / steps)
+    _, notices = decay_without_gradients(change, torch.bfloat16)
+    assert len(notices) == count
+    assert decay_without_gradients(change, torch.float32)[0] > 0.99  # float32 is a remedy
+
+
+def test_layers_with_a_slower_decay_are_not_named() -> None:
+    net = make_net()
+    first, second = net
+    slow = {"params": second.parameters(), "lr": 1e-6}
+    [notice] = read_notices(net, AdamW([{"params": first.parameters()}, slow], betas=(0.9, 0.9)))
+    assert notice.startswith("expects weight decay to be lost in 0.weight: AdamW")
+
+
+def test_a_state_that_would_not_fall_in_float32_has_no_notice() -> None:
+    net = make_net()
+    assert read_notices(net, AdamW(net.parameters(), betas=(0.9, 1 - 1e-8), weight_decay=0)) == []
+
+
 def fall(beta: float, **flags: bool) -> tuple[float, list[str]]:
     """Return by how much exp_avg_sq in bf16 is too large after gradients shrink, and notices."""
     ends, found = [], []
