@@ -18,7 +18,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from altgrad._messages import few
-from altgrad.monitor.optimizer_factors import HALF_FORMATS, Factor, find_factors
+from altgrad.monitor.optimizer_factors import (
+    HALF_FORMATS,
+    Factor,
+    can_move_weights,
+    find_factors,
+)
 
 _MOST_STEPS = 10_000_000
 """Steps after which a factor must have halved what it multiplies. A slower one matters in no run.
@@ -72,9 +77,18 @@ class KnownLosses:
                 self._warn(notice)
 
     def _name(self, optimizers: Sequence[Optimizer]) -> dict[Tensor, str]:
-        """Return the name of each measured layer that some optimizers step, frozen ones apart."""
+        """Return the name of each measured layer that some optimizers can move.
+
+        Left out are layers that are frozen, have no elements, or a learning rate of 0.
+        """
+        groups = [group for each in optimizers for group in each.param_groups]
+        moved = {p for group in groups if can_move_weights(group) for p in group["params"]}
         layers = self._find_layers(optimizers).items()
-        return {layer: name for name, layer in layers if layer.requires_grad}
+        return {
+            layer: name
+            for name, layer in layers
+            if layer in moved and layer.requires_grad and layer.numel()
+        }
 
 
 def describe_lost_factors(

@@ -29,6 +29,9 @@ from altgrad.quantization.formats import BF16, FP16
 HALF_FORMATS: Mapping[torch.dtype, FloatFormat] = {torch.bfloat16: BF16, torch.float16: FP16}
 """The formats of the dtypes whose losses are told. Those of float32 are too small to matter."""
 
+_RATES = ("lr", "initial_lr", "max_lr")
+"""The entries of a parameter group that are learning rates, also those of schedules."""
+
 
 class Factor(NamedTuple):
     """A number just below 1 by which an optimizer multiplies weights or a state at each step.
@@ -159,13 +162,26 @@ def _find_decay(kind: str, group: Mapping[str, Any], layer: _Layer) -> Iterator[
     yield Factor(kind, layer.name, None, setting, rate * decay, format, is_rounded)
 
 
+def can_move_weights(group: Mapping[str, Any]) -> bool:
+    """Return False if all learning rates that a parameter group names are 0.
+
+    A tensor on an accelerator counts as a rate above 0, since the host would wait for its value.
+    """
+    rates = [group[key] for key in _RATES if key in group]
+    return not rates or any(map(_may_be_nonzero, rates))
+
+
+def _may_be_nonzero(rate: object) -> bool:
+    return (isinstance(rate, Tensor) and rate.device.type != "cpu") or bool(rate != 0)
+
+
 def _find_highest_rate(group: Mapping[str, Any]) -> float:
     """Return the highest learning rate that a parameter group names.
 
     Schedules of torch keep the rate that they start from as ``initial_lr``, which after a warm-up
     is the highest, and OneCycleLR the highest as ``max_lr``.
     """
-    return max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
+    return max(float(group[key]) for key in _RATES if key in group)
 
 
 def _find_betas(

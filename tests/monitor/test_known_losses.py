@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Optimizer, lr_scheduler
 
 from altgrad import UpdateMonitor, WeightStorage
 from altgrad.monitor.known_losses import KnownLosses
@@ -106,6 +107,34 @@ def test_frozen_layers_are_not_named() -> None:
     assert "exp_avg_sq of 0.weight to stay" in average
 
 
+def test_layers_with_a_learning_rate_of_0_are_not_named() -> None:
+    net = make_net()
+    first, second = net
+    groups = [{"params": first.parameters()}, {"params": second.parameters(), "lr": 0.0}]
+    decay, average = read_notices(net, AdamW(groups))
+    assert "lost in 0.weight: AdamW" in decay
+    assert "exp_avg_sq of 0.weight to stay" in average
+    assert read_notices(net, AdamW(net.parameters(), lr=torch.tensor(0.0))) == []
+
+
+def test_layers_whose_learning_rate_a_schedule_raises_from_0_are_named() -> None:
+    net = make_net()
+    optimizer = AdamW(net.parameters())
+    lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+    assert optimizer.param_groups[0]["lr"] == 0
+    assert len(read_notices(net, optimizer)) == 2
+
+
+def test_empty_layers_are_not_named() -> None:
+    net = make_net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of layers without elements
+        net.append(nn.Linear(0, 4, bias=False).bfloat16())
+    decay, average = read_notices(net, AdamW(net.parameters()))
+    assert "2.weight" not in decay + average
+    assert read_notices(net, AdamW([net[2].weight])) == []
+
+
 class CountsInHalf(torch.optim.SGD):
     """An optimizer that counts steps in the dtype of the layer."""
 
@@ -127,6 +156,19 @@ def test_a_counter_in_16_bits_is_told_after_the_first_step(dtype: torch.dtype, e
     for _ in range(end):
         optimizer.step()
     assert {float(state["step"]) for state in optimizer.state.values()} == {end}
+
+
+@pytest.mark.parametrize("rate", [None, "constant"])
+def test_a_counter_has_a_notice_whatever_stands_for_the_learning_rate(rate: object) -> None:
+    net = make_net()
+    optimizer = CountsInHalf(net.parameters(), lr=0.1)
+    step(net, optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    [notice] = read_notices(net, optimizer)
+    assert "counter of steps of 0.weight, 1.weight, 1.bias" in notice
+    optimizer.param_groups[0]["lr"] = 0.0
+    assert read_notices(net, optimizer) == []
 
 
 def test_a_counter_that_was_loaded_in_16_bits_is_told_at_once() -> None:
@@ -246,7 +288,7 @@ def fall(beta: float, **flags: bool) -> tuple[float, list[str]]:
     for dtype in (torch.bfloat16, torch.float64):
         torch.manual_seed(0)
         layer = nn.Linear(16, 16, bias=False).to(dtype)
-        optimizer = AdamW(layer.parameters(), lr=0.0, betas=(0.9, beta), **flags)
+        optimizer = AdamW(layer.parameters(), betas=(0.9, beta), **flags)
         found += [notice for notice in read_notices(layer, optimizer) if "exp_avg_sq" in notice]
         for number in range(1_000):
             layer.weight.grad = torch.randn(16, 16).to(dtype) * (1 if number < 100 else 0.01)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
 from altgrad import WeightStorage
-from altgrad.monitor.optimizer_factors import Factor, find_factors
+from altgrad.monitor.optimizer_factors import Factor, can_move_weights, find_factors
 
 MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
 DTYPES = [*MANTISSA_BITS]
@@ -249,3 +249,17 @@ def test_parameters_in_float32_or_without_a_name_have_no_factor() -> None:
     weight = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     assert [*find_factors(torch.optim.AdamW([weight]), {})] == []
     assert find(torch.optim.AdamW([nn.Parameter(torch.ones(8))])) == []
+
+
+@pytest.mark.parametrize("rate", [0, 0.0, torch.tensor(0.0)], ids=repr)
+def test_a_group_whose_learning_rates_are_all_0_moves_no_weights(rate: float | Tensor) -> None:
+    assert not can_move_weights({"lr": rate, "initial_lr": 0.0})
+    assert can_move_weights({"lr": rate, "initial_lr": 0.1})
+    assert can_move_weights({"lr": rate, "max_lr": 0.1})
+
+
+@pytest.mark.parametrize(
+    "group", [{}, {"lr": None}, {"lr": "auto"}, {"lr": torch.zeros((), device="meta")}], ids=repr
+)
+def test_a_group_whose_learning_rate_is_not_known_on_the_host_may_move_weights(group) -> None:
+    assert can_move_weights(group)
