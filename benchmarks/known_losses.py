@@ -30,7 +30,8 @@ Row = tuple[str, ...]
 def has_notice(optimizer: Optimizer, word: str) -> bool:
     """Return True if a monitor gives a notice with a word for the layers of an optimizer."""
     names = {layer: "layer" for group in optimizer.param_groups for layer in group["params"]}
-    return any(word in notice for notice in describe_lost_factors([optimizer], names))
+    notices = describe_lost_factors([optimizer], names, lambda _: False)
+    return any(word in notice for notice in notices)
 
 
 # --- weight decay

@@ -42,15 +42,19 @@ class KnownLosses:
         find_layers: Function that returns the layers which some optimizers step and which are
             measured: the parameters by name.
         warn: Function that is called with each notice for the user.
+        has_twins: Function of the name of a layer that returns True if recipes are tried on samples
+            of it, the *twins*. A notice then names figures to look at.
     """
 
     def __init__(
         self,
         find_layers: Callable[[Sequence[Optimizer]], Mapping[str, Tensor]],
         warn: Callable[[str], object],
+        has_twins: Callable[[str], bool],
     ) -> None:
         self._find_layers = find_layers
         self._warn = warn
+        self._has_twins = has_twins
         self._stepped: WeakSet[Optimizer] = WeakSet()
 
     def check_attached(self, optimizers: Sequence[Optimizer]) -> None:
@@ -60,7 +64,7 @@ class KnownLosses:
         """
         layers = self._name(optimizers)
         for notice in (
-            *describe_lost_factors(optimizers, layers),
+            *describe_lost_factors(optimizers, layers, self._has_twins),
             *describe_counters(optimizers, layers),
         ):
             self._warn(notice)
@@ -92,7 +96,9 @@ class KnownLosses:
 
 
 def describe_lost_factors(
-    optimizers: Iterable[Optimizer], layers: Mapping[Tensor, str]
+    optimizers: Iterable[Optimizer],
+    layers: Mapping[Tensor, str],
+    has_twins: Callable[[str], bool],
 ) -> Iterator[str]:
     """Yield notices of weight decay that rounding undoes, and of states that it keeps from falling.
 
@@ -102,6 +108,8 @@ def describe_lost_factors(
     Args:
         optimizers: Torch optimizers.
         layers: The name of each parameter; other parameters are left out.
+        has_twins: Function of the name of a layer that returns True if recipes are tried on samples
+            of it, the *twins*, so that figures can be named.
 
     Returns:
         An iterator over two notices at most, each with a remedy.
@@ -109,7 +117,9 @@ def describe_lost_factors(
     factors = [each for optimizer in optimizers for each in find_factors(optimizer, layers)]
     lost = [factor for factor in factors if factor.unchanged is not None and _matters(factor)]
     if decays := [factor for factor in lost if factor.state is None]:
-        yield _describe_decays(decays)
+        yield _describe_decays(decays) + _describe_figures(
+            [each for each in decays if each.can_be_sampled and has_twins(each.layer)]
+        )
     if averages := [factor for factor in lost if factor.state is not None]:
         yield _describe_averages(averages)
 
@@ -154,17 +164,32 @@ def _describe_decays(lost: Sequence[Factor]) -> str:
             change to some or all of them.
     """
     most = max(lost, key=lambda factor: factor.change)
-    formats = dict.fromkeys(factor.format.name for factor in lost)
-    recipes = [name + way for name in formats for way in ("-sr", "-kahan", "-true-fused")]
     steps = float(f"{math.log(2) / most.change:.2g}")
     return (
         f"expects weight decay to be lost in {few(_list_layers(lost))}: "
         f"{_join(factor.optimizer for factor in lost)} multiplies weights by 1 - {most.change:.3g} "
         f"({most.setting}, or less), {_describe_extent(lost)}. Without rounding, weights without "
         f"gradients would halve in {steps:,.0f} steps. Keep weights in float32, or round them "
-        "stochastically or with Kahan summation; fused=True helps only where updates are large. "
-        f"See decay_projection/now, and that of recipes={recipes}"
+        f"stochastically or with Kahan summation{_describe_fused(lost)}"
     )
+
+
+def _describe_fused(lost: Sequence[Factor]) -> str:
+    """Return what fused optimizers are good for; empty if no optimizer has the option."""
+    if names := [factor.optimizer for factor in lost if factor.has_fused]:
+        return f"; fused=True of {_join(names)} helps only where updates are large"
+    return ""
+
+
+def _describe_figures(sampled: Sequence[Factor]) -> str:
+    """Return which figures to look at, for factors of layers with twins; empty without factors."""
+    ways = [
+        factor.format.name + way
+        for factor in sampled
+        for way in ("-sr", "-kahan", *(["-true-fused"] if factor.has_fused else []))
+    ]
+    names = [*dict.fromkeys(ways)]
+    return f". See decay_projection/now, and that of recipes={names}" if names else ""
 
 
 def _describe_averages(lost: Sequence[Factor]) -> str:

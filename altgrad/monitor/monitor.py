@@ -233,7 +233,11 @@ class UpdateMonitor:
             TwinPlan([*(recipe.name for recipe in chosen), NOW] if chosen else (), most),
         )
         self._bypasses = BypassDetector(self._watch.find_stepped, lambda: self.parameters)
-        self._known_losses = KnownLosses(self._watch.find_stepped, self._warn)
+        self._known_losses = KnownLosses(
+            self._watch.find_stepped,
+            self._warn,
+            lambda name: bool(chosen) and layers.has_twins(name),
+        )
 
     @property
     def formats(self) -> tuple[NumberFormat, ...]:

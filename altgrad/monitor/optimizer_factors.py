@@ -61,6 +61,16 @@ class Factor(NamedTuple):
         # The number below 1 is half a spacing away, and moves all numbers.
         return None if self.is_rounded and extent == "some" else extent
 
+    @property
+    def has_fused(self) -> bool:
+        """True if the optimizer has the option ``fused``, which rounds weights only once."""
+        return "fused" in inspect.signature(getattr(torch.optim, self.optimizer)).parameters
+
+    @property
+    def can_be_sampled(self) -> bool:
+        """True if the optimizer can step a sample of the layer, as a *twin* needs."""
+        return self.optimizer not in _WHOLE
+
 
 class _Average(NamedTuple):
     """A state that is an average, and the option with its beta.
@@ -88,6 +98,9 @@ _SWITCHES: Mapping[str, str | None] = {
 }
 """By class of torch.optim that multiplies weights by 1 − lr · weight_decay, apart from the update:
 the option that switches this on; None if it is always so."""
+
+_WHOLE = frozenset({"Adafactor", "Muon"})
+"""Classes of torch.optim with weight decay whose update of an element depends on the others."""
 
 _FIRST_MOMENT = _Average("exp_avg", "betas", 0, is_lerped=True)
 _MOMENTS = (_FIRST_MOMENT, _Average("exp_avg_sq", "betas", 1))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -25,10 +29,13 @@ def step(net: nn.Module, optimizer: Optimizer) -> None:
     optimizer.step()
 
 
-def read_notices(net: nn.Module, *optimizers: Optimizer, steps: int = 0) -> list[str]:
+def read_notices(
+    net: nn.Module, *optimizers: Optimizer, steps: int = 0, **options: Any
+) -> list[str]:
     """Return the notices of a monitor that expect a loss."""
     said: list[str] = []
-    monitor = UpdateMonitor(net, formats=["e5m2"], recipes=(), warn=said.append, strict=True)
+    options = {"recipes": (), "strict": True, **options}
+    monitor = UpdateMonitor(net, formats=["e5m2"], warn=said.append, **options)
     with monitor.attach(*optimizers):
         for _ in range(steps):
             for optimizer in optimizers:
@@ -38,15 +45,16 @@ def read_notices(net: nn.Module, *optimizers: Optimizer, steps: int = 0) -> list
 
 def test_a_run_in_bf16_has_a_notice_of_each_kind_with_a_remedy() -> None:
     net = make_net()
-    decay, average = read_notices(net, AdamW(net.parameters()))
+    decay, average = read_notices(net, AdamW(net.parameters()), recipes=["bf16-sr"])
     assert decay.startswith(
         "expects weight decay to be lost in 0.weight, 1.weight, 1.bias: AdamW multiplies weights "
         "by 1 - 1e-05 (lr=0.001 and weight_decay=0.01, or less), which changes no number in bf16. "
         "Without rounding, weights without gradients would halve in 69,000 steps. "
     )
-    assert (
-        "decay_projection/now, and that of recipes=['bf16-sr', 'bf16-kahan', 'bf16-true-fused']"
-        in decay
+    assert decay.endswith(
+        "round them stochastically or with Kahan summation; fused=True of AdamW helps only where "
+        "updates are large. See decay_projection/now, and that of recipes=['bf16-sr', "
+        "'bf16-kahan', 'bf16-true-fused']"
     )
     assert average == (
         "expects exp_avg_sq of 0.weight, 1.weight, 1.bias to stay large after gradients shrink: "
@@ -59,6 +67,92 @@ def test_a_run_in_bf16_has_a_notice_of_each_kind_with_a_remedy() -> None:
 def test_a_run_in_float32_has_no_notice(dtype: torch.dtype) -> None:
     net = make_net(dtype)
     assert read_notices(net, AdamW(net.parameters()), steps=1) == []
+
+
+def run_for_decay(
+    make: Callable[[list[nn.Parameter]], Optimizer], *recipes: str, **options: Any
+) -> tuple[str, list[str], dict[str, float]]:
+    """Step a layer in bf16 as often as its twins need to be judged.
+
+    Returns:
+        The notice that decay is lost, the other notices, and each ``decay_projection``.
+    """
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64, bias=False).bfloat16()
+    optimizer = make([layer.weight])
+    said: list[str] = []
+    monitor = UpdateMonitor(layer, formats=["e5m2"], recipes=recipes, warn=said.append, **options)
+    with monitor.attach(optimizer):
+        for _ in range(3):
+            step(layer, optimizer)
+    assert monitor.latest is not None
+    figures = monitor.latest.layers["weight"].items()
+    [decay] = [notice for notice in said if "weight decay" in notice]
+    return (
+        decay,
+        [notice for notice in said if notice != decay],
+        {key: number for key, number in figures if key.startswith("decay_projection/")},
+    )
+
+
+def read_recipes(notice: str) -> list[str]:
+    """Return the recipes that a notice names, each with a figure that it names."""
+    _, _, text = notice.partition("decay_projection/now, and that of recipes=")
+    return ast.literal_eval(text) if text else []
+
+
+SWITCHED = {"weight_decay": 0.1, "decoupled_weight_decay": True}
+WITH_TWINS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+    "AdamW": torch.optim.AdamW,
+    "Adam": lambda layers: torch.optim.Adam(layers, **SWITCHED),
+    "NAdam": lambda layers: torch.optim.NAdam(layers, **SWITCHED),
+    "RAdam": lambda layers: torch.optim.RAdam(layers, **SWITCHED),
+}
+IS_SWITCHED = "decoupled_weight_decay" in inspect.signature(torch.optim.Adam).parameters
+
+
+@pytest.mark.parametrize("kind", WITH_TWINS)
+def test_the_recipes_and_figures_that_a_notice_names_exist(kind: str) -> None:
+    if kind == "Adam" and not IS_SWITCHED:
+        pytest.skip("this torch has no decoupled decay of Adam")
+    recipes = read_recipes(run_for_decay(WITH_TWINS[kind], "bf16-sr")[0])
+    assert recipes
+    notice, others, figures = run_for_decay(WITH_TWINS[kind], *recipes)
+    assert not [other for other in others if "ends the twin" in other]
+    named = ["decay_projection/now", *(f"decay_projection/{recipe}" for recipe in recipes)]
+    assert all(math.isfinite(figures[each]) for each in named)
+    has_fused = "fused" in inspect.signature(getattr(torch.optim, kind)).parameters
+    assert ("fused" in notice) is has_fused
+
+
+@pytest.mark.parametrize("kind", ["Adafactor", "Muon"])
+def test_optimizers_that_have_no_twins_have_no_figures_in_a_notice(kind: str) -> None:
+    if not hasattr(torch.optim, kind):
+        pytest.skip(f"this torch has no {kind}")
+    make = getattr(torch.optim, kind)
+    notice, _, figures = run_for_decay(lambda p: make(p, weight_decay=0.1), "bf16-sr")
+    assert all(math.isnan(number) for number in figures.values())
+    assert notice.endswith("or round them stochastically or with Kahan summation")
+
+
+@pytest.mark.parametrize(
+    ("recipes", "options"), [((), {}), (["bf16-sr"], {"twin_elements": 0})], ids=str
+)
+def test_a_run_without_twins_has_no_figures_in_a_notice(
+    recipes: Sequence[str], options: dict[str, int]
+) -> None:
+    notice, _, figures = run_for_decay(AdamW, *recipes, **options)
+    assert not [number for number in figures.values() if math.isfinite(number)]
+    assert notice.endswith("fused=True of AdamW helps only where updates are large")
+
+
+def test_a_notice_of_several_optimizers_names_what_each_has() -> None:
+    net = make_net()
+    radam = torch.optim.RAdam(net[0].parameters(), **SWITCHED)
+    notices = read_notices(net, radam, AdamW(net[1].parameters()), recipes=["bf16-sr"])
+    assert "lost in 0.weight, 1.weight, 1.bias: RAdam and AdamW multiplies" in notices[0]
+    assert "fused=True of AdamW helps" in notices[0]
+    assert read_recipes(notices[0]) == ["bf16-sr", "bf16-kahan", "bf16-true-fused"]
 
 
 def test_groups_and_optimizers_share_a_notice() -> None:
@@ -80,7 +174,7 @@ def test_a_beta_that_changes_only_some_numbers_is_told_so() -> None:
 
 def test_float16_has_its_own_bounds() -> None:
     net = make_net(torch.float16)
-    [decay] = read_notices(net, AdamW(net.parameters()))
+    [decay] = read_notices(net, AdamW(net.parameters()), recipes=["fp16-sr"])
     assert "no number in fp16" in decay
     assert "recipes=['fp16-sr', 'fp16-kahan', 'fp16-true-fused']" in decay
     optimizer = AdamW(net.parameters(), weight_decay=0, betas=(0.9, 0.9999))
@@ -186,7 +280,9 @@ def test_a_counter_that_was_loaded_in_16_bits_is_told_at_once() -> None:
 
 def test_counters_are_looked_for_after_the_first_step_alone() -> None:
     net, asked = make_net(), []
-    losses = KnownLosses(lambda optimizers: asked.append(optimizers) or {}, pytest.fail)
+    losses = KnownLosses(
+        lambda optimizers: asked.append(optimizers) or {}, pytest.fail, lambda _: False
+    )
     optimizer = AdamW(net.parameters())
     for _ in range(3):
         losses.check_stepped(optimizer)
