@@ -66,7 +66,8 @@ def describe_lags(averages: Mapping[str, Tensor], decay: float) -> Iterator[str]
             f"expects averages of {few([*lagging])} to lag behind: with a decay of {decay:g} in 16 "
             f"bits, an average hardly follows a weight that differs by less than {most / 2:.2g} "
             f"to {most:.2g} times its size. Keep averages in float32, as by AveragedModel(model, "
-            f"avg_fn=get_ema_avg_fn({decay:g})).float()"
+            # get_ema_avg_fn would round (1 - decay) * w to the 16 bits of w.
+            f"avg_fn=lambda s, w, _: s + {1 - decay:.6g} * (w - s)).float()"
         )
 
 

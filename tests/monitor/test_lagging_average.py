@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -15,6 +16,7 @@ from torch.optim.swa_utils import (
     get_swa_multi_avg_fn,
 )
 
+from altgrad import UpdateMonitor
 from altgrad.monitor.lagging_average import (
     describe_lagging_average,
     describe_lags,
@@ -108,16 +110,77 @@ def test_averages_without_a_notice_are_near(dtype: torch.dtype, decay: float) ->
     assert error < 0.003
 
 
-def test_the_remedy_follows_weights_in_bf16() -> None:
-    model = nn.Linear(8, 8).bfloat16()
-    averaged = AveragedModel(model, avg_fn=get_ema_avg_fn(0.99)).float()
+def make_as_advised(model: nn.Module, decay: float) -> AveragedModel:
+    """Return the average that the notice advises, by the code in it."""
+    [notice] = describe_lags(dict(model.named_parameters()), decay)
+    _, _, code = notice.partition("Keep averages in float32, as by ")
+    names = {"AveragedModel": AveragedModel, "model": model}
+    averaged: AveragedModel = eval(code, names)
+    return averaged
+
+
+@pytest.mark.parametrize(
+    ("dtype", "decay"),
+    [
+        *((torch.bfloat16, decay) for decay in (0.9, 0.99, 0.999, 0.99995)),
+        *((torch.float16, decay) for decay in (0.99, 0.999, 0.99995)),
+    ],
+    ids=str,
+)
+def test_the_average_that_a_notice_advises_stays_at_weights_that_stay(
+    dtype: torch.dtype, decay: float
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(16, 16).to(dtype)
+    averaged = make_as_advised(model, decay)
     assert [*describe_lagging_average(averaged)] == []
+    for _ in range(300):
+        averaged.update_parameters(model)
+    for kept, weight in zip(averaged.module.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(kept, weight.float(), rtol=1e-6, atol=0.0)
+
+
+def test_the_average_that_a_notice_advises_follows_weights_in_bf16() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(16, 16).bfloat16()
+    averaged = make_as_advised(model, 0.99)
+    exact = [weight.detach().double() for weight in model.parameters()]
     averaged.update_parameters(model)
-    before = averaged.module.weight.detach().clone()
-    with torch.no_grad():
-        model.weight.mul_(2)
-    averaged.update_parameters(model)
-    torch.testing.assert_close(averaged.module.weight.detach(), before * 1.01, rtol=1e-4, atol=0.0)
+    for _ in range(300):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.01 * torch.randn_like(weight))
+        averaged.update_parameters(model)
+        new = [weight.detach().double() for weight in model.parameters()]
+        exact = [0.99 * old + 0.01 * weight for old, weight in zip(exact, new, strict=True)]
+    for kept, want in zip(averaged.module.parameters(), exact, strict=True):
+        torch.testing.assert_close(kept.double(), want, rtol=0.0, atol=1e-6)
+
+
+def test_the_average_that_a_notice_advises_has_figures_without_errors() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(16, 16).bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averaged, said = make_as_advised(model, 0.99), []
+    monitor = UpdateMonitor(model, formats=["e5m2"], recipes=["bf16-sr"], warn=said.append)
+    with monitor.watch_average(averaged).attach(optimizer):
+        for _ in range(5):
+            for weight in model.parameters():
+                weight.grad = torch.randn_like(weight)
+            optimizer.step()
+            averaged.update_parameters(model)
+    assert not [notice for notice in said if "average" in notice]
+    assert monitor.latest is not None
+    assert math.isfinite(monitor.latest.layers["weight"]["average_error/bf16-sr"])
+
+
+def test_the_average_that_a_notice_advises_may_have_buffers_of_integers() -> None:
+    model = nn.BatchNorm1d(4).bfloat16()
+    function = make_as_advised(model, 0.999).avg_fn
+    averaged = AveragedModel(model, avg_fn=function, use_buffers=True).float()
+    for _ in range(2):
+        averaged.update_parameters(model)
+    assert torch.equal(averaged.module.running_var, torch.ones(4))
 
 
 @pytest.mark.parametrize("option", FUNCTIONS)
