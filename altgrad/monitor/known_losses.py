@@ -17,7 +17,7 @@ from weakref import WeakSet
 from torch import Tensor
 from torch.optim import Optimizer
 
-from altgrad._messages import few
+from altgrad._messages import few, format_count
 from altgrad.monitor.optimizer_factors import (
     HALF_FORMATS,
     Factor,
@@ -164,12 +164,12 @@ def _describe_decays(lost: Sequence[Factor]) -> str:
             change to some or all of them.
     """
     most = max(lost, key=lambda factor: factor.change)
-    steps = float(f"{math.log(2) / most.change:.2g}")
+    steps = format_count(int(float(f"{math.log(2) / most.change:.2g}")), "step")
     return (
         f"expects weight decay to be lost in {few(_list_layers(lost))}: "
         f"{_join(factor.optimizer for factor in lost)} multiplies weights by 1 - {most.change:.3g} "
         f"({most.setting}, or less), {_describe_extent(lost)}. Without rounding, weights without "
-        f"gradients would halve in {steps:,.0f} steps. Keep weights in float32, or round them "
+        f"gradients would halve in {steps}. Keep weights in float32, or round them "
         f"stochastically or with Kahan summation{_describe_fused(lost)}"
     )
 
