@@ -374,7 +374,10 @@ def _stochastic_sums(
 
 
 def _copy_values(rows: Rows, buffers: Buffers) -> None:
-    """Copy weights and gradients into the buffers as float64, in one call with `rows.together`."""
+    """Copy weights and gradients of layers, a row for each, into buffers, as float64.
+
+    If one tensor holds all weights (`rows.together`), a single operation copies them.
+    """
     if rows.together is not None:
         buffers.values.copy_(rows.together)
         return

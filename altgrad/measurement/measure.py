@@ -1,4 +1,4 @@
-"""`measure`: measure one optimizer step of one tensor, for some formats.
+"""`measure`: compute what number formats would keep of an optimizer step of one tensor.
 
 `altgrad.measure` is this function.
 

@@ -32,7 +32,9 @@ from altgrad.quantization.arguments import INPUT_DTYPES
 
 
 class Engine:
-    """An engine that computes the sums of optimizer steps, from which metrics follow.
+    """An engine that measures optimizer steps, given copies of the weights before and after them.
+
+    Of each layer it computes sums, such as that of the squared updates, from which metrics follow.
 
     Small layers are measured together, as their copies lie side by side in an `Arena`. Large layers
     are measured alone.

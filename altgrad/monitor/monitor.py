@@ -598,10 +598,10 @@ class UpdateMonitor:
         return assign
 
     def _finish(self, outcome: StepOutcome) -> None:
-        """Measure a step, add up the sums of all ranks, and pass the record to `on_record`.
+        """Measure a step that the optimizer has just made, and pass its record to `on_record`.
 
-        Every observed step ends here: measured or skipped, with an error or without, on one rank or
-        many.
+        The sums that were measured, such as that of the squared updates of each layer, are added up
+        over all ranks. A step that was skipped, or had an error, ends here, too.
         """
         optimizer, index = outcome.optimizer, outcome.index
         with self._lock, self._policy.observing(outcome.copy_seconds):

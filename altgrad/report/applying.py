@@ -98,7 +98,7 @@ def _list_advice(assessment: Assessment, layer: str) -> Iterable[Advice]:
 
 
 def _loses_updates(advice: Advice) -> bool:
-    """Return True if a format loses updates of a layer, by its verdict.
+    """Return True if the verdict on a layer in a format is that the format loses updates.
 
     Stochastic rounding or Kahan summation is a remedy.
     """

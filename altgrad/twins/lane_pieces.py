@@ -162,10 +162,14 @@ class _Join:
     # --- the state
 
     def make_state(self) -> dict[str, Any]:
-        """Return the state of the lane: see `Lane.state_dict`.
+        """Return one state of a lane, a set of layers, from the pieces that the ranks have saved.
+
+        Returns:
+            A dict with the entries of `Lane.state_dict`.
 
         Raises:
-            _CannotJoinError: Twins followed updates on some ranks alone, or optimizers differ.
+            _CannotJoinError: The pieces do not fit together: samples are stepped by an optimizer on
+                some ranks alone, or optimizers differ.
         """
         first, pieces = self._pieces[0], self._pieces
         if len({piece["follows_updates"] for piece in pieces}) > 1:

@@ -215,7 +215,7 @@ def _is_torch(function: Callable[..., object]) -> bool:
 
 
 def _update_mean(averages: Tensor, weights: Tensor, number: Tensor) -> Tensor:
-    """Return the mean of one more set of weights, as an `AveragedModel` without a function does.
+    """Return a running mean after one more set of weights, as `AveragedModel` does by default.
 
     torch uses two formulas, by device: torch/optim/swa_utils.py, AveragedModel.update_parameters.
     """

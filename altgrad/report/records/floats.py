@@ -46,11 +46,11 @@ class FloatsByKey(Mapping[str, float]):
 
 
 class _Layout(NamedTuple):
-    """The part that all lines of a run file with the same keys share.
+    """The places of numbers in the lines of a run file that have the same keys.
 
     Attributes:
-        positions: Index of each number within its line, by key.
-        bounded: Index and bounds of each number that has bounds.
+        positions: For each key the place of its number among all numbers of the line.
+        bounded: Place and limits of each number that must lie between limits, such as 0 and 1.
     """
 
     positions: Mapping[str, int]

@@ -155,10 +155,10 @@ class Choice(NamedTuple):
     options: tuple[str, ...]
 
     def parse(self, value: object) -> str:
-        """Return the text.
+        """Return the value, if it is one of the allowed texts.
 
         Raises:
-            FieldError: The value is none of the texts.
+            FieldError: It is not.
         """
         if isinstance(value, str) and value in self.options:
             return value
