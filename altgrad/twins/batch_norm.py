@@ -31,8 +31,8 @@ class BatchStatistic:
     """The running mean, or the running variance, of all BatchNorm modules of a training.
 
     A statistic belongs to the layer of the module's weight, which has as many elements. Those
-    without a weight, without a momentum, or in 16 bits are left out: from numbers of 16 bits, the
-    mean of the batch cannot be found.
+    without a weight, a momentum or a count of batches, or in 16 bits are left out: from numbers of
+    16 bits, the mean of the batch cannot be found.
 
     Args:
         name: ``"running_mean"`` or ``"running_var"``.
@@ -64,6 +64,7 @@ class BatchStatistic:
             if each.running_mean is not None
             and each.running_mean.dtype.itemsize >= torch.float32.itemsize
             and each.momentum is not None
+            and each.num_batches_tracked is not None
         }
 
     def find_tensors(self) -> Mapping[str, Tensor]:

@@ -146,11 +146,19 @@ class Twins:
         """Note how many batches each BatchNorm module has got so far, before the first step.
 
         *Twins*, samples of the layers, keep running statistics of their own. Only later batches
-        move these.
+        move these. After an error they keep none, and a notice says so.
         """
-        for each in self._averages:
-            if isinstance(each, BatchStatistic):
-                each.note_batches()
+        for each in [one for one in self._averages if isinstance(one, BatchStatistic)]:
+            self._note_batches(each)
+
+    def _note_batches(self, statistic: BatchStatistic) -> None:
+        try:
+            statistic.note_batches()
+        except Exception as error:
+            if self._strict:
+                raise
+            self._averages.remove(statistic)
+            self._source.warn(f"has no figures of {statistic.name}: {describe_error(error)}")
 
     # --- one step
 

@@ -88,7 +88,7 @@ def test_only_the_chosen_elements_move() -> None:
     assert values.tolist() == [0.5, 0.0, 0.5]
 
 
-def test_modules_without_weight_statistics_or_momentum_and_low_ones_are_left_out() -> None:
+def test_modules_without_weight_statistics_momentum_or_count_and_low_ones_are_left_out() -> None:
     net = nn.ModuleDict(
         {
             "plain": nn.BatchNorm1d(4),
@@ -96,9 +96,11 @@ def test_modules_without_weight_statistics_or_momentum_and_low_ones_are_left_out
             "without statistics": nn.BatchNorm1d(4, track_running_stats=False),
             "mean of all": nn.BatchNorm1d(4, momentum=None),
             "low": nn.BatchNorm1d(4).bfloat16(),
+            "without count": nn.BatchNorm1d(4),
             "another norm": nn.LayerNorm(4),
         }
     )
+    net["without count"].num_batches_tracked = None
     statistic = BatchStatistic("running_var", net, {p: n for n, p in net.named_parameters()})
     assert [*statistic.find_modules()] == ["plain.weight"]
     assert statistic.find_tensors() == {"plain.weight": net["plain"].running_var}

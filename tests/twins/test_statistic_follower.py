@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from altgrad import Recipe, UpdateMonitor
+from altgrad.twins.batch_norm import BatchStatistic
 from tests.counting import host_copies
 from tests.twins.averaging import iterate_sampled
 from tests.twins.twinning import one_thread
@@ -117,6 +119,33 @@ def test_recipes_that_store_no_statistic_low_have_no_figures_of_it() -> None:
     with watch(net, optimizer, records, recipes=["bf16"]):
         train(net, optimizer, 5)
     assert not [key for key in list_figures(records[-1]) if "running" in key]
+
+
+@pytest.mark.parametrize("recipes", [(), "bf16", "bf16-true"])
+def test_a_module_without_a_count_of_batches_is_trained_as_ever(recipes: Any) -> None:
+    net, records = make_net(), []
+    net[1].num_batches_tracked = None
+    optimizer = SGD(net.parameters(), 1e-2)
+    with watch(net, optimizer, records, recipes=recipes):
+        train(net, optimizer, 5)
+    numbers = list_figures(records[-1]).items()
+    names = {key.split()[0] for key, each in numbers if "running" in key and not math.isnan(each)}
+    assert names == ({"4.weight", "7.weight"} if recipes == "bf16-true" else set())
+
+
+def test_an_error_of_statistics_ends_them_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("no count")
+
+    monkeypatch.setattr(BatchStatistic, "note_batches", fail)
+    net, records, notices = make_net(), [], []
+    optimizer = SGD(net.parameters(), 1e-2)
+    with watch(net, optimizer, records, strict=False, warn=notices.append):
+        train(net, optimizer, 5)
+    assert [each for each in notices if "has no figures of running_mean: " in each]
+    figures = list_figures(records[-1])
+    assert not [key for key in figures if "running" in key]
+    assert "0.weight progress_kept/bf16-true" in figures
 
 
 @pytest.mark.parametrize("act", ["evaluate", "reset", "load"])
