@@ -42,9 +42,14 @@ class Follower(ABC):
     Args:
         name: Name of the average.
         sample: The sampled elements of the training's average.
+
+    Attributes:
+        has_followed: True if twins have updated their averages since the last check, so that one
+            without differences shows that they are right. False if they only took averages over.
     """
 
     def __init__(self, name: str, sample: AverageSample) -> None:
+        self.has_followed = False
         self._name = name
         self._sample = sample
         self._must_compare = True  # before the first look, and where a check has found differences
@@ -114,7 +119,7 @@ class Follower(ABC):
         differs = (real.to(own.dtype) != own) & ~(real.isnan() & own.isnan())
         for twin in twins:
             twin.replace_average(self._name, differs, real)
-        self._must_compare = False
+        self._must_compare = self.has_followed = False
 
 
 class FunctionFollower(Follower):
@@ -160,6 +165,8 @@ class FunctionFollower(Follower):
             self._count += 1
         if self._must_compare or (is_written and not updates):
             self._take_over(reference, twins)
+        else:
+            self.has_followed |= updates > 0
 
 
 class ShareFollower(Follower):
@@ -196,6 +203,7 @@ class ShareFollower(Follower):
         if self._must_compare or last is None:
             self._take_over(reference, twins)
             return
+        self.has_followed |= is_written
         share, is_update = self._find_share(reference, last, real, is_written=is_written)
         for twin in twins:
             twin.step_average(self._name, partial(_move, share=share))
@@ -222,21 +230,46 @@ class ShareFollower(Follower):
         Returns:
             The share, float64 (1), and True if it explains the movement, bool (1).
         """
-        before, now = last.double(), real.double()
+        before, now, weights = last.double(), real.double(), reference.tensors.weights
         step = (now - before).nan_to_num(0.0, 0.0, 0.0)
-        way = (reference.tensors.weights.double() - before).nan_to_num(0.0, 0.0, 0.0)
+        way = (weights.double() - before).nan_to_num(0.0, 0.0, 0.0)
         moved = (step != 0).any()
         if self._average.decay is None:
-            share = ((step * way).sum() / way.square().sum()).nan_to_num(0.0, 0.0, 0.0)
+            trust = _find_trust(weights, last)
+            share = (trust * step * way).sum() / (trust * way.square()).sum()
+            share = share.nan_to_num(0.0, 0.0, 0.0)
         else:
             # Numbers of 16 bits may all have been rounded back to what they were.
             is_due = torch.ones_like(moved) if is_written else moved
             share = torch.where(is_due, 1 - self._average.decay, 0.0).double()
         largest = torch.maximum(before.abs(), now.abs()).nan_to_num(torch.inf)
+        # A loop in which weights of 16 bits are multiplied by 1 − decay rounds to their dtype.
+        addend = (share * weights.double()).abs().nan_to_num(0.0, 0.0, 0.0)
         spacing = torch.finfo(real.dtype).eps * largest
-        far = (step - share * way).abs() > _ROUNDING * spacing
+        rounding = _ROUNDING * spacing + torch.finfo(weights.dtype).eps * addend
+        far = (step - share * way).abs() > rounding
         is_update = far.sum() <= _FEW * (step != 0).sum()
         return torch.where(is_update, share, 0.0), is_update
+
+
+def _find_trust(weights: Tensor, averages: Tensor) -> Tensor:
+    """Return by how much each element counts where a share is found by least squares.
+
+    Where weights have fewer digits than their averages, a loop may round its addend, a share of the
+    weight, to the dtype of the weights. Elements count for less, the more that can be.
+
+    Args:
+        weights: The weights, (elements).
+        averages: Their averages before the update, (elements).
+
+    Returns:
+        float64 (elements).
+    """
+    rough, fine = (torch.finfo(each.dtype).eps for each in (weights, averages))
+    if rough <= fine:
+        return torch.ones_like(averages, dtype=torch.float64)
+    noise = (rough * weights.double()).square() + (fine * averages.double()).square()
+    return (1 / noise).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _move(averages: Tensor, weights: Tensor, *, share: Tensor) -> None:

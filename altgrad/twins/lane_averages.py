@@ -30,6 +30,8 @@ from altgrad.twins.twin import Twin
 _MOST_WRONG = 2
 """Number of checks in a row that find an average wrong, after which twins keep it no longer.
 
+Checks of averages that were only taken over since the last one do not count.
+
 One wrong check may come from an average that was loaded, which torch counts as an update.
 """
 _COUNTS = 4  # of `altgrad.twins.self_check.compare`
@@ -204,7 +206,12 @@ class LaneAverages:
         for number, (name, follower) in enumerate(self._find_active(reference).items()):
             found = judge(counts[:, number * _COUNTS :])
             wrong = [k for k, check in enumerate(found) if check is Check.DIFFERENT]
-            self._wrong[name] = self._wrong.get(name, 0) + 1 if wrong else 0
+            before = self._wrong.get(name, 0)
+            if wrong:
+                self._wrong[name] = before + 1
+            else:  # averages that were only taken over are right in any case
+                self._wrong[name] = 0 if follower.has_followed else before
+            follower.has_followed = False
             if self._wrong[name] >= _MOST_WRONG:
                 self._end(name, f"its updates on a sample differ from the run in {names[wrong[0]]}")
             elif wrong:

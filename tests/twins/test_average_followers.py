@@ -223,6 +223,33 @@ def test_a_decay_that_rises_is_followed() -> None:
     assert figures["average_ratio/bf16-true"] == pytest.approx(1.0, abs=0.02)
 
 
+@pytest.mark.parametrize("rises", [False, True])
+def test_an_addend_that_is_rounded_to_the_dtype_of_the_weights_is_explained(rises: bool) -> None:
+    """In the loop of timm, 1 − decay times weights in bf16 is in bf16, too."""
+    errors = []
+    for rounds in (True, False):
+        net = make_net(torch.bfloat16)
+        averaged = make_hand_written(net).float()
+        watched, optimizer = watch(net, averaged)
+
+        def update(
+            index: int, net: Any = net, averaged: Any = averaged, rounds: bool = rounds
+        ) -> None:
+            decay = min(0.99, (2 + index) / (11 + index)) if rises else 0.9
+            with torch.no_grad():
+                for average, weights in zip(averaged.parameters(), net.parameters(), strict=True):
+                    own = weights if rounds else weights.float()
+                    average.copy_(average * decay + (1 - decay) * own)
+
+        train_averaged(net, optimizer, 15, update)
+        assert count_differences(watched.monitor, averaged) == 0
+        assert list_notices(watched) == []
+        figures = watched.records[-1].layers["0.weight"]
+        errors.append(figures["average_error/bf16-true"])
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)
+    assert errors[0] > 0.001
+
+
 def test_an_average_that_is_loaded_in_a_loop_is_taken_over() -> None:
     net = make_net()
     averaged = make_hand_written(net)

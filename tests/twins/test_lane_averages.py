@@ -137,20 +137,27 @@ class Moving(AveragedModel):
                 each.mul_(1.01)
 
 
-def test_an_average_whose_updates_differ_from_the_run_ends_with_one_notice() -> None:
+@pytest.mark.parametrize("gap", [1, 3])
+@pytest.mark.parametrize("every", [1, 3])
+def test_an_average_whose_updates_differ_from_the_run_ends_with_one_notice(
+    every: int, gap: int
+) -> None:
     net = make_net()
     averaged = Moving(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    watched, optimizer = watch(net, averaged, every_n_steps=3)
-    train_averaged(net, optimizer, 13, lambda _: averaged.update_parameters(net))
+    watched, optimizer = watch(net, averaged, every_n_steps=every)
+    train_averaged(
+        net, optimizer, 13, lambda i: None if i % gap else averaged.update_parameters(net)
+    )
     [notice] = watched.notices
     assert "ends the figures of the average 'average'" in notice
     assert "differ from the run in 0.weight" in notice
 
 
-def test_an_average_that_is_no_moving_average_ends_with_one_notice() -> None:
+@pytest.mark.parametrize("every", [1, 3])
+def test_an_average_that_is_no_moving_average_ends_with_one_notice(every: int) -> None:
     net = make_net()
     averaged = make_hand_written(net)
-    watched, optimizer = watch(net, averaged, every_n_steps=3)
+    watched, optimizer = watch(net, averaged, every_n_steps=every)
 
     def update(index: int) -> None:
         with torch.no_grad():
