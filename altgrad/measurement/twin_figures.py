@@ -9,12 +9,13 @@ Read `twin_table` first, which computes the figures; `figures` comes next.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 
-from altgrad.measurement.catalogue import twin_keys
+from altgrad.measurement.catalogue import twin_keys, twin_metrics
 from altgrad.measurement.intervals import find_interval
 from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.twin_parts import TwinPart
@@ -33,10 +34,17 @@ class TwinValues:
     Attributes:
         table: The sums, with a row for each layer and recipe.
         rows: For each layer, by name, its row in the table for each recipe, by name.
+        averages: For each state that only some layers have, such as an average of a part of the
+            weights, or a running statistic of BatchNorm, the names of these layers.
     """
 
     table: TwinTable
     rows: Mapping[str, Mapping[str, int]]
+    averages: Mapping[str, Collection[str]] = field(default_factory=dict)
+
+    def find_states(self, layer: str) -> tuple[str, ...]:
+        """Return the names of the states of a layer, by its name."""
+        return tuple(s for s in self.table.states if layer in self.averages.get(s, (layer,)))
 
     @classmethod
     def read(
@@ -73,13 +81,16 @@ class TwinValues:
         )
 
     @classmethod
-    def read_parts(cls, parts: Sequence[TwinPart]) -> TwinValues | None:
+    def read_parts(
+        cls, parts: Sequence[TwinPart], averages: Mapping[str, Collection[str]] | None = None
+    ) -> TwinValues | None:
         """Read the sums of a step's twins, of one rank or of all ranks together.
 
         A twin is a sample of a layer that is stored and stepped as a recipe says.
 
         Args:
             parts: The sums.
+            averages: The `averages` attribute; None if all layers have all states.
 
         Returns:
             The sums by layer and recipe; None if there are no parts.
@@ -94,7 +105,7 @@ class TwinValues:
             )
             for part in parts
         ]
-        return cls.join(each) if each else None
+        return replace(cls.join(each), averages=averages or {}) if each else None
 
     @classmethod
     def join(cls, parts: Sequence[TwinValues]) -> TwinValues:
@@ -131,11 +142,16 @@ class TwinFigures(Mapping[str, float]):
     Args:
         table: The table that has the figures.
         rows: For each recipe, by name, the row of the layer or model in the table.
+        states: Names of those states of the table that the layer or model has; None for all.
     """
 
-    def __init__(self, table: TwinTable, rows: Mapping[str, int]) -> None:
+    def __init__(
+        self, table: TwinTable, rows: Mapping[str, int], states: tuple[str, ...] | None = None
+    ) -> None:
         self._table = table
         self._rows = rows
+        self._states = table.states if states is None else states
+        self._columns = _choose_columns(self._states, table.states)
 
     @property
     def recipes(self) -> tuple[str, ...]:
@@ -147,9 +163,14 @@ class TwinFigures(Mapping[str, float]):
         return tuple(self._rows)
 
     @property
+    def states(self) -> tuple[str, ...]:
+        """The names of the states, such as ``exp_avg_sq``, for which there are figures."""
+        return self._states
+
+    @property
     def keys_in_order(self) -> tuple[str, ...]:
         """The keys of all figures (values of metrics): ``metric/recipe``, recipe by recipe."""
-        return twin_keys(self.recipes, self._table.states)
+        return twin_keys(self.recipes, self._states)
 
     @property
     def moved_elements(self) -> float:
@@ -180,7 +201,7 @@ class TwinFigures(Mapping[str, float]):
     def __contains__(self, key: object) -> bool:
         """Return True if there is a figure (value of a metric) with this key, ``metric/recipe``."""
         metric, _, recipe = str(key).partition("/")
-        return recipe in self._rows and metric in self._table.columns
+        return recipe in self._rows and metric in self._columns
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the keys, ``metric/recipe``: those of each recipe in turn."""
@@ -188,7 +209,7 @@ class TwinFigures(Mapping[str, float]):
 
     def __len__(self) -> int:
         """Return the number of keys."""
-        return len(self._rows) * len(self._table.columns)
+        return len(self._rows) * len(self._columns)
 
     def standard_error(self, key: str) -> float:
         """Return the standard error of a figure, a metric's value, that comes from a sample.
@@ -226,7 +247,10 @@ class TwinFigures(Mapping[str, float]):
 
     def in_order(self) -> Sequence[float]:
         """Return all figures, values of metrics, in the order of keys; faster than one by one."""
-        return [figure for row in self._rows.values() for figure in self._table.figures[row]]
+        rows = [self._table.figures[row] for row in self._rows.values()]
+        if self._states == self._table.states:
+            return [figure for row in rows for figure in row]
+        return [row[column] for row in rows for column in self._columns.values()]
 
     def describe_keys(self, metric: str) -> str:
         """Describe the keys that a metric has, for the message of an error about another key.
@@ -240,8 +264,8 @@ class TwinFigures(Mapping[str, float]):
         """
         if not self._rows:
             return f"no {metric}, since no twins were measured; name recipes to measure some"
-        if metric not in self._table.columns:
-            return f"a state of {self._table.states}"
+        if metric not in self._columns:
+            return f"a state of {self._states}"
         return f"metric/recipe, with a recipe of {self.recipes}"
 
     def find_layers(self) -> Sequence[tuple[str, int]]:
@@ -268,7 +292,7 @@ class TwinFigures(Mapping[str, float]):
         metric, _, recipe = key.partition("/")
         if key not in self:
             raise KeyError(f"{key!r}: expected {self.describe_keys(metric)}")
-        return self._rows[recipe], self._table.columns[metric]
+        return self._rows[recipe], self._columns[metric]
 
 
 def split_twins(
@@ -293,9 +317,10 @@ def split_twins(
     table, model = _tabulate([(values.table, pairs)])
     places = iter(range(len(pairs)))
     each = {name: {recipe: next(places) for recipe in rows} for name, rows in own.items()}
-    return {name: TwinFigures(table, rows) for name, rows in each.items()}, TwinFigures(
-        table, model
-    )
+    layers_figures = {
+        name: TwinFigures(table, rows, values.find_states(name)) for name, rows in each.items()
+    }
+    return layers_figures, TwinFigures(table, model)
 
 
 def merge_twins(figures: Sequence[TwinFigures]) -> TwinFigures:
@@ -312,7 +337,11 @@ def merge_twins(figures: Sequence[TwinFigures]) -> TwinFigures:
         the layers that have the recipe.
     """
     parts = [(each.table, each.find_layers()) for each in figures if each.recipes]
-    return TwinFigures(*_tabulate(parts)) if parts else NO_TWINS
+    if not parts:
+        return NO_TWINS
+    table, rows = _tabulate(parts)
+    known = {state for each in figures for state in each.states}
+    return TwinFigures(table, rows, tuple(state for state in table.states if state in known))
 
 
 def _tabulate(
@@ -350,6 +379,13 @@ def _stack(
     vectors = [table.convert_rows(states, rows) for table, rows in parts]
     counted = [table.counted[[*rows]] for table, rows in parts]
     return states, np.concatenate(vectors), np.concatenate(counted)
+
+
+@lru_cache(maxsize=64)
+def _choose_columns(states: tuple[str, ...], all_states: tuple[str, ...]) -> Mapping[str, int]:
+    """Return the position of each metric of some states in a row of a table with all states."""
+    columns = {name: column for column, name in enumerate(twin_metrics(all_states))}
+    return {name: columns[name] for name in twin_metrics(states)}
 
 
 NO_TWINS = TwinFigures(TwinTable((), np.zeros((0, len(TwinColumns()))), np.zeros((0, 3))), {})

@@ -651,7 +651,7 @@ class UpdateMonitor:
             step.vectors,
             index,
             step.seconds,
-            twins=TwinValues.read_parts(step.twins.parts),
+            twins=TwinValues.read_parts(step.twins.parts, self._twins.find_averaged()),
         )
         # A fused optimizer reads found_inf on its device, and skips the step without the host.
         if step.found_inf and not record.model["update_rms"] > 0:

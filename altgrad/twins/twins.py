@@ -142,6 +142,10 @@ class Twins:
             )
         self._averages.append(average)
 
+    def find_averaged(self) -> dict[str, Collection[str]]:
+        """Return the names of the layers that have each average, by its name."""
+        return {each.name: each.find_tensors().keys() for each in self._averages}
+
     def note_batches(self) -> None:
         """Note how many batches each BatchNorm module has got so far, before the first step.
 

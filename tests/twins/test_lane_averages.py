@@ -293,6 +293,15 @@ def test_two_averages_have_figures_of_their_own() -> None:
     assert math_is_close(figures["average_ratio/low"], figures["slow_ratio/low"])
 
 
+def test_an_average_of_a_part_has_figures_at_the_layers_of_that_part_alone() -> None:
+    net = make_net()
+    averaged = make_average(net[0])
+    watched, optimizer = watch(net, averaged)
+    train_averaged(net, optimizer, 8, lambda _: averaged.update_parameters(net[0]))
+    found = {key.split()[0] for key in list_figures(watched)[-1] if "average" in key}
+    assert found == {"0.weight", "0.bias"}
+
+
 def math_is_close(one: float, other: float) -> bool:
     return abs(one - 1) < 0.05 and abs(other - 1) < 0.05
 

@@ -121,6 +121,18 @@ def test_recipes_that_store_no_statistic_low_have_no_figures_of_it() -> None:
     assert not [key for key in list_figures(records[-1]) if "running" in key]
 
 
+def test_figures_of_statistics_stand_at_the_layers_of_batch_norm_alone() -> None:
+    net, records = make_net(), []
+    optimizer = SGD(net.parameters(), 1e-2)
+    with watch(net, optimizer, records):
+        train(net, optimizer, 5)
+    keys = [key for key in list_figures(records[-1]) if "running" in key]
+    assert {key.split()[0] for key in keys} == {"1.weight", "4.weight", "7.weight"}
+    assert "running_var_error/bf16-true" in records[-1].model
+    with pytest.raises(KeyError, match="expected a state of"):
+        records[-1].layers["0.weight"]["running_var_error/bf16-true"]
+
+
 @pytest.mark.parametrize("recipes", [(), "bf16", "bf16-true"])
 def test_a_module_without_a_count_of_batches_is_trained_as_ever(recipes: Any) -> None:
     net, records = make_net(), []
