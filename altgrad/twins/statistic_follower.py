@@ -21,13 +21,20 @@ from altgrad.twins.batch_norm import BatchStatistic, move_statistic
 from altgrad.twins.twin import Twin
 from altgrad.twins.writes import count_writes_to_each
 
+_MOST_BATCHES = 64
+"""Number of batches between two steps that twins add one by one; any before are added at once.
+
+It bounds the cost of a step that follows many batches, such as those of a warm-up of statistics.
+"""
+
 
 class StatisticFollower(Follower):
     """A way to update the running statistics of twins with those of the training's batches.
 
     *Twins* are samples of the layers that are stored and stepped as recipes say. A statistic s
     becomes s + m · (x − s) with each batch, so that the x of a batch follows from s before and
-    after it. If there were several batches between two steps, all get the mean of their x.
+    after it. If there were several batches between two steps, all get the mean of their x. The last
+    64 are added one by one, those before at once: 16 bits then lose less than in a real training.
 
     Args:
         statistic: The running mean or variance of the training's BatchNorm modules.
@@ -55,8 +62,14 @@ class StatisticFollower(Follower):
         last, real = reference.averages[self._name].clone(), self._sample.gather()
         times, momentum = self._count_batches(), self._find_momenta()
         batch = _find_batch(last.double(), real.double(), momentum, times)
-        for number in range(most):
-            act = partial(self._move, batch=batch, momentum=momentum, when=times > number)
+        early = (times - _MOST_BATCHES).clamp(min=0)
+        if most > _MOST_BATCHES:
+            act = partial(_move_at_once, batch=batch, share=1 - (1 - momentum) ** early)
+            for twin in twins:
+                twin.step_average(self._name, act)
+        for number in range(min(most, _MOST_BATCHES)):
+            when = times - early > number
+            act = partial(self._move, batch=batch, momentum=momentum, when=when)
             for twin in twins:
                 twin.step_average(self._name, act)
         is_new = last.isnan() & ~real.isnan()
@@ -100,6 +113,12 @@ class StatisticFollower(Follower):
             numbers = torch.tensor(momenta, dtype=torch.float64, device=device)
             self._momenta = momenta, self._sample.spread(numbers)
         return self._momenta[1]
+
+
+def _move_at_once(values: Tensor, _: Tensor, *, batch: Tensor, share: Tensor) -> None:
+    """Move running statistics by a share of the way to those of the batch, and round them once."""
+    wide = values.double()
+    values.copy_(torch.where(share > 0, wide + share * (batch - wide), wide))
 
 
 def _find_batch(before: Tensor, after: Tensor, momentum: Tensor, times: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.optim import SGD
 
 from altgrad import Recipe, UpdateMonitor
 from altgrad.twins.batch_norm import BatchStatistic
-from tests.counting import host_copies
+from tests.counting import Operations, host_copies
 from tests.twins.averaging import iterate_sampled
 from tests.twins.twinning import one_thread
 
@@ -195,6 +195,40 @@ def test_several_batches_between_two_steps_are_as_many_updates() -> None:
     assert error > 0.05
     found = records[-1].layers["1.weight"]["running_var_error/bf16-true"]
     assert found == pytest.approx(error, rel=0.1)
+
+
+def count_operations_after(batches: int) -> int:
+    """Count the operations of a step that follows batches of which none is trained on."""
+    net = make_net(0.01)
+    optimizer = SGD(net.parameters(), 1e-2)
+    with watch(net, optimizer, [], recipes=["bf16-true"], every_n_steps=lambda i: i == 0):
+        train(net, optimizer, 3)
+        for index in range(batches):
+            net(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(index)))
+        with Operations() as counted:
+            optimizer.step()
+    return counted.counts.total() + counted.on_host.total()
+
+
+def test_a_step_after_many_batches_costs_no_more_than_one_after_a_few() -> None:
+    most = count_operations_after(65)
+    assert count_operations_after(8) < most
+    assert count_operations_after(200) == most
+
+
+def test_many_batches_between_two_steps_move_twins_as_far_as_the_run() -> None:
+    net, records = make_net(0.01), []
+    real, optimizer = Real(net), SGD(net.parameters(), 1e-2)
+    with watch(net, optimizer, records, every_n_steps=1):
+        train(net, optimizer, 2)
+        for index in range(300):
+            net(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(index)) * 3)
+        train(net, optimizer, 1, first=2)
+    low, high = (each.running_var.double() for each in (real.modules["1.weight"], net[1]))
+    found = records[-1].layers["1.weight"]
+    # Copies in bf16 lose a part in each of the 300 batches, and twins in the last 64 alone.
+    assert (low / high).median() - 0.02 < found["running_var_ratio/bf16-true"] < 1
+    assert found["running_var_ratio/low"] == pytest.approx(1, abs=0.02)
 
 
 def copy_buffers(net: nn.Module, _: tuple[Tensor]) -> None:
