@@ -32,6 +32,8 @@ The average is rounded at each update, and its updates may have several operatio
 """
 _FEW = 0.2
 """Share of the elements of an average that may move in another way than the rest."""
+_MOST_OVERWRITTEN = 4
+"""Number of steps in a row at which an average may change though no update was counted."""
 
 
 class Follower(ABC):
@@ -53,6 +55,11 @@ class Follower(ABC):
         self._name = name
         self._sample = sample
         self._must_compare = True  # before the first look, and where a check has found differences
+
+    @property
+    def advice(self) -> str:
+        """The end of a sentence that says what may help if a check fails; empty if unknown."""
+        return ""
 
     def check(self, reference: Twin, rows: Tensor, mask: Tensor) -> Tensor:
         """Compare the training's average of its weights with that of a twin stepped alike.
@@ -104,7 +111,7 @@ class Follower(ABC):
         """
         self._must_compare = True
 
-    def _take_over(self, reference: Twin, twins: Sequence[Twin]) -> None:
+    def _take_over(self, reference: Twin, twins: Sequence[Twin]) -> Tensor:
         """Set the averages that twins keep of their weights to the training's average.
 
         A *twin* is a sample of the layers that is stored and stepped as a recipe says. Only those
@@ -113,6 +120,9 @@ class Follower(ABC):
         Args:
             reference: The twin that is stepped as the training is.
             twins: The twins that keep the average, the reference twin among them.
+
+        Returns:
+            True where the reference twin had another average, bool (elements).
         """
         real = self._sample.gather()
         own = reference.averages[self._name]
@@ -120,13 +130,16 @@ class Follower(ABC):
         for twin in twins:
             twin.replace_average(self._name, differs, real)
         self._must_compare = self.has_followed = False
+        return differs
 
 
 class FunctionFollower(Follower):
     """A way to update the averages of twins by the function of an `AveragedModel`.
 
     *Twins* are samples of the layers that are stored and stepped as recipes say. The model counts
-    its updates in a tensor. How often torch has written to that tensor is known on the host.
+    its updates in a tensor. How often torch has written to that tensor is known on the host. Where
+    the average has changed without, as after `load_state_dict`, twins take it over; where that goes
+    on, a loop of the user's updates it otherwise, and a check fails.
 
     Args:
         average: The average of the training's weights.
@@ -139,6 +152,19 @@ class FunctionFollower(Follower):
         self._counter = self._find_counter()
         self._writes = count_writes(self._counter)
         self._count = int(self._counter)
+        self._overwritten = torch.zeros(1, dtype=torch.int64, device=self._counter.device)
+
+    @property
+    def advice(self) -> str:
+        return (
+            "; call its update_parameters, or, if a loop of yours updates the average, watch the "
+            "module inside: watch_average(averaged.module)"
+        )
+
+    def check(self, reference: Twin, rows: Tensor, mask: Tensor) -> Tensor:
+        counts = super().check(reference, rows, mask)
+        is_wrong = self._overwritten.to(counts.device) >= _MOST_OVERWRITTEN
+        return counts + mask.sum(1, keepdim=True) * is_wrong
 
     def _find_counter(self) -> Tensor:
         counter = self._average.counter
@@ -163,8 +189,13 @@ class FunctionFollower(Follower):
             for twin in twins:
                 twin.step_average(self._name, act)
             self._count += 1
-        if self._must_compare or (is_written and not updates):
+        if updates:
+            self._overwritten.zero_()
+        if self._must_compare:
             self._take_over(reference, twins)
+        elif is_written and not updates:
+            differs = self._take_over(reference, twins).any()
+            self._overwritten += differs.to(self._overwritten.device)
         else:
             self.has_followed |= updates > 0
 

@@ -213,7 +213,11 @@ class LaneAverages:
                 self._wrong[name] = 0 if follower.has_followed else before
             follower.has_followed = False
             if self._wrong[name] >= _MOST_WRONG:
-                self._end(name, f"its updates on a sample differ from the run in {names[wrong[0]]}")
+                self._end(
+                    name,
+                    f"its updates on a sample differ from the run in {names[wrong[0]]}"
+                    f"{follower.advice}",
+                )
             elif wrong:
                 follower.begin_anew()
 

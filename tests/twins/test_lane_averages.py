@@ -170,6 +170,38 @@ def test_an_average_that_is_no_moving_average_ends_with_one_notice(every: int) -
     assert "ends the figures of the average 'average'" in notice
 
 
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("watches_inside", [False, True])
+def test_an_averaged_model_that_a_loop_updates_is_told_to_be_watched_inside(
+    every: int, watches_inside: bool
+) -> None:
+    net = make_net()
+    averaged = make_average(net)
+    watched, optimizer = watch(
+        net, averaged.module if watches_inside else averaged, every_n_steps=every
+    )
+    train_averaged(net, optimizer, 16, lambda _: update_by_hand(averaged.module, net, 0.95))
+    if watches_inside:
+        assert watched.notices == []
+        assert "average_error/low" in watched.records[-1].layers["0.weight"]
+        return
+    [notice] = watched.notices
+    assert "watch_average(averaged.module)" in notice
+    assert "average_error/low" not in watched.records[-1].layers["0.weight"]
+
+
+def test_an_average_that_is_often_written_back_without_a_change_goes_on() -> None:
+    net = make_net()
+    averaged = make_average(net)
+    watched, optimizer = watch(net, averaged, every_n_steps=1)
+
+    def write_back(_: int) -> None:
+        averaged.module.load_state_dict(copy.deepcopy(averaged.module.state_dict()))
+
+    train_averaged(net, optimizer, 12, write_back)
+    assert list_notices(watched) == []
+
+
 @pytest.mark.parametrize("make", [make_average, AveragedModel])
 def test_an_average_that_is_loaded_once_goes_on(make: Callable[..., AveragedModel]) -> None:
     net = make_net()
