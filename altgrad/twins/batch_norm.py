@@ -67,6 +67,12 @@ class BatchStatistic:
             and each.num_batches_tracked is not None
         }
 
+    @property
+    def is_low(self) -> bool:
+        """True if a module keeps the statistic in 16 bits, from which twins cannot follow it."""
+        kept = [getattr(each, self.name) for each in self._modules.values()]
+        return any(e is not None and e.dtype.itemsize < torch.float32.itemsize for e in kept)
+
     def find_tensors(self) -> Mapping[str, Tensor]:
         """Return the statistic of each module, by name of its weight's layer."""
         return {layer: getattr(each, self.name) for layer, each in self.find_modules().items()}

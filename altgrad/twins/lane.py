@@ -114,6 +114,8 @@ class Lane:
     Attributes:
         rounds_itself: True if the training rounds weights otherwise than the reference twin, which
             steps as it does: at random, or in compiled code.
+        has_new_states: True if layers have joined whose states `find_names` did not see yet. The
+            caller sets it to False.
     """
 
     def __init__(
@@ -135,7 +137,7 @@ class Lane:
         self._states = RunStates()
         self._averages = LaneAverages(kind, averages, source.warn)
         self._twins = LaneTwins(kind, recipes, self._scales, source.seed, source.warn)
-        self.rounds_itself = False
+        self.rounds_itself = self.has_new_states = False
         self._shows_run = shows_run and kind.is_low
         self._is_checked = False  # in the running step
         self._counts = torch.zeros((0, len(COUNTS)), dtype=torch.float64, device=kind.device)
@@ -164,6 +166,17 @@ class Lane:
     def names(self) -> tuple[str, ...]:
         """Names of the layers, in the order of all results."""
         return tuple(self._plan.layers)
+
+    def find_names(self) -> dict[str, set[str]]:
+        """Return the names of states and averages that twins have, for recipes that name some.
+
+        A *twin* is a sample of the layers that is stepped and stored as a recipe says. Those
+        without any state, which may have had no gradient yet, are left out.
+
+        Returns:
+            The names, by name of the recipe.
+        """
+        return self._twins.find_names()
 
     @property
     def summing(self) -> list[Recipe]:
@@ -419,8 +432,7 @@ class Lane:
                     self._read_states(optimizer, self._scales.find_unread())
                     self._has_new_layers = False
                 self._twins.step(self._gradients_now, own, by_factory)
-                if has_new_layers:
-                    self._twins.warn_about_names()
+                self.has_new_states |= has_new_layers
         self._compare_with_run(optimizer)
         # Between two steps, a write would otherwise be taken for a part of the next step.
         self._run.is_watching |= self._records_run

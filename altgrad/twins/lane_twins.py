@@ -221,24 +221,26 @@ class LaneTwins:
             self._try(twin, partial(add, twin))
         return stacks
 
-    def warn_about_names(self) -> None:
-        """Warn of recipes that name a format for an optimizer state that their twin does not have.
+    def find_names(self) -> dict[str, set[str]]:
+        """Return the names of states and averages that twins have, for recipes that name some.
 
-        A *twin* is a sample of the layers that is stepped and stored as a recipe says.
+        A *twin* is a sample of the layers that is stepped and stored as a recipe says. One without
+        any state may have had no gradient yet, and is left out, unless its recipe has an optimizer
+        of its own.
+
+        Returns:
+            The names, by name of the recipe.
         """
-        for name, twin in self.by_recipe.items():
-            named = twin.recipe.state_formats.keys() - {"*"}
-            if not named:
-                continue
-            has_states = twin.states.keys() | twin.averages.keys()
-            missing = named - has_states
-            # Without any state, a twin may have had no gradient yet.
-            if missing and (twin.states or twin.recipe.optimizer is not None):
-                has = ", ".join(map(repr, sorted(has_states))) or "none"
-                self._warn(
-                    f"stores nothing of {few(sorted(missing))} in the twin of {name}: expected "
-                    f"names of states of its optimizer, which has {has}"
-                )
+        found: dict[str, set[str]] = {}
+
+        def add(twin: Twin) -> None:
+            if twin.states or twin.recipe.optimizer is not None:
+                found[twin.recipe.name] = twin.states.keys() | twin.averages.keys()
+
+        for twin in [*self.by_recipe.values()]:
+            if twin.recipe.state_formats.keys() - {"*"}:
+                self._try(twin, partial(add, twin))
+        return found
 
     # --- endings
 

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from hashlib import sha256
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -99,6 +99,8 @@ class Twins:
         }
         self._runs: WeakKeyDictionary[Optimizer, _Run] = WeakKeyDictionary()
         self._missing: set[tuple[str, str]] = set()  # recipe and layer, in the last observed step
+        self._attached: WeakSet[Optimizer] = WeakSet()
+        self._unnamed: dict[str, set[str]] = {}  # by recipe: states of which it stores nothing
         self._is_ended = not recipes
 
     @property
@@ -177,6 +179,7 @@ class Twins:
         Args:
             optimizers: The optimizers of the training that are observed from now on.
         """
+        self._attached = WeakSet(optimizers)
         if self._is_ended or not self._rounding:
             return
         with self._lock, self._ending_after_an_error():
@@ -344,6 +347,49 @@ class Twins:
         if self._rounding:
             self._watch_gradients(run)
         run.follower.remember()
+        self._warn_about_names()
+
+    def _warn_about_names(self) -> None:
+        """Warn of recipes that name a format for a state that none of their twins has.
+
+        A *twin* is a sample of the layers that is stepped as a recipe says. Another optimizer may
+        have the state, so that all must have stepped.
+        """
+        lanes = self.lanes
+        have_all_stepped = all(
+            each in self._runs and self._runs[each].lanes for each in self._attached
+        )
+        if not have_all_stepped or not any(lane.has_new_states for lane in lanes):
+            return
+        found: dict[str, set[str]] = {}
+        for lane in lanes:
+            lane.has_new_states = False
+            for name, states in lane.find_names().items():
+                found.setdefault(name, set()).update(states)
+        for recipe in self.recipes:
+            named = recipe.state_formats.keys() - {"*"}
+            has = found.get(recipe.name, named)
+            missing, before = named - has, self._unnamed.get(recipe.name)
+            if missing and missing != before:
+                self._unnamed[recipe.name] = missing
+                self._source.warn(
+                    f"stores nothing of {few(sorted(missing))} in the twin of {recipe.name}: "
+                    + self._explain_missing(missing, has)
+                )
+
+    def _explain_missing(self, missing: Collection[str], has: Collection[str]) -> str:
+        low = [
+            each.name
+            for each in self._averages
+            if each.name in missing and isinstance(each, BatchStatistic) and each.is_low
+        ]
+        if low:
+            return (
+                f"expected BatchNorm with {few(low)} in float32, and the run has 16 bits; keep "
+                "BatchNorm in float32"
+            )
+        names = ", ".join(map(repr, sorted(has))) or "none"
+        return f"expected names of states of its optimizer, which has {names}"
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()

@@ -242,6 +242,48 @@ def test_a_recipe_that_names_the_average_is_not_told_that_it_stores_nothing() ->
         assert len(watched.notices) == (0 if watches else 1)
 
 
+@pytest.mark.parametrize("first", ["generator", "critic"])
+def test_a_state_that_another_optimizer_or_lane_stores_is_not_said_to_be_missing(
+    first: str,
+) -> None:
+    parts = {"generator": make_net(), "critic": nn.Sequential(nn.Linear(10, 8), nn.Linear(8, 1))}
+    net = nn.ModuleDict(parts)
+    averaged = make_average(parts["generator"])
+    optimizers = {
+        "generator": AdamW(parts["generator"].parameters(), 1e-3),
+        "critic": SGD(parts["critic"].parameters(), 1e-2, momentum=0.9),
+    }
+    recipe = Recipe("mine", states={"average": "bf16", "exp_avg_sq": "bf16", "typo": "bf16"})
+    watched = Watched(net, *optimizers.values(), recipes=[recipe], formats=["e4m3fn"])
+    watched.monitor.watch_average(averaged)
+    for index in range(6):
+        net.zero_grad()
+        parts["critic"](parts["generator"](torch.randn(4, 65))).square().mean().backward()
+        if first == "generator" or index > 1:
+            optimizers["generator"].step()
+            averaged.update_parameters(parts["generator"])
+        if first == "critic" or index > 1:
+            optimizers["critic"].step()
+    [notice] = watched.notices
+    assert notice.startswith("stores nothing of typo in the twin of mine: expected names of states")
+
+
+def test_a_statistic_of_another_lane_is_found_and_one_in_16_bits_is_said_to_be_so() -> None:
+    for dtype, count in ((torch.float32, 0), (torch.bfloat16, 1)):
+        head = nn.Linear(80, 8).double()
+        body = nn.Sequential(nn.Linear(8, 80), nn.BatchNorm1d(80)).to(dtype)
+        net = nn.ModuleDict({"body": body, "head": head})
+        optimizer = AdamW(net.parameters())
+        recipe = Recipe("mine", states={"running_var": "e5m2"})
+        watched = Watched(net, optimizer, recipes=[recipe], formats=["e4m3fn"])
+        for _ in range(3):
+            head(body(torch.randn(16, 8).to(dtype)).double()).square().mean().backward()
+            optimizer.step()
+        notices = [each for each in watched.notices if "stores nothing" in each]
+        assert len(notices) == count
+        assert all("expected BatchNorm with running_var in float32" in each for each in notices)
+
+
 # --- scaled formats, other dtypes, several averages
 
 
