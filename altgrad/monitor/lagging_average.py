@@ -48,13 +48,17 @@ def describe_lags(averages: Mapping[str, Tensor], decay: float) -> Iterator[str]
     """Yield a notice if averages are in 16 bits and cannot follow what they average.
 
     Args:
-        averages: The averages by name. Those of other dtypes are left out.
+        averages: The averages by name. Those of other dtypes, or without elements, are left out.
         decay: The factor of an average at each update, such as 0.999.
 
     Returns:
         An iterator over one notice at most, with a remedy.
     """
-    formats = {name: HALF_FORMATS.get(average.dtype) for name, average in averages.items()}
+    formats = {
+        name: HALF_FORMATS.get(average.dtype)
+        for name, average in averages.items()
+        if average.numel()
+    }
     lags = {
         name: 2.0 ** -(format.mantissa_bits + 1) / (1 - decay)
         for name, format in formats.items()

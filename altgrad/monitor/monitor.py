@@ -423,15 +423,16 @@ class UpdateMonitor:
             ValueError: `averaged` does not have the names of the parameters, or an argument is
                 invalid.
         """
-        with self._lock:
-            average = RunAverage(name, averaged, self._observer.parameters, decay)
-            self._twins.watch_average(average)
+        average = RunAverage(name, averaged, self._observer.parameters, decay)
+        self._twins.check_name(name)
         if isinstance(averaged, AveragedModel):
             notices = describe_lagging_average(averaged)
         else:
             notices = describe_lags(average.find_tensors(), 1.0 if decay is None else decay)
-        for notice in notices:
+        for notice in notices:  # raises if warnings are errors, before anything is watched
             self._warn(notice)
+        with self._lock:
+            self._twins.watch_average(average)
         return self
 
     def detach(self) -> None:

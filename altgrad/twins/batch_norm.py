@@ -10,7 +10,7 @@ Read `run_average` first; `average_sample` comes next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -43,13 +43,13 @@ class BatchStatistic:
         name: The `name` argument.
         noted: The number of batches that each module had got when `note_batches` was last called,
             int64 of no dimension, by name of its weight's layer.
-        noted_writes: How often torch had written to each of these numbers then.
+        noted_writes: How often torch had written to each of these numbers then, by name likewise.
     """
 
     def __init__(self, name: str, module: nn.Module, names: Mapping[Tensor, str]) -> None:
         self.name = name
         self.noted: Mapping[str, Tensor] = {}
-        self.noted_writes: Sequence[int] = ()
+        self.noted_writes: Mapping[str, int] = {}
         self._modules = {
             names[each.weight]: each
             for each in module.modules()
@@ -77,6 +77,10 @@ class BatchStatistic:
         """Return the statistic of each module, by name of its weight's layer."""
         return {layer: getattr(each, self.name) for layer, each in self.find_modules().items()}
 
+    def find_momenta(self) -> Mapping[str, float]:
+        """Return the momentum of each module, by name of its weight's layer."""
+        return {n: float(each.momentum or 0.0) for n, each in self.find_modules().items()}
+
     def find_counters(self) -> Mapping[str, Tensor]:
         """Return the tensor in which each module counts batches, by name of its weight's layer."""
         return {n: each.num_batches_tracked for n, each in self.find_modules().items()}  # type: ignore[misc]
@@ -89,7 +93,8 @@ class BatchStatistic:
         """
         counters = self.find_counters()
         self.noted = {name: each.clone() for name, each in counters.items()}
-        self.noted_writes = count_writes_to_each([*counters.values()])
+        writes = count_writes_to_each([*counters.values()])
+        self.noted_writes = dict(zip(counters, writes, strict=True))
 
     def concerns(self, recipe: Recipe) -> bool:
         """Return True if a recipe stores the statistic otherwise than a training in float32."""

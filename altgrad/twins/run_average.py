@@ -17,11 +17,28 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from altgrad._messages import check_type, few
+from altgrad.measurement.catalogue import (
+    FORMAT_METRICS,
+    LAYER_METRICS,
+    STATE_METRICS,
+    TWIN_METRICS,
+)
 from altgrad.observation.parameter_names import parameter_names
 from altgrad.recipes.recipe import Recipe
 from altgrad.twins.generators import PrivateGenerators
 from altgrad.twins.isolation import keeping_settings
 from altgrad.twins.shared_objects import find_shared
+
+_TAKEN = frozenset(
+    {
+        *("running_mean", "running_var", "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        *("exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "sum", "prev"),
+        *("step_size", "ax", "mu", "eta", "mu_product", "row_var", "col_var", "variance"),
+    }
+)
+"""Names of states of BatchNorm and of the optimizers of torch, whose figures have these names."""
+_KNOWN = frozenset({*LAYER_METRICS, *FORMAT_METRICS, *TWIN_METRICS})
+"""Names of metrics that need no state."""
 
 
 class RunAverage:
@@ -60,6 +77,11 @@ class RunAverage:
             raise ValueError(
                 f"name={name!r}: expected letters, digits, '-' and '_', because log keys such as "
                 "average_ratio/bf16 begin with the name; choose another one"
+            )
+        if name in _TAKEN or not _KNOWN.isdisjoint(key.format(state=name) for key in STATE_METRICS):
+            raise ValueError(
+                f"name={name!r}: expected a name that no state of an optimizer or of BatchNorm and "
+                "no metric has; choose another one, such as 'ema'"
             )
         if not isinstance(module, nn.Module):
             raise TypeError(

@@ -45,7 +45,7 @@ class StatisticFollower(Follower):
         super().__init__(statistic.name, sample)
         self._statistic = statistic
         self._counts = dict(statistic.noted)  # of batches, int64 on the device, by layer
-        self._writes = [*statistic.noted_writes]  # to each module's count of batches
+        self._writes = dict(statistic.noted_writes)  # to each module's count of batches, by layer
         self._momenta: tuple[list[float], Tensor] | None = None
 
     def rearrange(self) -> None:
@@ -73,7 +73,8 @@ class StatisticFollower(Follower):
             for twin in twins:
                 twin.step_average(self._name, act)
         is_new = last.isnan() & ~real.isnan()
-        written = (times == 0) & (real != last) & ~real.isnan()
+        # Without a momentum, a module takes the mean of all batches, which is taken over.
+        written = ((times == 0) | (momentum == 0)) & (real != last) & ~real.isnan()
         for twin in twins:
             outside = torch.ones_like(is_new) if twin is reference else is_new | written
             twin.replace_average(self._name, outside, real)
@@ -90,24 +91,26 @@ class StatisticFollower(Follower):
         batch: DistributedDataParallel copies the count from one rank to all.
         """
         counters = self._statistic.find_counters()
-        before, self._writes = self._writes, count_writes_to_each([*counters.values()])
-        if len(before) != len(self._writes):  # modules are new or gone
-            return 0
-        return max((a - b for a, b in zip(self._writes, before, strict=True)), default=0)
+        writes = count_writes_to_each([*counters.values()])
+        before, self._writes = self._writes, dict(zip(counters, writes, strict=True))
+        return max(
+            (n - before[each] for each, n in self._writes.items() if each in before), default=0
+        )
 
     def _count_batches(self) -> Tensor:
         """Return how many batches each element's module has got since the last call, (elements)."""
         counters = self._statistic.find_counters()
         names = [*self._sample.tensors]
-        now = {name: counters[name].clone() for name in names}
+        now = {name: counters[name].clone() for name in names if name in counters}
         before, self._counts = self._counts, now
-        counts = [now[name] - before.get(name, now[name]) for name in names]
+        none = torch.zeros((), dtype=torch.int64, device=self._sample.tensors[names[0]].device)
+        counts = [now[n] - before.get(n, now[n]) if n in now else none for n in names]
         return self._sample.spread(torch.stack(counts)).clamp(min=0)
 
     def _find_momenta(self) -> Tensor:
         """Return the momentum of each element's module, float64 (elements); 0 elsewhere."""
-        modules = self._statistic.find_modules()
-        momenta = [float(modules[layer].momentum or 0.0) for layer in self._sample.tensors]
+        known = self._statistic.find_momenta()
+        momenta = [known.get(layer, 0.0) for layer in self._sample.tensors]
         if self._momenta is None or self._momenta[0] != momenta:
             device = next(iter(self._sample.tensors.values())).device
             numbers = torch.tensor(momenta, dtype=torch.float64, device=device)

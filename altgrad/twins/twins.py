@@ -137,12 +137,20 @@ class Twins:
         Raises:
             ValueError: Another average has the same name.
         """
-        if any(each.name == average.name for each in self._averages):
-            raise ValueError(
-                f"name={average.name!r}: expected another name than that of an average that is "
-                "watched already; pass name="
-            )
+        self.check_name(average.name)
         self._averages.append(average)
+
+    def check_name(self, name: str) -> None:
+        """Check that no average that is watched has this name.
+
+        Raises:
+            ValueError: One has.
+        """
+        if any(each.name == name for each in self._averages):
+            raise ValueError(
+                f"name={name!r}: expected another name than that of an average that is watched "
+                "already; pass name="
+            )
 
     def find_averaged(self) -> dict[str, Collection[str]]:
         """Return the names of the layers that have each average, by its name."""

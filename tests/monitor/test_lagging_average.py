@@ -220,3 +220,9 @@ def test_averages_of_a_known_decay_are_named_by_their_dtype() -> None:
     [notice] = describe_lags(averages, 0.999)
     assert notice.startswith("expects averages of low to lag behind: with a decay of 0.999")
     assert [*describe_lags(averages, 1.0)] == []  # they never move
+
+
+def test_an_average_without_elements_is_not_named() -> None:
+    averages = {"empty": torch.zeros(0).bfloat16(), "full": torch.zeros(3).bfloat16()}
+    [notice] = describe_lags(averages, 0.999)
+    assert "averages of full to lag" in notice

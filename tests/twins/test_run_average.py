@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -81,6 +82,9 @@ def make_wrong(kind: str) -> tuple[Any, dict[str, Any]]:
         "other shapes": (make_net(width=131), {}),
         "no parameters": (nn.ReLU(), {}),
         "a name": (copy.deepcopy(net), {"name": "ema/1"}),
+        "a state": (copy.deepcopy(net), {"name": "exp_avg"}),
+        "a state of BatchNorm": (copy.deepcopy(net), {"name": "running_var"}),
+        "a metric": (copy.deepcopy(net), {"name": "kept_update"}),
         "a decay": (copy.deepcopy(net), {"decay": 1.1}),
         "bf16": (copy.deepcopy(net).bfloat16(), {}),
         "a function that counts": (AveragedModel(net, avg_fn=keep_count), {}),
@@ -97,6 +101,9 @@ def make_wrong(kind: str) -> tuple[Any, dict[str, Any]]:
         ("other shapes", "averaged: expected .* names and shapes"),
         ("no parameters", "averaged: expected .* names and shapes"),
         ("a name", "name='ema/1': expected letters"),
+        ("a state", "name='exp_avg': expected a name that no state"),
+        ("a state of BatchNorm", "name='running_var': expected a"),
+        ("a metric", "name='kept_update': expected a name that no state"),
         ("a decay", "decay=1.1: expected a number from 0 to 1"),
         ("bf16", "averaged=Sequential has numbers of dtype torch.bfloat16.*; pass decay="),
         ("a function that counts", "averaged=AveragedModel: .* a list through the function keep"),
@@ -147,3 +154,17 @@ def test_an_average_in_bf16_is_said_to_lag_behind(by_hand: bool) -> None:
     monitor.watch_average(averaged, decay=0.999 if by_hand else None)
     [notice] = notices
     assert "lag behind: with a decay of 0.999 in 16 bits" in notice
+
+
+def test_an_average_whose_notice_is_an_error_is_not_watched() -> None:
+    net = make_net(torch.bfloat16)
+    averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+
+    def fail(notice: str) -> None:
+        raise UserWarning(notice)
+
+    monitor = UpdateMonitor(net, formats="e4m3fn", recipes="bf16", warn=fail)
+    with pytest.raises(UserWarning, match="lag behind"):
+        monitor.watch_average(averaged)
+    with contextlib.suppress(UserWarning):
+        monitor.watch_average(averaged)

@@ -185,6 +185,22 @@ def test_what_else_happens_to_a_module_is_followed(act: str) -> None:
         assert found == pytest.approx((ours / theirs).median().item(), abs=0.01)
 
 
+@pytest.mark.parametrize("name", ["momentum", "num_batches_tracked"])
+def test_a_module_that_loses_its_momentum_or_count_leaves_those_of_others(name: str) -> None:
+    net = make_net()
+    real, optimizer, records = Real(net), SGD(net.parameters(), 1e-2), []
+    with watch(net, optimizer, records, every_n_steps=1):
+        train(net, optimizer, 6)
+        for each in (net[1], real.modules["1.weight"]):
+            setattr(each, name, None)
+        train(net, optimizer, 9, first=6)
+    ours = real.modules["4.weight"].running_var.double()
+    found = records[-1].layers
+    ratio = (ours / net[4].running_var.double()).median().item()
+    assert found["4.weight"]["running_var_ratio/bf16-true"] == pytest.approx(ratio, abs=0.01)
+    assert found["1.weight"].get("running_var_error/bf16-true", 0) < 0.01
+
+
 def test_several_batches_between_two_steps_are_as_many_updates() -> None:
     net = make_net(0.01)
     real, optimizer, records = Real(net), SGD(net.parameters(), 1e-2), []
