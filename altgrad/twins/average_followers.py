@@ -34,6 +34,8 @@ _FEW = 0.2
 """Share of the elements of an average that may move in another way than the rest."""
 _MOST_OVERWRITTEN = 4
 """Number of steps in a row at which an average may change though no update was counted."""
+_NOISE = 4.0
+"""Difference of movement that counts as rounding, in spacings times √(number of elements)."""
 
 
 class Follower(ABC):
@@ -280,7 +282,32 @@ class ShareFollower(Follower):
         rounding = _ROUNDING * spacing + torch.finfo(weights.dtype).eps * addend
         far = (step - share * way).abs() > rounding
         is_update = far.sum() <= _FEW * (step != 0).sum()
+        if self._average.decay is not None:
+            rounded = (before + share * way).to(real.dtype).double() - before
+            is_update &= _move_alike(step, rounded.nan_to_num(0.0, 0.0, 0.0), way, spacing)
         return torch.where(is_update, share, 0.0), is_update
+
+
+def _move_alike(step: Tensor, expected: Tensor, way: Tensor, spacing: Tensor) -> Tensor:
+    """Return True unless averages move a third as far as expected, or three times as far.
+
+    In 16 bits, each element moves by a spacing or not at all, whatever the decay. All together show
+    whether the decay is that of the training.
+
+    Args:
+        step: The movement, float64 (elements).
+        expected: The movement with the decay that the user states, float64 (elements).
+        way: What lies between the averages and the weights, float64 (elements).
+        spacing: About the distance of neighbouring numbers, float64 (elements).
+
+    Returns:
+        bool, of no dimension.
+    """
+    is_known = spacing.isfinite() & (spacing > 0)
+    sign = torch.where(is_known, way.sign() / spacing, 0.0).nan_to_num(0.0, 0.0, 0.0)
+    found, wanted = (sign * step).sum(), (sign * expected).sum()
+    noise = _NOISE * is_known.sum().sqrt()
+    return (found - wanted).abs() <= torch.maximum(found.abs(), wanted.abs()) * 2 / 3 + noise
 
 
 def _find_trust(weights: Tensor, averages: Tensor) -> Tensor:

@@ -282,3 +282,24 @@ def test_a_bf16_average_moves_by_the_decay_that_the_user_states() -> None:
     assert list_notices(watched) == []
     figures = watched.records[-1].layers["0.weight"]
     assert 0 < figures["average_error/bf16-true"] < 0.05
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize(("real", "stated"), [(0.9, 0.9), (0.99, 0.99), (0.9, 0.99), (0.99, 0.9)])
+def test_a_decay_that_is_not_that_of_a_bf16_average_is_noticed(
+    real: float, stated: float, every: int
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 80), nn.Linear(80, 8)).bfloat16()
+    averaged = make_hand_written(net)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+    watched = Watched(net, optimizer, recipes=RECIPES, formats=["e4m3fn"], every_n_steps=every)
+    watched.monitor.watch_average(averaged, decay=stated)
+    for _ in range(30):
+        optimizer.zero_grad()
+        net(torch.randn(16, 8).bfloat16()).float().square().mean().backward()
+        optimizer.step()
+        update_by_hand(averaged, net, real)
+    notices = list_notices(watched)
+    assert len(notices) == (real != stated)
+    assert all("ends the figures of the average 'average'" in each for each in notices)
