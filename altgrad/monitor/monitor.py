@@ -396,7 +396,12 @@ class UpdateMonitor:
         return self
 
     def watch_average(
-        self, averaged: nn.Module, name: str = "average", *, decay: float | None = None
+        self,
+        averaged: nn.Module,
+        name: str = "average",
+        *,
+        decay: float | None = None,
+        part: str | None = None,
     ) -> UpdateMonitor:
         """Have recipes show how an average of the weights would fare, such as an EMA.
 
@@ -414,6 +419,9 @@ class UpdateMonitor:
             decay: The decay d of an average that your loop updates, s ← d · s + (1 − d) · w. None
                 to find it from the numbers of the average, which must then be float32 or float64.
                 An `AveragedModel` is updated by its own function.
+            part: Path of the module whose weights are averaged, such as ``"net.q1"``; ``""`` for
+                the whole model. None to find it from names and shapes, which several modules may
+                share, such as two critics.
 
         Returns:
             The monitor.
@@ -423,7 +431,7 @@ class UpdateMonitor:
             ValueError: `averaged` does not have the names of the parameters, or an argument is
                 invalid.
         """
-        average = RunAverage(name, averaged, self._observer.parameters, decay)
+        average = RunAverage(name, averaged, self._observer.parameters, decay, part)
         self._twins.check_name(name)
         if isinstance(averaged, AveragedModel):
             notices = describe_lagging_average(averaged)

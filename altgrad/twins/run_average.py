@@ -53,6 +53,8 @@ class RunAverage:
         parameters: The parameters of the training, by name.
         decay: The decay, if the module is no `AveragedModel`. None to find it from the numbers of
             the average, which must then be float32 or float64.
+        part: Path of the module whose weights are averaged, such as ``"net.q1"``; ``""`` for the
+            whole model. None to find it from names and shapes.
 
     Attributes:
         name: The `name` argument.
@@ -71,6 +73,7 @@ class RunAverage:
         module: nn.Module,
         parameters: Mapping[str, Tensor],
         decay: float | None = None,
+        part: str | None = None,
     ) -> None:
         check_type("name", name, str)
         if not name.replace("-", "_").isidentifier():
@@ -92,7 +95,7 @@ class RunAverage:
         self.module = module
         self.decay = decay
         self._generators = PrivateGenerators(0)
-        self._prefix = _find_prefix(self._own_parameters(), parameters)
+        self._prefix = _find_prefix(self._own_parameters(), parameters, part)
         if self.counter is None:
             self._check_decay()
         else:
@@ -197,7 +200,9 @@ class RunAverage:
             )
 
 
-def _find_prefix(own: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> str:
+def _find_prefix(
+    own: Mapping[str, Tensor], parameters: Mapping[str, Tensor], part: str | None
+) -> str:
     """Return what stands before the names of an average in the names of the training's layers.
 
     It is empty for an average of the whole model, and the path of the submodule for an average of a
@@ -206,6 +211,7 @@ def _find_prefix(own: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) ->
     Args:
         own: The parameters of the average, by name.
         parameters: The parameters of the training, by name.
+        part: Path of the module, the only place that is looked at; None to look everywhere.
 
     Raises:
         ValueError: No place in the training has these names, or several have.
@@ -220,6 +226,8 @@ def _find_prefix(own: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) ->
         for prefix in prefixes
         if all(shapes.get(f"{prefix}{name}") == each.shape for name, each in own.items())
     ]
+    if part is not None:
+        found = [prefix for prefix in found if prefix == (f"{part}." if part else "")]
     if own and "" in found:
         return ""
     if not own or len(found) != 1:
@@ -227,7 +235,7 @@ def _find_prefix(own: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) ->
         raise ValueError(
             f"averaged: expected a module whose parameters have the names and shapes of those of "
             f"one module of the training, and {what} fits {few([*own])}; pass a copy of the module "
-            "that is trained"
+            "that is trained, and its path as part= where several fit"
         )
     return found[0]
 

@@ -168,3 +168,21 @@ def test_an_average_whose_notice_is_an_error_is_not_watched() -> None:
         monitor.watch_average(averaged)
     with contextlib.suppress(UserWarning):
         monitor.watch_average(averaged)
+
+
+def test_one_of_several_modules_of_the_same_shape_is_named_by_its_path() -> None:
+    net = nn.ModuleDict({"first": make_net(), "second": make_net()})
+    target = copy.deepcopy(net["second"])
+    with pytest.raises(ValueError, match=r"first\., second\. fits .* its path as part="):
+        RunAverage("ema", target, name_parameters(net))
+    found = RunAverage("ema", target, name_parameters(net), part="second").find_tensors()
+    assert found == {f"second.{name}": each for name, each in target.named_parameters()}
+    with pytest.raises(ValueError, match="none fits"):
+        RunAverage("ema", target, name_parameters(net), part="third")
+    whole = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    for part, prefix in (("", ""), ("1", "1.")):
+        own = copy.deepcopy(whole[1] if part else nn.Sequential(nn.Linear(4, 4)))
+        tensors = RunAverage("ema", own, name_parameters(whole), part=part).find_tensors()
+        assert {*tensors} == {f"{prefix}0.weight", f"{prefix}0.bias"}
+    monitor = UpdateMonitor(net, formats="e4m3fn", recipes="bf16")
+    monitor.watch_average(target, part="second")
