@@ -22,10 +22,10 @@ from altgrad.monitor.scale_state import ScaleState
 from altgrad.observation.parameter_names import ParameterRegistry
 from altgrad.quantization.formats import Scaling
 from altgrad.recipes.recipe import Recipe
+from altgrad.twins.drawing import find_drawing
 from altgrad.twins.layout import CHUNK
 from altgrad.twins.sample import draw_sample
 from altgrad.twins.twin_source import TwinSource
-from altgrad.twins.twins import find_drawing
 
 
 def count_most_sampled(

@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 from altgrad.observation.dtensor import find_unreduced, is_sharded
 from altgrad.observation.stored import get_stored
 from altgrad.quantization.arguments import INPUT_DTYPES
-from altgrad.twins.layer_plan import Drawing, LaneKind, Stepped
+from altgrad.twins.drawing import Drawing
+from altgrad.twins.layer_plan import LaneKind, Stepped
 from altgrad.twins.twin_source import TwinSource
 
 _Key: TypeAlias = tuple[object, ...]

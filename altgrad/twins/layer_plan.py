@@ -6,7 +6,7 @@ a lane, layers that step alike share a *bucket*: a flat tensor that the optimize
 once. A bucket is split when its layers begin to differ, as layers that are frozen, and experts that
 get no tokens.
 
-Read `twin_source` first; `lane_sorter` comes next.
+Read `drawing` first; `lane_sorter` comes next.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from altgrad._messages import few
 from altgrad.observation.dtensor import to_local_tensor
 from altgrad.recipes.packed_states import PackedStates
+from altgrad.twins.drawing import Drawing
 from altgrad.twins.layout import CHUNK, Bucket, Layout
 from altgrad.twins.sample import Sampled, measure_block_ends
 from altgrad.twins.shard_sample import cut_sample
@@ -35,29 +36,6 @@ each step of each recipe. Many buckets come from experts, which get tokens at di
 Layers of fewer than 64 elements are stepped alone in 16 bits on a CPU, as their shape decides how
 torch rounds them; a fused optimizer steps all at once.
 """
-
-
-class Drawing(NamedTuple):
-    """The number of neighbouring elements that are drawn together into the sample of a layer.
-
-    A *recipe* says in which formats weights and optimizer states are stored. Where a block of
-    elements shares a scale, the sample has whole blocks, since the scale depends on all of them.
-
-    Attributes:
-        block: Number of elements along the last dimension that share a scale of a format; 1 for
-            single elements.
-        packed: How the recipe's optimizer keeps states in blocks of the flattened layer; None if it
-            does not.
-    """
-
-    block: int = 1
-    packed: PackedStates | None = None
-
-    def find_block(self, numel: int) -> int:
-        """Return the number of elements that are drawn together in a layer of `numel` elements."""
-        if self.packed is not None and self.packed.packs(numel):
-            return self.packed.block
-        return self.block
 
 
 class LaneKind(NamedTuple):

@@ -4,7 +4,7 @@ A *twin* steps a sample of each layer of the training as a recipe says; if ranks
 each rank has the state of the elements that it steps. The joined state has the pieces of all ranks
 side by side, and `lane_pieces` takes from them what a rank needs.
 
-Read `lane_pieces` first; `twins` comes next.
+Read `lane_pieces` first; `optimizer_run` comes next.
 """
 
 from __future__ import annotations

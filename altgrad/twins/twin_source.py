@@ -4,7 +4,7 @@ A *twin* is a sample of the layers of the *run*, the training that is watched. I
 stored as a recipe says, beside the run, to show what the formats of that recipe would do to it.
 `altgrad.monitor.twin_layers` implements the interface for a monitor.
 
-Read `optimizer_twin` first; `layer_plan` comes next, and asks for samples.
+Read `optimizer_twin` first; `drawing` comes next. `layer_plan` asks here for samples.
 """
 
 from __future__ import annotations

@@ -5,50 +5,41 @@ a recipe says. `capture` is called before each step and `finish` after it. At an
 whose figures are recorded, a monitor calls `measure`, and then `read` with the result on the host.
 Layers are sorted into *lanes*, whose twins are stepped together.
 
-Read `rank_states` first. This is the last file of the room; `altgrad.monitor.monitor` comes next.
+Read `twin_checks` first. This is the last file of the room; `altgrad.monitor.monitor` comes next.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from hashlib import sha256
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from altgrad._messages import few
 from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.twin_parts import TwinPart, TwinShare
 from altgrad.observation.observer import describe_error
-from altgrad.quantization.formats import Scaling
-from altgrad.quantization.number_format import get_applied_scaling
 from altgrad.recipes.recipe import NOW, Recipe
 from altgrad.recipes.rounding_generators import RoundingGenerators
 from altgrad.twins.batch_norm import BatchStatistic
-from altgrad.twins.generators import may_draw
-from altgrad.twins.hyperparameters import Changes, HyperparameterFollower
+from altgrad.twins.drawing import Drawing, find_drawing, rank_drawing
 from altgrad.twins.lane import Lane, LaneSums
-from altgrad.twins.lane_pieces import join_pieces
 from altgrad.twins.lane_sorter import LaneSorter
-from altgrad.twins.layer_plan import Drawing, LaneKind, Stepped
+from altgrad.twins.layer_plan import LaneKind
+from altgrad.twins.loaded_lanes import LoadedLanes
 from altgrad.twins.micro_gradients import MicroGradients
+from altgrad.twins.optimizer_run import OptimizerRun, get_random_state
 from altgrad.twins.run_average import RunAverage
-from altgrad.twins.self_check import COUNTS, Check, are_rounded_otherwise, judge
+from altgrad.twins.self_check import COUNTS, Check
+from altgrad.twins.twin_checks import TwinChecks
 from altgrad.twins.twin_source import TwinSource
 from altgrad.twins.twin_state import check_twin_state
-
-_MOST_TRIES = 8
-"""Number of steps in which no weight moves, after which twins are checked at observed steps alone.
-
-Each check copies counts to the host.
-"""
 
 
 class Twins:
@@ -68,8 +59,6 @@ class Twins:
 
     Attributes:
         recipes: The `recipes` argument.
-        resynchronised: How often twins took over weights that something other than a step had
-            changed, by name of the layer.
     """
 
     def __init__(
@@ -81,13 +70,12 @@ class Twins:
         strict: bool = False,
     ) -> None:
         self.recipes = tuple(recipes)
-        self._checks: dict[str, dict[str, Check]] = {}  # by kind of lane, then by layer
-        self.resynchronised: Counter[str] = Counter()
         self._source = source
         self._lock = lock
         self._strict = strict
         self._averages: list[RunAverage | BatchStatistic] = []
-        self._loaded: list[Mapping[str, Any]] = []  # lanes of a checkpoint, until their first step
+        self._checks = TwinChecks(source.warn)
+        self._loaded = LoadedLanes(source)
         self._recipes: dict[Drawing, tuple[Recipe, ...]] = {}
         for recipe in recipes:
             drawing = find_drawing(recipe, source.scaling)
@@ -97,8 +85,7 @@ class Twins:
             for each in recipes
             if each.accumulate is not None
         }
-        self._runs: WeakKeyDictionary[Optimizer, _Run] = WeakKeyDictionary()
-        self._missing: set[tuple[str, str]] = set()  # recipe and layer, in the last observed step
+        self._runs: WeakKeyDictionary[Optimizer, OptimizerRun] = WeakKeyDictionary()
         self._attached: WeakSet[Optimizer] = WeakSet()
         self._unnamed: dict[str, set[str]] = {}  # by recipe: states of which it stores nothing
         self._is_ended = not recipes
@@ -111,15 +98,16 @@ class Twins:
         training itself. A layer may have several samples, such as one of whole blocks, and several
         ranks may step a part; the worst result counts.
         """
-        return _find_worst(self._checks.values())
+        return self._checks.find_worst()
 
     @property
-    def _own_checks(self) -> dict[str, Check]:
-        """The worst result of this rank's self-checks of each layer, by name.
+    def resynchronised(self) -> Counter[str]:
+        """The number of times that twins took over weights, by name of the layer.
 
-        A self-check compares a sample that is stepped as the training is with the training.
+        Something other than a step had changed these. A *twin* is a sample of the layer that is
+        stepped as a recipe says.
         """
-        return _find_worst([each for kind, each in self._checks.items() if kind != _RANKS])
+        return self._checks.resynchronised
 
     @property
     def lanes(self) -> list[Lane]:
@@ -214,13 +202,13 @@ class Twins:
                 "errors of the other ranks are missing, so that their figures are too good"
             )
 
-    def _get_run(self, optimizer: Optimizer) -> _Run:
+    def _get_run(self, optimizer: Optimizer) -> OptimizerRun:
         if optimizer not in self._runs:
             sorter = LaneSorter(self._source, self._recipes)
-            self._runs[optimizer] = _Run(optimizer, sorter)
+            self._runs[optimizer] = OptimizerRun(optimizer, sorter)
         return self._runs[optimizer]
 
-    def _watch_gradients(self, run: _Run) -> None:
+    def _watch_gradients(self, run: OptimizerRun) -> None:
         """Put hooks on layers for recipes that add up gradients themselves; remove those in vain.
 
         A recipe with `accumulate` says in which format the gradients of several backward passes are
@@ -234,7 +222,7 @@ class Twins:
         for kind in run.stepped:
             self._watch_lane(run, kind)
 
-    def _watch_lane(self, run: _Run, kind: LaneKind) -> MicroGradients | None:
+    def _watch_lane(self, run: OptimizerRun, kind: LaneKind) -> MicroGradients | None:
         """Put hooks on the layers of one lane if a recipe needs each backward pass's gradient.
 
         A *lane* is a set of layers whose samples are stepped together. Hooks that the layers have
@@ -272,7 +260,7 @@ class Twins:
         with self._lock, self._ending_after_an_error():
             self._capture(optimizer, self._get_run(optimizer), is_observed=is_observed)
 
-    def _capture(self, optimizer: Optimizer, run: _Run, *, is_observed: bool) -> None:
+    def _capture(self, optimizer: Optimizer, run: OptimizerRun, *, is_observed: bool) -> None:
         """Have each lane of an optimizer gather its gradients; make lanes that are new.
 
         A *lane* is a set of layers whose samples are stepped together.
@@ -286,14 +274,14 @@ class Twins:
             if lane is None:
                 if all(each.parameter.grad is None for each in stepped):
                     continue
-                is_first = kind.drawing == min(self._recipes, key=_rank)
+                is_first = kind.drawing == min(self._recipes, key=rank_drawing)
                 lane = Lane(
                     *(kind, self._recipes[kind.drawing], self._source),
                     shows_run=is_first,
                     averages=self._averages,
                 )
                 run.lanes[kind] = lane
-                if self._restore(lane, kind, optimizer, stepped):
+                if self._loaded.restore(lane, kind, optimizer, stepped):
                     run.checked.add(kind)
                     run.draws |= lane.rounds_itself and run.may_draw
             if lane.is_empty:
@@ -307,7 +295,7 @@ class Twins:
                 micro=run.micro.get(kind) or self._watch_lane(run, kind),
             )
             if is_checked and run.may_draw:
-                run.random_states[kind.device] = _get_random_state(kind.device)
+                run.random_states[kind.device] = get_random_state(kind.device)
             run.captured.append(kind)
 
     @torch.inference_mode(mode=False)
@@ -334,7 +322,7 @@ class Twins:
             if optimizer in self._runs:
                 self._finish(optimizer, self._runs[optimizer])
 
-    def _finish(self, optimizer: Optimizer, run: _Run) -> None:
+    def _finish(self, optimizer: Optimizer, run: OptimizerRun) -> None:
         """Step the twins for which `_capture` gathered gradients, after the training's own step.
 
         A *twin* is a sample of the layers that is stepped as a recipe says. At first, the
@@ -345,13 +333,13 @@ class Twins:
         for kind in run.captured:
             lane = run.lanes[kind]
             if (state := run.random_states.pop(kind.device, None)) is not None:
-                run.draws |= not torch.equal(state, _get_random_state(kind.device))
+                run.draws |= not torch.equal(state, get_random_state(kind.device))
             lane.step(optimizer, run.changes, late, draws=run.draws)
             if lane.follows_updates:
-                self._note_checks(kind, dict.fromkeys(lane.names, Check.DIFFERENT))
+                self._checks.note(kind, dict.fromkeys(lane.names, Check.DIFFERENT))
             if kind not in run.checked:
                 counts = lane.take_counts().cpu().numpy()
-                self._read_counts(optimizer, kind, lane.names, counts)
+                self._checks.read_counts(run, optimizer, kind, lane.names, counts)
         if self._rounding:
             self._watch_gradients(run)
         run.follower.remember()
@@ -447,7 +435,9 @@ class Twins:
             for kind, each in zip(run.captured, sums, strict=True):
                 values, counts, *bins = (next(following) for _ in each.tensors)
                 followed = run.lanes[kind].follows_updates
-                self._read_counts(optimizer, kind, each.layers, counts, is_measured=True)
+                self._checks.read_counts(
+                    run, optimizer, kind, each.layers, counts, is_measured=True
+                )
                 if not run.draws:
                     run.lanes[kind].read_averages(counts[:, len(COUNTS) :])
                 if followed == run.lanes[kind].follows_updates:
@@ -456,7 +446,7 @@ class Twins:
                 # Twins that turn out to be wrong have no figures in this record.
                 for recipe in each.recipes:
                     missing.setdefault(recipe, set()).update(each.layers)
-        own = {name: [*Check].index(check) for name, check in self._own_checks.items()}
+        own = {name: [*Check].index(check) for name, check in self._checks.find_own().items()}
         return TwinShare(parts, missing, own if self._source.is_shared else {})
 
     def _find_missing(self, optimizer: Optimizer) -> dict[str, set[str]]:
@@ -486,29 +476,7 @@ class Twins:
             share: The sums of all ranks, with the worst result of each self-check, and the layers
                 that a rank does not step.
         """
-        others = {name: [*Check][place] for name, place in share.checks.items()}
-        self._checks[_RANKS] = others
-        own = self._own_checks
-        if wrong := [
-            name
-            for name, check in others.items()
-            if check is Check.DIFFERENT and own.get(name) is not check
-        ]:
-            self._source.warn(
-                f"has twins that differ from the run in {few(wrong)} on another rank: the "
-                "optimizer does not work element by element there"
-            )
-        missing = {(recipe, name) for recipe, names in share.missing.items() for name in names}
-        again, self._missing = missing & self._missing, missing
-        by_layers: dict[tuple[str, ...], list[str]] = {}
-        for recipe in share.missing:
-            if names := tuple(sorted(name for each, name in again if each == recipe)):
-                by_layers.setdefault(names, []).append(recipe)
-        for absent, recipes in by_layers.items():
-            self._source.warn(
-                f"has no figures of the twins of {few(recipes)} in {few(absent)}: a rank steps no "
-                "more of its elements"
-            )
+        self._checks.note_ranks(share)
 
     @contextmanager
     def _ending_after_an_error(self) -> Iterator[None]:
@@ -547,55 +515,6 @@ class Twins:
         self.stop()
         self._runs.clear()
 
-    def _read_counts(
-        self,
-        optimizer: Optimizer,
-        kind: LaneKind,
-        names: Sequence[str],
-        counts: Numbers,
-        *,
-        is_measured: bool = False,
-    ) -> None:
-        """Note the result of a self-check: whether the reference twin equals the training.
-
-        The *reference twin* is a sample of the layers that is stepped as the training is. If it is
-        not equal, all twins step no optimizer from then on: they end, or get the training's
-        updates.
-
-        Args:
-            optimizer: The training's optimizer.
-            kind: The kind of the lane, a set of layers, that was checked.
-            names: Names of its layers.
-            counts: Its counts, float64 (layers, counts) on the host, in the order of
-                `altgrad.twins.self_check.COUNTS`.
-            is_measured: True after `measure`.
-        """
-        run = self._runs[optimizer]
-        lane = run.lanes[kind]
-        times = zip(names, counts[:, 4].astype(int).tolist(), strict=True)
-        self.resynchronised.update({name: count for name, count in times if count})
-        lane.watch_writes(is_suspected=bool(counts[:, 5].any()), are_found=bool(counts[:, 4].any()))
-        if lane.follows_updates:
-            return
-        is_first = run.is_first_check(kind, has_moved=bool(counts[:, 2].any()))
-        draws = run.draws or kind.is_stored or lane.rounds_itself
-        found = judge(counts, draws=draws, is_first=is_first)
-        if is_first and kind.is_low and Check.DIFFERENT in found and are_rounded_otherwise(counts):
-            lane.begin_recording()
-            found, draws = judge(counts, draws=True, is_first=True), True
-        reason = _describe_differences(names, found, counts)
-        # Where the run rounds, a wrong step may be hidden by the rounding.
-        is_hidden = draws and not reason and {*found} != {Check.EQUAL}
-        if is_first and not lane.end_probe() and is_hidden:
-            found = [Check.DIFFERENT] * len(found)
-            reason = "an element steps otherwise if other elements of its tensor differ"
-        if reason:
-            lane.follow_updates(optimizer, reason, is_measured=is_measured)
-        self._note_checks(kind, dict(zip(names, found, strict=True)))
-
-    def _note_checks(self, kind: LaneKind, checks: Mapping[str, Check]) -> None:
-        self._checks.setdefault(str(kind.describe()), {}).update(checks)
-
     # --- state
 
     @torch.inference_mode(mode=False)
@@ -613,7 +532,7 @@ class Twins:
             for kind, lane in run.lanes.items()
         ]
         return {
-            "lanes": lanes + self._loaded,
+            "lanes": lanes + self._loaded.states,
             "resynchronised": dict(self.resynchronised),
             "sum_rounding": {name: each.state_dict() for name, each in self._rounding.items()},
         }
@@ -631,57 +550,10 @@ class Twins:
             ValueError: An entry of the state is missing or damaged.
         """
         check_twin_state(state)
-        self._loaded = copy.deepcopy(state["lanes"])
-        self.resynchronised = Counter(state["resynchronised"])
+        self._loaded.states = copy.deepcopy(state["lanes"])
+        self._checks.resynchronised = Counter(state["resynchronised"])
         for name in self._rounding.keys() & state["sum_rounding"].keys():
             self._rounding[name].load_state_dict(copy.deepcopy(state["sum_rounding"][name]))
-
-    def _restore(
-        self, lane: Lane, kind: LaneKind, optimizer: Optimizer, stepped: Sequence[Stepped]
-    ) -> bool:
-        """Restore a lane, a set of layers, from loaded ones of its kind with some of these layers.
-
-        There are several loaded ones if several ranks shared the layers.
-
-        Returns:
-            True if there is such a lane, and it was restored.
-        """
-        names = {each.name for each in stepped}
-        pieces = [
-            each
-            for each in self._loaded
-            if each["kind"] == kind.describe() and not names.isdisjoint(each["samples"])
-        ]
-        self._loaded = [each for each in self._loaded if not any(each is one for one in pieces)]
-        if len(pieces) == 1 and not self._source.is_shared:
-            return self._load_lane(lane, pieces[0])
-        if not pieces:
-            return False
-        wanted = lane.describe_samples(optimizer, stepped)
-        state = join_pieces(pieces, wanted)
-        known = {name for each in pieces for name in each["samples"]}
-        if lost := [n for n in wanted if n in known and (not state or n not in state["samples"])]:
-            self._source.warn(
-                f"has the twins of {few(lost)} begin anew: the restored state has other elements, "
-                "since another number of ranks held the layers"
-            )
-        return state is not None and self._load_lane(lane, state)
-
-    def _load_lane(self, lane: Lane, state: Mapping[str, Any]) -> bool:
-        """Restore a lane, a set of layers, unless it has recipes that are not in the state.
-
-        The twins of these recipes would start later than the others.
-
-        Returns:
-            True if it was restored.
-        """
-        if new := sorted(lane.recipes - set(state["recipes"])):
-            self._source.warn(
-                f"has all twins begin anew: the restored state has no recipe {few(new)}"
-            )
-            return False
-        lane.load_state_dict(state)
-        return True
 
     # --- lanes
 
@@ -696,26 +568,13 @@ class Twins:
         A *twin* is a sample of the layers that is stepped as a recipe says. If steps follow, twins
         go on from that copy. Gathered gradients and the hooks on layers go.
         """
-        self._loaded = self.state_dict()["lanes"]
+        self._loaded.states = self.state_dict()["lanes"]
         self._forget_runs()
 
     def nbytes(self) -> int:
         """Return the memory of all twins in bytes, including samples and gathered gradients."""
         sums = [each for run in self._runs.values() for each in run.micro.values()]
         return sum(lane.nbytes() for lane in self.lanes) + sum(each.nbytes() for each in sums)
-
-
-_RANKS = "ranks"
-"""The key of the self-checks of all ranks together, beside those of each kind of lane."""
-
-
-def _find_worst(each: Iterable[Mapping[str, Check]]) -> dict[str, Check]:
-    """Return the worst result of several self-checks of each layer, by name."""
-    worst: dict[str, Check] = {}
-    for checks in each:
-        for name, check in checks.items():
-            worst[name] = max(check, worst.get(name, check), key=[*Check].index)
-    return worst
 
 
 def _read_part(sums: LaneSums, values: Numbers, bins: Numbers | None = None) -> TwinPart:
@@ -738,103 +597,7 @@ def _read_part(sums: LaneSums, values: Numbers, bins: Numbers | None = None) -> 
     )
 
 
-def find_drawing(recipe: Recipe, scaling: Scaling | None) -> Drawing:
-    """Return how many neighbouring elements to draw together, so that blocks are whole.
-
-    The elements of a block share a scale in a format of the recipe, or in the states of its
-    optimizer. The least common multiple of several sizes is drawn.
-
-    Args:
-        recipe: The recipe.
-        scaling: The elements that share a scale, as in `altgrad.measure`.
-
-    Raises:
-        ValueError: A format and the states of the optimizer have blocks.
-    """
-    formats = [
-        each for each in (recipe.weights_format, *recipe.state_formats.values()) if each is not None
-    ]
-    applied = [get_applied_scaling(format, scaling) for format in formats]
-    block = math.lcm(*(each[1] for each in applied if isinstance(each, tuple)))
-    packed = None if recipe.maker is None else recipe.maker.packed
-    if packed is not None and block > 1:
-        raise ValueError(
-            f"the recipe {recipe.name} has formats with scales for blocks of {block}, and an "
-            f"optimizer with packed states: expected blocks in one of both; leave out weights= and "
-            "states=, or choose another scaling="
-        )
-    return Drawing(block, packed)
-
-
-def _rank(drawing: Drawing) -> tuple[bool, int]:
-    """Return a key that sorts samples of single elements first, and those of packed states last."""
-    return drawing.packed is not None, drawing.block
-
-
-def _describe_differences(names: Sequence[str], found: Sequence[Check], counts: Numbers) -> str:
-    """Return the reason why a self-check has failed; empty if it has not.
-
-    Args:
-        names: Names of the layers.
-        found: The result of each.
-        counts: Their counts, in the order of `altgrad.twins.self_check.COUNTS`.
-    """
-    wrong = [k for k, check in enumerate(found) if check is Check.DIFFERENT]
-    if not wrong:
-        return ""
-    most = max(counts[k, 3] for k in wrong)
-    return (
-        f"the optimizer on a sample differs from the run in {few([names[k] for k in wrong])}, by "
-        f"up to {most:.3g} spacings of the dtype"
-    )
-
-
 def _derive_seed(seed: int, name: str) -> int:
     """Return the seed by which a recipe rounds sums of gradients, another one for each recipe."""
     digest = sha256(f"{seed} {name} accumulate".encode()).digest()
     return int.from_bytes(digest[:4], "big")
-
-
-def _get_random_state(device: torch.device) -> Tensor:
-    """Return the state of the generator from which operations on a device draw."""
-    if device.type == "cpu":
-        return torch.get_rng_state()
-    return torch.get_device_module(device).get_rng_state(device)  # type: ignore[no-any-return]
-
-
-class _Run:
-    """The lanes of one optimizer of the training, and what is known of it between two steps.
-
-    A *lane* is a set of layers whose samples are stepped together.
-    """
-
-    def __init__(self, optimizer: Optimizer, sorter: LaneSorter) -> None:
-        self.sorter = sorter
-        self.follower = HyperparameterFollower(optimizer)
-        self.changes: Changes = {}  # of hyperparameters, before the running step
-        self.lanes: dict[LaneKind, Lane] = {}
-        self.stepped: Mapping[LaneKind, Sequence[Stepped]] = {}  # layers, by lane
-        self.micro: dict[LaneKind, MicroGradients] = {}  # for recipes that add up gradients
-        self.captured: list[LaneKind] = []  # lanes that take part in the running step
-        self.checked: set[LaneKind] = set()  # lanes with a self-check so far
-        self.may_draw = may_draw(type(optimizer))
-        self.draws = False  # until its step is seen to draw random numbers
-        self.random_states: dict[torch.device, Tensor] = {}  # before a checked step
-        self._tries: Counter[LaneKind] = Counter()  # checks of a lane before any weight moved
-
-    def is_first_check(self, kind: LaneKind, *, has_moved: bool) -> bool:
-        """Return True for each self-check of some layers up to the first at which weights moved.
-
-        The self-check compares the training with a sample that the same optimizer steps. At a
-        learning rate of 0, as in the first step of a warm-up, no weight moves, and every optimizer
-        looks right. After 8 checks without a moved weight, the result is False, too.
-
-        Args:
-            kind: The properties of the layers, whose samples lie in one tensor (a *lane*).
-            has_moved: True if a weight of these layers has moved since their start.
-        """
-        is_first = kind not in self.checked
-        self._tries[kind] += 1
-        if has_moved or self._tries[kind] >= _MOST_TRIES:
-            self.checked.add(kind)
-        return is_first

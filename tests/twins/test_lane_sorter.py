@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from altgrad import WeightStorage
 from altgrad.recipes import PackedStates, StateParts
+from altgrad.twins.drawing import Drawing
 from altgrad.twins.lane_sorter import LaneSorter
-from altgrad.twins.layer_plan import Drawing
 
 
 class Source:
