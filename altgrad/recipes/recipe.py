@@ -36,7 +36,10 @@ _PRECISIONS = {
 }
 """The dtypes that a recipe may have, and Lightning's `Trainer(precision=…)` for each."""
 NOW = "now"
-"""The name of the training itself among the recipes, if it keeps less than float32 does."""
+"""The name of the training itself among the recipes.
+
+It has figures under this name if its weights have 16 bits, or a `WeightStorage` rounds them.
+"""
 _ADAM_STATES = frozenset({"exp_avg", "exp_avg_sq"})
 _KAHAN_BITS = 16
 _SCALE_BITS = 8  # e8m0 and E4M3, the scales of blocks, are numbers of 8 bits
