@@ -192,7 +192,7 @@ def format_verdict(assessment: Assessment) -> str:
     The worst layers come first, and at most 100 layers are shown.
     """
     by_layer = assessment.by_layer
-    formats = list(dict.fromkeys(advice.format for advice in assessment.advice))
+    formats = list(dict.fromkeys(advice.recipe for advice in assessment.advice))
     lines = [_escape(assessment.summary), ""]
     if len(by_layer) > _MAX_VERDICT_ROWS:
         lines += [f"The worst {_MAX_VERDICT_ROWS} of {len(by_layer):,} layers:", ""]
@@ -371,7 +371,7 @@ def _render(figure: Figure) -> Image:
 
 def _make_row(advice: Advice) -> list[Any]:
     figures = [advice.figures.get(name, math.nan) for name in ("kept_update_ratio", "stall_frac")]
-    return [advice.layer, advice.format, str(advice.verdict), *figures, advice.reason]
+    return [advice.layer, advice.recipe, str(advice.verdict), *figures, advice.reason]
 
 
 def _join_cells(cells: Iterable[str]) -> str:

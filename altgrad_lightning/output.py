@@ -18,13 +18,13 @@ import altgrad_lightning.loggers as boards
 from altgrad import Figures, Histogram, StepRecord
 from altgrad.observation import SkipReason
 from altgrad.report import (
-    RESTS_ON,
     Assessment,
     Header,
     Judge,
     LayerInfo,
     RunFile,
     RunFileError,
+    find_errors,
     ranges,
 )
 from altgrad_lightning.charts import Charts, Row
@@ -118,7 +118,7 @@ class Output:
         """
         began = time.perf_counter()
         for name, figures in record.layers.items():
-            self._judge.add(name, figures, _standard_errors(figures))
+            self._judge.add(step, name, figures, find_errors(figures))
         self._history.add(step, record.layers)
         self._append(step, record, weights, skipped)
         monitor = self._measure_overhead(step, record, sum(skipped.values()))
@@ -161,7 +161,7 @@ class Output:
 
     def _make_collectors(self) -> tuple[Charts, Judge]:
         charts = Charts([*self._header.formats], self._settings.layer_charts)
-        return charts, Judge(self._header.formats, self._header.layers)
+        return charts, Judge(self._header.formats, self._header.layers, self._header.recipes)
 
     def _load(self, state: Mapping[str, Any]) -> None:
         """Restore a result of `state_dict`, either as a whole or, after an error, nothing of it."""
@@ -287,21 +287,3 @@ class Output:
             self._warn(f"goes on without {destination}, which failed: {error!r}")
             return False
         return True
-
-
-def _standard_errors(figures: Figures) -> dict[str, float]:
-    """Return the standard errors of metrics, such as kept_update_ratio, on which verdicts rest.
-
-    A verdict says whether a layer would still train if its weights were stored in a format.
-
-    Args:
-        figures: The values of all metrics of one layer in one step.
-
-    Returns:
-        Standard errors by key, ``{metric}/{format}``. Empty if every element of the layer was
-        measured, since the values are then exact.
-    """
-    if figures.elements >= figures.population:
-        return {}
-    keys = (f"{metric}/{f}" for f in figures.formats for metric in RESTS_ON)
-    return {key: figures.standard_error(key) for key in keys}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from altgrad.report.cells import cell_text
     from altgrad.report.comparison import Comparison
     from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
+    from altgrad.report.judging import Judge, find_errors, judge_run
     from altgrad.report.records.fields import SCHEMA
     from altgrad.report.records.reading import read
     from altgrad.report.records.run import Row, Run
@@ -35,12 +36,12 @@ if TYPE_CHECKING:
     )
     from altgrad.report.records.writing import RunFile
     from altgrad.report.run_report import RunReport
+    from altgrad.report.summaries import write_sentence
     from altgrad.report.terminal import print_comparison, print_report, print_verdicts
-    from altgrad.report.verdicts import RESTS_ON, Advice, Assessment, Judge, Verdict, judge_run
+    from altgrad.report.verdicts import Advice, Assessment, RunAdvice, Verdict
     from altgrad.report.web_page import page
 
 __all__ = [
-    "RESTS_ON",
     "SCHEMA",
     "Advice",
     "Assessment",
@@ -53,11 +54,13 @@ __all__ = [
     "RecipeInfo",
     "Row",
     "Run",
+    "RunAdvice",
     "RunFile",
     "RunFileError",
     "RunReport",
     "Verdict",
     "cell_text",
+    "find_errors",
     "heat_map",
     "judge_run",
     "kept_map",
@@ -70,6 +73,7 @@ __all__ = [
     "read",
     "steps_histogram",
     "svg",
+    "write_sentence",
 ]
 
 if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
@@ -80,6 +84,7 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "cells": "cell_text",
             "comparison": "Comparison",
             "drawings": "heat_map kept_map ranges steps_histogram",
+            "judging": "Judge find_errors judge_run",
             "records.fields": "SCHEMA",
             "records.reading": "read",
             "records.run": "Row Run",
@@ -87,7 +92,8 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "records.writing": "RunFile",
             "run_report": "RunReport",
             "terminal": "print_comparison print_report print_verdicts",
-            "verdicts": "Advice Assessment Judge RESTS_ON Verdict judge_run",
+            "summaries": "write_sentence",
+            "verdicts": "Advice Assessment RunAdvice Verdict",
             "web_page": "page",
         },
         submodules="calibration records verdicts",

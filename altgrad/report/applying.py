@@ -18,9 +18,10 @@ from collections.abc import Collection, Iterable, Mapping
 from altgrad._messages import format_count
 from altgrad.quantization.block_formats import get_formats
 from altgrad.quantization.formats import Scaling
+from altgrad.report.judging import find_smallest
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import FormatInfo
-from altgrad.report.verdicts import Advice, Assessment, Verdict, find_smallest
+from altgrad.report.verdicts import Advice, Assessment, Verdict
 
 
 def write_code(run: Run, assessment: Assessment) -> str:
@@ -80,8 +81,8 @@ def _write_remedy(run: Run, assessment: Assessment, scaling: str) -> str:
     updates if they round to nearest. The result is empty without such a format. `scaling` is an
     argument of `WeightStorage` as source code, or empty.
     """
-    lossy = dict.fromkeys(each.format for each in assessment.advice if _loses_updates(each))
-    judged = [format for format in lossy if _can_store(run, format)]
+    lossy = dict.fromkeys(each.recipe for each in assessment.advice if _loses_updates(each))
+    judged = [name for name in lossy if name in run.formats and _can_store(run, name)]
     if not judged:
         return ""
     largest = max(judged, key=lambda format: run.formats[format].bits)
@@ -118,7 +119,7 @@ def _choose_formats(run: Run, assessment: Assessment) -> dict[str, str | None]:
     for layer in run.layers:
         advice = assessment.by_layer.get(layer, {})
         fine = [f for f, each in advice.items() if each.verdict is Verdict.STORES_FINE]
-        storable = [format for format in fine if _can_store(run, format)]
+        storable = [name for name in fine if name in run.formats and _can_store(run, name)]
         chosen[layer] = find_smallest(storable, run.formats)
     return chosen
 

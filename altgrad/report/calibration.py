@@ -1,36 +1,59 @@
 """The thresholds of the verdicts, and the outcomes of the real runs that set the thresholds.
 
-A verdict says whether a layer would still train if its weights were stored in a number format. The
-real runs are small trainings that stored their weights in a format; what they lost of their
-progress set the thresholds. `calibration` reads calibration.json, which benchmarks/calibration in
-the repository regenerates.
+A verdict says whether a training, or one of its layers, would still make its progress if it were
+stored as a *recipe* says. The real runs are small trainings that were really stored so; what they
+lost of their progress set the thresholds. `calibration` reads calibration.json, which
+benchmarks/calibration in the repository regenerates.
 
-The module `verdicts` comes next, which uses the thresholds and quotes the outcomes.
+The module `verdicts` comes next.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
-
-_MOST_NAMED_FORMATS = 3
-"""Largest number of formats for which `Calibration.evidence` names the formats of its runs.
-
-Runs in so few formats say nothing about other formats, so that the reader must know which they are.
-"""
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The figures, all between 0 and 1, at which one verdict ends and the next begins.
+    """The figures of twins at which one verdict ends and the next begins.
 
-    A verdict says whether a layer would still train if its weights were stored in a number format.
-    The metric kept_update_ratio is how much of the layer's updates the format keeps,
-    never_moved_frac the share of the weights with updates that would never have moved.
+    A *twin* is a sample of a layer that is stored as a recipe says. Its progress_kept is the share
+    of the progress that the recipe keeps; frozen_frac is the share of the weights, moved in
+    float32, that it never moved.
+
+    Attributes:
+        stores_fine: Least progress_kept of a recipe that stores fine.
+        needs_remedy: Least progress_kept with which no remedy is needed.
+        overshoots: Largest progress_kept of a recipe that does not overshoot.
+        frozen: Least frozen_frac of a frozen layer.
+        frozen_kept: Largest progress_kept of a frozen layer or run.
+        moved: Least movement in float32 of a frozen layer, as a share of the size of its weights.
+        stuck_loss: Least loss of progress_kept since a layer stands still, for “stuck”.
+        run_frozen: Least share of the weights in layers that stand still, of a frozen run.
+    """
+
+    stores_fine: float
+    needs_remedy: float
+    overshoots: float
+    frozen: float
+    frozen_kept: float
+    moved: float
+    stuck_loss: float
+    run_frozen: float
+
+
+@dataclass(frozen=True)
+class StepThresholds:
+    """The figures of single steps, all 0 to 1, at which one verdict ends and the next begins.
+
+    They judge a number format in which no twin, a sample of the layer, is stored. The metric
+    kept_update_ratio is how much of the layer's updates the format keeps, never_moved_frac the
+    share of the weights with updates that would never have moved.
 
     Attributes:
         stores_fine: Least kept_update_ratio of a format that stores a layer fine.
@@ -47,74 +70,104 @@ class Thresholds:
     saturated: float
 
 
+class Offset(NamedTuple):
+    """How far the share of the progress kept by real runs is from the predicted one.
+
+    Attributes:
+        below: The offset is that of runs with a predicted share below this.
+        low: The difference real − predicted, below which it is in 1 of 10 runs.
+        high: The difference above which it is in 1 of 10 runs.
+    """
+
+    below: float
+    low: float
+    high: float
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The content of calibration.json: thresholds of verdicts, and outcomes of real runs.
 
-    A verdict says whether a layer would still train if its weights were stored in a number format.
-    The real runs are trainings that really stored their weights in a format.
-
     Attributes:
-        thresholds: Figures at which one verdict on a layer and format ends, and the next begins.
+        thresholds: Figures of twins at which one verdict ends, and the next begins.
+        step_thresholds: Figures of single steps at which one verdict ends, and the next begins.
         rules: By name of the threshold, the rule in words by which the threshold was found.
-        outcomes: Outcomes of the runs that set the thresholds, by name of the verdict: number of
-            runs with the verdict, their formats, and how many of them lost 1 % or 10 % of their
-            progress. For ``"FROZEN"`` also the number of layers with the verdict, and how many of
-            them were really frozen.
-        held_out: Outcomes in the form of `outcomes`, for tasks and optimizers that set no
+        offsets: Offsets of the progress kept by real runs, by increasing `Offset.below`.
+        runs: Outcomes of real runs by family of the recipe and name of the verdict: number of
+            ``runs``, how many ``lost_10_percent`` of the fall in loss, and the quartiles of their
+            final loss as a multiple of that in float32, ``loss_ratios``.
+        layers: Outcomes of layers of these runs by family and verdict: number of ``layers``, how
+            many were ``frozen`` in truth, and the quartiles of the progress they kept, ``kept``.
+        held_out: Outcomes in the form of `runs` and `layers`, for tasks and optimizers that set no
             threshold.
     """
 
     thresholds: Thresholds
+    step_thresholds: StepThresholds
     rules: Mapping[str, str]
-    outcomes: Mapping[str, Mapping[str, Any]]
-    held_out: Mapping[str, Mapping[str, Any]]
+    offsets: Sequence[Offset]
+    runs: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    layers: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    held_out: Mapping[str, Any]
 
-    def evidence(self, verdict: str) -> str:
-        """Return a sentence on the real runs that had a verdict: how many of them lost progress.
+    def find_offsets(self, kept: float) -> tuple[float, float]:
+        """Return the lower and upper offset of a real run from the predicted progress_kept."""
+        found = next((each for each in self.offsets if kept < each.below), self.offsets[-1])
+        return found.low, found.high
 
-        An example is “3 of 4 runs like this lost over 10 % of their progress”.
+    def describe_runs(self, family: str | None, verdict: str) -> str:
+        """Return a phrase on the real runs of a family of recipes that had a verdict.
+
+        An example is “8 of 66 such runs lost over 10 %”.
 
         Args:
+            family: Family of the recipe; None for one of which no real run was done.
             verdict: Name of the verdict, such as ``"WATCH"``.
-
-        Returns:
-            The sentence; empty for ``"UNCERTAIN"`` and ``"NOT_JUDGED"``.
         """
-        counts = self.outcomes.get(verdict)
-        if counts is None:
+        if verdict in ("UNCERTAIN", "NOT_JUDGED"):
             return ""
-        if verdict == "FROZEN":  # this evidence counts layers; all other counts whole runs
-            return (
-                f"{counts['frozen']} of {counts['layers']} layers like this were frozen when the "
-                "run was really done"
-            )
-        formats = counts["formats"]
-        in_which = f" ({', '.join(formats)})" if len(formats) <= _MOST_NAMED_FORMATS else ""
-        lost = (
-            f"{counts['lost_10_percent']} of {counts['runs']} runs like this{in_which} lost over "
-            "10 % of their progress"
+        counts = self.runs.get(family or "", {}).get(verdict)
+        if not counts:
+            return "no such run was tested"
+        return f"{counts['lost_10_percent']} of {counts['runs']} such runs lost over 10 %"
+
+    def describe_layers(self, family: str | None, verdict: str) -> str:
+        """Return a phrase on layers of real runs of a family of recipes that had a verdict.
+
+        Args:
+            family: Family of the recipe; None for one of which no real run was done.
+            verdict: Name of the verdict, such as ``"FROZEN"``.
+        """
+        if verdict in ("UNCERTAIN", "NOT_JUDGED"):
+            return ""
+        counts = self.layers.get(family or "", {}).get(verdict)
+        if not counts:
+            return "no such layer was tested"
+        if verdict == "FROZEN":
+            return f"{counts['frozen']} of {counts['layers']} such layers were frozen in real runs"
+        low, _, high = counts["kept"]
+        return (
+            f"the middle half of {counts['layers']} such layers kept {low:.2g} to {high:.2g} of "
+            "their progress in real runs"
         )
-        if verdict != "RANGE":
-            return lost
-        mended = f"{counts['mended_by_a_scale']} of {counts['without_a_scale']}"
-        return f"{lost}; a scale halved the loss in {mended} that had none"
 
 
 @functools.cache
 def calibration() -> Calibration:
-    """Return the thresholds by which layers are judged, and results of trainings that set these.
+    """Return the thresholds of verdicts, and outcomes of the real trainings that set these.
 
-    A verdict says whether a layer would still train if its weights were stored in a number format.
-    The trainings really stored their weights in formats. Thresholds and results come from the file
-    calibration.json of the package, which is read once.
+    The trainings really stored their weights and states as recipes say. Thresholds and outcomes
+    come from the file calibration.json of the package, which is read once.
     """
     content = json.loads(
         files("altgrad.report").joinpath("calibration.json").read_text(encoding="utf-8")
     )
     return Calibration(
         Thresholds(**content["thresholds"]),
+        StepThresholds(**content["step_thresholds"]),
         content["rules"],
-        content["calibration"],
+        [Offset(*each) for each in content["offsets"]],
+        content["runs"],
+        content["layers"],
         content["held_out"],
     )

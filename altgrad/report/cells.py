@@ -19,6 +19,9 @@ COLOURS = {
     Verdict.WATCH: "yellow",
     Verdict.NEEDS_REMEDY: "red",
     Verdict.FROZEN: "bold red",
+    Verdict.STUCK: "bold red",
+    Verdict.OVERSHOOTS: "magenta",
+    Verdict.BREAKS: "bold red",
     Verdict.RANGE: "magenta",
     Verdict.UNCERTAIN: "cyan",
     Verdict.NOT_JUDGED: "dim",
@@ -26,26 +29,24 @@ COLOURS = {
 """Colour of each verdict, as a style of the library rich."""
 
 MEANINGS = {
-    Verdict.STORES_FINE: f"at least {_LIMITS.stores_fine:g} of the update is kept",
-    Verdict.WATCH: f"{_LIMITS.needs_remedy:g} to {_LIMITS.stores_fine:g} is kept: stochastic "
-    "rounding or Kahan (WeightStorage)",
+    Verdict.STORES_FINE: f"at least {_LIMITS.stores_fine:g} of the progress is kept",
+    Verdict.WATCH: f"{_LIMITS.needs_remedy:g} to {_LIMITS.stores_fine:g} is kept",
     Verdict.NEEDS_REMEDY: f"below {_LIMITS.needs_remedy:g}: stochastic rounding, Kahan, or fp32 "
     "master weights",
-    Verdict.FROZEN: f"{format_percent(_LIMITS.frozen)} or more of the weights never moved",
-    Verdict.RANGE: "weights fall out of the format's range: a finer scale",
-    Verdict.UNCERTAIN: "the sample is too small to tell: raise max_elements",
-    Verdict.NOT_JUDGED: "no finite update that the format could lose",
+    Verdict.FROZEN: f"at least {format_percent(_LIMITS.frozen)} of the weights that float32 moved "
+    "never moved",
+    Verdict.STUCK: "moved at first, and no longer does",
+    Verdict.OVERSHOOTS: f"moves more than {_LIMITS.overshoots:g} times as far as float32",
+    Verdict.BREAKS: "becomes NaN or inf",
+    Verdict.RANGE: "weights fall out of the format's range, and a scale would help",
+    Verdict.UNCERTAIN: "the sample is too small to tell: raise twin_elements or max_elements",
+    Verdict.NOT_JUDGED: "nothing moved that the recipe could lose",
 }
 """Meaning of each verdict in a few words, for the legend of a table."""
-EVIDENCE = {verdict: calibration().evidence(verdict.name) for verdict in Verdict}
-"""By verdict a sentence such as “3 of 4 runs like this lost over 10 % of their progress”.
-
-The runs really stored their weights in a format. UNCERTAIN and NOT_JUDGED have an empty text.
-"""
 
 
 def format_kept(kept: float) -> str:
-    """Return a kept_update_ratio, how much of an update is kept, as text such as ``0.50``.
+    """Return the share of the progress that is kept as text such as ``0.50``.
 
     The text has four characters. Rounding keeps a ratio on its side of 0, of 1 and of the
     thresholds of verdicts: 0.996 is ``>.99`` and 0.001 is ``<.01``. A ratio of thousands takes more

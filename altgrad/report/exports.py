@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,16 +12,12 @@ from altgrad.report.records.kinds import number_as_json
 from altgrad.report.records.run import Row, Run
 from altgrad.report.records.schema import info_as_json
 from altgrad.report.run_report import RunReport
-from altgrad.report.verdicts import RESTS_ON, Advice
+from altgrad.report.summaries import write_sentence
+from altgrad.report.tallies import STEP_METRICS, TWIN_METRICS
+from altgrad.report.verdicts import Advice, RunAdvice
 
-_FIGURES = (
-    "kept_update_ratio",
-    "stall_frac",
-    "never_moved_frac",
-    "underflow_frac",
-    "saturated_frac",
-)
-
+_METRICS = (*TWIN_METRICS, *STEP_METRICS)
+"""Metrics on which verdicts rest: those of twins, then those of single steps."""
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 """First characters of cells that a spreadsheet reads as formulas; Excel knows full-width signs."""
@@ -46,11 +43,12 @@ def as_json(report: RunReport) -> dict[str, Any]:
         "steps": [*report.run.steps],
         "skipped": dict(report.skipped),
         "own_share": number_as_json(report.own_share),
+        "runs": {name: _convert_run(each) for name, each in report.assessment.runs.items()},
         "summary": report.assessment.summary,
         "layers": {
             layer: {
                 "smallest_that_stores_fine": suggestions.get(layer),
-                "formats": {format: _convert_advice(each) for format, each in advice.items()},
+                "recipes": {name: _convert_advice(each) for name, each in advice.items()},
             }
             for layer, advice in by_layer.items()
         },
@@ -61,24 +59,28 @@ def as_json(report: RunReport) -> dict[str, Any]:
 
 
 def as_csv(report: RunReport) -> str:
-    """Return the verdicts as CSV, one line for each layer and format; NaN is an empty cell.
+    """Return the verdicts as CSV, one line for each layer and recipe; NaN is an empty cell.
 
     A text that a spreadsheet would read as a formula, such as a layer named ``=cmd|…``, has an
     apostrophe before it. A text that begins with an apostrophe has a second one, so that
     ``text.removeprefix("'")`` gives every text back.
     """
-    errors = [f"{metric}_{what}" for metric in RESTS_ON for what in ("error", "low", "high")]
+    errors = [f"{metric}_{what}" for metric in _METRICS for what in ("error", "low", "high")]
     rows: list[list[Any]] = [
-        ["layer", "format", "verdict", *_FIGURES, *errors, "reason", "evidence"]
+        ["layer", "recipe", "verdict", *_METRICS, *errors, "reason", "evidence"]
     ]
     for advice in report.assessment.advice:
-        figures = [number_as_json(advice.figures[metric]) for metric in _FIGURES]
+        figures = [number_as_json(advice.figures.get(metric, math.nan)) for metric in _METRICS]
         ends = [
             number_as_json(number)
-            for metric in RESTS_ON
-            for number in (advice.errors[metric], *advice.interval(metric))
+            for metric in _METRICS
+            for number in (
+                (advice.errors[metric], *advice.interval(metric))
+                if metric in advice.errors
+                else (math.nan, math.nan, math.nan)
+            )
         ]
-        where = [_disarm(advice.layer), _disarm(advice.format), str(advice.verdict)]
+        where = [_disarm(advice.layer), _disarm(advice.recipe), str(advice.verdict)]
         why = [_disarm(advice.reason), _disarm(advice.evidence)]
         rows.append([*where, *figures, *ends, *why])
     return "".join(map(_format_line, rows))
@@ -94,6 +96,23 @@ def _format_line(cells: Iterable[object]) -> str:
 def _disarm(text: str) -> str:
     """Return a text as a cell that every spreadsheet reads as text."""
     return "'" + text if text.startswith((*_FORMULA, "'")) else text
+
+
+def _convert_run(advice: RunAdvice) -> dict[str, Any]:
+    """Return the verdict of a recipe on a whole run, as JSON values."""
+    return {
+        "verdict": advice.verdict.name,
+        "sentence": write_sentence(advice),
+        "progress_kept": number_as_json(advice.kept),
+        "interval": [*map(number_as_json, advice.interval)],
+        "frozen_frac": number_as_json(advice.frozen_frac),
+        "frozen_layers": [*advice.frozen],
+        "frozen_share": number_as_json(advice.frozen_share),
+        "layers": advice.layers,
+        "evidence": advice.evidence,
+        "to_do": advice.to_do,
+        "has_twin": advice.has_twin,
+    }
 
 
 def _convert_advice(advice: Advice) -> dict[str, Any]:

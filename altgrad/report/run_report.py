@@ -18,8 +18,9 @@ from altgrad._messages import few, format_count
 from altgrad.measurement.histogram import Histogram
 from altgrad.report.applying import write_code
 from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
+from altgrad.report.judging import judge_run
 from altgrad.report.records.run import Row, Run
-from altgrad.report.verdicts import Assessment, Verdict, judge_run
+from altgrad.report.verdicts import Assessment, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

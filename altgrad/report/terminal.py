@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from altgrad._messages import format_count
 from altgrad.report.cells import (
     COLOURS,
-    EVIDENCE,
     MEANINGS,
     NONFINITE,
     NONFINITE_MEANING,
@@ -113,8 +112,6 @@ def print_verdicts(report: RunReport, console: Console, most_layers: int | None 
     for verdict, meaning in MEANINGS.items():
         if verdict in seen:
             _print_meaning(console, verdict.short, meaning)
-            if evidence := EVIDENCE[verdict]:
-                console.print(_indent(_style(evidence, "dim italic"), 9))
     if any(advice.nonfinite for advice in report.assessment.advice):
         _print_meaning(console, NONFINITE, NONFINITE_MEANING)
     for note in (
@@ -167,7 +164,7 @@ def print_comparison(comparison: Comparison, console: Console, most: int | None 
 
 def _make_change_table(changes: Sequence[tuple[Advice, Advice]], width: int) -> Table:
     table = _make_table(["layer", "format", "A", "B"])
-    texts = [(a.format, cell_text(a), cell_text(b)) for a, b in changes]
+    texts = [(a.recipe, cell_text(a), cell_text(b)) for a, b in changes]
     taken = _GAP + sum(max(map(len, column)) + _GAP for column in zip(*texts, strict=True))
     names = shorten_names([a.layer for a, _ in changes], max(width - taken, _LEAST_WIDTH))
     for name, (format, *cells), pair in zip(names, texts, changes, strict=True):

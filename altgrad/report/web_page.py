@@ -11,7 +11,6 @@ from importlib.resources import files
 from altgrad._version import __version__
 from altgrad.report.canvas import svg
 from altgrad.report.cells import (
-    EVIDENCE,
     MEANINGS,
     NONFINITE,
     NONFINITE_MEANING,
@@ -58,7 +57,6 @@ def page(report: RunReport) -> str:
         assessment=report.assessment,
         run=report.run,
         meanings=MEANINGS,
-        evidence=EVIDENCE,
         seen={advice.verdict for advice in report.assessment.advice},
         not_judged={
             layer

@@ -3,11 +3,11 @@
     python -m benchmarks.calibration.calibrate            # prints the tables
     python -m benchmarks.calibration.calibrate --write    # also writes calibration.json
 
-`runs.py` does the runs, and writes a row for each. A run **lost** 10 % if its loss fell by 10 %
-less than in fp32. A threshold is the first of a few round numbers that keeps to its rule, see
-`RULES`. Thresholds come from logistic regression, the MLP and the transformer under SGD, momentum
-and Adam. They are tested on the held-out tasks: the convolutional and the recurrent net under AdamW
-and RMSprop.
+`runs` does the runs, and writes a row for each run and for each of its layers. A run **lost** 10 %
+if its loss fell by 10 % less than in fp32. Its **loss ratio** is its final loss over that in fp32.
+A threshold is the first of a few round numbers that keeps to its rule, see `RULES`. Rows of the
+part “calibration” set the thresholds; those of the part “held_out” only test them. `tables` prints
+what came of it.
 """
 
 from __future__ import annotations
@@ -17,386 +17,484 @@ import csv
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.calibration import tasks
-from benchmarks.calibration.runs import FORMATS
-from benchmarks.paired import print_table
+from benchmarks.calibration.configs import Config
 
 FOLDER = Path(__file__).parent
 WRITTEN = FOLDER.parents[1] / "altgrad" / "report" / "calibration.json"
-HELD_OUT = {config.task for config in tasks.HELD_OUT}
-"""Names of the tasks that the thresholds are only tested on."""
 MUCH, LITTLE = 0.1, 0.01
-"""Shares of the progress in fp32: losing more than the first is much, up to the second little."""
-VERDICTS = ("STORES_FINE", "WATCH", "NEEDS_REMEDY", "FROZEN", "RANGE")
+"""Shares of the fall in loss in fp32: more than the first is much, up to the second little."""
+FAR = 1.5
+"""Loss ratio above which a run ended far from that in fp32."""
+TRULY_FROZEN, TRULY_MOVED = 0.99, 1e-3
+"""A layer was frozen in a real run if this share of the elements that fp32 moved never moved, and
+fp32 moved the layer by more than this share of its norm."""
+VERDICTS = ("STORES_FINE", "WATCH", "NEEDS_REMEDY", "FROZEN", "OVERSHOOTS", "BREAKS")
 """Names of the verdicts that claim something about a run."""
-TRULY_FROZEN = 0.99
-"""Share of unmoved weights, in a real run, from which on a layer counts as frozen."""
+FRACTIONS = (0.25, 0.5, 0.75)
 Row = dict[str, Any]
 """Figures and results of a run, or of a layer of a run, by the name of the column."""
 
 RULES = {
     "stores_fine": (
+        "the lowest progress_kept of 0.9, 0.95, 0.98 and 0.99 from which on, up to 1.05, no run "
+        "lost more than 10 %, and at most 1 in 20 ended above 1.5 times the loss in fp32, chance "
+        "aside"
+    ),
+    "needs_remedy": (
+        "the lowest progress_kept of 0.5, 0.6, 0.7, 0.8, 0.9 and 0.95 such that the middle half of "
+        "the loss ratios of the runs between it and stores_fine spans less than a factor of 2"
+    ),
+    "overshoots": (
+        "the lowest progress_kept of 1.05, 1.1, 1.2, 1.5 and 2 from which on half of the runs "
+        "ended at less than 0.8 or more than 1.25 times the loss in fp32"
+    ),
+    "frozen": (
+        "the lowest frozen_frac of 0.9, 0.99, 0.995 and 0.999 from which on 19 of 20 layers, of "
+        "which less than 0.5 of the progress was kept, were frozen in the real run"
+    ),
+    "frozen_kept": (
+        "the highest progress_kept of 0.05, 0.1, 0.2 and 0.5 below which 19 of 20 layers with such "
+        "a frozen_frac were frozen in the real run"
+    ),
+    "moved": "the definition of frozen: float32 moved the layer by more than this share of it",
+    "stuck_loss": "a judgement: a twentieth of the progress",
+    "run_frozen": "a judgement: half of the weights",
+    "offsets": (
+        "for each range of predicted progress_kept, the tenth and the ninetieth percentile of the "
+        "real one minus the predicted one"
+    ),
+    "steps: stores_fine": (
         "the lowest kept_update_ratio of 0.9, 0.99 and 0.999 from which on at most 1 run in 10 "
         "lost more than 1 %, and none more than 10 %"
     ),
-    "needs_remedy": (
+    "steps: needs_remedy": (
         "the highest tenth of kept_update_ratio such that, in the tenth below it, at least half "
         "of the runs lost more than 10 %"
     ),
-    "frozen": (
+    "steps: frozen": (
         "the lowest never_moved_frac of 0.9, 0.99 and 0.999 from which on two thirds of the layers "
-        "were really frozen: 99 % of their weights had not moved"
+        "were really frozen"
     ),
-    "underflow": (
+    "steps: underflow": (
         "the lowest underflow_frac of 0.01, 0.03, 0.1 and 0.3 such that, from there to the next, "
         "at least half of the runs without a scale lost less than half as much with one"
     ),
-    "saturated": (
+    "steps: saturated": (
         "a judgement: no run as a whole, but those in mxfp4, which clips by design, had more than "
         "0.6 % beyond the top"
     ),
 }
+OFFSET_EDGES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98, 1.02, math.inf)
+"""Upper ends of the ranges of predicted progress_kept that have offsets of their own."""
 
 
-def read(path: Path) -> list[Row]:
-    """Read the rows of a CSV file, with cells as numbers where possible."""
+# --- rows
+
+
+def read_part(part: str, folder: Path = FOLDER) -> tuple[list[Row], list[Row]]:
+    """Read the rows of the runs and of the layers of a part; empty lists without files.
+
+    Args:
+        part: ``"calibration"`` or ``"held_out"``.
+        folder: The folder that has the files.
+    """
+    paths = (folder / f"{part}_{what}.csv" for what in ("runs", "layers"))
+    runs, layers = ([*map(_parse, _read(path))] if path.exists() else [] for path in paths)
+    families = {identify(run): run["family"] for run in runs}
+    controls = {identify_config(run): run for run in runs if run["family"] == "control"}
+    for run in runs:
+        control = controls.get(identify_config(run))
+        run["chance"] = math.nan if control is None else control["loss"]
+    for layer in layers:
+        layer["family"] = families[identify(layer)]
+    return runs, layers
+
+
+def _read(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
-        return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        return [*csv.DictReader(file)]
 
 
-def _number(text: str) -> float | str:
+def _parse(row: Mapping[str, str]) -> Row:
+    """Return a row with its cells as numbers where possible; an empty cell is NaN."""
+    return {key: _parse_cell(value) for key, value in row.items()}
+
+
+def _parse_cell(text: str) -> float | str:
     try:
-        return float(text)
+        return float(text or "nan")
     except ValueError:
         return text
 
 
-def nearest(rows: Iterable[Row]) -> list[Row]:
-    return [row for row in rows if row["way"] == "nearest"]
+def identify_config(row: Row) -> tuple[Any, ...]:
+    """Return what tells the way to train of a row from others."""
+    return tuple(row[name] for name in Config._fields)
 
 
-def _part(rows: Iterable[Row], held_out: bool) -> list[Row]:
-    return [row for row in rows if (row["task"] in HELD_OUT) == held_out]
+def identify(row: Row) -> tuple[Any, ...]:
+    """Return what tells the run of a row from others."""
+    return (*identify_config(row), row["way"], row["scaling"])
 
 
-def _scaled(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows with a scale for each tensor."""
-    return [row for row in rows if row["scaling"] == "tensor"]
+def find_family(run: Row) -> str:
+    """Return the family of a run as `altgrad.report.families` names it."""
+    if run["family"] != "nearest":
+        return str(run["family"])
+    return "nearest-16" if run["way"] in ("fp16", "bf16") else "nearest-8"
 
 
-def lost(run: Row) -> float:
-    """Return the share of the progress in fp32 that a run lost; inf if it diverged."""
+def add_now(rows: Iterable[Row]) -> list[Row]:
+    """Return rows of runs as monitors of these runs saw them, with the family ``"now"``."""
+    return [
+        row | {"kept": row["now_kept"], "frozen": row["now_frozen"], "family": "now"}
+        for row in rows
+        if row["family"] == "true"
+    ]
+
+
+def select_weights(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows whose weights are stored low: those that set most thresholds."""
+    return [r for r in rows if r["family"] in ("nearest", "true", "stochastic", "kahan")]
+
+
+# --- what became of a run
+
+
+def find_lost(run: Row) -> float:
+    """Return the share of the fall in loss in fp32 that a run lost; inf if it diverged."""
     share = (run["loss"] - run["fp32"]) / (run["initial"] - run["fp32"])
     return math.inf if math.isnan(share) else share
 
 
-def is_mended(run: Row, runs: Iterable[Row]) -> bool:
-    """Return True if a run without a scale lost more than 1 %, and with one less than half of it.
+def find_ratio(run: Row) -> float:
+    """Return the final loss over that in fp32; inf if the run diverged."""
+    return math.inf if math.isnan(run["loss"]) else run["loss"] / run["fp32"]
+
+
+def find_ratio_beyond_chance(run: Row) -> float:
+    """Return the final loss over the larger of that in fp32 and that of its control.
+
+    The control is a run in fp32 whose weights start one millionth apart. If it ends elsewhere,
+    training is unstable, and storage has no part in it.
+    """
+    chance = run["fp32"] if math.isnan(run["chance"]) else max(run["fp32"], run["chance"])
+    return math.inf if math.isnan(run["loss"]) else run["loss"] / chance
+
+
+def count_lost(runs: Iterable[Row], share: float) -> int:
+    return sum(find_lost(run) > share for run in runs)
+
+
+def is_frozen(layer: Row) -> bool:
+    """Return True if a layer was frozen in the real run, and fp32 had moved it."""
+    return layer["real_frozen"] >= TRULY_FROZEN and layer["fp32_moved"] > TRULY_MOVED
+
+
+def find_quantiles(values: Iterable[float], fractions: Sequence[float]) -> list[float]:
+    """Return quantiles of some numbers, each the nearest of these; NaN counts as inf.
 
     Args:
-        run: The run without a scale.
-        runs: All runs, among them the same run with a scale.
+        values: One or more numbers.
+        fractions: The fractions of the quantiles, 0 to 1.
     """
-    same = [
-        other
-        for other in runs
-        if other["scaling"] == "tensor"
-        and all(other[key] == run[key] for key in ("task", "optimizer", "lr", "format", "way"))
-    ]
-    (scaled,) = same
-    return lost(run) > LITTLE and lost(scaled) < lost(run) / 2
+    ordered = sorted(math.inf if math.isnan(value) else value for value in values)
+    return [ordered[round(fraction * (len(ordered) - 1))] for fraction in fractions]
 
 
 # --- the thresholds
 
 
-def thresholds(runs: Sequence[Row], layers: Sequence[Row]) -> dict[str, float]:
-    """Find the threshold of each rule in `RULES`.
+def find_thresholds(runs: Sequence[Row], layers: Sequence[Row]) -> dict[str, float]:
+    """Find the thresholds of figures of twins, by the rules in `RULES`.
 
     Args:
         runs: Rows of the runs to calibrate on.
         layers: Rows of their layers.
     """
+    stored = select_weights(runs)
+    fine = _find_first((0.9, 0.95, 0.98, 0.99), lambda t: _is_fine(_choose(stored, t, 1.05)))
+    candidates = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+    nearest = [run for run in stored if run["family"] in ("nearest", "true")]
+    remedy = _find_first(candidates, lambda t: t < fine and _is_narrow(_choose(nearest, t, fine)))
+    stored_layers = select_weights(layers)
+    frozen = _find_first((0.9, 0.99, 0.995, 0.999), lambda t: _are_frozen(stored_layers, t, 0.5))
+    kept = _find_first((0.5, 0.2, 0.1, 0.05), lambda k: _are_frozen(stored_layers, frozen, k))
     return {
-        "stores_fine": _first((0.9, 0.99, 0.999), lambda t: _is_fine(_kept(runs, t, math.inf))),
-        "needs_remedy": _first(
-            [tenth / 10 for tenth in range(9, 0, -1)],
-            lambda t: (
-                _count_lost(_kept(runs, t - 0.1, t), MUCH) * 2 >= len(_kept(runs, t - 0.1, t))
-                and bool(_kept(runs, t - 0.1, t))
-            ),
-        ),
-        "frozen": _first(
-            (0.9, 0.99, 0.999),
-            lambda t: _share_frozen([x for x in layers if x["never_moved"] >= t]) >= 2 / 3,
-        ),
-        "underflow": _underflow(runs),
+        "stores_fine": fine,
+        "needs_remedy": remedy,
+        "overshoots": _find_first((1.05, 1.1, 1.2, 1.5, 2.0), lambda t: _is_off(runs, t)),
+        "frozen": frozen,
+        "frozen_kept": kept,
+        "moved": TRULY_MOVED,
+        "stuck_loss": 0.05,
+        "run_frozen": 0.5,
+    }
+
+
+def _find_first(candidates: Iterable[float], holds: Callable[[float], bool]) -> float:
+    return next(candidate for candidate in candidates if holds(candidate))
+
+
+def _choose(runs: Iterable[Row], low: float, high: float, key: str = "kept") -> list[Row]:
+    return [run for run in runs if low <= run[key] < high]
+
+
+def _is_fine(runs: Sequence[Row]) -> bool:
+    far = sum(find_ratio_beyond_chance(run) > FAR for run in runs)
+    return not count_lost(_remove_unstable(runs), MUCH) and far * 20 <= len(runs)
+
+
+def _remove_unstable(runs: Iterable[Row]) -> list[Row]:
+    """Return the runs whose control ended where the run in fp32 did: within a factor of 1.5."""
+    return [run for run in runs if not _is_unstable(run)]
+
+
+def _is_unstable(run: Row) -> bool:
+    return not 1 / FAR <= run["chance"] / run["fp32"] <= FAR and not math.isnan(run["chance"])
+
+
+def _is_narrow(runs: Sequence[Row]) -> bool:
+    low, high = find_quantiles(map(find_ratio, _remove_unstable(runs)), (0.25, 0.75))
+    return high / low < 2
+
+
+def _is_off(runs: Iterable[Row], limit: float) -> bool:
+    over = [run for run in runs if run["kept"] > limit]
+    off = sum(not 0.8 <= find_ratio(run) <= 1.25 for run in over)
+    return bool(over) and off * 2 >= len(over)
+
+
+def _are_frozen(layers: Iterable[Row], frozen: float, kept: float) -> bool:
+    said = [layer for layer in layers if is_said(layer, frozen, kept)]
+    return sum(map(is_frozen, said)) * 20 >= len(said) * 19
+
+
+def is_said(layer: Row, frozen: float, kept: float) -> bool:
+    """Return True if a twin says that a layer would be frozen.
+
+    Args:
+        layer: Row of the layer.
+        frozen: Least frozen_frac.
+        kept: Largest progress_kept.
+    """
+    return layer["frozen"] >= frozen and layer["kept"] < kept and layer["fp32_moved"] > TRULY_MOVED
+
+
+def find_offsets(runs: Iterable[Row]) -> list[list[float]]:
+    """Return upper end, tenth and ninetieth percentile for each range of predicted progress."""
+    stored = [r for r in select_weights(runs) if math.isfinite(r["kept"] + r["real_kept"])]
+    offsets, low = [], -math.inf
+    for high in OFFSET_EDGES:
+        own = [r["real_kept"] - r["kept"] for r in _choose(stored, low, high)]
+        offsets.append([high if math.isfinite(high) else 1e9, *find_quantiles(own, (0.1, 0.9))])
+        low = high
+    return offsets
+
+
+def find_step_thresholds(runs: Sequence[Row], layers: Sequence[Row]) -> dict[str, float]:
+    """Find the thresholds of figures of single steps, by the rules in `RULES`.
+
+    Args:
+        runs: Rows of the runs to calibrate on.
+        layers: Rows of their layers.
+    """
+    stored = [run for run in runs if run["family"] == "nearest"]
+    own = [
+        layer for layer in layers if layer["family"] == "nearest" and layer["scaling"] == "tensor"
+    ]
+    key = "step_kept_by_energy"
+
+    def is_harmful(limit: float) -> bool:
+        below = _choose(stored, limit - 0.1, limit, key)
+        return bool(below) and count_lost(below, MUCH) * 2 >= len(below)
+
+    def is_harmless(limit: float) -> bool:
+        above = _choose(stored, limit, math.inf, key)
+        return count_lost(above, LITTLE) * 10 <= len(above) and not count_lost(above, MUCH)
+
+    def are_frozen(limit: float) -> bool:
+        said = [layer for layer in own if layer["step_never_moved"] >= limit]
+        return sum(layer["real_frozen"] >= TRULY_FROZEN for layer in said) * 3 >= len(said) * 2
+
+    return {
+        "stores_fine": _find_first((0.9, 0.99, 0.999), is_harmless),
+        "needs_remedy": _find_first([tenth / 10 for tenth in range(9, 0, -1)], is_harmful),
+        "frozen": _find_first((0.9, 0.99, 0.999), are_frozen),
+        "underflow": _find_underflow(stored),
         "saturated": 0.01,
     }
 
 
-def _first(candidates: Iterable[float], holds: Callable[[float], bool]) -> float:
-    return next(candidate for candidate in candidates if holds(candidate))
+def _find_underflow(runs: Sequence[Row]) -> float:
+    scaled = {identify(run): run for run in runs if run["scaling"] == "tensor"}
+    unscaled = [run for run in runs if run["scaling"] == "none"]
 
+    def is_mended(run: Row) -> bool:
+        same = scaled[identify(run | {"scaling": "tensor"})]
+        return find_lost(run) > LITTLE and find_lost(same) < find_lost(run) / 2
 
-def _kept(runs: Iterable[Row], low: float, high: float) -> list[Row]:
-    return [run for run in runs if low <= run["kept"] < high]
-
-
-def _count_lost(runs: Iterable[Row], share: float) -> int:
-    return sum(lost(run) > share for run in runs)
-
-
-def _is_fine(runs: Sequence[Row]) -> bool:
-    return _count_lost(runs, LITTLE) * 10 <= len(runs) and not _count_lost(runs, MUCH)
-
-
-def _share_frozen(layers: Sequence[Row]) -> float:
-    return sum(x["true_never_moved"] >= TRULY_FROZEN for x in layers) / max(len(layers), 1)
-
-
-def _underflow(runs: Sequence[Row]) -> float:
     edges = (0.01, 0.03, 0.1, 0.3, math.inf)
     for low, high in itertools.pairwise(edges):
-        between = [r for r in _unscaled(runs) if low <= r["underflow"] < high]
-        if between and sum(is_mended(r, runs) for r in between) * 2 >= len(between):
+        between = _choose(unscaled, low, high, "underflow")
+        if between and sum(map(is_mended, between)) * 2 >= len(between):
             return low
     raise ValueError("no underflow_frac keeps to the rule")
-
-
-def _unscaled(runs: Iterable[Row]) -> list[Row]:
-    return [run for run in runs if run["scaling"] == "none"]
 
 
 # --- the verdicts with these thresholds
 
 
-def judge(run: Row, limits: dict[str, float]) -> str:
-    """Return the name of the verdict on a run, from the figures of its whole model.
+def judge(run: Row, standing: float, limits: Mapping[str, float]) -> str:
+    """Return the name of the verdict on a run.
 
-    `altgrad.report.verdicts` also asks for standard errors. Here all elements are measured.
+    A test holds this against `altgrad.report`, which judges from the figures of the layers.
 
     Args:
         run: The row of the run.
+        standing: Share of the weights in layers that are said to be frozen.
         limits: The thresholds.
     """
-    out_of_range = any(run[key] >= limits[key] for key in ("underflow", "saturated"))
-    if run["never_moved"] >= limits["frozen"]:
+    if run["nonfinite"] > 0:
+        return "BREAKS"
+    kept = run["kept"]
+    if kept < limits["frozen_kept"] and standing >= limits["run_frozen"]:
         return "FROZEN"
-    if run["kept"] >= limits["stores_fine"]:
+    return _classify(kept, limits)
+
+
+def judge_layer(layer: Row, limits: Mapping[str, float]) -> str:
+    """Return the name of the verdict on a layer.
+
+    Args:
+        layer: The row of the layer.
+        limits: The thresholds.
+    """
+    if layer["nonfinite"] > 0:
+        return "BREAKS"
+    if is_said(layer, limits["frozen"], limits["frozen_kept"]):
+        return "FROZEN"
+    return _classify(layer["kept"], limits)
+
+
+def _classify(kept: float, limits: Mapping[str, float]) -> str:
+    if kept > limits["overshoots"]:
+        return "OVERSHOOTS"
+    if kept >= limits["stores_fine"]:
         return "STORES_FINE"
-    if out_of_range:
-        return "RANGE"
-    return "WATCH" if run["kept"] >= limits["needs_remedy"] else "NEEDS_REMEDY"
+    return "WATCH" if kept >= limits["needs_remedy"] else "NEEDS_REMEDY"
 
 
-def outcomes(
-    runs: Sequence[Row], layers: Sequence[Row], limits: dict[str, float]
-) -> dict[str, dict[str, Any]]:
-    """Count, for each verdict, the runs that got it, and how many of them lost over 1 % and 10 %.
+def find_standing(layers: Iterable[Row], limits: Mapping[str, float]) -> dict[Any, float]:
+    """Return for each run the share of its weights in layers that are said to be frozen."""
+    sizes: dict[Any, list[float]] = {}
+    for layer in layers:
+        own = sizes.setdefault(identify(layer), [0.0, 0.0])
+        own[0] += layer["elements"]
+        own[1] += layer["elements"] * (judge_layer(layer, limits) == "FROZEN")
+    return {key: frozen / size for key, (size, frozen) in sizes.items()}
 
-    Under ``"FROZEN"`` are also counts of layers, under ``"RANGE"`` those of runs without a scale.
+
+def find_run_outcomes(
+    runs: Sequence[Row], layers: Sequence[Row], limits: Mapping[str, float]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Count for each family and verdict the runs, and what they lost.
 
     Args:
         runs: Rows of runs.
         layers: Rows of layers.
         limits: The thresholds.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for verdict in VERDICTS:
-        same = [run for run in runs if judge(run, limits) == verdict]
-        found[verdict] = {
-            "runs": len(same),
-            "lost_1_percent": _count_lost(same, LITTLE),
-            "lost_10_percent": _count_lost(same, MUCH),
-            "formats": _name_formats(same),
-        }
-        if verdict == "RANGE":
-            found[verdict] |= {
-                "without_a_scale": len(_unscaled(same)),
-                "mended_by_a_scale": sum(is_mended(run, runs) for run in _unscaled(same)),
-            }
-    said = [layer for layer in layers if layer["never_moved"] >= limits["frozen"]]
-    found["FROZEN"] |= {
-        "layers": len(said),
-        "frozen": sum(x["true_never_moved"] >= TRULY_FROZEN for x in said),
-        "frozen_to_90_percent": sum(x["true_never_moved"] >= 0.9 for x in said),
-        "missed": sum(x["true_never_moved"] >= TRULY_FROZEN for x in layers if x not in said),
+    standing = find_standing(layers, limits)
+    sorted_runs: dict[str, dict[str, list[Row]]] = {}
+    for run in runs:
+        if run["family"] not in ("control", "average") and not math.isnan(run["kept"]):
+            verdict = judge(run, standing.get(identify(run), 0.0), limits)
+            sorted_runs.setdefault(find_family(run), {}).setdefault(verdict, []).append(run)
+    return {
+        family: {verdict: _describe(by[verdict]) for verdict in VERDICTS if verdict in by}
+        for family, by in sorted_runs.items()
     }
-    return found
 
 
-def _name_formats(rows: Sequence[Row]) -> list[str]:
-    """Return the names of the formats in some rows, those with a scale first."""
-    scaled = {row["format"] for row in _scaled(rows)}
-    others = {row["format"] for row in rows} - scaled
-    return [
-        *(format for format in FORMATS if format in scaled),
-        *(f"{format} without a scale" for format in FORMATS if format in others),
-    ]
+def _describe(runs: Sequence[Row]) -> dict[str, Any]:
+    return {
+        "runs": len(runs),
+        "lost_1_percent": count_lost(runs, LITTLE),
+        "lost_10_percent": count_lost(runs, MUCH),
+        "ended_far": sum(find_ratio(run) > FAR for run in runs),
+        "ended_far_beyond_chance": sum(find_ratio_beyond_chance(run) > FAR for run in runs),
+        "loss_ratios": _round(find_quantiles(map(find_ratio, runs), FRACTIONS)),
+    }
 
 
-def calibrate(runs: Sequence[Row], layers: Sequence[Row]) -> dict[str, Any]:
+def find_layer_outcomes(
+    layers: Iterable[Row], limits: Mapping[str, float]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Count for each family and verdict the layers, and what they kept in the real run.
+
+    Args:
+        layers: Rows of layers.
+        limits: The thresholds.
+    """
+    sorted_layers: dict[str, dict[str, list[Row]]] = {}
+    for layer in layers:
+        if layer["family"] != "control" and not math.isnan(layer["kept"] + layer["real_kept"]):
+            family, verdict = find_family(layer), judge_layer(layer, limits)
+            sorted_layers.setdefault(family, {}).setdefault(verdict, []).append(layer)
+    return {
+        family: {
+            verdict: {
+                "layers": len(by[verdict]),
+                "frozen": sum(map(is_frozen, by[verdict])),
+                "kept": _round(find_quantiles((x["real_kept"] for x in by[verdict]), FRACTIONS)),
+            }
+            for verdict in VERDICTS
+            if verdict in by
+        }
+        for family, by in sorted_layers.items()
+    }
+
+
+def _round(values: Iterable[float]) -> list[float]:
+    # JSON has no inf; nothing trains from a loss of 1e9 times the usual one.
+    return [float(f"{min(max(value, -1e9), 1e9):.4g}") for value in values]
+
+
+def calibrate(
+    seen: tuple[Sequence[Row], Sequence[Row]], unseen: tuple[Sequence[Row], Sequence[Row]]
+) -> dict[str, Any]:
     """Return the contents of altgrad/report/calibration.json.
 
     Args:
-        runs: Rows of all runs.
-        layers: Rows of all layers.
+        seen: Rows of runs and layers to calibrate on.
+        unseen: Rows of the held-out runs and layers.
     """
-    seen, unseen = (
-        (nearest(_part(runs, held_out)), _scaled(_part(layers, held_out)))
-        for held_out in (False, True)
+    limits = find_thresholds(*seen)
+    (runs, layers), (held_runs, held_layers) = (
+        ([*part[0], *add_now(part[0])], [*part[1], *add_now(part[1])]) for part in (seen, unseen)
     )
-    limits = thresholds(*seen)
     return {
         "about": "Written by benchmarks/calibration/calibrate.py, from runs really done.",
         "thresholds": limits,
+        "step_thresholds": find_step_thresholds(*seen),
         "rules": RULES,
-        "calibration": outcomes(*seen, limits),
-        "held_out": outcomes(*unseen, limits),
+        "offsets": [_round(each) for each in find_offsets(seen[0])],
+        "runs": find_run_outcomes(runs, layers, limits),
+        "layers": find_layer_outcomes(layers, limits),
+        "held_out": {
+            "runs": find_run_outcomes(held_runs, held_layers, limits),
+            "layers": find_layer_outcomes(held_layers, limits),
+        },
     }
 
 
-def as_text(calibration: dict[str, Any]) -> str:
+def as_text(calibration: Mapping[str, Any]) -> str:
     return json.dumps(calibration, indent=1) + "\n"
-
-
-# --- the tables
-
-
-def auc(runs: Sequence[Row], key: str, sign: int) -> float:
-    """Return the AUC: how often a run that lost more than 10 % ranks above one that did not.
-
-    Args:
-        runs: Rows of runs.
-        key: Column of the figure that ranks the runs.
-        sign: 1 if a high figure is bad, -1 if a low one is.
-    """
-    bad = [sign * run[key] for run in runs if lost(run) > MUCH]
-    good = [sign * run[key] for run in runs if not lost(run) > MUCH]
-    wins = sum((a > b) + (a == b) / 2 for a in bad for b in good)
-    return wins / max(len(bad) * len(good), 1)
-
-
-def print_part(name, runs, layers, found, *, held_out: bool) -> None:
-    print_outcomes(name, nearest(_part(runs, held_out)), found)
-    print_stalls(name, _scaled(_part(layers, held_out)))
-
-
-def print_outcomes(name: str, runs: Sequence[Row], found: dict[str, dict[str, Any]]) -> None:
-    print(f"\n{name}: {len(runs)} runs that round to nearest\n")
-    header = ("verdict on the model", "runs", "lost > 1 %", "lost > 10 %", "formats")
-    keys = ("runs", "lost_1_percent", "lost_10_percent")
-    rows = [
-        (verdict, *(str(found[verdict][key]) for key in keys), ", ".join(found[verdict]["formats"]))
-        for verdict in VERDICTS
-    ]
-    print_table(header, rows)
-    frozen, out = found["FROZEN"], found["RANGE"]
-    print(
-        f"\nfrozen: said of {frozen['layers']} layers, {frozen['frozen']} were, and "
-        f"{frozen['frozen_to_90_percent']} to 90 %; {frozen['missed']} that were had not been said"
-        f"\nrange: of {out['without_a_scale']} runs without a scale, {out['mended_by_a_scale']} "
-        "lost less than half as much with one"
-    )
-    ranked = {"kept": -1, "kept_by_energy": -1, "stall": 1, "never_moved": 1}
-    aucs = "  ".join(f"{key} {auc(runs, key, sign):.3f}" for key, sign in ranked.items())
-    print(f"AUC for losing more than 10 %: {aucs}")
-
-
-def print_stalls(name: str, layers: Sequence[Row]) -> None:
-    """Print how far the predicted stall_frac of layers is from the measured one.
-
-    Args:
-        name: Heading of the table.
-        layers: Rows of layers in runs with a scale.
-    """
-    rows = []
-    for what, chosen in (
-        ("all", layers),
-        ("matrices", [x for x in layers if x["dims"] > 1]),
-        ("vectors", [x for x in layers if x["dims"] <= 1]),
-    ):
-        known = [x for x in chosen if not math.isnan(x["stall"])]
-        errors = sorted(abs(x["stall"] - x["true_stall"]) for x in known)
-        mean = sum(errors) / len(errors)
-        shown = (mean, errors[int(0.95 * len(errors))], errors[-1])
-        rows.append((what, str(len(known)), *(f"{error:.3f}" for error in shown)))
-    print(f"\n{name}: stall_frac of a layer, predicted against measured\n")
-    print_table(("layers", "", "mean error", "95 % below", "largest"), rows)
-
-
-def print_remedies(runs: Sequence[Row]) -> None:
-    print("\nAll tasks, the remedies\n")
-    keys = ("task", "optimizer", "lr", "format", "scaling")
-    by_nearest = {tuple(run[k] for k in keys): lost(run) for run in nearest(runs)}
-    rows = []
-    for way in ("stochastic", "kahan"):
-        same = [run for run in runs if run["way"] == way]
-        losses = sorted(map(lost, same))
-        lost_before = sum(by_nearest[tuple(run[k] for k in keys)] > MUCH for run in same)
-        numbers = (len(same), lost_before, _count_lost(same, LITTLE), _count_lost(same, MUCH))
-        rows.append((way, *map(str, numbers), f"{losses[-2]:.1%}, {losses[-1]:.1%}"))
-    header = ("way", "runs", "lost > 10 % to nearest", "> 1 %", "> 10 %", "the two worst")
-    print_table(header, rows)
-
-
-def print_by_energy(runs: Sequence[Row], layers: Sequence[Row]) -> None:
-    """Print the verdicts that would follow if a mean over steps weighed each by Σ update².
-
-    Args:
-        runs: Rows of all runs.
-        layers: Rows of all layers.
-    """
-    found = calibrate([run | {"kept": run["kept_by_energy"]} for run in runs], layers)
-    limit = found["thresholds"]["needs_remedy"]
-    each = (found[part]["NEEDS_REMEDY"] for part in ("calibration", "held_out"))
-    counts = ", ".join(f"{c['lost_10_percent']} of {c['runs']}" for c in each)
-    print(
-        f"\nWith steps weighed by energy a remedy would be needed below {limit:g}; of these, lost "
-        f"more than 10 %, calibration and held out: {counts}"
-    )
-
-
-def print_failures(runs: Sequence[Row], layers: Sequence[Row], limits: dict[str, float]) -> None:
-    """Print the runs and layers whose verdict or prediction was furthest from the truth.
-
-    Args:
-        runs: Rows of all runs.
-        layers: Rows of all layers.
-        limits: The thresholds.
-    """
-
-    def name_run(row: Row) -> str:
-        scale = " without a scale" if row["scaling"] == "none" else ""
-        return f"{row['task']} {row['optimizer']} {row['lr']:g} {row['format']}{scale}"
-
-    fine = [r for r in nearest(runs) if judge(r, limits) == "STORES_FINE"]
-    print("\nStores fine, and lost most:")
-    for run in sorted(fine, key=lost)[-4:]:
-        print(f"  {name_run(run)}: kept {run['kept']:.3f}, lost {lost(run):.1%}")
-    remedy = [r for r in nearest(runs) if judge(r, limits) == "NEEDS_REMEDY"]
-    harmless = sum(lost(r) <= LITTLE for r in remedy)
-    print(f"Needs a remedy, and lost least; {harmless} of {len(remedy)} lost at most 1 %:")
-    for run in sorted(remedy, key=lost)[:4]:
-        print(f"  {name_run(run)}: kept {run['kept']:.3f}, lost {lost(run):.1%}")
-    print("Stall predicted worst, in each of the five worst runs:")
-    worst: dict[str, Row] = {}
-    for layer in sorted(_scaled(layers), key=lambda x: -_error(x)):
-        worst.setdefault(name_run(layer), layer)
-    for name, layer in [*worst.items()][:5]:
-        said, true = layer["stall"], layer["true_stall"]
-        print(f"  {name}, {layer['layer']}: {said:.2f} predicted, {true:.2f} measured")
-    print(f"Most that a run kept: {max(run['kept'] for run in nearest(runs)):.4f}")
-
-
-def _error(layer: Row) -> float:
-    error = abs(layer["stall"] - layer["true_stall"])
-    return 0.0 if math.isnan(error) else error
 
 
 def main() -> None:
@@ -406,16 +504,11 @@ def main() -> None:
         "--write", action="store_true", help="write altgrad/report/calibration.json"
     )
     arguments = parser.parse_args()
-    runs = read(arguments.folder / "runs.csv")
-    layers = read(arguments.folder / "layers.csv")
-    found = calibrate(runs, layers)
-    for key, limit in found["thresholds"].items():
-        print(f"{key} {limit:g}: {RULES[key]}")
-    print_part("Calibration", runs, layers, found["calibration"], held_out=False)
-    print_part("Held out", runs, layers, found["held_out"], held_out=True)
-    print_remedies(runs)
-    print_by_energy(runs, layers)
-    print_failures(runs, layers, found["thresholds"])
+    seen, unseen = (read_part(part, arguments.folder) for part in ("calibration", "held_out"))
+    found = calibrate(seen, unseen)
+    for group in ("thresholds", "step_thresholds", "runs", "layers"):
+        print(group)
+        print(json.dumps(found[group], indent=1))
     if arguments.write:
         WRITTEN.write_text(as_text(found), encoding="utf-8")
 

@@ -1,0 +1,253 @@
+"""`Judge`: collect the figures of a run, step by step, and return its `Assessment`.
+
+Each layer has a tally for each recipe, and one for each number format that no recipe of its name
+stores. `judge_run` judges a run that was read from its file.
+
+Read `run_rules` first; `run_report` comes next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from altgrad._messages import format_percent
+from altgrad.measurement.intervals import find_interval
+from altgrad.report.calibration import calibration
+from altgrad.report.families import find_family
+from altgrad.report.records.run import Run
+from altgrad.report.records.schema import FormatInfo, LayerInfo, RecipeInfo
+from altgrad.report.run_rules import LayerShare, add_remedies, judge_recipe
+from altgrad.report.step_rules import describe_range, judge_range, judge_steps
+from altgrad.report.summaries import summarize
+from altgrad.report.tallies import (
+    MOVED,
+    PROGRESS,
+    STEP_METRICS,
+    TWIN_METRICS,
+    StepTally,
+    TwinTally,
+)
+from altgrad.report.twin_rules import judge_twin
+from altgrad.report.verdicts import NOW, Advice, Assessment, Verdict
+
+if TYPE_CHECKING:
+    from altgrad.measurement.figures import Figures
+
+_FEW_BITS = 8
+
+
+class Judge:
+    """A collector of a run's figures that judges what each recipe keeps of the training.
+
+    A *recipe* says how weights and optimizer states are stored. Verdicts rest on *twins*: samples
+    of the layers that are stored as a recipe says and stepped beside the training. Of a twin the
+    last figures count, which cover the whole run. A number format without a twin is judged by means
+    over the observed steps.
+
+    Args:
+        formats: Judged formats, by name.
+        layers: Observed layers, by name. The size of a layer says how much it counts in the run; a
+            layer that is missing counts as one element.
+        recipes: Recipes with twins, by name.
+    """
+
+    def __init__(
+        self,
+        formats: Mapping[str, FormatInfo],
+        layers: Mapping[str, LayerInfo] | None = None,
+        recipes: Mapping[str, RecipeInfo] | None = None,
+    ) -> None:
+        self._formats = formats
+        self._layers = dict(layers or {})
+        self._recipes = dict(recipes or {})
+        self._twins: dict[str, dict[str, TwinTally]] = {}
+        self._steps: dict[str, dict[str, StepTally]] = {}
+
+    def add_layers(self, layers: Mapping[str, LayerInfo]) -> None:
+        """Add layers that appear in mid-run to the observed layers."""
+        self._layers |= layers
+
+    def add(
+        self,
+        step: int,
+        layer: str,
+        figures: Mapping[str, float],
+        errors: Mapping[str, float],
+    ) -> None:
+        """Add the figures of one layer in one observed step.
+
+        Args:
+            step: Number of the step.
+            layer: Name of the layer.
+            figures: Figures by ``metric/format`` and ``metric/recipe``, and those of the layer,
+                such as ``nonfinite_frac``. A format is judged if `figures` has all its figures on
+                which a verdict rests.
+            errors: Standard errors by the same keys; NaN is an error that cannot be trusted. A
+                missing error of a format counts as 0, as if all elements were measured. For
+                underflow_frac and saturated_frac it is estimated, if the layer's sample is known.
+        """
+        twins, steps = self._twins.setdefault(layer, {}), self._steps.setdefault(layer, {})
+        for name in (NOW, *self._recipes):
+            if f"{PROGRESS}/{name}" in figures:
+                twins.setdefault(name, TwinTally()).add_step(step, figures, errors, name)
+        for name in self._formats:
+            if all(f"{metric}/{name}" in figures for metric in STEP_METRICS):
+                steps.setdefault(name, StepTally()).add_step(figures, errors, name)
+
+    def assessment(self) -> Assessment:
+        """Return the verdicts on the run and on all layers, judged by the steps added so far."""
+        layers = {name: self._judge_layer(name) for name in self._twins}
+        names = [NOW, *self._recipes, *self._formats]
+        shares = {
+            name: [own[name] for own in layers.values() if name in own]
+            for name in dict.fromkeys(names)
+        }
+        runs = {
+            name: judge_recipe(name, self._recipes.get(name), own)
+            for name, own in shares.items()
+            if own
+        }
+        runs = add_remedies(runs, self._recipes, shares)
+        advice = [share.advice for own in layers.values() for share in own.values()]
+        suggestions = {name: self._suggest(own) for name, own in layers.items()}
+        return Assessment(runs, advice, suggestions, summarize(runs, advice))
+
+    def _judge_layer(self, layer: str) -> dict[str, LayerShare]:
+        """Return the verdicts on a layer, by recipe or format, and how much each counts."""
+        info = self._layers.get(layer)
+        size = float(math.prod(info.shape)) if info is not None else 1.0
+        twins, steps = self._twins[layer], self._steps[layer]
+        found = {}
+        for name, tally in twins.items():
+            advice = self._judge_twin(layer, name, tally)
+            found[name] = LayerShare(advice, size, tally.figures[MOVED])
+        for name, steps_tally in steps.items():
+            # A twin without figures, such as that of an optimizer that it cannot copy, says less.
+            if name not in found or found[name].advice.verdict is Verdict.NOT_JUDGED:
+                advice = self._judge_steps(layer, name, steps_tally)
+                found[name] = LayerShare(advice, size, steps_tally.update_rms)
+        return found
+
+    def _judge_twin(self, layer: str, name: str, tally: TwinTally) -> Advice:
+        recipe = self._recipes.get(name)
+        verdict, reason = judge_twin(tally, name, self._explain_range(layer, recipe))
+        family = find_family(name, recipe)
+        evidence = calibration().describe_layers(family, verdict.name)
+        errors = {metric: tally.errors.get(metric, math.nan) for metric in TWIN_METRICS}
+        return Advice(layer, name, verdict, tally.figures, errors, reason, evidence, tally.broken)
+
+    def _explain_range(self, layer: str, recipe: RecipeInfo | None) -> str:
+        """Return a phrase on weights that are out of a format's range, if a scale would help.
+
+        Only a format of a few bits without a scale would be helped by one.
+        """
+        format = self._formats.get(recipe.weights or "") if recipe is not None else None
+        tally = self._steps[layer].get(format.name) if format is not None else None
+        if format is None or tally is None or format.scaled or format.bits > _FEW_BITS:
+            return ""
+        figures = tally.find_figures()
+        intervals = {
+            metric: find_interval(metric, figures[metric], error)
+            for metric, error in tally.find_errors(self._layers.get(layer)).items()
+        }
+        is_out = judge_range(figures, intervals) is Verdict.RANGE
+        return describe_range(figures, intervals) if is_out else ""
+
+    def _judge_steps(self, layer: str, name: str, tally: StepTally) -> Advice:
+        figures, errors = tally.find_figures(), tally.find_errors(self._layers.get(layer))
+        intervals = {m: find_interval(m, figures[m], error) for m, error in errors.items()}
+        verdict, reason = judge_steps(figures, intervals)
+        if tally.broken:
+            share = format_percent(tally.broken)
+            broken = f"{share} of the elements are NaN or inf, and no figure counts them"
+            is_gone = verdict is Verdict.NOT_JUDGED and tally.broken == 1
+            reason = broken if is_gone else f"{broken}; {reason}"
+        return Advice(layer, name, verdict, figures, errors, reason, nonfinite=tally.broken)
+
+    def _suggest(self, layer: Mapping[str, LayerShare]) -> str | None:
+        """Return the smallest format that stores a layer fine, rounded to nearest; or None."""
+        fine = [
+            name
+            for name, share in layer.items()
+            if name in self._formats and share.advice.verdict is Verdict.STORES_FINE
+        ]
+        return find_smallest(fine, self._formats)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the tallies of all steps added so far, for a checkpoint.
+
+        Returns:
+            Plain numbers by layer and name, under ``twins`` those of recipes, under ``steps`` those
+            of formats.
+        """
+        return {
+            "twins": _save_tallies(self._twins),
+            "steps": _save_tallies(self._steps),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the tallies that `state_dict` returned."""
+        self._twins = {
+            layer: {name: TwinTally(**each) for name, each in own.items()}
+            for layer, own in state["twins"].items()
+        }
+        self._steps = {
+            layer: {name: StepTally.from_state(each) for name, each in own.items()}
+            for layer, own in state["steps"].items()
+        }
+
+
+def _save_tallies(
+    tallies: Mapping[str, Mapping[str, TwinTally | StepTally]],
+) -> dict[str, dict[str, Any]]:
+    return {
+        layer: {name: tally.state_dict() for name, tally in own.items()}
+        for layer, own in tallies.items()
+    }
+
+
+def find_smallest(names: Iterable[str], formats: Mapping[str, FormatInfo]) -> str | None:
+    """Return the name of the format with the fewest bits.
+
+    Args:
+        names: Names of the candidates. The first of equally small formats is chosen.
+        formats: Formats by name.
+
+    Returns:
+        The name; None if there is no candidate.
+    """
+    return min(names, key=lambda name: formats[name].bits, default=None)
+
+
+def find_errors(figures: Figures) -> dict[str, float]:
+    """Return the standard errors of the figures on which verdicts rest, for `Judge.add`.
+
+    Args:
+        figures: Figures of one layer in one step.
+
+    Returns:
+        Standard errors by key, ``metric/recipe`` of twins and ``metric/format``. Those of formats
+        are missing if every element was measured, since the figures are then exact.
+    """
+    keys = [f"{metric}/{recipe}" for recipe in figures.recipes for metric in TWIN_METRICS]
+    if figures.elements < figures.population:
+        keys += [f"{metric}/{format}" for format in figures.formats for metric in STEP_METRICS]
+    return {key: figures.standard_error(key) for key in keys}
+
+
+def judge_run(run: Run) -> Assessment:
+    """Judge what each recipe would make of a run, and of each of its layers.
+
+    Args:
+        run: The run, as `altgrad.report.read` returns it.
+
+    Returns:
+        A verdict on the run for each recipe, and one, with its reason, on each layer.
+    """
+    judge = Judge(run.formats, run.layers, run.recipes)
+    for row in run.rows:
+        if row.layer is not None:
+            judge.add(row.step, row.layer, row.figures, row.errors)
+    return judge.assessment()

@@ -1,0 +1,212 @@
+"""Judge what a recipe would make of a whole run, from the verdicts on its layers.
+
+A *recipe* says how weights and optimizer states are stored. The share of the progress that a run
+would keep is that of all layers together. A layer counts with its energy, the square of the way
+that float32 moved it, over all of its elements: a sample stands for its whole layer.
+
+Read `twin_rules` and `families` first; `judging` comes next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from altgrad.report.calibration import calibration
+from altgrad.report.families import find_family
+from altgrad.report.records.schema import RecipeInfo
+from altgrad.report.tallies import FROZEN
+from altgrad.report.twin_rules import classify_kept
+from altgrad.report.verdicts import PROGRESS, STEP_KEPT, Advice, Interval, RunAdvice, Verdict
+
+_LIMITS = calibration().thresholds
+_FEW_WEIGHTS = 0.05
+"""Largest share of the weights that can stay in float32 at a small price."""
+_STANDING = (Verdict.FROZEN, Verdict.STUCK)
+_FAR_STATE = 1.5
+
+
+@dataclass(frozen=True)
+class LayerShare:
+    """What a layer contributes to the run.
+
+    Attributes:
+        advice: The verdict on the layer.
+        size: Number of elements of the layer.
+        moved: Root mean square of the movement in float32; NaN if unknown.
+    """
+
+    advice: Advice
+    size: float
+    moved: float
+
+    @property
+    def energy(self) -> float:
+        return self.size * self.moved**2
+
+
+def judge_recipe(name: str, recipe: RecipeInfo | None, layers: Sequence[LayerShare]) -> RunAdvice:
+    """Return the verdict of a recipe on a whole run, without what to do.
+
+    Args:
+        name: Name of the recipe; ``now`` for the run itself.
+        recipe: Description of the recipe; None for a format that no twin stores.
+        layers: The layers that the recipe was judged for.
+    """
+    kept, error = _join_kept(layers)
+    size = math.fsum(layer.size for layer in layers)
+    standing = [layer for layer in layers if layer.advice.verdict in _STANDING]
+    share = math.fsum(layer.size for layer in standing) / size if size else math.nan
+    has_twin = any(layer.advice.has_twin for layer in layers)
+    verdict = _find_verdict(kept, share, [layer.advice.verdict for layer in layers], has_twin)
+    family = find_family(name, recipe)
+    return RunAdvice(
+        name,
+        verdict,
+        kept,
+        find_kept_interval(kept, error),
+        _average(layers, FROZEN),
+        [layer.advice.layer for layer in standing],
+        share,
+        len(layers),
+        calibration().describe_runs(family, verdict.name) if has_twin else "",
+        "",
+        has_twin,
+    )
+
+
+def _find_verdict(
+    kept: float, standing: float, layers: Sequence[Verdict], has_twin: bool
+) -> Verdict:
+    if Verdict.BREAKS in layers:
+        return Verdict.BREAKS
+    if math.isnan(kept):
+        return Verdict.FROZEN if standing >= _LIMITS.run_frozen else Verdict.NOT_JUDGED
+    if kept < _LIMITS.frozen_kept and standing >= _LIMITS.run_frozen:
+        return Verdict.FROZEN
+    if not has_twin:
+        limits = calibration().step_thresholds
+        if kept >= limits.stores_fine:
+            return Verdict.STORES_FINE
+        return Verdict.WATCH if kept >= limits.needs_remedy else Verdict.NEEDS_REMEDY
+    return classify_kept(kept)
+
+
+def _join_kept(layers: Sequence[LayerShare]) -> tuple[float, float]:
+    """Return the share of the progress that all layers together keep, and its standard error."""
+    known = [each for each in layers if math.isfinite(each.energy * each.advice.kept)]
+    energy = math.fsum(layer.energy for layer in known)
+    if not energy > 0:
+        return math.nan, math.nan
+    kept = math.fsum(layer.energy * layer.advice.kept for layer in known) / energy
+    squares = ((layer.energy * _find_error(layer.advice)) ** 2 for layer in known)
+    return kept, math.sqrt(math.fsum(squares)) / energy
+
+
+def _find_error(advice: Advice) -> float:
+    """Return the standard error of the share kept; a sample too small to tell may be all wrong."""
+    error = advice.errors[PROGRESS if advice.has_twin else STEP_KEPT]
+    return 1.0 if math.isnan(error) else error
+
+
+def _average(layers: Sequence[LayerShare], metric: str) -> float:
+    """Return the mean of a share over layers, each weighted by its number of elements."""
+    known = [
+        (layer.size, value)
+        for layer in layers
+        if not math.isnan(value := layer.advice.figures.get(metric, math.nan))
+    ]
+    size = math.fsum(each for each, _ in known)
+    return math.fsum(each * value for each, value in known) / size if size else math.nan
+
+
+def find_kept_interval(kept: float, error: float) -> Interval:
+    """Return the interval of 80 % in which the share kept by the real run lies.
+
+    Twins get the gradients of a run in float32, and those of the real run differ: where its weights
+    stay behind, its gradients stay large and make up for a part.
+
+    Args:
+        kept: The share that the twins predict.
+        error: The standard error of `kept`, as a sample of each layer has it.
+    """
+    if math.isnan(kept):
+        return math.nan, math.nan
+    low, high = calibration().find_offsets(kept)
+    half = 1.2816 * error  # the quantile of 90 % of the normal distribution
+    return kept + low - half, kept + high + half
+
+
+# --- what to do
+
+
+def add_remedies(
+    runs: Mapping[str, RunAdvice],
+    recipes: Mapping[str, RecipeInfo],
+    layers: Mapping[str, Sequence[LayerShare]],
+) -> dict[str, RunAdvice]:
+    """Return the verdicts on a run, each with a sentence on what to do.
+
+    Args:
+        runs: Verdicts on the run, by recipe.
+        recipes: Descriptions of the recipes, by name.
+        layers: For each recipe, the layers that it was judged for.
+    """
+    return {
+        name: advice._replace(to_do=_find_remedy(advice, runs, recipes, layers))
+        for name, advice in runs.items()
+    }
+
+
+def _find_remedy(
+    advice: RunAdvice,
+    runs: Mapping[str, RunAdvice],
+    recipes: Mapping[str, RecipeInfo],
+    layers: Mapping[str, Sequence[LayerShare]],
+) -> str:
+    verdict = advice.verdict
+    if verdict is Verdict.NOT_JUDGED:
+        return ""
+    if verdict is Verdict.OVERSHOOTS:
+        states = recipes[advice.recipe].states if advice.recipe in recipes else {}
+        return f"Store {' and '.join(states) or 'the optimizer states'} in more bits."
+    if verdict is Verdict.BREAKS:
+        return "Use bf16 in place of fp16, or keep the optimizer states in float32."
+    is_nearly_fine = verdict in (Verdict.STORES_FINE, Verdict.WATCH)
+    if is_nearly_fine and advice.frozen and advice.frozen_share <= _FEW_WEIGHTS:
+        return f"Keep {'it' if len(advice.frozen) == 1 else 'those'} in float32."
+    if verdict is Verdict.STORES_FINE:
+        return "Nothing is lost that matters."
+    better = [
+        runs[name]
+        for name in _list_remedies(advice.recipe, recipes)
+        if name in runs and runs[name].verdict is Verdict.STORES_FINE
+    ]
+    if not better:
+        return "Add the recipes bf16-sr and bf16-kahan to see what these remedies would keep."
+    best = max(better, key=lambda each: each.kept)
+    return f"Use {best.recipe}, which keeps {best.kept:.3g}{_name_cost(layers[best.recipe])}."
+
+
+def _list_remedies(name: str, recipes: Mapping[str, RecipeInfo]) -> list[str]:
+    """Return the names of the recipes that round stochastically or keep rounding errors.
+
+    Those with the format of the recipe `name` come first.
+    """
+    remedies = [
+        other
+        for other, info in recipes.items()
+        if find_family(other, info) in ("stochastic", "kahan")
+    ]
+    own = recipes[name].weights or recipes[name].dtype if name in recipes else None
+    format = {"bfloat16": "bf16", "float16": "fp16", None: "bf16"}.get(own, own)
+    return sorted(remedies, key=lambda other: recipes[other].weights != format)
+
+
+def _name_cost(layers: Sequence[LayerShare]) -> str:
+    """Return a phrase on a second moment that a remedy leaves too high; empty without one."""
+    ratio = _average(layers, "exp_avg_sq_ratio")
+    if not ratio >= _FAR_STATE:
+        return ""
+    return f", but leaves exp_avg_sq at {ratio:.2g} times that of float32"

@@ -1,0 +1,87 @@
+"""Write the verdicts on a run in words: a sentence for each recipe, and a paragraph for all.
+
+A *recipe* says how weights and optimizer states are stored. `write_sentence` writes the first line
+that users read of a recipe; reports, loggers and the run file have the same.
+
+`judging` calls `summarize`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from altgrad._messages import few, format_count, format_percent
+from altgrad.report.verdicts import NOW, Advice, RunAdvice, Verdict
+
+
+def summarize(runs: Mapping[str, RunAdvice], advice: Sequence[Advice]) -> str:
+    """Return a paragraph with a sentence on each recipe, and on layers with NaN or inf."""
+    if not advice:
+        return "No step was observed: there are no verdicts."
+    sentences = [write_sentence(each) for each in runs.values()]
+    return " ".join([*sentences, *_mention_nonfinite(advice)])
+
+
+def write_sentence(advice: RunAdvice) -> str:
+    """Write the verdict of a recipe on a run: word, share of the progress, evidence, what to do."""
+    if advice.verdict is Verdict.NOT_JUDGED:
+        return f"{advice.recipe}: not judged, no step has moved a layer that it could lose."
+    return " ".join(
+        filter(
+            None,
+            (
+                f"{advice.recipe}: {write_word(advice)}.",
+                _write_progress(advice),
+                _write_standing(advice),
+                advice.to_do,
+            ),
+        )
+    )
+
+
+def write_word(advice: RunAdvice) -> str:
+    """Return the verdict on a run in a word or two, such as “watch” or “loses 0.97 now”."""
+    verdict = advice.verdict
+    if advice.recipe != NOW:
+        return verdict.short
+    if verdict in (Verdict.WATCH, Verdict.NEEDS_REMEDY) and not math.isnan(advice.kept):
+        return f"loses {1 - advice.kept:.2g} now"
+    return f"{verdict.short} now"
+
+
+def write_kept(advice: RunAdvice) -> str:
+    """Return the share of the progress kept, with its interval: ``0.87 (0.85 to 0.97)``."""
+    low, high = advice.interval
+    text = f"{advice.kept:.3g}"
+    return text if math.isnan(low) else f"{text} ({low:.2g} to {high:.2g})"
+
+
+def _write_progress(advice: RunAdvice) -> str:
+    if math.isnan(advice.kept):
+        return ""
+    basis = "progress is kept" if advice.has_twin else "updates is kept, step by step"
+    text = f"{write_kept(advice)} of the {basis}"
+    return f"{text}; {advice.evidence}." if advice.evidence else f"{text}."
+
+
+def _write_standing(advice: RunAdvice) -> str:
+    """Return a sentence on the layers that stand still; empty without any."""
+    if not advice.frozen:
+        return ""
+    share, layers = format_percent(advice.frozen_share), format_count(len(advice.frozen), "layer")
+    do = "still by now" if advice.recipe == NOW else "frozen"
+    return f"{layers} ({share} of the weights: {few(advice.frozen)}) {do}."
+
+
+def _mention_nonfinite(advice: Sequence[Advice]) -> list[str]:
+    """Return a sentence on layers with NaN or inf elements; an empty list without such layers."""
+    shares = {
+        each.layer: each.nonfinite
+        for each in advice
+        if each.nonfinite and (each.recipe == NOW or not each.has_twin)
+    }
+    if not shares:
+        return []
+    layers = few([f"{layer} ({format_percent(share)})" for layer, share in shares.items()])
+    return [f"NaN or inf in some elements, which no figure counts: {layers}."]

@@ -1,0 +1,142 @@
+"""Judge a layer in a recipe from its twin, by the first rule that applies.
+
+A *recipe* says how weights and optimizer states are stored. A *twin* is a sample of the layer that
+is stored so and stepped beside the training, at every step. It is compared with the same sample in
+float32, which gets the same gradients.
+
+A layer is frozen only if what it loses matters: float32 moved it, and the recipe keeps little of
+this movement. Of an embedding most rows may never move, since no batch has their words; if the rows
+that are used keep their progress, the layer is fine.
+
+Read `step_rules` first; `run_rules` comes next, which judges whole runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from altgrad._messages import format_percent
+from altgrad.measurement.intervals import find_interval
+from altgrad.report.calibration import calibration
+from altgrad.report.step_rules import reaches, write_figure, write_percent
+from altgrad.report.tallies import FROZEN, MOVED, STILL, TwinTally
+from altgrad.report.verdicts import NOW, PROGRESS, Interval, Verdict
+
+_LIMITS = calibration().thresholds
+_FEWEST_STILL = 2
+"""Fewest observed steps in which a layer stands still, for the verdict “stuck”."""
+_FAR_RATIO = 1.25
+"""Ratio of a state to float32 that a reason mentions; a larger or inverse one, too."""
+
+
+def judge_twin(tally: TwinTally, recipe: str, range_reason: str = "") -> tuple[Verdict, str]:
+    """Return the verdict on a layer in a recipe, and its reason.
+
+    Args:
+        tally: Summary of the twin's figures.
+        recipe: Name of the recipe; ``now`` for the run itself.
+        range_reason: Phrase on the weights that are out of the range of the recipe's format, if
+            these are too many and a scale would help; otherwise empty.
+    """
+    kept, frozen = tally.figures.get(PROGRESS, math.nan), tally.figures.get(FROZEN, math.nan)
+    intervals = find_twin_intervals(tally)
+    if tally.broken > 0:
+        have = "are" if recipe == NOW else "would become"
+        return Verdict.BREAKS, f"{format_percent(tally.broken)} of the weights {have} NaN or inf"
+    if math.isnan(kept):
+        return _judge_without_fp32(tally, intervals)
+    progress = f"{write_figure(kept, intervals[PROGRESS])} of the progress is kept"
+    never = "have never moved" if recipe == NOW else "would never have moved"
+    share = f"{write_percent(frozen, intervals[FROZEN])} of the weights that float32 moved {never}"
+    if reaches(frozen, intervals[FROZEN], _LIMITS.frozen) and kept < _LIMITS.frozen_kept:
+        if has_moved(tally):
+            return Verdict.FROZEN, share
+        return Verdict.NEEDS_REMEDY, (
+            f"{share}, but float32 moved them by less than {_LIMITS.moved:.1%} of their size so far"
+        )
+    if is_stuck(tally):
+        return Verdict.STUCK, (
+            f"stuck since step {tally.still_since:,}: since then nearly no weight moved, and "
+            f"{progress}, {tally.kept_before:.3g} at that step"
+        )
+    if range_reason and kept < _LIMITS.stores_fine:
+        return Verdict.RANGE, f"{range_reason}, and {progress}"
+    reason = progress + _describe_states(tally.figures)
+    if frozen >= _LIMITS.frozen and kept >= _LIMITS.needs_remedy:
+        reason += f"; {share}, and what they lose is little (rows that no batch uses, for example)"
+    return _judge_by_kept(kept, intervals[PROGRESS], reason)
+
+
+def find_twin_intervals(tally: TwinTally) -> dict[str, Interval]:
+    """Return the confidence intervals of 95 % of the figures that have one, by metric."""
+    return {
+        metric: find_interval(metric, tally.figures.get(metric, math.nan), error)
+        for metric, error in tally.errors.items()
+    }
+
+
+def has_moved(tally: TwinTally) -> bool:
+    """Return True if float32 moved the layer by more than a small share of its size."""
+    return not tally.figures[MOVED] <= _LIMITS.moved * tally.weight_rms  # True if one is unknown
+
+
+def is_stuck(tally: TwinTally) -> bool:
+    """Return True if a layer moved at first, no longer does, and loses by that."""
+    lost = tally.kept_before - tally.figures[PROGRESS]
+    return (
+        tally.still_since is not None
+        and tally.still_steps >= _FEWEST_STILL
+        and lost >= _LIMITS.stuck_loss
+    )
+
+
+def classify_kept(kept: float) -> Verdict:
+    """Return the verdict that a share of the progress has by itself."""
+    if kept > _LIMITS.overshoots:
+        return Verdict.OVERSHOOTS
+    if kept >= _LIMITS.stores_fine:
+        return Verdict.STORES_FINE
+    return Verdict.WATCH if kept >= _LIMITS.needs_remedy else Verdict.NEEDS_REMEDY
+
+
+def _judge_without_fp32(tally: TwinTally, intervals: Mapping[str, Interval]) -> tuple[Verdict, str]:
+    """Judge a layer of a run that no twin can follow: by whether its weights move at all."""
+    moved = tally.figures.get("moved_since_start_frac", math.nan)
+    still = tally.figures.get(STILL, math.nan)
+    if math.isnan(still) or math.isnan(moved):
+        return Verdict.NOT_JUDGED, "no step has moved the layer in float32 yet"
+    share = f"{write_percent(still, intervals[STILL])} of the weights with a gradient stood still"
+    if moved <= 1 - _LIMITS.frozen and reaches(still, intervals[STILL], _LIMITS.frozen):
+        return (
+            Verdict.FROZEN,
+            f"{share}, and {format_percent(moved)} of all have ever moved",
+        )
+    return Verdict.NOT_JUDGED, (
+        f"{share} since the last observed step; without a twin, what they lose is unknown"
+    )
+
+
+def _judge_by_kept(kept: float, interval: Interval, reason: str) -> tuple[Verdict, str]:
+    if math.isnan(interval[0]):
+        return Verdict.UNCERTAIN, (
+            f"the sample keeps {kept:.3g} of the progress, but too few of its elements carry it to "
+            "estimate the error"
+        )
+    low, high = map(classify_kept, interval)
+    if low is not high:
+        return Verdict.UNCERTAIN, f"{reason}, which could be “{low.short}” or “{high.short}”"
+    return low, reason
+
+
+def _describe_states(figures: Mapping[str, float]) -> str:
+    """Return phrases on the optimizer states that are far from those in float32; may be empty."""
+    text = ""
+    for metric, value in figures.items():
+        is_far = value < 1 / _FAR_RATIO or value > _FAR_RATIO
+        if metric.endswith("_ratio") and is_far:
+            text += f"; {metric.removesuffix('_ratio')} is {value:.2g} times that of float32"
+        if metric.endswith("_zero_frac") and value > 0:
+            state = metric.removesuffix("_zero_frac")
+            text += f"; {format_percent(value)} of {state} are stored as 0"
+    return text
