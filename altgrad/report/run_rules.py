@@ -185,14 +185,14 @@ def _find_remedy(
     ]
     if not better:
         return "Add the recipes bf16-sr and bf16-kahan to see what these remedies would keep."
-    best = max(better, key=lambda each: each.kept)
+    best = min(better, key=lambda each: abs(each.kept - 1))
     return f"Use {best.recipe}, which keeps {best.kept:.3g}{_name_cost(layers[best.recipe])}."
 
 
 def _list_remedies(name: str, recipes: Mapping[str, RecipeInfo]) -> list[str]:
     """Return the names of the recipes that round stochastically or keep rounding errors.
 
-    Those with the format of the recipe `name` come first.
+    If some have the format of the recipe `name`, only these are returned.
     """
     remedies = [
         other
@@ -201,7 +201,7 @@ def _list_remedies(name: str, recipes: Mapping[str, RecipeInfo]) -> list[str]:
     ]
     own = recipes[name].weights or recipes[name].dtype if name in recipes else None
     format = {"bfloat16": "bf16", "float16": "fp16", None: "bf16"}.get(own, own)
-    return sorted(remedies, key=lambda other: recipes[other].weights != format)
+    return [other for other in remedies if recipes[other].weights == format] or remedies
 
 
 def _name_cost(layers: Sequence[LayerShare]) -> str:
