@@ -29,6 +29,8 @@ class Thresholds:
     Attributes:
         stores_fine: Least progress_kept of a recipe that stores fine.
         needs_remedy: Least progress_kept with which no remedy is needed.
+        weight_error: Largest error of the weights of a recipe that stores fine: their distance from
+            those in float32, as a share of the size of these.
         overshoots: Largest progress_kept of a recipe that does not overshoot.
         frozen: Least frozen_frac of a frozen layer.
         frozen_kept: Largest progress_kept of a frozen layer or run.
@@ -39,6 +41,7 @@ class Thresholds:
 
     stores_fine: float
     needs_remedy: float
+    weight_error: float
     overshoots: float
     frozen: float
     frozen_kept: float

@@ -105,6 +105,7 @@ def _convert_run(advice: RunAdvice) -> dict[str, Any]:
         "sentence": write_sentence(advice),
         "progress_kept": number_as_json(advice.kept),
         "interval": [*map(number_as_json, advice.interval)],
+        "weight_error": number_as_json(advice.weight_error),
         "frozen_frac": number_as_json(advice.frozen_frac),
         "frozen_layers": [*advice.frozen],
         "frozen_share": number_as_json(advice.frozen_share),

@@ -122,7 +122,9 @@ class Judge:
         found = {}
         for name, tally in twins.items():
             advice = self._judge_twin(layer, name, tally)
-            found[name] = LayerShare(advice, size, tally.figures[MOVED])
+            found[name] = LayerShare(
+                advice, size, tally.figures[MOVED], tally.weight_rms, tally.weight_error
+            )
         for name, steps_tally in steps.items():
             # A twin without figures, such as that of an optimizer that it cannot copy, says less.
             if name not in found or found[name].advice.verdict is Verdict.NOT_JUDGED:

@@ -17,7 +17,7 @@ from altgrad.report.calibration import calibration
 from altgrad.report.families import find_family
 from altgrad.report.records.schema import RecipeInfo
 from altgrad.report.tallies import FROZEN
-from altgrad.report.twin_rules import classify_kept
+from altgrad.report.twin_rules import classify
 from altgrad.report.verdicts import PROGRESS, STEP_KEPT, Advice, Interval, RunAdvice, Verdict
 
 _LIMITS = calibration().thresholds
@@ -35,11 +35,15 @@ class LayerShare:
         advice: The verdict on the layer.
         size: Number of elements of the layer.
         moved: Root mean square of the movement in float32; NaN if unknown.
+        weights: Root mean square of the weights; NaN if unknown.
+        weight_error: Distance of the weights from those in float32, over `weights`; NaN if unknown.
     """
 
     advice: Advice
     size: float
     moved: float
+    weights: float = math.nan
+    weight_error: float = math.nan
 
     @property
     def energy(self) -> float:
@@ -55,17 +59,20 @@ def judge_recipe(name: str, recipe: RecipeInfo | None, layers: Sequence[LayerSha
         layers: The layers that the recipe was judged for.
     """
     kept, error = _join_kept(layers)
+    weight_error = _join_weight_errors(layers)
     size = math.fsum(layer.size for layer in layers)
     standing = [layer for layer in layers if layer.advice.verdict in _STANDING]
     share = math.fsum(layer.size for layer in standing) / size if size else math.nan
     has_twin = any(layer.advice.has_twin for layer in layers)
-    verdict = _find_verdict(kept, share, [layer.advice.verdict for layer in layers], has_twin)
+    verdicts = [layer.advice.verdict for layer in layers]
+    verdict = _find_verdict(kept, weight_error, share, verdicts, has_twin=has_twin)
     family = find_family(name, recipe)
     return RunAdvice(
         name,
         verdict,
         kept,
         find_kept_interval(kept, error),
+        weight_error,
         _average(layers, FROZEN),
         [layer.advice.layer for layer in standing],
         share,
@@ -77,7 +84,12 @@ def judge_recipe(name: str, recipe: RecipeInfo | None, layers: Sequence[LayerSha
 
 
 def _find_verdict(
-    kept: float, standing: float, layers: Sequence[Verdict], has_twin: bool
+    kept: float,
+    weight_error: float,
+    standing: float,
+    layers: Sequence[Verdict],
+    *,
+    has_twin: bool,
 ) -> Verdict:
     if Verdict.BREAKS in layers:
         return Verdict.BREAKS
@@ -90,7 +102,7 @@ def _find_verdict(
         if kept >= limits.stores_fine:
             return Verdict.STORES_FINE
         return Verdict.WATCH if kept >= limits.needs_remedy else Verdict.NEEDS_REMEDY
-    return classify_kept(kept)
+    return classify(kept, weight_error)
 
 
 def _join_kept(layers: Sequence[LayerShare]) -> tuple[float, float]:
@@ -102,6 +114,18 @@ def _join_kept(layers: Sequence[LayerShare]) -> tuple[float, float]:
     kept = math.fsum(layer.energy * layer.advice.kept for layer in known) / energy
     squares = ((layer.energy * _find_error(layer.advice)) ** 2 for layer in known)
     return kept, math.sqrt(math.fsum(squares)) / energy
+
+
+def _join_weight_errors(layers: Sequence[LayerShare]) -> float:
+    """Return the distance of all weights from those in float32, as a share of the size of these."""
+    known = [
+        (each.size * each.weights**2, each.weight_error)
+        for each in layers
+        if math.isfinite(each.weights * each.weight_error)
+    ]
+    size = math.fsum(square for square, _ in known)
+    apart = math.fsum(square * error**2 for square, error in known)
+    return math.sqrt(apart / size) if size else math.nan
 
 
 def _find_error(advice: Advice) -> float:

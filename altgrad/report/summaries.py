@@ -12,7 +12,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 from altgrad._messages import few, format_count, format_percent
+from altgrad.report.calibration import calibration
 from altgrad.report.verdicts import NOW, Advice, RunAdvice, Verdict
+
+_LIMITS = calibration().thresholds
 
 
 def summarize(runs: Mapping[str, RunAdvice], advice: Sequence[Advice]) -> str:
@@ -62,6 +65,8 @@ def _write_progress(advice: RunAdvice) -> str:
         return ""
     basis = "progress is kept" if advice.has_twin else "updates is kept, step by step"
     text = f"{write_kept(advice)} of the {basis}"
+    if advice.weight_error > _LIMITS.weight_error:
+        text += f", and weights are off by {advice.weight_error:.2g} of their size"
     return f"{text}; {advice.evidence}." if advice.evidence else f"{text}."
 
 

@@ -106,6 +106,16 @@ class TwinTally:
             self.kept_before = self.figures.get(PROGRESS, math.nan)
         self.still_steps += 1
 
+    @property
+    def weight_error(self) -> float:
+        """The distance of the weights from those in float32, as a share of the size of these.
+
+        NaN without a value, as of a layer that float32 has not moved.
+        """
+        moved = self.figures.get(MOVED, math.nan)
+        distance = self.figures.get("drift", math.nan) * moved
+        return distance / self.weight_rms if self.weight_rms else math.nan
+
     def state_dict(self) -> dict[str, Any]:
         """Return all attributes, as plain numbers by name."""
         return {**vars(self), "figures": dict(self.figures), "errors": dict(self.errors)}

@@ -65,7 +65,9 @@ def judge_twin(tally: TwinTally, recipe: str, range_reason: str = "") -> tuple[V
     reason = progress + _describe_states(tally.figures)
     if frozen >= _LIMITS.frozen and kept >= _LIMITS.needs_remedy:
         reason += f"; {share}, and what they lose is little (rows that no batch uses, for example)"
-    return _judge_by_kept(kept, intervals[PROGRESS], reason)
+    if tally.weight_error > _LIMITS.weight_error:
+        reason += f"; weights are off by {tally.weight_error:.2g} of their size"
+    return _judge_by_kept(kept, intervals[PROGRESS], tally.weight_error, reason)
 
 
 def find_twin_intervals(tally: TwinTally) -> dict[str, Interval]:
@@ -91,11 +93,18 @@ def is_stuck(tally: TwinTally) -> bool:
     )
 
 
-def classify_kept(kept: float) -> Verdict:
-    """Return the verdict that a share of the progress has by itself."""
+def classify(kept: float, weight_error: float) -> Verdict:
+    """Return the verdict that follows from two figures of a layer or a run.
+
+    Args:
+        kept: Share of the progress kept.
+        weight_error: Distance of the weights from those in float32, as a share of the size of
+            these; NaN if unknown. Rounding at random keeps the progress on average, but leaves
+            weights in few bits far off.
+    """
     if kept > _LIMITS.overshoots:
         return Verdict.OVERSHOOTS
-    if kept >= _LIMITS.stores_fine:
+    if kept >= _LIMITS.stores_fine and not weight_error > _LIMITS.weight_error:
         return Verdict.STORES_FINE
     return Verdict.WATCH if kept >= _LIMITS.needs_remedy else Verdict.NEEDS_REMEDY
 
@@ -117,13 +126,15 @@ def _judge_without_fp32(tally: TwinTally, intervals: Mapping[str, Interval]) -> 
     )
 
 
-def _judge_by_kept(kept: float, interval: Interval, reason: str) -> tuple[Verdict, str]:
+def _judge_by_kept(
+    kept: float, interval: Interval, weight_error: float, reason: str
+) -> tuple[Verdict, str]:
     if math.isnan(interval[0]):
         return Verdict.UNCERTAIN, (
             f"the sample keeps {kept:.3g} of the progress, but too few of its elements carry it to "
             "estimate the error"
         )
-    low, high = map(classify_kept, interval)
+    low, high = (classify(end, weight_error) for end in interval)
     if low is not high:
         return Verdict.UNCERTAIN, f"{reason}, which could be “{low.short}” or “{high.short}”"
     return low, reason

@@ -131,6 +131,8 @@ class RunAdvice(NamedTuple):
             of its elements; NaN without a value.
         interval: Interval of 80 % in which `kept` of the real run lies, as calibration runs with
             such a prediction had it, together with the error of the sample.
+        weight_error: Distance of the weights from those in float32, as a share of the size of
+            these; NaN without a value.
         frozen_frac: Share of the model's weights, moved in float32, that would never move.
         frozen: Names of the layers with the verdicts frozen and stuck.
         frozen_share: Share of the judged weights that these layers have.
@@ -144,6 +146,7 @@ class RunAdvice(NamedTuple):
     verdict: Verdict
     kept: float
     interval: Interval
+    weight_error: float
     frozen_frac: float
     frozen: Sequence[str]
     frozen_share: float

@@ -40,9 +40,13 @@ Row = dict[str, Any]
 
 RULES = {
     "stores_fine": (
-        "the lowest progress_kept of 0.9, 0.95, 0.98 and 0.99 from which on, up to 1.05, no run "
-        "lost more than 10 %, and at most 1 in 20 ended above 1.5 times the loss in fp32, chance "
-        "aside"
+        "the lowest progress_kept of 0.9, 0.95, 0.98 and 0.99 from which on, up to 1.05 and with "
+        "such a weight_error, no stable run lost more than 10 %, and at most 1 in 50 ended above "
+        "1.5 times the loss in fp32; a run is stable if its control ends where that in fp32 does"
+    ),
+    "weight_error": (
+        "the largest weight_error of 0.01, 0.02, 0.05, 0.1 and 0.2 with which a progress_kept "
+        "keeps to the rule of stores_fine"
     ),
     "needs_remedy": (
         "the lowest progress_kept of 0.5, 0.6, 0.7, 0.8, 0.9 and 0.95 such that the middle half of "
@@ -109,8 +113,10 @@ def read_part(part: str, folder: Path = FOLDER) -> tuple[list[Row], list[Row]]:
     for run in runs:
         control = controls.get(identify_config(run))
         run["chance"] = math.nan if control is None else control["loss"]
+        run["error"] = run["drift"] * run["fp32_moved"]
     for layer in layers:
         layer["family"] = families[identify(layer)]
+        layer["error"] = layer["drift"] * layer["fp32_moved"]
     return runs, layers
 
 
@@ -217,7 +223,12 @@ def find_thresholds(runs: Sequence[Row], layers: Sequence[Row]) -> dict[str, flo
         layers: Rows of their layers.
     """
     stored = select_weights(runs)
-    fine = _find_first((0.9, 0.95, 0.98, 0.99), lambda t: _is_fine(_choose(stored, t, 1.05)))
+    fine, error = next(
+        (kept, error)
+        for error in (0.2, 0.1, 0.05, 0.02, 0.01)
+        for kept in (0.9, 0.95, 0.98, 0.99)
+        if _are_fine([run for run in _choose(stored, kept, 1.05) if run["error"] <= error])
+    )
     candidates = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     nearest = [run for run in stored if run["family"] in ("nearest", "true")]
     remedy = _find_first(candidates, lambda t: t < fine and _is_narrow(_choose(nearest, t, fine)))
@@ -227,6 +238,7 @@ def find_thresholds(runs: Sequence[Row], layers: Sequence[Row]) -> dict[str, flo
     return {
         "stores_fine": fine,
         "needs_remedy": remedy,
+        "weight_error": error,
         "overshoots": _find_first((1.05, 1.1, 1.2, 1.5, 2.0), lambda t: _is_off(runs, t)),
         "frozen": frozen,
         "frozen_kept": kept,
@@ -244,9 +256,10 @@ def _choose(runs: Iterable[Row], low: float, high: float, key: str = "kept") -> 
     return [run for run in runs if low <= run[key] < high]
 
 
-def _is_fine(runs: Sequence[Row]) -> bool:
-    far = sum(find_ratio_beyond_chance(run) > FAR for run in runs)
-    return not count_lost(_remove_unstable(runs), MUCH) and far * 20 <= len(runs)
+def _are_fine(runs: Sequence[Row]) -> bool:
+    stable = _remove_unstable(runs)
+    far = sum(find_ratio_beyond_chance(run) > FAR for run in stable)
+    return not count_lost(stable, MUCH) and far * 50 <= len(stable)
 
 
 def _remove_unstable(runs: Iterable[Row]) -> list[Row]:
@@ -364,7 +377,7 @@ def judge(run: Row, standing: float, limits: Mapping[str, float]) -> str:
     kept = run["kept"]
     if kept < limits["frozen_kept"] and standing >= limits["run_frozen"]:
         return "FROZEN"
-    return _classify(kept, limits)
+    return _classify(kept, run["error"], limits)
 
 
 def judge_layer(layer: Row, limits: Mapping[str, float]) -> str:
@@ -378,13 +391,13 @@ def judge_layer(layer: Row, limits: Mapping[str, float]) -> str:
         return "BREAKS"
     if is_said(layer, limits["frozen"], limits["frozen_kept"]):
         return "FROZEN"
-    return _classify(layer["kept"], limits)
+    return _classify(layer["kept"], layer["error"], limits)
 
 
-def _classify(kept: float, limits: Mapping[str, float]) -> str:
+def _classify(kept: float, error: float, limits: Mapping[str, float]) -> str:
     if kept > limits["overshoots"]:
         return "OVERSHOOTS"
-    if kept >= limits["stores_fine"]:
+    if kept >= limits["stores_fine"] and not error > limits["weight_error"]:
         return "STORES_FINE"
     return "WATCH" if kept >= limits["needs_remedy"] else "NEEDS_REMEDY"
 

@@ -57,7 +57,8 @@ STEP_METRICS = {
 """Metrics of single steps: columns with their means over the observed steps."""
 LAYER_COLUMNS = (
     *Config._fields,
-    *("way", "scaling", "layer", "elements", "kept", "kept_error", "frozen", "frozen_error"),
+    *("way", "scaling", "layer", "elements"),
+    *("kept", "kept_error", "drift", "frozen", "frozen_error"),
     *("nonfinite", "v_ratio", "step_kept_by_energy", "step_never_moved"),
     *("now_kept", "now_frozen", "real_kept", "real_frozen", "fp32_moved", "real_v_ratio", "energy"),
 )
