@@ -65,7 +65,7 @@ def _write_progress(advice: RunAdvice) -> str:
         return ""
     basis = "progress is kept" if advice.has_twin else "updates is kept, step by step"
     text = f"{write_kept(advice)} of the {basis}"
-    if advice.weight_error > _LIMITS.weight_error:
+    if advice.weight_error > _LIMITS.weight_error and advice.kept >= _LIMITS.stores_fine:
         text += f", and weights are off by {advice.weight_error:.2g} of their size"
     return f"{text}; {advice.evidence}." if advice.evidence else f"{text}."
 

@@ -65,7 +65,7 @@ def judge_twin(tally: TwinTally, recipe: str, range_reason: str = "") -> tuple[V
     reason = progress + _describe_states(tally.figures)
     if frozen >= _LIMITS.frozen and kept >= _LIMITS.needs_remedy:
         reason += f"; {share}, and what they lose is little (rows that no batch uses, for example)"
-    if tally.weight_error > _LIMITS.weight_error:
+    if tally.weight_error > _LIMITS.weight_error and kept >= _LIMITS.stores_fine:
         reason += f"; weights are off by {tally.weight_error:.2g} of their size"
     return _judge_by_kept(kept, intervals[PROGRESS], tally.weight_error, reason)
 

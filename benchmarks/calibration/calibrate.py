@@ -49,8 +49,9 @@ RULES = {
         "keeps to the rule of stores_fine"
     ),
     "needs_remedy": (
-        "the lowest progress_kept of 0.5, 0.6, 0.7, 0.8, 0.9 and 0.95 such that the middle half of "
-        "the loss ratios of the runs between it and stores_fine spans less than a factor of 2"
+        "the lowest progress_kept of 0.5, 0.6, 0.7, 0.8, 0.9 and 0.95 such that, of the runs from "
+        "it on that are not stored fine, the middle half of the loss ratios spans less than a "
+        "factor of 2, and at most 1 in 10 lost more than 10 %"
     ),
     "overshoots": (
         "the lowest progress_kept of 1.05, 1.1, 1.2, 1.5 and 2 from which on half of the runs "
@@ -229,9 +230,9 @@ def find_thresholds(runs: Sequence[Row], layers: Sequence[Row]) -> dict[str, flo
         for kept in (0.9, 0.95, 0.98, 0.99)
         if _are_fine([run for run in _choose(stored, kept, 1.05) if run["error"] <= error])
     )
+    rest = [run for run in stored if not (run["kept"] >= fine and run["error"] <= error)]
     candidates = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-    nearest = [run for run in stored if run["family"] in ("nearest", "true")]
-    remedy = _find_first(candidates, lambda t: t < fine and _is_narrow(_choose(nearest, t, fine)))
+    remedy = _find_first(candidates, lambda t: t < fine and _is_narrow(_choose(rest, t, 1.2)))
     stored_layers = select_weights(layers)
     frozen = _find_first((0.9, 0.99, 0.995, 0.999), lambda t: _are_frozen(stored_layers, t, 0.5))
     kept = _find_first((0.5, 0.2, 0.1, 0.05), lambda k: _are_frozen(stored_layers, frozen, k))
@@ -272,8 +273,8 @@ def _is_unstable(run: Row) -> bool:
 
 
 def _is_narrow(runs: Sequence[Row]) -> bool:
-    low, high = find_quantiles(map(find_ratio, _remove_unstable(runs)), (0.25, 0.75))
-    return high / low < 2
+    low, high = find_quantiles(map(find_ratio, runs), (0.25, 0.75))
+    return high / low < 2 and count_lost(runs, MUCH) * 10 <= len(runs)
 
 
 def _is_off(runs: Iterable[Row], limit: float) -> bool:
