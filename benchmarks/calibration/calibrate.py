@@ -50,7 +50,8 @@ RULES = {
     ),
     "needs_remedy": (
         "the lowest progress_kept of 0.5, 0.6, 0.7, 0.8, 0.9 and 0.95 such that, of the runs from "
-        "it on that are not stored fine, the middle half of the loss ratios spans less than a "
+        "it on that round to nearest and are not stored fine, the middle half of the loss ratios "
+        "spans less than a "
         "factor of 2, and at most 1 in 10 lost more than 10 %"
     ),
     "overshoots": (
@@ -230,7 +231,8 @@ def find_thresholds(runs: Sequence[Row], layers: Sequence[Row]) -> dict[str, flo
         for kept in (0.9, 0.95, 0.98, 0.99)
         if _are_fine([run for run in _choose(stored, kept, 1.05) if run["error"] <= error])
     )
-    rest = [run for run in stored if not (run["kept"] >= fine and run["error"] <= error)]
+    nearest = [run for run in stored if run["family"] in ("nearest", "true")]
+    rest = [run for run in nearest if not (run["kept"] >= fine and run["error"] <= error)]
     candidates = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     remedy = _find_first(candidates, lambda t: t < fine and _is_narrow(_choose(rest, t, 1.2)))
     stored_layers = select_weights(layers)
