@@ -41,33 +41,37 @@ def _is_about_state(metric: str) -> bool:
     return metric.endswith(_STATE_ENDS) and metric not in FORMAT_METRICS
 
 
-@dataclass
 class TwinTally:
     """A summary of what became of a twin: a sample of a layer, stored as a recipe says.
 
+    Figures since the start cover the whole run, so that only the last ones are kept. They are read
+    when a verdict is asked for, and not at each observed step.
+
+    Args:
+        recipe: Name of the recipe.
+
     Attributes:
+        recipe: The `recipe` argument.
         step: Number of the last observed step.
-        figures: The last figures, by metric. Figures since the start cover the whole run.
-        errors: Standard errors of some of these figures, by metric.
-        weight_rms: Root mean square of the layer's weights at the last observed step.
         broken: Largest share of the sample that was NaN or inf.
         still_since: Number of the observed step since which nearly no weight has moved; None if
-            weights moved until the last observed step, or if none ever did.
+            weights moved until the last observed step.
         still_steps: Number of observed steps since then.
-        kept_before: The progress_kept at `still_since`.
+        kept_before: The progress_kept at `still_since`; NaN if none was observed before.
     """
 
-    step: int = -1
-    figures: dict[str, float] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    weight_rms: float = math.nan
-    broken: float = 0.0
-    still_since: int | None = None
-    still_steps: int = 0
-    kept_before: float = math.nan
+    def __init__(self, recipe: str) -> None:
+        self.recipe = recipe
+        self.step = -1
+        self.broken = 0.0
+        self.still_since: int | None = None
+        self.still_steps = 0
+        self.kept_before = math.nan
+        self._latest: Mapping[str, float] = {}
+        self._errors: Mapping[str, float] = {}
 
     def add_step(
-        self, step: int, figures: Mapping[str, float], errors: Mapping[str, float], recipe: str
+        self, step: int, figures: Mapping[str, float], errors: Mapping[str, float]
     ) -> None:
         """Add an observed step.
 
@@ -75,36 +79,43 @@ class TwinTally:
             step: Number of the step.
             figures: Figures of the layer, those of the twin by ``metric/recipe``.
             errors: Standard errors by the same keys; a missing one is unknown.
-            recipe: Name of the recipe.
         """
-        end = f"/{recipe}"
-        own = {
-            metric: figures.get(metric + end, math.nan)
-            for metric in (*TWIN_METRICS, *_ALSO_OF_TWINS)
-        }
-        own |= {
-            metric: value
-            for key, value in figures.items()
-            if key.endswith(end) and _is_about_state(metric := key[: -len(end)])
-        }
-        self._add_window(own)
-        self.step, self.figures = step, own
-        self.errors = {m: errors.get(m + end, math.nan) for m in TWIN_METRICS}
-        self.weight_rms = figures.get("weight_rms", math.nan)
-        self.broken = max(self.broken, own[BROKEN])  # of NaN, max returns the former
+        self._add_window(figures.get(f"{STILL}/{self.recipe}", math.nan))
+        self.step, self._latest, self._errors = step, figures, errors
+        self.broken = max(self.broken, self.figure(BROKEN))  # of NaN, max returns the former
 
-    def _add_window(self, figures: Mapping[str, float]) -> None:
-        """Note whether the weights stood still since the last observed step."""
-        still = figures[STILL]
+    def _add_window(self, still: float) -> None:
+        """Note which share of the weights stood still since the last observed step."""
         if math.isnan(still):
             return  # nothing was to be moved
         if still < _LIMITS.frozen:
             self.still_since, self.still_steps = None, 0
             return
         if self.still_since is None:
-            self.still_since = self.step
-            self.kept_before = self.figures.get(PROGRESS, math.nan)
+            self.still_since, self.kept_before = self.step, self.figure(PROGRESS)
         self.still_steps += 1
+
+    def figure(self, metric: str) -> float:
+        """Return the last figure of the twin, by its metric; NaN if it has no value."""
+        return self._latest.get(f"{metric}/{self.recipe}", math.nan)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The last figures of the twin on which verdicts rest, by metric, and of its states."""
+        end = f"/{self.recipe}"
+        metrics = [key[: -len(end)] for key in self._latest if key.endswith(end)]
+        own = (*TWIN_METRICS, *_ALSO_OF_TWINS, *filter(_is_about_state, metrics))
+        return {metric: self.figure(metric) for metric in own}
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """The standard errors of the figures in `TWIN_METRICS`; NaN if unknown."""
+        return {m: self._errors.get(f"{m}/{self.recipe}", math.nan) for m in TWIN_METRICS}
+
+    @property
+    def weight_rms(self) -> float:
+        """The root mean square of the layer's weights at the last observed step."""
+        return self._latest.get("weight_rms", math.nan)
 
     @property
     def weight_error(self) -> float:
@@ -112,13 +123,26 @@ class TwinTally:
 
         NaN without a value, as of a layer that float32 has not moved.
         """
-        moved = self.figures.get(MOVED, math.nan)
-        distance = self.figures.get("drift", math.nan) * moved
+        distance = self.figure("drift") * self.figure(MOVED)
         return distance / self.weight_rms if self.weight_rms else math.nan
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all attributes, as plain numbers by name."""
-        return {**vars(self), "figures": dict(self.figures), "errors": dict(self.errors)}
+        """Return the summary as plain numbers, for a checkpoint."""
+        end = f"/{self.recipe}"
+        return {
+            **{name: value for name, value in vars(self).items() if not name.startswith("_")},
+            "latest": {m + end: v for m, v in self.figures.items()}
+            | {"weight_rms": self.weight_rms},
+            "errors": {m + end: v for m, v in self.errors.items()},
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> TwinTally:
+        """Restore a tally from the result of `state_dict`."""
+        tally = cls(state["recipe"])
+        for name in vars(tally):
+            setattr(tally, name, state[name.removeprefix("_")])
+        return tally
 
 
 @dataclass
