@@ -24,7 +24,7 @@ from altgrad.report import (
     LayerInfo,
     RunFile,
     RunFileError,
-    find_errors,
+    StandardErrors,
     ranges,
 )
 from altgrad_lightning.charts import Charts, Row
@@ -118,7 +118,7 @@ class Output:
         """
         began = time.perf_counter()
         for name, figures in record.layers.items():
-            self._judge.add(step, name, figures, find_errors(figures))
+            self._judge.add(step, name, figures, StandardErrors(figures))
         self._history.add(step, record.layers)
         self._append(step, record, weights, skipped)
         monitor = self._measure_overhead(step, record, sum(skipped.values()))

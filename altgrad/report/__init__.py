@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from altgrad.report.cells import cell_text
     from altgrad.report.comparison import Comparison
     from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
-    from altgrad.report.judging import Judge, find_errors, judge_run
+    from altgrad.report.judging import Judge, StandardErrors, judge_run
     from altgrad.report.records.fields import SCHEMA
     from altgrad.report.records.reading import read
     from altgrad.report.records.run import Row, Run
@@ -58,9 +58,9 @@ __all__ = [
     "RunFile",
     "RunFileError",
     "RunReport",
+    "StandardErrors",
     "Verdict",
     "cell_text",
-    "find_errors",
     "heat_map",
     "judge_run",
     "kept_map",
@@ -84,7 +84,7 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "cells": "cell_text",
             "comparison": "Comparison",
             "drawings": "heat_map kept_map ranges steps_histogram",
-            "judging": "Judge find_errors judge_run",
+            "judging": "Judge StandardErrors judge_run",
             "records.fields": "SCHEMA",
             "records.reading": "read",
             "records.run": "Row Run",

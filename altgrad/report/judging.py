@@ -9,7 +9,7 @@ Read `run_rules` first; `run_report` comes next.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from altgrad._messages import format_percent
@@ -25,7 +25,6 @@ from altgrad.report.tallies import (
     MOVED,
     PROGRESS,
     STEP_METRICS,
-    TWIN_METRICS,
     StepTally,
     TwinTally,
 )
@@ -91,7 +90,7 @@ class Judge:
         twins, steps = self._twins.setdefault(layer, {}), self._steps.setdefault(layer, {})
         for name in (NOW, *self._recipes):
             if f"{PROGRESS}/{name}" in figures:
-                twins.setdefault(name, TwinTally()).add_step(step, figures, errors, name)
+                twins.setdefault(name, TwinTally(name)).add_step(step, figures, errors)
         for name in self._formats:
             if all(f"{metric}/{name}" in figures for metric in STEP_METRICS):
                 steps.setdefault(name, StepTally()).add_step(figures, errors, name)
@@ -123,7 +122,7 @@ class Judge:
         for name, tally in twins.items():
             advice = self._judge_twin(layer, name, tally)
             found[name] = LayerShare(
-                advice, size, tally.figures[MOVED], tally.weight_rms, tally.weight_error
+                advice, size, tally.figure(MOVED), tally.weight_rms, tally.weight_error
             )
         for name, steps_tally in steps.items():
             # A twin without figures, such as that of an optimizer that it cannot copy, says less.
@@ -134,11 +133,11 @@ class Judge:
 
     def _judge_twin(self, layer: str, name: str, tally: TwinTally) -> Advice:
         recipe = self._recipes.get(name)
-        verdict, reason = judge_twin(tally, name, self._explain_range(layer, recipe))
+        verdict, reason = judge_twin(tally, self._explain_range(layer, recipe))
         family = find_family(name, recipe)
         evidence = calibration().describe_layers(family, verdict.name)
-        errors = {metric: tally.errors.get(metric, math.nan) for metric in TWIN_METRICS}
-        return Advice(layer, name, verdict, tally.figures, errors, reason, evidence, tally.broken)
+        figures, errors = tally.figures, tally.errors
+        return Advice(layer, name, verdict, figures, errors, reason, evidence, tally.broken)
 
     def _explain_range(self, layer: str, recipe: RecipeInfo | None) -> str:
         """Return a phrase on weights that are out of a format's range, if a scale would help.
@@ -192,7 +191,7 @@ class Judge:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the tallies that `state_dict` returned."""
         self._twins = {
-            layer: {name: TwinTally(**each) for name, each in own.items()}
+            layer: {name: TwinTally.from_state(each) for name, each in own.items()}
             for layer, own in state["twins"].items()
         }
         self._steps = {
@@ -223,20 +222,31 @@ def find_smallest(names: Iterable[str], formats: Mapping[str, FormatInfo]) -> st
     return min(names, key=lambda name: formats[name].bits, default=None)
 
 
-def find_errors(figures: Figures) -> dict[str, float]:
-    """Return the standard errors of the figures on which verdicts rest, for `Judge.add`.
+class StandardErrors(Mapping[str, float]):
+    """The standard errors of a layer's figures, for `Judge.add`, computed when they are read.
 
     Args:
         figures: Figures of one layer in one step.
-
-    Returns:
-        Standard errors by key, ``metric/recipe`` of twins and ``metric/format``. Those of formats
-        are missing if every element was measured, since the figures are then exact.
     """
-    keys = [f"{metric}/{recipe}" for recipe in figures.recipes for metric in TWIN_METRICS]
-    if figures.elements < figures.population:
-        keys += [f"{metric}/{format}" for format in figures.formats for metric in STEP_METRICS]
-    return {key: figures.standard_error(key) for key in keys}
+
+    def __init__(self, figures: Figures) -> None:
+        self._figures = figures
+
+    def __getitem__(self, key: str) -> float:
+        """Return the standard error of a figure by its key, such as ``stall_frac/bf16``."""
+        return self._figures.standard_error(key)
+
+    def __contains__(self, key: object) -> bool:
+        """Return True if there is a figure with this key."""
+        return key in self._figures
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the keys of the figures."""
+        return iter(self._figures)
+
+    def __len__(self) -> int:
+        """Return the number of figures."""
+        return len(self._figures)
 
 
 def judge_run(run: Run) -> Assessment:

@@ -30,24 +30,23 @@ _FAR_RATIO = 1.25
 """Ratio of a state to float32 that a reason mentions; a larger or inverse one, too."""
 
 
-def judge_twin(tally: TwinTally, recipe: str, range_reason: str = "") -> tuple[Verdict, str]:
+def judge_twin(tally: TwinTally, range_reason: str = "") -> tuple[Verdict, str]:
     """Return the verdict on a layer in a recipe, and its reason.
 
     Args:
         tally: Summary of the twin's figures.
-        recipe: Name of the recipe; ``now`` for the run itself.
         range_reason: Phrase on the weights that are out of the range of the recipe's format, if
             these are too many and a scale would help; otherwise empty.
     """
-    kept, frozen = tally.figures.get(PROGRESS, math.nan), tally.figures.get(FROZEN, math.nan)
+    kept, frozen = tally.figure(PROGRESS), tally.figure(FROZEN)
     intervals = find_twin_intervals(tally)
     if tally.broken > 0:
-        have = "are" if recipe == NOW else "would become"
+        have = "are" if tally.recipe == NOW else "would become"
         return Verdict.BREAKS, f"{format_percent(tally.broken)} of the weights {have} NaN or inf"
     if math.isnan(kept):
         return _judge_without_fp32(tally, intervals)
     progress = f"{write_figure(kept, intervals[PROGRESS])} of the progress is kept"
-    never = "have never moved" if recipe == NOW else "would never have moved"
+    never = "have never moved" if tally.recipe == NOW else "would never have moved"
     share = f"{write_percent(frozen, intervals[FROZEN])} of the weights that float32 moved {never}"
     if reaches(frozen, intervals[FROZEN], _LIMITS.frozen) and kept < _LIMITS.frozen_kept:
         if has_moved(tally):
@@ -73,19 +72,19 @@ def judge_twin(tally: TwinTally, recipe: str, range_reason: str = "") -> tuple[V
 def find_twin_intervals(tally: TwinTally) -> dict[str, Interval]:
     """Return the confidence intervals of 95 % of the figures that have one, by metric."""
     return {
-        metric: find_interval(metric, tally.figures.get(metric, math.nan), error)
+        metric: find_interval(metric, tally.figure(metric), error)
         for metric, error in tally.errors.items()
     }
 
 
 def has_moved(tally: TwinTally) -> bool:
     """Return True if float32 moved the layer by more than a small share of its size."""
-    return not tally.figures[MOVED] <= _LIMITS.moved * tally.weight_rms  # True if one is unknown
+    return not tally.figure(MOVED) <= _LIMITS.moved * tally.weight_rms  # True if one is unknown
 
 
 def is_stuck(tally: TwinTally) -> bool:
     """Return True if a layer moved at first, no longer does, and loses by that."""
-    lost = tally.kept_before - tally.figures[PROGRESS]
+    lost = tally.kept_before - tally.figure(PROGRESS)
     return (
         tally.still_since is not None
         and tally.still_steps >= _FEWEST_STILL
@@ -111,8 +110,7 @@ def classify(kept: float, weight_error: float) -> Verdict:
 
 def _judge_without_fp32(tally: TwinTally, intervals: Mapping[str, Interval]) -> tuple[Verdict, str]:
     """Judge a layer of a run that no twin can follow: by whether its weights move at all."""
-    moved = tally.figures.get("moved_since_start_frac", math.nan)
-    still = tally.figures.get(STILL, math.nan)
+    moved, still = tally.figure("moved_since_start_frac"), tally.figure(STILL)
     if math.isnan(still) or math.isnan(moved):
         return Verdict.NOT_JUDGED, "no step has moved the layer in float32 yet"
     share = f"{write_percent(still, intervals[STILL])} of the weights with a gradient stood still"
