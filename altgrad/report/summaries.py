@@ -75,8 +75,8 @@ def _write_standing(advice: RunAdvice) -> str:
     if not advice.frozen:
         return ""
     share, layers = format_percent(advice.frozen_share), format_count(len(advice.frozen), "layer")
-    do = "still by now" if advice.recipe == NOW else "frozen"
-    return f"{layers} ({share} of the weights: {few(advice.frozen)}) {do}."
+    are = "Frozen now" if advice.recipe == NOW else "Would freeze"
+    return f"{are}: {layers} ({share} of the weights: {few(advice.frozen)})."
 
 
 def _mention_nonfinite(advice: Sequence[Advice]) -> list[str]:
