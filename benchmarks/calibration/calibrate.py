@@ -23,6 +23,8 @@ from typing import Any
 
 from benchmarks.calibration.configs import Config
 
+PARTS = ("calibration", "held_out")
+"""The parts of the rows: those that set the thresholds, and those that test them."""
 FOLDER = Path(__file__).parent
 WRITTEN = FOLDER.parents[1] / "altgrad" / "report" / "calibration.json"
 MUCH, LITTLE = 0.1, 0.01

@@ -2,152 +2,205 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-import re
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
-from altgrad.quantization.block_formats import get_formats
-from altgrad.report import FormatInfo, Judge, Verdict
+from altgrad.report import Advice, Verdict
 from altgrad.report.calibration import calibration
-from benchmarks.calibration import runs, tasks
-from benchmarks.calibration.calibrate import FOLDER, HELD_OUT, as_text, calibrate, lost, read
-from examples.predict_and_confirm import digits
+from altgrad.report.run_rules import LayerShare, judge_recipe
+from altgrad.report.tallies import TwinTally
+from altgrad.report.twin_rules import judge_twin
+from benchmarks.calibration import configs, runs, tasks, ways
+from benchmarks.calibration.calibrate import (
+    FOLDER,
+    PARTS,
+    Row,
+    as_text,
+    calibrate,
+    find_lost,
+    find_standing,
+    identify,
+    judge,
+    judge_layer,
+    read_part,
+)
 
-CONFIG = ["logistic", "sgd", 0.1]
+CONFIG = configs.Config("logistic", "sgd", 0.1)
 
 
 @pytest.fixture(scope="module")
-def real_runs() -> pd.DataFrame:
-    """Read the runs that round to nearest, with pandas instead of the code under test."""
-    frame = pd.read_csv(FOLDER / "runs.csv", keep_default_na=False, na_values=["nan"])
-    frame = frame[frame.way == "nearest"].copy()
-    frame["lost"] = (frame.loss - frame.fp32) / (frame.initial - frame.fp32)
-    frame["lost"] = frame.lost.fillna(math.inf)
-    frame["held_out"] = frame.task.isin(HELD_OUT)
-    return frame
+def parts() -> dict[str, tuple[list[Row], list[Row]]]:
+    return {part: read_part(part) for part in PARTS}
 
 
-def test_calibration_json_is_what_the_rows_give() -> None:
+@pytest.fixture(scope="module")
+def frames() -> dict[str, pd.DataFrame]:
+    """Read the runs with pandas instead of the code under test."""
+    return {part: pd.read_csv(FOLDER / f"{part}_runs.csv") for part in PARTS}
+
+
+def test_calibration_json_is_what_the_rows_give(parts) -> None:
     written = files("altgrad.report").joinpath("calibration.json").read_text(encoding="utf-8")
-    found = calibrate(read(FOLDER / "runs.csv"), read(FOLDER / "layers.csv"))
-    assert as_text(found) == written
-    assert json.loads(written)["thresholds"] == vars(calibration().thresholds)
+    assert as_text(calibrate(parts["calibration"], parts["held_out"])) == written
+    thresholds = dataclasses.asdict(calibration().thresholds)
+    assert json.loads(written)["thresholds"] == thresholds
+    assert {*thresholds} <= {*calibration().rules}
 
 
-def test_the_rows_cover_several_tasks_optimizers_and_learning_rates(real_runs) -> None:
-    seen, unseen = real_runs[~real_runs.held_out], real_runs[real_runs.held_out]
-    assert (len(seen), len(unseen)) == (324, 144)
-    for key, count in (("task", 3), ("optimizer", 3), ("lr", 8)):
-        assert seen[key].nunique() == count
-    assert not {*seen.optimizer} & {*unseen.optimizer}
+def test_the_rows_cover_tasks_optimizers_learning_rates_and_ways(frames) -> None:
+    seen, unseen = frames["calibration"], frames["held_out"]
+    for frame, part in ((seen, "calibration"), (unseen, "held_out")):
+        assert len(frame.groupby([*configs.Config._fields])) == len(configs.PARTS[part])
+        assert (frame.fp32 < frame.initial).all()  # a run without progress can lose none
+        assert {*frame.family} == {
+            *("nearest", "true", "stochastic", "kahan", "states", "average", "control")
+        }
     assert not {*seen.task} & {*unseen.task}
-    assert (seen.fp32 < 0.9 * seen.initial).all()  # a run without progress can lose none
+    assert {*configs.NEVER_SEEN} <= {*unseen.optimizer} - {*seen.optimizer}
+    assert {*unseen.task} == {*tasks.SEEN_BEFORE, *tasks.NEVER_SEEN}
 
 
-@pytest.mark.parametrize("held_out", [False, True])
-def test_the_counts_of_each_verdict_are_those_of_the_rows(real_runs, held_out: bool) -> None:
-    limits = calibration().thresholds
-    counts = calibration().held_out if held_out else calibration().outcomes
-    mine = real_runs[real_runs.held_out == held_out]
-    verdicts = mine.apply(judge_row, axis=1)
-    assert {*verdicts} == {*counts}
-    for verdict, found in counts.items():
-        same = mine[verdicts == verdict]
-        assert found["runs"] == len(same)
-        assert found["lost_1_percent"] == (same.lost > 0.01).sum()
-        assert found["lost_10_percent"] == (same.lost > 0.1).sum()
-        scaled = {*same.format[same.scaling == "tensor"]}
-        without = {*same.format} - scaled
-        assert {*found["formats"]} == scaled | {f"{name} without a scale" for name in without}
-    out = mine[(verdicts == "RANGE") & (mine.scaling == "none")]
-    keys = ["task", "optimizer", "lr", "format"]
-    both = out.merge(mine[mine.scaling == "tensor"], on=keys, suffixes=("", "_with_one"))
-    mended = (both.lost > 0.01) & (both.lost_with_one < both.lost / 2)
-    assert counts["RANGE"]["without_a_scale"] == len(both)
-    assert counts["RANGE"]["mended_by_a_scale"] == mended.sum()
-    layers = pd.read_csv(FOLDER / "layers.csv", keep_default_na=False, na_values=["nan"])
-    layers = layers[(layers.scaling == "tensor") & (layers.task.isin(HELD_OUT) == held_out)]
-    predicted, frozen = layers.never_moved >= limits.frozen, layers.true_never_moved >= 0.99
-    assert counts["FROZEN"]["layers"] == predicted.sum()
-    assert counts["FROZEN"]["frozen"] == (predicted & frozen).sum()
-    assert counts["FROZEN"]["missed"] == (~predicted & frozen).sum()
+@pytest.mark.parametrize("part", PARTS)
+def test_altgrad_judges_layers_as_the_script_does(parts, part: str) -> None:
+    limits = dataclasses.asdict(calibration().thresholds)
+    known = [row for row in parts[part][1] if not math.isnan(row["kept"] + row["fp32_moved"])]
+    assert len(known) > 1000
+    for row in known[::7]:
+        verdict, _ = judge_twin(make_tally(row))
+        assert verdict.name == judge_layer(row, limits), row
 
 
-def judge_row(row: pd.Series) -> str:
-    """Return the name of the verdict on a layer with the figures of a run."""
-    judge = Judge({"format": FormatInfo.from_format(get_formats("bf16")[0], None)})
-    metrics = {metric: row[key] for key, metric in runs.METRICS.items()}
-    judge.add("model", {f"{metric}/format": value for metric, value in metrics.items()}, {})
-    (advice,) = judge.assessment().advice
-    return advice.verdict.name
+def make_tally(row: Row) -> TwinTally:
+    """Make the tally of a layer whose weights have the size 1, with exact figures."""
+    tally = TwinTally("recipe")
+    figures = {
+        "progress_kept": row["kept"],
+        "frozen_frac": row["frozen"],
+        "still_frac": math.nan,
+        "drift": row["drift"],
+        "moved_rms": row["fp32_moved"],
+        "twin_nonfinite_frac": row.get("nonfinite", 0.0),
+    }
+    exact = {f"{metric}/recipe": value for metric, value in figures.items()}
+    tally.add_step(0, exact | {"weight_rms": 1.0}, dict.fromkeys(exact, 0.0))
+    return tally
 
 
-def test_worse_verdicts_lose_more_on_held_out_runs_too() -> None:
-    """Verdicts on runs of users are worth something only if this holds."""
-    for counts in (calibration().outcomes, calibration().held_out):
-        shares = [
-            counts[verdict.name]["lost_10_percent"] / counts[verdict.name]["runs"]
-            for verdict in (Verdict.STORES_FINE, Verdict.WATCH, Verdict.NEEDS_REMEDY)
-        ]
-        assert shares[0] == 0
-        assert 0 < shares[1] < 0.2
-        assert shares[2] > 0.75
-        assert counts["FROZEN"]["lost_10_percent"] / counts["FROZEN"]["runs"] > 0.95
+@pytest.mark.parametrize("part", PARTS)
+def test_altgrad_judges_runs_as_the_script_does(parts, part: str) -> None:
+    """A layer stands for those of a run that freeze, another one for the rest."""
+    limits = dataclasses.asdict(calibration().thresholds)
+    run_rows, layers = parts[part]
+    standing = find_standing(layers, limits)
+    known = [row for row in run_rows if not math.isnan(row["kept"] + row["fp32_moved"])]
+    assert len(known) > 400
+    for row in known:
+        share = standing[identify(row)]
+        tally = make_tally(row)
+        verdict = Verdict.BREAKS if row["nonfinite"] > 0 else Verdict.NEEDS_REMEDY
+        rest = make_advice(verdict, tally)
+        frozen = make_advice(Verdict.FROZEN, tally)
+        advice = judge_recipe(
+            "recipe",
+            None,
+            [
+                LayerShare(rest, 1 - share, row["fp32_moved"], 1.0, row["error"]),
+                LayerShare(frozen, share, row["fp32_moved"], 1.0, row["error"]),
+            ],
+        )
+        assert advice.verdict.name == judge(row, share, limits), row
 
 
-@pytest.mark.parametrize("verdict", Verdict)
-def test_every_verdict_except_uncertain_and_not_judged_has_evidence(verdict: Verdict) -> None:
-    evidence = calibration().evidence(verdict.name)
-    assert bool(evidence) == (verdict not in (Verdict.UNCERTAIN, Verdict.NOT_JUDGED))
-    if evidence:
-        assert re.match(r"\d+ of \d+ (runs|layers) like this ", evidence)
-    if verdict is Verdict.STORES_FINE:
-        assert "(fp16, bf16)" in evidence  # no run in another format has this verdict
+def make_advice(verdict: Verdict, tally: TwinTally) -> Advice:
+    return Advice("layer", "recipe", verdict, tally.figures, tally.errors, "")
 
 
-def test_advice_has_the_evidence_of_its_verdict() -> None:
-    judge = Judge({"bf16": FormatInfo.from_format(get_formats("bf16")[0], None)})
-    names = ("kept_update_ratio", "stall_frac", "underflow_frac", "saturated_frac")
-    figures = dict.fromkeys((f"{name}/bf16" for name in (*names, "never_moved_frac")), 0.0)
-    judge.add("layer", figures | {"kept_update_ratio/bf16": 0.3}, {})
-    (advice,) = judge.assessment().advice
-    assert advice.verdict is Verdict.NEEDS_REMEDY
-    assert advice.evidence == (
-        "122 of 146 runs like this (e3m4, e4m3fn, e5m2) lost over 10 % of their progress"
-    )
+def test_the_counts_of_runs_are_those_of_the_rows(frames) -> None:
+    for part, outcomes in (
+        ("calibration", calibration().runs),
+        ("held_out", calibration().held_out["runs"]),
+    ):
+        frame = frames[part]
+        lost = ((frame.loss - frame.fp32) / (frame.initial - frame.fp32)).fillna(math.inf)
+        for family in ("true", "stochastic", "kahan", "states"):
+            is_own = (frame.family == family) & frame.kept.notna()
+            counts = outcomes[family].values()
+            assert sum(each["runs"] for each in counts) == is_own.sum()
+            assert sum(each["lost_10_percent"] for each in counts) == (lost[is_own] > 0.1).sum()
+        is_nearest = (frame.family == "nearest") & frame.kept.notna()
+        both = [each for bits in (8, 16) for each in outcomes[f"nearest-{bits}"].values()]
+        assert sum(each["runs"] for each in both) == is_nearest.sum()
 
 
 def test_a_diverged_run_has_lost_all_progress() -> None:
-    assert lost({"initial": 2.0, "fp32": 1.0, "loss": math.nan}) == math.inf
-    assert lost({"initial": 2.0, "fp32": 1.0, "loss": 1.25}) == 0.25
+    assert find_lost({"initial": 2.0, "fp32": 1.0, "loss": math.nan}) == math.inf
+    assert find_lost({"initial": 2.0, "fp32": 1.0, "loss": 1.25}) == 0.25
+
+
+def test_evidence_is_of_the_same_kind_as_what_it_stands_beside() -> None:
+    found = calibration()
+    assert found.describe_runs("nearest-8", "NEEDS_REMEDY").endswith("such runs lost over 10 %")
+    assert found.describe_layers("true", "FROZEN").endswith("such layers were frozen in real runs")
+    for describe in (found.describe_runs, found.describe_layers):
+        assert describe("true", "UNCERTAIN") == describe("true", "NOT_JUDGED") == ""
+        assert "was tested" in describe(None, "STORES_FINE")
+        assert "was tested" in describe("nearest-16", "BREAKS")
+
+
+def test_offsets_are_sorted_and_cover_every_prediction() -> None:
+    found = calibration()
+    ends = [offset.below for offset in found.offsets]
+    assert ends == sorted(ends)
+    for kept in (-5.0, 0.0, 0.5, 0.979, 0.98, 1.0, 1e6):
+        low, high = found.find_offsets(kept)
+        assert low <= high
 
 
 def test_a_short_run_gives_rows_like_the_committed_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rows have the keys and the order of the committed ones, and plausible figures."""
-    monkeypatch.setitem(
-        tasks.TASKS, "logistic", lambda: tasks.logistic()._replace(batches=digits(0, 30).batches)
-    )
-    run_rows, layer_rows = runs.make_rows(tasks.Config(*CONFIG))
-    for name, rows in (("runs", run_rows), ("layers", layer_rows)):
-        runs.write(tmp_path / f"{name}.csv", rows)
-        again = read(tmp_path / f"{name}.csv")
-        committed = read(FOLDER / f"{name}.csv")
-        assert [*again[0]] == [*committed[0]]
-        same = [r for r in committed if [r["task"], r["optimizer"], r["lr"]] == CONFIG]
-        keys = ("format", "scaling", "way")
-        assert [[r[k] for k in keys] for r in again] == [[r[k] for k in keys] for r in same]
-    by_format = {(r["format"], r["scaling"], r["way"]): r for r in run_rows}
-    fp16, e5m2 = by_format["fp16", "tensor", "nearest"], by_format["e5m2", "tensor", "nearest"]
+    config = CONFIG._replace(steps=60)
+    run_rows, layer_rows = runs.make_rows(config)
+    for what, rows, columns in (
+        ("runs", run_rows, [*run_rows[0]]),
+        ("layers", layer_rows, runs.LAYER_COLUMNS),
+    ):
+        runs.write(tmp_path / f"calibration_{what}.csv", rows, columns)
+        again = pd.read_csv(tmp_path / f"calibration_{what}.csv")
+        committed = pd.read_csv(FOLDER / f"calibration_{what}.csv")
+        assert [*again.columns] == [*committed.columns]
+        same = committed[(committed.task == "logistic") & (committed.optimizer == "sgd")]
+        same = same[same.lr == CONFIG.lr]
+        for key in ("way", "scaling"):
+            assert [*again[key]] == [*same[key]]
+    by_way = {(row["way"], row["scaling"]): row for row in run_rows}
+    fp16, e5m2, control = (by_way[way, "tensor"] for way in ("fp16", "e5m2", "fp32"))
     assert fp16["loss"] == pytest.approx(fp16["fp32"], rel=1e-3)
-    assert e5m2["loss"] > 1.05 * e5m2["fp32"]
-    assert by_format["e5m2", "tensor", "kahan"]["loss"] == pytest.approx(e5m2["fp32"], rel=0.02)
+    assert e5m2["loss"] > 1.02 * e5m2["fp32"]
+    assert control["loss"] == pytest.approx(control["fp32"], rel=1e-3)
     for row in run_rows:
-        if row["way"] == "nearest":
-            assert row["stall"] == pytest.approx(row["true_stall"], abs=0.05)
+        if row["family"] == "nearest":
+            assert row["frozen"] == pytest.approx(row["real_frozen"], abs=0.1)
+            assert row["kept"] == pytest.approx(row["real_kept"], abs=0.2)
+
+
+def test_real_ways_really_train_in_bf16() -> None:
+    config = configs.Config("logistic", "adamw-999", 1e-2, steps=30, ways="real")
+    rows: list[dict[str, Any]] = runs.make_rows(config)[0]
+    names = [way.recipe.name for way in ways.WAYS["real"]]
+    assert [row["way"] for row in rows] == [*names, "ema-bf16"]
+    by_way = {row["way"]: row for row in rows}
+    assert by_way["bf16-true"]["now_kept"] == pytest.approx(
+        by_way["bf16-true"]["real_kept"], abs=0.1
+    )
+    assert by_way["ema-bf16"]["m_error"] == pytest.approx(
+        by_way["ema-bf16"]["real_m_error"], rel=0.1
+    )
