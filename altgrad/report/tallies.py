@@ -19,6 +19,7 @@ from altgrad.measurement.catalogue import FORMAT_METRICS
 from altgrad.measurement.intervals import find_share_error
 from altgrad.report.calibration import calibration
 from altgrad.report.records.schema import LayerInfo
+from altgrad.report.verdicts import NOW
 
 _LIMITS = calibration().thresholds
 
@@ -50,7 +51,9 @@ class TwinTally:
         figures: The last figures, by metric. Figures since the start cover the whole run.
         errors: Standard errors of some of these figures, by metric.
         weight_rms: Root mean square of the layer's weights at the last observed step.
-        broken: Largest share of the sample that was NaN or inf.
+        broken: Largest share of the sample that was NaN or inf by the recipe: in observed steps in
+            which the run itself was finite, or any share of ``now``, the run itself.
+        nonfinite: Largest share of the layer that was NaN or inf in the run itself.
         still_since: Number of the observed step since which nearly no weight has moved; None if
             weights moved until the last observed step, or if none ever did.
         still_steps: Number of observed steps since then.
@@ -62,6 +65,7 @@ class TwinTally:
     errors: dict[str, float] = field(default_factory=dict)
     weight_rms: float = math.nan
     broken: float = 0.0
+    nonfinite: float = 0.0
     still_since: int | None = None
     still_steps: int = 0
     kept_before: float = math.nan
@@ -91,7 +95,11 @@ class TwinTally:
         self.step, self.figures = step, own
         self.errors = {m: errors.get(m + end, math.nan) for m in TWIN_METRICS}
         self.weight_rms = figures.get("weight_rms", math.nan)
-        self.broken = max(self.broken, own[BROKEN])  # of NaN, max returns the former
+        nonfinite = figures.get("nonfinite_frac", 0.0)
+        if recipe == NOW or not nonfinite > 0:
+            self.broken = max(self.broken, own[BROKEN])  # of NaN, max returns the former
+        own_share = own[BROKEN] if recipe == NOW else 0.0
+        self.nonfinite = max(self.nonfinite, nonfinite, own_share)
 
     def _add_window(self, figures: Mapping[str, float]) -> None:
         """Note whether the weights stood still since the last observed step."""
@@ -219,6 +227,25 @@ class StepTally:
     def from_state(cls, state: Mapping[str, Any]) -> StepTally:
         """Restore a tally from the result of `state_dict`."""
         return cls(**{**state, "sums": Counter(state["sums"]), "counts": Counter(state["counts"])})
+
+    @classmethod
+    def from_old_state(cls, state: Mapping[str, Any]) -> StepTally:
+        """Restore a tally from a checkpoint of 0.1.0; the mean of kept_update_ratio begins anew."""
+        # Each step of that mean is weighted by its size, which version 0.1.0 did not save.
+        sums, counts = Counter(state["sums"]), Counter(state["counts"])
+        for metric in (STALL, *RANGE):
+            error = f"error of {metric}"
+            counts[f"stated {metric}"] = counts[error]
+            counts |= {f"steps of {key}": counts[key] for key in (metric, error)}
+        for key in (KEPT, f"error of {KEPT}"):
+            del sums[key], counts[key]
+        return cls(
+            sums,
+            counts,
+            state["never_moved"],
+            state["never_moved_error"],
+            state.get("nonfinite", 0.0),
+        )
 
 
 def _estimate_share_error(share: float, layer: LayerInfo | None) -> float:
