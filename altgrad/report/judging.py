@@ -136,17 +136,16 @@ class Judge:
         verdict, reason = judge_twin(tally, self._explain_range(layer, recipe))
         family = find_family(name, recipe)
         evidence = calibration().describe_layers(family, verdict.name)
+        if name != NOW:
+            reason = _mention_nonfinite(tally.nonfinite, verdict, reason)
         figures, errors = tally.figures, tally.errors
-        return Advice(layer, name, verdict, figures, errors, reason, evidence, tally.broken)
+        return Advice(layer, name, verdict, figures, errors, reason, evidence, tally.nonfinite)
 
     def _explain_range(self, layer: str, recipe: RecipeInfo | None) -> str:
-        """Return a phrase on weights that are out of a format's range, if a scale would help.
-
-        Only a format of a few bits without a scale would be helped by one.
-        """
+        """Return a phrase on weights out of a format's range, if a scale would help; or ""."""
         format = self._formats.get(recipe.weights or "") if recipe is not None else None
         tally = self._steps[layer].get(format.name) if format is not None else None
-        if format is None or tally is None or format.scaled or format.bits > _FEW_BITS:
+        if format is None or tally is None or not _needs_scale(format):
             return ""
         figures = tally.find_figures()
         intervals = {
@@ -159,12 +158,9 @@ class Judge:
     def _judge_steps(self, layer: str, name: str, tally: StepTally) -> Advice:
         figures, errors = tally.find_figures(), tally.find_errors(self._layers.get(layer))
         intervals = {m: find_interval(m, figures[m], error) for m, error in errors.items()}
-        verdict, reason = judge_steps(figures, intervals)
-        if tally.broken:
-            share = format_percent(tally.broken)
-            broken = f"{share} of the elements are NaN or inf, and no figure counts them"
-            is_gone = verdict is Verdict.NOT_JUDGED and tally.broken == 1
-            reason = broken if is_gone else f"{broken}; {reason}"
+        needs_scale = _needs_scale(self._formats[name])
+        verdict, reason = judge_steps(figures, intervals, needs_scale=needs_scale)
+        reason = _mention_nonfinite(tally.broken, verdict, reason)
         return Advice(layer, name, verdict, figures, errors, reason, nonfinite=tally.broken)
 
     def _suggest(self, layer: Mapping[str, LayerShare]) -> str | None:
@@ -189,7 +185,14 @@ class Judge:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the tallies that `state_dict` returned."""
+        """Restore the tallies that `state_dict` returned, now or in version 0.1.0."""
+        if {*state} != {"twins", "steps"}:
+            self._twins = {layer: {} for layer in state}
+            self._steps = {
+                layer: {name: StepTally.from_old_state(each) for name, each in own.items()}
+                for layer, own in state.items()
+            }
+            return
         self._twins = {
             layer: {name: TwinTally.from_state(each) for name, each in own.items()}
             for layer, own in state["twins"].items()
@@ -198,6 +201,19 @@ class Judge:
             layer: {name: StepTally.from_state(each) for name, each in own.items()}
             for layer, own in state["steps"].items()
         }
+
+
+def _mention_nonfinite(share: float, verdict: Verdict, reason: str) -> str:
+    """Return the reason of a verdict that says which share of the run is NaN or inf, if any is."""
+    if not share:
+        return reason
+    broken = f"{format_percent(share)} of the elements are NaN or inf, and no figure counts them"
+    return broken if verdict is Verdict.NOT_JUDGED and share == 1 else f"{broken}; {reason}"
+
+
+def _needs_scale(format: FormatInfo) -> bool:
+    """Return True for a format that a scale would help: one of few bits that has none."""
+    return format.bits <= _FEW_BITS and not format.scaled
 
 
 def _save_tallies(

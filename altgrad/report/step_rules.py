@@ -24,13 +24,14 @@ LEAST_UNANIMOUS = 0.9
 
 
 def judge_steps(
-    figures: Mapping[str, float], intervals: Mapping[str, Interval]
+    figures: Mapping[str, float], intervals: Mapping[str, Interval], *, needs_scale: bool
 ) -> tuple[Verdict, str]:
     """Return the verdict on a layer in a format, and its reason, by the first rule that applies.
 
     Args:
         figures: Figures of the layer in the format, by metric: means over single steps.
         intervals: Confidence intervals of 95 % around the figures, by metric.
+        needs_scale: True if a scale would help weights that are out of the format's range.
     """
     kept, never_moved = figures[KEPT], figures[NEVER_MOVED]
     if math.isnan(kept):
@@ -44,8 +45,9 @@ def judge_steps(
         return Verdict.UNCERTAIN, f"{share} would never have moved, which could be “frozen” or not"
     if is_frozen:
         return Verdict.FROZEN, f"{share} would never have moved"
-    if kept < _LIMITS.stores_fine and (verdict := judge_range(figures, intervals)):
-        return verdict, (
+    out_of_range = judge_range(figures, intervals) if needs_scale else None
+    if kept < _LIMITS.stores_fine and out_of_range is not None:
+        return out_of_range, (
             f"{describe_range(figures, intervals)}, and {write_figure(kept, intervals[KEPT])} of "
             "the update is kept"
         )

@@ -19,6 +19,7 @@ from altgrad.measurement.catalogue import FORMAT_METRICS
 from altgrad.measurement.intervals import find_share_error
 from altgrad.report.calibration import calibration
 from altgrad.report.records.schema import LayerInfo
+from altgrad.report.verdicts import NOW
 
 _LIMITS = calibration().thresholds
 
@@ -53,7 +54,9 @@ class TwinTally:
     Attributes:
         recipe: The `recipe` argument.
         step: Number of the last observed step.
-        broken: Largest share of the sample that was NaN or inf.
+        broken: Largest share of the sample that was NaN or inf by the recipe: in observed steps in
+            which the run itself was finite, or any share of ``now``, the run itself.
+        nonfinite: Largest share of the layer that was NaN or inf in the run itself.
         still_since: Number of the observed step since which nearly no weight has moved; None if
             weights moved until the last observed step.
         still_steps: Number of observed steps since then.
@@ -64,6 +67,7 @@ class TwinTally:
         self.recipe = recipe
         self.step = -1
         self.broken = 0.0
+        self.nonfinite = 0.0
         self.still_since: int | None = None
         self.still_steps = 0
         self.kept_before = math.nan
@@ -82,7 +86,12 @@ class TwinTally:
         """
         self._add_window(figures.get(f"{STILL}/{self.recipe}", math.nan))
         self.step, self._latest, self._errors = step, figures, errors
-        self.broken = max(self.broken, self.figure(BROKEN))  # of NaN, max returns the former
+        is_run = self.recipe == NOW
+        nonfinite, broken = figures.get("nonfinite_frac", 0.0), self.figure(BROKEN)
+        # Of a number and NaN, in this order, max returns the number.
+        if is_run or not nonfinite > 0:
+            self.broken = max(self.broken, broken)
+        self.nonfinite = max(self.nonfinite, nonfinite, broken if is_run else 0.0)
 
     def _add_window(self, still: float) -> None:
         """Note which share of the weights stood still since the last observed step."""
@@ -151,10 +160,9 @@ class StepTally:
 
     Attributes:
         sums: Sums of figures by metric, over the steps in which the metric has a value, and sums of
-            standard errors by ``error of {metric}``. Each step of kept_update_ratio is weighted by
-            the mean square of its update.
-        counts: Numbers of steps in these sums, or sums of their weights, by the same keys.
-            ``stated {metric}`` has the number of steps whose figures came with a standard error.
+            standard errors by ``error of {metric}``.
+        counts: Numbers of steps in these sums, by the same keys. ``stated {metric}`` has the number
+            of steps whose figures came with a standard error.
         never_moved: Last figure of never_moved_frac, which covers the whole run.
         never_moved_error: Standard error of `never_moved`.
         broken: Largest share of NaN and inf in a step.
@@ -186,25 +194,21 @@ class StepTally:
             self.updates += 1
         for metric in _MEANS:
             key = f"{metric}/{name}"
-            if not math.isfinite(figures[key]):
-                continue
-            weight = square if metric == KEPT and math.isfinite(square) else 1.0
-            self._add(metric, figures[key], weight)
-            if key in errors or metric not in RANGE:
-                self.counts[f"stated {metric}"] += 1
-                self._add(f"error of {metric}", errors.get(key, 0.0), weight)
+            if math.isfinite(figures[key]):
+                self._add(metric, figures[key])
+                if key in errors or metric not in RANGE:
+                    self._add(f"error of {metric}", errors.get(key, 0.0))
+                    self.counts[f"stated {metric}"] += 1
         never_moved = f"{NEVER_MOVED}/{name}"
         if math.isfinite(figures[never_moved]):
             self.never_moved = figures[never_moved]
             self.never_moved_error = errors.get(never_moved, 0.0)
         self.broken = max(self.broken, figures.get("nonfinite_frac", 0.0))
 
-    def _add(self, key: str, value: float, weight: float) -> None:
+    def _add(self, key: str, value: float) -> None:
         if math.isfinite(value):
-            # typeshed's Counter holds int only
-            self.sums[key] += weight * value  # type: ignore[assignment]
-            self.counts[key] += weight  # type: ignore[assignment]
-            self.counts[f"steps of {key}"] += 1
+            self.sums[key] += value  # type: ignore[assignment] # typeshed's Counter holds int only
+            self.counts[key] += 1
 
     @property
     def update_rms(self) -> float:
@@ -229,8 +233,8 @@ class StepTally:
             return self.never_moved_error
         if metric in RANGE and not self.counts[f"stated {metric}"]:
             return _estimate_share_error(self._mean(metric), layer)
-        known, steps = (self.counts[f"steps of {key}"] for key in (f"error of {metric}", metric))
-        return self._mean(f"error of {metric}") if known * 2 > steps else math.nan
+        trusted = self.counts[f"error of {metric}"] * 2 > self.counts[metric]
+        return self._mean(f"error of {metric}") if trusted else math.nan
 
     def _mean(self, key: str) -> float:
         return self.sums[key] / self.counts[key] if self.counts[key] else math.nan
@@ -243,6 +247,12 @@ class StepTally:
     def from_state(cls, state: Mapping[str, Any]) -> StepTally:
         """Restore a tally from the result of `state_dict`."""
         return cls(**{**state, "sums": Counter(state["sums"]), "counts": Counter(state["counts"])})
+
+    @classmethod
+    def from_old_state(cls, state: Mapping[str, Any]) -> StepTally:
+        """Restore a tally from a checkpoint of 0.1.0, which had no sizes of updates."""
+        known = {name: value for name, value in state.items() if name != "nonfinite"}
+        return cls.from_state(known | {"broken": state.get("nonfinite", 0.0)})
 
 
 def _estimate_share_error(share: float, layer: LayerInfo | None) -> float:

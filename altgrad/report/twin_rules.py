@@ -83,10 +83,14 @@ def has_moved(tally: TwinTally) -> bool:
 
 
 def is_stuck(tally: TwinTally) -> bool:
-    """Return True if a layer moved at first, no longer does, and loses by that."""
+    """Return True if a layer moved at first, no longer does, and loses by that.
+
+    If few elements of the sample carry the progress, a rest of these says little about the layer.
+    """
     lost = tally.kept_before - tally.figure(PROGRESS)
     return (
-        tally.still_since is not None
+        not math.isnan(tally.errors[PROGRESS])
+        and tally.still_since is not None
         and tally.still_steps >= _FEWEST_STILL
         and lost >= _LIMITS.stuck_loss
     )
@@ -147,5 +151,5 @@ def _describe_states(figures: Mapping[str, float]) -> str:
             text += f"; {metric.removesuffix('_ratio')} is {value:.2g} times that of float32"
         if metric.endswith("_zero_frac") and value > 0:
             state = metric.removesuffix("_zero_frac")
-            text += f"; {format_percent(value)} of {state} are stored as 0"
+            text += f"; {format_percent(value)} of {state} is stored as 0"
     return text

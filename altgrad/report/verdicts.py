@@ -82,8 +82,8 @@ class Advice(NamedTuple):
         reason: Why the verdict was given, in one sentence.
         evidence: Outcome of layers of real runs with this verdict, in one sentence. Empty for
             `Verdict.UNCERTAIN` and `Verdict.NOT_JUDGED`.
-        nonfinite: Largest share of the layer's elements that were NaN or inf in an observed step.
-            No figure counts these elements, so that the verdict is on the finite elements.
+        nonfinite: Largest share of the layer's elements that were NaN or inf in an observed step of
+            the run itself. No figure counts these elements, so that the verdict is on the others.
     """
 
     layer: str

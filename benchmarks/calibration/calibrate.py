@@ -76,8 +76,8 @@ RULES = {
         "real one minus the predicted one"
     ),
     "steps: stores_fine": (
-        "the lowest kept_update_ratio of 0.9, 0.99 and 0.999 from which on at most 1 run in 10 "
-        "lost more than 1 %, and none more than 10 %"
+        "the lowest kept_update_ratio of 0.9, 0.99 and 0.999 from which on at most 1 stable run "
+        "in 10 lost more than 1 %, and none more than 10 %"
     ),
     "steps: needs_remedy": (
         "the highest tenth of kept_update_ratio such that, in the tenth below it, at least half "
@@ -325,14 +325,14 @@ def find_step_thresholds(runs: Sequence[Row], layers: Sequence[Row]) -> dict[str
     own = [
         layer for layer in layers if layer["family"] == "nearest" and layer["scaling"] == "tensor"
     ]
-    key = "step_kept_by_energy"
+    key = "step_kept"
 
     def is_harmful(limit: float) -> bool:
         below = _choose(stored, limit - 0.1, limit, key)
         return bool(below) and count_lost(below, MUCH) * 2 >= len(below)
 
     def is_harmless(limit: float) -> bool:
-        above = _choose(stored, limit, math.inf, key)
+        above = _remove_unstable(_choose(stored, limit, math.inf, key))
         return count_lost(above, LITTLE) * 10 <= len(above) and not count_lost(above, MUCH)
 
     def are_frozen(limit: float) -> bool:

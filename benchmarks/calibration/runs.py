@@ -59,7 +59,7 @@ LAYER_COLUMNS = (
     *Config._fields,
     *("way", "scaling", "layer", "elements"),
     *("kept", "kept_error", "drift", "frozen", "frozen_error"),
-    *("nonfinite", "v_ratio", "step_kept_by_energy", "step_never_moved"),
+    *("nonfinite", "v_ratio", "step_kept", "step_never_moved"),
     *("now_kept", "now_frozen", "real_kept", "real_frozen", "fp32_moved", "real_v_ratio", "energy"),
 )
 """Columns of the rows of layers."""
