@@ -53,12 +53,11 @@ RULES = {
     "needs_remedy": (
         "the lowest progress_kept of 0.5, 0.6, 0.7, 0.8, 0.9 and 0.95 such that, of the runs from "
         "it on that round to nearest and are not stored fine, the middle half of the loss ratios "
-        "spans less than a "
-        "factor of 2, and at most 1 in 10 lost more than 10 %"
+        "spans less than a factor of 2, and at most 1 in 10 lost more than 10 %"
     ),
     "overshoots": (
-        "the lowest progress_kept of 1.05, 1.1, 1.2, 1.5 and 2 such that, from it to the next, half "
-        "of the runs ended at less than 0.8 or more than 1.25 times the loss in fp32"
+        "the lowest progress_kept of 1.05, 1.1, 1.2, 1.5 and 2 such that, from it to the next, "
+        "half of the runs ended at less than 0.8 or more than 1.25 times the loss in fp32"
     ),
     "frozen": (
         "the lowest frozen_frac of 0.9, 0.99, 0.995 and 0.999 from which on 19 of 20 layers, of "
