@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of the package 
 from examples.confirming.comparison import SETTINGS, do_runs
 from examples.confirming.picture import save_picture
 from examples.confirming.real_runs import LIBRARIES, list_remedies
-from examples.confirming.stalls import WAYS, Updates
 from examples.confirming.tables import (
     describe_errors,
     describe_gains,
@@ -37,7 +36,7 @@ from examples.confirming.tables import (
 )
 from examples.confirming.tasks import Batch, Task, digits, loss_and_accuracy
 
-__all__ = ["WAYS", "Batch", "Task", "Updates", "digits", "loss_and_accuracy", "main"]
+__all__ = ["Batch", "Task", "digits", "loss_and_accuracy", "main"]
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from altgrad import WeightStorage
 from examples.confirming import real_runs, tasks
 from examples.confirming.comparison import (
     BF16,
@@ -31,7 +30,7 @@ from examples.confirming.comparison import (
 from examples.confirming.picture import save_picture
 from examples.confirming.real_runs import Movement, Outcome, list_remedies, train
 from examples.confirming.tables import describe_errors, describe_gains, list_gains
-from examples.predict_and_confirm import Updates, digits
+from examples.predict_and_confirm import digits
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*`logger=False`.*", "ignore:.*no `val_dataloader`.*", "ignore:.*GPU.*"
@@ -172,22 +171,6 @@ def test_the_measured_side_knows_nothing_of_altgrad() -> None:
             names = [each.name for each in getattr(node, "names", [])]
             names.append(getattr(node, "module", None) or "")
             assert not [name for name in names if name.startswith("altgrad")]
-
-
-def test_stalled_updates_are_counted_for_each_weight() -> None:
-    """Move two weights at 1 and one at 2^-6 by 0.001, then by 0.01, in bf16."""
-    net = torch.nn.Linear(3, 1, bias=False)
-    with torch.no_grad():
-        net.weight.copy_(torch.tensor([[1.0, 1.0, 2**-6]]))
-    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
-    updates = Updates(net)
-    updates.attach(optimizer, WeightStorage("bf16"))
-    for gradient in ([0.001, 0.0, 0.001], [0.001, 0.01, 0.01]):
-        net.weight.grad = torch.tensor([gradient])
-        optimizer.step()
-    assert updates.stalls == [{"weight": (1, 2)}, {"weight": (1, 3)}]
-    assert updates.stall() == updates.stall("weight") == pytest.approx((1 / 2 + 1 / 3) / 2)
-    assert updates.never_moved() == pytest.approx(1 / 3)
 
 
 # --- what is shown
