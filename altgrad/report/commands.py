@@ -19,10 +19,11 @@ from altgrad.report.comparison import Comparison
 from altgrad.report.exports import as_csv, as_json
 from altgrad.report.names import replace_unprintable
 from altgrad.report.outputs import find_refusal
+from altgrad.report.printing import print_line
 from altgrad.report.records.reading import read
 from altgrad.report.records.schema import RunFileError
 from altgrad.report.run_report import RunReport
-from altgrad.report.terminal import print_comparison, print_line, print_report
+from altgrad.report.terminal import print_comparison, print_report
 from altgrad.report.web_page import page
 
 _TERMINAL = Path("-")  # the usual name for standard output
