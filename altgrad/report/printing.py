@@ -1,7 +1,7 @@
 """Print texts and tables in a terminal: literally, and in as few columns as they need.
 
 Names of layers may hold markup of rich or unprintable characters; `style_text` shows them as they
-are. The module `terminal` prints with these functions.
+are. The modules `terminal` and `confirmation_table` print with these functions.
 """
 
 from __future__ import annotations

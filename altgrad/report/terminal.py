@@ -137,12 +137,13 @@ def print_comparison(comparison: Comparison, console: Console, most: int | None 
     """
     for letter, run in zip("AB", comparison.runs, strict=True):
         print_text(console, f"{letter}: {run.run.path}: {run.steps}")
-    table = make_table(["figure", "A", "B", "B − A"])
-    for key, in_a, in_b in comparison.model_means:
-        table.add_row(style_text(key), f"{in_a:.4g}", f"{in_b:.4g}", f"{in_b - in_a:+.3g}")
     if comparison.model_means:
         print_text(console, "The model: means over the steps", style="italic")
-        console.print(table)
+        console.print(_make_figure_table(comparison.model_means))
+    if (twins := comparison.twins) is not None:
+        heading = f"The model: samples stored by recipes, at step {twins.step:,}"
+        print_text(console, heading, style="italic")
+        console.print(_make_figure_table(twins.rows))
     if comparison.changes:
         changes = comparison.changes[:most]
         which = f"the {len(changes)} of {len(comparison.changes):,} that differ most"
@@ -152,6 +153,13 @@ def print_comparison(comparison: Comparison, console: Console, most: int | None 
     print_text(console, comparison.summary)
     for note in comparison.notes:
         print_text(console, f"Note: {note}", style="yellow")
+
+
+def _make_figure_table(rows: Sequence[tuple[str, float, float]]) -> Table:
+    table = make_table(["figure", "A", "B", "B − A"])
+    for key, in_a, in_b in rows:
+        table.add_row(style_text(key), f"{in_a:.4g}", f"{in_b:.4g}", f"{in_b - in_a:+.3g}")
+    return table
 
 
 def _make_change_table(changes: Sequence[tuple[Advice, Advice]], width: int) -> Table:
