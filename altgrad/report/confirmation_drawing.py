@@ -35,6 +35,7 @@ _LEAST_NAMED = 0.08
 """Difference from which on a layer may have its name beside its point."""
 
 _MOST_NAMED = 3
+_CHARACTER = 0.019  # width of a character, as a share of a panel
 _NAME_WIDTH = 24  # characters of a name beside a point
 
 
@@ -143,7 +144,8 @@ def _name_worst(axes: Axes, metric: str, layers: Sequence[ConfirmedLayer]) -> No
         taken.append(y)
         # Away from the diagonal, and into the panel.
         is_below, span = y < x, high - low
-        is_left = x < low + 0.75 * span if is_below else x < low + 0.25 * span
+        needed = _CHARACTER * len(name) * span
+        is_left = high - x > needed if is_below else x - low < needed
         place: dict[str, Any] = {
             "ha": "left" if is_left else "right",
             "va": "top" if is_below else "bottom",
