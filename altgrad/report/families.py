@@ -8,9 +8,9 @@ real runs of its family alone: what became of weights in 8 bits says nothing abo
 
 from __future__ import annotations
 
+from altgrad.measurement.catalogue import NOW
 from altgrad.quantization.block_formats import get_formats
 from altgrad.report.records.schema import RecipeInfo
-from altgrad.report.verdicts import NOW
 
 FAMILIES = {
     "now": "runs in bf16, watched as they were",

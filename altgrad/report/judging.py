@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from altgrad._messages import format_percent
+from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.intervals import find_interval
 from altgrad.report.calibration import calibration
 from altgrad.report.families import find_family
@@ -29,7 +30,7 @@ from altgrad.report.tallies import (
     TwinTally,
 )
 from altgrad.report.twin_rules import judge_twin
-from altgrad.report.verdicts import NOW, Advice, Assessment, Verdict
+from altgrad.report.verdicts import Advice, Assessment, Verdict
 
 if TYPE_CHECKING:
     from altgrad.measurement.figures import Figures

@@ -12,8 +12,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from altgrad._messages import few, format_count, format_percent
+from altgrad.measurement.catalogue import NOW
 from altgrad.report.calibration import calibration
-from altgrad.report.verdicts import NOW, Advice, RunAdvice, Verdict
+from altgrad.report.verdicts import Advice, RunAdvice, Verdict
 
 _LIMITS = calibration().thresholds
 

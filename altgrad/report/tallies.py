@@ -15,11 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from altgrad.measurement.catalogue import FORMAT_METRICS
+from altgrad.measurement.catalogue import FORMAT_METRICS, NOW
 from altgrad.measurement.intervals import find_share_error
 from altgrad.report.calibration import calibration
 from altgrad.report.records.schema import LayerInfo
-from altgrad.report.verdicts import NOW
 
 _LIMITS = calibration().thresholds
 

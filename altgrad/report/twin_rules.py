@@ -17,11 +17,12 @@ import math
 from collections.abc import Mapping
 
 from altgrad._messages import format_percent
+from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.intervals import find_interval
 from altgrad.report.calibration import calibration
 from altgrad.report.step_rules import reaches, write_figure, write_percent
 from altgrad.report.tallies import FROZEN, MOVED, STILL, TwinTally
-from altgrad.report.verdicts import NOW, PROGRESS, Interval, Verdict
+from altgrad.report.verdicts import PROGRESS, Interval, Verdict
 
 _LIMITS = calibration().thresholds
 _FEWEST_STILL = 2

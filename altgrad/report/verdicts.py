@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.intervals import find_interval
 
-NOW = "now"
-"""The name of the run itself among the recipes, as in `altgrad.recipes.recipe`."""
 PROGRESS, STEP_KEPT = "progress_kept", "kept_update_ratio"
 
 Interval = tuple[float, float]
