@@ -66,9 +66,10 @@ class PrecisionMonitor(Callback):
     - ``altgrad/{metric}`` and ``altgrad/{metric}/{format}``: figures of the model.
     - ``altgrad/{metric}/{layer}`` and ``altgrad/{metric}/{format}/{layer}``: figures of a layer
       that `layer_charts` chooses, a charted layer.
-    - ``altgrad/{metric}/{recipe}``: figures of twins over the model. Of a charted layer,
-      ``altgrad/progress_kept/{recipe}/{layer}`` and ``altgrad/frozen_frac/{recipe}/{layer}``. A
-      twin is a sample of each layer that is trained as a recipe for storing weights says.
+    - ``altgrad/{metric}/{recipe}``: figures of twins over the model, but for ``moved_rms``, which
+      is the same for all recipes. Of a charted layer, ``altgrad/progress_kept/{recipe}/{layer}``
+      and ``altgrad/frozen_frac/{recipe}/{layer}``. A twin is a sample of each layer that is trained
+      as a recipe for storing weights says.
     - ``altgrad/monitor/…``: the share of the time that observing takes, the number of measured
       elements and the number of skipped steps.
 

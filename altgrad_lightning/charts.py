@@ -30,6 +30,8 @@ PER_LAYER_AND_RECIPE = ("progress_kept", "frozen_frac")
 
 A recipe says how weights are stored, and is tried on a sample of the layer, its twin.
 """
+WITHOUT_CHART = frozenset({"moved_rms"})
+"""Metrics of the model's twins without a chart: they say the same under every recipe."""
 # If no layer has a kept_update_ratio in 20 rows, the layers are chosen without one.
 _MAX_WAITING_ROWS = 20
 _NO_FIGURES: Mapping[str, float] = {}
@@ -152,11 +154,12 @@ class Charts:
         self._left = state.get("left", 0)
 
     def _note_twins(self, model: Figures, layers: Mapping[str, Figures]) -> None:
-        """Note the keys of figures of twins, so that later rows have them, too.
+        """Note the keys of figures of twins to chart, so that later rows have them, too.
 
         A twin, a sample of the layers trained as a recipe for storing weights says, may end early.
         """
-        self._twin_keys |= dict.fromkeys(model.twin_keys)
+        charted = (key for key in model.twin_keys if key.partition("/")[0] not in WITHOUT_CHART)
+        self._twin_keys |= dict.fromkeys(charted)
         for name, figures in layers.items():
             if figures.recipes:
                 self._recipes.setdefault(name, {}).update(dict.fromkeys(figures.recipes))

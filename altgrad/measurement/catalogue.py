@@ -104,6 +104,7 @@ TWIN_METRICS = _by_name(
         "the movement of fp32 since the last observed step is kept; 1 is all",
     ),
     Metric("drift", "1", "≥ 0", "weights far from those of fp32; 1 is as far as fp32 moved"),
+    Metric("moved_rms", "weight", "≥ 0", "fp32 moved weights far since the start"),
     Metric("frozen_frac", *_SHARE, "weights that fp32 moved since the start, and the twin never"),
     Metric(
         *("still_frac", *_SHARE),

@@ -221,9 +221,9 @@ class TwinFigures(Mapping[str, float]):
             key: ``metric/recipe``, such as ``frozen_frac/bf16-sr``.
 
         Returns:
-            The standard error, in the unit of the figure. NaN for ``drift``, ``{state}_ratio``
-            and ``{state}_error``, which have none, and where the sample is too small; see
-            `Figures.standard_error`. 0 if the sample is the whole layer.
+            The standard error, in the unit of the figure. NaN for ``drift``,
+            ``moved_rms``, ``{state}_ratio`` and ``{state}_error``, which have none, and where the
+            sample is too small; see `Figures.standard_error`. 0 if the sample is the whole layer.
 
         Raises:
             KeyError: The metric or the recipe is unknown.

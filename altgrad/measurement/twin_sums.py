@@ -26,12 +26,13 @@ Standard errors follow from the last three.
 """
 
 RATIOS = (
-    *("progress_kept", "window_progress_kept", "drift", "frozen_frac", "still_frac"),
+    *("progress_kept", "window_progress_kept", "drift", "moved_rms", "frozen_frac", "still_frac"),
     *("step_projection", "decay_projection", "moved_since_start_frac", "twin_nonfinite_frac"),
 )
-"""Names of a twin's metrics that are ratios Σ a / Σ b; ``drift`` is the square root of its ratio.
+"""Names of a twin's metrics that are ratios Σ a / Σ b, or the square root of such a ratio.
 
-A twin is a sample of a layer that is stored and stepped as a recipe says.
+A twin is a sample of a layer that is stored and stepped as a recipe says. ``drift`` and
+``moved_rms`` are square roots.
 """
 
 
@@ -86,7 +87,7 @@ class TwinColumns:
     @cached_property
     def roots(self) -> tuple[str, ...]:
         """The names of the metrics that are the square root of their ratio Σ a / Σ b."""
-        return ("drift", *(f"{state}_error" for state in self.states))
+        return ("drift", "moved_rms", *(f"{state}_error" for state in self.states))
 
     @cached_property
     def medians(self) -> tuple[str, ...]:
@@ -303,6 +304,7 @@ def _pair_weights(
         "progress_kept": (products[0], squares[0]),
         "window_progress_kept": (products[1], squares[1]),
         "drift": (apart.square(), squares[0]),
+        "moved_rms": (squares[0], finite),
         "frozen_frac": (frozen[0], moved32[0]),
         "still_frac": (frozen[1], moved32[1]),
         "step_projection": (products[2], squares[2]),

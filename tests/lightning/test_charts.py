@@ -28,7 +28,8 @@ def figures(kept: float = math.nan, formats: tuple[str, ...] = FORMATS) -> Figur
 
 
 def add_twins(made: Figures, *recipes: str, states: tuple[str, ...] = ()) -> Figures:
-    metrics = ("progress_kept", "drift", "frozen_frac", *(f"{state}_ratio" for state in states))
+    metrics = ("progress_kept", "drift", "moved_rms", "frozen_frac")
+    metrics += tuple(f"{state}_ratio" for state in states)
     keys = [f"{metric}/{recipe}" for recipe in recipes for metric in metrics]
     twinned = Figures(made | dict.fromkeys(keys, 0.25))
     twinned.formats, twinned.recipes, twinned.twin_keys = made.formats, recipes, tuple(keys)
@@ -141,7 +142,7 @@ def test_a_resumed_run_charts_the_same_layers() -> None:
     assert [*resumed.charted] == ["a"]
 
 
-def test_all_figures_of_twins_are_charted_for_the_model_and_two_for_a_layer() -> None:
+def test_figures_of_twins_but_moved_rms_are_charted_for_the_model_and_two_for_a_layer() -> None:
     charts = Charts(FORMATS, 1)
     layers = {"a": add_twins(figures(0.1), "bf16", "e5m2-sr"), "b": figures(0.9)}
     model = add_twins(figures(0.5), "bf16", "e5m2-sr", states=("exp_avg_sq",))
@@ -149,6 +150,8 @@ def test_all_figures_of_twins_are_charted_for_the_model_and_two_for_a_layer() ->
     for recipe in ("bf16", "e5m2-sr"):
         for metric in ("progress_kept", "drift", "frozen_frac", "exp_avg_sq_ratio"):
             assert row.model[f"altgrad/{metric}/{recipe}"] == 0.25
+        assert f"moved_rms/{recipe}" in model
+        assert f"altgrad/moved_rms/{recipe}" not in row.model
     of_layer = {key for key, value in row.others.items() if value == 0.25}
     assert of_layer == {
         f"altgrad/{metric}/{recipe}/a"

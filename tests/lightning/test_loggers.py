@@ -163,6 +163,7 @@ def test_the_layout_has_twins_of_the_model_and_of_layers(tmp_path: Path) -> None
     layout = read_layout(EventAccumulator(logger.log_dir).Reload())
     twins = layout["AltGrad: twins"]
     assert [*twins][:2] == ["progress_kept", "window_progress_kept"]
+    assert "moved_rms" not in twins
     (of_model,) = twins["progress_kept"]
     tags = [f"altgrad/progress_kept/{name}" for name in ("bf16", "bf16-sr", "bf16/a", "bf16-sr/a")]
     assert [tag for tag in tags if re.match(of_model, tag)] == tags[:2]

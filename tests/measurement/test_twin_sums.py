@@ -83,6 +83,11 @@ def define_drift(low: TwinStack, high: TwinStack, layer: int, place: int) -> Pai
     return apart * apart, way32 * way32
 
 
+def define_moved_rms(low: TwinStack, high: TwinStack, layer: int, place: int) -> Pair:
+    way32 = exact(high.now, layer, place) - exact(high.start, layer, place)
+    return way32 * way32, Fraction(1)
+
+
 def define_decay(low: TwinStack, high: TwinStack, layer: int, place: int) -> Pair:
     weight32 = exact(high.now, layer, place)
     return (exact(low.now, layer, place) - weight32) * weight32, weight32 * weight32
@@ -97,6 +102,7 @@ DEFINITIONS: dict[str, Define] = {
     "progress_kept": projection_since("start"),
     "window_progress_kept": projection_since("window"),
     "drift": define_drift,
+    "moved_rms": define_moved_rms,
     "frozen_frac": share_of_unmoved("moved"),
     "still_frac": share_of_unmoved("moved_in_window"),
     "step_projection": projection_since("before"),
@@ -172,10 +178,10 @@ def test_columns_are_five_sums_of_each_ratio_then_medians_then_a_count() -> None
     columns = TwinColumns(STATES)
     own = (f"{state}_{end}" for state in STATES for end in ("error", "zero_frac"))
     assert columns.ratios == (*RATIOS, *own)
-    assert columns.roots == ("drift", "exp_avg_error", "exp_avg_sq_error")
+    assert columns.roots == ("drift", "moved_rms", "exp_avg_error", "exp_avg_sq_error")
     assert columns.medians == ("exp_avg_ratio", "exp_avg_sq_ratio")
-    assert len(columns) == 13 * 5 + 2 + 1
-    assert len(TwinColumns()) == 9 * 5 + 1
+    assert len(columns) == 14 * 5 + 2 + 1
+    assert len(TwinColumns()) == 10 * 5 + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -25,7 +25,10 @@ from tests.measurement.twins import (
 )
 
 METRICS = twin_metrics(STATES)
-WITHOUT_ERROR = {"drift"} | {f"{s}_{end}" for s in STATES for end in ("ratio", "error")}
+WITHOUT_ERROR = {
+    *("drift", "moved_rms"),
+    *(f"{state}_{end}" for state in STATES for end in ("ratio", "error")),
+}
 
 
 def make_row(**pairs: tuple[float, float]) -> Numbers:
@@ -39,14 +42,20 @@ def make_row(**pairs: tuple[float, float]) -> Numbers:
     return row
 
 
-def test_figures_are_quotients_a_root_and_medians() -> None:
-    row = make_row(progress_kept=(3.0, 4.0), drift=(9.0, 4.0), exp_avg_error=(1.0, 4.0))
+def test_figures_are_quotients_roots_and_medians() -> None:
+    row = make_row(
+        progress_kept=(3.0, 4.0),
+        drift=(9.0, 4.0),
+        moved_rms=(4.0, 256.0),
+        exp_avg_error=(1.0, 4.0),
+    )
     table = TwinTable(STATES, row[None], np.array([[1000.0, 256.0, 0.0]]))
     figures = dict(zip(METRICS, table.figures[0], strict=True))
     known = {name: value for name, value in figures.items() if not math.isnan(value)}
     assert known == {
         "progress_kept": 0.75,
         "drift": 1.5,
+        "moved_rms": 0.125,
         "exp_avg_ratio": 1.5,
         "exp_avg_error": 0.5,
     }
@@ -64,7 +73,8 @@ def test_a_layer_that_never_moved_has_no_progress_and_is_not_called_frozen() -> 
     for row, errors in zip(table.figures, table.errors, strict=True):
         figures = dict(zip(METRICS, row, strict=True))
         found = {name for name in RATIOS if not math.isnan(figures[name])}
-        assert found == {"decay_projection", "moved_since_start_frac", "twin_nonfinite_frac"}
+        shares = {"moved_since_start_frac", "twin_nonfinite_frac"}
+        assert found == {"moved_rms", "decay_projection"} | shares
         assert all(figures[name] == 0 for name in found)
         unknown = {name for name, error in zip(METRICS, errors, strict=True) if math.isnan(error)}
         assert unknown >= {*RATIOS} - found
@@ -103,6 +113,28 @@ def test_a_model_counts_each_sample_by_population_over_sample() -> None:
         each = [split_twins(split, [name])[0][name][key] for name in ("a", "b", "c")]
         expected = statistics.median_low(np.repeat(each, populations).tolist())
         assert model[key] == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_moved_rms_of_a_model_is_that_of_the_elements_that_its_samples_stand_for() -> None:
+    """Layers differ in sample, population and size of movements, and some elements are NaN."""
+    names, sizes, populations = ["a", "b", "c"], [40, 7, 256], [40, 7_000, 512]
+    high, twins = make_stacks(3, 256, 0)
+    high.now[2].sub_(high.start[2]).mul_(100).add_(high.start[2])
+    high.now[0, 3] = twins[1].window[1, 2] = math.nan  # the latter in the second recipe alone
+    values = measure_sample(names, high, twins, populations, sizes=sizes)
+    layers, model = split_twins(values, names)
+    for recipe, low in zip(RECIPES, twins, strict=True):
+        key, everyone = f"moved_rms/{recipe}", []
+        for row, name in enumerate(names):
+            elements = torch.stack([*high[:4], *low[:4]])[:, row, : sizes[row]].T.tolist()
+            moves = [each[3] - each[0] for each in elements if all(map(math.isfinite, each))]
+            assert layers[name][key] == pytest.approx(find_rms(moves), rel=1e-12)
+            everyone += moves * (populations[row] // sizes[row])
+        assert model[key] == pytest.approx(find_rms(everyone), rel=1e-12)
+
+
+def find_rms(numbers: Sequence[float]) -> float:
+    return math.sqrt(math.fsum(each * each for each in numbers) / len(numbers))
 
 
 def test_rows_are_converted_to_other_states() -> None:

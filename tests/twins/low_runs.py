@@ -141,6 +141,7 @@ class Run:
         found = {
             "progress_kept": ((way * way32).sum() / way32.square().sum()),
             "drift": (now - high).norm() / way32.norm(),
+            "moved_rms": way32.square().mean().sqrt(),
             "frozen_frac": (moved32 & ~moved).sum() / moved32.sum(),
             "still_frac": (lately32 & ~lately).sum() / lately32.sum(),
             "decay_projection": ((now - high) * high).sum() / high.square().sum(),

@@ -66,6 +66,29 @@ def test_figures_stand_beside_those_of_formats() -> None:
     assert watched.records[-1].model["frozen_frac/bf16"] < 0.2
 
 
+@pytest.mark.parametrize("elements", [256, 10_000])
+def test_moved_rms_is_how_far_the_run_in_float32_has_moved(elements: int) -> None:
+    """Of all elements it is exact, and by it the figures of a model follow from those of layers."""
+    net = make_net(width=128)  # without tails, which samples leave out
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+    watched = Watched(net, optimizer, recipes=["bf16", "bf16-true"], twin_elements=elements)
+    start = copy_weights(net)
+    train(net, optimizer, 14)
+    model, layers = watched.records[-1].model, watched.records[-1].layers
+    key, population, energy, kept = "moved_rms/bf16", 0, 0.0, 0.0
+    for (name, now), first in zip(net.named_parameters(), start, strict=True):
+        way = (now.detach().double() - first.double()).square().mean().sqrt().item()
+        is_whole = elements >= now.numel()
+        assert layers[name][key] == pytest.approx(way, rel=1e-12 if is_whole else 0.1)
+        population += now.numel()
+        own = layers[name][key] ** 2 * now.numel()
+        energy += own
+        kept += own * layers[name]["progress_kept/bf16"]
+    assert model[key] == pytest.approx((energy / population) ** 0.5, rel=1e-12)
+    assert model["progress_kept/bf16"] == pytest.approx(kept / energy, rel=1e-12)
+    assert model["moved_rms/bf16-true"] == model[key]  # every recipe has the same float32
+
+
 def test_layers_that_come_and_go_equal_the_run() -> None:
     net = make_net()
     optimizer = torch.optim.AdamW(

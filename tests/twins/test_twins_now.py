@@ -111,6 +111,7 @@ def test_a_run_that_no_twin_can_follow_says_what_moved(low: bool) -> None:
         assert 0 < still < 1
         assert math.isnan(figures["progress_kept/now"])
         assert math.isnan(figures["frozen_frac/now"])
+        assert math.isnan(figures["moved_rms/now"])
         assert figures.recipes == ("now",)
 
 

@@ -94,6 +94,8 @@ def assert_equal_to_a_stored_run(
     assert figures[f"frozen_frac/{name}"] == frozen.double().mean().item()
     drift = ((low[-1] - own[-1]).norm() / moved32.norm()).item()
     assert figures[f"drift/{name}"] == pytest.approx(drift, rel=1e-9)
+    moved_rms = moved32.square().mean().sqrt().item()
+    assert figures[f"moved_rms/{name}"] == pytest.approx(moved_rms, rel=1e-9)
 
 
 @pytest.mark.parametrize("shape", ROWS, ids=str)

@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from altgrad import __version__
-from altgrad.report import RunFile, RunFileError, read
+from altgrad.report import RunFile, RunFileError, RunReport, read
+from altgrad.report.exports import as_json
 from altgrad.report.records import reading
-from tests.report.records.recording import assert_same, read_strict_lines, written
+from tests.report.records.recording import assert_same, read_strict_lines, record_run, written
 
 
 def test_all_figures_of_all_steps_are_read(tmp_path, records, header) -> None:
@@ -60,6 +62,29 @@ def test_metrics_in_older_files_get_their_new_names(tmp_path, records, header) -
     path.write_text(path.read_text().replace('"ulp_zero_frac":', '"zero_update_frac":'))
     assert "zero_update_frac" in path.read_text()
     assert [repr(row.figures) for row in read(path).rows] == today
+
+
+def test_a_run_that_was_begun_before_twins_had_a_metric_is_read(tmp_path) -> None:
+    """Its first lines lack `moved_rms`, which the lines after the update have."""
+    header, records = record_run(formats=["bf16"], recipes=["bf16", "bf16-true"])
+    path = written(tmp_path, header, records)
+    key, other = "moved_rms/bf16", "progress_kept/bf16"
+    today, kept = read(path).series(key), read(path).series(other)
+    lines = path.read_text().splitlines(keepends=True)
+    old = 1 + 2 * (1 + len(records[0].layers))  # the header and two steps
+    lines[:old] = [re.sub(r'"moved_rms/[^,]+,', "", line) for line in lines[:old]]
+    path.write_text("".join(lines))
+    run = read(path)
+    assert run.notes == []
+    assert run.series(key) == {2: today[2]}
+    assert run.series(other) == kept
+    assert run.to_pandas()[key].isna().sum() == old - 1
+    twins = as_json(RunReport.from_run(run))["twins"]["model"]
+    assert twins["bf16"]["figures"]["moved_rms"] == today[2]
+    path.write_text("".join(lines[:old]))
+    twins = as_json(RunReport.from_run(read(path)))["twins"]["model"]
+    assert "moved_rms" not in twins["bf16"]["figures"]
+    assert twins["bf16"]["figures"]["progress_kept"] == kept[1]
 
 
 # --- resumed

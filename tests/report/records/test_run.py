@@ -88,7 +88,7 @@ def test_a_data_frame_has_the_figures_of_twins(tmp_path) -> None:
     header, records = record_run(formats=["bf16"], recipes=["bf16-sr"], twin_elements=64)
     frame = read(written(tmp_path, header, records)).to_pandas()
     last, model = frame.iloc[-1], records[-1].model
-    for key in ("progress_kept/bf16-sr", "decay_projection/bf16-sr"):
+    for key in ("progress_kept/bf16-sr", "decay_projection/bf16-sr", "moved_rms/bf16-sr"):
         assert_same(last[key], model[key])
     assert_same(last["frozen_frac_error/bf16-sr"], model.standard_error("frozen_frac/bf16-sr"))
     assert_same(last["moved_elements"], model.moved_elements)
