@@ -20,10 +20,12 @@ import statistics
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from altgrad import OptimizerStep, StepObserver, measure, spacing
+from altgrad_lightning.demo_model import CharacterTransformer, Windows, standard_library_text
 from benchmarks.paired import Target, print_table, print_targets
-from examples.predict_and_confirm import loss_and_accuracy, transformer
+from examples.predict_and_confirm import Batch, loss_and_accuracy
 
 EXPECTED = {1e-6: 0.991, 3e-6: 0.979, 1e-5: 0.948}
 """Share of invisible updates by learning rate, from an earlier run with another model and seed."""
@@ -54,9 +56,10 @@ def measured(pretraining: int, steps: int) -> dict[float, Shares]:
         pretraining: Number of steps at 1e-3 before.
         steps: Number of steps at each learning rate; the second half counts.
     """
-    task = transformer(0, pretraining + steps)
-    net = task.model()
-    train(net, torch.optim.AdamW(net.parameters(), lr=1e-3), task.batches[:pretraining])
+    batches = draw_batches(pretraining + steps)
+    torch.manual_seed(0)
+    net = CharacterTransformer()
+    train(net, torch.optim.AdamW(net.parameters(), lr=1e-3), batches[:pretraining])
     start = {name: p.detach().clone() for name, p in net.state_dict().items()}
     shares: dict[float, Shares] = {}
     for lr in EXPECTED:
@@ -66,10 +69,18 @@ def measured(pretraining: int, steps: int) -> dict[float, Shares]:
         with StepObserver(net, lambda step, seen=seen: seen.append(invisible(step))).attach(
             optimizer
         ):
-            train(net, optimizer, task.batches[pretraining:])
+            train(net, optimizer, batches[pretraining:])
         late = seen[len(seen) // 2 :]  # by then, the moments of Adam have settled
         shares[lr] = tuple(statistics.fmean(each) for each in zip(*late, strict=True))  # type: ignore[assignment]
     return shares
+
+
+def draw_batches(count: int) -> list[Batch]:
+    """Return batches of 16 pieces of Python's source, and the next character of each one."""
+    text = standard_library_text()
+    torch.manual_seed(0)
+    windows = DataLoader(Windows(text[: len(text) * 9 // 10], count * 16), batch_size=16)
+    return [(batch[:, :-1], batch[:, 1:]) for batch in windows]
 
 
 def train(net: nn.Module, optimizer: torch.optim.Optimizer, batches) -> None:
