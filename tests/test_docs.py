@@ -14,7 +14,7 @@ from torch import nn
 import altgrad
 from altgrad import SamplingRule, UpdateMonitor
 from altgrad.measurement.columns import max_count, sum_count
-from altgrad.report import RunFile, Verdict
+from altgrad.report import Confirmation, RunFile, Verdict
 from altgrad.report.calibration import Thresholds, calibration
 from altgrad_lightning import PrecisionMonitor
 from altgrad_lightning.settings import PRESETS
@@ -99,10 +99,25 @@ def test_the_code_on_a_page_runs(
         (tmp_path / "verdicts.csv").write_text("layer\n'=a\n''b\nNA\n")
     for block in code:
         exec(compile(block, page.name, "exec"), names)
+    if page.name == "compare.md":
+        _assert_shows(page, names["found"])
     if page.name == "report.md":
         assert names["frozen"] == ["a"]
         assert [*names["table"]["layer"]] == ["=a", "'b", "NA"]
         assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def _assert_shows(page: Path, found: Confirmation) -> None:
+    """Assert that the table on a page has what a run predicted, beside what happened."""
+    layers = {layer.name: layer for layer in found.layers} | {"model": found.model}
+    lines = [line.split() for line in blocks(page, "text")[0].splitlines() if "0." in line[12:17]]
+    assert len(lines) == 9
+    for words in lines:
+        pairs, cells = layers[words[-10]].pairs.values(), words[-9:]
+        for pair, start in zip(pairs, (0, 3, 6), strict=True):
+            # Other processors round other sums, so that the runs differ a little.
+            assert pair[:2] == pytest.approx([*map(float, cells[start : start + 2])], abs=0.1)
+    assert found.frozen == (3, 3, 3, 18)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

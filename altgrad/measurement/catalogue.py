@@ -42,6 +42,12 @@ def _by_name(*metrics: Metric) -> Mapping[str, Metric]:
     return {metric.name: metric for metric in metrics}
 
 
+NOW = "now"
+"""The name of the training itself among the recipes, as in the key ``frozen_frac/now``.
+
+It has figures under this name if its weights have 16 bits, or a `WeightStorage` rounds them.
+"""
+
 _SHARE = ("share", "0 … 1")
 
 LAYER_METRICS = _by_name(

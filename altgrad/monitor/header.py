@@ -1,7 +1,8 @@
 """Describe a run as plain data, for the header of its run file.
 
-This file does not import torch, so that a report can compare formats with those of a run. The room
-`altgrad.report` comes next and writes the header.
+This file does not import torch, so that a report can compare formats with those of a run.
+`run_storage` comes next and describes how the run itself is stored; the room `altgrad.report`
+writes the header.
 """
 
 from __future__ import annotations
@@ -84,14 +85,14 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
         "compensation": recipe.compensation,
         "states": {state: str(format) for state, format in recipe.states.items()},
         "dtype": None if recipe.dtype is None else str(recipe.dtype).removeprefix("torch."),
-        "optimizer": None if maker is None else _qualify(maker.make),
+        "optimizer": None if maker is None else describe_name(maker.make),
         "fused": recipe.fused,
         "accumulate": None if recipe.accumulate is None else str(recipe.accumulate),
         "bytes_per_parameter": recipe.bytes_per_parameter,
     }
 
 
-def _qualify(factory: Callable[..., Any]) -> str:
+def describe_name(factory: Callable[..., Any]) -> str:
     """Return module and name of a class or function; for any other object, those of its class."""
     named = factory if hasattr(factory, "__qualname__") else type(factory)
     return f"{named.__module__}.{named.__qualname__}"

@@ -35,6 +35,7 @@ from altgrad.distributed.host_group import LostRankError
 from altgrad.distributed.peers import Alone, Peers, StepSums
 from altgrad.distributed.together import Together
 from altgrad.distributed.twin_message import TwinPlan
+from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.ever_moved import EverMovedStore, PackedBits, check_packed_bits
 from altgrad.measurement.measure import DEFAULT_FORMATS
 from altgrad.measurement.measurer import Measurer
@@ -49,6 +50,7 @@ from altgrad.monitor.known_losses import KnownLosses
 from altgrad.monitor.lagging_average import describe_lagging_average, describe_lags
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.monitor.policy import StepPolicy
+from altgrad.monitor.run_storage import describe_storage
 from altgrad.monitor.scale_state import ScaleState
 from altgrad.monitor.schedule import StepSchedule
 from altgrad.monitor.twin_layers import TwinLayers, count_most_sampled
@@ -65,7 +67,7 @@ from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import NumberFormat
 from altgrad.recipes.names import find_default_recipes, get_recipes
-from altgrad.recipes.recipe import NOW, Recipe
+from altgrad.recipes.recipe import Recipe
 from altgrad.twins.batch_norm import BatchStatistic
 from altgrad.twins.rank_states import join_states, pack_state
 from altgrad.twins.run_average import RunAverage
@@ -308,7 +310,8 @@ class UpdateMonitor:
     def run_header(self) -> dict[str, Any]:
         """Describe formats, scaling, layers and recipes as plain data: a run file's header.
 
-        `altgrad.report.RunFile` takes the header.
+        `altgrad.report.RunFile` takes the header. Call this method after `attach`: the optimizers
+        tell how the run itself is stored, which the header has under ``now``. It is None before.
 
         Returns:
             A dict that JSON can hold.
@@ -325,7 +328,8 @@ class UpdateMonitor:
             if name in described
         }
         return describe_run(self.formats, self.scaling, layers, self.recipes) | {
-            "versions": {"torch": torch.__version__}
+            "versions": {"torch": torch.__version__},
+            "now": describe_storage(self._observer.optimizers, self.parameters.values()),
         }
 
     def count_elements(self, name: str) -> int:

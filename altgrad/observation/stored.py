@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from altgrad.observation.optimizers import unwrap
 from altgrad.quantization.float_format import FloatFormat
+from altgrad.quantization.number_format import NumberFormat
 
 
 class StoredState(NamedTuple):
@@ -50,6 +51,8 @@ class Stored(NamedTuple):
             the mapping is empty before the first step.
         state_formats: The formats of the states by name, known before the first step; ``"*"`` for
             all others.
+        format: The format of the weights, such as a block format, of which `element` is the format
+            of a single weight; None if only states are stored.
     """
 
     element: FloatFormat | None
@@ -58,7 +61,8 @@ class Stored(NamedTuple):
     scale: Callable[[], Tensor | None]
     lost: Callable[[], Tensor | None]
     states: Mapping[str, StoredState] = MappingProxyType({})
-    state_formats: Mapping[str, FloatFormat] = MappingProxyType({})
+    state_formats: Mapping[str, NumberFormat] = MappingProxyType({})
+    format: NumberFormat | None = None
 
     def join(self, other: Stored) -> Stored:
         """Return how a layer is stored that two objects store: one its weights, one its states."""
@@ -69,8 +73,9 @@ class Stored(NamedTuple):
         )
 
     def find_state_format(self, name: str) -> FloatFormat | None:
-        """Return the format in which a state is stored after each step; None if it is not."""
-        return self.state_formats.get(name, self.state_formats.get("*"))
+        """Return the format of one number of a state that is stored after each step, or None."""
+        found = self.state_formats.get(name, self.state_formats.get("*"))
+        return None if found is None else found.element
 
 
 # For each optimizer, and each storage that registered something: the stored parameters. Weak keys

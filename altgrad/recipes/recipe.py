@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from altgrad._messages import check_type
+from altgrad.measurement.catalogue import NOW
 from altgrad.observation.rules import SamplingRule
 from altgrad.quantization.block_formats import get_formats
 from altgrad.quantization.float_format import FloatFormat
@@ -35,11 +36,6 @@ _PRECISIONS = {
     torch.float64: "64-true",
 }
 """The dtypes that a recipe may have, and Lightning's `Trainer(precision=…)` for each."""
-NOW = "now"
-"""The name of the training itself among the recipes.
-
-It has figures under this name if its weights have 16 bits, or a `WeightStorage` rounds them.
-"""
 _ADAM_STATES = frozenset({"exp_avg", "exp_avg_sq"})
 _KAHAN_BITS = 16
 _SCALE_BITS = 8  # e8m0 and E4M3, the scales of blocks, are numbers of 8 bits

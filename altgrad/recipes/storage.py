@@ -313,7 +313,8 @@ class WeightStorage:
             lambda: None if layer is None else layer.expand_scales(),
             lambda: None if layer is None else layer.lost,
             {} if states is None else states.stored,
-            {} if states is None else states.elements,
+            {} if states is None else states.formats,
+            None if layer is None else layer.format,
         )
 
     def _warn_about_unknown(self, names: set[str]) -> None:

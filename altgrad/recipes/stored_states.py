@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 
 from altgrad.observation.stored import StoredState
 from altgrad.quantization.arguments import INPUT_DTYPES
-from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import NumberFormat, get_applied_scaling
 from altgrad.quantization.scaling import compute_amax, compute_format_scales
@@ -47,6 +46,7 @@ class StoredStates:
             ``("block", size)``, or None for no scale.
 
     Attributes:
+        formats: The `formats` argument.
         stored: The format and scale of each state at the last `store`, by name of the state.
     """
 
@@ -55,13 +55,8 @@ class StoredStates:
     ) -> None:
         self.stored: dict[str, StoredState] = {}
         self._name = name
-        self._formats = formats
+        self.formats = formats
         self._scaling = scaling
-
-    @property
-    def elements(self) -> dict[str, FloatFormat]:
-        """The format of a single number of each state, by name; ``"*"`` for all others."""
-        return {name: format.element for name, format in self._formats.items()}
 
     @torch.no_grad()
     def store(
@@ -96,7 +91,7 @@ class StoredStates:
             ValueError: A state has a dtype that is not finer than its format.
         """
         for name in find_names(parameter, states):
-            state, format = states[name], self._formats.get(name, self._formats.get(_ALL))
+            state, format = states[name], self.formats.get(name, self.formats.get(_ALL))
             if format is None:
                 continue
             if state.dtype == format.element.torch_dtype and format.block_size is None:

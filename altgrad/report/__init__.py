@@ -9,8 +9,12 @@ Read it in this order:
 2. `calibration` holds the thresholds, and `verdicts` judges a run by them.
 3. `run_report` combines a run with its verdicts. `drawings`, on figures of `canvas`, draws its
    pictures, and `applying` writes Python code that applies its suggestions.
-4. `terminal`, `web_page` and `exports` show the report; `cells` and `names` hold shared texts.
-5. `comparison` compares two runs, and `commands` is the command line.
+4. `terminal`, `web_page` and `exports` show the report; `cells`, `names` and `printing` hold what
+   they share.
+5. `comparison` compares two runs. If one of them predicted how the other is stored, which
+   `matching` finds out, `confirmation` sets the prediction beside what happened;
+   `confirmation_table` and `confirmation_drawing` show it.
+6. `commands` is the command line.
 """
 
 from typing import TYPE_CHECKING
@@ -21,6 +25,15 @@ if TYPE_CHECKING:
     from altgrad.report.canvas import png, svg
     from altgrad.report.cells import cell_text
     from altgrad.report.comparison import Comparison
+    from altgrad.report.confirmation import (
+        Confirmation,
+        ConfirmedLayer,
+        FrozenCounts,
+        Pair,
+        find_confirmation,
+    )
+    from altgrad.report.confirmation_drawing import agreement
+    from altgrad.report.confirmation_table import print_confirmation
     from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
     from altgrad.report.records.fields import SCHEMA
     from altgrad.report.records.reading import read
@@ -37,7 +50,7 @@ if TYPE_CHECKING:
     from altgrad.report.run_report import RunReport
     from altgrad.report.terminal import print_comparison, print_report, print_verdicts
     from altgrad.report.verdicts import RESTS_ON, Advice, Assessment, Judge, Verdict, judge_run
-    from altgrad.report.web_page import page
+    from altgrad.report.web_page import confirmation_page, page
 
 __all__ = [
     "RESTS_ON",
@@ -45,10 +58,14 @@ __all__ = [
     "Advice",
     "Assessment",
     "Comparison",
+    "Confirmation",
+    "ConfirmedLayer",
     "FormatInfo",
+    "FrozenCounts",
     "Header",
     "Judge",
     "LayerInfo",
+    "Pair",
     "Predecessor",
     "RecipeInfo",
     "Row",
@@ -57,13 +74,17 @@ __all__ = [
     "RunFileError",
     "RunReport",
     "Verdict",
+    "agreement",
     "cell_text",
+    "confirmation_page",
+    "find_confirmation",
     "heat_map",
     "judge_run",
     "kept_map",
     "page",
     "png",
     "print_comparison",
+    "print_confirmation",
     "print_report",
     "print_verdicts",
     "ranges",
@@ -79,6 +100,9 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "canvas": "png svg",
             "cells": "cell_text",
             "comparison": "Comparison",
+            "confirmation": "Confirmation ConfirmedLayer FrozenCounts Pair find_confirmation",
+            "confirmation_drawing": "agreement",
+            "confirmation_table": "print_confirmation",
             "drawings": "heat_map kept_map ranges steps_histogram",
             "records.fields": "SCHEMA",
             "records.reading": "read",
@@ -88,7 +112,7 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "run_report": "RunReport",
             "terminal": "print_comparison print_report print_verdicts",
             "verdicts": "Advice Assessment Judge RESTS_ON Verdict judge_run",
-            "web_page": "page",
+            "web_page": "confirmation_page page",
         },
         submodules="calibration records verdicts",
     )

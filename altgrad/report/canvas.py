@@ -64,6 +64,26 @@ def new_figure(
     return figure, [*axes[:, 0]]
 
 
+def new_panels(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
+    """Make a figure with axes side by side.
+
+    Args:
+        width: Width of the figure in inches.
+        height: Height of the figure in inches.
+        count: Number of axes.
+
+    Returns:
+        The figure, and its axes from left to right.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained", h_pad=0.1)  # inches between titles
+    return figure, [*figure.subplots(1, count, squeeze=False)[0]]
+
+
 def finish_figure(figure: Figure) -> Figure:
     """Make all texts of a figure literal: `$` as itself, unprintable characters as �.
 

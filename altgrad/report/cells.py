@@ -66,6 +66,30 @@ def format_kept(kept: float) -> str:
     return f"{kept:.2f}"
 
 
+def format_figure(figure: float, limit: float = 1.0) -> str:
+    """Return a figure of a twin, such as the share of frozen weights, in about four characters.
+
+    Rounding keeps a figure on its side of 0, of 1 and of `limit`: 0.996 is ``>.99``, 0.001 is
+    ``<.01``, and 0.988 with the limit 0.99 is ``.988``. NaN is ``–``.
+
+    Args:
+        figure: The figure.
+        limit: A threshold that the reader compares figures with.
+    """
+    if math.isnan(figure):
+        return "–"
+    if abs(figure) >= _MANY:
+        return f"{figure:.0e}"
+    rounded = round(figure, 2)
+    if figure < 1 <= rounded:
+        return ">.99"
+    if figure > 0 == rounded:
+        return "<.01"
+    if figure < limit <= rounded:
+        return f"{math.floor(1000 * figure) / 1000:.3f}"[1:]
+    return f"{figure:.2f}"
+
+
 NONFINITE, NONFINITE_MEANING = "NaN", "some elements are NaN or inf: the verdict is on the others"
 """Mark in a cell if elements of the layer are NaN or inf, and the mark's meaning for legends."""
 

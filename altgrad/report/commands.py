@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn, TypeAlias
 
 import typer
 from rich.console import Console
 
 from altgrad.report.comparison import Comparison
-from altgrad.report.exports import as_csv, as_json
+from altgrad.report.confirmation import find_confirmation
+from altgrad.report.confirmation_table import print_confirmation
+from altgrad.report.exports import as_csv, as_json, confirmation_as_csv, confirmation_as_json
+from altgrad.report.matching import describe_no_match
 from altgrad.report.names import replace_unprintable
 from altgrad.report.outputs import find_refusal
+from altgrad.report.printing import print_line
 from altgrad.report.records.reading import read
+from altgrad.report.records.run import Run
 from altgrad.report.records.schema import RunFileError
 from altgrad.report.run_report import RunReport
-from altgrad.report.terminal import print_comparison, print_line, print_report
-from altgrad.report.web_page import page
+from altgrad.report.terminal import print_comparison, print_report
+from altgrad.report.web_page import confirmation_page, page
 
 _TERMINAL = Path("-")  # the usual name for standard output
 _RUN = "A run's log directory, or its altgrad.jsonl."
@@ -31,11 +36,15 @@ _Run = Annotated[Path, typer.Argument(metavar="RUN", help=_RUN, show_default=Fal
 _Layers = Annotated[
     int, typer.Option("--layers", min=0, help="Show at most N layers; 0 shows all.", metavar="N")
 ]
+_Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write an HTML page.")]
+_Force = Annotated[bool, typer.Option("--force", help="Replace files that are no reports, too.")]
+_Output: TypeAlias = tuple[Path | None, Callable[[], str]]
+"""A file that the user wants, ``-`` for standard output or None, and a function for its text."""
 
 
 def report(
     run: _Run,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML page.")] = None,
+    html: _Html = None,
     as_json_: Annotated[
         Path | None, typer.Option("--json", metavar="[FILE]", help="Write the verdicts as JSON.")
     ] = None,
@@ -43,9 +52,7 @@ def report(
         Path | None, typer.Option("--csv", metavar="[FILE]", help="Write the verdicts as CSV.")
     ] = None,
     layers: _Layers = 40,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace files that are no reports, too.")
-    ] = False,
+    force: _Force = False,
 ) -> None:
     """Report how each number format would store each layer of a run.
 
@@ -61,43 +68,122 @@ def report(
         layers: Maximum number of layers in the table; 0 shows all.
         force: If True, replace files of any kind.
     """  # noqa: D301 - typer's help ends at the form feed; the options have their own help
-    found = _read(run)
-    outputs: list[tuple[Path | None, Callable[[], str]]] = [
+    found = RunReport.from_run(_read(run))
+    outputs: list[_Output] = [
         (html, lambda: page(found)),
-        (as_json_, lambda: json.dumps(as_json(found), ensure_ascii=False, indent=1) + "\n"),
+        (as_json_, lambda: _format_json(as_json(found))),
         (as_csv_, lambda: as_csv(found)),
     ]
-    chosen = [(path, make_text) for path, make_text in outputs if path is not None]
-    files = [path for path, _ in chosen if path != _TERMINAL]
-    if not force and (refusal := find_refusal(files, (found.run.path, *found.run.predecessors))):
-        _fail(f"{refusal}; choose another file, or pass --force")
-    shows_report = len(files) == len(chosen)  # or the terminal shows another output alone
-    if shows_report:
-        print_report(found, Console(), layers or None)
-    for path, make_text in chosen:
-        _write(path, make_text())
-        if shows_report:
-            print_line(f"Written: {path}", Console())
+    _show(
+        lambda console: print_report(found, console, layers or None),
+        outputs,
+        (found.run,),
+        force=force,
+    )
 
 
-def compare(a: _Run, b: _Run, layers: _Layers = 40) -> None:
-    """Compare two runs and list the layers that differ most.
+def compare(
+    a: _Run,
+    b: _Run,
+    html: _Html = None,
+    as_json_: Annotated[
+        Path | None, typer.Option("--json", metavar="[FILE]", help="Write the figures as JSON.")
+    ] = None,
+    as_csv_: Annotated[
+        Path | None, typer.Option("--csv", metavar="[FILE]", help="Write the figures as CSV.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Take this recipe of the run that predicts."),
+    ] = None,
+    layers: _Layers = 40,
+    force: _Force = False,
+) -> None:
+    """Compare two runs: what one predicted and what happened, or their verdicts.
 
-    Layers whose verdicts differ come first. A verdict says whether a layer would
-    still train if its weights were stored in a number format.
+    A run predicts the other if it tried the recipe by which that one is stored,
+    such as bf16-true. Then the layers that differ most from it come first, and
+    --html, --json and --csv write the figures. Otherwise the layers whose
+    verdicts differ come first. A verdict says whether a layer would still train
+    if its weights were stored in a number format.
 
     \f
     Args:
         a: Log directory of the first run, or its run file.
         b: Log directory of the second run, or its run file.
+        html: File for the HTML page.
+        as_json_: File for the figures as JSON.
+        as_csv_: File for the figures as CSV.
+        recipe: Name of the recipe to compare with the other run, however that one is stored.
         layers: Maximum number of rows in the table; 0 shows all.
+        force: If True, replace files of any kind.
     """  # noqa: D301 - typer's help ends at the form feed; the options have their own help
-    print_comparison(Comparison((_read(a), _read(b))), Console(), layers or None)
-
-
-def _read(path: Path) -> RunReport:
+    runs = _read(a), _read(b)
     try:
-        return RunReport.from_run(read(path))
+        found = find_confirmation(*runs, recipe)
+    except ValueError as error:
+        _fail(str(error))
+    if found is None:
+        if any(path is not None for path in (html, as_json_, as_csv_)):
+            _fail("--html, --json and --csv: " + _explain_no_confirmation(runs))
+        reports = RunReport.from_run(runs[0]), RunReport.from_run(runs[1])
+        print_comparison(Comparison(reports), Console(), layers or None)
+        return
+    outputs: list[_Output] = [
+        (html, lambda: confirmation_page(found)),
+        (as_json_, lambda: _format_json(confirmation_as_json(found))),
+        (as_csv_, lambda: confirmation_as_csv(found)),
+    ]
+    _show(
+        lambda console: print_confirmation(found, console, layers or None),
+        outputs,
+        runs,
+        force=force,
+    )
+
+
+def _explain_no_confirmation(runs: tuple[Run, Run]) -> str:
+    """Return what two runs must be for an output of `compare`, and what is missing."""
+    expected = "expected a run that tried the recipe by which the other one is stored"
+    return "; ".join((expected, *describe_no_match(*runs), "leave them out to compare verdicts"))
+
+
+def _show(
+    print_all: Callable[[Console], object],
+    outputs: Sequence[_Output],
+    runs: Sequence[Run],
+    *,
+    force: bool,
+) -> None:
+    """Write the outputs that the user wants, and print what a command found unless one is shown.
+
+    Args:
+        print_all: Function that prints in the terminal what the command found.
+        outputs: The outputs of the command.
+        runs: The runs that were read, whose files are no outputs.
+        force: If True, replace files of any kind.
+    """
+    chosen = [(path, make_text) for path, make_text in outputs if path is not None]
+    files = [path for path, _ in chosen if path != _TERMINAL]
+    inputs = [path for run in runs for path in (run.path, *run.predecessors)]
+    if not force and (refusal := find_refusal(files, inputs)):
+        _fail(f"{refusal}; choose another file, or pass --force")
+    shows_all = len(files) == len(chosen)  # or the terminal shows another output alone
+    if shows_all:
+        print_all(Console())
+    for path, make_text in chosen:
+        _write(path, make_text())
+        if shows_all:
+            print_line(f"Written: {path}", Console())
+
+
+def _format_json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+
+
+def _read(path: Path) -> Run:
+    try:
+        return read(path)
     except RunFileError as error:
         _fail(str(error))
 

@@ -1,7 +1,7 @@
 """`Comparison`: the differences between two runs, for the model and for each layer and format.
 
 `altgrad compare` shows a `Comparison` with `print_comparison` of the module `terminal`, which comes
-next.
+next. `confirmation` compares two runs otherwise, if one predicted how the other is stored.
 """
 
 from __future__ import annotations
@@ -10,14 +10,32 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from altgrad._messages import few
+from altgrad.measurement.catalogue import NOW
+from altgrad.report.matching import SHARES, describe_no_match
 from altgrad.report.means import average_finite
 from altgrad.report.run_report import RunReport
 from altgrad.report.verdicts import Advice
 
 _PER_FORMAT = ("kept_update_ratio", "stall_frac", "never_moved_frac", "visible_frac")
 _PER_MODEL = ("update_weight_ratio", "ulp_zero_frac")
+
+
+class TwinFigures(NamedTuple):
+    """Figures of the whole model that twins of both runs have at one step.
+
+    A *twin* is a sample of the layers that is stored as a recipe says. The run itself is one of
+    the recipes, ``now``, if its weights are stored in low precision.
+
+    Attributes:
+        step: The last step at which both runs have figures of twins.
+        rows: Triples of key, such as ``frozen_frac/bf16``, figure of run A, and figure of run B.
+    """
+
+    step: int
+    rows: list[tuple[str, float, float]]
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,25 @@ class Comparison:
         keys += [f"{metric}/{format}" for format in self.formats for metric in _PER_FORMAT]
         means = ((key, _mean(self.runs[0], key), _mean(self.runs[1], key)) for key in keys)
         return [row for row in means if not any(map(math.isnan, row[1:]))]
+
+    @cached_property
+    def twins(self) -> TwinFigures | None:
+        """Figures of the model that twins of both runs have, of the last common step.
+
+        Twins are samples that are stored as a recipe says. Compared are `progress_kept` and
+        `frozen_frac` of the recipes that both runs have, which may be that of the run itself,
+        ``now``. None without a common step or recipe.
+        """
+        names = dict.fromkeys([*self.runs[0].run.recipes, NOW])
+        keys = [f"{metric}/{name}" for name in names for metric in SHARES]
+        first, second = (report.run for report in self.runs)
+        both = [(key, first.series(key), second.series(key)) for key in keys]
+        steps = {step for _, a, b in both for step in a.keys() & b.keys()}
+        if not steps:
+            return None
+        last = max(steps)
+        rows = [(key, a[last], b[last]) for key, a, b in both if last in a and last in b]
+        return TwinFigures(last, rows)
 
     @cached_property
     def changes(self) -> list[tuple[Advice, Advice]]:
@@ -84,7 +121,7 @@ class Comparison:
         a, b = (report.run.scaling for report in self.runs)
         if a != b:
             notes.append(f"grids differ: scaling is {a!r} in A and {b!r} in B")
-        return notes
+        return notes + describe_no_match(*(report.run for report in self.runs))
 
     def _pair_advice(self) -> Iterator[tuple[Advice, Advice]]:
         first, second = (report.assessment.by_layer for report in self.runs)

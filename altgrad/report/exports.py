@@ -1,4 +1,7 @@
-"""The verdicts on each layer in each format as JSON (`as_json`) and as CSV (`as_csv`)."""
+"""The verdicts on each layer in each format as JSON (`as_json`) and as CSV (`as_csv`).
+
+`confirmation_as_json` and `confirmation_as_csv` convert what one run predicted, and what happened.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import io
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from altgrad.report.confirmation import MEANING, Confirmation, ConfirmedLayer
 from altgrad.report.records.kinds import number_as_json
 from altgrad.report.records.run import Row, Run
 from altgrad.report.records.schema import info_as_json
@@ -82,6 +86,51 @@ def as_csv(report: RunReport) -> str:
         why = [_disarm(advice.reason), _disarm(advice.evidence)]
         rows.append([*where, *figures, *ends, *why])
     return "".join(map(_format_line, rows))
+
+
+def confirmation_as_json(confirmation: Confirmation) -> dict[str, Any]:
+    """Return what one run predicted beside what happened in another, as JSON values: NaN as None.
+
+    Args:
+        confirmation: The prediction, and the run in which it came true or not.
+
+    Returns:
+        The files of both runs, the recipe, mean differences, numbers of frozen layers, notes, and
+        for the model and each layer the step and by metric the figures and their difference.
+    """
+    model = confirmation.model
+    return {
+        "predicting": str(confirmation.predicting.path),
+        "real": str(confirmation.real.path),
+        "recipe": confirmation.recipe,
+        "mean_differences": _convert_numbers(confirmation.mean_errors),
+        "frozen": confirmation.frozen._asdict(),
+        "summary": " ".join(confirmation.summary),
+        "meaning": MEANING,
+        "notes": confirmation.notes,
+        "model": None if model is None else _convert_confirmed(model),
+        "layers": {str(each.name): _convert_confirmed(each) for each in confirmation.layers},
+    }
+
+
+def confirmation_as_csv(confirmation: Confirmation) -> str:
+    """Return what one run predicted beside what happened, as CSV, one line for each layer.
+
+    A number without a value is an empty cell. Texts are those of `as_csv`: none is read as a
+    formula.
+    """
+    parts = ("predicted", "real", "difference")
+    columns = [f"{metric}_{part}" for metric in confirmation.metrics for part in parts]
+    rows: list[list[Any]] = [["layer", "step", *columns]]
+    for layer in confirmation.layers:
+        figures = [number_as_json(figure) for pair in layer.pairs.values() for figure in pair]
+        rows.append([_disarm(str(layer.name)), layer.step, *figures])
+    return "".join(map(_format_line, rows))
+
+
+def _convert_confirmed(layer: ConfirmedLayer) -> dict[str, Any]:
+    pairs = {metric: _convert_numbers(pair._asdict()) for metric, pair in layer.pairs.items()}
+    return {"step": layer.step, "figures": pairs}
 
 
 def _format_line(cells: Iterable[object]) -> str:

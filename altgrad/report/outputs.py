@@ -17,10 +17,12 @@ _TEXT = rb'"(?:[^"\\]|\\.)*"'  # a string of JSON
 _REPORT = re.compile(
     rb"<!DOCTYPE html>.{,500}<title>AltGrad: "
     rb'|\{\s*"path": ' + _TEXT + rb',\s*"created": ' + _TEXT + rb',\s*"versions": \{'
-    rb"|layer,format,verdict,kept_update_ratio,",
+    rb'|\{\s*"predicting": ' + _TEXT + rb',\s*"real": ' + _TEXT + rb',\s*"recipe": '
+    rb"|layer,format,verdict,kept_update_ratio,"
+    rb"|layer,step,frozen_frac_predicted,",
     re.DOTALL,
 )
-"""Pattern of how reports of `web_page.page`, `exports.as_json` and `exports.as_csv` begin."""
+"""Pattern of how the pages of `web_page`, and the JSON and CSV of `exports`, begin."""
 
 _HEAD = 2**16  # bytes; longer than any path in the beginning of JSON
 

@@ -2,6 +2,8 @@
 
 `print_report` prints a report, of which `print_verdicts` is the table, and `print_comparison`
 prints the comparison. Tables are split and names are shortened to fit the width of the console.
+
+Read `printing` first, which has the functions for texts and tables.
 """
 
 from __future__ import annotations
@@ -19,20 +21,27 @@ from altgrad.report.cells import (
     cell_text,
 )
 from altgrad.report.names import replace_unprintable, shorten_names
+from altgrad.report.printing import (
+    GAP,
+    LEAST_WIDTH,
+    add_column,
+    indent,
+    make_table,
+    print_line,
+    print_meaning,
+    print_text,
+    style_text,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.padding import Padding
     from rich.table import Table
-    from rich.text import Text
 
     from altgrad.report.comparison import Comparison
     from altgrad.report.run_report import RunReport
     from altgrad.report.verdicts import Advice
 
-_LEAST_WIDTH = 22  # characters of a layer's name
 _MOST_LINES = 40  # lines of code that are printed; more push the verdicts out of sight
-_GAP = 1  # characters between columns, as rich's box has them
 _SUGGESTION = "smallest\nfine"
 _NO_SUGGESTION = "none"
 
@@ -49,15 +58,15 @@ def print_report(report: RunReport, console: Console, most_layers: int | None = 
         most_layers: Maximum number of layers in the table, those of whose updates the formats
             keep least. None shows all.
     """
-    _print(console, f"{report.run.path}: {report.steps}; {report.measured}")
+    print_text(console, f"{report.run.path}: {report.steps}; {report.measured}")
     if skipped := report.skipped:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
-        _print(console, f"Skipped steps: {reasons}")
+        print_text(console, f"Skipped steps: {reasons}")
     print_verdicts(report, console, most_layers)
-    _print(console, report.assessment.summary)
+    print_text(console, report.assessment.summary)
     _print_to_apply(report, console)
     for note in report.notes:
-        _print(console, f"Note: {note}", style="yellow")
+        print_text(console, f"Note: {note}", style="yellow")
 
 
 def _print_to_apply(report: RunReport, console: Console) -> None:
@@ -68,23 +77,13 @@ def _print_to_apply(report: RunReport, console: Console) -> None:
     lines = report.to_apply.splitlines()
     if len(lines) > _MOST_LINES:
         count = format_count(len(lines), "line")
-        _print(console, f"The {count} that apply the suggestions are in --html and --json.")
+        print_text(console, f"The {count} that apply the suggestions are in --html and --json.")
     elif lines:
-        _print(console, "")
-        _print(console, "To try it, in a simulation that keeps weights in these formats:")
-        _print(console, "")
+        print_text(console, "")
+        print_text(console, "To try it, in a simulation that keeps weights in these formats:")
+        print_text(console, "")
         for line in lines:
             print_line(line, console)
-
-
-def print_line(text: str, console: Console) -> None:
-    """Print a line literally and unwrapped, so that users can copy it.
-
-    Args:
-        text: The line; unprintable characters become �.
-        console: Console to print on.
-    """
-    console.print(_style(text), soft_wrap=True)
 
 
 def print_verdicts(report: RunReport, console: Console, most_layers: int | None = None) -> None:
@@ -105,34 +104,24 @@ def print_verdicts(report: RunReport, console: Console, most_layers: int | None 
     shown = layers[:most_layers]
     if len(shown) < len(layers):
         count = format_count(len(layers), "layer")
-        _print(console, f"The {len(shown)} of {count} that keep least:")
+        print_text(console, f"The {len(shown)} of {count} that keep least:")
     for formats in _group_formats(report, shown, console.width):
-        _print(console, "If the weights were stored in …", style="italic")
+        print_text(console, "If the weights were stored in …", style="italic")
         console.print(_make_verdict_table(report, shown, formats, console.width))
     seen = {advice.verdict for advice in report.assessment.advice}
     for verdict, meaning in MEANINGS.items():
         if verdict in seen:
-            _print_meaning(console, verdict.short, meaning)
+            print_meaning(console, verdict.short, meaning)
             if evidence := EVIDENCE[verdict]:
-                console.print(_indent(_style(evidence, "dim italic"), 9))
+                console.print(indent(style_text(evidence, "dim italic"), 9))
     if any(advice.nonfinite for advice in report.assessment.advice):
-        _print_meaning(console, NONFINITE, NONFINITE_MEANING)
+        print_meaning(console, NONFINITE, NONFINITE_MEANING)
     for note in (
         "The number is kept_update_ratio: 1 all of the update, 0 none.",
         "Runs like this: small runs that really stored their weights in a format.",
     ):
-        console.print(_indent(_style(note, "dim"), 2))
+        console.print(indent(style_text(note, "dim"), 2))
     console.print()
-
-
-def _print_meaning(console: Console, word: str, meaning: str) -> None:
-    """Print a word of the legend and its meaning, whose lines begin in the same column."""
-    from rich.table import Table
-
-    line = Table.grid(padding=(0, 1, 0, 0))
-    line.add_column(min_width=6, no_wrap=True)
-    line.add_row(_style(word, "dim"), _style(meaning, "dim"))
-    console.print(_indent(line, 2))
 
 
 def print_comparison(comparison: Comparison, console: Console, most: int | None = None) -> None:
@@ -147,34 +136,42 @@ def print_comparison(comparison: Comparison, console: Console, most: int | None 
         most: Maximum number of rows, each a layer in a format. None shows all.
     """
     for letter, run in zip("AB", comparison.runs, strict=True):
-        _print(console, f"{letter}: {run.run.path}: {run.steps}")
-    table = _make_table(["figure", "A", "B", "B − A"])
-    for key, in_a, in_b in comparison.model_means:
-        table.add_row(_style(key), f"{in_a:.4g}", f"{in_b:.4g}", f"{in_b - in_a:+.3g}")
+        print_text(console, f"{letter}: {run.run.path}: {run.steps}")
     if comparison.model_means:
-        _print(console, "The model: means over the steps", style="italic")
-        console.print(table)
+        print_text(console, "The model: means over the steps", style="italic")
+        console.print(_make_figure_table(comparison.model_means))
+    if (twins := comparison.twins) is not None:
+        heading = f"The model: samples stored by recipes, at step {twins.step:,}"
+        print_text(console, heading, style="italic")
+        console.print(_make_figure_table(twins.rows))
     if comparison.changes:
         changes = comparison.changes[:most]
         which = f"the {len(changes)} of {len(comparison.changes):,} that differ most"
         which = "all" if len(changes) == len(comparison.changes) else which
-        _print(console, f"Verdicts and kept_update_ratio: {which}", style="italic")
+        print_text(console, f"Verdicts and kept_update_ratio: {which}", style="italic")
         console.print(_make_change_table(changes, console.width))
-    _print(console, comparison.summary)
+    print_text(console, comparison.summary)
     for note in comparison.notes:
-        _print(console, f"Note: {note}", style="yellow")
+        print_text(console, f"Note: {note}", style="yellow")
+
+
+def _make_figure_table(rows: Sequence[tuple[str, float, float]]) -> Table:
+    table = make_table(["figure", "A", "B", "B − A"])
+    for key, in_a, in_b in rows:
+        table.add_row(style_text(key), f"{in_a:.4g}", f"{in_b:.4g}", f"{in_b - in_a:+.3g}")
+    return table
 
 
 def _make_change_table(changes: Sequence[tuple[Advice, Advice]], width: int) -> Table:
-    table = _make_table(["layer", "format", "A", "B"])
+    table = make_table(["layer", "format", "A", "B"])
     texts = [(a.format, cell_text(a), cell_text(b)) for a, b in changes]
-    taken = _GAP + sum(max(map(len, column)) + _GAP for column in zip(*texts, strict=True))
-    names = shorten_names([a.layer for a, _ in changes], max(width - taken, _LEAST_WIDTH))
+    taken = GAP + sum(max(map(len, column)) + GAP for column in zip(*texts, strict=True))
+    names = shorten_names([a.layer for a, _ in changes], max(width - taken, LEAST_WIDTH))
     for name, (format, *cells), pair in zip(names, texts, changes, strict=True):
         styled = (
-            _style(cell, COLOURS[each.verdict]) for cell, each in zip(cells, pair, strict=True)
+            style_text(cell, COLOURS[each.verdict]) for cell, each in zip(cells, pair, strict=True)
         )
-        table.add_row(_style(name), _style(format), *styled)
+        table.add_row(style_text(name), style_text(format), *styled)
     return table
 
 
@@ -182,7 +179,7 @@ def _group_formats(report: RunReport, layers: Sequence[str], width: int) -> list
     """Return the report's formats in groups, each of which fits as a table's columns in `width`."""
     from rich.cells import cell_len
 
-    least = min(_LEAST_WIDTH, max(cell_len(replace_unprintable(layer)) for layer in layers))
+    least = min(LEAST_WIDTH, max(cell_len(replace_unprintable(layer)) for layer in layers))
     groups: list[list[str]] = []
     for format in report.formats:
         if groups and _measure_free_width(report, layers, [*groups[-1], format], width) >= least:
@@ -200,7 +197,7 @@ def _measure_free_width(
     columns = [[f, *(cell_text(by_layer[name].get(f)) for name in layers)] for f in formats]
     suggested = (suggestions.get(name) or _NO_SUGGESTION for name in layers)
     columns.append([*_SUGGESTION.split("\n"), *suggested])
-    return width - _GAP - sum(max(map(len, column)) + _GAP for column in columns)
+    return width - GAP - sum(max(map(len, column)) + GAP for column in columns)
 
 
 def _make_verdict_table(
@@ -209,49 +206,15 @@ def _make_verdict_table(
     from rich.text import Text
 
     by_layer, suggestions = report.assessment.by_layer, report.assessment.suggestions
-    table = _make_table(["layer", *formats])
-    _add_column(table, Text(_SUGGESTION))
+    table = make_table(["layer", *formats])
+    add_column(table, Text(_SUGGESTION))
     free = _measure_free_width(report, layers, formats, width)
-    names = shorten_names(layers, max(free, _LEAST_WIDTH))
+    names = shorten_names(layers, max(free, LEAST_WIDTH))
     for name, layer in zip(names, layers, strict=True):
         cells = [by_layer[layer].get(format) for format in formats]
         styles = ["" if each is None else COLOURS[each.verdict] for each in cells]
-        texts = [_style(cell_text(c), style) for c, style in zip(cells, styles, strict=True)]
-        table.add_row(_style(name), *texts, _style(suggestions.get(layer) or _NO_SUGGESTION))
+        texts = [style_text(cell_text(c), style) for c, style in zip(cells, styles, strict=True)]
+        table.add_row(
+            style_text(name), *texts, style_text(suggestions.get(layer) or _NO_SUGGESTION)
+        )
     return table
-
-
-def _make_table(headings: Sequence[str]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=0)
-    table.pad_edge = table.show_edge = False  # every character counts in 80 columns
-    for heading in headings:
-        _add_column(table, _style(heading))
-    return table
-
-
-def _add_column(table: Table, heading: Text) -> None:
-    table.add_column(heading, no_wrap=True, vertical="bottom")
-
-
-def _style(text: str, style: str = "") -> Text:
-    """Return a Text of rich that shows a line literally.
-
-    Rich interprets ``[red]`` and ``:smile:`` in a str, and a terminal interprets unprintable
-    characters.
-    """
-    from rich.text import Text
-
-    return Text(replace_unprintable(text), style=style)
-
-
-def _indent(text: Text | Table, columns: int) -> Padding:
-    from rich.padding import Padding
-
-    return Padding(text, (0, 0, 0, columns))
-
-
-def _print(console: Console, text: str, style: str = "") -> None:
-    console.print(_style(text, style))

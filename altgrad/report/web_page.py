@@ -1,12 +1,14 @@
 """The report as one HTML page, which works without a network and is readable without scripts.
 
-The file page.html is the template. Style, script and pictures are part of the page.
+The file page.html is the template. Style, script and pictures are part of the page. The page about
+what one run predicted, `confirmation_page`, replaces the content of page.html by confirmation.html.
 """
 
 from __future__ import annotations
 
 import math
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
 from altgrad._version import __version__
 from altgrad.report.canvas import svg
@@ -16,11 +18,17 @@ from altgrad.report.cells import (
     NONFINITE,
     NONFINITE_MEANING,
     cell_text,
+    format_figure,
     format_kept,
 )
+from altgrad.report.confirmation import FROZEN, MEANING, Confirmation, explain_metric
+from altgrad.report.confirmation_drawing import agreement
 from altgrad.report.names import replace_unprintable_in_lines
 from altgrad.report.run_report import RunReport
 from altgrad.report.verdicts import Verdict
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _CAPTIONS = {
     "kept": "Mean kept_update_ratio by layer and format: the share of the update's energy that is "
@@ -41,35 +49,73 @@ def page(report: RunReport) -> str:
     Raises:
         ImportError: jinja2 or matplotlib is missing.
     """
-    from jinja2 import Environment
+    pictures = {name: svg(figure, name) for name, figure in report.pictures().items()}
+    is_marked = any(advice.nonfinite for advice in report.assessment.advice)
+    return (
+        _make_environment()
+        .get_template("page.html")
+        .render(
+            report=report,
+            assessment=report.assessment,
+            run=report.run,
+            meanings=MEANINGS,
+            evidence=EVIDENCE,
+            seen={advice.verdict for advice in report.assessment.advice},
+            not_judged={
+                layer
+                for layer, advice in report.assessment.by_layer.items()
+                if all(each.verdict is Verdict.NOT_JUDGED for each in advice.values())
+            },
+            marks={NONFINITE: NONFINITE_MEANING} if is_marked else {},
+            pictures=pictures,
+            captions={name: _CAPTIONS.get(name, _STALLS) for name in pictures},
+            version=__version__,
+        )
+    )
+
+
+def confirmation_page(confirmation: Confirmation) -> str:
+    """Return what one run predicted beside what really happened in another, as one HTML page.
+
+    It has a picture with a point for each layer, and a table. Names of layers are escaped, as in
+    `page`.
+
+    Args:
+        confirmation: The prediction, and the run in which it came true or not.
+
+    Raises:
+        ImportError: jinja2 or matplotlib is missing.
+    """
+    environment = _make_environment()
+    environment.filters |= {"figure": format_figure, "explain": explain_metric}
+    return environment.get_template("confirmation.html").render(
+        confirmation=confirmation,
+        run=confirmation.real,
+        picture=svg(agreement(confirmation), "agreement"),
+        meaning=MEANING,
+        least_frozen=FROZEN,
+        version=__version__,
+    )
+
+
+def _make_environment() -> Environment:
+    """Return an environment of jinja2 with the templates of this package, which escapes names."""
+    from jinja2 import Environment, FunctionLoader
 
     # Names of layers may hold markup; autoescape renders it as text.
     environment = Environment(
-        autoescape=True, finalize=_replace_unprintable, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        finalize=_replace_unprintable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(_read_template),
     )
     environment.filters |= {"cell": cell_text, "kept": format_kept, "isnan": math.isnan}
-    template = environment.from_string(
-        files("altgrad.report").joinpath("page.html").read_text(encoding="utf-8")
-    )
-    pictures = {name: svg(figure, name) for name, figure in report.pictures().items()}
-    is_marked = any(advice.nonfinite for advice in report.assessment.advice)
-    return template.render(
-        report=report,
-        assessment=report.assessment,
-        run=report.run,
-        meanings=MEANINGS,
-        evidence=EVIDENCE,
-        seen={advice.verdict for advice in report.assessment.advice},
-        not_judged={
-            layer
-            for layer, advice in report.assessment.by_layer.items()
-            if all(each.verdict is Verdict.NOT_JUDGED for each in advice.values())
-        },
-        marks={NONFINITE: NONFINITE_MEANING} if is_marked else {},
-        pictures=pictures,
-        captions={name: _CAPTIONS.get(name, _STALLS) for name in pictures},
-        version=__version__,
-    )
+    return environment
+
+
+def _read_template(name: str) -> str:
+    return files("altgrad.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _replace_unprintable(value: object) -> object:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.ratio_bins import count_ratios
 from altgrad.measurement.twin_sums import (
@@ -35,7 +36,7 @@ from altgrad.measurement.twin_sums import (
     measure_twins,
 )
 from altgrad.observation.dtensor import to_local_tensor
-from altgrad.recipes.recipe import NOW, Recipe
+from altgrad.recipes.recipe import Recipe
 from altgrad.twins.batch_norm import BatchStatistic
 from altgrad.twins.element_scales import ElementScales
 from altgrad.twins.fused_sgd import describe_fused_sgd

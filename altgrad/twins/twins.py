@@ -22,10 +22,11 @@ import torch
 from torch.optim import Optimizer
 
 from altgrad._messages import few
+from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.twin_parts import TwinPart, TwinShare
 from altgrad.observation.observer import describe_error
-from altgrad.recipes.recipe import NOW, Recipe
+from altgrad.recipes.recipe import Recipe
 from altgrad.recipes.rounding_generators import RoundingGenerators
 from altgrad.twins.batch_norm import BatchStatistic
 from altgrad.twins.drawing import Drawing, find_drawing, rank_drawing

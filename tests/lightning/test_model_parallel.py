@@ -244,7 +244,10 @@ def test_the_gradients_are_accumulated_and_clipped(fitted) -> None:
 
 
 def test_only_the_first_rank_writes(fitted) -> None:
-    assert [*read(fitted["first"][0]["path"]).steps] == [0, 1, 2]
+    written = read(fitted["first"][0]["path"])
+    assert [*written.steps] == [0, 1, 2]
+    assert written.now is not None
+    assert written.now.dtype == "float32"
     assert fitted["first"][1]["path"] is None
 
 

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from altgrad import Figures
-from altgrad.report import Verdict, judge_run, read
-from altgrad_lightning import PrecisionMonitor
+from altgrad.report import Run, Verdict, find_confirmation, judge_run, read
+from altgrad_lightning import PrecisionMonitor, StoreAs
 from tests.lightning.runs import Net, batches, fit, logged, trainer
 
 ALL = {"images": 0, "tensors": 0, "histograms": 0}
@@ -41,6 +41,34 @@ def test_the_run_file_has_every_layer_at_the_steps_of_the_loss(tmp_path: Path) -
     assert_row_is(last[None], monitor.latest_model)
     with_weights = [row.step for row in found.rows if "weights" in row.histograms]
     assert with_weights == [1]  # the first observed step, and then the fourth
+
+
+@pytest.mark.filterwarnings("ignore:PrecisionMonitor expects")
+@pytest.mark.parametrize(
+    ("recipe", "precision", "callbacks", "dtype"),
+    [
+        ("bf16-true", "bf16-true", [], "bfloat16"),
+        ("bf16-sr", "32-true", [StoreAs("bf16-sr")], "float32"),
+        (None, "bf16-mixed", [], "float32"),
+    ],
+)
+def test_the_run_file_says_how_a_trainer_stores_its_weights(
+    tmp_path: Path, recipe: str | None, precision: Any, callbacks: list[pl.Callback], dtype: str
+) -> None:
+    def train(recipes: Any, *others: pl.Callback, **options: Any) -> Run:
+        torch.manual_seed(0)
+        monitor = PrecisionMonitor(formats="e4m3fn", recipes=recipes)
+        trainer(tmp_path / str(recipes), monitor, *others, **options).fit(Net(), batches(4))
+        return read(monitor.path)
+
+    first, run = train(["bf16-true", "bf16-sr"]), train("bf16", *callbacks, precision=precision)
+    assert run.now is not None
+    assert (run.now.dtype, run.now.optimizer) == (dtype, "torch.optim.adamw.AdamW")
+    assert (run.now.weights, run.now.rounding) == (
+        ("bf16", "stochastic") if callbacks else (None, "nearest_even")
+    )
+    confirmation = find_confirmation(first, run)
+    assert (confirmation and confirmation.recipe) == recipe
 
 
 def test_the_verdicts_equal_those_of_the_run_file(tmp_path: Path) -> None:

@@ -11,7 +11,13 @@ import pytest
 from PIL import Image
 
 from altgrad.report import png, svg
-from altgrad.report.canvas import finish_empty_figure, finish_figure, in_default_style, new_figure
+from altgrad.report.canvas import (
+    finish_empty_figure,
+    finish_figure,
+    in_default_style,
+    new_figure,
+    new_panels,
+)
 from tests.report.pictures import draw_all
 
 
@@ -106,3 +112,13 @@ def test_a_failing_drawing_restores_the_users_style() -> None:
         with pytest.raises(ZeroDivisionError):
             draw()
         assert mpl.rcParams["font.size"] == 30
+
+
+def test_panels_stand_side_by_side_with_axes_of_their_own() -> None:
+    figure, panels = new_panels(6, 3, 3)
+    panels[0].set_xlim(0, 5)
+    png(figure)
+    assert [axes.get_xlim()[1] for axes in panels] == [5, 1, 1]
+    places = [axes.get_position() for axes in panels]
+    assert [round(place.y0, 3) for place in places] == [round(places[0].y0, 3)] * 3
+    assert places[0].x1 < places[1].x0 < places[1].x1 < places[2].x0

@@ -6,7 +6,7 @@ import pytest
 from rich.style import Style
 
 from altgrad.report import Advice, Verdict
-from altgrad.report.cells import COLOURS, EVIDENCE, MEANINGS, cell_text, format_kept
+from altgrad.report.cells import COLOURS, EVIDENCE, MEANINGS, cell_text, format_figure, format_kept
 
 
 @pytest.mark.parametrize(
@@ -65,3 +65,18 @@ def test_the_meaning_of_each_verdict_states_its_thresholds() -> None:
     assert MEANINGS[Verdict.WATCH].startswith("0.5 to 0.99 ")
     assert MEANINGS[Verdict.NEEDS_REMEDY].startswith("below 0.5:")
     assert MEANINGS[Verdict.FROZEN].startswith("99 % or more")
+
+
+@pytest.mark.parametrize(
+    ("figure", "limit", "text"),
+    [
+        *((0.0, 1, "0.00"), (1.0, 1, "1.00"), (0.125, 1, "0.12"), (-0.5, 1, "-0.50")),
+        *((1e-9, 1, "<.01"), (0.9999, 1, ">.99"), (1.0001, 1, "1.00"), (math.nan, 1, "–")),
+        *((0.9899, 0.99, ".989"), (0.99, 0.99, "0.99"), (0.98, 0.99, "0.98")),
+        *((12345.6, 1, "1e+04"), (math.inf, 1, "inf"), (-math.inf, 1, "-inf")),
+    ],
+)
+def test_a_figure_is_rounded_on_its_side_of_0_of_1_and_of_a_limit(
+    figure: float, limit: float, text: str
+) -> None:
+    assert format_figure(figure, limit) == text

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from altgrad.report import RunReport, page, read
+from altgrad.report import RunReport, confirmation_page, find_confirmation, page, read
 from tests.command_line import altgrad
+from tests.report.confirming import write_trained
 from tests.report.runs import write_run
 
 
@@ -108,3 +110,79 @@ def test_pipes_devices_and_odd_paths_give_one_line_on_stderr(tmp_path: Path) -> 
         assert (failed.returncode, failed.stdout) == (2, ""), command
         assert failed.stderr.endswith("\n")
         assert failed.stderr[:-1].isprintable()
+
+
+# --- what one run predicted
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return the files of a run that predicts bf16-true, and of one that is stored so."""
+    folder = tmp_path_factory.mktemp("runs")
+    fp32 = write_trained(folder / "fp32", recipes=["bf16", "bf16-true"])
+    return fp32, write_trained(folder / "bf16", torch.bfloat16)
+
+
+def test_a_prediction_is_shown_beside_what_happened(runs: tuple[Path, Path]) -> None:
+    for order in (runs, runs[::-1]):
+        shown = altgrad("compare", *order, columns=100)
+        assert shown.returncode == 0, shown.stderr
+        lines = shown.stdout.splitlines()
+        assert lines[:2] == [f"A predicts: {runs[0]}", f"B is real: {runs[1]}"]
+        assert "bf16-true: what A predicts, and what really happens in B, at step 19" in lines
+        (gain,) = (line.split() for line in lines if line.startswith("1.weight "))
+        assert gain[1:4] == ["1.00", "1.00", "0.00"]
+        assert ("the runs were given in the other order" in shown.stdout) is (order != runs)
+    one = altgrad("compare", *runs, "--layers", 1).stdout
+    assert "The 1 of 6 layers that differ most:" in one
+
+
+def test_a_prediction_is_written_to_files_as_a_report_is(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    confirmation = find_confirmation(*map(read, runs))
+    assert confirmation is not None
+    html, table = tmp_path / "page.html", tmp_path / "figures.csv"
+    shown = altgrad("compare", *runs, "--html", html, "--csv", table)
+    assert shown.stdout.splitlines()[-2:] == [f"Written: {html}", f"Written: {table}"]
+    assert html.read_text() == confirmation_page(confirmation)
+    only = altgrad("compare", *runs, "--csv")
+    assert only.stdout == table.read_text()
+    value = json.loads(altgrad("compare", *runs, "--json").stdout)
+    assert [value["predicting"], value["real"]] == [*map(str, runs)]
+    assert value["frozen"]["both"] >= 1
+    failed = altgrad("compare", *runs, "--json", tmp_path / "missing" / "x")
+    assert (failed.returncode, "file cannot be written" in failed.stderr) == (2, True)
+    table.write_text("mine")
+    refused = altgrad("compare", *runs, "--csv", table)
+    assert (refused.returncode, table.read_text()) == (2, "mine")
+    assert altgrad("compare", *runs, "--csv", table, "--force").returncode == 0
+    assert table.read_text() == only.stdout
+
+
+def test_a_recipe_can_be_named_and_a_wrong_one_is_one_line(runs: tuple[Path, Path]) -> None:
+    named = altgrad("compare", *runs, "--recipe", "bf16", columns=100).stdout
+    assert "bf16: what A predicts, and what really happens in B" in named
+    for arguments, message in (
+        ((*runs, "--recipe", "x"), "--recipe=x: expected a recipe that one of the runs predicts"),
+        ((runs[0], runs[0], "--recipe", "bf16"), "expected a run with figures of itself"),
+    ):
+        failed = altgrad("compare", *arguments)
+        assert (failed.returncode, failed.stdout) == (2, "")
+        assert message in failed.stderr
+        assert failed.stderr.count("\n") == 1
+
+
+def test_runs_of_which_none_predicts_the_other_are_compared_by_verdicts(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    shown = altgrad("compare", runs[0], runs[0], columns=100).stdout
+    assert "Differing verdicts: 0 of" in shown
+    assert "The model: samples stored by recipes, at step 19" in shown
+    assert "frozen_frac/bf16-true" in shown
+    for option in ("--html", "--json", "--csv"):
+        failed = altgrad("compare", runs[0], runs[0], option, tmp_path / "out")
+        assert (failed.returncode, failed.stdout) == (2, "")
+        assert "expected a run that tried the recipe by which the other one is" in failed.stderr
+        assert "leave them out to compare verdicts" in failed.stderr
+    assert not [*tmp_path.iterdir()]

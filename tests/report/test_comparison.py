@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from altgrad.report import Comparison, Row, RunReport
+from tests.report.confirming import info
 from tests.report.runs import make_rows, make_run
 
 NAN = math.nan
@@ -83,3 +85,44 @@ def test_notes_of_both_runs_and_different_scalings_are_reported() -> None:
         *("torn", "moved"),
         "grids differ: scaling is 'tensor' in A and None in B",
     ]
+
+
+# --- samples that recipes store
+
+
+def twins(steps: list[int], letter: str, *recipes: str, now: bool = False) -> RunReport:
+    """Report a run whose model has figures of these recipes, which are its steps over 10."""
+    names = [*recipes, *(["now"] if now else [])]
+    rows = [
+        Row(step, None, {f"{metric}/{n}": step / 10 for n in names for metric in PER_TWIN}, {})
+        for step in steps
+    ]
+    about = {"recipes": {name: info(name) for name in recipes}, "path": Path(letter)}
+    return RunReport.from_run(make_run(rows, **about))
+
+
+PER_TWIN = ("progress_kept", "frozen_frac", "drift")
+
+
+def test_recipes_of_both_runs_are_compared_at_the_last_step_of_both() -> None:
+    runs = twins([1, 4, 7], "a", "bf16", "e5m2", now=True), twins([4, 6], "b", "e5m2", now=True)
+    found = Comparison(runs).twins
+    assert found is not None
+    assert found.step == 4
+    assert found.rows == [
+        (f"{metric}/{recipe}", 0.4, 0.4)
+        for recipe in ("e5m2", "now")
+        for metric in ("frozen_frac", "progress_kept")
+    ]
+
+
+def test_runs_without_a_common_recipe_or_step_have_no_twins_to_compare() -> None:
+    one, other, later = twins([1], "a", "bf16"), twins([1], "b", "e5m2"), twins([2], "c", "bf16")
+    assert Comparison((one, other)).twins is Comparison((one, later)).twins is None
+
+
+def test_a_note_says_how_a_low_run_could_be_compared_with_a_prediction() -> None:
+    predicting, low = twins([1], "a", "bf16-true"), twins([1], "b", now=True)
+    (note,) = Comparison((predicting, low)).notes
+    assert note.startswith("B has figures of itself, but its file does not say how it is stored; ")
+    assert note.endswith("--recipe=NAME sets one of them beside it: bf16-true")

@@ -10,9 +10,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from altgrad.report import LayerInfo, RecipeInfo, Row, RunReport
-from altgrad.report.exports import as_csv, as_json
+from altgrad.report import Confirmation, LayerInfo, RecipeInfo, Row, RunReport
+from altgrad.report.exports import (
+    as_csv,
+    as_json,
+    confirmation_as_csv,
+    confirmation_as_json,
+)
 from tests.command_line import altgrad
+from tests.report.confirming import make_twin_run, share
 from tests.report.runs import FORMATS, MARKUP, SCRIPT, figures, make_run, write_run
 
 NAN = math.nan
@@ -203,3 +209,62 @@ def test_twins_change_no_verdict() -> None:
         as_csv(RunReport.from_run(make_run(rows, ["bf16"]))) for rows in (plain, twinned)
     )
     assert without == with_twins
+
+
+# --- what one run predicted
+
+
+def make_confirmation() -> Confirmation:
+    predicted = {
+        None: share(0.5, 0.25),
+        "=cmd|x": share(1.0, NAN, exp_avg_sq_ratio=1.0),
+        "plain": share(0.25, math.inf, exp_avg_sq_ratio=1.0),
+    }
+    real = {
+        None: share(0.25, 0.25),
+        "=cmd|x": share(0.75, NAN, exp_avg_sq_ratio=2.0),
+        "plain": share(0.25, 1.0, exp_avg_sq_ratio=0.0),
+    }
+    return Confirmation(
+        make_twin_run(predicted, "bf16-true", letter="one"),
+        make_twin_run(real, letter="two", notes=["torn"]),
+        "bf16-true",
+    )
+
+
+def test_the_json_of_a_confirmation_has_each_figure_and_difference() -> None:
+    value = json.loads(json.dumps(confirmation_as_json(make_confirmation()), allow_nan=False))
+    assert value["predicting"] == str(Path("one", "altgrad.jsonl"))
+    assert value["real"] == str(Path("two", "altgrad.jsonl"))
+    assert value["recipe"] == "bf16-true"
+    assert value["frozen"] == {"predicted": 1, "real": 0, "both": 0, "layers": 2}
+    assert value["mean_differences"]["frozen_frac"] == 0.125
+    assert value["notes"] == ["torn"]
+    assert value["model"]["figures"]["frozen_frac"] == {
+        "predicted": 0.5,
+        "real": 0.25,
+        "difference": 0.25,
+    }
+    assert value["layers"]["=cmd|x"] == {
+        "step": 0,
+        "figures": {
+            "frozen_frac": {"predicted": 1.0, "real": 0.75, "difference": 0.25},
+            "progress_kept": {"predicted": None, "real": None, "difference": None},
+            "exp_avg_sq_ratio": {"predicted": 1.0, "real": 2.0, "difference": 1.0},
+        },
+    }
+    figures = value["layers"]["plain"]["figures"]
+    assert figures["progress_kept"] == {"predicted": "inf", "real": 1.0, "difference": "inf"}
+    assert figures["exp_avg_sq_ratio"]["difference"] == "inf"
+
+
+def test_the_csv_of_a_confirmation_has_a_line_for_each_layer() -> None:
+    text = confirmation_as_csv(make_confirmation())
+    frame = pd.read_csv(io.StringIO(text))
+    assert [*frame["layer"]] == ["plain", "'=cmd|x"]
+    assert [*frame["frozen_frac_predicted"]] == [0.25, 1.0]
+    assert [*frame["frozen_frac_real"]] == [0.25, 0.75]
+    assert [*frame["frozen_frac_difference"]] == [0.0, 0.25]
+    assert [*frame["progress_kept_real"].isna()] == [False, True]
+    assert [*frame["exp_avg_sq_ratio_difference"]] == [math.inf, 1.0]
+    assert [*frame["step"]] == [0, 0]

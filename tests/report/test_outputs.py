@@ -6,11 +6,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from altgrad.report import RunFile
 from altgrad.report.outputs import find_refusal
 from altgrad.report.records.reading import read_header
 from tests.command_line import altgrad
+from tests.report.confirming import write_trained
 from tests.report.runs import write_run
 
 OPTIONS = ("--html", "--json", "--csv")
@@ -82,6 +84,8 @@ def test_other_files_are_no_outputs(tmp_path: Path) -> None:
         "loss.csv": b"layer,loss\n1,2\n",
         "page.html": b"<!DOCTYPE html>\n<title>Mine: AltGrad</title>",
         "model.json": b'{"path": "/", "created": 3}',
+        "other.json": b'{"predicting": "/", "real": 3}',
+        "steps.csv": b"layer,step,frozen_frac\n1,2,3\n",
         "other.jsonl": run.read_bytes(),
         "weights.pt": bytes(range(256)),
     }
@@ -108,6 +112,20 @@ def test_reports_are_replaced_by_reports(tmp_path: Path) -> None:
         assert altgrad("report", run, *arguments).returncode == 0
     assert find_refusal(files[::-1], [run]) is None
     assert report_onto(files[0], run, kind="--csv")[0] == 0
+
+
+def test_the_figures_of_a_prediction_are_replaced_and_other_files_are_not(tmp_path: Path) -> None:
+    fp32 = write_trained(tmp_path / "fp32", recipes="bf16-true", steps=6)
+    low = write_trained(tmp_path / "bf16", torch.bfloat16, steps=6)
+    files = [tmp_path / f"figures{option}" for option in OPTIONS]
+    arguments = [each for pair in zip(OPTIONS, files, strict=True) for each in pair]
+    for _ in range(2):
+        assert altgrad("compare", fp32, low, *arguments).returncode == 0
+    assert find_refusal(files[::-1], [fp32, low]) is None
+    for path in (fp32, low):
+        refused = altgrad("compare", fp32, low, "--json", path)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "got the run file that is read; choose another file" in refused.stderr
 
 
 def test_new_empty_and_special_files_are_outputs(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from altgrad.report import Row, RunReport, page, read
+from altgrad.report import Confirmation, Row, RunReport, confirmation_page, page, read
 from tests.chromium import chromium, needs_chromium
+from tests.report.confirming import make_twin_run, share
 from tests.report.runs import MARKUP, SCRIPT, figures, make_run, write_run
 
 NAN = float("nan")
@@ -164,3 +165,88 @@ def test_any_page_can_be_written_as_utf_8(tmp_path: Path) -> None:
     assert all(line.isprintable() for line in html.split("\n"))
     for text in ("caf�/altgrad.jsonl", "a��[31m", "b�x", "altgrad.jsonl: �"):
         assert text in html
+
+
+# --- what one run predicted
+
+LOOK = """
+<script>
+const result = {};
+const names = () => [...document.getElementById("layers").tBodies[0].rows]
+  .filter((row) => row.offsetParent !== null).map((row) => row.cells[0].textContent);
+const visible = (id) => {
+  const place = document.getElementById(id).getBoundingClientRect();
+  return place.width > 100 && place.height > 20;
+};
+result.visible = ["summary", "picture-agreement", "layers"].filter(visible);
+result.all = names();
+const headings = document.querySelectorAll("#layers th");
+headings[1].click(); result.by_predicted = names();
+headings[0].click(); result.by_name = names();
+const box = document.querySelector("input[data-table=layers]");
+box.value = "GAI"; box.dispatchEvent(new Event("input"));
+result.found = names();
+result.wider = document.documentElement.scrollWidth > document.documentElement.clientWidth;
+document.body.innerHTML = "<pre id=result></pre>";
+document.getElementById("result").textContent = JSON.stringify(result);
+</script>
+"""
+
+
+def make_confirmation_page() -> str:
+    ends = {"gain": (1.0, 1.0), SCRIPT: (0.75, 0.25), MARKUP: (0.5, 0.5), "none": (NAN, 0.5)}
+    runs = [
+        make_twin_run(
+            {name: share(each[k], 0.5, exp_avg_sq_ratio=1.0) for name, each in ends.items()}
+            | {None: share(0.625, 0.5)},
+            recipe,
+            letter=letter,
+        )
+        for k, (recipe, letter) in enumerate([("bf16-true", SCRIPT), ("now", "b\x9b")])
+    ]
+    return confirmation_page(Confirmation(*runs, "bf16-true"))
+
+
+def test_the_page_of_a_prediction_has_each_layer_and_its_picture() -> None:
+    html = make_confirmation_page()
+    assert "<title>AltGrad: bf16-true, predicted and real</title>" in html
+    (picture,) = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert {"predicted by A", "real in B"} <= {*ET.fromstring(picture).itertext()}
+    table = html[html.index('<table id="layers">') : html.index("</table>")]
+    assert re.findall(r'<td class="FROZEN" data-value="([^"]*)"', table) == ["1.0", "1.0"]
+    rows = re.findall(r"<tr><td.*?</tr>", table, re.DOTALL)
+    assert [re.findall(r'data-value="([^"]*)"', row)[:3] for row in rows] == [
+        ["0.75", "0.25", "0.5"],
+        ["0.5", "0.5", "0.0"],
+        ["1.0", "1.0", "0.0"],
+        ["nan", "0.5", "nan"],
+        ["0.625", "0.625", "0.0"],
+    ]
+    assert "<b>the model</b>" in rows[-1]
+    assert "in float32 that gets the gradients of B" in html
+
+
+def test_the_page_of_a_prediction_escapes_names_and_loads_nothing() -> None:
+    html = make_confirmation_page()
+    assert html.count("<script>") == 1
+    assert SCRIPT not in html
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;" in html
+    assert MARKUP in html
+    assert all(line.isprintable() for line in html.split("\n"))
+    found = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]*)|url\(([^)]*)\)""", html)
+    for address in {"".join(each) for each in found}:
+        assert address.startswith(("#", "data:")), address
+    ids = re.findall(r'\bid="([^"]*)"', html)
+    assert len(ids) == len(set(ids))
+    assert html == make_confirmation_page()
+
+
+@needs_chromium
+def test_the_page_of_a_prediction_can_be_searched_and_sorted(tmp_path: Path) -> None:
+    result = act(make_confirmation_page().replace("</body>", f"{LOOK}</body>"), tmp_path)
+    assert result["visible"] == ["summary", "picture-agreement", "layers"]
+    assert result["all"] == [SCRIPT, MARKUP, "gain", "none"]
+    assert result["by_predicted"] == [MARKUP, SCRIPT, "gain", "none"]
+    assert {*result["by_name"]} == {*result["all"]}
+    assert result["found"] == ["gain"]
+    assert not result["wider"]

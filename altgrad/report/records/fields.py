@@ -153,6 +153,7 @@ HEADER = Fields(
         "predecessor": (Nullable(Fields({"path": Text(), "before_step": _STEP})), None),
         "loggers": (Items(LOGGER, 0, _MOST_KEYS), ()),
         "recipes": (Table(RECIPE, _MOST_RECIPES), {}),
+        "now": (Nullable(RECIPE), None),
     },
 )
 

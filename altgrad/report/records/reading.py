@@ -109,6 +109,7 @@ def read(path: str | os.PathLike[str]) -> Run:
         created=last.header.created,
         loggers=last.header.loggers,
         recipes={**last.header.recipes, **recipes},
+        now=last.header.now,
     )
 
 

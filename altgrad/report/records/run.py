@@ -117,6 +117,7 @@ class Run:
         created: Time at which the file was created, in ISO 8601.
         loggers: Name, id and version of the run in each logger, as in `altgrad.report.Header`.
         recipes: By name, the recipes for storing weights that were tried on samples (twins).
+        now: How the run itself stores its weights, as in `altgrad.report.Header`; None if unknown.
     """
 
     path: Path
@@ -130,6 +131,7 @@ class Run:
     created: str
     loggers: Sequence[Mapping[str, str | None]] = ()
     recipes: Mapping[str, RecipeInfo] = field(default_factory=dict)
+    now: RecipeInfo | None = None
 
     @functools.cached_property
     def steps(self) -> tuple[int, ...]:

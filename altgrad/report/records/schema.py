@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from altgrad.measurement.catalogue import NOW
 from altgrad.monitor.header import describe_format
 from altgrad.quantization.formats import Scaling
 from altgrad.report.names import replace_unprintable
@@ -106,7 +107,8 @@ class LayerInfo:
 class RecipeInfo:
     """A recipe, how weights and optimizer states are stored, as a run file's header describes it.
 
-    The run tried the recipe on a sample of each layer, which is called a twin.
+    The run tried the recipe on a sample of each layer, which is called a twin. `Header.now`
+    describes in the same way how the run itself is stored, under the name ``"now"``.
 
     Attributes:
         name: Name of the recipe, as in the keys of figures.
@@ -116,9 +118,9 @@ class RecipeInfo:
         states: By name of an optimizer state, such as ``"exp_avg"``, the name of its format. The
             name ``"*"`` stands for all other floating-point states of the parameter's shape.
         dtype: Name of the dtype of the tensors to step, such as ``"bfloat16"``. None for float32,
-            and for float64 in a run in float64.
+            and for float64 in a run in float64. The run itself has a name in any case.
         optimizer: Module and name of the function or class that makes the optimizer; None for the
-            run's own class.
+            run's own class. For the run itself it is that class.
         fused: If True, the optimizer's fused implementation steps.
         bytes_per_parameter: Bytes of weights and states for each parameter; NaN if unknown.
         accumulate: Name of the format in which gradients are added up over several backward passes;
@@ -151,6 +153,8 @@ class Header:
         loggers: For each logger of the run, its class under ``logger``, and the run's ``name``,
             ``id`` and ``version`` in it, each a text or None.
         recipes: By name, the recipes for storing weights that are tried on samples (twins).
+        now: How the run itself stores and steps its weights; None if unknown. If layers differ, it
+            is how most weights below 32 bits are stored, or most weights if there are none.
     """
 
     formats: Mapping[str, FormatInfo]
@@ -161,14 +165,19 @@ class Header:
     predecessor: Predecessor | None = None
     loggers: Sequence[Mapping[str, str | None]] = ()
     recipes: Mapping[str, RecipeInfo] = field(default_factory=dict)
+    now: RecipeInfo | None = None
 
     def is_like(self, other: Header) -> bool:
-        """Return True if both headers have equal formats, scaling, layers and recipes.
+        """Return True if both headers have equal formats, scaling, layers, recipes and storage.
 
-        Figures of the two runs then mean the same, and can stand in one file.
+        Figures of the two runs then mean the same, and can stand in one file. Where a header does
+        not say how the run is stored, as in older files, that makes no difference.
         """
         mine, others = self.as_json(), other.as_json()
-        return all(mine[key] == others[key] for key in ("formats", "scaling", "layers", "recipes"))
+        keys = ["formats", "scaling", "layers", "recipes"]
+        if None not in (self.now, other.now):
+            keys.append("now")
+        return all(mine[key] == others[key] for key in keys)
 
     def as_json(self) -> dict[str, Any]:
         """Return the header as JSON values, in the order of the first line of a run file."""
@@ -183,6 +192,7 @@ class Header:
             "predecessor": before and {"path": str(before.path), "before_step": before.before_step},
             "loggers": [dict(each) for each in self.loggers],
             "recipes": {name: info_as_json(each) for name, each in self.recipes.items()},
+            "now": self.now and info_as_json(self.now),
         }
 
     @classmethod
@@ -196,7 +206,7 @@ class Header:
             FieldError: A required key is missing, or a value is invalid.
         """
         known = HEADER.parse(value)
-        before = known["predecessor"]
+        before, now = known["predecessor"], known["now"]
         return cls(
             **known
             | {
@@ -208,6 +218,7 @@ class Header:
                 "recipes": {
                     name: RecipeInfo(name, **each) for name, each in known["recipes"].items()
                 },
+                "now": now and RecipeInfo(NOW, **now),
             }
         )
 

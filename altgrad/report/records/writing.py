@@ -108,9 +108,9 @@ class RunFile:
     ) -> RunFile:
         """Open a run file to continue it; readers then ignore its lines from `before_step` on.
 
-        If formats, scaling, layers or recipes differ from the file's, it is left unchanged. A new
-        file is then created in the same folder, with `path` as its predecessor. The same is
-        done, with a warning, if another writer has the file open.
+        If formats, scaling, layers, recipes or how the run is stored differ from the file's, it is
+        left unchanged. A new file is then created in the same folder, with `path` as its
+        predecessor. The same is done, with a warning, if another writer has the file open.
 
         Args:
             path: Run file of the run that is resumed.

@@ -37,6 +37,7 @@ def lines(records, header, tmp_path_factory) -> list[Any]:
             "bytes_per_parameter": 7.5,
         }
     }
+    first["now"] = first["recipes"]["mine"] | {"dtype": "bfloat16", "bytes_per_parameter": None}
     rest[0]["moved_elements"] = 3.5
     return [first, rest[0], rest[-1]]
 
@@ -86,6 +87,9 @@ BAD: list[tuple[int, list[Any], list[Any]]] = [
     (0, [*RECIPE, "states"], [None, [], "bf16", {"exp_avg": None}, {"exp_avg": 3}]),
     (0, [*RECIPE, "fused"], [0, 1, None, "true"]),
     (0, [*RECIPE, "bytes_per_parameter"], [-1, True, "x", "-inf", HUGE]),
+    (0, ["now"], [3, True, [], {}, "bf16", {"dtype": "bfloat16"}]),
+    (0, ["now", "dtype"], [3, True, []]),
+    (0, ["now", "fused"], [0, None]),
     *((place, ["step"], [None, True, 1.5, -1, "1", HUGE, math.nan]) for place in (1, 2)),
     *((place, ["layer"], [0, True, [], {}]) for place in (1, 2)),
     *((place, ["figures"], [None, [], 3, "x"]) for place in (1, 2)),
@@ -133,6 +137,7 @@ GOOD: list[tuple[int, list[Any], list[Any]]] = [
     (0, [*RECIPE, "rounding"], ["nearest_even", "stochastic"]),
     (0, [*RECIPE, "compensation"], [None, "kahan"]),
     (0, [*RECIPE, "accumulate"], [None, "bf16"]),
+    (0, ["now"], [None]),
     (0, [*RECIPE, "bytes_per_parameter"], [0, 4.125, None]),
     (1, ["moved_elements"], [0, 12.25, None]),
     (1, ["step"], [0, 2**63 - 1]),

@@ -52,6 +52,10 @@ HEADER = Header(
             bytes_per_parameter=4.125,
         ),
     },
+    RecipeInfo(
+        *("now", "bf16", "stochastic", None, {"*": "e5m2"}, "float32", "my.Lion", True),
+        bytes_per_parameter=4.125,
+    ),
 )
 
 
@@ -61,6 +65,7 @@ def test_a_header_survives_json() -> None:
     assert json.loads(line)["altgrad"] == SCHEMA
     bare = {"formats": {}, "scaling": None, "layers": {}}  # as the first versions wrote it
     assert Header.from_json(bare) == Header({}, {}, None)
+    assert Header.from_json(bare).now is None
 
 
 def test_an_unknown_number_of_bytes_is_null() -> None:
@@ -82,10 +87,12 @@ def test_an_unknown_number_of_bytes_is_null() -> None:
         ({"layers": HEADER.layers | {"once": replace(HEADER.layers["once"], elements=4)}}, False),
         ({"recipes": {}}, False),
         ({"recipes": {"mine": replace(HEADER.recipes["mine"], fused=False)}}, False),
+        ({"now": None}, True),  # as in files that do not say it
+        ({"now": replace(HEADER.now, dtype="bfloat16")}, False),
         ({"versions": {}, "created": "", "predecessor": None, "loggers": ()}, True),
     ],
 )
-def test_headers_are_alike_only_if_formats_scaling_layers_and_recipes_are_equal(
+def test_headers_are_alike_only_if_settings_and_the_storage_of_the_run_are_equal(
     change: Any, is_like: bool
 ) -> None:
     assert HEADER.is_like(replace(HEADER, **change)) is is_like
