@@ -98,30 +98,31 @@ class Judge:
 
     def assessment(self) -> Assessment:
         """Return the verdicts on the run and on all layers, judged by the steps added so far."""
-        layers = {name: self._judge_layer(name) for name in self._twins}
-        names = [NOW, *self._recipes, *self._formats]
-        shares = {
-            name: [own[name] for own in layers.values() if name in own]
-            for name in dict.fromkeys(names)
-        }
+        families = self._find_families()
+        layers = {name: self._judge_layer(name, families) for name in self._twins}
+        shares = {name: [own[name] for own in layers.values() if name in own] for name in families}
         runs = {
-            name: judge_recipe(name, self._recipes.get(name), own)
-            for name, own in shares.items()
-            if own
+            name: judge_recipe(name, families[name], own) for name, own in shares.items() if own
         }
         runs = add_remedies(runs, self._recipes, shares)
         advice = [share.advice for own in layers.values() for share in own.values()]
         suggestions = {name: self._suggest(own) for name, own in layers.items()}
         return Assessment(runs, advice, suggestions, summarize(runs, advice))
 
-    def _judge_layer(self, layer: str) -> dict[str, LayerShare]:
+    def _find_families(self) -> dict[str, str | None]:
+        """Return the family of the run itself, of each recipe and of each format, by name."""
+        dtypes = {layer.dtype for layer in self._layers.values()}
+        names = dict.fromkeys((NOW, *self._recipes, *self._formats))
+        return {name: find_family(name, self._recipes.get(name), dtypes) for name in names}
+
+    def _judge_layer(self, layer: str, families: Mapping[str, str | None]) -> dict[str, LayerShare]:
         """Return the verdicts on a layer, by recipe or format, and how much each counts."""
         info = self._layers.get(layer)
         size = float(math.prod(info.shape)) if info is not None else 1.0
         twins, steps = self._twins[layer], self._steps[layer]
         found = {}
         for name, tally in twins.items():
-            advice = self._judge_twin(layer, name, tally)
+            advice = self._judge_twin(layer, name, tally, families[name])
             found[name] = LayerShare(
                 advice, size, tally.figure(MOVED), tally.weight_rms, tally.weight_error
             )
@@ -132,10 +133,9 @@ class Judge:
                 found[name] = LayerShare(advice, size, steps_tally.update_rms)
         return found
 
-    def _judge_twin(self, layer: str, name: str, tally: TwinTally) -> Advice:
-        recipe = self._recipes.get(name)
-        verdict, reason = judge_twin(tally, self._explain_range(layer, recipe))
-        family = find_family(name, recipe)
+    def _judge_twin(self, layer: str, name: str, tally: TwinTally, family: str | None) -> Advice:
+        range_reason = self._explain_range(layer, self._recipes.get(name))
+        verdict, reason = judge_twin(tally, range_reason)
         evidence = calibration().describe_layers(family, verdict.name)
         if name != NOW:
             reason = _mention_nonfinite(tally.nonfinite, verdict, reason)

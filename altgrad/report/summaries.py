@@ -64,7 +64,7 @@ def write_kept(advice: RunAdvice) -> str:
 def _write_progress(advice: RunAdvice) -> str:
     if math.isnan(advice.kept):
         return ""
-    basis = "progress is kept" if advice.has_twin else "updates is kept, step by step"
+    basis = "progress is kept" if advice.has_twin else "update is kept, step by step"
     text = f"{write_kept(advice)} of the {basis}"
     if advice.weight_error > _LIMITS.weight_error and advice.kept >= _LIMITS.stores_fine:
         text += f", and weights are off by {advice.weight_error:.2g} of their size"
@@ -82,11 +82,7 @@ def _write_standing(advice: RunAdvice) -> str:
 
 def _mention_nonfinite(advice: Sequence[Advice]) -> list[str]:
     """Return a sentence on layers with NaN or inf elements; an empty list without such layers."""
-    shares = {
-        each.layer: each.nonfinite
-        for each in advice
-        if each.nonfinite and (each.recipe == NOW or not each.has_twin)
-    }
+    shares = {each.layer: each.nonfinite for each in advice if each.nonfinite}
     if not shares:
         return []
     layers = few([f"{layer} ({format_percent(share)})" for layer, share in shares.items()])
