@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from altgrad import StepRecord
-from altgrad.report import Judge, RunAdvice, Verdict, find_errors, judge_run
+from altgrad.report import Judge, RunAdvice, Verdict, judge_run
 from altgrad.report.calibration import calibration
+from altgrad.report.judging import StandardErrors
 from altgrad.report.records.schema import RecipeInfo
 from altgrad.report.run_rules import LayerShare, add_remedies, find_kept_interval, judge_recipe
 from altgrad.report.verdicts import Advice
@@ -58,7 +59,7 @@ def test_the_progress_of_a_run_is_that_of_the_last_record(tmp_path: Path) -> Non
     judge = Judge(run.formats, run.layers, run.recipes)
     for each in records:
         for layer, figures in each.layers.items():
-            judge.add(each.index, layer, figures, find_errors(figures))
+            judge.add(each.index, layer, figures, StandardErrors(figures))
     found, read_again = judge.assessment().runs, judge_run(run).runs
     for recipe in recipes:
         kept = records[-1].model[f"progress_kept/{recipe}"]

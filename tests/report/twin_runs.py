@@ -105,13 +105,13 @@ def make_tally(
     *steps: Mapping[str, float], errors: Mapping[str, float] | None = None, recipe: str = "bf16"
 ) -> TwinTally:
     """Return the tally of steps 0, 10, 20, … with these changes of a fine twin's figures."""
-    tally = TwinTally()
+    tally = TwinTally(recipe)
     exact = {"progress_kept": 0.0, "frozen_frac": 0.0, "still_frac": 0.0}
     known = {f"{metric}/{recipe}": each for metric, each in {**exact, **(errors or {})}.items()}
     for number, changes in enumerate(steps):
         own = figures(recipe, **{k: v for k, v in changes.items() if k != "nonfinite_frac"})
         own |= {"nonfinite_frac": changes.get("nonfinite_frac", 0.0)}
-        tally.add_step(10 * number, own, known, recipe)
+        tally.add_step(10 * number, own, known)
     return tally
 
 
