@@ -19,10 +19,11 @@ from altgrad.report.calibration import calibration
 from altgrad.report.families import find_family
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import FormatInfo, LayerInfo, RecipeInfo
-from altgrad.report.run_rules import LayerShare, add_remedies, judge_recipe
+from altgrad.report.run_rules import LayerShare, add_remedies, find_format, judge_recipe
 from altgrad.report.step_rules import describe_range, judge_range, judge_steps
 from altgrad.report.summaries import summarize
 from altgrad.report.tallies import (
+    KEPT,
     MOVED,
     PROGRESS,
     STEP_METRICS,
@@ -136,11 +137,26 @@ class Judge:
     def _judge_twin(self, layer: str, name: str, tally: TwinTally, family: str | None) -> Advice:
         range_reason = self._explain_range(layer, self._recipes.get(name))
         verdict, reason = judge_twin(tally, range_reason)
+        if verdict is Verdict.FROZEN and (doubt := self._doubt_sample(layer, name)):
+            verdict, reason = Verdict.UNCERTAIN, f"{reason}, but {doubt}"
         evidence = calibration().describe_layers(family, verdict.name)
         if name != NOW:
             reason = _mention_nonfinite(tally.nonfinite, verdict, reason)
         figures, errors = tally.figures, tally.errors
         return Advice(layer, name, verdict, figures, errors, reason, evidence, tally.nonfinite)
+
+    def _doubt_sample(self, layer: str, name: str) -> str:
+        """Return a phrase on updates that are kept beside a sample that stands still; or "".
+
+        Of an embedding, the few rows that are used may all be outside of the twin's sample.
+        """
+        recipe = self._recipes.get(name)
+        format = None if recipe is None else find_format(recipe)
+        tally = self._steps[layer].get(format or "")
+        kept = math.nan if tally is None else tally.find_figures()[KEPT]
+        if not kept >= calibration().step_thresholds.needs_remedy:
+            return ""
+        return f"{kept:.3g} of the update is kept, step by step, in the sample of all figures"
 
     def _explain_range(self, layer: str, recipe: RecipeInfo | None) -> str:
         """Return a phrase on weights out of a format's range, if a scale would help; or ""."""

@@ -254,9 +254,13 @@ def _list_remedies(name: str, recipes: Mapping[str, RecipeInfo]) -> list[str]:
         for other, info in recipes.items()
         if find_family(other, info) in ("stochastic", "kahan")
     ]
-    own = recipes[name].weights or recipes[name].dtype if name in recipes else None
-    format = {"bfloat16": "bf16", "float16": "fp16", None: "bf16"}.get(own, own)
-    return [other for other in remedies if recipes[other].weights == format] or remedies
+    format = find_format(recipes[name]) if name in recipes else None
+    return [other for other in remedies if recipes[other].weights == (format or "bf16")] or remedies
+
+
+def find_format(recipe: RecipeInfo) -> str | None:
+    """Return the name of the format in which a recipe stores weights; None for float32."""
+    return recipe.weights or {"bfloat16": "bf16", "float16": "fp16"}.get(recipe.dtype or "")
 
 
 def _name_cost(layers: Sequence[LayerShare]) -> str:

@@ -120,6 +120,41 @@ def test_a_format_without_a_twin_is_judged_from_steps(tmp_path: Path) -> None:
     assert [each.has_twin for each in judge_run(without).advice] == [False, False]
 
 
+def test_a_sample_without_the_words_that_are_used_does_not_show_a_frozen_layer(
+    tmp_path: Path,
+) -> None:
+    """Of 8,000 words 40 are used; the rest of an embedding only decays."""
+    torch.manual_seed(0)
+    found = []
+    for first in range(0, 1600, 400):
+        net = make_layers(words=torch.randn(8000, 8))
+        optimizer = torch.optim.AdamW(net.parameters(), 1e-2, weight_decay=0.01)
+
+        def use_some(net: torch.nn.Module, step: int, first: int = first) -> None:
+            push_gradients(net, step)
+            for layer in net.parameters():
+                is_used = torch.zeros(len(layer), 1, dtype=torch.bool)
+                is_used[first : first + 40] = True
+                layer.grad = torch.where(is_used, layer.grad, 0)
+
+        run = record(
+            tmp_path / str(first),
+            net,
+            optimizer,
+            30,
+            prepare=use_some,
+            formats=["bf16"],
+            recipes=["bf16", "bf16-true"],
+        )
+        found += judge_run(run).advice
+    of_none = [each for each in found if each.figures["frozen_frac"] == 1]
+    assert of_none
+    for each in of_none:
+        assert each.verdict is Verdict.UNCERTAIN
+        assert each.reason.endswith("step by step, in the sample of all figures")
+    assert Verdict.FROZEN not in {each.verdict for each in found}
+
+
 @pytest.mark.parametrize("recipes", [["e4m3fn"], ()])
 def test_weights_out_of_range_need_a_scale(tmp_path: Path, recipes: list[str]) -> None:
     for scaling, verdict in ((None, True), ("tensor", False)):
