@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from altgrad.measurement.catalogue import FORMAT_METRICS, NOW
@@ -34,6 +35,14 @@ _ALSO_OF_TWINS = (MOVED, BROKEN, "drift", "window_progress_kept", "moved_since_s
 _STATE_ENDS = ("_ratio", "_zero_frac")
 _MEANS = (KEPT, STALL, *RANGE)
 _SIZE = "update_rms"
+
+
+@lru_cache(maxsize=256)
+def _list_metrics(recipe: str, keys: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the metrics of a recipe on which verdicts rest, and those of states among `keys`."""
+    end = f"/{recipe}"  # most layers have the same keys
+    metrics = (key[: -len(end)] for key in keys if key.endswith(end))
+    return (*TWIN_METRICS, *_ALSO_OF_TWINS, *filter(_is_about_state, metrics))
 
 
 def _is_about_state(metric: str) -> bool:
@@ -110,10 +119,7 @@ class TwinTally:
     @property
     def figures(self) -> dict[str, float]:
         """The last figures of the twin on which verdicts rest, by metric, and of its states."""
-        end = f"/{self.recipe}"
-        metrics = [key[: -len(end)] for key in self._latest if key.endswith(end)]
-        own = (*TWIN_METRICS, *_ALSO_OF_TWINS, *filter(_is_about_state, metrics))
-        return {metric: self.figure(metric) for metric in own}
+        return {m: self.figure(m) for m in _list_metrics(self.recipe, tuple(self._latest))}
 
     @property
     def errors(self) -> dict[str, float]:
