@@ -29,7 +29,7 @@ _FAR_STATE = 1.5
 
 @dataclass(frozen=True)
 class LayerShare:
-    """What a layer contributes to the run.
+    """A layer's contribution to the run.
 
     Attributes:
         advice: The verdict on the layer.
@@ -182,6 +182,9 @@ def add_remedies(
         runs: Verdicts on the run, by recipe.
         recipes: Descriptions of the recipes, by name.
         layers: For each recipe, the layers that it was judged for.
+
+    Returns:
+        The same verdicts, by recipe, with the attribute `RunAdvice.to_do`.
     """
     return {
         name: advice._replace(to_do=_find_remedy(advice, runs, recipes, layers))

@@ -20,7 +20,12 @@ _LIMITS = calibration().thresholds
 
 
 def summarize(runs: Mapping[str, RunAdvice], advice: Sequence[Advice]) -> str:
-    """Return a paragraph with a sentence on each recipe, and on layers with NaN or inf."""
+    """Return a paragraph with a sentence on each recipe, and on layers with NaN or inf.
+
+    Args:
+        runs: Verdicts on the run, by recipe.
+        advice: Verdicts on the layers.
+    """
     if not advice:
         return "No step was observed: there are no verdicts."
     sentences = [write_sentence(each) for each in runs.values()]

@@ -38,6 +38,9 @@ def judge_twin(tally: TwinTally, range_reason: str = "") -> tuple[Verdict, str]:
         tally: Summary of the twin's figures.
         range_reason: Phrase on the weights that are out of the range of the recipe's format, if
             these are too many and a scale would help; otherwise empty.
+
+    Returns:
+        The verdict, and its reason in one sentence.
     """
     kept, frozen = tally.figure(PROGRESS), tally.figure(FROZEN)
     intervals = find_twin_intervals(tally)
