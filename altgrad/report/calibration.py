@@ -74,7 +74,7 @@ class StepThresholds:
 
 
 class Offset(NamedTuple):
-    """How far the share of the progress kept by real runs is from the predicted one.
+    """An interval of the progress kept by real runs, less the progress that was predicted.
 
     Attributes:
         below: The offset is that of runs with a predicted share below this.
@@ -96,9 +96,9 @@ class Calibration:
         step_thresholds: Figures of single steps at which one verdict ends, and the next begins.
         rules: By name of the threshold, the rule in words by which the threshold was found.
         offsets: Offsets of the progress kept by real runs, by increasing `Offset.below`.
-        runs: Outcomes of real runs by family of the recipe and name of the verdict: number of
-            ``runs``, how many ``lost_10_percent`` of the fall in loss, and the quartiles of their
-            final loss as a multiple of that in float32, ``loss_ratios``.
+        runs: Outcomes of real runs by family of the recipe and name of the verdict. They have
+            the number of ``runs``, and the number that ``lost_10_percent`` of the fall in loss. The
+            quartiles of their final loss over that in float32 are ``loss_ratios``.
         layers: Outcomes of layers of these runs by family and verdict: number of ``layers``, how
             many were ``frozen`` in truth, and the quartiles of the progress they kept, ``kept``.
         held_out: Outcomes in the form of `runs` and `layers`, for tasks and optimizers that set no

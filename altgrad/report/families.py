@@ -8,6 +8,8 @@ real runs of its family alone: what became of weights in 8 bits says nothing abo
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from altgrad.measurement.catalogue import NOW
 from altgrad.quantization.block_formats import get_formats
 from altgrad.report.records.schema import RecipeInfo
@@ -33,22 +35,23 @@ _LIBRARIES = {
 """Families of the recipes of other libraries, by the function that makes the optimizer."""
 
 
-def find_family(name: str, recipe: RecipeInfo | None) -> str | None:
+def find_family(name: str, recipe: RecipeInfo | None, dtypes: Collection[str] = ()) -> str | None:
     """Return the family of a recipe, a key of `FAMILIES`.
 
     Args:
         name: Name of the recipe. Without a description it is that of a number format in which
             weights are rounded to nearest.
         recipe: The recipe's description in the run file; None if it has none.
+        dtypes: Names of the dtypes of the run's layers, such as ``"bfloat16"``, for ``now``.
 
     Returns:
         The family; None if no real run was done with such a recipe.
     """
     if name == NOW:
-        return "now"
+        return "now" if "bfloat16" in dtypes and "float16" not in dtypes else None
     if recipe is None:
         return _sort_by_bits(name)
-    if recipe.accumulate is not None:
+    if recipe.accumulate is not None or (recipe.weights is not None and recipe.states):
         return None
     if recipe.optimizer is not None:
         return _LIBRARIES.get(recipe.optimizer.rpartition(".")[2])

@@ -19,10 +19,11 @@ from altgrad.report.calibration import calibration
 from altgrad.report.families import find_family
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import FormatInfo, LayerInfo, RecipeInfo
-from altgrad.report.run_rules import LayerShare, add_remedies, judge_recipe
+from altgrad.report.run_rules import LayerShare, add_remedies, find_format, judge_recipe
 from altgrad.report.step_rules import describe_range, judge_range, judge_steps
 from altgrad.report.summaries import summarize
 from altgrad.report.tallies import (
+    KEPT,
     MOVED,
     PROGRESS,
     STEP_METRICS,
@@ -98,30 +99,31 @@ class Judge:
 
     def assessment(self) -> Assessment:
         """Return the verdicts on the run and on all layers, judged by the steps added so far."""
-        layers = {name: self._judge_layer(name) for name in self._twins}
-        names = [NOW, *self._recipes, *self._formats]
-        shares = {
-            name: [own[name] for own in layers.values() if name in own]
-            for name in dict.fromkeys(names)
-        }
+        families = self._find_families()
+        layers = {name: self._judge_layer(name, families) for name in self._twins}
+        shares = {name: [own[name] for own in layers.values() if name in own] for name in families}
         runs = {
-            name: judge_recipe(name, self._recipes.get(name), own)
-            for name, own in shares.items()
-            if own
+            name: judge_recipe(name, families[name], own) for name, own in shares.items() if own
         }
         runs = add_remedies(runs, self._recipes, shares)
         advice = [share.advice for own in layers.values() for share in own.values()]
         suggestions = {name: self._suggest(own) for name, own in layers.items()}
         return Assessment(runs, advice, suggestions, summarize(runs, advice))
 
-    def _judge_layer(self, layer: str) -> dict[str, LayerShare]:
+    def _find_families(self) -> dict[str, str | None]:
+        """Return the family of the run itself, of each recipe and of each format, by name."""
+        dtypes = {layer.dtype for layer in self._layers.values()}
+        names = dict.fromkeys((NOW, *self._recipes, *self._formats))
+        return {name: find_family(name, self._recipes.get(name), dtypes) for name in names}
+
+    def _judge_layer(self, layer: str, families: Mapping[str, str | None]) -> dict[str, LayerShare]:
         """Return the verdicts on a layer, by recipe or format, and how much each counts."""
         info = self._layers.get(layer)
         size = float(math.prod(info.shape)) if info is not None else 1.0
         twins, steps = self._twins[layer], self._steps[layer]
         found = {}
         for name, tally in twins.items():
-            advice = self._judge_twin(layer, name, tally)
+            advice = self._judge_twin(layer, name, tally, families[name])
             found[name] = LayerShare(
                 advice, size, tally.figure(MOVED), tally.weight_rms, tally.weight_error
             )
@@ -132,15 +134,29 @@ class Judge:
                 found[name] = LayerShare(advice, size, steps_tally.update_rms)
         return found
 
-    def _judge_twin(self, layer: str, name: str, tally: TwinTally) -> Advice:
-        recipe = self._recipes.get(name)
-        verdict, reason = judge_twin(tally, self._explain_range(layer, recipe))
-        family = find_family(name, recipe)
+    def _judge_twin(self, layer: str, name: str, tally: TwinTally, family: str | None) -> Advice:
+        range_reason = self._explain_range(layer, self._recipes.get(name))
+        verdict, reason = judge_twin(tally, range_reason)
+        if verdict is Verdict.FROZEN and (doubt := self._doubt_sample(layer, name)):
+            verdict, reason = Verdict.UNCERTAIN, f"{reason}, but {doubt}"
         evidence = calibration().describe_layers(family, verdict.name)
         if name != NOW:
             reason = _mention_nonfinite(tally.nonfinite, verdict, reason)
         figures, errors = tally.figures, tally.errors
         return Advice(layer, name, verdict, figures, errors, reason, evidence, tally.nonfinite)
+
+    def _doubt_sample(self, layer: str, name: str) -> str:
+        """Return a phrase on updates that are kept beside a sample that stands still; or "".
+
+        Of an embedding, the few rows that are used may all be outside of the twin's sample.
+        """
+        recipe = self._recipes.get(name)
+        format = None if recipe is None else find_format(recipe)
+        tally = self._steps[layer].get(format or "")
+        kept = math.nan if tally is None else tally.find_figures()[KEPT]
+        if not kept >= calibration().step_thresholds.needs_remedy:
+            return ""
+        return f"{kept:.3g} of the update is kept, step by step, in the sample of all figures"
 
     def _explain_range(self, layer: str, recipe: RecipeInfo | None) -> str:
         """Return a phrase on weights out of a format's range, if a scale would help; or ""."""

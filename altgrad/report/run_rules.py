@@ -29,7 +29,7 @@ _FAR_STATE = 1.5
 
 @dataclass(frozen=True)
 class LayerShare:
-    """What a layer contributes to the run.
+    """A layer's contribution to the run.
 
     Attributes:
         advice: The verdict on the layer.
@@ -50,28 +50,28 @@ class LayerShare:
         return self.size * self.moved**2
 
 
-def judge_recipe(name: str, recipe: RecipeInfo | None, layers: Sequence[LayerShare]) -> RunAdvice:
+def judge_recipe(name: str, family: str | None, layers: Sequence[LayerShare]) -> RunAdvice:
     """Return the verdict of a recipe on a whole run, without what to do.
 
     Args:
         name: Name of the recipe; ``now`` for the run itself.
-        recipe: Description of the recipe; None for a format that no twin stores.
+        family: Family of the recipe, a key of `FAMILIES`; None if no such run was tested.
         layers: The layers that the recipe was judged for.
     """
-    kept, error = _join_kept(layers)
+    has_twin = any(layer.advice.has_twin for layer in layers)
+    # Movements since the start are not comparable with those of single steps.
+    kept, error = _join_kept([each for each in layers if each.advice.has_twin == has_twin])
     weight_error = _join_weight_errors(layers)
     size = math.fsum(layer.size for layer in layers)
     standing = [layer for layer in layers if layer.advice.verdict in _STANDING]
     share = math.fsum(layer.size for layer in standing) / size if size else math.nan
-    has_twin = any(layer.advice.has_twin for layer in layers)
     verdicts = [layer.advice.verdict for layer in layers]
     verdict = _find_verdict(kept, weight_error, share, verdicts, has_twin=has_twin)
-    family = find_family(name, recipe)
     return RunAdvice(
         name,
         verdict,
         kept,
-        find_kept_interval(kept, error),
+        find_kept_interval(kept, error, has_twin=has_twin),
         weight_error,
         _average(layers, FROZEN),
         [layer.advice.layer for layer in standing],
@@ -106,7 +106,11 @@ def _find_verdict(
 
 
 def _join_kept(layers: Sequence[LayerShare]) -> tuple[float, float]:
-    """Return the share of the progress that all layers together keep, and its standard error."""
+    """Return the share of the progress that all layers together keep, and its standard error.
+
+    The error is that of what each layer keeps. What a sample leaves open of how far a layer moved
+    is not known here; it adds to the error where layers keep very different shares.
+    """
     known = [each for each in layers if math.isfinite(each.energy * each.advice.kept)]
     energy = math.fsum(layer.energy for layer in known)
     if not energy > 0:
@@ -145,19 +149,21 @@ def _average(layers: Sequence[LayerShare], metric: str) -> float:
     return math.fsum(each * value for each, value in known) / size if size else math.nan
 
 
-def find_kept_interval(kept: float, error: float) -> Interval:
+def find_kept_interval(kept: float, error: float, *, has_twin: bool) -> Interval:
     """Return the interval of 80 % in which the share kept by the real run lies.
 
     Twins get the gradients of a run in float32, and those of the real run differ: where its weights
     stay behind, its gradients stay large and make up for a part.
 
     Args:
-        kept: The share that the twins predict.
+        kept: The share that the twins predict, or that single steps keep.
         error: The standard error of `kept`, as a sample of each layer has it.
+        has_twin: True if `kept` is of twins. No real run says how far single steps are off, whose
+            interval is that of the sample alone.
     """
     if math.isnan(kept):
         return math.nan, math.nan
-    low, high = calibration().find_offsets(kept)
+    low, high = calibration().find_offsets(kept) if has_twin else (0.0, 0.0)
     half = 1.2816 * error  # the quantile of 90 % of the normal distribution
     return kept + low - half, kept + high + half
 
@@ -176,6 +182,9 @@ def add_remedies(
         runs: Verdicts on the run, by recipe.
         recipes: Descriptions of the recipes, by name.
         layers: For each recipe, the layers that it was judged for.
+
+    Returns:
+        The same verdicts, by recipe, with the attribute `RunAdvice.to_do`.
     """
     return {
         name: advice._replace(to_do=_find_remedy(advice, runs, recipes, layers))
@@ -189,28 +198,53 @@ def _find_remedy(
     recipes: Mapping[str, RecipeInfo],
     layers: Mapping[str, Sequence[LayerShare]],
 ) -> str:
-    verdict = advice.verdict
+    verdict, recipe = advice.verdict, recipes.get(advice.recipe)
     if verdict is Verdict.NOT_JUDGED:
         return ""
-    if verdict is Verdict.OVERSHOOTS:
-        states = recipes[advice.recipe].states if advice.recipe in recipes else {}
-        return f"Store {' and '.join(states) or 'the optimizer states'} in more bits."
     if verdict is Verdict.BREAKS:
-        return "Use bf16 in place of fp16, or keep the optimizer states in float32."
+        return _avoid_breaking(recipe)
     is_nearly_fine = verdict in (Verdict.STORES_FINE, Verdict.WATCH)
     if is_nearly_fine and advice.frozen and advice.frozen_share <= _FEW_WEIGHTS:
         return f"Keep {'it' if len(advice.frozen) == 1 else 'those'} in float32."
-    if verdict is Verdict.STORES_FINE:
+    if verdict is Verdict.STORES_FINE and not advice.frozen:
         return "Nothing is lost that matters."
+    is_by_states = verdict is Verdict.OVERSHOOTS and _has_small_states(recipe)
+    if is_by_states or find_family(advice.recipe, recipe) == "states":
+        states = [state for state in (recipe.states if recipe else {}) if state != "*"]
+        return f"Store {' and '.join(states) or 'the optimizer states'} in more bits."
     better = [
         runs[name]
         for name in _list_remedies(advice.recipe, recipes)
         if name in runs and runs[name].verdict is Verdict.STORES_FINE
     ]
     if not better:
-        return "Add the recipes bf16-sr and bf16-kahan to see what these remedies would keep."
+        return _propose_remedies(runs)
     best = min(better, key=lambda each: abs(each.kept - 1))
     return f"Use {best.recipe}, which keeps {best.kept:.3g}{_name_cost(layers[best.recipe])}."
+
+
+def _has_small_states(recipe: RecipeInfo | None) -> bool:
+    """Return True unless a recipe keeps the optimizer states in float32; ``now`` may not."""
+    return recipe is None or bool(recipe.states or recipe.dtype or recipe.optimizer)
+
+
+def _avoid_breaking(recipe: RecipeInfo | None) -> str:
+    if recipe is None or recipe.dtype == "float16":
+        return "Use bf16 in place of fp16, or keep the optimizer states in float32."
+    if _has_small_states(recipe):
+        return "Keep the optimizer states in float32."
+    return "Use a format with larger numbers."
+
+
+def _propose_remedies(runs: Mapping[str, RunAdvice]) -> str:
+    """Return a sentence on remedies that the run has not tried."""
+    untried = [name for name in ("bf16-sr", "bf16-kahan") if name not in runs]
+    if not untried:
+        return "No remedy that was tried stores it fine: keep the weights in float32."
+    recipes, remedies = (
+        ("recipes", "these remedies") if len(untried) > 1 else ("recipe", "this remedy")
+    )
+    return f"Add the {recipes} {' and '.join(untried)} to see what {remedies} would keep."
 
 
 def _list_remedies(name: str, recipes: Mapping[str, RecipeInfo]) -> list[str]:
@@ -223,9 +257,13 @@ def _list_remedies(name: str, recipes: Mapping[str, RecipeInfo]) -> list[str]:
         for other, info in recipes.items()
         if find_family(other, info) in ("stochastic", "kahan")
     ]
-    own = recipes[name].weights or recipes[name].dtype if name in recipes else None
-    format = {"bfloat16": "bf16", "float16": "fp16", None: "bf16"}.get(own, own)
-    return [other for other in remedies if recipes[other].weights == format] or remedies
+    format = find_format(recipes[name]) if name in recipes else None
+    return [other for other in remedies if recipes[other].weights == (format or "bf16")] or remedies
+
+
+def find_format(recipe: RecipeInfo) -> str | None:
+    """Return the name of the format in which a recipe stores weights; None for float32."""
+    return recipe.weights or {"bfloat16": "bf16", "float16": "fp16"}.get(recipe.dtype or "")
 
 
 def _name_cost(layers: Sequence[LayerShare]) -> str:

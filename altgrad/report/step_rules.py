@@ -32,6 +32,9 @@ def judge_steps(
         figures: Figures of the layer in the format, by metric: means over single steps.
         intervals: Confidence intervals of 95 % around the figures, by metric.
         needs_scale: True if a scale would help weights that are out of the format's range.
+
+    Returns:
+        The verdict, and its reason in one sentence.
     """
     kept, never_moved = figures[KEPT], figures[NEVER_MOVED]
     if math.isnan(kept):
@@ -45,9 +48,9 @@ def judge_steps(
         return Verdict.UNCERTAIN, f"{share} would never have moved, which could be “frozen” or not"
     if is_frozen:
         return Verdict.FROZEN, f"{share} would never have moved"
-    out_of_range = judge_range(figures, intervals) if needs_scale else None
-    if kept < _LIMITS.stores_fine and out_of_range is not None:
-        return out_of_range, (
+    by_range = judge_range(figures, intervals) if needs_scale else None
+    if kept < _LIMITS.stores_fine and by_range is not None:
+        return by_range, (
             f"{describe_range(figures, intervals)}, and {write_figure(kept, intervals[KEPT])} of "
             "the update is kept"
         )
@@ -75,9 +78,13 @@ def reaches(share: float, interval: Interval, limit: float) -> bool | None:
 def judge_range(figures: Mapping[str, float], intervals: Mapping[str, Interval]) -> Verdict | None:
     """Return RANGE if too many weights are stored as 0 or lie beyond a format's largest value.
 
-    `figures` and their confidence `intervals` are by metric. The result is UNCERTAIN if the sample
-    leaves open whether a share reaches its threshold, and None if both shares are below their
-    thresholds.
+    Args:
+        figures: Figures of the layer in the format, by metric.
+        intervals: Confidence intervals of 95 % around the figures, by metric.
+
+    Returns:
+        The verdict: UNCERTAIN if the sample leaves open whether a share reaches its threshold, None
+        if both shares are below their thresholds.
     """
     limits = zip(RANGE, (_LIMITS.underflow, _LIMITS.saturated), strict=True)
     found = None
@@ -92,7 +99,12 @@ def judge_range(figures: Mapping[str, float], intervals: Mapping[str, Interval])
 
 
 def describe_range(figures: Mapping[str, float], intervals: Mapping[str, Interval]) -> str:
-    """Return a phrase on the shares of weights that are out of a format's range."""
+    """Return a phrase on the shares of weights that are out of a format's range.
+
+    Args:
+        figures: Figures of a layer in the format, by metric.
+        intervals: Confidence intervals of 95 % around the figures, by metric.
+    """
     zero, beyond = (write_percent(figures[metric], intervals[metric]) for metric in RANGE)
     return f"{zero} of the weights are stored as 0 and {beyond} lie beyond the top"
 
@@ -118,7 +130,12 @@ def _classify(kept: float) -> Verdict:
 
 
 def write_percent(share: float, interval: Interval) -> str:
-    """Return a share as text in percent, with its confidence interval if there is one."""
+    """Return a share as text in percent, with its confidence interval if there is one.
+
+    Args:
+        share: The share, 0 to 1.
+        interval: Its confidence interval. One without a width is left out.
+    """
     if not interval[0] < interval[1]:
         return format_percent(share)
     low, high = (f"{100 * end:.3g}" for end in interval)
@@ -128,7 +145,10 @@ def write_percent(share: float, interval: Interval) -> str:
 def write_figure(value: float, interval: Interval) -> str:
     """Return a figure as text, with ``±`` half of its confidence interval, as ``0.5 ± 0.02``.
 
-    A figure of which all elements were measured has an interval without a width, and stands alone.
+    Args:
+        value: The figure.
+        interval: Its confidence interval. If all elements were measured it has no width, and the
+            figure stands alone.
     """
     half = (interval[1] - interval[0]) / 2
     return f"{value:.3g} ± {half:.1g}" if half > 0 else f"{value:.3g}"

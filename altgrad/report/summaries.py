@@ -20,7 +20,12 @@ _LIMITS = calibration().thresholds
 
 
 def summarize(runs: Mapping[str, RunAdvice], advice: Sequence[Advice]) -> str:
-    """Return a paragraph with a sentence on each recipe, and on layers with NaN or inf."""
+    """Return a paragraph with a sentence on each recipe, and on layers with NaN or inf.
+
+    Args:
+        runs: Verdicts on the run, by recipe.
+        advice: Verdicts on the layers.
+    """
     if not advice:
         return "No step was observed: there are no verdicts."
     sentences = [write_sentence(each) for each in runs.values()]
@@ -64,7 +69,7 @@ def write_kept(advice: RunAdvice) -> str:
 def _write_progress(advice: RunAdvice) -> str:
     if math.isnan(advice.kept):
         return ""
-    basis = "progress is kept" if advice.has_twin else "updates is kept, step by step"
+    basis = "progress is kept" if advice.has_twin else "update is kept, step by step"
     text = f"{write_kept(advice)} of the {basis}"
     if advice.weight_error > _LIMITS.weight_error and advice.kept >= _LIMITS.stores_fine:
         text += f", and weights are off by {advice.weight_error:.2g} of their size"
@@ -82,11 +87,7 @@ def _write_standing(advice: RunAdvice) -> str:
 
 def _mention_nonfinite(advice: Sequence[Advice]) -> list[str]:
     """Return a sentence on layers with NaN or inf elements; an empty list without such layers."""
-    shares = {
-        each.layer: each.nonfinite
-        for each in advice
-        if each.nonfinite and (each.recipe == NOW or not each.has_twin)
-    }
+    shares = {each.layer: each.nonfinite for each in advice if each.nonfinite}
     if not shares:
         return []
     layers = few([f"{layer} ({format_percent(share)})" for layer, share in shares.items()])

@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from altgrad.measurement.catalogue import FORMAT_METRICS, NOW
@@ -30,10 +31,18 @@ PROGRESS, FROZEN, STILL = "progress_kept", "frozen_frac", "still_frac"
 MOVED, BROKEN = "moved_rms", "twin_nonfinite_frac"
 TWIN_METRICS = (PROGRESS, FROZEN, STILL)
 """Metrics of twins on which a verdict and its reason rest, each with a standard error."""
-_ALSO_OF_TWINS = (MOVED, BROKEN, "drift", "window_progress_kept", "moved_since_start_frac")
+_OTHER_TWIN_METRICS = (MOVED, BROKEN, "drift", "window_progress_kept", "moved_since_start_frac")
 _STATE_ENDS = ("_ratio", "_zero_frac")
 _MEANS = (KEPT, STALL, *RANGE)
 _SIZE = "update_rms"
+
+
+@lru_cache(maxsize=256)
+def _list_metrics(recipe: str, keys: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the metrics of a recipe on which verdicts rest, and those of states among `keys`."""
+    end = f"/{recipe}"  # most layers have the same keys
+    metrics = (key[: -len(end)] for key in keys if key.endswith(end))
+    return (*TWIN_METRICS, *_OTHER_TWIN_METRICS, *filter(_is_about_state, metrics))
 
 
 def _is_about_state(metric: str) -> bool:
@@ -110,10 +119,7 @@ class TwinTally:
     @property
     def figures(self) -> dict[str, float]:
         """The last figures of the twin on which verdicts rest, by metric, and of its states."""
-        end = f"/{self.recipe}"
-        metrics = [key[: -len(end)] for key in self._latest if key.endswith(end)]
-        own = (*TWIN_METRICS, *_ALSO_OF_TWINS, *filter(_is_about_state, metrics))
-        return {metric: self.figure(metric) for metric in own}
+        return {m: self.figure(m) for m in _list_metrics(self.recipe, tuple(self._latest))}
 
     @property
     def errors(self) -> dict[str, float]:
@@ -224,6 +230,9 @@ class StepTally:
         Args:
             layer: The layer. For a share of weights out of range, the size of its sample gives an
                 estimate if no step came with an error.
+
+        Returns:
+            Standard errors of the metrics in `STEP_METRICS`, by metric.
         """
         return {metric: self._find_error(metric, layer) for metric in STEP_METRICS}
 

@@ -38,6 +38,9 @@ def judge_twin(tally: TwinTally, range_reason: str = "") -> tuple[Verdict, str]:
         tally: Summary of the twin's figures.
         range_reason: Phrase on the weights that are out of the range of the recipe's format, if
             these are too many and a scale would help; otherwise empty.
+
+    Returns:
+        The verdict, and its reason in one sentence.
     """
     kept, frozen = tally.figure(PROGRESS), tally.figure(FROZEN)
     intervals = find_twin_intervals(tally)
@@ -60,7 +63,8 @@ def judge_twin(tally: TwinTally, range_reason: str = "") -> tuple[Verdict, str]:
             f"stuck since step {tally.still_since:,}: since then nearly no weight moved, and "
             f"{progress}, {tally.kept_before:.3g} at that step"
         )
-    if range_reason and kept < _LIMITS.stores_fine:
+    is_lost = classify(kept, tally.weight_error) in (Verdict.WATCH, Verdict.NEEDS_REMEDY)
+    if range_reason and is_lost:
         return Verdict.RANGE, f"{range_reason}, and {progress}"
     reason = progress + _describe_states(tally.figures)
     if frozen >= _LIMITS.frozen and kept >= _LIMITS.needs_remedy:

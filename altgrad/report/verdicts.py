@@ -132,7 +132,8 @@ class RunAdvice(NamedTuple):
             such a prediction had it, together with the error of the sample.
         weight_error: Distance of the weights from those in float32, as a share of the size of
             these; NaN without a value.
-        frozen_frac: Share of the model's weights, moved in float32, that would never move.
+        frozen_frac: Share of the weights, moved in float32, that would never move: the mean over
+            the layers, each weighted by its number of elements.
         frozen: Names of the layers with the verdicts frozen and stuck.
         frozen_share: Share of the judged weights that these layers have.
         layers: Number of judged layers.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from altgrad import UpdateMonitor
+from altgrad import StepRecord, UpdateMonitor
 from altgrad.report import Run, RunFile, read
 from altgrad.report.records.schema import RecipeInfo
 from altgrad.report.run_rules import LayerShare
@@ -51,6 +51,7 @@ def record(
     *,
     every: int = 10,
     prepare: Callable[[nn.Module, int], object] = push_gradients,
+    on_record: Callable[[StepRecord], object] | None = None,
     **settings: Any,
 ) -> Run:
     """Train a net, and return the run that its run file holds.
@@ -62,11 +63,12 @@ def record(
         steps: Number of steps.
         every: Number of steps from one observed step to the next.
         prepare: Function of the net and the number of the step that sets gradients before it.
+        on_record: Function that is called with each record.
         settings: Arguments of `UpdateMonitor`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     monitor = UpdateMonitor(
-        net, every_n_steps=every, strict=True, warn=lambda notice: None, **settings
+        net, on_record, every_n_steps=every, strict=True, warn=lambda notice: None, **settings
     )
     with RunFile.create(folder, monitor.run_header()) as file, monitor.attach(optimizer):
         seen = None
@@ -103,13 +105,13 @@ def make_tally(
     *steps: Mapping[str, float], errors: Mapping[str, float] | None = None, recipe: str = "bf16"
 ) -> TwinTally:
     """Return the tally of steps 0, 10, 20, … with these changes of a fine twin's figures."""
-    tally = TwinTally()
+    tally = TwinTally(recipe)
     exact = {"progress_kept": 0.0, "frozen_frac": 0.0, "still_frac": 0.0}
     known = {f"{metric}/{recipe}": each for metric, each in {**exact, **(errors or {})}.items()}
     for number, changes in enumerate(steps):
         own = figures(recipe, **{k: v for k, v in changes.items() if k != "nonfinite_frac"})
         own |= {"nonfinite_frac": changes.get("nonfinite_frac", 0.0)}
-        tally.add_step(10 * number, own, known, recipe)
+        tally.add_step(10 * number, own, known)
     return tally
 
 

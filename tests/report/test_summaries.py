@@ -1,0 +1,152 @@
+"""The sentences on a run: proper English, few names, and no NaN."""
+
+import itertools
+import math
+
+import pytest
+
+from altgrad.report import RunAdvice, Verdict, write_sentence
+from altgrad.report.calibration import calibration
+from altgrad.report.summaries import summarize, write_kept, write_word
+from altgrad.report.verdicts import Advice
+from tests.report.runs import MARKUP, SCRIPT
+from tests.report.twin_runs import NAN
+
+LIMITS = calibration().thresholds
+
+
+def advise(**changes: object) -> RunAdvice:
+    fine: dict[str, object] = {
+        "recipe": "bf16",
+        "verdict": Verdict.STORES_FINE,
+        "kept": 0.995,
+        "interval": (0.97, 1.02),
+        "weight_error": 0.0,
+        "frozen_frac": 0.0,
+        "frozen": [],
+        "frozen_share": 0.0,
+        "layers": 12,
+        "evidence": "8 of 66 such runs lost over 10 %",
+        "to_do": "Nothing is lost that matters.",
+        "has_twin": True,
+    }
+    return RunAdvice(**fine | changes)  # type: ignore[arg-type]
+
+
+def test_a_sentence_has_word_progress_evidence_and_what_to_do() -> None:
+    assert write_sentence(advise()) == (
+        "bf16: fine. 0.995 (0.97 to 1) of the progress is kept; 8 of 66 such runs lost over 10 %. "
+        "Nothing is lost that matters."
+    )
+
+
+def test_layers_that_stand_still_are_named_with_their_share() -> None:
+    to_do = "Keep those in float32."
+    gains = [f"blocks.{number}.norm.weight" for number in range(7)]
+    frozen = advise(verdict=Verdict.WATCH, frozen=gains, frozen_share=0.0014, to_do=to_do)
+    assert write_sentence(frozen).endswith(
+        "Would freeze: 7 layers (<1 % of the weights: blocks.0.norm.weight, "
+        "blocks.1.norm.weight, blocks.2.norm.weight and 4 more). Keep those in float32."
+    )
+    one = advise(frozen=gains[:1], frozen_share=0.2, to_do="")
+    assert write_sentence(one).endswith(f"Would freeze: 1 layer (20 % of the weights: {gains[0]}).")
+    now = one._replace(recipe="now")
+    assert write_sentence(now).endswith(f"Frozen now: 1 layer (20 % of the weights: {gains[0]}).")
+
+
+def test_names_are_unchanged() -> None:
+    sentence = write_sentence(advise(frozen=[SCRIPT, MARKUP], frozen_share=0.5))
+    assert f": {SCRIPT}, {MARKUP})" in sentence
+
+
+@pytest.mark.parametrize(
+    ("recipe", "verdict", "kept", "word"),
+    [
+        ("bf16", Verdict.WATCH, 0.95, "watch"),
+        ("bf16", Verdict.OVERSHOOTS, 1.5, "over"),
+        ("now", Verdict.STORES_FINE, 1.0, "fine now"),
+        ("now", Verdict.WATCH, 0.95, "loses 0.05 now"),
+        ("now", Verdict.NEEDS_REMEDY, 0.03, "loses 0.97 now"),
+        ("now", Verdict.NEEDS_REMEDY, NAN, "remedy now"),
+        ("now", Verdict.FROZEN, 0.0, "frozen now"),
+        ("now", Verdict.BREAKS, NAN, "breaks now"),
+    ],
+)
+def test_a_word_says_what_a_run_loses_now(
+    recipe: str, verdict: Verdict, kept: float, word: str
+) -> None:
+    assert write_word(advise(recipe=recipe, verdict=verdict, kept=kept)) == word
+
+
+def test_an_interval_without_a_value_is_left_out() -> None:
+    assert write_kept(advise(interval=(NAN, NAN))) == "0.995"
+
+
+def test_single_steps_are_told_from_progress() -> None:
+    steps = advise(has_twin=False, evidence="", to_do="")
+    assert write_sentence(steps) == (
+        "bf16: fine. 0.995 (0.97 to 1) of the update is kept, step by step."
+    )
+
+
+def test_weights_that_are_far_off_are_mentioned() -> None:
+    far = advise(weight_error=2 * LIMITS.weight_error, kept=1.0)
+    assert f", and weights are off by {2 * LIMITS.weight_error:.2g} of their size; 8 of" in (
+        write_sentence(far)
+    )
+    assert "off by" not in write_sentence(advise(weight_error=LIMITS.weight_error))
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "now"])
+def test_no_sentence_has_a_nan_or_an_empty_part(recipe: str) -> None:
+    cases = itertools.product(
+        Verdict, (0.5, 1.0, NAN), ([], ["gain"]), ("", "evidence"), ("", "Do.")
+    )
+    for verdict, kept, frozen, evidence, to_do in cases:
+        sentence = write_sentence(
+            advise(
+                recipe=recipe,
+                verdict=verdict,
+                kept=kept,
+                interval=(kept, kept),
+                weight_error=NAN,
+                frozen_frac=NAN,
+                frozen=frozen,
+                frozen_share=NAN if math.isnan(kept) else 0.5,
+                evidence=evidence,
+                to_do=to_do,
+            )
+        )
+        assert "nan" not in sentence.lower().replace("nan or inf", "")
+        assert sentence.endswith(".")
+        for wrong in ("..", "  ", " .", "; .", "()", ": .", ";."):
+            assert wrong not in sentence, sentence
+
+
+def test_a_run_that_is_not_judged_says_so() -> None:
+    for recipe in ("bf16", "now"):
+        nothing = advise(recipe=recipe, verdict=Verdict.NOT_JUDGED, kept=NAN)
+        assert write_sentence(nothing) == (
+            f"{recipe}: not judged, no step has moved a layer that it could lose."
+        )
+
+
+def test_the_summary_has_a_sentence_for_each_recipe() -> None:
+    runs = {name: advise(recipe=name) for name in ("now", "bf16", "e5m2")}
+    layer = Advice("a", "bf16", Verdict.STORES_FINE, {}, {}, "")
+    summary = summarize(runs, [layer])
+    assert summary == " ".join(map(write_sentence, runs.values()))
+    assert summarize({}, []) == "No step was observed: there are no verdicts."
+
+
+def test_the_summary_names_layers_that_are_not_finite_once() -> None:
+    broken = [
+        Advice("b", recipe, Verdict.WATCH, {"progress_kept": 0.5}, {}, "", nonfinite=0.5)
+        for recipe in ("bf16", "e5m2")
+    ]
+    fine = Advice("a", "bf16", Verdict.STORES_FINE, {}, {}, "")
+    assert summarize({}, [fine, *broken]).endswith(
+        "NaN or inf in some elements, which no figure counts: b (50 %)."
+    )
+    many = [broken[0]._replace(layer=f"b.{number}") for number in range(2000)]
+    assert summarize({}, many).endswith("b.0 (50 %), b.1 (50 %), b.2 (50 %) and 1,997 more.")
