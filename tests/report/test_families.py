@@ -80,7 +80,7 @@ def make_adam(parameters: Any) -> torch.optim.Optimizer:
         ({"dtype": torch.bfloat16}, "true"),
         ({}, None),
     ],
-    ids=str,
+    ids=lambda value: str(value).partition(" at 0x")[0],  # else each process has other names
 )
 def test_a_recipe_of_the_user_has_the_family_of_runs_that_were_done(
     fields: dict[str, Any], family: str | None
