@@ -147,10 +147,12 @@ class Calibration:
         if not counts:
             return "no such layer was tested"
         if verdict == "FROZEN":
-            return f"{counts['frozen']} of {counts['layers']} such layers were frozen in real runs"
+            return (
+                f"{counts['frozen']} of {counts['layers']:,} such layers were frozen in real runs"
+            )
         low, _, high = counts["kept"]
         return (
-            f"the middle half of {counts['layers']} such layers kept {low:.2g} to {high:.2g} of "
+            f"the middle half of {counts['layers']:,} such layers kept {low:.2g} to {high:.2g} of "
             "their progress in real runs"
         )
 

@@ -253,6 +253,19 @@ def test_a_layer_whose_optimizer_has_no_copy_is_judged_from_steps() -> None:
     assert found.runs["bf16"].kept == 1
 
 
+def test_evidence_on_a_layer_is_that_of_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {"layers": 2131, "frozen": 0, "kept": [0.991, 0.995, 1.0]}
+    outcomes = {"nearest-16": {"STORES_FINE": counts}}
+    monkeypatch.setitem(vars(calibration()), "layers", outcomes)
+    judge = Judge({}, recipes={"bf16": make_recipe(), "e5m2": make_recipe("e5m2")})
+    exact = {"progress_kept/bf16": 0.0, "progress_kept/e5m2": 0.0}
+    judge.add(0, "a", figures() | figures("e5m2"), exact)
+    assert [each.evidence for each in judge.assessment().advice] == [
+        "the middle half of 2,131 such layers kept 0.99 to 1 of their progress in real runs",
+        "no such layer was tested",
+    ]
+
+
 # --- NaN
 
 
