@@ -102,6 +102,8 @@ def test_altgrad_judges_runs_as_the_script_does(parts, part: str) -> None:
     known = [row for row in run_rows if not math.isnan(row["kept"] + row["fp32_moved"])]
     assert len(known) > 400
     for row in known:
+        if any(math.isclose(row["kept"], limit) for limit in limits.values()):
+            continue  # a sum of shares may end on the other side of it
         share = standing[identify(row)]
         tally = make_tally(row)
         verdict = Verdict.BREAKS if row["nonfinite"] > 0 else Verdict.NEEDS_REMEDY
