@@ -32,7 +32,7 @@ A recipe says how weights are stored, and is tried on a sample of the layer, its
 """
 WITHOUT_CHART = frozenset({"moved_rms"})
 """Metrics of the model's twins without a chart: they say the same under every recipe."""
-# If no layer has a kept_update_ratio in 20 rows, the layers are chosen without one.
+# If it is not known in 20 rows what a layer keeps, the layers are chosen without that.
 _MAX_WAITING_ROWS = 20
 _NO_FIGURES: Mapping[str, float] = {}
 
@@ -55,15 +55,16 @@ class Charts:
     """A converter from the figures of observed steps to rows with the same keys, for loggers.
 
     A few layers have charts of their own, the charted layers. They are chosen at the first step in
-    which a layer has a kept_update_ratio, at the 20th step at the latest. The rows of earlier steps
-    are kept back until this step. Of layers that appear later, such as unfrozen layers, more are
-    chosen in the same way.
+    which it is known how much a layer keeps, at the 20th step at the latest. The rows of earlier
+    steps are kept back until this step. Of layers that appear later, such as unfrozen layers, more
+    are chosen in the same way.
 
     Args:
         formats: Names of the judged formats.
         layers: The number of layers to chart, or patterns of the names of layers. A number charts
-            the layers that keep least of their update, and at most as many layers that appear
-            later.
+            the layers that keep least, and at most as many layers that appear later. What counts is
+            the progress that the run itself keeps now, if its weights are stored low, and otherwise
+            what the recipe would keep that keeps least.
 
     Attributes:
         charted: Names of the charted layers, each with the names of its formats; None before the
@@ -167,7 +168,7 @@ class Charts:
     def _chart_later(self, layers: Mapping[str, Figures]) -> None:
         """Choose the layers to chart among those that appear for the first time.
 
-        They are chosen by the patterns, or are those that keep least of their updates. With a
+        They are chosen by the patterns, or are those that keep least. With a
         number of layers to chart, at most as many join over the whole run.
         """
         assert self.charted is not None
@@ -211,6 +212,16 @@ def _join_keys(
 
 
 def _find_lowest_kept(figures: Figures) -> float:
-    """Return how much of a layer's updates the format keeps that keeps least; inf if unknown."""
-    kept = (figures[f"kept_update_ratio/{format}"] for format in figures.formats)
-    return min((value for value in kept if not math.isnan(value)), default=math.inf)
+    """Return the least that is kept of a layer: by the run now, by a twin, or in a format.
+
+    A twin is a sample of the layer that is stored as a recipe says. The first of the three that has
+    a value counts; without any, the result is inf.
+    """
+    twins = [f"progress_kept/{recipe}" for recipe in figures.recipes]
+    now = [key for key in twins if key == "progress_kept/now"]
+    formats = [f"kept_update_ratio/{format}" for format in figures.formats]
+    for keys in (now, twins, formats):
+        kept = [value for key in keys if not math.isnan(value := figures.get(key, math.nan))]
+        if kept:
+            return min(kept)
+    return math.inf

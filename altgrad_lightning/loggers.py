@@ -20,14 +20,24 @@ from typing import TYPE_CHECKING, Any
 
 from altgrad import Histogram
 from altgrad.measurement import FORMAT_METRICS
-from altgrad.report import Verdict, cell_text, png
+from altgrad.report import (
+    STEP_BY_STEP,
+    Verdict,
+    cell_text,
+    list_actions,
+    list_rows,
+    png,
+    write_answer,
+    write_nonfinite,
+    write_sentence,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-    from altgrad.report import Advice, Assessment
+    from altgrad.report import Advice, Assessment, RunAdvice
 
 _LEADING_METRICS = (
     *("kept_update_ratio", "stall_frac", "never_moved_frac"),
@@ -39,7 +49,12 @@ _TWIN_METRICS = (
     *("drift", "decay_projection"),
 )
 _LAYER_TWIN_METRICS = ("progress_kept", "frozen_frac")
-_COLUMNS = ("layer", "format", "verdict", "kept_update_ratio", "stall_frac", "reason")
+_COLUMNS = ("layer", "recipe", "verdict", "kept", "frozen_frac", "reason")
+_WHOLE_RUN = "(whole run)"  # in the column of layers
+_RUN_HEADINGS = (
+    *("recipe", "verdict", "progress kept", "weights that never move"),
+    *("layers that freeze", "such runs that lost over 10 %"),
+)
 # As many as one reads; the run file has all layers.
 _MAX_VERDICT_ROWS = 100
 # Of a name: some put all hyperparameters into it. The header of a run file takes 10,000.
@@ -168,7 +183,7 @@ def log_pictures(loggers: Iterable[Any], step: int, figures: Mapping[str, Figure
 
 
 def log_verdict(loggers: Iterable[Any], step: int, assessment: Assessment) -> None:
-    """Log how well each format would store each layer, as text in TensorBoard, a table in wandb.
+    """Log the verdicts on a run and its layers, as text in TensorBoard and as a table in wandb.
 
     Args:
         loggers: Loggers of the Trainer.
@@ -181,31 +196,64 @@ def log_verdict(loggers: Iterable[Any], step: int, assessment: Assessment) -> No
         elif _is_wandb(logger):
             from wandb import Table
 
-            rows = [_make_row(advice) for advice in assessment.advice]
+            rows = [_make_run_row(advice) for advice in assessment.runs.values()]
+            rows += [_make_row(a) for own in assessment.by_layer.values() for a in own.values()]
             table = Table(columns=[*_COLUMNS], data=rows)
             logger.log_metrics({"altgrad/verdict": table}, step)
 
 
 def format_verdict(assessment: Assessment) -> str:
-    """Return the summary and a table of verdicts, layers by formats, as Markdown.
+    """Return the verdicts on a run, what to do, and a table of layers by recipes, as Markdown.
 
-    The worst layers come first, and at most 100 layers are shown.
+    The first column is ``now``, what the run itself loses, if its weights are stored low. The worst
+    layers come first, and at most 100 layers are shown.
     """
+    seen = {each.verdict for each in assessment.advice}
+    seen |= {each.verdict for each in assessment.runs.values()}
+    meanings = [f"- {each.short}: {_escape(each.value)}" for each in Verdict if each in seen]
+    parts = [*_format_runs(assessment), "", *_format_layers(assessment), "", *meanings]
+    return "\n".join(parts)
+
+
+def _format_runs(assessment: Assessment) -> list[str]:
+    """Return lines of Markdown on the run: the answer, a table of recipes, and what to do."""
+    rows = list_rows(assessment.runs)
+    lines = [f"**{_escape(write_answer(assessment.runs))}**", ""]
+    if rows:
+        lines += [_join_cells(_RUN_HEADINGS), _join_cells(["---"] * len(_RUN_HEADINGS))]
+    for row in rows:
+        texts = (row.recipe, row.word, row.kept, row.never, row.frozen, row.evidence)
+        lines += [_join_cells(map(_escape, texts))]
+    if any(row.is_step_by_step for row in rows):
+        lines += ["", _escape(STEP_BY_STEP)]
+    actions = [f"- {_escape(action)}" for action in list_actions(assessment.runs)]
+    broken = write_nonfinite(_find_nonfinite(assessment))
+    return [*lines, "", *actions, *(["", _escape(broken)] if broken else [])]
+
+
+def _find_nonfinite(assessment: Assessment) -> dict[str, float]:
+    """Return the share of NaN and inf by layer, of layers that have any in the run itself."""
+    return {
+        each.layer: each.nonfinite
+        for each in assessment.advice
+        if each.nonfinite and (each.recipe == "now" or not each.has_twin)
+    }
+
+
+def _format_layers(assessment: Assessment) -> list[str]:
+    """Return lines of Markdown with a table of layers by recipes."""
     by_layer = assessment.by_layer
-    formats = list(dict.fromkeys(advice.recipe for advice in assessment.advice))
-    lines = [_escape(assessment.summary), ""]
+    recipes = [*assessment.runs]
+    lines = []
     if len(by_layer) > _MAX_VERDICT_ROWS:
         lines += [f"The worst {_MAX_VERDICT_ROWS} of {len(by_layer):,} layers:", ""]
-    lines += [_join_cells(["layer", *map(_escape, formats), "smallest that stores it"])]
-    lines += [_join_cells(["---"] * (len(formats) + 2))]
+    lines += [_join_cells(["layer", *map(_escape, recipes), "smallest that stores it"])]
+    lines += [_join_cells(["---"] * (len(recipes) + 2))]
     for layer in [*by_layer][:_MAX_VERDICT_ROWS]:
-        cells = [_escape(cell_text(by_layer[layer].get(format)) or "–") for format in formats]
+        cells = [_escape(cell_text(by_layer[layer].get(recipe)) or "–") for recipe in recipes]
         suggestion = assessment.suggestions.get(layer)
         lines += [_join_cells([_escape(layer), *cells, _escape(suggestion or "none: fp32")])]
-    lines += ["", "The number is kept_update_ratio, the share of the update that the format keeps."]
-    seen = {advice.verdict for advice in assessment.advice}
-    lines += ["", *(f"- {each.short}: {_escape(each.value)}" for each in Verdict if each in seen)]
-    return "\n".join(lines)
+    return [*lines, "", "The number is the share of the progress that the recipe keeps."]
 
 
 # --- the kinds of loggers
@@ -369,8 +417,13 @@ def _render(figure: Figure) -> Image:
 # --- the verdict
 
 
+def _make_run_row(advice: RunAdvice) -> list[Any]:
+    figures = [advice.kept, advice.frozen_frac]
+    return [_WHOLE_RUN, advice.recipe, str(advice.verdict), *figures, write_sentence(advice)]
+
+
 def _make_row(advice: Advice) -> list[Any]:
-    figures = [advice.figures.get(name, math.nan) for name in ("kept_update_ratio", "stall_frac")]
+    figures = [advice.kept, advice.figures.get("frozen_frac", math.nan)]
     return [advice.layer, advice.recipe, str(advice.verdict), *figures, advice.reason]
 
 

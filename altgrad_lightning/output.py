@@ -25,6 +25,7 @@ from altgrad.report import (
     RunFile,
     RunFileError,
     StandardErrors,
+    describe_frozen_now,
     ranges,
 )
 from altgrad_lightning.charts import Charts, Row
@@ -46,7 +47,7 @@ class OutputSettings(NamedTuple):
 class Output:
     """A writer of the figures of one run: to the run file, and as charts and pictures to loggers.
 
-    It also judges how well each format would store each layer.
+    It also judges what each recipe, a way to store weights, would make of the run and its layers.
 
     Args:
         loggers: The Trainer's loggers.
@@ -77,6 +78,7 @@ class Output:
         self._loggers = [*loggers]
         self._history = History()
         self._has_layout = False
+        self._has_warned = False  # of frozen layers
         self._write_seconds = 0.0  # of the last `write`
         self._last_step = first_step - 1
         self._file: RunFile | None = None
@@ -90,16 +92,14 @@ class Output:
         self._drawn_step = self._last_step
 
     def assess(self) -> Assessment:
-        """Return the verdicts so far: how well each format would store each layer."""
+        """Return the verdicts so far, on the run and its layers, by recipe."""
         return self._judge.assessment()
 
     def add_layers(self, layers: Mapping[str, LayerInfo]) -> None:
         """Add layers that appear in mid-run to the verdicts and to the run file."""
         self._judge.add_layers(layers)
         if self._file is not None:
-            add = partial(self._file.add_layers, layers)
-            if not self._try(f"the run file {self._file.path}", add):
-                self.close()
+            self._write(partial(self._file.add_layers, layers))
 
     def write(
         self,
@@ -128,7 +128,7 @@ class Output:
             histograms = self._step_histograms(record)
             self._try_loggers(lambda logger: boards.log_histograms([logger], step, histograms))
         if weights is not None:
-            self._draw(step, weights)
+            self._show(step, weights)
         self._write_seconds = time.perf_counter() - began
 
     def finish(self, weights: Histogram | None) -> None:
@@ -141,7 +141,7 @@ class Output:
         """
         self._chart(self._charts.take_waiting())
         if self._drawn_step != self._last_step:
-            self._draw(self._last_step, weights)
+            self._show(self._last_step, weights)
         self.close()
 
     def close(self) -> None:
@@ -207,8 +207,12 @@ class Output:
         if self._file is None:
             return
         counts = {str(reason): count for reason, count in skipped.items()}
-        append = partial(self._file.append, step, record, weights=weights, skipped=counts)
-        if not self._try(f"the run file {self._file.path}", append):
+        self._write(partial(self._file.append, step, record, weights=weights, skipped=counts))
+
+    def _write(self, write: Callable[[], object]) -> None:
+        """Call `write`, which writes to the run file, and close the file after an error."""
+        assert self._file is not None
+        if not self._try(f"the run file {self._file.path}", write):
             self.close()
 
     # --- the loggers
@@ -218,13 +222,28 @@ class Output:
             log = partial(boards.log_scalars, step=step, model=model, others=others)
             self._try_loggers(log)
 
-    def _draw(self, step: int, weights: Histogram | None) -> None:
+    def _show(self, step: int, weights: Histogram | None) -> None:
+        """Judge the run, write the verdicts to the run file, and draw pictures for loggers."""
         self._drawn_step = step
-        if not boards.can_show(self._loggers):
+        found: list[Assessment] = []
+        if not self._try("verdicts", lambda: found.append(self.assess())):
             return
+        (assessment,) = found
+        if self._file is not None:
+            self._write(partial(self._file.add_verdicts, step, assessment.runs))
+        self._warn_about_frozen(assessment)
+        if boards.can_show(self._loggers):
+            self._draw(step, weights, assessment)
+
+    def _warn_about_frozen(self, assessment: Assessment) -> None:
+        """Warn about layers that stand still, at the first look that shows any."""
+        if not self._has_warned and (notice := describe_frozen_now(assessment)):
+            self._has_warned = True
+            self._warn(f"sees {notice}")
+
+    def _draw(self, step: int, weights: Histogram | None, assessment: Assessment) -> None:
         formats = [*self._header.formats]
         recipes = [*dict.fromkeys([*self._charts.recipes, *self._header.recipes])]
-        assessment = self.assess()
         if not self._has_layout:
             self._has_layout = True
             layers = bool(self._charts.charted)

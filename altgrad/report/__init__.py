@@ -1,7 +1,7 @@
 """Reports of a training run: its run file, verdicts, tables, pictures and pages.
 
-A verdict says how well a number format would store a layer's weights. The package works on plain
-numbers, without a model and without torch.
+A verdict says whether a run, or a layer of it, would make its progress if it were stored as a
+*recipe* says. The package works on plain numbers, without a model and without torch.
 
 Read it in this order:
 
@@ -9,8 +9,8 @@ Read it in this order:
 2. `calibration` holds the thresholds, and `verdicts` judges a run by them.
 3. `run_report` combines a run with its verdicts. `drawings`, on figures of `canvas`, draws its
    pictures, and `applying` writes Python code that applies its suggestions.
-4. `terminal`, `web_page` and `exports` show the report; `cells`, `names` and `printing` hold what
-   they share.
+4. `terminal`, which begins with `terminal_runs`, `web_page` and `exports` show the report;
+   `answers`, `cells`, `names` and `printing` hold what they share.
 5. `comparison` compares two runs. If one of them predicted how the other is stored, which
    `matching` finds out, `confirmation` sets the prediction beside what happened;
    `confirmation_table` and `confirmation_drawing` show it.
@@ -22,6 +22,14 @@ from typing import TYPE_CHECKING
 from altgrad import _lazy
 
 if TYPE_CHECKING:
+    from altgrad.report.answers import (
+        STEP_BY_STEP,
+        describe_frozen_now,
+        list_actions,
+        list_rows,
+        write_answer,
+        write_nonfinite,
+    )
     from altgrad.report.canvas import png, svg
     from altgrad.report.cells import cell_text
     from altgrad.report.comparison import Comparison
@@ -56,6 +64,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SCHEMA",
+    "STEP_BY_STEP",
     "Advice",
     "Assessment",
     "Comparison",
@@ -80,10 +89,13 @@ __all__ = [
     "agreement",
     "cell_text",
     "confirmation_page",
+    "describe_frozen_now",
     "find_confirmation",
     "heat_map",
     "judge_run",
     "kept_map",
+    "list_actions",
+    "list_rows",
     "page",
     "png",
     "print_comparison",
@@ -94,6 +106,8 @@ __all__ = [
     "read",
     "steps_histogram",
     "svg",
+    "write_answer",
+    "write_nonfinite",
     "write_sentence",
 ]
 
@@ -101,6 +115,8 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
     __getattr__, __dir__ = _lazy.attach(
         __name__,
         {
+            "answers": "STEP_BY_STEP describe_frozen_now list_actions list_rows write_answer "
+            "write_nonfinite",
             "canvas": "png svg",
             "cells": "cell_text",
             "comparison": "Comparison",

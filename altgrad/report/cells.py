@@ -1,13 +1,12 @@
 """Texts and colours of verdicts in tables of the terminal, the HTML page and the loggers.
 
-A verdict says how well a number format would store a layer.
+A verdict says whether a layer would make its progress if it were stored as a *recipe* says.
 """
 
 from __future__ import annotations
 
 import math
 
-from altgrad._messages import format_percent
 from altgrad.report.calibration import calibration
 from altgrad.report.verdicts import Advice, Verdict
 
@@ -29,11 +28,13 @@ COLOURS = {
 """Colour of each verdict, as a style of the library rich."""
 
 MEANINGS = {
-    Verdict.STORES_FINE: f"at least {_LIMITS.stores_fine:g} of the progress is kept",
-    Verdict.WATCH: f"{_LIMITS.needs_remedy:g} to {_LIMITS.stores_fine:g} is kept",
+    Verdict.STORES_FINE: f"at least {_LIMITS.stores_fine:g} of the progress is kept, weights are "
+    f"off by at most {100 * _LIMITS.weight_error:g} %",
+    Verdict.WATCH: f"{_LIMITS.needs_remedy:g} to {_LIMITS.stores_fine:g} is kept, or weights are "
+    "further off",
     Verdict.NEEDS_REMEDY: f"below {_LIMITS.needs_remedy:g}: stochastic rounding, Kahan, or fp32 "
     "master weights",
-    Verdict.FROZEN: f"at least {format_percent(_LIMITS.frozen)} of the weights that float32 moved "
+    Verdict.FROZEN: f"at least {100 * _LIMITS.frozen:g} % of the weights that float32 moved "
     "never moved",
     Verdict.STUCK: "moved at first, and no longer does",
     Verdict.OVERSHOOTS: f"moves more than {_LIMITS.overshoots:g} times as far as float32",
@@ -93,15 +94,28 @@ def format_figure(figure: float, limit: float = 1.0) -> str:
 
 NONFINITE, NONFINITE_MEANING = "NaN", "some elements are NaN or inf: the verdict is on the others"
 """Mark in a cell if elements of the layer are NaN or inf, and the mark's meaning for legends."""
+UNMOVED = "unmoved"
+"""Heading of a column with the mean unmoved_frac of each layer."""
+UNMOVED_MEANING = (
+    "unmoved_frac, the share of single updates that moved no weight; high without a loss under "
+    "stochastic rounding or Kahan: “now” counts"
+)
+"""Meaning of the column `UNMOVED`, for legends."""
+KEPT_MEANING = (
+    "The number is progress_kept since the start, 1 all and 0 nothing; of formats without a twin "
+    "kept_update_ratio, step by step."
+)
+"""Meaning of the number in a cell, for legends."""
 
 
 def cell_text(advice: Advice | None) -> str:
-    """Return the text of a table's cell for a layer in a format, such as ``fine >.99``.
+    """Return the text of a table's cell for a layer in a recipe, such as ``fine >.99``.
 
-    The text is empty if `advice` is None. Otherwise the text has the verdict in one word, the
-    kept_update_ratio, and the mark ``NaN`` if some elements of the layer are NaN or inf.
+    The text is empty if `advice` is None. Otherwise it has the verdict in one word, the share of
+    the progress that is kept, and the mark ``NaN`` if some elements of the layer are NaN or inf.
     """
     if advice is None:
         return ""
-    mark = NONFINITE if advice.nonfinite else ""
+    is_marked = advice.nonfinite and advice.verdict is not Verdict.BREAKS
+    mark = NONFINITE if is_marked else ""
     return " ".join(filter(None, (advice.verdict.short, format_kept(advice.kept), mark)))

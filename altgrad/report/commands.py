@@ -54,7 +54,7 @@ def report(
     layers: _Layers = 40,
     force: _Force = False,
 ) -> None:
-    """Report how each number format would store each layer of a run.
+    """Report whether a run, and each of its layers, would train if stored otherwise.
 
     The page works without a network. With - as FILE, only that output is shown;
     --json and --csv behind RUN need no FILE for this.

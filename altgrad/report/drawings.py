@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from altgrad._messages import format_count, format_percent
+from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.histogram import Histogram
 from altgrad.report.canvas import (
     finish_empty_figure,
@@ -92,39 +93,43 @@ def heat_map(
 @in_default_style
 def kept_map(
     kept: Mapping[str, Mapping[str, float]],
-    frozen: Mapping[str, Mapping[str, bool]],
+    words: Mapping[str, Mapping[str, str]],
     *,
     title: str,
 ) -> Figure:
-    """Draw how much of the updates each format keeps, as a map of layers by formats.
+    """Draw how much of the progress each recipe keeps, as a map of layers by recipes.
 
     Args:
-        kept: By layer and format the kept_update_ratio: 1 if all of the updates is kept, 0 if
-            nothing. A layer may lack a format.
-        frozen: By layer and format, True if the cell is to say ``frozen``, because the weights
-            never move. A missing entry is False.
+        kept: By layer and recipe the progress_kept: 1 if all of the progress is kept, 0 if nothing.
+            A layer may lack a recipe. If layers have the recipe ``now``, those that keep least
+            under it count as the worst, and otherwise those with the smallest mean.
+        words: By layer and recipe, a word for the cell in place of the number, such as ``frozen``.
+            Most cells have none.
         title: Heading.
 
     Returns:
         The figure.
     """
-    means = {name: average_finite(by_format.values()) for name, by_format in kept.items()}
-    shown = _choose_worst(means, low_is_bad=True)
-    formats = list(dict.fromkeys(format for by_format in kept.values() for format in by_format))
-    figure, [axes] = new_figure(max(5.5, 3 + 0.9 * len(formats)), _ROW * max(len(shown), 3) + 1)
+    scores = {
+        name: by_recipe[NOW] if NOW in by_recipe else average_finite(by_recipe.values())
+        for name, by_recipe in kept.items()
+    }
+    shown = _choose_worst(scores, low_is_bad=True)
+    recipes = list(dict.fromkeys(recipe for by_recipe in kept.values() for recipe in by_recipe))
+    figure, [axes] = new_figure(max(5.5, 3 + 0.9 * len(recipes)), _ROW * max(len(shown), 3) + 1)
     figure.suptitle(_make_title(title, len(shown), len(kept)), size=9)
-    if not formats:
+    if not recipes:
         return finish_empty_figure(figure, "no step has been observed yet")
-    shares = [[kept[name].get(format, math.nan) for format in formats] for name in shown]
+    shares = [[kept[name].get(recipe, math.nan) for recipe in recipes] for name in shown]
     _draw_shares(axes, shares, "RdYlBu")
     for row, name in enumerate(shown):
-        for column, format in enumerate(formats):
-            is_frozen = frozen.get(name, {}).get(format, False)
-            _write_share(axes, column, row, shares[row][column], is_frozen)
-    axes.set_xticks(range(len(formats)), shorten_names(formats, 14), size=8)
+        for column, recipe in enumerate(recipes):
+            word = words.get(name, {}).get(recipe, "")
+            _write_share(axes, column, row, shares[row][column], word)
+    axes.set_xticks(range(len(recipes)), shorten_names(recipes, 14), size=8)
     axes.tick_params(axis="x", top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     _name_rows(axes, shown)
-    axes.set_xlabel("kept_update_ratio: 1 all, 0 nothing; frozen: never moves", size=8)
+    axes.set_xlabel("share of the progress kept: 1 all, 0 nothing; frozen: never moves", size=8)
     return finish_figure(figure)
 
 
@@ -275,8 +280,8 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def _write_share(axes: Axes, column: int, row: int, share: float, is_frozen: bool) -> None:
-    text = "frozen" if is_frozen else format_kept(share) or "–"
+def _write_share(axes: Axes, column: int, row: int, share: float, word: str) -> None:
+    text = word or format_kept(share) or "–"
     colour = "white" if share <= 0.15 or share >= 0.85 else "black"
     axes.text(column, row, text, ha="center", va="center_baseline", size=7, color=colour, zorder=3)
 

@@ -1,4 +1,4 @@
-"""The verdicts on each layer in each format as JSON (`as_json`) and as CSV (`as_csv`).
+"""The verdicts on a run and its layers as JSON (`as_json`) and as CSV (`as_csv`).
 
 `confirmation_as_json` and `confirmation_as_csv` convert what one run predicted, and what happened.
 """
@@ -11,17 +11,20 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from altgrad.report.answers import write_answer, write_storage
 from altgrad.report.confirmation import MEANING, Confirmation, ConfirmedLayer
 from altgrad.report.records.kinds import number_as_json
 from altgrad.report.records.run import Row, Run
 from altgrad.report.records.schema import info_as_json
+from altgrad.report.records.verdict_lines import runs_as_json
 from altgrad.report.run_report import RunReport
-from altgrad.report.summaries import write_sentence
 from altgrad.report.tallies import STEP_METRICS, TWIN_METRICS
-from altgrad.report.verdicts import Advice, RunAdvice
+from altgrad.report.verdicts import Advice
 
 _METRICS = (*TWIN_METRICS, *STEP_METRICS)
 """Metrics on which verdicts rest: those of twins, then those of single steps."""
+_OF_LAYERS = ("unmoved_frac", "nonfinite_frac")
+"""Metrics of the layer itself, the same for all recipes: the mean and the largest share."""
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 """First characters of cells that a spreadsheet reads as formulas; Excel knows full-width signs."""
@@ -34,9 +37,9 @@ def as_json(report: RunReport) -> dict[str, Any]:
         report: The report of a run.
 
     Returns:
-        The run, its summary and notes, and by layer and format the verdict with its figures. If the
-        run tried recipes for storing weights on samples (twins), also the recipes and their last
-        figures.
+        The run, its summary and notes. Under ``runs`` the verdict on the run by recipe, ``now``
+        for what the run itself loses; by layer and recipe the verdict with its figures. If the run
+        tried recipes on samples (twins), also the recipes and their last figures.
     """
     by_layer, suggestions = report.assessment.by_layer, report.assessment.suggestions
     value = {
@@ -47,11 +50,16 @@ def as_json(report: RunReport) -> dict[str, Any]:
         "steps": [*report.run.steps],
         "skipped": dict(report.skipped),
         "own_share": number_as_json(report.own_share),
-        "runs": {name: _convert_run(each) for name, each in report.assessment.runs.items()},
+        "visible_frac": _convert_numbers(report.visible),
+        "answer": write_answer(report.assessment.runs),
+        "stored": write_storage(report.run.layers, report.assessment.runs),
+        "runs": runs_as_json(report.assessment.runs),
         "summary": report.assessment.summary,
         "layers": {
             layer: {
                 "smallest_that_stores_fine": suggestions.get(layer),
+                "unmoved_frac": number_as_json(report.unmoved.get(layer, math.nan)),
+                "nonfinite_frac": report.nonfinite.get(layer, 0.0),
                 "recipes": {name: _convert_advice(each) for name, each in advice.items()},
             }
             for layer, advice in by_layer.items()
@@ -71,7 +79,7 @@ def as_csv(report: RunReport) -> str:
     """
     errors = [f"{metric}_{what}" for metric in _METRICS for what in ("error", "low", "high")]
     rows: list[list[Any]] = [
-        ["layer", "recipe", "verdict", *_METRICS, *errors, "reason", "evidence"]
+        ["layer", "recipe", "verdict", *_METRICS, *_OF_LAYERS, *errors, "reason", "evidence"]
     ]
     for advice in report.assessment.advice:
         figures = [number_as_json(advice.figures.get(metric, math.nan)) for metric in _METRICS]
@@ -84,9 +92,13 @@ def as_csv(report: RunReport) -> str:
                 else (math.nan, math.nan, math.nan)
             )
         ]
+        shares = [
+            report.unmoved.get(advice.layer, math.nan),
+            report.nonfinite.get(advice.layer, 0.0),
+        ]
         where = [_disarm(advice.layer), _disarm(advice.recipe), str(advice.verdict)]
         why = [_disarm(advice.reason), _disarm(advice.evidence)]
-        rows.append([*where, *figures, *ends, *why])
+        rows.append([*where, *figures, *map(number_as_json, shares), *ends, *why])
     return "".join(map(_format_line, rows))
 
 
@@ -145,24 +157,6 @@ def _format_line(cells: Iterable[object]) -> str:
 def _disarm(text: str) -> str:
     """Return a text as a cell that every spreadsheet reads as text."""
     return "'" + text if text.startswith((*_FORMULA, "'")) else text
-
-
-def _convert_run(advice: RunAdvice) -> dict[str, Any]:
-    """Return the verdict of a recipe on a whole run, as JSON values."""
-    return {
-        "verdict": advice.verdict.name,
-        "sentence": write_sentence(advice),
-        "progress_kept": number_as_json(advice.kept),
-        "interval": [*map(number_as_json, advice.interval)],
-        "weight_error": number_as_json(advice.weight_error),
-        "frozen_frac": number_as_json(advice.frozen_frac),
-        "frozen_layers": [*advice.frozen],
-        "frozen_share": number_as_json(advice.frozen_share),
-        "layers": advice.layers,
-        "evidence": advice.evidence,
-        "to_do": advice.to_do,
-        "has_twin": advice.has_twin,
-    }
 
 
 def _convert_advice(advice: Advice) -> dict[str, Any]:

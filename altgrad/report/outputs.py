@@ -18,7 +18,7 @@ _REPORT = re.compile(
     rb"<!DOCTYPE html>.{,500}<title>AltGrad: "
     rb'|\{\s*"path": ' + _TEXT + rb',\s*"created": ' + _TEXT + rb',\s*"versions": \{'
     rb'|\{\s*"predicting": ' + _TEXT + rb',\s*"real": ' + _TEXT + rb',\s*"recipe": '
-    rb"|layer,format,verdict,kept_update_ratio,"
+    rb"|layer,(?:format|recipe),verdict,"
     rb"|layer,step,frozen_frac_predicted,",
     re.DOTALL,
 )

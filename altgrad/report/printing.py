@@ -1,7 +1,7 @@
 """Print texts and tables in a terminal: literally, and in as few columns as they need.
 
 Names of layers may hold markup of rich or unprintable characters; `style_text` shows them as they
-are. The modules `terminal` and `confirmation_table` print with these functions.
+are. The modules `terminal_runs`, `terminal` and `confirmation_table` print with these functions.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ GAP = 1
 """Number of characters between columns, as rich's box has them."""
 
 
-def print_meaning(console: Console, word: str, meaning: str) -> None:
+def print_meaning(console: Console, word: str, meaning: str, width: int = 6) -> None:
     """Print a word of the legend and its meaning, whose lines begin in the same column.
 
     Args:
         console: Console to print on.
-        word: The word, of up to six letters.
+        word: The word.
         meaning: Its meaning.
+        width: Number of characters of the longest word.
     """
     from rich.table import Table
 
     line = Table.grid(padding=(0, 1, 0, 0))
-    line.add_column(min_width=6, no_wrap=True)
+    line.add_column(min_width=width, no_wrap=True)
     line.add_row(style_text(word, "dim"), style_text(meaning, "dim"))
     console.print(indent(line, 2))
 
@@ -71,6 +72,24 @@ def add_column(table: Table, heading: Text, justify: JustifyMethod = "left") -> 
         justify: Where the texts of the column stand.
     """
     table.add_column(heading, no_wrap=True, vertical="bottom", justify=justify)
+
+
+def add_tall_column(table: Table, lines: Sequence[str]) -> None:
+    """Add a column with a heading of several lines to a table."""
+    from rich.text import Text
+
+    add_column(table, Text("\n".join(map(replace_unprintable, lines))))
+
+
+def measure_columns(columns: Sequence[Sequence[str]]) -> int:
+    """Return the number of characters that columns and the gaps behind them take in a table.
+
+    Each column is given by the lines of its heading and its cells.
+    """
+    from rich.cells import cell_len
+
+    widths = (max(cell_len(replace_unprintable(text)) for text in each) for each in columns)
+    return sum(width + GAP for width in widths)
 
 
 def style_text(text: str, style: str = "") -> Text:

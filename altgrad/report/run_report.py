@@ -16,9 +16,19 @@ from typing import TYPE_CHECKING
 
 from altgrad._messages import few, format_count
 from altgrad.measurement.histogram import Histogram
+from altgrad.report.answers import is_low
 from altgrad.report.applying import write_code
+from altgrad.report.cells import (
+    MEANINGS,
+    NONFINITE,
+    NONFINITE_MEANING,
+    UNMOVED,
+    UNMOVED_MEANING,
+    cell_text,
+)
 from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
 from altgrad.report.judging import judge_run
+from altgrad.report.means import average_finite
 from altgrad.report.records.run import Row, Run
 from altgrad.report.verdicts import Assessment, Verdict
 
@@ -26,6 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_SETS = 3  # sets of layers whose sizes are named
+_IN_WORDS = (Verdict.FROZEN, Verdict.STUCK, Verdict.BREAKS)  # in the picture, instead of a number
 
 
 @dataclass(frozen=True)
@@ -34,8 +45,8 @@ class RunReport:
 
     Attributes:
         run: The run, as `altgrad.report.read` returns it.
-        assessment: Verdicts: whether each layer would still train if its weights were stored in
-            each number format.
+        assessment: Verdicts: whether the run, and each layer, would still train if each recipe
+            stored its weights.
     """
 
     run: Run
@@ -43,13 +54,69 @@ class RunReport:
 
     @classmethod
     def from_run(cls, run: Run) -> RunReport:
-        """Judge how well each format would store each layer, and return the report of the run."""
+        """Judge what each recipe would make of a run and its layers, and return the report."""
         return cls(run, judge_run(run))
 
     @property
     def formats(self) -> list[str]:
         """Names of the judged formats, in the order of the run."""
         return [*self.run.formats]
+
+    @property
+    def recipes(self) -> list[str]:
+        """Names of the judged recipes, ``now`` for the run itself first, then formats without."""
+        return [*self.assessment.runs]
+
+    @functools.cached_property
+    def unmoved(self) -> dict[str, float]:
+        """Mean unmoved_frac by layer, if weights are stored below float32; otherwise empty.
+
+        It is the share of updates that moved no weight. With stochastic rounding or Kahan summation
+        it is high, and yet nothing is lost.
+        """
+        if not is_low(self.run.layers, self.assessment.runs):
+            return {}
+        shares: dict[str, list[float]] = {}
+        for row in self.run.rows:
+            if row.layer is not None and "unmoved_frac" in row.figures:
+                shares.setdefault(row.layer, []).append(row.figures["unmoved_frac"])
+        means = {layer: average_finite(each) for layer, each in shares.items()}
+        return {layer: mean for layer, mean in means.items() if not math.isnan(mean)}
+
+    @functools.cached_property
+    def nonfinite(self) -> dict[str, float]:
+        """Largest nonfinite_frac by layer: the share of its elements that were NaN or inf."""
+        shares: dict[str, float] = {}
+        for row in self.run.rows:
+            share = row.figures.get("nonfinite_frac", 0.0)
+            if row.layer is not None and share > shares.get(row.layer, 0.0):
+                shares[row.layer] = share
+        return shares
+
+    @property
+    def visible(self) -> dict[str, float]:
+        """Mean visible_frac of the model by format, if weights are stored in float32."""
+        if is_low(self.run.layers, self.assessment.runs):
+            return {}
+        series = {name: self.run.series(f"visible_frac/{name}") for name in self.formats}
+        return {name: average_finite(each.values()) for name, each in series.items()}
+
+    @property
+    def meanings(self) -> dict[Verdict, str]:
+        """Meanings of the verdicts that occur, for the legend of a table."""
+        advice = self.assessment.advice
+        seen = {each.verdict for each in advice} | {
+            each.verdict for each in self.assessment.runs.values()
+        }
+        return {verdict: meaning for verdict, meaning in MEANINGS.items() if verdict in seen}
+
+    @property
+    def marks(self) -> dict[str, str]:
+        """Meanings of the other words that occur in a table of layers, for its legend."""
+        marks = {}
+        if any(NONFINITE in cell_text(each) for each in self.assessment.advice):
+            marks[NONFINITE] = NONFINITE_MEANING
+        return marks | ({UNMOVED: UNMOVED_MEANING} if self.unmoved else {})
 
     @property
     def steps(self) -> str:
@@ -157,10 +224,12 @@ class RunReport:
             pictures["kept"] = kept_map(
                 {n: {f: a.kept for f, a in by_layer[n].items()} for n in names},
                 {
-                    n: {f: a.verdict is Verdict.FROZEN for f, a in by_layer[n].items()}
+                    n: {
+                        f: a.verdict.short for f, a in by_layer[n].items() if a.verdict in _IN_WORDS
+                    }
                     for n in names
                 },
-                title="What would be left of the weight updates, stored in …",
+                title="What is left of the progress, stored in …",
             )
         histograms = self._find_last_histograms()
         steps = {format: histograms.get(f"steps/{format}") for format in self.formats}

@@ -1,36 +1,36 @@
 """Print the report of a run, or the comparison of two runs, in a terminal.
 
-`print_report` prints a report, of which `print_verdicts` is the table, and `print_comparison`
-prints the comparison. Tables are split and names are shortened to fit the width of the console.
+`print_report` prints a report: first what each recipe would make of the run, then of its layers
+(`print_verdicts`). `print_comparison` prints the comparison. Tables are split and names are
+shortened to fit the width of the console.
 
-Read `printing` first, which has the functions for texts and tables.
+Read `printing` first, which has the functions for texts and tables, and `terminal_runs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from altgrad._messages import format_count
-from altgrad.report.cells import (
-    COLOURS,
-    MEANINGS,
-    NONFINITE,
-    NONFINITE_MEANING,
-    cell_text,
-)
+from altgrad.measurement.catalogue import NOW
+from altgrad.report.answers import write_visible
+from altgrad.report.cells import COLOURS, KEPT_MEANING, UNMOVED, cell_text, format_kept
 from altgrad.report.names import replace_unprintable, shorten_names
 from altgrad.report.printing import (
     GAP,
     LEAST_WIDTH,
-    add_column,
+    add_tall_column,
     indent,
     make_table,
+    measure_columns,
     print_line,
     print_meaning,
     print_text,
     style_text,
 )
+from altgrad.report.terminal_runs import print_runs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,31 +41,33 @@ if TYPE_CHECKING:
     from altgrad.report.verdicts import Advice
 
 _MOST_LINES = 40  # lines of code that are printed; more push the verdicts out of sight
-_SUGGESTION = "smallest\nfine"
+_SUGGESTION = ("smallest", "fine")
 _NO_SUGGESTION = "none"
 
 
 def print_report(report: RunReport, console: Console, most_layers: int | None = None) -> None:
-    """Print the report of a run: whether its layers would still train with weights in formats.
+    """Print the report of a run: whether it would still train if it were stored otherwise.
 
-    It has the observed steps, a table of verdicts on layers and formats, a summary and notes. It
-    also has Python code that stores the weights of each layer in a format that is fine for it.
+    First come the observed steps and what each recipe, a way to store the run, would keep. Then
+    come a table of verdicts on layers and recipes, and notes. Python code stores the weights of
+    each layer in a format that is fine for it.
 
     Args:
         report: Report of the run.
         console: Console to print on; tables fit its width.
-        most_layers: Maximum number of layers in the table, those of whose updates the formats
-            keep least. None shows all.
+        most_layers: Maximum number of layers in the table, those that keep least. None shows all.
     """
     print_text(console, f"{report.run.path}: {report.steps}; {report.measured}")
     if skipped := report.skipped:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
         print_text(console, f"Skipped steps: {reasons}")
+    print_runs(report, console)
     print_verdicts(report, console, most_layers)
-    print_text(console, report.assessment.summary)
+    if visible := write_visible(report.visible):
+        print_text(console, visible)
     _print_to_apply(report, console)
     for note in report.notes:
-        print_text(console, f"Note: {note}", style="yellow")
+        print_text(console, f"Note: {note}", "yellow")
 
 
 def _print_to_apply(report: RunReport, console: Console) -> None:
@@ -86,16 +88,16 @@ def _print_to_apply(report: RunReport, console: Console) -> None:
 
 
 def print_verdicts(report: RunReport, console: Console, most_layers: int | None = None) -> None:
-    """Print how well each format would store each layer, in tables of layers by formats.
+    """Print how well each recipe would store each layer, in tables of layers by recipes.
 
-    An entry says whether the layer would still train if its weights were stored in the format.
-    There are as many tables as the console's width requires, and a legend.
+    An entry says whether the layer would still train if it were stored as the recipe says; the
+    first is ``now`` if the run itself loses updates. There are as many tables as the console's
+    width requires, and a legend.
 
     Args:
         report: Report of the run.
         console: Console to print on.
-        most_layers: Maximum number of layers, those of whose updates the formats keep least. None
-            shows all.
+        most_layers: Maximum number of layers, those that keep least. None shows all.
     """
     layers = [*report.assessment.by_layer]
     if not layers:
@@ -104,21 +106,19 @@ def print_verdicts(report: RunReport, console: Console, most_layers: int | None 
     if len(shown) < len(layers):
         count = format_count(len(layers), "layer")
         print_text(console, f"The {len(shown)} of {count} that keep least:")
-    for formats in _group_formats(report, shown, console.width):
-        print_text(console, "If the weights were stored in …", style="italic")
-        console.print(_make_verdict_table(report, shown, formats, console.width))
-    seen = {advice.verdict for advice in report.assessment.advice}
-    for verdict, meaning in MEANINGS.items():
-        if verdict in seen:
-            print_meaning(console, verdict.short, meaning)
-    if any(advice.nonfinite for advice in report.assessment.advice):
-        print_meaning(console, NONFINITE, NONFINITE_MEANING)
-    for note in (
-        "The number is kept_update_ratio: 1 all of the update, 0 none.",
-        "Runs like this: small runs that really stored their weights in a format.",
-    ):
-        console.print(indent(style_text(note, "dim"), 2))
-    console.print()
+    columns = _list_columns(report, shown)
+    for group in _group_columns(columns, shown, console.width):
+        print_text(console, "Layer by layer, stored as …", "italic")
+        console.print(_make_verdict_table(columns, group, shown, console.width))
+    _print_legend(report, console)
+
+
+def _print_legend(report: RunReport, console: Console) -> None:
+    words = {verdict.short: meaning for verdict, meaning in report.meanings.items()} | report.marks
+    width = max(map(len, words))
+    for word, meaning in words.items():
+        print_meaning(console, word, meaning, width)
+    console.print(indent(style_text(KEPT_MEANING, "dim"), 2))
 
 
 def print_comparison(comparison: Comparison, console: Console, most: int | None = None) -> None:
@@ -172,46 +172,69 @@ def _make_change_table(changes: Sequence[tuple[Advice, Advice]], width: int) -> 
     return table
 
 
-def _group_formats(report: RunReport, layers: Sequence[str], width: int) -> list[list[str]]:
-    """Return the report's formats in groups, each of which fits as a table's columns in `width`."""
+_Column = list[tuple[str, str]]
+"""The cells of a column, one for each shown layer: text and style."""
+
+
+def _list_columns(report: RunReport, layers: Sequence[str]) -> dict[tuple[str, ...], _Column]:
+    """Return the columns behind the names of layers, by the lines of their headings."""
+    by_layer, suggestions = report.assessment.by_layer, report.assessment.suggestions
+    columns: dict[tuple[str, ...], _Column] = {
+        (recipe,): [_make_cell(by_layer[layer].get(recipe)) for layer in layers]
+        for recipe in report.recipes
+    }
+    if report.unmoved:
+        shares = [report.unmoved.get(layer, math.nan) for layer in layers]
+        unmoved: dict[tuple[str, ...], _Column] = {
+            (UNMOVED,): [(format_kept(s), "") for s in shares]
+        }
+        now = {heading: column for heading, column in columns.items() if heading == (NOW,)}
+        columns = now | unmoved | columns  # beside “now”
+    return columns | {_SUGGESTION: [(suggestions.get(n) or _NO_SUGGESTION, "") for n in layers]}
+
+
+def _make_cell(advice: Advice | None) -> tuple[str, str]:
+    return cell_text(advice), "" if advice is None else COLOURS[advice.verdict]
+
+
+def _group_columns(
+    columns: Mapping[tuple[str, ...], _Column], layers: Sequence[str], width: int
+) -> list[list[tuple[str, ...]]]:
+    """Return the columns in groups that fit as tables in `width`; the last column is in all."""
     from rich.cells import cell_len
 
     least = min(LEAST_WIDTH, max(cell_len(replace_unprintable(layer)) for layer in layers))
-    groups: list[list[str]] = []
-    for format in report.formats:
-        if groups and _measure_free_width(report, layers, [*groups[-1], format], width) >= least:
-            groups[-1].append(format)
+    *headings, last = columns
+    groups: list[list[tuple[str, ...]]] = []
+    for heading in headings:
+        if groups and _measure_free_width(columns, [*groups[-1], heading, last], width) >= least:
+            groups[-1].append(heading)
         else:
-            groups.append([format])
-    return groups
+            groups.append([heading])
+    return [[*group, last] for group in groups]
 
 
 def _measure_free_width(
-    report: RunReport, layers: Sequence[str], formats: Sequence[str], width: int
+    columns: Mapping[tuple[str, ...], _Column], headings: Sequence[tuple[str, ...]], width: int
 ) -> int:
-    """Return the number of characters that a table with these formats leaves for layers' names."""
-    by_layer, suggestions = report.assessment.by_layer, report.assessment.suggestions
-    columns = [[f, *(cell_text(by_layer[name].get(f)) for name in layers)] for f in formats]
-    suggested = (suggestions.get(name) or _NO_SUGGESTION for name in layers)
-    columns.append([*_SUGGESTION.split("\n"), *suggested])
-    return width - GAP - sum(max(map(len, column)) + GAP for column in columns)
+    """Return the number of characters that a table with these columns leaves for layers' names."""
+    texts = [[*heading, *(text for text, _ in columns[heading])] for heading in headings]
+    return width - GAP - measure_columns(texts)
 
 
 def _make_verdict_table(
-    report: RunReport, layers: Sequence[str], formats: Sequence[str], width: int
+    columns: Mapping[tuple[str, ...], _Column],
+    headings: Sequence[tuple[str, ...]],
+    layers: Sequence[str],
+    width: int,
 ) -> Table:
-    from rich.text import Text
-
-    by_layer, suggestions = report.assessment.by_layer, report.assessment.suggestions
-    table = make_table(["layer", *formats])
-    add_column(table, Text(_SUGGESTION))
-    free = _measure_free_width(report, layers, formats, width)
+    table = make_table(["layer"])
+    for heading in headings:
+        add_tall_column(table, heading)
+    free = _measure_free_width(columns, headings, width)
     names = shorten_names(layers, max(free, LEAST_WIDTH))
-    for name, layer in zip(names, layers, strict=True):
-        cells = [by_layer[layer].get(format) for format in formats]
-        styles = ["" if each is None else COLOURS[each.verdict] for each in cells]
-        texts = [style_text(cell_text(c), style) for c, style in zip(cells, styles, strict=True)]
+    for row, name in enumerate(names):
         table.add_row(
-            style_text(name), *texts, style_text(suggestions.get(layer) or _NO_SUGGESTION)
+            style_text(name), *(style_text(*columns[heading][row]) for heading in headings)
         )
     return table

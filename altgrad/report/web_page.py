@@ -11,15 +11,17 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from altgrad._version import __version__
-from altgrad.report.canvas import svg
-from altgrad.report.cells import (
-    MEANINGS,
-    NONFINITE,
-    NONFINITE_MEANING,
-    cell_text,
-    format_figure,
-    format_kept,
+from altgrad.report.answers import (
+    STEP_BY_STEP,
+    list_actions,
+    list_rows,
+    write_answer,
+    write_nonfinite,
+    write_storage,
+    write_visible,
 )
+from altgrad.report.canvas import svg
+from altgrad.report.cells import KEPT_MEANING, cell_text, format_figure, format_kept
 from altgrad.report.confirmation import FROZEN, MEANING, Confirmation, explain_metric
 from altgrad.report.confirmation_drawing import agreement
 from altgrad.report.names import replace_unprintable_in_lines
@@ -30,8 +32,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 _CAPTIONS = {
-    "kept": "Mean kept_update_ratio by layer and format: the share of the update's energy that is "
-    "kept.",
+    "kept": "Share of the progress that is kept, by layer and recipe; “now” is the run itself.",
     "steps": "Size of the updates in the last observed step, in units of the grid spacing. Below "
     "0.5, a weight on the grid does not move.",
     "ranges": "Distribution of the weights, and the range of each format.",
@@ -49,7 +50,7 @@ def page(report: RunReport) -> str:
         ImportError: jinja2 or matplotlib is missing.
     """
     pictures = {name: svg(figure, name) for name, figure in report.pictures().items()}
-    is_marked = any(advice.nonfinite for advice in report.assessment.advice)
+    runs = report.assessment.runs
     return (
         _make_environment()
         .get_template("page.html")
@@ -57,14 +58,20 @@ def page(report: RunReport) -> str:
             report=report,
             assessment=report.assessment,
             run=report.run,
-            meanings=MEANINGS,
-            seen={advice.verdict for advice in report.assessment.advice},
+            answer=write_answer(runs),
+            stored=write_storage(report.run.layers, runs),
+            rows=list_rows(runs),
+            step_by_step=STEP_BY_STEP,
+            actions=list_actions(runs),
+            warnings=[*filter(None, [write_nonfinite(report.nonfinite)])],
+            visible=write_visible(report.visible),
+            kept_meaning=KEPT_MEANING,
+            nan=math.nan,
             not_judged={
                 layer
                 for layer, advice in report.assessment.by_layer.items()
                 if all(each.verdict is Verdict.NOT_JUDGED for each in advice.values())
             },
-            marks={NONFINITE: NONFINITE_MEANING} if is_marked else {},
             pictures=pictures,
             captions={name: _CAPTIONS.get(name, _STALLS) for name in pictures},
             version=__version__,

@@ -178,3 +178,28 @@ def test_a_layer_without_twins_has_no_charts_of_twins() -> None:
     layers = {"a": add_twins(figures(0.1), "bf16"), "b": figures(0.2)}
     (row,) = charts.add(0, layers["a"], layers, {})
     assert [key for key in row.others if "progress_kept" in key] == ["altgrad/progress_kept/bf16/a"]
+
+
+def make_kept(**kept: float) -> Figures:
+    """Make the figures of a layer that keeps these shares by recipe, and all in each format."""
+    made = add_twins(figures(1.0), *kept)
+    made.update({f"progress_kept/{recipe}": share for recipe, share in kept.items()})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("layers", "charted"),
+    [
+        ({"a": {"now": 0.9, "e5m2": 0.0}, "b": {"now": 0.1, "e5m2": 0.5}}, ["b"]),
+        ({"a": {"bf16": 0.9, "e5m2": 0.2}, "b": {"bf16": 0.5, "e5m2": 0.4}}, ["a"]),
+        ({"a": {"now": math.nan, "e5m2": 0.3}, "b": {"now": 0.4}}, ["a"]),
+        ({"a": {"bf16": math.nan}, "b": {"bf16": 0.9}}, ["b"]),
+        ({"a": {"bf16": math.nan}, "b": {"bf16": math.nan}}, ["a"]),
+    ],
+)
+def test_layers_are_charted_by_what_they_keep_now_or_else_by_their_worst_twin(
+    layers: dict[str, dict[str, float]], charted: list[str]
+) -> None:
+    charts = Charts(FORMATS, 1)
+    rows(charts, {name: make_kept(**kept) for name, kept in layers.items()})
+    assert [*charts.charted] == charted

@@ -27,12 +27,13 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from altgrad import Histogram
 from altgrad.measurement.catalogue import FORMAT_METRICS
-from altgrad.report import Advice, Assessment, Verdict, kept_map
+from altgrad.report import Advice, Assessment, RunAdvice, Verdict, kept_map
 from altgrad_lightning import loggers
 from altgrad_lightning.history import History
 from tests.chromium import chromium, needs_chromium
 
 FORMATS = ("bf16", "e4m3fn")
+RECIPES = ("now", "bf16", "e4m3fn")
 LAYERS = ("layers.0.weight", "layers.0.bias", "norm[0]|<b>.weight")
 # Octaves −32 … 31 of log2(abs(dw)/S): 3 elements in −2, 1.5 in −1, 4 in 3.
 COUNTS = [0.0] * 30 + [3.0, 1.5] + [0.0] * 3 + [4.0] + [0.0] * 28
@@ -41,11 +42,22 @@ STEPS = Histogram(-32, COUNTS)
 
 def assessment(layers: tuple[str, ...] = LAYERS) -> Assessment:
     advice = [
-        make_advice(layer, format, {"kept_update_ratio": k / len(layers), "stall_frac": 1.0})
+        make_advice(layer, recipe, {"progress_kept": k / len(layers), "frozen_frac": 1.0})
         for k, layer in enumerate(layers)
-        for format in FORMATS
+        for recipe in RECIPES
     ]
-    return Assessment(advice, {layers[0]: "bf16"}, "2 of 3 layers would freeze in *bf16*.")
+    runs = {recipe: make_run(recipe, layers[:1]) for recipe in RECIPES}
+    return Assessment(runs, advice, {layers[0]: "bf16"}, "")
+
+
+def make_run(recipe: str, frozen: tuple[str, ...]) -> RunAdvice:
+    verdict, interval, evidence = (
+        Verdict.NEEDS_REMEDY,
+        (0.0, 0.5),
+        "1 of 2 such runs lost over 10 %",
+    )
+    numbers = (0.25, interval, 0.0, 0.75, frozen, 0.5, 3)
+    return RunAdvice(recipe, verdict, *numbers, evidence, "Use *Kahan*.", has_twin=True)
 
 
 def make_advice(layer: str, format: str, figures: Mapping[str, float]) -> Advice:
@@ -192,13 +204,18 @@ def test_the_verdict_is_a_table_in_which_names_are_escaped(events: EventAccumula
     assert event.step == 19
     markdown = event.tensor_proto.string_val[0].decode()
     html = render(markdown)
-    assert "*bf16*" in html.replace("&#42;", "*")
-    assert cells(html)[:4] == ["layer", "bf16", "e4m3fn", "smallest that stores it"]
-    assert cells(html)[4:8] == [LAYERS[0], "frozen 0.00", "frozen 0.00", "bf16"]
-    last = html.rpartition("<tr>")[2]
+    assert html.index("This run loses 0.75 of its progress now") < html.index("<table>")
+    runs, layers = (part.partition("</table>")[0] for part in html.split("<table>")[1:])
+    assert cells(runs)[:3] == ["recipe", "verdict", "progress kept"]
+    assert cells(runs)[6:9] == ["now", "loses 0.75 now", "0.25 &#40;0.00 to 0.50&#41;"]
+    assert cells(runs)[9:12] == ["75 %", "1 &#40;50 %&#41;", "1 of 2"]
+    assert f"now: {LAYERS[0]} stands still. Use *Kahan*." in as_text(html)
+    assert cells(layers)[:5] == ["layer", *RECIPES, "smallest that stores it"]
+    assert cells(layers)[5:10] == [LAYERS[0], *["frozen 0.00"] * 3, "bf16"]
+    last = layers.rpartition("<tr>")[2]
     assert "<b>" not in last
     assert as_text(cells(last)[0]) == LAYERS[2]
-    assert cells(last)[1:] == ["frozen 0.67", "frozen 0.67", "none: fp32"]
+    assert cells(last)[1:] == [*["frozen 0.67"] * 3, "none: fp32"]
 
 
 def as_text(html: str) -> str:
@@ -225,7 +242,10 @@ def as_text(html: str) -> str:
 def test_any_layer_name_is_shown_verbatim_in_one_cell(name: str) -> None:
     markdown = loggers.format_verdict(assessment((name,)))
     html = render(markdown)
-    assert as_text(cells(html)[4]) == name
+    layers = html.split("<table>")[2]
+    assert as_text(cells(layers)[5]) == name
+    assert as_text(html).count(name) >= 2  # in what to do, too
+    html = html.replace("<strong>This", "").replace(".</strong>", "")
     assert not {"<strong>", "<em>", "<code>", "<a", "<img", "<script"} & {
         *re.findall("<[a-z]+>?", html)
     }
@@ -240,12 +260,21 @@ def test_the_verdict_shows_the_worst_100_layers() -> None:
 
 
 def test_the_verdict_shows_a_dash_for_missing_figures() -> None:
-    advice = make_advice("a", "bf16", {"kept_update_ratio": math.nan, "stall_frac": math.nan})
-    unknown = Assessment([advice._replace(verdict=Verdict.NOT_JUDGED)], {}, "")
-    html = render(loggers.format_verdict(unknown))
-    assert cells(html)[3:] == ["a", "&#8211;", "none: fp32"]
+    advice = make_advice("a", "bf16", {"progress_kept": math.nan})
+    run = make_run("bf16", ())._replace(verdict=Verdict.NOT_JUDGED, kept=math.nan, to_do="")
+    judged = advice._replace(verdict=Verdict.NOT_JUDGED)
+    html = render(loggers.format_verdict(Assessment({"bf16": run}, [judged], {}, "")))
+    assert cells(html.split("<table>")[2])[3:] == ["a", "&#8211;", "none: fp32"]
     assert "–: not judged" in " ".join(html.split())
-    assert loggers.format_verdict(Assessment([], {}, ""))
+    assert "No step was observed" in render(loggers.format_verdict(Assessment({}, [], {}, "")))
+
+
+def test_the_verdict_names_layers_with_nan_in_the_run_itself() -> None:
+    bad = make_advice("a", "now", {"progress_kept": 0.5})._replace(nonfinite=0.5)
+    twin = make_advice("b", "bf16", {"progress_kept": 0.5})._replace(nonfinite=0.5)
+    runs = {recipe: make_run(recipe, ()) for recipe in ("now", "bf16")}
+    text = as_text(loggers.format_verdict(Assessment(runs, [bad, twin], {}, "")))
+    assert "NaN or inf in some elements (nonfinite_frac), which no figure counts: a (50 %)." in text
 
 
 def test_an_empty_histogram_is_left_out(tmp_path: Path) -> None:
@@ -471,7 +500,13 @@ def test_wandb_gets_histograms_images_and_a_table(wandb_folder: Path) -> None:
     (row,) = [row for row in wandb_rows(wandb_folder) if "altgrad/verdict" in row]
     assert row["altgrad/verdict"]["_type"] == "table-file"
     table = json.loads((files / row["altgrad/verdict"]["path"]).read_text())
-    assert table["columns"][:3] == ["layer", "format", "verdict"]
+    assert table["columns"][:3] == ["layer", "recipe", "verdict"]
+    assert [row[:2] for row in table["data"][:4]] == [
+        *(["(whole run)", recipe] for recipe in RECIPES),
+        [LAYERS[0], "now"],
+    ]
+    assert table["data"][0][3:5] == [0.25, 0.75]
+    assert table["data"][0][5].startswith("now: ")
     assert table["data"][-1] == [
         *(LAYERS[2], "e4m3fn", "frozen", pytest.approx(2 / 3), 1.0, "as the figures say")
     ]

@@ -129,6 +129,7 @@ def test_pictures_are_drawn_at_powers_of_four_and_at_the_end(tmp_path: Path) -> 
 
 @pytest.mark.default_twins
 @pytest.mark.filterwarnings("ignore:PrecisionMonitor expects")
+@pytest.mark.filterwarnings("ignore:PrecisionMonitor sees frozen layers")
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
 def test_a_run_in_16_bits_is_charted_as_now(tmp_path: Path, precision: Any) -> None:
     monitor = PrecisionMonitor(["e4m3fn"], every_n_steps=1)

@@ -25,11 +25,17 @@ def write_run(
     *,
     steps: int = 3,
     formats: Sequence[str] = FORMATS,
+    recipes: Sequence[str] | None = None,
 ) -> Path:
-    """Write a run file; the frozen layers stall in every format with at most 8 significant bits."""
+    """Write a run file; the frozen layers stall in every format with at most 8 significant bits.
+
+    Each format has a twin of its name, if `recipes` names no others.
+    """
     parameters = {name: nn.Parameter(torch.ones(8)) for name in (*frozen, *fine)}
     optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
-    monitor = UpdateMonitor([*parameters.items()], formats=formats, scaling=None, strict=True)
+    recipes = formats if recipes is None else recipes
+    named = [*parameters.items()]
+    monitor = UpdateMonitor(named, formats=formats, recipes=recipes, scaling=None, strict=True)
     with RunFile.create(folder, monitor.run_header()) as file, monitor.attach(optimizer):
         for step in range(steps):
             for name, parameter in parameters.items():

@@ -34,7 +34,7 @@ def write_lines(verdicts: dict[str, dict[str, Verdict]], scaling="tensor", own=O
         for format, verdict in by_format.items()
     ]
     run = Run(Path("run"), formats, scaling, layers, [], [], [], {}, "")
-    return write_code(run, Assessment(advice, {}, ""))
+    return write_code(run, Assessment({}, advice, {}, ""))
 
 
 def run_lines(lines: str, names: list[str]) -> dict[str, str]:

@@ -53,7 +53,7 @@ def test_files_are_written_in_addition_to_the_terminal_and_each_is_named(
     html, csv = (tmp_path / f"a.name.of.some.length.{kind}" for kind in ("html", "csv"))
     shown = altgrad("report", run, "--html", html, "--csv", csv, columns=40)
     assert shown.returncode == 0, shown.stderr
-    assert "If the weights were stored in" in shown.stdout
+    assert "Layer by layer, stored as" in shown.stdout
     assert shown.stdout.splitlines()[-2:] == [f"Written: {html}", f"Written: {csv}"]
     assert html.read_text() == page(RunReport.from_run(read(run)))
     assert csv.read_text() == altgrad("report", run, "--csv", "-").stdout

@@ -40,7 +40,7 @@ def test_only_layers_and_formats_in_both_runs_are_compared() -> None:
     second = report({"a": {"fp16": 1.0, "bf16": 1.0}, "c": {"bf16": 1.0}}, formats=["fp16", "bf16"])
     comparison = Comparison((first, second))
     assert comparison.formats == ["bf16"]
-    assert [(a.layer, a.format) for a, _ in comparison.changes] == [("a", "bf16")]
+    assert [(a.layer, a.recipe) for a, _ in comparison.changes] == [("a", "bf16")]
     assert comparison.notes == [
         *("formats only in A: 1 (e5m2)", "layers only in A: 1 (b)"),
         *("formats only in B: 1 (fp16)", "layers only in B: 1 (c)"),

@@ -84,12 +84,17 @@ def test_dark_is_bad(label: str) -> None:
 # --- kept map
 
 
-def test_the_kept_map_shows_each_ratio_and_frozen_layers() -> None:
+def test_the_kept_map_shows_each_share_and_words_in_place_of_some() -> None:
     kept = {"norm": {"bf16": 0.0, "e5m2": 0.128}, "head": {"bf16": 0.5}}
-    figure = kept_map(kept, {"norm": {"bf16": True, "e5m2": False}}, title="step 3")
+    figure = kept_map(kept, {"norm": {"bf16": "frozen"}}, title="step 3")
     np.testing.assert_array_equal(shown(figure), [[0.0, 0.128], [0.5, NAN]])
     cells = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
     assert cells == {(0, 0): "frozen", (1, 0): "0.13", (0, 1): "0.50", (1, 1): "–"}
+
+
+def test_the_kept_map_of_2000_layers_shows_those_that_keep_least_now() -> None:
+    kept = {f"l{k}": {"now": 1 - k / 2000, "e5m2": k / 2000} for k in range(2000)}
+    assert rows(kept_map(kept, {}, title="t")) == [f"l{k}" for k in range(1940, 2000)]
 
 
 def test_the_kept_map_of_2000_layers_shows_the_60_with_the_least_ratio() -> None:

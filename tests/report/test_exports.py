@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from altgrad.report import Confirmation, LayerInfo, RecipeInfo, Row, RunReport
+from altgrad.report import Confirmation, LayerInfo, RecipeInfo, Row, RunReport, Verdict
 from altgrad.report.exports import (
     as_csv,
     as_json,
@@ -20,8 +20,14 @@ from altgrad.report.exports import (
 from tests.command_line import altgrad
 from tests.report.confirming import make_twin_run, share
 from tests.report.runs import FORMATS, MARKUP, SCRIPT, figures, make_run, write_run
+from tests.report.shown_runs import record_bf16, record_fp32
 
 NAN = math.nan
+KEYS = [
+    *("verdict", "sentence", "progress_kept", "interval", "weight_error", "frozen_frac"),
+    *("frozen_layers", "frozen_share", "layers", "evidence", "to_do", "has_twin"),
+]
+"""The keys of a verdict on a run, as docs/run-file.md lists them."""
 
 
 def test_json_is_valid_and_holds_the_verdicts(run: Path, tmp_path: Path) -> None:
@@ -31,29 +37,30 @@ def test_json_is_valid_and_holds_the_verdicts(run: Path, tmp_path: Path) -> None
     assert value["formats"] == [*FORMATS]
     assert value["steps"] == [0, 10, 20]
     assert value["layers"][SCRIPT]["smallest_that_stores_fine"] is None
-    assert value["layers"][SCRIPT]["formats"]["bf16"]["verdict"] == "frozen"
+    assert value["layers"][SCRIPT]["recipes"]["bf16"]["verdict"] == "frozen"
     assert value["layers"]["matrix"]["smallest_that_stores_fine"] == "e5m2"
-    figures = value["layers"]["matrix"]["formats"]["e5m2"]["figures"]
-    assert figures["kept_update_ratio"] == 1
-    assert figures["stall_frac"] == 0
+    figures = value["layers"]["matrix"]["recipes"]["e5m2"]["figures"]
+    assert figures["progress_kept"] == 1
+    assert figures["frozen_frac"] == 0
 
 
-def test_csv_has_a_line_for_each_layer_and_format(run: Path) -> None:
+def test_csv_has_a_line_for_each_layer_and_recipe(run: Path) -> None:
     shown = altgrad("report", run, "--csv", "-")
     assert shown.returncode == 0, shown.stderr
     rows = [*csv.DictReader(io.StringIO(shown.stdout))]  # the terminal shows nothing else
-    assert [(row["layer"], row["format"]) for row in rows] == [
+    assert [(row["layer"], row["recipe"]) for row in rows] == [
         (layer, format) for layer in ("gain", SCRIPT, "matrix", MARKUP) for format in FORMATS
     ]
     assert [row["verdict"] for row in rows] == ["frozen"] * 4 + ["stores fine"] * 4
-    assert [float(row["kept_update_ratio"]) for row in rows] == [0.0] * 4 + [1.0] * 4
+    assert [float(row["progress_kept"]) for row in rows] == [0.0] * 4 + [1.0] * 4
+    assert {row["kept_update_ratio"] for row in rows} == {""}  # of formats without a twin
 
 
 def test_figures_of_samples_have_errors_and_intervals() -> None:
     errors = {"kept_update_ratio/bf16": 0.1, "never_moved_frac/bf16": 0.0002}
     values = figures(kept_update_ratio=0.9, never_moved_frac=1.0)
     report = RunReport.from_run(make_run([Row(0, "w", values, errors)], ["bf16"]))
-    advice = as_json(report)["layers"]["w"]["formats"]["bf16"]
+    advice = as_json(report)["layers"]["w"]["recipes"]["bf16"]
     assert advice["errors"]["kept_update_ratio"] == 0.1
     assert advice["intervals"]["kept_update_ratio"] == pytest.approx([0.704, 1.096], abs=1e-4)
     low, high = advice["intervals"]["never_moved_frac"]
@@ -78,7 +85,7 @@ def test_numbers_without_a_value_are_none_in_json_and_empty_in_csv() -> None:
     value = as_json(make_odd_report())
     json.dumps(value, allow_nan=False)
     assert value["own_share"] is None
-    advice = value["layers"]['a,"b"\nc']["formats"]["bf16"]
+    advice = value["layers"]['a,"b"\nc']["recipes"]["bf16"]
     assert advice["figures"] == {
         "kept_update_ratio": None,
         "stall_frac": None,
@@ -143,7 +150,7 @@ def test_a_format_is_no_formula_either() -> None:
     rows = [Row(0, "w", figures("=f"), {})]
     report = RunReport.from_run(replace(run, formats=formats, layers=layers, rows=rows))
     (row,) = csv.DictReader(io.StringIO(as_csv(report)))
-    assert row["format"] == "'=f"
+    assert row["recipe"] == "'=f"
 
 
 def test_pandas_gives_every_name_back(tmp_path: Path) -> None:
@@ -194,21 +201,51 @@ def test_json_of_a_run_with_twins_has_their_recipes_and_last_figures() -> None:
         "intervals": {"progress_kept": pytest.approx([0.25 - 0.196, 0.25 + 0.196], abs=1e-4)},
     }
     assert found["a"]["fp32"]["intervals"] == {"frozen_frac": [1.0, 1.0]}
-    assert value["layers"]["a"]["formats"].keys() == {"bf16"}
+    assert value["layers"]["a"]["recipes"].keys() == {"bf16"}
 
 
 def test_exports_of_a_run_without_twins_have_no_word_of_them() -> None:
     assert as_json(make_odd_report()).keys().isdisjoint({"recipes", "twins"})
 
 
-def test_twins_change_no_verdict() -> None:
-    plain = [Row(0, "a", figures(kept_update_ratio=0.5), {})]
-    twins = {"progress_kept/bf16": 0.01, "frozen_frac/bf16": 1.0, "drift/bf16": NAN}
-    twinned = [Row(0, "a", {**plain[0].figures, **twins}, {"frozen_frac/bf16": 0.001})]
-    without, with_twins = (
-        as_csv(RunReport.from_run(make_run(rows, ["bf16"]))) for rows in (plain, twinned)
-    )
-    assert without == with_twins
+def test_the_verdicts_on_the_run_are_first_in_json_with_now_like_any_recipe(
+    tmp_path: Path,
+) -> None:
+    report = RunReport.from_run(record_bf16(tmp_path))
+    value = json.loads(json.dumps(as_json(report), allow_nan=False))
+    assert [*value["runs"]] == ["now", "bf16", "bf16-kahan", "e5m2"]
+    for each in value["runs"].values():
+        assert [*each] == KEYS
+        assert Verdict[each["verdict"]]
+    now = value["runs"]["now"]
+    assert now["frozen_layers"] == ["gain"]
+    assert now["frozen_share"] == pytest.approx(64 / 96)
+    assert now["progress_kept"] == report.assessment.runs["now"].kept
+    assert now["interval"] == [*report.assessment.runs["now"].interval]
+    assert value["answer"].startswith("This run loses")
+    assert value["stored"].startswith("Weights are stored in bfloat16.")
+    gain = value["layers"]["gain"]
+    assert (gain["unmoved_frac"], gain["nonfinite_frac"]) == (1.0, 0.0)
+    assert gain["recipes"]["now"]["verdict"] == "frozen"
+    assert value["visible_frac"] == {}
+
+
+def test_csv_has_now_and_the_unmoved_share_of_a_run_in_bf16(tmp_path: Path) -> None:
+    text = as_csv(RunReport.from_run(record_bf16(tmp_path)))
+    assert "nan" not in text.lower()
+    rows = [*csv.DictReader(io.StringIO(text))]
+    gain, bias = (next(r for r in rows if r["layer"] == n) for n in ("gain", "bias"))
+    assert (gain["recipe"], gain["verdict"]) == ("now", "frozen")
+    assert [float(row["unmoved_frac"]) for row in (gain, bias)] == [1.0, 0.0]
+    assert float(gain["nonfinite_frac"]) == 0.0
+
+
+def test_a_run_in_float32_has_visible_shares_and_no_unmoved_ones(tmp_path: Path) -> None:
+    report = RunReport.from_run(record_fp32(tmp_path))
+    value = as_json(report)
+    assert value["visible_frac"].keys() == {"bf16", "e5m2"}
+    assert value["layers"]["gain"]["unmoved_frac"] is None
+    assert {row["unmoved_frac"] for row in csv.DictReader(io.StringIO(as_csv(report)))} == {""}
 
 
 # --- what one run predicted

@@ -36,5 +36,5 @@ def test_json_and_csv_without_a_file_are_all_that_the_terminal_shows(
     assert (tmp_path / "page.html").exists()
     shown = altgrad("report", run, "--csv")
     assert shown.stdout == altgrad("report", run, "--csv", "-").stdout
-    assert shown.stdout.startswith("layer,format,")
+    assert shown.stdout.startswith("layer,recipe,")
     assert altgrad("report", run, "--html").returncode == 2

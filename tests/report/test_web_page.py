@@ -29,7 +29,7 @@ const visible = (id) => {
   const place = document.getElementById(id).getBoundingClientRect();
   return place.width > 100 && place.height > 20;
 };
-result.visible = ["summary", "verdicts", "picture-kept", "picture-steps", "picture-ranges",
+result.visible = ["runs", "actions", "verdicts", "picture-kept", "picture-steps", "picture-ranges",
   "picture-stalls-0"].filter(visible);
 result.all = names();
 box.value = "MAT"; box.dispatchEvent(new Event("input"));
@@ -87,7 +87,11 @@ def test_the_page_is_the_same_each_time(tmp_path: Path) -> None:
 def test_verdicts_and_reasons_are_readable_without_scripts(html: str) -> None:
     without = re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL)
     assert without.count('class="FROZEN"') >= 8
-    assert "of the weights that had updates would never have moved" in without
+    assert "of the weights that float32 moved would never have moved" in without
+    assert re.search("<h1>.*Not fine|<h1>.*Fine", without)
+    assert (
+        without.index('id="runs"') < without.index('id="actions"') < without.index('id="verdicts"')
+    )
 
 
 def test_layers_with_elements_that_are_not_finite_are_marked(html: str) -> None:
@@ -105,7 +109,7 @@ def test_layers_with_elements_that_are_not_finite_are_marked(html: str) -> None:
 def test_search_and_sort_work_in_a_browser_without_errors(html: str, tmp_path: Path) -> None:
     result = act(html.replace("</body>", f"{ACT}</body>"), tmp_path)
     assert result["visible"] == [
-        *("summary", "verdicts", "picture-kept", "picture-steps", "picture-ranges"),
+        *("runs", "actions", "verdicts", "picture-kept", "picture-steps", "picture-ranges"),
         "picture-stalls-0",
     ]
     assert {*result["all"]} == {"gain", SCRIPT, "matrix", MARKUP}

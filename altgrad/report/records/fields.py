@@ -1,9 +1,10 @@
 """The fields of a run file, a file of JSON lines: the type and the bounds of each field.
 
 `HEADER` is the first line. `LAYER_LINE` and `MODEL_LINE` hold the figures of a layer, or of the
-whole model, in one step. `LAYERS_LINE` describes layers that appear in mid-run. `RESUMED_LINE` says
-from which step on the lines above it are replaced, because a run was resumed there. `reading`
-checks every line once, by these kinds, so that reports need no further checks.
+whole model, in one step. `LAYERS_LINE` describes layers that appear in mid-run. `VERDICTS_LINE` has
+the verdicts on the run after a step. `RESUMED_LINE` says from which step on the lines above it are
+replaced, because a run was resumed there. `reading` checks every line once, by these kinds, so that
+reports need no further checks.
 
 The module `schema` comes next and holds the header.
 """
@@ -91,6 +92,7 @@ def _check_elements(layer: Mapping[str, Any]) -> None:
 
 _STEP = Whole(0, LARGEST)
 _POSITIVE = Real(_SMALLEST_FLOAT, _LARGEST_FLOAT)
+_SENTENCE = Text(200_000)  # with the names of a few layers or recipes, each up to 10,000
 _SECONDS = Figure(-_MOST_SECONDS, _MOST_SECONDS)  # the noise of a clock can be negative
 
 VERSION = Whole(1, SCHEMA)
@@ -189,5 +191,24 @@ MODEL_LINE = Fields(
 )
 
 LAYERS_LINE = Fields({"layers": Table(LAYER, _MOST_LAYERS)})
+
+VERDICT = Fields(
+    {
+        "verdict": Text(),
+        "sentence": _SENTENCE,
+        "progress_kept": Figure(),
+        "interval": Items(Figure(), 2, 2),
+        "weight_error": Figure(0),
+        "frozen_frac": Figure(0, 1),
+        "frozen_layers": Items(Text(), 0, _MOST_LAYERS),
+        "frozen_share": Figure(0, 1),
+        "layers": Whole(0, _MOST_LAYERS),
+        "evidence": _SENTENCE,
+        "to_do": _SENTENCE,
+        "has_twin": Flag(),
+    }
+)
+
+VERDICTS_LINE = Fields({"step": _STEP, "verdicts": Table(VERDICT, _MOST_RECIPES + _MOST_FORMATS)})
 
 RESUMED_LINE = Fields({"resumed": Fields({"before_step": _STEP})})

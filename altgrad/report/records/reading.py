@@ -24,6 +24,7 @@ from altgrad.report.records.fields import (
     MODEL_LINE,
     RESUMED_LINE,
     SCHEMA,
+    VERDICTS_LINE,
     VERSION,
 )
 from altgrad.report.records.kinds import FieldError, check_object, parse_below, shorten
@@ -52,12 +53,15 @@ class _File:
         path: Path of the file.
         header: The first line.
         rows: The lines with figures of a step, without those that a resumed run replaced.
+        verdicts: Verdicts on the run after a step, each a pair of the step and the verdicts by
+            recipe, without those of steps that a resumed run replaced.
         notes: Sentences for the user, such as on a skipped line.
     """
 
     path: Path
     header: Header
     rows: list[Row] = field(default_factory=list)
+    verdicts: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -110,6 +114,7 @@ def read(path: str | os.PathLike[str]) -> Run:
         loggers=last.header.loggers,
         recipes={**last.header.recipes, **recipes},
         now=last.header.now,
+        verdicts=next((each.verdicts[-1][1] for each in files if each.verdicts), {}),
     )
 
 
@@ -172,7 +177,7 @@ def _read_predecessors(files: list[_File]) -> None:
             files[0].notes.append(f"steps before {step} are missing: {error}")
             return
         known.add(identity)
-        last.rows = [row for row in last.rows if row.step < before_step]
+        _keep_steps_before(last, before_step)
         files.append(last)
 
 
@@ -257,29 +262,37 @@ def _make_damage_error(path: Path, line: int, problem: str) -> RunFileError:
 
 
 def _add_line(file: _File, value: Mapping[str, Any]) -> None:
-    """Apply one line to a parsed file: add its figures or layers, or drop replaced rows.
+    """Apply one line to a parsed file: add what it has, or drop what was replaced.
 
-    The line of a resumed run says from which step on the rows before it are replaced.
+    The line of a resumed run says from which step on the lines before it are replaced.
     """
     if "resumed" in value:
-        _drop_superseded_rows(file, RESUMED_LINE.parse(value)["resumed"]["before_step"])
+        _drop_superseded_lines(file, RESUMED_LINE.parse(value)["resumed"]["before_step"])
     elif "layers" in value:  # those that appeared in mid-run
         layers = make_layers(LAYERS_LINE.parse(value)["layers"])
         file.header = replace(file.header, layers={**file.header.layers, **layers})
+    elif "verdicts" in value:
+        parsed = VERDICTS_LINE.parse(value)
+        file.verdicts.append((parsed["step"], parsed["verdicts"]))
     elif "elements" in value:  # only the model's line has more keys
         file.rows.append(_make_model_row(MODEL_LINE.parse(value)))
     else:
         file.rows.append(Row(**LAYER_LINE.parse(value)))
 
 
-def _drop_superseded_rows(file: _File, before_step: int) -> None:
-    kept = [row for row in file.rows if row.step < before_step]
-    if dropped := len(file.rows) - len(kept):
+def _drop_superseded_lines(file: _File, before_step: int) -> None:
+    count = len(file.rows)
+    _keep_steps_before(file, before_step)
+    if dropped := count - len(file.rows):
         file.notes.append(
             f"{file.path.name}: resumed before step {before_step}, which supersedes "
             f"{format_count(dropped, 'line')}"
         )
-    file.rows = kept
+
+
+def _keep_steps_before(file: _File, before_step: int) -> None:
+    file.rows = [row for row in file.rows if row.step < before_step]
+    file.verdicts = [each for each in file.verdicts if each[0] < before_step]
 
 
 def _make_model_row(fields: Mapping[str, Any]) -> Row:

@@ -30,9 +30,11 @@ from altgrad.report.records.lines import format_lines
 from altgrad.report.records.locks import WriterLock, take_lock
 from altgrad.report.records.reading import read_header
 from altgrad.report.records.schema import Header, LayerInfo, Predecessor, layers_as_json
+from altgrad.report.records.verdict_lines import runs_as_json
 
 if TYPE_CHECKING:
     from altgrad.measurement.step_record import StepRecord
+    from altgrad.report.verdicts import RunAdvice
 
 _CHUNK = 2**16  # bytes that are searched at once for the end of the last whole line
 
@@ -193,6 +195,21 @@ class RunFile:
             ValueError: The file is closed.
         """
         self._write(_format_line({"layers": layers_as_json(layers)}))
+
+    def add_verdicts(self, step: int, runs: Mapping[str, RunAdvice]) -> None:
+        """Write a line with the verdicts on the run after a step, of which the last counts.
+
+        Args:
+            step: Number of the last step that the verdicts know.
+            runs: Verdicts on the run by recipe, as `altgrad.report.Assessment.runs`.
+
+        Raises:
+            OSError: The line cannot be written; then the file has no part of it.
+            TypeError: The step is no whole number.
+            ValueError: The file is closed, or the step is out of range.
+        """
+        step = _check_whole("step", step)
+        self._write(_format_line({"step": step, "verdicts": runs_as_json(runs)}))
 
     def close(self) -> None:
         """Close the file, and release its lock for other writers."""

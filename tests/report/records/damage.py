@@ -58,7 +58,7 @@ def make_lines() -> list[Any]:
         }
     ]
     for step in (0, 5, 5):
-        if len(lines) > 6:
+        if len(lines) > 7:
             lines.append({"resumed": {"before_step": 5}})
         by_key = {f"{key}/{f}": value for f in FORMATS for key, value in PER_FORMAT.items()}
         figures = {"update_weight_ratio": 1e-3, "ulp_zero_frac": 0.125, **by_key}
@@ -75,8 +75,30 @@ def make_lines() -> list[Any]:
             "histograms": {"steps/bf16": octaves, "steps/e4m3fn": octaves, "weights": octaves},
         }
         lines.append({"step": step, "layer": None, "figures": figures, **model})
+        if step == 0:
+            lines.append(
+                {"step": step, "verdicts": {"now": make_verdict(), "bf16": make_verdict()}}
+            )
     made: list[Any] = json.loads(json.dumps(lines))  # no value is shared between lines
     return made
+
+
+def make_verdict() -> dict[str, Any]:
+    """Return a verdict on a run, as a run file has it."""
+    return {
+        "verdict": "FROZEN",
+        "sentence": "now: frozen now.",
+        "progress_kept": 0.01,
+        "interval": [None, 0.1],
+        "weight_error": 0.5,
+        "frozen_frac": 1.0,
+        "frozen_layers": ["a.weight"],
+        "frozen_share": 0.5,
+        "layers": 2,
+        "evidence": "8 of 9 such runs lost over 10 %",
+        "to_do": "Use bf16-sr.",
+        "has_twin": True,
+    }
 
 
 def as_bytes(lines: list[Any]) -> bytes:
@@ -198,6 +220,9 @@ def extreme_lines(draw: st.DrawFn) -> list[Any]:
             line["resumed"]["before_step"] = steps[1]
             continue
         line["step"] = step_by_step[line["step"]]
+        if "verdicts" in line:
+            line["verdicts"] = {draw(names): each for each in line["verdicts"].values()}
+            continue
         line["layer"] = layers.get(line["layer"])
         for kind in ("figures", "errors"):
             line[kind] = {

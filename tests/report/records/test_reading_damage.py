@@ -54,7 +54,7 @@ def find_steps(lines: Sequence[bytes]) -> list[tuple[int, str | None]]:
     for value in map(json.loads, lines):
         if "resumed" in value:
             rows = [row for row in rows if row[0] < value["resumed"]["before_step"]]
-        else:
+        elif "layer" in value:
             rows.append((value["step"], value["layer"]))
     return rows
 
@@ -65,6 +65,7 @@ def test_the_whole_file_is_read_and_shown(path: Path) -> None:
     assert isinstance(run, Run)
     assert [(row.step, row.layer) for row in run.rows] == find_steps(CONTENT.splitlines()[1:])
     assert run.steps == (0, 5)
+    assert [*run.verdicts] == ["now", "bf16"]
     assert [note.partition(":")[0] for note in run.notes] == [
         "altgrad.jsonl",  # lines are superseded
         "steps before 0 are missing",
@@ -197,7 +198,7 @@ def list_simple_changes() -> list[tuple[Any, Any, Any]]:
     """Return one change of each kind for every field of the header and of a step."""
     seen: dict[str, tuple[Any, ...]] = {}
     for place in PLACES:
-        if place[0] in (0, 1, 3, 7):  # one line of each kind
+        if place[0] in (0, 1, 3, 4, 8):  # one line of each kind
             seen.setdefault(repr(place), place)
     junk = (None, True, 1.5, [], {}, *HOSTILE[2:7], *HUGE[:4], *FLOATS[6:9], [[]] * 3, {"a": None})
     return [

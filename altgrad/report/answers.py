@@ -1,0 +1,278 @@
+"""The answer of a report in words: how a run is stored, what each recipe keeps, and what to do.
+
+A *recipe* says how weights and optimizer states are stored and stepped. `list_rows` makes the table
+of recipes that stands first in each report; `write_answer` is its heading, `list_actions` what to
+do.
+
+`terminal_runs`, `web_page` and the loggers show them; `summaries` has the words of a single recipe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from altgrad._messages import few, format_count, format_percent
+from altgrad.measurement.catalogue import NOW
+from altgrad.report.calibration import calibration
+from altgrad.report.cells import format_kept
+from altgrad.report.records.schema import LayerInfo
+from altgrad.report.summaries import write_word
+from altgrad.report.verdicts import Assessment, RunAdvice, Verdict
+
+STEP_BY_STEP = "* of single updates, without a twin: what is lost over many steps is unknown."
+"""Meaning of the ``*`` behind a share that is kept, for a legend."""
+_UNKNOWN = "–"
+_MOST_NAMED = 8  # recipes in a heading
+_MOST_ACTIONS = 5
+_MANY_UNMOVED = 0.1  # share of the weights that a heading mentions
+_SHORT_EVIDENCE = {" such runs lost over 10 %": "", "no such run was tested": "none tested"}
+_LOW = ("bfloat16", "float16", "float8")
+
+
+class RunRow(NamedTuple):
+    """The texts of one recipe in the table that stands first in a report.
+
+    Attributes:
+        recipe: Name of the recipe; ``now`` for the run itself.
+        word: The verdict on the run in a word or two.
+        share: Share of the progress kept; a ``*`` marks a share of single updates.
+        interval: Interval in which the share of a real run lies; may be empty.
+        never: Share of the weights, moved in float32, that would never move.
+        frozen: Number of layers that would freeze, with their share of the weights.
+        evidence: How many real runs with this verdict lost over 10 % of the fall in loss.
+        is_step_by_step: True if `share` is that of single updates.
+    """
+
+    recipe: str
+    word: str
+    share: str
+    interval: str
+    never: str
+    frozen: str
+    evidence: str
+    is_step_by_step: bool
+
+    @property
+    def kept(self) -> str:
+        """The share of the progress kept with its interval, as ``0.87 (0.85 to 0.97)``."""
+        return f"{self.share} ({self.interval})" if self.interval else self.share
+
+
+def list_rows(runs: Mapping[str, RunAdvice]) -> list[RunRow]:
+    """Return the table of recipes: a row of texts for each verdict on the run."""
+    return [_make_row(each) for each in runs.values()]
+
+
+def _make_row(advice: RunAdvice) -> RunRow:
+    is_step_by_step = not (advice.has_twin or math.isnan(advice.kept))
+    low, high = advice.interval
+    frozen = f"{len(advice.frozen):,}"
+    if advice.frozen:
+        frozen += f" ({format_percent(advice.frozen_share)})"
+    evidence = advice.evidence
+    for long, short in _SHORT_EVIDENCE.items():
+        evidence = evidence.replace(long, short)
+    return RunRow(
+        advice.recipe,
+        write_word(advice),
+        (format_kept(advice.kept) or _UNKNOWN) + ("*" if is_step_by_step else ""),
+        "" if math.isnan(low) else f"{low:.2f} to {high:.2f}",
+        _UNKNOWN if math.isnan(advice.frozen_frac) else format_percent(advice.frozen_frac),
+        frozen,
+        evidence or _UNKNOWN,
+        is_step_by_step,
+    )
+
+
+def write_evidence(rows: Sequence[RunRow]) -> str:
+    """Write the column `RunRow.evidence` as a sentence, for a table without room for it."""
+    recipes: dict[str, list[str]] = {}
+    for row in rows:
+        recipes.setdefault(row.evidence, []).append(row.recipe)
+    each = [f"{evidence} ({', '.join(names)})" for evidence, names in recipes.items()]
+    return f"Such runs that lost over 10 %: {'; '.join(each)}."
+
+
+# --- the heading
+
+
+def write_answer(runs: Mapping[str, RunAdvice]) -> str:
+    """Write which recipes the run can be stored by, and what it loses now, in a line or two."""
+    if not runs:
+        return "No step was observed: there are no verdicts."
+    others = [each for name, each in runs.items() if name != NOW]
+    fine = [each.recipe for each in others if each.verdict is Verdict.STORES_FINE]
+    watch = [each.recipe for each in others if each.verdict is Verdict.WATCH]
+    unjudged = [each.recipe for each in others if each.verdict is Verdict.NOT_JUDGED]
+    known = {*fine, *watch, *unjudged}
+    bad = [each.recipe for each in others if each.recipe not in known]
+    groups = {"Fine": fine, "Watch": watch, "Not fine": bad, "Not judged": unjudged}
+    sentences = [f"{word}: {_name_some(names)}." for word, names in groups.items() if names]
+    now = _describe_now(runs[NOW]) if NOW in runs else ""
+    return " ".join(filter(None, [now, *sentences]))
+
+
+def _name_some(names: Sequence[str]) -> str:
+    rest = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def _describe_now(advice: RunAdvice) -> str:
+    """Return a sentence on what a run loses now; empty if that is not known."""
+    lost = f"This run loses {1 - advice.kept:.2g} of its progress now{_describe_unmoved(advice)}."
+    if advice.kept >= calibration().thresholds.stores_fine:
+        lost = f"Weights of this run are off by {advice.weight_error:.2g} of their size now."
+    sentences = {
+        Verdict.STORES_FINE: "This run loses nothing now that matters.",
+        Verdict.WATCH: lost,
+        Verdict.NEEDS_REMEDY: lost,
+        Verdict.FROZEN: f"This run is frozen now{_describe_unmoved(advice)}.",
+        Verdict.OVERSHOOTS: "This run overshoots now.",
+        Verdict.BREAKS: "This run breaks now: weights are NaN or inf.",
+    }
+    return sentences.get(advice.verdict, "")
+
+
+def _describe_unmoved(advice: RunAdvice) -> str:
+    """Return a phrase on the weights that have never moved, if they are many; otherwise empty."""
+    if not advice.frozen_frac >= _MANY_UNMOVED:
+        return ""
+    return f": {format_percent(advice.frozen_frac)} of the weights have never moved"
+
+
+# --- how the run is stored
+
+
+def write_storage(layers: Mapping[str, LayerInfo], runs: Mapping[str, RunAdvice]) -> str:
+    """Write how a run is stored, and whether anything is lost now; empty without layers.
+
+    Args:
+        layers: The observed layers, by name.
+        runs: Verdicts on the run, by recipe.
+
+    Returns:
+        A sentence or two.
+    """
+    if not layers:
+        return ""
+    dtypes = Counter(layer.dtype for layer in layers.values())
+    stored = f"Weights are stored in {_list_dtypes(dtypes)}"
+    if is_low(layers, runs):
+        if NOW not in runs:
+            return f"{stored}. What that loses is unknown without twins: read unmoved_frac."
+        rounded = "" if any(map(_is_low_dtype, dtypes)) else ", and rounded after each step"
+        return f"{stored}{rounded}. “now” is what the run keeps, the rest what it would keep:"
+    return (
+        f"{stored}: nothing is lost now, also under autocast or FSDP mixed precision, whose master "
+        "weights these are. What other ways to store would keep:"
+    )
+
+
+def is_low(layers: Mapping[str, LayerInfo], runs: Mapping[str, RunAdvice]) -> bool:
+    """Return True if the weights of a run, or some of them, are stored below float32.
+
+    Args:
+        layers: The observed layers, by name.
+        runs: Verdicts on the run, by recipe; ``now`` is that of a run that is stored low.
+    """
+    return NOW in runs or any(_is_low_dtype(layer.dtype) for layer in layers.values())
+
+
+def _is_low_dtype(dtype: str) -> bool:
+    return dtype.startswith(_LOW)
+
+
+def _list_dtypes(dtypes: Counter[str]) -> str:
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    each = [f"{name} ({format_count(count, 'layer')})" for name, count in dtypes.most_common()]
+    return f"{', '.join(each[:-1])} and {each[-1]}"
+
+
+# --- what to do
+
+
+def list_actions(runs: Mapping[str, RunAdvice]) -> list[str]:
+    """Return what to do about the recipes that are not fine, a line for each group of recipes.
+
+    Recipes with the same layers and the same remedy share a line. There are at most five lines.
+    """
+    recipes: dict[str, list[str]] = {}
+    for name, advice in runs.items():
+        if advice.to_do and (advice.frozen or advice.verdict is not Verdict.STORES_FINE):
+            recipes.setdefault(_write_action(advice), []).append(name)
+    lines = [f"{_name_some(names)}: {action}" for action, names in recipes.items()]
+    rest = len(lines) - _MOST_ACTIONS
+    return lines[:_MOST_ACTIONS] + ([f"… and {rest:,} more, in --json"] if rest > 0 else [])
+
+
+def _write_action(advice: RunAdvice) -> str:
+    if not advice.frozen:
+        return advice.to_do
+    do = "would freeze"
+    if advice.recipe == NOW:
+        do = "stands still" if len(advice.frozen) == 1 else "stand still"
+    return f"{few(advice.frozen)} {do}. {advice.to_do}"
+
+
+def describe_frozen_now(assessment: Assessment) -> str:
+    """Write which layers of a run stand still as it is stored, and what to do; empty without any.
+
+    A layer is frozen now if float32 would have moved it, and its stored weights have not moved.
+    Under stochastic rounding or Kahan summation weights move, so that no layer is frozen.
+
+    Args:
+        assessment: Verdicts on the run and its layers.
+
+    Returns:
+        A notice in a few sentences.
+    """
+    is_frozen = any(
+        each.recipe == NOW and each.verdict is Verdict.FROZEN for each in assessment.advice
+    )
+    if not is_frozen:
+        return ""
+    now = assessment.runs[NOW]
+    return (
+        f"frozen layers: {few(now.frozen)} ({format_percent(now.frozen_share)} of the weights). "
+        f"float32 would move their weights, and as they are stored they stand still. {now.to_do}"
+    ).rstrip()
+
+
+# --- what else matters
+
+
+def write_nonfinite(shares: Mapping[str, float]) -> str:
+    """Write which layers have elements that are NaN or inf; empty without such layers.
+
+    Args:
+        shares: Largest nonfinite_frac, the share of the elements, by name of the layer.
+
+    Returns:
+        A sentence.
+    """
+    if not shares:
+        return ""
+    layers = few([f"{name} ({format_percent(share)})" for name, share in shares.items()])
+    return f"NaN or inf in some elements (nonfinite_frac), which no figure counts: {layers}."
+
+
+def write_visible(shares: Mapping[str, float]) -> str:
+    """Write what a forward pass in each format sees of the updates; empty without a share.
+
+    Args:
+        shares: The model's visible_frac, by name of the format; NaN without a value.
+
+    Returns:
+        A sentence.
+    """
+    known = [f"{name} {share:.2g}" for name, share in shares.items() if not math.isnan(share)]
+    if not known:
+        return ""
+    return (
+        "visible_frac, the share of the updates that a forward pass in the format sees: "
+        f"{_name_some(known)}."
+    )

@@ -1,0 +1,109 @@
+"""Print in a terminal what each recipe would make of a run: the first part of a report.
+
+A *recipe* says how weights and optimizer states are stored and stepped.
+
+Read `answers` and `printing` first; `terminal` comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from altgrad.report.answers import (
+    STEP_BY_STEP,
+    RunRow,
+    list_actions,
+    list_rows,
+    write_answer,
+    write_evidence,
+    write_nonfinite,
+    write_storage,
+)
+from altgrad.report.cells import COLOURS
+from altgrad.report.names import shorten_names
+from altgrad.report.printing import (
+    add_tall_column,
+    make_table,
+    measure_columns,
+    print_text,
+    style_text,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from altgrad.report.run_report import RunReport
+
+_HEADINGS = (
+    *(("verdict",), ("progress", "kept"), ("layers", "freeze")),
+    *(("never", "move"), ("such runs", "lost >10 %")),
+)
+_LEAST_WIDTH = 10  # characters of a recipe's name
+
+
+def print_runs(report: RunReport, console: Console) -> None:
+    """Print how a run is stored, a table of what each recipe would keep of it, and what to do.
+
+    Args:
+        report: Report of the run.
+        console: Console to print on. Columns that do not fit its width are left out; what became of
+            such runs is then a sentence.
+    """
+    runs = report.assessment.runs
+    print_text(console, write_answer(runs), "bold")
+    if not runs:
+        return
+    print_text(console, write_storage(report.run.layers, runs))
+    rows = list_rows(runs)
+    console.print(_make_table(report, rows, console.width))
+    if _count_fitting(rows, console.width) < len(_HEADINGS):
+        print_text(console, write_evidence(rows), "dim")
+    if any(row.is_step_by_step for row in rows):
+        print_text(console, STEP_BY_STEP, "dim")
+    for action in list_actions(runs):
+        print_text(console, action)
+    if broken := write_nonfinite(report.nonfinite):
+        print_text(console, broken, "yellow")
+    console.print()
+
+
+def _make_table(report: RunReport, rows: Sequence[RunRow], width: int) -> Table:
+    columns = _list_columns(rows)[: _count_fitting(rows, width)]
+    names = shorten_names([row.recipe for row in rows], _measure_free_width(columns, width))
+    table = make_table(["recipe"])
+    for heading, _ in columns:
+        add_tall_column(table, heading)
+    for row, (name, recipe) in enumerate(zip(names, report.recipes, strict=True)):
+        word, *others = (texts[row] for _, texts in columns)
+        colour = COLOURS[report.assessment.runs[recipe].verdict]
+        table.add_row(style_text(name), style_text(word, colour), *map(style_text, others))
+    return table
+
+
+_Column = tuple[tuple[str, ...], Sequence[str]]
+"""The lines of a heading, and the texts of its cells."""
+
+
+def _list_columns(rows: Sequence[RunRow]) -> list[_Column]:
+    """Return the columns behind the names of recipes, the most important first."""
+    each = [(row.word, row.kept, row.frozen, row.never, row.evidence) for row in rows]
+    return [*zip(_HEADINGS, zip(*each, strict=True), strict=True)]
+
+
+def _count_fitting(rows: Sequence[RunRow], width: int) -> int:
+    """Return how many of the columns fit beside short names of recipes, at least two."""
+    columns = _list_columns(rows)
+    least = max(min(len(row.recipe), _LEAST_WIDTH) for row in rows)
+    fitting = [k for k in range(len(columns) + 1) if _measure_width(columns[:k]) + least <= width]
+    return max(*fitting, 2)
+
+
+def _measure_free_width(columns: Sequence[_Column], width: int) -> int:
+    return max(width - _measure_width(columns), _LEAST_WIDTH)
+
+
+def _measure_width(columns: Sequence[_Column]) -> int:
+    """Return the number of characters that columns take, with a gap before each."""
+    return measure_columns([[*heading, *texts] for heading, texts in columns])

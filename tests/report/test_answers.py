@@ -1,0 +1,223 @@
+"""The answer of a report: heading, table of recipes, how the run is stored, what to do."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from altgrad.report import Advice, Assessment, LayerInfo, RunAdvice, Verdict
+from altgrad.report.answers import (
+    describe_frozen_now,
+    is_low,
+    list_actions,
+    list_rows,
+    write_answer,
+    write_evidence,
+    write_nonfinite,
+    write_storage,
+    write_visible,
+)
+
+NAN = math.nan
+MANY = ": 75 % of the weights have never moved"
+USE = "Use bf16-sr, which keeps 1."
+
+
+def make_run(recipe: str, verdict: Verdict, kept: float = 0.5, **fields: Any) -> RunAdvice:
+    """Make a verdict on a run, with these fields changed."""
+    about = {
+        "interval": (kept - 0.125, kept + 0.125),
+        "weight_error": 0.0,
+        "frozen_frac": 0.0,
+        "frozen": (),
+        "frozen_share": 0.0,
+        "layers": 3,
+        "evidence": "8 of 66 such runs lost over 10 %",
+        "to_do": USE,
+        "has_twin": True,
+    }
+    return RunAdvice(recipe, verdict, kept, **about | fields)
+
+
+def by_name(*runs: RunAdvice) -> dict[str, RunAdvice]:
+    return {each.recipe: each for each in runs}
+
+
+FINE = make_run("bf16-sr", Verdict.STORES_FINE, 1.0, to_do="Nothing is lost that matters.")
+WATCH = make_run("bf16", Verdict.WATCH, 0.9375)
+REMEDY = make_run("e5m2", Verdict.NEEDS_REMEDY, 0.125, frozen=("gain",), frozen_share=0.25)
+NOW = make_run("now", Verdict.NEEDS_REMEDY, 0.25, frozen_frac=0.75, frozen=("gain", "bias"))
+UNJUDGED = make_run("fp16", Verdict.NOT_JUDGED, NAN, interval=(NAN, NAN), evidence="", to_do="")
+
+
+# --- the table
+
+
+def test_a_row_has_word_share_interval_layers_and_evidence() -> None:
+    rows = list_rows(by_name(NOW, REMEDY, UNJUDGED))
+    assert [row.recipe for row in rows] == ["now", "e5m2", "fp16"]
+    now, remedy, unjudged = rows
+    assert (now.word, now.never) == ("loses 0.75 now", "75 %")
+    texts = (remedy.word, remedy.kept, remedy.never, remedy.frozen, remedy.evidence)
+    assert texts == ("remedy", "0.12 (0.00 to 0.25)", "0 %", "1 (25 %)", "8 of 66")
+    assert (unjudged.kept, unjudged.frozen, unjudged.evidence) == ("–", "0", "–")
+
+
+def test_a_row_without_a_twin_is_marked() -> None:
+    single = REMEDY._replace(has_twin=False, frozen_frac=NAN, evidence="")
+    (row,) = list_rows(by_name(single))
+    assert row.is_step_by_step
+    assert (row.kept, row.never) == ("0.12* (0.00 to 0.25)", "–")
+    (unknown,) = list_rows(by_name(UNJUDGED._replace(has_twin=False)))
+    assert not unknown.is_step_by_step
+
+
+def test_evidence_is_a_sentence_where_the_table_has_no_room() -> None:
+    untested = make_run("mine", Verdict.WATCH, evidence="no such run was tested")
+    rows = list_rows(by_name(WATCH, untested, UNJUDGED))
+    assert write_evidence(rows) == (
+        "Such runs that lost over 10 %: 8 of 66 (bf16); none tested (mine); – (fp16)."
+    )
+
+
+# --- the heading
+
+
+@pytest.mark.parametrize(
+    ("runs", "answer"),
+    [
+        ([], "No step was observed: there are no verdicts."),
+        ([WATCH, FINE, REMEDY], "Fine: bf16-sr. Watch: bf16. Not fine: e5m2."),
+        ([UNJUDGED, FINE], "Fine: bf16-sr. Not judged: fp16."),
+        (
+            [NOW, FINE],
+            f"This run loses 0.75 of its progress now{MANY}. Fine: bf16-sr.",
+        ),
+        ([NOW._replace(verdict=Verdict.STORES_FINE)], "This run loses nothing now that matters."),
+        (
+            [NOW._replace(verdict=Verdict.FROZEN, kept=0.0, frozen_frac=0.999)],
+            "This run is frozen now: >99 % of the weights have never moved.",
+        ),
+        (
+            [NOW._replace(verdict=Verdict.WATCH, kept=1.0, weight_error=0.125)],
+            "Weights of this run are off by 0.12 of their size now.",
+        ),
+        (
+            [NOW._replace(verdict=Verdict.BREAKS, kept=NAN)],
+            "This run breaks now: weights are NaN or inf.",
+        ),
+        ([NOW._replace(verdict=Verdict.NOT_JUDGED, kept=NAN), WATCH], "Watch: bf16."),
+    ],
+)
+def test_the_heading_answers_which_recipes_are_fine(runs: list[RunAdvice], answer: str) -> None:
+    assert write_answer(by_name(*runs)) == answer
+
+
+def test_a_heading_names_at_most_eight_recipes_of_a_kind() -> None:
+    many = [WATCH._replace(recipe=f"r{k}") for k in range(100)]
+    assert write_answer(by_name(*many)) == "Watch: r0, r1, r2, r3, r4, r5, r6, r7 and 92 more."
+
+
+# --- how the run is stored
+
+
+def make_layers(*dtypes: str) -> dict[str, LayerInfo]:
+    return {f"l{k}": LayerInfo((8,), dtype, 8, ("bf16",)) for k, dtype in enumerate(dtypes)}
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "runs", "begins", "low"),
+    [
+        (["float32"] * 2, [WATCH], "Weights are stored in float32: nothing is lost now,", False),
+        (["float64"], [WATCH], "Weights are stored in float64: nothing is lost now,", False),
+        (["bfloat16"] * 2, [NOW], "Weights are stored in bfloat16. “now” is what the run", True),
+        (
+            ["bfloat16", "float32", "bfloat16"],
+            [NOW],
+            "Weights are stored in bfloat16 (2 layers) and float32 (1 layer). “now” is",
+            True,
+        ),
+        (["float16"], [WATCH], "Weights are stored in float16. What that loses is unknown", True),
+        (["float32"], [NOW], "Weights are stored in float32, and rounded after each step.", True),
+        ([], [], "", False),
+    ],
+)
+def test_one_sentence_says_how_the_run_is_stored(
+    dtypes: list[str], runs: list[RunAdvice], begins: str, low: bool
+) -> None:
+    layers = make_layers(*dtypes)
+    assert write_storage(layers, by_name(*runs)).startswith(begins)
+    assert is_low(layers, by_name(*runs)) is low
+
+
+def test_a_run_in_float32_is_told_that_its_weights_are_the_master_weights() -> None:
+    assert "under autocast or FSDP mixed precision" in write_storage(make_layers("float32"), {})
+
+
+# --- what to do
+
+
+def test_recipes_with_the_same_remedy_share_a_line() -> None:
+    other = REMEDY._replace(recipe="e4m3fn")
+    lines = list_actions(by_name(NOW, REMEDY, WATCH, other, FINE, UNJUDGED))
+    assert lines == [
+        f"now: gain, bias stand still. {USE}",
+        f"e5m2, e4m3fn: gain would freeze. {USE}",
+        f"bf16: {USE}",
+    ]
+    alone = NOW._replace(frozen=("gain",))
+    assert list_actions(by_name(alone)) == [f"now: gain stands still. {USE}"]
+
+
+def test_a_fine_recipe_with_a_frozen_layer_is_among_them() -> None:
+    kept_apart = FINE._replace(frozen=("gain",), to_do="Keep it in float32.")
+    assert list_actions(by_name(kept_apart)) == ["bf16-sr: gain would freeze. Keep it in float32."]
+
+
+def test_there_are_at_most_five_lines_and_one_that_counts_the_rest() -> None:
+    many = [WATCH._replace(recipe=f"r{k}", to_do=f"Do {k}.") for k in range(8)]
+    lines = list_actions(by_name(*many))
+    assert lines[:5] == [f"r{k}: Do {k}." for k in range(5)]
+    assert lines[5:] == ["… and 3 more, in --json"]
+
+
+# --- frozen now
+
+
+def assess(advice: Mapping[str, Verdict], *runs: RunAdvice) -> Assessment:
+    each = [Advice(layer, "now", verdict, {}, {}, "") for layer, verdict in advice.items()]
+    return Assessment(by_name(*runs), each, {}, "")
+
+
+def test_frozen_layers_are_named_with_their_share_and_a_remedy() -> None:
+    found = assess({"gain": Verdict.FROZEN, "bias": Verdict.STUCK}, NOW._replace(frozen_share=0.25))
+    assert describe_frozen_now(found) == (
+        "frozen layers: gain, bias (25 % of the weights). float32 would move their weights, and as "
+        f"they are stored they stand still. {USE}"
+    )
+
+
+@pytest.mark.parametrize("verdict", [Verdict.STUCK, Verdict.NEEDS_REMEDY, Verdict.STORES_FINE])
+def test_without_a_frozen_layer_there_is_no_notice(verdict: Verdict) -> None:
+    assert describe_frozen_now(assess({"gain": verdict}, NOW)) == ""
+
+
+def test_a_layer_that_would_freeze_in_a_recipe_is_no_frozen_layer_of_the_run() -> None:
+    advice = [Advice("gain", "bf16", Verdict.FROZEN, {}, {}, "")]
+    assert describe_frozen_now(Assessment(by_name(WATCH), advice, {}, "")) == ""
+
+
+# --- what else matters
+
+
+def test_layers_with_nan_are_named_with_their_share() -> None:
+    assert write_nonfinite({}) == ""
+    assert write_nonfinite({"a": 0.5, "b": 1e-4}) == (
+        "NaN or inf in some elements (nonfinite_frac), which no figure counts: a (50 %), b (<1 %)."
+    )
+
+
+def test_visible_shares_are_listed_where_they_have_a_value() -> None:
+    assert write_visible({"bf16": 0.25, "e5m2": NAN}).endswith("in the format sees: bf16 0.25.")
+    assert write_visible({"bf16": NAN}) == ""
