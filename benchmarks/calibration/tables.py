@@ -143,7 +143,7 @@ def print_verdicts(part: Part, limits: Mapping[str, float]) -> None:
                     (
                         *(family, verdict, f"{len(runs)}"),
                         *(f"{count_lost(runs, share)}" for share in (0.01, MUCH)),
-                        f"{max(map(find_lost, runs)):.1%}",
+                        _write_lost(max(map(find_lost, runs))),
                         " ".join(f"{ratio:.3g}" for ratio in ratios),
                         f"{sum(find_ratio(run) > FAR for run in runs)}",
                         f"{sum(find_ratio_beyond_chance(run) > FAR for run in runs)}",
@@ -157,6 +157,10 @@ def print_verdicts(part: Part, limits: Mapping[str, float]) -> None:
         ),
         rows,
     )
+
+
+def _write_lost(share: float) -> str:
+    return f"{share:.1%}" if share < 10 else "diverged"
 
 
 def print_frozen(parts: Sequence[Part], limits: Mapping[str, float]) -> None:
