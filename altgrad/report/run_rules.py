@@ -212,15 +212,16 @@ def _find_remedy(
     if is_by_states or find_family(advice.recipe, recipe) == "states":
         states = [state for state in (recipe.states if recipe else {}) if state != "*"]
         return f"Store {' and '.join(states) or 'the optimizer states'} in more bits."
-    better = [
-        runs[name]
-        for name in _list_remedies(advice.recipe, recipes)
-        if name in runs and runs[name].verdict is Verdict.STORES_FINE
-    ]
+    tried = [runs[name] for name in _list_remedies(advice.recipe, recipes) if name in runs]
+    better = [each for each in tried if each.verdict is Verdict.STORES_FINE]
+    if not better and not is_nearly_fine:
+        better = [each for each in tried if each.verdict is Verdict.WATCH]
     if not better:
-        return _propose_remedies(runs)
+        return _propose_remedies(runs, find_format(recipe) if recipe else None)
     best = min(better, key=lambda each: abs(each.kept - 1))
-    return f"Use {best.recipe}, which keeps {best.kept:.3g}{_name_cost(layers[best.recipe])}."
+    word = " (watch)" if best.verdict is Verdict.WATCH else ""
+    cost = _name_cost(layers[best.recipe])
+    return f"Use {best.recipe}, which keeps {best.kept:.3g}{word}{cost}."
 
 
 def _has_small_states(recipe: RecipeInfo | None) -> bool:
@@ -236,9 +237,9 @@ def _avoid_breaking(recipe: RecipeInfo | None) -> str:
     return "Use a format with larger numbers."
 
 
-def _propose_remedies(runs: Mapping[str, RunAdvice]) -> str:
-    """Return a sentence on remedies that the run has not tried."""
-    untried = [name for name in ("bf16-sr", "bf16-kahan") if name not in runs]
+def _propose_remedies(runs: Mapping[str, RunAdvice], format: str | None) -> str:
+    """Return a sentence on remedies in a format, bf16 if None, that the run has not tried."""
+    untried = [name for end in ("sr", "kahan") if (name := f"{format or 'bf16'}-{end}") not in runs]
     if not untried:
         return "No remedy that was tried stores it fine: keep the weights in float32."
     recipes, remedies = (

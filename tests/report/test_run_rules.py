@@ -262,6 +262,13 @@ def test_remedies_that_were_not_tried_are_proposed() -> None:
         assert advise(name, make_recipe(), SR, **tried) == (
             "Add the recipe bf16-kahan to see what this remedy would keep."
         )
+    assert "e5m2-sr and e5m2-kahan" in advise("e5m2", make_recipe("e5m2"), e5m2=make_share(BAD))
+    small = make_recipe("e5m2-sr", weights="e5m2", rounding="stochastic")
+    middle = make_share(LIMITS.needs_remedy)
+    shares = {"e5m2": make_share(BAD), "e5m2_sr": middle}
+    found = advise("e5m2", make_recipe("e5m2"), small, **shares)
+    assert found.startswith("Use e5m2-sr, which keeps ")
+    assert "(watch)" in found
     tried["bf16_kahan"] = make_share(BAD)
     assert advise("bf16", make_recipe(), SR, KAHAN, **tried) == (
         "No remedy that was tried stores it fine: keep the weights in float32."
