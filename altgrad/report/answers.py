@@ -79,12 +79,17 @@ def _make_row(advice: RunAdvice) -> RunRow:
         advice.recipe,
         write_word(advice),
         (format_kept(advice.kept) or _UNKNOWN) + ("*" if is_step_by_step else ""),
-        "" if math.isnan(low) else f"{low:.2f} to {high:.2f}",
+        "" if math.isnan(low) else f"{_round(low)} to {_round(high)}",
         _UNKNOWN if math.isnan(advice.frozen_frac) else format_percent(advice.frozen_frac),
         frozen,
         evidence or _UNKNOWN,
         is_step_by_step,
     )
+
+
+def _round(share: float) -> str:
+    """Return a share with two decimals; -0.001 is ``0.00``."""
+    return f"{round(share, 2) + 0.0:.2f}"  # -0.0 + 0.0 is 0.0
 
 
 def write_evidence(rows: Sequence[RunRow]) -> str:
