@@ -23,7 +23,7 @@ from altgrad.report.verdicts import Advice
 
 _METRICS = (*TWIN_METRICS, *STEP_METRICS)
 """Metrics on which verdicts rest: those of twins, then those of single steps."""
-_OF_LAYERS = ("unmoved_frac", "nonfinite_frac")
+_LAYER_SHARES = ("unmoved_frac", "nonfinite_frac")
 """Metrics of the layer itself, the same for all recipes: the mean and the largest share."""
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
@@ -79,7 +79,7 @@ def as_csv(report: RunReport) -> str:
     """
     errors = [f"{metric}_{what}" for metric in _METRICS for what in ("error", "low", "high")]
     rows: list[list[Any]] = [
-        ["layer", "recipe", "verdict", *_METRICS, *_OF_LAYERS, *errors, "reason", "evidence"]
+        ["layer", "recipe", "verdict", *_METRICS, *_LAYER_SHARES, *errors, "reason", "evidence"]
     ]
     for advice in report.assessment.advice:
         figures = [number_as_json(advice.figures.get(metric, math.nan)) for metric in _METRICS]

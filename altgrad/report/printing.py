@@ -75,7 +75,12 @@ def add_column(table: Table, heading: Text, justify: JustifyMethod = "left") -> 
 
 
 def add_tall_column(table: Table, lines: Sequence[str]) -> None:
-    """Add a column with a heading of several lines to a table."""
+    """Add a column with a heading of several lines to a table.
+
+    Args:
+        table: The table.
+        lines: The lines of the heading; unprintable characters become �.
+    """
     from rich.text import Text
 
     add_column(table, Text("\n".join(map(replace_unprintable, lines))))

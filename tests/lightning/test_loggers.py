@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,41 +27,22 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from altgrad import Histogram
 from altgrad.measurement.catalogue import FORMAT_METRICS
-from altgrad.report import Advice, Assessment, RunAdvice, Verdict, kept_map
+from altgrad.report import Assessment, Verdict, kept_map
 from altgrad_lightning import loggers
 from altgrad_lightning.history import History
 from tests.chromium import chromium, needs_chromium
+from tests.lightning.assessments import (
+    FORMATS,
+    LAYERS,
+    RECIPES,
+    assessment,
+    make_advice,
+    make_run,
+)
 
-FORMATS = ("bf16", "e4m3fn")
-RECIPES = ("now", "bf16", "e4m3fn")
-LAYERS = ("layers.0.weight", "layers.0.bias", "norm[0]|<b>.weight")
 # Octaves −32 … 31 of log2(abs(dw)/S): 3 elements in −2, 1.5 in −1, 4 in 3.
 COUNTS = [0.0] * 30 + [3.0, 1.5] + [0.0] * 3 + [4.0] + [0.0] * 28
 STEPS = Histogram(-32, COUNTS)
-
-
-def assessment(layers: tuple[str, ...] = LAYERS) -> Assessment:
-    advice = [
-        make_advice(layer, recipe, {"progress_kept": k / len(layers), "frozen_frac": 1.0})
-        for k, layer in enumerate(layers)
-        for recipe in RECIPES
-    ]
-    runs = {recipe: make_run(recipe, layers[:1]) for recipe in RECIPES}
-    return Assessment(runs, advice, {layers[0]: "bf16"}, "")
-
-
-def make_run(recipe: str, frozen: tuple[str, ...]) -> RunAdvice:
-    verdict, interval, evidence = (
-        Verdict.NEEDS_REMEDY,
-        (0.0, 0.5),
-        "1 of 2 such runs lost over 10 %",
-    )
-    numbers = (0.25, interval, 0.0, 0.75, frozen, 0.5, 3)
-    return RunAdvice(recipe, verdict, *numbers, evidence, "Use *Kahan*.", has_twin=True)
-
-
-def make_advice(layer: str, format: str, figures: Mapping[str, float]) -> Advice:
-    return Advice(layer, format, Verdict.FROZEN, figures, {}, "as the figures say")
 
 
 def log_everything(logger: Any) -> None:

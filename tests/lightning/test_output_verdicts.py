@@ -84,11 +84,12 @@ def test_a_run_in_float32_is_not_warned_about(tmp_path: Path) -> None:
     assert not fit_recorded(tmp_path, PrecisionMonitor("bf16", recipes=["bf16"], every_n_steps=1))
 
 
-class Unfreezing(Net):
+class RoundingAtRandom(Net):
     """A net in bf16 whose optimizer rounds at random, so that its weights move."""
 
     def configure_optimizers(self) -> Any:
         torchao = pytest.importorskip("torchao.optim")
+        # torchao has no public name for it
         return torchao._AdamW(self.parameters(), lr=1e-3, bf16_stochastic_round=True)
 
 
@@ -99,6 +100,6 @@ def test_a_run_in_bf16_that_rounds_at_random_is_not_warned_about(tmp_path: Path)
     monitor = PrecisionMonitor("e4m3fn", recipes=RECIPES, every_n_steps=20)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer(tmp_path, monitor, precision="bf16-true").fit(Unfreezing(), batches(200))
+        trainer(tmp_path, monitor, precision="bf16-true").fit(RoundingAtRandom(), batches(200))
     assert "now" in monitor.assessment.runs
     assert not [each for each in caught if "frozen layers" in str(each.message)]

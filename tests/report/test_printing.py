@@ -8,9 +8,12 @@ from rich.console import Console
 from rich.text import Text
 
 from altgrad.report.printing import (
+    GAP,
     add_column,
+    add_tall_column,
     indent,
     make_table,
+    measure_columns,
     print_line,
     print_meaning,
     print_text,
@@ -67,3 +70,21 @@ def test_lines_of_a_meaning_begin_in_the_same_column() -> None:
     console, file = make_console()
     console.print(indent(style_text("a"), 3))
     assert file.getvalue().startswith("   a")
+    console, file = make_console()
+    print_meaning(console, "a", "b", width=9)
+    assert file.getvalue().rstrip() == "  a         b"
+
+
+def test_a_tall_heading_has_several_lines_and_its_width_is_measured() -> None:
+    columns = [(["two", "lines"], ["a", "bc"]), (["x\ny"], ["名前", ""])]
+    table = make_table([])
+    for heading, _ in columns:
+        add_tall_column(table, heading)
+    for cells in zip(*(cells for _, cells in columns), strict=True):
+        table.add_row(*map(style_text, cells))
+    console, file = make_console()
+    console.print(table)
+    lines = file.getvalue().splitlines()
+    assert [line.split() for line in lines[:2]] == [["two"], ["lines", "x�y"]]
+    # The rule below the headings has no gap behind the last column.
+    assert len(lines[2]) == measure_columns([[*head, *cells] for head, cells in columns]) - GAP

@@ -141,3 +141,30 @@ def test_histograms_of_other_keys_are_not_drawn() -> None:
     others = {"weights/x": Histogram(-6, [1, 2]), "steps/fp16": Histogram(-3, [1, 2])}
     found = report(model_row(0, histograms=others)).pictures()
     assert not {"steps", "ranges"} & {*found}
+
+
+def share_rows(dtype: str) -> RunReport:
+    """Make a report of two steps of two layers in a dtype, one of which has NaN."""
+    rows = [
+        Row(step, layer, {"unmoved_frac": unmoved, "nonfinite_frac": broken}, {})
+        for step, layer, unmoved, broken in (
+            *((0, "a", 0.5, 0.0), (0, "b", NAN, 0.25), (1, "a", 1.0, 0.0), (1, "b", NAN, 0.125)),
+        )
+    ]
+    rows += [Row(step, None, {"visible_frac/bf16": 0.25 + step / 2}, {}) for step in (0, 1)]
+    layers = {name: LayerInfo((8,), dtype, 8, ("bf16",)) for name in "ab"}
+    return report(*rows, layers=layers, formats=["bf16"])
+
+
+def test_the_mean_unmoved_share_is_that_of_runs_stored_below_float32() -> None:
+    assert share_rows("bfloat16").unmoved == {"a": 0.75}
+    assert share_rows("float32").unmoved == {}
+
+
+def test_the_largest_share_of_nan_is_that_of_layers_with_any() -> None:
+    assert share_rows("float32").nonfinite == share_rows("bfloat16").nonfinite == {"b": 0.25}
+
+
+def test_the_mean_visible_share_is_that_of_runs_in_float32() -> None:
+    assert share_rows("float32").visible == {"bf16": 0.5}
+    assert share_rows("bfloat16").visible == {}

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
@@ -11,10 +12,20 @@ from typing import Any
 
 import pytest
 
-from altgrad.report import Confirmation, Row, RunReport, confirmation_page, page, read
+from altgrad.report import (
+    Confirmation,
+    Row,
+    Run,
+    RunReport,
+    confirmation_page,
+    page,
+    read,
+    write_answer,
+)
 from tests.chromium import chromium, needs_chromium
 from tests.report.confirming import make_twin_run, share
 from tests.report.runs import MARKUP, SCRIPT, figures, make_run, write_run
+from tests.report.shown_runs import record_bf16, record_fp32
 
 NAN = float("nan")
 
@@ -144,17 +155,51 @@ def test_a_layer_without_a_verdict_gets_no_advice() -> None:
     assert "keep it in fp32" not in html
 
 
+SEE = """
+<script>
+const place = (id) => document.getElementById(id).getBoundingClientRect();
+const cells = [...document.querySelectorAll("#runs th, #runs td")];
+const result = {
+  runs: place("runs").bottom, actions: place("actions").top, layers: place("verdicts").top,
+  width: document.documentElement.clientWidth,
+  wider: document.documentElement.scrollWidth > document.documentElement.clientWidth,
+  cut: cells.filter((cell) => cell.scrollWidth > cell.clientWidth + 1).length,
+  heading: document.querySelector("h1").textContent,
+};
+document.body.innerHTML = "<pre id=result></pre>";
+document.getElementById("result").textContent = JSON.stringify(result);
+</script>
+"""
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [420, 1200])
+@pytest.mark.parametrize("make", [record_fp32, record_bf16])
+def test_the_first_screen_has_the_answer_the_recipes_and_what_to_do(
+    make: Callable[[Path], Run], width: int, tmp_path: Path
+) -> None:
+    found = RunReport.from_run(make(tmp_path / "run"))
+    html = page(found).replace("</body>", f"{SEE}</body>")
+    seen = act(html, tmp_path, f"--window-size={width},800")
+    assert seen["width"] <= max(width, 500)  # some browsers have no narrower window
+    assert seen["runs"] < seen["actions"] < 800
+    assert seen["actions"] < seen["layers"]
+    assert not seen["wider"]
+    assert seen["cut"] == 0
+    assert seen["heading"] == write_answer(found.assessment.runs)
+
+
 @needs_chromium
 def test_a_script_error_on_the_page_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="on purpose"):
         act("<body><script>throw new Error('on purpose')</script></body>", tmp_path)
 
 
-def act(html: str, folder: Path) -> dict[str, Any]:
+def act(html: str, folder: Path, *options: str) -> dict[str, Any]:
     """Open a page in a browser and return the result of the script that was added to it."""
     path = folder / "page.html"
     path.write_text(html, encoding="utf-8")
-    dom, errors = chromium(folder, path.as_uri(), "--dump-dom")
+    dom, errors = chromium(folder, path.as_uri(), "--dump-dom", *options)
     assert not errors
     found = re.search(r'<pre id="result">(.*?)</pre>', dom, re.DOTALL)
     assert found is not None, dom[-500:]

@@ -1,0 +1,33 @@
+"""Verdicts on runs and layers that are made of plain numbers."""
+
+from collections.abc import Mapping
+
+from altgrad.report import Advice, Assessment, RunAdvice, Verdict
+
+FORMATS = ("bf16", "e4m3fn")
+RECIPES = ("now", "bf16", "e4m3fn")
+LAYERS = ("layers.0.weight", "layers.0.bias", "norm[0]|<b>.weight")
+
+
+def assessment(layers: tuple[str, ...] = LAYERS) -> Assessment:
+    advice = [
+        make_advice(layer, recipe, {"progress_kept": k / len(layers), "frozen_frac": 1.0})
+        for k, layer in enumerate(layers)
+        for recipe in RECIPES
+    ]
+    runs = {recipe: make_run(recipe, layers[:1]) for recipe in RECIPES}
+    return Assessment(runs, advice, {layers[0]: "bf16"}, "")
+
+
+def make_run(recipe: str, frozen: tuple[str, ...]) -> RunAdvice:
+    verdict, interval, evidence = (
+        Verdict.NEEDS_REMEDY,
+        (0.0, 0.5),
+        "1 of 2 such runs lost over 10 %",
+    )
+    numbers = (0.25, interval, 0.0, 0.75, frozen, 0.5, 3)
+    return RunAdvice(recipe, verdict, *numbers, evidence, "Use *Kahan*.", has_twin=True)
+
+
+def make_advice(layer: str, format: str, figures: Mapping[str, float]) -> Advice:
+    return Advice(layer, format, Verdict.FROZEN, figures, {}, "as the figures say")
