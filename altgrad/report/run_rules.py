@@ -47,7 +47,7 @@ class LayerShare:
 
     @property
     def energy(self) -> float:
-        return self.size * self.moved**2
+        return self.size * self.moved * self.moved
 
 
 def judge_recipe(name: str, family: str | None, layers: Sequence[LayerShare]) -> RunAdvice:
@@ -112,23 +112,22 @@ def _join_kept(layers: Sequence[LayerShare]) -> tuple[float, float]:
     is not known here; it adds to the error where layers keep very different shares.
     """
     known = [each for each in layers if math.isfinite(each.energy * each.advice.kept)]
-    energy = math.fsum(layer.energy for layer in known)
+    energy = sum(layer.energy for layer in known)  # inf where fsum would raise an error
     if not energy > 0:
         return math.nan, math.nan
-    kept = math.fsum(layer.energy * layer.advice.kept for layer in known) / energy
-    squares = ((layer.energy * _find_error(layer.advice)) ** 2 for layer in known)
-    return kept, math.sqrt(math.fsum(squares)) / energy
+    kept = sum(layer.energy * layer.advice.kept for layer in known) / energy
+    return kept, math.hypot(*(each.energy * _find_error(each.advice) for each in known)) / energy
 
 
 def _join_weight_errors(layers: Sequence[LayerShare]) -> float:
     """Return the distance of all weights from those in float32, as a share of the size of these."""
     known = [
-        (each.size * each.weights**2, each.weight_error)
+        (each.size * each.weights * each.weights, each.weight_error)
         for each in layers
         if math.isfinite(each.weights * each.weight_error)
     ]
-    size = math.fsum(square for square, _ in known)
-    apart = math.fsum(square * error**2 for square, error in known)
+    size = sum(square for square, _ in known)
+    apart = sum(square * error * error for square, error in known)
     return math.sqrt(apart / size) if size else math.nan
 
 

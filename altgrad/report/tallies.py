@@ -193,7 +193,8 @@ class StepTally:
                 weights out of range.
             name: Name of the format.
         """
-        square = figures.get(_SIZE, 1.0) ** 2
+        size = figures.get(_SIZE, 1.0)
+        square = size * size
         if math.isfinite(square):
             self.update_squares += square
             self.updates += 1
