@@ -15,7 +15,7 @@ import altgrad
 from altgrad import SamplingRule, UpdateMonitor
 from altgrad.measurement.columns import max_count, sum_count
 from altgrad.report import Confirmation, RunFile, Verdict
-from altgrad.report.calibration import calibration
+from altgrad.report.judging.calibration import calibration
 from altgrad_lightning import PrecisionMonitor
 from altgrad_lightning.settings import PRESETS
 

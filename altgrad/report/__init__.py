@@ -6,7 +6,7 @@ A verdict says whether a run, or a layer of it, would make its progress if it we
 Read it in this order:
 
 1. `records` writes and reads the run file.
-2. `calibration` holds the thresholds, and `verdicts` judges a run by them.
+2. `judging` judges a run, and each of its layers.
 3. `run_report` combines a run with its verdicts. `drawings`, on figures of `canvas`, draws its
    pictures, and `applying` writes Python code that applies its suggestions.
 4. `terminal`, which begins with `terminal_runs`, `web_page` and `exports` show the report;
@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     from altgrad.report.confirmation_drawing import agreement
     from altgrad.report.confirmation_table import print_confirmation
     from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
-    from altgrad.report.judging import Judge, StandardErrors, judge_run
+    from altgrad.report.judging.judge import Judge, StandardErrors, judge_run
+    from altgrad.report.judging.summaries import write_sentence
+    from altgrad.report.judging.verdicts import Advice, Assessment, RunAdvice, Verdict
     from altgrad.report.records.fields import SCHEMA
     from altgrad.report.records.reading import read
     from altgrad.report.records.run import Row, Run
@@ -57,9 +59,7 @@ if TYPE_CHECKING:
     )
     from altgrad.report.records.writing import RunFile
     from altgrad.report.run_report import RunReport
-    from altgrad.report.summaries import write_sentence
     from altgrad.report.terminal import print_comparison, print_report, print_verdicts
-    from altgrad.report.verdicts import Advice, Assessment, RunAdvice, Verdict
     from altgrad.report.web_page import confirmation_page, page
 
 __all__ = [
@@ -124,7 +124,7 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "confirmation_drawing": "agreement",
             "confirmation_table": "print_confirmation",
             "drawings": "heat_map kept_map ranges steps_histogram",
-            "judging": "Judge StandardErrors judge_run",
+            "judging.judge": "Judge StandardErrors judge_run",
             "records.fields": "SCHEMA",
             "records.reading": "read",
             "records.run": "Row Run",
@@ -132,9 +132,9 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "records.writing": "RunFile",
             "run_report": "RunReport",
             "terminal": "print_comparison print_report print_verdicts",
-            "summaries": "write_sentence",
-            "verdicts": "Advice Assessment RunAdvice Verdict",
+            "judging.summaries": "write_sentence",
+            "judging.verdicts": "Advice Assessment RunAdvice Verdict",
             "web_page": "confirmation_page page",
         },
-        submodules="calibration records verdicts",
+        submodules="judging records",
     )

@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 from altgrad._messages import few, format_count, format_percent
 from altgrad.measurement.catalogue import NOW
-from altgrad.report.calibration import calibration
 from altgrad.report.cells import format_kept
+from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.summaries import write_word
+from altgrad.report.judging.verdicts import Assessment, RunAdvice, Verdict
 from altgrad.report.records.schema import LayerInfo
-from altgrad.report.summaries import write_word
-from altgrad.report.verdicts import Assessment, RunAdvice, Verdict
 
 STEP_BY_STEP = "* of single updates, without a twin: what is lost over many steps is unknown."
 """Meaning of the ``*`` behind a share that is kept, for a legend."""

@@ -1,6 +1,6 @@
 """Write lines of Python that store each layer in the smallest format that stores it fine.
 
-Which formats store a layer fine is the result of `verdicts`. `write_code` is the public function.
+Which formats store a layer fine is the result of `judging`. `write_code` is the public function.
 `_choose_formats` picks a format for each layer. `_write_rules` merges layers with similar names
 into one `altgrad.SamplingRule`, whose pattern `_Patterns` finds.
 
@@ -18,10 +18,10 @@ from collections.abc import Collection, Iterable, Mapping
 from altgrad._messages import format_count
 from altgrad.quantization.block_formats import get_formats
 from altgrad.quantization.formats import Scaling
-from altgrad.report.judging import find_smallest
+from altgrad.report.judging.judge import find_smallest
+from altgrad.report.judging.verdicts import Advice, Assessment, Verdict
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import FormatInfo
-from altgrad.report.verdicts import Advice, Assessment, Verdict
 
 
 def write_code(run: Run, assessment: Assessment) -> str:

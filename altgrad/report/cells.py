@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 
-from altgrad.report.calibration import calibration
-from altgrad.report.verdicts import Advice, Verdict
+from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.verdicts import Advice, Verdict
 
 _LIMITS = calibration().thresholds
 _MANY = 1000  # of which two decimals would say nothing

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 from altgrad._messages import few
 from altgrad.measurement.catalogue import NOW
+from altgrad.report.judging.verdicts import Advice
 from altgrad.report.matching import SHARES, describe_no_match
 from altgrad.report.means import average_finite
 from altgrad.report.run_report import RunReport
-from altgrad.report.verdicts import Advice
 
 _PER_FORMAT = ("kept_update_ratio", "stall_frac", "never_moved_frac", "visible_frac")
 _PER_MODEL = ("update_weight_ratio", "ulp_zero_frac")

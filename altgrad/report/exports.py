@@ -13,13 +13,13 @@ from typing import Any
 
 from altgrad.report.answers import write_answer, write_storage
 from altgrad.report.confirmation import MEANING, Confirmation, ConfirmedLayer
+from altgrad.report.judging.tallies import STEP_METRICS, TWIN_METRICS
+from altgrad.report.judging.verdicts import Advice
 from altgrad.report.records.kinds import number_as_json
 from altgrad.report.records.run import Row, Run
 from altgrad.report.records.schema import info_as_json
 from altgrad.report.records.verdict_lines import runs_as_json
 from altgrad.report.run_report import RunReport
-from altgrad.report.tallies import STEP_METRICS, TWIN_METRICS
-from altgrad.report.verdicts import Advice
 
 _METRICS = (*TWIN_METRICS, *STEP_METRICS)
 """Metrics on which verdicts rest: those of twins, then those of single steps."""

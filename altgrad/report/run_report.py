@@ -27,10 +27,10 @@ from altgrad.report.cells import (
     cell_text,
 )
 from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
-from altgrad.report.judging import judge_run
+from altgrad.report.judging.judge import judge_run
+from altgrad.report.judging.verdicts import Assessment, Verdict
 from altgrad.report.means import average_finite
 from altgrad.report.records.run import Row, Run
-from altgrad.report.verdicts import Assessment, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from altgrad.report.comparison import Comparison
+    from altgrad.report.judging.verdicts import Advice
     from altgrad.report.run_report import RunReport
-    from altgrad.report.verdicts import Advice
 
 _MOST_LINES = 40  # lines of code that are printed; more push the verdicts out of sight
 _SUGGESTION = ("smallest", "fine")

@@ -24,9 +24,9 @@ from altgrad.report.canvas import svg
 from altgrad.report.cells import KEPT_MEANING, cell_text, format_figure, format_kept
 from altgrad.report.confirmation import FROZEN, MEANING, Confirmation, explain_metric
 from altgrad.report.confirmation_drawing import agreement
+from altgrad.report.judging.verdicts import Verdict
 from altgrad.report.names import replace_unprintable_in_lines
 from altgrad.report.run_report import RunReport
-from altgrad.report.verdicts import Verdict
 
 if TYPE_CHECKING:
     from jinja2 import Environment

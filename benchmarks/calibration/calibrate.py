@@ -26,7 +26,7 @@ from benchmarks.calibration.configs import Config
 PARTS = ("calibration", "held_out")
 """The parts of the rows: those that set the thresholds, and those that test them."""
 FOLDER = Path(__file__).parent
-WRITTEN = FOLDER.parents[1] / "altgrad" / "report" / "calibration.json"
+WRITTEN = FOLDER.parents[1] / "altgrad" / "report" / "judging" / "calibration.json"
 MUCH, LITTLE = 0.1, 0.01
 """Shares of the fall in loss in fp32: more than the first is much, up to the second little."""
 FAR = 1.5
@@ -151,7 +151,7 @@ def identify(row: Row) -> tuple[Any, ...]:
 
 
 def find_family(run: Row) -> str:
-    """Return the family of a run as `altgrad.report.families` names it."""
+    """Return the family of a run as `altgrad.report.judging.families` names it."""
     if run["family"] != "nearest":
         return str(run["family"])
     return "nearest-16" if run["way"] in ("fp16", "bf16") else "nearest-8"
@@ -488,7 +488,7 @@ def _round(values: Iterable[float]) -> list[float]:
 def calibrate(
     seen: tuple[Sequence[Row], Sequence[Row]], unseen: tuple[Sequence[Row], Sequence[Row]]
 ) -> dict[str, Any]:
-    """Return the contents of altgrad/report/calibration.json.
+    """Return the contents of altgrad/report/judging/calibration.json.
 
     Args:
         seen: Rows of runs and layers to calibrate on.
@@ -521,7 +521,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the rows are")
     parser.add_argument(
-        "--write", action="store_true", help="write altgrad/report/calibration.json"
+        "--write", action="store_true", help="write altgrad/report/judging/calibration.json"
     )
     arguments = parser.parse_args()
     seen, unseen = (read_part(part, arguments.folder) for part in ("calibration", "held_out"))

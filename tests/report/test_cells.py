@@ -6,8 +6,8 @@ import pytest
 from rich.style import Style
 
 from altgrad.report import Advice, Verdict
-from altgrad.report.calibration import calibration
 from altgrad.report.cells import COLOURS, MEANINGS, cell_text, format_figure, format_kept
+from altgrad.report.judging.calibration import calibration
 
 LIMITS = calibration().thresholds
 FINE, REMEDY = LIMITS.stores_fine, LIMITS.needs_remedy

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 
 from altgrad import StepRecord, UpdateMonitor
 from altgrad.report import Run, RunFile, read
+from altgrad.report.judging.run_rules import LayerShare
+from altgrad.report.judging.tallies import TwinTally
+from altgrad.report.judging.verdicts import Advice, Verdict
 from altgrad.report.records.schema import RecipeInfo
-from altgrad.report.run_rules import LayerShare
-from altgrad.report.tallies import TwinTally
-from altgrad.report.verdicts import Advice, Verdict
 
 NAN = math.nan
 

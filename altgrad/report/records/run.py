@@ -3,7 +3,7 @@
 A run file has a line for each layer and for the model in each measured step. Most users need
 `Run.series` and `Run.to_pandas`.
 
-`reading` makes a `Run`, and `altgrad.report.verdicts` judges it.
+`reading` makes a `Run`, and `altgrad.report.judging.verdicts` judges it.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from altgrad.report.judging.summaries import write_sentence
+from altgrad.report.judging.verdicts import RunAdvice
 from altgrad.report.records.kinds import number_as_json
-from altgrad.report.summaries import write_sentence
-from altgrad.report.verdicts import RunAdvice
 
 
 def runs_as_json(runs: Mapping[str, RunAdvice]) -> dict[str, dict[str, Any]]:

@@ -34,7 +34,7 @@ from altgrad.report.records.verdict_lines import runs_as_json
 
 if TYPE_CHECKING:
     from altgrad.measurement.step_record import StepRecord
-    from altgrad.report.verdicts import RunAdvice
+    from altgrad.report.judging.verdicts import RunAdvice
 
 _CHUNK = 2**16  # bytes that are searched at once for the end of the last whole line
 

@@ -165,7 +165,7 @@ def calibration() -> Calibration:
     come from the file calibration.json of the package, which is read once.
     """
     content = json.loads(
-        files("altgrad.report").joinpath("calibration.json").read_text(encoding="utf-8")
+        files("altgrad.report.judging").joinpath("calibration.json").read_text(encoding="utf-8")
     )
     return Calibration(
         Thresholds(**content["thresholds"]),

@@ -12,7 +12,7 @@ from altgrad.quantization.block_formats import BLOCK_FORMATS, get_formats
 from altgrad.quantization.formats import FORMATS
 from altgrad.recipes import get_recipes
 from altgrad.recipes.libraries import LIBRARY_RECIPES
-from altgrad.report.families import FAMILIES, find_family
+from altgrad.report.judging.families import FAMILIES, find_family
 from altgrad.report.records.schema import RecipeInfo
 
 

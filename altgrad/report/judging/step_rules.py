@@ -13,9 +13,9 @@ import math
 from collections.abc import Mapping
 
 from altgrad._messages import format_percent
-from altgrad.report.calibration import calibration
-from altgrad.report.tallies import KEPT, NEVER_MOVED, RANGE, STALL
-from altgrad.report.verdicts import Interval, Verdict
+from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.tallies import KEPT, NEVER_MOVED, RANGE, STALL
+from altgrad.report.judging.verdicts import Interval, Verdict
 
 _LIMITS = calibration().step_thresholds
 # The interval of a share of 1 begins here for 35 elements, or 35 clusters of blocks. A sample of

@@ -5,7 +5,7 @@ training would still make its progress if it followed the recipe. `Assessment.ru
 on the run for each recipe, `Assessment.advice` those on single layers. A run whose weights are
 stored in 16 bits or less already has a recipe named ``now``: what the run itself loses.
 
-These are the types. Read `calibration` first; `tallies` comes next, and `judging` makes the
+These are the types. Read `calibration` first; `tallies` comes next, and `judge` makes the
 verdicts.
 """
 

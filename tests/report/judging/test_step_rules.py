@@ -5,10 +5,10 @@ import math
 import pytest
 
 from altgrad.measurement.intervals import find_interval
-from altgrad.report.calibration import calibration
-from altgrad.report.step_rules import LEAST_UNANIMOUS, judge_steps, reaches
-from altgrad.report.tallies import STEP_METRICS
-from altgrad.report.verdicts import Verdict
+from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.step_rules import LEAST_UNANIMOUS, judge_steps, reaches
+from altgrad.report.judging.tallies import STEP_METRICS
+from altgrad.report.judging.verdicts import Verdict
 
 NAN = math.nan
 LIMITS = calibration().step_thresholds

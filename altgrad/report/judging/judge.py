@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any
 from altgrad._messages import format_percent
 from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.intervals import find_interval
-from altgrad.report.calibration import calibration
-from altgrad.report.families import find_family
-from altgrad.report.records.run import Run
-from altgrad.report.records.schema import FormatInfo, LayerInfo, RecipeInfo
-from altgrad.report.run_rules import LayerShare, add_remedies, find_format, judge_recipe
-from altgrad.report.step_rules import describe_range, judge_range, judge_steps
-from altgrad.report.summaries import summarize
-from altgrad.report.tallies import (
+from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.families import find_family
+from altgrad.report.judging.run_rules import LayerShare, add_remedies, find_format, judge_recipe
+from altgrad.report.judging.step_rules import describe_range, judge_range, judge_steps
+from altgrad.report.judging.summaries import summarize
+from altgrad.report.judging.tallies import (
     KEPT,
     MOVED,
     PROGRESS,
@@ -30,8 +28,10 @@ from altgrad.report.tallies import (
     StepTally,
     TwinTally,
 )
-from altgrad.report.twin_rules import judge_twin
-from altgrad.report.verdicts import Advice, Assessment, Verdict
+from altgrad.report.judging.twin_rules import judge_twin
+from altgrad.report.judging.verdicts import Advice, Assessment, Verdict
+from altgrad.report.records.run import Run
+from altgrad.report.records.schema import FormatInfo, LayerInfo, RecipeInfo
 
 if TYPE_CHECKING:
     from altgrad.measurement.figures import Figures

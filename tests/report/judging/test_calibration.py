@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 
 from altgrad.report import Advice, Verdict
-from altgrad.report.calibration import calibration
-from altgrad.report.run_rules import LayerShare, judge_recipe
-from altgrad.report.tallies import TwinTally
-from altgrad.report.twin_rules import judge_twin
+from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.run_rules import LayerShare, judge_recipe
+from altgrad.report.judging.tallies import TwinTally
+from altgrad.report.judging.twin_rules import judge_twin
 from benchmarks.calibration import configs, runs, tasks, ways
 from benchmarks.calibration.calibrate import (
     FOLDER,
@@ -47,7 +47,9 @@ def frames() -> dict[str, pd.DataFrame]:
 
 
 def test_calibration_json_is_what_the_rows_give(parts) -> None:
-    written = files("altgrad.report").joinpath("calibration.json").read_text(encoding="utf-8")
+    written = (
+        files("altgrad.report.judging").joinpath("calibration.json").read_text(encoding="utf-8")
+    )
     assert as_text(calibrate(parts["calibration"], parts["held_out"])) == written
     thresholds = dataclasses.asdict(calibration().thresholds)
     assert json.loads(written)["thresholds"] == thresholds

@@ -19,10 +19,10 @@ from collections.abc import Mapping
 from altgrad._messages import format_percent
 from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.intervals import find_interval
-from altgrad.report.calibration import calibration
-from altgrad.report.step_rules import reaches, write_figure, write_percent
-from altgrad.report.tallies import FROZEN, MOVED, STILL, TwinTally
-from altgrad.report.verdicts import PROGRESS, Interval, Verdict
+from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.step_rules import reaches, write_figure, write_percent
+from altgrad.report.judging.tallies import FROZEN, MOVED, STILL, TwinTally
+from altgrad.report.judging.verdicts import PROGRESS, Interval, Verdict
 
 _LIMITS = calibration().thresholds
 _FEWEST_STILL = 2

@@ -3,7 +3,7 @@
 A *recipe* says how weights and optimizer states are stored. `write_sentence` writes the first line
 that users read of a recipe; reports, loggers and the run file have the same.
 
-`judging` calls `summarize`.
+`judge` calls `summarize`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 
 from altgrad._messages import few, format_count, format_percent
 from altgrad.measurement.catalogue import NOW
-from altgrad.report.calibration import calibration
-from altgrad.report.verdicts import Advice, RunAdvice, Verdict
+from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.verdicts import Advice, RunAdvice, Verdict
 
 _LIMITS = calibration().thresholds
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from altgrad.report.calibration import calibration
+from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.tallies import KEPT, NEVER_MOVED, STALL, StepTally, TwinTally
 from altgrad.report.records.schema import LayerInfo
-from altgrad.report.tallies import KEPT, NEVER_MOVED, STALL, StepTally, TwinTally
 from tests.report import runs
 from tests.report.twin_runs import NAN, figures, make_tally
 

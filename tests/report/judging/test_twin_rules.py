@@ -10,8 +10,8 @@ from torch import nn
 
 from altgrad import Recipe
 from altgrad.report import Advice, Verdict, judge_run
-from altgrad.report.calibration import calibration
-from altgrad.report.twin_rules import classify, has_moved, is_stuck, judge_twin
+from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.twin_rules import classify, has_moved, is_stuck, judge_twin
 from tests.report.twin_runs import (
     NAN,
     draw_gradients,

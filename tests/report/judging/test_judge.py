@@ -18,11 +18,11 @@ from altgrad.report import (
     RunFile,
     Verdict,
     judge_run,
-    judging,
     read,
 )
-from altgrad.report.calibration import calibration
-from altgrad.report.judging import find_smallest
+from altgrad.report.judging import judge as judging
+from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.judge import find_smallest
 from tests.golden import replay
 from tests.report import runs
 from tests.report.twin_runs import (

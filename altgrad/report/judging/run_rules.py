@@ -4,7 +4,7 @@ A *recipe* says how weights and optimizer states are stored. The share of the pr
 would keep is that of all layers together. A layer counts with its energy, the square of the way
 that float32 moved it, over all of its elements: a sample stands for its whole layer.
 
-Read `twin_rules` and `families` first; `judging` comes next.
+Read `twin_rules` and `families` first; `judge` comes next.
 """
 
 from __future__ import annotations
@@ -13,12 +13,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from altgrad.report.calibration import calibration
-from altgrad.report.families import find_family
+from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.families import find_family
+from altgrad.report.judging.tallies import FROZEN
+from altgrad.report.judging.twin_rules import classify
+from altgrad.report.judging.verdicts import (
+    PROGRESS,
+    STEP_KEPT,
+    Advice,
+    Interval,
+    RunAdvice,
+    Verdict,
+)
 from altgrad.report.records.schema import RecipeInfo
-from altgrad.report.tallies import FROZEN
-from altgrad.report.twin_rules import classify
-from altgrad.report.verdicts import PROGRESS, STEP_KEPT, Advice, Interval, RunAdvice, Verdict
 
 _LIMITS = calibration().thresholds
 _FEW_WEIGHTS = 0.05

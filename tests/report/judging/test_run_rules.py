@@ -10,11 +10,16 @@ from torch import nn
 
 from altgrad import StepRecord
 from altgrad.report import Judge, RunAdvice, Verdict, judge_run
-from altgrad.report.calibration import calibration
-from altgrad.report.judging import StandardErrors
+from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.judge import StandardErrors
+from altgrad.report.judging.run_rules import (
+    LayerShare,
+    add_remedies,
+    find_kept_interval,
+    judge_recipe,
+)
+from altgrad.report.judging.verdicts import Advice
 from altgrad.report.records.schema import RecipeInfo
-from altgrad.report.run_rules import LayerShare, add_remedies, find_kept_interval, judge_recipe
-from altgrad.report.verdicts import Advice
 from tests.report.twin_runs import NAN, make_layers, make_recipe, make_share, push_gradients, record
 
 LIMITS = calibration().thresholds

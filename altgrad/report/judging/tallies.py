@@ -18,7 +18,7 @@ from typing import Any
 
 from altgrad.measurement.catalogue import FORMAT_METRICS, NOW
 from altgrad.measurement.intervals import find_share_error
-from altgrad.report.calibration import calibration
+from altgrad.report.judging.calibration import calibration
 from altgrad.report.records.schema import LayerInfo
 
 _LIMITS = calibration().thresholds

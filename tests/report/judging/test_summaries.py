@@ -6,9 +6,9 @@ import math
 import pytest
 
 from altgrad.report import RunAdvice, Verdict, write_sentence
-from altgrad.report.calibration import calibration
-from altgrad.report.summaries import summarize, write_kept, write_word
-from altgrad.report.verdicts import Advice
+from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.summaries import summarize, write_kept, write_word
+from altgrad.report.judging.verdicts import Advice
 from tests.report.runs import MARKUP, SCRIPT
 from tests.report.twin_runs import NAN
 

@@ -1,0 +1,8 @@
+"""Verdicts on a run and its layers, from the figures of the run: what each recipe keeps.
+
+A *recipe* says how weights and optimizer states are stored. `altgrad.report` has the public names.
+
+Read `calibration` first: thresholds, and outcomes of real runs. `verdicts` has the types, `tallies`
+summarizes the figures of a layer, `step_rules` and `twin_rules` judge layers, `families` sorts
+recipes, `run_rules` judges the run, `summaries` puts it in words, and `judge` does all of this.
+"""
