@@ -28,7 +28,11 @@ _UNKNOWN = "–"
 _MOST_NAMED = 8  # recipes in a heading
 _MOST_ACTIONS = 5
 _MANY_UNMOVED = 0.1  # share of the weights that a heading mentions
-_SHORT_EVIDENCE = {" such runs lost over 10 %": "", "no such run was tested": "none tested"}
+_SHORT_EVIDENCE = {
+    " such runs lost over 10 %": "",
+    "no such run was tested": "none tested",
+    "no real run had this verdict": "none had it",
+}
 _LOW = ("bfloat16", "float16", "float8")
 
 
@@ -227,7 +231,7 @@ def describe_frozen_now(assessment: Assessment) -> str:
     """Write which layers of a run stand still as it is stored, and what to do; empty without any.
 
     A layer is frozen now if float32 would have moved it, and its stored weights have not moved.
-    Under stochastic rounding or Kahan summation weights move, so that no layer is frozen.
+    Under stochastic rounding or Kahan summation most such layers move in the end.
 
     Args:
         assessment: Verdicts on the run and its layers.

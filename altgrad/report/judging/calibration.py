@@ -33,7 +33,7 @@ class Thresholds:
             those in float32, as a share of the size of these.
         overshoots: Largest progress_kept of a recipe that does not overshoot.
         frozen: Least frozen_frac of a frozen layer.
-        frozen_kept: Largest progress_kept of a frozen layer or run.
+        frozen_kept: The progress_kept below which a layer or run can be frozen.
         moved: Least movement in float32 of a frozen layer, as a share of the size of its weights.
         stuck_loss: Least loss of progress_kept since a layer stands still, for “stuck”.
         run_frozen: Least share of the weights in layers that stand still, of a frozen run.
@@ -54,7 +54,7 @@ class Thresholds:
 class StepThresholds:
     """The figures of single steps, all 0 to 1, at which one verdict ends and the next begins.
 
-    They judge a number format in which no twin, a sample of the layer, is stored. The metric
+    They judge a number format that no twin, a sample of the layer, tries. The metric
     kept_update_ratio is how much of the layer's updates the format keeps, never_moved_frac the
     share of the weights with updates that would never have moved.
 
@@ -77,9 +77,10 @@ class Offset(NamedTuple):
     """An interval of the progress kept by real runs, less the progress that was predicted.
 
     Attributes:
-        below: The offset is that of runs with a predicted share below this.
-        low: The difference real − predicted, below which it is in 1 of 10 runs.
-        high: The difference above which it is in 1 of 10 runs.
+        below: Upper end of the range of predicted shares; the range begins where that of the
+            offset before ends.
+        low: The 10th percentile of real − predicted, over the runs in the range.
+        high: The 90th percentile of real − predicted, over the runs in the range.
     """
 
     below: float
@@ -131,7 +132,7 @@ class Calibration:
             return ""
         counts = self.runs.get(family or "", {}).get(verdict)
         if not counts:
-            return "no such run was tested"
+            return "no real run had this verdict" if family else "no such run was tested"
         return f"{counts['lost_10_percent']} of {counts['runs']} such runs lost over 10 %"
 
     def describe_layers(self, family: str | None, verdict: str) -> str:
@@ -145,7 +146,7 @@ class Calibration:
             return ""
         counts = self.layers.get(family or "", {}).get(verdict)
         if not counts:
-            return "no such layer was tested"
+            return "no layer had this verdict" if family else "no such layer was tested"
         if verdict == "FROZEN":
             return (
                 f"{counts['frozen']} of {counts['layers']:,} such layers were frozen in real runs"

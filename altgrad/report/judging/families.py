@@ -1,7 +1,9 @@
 """Sort recipes into families, whose real runs are evidence for each other.
 
 A *recipe* says how weights and optimizer states are stored. Evidence for a verdict on a recipe are
-real runs of its family alone: what became of weights in 8 bits says nothing about bf16.
+real runs of its family alone: what became of weights in 8 bits that were rounded to nearest says
+nothing about bf16. The remedies, stochastic rounding and Kahan summation, are a family each, in all
+formats.
 
 `run_rules` quotes the evidence of a family.
 """

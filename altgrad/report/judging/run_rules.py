@@ -210,28 +210,38 @@ def _find_remedy(
     if verdict is Verdict.BREAKS:
         return _avoid_breaking(recipe)
     is_nearly_fine = verdict in (Verdict.STORES_FINE, Verdict.WATCH)
+    tried = [runs[name] for name in _list_remedies(advice.recipe, recipes) if name in runs]
+    better = [each for each in tried if each.verdict is Verdict.STORES_FINE]
+    best = min(better, key=lambda each: abs(each.kept - 1), default=None)
     if is_nearly_fine and advice.frozen and advice.frozen_share <= _FEW_WEIGHTS:
-        return f"Keep {'it' if len(advice.frozen) == 1 else 'those'} in float32."
+        keep = f"Keep {'it' if len(advice.frozen) == 1 else 'those'} in float32"
+        return f"{keep}." if best is None else f"{keep}, or use {_name_remedy(best, layers)}."
     if verdict is Verdict.STORES_FINE and not advice.frozen:
         return "Nothing is lost that matters."
     is_by_states = verdict is Verdict.OVERSHOOTS and _has_small_states(recipe)
     if is_by_states or find_family(advice.recipe, recipe) == "states":
         states = [state for state in (recipe.states if recipe else {}) if state != "*"]
         return f"Store {' and '.join(states) or 'the optimizer states'} in more bits."
-    tried = [runs[name] for name in _list_remedies(advice.recipe, recipes) if name in runs]
-    better = [each for each in tried if each.verdict is Verdict.STORES_FINE]
-    if not better and not is_nearly_fine:
-        better = [each for each in tried if each.verdict is Verdict.WATCH]
-    if not better:
+    if best is None and not is_nearly_fine:
+        watched = [each for each in tried if each.verdict is Verdict.WATCH]
+        best = min(watched, key=lambda each: abs(each.kept - 1), default=None)
+    if best is None:
         return _propose_remedies(runs, find_format(recipe) if recipe else None)
-    best = min(better, key=lambda each: abs(each.kept - 1))
-    word = " (watch)" if best.verdict is Verdict.WATCH else ""
-    cost = _name_cost(layers[best.recipe])
-    return f"Use {best.recipe}, which keeps {best.kept:.3g}{word}{cost}."
+    return f"Use {_name_remedy(best, layers)}."
+
+
+def _name_remedy(advice: RunAdvice, layers: Mapping[str, Sequence[LayerShare]]) -> str:
+    """Return the name of a remedy with what it keeps and what it costs."""
+    word = " (watch)" if advice.verdict is Verdict.WATCH else ""
+    cost = _name_cost(layers[advice.recipe])
+    return f"{advice.recipe}, which keeps {advice.kept:.3g}{word}{cost}"
 
 
 def _has_small_states(recipe: RecipeInfo | None) -> bool:
-    """Return True unless a recipe keeps the optimizer states in float32; ``now`` may not."""
+    """Return True unless a recipe keeps the optimizer states in float32.
+
+    The states of ``now``, the run itself, are unknown: True.
+    """
     return recipe is None or bool(recipe.states or recipe.dtype or recipe.optimizer)
 
 

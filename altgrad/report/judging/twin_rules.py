@@ -90,7 +90,8 @@ def has_moved(tally: TwinTally) -> bool:
 def is_stuck(tally: TwinTally) -> bool:
     """Return True if a layer moved at first, no longer does, and loses by that.
 
-    If few elements of the sample carry the progress, a rest of these says little about the layer.
+    False if few elements of the sample carry the progress: that these stand still says little about
+    the layer.
     """
     lost = tally.kept_before - tally.figure(PROGRESS)
     return (

@@ -35,7 +35,7 @@ class Verdict(str, Enum):
     NEEDS_REMEDY = "needs stochastic rounding, Kahan or fp32 master weights"
     FROZEN = "frozen"
     STUCK = "stuck: moved at first, and no longer does"
-    OVERSHOOTS = "overshoots: keep the optimizer states finer"
+    OVERSHOOTS = "overshoots: moves too far, store states or weights in more bits"
     BREAKS = "breaks: becomes NaN or inf"
     RANGE = "range: needs a scale"
     UNCERTAIN = "uncertain: raise twin_elements or max_elements"
@@ -165,8 +165,8 @@ class Assessment:
             first.
         advice: Verdict, with its reason, on each layer in each recipe that the layer is judged for.
             The layers are in the order in which they were first observed.
-        suggestions: By name of the layer, the name of the smallest recipe that stores the layer
-            fine; None if no judged recipe stores it fine.
+        suggestions: By name of the layer, the name of the smallest format that stores the layer
+            fine if weights are rounded to nearest; None without one.
         summary: The result in one paragraph.
     """
 
@@ -177,7 +177,7 @@ class Assessment:
 
     @functools.cached_property
     def by_layer(self) -> dict[str, dict[str, Advice]]:
-        """Verdicts by layer and recipe: would the layer still train if stored by the recipe?
+        """The verdicts by name of the layer and of the recipe.
 
         First come layers that stand still now, and then the layer that would keep the smallest part
         of its progress in any recipe.

@@ -155,7 +155,7 @@ def test_evidence_is_of_the_same_kind_as_what_it_stands_beside() -> None:
     for describe in (found.describe_runs, found.describe_layers):
         assert describe("true", "UNCERTAIN") == describe("true", "NOT_JUDGED") == ""
         assert "was tested" in describe(None, "STORES_FINE")
-        assert "was tested" in describe("nearest-16", "BREAKS")
+        assert "had this verdict" in describe("nearest-16", "BREAKS")
 
 
 def test_offsets_are_sorted_and_cover_every_prediction() -> None:

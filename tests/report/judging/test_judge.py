@@ -262,7 +262,7 @@ def test_evidence_on_a_layer_is_that_of_its_family(monkeypatch: pytest.MonkeyPat
     judge.add(0, "a", figures() | figures("e5m2"), exact)
     assert [each.evidence for each in judge.assessment().advice] == [
         "the middle half of 2,131 such layers kept 0.99 to 1 of their progress in real runs",
-        "no such layer was tested",
+        "no layer had this verdict",
     ]
 
 

@@ -207,9 +207,9 @@ def test_evidence_is_that_of_the_family(monkeypatch: pytest.MonkeyPatch) -> None
     counts = {"nearest-16": {"STORES_FINE": {"runs": 66, "lost_10_percent": 8}}}
     monkeypatch.setitem(vars(calibration()), "runs", counts)
     assert judge(make_share(GOOD)).evidence == "8 of 66 such runs lost over 10 %"
-    untested = "no such run was tested"
-    assert judge_recipe("bf16", "stochastic", [make_share(GOOD)]).evidence == untested
-    assert judge_recipe("bf16", None, [make_share(GOOD)]).evidence == untested
+    none = "no real run had this verdict"
+    assert judge_recipe("bf16", "stochastic", [make_share(GOOD)]).evidence == none
+    assert judge_recipe("bf16", None, [make_share(GOOD)]).evidence == "no such run was tested"
 
 
 def test_an_interval_is_nan_without_progress() -> None:
