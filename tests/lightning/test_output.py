@@ -43,7 +43,7 @@ def test_the_run_file_has_every_layer_at_the_steps_of_the_loss(tmp_path: Path) -
     assert with_weights == [1]  # the first observed step, and then the fourth
 
 
-@pytest.mark.filterwarnings("ignore:PrecisionMonitor expects")
+@pytest.mark.filterwarnings("ignore:PrecisionMonitor (expects|sees frozen)")
 @pytest.mark.parametrize(
     ("recipe", "precision", "callbacks", "dtype"),
     [
@@ -128,7 +128,7 @@ def test_pictures_are_drawn_at_powers_of_four_and_at_the_end(tmp_path: Path) -> 
 
 
 @pytest.mark.default_twins
-@pytest.mark.filterwarnings("ignore:PrecisionMonitor expects")
+@pytest.mark.filterwarnings("ignore:PrecisionMonitor (expects|sees frozen)")
 @pytest.mark.filterwarnings("ignore:PrecisionMonitor sees frozen layers")
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
 def test_a_run_in_16_bits_is_charted_as_now(tmp_path: Path, precision: Any) -> None:
