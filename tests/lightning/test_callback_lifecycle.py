@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from altgrad.report import read
+from altgrad.report import read, write_answer
 from altgrad_lightning import PrecisionMonitor
 from tests.lightning.runs import (
     Attached,
@@ -101,9 +101,9 @@ def test_a_run_that_ends_early_logs_the_last_pictures_and_verdicts(
     assert [event.step for event in tags.Images("altgrad/ranges")] == [0, 3, 5]
     texts = tags.Tensors("altgrad/verdict/text_summary")
     assert [event.step for event in texts] == [0, 3, 5]
-    assert monitor.assessment.summary in html.unescape(
-        texts[-1].tensor_proto.string_val[0].decode()
-    )
+    text = html.unescape(texts[-1].tensor_proto.string_val[0].decode())
+    assert write_answer(monitor.assessment.runs) in text
+    assert "Not fine: e4m3fn, e5m2." in text
 
 
 def test_the_step_of_a_batch_that_ctrl_c_ended_is_written(tmp_path: Path, monkeypatch: Any) -> None:

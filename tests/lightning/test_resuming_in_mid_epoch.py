@@ -114,7 +114,7 @@ def assert_live_verdicts_are_those_of_the_file(monitor: PrecisionMonitor) -> Non
     live, stored = monitor.assessment, judge_run(read(monitor.path))
     assert live.summary == stored.summary
     for mine, other in zip(live.advice, stored.advice, strict=True):
-        assert (mine.layer, mine.format, mine.verdict) == (other.layer, other.format, other.verdict)
+        assert (mine.layer, mine.recipe, mine.verdict) == (other.layer, other.recipe, other.verdict)
         assert dict(mine.figures) == pytest.approx(dict(other.figures), rel=1e-6, nan_ok=True)
 
 

@@ -337,7 +337,7 @@ def test_layers_that_appear_later_are_described_charted_and_judged_like_others(
     assert any("sets of layers" in note for note in report.notes)
     assert f"altgrad/stall_frac/bf16/{later}" in logged(run.logger.log_dir)
     live, from_file = (
-        {(a.layer, a.format): (a.verdict, a.reason) for a in each.advice}
+        {(a.layer, a.recipe): (a.verdict, a.reason) for a in each.advice}
         for each in (monitor.assessment, report.assessment)
     )
     assert live == from_file

@@ -63,7 +63,7 @@ def write_kept(advice: RunAdvice) -> str:
     """Return the share of the progress kept, with its interval: ``0.87 (0.85 to 0.97)``."""
     low, high = advice.interval
     text = f"{advice.kept:.3g}"
-    return text if math.isnan(low) else f"{text} ({low:.2g} to {high:.2g})"
+    return f"{text} ({low:.2g} to {high:.2g})" if low < high else text
 
 
 def _write_progress(advice: RunAdvice) -> str:
