@@ -23,6 +23,8 @@ from altgrad.report.judging.verdicts import Advice, Assessment, Verdict
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import FormatInfo
 
+_SHORT_DTYPES, _SHORT_BITS = ("bfloat16", "float16"), 16
+
 
 def write_code(run: Run, assessment: Assessment) -> str:
     """Return Python code that stores each layer in the smallest format that stores it fine.
@@ -82,7 +84,13 @@ def _write_remedy(run: Run, assessment: Assessment, scaling: str) -> str:
     argument of `WeightStorage` as source code, or empty.
     """
     lossy = dict.fromkeys(each.recipe for each in assessment.advice if _loses_updates(each))
-    judged = [name for name in lossy if name in run.formats and _can_store(run, name)]
+    judged = [
+        name
+        for name in lossy
+        if name in run.formats
+        and _can_store(run, name)
+        and all(_is_finer(run, layer, name) for layer in run.layers)
+    ]
     if not judged:
         return ""
     largest = max(judged, key=lambda format: run.formats[format].bits)
@@ -119,9 +127,21 @@ def _choose_formats(run: Run, assessment: Assessment) -> dict[str, str | None]:
     for layer in run.layers:
         advice = assessment.by_layer.get(layer, {})
         fine = [f for f, each in advice.items() if each.verdict is Verdict.STORES_FINE]
-        storable = [name for name in fine if name in run.formats and _can_store(run, name)]
+        storable = [
+            name
+            for name in fine
+            if name in run.formats and _can_store(run, name) and _is_finer(run, layer, name)
+        ]
         chosen[layer] = find_smallest(storable, run.formats)
     return chosen
+
+
+def _is_finer(run: Run, layer: str, format: str) -> bool:
+    """Return True if the weights of a layer have more bits than a format of the run, by name.
+
+    Otherwise `WeightStorage` has nothing to round.
+    """
+    return run.layers[layer].dtype not in _SHORT_DTYPES or run.formats[format].bits < _SHORT_BITS
 
 
 def _can_store(run: Run, format: str) -> bool:

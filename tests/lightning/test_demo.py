@@ -69,7 +69,7 @@ def test_the_terminal_shows_every_layer_and_the_next_commands(
         assert len(row) <= 80
     assert f"tensorboard --logdir {tmp_path}" in shown
     assert f"{tmp_path}/version_0/report.html" in shown
-    assert re.search(r"bf16, of 41 layers:.*?7\s+frozen", shown, flags=re.DOTALL)
+    assert re.search(r"^bf16 +\w+ .* 7 \(", shown, flags=re.MULTILINE)  # layers that would freeze
 
 
 @pytest.mark.slow

@@ -23,11 +23,13 @@ FINE, WATCH = Verdict.STORES_FINE, Verdict.WATCH
 OWN = {"mine": FloatFormat("mine", exponent_bits=3, mantissa_bits=2, bias=3)}
 
 
-def write_lines(verdicts: dict[str, dict[str, Verdict]], scaling="tensor", own=OWN) -> str:
+def write_lines(
+    verdicts: dict[str, dict[str, Verdict]], scaling="tensor", own=OWN, dtype="float32"
+) -> str:
     """Write the code for a run with these verdicts by layer and format."""
     names = dict.fromkeys(f for by_format in verdicts.values() for f in by_format)
     formats = {f: FormatInfo.from_format(own.get(f) or get_formats(f)[0], scaling) for f in names}
-    layers = {n: LayerInfo((4, 4), "float32", 16, tuple(fs)) for n, fs in verdicts.items()}
+    layers = {n: LayerInfo((4, 4), dtype, 16, tuple(fs)) for n, fs in verdicts.items()}
     advice = [
         Advice(layer, format, verdict, {}, {}, "")
         for layer, by_format in verdicts.items()
@@ -51,6 +53,15 @@ def run_lines(lines: str, names: list[str]) -> dict[str, str]:
     storage = found["storage"]
     assert isinstance(storage, WeightStorage)
     return storage.formats
+
+
+def test_weights_in_16_bits_are_not_stored_in_16_bits_again() -> None:
+    both = {"bf16": FINE, "e4m3fn": WATCH}
+    assert 'WeightStorage("bf16")' in write_lines({"head": both})
+    lines = write_lines({"head": both}, dtype="bfloat16")
+    assert "bf16" not in lines
+    assert 'WeightStorage("e4m3fn", rounding="stochastic")' in lines
+    assert write_lines({"head": {"bf16": WATCH}}, dtype="bfloat16") == ""
 
 
 def test_each_layer_is_stored_in_the_smallest_format_that_stores_it_fine() -> None:

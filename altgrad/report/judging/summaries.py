@@ -54,7 +54,8 @@ def write_word(advice: RunAdvice) -> str:
     verdict = advice.verdict
     if advice.recipe != NOW:
         return verdict.short
-    if verdict in (Verdict.WATCH, Verdict.NEEDS_REMEDY) and not math.isnan(advice.kept):
+    is_loss = verdict in (Verdict.WATCH, Verdict.NEEDS_REMEDY)
+    if is_loss and advice.kept < _LIMITS.stores_fine:
         return f"loses {1 - advice.kept:.2g} now"
     return f"{verdict.short} now"
 

@@ -93,7 +93,7 @@ def is_stuck(tally: TwinTally) -> bool:
     False if few elements of the sample carry the progress: that these stand still says little about
     the layer.
     """
-    lost = tally.kept_before - tally.figure(PROGRESS)
+    lost = abs(1 - tally.figure(PROGRESS)) - abs(1 - tally.kept_before)
     return (
         not math.isnan(tally.errors[PROGRESS])
         and tally.still_since is not None

@@ -66,6 +66,7 @@ def test_names_are_unchanged() -> None:
         ("bf16", Verdict.OVERSHOOTS, 1.5, "over"),
         ("now", Verdict.STORES_FINE, 1.0, "fine now"),
         ("now", Verdict.WATCH, 0.95, "loses 0.05 now"),
+        ("now", Verdict.WATCH, 1.05, "watch now"),
         ("now", Verdict.NEEDS_REMEDY, 0.03, "loses 0.97 now"),
         ("now", Verdict.NEEDS_REMEDY, NAN, "remedy now"),
         ("now", Verdict.FROZEN, 0.0, "frozen now"),

@@ -100,6 +100,9 @@ def test_a_layer_is_stuck_if_it_loses_by_standing_still() -> None:
     little = {"progress_kept": 1 - LIMITS.stuck_loss + LITTLE, **rests}
     assert not is_stuck(make_tally(moves, moves, rests, little))
     assert not is_stuck(make_tally(moves, moves, lost))  # in one window alone
+    far = moves | {"progress_kept": 1 + 2 * LIMITS.stuck_loss}
+    near = {"progress_kept": 1.0, **rests}
+    assert not is_stuck(make_tally(far, far, near, near))  # it was too far, and no longer is
     assert not is_stuck(make_tally(moves, moves, rests, lost, lost | moves))  # moves again
     never = make_tally(*[lost | {"frozen_frac": 1.0, "progress_kept": 0.0}] * 4)
     assert not is_stuck(never)
