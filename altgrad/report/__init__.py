@@ -28,7 +28,6 @@ if TYPE_CHECKING:
         list_actions,
         list_rows,
         write_answer,
-        write_nonfinite,
     )
     from altgrad.report.canvas import png, svg
     from altgrad.report.cells import cell_text
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from altgrad.report.confirmation_table import print_confirmation
     from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
     from altgrad.report.judging.judge import Judge, StandardErrors, judge_run
-    from altgrad.report.judging.summaries import write_sentence
+    from altgrad.report.judging.summaries import write_nonfinite, write_sentence
     from altgrad.report.judging.verdicts import Advice, Assessment, RunAdvice, Verdict
     from altgrad.report.records.fields import SCHEMA
     from altgrad.report.records.reading import read
@@ -115,8 +114,7 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
     __getattr__, __dir__ = _lazy.attach(
         __name__,
         {
-            "answers": "STEP_BY_STEP describe_frozen_now list_actions list_rows write_answer "
-            "write_nonfinite",
+            "answers": "STEP_BY_STEP describe_frozen_now list_actions list_rows write_answer",
             "canvas": "png svg",
             "cells": "cell_text",
             "comparison": "Comparison",
@@ -132,7 +130,7 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "records.writing": "RunFile",
             "run_report": "RunReport",
             "terminal": "print_comparison print_report print_verdicts",
-            "judging.summaries": "write_sentence",
+            "judging.summaries": "write_nonfinite write_sentence",
             "judging.verdicts": "Advice Assessment RunAdvice Verdict",
             "web_page": "confirmation_page page",
         },

@@ -254,21 +254,6 @@ def describe_frozen_now(assessment: Assessment) -> str:
 # --- what else matters
 
 
-def write_nonfinite(shares: Mapping[str, float]) -> str:
-    """Write which layers have elements that are NaN or inf; empty without such layers.
-
-    Args:
-        shares: Largest nonfinite_frac, the share of the elements, by name of the layer.
-
-    Returns:
-        A sentence.
-    """
-    if not shares:
-        return ""
-    layers = few([f"{name} ({format_percent(share)})" for name, share in shares.items()])
-    return f"NaN or inf in some elements (nonfinite_frac), which no figure counts: {layers}."
-
-
 def write_visible(shares: Mapping[str, float]) -> str:
     """Write what a forward pass in each format sees of the updates; empty without a share.
 

@@ -6,6 +6,7 @@ A verdict says whether a layer would make its progress if it were stored as a *r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.verdicts import Advice, Verdict
@@ -53,19 +54,8 @@ def format_kept(kept: float) -> str:
     thresholds of verdicts: 0.996 is ``>.99`` and 0.001 is ``<.01``. A ratio of thousands takes more
     characters, as ``5e+03``. NaN is empty.
     """
-    if math.isnan(kept):
-        return ""
-    if abs(kept) >= _MANY:
-        return f"{kept:.0e}"
-    rounded = round(kept, 2)
-    if kept < 1 <= rounded:
-        return ">.99"
-    if kept > 0 == rounded:
-        return "<.01"
     limits = (_LIMITS.stores_fine, _LIMITS.needs_remedy)
-    if any(kept < limit <= rounded for limit in limits):
-        return f"{math.floor(1000 * kept) / 1000:.3f}"[1:]  # ".989": without its 0
-    return f"{kept:.2f}"
+    return "" if math.isnan(kept) else _round_beside(kept, limits)
 
 
 def format_figure(figure: float, limit: float = 1.0) -> str:
@@ -78,8 +68,11 @@ def format_figure(figure: float, limit: float = 1.0) -> str:
         figure: The figure.
         limit: A threshold that the reader compares figures with.
     """
-    if math.isnan(figure):
-        return "–"
+    return "–" if math.isnan(figure) else _round_beside(figure, (limit,))
+
+
+def _round_beside(figure: float, limits: Sequence[float]) -> str:
+    """Round a figure to two decimals, or so that it stays on its side of 0, of 1 and of limits."""
     if abs(figure) >= _MANY:
         return f"{figure:.0e}"
     rounded = round(figure, 2)
@@ -87,8 +80,8 @@ def format_figure(figure: float, limit: float = 1.0) -> str:
         return ">.99"
     if figure > 0 == rounded:
         return "<.01"
-    if figure < limit <= rounded:
-        return f"{math.floor(1000 * figure) / 1000:.3f}"[1:]
+    if any(figure < limit <= rounded for limit in limits):
+        return f"{math.floor(1000 * figure) / 1000:.3f}"[1:]  # ".989": without its 0
     return f"{figure:.2f}"
 
 

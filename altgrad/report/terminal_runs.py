@@ -17,10 +17,10 @@ from altgrad.report.answers import (
     list_rows,
     write_answer,
     write_evidence,
-    write_nonfinite,
     write_storage,
 )
 from altgrad.report.cells import COLOURS
+from altgrad.report.judging.summaries import write_nonfinite
 from altgrad.report.names import shorten_names
 from altgrad.report.printing import (
     add_tall_column,

@@ -16,7 +16,6 @@ from altgrad.report.answers import (
     list_actions,
     list_rows,
     write_answer,
-    write_nonfinite,
     write_storage,
     write_visible,
 )
@@ -24,6 +23,7 @@ from altgrad.report.canvas import svg
 from altgrad.report.cells import KEPT_MEANING, cell_text, format_figure, format_kept
 from altgrad.report.confirmation import FROZEN, MEANING, Confirmation, explain_metric
 from altgrad.report.confirmation_drawing import agreement
+from altgrad.report.judging.summaries import write_nonfinite
 from altgrad.report.judging.verdicts import Verdict
 from altgrad.report.names import replace_unprintable_in_lines
 from altgrad.report.run_report import RunReport

@@ -63,7 +63,7 @@ LAYER_COLUMNS = (
     *("now_kept", "now_frozen", "real_kept", "real_frozen", "fp32_moved", "real_v_ratio", "energy"),
 )
 """Columns of the rows of layers."""
-_SQUARES, _MOMENTS = ("exp_avg_sq", "square_avg"), ("exp_avg", "momentum_buffer", "mu_product")
+_SQUARES, _MOMENTS = ("exp_avg_sq", "square_avg"), ("exp_avg", "momentum_buffer")
 Row = dict[str, Any]
 
 

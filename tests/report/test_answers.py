@@ -14,7 +14,6 @@ from altgrad.report.answers import (
     list_rows,
     write_answer,
     write_evidence,
-    write_nonfinite,
     write_storage,
     write_visible,
 )
@@ -209,13 +208,6 @@ def test_a_layer_that_would_freeze_in_a_recipe_is_no_frozen_layer_of_the_run() -
 
 
 # --- what else matters
-
-
-def test_layers_with_nan_are_named_with_their_share() -> None:
-    assert write_nonfinite({}) == ""
-    assert write_nonfinite({"a": 0.5, "b": 1e-4}) == (
-        "NaN or inf in some elements (nonfinite_frac), which no figure counts: a (50 %), b (<1 %)."
-    )
 
 
 def test_visible_shares_are_listed_where_they_have_a_value() -> None:

@@ -29,7 +29,8 @@ def summarize(runs: Mapping[str, RunAdvice], advice: Sequence[Advice]) -> str:
     if not advice:
         return "No step was observed: there are no verdicts."
     sentences = [write_sentence(each) for each in runs.values()]
-    return " ".join([*sentences, *_mention_nonfinite(advice)])
+    shares = {each.layer: each.nonfinite for each in advice if each.nonfinite}
+    return " ".join(filter(None, [*sentences, write_nonfinite(shares)]))
 
 
 def write_sentence(advice: RunAdvice) -> str:
@@ -86,10 +87,16 @@ def _write_standing(advice: RunAdvice) -> str:
     return f"{are}: {layers} ({share} of the weights: {few(advice.frozen)})."
 
 
-def _mention_nonfinite(advice: Sequence[Advice]) -> list[str]:
-    """Return a sentence on layers with NaN or inf elements; an empty list without such layers."""
-    shares = {each.layer: each.nonfinite for each in advice if each.nonfinite}
+def write_nonfinite(shares: Mapping[str, float]) -> str:
+    """Write which layers have elements that are NaN or inf; empty without such layers.
+
+    Args:
+        shares: Largest nonfinite_frac, the share of the elements, by name of the layer.
+
+    Returns:
+        A sentence.
+    """
     if not shares:
-        return []
-    layers = few([f"{layer} ({format_percent(share)})" for layer, share in shares.items()])
-    return [f"NaN or inf in some elements, which no figure counts: {layers}."]
+        return ""
+    layers = few([f"{name} ({format_percent(share)})" for name, share in shares.items()])
+    return f"NaN or inf in some elements (nonfinite_frac), which no figure counts: {layers}."

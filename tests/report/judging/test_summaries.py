@@ -7,7 +7,7 @@ import pytest
 
 from altgrad.report import RunAdvice, Verdict, write_sentence
 from altgrad.report.judging.calibration import calibration
-from altgrad.report.judging.summaries import summarize, write_kept, write_word
+from altgrad.report.judging.summaries import summarize, write_kept, write_nonfinite, write_word
 from altgrad.report.judging.verdicts import Advice
 from tests.report.runs import MARKUP, SCRIPT
 from tests.report.twin_runs import NAN
@@ -147,7 +147,14 @@ def test_the_summary_names_layers_that_are_not_finite_once() -> None:
     ]
     fine = Advice("a", "bf16", Verdict.STORES_FINE, {}, {}, "")
     assert summarize({}, [fine, *broken]).endswith(
-        "NaN or inf in some elements, which no figure counts: b (50 %)."
+        "NaN or inf in some elements (nonfinite_frac), which no figure counts: b (50 %)."
     )
     many = [broken[0]._replace(layer=f"b.{number}") for number in range(2000)]
     assert summarize({}, many).endswith("b.0 (50 %), b.1 (50 %), b.2 (50 %) and 1,997 more.")
+
+
+def test_layers_with_nan_are_named_with_their_share() -> None:
+    assert write_nonfinite({}) == ""
+    assert write_nonfinite({"a": 0.5, "b": 1e-4}) == (
+        "NaN or inf in some elements (nonfinite_frac), which no figure counts: a (50 %), b (<1 %)."
+    )
