@@ -28,11 +28,6 @@ _UNKNOWN = "–"
 _MOST_NAMED = 8  # recipes in a heading
 _MOST_ACTIONS = 5
 _MANY_UNMOVED = 0.1  # share of the weights that a heading mentions
-_SHORT_EVIDENCE = {
-    " such runs lost over 10 %": "",
-    "no such run was tested": "none tested",
-    "no real run had this verdict": "none had it",
-}
 _LOW = ("bfloat16", "float16", "float8")
 
 
@@ -76,9 +71,6 @@ def _make_row(advice: RunAdvice) -> RunRow:
     frozen = f"{len(advice.frozen):,}"
     if advice.frozen:
         frozen += f" ({format_percent(advice.frozen_share)})"
-    evidence = advice.evidence
-    for long, short in _SHORT_EVIDENCE.items():
-        evidence = evidence.replace(long, short)
     return RunRow(
         advice.recipe,
         write_word(advice),
@@ -86,9 +78,19 @@ def _make_row(advice: RunAdvice) -> RunRow:
         "" if math.isnan(low) else f"{_round(low)} to {_round(high)}",
         _UNKNOWN if math.isnan(advice.frozen_frac) else format_percent(advice.frozen_frac),
         frozen,
-        evidence or _UNKNOWN,
+        _write_outcome(advice),
         is_step_by_step,
     )
+
+
+def _write_outcome(advice: RunAdvice) -> str:
+    """Return `RunAdvice.evidence` in the fewest words, such as ``8 of 66``."""
+    if not advice.evidence:
+        return _UNKNOWN
+    if advice.outcome is None:
+        return "none tested"
+    runs, lost = advice.outcome
+    return f"{lost} of {runs}" if runs else "none had it"
 
 
 def _round(share: float) -> str:

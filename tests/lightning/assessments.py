@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from altgrad.report import Advice, Assessment, RunAdvice, Verdict
+from altgrad.report.judging.calibration import Outcome
 
 FORMATS = ("bf16", "e4m3fn")
 RECIPES = ("now", "bf16", "e4m3fn")
@@ -20,13 +21,10 @@ def assessment(layers: tuple[str, ...] = LAYERS) -> Assessment:
 
 
 def make_run(recipe: str, frozen: tuple[str, ...]) -> RunAdvice:
-    verdict, interval, evidence = (
-        Verdict.NEEDS_REMEDY,
-        (0.0, 0.5),
-        "1 of 2 such runs lost over 10 %",
-    )
-    numbers = (0.25, interval, 0.0, 0.75, frozen, 0.5, 3)
-    return RunAdvice(recipe, verdict, *numbers, evidence, "Use *Kahan*.", has_twin=True)
+    numbers = (0.25, (0.0, 0.5), 0.0, 0.75, frozen, 0.5, 3)
+    outcome = Outcome(2, 1)
+    verdict = Verdict.NEEDS_REMEDY
+    return RunAdvice(recipe, verdict, *numbers, outcome, "Use *Kahan*.", has_twin=True)
 
 
 def make_advice(layer: str, format: str, figures: Mapping[str, float]) -> Advice:

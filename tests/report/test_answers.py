@@ -17,6 +17,7 @@ from altgrad.report.answers import (
     write_storage,
     write_visible,
 )
+from altgrad.report.judging.calibration import Outcome
 
 NAN = math.nan
 MANY = ": 75 % of the weights have never moved"
@@ -32,7 +33,7 @@ def make_run(recipe: str, verdict: Verdict, kept: float = 0.5, **fields: Any) ->
         "frozen": (),
         "frozen_share": 0.0,
         "layers": 3,
-        "evidence": "8 of 66 such runs lost over 10 %",
+        "outcome": Outcome(66, 8),
         "to_do": USE,
         "has_twin": True,
     }
@@ -47,7 +48,7 @@ FINE = make_run("bf16-sr", Verdict.STORES_FINE, 1.0, to_do="Nothing is lost that
 WATCH = make_run("bf16", Verdict.WATCH, 0.9375)
 REMEDY = make_run("e5m2", Verdict.NEEDS_REMEDY, 0.125, frozen=("gain",), frozen_share=0.25)
 NOW = make_run("now", Verdict.NEEDS_REMEDY, 0.25, frozen_frac=0.75, frozen=("gain", "bias"))
-UNJUDGED = make_run("fp16", Verdict.NOT_JUDGED, NAN, interval=(NAN, NAN), evidence="", to_do="")
+UNJUDGED = make_run("fp16", Verdict.NOT_JUDGED, NAN, interval=(NAN, NAN), to_do="")
 
 
 # --- the table
@@ -64,7 +65,7 @@ def test_a_row_has_word_share_interval_layers_and_evidence() -> None:
 
 
 def test_a_row_without_a_twin_is_marked() -> None:
-    single = REMEDY._replace(has_twin=False, frozen_frac=NAN, evidence="")
+    single = REMEDY._replace(has_twin=False, frozen_frac=NAN)
     (row,) = list_rows(by_name(single))
     assert row.is_step_by_step
     assert (row.kept, row.never) == ("0.12* (0.00 to 0.25)", "–")
@@ -73,7 +74,7 @@ def test_a_row_without_a_twin_is_marked() -> None:
 
 
 def test_evidence_is_a_sentence_where_the_table_has_no_room() -> None:
-    untested = make_run("mine", Verdict.WATCH, evidence="no such run was tested")
+    untested = make_run("mine", Verdict.WATCH, outcome=None)
     rows = list_rows(by_name(WATCH, untested, UNJUDGED))
     assert write_evidence(rows) == (
         "Such runs that lost over 10 %: 8 of 66 (bf16); none tested (mine); – (fp16)."

@@ -88,6 +88,18 @@ class Offset(NamedTuple):
     high: float
 
 
+class Outcome(NamedTuple):
+    """The number of real runs of one family of recipes that had one verdict.
+
+    Attributes:
+        runs: Number of these runs.
+        lost: Number of those that lost more than 10 % of the fall in loss that float32 had.
+    """
+
+    runs: int
+    lost: int
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The content of calibration.json: thresholds of verdicts, and outcomes of real runs.
@@ -119,21 +131,20 @@ class Calibration:
         found = next((each for each in self.offsets if kept < each.below), self.offsets[-1])
         return found.low, found.high
 
-    def describe_runs(self, family: str | None, verdict: str) -> str:
-        """Return a phrase on the real runs of a family of recipes that had a verdict.
-
-        An example is “8 of 66 such runs lost over 10 %”.
+    def count_runs(self, family: str | None, verdict: str) -> Outcome | None:
+        """Count the real runs of a family of recipes that had a verdict, and what they lost.
 
         Args:
             family: Family of the recipe; None for one of which no real run was done.
             verdict: Name of the verdict, such as ``"WATCH"``.
+
+        Returns:
+            The numbers of runs; None if no run of the family was done.
         """
-        if verdict in ("UNCERTAIN", "NOT_JUDGED"):
-            return ""
-        counts = self.runs.get(family or "", {}).get(verdict)
-        if not counts:
-            return "no real run had this verdict" if family else "no such run was tested"
-        return f"{counts['lost_10_percent']} of {counts['runs']} such runs lost over 10 %"
+        if family is None:
+            return None
+        counts = self.runs.get(family, {}).get(verdict)
+        return Outcome(counts["runs"], counts["lost_10_percent"]) if counts else Outcome(0, 0)
 
     def describe_layers(self, family: str | None, verdict: str) -> str:
         """Return a phrase on layers of real runs of a family of recipes that had a verdict.

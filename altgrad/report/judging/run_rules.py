@@ -84,7 +84,7 @@ def judge_recipe(name: str, family: str | None, layers: Sequence[LayerShare]) ->
         [layer.advice.layer for layer in standing],
         share,
         len(layers),
-        calibration().describe_runs(family, verdict.name) if has_twin else "",
+        calibration().count_runs(family, verdict.name),
         "",
         has_twin,
     )

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.intervals import find_interval
+from altgrad.report.judging.calibration import Outcome
 
 PROGRESS, STEP_KEPT = "progress_kept", "kept_update_ratio"
 
@@ -137,7 +138,8 @@ class RunAdvice(NamedTuple):
         frozen: Names of the layers with the verdicts frozen and stuck.
         frozen_share: Share of the judged weights that these layers have.
         layers: Number of judged layers.
-        evidence: Outcome of real runs with this verdict, in one phrase.
+        outcome: What became of real runs of the recipe's family that had this verdict; None if no
+            such run was done.
         to_do: What to do, in one sentence.
         has_twin: True if the verdict rests on twins, False if it rests on single steps.
     """
@@ -151,9 +153,24 @@ class RunAdvice(NamedTuple):
     frozen: Sequence[str]
     frozen_share: float
     layers: int
-    evidence: str
+    outcome: Outcome | None
     to_do: str
     has_twin: bool
+
+    @property
+    def evidence(self) -> str:
+        """The outcome of such runs in one phrase, as “8 of 66 such runs lost over 10 %”.
+
+        Empty without a twin, since no real run is known for a verdict on single steps, and without
+        a verdict.
+        """
+        if not self.has_twin or self.verdict in (Verdict.UNCERTAIN, Verdict.NOT_JUDGED):
+            return ""
+        if self.outcome is None:
+            return "no such run was tested"
+        if not self.outcome.runs:
+            return "no real run had this verdict"
+        return f"{self.outcome.lost} of {self.outcome.runs} such runs lost over 10 %"
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,8 @@ VERDICT = Fields(
         "evidence": _SENTENCE,
         "to_do": _SENTENCE,
         "has_twin": Flag(),
-    }
+    },
+    {"tested_runs": (Whole(0, LARGEST), 0), "lost_runs": (Whole(0, LARGEST), 0)},
 )
 
 VERDICTS_LINE = Fields({"step": _STEP, "verdicts": Table(VERDICT, _MOST_RECIPES + _MOST_FORMATS)})

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from altgrad.report import RunAdvice, Verdict, write_sentence
-from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.calibration import Outcome, calibration
 from altgrad.report.judging.summaries import summarize, write_kept, write_nonfinite, write_word
 from altgrad.report.judging.verdicts import Advice
 from tests.report.runs import MARKUP, SCRIPT
@@ -26,7 +26,7 @@ def advise(**changes: object) -> RunAdvice:
         "frozen": [],
         "frozen_share": 0.0,
         "layers": 12,
-        "evidence": "8 of 66 such runs lost over 10 %",
+        "outcome": Outcome(66, 8),
         "to_do": "Nothing is lost that matters.",
         "has_twin": True,
     }
@@ -84,7 +84,7 @@ def test_an_interval_without_a_value_is_left_out() -> None:
 
 
 def test_single_steps_are_told_from_progress() -> None:
-    steps = advise(has_twin=False, evidence="", to_do="")
+    steps = advise(has_twin=False, to_do="")
     assert write_sentence(steps) == (
         "bf16: fine. 0.995 (0.97 to 1) of the update is kept, step by step."
     )
@@ -101,9 +101,9 @@ def test_weights_that_are_far_off_are_mentioned() -> None:
 @pytest.mark.parametrize("recipe", ["bf16", "now"])
 def test_no_sentence_has_a_nan_or_an_empty_part(recipe: str) -> None:
     cases = itertools.product(
-        Verdict, (0.5, 1.0, NAN), ([], ["gain"]), ("", "evidence"), ("", "Do.")
+        Verdict, (0.5, 1.0, NAN), ([], ["gain"]), (None, Outcome(0, 0), Outcome(2, 1)), ("", "Do.")
     )
-    for verdict, kept, frozen, evidence, to_do in cases:
+    for verdict, kept, frozen, outcome, to_do in cases:
         sentence = write_sentence(
             advise(
                 recipe=recipe,
@@ -114,7 +114,7 @@ def test_no_sentence_has_a_nan_or_an_empty_part(recipe: str) -> None:
                 frozen_frac=NAN,
                 frozen=frozen,
                 frozen_share=NAN if math.isnan(kept) else 0.5,
-                evidence=evidence,
+                outcome=outcome,
                 to_do=to_do,
             )
         )

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from altgrad.report import RunAdvice, RunFile, RunFileError, Verdict, read
+from altgrad.report.judging.calibration import Outcome
 from altgrad.report.records.verdict_lines import runs_as_json
 from tests.report.records.recording import read_strict_lines, written
 
 KEYS = [
     *("verdict", "sentence", "progress_kept", "interval", "weight_error", "frozen_frac"),
-    *("frozen_layers", "frozen_share", "layers", "evidence", "to_do", "has_twin"),
+    *("frozen_layers", "frozen_share", "layers", "evidence", "to_do"),
+    *("has_twin", "tested_runs", "lost_runs"),
 ]
 
 
@@ -26,7 +28,7 @@ def make_runs(kept: float = 0.25, name: str = "now", **fields: Any) -> dict[str,
         "frozen": ("a.<b>", "名前"),
         "frozen_share": math.nan,
         "layers": 2,
-        "evidence": "",
+        "outcome": Outcome(66, 8),
         "to_do": "Keep those in float32.",
         "has_twin": True,
     } | fields
@@ -48,6 +50,9 @@ def test_the_keys_are_stable_and_numbers_without_a_value_are_null() -> None:
     assert found["verdict"] == "FROZEN"
     assert (found["progress_kept"], found["interval"]) == (None, [0.125, None])
     assert (found["weight_error"], found["frozen_share"]) == ("inf", None)
+    assert (found["tested_runs"], found["lost_runs"]) == (66, 8)
+    (untested,) = runs_as_json(make_runs(outcome=None)).values()
+    assert (untested["tested_runs"], untested["evidence"]) == (0, "no such run was tested")
     assert found["frozen_layers"] == ["a.<b>", "名前"]
     json.dumps(found, allow_nan=False)
 
