@@ -161,7 +161,8 @@ class Output:
 
     def _make_collectors(self) -> tuple[Charts, Judge]:
         charts = Charts([*self._header.formats], self._settings.layer_charts)
-        return charts, Judge(self._header.formats, self._header.layers, self._header.recipes)
+        header = self._header
+        return charts, Judge(header.formats, header.layers, header.recipes, header.now)
 
     def _load(self, state: Mapping[str, Any]) -> None:
         """Restore a result of `state_dict`, either as a whole or, after an error, nothing of it."""

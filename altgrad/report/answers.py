@@ -118,9 +118,16 @@ def write_answer(runs: Mapping[str, RunAdvice]) -> str:
     fine = [each.recipe for each in others if each.verdict is Verdict.STORES_FINE]
     watch = [each.recipe for each in others if each.verdict is Verdict.WATCH]
     unjudged = [each.recipe for each in others if each.verdict is Verdict.NOT_JUDGED]
-    known = {*fine, *watch, *unjudged}
+    unsure = [each.recipe for each in others if each.verdict is Verdict.UNCERTAIN]
+    known = {*fine, *watch, *unsure, *unjudged}
     bad = [each.recipe for each in others if each.recipe not in known]
-    groups = {"Fine": fine, "Watch": watch, "Not fine": bad, "Not judged": unjudged}
+    groups = {
+        "Fine": fine,
+        "Watch": watch,
+        "Not fine": bad,
+        "Unsure": unsure,
+        "Not judged": unjudged,
+    }
     sentences = [f"{word}: {_name_some(names)}." for word, names in groups.items() if names]
     now = _describe_now(runs[NOW]) if NOW in runs else ""
     return " ".join(filter(None, [now, *sentences]))

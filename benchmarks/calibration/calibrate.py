@@ -19,7 +19,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.calibration.configs import Config
 
@@ -34,6 +34,9 @@ FAR = 1.5
 TRULY_FROZEN, TRULY_MOVED = 0.99, 1e-3
 """A layer was frozen in a real run if this share of the elements that fp32 moved never moved, and
 fp32 moved the layer by more than this share of its norm."""
+QUANTILE, OPEN = 1.2816, 0.5
+"""Half of the width of an interval of 80 % over its standard error, and a width that leaves open
+what a run keeps."""
 VERDICTS = ("STORES_FINE", "WATCH", "NEEDS_REMEDY", "FROZEN", "OVERSHOOTS", "BREAKS")
 """Names of the verdicts that claim something about a run."""
 FRACTIONS = (0.25, 0.5, 0.75)
@@ -70,6 +73,10 @@ RULES = {
     "moved": "the definition of frozen: float32 moved the layer by more than this share of it",
     "stuck_loss": "a judgement: a twentieth of the progress",
     "run_frozen": "a judgement: half of the weights",
+    "left_behind": (
+        "a judgement: a quarter of the weights; no run that was fine or “watch” had more than "
+        "0.21 of them in layers that kept less than half of their progress"
+    ),
     "offsets": (
         "for each range of predicted progress_kept, the tenth and the ninetieth percentile of the "
         "real one minus the predicted one"
@@ -148,6 +155,11 @@ def identify_config(row: Row) -> tuple[Any, ...]:
 def identify(row: Row) -> tuple[Any, ...]:
     """Return what tells the run of a row from others."""
     return (*identify_config(row), row["way"], row["scaling"])
+
+
+def identify_view(row: Row) -> tuple[Any, ...]:
+    """Return what tells the run of a row from others, and what its twins say from ``now``."""
+    return (*identify(row), row["family"])
 
 
 def find_family(run: Row) -> str:
@@ -249,6 +261,7 @@ def find_thresholds(runs: Sequence[Row], layers: Sequence[Row]) -> dict[str, flo
         "moved": TRULY_MOVED,
         "stuck_loss": 0.05,
         "run_frozen": 0.5,
+        "left_behind": 0.25,
     }
 
 
@@ -297,11 +310,17 @@ def _are_frozen(layers: Iterable[Row], frozen: float, kept: float) -> bool:
 def is_said(layer: Row, frozen: float, kept: float) -> bool:
     """Return True if a twin says that a layer would be frozen.
 
+    It never does under stochastic rounding, which moves every weight in the end.
+
     Args:
         layer: Row of the layer.
         frozen: Least frozen_frac.
         kept: Largest progress_kept.
     """
+    return _stands_still(layer, frozen, kept) and layer["family"] != "stochastic"
+
+
+def _stands_still(layer: Row, frozen: float, kept: float) -> bool:
     return layer["frozen"] >= frozen and layer["kept"] < kept and layer["fp32_moved"] > TRULY_MOVED
 
 
@@ -369,22 +388,42 @@ def _find_underflow(runs: Sequence[Row]) -> float:
 # --- the verdicts with these thresholds
 
 
-def judge(run: Row, standing: float, limits: Mapping[str, float]) -> str:
+class LayerSums(NamedTuple):
+    """What the layers of a run add to the verdict on it.
+
+    Attributes:
+        frozen: Share of the weights in layers that are said to be frozen.
+        behind: Share of those in layers that fp32 moved, and that keep less than half of their
+            progress.
+        error: Standard error of the share of the progress that the run keeps.
+    """
+
+    frozen: float = 0.0
+    behind: float = 0.0
+    error: float = 0.0
+
+
+def judge(run: Row, sums: LayerSums, limits: Mapping[str, float]) -> str:
     """Return the name of the verdict on a run.
 
     A test holds this against `altgrad.report`, which judges from the figures of the layers.
 
     Args:
         run: The row of the run.
-        standing: Share of the weights in layers that are said to be frozen.
+        sums: What its layers add.
         limits: The thresholds.
     """
     if run["nonfinite"] > 0:
         return "BREAKS"
     kept = run["kept"]
-    if kept < limits["frozen_kept"] and standing >= limits["run_frozen"]:
+    if kept < limits["frozen_kept"] and sums.frozen >= limits["run_frozen"]:
         return "FROZEN"
-    return _classify(kept, run["error"], limits)
+    verdict = _classify(kept, run["error"], limits)
+    if verdict == "OVERSHOOTS":
+        return verdict
+    if QUANTILE * sums.error >= OPEN:
+        return "UNCERTAIN"
+    return "NEEDS_REMEDY" if sums.behind > limits["left_behind"] else verdict
 
 
 def judge_layer(layer: Row, limits: Mapping[str, float]) -> str:
@@ -396,8 +435,8 @@ def judge_layer(layer: Row, limits: Mapping[str, float]) -> str:
     """
     if layer["nonfinite"] > 0:
         return "BREAKS"
-    if is_said(layer, limits["frozen"], limits["frozen_kept"]):
-        return "FROZEN"
+    if _stands_still(layer, limits["frozen"], limits["frozen_kept"]):
+        return "UNCERTAIN" if layer["family"] == "stochastic" else "FROZEN"
     return _classify(layer["kept"], layer["error"], limits)
 
 
@@ -409,14 +448,35 @@ def _classify(kept: float, error: float, limits: Mapping[str, float]) -> str:
     return "WATCH" if kept >= limits["needs_remedy"] else "NEEDS_REMEDY"
 
 
-def find_standing(layers: Iterable[Row], limits: Mapping[str, float]) -> dict[Any, float]:
-    """Return for each run the share of its weights in layers that are said to be frozen."""
-    sizes: dict[Any, list[float]] = {}
+def add_layers(layers: Iterable[Row], limits: Mapping[str, float]) -> dict[Any, LayerSums]:
+    """Return what its layers add to the verdict on a run, by `identify_view`.
+
+    Args:
+        layers: Rows of layers.
+        limits: The thresholds.
+    """
+    by_run: dict[Any, list[Row]] = {}
     for layer in layers:
-        own = sizes.setdefault(identify(layer), [0.0, 0.0])
-        own[0] += layer["elements"]
-        own[1] += layer["elements"] * (judge_layer(layer, limits) == "FROZEN")
-    return {key: frozen / size for key, (size, frozen) in sizes.items()}
+        by_run.setdefault(identify_view(layer), []).append(layer)
+    return {key: _add_layers(own, limits) for key, own in by_run.items()}
+
+
+def _add_layers(layers: Sequence[Row], limits: Mapping[str, float]) -> LayerSums:
+    size = sum(layer["elements"] for layer in layers)
+    frozen = sum(x["elements"] for x in layers if judge_layer(x, limits) == "FROZEN")
+    behind = sum(
+        layer["elements"]
+        for layer in layers
+        if layer["kept"] < limits["frozen_kept"] and layer["fp32_moved"] > TRULY_MOVED
+    )
+    known = [layer for layer in layers if math.isfinite(layer["energy"] * layer["kept"])]
+    energy = sum(layer["energy"] for layer in known)
+    # An error that cannot be trusted counts as 1.
+    errors = [
+        layer["energy"] * (1.0 if math.isnan(layer["kept_error"]) else layer["kept_error"])
+        for layer in known
+    ]
+    return LayerSums(frozen / size, behind / size, math.hypot(*errors) / energy if energy else 0.0)
 
 
 def find_run_outcomes(
@@ -429,11 +489,11 @@ def find_run_outcomes(
         layers: Rows of layers.
         limits: The thresholds.
     """
-    standing = find_standing(layers, limits)
+    sums = add_layers(layers, limits)
     sorted_runs: dict[str, dict[str, list[Row]]] = {}
     for run in runs:
         if run["family"] not in ("control", "average") and not math.isnan(run["kept"]):
-            verdict = judge(run, standing.get(identify(run), 0.0), limits)
+            verdict = judge(run, sums.get(identify_view(run), LayerSums()), limits)
             sorted_runs.setdefault(find_family(run), {}).setdefault(verdict, []).append(run)
     return {
         family: {verdict: _describe(by[verdict]) for verdict in VERDICTS if verdict in by}
@@ -514,7 +574,7 @@ def calibrate(
 
 
 def as_text(calibration: Mapping[str, Any]) -> str:
-    return json.dumps(calibration, indent=1) + "\n"
+    return json.dumps(calibration, indent=1, ensure_ascii=False) + "\n"
 
 
 def main() -> None:

@@ -24,7 +24,9 @@ from benchmarks.calibration.calibrate import (
     FOLDER,
     MUCH,
     VERDICTS,
+    LayerSums,
     Row,
+    add_layers,
     add_now,
     calibrate,
     count_lost,
@@ -33,8 +35,7 @@ from benchmarks.calibration.calibrate import (
     find_quantiles,
     find_ratio,
     find_ratio_beyond_chance,
-    find_standing,
-    identify,
+    identify_view,
     is_frozen,
     is_said,
     judge,
@@ -127,11 +128,11 @@ def print_verdicts(part: Part, limits: Mapping[str, float]) -> None:
         part: The runs.
         limits: The thresholds.
     """
-    standing = find_standing(part.layers, limits)
+    sums = add_layers([*part.layers, *add_now(part.layers)], limits)
     by: dict[tuple[str, str], list[Row]] = {}
     for run in [*part.runs, *add_now(part.runs)]:
         if run["family"] not in ("control", "average") and not math.isnan(run["kept"]):
-            verdict = judge(run, standing.get(identify(run), 0.0), limits)
+            verdict = judge(run, sums.get(identify_view(run), LayerSums()), limits)
             by.setdefault((find_family(run), verdict), []).append(run)
     families = dict.fromkeys(family for family, _ in by)
     rows = []
@@ -332,9 +333,9 @@ def print_bounds(part: Part, limits: Mapping[str, float]) -> None:
         part: The held-out runs.
         limits: The thresholds.
     """
-    standing = find_standing(part.layers, limits)
+    sums = add_layers([*part.layers, *add_now(part.layers)], limits)
     judged = [
-        (run, judge(run, standing.get(identify(run), 0.0), limits))
+        (run, judge(run, sums.get(identify_view(run), LayerSums()), limits))
         for run in part.runs
         if run["family"] not in ("control", "average") and not math.isnan(run["kept"])
     ]

@@ -21,7 +21,7 @@ def assessment(layers: tuple[str, ...] = LAYERS) -> Assessment:
 
 
 def make_run(recipe: str, frozen: tuple[str, ...]) -> RunAdvice:
-    numbers = (0.25, (0.0, 0.5), 0.0, 0.75, frozen, 0.5, 3)
+    numbers = (0.25, (0.0, 0.5), 0.0, 0.75, frozen, 0.5, 0.0, 3)
     outcome = Outcome(2, 1)
     verdict = Verdict.NEEDS_REMEDY
     return RunAdvice(recipe, verdict, *numbers, outcome, "Use *Kahan*.", has_twin=True)

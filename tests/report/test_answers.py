@@ -32,6 +32,7 @@ def make_run(recipe: str, verdict: Verdict, kept: float = 0.5, **fields: Any) ->
         "frozen_frac": 0.0,
         "frozen": (),
         "frozen_share": 0.0,
+        "behind_share": 0.0,
         "layers": 3,
         "outcome": Outcome(66, 8),
         "to_do": USE,

@@ -37,6 +37,8 @@ class Thresholds:
         moved: Least movement in float32 of a frozen layer, as a share of the size of its weights.
         stuck_loss: Least loss of progress_kept since a layer stands still, for “stuck”.
         run_frozen: Least share of the weights in layers that stand still, of a frozen run.
+        left_behind: Largest share of the weights in layers that keep less than half of their
+            progress, of a run that is fine or “watch”.
     """
 
     stores_fine: float
@@ -48,6 +50,7 @@ class Thresholds:
     moved: float
     stuck_loss: float
     run_frozen: float
+    left_behind: float
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ formats.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from altgrad.measurement.catalogue import NOW
 from altgrad.quantization.block_formats import get_formats
@@ -27,6 +28,7 @@ FAMILIES = {
 }
 """The real runs of each family, in words."""
 _FEW_BITS = 8
+_FULL = ("float32", "float64")
 _LIBRARIES = {
     "make_torchao_sr": "stochastic",
     "make_optimi_kahan": "kahan",
@@ -37,19 +39,29 @@ _LIBRARIES = {
 """Families of the recipes of other libraries, by the function that makes the optimizer."""
 
 
+def as_recipe(storage: RecipeInfo) -> RecipeInfo:
+    """Return how a run stores its weights, as a run file has it, in the form of a recipe.
+
+    A recipe names a dtype or an optimizer only where it differs from the run's usual ones.
+    """
+    dtype = None if storage.dtype in _FULL else storage.dtype
+    return replace(storage, dtype=dtype, optimizer=None)
+
+
 def find_family(name: str, recipe: RecipeInfo | None, dtypes: Collection[str] = ()) -> str | None:
     """Return the family of a recipe, a key of `FAMILIES`.
 
     Args:
         name: Name of the recipe. Without a description it is that of a number format in which
             weights are rounded to nearest.
-        recipe: The recipe's description in the run file; None if it has none.
+        recipe: The recipe's description in the run file; None if it has none. For ``now``, it is
+            that of `as_recipe`.
         dtypes: Names of the dtypes of the run's layers, such as ``"bfloat16"``, for ``now``.
 
     Returns:
         The family; None if no real run was done with such a recipe.
     """
-    if name == NOW:
+    if name == NOW and (recipe is None or _is_plain(recipe)):
         return "now" if "bfloat16" in dtypes and "float16" not in dtypes else None
     if recipe is None:
         return _sort_by_bits(name)
@@ -66,6 +78,12 @@ def find_family(name: str, recipe: RecipeInfo | None, dtypes: Collection[str] = 
     if recipe.weights is None:
         return "states" if recipe.states else None
     return _sort_by_bits(recipe.weights)
+
+
+def _is_plain(recipe: RecipeInfo) -> bool:
+    """Return True if all tensors have one dtype, and weights are rounded to nearest."""
+    is_changed = recipe.weights or recipe.states or recipe.compensation
+    return recipe.rounding == "nearest_even" and not is_changed
 
 
 def _sort_by_bits(format: str) -> str | None:

@@ -3,7 +3,7 @@
 Each layer has a tally for each recipe, and one for each number format that no recipe of its name
 stores. `judge_run` judges a run that was read from its file.
 
-Read `run_rules` first; `run_report` comes next.
+Read `remedies` first; `run_report` comes next.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from altgrad._messages import format_percent
 from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.intervals import find_interval
 from altgrad.report.judging.calibration import calibration
-from altgrad.report.judging.families import find_family
-from altgrad.report.judging.run_rules import LayerShare, add_remedies, find_format, judge_recipe
+from altgrad.report.judging.families import as_recipe, find_family
+from altgrad.report.judging.remedies import add_remedies, find_format
+from altgrad.report.judging.run_rules import LayerShare, judge_recipe
 from altgrad.report.judging.step_rules import describe_range, judge_range, judge_steps
 from altgrad.report.judging.summaries import summarize
 from altgrad.report.judging.tallies import (
+    FROZEN,
     KEPT,
     MOVED,
     PROGRESS,
@@ -52,6 +54,7 @@ class Judge:
         layers: Observed layers, by name. The size of a layer says how much it counts in the run; a
             layer that is missing counts as one element.
         recipes: Recipes with twins, by name.
+        now: How the run itself is stored; None if unknown.
     """
 
     def __init__(
@@ -59,10 +62,12 @@ class Judge:
         formats: Mapping[str, FormatInfo],
         layers: Mapping[str, LayerInfo] | None = None,
         recipes: Mapping[str, RecipeInfo] | None = None,
+        now: RecipeInfo | None = None,
     ) -> None:
         self._formats = formats
         self._layers = dict(layers or {})
-        self._recipes = dict(recipes or {})
+        # The run itself, "now", is one of the recipes, and comes first.
+        self._recipes = ({} if now is None else {NOW: as_recipe(now)}) | dict(recipes or {})
         self._twins: dict[str, dict[str, TwinTally]] = {}
         self._steps: dict[str, dict[str, StepTally]] = {}
 
@@ -90,7 +95,7 @@ class Judge:
                 underflow_frac and saturated_frac it is estimated, if the layer's sample is known.
         """
         twins, steps = self._twins.setdefault(layer, {}), self._steps.setdefault(layer, {})
-        for name in (NOW, *self._recipes):
+        for name in dict.fromkeys((NOW, *self._recipes)):
             if f"{PROGRESS}/{name}" in figures:
                 twins.setdefault(name, TwinTally(name)).add_step(step, figures, errors)
         for name in self._formats:
@@ -102,6 +107,8 @@ class Judge:
         families = self._find_families()
         layers = {name: self._judge_layer(name, families) for name in self._twins}
         shares = {name: [own[name] for own in layers.values() if name in own] for name in families}
+        if shares[NOW]:
+            shares[NOW] += self._count_untouched(layers)
         runs = {
             name: judge_recipe(name, families[name], own) for name, own in shares.items() if own
         }
@@ -134,13 +141,28 @@ class Judge:
                 found[name] = LayerShare(advice, size, steps_tally.update_rms)
         return found
 
+    def _count_untouched(self, layers: Mapping[str, Mapping[str, LayerShare]]) -> list[LayerShare]:
+        """Return how much the layers count that the run stores in float32, so that none is lost."""
+        figures, errors = {PROGRESS: 1.0, FROZEN: 0.0}, {PROGRESS: 0.0}
+        untouched = []
+        for layer, twins in self._twins.items():
+            if twins and NOW not in twins:
+                advice = Advice(layer, NOW, Verdict.STORES_FINE, figures, errors, "")
+                size = next(iter(layers[layer].values())).size
+                tally = next(iter(twins.values()))
+                moved, weights = tally.figure(MOVED), tally.weight_rms
+                untouched.append(LayerShare(advice, size, moved, weights, 0.0))
+        return untouched
+
     def _judge_twin(self, layer: str, name: str, tally: TwinTally, family: str | None) -> Advice:
         range_reason = self._explain_range(layer, self._recipes.get(name))
-        verdict, reason = judge_twin(tally, range_reason)
+        verdict, reason = judge_twin(tally, range_reason, by_chance=family == "stochastic")
         if verdict is Verdict.FROZEN and (doubt := self._doubt_sample(layer, name)):
             verdict, reason = Verdict.UNCERTAIN, f"{reason}, but {doubt}"
         evidence = calibration().describe_layers(family, verdict.name)
-        if name != NOW:
+        if tally.nonfinite == 1 and verdict not in (Verdict.BREAKS, Verdict.NOT_JUDGED):
+            reason = f"all elements became NaN or inf; until step {tally.step:,}, {reason}"
+        elif name != NOW:
             reason = _mention_nonfinite(tally.nonfinite, verdict, reason)
         figures, errors = tally.figures, tally.errors
         return Advice(layer, name, verdict, figures, errors, reason, evidence, tally.nonfinite)
@@ -291,7 +313,7 @@ def judge_run(run: Run) -> Assessment:
     Returns:
         A verdict on the run for each recipe, and one, with its reason, on each layer.
     """
-    judge = Judge(run.formats, run.layers, run.recipes)
+    judge = Judge(run.formats, run.layers, run.recipes, run.now)
     for row in run.rows:
         if row.layer is not None:
             judge.add(row.step, row.layer, row.figures, row.errors)

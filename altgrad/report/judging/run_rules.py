@@ -4,17 +4,16 @@ A *recipe* says how weights and optimizer states are stored. The share of the pr
 would keep is that of all layers together. A layer counts with its energy, the square of the way
 that float32 moved it, over all of its elements: a sample stands for its whole layer.
 
-Read `twin_rules` and `families` first; `judge` comes next.
+Read `twin_rules` and `families` first; `remedies` comes next.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from altgrad.report.judging.calibration import calibration
-from altgrad.report.judging.families import find_family
 from altgrad.report.judging.tallies import FROZEN
 from altgrad.report.judging.twin_rules import classify
 from altgrad.report.judging.verdicts import (
@@ -25,13 +24,12 @@ from altgrad.report.judging.verdicts import (
     RunAdvice,
     Verdict,
 )
-from altgrad.report.records.schema import RecipeInfo
 
 _LIMITS = calibration().thresholds
-_FEW_WEIGHTS = 0.05
-"""Largest share of the weights that can stay in float32 at a small price."""
 _STANDING = (Verdict.FROZEN, Verdict.STUCK)
-_FAR_STATE = 1.5
+_OPEN = 0.5
+"""Half of the width of an interval of 80 % that leaves open what a run keeps."""
+_QUANTILE = 1.2816  # of 90 % of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,12 @@ class LayerShare:
     def energy(self) -> float:
         return self.size * self.moved * self.moved
 
+    @property
+    def is_left_behind(self) -> bool:
+        """True if float32 moved the layer and less than half of that is kept."""
+        is_still = self.moved <= _LIMITS.moved * self.weights  # False if one is unknown
+        return self.advice.kept < _LIMITS.frozen_kept and not is_still
+
 
 def judge_recipe(name: str, family: str | None, layers: Sequence[LayerShare]) -> RunAdvice:
     """Return the verdict of a recipe on a whole run, without what to do.
@@ -68,48 +72,70 @@ def judge_recipe(name: str, family: str | None, layers: Sequence[LayerShare]) ->
     has_twin = any(layer.advice.has_twin for layer in layers)
     # Movements since the start are not comparable with those of single steps.
     kept, error = _join_kept([each for each in layers if each.advice.has_twin == has_twin])
-    weight_error = _join_weight_errors(layers)
-    size = math.fsum(layer.size for layer in layers)
     standing = [layer for layer in layers if layer.advice.verdict in _STANDING]
-    share = math.fsum(layer.size for layer in standing) / size if size else math.nan
-    verdicts = [layer.advice.verdict for layer in layers]
-    verdict = _find_verdict(kept, weight_error, share, verdicts, has_twin=has_twin)
-    return RunAdvice(
+    behind = [layer for layer in layers if layer.is_left_behind]
+    advice = RunAdvice(
         name,
-        verdict,
+        Verdict.NOT_JUDGED,
         kept,
         find_kept_interval(kept, error, has_twin=has_twin),
-        weight_error,
-        _average(layers, FROZEN),
+        _join_weight_errors(layers),
+        join_shares(layers, FROZEN),
         [layer.advice.layer for layer in standing],
-        share,
+        _find_share(standing, layers),
+        _find_share(behind, layers),
         len(layers),
-        calibration().count_runs(family, verdict.name),
+        None,
         "",
         has_twin,
     )
+    verdict = _find_verdict(advice, [layer.advice.verdict for layer in layers], error)
+    outcome = calibration().count_runs(family, verdict.name)
+    return advice._replace(verdict=verdict, outcome=outcome)
 
 
-def _find_verdict(
-    kept: float,
-    weight_error: float,
-    standing: float,
-    layers: Sequence[Verdict],
-    *,
-    has_twin: bool,
-) -> Verdict:
+def _find_share(own: Sequence[LayerShare], layers: Sequence[LayerShare]) -> float:
+    """Return the share of the weights of all layers that some of them have."""
+    size = math.fsum(layer.size for layer in layers)
+    return math.fsum(layer.size for layer in own) / size if size else math.nan
+
+
+def _find_verdict(run: RunAdvice, layers: Sequence[Verdict], error: float) -> Verdict:
+    """Return the verdict on a run by the first rule that applies.
+
+    Args:
+        run: Figures of the run.
+        layers: The verdicts on its layers.
+        error: Standard error of the share of the progress kept.
+    """
     if Verdict.BREAKS in layers:
         return Verdict.BREAKS
-    if math.isnan(kept):
-        return Verdict.FROZEN if standing >= _LIMITS.run_frozen else Verdict.NOT_JUDGED
-    if kept < _LIMITS.frozen_kept and standing >= _LIMITS.run_frozen:
+    if math.isnan(run.kept):
+        return _judge_by_standing(run.frozen_share)
+    if run.kept < _LIMITS.frozen_kept and run.frozen_share >= _LIMITS.run_frozen:
         return Verdict.FROZEN
-    if not has_twin:
-        limits = calibration().step_thresholds
-        if kept >= limits.stores_fine:
-            return Verdict.STORES_FINE
-        return Verdict.WATCH if kept >= limits.needs_remedy else Verdict.NEEDS_REMEDY
-    return classify(kept, weight_error)
+    verdict = classify(run.kept, run.weight_error) if run.has_twin else _judge_steps(run.kept)
+    if verdict is Verdict.OVERSHOOTS:
+        return verdict
+    if _QUANTILE * error >= _OPEN:
+        return Verdict.UNCERTAIN
+    # A layer that moves far may hide that the rest keeps nothing.
+    return Verdict.NEEDS_REMEDY if run.behind_share > _LIMITS.left_behind else verdict
+
+
+def _judge_by_standing(share: float) -> Verdict:
+    """Judge a run of which nothing is known but the share of its weights that stands still."""
+    if not share > 0:
+        return Verdict.NOT_JUDGED
+    return Verdict.FROZEN if share >= _LIMITS.run_frozen else Verdict.NEEDS_REMEDY
+
+
+def _judge_steps(kept: float) -> Verdict:
+    """Return the verdict that follows from the share of single updates that is kept."""
+    limits = calibration().step_thresholds
+    if kept >= limits.stores_fine:
+        return Verdict.STORES_FINE
+    return Verdict.WATCH if kept >= limits.needs_remedy else Verdict.NEEDS_REMEDY
 
 
 def _join_kept(layers: Sequence[LayerShare]) -> tuple[float, float]:
@@ -118,12 +144,15 @@ def _join_kept(layers: Sequence[LayerShare]) -> tuple[float, float]:
     The error is that of what each layer keeps. What a sample leaves open of how far a layer moved
     is not known here; it adds to the error where layers keep very different shares.
     """
-    known = [each for each in layers if math.isfinite(each.energy * each.advice.kept)]
-    energy = sum(layer.energy for layer in known)  # inf where fsum would raise an error
-    if not energy > 0:
+    weighted = [(each.energy, each.advice) for each in layers]
+    if all(math.isnan(energy) for energy, _ in weighted):  # in checkpoints of version 0.1.0
+        weighted = [(each.size, each.advice) for each in layers]
+    known = [(energy, each) for energy, each in weighted if math.isfinite(energy * each.kept)]
+    total = sum(energy for energy, _ in known)  # inf where fsum would raise an error
+    if not total > 0:
         return math.nan, math.nan
-    kept = sum(layer.energy * layer.advice.kept for layer in known) / energy
-    return kept, math.hypot(*(each.energy * _find_error(each.advice) for each in known)) / energy
+    kept = sum(energy * each.kept for energy, each in known) / total
+    return kept, math.hypot(*(energy * _find_error(each) for energy, each in known)) / total
 
 
 def _join_weight_errors(layers: Sequence[LayerShare]) -> float:
@@ -144,8 +173,16 @@ def _find_error(advice: Advice) -> float:
     return 1.0 if math.isnan(error) else error
 
 
-def _average(layers: Sequence[LayerShare], metric: str) -> float:
-    """Return the mean of a share over layers, each weighted by its number of elements."""
+def join_shares(layers: Sequence[LayerShare], metric: str) -> float:
+    """Return the mean of a share over layers, each weighted by its number of elements.
+
+    Args:
+        layers: The layers.
+        metric: Metric of the share; layers without a value are left out.
+
+    Returns:
+        The mean; NaN if no layer has a value.
+    """
     known = [
         (layer.size, value)
         for layer in layers
@@ -170,122 +207,5 @@ def find_kept_interval(kept: float, error: float, *, has_twin: bool) -> Interval
     if math.isnan(kept):
         return math.nan, math.nan
     low, high = calibration().find_offsets(kept) if has_twin else (0.0, 0.0)
-    half = 1.2816 * error  # the quantile of 90 % of the normal distribution
+    half = _QUANTILE * error
     return kept + low - half, kept + high + half
-
-
-# --- what to do
-
-
-def add_remedies(
-    runs: Mapping[str, RunAdvice],
-    recipes: Mapping[str, RecipeInfo],
-    layers: Mapping[str, Sequence[LayerShare]],
-) -> dict[str, RunAdvice]:
-    """Return the verdicts on a run, each with a sentence on what to do.
-
-    Args:
-        runs: Verdicts on the run, by recipe.
-        recipes: Descriptions of the recipes, by name.
-        layers: For each recipe, the layers that it was judged for.
-
-    Returns:
-        The same verdicts, by recipe, with the attribute `RunAdvice.to_do`.
-    """
-    return {
-        name: advice._replace(to_do=_find_remedy(advice, runs, recipes, layers))
-        for name, advice in runs.items()
-    }
-
-
-def _find_remedy(
-    advice: RunAdvice,
-    runs: Mapping[str, RunAdvice],
-    recipes: Mapping[str, RecipeInfo],
-    layers: Mapping[str, Sequence[LayerShare]],
-) -> str:
-    verdict, recipe = advice.verdict, recipes.get(advice.recipe)
-    if verdict is Verdict.NOT_JUDGED:
-        return ""
-    if verdict is Verdict.BREAKS:
-        return _avoid_breaking(recipe)
-    is_nearly_fine = verdict in (Verdict.STORES_FINE, Verdict.WATCH)
-    tried = [runs[name] for name in _list_remedies(advice.recipe, recipes) if name in runs]
-    better = [each for each in tried if each.verdict is Verdict.STORES_FINE]
-    best = min(better, key=lambda each: abs(each.kept - 1), default=None)
-    if is_nearly_fine and advice.frozen and advice.frozen_share <= _FEW_WEIGHTS:
-        keep = f"Keep {'it' if len(advice.frozen) == 1 else 'those'} in float32"
-        return f"{keep}." if best is None else f"{keep}, or use {_name_remedy(best, layers)}."
-    if verdict is Verdict.STORES_FINE and not advice.frozen:
-        return "Nothing is lost that matters."
-    is_by_states = verdict is Verdict.OVERSHOOTS and _has_small_states(recipe)
-    if is_by_states or find_family(advice.recipe, recipe) == "states":
-        states = [state for state in (recipe.states if recipe else {}) if state != "*"]
-        return f"Store {' and '.join(states) or 'the optimizer states'} in more bits."
-    if best is None and not is_nearly_fine:
-        watched = [each for each in tried if each.verdict is Verdict.WATCH]
-        best = min(watched, key=lambda each: abs(each.kept - 1), default=None)
-    if best is None:
-        return _propose_remedies(runs, find_format(recipe) if recipe else None)
-    return f"Use {_name_remedy(best, layers)}."
-
-
-def _name_remedy(advice: RunAdvice, layers: Mapping[str, Sequence[LayerShare]]) -> str:
-    """Return the name of a remedy with what it keeps and what it costs."""
-    word = " (watch)" if advice.verdict is Verdict.WATCH else ""
-    cost = _name_cost(layers[advice.recipe])
-    return f"{advice.recipe}, which keeps {advice.kept:.3g}{word}{cost}"
-
-
-def _has_small_states(recipe: RecipeInfo | None) -> bool:
-    """Return True unless a recipe keeps the optimizer states in float32.
-
-    The states of ``now``, the run itself, are unknown: True.
-    """
-    return recipe is None or bool(recipe.states or recipe.dtype or recipe.optimizer)
-
-
-def _avoid_breaking(recipe: RecipeInfo | None) -> str:
-    if recipe is None or recipe.dtype == "float16":
-        return "Use bf16 in place of fp16, or keep the optimizer states in float32."
-    if _has_small_states(recipe):
-        return "Keep the optimizer states in float32."
-    return "Use a format with larger numbers."
-
-
-def _propose_remedies(runs: Mapping[str, RunAdvice], format: str | None) -> str:
-    """Return a sentence on remedies in a format, bf16 if None, that the run has not tried."""
-    untried = [name for end in ("sr", "kahan") if (name := f"{format or 'bf16'}-{end}") not in runs]
-    if not untried:
-        return "No remedy that was tried stores it fine: keep the weights in float32."
-    recipes, remedies = (
-        ("recipes", "these remedies") if len(untried) > 1 else ("recipe", "this remedy")
-    )
-    return f"Add the {recipes} {' and '.join(untried)} to see what {remedies} would keep."
-
-
-def _list_remedies(name: str, recipes: Mapping[str, RecipeInfo]) -> list[str]:
-    """Return the names of the recipes that round stochastically or keep rounding errors.
-
-    If some have the format of the recipe `name`, only these are returned.
-    """
-    remedies = [
-        other
-        for other, info in recipes.items()
-        if find_family(other, info) in ("stochastic", "kahan")
-    ]
-    format = find_format(recipes[name]) if name in recipes else None
-    return [other for other in remedies if recipes[other].weights == (format or "bf16")] or remedies
-
-
-def find_format(recipe: RecipeInfo) -> str | None:
-    """Return the name of the format in which a recipe stores weights; None for float32."""
-    return recipe.weights or {"bfloat16": "bf16", "float16": "fp16"}.get(recipe.dtype or "")
-
-
-def _name_cost(layers: Sequence[LayerShare]) -> str:
-    """Return a phrase on a second moment that a remedy leaves too high; empty without one."""
-    ratio = _average(layers, "exp_avg_sq_ratio")
-    if not ratio >= _FAR_STATE:
-        return ""
-    return f", but leaves exp_avg_sq at {ratio:.2g} times that of float32"

@@ -56,6 +56,8 @@ def write_word(advice: RunAdvice) -> str:
     if advice.recipe != NOW:
         return verdict.short
     is_loss = verdict in (Verdict.WATCH, Verdict.NEEDS_REMEDY)
+    if is_loss and math.isnan(advice.kept):
+        return "partly frozen now"
     if is_loss and advice.kept < _LIMITS.stores_fine:
         return f"loses {1 - advice.kept:.2g} now"
     return f"{verdict.short} now"
@@ -75,6 +77,9 @@ def _write_progress(advice: RunAdvice) -> str:
     text = f"{write_kept(advice)} of the {basis}"
     if advice.weight_error > _LIMITS.weight_error and advice.kept >= _LIMITS.stores_fine:
         text += f", and weights are off by {advice.weight_error:.2g} of their size"
+    if advice.behind_share > _LIMITS.left_behind and advice.kept >= _LIMITS.needs_remedy:
+        behind = format_percent(advice.behind_share)
+        text += f", but layers with {behind} of the weights keep less than half of theirs"
     return f"{text}; {advice.evidence}." if advice.evidence else f"{text}."
 
 

@@ -61,7 +61,8 @@ class TwinTally:
 
     Attributes:
         recipe: The `recipe` argument.
-        step: Number of the last observed step.
+        step: Number of the observed step that has the figures: the last one, or the last one before
+            the run became NaN or inf.
         broken: Largest share of the sample that was NaN or inf by the recipe: in observed steps in
             which the run itself was finite, or any share of ``now``, the run itself.
         nonfinite: Largest share of the layer that was NaN or inf in the run itself.
@@ -93,9 +94,13 @@ class TwinTally:
             errors: Standard errors by the same keys; a missing one is unknown.
         """
         self._add_window(figures.get(f"{STILL}/{self.recipe}", math.nan))
-        self.step, self._latest, self._errors = step, figures, errors
         is_run = self.recipe == NOW
-        nonfinite, broken = figures.get("nonfinite_frac", 0.0), self.figure(BROKEN)
+        nonfinite = figures.get("nonfinite_frac", 0.0)
+        broken = figures.get(f"{BROKEN}/{self.recipe}", math.nan)
+        # A run that becomes NaN has no figures any more: the last ones before count.
+        is_lost = nonfinite > 0 and math.isnan(figures[f"{PROGRESS}/{self.recipe}"])
+        if not (is_lost and self._latest):
+            self.step, self._latest, self._errors = step, figures, errors
         # Of a number and NaN, in this order, max returns the number.
         if is_run or not nonfinite > 0:
             self.broken = max(self.broken, broken)

@@ -27,17 +27,22 @@ from altgrad.report.judging.verdicts import PROGRESS, Interval, Verdict
 _LIMITS = calibration().thresholds
 _FEWEST_STILL = 2
 """Fewest observed steps in which a layer stands still, for the verdict “stuck”."""
+_BY_CHANCE = "stochastic rounding moves a weight by chance: more steps, or more elements, will tell"
 _FAR_RATIO = 1.25
 """Ratio of a state to float32 that a reason mentions; a larger or inverse one, too."""
 
 
-def judge_twin(tally: TwinTally, range_reason: str = "") -> tuple[Verdict, str]:
+def judge_twin(
+    tally: TwinTally, range_reason: str = "", *, by_chance: bool = False
+) -> tuple[Verdict, str]:
     """Return the verdict on a layer in a recipe, and its reason.
 
     Args:
         tally: Summary of the twin's figures.
         range_reason: Phrase on the weights that are out of the range of the recipe's format, if
             these are too many and a scale would help; otherwise empty.
+        by_chance: True if the recipe rounds stochastically. Then no layer is frozen or stuck: a
+            weight that has not moved may move in the next step.
 
     Returns:
         The verdict, and its reason in one sentence.
@@ -53,12 +58,14 @@ def judge_twin(tally: TwinTally, range_reason: str = "") -> tuple[Verdict, str]:
     never = "have never moved" if tally.recipe == NOW else "would never have moved"
     share = f"{write_percent(frozen, intervals[FROZEN])} of the weights that float32 moved {never}"
     if reaches(frozen, intervals[FROZEN], _LIMITS.frozen) and kept < _LIMITS.frozen_kept:
+        if by_chance:
+            return Verdict.UNCERTAIN, f"{share}, but {_BY_CHANCE}"
         if has_moved(tally):
             return Verdict.FROZEN, share
         return Verdict.NEEDS_REMEDY, (
             f"{share}, but float32 moved them by less than {_LIMITS.moved:.1%} of their size so far"
         )
-    if is_stuck(tally):
+    if is_stuck(tally) and not by_chance:
         return Verdict.STUCK, (
             f"stuck since step {tally.still_since:,}: since then nearly no weight moved, and "
             f"{progress}, {tally.kept_before:.3g} at that step"

@@ -137,6 +137,8 @@ class RunAdvice(NamedTuple):
             the layers, each weighted by its number of elements.
         frozen: Names of the layers with the verdicts frozen and stuck.
         frozen_share: Share of the judged weights that these layers have.
+        behind_share: Share of the judged weights in layers of which less than half of the progress
+            is kept, and that float32 moved. A layer that moves far can hide these in `kept`.
         layers: Number of judged layers.
         outcome: What became of real runs of the recipe's family that had this verdict; None if no
             such run was done.
@@ -152,6 +154,7 @@ class RunAdvice(NamedTuple):
     frozen_frac: float
     frozen: Sequence[str]
     frozen_share: float
+    behind_share: float
     layers: int
     outcome: Outcome | None
     to_do: str

@@ -207,7 +207,11 @@ VERDICT = Fields(
         "to_do": _SENTENCE,
         "has_twin": Flag(),
     },
-    {"tested_runs": (Whole(0, LARGEST), 0), "lost_runs": (Whole(0, LARGEST), 0)},
+    {
+        "behind_share": (Figure(0, 1), math.nan),
+        "tested_runs": (Whole(0, LARGEST), 0),
+        "lost_runs": (Whole(0, LARGEST), 0),
+    },
 )
 
 VERDICTS_LINE = Fields({"step": _STEP, "verdicts": Table(VERDICT, _MOST_RECIPES + _MOST_FORMATS)})

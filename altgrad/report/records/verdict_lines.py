@@ -35,6 +35,7 @@ def _convert(advice: RunAdvice) -> dict[str, Any]:
         "evidence": advice.evidence,
         "to_do": advice.to_do,
         "has_twin": advice.has_twin,
+        "behind_share": number_as_json(advice.behind_share),
         "tested_runs": advice.outcome.runs if advice.outcome else 0,
         "lost_runs": advice.outcome.lost if advice.outcome else 0,
     }

@@ -21,12 +21,13 @@ from benchmarks.calibration import configs, runs, tasks, ways
 from benchmarks.calibration.calibrate import (
     FOLDER,
     PARTS,
+    LayerSums,
     Row,
+    add_layers,
     as_text,
     calibrate,
     find_lost,
-    find_standing,
-    identify,
+    identify_view,
     judge,
     judge_layer,
     read_part,
@@ -75,12 +76,13 @@ def test_altgrad_judges_layers_as_the_script_does(parts, part: str) -> None:
     known = [row for row in parts[part][1] if not math.isnan(row["kept"] + row["fp32_moved"])]
     assert len(known) > 1000
     for row in known[::7]:
-        verdict, _ = judge_twin(make_tally(row))
+        by_chance = row["family"] == "stochastic"
+        verdict, _ = judge_twin(make_tally(row), by_chance=by_chance)
         assert verdict.name == judge_layer(row, limits), row
 
 
-def make_tally(row: Row) -> TwinTally:
-    """Make the tally of a layer whose weights have the size 1, with exact figures."""
+def make_tally(row: Row, **errors: float) -> TwinTally:
+    """Make the tally of a layer whose weights have the size 1; other figures are exact."""
     tally = TwinTally("recipe")
     figures = {
         "progress_kept": row["kept"],
@@ -91,7 +93,8 @@ def make_tally(row: Row) -> TwinTally:
         "twin_nonfinite_frac": row.get("nonfinite", 0.0),
     }
     exact = {f"{metric}/recipe": value for metric, value in figures.items()}
-    tally.add_step(0, exact | {"weight_rms": 1.0}, dict.fromkeys(exact, 0.0))
+    stated = {f"{metric}/recipe": error for metric, error in errors.items()}
+    tally.add_step(0, exact | {"weight_rms": 1.0}, dict.fromkeys(exact, 0.0) | stated)
     return tally
 
 
@@ -100,14 +103,15 @@ def test_altgrad_judges_runs_as_the_script_does(parts, part: str) -> None:
     """A layer stands for those of a run that freeze, another one for the rest."""
     limits = dataclasses.asdict(calibration().thresholds)
     run_rows, layers = parts[part]
-    standing = find_standing(layers, limits)
+    sums = add_layers(layers, limits)
     known = [row for row in run_rows if not math.isnan(row["kept"] + row["fp32_moved"])]
     assert len(known) > 400
     for row in known:
         if any(math.isclose(row["kept"], limit) for limit in limits.values()):
             continue  # a sum of shares may end on the other side of it
-        share = standing[identify(row)]
-        tally = make_tally(row)
+        share, _, error = sums[identify_view(row)]
+        each = error / math.hypot(1 - share, share)
+        tally = make_tally(row, progress_kept=each)
         verdict = Verdict.BREAKS if row["nonfinite"] > 0 else Verdict.NEEDS_REMEDY
         rest = make_advice(verdict, tally)
         frozen = make_advice(Verdict.FROZEN, tally)
@@ -119,7 +123,19 @@ def test_altgrad_judges_runs_as_the_script_does(parts, part: str) -> None:
                 LayerShare(frozen, share, row["fp32_moved"], 1.0, row["error"]),
             ],
         )
-        assert advice.verdict.name == judge(row, share, limits), row
+        assert advice.verdict.name == judge(row, sums[identify_view(row)], limits), row
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_no_run_that_was_fine_left_many_weights_behind(parts, part: str) -> None:
+    """As the rule of left_behind says."""
+    limits = dataclasses.asdict(calibration().thresholds)
+    sums = add_layers(parts[part][1], limits)
+    behind = {"STORES_FINE": 0.0, "WATCH": 0.0}
+    for row in parts[part][0]:
+        if (verdict := judge(row, LayerSums(), limits)) in behind:
+            behind[verdict] = max(behind[verdict], sums[identify_view(row)].behind)
+    assert max(behind.values()) <= 0.21 < limits["left_behind"]
 
 
 def make_advice(verdict: Verdict, tally: TwinTally) -> Advice:
@@ -133,14 +149,14 @@ def test_the_counts_of_runs_are_those_of_the_rows(frames) -> None:
     ):
         frame = frames[part]
         lost = ((frame.loss - frame.fp32) / (frame.initial - frame.fp32)).fillna(math.inf)
-        for family in ("true", "stochastic", "kahan", "states"):
+        for family in ("nearest", "true", "stochastic", "kahan", "states"):
             is_own = (frame.family == family) & frame.kept.notna()
-            counts = outcomes[family].values()
-            assert sum(each["runs"] for each in counts) == is_own.sum()
+            names = [name for name in outcomes if name.startswith(family)]
+            counts = [each for name in names for each in outcomes[name].values()]
+            # Of a few runs, all of the calibration, the sample leaves open what they keep.
+            uncertain = is_own.sum() - sum(each["runs"] for each in counts)
+            assert 0 <= uncertain <= (3 if part == "calibration" else 0)
             assert sum(each["lost_10_percent"] for each in counts) == (lost[is_own] > 0.1).sum()
-        is_nearest = (frame.family == "nearest") & frame.kept.notna()
-        both = [each for bits in (8, 16) for each in outcomes[f"nearest-{bits}"].values()]
-        assert sum(each["runs"] for each in both) == is_nearest.sum()
 
 
 def test_a_diverged_run_has_lost_all_progress() -> None:

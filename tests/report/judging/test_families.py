@@ -12,8 +12,9 @@ from altgrad.quantization.block_formats import BLOCK_FORMATS, get_formats
 from altgrad.quantization.formats import FORMATS
 from altgrad.recipes import get_recipes
 from altgrad.recipes.libraries import LIBRARY_RECIPES
-from altgrad.report.judging.families import FAMILIES, find_family
+from altgrad.report.judging.families import FAMILIES, as_recipe, find_family
 from altgrad.report.records.schema import RecipeInfo
+from tests.report.twin_runs import make_recipe
 
 
 def describe(recipe: Recipe) -> RecipeInfo:
@@ -115,3 +116,24 @@ def test_each_family_is_described() -> None:
     recipes = [*get_recipes([*STORED, *TRUE, "bf16-sr", "bf16-kahan"]), *LIBRARY_RECIPES.values()]
     found = {find(recipe) for recipe in recipes} - {None}
     assert {*FAMILIES} == found | {"now"}
+
+
+@pytest.mark.parametrize(
+    ("about", "family"),
+    [
+        ({"dtype": "bfloat16"}, "now"),
+        ({"dtype": "bfloat16", "rounding": "stochastic"}, "stochastic"),
+        ({"dtype": "bfloat16", "compensation": "kahan"}, "kahan"),
+        ({"dtype": "float16"}, None),
+        ({"weights": "bf16"}, "nearest-16"),
+        ({"weights": "e4m3fn"}, "nearest-8"),
+        ({"weights": "e4m3fn", "rounding": "stochastic"}, "stochastic"),
+        ({"states": {"exp_avg_sq": "e5m2"}}, "states"),
+    ],
+)
+def test_the_run_itself_belongs_to_runs_that_are_stored_alike(
+    about: dict[str, Any], family: str | None
+) -> None:
+    """A run file names the optimizer of each run, and the dtype also of those in float32."""
+    stored = make_recipe("now", **{"dtype": "float32", "optimizer": "torch.optim.AdamW"} | about)
+    assert find_family("now", as_recipe(stored), [stored.dtype or ""]) == family

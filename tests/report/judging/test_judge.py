@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -225,6 +226,20 @@ def test_a_layer_that_appears_in_mid_run_counts_by_its_size() -> None:
     assert judge.assessment().runs["bf16"].layers == 2
 
 
+def test_what_a_run_loses_now_counts_beside_layers_in_float32(tmp_path: Path) -> None:
+    """One gain in bf16 that is frozen does not freeze a run of which it is a tenth."""
+    net = make_layers(gain=torch.ones(64), matrix=torch.full((64, 9), 0.5))
+    net["gain"] = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-4)
+    run = record(tmp_path, net, optimizer, 20, formats=["e4m3fn"], recipes=["bf16-sr"])
+    now = judge_run(run).runs["now"]
+    assert (now.frozen, now.layers) == (["gain"], 2)
+    assert now.frozen_share == now.frozen_frac == pytest.approx(0.1)
+    energy = {"gain": 64.0, "matrix": 64.0 * 9}  # all weights move alike
+    assert now.kept == pytest.approx(energy["matrix"] / sum(energy.values()), rel=1e-2)
+    assert now.verdict is not Verdict.FROZEN
+
+
 def test_a_run_file_of_version_0_1_0_is_judged() -> None:
     run = read(replay.RUN_FILE)
     assert not run.recipes
@@ -267,6 +282,30 @@ def test_evidence_on_a_layer_is_that_of_its_family(monkeypatch: pytest.MonkeyPat
 
 
 # --- NaN
+
+
+def test_a_run_that_becomes_nan_is_judged_by_the_steps_before(tmp_path: Path) -> None:
+    def break_all(net: torch.nn.Module, step: int) -> None:
+        push_gradients(net, step)
+        for layer in net.parameters():
+            assert layer.grad is not None
+            layer.grad.fill_(NAN if step >= 20 else 1.0)
+
+    def judge_until(steps: int) -> Assessment:
+        net = make_layers(matrix=torch.full((64,), 0.5))
+        optimizer = torch.optim.AdamW(net.parameters(), 1e-4)
+        folder = tmp_path / str(steps)
+        settings: dict[str, Any] = {"formats": ["bf16"], "recipes": ["bf16", "bf16-kahan"]}
+        return judge_run(record(folder, net, optimizer, steps, prepare=break_all, **settings))
+
+    before, after = judge_until(20), judge_until(40)
+    assert before.runs["bf16"].verdict is Verdict.FROZEN
+    for name, run in before.runs.items():
+        found = after.runs[name]
+        assert (found.verdict, found.kept, found.has_twin) == (run.verdict, run.kept, True)
+    (advice, *_) = after.advice
+    assert advice.reason.startswith("all elements became NaN or inf; until step 19, 100 % of the")
+    assert advice.nonfinite == 1
 
 
 def test_nan_in_the_run_itself_is_held_against_no_recipe(tmp_path: Path) -> None:

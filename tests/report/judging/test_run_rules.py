@@ -1,12 +1,12 @@
 """The verdicts on whole runs: progress of all layers together, its error, and what to do."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from altgrad import StepRecord
 from altgrad.report import Judge, RunAdvice, Verdict, judge_run
@@ -14,13 +14,11 @@ from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.judge import StandardErrors
 from altgrad.report.judging.run_rules import (
     LayerShare,
-    add_remedies,
     find_kept_interval,
     judge_recipe,
 )
 from altgrad.report.judging.verdicts import Advice
-from altgrad.report.records.schema import RecipeInfo
-from tests.report.twin_runs import NAN, make_layers, make_recipe, make_share, push_gradients, record
+from tests.report.twin_runs import NAN, make_layers, make_share, record
 
 LIMITS = calibration().thresholds
 STEPS = calibration().step_thresholds
@@ -178,6 +176,52 @@ def test_a_run_is_frozen_if_much_of_it_stands_still_and_little_is_kept() -> None
     assert judge(frozen, kept).verdict is not Verdict.FROZEN
 
 
+def test_a_layer_that_moves_far_does_not_hide_that_the_rest_keeps_nothing() -> None:
+    """One parameter at a high learning rate, and a body that is left behind."""
+    far = make_share(GOOD, size=70, moved=2.0, name="scale")
+    body = make_share(0.05, size=930, moved=0.01)
+    run = judge(far, body)
+    assert run.kept > LIMITS.stores_fine
+    assert (run.behind_share, run.verdict) == (0.93, Verdict.NEEDS_REMEDY)
+    little = make_share(0.05, size=930 * LIMITS.left_behind / 4, moved=0.001)
+    assert judge(far, make_share(GOOD, size=930), little).verdict is Verdict.STORES_FINE
+    # Float32 hardly moves the body of a fine-tuning, of which only the head is trained.
+    unmoved = dataclasses.replace(body, weights=1.0, moved=LIMITS.moved)
+    assert judge(far, unmoved).verdict is Verdict.STORES_FINE
+    steps = [dataclasses.replace(of_steps(kept), moved=moved) for kept, moved in ((1.0, 1), (0, 0))]
+    assert judge(*steps).verdict is Verdict.NEEDS_REMEDY
+
+
+def test_a_run_whose_sample_leaves_everything_open_is_uncertain() -> None:
+    wide = 0.5 / 1.2816 + LITTLE
+    for kept in (GOOD, LIMITS.needs_remedy, BAD):
+        assert judge(make_share(kept, error=wide)).verdict is Verdict.UNCERTAIN
+        assert judge(make_share(kept, error=wide - 2 * LITTLE)).verdict is not Verdict.UNCERTAIN
+    assert judge(make_share(50.0, error=10.0)).verdict is Verdict.OVERSHOOTS
+    assert judge(make_share(GOOD, error=wide)).evidence == ""
+
+
+def test_a_run_of_which_only_is_known_what_stands_still_is_judged_by_that() -> None:
+    """No twin can follow its optimizer, such as Adafactor."""
+    rest = make_share(NAN, moved=NAN, size=900, verdict=Verdict.NOT_JUDGED)
+    frozen = make_share(NAN, moved=NAN, size=100, verdict=Verdict.FROZEN, name="gain")
+    assert judge(rest).verdict is Verdict.NOT_JUDGED
+    some = judge(rest, frozen)
+    assert (some.verdict, some.frozen, some.frozen_share) == (Verdict.NEEDS_REMEDY, ["gain"], 0.1)
+    assert judge(frozen).verdict is Verdict.FROZEN
+
+
+def test_layers_count_by_their_size_if_no_movement_is_known() -> None:
+    """A checkpoint of version 0.1.0 has no sizes of updates."""
+    shares = [of_steps(1.0), of_steps(0.2)]
+    unknown = [
+        dataclasses.replace(share, moved=NAN, size=size)
+        for share, size in zip(shares, (300, 100), strict=True)
+    ]
+    assert judge(*unknown).kept == pytest.approx(0.8)
+    assert judge(unknown[1], shares[0]).kept == 1.0  # a movement that is known counts alone
+
+
 def test_one_layer_that_breaks_breaks_the_run() -> None:
     run = judge(make_share(GOOD), make_share(NAN, verdict=Verdict.BREAKS))
     assert run.verdict is Verdict.BREAKS
@@ -216,127 +260,3 @@ def test_an_interval_is_nan_without_progress() -> None:
     low, high = find_kept_interval(NAN, 0.1, has_twin=True)
     assert math.isnan(low)
     assert math.isnan(high)
-
-
-# --- what to do
-
-SR = make_recipe("bf16-sr", weights="bf16", rounding="stochastic")
-KAHAN = make_recipe("bf16-kahan", weights="bf16", compensation="kahan")
-
-
-def advise(name: str, *recipes: RecipeInfo, **shares: LayerShare) -> str:
-    """Return what to do for a recipe, one of the run's recipes with these layers."""
-    layers = {key.replace("_", "-"): [share] for key, share in shares.items()}
-    runs = {key: judge_recipe(key, None, own) for key, own in layers.items()}
-    return add_remedies(runs, {each.name: each for each in recipes}, layers)[name].to_do
-
-
-def test_a_remedy_that_was_tried_is_named_with_what_it_keeps_and_costs() -> None:
-    costly = make_share(1.004, exp_avg_sq_ratio=1.9)
-    found = advise("bf16", make_recipe(), SR, bf16=make_share(BAD), bf16_sr=costly)
-    assert found == (
-        "Use bf16-sr, which keeps 1, but leaves exp_avg_sq at 1.9 times that of float32."
-    )
-    both = {"bf16_sr": make_share(0.99), "bf16_kahan": make_share(1.001)}
-    assert advise("bf16", make_recipe(), SR, KAHAN, bf16=make_share(BAD), **both) == (
-        "Use bf16-kahan, which keeps 1."
-    )
-    now = make_share(BAD, name="now")
-    assert advise("now", SR, now=now, bf16_sr=make_share(1.0)) == "Use bf16-sr, which keeps 1."
-
-
-def test_a_remedy_in_the_same_format_is_preferred() -> None:
-    small = make_recipe("e5m2-sr", weights="e5m2", rounding="stochastic")
-    shares = {
-        "e5m2": make_share(BAD),
-        "bf16_sr": make_share(1.0),
-        "e5m2_sr": make_share(LIMITS.stores_fine),
-    }
-    assert "Use e5m2-sr" in advise("e5m2", make_recipe("e5m2"), SR, small, **shares)
-    shares["bf16"] = make_share(BAD)
-    recipes = make_recipe("e5m2"), make_recipe(), SR, small
-    assert "Use bf16-sr" in advise("bf16", *recipes, **shares)
-
-
-def test_remedies_that_were_not_tried_are_proposed() -> None:
-    assert advise("bf16", make_recipe(), bf16=make_share(BAD)) == (
-        "Add the recipes bf16-sr and bf16-kahan to see what these remedies would keep."
-    )
-    tried = {"bf16": make_share(BAD), "bf16_sr": make_share(BAD)}
-    for name in ("bf16", "bf16-sr"):
-        assert advise(name, make_recipe(), SR, **tried) == (
-            "Add the recipe bf16-kahan to see what this remedy would keep."
-        )
-    assert "e5m2-sr and e5m2-kahan" in advise("e5m2", make_recipe("e5m2"), e5m2=make_share(BAD))
-    small = make_recipe("e5m2-sr", weights="e5m2", rounding="stochastic")
-    middle = make_share(LIMITS.needs_remedy)
-    shares = {"e5m2": make_share(BAD), "e5m2_sr": middle}
-    found = advise("e5m2", make_recipe("e5m2"), small, **shares)
-    assert found.startswith("Use e5m2-sr, which keeps ")
-    assert "(watch)" in found
-    tried["bf16_kahan"] = make_share(BAD)
-    assert advise("bf16", make_recipe(), SR, KAHAN, **tried) == (
-        "No remedy that was tried stores it fine: keep the weights in float32."
-    )
-
-
-def test_states_that_are_too_small_are_named() -> None:
-    over, low = make_share(10.0), make_share(BAD)
-    states = {"exp_avg": "e5m2", "exp_avg_sq": "e5m2"}
-    for share in (over, low):
-        named = make_recipe("v8", states=states)
-        assert advise("v8", named, v8=share) == "Store exp_avg and exp_avg_sq in more bits."
-        every = make_recipe("v8", states={"*": "e5m2"})
-        assert advise("v8", every, v8=share) == "Store the optimizer states in more bits."
-    assert advise("now", now=over) == "Store the optimizer states in more bits."
-    true = make_recipe("bf16-true", dtype="bfloat16")
-    assert "optimizer states" in advise("bf16-true", true, bf16_true=over)
-    assert "Add the recipes" in advise("e5m2", make_recipe("e5m2"), e5m2=over)  # by its weights
-
-
-def test_what_breaks_gets_numbers_that_are_large_enough() -> None:
-    broken = make_share(NAN, verdict=Verdict.BREAKS)
-    fp16 = make_recipe("fp16-true", dtype="float16")
-    expected = "Use bf16 in place of fp16, or keep the optimizer states in float32."
-    assert advise("fp16-true", fp16, fp16_true=broken) == expected
-    assert advise("now", now=broken) == expected
-    states = make_recipe("v8", states={"exp_avg_sq": "e5m2"})
-    assert advise("v8", states, v8=broken) == "Keep the optimizer states in float32."
-    assert advise("e5m2", make_recipe("e5m2"), e5m2=broken) == "Use a format with larger numbers."
-
-
-def test_few_weights_that_stand_still_can_stay_in_float32() -> None:
-    frozen = make_share(0.0, size=10, verdict=Verdict.FROZEN, name="gain")
-    layers = {"bf16": [make_share(GOOD, size=1000), frozen]}
-    recipes = {"bf16": make_recipe()}
-
-    def find() -> str:
-        runs = {"bf16": judge_recipe("bf16", None, layers["bf16"])}
-        return add_remedies(runs, recipes, layers)["bf16"].to_do
-
-    assert find() == "Keep it in float32."
-    layers["bf16"].append(frozen)
-    assert find() == "Keep those in float32."
-    layers["bf16"].append(make_share(0.0, size=500, moved=0.01, verdict=Verdict.FROZEN))
-    assert "Add the recipes" in find()  # a third stands still, though most progress is kept
-    layers["bf16"] = [make_share(GOOD)]
-    assert find() == "Nothing is lost that matters."
-    layers["bf16"] = [make_share(NAN)]
-    assert find() == ""
-
-
-def test_a_run_in_bf16_is_told_what_its_recipes_would_keep(tmp_path: Path) -> None:
-    net = make_layers(torch.bfloat16, gain=torch.ones(256))
-    optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
-
-    def push(net: nn.Module, step: int) -> None:
-        push_gradients(net, step)
-
-    run = record(
-        tmp_path, net, optimizer, 60, prepare=push, formats=["e4m3fn"], recipes=["bf16-kahan"]
-    )
-    runs = judge_run(run).runs
-    assert next(iter(runs)) == "now"
-    assert runs["now"].verdict is Verdict.FROZEN
-    assert runs["now"].frozen == ["gain"]
-    assert runs["bf16-kahan"].verdict in (Verdict.STORES_FINE, Verdict.WATCH)

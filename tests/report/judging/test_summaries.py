@@ -25,6 +25,7 @@ def advise(**changes: object) -> RunAdvice:
         "frozen_frac": 0.0,
         "frozen": [],
         "frozen_share": 0.0,
+        "behind_share": 0.0,
         "layers": 12,
         "outcome": Outcome(66, 8),
         "to_do": "Nothing is lost that matters.",
@@ -68,7 +69,7 @@ def test_names_are_unchanged() -> None:
         ("now", Verdict.WATCH, 0.95, "loses 0.05 now"),
         ("now", Verdict.WATCH, 1.05, "watch now"),
         ("now", Verdict.NEEDS_REMEDY, 0.03, "loses 0.97 now"),
-        ("now", Verdict.NEEDS_REMEDY, NAN, "remedy now"),
+        ("now", Verdict.NEEDS_REMEDY, NAN, "partly frozen now"),
         ("now", Verdict.FROZEN, 0.0, "frozen now"),
         ("now", Verdict.BREAKS, NAN, "breaks now"),
     ],
@@ -96,6 +97,15 @@ def test_weights_that_are_far_off_are_mentioned() -> None:
         write_sentence(far)
     )
     assert "off by" not in write_sentence(advise(weight_error=LIMITS.weight_error))
+
+
+def test_layers_that_another_one_hides_are_mentioned() -> None:
+    hidden = advise(behind_share=0.934, kept=1.0, verdict=Verdict.NEEDS_REMEDY)
+    assert "kept, but layers with 93 % of the weights keep less than half of theirs; 8" in (
+        write_sentence(hidden)
+    )
+    for seen in ({"kept": 0.1}, {"behind_share": LIMITS.left_behind}):
+        assert "of theirs" not in write_sentence(hidden._replace(**seen))
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "now"])

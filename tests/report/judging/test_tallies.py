@@ -221,3 +221,14 @@ def test_a_tally_of_version_0_1_0_goes_on() -> None:
         pytest.approx(0.1 / 3),
     )
     assert StepTally.from_old_state({**OLD, "nonfinite": 0.5}).broken == 0.5
+
+
+def test_of_a_run_that_becomes_nan_the_last_figures_count() -> None:
+    lost = {"progress_kept": NAN, "frozen_frac": NAN, "nonfinite_frac": 1.0}
+    tally = make_tally({"progress_kept": 0.5}, {"progress_kept": 0.25}, lost, lost)
+    assert (tally.step, tally.figure("progress_kept"), tally.nonfinite) == (10, 0.25, 1.0)
+    assert tally.broken == 0  # no recipe has broken it
+    from_start = make_tally(lost)
+    assert (from_start.step, math.isnan(from_start.figure("progress_kept"))) == (0, True)
+    still = make_tally({"progress_kept": 0.5}, {"progress_kept": NAN})  # nothing is NaN or inf
+    assert still.step == 10

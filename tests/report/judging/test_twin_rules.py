@@ -30,6 +30,21 @@ STILL = {"frozen_frac": 1.0, "progress_kept": 0.0}
 # --- plain figures
 
 
+def test_no_layer_is_frozen_or_stuck_under_stochastic_rounding() -> None:
+    """In a small layer, it is by chance that no weight has moved so far."""
+    frozen = make_tally(STILL)
+    moved = {"progress_kept": 0.9, "still_frac": 0.0}
+    stuck = make_tally(moved, *[{"progress_kept": 0.7, "still_frac": 1.0}] * 3)
+    assert judge_twin(frozen)[0] is Verdict.FROZEN
+    assert judge_twin(stuck)[0] is Verdict.STUCK
+    verdict, reason = judge_twin(frozen, by_chance=True)
+    assert verdict is Verdict.UNCERTAIN
+    assert reason.endswith(
+        "but stochastic rounding moves a weight by chance: more steps, or more elements, will tell"
+    )
+    assert judge_twin(stuck, by_chance=True)[0] is Verdict.NEEDS_REMEDY
+
+
 @pytest.mark.parametrize(
     ("figures", "verdict"),
     [

@@ -96,6 +96,7 @@ def make_verdict() -> dict[str, Any]:
         "frozen_share": 0.5,
         "layers": 2,
         "evidence": "8 of 9 such runs lost over 10 %",
+        "behind_share": 0.25,
         "tested_runs": 9,
         "lost_runs": 8,
         "to_do": "Use bf16-sr.",

@@ -15,7 +15,7 @@ from tests.report.records.recording import read_strict_lines, written
 KEYS = [
     *("verdict", "sentence", "progress_kept", "interval", "weight_error", "frozen_frac"),
     *("frozen_layers", "frozen_share", "layers", "evidence", "to_do"),
-    *("has_twin", "tested_runs", "lost_runs"),
+    *("has_twin", "behind_share", "tested_runs", "lost_runs"),
 ]
 
 
@@ -27,6 +27,7 @@ def make_runs(kept: float = 0.25, name: str = "now", **fields: Any) -> dict[str,
         "frozen_frac": 1.0,
         "frozen": ("a.<b>", "名前"),
         "frozen_share": math.nan,
+        "behind_share": 0.5,
         "layers": 2,
         "outcome": Outcome(66, 8),
         "to_do": "Keep those in float32.",

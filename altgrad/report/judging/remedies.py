@@ -1,0 +1,158 @@
+"""Say what to do about the verdict on a run, for each recipe.
+
+A *recipe* says how weights and optimizer states are stored. Its remedies are the recipes that round
+stochastically or keep rounding errors (Kahan summation). Those that the run tried are named with
+what they keep and cost.
+
+Read `run_rules` first; `judge` comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from altgrad.measurement.catalogue import NOW
+from altgrad.report.judging.families import find_family
+from altgrad.report.judging.run_rules import LayerShare, join_shares
+from altgrad.report.judging.verdicts import RunAdvice, Verdict
+from altgrad.report.records.schema import RecipeInfo
+
+_FEW_WEIGHTS = 0.05
+"""Largest share of the weights that can stay in float32 at a small price."""
+_FAR_STATE = 1.5
+_ENDS = {"sr": "stochastic", "kahan": "kahan"}
+"""Families of remedies, by the end of the names of their recipes."""
+
+
+def add_remedies(
+    runs: Mapping[str, RunAdvice],
+    recipes: Mapping[str, RecipeInfo],
+    layers: Mapping[str, Sequence[LayerShare]],
+) -> dict[str, RunAdvice]:
+    """Return the verdicts on a run, each with a sentence on what to do.
+
+    Args:
+        runs: Verdicts on the run, by recipe.
+        recipes: Descriptions of the recipes, by name. The run itself may be among them, under the
+            name ``now``.
+        layers: For each recipe, the layers that it was judged for.
+
+    Returns:
+        The same verdicts, by recipe, with the attribute `RunAdvice.to_do`.
+    """
+    return {
+        name: advice._replace(to_do=_find_remedy(advice, runs, recipes, layers))
+        for name, advice in runs.items()
+    }
+
+
+def _find_remedy(
+    advice: RunAdvice,
+    runs: Mapping[str, RunAdvice],
+    recipes: Mapping[str, RecipeInfo],
+    layers: Mapping[str, Sequence[LayerShare]],
+) -> str:
+    verdict, recipe = advice.verdict, recipes.get(advice.recipe)
+    if verdict is Verdict.NOT_JUDGED:
+        return ""
+    if verdict is Verdict.UNCERTAIN:
+        return "Raise twin_elements, or observe more steps."
+    if verdict is Verdict.BREAKS:
+        return _avoid_breaking(advice.recipe, recipe)
+    is_nearly_fine = verdict in (Verdict.STORES_FINE, Verdict.WATCH)
+    own, others = _list_remedies(advice.recipe, recipes)
+    best = _find_best(Verdict.STORES_FINE, own, runs) or _find_best(
+        Verdict.STORES_FINE, others, runs
+    )
+    if is_nearly_fine and advice.frozen and advice.frozen_share <= _FEW_WEIGHTS:
+        keep = f"Keep {'it' if len(advice.frozen) == 1 else 'those'} in float32"
+        return f"{keep}." if best is None else f"{keep}, or use {_name_remedy(best, layers)}."
+    if verdict is Verdict.STORES_FINE and not advice.frozen:
+        return "Nothing is lost that matters."
+    is_by_states = verdict is Verdict.OVERSHOOTS and _has_small_states(recipe)
+    if is_by_states or find_family(advice.recipe, recipe) == "states":
+        states = [state for state in (recipe.states if recipe else {}) if state != "*"]
+        return f"Store {' and '.join(states) or 'the optimizer states'} in more bits."
+    if best is None and not is_nearly_fine:
+        best = _find_best(Verdict.WATCH, [*own, *others], runs)
+    if best is None:
+        return _propose_remedies(advice.recipe, recipes, runs)
+    return f"Use {_name_remedy(best, layers)}."
+
+
+def _name_remedy(advice: RunAdvice, layers: Mapping[str, Sequence[LayerShare]]) -> str:
+    """Return the name of a remedy with what it keeps and what it costs."""
+    word = " (watch)" if advice.verdict is Verdict.WATCH else ""
+    cost = _name_cost(layers[advice.recipe])
+    return f"{advice.recipe}, which keeps {advice.kept:.3g}{word}{cost}"
+
+
+def _find_best(
+    verdict: Verdict, names: Iterable[str], runs: Mapping[str, RunAdvice]
+) -> RunAdvice | None:
+    """Return the verdict on the remedy that keeps nearest to all, of those with a verdict."""
+    found = [runs[name] for name in names if name in runs and runs[name].verdict is verdict]
+    return min(found, key=lambda each: abs(each.kept - 1), default=None)
+
+
+def _has_small_states(recipe: RecipeInfo | None) -> bool:
+    """Return True unless a recipe keeps the optimizer states in float32; True if unknown."""
+    return recipe is None or bool(recipe.states or recipe.dtype or recipe.optimizer)
+
+
+def _avoid_breaking(name: str, recipe: RecipeInfo | None) -> str:
+    dtype = recipe.dtype if recipe is not None else None
+    if dtype == "float16":
+        return "Use bf16 in place of fp16, or keep the optimizer states in float32."
+    if name == NOW and (recipe is None or not (recipe.weights or recipe.states)):
+        return "Look for the cause in the loss, the data or the learning rate."
+    if _has_small_states(recipe):
+        return "Keep the optimizer states in float32."
+    return "Use a format with larger numbers."
+
+
+def _propose_remedies(
+    name: str, recipes: Mapping[str, RecipeInfo], runs: Mapping[str, RunAdvice]
+) -> str:
+    """Return a sentence on remedies for a recipe that the run has not tried.
+
+    They are in the recipe's own format, or in bf16 if it has none.
+    """
+    recipe = recipes.get(name)
+    family = find_family(name, recipe)
+    format = (find_format(recipe) if recipe else None) or "bf16"
+    remedies = [f"{format}-{end}" for end, other in _ENDS.items() if other != family]
+    untried = [each for each in remedies if each not in recipes]
+    if untried:
+        some, these = ("recipes", "these remedies") if untried[1:] else ("recipe", "this remedy")
+        return f"Add the {some} {' and '.join(untried)} to see what {these} would keep."
+    if any(each in runs for each in remedies):
+        return "No remedy that was tried stores it fine: keep the weights in float32."
+    return "Round stochastically or with Kahan summation, or keep the weights in float32."
+
+
+def _list_remedies(
+    name: str, recipes: Mapping[str, RecipeInfo]
+) -> tuple[Sequence[str], Sequence[str]]:
+    """Return the names of the remedies for a recipe: those in its own format, and others."""
+    remedies = [
+        other
+        for other, info in recipes.items()
+        if other not in (name, NOW) and find_family(other, info) in _ENDS.values()
+    ]
+    format = (find_format(recipes[name]) if name in recipes else None) or "bf16"
+    own = [other for other in remedies if recipes[other].weights == format]
+    return own, [other for other in remedies if other not in own]
+
+
+def find_format(recipe: RecipeInfo) -> str | None:
+    """Return the name of the format in which a recipe stores weights; None for float32."""
+    return recipe.weights or {"bfloat16": "bf16", "float16": "fp16"}.get(recipe.dtype or "")
+
+
+def _name_cost(layers: Sequence[LayerShare]) -> str:
+    """Return a phrase on a second moment that a remedy leaves too high; empty without one."""
+    ratio = join_shares(layers, "exp_avg_sq_ratio")
+    if not ratio >= _FAR_STATE:
+        return ""
+    return f", but leaves exp_avg_sq at {ratio:.2g} times that of float32"

@@ -1,0 +1,193 @@
+"""What to do about the verdict on a run: remedies that were tried, and those to try."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from altgrad.report import Verdict, judge_run
+from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.remedies import add_remedies
+from altgrad.report.judging.run_rules import LayerShare, judge_recipe
+from altgrad.report.records.schema import RecipeInfo
+from tests.report.twin_runs import NAN, make_layers, make_recipe, make_share, push_gradients, record
+
+LIMITS = calibration().thresholds
+BAD = LIMITS.needs_remedy / 2
+GOOD = (LIMITS.stores_fine + LIMITS.overshoots) / 2
+
+SR = make_recipe("bf16-sr", weights="bf16", rounding="stochastic")
+KAHAN = make_recipe("bf16-kahan", weights="bf16", compensation="kahan")
+FINE = make_share(1.0)
+
+
+def advise(name: str, *recipes: RecipeInfo, **shares: LayerShare) -> str:
+    """Return what to do for a recipe, one of the run's recipes with these layers."""
+    layers = {key.replace("_", "-"): [share] for key, share in shares.items()}
+    runs = {key: judge_recipe(key, None, own) for key, own in layers.items()}
+    return add_remedies(runs, {each.name: each for each in recipes}, layers)[name].to_do
+
+
+def test_a_remedy_that_was_tried_is_named_with_what_it_keeps_and_costs() -> None:
+    costly = make_share(1.004, exp_avg_sq_ratio=1.9)
+    found = advise("bf16", make_recipe(), SR, bf16=make_share(BAD), bf16_sr=costly)
+    assert found == (
+        "Use bf16-sr, which keeps 1, but leaves exp_avg_sq at 1.9 times that of float32."
+    )
+    both = {"bf16_sr": make_share(0.99), "bf16_kahan": make_share(1.001)}
+    assert advise("bf16", make_recipe(), SR, KAHAN, bf16=make_share(BAD), **both) == (
+        "Use bf16-kahan, which keeps 1."
+    )
+    now = make_share(BAD, name="now")
+    assert advise("now", SR, now=now, bf16_sr=make_share(1.0)) == "Use bf16-sr, which keeps 1."
+
+
+def test_a_remedy_in_the_same_format_is_preferred() -> None:
+    small = make_recipe("e5m2-sr", weights="e5m2", rounding="stochastic")
+    shares = {
+        "e5m2": make_share(BAD),
+        "bf16_sr": make_share(1.0),
+        "e5m2_sr": make_share(LIMITS.stores_fine),
+    }
+    assert "Use e5m2-sr" in advise("e5m2", make_recipe("e5m2"), SR, small, **shares)
+    shares["bf16"] = make_share(BAD)
+    recipes = make_recipe("e5m2"), make_recipe(), SR, small
+    assert "Use bf16-sr" in advise("bf16", *recipes, **shares)
+
+
+def test_remedies_that_were_not_tried_are_proposed() -> None:
+    assert advise("bf16", make_recipe(), bf16=make_share(BAD)) == (
+        "Add the recipes bf16-sr and bf16-kahan to see what these remedies would keep."
+    )
+    tried = {"bf16": make_share(BAD), "bf16_sr": make_share(BAD)}
+    for name in ("bf16", "bf16-sr"):
+        assert advise(name, make_recipe(), SR, **tried) == (
+            "Add the recipe bf16-kahan to see what this remedy would keep."
+        )
+    assert advise("bf16-sr", SR, bf16_sr=make_share(BAD)) == (
+        "Add the recipe bf16-kahan to see what this remedy would keep."
+    )
+    assert "e5m2-sr and e5m2-kahan" in advise("e5m2", make_recipe("e5m2"), e5m2=make_share(BAD))
+    small = make_recipe("e5m2-sr", weights="e5m2", rounding="stochastic")
+    middle = make_share(LIMITS.needs_remedy)
+    shares = {"e5m2": make_share(BAD), "e5m2_sr": middle}
+    found = advise("e5m2", make_recipe("e5m2"), small, **shares)
+    assert found.startswith("Use e5m2-sr, which keeps ")
+    assert "(watch)" in found
+    tried["bf16_kahan"] = make_share(BAD)
+    assert advise("bf16", make_recipe(), SR, KAHAN, **tried) == (
+        "No remedy that was tried stores it fine: keep the weights in float32."
+    )
+
+
+def test_a_recipe_is_no_remedy_for_itself() -> None:
+    frozen = make_share(0.0, size=10, verdict=Verdict.FROZEN, name="gain")
+    layers = {"bf16-kahan": [make_share(GOOD, size=1000), frozen]}
+    runs = {"bf16-kahan": judge_recipe("bf16-kahan", None, layers["bf16-kahan"])}
+    assert add_remedies(runs, {"bf16-kahan": KAHAN}, layers)["bf16-kahan"].to_do == (
+        "Keep it in float32."
+    )
+    assert "bf16-sr" in advise("bf16-kahan", KAHAN, SR, bf16_kahan=make_share(BAD), bf16_sr=FINE)
+
+
+def test_a_remedy_in_another_format_is_better_than_one_that_does_not_help() -> None:
+    small = make_recipe("e5m2-sr", weights="e5m2", rounding="stochastic")
+    shares = {"e5m2": make_share(BAD), "e5m2_sr": make_share(LIMITS.needs_remedy), "bf16_sr": FINE}
+    for name in ("e5m2", "e5m2-sr"):
+        assert advise(name, make_recipe("e5m2"), small, SR, **shares) == (
+            "Use bf16-sr, which keeps 1."
+        )
+
+
+def test_remedies_without_a_figure_are_not_proposed_again() -> None:
+    """The run has the recipes, but no twin can follow its optimizer."""
+    assert advise("bf16", make_recipe(), SR, KAHAN, bf16=make_share(BAD)) == (
+        "Round stochastically or with Kahan summation, or keep the weights in float32."
+    )
+
+
+def test_what_is_left_open_is_measured_longer() -> None:
+    open_wide = make_share(GOOD, error=1.0)
+    assert advise("bf16", make_recipe(), bf16=open_wide) == (
+        "Raise twin_elements, or observe more steps."
+    )
+
+
+def test_states_that_are_too_small_are_named() -> None:
+    over, low = make_share(10.0), make_share(BAD)
+    states = {"exp_avg": "e5m2", "exp_avg_sq": "e5m2"}
+    for share in (over, low):
+        named = make_recipe("v8", states=states)
+        assert advise("v8", named, v8=share) == "Store exp_avg and exp_avg_sq in more bits."
+        every = make_recipe("v8", states={"*": "e5m2"})
+        assert advise("v8", every, v8=share) == "Store the optimizer states in more bits."
+    assert advise("now", now=over) == "Store the optimizer states in more bits."
+    for stored in (make_recipe("now", dtype="bfloat16"), make_recipe("now", states=states)):
+        assert advise("now", stored, now=over).startswith("Store ")
+    weights = make_recipe("now", weights="e4m3fn", rounding="stochastic")
+    assert advise("now", weights, now=over) == (
+        "Add the recipe e4m3fn-kahan to see what this remedy would keep."
+    )
+    true = make_recipe("bf16-true", dtype="bfloat16")
+    assert "optimizer states" in advise("bf16-true", true, bf16_true=over)
+    assert "Add the recipes" in advise("e5m2", make_recipe("e5m2"), e5m2=over)  # by its weights
+
+
+def test_what_breaks_gets_numbers_that_are_large_enough() -> None:
+    broken = make_share(NAN, verdict=Verdict.BREAKS)
+    fp16 = make_recipe("fp16-true", dtype="float16")
+    expected = "Use bf16 in place of fp16, or keep the optimizer states in float32."
+    assert advise("fp16-true", fp16, fp16_true=broken) == expected
+    states = make_recipe("v8", states={"exp_avg_sq": "e5m2"})
+    assert advise("v8", states, v8=broken) == "Keep the optimizer states in float32."
+    assert advise("e5m2", make_recipe("e5m2"), e5m2=broken) == "Use a format with larger numbers."
+
+
+def test_a_run_that_is_nan_by_itself_is_not_told_to_store_otherwise() -> None:
+    """The numbers of bf16 are as large as those of float32."""
+    broken = make_share(NAN, verdict=Verdict.BREAKS)
+    cause = "Look for the cause in the loss, the data or the learning rate."
+    assert advise("now", now=broken) == cause
+    assert advise("now", make_recipe("now", dtype="bfloat16"), now=broken) == cause
+    for about in ({"dtype": "float16"}, {"states": {"exp_avg_sq": "e5m2"}}):
+        found = advise("now", make_recipe("now", **about), now=broken)
+        assert "the optimizer states in float32" in found
+    weights = make_recipe("now", weights="e4m3fn")
+    assert advise("now", weights, now=broken) == "Use a format with larger numbers."
+
+
+def test_few_weights_that_stand_still_can_stay_in_float32() -> None:
+    frozen = make_share(0.0, size=10, verdict=Verdict.FROZEN, name="gain")
+    layers = {"bf16": [make_share(GOOD, size=1000), frozen]}
+    recipes = {"bf16": make_recipe()}
+
+    def find() -> str:
+        runs = {"bf16": judge_recipe("bf16", None, layers["bf16"])}
+        return add_remedies(runs, recipes, layers)["bf16"].to_do
+
+    assert find() == "Keep it in float32."
+    layers["bf16"].append(frozen)
+    assert find() == "Keep those in float32."
+    layers["bf16"].append(make_share(0.0, size=500, moved=0.01, verdict=Verdict.FROZEN))
+    assert "Add the recipes" in find()  # a third stands still, though most progress is kept
+    layers["bf16"] = [make_share(GOOD)]
+    assert find() == "Nothing is lost that matters."
+    layers["bf16"] = [make_share(NAN)]
+    assert find() == ""
+
+
+def test_a_run_in_bf16_is_told_what_its_recipes_would_keep(tmp_path: Path) -> None:
+    net = make_layers(torch.bfloat16, gain=torch.ones(256))
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+
+    def push(net: nn.Module, step: int) -> None:
+        push_gradients(net, step)
+
+    run = record(
+        tmp_path, net, optimizer, 60, prepare=push, formats=["e4m3fn"], recipes=["bf16-kahan"]
+    )
+    runs = judge_run(run).runs
+    assert next(iter(runs)) == "now"
+    assert runs["now"].verdict is Verdict.FROZEN
+    assert runs["now"].frozen == ["gain"]
+    assert runs["bf16-kahan"].verdict in (Verdict.STORES_FINE, Verdict.WATCH)
