@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from altgrad._messages import format_percent
 from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.intervals import find_interval
+from altgrad.quantization.block_formats import get_formats
 from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.families import as_recipe, find_family
 from altgrad.report.judging.remedies import add_remedies, find_format
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from altgrad.measurement.figures import Figures
 
 _FEW_BITS = 8
+_NEAREST = ("nearest-16", "nearest-8")
 
 
 class Judge:
@@ -204,12 +206,24 @@ class Judge:
 
     def _suggest(self, layer: Mapping[str, LayerShare]) -> str | None:
         """Return the smallest format that stores a layer fine, rounded to nearest; or None."""
+        formats = self._list_formats()
         fine = [
             name
             for name, share in layer.items()
-            if name in self._formats and share.advice.verdict is Verdict.STORES_FINE
+            if name in formats and share.advice.verdict is Verdict.STORES_FINE
         ]
-        return find_smallest(fine, self._formats)
+        return find_smallest(fine, formats)
+
+    def _list_formats(self) -> dict[str, FormatInfo]:
+        """Return the judged formats, and those of recipes that round weights to nearest in one."""
+        tried = [
+            name
+            for name, recipe in self._recipes.items()
+            if name == recipe.weights and find_family(name, recipe) in _NEAREST
+        ]
+        return {each.name: FormatInfo.from_format(each, None) for each in get_formats(tried)} | {
+            **self._formats
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the tallies of all steps added so far, for a checkpoint.

@@ -38,7 +38,8 @@ def add_remedies(
         layers: For each recipe, the layers that it was judged for.
 
     Returns:
-        The same verdicts, by recipe, with the attribute `RunAdvice.to_do`.
+        The same verdicts, by recipe, with the attribute `RunAdvice.to_do`. Where there is no
+        verdict, it says why.
     """
     return {
         name: advice._replace(to_do=_find_remedy(advice, runs, recipes, layers))
@@ -54,7 +55,7 @@ def _find_remedy(
 ) -> str:
     verdict, recipe = advice.verdict, recipes.get(advice.recipe)
     if verdict is Verdict.NOT_JUDGED:
-        return ""
+        return _explain_silence(layers[advice.recipe])
     if verdict is Verdict.UNCERTAIN:
         return "Raise twin_elements, or observe more steps."
     if verdict is Verdict.BREAKS:
@@ -85,6 +86,15 @@ def _name_remedy(advice: RunAdvice, layers: Mapping[str, Sequence[LayerShare]]) 
     word = " (watch)" if advice.verdict is Verdict.WATCH else ""
     cost = _name_cost(layers[advice.recipe])
     return f"{advice.recipe}, which keeps {advice.kept:.3g}{word}{cost}"
+
+
+def _explain_silence(layers: Sequence[LayerShare]) -> str:
+    """Return why there is no verdict on a run; empty if no step has moved a layer."""
+    if all(layer.advice.nonfinite == 1 for layer in layers):
+        return "All weights are NaN or inf."
+    if any(layer.advice.figures.get("moved_since_start_frac", 0.0) > 0 for layer in layers):
+        return "No twin can follow the optimizer, so that what is lost is unknown."
+    return ""
 
 
 def _find_best(

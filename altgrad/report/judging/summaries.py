@@ -36,7 +36,8 @@ def summarize(runs: Mapping[str, RunAdvice], advice: Sequence[Advice]) -> str:
 def write_sentence(advice: RunAdvice) -> str:
     """Write the verdict of a recipe on a run: word, share of the progress, evidence, what to do."""
     if advice.verdict is Verdict.NOT_JUDGED:
-        return f"{advice.recipe}: not judged, no step has moved a layer that it could lose."
+        why = advice.to_do or "No step has moved a layer that it could lose."
+        return f"{advice.recipe}: not judged. {why}"
     return " ".join(
         filter(
             None,

@@ -77,6 +77,17 @@ def test_the_suggestion_is_the_smallest_format_that_stores_fine() -> None:
     assert find_smallest([], FORMATS) is None
 
 
+def test_a_format_that_only_a_recipe_has_is_suggested_too() -> None:
+    recipes = {name: make_recipe(name) for name in ("bf16", "e5m2")}
+    judge = Judge({}, recipes=recipes | {"mine": make_recipe("mine", weights="e4m3fn")})
+    errors = {f"progress_kept/{name}": 0.0 for name in ("bf16", "e5m2", "mine")}
+    judge.add(
+        0, "a", figures("bf16") | figures("e5m2", progress_kept=0.5) | figures("mine"), errors
+    )
+    judge.add(0, "b", figures("bf16", progress_kept=0.5), errors)
+    assert judge.assessment().suggestions == {"a": "bf16", "b": None}
+
+
 def test_no_step_and_nothing_to_lose_are_said() -> None:
     assert "No step was observed" in Judge(FORMATS).assessment().summary
     judge = judge_steps(layer=runs.figures(kept_update_ratio=NAN))

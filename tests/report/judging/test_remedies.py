@@ -1,5 +1,6 @@
 """What to do about the verdict on a run: remedies that were tried, and those to try."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -111,6 +112,17 @@ def test_what_is_left_open_is_measured_longer() -> None:
     assert advise("bf16", make_recipe(), bf16=open_wide) == (
         "Raise twin_elements, or observe more steps."
     )
+
+
+def test_why_there_is_no_verdict_is_said() -> None:
+    silent = make_share(NAN, verdict=Verdict.NOT_JUDGED)
+    assert advise("bf16", make_recipe(), bf16=silent) == ""
+    moved = make_share(NAN, verdict=Verdict.NOT_JUDGED, moved_since_start_frac=0.5)
+    assert advise("now", now=moved) == (
+        "No twin can follow the optimizer, so that what is lost is unknown."
+    )
+    broken = dataclasses.replace(silent, advice=silent.advice._replace(nonfinite=1.0))
+    assert advise("bf16", make_recipe(), bf16=broken) == "All weights are NaN or inf."
 
 
 def test_states_that_are_too_small_are_named() -> None:

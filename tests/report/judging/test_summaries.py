@@ -136,10 +136,12 @@ def test_no_sentence_has_a_nan_or_an_empty_part(recipe: str) -> None:
 
 def test_a_run_that_is_not_judged_says_so() -> None:
     for recipe in ("bf16", "now"):
-        nothing = advise(recipe=recipe, verdict=Verdict.NOT_JUDGED, kept=NAN)
+        nothing = advise(recipe=recipe, verdict=Verdict.NOT_JUDGED, kept=NAN, to_do="")
         assert write_sentence(nothing) == (
-            f"{recipe}: not judged, no step has moved a layer that it could lose."
+            f"{recipe}: not judged. No step has moved a layer that it could lose."
         )
+        why = nothing._replace(to_do="All weights are NaN or inf.")
+        assert write_sentence(why) == f"{recipe}: not judged. All weights are NaN or inf."
 
 
 def test_the_summary_has_a_sentence_for_each_recipe() -> None:
