@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from altgrad.measurement.catalogue import NOW
+from altgrad.report.judging.decimals import format_kept
 from altgrad.report.judging.families import find_family
 from altgrad.report.judging.run_rules import LayerShare, join_shares
 from altgrad.report.judging.verdicts import RunAdvice, Verdict
@@ -85,7 +86,7 @@ def _name_remedy(advice: RunAdvice, layers: Mapping[str, Sequence[LayerShare]]) 
     """Return the name of a remedy with what it keeps and what it costs."""
     word = " (watch)" if advice.verdict is Verdict.WATCH else ""
     cost = _name_cost(layers[advice.recipe])
-    return f"{advice.recipe}, which keeps {advice.kept:.3g}{word}{cost}"
+    return f"{advice.recipe}, which keeps {format_kept(advice.kept)}{word}{cost}"
 
 
 def _explain_silence(layers: Sequence[LayerShare]) -> str:

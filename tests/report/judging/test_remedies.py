@@ -33,14 +33,14 @@ def test_a_remedy_that_was_tried_is_named_with_what_it_keeps_and_costs() -> None
     costly = make_share(1.004, exp_avg_sq_ratio=1.9)
     found = advise("bf16", make_recipe(), SR, bf16=make_share(BAD), bf16_sr=costly)
     assert found == (
-        "Use bf16-sr, which keeps 1, but leaves exp_avg_sq at 1.9 times that of float32."
+        "Use bf16-sr, which keeps 1.00, but leaves exp_avg_sq at 1.9 times that of float32."
     )
     both = {"bf16_sr": make_share(0.99), "bf16_kahan": make_share(1.001)}
     assert advise("bf16", make_recipe(), SR, KAHAN, bf16=make_share(BAD), **both) == (
-        "Use bf16-kahan, which keeps 1."
+        "Use bf16-kahan, which keeps 1.00."
     )
     now = make_share(BAD, name="now")
-    assert advise("now", SR, now=now, bf16_sr=make_share(1.0)) == "Use bf16-sr, which keeps 1."
+    assert advise("now", SR, now=now, bf16_sr=make_share(1.0)) == "Use bf16-sr, which keeps 1.00."
 
 
 def test_a_remedy_in_the_same_format_is_preferred() -> None:
@@ -96,7 +96,7 @@ def test_a_remedy_in_another_format_is_better_than_one_that_does_not_help() -> N
     shares = {"e5m2": make_share(BAD), "e5m2_sr": make_share(LIMITS.needs_remedy), "bf16_sr": FINE}
     for name in ("e5m2", "e5m2-sr"):
         assert advise(name, make_recipe("e5m2"), small, SR, **shares) == (
-            "Use bf16-sr, which keeps 1."
+            "Use bf16-sr, which keeps 1.00."
         )
 
 
