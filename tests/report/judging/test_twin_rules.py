@@ -79,7 +79,7 @@ def test_weights_that_are_far_off_are_not_stored_fine() -> None:
     far = {"drift": 2 * LIMITS.weight_error, "moved_rms": 1.0}
     verdict, reason = judge_twin(make_tally(far))
     assert verdict is Verdict.WATCH
-    assert f"weights are off by {2 * LIMITS.weight_error:.2g} of their size" in reason
+    assert f"weights are off by {2 * LIMITS.weight_error:.2f} of their size" in reason
 
 
 def test_a_sample_that_leaves_the_verdict_open_is_uncertain() -> None:
