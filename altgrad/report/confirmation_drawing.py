@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TITLES: Mapping[str, str] = {
-    "frozen_frac": "frozen_frac: share of the weights\nthat never moved",
-    "progress_kept": "progress_kept: how far the layer got,\nof the way that float32 made",
+    "frozen_frac": "Share of the weights that never moved\n(frozen_frac)",
+    "progress_kept": "Progress of the layer, over that in float32\n(progress_kept)",
 }
 _NEAR, _FAR = -0.5, 2.0
 """Ends of an axis at most; a point beyond them is drawn at the edge."""
@@ -77,9 +77,22 @@ def agreement(confirmation: Confirmation) -> Figure:
         _draw_panel(axes, metric, groups)
         _name_worst(axes, metric, layers)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     count, step = format_count(len(layers), "layer"), max(layer.step for layer in layers)
-    figure.suptitle(f"{confirmation.recipe}: {count} at step {step:,}", size=10, weight="bold")
+    figure.legend(
+        handles,
+        labels,
+        title=f"{count} at step {step:,}. On the line, the prediction came true.",
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+        title_fontsize=8,
+    )
+    figure.suptitle(
+        f"{confirmation.recipe}: what run A predicted, and what really happened in run B",
+        size=10,
+        weight="bold",
+    )
     return finish_figure(figure)
 
 

@@ -45,63 +45,73 @@ Row = dict[str, Any]
 
 RULES = {
     "stores_fine": (
-        "the lowest progress_kept of 0.9, 0.95, 0.98 and 0.99 from which on, up to 1.05 and with "
-        "such a weight_error, no stable run lost more than 10 %, and at most 1 in 100 ended above "
-        "1.5 times the loss in fp32; a run is stable if its control ends where that in fp32 does"
+        "The lowest progress_kept of 0.9, 0.95, 0.98 and 0.99 that is safe. It is safe if, of the "
+        "stable runs that keep between it and 1.05, with weights that are off by at most "
+        "weight_error, none lost more than 10 %, and at most 1 in 100 ended above 1.5 times the "
+        "loss of float32 and of its control."
     ),
     "weight_error": (
-        "the largest weight_error of 0.01, 0.02, 0.05, 0.1 and 0.2 with which a progress_kept "
-        "keeps to the rule of stores_fine"
+        "The largest weight_error of 0.01, 0.02, 0.05, 0.1 and 0.2 with which some progress_kept "
+        "is safe."
     ),
     "needs_remedy": (
-        "the lowest progress_kept of 0.5, 0.6, 0.7, 0.8, 0.9 and 0.95 such that, of the runs from "
-        "it on that round to nearest and are not stored fine, the middle half of the loss ratios "
-        "spans less than a factor of 2, and at most 1 in 10 lost more than 10 %"
+        "The lowest progress_kept of 0.5, 0.6, 0.7, 0.8, 0.9 and 0.95 above which watch is "
+        "narrow. It is narrow if, of the runs that round to nearest, keep between it and 1.2 and "
+        "are not fine, the middle half of the loss ratios spans less than a factor of 2, and at "
+        "most 1 in 10 lost more than 10 %."
     ),
     "overshoots": (
-        "the lowest progress_kept of 1.05, 1.1, 1.2, 1.5 and 2 such that, from it to the next, "
-        "half of the runs ended at less than 0.8 or more than 1.25 times the loss in fp32"
+        "The lowest progress_kept of 1.05, 1.1, 1.2, 1.5 and 2 such that, of the runs that keep "
+        "between it and the next of these, at least half ended below 0.8 or above 1.25 times the "
+        "loss of float32."
     ),
     "frozen": (
-        "the lowest frozen_frac of 0.9, 0.99, 0.995 and 0.999 from which on 19 of 20 layers, of "
-        "which less than 0.5 of the progress was kept, were frozen in the real run"
+        "The lowest frozen_frac of 0.9, 0.99, 0.995 and 0.999 such that, of the layers that reach "
+        "it and keep less than 0.5 of the progress, at least 19 in 20 were frozen in the real run."
     ),
     "frozen_kept": (
-        "the highest progress_kept of 0.05, 0.1, 0.2 and 0.5 below which 19 of 20 layers with such "
-        "a frozen_frac were frozen in the real run"
+        "The highest progress_kept of 0.05, 0.1, 0.2 and 0.5 such that, of the layers that keep "
+        "less and reach the frozen_frac above, at least 19 in 20 were frozen in the real run."
     ),
-    "moved": "the definition of frozen: float32 moved the layer by more than this share of it",
-    "stuck_loss": "a judgement: a twentieth of the progress",
-    "run_frozen": "a judgement: half of the weights",
+    "moved": (
+        "Part of what frozen means: float32 moved the layer by more than this share of the norm "
+        "of its weights."
+    ),
+    "stuck_loss": "Chosen, not found in the runs: a twentieth of the progress.",
+    "run_frozen": "Chosen, not found in the runs: half of the weights.",
     "left_behind": (
-        "a judgement: a quarter of the weights; no run that was fine or “watch” had more than "
-        "0.21 of them in layers that kept less than half of their progress"
+        "Chosen: a quarter of the weights. No run that was fine or “watch” had more than 0.21 of "
+        "them in layers that kept less than half of their progress."
     ),
     "offsets": (
-        "for each range of predicted progress_kept, the tenth and the ninetieth percentile of the "
-        "real one minus the predicted one"
+        "For each range of predicted progress_kept, the 10th and the 90th percentile of the real "
+        "progress_kept minus the predicted one."
     ),
     "steps: stores_fine": (
-        "the lowest kept_update_ratio of 0.9, 0.99 and 0.999 from which on at most 1 stable run "
-        "in 10 lost more than 1 %, and none more than 10 %"
+        "The lowest kept_update_ratio of 0.9, 0.99 and 0.999 such that, of the stable runs that "
+        "reach it, none lost more than 10 %, and at most 1 in 10 lost more than 1 %."
     ),
     "steps: needs_remedy": (
-        "the highest tenth of kept_update_ratio such that, in the tenth below it, at least half "
-        "of the runs lost more than 10 %"
+        "The highest kept_update_ratio of 0.1, 0.2 and so on to 0.9 such that, of the runs that "
+        "keep up to 0.1 less than it, at least half lost more than 10 %."
     ),
     "steps: frozen": (
-        "the lowest never_moved_frac of 0.9, 0.99 and 0.999 from which on two thirds of the layers "
-        "were really frozen"
+        "The lowest never_moved_frac of 0.9, 0.99 and 0.999 such that, of the layers that reach "
+        "it, at least two thirds were frozen in the real run."
     ),
     "steps: underflow": (
-        "the lowest underflow_frac of 0.01, 0.03, 0.1 and 0.3 such that, from there to the next, "
-        "at least half of the runs without a scale lost less than half as much with one"
+        "The lowest underflow_frac of 0.01, 0.03, 0.1 and 0.3 such that a scale helps at least "
+        "half of the runs without a scale between it and the next of these. A scale helps a run "
+        "that lost more than 1 % if the same run with a scale lost less than half of that."
     ),
     "steps: saturated": (
-        "a judgement: no run as a whole, but those in mxfp4, which clips by design, had more than "
-        "0.6 % beyond the top"
+        "Chosen: no run had more than 0.6 % of its weights beyond the top, but for those in mxfp4, "
+        "which clips by design."
     ),
 }
+"""The rule behind each threshold. A run *lost* 10 % if its loss fell by 10 % less than in float32,
+its *loss ratio* is its final loss over that of float32, and it is *stable* if its control, a run in
+float32 whose weights start one millionth apart, ends within a factor of 1.5 of float32."""
 OFFSET_EDGES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98, 1.02, math.inf)
 """Upper ends of the ranges of predicted progress_kept that have offsets of their own."""
 
@@ -178,9 +188,14 @@ def add_now(rows: Iterable[Row]) -> list[Row]:
     ]
 
 
+def stores_weights_low(row: Row) -> bool:
+    """Return True for the row of a run, or of its layer, whose weights are stored low."""
+    return row["family"] in ("nearest", "true", "stochastic", "kahan")
+
+
 def select_weights(rows: Iterable[Row]) -> list[Row]:
     """Return the rows whose weights are stored low: those that set most thresholds."""
-    return [r for r in rows if r["family"] in ("nearest", "true", "stochastic", "kahan")]
+    return [*filter(stores_weights_low, rows)]
 
 
 # --- what became of a run

@@ -14,10 +14,11 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scipy.stats import spearmanr
 
+from altgrad.report import Verdict
 from benchmarks.calibration import configs, tasks
 from benchmarks.calibration.calibrate import (
     FAR,
@@ -41,10 +42,31 @@ from benchmarks.calibration.calibrate import (
     judge,
     read_part,
     select_weights,
+    stores_weights_low,
 )
 from benchmarks.paired import print_table
 
 _QUARTILES = (0.25, 0.5, 0.75)
+_FAMILIES = {
+    "nearest-16": "fp16, bf16 to nearest",
+    "nearest-8": "8 bits and fewer, to nearest",
+    "true": "bf16-true, foreach and fused",
+    "stochastic": "stochastic rounding",
+    "kahan": "Kahan summation",
+    "states": "optimizer states in 16 and 8 bits",
+    "now": "`now`: bf16-true, watched itself",
+}
+"""Names of the families of recipes on the page."""
+_RULES = {
+    "stores_fine": "fine: progress_kept ≥",
+    "weight_error": "fine: weights off by ≤",
+    "needs_remedy": "watch: progress_kept ≥",
+    "left_behind": "fine, watch: weights in layers that keep < 0.5, ≤",
+    "overshoots": "over: progress_kept >",
+    "frozen": "frozen: frozen_frac ≥",
+    "frozen_kept": "frozen: progress_kept <",
+}
+"""Names of thresholds on the page."""
 
 
 class Part(NamedTuple):
@@ -121,6 +143,109 @@ def find_mean(values: Iterable[float]) -> float:
 # --- the tables
 
 
+def print_rows(seen: Part, unseen: Part) -> None:
+    """Print which rows there are, and which of the tables count them.
+
+    Args:
+        seen: The calibration.
+        unseen: The held-out rows.
+    """
+    kinds: dict[str, tuple[str, Callable[[Row], bool]]] = {
+        "simulated storage of the weights, to nearest": (
+            "verdicts, progress, ranking",
+            lambda r: r["ways"] == "stored" and r["family"] == "nearest",
+        ),
+        "simulated storage of the weights, stochastic or Kahan": (
+            "verdicts, progress, ranking",
+            lambda r: r["ways"] == "stored" and r["family"] in ("stochastic", "kahan"),
+        ),
+        "real runs with weights in bf16": (
+            "verdicts, progress, ranking",
+            lambda r: r["ways"] == "real" and stores_weights_low(r),
+        ),
+        "real runs with optimizer states alone in few bits": (
+            "verdicts, ranking",
+            lambda r: r["family"] == "states",
+        ),
+        "averages of the weights in bf16, beside a run": (
+            "averages",
+            lambda r: r["family"] == "average",
+        ),
+        "controls in float32, whose weights start one millionth apart": (
+            "tell unstable runs",
+            lambda r: r["family"] == "control",
+        ),
+        "**rows of runs**": ("", lambda _: True),
+    }
+    layers: dict[str, tuple[str, Callable[[Row], bool]]] = {
+        "layers of runs with low weights": ("frozen layers", stores_weights_low),
+        "layers of runs with low states": ("states", lambda r: r["family"] == "states"),
+        "layers of controls": ("", lambda r: r["family"] == "control"),
+        "**rows of layers**": ("", lambda _: True),
+    }
+    rows = []
+    for place, group in enumerate((kinds, layers), start=1):
+        for name, (counted, is_own) in group.items():
+            counts = (f"{sum(map(is_own, part[place])):,}" for part in (seen, unseen))
+            rows.append((name, *counts, counted))
+    print("\n## Which rows\n")
+    _print_plain(("rows", "calibration", "held out", "counted in"), rows, numbers=(1, 2))
+
+
+def _print_plain(
+    header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()
+) -> None:
+    """Print a table without padding, with the columns `numbers` aligned to the right."""
+    print("| " + " | ".join(header) + " |")
+    ends = ("--:" if column in numbers else "---" for column in range(len(header)))
+    print("| " + " | ".join(ends) + " |")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def print_rules(limits: Mapping[str, float], rules: Mapping[str, str]) -> None:
+    """Print the main thresholds, and their rules.
+
+    Args:
+        limits: Thresholds by name.
+        rules: Rules by name of the threshold.
+    """
+    print("\n## Thresholds\n")
+    rows = [(words, f"{limits[name]:g}", rules[name]) for name, words in _RULES.items()]
+    _print_plain(("threshold", "value", "rule"), rows)
+
+
+def print_outcomes(
+    seen: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    unseen: Mapping[str, Mapping[str, Mapping[str, Any]]],
+) -> None:
+    """Print what became of runs by family and verdict, held-out ones beside the others.
+
+    Args:
+        seen: Outcomes of the calibration, as calibration.json has them.
+        unseen: Outcomes of the held-out runs.
+    """
+    rows = []
+    for family, name in _FAMILIES.items():
+        known = [verdict for verdict in VERDICTS if verdict in {*seen[family], *unseen[family]}]
+        for verdict in known:
+            counts = (part[family].get(verdict) for part in (seen, unseen))
+            cells = (cell for each in counts for cell in _write_outcome(each))
+            first = name if verdict == known[0] else ""
+            rows.append((first, Verdict[verdict].short, *cells))
+    print("\n## Verdicts on runs\n")
+    header = ("recipe", "verdict", "runs", "lost > 10 %", "loss ratio, middle half")
+    held_out = ("**held out:** runs", *header[3:])
+    _print_plain((*header, *held_out), rows, numbers=(2, 3, 5, 6))
+
+
+def _write_outcome(counts: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    if counts is None:
+        return "0", "–", "–"
+    low, _, high = (f"{ratio:.3g}" for ratio in counts["loss_ratios"])
+    return f"{counts['runs']}", f"{counts['lost_10_percent']}", f"{low} to {high}"
+
+
 def print_verdicts(part: Part, limits: Mapping[str, float]) -> None:
     """Print the outcomes of runs by verdict and family.
 
@@ -150,7 +275,7 @@ def print_verdicts(part: Part, limits: Mapping[str, float]) -> None:
                         f"{sum(find_ratio_beyond_chance(run) > FAR for run in runs)}",
                     )
                 )
-    print(f"\n## Verdicts on runs: {part.name}\n")
+    print(f"\n## Verdicts on runs, at length: {part.name}\n")
     print_table(
         (
             *("family", "verdict", "runs", "lost > 1 %", "> 10 %", "most lost"),
@@ -248,8 +373,12 @@ def print_ranking(parts: Sequence[Part]) -> None:
     for part in parts:
         stored = [r for r in part.runs if r["ways"] == "stored" and r["family"] != "control"]
         nearest = [run for run in stored if run["family"] == "nearest"]
-        real = [r for r in part.runs if r["ways"] == "real" and r["family"] != "control"]
-        low = [run for run in real if run["family"] not in ("states", "average")]
+        real = [
+            r
+            for r in part.runs
+            if r["ways"] == "real" and r["family"] not in ("control", "average")
+        ]
+        low = [run for run in real if run["family"] != "states"]
         for name, runs in (
             ("simulated", stored),
             ("simulated, to nearest", nearest),
@@ -363,8 +492,9 @@ def main() -> None:
     folder = parser.parse_args().folder
     found = calibrate(*(read_part(part, folder) for part in ("calibration", "held_out")))
     limits, parts = found["thresholds"], list_parts(folder)
-    for name, limit in limits.items():
-        print(f"{name} {limit:g}: {found['rules'][name]}")
+    print_rows(*parts[:2])
+    print_rules(limits, found["rules"])
+    print_outcomes(found["runs"], found["held_out"]["runs"])
     for part in parts:
         print_verdicts(part, limits)
     print_frozen(parts, limits)

@@ -48,9 +48,16 @@ def test_each_layer_is_a_point_in_both_panels_and_frozen_ones_are_told_apart() -
         "frozen in one of them alone (2)": [(0.5, 1.0), (0.99, 0.5)],
     }
     assert sorted(kept["moves (2)"]) == [(0.75, 0.5), (1.0, 0.875)]
-    texts = read_texts(figure)
-    assert {"true: 5 layers at step 0", "predicted by A", "real in B", *frozen} <= {*texts}
+    assert {"predicted by A", "real in B", *frozen} <= {*read_texts(figure)}
     assert all(axes.get_xlim() == axes.get_ylim() for axes in figure.axes)
+
+
+def test_the_picture_says_what_is_compared_and_how_to_read_it() -> None:
+    texts = read_texts(draw({"a": (0.25, 0.5, 0.75, 0.5), "b": (0.0, 0.0, 1.0, 1.0)}))
+    assert "true: what run A predicted, and what really happened in run B" in texts
+    assert "2 layers at step 0. On the line, the prediction came true." in texts
+    assert {"Share of the weights that never moved\n(frozen_frac)", "predicted by A"} <= {*texts}
+    assert "Progress of the layer, over that in float32\n(progress_kept)" in texts
 
 
 def test_the_layers_that_differ_most_are_named() -> None:

@@ -43,7 +43,8 @@ class RunFile:
     """A run file that is open for writing, as `create` and `resume` return it.
 
     `append` hands its lines to the operating system before it returns. A killed process loses at
-    most the line that was being written. Until `close`, no other writer gets the file.
+    most the line that was being written. No other writer gets the file until `close`, or until
+    nothing refers to this object any more.
 
     Attributes:
         path: Path of the file.
@@ -51,14 +52,14 @@ class RunFile:
 
     def __init__(self, path: Path, lock: WriterLock) -> None:
         self.path = path
-        self._lock = lock
-        weakref.finalize(self, lock.release)  # at the end of the process, if nobody closes
         try:
             # Mode a (O_APPEND): even a writer without the lock could not overwrite lines.
             self._file: BinaryIO = path.open("a+b", buffering=0)
         except BaseException:
             lock.release()
             raise
+        # If nobody closes, as where a training raises: when the object or the process ends.
+        self._finish = weakref.finalize(self, _close, self._file, lock)
 
     @classmethod
     def create(
@@ -213,8 +214,7 @@ class RunFile:
 
     def close(self) -> None:
         """Close the file, and release its lock for other writers."""
-        self._file.close()
-        self._lock.release()
+        self._finish()
 
     def __enter__(self) -> RunFile:  # noqa: PYI034 - typing has Self only from Python 3.11 on
         return self
@@ -244,6 +244,11 @@ class RunFile:
             except OSError:
                 self.close()
             raise
+
+
+def _close(file: BinaryIO, lock: WriterLock) -> None:
+    file.close()
+    lock.release()
 
 
 def _parse_header(header: Header | Mapping[str, Any]) -> Header:

@@ -1,11 +1,13 @@
 """`RunFile`: written lines stay readable if the process is killed or the disk is full."""
 
+import gc
 import itertools
 import math
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +215,40 @@ def test_appending_to_a_closed_file_is_an_error(tmp_path, records, header) -> No
 
 
 # --- resumed
+
+
+def test_a_file_that_nobody_closes_is_closed_without_a_warning(tmp_path, records, header) -> None:
+    """A training that raises leaves the file to the garbage collector, in a cycle."""
+    file = RunFile.create(tmp_path, header)
+    file.append(0, records[0], skipped={})
+    cycle: list[Any] = [file]
+    cycle.append(cycle)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        del file, cycle
+        gc.collect()
+    assert not caught
+    with RunFile.resume(tmp_path / "altgrad.jsonl", 1, header) as resumed:
+        assert resumed.path == tmp_path / "altgrad.jsonl"  # the lock is free
+
+
+def test_the_end_of_the_process_closes_a_file_without_a_warning(tmp_path: Path) -> None:
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parents[3])!r})
+from altgrad.report import RunFile
+from tests.report.records.recording import header_from, make_records
+file = RunFile.create({str(tmp_path)!r}, header_from(make_records()[0]))
+raise SystemExit(3)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-W", "always::ResourceWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 3
+    assert "altgrad.jsonl" not in ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["altgrad.jsonl"]
 
 
 def test_a_resumed_run_has_every_step_once(tmp_path, records, header) -> None:
