@@ -175,22 +175,29 @@ def _name_some(names: Sequence[str]) -> str:
 
 def _describe_now(advice: RunAdvice) -> str:
     """Return a sentence on what a run loses now; empty if that is not known."""
-    lost = (
-        f"This run loses {format_lost(advice.kept)} of its progress now{_describe_unmoved(advice)}."
-    )
-    if advice.kept >= calibration().thresholds.stores_fine:
-        lost = (
-            f"Weights of this run are off by {format_error(advice.weight_error)} of their size now."
-        )
     sentences = {
         Verdict.STORES_FINE: "This run loses nothing now that matters.",
-        Verdict.WATCH: lost,
-        Verdict.NEEDS_REMEDY: lost,
+        Verdict.WATCH: _describe_loss(advice),
+        Verdict.NEEDS_REMEDY: _describe_loss(advice),
+        Verdict.UNCERTAIN: "What this run loses now is uncertain.",
         Verdict.FROZEN: f"This run is frozen now{_describe_unmoved(advice)}.",
         Verdict.OVERSHOOTS: "This run overshoots now.",
         Verdict.BREAKS: "This run breaks now: weights are NaN or inf.",
     }
     return sentences.get(advice.verdict, "")
+
+
+def _describe_loss(advice: RunAdvice) -> str:
+    """Return a sentence on what a run loses now that is neither fine nor frozen."""
+    if math.isnan(advice.kept):
+        return f"This run is partly frozen now: {format_count(len(advice.frozen), 'layer')}."
+    if advice.kept < calibration().thresholds.stores_fine:
+        lost = format_lost(advice.kept)
+        return f"This run loses {lost} of its progress now{_describe_unmoved(advice)}."
+    if advice.verdict is Verdict.NEEDS_REMEDY:
+        share = format_percent(advice.behind_share)
+        return f"Layers with {share} of the weights lose most of their progress now."
+    return f"Weights of this run are off by {format_error(advice.weight_error)} of their size now."
 
 
 def _describe_unmoved(advice: RunAdvice) -> str:

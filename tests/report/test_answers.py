@@ -123,6 +123,15 @@ def test_evidence_is_a_sentence_where_the_table_has_no_room() -> None:
             [NOW._replace(verdict=Verdict.BREAKS, kept=NAN)],
             "This run breaks now: weights are NaN or inf.",
         ),
+        (
+            [NOW._replace(verdict=Verdict.NEEDS_REMEDY, kept=NAN)],
+            "This run is partly frozen now: 2 layers.",
+        ),
+        (
+            [NOW._replace(verdict=Verdict.NEEDS_REMEDY, kept=1.0, behind_share=0.934)],
+            "Layers with 93 % of the weights lose most of their progress now.",
+        ),
+        ([NOW._replace(verdict=Verdict.UNCERTAIN)], "What this run loses now is uncertain."),
         ([NOW._replace(verdict=Verdict.NOT_JUDGED, kept=NAN), WATCH], "Watch: bf16."),
     ],
 )

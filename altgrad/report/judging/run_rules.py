@@ -90,7 +90,8 @@ def judge_recipe(name: str, family: str | None, layers: Sequence[LayerShare]) ->
         has_twin,
     )
     verdict = _find_verdict(advice, [layer.advice.verdict for layer in layers], error)
-    outcome = calibration().count_runs(family, verdict.name)
+    # Real runs were judged by the progress that they kept.
+    outcome = None if math.isnan(kept) else calibration().count_runs(family, verdict.name)
     return advice._replace(verdict=verdict, outcome=outcome)
 
 

@@ -209,6 +209,7 @@ def test_a_run_of_which_only_is_known_what_stands_still_is_judged_by_that() -> N
     some = judge(rest, frozen)
     assert (some.verdict, some.frozen, some.frozen_share) == (Verdict.NEEDS_REMEDY, ["gain"], 0.1)
     assert judge(frozen).verdict is Verdict.FROZEN
+    assert judge(frozen).evidence == some.evidence == "no such run was tested"
 
 
 def test_layers_count_by_their_size_if_no_movement_is_known() -> None:
