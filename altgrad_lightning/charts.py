@@ -34,6 +34,7 @@ WITHOUT_CHART = frozenset({"moved_rms"})
 """Metrics of the model's twins without a chart: they say the same under every recipe."""
 # If it is not known in 20 rows what a layer keeps, the layers are chosen without that.
 _MAX_WAITING_ROWS = 20
+_NOW = "progress_kept/now"  # of the run itself, if its weights are stored low
 _NO_FIGURES: Mapping[str, float] = {}
 
 
@@ -62,9 +63,9 @@ class Charts:
     Args:
         formats: Names of the judged formats.
         layers: The number of layers to chart, or patterns of the names of layers. A number charts
-            the layers that keep least, and at most as many layers that appear later. What counts is
-            the progress that the run itself keeps now, if its weights are stored low, and otherwise
-            what the recipe would keep that keeps least.
+            the layers that keep least, and at most as many layers that appear later. Layers that
+            are stored low come first, by the progress that the run itself keeps of them now; then
+            the others, by what the recipe would keep that keeps least.
 
     Attributes:
         charted: Names of the charted layers, each with the names of its formats; None before the
@@ -77,7 +78,7 @@ class Charts:
         self.charted: dict[str, tuple[str, ...]] | None = None
         self._considered: set[str] = set()  # layers that were or were not chosen
         self._left = layers if isinstance(layers, int) else 0  # number of later layers to chart
-        self._waiting: list[tuple[Row, Mapping[str, Figures]]] = []
+        self._waiting: list[tuple[Row, Mapping[str, Mapping[str, float]]]] = []
         self._twin_keys: dict[str, None] = {}  # of the model, in any step so far
         self._recipes: dict[str, dict[str, None]] = {}  # of each layer, in any step so far
 
@@ -116,7 +117,7 @@ class Charts:
         monitor_row = {f"altgrad/monitor/{key}": value for key, value in monitor.items()}
         self._waiting.append((Row(step, model_row, monitor_row), layers))
         if self.charted is None:
-            known = any(_find_lowest_kept(figures) < math.inf for figures in layers.values())
+            known = any(map(_is_known, layers.values()))
             if not known and len(self._waiting) < _MAX_WAITING_ROWS:
                 return []
             self.charted = {name: layers[name].formats for name in self._choose(layers)}
@@ -136,23 +137,38 @@ class Charts:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which layers have charts of their own, for a checkpoint.
+        """Return which layers have charts of their own, and the rows kept back, for a checkpoint.
 
         Returns:
             Plain data: the charted layers, all layers considered so far, and the number of later
-            layers that may still be charted.
+            layers that may still be charted. Under ``waiting`` are the rows that are kept back,
+            with the figures of their layers, and then the keys and recipes of twins so far.
         """
         return {
             "charted": self.charted,
             "considered": sorted(self._considered),
             "left": self._left,
+            "waiting": [
+                (*row, {name: _select_charted(figures) for name, figures in layers.items()})
+                for row, layers in self._waiting
+            ],
+            "twin_keys": [*self._twin_keys],
+            "recipes": {name: [*recipes] for name, recipes in self._recipes.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the charted layers that `state_dict` returned."""
+        """Restore the charted layers and the rows kept back, as `state_dict` returned them.
+
+        Version 0.1.0 saved the charted layers alone.
+        """
         self.charted = state["charted"]
         self._considered = {*state.get("considered", self.charted or ())}
         self._left = state.get("left", 0)
+        self._waiting = [(Row(*row), layers) for *row, layers in state.get("waiting", ())]
+        self._twin_keys = dict.fromkeys(state.get("twin_keys", ()))
+        self._recipes = {
+            name: dict.fromkeys(recipes) for name, recipes in state.get("recipes", {}).items()
+        }
 
     def _note_twins(self, model: Figures, layers: Mapping[str, Figures]) -> None:
         """Note the keys of figures of twins to chart, so that later rows have them, too.
@@ -175,7 +191,7 @@ class Charts:
         later = {
             name: figures
             for name, figures in layers.items()
-            if name not in self._considered and _find_lowest_kept(figures) < math.inf
+            if name not in self._considered and _is_known(figures)
         }
         self._considered |= later.keys()
         chosen = self._choose(later)
@@ -186,11 +202,11 @@ class Charts:
 
     def _choose(self, layers: Mapping[str, Figures]) -> list[str]:
         if isinstance(self._layers, int):
-            return sorted(layers, key=lambda name: _find_lowest_kept(layers[name]))[: self._layers]
+            return sorted(layers, key=lambda name: _rank_layer(layers[name]))[: self._layers]
         patterns = self._layers
         return [name for name in layers if any(fnmatchcase(name, each) for each in patterns)]
 
-    def _layer_row(self, layers: Mapping[str, Figures]) -> dict[str, float]:
+    def _layer_row(self, layers: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         return {
             f"altgrad/{key}/{name}": layers.get(name, _NO_FIGURES).get(key, math.nan)
             for name, formats in (self.charted or {}).items()
@@ -211,17 +227,30 @@ def _join_keys(
     return [*metrics, *(f"{metric}/{name}" for metric in named_metrics for name in names)]
 
 
-def _find_lowest_kept(figures: Figures) -> float:
-    """Return the least that is kept of a layer: by the run now, by a twin, or in a format.
+def _select_charted(figures: Mapping[str, float]) -> dict[str, float]:
+    """Return the figures of a layer that a chart may show, by key."""
+    metrics = {*PER_LAYER, *PER_LAYER_AND_FORMAT, *PER_LAYER_AND_RECIPE}
+    return {key: value for key, value in figures.items() if key.partition("/")[0] in metrics}
 
-    A twin is a sample of the layer that is stored as a recipe says. The first of the three that has
-    a value counts; without any, the result is inf.
+
+def _rank_layer(figures: Figures) -> tuple[float, float, float]:
+    """Return the least that is kept of a layer: by the run now, by twins, and in formats.
+
+    A twin is a sample of the layer that is stored as a recipe says. Layers are compared by the
+    first of the three, and by the next if they are equal, so that what a layer keeps now is not
+    compared with what another one would keep. The number is inf where the layer has no value.
     """
     twins = [f"progress_kept/{recipe}" for recipe in figures.recipes]
-    now = [key for key in twins if key == "progress_kept/now"]
+    now = [key for key in twins if key == _NOW]
     formats = [f"kept_update_ratio/{format}" for format in figures.formats]
-    for keys in (now, twins, formats):
-        kept = [value for key in keys if not math.isnan(value := figures.get(key, math.nan))]
-        if kept:
-            return min(kept)
-    return math.inf
+    return _find_least(figures, now), _find_least(figures, twins), _find_least(figures, formats)
+
+
+def _find_least(figures: Figures, keys: Sequence[str]) -> float:
+    kept = (figures.get(key, math.nan) for key in keys)
+    return min((value for value in kept if not math.isnan(value)), default=math.inf)
+
+
+def _is_known(figures: Figures) -> bool:
+    """Return True if it is known what is kept of a layer."""
+    return any(value < math.inf for value in _rank_layer(figures))

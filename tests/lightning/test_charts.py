@@ -1,5 +1,6 @@
 """`Charts`: all rows have the same keys, also rows from before the layers are chosen."""
 
+import json
 import math
 from collections.abc import Mapping
 
@@ -142,6 +143,47 @@ def test_a_resumed_run_charts_the_same_layers() -> None:
     assert [*resumed.charted] == ["a"]
 
 
+def test_a_share_of_single_updates_is_not_compared_with_one_of_twins() -> None:
+    charts = Charts(FORMATS, 1)
+    rows(charts, {"a": figures(0.1), "b": make_kept(bf16=0.9)})
+    assert [*charts.charted] == ["b"]
+
+
+def test_rows_that_wait_are_logged_by_a_resumed_run_as_by_one_without_a_stop() -> None:
+    unknown = {name: add_twins(figures(), "bf16") for name in "ab"}
+    for layer in unknown.values():
+        layer.update({"progress_kept/bf16": math.nan, "unmoved_frac": 0.75})
+    known = {"a": figures(0.9), "b": figures(0.1)}
+    whole, stopped, resumed = (Charts(FORMATS, 1) for _ in range(3))
+    for charts in (whole, stopped):
+        for step in range(3):
+            assert charts.add(step, add_twins(figures(0.5), "bf16"), unknown, {"a": 0.5}) == []
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    expected, found = (each.add(3, figures(0.5), known, {"a": 0.5}) for each in (whole, resumed))
+    assert [row.step for row in found] == [0, 1, 2, 3]
+    assert repr(found) == repr(expected)  # NaN differs from itself
+    assert merge_row(found[0])["altgrad/unmoved_frac/b"] == 0.75
+
+
+def test_a_resumed_run_keeps_the_charts_of_twins_that_have_ended() -> None:
+    both = add_twins(figures(0.1), "bf16", "bf16-true")
+    charts, resumed = Charts(FORMATS, 1), Charts(FORMATS, 1)
+    rows(charts, {"a": both})
+    charts.add(1, both, {"a": both}, {})
+    resumed.load_state_dict(charts.state_dict())
+    (row,) = resumed.add(2, figures(0.1), {"a": figures(0.1)}, {})
+    assert math.isnan(row.model["altgrad/drift/bf16-true"])
+    assert math.isnan(row.others["altgrad/progress_kept/bf16-true/a"])
+    assert resumed.recipes == ["bf16", "bf16-true"]
+
+
+def test_a_state_of_version_0_1_0_has_no_rows_that_wait() -> None:
+    charts = Charts(FORMATS, 1)
+    charts.load_state_dict({"charted": {"a": FORMATS}})
+    assert charts.take_waiting() == []
+    assert [row.step for row in charts.add(5, figures(), {"a": figures()}, {})] == [5]
+
+
 def test_figures_of_twins_but_moved_rms_are_charted_for_the_model_and_two_for_a_layer() -> None:
     charts = Charts(FORMATS, 1)
     layers = {"a": add_twins(figures(0.1), "bf16", "e5m2-sr"), "b": figures(0.9)}
@@ -192,7 +234,10 @@ def make_kept(**kept: float) -> Figures:
     [
         ({"a": {"now": 0.9, "e5m2": 0.0}, "b": {"now": 0.1, "e5m2": 0.5}}, ["b"]),
         ({"a": {"bf16": 0.9, "e5m2": 0.2}, "b": {"bf16": 0.5, "e5m2": 0.4}}, ["a"]),
-        ({"a": {"now": math.nan, "e5m2": 0.3}, "b": {"now": 0.4}}, ["a"]),
+        # A share of what the run keeps now is not compared with one that a recipe would keep.
+        ({"a": {"now": math.nan, "e5m2": 0.3}, "b": {"now": 0.4}}, ["b"]),
+        ({"a": {"e5m2": 0.0}, "b": {"now": 0.4, "e5m2": 0.5}}, ["b"]),
+        ({"a": {"now": 0.4, "e5m2": 0.5}, "b": {"now": 0.4, "e5m2": 0.3}}, ["b"]),
         ({"a": {"bf16": math.nan}, "b": {"bf16": 0.9}}, ["b"]),
         ({"a": {"bf16": math.nan}, "b": {"bf16": math.nan}}, ["a"]),
     ],
