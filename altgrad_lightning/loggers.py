@@ -21,12 +21,17 @@ from typing import TYPE_CHECKING, Any
 from altgrad import Histogram
 from altgrad.measurement import FORMAT_METRICS
 from altgrad.report import (
+    INTERVAL,
+    KEPT_MEANING,
     STEP_BY_STEP,
-    Verdict,
     cell_text,
+    has_intervals,
     list_actions,
+    list_legend,
+    list_lost,
     list_rows,
     png,
+    rank_layers,
     write_answer,
     write_nonfinite,
     write_sentence,
@@ -52,7 +57,7 @@ _LAYER_TWIN_METRICS = ("progress_kept", "frozen_frac")
 _COLUMNS = ("layer", "recipe", "verdict", "kept", "frozen_frac", "reason")
 _WHOLE_RUN = "(whole run)"  # in the column of layers
 _RUN_HEADINGS = (
-    *("recipe", "verdict", "progress kept", "weights that never move"),
+    *("recipe", "verdict", "progress kept (80 % of real runs)", "weights that never move"),
     *("layers that freeze", "such runs that lost over 10 %"),
 )
 # As many as one reads; the run file has all layers.
@@ -197,7 +202,7 @@ def log_verdict(loggers: Iterable[Any], step: int, assessment: Assessment) -> No
             from wandb import Table
 
             rows = [_make_run_row(advice) for advice in assessment.runs.values()]
-            rows += [_make_row(a) for own in assessment.by_layer.values() for a in own.values()]
+            rows += [_make_row(a) for own in rank_layers(assessment).values() for a in own.values()]
             table = Table(columns=[*_COLUMNS], data=rows)
             logger.log_metrics({"altgrad/verdict": table}, step)
 
@@ -208,9 +213,8 @@ def format_verdict(assessment: Assessment) -> str:
     The first column is ``now``, what the run itself loses, if its weights are stored low. The worst
     layers come first, and at most 100 layers are shown.
     """
-    seen = {each.verdict for each in assessment.advice}
-    seen |= {each.verdict for each in assessment.runs.values()}
-    meanings = [f"- {each.short}: {_escape(each.value)}" for each in Verdict if each in seen]
+    legend = list_legend(assessment)
+    meanings = [f"- {_escape(each.word)}: {_escape(each.text)}" for each in legend]
     parts = [*_format_runs(assessment), "", *_format_layers(assessment), "", *meanings]
     return "\n".join(parts)
 
@@ -224,6 +228,8 @@ def _format_runs(assessment: Assessment) -> list[str]:
     for row in rows:
         texts = (row.recipe, row.word, row.kept, row.never, row.frozen, row.evidence)
         lines += [_join_cells(map(_escape, texts))]
+    if has_intervals(rows):
+        lines += ["", _escape(INTERVAL)]
     if any(row.is_step_by_step for row in rows):
         lines += ["", _escape(STEP_BY_STEP)]
     actions = [f"- {_escape(action)}" for action in list_actions(assessment.runs)]
@@ -242,18 +248,20 @@ def _find_nonfinite(assessment: Assessment) -> dict[str, float]:
 
 def _format_layers(assessment: Assessment) -> list[str]:
     """Return lines of Markdown with a table of layers by recipes."""
-    by_layer = assessment.by_layer
+    by_layer = rank_layers(assessment)
     recipes = [*assessment.runs]
     lines = []
     if len(by_layer) > _MAX_VERDICT_ROWS:
-        lines += [f"The worst {_MAX_VERDICT_ROWS} of {len(by_layer):,} layers:", ""]
+        lost = len(list_lost(assessment))
+        first = f", first those frozen, stuck or NaN ({lost:,} in all)" if lost else ""
+        lines += [f"The worst {_MAX_VERDICT_ROWS} of {len(by_layer):,} layers{first}:", ""]
     lines += [_join_cells(["layer", *map(_escape, recipes), "smallest that stores it"])]
     lines += [_join_cells(["---"] * (len(recipes) + 2))]
     for layer in [*by_layer][:_MAX_VERDICT_ROWS]:
         cells = [_escape(cell_text(by_layer[layer].get(recipe)) or "–") for recipe in recipes]
         suggestion = assessment.suggestions.get(layer)
         lines += [_join_cells([_escape(layer), *cells, _escape(suggestion or "none: fp32")])]
-    return [*lines, "", "The number is the share of the progress that the recipe keeps."]
+    return [*lines, "", _escape(KEPT_MEANING)]
 
 
 # --- the kinds of loggers

@@ -7,8 +7,9 @@ Read it in this order:
 
 1. `records` writes and reads the run file.
 2. `judging` judges a run, and each of its layers.
-3. `run_report` combines a run with its verdicts. `drawings`, on figures of `canvas`, draws its
-   pictures, and `applying` writes Python code that applies its suggestions.
+3. `run_report` combines a run with its verdicts, and `ranking` orders its layers. `drawings`, on
+   figures of `canvas`, draws its pictures, and `applying` writes Python code that applies its
+   suggestions.
 4. `terminal`, which begins with `terminal_runs`, `web_page` and `exports` show the report;
    `answers`, `cells`, `names` and `printing` hold what they share.
 5. `comparison` compares two runs. If one of them predicted how the other is stored, which
@@ -23,14 +24,16 @@ from altgrad import _lazy
 
 if TYPE_CHECKING:
     from altgrad.report.answers import (
+        INTERVAL,
         STEP_BY_STEP,
         describe_frozen_now,
+        has_intervals,
         list_actions,
         list_rows,
         write_answer,
     )
     from altgrad.report.canvas import png, svg
-    from altgrad.report.cells import cell_text
+    from altgrad.report.cells import KEPT_MEANING, Meaning, cell_text, list_legend
     from altgrad.report.comparison import Comparison
     from altgrad.report.confirmation import (
         Confirmation,
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from altgrad.report.judging.judge import Judge, StandardErrors, judge_run
     from altgrad.report.judging.summaries import write_nonfinite, write_sentence
     from altgrad.report.judging.verdicts import Advice, Assessment, RunAdvice, Verdict
+    from altgrad.report.ranking import list_lost, rank_layers
     from altgrad.report.records.fields import SCHEMA
     from altgrad.report.records.reading import read
     from altgrad.report.records.run import Row, Run
@@ -62,6 +66,8 @@ if TYPE_CHECKING:
     from altgrad.report.web_page import confirmation_page, page
 
 __all__ = [
+    "INTERVAL",
+    "KEPT_MEANING",
     "SCHEMA",
     "STEP_BY_STEP",
     "Advice",
@@ -74,6 +80,7 @@ __all__ = [
     "Header",
     "Judge",
     "LayerInfo",
+    "Meaning",
     "Pair",
     "Predecessor",
     "RecipeInfo",
@@ -90,10 +97,13 @@ __all__ = [
     "confirmation_page",
     "describe_frozen_now",
     "find_confirmation",
+    "has_intervals",
     "heat_map",
     "judge_run",
     "kept_map",
     "list_actions",
+    "list_legend",
+    "list_lost",
     "list_rows",
     "page",
     "png",
@@ -102,6 +112,7 @@ __all__ = [
     "print_report",
     "print_verdicts",
     "ranges",
+    "rank_layers",
     "read",
     "steps_histogram",
     "svg",
@@ -114,15 +125,17 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
     __getattr__, __dir__ = _lazy.attach(
         __name__,
         {
-            "answers": "STEP_BY_STEP describe_frozen_now list_actions list_rows write_answer",
+            "answers": "INTERVAL STEP_BY_STEP describe_frozen_now has_intervals list_actions "
+            "list_rows write_answer",
             "canvas": "png svg",
-            "cells": "cell_text",
+            "cells": "KEPT_MEANING Meaning cell_text list_legend",
             "comparison": "Comparison",
             "confirmation": "Confirmation ConfirmedLayer FrozenCounts Pair find_confirmation",
             "confirmation_drawing": "agreement",
             "confirmation_table": "print_confirmation",
             "drawings": "heat_map kept_map ranges steps_histogram",
             "judging.judge": "Judge StandardErrors judge_run",
+            "ranking": "list_lost rank_layers",
             "records.fields": "SCHEMA",
             "records.reading": "read",
             "records.run": "Row Run",

@@ -16,14 +16,40 @@ from typing import NamedTuple
 
 from altgrad._messages import few, format_count, format_percent
 from altgrad.measurement.catalogue import NOW
-from altgrad.report.cells import format_kept
+from altgrad.report.cells import STEP_MARK, find_mark
 from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.decimals import (
+    format_error,
+    format_figure,
+    format_interval,
+    format_kept,
+    format_lost,
+)
 from altgrad.report.judging.summaries import write_word
 from altgrad.report.judging.verdicts import Assessment, RunAdvice, Verdict
-from altgrad.report.records.schema import LayerInfo
+from altgrad.report.records.run import Run
+from altgrad.report.records.schema import LayerInfo, RecipeInfo
 
-STEP_BY_STEP = "* of single updates, without a twin: what is lost over many steps is unknown."
+STEP_BY_STEP = (
+    "* of single updates, with the interval of the sample: there is no twin, and what is lost over "
+    "many steps is unknown."
+)
 """Meaning of the ``*`` behind a share that is kept, for a legend."""
+INTERVAL = (
+    "In brackets: what 80 % of real runs kept of which twins said the same. The figure need not "
+    "lie in it: twins get the gradients of this run, and a real run its own."
+)
+"""Meaning of the interval behind a share that is kept, for a legend."""
+NO_STEP = (
+    "No step was observed: there are no verdicts. Train for longer, or observe more often "
+    "(every_n_steps); a step that moves no weight does not count."
+)
+"""Heading of a report without an observed step."""
+NOTHING_TO_JUDGE = (
+    "The monitor has neither formats nor recipes: there are no verdicts. Pass "
+    "recipes=['bf16', 'bf16-sr'], for example, or leave both arguments out."
+)
+"""Heading of a report of a run that judged nothing."""
 _UNKNOWN = "–"
 _MOST_NAMED = 8  # recipes in a heading
 _MOST_ACTIONS = 5
@@ -38,7 +64,8 @@ class RunRow(NamedTuple):
         recipe: Name of the recipe; ``now`` for the run itself.
         word: The verdict on the run in a word or two.
         share: Share of the progress kept; a ``*`` marks a share of single updates.
-        interval: Interval in which the share of a real run lies; may be empty.
+        interval: Interval of 80 % of real runs with this prediction, or that of the sample if
+            `is_step_by_step`; may be empty.
         never: Share of the weights, moved in float32, that would never move.
         frozen: Number of layers that would freeze, with their share of the weights.
         evidence: How many real runs with this verdict lost over 10 % of the fall in loss.
@@ -65,17 +92,21 @@ def list_rows(runs: Mapping[str, RunAdvice]) -> list[RunRow]:
     return [_make_row(each) for each in runs.values()]
 
 
+def has_intervals(rows: Sequence[RunRow]) -> bool:
+    """Return True if a row has an interval of real runs behind the share that is kept."""
+    return any(row.interval and not row.is_step_by_step for row in rows)
+
+
 def _make_row(advice: RunAdvice) -> RunRow:
     is_step_by_step = not (advice.has_twin or math.isnan(advice.kept))
-    low, high = advice.interval
     frozen = f"{len(advice.frozen):,}"
     if advice.frozen:
         frozen += f" ({format_percent(advice.frozen_share)})"
     return RunRow(
         advice.recipe,
-        write_word(advice),
-        (format_kept(advice.kept) or _UNKNOWN) + ("*" if is_step_by_step else ""),
-        "" if math.isnan(low) else f"{_round(low)} to {_round(high)}",
+        " ".join(filter(None, (write_word(advice), find_mark(advice)))),
+        (format_kept(advice.kept) or _UNKNOWN) + (STEP_MARK if is_step_by_step else ""),
+        format_interval(*advice.interval),
         _UNKNOWN if math.isnan(advice.frozen_frac) else format_percent(advice.frozen_frac),
         frozen,
         _write_outcome(advice),
@@ -93,11 +124,6 @@ def _write_outcome(advice: RunAdvice) -> str:
     return f"{lost} of {runs}" if runs else "none had it"
 
 
-def _round(share: float) -> str:
-    """Return a share with two decimals; -0.001 is ``0.00``."""
-    return f"{round(share, 2) + 0.0:.2f}"  # -0.0 + 0.0 is 0.0
-
-
 def write_evidence(rows: Sequence[RunRow]) -> str:
     """Write the column `RunRow.evidence` as a sentence, for a table without room for it."""
     recipes: dict[str, list[str]] = {}
@@ -111,9 +137,18 @@ def write_evidence(rows: Sequence[RunRow]) -> str:
 
 
 def write_answer(runs: Mapping[str, RunAdvice]) -> str:
-    """Write which recipes the run can be stored by, and what it loses now, in a line or two."""
+    """Write which recipes the run can be stored by, and what it loses now, in a line or two.
+
+    If a run was observed and has no verdict, the line says what to pass to the monitor.
+
+    Args:
+        runs: Verdicts on the run, by recipe.
+
+    Returns:
+        A few short sentences.
+    """
     if not runs:
-        return "No step was observed: there are no verdicts."
+        return NOTHING_TO_JUDGE
     others = [each for name, each in runs.items() if name != NOW]
     fine = [each.recipe for each in others if each.verdict is Verdict.STORES_FINE]
     watch = [each.recipe for each in others if each.verdict is Verdict.WATCH]
@@ -140,9 +175,13 @@ def _name_some(names: Sequence[str]) -> str:
 
 def _describe_now(advice: RunAdvice) -> str:
     """Return a sentence on what a run loses now; empty if that is not known."""
-    lost = f"This run loses {1 - advice.kept:.2g} of its progress now{_describe_unmoved(advice)}."
+    lost = (
+        f"This run loses {format_lost(advice.kept)} of its progress now{_describe_unmoved(advice)}."
+    )
     if advice.kept >= calibration().thresholds.stores_fine:
-        lost = f"Weights of this run are off by {advice.weight_error:.2g} of their size now."
+        lost = (
+            f"Weights of this run are off by {format_error(advice.weight_error)} of their size now."
+        )
     sentences = {
         Verdict.STORES_FINE: "This run loses nothing now that matters.",
         Verdict.WATCH: lost,
@@ -164,29 +203,46 @@ def _describe_unmoved(advice: RunAdvice) -> str:
 # --- how the run is stored
 
 
-def write_storage(layers: Mapping[str, LayerInfo], runs: Mapping[str, RunAdvice]) -> str:
+def write_storage(run: Run, runs: Mapping[str, RunAdvice]) -> str:
     """Write how a run is stored, and whether anything is lost now; empty without layers.
 
     Args:
-        layers: The observed layers, by name.
+        run: The run, with its observed layers.
         runs: Verdicts on the run, by recipe.
 
     Returns:
         A sentence or two.
     """
-    if not layers:
+    if not run.layers:
         return ""
-    dtypes = Counter(layer.dtype for layer in layers.values())
+    dtypes = Counter(layer.dtype for layer in run.layers.values())
     stored = f"Weights are stored in {_list_dtypes(dtypes)}"
-    if is_low(layers, runs):
+    if is_low(run.layers, runs):
         if NOW not in runs:
-            return f"{stored}. What that loses is unknown without twins: read unmoved_frac."
-        rounded = "" if any(map(_is_low_dtype, dtypes)) else ", and rounded after each step"
+            return (
+                f"{stored}. What that loses is unknown without twins: read unmoved_frac, or pass "
+                "recipes=['bf16-sr'] to the monitor."
+            )
+        rounded = "" if any(map(_is_low_dtype, dtypes)) else _describe_rounding(run.now)
         return f"{stored}{rounded}. “now” is what the run keeps, the rest what it would keep:"
     return (
         f"{stored}: nothing is lost now, also under autocast or FSDP mixed precision, whose master "
         "weights these are. What other ways to store would keep:"
     )
+
+
+def _describe_rounding(now: RecipeInfo | None) -> str:
+    """Return a phrase on what a run with tensors in float32 rounds after each step."""
+    if now is None:
+        return ", and weights or optimizer states are rounded after each step"
+    states = [
+        f"{'the optimizer states' if name == '*' else name} to {format}"
+        for name, format in now.states.items()
+    ]
+    weights = [f"weights to {now.weights}"] if now.weights else []
+    if not (weights or states):
+        return ""
+    return f"; rounded after each step: {', '.join([*weights, *states])}"
 
 
 def is_low(layers: Mapping[str, LayerInfo], runs: Mapping[str, RunAdvice]) -> bool:
@@ -264,7 +320,7 @@ def describe_frozen_now(assessment: Assessment) -> str:
 
 
 def write_visible(shares: Mapping[str, float]) -> str:
-    """Write what a forward pass in each format sees of the updates; empty without a share.
+    """Write what a forward pass sees of the updates if it rounds weights; empty without a share.
 
     Args:
         shares: The model's visible_frac, by name of the format; NaN without a value.
@@ -272,10 +328,13 @@ def write_visible(shares: Mapping[str, float]) -> str:
     Returns:
         A sentence.
     """
-    known = [f"{name} {share:.2g}" for name, share in shares.items() if not math.isnan(share)]
+    known = [
+        f"{name} {format_figure(share)}" for name, share in shares.items() if not math.isnan(share)
+    ]
     if not known:
         return ""
     return (
-        "visible_frac, the share of the updates that a forward pass in the format sees: "
-        f"{_name_some(known)}."
+        "A forward pass that rounds weights to a format, as autocast does to bf16, sees this share "
+        f"of a step's updates (visible_frac): {_name_some(known)}. The rest is not lost: the "
+        "master weights add it up, until a later pass sees it."
     )

@@ -5,14 +5,14 @@ A verdict says whether a layer would make its progress if it were stored as a *r
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from altgrad.report.judging.calibration import calibration
-from altgrad.report.judging.verdicts import Advice, Verdict
+from altgrad.report.judging.decimals import format_kept
+from altgrad.report.judging.verdicts import Advice, Assessment, RunAdvice, Verdict
 
-_LIMITS = calibration().thresholds
-_MANY = 1000  # of which two decimals would say nothing
+_LIMITS, _STEP_LIMITS = calibration().thresholds, calibration().step_thresholds
 
 COLOURS = {
     Verdict.STORES_FINE: "green",
@@ -42,51 +42,32 @@ MEANINGS = {
     Verdict.BREAKS: "becomes NaN or inf",
     Verdict.RANGE: "weights fall out of the format's range, and a scale would help",
     Verdict.UNCERTAIN: "the sample is too small to tell: raise twin_elements or max_elements",
-    Verdict.NOT_JUDGED: "nothing moved that the recipe could lose",
+    Verdict.NOT_JUDGED: "nothing moved that the recipe could lose, or weights are stored no finer",
 }
 """Meaning of each verdict in a few words, for the legend of a table."""
 
-
-def format_kept(kept: float) -> str:
-    """Return the share of the progress that is kept as text such as ``0.50``.
-
-    The text has four characters. Rounding keeps a ratio on its side of 0, of 1 and of the
-    thresholds of verdicts: 0.996 is ``>.99`` and 0.001 is ``<.01``. A ratio of thousands takes more
-    characters, as ``5e+03``. NaN is empty.
-    """
-    limits = (_LIMITS.stores_fine, _LIMITS.needs_remedy)
-    return "" if math.isnan(kept) else _round_beside(kept, limits)
-
-
-def format_figure(figure: float, limit: float = 1.0) -> str:
-    """Return a figure of a twin, such as the share of frozen weights, in about four characters.
-
-    Rounding keeps a figure on its side of 0, of 1 and of `limit`: 0.996 is ``>.99``, 0.001 is
-    ``<.01``, and 0.988 with the limit 0.99 is ``.988``. NaN is ``–``.
-
-    Args:
-        figure: The figure.
-        limit: A threshold that the reader compares figures with.
-    """
-    return "–" if math.isnan(figure) else _round_beside(figure, (limit,))
+STEP_MEANINGS = {
+    Verdict.STORES_FINE: f"at least {_STEP_LIMITS.stores_fine:g} of single updates is kept",
+    Verdict.WATCH: f"{_STEP_LIMITS.needs_remedy:g} to {_STEP_LIMITS.stores_fine:g} of single "
+    "updates is kept",
+    Verdict.NEEDS_REMEDY: f"below {_STEP_LIMITS.needs_remedy:g} of single updates: stochastic "
+    "rounding, Kahan, or fp32 master weights",
+    Verdict.FROZEN: f"at least {100 * _STEP_LIMITS.frozen:g} % of the weights with updates would "
+    "never have moved",
+}
+"""Meaning of those verdicts that have other thresholds without a twin, judged step by step."""
+STEP_MARK = "*"
+"""Mark behind a share of single updates."""
 
 
-def _round_beside(figure: float, limits: Sequence[float]) -> str:
-    """Round a figure to two decimals, or so that it stays on its side of 0, of 1 and of limits."""
-    if abs(figure) >= _MANY:
-        return f"{figure:.0e}"
-    rounded = round(figure, 2)
-    if figure < 1 <= rounded:
-        return ">.99"
-    if figure > 0 == rounded:
-        return "<.01"
-    if any(figure < limit <= rounded for limit in limits):
-        return f"{math.floor(1000 * figure) / 1000:.3f}"[1:]  # ".989": without its 0
-    return f"{figure:.2f}"
-
-
-NONFINITE, NONFINITE_MEANING = "NaN", "some elements are NaN or inf: the verdict is on the others"
-"""Mark in a cell if elements of the layer are NaN or inf, and the mark's meaning for legends."""
+_NONFINITE, _ALL_NONFINITE, _OFF = "NaN", "all NaN", "off"
+_MARKS = {
+    _NONFINITE: "elements were NaN or inf in an observed step: no figure counts these",
+    _ALL_NONFINITE: "all elements are NaN or inf: nothing is left to judge",
+    _OFF: f"the progress is kept, but weights are off by more than {100 * _LIMITS.weight_error:g} "
+    "% of their size, as rounding at random leaves them",
+}
+"""Meanings of the words behind the share of a cell, or in its place."""
 UNMOVED = "unmoved"
 """Heading of a column with the mean unmoved_frac of each layer."""
 UNMOVED_MEANING = (
@@ -95,20 +76,83 @@ UNMOVED_MEANING = (
 )
 """Meaning of the column `UNMOVED`, for legends."""
 KEPT_MEANING = (
-    "The number is progress_kept since the start, 1 all and 0 nothing; of formats without a twin "
-    "kept_update_ratio, step by step."
+    "The number is progress_kept since the start, 1 all and 0 nothing; with * kept_update_ratio, "
+    "of single updates, as no twin was stored in this format."
 )
 """Meaning of the number in a cell, for legends."""
 
 
+class Meaning(NamedTuple):
+    """An entry of the legend of a table: a word of its cells, and what it means.
+
+    Attributes:
+        word: The word or mark.
+        text: Its meaning in a few words.
+        verdict: The verdict that the word stands for; None for other words.
+    """
+
+    word: str
+    text: str
+    verdict: Verdict | None = None
+
+
+def list_legend(assessment: Assessment) -> list[Meaning]:
+    """Return the legend of the tables of a run and its layers: verdicts first, then marks."""
+    shown: list[Advice | RunAdvice] = [*assessment.runs.values()]
+    shown += assessment.advice
+    return [*list_meanings(shown), *list_marks(shown)]
+
+
+def list_meanings(advice: Iterable[Advice | RunAdvice]) -> list[Meaning]:
+    """Return the legend of a table: the meanings of the verdicts in it.
+
+    A verdict that was found step by step, without a twin, has an entry of its own with a ``*``, as
+    its thresholds are others.
+    """
+    by_twins: set[Verdict] = set()
+    by_steps: set[Verdict] = set()
+    for each in advice:
+        is_by_steps = not each.has_twin and each.verdict in STEP_MEANINGS
+        (by_steps if is_by_steps else by_twins).add(each.verdict)
+    whole = [Meaning(v.short, text, v) for v, text in MEANINGS.items() if v in by_twins]
+    return whole + [
+        Meaning(v.short + STEP_MARK, text, v) for v, text in STEP_MEANINGS.items() if v in by_steps
+    ]
+
+
+def list_marks(advice: Iterable[Advice | RunAdvice]) -> list[Meaning]:
+    """Return the legend of the marks that cells of these verdicts have, such as ``NaN``."""
+    seen = {find_mark(each) for each in advice}
+    return [Meaning(mark, text) for mark, text in _MARKS.items() if mark in seen]
+
+
+def find_mark(advice: Advice | RunAdvice) -> str:
+    """Return the mark of a verdict in a cell; empty without one.
+
+    It is ``NaN`` or ``all NaN`` if elements of the layer are NaN or inf, and the verdict does not
+    say so. It is ``off`` if the progress is kept and weights are nevertheless far from those in
+    float32.
+    """
+    nonfinite = advice.nonfinite if isinstance(advice, Advice) else 0.0
+    if nonfinite and advice.verdict is not Verdict.BREAKS:
+        is_whole = nonfinite == 1 and advice.verdict is Verdict.NOT_JUDGED
+        return _ALL_NONFINITE if is_whole else _NONFINITE
+    is_kept = advice.has_twin and advice.kept >= _LIMITS.stores_fine
+    return _OFF if is_kept and advice.verdict is Verdict.WATCH else ""
+
+
 def cell_text(advice: Advice | None) -> str:
-    """Return the text of a table's cell for a layer in a recipe, such as ``fine >.99``.
+    """Return the text of a table's cell for a layer in a recipe, such as ``fine 0.99``.
 
     The text is empty if `advice` is None. Otherwise it has the verdict in one word, the share of
-    the progress that is kept, and the mark ``NaN`` if some elements of the layer are NaN or inf.
+    the progress that is kept, and the mark of `find_mark`. A ``*`` follows a share of single
+    updates.
     """
     if advice is None:
         return ""
-    is_marked = advice.nonfinite and advice.verdict is not Verdict.BREAKS
-    mark = NONFINITE if is_marked else ""
-    return " ".join(filter(None, (advice.verdict.short, format_kept(advice.kept), mark)))
+    mark = find_mark(advice)
+    if mark == _ALL_NONFINITE:
+        return mark
+    kept = format_kept(advice.kept)
+    share = kept + STEP_MARK if kept and not advice.has_twin else kept
+    return " ".join(filter(None, (advice.verdict.short, share, mark)))

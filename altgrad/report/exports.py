@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from altgrad.report.answers import write_answer, write_storage
+from altgrad.report.answers import write_storage
 from altgrad.report.confirmation import MEANING, Confirmation, ConfirmedLayer
 from altgrad.report.judging.tallies import STEP_METRICS, TWIN_METRICS
 from altgrad.report.judging.verdicts import Advice
@@ -41,7 +41,7 @@ def as_json(report: RunReport) -> dict[str, Any]:
         for what the run itself loses; by layer and recipe the verdict with its figures. If the run
         tried recipes on samples (twins), also the recipes and their last figures.
     """
-    by_layer, suggestions = report.assessment.by_layer, report.assessment.suggestions
+    by_layer, suggestions = report.by_layer, report.assessment.suggestions
     value = {
         "path": str(report.run.path),
         "created": report.run.created,
@@ -51,8 +51,8 @@ def as_json(report: RunReport) -> dict[str, Any]:
         "skipped": dict(report.skipped),
         "own_share": number_as_json(report.own_share),
         "visible_frac": _convert_numbers(report.visible),
-        "answer": write_answer(report.assessment.runs),
-        "stored": write_storage(report.run.layers, report.assessment.runs),
+        "answer": report.answer,
+        "stored": write_storage(report.run, report.assessment.runs),
         "runs": runs_as_json(report.assessment.runs),
         "summary": report.assessment.summary,
         "layers": {

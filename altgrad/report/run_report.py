@@ -16,27 +16,20 @@ from typing import TYPE_CHECKING
 
 from altgrad._messages import few, format_count
 from altgrad.measurement.histogram import Histogram
-from altgrad.report.answers import is_low
+from altgrad.report.answers import NO_STEP, is_low, write_answer
 from altgrad.report.applying import write_code
-from altgrad.report.cells import (
-    MEANINGS,
-    NONFINITE,
-    NONFINITE_MEANING,
-    UNMOVED,
-    UNMOVED_MEANING,
-    cell_text,
-)
+from altgrad.report.cells import UNMOVED, UNMOVED_MEANING, Meaning, list_legend
 from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
 from altgrad.report.judging.judge import judge_run
-from altgrad.report.judging.verdicts import Assessment, Verdict
+from altgrad.report.judging.verdicts import Advice, Assessment
 from altgrad.report.means import average_finite
+from altgrad.report.ranking import LOST, rank_layers
 from altgrad.report.records.run import Row, Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_SETS = 3  # sets of layers whose sizes are named
-_IN_WORDS = (Verdict.FROZEN, Verdict.STUCK, Verdict.BREAKS)  # in the picture, instead of a number
 
 
 @dataclass(frozen=True)
@@ -102,21 +95,20 @@ class RunReport:
         return {name: average_finite(each.values()) for name, each in series.items()}
 
     @property
-    def meanings(self) -> dict[Verdict, str]:
-        """Meanings of the verdicts that occur, for the legend of a table."""
-        advice = self.assessment.advice
-        seen = {each.verdict for each in advice} | {
-            each.verdict for each in self.assessment.runs.values()
-        }
-        return {verdict: meaning for verdict, meaning in MEANINGS.items() if verdict in seen}
+    def answer(self) -> str:
+        """The heading of the report: which recipes are fine, or why there is no verdict."""
+        return write_answer(self.assessment.runs) if self.run.steps else NO_STEP
 
     @property
-    def marks(self) -> dict[str, str]:
-        """Meanings of the other words that occur in a table of layers, for its legend."""
-        marks = {}
-        if any(NONFINITE in cell_text(each) for each in self.assessment.advice):
-            marks[NONFINITE] = NONFINITE_MEANING
-        return marks | ({UNMOVED: UNMOVED_MEANING} if self.unmoved else {})
+    def legend(self) -> list[Meaning]:
+        """Meanings of the verdicts and of the other words that occur in the tables."""
+        unmoved = [Meaning(UNMOVED, UNMOVED_MEANING)] if self.unmoved else []
+        return [*list_legend(self.assessment), *unmoved]
+
+    @functools.cached_property
+    def by_layer(self) -> dict[str, dict[str, Advice]]:
+        """The verdicts by name of the layer and of the recipe: frozen and NaN layers first."""
+        return rank_layers(self.assessment)
 
     @property
     def steps(self) -> str:
@@ -217,16 +209,14 @@ class RunReport:
             (`steps_histogram`), ``ranges``, and ``stalls-0``, ``stalls-1``, … (`heat_map`), one for
             each format.
         """
-        by_layer = self.assessment.by_layer
+        by_layer = self.by_layer
         pictures: dict[str, Figure] = {}
         if any(by_layer.values()):
             names = [name for name in self.run.layers if name in by_layer]
             pictures["kept"] = kept_map(
                 {n: {f: a.kept for f, a in by_layer[n].items()} for n in names},
                 {
-                    n: {
-                        f: a.verdict.short for f, a in by_layer[n].items() if a.verdict in _IN_WORDS
-                    }
+                    n: {f: a.verdict.short for f, a in by_layer[n].items() if a.verdict in LOST}
                     for n in names
                 },
                 title="What is left of the progress, stored in …",

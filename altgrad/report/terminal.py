@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from altgrad._messages import format_count
-from altgrad.measurement.catalogue import NOW
+from altgrad.measurement.catalogue import NOW, get_metric
 from altgrad.report.answers import write_visible
-from altgrad.report.cells import COLOURS, KEPT_MEANING, UNMOVED, cell_text, format_kept
+from altgrad.report.cells import COLOURS, KEPT_MEANING, UNMOVED, cell_text
+from altgrad.report.judging.decimals import format_kept
 from altgrad.report.names import replace_unprintable, shorten_names
 from altgrad.report.printing import (
     GAP,
@@ -30,6 +31,7 @@ from altgrad.report.printing import (
     print_text,
     style_text,
 )
+from altgrad.report.ranking import list_lost
 from altgrad.report.terminal_runs import print_runs
 
 if TYPE_CHECKING:
@@ -97,15 +99,14 @@ def print_verdicts(report: RunReport, console: Console, most_layers: int | None 
     Args:
         report: Report of the run.
         console: Console to print on.
-        most_layers: Maximum number of layers, those that keep least. None shows all.
+        most_layers: Maximum number of layers; the most affected are shown. None shows all.
     """
-    layers = [*report.assessment.by_layer]
+    layers = [*report.by_layer]
     if not layers:
         return
     shown = layers[:most_layers]
     if len(shown) < len(layers):
-        count = format_count(len(layers), "layer")
-        print_text(console, f"The {len(shown)} of {count} that keep least:")
+        print_text(console, _write_choice(report, len(shown)))
     columns = _list_columns(report, shown)
     for group in _group_columns(columns, shown, console.width):
         print_text(console, "Layer by layer, stored as …", "italic")
@@ -113,11 +114,21 @@ def print_verdicts(report: RunReport, console: Console, most_layers: int | None 
     _print_legend(report, console)
 
 
+def _write_choice(report: RunReport, shown: int) -> str:
+    """Return a line on the layers in a table that shows the first `shown` layers of a report."""
+    choice = f"{shown:,} of {format_count(len(report.by_layer), 'layer')}"
+    lost = len(list_lost(report.assessment))
+    if not lost:
+        return f"{choice}, those that keep least:"
+    where = "now" if NOW in report.assessment.runs else "in a recipe"
+    return f"{choice}, first those frozen, stuck or NaN {where} ({lost:,} in all):"
+
+
 def _print_legend(report: RunReport, console: Console) -> None:
-    words = {verdict.short: meaning for verdict, meaning in report.meanings.items()} | report.marks
-    width = max(map(len, words))
-    for word, meaning in words.items():
-        print_meaning(console, word, meaning, width)
+    legend = report.legend
+    width = max(len(each.word) for each in legend)
+    for each in legend:
+        print_meaning(console, each.word, each.text, width)
     console.print(indent(style_text(KEPT_MEANING, "dim"), 2))
 
 
@@ -145,7 +156,8 @@ def print_comparison(comparison: Comparison, console: Console, most: int | None 
         changes = comparison.changes[:most]
         which = f"the {len(changes)} of {len(comparison.changes):,} that differ most"
         which = "all" if len(changes) == len(comparison.changes) else which
-        print_text(console, f"Verdicts and kept_update_ratio: {which}", style="italic")
+        heading = f"Verdict and share kept, by layer and recipe: {which}"
+        print_text(console, heading, style="italic")
         console.print(_make_change_table(changes, console.width))
     print_text(console, comparison.summary)
     for note in comparison.notes:
@@ -155,8 +167,17 @@ def print_comparison(comparison: Comparison, console: Console, most: int | None 
 def _make_figure_table(rows: Sequence[tuple[str, float, float]]) -> Table:
     table = make_table(["figure", "A", "B", "B − A"])
     for key, in_a, in_b in rows:
-        table.add_row(style_text(key), f"{in_a:.4g}", f"{in_b:.4g}", f"{in_b - in_a:+.3g}")
+        table.add_row(style_text(key), *_write_figures(key, in_a, in_b))
     return table
+
+
+def _write_figures(key: str, in_a: float, in_b: float) -> tuple[str, str, str]:
+    """Return two figures and their difference: shares with four decimals, others in four digits."""
+    metric = key.partition("/")[0]
+    is_share = get_metric(metric).unit == "share" or "kept" in metric
+    digits, change = (".4f", "+.4f") if is_share else (".4g", "+.3g")
+    difference = "0" if in_a == in_b else f"{in_b - in_a:{change}}"
+    return f"{in_a:{digits}}", f"{in_b:{digits}}", difference
 
 
 def _make_change_table(changes: Sequence[tuple[Advice, Advice]], width: int) -> Table:
@@ -178,7 +199,7 @@ _Column = list[tuple[str, str]]
 
 def _list_columns(report: RunReport, layers: Sequence[str]) -> dict[tuple[str, ...], _Column]:
     """Return the columns behind the names of layers, by the lines of their headings."""
-    by_layer, suggestions = report.assessment.by_layer, report.assessment.suggestions
+    by_layer, suggestions = report.by_layer, report.assessment.suggestions
     columns: dict[tuple[str, ...], _Column] = {
         (recipe,): [_make_cell(by_layer[layer].get(recipe)) for layer in layers]
         for recipe in report.recipes
@@ -190,6 +211,8 @@ def _list_columns(report: RunReport, layers: Sequence[str]) -> dict[tuple[str, .
         }
         now = {heading: column for heading, column in columns.items() if heading == (NOW,)}
         columns = now | unmoved | columns  # beside “now”
+    if not report.formats:
+        return columns
     return columns | {_SUGGESTION: [(suggestions.get(n) or _NO_SUGGESTION, "") for n in layers]}
 
 
@@ -200,18 +223,18 @@ def _make_cell(advice: Advice | None) -> tuple[str, str]:
 def _group_columns(
     columns: Mapping[tuple[str, ...], _Column], layers: Sequence[str], width: int
 ) -> list[list[tuple[str, ...]]]:
-    """Return the columns in groups that fit as tables in `width`; the last column is in all."""
+    """Return the columns in groups that fit as tables in `width`; that of suggestions is in all."""
     from rich.cells import cell_len
 
     least = min(LEAST_WIDTH, max(cell_len(replace_unprintable(layer)) for layer in layers))
-    *headings, last = columns
+    shared = [_SUGGESTION] if _SUGGESTION in columns else []
     groups: list[list[tuple[str, ...]]] = []
-    for heading in headings:
-        if groups and _measure_free_width(columns, [*groups[-1], heading, last], width) >= least:
+    for heading in (each for each in columns if each not in shared):
+        if groups and _measure_free_width(columns, [*groups[-1], heading, *shared], width) >= least:
             groups[-1].append(heading)
         else:
             groups.append([heading])
-    return [[*group, last] for group in groups]
+    return [[*group, *shared] for group in groups]
 
 
 def _measure_free_width(

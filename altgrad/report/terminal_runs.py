@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from altgrad.report.answers import (
+    INTERVAL,
     STEP_BY_STEP,
     RunRow,
+    has_intervals,
     list_actions,
     list_rows,
-    write_answer,
     write_evidence,
     write_storage,
 )
@@ -36,10 +37,8 @@ if TYPE_CHECKING:
 
     from altgrad.report.run_report import RunReport
 
-_HEADINGS = (
-    *(("verdict",), ("progress", "kept"), ("layers", "freeze")),
-    *(("never", "move"), ("such runs", "lost >10 %")),
-)
+_KEPT, _KEPT_BY_RUNS = ("progress", "kept"), ("progress kept", "(80 % of real runs)")
+_OTHERS = (("layers", "freeze"), ("never", "move"), ("such runs", "lost >10 %"))
 _LEAST_WIDTH = 10  # characters of a recipe's name
 
 
@@ -52,14 +51,16 @@ def print_runs(report: RunReport, console: Console) -> None:
             such runs is then a sentence.
     """
     runs = report.assessment.runs
-    print_text(console, write_answer(runs), "bold")
+    print_text(console, report.answer, "bold")
     if not runs:
         return
-    print_text(console, write_storage(report.run.layers, runs))
+    print_text(console, write_storage(report.run, runs))
     rows = list_rows(runs)
     console.print(_make_table(report, rows, console.width))
-    if _count_fitting(rows, console.width) < len(_HEADINGS):
+    if _count_fitting(rows, console.width) < len(_list_columns(rows)):
         print_text(console, write_evidence(rows), "dim")
+    if has_intervals(rows):
+        print_text(console, INTERVAL, "dim")
     if any(row.is_step_by_step for row in rows):
         print_text(console, STEP_BY_STEP, "dim")
     for action in list_actions(runs):
@@ -89,7 +90,8 @@ _Column = tuple[tuple[str, ...], Sequence[str]]
 def _list_columns(rows: Sequence[RunRow]) -> list[_Column]:
     """Return the columns behind the names of recipes, the most important first."""
     each = [(row.word, row.kept, row.frozen, row.never, row.evidence) for row in rows]
-    return [*zip(_HEADINGS, zip(*each, strict=True), strict=True)]
+    kept = _KEPT_BY_RUNS if has_intervals(rows) else _KEPT
+    return [*zip((("verdict",), kept, *_OTHERS), zip(*each, strict=True), strict=True)]
 
 
 def _count_fitting(rows: Sequence[RunRow], width: int) -> int:

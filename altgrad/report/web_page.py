@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING
 
 from altgrad._version import __version__
 from altgrad.report.answers import (
+    INTERVAL,
     STEP_BY_STEP,
+    has_intervals,
     list_actions,
     list_rows,
-    write_answer,
     write_storage,
     write_visible,
 )
 from altgrad.report.canvas import svg
-from altgrad.report.cells import KEPT_MEANING, cell_text, format_figure, format_kept
+from altgrad.report.cells import KEPT_MEANING, cell_text
 from altgrad.report.confirmation import FROZEN, MEANING, Confirmation, explain_metric
 from altgrad.report.confirmation_drawing import agreement
+from altgrad.report.judging.decimals import format_difference, format_figure, format_kept
 from altgrad.report.judging.summaries import write_nonfinite
 from altgrad.report.judging.verdicts import Verdict
 from altgrad.report.names import replace_unprintable_in_lines
@@ -51,6 +53,7 @@ def page(report: RunReport) -> str:
     """
     pictures = {name: svg(figure, name) for name, figure in report.pictures().items()}
     runs = report.assessment.runs
+    rows = list_rows(runs)
     return (
         _make_environment()
         .get_template("page.html")
@@ -58,10 +61,12 @@ def page(report: RunReport) -> str:
             report=report,
             assessment=report.assessment,
             run=report.run,
-            answer=write_answer(runs),
-            stored=write_storage(report.run.layers, runs),
-            rows=list_rows(runs),
+            answer=report.answer,
+            stored=write_storage(report.run, runs),
+            rows=rows,
+            has_intervals=has_intervals(rows),
             step_by_step=STEP_BY_STEP,
+            interval=INTERVAL,
             actions=list_actions(runs),
             warnings=[*filter(None, [write_nonfinite(report.nonfinite)])],
             visible=write_visible(report.visible),
@@ -69,7 +74,7 @@ def page(report: RunReport) -> str:
             nan=math.nan,
             not_judged={
                 layer
-                for layer, advice in report.assessment.by_layer.items()
+                for layer, advice in report.by_layer.items()
                 if all(each.verdict is Verdict.NOT_JUDGED for each in advice.values())
             },
             pictures=pictures,
@@ -92,7 +97,11 @@ def confirmation_page(confirmation: Confirmation) -> str:
         ImportError: jinja2 or matplotlib is missing.
     """
     environment = _make_environment()
-    environment.filters |= {"figure": format_figure, "explain": explain_metric}
+    environment.filters |= {
+        "figure": format_figure,
+        "difference": format_difference,
+        "explain": explain_metric,
+    }
     return environment.get_template("confirmation.html").render(
         confirmation=confirmation,
         run=confirmation.real,

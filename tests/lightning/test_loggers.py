@@ -2,12 +2,10 @@
 
 import io
 import json
-import math
 import re
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,7 +25,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from altgrad import Histogram
 from altgrad.measurement.catalogue import FORMAT_METRICS
-from altgrad.report import Assessment, Verdict, kept_map
+from altgrad.report import Verdict, kept_map
+from altgrad.report.cells import MEANINGS
 from altgrad_lightning import loggers
 from altgrad_lightning.history import History
 from tests.chromium import chromium, needs_chromium
@@ -36,9 +35,8 @@ from tests.lightning.assessments import (
     LAYERS,
     RECIPES,
     assessment,
-    make_advice,
-    make_run,
 )
+from tests.lightning.rendered import as_text, cells, render
 
 # Octaves −32 … 31 of log2(abs(dw)/S): 3 elements in −2, 1.5 in −1, 4 in 3.
 COUNTS = [0.0] * 30 + [3.0, 1.5] + [0.0] * 3 + [4.0] + [0.0] * 28
@@ -166,20 +164,6 @@ def test_the_layout_has_twins_of_the_model_and_of_layers(tmp_path: Path) -> None
     assert "frozen_frac, bf16-sr" in layers
 
 
-def render(markdown: str) -> str:
-    """Return the HTML that TensorBoard makes of Markdown."""
-    with warnings.catch_warnings():
-        # TensorBoard has a copy of html5lib, which uses deprecated functions.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from tensorboard.plugins.text.text_plugin import text_array_to_html
-    html: str = text_array_to_html(np.array(markdown), enable_markdown=True)
-    return html
-
-
-def cells(html: str) -> list[str]:
-    return re.findall(r"<t[dh]>(.*?)</t[dh]>", html)
-
-
 def test_the_verdict_is_a_table_in_which_names_are_escaped(events: EventAccumulator) -> None:
     (event,) = events.Tensors("altgrad/verdict/text_summary")
     assert event.step == 19
@@ -187,7 +171,9 @@ def test_the_verdict_is_a_table_in_which_names_are_escaped(events: EventAccumula
     html = render(markdown)
     assert html.index("This run loses 0.75 of its progress now") < html.index("<table>")
     runs, layers = (part.partition("</table>")[0] for part in html.split("<table>")[1:])
-    assert cells(runs)[:3] == ["recipe", "verdict", "progress kept"]
+    assert cells(runs)[:3] == ["recipe", "verdict", "progress kept (80 % of real runs)"]
+    assert "In brackets: what 80 % of real runs kept" in as_text(html)
+    assert f"frozen: {MEANINGS[Verdict.FROZEN]}" in as_text(html)
     assert cells(runs)[6:9] == ["now", "loses 0.75 now", "0.25 &#40;0.00 to 0.50&#41;"]
     assert cells(runs)[9:12] == ["75 %", "1 &#40;50 %&#41;", "1 of 2"]
     assert f"now: {LAYERS[0]} stands still. Use *Kahan*." in as_text(html)
@@ -197,65 +183,6 @@ def test_the_verdict_is_a_table_in_which_names_are_escaped(events: EventAccumula
     assert "<b>" not in last
     assert as_text(cells(last)[0]) == LAYERS[2]
     assert cells(last)[1:] == [*["frozen 0.67"] * 3, "none: fp32"]
-
-
-def as_text(html: str) -> str:
-    for entity, character in {"&lt;": "<", "&gt;": ">", "&amp;": "&"}.items():
-        html = html.replace(entity, character)
-    return re.sub(r"&#(\d+);", lambda match: chr(int(match[1])), html)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "__a__",
-        "*a*",
-        "`a`",
-        "a|b",
-        "<script>x</script>",
-        "[a](b)",
-        "&amp;",
-        "a\\|b",
-        "![](x)",
-        "a$b$",
-    ],
-)
-def test_any_layer_name_is_shown_verbatim_in_one_cell(name: str) -> None:
-    markdown = loggers.format_verdict(assessment((name,)))
-    html = render(markdown)
-    layers = html.split("<table>")[2]
-    assert as_text(cells(layers)[5]) == name
-    assert as_text(html).count(name) >= 2  # in what to do, too
-    html = html.replace("<strong>This", "").replace(".</strong>", "")
-    assert not {"<strong>", "<em>", "<code>", "<a", "<img", "<script"} & {
-        *re.findall("<[a-z]+>?", html)
-    }
-
-
-def test_the_verdict_shows_the_worst_100_layers() -> None:
-    layers = tuple(f"layer.{k}" for k in range(2000))
-    markdown = loggers.format_verdict(assessment(layers))
-    assert "The worst 100 of 2,000 layers" in markdown
-    assert markdown.count("| layer.") == 100
-    assert "| layer.99 |" in markdown
-
-
-def test_the_verdict_shows_a_dash_for_missing_figures() -> None:
-    advice = make_advice("a", "bf16", {"progress_kept": math.nan})
-    run = make_run("bf16", ())._replace(verdict=Verdict.NOT_JUDGED, kept=math.nan, to_do="")
-    judged = advice._replace(verdict=Verdict.NOT_JUDGED)
-    html = render(loggers.format_verdict(Assessment({"bf16": run}, [judged], {}, "")))
-    assert cells(html.split("<table>")[2])[3:] == ["a", "&#8211;", "none: fp32"]
-    assert "–: not judged" in " ".join(html.split())
-    assert "No step was observed" in render(loggers.format_verdict(Assessment({}, [], {}, "")))
-
-
-def test_the_verdict_names_layers_with_nan_in_the_run_itself() -> None:
-    bad = make_advice("a", "now", {"progress_kept": 0.5})._replace(nonfinite=0.5)
-    twin = make_advice("b", "bf16", {"progress_kept": 0.5})._replace(nonfinite=0.5)
-    runs = {recipe: make_run(recipe, ()) for recipe in ("now", "bf16")}
-    text = as_text(loggers.format_verdict(Assessment(runs, [bad, twin], {}, "")))
-    assert "NaN or inf in some elements (nonfinite_frac), which no figure counts: a (50 %)." in text
 
 
 def test_an_empty_histogram_is_left_out(tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from altgrad.report import Advice, Assessment, LayerInfo, RunAdvice, Verdict
+from altgrad.report import Advice, Assessment, LayerInfo, RecipeInfo, Run, RunAdvice, Verdict
 from altgrad.report.answers import (
+    INTERVAL,
+    NOTHING_TO_JUDGE,
     describe_frozen_now,
+    has_intervals,
     is_low,
     list_actions,
     list_rows,
@@ -17,39 +21,23 @@ from altgrad.report.answers import (
     write_storage,
     write_visible,
 )
-from altgrad.report.judging.calibration import Outcome
+from tests.report.runs import make_run
+from tests.report.twin_runs import make_recipe, make_run_advice
 
 NAN = math.nan
 MANY = ": 75 % of the weights have never moved"
 USE = "Use bf16-sr, which keeps 1."
 
 
-def make_run(recipe: str, verdict: Verdict, kept: float = 0.5, **fields: Any) -> RunAdvice:
-    """Make a verdict on a run, with these fields changed."""
-    about = {
-        "interval": (kept - 0.125, kept + 0.125),
-        "weight_error": 0.0,
-        "frozen_frac": 0.0,
-        "frozen": (),
-        "frozen_share": 0.0,
-        "behind_share": 0.0,
-        "layers": 3,
-        "outcome": Outcome(66, 8),
-        "to_do": USE,
-        "has_twin": True,
-    }
-    return RunAdvice(recipe, verdict, kept, **about | fields)
-
-
 def by_name(*runs: RunAdvice) -> dict[str, RunAdvice]:
     return {each.recipe: each for each in runs}
 
 
-FINE = make_run("bf16-sr", Verdict.STORES_FINE, 1.0, to_do="Nothing is lost that matters.")
-WATCH = make_run("bf16", Verdict.WATCH, 0.9375)
-REMEDY = make_run("e5m2", Verdict.NEEDS_REMEDY, 0.125, frozen=("gain",), frozen_share=0.25)
-NOW = make_run("now", Verdict.NEEDS_REMEDY, 0.25, frozen_frac=0.75, frozen=("gain", "bias"))
-UNJUDGED = make_run("fp16", Verdict.NOT_JUDGED, NAN, interval=(NAN, NAN), to_do="")
+FINE = make_run_advice("bf16-sr", Verdict.STORES_FINE, 1.0, to_do="Nothing is lost that matters.")
+WATCH = make_run_advice("bf16", Verdict.WATCH, 0.9375)
+REMEDY = make_run_advice("e5m2", Verdict.NEEDS_REMEDY, 0.125, frozen=("gain",), frozen_share=0.25)
+NOW = make_run_advice("now", Verdict.NEEDS_REMEDY, 0.25, frozen_frac=0.75, frozen=("gain", "bias"))
+UNJUDGED = make_run_advice("fp16", Verdict.NOT_JUDGED, NAN, interval=(NAN, NAN), to_do="")
 
 
 # --- the table
@@ -74,8 +62,27 @@ def test_a_row_without_a_twin_is_marked() -> None:
     assert not unknown.is_step_by_step
 
 
+def test_a_row_of_a_recipe_that_leaves_weights_far_off_says_so() -> None:
+    (row,) = list_rows(by_name(WATCH._replace(kept=1.0, weight_error=0.125)))
+    assert row.word == "watch off"
+
+
+def test_the_ends_of_an_interval_have_the_digits_of_the_share() -> None:
+    (row,) = list_rows(by_name(WATCH._replace(kept=0.9796, interval=(0.8, 0.8999))))
+    assert row.kept == "0.97 (0.80 to 0.89)"
+    (exact,) = list_rows(by_name(WATCH._replace(kept=0.95, interval=(0.95, 0.95))))
+    assert exact.kept == "0.95"
+
+
+def test_an_interval_is_explained_where_twins_have_one() -> None:
+    assert has_intervals(list_rows(by_name(WATCH)))
+    assert not has_intervals(list_rows(by_name(WATCH._replace(has_twin=False), UNJUDGED)))
+    assert "80 % of real runs" in INTERVAL
+    assert "need not lie in it" in INTERVAL
+
+
 def test_evidence_is_a_sentence_where_the_table_has_no_room() -> None:
-    untested = make_run("mine", Verdict.WATCH, outcome=None)
+    untested = make_run_advice("mine", Verdict.WATCH, outcome=None)
     rows = list_rows(by_name(WATCH, untested, UNJUDGED))
     assert write_evidence(rows) == (
         "Such runs that lost over 10 %: 8 of 66 (bf16); none tested (mine); – (fp16)."
@@ -88,7 +95,7 @@ def test_evidence_is_a_sentence_where_the_table_has_no_room() -> None:
 @pytest.mark.parametrize(
     ("runs", "answer"),
     [
-        ([], "No step was observed: there are no verdicts."),
+        ([], NOTHING_TO_JUDGE),
         ([WATCH, FINE, REMEDY], "Fine: bf16-sr. Watch: bf16. Not fine: e5m2."),
         ([UNJUDGED, FINE], "Fine: bf16-sr. Not judged: fp16."),
         (
@@ -103,6 +110,14 @@ def test_evidence_is_a_sentence_where_the_table_has_no_room() -> None:
         (
             [NOW._replace(verdict=Verdict.WATCH, kept=1.0, weight_error=0.125)],
             "Weights of this run are off by 0.12 of their size now.",
+        ),
+        (
+            [NOW._replace(verdict=Verdict.WATCH, kept=0.9796, frozen_frac=0.0)],
+            "This run loses 0.03 of its progress now.",  # fine begins at 0.98
+        ),
+        (
+            [NOW._replace(verdict=Verdict.WATCH, kept=1.0, weight_error=0.0501)],
+            "Weights of this run are off by 0.06 of their size now.",  # fine ends at 0.05
         ),
         (
             [NOW._replace(verdict=Verdict.BREAKS, kept=NAN)],
@@ -123,8 +138,10 @@ def test_a_heading_names_at_most_eight_recipes_of_a_kind() -> None:
 # --- how the run is stored
 
 
-def make_layers(*dtypes: str) -> dict[str, LayerInfo]:
-    return {f"l{k}": LayerInfo((8,), dtype, 8, ("bf16",)) for k, dtype in enumerate(dtypes)}
+def make_stored(*dtypes: str, now: RecipeInfo | None = None) -> Run:
+    """Make a run without an observed step, whose layers have these dtypes."""
+    layers = {f"l{k}": LayerInfo((8,), dtype, 8, ("bf16",)) for k, dtype in enumerate(dtypes)}
+    return replace(make_run([], layers=layers), now=now)
 
 
 @pytest.mark.parametrize(
@@ -140,20 +157,49 @@ def make_layers(*dtypes: str) -> dict[str, LayerInfo]:
             True,
         ),
         (["float16"], [WATCH], "Weights are stored in float16. What that loses is unknown", True),
-        (["float32"], [NOW], "Weights are stored in float32, and rounded after each step.", True),
+        (
+            ["float32"],
+            [NOW],
+            "Weights are stored in float32, and weights or optimizer states are rounded after",
+            True,
+        ),
         ([], [], "", False),
     ],
 )
 def test_one_sentence_says_how_the_run_is_stored(
     dtypes: list[str], runs: list[RunAdvice], begins: str, low: bool
 ) -> None:
-    layers = make_layers(*dtypes)
-    assert write_storage(layers, by_name(*runs)).startswith(begins)
-    assert is_low(layers, by_name(*runs)) is low
+    run = make_stored(*dtypes)
+    assert write_storage(run, by_name(*runs)).startswith(begins)
+    assert is_low(run.layers, by_name(*runs)) is low
+
+
+@pytest.mark.parametrize(
+    ("fields", "rounded"),
+    [
+        ({"weights": "e4m3fn"}, "weights to e4m3fn"),
+        ({"states": {"exp_avg_sq": "e5m2"}}, "exp_avg_sq to e5m2"),
+        ({"states": {"*": "bf16"}}, "the optimizer states to bf16"),
+        (
+            {"weights": "bf16", "states": {"exp_avg": "bf16", "exp_avg_sq": "e5m2"}},
+            "weights to bf16, exp_avg to bf16, exp_avg_sq to e5m2",
+        ),
+    ],
+)
+def test_a_run_that_rounds_is_told_what_is_rounded(fields: Mapping[str, Any], rounded: str) -> None:
+    run = make_stored("float32", now=make_recipe("now", **fields))
+    assert write_storage(run, by_name(NOW)).startswith(
+        f"Weights are stored in float32; rounded after each step: {rounded}. “now” is"
+    )
+
+
+def test_a_run_without_twins_is_told_to_pass_recipes() -> None:
+    text = write_storage(make_stored("bfloat16"), {})
+    assert text.endswith("unmoved_frac, or pass recipes=['bf16-sr'] to the monitor.")
 
 
 def test_a_run_in_float32_is_told_that_its_weights_are_the_master_weights() -> None:
-    assert "under autocast or FSDP mixed precision" in write_storage(make_layers("float32"), {})
+    assert "under autocast or FSDP mixed precision" in write_storage(make_stored("float32"), {})
 
 
 # --- what to do
@@ -213,5 +259,7 @@ def test_a_layer_that_would_freeze_in_a_recipe_is_no_frozen_layer_of_the_run() -
 
 
 def test_visible_shares_are_listed_where_they_have_a_value() -> None:
-    assert write_visible({"bf16": 0.25, "e5m2": NAN}).endswith("in the format sees: bf16 0.25.")
+    text = write_visible({"bf16": 0.25, "e5m2": NAN, "e4m3fn": 0.996})
+    assert "sees this share of a step's updates (visible_frac): bf16 0.25, e4m3fn 0.99." in text
+    assert "The rest is not lost" in text
     assert write_visible({"bf16": NAN}) == ""

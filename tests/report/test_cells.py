@@ -2,46 +2,24 @@
 
 import math
 
-import pytest
 from rich.style import Style
 
-from altgrad.report import Advice, Verdict
-from altgrad.report.cells import COLOURS, MEANINGS, cell_text, format_figure, format_kept
-from altgrad.report.judging.calibration import calibration
-
-LIMITS = calibration().thresholds
-FINE, REMEDY = LIMITS.stores_fine, LIMITS.needs_remedy
-
-
-@pytest.mark.parametrize(
-    ("kept", "text"),
-    [
-        *((1.0, "1.00"), (0.9999, ">.99"), (0.996, ">.99"), (0.5, "0.50"), (0.494, "0.49")),
-        *((0.001, "<.01"), (0.0, "0.00"), (-0.3, "-0.30"), (1.44, "1.44"), (math.nan, "")),
-        *((-999.0, "-999.00"), (5432.1, "5e+03"), (-1e300, "-1e+300"), (math.inf, "inf")),
-    ],
+from altgrad.report import Advice, Assessment, Verdict
+from altgrad.report.cells import (
+    COLOURS,
+    MEANINGS,
+    STEP_MEANINGS,
+    cell_text,
+    find_mark,
+    list_legend,
+    list_marks,
+    list_meanings,
 )
-def test_a_share_that_is_kept_has_two_decimals(kept: float, text: str) -> None:
-    assert format_kept(kept) == text
+from altgrad.report.judging.calibration import calibration
+from tests.report.twin_runs import make_run_advice
 
-
-@pytest.mark.parametrize("limit", [FINE, REMEDY])
-def test_a_share_below_a_threshold_is_not_rounded_up_to_it(limit: float) -> None:
-    below = math.nextafter(limit, 0)
-    assert float(format_kept(limit)) == pytest.approx(limit, abs=0.005)
-    assert float(format_kept(below)) < limit
-    assert len(format_kept(below)) == 4
-
-
-def test_four_characters_are_near_the_share_and_on_its_side_of_each_threshold() -> None:
-    for kept in (k / 4000 for k in range(4001)):
-        text = format_kept(kept)
-        assert len(text) == 4
-        shown = float(text.lstrip("<>"))
-        assert abs(shown - kept) <= 0.01
-        if ">" not in text:
-            assert (shown >= FINE, shown >= REMEDY) == (kept >= FINE, kept >= REMEDY), text
-        assert (text == "1.00", text == "0.00") == (kept == 1, kept == 0), text
+LIMITS, STEP_LIMITS = calibration().thresholds, calibration().step_thresholds
+FINE, REMEDY = LIMITS.stores_fine, LIMITS.needs_remedy
 
 
 def make_advice(verdict: Verdict, kept: float, metric: str = "progress_kept") -> Advice:
@@ -50,7 +28,7 @@ def make_advice(verdict: Verdict, kept: float, metric: str = "progress_kept") ->
 
 def test_a_cell_has_the_verdict_in_one_word_and_the_share() -> None:
     assert cell_text(make_advice(Verdict.STORES_FINE, 1.0)) == "fine 1.00"
-    assert cell_text(make_advice(Verdict.NEEDS_REMEDY, 0.25, "kept_update_ratio")) == "remedy 0.25"
+    assert cell_text(make_advice(Verdict.NEEDS_REMEDY, 0.25, "kept_update_ratio")) == "remedy 0.25*"
     assert cell_text(make_advice(Verdict.NOT_JUDGED, math.nan)) == "–"
     assert cell_text(None) == ""
 
@@ -59,7 +37,8 @@ def test_a_cell_is_marked_if_elements_are_not_finite_and_the_word_does_not_say_s
     advice = make_advice(Verdict.NEEDS_REMEDY, 0.375)
     assert cell_text(advice._replace(nonfinite=0.5)) == "remedy 0.38 NaN"
     unjudged = advice._replace(verdict=Verdict.NOT_JUDGED, figures={}, nonfinite=1.0)
-    assert cell_text(unjudged) == "– NaN"
+    assert cell_text(unjudged) == "all NaN"
+    assert cell_text(unjudged._replace(nonfinite=0.5)) == "– NaN"
     broken = advice._replace(verdict=Verdict.BREAKS, figures={}, nonfinite=1.0)
     assert cell_text(broken) == "breaks"
 
@@ -80,16 +59,43 @@ def test_the_meaning_of_each_verdict_states_its_thresholds() -> None:
     assert f"{LIMITS.overshoots:g} times" in MEANINGS[Verdict.OVERSHOOTS]
 
 
-@pytest.mark.parametrize(
-    ("figure", "limit", "text"),
-    [
-        *((0.0, 1, "0.00"), (1.0, 1, "1.00"), (0.125, 1, "0.12"), (-0.5, 1, "-0.50")),
-        *((1e-9, 1, "<.01"), (0.9999, 1, ">.99"), (1.0001, 1, "1.00"), (math.nan, 1, "–")),
-        *((0.9899, 0.99, ".989"), (0.99, 0.99, "0.99"), (0.98, 0.99, "0.98")),
-        *((12345.6, 1, "1e+04"), (math.inf, 1, "inf"), (-math.inf, 1, "-inf")),
-    ],
-)
-def test_a_figure_is_rounded_on_its_side_of_0_of_1_and_of_a_limit(
-    figure: float, limit: float, text: str
-) -> None:
-    assert format_figure(figure, limit) == text
+def test_a_cell_says_why_a_layer_that_keeps_its_progress_is_not_fine() -> None:
+    """Rounding at random keeps the progress on average, and leaves weights far off."""
+    far = make_advice(Verdict.WATCH, 1.06)
+    assert cell_text(far) == "watch 1.06 off"
+    assert cell_text(far._replace(figures={"progress_kept": 0.95})) == "watch 0.95"
+    assert find_mark(make_run_advice("bf16-sr", Verdict.WATCH, 1.0)) == "off"
+    single = make_run_advice("bf16", Verdict.WATCH, 0.985)._replace(has_twin=False)
+    assert find_mark(single) == ""
+    (mark,) = list_marks([far])
+    assert mark.word == "off"
+    assert f"more than {100 * LIMITS.weight_error:g} %" in mark.text
+
+
+def test_the_legend_of_verdicts_on_single_steps_states_their_own_thresholds() -> None:
+    assert f"{STEP_LIMITS.stores_fine:g} " in STEP_MEANINGS[Verdict.STORES_FINE]
+    assert STEP_MEANINGS[Verdict.WATCH].startswith(
+        f"{STEP_LIMITS.needs_remedy:g} to {STEP_LIMITS.stores_fine:g} "
+    )
+    assert f"below {STEP_LIMITS.needs_remedy:g} " in STEP_MEANINGS[Verdict.NEEDS_REMEDY]
+    assert f"{100 * STEP_LIMITS.frozen:g} %" in STEP_MEANINGS[Verdict.FROZEN]
+
+
+def test_the_legend_tells_verdicts_of_twins_from_those_of_single_steps() -> None:
+    twin = make_advice(Verdict.WATCH, 0.95)
+    step = make_advice(Verdict.WATCH, 0.95, "kept_update_ratio")
+    other = make_advice(Verdict.UNCERTAIN, 0.95, "kept_update_ratio")
+    assert [(each.word, each.verdict) for each in list_meanings([twin, step, other])] == [
+        ("watch", Verdict.WATCH),
+        ("unsure", Verdict.UNCERTAIN),
+        ("watch*", Verdict.WATCH),
+    ]
+    assert [each.word for each in list_meanings([step])] == ["watch*"]
+
+
+def test_the_legend_has_each_word_of_runs_and_layers_once() -> None:
+    runs = {"bf16": make_run_advice("bf16", Verdict.NEEDS_REMEDY)}
+    advice = [make_advice(Verdict.FROZEN, 0.0), make_advice(Verdict.NEEDS_REMEDY, 0.5)]
+    advice += [advice[0]._replace(nonfinite=0.5)]
+    words = [each.word for each in list_legend(Assessment(runs, advice, {}, ""))]
+    assert words == ["remedy", "frozen", "NaN"]

@@ -65,9 +65,13 @@ def test_layers_limits_the_rows_of_a_table(run: Path, tmp_path: Path) -> None:
     def shown(*arguments: object) -> str:
         return " ".join(altgrad(*arguments).stdout.split())
 
-    assert "The 1 of 4 layers that keep least:" in shown("report", run, "--layers", 1)
+    assert "1 of 4 layers, first those frozen, stuck or NaN in a recipe (2 in all):" in shown(
+        "report", run, "--layers", 1
+    )
     assert "the 3 of 4 that differ most" in shown("compare", run, other, "--layers", 3)
-    assert "Verdicts and kept_update_ratio: all" in shown("compare", run, other, "--layers", 0)
+    assert "Verdict and share kept, by layer and recipe: all" in shown(
+        "compare", run, other, "--layers", 0
+    )
     refused = altgrad("report", run, "--layers", -1)
     assert (refused.returncode, refused.stdout) == (2, "")
 

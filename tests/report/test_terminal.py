@@ -21,6 +21,7 @@ from altgrad.report import (
     print_comparison,
     print_report,
 )
+from altgrad.report.judging.calibration import calibration
 from tests.command_line import altgrad
 from tests.report.runs import (
     FORMATS,
@@ -32,6 +33,7 @@ from tests.report.runs import (
     write_empty_run,
     write_run,
 )
+from tests.report.twin_runs import figures as twin_figures, make_recipe
 
 MORE_FORMATS = ("fp16", "e4m3fn", "e3m4", "e3m2", "e2m3", "e2m1fn")
 
@@ -43,7 +45,9 @@ def test_the_table_shows_the_verdict_on_each_layer_and_format(run: Path, columns
     lines = [line.rstrip() for line in shown.stdout.splitlines()]
     assert max(map(len, lines)) <= columns
     rows = {
-        line.rsplit(maxsplit=5)[0].strip(): line.split()[-5:] for line in lines if " 0.00 " in line
+        line.rsplit(maxsplit=5)[0].strip(): line.split()[-5:]
+        for line in lines
+        if line.count(" 0.00 ") == 2
     }
     assert rows == {name: ["frozen", "0.00"] * 2 + ["none"] for name in ("gain", SCRIPT)}
     for name in ("matrix", MARKUP):
@@ -62,7 +66,7 @@ def test_a_report_of_many_layers_shows_the_worst_40_and_all_on_demand(tmp_path: 
     path = write_run(tmp_path, ["the.frozen.one"], fine, steps=1)
     lines = altgrad("report", path).stdout.splitlines()
     assert len(lines) < 90
-    assert "The 40 of 2,001 layers that keep least:" in lines
+    assert "40 of 2,001 layers, first those frozen, stuck or NaN in a recipe (1 in all):" in lines
     (row,) = (line for line in lines if line.startswith("the.frozen.one"))
     assert row.split()[1:] == ["frozen", "0.00", "frozen", "0.00", "none"]
     assert 'SamplingRule("encoder.blocks.*.attention.query_key_value.projection.weight"),' in (
@@ -132,7 +136,7 @@ def test_a_comparison_shows_differing_verdicts_first(run: Path, tmp_path: Path) 
     assert "Differing verdicts: 4 of 6." in text
     assert f"layers only in A: 1 ({MARKUP})" in text
     assert "layers only in B: 1 (more)" in text
-    assert re.search(r"kept_update_ratio/bf16 1 1 \+0", text)
+    assert re.search(r"kept_update_ratio/bf16 1\.0000 1\.0000 0 ", text)
     assert "Differing verdicts: 0 of 8." in altgrad("compare", run, run).stdout
 
 
@@ -176,8 +180,50 @@ def test_names_of_formats_are_shown_literally_and_cannot_control_the_terminal(wi
         assert all(line.isprintable() for line in shown.split("\n"))
         for name in ("f[bold]", "[/x]", ":smile:", "�[31mred", "a�b", "�gnp"):
             assert name in shown, name
-    assert "kept_update_ratio/f[bold]" in shown
     assert "stall_frac/�[31mred" in shown
+    if width > 40:  # the figures beside the name take 20 characters
+        assert "kept_update_ratio/f[bold]" in shown
+
+
+@pytest.mark.parametrize(("kept", "mark"), [("kept_update_ratio", "*"), ("progress_kept", "")])
+def test_the_legend_has_the_thresholds_by_which_a_layer_was_judged(kept: str, mark: str) -> None:
+    twin = "progress_kept" in kept
+    own = twin_figures(progress_kept=0.95) if twin else figures("bf16", kept_update_ratio=0.95)
+    run = make_run([Row(0, "a", own, {f"{kept}/bf16": 0.0})], ["bf16"])
+    if twin:
+        run = replace(run, recipes={"bf16": make_recipe()})
+    file = io.StringIO()
+    print_report(RunReport.from_run(run), Console(file=file, width=100))
+    text = file.getvalue()
+    limits = calibration().thresholds if twin else calibration().step_thresholds
+    (legend,) = (line for line in text.splitlines() if line.startswith("  watch"))
+    assert legend.split()[0] == f"watch{mark}"
+    assert f"{limits.needs_remedy:g} to {limits.stores_fine:g} " in legend
+    assert f" watch 0.95{mark} " in text
+
+
+def test_a_run_without_formats_has_no_column_of_the_smallest_format() -> None:
+    run = make_run([Row(0, "a", twin_figures(), {})], [])
+    run = replace(run, recipes={"bf16": make_recipe()})
+    file = io.StringIO()
+    print_report(RunReport.from_run(run), Console(file=file, width=80))
+    assert "smallest" not in file.getvalue()
+    assert re.search(r"^a +\w+ 1.00", file.getvalue(), re.MULTILINE)
+
+
+def test_a_table_that_shows_a_part_of_the_layers_shows_those_that_stand_still() -> None:
+    """A layer may be frozen, though another one keeps less, which moves the other way."""
+    back = {f"back{k}": twin_figures(progress_kept=-0.5) for k in range(5)}
+    frozen = {f"frozen{k}": twin_figures(progress_kept=0.25, frozen_frac=1.0) for k in range(3)}
+    errors = {f"{metric}/bf16": 0.0 for metric in ("progress_kept", "frozen_frac", "still_frac")}
+    rows = [Row(0, name, each, errors) for name, each in (back | frozen).items()]
+    run = replace(make_run(rows, []), recipes={"bf16": make_recipe()})
+    file = io.StringIO()
+    print_report(RunReport.from_run(run), Console(file=file, width=80), 2)
+    lines = file.getvalue().splitlines()
+    assert "2 of 8 layers, first those frozen, stuck or NaN in a recipe (3 in all):" in lines
+    names = [line.split()[0] for line in lines if re.search(r"^(back|frozen)\d  *\w", line)]
+    assert names == ["frozen0", "frozen1"]
 
 
 def test_layers_that_became_nan_are_marked_and_named(tmp_path: Path) -> None:
@@ -196,10 +242,8 @@ def test_layers_that_became_nan_are_marked_and_named(tmp_path: Path) -> None:
     assert int(half.isnan().sum()) == 10
     shown = altgrad("report", file.path).stdout
     text = " ".join(shown.split())
-    assert "NaN some elements are NaN or inf: the verdict is on the others" in text
-    assert (
-        "NaN or inf in some elements (nonfinite_frac), which no figure counts: half (50 %)." in text
-    )
+    assert "NaN elements were NaN or inf in an observed step: no figure counts these" in text
+    assert "NaN or inf in elements (nonfinite_frac), which no figure counts: half (50 %)." in text
     (row,) = (line for line in shown.splitlines() if line.strip().startswith("half "))
     assert " NaN " in row
     (row,) = (line for line in shown.splitlines() if line.strip().startswith("whole "))

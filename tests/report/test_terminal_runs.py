@@ -101,7 +101,7 @@ def test_now_is_the_first_column_of_layers_with_the_unmoved_share_beside_it(
 def test_what_a_forward_pass_sees_is_said_once_of_a_run_in_float32(
     low: RunReport, whole: RunReport
 ) -> None:
-    assert show(whole, 120).count("visible_frac, the share of the updates") == 1
+    assert show(whole, 120).count("A forward pass that rounds weights") == 1
     assert "visible_frac" not in show(low, 120)
 
 
@@ -109,8 +109,25 @@ def test_a_format_without_a_twin_is_marked(whole: RunReport) -> None:
     run = make_run([Row(0, "a", figures(kept_update_ratio=0.25), {})], ["bf16"])
     text = show(RunReport.from_run(run), 80)
     assert read_rows(text)["bf16"][:3] == ["bf16", "remedy", "0.25*"]
-    assert "* of single updates, without a twin" in text
+    assert "* of single updates, with the interval of the sample" in text
+    assert "80 % of real runs" not in text
     assert "* of single updates" not in show(whole, 80)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_interval_is_explained_in_the_heading_and_below_the_table(
+    whole: RunReport, width: int
+) -> None:
+    text = " ".join(show(whole, width).split())
+    assert text.count("(80 % of real runs)") == 1
+    assert "In brackets: what 80 % of real runs kept" in text
+
+
+def test_a_run_without_formats_and_recipes_is_told_to_pass_some() -> None:
+    run = make_run([Row(0, "a", {}, {}), Row(0, None, {}, {})], [])
+    text = " ".join(show(RunReport.from_run(run), 80).split())
+    assert "The monitor has neither formats nor recipes: there are no verdicts. Pass" in text
+    assert "No step was observed" not in text
 
 
 def test_names_of_recipes_are_shortened_and_shown_literally(low: RunReport) -> None:

@@ -26,6 +26,7 @@ from tests.chromium import chromium, needs_chromium
 from tests.report.confirming import make_twin_run, share
 from tests.report.runs import MARKUP, SCRIPT, figures, make_run, write_run
 from tests.report.shown_runs import record_bf16, record_fp32
+from tests.report.twin_runs import figures as twin_figures, make_recipe
 
 NAN = float("nan")
 
@@ -110,10 +111,27 @@ def test_layers_with_elements_that_are_not_finite_are_marked(html: str) -> None:
     broken = figures(kept_update_ratio=0.38) | {"nonfinite_frac": 0.5}
     run = make_run([Row(0, "broken", broken, {}), Row(0, "whole", figures(), {})], ["bf16"])
     marked = page(RunReport.from_run(run))
-    assert "remedy 0.38 NaN</td>" in marked
-    assert "<b>NaN</b> some elements are NaN or inf: the verdict is on the others" in marked
+    assert "remedy 0.38* NaN</td>" in marked
+    assert (
+        "<b>NaN</b> elements were NaN or inf in an observed step: no figure counts these" in marked
+    )
     assert "broken (50 %)" in marked
     assert "50 % of the elements are NaN or inf, and no figure counts them" in marked
+
+
+def test_the_page_explains_intervals_of_real_runs_and_shares_of_single_updates() -> None:
+    twin = replace(make_run([Row(0, "a", twin_figures(), {})], []), recipes={"bf16": make_recipe()})
+    step = make_run([Row(0, "a", figures(kept_update_ratio=0.985), {})], ["bf16"])
+    by_twins, by_steps = (page(RunReport.from_run(run)) for run in (twin, step))
+    for text in (
+        "progress kept (80&nbsp;% of real runs)</th>",
+        "In brackets: what 80 % of real runs",
+    ):
+        assert (text in by_twins, text in by_steps) == (True, False)
+    assert '<b class="WATCH">watch*</b> 0.5 to 0.99 of single updates' in by_steps
+    assert "watch 0.98*</td>" in by_steps
+    assert "smallest that stores it" in by_steps
+    assert "smallest that stores it" not in by_twins  # no format was judged
 
 
 @needs_chromium
@@ -272,7 +290,7 @@ def test_the_page_of_a_prediction_has_each_layer_and_its_picture() -> None:
         ["0.625", "0.625", "0.0"],
     ]
     assert "<b>the model</b>" in rows[-1]
-    assert "in float32 that gets the gradients of B" in html
+    assert "Real: B itself, which is stored so." in html
 
 
 def test_the_page_of_a_prediction_escapes_names_and_loads_nothing() -> None:

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from altgrad import StepRecord, UpdateMonitor
 from altgrad.report import Run, RunFile, read
+from altgrad.report.judging.calibration import Outcome
 from altgrad.report.judging.run_rules import LayerShare
 from altgrad.report.judging.tallies import TwinTally
-from altgrad.report.judging.verdicts import Advice, Verdict
+from altgrad.report.judging.verdicts import Advice, RunAdvice, Verdict
 from altgrad.report.records.schema import RecipeInfo
 
 NAN = math.nan
@@ -144,3 +145,20 @@ def make_share(
     errors = {"progress_kept": error, "frozen_frac": 0.0, "still_frac": 0.0}
     advice = Advice(name, "bf16", verdict, {"progress_kept": kept, **figures}, errors, "")
     return LayerShare(advice, size, moved)
+
+
+def make_run_advice(recipe: str, verdict: Verdict, kept: float = 0.5, **fields: Any) -> RunAdvice:
+    """Make a verdict on a run, with these fields changed."""
+    about: dict[str, Any] = {
+        "interval": (kept - 0.125, kept + 0.125),
+        "weight_error": 0.0,
+        "frozen_frac": 0.0,
+        "frozen": (),
+        "frozen_share": 0.0,
+        "behind_share": 0.0,
+        "layers": 3,
+        "outcome": Outcome(66, 8),
+        "to_do": "Use bf16-sr, which keeps 1.",
+        "has_twin": True,
+    }
+    return RunAdvice(recipe, verdict, kept, **about | fields)

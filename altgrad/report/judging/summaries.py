@@ -14,9 +14,19 @@ from collections.abc import Mapping, Sequence
 from altgrad._messages import few, format_count, format_percent
 from altgrad.measurement.catalogue import NOW
 from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.decimals import (
+    format_error,
+    format_interval,
+    format_kept,
+    format_lost,
+)
 from altgrad.report.judging.verdicts import Advice, RunAdvice, Verdict
 
 _LIMITS = calibration().thresholds
+NO_VERDICTS = (
+    "No step was observed, or the monitor has neither formats nor recipes: there are no verdicts."
+)
+"""What is said in place of verdicts where the reason is not known."""
 
 
 def summarize(runs: Mapping[str, RunAdvice], advice: Sequence[Advice]) -> str:
@@ -27,7 +37,7 @@ def summarize(runs: Mapping[str, RunAdvice], advice: Sequence[Advice]) -> str:
         advice: Verdicts on the layers.
     """
     if not advice:
-        return "No step was observed: there are no verdicts."
+        return NO_VERDICTS
     sentences = [write_sentence(each) for each in runs.values()]
     shares = {each.layer: each.nonfinite for each in advice if each.nonfinite}
     return " ".join(filter(None, [*sentences, write_nonfinite(shares)]))
@@ -60,24 +70,32 @@ def write_word(advice: RunAdvice) -> str:
     if is_loss and math.isnan(advice.kept):
         return "partly frozen now"
     if is_loss and advice.kept < _LIMITS.stores_fine:
-        return f"loses {1 - advice.kept:.2g} now"
+        return f"loses {format_lost(advice.kept)} now"
     return f"{verdict.short} now"
 
 
 def write_kept(advice: RunAdvice) -> str:
-    """Return the share of the progress kept, with its interval: ``0.87 (0.85 to 0.97)``."""
-    low, high = advice.interval
-    text = f"{advice.kept:.3g}"
-    return f"{text} ({low:.2g} to {high:.2g})" if low < high else text
+    """Return a phrase on the share of the progress that is kept, and on its interval.
+
+    The share is what twins keep, and the interval that of real runs, in which it need not lie:
+    ``1.01 of the progress is kept by twins, 0.90 to 0.98 by 80 % of real runs``. A share of single
+    updates has the interval of its sample in brackets.
+    """
+    share, interval = format_kept(advice.kept), format_interval(*advice.interval)
+    if not advice.has_twin:
+        interval = f" ({interval})" if interval else ""
+        return f"{share}{interval} of the update is kept, step by step"
+    by = "" if advice.recipe == NOW else " by twins"
+    runs = f", {interval} by 80 % of real runs" if interval else ""
+    return f"{share} of the progress is kept{by}{runs}"
 
 
 def _write_progress(advice: RunAdvice) -> str:
     if math.isnan(advice.kept):
         return ""
-    basis = "progress is kept" if advice.has_twin else "update is kept, step by step"
-    text = f"{write_kept(advice)} of the {basis}"
+    text = write_kept(advice)
     if advice.weight_error > _LIMITS.weight_error and advice.kept >= _LIMITS.stores_fine:
-        text += f", and weights are off by {advice.weight_error:.2g} of their size"
+        text += f", and weights are off by {format_error(advice.weight_error)} of their size"
     if advice.behind_share > _LIMITS.left_behind and advice.kept >= _LIMITS.needs_remedy:
         behind = format_percent(advice.behind_share)
         text += f", but layers with {behind} of the weights keep less than half of theirs"
@@ -105,4 +123,4 @@ def write_nonfinite(shares: Mapping[str, float]) -> str:
     if not shares:
         return ""
     layers = few([f"{name} ({format_percent(share)})" for name, share in shares.items()])
-    return f"NaN or inf in some elements (nonfinite_frac), which no figure counts: {layers}."
+    return f"NaN or inf in elements (nonfinite_frac), which no figure counts: {layers}."

@@ -36,9 +36,28 @@ def advise(**changes: object) -> RunAdvice:
 
 def test_a_sentence_has_word_progress_evidence_and_what_to_do() -> None:
     assert write_sentence(advise()) == (
-        "bf16: fine. 0.995 (0.97 to 1) of the progress is kept; 8 of 66 such runs lost over 10 %. "
-        "Nothing is lost that matters."
+        "bf16: fine. 0.99 of the progress is kept by twins, 0.97 to 1.02 by 80 % of real runs; 8 "
+        "of 66 such runs lost over 10 %. Nothing is lost that matters."
     )
+
+
+def test_an_interval_that_does_not_hold_the_share_is_told_from_it() -> None:
+    """The interval is of real runs, of which calibration runs kept less than their twins."""
+    assert write_kept(advise(kept=1.01, interval=(0.9, 0.9796))) == (
+        "1.01 of the progress is kept by twins, 0.90 to 0.97 by 80 % of real runs"
+    )
+    assert write_kept(advise(recipe="now", kept=0.9)) == (
+        "0.90 of the progress is kept, 0.97 to 1.02 by 80 % of real runs"
+    )
+
+
+@pytest.mark.parametrize("kept", [0.9796, 0.89996, 0.49999, 0.00004])
+def test_no_share_in_a_sentence_is_rounded_to_a_threshold(kept: float) -> None:
+    sentence = write_sentence(advise(kept=kept, interval=(NAN, NAN)))
+    shown = float(sentence.partition(". ")[2].split()[0])
+    limits = (LIMITS.stores_fine, LIMITS.needs_remedy, LIMITS.frozen_kept)
+    assert [shown >= limit for limit in limits] == [kept >= limit for limit in limits]
+    assert shown > 0
 
 
 def test_layers_that_stand_still_are_named_with_their_share() -> None:
@@ -81,19 +100,20 @@ def test_a_word_says_what_a_run_loses_now(
 
 
 def test_an_interval_without_a_value_is_left_out() -> None:
-    assert write_kept(advise(interval=(NAN, NAN))) == "0.995"
+    for ends in ((NAN, NAN), (0.995, 0.995)):
+        assert write_kept(advise(interval=ends)) == "0.99 of the progress is kept by twins"
 
 
 def test_single_steps_are_told_from_progress() -> None:
     steps = advise(has_twin=False, to_do="")
     assert write_sentence(steps) == (
-        "bf16: fine. 0.995 (0.97 to 1) of the update is kept, step by step."
+        "bf16: fine. 0.99 (0.97 to 1.02) of the update is kept, step by step."
     )
 
 
 def test_weights_that_are_far_off_are_mentioned() -> None:
     far = advise(weight_error=2 * LIMITS.weight_error, kept=1.0)
-    assert f", and weights are off by {2 * LIMITS.weight_error:.2g} of their size; 8 of" in (
+    assert f", and weights are off by {2 * LIMITS.weight_error:.2f} of their size; 8 of" in (
         write_sentence(far)
     )
     assert "off by" not in write_sentence(advise(weight_error=LIMITS.weight_error))
@@ -149,7 +169,7 @@ def test_the_summary_has_a_sentence_for_each_recipe() -> None:
     layer = Advice("a", "bf16", Verdict.STORES_FINE, {}, {}, "")
     summary = summarize(runs, [layer])
     assert summary == " ".join(map(write_sentence, runs.values()))
-    assert summarize({}, []) == "No step was observed: there are no verdicts."
+    assert summarize({}, []).startswith("No step was observed, or the monitor has neither formats")
 
 
 def test_the_summary_names_layers_that_are_not_finite_once() -> None:
@@ -159,7 +179,7 @@ def test_the_summary_names_layers_that_are_not_finite_once() -> None:
     ]
     fine = Advice("a", "bf16", Verdict.STORES_FINE, {}, {}, "")
     assert summarize({}, [fine, *broken]).endswith(
-        "NaN or inf in some elements (nonfinite_frac), which no figure counts: b (50 %)."
+        "NaN or inf in elements (nonfinite_frac), which no figure counts: b (50 %)."
     )
     many = [broken[0]._replace(layer=f"b.{number}") for number in range(2000)]
     assert summarize({}, many).endswith("b.0 (50 %), b.1 (50 %), b.2 (50 %) and 1,997 more.")
@@ -168,5 +188,5 @@ def test_the_summary_names_layers_that_are_not_finite_once() -> None:
 def test_layers_with_nan_are_named_with_their_share() -> None:
     assert write_nonfinite({}) == ""
     assert write_nonfinite({"a": 0.5, "b": 1e-4}) == (
-        "NaN or inf in some elements (nonfinite_frac), which no figure counts: a (50 %), b (<1 %)."
+        "NaN or inf in elements (nonfinite_frac), which no figure counts: a (50 %), b (<1 %)."
     )

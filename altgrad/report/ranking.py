@@ -1,0 +1,54 @@
+"""Order the layers of a run as a reader wants them: those that stand still or are NaN first.
+
+Tables show a part of the layers, if there are many. A share alone does not say which part: a
+layer that got stuck halfway keeps more than one that lags behind, and is the one to look at.
+
+Read `judging.verdicts` first; `run_report` comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from altgrad.measurement.catalogue import NOW
+from altgrad.report.judging.verdicts import Advice, Assessment, Verdict
+
+LOST = (Verdict.FROZEN, Verdict.STUCK, Verdict.BREAKS)
+"""Verdicts on layers that stand still, or become NaN."""
+
+
+def rank_layers(assessment: Assessment) -> dict[str, dict[str, Advice]]:
+    """Return the verdicts by layer and recipe, the layers to look at first.
+
+    First come the layers of `list_lost`. Among equals, the layer that keeps the smallest share is
+    first, as in `Assessment.by_layer`.
+
+    Args:
+        assessment: Verdicts on a run and its layers.
+
+    Returns:
+        By name of the layer, and then of the recipe, the verdict.
+    """
+    lost = {*list_lost(assessment)}
+    by_layer = assessment.by_layer
+    return {name: by_layer[name] for name in sorted(by_layer, key=lambda name: name not in lost)}
+
+
+def list_lost(assessment: Assessment) -> list[str]:
+    """Return the names of the layers that are frozen, stuck or NaN.
+
+    Of a run that is stored low this means now, and of another run in any recipe, a way to store it.
+
+    Args:
+        assessment: Verdicts on a run and its layers.
+    """
+    has_now = NOW in assessment.runs
+    return [
+        name for name, advice in assessment.by_layer.items() if _is_lost(advice, has_now=has_now)
+    ]
+
+
+def _is_lost(advice: Mapping[str, Advice], *, has_now: bool) -> bool:
+    return any(
+        each.verdict in LOST for recipe, each in advice.items() if recipe == NOW or not has_now
+    )
