@@ -7,6 +7,7 @@ readers, and a cell without a value is grey and hatched.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,8 @@ from altgrad.report.canvas import (
     png,
     svg,
 )
-from altgrad.report.cells import format_kept
+from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.decimals import format_kept
 from altgrad.report.means import average_finite
 from altgrad.report.names import shorten_names
 from altgrad.report.records.schema import FormatInfo
@@ -43,8 +45,8 @@ _MEANINGS = {
     "stall_frac": "share of the updates that vanish",
     "never_moved_frac": "share of the weights that never moved",
 }
-# Orange and blue of Okabe and Ito: https://jfly.uni-koeln.de/color/
-_LOST, _KEPT, _PALE, _GREY = "#d55e00", "#0072b2", "#cfe3f3", "#999999"
+# Orange, blue and purple of Okabe and Ito: https://jfly.uni-koeln.de/color/
+_LOST, _KEPT, _OVER, _PALE, _GREY = "#d55e00", "#0072b2", "#cc79a7", "#cfe3f3", "#999999"
 _TOO_FEW_TO_SEE = 1e-3  # share of the elements below which an octave is left out at the ends
 _THRESHOLD = -1  # log2 of half a grid spacing: a smaller update of a weight on the grid stalls
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -81,9 +83,10 @@ def heat_map(
     ticks = _spread_ticks(len(groups), 10)
     axes.set_xticks(ticks, [str(groups[tick][0]) for tick in ticks], size=7)
     mean = f", a column is the mean of {width}" if width > 1 else ""
+    over = f"; {_write_over()}" if any(map(_is_over, itertools.chain(*shares))) else ""
     hatched = "; grey: no value" if any(math.isnan(x) for row in shares for x in row) else ""
     meaning = f", the {_MEANINGS[label]}" if label in _MEANINGS else ""
-    axes.set_xlabel(f"step{mean}\ncolour: {label}{meaning}{hatched}", size=8)
+    axes.set_xlabel(f"step{mean}\ncolour: {label}{meaning}{over}{hatched}", size=8)
     bar = figure.colorbar(axes.images[0], ax=axes, aspect=30, pad=0.015)
     ends = ("0: all lost", "1: all kept") if good else ("0: none", "1: all")
     bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=[ends[0], "0.25", "0.5", "0.75", ends[1]], size=7)
@@ -101,8 +104,8 @@ def kept_map(
 
     Args:
         kept: By layer and recipe the progress_kept: 1 if all of the progress is kept, 0 if nothing.
-            A layer may lack a recipe. If layers have the recipe ``now``, those that keep least
-            under it count as the worst, and otherwise those with the smallest mean.
+            A layer may lack a recipe. Layers with a word count as the worst, and then those that
+            keep least: under the recipe ``now`` if they have it, and otherwise on average.
         words: By layer and recipe, a word for the cell in place of the number, such as ``frozen``.
             Most cells have none.
         title: Heading.
@@ -110,10 +113,7 @@ def kept_map(
     Returns:
         The figure.
     """
-    scores = {
-        name: by_recipe[NOW] if NOW in by_recipe else average_finite(by_recipe.values())
-        for name, by_recipe in kept.items()
-    }
+    scores = {name: _score_kept(by_recipe, words.get(name, {})) for name, by_recipe in kept.items()}
     shown = _choose_worst(scores, low_is_bad=True)
     recipes = list(dict.fromkeys(recipe for by_recipe in kept.values() for recipe in by_recipe))
     figure, [axes] = new_figure(max(5.5, 3 + 0.9 * len(recipes)), _ROW * max(len(shown), 3) + 1)
@@ -129,7 +129,10 @@ def kept_map(
     axes.set_xticks(range(len(recipes)), shorten_names(recipes, 14), size=8)
     axes.tick_params(axis="x", top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     _name_rows(axes, shown)
-    axes.set_xlabel("share of the progress kept: 1 all, 0 nothing; frozen: never moves", size=8)
+    over = f"; {_write_over()}" if any(map(_is_over, itertools.chain(*shares))) else ""
+    axes.set_xlabel(
+        f"share of the progress kept: 1 all, 0 nothing; frozen: never moves{over}", size=8
+    )
     return finish_figure(figure)
 
 
@@ -227,6 +230,24 @@ def _choose_worst(scores: Mapping[str, float], *, low_is_bad: bool) -> list[str]
     return [name for name in scores if name in chosen]
 
 
+def _score_kept(by_recipe: Mapping[str, float], words: Mapping[str, str]) -> float:
+    """Return what a layer keeps now, or else on average; -inf if it stands still there, or is NaN.
+
+    `words` has the recipes under which it stands still or is NaN, and is empty for most layers.
+    """
+    if NOW in by_recipe:
+        return -math.inf if NOW in words else by_recipe[NOW]
+    return -math.inf if words else average_finite(by_recipe.values())
+
+
+def _is_over(share: float) -> bool:
+    return share > calibration().thresholds.overshoots
+
+
+def _write_over() -> str:
+    return f"purple: above {calibration().thresholds.overshoots:g}, moves too far"
+
+
 def _rank_score(score: float, low_is_bad: bool) -> float:
     if math.isnan(score):
         return math.inf
@@ -256,13 +277,18 @@ def _average_columns(values: Mapping[int, float], groups: Sequence[Sequence[int]
 def _draw_shares(axes: Axes, shares: Sequence[Sequence[float]], colours: str) -> None:
     """Draw a matrix of shares, given by rows, as coloured cells; NaN is grey and hatched.
 
-    `colours` is the name of a colour map of matplotlib.
+    Shares so far above 1 that a layer overshoots are purple, and not of the colour of 1. `colours`
+    is the name of a colour map of matplotlib.
     """
+    from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
     # A kept_update_ratio can lie far outside of 0 and 1, where matplotlib's arithmetic overflows.
-    clamped = [[min(max(share, 0), 1) for share in row] for row in shares]
-    axes.imshow(clamped, vmin=0, vmax=1, cmap=colours, aspect="auto", interpolation="nearest")
+    clamped = [
+        [2.0 if _is_over(share) else min(max(share, 0), 1) for share in row] for row in shares
+    ]
+    cmap = colormaps[colours].with_extremes(over=_OVER)
+    axes.imshow(clamped, vmin=0, vmax=1, cmap=cmap, aspect="auto", interpolation="nearest")
     axes.images[0].set_zorder(2)  # above the hatched rectangle, which NaN leaves visible
     behind: dict[str, Any] = {
         "facecolor": "#e4e4e4",
@@ -282,7 +308,8 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 def _write_share(axes: Axes, column: int, row: int, share: float, word: str) -> None:
     text = word or format_kept(share) or "–"
-    colour = "white" if share <= 0.15 or share >= 0.85 else "black"
+    is_dark = share <= 0.15 or (share >= 0.85 and not _is_over(share))
+    colour = "white" if is_dark else "black"
     axes.text(column, row, text, ha="center", va="center_baseline", size=7, color=colour, zorder=3)
 
 

@@ -12,6 +12,7 @@ from matplotlib.text import Text
 
 from altgrad import Histogram
 from altgrad.report import heat_map, kept_map, png, ranges, steps_histogram, svg
+from altgrad.report.judging.calibration import calibration
 from tests.report.pictures import FORMATS, STEPS, draw_all, read_pixels, read_texts
 
 NAN = math.nan
@@ -203,10 +204,48 @@ def test_a_picture_of_nan_alone_is_drawn() -> None:
 # --- figures far out of range
 
 
-def test_a_kept_update_ratio_out_of_range_is_drawn_as_0_or_1() -> None:
+OVER = "#cc79a7"
+
+
+def find_colour(figure: Figure, share: float) -> str:
+    """Return the colour in which the first picture of a figure draws a number."""
+    image = figure.axes[0].images[0]
+    return to_hex(image.get_cmap()(image.norm(share)))
+
+
+@pytest.mark.parametrize("draw", ["kept_map", "heat_map"])
+def test_a_layer_that_overshoots_has_a_colour_of_its_own_and_a_legend(draw: str) -> None:
+    over = calibration().thresholds.overshoots
+
+    def make(**kept: float) -> Figure:
+        if draw == "kept_map":
+            return kept_map({n: {"bf16": k} for n, k in kept.items()}, {}, title="")
+        return heat_map({n: {0: k} for n, k in kept.items()}, title="", label="kept_update_ratio")
+
+    figure = make(far=1.5, near=over, whole=1.0, half=0.5)
+    far, near, whole, half = (find_colour(figure, share) for (share,) in shown(figure))
+    assert far == OVER
+    assert near == whole != OVER
+    assert half not in (whole, OVER)
+    assert any(f"purple: above {over:g}" in text for text in read_texts(figure))
+    assert not any("purple" in text for text in read_texts(make(near=over, half=0.5)))
+
+
+def test_layers_that_stand_still_are_among_the_60_of_a_map() -> None:
+    kept = {f"back{k}": {"bf16": -0.5} for k in range(100)} | {"gain": {"bf16": 0.25}}
+    assert "gain" in rows(kept_map(kept, {"gain": {"bf16": "stuck"}}, title=""))
+    assert "gain" not in rows(kept_map(kept, {}, title=""))
+    low = {name: {"now": each["bf16"], "e5m2": 0.0} for name, each in kept.items()}
+    assert "gain" not in rows(kept_map(low, {"gain": {"e5m2": "frozen"}}, title=""))
+    assert "gain" in rows(kept_map(low, {"gain": {"now": "frozen"}}, title=""))
+
+
+def test_a_kept_update_ratio_out_of_range_is_drawn_in_the_colours_of_the_ends() -> None:
     kept = {"a": {"bf16": 1e308, "e5m2": 1e308}, "b": {"bf16": -1e308, "e5m2": math.inf}}
     figure = kept_map(kept, {}, title="")
-    np.testing.assert_array_equal(shown(figure), [[1, 1], [0, 1]])
+    colours = [[find_colour(figure, share) for share in row] for row in shown(figure)]
+    lowest = find_colour(figure, 0.0)
+    assert colours == [[OVER, OVER], [lowest, OVER]]
     png(figure)
 
 
