@@ -25,19 +25,24 @@ FROZEN = 0.99
 """Share of the weights from which on a layer is called frozen, if they never moved."""
 
 MEANING = (
-    "Predicted: a sample of A, stepped with the gradients of A. Real: B itself, beside a sample in "
-    "float32 that gets the gradients of B."
+    "Predicted: a sample of each layer of A, stored as the recipe says and stepped with the "
+    "gradients of A. Real: B itself, which is stored so. Each stands beside float32 with the same "
+    "gradients."
 )
-"""What is compared with what, for below a table."""
+"""What is compared with what, for above a table."""
 
+_NO_FIGURES = (
+    "No layer can be compared: float32 moved none, or weights are NaN or inf in A or in B (see "
+    "altgrad report)."
+)
 _SECOND_MOMENT = "exp_avg_sq"
 """State whose ratio is shown if the optimizer has it: in bf16 it cannot fall."""
 
 
 _SHORT = {"frozen_frac": "frozen", "progress_kept": "kept"}
 _MEANINGS = {
-    "frozen_frac": "frozen_frac: weights that never moved, of those that float32 moved",
-    "progress_kept": "progress_kept: how far the layer got, of the way that float32 made",
+    "frozen_frac": "frozen_frac: share of weights that never moved, of those that float32 moved",
+    "progress_kept": "progress_kept: share of the way of float32 that was made: 1 all, 0 nothing",
 }
 
 
@@ -134,8 +139,8 @@ class Confirmation:
 
     @functools.cached_property
     def model(self) -> ConfirmedLayer | None:
-        """The figures of the whole model; None if no step was observed in both runs."""
-        return self._confirm(None)
+        """The figures of the whole model; None if both runs have no step or other layers."""
+        return None if self._describe_other_layers() else self._confirm(None)
 
     @functools.cached_property
     def mean_errors(self) -> dict[str, float]:
@@ -162,7 +167,7 @@ class Confirmation:
 
     @property
     def summary(self) -> list[str]:
-        """Two sentences: by how much the figures are off, and how many layers are frozen."""
+        """Sentences: by how much the figures are off, and how many layers are frozen."""
         if not self.layers:
             return ["No layer has figures of both runs at the same step: nothing to compare."]
         count = format_count(len(self.layers), "layer")
@@ -172,10 +177,12 @@ class Confirmation:
             if not math.isnan(error)
         )
         known = self.frozen
+        if not known.layers:
+            return [_NO_FIGURES]
         frozen = (
-            f"Frozen ({FROZEN:g} never moved): {known.predicted:,} of "
-            f"{format_count(known.layers, 'layer')} predicted, {known.real:,} real, "
-            f"{known.both:,} both."
+            f"Frozen, of {format_count(known.layers, 'layer')}: {known.predicted:,} as A predicts, "
+            f"{known.real:,} in B, {known.both:,} in both (at least {100 * FROZEN:g} % of their "
+            "weights never moved)."
         )
         return [*([f"Mean difference over {count}: {errors}."] if errors else []), frozen]
 
@@ -216,19 +223,30 @@ class Confirmation:
             if missing := [name for name in alone if name not in run.layers]:
                 notes.append(f"layers only in {letter}: {len(missing):,} ({few(missing)})")
             if bare := [name for name in alone if name in run.layers]:
-                notes.append(
-                    f"layers without figures of {recipe} in {other}: {len(bare):,} ({few(bare)})"
-                )
+                why = "not stored low" if recipe == NOW else f"without figures of {recipe}"
+                notes.append(f"layers {why} in {other}: {len(bare):,} ({few(bare)})")
         if notes:
-            notes.append("the figures of the model are those of other layers in A and in B")
+            notes.append(
+                "A and B have figures of other layers, so that those of the model are left out"
+            )
         return notes
 
     def _confirm(self, name: str | None) -> ConfirmedLayer | None:
-        """Return a layer, or the model, at the last step that both runs observed; None without."""
+        """Return a layer, or the model, at the last step of both runs; None without a common step.
+
+        Steps at which both have values come first: weights may become NaN later.
+        """
         predicted, real = self._predicted.get(name, {}), self._real.get(name, {})
-        step = max(predicted.keys() & real.keys(), default=None)
-        if step is None:
+        steps = predicted.keys() & real.keys()
+        if not steps:
             return None
+        step = max(
+            steps,
+            key=lambda each: (
+                _has_value(predicted[each], self.recipe) and _has_value(real[each], NOW),
+                each,
+            ),
+        )
         both = predicted[step].figures, real[step].figures
         pairs = {}
         for metric in self.metrics:
@@ -280,7 +298,9 @@ def shorten_metric(metric: str) -> str:
 
 def explain_metric(metric: str) -> str:
     """Return what a metric of a confirmation means, in a line for the legend of a table."""
-    return _MEANINGS.get(metric, f"{metric}: a state beside that in float32; diff. in octaves")
+    state = metric.removesuffix("_ratio")
+    ratio = f"{metric}: {state} over that in float32; diff. in octaves, 1 is a factor of 2"
+    return _MEANINGS.get(metric, ratio)
 
 
 def _group_rows(run: Run, recipe: str) -> dict[str | None, dict[int, Row]]:
@@ -291,6 +311,11 @@ def _group_rows(run: Run, recipe: str) -> dict[str | None, dict[int, Row]]:
         if any(key in row.figures for key in keys):
             found.setdefault(row.layer, {})[row.step] = row
     return found
+
+
+def _has_value(row: Row, recipe: str) -> bool:
+    """Return True if a share of a recipe has a value in a row, and is not NaN."""
+    return any(not math.isnan(row.figures.get(f"{metric}/{recipe}", math.nan)) for metric in SHARES)
 
 
 def _list_ratios(run: Run, recipe: str) -> list[str]:

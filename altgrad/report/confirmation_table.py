@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from altgrad._messages import format_count
-from altgrad.report.cells import format_figure
 from altgrad.report.confirmation import (
     FROZEN,
     MEANING,
@@ -21,6 +20,7 @@ from altgrad.report.confirmation import (
     explain_metric,
     shorten_metric,
 )
+from altgrad.report.judging.decimals import format_difference, format_figure
 from altgrad.report.names import shorten_names
 from altgrad.report.printing import (
     GAP,
@@ -58,6 +58,7 @@ def print_confirmation(
         print_text(console, f"{letter} {part}: {run.path}")
     layers = confirmation.layers[:most]
     print_text(console, confirmation.heading, style="italic")
+    print_text(console, MEANING, style="dim")
     if len(layers) < len(confirmation.layers):
         count = format_count(len(confirmation.layers), "layer")
         print_text(console, f"The {len(layers)} of {count} that differ most:")
@@ -68,7 +69,6 @@ def print_confirmation(
         print_meaning(console, shorten_metric(metric), explain_metric(metric))
     for sentence in confirmation.summary:
         print_text(console, sentence)
-    print_text(console, MEANING, style="dim")
     for note in confirmation.notes:
         print_text(console, f"Note: {note}", style="yellow")
 
@@ -112,7 +112,7 @@ def _write_pairs(rows: Sequence[ConfirmedLayer], metric: str) -> list[tuple[str,
         (
             format_figure(pair.predicted, limit),
             format_figure(pair.real, limit),
-            format_figure(pair.difference),
+            format_difference(pair.difference),
         )
         for pair in pairs
     ]

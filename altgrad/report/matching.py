@@ -118,16 +118,16 @@ def describe_no_match(a: Run, b: Run) -> list[str]:
         if not has_own_figures(real):
             if real.now is not None and _is_low(real.now):
                 notes.append(
-                    f"{letter} has no figures of itself, such as frozen_frac/{NOW}: give its "
-                    "monitor a recipe, such as bf16-sr"
+                    f"{letter} is stored low, and was not compared with float32 (it has no "
+                    f"frozen_frac/{NOW}): give its monitor a recipe, such as bf16-sr"
                 )
         elif not has_own_figures(predicting) and (known := list_predicted(predicting)):
-            how = "its file does not say how it is stored"
+            how = f"but the file of {letter} does not say how"
             if real.now is not None:
-                how = f"none of the recipes of {other} is how it is stored"
+                how = f"and {other} tried no recipe that stores it so"
             notes.append(
-                f"{letter} has figures of itself, but {how}; --recipe=NAME sets one of them "
-                f"beside it: {', '.join(known)}"
+                f"{letter} is stored low, {how}: to see how far another recipe of {other} predicts "
+                f"it, pass --recipe=NAME ({', '.join(known)})"
             )
     return notes
 

@@ -124,5 +124,5 @@ def test_runs_without_a_common_recipe_or_step_have_no_twins_to_compare() -> None
 def test_a_note_says_how_a_low_run_could_be_compared_with_a_prediction() -> None:
     predicting, low = twins([1], "a", "bf16-true"), twins([1], "b", now=True)
     (note,) = Comparison((predicting, low)).notes
-    assert note.startswith("B has figures of itself, but its file does not say how it is stored; ")
-    assert note.endswith("--recipe=NAME sets one of them beside it: bf16-true")
+    assert note.startswith("B is stored low, but the file of B does not say how: to see ")
+    assert note.endswith("pass --recipe=NAME (bf16-true)")

@@ -135,9 +135,28 @@ def test_frozen_layers_are_counted_as_predicted_as_real_and_as_both() -> None:
     real = {name: share(each[1], 0) for name, each in ends.items()} | {"nan": share(1, 0)}
     confirmation = confirm(predicted, real)
     assert confirmation.frozen == (2, 2, 1, 4)
-    assert "Frozen (0.99 never moved): 2 of 4 layers predicted, 2 real, 1 both." in (
-        confirmation.summary
+    assert confirmation.summary[-1] == (
+        "Frozen, of 4 layers: 2 as A predicts, 2 in B, 1 in both (at least 99 % of their weights "
+        "never moved)."
     )
+
+
+def test_layers_without_a_value_in_one_run_are_not_counted_as_not_frozen() -> None:
+    confirmation = confirm({"a": share(0, 1)}, {"a": share(NAN, NAN)})
+    (sentence,) = confirmation.summary
+    assert sentence.startswith("No layer can be compared: float32 moved none, or weights are NaN")
+
+
+def test_a_layer_that_becomes_nan_is_compared_at_the_last_step_before() -> None:
+    finite = make_twin_run({"a": share(0, 0.5), None: share(0, 0.5)}, steps=[0, 5])
+    broken = make_twin_run({"a": share(NAN, NAN), None: share(NAN, NAN)}, steps=[10])
+    real = replace(finite, rows=[*finite.rows, *broken.rows])
+    predicted = make_twin_run({"a": share(0, 0.75), None: share(0, 0.75)}, "true", steps=[0, 5, 10])
+    confirmation = Confirmation(predicted, real, "true")
+    (layer,) = confirmation.layers
+    assert (layer.step, layer.pairs["progress_kept"].difference) == (5, 0.25)
+    assert confirmation.model is not None
+    assert confirmation.model.step == 5
 
 
 @pytest.mark.parametrize(
@@ -185,10 +204,11 @@ def test_layers_of_one_run_alone_are_noted() -> None:
     assert [each.name for each in confirmation.layers] == ["both"]
     assert confirmation.notes == [
         "layers only in A: 1 (old)",
-        "layers without figures of now in B: 1 (fp32)",
+        "layers not stored low in B: 1 (fp32)",
         "layers only in B: 1 (new)",
-        "the figures of the model are those of other layers in A and in B",
+        "A and B have figures of other layers, so that those of the model are left out",
     ]
+    assert confirmation.model is None
     assert confirm({"a": share(0, 1)}, {"a": share(0, 1)}, notes=["torn"]).notes == ["torn"]
 
 

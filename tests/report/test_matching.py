@@ -91,8 +91,8 @@ def test_a_run_that_is_stored_otherwise_is_matched_by_none(
     assert find_match(fp32, low, "bf16-sr") == ("bf16-sr", False)
     (note,) = describe_no_match(fp32, low)
     assert note == (
-        "B has figures of itself, but none of the recipes of A is how it is stored; "
-        f"--recipe=NAME sets one of them beside it: {', '.join(RECIPES)}"
+        "B is stored low, and A tried no recipe that stores it so: to see how far another recipe "
+        f"of A predicts it, pass --recipe=NAME ({', '.join(RECIPES)})"
     )
 
 
@@ -104,7 +104,10 @@ def test_a_file_whose_header_was_made_too_early_is_matched_by_a_named_recipe(
     assert low.now is None
     assert find_match(fp32, low) is None
     assert find_match(fp32, low, "bf16-true") == ("bf16-true", False)
-    assert "its file does not say how it is stored" in describe_no_match(low, fp32)[0]
+    assert (
+        "A is stored low, but the file of A does not say how: to see"
+        in describe_no_match(low, fp32)[0]
+    )
 
 
 def test_a_run_without_recipes_is_told_to_get_one(tmp_path: Path, fp32: Run) -> None:
@@ -113,7 +116,9 @@ def test_a_run_without_recipes_is_told_to_get_one(tmp_path: Path, fp32: Run) -> 
     assert list_predicted(low) == []
     assert find_match(fp32, low) is None
     (note,) = describe_no_match(low, fp32)
-    assert note.startswith("A has no figures of itself, such as frozen_frac/now: give its monitor")
+    assert note.startswith(
+        "A is stored low, and was not compared with float32 (it has no frozen_frac"
+    )
 
 
 @pytest.mark.parametrize("name", LIBRARY_RECIPES)
