@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 from altgrad._messages import format_percent
 from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.decimals import format_kept
 from altgrad.report.judging.tallies import KEPT, NEVER_MOVED, RANGE, STALL
 from altgrad.report.judging.verdicts import Interval, Verdict
 
@@ -112,8 +113,8 @@ def describe_range(figures: Mapping[str, float], intervals: Mapping[str, Interva
 def _judge_by_kept(kept: float, interval: Interval, stall: float) -> tuple[Verdict, str]:
     if math.isnan(interval[0]):
         return Verdict.UNCERTAIN, (
-            f"the sample keeps {kept:.3g} of the update, but too few of its elements carry the "
-            "update to estimate the error"
+            f"the sample keeps {format_kept(kept)} of the update, but too few of its elements "
+            "carry the update to estimate the error"
         )
     low, high = map(_classify, interval)
     stalled = format_percent(stall)
@@ -143,12 +144,13 @@ def write_percent(share: float, interval: Interval) -> str:
 
 
 def write_figure(value: float, interval: Interval) -> str:
-    """Return a figure as text, with ``±`` half of its confidence interval, as ``0.5 ± 0.02``.
+    """Return a share that is kept as text, with ``±`` half of its interval: ``0.50 ± 0.02``.
 
     Args:
-        value: The figure.
+        value: The share.
         interval: Its confidence interval. If all elements were measured it has no width, and the
-            figure stands alone.
+            share stands alone.
     """
     half = (interval[1] - interval[0]) / 2
-    return f"{value:.3g} ± {half:.1g}" if half > 0 else f"{value:.3g}"
+    text = format_kept(value)
+    return f"{text} ± {half:.1g}" if half > 0 else text
