@@ -25,7 +25,7 @@ from altgrad.report.judging.decimals import (
     format_kept,
     format_lost,
 )
-from altgrad.report.judging.summaries import write_word
+from altgrad.report.judging.summaries import hides_layers, write_word
 from altgrad.report.judging.verdicts import Assessment, RunAdvice, Verdict
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import LayerInfo, RecipeInfo
@@ -176,13 +176,7 @@ def _name_some(names: Sequence[str]) -> str:
 
 def _describe_now(advice: RunAdvice) -> str:
     """Return a sentence on what a run loses now; empty if that is not known."""
-    lost = (
-        f"This run loses {format_lost(advice.kept)} of its progress now{_describe_unmoved(advice)}."
-    )
-    if advice.kept >= calibration().thresholds.stores_fine:
-        lost = (
-            f"Weights of this run are off by {format_error(advice.weight_error)} of their size now."
-        )
+    lost = _describe_loss(advice)
     sentences = {
         Verdict.STORES_FINE: "This run loses nothing now that matters.",
         Verdict.WATCH: lost,
@@ -190,8 +184,24 @@ def _describe_now(advice: RunAdvice) -> str:
         Verdict.FROZEN: f"This run is frozen now{_describe_unmoved(advice)}.",
         Verdict.OVERSHOOTS: "This run overshoots now.",
         Verdict.BREAKS: "This run breaks now: weights are NaN or inf.",
+        Verdict.UNCERTAIN: "What this run loses now is unsure: the sample is too small.",
     }
     return sentences.get(advice.verdict, "")
+
+
+def _describe_loss(advice: RunAdvice) -> str:
+    """Return a sentence on a run that is neither fine now nor frozen as a whole."""
+    if math.isnan(advice.kept):
+        return f"Some layers of this run are frozen now{_describe_unmoved(advice)}."
+    if advice.kept < calibration().thresholds.stores_fine:
+        lost = format_lost(advice.kept)
+        return f"This run loses {lost} of its progress now{_describe_unmoved(advice)}."
+    if hides_layers(advice):
+        share = format_percent(advice.behind_share)
+        return (
+            f"Layers with {share} of this run's weights keep less than half of their progress now."
+        )
+    return f"Weights of this run are off by {format_error(advice.weight_error)} of their size now."
 
 
 def _describe_unmoved(advice: RunAdvice) -> str:

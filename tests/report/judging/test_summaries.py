@@ -121,7 +121,7 @@ def test_weights_that_are_far_off_are_mentioned() -> None:
 
 def test_layers_that_another_one_hides_are_mentioned() -> None:
     hidden = advise(behind_share=0.934, kept=1.0, verdict=Verdict.NEEDS_REMEDY)
-    assert "kept, but layers with 93 % of the weights keep less than half of theirs; 8" in (
+    assert "real runs, but layers with 93 % of the weights keep less than half of theirs; 8" in (
         write_sentence(hidden)
     )
     for seen in ({"kept": 0.1}, {"behind_share": LIMITS.left_behind}):
