@@ -25,19 +25,20 @@ from altgrad.report.judging.decimals import (
     format_kept,
     format_lost,
 )
-from altgrad.report.judging.summaries import write_word
+from altgrad.report.judging.summaries import hides_layers, write_word
 from altgrad.report.judging.verdicts import Assessment, RunAdvice, Verdict
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import LayerInfo, RecipeInfo
 
 STEP_BY_STEP = (
-    "* of single updates, with the interval of the sample: there is no twin, and what is lost over "
-    "many steps is unknown."
+    "* of single updates, without a twin: what is lost over many steps is unknown. An interval is "
+    "that of the sample."
 )
 """Meaning of the ``*`` behind a share that is kept, for a legend."""
 INTERVAL = (
-    "In brackets: what 80 % of real runs kept of which twins said the same. The figure need not "
-    "lie in it: twins get the gradients of this run, and a real run its own."
+    "In brackets: what 80 % of those real runs kept themselves whose twins (samples that are "
+    "stored so) kept as much as here. The figure need not lie in it: twins get the gradients of "
+    "this run, and a real run its own."
 )
 """Meaning of the interval behind a share that is kept, for a legend."""
 NO_STEP = (
@@ -175,28 +176,31 @@ def _name_some(names: Sequence[str]) -> str:
 
 def _describe_now(advice: RunAdvice) -> str:
     """Return a sentence on what a run loses now; empty if that is not known."""
+    lost = _describe_loss(advice)
     sentences = {
         Verdict.STORES_FINE: "This run loses nothing now that matters.",
-        Verdict.WATCH: _describe_loss(advice),
-        Verdict.NEEDS_REMEDY: _describe_loss(advice),
-        Verdict.UNCERTAIN: "What this run loses now is uncertain.",
+        Verdict.WATCH: lost,
+        Verdict.NEEDS_REMEDY: lost,
         Verdict.FROZEN: f"This run is frozen now{_describe_unmoved(advice)}.",
         Verdict.OVERSHOOTS: "This run overshoots now.",
         Verdict.BREAKS: "This run breaks now: weights are NaN or inf.",
+        Verdict.UNCERTAIN: "What this run loses now is unsure: the sample is too small.",
     }
     return sentences.get(advice.verdict, "")
 
 
 def _describe_loss(advice: RunAdvice) -> str:
-    """Return a sentence on what a run loses now that is neither fine nor frozen."""
+    """Return a sentence on a run that is neither fine now nor frozen as a whole."""
     if math.isnan(advice.kept):
-        return f"This run is partly frozen now: {format_count(len(advice.frozen), 'layer')}."
+        return f"Some layers of this run are frozen now{_describe_unmoved(advice)}."
     if advice.kept < calibration().thresholds.stores_fine:
         lost = format_lost(advice.kept)
         return f"This run loses {lost} of its progress now{_describe_unmoved(advice)}."
-    if advice.verdict is Verdict.NEEDS_REMEDY:
+    if hides_layers(advice):
         share = format_percent(advice.behind_share)
-        return f"Layers with {share} of the weights lose most of their progress now."
+        return (
+            f"Layers with {share} of this run's weights keep less than half of their progress now."
+        )
     return f"Weights of this run are off by {format_error(advice.weight_error)} of their size now."
 
 

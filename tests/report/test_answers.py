@@ -65,6 +65,8 @@ def test_a_row_without_a_twin_is_marked() -> None:
 def test_a_row_of_a_recipe_that_leaves_weights_far_off_says_so() -> None:
     (row,) = list_rows(by_name(WATCH._replace(kept=1.0, weight_error=0.125)))
     assert row.word == "watch off"
+    (row,) = list_rows(by_name(WATCH._replace(kept=1.0, behind_share=0.5)))
+    assert row.word == "watch behind"
 
 
 def test_the_ends_of_an_interval_have_the_digits_of_the_share() -> None:
@@ -77,7 +79,7 @@ def test_the_ends_of_an_interval_have_the_digits_of_the_share() -> None:
 def test_an_interval_is_explained_where_twins_have_one() -> None:
     assert has_intervals(list_rows(by_name(WATCH)))
     assert not has_intervals(list_rows(by_name(WATCH._replace(has_twin=False), UNJUDGED)))
-    assert "80 % of real runs" in INTERVAL
+    assert "80 % of those real runs" in INTERVAL
     assert "need not lie in it" in INTERVAL
 
 
@@ -120,18 +122,21 @@ def test_evidence_is_a_sentence_where_the_table_has_no_room() -> None:
             "Weights of this run are off by 0.06 of their size now.",  # fine ends at 0.05
         ),
         (
+            [NOW._replace(kept=NAN)],
+            f"Some layers of this run are frozen now{MANY}.",
+        ),
+        (
+            [NOW._replace(kept=1.0, behind_share=0.9)],
+            "Layers with 90 % of this run's weights keep less than half of their progress now.",
+        ),
+        (
+            [NOW._replace(verdict=Verdict.UNCERTAIN), WATCH._replace(verdict=Verdict.UNCERTAIN)],
+            "What this run loses now is unsure: the sample is too small. Unsure: bf16.",
+        ),
+        (
             [NOW._replace(verdict=Verdict.BREAKS, kept=NAN)],
             "This run breaks now: weights are NaN or inf.",
         ),
-        (
-            [NOW._replace(verdict=Verdict.NEEDS_REMEDY, kept=NAN)],
-            "This run is partly frozen now: 2 layers.",
-        ),
-        (
-            [NOW._replace(verdict=Verdict.NEEDS_REMEDY, kept=1.0, behind_share=0.934)],
-            "Layers with 93 % of the weights lose most of their progress now.",
-        ),
-        ([NOW._replace(verdict=Verdict.UNCERTAIN)], "What this run loses now is uncertain."),
         ([NOW._replace(verdict=Verdict.NOT_JUDGED, kept=NAN), WATCH], "Watch: bf16."),
     ],
 )

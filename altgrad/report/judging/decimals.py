@@ -19,7 +19,6 @@ _BEGINNINGS = (
     *(_STEPS.stores_fine, _STEPS.needs_remedy),
 )
 """Shares of the progress at which a verdict begins, by twins and by single steps."""
-_ENDS = (0, 1, *_BEGINNINGS, _TWINS.overshoots)
 _MANY = 1000  # of which two decimals would say nothing
 _HUNDREDTH = 0.01
 
@@ -36,18 +35,6 @@ def format_kept(kept: float) -> str:
     text = _round_below(kept, _BEGINNINGS)
     is_over = float(text) <= _TWINS.overshoots < kept
     return f"{float(text) + _HUNDREDTH:.2f}" if is_over else text
-
-
-def format_exact(kept: float) -> str:
-    """Return a share that is kept with three digits or more, for a sentence about one layer.
-
-    There are as many digits as show on which side of each threshold it is: 0.9796 is ``0.9796``,
-    and 0.51234 is ``0.512``.
-    """
-    texts = [f"{kept:.{digits}g}" for digits in range(3, 18)]
-    sides = [kept >= limit for limit in _ENDS]
-    alike = (text for text in texts if [float(text) >= limit for limit in _ENDS] == sides)
-    return next(alike, texts[-1])
 
 
 def format_lost(kept: float) -> str:

@@ -17,7 +17,7 @@ from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.intervals import find_interval
 from altgrad.quantization.block_formats import get_formats
 from altgrad.report.judging.calibration import calibration
-from altgrad.report.judging.decimals import format_exact
+from altgrad.report.judging.decimals import format_kept
 from altgrad.report.judging.families import as_recipe, find_family
 from altgrad.report.judging.remedies import add_remedies, find_format
 from altgrad.report.judging.run_rules import LayerShare, judge_recipe
@@ -181,7 +181,7 @@ class Judge:
         kept = math.nan if tally is None else tally.find_figures()[KEPT]
         if not kept >= calibration().step_thresholds.needs_remedy:
             return ""
-        share = f"{format_exact(kept)} of the update is kept, step by step"
+        share = f"{format_kept(kept)} of the update is kept, step by step"
         return f"{share}, in the sample of all figures"
 
     def _explain_range(self, layer: str, recipe: RecipeInfo | None) -> str:

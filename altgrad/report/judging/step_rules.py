@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from altgrad._messages import format_percent
 from altgrad.report.judging.calibration import calibration
-from altgrad.report.judging.decimals import format_exact
+from altgrad.report.judging.decimals import format_kept
 from altgrad.report.judging.tallies import KEPT, NEVER_MOVED, RANGE, STALL
 from altgrad.report.judging.verdicts import Interval, Verdict
 
@@ -113,7 +113,7 @@ def describe_range(figures: Mapping[str, float], intervals: Mapping[str, Interva
 def _judge_by_kept(kept: float, interval: Interval, stall: float) -> tuple[Verdict, str]:
     if math.isnan(interval[0]):
         return Verdict.UNCERTAIN, (
-            f"the sample keeps {format_exact(kept)} of the update, but too few of its elements "
+            f"the sample keeps {format_kept(kept)} of the update, but too few of its elements "
             "carry the update to estimate the error"
         )
     low, high = map(_classify, interval)
@@ -144,12 +144,13 @@ def write_percent(share: float, interval: Interval) -> str:
 
 
 def write_figure(value: float, interval: Interval) -> str:
-    """Return a figure as text, with ``±`` half of its confidence interval, as ``0.5 ± 0.02``.
+    """Return a share that is kept as text, with ``±`` half of its interval: ``0.50 ± 0.02``.
 
     Args:
-        value: The figure.
+        value: The share.
         interval: Its confidence interval. If all elements were measured it has no width, and the
-            figure stands alone.
+            share stands alone.
     """
     half = (interval[1] - interval[0]) / 2
-    return f"{format_exact(value)} ± {half:.1g}" if half > 0 else format_exact(value)
+    text = format_kept(value)
+    return f"{text} ± {half:.1g}" if half > 0 else text

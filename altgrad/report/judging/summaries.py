@@ -46,9 +46,7 @@ def summarize(runs: Mapping[str, RunAdvice], advice: Sequence[Advice]) -> str:
 def write_sentence(advice: RunAdvice) -> str:
     """Write the verdict of a recipe on a run: word, share of the progress, evidence, what to do."""
     if advice.verdict is Verdict.NOT_JUDGED:
-        why = advice.to_do or (
-            "No observed step moved weights that it could lose, or they are stored no finer."
-        )
+        why = advice.to_do or "No step has moved a layer that it could lose."
         return f"{advice.recipe}: not judged. {why}"
     return " ".join(
         filter(
@@ -98,10 +96,15 @@ def _write_progress(advice: RunAdvice) -> str:
     text = write_kept(advice)
     if advice.weight_error > _LIMITS.weight_error and advice.kept >= _LIMITS.stores_fine:
         text += f", and weights are off by {format_error(advice.weight_error)} of their size"
-    if advice.behind_share > _LIMITS.left_behind and advice.kept >= _LIMITS.needs_remedy:
+    if hides_layers(advice):
         behind = format_percent(advice.behind_share)
         text += f", but layers with {behind} of the weights keep less than half of theirs"
     return f"{text}; {advice.evidence}." if advice.evidence else f"{text}."
+
+
+def hides_layers(advice: RunAdvice) -> bool:
+    """Return True if a run keeps its progress by some layers, and many others keep little of it."""
+    return advice.behind_share > _LIMITS.left_behind and advice.kept >= _LIMITS.needs_remedy
 
 
 def _write_standing(advice: RunAdvice) -> str:

@@ -20,7 +20,7 @@ from altgrad._messages import format_percent
 from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.intervals import find_interval
 from altgrad.report.judging.calibration import calibration
-from altgrad.report.judging.decimals import format_error, format_exact
+from altgrad.report.judging.decimals import format_error, format_kept
 from altgrad.report.judging.step_rules import reaches, write_figure, write_percent
 from altgrad.report.judging.tallies import FROZEN, MOVED, STILL, TwinTally
 from altgrad.report.judging.verdicts import PROGRESS, Interval, Verdict
@@ -69,7 +69,7 @@ def judge_twin(
     if is_stuck(tally) and not by_chance:
         return Verdict.STUCK, (
             f"stuck since step {tally.still_since:,}: since then nearly no weight moved, and "
-            f"{progress}, {format_exact(tally.kept_before)} at that step"
+            f"{progress}, {format_kept(tally.kept_before)} at that step"
         )
     is_lost = classify(kept, tally.weight_error) in (Verdict.WATCH, Verdict.NEEDS_REMEDY)
     if range_reason and is_lost:
@@ -147,7 +147,7 @@ def _judge_by_kept(
 ) -> tuple[Verdict, str]:
     if math.isnan(interval[0]):
         return Verdict.UNCERTAIN, (
-            f"the sample keeps {format_exact(kept)} of the progress, but too few of its elements "
+            f"the sample keeps {format_kept(kept)} of the progress, but too few of its elements "
             "carry it to estimate the error"
         )
     low, high = (classify(end, weight_error) for end in interval)

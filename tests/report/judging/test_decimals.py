@@ -10,7 +10,6 @@ from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.decimals import (
     format_difference,
     format_error,
-    format_exact,
     format_figure,
     format_interval,
     format_kept,
@@ -98,15 +97,3 @@ def test_an_error_of_weights_above_its_limit_is_not_rounded_down_to_it() -> None
     assert Fraction(format_error(math.nextafter(limit, 1))) > Fraction(str(limit))
     assert format_error(limit) == f"{limit:.2f}"
     assert format_error(0.126) == "0.13"
-
-
-@pytest.mark.parametrize(
-    ("kept", "text"),
-    [
-        *((0.51234, "0.512"), (0.9796, "0.9796"), (0.98, "0.98"), (0.97999, "0.97999")),
-        *((0.9996, "0.9996"), (1.0, "1"), (1.10001, "1.1"), (-0.2, "-0.2"), (math.nan, "nan")),
-        *((0.49999999, "0.49999999"), (1e300, "1e+300"), (math.inf, "inf")),
-    ],
-)
-def test_an_exact_share_is_on_its_side_of_each_threshold(kept: float, text: str) -> None:
-    assert format_exact(kept) == text

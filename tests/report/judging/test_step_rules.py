@@ -1,6 +1,7 @@
 """The verdicts on a layer in a format from single steps, each at its threshold."""
 
 import math
+import re
 
 import pytest
 
@@ -154,8 +155,18 @@ def test_a_reason_has_the_figures_it_rests_on() -> None:
     )
     kept = (FINE + REMEDY) / 2
     assert judge(kept_update_ratio=kept, stall_frac=0.004)[1] == (
-        f"{kept:.3g} of the update is kept and <1 % of updates vanish on average"
+        f"{kept:.2f} of the update is kept and <1 % of updates vanish on average"
     )
+
+
+@pytest.mark.parametrize("limit", [FINE, REMEDY])
+@pytest.mark.parametrize("error", [0.0, 1e-9, NAN])
+def test_a_share_in_a_reason_is_not_rounded_to_the_threshold_above_it(
+    limit: float, error: float
+) -> None:
+    reason = judge({"kept_update_ratio": error}, kept_update_ratio=limit - 1e-5)[1]
+    (shown,) = re.findall(r"-?\d\.\d\d", reason.partition(" of the update")[0])
+    assert limit - 0.011 < float(shown) < limit
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_weights_that_are_far_off_are_mentioned() -> None:
 
 def test_layers_that_another_one_hides_are_mentioned() -> None:
     hidden = advise(behind_share=0.934, kept=1.0, verdict=Verdict.NEEDS_REMEDY)
-    assert ", but layers with 93 % of the weights keep less than half of theirs; 8" in (
+    assert "real runs, but layers with 93 % of the weights keep less than half of theirs; 8" in (
         write_sentence(hidden)
     )
     for seen in ({"kept": 0.1}, {"behind_share": LIMITS.left_behind}):
@@ -158,8 +158,7 @@ def test_a_run_that_is_not_judged_says_so() -> None:
     for recipe in ("bf16", "now"):
         nothing = advise(recipe=recipe, verdict=Verdict.NOT_JUDGED, kept=NAN, to_do="")
         assert write_sentence(nothing) == (
-            f"{recipe}: not judged. No observed step moved weights that it could lose, or they are "
-            "stored no finer."
+            f"{recipe}: not judged. No step has moved a layer that it could lose."
         )
         why = nothing._replace(to_do="All weights are NaN or inf.")
         assert write_sentence(why) == f"{recipe}: not judged. All weights are NaN or inf."

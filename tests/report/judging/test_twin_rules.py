@@ -149,7 +149,7 @@ def test_a_reason_has_the_states_that_are_far_off() -> None:
     far = {"exp_avg_ratio": 1.01, "exp_avg_sq_ratio": 1.5, "exp_avg_sq_zero_frac": 0.12}
     reason = judge_twin(make_tally(far))[1]
     assert reason == (
-        "1 of the progress is kept; exp_avg_sq is 1.5 times that of float32; "
+        "1.00 of the progress is kept; exp_avg_sq is 1.5 times that of float32; "
         "12 % of exp_avg_sq is stored as 0"
     )
 
