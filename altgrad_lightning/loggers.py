@@ -223,6 +223,8 @@ def _format_runs(assessment: Assessment) -> list[str]:
     """Return lines of Markdown on the run: the answer, a table of recipes, and what to do."""
     rows = list_rows(assessment.runs)
     lines = [f"**{_escape(write_answer(assessment.runs))}**", ""]
+    if broken := write_nonfinite(assessment.nonfinite):
+        lines += [_escape(broken), ""]
     if rows:
         lines += [_join_cells(_RUN_HEADINGS), _join_cells(["---"] * len(_RUN_HEADINGS))]
     for row in rows:
@@ -233,17 +235,7 @@ def _format_runs(assessment: Assessment) -> list[str]:
     if any(row.is_step_by_step for row in rows):
         lines += ["", _escape(STEP_BY_STEP)]
     actions = [f"- {_escape(action)}" for action in list_actions(assessment.runs)]
-    broken = write_nonfinite(_find_nonfinite(assessment))
-    return [*lines, "", *actions, *(["", _escape(broken)] if broken else [])]
-
-
-def _find_nonfinite(assessment: Assessment) -> dict[str, float]:
-    """Return the share of NaN and inf by layer, of layers that have any in the run itself."""
-    return {
-        each.layer: each.nonfinite
-        for each in assessment.advice
-        if each.nonfinite and (each.recipe == "now" or not each.has_twin)
-    }
+    return [*lines, "", *actions]
 
 
 def _format_layers(assessment: Assessment) -> list[str]:

@@ -52,6 +52,8 @@ def print_runs(report: RunReport, console: Console) -> None:
     """
     runs = report.assessment.runs
     print_text(console, report.answer, "bold")
+    if broken := write_nonfinite(report.nonfinite):
+        print_text(console, broken, "yellow")
     if not runs:
         return
     print_text(console, write_storage(report.run, runs))
@@ -65,8 +67,6 @@ def print_runs(report: RunReport, console: Console) -> None:
         print_text(console, STEP_BY_STEP, "dim")
     for action in list_actions(runs):
         print_text(console, action)
-    if broken := write_nonfinite(report.nonfinite):
-        print_text(console, broken, "yellow")
     console.print()
 
 

@@ -40,7 +40,7 @@ def summarize(runs: Mapping[str, RunAdvice], advice: Sequence[Advice]) -> str:
         return NO_VERDICTS
     sentences = [write_sentence(each) for each in runs.values()]
     shares = {each.layer: each.nonfinite for each in advice if each.nonfinite}
-    return " ".join(filter(None, [*sentences, write_nonfinite(shares)]))
+    return " ".join(filter(None, [write_nonfinite(shares), *sentences]))
 
 
 def write_sentence(advice: RunAdvice) -> str:
@@ -128,4 +128,7 @@ def write_nonfinite(shares: Mapping[str, float]) -> str:
     if not shares:
         return ""
     layers = few([f"{name} ({format_percent(share)})" for name, share in shares.items()])
-    return f"NaN or inf in elements (nonfinite_frac), which no figure counts: {layers}."
+    counted = f"NaN or inf in elements (nonfinite_frac), which no figure counts: {layers}."
+    if max(shares.values()) < 1:
+        return counted
+    return f"This run became NaN or inf, and its verdicts are on the steps before. {counted}"

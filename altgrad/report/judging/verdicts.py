@@ -196,6 +196,11 @@ class Assessment:
     summary: str = field(repr=False)
 
     @functools.cached_property
+    def nonfinite(self) -> dict[str, float]:
+        """The largest share of NaN and inf in the run itself, by name of each layer with any."""
+        return {each.layer: each.nonfinite for each in self.advice if each.nonfinite}
+
+    @functools.cached_property
     def by_layer(self) -> dict[str, dict[str, Advice]]:
         """The verdicts by name of the layer and of the recipe.
 

@@ -317,6 +317,7 @@ def test_a_run_that_becomes_nan_is_judged_by_the_steps_before(tmp_path: Path) ->
     (advice, *_) = after.advice
     assert advice.reason.startswith("all elements became NaN or inf; until step 19, 100 % of the")
     assert advice.nonfinite == 1
+    assert after.summary.startswith("This run became NaN or inf, and its verdicts are on the steps")
 
 
 def test_nan_in_the_run_itself_is_held_against_no_recipe(tmp_path: Path) -> None:
@@ -338,7 +339,8 @@ def test_nan_in_the_run_itself_is_held_against_no_recipe(tmp_path: Path) -> None
         assert broken.reason.startswith("2 % of the elements are NaN or inf, and no figure counts")
         assert (broken.nonfinite, whole.nonfinite) == (1 / 64, 0)
         assert "NaN" not in whole.reason
-    assert found.summary.endswith("which no figure counts: broken (2 %).")
+    assert "which no figure counts: broken (2 %)." in found.summary
+    assert found.nonfinite == {"broken": 1 / 64}
 
 
 def test_a_layer_with_elements_that_are_not_finite_is_marked_in_words() -> None:
