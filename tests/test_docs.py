@@ -224,6 +224,7 @@ def test_the_thresholds_on_the_pages_match_the_code() -> None:
         f"{100 * limits.frozen:g} % never moved",
         f"more than {100 * limits.moved:g} % of its size",
         f"has fallen by {limits.stuck_loss:g} or more",
+        f"layers with over {100 * limits.left_behind:g} % of the weights keep less than half",
     ):
         assert words in text
     assert limits.run_frozen == 0.5
