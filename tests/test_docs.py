@@ -16,6 +16,7 @@ from altgrad import SamplingRule, UpdateMonitor
 from altgrad.measurement.columns import max_count, sum_count
 from altgrad.report import Confirmation, RunFile, Verdict
 from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.families import find_family
 from altgrad_lightning import PrecisionMonitor
 from altgrad_lightning.settings import PRESETS
 
@@ -236,6 +237,18 @@ def test_the_thresholds_on_the_pages_match_the_code() -> None:
         table = (ROOT / page).read_text()
         assert f"at least {limits.stores_fine:g} of the progress is kept" in table
         assert f"{100 * limits.frozen:g} % " in table
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+def test_the_report_on_a_page_has_the_outcomes_of_the_calibration(page: str) -> None:
+    words = {verdict.short: verdict.name for verdict in Verdict}
+    pattern = r"^(\S+) +(\w+) +[.\d]+ \(.*?(\d+) of (\d+)$"
+    rows = re.findall(pattern, (ROOT / page).read_text(), re.MULTILINE)
+    assert len(rows) >= 3
+    for recipe, word, lost, runs in rows:
+        family = "stochastic" if recipe.endswith("-sr") else find_family(recipe, None)
+        outcome = calibration().count_runs(family, words[word])
+        assert outcome == (int(runs), int(lost)), (recipe, word)
 
 
 def test_the_results_of_real_runs_on_the_pages_match_the_calibration() -> None:
