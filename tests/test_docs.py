@@ -19,6 +19,7 @@ from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.families import find_family
 from altgrad_lightning import PrecisionMonitor
 from altgrad_lightning.settings import PRESETS
+from benchmarks import docs_pictures
 from tests.command_line import altgrad as altgrad_command
 
 ROOT = Path(__file__).parents[1]
@@ -195,6 +196,11 @@ def test_pictures_are_small_and_each_is_shown() -> None:
     for picture in (ROOT / "docs").glob("*.png"):
         assert picture.name in text
         assert picture.stat().st_size < 300_000
+
+
+def test_one_command_makes_all_pictures() -> None:
+    made = {*docs_pictures.OF_THE_DEMO, *docs_pictures.OTHERS}
+    assert made == {picture.stem for picture in (ROOT / "docs").glob("*.png")}
 
 
 def test_the_presets_on_the_pages_match_the_code() -> None:
