@@ -65,7 +65,7 @@ def photograph_scalars(folder: Path) -> bytes:
 
 def photograph_text(folder: Path) -> bytes:
     with serve_tensorboard(folder) as address:
-        return photograph(folder, f"{address}#text", width=1500, height=780)
+        return photograph(folder, f"{address}#text", width=1650, height=780)
 
 
 def photograph(folder: Path, address: str, width: int, height: int) -> bytes:

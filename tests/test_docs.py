@@ -16,8 +16,11 @@ from altgrad import SamplingRule, UpdateMonitor
 from altgrad.measurement.columns import max_count, sum_count
 from altgrad.report import Confirmation, RunFile, Verdict
 from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.families import find_family
 from altgrad_lightning import PrecisionMonitor
 from altgrad_lightning.settings import PRESETS
+from benchmarks import docs_pictures
+from tests.command_line import altgrad as altgrad_command
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.default_twins
@@ -108,14 +111,20 @@ def test_the_code_on_a_page_runs(
 
 
 def _assert_shows(page: Path, found: Confirmation) -> None:
-    """Assert that the table on a page has what a run predicted, beside what happened."""
+    """Assert that a page has what `altgrad compare` shows of the runs in this folder.
+
+    Lines without figures are equal. Other processors round other sums, so that figures differ.
+    """
+    shown = altgrad_command("compare", "runs/fp32", "runs/bf16", "--layers", 8).stdout.splitlines()
+    words = {line.rstrip() for line in shown if not re.search(r"\d", line)}
+    assert len(words) >= 6
+    assert words <= {*blocks(page, "text")[0].splitlines()}
     layers = {layer.name: layer for layer in found.layers} | {"model": found.model}
     lines = [line.split() for line in blocks(page, "text")[0].splitlines() if "0." in line[12:17]]
     assert len(lines) == 9
     for words in lines:
         pairs, cells = layers[words[-10]].pairs.values(), words[-9:]
         for pair, start in zip(pairs, (0, 3, 6), strict=True):
-            # Other processors round other sums, so that the runs differ a little.
             assert pair[:2] == pytest.approx([*map(float, cells[start : start + 2])], abs=0.1)
     assert found.frozen == (3, 3, 3, 18)
 
@@ -189,6 +198,11 @@ def test_pictures_are_small_and_each_is_shown() -> None:
         assert picture.stat().st_size < 300_000
 
 
+def test_one_command_makes_all_pictures() -> None:
+    made = {*docs_pictures.OF_THE_DEMO, *docs_pictures.OTHERS}
+    assert made == {picture.stem for picture in (ROOT / "docs").glob("*.png")}
+
+
 def test_the_presets_on_the_pages_match_the_code() -> None:
     economy = {"max_elements": 256, "layer_charts": 4, "overhead_budget": 0.01, "recipes": ()}
     assert {
@@ -224,6 +238,7 @@ def test_the_thresholds_on_the_pages_match_the_code() -> None:
         f"{100 * limits.frozen:g} % never moved",
         f"more than {100 * limits.moved:g} % of its size",
         f"has fallen by {limits.stuck_loss:g} or more",
+        f"layers with over {100 * limits.left_behind:g} % of the weights keep less than half",
     ):
         assert words in text
     assert limits.run_frozen == 0.5
@@ -235,6 +250,18 @@ def test_the_thresholds_on_the_pages_match_the_code() -> None:
         table = (ROOT / page).read_text()
         assert f"at least {limits.stores_fine:g} of the progress is kept" in table
         assert f"{100 * limits.frozen:g} % " in table
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+def test_the_report_on_a_page_has_the_outcomes_of_the_calibration(page: str) -> None:
+    words = {verdict.short: verdict.name for verdict in Verdict}
+    pattern = r"^(\S+) +(\w+) +[.\d]+ \(.*?(\d+) of (\d+)$"
+    rows = re.findall(pattern, (ROOT / page).read_text(), re.MULTILINE)
+    assert len(rows) >= 3
+    for recipe, word, lost, runs in rows:
+        family = "stochastic" if recipe.endswith("-sr") else find_family(recipe, None)
+        outcome = calibration().count_runs(family, words[word])
+        assert outcome == (int(runs), int(lost)), (recipe, word)
 
 
 def test_the_results_of_real_runs_on_the_pages_match_the_calibration() -> None:
