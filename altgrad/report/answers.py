@@ -31,13 +31,14 @@ from altgrad.report.records.run import Run
 from altgrad.report.records.schema import LayerInfo, RecipeInfo
 
 STEP_BY_STEP = (
-    "* of single updates, with the interval of the sample: there is no twin, and what is lost over "
-    "many steps is unknown."
+    "* of single updates, without a twin: what is lost over many steps is unknown. An interval is "
+    "that of the sample."
 )
 """Meaning of the ``*`` behind a share that is kept, for a legend."""
 INTERVAL = (
-    "In brackets: what 80 % of real runs kept of which twins said the same. The figure need not "
-    "lie in it: twins get the gradients of this run, and a real run its own."
+    "In brackets: what 80 % of those real runs kept themselves whose twins (samples that are "
+    "stored so) kept as much as here. The figure need not lie in it: twins get the gradients of "
+    "this run, and a real run its own."
 )
 """Meaning of the interval behind a share that is kept, for a legend."""
 NO_STEP = (

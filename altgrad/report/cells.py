@@ -64,8 +64,8 @@ _NONFINITE, _ALL_NONFINITE, _OFF = "NaN", "all NaN", "off"
 _MARKS = {
     _NONFINITE: "elements were NaN or inf in an observed step: no figure counts these",
     _ALL_NONFINITE: "all elements are NaN or inf: nothing is left to judge",
-    _OFF: f"the progress is kept, but weights are off by more than {100 * _LIMITS.weight_error:g} "
-    "% of their size, as rounding at random leaves them",
+    _OFF: "the progress is kept, but weights differ from those in float32 by more than "
+    f"{100 * _LIMITS.weight_error:g} % of their size",
 }
 """Meanings of the words behind the share of a cell, or in its place."""
 UNMOVED = "unmoved"

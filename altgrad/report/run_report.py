@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from altgrad._messages import few, format_count
+from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.histogram import Histogram
 from altgrad.report.answers import NO_STEP, is_low, write_answer
 from altgrad.report.applying import write_code
 from altgrad.report.cells import UNMOVED, UNMOVED_MEANING, Meaning, list_legend
 from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
+from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.judge import judge_run
 from altgrad.report.judging.verdicts import Advice, Assessment
 from altgrad.report.means import average_finite
@@ -29,6 +31,7 @@ from altgrad.report.records.run import Row, Run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_STILL = calibration().thresholds.frozen  # unmoved_frac of a layer that stands still
 _MOST_SETS = 3  # sets of layers whose sizes are named
 
 
@@ -107,8 +110,16 @@ class RunReport:
 
     @functools.cached_property
     def by_layer(self) -> dict[str, dict[str, Advice]]:
-        """The verdicts by name of the layer and of the recipe: frozen and NaN layers first."""
-        return rank_layers(self.assessment)
+        """The verdicts by name of the layer and of the recipe: frozen and NaN layers first.
+
+        Without twins, which would tell what a run in 16 bits loses, layers come first whose weights
+        no update moved.
+        """
+        by_layer = rank_layers(self.assessment)
+        if NOW in self.assessment.runs:
+            return by_layer
+        still = {name for name, share in self.unmoved.items() if share >= _STILL}
+        return {name: by_layer[name] for name in sorted(by_layer, key=lambda n: n not in still)}
 
     @property
     def steps(self) -> str:

@@ -172,7 +172,7 @@ def test_the_verdict_is_a_table_in_which_names_are_escaped(events: EventAccumula
     assert html.index("This run loses 0.75 of its progress now") < html.index("<table>")
     runs, layers = (part.partition("</table>")[0] for part in html.split("<table>")[1:])
     assert cells(runs)[:3] == ["recipe", "verdict", "progress kept (80 % of real runs)"]
-    assert "In brackets: what 80 % of real runs kept" in as_text(html)
+    assert "In brackets: what 80 % of those real runs kept" in as_text(html)
     assert f"frozen: {MEANINGS[Verdict.FROZEN]}" in as_text(html)
     assert cells(runs)[6:9] == ["now", "loses 0.75 now", "0.25 &#40;0.00 to 0.50&#41;"]
     assert cells(runs)[9:12] == ["75 %", "1 &#40;50 %&#41;", "1 of 2"]

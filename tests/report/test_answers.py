@@ -77,7 +77,7 @@ def test_the_ends_of_an_interval_have_the_digits_of_the_share() -> None:
 def test_an_interval_is_explained_where_twins_have_one() -> None:
     assert has_intervals(list_rows(by_name(WATCH)))
     assert not has_intervals(list_rows(by_name(WATCH._replace(has_twin=False), UNJUDGED)))
-    assert "80 % of real runs" in INTERVAL
+    assert "80 % of those real runs" in INTERVAL
     assert "need not lie in it" in INTERVAL
 
 

@@ -1,6 +1,7 @@
 """Texts, shares and pictures of runs that are made of plain numbers."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -98,6 +99,26 @@ def test_the_own_share_counts_every_step_between_observed_steps() -> None:
     assert report(first, *later, again).own_share == pytest.approx(1.5 / (1.5 + 1 + 1.25))
     assert math.isnan(report(first).own_share)
     assert math.isnan(report().own_share)
+
+
+def test_without_twins_layers_that_no_update_moves_come_first() -> None:
+    """A run in bf16 of which only single updates are known."""
+    layers = {name: LayerInfo((8,), "bfloat16", 8, ("e5m2",)) for name in ("moves", "still")}
+    rows = make_rows({"moves": {"e5m2": 0.0}, "still": {"e5m2": 1.0}})
+    unmoved = {"moves": 0.5, "still": 1.0}
+    rows = [
+        replace(row, figures={**row.figures, "unmoved_frac": unmoved[str(row.layer)]})
+        for row in rows
+    ]
+    assert [*report(*rows, layers=layers, formats=["e5m2"]).by_layer] == ["still", "moves"]
+    whole = {name: LayerInfo((8,), "float32", 8, ("e5m2",)) for name in layers}
+    assert [*report(*rows, layers=whole, formats=["e5m2"]).by_layer] == ["moves", "still"]
+
+
+def test_a_report_says_why_there_is_no_verdict() -> None:
+    assert report().answer.startswith("No step was observed: there are no verdicts.")
+    nothing = report(*step_of(0, "whole"), formats=()).answer
+    assert nothing.startswith("The monitor has neither formats nor recipes")
 
 
 def test_pictures_are_drawn_if_the_run_has_their_figures() -> None:

@@ -109,7 +109,7 @@ def test_a_format_without_a_twin_is_marked(whole: RunReport) -> None:
     run = make_run([Row(0, "a", figures(kept_update_ratio=0.25), {})], ["bf16"])
     text = show(RunReport.from_run(run), 80)
     assert read_rows(text)["bf16"][:3] == ["bf16", "remedy", "0.25*"]
-    assert "* of single updates, with the interval of the sample" in text
+    assert "* of single updates, without a twin" in text
     assert "80 % of real runs" not in text
     assert "* of single updates" not in show(whole, 80)
 
@@ -120,7 +120,7 @@ def test_the_interval_is_explained_in_the_heading_and_below_the_table(
 ) -> None:
     text = " ".join(show(whole, width).split())
     assert text.count("(80 % of real runs)") == 1
-    assert "In brackets: what 80 % of real runs kept" in text
+    assert "In brackets: what 80 % of those real runs kept" in text
 
 
 def test_a_run_without_formats_and_recipes_is_told_to_pass_some() -> None:

@@ -125,7 +125,7 @@ def test_the_page_explains_intervals_of_real_runs_and_shares_of_single_updates()
     by_twins, by_steps = (page(RunReport.from_run(run)) for run in (twin, step))
     for text in (
         "progress kept (80&nbsp;% of real runs)</th>",
-        "In brackets: what 80 % of real runs",
+        "In brackets: what 80 % of those",
     ):
         assert (text in by_twins, text in by_steps) == (True, False)
     assert '<b class="WATCH">watch*</b> 0.5 to 0.99 of single updates' in by_steps
