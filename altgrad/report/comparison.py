@@ -101,9 +101,14 @@ class Comparison:
     @property
     def summary(self) -> str:
         """Number of pairs of layer and format whose verdicts differ, in one sentence."""
-        pairs = zip("AB", self.runs, strict=True)
+        pairs = [*zip("AB", self.runs, strict=True)]
         if empty := [letter for letter, each in pairs if not each.run.rows]:
             return f"No observed step in {' and '.join(empty)}: nothing to compare."
+        if silent := [letter for letter, each in pairs if not each.assessment.advice]:
+            return (
+                f"Nothing was judged in {' and '.join(silent)}, for want of formats and recipes: "
+                "nothing to compare."
+            )
         if not self.changes:
             return "No layer and format in common: nothing to compare."
         differing = sum(a.verdict is not b.verdict for a, b in self.changes)

@@ -35,6 +35,8 @@ _NO_FIGURES = (
     "No layer can be compared: float32 moved none, or weights are NaN or inf in A or in B (see "
     "altgrad report)."
 )
+_CLOSE = 0.1
+"""Largest difference of a share that came true as predicted; samples of 256 differ by 0.05."""
 _SECOND_MOMENT = "exp_avg_sq"
 """State whose ratio is shown if the optimizer has it: in bf16 it cannot fall."""
 
@@ -184,7 +186,9 @@ class Confirmation:
             f"{known.real:,} in B, {known.both:,} in both (at least {100 * FROZEN:g} % of their "
             "weights never moved)."
         )
-        return [*([f"Mean difference over {count}: {errors}."] if errors else []), frozen]
+        close = [each for each in self.layers if 0 <= each.difference <= _CLOSE]
+        kept = f"As predicted (both shares within {_CLOSE:g}): {len(close):,} of {count}."
+        return [kept, *([f"Mean difference over {count}: {errors}."] if errors else []), frozen]
 
     @property
     def notes(self) -> list[str]:
@@ -203,6 +207,7 @@ class Confirmation:
                 f"A was last observed at step {ends[0]:,}, and B at step {ends[1]:,}: they are "
                 "compared at the last step that both have"
             )
+        notes += self._describe_lost_figures()
         steps = {layer.step for layer in self.layers}
         earlier = [str(layer.name) for layer in self.layers if layer.step < max(steps)]
         if earlier:
@@ -211,6 +216,18 @@ class Confirmation:
                 f"compared at earlier steps, down to {min(steps):,}: {count} ({few(earlier)})"
             )
         return notes
+
+    def _describe_lost_figures(self) -> list[str]:
+        """Return a note if later steps of both runs have no value, as after NaN in the weights."""
+        steps = [
+            max(self._predicted[layer.name].keys() & self._real[layer.name].keys())
+            for layer in self.layers
+        ]
+        used = max((layer.step for layer in self.layers), default=0)
+        if max(steps, default=0) <= used:
+            return []
+        ends = f"figures end at step {used:,}, though both runs go on to step {max(steps):,}"
+        return [f"{ends}: weights may have become NaN or inf (see altgrad report)"]
 
     def _describe_other_layers(self) -> list[str]:
         """Return notes on layers that have figures in one run alone."""

@@ -176,8 +176,9 @@ def _write_figures(key: str, in_a: float, in_b: float) -> tuple[str, str, str]:
     metric = key.partition("/")[0]
     is_share = get_metric(metric).unit == "share" or "kept" in metric
     digits, change = (".4f", "+.4f") if is_share else (".4g", "+.3g")
-    difference = "0" if in_a == in_b else f"{in_b - in_a:{change}}"
-    return f"{in_a:{digits}}", f"{in_b:{digits}}", difference
+    difference = f"{in_b - in_a:{change}}"
+    # A difference that is rounded to 0 has no sign.
+    return f"{in_a:{digits}}", f"{in_b:{digits}}", difference if float(difference) else "0"
 
 
 def _make_change_table(changes: Sequence[tuple[Advice, Advice]], width: int) -> Table:

@@ -76,6 +76,13 @@ def test_the_summary_is_one_sentence() -> None:
     ]
 
 
+def test_a_run_without_formats_and_recipes_is_told_from_one_with_others() -> None:
+    some, silent = report(KEPT_IN_BF16), RunReport.from_run(make_run([Row(0, "a", {}, {})], []))
+    assert Comparison((silent, some)).summary == (
+        "Nothing was judged in A, for want of formats and recipes: nothing to compare."
+    )
+
+
 def test_notes_of_both_runs_and_different_scalings_are_reported() -> None:
     first, second = (
         report(KEPT_IN_BF16, notes=["torn"]),

@@ -124,6 +124,7 @@ def test_layers_with_the_largest_difference_are_first_and_ties_are_by_name() -> 
         "none",
     ]
     assert [each.difference for each in confirmation.layers] == [0.8, 0.25, 0.25, 0.0, -1.0]
+    assert confirmation.summary[0] == "As predicted (both shares within 0.1): 1 of 5 layers."
     expected = fmean([0, 0.25, 0.25, 0])
     assert confirmation.mean_errors["frozen_frac"] == pytest.approx(expected)
     assert confirmation.mean_errors["progress_kept"] == pytest.approx(0.2)
@@ -153,6 +154,8 @@ def test_a_layer_that_becomes_nan_is_compared_at_the_last_step_before() -> None:
     real = replace(finite, rows=[*finite.rows, *broken.rows])
     predicted = make_twin_run({"a": share(0, 0.75), None: share(0, 0.75)}, "true", steps=[0, 5, 10])
     confirmation = Confirmation(predicted, real, "true")
+    (note,) = confirmation.notes
+    assert note.startswith("figures end at step 5, though both runs go on to step 10: weights may")
     (layer,) = confirmation.layers
     assert (layer.step, layer.pairs["progress_kept"].difference) == (5, 0.25)
     assert confirmation.model is not None
