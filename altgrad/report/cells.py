@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.decimals import format_kept
+from altgrad.report.judging.summaries import hides_layers
 from altgrad.report.judging.verdicts import Advice, Assessment, RunAdvice, Verdict
 
 _LIMITS, _STEP_LIMITS = calibration().thresholds, calibration().step_thresholds
@@ -60,12 +61,14 @@ STEP_MARK = "*"
 """Mark behind a share of single updates."""
 
 
-_NONFINITE, _ALL_NONFINITE, _OFF = "NaN", "all NaN", "off"
+_NONFINITE, _ALL_NONFINITE, _OFF, _BEHIND = "NaN", "all NaN", "off", "behind"
 _MARKS = {
     _NONFINITE: "elements were NaN or inf in an observed step: no figure counts these",
     _ALL_NONFINITE: "all elements are NaN or inf: nothing is left to judge",
     _OFF: "the progress is kept, but weights differ from those in float32 by more than "
     f"{100 * _LIMITS.weight_error:g} % of their size",
+    _BEHIND: f"layers with more than {100 * _LIMITS.left_behind:g} % of the weights keep less than "
+    "half of their progress",
 }
 """Meanings of the words behind the share of a cell, or in its place."""
 UNMOVED = "unmoved"
@@ -131,9 +134,14 @@ def find_mark(advice: Advice | RunAdvice) -> str:
 
     It is ``NaN`` or ``all NaN`` if elements of the layer are NaN or inf, and the verdict does not
     say so. It is ``off`` if the progress is kept and weights are nevertheless far from those in
-    float32.
+    float32, and ``behind`` if a run keeps its progress, and many of its layers keep little.
     """
-    nonfinite = advice.nonfinite if isinstance(advice, Advice) else 0.0
+    if isinstance(advice, RunAdvice):
+        if hides_layers(advice):
+            return _BEHIND
+        is_off = advice.verdict is Verdict.WATCH and advice.weight_error > _LIMITS.weight_error
+        return _OFF if is_off and advice.kept >= _LIMITS.stores_fine else ""
+    nonfinite = advice.nonfinite
     if nonfinite and advice.verdict is not Verdict.BREAKS:
         is_whole = nonfinite == 1 and advice.verdict is Verdict.NOT_JUDGED
         return _ALL_NONFINITE if is_whole else _NONFINITE

@@ -65,6 +65,8 @@ def test_a_row_without_a_twin_is_marked() -> None:
 def test_a_row_of_a_recipe_that_leaves_weights_far_off_says_so() -> None:
     (row,) = list_rows(by_name(WATCH._replace(kept=1.0, weight_error=0.125)))
     assert row.word == "watch off"
+    (row,) = list_rows(by_name(WATCH._replace(kept=1.0, behind_share=0.5)))
+    assert row.word == "watch behind"
 
 
 def test_the_ends_of_an_interval_have_the_digits_of_the_share() -> None:

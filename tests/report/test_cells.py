@@ -64,12 +64,23 @@ def test_a_cell_says_why_a_layer_that_keeps_its_progress_is_not_fine() -> None:
     far = make_advice(Verdict.WATCH, 1.06)
     assert cell_text(far) == "watch 1.06 off"
     assert cell_text(far._replace(figures={"progress_kept": 0.95})) == "watch 0.95"
-    assert find_mark(make_run_advice("bf16-sr", Verdict.WATCH, 1.0)) == "off"
+    run = make_run_advice("bf16-sr", Verdict.WATCH, 1.0, weight_error=0.125)
+    assert find_mark(run) == "off"
+    assert find_mark(run._replace(weight_error=0.0)) == ""
     single = make_run_advice("bf16", Verdict.WATCH, 0.985)._replace(has_twin=False)
     assert find_mark(single) == ""
     (mark,) = list_marks([far])
     assert mark.word == "off"
     assert f"more than {100 * LIMITS.weight_error:g} %" in mark.text
+
+
+def test_a_run_whose_progress_is_that_of_few_layers_says_so() -> None:
+    hidden = make_run_advice("bf16", Verdict.NEEDS_REMEDY, 1.0, behind_share=0.9)
+    assert find_mark(hidden) == "behind"
+    assert find_mark(hidden._replace(behind_share=LIMITS.left_behind)) == ""
+    assert find_mark(hidden._replace(kept=0.25)) == ""  # the share says it
+    (mark,) = list_marks([hidden])
+    assert f"more than {100 * LIMITS.left_behind:g} % of the weights" in mark.text
 
 
 def test_the_legend_of_verdicts_on_single_steps_states_their_own_thresholds() -> None:

@@ -98,10 +98,15 @@ def _write_progress(advice: RunAdvice) -> str:
     text = write_kept(advice)
     if advice.weight_error > _LIMITS.weight_error and advice.kept >= _LIMITS.stores_fine:
         text += f", and weights are off by {format_error(advice.weight_error)} of their size"
-    if advice.behind_share > _LIMITS.left_behind and advice.kept >= _LIMITS.needs_remedy:
+    if hides_layers(advice):
         behind = format_percent(advice.behind_share)
         text += f", but layers with {behind} of the weights keep less than half of theirs"
     return f"{text}; {advice.evidence}." if advice.evidence else f"{text}."
+
+
+def hides_layers(advice: RunAdvice) -> bool:
+    """Return True if a run keeps its progress by some layers, and many others keep little of it."""
+    return advice.behind_share > _LIMITS.left_behind and advice.kept >= _LIMITS.needs_remedy
 
 
 def _write_standing(advice: RunAdvice) -> str:
