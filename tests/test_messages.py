@@ -28,6 +28,8 @@ from altgrad._messages import (
         (0.999, ">99 %"),
         (0.001, "<1 %"),
         (0.994, "99 %"),
+        (0.99499, "99 %"),
+        (0.995, ">99 %"),  # the share of weights from which on a layer is frozen
         (0.0051, "1 %"),
         (float("nan"), "an unknown share"),
     ],
