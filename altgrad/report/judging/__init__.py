@@ -4,6 +4,6 @@ A *recipe* says how weights and optimizer states are stored. `altgrad.report` ha
 
 Read `calibration` first: thresholds, and outcomes of real runs. `verdicts` has the types, `tallies`
 summarizes the figures of a layer, `step_rules` and `twin_rules` judge layers, `families` sorts
-recipes, `run_rules` judges the run, `remedies` says what to do, `summaries` puts it in words, and `judge`
-does all of this. `decimals` writes shares so that they agree with the verdict beside them.
+recipes, `run_rules` judges the run, `remedies` says what to do, `summaries` puts it in words, and
+`judge` does all of this. `decimals` writes shares so that they agree with the verdict beside them.
 """
