@@ -234,7 +234,7 @@ class UpdateMonitor:
             self._warn,
             TwinPlan([*(recipe.name for recipe in chosen), NOW] if chosen else (), most),
         )
-        self._bypasses = BypassDetector(self._watch.find_stepped, lambda: self.parameters)
+        self._bypasses = BypassDetector(registry, self._watch.find_stepped, lambda: self.parameters)
         self._known_losses = KnownLosses(
             self._watch.find_stepped,
             self._warn,
@@ -453,8 +453,9 @@ class UpdateMonitor:
         Raises:
             Exception: If `strict`, an error of the last step that no later step has raised.
         """
-        bypasses = self._describe_bypasses()
+        bypasses = self._describe_bypasses() or self._describe_skipped()
         self._observer.detach()
+        self._bypasses.end()
         self._engine.free_arenas()
         self._twins.release()
         for notice in bypasses:  # last: where warnings are errors, the hooks must be gone
@@ -483,7 +484,7 @@ class UpdateMonitor:
             A notice for each optimizer with such layers, which says why.
         """
         hooks, parameters = self._observer.hooks, self._observer.parameters
-        unseen = self._bypasses.find_unseen(hooks, parameters, self._last_seen)
+        unseen = self._bypasses.find_unseen(hooks, parameters, self._last_seen, self.skipped)
         return [f"never observed {few(names)}: {reason}" for names, reason in unseen]
 
     def __enter__(self) -> UpdateMonitor:  # noqa: PYI034 - typing has Self only from Python 3.11 on
@@ -765,6 +766,16 @@ class UpdateMonitor:
             _logger.debug("weights could not be compared: %r", error)
             return []
         return [f"cannot see what moves {few(names)}: {reason}" for names, reason in found]
+
+    def _describe_skipped(self) -> list[str]:
+        """Return notices of layers that moved although all steps were skipped without gradients."""
+        if self.latest is not None or not self.skipped["no gradients"]:
+            return []
+        try:
+            return self.describe_unseen()
+        except Exception as error:  # noqa: BLE001 - such as an error of a failed device
+            _logger.debug("weights could not be compared: %r", error)
+            return []
 
     def _leave_out_unseen(self, names: Sequence[str], why: str) -> None:
         """Warn that some layers cannot be observed, and `why`."""

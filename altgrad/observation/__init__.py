@@ -12,9 +12,10 @@ Read the files in the order in which a step passes through them:
 8. `attachments`: keep all hooks of one observer, and remove them together.
 9. `observer`: put all of these together in `StepObserver`.
 
-Four files stand beside them. `rules` says which layers are observed, and how. `stored` records
-which weights a recipe keeps in a low-precision format. `weight_sample` and `bypass_reason` find
-weights that moved although no step was seen, and the reason.
+Five files stand beside them. `rules` says which layers are observed, and how. `stored` records
+which weights a recipe keeps in a low-precision format. `other_steps` finds optimizers that step the
+same weights and are not observed. `weight_sample` and `bypass_reason` find weights that moved
+although no step was seen, and the reason.
 """
 
 from altgrad.observation.dtensor import is_sharded_module

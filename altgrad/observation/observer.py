@@ -298,8 +298,7 @@ class StepObserver:
             self._attached.remove_all()
         self._attached.forget_collected()
         check_scaler(scaler)
-        if self.registry.module is not None:
-            check_unsharded(self.registry.module)
+        check_unsharded(self.registry.module, self.registry.names)
         attached = {*self.optimizers}
         # dict.fromkeys removes duplicates and keeps the order.
         new = [each for each in dict.fromkeys(map(unwrap, optimizers)) if each not in attached]
