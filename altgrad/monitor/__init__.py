@@ -3,6 +3,7 @@
 Read `monitor` first: `UpdateMonitor` connects the other files.
 
 - Which steps: `policy` decides, by the `schedule` and by the time that `overhead` measures.
+  `backward_steps` joins the steps that optimizers make inside of one backward pass.
 - Which layers and elements: `layer_settings` resolves the user's `SamplingRule`s for single layers,
   `elements` draws samples of large layers, and `unjudged` leaves out formats that are no coarser
   than the weights are stored, and so would lose nothing more.

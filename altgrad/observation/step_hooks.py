@@ -277,6 +277,13 @@ def count_step_calls(optimizer: Optimizer) -> int:
     return sum(each is optimizer for each in find_stepping())
 
 
+def find_backward_pass() -> int | None:
+    """Return a number of the backward pass that is running in this thread; None outside of one."""
+    # torch has no public name for it: torch/utils/checkpoint.py uses it in the same way.
+    number: int = torch._C._current_graph_task_id()  # noqa: SLF001
+    return None if number < 0 else number
+
+
 def find_stepping() -> Iterator[Optimizer]:
     """Yield the optimizer of each call of a `step` that is running in this thread, innermost first.
 
