@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from altgrad.observation.dtensor import register_shards
@@ -24,10 +25,17 @@ _WRAPPED = {
     "_fpw_module",  # FSDP1 of older versions of torch
     # Activation checkpointing: torch/distributed/algorithms/_checkpoint/checkpoint_wrapper.py
     "_checkpoint_wrapped_module",
+    # Fabric: lightning/fabric/wrappers.py, _FabricModule
+    "_forward_module",
+    "_original_module",
 }
 # These wrappers keep the module in the attribute `module`. Users, too, call their modules so: the
 # part `module` is removed from a name only directly below one of these wrappers.
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_OTHER_WRAPPERS = {("deepspeed", "DeepSpeedEngine")}  # by package and class, not imported here
+# torch.nn.utils.parametrize keeps the weight of a module as `parametrizations.weight.original`, or
+# as `original0`, `original1`, …: torch/nn/utils/parametrize.py, ParametrizationList
+_PARAMETRIZATIONS = "parametrizations"
 
 
 class ParameterRegistry:
@@ -103,8 +111,13 @@ class ParameterRegistry:
 def parameter_names(source: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[Tensor, str]:
     """Return a unique name for each parameter, without parts that wrappers add.
 
-    Such parts are ``_orig_mod.`` of `torch.compile` and ``module.`` of DistributedDataParallel. A
-    parameter with several names, as tied weights have, gets the first of them. If two parameters
+    Such parts are ``_orig_mod.`` of `torch.compile`, ``module.`` of DistributedDataParallel and
+    DeepSpeed, and ``_forward_module.`` of Fabric. A weight under a parametrization has its own name
+    again: ``parametrizations.weight.original`` is ``weight``, and one of several parts, such as
+    ``original0``, is ``weight.original0``. The prefix ``base_model.model.`` of peft stays, as in
+    its checkpoints; patterns of rules match without it, too.
+
+    A parameter with several names, as tied weights have, gets the first of them. If two parameters
     would have the same name, the name of the later one ends in ``-2``.
 
     Args:
@@ -146,12 +159,21 @@ def _is_pair(entry: object) -> bool:
 
 
 def _find_added_paths(module: nn.Module) -> set[str]:
-    """Return the paths of modules that DataParallel or DDP wraps: ``a.module``."""
-    return {
-        f"{path}.module" if path else "module"
-        for path, wrapper in module.named_modules()
-        if isinstance(wrapper, _WRAPPERS)
-    }
+    """Return the paths that wrappers add: ``a.module`` of DDP, ``a.parametrizations`` of torch."""
+    paths = set()
+    for path, each in module.named_modules():
+        start = f"{path}." if path else ""
+        if isinstance(each, _WRAPPERS) or _OTHER_WRAPPERS & _list_classes(each):
+            paths.add(f"{start}module")
+        if is_parametrized(each):
+            paths.add(f"{start}{_PARAMETRIZATIONS}")
+            paths.update(f"{start}{_PARAMETRIZATIONS}.{w}.original" for w in each.parametrizations)
+    return paths
+
+
+def _list_classes(module: nn.Module) -> set[tuple[str, str]]:
+    """Return the package and the name of the class of a module, and of each of its base classes."""
+    return {(each.__module__.split(".")[0], each.__name__) for each in type(module).__mro__}
 
 
 def _strip_wrappers(name: str, added: set[str]) -> str:
