@@ -293,6 +293,14 @@ class Session:
             return refusal
         if next(self._module.parameters(), None) is None:
             return "the module has no parameter to observe"
+        # Without an optimizer, Lightning makes one that does nothing: lightning/pytorch/core/
+        # optimizer.py, _MockOptimizer.
+        kinds = {type(each).__name__ for each in self._optimizers}
+        if kinds <= {"_MockOptimizer"}:
+            return (
+                "configure_optimizers() of the module returns no optimizer; return that whose "
+                "step() moves the weights"
+            )
         return None
 
     def _make_monitor(self) -> UpdateMonitor:

@@ -282,6 +282,8 @@ class StepObserver:
         for each in find_scalers(optimizers, scaler):
             self._attached.listen(each, self._count_skip_by_scaler)
         self._stopped = False
+        for name, reason in self.registry.unreadable.items():
+            self._notices.give_once(f"leaves out {name}: {reason}")
         return self
 
     def check(self, *optimizers: Any, scaler: GradScaler | None = None) -> list[Optimizer]:

@@ -3,7 +3,7 @@
 `parameter_names` reads the names once. `ParameterRegistry` keeps them, and reads them again when an
 optimizer steps an unknown parameter.
 
-Read `dtensor` first; `snapshots` comes next.
+Read `readable` first; `snapshots` comes next.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from altgrad.observation.dtensor import register_shards
+from altgrad.observation.readable import find_unreadable
 
 # Attributes in which wrappers keep the module that they wrap, and which are thus part of the names
 # of its parameters. They are private names of torch, which no user gives to a module.
@@ -46,6 +47,8 @@ class ParameterRegistry:
 
     Attributes:
         module: The module; None if `source` is pairs.
+        unreadable: The names of parameters that are left out, because their class lacks an
+            operation that observing needs; with the reason.
 
     Raises:
         TypeError: `source` is neither a module nor pairs.
@@ -56,9 +59,11 @@ class ParameterRegistry:
         self.module = source if isinstance(source, nn.Module) else None
         if self.module is not None:
             register_shards(self.module)
-        self._names = parameter_names(source)
+        self.unreadable: dict[str, str] = {}
+        self._names = self._leave_out_unreadable(parameter_names(source))
         if not self._names:
-            raise ValueError("there is no parameter to observe, neither in a module nor as pairs")
+            whole = "that can be read" if self.unreadable else "to observe"
+            raise ValueError(f"there is no parameter {whole}, neither in a module nor as pairs")
         # For each optimizer, the parameters that it steps and the module does not have. Without
         # this record, each step would read all names again to look for these parameters.
         self._nameless: WeakKeyDictionary[Optimizer, set[Tensor]] = WeakKeyDictionary()
@@ -77,7 +82,12 @@ class ParameterRegistry:
         """Read the names of the module again, since its parameters may have changed."""
         if self.module is not None:
             register_shards(self.module)
-            self._names = parameter_names(self.module)
+            self._names = self._leave_out_unreadable(parameter_names(self.module))
+
+    def _leave_out_unreadable(self, names: dict[Tensor, str]) -> dict[Tensor, str]:
+        errors = find_unreadable(names)
+        self.unreadable |= {names[each]: error for each, error in errors.items()}
+        return {each: name for each, name in names.items() if each not in errors}
 
     def find_stepped(self, optimizer: Optimizer) -> list[tuple[str, Tensor, bool]]:
         """Return the parameters that an optimizer steps, in the order of its groups.
