@@ -593,11 +593,29 @@ class UpdateMonitor:
         optimizer = self._observer.asking  # the observer passes the index of the step alone
         if not self._decide(optimizer, index):
             return False
+        self._check_sharding(optimizer)
         with self._lock, self._policy.observing():
             are_new = self._peers.before_step(optimizer)
             if self._scale_state.prepare(self._stepped, self._peers, are_new=are_new):
                 self._change_scales()
         return True
+
+    def _check_sharding(self, optimizer: Optimizer) -> None:
+        """Raise an error if the layers of an optimizer were sharded after `attach`.
+
+        accelerate, for example, gives an optimizer sharded parameters in ``prepare``.
+
+        Raises:
+            RuntimeError: The layers were sharded.
+        """
+        groups = optimizer.param_groups if isinstance(self._peers, Alone) else ()
+        if not any(is_sharded(parameter) for group in groups for parameter in group["params"]):
+            return
+        if any(map(is_sharded, self._watch.find_stepped([optimizer]).values())):  # and not others
+            raise RuntimeError(
+                f"the layers of {type(optimizer).__name__} were sharded after attach(); shard the "
+                "module first, as by fully_shard or accelerate's prepare(), then call attach()"
+            )
 
     def _decide(self, optimizer: Optimizer, index: int) -> bool:
         """Return True if the coming step is to be observed.

@@ -200,6 +200,19 @@ def test_layers_that_are_wrapped_after_attach_are_told_of(shard: Any, keeps_step
     assert SHARDINGS[shard] in notice
 
 
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("formats", ["bf16", "e4m3fn"])
+def test_an_optimizer_that_gets_sharded_parameters_says_what_to_do(formats: str) -> None:
+    def loop(model: nn.Module, optimizer: Optimizer) -> None:
+        if not optimizer.state:  # as accelerate's prepare() does
+            shard_with_fsdp2(model)
+            optimizer.param_groups[0]["params"] = [*model.parameters()]
+        train(model, optimizer)
+
+    (notice,) = watch(lambda model: AdamW(model.parameters()), loop, formats=formats)
+    assert "the layers of AdamW were sharded after attach(); shard the module first" in notice
+
+
 # --- and none of these
 
 
