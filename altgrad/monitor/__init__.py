@@ -13,6 +13,7 @@ Read `monitor` first: `UpdateMonitor` connects the other files.
   of weights in 16 bits.
 - The measurement: `engine` measures a step, most layers together in an `arena`, under the scales
   that `scale_state` keeps.
+- How many weights of a run in 16 bits differ from the start, without twins: `start_weights`.
 - Weights that move outside of the observed steps: `bypass` finds them.
 - For other folders of the package: ranks compare a `watch`, `describe` writes a dry run as a table,
   and `header` describes a run as plain data. From `twin_layers`, *twins* take their elements; these

@@ -55,6 +55,7 @@ from altgrad.monitor.policy import StepPolicy
 from altgrad.monitor.run_storage import describe_storage
 from altgrad.monitor.scale_state import ScaleState
 from altgrad.monitor.schedule import StepSchedule
+from altgrad.monitor.start_weights import StartWeights
 from altgrad.monitor.twin_layers import TwinLayers, count_most_sampled
 from altgrad.monitor.unjudged import leave_out_unjudged
 from altgrad.monitor.watch import Watch
@@ -220,6 +221,7 @@ class UpdateMonitor:
             warns_about_omissions=bool(recipes),
         )
         self._twins = Twins(chosen, layers, self._lock, strict=strict)
+        self._starts = StartWeights(layers)  # of use without twins
         if registry.module is not None:
             for name in ("running_mean", "running_var"):
                 self._twins.watch_average(BatchStatistic(name, registry.module, registry.names))
@@ -398,6 +400,8 @@ class UpdateMonitor:
             self._loaded = None
         self._observer.attach(*optimizers, scaler=scaler)
         self._twins.attach(self._observer.optimizers)
+        if not self.recipes:
+            self._starts.begin(self._observer.optimizers)
         self._twins.note_batches()
         self._bypasses.begin(self._observer.hooks)
         for notice in leave_out_unjudged(
@@ -536,6 +540,7 @@ class UpdateMonitor:
             "skipped": dict(self.skipped),
             "budgets": self._policy.state_dict(),
             "twins": self._gather_twins(),
+            "starts": self._starts.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -578,6 +583,8 @@ class UpdateMonitor:
         self._policy.load_state_dict(state["budgets"])
         if "twins" in state:  # states of version 0.1.0 have none
             self._twins.load_state_dict(state["twins"])
+        if not self.recipes:
+            self._starts.load_state_dict(state.get("starts", {}))
 
     # --- one step
 
@@ -736,14 +743,19 @@ class UpdateMonitor:
             seconds: Time to observe the last observed step and mean time of a training step, in
                 seconds.
         """
-        optimizer, shown, twins = outcome.optimizer, outcome.shown, []
+        optimizer, shown, twins, moves = outcome.optimizer, outcome.shown, [], []
         with self._peers.hold_errors():
             twins = self._twins.measure(optimizer, shown) if shown else []
+            moves = self._starts.measure(optimizer, shown)
         others = [numbers for each in twins for numbers in each.tensors]
+        others += [each.values for each in moves]
         local = self._engine.measure(outcome, seconds, others)
         share = TwinShare()
         with self._peers.hold_errors():
-            share = self._twins.read(optimizer, twins, local.others)
+            if moves:
+                share = self._starts.read(moves, local.others)
+            else:
+                share = self._twins.read(optimizer, twins, local.others)
         return local._replace(twins=share)
 
     def _record(self, index: int, step: StepSums) -> StepRecord | None:
