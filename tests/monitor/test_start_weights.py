@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from altgrad import UpdateMonitor, WeightStorage
+from altgrad import StepRecord, UpdateMonitor, WeightStorage
+from altgrad.report import RunFile, judge_run, read
+from altgrad.report.answers import write_storage
+from altgrad.report.matching import has_own_figures
 
 KEY = "moved_since_start_frac/now"
 
@@ -157,6 +161,27 @@ def test_states_of_earlier_versions_begin_anew() -> None:
     with monitor.attach(optimizer):
         train(model, optimizer, 1)
     assert KEY in monitor.latest.model
+
+
+def test_the_report_of_such_a_run_has_no_verdict_on_it(tmp_path: Path) -> None:
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.05)
+
+    def keep(record: StepRecord) -> None:
+        file.append(record.index, record, skipped=monitor.skipped)
+
+    monitor = UpdateMonitor(model, keep, formats="e4m3fn", recipes=())
+    monitor.attach(optimizer)
+    with RunFile.create(tmp_path, monitor.run_header()) as file:
+        train(model, optimizer, 3)
+    monitor.detach()
+    run = read(tmp_path)
+    assessment = judge_run(run)
+    assert 0 <= run.rows[-1].figures[KEY] <= 1
+    assert "now" not in assessment.runs
+    assert not has_own_figures(run)
+    text = write_storage(run, assessment.runs)
+    assert "unknown without twins: read moved_since_start_frac/now" in text
 
 
 def test_training_is_untouched() -> None:
