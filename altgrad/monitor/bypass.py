@@ -11,7 +11,7 @@ Read `altgrad.observation.bypass_reason` first; `monitor` comes next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -114,7 +114,10 @@ class BypassDetector:
         self._others.stop()
 
     def find_bypasses(
-        self, attached: Sequence[StepHooks[Any]], parameters: Mapping[str, Tensor]
+        self,
+        attached: Sequence[StepHooks[Any]],
+        parameters: Mapping[str, Tensor],
+        changed: Collection[str] = (),
     ) -> list[Bypass]:
         """Return layers that something other than the steps of attached optimizers has moved.
 
@@ -124,6 +127,8 @@ class BypassDetector:
         Args:
             attached: The hooks of all attached optimizers.
             parameters: All parameters by name, as the module has them now.
+            changed: Names of layers that something other than a step has changed, as *twins* found:
+                samples that are stepped as the run is.
 
         Returns:
             One `Bypass` for each reason.
@@ -134,6 +139,7 @@ class BypassDetector:
         found += self._find_other_steps(attached, parameters)
         found += self._find_changed(attached, parameters)
         found += self._find_unattached(attached)
+        found += _explain_changed(attached, {n: parameters[n] for n in changed if n in parameters})
         # The first reason is the surest. A layer has one reason.
         known: set[str] = set()
         rest = []
@@ -210,11 +216,7 @@ class BypassDetector:
         names = self._all.find_changed(rest)
         if not names:
             return []
-        optimizers = [each.optimizer for each in attached if each.optimizer is not None]
-        kinds = find_other_optimizers([rest[name] for name in names], optimizers)
-        by_kind: dict[str, list[str]] = {}
-        for position in sorted(kinds):
-            by_kind.setdefault(kinds[position], []).append(names[position])
+        by_kind = _group_by_optimizer(attached, {name: rest[name] for name in names})
         return [
             Bypass(layers, f"{kind} has these layers and is not attached; attach it")
             for kind, layers in by_kind.items()
@@ -302,6 +304,33 @@ class BypassDetector:
         if reason is None and not hooks.index and any(each._backward_hooks for each in moved):  # noqa: SLF001
             return explain_steps_in_backward()
         return reason
+
+
+def _explain_changed(
+    attached: Sequence[StepHooks[Any]], changed: Mapping[str, Tensor]
+) -> list[Bypass]:
+    """Return changed layers that an optimizer has which is not attached.
+
+    Without such an optimizer, layers may have been clamped, or swapped with averaged weights.
+    """
+    by_kind = _group_by_optimizer(attached, changed) if changed else {}
+    return [
+        Bypass(layers, f"{kind} has these layers, too, and is not attached; attach it")
+        for kind, layers in by_kind.items()
+    ]
+
+
+def _group_by_optimizer(
+    attached: Sequence[StepHooks[Any]], layers: Mapping[str, Tensor]
+) -> dict[str, list[str]]:
+    """Return the names of layers by the class of an optimizer that has them and is not attached."""
+    names = [*layers]
+    optimizers = [each.optimizer for each in attached if each.optimizer is not None]
+    kinds = find_other_optimizers([*layers.values()], optimizers)
+    by_kind: dict[str, list[str]] = {}
+    for position in sorted(kinds):
+        by_kind.setdefault(kinds[position], []).append(names[position])
+    return by_kind
 
 
 def _explain(

@@ -869,7 +869,10 @@ class UpdateMonitor:
         """Return a notice for each optimizer whose layers move without calls of its hooks."""
         try:
             self._observer.registry.read()  # the module may have been sharded since `attach`
-            found = self._bypasses.find_bypasses(self._observer.hooks, self._observer.parameters)
+            changed = [name for name, times in self._twins.resynchronised.items() if times > 1]
+            found = self._bypasses.find_bypasses(
+                self._observer.hooks, self._observer.parameters, changed
+            )
         except Exception as error:  # noqa: BLE001 - such as an error of a failed device
             _logger.debug("weights could not be compared: %r", error)
             return []

@@ -71,6 +71,25 @@ def test_a_second_optimizer_of_the_same_layers_is_named_once(recipes: Any, every
     )
 
 
+def make_with_a_compiled_second(model: nn.Module) -> Optimizer:
+    torch.compiler.reset()
+    model.second = SGD(model[0].parameters(), lr=0.1)  # which hooks cannot see
+    model.step_second = torch.compile(model.second.step, backend="eager")
+    return make_sgd(model)
+
+
+def step_both(model: nn.Module, optimizer: Optimizer) -> None:
+    train(model, optimizer)
+    model.step_second()
+
+
+def test_twins_show_a_second_optimizer_that_calls_no_hook() -> None:
+    (notice,) = watch(make_with_a_compiled_second, step_both, recipes="bf16")
+    assert notice.startswith("cannot see what moves 0.weight, 0.bias: SGD has these layers, too")
+    # Without twins, nothing shows that weights have moved between two steps.
+    assert watch(make_with_a_compiled_second, step_both) == []
+
+
 class InBackward(Optimizer):
     """The container of torchtitan: its own step does nothing, and hooks step each parameter."""
 
@@ -339,9 +358,10 @@ LOOPS = (
 )
 
 
+@pytest.mark.parametrize("recipes", [(), "bf16"])
 @pytest.mark.parametrize("loop", LOOPS)
-def test_ordinary_loops_give_no_warning(loop: Loop) -> None:
-    assert watch(lambda model: AdamW(model.parameters()), loop) == []
+def test_ordinary_loops_give_no_warning(loop: Loop, recipes: Any) -> None:
+    assert watch(lambda model: AdamW(model.parameters()), loop, recipes=recipes) == []
 
 
 def test_a_resumed_run_gives_no_warning() -> None:
