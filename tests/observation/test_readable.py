@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
+
+# Private, because torch has no public name for what classes of tensors are made with:
 from torch.utils import _pytree as pytree
 
 from altgrad import StepObserver, UpdateMonitor
@@ -19,6 +21,7 @@ class Wrapped(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Any:
+        # torch has no public name for it: torch/testing/_internal/two_tensor.py.
         return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
 
     def __init__(self, inner: Tensor) -> None:
