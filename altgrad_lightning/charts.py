@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from altgrad import Figures
+from altgrad import Figures, SamplingRule
 from altgrad.measurement import FORMAT_METRICS, LAYER_METRICS
 
 PER_LAYER = ("update_rms", "update_weight_ratio", "unmoved_frac", "ulp_mean", "ulp_zero_frac")
@@ -203,8 +202,9 @@ class Charts:
     def _choose(self, layers: Mapping[str, Figures]) -> list[str]:
         if isinstance(self._layers, int):
             return sorted(layers, key=lambda name: _rank_layer(layers[name]))[: self._layers]
-        patterns = self._layers
-        return [name for name in layers if any(fnmatchcase(name, each) for each in patterns)]
+        # An empty pattern, which matches nothing, is no rule.
+        rules = [SamplingRule(pattern) for pattern in self._layers if pattern]
+        return [name for name in layers if any(each.matches(name) for each in rules)]
 
     def _layer_row(self, layers: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         return {

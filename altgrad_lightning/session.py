@@ -177,19 +177,25 @@ class Session:
         monitor = self._monitor
         if monitor is None or not monitor.is_observing:
             return
+        unseen = monitor.describe_unseen()
         if self._trainer.global_step and self._result.latest_step is None:
-            self.warn(f"observed no step: {self._explain_no_step()}")
+            self.warn(f"observed no step: {self._explain_no_step(have_moved=bool(unseen))}")
             if not self._result.skipped:
                 return  # the next notice would name all layers
-        for notice in monitor.describe_unseen():
+        for notice in unseen:
             self.warn(notice)
 
-    def _explain_no_step(self) -> str:
-        """Return the reason why no step was observed."""
+    def _explain_no_step(self, *, have_moved: bool) -> str:
+        """Return the reason why no step was observed.
+
+        Args:
+            have_moved: True if layers have moved all the same.
+        """
         if self._due.every == 0:
             return "this Trainer logs at no step: pass every_n_steps"
         if self._result.skipped:
-            return f"all were skipped, {dict(self._result.skipped)}"
+            skipped = f"all were skipped, {dict(self._result.skipped)}"
+            return f"{skipped}, and yet layers moved" if have_moved else skipped
         return f"none fell on an observed batch (every {self._due.every})"
 
     def finish(self) -> None:
@@ -287,6 +293,14 @@ class Session:
             return refusal
         if next(self._module.parameters(), None) is None:
             return "the module has no parameter to observe"
+        # Without an optimizer, Lightning makes one that does nothing: lightning/pytorch/core/
+        # optimizer.py, _MockOptimizer.
+        kinds = {type(each).__name__ for each in self._optimizers}
+        if kinds <= {"_MockOptimizer"}:
+            return (
+                "configure_optimizers() of the module returns no optimizer; return that whose "
+                "step() moves the weights"
+            )
         return None
 
     def _make_monitor(self) -> UpdateMonitor:

@@ -38,7 +38,8 @@ def measure(
       if squares or quotients leave the range of float64.
     - What-if figures say what a format would have kept of the update. They are NaN if the dtype of
       the weights is no finer than the format, as for bfloat16 weights and bf16. Updates that bf16
-      would lose are then lost before they can be measured; read ``unmoved_frac`` instead.
+      would lose are then lost before they can be measured. Of a single step ``unmoved_frac`` tells
+      that, and of a training `UpdateMonitor`, with ``moved_since_start_frac/now``.
 
     Args:
         before: Weights before the step, float16, bfloat16, float32 or float64, any shape.

@@ -3,6 +3,7 @@
 Read `monitor` first: `UpdateMonitor` connects the other files.
 
 - Which steps: `policy` decides, by the `schedule` and by the time that `overhead` measures.
+  `backward_steps` joins the steps that optimizers make inside of one backward pass.
 - Which layers and elements: `layer_settings` resolves the user's `SamplingRule`s for single layers,
   `elements` draws samples of large layers, and `unjudged` leaves out formats that are no coarser
   than the weights are stored, and so would lose nothing more.
@@ -12,7 +13,8 @@ Read `monitor` first: `UpdateMonitor` connects the other files.
   of weights in 16 bits.
 - The measurement: `engine` measures a step, most layers together in an `arena`, under the scales
   that `scale_state` keeps.
-- Weights that move without a step of the optimizer: `bypass` finds them.
+- How many weights of a run in 16 bits differ from the start, without twins: `start_weights`.
+- Weights that move outside of the observed steps: `bypass` finds them.
 - For other folders of the package: ranks compare a `watch`, `describe` writes a dry run as a table,
   and `header` describes a run as plain data. From `twin_layers`, *twins* take their elements; these
   are samples of the layers that are stored and stepped in other formats.

@@ -1,15 +1,17 @@
-"""`BypassDetector`: find layers whose weights change although their optimizer calls no hook.
+"""`BypassDetector`: find layers whose weights change outside of the steps that are observed.
 
-A look copies a few weights of each layer. If they have changed later, and the optimizer has called
-its hooks for no step since, something else has moved them. A look costs no more than an observed
-step. `monitor` looks in `attach` and `detach`, and on request.
+There are three signs. Other optimizers of the process, which torch's global hooks show, step the
+layers. The attached optimizer no longer has the layers, as after sharding. Or a few weights of a
+layer have changed since an earlier look, and its optimizer has called its hooks for no step since.
+A look costs no more than an observed step. `monitor` looks in `attach` and `detach`, and on
+request.
 
 Read `altgrad.observation.bypass_reason` first; `monitor` comes next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -18,19 +20,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from altgrad.observation.bypass_reason import (
+    explain_lost_layers,
+    explain_other_steps,
+    explain_steps_in_backward,
     find_bypass_reason,
     find_other_optimizers,
     is_stepped_in_backward,
 )
 from altgrad.observation.dtensor import is_sharded
+from altgrad.observation.optimizers import is_flattened
+from altgrad.observation.other_steps import OtherSteps
+from altgrad.observation.parameter_names import ParameterRegistry
+from altgrad.observation.step import SkipReason
 from altgrad.observation.step_hooks import StepHooks
 from altgrad.observation.weight_sample import WeightSample
 
-_SHARDED = "they were sharded after attach(); shard the module first, then call attach()"
-
 
 class Bypass(NamedTuple):
-    """Layers whose weights changed although no hook of their optimizer was called.
+    """Layers whose weights changed outside of the steps that are observed.
 
     Attributes:
         names: Names of the layers.
@@ -64,6 +71,7 @@ class BypassDetector:
     """A detector of steps that call none of the optimizer's hooks, and so cannot be observed.
 
     Args:
+        registry: All parameters by name.
         find_stepped: Function that takes optimizers, and returns the measured layers that they
             step, by name.
         find_measured: Function that returns all measured layers, by name.
@@ -71,9 +79,11 @@ class BypassDetector:
 
     def __init__(
         self,
+        registry: ParameterRegistry,
         find_stepped: Callable[[Sequence[Optimizer]], Mapping[str, Tensor]],
         find_measured: Callable[[], Mapping[str, Tensor]],
     ) -> None:
+        self._others = OtherSteps(lambda: registry.names)
         self._find_stepped = find_stepped
         self._find_measured = find_measured
         # All measured layers, when the first optimizer was attached.
@@ -93,26 +103,97 @@ class BypassDetector:
             self._first.clear()
             self._last.clear()
             self._all = WeightSample(self._find_measured())
+            self._others.start()
         for hooks in attached:
             optimizer = hooks.optimizer
             if hooks not in self._first and optimizer is not None:
                 self._first[hooks] = self._last[hooks] = self._look(hooks, optimizer, attached)
 
+    def end(self) -> None:
+        """Stop listening to the steps of other optimizers."""
+        self._others.stop()
+
     def find_bypasses(
+        self,
+        attached: Sequence[StepHooks[Any]],
+        parameters: Mapping[str, Tensor],
+        changed: Collection[str] = (),
+    ) -> list[Bypass]:
+        """Return layers that something other than the steps of attached optimizers has moved.
+
+        Only changes with a likely reason are returned: others may be edits or swaps of weights,
+        which are no updates.
+
+        Args:
+            attached: The hooks of all attached optimizers.
+            parameters: All parameters by name, as the module has them now.
+            changed: Names of layers that something other than a step has changed, as *twins* found:
+                samples that are stepped as the run is.
+
+        Returns:
+            One `Bypass` for each reason.
+        """
+        if not attached:
+            return []
+        found = [*self._find_lost(attached, parameters)]
+        found += self._find_other_steps(attached, parameters)
+        found += self._find_changed(attached, parameters)
+        found += self._find_unattached(attached)
+        found += _explain_changed(attached, {n: parameters[n] for n in changed if n in parameters})
+        # The first reason is the surest. A layer has one reason.
+        known: set[str] = set()
+        rest = []
+        for names, reason in found:
+            if names := [name for name in names if name not in known]:
+                rest.append(Bypass(names, reason))
+                known.update(names)
+        return rest
+
+    def _find_other_steps(
+        self, attached: Sequence[StepHooks[Any]], parameters: Mapping[str, Tensor]
+    ) -> Iterator[Bypass]:
+        """Yield the layers that an optimizer has stepped which is not attached."""
+        measured = self._find_measured()
+        for kind, stepped in self._others.found.items():
+            names = [name for name in measured if name in {*stepped}]
+            owners = [x for x in attached if (f := self._first.get(x)) and {*f.names} & {*names}]
+            if names:
+                layers = [parameters[name] for name in names]
+                ours = [(self._first[each].kind, each.optimizer) for each in owners]
+                yield Bypass(names, explain_other_steps(kind, layers, ours))
+
+    def _find_lost(
+        self, attached: Sequence[StepHooks[Any]], parameters: Mapping[str, Tensor]
+    ) -> Iterator[Bypass]:
+        """Yield the layers of an optimizer that no attached optimizer has any more.
+
+        FSDP1 may leave an optimizer its parameters, and makes them views of flat shards.
+        """
+        optimizers = [each.optimizer for each in attached if each.optimizer is not None]
+        stepped = self._find_stepped(optimizers)
+        for hooks in attached:
+            first, optimizer = self._first.get(hooks), hooks.optimizer
+            if first is None or not first.names:
+                continue
+            known = {name: parameters[name] for name in first.names if name in parameters}
+            has_layers = not stepped.keys().isdisjoint(first.names)
+            if has_layers and not any(map(is_flattened, known.values())):
+                continue
+            newly = [n for n, each in known.items() if is_sharded(each) and n not in first.sharded]
+            # With other layers in its groups, an optimizer has finished these: they may be frozen.
+            is_emptied = optimizer is not None and not self._find_stepped([optimizer])
+            moved = first.sample.find_changed(known) if is_emptied else []
+            reason = explain_lost_layers(first.kind, parameters.values(), bool(newly), bool(moved))
+            if reason is not None:
+                yield Bypass(newly or moved or first.names, reason)
+
+    def _find_changed(
         self, attached: Sequence[StepHooks[Any]], parameters: Mapping[str, Tensor]
     ) -> list[Bypass]:
         """Return layers that have changed, although no step of their optimizer called its hooks.
 
         A few weights of each layer are compared with copies of them. Of an optimizer that has
-        stepped since the copy, the weights are copied anew instead. Only changes with a likely
-        reason are returned: others may be edits or swaps of weights, which are no updates.
-
-        Args:
-            attached: The hooks of all attached optimizers.
-            parameters: All parameters by name, as the module has them now.
-
-        Returns:
-            One `Bypass` for each optimizer with such layers.
+        stepped since the copy, the weights are copied anew instead.
         """
         found: list[Bypass] = []
         for hooks in attached:
@@ -124,22 +205,18 @@ class BypassDetector:
                 self._last[hooks] = self._look(hooks, optimizer, attached)
             else:
                 found += self._compare(hooks, last, attached, parameters)
-        return found + self._find_unattached(attached)
+        return found
 
     def _find_unattached(self, attached: Sequence[StepHooks[Any]]) -> list[Bypass]:
         """Return layers that moved and belong to optimizers that are not observed."""
-        if self._all is None or not attached:
+        if self._all is None:
             return []
         stepped = {name for look in self._last.values() for name in look.names}
         rest = {n: each for n, each in self._find_measured().items() if n not in stepped}
         names = self._all.find_changed(rest)
         if not names:
             return []
-        optimizers = [each.optimizer for each in attached if each.optimizer is not None]
-        kinds = find_other_optimizers([rest[name] for name in names], optimizers)
-        by_kind: dict[str, list[str]] = {}
-        for position in sorted(kinds):
-            by_kind.setdefault(kinds[position], []).append(names[position])
+        by_kind = _group_by_optimizer(attached, {name: rest[name] for name in names})
         return [
             Bypass(layers, f"{kind} has these layers and is not attached; attach it")
             for kind, layers in by_kind.items()
@@ -150,6 +227,7 @@ class BypassDetector:
         attached: Sequence[StepHooks[Any]],
         parameters: Mapping[str, Tensor],
         seen: Container[str],
+        skipped: Container[SkipReason] = (),
     ) -> list[Bypass]:
         """Return layers that have moved since they were attached, and were in no observed step.
 
@@ -157,6 +235,7 @@ class BypassDetector:
             attached: The hooks of all attached optimizers.
             parameters: All parameters by name.
             seen: Names of the layers that were part of an observed step.
+            skipped: Reasons for which steps were skipped that were to be observed.
 
         Returns:
             One `Bypass` for each optimizer with such layers.
@@ -167,14 +246,14 @@ class BypassDetector:
                 continue
             known = {name: parameters[name] for name in first.names if name in parameters}
             moved = first.sample.find_changed(known)
-            if unseen := [name for name in moved if name not in seen]:
-                layers = [known[name] for name in unseen]
-                # If this optimizer has stepped, another one with these layers may be idle, and is
-                # no reason.
-                is_bypass = not hooks.index or any(map(is_stepped_in_backward, layers))
-                reason = self._find_reason(hooks, first, layers, attached) if is_bypass else None
-                others_seen = any(name in seen for name in first.names)
-                found.append(Bypass(unseen, reason or _explain(hooks, first, others_seen)))
+            if not (unseen := [name for name in moved if name not in seen]):
+                continue
+            layers = [known[name] for name in unseen]
+            # If this optimizer has stepped, another one with these layers may be idle, and is no
+            # reason.
+            is_bypass = not hooks.index or any(map(is_stepped_in_backward, layers))
+            reason = self._find_reason(hooks, first, layers, attached) if is_bypass else None
+            found.append(Bypass(unseen, reason or _explain(hooks, first, seen, skipped)))
         return found
 
     def _look(
@@ -196,14 +275,9 @@ class BypassDetector:
         """Return layers that moved although no attached optimizer has stepped them.
 
         A few weights are compared with the copies in `last`. The list is empty if none changed, or
-        if nothing points to a reason; otherwise it has one `Bypass`. Layers that were sharded since
-        cannot be compared, and are returned, too.
+        if nothing points to a reason; otherwise it has one `Bypass`.
         """
         known = {name: parameters[name] for name in last.names if name in parameters}
-        # Their weights are on other ranks now, and cannot be compared.
-        resharded = [n for n, each in known.items() if is_sharded(each) and n not in last.sharded]
-        if resharded:
-            return [Bypass(resharded, _SHARDED)]
         stepping = [
             each.optimizer
             for each in attached
@@ -225,22 +299,61 @@ class BypassDetector:
     ) -> str | None:
         """Return the likely reason why layers of an optimizer moved without calls of its hooks."""
         optimizers = [each.optimizer for each in attached if each.optimizer is not None]
-        return find_bypass_reason(look.kind, hooks.optimizer, moved, optimizers)
+        reason = find_bypass_reason(look.kind, hooks.optimizer, moved, optimizers)
+        # Such hooks often change gradients only, so that they count where no step was ever seen.
+        if reason is None and not hooks.index and any(each._backward_hooks for each in moved):  # noqa: SLF001
+            return explain_steps_in_backward()
+        return reason
 
 
-def _explain(hooks: StepHooks[Any], first: _Look, others_seen: bool) -> str:
+def _explain_changed(
+    attached: Sequence[StepHooks[Any]], changed: Mapping[str, Tensor]
+) -> list[Bypass]:
+    """Return changed layers that an optimizer has which is not attached.
+
+    Without such an optimizer, layers may have been clamped, or swapped with averaged weights.
+    """
+    by_kind = _group_by_optimizer(attached, changed) if changed else {}
+    return [
+        Bypass(layers, f"{kind} has these layers, too, and is not attached; attach it")
+        for kind, layers in by_kind.items()
+    ]
+
+
+def _group_by_optimizer(
+    attached: Sequence[StepHooks[Any]], layers: Mapping[str, Tensor]
+) -> dict[str, list[str]]:
+    """Return the names of layers by the class of an optimizer that has them and is not attached."""
+    names = [*layers]
+    optimizers = [each.optimizer for each in attached if each.optimizer is not None]
+    kinds = find_other_optimizers([*layers.values()], optimizers)
+    by_kind: dict[str, list[str]] = {}
+    for position in sorted(kinds):
+        by_kind.setdefault(kinds[position], []).append(names[position])
+    return by_kind
+
+
+def _explain(
+    hooks: StepHooks[Any], first: _Look, seen: Container[str], skipped: Container[SkipReason]
+) -> str:
     """Return the reason why layers moved and were never observed, where nothing bypassed hooks.
 
     Args:
         hooks: The hooks of the layers' optimizer.
         first: The copies of the layers' weights from when the optimizer was attached.
-        others_seen: True if other layers of the optimizer were part of an observed step.
+        seen: Names of the layers that were part of an observed step.
+        skipped: Reasons for which steps were skipped that were to be observed.
     """
     if not hooks.index:
         return (
             f"step() of {first.kind} was never called; other code changes these weights, such as a "
             "step under another name, or a swap with averaged weights"
         )
-    if others_seen:
+    if any(name in seen for name in first.names):
         return "they had no gradient in the observed steps; observe more steps"
+    if "no gradients" in skipped:
+        return (
+            f"the steps of {first.kind} found no gradients in .grad, where AltGrad reads them, and "
+            "count as skipped; observe more steps, or an optimizer that steps by .grad"
+        )
     return f"no step of {first.kind} was observed; observe more steps"

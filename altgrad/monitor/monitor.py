@@ -18,6 +18,7 @@ for 2 and 3.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import weakref
 from collections import Counter
@@ -42,6 +43,7 @@ from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.step_record import StepRecord, step_record
 from altgrad.measurement.twin_figures import TwinValues
 from altgrad.measurement.twin_parts import TwinShare
+from altgrad.monitor.backward_steps import BackwardSteps, has_gradients
 from altgrad.monitor.bypass import BypassDetector
 from altgrad.monitor.describe import describe_layers
 from altgrad.monitor.engine import Engine
@@ -53,14 +55,17 @@ from altgrad.monitor.policy import StepPolicy
 from altgrad.monitor.run_storage import describe_storage
 from altgrad.monitor.scale_state import ScaleState
 from altgrad.monitor.schedule import StepSchedule
+from altgrad.monitor.start_weights import StartWeights
 from altgrad.monitor.twin_layers import TwinLayers, count_most_sampled
 from altgrad.monitor.unjudged import leave_out_unjudged
 from altgrad.monitor.watch import Watch
 from altgrad.observation import SkipReason, StepObserver, StepOutcome
+from altgrad.observation.bypass_reason import is_stepped_in_backward
 from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.parameter_names import ParameterRegistry
 from altgrad.observation.rules import TWIN_ELEMENTS, LayerSampling, SamplingRule
 from altgrad.observation.snapshots import Copies, Memory, Request
+from altgrad.observation.step_hooks import find_backward_pass
 from altgrad.observation.stored import get_stored_formats
 from altgrad.quantization.block_formats import Formats, get_formats
 from altgrad.quantization.format_set import FormatSet
@@ -84,6 +89,9 @@ That is sqrt(0.5 · 0.5 / 1024); benchmarks/README.md has measurements.
 _STATE = ("formats", "ever_moved", "scales", "last_seen", "skipped", "budgets")
 """Entries of `UpdateMonitor.state_dict` that each version of AltGrad has written."""
 
+_UNKNOWN = (math.nan, math.nan)
+"""The time to observe a step and the mean time of a training step, in seconds, if unknown."""
+
 _NO_TWINS: Mapping[str, Any] = {"lanes": [], "resynchronised": {}, "sum_rounding": {}}
 """The state of twins, samples that are stepped as recipes say, that begin anew."""
 
@@ -96,6 +104,9 @@ class UpdateMonitor:
     The training itself is unchanged. An error in the monitor ends the observation with one warning.
     Small layers are measured in full. Large layers are sampled: a sample is drawn once, so that the
     same elements are measured at every step.
+
+    Optimizers may step inside the backward pass, one for each parameter. The steps of one backward
+    pass are then one training step: one record, and one in `every_n_steps`.
 
     Examples:
         >>> import torch
@@ -210,6 +221,7 @@ class UpdateMonitor:
             warns_about_omissions=bool(recipes),
         )
         self._twins = Twins(chosen, layers, self._lock, strict=strict)
+        self._starts = StartWeights(layers)  # of use without twins
         if registry.module is not None:
             for name in ("running_mean", "running_var"):
                 self._twins.watch_average(BatchStatistic(name, registry.module, registry.names))
@@ -234,7 +246,8 @@ class UpdateMonitor:
             self._warn,
             TwinPlan([*(recipe.name for recipe in chosen), NOW] if chosen else (), most),
         )
-        self._bypasses = BypassDetector(self._watch.find_stepped, lambda: self.parameters)
+        self._backward = BackwardSteps()
+        self._bypasses = BypassDetector(registry, self._watch.find_stepped, lambda: self.parameters)
         self._known_losses = KnownLosses(
             self._watch.find_stepped,
             self._warn,
@@ -387,6 +400,8 @@ class UpdateMonitor:
             self._loaded = None
         self._observer.attach(*optimizers, scaler=scaler)
         self._twins.attach(self._observer.optimizers)
+        if not self.recipes:
+            self._starts.begin(self._observer.optimizers)
         self._twins.note_batches()
         self._bypasses.begin(self._observer.hooks)
         for notice in leave_out_unjudged(
@@ -453,8 +468,11 @@ class UpdateMonitor:
         Raises:
             Exception: If `strict`, an error of the last step that no later step has raised.
         """
-        bypasses = self._describe_bypasses()
+        self._end_backward_step()
+        self._backward = BackwardSteps()
+        bypasses = self._describe_bypasses() or self._describe_skipped()
         self._observer.detach()
+        self._bypasses.end()
         self._engine.free_arenas()
         self._twins.release()
         for notice in bypasses:  # last: where warnings are errors, the hooks must be gone
@@ -483,7 +501,7 @@ class UpdateMonitor:
             A notice for each optimizer with such layers, which says why.
         """
         hooks, parameters = self._observer.hooks, self._observer.parameters
-        unseen = self._bypasses.find_unseen(hooks, parameters, self._last_seen)
+        unseen = self._bypasses.find_unseen(hooks, parameters, self._last_seen, self.skipped)
         return [f"never observed {few(names)}: {reason}" for names, reason in unseen]
 
     def __enter__(self) -> UpdateMonitor:  # noqa: PYI034 - typing has Self only from Python 3.11 on
@@ -512,6 +530,7 @@ class UpdateMonitor:
             A dict of plain data and tensors, equal on all ranks. Any number of ranks can restore
             it. Its ``ever_moved`` is empty if other ranks have not called this method.
         """
+        self._end_backward_step()
         return {
             "formats": self._formats.names,
             "ever_moved": self._history() if self._loaded is None else dict(self._loaded),
@@ -521,6 +540,7 @@ class UpdateMonitor:
             "skipped": dict(self.skipped),
             "budgets": self._policy.state_dict(),
             "twins": self._gather_twins(),
+            "starts": self._starts.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -563,6 +583,8 @@ class UpdateMonitor:
         self._policy.load_state_dict(state["budgets"])
         if "twins" in state:  # states of version 0.1.0 have none
             self._twins.load_state_dict(state["twins"])
+        if not self.recipes:
+            self._starts.load_state_dict(state.get("starts", {}))
 
     # --- one step
 
@@ -575,24 +597,81 @@ class UpdateMonitor:
         Args:
             index: Number of steps of the optimizer since it was attached, before this one.
         """
-        # If the schedule raises, observe the step: its end is where errors of ranks are combined.
-        wanted = True
-        with self._peers.hold_errors():
-            wanted = self._policy.is_wanted(index)
-        if not wanted:
-            return False
         optimizer = self._observer.asking  # the observer passes the index of the step alone
-        # A step beyond the overhead budget involves no other rank: all ranks decide this alike.
-        if not self._policy.is_paid_for(optimizer, index):
+        if not self._decide(optimizer, index):
             return False
+        self._check_sharding(optimizer)
         with self._lock, self._policy.observing():
             are_new = self._peers.before_step(optimizer)
             if self._scale_state.prepare(self._stepped, self._peers, are_new=are_new):
                 self._change_scales()
         return True
 
+    def _check_sharding(self, optimizer: Optimizer) -> None:
+        """Raise an error if the layers of an optimizer were sharded after `attach`.
+
+        accelerate, for example, gives an optimizer sharded parameters in ``prepare``.
+
+        Raises:
+            RuntimeError: The layers were sharded.
+        """
+        groups = optimizer.param_groups if isinstance(self._peers, Alone) else ()
+        if not any(is_sharded(parameter) for group in groups for parameter in group["params"]):
+            return
+        if any(map(is_sharded, self._watch.find_stepped([optimizer]).values())):  # and not others
+            raise RuntimeError(
+                f"the layers of {type(optimizer).__name__} were sharded after attach(); shard the "
+                "module first, as by fully_shard or accelerate's prepare(), then call attach()"
+            )
+
+    def _decide(self, optimizer: Optimizer, index: int) -> bool:
+        """Return True if the coming step is to be observed.
+
+        All steps of one training step inside a backward pass get the same answer.
+
+        Args:
+            optimizer: The optimizer that is about to step.
+            index: Number of its steps before this one.
+        """
+        steps = self._backward
+        if find_backward_pass() is None:
+            # After its steps in backward, the step of an optimizer that loops call does nothing.
+            if steps.has(optimizer) and not has_gradients(optimizer):
+                return False
+            steps.leave(optimizer)
+            return self._is_affordable(optimizer, index)
+        with self._lock:
+            if steps.begins(optimizer):
+                self._end_backward_step()
+                steps.begin(optimizer)
+                steps.is_observed = self._is_affordable(steps.leader or optimizer, steps.index)
+                steps.expected = self._find_in_backward() if steps.is_observed else ()
+            steps.join(optimizer)
+        return steps.is_observed
+
+    def _find_in_backward(self) -> list[str]:
+        """Return the names of the layers that are due and may be stepped in a backward pass."""
+        return [
+            name
+            for name, parameter in self._watch.find_stepped(self._observer.optimizers).items()
+            if parameter.requires_grad
+            and is_stepped_in_backward(parameter)
+            and self._should_copy(name, self._backward.index)
+        ]
+
+    def _is_affordable(self, optimizer: Optimizer, index: int) -> bool:
+        """Return True if the schedule includes a step, and the overhead budget allows it."""
+        # If the schedule raises, observe the step: its end is where errors of ranks are combined.
+        wanted = True
+        with self._peers.hold_errors():
+            wanted = self._policy.is_wanted(index)
+        # A step beyond the overhead budget involves no other rank: all ranks decide this alike.
+        return wanted and self._policy.is_paid_for(optimizer, index)
+
     def _should_copy(self, name: str, index: int) -> bool:
         """Return True if the interval of a layer has passed, so that the step measures it."""
+        if find_backward_pass() is not None:
+            index = self._backward.index
         return self._settings.is_due(name, index, self._last_seen.get(name, index))
 
     def _elements(self, name: str, parameter: Tensor) -> Tensor | None:
@@ -616,20 +695,45 @@ class UpdateMonitor:
         The sums that were measured, such as that of the squared updates of each layer, are added up
         over all ranks. A step that was skipped, or had an error, ends here, too.
         """
-        optimizer, index = outcome.optimizer, outcome.index
+        optimizer, index, steps = outcome.optimizer, outcome.index, self._backward
+        is_part = steps.has(optimizer)  # of a training step
         with self._lock, self._policy.observing(outcome.copy_seconds):
-            seconds = self._policy.seconds(optimizer, index)  # before this step adds to them
+            # Before this step adds to them. A training step in backward has its own, at its end.
+            seconds = _UNKNOWN if is_part else self._policy.seconds(optimizer, index)
             if self._scale_state.settle(self._stepped, self._peers):
                 self._change_scales()
             local = self._measure(outcome, seconds)
             record = self._record(index, self._peers.combine(optimizer, index, local))
             if record is None:
                 return
-            self._note(optimizer, record)
-            if self._on_record is not None:
-                with self._peers.hold_errors():
-                    self._on_record(record)
-        self._policy.mark_end(optimizer, index)
+            if is_part:
+                steps.add(record)
+            else:
+                self._show(optimizer, record)
+        if not is_part:
+            self._policy.mark_end(optimizer, index)
+        elif steps.is_complete:
+            self._end_backward_step()
+
+    def _end_backward_step(self) -> None:
+        """Show the steps that were observed in the current backward pass as one record."""
+        steps = self._backward
+        if steps.leader is None:
+            return
+        with self._lock, self._policy.observing():
+            seconds = self._policy.seconds(steps.leader, steps.index)
+            record = steps.take_record(self._observer.names, seconds)
+            if record is None:
+                return
+            self._show(steps.leader, record)
+        self._policy.mark_end(steps.leader, steps.index)
+
+    def _show(self, optimizer: Optimizer, record: StepRecord) -> None:
+        """Note the record of a training step, and pass it to `on_record`."""
+        self._note(optimizer, record)
+        if self._on_record is not None:
+            with self._peers.hold_errors():
+                self._on_record(record)
 
     def _measure(self, outcome: StepOutcome, seconds: tuple[float, float]) -> StepSums:
         """Return the sums of a step on this rank, with one copy to the host, or its error.
@@ -639,14 +743,19 @@ class UpdateMonitor:
             seconds: Time to observe the last observed step and mean time of a training step, in
                 seconds.
         """
-        optimizer, shown, twins = outcome.optimizer, outcome.shown, []
+        optimizer, shown, twins, moves = outcome.optimizer, outcome.shown, [], []
         with self._peers.hold_errors():
             twins = self._twins.measure(optimizer, shown) if shown else []
+            moves = self._starts.measure(optimizer, shown)
         others = [numbers for each in twins for numbers in each.tensors]
+        others += [each.values for each in moves]
         local = self._engine.measure(outcome, seconds, others)
         share = TwinShare()
         with self._peers.hold_errors():
-            share = self._twins.read(optimizer, twins, local.others)
+            if moves:
+                share = self._starts.read(moves, local.others)
+            else:
+                share = self._twins.read(optimizer, twins, local.others)
         return local._replace(twins=share)
 
     def _record(self, index: int, step: StepSums) -> StepRecord | None:
@@ -760,11 +869,24 @@ class UpdateMonitor:
         """Return a notice for each optimizer whose layers move without calls of its hooks."""
         try:
             self._observer.registry.read()  # the module may have been sharded since `attach`
-            found = self._bypasses.find_bypasses(self._observer.hooks, self._observer.parameters)
+            changed = [name for name, times in self._twins.resynchronised.items() if times > 1]
+            found = self._bypasses.find_bypasses(
+                self._observer.hooks, self._observer.parameters, changed
+            )
         except Exception as error:  # noqa: BLE001 - such as an error of a failed device
             _logger.debug("weights could not be compared: %r", error)
             return []
         return [f"cannot see what moves {few(names)}: {reason}" for names, reason in found]
+
+    def _describe_skipped(self) -> list[str]:
+        """Return notices of layers that moved although all steps were skipped without gradients."""
+        if self.latest is not None or not self.skipped["no gradients"]:
+            return []
+        try:
+            return self.describe_unseen()
+        except Exception as error:  # noqa: BLE001 - such as an error of a failed device
+            _logger.debug("weights could not be compared: %r", error)
+            return []
 
     def _leave_out_unseen(self, names: Sequence[str], why: str) -> None:
         """Warn that some layers cannot be observed, and `why`."""

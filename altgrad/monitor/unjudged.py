@@ -46,7 +46,7 @@ def leave_out_unjudged(
     Returns:
         An iterator over notices for the user.
     """
-    remedy = "read unmoved_frac" + (" and progress_kept/now" if has_twins else "")
+    remedy = "read moved_since_start_frac/now" + (" and progress_kept/now" if has_twins else "")
     for name, parameter in watch.parameters.items():
         if (element := stored.get(parameter)) is not None:
             yield from _leave_out_formats(name, element, watch.formats, settings, remedy)

@@ -9,12 +9,12 @@ Read `optimizers` and `step_hooks` first. `altgrad.monitor.bypass` finds weights
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from altgrad.observation.optimizers import find_wrapped
+from altgrad.observation.optimizers import USE_FSDP2, find_wrapped, is_flattened
 from altgrad.observation.step_hooks import was_hooked
 
 
@@ -36,15 +36,9 @@ def find_bypass_reason(
         that swaps or edits weights itself.
     """
     if optimizer is not None and hasattr(optimizer, "first_step"):
-        return (
-            f"{kind} steps by first_step() and second_step(), which call no hooks; attach the "
-            "optimizer that it wraps"
-        )
+        return _explain_two_steps(kind)
     if any(map(is_stepped_in_backward, moved)):
-        return (
-            "their gradients have hooks inside the backward pass, where an optimizer steps that is "
-            "not attached; attach each optimizer that these hooks step"
-        )
+        return explain_steps_in_backward()
     if found := find_other_optimizers(moved, attached):
         others = ", ".join(sorted({*found.values()}))
         if optimizer is None:
@@ -59,6 +53,76 @@ def find_bypass_reason(
             "override step() in a class instead"
         )
     return None
+
+
+def explain_other_steps(
+    kind: str, stepped: Sequence[Tensor], attached: Sequence[tuple[str, Optimizer | None]]
+) -> str:
+    """Return why the steps of an optimizer that is not attached were not observed, and the remedy.
+
+    Args:
+        kind: Name of the class of this optimizer.
+        stepped: The parameters that it has stepped.
+        attached: The attached optimizers that have some of the parameters, each with the name of
+            its class; None in place of one that was garbage-collected.
+
+    Returns:
+        The reason and the remedy, for a warning.
+    """
+    if any(map(is_stepped_in_backward, stepped)):
+        return explain_steps_in_backward(kind)
+    if not attached:
+        return f"{kind} has these layers and is not attached; attach it"
+    if two_steps := [each for each, one in attached if hasattr(one, "first_step")]:
+        return _explain_two_steps(two_steps[0])
+    if gone := [each for each, one in attached if one is None]:
+        return (
+            f"the {gone[0]} that was attached no longer exists, and {kind} has these layers; "
+            "attach each optimizer that is made anew"
+        )
+    return f"{kind} has these layers, too, and is not attached; attach it"
+
+
+def explain_lost_layers(
+    kind: str, parameters: Iterable[Tensor], are_sharded: bool, are_moved: bool
+) -> str | None:
+    """Return why an attached optimizer no longer has the layers that it had, with the remedy.
+
+    Args:
+        kind: Name of the optimizer's class.
+        parameters: All parameters of the module, as it has them now.
+        are_sharded: True if the layers have become DTensors since.
+        are_moved: True if the weights of the layers have changed since.
+
+    Returns:
+        The reason and the remedy, for a warning. None if nothing points to a reason, as after code
+        that takes a layer out of the training.
+    """
+    if are_sharded:
+        return "they were sharded after attach(); shard the module first, then call attach()"
+    if any(map(is_flattened, parameters)):
+        return f"they were wrapped in FSDP1 after attach(); {USE_FSDP2}, then call attach()"
+    if are_moved:
+        return (
+            f"{kind} no longer has them in its param_groups, and steps copies of them, as in "
+            "DeepSpeed ZeRO and apex; such steps cannot be observed: train with fully_shard or DDP"
+        )
+    return None
+
+
+def explain_steps_in_backward(kind: str = "an optimizer") -> str:
+    """Return the reason and the remedy for layers that are stepped inside the backward pass."""
+    return (
+        f"their gradients have hooks inside the backward pass, where {kind} steps that is not "
+        "attached; attach each optimizer that these hooks step"
+    )
+
+
+def _explain_two_steps(kind: str) -> str:
+    return (
+        f"{kind} steps by first_step() and second_step(), which call no hooks; attach the "
+        "optimizer that it wraps"
+    )
 
 
 def find_other_optimizers(

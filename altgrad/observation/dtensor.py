@@ -6,7 +6,7 @@ torch.distributed, so that a run on one device does not load that package.
 A module under fully_shard has two sets of parameters. The optimizer steps DTensors, which hold the
 shards. A forward pass puts whole parameters in their place, which are freed afterwards.
 
-`parameter_names` comes next: it calls `register_shards` before it reads names.
+`readable` comes next. `parameter_names` calls `register_shards` before it reads names.
 
 References:
     https://docs.pytorch.org/docs/stable/distributed.tensor.html

@@ -282,6 +282,8 @@ class StepObserver:
         for each in find_scalers(optimizers, scaler):
             self._attached.listen(each, self._count_skip_by_scaler)
         self._stopped = False
+        for name, reason in self.registry.unreadable.items():
+            self._notices.give_once(f"leaves out {name}: {reason}")
         return self
 
     def check(self, *optimizers: Any, scaler: GradScaler | None = None) -> list[Optimizer]:
@@ -298,8 +300,7 @@ class StepObserver:
             self._attached.remove_all()
         self._attached.forget_collected()
         check_scaler(scaler)
-        if self.registry.module is not None:
-            check_unsharded(self.registry.module)
+        check_unsharded(self.registry.module, self.registry.names)
         attached = {*self.optimizers}
         # dict.fromkeys removes duplicates and keeps the order.
         new = [each for each in dict.fromkeys(map(unwrap, optimizers)) if each not in attached]

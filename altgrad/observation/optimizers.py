@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,12 @@ from torch.optim import Optimizer
 from altgrad._messages import few
 from altgrad.observation.step_hooks import count_step_calls
 
+USE_FSDP2 = (
+    "use FSDP2: torch.distributed.fsdp.fully_shard(module), before the optimizer is made; in "
+    "Lightning strategy=ModelParallelStrategy(), with fully_shard in configure_model(); in "
+    "accelerate FullyShardedDataParallelPlugin(fsdp_version=2)"
+)
+"""What to do in place of FSDP1, as a part of an error."""
 _MAX_WRAPPERS = 8  # against endless loops: some objects are their own `.optimizer`
 
 
@@ -123,6 +129,12 @@ def check_observable(
     kind = type(optimizer).__name__
     if count_step_calls(optimizer):
         raise RuntimeError(f"a step of {kind} is under way: attach before or after it")
+    if hasattr(optimizer, "fused_backward"):
+        raise ValueError(
+            f"{kind} steps by fused_backward(), inside the backward pass and without hooks, which "
+            "cannot be observed; observe a run with the optimizer whose memory it saves: SGD in "
+            "place of LOMO, Adafactor in place of AdaLOMO"
+        )
     if not stepped:
         raise ValueError(
             f"{kind} steps none of the observed parameters: expected an optimizer of the observed "
@@ -140,25 +152,36 @@ def check_observable(
         )
 
 
-def check_unsharded(module: nn.Module) -> None:
-    """Raise an error for a module in FullyShardedDataParallel (FSDP1).
+def check_unsharded(module: nn.Module | None, parameters: Iterable[Tensor]) -> None:
+    """Raise an error for a module in FullyShardedDataParallel (FSDP1), or inside of one.
 
     The parameters of FSDP1 are flat shards, each of several layers, or views of these.
 
     Args:
-        module: The module that is to be observed.
+        module: The module that is to be observed; None if only its parameters are known.
+        parameters: The parameters that are to be observed.
 
     Raises:
-        ValueError: The module contains a FullyShardedDataParallel.
+        ValueError: The module contains a FullyShardedDataParallel, or parameters belong to one.
     """
     # torch.distributed.fsdp is not imported here: without it, there is no such module.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     wrapper = getattr(fsdp, "FullyShardedDataParallel", ())
-    if any(isinstance(each, wrapper) for each in module.modules()):
+    modules = () if module is None else module.modules()
+    if any(isinstance(each, wrapper) for each in modules) or any(map(is_flattened, parameters)):
         raise ValueError(
             "the module is wrapped in FullyShardedDataParallel (FSDP1), whose parameters are flat "
-            "shards without layers, which cannot be observed; use fully_shard (FSDP2)"
+            f"shards without layers, which cannot be observed; {USE_FSDP2}"
         )
+
+
+def is_flattened(parameter: Tensor) -> bool:
+    """Return True for a flat parameter of FSDP1, and for a view of one.
+
+    A module inside of the wrapper has such views under the names of its layers.
+    """
+    # There is no public name: torch/distributed/fsdp/_flat_param.py, `_set_fsdp_flattened`.
+    return bool(getattr(parameter, "_fsdp_flattened", False))
 
 
 def check_not_in_backward(

@@ -3,7 +3,7 @@
 `parameter_names` reads the names once. `ParameterRegistry` keeps them, and reads them again when an
 optimizer steps an unknown parameter.
 
-Read `dtensor` first; `snapshots` comes next.
+Read `readable` first; `snapshots` comes next.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from altgrad.observation.dtensor import register_shards
+from altgrad.observation.readable import find_unreadable
 
 # Attributes in which wrappers keep the module that they wrap, and which are thus part of the names
 # of its parameters. They are private names of torch, which no user gives to a module.
@@ -24,10 +26,17 @@ _WRAPPED = {
     "_fpw_module",  # FSDP1 of older versions of torch
     # Activation checkpointing: torch/distributed/algorithms/_checkpoint/checkpoint_wrapper.py
     "_checkpoint_wrapped_module",
+    # Fabric: lightning/fabric/wrappers.py, _FabricModule
+    "_forward_module",
+    "_original_module",
 }
 # These wrappers keep the module in the attribute `module`. Users, too, call their modules so: the
 # part `module` is removed from a name only directly below one of these wrappers.
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_OTHER_WRAPPERS = {("deepspeed", "DeepSpeedEngine")}  # by package and class, not imported here
+# torch.nn.utils.parametrize keeps the weight of a module as `parametrizations.weight.original`, or
+# as `original0`, `original1`, …: torch/nn/utils/parametrize.py, ParametrizationList
+_PARAMETRIZATIONS = "parametrizations"
 
 
 class ParameterRegistry:
@@ -38,6 +47,8 @@ class ParameterRegistry:
 
     Attributes:
         module: The module; None if `source` is pairs.
+        unreadable: The names of parameters that are left out, because their class lacks an
+            operation that observing needs; with the reason.
 
     Raises:
         TypeError: `source` is neither a module nor pairs.
@@ -48,9 +59,11 @@ class ParameterRegistry:
         self.module = source if isinstance(source, nn.Module) else None
         if self.module is not None:
             register_shards(self.module)
-        self._names = parameter_names(source)
+        self.unreadable: dict[str, str] = {}
+        self._names = self._leave_out_unreadable(parameter_names(source))
         if not self._names:
-            raise ValueError("there is no parameter to observe, neither in a module nor as pairs")
+            whole = "that can be read" if self.unreadable else "to observe"
+            raise ValueError(f"there is no parameter {whole}, neither in a module nor as pairs")
         # For each optimizer, the parameters that it steps and the module does not have. Without
         # this record, each step would read all names again to look for these parameters.
         self._nameless: WeakKeyDictionary[Optimizer, set[Tensor]] = WeakKeyDictionary()
@@ -69,7 +82,12 @@ class ParameterRegistry:
         """Read the names of the module again, since its parameters may have changed."""
         if self.module is not None:
             register_shards(self.module)
-            self._names = parameter_names(self.module)
+            self._names = self._leave_out_unreadable(parameter_names(self.module))
+
+    def _leave_out_unreadable(self, names: dict[Tensor, str]) -> dict[Tensor, str]:
+        errors = find_unreadable(names)
+        self.unreadable |= {names[each]: error for each, error in errors.items()}
+        return {each: name for each, name in names.items() if each not in errors}
 
     def find_stepped(self, optimizer: Optimizer) -> list[tuple[str, Tensor, bool]]:
         """Return the parameters that an optimizer steps, in the order of its groups.
@@ -103,8 +121,13 @@ class ParameterRegistry:
 def parameter_names(source: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[Tensor, str]:
     """Return a unique name for each parameter, without parts that wrappers add.
 
-    Such parts are ``_orig_mod.`` of `torch.compile` and ``module.`` of DistributedDataParallel. A
-    parameter with several names, as tied weights have, gets the first of them. If two parameters
+    Such parts are ``_orig_mod.`` of `torch.compile`, ``module.`` of DistributedDataParallel and
+    DeepSpeed, and ``_forward_module.`` of Fabric. A weight under a parametrization has its own name
+    again: ``parametrizations.weight.original`` is ``weight``, and one of several parts, such as
+    ``original0``, is ``weight.original0``. The prefix ``base_model.model.`` of peft stays, as in
+    its checkpoints; patterns of rules match without it, too.
+
+    A parameter with several names, as tied weights have, gets the first of them. If two parameters
     would have the same name, the name of the later one ends in ``-2``.
 
     Args:
@@ -146,12 +169,21 @@ def _is_pair(entry: object) -> bool:
 
 
 def _find_added_paths(module: nn.Module) -> set[str]:
-    """Return the paths of modules that DataParallel or DDP wraps: ``a.module``."""
-    return {
-        f"{path}.module" if path else "module"
-        for path, wrapper in module.named_modules()
-        if isinstance(wrapper, _WRAPPERS)
-    }
+    """Return the paths that wrappers add: ``a.module`` of DDP, ``a.parametrizations`` of torch."""
+    paths = set()
+    for path, each in module.named_modules():
+        start = f"{path}." if path else ""
+        if isinstance(each, _WRAPPERS) or _OTHER_WRAPPERS & _list_classes(each):
+            paths.add(f"{start}module")
+        if is_parametrized(each):
+            paths.add(f"{start}{_PARAMETRIZATIONS}")
+            paths.update(f"{start}{_PARAMETRIZATIONS}.{w}.original" for w in each.parametrizations)
+    return paths
+
+
+def _list_classes(module: nn.Module) -> set[tuple[str, str]]:
+    """Return the package and the name of the class of a module, and of each of its base classes."""
+    return {(each.__module__.split(".")[0], each.__name__) for each in type(module).__mro__}
 
 
 def _strip_wrappers(name: str, added: set[str]) -> str:

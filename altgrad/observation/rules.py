@@ -21,6 +21,9 @@ from altgrad._messages import check_int, check_type, format_count
 # https://docs.python.org/3/library/difflib.html#difflib.get_close_matches
 _NEAR_CUTOFF = 0.6
 _MOST_SUGGESTED = 3
+# The models of peft have it before each name: peft/peft_model.py, and peft/tuners/tuners_utils.py,
+# which keep the model in the attributes `base_model` and `model`.
+_PEFT_PREFIX = "base_model.model."
 
 TWIN_ELEMENTS = 256
 """Default maximum number of elements of each layer that twins step.
@@ -37,7 +40,8 @@ class SamplingRule:
 
     Args:
         layers: A glob pattern for the whole name of a layer, case-sensitive. ``*`` matches any
-            characters including dots, ``?`` one character, and ``[ab]`` one of those listed.
+            characters including dots, ``?`` one character, and ``[ab]`` one of those listed. The
+            prefix ``base_model.model.`` of names in peft may be left out.
         enabled: If False, do not observe the layers.
         every_n_steps: Interval between observed steps, in optimizer steps, at least 1.
         max_elements: Maximum number of elements observed in each layer, at least 1; ``"all"`` for
@@ -89,8 +93,13 @@ formats=None, twin_elements=None)
             object.__setattr__(self, "formats", _check_formats(self.formats))
 
     def matches(self, name: str) -> bool:
-        """Return True if the pattern matches the whole name of a layer."""
-        return fnmatchcase(name, self.layers)
+        """Return True if the pattern matches the whole name of a layer.
+
+        A name that peft made is matched without its prefix ``base_model.model.``, too.
+        """
+        return any(
+            fnmatchcase(each, self.layers) for each in {name, name.removeprefix(_PEFT_PREFIX)}
+        )
 
 
 @dataclass(frozen=True)

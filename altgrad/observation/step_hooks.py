@@ -21,7 +21,7 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -38,6 +38,7 @@ _Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwarg
 # For each optimizer, its hooks. The entry outlives the hooks, so that `was_hooked` can tell.
 _HOOKS: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[StepHooks[Any]]]
 _HOOKS = weakref.WeakKeyDictionary()
+_STEPS_ENDED = [0]  # in all of the process
 
 
 def is_hooked(optimizer: Optimizer) -> bool:
@@ -48,6 +49,11 @@ def is_hooked(optimizer: Optimizer) -> bool:
 def was_hooked(optimizer: Optimizer) -> bool:
     """Return True if an optimizer has or had `StepHooks`: something observes its steps, or did."""
     return optimizer in _HOOKS
+
+
+def count_observed_steps() -> int:
+    """Return how many steps all `StepHooks` of this process have seen end."""
+    return _STEPS_ENDED[0]
 
 
 class StepHooks(Generic[Captured]):
@@ -197,6 +203,7 @@ class StepHooks(Generic[Captured]):
             captured, self._captured = self._captured, None
             self._finish(self, optimizer, captured)
         self.index += 1
+        _STEPS_ENDED[0] += 1
 
 
 def _exclude_from_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -267,13 +274,29 @@ def count_step_calls(optimizer: Optimizer) -> int:
     """
     # The stack is read, because counting in hooks would fail: a step that raises an error calls no
     # hook at its end.
-    depth = 0
+    return sum(each is optimizer for each in find_stepping())
+
+
+def find_backward_pass() -> int | None:
+    """Return a number of the backward pass that is running in this thread; None outside of one."""
+    # torch has no public name for it: torch/utils/checkpoint.py uses it in the same way.
+    number: int = torch._C._current_graph_task_id()  # noqa: SLF001
+    return None if number < 0 else number
+
+
+def find_stepping() -> Iterator[Optimizer]:
+    """Yield the optimizer of each call of a `step` that is running in this thread, innermost first.
+
+    Returns:
+        An iterator over optimizers, with one entry for each call.
+    """
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - the documented way to the stack
     while frame is not None:
         code = frame.f_code
         # The function that torch wraps around every `step`, which has no public name:
         # torch/optim/optimizer.py, Optimizer.profile_hook_step.
         if code.co_name == "wrapper" and code.co_filename == torch_optimizer.__file__:
-            depth += frame.f_locals.get("self") is optimizer
+            optimizer = frame.f_locals.get("self")
+            if optimizer is not None:
+                yield optimizer
         frame = frame.f_back
-    return depth

@@ -231,8 +231,8 @@ def write_storage(run: Run, runs: Mapping[str, RunAdvice]) -> str:
     if is_low(run.layers, runs):
         if NOW not in runs:
             return (
-                f"{stored}. What that loses is unknown without twins: read unmoved_frac, or pass "
-                "recipes=['bf16-sr'] to the monitor."
+                f"{stored}. What that loses is unknown without twins: read "
+                f"moved_since_start_frac/{NOW}, or pass recipes=['bf16-sr'] to the monitor."
             )
         rounded = "" if any(map(_is_low_dtype, dtypes)) else _describe_rounding(run.now)
         return f"{stored}{rounded}. “now” is what the run keeps, the rest what it would keep:"

@@ -75,7 +75,7 @@ UNMOVED = "unmoved"
 """Heading of a column with the mean unmoved_frac of each layer."""
 UNMOVED_MEANING = (
     "unmoved_frac, the share of single updates that moved no weight; high without a loss under "
-    "stochastic rounding or Kahan: “now” counts"
+    "stochastic rounding or Kahan: “now” counts, or moved_since_start_frac/now without twins"
 )
 """Meaning of the column `UNMOVED`, for legends."""
 KEPT_MEANING = (

@@ -9,6 +9,7 @@ The module `confirmation` comes next and sets the figures of both beside each ot
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from altgrad.measurement.catalogue import NOW
@@ -134,7 +135,11 @@ def describe_no_match(a: Run, b: Run) -> list[str]:
 
 def has_own_figures(run: Run) -> bool:
     """Return True if a run compares itself with float32, because its weights are stored low."""
-    return _has_figures(run, NOW)
+    if run.recipes:
+        return _has_figures(run, NOW)
+    # Without recipes, a run in 16 bits has the keys, and no values.
+    figures = (row.figures.get(f"{m}/{NOW}", math.nan) for row in run.rows for m in SHARES)
+    return not all(map(math.isnan, figures))
 
 
 def list_predicted(run: Run) -> list[str]:

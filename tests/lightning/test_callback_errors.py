@@ -261,6 +261,17 @@ def test_a_module_without_parameters_gives_a_warning_and_trains(tmp_path: Path) 
     assert run.global_step == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*returned .None., this fit will run with no optimizer")
+def test_a_module_without_an_optimizer_gives_a_warning(tmp_path: Path) -> None:
+    class Idle(Net):
+        def configure_optimizers(self) -> None:
+            return None
+
+    run = trainer(tmp_path, PrecisionMonitor(every_n_steps=1))
+    with pytest.warns(UserWarning, match=r"observe this run.*configure_optimizers\(\) of the mod"):
+        run.fit(Idle(), batches(2))
+
+
 # --- runs without an observed step
 
 
@@ -277,6 +288,25 @@ def test_the_warning_counts_the_skipped_steps_by_reason(tmp_path: Path) -> None:
 
     with pytest.warns(UserWarning, match="observed no step: all were skipped, .'no gradients': 3"):
         trainer(tmp_path, PrecisionMonitor(every_n_steps=1)).fit(Nothing(), batches(3))
+
+
+def test_the_warning_of_skipped_steps_says_that_layers_moved(tmp_path: Path) -> None:
+    class InBackward(Net):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            def step(parameter: Tensor) -> None:
+                parameter.data.sub_(parameter.grad, alpha=0.1)
+                parameter.grad = None
+
+            for parameter in self.parameters():
+                parameter.register_post_accumulate_grad_hook(step)
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with pytest.warns(UserWarning, match="PrecisionMonitor") as caught:
+        trainer(tmp_path, PrecisionMonitor(every_n_steps=1)).fit(InBackward(), batches(3))
+    texts = [str(each.message) for each in caught]
+    expected = "observed no step: all were skipped, {'no gradients': 3}, and yet layers moved"
+    (number,) = (n for n, text in enumerate(texts) if text.endswith(expected))
+    assert "hooks inside the backward pass" in texts[number + 1]
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to .self.log")

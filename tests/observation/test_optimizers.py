@@ -205,6 +205,42 @@ def test_an_optimizer_of_other_parameters_is_refused() -> None:
     check_observable(sgd(), {"one": torch.ones(1)})  # one observed parameter is enough
 
 
+def test_an_optimizer_that_steps_by_fused_backward_is_refused() -> None:
+    class Lomo(Optimizer):
+        def fused_backward(self, loss: torch.Tensor, lr: float) -> None:
+            raise NotImplementedError
+
+    model = nn.Linear(2, 1)
+    with pytest.raises(
+        ValueError, match=r"^Lomo steps by fused_backward\(\).* SGD in place of LOMO"
+    ):
+        StepObserver(model, print).attach(Lomo(model.parameters(), {}))
+
+
+@pytest.mark.parametrize("kind", ["LOMO", "AdaLOMO"])
+def test_the_optimizers_lomo_and_adalomo_are_refused(kind: str) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = getattr(pytest.importorskip("pytorch_optimizer"), kind)(model)
+    with pytest.raises(ValueError, match=f"^{kind} steps by fused_backward"):
+        StepObserver(model, print).attach(optimizer)
+
+
+@pytest.mark.filterwarnings("ignore:.*NO_SHARD")  # one process, says torch
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_the_module_inside_of_fsdp1_is_refused_with_what_replaces_it(use_orig_params: bool) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    inner = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
+    wrapped = FullyShardedDataParallel(
+        inner, device_id=torch.device("cpu"), use_orig_params=use_orig_params
+    )
+    for observed in (wrapped, inner, [*inner.named_parameters()], nn.Sequential(wrapped)):
+        observer = StepObserver(observed, print)
+        with pytest.raises(ValueError, match=r"FSDP1.*fully_shard\(module\).*fsdp_version=2"):
+            observer.attach(sgd(wrapped))
+
+
 @pytest.mark.usefixtures("process_group")
 def test_the_local_shards_of_fsdp2_are_shown() -> None:
     from torch.distributed.device_mesh import init_device_mesh

@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 # Private, because torch has no public name for the attribute of a wrapper.
 from torch.distributed.fsdp import _common_utils as fsdp, fully_shard
+from torch.nn.utils import parametrizations, parametrize
 from torch.optim import SGD
 
 from altgrad.observation.parameter_names import ParameterRegistry, parameter_names
@@ -104,6 +106,65 @@ def test_a_submodule_that_the_user_named_module_keeps_its_name() -> None:
     assert read_names(holding(module=linear())) == own
     assert read_names(nn.DataParallel(holding(module=linear()))) == own
     assert read_names(holding(module=nn.DataParallel(linear()))) == own
+
+
+@pytest.mark.parametrize("package", ["lightning.fabric", "lightning_fabric"])
+def test_the_parts_that_fabric_adds_are_removed(package: str) -> None:
+    wrappers = pytest.importorskip(f"{package}.wrappers")
+    # Fabric has no public name for the class; `Fabric.setup` makes its objects.
+    wrapped = wrappers._FabricModule(linear(), SimpleNamespace())
+    assert next(name for name, _ in wrapped.named_parameters()) == "_forward_module.weight"
+    assert read_names(wrapped) == PLAIN
+    for inside in (nn.DataParallel(linear()), torch.compile(linear(), backend="eager")):
+        assert read_names(wrappers._FabricModule(inside, SimpleNamespace())) == PLAIN
+
+
+def test_the_part_module_of_deepspeed_is_removed() -> None:
+    # The attribute of the engine: deepspeed/runtime/engine.py.
+    engine = type("DeepSpeedEngine", (nn.Module,), {"__module__": "deepspeed.runtime.engine"})()
+    engine.module = holding(module=linear())
+    assert read_names(engine) == ["module.weight", "module.bias"]
+    child = type("Child", (type(engine),), {})()
+    child.module = linear()
+    assert read_names(holding(a=child)) == ["a.weight", "a.bias"]
+    other = type("DeepSpeedEngine", (nn.Module,), {"__module__": "mine"})()
+    other.module = linear()
+    assert read_names(other) == ["module.weight", "module.bias"]
+
+
+class Scale(nn.Module):
+    """A parametrization with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.ones(1))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.by * weight
+
+
+def test_a_weight_under_a_parametrization_has_its_own_name() -> None:
+    module = holding(a=linear(), b=linear(), c=linear())
+    parametrizations.orthogonal(module.a)
+    parametrizations.weight_norm(module.b)
+    parametrize.register_parametrization(module.c, "weight", Scale())
+    assert "a.parametrizations.weight.original" in dict(module.named_parameters())
+    assert sorted(read_names(module)) == [
+        *("a.bias", "a.weight"),
+        *("b.bias", "b.weight.original0", "b.weight.original1"),
+        *("c.bias", "c.weight", "c.weight.0.by"),
+    ]
+
+
+def test_modules_that_the_user_named_like_a_parametrization_keep_their_names() -> None:
+    module = holding(parametrizations=holding(weight=holding(original=linear())))
+    assert read_names(module)[0] == "parametrizations.weight.original.weight"
+
+
+def test_the_prefix_of_peft_stays() -> None:
+    peft = pytest.importorskip("peft")
+    module = peft.get_peft_model(holding(a=linear()), peft.LoraConfig(target_modules=["a"]))
+    assert "base_model.model.a.lora_A.default.weight" in read_names(module)
 
 
 def test_names_that_collide_are_numbered() -> None:

@@ -123,6 +123,14 @@ def test_the_first_rule_that_matches_wins() -> None:
     assert {layer.every_n_steps for layer in resolved(wide, narrow).values()} == {4}
 
 
+def test_patterns_may_leave_out_the_prefix_of_peft() -> None:
+    name = "base_model.model.head.lora_A.default.weight"
+    for pattern in ("head.*", "base_model.model.head.*", "*.lora_A.*", name):
+        assert SamplingRule(pattern).matches(name), pattern
+    assert not SamplingRule("model.head.*").matches(name)
+    assert not SamplingRule("head.*").matches("my_base_model.model.head.weight")
+
+
 def test_patterns_match_whole_names_and_are_case_sensitive() -> None:
     rule = SamplingRule("[eh]*.weigh?")
     layers = resolved(rule)

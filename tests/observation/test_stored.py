@@ -105,7 +105,9 @@ def test_a_monitor_does_not_judge_formats_that_are_as_fine_as_the_stored_one(
     storage.attach(optimizer, module=model)
     formats = ["fp16", "bf16", "e4m3fn", "mxfp8_e4m3", "e5m2", "mxfp4"]
     monitor = UpdateMonitor(model, formats=formats, strict=True)
-    with pytest.warns(UserWarning, match=r"cannot judge .*bf16.*stores in e?[45bm].*unmoved_frac"):
+    with pytest.warns(
+        UserWarning, match=r"cannot judge .*bf16.*stores in e?[45bm].*moved_since_start_frac"
+    ):
         monitor.attach(optimizer)
     train(model, optimizer, 2)
     for name, figures in monitor.latest.layers.items():

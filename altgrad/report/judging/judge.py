@@ -98,12 +98,19 @@ class Judge:
                 underflow_frac and saturated_frac it is estimated, if the layer's sample is known.
         """
         twins, steps = self._twins.setdefault(layer, {}), self._steps.setdefault(layer, {})
-        for name in dict.fromkeys((NOW, *self._recipes)):
+        for name in self._list_twins():
             if f"{PROGRESS}/{name}" in figures:
                 twins.setdefault(name, TwinTally(name)).add_step(step, figures, errors)
         for name in self._formats:
             if all(f"{metric}/{name}" in figures for metric in STEP_METRICS):
                 steps.setdefault(name, StepTally()).add_step(figures, errors, name)
+
+    def _list_twins(self) -> list[str]:
+        """Return the names of the recipes with twins, and of the run itself if there are any.
+
+        Without twins, a run in 16 bits has a few figures of itself, on which no verdict rests.
+        """
+        return [*dict.fromkeys((NOW, *self._recipes))] if {*self._recipes} - {NOW} else []
 
     def assessment(self) -> Assessment:
         """Return the verdicts on the run and on all layers, judged by the steps added so far."""

@@ -41,7 +41,7 @@ def judge_steps(
     if math.isnan(kept):
         return Verdict.NOT_JUDGED, (
             "no observed step had an update that the format could lose: no weight moved, or the "
-            "weights are stored no finer than the format (then read unmoved_frac)"
+            "weights are stored no finer than the format (then read moved_since_start_frac/now)"
         )
     share = f"{write_percent(never_moved, intervals[NEVER_MOVED])} of the weights that had updates"
     is_frozen = reaches(never_moved, intervals[NEVER_MOVED], _LIMITS.frozen)
