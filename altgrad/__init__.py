@@ -9,7 +9,8 @@ reports how much of each update a format keeps. Most runs need `UpdateMonitor` a
 3. `altgrad.measurement` computes the metrics of a step.
 4. `altgrad.monitor` observes and measures a training run; `altgrad.distributed` combines the sums
    of several ranks.
-5. `altgrad.report` writes and reads run files, and judges them.
+5. `altgrad.report` writes and reads run files, and judges them; `altgrad.output` passes figures to
+   run files and loggers.
 
 `altgrad.recipes` has recipes: how weights and optimizer states are stored. A recipe stores all of
 them, or `altgrad.twins` tries it on a sample of a run's weights. A name is imported on first use,

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 RUN = str(ROOT / "tests" / "golden" / "data" / "altgrad.jsonl")
 
 ROOMS = (
+    "output",
     "report",
     "monitor",
     "distributed",

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
+from altgrad.output import loggers
 from altgrad.report import Assessment, Verdict
 from altgrad.report.cells import MEANINGS, STEP_MEANINGS
-from altgrad_lightning import loggers
 from tests.lightning.assessments import assessment, make_advice, make_run
 from tests.lightning.rendered import as_text, cells, render
 
