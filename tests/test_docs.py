@@ -66,7 +66,7 @@ def setting() -> dict[str, Any]:
     for file in files:
         file.close()
     before = torch.ones(4)
-    trainer = SimpleNamespace(train=lambda: None)
+    trainer = SimpleNamespace(train=lambda: None, callback_handler=SimpleNamespace(callbacks=[]))
     return {
         "model": model,
         "optimizer": optimizer,

@@ -66,7 +66,7 @@ def assert_true(
     layers: Mapping[str, Figures], names: list[str], step: list[tuple[Tensor, Tensor]]
 ) -> None:
     """Compare figures with those of the recorded weights, computed by torch's own bfloat16."""
-    assert [*layers] == names
+    assert {*layers} == {*names}
     for name, (before, after) in zip(names, step, strict=True):
         update = after.double() - before.double()
         rms = update.square().mean().sqrt().item()
