@@ -3,8 +3,8 @@
 `watch` makes a `RunWatch`, which connects two objects. An `UpdateMonitor` turns each observed step
 of the optimizers into a `StepRecord`. An `Output` writes the records to a run file and to loggers.
 
-Read this file first. The files `transformers`, `accelerate` and `fabric` use `RunWatch` each in its
-own way.
+Read this file first. The next file is `transformers`; it, `accelerate` and `fabric` use `RunWatch`
+each in its own way.
 """
 
 from __future__ import annotations
