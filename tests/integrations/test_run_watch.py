@@ -283,3 +283,20 @@ def test_arguments_of_the_monitor_are_passed_on(tmp_path: Path) -> None:
 def test_an_unknown_optimizer_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="optimizer=object: expected a torch"):
         altgrad.watch(nn.Linear(2, 2), object(), tmp_path)
+
+
+def test_steps_that_a_scaler_skips_are_counted(tmp_path: Path) -> None:
+    model, optimizer = make_training()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    run = altgrad.watch(model, optimizer, tmp_path, formats=FORMAT, every_n_steps=1, scaler=scaler)
+    for batch in range(3):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.randn(4, 8)).square().mean()).backward()
+        if batch == 1:
+            model[0].weight.grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+    run.close()
+    assert run.monitor.skipped == {"inf": 1}
+    assert_true(run.latest.layers, NAMES, optimizer.steps[-1])
+    assert read(tmp_path).rows[-1].step == 1  # the skipped step was no step of the optimizer
