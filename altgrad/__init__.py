@@ -1,7 +1,7 @@
 """AltGrad: if I kept my weights in this number format, would they still move?
 
 AltGrad observes the steps of a PyTorch optimizer, rounds their updates to number formats, and
-reports how much of each update a format keeps. Most runs need `UpdateMonitor` alone, or
+reports how much of each update a format keeps. Most runs need the function `watch` alone, or
 `altgrad_lightning.PrecisionMonitor` in a Trainer. The packages build on each other:
 
 1. `altgrad.quantization` defines number formats and rounds to them.
@@ -9,7 +9,9 @@ reports how much of each update a format keeps. Most runs need `UpdateMonitor` a
 3. `altgrad.measurement` computes the metrics of a step.
 4. `altgrad.monitor` observes and measures a training run; `altgrad.distributed` combines the sums
    of several ranks.
-5. `altgrad.report` writes and reads run files, and judges them.
+5. `altgrad.report` writes and reads run files, and judges them; `altgrad.output` passes figures to
+   run files and loggers.
+6. `altgrad.integrations` watches a whole training, in any loop and in those of other libraries.
 
 `altgrad.recipes` has recipes: how weights and optimizer states are stored. A recipe stores all of
 them, or `altgrad.twins` tries it on a sample of a run's weights. A name is imported on first use,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
         report as report,
     )
     from altgrad.distributed.host_group import LostRankError
+    from altgrad.integrations.run_watch import RunWatch, watch
     from altgrad.measurement.figures import Figures, model_figures
     from altgrad.measurement.histogram import Histogram
     from altgrad.measurement.measure import DEFAULT_FORMATS, measure
@@ -53,6 +56,7 @@ __all__ = [
     "LostRankError",
     "OptimizerStep",
     "Recipe",
+    "RunWatch",
     "SamplingRule",
     "StepObserver",
     "StepRecord",
@@ -65,6 +69,7 @@ __all__ = [
     "model_figures",
     "quantize",
     "spacing",
+    "watch",
 ]
 
 if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
@@ -72,6 +77,7 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
         __name__,
         {
             "distributed.host_group": "LostRankError",
+            "integrations.run_watch": "RunWatch watch",
             "measurement.figures": "Figures model_figures",
             "measurement.histogram": "Histogram",
             "measurement.measure": "DEFAULT_FORMATS measure",

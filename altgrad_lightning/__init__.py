@@ -9,8 +9,9 @@ Read the files of `PrecisionMonitor` in the order of the data:
    arguments; `packages` finds Lightning.
 2. `session`: one training under observation. `strategies` decides which ranks observe, `result`
    holds the findings, and `notices` warns the user. `steps` and `due_batches` decide which steps
-   are observed, and `callback_metrics` passes figures to other callbacks.
-3. `output`: the run file and the loggers, with `charts`, `history` and `loggers`.
+   are observed. `callback_metrics` passes figures to other callbacks, and `handover` passes the
+   findings out of a process that Lightning has spawned.
+3. The room `altgrad.output`: the run file and the loggers.
 
 `pickles` is about pickled callbacks. `demo` and `demo_model` are ``altgrad demo``.
 """

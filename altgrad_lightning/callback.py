@@ -20,6 +20,7 @@ from altgrad.observation import SkipReason
 from altgrad.quantization import NumberFormat, Scaling
 from altgrad.report import Assessment
 from altgrad_lightning.callback_metrics import CallbackMetrics
+from altgrad_lightning.handover import Handover
 from altgrad_lightning.notices import Notices
 from altgrad_lightning.packages import Callback
 from altgrad_lightning.pickles import convert_attributes, find_own_attributes
@@ -187,6 +188,7 @@ class PrecisionMonitor(Callback):
         )
         self._notices = Notices()
         self._result = Result()  # of the current training, else of the last one
+        self._handover = Handover()  # from the process that trains, if that is another one
         self._loaded: dict[str, Any] = {}  # from a checkpoint, for the next training
         self._session: Session | None = None  # while a training is observed
         self._metrics: CallbackMetrics | None = None  # of the current training, on every rank
@@ -206,27 +208,27 @@ class PrecisionMonitor(Callback):
     @property
     def latest(self) -> Mapping[str, Figures]:
         """The figures of every layer at the last observed step, by name; empty before that step."""
-        return self._result.latest
+        return self._findings.latest
 
     @property
     def latest_model(self) -> Figures | None:
         """The figures of the model at the last observed step; None before that step."""
-        return self._result.latest_model
+        return self._findings.latest_model
 
     @property
     def latest_step(self) -> int | None:
         """The step at which `latest` and `latest_model` were logged; None before such a step."""
-        return self._result.latest_step
+        return self._findings.latest_step
 
     @property
     def skipped(self) -> Counter[SkipReason]:
         """The number of steps that were to be observed but moved no weight, by reason."""
-        return self._result.skipped
+        return self._findings.skipped
 
     @property
     def path(self) -> Path | None:
         """The path of the run file; None before training starts, and if no run file is written."""
-        return self._result.path
+        return self._findings.path
 
     @property
     def assessment(self) -> Assessment | None:
@@ -234,7 +236,14 @@ class PrecisionMonitor(Callback):
 
         None before training starts.
         """
-        return self._result.assessment if self._session is None else self._session.assessment
+        return self._findings.assessment if self._session is None else self._session.assessment
+
+    @property
+    def _findings(self) -> Result:
+        """The findings of the current or last training, also of one in a child process."""
+        if (passed := self._handover.take()) is not None:
+            self._result = passed
+        return self._result
 
     # --- Lightning's hooks, in the order in which a Trainer calls them
 
@@ -311,7 +320,7 @@ class PrecisionMonitor(Callback):
         self._finish_batch()
         if self._session is not None:
             return self._session.state_dict()
-        return self._loaded or self._result.state
+        return self._loaded or self._findings.state
 
     # A Trainer refuses two callbacks with a state and the same key, and names no remedy. It takes a
     # wrapper for what it wraps, here a method without a state, and leaves the error to `setup`:
@@ -335,14 +344,17 @@ class PrecisionMonitor(Callback):
                     self._session.warn_about_unseen()
         self._end(alone=True)
 
-    def teardown(self, *_: Any, **__: Any) -> None:
+    def teardown(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Stop observing if `on_train_end` was not called, as when a tuner interrupts a training.
 
-        A state that was loaded from a checkpoint and not used stays for the next checkpoint.
+        A state that was loaded from a checkpoint and not used stays for the next checkpoint. If
+        Lightning has spawned this process, the findings go to the process that called it.
         """
         if self._session is None and self._loaded:
             self._result.state = self._loaded
         self._end(alone=True)
+        if trainer.is_global_zero:
+            self._handover.give(self._result)
 
     # --- copies and pickles
 
@@ -355,7 +367,7 @@ class PrecisionMonitor(Callback):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the attributes from a pickle of this version or of version 0.1.0."""
-        self.__dict__.update(convert_attributes(state))
+        self.__dict__.update({"_handover": Handover(), **convert_attributes(state)})
 
     # --- the session
 

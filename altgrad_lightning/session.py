@@ -4,12 +4,11 @@ Data flow in one direction. The Trainer steps its optimizers, and an `UpdateMoni
 observed step into a `StepRecord`. At the end of the batch the session merges the records of the
 batch into one record, keeps it in a `Result` and writes it to an `Output`.
 
-Read `callback` first, whose hooks call the session. The next file is `output`.
+Read `callback` first, whose hooks call the session. The next file is `altgrad.output.output`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from altgrad import Figures, Histogram, LostRankError, StepRecord, UpdateMonitor, model_figures
-from altgrad.report import Assessment, Header
+from altgrad import LostRankError, StepRecord, UpdateMonitor
+from altgrad.output import Output, merge_records
+from altgrad.report import Assessment
 from altgrad_lightning.averages import find_averages
 from altgrad_lightning.due_batches import DueBatches
-from altgrad_lightning.loggers import describe_runs
 from altgrad_lightning.notices import Notices
-from altgrad_lightning.output import Output
 from altgrad_lightning.packages import Callback
 from altgrad_lightning.result import Result
 from altgrad_lightning.settings import Settings
@@ -74,9 +72,6 @@ class Session:
         self._output: Output | None = None
         self._output_state: dict[str, Any] | None = result.state.get("output")
         self._records: list[StepRecord] = []  # of the current batch
-        self._latest: dict[str, Figures] = {}  # of each layer, from its last observed step
-        self._described: set[str] = set()  # the layers that the output knows
-        self._observed_batches = 0
 
     # --- from the first batch to the last
 
@@ -92,13 +87,10 @@ class Session:
         if not self.attach():
             return False
         if self._trainer.is_global_zero:
-            assert self._monitor is not None
-            header = self._make_header(self._monitor)
-            self._described = {*header.layers}
             self._output = Output(
                 self._trainer.loggers,
                 folder,
-                header,
+                self._describe_run,
                 self._settings.get_output_settings(),
                 self._output_state,
                 logged_step(self._trainer),
@@ -149,28 +141,12 @@ class Session:
             if self._due.misses_steps(logged_step(self._trainer)):
                 self._monitor.warn_about_bypasses()
             return
-        record = _merge([*self._records])
+        record = merge_records([*self._records])
         self._records.clear()
         step = logged_step(self._trainer)
         self._result.note(step, record)
-        self._latest |= record.layers
-        self._observed_batches += 1
         if self._output is not None:
-            self._describe_new_layers(self._output, self._monitor, record)
-            # Pictures take a second or two, so they are drawn at the 1st, 4th, 16th, … batch only.
-            is_drawn = _is_even_power(self._observed_batches)
-            weights = self._count_weights() if is_drawn else None
-            self._output.write(step, record, weights, self._monitor.skipped)
-
-    def _describe_new_layers(
-        self, output: Output, monitor: UpdateMonitor, record: StepRecord
-    ) -> None:
-        """Pass layers to the output when they are first measured, such as layers just unfrozen."""
-        if record.layers.keys() <= self._described:
-            return
-        layers = Header.from_json(monitor.run_header()).layers
-        output.add_layers({n: layers[n] for n in record.layers if n not in self._described})
-        self._described.update(record.layers)
+            self._output.write(step, record, self._monitor.skipped)
 
     def warn_about_unseen(self) -> None:
         """Warn if no step was observed, or if layers moved and have no observed step."""
@@ -204,7 +180,7 @@ class Session:
         Numbers of early steps are kept back until it is known which layers get charts.
         """
         if self._output is not None:
-            self._output.finish(self._count_weights() if self._latest else None)
+            self._output.finish()
 
     def finish_after_error(self) -> None:
         """Write what was observed before an error or Ctrl-C, without waiting for other ranks."""
@@ -356,9 +332,9 @@ class Session:
             return str(error)
         return None
 
-    def _make_header(self, monitor: UpdateMonitor) -> Header:
-        runs = describe_runs(self._trainer.loggers)
-        return Header.from_json(monitor.run_header() | {"loggers": runs})
+    def _describe_run(self) -> dict[str, Any]:
+        assert self._monitor is not None, "a step was just observed"
+        return self._monitor.run_header()
 
     def _is_due(self, _index: int) -> bool:
         if self._monitor is None or self._is_tuning:
@@ -386,28 +362,3 @@ class Session:
         except Exception as error:  # noqa: BLE001 - such as an error of a failed device
             self.warn(f"could not save its state: {error!r}")
             return None
-
-    def _count_weights(self) -> Histogram:
-        """Return the histogram of log2(abs(weight)) over all layers observed so far."""
-        return model_figures([*self._latest.values()]).histogram("weights")
-
-
-def _merge(records: Sequence[StepRecord]) -> StepRecord:
-    """Merge the records of a batch's steps into one; of a layer in several the last one counts."""
-    last = records[-1]
-    if len(records) == 1:
-        return last
-    layers = {name: figures for each in records for name, figures in each.layers.items()}
-    return StepRecord(
-        last.index,
-        layers,
-        model_figures([*layers.values()]),
-        sum(each.own_seconds for each in records),
-        sum(each.training_seconds for each in records),
-    )
-
-
-def _is_even_power(number: int) -> bool:
-    """Return True for 1, 4, 16, 64, …: the even powers of 2."""
-    # Binary 1, 100, 10000, …: a single bit, and an odd number of digits.
-    return number.bit_count() == 1 and number.bit_length() % 2 == 1

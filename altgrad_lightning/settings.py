@@ -16,8 +16,8 @@ import torch
 
 from altgrad import Recipe, SamplingRule, StepSchedule, UpdateMonitor
 from altgrad.measurement import FORMAT_METRICS, LAYER_METRICS, get_metric
+from altgrad.output import OutputSettings
 from altgrad.quantization import NumberFormat, Scaling, get_formats
-from altgrad_lightning.output import OutputSettings
 
 # docs/sampling.md has the cost and the precision of each preset.
 PRESETS: Mapping[str, Mapping[str, Any]] = {

@@ -66,7 +66,7 @@ def setting() -> dict[str, Any]:
     for file in files:
         file.close()
     before = torch.ones(4)
-    trainer = SimpleNamespace(train=lambda: None)
+    trainer = SimpleNamespace(train=lambda: None, callback_handler=SimpleNamespace(callbacks=[]))
     return {
         "model": model,
         "optimizer": optimizer,
@@ -79,6 +79,19 @@ def setting() -> dict[str, Any]:
         "ModelParallelStrategy": lambda: None,
         "fully_shard": lambda model: model,
         "distributed": SimpleNamespace(get_rank=lambda: 0),
+        "accelerator": SimpleNamespace(
+            prepare=lambda *both: both,
+            unwrap_model=lambda model: model,
+            trackers=[],
+            scaler=None,
+            register_for_checkpointing=lambda _: None,
+        ),
+        "fabric": SimpleNamespace(
+            setup=lambda *both: both,
+            loggers=[],
+            strategy=SimpleNamespace(precision=None),
+            save=lambda *_: None,
+        ),
         "arguments": None,
         "data": [],
     }

@@ -18,6 +18,7 @@ ELSEWHERE = {
     "altgrad/measurement/numbers.py": "a type",
     "altgrad/measurement/twin_parts.py": "tuples",
     "altgrad/twins/twin_source.py": "a protocol",
+    "altgrad_lightning/output.py": "tests/lightning/test_pickles.py",
 }
 """Modules without a test file of their name, and the file that tests them or the reason."""
 

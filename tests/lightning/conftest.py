@@ -16,7 +16,7 @@ from tests.lightning.runs import Attached, Net, batches, count_hooks, trainer
 @pytest.fixture
 def attached(tmp_path: Path) -> Iterator[Attached]:
     """Return a function that makes a monitor in mid-training, its Trainer and its module."""
-    started: list[PrecisionMonitor] = []
+    started: list[tuple[PrecisionMonitor, pl.Trainer]] = []
 
     def start(module: Net | None = None) -> tuple[PrecisionMonitor, pl.Trainer, Net]:
         monitor, module = PrecisionMonitor(every_n_steps=1), module or Net()
@@ -24,12 +24,12 @@ def attached(tmp_path: Path) -> Iterator[Attached]:
         run.fit(module, batches(1))
         monitor.on_train_start(run, module)
         assert count_hooks(run) == 2
-        started.append(monitor)
+        started.append((monitor, run))
         return monitor, run, module
 
     yield start
-    for monitor in started:
-        monitor.teardown()
+    for monitor, run in started:
+        monitor.teardown(run)
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def test_an_internal_error_warns_once_and_training_goes_on(
         "altgrad.monitor.engine.Engine.scales_changed",
         "altgrad.observation.snapshots.Snapshots.take",
         "altgrad.monitor.monitor.step_record",
-        "altgrad_lightning.charts.Charts.add",
+        "altgrad.output.charts.Charts.add",
     ],
 )
 def test_training_goes_on_after_an_error_with_two_callbacks(
@@ -67,7 +67,7 @@ def test_the_notice_of_an_error_has_its_type_and_message(tmp_path: Path, monkeyp
     def broken(*_: Any) -> Any:
         raise ArithmeticError("broken on purpose")
 
-    monkeypatch.setattr("altgrad_lightning.charts.Charts.add", broken)
+    monkeypatch.setattr("altgrad.output.charts.Charts.add", broken)
     expected = r"^PrecisionMonitor stops observing after an error: ArithmeticError\('broken"
     with pytest.warns(UserWarning, match=expected):
         fit(tmp_path, PrecisionMonitor(every_n_steps=1))
@@ -75,7 +75,7 @@ def test_the_notice_of_an_error_has_its_type_and_message(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(
     "place",
-    ["altgrad.measurement.measurer.Measurer.measure_batch", "altgrad_lightning.charts.Charts.add"],
+    ["altgrad.measurement.measurer.Measurer.measure_batch", "altgrad.output.charts.Charts.add"],
 )
 def test_strict_re_raises_an_error_in_the_training(
     tmp_path: Path, monkeypatch: Any, place: str

@@ -202,7 +202,7 @@ def test_a_copy_made_in_mid_run_is_detached(
     assert monitor.state_dict()["monitor"]["last_seen"]
     assert twin.state_dict() == {}  # the state is the monitor's, and the copy has no monitor
     latest = twin.latest
-    twin.teardown()
+    twin.teardown(run)
     assert count_hooks(run) == 2
     step_once(monitor, run, module)
     assert monitor.latest_model != twin.latest_model

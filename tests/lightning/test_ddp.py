@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from altgrad.report import read
+from altgrad.report import judge_run, read
 from altgrad_lightning import PrecisionMonitor
 from tests.lightning.runs import (
     Net,
@@ -91,9 +91,21 @@ def test_a_resumed_run_goes_on_from_the_checkpoint(ddp) -> None:
     assert [*read(ddp[0]["resumed_path"]).steps] == [0, 1, 2, 3]
 
 
-def test_spawned_ranks_get_a_copy_of_the_callback(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_findings_of_spawned_ranks_are_in_the_process_that_called_fit(
+    tmp_path: Path, strategy: str
+) -> None:
     monitor = PrecisionMonitor(every_n_steps=1, recipes=())
-    run = trainer(tmp_path, monitor, strategy="ddp_spawn", devices=2)
+    run = trainer(tmp_path, monitor, strategy=strategy, devices=2)
     run.fit(Net(), batches(4))
     (file,) = tmp_path.rglob("altgrad.jsonl")
-    assert [*read(file).steps] == [0, 1]
+    found = read(file)
+    assert [*found.steps] == [0, 1]
+    assert monitor.path == file
+    assert monitor.latest_step == 1
+    last = {row.layer: row.figures for row in found.rows if row.step == 1}
+    assert {*monitor.latest} == {*last} - {None}
+    for name, figures in monitor.latest.items():
+        assert figures["update_rms"] == pytest.approx(last[name]["update_rms"], rel=1e-7)
+    assert monitor.assessment.summary == judge_run(found).summary
+    assert monitor.state_dict()["output"]["run_file"] == str(file)

@@ -116,7 +116,7 @@ def test_the_run_file_goes_on_if_pictures_cannot_be_drawn(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("altgrad_lightning.output.ranges", broken)
+    monkeypatch.setattr("altgrad.output.output.ranges", broken)
     monitor = PrecisionMonitor(every_n_steps=1, strict=strict)
     if strict:
         with pytest.raises(RuntimeError, match="no font"):
@@ -231,7 +231,7 @@ def test_the_run_file_is_closed_after_an_error_at_the_end(
     closed: list[RunFile] = []
     close = RunFile.close
     monkeypatch.setattr(RunFile, "close", lambda file: (closed.append(file), close(file)))
-    monkeypatch.setattr("altgrad_lightning.output.Output.finish", broken)
+    monkeypatch.setattr("altgrad.output.output.Output.finish", broken)
     monitor = PrecisionMonitor(strict=strict)
     if strict:
         with pytest.raises(RuntimeError, match="device lost"):

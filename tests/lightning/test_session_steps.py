@@ -212,7 +212,7 @@ def test_a_monitor_inside_another_callback_ignores_the_steps_of_a_tuner(tmp_path
         run.optimizers[0].step()
         monitor.on_train_batch_end(run, module)
         assert (monitor.latest is not latest) == is_due
-    monitor.teardown()
+    monitor.teardown(run)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from altgrad.report import heat_map
+from altgrad.report.drawings import heat_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@ import math
 import pytest
 from matplotlib.text import Text
 
-from altgrad_lightning.history import History
+from altgrad.output.history import History
 
 
 def test_a_short_run_keeps_the_figures_of_every_step() -> None:

@@ -14,8 +14,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from altgrad import Figures, SamplingRule
-from altgrad.measurement import FORMAT_METRICS, LAYER_METRICS
+from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
+from altgrad.measurement.figures import Figures
+from altgrad.observation.rules import SamplingRule
 
 PER_LAYER = ("update_rms", "update_weight_ratio", "unmoved_frac", "ulp_mean", "ulp_zero_frac")
 """Metrics with one chart for each charted layer, a layer chosen for charts of its own."""

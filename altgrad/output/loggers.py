@@ -1,8 +1,8 @@
-"""Log numbers, pictures, histograms and verdicts with the loggers of a Trainer.
+"""Log numbers, pictures, histograms and verdicts with loggers as those of Lightning.
 
-Numbers go to every logger. TensorBoard and wandb also get pictures, histograms and verdicts. Each
-function has a branch for each kind of logger. Errors of loggers pass to the caller, `output`, which
-handles them.
+A logger has a method `log_metrics`. Numbers go to every logger. TensorBoard and wandb also get
+pictures, histograms and verdicts. Each function has a branch for each kind of logger. Errors of
+loggers pass to the caller, `output`, which handles them.
 
 Tags are ``altgrad/{key}``, with keys such as ``steps/{format}`` and ``steps/{format}/{layer}`` for
 histograms and ``verdict`` for the table of verdicts.
@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from altgrad import Histogram
-from altgrad.measurement import FORMAT_METRICS
+from altgrad.measurement.catalogue import FORMAT_METRICS
+from altgrad.measurement.histogram import Histogram
+from altgrad.output.summary_writer import WriterLogger
 from altgrad.report import (
     INTERVAL,
     KEPT_MEANING,
@@ -258,12 +259,12 @@ def _format_layers(assessment: Assessment) -> list[str]:
 
 # --- the kinds of loggers
 #
-# Loggers are known by the names of their classes: `lightning` and `pytorch_lightning` define each
-# logger twice, and an import of wandb is slow.
+# Loggers of others are known by the names of their classes: `lightning` and `pytorch_lightning`
+# define each logger twice, and an import of wandb is slow.
 
 
 def _is_tensorboard(logger: Any) -> bool:
-    return "TensorBoardLogger" in _class_names(logger)
+    return isinstance(logger, WriterLogger) or "TensorBoardLogger" in _class_names(logger)
 
 
 def _is_wandb(logger: Any) -> bool:

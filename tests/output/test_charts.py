@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
-from altgrad_lightning.charts import PER_LAYER, PER_LAYER_AND_FORMAT, Charts, Row
+from altgrad.output.charts import PER_LAYER, PER_LAYER_AND_FORMAT, Charts, Row
 
 FORMATS = ("bf16", "e5m2")
 

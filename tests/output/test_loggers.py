@@ -25,10 +25,10 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from altgrad import Histogram
 from altgrad.measurement.catalogue import FORMAT_METRICS
+from altgrad.output import loggers
+from altgrad.output.history import History
 from altgrad.report import Verdict, kept_map
 from altgrad.report.cells import MEANINGS
-from altgrad_lightning import loggers
-from altgrad_lightning.history import History
 from tests.chromium import chromium, needs_chromium
 from tests.lightning.assessments import (
     FORMATS,

@@ -15,9 +15,9 @@ from pytorch_lightning.loggers import (
 )
 from torch import Tensor, nn
 
+from altgrad.output.loggers import describe_runs, log_scalars
 from altgrad.report import read
 from altgrad_lightning import PrecisionMonitor
-from altgrad_lightning.loggers import describe_runs, log_scalars
 from tests.lightning.runs import Net, batches, trainer
 
 

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
+from altgrad.output import loggers
 from altgrad.report import Assessment, Verdict
 from altgrad.report.cells import MEANINGS, STEP_MEANINGS
-from altgrad_lightning import loggers
 from tests.lightning.assessments import assessment, make_advice, make_run
 from tests.lightning.rendered import as_text, cells, render
 
@@ -89,4 +89,7 @@ def test_the_verdict_names_layers_with_nan_in_the_run_itself() -> None:
     twin = make_advice("b", "bf16", {"progress_kept": 0.5})._replace(nonfinite=0.5)
     runs = {recipe: make_run(recipe, ()) for recipe in ("now", "bf16")}
     text = as_text(loggers.format_verdict(Assessment(runs, [bad, twin], {}, "")))
-    assert "NaN or inf in elements (nonfinite_frac), which no figure counts: a (50 %), b (50 %)" in text
+    assert (
+        "NaN or inf in elements (nonfinite_frac), which no figure counts: a (50 %), b (50 %)"
+        in text
+    )

@@ -1,0 +1,97 @@
+"""`watch`: watch a loop with an Accelerator of Hugging Face's accelerate.
+
+Read `run_watch` first. The next file is `fabric`, which does the same for Lightning Fabric.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from altgrad.integrations.run_watch import RunWatch
+from altgrad.monitor.schedule import StepSchedule
+from altgrad.output import WriterLogger
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # type: ignore[import-untyped]
+
+
+def watch(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Any,
+    folder: str | os.PathLike[str],
+    *,
+    every_n_steps: int | StepSchedule | Callable[[int], bool] = 10,
+    **arguments: Any,
+) -> RunWatch:
+    """Observe a training with an Accelerator, and write a run file for ``altgrad report``.
+
+    Call this function before or after ``accelerator.prepare``, on every process. With FSDP, which
+    replaces the parameters, call it after. The first process writes. Figures also go to the
+    Accelerator's trackers, such as TensorBoard. ``accelerator.save_state`` saves the state of the
+    run, and ``load_state`` restores it before the first step.
+
+    Args:
+        accelerator: The Accelerator.
+        model: The module that is trained, prepared or not.
+        optimizer: The optimizer, prepared or not, or a list of all optimizers.
+        folder: The folder of the run file.
+        every_n_steps: Interval between observed steps, in steps, or a `StepSchedule`, or a function
+            of a step's number.
+        **arguments: Further arguments of `altgrad.UpdateMonitor`, such as `formats` and `recipes`.
+
+    Returns:
+        The `RunWatch`. In a ``with`` statement it prints a summary at the end.
+
+    Raises:
+        TypeError: An argument has the wrong type, or the optimizer is unknown.
+        ValueError: An argument is out of range, or the optimizer's steps cannot be observed.
+    """
+    run = RunWatch(
+        accelerator.unwrap_model(model),  # under DDP the names would begin with "module."
+        folder,
+        every_n_steps=every_n_steps,
+        find_loggers=lambda: [_make_logger(each) for each in accelerator.trackers],
+        **arguments,
+    )
+    optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    run.attach(*optimizers, scaler=accelerator.scaler)
+    accelerator.register_for_checkpointing(run)
+    return run
+
+
+class TrackerLogger:
+    """A logger that logs numbers with a tracker of accelerate.
+
+    Args:
+        tracker: The tracker.
+
+    Attributes:
+        name: The name of the tracker.
+        version: None: a tracker has no version of a run.
+    """
+
+    def __init__(self, tracker: Any) -> None:
+        self._tracker = tracker
+        self.name = tracker.name
+        self.version = None
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log numbers.
+
+        Args:
+            metrics: The numbers by key.
+            step: The step to log them at.
+        """
+        self._tracker.log(dict(metrics), step=step)
+
+
+def _make_logger(tracker: Any) -> WriterLogger | TrackerLogger:
+    """Return the logger of a tracker; that of TensorBoard also shows pictures and verdicts."""
+    # Its `tracker` is a SummaryWriter: accelerate/tracking.py, TensorBoardTracker.
+    is_tensorboard = tracker.name == "tensorboard"
+    return WriterLogger(tracker.tracker) if is_tensorboard else TrackerLogger(tracker)

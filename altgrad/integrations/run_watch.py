@@ -1,0 +1,373 @@
+"""`watch`: observe a training in any loop, write its run file, and judge it at the end.
+
+`watch` makes a `RunWatch`, which connects two objects. An `UpdateMonitor` turns each observed step
+of the optimizers into a `StepRecord`. An `Output` writes the records to a run file and to loggers.
+
+Read this file first. The next file is `transformers`; it, `accelerate` and `fabric` use `RunWatch`
+each in its own way.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from altgrad._messages import Notices
+from altgrad.measurement.measure import DEFAULT_FORMATS
+from altgrad.measurement.step_record import StepRecord
+from altgrad.monitor.monitor import UpdateMonitor
+from altgrad.monitor.policy import StepPolicy
+from altgrad.monitor.schedule import StepSchedule
+from altgrad.observation.dtensor import is_sharded
+from altgrad.observation.optimizers import unwrap
+from altgrad.output import Output, OutputSettings, WriterLogger, merge_records
+from altgrad.quantization.block_formats import Formats
+from altgrad.report import Assessment, list_actions, write_answer
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_LAYER_CHARTS = 8  # as many as `altgrad_lightning.PrecisionMonitor` makes
+
+
+def watch(
+    model: nn.Module | Sequence[tuple[str, Tensor]],
+    optimizer: Any,
+    folder: str | os.PathLike[str],
+    *,
+    formats: Formats = DEFAULT_FORMATS,
+    every_n_steps: int | StepSchedule | Callable[[int], bool] = 10,
+    writer: SummaryWriter | None = None,
+    scaler: GradScaler | None = None,
+    state: Mapping[str, Any] | None = None,
+    strict: bool = False,
+    **arguments: Any,
+) -> RunWatch:
+    """Observe the steps of an optimizer in any training loop, and write a run file.
+
+    The run file, ``altgrad.jsonl`` in `folder`, says how much of each weight update a number format
+    would keep. The command ``altgrad report`` shows it. The training itself stays bit-identical.
+
+    Observing goes on until `RunWatch.close`, or as long as the optimizer lives: the result need not
+    be kept. The run file is complete up to the last observed step, even if the process is killed.
+
+    Under DistributedDataParallel, call this function on every rank: the first one observes. If
+    parameters are sharded by fully_shard, all ranks observe together, and the first one writes.
+
+    Examples:
+        >>> import altgrad, tempfile, torch
+        >>> model = torch.nn.LayerNorm(512)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> run = altgrad.watch(model, optimizer, tempfile.mkdtemp(), every_n_steps=1)
+        >>> (model(torch.randn(8, 512)) - 1).square().mean().backward()
+        >>> optimizer.step()
+        >>> run.latest.layers["weight"]["stall_frac/bf16"]
+        1.0
+        >>> summary = run.close()
+
+    Args:
+        model: The module that is trained, or pairs of name and parameter.
+        optimizer: The optimizer, or a list of all optimizers. Wrappers of trainers are known.
+        folder: The folder of the run file; it is created if it is missing.
+        formats: One or several number formats to judge, or their names.
+        every_n_steps: Interval in steps, a `StepSchedule`, or a function of a step's number that
+            returns True if the step is to be observed. Each optimizer counts its steps from 0, and
+            goes on counting in a resumed run.
+        writer: A SummaryWriter that gets the figures, too, with pictures and verdicts.
+        scaler: The GradScaler that calls the optimizer's `step`, if there is one.
+        state: A result of `RunWatch.state_dict`, from a checkpoint, to go on with that run.
+        strict: If True, re-raise errors of observing and writing in the training loop; otherwise
+            warn once, and leave out what failed.
+        **arguments: Further arguments of `UpdateMonitor`: `sampling`, `recipes`, `max_elements`,
+            `overhead_budget`, `scaling`, `twin_elements`, `seed`, `warn`.
+
+    Returns:
+        The `RunWatch`. In a ``with`` statement it prints a summary at the end.
+
+    Raises:
+        TypeError: An argument has the wrong type, or the optimizer is unknown.
+        ValueError: An argument is out of range, `state` is damaged, or the steps of the optimizer
+            cannot be observed.
+    """
+    run = RunWatch(
+        model,
+        folder,
+        every_n_steps=every_n_steps,
+        find_loggers=lambda: [] if writer is None else [WriterLogger(writer)],
+        formats=formats,
+        strict=strict,
+        **arguments,
+    )
+    if state is not None:
+        run.load_state_dict(state)
+    several = isinstance(optimizer, (list, tuple))
+    return run.attach(*(optimizer if several else [optimizer]), scaler=scaler)
+
+
+class RunWatch:
+    """A training under observation: its figures go to a run file, and are judged at the end.
+
+    `altgrad.watch` returns a `RunWatch` that is attached to the optimizers. The run file is opened
+    at their first step. In it, steps have the number of the optimizer that has made most steps, and
+    optimizers that step under the same number share a record.
+
+    Args:
+        model: The module that is trained, or pairs of name and parameter.
+        folder: The folder of the run file.
+        every_n_steps: Interval in steps, a `StepSchedule`, or a function of a step's number that
+            returns True if the step is to be observed.
+        find_loggers: Function that returns the loggers, called at the first step.
+        find_step: Function that returns the number of the coming step. None to count steps.
+        owner: Name at the beginning of each warning.
+        warn: Function that is called with each notice, in place of `warnings.warn`.
+        strict: If True, errors are raised; otherwise each gives a warning.
+        **arguments: Further arguments of `UpdateMonitor`.
+
+    Attributes:
+        monitor: The `UpdateMonitor` that observes the steps.
+        latest: The record of the last observed step; None before the first.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[tuple[str, Tensor]],
+        folder: str | os.PathLike[str],
+        *,
+        every_n_steps: int | StepSchedule | Callable[[int], bool] = 10,
+        find_loggers: Callable[[], Iterable[Any]] = tuple,
+        find_step: Callable[[], int] | None = None,
+        owner: str = "altgrad.watch",
+        warn: Callable[[str], object] | None = None,
+        strict: bool = False,
+        **arguments: Any,
+    ) -> None:
+        self._folder = Path(folder)
+        self._policy = StepPolicy(every_n_steps, overhead_budget=None)
+        self._find_loggers = find_loggers
+        self._find_step = find_step
+        self._strict = strict
+        self._notices = Notices(owner, warn)
+        self.latest: StepRecord | None = None
+        self._records: list[StepRecord] = []  # of the step with the number `_step`
+        self._first_step = 0
+        self._step = -1  # number of the last step that began
+        self._optimizers: tuple[Any, ...] = ()
+        self._scaler: GradScaler | None = None
+        self._handles: list[RemovableHandle] = []
+        self._output: Output | None = None
+        self._output_state: Mapping[str, Any] | None = None
+        self._is_open = True
+        self.monitor = UpdateMonitor(
+            model,
+            self._note,
+            every_n_steps=self._is_due,
+            warn=self._notices.give_once,
+            strict=strict,
+            **arguments,
+        )
+
+    # --- findings
+
+    @property
+    def path(self) -> Path | None:
+        """The path of the run file; None before the first step, and on ranks that do not write."""
+        return None if self._output is None else self._output.path
+
+    @property
+    def assessment(self) -> Assessment | None:
+        """The verdicts so far: how well each format would store each layer.
+
+        None before the first step, and on ranks that do not write.
+        """
+        return None if self._output is None else self._output.assess()
+
+    def summarize(self) -> str:
+        """Return what the run could be stored as, what to do, and the path of the run file.
+
+        Empty before the first step, and on ranks that do not write.
+        """
+        if self._output is None:
+            return ""
+        runs = self._output.assess().runs
+        lines = [write_answer(runs), *list_actions(runs)]
+        return "\n".join([*lines, *([f"altgrad report {self.path}"] if self.path else [])])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that a resumed run needs, for a checkpoint.
+
+        If parameters are sharded, all ranks have to call this method.
+
+        Returns:
+            The states of the `UpdateMonitor` and of the run file and verdicts, and the number of
+            steps so far. Another rank than the first has no state of a file.
+        """
+        self.flush()
+        output = self._output_state if self._output is None else self._output.state_dict()
+        steps = max(self._first_step, self._step + 1)
+        return {"monitor": self.monitor.state_dict(), "output": output, "steps": steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`, before the first step: the run goes on with its run file.
+
+        Args:
+            state: A result of `state_dict`.
+
+        Raises:
+            RuntimeError: A step was made since the run is watched.
+            ValueError: An entry of the state is missing or damaged.
+        """
+        if self._step >= self._first_step or self._output is not None:
+            raise RuntimeError(
+                "load_state_dict: expected a run before its first step; call it before training"
+            )
+        if missing := [name for name in ("monitor", "output", "steps") if name not in state]:
+            raise ValueError(
+                f"state={sorted(state)}: expected the entries of RunWatch.state_dict(), of which "
+                f"{missing} are missing; leave out the state to begin anew"
+            )
+        optimizers = self._optimizers
+        self._detach()
+        self.monitor.load_state_dict(state["monitor"])
+        self._output_state = state["output"]
+        self._first_step = int(state["steps"])
+        self._step = self._first_step - 1
+        if optimizers:
+            self.attach(*optimizers, scaler=self._scaler)
+
+    # --- from the first step to the last
+
+    def attach(self, *optimizers: Any, scaler: GradScaler | None = None) -> RunWatch:
+        """Start observing the steps of some optimizers, unless the first rank does it for this one.
+
+        Args:
+            optimizers: Optimizers of torch, or wrappers of trainers around optimizers.
+            scaler: The GradScaler that calls `step` of the optimizers, if there is one.
+
+        Returns:
+            The `RunWatch`.
+
+        Raises:
+            TypeError: An optimizer neither is nor wraps a torch optimizer.
+            ValueError: The steps of an optimizer cannot be observed.
+        """
+        if _get_rank() and not any(map(is_sharded, self.monitor.parameters.values())):
+            return self
+        self.monitor.attach(*optimizers, scaler=scaler)
+        self._optimizers, self._scaler = optimizers, scaler
+        for each in optimizers:
+            self._handles.append(unwrap(each).register_state_dict_pre_hook(self._stay_alive))
+        return self
+
+    def flush(self) -> None:
+        """Write the record of the last step now, and not before the next step begins."""
+        if not self._records:
+            return
+        self.latest = merge_records(self._records)
+        self._records.clear()
+        if self._output is not None:
+            self._output.write(self._step, self.latest, self.monitor.skipped)
+
+    def close(self) -> str:
+        """Stop observing, write the last figures and verdicts, and close the run file.
+
+        Returns:
+            The summary of `summarize`.
+        """
+        if self._is_open:
+            self._is_open = False
+            self._warn_about_unseen()
+            self._detach()
+            self.flush()
+            if self._output is not None:
+                self._output.finish()
+        return self.summarize()
+
+    def __enter__(self) -> RunWatch:  # noqa: PYI034 - typing has Self only from Python 3.11 on
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            summary = self.close()
+        except Exception:
+            if kind is None:  # do not hide the exception that ended the training
+                raise
+        else:
+            if kind is None and summary:
+                sys.stdout.write(f"{summary}\n")
+
+    # --- one step
+
+    def _is_due(self, index: int) -> bool:
+        """Return True if the coming step is to be observed; begin a new record if it is a new step.
+
+        Args:
+            index: Number of steps of the optimizer since it was attached, before this one.
+        """
+        step = self._first_step + index if self._find_step is None else self._find_step()
+        if step > self._step:
+            self.flush()
+            self._step = step
+        if self._output is None and not _get_rank():
+            self._open()
+        return self._policy.is_wanted(step)
+
+    def _note(self, record: StepRecord) -> None:
+        """Keep a record; write it if no other optimizer can add to it."""
+        self._records.append(record)
+        if len(self._optimizers) == 1:
+            self.flush()
+
+    def _stay_alive(self, _: Optimizer) -> None:
+        """Do nothing: the optimizer has this method as a hook, and thus keeps the `RunWatch`."""
+
+    def _detach(self) -> None:
+        self._optimizers = ()
+        for each in self._handles:
+            each.remove()
+        self._handles.clear()
+        self.monitor.detach()
+
+    def _open(self) -> None:
+        # At the first step: a state may be loaded until then, and loggers may appear.
+        self._output = Output(
+            self._find_loggers(),
+            self._folder,
+            self.monitor.run_header,
+            OutputSettings(_LAYER_CHARTS, histograms=False, run_file=True, strict=self._strict),
+            self._output_state,
+            self._step,
+            self._notices.give_once,
+        )
+
+    def _warn_about_unseen(self) -> None:
+        """Warn if no step was observed, or if layers moved and have no observed step."""
+        if not self.monitor.is_observing:
+            return
+        if self._step >= self._first_step and self.latest is None and not self._records:
+            skipped = dict(self.monitor.skipped)
+            why = f"all were skipped, {skipped}" if skipped else "none was due: see every_n_steps"
+            self._notices.give(f"observed no step: {why}")
+            return
+        for notice in self.monitor.describe_unseen():
+            self._notices.give_once(notice)
+
+
+def _get_rank() -> int:
+    """Return the rank of this process in the default process group; 0 without a group."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0
+    return distributed.get_rank()

@@ -1,0 +1,16 @@
+"""Write the figures of a run to a run file and to loggers, draw its pictures, and judge it.
+
+An `Output` does this for every way to train: for `altgrad.watch` and `altgrad.integrations`, and
+for the callback of `altgrad_lightning`. It needs no trainer, and loads no logger.
+
+Read `output` first. `charts` turns figures into rows of numbers, `history` keeps figures for
+pictures, and `loggers` passes numbers, pictures and verdicts to each kind of logger.
+`summary_writer` makes a logger of a SummaryWriter of torch, and `merging` makes one record of the
+steps of several optimizers.
+"""
+
+from altgrad.output.merging import merge_records
+from altgrad.output.output import Output, OutputSettings
+from altgrad.output.summary_writer import WriterLogger
+
+__all__ = ["Output", "OutputSettings", "WriterLogger", "merge_records"]

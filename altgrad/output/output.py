@@ -1,0 +1,338 @@
+"""`Output`: write the figures of a run to the run file and to the loggers.
+
+A run file or logger that raises an error is left out from then on, with one warning.
+
+Read this file first. Whoever observes a run passes each record to `Output.write`: see
+`altgrad.integrations.run_watch`, or `altgrad_lightning.session`. The next file is `charts`, which
+makes the rows of numbers; `history` follows, and `loggers`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import altgrad.output.loggers as boards
+from altgrad.measurement.figures import Figures, model_figures
+from altgrad.measurement.histogram import Histogram
+from altgrad.measurement.step_record import StepRecord
+from altgrad.observation.step import SkipReason
+from altgrad.output.charts import Charts, Row
+from altgrad.output.history import History
+from altgrad.report import (
+    Assessment,
+    Header,
+    Judge,
+    RunFile,
+    RunFileError,
+    StandardErrors,
+    describe_frozen_now,
+    ranges,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class OutputSettings(NamedTuple):
+    """Settings of an `Output`: which charts it makes, and what becomes of errors.
+
+    Attributes:
+        layer_charts: Number of layers with charts of their own, or patterns of their names.
+        histograms: If True, log histograms of updates in units of the spacing of each format, the
+            distance between its neighbouring numbers at a weight.
+        run_file: If True, a run file is written.
+        strict: If True, errors of files and loggers are raised; otherwise each gives a warning.
+    """
+
+    layer_charts: int | Sequence[str]
+    histograms: bool
+    run_file: bool
+    strict: bool
+
+
+class Output:
+    """A writer of the figures of one run: to the run file, and as charts and pictures to loggers.
+
+    It also judges what each recipe, a way to store weights, would make of the run and its layers.
+
+    Args:
+        loggers: Loggers, each with a method ``log_metrics(metrics, step)``, as those of Lightning.
+        folder: The folder in which to create the run file; None for no run file.
+        describe_run: Function that returns the judged formats and the layers observed so far, such
+            as `UpdateMonitor.run_header`. It is called again when a record has a new layer.
+        settings: Which charts are made, and what becomes of errors.
+        state: The `state_dict` of the run to resume; None for a new run.
+        first_step: The step at which the next figures are logged, if `state` has no last step.
+        warn: Function that is called with each notice for the user.
+
+    Attributes:
+        path: The path of the run file, also after it was closed; None if no run file is written.
+    """
+
+    def __init__(
+        self,
+        loggers: Iterable[Any],
+        folder: Path | None,
+        describe_run: Callable[[], Mapping[str, Any]],
+        settings: OutputSettings,
+        state: Mapping[str, Any] | None,
+        first_step: int,
+        warn: Callable[[str], object],
+    ) -> None:
+        self._settings = settings
+        self._warn = warn
+        self._describe_run = describe_run
+        self._loggers = [*loggers]
+        runs = boards.describe_runs(self._loggers)
+        self._header = Header.from_json({**describe_run(), "loggers": runs})
+        self._known = {*self._header.layers}
+        self._latest: dict[str, Figures] = {}  # of each layer, from its last observed step
+        self._written = 0  # number of records
+        self._history = History()
+        self._has_layout = False
+        self._has_warned = False  # of frozen layers
+        self._write_seconds = 0.0  # of the last `write`
+        self._last_step = first_step - 1
+        self._file: RunFile | None = None
+        self.path: Path | None = None
+        self._charts, self._judge = self._make_collectors()
+        self._before: Path | None = None  # the run file to continue
+        if state is not None:
+            self._try("the verdicts and the run file of its checkpoint", lambda: self._load(state))
+        if folder is not None:
+            self._try(f"a run file in {folder}", lambda: self._open(folder))
+        self._drawn_step = self._last_step
+
+    def assess(self) -> Assessment:
+        """Return the verdicts so far, on the run and its layers, by recipe."""
+        return self._judge.assessment()
+
+    def write(self, step: int, record: StepRecord, skipped: Mapping[SkipReason, int]) -> None:
+        """Write one observed step to the run file and to every logger.
+
+        Args:
+            step: The step to log at.
+            record: The figures of the step.
+            skipped: The number of steps so far that moved no weight, by reason.
+        """
+        began = time.perf_counter()
+        self._add_new_layers(record)
+        self._latest |= record.layers
+        self._written += 1
+        # Pictures take a second or two, so they are drawn at the 1st, 4th, 16th, … record only.
+        weights = self._count_weights() if _is_even_power(self._written) else None
+        for name, figures in record.layers.items():
+            self._judge.add(step, name, figures, StandardErrors(figures))
+        self._history.add(step, record.layers)
+        self._append(step, record, weights, skipped)
+        monitor = self._measure_overhead(step, record, sum(skipped.values()))
+        self._chart(self._charts.add(step, record.model, record.layers, monitor))
+        self._last_step = step
+        if self._settings.histograms:
+            histograms = self._step_histograms(record)
+            self._try_loggers(lambda logger: boards.log_histograms([logger], step, histograms))
+        if weights is not None:
+            self._show(step, weights)
+        self._write_seconds = time.perf_counter() - began
+
+    def finish(self) -> None:
+        """Log the numbers that were kept back, draw the last step, and close the run file.
+
+        Numbers of early steps are kept back until it is known which layers get charts.
+        """
+        self._chart(self._charts.take_waiting())
+        if self._drawn_step != self._last_step:
+            self._show(self._last_step, self._count_weights() if self._latest else None)
+        self.close()
+
+    def close(self) -> None:
+        """Close the run file."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return charted layers, sums for verdicts, last step and run file, for a checkpoint."""
+        return {
+            "charts": self._charts.state_dict(),
+            "verdicts": self._judge.state_dict(),
+            "last_step": self._last_step,
+            "run_file": None if self.path is None else str(self.path.absolute()),
+        }
+
+    def _make_collectors(self) -> tuple[Charts, Judge]:
+        charts = Charts([*self._header.formats], self._settings.layer_charts)
+        header = self._header
+        return charts, Judge(header.formats, header.layers, header.recipes, header.now)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Restore a result of `state_dict`, either as a whole or, after an error, nothing of it."""
+        charts, judge = self._make_collectors()
+        charts.load_state_dict(state["charts"])
+        judge.load_state_dict(state["verdicts"])
+        # Version 0.1.0 saved no step.
+        last_step = int(state.get("last_step", self._last_step))
+        self._before = None if state["run_file"] is None else Path(state["run_file"])
+        self._charts, self._judge, self._last_step = charts, judge, last_step
+
+    def _add_new_layers(self, record: StepRecord) -> None:
+        """Add layers that are measured for the first time, such as layers just unfrozen.
+
+        They are added to the verdicts and to the run file.
+        """
+        if record.layers.keys() <= self._known:
+            return
+        described = Header.from_json(self._describe_run()).layers
+        layers = {name: described[name] for name in record.layers if name not in self._known}
+        self._judge.add_layers(layers)
+        if self._file is not None:
+            self._write(partial(self._file.add_layers, layers))
+        self._known.update(layers)
+
+    def _count_weights(self) -> Histogram:
+        """Return the histogram of log2(abs(weight)) over all layers observed so far."""
+        return model_figures([*self._latest.values()]).histogram("weights")
+
+    # --- the run file
+
+    def _open(self, folder: Path) -> None:
+        """Open a run file in a folder, which continues the run file that a restored state names."""
+        # The verdicts so far count the steps up to the last one, so those lines are kept, and no
+        # other. The Trainer's own count is not yet restored when training starts.
+        first_step = self._last_step + 1
+        if self._before is None:
+            self._file = RunFile.create(folder, self._header)
+        elif self._before.parent.resolve() == folder.resolve():
+            self._file = self._resume(self._before, first_step)
+        else:
+            # If the earlier file is missing, the report says so.
+            predecessor = self._before, first_step
+            self._file = RunFile.create(folder, self._header, predecessor=predecessor)
+        self.path = self._file.path
+
+    def _resume(self, before: Path, first_step: int) -> RunFile:
+        try:
+            return RunFile.resume(before, first_step, self._header)
+        except RunFileError as error:
+            self._warn(f"begins a new run file in {before.parent}: {error}")
+            return RunFile.create(before.parent, self._header)
+
+    def _append(
+        self,
+        step: int,
+        record: StepRecord,
+        weights: Histogram | None,
+        skipped: Mapping[SkipReason, int],
+    ) -> None:
+        if self._file is None:
+            return
+        counts = {str(reason): count for reason, count in skipped.items()}
+        self._write(partial(self._file.append, step, record, weights=weights, skipped=counts))
+
+    def _write(self, write: Callable[[], object]) -> None:
+        """Call `write`, which writes to the run file, and close the file after an error."""
+        assert self._file is not None
+        if not self._try(f"the run file {self._file.path}", write):
+            self.close()
+
+    # --- the loggers
+
+    def _chart(self, rows: Sequence[Row]) -> None:
+        for step, model, others in rows:
+            log = partial(boards.log_scalars, step=step, model=model, others=others)
+            self._try_loggers(log)
+
+    def _show(self, step: int, weights: Histogram | None) -> None:
+        """Judge the run, write the verdicts to the run file, and draw pictures for loggers."""
+        self._drawn_step = step
+        found: list[Assessment] = []
+        if not self._try("verdicts", lambda: found.append(self.assess())):
+            return
+        (assessment,) = found
+        if self._file is not None:
+            self._write(partial(self._file.add_verdicts, step, assessment.runs))
+        self._warn_about_frozen(assessment)
+        if boards.can_show(self._loggers):
+            self._draw(step, weights, assessment)
+
+    def _warn_about_frozen(self, assessment: Assessment) -> None:
+        """Warn about layers that stand still, at the first look that shows any."""
+        if not self._has_warned and (notice := describe_frozen_now(assessment)):
+            self._has_warned = True
+            self._warn(f"sees {notice}")
+
+    def _draw(self, step: int, weights: Histogram | None, assessment: Assessment) -> None:
+        formats = [*self._header.formats]
+        recipes = [*dict.fromkeys([*self._charts.recipes, *self._header.recipes])]
+        if not self._has_layout:
+            self._has_layout = True
+            layers = bool(self._charts.charted)
+            self._try_loggers(
+                lambda logger: boards.log_layout([logger], formats, recipes, layers=layers)
+            )
+        pictures: dict[str, Figure] = {}
+        self._try("pictures", lambda: pictures.update(self._pictures(weights)))
+        self._try_loggers(lambda logger: boards.log_pictures([logger], step, pictures))
+        self._try_loggers(lambda logger: boards.log_verdict([logger], step, assessment))
+
+    def _pictures(self, weights: Histogram | None) -> dict[str, Figure]:
+        formats = [*self._header.formats.values()]
+        drawn = {} if weights is None else {"ranges": ranges(weights, formats)}
+        return drawn | self._history.draw_heat_maps()
+
+    def _step_histograms(self, record: StepRecord) -> dict[str, Histogram]:
+        """Return histograms of log2(abs(update) / spacing of the format), by key.
+
+        The keys are ``steps/{format}`` for the model, and ``steps/{format}/{layer}`` for layers
+        with charts.
+        """
+        layers = [name for name in self._charts.charted or () if name in record.layers]
+        each: list[tuple[str, Figures]] = [("", record.model)]
+        each += [(f"/{name}", record.layers[name]) for name in layers]
+        return {
+            f"steps/{format}{suffix}": figures.histogram(f"steps/{format}")
+            for suffix, figures in each
+            for format in figures.formats
+        }
+
+    def _measure_overhead(self, step: int, record: StepRecord, skipped: int) -> dict[str, float]:
+        """Return numbers about observing itself, by the end of the keys ``altgrad/monitor/…``.
+
+        The numbers are the share of time for observing and output, the number of measured elements,
+        and the number of steps that moved no weight.
+        """
+        total = record.own_seconds + record.training_seconds * max(step - self._last_step, 1)
+        return {
+            "own_share": (record.own_seconds + self._write_seconds) / total,
+            "elements": float(record.model.elements),
+            "skipped_steps": float(skipped),
+        }
+
+    # --- errors
+
+    def _try_loggers(self, log: Callable[[Any], object]) -> None:
+        """Call `log` with each logger, and drop loggers that raise an error."""
+        for logger in [*self._loggers]:
+            if not self._try(type(logger).__name__, partial(log, logger)):
+                self._loggers.remove(logger)
+
+    def _try(self, destination: str, write: Callable[[], object]) -> bool:
+        """Call `write`; after an error, name the destination in a notice and return False."""
+        try:
+            write()
+        except Exception as error:
+            if self._settings.strict:
+                raise
+            self._warn(f"goes on without {destination}, which failed: {error!r}")
+            return False
+        return True
+
+
+def _is_even_power(number: int) -> bool:
+    """Return True for 1, 4, 16, 64, …: the even powers of 2."""
+    # Binary 1, 100, 10000, …: a single bit, and an odd number of digits.
+    return number.bit_count() == 1 and number.bit_length() % 2 == 1
