@@ -53,6 +53,57 @@ def gather(source: Tensor, indices: Tensor, out: Tensor | None = None) -> Tensor
     return torch.index_select(source.reshape(-1), 0, indices, out=out)
 
 
+class Gathered:
+    """Elements of tensors on their way to the places where they are computed with.
+
+    Those on a device without float64 wait there, so that one transfer brings them to the host.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Tensor]] = []  # elements, and their place on the host
+
+    def take(self, source: Tensor, indices: Tensor, place: Tensor) -> None:
+        """Gather elements: into their place if that is on the same device, and else to wait.
+
+        Args:
+            source: The tensor, any dtype, shape and strides.
+            indices: Indices into the flattened tensor, int64 (elements), on its device.
+            place: The tensor to write to, with the dtype of `source`, (elements), on its device or
+                on the host if that lacks float64.
+        """
+        if source.device.type in EXACT:
+            torch.take(source, indices, out=place)
+        else:
+            self._waiting.append((gather(source, indices), place))
+
+    def bring(self) -> None:
+        """Copy the elements that wait to their places on the host."""
+        if self._waiting:
+            copies = copy_to_host([elements for elements, _ in self._waiting])
+            for copy, (_, place) in zip(copies, self._waiting, strict=True):
+                place.copy_(copy)
+            self._waiting.clear()
+
+
+def gather_all(
+    sources: Sequence[Tensor], indices: Sequence[Tensor], places: Sequence[Tensor]
+) -> None:
+    """Gather elements of many tensors, each into its own place, where they are computed with.
+
+    Elements on a device without float64 come to the host by one transfer for the whole device.
+
+    Args:
+        sources: The tensors, any dtypes, shapes and strides.
+        indices: For each, indices into the flattened tensor, int64 (elements), on its device.
+        places: For each, the tensor to write to, with its dtype, (elements), on its device or on
+            the host if that lacks float64.
+    """
+    gathered = Gathered()
+    for each in zip(sources, indices, places, strict=True):
+        gathered.take(*each)
+    gathered.bring()
+
+
 def move_to_exact_device(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copy tensors to the host if their device lacks float64, all of one device by one transfer.
 

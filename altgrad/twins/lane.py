@@ -36,6 +36,7 @@ from altgrad.measurement.twin_sums import (
     measure_twins,
 )
 from altgrad.observation.dtensor import to_local_tensor
+from altgrad.quantization.devices import gather_all
 from altgrad.recipes.recipe import Recipe
 from altgrad.twins.batch_norm import BatchStatistic
 from altgrad.twins.element_scales import ElementScales
@@ -151,8 +152,9 @@ class Lane:
         self._present: list[bool] = []  # by bucket: True with a gradient in this step
         self._gradients = torch.zeros(0, dtype=kind.gradient_dtype, device=kind.device)
         self._gradients_now = Gradients(self._gradients, ())
-        # Layers with a gradient: their samples, and where the sampled gradients go.
-        self._takes: list[tuple[str, Sampled, Tensor]] = []
+        # Layers with a gradient: their samples, the elements on the device of the layer, and where
+        # the sampled gradients go.
+        self._takes: list[tuple[str, Sampled, Tensor, Tensor]] = []
 
     @property
     def recipes(self) -> frozenset[str]:
@@ -251,8 +253,8 @@ class Lane:
             written.update(self._arrange(optimizer, stepped, changed))
             self._stepped = stepped
         self._loaded_writes = (), ()
-        for _, layer, place in self._takes:
-            torch.take(layer.gradient, layer.places, out=place)
+        gradients = [layer.gradient for _, layer, _, _ in self._takes]
+        gather_all(gradients, [each[2] for each in self._takes], [each[3] for each in self._takes])
         self._gradients_now = Gradients(
             self._gradients,
             self._present,
@@ -293,7 +295,7 @@ class Lane:
         Raises:
             Warning: The user made warnings errors.
         """
-        present = [name for name, _, _ in self._takes]
+        present = [name for name, *_ in self._takes]
         try:
             return micro.take_sums(self._plan.layout, self._gradients, present, self._run)
         except Warning:  # the user made warnings errors
@@ -366,7 +368,11 @@ class Lane:
         self._gradients.zero_()  # those of layers that have none in this step
         places, layers = self._plan.layout.places, self._plan.layers
         self._takes = [
-            (each.name, layers[each.name], self._gradients[places[each.name]])
+            (
+                *(each.name, layers[each.name]),
+                layers[each.name].places.to(each.parameter.device),
+                self._gradients[places[each.name]],
+            )
             for each in present
             if each.name in places
         ]

@@ -21,6 +21,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from altgrad.quantization.devices import gather_all
 from altgrad.twins.layer_plan import LaneKind
 from altgrad.twins.layout import Layout
 from altgrad.twins.sample import Sampled, find_columns, get_block_size
@@ -57,6 +58,7 @@ class RunWeights:
         self._layers: Mapping[str, Sampled] = {}
         self._layout = Layout()
         self._places: list[Tensor] = []  # parts of `values`, one for each layer
+        self._indices: list[Tensor] = []  # the sample of each layer, on the layer's own device
         self._versions: tuple[list[int], ...] = ([], [])
         self.values = torch.zeros(0, dtype=kind.dtype, device=kind.device)
         self.rows = self.layer_rows = torch.zeros(0, dtype=torch.int64, device=kind.device)
@@ -93,6 +95,7 @@ class RunWeights:
         last, self._layout = self.values, layout
         self.values = torch.zeros(layout.length, dtype=self._kind.dtype, device=device)
         self._places = [self.values[place] for place in layout.places.values()]
+        self._indices = [each.places.to(each.weights.device) for each in layers.values()]
         shapes = [self._kind.find_block_shape(each.shape) for each in layers.values()]
         columns = [
             find_columns(each.indices, shape, self._kind.block)
@@ -140,8 +143,8 @@ class RunWeights:
 
     def gather(self) -> Tensor:
         """Gather the weights as they are now into `values`, (elements), and return it."""
-        for layer, place in zip(self._layers.values(), self._places, strict=True):
-            torch.take(layer.weights, layer.places, out=place)
+        weights = [each.weights for each in self._layers.values()]
+        gather_all(weights, self._indices, self._places)
         return self.values
 
     def check(self, reference: TwinTensors, spacings: Tensor | None = None) -> Tensor:

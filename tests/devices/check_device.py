@@ -15,8 +15,10 @@ from tests.devices.simulated import (
     lacking,
     make_device,
 )
+from tests.devices.training import make_slow_but
 
 DEVICE = make_device()
+OPTIMIZERS = torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.Adafactor
 DTYPES = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8),
     *(torch.int32, torch.int64, torch.float8_e4m3fn, torch.float8_e8m0fnu),
@@ -85,6 +87,22 @@ def test_a_number_of_the_host_mixes() -> None:
     assert (traffic.to_device, traffic.to_host) == (0, 0)
 
 
+def test_it_draws_from_a_generator_of_its_own() -> None:
+    module, host = torch.get_device_module(DEVICE), torch.get_rng_state()
+    before = module.get_rng_state(DEVICE)
+    one, other = torch.randn(3, device=DEVICE), torch.empty(3, device=DEVICE).uniform_()
+    assert not torch.equal(one, other)
+    assert not torch.equal(module.get_rng_state(DEVICE), before)
+    assert torch.equal(torch.get_rng_state(), host)
+    torch.ones(3, device=DEVICE).add_(1)
+    module.manual_seed_all(4)
+    assert torch.equal(torch.randn(3, device=DEVICE).cpu(), _draw(4))
+
+
+def _draw(seed: int) -> Tensor:
+    return torch.randn(3, generator=torch.Generator("cpu").manual_seed(seed))
+
+
 def test_numpy_cannot_read_it() -> None:
     with pytest.raises(TypeError, match=r"Tensor\.cpu"):
         torch.ones(3, device=DEVICE).numpy()
@@ -144,9 +162,7 @@ def test_dtypes_and_operations_can_be_forbidden() -> None:
         there.exp_()
 
 
-@pytest.mark.parametrize(
-    "optimizer", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.Adafactor]
-)
+@pytest.mark.parametrize("optimizer", make_slow_but([torch.optim.AdamW], OPTIMIZERS))
 def test_a_model_trains_on_it_and_can_be_copied(optimizer: type) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(

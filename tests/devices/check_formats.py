@@ -11,6 +11,7 @@ from torch import Tensor
 from altgrad import measure, quantization
 from altgrad.quantization import FORMATS, FloatFormat
 from tests.devices.simulated import is_on_device
+from tests.devices.training import make_slow_but
 
 EVERY = (*FORMATS.values(), FloatFormat("ftz", 3, 2, 3, has_subnormals=False))
 DTYPES = torch.float16, torch.bfloat16, torch.float32
@@ -38,7 +39,7 @@ def assert_alike(compute: Callable[..., Any], device: torch.device, *inputs: Any
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("format", EVERY, ids=str)
+@pytest.mark.parametrize("format", make_slow_but(EVERY[-1:], EVERY), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rounding_and_spacing_are_those_of_the_cpu(
     device: torch.device, format: FloatFormat, dtype: torch.dtype
@@ -54,7 +55,7 @@ def test_rounding_and_spacing_are_those_of_the_cpu(
     assert_alike(lambda x: quantization.spacing(x, format, 0.3), device, x)
 
 
-@pytest.mark.parametrize("name", ["e4m3fn", "e2m1", "bf16"])
+@pytest.mark.parametrize("name", make_slow_but(["e4m3fn"], ["e4m3fn", "e2m1", "bf16"]))
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)
 def test_scales_and_what_they_round_are_those_of_the_cpu(
     device: torch.device, name: str, scaling: Any
@@ -74,7 +75,7 @@ def test_scales_and_what_they_round_are_those_of_the_cpu(
             )
 
 
-@pytest.mark.parametrize("name", ["e4m3fn", "e2m1", "e0m7"])
+@pytest.mark.parametrize("name", make_slow_but(["e4m3fn"], ["e4m3fn", "e2m1", "e0m7"]))
 def test_diagnostics_are_those_of_the_cpu(device: torch.device, name: str) -> None:
     before = make_values(torch.float32)
     update = make_values(torch.float32, seed=1) * 1e-3
@@ -95,7 +96,7 @@ def test_diagnostics_are_those_of_the_cpu(device: torch.device, name: str) -> No
     assert_alike(quantization.ulp_statistics, device, before, before + update)
 
 
-@pytest.mark.parametrize("scaling", [*SCALINGS, None], ids=str)
+@pytest.mark.parametrize("scaling", make_slow_but(["channel"], [*SCALINGS, None]), ids=str)
 def test_a_measured_step_has_the_figures_of_the_cpu(device: torch.device, scaling: Any) -> None:
     formats = "bf16", "e4m3fn", "nvfp4", "mxfp8_e4m3", "e0m7"
     for dtype in DTYPES:

@@ -4,11 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from altgrad import SamplingRule, StepRecord, UpdateMonitor
-from tests.devices.simulated import Traffic, counting
-from tests.devices.training import give_gradients, make_layers
+from tests.devices.simulated import Traffic
+from tests.devices.training import assert_equal_records, make_layers, make_slow_but, step_often
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -21,6 +20,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no scales": {"scaling": None, "max_elements": None},
     "rules": {"sampling": [SamplingRule("2.weight", max_elements=100, formats=("e5m2",))]},
 }
+DTYPES = torch.float32, torch.bfloat16
 EVERY_TENTH: dict[str, Any] = {"every_n_steps": 10}
 Trained = tuple[list[StepRecord], list[Traffic], UpdateMonitor]
 
@@ -37,38 +37,14 @@ def train(
         return records, step_often(model, optimizer, steps), monitor
 
 
-def step_often(
-    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0
-) -> list[Traffic]:
-    traffics = []
-    for step in range(first, first + steps):
-        give_gradients(model, step)
-        with counting() as traffic:
-            optimizer.step()
-        traffics.append(traffic)
-    return traffics
-
-
-def assert_equal_records(
-    here: list[StepRecord], there: list[StepRecord], tolerance: float = 0
-) -> None:
-    assert len(here) == len(there) > 0
-    for one, other in zip(here, there, strict=True):
-        pairs = {None: (one.model, other.model)}
-        pairs |= {name: (figures, other.layers[name]) for name, figures in one.layers.items()}
-        for figures, others in pairs.values():
-            assert dict(figures) == pytest.approx(dict(others), rel=tolerance, abs=0, nan_ok=True)
-            assert figures.histogram("weights") == others.histogram("weights")
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", make_slow_but(["sampled"], OPTIONS))
+@pytest.mark.parametrize("dtype", make_slow_but([torch.float32], DTYPES), ids=str)
 def test_figures_are_those_of_the_cpu(device: torch.device, name: str, dtype: torch.dtype) -> None:
     here, there = (train(where, dtype, **OPTIONS[name])[0] for where in ("cpu", device))
     assert_equal_records(here, there)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", make_slow_but(["channel", "block formats"], OPTIONS))
 def test_an_observed_step_copies_once_to_the_host_and_never_to_the_device(
     device: torch.device, name: str
 ) -> None:

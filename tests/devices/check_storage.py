@@ -7,7 +7,7 @@ import torch
 
 from altgrad import Recipe, WeightStorage
 from tests.devices.simulated import counting, is_on_device
-from tests.devices.training import assert_equal_states, give_gradients, make_layers
+from tests.devices.training import assert_equal_states, give_gradients, make_layers, make_slow_but
 
 STORAGES: dict[str, dict[str, Any]] = {
     "bf16": {"format": "bf16"},
@@ -32,7 +32,7 @@ def train(device: torch.device | str, storage: WeightStorage, steps: int = 4) ->
     return model, optimizer
 
 
-@pytest.mark.parametrize("name", STORAGES)
+@pytest.mark.parametrize("name", make_slow_but(["channel", "both"], STORAGES))
 def test_stored_weights_and_states_are_those_of_the_cpu(device: torch.device, name: str) -> None:
     here, there = WeightStorage(**STORAGES[name]), WeightStorage(**STORAGES[name])
     assert_equal_states(train("cpu", here), train(device, there))
@@ -45,7 +45,7 @@ def test_stored_weights_and_states_are_those_of_the_cpu(device: torch.device, na
                 assert torch.equal(one[key], other[key].cpu())
 
 
-@pytest.mark.parametrize("name", ["e4m3fn", "block", "states", "both"])
+@pytest.mark.parametrize("name", make_slow_but(["both"], ["e4m3fn", "block", "states", "both"]))
 def test_stochastic_rounding_draws_what_the_cpu_draws(limited: torch.device, name: str) -> None:
     storages = [
         WeightStorage(**STORAGES[name] | {"rounding": "stochastic"}, seed=5) for _ in range(2)

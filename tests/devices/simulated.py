@@ -68,7 +68,7 @@ _libraries: list[torch.library.Library] = []  # what they register lasts as long
 def make_device() -> torch.device:
     """Add the device to torch in this process, unless it is there, and return it."""
     if not _libraries:
-        getattr(backend_registration, _SETUP)(NAME)
+        getattr(backend_registration, _SETUP)(NAME, backend_module=_Module())
         everything, convolutions = (torch.library.Library(n, "IMPL") for n in ("_", "aten"))
         everything.fallback(_run, "PrivateUse1")
         # Without kernels of their own under these names, convolutions raise an error.
@@ -109,7 +109,9 @@ def find_limits_like_mps() -> Limits:
     import yaml
 
     path = files("torchgen") / "packaged" / "ATen" / "native" / "native_functions.yaml"
-    table = {each["func"].split("(")[0]: each for each in yaml.safe_load(path.read_text())}
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where there is one: faster
+    entries = yaml.load(path.read_text(), Loader=loader)
+    table = {each["func"].split("(")[0]: each for each in entries}
     lacks = set()
     for name, each in table.items():
         kernels = table.get(each.get("structured_delegate"), each).get("dispatch", {})
@@ -121,6 +123,45 @@ def find_limits_like_mps() -> Limits:
 
 def is_on_device(value: object) -> bool:
     return isinstance(value, Tensor) and value.device.type == NAME
+
+
+class _Module:
+    """The functions of ``torch.sim``; torch itself asks for all but the last two."""
+
+    def __init__(self) -> None:
+        self.random_state = torch.Generator("cpu").manual_seed(0).get_state()
+
+    def is_available(self) -> bool:
+        return True
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def current_device(self) -> int:
+        return 0
+
+    def device_count(self) -> int:
+        return 1
+
+    def manual_seed_all(self, seed: int) -> None:
+        self.random_state = torch.Generator("cpu").manual_seed(seed).get_state()
+
+    def get_rng_state(self, _device: torch.device) -> Tensor:
+        return self.random_state.clone()
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Draw from the device's own generator, and leave that of the CPU as it was."""
+        before = torch.get_rng_state()
+        torch.set_rng_state(self.random_state)
+        try:
+            yield
+        finally:
+            self.random_state = torch.get_rng_state()
+            torch.set_rng_state(before)
 
 
 def _run(operation: Any, *args: Any, **kwargs: Any) -> Any:
@@ -138,7 +179,9 @@ def _run(operation: Any, *args: Any, **kwargs: Any) -> Any:
     views |= {id(each): views[id(each)].clone() for each in resizable}
     dtypes = [each.dtype for each in inputs]
     lowered = {argument.name: _lower(argument, each, views, dtypes) for argument, each in named}
-    results = operation(**lowered)
+    draws = torch.Tag.nondeterministic_seeded in operation.tags
+    with torch.get_device_module(NAME).drawing() if draws else contextlib.nullcontext():
+        results = operation(**lowered)
     for each in resizable:
         if views[id(each)].shape != each.shape:
             each.data = _lift(views[id(each)], {})

@@ -1,6 +1,6 @@
-"""Each ``check_*.py`` is run in a process of its own, on a device that needs no hardware.
+"""The files ``check_*.py`` are run in a process of their own, on a device without hardware.
 
-`simulated` says why; `CONTRIBUTING.md` says how to run a file alone.
+`simulated` has the device. A few of the checks are in the quick suite, all of them in the slow one.
 """
 
 import subprocess
@@ -12,15 +12,29 @@ import pytest
 from tests.devices.simulated import IS_POSSIBLE
 
 FOLDER = Path(__file__).parent
+FILES = sorted(path.name for path in FOLDER.glob("check_*.py"))
+pytestmark = pytest.mark.skipif(not IS_POSSIBLE, reason="needs torch 2.13")
 
 
-@pytest.mark.skipif(not IS_POSSIBLE, reason="needs torch 2.13, and its backend for Python alone")
-@pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("check_*.py")))
-def test_a_device_gives_the_bits_of_the_cpu(name: str) -> None:
+def run_checks(path: Path, marked: str) -> None:
     options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-o", "python_files=check_*.py"]
-    command = [sys.executable, "-m", "pytest", *options, str(FOLDER / name)]
     ended = subprocess.run(
-        command, cwd=FOLDER.parents[1], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-m", "pytest", *options, "-m", marked, str(path)],
+        cwd=FOLDER.parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert " passed" in ended.stdout
+
+
+def test_formats_storage_observing_and_twins_give_the_bits_of_the_cpu() -> None:
+    run_checks(FOLDER, "not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_all_that_is_checked_on_a_device_gives_the_bits_of_the_cpu(name: str) -> None:
+    run_checks(FOLDER / name, "slow")

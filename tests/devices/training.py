@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from altgrad import StepRecord
+from tests.devices.simulated import Traffic, counting
 
 
 def make_layers(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -22,7 +27,14 @@ def give_gradients(model: nn.Module, step: int) -> None:
     for parameter in model.parameters():
         drawn = torch.randn((2, *parameter.shape), generator=generator)
         gradient = 1e-2 * drawn[0] * drawn[1].mul(2).exp()
-        parameter.grad = gradient.to(parameter.device, parameter.dtype)
+        # Strides are those of the parameter, as a backward pass leaves them.
+        parameter.grad = torch.empty_like(parameter).copy_(gradient)
+
+
+def make_slow_but(quick: Iterable[Any], values: Iterable[Any]) -> list[Any]:
+    """Return values for a parametrized test, of which only some are in the quick suite."""
+    few = [*quick]
+    return [each if each in few else pytest.param(each, marks=pytest.mark.slow) for each in values]
 
 
 def assert_equal_states(
@@ -37,3 +49,25 @@ def assert_equal_states(
     for one, other in pairs:
         if isinstance(one, Tensor):
             assert torch.equal(one, other.cpu())
+
+
+def step_often(model: nn.Module, optimizer: Optimizer, steps: int, first: int = 0) -> list[Traffic]:
+    traffics = []
+    for step in range(first, first + steps):
+        give_gradients(model, step)
+        with counting() as traffic:
+            optimizer.step()
+        traffics.append(traffic)
+    return traffics
+
+
+def assert_equal_records(
+    here: list[StepRecord], there: list[StepRecord], tolerance: float = 0
+) -> None:
+    assert len(here) == len(there) > 0
+    for one, other in zip(here, there, strict=True):
+        pairs = {None: (one.model, other.model)}
+        pairs |= {name: (figures, other.layers[name]) for name, figures in one.layers.items()}
+        for figures, others in pairs.values():
+            assert dict(figures) == pytest.approx(dict(others), rel=tolerance, abs=0, nan_ok=True)
+            assert figures.histogram("weights") == others.histogram("weights")

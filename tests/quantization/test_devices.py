@@ -8,10 +8,12 @@ from torch import Tensor
 
 from altgrad.quantization import devices
 from altgrad.quantization.devices import (
+    Gathered,
     copy_to_host,
     editing_on_exact_device,
     find_exact_device,
     gather,
+    gather_all,
     move_to_exact_device,
     on_exact_device,
 )
@@ -79,3 +81,21 @@ def test_a_function_without_tensors_of_other_devices_is_called_as_it_is() -> Non
     assert pair(x, other=3)[0] is x
     assert pair(x, 4)[1] == 4
     assert pair.__doc__ == "Return both."
+
+
+@pytest.mark.parametrize("exact", [{"cpu"}, {"cuda"}], ids=["in place", "waiting"])
+def test_elements_go_to_their_places(exact: set[str]) -> None:
+    sources = [torch.arange(6.0).view(2, 3).t(), torch.arange(4).to(torch.bfloat16)]
+    indices = [torch.tensor([1, 4]), torch.tensor([3])]
+    flat = torch.zeros(4)
+    places = [flat[1:3], torch.zeros(1, dtype=torch.bfloat16)]
+    with mock.patch.object(devices, "EXACT", exact):
+        gather_all(sources, indices, places)
+        assert (flat.tolist(), places[1].tolist()) == ([0, 3, 2, 0], [3])
+        gathered = Gathered()
+        gathered.take(sources[0], indices[0], flat[:2])
+        has_waited = flat.tolist() == [0, 3, 2, 0]
+        gathered.bring()
+        gathered.bring()
+    assert has_waited is (exact == {"cuda"})
+    assert flat.tolist() == [3, 2, 2, 0]
