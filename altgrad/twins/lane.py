@@ -36,7 +36,7 @@ from altgrad.measurement.twin_sums import (
     measure_twins,
 )
 from altgrad.observation.dtensor import to_local_tensor
-from altgrad.quantization.devices import gather_all
+from altgrad.quantization.devices import gather_all, move_to_exact_device
 from altgrad.recipes.recipe import Recipe
 from altgrad.twins.batch_norm import BatchStatistic
 from altgrad.twins.element_scales import ElementScales
@@ -49,7 +49,7 @@ from altgrad.twins.micro_gradients import MicroGradients
 from altgrad.twins.optimizer_twin import Gradients, OptimizerTwin
 from altgrad.twins.run_average import RunAverage
 from altgrad.twins.run_states import RunStates, gather_states
-from altgrad.twins.run_weights import RunWeights
+from altgrad.twins.run_weights import RunWeights, make_mask
 from altgrad.twins.sample import Sampled
 from altgrad.twins.self_check import COUNTS
 from altgrad.twins.stored_layers import find_spacings
@@ -258,9 +258,7 @@ class Lane:
         self._gradients_now = Gradients(
             self._gradients,
             self._present,
-            # GradScaler sets these attributes on fused optimizers: torch/amp/grad_scaler.py, step.
-            to_local_tensor(getattr(optimizer, "grad_scale", None)),
-            to_local_tensor(getattr(optimizer, "found_inf", None)),
+            *_read_scaler(optimizer),
             {} if micro is None else self._take_sums(micro),
         )
         if written or is_checked or self._run.is_watching:
@@ -629,9 +627,8 @@ class Lane:
 
         It is False everywhere if a GradScaler skipped the step.
         """
-        each = [name in names for name in self.names]
-        flags = torch.tensor(each, dtype=torch.bool, device="cpu")
-        shown = flags.to(self._kind.device)[self._run.layer_rows]
+        flags = make_mask([name in names for name in self.names], self._kind.device)
+        shown = flags[self._run.layer_rows]
         found_inf = self._gradients_now.found_inf
         return shown if found_inf is None else shown & (found_inf == 0)
 
@@ -800,3 +797,14 @@ def _join(earlier: Changes, later: Changes) -> Changes:
         number: {**earlier.get(number, {}), **later.get(number, {})}
         for number in (*earlier, *later)
     }
+
+
+def _read_scaler(optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:
+    """Return the scale and the flag of a GradScaler, where samples are stepped; None without it."""
+    # GradScaler sets these attributes on fused optimizers: torch/amp/grad_scaler.py, step.
+    given = [
+        to_local_tensor(getattr(optimizer, each, None)) for each in ("grad_scale", "found_inf")
+    ]
+    moved = iter(move_to_exact_device([each for each in given if each is not None]))
+    scale, found_inf = (None if each is None else next(moved) for each in given)
+    return scale, found_inf

@@ -16,7 +16,7 @@ Read `lane_sorter` first; `run_states` comes next.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -261,7 +261,7 @@ class RunWeights:
             bool (layers).
         """
         each = [name in written for name in self._layers]
-        is_written = torch.tensor(each, dtype=torch.bool, device="cpu").to(self._kind.device)
+        is_written = make_mask(each, self._kind.device)
         if not is_checkable:
             return is_written
         self._suspected = find_suspected(self._compare(reference)) & ~is_written
@@ -316,3 +316,18 @@ def _differ(one: Tensor, other: Tensor) -> Tensor:
 def _is_replaced(old: Sampled, new: Sampled) -> bool:
     """Return True if the parameter of a layer is another object than before."""
     return old.parameter is not new.parameter
+
+
+def make_mask(each: Sequence[bool], device: torch.device) -> Tensor:
+    """Make a mask on a device; if all its values are alike, none is copied from the host.
+
+    Args:
+        each: The values.
+        device: The device of the mask.
+
+    Returns:
+        The mask, bool (values).
+    """
+    if each and all(one == each[0] for one in each):
+        return torch.full((len(each),), each[0], dtype=torch.bool, device=device)
+    return torch.tensor(each, dtype=torch.bool, device="cpu").to(device)

@@ -262,3 +262,25 @@ def test_a_run_that_draws_on_its_device_is_found(limited: torch.device) -> None:
         return {*monitor.twins.checks.values()}, [each.split(", by up")[0] for each in notices]
 
     assert run("cpu") == run(limited)
+
+
+def test_a_step_that_a_scaler_skips_moves_no_twin(device: torch.device) -> None:
+    def run(place: torch.device | str) -> list[Any]:
+        model, records = make_layers().to(place), []
+        optimizer = OPTIMIZERS["fused"](model)
+        monitor = UpdateMonitor(model, records.append, recipes=RECIPES, strict=True)
+        with monitor.attach(optimizer):
+            for step, found_inf in enumerate([0.0, 0.0, 1.0, 0.0]):
+                optimizer.grad_scale = torch.tensor(2.0).to(place)
+                optimizer.found_inf = torch.tensor(found_inf).to(place)
+                step_often(model, optimizer, 1, first=step)
+        return records
+
+    here, there = run("cpu"), run(device)
+    assert len(here) == 3
+    assert_equal_records(here, there)
+
+
+def test_an_observed_step_copies_nothing_to_a_device_with_float64(able: torch.device) -> None:
+    traffic = train(able)[1][5]
+    assert traffic.to_device == 0
