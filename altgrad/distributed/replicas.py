@@ -10,6 +10,7 @@ from torch import Tensor
 from altgrad.distributed.ranks import Ranks
 from altgrad.distributed.shards import Shard
 from altgrad.observation.dtensor import to_local_tensors
+from altgrad.quantization.devices import copy_to_host
 
 _SAMPLED = 16
 _TOLERANCE = 0.01
@@ -53,7 +54,7 @@ def find_different_replicas(
 def _sample(shards: list[Tensor]) -> list[Tensor]:
     """Return up to 16 elements of each local shard, then a 0: float64 (elements) on the host."""
     flat = [each.reshape(-1) for each in shards]
-    some = [each[:: max(1, -(-len(each) // _SAMPLED))].double() for each in flat]
-    on_host = torch.cat([each.to(some[0].device) for each in some]).cpu()
+    some = [each[:: max(1, -(-len(each) // _SAMPLED))] for each in flat]
+    on_host = torch.cat([each.double() for each in copy_to_host(some)])
     finite = on_host.nan_to_num(0.0, 0.0, 0.0)
     return [torch.cat((each, each.new_zeros(1))) for each in torch.split(finite, [*map(len, some)])]

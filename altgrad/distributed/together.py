@@ -30,6 +30,7 @@ from altgrad.distributed.twin_message import TwinPlan
 from altgrad.measurement.ever_moved import PackedBits, scatter_packed_bits
 from altgrad.observation.dtensor import to_local_tensor
 from altgrad.observation.observer import RankError
+from altgrad.quantization.devices import copy_to_host
 from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.formats import Scaling
 from altgrad.quantization.scale_groups import compute_layer_amaxes
@@ -258,7 +259,7 @@ class Together(Ranks):
         if not filled:
             return numbers
         each, _ = compute_layer_amaxes([*filled.values()], scaling)
-        on_host = torch.cat([amax.double().to(each[0].device) for amax in each]).cpu()
+        on_host = torch.cat([amax.double() for amax in copy_to_host(each)])
         amax_by_layer = dict(zip(filled, torch.split(on_host, [*map(len, each)]), strict=True))
         for name, own in zip(parameters, torch.split(numbers, groups), strict=True):
             if name in amax_by_layer:

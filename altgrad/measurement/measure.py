@@ -14,6 +14,7 @@ from altgrad.measurement.catalogue import NEED_GRADIENT, NEED_TRACKING
 from altgrad.measurement.figures import tensor_figures
 from altgrad.measurement.measurer import Measurer
 from altgrad.quantization.block_formats import Formats
+from altgrad.quantization.devices import on_exact_device
 from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.formats import Scaling
 
@@ -21,6 +22,7 @@ DEFAULT_FORMATS = ("bf16", "e4m3fn", "e5m2")
 """Names of the default formats: bf16 and the two FP8 formats that hardware has."""
 
 
+@on_exact_device
 @torch.no_grad()
 def measure(
     before: Tensor,

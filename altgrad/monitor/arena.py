@@ -33,6 +33,7 @@ from altgrad.monitor.scale_state import ScaleState
 from altgrad.observation.dtensor import to_local_tensor
 from altgrad.observation.snapshots import Copies, Request
 from altgrad.quantization.arguments import INPUT_DTYPES
+from altgrad.quantization.devices import find_exact_device
 from altgrad.quantization.scale_groups import Amaxes, Sharing
 
 # Elements in a row. Fewer would make sums over rows slow; more would waste memory on the last row
@@ -181,6 +182,7 @@ class Arena:
 
     Attributes:
         segments: The segments to measure.
+        copies: Memory for the copies of each layer, by name.
     """
 
     def __init__(
@@ -191,6 +193,7 @@ class Arena:
         samples: Mapping[str, Sample],
     ) -> None:
         self.segments: list[Segment] = []
+        self.copies: dict[str, Copies] = {}
         self._samples = samples
         self._measurer = measurer
         self._scale_state = scale_state
@@ -214,10 +217,10 @@ class Arena:
 
         Returns:
             Memory for the copies of each layer. None if the layer is too large, has no elements on
-            this rank, or has a dtype that is not measured.
+            this rank, or has a dtype that is not measured. None, too, for a layer on a device that
+            does not measure: its copies come to the memory in `copies` later.
         """
         self.free()
-        copies: dict[str, Copies] = {}
         for group in self._grouped(requests):
             segment = self._segment(group)
             for place, request in zip(segment.places, group, strict=True):
@@ -225,15 +228,19 @@ class Arena:
                 flags = self._ever_moved.take(place.name, kinds, place.elements)
                 if flags is not None:
                     segment.write_flags(place, flags)
-                copies[place.name] = segment.copies(place, _copied_shape(request))
+                self.copies[place.name] = segment.copies(place, _copied_shape(request))
             self.segments.append(segment)
-        return [copies.get(request.name) for request in requests]
+        return [
+            None if _is_measured_elsewhere(request) else self.copies.get(request.name)
+            for request in requests
+        ]
 
     def free(self) -> None:
         """Free all memory, but keep which elements have moved so far: in the `EverMovedStore`."""
         for name, flags in self.flags():
             self._ever_moved.keep(name, flags)
         self.segments.clear()
+        self.copies.clear()
 
     def flags(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each layer's name, and flags that say which of its elements have moved so far.
@@ -251,7 +258,8 @@ class Arena:
         """Compute the scales of all layers again, after an amax (largest magnitude) has changed."""
         for segment in self.segments:
             row_layers = segment.batch.layers.row_layers
-            scales = self._scales(segment.places, row_layers)
+            kept = None if segment.batch.sharing is None else segment.batch.sharing[0]
+            scales = self._scales(segment.places, row_layers, kept)
             segment.batch = self._measurer.with_scales(segment.batch, scales)
 
     def _grouped(self, requests: Sequence[Request]) -> list[list[Request]]:
@@ -268,7 +276,7 @@ class Arena:
             is_elsewhere = not rows and request.name in self._samples
             if {*dtypes} - {*INPUT_DTYPES} or rows > self._layer_rows or is_elsewhere:
                 continue
-            kind = (*dtypes, request.parameter.device)
+            kind = (*dtypes, find_exact_device(request.parameter.device))
             group, free = last.get(kind, ([], 0))
             if not group or rows > free:
                 group, free = [], self._rows
@@ -353,9 +361,14 @@ class Arena:
         return found, counts
 
     def _scales(
-        self, places: Sequence[Place], row_layers: Tensor
+        self, places: Sequence[Place], row_layers: Tensor, sharing: Sharing | None = None
     ) -> Tensor | tuple[Sharing, Amaxes | None]:
         """Compute the scales by which formats divide layers, as `Measurer.with_scales` takes them.
+
+        Args:
+            places: Places of the layers.
+            row_layers: Index of the layer of each row, int64 (rows).
+            sharing: The map of the elements that share a scale, if it is known.
 
         Returns:
             If each layer has one scale for each format: float64 (rows, formats, 1). Otherwise a map
@@ -370,8 +383,9 @@ class Arena:
         if measurer.formats.is_single:
             groups = None if amaxes is None else amaxes.groups
             return measurer.compute_scales(groups, len(places), device)[row_layers]
-        sharing = Sharing.join([self._sharing(place) for place in places])
-        return sharing.to(device), amaxes
+        if sharing is None:
+            sharing = Sharing.join([self._sharing(place) for place in places]).to(device)
+        return sharing, amaxes
 
     def _amaxes(self, place: Place, device: torch.device) -> Amaxes:
         """Return the largest magnitudes of a layer; ones, as a filler, if it has a new shape.
@@ -402,6 +416,12 @@ def _count_copied(request: Request) -> int:
     return _copied_shape(request).numel()
 
 
+def _is_measured_elsewhere(request: Request) -> bool:
+    """Return True if the device of a layer does not measure, so that the host does."""
+    device = request.parameter.device
+    return find_exact_device(device) != device
+
+
 def _copied_shape(request: Request) -> torch.Size:
     """Return the shape of the tensors into which a parameter's weights and gradient are copied.
 
@@ -429,11 +449,12 @@ def _memory(first: Request, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Ten
     """
     together = None
     weights = to_local_tensor(first.parameter.detach())
+    device = find_exact_device(weights.device)
     if weights.dtype == first.gradient_dtype:
-        together = weights.new_zeros((3, *shape))
+        together = weights.new_zeros((3, *shape), device=device)
         before, after, gradient = together.unbind()
     else:
-        before, after = weights.new_zeros((2, *shape)).unbind()
-        gradient = weights.new_zeros(shape, dtype=first.gradient_dtype)
+        before, after = weights.new_zeros((2, *shape), device=device).unbind()
+        gradient = weights.new_zeros(shape, dtype=first.gradient_dtype, device=device)
     before.fill_(torch.nan)
     return before, after, gradient, None if together is None else together.transpose(0, 1)

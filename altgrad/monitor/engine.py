@@ -1,9 +1,11 @@
-"""`Engine`: measure one optimizer step of all layers on their devices.
+"""`Engine`: measure one optimizer step of all layers on their devices, or else on the host.
 
 Before a step, the engine chooses elements and assigns memory; after it, it measures the copies and
-brings all results to the host in one transfer.
+brings all results to the host in one transfer. The copies of layers on a device that does not
+measure are themselves brought to the host in one transfer, and measured there.
 
-Read `arena` first, which measures most layers together; `monitor` comes next and calls the engine.
+Read `arena` first, which measures most layers together, and `host_step`; `monitor` comes next and
+calls the engine.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from altgrad.measurement.ever_moved import EverMovedStore
 from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.numbers import Numbers
 from altgrad.monitor.arena import Arena
+from altgrad.monitor.host_step import bring_to_host
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.monitor.scale_state import ScaleState
 from altgrad.observation import OptimizerStep, StepOutcome
@@ -150,7 +153,9 @@ class Engine:
         if outcome.step is None:
             return sums
         try:
-            return self._measured(outcome.step, sums, others)
+            arena = self._arenas.get(outcome.optimizer)
+            step = bring_to_host(outcome.step, {} if arena is None else arena.copies)
+            return self._measured(step, sums, others)
         except Exception as error:  # noqa: BLE001 - raised when ranks are combined
             return sums._replace(error=error)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from altgrad._messages import few
 from altgrad.distributed.peers import Peers
 from altgrad.measurement.step_record import StepRecord
+from altgrad.quantization.devices import find_exact_device, move_to_exact_device
 from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.scale_groups import Amaxes
 
@@ -97,7 +98,7 @@ class ScaleState:
             self._take({name: parameters[name] for name in self._unknown(parameters)}, peers)
 
     def ensure_amax(self, parameters: Mapping[str, Tensor], peers: Peers) -> None:
-        """Compute the amax (largest magnitude) of layers that have none; put each on its device.
+        """Compute the amax (largest magnitude) of layers that have none, where layers are measured.
 
         Args:
             parameters: Parameters of the layers, by name.
@@ -117,9 +118,9 @@ class ScaleState:
                 )
             self._take({name: parameters[name] for name in unknown}, peers)
         for name, parameter in parameters.items():
-            amaxes = self._amaxes[name][1]
-            if amaxes.groups.device != parameter.device:
-                moved = Amaxes(*(each.to(parameter.device) for each in amaxes))
+            amaxes, device = self._amaxes[name][1], find_exact_device(parameter.device)
+            if amaxes.groups.device != device:
+                moved = Amaxes(*(each.to(device) for each in amaxes))
                 self._amaxes[name] = parameter.shape, moved
 
     def has_amax(self, name: str, parameter: Tensor) -> bool:
@@ -226,6 +227,7 @@ class ScaleState:
         if not parameters:
             return
         each, has_zero = peers.amax(parameters, self._formats.scaling)
+        each = move_to_exact_device(each)
         for (name, parameter), groups in zip(parameters.items(), each, strict=True):
             new = Amaxes.from_groups(groups)
             shape, known = self._amaxes.get(name, (None, new))

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from altgrad.observation.dtensor import get_local_gradients, to_local_tensor, to_local_tensors
+from altgrad.quantization.devices import gather
 
 Elements: TypeAlias = Callable[[str, Tensor], Tensor | None]
 """A function that takes name and parameter, and returns the elements to copy.
@@ -149,7 +150,7 @@ def read_weights_after(snapshots: Sequence[Snapshot]) -> list[Tensor]:
     sources: list[Tensor] = []
     for each, local in zip(snapshots, current, strict=True):
         if each.indices is not None:
-            torch.take(local, each.indices, out=each.after)
+            gather(local, each.indices, out=each.after)
         elif each.after is not None:
             copies.append(each.after)
             sources.append(local)
@@ -236,10 +237,8 @@ class Snapshots:
                 copies += (snapshot.before, snapshot.gradient)
                 sources += (local, gradient)
             else:
-                # `take` reads flat indices for any strides, without a flattened copy:
-                # https://docs.pytorch.org/docs/stable/generated/torch.take.html
-                torch.take(local, snapshot.indices, out=snapshot.before)
-                torch.take(gradient, snapshot.indices, out=snapshot.gradient)
+                gather(local, snapshot.indices, out=snapshot.before)
+                gather(gradient, snapshot.indices, out=snapshot.gradient)
         _copy_all(copies, sources)
         if grad_scale is not None:
             for snapshot in snapshots:

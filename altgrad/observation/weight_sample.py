@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from altgrad.observation.dtensor import to_local_tensor
+from altgrad.quantization.devices import copy_to_host, gather
 
 # A step moves nearly all elements of most layers, so that few are enough. In an embedding it moves
 # single rows, and may miss all of these few; more elements would help a little.
@@ -67,20 +68,13 @@ def _read(parameters: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, Tenso
     All weights on a device are copied at once, so that the host waits once for each device.
     """
     local = {name: to_local_tensor(each.detach()) for name, each in parameters.items()}
-    by_device: dict[torch.device, dict[str, Tensor]] = {}
-    for name, each in local.items():
-        if each.device.type != "meta":
-            by_device.setdefault(each.device, {})[name] = _take(each)
-    weights: dict[str, Tensor] = {}
-    for samples in by_device.values():
-        together = torch.cat([*samples.values()]).cpu()
-        weights |= zip(samples, torch.split(together, [*map(len, samples.values())]), strict=True)
-    return {name: (local[name].shape, each) for name, each in weights.items()}
+    samples = {name: _take(each) for name, each in local.items() if each.device.type != "meta"}
+    weights = zip(samples, copy_to_host([*samples.values()]), strict=True)
+    return {name: (local[name].shape, each.double()) for name, each in weights}
 
 
 def _take(weights: Tensor) -> Tensor:
-    """Return up to 32 evenly spaced weights of one tensor, float64 (elements) on its device."""
+    """Return up to 32 evenly spaced weights of one tensor, (elements) on its device."""
     count = min(weights.numel(), _MOST_ELEMENTS)
-    # `take` reads flat indices for any strides, without a flattened copy.
     indices = torch.arange(count, device=weights.device) * (weights.numel() // max(count, 1))
-    return torch.take(weights, indices).double()
+    return gather(weights, indices)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from altgrad._messages import check_type
 from altgrad.quantization.arguments import check_input, check_pair, get_full_dtype
+from altgrad.quantization.devices import on_exact_device
 from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.kernel import compute_exp2
 from altgrad.quantization.ops import quantize, spacing
@@ -23,6 +24,7 @@ from altgrad.quantization.ops import quantize, spacing
 _E0M7_STIFFNESS = 1 / 128  # the spacing 2**-7 of a fixed-point grid in (−1, 1)
 
 
+@on_exact_device
 @torch.no_grad()
 def compute_stiffness_field(
     weights: Tensor,
@@ -69,6 +71,7 @@ def compute_stiffness_field(
     return _stiffness(weights, mantissa_bits, format, scale).to(get_full_dtype(weights))
 
 
+@on_exact_device
 @torch.no_grad()
 def grid_alignment_error(
     weights: Tensor, format: str | torch.dtype | FloatFormat, scale: float | Tensor = 1.0
@@ -100,6 +103,7 @@ def grid_alignment_error(
     return (wide - quantize(wide, format, scale)).abs_()
 
 
+@on_exact_device
 @torch.no_grad()
 def grid_alignment_statistics(
     weights: Tensor, format: str | torch.dtype | FloatFormat, scale: float | Tensor = 1.0
@@ -139,6 +143,7 @@ def grid_alignment_statistics(
     }
 
 
+@on_exact_device
 @torch.no_grad()
 def compute_ulp_distance(before: Tensor, after: Tensor) -> Tensor:
     """Return how far weights moved, in units in the last place (ULPs) of their dtype (DIAG-03).
@@ -177,6 +182,7 @@ def compute_ulp_distance(before: Tensor, after: Tensor) -> Tensor:
     return torch.where(finite, distance, torch.nan).to(get_full_dtype(before))
 
 
+@on_exact_device
 @torch.no_grad()
 def ulp_statistics(before: Tensor, after: Tensor) -> dict[str, float]:
     """Return mean, median and maximum of how far weights moved, in ULPs (DIAG-03).
@@ -212,6 +218,7 @@ def ulp_statistics(before: Tensor, after: Tensor) -> dict[str, float]:
     }
 
 
+@on_exact_device
 @torch.no_grad()
 def gradient_stiffness_correlation(
     weights: Tensor,

@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from altgrad.quantization.arguments import check_pair, get_full_dtype
+from altgrad.quantization.devices import on_exact_device
 from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.formats import get_format
 from altgrad.quantization.ops import quantize, quantize_unbounded
 
 
+@on_exact_device
 @torch.no_grad()
 def effective_update(
     before: Tensor,
@@ -81,6 +83,7 @@ def effective_update(
     return torch.where(finite, effective, torch.nan).to(dtype)
 
 
+@on_exact_device
 @torch.no_grad()
 def stall_mask(
     before: Tensor,
@@ -122,6 +125,7 @@ def stall_mask(
     return (effective_update(before, update, format, scale) == 0) & (update != 0)
 
 
+@on_exact_device
 @torch.no_grad()
 def visible_mask(
     before: Tensor,

@@ -11,6 +11,7 @@ Read `kernel` and `scale_groups` first. `altgrad.measurement.kernel` uses this f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -139,7 +140,7 @@ def make_grids(
         scale: Positive factors from the numbers of each format to weights, float64, (1 or rows,
             formats, 1 or elements); None for 1. A row holds elements of one layer.
         power_of_two: Whether all scales are powers of two.
-        device: The device of the constants.
+        device: The device of the constants; None for the CPU.
 
     Returns:
         The constants of the grids.
@@ -158,27 +159,57 @@ def make_grids(
     special = bool(without_mantissa or without_subnormals)
     folds = scale is None or (power_of_two and scale.shape[-1] == 1 and not special)
 
-    def constants(values: list[float], *, scaled: bool = True) -> Tensor:
-        tensor = torch.tensor(values, dtype=torch.float64, device=device).view(1, -1, 1)
-        return tensor * scale if scaled and folds and scale is not None else tensor
-
-    top = constants([g.max for g in each])
-    ceiling = constants([torch.inf if s else g.max for s, g in zip(is_scaled, each, strict=True)])
+    eps, *unscaled = _make_constants(
+        tuple(format.key for format in formats), tuple(is_scaled), device or torch.device("cpu")
+    ).unbind()
+    first_spacing, last_spacing, top, ceiling, smallest_normal = (
+        each if scale is None or not folds else each * scale for each in unscaled
+    )
     return Grids(
-        eps=constants([1 / g.points_per_binade for g in each], scaled=False),
-        first_spacing=constants([g.first_binade / g.points_per_binade for g in each]),
-        last_spacing=constants([g.last_binade / g.points_per_binade for g in each]),
+        eps=eps,
+        first_spacing=first_spacing,
+        last_spacing=last_spacing,
         top=top,
         bottom=-top,
         ceiling=ceiling,
         floor=-ceiling,
-        smallest_normal=constants(
-            [g.first_binade if g.first_binade <= g.max else torch.inf for g in each]
-        ),
+        smallest_normal=smallest_normal,
         scale=None if folds else scale,
         without_subnormals=without_subnormals,
         without_mantissa=without_mantissa,
     )
+
+
+@lru_cache(maxsize=256)
+def _make_constants(
+    keys: tuple[str, ...], is_scaled: tuple[bool, ...], device: torch.device
+) -> Tensor:
+    """Return the constants of `Grids` for a scale of 1.
+
+    Each copy to a device costs a call, and scales of channels and blocks make new grids at each
+    step. All constants are copied at once, and kept.
+
+    Args:
+        keys: The `key` of each format.
+        is_scaled: For each format, whether it has an amax scale.
+        device: Device of the result.
+
+    Returns:
+        float64 (6, 1, formats, 1): eps, first spacing, last spacing, top, ceiling, smallest normal.
+    """
+    columns = [
+        (
+            1 / grid.points_per_binade,
+            grid.first_binade / grid.points_per_binade,
+            grid.last_binade / grid.points_per_binade,
+            grid.max,
+            torch.inf if has_scale else grid.max,
+            grid.first_binade if grid.first_binade <= grid.max else torch.inf,
+        )
+        for grid, has_scale in zip(map(get_grid, keys), is_scaled, strict=True)
+    ]
+    table = torch.tensor(columns, dtype=torch.float64, device="cpu").t().contiguous()
+    return table.view(6, 1, -1, 1).to(device)
 
 
 def extract_binades(x: Tensor, out: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from altgrad.quantization.arguments import check_input, check_out, get_full_dtype, prepare_scale
+from altgrad.quantization.devices import on_exact_device
 from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.formats import get_format
 from altgrad.quantization.kernel import (
@@ -29,6 +30,7 @@ from altgrad.quantization.kernel import (
 _ROUNDINGS = get_args(Rounding)
 
 
+@on_exact_device
 def quantize(
     x: Tensor,
     format: str | torch.dtype | FloatFormat,
@@ -57,7 +59,8 @@ def quantize(
       scale has no gradient.
 
     Args:
-        x: float16, bfloat16, float32 or float64, any shape, any device.
+        x: float16, bfloat16, float32 or float64, any shape, any device. On a device without
+            float64, such as MPS, the host computes, and the result is copied back.
         format: A `FloatFormat`, or a name or dtype that `get_format` accepts.
         scale: A positive number, or a tensor of positive numbers that broadcasts to x's shape.
             The values of a tensor are not checked, to avoid a synchronisation. Under torch.compile,
@@ -65,7 +68,8 @@ def quantize(
         rounding: ``"nearest_even"``, ``"toward_zero"``, ``"up"``, ``"down"`` or ``"stochastic"``.
             Stochastic rounding has the mean x and does not change values on the grid.
         saturate: If True, ±inf and overflow become ±max; if False, ±inf or NaN.
-        generator: The random number generator, on x's device. Only ``"stochastic"`` needs one.
+        generator: The random number generator, on x's device, or on the CPU for a device without
+            float64 such as MPS. Only ``"stochastic"`` needs one.
         out: The tensor to write to, with the shape and dtype of the result. It may be x, but must
             not share memory with the scale.
 
@@ -81,7 +85,8 @@ def quantize(
             floating-point tensor, or `out` has another dtype.
         ValueError: The format or rounding is unknown, or the format is too wide for float64. The
             scale is not positive and finite, or does not broadcast to x. Stochastic rounding has no
-            generator. `out` has another shape, is the scale, or a gradient would be recorded.
+            generator, or one on another device. `out` has another shape, is the scale, or a
+            gradient would be recorded.
 
     Examples:
         >>> import torch
@@ -102,6 +107,11 @@ def quantize(
         raise ValueError(
             "rounding='stochastic': expected a generator, because AltGrad does not use the global "
             "one; pass generator=torch.Generator(device=x.device)"
+        )
+    if generator is not None and generator.device.type != x.device.type:
+        raise ValueError(
+            f"generator is on {generator.device}; expected a generator on {x.device.type}, where x "
+            f"is rounded: pass generator=torch.Generator({x.device.type!r})"
         )
     if out is not None:
         check_out(out, x, scale, get_result_dtype(x, key, scale))
@@ -251,6 +261,7 @@ def quantize_unbounded(x: Tensor, format: FloatFormat, scale: float | Tensor = 1
     return y if divisor is None else y.mul_(divisor)
 
 
+@on_exact_device
 @torch.no_grad()
 def spacing(
     x: Tensor, format: str | torch.dtype | FloatFormat, scale: float | Tensor = 1.0

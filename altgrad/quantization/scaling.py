@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from altgrad.quantization.arguments import check_input, get_full_dtype
+from altgrad.quantization.devices import on_exact_device
 from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.formats import E4M3, Scaling, check_scaling, get_format
 from altgrad.quantization.kernel import compute_exp2
@@ -28,6 +29,7 @@ _PIECE = 2**20
 _EXPONENTS = {torch.float32: (-126, 127), torch.float64: (-1022, 1023)}
 
 
+@on_exact_device
 @torch.no_grad()
 def compute_scale(
     x: Tensor,

@@ -31,6 +31,11 @@ from altgrad.observation.step_hooks import count_step_calls, is_hooked
 from altgrad.observation.stored import Stored, forget_stored, register_stored
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.block_formats import get_formats
+from altgrad.quantization.devices import (
+    editing_on_exact_device,
+    find_exact_device,
+    move_to_exact_device,
+)
 from altgrad.quantization.formats import Scaling, check_scaling
 from altgrad.quantization.number_format import NumberFormat, get_applied_scaling
 from altgrad.quantization.scaling import compute_amax, compute_format_scales
@@ -335,7 +340,7 @@ class WeightStorage:
         for parameter in parameters:
             generator = None
             if self._rounding == "stochastic":
-                generator = self._generators.get(parameter.device)
+                generator = self._generators.get(find_exact_device(parameter.device))
             if parameter in self._layers:
                 self._layers[parameter].store(self._rounding, generator)
             if parameter in self._states:
@@ -356,7 +361,11 @@ class WeightStorage:
 
 
 class _Layer:
-    """The weights of one layer, their scales, and their rounding errors."""
+    """The weights of one layer, their scales, and their rounding errors.
+
+    If the device of the weights lacks float64, as MPS does, scales and errors are on the host. The
+    host then rounds a copy of the weights, which is copied back.
+    """
 
     def __init__(
         self,
@@ -369,13 +378,16 @@ class _Layer:
         self.name = name
         self.format = format
         self._parameter = parameter
+        self._device = find_exact_device(parameter.device)  # of scales and rounding errors
         self.element = format.element
         self._scaling = get_applied_scaling(format, scaling)
         self._scales: Tensor | None = None  # 0 where all weights have been 0
         self.lost: Tensor | None = None
         if compensation is not None:
             # bf16 has the exponent range of float32, so that small errors do not become 0.
-            self.lost = torch.zeros_like(parameter, dtype=torch.bfloat16, requires_grad=False)
+            self.lost = torch.zeros_like(
+                parameter, dtype=torch.bfloat16, device=self._device, requires_grad=False
+            )
 
     @torch.no_grad()
     def store_first(self) -> None:
@@ -383,11 +395,11 @@ class _Layer:
 
         Weights that are values of the format already, as in a resumed run, do not change.
         """
-        weights = self._parameter.detach()
-        before = weights.clone()
-        store_(weights, self.element, self._update_scales(weights))
-        if self.lost is not None:
-            self.lost += (before - weights).nan_to_num(0.0)  # inf − inf is NaN
+        with editing_on_exact_device(self._parameter.detach()) as weights:
+            before = weights.clone()
+            store_(weights, self.element, self._update_scales(weights))
+            if self.lost is not None:
+                self.lost += (before - weights).nan_to_num(0.0)  # inf − inf is NaN
 
     @torch.no_grad()
     def store(self, rounding: StorageRounding, generator: torch.Generator | None) -> None:
@@ -395,12 +407,14 @@ class _Layer:
 
         Args:
             rounding: The way to round.
-            generator: The random number generator for ``"stochastic"``, on the device of the layer.
+            generator: The random number generator for ``"stochastic"``, on the device of the
+                layer, or on the CPU if that lacks float64.
         """
-        weights = self._parameter.detach()
-        wanted = weights if self.lost is None else weights + self.lost.to(weights.dtype)
-        scale = self._update_scales(wanted)
-        store_(weights, self.element, scale, rounding=rounding, generator=generator, lost=self.lost)
+        lost = self.lost
+        with editing_on_exact_device(self._parameter.detach()) as weights:
+            wanted = weights if lost is None else weights + lost.to(weights.dtype)
+            scale = self._update_scales(wanted)
+            store_(weights, self.element, scale, rounding=rounding, generator=generator, lost=lost)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the layer, as described in `WeightStorage.state_dict`."""
@@ -431,13 +445,14 @@ class _Layer:
             return
         scaling, scales = self._scaling, state["scales"]
         if scaling is not None and scaling == state["scaling"] and scales is not None:
-            needed = self._needed_scales(self._parameter.detach(), scaling)
+            (weights,) = move_to_exact_device([self._parameter.detach()])
+            needed = self._needed_scales(weights, scaling)
             self._scales = self._check_shape(scales, needed.shape, "scales")
         if state["lost"] is not None and self.lost is not None:
             self.lost.copy_(self._check_shape(state["lost"], self.lost.shape, "rounding errors"))
 
     def _check_shape(self, loaded: Tensor, shape: torch.Size, what: str) -> Tensor:
-        """Return a loaded tensor on the device of the layer.
+        """Return a loaded tensor on the device where the weights are rounded.
 
         Args:
             loaded: The tensor from the state.
@@ -455,7 +470,7 @@ class _Layer:
                 f"the state of {self.name} has {what} of shape {tuple(loaded.shape)}: expected "
                 f"{tuple(shape)} for a parameter of shape {tuple(self._parameter.shape)}"
             )
-        return loaded.to(self._parameter.device)
+        return loaded.to(self._device)
 
     def _update_scales(self, weights: Tensor) -> Tensor | None:
         """Raise the kept scales until no weight exceeds the format's largest value; return them.

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from altgrad.observation.stored import StoredState
 from altgrad.quantization.arguments import INPUT_DTYPES
+from altgrad.quantization.devices import editing_on_exact_device
 from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import NumberFormat, get_applied_scaling
 from altgrad.quantization.scaling import compute_amax, compute_format_scales
@@ -72,14 +73,16 @@ class StoredStates:
             parameter: The weights of the layer.
             states: What the optimizer keeps of the layer, by name: ``optimizer.state[parameter]``.
             rounding: The way to round.
-            generator: The random number generator for ``"stochastic"``, on the device of the layer.
+            generator: The random number generator for ``"stochastic"``, on the device of the
+                layer, or on the CPU if that lacks float64.
 
         Raises:
             ValueError: A state has a dtype that is not finer than its format.
         """
         for name, state, format in self._select(parameter, states):
-            scale = self._find_scale(state, format)
-            store_(state, format.element, scale, rounding=rounding, generator=generator)
+            with editing_on_exact_device(state) as values:
+                scale = self._find_scale(values, format)
+                store_(values, format.element, scale, rounding=rounding, generator=generator)
             self.stored[name] = StoredState(format.element, scale)
 
     def _select(

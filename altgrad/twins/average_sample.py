@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from altgrad.quantization.devices import gather_all, move_to_exact_device
 from altgrad.twins.batch_norm import BatchStatistic
 from altgrad.twins.layer_plan import LaneKind
 from altgrad.twins.layout import Layout
@@ -77,20 +78,25 @@ class AverageSample:
             averaged module does not have.
         """
         values = torch.full((self._length,), torch.nan, dtype=self.dtype, device=self._kind.device)
-        for each, indices, place in self._places:
-            values[place] = torch.take(each.detach(), indices)
+        gather_all(
+            [each.detach() for each, *_ in self._places],
+            [indices for _, indices, _ in self._places],
+            [values[place] for *_, place in self._places],
+        )
         return values
 
     def spread(self, numbers: Tensor) -> Tensor:
         """Return the number of each element's layer; 0 at padding and for layers without average.
 
         Args:
-            numbers: A number for each layer in `tensors`, (layers) on the device of the samples.
+            numbers: A number for each layer in `tensors`, (layers) on the device of the averages or
+                of the samples.
 
         Returns:
             The numbers, (elements).
         """
-        return torch.cat([numbers, numbers.new_zeros(1)])[self._numbers]
+        (here,) = move_to_exact_device([numbers])
+        return torch.cat([here, here.new_zeros(1)])[self._numbers]
 
     def take_writes(self) -> bool:
         """Return True if torch has counted a write to the average since the last call."""

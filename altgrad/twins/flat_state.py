@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from altgrad._messages import format_count
+from altgrad.quantization.devices import gather, move_to_exact_device
 from altgrad.recipes.stored_states import COUNTERS
 from altgrad.twins.self_check import MOST_TAILS
 
@@ -187,7 +188,8 @@ def _can_index(state: Mapping[str, Any], sizes: set[int], positions: Tensor) -> 
 
 
 def _take(value: Tensor, indices: Tensor) -> Tensor:
-    return torch.take(value.detach(), indices.to(value.device))
+    taken = gather(value.detach(), indices.to(value.device))
+    return move_to_exact_device([taken])[0]
 
 
 def _shape(flat: Tensor, length: int, shape: torch.Size | None) -> Tensor:
@@ -218,7 +220,9 @@ def _copy_shared(name: str, value: Any, shape: torch.Size) -> Any:
 
 
 def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+    if isinstance(value, Tensor):
+        return move_to_exact_device([value.detach()])[0].clone()
+    return copy.deepcopy(value)
 
 
 def _find_tensors(value: object) -> Iterator[Tensor]:

@@ -36,6 +36,7 @@ from altgrad.measurement.twin_sums import (
     measure_twins,
 )
 from altgrad.observation.dtensor import to_local_tensor
+from altgrad.quantization.devices import gather_all, move_to_exact_device
 from altgrad.recipes.recipe import Recipe
 from altgrad.twins.batch_norm import BatchStatistic
 from altgrad.twins.element_scales import ElementScales
@@ -48,7 +49,7 @@ from altgrad.twins.micro_gradients import MicroGradients
 from altgrad.twins.optimizer_twin import Gradients, OptimizerTwin
 from altgrad.twins.run_average import RunAverage
 from altgrad.twins.run_states import RunStates, gather_states
-from altgrad.twins.run_weights import RunWeights
+from altgrad.twins.run_weights import RunWeights, make_mask
 from altgrad.twins.sample import Sampled
 from altgrad.twins.self_check import COUNTS
 from altgrad.twins.stored_layers import find_spacings
@@ -151,8 +152,9 @@ class Lane:
         self._present: list[bool] = []  # by bucket: True with a gradient in this step
         self._gradients = torch.zeros(0, dtype=kind.gradient_dtype, device=kind.device)
         self._gradients_now = Gradients(self._gradients, ())
-        # Layers with a gradient: their samples, and where the sampled gradients go.
-        self._takes: list[tuple[str, Sampled, Tensor]] = []
+        # Layers with a gradient: their samples, the elements on the device of the layer, and where
+        # the sampled gradients go.
+        self._takes: list[tuple[str, Sampled, Tensor, Tensor]] = []
 
     @property
     def recipes(self) -> frozenset[str]:
@@ -251,14 +253,12 @@ class Lane:
             written.update(self._arrange(optimizer, stepped, changed))
             self._stepped = stepped
         self._loaded_writes = (), ()
-        for _, layer, place in self._takes:
-            torch.take(layer.gradient, layer.places, out=place)
+        gradients = [layer.gradient for _, layer, _, _ in self._takes]
+        gather_all(gradients, [each[2] for each in self._takes], [each[3] for each in self._takes])
         self._gradients_now = Gradients(
             self._gradients,
             self._present,
-            # GradScaler sets these attributes on fused optimizers: torch/amp/grad_scaler.py, step.
-            to_local_tensor(getattr(optimizer, "grad_scale", None)),
-            to_local_tensor(getattr(optimizer, "found_inf", None)),
+            *_read_scaler(optimizer),
             {} if micro is None else self._take_sums(micro),
         )
         if written or is_checked or self._run.is_watching:
@@ -293,7 +293,7 @@ class Lane:
         Raises:
             Warning: The user made warnings errors.
         """
-        present = [name for name, _, _ in self._takes]
+        present = [name for name, *_ in self._takes]
         try:
             return micro.take_sums(self._plan.layout, self._gradients, present, self._run)
         except Warning:  # the user made warnings errors
@@ -366,7 +366,11 @@ class Lane:
         self._gradients.zero_()  # those of layers that have none in this step
         places, layers = self._plan.layout.places, self._plan.layers
         self._takes = [
-            (each.name, layers[each.name], self._gradients[places[each.name]])
+            (
+                *(each.name, layers[each.name]),
+                layers[each.name].places.to(each.parameter.device),
+                self._gradients[places[each.name]],
+            )
             for each in present
             if each.name in places
         ]
@@ -623,9 +627,8 @@ class Lane:
 
         It is False everywhere if a GradScaler skipped the step.
         """
-        each = [name in names for name in self.names]
-        flags = torch.tensor(each, dtype=torch.bool, device="cpu")
-        shown = flags.to(self._kind.device)[self._run.layer_rows]
+        flags = make_mask([name in names for name in self.names], self._kind.device)
+        shown = flags[self._run.layer_rows]
         found_inf = self._gradients_now.found_inf
         return shown if found_inf is None else shown & (found_inf == 0)
 
@@ -794,3 +797,14 @@ def _join(earlier: Changes, later: Changes) -> Changes:
         number: {**earlier.get(number, {}), **later.get(number, {})}
         for number in (*earlier, *later)
     }
+
+
+def _read_scaler(optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:
+    """Return the scale and the flag of a GradScaler, where samples are stepped; None without it."""
+    # GradScaler sets these attributes on fused optimizers: torch/amp/grad_scaler.py, step.
+    given = [
+        to_local_tensor(getattr(optimizer, each, None)) for each in ("grad_scale", "found_inf")
+    ]
+    moved = iter(move_to_exact_device([each for each in given if each is not None]))
+    scale, found_inf = (None if each is None else next(moved) for each in given)
+    return scale, found_inf

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from altgrad.observation.dtensor import find_unreduced, is_sharded
 from altgrad.observation.stored import get_stored
 from altgrad.quantization.arguments import INPUT_DTYPES
+from altgrad.quantization.devices import find_exact_device
 from altgrad.twins.drawing import Drawing
 from altgrad.twins.layer_plan import LaneKind, Stepped
 from altgrad.twins.twin_source import TwinSource
@@ -86,7 +87,7 @@ class LaneSorter:
             if gradient is not None:
                 dtype = self._gradient_dtypes[name] = gradient.dtype
             stepped = Stepped(name, parameter, groups[parameter])
-            place = parameter.dtype, dtype, parameter.device
+            place = parameter.dtype, dtype, find_exact_device(parameter.device)
             for drawing in self._drawings:
                 block = drawing.find_block(parameter.numel())
                 if self._is_torn(name, block, drawing):

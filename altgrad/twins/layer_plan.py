@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from altgrad._messages import few
 from altgrad.observation.dtensor import to_local_tensor
+from altgrad.quantization.devices import gather
 from altgrad.recipes.packed_states import PackedStates
 from altgrad.twins.drawing import Drawing
 from altgrad.twins.layout import CHUNK, Bucket, Layout
@@ -49,7 +50,8 @@ class LaneKind(NamedTuple):
     Attributes:
         dtype: The dtype of the weights.
         gradient_dtype: The dtype of the gradients.
-        device: The device of the weights and gradients.
+        device: The device on which samples are stepped: that of the weights and gradients, or the
+            CPU if that lacks float64.
         block: Number of neighbouring elements that are drawn together, because a block of a format
             or of packed states shares a scale; 1 for single elements.
         is_stored: True if a `WeightStorage` rounds weights or optimizer states after each step.
@@ -568,7 +570,7 @@ class _Saved(NamedTuple):
 
 
 def _take(values: Tensor, indices: Tensor) -> Tensor:
-    return torch.take(values.detach(), indices.to(values.device)).cpu()
+    return gather(values.detach(), indices.to(values.device)).cpu()
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

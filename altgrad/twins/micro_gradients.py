@@ -24,6 +24,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.optimizers import check_not_captured
+from altgrad.quantization.devices import Gathered
 from altgrad.recipes.recipe import Recipe
 from altgrad.recipes.rounding_generators import RoundingGenerators
 from altgrad.twins.gradient_sums import GradientSums, follow_changes
@@ -60,7 +61,7 @@ class MicroGradients:
         self._kind = kind
         self._layers: dict[str, Sampled] = {}
         for each in stepped:
-            indices = draw_layer(source, kind, each).to(kind.device)
+            indices = draw_layer(source, kind, each).to(each.parameter.device)
             self._layers[each.name] = Sampled(each.parameter, each.parameter.shape, indices)
         sizes = [len(each.indices) for each in self._layers.values()]
         self._sums = GradientSums(recipes, generators, sizes, kind.gradient_dtype, kind.device)
@@ -69,6 +70,7 @@ class MicroGradients:
         self._micro = {name: self._sums.micro[place] for name, place in self._places.items()}
         self._before = {name: self._sums.before[place] for name, place in self._places.items()}
         self._positions: tuple[Layout | None, Tensor] = None, self._sums.total
+        self._gathered = Gathered()
         self._waiting: set[str] = set()  # layers whose micro-gradient is still to be added
         self._seen: set[str] = set()  # layers with a micro-gradient since the last `take_sums`
         self._missed: set[str] = set()  # those with one, too, that could not be sampled
@@ -135,9 +137,9 @@ class MicroGradients:
             return
         if name in self._waiting:
             self._add_waiting()
-        torch.take(gradient, layer.indices, out=self._micro[name])
+        self._gathered.take(gradient, layer.indices, self._micro[name])
         if before is not None:
-            torch.take(before, layer.indices, out=self._before[name])
+            self._gathered.take(before, layer.indices, self._before[name])
         self._waiting.add(name)
         self._seen.add(name)
 
@@ -148,7 +150,7 @@ class MicroGradients:
         return (
             gradient.layout == torch.strided
             and gradient.dtype == self._kind.gradient_dtype
-            and gradient.device == self._kind.device
+            and gradient.device == layer.indices.device
             and gradient.shape == layer.shape
             and not is_sharded(gradient)
         )
@@ -158,6 +160,7 @@ class MicroGradients:
 
         All layers are added at once, when the first of them has its gradient of the next pass.
         """
+        self._gathered.bring()
         for name in self._layers.keys() - self._waiting:
             self._micro[name].zero_()
             self._before[name].copy_(self._sums.total[self._places[name]])

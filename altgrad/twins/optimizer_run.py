@@ -89,4 +89,7 @@ def get_random_state(device: torch.device) -> Tensor:
     """Return the state of the generator from which operations on a device draw."""
     if device.type == "cpu":
         return torch.get_rng_state()
-    return torch.get_device_module(device).get_rng_state(device)  # type: ignore[no-any-return]
+    module = torch.get_device_module(device)
+    # MPS has one device, and takes no argument.
+    arguments = () if device.type == "mps" else (device,)
+    return module.get_rng_state(*arguments)  # type: ignore[no-any-return]

@@ -142,8 +142,19 @@ class RunAverage:
         if self._many is not None:
             self._many([averages], [weights], number)
         else:
-            function = self._single or _update_mean
+            function = self._single or self._update_mean
             averages.copy_(function(averages, weights, number))
+
+    def _update_mean(self, averages: Tensor, weights: Tensor, number: Tensor) -> Tensor:
+        """Return a running mean after one more set of weights, as `AveragedModel` does by default.
+
+        torch uses two formulas, by the device of the training's averages:
+        torch/optim/swa_utils.py, AveragedModel.update_parameters.
+        """
+        real = next(iter(self._own_parameters().values()))
+        if real.device.type in ("cpu", "mps"):
+            return averages + (weights - averages) / (number + 1)
+        return averages.lerp(weights, float(1 / (number + 1)))
 
     @property
     def _many(self) -> Callable[..., object] | None:
@@ -242,13 +253,3 @@ def _find_prefix(
 
 def _is_torch(function: Callable[..., object]) -> bool:
     return str(getattr(function, "__module__", "")).startswith("torch.")
-
-
-def _update_mean(averages: Tensor, weights: Tensor, number: Tensor) -> Tensor:
-    """Return a running mean after one more set of weights, as `AveragedModel` does by default.
-
-    torch uses two formulas, by device: torch/optim/swa_utils.py, AveragedModel.update_parameters.
-    """
-    if averages.device.type in ("cpu", "mps"):
-        return averages + (weights - averages) / (number + 1)
-    return averages.lerp(weights, float(1 / (number + 1)))

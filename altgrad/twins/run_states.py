@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from altgrad.observation.dtensor import is_sharded, to_local_tensor
 from altgrad.quantization.arguments import INPUT_DTYPES
+from altgrad.quantization.devices import gather
 from altgrad.twins.layer_plan import Stepped
 from altgrad.twins.layout import Layout
 from altgrad.twins.sample import Sampled
@@ -120,8 +121,8 @@ def gather_states(
             if value.shape == layer.weights.shape:
                 dtype = torch.promote_types(value.dtype, torch.float32)
                 flat = states.setdefault(key, torch.zeros_like(weights, dtype=dtype))
-                taken = torch.take(value, layer.places.to(value.device))
-                flat[place] = taken.to(flat.device, flat.dtype)
+                taken = gather(value, layer.places.to(value.device))
+                flat[place] = taken.to(flat.device).to(flat.dtype)
     return states
 
 

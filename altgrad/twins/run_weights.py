@@ -16,11 +16,12 @@ Read `lane_sorter` first; `run_states` comes next.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from altgrad.quantization.devices import gather_all
 from altgrad.twins.layer_plan import LaneKind
 from altgrad.twins.layout import Layout
 from altgrad.twins.sample import Sampled, find_columns, get_block_size
@@ -57,6 +58,7 @@ class RunWeights:
         self._layers: Mapping[str, Sampled] = {}
         self._layout = Layout()
         self._places: list[Tensor] = []  # parts of `values`, one for each layer
+        self._indices: list[Tensor] = []  # the sample of each layer, on the layer's own device
         self._versions: tuple[list[int], ...] = ([], [])
         self.values = torch.zeros(0, dtype=kind.dtype, device=kind.device)
         self.rows = self.layer_rows = torch.zeros(0, dtype=torch.int64, device=kind.device)
@@ -93,6 +95,7 @@ class RunWeights:
         last, self._layout = self.values, layout
         self.values = torch.zeros(layout.length, dtype=self._kind.dtype, device=device)
         self._places = [self.values[place] for place in layout.places.values()]
+        self._indices = [each.places.to(each.weights.device) for each in layers.values()]
         shapes = [self._kind.find_block_shape(each.shape) for each in layers.values()]
         columns = [
             find_columns(each.indices, shape, self._kind.block)
@@ -140,8 +143,8 @@ class RunWeights:
 
     def gather(self) -> Tensor:
         """Gather the weights as they are now into `values`, (elements), and return it."""
-        for layer, place in zip(self._layers.values(), self._places, strict=True):
-            torch.take(layer.weights, layer.places, out=place)
+        weights = [each.weights for each in self._layers.values()]
+        gather_all(weights, self._indices, self._places)
         return self.values
 
     def check(self, reference: TwinTensors, spacings: Tensor | None = None) -> Tensor:
@@ -258,7 +261,7 @@ class RunWeights:
             bool (layers).
         """
         each = [name in written for name in self._layers]
-        is_written = torch.tensor(each, dtype=torch.bool, device="cpu").to(self._kind.device)
+        is_written = make_mask(each, self._kind.device)
         if not is_checkable:
             return is_written
         self._suspected = find_suspected(self._compare(reference)) & ~is_written
@@ -313,3 +316,18 @@ def _differ(one: Tensor, other: Tensor) -> Tensor:
 def _is_replaced(old: Sampled, new: Sampled) -> bool:
     """Return True if the parameter of a layer is another object than before."""
     return old.parameter is not new.parameter
+
+
+def make_mask(each: Sequence[bool], device: torch.device) -> Tensor:
+    """Make a mask on a device; if all its values are alike, none is copied from the host.
+
+    Args:
+        each: The values.
+        device: The device of the mask.
+
+    Returns:
+        The mask, bool (values).
+    """
+    if each and all(one == each[0] for one in each):
+        return torch.full((len(each),), each[0], dtype=torch.bool, device=device)
+    return torch.tensor(each, dtype=torch.bool, device="cpu").to(device)

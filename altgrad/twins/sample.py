@@ -37,8 +37,8 @@ class Sampled(NamedTuple):
     Attributes:
         parameter: The parameter.
         shape: The shape of the parameter when the sample was drawn.
-        indices: The sample, as ascending flat indices, int64 (elements) on the device of the
-            parameter.
+        indices: The sample, as ascending flat indices, int64 (elements) on the device where the
+            sample is stepped: that of the parameter, or the CPU if that lacks float64.
         shard: The same elements in the local shard of this rank, if several ranks hold the layer;
             None if this process has the whole layer.
     """

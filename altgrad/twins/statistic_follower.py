@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from altgrad.quantization.devices import find_exact_device
 from altgrad.twins.average_followers import Follower
 from altgrad.twins.average_sample import AverageSample
 from altgrad.twins.batch_norm import BatchStatistic, move_statistic
@@ -112,7 +113,7 @@ class StatisticFollower(Follower):
         known = self._statistic.find_momenta()
         momenta = [known.get(layer, 0.0) for layer in self._sample.tensors]
         if self._momenta is None or self._momenta[0] != momenta:
-            device = next(iter(self._sample.tensors.values())).device
+            device = find_exact_device(next(iter(self._sample.tensors.values())).device)
             numbers = torch.tensor(momenta, dtype=torch.float64, device=device)
             self._momenta = momenta, self._sample.spread(numbers)
         return self._momenta[1]

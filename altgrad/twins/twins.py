@@ -32,7 +32,7 @@ from altgrad.twins.batch_norm import BatchStatistic
 from altgrad.twins.drawing import Drawing, find_drawing, rank_drawing
 from altgrad.twins.lane import Lane, LaneSums
 from altgrad.twins.lane_sorter import LaneSorter
-from altgrad.twins.layer_plan import LaneKind
+from altgrad.twins.layer_plan import LaneKind, Stepped
 from altgrad.twins.loaded_lanes import LoadedLanes
 from altgrad.twins.micro_gradients import MicroGradients
 from altgrad.twins.optimizer_run import OptimizerRun, get_random_state
@@ -296,7 +296,8 @@ class Twins:
                 micro=run.micro.get(kind) or self._watch_lane(run, kind),
             )
             if is_checked and run.may_draw:
-                run.random_states[kind.device] = get_random_state(kind.device)
+                for device in _find_devices(stepped):
+                    run.random_states[device] = get_random_state(device)
             run.captured.append(kind)
 
     @torch.inference_mode(mode=False)
@@ -333,8 +334,9 @@ class Twins:
         late = run.follower.find_changes()
         for kind in run.captured:
             lane = run.lanes[kind]
-            if (state := run.random_states.pop(kind.device, None)) is not None:
-                run.draws |= not torch.equal(state, get_random_state(kind.device))
+            for device in _find_devices(run.stepped[kind]) & run.random_states.keys():
+                state = run.random_states.pop(device)
+                run.draws |= not torch.equal(state, get_random_state(device))
             lane.step(optimizer, run.changes, late, draws=run.draws)
             if lane.follows_updates:
                 self._checks.note(kind, dict.fromkeys(lane.names, Check.DIFFERENT))
@@ -576,6 +578,11 @@ class Twins:
         """Return the memory of all twins in bytes, including samples and gathered gradients."""
         sums = [each for run in self._runs.values() for each in run.micro.values()]
         return sum(lane.nbytes() for lane in self.lanes) + sum(each.nbytes() for each in sums)
+
+
+def _find_devices(stepped: Sequence[Stepped]) -> set[torch.device]:
+    """Return the devices on which the training has some layers."""
+    return {each.parameter.device for each in stepped}
 
 
 def _read_part(sums: LaneSums, values: Numbers, bins: Numbers | None = None) -> TwinPart:

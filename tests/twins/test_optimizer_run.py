@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
+import pytest
 import torch
 from torch import nn
 
@@ -38,3 +41,13 @@ def test_the_state_of_a_generator_changes_with_each_number() -> None:
     assert torch.equal(before, get_random_state(torch.device("cpu")))
     torch.rand(1)
     assert not torch.equal(before, get_random_state(torch.device("cpu")))
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("mps", ()), ("xpu:1", ("xpu:1",))])
+def test_the_random_state_of_another_device_is_read_as_its_module_takes_it(
+    name: str, arguments: tuple[str, ...]
+) -> None:
+    module = mock.Mock()
+    with mock.patch.object(torch, "get_device_module", return_value=module):
+        get_random_state(torch.device(name))
+    module.get_rng_state.assert_called_once_with(*map(torch.device, arguments))

@@ -7,7 +7,7 @@ import torch
 
 from altgrad.twins.layer_plan import LaneKind
 from altgrad.twins.layout import Bucket, Layout
-from altgrad.twins.run_weights import RunWeights
+from altgrad.twins.run_weights import RunWeights, make_mask
 from altgrad.twins.sample import Sampled
 from altgrad.twins.self_check import COUNTS
 from altgrad.twins.twin_tensors import TwinTensors
@@ -176,3 +176,9 @@ def test_each_layer_has_blocks_of_its_own() -> None:
         assert torch.equal(inside, layer.parameter.flatten())
     in_blocks = weights.mask[2][: 15 * 32].view(-1, 32).sum(1)
     assert in_blocks.tolist() == [32, 8] * 7 + [32]
+
+
+@pytest.mark.parametrize("each", [[], [True], [False, False], [True, False, True]], ids=str)
+def test_a_mask_has_the_given_values(each: list[bool]) -> None:
+    mask = make_mask(each, torch.device("cpu"))
+    assert (mask.dtype, mask.tolist()) == (torch.bool, each)
