@@ -105,7 +105,7 @@ def _make_row(advice: RunAdvice) -> RunRow:
         frozen += f" ({format_percent(advice.frozen_share)})"
     return RunRow(
         advice.recipe,
-        " ".join(filter(None, (write_word(advice), find_mark(advice)))),
+        _mark_word(advice),
         (format_kept(advice.kept) or _UNKNOWN) + (STEP_MARK if is_step_by_step else ""),
         format_interval(*advice.interval),
         _UNKNOWN if math.isnan(advice.frozen_frac) else format_percent(advice.frozen_frac),
@@ -113,6 +113,12 @@ def _make_row(advice: RunAdvice) -> RunRow:
         _write_outcome(advice),
         is_step_by_step,
     )
+
+
+def _mark_word(advice: RunAdvice) -> str:
+    """Return the verdict in a word or two, with its mark: “watch (noisy)”."""
+    mark = find_mark(advice)
+    return f"{write_word(advice)} ({mark})" if mark else write_word(advice)
 
 
 def _write_outcome(advice: RunAdvice) -> str:

@@ -61,11 +61,11 @@ STEP_MARK = "*"
 """Mark behind a share of single updates."""
 
 
-_NONFINITE, _ALL_NONFINITE, _OFF, _BEHIND = "NaN", "all NaN", "off", "behind"
+_NONFINITE, _ALL_NONFINITE, _NOISY, _BEHIND = "NaN", "all NaN", "noisy", "behind"
 _MARKS = {
     _NONFINITE: "elements were NaN or inf in an observed step: no figure counts these",
     _ALL_NONFINITE: "all elements are NaN or inf: nothing is left to judge",
-    _OFF: "the progress is kept, but weights differ from those in float32 by more than "
+    _NOISY: "the progress is kept, but weights differ from those in float32 by more than "
     f"{100 * _LIMITS.weight_error:g} % of their size",
     _BEHIND: f"layers with more than {100 * _LIMITS.left_behind:g} % of the weights keep less than "
     "half of their progress",
@@ -133,20 +133,20 @@ def find_mark(advice: Advice | RunAdvice) -> str:
     """Return the mark of a verdict in a cell; empty without one.
 
     It is ``NaN`` or ``all NaN`` if elements of the layer are NaN or inf, and the verdict does not
-    say so. It is ``off`` if the progress is kept and weights are nevertheless far from those in
+    say so. It is ``noisy`` if the progress is kept and weights are nevertheless far from those in
     float32, and ``behind`` if a run keeps its progress, and many of its layers keep little.
     """
     if isinstance(advice, RunAdvice):
         if hides_layers(advice):
             return _BEHIND
-        is_off = advice.verdict is Verdict.WATCH and advice.weight_error > _LIMITS.weight_error
-        return _OFF if is_off and advice.kept >= _LIMITS.stores_fine else ""
+        is_noisy = advice.verdict is Verdict.WATCH and advice.weight_error > _LIMITS.weight_error
+        return _NOISY if is_noisy and advice.kept >= _LIMITS.stores_fine else ""
     nonfinite = advice.nonfinite
     if nonfinite and advice.verdict is not Verdict.BREAKS:
         is_whole = nonfinite == 1 and advice.verdict is Verdict.NOT_JUDGED
         return _ALL_NONFINITE if is_whole else _NONFINITE
     is_kept = advice.has_twin and advice.kept >= _LIMITS.stores_fine
-    return _OFF if is_kept and advice.verdict is Verdict.WATCH else ""
+    return _NOISY if is_kept and advice.verdict is Verdict.WATCH else ""
 
 
 def cell_text(advice: Advice | None) -> str:

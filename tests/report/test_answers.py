@@ -64,9 +64,9 @@ def test_a_row_without_a_twin_is_marked() -> None:
 
 def test_a_row_of_a_recipe_that_leaves_weights_far_off_says_so() -> None:
     (row,) = list_rows(by_name(WATCH._replace(kept=1.0, weight_error=0.125)))
-    assert row.word == "watch off"
+    assert row.word == "watch (noisy)"
     (row,) = list_rows(by_name(WATCH._replace(kept=1.0, behind_share=0.5)))
-    assert row.word == "watch behind"
+    assert row.word == "watch (behind)"
 
 
 def test_the_ends_of_an_interval_have_the_digits_of_the_share() -> None:
@@ -209,7 +209,7 @@ def test_a_run_that_rounds_is_told_what_is_rounded(fields: Mapping[str, Any], ro
 
 def test_a_run_without_twins_is_told_to_pass_recipes() -> None:
     text = write_storage(make_stored("bfloat16"), {})
-    assert text.endswith("unmoved_frac, or pass recipes=['bf16-sr'] to the monitor.")
+    assert text.endswith("moved_since_start_frac/now, or pass recipes=['bf16-sr'] to the monitor.")
 
 
 def test_a_run_in_float32_is_told_that_its_weights_are_the_master_weights() -> None:

@@ -62,15 +62,15 @@ def test_the_meaning_of_each_verdict_states_its_thresholds() -> None:
 def test_a_cell_says_why_a_layer_that_keeps_its_progress_is_not_fine() -> None:
     """Rounding at random keeps the progress on average, and leaves weights far off."""
     far = make_advice(Verdict.WATCH, 1.06)
-    assert cell_text(far) == "watch 1.06 off"
+    assert cell_text(far) == "watch 1.06 noisy"
     assert cell_text(far._replace(figures={"progress_kept": 0.95})) == "watch 0.95"
     run = make_run_advice("bf16-sr", Verdict.WATCH, 1.0, weight_error=0.125)
-    assert find_mark(run) == "off"
+    assert find_mark(run) == "noisy"
     assert find_mark(run._replace(weight_error=0.0)) == ""
     single = make_run_advice("bf16", Verdict.WATCH, 0.985)._replace(has_twin=False)
     assert find_mark(single) == ""
     (mark,) = list_marks([far])
-    assert mark.word == "off"
+    assert mark.word == "noisy"
     assert f"more than {100 * LIMITS.weight_error:g} %" in mark.text
 
 
