@@ -62,12 +62,17 @@ class LayerShare:
 
 
 def judge_recipe(name: str, family: str | None, layers: Sequence[LayerShare]) -> RunAdvice:
-    """Return the verdict of a recipe on a whole run, without what to do.
+    """Judge what becomes of a whole run that is stored as a recipe says.
+
+    Layers count by how far float32 moved them. `remedies.add_remedies` adds what to do.
 
     Args:
         name: Name of the recipe; ``now`` for the run itself.
         family: Family of the recipe, a key of `FAMILIES`; None if no such run was tested.
         layers: The layers that the recipe was judged for.
+
+    Returns:
+        The verdict with its figures; `RunAdvice.to_do` is empty.
     """
     has_twin = any(layer.advice.has_twin for layer in layers)
     # Movements since the start are not comparable with those of single steps.

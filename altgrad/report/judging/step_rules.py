@@ -59,9 +59,10 @@ def judge_steps(
 
 
 def reaches(share: float, interval: Interval, limit: float) -> bool | None:
-    """Return True if a share reaches a limit near 1; None if its sample leaves that open.
+    """Return True if a share of weights is at least a limit near 1; None if its sample cannot tell.
 
-    A sample of which every element belongs to the share is no reason to doubt, unless it is tiny.
+    The true share lies in the interval around the measured one. If the limit lies inside of it, the
+    answer is open. A measured share of exactly 1 reaches the limit, unless the sample is tiny.
 
     Args:
         share: The share, 0 to 1.

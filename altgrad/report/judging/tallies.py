@@ -63,8 +63,8 @@ class TwinTally:
         recipe: The `recipe` argument.
         step: Number of the observed step that has the figures: the last one, or the last one before
             the run became NaN or inf.
-        broken: Largest share of the sample that was NaN or inf by the recipe: in observed steps in
-            which the run itself was finite, or any share of ``now``, the run itself.
+        broken: Largest share of the sampled weights that became NaN or inf because of the recipe.
+            Steps in which the run itself had NaN or inf do not count; for ``now``, all do.
         nonfinite: Largest share of the layer that was NaN or inf in the run itself.
         still_since: Number of the observed step since which nearly no weight has moved; None if
             weights moved until the last observed step.

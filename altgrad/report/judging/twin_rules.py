@@ -116,7 +116,7 @@ def classify(kept: float, weight_error: float) -> Verdict:
     Args:
         kept: Share of the progress kept.
         weight_error: Distance of the weights from those in float32, as a share of the size of
-            these; NaN if unknown. Rounding at random keeps the progress on average, but leaves
+            these; NaN if unknown. Stochastic rounding keeps the progress on average, but leaves
             weights in few bits far off.
     """
     if kept > _LIMITS.overshoots:
@@ -127,7 +127,18 @@ def classify(kept: float, weight_error: float) -> Verdict:
 
 
 def _judge_without_fp32(tally: TwinTally, intervals: Mapping[str, Interval]) -> tuple[Verdict, str]:
-    """Judge a layer of a run that no twin can follow: by whether its weights move at all."""
+    """Judge a layer of which no float32 copy could be stepped, as under Muon or Adafactor.
+
+    It is frozen if nearly no weight has moved, since the last observed step and since the start.
+    Otherwise there is no verdict.
+
+    Args:
+        tally: Summary of the figures.
+        intervals: Confidence intervals of 95 %, by metric.
+
+    Returns:
+        The verdict, and its reason in one sentence.
+    """
     moved, still = tally.figure("moved_since_start_frac"), tally.figure(STILL)
     if math.isnan(still) or math.isnan(moved):
         return Verdict.NOT_JUDGED, "no step has moved the layer in float32 yet"
