@@ -143,7 +143,17 @@ class StartWeights:
         return {name: (i.cpu(), w.cpu(), n) for name, (i, w, n) in self._starts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the weights at the start from a result of `state_dict`."""
+        """Restore the weights at the start from a result of `state_dict`.
+
+        Raises:
+            ValueError: The weights of a layer are damaged.
+        """
+        for name, each in state.items():
+            if not _is_whole(each):
+                raise ValueError(
+                    f"starts of {name} is {str(each)[:60]}: expected places, weights and the number"
+                    " of elements; leave out load_state_dict() to begin anew"
+                )
         self._starts = {name: _Start(*each) for name, each in state.items()}
 
     def _can_sample(self, name: str, parameter: Tensor) -> bool:
@@ -168,3 +178,14 @@ class StartWeights:
         unknown = torch.zeros_like(mask)  # `still_frac` has no value
         run = TwinStack(start, start, start, now, unknown, unknown, {})
         return _Group([name for name, _ in layers], starts, measure_alone(mask, run, unknown))
+
+
+def _is_whole(start: object) -> bool:
+    """Return True for places and weights of a sample, and the number of elements of its layer."""
+    if not (isinstance(start, (tuple, list)) and len(start) == 3):
+        return False
+    indices, weights, elements = start
+    if not (isinstance(indices, Tensor) and isinstance(weights, Tensor)):
+        return False
+    is_inside = isinstance(elements, int) and bool((indices < elements).all())
+    return is_inside and indices.dtype == torch.int64 and indices.shape == weights.shape
