@@ -11,7 +11,7 @@ Read `twin_layers` first, which draws the sample; `monitor` comes next.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.twin_parts import TwinPart, TwinShare
 from altgrad.measurement.twin_sums import TwinStack, measure_alone
 from altgrad.observation.stored import get_stored_formats
+from altgrad.quantization.devices import find_exact_device, gather, move_to_exact_device
 from altgrad.twins.twin_source import TwinSource
 
 _LOW = (torch.float16, torch.bfloat16)
@@ -33,8 +34,9 @@ class _Start(NamedTuple):
     """The sampled weights of a layer at the start.
 
     Attributes:
-        indices: Their places in the flattened layer, int64 (elements).
-        weights: The weights, (elements) in the dtype of the layer.
+        indices: Their places in the flattened layer, int64 (elements) on its device.
+        weights: The weights, (elements) in the dtype of the layer; on its device, or on the CPU if
+            that lacks float64.
         elements: Number of elements of the whole layer.
     """
 
@@ -81,14 +83,17 @@ class StartWeights:
             optimizers: The optimizers that step the layers.
         """
         stored = get_stored_formats(optimizers)
+        new: dict[str, tuple[Tensor, Tensor]] = {}
         for optimizer in optimizers:
             for name, parameter in self._source.find_stepped(optimizer):
                 is_low = parameter.dtype in _LOW or parameter in stored
                 is_known = name in self._starts and self._starts[name].elements == parameter.numel()
                 if is_low and not is_known and self._can_sample(name, parameter):
                     indices = self._source.draw(name, parameter.shape, 1).to(parameter.device)
-                    weights = torch.take(parameter.detach(), indices)
-                    self._starts[name] = _Start(indices, weights, parameter.numel())
+                    new[name] = parameter.detach(), indices
+        weights = _gather(new.values())
+        for (name, (parameter, indices)), own in zip(new.items(), weights, strict=True):
+            self._starts[name] = _Start(indices, own, parameter.numel())
 
     @torch.no_grad()
     def measure(self, optimizer: Optimizer, names: Collection[str]) -> list[_Group]:
@@ -143,7 +148,17 @@ class StartWeights:
         return {name: (i.cpu(), w.cpu(), n) for name, (i, w, n) in self._starts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the weights at the start from a result of `state_dict`."""
+        """Restore the weights at the start from a result of `state_dict`.
+
+        Raises:
+            ValueError: The weights of a layer are damaged.
+        """
+        for name, each in state.items():
+            if not _is_whole(each):
+                raise ValueError(
+                    f"starts of {name} is {str(each)[:60]}: expected places, weights and the number"
+                    " of elements; leave out load_state_dict() to begin anew"
+                )
         self._starts = {name: _Start(*each) for name, each in state.items()}
 
     def _can_sample(self, name: str, parameter: Tensor) -> bool:
@@ -151,20 +166,41 @@ class StartWeights:
         return has_weights and not self._source.is_shared and self._source.has_twins(name)
 
     def _compare(self, layers: Sequence[tuple[str, Tensor]]) -> _Group:
-        device = layers[0][1].device
-        starts = [
-            _Start(each.indices.to(device), each.weights.to(device), each.elements)
-            for each in (self._starts[name] for name, _ in layers)
-        ]
-        self._starts |= {name: each for (name, _), each in zip(layers, starts, strict=True)}
-        taken = [
-            torch.take(parameter, start.indices).double()
-            for (_, parameter), start in zip(layers, starts, strict=True)
-        ]
-        now = pad_sequence(taken, batch_first=True)
-        start = pad_sequence([each.weights.double() for each in starts], batch_first=True)
-        sizes = torch.tensor([len(each.indices) for each in starts], device=device)
-        mask = torch.arange(now.shape[1], device=device) < sizes[:, None]
+        starts = [self._find_start(name, parameter) for name, parameter in layers]
+        pairs = zip(layers, starts, strict=True)
+        taken = _gather([(parameter, start.indices) for (_, parameter), start in pairs])
+        # Padding with tensors that are there: a new tensor of numbers would be copied to a device.
+        mask = pad_sequence([torch.ones_like(each, dtype=torch.bool) for each in taken], True)
+        now = pad_sequence([each.double() for each in taken], True)
+        start = pad_sequence([each.weights.double() for each in starts], True)
         unknown = torch.zeros_like(mask)  # `still_frac` has no value
         run = TwinStack(start, start, start, now, unknown, unknown, {})
         return _Group([name for name, _ in layers], starts, measure_alone(mask, run, unknown))
+
+    def _find_start(self, name: str, parameter: Tensor) -> _Start:
+        """Return the weights of a layer at the start, on the devices where they are compared."""
+        start, device = self._starts[name], parameter.device
+        if start.indices.device != device:  # of a state, or of a layer that was moved
+            weights = start.weights.to(find_exact_device(device))
+            start = self._starts[name] = _Start(start.indices.to(device), weights, start.elements)
+        return start
+
+
+def _gather(layers: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Return sampled weights, each on the device of its layer, or on the CPU if it lacks float64.
+
+    Args:
+        layers: The weights of each layer, and the places of its sample.
+    """
+    return move_to_exact_device([gather(weights, indices) for weights, indices in layers])
+
+
+def _is_whole(start: object) -> bool:
+    """Return True for places and weights of a sample, and the number of elements of its layer."""
+    if not (isinstance(start, (tuple, list)) and len(start) == 3):
+        return False
+    indices, weights, elements = start
+    if not (isinstance(indices, Tensor) and isinstance(weights, Tensor)):
+        return False
+    is_inside = isinstance(elements, int) and bool((indices < elements).all())
+    return is_inside and indices.dtype == torch.int64 and indices.shape == weights.shape

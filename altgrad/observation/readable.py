@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.observation.dtensor import is_sharded, to_local_tensor
+from altgrad.quantization.devices import gather
 
 # Larger parameters are sampled by default, and their copy would take time and memory.
 _MOST_COPIED = 2048
@@ -46,7 +47,7 @@ def _find_error(parameter: Tensor) -> str | None:
     try:
         local = to_local_tensor(parameter.detach())
         first = torch.arange(min(local.numel(), 1), device=local.device)
-        torch.take(local, first).double()
+        gather(local, first)
         if local.numel() <= _MOST_COPIED:
             copy = torch.empty(local.shape, dtype=local.dtype, device=local.device)
             # The private operation is that with which `snapshots` copies.

@@ -103,21 +103,32 @@ def quantize(
     scale = prepare_scale(scale, x)
     if rounding not in _ROUNDINGS:
         raise ValueError(f"rounding={rounding!r}: expected one of {', '.join(_ROUNDINGS)}")
-    if rounding == "stochastic" and generator is None:
-        raise ValueError(
-            "rounding='stochastic': expected a generator, because AltGrad does not use the global "
-            "one; pass generator=torch.Generator(device=x.device)"
-        )
-    if generator is not None and generator.device.type != x.device.type:
-        raise ValueError(
-            f"generator is on {generator.device}; expected a generator on {x.device.type}, where x "
-            f"is rounded: pass generator=torch.Generator({x.device.type!r})"
-        )
+    if rounding == "stochastic":
+        _check_generator(generator, x.device)
     if out is not None:
         check_out(out, x, scale, get_result_dtype(x, key, scale))
     elif _is_differentiated(x):
         return _StraightThrough.apply(x, key, scale, rounding, saturate, generator)  # type: ignore[no-any-return, no-untyped-call]
     return quantize_checked(x, key, scale, rounding, saturate, generator, out)
+
+
+def _check_generator(generator: torch.Generator | None, device: torch.device) -> None:
+    """Raise ValueError unless there is a generator that draws on a device.
+
+    Args:
+        generator: The random number generator for stochastic rounding.
+        device: The device that rounds. On ``meta`` there is nothing to draw.
+    """
+    if generator is None:
+        raise ValueError(
+            "rounding='stochastic': expected a generator, because AltGrad does not use the global "
+            "one; pass generator=torch.Generator(device=x.device)"
+        )
+    if device.type not in (generator.device.type, "meta"):
+        raise ValueError(
+            f"generator is on {generator.device}; expected a generator on {device.type}, where x "
+            f"is rounded: pass generator=torch.Generator({device.type!r})"
+        )
 
 
 def _is_differentiated(x: Tensor) -> bool:

@@ -44,6 +44,14 @@ def test_figures_are_those_of_the_cpu(device: torch.device, name: str, dtype: to
     assert_equal_records(here, there)
 
 
+def test_without_twins_a_run_in_bf16_has_the_share_that_moved(device: torch.device) -> None:
+    key = "moved_since_start_frac/now"
+    here, there = (train(where, torch.bfloat16, steps=6)[0] for where in ("cpu", device))
+    shares = [[each.layers[name][key] for name in each.layers] for each in there]
+    assert shares == [[each.layers[name][key] for name in each.layers] for each in here]
+    assert min(shares[-1]) < max(shares[-1])
+
+
 @pytest.mark.parametrize("name", make_slow_but(["channel", "block formats"], OPTIONS))
 def test_an_observed_step_copies_once_to_the_host_and_never_to_the_device(
     device: torch.device, name: str

@@ -151,6 +151,25 @@ def test_a_resumed_run_counts_from_the_first_start() -> None:
         assert resumed.latest.layers[name][KEY] == truth[name]
 
 
+INDICES = torch.arange(3)
+DAMAGED = [
+    None,
+    (INDICES, torch.ones(3)),
+    (INDICES, torch.ones(2), 8),
+    (INDICES, torch.ones(3), 2),
+    (INDICES.double(), torch.ones(3), 8),
+    (INDICES, None, 8),
+]
+
+
+@pytest.mark.parametrize("start", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_state_is_an_error_that_names_the_layer(start: Any) -> None:
+    monitor = UpdateMonitor(net(), recipes=())
+    state = monitor.state_dict() | {"starts": {"2.bias": start}}
+    with pytest.raises(ValueError, match=r"^starts of 2\.bias is .*: expected places, weights and"):
+        monitor.load_state_dict(state)
+
+
 def test_states_of_earlier_versions_begin_anew() -> None:
     model = net()
     optimizer = SGD(model.parameters(), lr=0.05)
