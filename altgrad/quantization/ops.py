@@ -113,11 +113,14 @@ def quantize(
 
 
 def _check_generator(generator: torch.Generator | None, device: torch.device) -> None:
-    """Raise ValueError unless there is a generator that draws on a device.
+    """Check that there is a generator that draws on a device.
 
     Args:
         generator: The random number generator for stochastic rounding.
         device: The device that rounds. On ``meta`` there is nothing to draw.
+
+    Raises:
+        ValueError: There is no generator, or it draws on another device.
     """
     if generator is None:
         raise ValueError(

@@ -129,9 +129,9 @@ class RunAdvice(NamedTuple):
         verdict: The verdict.
         kept: Share of the progress kept: progress_kept of all layers together, each weighted by all
             of its elements; NaN without a value.
-        interval: Lower and upper end between which the share of a real run lies in 8 of 10 cases:
-            `kept` plus the 10th and the 90th percentile of the errors of such predictions, widened
-            by the error of the sample. Without a twin, by that error alone.
+        interval: Lower and upper end between which the share of a real run lies in 8 of 10 cases.
+            These are `kept` plus the 10th and the 90th percentile of the errors of such
+            predictions, widened by the error of the sample. Without a twin, it is that error alone.
         weight_error: Distance of the weights from those in float32, as a share of the size of
             these; NaN without a value.
         frozen_frac: Share of the weights, moved in float32, that would never move: the mean over
