@@ -13,7 +13,7 @@ Read the files in the order of the data:
 - `twin_sums`, `ratio_bins`, `twin_parts`, `twin_table` and `twin_figures` are the stages from sums
   to figures for twins, which step a sample of each layer that is stored in another way.
 - `measure` measures one step of one tensor, and `step_record` is the result of one observed step of
-  a model. The room `altgrad.monitor` makes these records.
+  a model; `merging` makes one record of several. The room `altgrad.monitor` makes these records.
 """
 
 from altgrad.measurement.catalogue import (
