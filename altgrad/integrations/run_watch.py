@@ -23,13 +23,14 @@ from torch.utils.hooks import RemovableHandle
 
 from altgrad._messages import Notices
 from altgrad.measurement.measure import DEFAULT_FORMATS
+from altgrad.measurement.merging import merge_records
 from altgrad.measurement.step_record import StepRecord
 from altgrad.monitor.monitor import UpdateMonitor
 from altgrad.monitor.policy import StepPolicy
 from altgrad.monitor.schedule import StepSchedule
 from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.optimizers import unwrap
-from altgrad.output import Output, OutputSettings, WriterLogger, merge_records
+from altgrad.output import Output, OutputSettings, WriterLogger
 from altgrad.quantization.block_formats import Formats
 from altgrad.report import Assessment, list_actions, write_answer
 

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 from torch.optim import Optimizer
 
-from altgrad.measurement.figures import model_figures
+from altgrad.measurement.merging import merge_records
 from altgrad.measurement.step_record import StepRecord
 from altgrad.observation.step_hooks import find_backward_pass
 
@@ -102,12 +102,12 @@ class BackwardSteps:
             One record with the layers of all steps, and the figures of the model over all of them.
             None if no step was observed.
         """
-        found = {name: figures for each in self._records for name, figures in each.layers.items()}
-        layers = {name: found[name] for name in names if name in found}
-        self._records.clear()
-        if not layers:
+        if not self._records:
             return None
-        return StepRecord(self.index, layers, model_figures([*layers.values()]), *seconds)
+        merged = merge_records(self._records)
+        self._records.clear()
+        layers = {name: merged.layers[name] for name in names if name in merged.layers}
+        return StepRecord(self.index, layers, merged.model, *seconds)
 
 
 def has_gradients(optimizer: Optimizer) -> bool:

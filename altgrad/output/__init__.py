@@ -5,12 +5,10 @@ for the callback of `altgrad_lightning`. It needs no trainer, and loads no logge
 
 Read `output` first. `charts` turns figures into rows of numbers, `history` keeps figures for
 pictures, and `loggers` passes numbers, pictures and verdicts to each kind of logger.
-`summary_writer` makes a logger of a SummaryWriter of torch, and `merging` makes one record of the
-steps of several optimizers.
+`summary_writer` makes a logger of a SummaryWriter of torch.
 """
 
-from altgrad.output.merging import merge_records
 from altgrad.output.output import Output, OutputSettings
 from altgrad.output.summary_writer import WriterLogger
 
-__all__ = ["Output", "OutputSettings", "WriterLogger", "merge_records"]
+__all__ = ["Output", "OutputSettings", "WriterLogger"]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from altgrad import StepRecord, UpdateMonitor
-from altgrad.output import merge_records
+from altgrad.measurement.merging import merge_records
 
 
 def observe_two(shared: bool) -> tuple[list[StepRecord], list[torch.Tensor]]:

@@ -1,6 +1,7 @@
-"""`merge_records`: make one record of several optimizer steps.
+"""`merge_records`: make one record of several optimizer steps that are one step of the training.
 
-Nothing needs to be read before this file. Whoever passes records to an `Output` calls it.
+Read `step_record` first. The monitor merges the steps of one backward pass, and the callbacks merge
+those of several optimizers.
 """
 
 from __future__ import annotations
