@@ -357,13 +357,26 @@ class RunWatch:
         """Warn if no step was observed, or if layers moved and have no observed step."""
         if not self.monitor.is_observing:
             return
+        unseen = self.monitor.describe_unseen()
         if self._step >= self._first_step and self.latest is None and not self._records:
-            skipped = dict(self.monitor.skipped)
-            why = f"all were skipped, {skipped}" if skipped else "none was due: see every_n_steps"
-            self._notices.give(f"observed no step: {why}")
-            return
-        for notice in self.monitor.describe_unseen():
+            self._notices.give(
+                f"observed no step: {self._explain_no_step(have_moved=bool(unseen))}"
+            )
+            if not self.monitor.skipped:
+                return  # the next notice would name all layers
+        for notice in unseen:
             self._notices.give_once(notice)
+
+    def _explain_no_step(self, *, have_moved: bool) -> str:
+        """Return the reason why no step was observed.
+
+        Args:
+            have_moved: True if layers have moved all the same.
+        """
+        if not self.monitor.skipped:
+            return "none was due: see every_n_steps"
+        skipped = f"all were skipped, {dict(self.monitor.skipped)}"
+        return f"{skipped}, and yet layers moved" if have_moved else skipped
 
 
 def _get_rank() -> int:

@@ -244,6 +244,22 @@ def test_a_run_without_a_due_step_warns(tmp_path: Path) -> None:
         run.close()
 
 
+def test_layers_that_move_while_all_steps_are_skipped_are_named(tmp_path: Path) -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    notices: list[str] = []
+    run = altgrad.watch(model, optimizer, tmp_path, every_n_steps=1, warn=notices.append)
+    for _ in range(3):
+        optimizer.step()  # without gradients
+        for parameter in model.parameters():
+            parameter.data += 0.1
+    run.close()
+    first, *others = notices
+    skipped = "observed no step: all were skipped, {'no gradients': 3}"
+    assert first == f"{skipped}, and yet layers moved"
+    assert any("0.weight" in each for each in others)
+
+
 def test_a_folder_that_cannot_be_written_costs_the_file_alone(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     model, optimizer = make_training()
