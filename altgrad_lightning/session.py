@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from altgrad import LostRankError, StepRecord, UpdateMonitor
-from altgrad.measurement.merging import merge_records
-from altgrad.output import Output
+from altgrad.output import Output, merge_records
 from altgrad.report import Assessment
 from altgrad_lightning.averages import find_averages
 from altgrad_lightning.due_batches import DueBatches

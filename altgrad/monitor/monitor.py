@@ -618,10 +618,11 @@ class UpdateMonitor:
         groups = optimizer.param_groups if isinstance(self._peers, Alone) else ()
         if not any(is_sharded(parameter) for group in groups for parameter in group["params"]):
             return
-        if any(map(is_sharded, self._watch.find_stepped([optimizer]).values())):  # and not others
+        stepped = self._watch.find_stepped([optimizer])  # of which others are not observed
+        if sharded := [name for name, parameter in stepped.items() if is_sharded(parameter)]:
             raise RuntimeError(
-                f"the layers of {type(optimizer).__name__} were sharded after attach(); shard the "
-                "module first, as by fully_shard or accelerate's prepare(), then call attach()"
+                f"{few(sharded)}: sharded after attach(); shard the module first, as by "
+                "fully_shard or accelerate's prepare(), then call attach()"
             )
 
     def _decide(self, optimizer: Optimizer, index: int) -> bool:
