@@ -243,4 +243,4 @@ def test_sharding_after_attach_ends_the_observation_and_names_the_layer(two) -> 
     for each in two(shard_after_attach):
         assert each["records"] == 1
         assert not each["observing"]
-        assert "0.weight: sharded after attach()" in each["told"][-1]
+        assert "0.weight, 0.bias, 1.weight and 1 more: sharded after" in each["told"][-1]
