@@ -349,6 +349,12 @@ class UpdateMonitor:
         """Return the number of elements of a layer that are measured in a step."""
         return self._settings.count_measured(name, self._observer.parameters[name].shape)
 
+    def _list_own_figures(self) -> list[str]:
+        """Return the figures that tell what a run in 16 bits loses, as far as it has them."""
+        if not any(each.twin_elements for each in self.layers.values()):
+            return ["unmoved_frac"]
+        return ["moved_since_start_frac/now", *(["progress_kept/now"] if self.recipes else [])]
+
     def _is_whole(self, name: str) -> bool:
         """Return True if all elements of a layer are measured, and not a sample."""
         parameter = self._observer.parameters.get(name)
@@ -408,7 +414,7 @@ class UpdateMonitor:
             self._watch,
             self._settings,
             get_stored_formats(optimizers),
-            has_twins=bool(self.recipes) and any(x.twin_elements for x in self.layers.values()),
+            self._list_own_figures(),
         ):
             self._warn(notice)
         self._known_losses.check_attached(self._observer.optimizers)

@@ -9,7 +9,7 @@ Read `layer_settings` first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ def leave_out_unjudged(
     watch: Watch,
     settings: LayerSettings,
     stored: Mapping[Tensor, FloatFormat],
-    *,
-    has_twins: bool,
+    own_figures: Sequence[str],
 ) -> Iterator[str]:
     """Leave out formats whose loss of updates cannot be measured, and yield notices about it.
 
@@ -40,13 +39,12 @@ def leave_out_unjudged(
         watch: The parameters and formats.
         settings: Settings of each layer; formats are removed from them.
         stored: The format in which a `WeightStorage` stores a parameter, by parameter.
-        has_twins: True if samples of the layers are stepped, so that there are figures of the
-            training itself.
+        own_figures: Figures of the training itself that tell what it loses.
 
     Returns:
         An iterator over notices for the user.
     """
-    remedy = "read moved_since_start_frac/now" + (" and progress_kept/now" if has_twins else "")
+    remedy = f"read {' and '.join(own_figures)}"
     for name, parameter in watch.parameters.items():
         if (element := stored.get(parameter)) is not None:
             yield from _leave_out_formats(name, element, watch.formats, settings, remedy)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from altgrad._messages import format_count
 from altgrad.measurement.catalogue import FORMAT_METRICS
 from altgrad.measurement.histogram import Histogram
 from altgrad.output.summary_writer import WriterLogger
@@ -224,7 +225,7 @@ def _format_runs(assessment: Assessment) -> list[str]:
     """Return lines of Markdown on the run: the answer, a table of recipes, and what to do."""
     rows = list_rows(assessment.runs)
     lines = [f"**{_escape(write_answer(assessment.runs))}**", ""]
-    if broken := write_nonfinite(assessment.nonfinite):
+    if broken := write_nonfinite(assessment.nonfinite, assessment.advice):
         lines += [_escape(broken), ""]
     if rows:
         lines += [_join_cells(_RUN_HEADINGS), _join_cells(["---"] * len(_RUN_HEADINGS))]
@@ -247,7 +248,8 @@ def _format_layers(assessment: Assessment) -> list[str]:
     if len(by_layer) > _MAX_VERDICT_ROWS:
         lost = len(list_lost(assessment))
         first = f", first those frozen, stuck or NaN ({lost:,} in all)" if lost else ""
-        lines += [f"The worst {_MAX_VERDICT_ROWS} of {len(by_layer):,} layers{first}:", ""]
+        layers = format_count(len(by_layer), "layer")
+        lines += [f"The worst {_MAX_VERDICT_ROWS} of {layers}{first}:", ""]
     lines += [_join_cells(["layer", *map(_escape, recipes), "smallest that stores it"])]
     lines += [_join_cells(["---"] * (len(recipes) + 2))]
     for layer in [*by_layer][:_MAX_VERDICT_ROWS]:

@@ -42,8 +42,10 @@ MEANINGS = {
     Verdict.OVERSHOOTS: f"moves more than {_LIMITS.overshoots:g} times as far as float32",
     Verdict.BREAKS: "becomes NaN or inf",
     Verdict.RANGE: "weights fall out of the format's range, and a scale would help",
-    Verdict.UNCERTAIN: "the sample is too small to tell: raise twin_elements or max_elements",
-    Verdict.NOT_JUDGED: "nothing moved that the recipe could lose, or weights are stored no finer",
+    Verdict.UNCERTAIN: "the sample cannot tell: observe more steps, or raise twin_elements or "
+    "max_elements",
+    Verdict.NOT_JUDGED: "nothing moved that the recipe could lose, weights are stored no finer, or "
+    "no twin can follow the optimizer",
 }
 """Meaning of each verdict in a few words, for the legend of a table."""
 

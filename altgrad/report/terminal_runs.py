@@ -52,7 +52,7 @@ def print_runs(report: RunReport, console: Console) -> None:
     """
     runs = report.assessment.runs
     print_text(console, report.answer, "bold")
-    if broken := write_nonfinite(report.nonfinite):
+    if broken := write_nonfinite(report.nonfinite, report.assessment.advice):
         print_text(console, broken, "yellow")
     if not runs:
         return

@@ -68,7 +68,7 @@ def page(report: RunReport) -> str:
             step_by_step=STEP_BY_STEP,
             interval=INTERVAL,
             actions=list_actions(runs),
-            broken=write_nonfinite(report.nonfinite),
+            broken=write_nonfinite(report.nonfinite, report.assessment.advice),
             visible=write_visible(report.visible),
             kept_meaning=KEPT_MEANING,
             nan=math.nan,

@@ -431,13 +431,13 @@ def judge(run: Row, sums: LayerSums, limits: Mapping[str, float]) -> str:
     if run["nonfinite"] > 0:
         return "BREAKS"
     kept = run["kept"]
-    if kept < limits["frozen_kept"] and sums.frozen >= limits["run_frozen"]:
-        return "FROZEN"
     verdict = _classify(kept, run["error"], limits)
     if verdict == "OVERSHOOTS":
         return verdict
     if QUANTILE * sums.error >= OPEN:
         return "UNCERTAIN"
+    if kept < limits["frozen_kept"] and sums.frozen >= limits["run_frozen"]:
+        return "FROZEN"
     return "NEEDS_REMEDY" if sums.behind > limits["left_behind"] else verdict
 
 

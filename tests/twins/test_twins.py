@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -262,9 +263,10 @@ def test_a_notice_about_a_stored_run_names_the_figures_that_it_has(recipes: Any,
         train(net, optimizer, 10)
     assert watched.notices
     for notice in watched.notices:
-        assert notice.endswith(f"read unmoved_frac{word}")
+        assert notice.endswith(f"read moved_since_start_frac/now{word}")
     figures = watched.records[-1].model
-    assert ("progress_kept/now" in figures) == bool(word)
+    assert math.isnan(figures.get("progress_kept/now", math.nan)) != bool(word)
+    assert figures["moved_since_start_frac/now"] > 0
 
 
 def test_nothing_is_left_on_the_optimizer_after_detach() -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from altgrad._messages import format_percent
 from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.intervals import find_interval
+from altgrad.observation.rules import TWIN_ELEMENTS
 from altgrad.quantization.block_formats import get_formats
 from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.decimals import format_kept
@@ -32,7 +33,7 @@ from altgrad.report.judging.tallies import (
     StepTally,
     TwinTally,
 )
-from altgrad.report.judging.twin_rules import judge_twin
+from altgrad.report.judging.twin_rules import find_errors, judge_twin
 from altgrad.report.judging.verdicts import Advice, Assessment, Verdict
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import FormatInfo, LayerInfo, RecipeInfo
@@ -166,16 +167,25 @@ class Judge:
 
     def _judge_twin(self, layer: str, name: str, tally: TwinTally, family: str | None) -> Advice:
         range_reason = self._explain_range(layer, self._recipes.get(name))
-        verdict, reason = judge_twin(tally, range_reason, by_chance=family == "stochastic")
-        if verdict is Verdict.FROZEN and (doubt := self._doubt_sample(layer, name)):
+        drawn = self._count_drawn(layer) if family == "stochastic" else 0
+        verdict, reason = judge_twin(tally, range_reason, drawn=drawn)
+        is_sample = tally.errors[FROZEN] != 0
+        if verdict is Verdict.FROZEN and is_sample and (doubt := self._doubt_sample(layer, name)):
             verdict, reason = Verdict.UNCERTAIN, f"{reason}, but {doubt}"
         evidence = calibration().describe_layers(family, verdict.name)
-        if tally.nonfinite == 1 and verdict not in (Verdict.BREAKS, Verdict.NOT_JUDGED):
-            reason = f"all elements became NaN or inf; until step {tally.step:,}, {reason}"
+        if tally.is_lost and verdict not in (Verdict.BREAKS, Verdict.NOT_JUDGED):
+            reason = f"the layer became NaN or inf; until step {tally.step:,}, {reason}"
         elif name != NOW:
             reason = _mention_nonfinite(tally.nonfinite, verdict, reason)
-        figures, errors = tally.figures, tally.errors
-        return Advice(layer, name, verdict, figures, errors, reason, evidence, tally.nonfinite)
+        figures, errors = tally.figures, find_errors(tally, drawn)
+        about = (evidence, tally.nonfinite, tally.is_lost)
+        return Advice(layer, name, verdict, figures, errors, reason, *about)
+
+    def _count_drawn(self, layer: str) -> int:
+        """Return how many elements a twin has of a layer, at the default of `twin_elements`."""
+        info = self._layers.get(layer)
+        size = math.prod(info.shape) if info is not None else TWIN_ELEMENTS
+        return max(min(size, TWIN_ELEMENTS), 1)
 
     def _doubt_sample(self, layer: str, name: str) -> str:
         """Return a phrase on updates that are kept beside a sample that stands still; or "".

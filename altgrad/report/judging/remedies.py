@@ -9,8 +9,10 @@ Read `run_rules` first; `judge` comes next.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from altgrad._messages import few
 from altgrad.measurement.catalogue import NOW
 from altgrad.report.judging.decimals import format_kept
 from altgrad.report.judging.families import find_family
@@ -58,7 +60,7 @@ def _find_remedy(
     if verdict is Verdict.NOT_JUDGED:
         return _explain_silence(layers[advice.recipe])
     if verdict is Verdict.UNCERTAIN:
-        return "Raise twin_elements, or observe more steps."
+        return "Observe more steps, or raise twin_elements."
     if verdict is Verdict.BREAKS:
         return _avoid_breaking(advice.recipe, recipe)
     is_nearly_fine = verdict in (Verdict.STORES_FINE, Verdict.WATCH)
@@ -66,20 +68,50 @@ def _find_remedy(
     best = _find_best(Verdict.STORES_FINE, own, runs) or _find_best(
         Verdict.STORES_FINE, others, runs
     )
-    if is_nearly_fine and advice.frozen and advice.frozen_share <= _FEW_WEIGHTS:
-        keep = f"Keep {'it' if len(advice.frozen) == 1 else 'those'} in float32"
+    behind = [each for each in layers[advice.recipe] if _is_only_behind(each, advice)]
+    words = _describe_behind(behind) if is_nearly_fine or verdict is Verdict.OVERSHOOTS else ""
+    count, share = len(behind) + len(advice.frozen), _add_share(advice, behind, layers)
+    if is_nearly_fine and count and share <= _FEW_WEIGHTS:
+        keep = f"{words}Keep {'it' if count == 1 else 'those'} in float32"
         return f"{keep}." if best is None else f"{keep}, or use {_name_remedy(best, layers)}."
-    if verdict is Verdict.STORES_FINE and not advice.frozen:
+    if verdict is Verdict.STORES_FINE and not count:
         return "Nothing is lost that matters."
     is_by_states = verdict is Verdict.OVERSHOOTS and _has_small_states(recipe)
     if is_by_states or find_family(advice.recipe, recipe) == "states":
         states = [state for state in (recipe.states if recipe else {}) if state != "*"]
-        return f"Store {' and '.join(states) or 'the optimizer states'} in more bits."
+        return f"{words}Store {' and '.join(states) or 'the optimizer states'} in more bits."
     if best is None and not is_nearly_fine:
         best = _find_best(Verdict.WATCH, [*own, *others], runs)
     if best is None:
-        return _propose_remedies(advice.recipe, recipes, runs)
-    return f"Use {_name_remedy(best, layers)}."
+        return words + _propose_remedies(advice, recipes, runs)
+    return f"{words}Use {_name_remedy(best, layers)}."
+
+
+def _is_only_behind(layer: LayerShare, run: RunAdvice) -> bool:
+    """Return True for a layer that keeps less than half of its progress, and is not frozen."""
+    return layer.is_left_behind and layer.advice.layer not in run.frozen
+
+
+def _describe_behind(behind: Sequence[LayerShare]) -> str:
+    """Return a sentence on layers that keep little, with a space behind; empty without any."""
+    if not behind:
+        return ""
+    keep = "keeps less than half of its" if len(behind) == 1 else "keep less than half of their"
+    return f"{few([each.advice.layer for each in behind])} {keep} progress. "
+
+
+def _add_share(
+    run: RunAdvice, behind: Sequence[LayerShare], layers: Mapping[str, Sequence[LayerShare]]
+) -> float:
+    """Return the share of the weights in layers that are frozen, or that keep little.
+
+    Args:
+        run: The verdict on the run.
+        behind: Layers that keep little, and are not frozen.
+        layers: For each recipe, the layers that it was judged for.
+    """
+    size = math.fsum(each.size for each in layers[run.recipe])
+    return run.frozen_share + (math.fsum(each.size for each in behind) / size if size else 0.0)
 
 
 def _name_remedy(advice: RunAdvice, layers: Mapping[str, Sequence[LayerShare]]) -> str:
@@ -115,7 +147,9 @@ def _avoid_breaking(name: str, recipe: RecipeInfo | None) -> str:
     dtype = recipe.dtype if recipe is not None else None
     if dtype == "float16":
         return "Use bf16 in place of fp16, or keep the optimizer states in float32."
-    if name == NOW and (recipe is None or not (recipe.weights or recipe.states)):
+    # bf16 has the range of float32.
+    is_wide = recipe is None or (recipe.weights in (None, "bf16") and not recipe.states)
+    if is_wide and (name == NOW or (recipe is not None and recipe.weights)):
         return "Look for the cause in the loss, the data or the learning rate."
     if _has_small_states(recipe):
         return "Keep the optimizer states in float32."
@@ -123,23 +157,31 @@ def _avoid_breaking(name: str, recipe: RecipeInfo | None) -> str:
 
 
 def _propose_remedies(
-    name: str, recipes: Mapping[str, RecipeInfo], runs: Mapping[str, RunAdvice]
+    advice: RunAdvice, recipes: Mapping[str, RecipeInfo], runs: Mapping[str, RunAdvice]
 ) -> str:
     """Return a sentence on remedies for a recipe that the run has not tried.
 
     They are in the recipe's own format, or in bf16 if it has none.
+
+    Args:
+        advice: The verdict on the run in the recipe.
+        recipes: Descriptions of the recipes, by name.
+        runs: Verdicts on the run, by recipe.
     """
-    recipe = recipes.get(name)
-    family = find_family(name, recipe)
+    tried = [runs[name] for name in recipes if name != NOW and name in runs]
+    has_twins = not recipes.keys() - {NOW} or any(each.has_twin for each in tried)
+    if not has_twins:  # they cannot follow the optimizer
+        return "Round stochastically or with Kahan summation, or keep the weights in float32."
+    recipe = recipes.get(advice.recipe)
+    family = find_family(advice.recipe, recipe)
     format = (find_format(recipe) if recipe else None) or "bf16"
     remedies = [f"{format}-{end}" for end, other in _ENDS.items() if other != family]
-    untried = [each for each in remedies if each not in recipes]
-    if untried:
+    if untried := [each for each in remedies if each not in recipes]:
         some, these = ("recipes", "these remedies") if untried[1:] else ("recipe", "this remedy")
         return f"Add the {some} {' and '.join(untried)} to see what {these} would keep."
-    if any(each in runs for each in remedies):
-        return "No remedy that was tried stores it fine: keep the weights in float32."
-    return "Round stochastically or with Kahan summation, or keep the weights in float32."
+    if advice.verdict is Verdict.WATCH:
+        return "No remedy that was tried keeps more: watch the loss, or use float32."
+    return "No remedy that was tried stores it fine: keep the weights in float32."
 
 
 def _list_remedies(

@@ -57,7 +57,8 @@ class LayerShare:
     @property
     def is_left_behind(self) -> bool:
         """True if float32 moved the layer and less than half of that is kept."""
-        is_still = self.moved <= _LIMITS.moved * self.weights  # False if one is unknown
+        # False if the movement or the size is unknown.
+        is_still = self.moved == 0 or self.moved <= _LIMITS.moved * self.weights
         return self.advice.kept < _LIMITS.frozen_kept and not is_still
 
 
@@ -118,13 +119,13 @@ def _find_verdict(run: RunAdvice, layers: Sequence[Verdict], error: float) -> Ve
         return Verdict.BREAKS
     if math.isnan(run.kept):
         return _judge_by_standing(run.frozen_share)
-    if run.kept < _LIMITS.frozen_kept and run.frozen_share >= _LIMITS.run_frozen:
-        return Verdict.FROZEN
     verdict = classify(run.kept, run.weight_error) if run.has_twin else _judge_steps(run.kept)
     if verdict is Verdict.OVERSHOOTS:
         return verdict
     if _QUANTILE * error >= _OPEN:
         return Verdict.UNCERTAIN
+    if run.kept < _LIMITS.frozen_kept and run.frozen_share >= _LIMITS.run_frozen:
+        return Verdict.FROZEN
     # A layer that moves far may hide that the rest keeps nothing.
     return Verdict.NEEDS_REMEDY if run.behind_share > _LIMITS.left_behind else verdict
 

@@ -40,7 +40,7 @@ def summarize(runs: Mapping[str, RunAdvice], advice: Sequence[Advice]) -> str:
         return NO_VERDICTS
     sentences = [write_sentence(each) for each in runs.values()]
     shares = {each.layer: each.nonfinite for each in advice if each.nonfinite}
-    return " ".join(filter(None, [write_nonfinite(shares), *sentences]))
+    return " ".join(filter(None, [write_nonfinite(shares, advice), *sentences]))
 
 
 def write_sentence(advice: RunAdvice) -> str:
@@ -71,7 +71,7 @@ def write_word(advice: RunAdvice) -> str:
         return "partly frozen now"
     if is_loss and advice.kept < _LIMITS.stores_fine:
         return f"loses {format_lost(advice.kept)} now"
-    return f"{verdict.short} now"
+    return verdict.short if verdict is Verdict.NOT_JUDGED else f"{verdict.short} now"
 
 
 def write_kept(advice: RunAdvice) -> str:
@@ -116,19 +116,23 @@ def _write_standing(advice: RunAdvice) -> str:
     return f"{are}: {layers} ({share} of the weights: {few(advice.frozen)})."
 
 
-def write_nonfinite(shares: Mapping[str, float]) -> str:
+def write_nonfinite(shares: Mapping[str, float], advice: Sequence[Advice]) -> str:
     """Write which layers have elements that are NaN or inf; empty without such layers.
 
     Args:
         shares: Largest nonfinite_frac, the share of the elements, by name of the layer.
+        advice: Verdicts on the layers, which say whether the run itself has become NaN or inf.
 
     Returns:
-        A sentence.
+        A sentence or two.
     """
     if not shares:
         return ""
     layers = few([f"{name} ({format_percent(share)})" for name, share in shares.items()])
     counted = f"NaN or inf in elements (nonfinite_frac), which no figure counts: {layers}."
-    if max(shares.values()) < 1:
+    lost = [each for each in advice if each.is_lost]
+    if not lost:
         return counted
-    return f"This run became NaN or inf, and its verdicts are on the steps before. {counted}"
+    is_judged = any(each.verdict is not Verdict.NOT_JUDGED for each in lost)
+    so = ", and its verdicts are on the steps before" if is_judged else " before it could be judged"
+    return f"This run became NaN or inf{so}. {counted}"

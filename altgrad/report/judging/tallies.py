@@ -64,8 +64,11 @@ class TwinTally:
         step: Number of the observed step that has the figures: the last one, or the last one before
             the run became NaN or inf.
         broken: Largest share of the sampled weights that became NaN or inf because of the recipe.
-            Steps in which the run itself had NaN or inf do not count; for ``now``, all do.
+            Steps in which the run itself had NaN or inf do not count. For ``now``, it is the share
+            in the last observed step.
         nonfinite: Largest share of the layer that was NaN or inf in the run itself.
+        is_lost: True if the run itself has made the layer NaN or inf, so that the last observed
+            step had no figures.
         still_since: Number of the observed step since which nearly no weight has moved; None if
             weights moved until the last observed step.
         still_steps: Number of observed steps since then.
@@ -77,6 +80,7 @@ class TwinTally:
         self.step = -1
         self.broken = 0.0
         self.nonfinite = 0.0
+        self.is_lost = False
         self.still_since: int | None = None
         self.still_steps = 0
         self.kept_before = math.nan
@@ -98,11 +102,13 @@ class TwinTally:
         nonfinite = figures.get("nonfinite_frac", 0.0)
         broken = figures.get(f"{BROKEN}/{self.recipe}", math.nan)
         # A run that becomes NaN has no figures any more: the last ones before count.
-        is_lost = nonfinite > 0 and math.isnan(figures[f"{PROGRESS}/{self.recipe}"])
-        if not (is_lost and self._latest):
+        self.is_lost = nonfinite > 0 and math.isnan(figures[f"{PROGRESS}/{self.recipe}"])
+        if not (self.is_lost and self._latest):
             self.step, self._latest, self._errors = step, figures, errors
         # Of a number and NaN, in this order, max returns the number.
-        if is_run or not nonfinite > 0:
+        if is_run:
+            self.broken = max(0.0, broken)  # a run may go on from an earlier checkpoint
+        elif not nonfinite > 0:
             self.broken = max(self.broken, broken)
         self.nonfinite = max(self.nonfinite, nonfinite, broken if is_run else 0.0)
 
@@ -160,7 +166,8 @@ class TwinTally:
         """Restore a tally from the result of `state_dict`."""
         tally = cls(state["recipe"])
         for name in vars(tally):
-            setattr(tally, name, state[name.removeprefix("_")])
+            if (key := name.removeprefix("_")) in state:  # an earlier version had fewer
+                setattr(tally, name, state[key])
         return tally
 
 

@@ -33,23 +33,21 @@ _FAR_RATIO = 1.25
 """Ratio of a state to float32 that a reason mentions; a larger or inverse one, too."""
 
 
-def judge_twin(
-    tally: TwinTally, range_reason: str = "", *, by_chance: bool = False
-) -> tuple[Verdict, str]:
+def judge_twin(tally: TwinTally, range_reason: str = "", *, drawn: int = 0) -> tuple[Verdict, str]:
     """Return the verdict on a layer in a recipe, and its reason.
 
     Args:
         tally: Summary of the twin's figures.
         range_reason: Phrase on the weights that are out of the range of the recipe's format, if
             these are too many and a scale would help; otherwise empty.
-        by_chance: True if the recipe rounds stochastically. Then no layer is frozen or stuck: a
-            weight that has not moved may move in the next step.
+        drawn: Number of sampled elements if the recipe rounds each stochastically, otherwise 0.
+            Then no layer is frozen or stuck: a weight that has not moved may move in the next step.
 
     Returns:
         The verdict, and its reason in one sentence.
     """
     kept, frozen = tally.figure(PROGRESS), tally.figure(FROZEN)
-    intervals = find_twin_intervals(tally)
+    intervals = find_twin_intervals(tally, drawn)
     if tally.broken > 0:
         have = "are" if tally.recipe == NOW else "would become"
         return Verdict.BREAKS, f"{format_percent(tally.broken)} of the weights {have} NaN or inf"
@@ -59,14 +57,14 @@ def judge_twin(
     never = "have never moved" if tally.recipe == NOW else "would never have moved"
     share = f"{write_percent(frozen, intervals[FROZEN])} of the weights that float32 moved {never}"
     if reaches(frozen, intervals[FROZEN], _LIMITS.frozen) and kept < _LIMITS.frozen_kept:
-        if by_chance:
+        if drawn:
             return Verdict.UNCERTAIN, f"{share}, but {_BY_CHANCE}"
         if has_moved(tally):
             return Verdict.FROZEN, share
         return Verdict.NEEDS_REMEDY, (
             f"{share}, but float32 moved them by less than {_LIMITS.moved:.1%} of their size so far"
         )
-    if is_stuck(tally) and not by_chance:
+    if is_stuck(tally) and not drawn:
         return Verdict.STUCK, (
             f"stuck since step {tally.still_since:,}: since then nearly no weight moved, and "
             f"{progress}, {format_kept(tally.kept_before)} at that step"
@@ -82,11 +80,39 @@ def judge_twin(
     return _judge_by_kept(kept, intervals[PROGRESS], tally.weight_error, reason)
 
 
-def find_twin_intervals(tally: TwinTally) -> dict[str, Interval]:
-    """Return the confidence intervals of 95 % of the figures that have one, by metric."""
+def find_errors(tally: TwinTally, drawn: int = 0) -> dict[str, float]:
+    """Return the standard errors of a twin's figures, by metric; NaN if unknown.
+
+    Stochastic rounding adds its own: each weight is off by a distance of mean 0, independent of the
+    others. Along the way in float32, n elements are together off by drift / √n of that way.
+
+    Args:
+        tally: Summary of the figures.
+        drawn: Number of sampled elements that are rounded stochastically; 0 for another rounding.
+
+    Returns:
+        The errors by metric.
+    """
+    errors = tally.errors
+    if drawn:
+        chance = tally.figure("drift") / math.sqrt(drawn)
+        errors[PROGRESS] = math.hypot(errors[PROGRESS], chance)
+    return errors
+
+
+def find_twin_intervals(tally: TwinTally, drawn: int = 0) -> dict[str, Interval]:
+    """Return the confidence intervals of 95 % of the figures that have one, by metric.
+
+    Args:
+        tally: Summary of the figures.
+        drawn: As in `find_errors`.
+
+    Returns:
+        The lower and the upper end by metric.
+    """
     return {
         metric: find_interval(metric, tally.figure(metric), error)
-        for metric, error in tally.errors.items()
+        for metric, error in find_errors(tally, drawn).items()
     }
 
 

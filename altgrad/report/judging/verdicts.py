@@ -84,6 +84,8 @@ class Advice(NamedTuple):
             `Verdict.UNCERTAIN` and `Verdict.NOT_JUDGED`.
         nonfinite: Largest share of the layer's elements that were NaN or inf in an observed step of
             the run itself. No figure counts these elements, so that the verdict is on the others.
+        is_lost: True if the run itself has made the layer NaN or inf, so that the verdict is on the
+            steps before.
     """
 
     layer: str
@@ -94,6 +96,7 @@ class Advice(NamedTuple):
     reason: str
     evidence: str = ""
     nonfinite: float = 0.0
+    is_lost: bool = False
 
     @property
     def has_twin(self) -> bool:

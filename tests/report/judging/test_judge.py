@@ -315,7 +315,7 @@ def test_a_run_that_becomes_nan_is_judged_by_the_steps_before(tmp_path: Path) ->
         found = after.runs[name]
         assert (found.verdict, found.kept, found.has_twin) == (run.verdict, run.kept, True)
     (advice, *_) = after.advice
-    assert advice.reason.startswith("all elements became NaN or inf; until step 19, 100 % of the")
+    assert advice.reason.startswith("the layer became NaN or inf; until step 19, 100 % of the")
     assert advice.nonfinite == 1
     assert after.summary.startswith("This run became NaN or inf, and its verdicts are on the steps")
 

@@ -102,15 +102,44 @@ def test_a_remedy_in_another_format_is_better_than_one_that_does_not_help() -> N
 
 def test_remedies_without_a_figure_are_not_proposed_again() -> None:
     """The run has the recipes, but no twin can follow its optimizer."""
-    assert advise("bf16", make_recipe(), SR, KAHAN, bf16=make_share(BAD)) == (
+    single = make_share(BAD).advice._replace(figures={"kept_update_ratio": BAD}, errors={})
+    layers = {"e4m3fn": [LayerShare(single._replace(errors={"kept_update_ratio": 0.0}), 10, 1.0)]}
+    runs = {"e4m3fn": judge_recipe("e4m3fn", None, layers["e4m3fn"])}
+    recipes = {each.name: each for each in (SR, KAHAN)}
+    assert add_remedies(runs, recipes, layers)["e4m3fn"].to_do == (
         "Round stochastically or with Kahan summation, or keep the weights in float32."
     )
+
+
+def test_a_remedy_to_watch_that_none_betters_is_said_to_be_one() -> None:
+    middle = make_share(LIMITS.needs_remedy)
+    assert advise("bf16-sr", SR, KAHAN, bf16_sr=middle, bf16_kahan=make_share(BAD)) == (
+        "No remedy that was tried keeps more: watch the loss, or use float32."
+    )
+
+
+def test_layers_that_keep_little_are_named_where_the_run_as_a_whole_keeps_much() -> None:
+    slow = make_share(0.02, size=20, moved=0.1, name="slow")
+
+    def find(*layers: LayerShare, recipe: RecipeInfo | None = None) -> str:
+        own = {"bf16": [make_share(GOOD, size=1000), *layers]}
+        runs = {"bf16": judge_recipe("bf16", None, own["bf16"])}
+        return add_remedies(runs, {"bf16": recipe or make_recipe()}, own)["bf16"].to_do
+
+    assert find(slow) == ("slow keeps less than half of its progress. Keep it in float32.")
+    frozen = make_share(0.0, size=10, moved=0.1, verdict=Verdict.FROZEN, name="gain")
+    assert find(slow, frozen) == (
+        "slow keeps less than half of its progress. Keep those in float32."
+    )
+    large = make_share(0.02, size=200, moved=0.1, name="large")
+    assert find(slow, large).startswith("slow, large keep less than half of their progress. Add ")
+    assert find(make_share(0.02, size=200, moved=0.0)) == "Nothing is lost that matters."
 
 
 def test_what_is_left_open_is_measured_longer() -> None:
     open_wide = make_share(GOOD, error=1.0)
     assert advise("bf16", make_recipe(), bf16=open_wide) == (
-        "Raise twin_elements, or observe more steps."
+        "Observe more steps, or raise twin_elements."
     )
 
 
@@ -153,6 +182,7 @@ def test_what_breaks_gets_numbers_that_are_large_enough() -> None:
     states = make_recipe("v8", states={"exp_avg_sq": "e5m2"})
     assert advise("v8", states, v8=broken) == "Keep the optimizer states in float32."
     assert advise("e5m2", make_recipe("e5m2"), e5m2=broken) == "Use a format with larger numbers."
+    assert advise("bf16", make_recipe(), bf16=broken).startswith("Look for the cause in the loss")
 
 
 def test_a_run_that_is_nan_by_itself_is_not_told_to_store_otherwise() -> None:

@@ -188,7 +188,9 @@ def test_a_layer_that_moves_far_does_not_hide_that_the_rest_keeps_nothing() -> N
     # Float32 hardly moves the body of a fine-tuning, of which only the head is trained.
     unmoved = dataclasses.replace(body, weights=1.0, moved=LIMITS.moved)
     assert judge(far, unmoved).verdict is Verdict.STORES_FINE
-    steps = [dataclasses.replace(of_steps(kept), moved=moved) for kept, moved in ((1.0, 1), (0, 0))]
+    steps = [
+        dataclasses.replace(of_steps(kept), moved=moved) for kept, moved in ((1.0, 1), (0, 0.01))
+    ]
     assert judge(*steps).verdict is Verdict.NEEDS_REMEDY
 
 

@@ -186,7 +186,14 @@ def test_the_summary_names_layers_that_are_not_finite_once() -> None:
 
 
 def test_layers_with_nan_are_named_with_their_share() -> None:
-    assert write_nonfinite({}) == ""
-    assert write_nonfinite({"a": 0.5, "b": 1e-4}) == (
-        "NaN or inf in elements (nonfinite_frac), which no figure counts: a (50 %), b (<1 %)."
+    assert write_nonfinite({}, []) == ""
+    counted = "NaN or inf in elements (nonfinite_frac), which no figure counts: a (50 %), b (<1 %)."
+    assert write_nonfinite({"a": 0.5, "b": 1e-4}, []) == counted
+    lost = Advice("a", "bf16", Verdict.WATCH, {}, {}, "", is_lost=True)
+    assert write_nonfinite({"a": 0.5, "b": 1e-4}, [lost]) == (
+        f"This run became NaN or inf, and its verdicts are on the steps before. {counted}"
+    )
+    never = lost._replace(verdict=Verdict.NOT_JUDGED)
+    assert write_nonfinite({"a": 0.5, "b": 1e-4}, [never]) == (
+        f"This run became NaN or inf before it could be judged. {counted}"
     )

@@ -11,7 +11,13 @@ from torch import nn
 from altgrad import Recipe
 from altgrad.report import Advice, Verdict, judge_run
 from altgrad.report.judging.calibration import calibration
-from altgrad.report.judging.twin_rules import classify, has_moved, is_stuck, judge_twin
+from altgrad.report.judging.twin_rules import (
+    classify,
+    find_errors,
+    has_moved,
+    is_stuck,
+    judge_twin,
+)
 from tests.report.twin_runs import (
     NAN,
     draw_gradients,
@@ -30,6 +36,24 @@ STILL = {"frozen_frac": 1.0, "progress_kept": 0.0}
 # --- plain figures
 
 
+def test_the_error_by_chance_is_that_of_many_draws() -> None:
+    """Against 400 runs of 32 weights that are rounded stochastically on a coarse grid."""
+    random = torch.Generator().manual_seed(0)
+    high = 0.02 * torch.randn(32, generator=random, dtype=torch.float64)  # the way in float32
+    found = []
+    for _ in range(400):
+        low = torch.zeros(32, dtype=torch.float64)
+        for _ in range(20):
+            wanted = (low + high / 20) * 16
+            low = (wanted + torch.rand(32, generator=random, dtype=torch.float64)).floor() / 16
+        found.append((float(low @ high / (high @ high)), float((low - high).norm() / high.norm())))
+    kept, drift = torch.tensor(found, dtype=torch.float64).unbind(1)
+    tally = make_tally({"drift": float(drift.square().mean().sqrt())})
+    error = find_errors(tally, 32)["progress_kept"]
+    assert error == pytest.approx(float(kept.std()), rel=0.3)
+    assert find_errors(tally)["progress_kept"] == 0
+
+
 def test_no_layer_is_frozen_or_stuck_under_stochastic_rounding() -> None:
     """In a small layer, it is by chance that no weight has moved so far."""
     frozen = make_tally(STILL)
@@ -37,12 +61,12 @@ def test_no_layer_is_frozen_or_stuck_under_stochastic_rounding() -> None:
     stuck = make_tally(moved, *[{"progress_kept": 0.7, "still_frac": 1.0}] * 3)
     assert judge_twin(frozen)[0] is Verdict.FROZEN
     assert judge_twin(stuck)[0] is Verdict.STUCK
-    verdict, reason = judge_twin(frozen, by_chance=True)
+    verdict, reason = judge_twin(frozen, drawn=64)
     assert verdict is Verdict.UNCERTAIN
     assert reason.endswith(
         "but stochastic rounding moves a weight by chance: more steps, or more elements, will tell"
     )
-    assert judge_twin(stuck, by_chance=True)[0] is Verdict.NEEDS_REMEDY
+    assert judge_twin(stuck, drawn=64)[0] is Verdict.NEEDS_REMEDY
 
 
 @pytest.mark.parametrize(
