@@ -431,14 +431,23 @@ def judge(run: Row, sums: LayerSums, limits: Mapping[str, float]) -> str:
     if run["nonfinite"] > 0:
         return "BREAKS"
     kept = run["kept"]
-    verdict = _classify(kept, run["error"], limits)
+    verdict, reach = _classify(kept, run["error"], limits), QUANTILE * sums.error
+    if run["family"] == "stochastic" and _may_be_fine(kept, verdict, reach, limits):
+        return "UNCERTAIN"
     if verdict == "OVERSHOOTS":
         return verdict
-    if QUANTILE * sums.error >= OPEN:
+    if reach >= OPEN:
         return "UNCERTAIN"
     if kept < limits["frozen_kept"] and sums.frozen >= limits["run_frozen"]:
         return "FROZEN"
     return "NEEDS_REMEDY" if sums.behind > limits["left_behind"] else verdict
+
+
+def _may_be_fine(kept: float, verdict: str, reach: float, limits: Mapping[str, float]) -> bool:
+    """Return True if a verdict of harm may be the chance of stochastic rounding in the sample."""
+    if verdict == "OVERSHOOTS":
+        return kept - reach <= limits["overshoots"]
+    return verdict == "NEEDS_REMEDY" and kept + reach >= limits["stores_fine"]
 
 
 def judge_layer(layer: Row, limits: Mapping[str, float]) -> str:
@@ -486,12 +495,17 @@ def _add_layers(layers: Sequence[Row], limits: Mapping[str, float]) -> LayerSums
     )
     known = [layer for layer in layers if math.isfinite(layer["energy"] * layer["kept"])]
     energy = sum(layer["energy"] for layer in known)
-    # An error that cannot be trusted counts as 1.
-    errors = [
-        layer["energy"] * (1.0 if math.isnan(layer["kept_error"]) else layer["kept_error"])
-        for layer in known
-    ]
+    errors = [layer["energy"] * _find_error(layer) for layer in known]
     return LayerSums(frozen / size, behind / size, math.hypot(*errors) / energy if energy else 0.0)
+
+
+def _find_error(layer: Row) -> float:
+    """Return the standard error of what a layer keeps; one that cannot be trusted counts as 1."""
+    error = 1.0 if math.isnan(layer["kept_error"]) else layer["kept_error"]
+    if layer["family"] != "stochastic":
+        return float(error)
+    # The draws of the sample, at most 256 elements, add theirs.
+    return math.hypot(error, layer["drift"] / math.sqrt(min(layer["elements"], 256)))
 
 
 def find_run_outcomes(

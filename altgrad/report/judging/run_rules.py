@@ -96,6 +96,8 @@ def judge_recipe(name: str, family: str | None, layers: Sequence[LayerShare]) ->
         has_twin,
     )
     verdict = _find_verdict(advice, [layer.advice.verdict for layer in layers], error)
+    if family == "stochastic" and _may_be_fine(advice, verdict, error):
+        verdict = Verdict.UNCERTAIN
     # Real runs were judged by the progress that they kept.
     outcome = None if math.isnan(kept) else calibration().count_runs(family, verdict.name)
     return advice._replace(verdict=verdict, outcome=outcome)
@@ -128,6 +130,20 @@ def _find_verdict(run: RunAdvice, layers: Sequence[Verdict], error: float) -> Ve
         return Verdict.FROZEN
     # A layer that moves far may hide that the rest keeps nothing.
     return Verdict.NEEDS_REMEDY if run.behind_share > _LIMITS.left_behind else verdict
+
+
+def _may_be_fine(run: RunAdvice, verdict: Verdict, error: float) -> bool:
+    """Return True if a verdict of harm may be the chance of stochastic rounding in the sample.
+
+    Args:
+        run: Figures of the run.
+        verdict: The verdict that follows from them.
+        error: Standard error of the share of the progress kept.
+    """
+    reach = _QUANTILE * error
+    if verdict is Verdict.OVERSHOOTS:
+        return run.kept - reach <= _LIMITS.overshoots
+    return verdict is Verdict.NEEDS_REMEDY and run.kept + reach >= _LIMITS.stores_fine
 
 
 def _judge_by_standing(share: float) -> Verdict:

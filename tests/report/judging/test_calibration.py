@@ -118,7 +118,7 @@ def test_altgrad_judges_runs_as_the_script_does(parts, part: str) -> None:
         frozen = make_advice(Verdict.FROZEN, tally)
         advice = judge_recipe(
             "recipe",
-            None,
+            row["family"],
             [
                 LayerShare(rest, 1 - share, row["fp32_moved"], 1.0, row["error"]),
                 LayerShare(frozen, share, row["fp32_moved"], 1.0, row["error"]),

@@ -203,6 +203,24 @@ def test_a_run_whose_sample_leaves_everything_open_is_uncertain() -> None:
     assert judge(make_share(GOOD, error=wide)).evidence == ""
 
 
+@pytest.mark.parametrize(
+    ("kept", "limit", "verdict"),
+    [
+        (0.8, LIMITS.stores_fine, Verdict.NEEDS_REMEDY),
+        (1.3, LIMITS.overshoots, Verdict.OVERSHOOTS),
+    ],
+)
+def test_harm_by_stochastic_rounding_has_to_be_more_than_chance(
+    kept: float, limit: float, verdict: Verdict
+) -> None:
+    """Of tiny layers, the draws of the twin decide how much is kept."""
+    edge = abs(limit - kept) / 1.2816
+    wide, narrow = ([make_share(kept, error=edge + each)] for each in (LITTLE, -LITTLE))
+    assert judge_recipe("e5m2-sr", "stochastic", wide).verdict is Verdict.UNCERTAIN
+    assert judge_recipe("e5m2-sr", "stochastic", narrow).verdict is verdict
+    assert judge_recipe("e5m2", "nearest-8", wide).verdict is verdict
+
+
 def test_a_run_of_which_only_is_known_what_stands_still_is_judged_by_that() -> None:
     """No twin can follow its optimizer, such as Adafactor."""
     rest = make_share(NAN, moved=NAN, size=900, verdict=Verdict.NOT_JUDGED)
