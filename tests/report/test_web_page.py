@@ -116,7 +116,7 @@ def test_layers_with_elements_that_are_not_finite_are_marked(html: str) -> None:
         "<b>NaN</b> elements were NaN or inf in an observed step: no figure counts these" in marked
     )
     assert "broken (50 %)" in marked
-    assert "50 % of the elements are NaN or inf, and no figure counts them" in marked
+    assert "50 % of the elements were NaN or inf in a step, which no figure counts" in marked
 
 
 def test_the_page_explains_intervals_of_real_runs_and_shares_of_single_updates() -> None:

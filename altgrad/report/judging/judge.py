@@ -279,7 +279,9 @@ def _mention_nonfinite(share: float, verdict: Verdict, reason: str) -> str:
     """Return the reason of a verdict that says which share of the run is NaN or inf, if any is."""
     if not share:
         return reason
-    broken = f"{format_percent(share)} of the elements are NaN or inf, and no figure counts them"
+    broken = (
+        f"{format_percent(share)} of the elements were NaN or inf in a step, which no figure counts"
+    )
     return broken if verdict is Verdict.NOT_JUDGED and share == 1 else f"{broken}; {reason}"
 
 

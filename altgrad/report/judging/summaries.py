@@ -133,6 +133,6 @@ def write_nonfinite(shares: Mapping[str, float], advice: Sequence[Advice]) -> st
     lost = [each for each in advice if each.is_lost]
     if not lost:
         return counted
-    is_judged = any(each.verdict is not Verdict.NOT_JUDGED for each in lost)
+    is_judged = any(each.verdict not in (Verdict.NOT_JUDGED, Verdict.BREAKS) for each in lost)
     so = ", and its verdicts are on the steps before" if is_judged else " before it could be judged"
     return f"This run became NaN or inf{so}. {counted}"

@@ -62,7 +62,8 @@ def judge_twin(tally: TwinTally, range_reason: str = "", *, drawn: int = 0) -> t
         if has_moved(tally):
             return Verdict.FROZEN, share
         return Verdict.NEEDS_REMEDY, (
-            f"{share}, but float32 moved them by less than {_LIMITS.moved:.1%} of their size so far"
+            f"{share}, but float32 moved them by less than {100 * _LIMITS.moved:g} % of their size "
+            "so far"
         )
     if is_stuck(tally) and not drawn:
         return Verdict.STUCK, (

@@ -336,7 +336,9 @@ def test_nan_in_the_run_itself_is_held_against_no_recipe(tmp_path: Path) -> None
     for recipe in recipes:
         broken, whole = (found.by_layer[name][recipe] for name in ("broken", "whole"))
         assert broken.verdict is not Verdict.BREAKS
-        assert broken.reason.startswith("2 % of the elements are NaN or inf, and no figure counts")
+        assert broken.reason.startswith(
+            "2 % of the elements were NaN or inf in a step, which no figure counts"
+        )
         assert (broken.nonfinite, whole.nonfinite) == (1 / 64, 0)
         assert "NaN" not in whole.reason
     assert "which no figure counts: broken (2 %)." in found.summary
@@ -356,7 +358,9 @@ def test_a_layer_with_elements_that_are_not_finite_is_marked_in_words() -> None:
         broken, whole = (assessment.by_layer[name]["bf16"] for name in ("broken", "whole"))
         assert (broken.nonfinite, whole.nonfinite) == (0.5, 0.0)
         assert broken.verdict is Verdict.NEEDS_REMEDY  # the verdict is on the other half
-        assert broken.reason.startswith("50 % of the elements are NaN or inf, and no figure counts")
+        assert broken.reason.startswith(
+            "50 % of the elements were NaN or inf in a step, which no figure counts"
+        )
         assert "NaN" not in whole.reason
 
 
@@ -365,7 +369,9 @@ def test_a_layer_whose_elements_are_all_not_finite_is_marked_where_it_is_not_jud
     assessment = judge_steps(a=nothing | {"nonfinite_frac": 1.0}).assessment()
     (advice,) = assessment.advice
     assert advice.verdict is Verdict.NOT_JUDGED
-    assert advice.reason == "100 % of the elements are NaN or inf, and no figure counts them"
+    assert (
+        advice.reason == "100 % of the elements were NaN or inf in a step, which no figure counts"
+    )
     assert "a (100 %)" in assessment.summary
 
 
