@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from altgrad._messages import format_percent
 from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.intervals import find_interval
-from altgrad.observation.rules import TWIN_ELEMENTS
 from altgrad.quantization.block_formats import get_formats
 from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.decimals import format_kept
@@ -41,6 +40,8 @@ from altgrad.report.records.schema import FormatInfo, LayerInfo, RecipeInfo
 if TYPE_CHECKING:
     from altgrad.measurement.figures import Figures
 
+MOST_TWIN_ELEMENTS = 256
+"""Default of `twin_elements`; `altgrad.observation.rules`, which has it too, would load torch."""
 _FEW_BITS = 8
 _NEAREST = ("nearest-16", "nearest-8")
 
@@ -184,8 +185,8 @@ class Judge:
     def _count_drawn(self, layer: str) -> int:
         """Return how many elements a twin has of a layer, at the default of `twin_elements`."""
         info = self._layers.get(layer)
-        size = math.prod(info.shape) if info is not None else TWIN_ELEMENTS
-        return max(min(size, TWIN_ELEMENTS), 1)
+        size = math.prod(info.shape) if info is not None else MOST_TWIN_ELEMENTS
+        return max(min(size, MOST_TWIN_ELEMENTS), 1)
 
     def _doubt_sample(self, layer: str, name: str) -> str:
         """Return a phrase on updates that are kept beside a sample that stands still; or "".

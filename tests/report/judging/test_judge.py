@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from altgrad import UpdateMonitor
+from altgrad.observation.rules import TWIN_ELEMENTS
 from altgrad.quantization import get_formats
 from altgrad.report import (
     Assessment,
@@ -23,7 +24,7 @@ from altgrad.report import (
 )
 from altgrad.report.judging import judge as judging
 from altgrad.report.judging.calibration import calibration
-from altgrad.report.judging.judge import find_smallest
+from altgrad.report.judging.judge import MOST_TWIN_ELEMENTS, find_smallest
 from tests.golden import replay
 from tests.report import runs
 from tests.report.twin_runs import (
@@ -75,6 +76,10 @@ def test_the_suggestion_is_the_smallest_format_that_stores_fine() -> None:
     assert "fp16" not in judge.assessment().by_layer["one"]
     assert judge.assessment().by_layer["one"]["bf16"].verdict is Verdict.STORES_FINE
     assert find_smallest([], FORMATS) is None
+
+
+def test_the_size_of_a_sample_is_that_of_the_monitor() -> None:
+    assert MOST_TWIN_ELEMENTS == TWIN_ELEMENTS
 
 
 def test_a_format_that_only_a_recipe_has_is_suggested_too() -> None:
