@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +172,8 @@ class RunWatch:
         self._output: Output | None = None
         self._output_state: Mapping[str, Any] | None = None
         self._is_open = True
-        self.monitor = UpdateMonitor(
+        self._make_monitor = partial(
+            UpdateMonitor,
             model,
             self._note,
             every_n_steps=self._is_due,
@@ -179,6 +181,7 @@ class RunWatch:
             strict=strict,
             **arguments,
         )
+        self.monitor = self._make_monitor()
 
     # --- findings
 
@@ -221,32 +224,78 @@ class RunWatch:
         return {"monitor": self.monitor.state_dict(), "output": output, "steps": steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`, before the first step: the run goes on with its run file.
+        """Restore a `state_dict`: the run goes on from the step at which the state was saved.
+
+        This is also a way back in mid-run, together with the weights of that step: later steps are
+        then taken out of the run file and the verdicts. The run has a new `monitor` afterwards.
 
         Args:
             state: A result of `state_dict`.
 
         Raises:
-            RuntimeError: A step was made since the run is watched.
-            ValueError: An entry of the state is missing or damaged.
+            RuntimeError: The run is closed.
+            ValueError: An entry of the state is missing or damaged; the run is as it was before.
         """
-        if self._step >= self._first_step or self._output is not None:
-            raise RuntimeError(
-                "load_state_dict: expected a run before its first step; call it before training"
-            )
+        self._check_open("load_state_dict")
         if missing := [name for name in ("monitor", "output", "steps") if name not in state]:
             raise ValueError(
                 f"state={sorted(state)}: expected the entries of RunWatch.state_dict(), of which "
                 f"{missing} are missing; leave out the state to begin anew"
             )
+        first_step, monitor = int(state["steps"]), self._make_monitor()
+        monitor.load_state_dict(state["monitor"])  # raises errors before anything has changed
         optimizers = self._optimizers
         self._detach()
-        self.monitor.load_state_dict(state["monitor"])
-        self._output_state = state["output"]
-        self._first_step = int(state["steps"])
-        self._step = self._first_step - 1
+        self._records.clear()
+        if self._output is not None:
+            self._output.close()
+        self.monitor, self._output, self._output_state = monitor, None, state["output"]
+        self._first_step, self._step = first_step, first_step - 1
         if optimizers:
             self.attach(*optimizers, scaler=self._scaler)
+
+    def save(self, file: Path, *, is_writer: bool) -> None:
+        """Save a `state_dict` for `restore`, or give a notice why that is not possible.
+
+        Args:
+            file: The file to write, in the folder of a checkpoint.
+            is_writer: True on the rank that writes the file. All ranks have to call this method.
+
+        Raises:
+            Exception: If `strict`, an error of making the state or writing the file.
+        """
+        try:
+            state = self.state_dict()
+            if is_writer:
+                torch.save(state, file)
+        except Exception as error:
+            if self._strict:
+                raise
+            self._notices.give(f"could not save its state to {file}: {error!r}")
+
+    def restore(self, file: Path) -> None:
+        """Restore what `save` has saved, or give a notice why that is not possible.
+
+        A run that is closed stays as it is.
+
+        Args:
+            file: The file to read, in the folder of a checkpoint.
+
+        Raises:
+            Exception: If `strict`, an error of reading the file or restoring the state.
+        """
+        if not self._is_open:
+            return
+        goes_on = "goes on with its own count of steps" if self._has_begun else "begins anew"
+        if not file.exists():
+            self._notices.give(f"{goes_on}: {file.parent} has no {file.name} of an earlier run")
+            return
+        try:
+            self.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:
+            if self._strict:
+                raise
+            self._notices.give(f"{goes_on}, because {file} cannot be restored: {error!r}")
 
     # --- from the first step to the last
 
@@ -331,6 +380,17 @@ class RunWatch:
         if len(self._optimizers) == 1:
             self.flush()
 
+    @property
+    def _has_begun(self) -> bool:
+        """True after the first step of this process."""
+        return self._step >= self._first_step
+
+    def _check_open(self, method: str) -> None:
+        if not self._is_open:
+            raise RuntimeError(
+                f"{method}: expected a run that is not closed; call altgrad.watch for a new run"
+            )
+
     def _stay_alive(self, _: Optimizer) -> None:
         """Do nothing: the optimizer has this method as a hook, and thus keeps the `RunWatch`."""
 
@@ -358,7 +418,7 @@ class RunWatch:
         if not self.monitor.is_observing:
             return
         unseen = self.monitor.describe_unseen()
-        if self._step >= self._first_step and self.latest is None and not self._records:
+        if self._has_begun and self.latest is None and not self._records:
             self._notices.give(
                 f"observed no step: {self._explain_no_step(have_moved=bool(unseen))}"
             )

@@ -120,10 +120,9 @@ class PrecisionCallback(TrainerCallback):
         self.run, self._logged = None, None
         self._notices = Notices(type(self).__name__)
         with self._guarded("does not observe this training"):
-            run = self._make_run(args, state, kwargs["model"])
+            self.run = run = self._make_run(args, state, kwargs["model"])
             if state.global_step:
-                run = self._restore(run, args, state, kwargs["model"])
-            self.run = run
+                run.restore(self._find_state(args, state))
             run.attach(*find_optimizers(kwargs["optimizer"]))
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -202,29 +201,17 @@ class PrecisionCallback(TrainerCallback):
             step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
         )
 
-    def _restore(
-        self, run: RunWatch, args: TrainingArguments, state: TrainerState, model: Any
-    ) -> RunWatch:
-        """Return the run with the state of the checkpoint, or a new run if there is none.
+    def _find_state(self, args: TrainingArguments, state: TrainerState) -> Path:
+        """Return the file of a run's state in the checkpoint from which the Trainer resumes.
 
-        The Trainer does not tell callbacks which checkpoint it resumes from. It is looked for in
-        the Trainer's argument ``resume_from_checkpoint``, and in ``output_dir``.
+        The Trainer does not tell callbacks which checkpoint that is. It is looked for in the
+        Trainer's argument ``resume_from_checkpoint``, and in ``output_dir``.
         """
         given = args.resume_from_checkpoint
         folders = [Path(given)] if isinstance(given, (str, os.PathLike)) else []
         folders += [_find_checkpoint(args.output_dir, state)]
-        file = next((each / STATE_FILE for each in folders if (each / STATE_FILE).exists()), None)
-        if file is None:
-            self._notices.give(f"begins anew: {folders[0]} has no {STATE_FILE} of an earlier run")
-            return run
-        try:
-            run.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        except Exception as error:
-            if self._strict:
-                raise
-            self._notices.give(f"begins anew, because {file} cannot be restored: {error!r}")
-            return self._make_run(args, state, model)
-        return run
+        files = [folder / STATE_FILE for folder in folders]
+        return next((file for file in files if file.exists()), files[0])
 
     @contextmanager
     def _guarded(self, notice: str) -> Iterator[None]:

@@ -178,12 +178,34 @@ def test_a_state_without_its_entries_is_refused(tmp_path: Path) -> None:
         altgrad.watch(*make_training(), tmp_path, state={"monitor": {}})
 
 
-def test_a_state_is_refused_after_the_first_step(tmp_path: Path) -> None:
+def test_a_state_takes_a_run_back_in_its_file(tmp_path: Path) -> None:
     model, optimizer = make_training()
-    run = altgrad.watch(model, optimizer, tmp_path)
+    run = altgrad.watch(model, optimizer, tmp_path, formats=FORMAT, every_n_steps=1)
+    train(model, optimizer, 3)
+    weights, state = clone_weights(model), run.state_dict()
+    train(model, optimizer, 4)
+    with torch.no_grad():
+        for parameter, before in zip(model.parameters(), weights, strict=True):
+            parameter.copy_(before)
+    run.load_state_dict(state)
     train(model, optimizer, 1)
-    with pytest.raises(RuntimeError, match="expected a run before its first step"):
-        run.load_state_dict(run.state_dict())
+    assert_true(run.latest.layers, NAMES, optimizer.steps[-1])
+    run.close()
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".jsonl"] == [run.path.name]
+    assert read(tmp_path).steps == (0, 1, 2, 3)
+
+
+def test_a_damaged_state_leaves_a_run_as_it_is(tmp_path: Path) -> None:
+    model, optimizer = make_training()
+    run = altgrad.watch(model, optimizer, tmp_path, every_n_steps=1)
+    train(model, optimizer, 2)
+    state = run.state_dict()
+    del state["monitor"]["scales"]
+    with pytest.raises(ValueError, match="scales"):
+        run.load_state_dict(state)
+    train(model, optimizer, 1)
+    run.close()
+    assert read(tmp_path).steps == (0, 1, 2)
 
 
 def test_steps_of_two_optimizers_with_one_number_share_a_record(tmp_path: Path) -> None:
