@@ -173,6 +173,27 @@ def test_a_run_that_is_resumed_elsewhere_names_its_predecessor(tmp_path: Path) -
     assert read(resumed.path).steps == (1, 3, 5)
 
 
+@pytest.mark.parametrize("kept", [{"formats": "bf16"}, {"formats": "bf16", "recipes": ()}])
+def test_a_resumed_run_with_fewer_formats_and_recipes_is_judged(
+    tmp_path: Path, kept: dict[str, Any]
+) -> None:
+    training = make_training()
+    formats, recipes = ["bf16", "e4m3fn"], ["bf16", "e4m3fn-sr"]
+    with altgrad.watch(
+        *training, tmp_path, every_n_steps=1, formats=formats, recipes=recipes
+    ) as run:
+        train(*training, 2)
+    kept, notices = {"recipes": "bf16", **kept}, []
+    resumed = altgrad.watch(
+        *training, tmp_path, every_n_steps=1, state=run.state_dict(), warn=notices.append, **kept
+    )
+    train(*training, 2)
+    resumed.close()
+    assert {"e4m3fn", "e4m3fn-sr"} <= {*run.assessment.runs}
+    assert {*resumed.assessment.runs} == {"bf16"}
+    assert all("never_moved_frac" in each for each in notices)
+
+
 def test_a_state_without_its_entries_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"state=\['monitor'\]: expected the entries of RunWatch"):
         altgrad.watch(*make_training(), tmp_path, state={"monitor": {}})
