@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,7 @@ from altgrad.monitor.policy import StepPolicy
 from altgrad.monitor.schedule import StepSchedule
 from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.optimizers import unwrap
+from altgrad.observation.step_hooks import find_backward_pass
 from altgrad.output import Output, OutputSettings, WriterLogger
 from altgrad.quantization.block_formats import Formats
 from altgrad.report import Assessment, list_actions, write_answer
@@ -82,8 +85,8 @@ def watch(
         folder: The folder of the run file; it is created if it is missing.
         formats: One or several number formats to judge, or their names.
         every_n_steps: Interval in steps, a `StepSchedule`, or a function of a step's number that
-            returns True if the step is to be observed. Each optimizer counts its steps from 0, and
-            goes on counting in a resumed run.
+            returns True if the step is to be observed. Steps of the training count from 0, and go
+            on counting in a resumed run: see `RunWatch` for several optimizers.
         writer: A SummaryWriter that gets the figures, too, with pictures and verdicts.
         scaler: The GradScaler that calls the optimizer's `step`, if there is one.
         state: A result of `RunWatch.state_dict`, from a checkpoint, to go on with that run.
@@ -119,8 +122,15 @@ class RunWatch:
     """A training under observation: its figures go to a run file, and are judged at the end.
 
     `altgrad.watch` returns a `RunWatch` that is attached to the optimizers. The run file is opened
-    at their first step. In it, steps have the number of the optimizer that has made most steps, and
-    optimizers that step under the same number share a record.
+    at their first step.
+
+    Steps of the training have numbers from 0. Several optimizers share a number, and a record, as
+    long as each of them steps once: the next number begins when one of them steps again. So a GAN's
+    three steps of the critic and one of the generator have three numbers. All steps in one backward
+    pass count as those of one optimizer. `flush` and `attach` end a step, too.
+
+    A record is written when all optimizers have stepped, else when the next number begins. If the
+    process is killed before that, the record is lost.
 
     Args:
         model: The module that is trained, or pairs of name and parameter.
@@ -164,9 +174,13 @@ class RunWatch:
         self._notices = Notices(owner, warn)
         self.latest: StepRecord | None = None
         self._records: list[StepRecord] = []  # of the step with the number `_step`
+        # The index of the step with this number, by optimizer; None stands for all in backward.
+        self._stepping: dict[Optimizer | None, int] = {}
+        self._thread = threading.local()  # its `optimizer` steps: two threads may step two
+        self._lock = threading.RLock()
         self._first_step = 0
         self._step = -1  # number of the last step that began
-        self._optimizers: tuple[Any, ...] = ()
+        self._optimizers: list[weakref.ref[Optimizer]] = []
         self._scaler: GradScaler | None = None
         self._handles: list[RemovableHandle] = []
         self._output: Output | None = None
@@ -244,9 +258,10 @@ class RunWatch:
             )
         first_step, monitor = int(state["steps"]), self._make_monitor()
         monitor.load_state_dict(state["monitor"])  # raises errors before anything has changed
-        optimizers = self._optimizers
+        optimizers = self._find_optimizers()
         self._detach()
         self._records.clear()
+        self._stepping.clear()
         if self._output is not None:
             self._output.close()
         self.monitor, self._output, self._output_state = monitor, None, state["output"]
@@ -302,6 +317,8 @@ class RunWatch:
     def attach(self, *optimizers: Any, scaler: GradScaler | None = None) -> RunWatch:
         """Start observing the steps of some optimizers, unless the first rank does it for this one.
 
+        Optimizers that were attached before stay attached, such as those of an earlier phase.
+
         Args:
             optimizers: Optimizers of torch, or wrappers of trainers around optimizers.
             scaler: The GradScaler that calls `step` of the optimizers, if there is one.
@@ -312,23 +329,32 @@ class RunWatch:
         Raises:
             TypeError: An optimizer neither is nor wraps a torch optimizer.
             ValueError: The steps of an optimizer cannot be observed.
+            RuntimeError: The run is closed.
         """
+        self._check_open("attach")
         if _get_rank() and not any(map(is_sharded, self.monitor.parameters.values())):
             return self
         self.monitor.attach(*optimizers, scaler=scaler)
-        self._optimizers, self._scaler = optimizers, scaler
-        for each in optimizers:
-            self._handles.append(unwrap(each).register_state_dict_pre_hook(self._stay_alive))
+        self.flush()
+        self._stepping.clear()
+        self._scaler = scaler or self._scaler
+        known = self._find_optimizers()
+        for each in dict.fromkeys(map(unwrap, optimizers)):
+            if each not in known:
+                self._optimizers.append(weakref.ref(each))
+                self._handles.append(each.register_state_dict_pre_hook(self._stay_alive))
         return self
 
     def flush(self) -> None:
         """Write the record of the last step now, and not before the next step begins."""
-        if not self._records:
-            return
-        self.latest = merge_records(self._records)
-        self._records.clear()
-        if self._output is not None:
-            self._output.write(self._step, self.latest, self.monitor.skipped)
+        with self._lock:
+            if not self._records:
+                return
+            self.latest = merge_records(self._records)
+            self._records.clear()
+            self._stepping.clear()
+            if self._output is not None:
+                self._output.write(self._step, self.latest, self.monitor.skipped)
 
     def close(self) -> str:
         """Stop observing, write the last figures and verdicts, and close the run file.
@@ -361,24 +387,52 @@ class RunWatch:
     # --- one step
 
     def _is_due(self, index: int) -> bool:
-        """Return True if the coming step is to be observed; begin a new record if it is a new step.
+        """Return True if the coming step is to be observed; begin a new record if it has one.
 
         Args:
             index: Number of steps of the optimizer since it was attached, before this one.
         """
-        step = self._first_step + index if self._find_step is None else self._find_step()
-        if step > self._step:
-            self.flush()
-            self._step = step
-        if self._output is None and not _get_rank():
-            self._open()
-        return self._policy.is_wanted(step)
+        with self._lock:
+            step = self._find_number(index) if self._find_step is None else self._find_step()
+            if step > self._step:
+                self.flush()
+                self._stepping.clear()
+                self._step = step
+            optimizer = self._find_stepping()
+            self._stepping[optimizer] = index
+            if self._output is None and not _get_rank():
+                self._open()
+        if is_due := self._policy.is_wanted(step):
+            self._thread.optimizer = optimizer
+        return is_due
+
+    def _find_number(self, index: int) -> int:
+        """Return the number of the coming step: a new one if its optimizer has made this one.
+
+        Args:
+            index: The index of the optimizer's step. A step that a GradScaler skips has the same
+                index as the next one.
+        """
+        made = self._stepping.get(self._find_stepping())
+        is_new = not self._stepping or (made is not None and made != index)
+        return self._step + is_new
+
+    def _find_stepping(self) -> Optimizer | None:
+        """Return the optimizer that is about to step; None for all that step in backward."""
+        return self.monitor.asking if find_backward_pass() is None else None
 
     def _note(self, record: StepRecord) -> None:
         """Keep a record; write it if no other optimizer can add to it."""
-        self._records.append(record)
-        if len(self._optimizers) == 1:
-            self.flush()
+        with self._lock:
+            self._records.append(record)
+            # Another thread may have begun the next step: this record is then part of that one.
+            self._stepping[vars(self._thread).pop("optimizer", None)] = record.index
+            if len(self._records) >= len(self._find_optimizers()):
+                self.flush()
+
+    def _find_optimizers(self) -> list[Optimizer]:
+        """Return the attached optimizers that are still alive."""
+        return [each for reference in self._optimizers if (each := reference()) is not None]
 
     @property
     def _has_begun(self) -> bool:
@@ -395,7 +449,7 @@ class RunWatch:
         """Do nothing: the optimizer has this method as a hook, and thus keeps the `RunWatch`."""
 
     def _detach(self) -> None:
-        self._optimizers = ()
+        self._optimizers.clear()
         for each in self._handles:
             each.remove()
         self._handles.clear()
