@@ -14,6 +14,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ from altgrad.report import Assessment, list_actions, write_answer
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+_NOTHING_OBSERVED = "No step was observed, so there are no verdicts."
 _LAYER_CHARTS = 8  # as many as `altgrad_lightning.PrecisionMonitor` makes
 
 
@@ -220,7 +222,8 @@ class RunWatch:
         if self._output is None:
             return ""
         runs = self._output.assess().runs
-        lines = [write_answer(runs), *list_actions(runs)]
+        answer = write_answer(runs) if runs or self._has_record else _NOTHING_OBSERVED
+        lines = [answer, *list_actions(runs)]
         return "\n".join([*lines, *([f"altgrad report {self.path}"] if self.path else [])])
 
     def state_dict(self) -> dict[str, Any]:
@@ -232,10 +235,11 @@ class RunWatch:
             The states of the `UpdateMonitor` and of the run file and verdicts, and the number of
             steps so far. Another rank than the first has no state of a file.
         """
+        monitor = self.monitor.state_dict()  # first: it ends a step in backward, and has its record
         self.flush()
         output = self._output_state if self._output is None else self._output.state_dict()
         steps = max(self._first_step, self._step + 1)
-        return {"monitor": self.monitor.state_dict(), "output": output, "steps": steps}
+        return {"monitor": monitor, "output": output, "steps": steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a `state_dict`: the run goes on from the step at which the state was saved.
@@ -364,11 +368,15 @@ class RunWatch:
         """
         if self._is_open:
             self._is_open = False
-            self._warn_about_unseen()
-            self._detach()
-            self.flush()
-            if self._output is not None:
-                self._output.finish()
+            # The stack is called from its end, and also after an error: notices may be errors.
+            with ExitStack() as ending:
+                if self._output is not None:
+                    ending.callback(self._output.close)
+                    ending.callback(self._output.finish)
+                ending.callback(self.flush)
+                ending.callback(self._detach)
+                for notice in self._describe_unseen():
+                    self._notices.give_once(notice)
         return self.summarize()
 
     def __enter__(self) -> RunWatch:  # noqa: PYI034 - typing has Self only from Python 3.11 on
@@ -467,19 +475,21 @@ class RunWatch:
             self._notices.give_once,
         )
 
-    def _warn_about_unseen(self) -> None:
-        """Warn if no step was observed, or if layers moved and have no observed step."""
+    def _describe_unseen(self) -> list[str]:
+        """Return notices if no step was observed, or if layers moved and have no observed step."""
         if not self.monitor.is_observing:
-            return
+            return []
         unseen = self.monitor.describe_unseen()
-        if self._has_begun and self.latest is None and not self._records:
-            self._notices.give(
-                f"observed no step: {self._explain_no_step(have_moved=bool(unseen))}"
-            )
-            if not self.monitor.skipped:
-                return  # the next notice would name all layers
-        for notice in unseen:
-            self._notices.give_once(notice)
+        if not self._has_begun or self._has_record:
+            return unseen
+        notice = f"observed no step: {self._explain_no_step(have_moved=bool(unseen))}"
+        # If no step was due, the other notices would name all layers.
+        return [notice, *(unseen if self.monitor.skipped else [])]
+
+    @property
+    def _has_record(self) -> bool:
+        """True after the first observed step of this process."""
+        return self.latest is not None or bool(self._records)
 
     def _explain_no_step(self, *, have_moved: bool) -> str:
         """Return the reason why no step was observed.

@@ -506,6 +506,7 @@ class UpdateMonitor:
         Returns:
             A notice for each optimizer with such layers, which says why.
         """
+        self._end_backward_step()
         hooks, parameters = self._observer.hooks, self._observer.parameters
         unseen = self._bypasses.find_unseen(hooks, parameters, self._last_seen, self.skipped)
         return [f"never observed {few(names)}: {reason}" for names, reason in unseen]
