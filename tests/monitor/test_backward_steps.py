@@ -167,10 +167,11 @@ class Checkpointed(nn.Sequential):
         return checkpoint(nn.Sequential(*[*self][1:]), hidden, use_reentrant=True)
 
 
-def test_a_reentrant_checkpoint_is_a_part_of_the_training_step() -> None:
+@pytest.mark.parametrize("way", IN_BACKWARD)
+def test_a_reentrant_checkpoint_is_a_part_of_the_training_step(way: Any) -> None:
     model, records = Checkpointed(*net()), []
     monitor = UpdateMonitor(model, records.append, strict=True)
-    with monitor.attach(*step_each_parameter(model)):
+    with monitor.attach(*way(model)):
         for step in range(3):
             backward(model, step)
     assert [each.index for each in records] == [0, 1, 2]
