@@ -37,7 +37,7 @@ class BackwardSteps:
         leader: The optimizer that stands for all, in what is kept for each optimizer; None before
             the first training step.
         is_observed: True if the training step is observed, as the owner has decided.
-        expected: Names of the layers with which the training step is complete.
+        expected: Names of the layers with which the training step is complete; empty if unknown.
     """
 
     def __init__(self) -> None:
@@ -56,9 +56,9 @@ class BackwardSteps:
 
     @property
     def is_complete(self) -> bool:
-        """True if all expected layers have been observed in the current training step."""
+        """True if all expected layers, of which there are some, have been observed."""
         observed = {name for each in self._records for name in each.layers}
-        return observed.issuperset(self.expected)
+        return bool(self.expected) and observed.issuperset(self.expected)
 
     def begins(self, optimizer: Optimizer) -> bool:
         """Return True if a new training step begins with the coming step of an optimizer.

@@ -4,6 +4,7 @@ The oracle is one optimizer that steps all layers after the backward pass. With 
 equal bit for bit, since no gradient depends on a step of the same backward pass.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -176,6 +177,40 @@ def test_a_reentrant_checkpoint_is_a_part_of_the_training_step(way: Any) -> None
             backward(model, step)
     assert [each.index for each in records] == [0, 1, 2]
     assert {len(each.layers) for each in records} == {8}
+
+
+def step_in_hooks_of_nodes(model: nn.Module) -> list[Optimizer]:
+    optimizers = []
+    for parameter in model.parameters():
+        optimizer = SGD([parameter], lr=0.1)
+        node = parameter.view_as(parameter).grad_fn.next_functions[0][0]
+        node.register_hook(lambda *_, each=optimizer: each.step() or each.zero_grad())
+        optimizer.node = node  # which autograd holds weakly
+        optimizers.append(optimizer)
+    return optimizers
+
+
+def step_in_hooks_of_tensors(model: nn.Module) -> list[Optimizer]:
+    optimizers = {each: SGD([each], lr=0.1) for each in model.parameters()}
+
+    def step(parameter: Tensor, gradient: Tensor) -> None:
+        parameter.grad = gradient.clone()
+        optimizers[parameter].step()
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_hook(functools.partial(step, parameter))
+    return [*optimizers.values()]
+
+
+@pytest.mark.parametrize("way", [step_in_hooks_of_nodes, step_in_hooks_of_tensors])
+def test_hooks_of_other_kinds_make_one_record_per_training_step(way: Any) -> None:
+    def loop(model: nn.Module, _: Sequence[Optimizer], step: int) -> None:
+        backward(model, step)
+        model.zero_grad()
+
+    records, _, _ = watch(way, loop)
+    assert [(each.index, len(each.layers)) for each in records] == [(k, 8) for k in range(STEPS)]
 
 
 def test_intervals_of_single_layers_count_training_steps() -> None:
