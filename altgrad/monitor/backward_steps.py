@@ -127,6 +127,15 @@ def has_gradients(optimizer: Optimizer) -> bool:
     return next(_find_with_gradients(optimizer), None) is not None
 
 
+def is_accumulating(optimizer: Optimizer) -> bool:
+    """Return True if steps in backward add gradients to an optimizer's states, and move no weight.
+
+    References:
+        ``optimi/optimizer.py`` (OptimiOptimizer.optimizer_accumulation)
+    """
+    return getattr(optimizer, "optimizer_accumulation", False) is True
+
+
 def _find_due(optimizer: Optimizer) -> list[int]:
     """Return the `id` of each layer that an optimizer is about to step.
 

@@ -43,7 +43,7 @@ from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.step_record import StepRecord, step_record
 from altgrad.measurement.twin_figures import TwinValues
 from altgrad.measurement.twin_parts import TwinShare
-from altgrad.monitor.backward_steps import BackwardSteps, has_gradients
+from altgrad.monitor.backward_steps import BackwardSteps, has_gradients, is_accumulating
 from altgrad.monitor.bypass import BypassDetector
 from altgrad.monitor.describe import describe_layers
 from altgrad.monitor.engine import Engine
@@ -634,7 +634,8 @@ class UpdateMonitor:
     def _decide(self, optimizer: Optimizer, index: int) -> bool:
         """Return True if the coming step is to be observed.
 
-        All steps of one training step inside a backward pass get the same answer.
+        All steps of one training step inside a backward pass get the same answer. Steps that only
+        accumulate gradients are no part of any.
 
         Args:
             optimizer: The optimizer that is about to step.
@@ -647,6 +648,8 @@ class UpdateMonitor:
                 return False
             steps.leave(optimizer)
             return self._is_affordable(optimizer, index)
+        if is_accumulating(optimizer):
+            return False
         with self._lock:
             if steps.begins(optimizer):
                 self._end_backward_step()

@@ -279,3 +279,27 @@ def test_gradient_release_has_one_record_per_training_step() -> None:
     for record, truth in zip(records, expected, strict=True):
         assert record.model["update_rms"] == pytest.approx(truth.model["update_rms"], rel=1e-5)
         assert [*record.layers] == [*truth.layers]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_micro_batches_of_gradient_release_are_no_training_steps(every: int) -> None:
+    optimi = pytest.importorskip("optimi")
+    moves, records, model = [], [], net()
+    optimizer = optimi.AdamW(model.parameters(), lr=0.01, gradient_release=True)
+    optimi.prepare_for_gradient_release(model, optimizer)
+    options = {"recipes": (), "every_n_steps": every, "max_elements": None, "strict": True}
+    monitor = UpdateMonitor(model, records.append, **options)
+    with monitor.attach(optimizer):
+        for step in range(9):
+            before = torch.cat([each.detach().flatten() for each in model.parameters()])
+            optimizer.optimizer_accumulation = step % 3 < 2
+            backward(model, step)
+            if step % 3 == 2:
+                optimizer.step()
+                optimizer.zero_grad()
+                after = torch.cat([each.detach().flatten() for each in model.parameters()])
+                moves.append((after - before).double().square().mean().sqrt().item())
+    assert [each.index for each in records] == [*range(3)][every - 1 :: every]
+    sizes = [each.model["update_rms"] for each in records]
+    assert sizes == pytest.approx(moves[every - 1 :: every], rel=1e-6)
+    assert not monitor.skipped
