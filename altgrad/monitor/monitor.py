@@ -798,6 +798,7 @@ class UpdateMonitor:
         seconds = record.own_seconds, record.training_seconds
         self._policy.charge(optimizer, record.index, seconds)
         self.latest = record
+        self._bypasses.note_step(optimizer, has_moved=record.model["update_rms"] != 0)
         self._known_losses.check_stepped(optimizer)
 
     def _change_scales(self) -> None:

@@ -118,6 +118,19 @@ def explain_steps_in_backward(kind: str = "an optimizer") -> str:
     )
 
 
+def explain_idle_steps(kind: str) -> str:
+    """Return the reason and the remedy for layers that only hooks of their gradients move.
+
+    Args:
+        kind: Name of the class of the attached optimizer, whose observed steps moved nothing.
+    """
+    return (
+        f"step() of {kind} moved nothing in any observed step, and their gradients have hooks, "
+        "which step inside the backward pass; attach each optimizer that these hooks step; if there"
+        " is none, such steps cannot be observed"
+    )
+
+
 def _explain_two_steps(kind: str) -> str:
     return (
         f"{kind} steps by first_step() and second_step(), which call no hooks; attach the "
@@ -159,6 +172,13 @@ def is_stepped_in_backward(parameter: Tensor) -> bool:
     # the optimizers of torch/distributed/optim/apply_optimizer_in_backward.py.
     names = ("_post_accumulate_grad_hooks", "_in_backward_optimizers")
     return any(getattr(parameter, name, None) for name in names)
+
+
+def has_gradient_hooks(parameter: Tensor) -> bool:
+    """Return True if a parameter has hooks of any kind on its gradient, which may also step it."""
+    # Hooks of Tensor.register_hook are under this private name.
+    hooks = parameter._backward_hooks  # noqa: SLF001
+    return bool(hooks) or is_stepped_in_backward(parameter)
 
 
 def _is_step_replaced(optimizer: Optimizer) -> bool:
