@@ -151,8 +151,13 @@ class StartWeights:
         """Restore the weights at the start from a result of `state_dict`.
 
         Raises:
-            ValueError: The weights of a layer are damaged.
+            ValueError: The state, or the weights of a layer, are damaged.
         """
+        if not isinstance(state, Mapping):
+            raise ValueError(  # noqa: TRY004 - a damaged state, as the errors of its entries
+                f"starts={str(state)[:60]}: expected the weights of each layer by name; leave out "
+                "load_state_dict() to begin anew"
+            )
         for name, each in state.items():
             if not _is_whole(each):
                 raise ValueError(
@@ -202,5 +207,7 @@ def _is_whole(start: object) -> bool:
     indices, weights, elements = start
     if not (isinstance(indices, Tensor) and isinstance(weights, Tensor)):
         return False
-    is_inside = isinstance(elements, int) and bool((indices < elements).all())
+    if not isinstance(elements, int) or isinstance(elements, bool):
+        return False
+    is_inside = bool(((indices >= 0) & (indices < elements)).all())
     return is_inside and indices.dtype == torch.int64 and indices.shape == weights.shape

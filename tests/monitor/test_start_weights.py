@@ -159,6 +159,8 @@ DAMAGED = [
     (INDICES, torch.ones(3), 2),
     (INDICES.double(), torch.ones(3), 8),
     (INDICES, None, 8),
+    (INDICES - 1, torch.ones(3), 8),
+    (INDICES[:1], torch.ones(1), True),
 ]
 
 
@@ -167,6 +169,14 @@ def test_a_damaged_state_is_an_error_that_names_the_layer(start: Any) -> None:
     monitor = UpdateMonitor(net(), recipes=())
     state = monitor.state_dict() | {"starts": {"2.bias": start}}
     with pytest.raises(ValueError, match=r"^starts of 2\.bias is .*: expected places, weights and"):
+        monitor.load_state_dict(state)
+
+
+@pytest.mark.parametrize("starts", [None, [1]])
+def test_a_state_without_layers_is_an_error(starts: Any) -> None:
+    monitor = UpdateMonitor(net(), recipes=())
+    state = monitor.state_dict() | {"starts": starts}
+    with pytest.raises(ValueError, match=r"^starts=.*: expected the weights of each layer by name"):
         monitor.load_state_dict(state)
 
 
