@@ -611,6 +611,8 @@ class UpdateMonitor:
             are_new = self._peers.before_step(optimizer)
             if self._scale_state.prepare(self._stepped, self._peers, are_new=are_new):
                 self._change_scales()
+            if not self.recipes:
+                self._starts.begin([optimizer])  # layers that it has got since `attach`
         return True
 
     def _check_sharding(self, optimizer: Optimizer) -> None:

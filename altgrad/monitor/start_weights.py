@@ -63,7 +63,8 @@ class StartWeights:
     """The weights of each layer at the start, to find later how many have moved since.
 
     Only layers in 16 bits, and those that a `WeightStorage` rounds, are kept: nearly all weights of
-    others differ from the start after a step.
+    others differ from the start after a step. A layer that an optimizer gets later begins just
+    before its first observed step, so that figures of the model join layers of different starts.
 
     Args:
         source: The layers and their samples.
@@ -91,6 +92,8 @@ class StartWeights:
                 if is_low and not is_known and self._can_sample(name, parameter):
                     indices = self._source.draw(name, parameter.shape, 1).to(parameter.device)
                     new[name] = parameter.detach(), indices
+        if not new:
+            return
         weights = _gather(new.values())
         for (name, (parameter, indices)), own in zip(new.items(), weights, strict=True):
             self._starts[name] = _Start(indices, own, parameter.numel())
