@@ -9,10 +9,10 @@ Read `optimizers` and `step_hooks` first. `altgrad.monitor.bypass` finds weights
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from altgrad.observation.optimizers import USE_FSDP2, find_wrapped, is_flattened
 from altgrad.observation.step_hooks import was_hooked
@@ -143,8 +143,8 @@ def find_other_optimizers(
 ) -> dict[int, str]:
     """Find optimizers in this process that step some parameters and were never observed.
 
-    Optimizers that another monitor observes, or that were observed earlier, are not returned: the
-    user knows of them.
+    Optimizers that have made no step yet, as their states tell, are not returned. Nor are those
+    that another monitor observes, or that were observed earlier: the user knows of them.
 
     Args:
         parameters: The parameters.
@@ -162,7 +162,7 @@ def find_other_optimizers(
         positions[identity]: type(each).__name__
         for each in optimizers
         if not any(id(one) in seen or was_hooked(one) for one in find_wrapped(each))
-        for identity in positions.keys() & _read_parameters(each)
+        for identity in positions.keys() & _read_stepped(each)
     }
 
 
@@ -189,9 +189,17 @@ def _is_step_replaced(optimizer: Optimizer) -> bool:
     return step is not None and not hasattr(step, "_wrapped_by_lr_sched")
 
 
-def _read_parameters(optimizer: Optimizer) -> set[int]:
-    """Return the `id` of each of an optimizer's parameters."""
+def _read_stepped(optimizer: Optimizer) -> set[int]:
+    """Return the `id` of each parameter that an optimizer may have stepped so far.
+
+    An optimizer without a state for a parameter has not stepped it: a loop may keep one that it no
+    longer uses. SGD keeps no state without momentum, and objects without a state are wrappers.
+    """
     try:
-        return {id(each) for group in optimizer.param_groups for each in group["params"]}
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        state = getattr(optimizer, "state", None)
+        if isinstance(state, Mapping) and not isinstance(optimizer, SGD):
+            parameters = [each for each in parameters if each in state]
+        return {id(each) for each in parameters}
     except Exception:  # noqa: BLE001 - an object whose constructor has not run may lack anything
         return set()
