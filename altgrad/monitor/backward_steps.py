@@ -60,7 +60,7 @@ class BackwardSteps:
         observed = {name for each in self._records for name in each.layers}
         return bool(self.expected) and observed.issuperset(self.expected)
 
-    def begins(self, optimizer: Optimizer) -> bool:
+    def begins(self, optimizer: Optimizer, layers: Collection[int]) -> bool:
         """Return True if a new training step begins with the coming step of an optimizer.
 
         It does if the optimizer is about to step a layer again, and in another backward pass than
@@ -68,12 +68,12 @@ class BackwardSteps:
 
         Args:
             optimizer: The optimizer that is about to step, inside a backward pass.
+            layers: Result of `find_due`.
         """
         if self.index < 0 or optimizer in self._left:
             return True
         backward_pass = find_backward_pass()
-        passes = (self._passes.get(each, backward_pass) for each in _find_due(optimizer))
-        return any(each != backward_pass for each in passes)
+        return any(self._passes.get(each, backward_pass) != backward_pass for each in layers)
 
     def begin(self, optimizer: Optimizer) -> None:
         """Begin a new training step with the coming step of an optimizer."""
@@ -84,12 +84,17 @@ class BackwardSteps:
         self._left.clear()
         self._records.clear()
 
-    def join(self, optimizer: Optimizer) -> None:
-        """Count the coming step of an optimizer as a part of the current training step."""
+    def join(self, optimizer: Optimizer, layers: Collection[int]) -> None:
+        """Count the coming step of an optimizer as a part of the current training step.
+
+        Args:
+            optimizer: The optimizer that is about to step, inside a backward pass.
+            layers: Result of `find_due`.
+        """
         backward_pass = find_backward_pass()
         if backward_pass is not None:
             self._optimizers.add(optimizer)
-            self._passes.update(dict.fromkeys(_find_due(optimizer), backward_pass))
+            self._passes.update(dict.fromkeys(layers, backward_pass))
 
     def leave(self, optimizer: Optimizer) -> None:
         """Note that an optimizer makes a step outside of a backward pass.
@@ -136,7 +141,7 @@ def is_accumulating(optimizer: Optimizer) -> bool:
     return getattr(optimizer, "optimizer_accumulation", False) is True
 
 
-def _find_due(optimizer: Optimizer) -> list[int]:
+def find_due(optimizer: Optimizer) -> list[int]:
     """Return the `id` of each layer that an optimizer is about to step.
 
     If none has a gradient, these layers are unknown, and the optimizer stands for them.

@@ -43,7 +43,12 @@ from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.step_record import StepRecord, step_record
 from altgrad.measurement.twin_figures import TwinValues
 from altgrad.measurement.twin_parts import TwinShare
-from altgrad.monitor.backward_steps import BackwardSteps, has_gradients, is_accumulating
+from altgrad.monitor.backward_steps import (
+    BackwardSteps,
+    find_due,
+    has_gradients,
+    is_accumulating,
+)
 from altgrad.monitor.bypass import BypassDetector
 from altgrad.monitor.describe import describe_layers
 from altgrad.monitor.engine import Engine
@@ -652,13 +657,14 @@ class UpdateMonitor:
             return self._is_affordable(optimizer, index)
         if is_accumulating(optimizer):
             return False
+        layers = find_due(optimizer)
         with self._lock:
-            if steps.begins(optimizer):
+            if steps.begins(optimizer, layers):
                 self._end_backward_step()
                 steps.begin(optimizer)
                 steps.is_observed = self._is_affordable(steps.leader or optimizer, steps.index)
                 steps.expected = self._find_in_backward() if steps.is_observed else ()
-            steps.join(optimizer)
+            steps.join(optimizer, layers)
         return steps.is_observed
 
     def _find_in_backward(self) -> list[str]:
